@@ -1,0 +1,281 @@
+"""A small torch reference of GPT-NeoX's forward pass.
+
+Each tensor-parallel rank computes with its own shards, and the results are reduced and gathered
+where GPT-NeoX does it, so that wrongly split, ordered or biased shards show up in the logits.
+
+File names in docstrings are GPT-NeoX's, below ``megatron/``. Shapes: b batch, s sequence,
+h hidden size, n attention heads of one rank, d head dimension.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rank = Mapping[str, Tensor]
+Config = Mapping[str, Any]
+
+# model/activations.py; "gelu" depends on bias_gelu_fusion as well
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "softsign": F.softsign,
+    "swish": lambda x: x * torch.sigmoid(x),  # F.silu rounds once less
+    "silu": F.silu,
+    "mish": F.mish,
+    "geglu": F.gelu,
+    "reglu": F.relu,
+    "bilinear": lambda x: x,
+    "swiglu": lambda x: x * torch.sigmoid(x),
+    "glu": torch.sigmoid,
+}
+_GATED = ("geglu", "reglu", "bilinear", "swiglu", "glu")
+# what changes the forward: GPT-NeoX's default (neox_arguments/), and what is computed here
+_COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
+    "pos_emb": ("learned", ("rotary", "none")),
+    "norm": ("layernorm", ("layernorm", "rmsnorm")),
+    "activation": ("gelu", tuple(_ACTIVATIONS)),
+    "use_qk_layernorm": (False, (False,)),
+    "use_mup": (False, (False,)),
+    "moe_num_experts": (1, (1,)),
+    "gqa_order": ("grouped", ("grouped", "interleaved")),
+    "rms_eps": ("inside", ("inside", "outside")),
+}
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What the layers need to know; the numbers of heads are those of one rank."""
+
+    config: Config
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: tuple[Tensor, Tensor]
+
+
+def forward(
+    ranks: Sequence[Mapping[str, torch.Tensor]],
+    config: Mapping[str, Any],
+    tokens: torch.Tensor,
+    *,
+    gqa_order: str = "grouped",
+    rms_eps: str = "inside",
+) -> torch.Tensor:
+    """Compute the logits that GPT-NeoX computes in evaluation mode from these shards.
+
+    ranks: tensor-parallel rank r's tensors at ``ranks[r]``, named "<layer index>.<name>" in
+        GPT-NeoX's sequential numbering (model/gpt2_model.py): 0 the embeddings, 2..L+1 the
+        blocks, L+3 the final norm, L+4 the output layer, absent when the embeddings are tied.
+        They are looked up layer after layer, so that a mapping may load them when asked.
+    config: the merged yml with underscore keys; absent keys have GPT-NeoX's defaults.
+    tokens: int64 [b, s], on the tensors' device.
+    gqa_order: a rank's grouped-query rows are "grouped", [all q | all k | all v] (since 2024-11),
+        or "interleaved", [q | slice of k | slice of v] for each query head.
+    rms_eps: RMSNorm adds its epsilon "inside" the root (since 2025-05) or "outside" of it.
+
+    Returns float32 [b, s, padded vocabulary]; all before runs in the tensors' own dtype.
+    Raises ValueError for a model or a split that isn't covered and for tokens outside the
+    vocabulary, KeyError for a missing tensor.
+    """
+    if not ranks:
+        raise ValueError("ranks: at least one tensor-parallel rank is needed")
+    config = {**config, "gqa_order": gqa_order, "rms_eps": rms_eps}
+    _refuse_uncovered(config, tokens.shape[1])
+    layers = int(config["num_layers"])
+    tied = not config.get("no_weight_tying")
+    head = "0.word_embeddings.weight" if tied else f"{layers + 4}.final_linear.weight"
+    with torch.no_grad():
+        x = _embed(ranks, tokens)
+        spec = _read_spec(config, len(ranks), x)
+        for index in range(2, layers + 2):
+            x = _block(ranks, index, x, spec)
+        norm = f"{layers + 3}.norm"
+        logits = [F.linear(_norm(rank, norm, x, config), rank[head]) for rank in ranks]
+        return torch.cat(logits, dim=-1).float()
+
+
+def _refuse_uncovered(config: Config, length: int) -> None:
+    """Raise ValueError for settings that change the forward and are not computed here."""
+    for key, (default, covered) in _COVERED.items():
+        value = config.get(key) or default
+        if value not in covered:
+            raise ValueError(f"{key}: {value!r} is not covered, only {covered}")
+    # nested lists of kinds and counts, such as [[["global"], 24]]
+    if set(re.findall(r"[a-z_]+", str(config.get("attention_config") or ""))) - {"global", "flash"}:
+        raise ValueError(f"attention_config: {config['attention_config']} is not covered")
+    if 0 < (config.get("sliding_window_width") or 0) < length:
+        raise ValueError(f"sliding_window_width: not covered for {length} tokens")
+
+
+def _read_spec(config: Config, tp: int, x: Tensor) -> _Spec:
+    """Read the config for embeddings x [b, s, h] and tp ranks; ValueError if they don't divide."""
+    hidden_size, heads = x.shape[-1], int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_kv_heads") or heads)
+    totals = {"hidden_size": hidden_size, "num_attention_heads": heads, "num_kv_heads": kv_heads}
+    for (key, total), parts in zip(totals.items(), (heads, tp, tp), strict=True):
+        if total % parts:
+            raise ValueError(f"{key}: {total} can't be divided by {parts}")
+    head_dim = hidden_size // heads
+    rope = _rope_tables(config, head_dim, x)
+    return _Spec(config, heads // tp, kv_heads // tp, head_dim, rope)
+
+
+def _rope_tables(config: Config, head_dim: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [s, 1, rotated dimensions], in fp32, then rounded to x's dtype.
+
+    From the base: GPT-NeoX never reads a stored inv_freq (model/positional_embeddings.py).
+    """
+    share = float(config.get("rotary_pct", 1.0)) if config.get("pos_emb") == "rotary" else 0.0
+    dim = int(head_dim * share)
+    if not 0 <= share <= 1 or dim % 2:
+        raise ValueError(f"rotary_pct: {share} doesn't rotate an even number of {head_dim}")
+    base = float(config.get("rotary_emb_base", 10000))
+    inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1))
+    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), inv_freq)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(x), angles.sin().to(x)
+
+
+def _embed(ranks: Sequence[Rank], tokens: Tensor) -> Tensor:
+    """Embed tokens [b, s] as [b, s, h]; each rank holds a range of rows (mpu/layers.py)."""
+    shards = [rank["0.word_embeddings.weight"] for rank in ranks]
+    rows = sum(shard.shape[0] for shard in shards)
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < rows:
+        raise ValueError(f"tokens: outside the {rows} rows of the vocabulary")
+    parts, start = [], 0
+    for shard in shards:
+        local = tokens - start
+        elsewhere = (local < 0) | (local >= shard.shape[0])
+        part = F.embedding(local.masked_fill(elsewhere, 0), shard)
+        parts.append(part.masked_fill(elsewhere[..., None], 0.0))
+        start += shard.shape[0]
+    return _reduce(parts)
+
+
+def _reduce(parts: Sequence[Tensor], in_fp32: bool = False) -> Tensor:
+    """Sum over the ranks in the parts' dtype, or in fp32 (fp32_allreduce; mpu/mappings.py)."""
+    total = parts[0].float() if in_fp32 else parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts[0].dtype)
+
+
+def _norm(rank: Rank, name: str, x: Tensor, config: Config) -> Tensor:
+    """LayerNorm or RMSNorm over the last dimension, in x's shape and dtype (model/norms.py)."""
+    if config.get("norm") != "rmsnorm":
+        eps = float(config.get("layernorm_epsilon", 1e-5))  # yaml reads "1e-5" as text
+        return F.layer_norm(x, x.shape[-1:], rank[f"{name}.weight"], rank.get(f"{name}.bias"), eps)
+    eps = float(config.get("rms_norm_epsilon", 1e-8))
+    # only GPT-NeoX's own RMSNorm says scale, the fused one says weight
+    scale = rank[f"{name}.scale" if f"{name}.scale" in rank else f"{name}.weight"]
+    if config["rms_eps"] == "outside":  # this older form doesn't go through fp32
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * math.pow(x.shape[-1], -0.5)
+        return torch.mul(scale, x / (rms + eps))
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (scale * wide).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading dimensions of each head of x [b, s, n, d], as many as the tables have."""
+    half, end = cos.shape[-1] // 2, cos.shape[-1]
+    swapped = torch.cat((-x[..., half:end], x[..., :half]), dim=-1)
+    return torch.cat((x[..., :end] * cos + swapped * sin, x[..., end:]), dim=-1)
+
+
+def _split_qkv(mixed: Tensor, spec: _Spec) -> list[Tensor]:
+    """Split one rank's projection [b, s, rows] into q, k, v [b, s, n, d], k and v repeated.
+
+    Interleaved, each query head carries a slice of k and of v, all slices together being all of
+    them (ParallelSelfAttention, model/transformer.py).
+    """
+    shape, kv_size = mixed.shape[:2], spec.kv_heads * spec.head_dim
+    sizes = [spec.heads * spec.head_dim, kv_size, kv_size]
+    if spec.kv_heads == spec.heads or spec.config["gqa_order"] == "interleaved":
+        mixed = mixed.reshape(*shape, spec.heads, -1)
+        sizes = [size // spec.heads for size in sizes]
+    parts = [part.reshape(*shape, -1, spec.head_dim) for part in torch.split(mixed, sizes, dim=-1)]
+    return [part.repeat_interleave(spec.heads // part.shape[2], dim=2) for part in parts]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, config: Config) -> Tensor:
+    """Causal attention of q, k, v [b, s, n, d], result [b, s, n * d].
+
+    The unfused path (model/fused_softmax.py): softmax in q's dtype unless fp32 is asked for.
+    """
+    batch, length, heads, head_dim = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(-1, length, head_dim) for x in (q, k, v))
+    # one call, so that half-precision scores are scaled before they are rounded
+    scale = 1.0 / math.sqrt(head_dim)
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    if any(map(config.get, ("attention_softmax_in_fp32", "apply_query_key_layer_scaling"))):
+        scores = scores.float()
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    context = torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
+    return context.view(batch, heads, length, head_dim).transpose(1, 2).flatten(2)
+
+
+def _attention(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor | None]:
+    """One rank's norm and attention of x [b, s, h]: [b, s, h], unreduced, and the bias to add."""
+    name = f"{index}.attention"
+    x = _norm(rank, f"{index}.input_layernorm", x, spec.config)
+    bias = rank.get(f"{name}.query_key_value.bias")
+    q, k, v = _split_qkv(F.linear(x, rank[f"{name}.query_key_value.weight"], bias), spec)
+    context = _attend(_rotate(q, *spec.rope), _rotate(k, *spec.rope), v, spec.config)
+    return F.linear(context, rank[f"{name}.dense.weight"]), rank.get(f"{name}.dense.bias")
+
+
+def _mlp(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor | None]:
+    """One rank's norm and MLP of x [b, s, h]: [b, s, h], unreduced, and the bias to add."""
+    tied = spec.config.get("gpt_j_residual") and spec.config.get("gpt_j_tied")
+    norm = "input_layernorm" if tied else "post_attention_layernorm"
+    x, name = _norm(rank, f"{index}.{norm}", x, spec.config), f"{index}.mlp"
+    kind = spec.config.get("activation") or "gelu"
+    activation = _ACTIVATIONS[kind]
+    if kind == "gelu" and spec.config.get("bias_gelu_fusion"):
+        activation = partial(F.gelu, approximate="tanh")
+    if f"{name}.w1.weight" in rank:  # llama's: always gated, never with biases
+        gate, up = (F.linear(x, rank[f"{name}.{w}.weight"]) for w in ("w1", "w3"))
+        return F.linear(activation(gate) * up, rank[f"{name}.w2.weight"]), None
+    # the names were changed in 2024-09
+    old = f"{name}.dense_h_to_4h.weight" in rank
+    first, last = ("dense_h_to_4h", "dense_4h_to_h") if old else ("linear1", "linear2")
+    # unlike the projection's, this bias is added on its own: one more rounding
+    inner = _add(F.linear(x, rank[f"{name}.{first}.weight"]), rank.get(f"{name}.{first}.bias"))
+    if kind in _GATED:
+        up, gate = inner.chunk(2, dim=-1)
+        inner = activation(gate) * up
+    else:
+        inner = activation(inner)
+    return F.linear(inner, rank[f"{name}.{last}.weight"]), rank.get(f"{name}.{last}.bias")
+
+
+def _block(ranks: Sequence[Rank], index: int, x: Tensor, spec: _Spec) -> Tensor:
+    """One transformer layer on x [b, s, h] (ParallelTransformerLayer, model/transformer.py)."""
+    in_fp32 = bool(spec.config.get("fp32_allreduce"))
+    if not spec.config.get("gpt_j_residual"):
+        for sublayer in (_attention, _mlp):
+            outputs, biases = zip(*(sublayer(rank, index, x, spec) for rank in ranks), strict=True)
+            x = x + _add(_reduce(outputs, in_fp32), biases[0])
+        return x
+    parts = []
+    for rank in ranks:
+        attention, attention_bias = _attention(rank, index, x, spec)
+        mlp, mlp_bias = _mlp(rank, index, x, spec)
+        # GPT-NeoX adds the attention along with the MLP's bias: without one it is lost
+        if mlp_bias is not None:
+            mlp = _add(attention, attention_bias) + (mlp + mlp_bias)
+        parts.append(mlp)
+    return x + _reduce(parts, in_fp32)
+
+
+def _add(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
