@@ -1,0 +1,3 @@
+"""Moves language-model checkpoints between Hugging Face and GPT-NeoX, without either framework."""
+
+__version__ = "0.1.0"

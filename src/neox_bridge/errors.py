@@ -1,0 +1,13 @@
+"""What goes wrong, as one exception with the exit code that the command line gives it."""
+
+
+class BridgeError(Exception):
+    """Something a user can mend: says what was wrong, in which file or key, and what to do now."""
+
+    exit_code = 1
+
+
+class Refused(BridgeError):
+    """The target can't express the source, or a layout doesn't fit: nothing was written."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""Bytes on disk: safetensors, torch's ``.pt`` files, pickles read without running them, yml."""

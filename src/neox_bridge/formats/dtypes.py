@@ -1,0 +1,57 @@
+"""The element types of checkpoints, under the names that each format has for them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type: its torch name, its size in bytes, and its names elsewhere."""
+
+    name: str
+    itemsize: int
+    safetensors: str
+    storage: str  # torch's legacy storage class, as pickles name it; "" where there is none
+
+
+_TABLE = (
+    DType("float64", 8, "F64", "DoubleStorage"),
+    DType("float32", 4, "F32", "FloatStorage"),
+    DType("float16", 2, "F16", "HalfStorage"),
+    DType("bfloat16", 2, "BF16", "BFloat16Storage"),
+    DType("int64", 8, "I64", "LongStorage"),
+    DType("int32", 4, "I32", "IntStorage"),
+    DType("int16", 2, "I16", "ShortStorage"),
+    DType("int8", 1, "I8", "CharStorage"),
+    DType("uint8", 1, "U8", "ByteStorage"),
+    DType("bool", 1, "BOOL", "BoolStorage"),
+    DType("float8_e4m3fn", 1, "F8_E4M3", ""),
+    DType("float8_e5m2", 1, "F8_E5M2", ""),
+    DType("uint16", 2, "U16", ""),
+    DType("uint32", 4, "U32", ""),
+    DType("uint64", 8, "U64", ""),
+    DType("complex64", 8, "C64", "ComplexFloatStorage"),
+    DType("complex128", 16, "", "ComplexDoubleStorage"),
+)
+BY_NAME = {dtype.name: dtype for dtype in _TABLE}
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
+BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
+FLOATING = ("float64", "float32", "float16", "bfloat16")
+
+
+def itemsize(name: str) -> int:
+    """Bytes of one element of the dtype called ``name``."""
+    return BY_NAME[name].itemsize
+
+
+def to_numpy(name: str) -> "np.dtype[Any]":
+    """The numpy dtype called ``name``, from ml_dtypes where numpy has none."""
+    import ml_dtypes
+    import numpy as np
+
+    if name == "bfloat16" or name.startswith("float8"):
+        return np.dtype(getattr(ml_dtypes, name))
+    return np.dtype(name)
