@@ -1,0 +1,392 @@
+"""Pythia, GPT-NeoX-20B and their relatives: ``GPTNeoXForCausalLM`` on Hugging Face's side."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.architectures.base import (
+    Architecture,
+    ModelConfig,
+    Presence,
+    Refusal,
+    Split,
+    Weight,
+)
+from neox_bridge.architectures.neox_config import attention_kinds, number, refuse_common
+from neox_bridge.errors import BridgeError
+
+_LAYER = "gpt_neox.layers.{i}."
+
+
+def _pair(
+    neox: str, hf: str, split: Split, shape: tuple[str, ...], flag: str
+) -> tuple[Weight, ...]:
+    """A block's weight and bias; only the bias depends on the flag."""
+    bias: Split = "row_bias" if split == "row" else split
+    return (
+        Weight("block", f"{neox}.weight", f"{_LAYER}{hf}.weight", split, shape),
+        Weight("block", f"{neox}.bias", f"{_LAYER}{hf}.bias", bias, shape[:1], flag),
+    )
+
+
+_H = ("hidden",)
+_WEIGHTS = (
+    Weight(
+        "embed", "word_embeddings.weight", "gpt_neox.embed_in.weight", "vocab", ("vocab", "hidden")
+    ),
+    *_pair("input_layernorm", "input_layernorm", "replicated", _H, "norm_bias"),
+    *_pair(
+        "attention.query_key_value",
+        "attention.query_key_value",
+        "column",
+        ("qkv", "hidden"),
+        "attention_bias",
+    ),
+    Weight(
+        "block",
+        "attention.rotary_emb.inv_freq",
+        f"{_LAYER}attention.rotary_emb.inv_freq",
+        "derived",
+        ("rotary",),
+    ),
+    *_pair("attention.dense", "attention.dense", "row", ("hidden", "hidden"), "attention_bias"),
+    *_pair("post_attention_layernorm", "post_attention_layernorm", "replicated", _H, "norm_bias"),
+    *_pair("mlp.linear1", "mlp.dense_h_to_4h", "column", ("ffn", "hidden"), "mlp_bias"),
+    *_pair("mlp.linear2", "mlp.dense_4h_to_h", "row", ("hidden", "ffn"), "mlp_bias"),
+    Weight("norm", "norm.weight", "gpt_neox.final_layer_norm.weight", "replicated", _H),
+    Weight("norm", "norm.bias", "gpt_neox.final_layer_norm.bias", "replicated", _H, "norm_bias"),
+    Weight(
+        "head", "final_linear.weight", "embed_out.weight", "vocab", ("vocab", "hidden"), "untied"
+    ),
+)
+
+# our word: Hugging Face's names (the first is written), GPT-NeoX's activation, bias_gelu_fusion.
+# The fused gelu is the tanh form with a rounded constant, which gelu_fast has too
+# (GPT-NeoX megatron/model/activations.py; transformers activations.py).
+_ACTIVATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
+    "gelu": (("gelu", "gelu_python"), ("gelu",), False),
+    "gelu_tanh": (
+        ("gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh"),
+        ("gelu",),
+        True,
+    ),
+    "relu": (("relu",), ("relu",), False),
+    "silu": (("silu", "swish"), ("silu", "swish"), False),
+    "mish": (("mish",), ("mish",), False),
+}
+
+# neutral field, Hugging Face key and default, GPT-NeoX key and default
+_KEYS: tuple[tuple[str, str, Any, str, Any], ...] = (
+    ("layers", "num_hidden_layers", None, "num_layers", None),
+    ("heads", "num_attention_heads", None, "num_attention_heads", None),
+    ("max_positions", "max_position_embeddings", 2048, "max_position_embeddings", None),
+    ("norm_eps", "layer_norm_eps", 1e-5, "layernorm_epsilon", 1e-5),
+    ("parallel_residual", "use_parallel_residual", True, "gpt_j_residual", False),
+    ("hidden_dropout", "hidden_dropout", 0.0, "hidden_dropout", 0.0),
+    ("attention_dropout", "attention_dropout", 0.0, "attention_dropout", 0.0),
+)
+_WRITTEN_ALWAYS = {"num_layers", "num_attention_heads", "max_position_embeddings", "gpt_j_residual"}
+_NUMBERS = {"layers": int, "heads": int, "max_positions": int, "norm_eps": float}
+_NUMBERS |= {"hidden_dropout": float, "attention_dropout": float}
+
+
+def _read_keys(raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, hf_key, hf_default, neox_key, neox_default in _KEYS:
+        key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
+        value = raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            where = "config.json" if hf else "the yml"
+            raise BridgeError(
+                f"{where} has no {key}, which can't be told from the tensors: add it."
+            )
+        found[name] = number(key, value, _NUMBERS[name]) if name in _NUMBERS else bool(value)
+    return found
+
+
+def rope_of(raw: Mapping[str, Any]) -> tuple[float, float]:
+    """(rotary fraction, base) of a config.json in either spelling.
+
+    ``rope_parameters`` comes first where both are there, as transformers 5 reads it
+    (GPTNeoXConfig.convert_rope_params_to_dict); the defaults are that class's.
+    """
+    rope = raw.get("rope_parameters") or {}
+    pct = rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25))
+    base = rope.get("rope_theta", raw.get("rotary_emb_base", 10000))
+    return number("rotary_pct", pct, float), number("rotary_emb_base", base, float)
+
+
+def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
+    act = raw.get("hidden_act", "gelu")
+    activation = next((k for k, (hf, _, _) in _ACTIVATIONS.items() if act in hf), str(act))
+    pct, base = rope_of(raw)
+    first = _LAYER.format(i=0)
+    return ModelConfig(
+        **_read_keys(raw, hf=True),
+        dims=dict(dims),
+        rotary_pct=pct,
+        rotary_base=base,
+        activation=activation,
+        tied_norms=False,
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=presence.has(f"{first}attention.query_key_value.bias"),
+        mlp_bias=presence.has(f"{first}mlp.dense_h_to_4h.bias"),
+        norm_bias=presence.has(f"{first}input_layernorm.bias"),
+        dtype=presence.dtype,
+        bos_token_id=raw.get("bos_token_id", 0),
+        eos_token_id=raw.get("eos_token_id", 2),
+        initializer_range=raw.get("initializer_range", 0.02),
+    )
+
+
+def _write_hf(config: ModelConfig) -> dict[str, Any]:
+    base = int(config.rotary_base) if config.rotary_base.is_integer() else config.rotary_base
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": config.dims["vocab"],
+        "hidden_size": config.hidden,
+        "intermediate_size": config.dims["ffn"],
+        **{hf_key: getattr(config, name) for name, hf_key, *_ in _KEYS},
+        "hidden_act": _ACTIVATIONS[config.activation][0][0],
+        "attention_bias": config.attention_bias,
+        "tie_word_embeddings": config.tied_embeddings,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "use_cache": True,
+        # both spellings: transformers 4 knows only the first, 5 writes only the second
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": base,
+            "partial_rotary_factor": config.rotary_pct,
+        },
+        "torch_dtype": config.dtype,
+        "dtype": config.dtype,
+    }
+
+
+def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
+    kind, fused = raw.get("activation") or "gelu", bool(raw.get("bias_gelu_fusion"))
+    fused = fused and kind == "gelu"
+    activation = next(
+        (k for k, (_, neox, f) in _ACTIVATIONS.items() if kind in neox and f == fused), str(kind)
+    )
+    keys = _read_keys(raw, hf=False)
+    return ModelConfig(
+        **keys,
+        dims=dict(dims),
+        rotary_pct=number("rotary_pct", raw.get("rotary_pct", 1.0), float),
+        rotary_base=number("rotary_emb_base", raw.get("rotary_emb_base", 10000), float),
+        activation=activation,
+        tied_norms=bool(raw.get("gpt_j_tied")) and bool(keys["parallel_residual"]),
+        tied_embeddings=not raw.get("no_weight_tying", False),
+        attention_bias=presence.has("attention.query_key_value.bias"),
+        mlp_bias=presence.has("mlp.linear1.bias"),
+        norm_bias=presence.has("input_layernorm.bias"),
+        dtype=presence.dtype,
+    )
+
+
+def _write_neox(config: ModelConfig) -> dict[str, Any]:
+    base = int(config.rotary_base)
+    _, neox, fused = _ACTIVATIONS[config.activation]
+    written: dict[str, Any] = {"hidden_size": config.hidden}
+    for name, _, _, key, default in _KEYS:
+        value = getattr(config, name)
+        if key in _WRITTEN_ALWAYS or value != default:
+            written[key] = value
+    if config.dims["ffn"] != 4 * config.hidden:
+        written["intermediate_size"] = config.dims["ffn"]
+    written |= {
+        "norm": "layernorm",
+        "pos_emb": "rotary",
+        "rotary_pct": config.rotary_pct,
+        "no_weight_tying": not config.tied_embeddings,
+        "activation": neox[0],
+        "bias_gelu_fusion": fused,
+    }
+    if base != 10000:
+        written["rotary_emb_base"] = base
+    if config.tied_norms:
+        written["gpt_j_tied"] = True
+    if not config.attention_bias:
+        written["use_bias_in_attn_linear"] = False
+    if not config.mlp_bias:
+        written["use_bias_in_mlp"] = False
+    return written
+
+
+def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
+    found = []
+    scaling = raw.get("rope_scaling") or {}
+    kind = {**scaling, **(raw.get("rope_parameters") or {})}
+    name = kind.get("rope_type", kind.get("type", "default"))
+    if name != "default":
+        found.append(
+            Refusal(
+                "rope_scaling",
+                f"GPT-NeoX has no RoPE scaling, and this model uses {name!r}",
+                "set it to null to go on without the scaling, at the model's original length",
+            )
+        )
+    if raw.get("hidden_act", "gelu") not in [n for hf, _, _ in _ACTIVATIONS.values() for n in hf]:
+        found.append(
+            Refusal(
+                "hidden_act",
+                f"GPT-NeoX has no activation {raw['hidden_act']!r}",
+                "only models with one of gelu, gelu_fast, gelu_new, relu, silu, mish have a form there",
+            )
+        )
+    base = rope_of(raw)[1]
+    if not base.is_integer():
+        found.append(
+            Refusal(
+                "rotary_emb_base",
+                f"GPT-NeoX takes whole numbers only, and this is {base}",
+                "round it, if that is close enough for you, in config.json",
+            )
+        )
+    if raw.get("quantization_config"):
+        found.append(
+            Refusal(
+                "quantization_config",
+                "GPT-NeoX has no quantized weights",
+                "convert the original, unquantized model",
+            )
+        )
+    return found
+
+
+def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
+    """What the real GPT-NeoX computes and no GPTNeoXForCausalLM does (megatron/model/)."""
+    found = refuse_common(raw)
+    pos = raw.get("pos_emb") or "learned"
+    if pos != "rotary":
+        found.append(
+            Refusal(
+                "pos_emb",
+                f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
+                "only a GPT-NeoX target can hold it (--to neox)",
+            )
+        )
+    norm = raw.get("norm") or "layernorm"
+    if norm not in ("layernorm",):
+        found.append(
+            Refusal(
+                "norm",
+                f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
+                "only a GPT-NeoX target can hold it (--to neox)",
+            )
+        )
+    kind = raw.get("activation") or "gelu"
+    if kind not in [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]:
+        found.append(
+            Refusal(
+                "activation",
+                f"transformers' gpt_neox has no {kind!r}",
+                "only a GPT-NeoX target can hold it (--to neox)",
+            )
+        )
+    heads = raw.get("num_attention_heads")
+    if raw.get("num_kv_heads") not in (None, heads):
+        found.append(
+            Refusal(
+                "num_kv_heads",
+                "transformers' gpt_neox has no grouped-query attention",
+                "only a GPT-NeoX target can hold it (--to neox)",
+            )
+        )
+    if raw.get("gpt_j_residual") and raw.get("use_bias_in_mlp") is False:
+        found.append(
+            Refusal(
+                "use_bias_in_mlp",
+                "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
+                "without their attention, which nothing in transformers does",
+                "train with use_bias_in_mlp: true, or convert to another GPT-NeoX layout",
+            )
+        )
+    kinds = attention_kinds(raw) - {"global", "flash"}
+    if kinds:
+        found.append(
+            Refusal(
+                "attention_config",
+                f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
+                "only a GPT-NeoX target can hold it (--to neox)",
+            )
+        )
+    return found
+
+
+def _matches_neox(raw: Mapping[str, Any]) -> bool:
+    """Whether a yml is of this family: plain MLP and norms with the names used here."""
+    gated = ("geglu", "reglu", "swiglu", "bilinear", "glu")
+    plain_mlp = raw.get("activation") not in gated and raw.get("mlp_type") in (None, "regular")
+    return plain_mlp and (raw.get("norm") or "layernorm") == "layernorm"
+
+
+def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[tuple[str, str, str]]:
+    """(code, message, remedy): where config.json contradicts itself or what is known."""
+    found = []
+    rope = raw.get("rope_parameters") or {}
+    for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
+        if old in raw and new in rope and float(raw[old]) != float(rope[new]):
+            found.append(
+                (
+                    "rope-spellings-differ",
+                    f"config.json says {old}: {raw[old]} and rope_parameters.{new}: {rope[new]}; "
+                    "transformers 4 reads the first, 5 the second, which is taken here",
+                    "correct config.json if the first is right",
+                )
+            )
+    if config.activation == "gelu" and _looks_like_pythia(config):
+        found.append(
+            (
+                "pythia-gelu",
+                'config.json says hidden_act: "gelu", as all published Pythia do, but Pythia was '
+                'trained with the tanh form ("gelu_fast"); the exact form is written as told, '
+                "which moves the logits by some 1e-3",
+                'for the trained form set hidden_act: "gelu_fast" in config.json and convert again',
+            )
+        )
+    return found
+
+
+def _looks_like_pythia(config: ModelConfig) -> bool:
+    from neox_bridge.architectures.shapes import PYTHIA
+
+    shape = (config.layers, config.hidden, config.heads, config.dims["vocab"])
+    return any(shape == (s.layers, s.hidden, s.heads, s.rows) for s in PYTHIA.values())
+
+
+def drop_tied_norms(config: ModelConfig) -> ModelConfig:
+    """The config of the same model with its shared norm written twice."""
+    return replace(config, tied_norms=False)
+
+
+ARCHITECTURE = Architecture(
+    name="gpt_neox",
+    hf_class="GPTNeoXForCausalLM",
+    model_type="gpt_neox",
+    prefix="gpt_neox.",
+    weights=_WEIGHTS,
+    dropped={
+        f"{_LAYER}attention.rotary_emb.inv_freq": "derived from rotary_emb_base",
+        f"{_LAYER}attention.bias": "a causal mask",
+        f"{_LAYER}attention.masked_bias": "a constant of the causal mask",
+        "gpt_neox.rotary_emb.inv_freq": "derived from rotary_emb_base",
+        "gpt_neox.rotary_emb.original_inv_freq": "derived from rotary_emb_base",
+    },
+    aliases={"lm_head.weight": "embed_out.weight"},
+    read_hf=_read_hf,
+    write_hf=_write_hf,
+    read_neox=_read_neox,
+    write_neox=_write_neox,
+    refuse_hf_source=_refuse_hf_source,
+    refuse_neox_source=_refuse_neox_source,
+    matches_neox=_matches_neox,
+    findings_hf_source=_findings_hf_source,
+)

@@ -1,0 +1,63 @@
+"""What every family shares of a GPT-NeoX yml: numbers that yaml reads as text, and refusals."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from neox_bridge.architectures.base import Refusal
+from neox_bridge.errors import BridgeError
+
+Number = TypeVar("Number", int, float)
+
+
+def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
+    """``value`` as an int or a float; yaml reads 1e-5 as text. BridgeError names the key."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise BridgeError(f"{key}: {value!r} isn't a number. Correct it in the config.") from None
+
+
+def attention_kinds(raw: Mapping[str, Any]) -> set[str]:
+    """The attention types that a yml names, in any of its nested spellings."""
+    return set(re.findall(r"[a-z_]+", str(raw.get("attention_config") or ""))) - {"all"}
+
+
+def refuse_common(raw: Mapping[str, Any]) -> list[Refusal]:
+    """Settings of GPT-NeoX that no causal language model of transformers has."""
+    only_neox = "only a GPT-NeoX target can hold it (--to neox)"
+    checks: tuple[tuple[str, bool, str, str], ...] = (
+        (
+            "moe_num_experts",
+            int(raw.get("moe_num_experts") or 1) > 1 or int(raw.get("num_experts") or 1) > 1,
+            "mixture-of-experts layers have no form in this family",
+            "there is none yet",
+        ),
+        (
+            "soft_prompt_tuning",
+            bool((raw.get("soft_prompt_tuning") or {}).get("enabled", False)),
+            "transformers has no soft prompts inside the model",
+            only_neox,
+        ),
+        ("use_qk_layernorm", bool(raw.get("use_qk_layernorm")), "norms on q and k", only_neox),
+        ("use_mup", bool(raw.get("use_mup")), "muP scales the logits and the attention", only_neox),
+        (
+            "sliding_window_width",
+            bool(raw.get("sliding_window_width")),
+            "this family has no sliding window in transformers",
+            only_neox,
+        ),
+        (
+            "train_impl",
+            raw.get("train_impl") == "rm",
+            "a reward model has another head",
+            only_neox,
+        ),
+        (
+            "num_unique_layers",
+            raw.get("num_unique_layers") not in (None, raw.get("num_layers")),
+            "layers that share weights have no form in transformers",
+            only_neox,
+        ),
+    )
+    return [Refusal(key, reason, way) for key, hit, reason, way in checks if hit]

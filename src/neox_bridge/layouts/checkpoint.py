@@ -1,0 +1,94 @@
+"""An opened source, of either kind: its tensors as wholes, its config, and what it says of itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal, Weight
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.eras import InvFreq, MlpNames
+from neox_bridge.planning.pieces import Dropped, Shape, Whole
+
+Kind = Literal["hf", "neox"]
+LayoutName = Literal["layers", "ranks"]
+RECORD = "neox_bridge.json"
+
+
+@dataclass(frozen=True, slots=True)
+class NeoxState:
+    """How a GPT-NeoX checkpoint is laid out, and what else it holds.
+
+    step: the folder, ``global_stepN``. args: what GPT-NeoX compares at load.
+    optimizer: the names of the files of optimizer states.
+    """
+
+    root: str
+    step: str
+    layout: LayoutName
+    tp: int
+    pp: int
+    mlp_names: MlpNames
+    inv_freq: InvFreq
+    iteration: int
+    args: Mapping[str, Any]
+    ds_version: str
+    optimizer: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source, ready to be described or planned from; no tensor has been read.
+
+    tensors: by Hugging Face name. raw: config.json, or the merged yml with underscore keys.
+    refusals: what the other kind can't express of it.
+    record: what ``neox_bridge.json`` in it says, for sources that this tool wrote.
+    tokenizer: absolute paths of tokenizer files that came with it.
+    tokenizer_size: entries of the tokenizer, where one was found.
+    """
+
+    kind: Kind
+    path: str
+    architecture: Architecture
+    config: ModelConfig
+    raw: Mapping[str, Any]
+    tensors: Mapping[str, Whole]
+    files: tuple[str, ...]
+    refusals: tuple[Refusal, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    neox: NeoxState | None = None
+    tokenizer: tuple[str, ...] = ()
+    tokenizer_size: int | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    revision: str = ""
+
+
+def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:
+    """The size of each named dimension, from tensors' whole shapes by name.
+
+    Raises BridgeError naming both tensors where two contradict each other.
+    """
+    dims: dict[str, tuple[int, str]] = {}
+    for name, (weight, shape) in found.items():
+        if len(shape) != len(weight.shape):
+            raise BridgeError(
+                f"{path}: {name} has the shape {list(shape)}; {len(weight.shape)} dimensions "
+                "are expected. The file is damaged or of another kind of model."
+            )
+        for dim, size in zip(weight.shape, shape, strict=True):
+            known, witness = dims.setdefault(dim, (size, name))
+            if known != size:
+                raise BridgeError(
+                    f"{path}: {name} has the shape {list(shape)}, which contradicts {witness}: "
+                    f"its {dim} size is {size} here and {known} there. One of the files is "
+                    "damaged or of another model; copy or download it again."
+                )
+    return {dim: size for dim, (size, _) in dims.items()}
+
+
+def some(names: list[str], most: int = 6) -> str:
+    """A short list of names for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,51 @@
+"""Stored derived buffers, compared with what the config says they must be."""
+
+from collections.abc import Mapping
+
+from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.findings import Finding
+from neox_bridge.formats.tensor_ref import TensorRef
+
+# the rounding of a stored value, twice: once stored, once computed on another machine
+_ROUNDING = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+_SUBNORMAL = {"float16": 6e-8}
+
+
+def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> list[Finding]:
+    """A finding where a stored inv_freq isn't that of the config's base and fraction.
+
+    Old transformers computed with the stored one, GPT-NeoX never does
+    (megatron/model/positional_embeddings.py), so that such a model differs between the two.
+    """
+    if not stored:
+        return []
+    from neox_bridge.planning.derived import inv_freq_error
+
+    worst, where = 0.0, ""
+    for name, ref in stored.items():
+        if ref.dtype not in _ROUNDING or ref.strides is not None:
+            continue
+        with open(ref.file, "rb") as file:
+            file.seek(ref.offset)
+            error = inv_freq_error(config, file.read(ref.nbytes), ref.dtype)
+        if error > _ROUNDING[ref.dtype] + _subnormal(config, ref.dtype) and error > worst:
+            worst, where = error, name
+    if not where:
+        return []
+    return [
+        Finding(
+            "inv-freq-differs",
+            "warning",
+            f"{where} deviates from what rotary_emb_base {config.rotary_base:g} and rotary_pct "
+            f"{config.rotary_pct:g} give, by {worst:.2g} of its value",
+            "check both in the config; the buffer itself isn't carried over",
+        )
+    ]
+
+
+def _subnormal(config: ModelConfig, dtype: str) -> float:
+    """What fp16's coarser steps below 6e-5 add to the relative rounding of the smallest value."""
+    if dtype not in _SUBNORMAL or not config.rotary_dim:
+        return 0.0
+    smallest = config.rotary_base ** -((config.rotary_dim - 2) / config.rotary_dim)
+    return _SUBNORMAL[dtype] / smallest

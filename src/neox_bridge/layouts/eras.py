@@ -1,0 +1,55 @@
+"""How GPT-NeoX trees of some time name, store and order things."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neox_bridge.errors import BridgeError
+
+MlpNames = Literal["linear", "dense"]
+InvFreq = Literal["omit", "store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Era:
+    """A span of GPT-NeoX's history.
+
+    mlp_names: mlp.linear1/linear2 since 0d4bdb96 (2024-09, #1212), before it
+        mlp.dense_h_to_4h/dense_4h_to_h.
+    inv_freq: whether the tree expects the buffer: always before e109bf5e (2024-03, #1168), later
+        only with rotary_save_freqs_buffer.
+    inv_freq_key: whether the tree knows rotary_save_freqs_buffer (unknown keys are refused).
+    plain_mlp_4h: the plain MLP is always 4 times as wide as the model.
+    """
+
+    name: str
+    until: str
+    mlp_names: MlpNames
+    inv_freq: InvFreq
+    inv_freq_key: bool
+    plain_mlp_4h: bool
+
+
+ERAS: tuple[Era, ...] = (
+    Era("2024-03", "before e109bf5e of 2024-03-04", "dense", "store", False, True),
+    Era("2024-09", "from 2024-03 to before 0d4bdb96 of 2024-09", "dense", "omit", True, True),
+    Era("2024-10", "from 2024-09 to before 96c242eb of 2024-11", "linear", "omit", True, False),
+    Era("today", "since 2024-11", "linear", "omit", True, False),
+)
+TODAY = ERAS[-1]
+DENSE = {
+    "mlp.linear1.weight": "mlp.dense_h_to_4h.weight",
+    "mlp.linear1.bias": "mlp.dense_h_to_4h.bias",
+    "mlp.linear2.weight": "mlp.dense_4h_to_h.weight",
+    "mlp.linear2.bias": "mlp.dense_4h_to_h.bias",
+}
+LINEAR = {old: new for new, old in DENSE.items()}
+
+
+def era_named(name: str) -> Era:
+    """The era of ``neox@2024-03`` or ``2024-03``. Raises BridgeError naming the known ones."""
+    short = name.removeprefix("neox@")
+    for era in ERAS:
+        if era.name == short:
+            return era
+    known = ", ".join(f"neox@{era.name} ({era.until})" for era in ERAS)
+    raise BridgeError(f"--for {name}: no such GPT-NeoX is known. Known are {known}.")

@@ -1,0 +1,239 @@
+"""Opens a Hugging Face folder: safetensors or ``pytorch_model*.bin``, one file or sharded."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from neox_bridge.architectures import for_hf
+from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import FLOATING
+from neox_bridge.formats.safetensors import read_safetensors
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, solve_dims, some
+from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.text_files import read_json
+from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
+from neox_bridge.layouts.weights import expand, model_weights
+from neox_bridge.planning.pieces import Dropped, whole_of
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+def open_hf(path: str, revision: str = "") -> Checkpoint:
+    """Open a folder with a config.json. Raises BridgeError or Refused, naming file or key."""
+    raw = read_json(os.path.join(path, "config.json"))
+    architecture = for_hf(raw)
+    refs, files = _read_tensors(path)
+    named, dropped = _normalise(architecture, refs, path)
+    if raw.get("tie_word_embeddings") and "embed_out.weight" in named:
+        del named["embed_out.weight"]
+        dropped.append(Dropped("embed_out.weight", "the embeddings are tied"))
+    layers = _count_layers(named, path, raw)
+    found = {
+        name: (weight, named[name].shape)
+        for weight, block in expand(architecture, layers)
+        if (name := weight.hf.format(i=block)) in named and weight.split != "derived"
+    }
+    presence = Presence(frozenset(named), dtype_of_most(named.values()), layers)
+    _require(architecture, presence, named, path, raw)
+    dims = solve_dims(found, path)
+    config = architecture.read_hf(raw, dims, presence)
+    _check_names(architecture, config, named, path)
+    check_heads(config, dims, "config.json: num_attention_heads")
+    findings = [
+        Finding(c, "warning", m, r) for c, m, r in architecture.findings_hf_source(raw, config)
+    ]
+    findings += _check_sizes(raw, dims)
+    inv_freqs = {k: v for k, v in refs.items() if k.endswith("rotary_emb.inv_freq")}
+    findings += check_inv_freq(config, inv_freqs)
+    tokenizer = tokenizer_files(path)
+    record_path = os.path.join(path, RECORD)
+    generation = os.path.join(path, "generation_config.json")
+    return Checkpoint(
+        kind="hf",
+        path=path,
+        architecture=architecture,
+        config=config,
+        raw=raw,
+        tensors={name: whole_of(ref) for name, ref in named.items()},
+        files=files,
+        refusals=tuple(architecture.refuse_hf_source(raw)),
+        dropped=tuple(dropped),
+        findings=tuple(findings),
+        record=read_json(record_path) if os.path.exists(record_path) else {},
+        tokenizer=tokenizer,
+        tokenizer_size=tokenizer_size(tokenizer),
+        generation=read_json(generation) if os.path.exists(generation) else {},
+        revision=revision,
+    )
+
+
+def _read_tensors(path: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+    for single in _SINGLE:
+        file = os.path.join(path, single)
+        if os.path.exists(file):
+            return _read_file(file), (file,)
+        if os.path.exists(index := f"{file}.index.json"):
+            return _read_sharded(path, index)
+    raise BridgeError(
+        f"{path} has a config.json, but none of {', '.join(_SINGLE)} or their index files. "
+        "Download the weights too."
+    )
+
+
+def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
+    tensors: dict[str, TensorRef] = {}
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if os.path.basename(name) != name:
+            raise BridgeError(
+                f"{index} names {name!r}, which isn't a file beside it. Don't use it."
+            )
+        file = os.path.join(path, name)
+        if not os.path.exists(file):
+            raise BridgeError(
+                f"{file} is missing, and {os.path.basename(index)} names it. Download it."
+            )
+        for key, ref in _read_file(file).items():
+            if weight_map.get(key, name) == name:
+                if key in tensors:
+                    raise BridgeError(f"{key} stands in two files of {path}. Remove one of them.")
+                tensors[key] = ref
+    if missing := sorted(set(weight_map) - set(tensors)):
+        raise BridgeError(f"{index} names tensors that its files don't hold: {some(missing)}.")
+    return tensors, tuple(os.path.join(path, name) for name in names)
+
+
+def _read_file(file: str) -> dict[str, TensorRef]:
+    if file.endswith(".safetensors"):
+        return read_safetensors(file)
+    from neox_bridge.formats.torch_file import read_torch
+
+    value = read_torch(file)
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    if not isinstance(value, dict):
+        raise BridgeError(f"{file} holds no state dict. Is it the weights of a model?")
+    return {str(k): v for k, v in value.items() if isinstance(v, TensorRef)}
+
+
+def _normalise(
+    architecture: Architecture, refs: Mapping[str, TensorRef], path: str
+) -> tuple[dict[str, TensorRef], list[Dropped]]:
+    """Tensors under the names of the table, and the known buffers that go."""
+    known = {weight.hf.format(i="#") for weight in architecture.weights}
+    reasons = {name.format(i="#"): reason for name, reason in architecture.dropped.items()}
+    named: dict[str, TensorRef] = {}
+    dropped, unknown = [], []
+    for key, ref in refs.items():
+        name = architecture.aliases.get(key, key)
+        pattern = re.sub(r"\.\d+\.", ".#.", name, count=1)
+        if pattern not in known and pattern not in reasons:
+            name, pattern = architecture.prefix + name, architecture.prefix + pattern
+        if pattern in reasons:
+            dropped.append(Dropped(key, reasons[pattern]))
+        elif pattern in known:
+            if name in named:
+                raise BridgeError(f"{path}: {key} stands there twice, under two names.")
+            named[name] = ref
+        else:
+            unknown.append(key)
+    if unknown:
+        raise BridgeError(
+            f"{path} holds tensors that no {architecture.model_type} model has: "
+            f"{some(sorted(unknown))}. They would be lost; remove them first if that is right."
+        )
+    return named, dropped
+
+
+def _count_layers(named: Mapping[str, TensorRef], path: str, raw: Mapping[str, Any]) -> int:
+    numbers = {int(m.group(1)) for key in named if (m := re.search(r"\.layers\.(\d+)\.", key))}
+    layers = max(numbers, default=-1) + 1
+    told = raw.get("num_hidden_layers")
+    if told is not None and told != layers:
+        raise BridgeError(
+            f"{path}: config.json says num_hidden_layers: {told}, and the files hold {layers}. "
+            "A file is missing, or the config is another model's."
+        )
+    return layers
+
+
+def _require(
+    architecture: Architecture,
+    presence: Presence,
+    named: Mapping[str, TensorRef],
+    path: str,
+    raw: Mapping[str, Any],
+) -> None:
+    """The weights that every model has are there; the optional ones are checked later."""
+    missing = [
+        name
+        for weight, block in expand(architecture, presence.layers)
+        if not weight.flag and weight.split != "derived"
+        if (name := weight.hf.format(i=block)) not in named
+    ]
+    if not raw.get("tie_word_embeddings") and "embed_out.weight" not in named:
+        missing.append("embed_out.weight")
+    if missing:
+        raise BridgeError(
+            f"{path}: tensors are missing: {some(missing)}. Download the files again."
+        )
+
+
+def _check_names(
+    architecture: Architecture, config: ModelConfig, named: Mapping[str, TensorRef], path: str
+) -> None:
+    want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
+    if missing := sorted(want - set(named)):
+        raise BridgeError(
+            f"{path}: tensors are missing: {some(missing)}. Download the files again."
+        )
+    if extra := sorted(set(named) - want):
+        raise BridgeError(f"{path}: some blocks have tensors that others lack: {some(extra)}.")
+
+
+def dtype_of_most(refs: Any) -> str:
+    """The floating dtype of most elements."""
+    count: Counter[str] = Counter()
+    for ref in refs:
+        if ref.dtype in FLOATING:
+            count[ref.dtype] += prod(ref.shape)
+    return count.most_common(1)[0][0] if count else "float32"
+
+
+def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> None:
+    """BridgeError unless the heads divide the hidden size and QKV is three times as large."""
+    if config.heads < 1 or config.hidden % config.heads:
+        raise BridgeError(
+            f"{where}: {config.heads} doesn't divide the hidden size {config.hidden}. "
+            "The config is another model's."
+        )
+    if dims["qkv"] != 3 * config.hidden:
+        raise BridgeError(
+            f"attention.query_key_value has {dims['qkv']} rows; a hidden size of {config.hidden} "
+            "takes three times as many. Grouped-query attention isn't of this family."
+        )
+
+
+def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> list[Finding]:
+    found = []
+    told = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
+    for key, dim in told.items():
+        if key in raw and raw[key] != dims[dim]:
+            found.append(
+                Finding(
+                    "config-size",
+                    "warning",
+                    f"config.json says {key}: {raw[key]}, and the tensors say {dims[dim]}, which "
+                    "is taken",
+                )
+            )
+    return found

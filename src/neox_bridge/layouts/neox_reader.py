@@ -1,0 +1,366 @@
+"""Opens a GPT-NeoX folder: a root with ``latest``, or one ``global_stepN``, in either layout."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from neox_bridge.architectures import for_neox
+from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.formats.yml import merge_ymls
+from neox_bridge.layouts.checkpoint import (
+    RECORD,
+    Checkpoint,
+    LayoutName,
+    NeoxState,
+    solve_dims,
+    some,
+)
+from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.eras import LINEAR
+from neox_bridge.layouts.hf_reader import check_heads, dtype_of_most
+from neox_bridge.layouts.text_files import read_json, read_text
+from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
+from neox_bridge.layouts.weights import expand, layer_of, model_weights
+from neox_bridge.planning.geometry import gather, whole_shape
+from neox_bridge.planning.pieces import Dropped
+
+_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+_OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_STEP = re.compile(r"global_step(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What the files hold: per tensor-parallel rank, per GPT-NeoX layer, tensors by name."""
+
+    layout: LayoutName
+    ranks: list[dict[int, dict[str, TensorRef]]]
+    meta: Mapping[str, Any]
+    stages: int
+    files: tuple[str, ...]
+
+
+def step_folder(path: str, step: int | None) -> tuple[str, str]:
+    """(root, global_stepN) of a path: the tag in ``latest``, or the step asked for."""
+    path = os.path.abspath(path)
+    if _STEP.fullmatch(os.path.basename(path)):
+        if step is not None and os.path.basename(path) != f"global_step{step}":
+            raise BridgeError(f"--step {step}: {path} is one step already. Name its parent.")
+        return os.path.dirname(path), os.path.basename(path)
+    steps = sorted(
+        (name for name in os.listdir(path) if _STEP.fullmatch(name)), key=lambda n: int(n[11:])
+    )
+    if step is not None:
+        tag = f"global_step{step}"
+    elif os.path.isfile(latest := os.path.join(path, "latest")):
+        tag = read_text(latest).strip()
+    elif len(steps) == 1:
+        tag = steps[0]
+    else:
+        raise BridgeError(f"{path} has no file `latest`. Name one with --step: {some(steps)}.")
+    if tag not in steps:
+        why = f"--step {step}" if step is not None else "the file `latest`"
+        raise BridgeError(
+            f"{path} has no folder {tag!r}, which {why} names. There are: {some(steps) or 'none'}; "
+            "choose one with --step."
+        )
+    return path, tag
+
+
+def open_neox(path: str, step: int | None = None, configs: Sequence[str] = ()) -> Checkpoint:
+    """Open a checkpoint folder. Raises BridgeError or Refused, naming the file or the key.
+
+    configs: yml files to use in place of those in ``global_stepN/configs``.
+    """
+    root, tag = step_folder(path, step)
+    folder = os.path.join(root, tag)
+    raw, findings = _read_configs(folder, configs)
+    names = sorted(os.listdir(folder))
+    if zero3 := [name for name in names if _ZERO3.fullmatch(name)]:
+        raise Refused(
+            f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which holds slices of parameters. "
+            "Gather it first: python zero_to_fp32.py, or save with "
+            "stage3_gather_16bit_weights_on_model_save: true."
+        )
+    read = _read_layers(folder, names, raw) if any(map(_LAYER.fullmatch, names)) else None
+    read = read or _read_ranks(folder, names)
+    args = read.meta.get("args") or {}
+    _check_args(raw, args, read, folder)
+    architecture = for_neox(raw)
+    layers = int(_setting("num_layers", raw, args, folder))
+    checkpoint = _assemble(architecture, read, raw, layers, folder)
+    record_path = os.path.join(folder, RECORD)
+    record = read_json(record_path) if os.path.exists(record_path) else {}
+    tokenizer = _tokenizer(root, raw)
+    state = NeoxState(
+        root=root,
+        step=tag,
+        layout=read.layout,
+        tp=len(read.ranks),
+        pp=read.stages if read.layout == "layers" else 0,
+        mlp_names="dense" if _has(read, "mlp.dense_h_to_4h.weight") else "linear",
+        inv_freq="store" if _has(read, "attention.rotary_emb.inv_freq") else "omit",
+        iteration=int(read.meta.get("iteration") or int(tag[11:])),
+        args=dict(args),
+        ds_version=str(read.meta.get("ds_version") or ""),
+        optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
+    )
+    config, tensors, dropped, more = checkpoint
+    dropped += [Dropped(f"{tag}/{name}", "optimizer states") for name in state.optimizer]
+    if isinstance(read.meta.get("optimizer"), dict):
+        dropped.append(Dropped(f"{tag}/mp_rank_*: optimizer", "optimizer states"))
+    return Checkpoint(
+        kind="neox",
+        path=os.path.abspath(path),
+        architecture=architecture,
+        config=config,
+        raw=raw,
+        tensors=tensors,
+        files=read.files,
+        refusals=tuple(architecture.refuse_neox_source(raw)),
+        dropped=tuple(dropped),
+        findings=(*findings, *more),
+        record=record,
+        neox=state,
+        tokenizer=tokenizer,
+        tokenizer_size=tokenizer_size(tokenizer) or record.get("tokenizer_size"),
+        generation=record.get("generation_config") or {},
+    )
+
+
+def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
+    if not configs:
+        inside = os.path.join(folder, "configs")
+        names = sorted(os.listdir(inside)) if os.path.isdir(inside) else []
+        configs = [os.path.join(inside, n) for n in names if n.endswith((".yml", ".yaml", ".json"))]
+    if not configs:
+        raise BridgeError(
+            f"{folder} has no configs/*.yml, and without them the heads, the norms and the rotary "
+            "settings are unknown. Name the yml files of the run with --config."
+        )
+    return merge_ymls(configs)
+
+
+def _setting(key: str, raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> Any:
+    value = raw.get(key, args.get(key))
+    if value is None:
+        raise BridgeError(f"{folder}/configs: {key} is missing, and nothing else tells it. Add it.")
+    return value
+
+
+def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
+    found = {(int(m[1]), int(m[2])): m[0] for n in names if (m := _LAYER.fullmatch(n))}
+    tp = max(rank for _, rank in found) + 1
+    stage_files = [name for name in names if _RANK.fullmatch(name)]
+    meta = _read_meta(os.path.join(folder, stage_files[0])) if stage_files else {}
+    args = meta.get("args") or {}
+    tp = max(tp, int(args.get("model_parallel_size") or 1))
+    told = args.get("num_layers", raw.get("num_layers"))
+    last = max(layer for layer, _ in found)
+    layers = int(told) if told is not None else last - (4 if raw.get("no_weight_tying") else 3)
+    want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in found}
+    if raw.get("no_weight_tying"):
+        want.add(layers + 4)
+    missing = [
+        f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+        for layer in sorted(want)
+        for rank in range(tp)
+        if (layer, rank) not in found
+    ]
+    if missing:
+        raise BridgeError(
+            f"{folder} isn't whole: {some(missing)} missing, of {layers} layers on {tp} "
+            "tensor-parallel ranks. Copy the checkpoint again."
+        )
+    ranks: list[dict[int, dict[str, TensorRef]]] = [{} for _ in range(tp)]
+    for (layer, rank), name in sorted(found.items()):
+        path = os.path.join(folder, name)
+        ranks[rank][layer] = _tensors(read_torch(path), path)
+    files = [os.path.join(folder, name) for name in (*found.values(), *stage_files)]
+    stages = max(1, len(stage_files) // tp)
+    return _Read("layers", ranks, meta, stages, tuple(sorted(files)))
+
+
+def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
+    found = {int(m[1]): m[0] for name in names if (m := _RANK.fullmatch(name))}
+    if not found:
+        raise BridgeError(
+            f"{folder} holds neither layer_*-model_*-model_states.pt nor "
+            "mp_rank_*_model_states.pt: it isn't a GPT-NeoX checkpoint, or only part of one."
+        )
+    values = {}
+    for rank, name in sorted(found.items()):
+        values[rank] = _read_meta(os.path.join(folder, name))
+    first = values[min(values)]
+    args = first.get("args") or {}
+    tp = max(max(found) + 1, int(args.get("model_parallel_size") or 1))
+    if missing := [f"mp_rank_{r:02d}_model_states.pt" for r in range(tp) if r not in found]:
+        raise BridgeError(
+            f"{folder} isn't whole: {some(missing)} missing, of {tp} tensor-parallel ranks. "
+            "Copy the checkpoint again."
+        )
+    ranks = []
+    for rank in range(tp):
+        path = os.path.join(folder, found[rank])
+        module = values[rank].get("module")
+        if not isinstance(module, dict):
+            raise BridgeError(
+                f"{path} holds no weights (module), and there are no layer_*-model_*-model_states.pt "
+                "beside it, which would. Copy the checkpoint again."
+            )
+        ranks.append(_by_layer(_tensors(module, path), path))
+    files = tuple(os.path.join(folder, name) for _, name in sorted(found.items()))
+    return _Read("ranks", ranks, first, 1, files)
+
+
+def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str, TensorRef]]:
+    layers: dict[int, dict[str, TensorRef]] = {}
+    for key, ref in tensors.items():
+        match = re.fullmatch(r"(?:module\.)?sequential\.(\d+)\.(.+)", key)
+        if match is None:
+            raise BridgeError(f"{path}: {key} isn't named sequential.N.…, as GPT-NeoX names them.")
+        layers.setdefault(int(match[1]), {})[match[2]] = ref
+    return layers
+
+
+def _read_meta(path: str) -> dict[str, Any]:
+    value = read_torch(path)
+    if not isinstance(value, dict):
+        raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no dictionary.")
+    return value
+
+
+def _tensors(value: object, path: str) -> dict[str, TensorRef]:
+    if not isinstance(value, dict):
+        raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no state dict.")
+    if strange := [str(k) for k, v in value.items() if not isinstance(v, TensorRef)]:
+        raise BridgeError(
+            f"{path}: not a tensor: {some(strange)}. This isn't known to be of a model."
+        )
+    return {str(key): ref for key, ref in value.items()}
+
+
+def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, folder: str) -> None:
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if key in raw and key in args and raw[key] != args[key]:
+            raise BridgeError(
+                f"{folder}: the yml says {key}: {raw[key]}, and the checkpoint's own args say "
+                f"{args[key]}. The yml is another model's; name the right one with --config."
+            )
+    told = args.get("model_parallel_size")
+    if told is not None and int(told) != len(read.ranks):
+        raise BridgeError(
+            f"{folder} holds files of {len(read.ranks)} tensor-parallel ranks, and its args say "
+            f"{told}: left-over files of another layout? Keep only one layout's."
+        )
+
+
+def _has(read: _Read, name: str) -> bool:
+    return any(name in tensors for tensors in read.ranks[0].values())
+
+
+_Assembled = tuple[ModelConfig, dict[str, Any], list[Dropped], list[Finding]]
+
+
+def _assemble(
+    architecture: Architecture, read: _Read, raw: Mapping[str, Any], layers: int, folder: str
+) -> _Assembled:
+    """The wholes of the ranks' tensors, checked against the table and each other."""
+    tp = len(read.ranks)
+    shards: dict[str, list[TensorRef]] = {}
+    names: dict[str, str] = {}
+    stored: dict[str, TensorRef] = {}
+    left = {(rank, n, key) for rank in range(tp) for n, t in read.ranks[rank].items() for key in t}
+    found, presence_names = {}, set()
+    for weight, block in expand(architecture, layers):
+        number = layer_of(weight, block, layers)
+        key = _key_of(read.ranks[0].get(number, {}), weight.neox)
+        if key is None:
+            continue
+        name = weight.hf.format(i=block)
+        refs = []
+        for rank in range(tp):
+            ref = read.ranks[rank].get(number, {}).get(key)
+            if ref is None:
+                raise BridgeError(f"{folder}: layer {number} of rank {rank} lacks {key}.")
+            if ref.shape != read.ranks[0][number][key].shape:
+                raise BridgeError(
+                    f"{folder}: {key} of layer {number} has the shape {list(ref.shape)} on rank "
+                    f"{rank} and {list(read.ranks[0][number][key].shape)} on rank 0. The files are "
+                    "of different checkpoints; copy the checkpoint again."
+                )
+            refs.append(ref)
+            left.discard((rank, number, key))
+        if weight.split == "derived":
+            stored[f"layer {number}: {key}"] = refs[0]
+            continue
+        shards[name], names[name] = refs, f"layer {number}: {key}"
+        presence_names.add(weight.neox if block == 0 else name)
+        if len(refs[0].shape) == len(weight.shape):
+            found[names[name]] = (weight, whole_shape(weight.split, refs[0].shape, tp))
+        else:
+            found[names[name]] = (weight, refs[0].shape)
+    if left:
+        strange = sorted(f"layer {n}: {key}" for _, n, key in left)
+        raise BridgeError(
+            f"{folder} holds tensors that no {architecture.name} model has: {some(strange)}. "
+            "They would be lost, so nothing is converted."
+        )
+    dims = solve_dims(found, folder)
+    dtype = dtype_of_most(refs[0] for refs in shards.values())
+    missing = [
+        names.get(name, f"layer {layer_of(weight, block, layers)}: {weight.neox}")
+        for weight, block in expand(architecture, layers)
+        if not weight.flag and weight.split != "derived"
+        if (name := weight.hf.format(i=block)) not in shards
+    ]
+    if missing:
+        raise BridgeError(f"{folder}: tensors are missing: {some(missing)}. Copy it again.")
+    presence = Presence(frozenset(presence_names), dtype, layers)
+    config = architecture.read_neox({**raw, "num_layers": layers}, dims, presence)
+    want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
+    if lacking := sorted(want - set(shards)):
+        raise BridgeError(
+            f"{folder}: tensors are missing, in Hugging Face's words: {some(lacking)}."
+        )
+    if extra := sorted(set(shards) - want):
+        raise BridgeError(
+            f"{folder}: tensors that the config denies: {some(extra)}. Correct the yml."
+        )
+    check_heads(config, dims, f"{folder}/configs: num_attention_heads")
+    splits = {w.hf.format(i=b): w.split for w, b in expand(architecture, layers)}
+    tensors = {
+        name: gather(splits[name], refs, config.parallel_residual) for name, refs in shards.items()
+    }
+    dropped = [Dropped(name, "derived from rotary_emb_base") for name in stored]
+    return config, tensors, dropped, check_inv_freq(config, stored)
+
+
+def _key_of(tensors: Mapping[str, TensorRef], name: str) -> str | None:
+    """How a layer spells a name of today: as it is, or as trees before 2024-09 did."""
+    old = next((old for old, new in LINEAR.items() if new == name), name)
+    return next((key for key in (name, old) if key in tensors), None)
+
+
+def _tokenizer(root: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The yml's vocab_file with what lies beside it, or the files that this tool put in the root."""
+    told = raw.get("vocab_file")
+    places = [str(told), os.path.join(root, os.path.basename(str(told)))] if told else []
+    for place in places:
+        if os.path.isfile(place) and place.endswith(".json") and _is_hf(raw):
+            beside = tokenizer_files(os.path.dirname(os.path.abspath(place)))
+            named = os.path.basename(place) == "tokenizer.json"
+            return beside if named else (os.path.abspath(place),)
+    return tokenizer_files(os.path.join(root, "tokenizer"))
+
+
+def _is_hf(raw: Mapping[str, Any]) -> bool:
+    return str(raw.get("tokenizer_type") or "HFTokenizer").lower() == "hftokenizer"

@@ -1,0 +1,68 @@
+"""Tells what a path is, and opens it."""
+
+import os
+import re
+from collections.abc import Sequence
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint, Kind
+
+_REPO = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def detect(path: str) -> Kind:
+    """Whether a folder is of Hugging Face or of GPT-NeoX. Raises BridgeError if it is neither."""
+    if not os.path.isdir(path):
+        raise BridgeError(f"{path} isn't a folder. Name the folder that holds the checkpoint.")
+    names = os.listdir(path)
+    if re.fullmatch(r"global_step\d+", os.path.basename(os.path.abspath(path))):
+        return "neox"
+    if "latest" in names or any(re.fullmatch(r"global_step\d+", name) for name in names):
+        return "neox"
+    if "config.json" in names:
+        return "hf"
+    if any(name.endswith("model_states.pt") for name in names):
+        raise BridgeError(
+            f"{path} holds GPT-NeoX files, but isn't named global_stepN. Rename it, so that its "
+            "step is known."
+        )
+    raise BridgeError(
+        f"{path} is neither a Hugging Face model (no config.json) nor a GPT-NeoX checkpoint "
+        "(no `latest`, no global_stepN). Is it the right folder?"
+    )
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    step: int | None = None,
+    configs: Sequence[str] = (),
+) -> Checkpoint:
+    """Open a folder of either kind, or a model of the Hugging Face Hub by its id.
+
+    Raises BridgeError or Refused; nothing in the checkpoint is executed.
+    """
+    if os.path.exists(source):
+        if revision is not None:
+            raise BridgeError(f"--revision is for models of the Hub, and {source} is a folder.")
+        kind = detect(source)
+        if kind == "neox":
+            from neox_bridge.layouts.neox_reader import open_neox
+
+            return open_neox(source, step, configs)
+        if step is not None or configs:
+            raise BridgeError(f"--step and --config are for GPT-NeoX sources, {source} is another.")
+        from neox_bridge.layouts.hf_reader import open_hf
+
+        return open_hf(os.path.abspath(source))
+    match = _REPO.fullmatch(source)
+    if match is None or source.startswith((".", "/", "~")):
+        raise BridgeError(f"{source}: no such folder.")
+    if match[2] and revision is not None:
+        raise BridgeError(f"{source} names a revision already; leave out --revision.")
+    from neox_bridge.layouts.hf_reader import open_hf
+    from neox_bridge.layouts.hub import download
+
+    wanted = match[2] or revision
+    return open_hf(download(match[1], wanted), revision=f"{match[1]}@{wanted or 'main'}")

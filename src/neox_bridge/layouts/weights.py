@@ -1,0 +1,40 @@
+"""Which weights a model of this config has, by name and block."""
+
+from collections.abc import Iterator
+
+from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
+
+_FLAGS = {
+    "": lambda _: True,
+    "attention_bias": lambda c: c.attention_bias,
+    "mlp_bias": lambda c: c.mlp_bias,
+    "norm_bias": lambda c: c.norm_bias,
+    "untied": lambda c: not c.tied_embeddings,
+}
+
+
+def exists(weight: Weight, config: ModelConfig) -> bool:
+    """Whether a model of this config has the weight."""
+    return bool(_FLAGS[weight.flag](config))
+
+
+def layer_of(weight: Weight, block: int, layers: int) -> int:
+    """GPT-NeoX's number of the layer that holds a weight (megatron/model/gpt2_model.py)."""
+    fixed = {"embed": 0, "norm": layers + 3, "head": layers + 4}
+    return fixed.get(weight.place, block + 2)
+
+
+def expand(architecture: Architecture, layers: int) -> Iterator[tuple[Weight, int]]:
+    """Every weight with its block (0 outside the blocks), in the order of GPT-NeoX's layers."""
+    for place in ("embed", "block", "norm", "head"):
+        weights = [weight for weight in architecture.weights if weight.place == place]
+        for block in range(layers if place == "block" else 1):
+            for weight in weights:
+                yield weight, block
+
+
+def model_weights(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[Weight, int]]:
+    """The weights, none of the derived values, that a model of this config has."""
+    for weight, block in expand(architecture, config.layers):
+        if weight.split != "derived" and exists(weight, config):
+            yield weight, block

@@ -1,0 +1,116 @@
+"""How tensor parallelism lays a tensor over its ranks: one description, used in both directions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from neox_bridge.architectures.base import Split
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.planning.pieces import (
+    OutputTensor,
+    Piece,
+    Shape,
+    Whole,
+    box,
+    cut,
+)
+
+_SPLIT_DIM: dict[str, int] = {"column": 0, "vocab": 0, "row": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A box that lies at ``whole`` in the whole tensor and at ``shard`` in one rank's."""
+
+    whole: Shape
+    shard: Shape
+    shape: Shape
+
+
+def blocks(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Block, ...]:
+    """The boxes of a tensor of this (whole) shape that one of ``tp`` ranks holds."""
+    zero = (0,) * len(shape)
+    if split not in _SPLIT_DIM:
+        return (Block(zero, zero, shape),)
+    dim, part = _SPLIT_DIM[split], shard_shape(split, shape, tp)
+    start = tuple(rank * part[d] if d == dim else 0 for d in range(len(shape)))
+    return (Block(start, zero, part),)
+
+
+def shard_shape(split: Split, shape: Shape, tp: int) -> Shape:
+    """The shape of one rank's part; the split dimension must be divisible by ``tp``."""
+    dim = _SPLIT_DIM.get(split)
+    return tuple(size // tp if d == dim else size for d, size in enumerate(shape))
+
+
+def whole_shape(split: Split, shape: Shape, tp: int) -> Shape:
+    """The inverse of ``shard_shape``."""
+    dim = _SPLIT_DIM.get(split)
+    return tuple(size * tp if d == dim else size for d, size in enumerate(shape))
+
+
+def gather(split: Split, shards: Sequence[TensorRef], row_bias_sums: bool) -> Whole:
+    """One tensor from its shards, by rank.
+
+    row_bias_sums: with gpt_j_residual each rank adds its row bias before the all-reduce, so that
+        the model's bias is the sum; without it each rank holds the whole bias
+        (GPT-NeoX megatron/model/transformer.py, ParallelTransformerLayer.forward).
+    """
+    tp = len(shards)
+    shape = whole_shape(split, shards[0].shape, tp)
+    if tp > 1 and split not in _SPLIT_DIM:
+        reduce = "sum" if split == "row_bias" and row_bias_sums else "replica"
+        pieces = tuple(box(ref) for ref in shards)
+        return Whole(shards[0].dtype, shape, pieces, reduce, tuple(shards))
+    pieces = tuple(
+        Piece(ref, block.shard, block.whole, block.shape)
+        for rank, ref in enumerate(shards)
+        for block in blocks(split, shape, tp, rank)
+    )
+    return Whole(shards[0].dtype, shape, pieces, shards=tuple(shards))
+
+
+def scatter(
+    name: str, split: Split, whole: Whole, tp: int, rank: int, *, row_bias: str
+) -> OutputTensor:
+    """One rank's part of a tensor.
+
+    row_bias: what a row bias becomes: "whole" on rank 0 and -0.0 elsewhere, so that the sum is
+        exact for every bit pattern; "split": divided by ``tp``; "replicated".
+    """
+    if len(whole.shards) == tp:
+        ref = whole.shards[rank]
+        return OutputTensor(name, ref.dtype, ref.shape, (box(ref),))
+    shape = shard_shape(split, whole.shape, tp)
+    output = OutputTensor(name, whole.dtype, shape, reduce=whole.reduce, random=whole.random)
+    if split == "row_bias" and tp > 1:
+        if row_bias == "whole" and rank > 0:
+            return replace(output, pieces=(constant(shape, -0.0),), reduce="none")
+        if row_bias == "split":
+            output = replace(output, divisor=tp)
+    pieces = tuple(
+        piece
+        for block in blocks(split, whole.shape, tp, rank)
+        for piece in cut(whole, block.whole, block.shape, block.shard)
+    )
+    return replace(output, pieces=pieces)
+
+
+def constant(shape: Shape, value: float, to: Shape | None = None) -> Piece:
+    """A box of a constant, at the destination's start unless told."""
+    zero = (0,) * len(shape)
+    return Piece(None, zero, to or zero, shape, value)
+
+
+def with_rows(whole: Whole, rows: int) -> Whole:
+    """The tensor with its first rows only, or with zero rows added at its end."""
+    have = whole.shape[0]
+    if rows == have:
+        return whole
+    shape = (rows, *whole.shape[1:])
+    zero = (0,) * len(shape)
+    kept = (min(rows, have), *shape[1:])
+    pieces = cut(whole, zero, kept, zero)
+    if rows > have:
+        added = (rows - have, *shape[1:])
+        pieces += (constant(added, 0.0, (have, *zero[1:])),)
+    return replace(whole, shape=shape, pieces=pieces, shards=())

@@ -1,0 +1,171 @@
+"""The plan as plain data: boxes of source tensors, output tensors, output files."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Literal
+
+from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous, row_major
+
+Shape = tuple[int, ...]
+Reduce = Literal["none", "sum", "replica"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a source tensor, and where in the destination it goes.
+
+    source: None for a constant, whose value is ``fill`` (0.0, or -0.0 which keeps sums exact).
+    start, to, shape: in elements, one number a dimension; source and destination have the same
+        number of dimensions.
+    """
+
+    source: TensorRef | None
+    start: Shape
+    to: Shape
+    shape: Shape
+    fill: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor of the model as one, wherever its pieces lie.
+
+    reduce: "none": the pieces tile the tensor. "sum", "replica": every source holds all of it, one
+        for each tensor-parallel rank; the value is their sum, or any of them (their mean where
+        they differ).
+    shards: the source's own tensors by tensor-parallel rank, where it has ranks.
+    random: a seed, for a tensor that is made up (``neox-bridge toy``).
+    """
+
+    dtype: str
+    shape: Shape
+    pieces: tuple[Piece, ...] = ()
+    reduce: Reduce = "none"
+    shards: tuple[TensorRef, ...] = ()
+    random: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of an output file.
+
+    offset: bytes from the file's start, once a format has placed it.
+    dtype: that of the output; sources of another dtype are cast.
+    divisor: the values are divided by it (row biases split over ranks).
+    inline: the bytes themselves, for the few derived ones.
+    crc_at: where in the file the CRC-32 of the tensor's bytes belongs (zip containers).
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    pieces: tuple[Piece, ...] = ()
+    reduce: Reduce = "none"
+    divisor: int = 1
+    inline: bytes | None = None
+    random: int | None = None
+    offset: int = 0
+    crc_at: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file below the target: literal bytes and tensors, or a copy of another file.
+
+    path: relative to the target.
+    literals: (offset, bytes): headers, pickles, small text files.
+    copy_of: an absolute path, for files that are taken over as they are.
+    """
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...] = ()
+    tensors: tuple[OutputTensor, ...] = ()
+    copy_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Something of the source that isn't in the target, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion writes, before a byte is written.
+
+    source, target: what they are, in words and numbers (see ``plan.schema.json``).
+    blanks: what the user has still to fill in, as (file, key).
+    """
+
+    source: dict[str, object]
+    target: dict[str, object]
+    files: tuple[OutputFile, ...]
+    dropped: tuple[Dropped, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    blanks: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all output files."""
+        return sum(file.size for file in self.files)
+
+
+def whole_of(ref: TensorRef) -> Whole:
+    """A source tensor as the whole of a tensor."""
+    return Whole(ref.dtype, ref.shape, (box(ref),))
+
+
+def box(ref: TensorRef) -> Piece:
+    """All of a source tensor, at the destination's start."""
+    zero = (0,) * len(ref.shape)
+    return Piece(ref, zero, zero, ref.shape)
+
+
+def cut(whole: Whole, start: Shape, shape: Shape, to: Shape) -> tuple[Piece, ...]:
+    """The pieces of a box of ``whole``, moved so that the box's corner lies at ``to``."""
+    return tuple(_clip(whole.pieces, start, shape, to))
+
+
+def _clip(pieces: Iterable[Piece], start: Shape, shape: Shape, to: Shape) -> Iterable[Piece]:
+    dims = range(len(shape))
+    for piece in pieces:
+        low = tuple(max(piece.to[d], start[d]) for d in dims)
+        high = tuple(min(piece.to[d] + piece.shape[d], start[d] + shape[d]) for d in dims)
+        if any(low[d] >= high[d] for d in dims):
+            continue
+        yield replace(
+            piece,
+            start=tuple(piece.start[d] + low[d] - piece.to[d] for d in dims),
+            to=tuple(to[d] + low[d] - start[d] for d in dims),
+            shape=tuple(high[d] - low[d] for d in dims),
+        )
+
+
+def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
+    """(source offset, destination offset, bytes) of a piece that is one run of bytes on both sides.
+
+    shape: that of the destination tensor; its offset is counted from the tensor's first byte.
+    None where the piece is strided on either side, or a constant.
+    """
+    ref = piece.source
+    if ref is None:
+        return None
+    strides = ref.strides or row_major(ref.shape)
+    to_strides = row_major(shape)
+    if not (is_contiguous(piece.shape, strides) and is_contiguous(piece.shape, to_strides)):
+        return None
+    size = itemsize(ref.dtype)
+    first = sum(a * b for a, b in zip(piece.start, strides, strict=True))
+    target = sum(a * b for a, b in zip(piece.to, to_strides, strict=True))
+    return ref.offset + first * size, target * size, prod(piece.shape) * size
