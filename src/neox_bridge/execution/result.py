@@ -1,0 +1,23 @@
+"""What an execution did."""
+
+from dataclasses import dataclass
+
+from neox_bridge.findings import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Bytes by how they got there, and what was noticed on the way.
+
+    copied: bytes that the kernel moved (copy_file_range) or that passed through unchanged.
+    transformed: bytes that numpy made: strided, cast, summed, filled.
+    findings: replicas that differed, values that became non-finite in a cast.
+    """
+
+    target: str
+    files: int
+    size: int
+    copied: int
+    transformed: int
+    seconds: float
+    findings: tuple[Finding, ...] = ()

@@ -1,0 +1,39 @@
+"""What a user asks of a conversion, as data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neox_bridge.layouts.checkpoint import Kind, LayoutName
+from neox_bridge.layouts.eras import TODAY, Era, InvFreq, MlpNames
+
+DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
+RowBias = Literal["whole", "split"]
+VocabRows = Literal["keep", "tokenizer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """None means: as the source has it, where it is a GPT-NeoX checkpoint, else the default.
+
+    to: the kind to write; by default the other one than the source's.
+    tp, pp, layout, inv_freq, mlp_names, era, row_bias, vocab_multiple, vocab_rows: GPT-NeoX targets.
+    pp: pipeline stages; 0 is the same as the layout "ranks".
+    vocab_multiple: make_vocab_size_divisible_by.
+    vocab_rows: "tokenizer" cuts the rows that no entry of the tokenizer has.
+    shard_size: bytes of a Hugging Face shard at most, unless one tensor is larger.
+    tokenizer: a folder with tokenizer files, or a tokenizer.json.
+    """
+
+    to: Kind | None = None
+    dtype: DTypeChoice = "keep"
+    tp: int | None = None
+    pp: int | None = None
+    layout: LayoutName | None = None
+    inv_freq: InvFreq | None = None
+    mlp_names: MlpNames | None = None
+    era: Era = TODAY
+    row_bias: RowBias = "whole"
+    vocab_multiple: int | None = None
+    vocab_rows: VocabRows = "keep"
+    shard_size: int = 5_000_000_000
+    tokenizer: str | None = None
