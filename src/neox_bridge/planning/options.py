@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.layouts.checkpoint import Kind, LayoutName
-from neox_bridge.layouts.eras import TODAY, Era, InvFreq, MlpNames
+from neox_bridge.layouts.eras import Era, InvFreq, MlpNames
 
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]
@@ -31,7 +31,7 @@ class Options:
     layout: LayoutName | None = None
     inv_freq: InvFreq | None = None
     mlp_names: MlpNames | None = None
-    era: Era = TODAY
+    era: Era | None = None
     row_bias: RowBias = "whole"
     vocab_multiple: int | None = None
     vocab_rows: VocabRows = "keep"
