@@ -1,7 +1,10 @@
 """Tokenizer files: found, measured, and where the other side looks for them."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.text_files import read_json
@@ -16,6 +19,26 @@ NAMES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-NeoX's end of a document (megatron/tokenizer/tokenizer.py)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A tokenizer's files by the names that they get, with their sizes in bytes.
+
+    files: (name in the target, absolute path, bytes). generated: (name, content).
+    size: entries, added ones too; None where there is no tokenizer.
+    end_of_text: the id of END_OF_TEXT.
+    main: the target's name of the file that says everything.
+    """
+
+    files: tuple[tuple[str, str, int], ...] = ()
+    generated: tuple[tuple[str, bytes], ...] = ()
+    size: int | None = None
+    end_of_text: int | None = None
+    main: str | None = None
 
 
 def tokenizer_files(folder: str) -> tuple[str, ...]:
@@ -49,14 +72,38 @@ def main_file(files: Sequence[str]) -> str | None:
 
 def tokenizer_size(files: Sequence[str]) -> int | None:
     """How many entries a tokenizer has, added ones too: what GPT-NeoX pads (get_vocab_size())."""
-    file = main_file(files)
-    if file is None:
-        return None
+    return len(_entries(file)) if (file := main_file(files)) else None
+
+
+def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
+    """The files of a tokenizer under the names that both sides know; Tokenizer() for none."""
+    if not files:
+        return Tokenizer()
+    main = main_file(files)
+    ends = _entries(main).get(END_OF_TEXT) if main else None
+    copies = [
+        ("tokenizer.json" if file == main else os.path.basename(file), file, os.path.getsize(file))
+        for file in files
+    ]
+    names = {name for name, _, _ in copies}
+    generated = []
+    if main and "tokenizer_config.json" not in names:
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if ends is not None:
+            config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        generated.append(("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode()))
+    size = len(_entries(main)) if main else None
+    name = "tokenizer.json" if main else None
+    return Tokenizer(tuple(copies), tuple(generated), size, ends, name)
+
+
+def _entries(file: str) -> Mapping[str, int]:
     data = read_json(file)
     try:
         vocab = data["model"]["vocab"]
-        names = {entry[0] for entry in vocab} if isinstance(vocab, list) else set(vocab)
-        names |= {token["content"] for token in data.get("added_tokens") or ()}
+        if isinstance(vocab, list):
+            vocab = {entry[0]: number for number, entry in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        return {**vocab, **added}
     except (KeyError, TypeError, IndexError):
         raise BridgeError(f"{file} isn't a tokenizer.json: no vocabulary in it.") from None
-    return len(names)

@@ -79,7 +79,7 @@ def scatter(
     """
     if len(whole.shards) == tp:
         ref = whole.shards[rank]
-        return OutputTensor(name, ref.dtype, ref.shape, (box(ref),))
+        return OutputTensor(name, whole.dtype, ref.shape, (box(ref),))
     shape = shard_shape(split, whole.shape, tp)
     output = OutputTensor(name, whole.dtype, shape, reduce=whole.reduce, random=whole.random)
     if split == "row_bias" and tp > 1:

@@ -1,0 +1,33 @@
+"""What plans of both kinds need: casts, vocabulary rows, small files, the tokenizer."""
+
+from dataclasses import replace
+
+from neox_bridge.architectures.base import Weight
+from neox_bridge.formats.dtypes import FLOATING
+from neox_bridge.layouts.tokenizer import Tokenizer
+from neox_bridge.planning.geometry import with_rows
+from neox_bridge.planning.options import DTypeChoice
+from neox_bridge.planning.pieces import OutputFile, Whole
+
+
+def cast(whole: Whole, dtype: DTypeChoice) -> Whole:
+    """The tensor in another floating dtype; integers stay what they are."""
+    if dtype == "keep" or whole.dtype not in FLOATING:
+        return whole
+    return replace(whole, dtype=dtype)
+
+
+def drop_vocabulary_rows(whole: Whole, weight: Weight, rows: int) -> Whole:
+    """The tensor with this many vocabulary rows, if it has such rows at all."""
+    return with_rows(whole, rows) if weight.split == "vocab" else whole
+
+
+def text_file(path: str, data: bytes) -> OutputFile:
+    """A small file whose bytes are in the plan."""
+    return OutputFile(path, len(data), ((0, data),))
+
+
+def tokenizer_outputs(tokenizer: Tokenizer, folder: str = "") -> list[OutputFile]:
+    """The tokenizer's files below ``folder`` (with its slash)."""
+    copies = [OutputFile(folder + n, size, copy_of=p) for n, p, size in tokenizer.files]
+    return copies + [text_file(folder + name, data) for name, data in tokenizer.generated]

@@ -1,0 +1,57 @@
+"""The README.md of a Hugging Face folder: what it is, where it comes from, how to use it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neox_bridge import __version__
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.planning.pieces import Dropped
+from neox_bridge.planning.record import source_summary
+
+
+def model_card(
+    checkpoint: Checkpoint, summary: Mapping[str, Any], dropped: Sequence[Dropped]
+) -> bytes:
+    """Markdown with the front matter that the Hub reads."""
+    config = checkpoint.config
+    source = source_summary(checkpoint)
+    name = source["name"]
+    where = "GPT-NeoX" if checkpoint.kind == "neox" else "Hugging Face"
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in source.items())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{checkpoint.architecture.name}, neox-bridge]",
+        "---",
+        f"# {name}",
+        "",
+        f"{summary['parameters']:,} parameters in {summary['dtype']}: {config.layers} layers, "
+        f"hidden size {config.hidden}, {config.heads} heads, {summary['vocab_rows']:,} rows of "
+        "vocabulary.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained(".")  # this folder',
+        "```",
+        "",
+        "## Provenance",
+        "",
+        f"Converted by neox-bridge {__version__} from a {where} checkpoint, bit for bit"
+        f"{'' if summary['dtype'] == config.dtype else ' before a cast'}.",
+        "",
+        "| source | |",
+        "|---|---|",
+        rows,
+        "",
+    ]
+    if dropped:
+        reasons: dict[str, int] = {}
+        for drop in dropped:
+            reasons[drop.reason] = reasons.get(drop.reason, 0) + 1
+        lines.append("Left out:")
+        lines.append("")
+        lines += [f"- {count} × {reason}" for reason, count in reasons.items()]
+        lines.append("")
+    return "\n".join(lines).encode()

@@ -1,0 +1,84 @@
+"""``neox_bridge.json``: what the target can't say, so that the way back is exact."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from neox_bridge import __version__
+from neox_bridge.layouts.checkpoint import Checkpoint
+
+FORMAT = 1
+# where a run was, not what it was: paths, hosts and accounts stay at home
+_PRIVATE = re.compile(
+    r"wandb_.*|.*_data_paths?|data_path|.*_dir|.*file|load|save|master_.*|account|comment|"
+    r"include|exclude|launcher.*|deepspeed_slurm|s3_.*|user_script|git_hash|.*_path|comet_.*"
+)
+
+
+def hf_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Beside a Hugging Face model: the source, and the run's settings where it was GPT-NeoX's."""
+    record: dict[str, Any] = _base(checkpoint)
+    if checkpoint.kind == "neox" and checkpoint.neox is not None:
+        record["neox"] = {
+            "iteration": checkpoint.neox.iteration,
+            "layout": checkpoint.neox.layout,
+            "tensor_parallel": checkpoint.neox.tp,
+            "pipeline_stages": checkpoint.neox.pp,
+            "yml": public_settings(checkpoint.raw),
+        }
+    elif "neox" in checkpoint.record:
+        record["neox"] = checkpoint.record["neox"]
+    return record
+
+
+def neox_record(checkpoint: Checkpoint, rows: int, tokenizer_size: int | None) -> dict[str, Any]:
+    """In a global_stepN: the source's own vocabulary rows and Hugging Face configs."""
+    record = _base(checkpoint)
+    record["vocab_size"] = rows
+    if tokenizer_size is not None:
+        record["tokenizer_size"] = tokenizer_size
+    if checkpoint.kind == "hf":
+        record["config"] = dict(checkpoint.raw)
+        if checkpoint.generation:
+            record["generation_config"] = dict(checkpoint.generation)
+    else:
+        kept = ("config", "generation_config")
+        record |= {key: checkpoint.record[key] for key in kept if key in checkpoint.record}
+    return record
+
+
+def source_summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where a checkpoint comes from, without the paths of the machine."""
+    found: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
+    if checkpoint.revision:
+        found["revision"] = checkpoint.revision
+    if checkpoint.neox is not None:
+        found["iteration"] = checkpoint.neox.iteration
+        found["layout"] = checkpoint.neox.layout
+        found["tensor_parallel"] = checkpoint.neox.tp
+        found["pipeline_stages"] = checkpoint.neox.pp
+    found["dtype"] = checkpoint.config.dtype
+    return found
+
+
+def public_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The merged yml without paths, hosts and accounts."""
+    return {key: value for key, value in raw.items() if not _PRIVATE.fullmatch(key)}
+
+
+def _base(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "written_by": f"neox-bridge {__version__}",
+        "source": source_summary(checkpoint),
+    }
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    parts = checkpoint.path.rstrip("/").split("/")
+    if checkpoint.neox is not None:
+        root = checkpoint.neox.root.rstrip("/").split("/")[-1]
+        return f"{root}/{checkpoint.neox.step}"
+    if checkpoint.revision:
+        return checkpoint.revision.split("@")[0]
+    return parts[-1]

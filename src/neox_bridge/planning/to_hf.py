@@ -1,0 +1,182 @@
+"""Plans a Hugging Face folder: shards, index, config.json, tokenizer, model card, record."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.findings import Finding
+from neox_bridge.formats.safetensors import layout_safetensors
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.text_files import dump_json
+from neox_bridge.layouts.tokenizer import Tokenizer
+from neox_bridge.layouts.weights import expand, model_weights
+from neox_bridge.planning.common import (
+    cast,
+    drop_vocabulary_rows,
+    text_file,
+    tokenizer_outputs,
+)
+from neox_bridge.planning.geometry import constant
+from neox_bridge.planning.model_card import model_card
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import Dropped, OutputFile, OutputTensor, Plan, Whole
+from neox_bridge.planning.record import hf_record
+
+
+def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:
+    """Everything of a Hugging Face folder that holds this model."""
+    architecture = checkpoint.architecture
+    wholes, config, dropped, findings = _model(checkpoint)
+    rows, more = _rows_to_keep(checkpoint, options, tokenizer)
+    dropped += more
+    config = replace(config, dims={**config.dims, "vocab": rows})
+    if options.dtype != "keep":
+        config = replace(config, dtype=options.dtype)
+    tensors = []
+    for weight, block in model_weights(architecture, config):
+        name = weight.hf.format(i=block)
+        whole = drop_vocabulary_rows(wholes[name], weight, rows)
+        tensors.append(_output(name, cast(whole, options.dtype)))
+    shards = _shards(tensors, options.shard_size)
+    files = [layout_safetensors(name, group) for name, group in shards.items()]
+    if len(files) > 1:
+        files.append(_index(shards))
+    eos = tokenizer.end_of_text
+    if eos is not None and checkpoint.kind == "neox":
+        config = replace(config, bos_token_id=eos, eos_token_id=eos)
+    raw = _config_json(architecture, checkpoint, config)
+    files.append(text_file("config.json", dump_json(raw)))
+    files.append(text_file("generation_config.json", dump_json(_generation(checkpoint, raw))))
+    files += tokenizer_outputs(tokenizer)
+    files.append(text_file(RECORD, dump_json(hf_record(checkpoint))))
+    summary = {
+        "kind": "hf",
+        "architecture": architecture.name,
+        "layout": f"{len(shards)} safetensors file{'s' if len(shards) > 1 else ''}",
+        "dtype": config.dtype,
+        "vocab_rows": rows,
+        "parameters": sum(prod(tensor.shape) for tensor in tensors),
+    }
+    files.append(text_file("README.md", model_card(checkpoint, summary, dropped)))
+    notes = () if tokenizer.files else ("no tokenizer is written; --tokenizer PATH adds one",)
+    return Plan({}, summary, tuple(files), tuple(dropped), tuple(findings), (), notes)
+
+
+def _model(
+    checkpoint: Checkpoint,
+) -> tuple[dict[str, Whole], ModelConfig, list[Dropped], list[Finding]]:
+    """The tensors and the config in the form that transformers has for this model."""
+    wholes, config = dict(checkpoint.tensors), checkpoint.config
+    dropped: list[Dropped] = []
+    findings: list[Finding] = []
+    if config.tied_norms:
+        for weight, block in expand(checkpoint.architecture, config.layers):
+            if weight.neox.startswith("post_attention_layernorm"):
+                name = weight.hf.format(i=block)
+                if name in wholes:
+                    dropped.append(Dropped(name, "unused with gpt_j_tied: true"))
+                wholes[name] = wholes[name.replace("post_attention", "input")]
+        config = replace(config, tied_norms=False)
+    if checkpoint.kind == "neox" and not (config.mlp_bias and config.norm_bias):
+        config = replace(config, mlp_bias=True, norm_bias=True)
+        added = _add_biases(checkpoint.architecture, config, wholes)
+        findings.append(
+            Finding(
+                "biases-added",
+                "info",
+                f"{added} biases that the source lacks are written as zeros, since transformers' "
+                "gpt_neox always has them",
+            )
+        )
+    return wholes, config, dropped, findings
+
+
+def _add_biases(
+    architecture: Architecture, config: ModelConfig, wholes: dict[str, Whole]
+) -> int:
+    added = 0
+    for weight, block in model_weights(architecture, config):
+        name = weight.hf.format(i=block)
+        if name not in wholes:
+            shape = tuple(config.dims[dim] for dim in weight.shape)
+            wholes[name] = Whole(config.dtype, shape, (constant(shape, -0.0),))
+            added += 1
+    return added
+
+
+def _rows_to_keep(
+    checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer
+) -> tuple[int, list[Dropped]]:
+    """Rows of the embeddings: all, but for the padding that this tool itself added."""
+    rows = checkpoint.config.dims["vocab"]
+    keep = min(rows, int(checkpoint.record.get("vocab_size") or rows))
+    why = "padding that the way to GPT-NeoX had added"
+    if options.vocab_rows == "tokenizer" and tokenizer.size is not None and tokenizer.size < keep:
+        keep, why = tokenizer.size, "no entry of the tokenizer has them (--vocab-rows tokenizer)"
+    if keep == rows:
+        return rows, []
+    return keep, [Dropped(f"vocabulary rows {keep} to {rows - 1}", why)]
+
+
+def _output(name: str, whole: Whole) -> OutputTensor:
+    return OutputTensor(
+        name, whole.dtype, whole.shape, whole.pieces, whole.reduce, random=whole.random
+    )
+
+
+def _shards(tensors: Sequence[OutputTensor], limit: int) -> dict[str, list[OutputTensor]]:
+    groups: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
+
+
+def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> OutputFile:
+    tensors: Iterable[OutputTensor] = [t for group in shards.values() for t in group]
+    metadata = {
+        "total_parameters": sum(prod(t.shape) for t in tensors),
+        "total_size": sum(t.nbytes for t in tensors),
+    }
+    weight_map = {t.name: file for file, group in shards.items() for t in group}
+    body = dump_json({"metadata": metadata, "weight_map": weight_map})
+    return text_file("model.safetensors.index.json", body)
+
+
+def _config_json(
+    architecture: Architecture, checkpoint: Checkpoint, config: ModelConfig
+) -> dict[str, Any]:
+    """config.json in both spellings; the original's own words where it says the same model."""
+    written = architecture.write_hf(config)
+    original = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config")
+    if not isinstance(original, dict) or original.get("model_type") != architecture.model_type:
+        return written
+    names = frozenset(w.hf.format(i=b) for w, b in model_weights(architecture, config))
+    presence = Presence(names, config.dtype, config.layers)
+    then = architecture.read_hf(original, config.dims, presence)
+    same = replace(
+        then, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+    ) == replace(config, initializer_range=then.initializer_range)
+    if not same:
+        return written
+    # what follows from this writing, not from the model
+    again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
+    rope = ("rotary_pct", "rotary_emb_base", "rope_parameters")
+    fresh = {key: written[key] for key in (*again, *rope)}
+    return {**written, **original, **fresh}
+
+
+def _generation(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> dict[str, Any]:
+    if checkpoint.generation:
+        return dict(checkpoint.generation)
+    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
+    return {"_from_model_config": True, **ids}

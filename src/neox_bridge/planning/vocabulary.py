@@ -1,0 +1,62 @@
+"""How many rows the embeddings get: GPT-NeoX pads them, and refuses another number than its own.
+
+At start it computes ``ceil(V / (m * TP)) * m * TP`` from the tokenizer's size V, the setting
+make_vocab_size_divisible_by m and the tensor-parallel size (megatron/tokenizer/tokenizer.py,
+_vocab_size_with_padding), and compares the result with the checkpoint's args.
+"""
+
+from dataclasses import dataclass
+
+from neox_bridge.errors import Refused
+
+FIRST_MULTIPLE = 128  # GPT-NeoX's default
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """rows: kept of the source. padded: rows of the target. multiple: make_vocab_size_divisible_by.
+
+    size: what stands for the tokenizer's number of entries; None where it isn't known.
+    """
+
+    rows: int
+    padded: int
+    multiple: int
+    size: int | None
+
+
+def padded_size(size: int, multiple: int, tp: int) -> int:
+    """The rows that GPT-NeoX computes for a tokenizer of ``size`` entries."""
+    step = multiple * tp
+    return -(-size // step) * step
+
+
+def fit(rows: int, size: int, tp: int, multiple: int | None) -> Vocabulary:
+    """The smallest multiple, 128 doubled as often as needed, that leaves room for every row.
+
+    multiple: the one to take instead. Raises Refused where it would leave rows out.
+    """
+    chosen = multiple or FIRST_MULTIPLE
+    while padded_size(size, chosen, tp) < rows:
+        if multiple is not None:
+            raise Refused(
+                f"--vocab-multiple {multiple}: GPT-NeoX would have "
+                f"{padded_size(size, multiple, tp)} rows for {size} entries at TP {tp}, and the "
+                f"source has {rows}. Take a larger one, leave the option out, or cut the rows that "
+                "no entry of the tokenizer has with --vocab-rows tokenizer."
+            )
+        chosen *= 2
+    return Vocabulary(rows, padded_size(size, chosen, tp), chosen, size)
+
+
+def keep(rows: int, multiple: int, tp: int, new_tp: int) -> Vocabulary:
+    """For a GPT-NeoX source whose tokenizer isn't known: right for whatever size it has.
+
+    The step m * TP stays where the new TP divides it, so that GPT-NeoX computes what it did; else
+    one step holds all rows.
+    """
+    step = multiple * tp
+    if step % new_tp == 0 and rows % step == 0:
+        return Vocabulary(rows, rows, step // new_tp, None)
+    whole = -(-rows // new_tp)
+    return Vocabulary(rows, whole * new_tp, whole, None)
