@@ -87,6 +87,7 @@ class Architecture:
     hf_class, model_type: as Hugging Face's config.json names them.
     dropped: Hugging Face names of buffers that are derived, with ``{i}``, and why they go.
     aliases: other names that files use, mapped to ours.
+    model_keys: the keys of a GPT-NeoX yml that say which model it is, not how it is trained.
     prefix: what precedes most names in files of the whole model, and isn't there in those of the
         bare one.
     """
@@ -105,6 +106,7 @@ class Architecture:
     refuse_hf_source: Callable[[Mapping[str, Any]], list[Refusal]]
     refuse_neox_source: Callable[[Mapping[str, Any]], list[Refusal]]
     matches_neox: Callable[[Mapping[str, Any]], bool]
+    model_keys: frozenset[str]
     findings_hf_source: Callable[[Mapping[str, Any], ModelConfig], list[tuple[str, str, str]]] = (
         field(default=lambda _raw, _config: [])
     )

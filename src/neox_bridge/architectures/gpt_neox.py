@@ -1,7 +1,6 @@
 """Pythia, GPT-NeoX-20B and their relatives: ``GPTNeoXForCausalLM`` on Hugging Face's side."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import (
@@ -85,6 +84,11 @@ _KEYS: tuple[tuple[str, str, Any, str, Any], ...] = (
     ("hidden_dropout", "hidden_dropout", 0.0, "hidden_dropout", 0.0),
     ("attention_dropout", "attention_dropout", 0.0, "attention_dropout", 0.0),
 )
+_MODEL_KEYS = frozenset(
+    """hidden_size intermediate_size norm pos_emb rotary_pct rotary_emb_base no_weight_tying
+    activation bias_gelu_fusion gpt_j_tied use_bias_in_attn_linear use_bias_in_mlp mlp_type
+    expansion_factor mlp_multiple_of num_kv_heads use_bias_in_norms""".split()
+) | {key for _, _, _, key, _ in _KEYS}
 _WRITTEN_ALWAYS = {"num_layers", "num_attention_heads", "max_position_embeddings", "gpt_j_residual"}
 _NUMBERS = {"layers": int, "heads": int, "max_positions": int, "norm_eps": float}
 _NUMBERS |= {"hidden_dropout": float, "attention_dropout": float}
@@ -238,7 +242,7 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "hidden_act",
                 f"GPT-NeoX has no activation {raw['hidden_act']!r}",
-                "only models with one of gelu, gelu_fast, gelu_new, relu, silu, mish have a form there",
+                "GPT-NeoX has gelu, gelu_fast, gelu_new, relu, silu and mish",
             )
         )
     base = rope_of(raw)[1]
@@ -362,11 +366,6 @@ def _looks_like_pythia(config: ModelConfig) -> bool:
     return any(shape == (s.layers, s.hidden, s.heads, s.rows) for s in PYTHIA.values())
 
 
-def drop_tied_norms(config: ModelConfig) -> ModelConfig:
-    """The config of the same model with its shared norm written twice."""
-    return replace(config, tied_norms=False)
-
-
 ARCHITECTURE = Architecture(
     name="gpt_neox",
     hf_class="GPTNeoXForCausalLM",
@@ -388,5 +387,6 @@ ARCHITECTURE = Architecture(
     refuse_hf_source=_refuse_hf_source,
     refuse_neox_source=_refuse_neox_source,
     matches_neox=_matches_neox,
+    model_keys=_MODEL_KEYS,
     findings_hf_source=_findings_hf_source,
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """rows: of the published embeddings, which were padded where trained with tensor parallelism."""
+    """rows: of the published embeddings, padded where trained with tensor parallelism."""
 
     layers: int
     hidden: int

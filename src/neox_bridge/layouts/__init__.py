@@ -1,1 +1,1 @@
-"""Where each side keeps a model: files, ranks, names and eras of GPT-NeoX, shards of Hugging Face."""
+"""Where each side keeps a model: files, ranks and eras of GPT-NeoX, shards of Hugging Face."""

@@ -1,4 +1,4 @@
-"""An opened source, of either kind: its tensors as wholes, its config, and what it says of itself."""
+"""An opened source of either kind: its tensors as wholes, its config, what it says of itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,6 +1,8 @@
 """How GPT-NeoX trees of some time name, store and order things."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
@@ -53,3 +55,26 @@ def era_named(name: str) -> Era:
             return era
     known = ", ".join(f"neox@{era.name} ({era.until})" for era in ERAS)
     raise BridgeError(f"--for {name}: no such GPT-NeoX is known. Known are {known}.")
+
+
+_CODES = {"3": "2024-03", "9": "2024-09", "10": "2024-10", "t": "today"}
+
+
+def known_keys(era: Era) -> frozenset[str]:
+    """The yml keys that a tree of this era takes; it refuses all others."""
+    text = files("neox_bridge.layouts").joinpath("neox_keys.txt").read_text(encoding="utf-8")
+    found = set()
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            key, codes = line.split()
+            if era.name in [_CODES[code] for code in codes.split(",")]:
+                found.add(key)
+    return frozenset(found)
+
+
+def fitting(mlp_names: MlpNames, inv_freq: InvFreq, raw: Mapping[str, object]) -> Era:
+    """The era whose trees write such names and buffers; raw: the yml of the run, or nothing."""
+    if mlp_names == "linear":
+        return TODAY
+    oldest = inv_freq == "store" and "rotary_save_freqs_buffer" not in raw
+    return ERAS[0] if oldest else ERAS[1]

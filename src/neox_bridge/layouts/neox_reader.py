@@ -213,8 +213,8 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
         module = values[rank].get("module")
         if not isinstance(module, dict):
             raise BridgeError(
-                f"{path} holds no weights (module), and there are no layer_*-model_*-model_states.pt "
-                "beside it, which would. Copy the checkpoint again."
+                f"{path} holds no weights (module), and no layer_*-model_*-model_states.pt lie "
+                "beside it. Copy the checkpoint again."
             )
         ranks.append(_by_layer(_tensors(module, path), path))
     files = tuple(os.path.join(folder, name) for _, name in sorted(found.items()))
@@ -351,9 +351,10 @@ def _key_of(tensors: Mapping[str, TensorRef], name: str) -> str | None:
 
 
 def _tokenizer(root: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """The yml's vocab_file with what lies beside it, or the files that this tool put in the root."""
+    """The yml's vocab_file with what lies beside it, or what this tool put in the root."""
     told = raw.get("vocab_file")
-    places = [str(told), os.path.join(root, os.path.basename(str(told)))] if told else []
+    names = (str(told), os.path.basename(str(told))) if told else ()
+    places = [os.path.join(root, name) for name in names]  # never relative to where we run
     for place in places:
         if os.path.isfile(place) and place.endswith(".json") and _is_hf(raw):
             beside = tokenizer_files(os.path.dirname(os.path.abspath(place)))

@@ -52,6 +52,6 @@ def model_card(
             reasons[drop.reason] = reasons.get(drop.reason, 0) + 1
         lines.append("Left out:")
         lines.append("")
-        lines += [f"- {count} × {reason}" for reason, count in reasons.items()]
+        lines += [f"- {reason} ({count})" for reason, count in reasons.items()]
         lines.append("")
     return "\n".join(lines).encode()

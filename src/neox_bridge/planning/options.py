@@ -16,7 +16,7 @@ class Options:
     """None means: as the source has it, where it is a GPT-NeoX checkpoint, else the default.
 
     to: the kind to write; by default the other one than the source's.
-    tp, pp, layout, inv_freq, mlp_names, era, row_bias, vocab_multiple, vocab_rows: GPT-NeoX targets.
+    tp, pp, layout, inv_freq, mlp_names, era, row_bias, vocab_multiple: for GPT-NeoX targets.
     pp: pipeline stages; 0 is the same as the layout "ranks".
     vocab_multiple: make_vocab_size_divisible_by.
     vocab_rows: "tokenizer" cuts the rows that no entry of the tokenizer has.

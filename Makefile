@@ -1,0 +1,46 @@
+# make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
+# make test   lint, types and tests
+# make bench  times beside cp
+PYTHON ?= python3
+DEV := .venv
+DEMO := .demo
+JOBS ?= 2
+
+.PHONY: demo test lint check test-neox bench clean
+
+demo: $(DEMO)/venv/.ready
+	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
+
+test: lint
+	$(DEV)/bin/python -m pytest -n $(JOBS)
+
+lint: $(DEV)/.ready
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+# the real GPT-NeoX: NEOX_HOME is a folder that holds its trees and a venv in which they run
+test-neox: $(DEV)/.ready
+	$(DEV)/bin/python -m pytest -m neox tests/neox
+
+bench: $(DEV)/.ready
+	$(DEV)/bin/python benchmarks/bench.py
+
+# the CPU build of torch is at this version; pip 25.1 is the first to know dependency groups
+$(DEV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(DEV)/bin/python -m pip install --quiet --editable . --group test
+	touch $@
+
+$(DEMO)/venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(DEMO)/venv
+	$(DEMO)/venv/bin/python -m pip install --quiet --editable .
+	touch $@
+
+clean:
+	rm -rf $(DEV) $(DEMO) .bench

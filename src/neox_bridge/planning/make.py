@@ -1,0 +1,67 @@
+"""One door to planning: what to write, from an opened source and what the user asks for."""
+
+import os
+from dataclasses import replace
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.layouts.checkpoint import Checkpoint, Kind
+from neox_bridge.layouts.tokenizer import Tokenizer, describe_tokenizer, tokenizer_at
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import Plan
+from neox_bridge.planning.record import source_summary
+from neox_bridge.planning.to_hf import plan_hf
+from neox_bridge.planning.to_neox import plan_neox
+
+
+def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
+    """Everything that a conversion will write, before a byte is written.
+
+    target: where it goes; the yml of a GPT-NeoX target names it.
+    Raises Refused, with every reason, for what the target can't express, BridgeError for options
+    that don't go together.
+    """
+    kind: Kind = options.to or ("hf" if checkpoint.kind == "neox" else "neox")
+    if kind != checkpoint.kind and checkpoint.refusals:
+        lines = [f"{r.key}: {r.reason}. Way out: {r.way_out}." for r in checkpoint.refusals]
+        raise Refused(f"{checkpoint.path} can't be converted. " + " ".join(lines))
+    _check_options(kind, options)
+    files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer
+    tokenizer = describe_tokenizer(files)
+    if options.vocab_rows == "tokenizer" and tokenizer.size is None:
+        known = checkpoint.tokenizer_size
+        if known is None:
+            raise BridgeError(
+                f"--vocab-rows tokenizer: {checkpoint.path} comes without a tokenizer. Name one "
+                "with --tokenizer."
+            )
+        tokenizer = Tokenizer(size=known)
+    if kind == "hf":
+        plan = plan_hf(checkpoint, options, tokenizer)
+    else:
+        plan = plan_neox(checkpoint, options, tokenizer, os.path.abspath(target))
+    return replace(
+        plan,
+        source=source_summary(checkpoint),
+        dropped=(*checkpoint.dropped, *plan.dropped),
+        findings=(*checkpoint.findings, *plan.findings),
+    )
+
+
+def _check_options(kind: Kind, options: Options) -> None:
+    """Options of the other kind of target would be ignored, so they are errors."""
+    if kind == "neox":
+        return
+    given = {
+        "--tp": options.tp,
+        "--pp": options.pp,
+        "--layout": options.layout,
+        "--inv-freq": options.inv_freq,
+        "--mlp-names": options.mlp_names,
+        "--for": options.era,
+        "--vocab-multiple": options.vocab_multiple,
+    }
+    if names := [name for name, value in given.items() if value is not None]:
+        raise BridgeError(
+            f"{', '.join(names)}: only for GPT-NeoX targets, and this one is for Hugging Face. "
+            "Say --to neox if you want a GPT-NeoX checkpoint."
+        )

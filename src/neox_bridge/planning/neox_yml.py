@@ -1,0 +1,176 @@
+"""The settings with which GPT-NeoX loads a converted checkpoint and starts to fine-tune."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.formats.yml import dump_yml
+from neox_bridge.layouts.eras import Era, InvFreq, known_keys
+
+_LAYOUT = (
+    "pipe_parallel_size",
+    "model_parallel_size",
+    "make_vocab_size_divisible_by",
+    "rotary_save_freqs_buffer",
+)
+_PRECISION = ("precision", "fp16", "bf16", "fp32_allreduce")
+_FILES = ("tokenizer_type", "vocab_file", "merge_file", "load", "save", "finetune", "data_path")
+# of another machine or another run: where things lay, who started it, where it continued
+_ELSEWHERE = re.compile(
+    r".*_data_(paths?|weights)|wandb_.*|comet_.*|tensorboard_.*|log_dir|hostfile|include|exclude|"
+    r"launcher.*|deepspeed_slurm|deepspeed_mpi|deepspeed_jsrun|no_ssh_check|master_.*|account|"
+    r"comment|force_multi|detect_nvlink_pairs|num_nodes|num_gpus|node_rank|autotuning.*|"
+    r"iteration|user_script|git_hash|s3_.*|.*_dir|no_load_.*|config_files|config|"
+    r"checkpoint_validation_.*|global_num_gpus|rank|local_rank|world_size|dynamic_loss_scale|"
+    r"(train_)?batch_size|text_gen_type|sample_.*|eval_tasks|eval_results_prefix|params_dtype|"
+    r"is_pipe_parallel|deepspeed|lr|optimizer_type|padded_vocab_size"
+)
+_ALIASES = {"gas": "gradient_accumulation_steps", "clip_grad": "gradient_clipping"}
+_HALF = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 12}
+_HALF |= {"hysteresis": 2, "min_loss_scale": 1}
+_START: dict[str, Any] = {
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8}},
+    "min_lr": 1e-6,
+    "zero_optimization": {
+        "stage": 1,
+        "allgather_partitions": True,
+        "overlap_comm": True,
+        "reduce_scatter": True,
+        "contiguous_gradients": True,
+    },
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "weight_decay": 0.1,
+    "train_iters": 1000,
+    "lr_decay_iters": 1000,
+    "lr_decay_style": "cosine",
+    "warmup": 0.01,
+    "checkpoint_factor": 500,
+    "eval_interval": 500,
+    "eval_iters": 10,
+    "log_interval": 10,
+    "data_impl": "mmap",
+    "num_workers": 1,
+    "checkpoint_activations": True,
+    "distributed_backend": "nccl",
+    "output_layer_parallelism": "column",
+    "init_method": "small_init",
+    "output_layer_init_method": "wang_init",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A yml's keys by purpose, and what of the source's settings isn't among them.
+
+    unknown: keys that a tree of the era would refuse.
+    """
+
+    model: dict[str, Any]
+    layout: dict[str, Any]
+    precision: dict[str, Any]
+    training: dict[str, Any]
+    unknown: tuple[str, ...]
+
+
+def settings(
+    architecture: Architecture,
+    config: ModelConfig,
+    era: Era,
+    inv_freq: InvFreq,
+    layout: Mapping[str, int],
+    raw: Mapping[str, Any],
+    *,
+    same_model: bool,
+    same_dtype: bool,
+) -> Settings:
+    """Settings for a target of this layout.
+
+    layout: pipe_parallel_size, model_parallel_size, make_vocab_size_divisible_by.
+    raw: the merged yml of the run that the source comes from; empty where there was none.
+    same_model: whether raw describes this very model, so that its own words are kept.
+    same_dtype: whether raw's precision is that of the target.
+    """
+    known = known_keys(era)
+    if same_model:
+        model = {k: v for k, v in raw.items() if k in architecture.model_keys}
+    else:
+        model = architecture.write_neox(config)
+    model.setdefault("seq_length", raw.get("seq_length", config.max_positions))
+    placed: dict[str, Any] = dict(layout)
+    if inv_freq == "store" and era.inv_freq_key:
+        placed["rotary_save_freqs_buffer"] = True
+    kept = {key: value for key, value in raw.items() if key in _PRECISION}
+    precision = kept if same_dtype and kept else _precision(config.dtype)
+    skipped = {*architecture.model_keys, *_LAYOUT, *_PRECISION, *_FILES, "seq_length"}
+    training = {
+        key: value
+        for key, value in raw.items()
+        if key not in skipped and not _ELSEWHERE.fullmatch(key)
+    }
+    training = {**_START, **{_ALIASES.get(key, key): value for key, value in training.items()}}
+    unknown = sorted((set(model) | set(training)) - known)
+    return Settings(
+        {k: v for k, v in model.items() if k in known},
+        placed,
+        precision,
+        {k: v for k, v in training.items() if k in known},
+        tuple(key for key in unknown if key in raw),
+    )
+
+
+def finetune_yml(
+    found: Settings, root: str, tokenizer_file: str | None
+) -> tuple[bytes, tuple[str, ...]]:
+    """The yml in the target's root, and the keys that the user has still to fill in.
+
+    root: the target's absolute path. tokenizer_file: relative to it.
+    """
+    blanks = ["data_path"] if tokenizer_file else ["data_path", "vocab_file"]
+    vocab_file = f"{root}/{tokenizer_file}" if tokenizer_file else None
+    sections = [
+        (
+            "Fine-tunes this checkpoint with GPT-NeoX: python deepy.py train.py finetune.yml\n"
+            f"Fill in: {', '.join(blanks)} (the prefix of the preprocessed data, without .bin)",
+            {"data_path": None},
+        ),
+        (
+            "the checkpoint: its weights are loaded, no optimizer states",
+            {
+                "load": root,
+                "save": f"{root}/finetuned",
+                "finetune": True,
+                "tokenizer_type": "HFTokenizer",
+                "vocab_file": vocab_file,
+            },
+        ),
+        ("its layout: must stay as it is", found.layout),
+        ("the model: must stay as it is", found.model),
+        ("precision", found.precision),
+        ("training: yours to choose", found.training),
+    ]
+    return dump_yml(sections), tuple(blanks)
+
+
+def step_yml(found: Settings) -> bytes:
+    """The yml in global_stepN/configs: the same settings without files and paths."""
+    return dump_yml(
+        [
+            ("layout", {**found.layout, "tokenizer_type": "HFTokenizer"}),
+            ("model", found.model),
+            ("precision", found.precision),
+            ("training", found.training),
+        ]
+    )
+
+
+def _precision(dtype: str) -> dict[str, Any]:
+    if dtype == "float16":
+        return {"precision": "fp16", "fp16": dict(_HALF)}
+    if dtype == "bfloat16":
+        return {"precision": "bfloat16"}
+    return {"precision": "fp32"}
+

@@ -1,0 +1,266 @@
+"""Plans a GPT-NeoX root: latest, global_stepN, configs, and a yml to start fine-tuning with."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.eras import TODAY, Era, fitting
+from neox_bridge.layouts.text_files import dump_json
+from neox_bridge.layouts.tokenizer import Tokenizer
+from neox_bridge.layouts.weights import model_weights
+from neox_bridge.planning.common import (
+    cast,
+    drop_vocabulary_rows,
+    text_file,
+    tokenizer_outputs,
+)
+from neox_bridge.planning.neox_files import Shape, weight_files
+from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step_yml
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import Dropped, Plan
+from neox_bridge.planning.record import neox_record
+from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, Vocabulary, fit, keep
+
+
+def plan_neox(
+    checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, target: str
+) -> Plan:
+    """Everything of a GPT-NeoX root that holds this model.
+
+    target: its absolute path, which the yml names.
+    Raises Refused for a layout that the model doesn't fit.
+    """
+    architecture, config = checkpoint.architecture, checkpoint.config
+    shape, era = _shape(checkpoint, options)
+    findings = _check_era(config, shape, era, options)
+    vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
+    if vocabulary.size is not None and vocabulary.size > vocabulary.rows:
+        findings.append(_larger_tokenizer(vocabulary))
+    config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
+    if options.dtype != "keep":
+        config = replace(config, dtype=options.dtype)
+    wholes = {}
+    for weight, block in model_weights(architecture, config):
+        name = weight.hf.format(i=block)
+        whole = drop_vocabulary_rows(checkpoint.tensors[name], weight, vocabulary.rows)
+        whole = drop_vocabulary_rows(whole, weight, vocabulary.padded)
+        wholes[name] = cast(whole, options.dtype)
+    iteration = _iteration(checkpoint)
+    step = f"global_step{iteration}"
+    args = _args(config, vocabulary, shape.tp)
+    files = list(weight_files(step, architecture, config, wholes, shape, args, iteration))
+    found = _settings(checkpoint, config, shape, era, vocabulary, options)
+    own = {key for key in found.unknown if checkpoint.kind == "neox"}
+    dropped += [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in sorted(own)]
+    main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
+    yml, blanks = finetune_yml(found, target, main)
+    record = neox_record(checkpoint, vocabulary.rows, tokenizer.size or vocabulary.size)
+    files += [
+        text_file(f"{step}/{RECORD}", dump_json(record)),
+        text_file(f"{step}/configs/neox_bridge.yml", step_yml(found)),
+        *tokenizer_outputs(tokenizer, "tokenizer/"),
+        text_file("finetune.yml", yml),
+        text_file("latest", step.encode()),
+    ]
+    summary = {
+        "kind": "neox",
+        "architecture": architecture.name,
+        "layout": shape.layout,
+        "tensor_parallel": shape.tp,
+        "pipeline_stages": shape.stages if shape.layout == "layers" else 0,
+        "mlp_names": shape.mlp_names,
+        "inv_freq": shape.inv_freq,
+        "era": era.name,
+        "dtype": config.dtype,
+        "vocab_rows": vocabulary.padded,
+        "vocab_multiple": vocabulary.multiple,
+        "step": step,
+        "parameters": sum(prod(wholes[name].shape) for name in wholes),
+    }
+    return Plan(
+        {},
+        summary,
+        tuple(files),
+        tuple(dropped),
+        tuple(findings),
+        tuple(("finetune.yml", key) for key in blanks),
+    )
+
+
+def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
+    state, era = checkpoint.neox, options.era
+    layout = options.layout or ("ranks" if options.pp == 0 else None)
+    if layout is None and options.pp:
+        layout = "layers"
+    layout = layout or (state.layout if state else "layers")
+    if layout == "layers" and options.pp == 0:
+        raise BridgeError("--layout layers needs --pp 1 or more; --pp 0 is --layout ranks.")
+    if layout == "ranks" and options.pp:
+        raise BridgeError(
+            f"--layout ranks is what GPT-NeoX writes with pipe_parallel_size: 0, so --pp "
+            f"{options.pp} doesn't go with it."
+        )
+    stages = options.pp or (state.pp if state else 0) or 1
+    tp = options.tp or (state.tp if state else 1)
+    source_era = state or TODAY
+    mlp_names = options.mlp_names or (era or source_era).mlp_names
+    inv_freq = options.inv_freq or (era or source_era).inv_freq
+    if checkpoint.kind == "neox" and checkpoint.raw.get("pos_emb") != "rotary":
+        inv_freq = "omit"
+    raw = checkpoint.raw if state else {}
+    _check_parallel(checkpoint.config, tp, stages)
+    sums = checkpoint.config.parallel_residual
+    row_bias = options.row_bias if sums else "replicated"
+    stages = stages if layout == "layers" else 1
+    shape = Shape(layout, tp, stages, mlp_names, inv_freq, row_bias)
+    return shape, era or fitting(mlp_names, inv_freq, raw)
+
+
+def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
+    if tp < 1 or stages < 1:
+        raise BridgeError("--tp takes 1 or more, --pp 0 or more.")
+    parts = {"attention heads": config.heads, "rows of the MLP": config.dims["ffn"]}
+    for what, size in parts.items():
+        if size % tp:
+            fits = [n for n in range(1, 65) if not any(s % n for s in parts.values())]
+            raise Refused(
+                f"--tp {tp} doesn't divide the {size} {what}, so GPT-NeoX can't split this model "
+                f"so. These do: {', '.join(map(str, fits))}."
+            )
+    if stages > config.layers:
+        raise Refused(
+            f"--pp {stages}: the model has {config.layers} layers only, and each stage needs one."
+        )
+
+
+def _check_era(config: ModelConfig, shape: Shape, era: Era, options: Options) -> list[Finding]:
+    found = []
+    ffn = config.dims["ffn"]
+    if era.plain_mlp_4h and ffn != 4 * config.hidden:
+        raise Refused(
+            f"intermediate_size: {ffn} isn't four times the hidden size {config.hidden}, and "
+            f"GPT-NeoX trees {era.until} have plain MLPs of that size only. Use --for today."
+        )
+    if not era.plain_mlp_4h and ffn % 2:
+        raise Refused(
+            f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
+            "(megatron/model/transformer.py), so no tree can load it."
+        )
+    if options.era is None:
+        return []
+    if shape.mlp_names != era.mlp_names:
+        found.append(f"--mlp-names {shape.mlp_names}, and it expects {era.mlp_names}")
+    if shape.inv_freq != era.inv_freq and not era.inv_freq_key:
+        found.append(f"--inv-freq {shape.inv_freq}, and it can only {era.inv_freq} the buffer")
+    return [
+        Finding(
+            "era-mismatch",
+            "warning",
+            f"a GPT-NeoX of {era.name} won't load the result: {what}",
+            "leave that option out",
+        )
+        for what in found
+    ]
+
+
+def _vocabulary(
+    checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, tp: int
+) -> tuple[Vocabulary, list[Dropped]]:
+    have = checkpoint.config.dims["vocab"]
+    record = checkpoint.record
+    rows = have
+    dropped = []
+    if checkpoint.kind == "neox" and record.get("vocab_size"):
+        rows = min(have, int(record["vocab_size"]))  # what lies beyond is padding of this tool's
+    size = tokenizer.size or checkpoint.tokenizer_size
+    if options.vocab_rows == "tokenizer":
+        if size is None:
+            raise BridgeError(
+                "--vocab-rows tokenizer: the source comes without a tokenizer. Name one with "
+                "--tokenizer."
+            )
+        if size < rows:
+            dropped.append(
+                Dropped(
+                    f"vocabulary rows {size} to {rows - 1}",
+                    "no entry of the tokenizer has them (--vocab-rows tokenizer)",
+                )
+            )
+            rows = size
+    state = checkpoint.neox
+    unknown = size is None and not record.get("vocab_size")
+    if unknown and options.vocab_multiple is None and state is not None:
+        key = "make_vocab_size_divisible_by"
+        told = state.args.get(key) or checkpoint.raw.get(key) or FIRST_MULTIPLE
+        return keep(rows, int(told), state.tp, tp), dropped
+    return fit(rows, size or rows, tp, options.vocab_multiple), dropped
+
+
+def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
+    return Finding(
+        "tokenizer-larger",
+        "warning",
+        f"the tokenizer has {vocabulary.size} entries and the model {vocabulary.rows} rows: the "
+        "rows that are missing are written as zeros",
+        "check that it is this model's tokenizer",
+    )
+
+
+def _iteration(checkpoint: Checkpoint) -> int:
+    """The step: GPT-NeoX's own, that of the record, or that in a revision such as step143000."""
+    if checkpoint.neox is not None:
+        return checkpoint.neox.iteration
+    told = checkpoint.record.get("neox")
+    if isinstance(told, dict) and isinstance(told.get("iteration"), int):
+        return int(told["iteration"])
+    match = re.search(r"@step(\d+)$", checkpoint.revision)
+    return int(match[1]) if match else 0
+
+
+def _args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dict[str, Any]:
+    """What GPT-NeoX compares at load (megatron/checkpointing.py, check_checkpoint_args)."""
+    return {
+        "num_layers": config.layers,
+        "hidden_size": config.hidden,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.max_positions,
+        "make_vocab_size_divisible_by": vocabulary.multiple,
+        "padded_vocab_size": vocabulary.padded,
+        "tokenizer_type": "HFTokenizer",
+        "model_parallel_size": tp,
+    }
+
+
+def _settings(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    shape: Shape,
+    era: Era,
+    vocabulary: Vocabulary,
+    options: Options,
+) -> Settings:
+    raw: Mapping[str, Any] = checkpoint.raw
+    if checkpoint.kind == "hf":
+        told = checkpoint.record.get("neox")
+        raw = told.get("yml", {}) if isinstance(told, dict) else {}
+    layout = {
+        "pipe_parallel_size": shape.stages if shape.layout == "layers" else 0,
+        "model_parallel_size": shape.tp,
+        "make_vocab_size_divisible_by": vocabulary.multiple,
+    }
+    return settings(
+        checkpoint.architecture,
+        config,
+        era,
+        shape.inv_freq,
+        layout,
+        raw,
+        same_model=checkpoint.kind == "neox",
+        same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
+    )
