@@ -274,7 +274,8 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "pos_emb",
                 f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
-                "only a GPT-NeoX target can hold it (--to neox)",
+                "train with rotary positions; another GPT-NeoX layout can hold it (--to neox) "
+                "where no table of positions is learned",
             )
         )
     norm = raw.get("norm") or "layernorm"

@@ -1,11 +1,11 @@
 """An opened source of either kind: its tensors as wholes, its config, what it says of itself."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal, Weight
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.eras import InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Shape, Whole
@@ -92,3 +92,10 @@ def some(names: list[str], most: int = 6) -> str:
     """A short list of names for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def refuse_all(refusals: Iterable[Refusal], path: str) -> None:
+    """Raise Refused with every reason, if there is one."""
+    lines = [f"{r.key}: {r.reason}. Way out: {r.way_out}." for r in refusals]
+    if lines:
+        raise Refused(f"{path} can't be converted. {' '.join(lines)}")

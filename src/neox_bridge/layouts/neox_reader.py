@@ -7,27 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.architectures import for_neox
-from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import merge_ymls
+from neox_bridge.layouts.assemble import assemble
 from neox_bridge.layouts.checkpoint import (
     RECORD,
     Checkpoint,
     LayoutName,
     NeoxState,
-    solve_dims,
     some,
 )
-from neox_bridge.layouts.derived_check import check_inv_freq
-from neox_bridge.layouts.eras import LINEAR
-from neox_bridge.layouts.hf_reader import check_heads, dtype_of_most
 from neox_bridge.layouts.text_files import read_json, read_text
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
-from neox_bridge.layouts.weights import expand, layer_of, model_weights
-from neox_bridge.planning.geometry import gather, whole_shape
 from neox_bridge.planning.pieces import Dropped
 
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -96,7 +90,7 @@ def open_neox(path: str, step: int | None = None, configs: Sequence[str] = ()) -
     _check_args(raw, args, read, folder)
     architecture = for_neox(raw)
     layers = int(_setting("num_layers", raw, args, folder))
-    checkpoint = _assemble(architecture, read, raw, layers, folder)
+    checkpoint = assemble(architecture, read.ranks, raw, layers, folder)
     record_path = os.path.join(folder, RECORD)
     record = read_json(record_path) if os.path.exists(record_path) else {}
     tokenizer = _tokenizer(root, raw)
@@ -265,89 +259,6 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
 
 def _has(read: _Read, name: str) -> bool:
     return any(name in tensors for tensors in read.ranks[0].values())
-
-
-_Assembled = tuple[ModelConfig, dict[str, Any], list[Dropped], list[Finding]]
-
-
-def _assemble(
-    architecture: Architecture, read: _Read, raw: Mapping[str, Any], layers: int, folder: str
-) -> _Assembled:
-    """The wholes of the ranks' tensors, checked against the table and each other."""
-    tp = len(read.ranks)
-    shards: dict[str, list[TensorRef]] = {}
-    names: dict[str, str] = {}
-    stored: dict[str, TensorRef] = {}
-    left = {(rank, n, key) for rank in range(tp) for n, t in read.ranks[rank].items() for key in t}
-    found, presence_names = {}, set()
-    for weight, block in expand(architecture, layers):
-        number = layer_of(weight, block, layers)
-        key = _key_of(read.ranks[0].get(number, {}), weight.neox)
-        if key is None:
-            continue
-        name = weight.hf.format(i=block)
-        refs = []
-        for rank in range(tp):
-            ref = read.ranks[rank].get(number, {}).get(key)
-            if ref is None:
-                raise BridgeError(f"{folder}: layer {number} of rank {rank} lacks {key}.")
-            if ref.shape != read.ranks[0][number][key].shape:
-                raise BridgeError(
-                    f"{folder}: {key} of layer {number} has the shape {list(ref.shape)} on rank "
-                    f"{rank} and {list(read.ranks[0][number][key].shape)} on rank 0. The files are "
-                    "of different checkpoints; copy the checkpoint again."
-                )
-            refs.append(ref)
-            left.discard((rank, number, key))
-        if weight.split == "derived":
-            stored[f"layer {number}: {key}"] = refs[0]
-            continue
-        shards[name], names[name] = refs, f"layer {number}: {key}"
-        presence_names.add(weight.neox if block == 0 else name)
-        if len(refs[0].shape) == len(weight.shape):
-            found[names[name]] = (weight, whole_shape(weight.split, refs[0].shape, tp))
-        else:
-            found[names[name]] = (weight, refs[0].shape)
-    if left:
-        strange = sorted(f"layer {n}: {key}" for _, n, key in left)
-        raise BridgeError(
-            f"{folder} holds tensors that no {architecture.name} model has: {some(strange)}. "
-            "They would be lost, so nothing is converted."
-        )
-    dims = solve_dims(found, folder)
-    dtype = dtype_of_most(refs[0] for refs in shards.values())
-    missing = [
-        names.get(name, f"layer {layer_of(weight, block, layers)}: {weight.neox}")
-        for weight, block in expand(architecture, layers)
-        if not weight.flag and weight.split != "derived"
-        if (name := weight.hf.format(i=block)) not in shards
-    ]
-    if missing:
-        raise BridgeError(f"{folder}: tensors are missing: {some(missing)}. Copy it again.")
-    presence = Presence(frozenset(presence_names), dtype, layers)
-    config = architecture.read_neox({**raw, "num_layers": layers}, dims, presence)
-    want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
-    if lacking := sorted(want - set(shards)):
-        raise BridgeError(
-            f"{folder}: tensors are missing, in Hugging Face's words: {some(lacking)}."
-        )
-    if extra := sorted(set(shards) - want):
-        raise BridgeError(
-            f"{folder}: tensors that the config denies: {some(extra)}. Correct the yml."
-        )
-    check_heads(config, dims, f"{folder}/configs: num_attention_heads")
-    splits = {w.hf.format(i=b): w.split for w, b in expand(architecture, layers)}
-    tensors = {
-        name: gather(splits[name], refs, config.parallel_residual) for name, refs in shards.items()
-    }
-    dropped = [Dropped(name, "derived from rotary_emb_base") for name in stored]
-    return config, tensors, dropped, check_inv_freq(config, stored)
-
-
-def _key_of(tensors: Mapping[str, TensorRef], name: str) -> str | None:
-    """How a layer spells a name of today: as it is, or as trees before 2024-09 did."""
-    old = next((old for old, new in LINEAR.items() if new == name), name)
-    return next((key for key in (name, old) if key in tensors), None)
 
 
 def _tokenizer(root: str, raw: Mapping[str, Any]) -> tuple[str, ...]:

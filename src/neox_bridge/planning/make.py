@@ -3,8 +3,8 @@
 import os
 from dataclasses import replace
 
-from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.checkpoint import Checkpoint, Kind
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint, Kind, refuse_all
 from neox_bridge.layouts.tokenizer import Tokenizer, describe_tokenizer, tokenizer_at
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
@@ -21,9 +21,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     that don't go together.
     """
     kind: Kind = options.to or ("hf" if checkpoint.kind == "neox" else "neox")
-    if kind != checkpoint.kind and checkpoint.refusals:
-        lines = [f"{r.key}: {r.reason}. Way out: {r.way_out}." for r in checkpoint.refusals]
-        raise Refused(f"{checkpoint.path} can't be converted. " + " ".join(lines))
+    if kind != checkpoint.kind:
+        refuse_all(checkpoint.refusals, checkpoint.path)
     _check_options(kind, options)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer
     tokenizer = describe_tokenizer(files)

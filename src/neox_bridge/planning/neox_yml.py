@@ -173,4 +173,3 @@ def _precision(dtype: str) -> dict[str, Any]:
     if dtype == "bfloat16":
         return {"precision": "bfloat16"}
     return {"precision": "fp32"}
-

@@ -93,9 +93,7 @@ def _model(
     return wholes, config, dropped, findings
 
 
-def _add_biases(
-    architecture: Architecture, config: ModelConfig, wholes: dict[str, Whole]
-) -> int:
+def _add_biases(architecture: Architecture, config: ModelConfig, wholes: dict[str, Whole]) -> int:
     added = 0
     for weight, block in model_weights(architecture, config):
         name = weight.hf.format(i=block)

@@ -28,9 +28,7 @@ from neox_bridge.planning.record import neox_record
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, Vocabulary, fit, keep
 
 
-def plan_neox(
-    checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, target: str
-) -> Plan:
+def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, target: str) -> Plan:
     """Everything of a GPT-NeoX root that holds this model.
 
     target: its absolute path, which the yml names.

@@ -1,0 +1,118 @@
+"""GPT-NeoX's ranks put together: each weight's shards as one tensor, checked against the table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.checkpoint import refuse_all, solve_dims, some
+from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.eras import LINEAR
+from neox_bridge.layouts.hf_reader import check_heads, dtype_of_most
+from neox_bridge.layouts.weights import expand, layer_of, model_weights
+from neox_bridge.planning.geometry import gather, whole_shape
+from neox_bridge.planning.pieces import Dropped, Whole
+
+RankTensors = Mapping[int, Mapping[str, TensorRef]]
+Assembled = tuple[ModelConfig, dict[str, Whole], list[Dropped], list[Finding]]
+
+
+def assemble(
+    architecture: Architecture,
+    ranks: Sequence[RankTensors],
+    raw: Mapping[str, Any],
+    layers: int,
+    folder: str,
+) -> Assembled:
+    """The config, the wholes of the ranks' tensors, what is dropped, and findings.
+
+    ranks: by tensor-parallel rank. raw: the merged yml. folder: for messages.
+    Raises BridgeError for tensors that are missing, unknown or contradict each other, Refused
+    where an unknown one belongs to something that the family doesn't have.
+    """
+    tp = len(ranks)
+    shards: dict[str, list[TensorRef]] = {}
+    names: dict[str, str] = {}
+    stored: dict[str, TensorRef] = {}
+    left = {(rank, n, key) for rank in range(tp) for n, t in ranks[rank].items() for key in t}
+    found, presence_names = {}, set()
+    for weight, block in expand(architecture, layers):
+        number = layer_of(weight, block, layers)
+        key = _key_of(ranks[0].get(number, {}), weight.neox)
+        if key is None:
+            continue
+        name = weight.hf.format(i=block)
+        refs = []
+        for rank in range(tp):
+            ref = ranks[rank].get(number, {}).get(key)
+            if ref is None:
+                raise BridgeError(f"{folder}: layer {number} of rank {rank} lacks {key}.")
+            first = ranks[0][number][key]
+            if ref.dtype != first.dtype:
+                raise BridgeError(
+                    f"{folder}: {key} of layer {number} is {ref.dtype} on rank {rank} and "
+                    f"{first.dtype} on rank 0. The files are of different checkpoints; copy the "
+                    "checkpoint again."
+                )
+            if ref.shape != first.shape:
+                raise BridgeError(
+                    f"{folder}: {key} of layer {number} has the shape {list(ref.shape)} on rank "
+                    f"{rank} and {list(first.shape)} on rank 0. The files are "
+                    "of different checkpoints; copy the checkpoint again."
+                )
+            refs.append(ref)
+            left.discard((rank, number, key))
+        if weight.split == "derived":
+            stored[f"layer {number}: {key}"] = refs[0]
+            continue
+        shards[name], names[name] = refs, f"layer {number}: {key}"
+        presence_names.add(weight.neox if block == 0 else name)
+        if len(refs[0].shape) == len(weight.shape):
+            found[names[name]] = (weight, whole_shape(weight.split, refs[0].shape, tp))
+        else:
+            found[names[name]] = (weight, refs[0].shape)
+    if left:
+        refuse_all(architecture.refuse_neox_source(raw), folder)
+        strange = sorted(f"layer {n}: {key}" for _, n, key in left)
+        raise BridgeError(
+            f"{folder} holds tensors that no {architecture.name} model has: {some(strange)}. "
+            "They would be lost, so nothing is converted."
+        )
+    dims = solve_dims(found, folder)
+    dtype = dtype_of_most(refs[0] for refs in shards.values())
+    missing = [
+        names.get(name, f"layer {layer_of(weight, block, layers)}: {weight.neox}")
+        for weight, block in expand(architecture, layers)
+        if not weight.flag and weight.split != "derived"
+        if (name := weight.hf.format(i=block)) not in shards
+    ]
+    if missing:
+        raise BridgeError(f"{folder}: tensors are missing: {some(missing)}. Copy it again.")
+    presence = Presence(frozenset(presence_names), dtype, layers)
+    config = architecture.read_neox({**raw, "num_layers": layers}, dims, presence)
+    want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
+    if lacking := sorted(want - set(shards)):
+        raise BridgeError(
+            f"{folder}: tensors are missing, in Hugging Face's words: {some(lacking)}."
+        )
+    if extra := sorted(set(shards) - want):
+        raise BridgeError(
+            f"{folder}: tensors that the config denies: {some(extra)}. Correct the yml."
+        )
+    if dims["qkv"] != 3 * config.hidden:
+        refuse_all(architecture.refuse_neox_source(raw), folder)
+    check_heads(config, dims, f"{folder}/configs: num_attention_heads")
+    splits = {w.hf.format(i=b): w.split for w, b in expand(architecture, layers)}
+    tensors = {
+        name: gather(splits[name], refs, config.parallel_residual) for name, refs in shards.items()
+    }
+    dropped = [Dropped(name, "derived from rotary_emb_base") for name in stored]
+    return config, tensors, dropped, check_inv_freq(config, stored)
+
+
+def _key_of(tensors: Mapping[str, TensorRef], name: str) -> str | None:
+    """How a layer spells a name of today: as it is, or as trees before 2024-09 did."""
+    old = next((old for old, new in LINEAR.items() if new == name), name)
+    return next((key for key in (name, old) if key in tensors), None)

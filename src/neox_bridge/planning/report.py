@@ -1,0 +1,189 @@
+"""A plan as plain data: to print, to keep as JSON (``plan.schema.json``), to tell apart by hash."""
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from importlib.resources import files
+from math import prod
+from typing import Any
+
+from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.planning.pieces import (
+    Dropped,
+    OutputFile,
+    OutputTensor,
+    Piece,
+    Plan,
+    byte_range,
+)
+
+SCHEMA_VERSION = 1
+BUDGET = 256 << 20  # anonymous memory that execution may take, whatever the model's size
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """The plan in numbers.
+
+    bytes_copied: move unchanged, as runs of bytes. bytes_transformed: are cast, strided, summed,
+    filled or made up. bytes_from_plan: are in the plan itself: headers, pickles, small text files.
+    peak_memory: an estimate, in bytes, for what execution allocates; mapped files don't count.
+    """
+    tensors = [tensor for file in plan.files for tensor in file.tensors]
+    copied = sum(_copied(tensor) for tensor in tensors)
+    inline = sum(len(tensor.inline) for tensor in tensors if tensor.inline is not None)
+    transformed = sum(tensor.nbytes for tensor in tensors) - copied - inline
+    taken_over = sum(file.size for file in plan.files if file.copy_of is not None)
+    held = sum(len(data) for file in plan.files for _, data in file.literals) + inline
+    return {
+        "files": len(plan.files),
+        "tensors": len(tensors),
+        "parameters": plan.target.get("parameters"),
+        "bytes": plan.size,
+        "bytes_copied": copied + taken_over,
+        "bytes_transformed": transformed,
+        "bytes_from_plan": plan.size - copied - taken_over - transformed,
+        "peak_memory": held + min(BUDGET, _working_set(tensors)),
+        "dropped": {reason: len(names) for reason, names in by_reason(plan.dropped).items()},
+    }
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """All of the plan but the literal bytes, of which it tells place and length."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "hash": plan_hash(plan),
+        "source": dict(plan.source),
+        "target": dict(plan.target),
+        "summary": summary(plan),
+        "files": [_file(file) for file in plan.files],
+        **remarks(plan),
+    }
+
+
+def remarks(plan: Plan) -> dict[str, Any]:
+    """What a plan says beside its files."""
+    return {
+        "dropped": [{"name": drop.name, "reason": drop.reason} for drop in plan.dropped],
+        "findings": [finding_json(finding) for finding in plan.findings],
+        "blanks": [{"file": file, "key": key} for file, key in plan.blanks],
+        "notes": list(plan.notes),
+    }
+
+
+def finding_json(finding: Any) -> dict[str, str]:
+    """A finding as plain data."""
+    return {key: getattr(finding, key) for key in ("code", "severity", "message", "remedy")}
+
+
+def plan_hash(plan: Plan) -> str:
+    """The SHA-256 of what is written and from where: the files, their literal bytes included.
+
+    The same for the same files, whatever words of explanation go with them.
+    """
+    body = {"schema_version": SCHEMA_VERSION, "files": [_hashed(file) for file in plan.files]}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return sha256(text.encode()).hexdigest()
+
+
+def plan_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of ``to_json``'s result."""
+    text = files("neox_bridge.planning").joinpath("plan.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def by_reason(dropped: Iterable[Dropped]) -> Mapping[str, list[str]]:
+    """Names of what was dropped, by the reason, in the order of their first appearance."""
+    found: dict[str, list[str]] = {}
+    for drop in dropped:
+        found.setdefault(drop.reason, []).append(drop.name)
+    return found
+
+
+def is_plain(tensor: OutputTensor) -> bool:
+    """Whether values go over as they are, wherever they lie: no sum, cast, division, invention."""
+    return (
+        tensor.reduce == "none"
+        and tensor.divisor == 1
+        and tensor.inline is None
+        and tensor.random is None
+    )
+
+
+def _copied(tensor: OutputTensor) -> int:
+    if not is_plain(tensor):
+        return 0
+    runs = (
+        byte_range(piece, tensor.shape)
+        for piece in tensor.pieces
+        if piece.source is not None and piece.source.dtype == tensor.dtype
+    )
+    return sum(run[2] for run in runs if run is not None)
+
+
+def _working_set(tensors: Iterable[OutputTensor]) -> int:
+    """What the largest transformed tensor needs, were it made in one go: its output and inputs."""
+    most = 0
+    for tensor in tensors:
+        if tensor.inline is not None or _copied(tensor) == tensor.nbytes:
+            continue
+        sources = [piece.source for piece in tensor.pieces if piece.source is not None]
+        wide = max((itemsize(ref.dtype) for ref in sources), default=itemsize(tensor.dtype))
+        most = max(most, tensor.nbytes + prod(tensor.shape) * wide)
+    return most
+
+
+def _file(file: OutputFile) -> dict[str, Any]:
+    return {
+        "path": file.path,
+        "size": file.size,
+        "copy_of": file.copy_of,
+        "literals": [{"offset": offset, "length": len(data)} for offset, data in file.literals],
+        "tensors": [_tensor(tensor) for tensor in file.tensors],
+    }
+
+
+def _tensor(tensor: OutputTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "offset": tensor.offset,
+        "nbytes": tensor.nbytes,
+        "reduce": tensor.reduce,
+        "divisor": tensor.divisor,
+        "random": tensor.random,
+        "inline": None if tensor.inline is None else len(tensor.inline),
+        "crc_at": list(tensor.crc_at),
+        "pieces": [_piece(piece) for piece in tensor.pieces],
+    }
+
+
+def _piece(piece: Piece) -> dict[str, Any]:
+    return {
+        "source": None if piece.source is None else _ref(piece.source),
+        "start": list(piece.start),
+        "to": list(piece.to),
+        "shape": list(piece.shape),
+        "fill": piece.fill,
+    }
+
+
+def _ref(ref: TensorRef) -> dict[str, Any]:
+    return {
+        "file": ref.file,
+        "offset": ref.offset,
+        "dtype": ref.dtype,
+        "shape": list(ref.shape),
+        "strides": None if ref.strides is None else list(ref.strides),
+    }
+
+
+def _hashed(file: OutputFile) -> dict[str, Any]:
+    found = _file(file)
+    found["literals"] = [[at, sha256(data).hexdigest()] for at, data in file.literals]
+    for entry, tensor in zip(found["tensors"], file.tensors, strict=True):
+        if tensor.inline is not None:
+            entry["inline"] = sha256(tensor.inline).hexdigest()
+    return found
