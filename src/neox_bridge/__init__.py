@@ -1,3 +1,64 @@
-"""Moves language-model checkpoints between Hugging Face and GPT-NeoX, without either framework."""
+"""Moves language-model checkpoints between Hugging Face and GPT-NeoX, without either framework.
+
+The command line's verbs, for Python::
+
+    import neox_bridge
+
+    checkpoint = neox_bridge.open_checkpoint("pythia-410m")
+    plan = neox_bridge.make_plan(checkpoint, neox_bridge.Options(tp=2), "out")
+    result = neox_bridge.execute(plan, "out")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neox_bridge.errors import BridgeError, Refused
+    from neox_bridge.execution.result import Result
+    from neox_bridge.execution.run import execute
+    from neox_bridge.findings import Finding
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.planning.make import make_plan
+    from neox_bridge.planning.options import Options
+    from neox_bridge.planning.pieces import Plan
 
 __version__ = "0.1.0"
+__all__ = [
+    "BridgeError",
+    "Checkpoint",
+    "Finding",
+    "Options",
+    "Plan",
+    "Refused",
+    "Result",
+    "execute",
+    "make_plan",
+    "open_checkpoint",
+]
+
+_HOMES = {
+    "BridgeError": "errors",
+    "Checkpoint": "layouts.checkpoint",
+    "Finding": "findings",
+    "Options": "planning.options",
+    "Plan": "planning.pieces",
+    "Refused": "errors",
+    "Result": "execution.result",
+    "execute": "execution.run",
+    "make_plan": "planning.make",
+    "open_checkpoint": "layouts.open",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imports the home of a public name when it is first used, so that the package is instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,65 @@
+"""The console script ``neox-bridge``: its commands, and what holds for all of them."""
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from neox_bridge.cli import convert, inspect, toy
+from neox_bridge.cli.errors import guarded
+from neox_bridge.cli.helping import GroupedCommand
+
+_EPILOG = "`neox-bridge COMMAND --help` explains a command and shows examples."
+
+# rich's help and tracebacks would more than double the time of --help
+app = typer.Typer(
+    name="neox-bridge",
+    help="Moves language-model checkpoints between Hugging Face and GPT-NeoX.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for _command, _short in (
+    (convert.convert, "Convert a checkpoint, or change its layout."),
+    (inspect.inspect, "Say what a checkpoint is."),
+    (toy.toy, "Write a random checkpoint of a Pythia's shape."),
+):
+    app.command(_command.__name__, cls=GroupedCommand, short_help=_short)(guarded(_command))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from neox_bridge import __version__
+
+        print(f"neox-bridge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; ends the process with one of the documented exit codes."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # a signal that whoever started us wants ignored (nohup) stays ignored
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        # paths may hold bytes that the terminal's encoding doesn't have
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="neox-bridge")

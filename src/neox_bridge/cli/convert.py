@@ -1,0 +1,248 @@
+"""``neox-bridge convert``."""
+
+from typing import Annotated, Any
+
+import typer
+
+from neox_bridge.cli import values
+from neox_bridge.cli.errors import writing
+from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
+from neox_bridge.cli.progress import progress_bar
+
+_SOURCE = "Where it comes from"
+_WHAT = "What is written"
+_NEOX = "GPT-NeoX targets"
+_HF = "Hugging Face targets"
+_RUN = "How it runs"
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A Hugging Face folder, a model of the Hub (org/name), or a GPT-NeoX folder.",
+        ),
+    ],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("hf", "neox"),
+            rich_help_panel=_WHAT,
+            help="The kind to write; the other one than the source's, unless told. GPT-NeoX to "
+            "GPT-NeoX changes the layout.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            **values.dtype(),
+            rich_help_panel=_WHAT,
+            help="Cast the weights; fp32, fp16 and bf16 are understood too.",
+        ),
+    ] = "keep",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            rich_help_panel=_WHAT,
+            help="A tokenizer.json, or a folder with one, in place of the source's.",
+        ),
+    ] = None,
+    vocab_rows: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("keep", "tokenizer"),
+            rich_help_panel=_WHAT,
+            help="tokenizer: cut the rows of the vocabulary that no entry of it has.",
+        ),
+    ] = "keep",
+    shard_size: Annotated[
+        int,
+        typer.Option(
+            **values.size(),
+            rich_help_panel=_HF,
+            show_default=False,
+            help="The most that a safetensors file holds: 500MB, 2GiB, bytes.  [default: 5GB]",
+        ),
+    ] = 5_000_000_000,
+    tp: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_NEOX,
+            help="Tensor-parallel ranks (model_parallel_size); 1, or the GPT-NeoX source's.",
+        ),
+    ] = None,
+    pp: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            rich_help_panel=_NEOX,
+            help="Pipeline stages (pipe_parallel_size); 0 is the same as --layout ranks.",
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("layers", "ranks"),
+            rich_help_panel=_NEOX,
+            help="One file a layer and rank (pipe_parallel_size 1 or more), or one a rank (0).",
+        ),
+    ] = None,
+    era: Annotated[
+        Any,
+        typer.Option(
+            "--for",
+            **values.era(),
+            rich_help_panel=_NEOX,
+            help="The GPT-NeoX that will load it, by its date; decides --inv-freq and --mlp-names.",
+        ),
+    ] = None,
+    inv_freq: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("omit", "store"),
+            rich_help_panel=_NEOX,
+            help="Whether the rotary buffer is in the files.",
+        ),
+    ] = None,
+    mlp_names: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("linear", "dense"),
+            rich_help_panel=_NEOX,
+            help="mlp.linear1 (since 2024-09) or mlp.dense_h_to_4h.",
+        ),
+    ] = None,
+    row_bias: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("whole", "split"),
+            rich_help_panel=_NEOX,
+            help="Biases that ranks add up: all on rank 0, which is exact, or a part on each.",
+        ),
+    ] = "whole",
+    vocab_multiple: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_NEOX,
+            help="make_vocab_size_divisible_by; 128, doubled until every row has room.",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_SOURCE, metavar="REV", help="Branch, tag or commit of a Hub model."
+        ),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            rich_help_panel=_SOURCE,
+            help="global_stepN of a GPT-NeoX folder, in place of the one in `latest`.",
+        ),
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_SOURCE,
+            help="A yml of a GPT-NeoX source that has no configs folder; may be repeated.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=_RUN, help="Print the plan and write nothing."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", rich_help_panel=_RUN, help="Replace DST where it exists."),
+    ] = False,
+    max_workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=_RUN, help="Threads that move bytes."),
+    ] = None,
+    _no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            rich_help_panel=_RUN,
+            help="Don't check the result. Verification comes with a later version, so this "
+            "changes nothing yet.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            rich_help_panel=_RUN,
+            help="Print the result, or with --dry-run the plan, as JSON on stdout. Errors stay "
+            "on stderr, and stdout is then empty.",
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", rich_help_panel=_RUN, help="Say nothing but errors (and --json)."
+        ),
+    ] = False,
+) -> None:
+    """Convert a checkpoint between Hugging Face and GPT-NeoX, or between GPT-NeoX layouts.
+
+    What SRC is gets detected. DST appears whole or not at all.
+
+    \b
+    Examples:
+      neox-bridge convert EleutherAI/pythia-410m pythia-neox --tp 2
+      neox-bridge convert pythia-neox pythia-hf
+      neox-bridge convert pythia-neox pythia-tp4 --to neox --tp 4 --dry-run
+
+    Exit codes: 0 done, 1 error, 2 usage, 4 refused (DST can't express SRC), 130 interrupted.
+    """
+    chosen: dict[str, Any] = {
+        "to": to,
+        "dtype": dtype,
+        "tp": tp,
+        "pp": pp,
+        "layout": layout,
+        "inv_freq": inv_freq,
+        "mlp_names": mlp_names,
+        "era": era,
+        "row_bias": row_bias,
+        "vocab_multiple": vocab_multiple,
+        "vocab_rows": vocab_rows,
+        "shard_size": shard_size,
+        "tokenizer": tokenizer,
+    }
+    with writing(target):
+        from neox_bridge.layouts.open import open_checkpoint
+        from neox_bridge.planning.make import make_plan
+        from neox_bridge.planning.options import Options
+
+        checkpoint = open_checkpoint(source, revision=revision, step=step, configs=config or ())
+        plan = make_plan(checkpoint, Options(**chosen), target)
+        if dry_run:
+            if as_json:
+                from neox_bridge.planning.report import to_json
+
+                print_json(to_json(plan))
+            else:
+                print_plan(plan, target)
+            return
+        from neox_bridge.execution.run import execute
+
+        tell(plan, quiet)
+        with progress_bar(plan.size, "converting", quiet) as progress:
+            result = execute(
+                plan, target, overwrite=overwrite, workers=max_workers, progress=progress
+            )
+    tell_findings(result.findings, quiet)
+    print_result(plan, result, target, as_json, quiet)

@@ -1,0 +1,114 @@
+"""How a command ends: exceptions become one line on stderr and an exit code."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from typing import NoReturn, ParamSpec
+
+import typer
+
+from neox_bridge.cli.output import label
+from neox_bridge.errors import BridgeError
+
+_P = ParamSpec("_P")
+INTERRUPTED = 130
+DEBUG = "NEOX_BRIDGE_DEBUG"
+
+
+class Interrupted(Exception):
+    """The user stopped a command; says what is on disk now."""
+
+
+def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
+    """The command with its exceptions turned into a message and an exit code."""
+
+    @wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except (typer.Exit, typer.BadParameter):
+            raise
+        except BridgeError as error:
+            _fail(str(error), error.exit_code)
+        except (Interrupted, KeyboardInterrupt) as error:
+            _say("interrupted", str(error) or "nothing was written")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            _quiet_pipe()
+            raise typer.Exit(1) from None
+        except OSError as error:
+            _fail(_os_message(error), 1)
+        except MemoryError:
+            _fail("out of memory. --max-workers 1 needs the least.", 1)
+        except Exception as error:
+            if os.environ.get(DEBUG):
+                raise
+            _fail(_bug(error), 1)
+
+    return run
+
+
+@contextmanager
+def writing(target: str) -> Iterator[None]:
+    """A block that writes ``target``: when it is interrupted, say whether the target is there.
+
+    The executor renames at the end, so that there is only all of it or nothing.
+    """
+    before = _identity(target)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _identity(target) == before:
+            raise Interrupted(f"nothing was written to {target}") from None
+        raise Interrupted(f"but {target} was already written, all of it") from None
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _say("error", message)
+    raise typer.Exit(code) from None
+
+
+def _say(word: str, message: str) -> None:
+    with suppress(OSError):  # nobody is listening any more, and the exit code still tells
+        print(label(word), " ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
+def _os_message(error: OSError) -> str:
+    text = error.strerror or str(error)
+    where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+    ways = {
+        errno.ENOSPC: " Free some space, or choose a target on another file system.",
+        errno.EDQUOT: " Free some space, or choose a target on another file system.",
+        errno.EACCES: " Check the permissions of the file and its folder.",
+        errno.EROFS: " Choose a target that can be written.",
+    }
+    return f"{where}{text}.{ways.get(error.errno or 0, '')}"
+
+
+def _bug(error: Exception) -> str:
+    trace, place = error.__traceback__, ""
+    while trace is not None:
+        place = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return (
+        f"this is a bug in neox-bridge: {type(error).__name__}: {error} ({place}). Please report "
+        f"it, with what the same command prints when {DEBUG}=1 is set."
+    )
+
+
+def _quiet_pipe() -> None:
+    """Point stdout nowhere, or Python complains about the closed pipe once more when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,245 @@
+"""``neox-bridge inspect``."""
+
+import os
+from collections import Counter
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neox_bridge.cli.output import KINDS, human, plural, print_json
+
+if TYPE_CHECKING:
+    from neox_bridge.formats.tensor_ref import TensorRef
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.planning.pieces import Whole
+
+
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="A Hugging Face folder, a Hub model, or a GPT-NeoX folder."
+        ),
+    ],
+    tensors: Annotated[
+        bool,
+        typer.Option("--tensors", help="Every tensor too: name, shape, dtype, and where it lies."),
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub model.")
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="global_stepN, in place of the one in `latest`."),
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A yml for a GPT-NeoX folder that has no configs; may be repeated.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
+    ] = False,
+) -> None:
+    """Say what a checkpoint is: kind, era, layout, sizes, and what would stop a conversion.
+
+    Reads no weights. Exit code 0 wherever the checkpoint can be opened.
+
+    \b
+    Examples:
+      neox-bridge inspect checkpoints/
+      neox-bridge inspect EleutherAI/pythia-70m --revision step3000 --tensors
+    """
+    from neox_bridge.layouts.open import open_checkpoint
+
+    checkpoint = open_checkpoint(path, revision=revision, step=step, configs=config or ())
+    facts = describe(checkpoint)
+    if as_json:
+        more = {"tensors": _tensors(checkpoint)} if tensors else {}
+        print_json({**facts, **more})
+        return
+    for key, text in _lines(facts):
+        print(f"{key:<12}{text}")
+    if tensors:
+        _print_tensors(checkpoint)
+
+
+def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """What a checkpoint is, as plain data."""
+    from neox_bridge.planning.report import finding_json
+
+    config, state = checkpoint.config, checkpoint.neox
+    dtypes: Counter[str] = Counter()
+    for whole in checkpoint.tensors.values():
+        dtypes[whole.dtype] += prod(whole.shape)
+    return {
+        "schema_version": 1,
+        "kind": checkpoint.kind,
+        "path": checkpoint.path,
+        "revision": checkpoint.revision or None,
+        "family": checkpoint.architecture.name,
+        "neox": None if state is None else _neox(checkpoint),
+        "parameters": dtypes.total(),
+        "dtype": config.dtype,
+        "dtypes": dict(dtypes.most_common()),
+        "layers": config.layers,
+        "hidden": config.hidden,
+        "heads": config.heads,
+        "ffn": config.dims["ffn"],
+        "vocab_rows": config.dims["vocab"],
+        "tokenizer_size": checkpoint.tokenizer_size,
+        "tokenizer": list(checkpoint.tokenizer),
+        "max_positions": config.max_positions,
+        "rotary_dim": config.rotary_dim,
+        "rotary_pct": config.rotary_pct,
+        "rotary_base": config.rotary_base,
+        "activation": config.activation,
+        "norm_eps": config.norm_eps,
+        "parallel_residual": config.parallel_residual,
+        "tied_norms": config.tied_norms,
+        "tied_embeddings": config.tied_embeddings,
+        "biases": {
+            "attention": config.attention_bias,
+            "mlp": config.mlp_bias,
+            "norm": config.norm_bias,
+        },
+        "files": list(checkpoint.files),
+        "bytes": sum(os.path.getsize(file) for file in checkpoint.files),
+        "written_by": checkpoint.record.get("written_by"),
+        "dropped": [{"name": d.name, "reason": d.reason} for d in checkpoint.dropped],
+        "findings": [finding_json(finding) for finding in checkpoint.findings],
+        "refusals": [
+            {"key": r.key, "reason": r.reason, "way_out": r.way_out} for r in checkpoint.refusals
+        ],
+    }
+
+
+def _neox(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from neox_bridge.layouts.eras import fitting
+
+    state = checkpoint.neox
+    assert state is not None
+    era = fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
+    return {
+        "step": state.step,
+        "iteration": state.iteration,
+        "era": era.name,
+        "era_span": era.until,
+        "mlp_names": state.mlp_names,
+        "inv_freq": state.inv_freq,
+        "layout": state.layout,
+        "tensor_parallel": state.tp,
+        "pipeline_stages": state.pp,
+        "optimizer": list(state.optimizer),
+        "deepspeed": state.ds_version or None,
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    neox = facts["neox"]
+    other = "hf" if facts["kind"] == "neox" else "neox"
+    lines = [("path", facts["path"])]
+    kind = KINDS[facts["kind"]]
+    if neox is None:
+        lines.append(("kind", kind + (f", {facts['revision']}" if facts["revision"] else "")))
+    else:
+        lines.append(("kind", f"{kind}, {neox['step']}, iteration {neox['iteration']}"))
+    lines.append(("family", facts["family"]))
+    if neox is not None:
+        stored = "stored" if neox["inv_freq"] == "store" else "not stored"
+        lines.append(
+            (
+                "era",
+                f"fits GPT-NeoX {neox['era_span']} (neox@{neox['era']}): "
+                f"{neox['mlp_names']} mlp names, inv_freq {stored}",
+            )
+        )
+        lines.append(
+            (
+                "layout",
+                f"{neox['layout']}, TP {neox['tensor_parallel']}, PP {neox['pipeline_stages']}",
+            )
+        )
+    lines += _model_lines(facts)
+    lines.append(("files", f"{plural(len(facts['files']), 'file')}, {human(facts['bytes'])}"))
+    if neox is not None:
+        count = len(neox["optimizer"])
+        held = f"{plural(count, 'file')} of states, which conversion leaves out"
+        inside = any(d["reason"] == "optimizer states" for d in facts["dropped"])
+        none = "states inside the weight files, left out" if inside else "not present"
+        lines.append(("optimizer", held if count else none))
+    if facts["written_by"]:
+        lines.append(("written by", facts["written_by"]))
+    for finding in facts["findings"]:
+        remedy = f" ({finding['remedy']})" if finding["remedy"] else ""
+        lines.append((finding["severity"], finding["message"] + remedy))
+    for refusal in facts["refusals"]:
+        way = f"{refusal['reason']}; {refusal['way_out']}"
+        lines.append(("refused", f"to {KINDS[other]}: {refusal['key']}: {way}"))
+    return lines
+
+
+def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    entries = facts["tokenizer_size"]
+    known = f"{entries:,} entries" if entries is not None else "not known"
+    mixed = [f"{name} ({count:,} parameters)" for name, count in facts["dtypes"].items()]
+    residual = "parallel (gpt_j_residual)" if facts["parallel_residual"] else "sequential"
+    absent = [name for name, there in facts["biases"].items() if not there]
+    return [
+        ("parameters", f"{facts['parameters']:,}"),
+        ("dtype", ", ".join(mixed) if len(mixed) > 1 else facts["dtype"]),
+        (
+            "size",
+            f"{facts['layers']} layers, hidden {facts['hidden']}, {facts['heads']} heads, "
+            f"MLP {facts['ffn']}",
+        ),
+        ("vocabulary", f"{facts['vocab_rows']:,} rows; the tokenizer: {known}"),
+        ("positions", f"{facts['max_positions']:,}"),
+        (
+            "rotary",
+            f"{facts['rotary_dim']} of {facts['hidden'] // facts['heads']} dimensions of a head, "
+            f"base {facts['rotary_base']:g}",
+        ),
+        ("activation", facts["activation"]),
+        ("residual", residual + (", one norm a block" if facts["tied_norms"] else "")),
+        ("embeddings", "tied" if facts["tied_embeddings"] else "untied"),
+        ("biases", f"none in: {', '.join(absent)}" if absent else "everywhere"),
+    ]
+
+
+def _refs(whole: "Whole") -> list["TensorRef"]:
+    """Where a tensor lies: its shards, or its one piece."""
+    return list(whole.shards) or [p.source for p in whole.pieces if p.source is not None]
+
+
+def _tensors(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "dtype": whole.dtype,
+            "shape": list(whole.shape),
+            "reduce": whole.reduce,
+            "shards": [
+                {"file": ref.file, "offset": ref.offset, "shape": list(ref.shape)}
+                for ref in _refs(whole)
+            ],
+        }
+        for name, whole in checkpoint.tensors.items()
+    ]
+
+
+def _print_tensors(checkpoint: "Checkpoint") -> None:
+    rows = []
+    for name, whole in checkpoint.tensors.items():
+        refs = _refs(whole)
+        first = os.path.relpath(refs[0].file, checkpoint.path) if refs else ""
+        where = f"{first} @ {refs[0].offset}" if refs else ""
+        shards = f" and {plural(len(refs) - 1, 'more shard')}" if len(refs) > 1 else ""
+        rows.append((name, str(list(whole.shape)), whole.dtype, where + shards))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    print()
+    for name, shape, dtype, where in rows:
+        print(f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  {where}")

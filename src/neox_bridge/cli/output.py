@@ -1,0 +1,159 @@
+"""What commands say: results on stdout, everything else on stderr, never wrapped."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neox_bridge.execution.result import Result
+    from neox_bridge.findings import Finding
+    from neox_bridge.planning.pieces import Plan
+
+_COLOURS = {"error": 31, "interrupted": 31, "warning": 33, "info": 36, "dropped": 36, "note": 36}
+KINDS = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
+
+
+def label(word: str) -> str:
+    """``word:``, in colour where stderr is a terminal that wants it."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or not sys.stderr.isatty():
+        return f"{word}:"
+    return f"\x1b[{_COLOURS[word]}m{word}:\x1b[0m"
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def tell(plan: "Plan", quiet: bool) -> None:
+    """The plan's findings, drops and notes on stderr."""
+    if quiet:
+        return
+    for word, text in _remarks(plan):
+        print(label(word), text, file=sys.stderr)
+
+
+def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
+    """Findings on stderr, one a line."""
+    for finding in () if quiet else findings:
+        print(label(finding.severity), with_remedy(finding), file=sys.stderr)
+
+
+def print_plan(plan: "Plan", target: str) -> None:
+    """A plan for people, on stdout."""
+    from neox_bridge.planning.report import summary
+
+    numbers = summary(plan)
+    print(f"source   {side(plan.source)}: {plan.source.get('name', '')}")
+    print(f"target   {side(plan.target)}, {plan.target['parameters']:,} parameters: {target}")
+    print(f"files    {numbers['files']}")
+    width = max((len(file.path) for file in plan.files), default=0)
+    for file in plan.files:
+        what = f"{plural(len(file.tensors), 'tensor')}" if file.tensors else ""
+        what = f"copy of {file.copy_of}" if file.copy_of else what
+        print(f"  {file.path:{width}}  {human(file.size):>9}  {what}".rstrip())
+    print(
+        f"bytes    {human(numbers['bytes'])}: {human(numbers['bytes_copied'])} copied, "
+        f"{human(numbers['bytes_transformed'])} transformed, "
+        f"{human(numbers['bytes_from_plan'])} headers and small files"
+    )
+    print(f"memory   {human(numbers['peak_memory'])} at most, an estimate")
+    for word, text in _remarks(plan):
+        print(f"{word}: {text}")
+    for line in blanks(plan, target):
+        print(line)
+
+
+def print_result(plan: "Plan", result: "Result", target: str, as_json: bool, quiet: bool) -> None:
+    """The one line that says what was written, and the blanks that are left; or both as JSON."""
+    if as_json:
+        print_json(result_json(plan, result))
+    elif not quiet:
+        print(_summary_line(plan, result, target))
+        for line in blanks(plan, target):
+            print(line)
+
+
+def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
+    """What a conversion did, as plain data."""
+    from dataclasses import asdict
+
+    from neox_bridge.planning.report import SCHEMA_VERSION, remarks, summary
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": dict(plan.source),
+        "target": dict(plan.target),
+        "result": asdict(result),
+        "summary": summary(plan),
+        **remarks(plan),
+    }
+
+
+def blanks(plan: "Plan", target: str) -> list[str]:
+    """What the user has to fill in, one line a file."""
+    keys: dict[str, list[str]] = {}
+    for file, key in plan.blanks:
+        keys.setdefault(file, []).append(key)
+    return [f"fill in: {' and '.join(k)} in {os.path.join(target, f)}" for f, k in keys.items()]
+
+
+def side(facts: Mapping[str, object]) -> str:
+    """A source or target in a few words."""
+    kind, family = KINDS[str(facts["kind"])], str(facts.get("architecture", ""))
+    words = [f"{kind} {family}".strip()]
+    if "layout" in facts:
+        words.append(str(facts["layout"]))
+    if "tensor_parallel" in facts:
+        words += [f"TP {facts['tensor_parallel']}", f"PP {facts['pipeline_stages']}"]
+    words.append(str(facts["dtype"]))
+    return ", ".join(words)
+
+
+def human(count: float) -> str:
+    """Bytes in units of a thousand: 1.23 GB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        if count < 999.5 or unit == "TB":
+            break
+    return f"{count:.3g} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def with_remedy(finding: "Finding") -> str:
+    """A finding's message, and in brackets what to do."""
+    return finding.message + (f" ({finding.remedy})" if finding.remedy else "")
+
+
+def _remarks(plan: "Plan") -> list[tuple[str, str]]:
+    from neox_bridge.planning.report import by_reason
+
+    lines: list[tuple[str, str]] = [(f.severity, with_remedy(f)) for f in plan.findings]
+    for reason, names in by_reason(plan.dropped).items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(("dropped", f"{names[0]}{more}: {reason}"))
+    lines += [("note", note) for note in plan.notes]
+    return lines
+
+
+def _summary_line(plan: "Plan", result: "Result", target: str) -> str:
+    from neox_bridge.planning.report import by_reason
+
+    rate = human(result.size / max(result.seconds, 1e-3))
+    reasons = [f"{len(names)} ({why})" for why, names in by_reason(plan.dropped).items()]
+    dropped = f"; dropped {', '.join(reasons)}" if reasons else "; nothing dropped"
+    return (
+        f"wrote {target}: {side(plan.target)}, {plan.target['parameters']:,} parameters in "
+        f"{plural(result.files, 'file')}, {human(result.size)} in {result.seconds:.1f} s "
+        f"({rate}/s){dropped}"
+    )

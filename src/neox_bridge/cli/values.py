@@ -1,0 +1,71 @@
+"""Values of options: read from what a user types, or a usage error that names what is allowed."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+_DTYPES = {
+    "keep": "keep",
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}B": 1000 ** (n + 1) for n, letter in enumerate("KMGT")}
+_UNITS |= {f"{letter}IB": 1024 ** (n + 1) for n, letter in enumerate("KMGT")}
+
+
+def one_of(*allowed: str) -> Any:
+    """An option that takes one of these words: the arguments of ``typer.Option``."""
+    return {"parser": _choice({word: word for word in allowed}), "metavar": "|".join(allowed)}
+
+
+def dtype() -> Any:
+    """An option that takes a floating dtype, or its short name."""
+    return {"parser": _choice(_DTYPES), "metavar": "keep|float32|float16|bfloat16"}
+
+
+def size() -> Any:
+    """An option that takes a number of bytes, as Hugging Face's libraries do."""
+    return {"parser": parse_size, "metavar": "SIZE"}
+
+
+def era() -> Any:
+    """An option that takes a GPT-NeoX of some time."""
+    return {"parser": _parse_era, "metavar": "neox@2024-03|neox@2024-09|neox@2024-10|today"}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of 5GB (powers of 1000), 5GiB (powers of 1024) or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip(), re.IGNORECASE)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    count = float(match[1]) * unit if match and unit else 0.0
+    if count < 1:
+        raise typer.BadParameter(f"{text!r} isn't a size: write 5GB, 500MB, 2GiB or bytes.")
+    assert match is not None
+    return int(match[1]) * (unit or 1) if match[1].isdigit() else int(count)
+
+
+def _choice(words: dict[str, str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise typer.BadParameter(f"{text!r} isn't one of {', '.join(words)}.")
+        return words[text]
+
+    return parse
+
+
+def _parse_era(text: str) -> Any:
+    from neox_bridge.errors import BridgeError
+    from neox_bridge.layouts.eras import ERAS, era_named
+
+    try:
+        return era_named(text)
+    except BridgeError:
+        known = ", ".join(f"neox@{era.name} ({era.until})" for era in ERAS)
+        raise typer.BadParameter(f"{text!r} isn't known. Known are {known}.") from None
