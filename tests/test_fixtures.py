@@ -51,7 +51,7 @@ def test_same_layout_is_the_same_bits(name: str, tmp_path: Path) -> None:
     before, after = neox_ranks(fixture(name)), neox_ranks(tmp_path / "neox")
     for a, b in zip(before, after, strict=True):
         assert_same(a, b)
-    names = {n for n in neox_files(tmp_path / "neox")}
+    names = set(neox_files(tmp_path / "neox"))
     assert names == {p.name for p in fixture(name).glob("*/*_model_states.pt")}
 
 

@@ -10,6 +10,7 @@ import torch
 from common import (
     assert_same,
     convert,
+    fixture,
     hf_logits,
     hf_tensors,
     make_hf,
@@ -258,10 +259,11 @@ def test_reading_needs_no_torch() -> None:
     import subprocess
     import sys
 
+    source = str(fixture("pythia_fp32_pp1_tp2"))
     code = (
         "import sys; from neox_bridge.layouts.open import open_checkpoint; "
         "import neox_bridge.planning.make, neox_bridge.execution.run; "
-        f"open_checkpoint({str(Path(__file__).parent / 'data/fixtures/pythia_fp32_pp1_tp2/checkpoints')!r}); "
+        f"open_checkpoint({source!r}); "
         "print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

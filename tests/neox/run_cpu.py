@@ -1,0 +1,167 @@
+"""Loads checkpoints strictly in the real GPT-NeoX on CPU and saves the logits that it computes.
+
+torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
+    yml: the settings, from which GPT-NeoX builds its tokenizer, its model and its engine
+    drop: keys to leave out of them
+    logits: where to write logits.npz, or null
+    steps: steps to train before, with random tokens, or 0
+The model, the DeepSpeed engine and the loading are GPT-NeoX's own; only what needs CUDA or apex is
+replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": null or text}.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+import types
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+TREE, JOBS = sys.argv[1:3]
+sys.path.insert(0, TREE)
+
+import numpy as np
+import torch
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+torch.set_num_threads(1)
+
+
+def nothing(*_args, **_kwargs):
+    return None
+
+
+def without_cuda() -> None:
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    torch.cuda.LongTensor = lambda values: torch.tensor(values, dtype=torch.long)
+    for name in ("set_rng_state", "manual_seed", "synchronize"):
+        setattr(torch.cuda, name, nothing)
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
+    torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
+
+
+class Adam(torch.optim.AdamW):
+    """Stands for apex's and DeepSpeed's fused Adam, whose other options don't matter here."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_rest):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def refresh_fp32_params(self):
+        pass
+
+
+def without_apex() -> None:
+    names = ("apex", "apex.optimizers", "apex.normalization", "apex.normalization.fused_layer_norm")
+    apex, optimizers, normalization, fused = (types.ModuleType(name) for name in names)
+    apex.optimizers, optimizers.FusedAdam = optimizers, Adam
+    fused.FusedLayerNormAffineFunction = types.SimpleNamespace(
+        apply=lambda x, w, b, shape, eps, *_rest: torch.nn.functional.layer_norm(
+            x, tuple(shape), w, b, eps
+        )
+    )
+    for name, module in zip(names, (apex, optimizers, normalization, fused), strict=True):
+        sys.modules.setdefault(name, module)
+
+
+without_cuda()
+without_apex()
+import deepspeed
+import deepspeed.ops.adam
+import deepspeed.runtime.engine as engine
+import yaml
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+deepspeed.ops.adam.FusedAdam = Adam
+engine.is_zero_supported_optimizer = lambda _optimizer: True
+type(get_accelerator()).is_fp16_supported = lambda _self: True
+from megatron import initialize, mpu
+from megatron.neox_arguments import NeoXArgs
+from megatron.tokenizer import build_tokenizer
+from megatron.training import setup_model_and_optimizer
+
+
+def read(job):
+    """The job's yml as it stands, through GPT-NeoX's own reader of files."""
+    path = job["yml"]
+    if job["drop"]:
+        with open(path) as file:
+            kept = {k: v for k, v in yaml.safe_load(file).items() if k not in job["drop"]}
+        path = f"{os.path.dirname(JOBS)}/changed-{RANK}-{job['number']}.yml"
+        with open(path, "w") as file:
+            yaml.safe_dump(kept, file)
+    here = {"rank": RANK, "local_rank": RANK, "world_size": WORLD, "global_num_gpus": WORLD}
+    here |= {"deepspeed": True, "distributed_backend": "gloo", "user_script": "run_cpu"}
+    return NeoXArgs.from_ymls([path], here)
+
+
+def run(job) -> None:
+    args = read(job)
+    args.tokenizer = build_tokenizer(args)
+    stages = max(1, args.pipe_parallel_size)
+    if not mpu.model_parallel_is_initialized():
+        tp = args.model_parallel_size
+        topology = PipeModelDataParallelTopology(
+            num_pp=stages, num_mp=tp, num_dp=WORLD // (stages * tp)
+        )
+        mpu.initialize_model_parallel(tp, topology=topology)
+        mpu.model_parallel_cuda_manual_seed(1)
+    initialize.setup_deepspeed_random_and_activation_checkpointing(args)
+    args.iteration = 0
+    model = setup_model_and_optimizer(args, use_cache=False)[0]
+    for _ in range(job["steps"]):
+        train(args, model)
+    if job["logits"]:
+        save_logits(args, model, stages, job["logits"])
+
+
+def train(args, model) -> None:
+    from functools import partial
+
+    from megatron.training import get_batch_pipe
+
+    seed = torch.Generator().manual_seed(1)
+    shape = (args.train_micro_batch_size_per_gpu, args.seq_length + 1)
+    tokens = torch.randint(0, args.tokenizer.vocab_size, shape, generator=seed)
+    model.set_batch_fn(partial(get_batch_pipe, neox_args=args))
+    loss = model.train_batch(data_iter=iter([{"text": tokens}]))
+    assert torch.isfinite(torch.as_tensor(float(loss)))
+
+
+def save_logits(args, model, stages, path) -> None:
+    model.module.eval()
+    seed = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, args.tokenizer.vocab_size, (2, 24), generator=seed)
+    positions = torch.arange(24)[None].expand_as(tokens)
+    mask = torch.triu(torch.ones(1, 1, 24, 24, dtype=torch.bool), 1)
+    with torch.no_grad():
+        out = (tokens, positions, mask)
+        if args.is_pipe_parallel:
+            assert stages == 1
+            for function in model.module.forward_funcs:
+                out = function(out)
+        else:
+            out = model.module(out)
+        out = out[0] if isinstance(out, tuple) else out
+        if out.shape[-1] != args.padded_vocab_size:
+            out = mpu.gather_from_model_parallel_region(out)
+    if RANK == 0:
+        np.savez(path, tokens=tokens.numpy(), logits=out.float().numpy())
+
+
+deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+with open(JOBS) as jobs:
+    for number, job in enumerate(json.load(jobs)):
+        error = None
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                run({**job, "number": number})
+        except (Exception, SystemExit) as caught:
+            traceback.print_exc()
+            error = f"{type(caught).__name__}: {caught}"
+        if RANK == 0:
+            print("RESULT " + json.dumps({"job": number, "error": error}), flush=True)
+        torch.distributed.barrier()
+os._exit(0)
