@@ -193,7 +193,7 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("dtype", ", ".join(mixed) if len(mixed) > 1 else facts["dtype"]),
         (
             "size",
-            f"{facts['layers']} layers, hidden {facts['hidden']}, {facts['heads']} heads, "
+            f"{plural(facts['layers'], 'layer')}, hidden {facts['hidden']}, {facts['heads']} heads, "
             f"MLP {facts['ffn']}",
         ),
         ("vocabulary", f"{facts['vocab_rows']:,} rows; the tokenizer: {known}"),
