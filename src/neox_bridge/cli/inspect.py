@@ -193,8 +193,8 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("dtype", ", ".join(mixed) if len(mixed) > 1 else facts["dtype"]),
         (
             "size",
-            f"{plural(facts['layers'], 'layer')}, hidden {facts['hidden']}, {facts['heads']} heads, "
-            f"MLP {facts['ffn']}",
+            f"{plural(facts['layers'], 'layer')}, hidden {facts['hidden']}, "
+            f"{facts['heads']} heads, MLP {facts['ffn']}",
         ),
         ("vocabulary", f"{facts['vocab_rows']:,} rows; the tokenizer: {known}"),
         ("positions", f"{facts['max_positions']:,}"),
