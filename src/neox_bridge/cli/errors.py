@@ -37,8 +37,7 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
         except (Interrupted, KeyboardInterrupt) as error:
             _say("interrupted", str(error) or "nothing was written")
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            _quiet_pipe()
+        except BrokenPipeError:  # `| head` has seen enough
             raise typer.Exit(1) from None
         except OSError as error:
             _fail(_os_message(error), 1)
@@ -106,9 +105,3 @@ def _bug(error: Exception) -> str:
         f"this is a bug in neox-bridge: {type(error).__name__}: {error} ({place}). Please report "
         f"it, with what the same command prints when {DEBUG}=1 is set."
     )
-
-
-def _quiet_pipe() -> None:
-    """Point stdout nowhere, or Python complains about the closed pipe once more when it ends."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
