@@ -1,1 +1,1 @@
-"""Writes what a plan says: bytes moved by the kernel where they stay, by numpy where they change."""
+"""Writes what a plan says: the kernel moves bytes that stay, numpy makes those that change."""
