@@ -1,0 +1,231 @@
+"""What a pickle's calls stand for: plain containers and tensors by value, all else as Records.
+
+Nothing is looked up or called: a constructor is known by its two names, and the value that it
+would give is made here.
+"""
+
+import codecs
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.dtypes import BY_STORAGE
+
+MAX_STEPS = 10_000_000  # opcodes, and the items that folding a constructor or hashing a key visits
+MAX_KEY_NODES = 500  # values inside one tuple used as a key: hashing is recursive, so bounded
+_MAX_DIMENSIONS = 64
+
+
+class PickleError(BridgeError):
+    """A pickle that is damaged or that this reader doesn't accept: one sentence, no file name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function by name; never looked up."""
+
+    module: str
+    name: str
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Record:
+    """A call that a pickle asks for, written down instead of made.
+
+    factory: what would be called, mostly a ``Global``.
+    state: what BUILD would have set; None where there was no BUILD.
+    items, entries: what APPENDS and SETITEMS would have added.
+    new: whether ``factory.__new__`` rather than ``factory`` would be called.
+    """
+
+    factory: object
+    args: tuple[object, ...] = ()
+    kwargs: dict[Any, object] = field(default_factory=dict)
+    state: object = None
+    items: list[object] = field(default_factory=list)
+    entries: dict[Any, object] = field(default_factory=dict)
+    new: bool = False
+
+    def __repr__(self) -> str:
+        known = isinstance(self.factory, Global)
+        return f"<Record {self.factory if known else type(self.factory).__name__}>"
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """The buffer that tensors view. numel, start: in elements of dtype, start from the record's.
+
+    dtype: a name of ``dtypes.BY_NAME``, or torch's name of a storage that isn't known there.
+    """
+
+    key: str
+    dtype: str
+    numel: int
+    location: str
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PickledTensor:
+    """A view of a storage. offset and strides: in elements of dtype."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(slots=True)
+class Context:
+    """What folding needs: what takes a tensor's place, and the steps that are left."""
+
+    tensor: Callable[[PickledTensor], object]
+    left: int = MAX_STEPS
+
+    def spend(self, cost: int) -> None:
+        """Count steps, so that a small file can't keep the reader busy or fill the memory."""
+        self.left -= cost
+        if self.left < 0:
+            raise PickleError(f"the pickle takes more than {MAX_STEPS:,} steps")
+
+
+def storage_ref(pid: object) -> StorageRef:
+    """The storage that torch's persistent id names; with the view of old files, if it has one.
+
+    Source: torch/serialization.py, ``persistent_load`` of ``_load`` and ``_legacy_load``.
+    """
+    match pid:
+        case ("storage", Global(module, name), str(key), str(location), int(numel), *rest):
+            dtype = BY_STORAGE[name].name if name in BY_STORAGE else name
+            if (module, name) == ("torch.storage", "UntypedStorage"):
+                dtype = "uint8"
+            match rest:
+                case [] | [None] if numel >= 0:
+                    return StorageRef(key, dtype, numel, location)
+                case [(_, int(start), int(size))] if start >= 0 and size >= 0:
+                    return StorageRef(key, dtype, size, location, start)
+    raise PickleError("a persistent id isn't a torch storage's")
+
+
+def hashable(context: Context, value: Any) -> Any:
+    """The value, if it can be hashed within bounds: Python's hash of a tuple is recursive."""
+    todo, seen = [value], 0
+    while todo:
+        item, seen = todo.pop(), seen + 1
+        if isinstance(item, tuple):
+            todo.extend(item[: MAX_KEY_NODES + 1])
+        elif isinstance(item, list | dict | set | bytearray):
+            raise PickleError(f"the pickle uses a {type(item).__name__} as a key")
+        if seen + len(todo) > MAX_KEY_NODES:
+            raise PickleError("the pickle has too large a tuple as a key")
+    context.spend(seen - 1)
+    return value
+
+
+def fold(context: Context, factory: object, args: object, new: bool = False) -> object:
+    """What calling ``factory(*args)`` gives, if it is known; else the call as a Record.
+
+    new: ``factory.__new__`` is meant, which ignores the items that a container would be made of.
+    """
+    if not isinstance(args, tuple):
+        raise PickleError("the pickle calls something with what isn't a tuple of arguments")
+    known = _FOLDS.get((factory.module, factory.name)) if isinstance(factory, Global) else None
+    value = known(context, args) if known and not (new and args) else NotImplemented
+    return Record(factory, args, new=new) if value is NotImplemented else value
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    if not isinstance(value, tuple) or not all(type(i) is int and i >= 0 for i in value):
+        return None
+    return value if len(value) <= _MAX_DIMENSIONS else None
+
+
+def _rebuild_tensor(context: Context, args: tuple[Any, ...]) -> object:
+    storage, offset, shape, strides = args[0], args[1], _sizes(args[2]), _sizes(args[3])
+    dtype = args[6] if len(args) > 6 else None  # v3 has a dtype here, v2 a dict of metadata
+    if not isinstance(storage, StorageRef) or type(offset) is not int or offset < 0:
+        return NotImplemented
+    if shape is None or strides is None or len(shape) != len(strides):
+        return NotImplemented
+    name = dtype.name if isinstance(dtype, Global) else storage.dtype
+    return context.tensor(PickledTensor(storage, offset, shape, strides, name))
+
+
+_FROM_TYPE = ("torch._tensor", "_rebuild_from_type_v2")
+
+
+def _rebuild_from_type(context: Context, args: tuple[Any, ...]) -> object:
+    """Args: function, type, its arguments, state. A tensor with attributes is that tensor."""
+    factory = args[0]
+    if not isinstance(factory, Global) or (factory.module, factory.name) == _FROM_TYPE:
+        return NotImplemented
+    rebuilt = fold(context, factory, args[2])
+    return NotImplemented if isinstance(rebuilt, Record) else rebuilt
+
+
+def _sequence(context: Context, args: tuple[Any, ...]) -> list[Any]:
+    """The items of a constructor's only argument, a container that was itself in the pickle."""
+    if not args:
+        return []
+    (items,) = args
+    if not isinstance(items, list | tuple | set | frozenset):
+        raise PickleError("a container is built from what isn't one")
+    context.spend(len(items))
+    return list(items)
+
+
+def _fold_dict(context: Context, args: tuple[Any, ...]) -> object:
+    if args and isinstance(args[0], dict):
+        context.spend(len(args[0]))
+        return dict(args[0])
+    return {hashable(context, key): value for key, value in _sequence(context, args)}
+
+
+def _fold_encode(context: Context, args: tuple[Any, ...]) -> object:
+    if len(args) != 2 or not isinstance(args[0], str) or args[1] not in ("latin1", "latin-1"):
+        return NotImplemented
+    context.spend(len(args[0]) // 8)
+    return codecs.latin_1_encode(args[0])[0]
+
+
+def _fold_bytes(context: Context, args: tuple[Any, ...]) -> object:
+    if not args:
+        return b""
+    if isinstance(args[0], bytes):
+        context.spend(len(args[0]) // 8)
+        return args[0]
+    return _fold_encode(context, args)
+
+
+def _fold_bytearray(context: Context, args: tuple[Any, ...]) -> object:
+    data = _fold_bytes(context, args)
+    return bytearray(data) if isinstance(data, bytes) else NotImplemented
+
+
+_Fold = Callable[[Context, tuple[Any, ...]], object]
+_BUILTINS: dict[str, _Fold] = {
+    "set": lambda context, args: {hashable(context, i) for i in _sequence(context, args)},
+    "frozenset": lambda context, args: frozenset(
+        hashable(context, i) for i in _sequence(context, args)
+    ),
+    "list": _sequence,
+    "tuple": lambda context, args: tuple(_sequence(context, args)),
+    "dict": _fold_dict,
+    "bytes": _fold_bytes,
+    "bytearray": _fold_bytearray,
+}
+_FOLDS: dict[tuple[str, str], _Fold] = {
+    ("collections", "OrderedDict"): _fold_dict,
+    ("collections", "defaultdict"): lambda context, args: _fold_dict(context, args[1:]),
+    ("torch", "Size"): lambda context, args: tuple(_sequence(context, args)),
+    ("_codecs", "encode"): _fold_encode,
+    ("torch._utils", "_rebuild_tensor"): lambda context, args: _rebuild_tensor(context, args[:4]),
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda _, args: args[0],
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda _, args: args[0],
+    _FROM_TYPE: _rebuild_from_type,
+    **{(m, name): fold for m in ("builtins", "__builtin__") for name, fold in _BUILTINS.items()},
+}

@@ -1,0 +1,37 @@
+"""Opens what torch.save wrote, of any age, without torch and without running it."""
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.torch_legacy import read_legacy
+from neox_bridge.formats.torch_zip import not_whole, read_pt
+
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a record, or the end of an archive without records
+_PICKLE = b"\x80"  # PROTO, with which every pickle of protocol 2 and later begins
+_TAR_MAGIC_AT = 257  # POSIX ustar
+
+
+def read_torch(path: str) -> object:
+    """The value of a ``.pt``, ``.pth`` or ``.bin`` file: a ``TensorRef`` in each tensor's place.
+
+    Containers and scalars are Python's, an OrderedDict is a dict, every other object is an inert
+    ``pickles.Record`` or ``pickles.Global``. Raises BridgeError, naming the file and the way out,
+    for whatever isn't such a file or can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_TAR_MAGIC_AT + 5)
+        if head.startswith(_ZIP):
+            return read_pt(path)
+        if head.startswith(_PICKLE):
+            return read_legacy(path)
+    except OSError as error:
+        raise BridgeError(f"{path} can't be read: {error.strerror}.") from None
+    if head[_TAR_MAGIC_AT:] == b"ustar":
+        raise BridgeError(
+            f"{path} is a tar, as torch saved before 0.1.10. Load it with torch.load and "
+            "torch.save it again."
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise BridgeError(f"{path} is a Git LFS pointer, not the file. Run: git lfs pull.")
+    if not head.strip(b"\0"):
+        raise not_whole(path, "it is empty" if not head else "it begins with zeros")
+    raise not_whole(path, f"it begins with {head[:4]!r}, as no torch file does")

@@ -1,0 +1,108 @@
+"""The stream that torch.save wrote before 1.6: four pickles, a list of keys, then raw storages.
+
+Source: torch/serialization.py, ``_legacy_save`` and ``_legacy_load``: magic number, protocol
+version, system information, the object, the storages' keys; then, for each key in this order,
+the number of elements as int64 and the elements.
+"""
+
+import os
+import struct
+from typing import BinaryIO
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.dtypes import BY_NAME
+from neox_bridge.formats.pickles import (
+    Global,
+    PickledTensor,
+    PickleError,
+    StorageRef,
+    load,
+    storage_ref,
+)
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.formats.torch_zip import not_whole, place
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+
+
+def read_legacy(path: str) -> object:
+    """The value of a pre-1.6 file, with a ``TensorRef`` in each tensor's place.
+
+    Nothing in the file is run. Raises BridgeError, naming the file, for one that is truncated,
+    damaged or big-endian; OSError where it can't be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _read(path, file)
+        except PickleError as error:
+            raise not_whole(path, str(error)) from None
+
+
+def _read(path: str, file: BinaryIO) -> object:
+    if load(file) != _MAGIC:
+        raise BridgeError(
+            f"{path} is a pickle, but not one of torch.save. Load it where it was made, and "
+            "torch.save its state dict."
+        )
+    if load(file) != _PROTOCOL:
+        raise PickleError("its protocol version isn't 1001")
+    system = load(file)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise BridgeError(
+            f"{path} was written on a big-endian machine. Load it with torch and torch.save it "
+            "on a little-endian one."
+        )
+    start = file.tell()
+    storages: dict[str, StorageRef] = {}
+    _object(file, storages)
+    records = _records(file, storages, load(file))
+    file.seek(start)  # the places are known only now: read the object again, with them
+
+    def tensor(pickled: PickledTensor) -> TensorRef:
+        offset, size = records[pickled.storage.key]
+        return place(pickled, path, offset, size)
+
+    return load(file, lambda pid: _persistent(pid, storages), tensor)
+
+
+def _object(file: BinaryIO, storages: dict[str, StorageRef]) -> None:
+    load(file, lambda pid: _persistent(pid, storages))
+
+
+def _persistent(pid: object, storages: dict[str, StorageRef]) -> object:
+    """The storage, noted by its key; or the class of a module saved with its source text."""
+    match pid:
+        case ("module", Global() as factory, *_):
+            return factory
+    storage = storage_ref(pid)
+    first = storages.setdefault(storage.key, storage)
+    if first.dtype != storage.dtype:
+        raise PickleError(f"storage {storage.key[:40]} has two element types")
+    return storage
+
+
+def _records(
+    file: BinaryIO, storages: dict[str, StorageRef], keys: object
+) -> dict[str, tuple[int, int]]:
+    """(offset, bytes) of each storage's elements."""
+    if not isinstance(keys, list):
+        raise PickleError("the keys of its storages aren't a list")
+    end = os.fstat(file.fileno()).st_size
+    records = {}
+    for key in keys:
+        if not isinstance(key, str) or key not in storages or key in records:
+            raise PickleError("the keys of its storages aren't those of its tensors")
+        dtype = storages[key].dtype
+        if dtype not in BY_NAME:
+            raise PickleError(f"a storage holds {dtype[:40]}, which this reader doesn't know")
+        raw = file.read(8)
+        numel = struct.unpack("<q", raw)[0] if len(raw) == 8 else -1
+        offset, size = file.tell(), numel * BY_NAME[dtype].itemsize
+        if numel < 0 or offset + size > end:
+            raise PickleError(f"storage {key[:40]} reaches beyond the file's end (truncated?)")
+        records[key] = (offset, size)
+        file.seek(offset + size)
+    if missing := [key for key in storages if key not in records]:
+        raise PickleError(f"storage {missing[0][:40]} is missing")
+    return records
