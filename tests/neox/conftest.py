@@ -9,6 +9,26 @@ import pytest
 TABLE = Path(__file__).parents[2] / "docs" / "loads-in-gpt-neox.md"
 CELLS: dict[tuple[str, int, int, str], str] = {}
 VERSIONS: dict[str, str] = {}
+TEXT = """\
+# What loads in the real GPT-NeoX
+
+Written by `make test-neox`: a tiny model made with transformers is converted and loaded strictly by
+GPT-NeoX on CPU, from the `finetune.yml` that the conversion wrote, with the tree's own default for
+`rotary_save_freqs_buffer`. Where it loads, GPT-NeoX's logits agree with those of transformers within
+1e-5 (fp32). A folder with two pipeline stages is loaded in two stages; its logits come from loading
+the same folder in one.
+
+{versions}
+{cells}
+*missing*: GPT-NeoX says `Missing key(s) in state_dict: "attention.rotary_emb.inv_freq"`. This tree
+wants the buffer: convert with `--inv-freq store`.
+
+*unexpected*: it says `Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq"`. This tree
+doesn't store it: convert with `--inv-freq omit`, or set `rotary_save_freqs_buffer: true`, as the
+written `finetune.yml` does where the tree knows that key (tested too).
+
+`--for neox@2024-03`, `neox@2024-09`, `neox@2024-10` or `today` chooses what the tree expects.
+"""
 
 
 @pytest.fixture(scope="session")
@@ -26,33 +46,14 @@ def table() -> Iterator[None]:
     trees = list(dict.fromkeys(tree for tree, *_ in CELLS))
     if len(CELLS) < 54:
         return
-    lines = [
-        "# What loads in the real GPT-NeoX",
-        "",
-        "Written by `make test-neox`: a tiny model made with transformers is converted and loaded",
-        "strictly by GPT-NeoX on CPU, from the `finetune.yml` that the conversion wrote, with the",
-        "tree's own default for `rotary_save_freqs_buffer`. Where it loads, GPT-NeoX's logits agree",
-        "with those of transformers within 1e-5 (fp32); a folder with two pipeline stages is loaded",
-        "in two stages, and its logits come from loading the same folder in one.",
-        "",
-        *(f"- {name}: {version}" for name, version in VERSIONS.items()),
-        "",
-    ]
     layouts = [(tp, pp) for tp in (1, 2, 4) for pp in (0, 1, 2)]
     rows = [("tree", "inv_freq", *(f"TP {tp} PP {pp}" for tp, pp in layouts)), ("---",) * 11]
-    for tree in trees:
-        for inv_freq in ("omit", "store"):
-            rows.append((tree, inv_freq, *(CELLS[tree, tp, pp, inv_freq] for tp, pp in layouts)))
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += [
-        "",
-        "*missing*: it says `Missing key(s) in state_dict: ...attention.rotary_emb.inv_freq`: this",
-        "tree wants the buffer, so convert with",
-        "`--inv-freq store`. *unexpected*: it says `Unexpected key(s) in state_dict`: this tree",
-        "does not store it, so convert with `--inv-freq omit`, or set `rotary_save_freqs_buffer: true`,",
-        "as the written `finetune.yml` does where the tree knows the key (tested too).",
-        "`--for neox@2024-03`, `neox@2024-09`, `neox@2024-10` or `today` chooses all of it.",
-        "",
+    rows += [
+        (tree, inv_freq, *(CELLS[tree, tp, pp, inv_freq] for tp, pp in layouts))
+        for tree in trees
+        for inv_freq in ("omit", "store")
     ]
+    versions = "".join(f"- {name}: {version}\n" for name, version in VERSIONS.items())
+    cells = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text("\n".join(lines))
+    TABLE.write_text(TEXT.format(versions=versions, cells=cells))

@@ -10,7 +10,7 @@ from neox_bridge.execution.context import Context
 CHUNK = 64 << 20  # of one kernel copy, so that progress moves and Ctrl-C is heard
 BUFFER = 4 << 20
 # the kernel or the file systems can't do it for this pair of files: a buffer can
-_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def move(

@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context, Stopped
@@ -97,14 +98,13 @@ def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
     for file in plan.files:
         path = os.path.join(folder, file.path)
         if file.copy_of is not None:
-            tasks.append((file.size, lambda f=file, p=path: _copy(f, p, context)))  # type: ignore[misc]
-        for tensor in file.tensors:
-            tasks.append((tensor.nbytes, lambda t=tensor, p=path: _tensor(t, p, context)))  # type: ignore[misc]
+            tasks.append((file.size, partial(_copy, file, path, context)))
+        tasks += [(t.nbytes, partial(_tensor, t, path, context)) for t in file.tensors]
     tasks.sort(key=lambda task: -task[0])
     with ThreadPoolExecutor(workers) as pool:
         _all(pool, [task for _, task in tasks], context)
         paths = [os.path.join(folder, file.path) for file in plan.files]
-        _all(pool, [lambda p=path: flush(p) for path in paths], context)  # type: ignore[misc]
+        _all(pool, [partial(flush, path) for path in paths], context)
 
 
 def _all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]], context: Context) -> None:
@@ -164,7 +164,7 @@ def _write(tensor: OutputTensor, fd: int, context: Context) -> int | None:
     offset = tensor.offset
     for block in blocks(tensor, context):
         context.check()
-        data = memoryview(block.reshape(-1).view("u1"))
+        data = block.reshape(-1).view("u1").data
         write(fd, data, offset)
         crc = zlib.crc32(data, crc or 0)
         context.wrote(len(data), changed=True)

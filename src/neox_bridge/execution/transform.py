@@ -85,7 +85,8 @@ def view(ref: TensorRef, start: tuple[int, ...], shape: tuple[int, ...]) -> "Arr
         except ValueError:
             raise BridgeError(f"{ref.file} changed while it was read: it is shorter now.") from None
     steps = tuple(size * stride for stride in strides)
-    return np.ndarray(shape, to_numpy(ref.dtype), data, first - page, steps)
+    found: Array = np.ndarray(shape, to_numpy(ref.dtype), data, first - page, steps)
+    return found
 
 
 def _row_blocks(tensor: OutputTensor) -> Iterator[tuple[int, int]]:

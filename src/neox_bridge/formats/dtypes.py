@@ -52,6 +52,6 @@ def to_numpy(name: str) -> "np.dtype[Any]":
     import ml_dtypes
     import numpy as np
 
-    if name == "bfloat16" or name.startswith("float8"):
-        return np.dtype(getattr(ml_dtypes, name))
-    return np.dtype(name)
+    extra = name == "bfloat16" or name.startswith("float8")
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name) if extra else name)
+    return found

@@ -48,4 +48,4 @@ def _subnormal(config: ModelConfig, dtype: str) -> float:
     if dtype not in _SUBNORMAL or not config.rotary_dim:
         return 0.0
     smallest = config.rotary_base ** -((config.rotary_dim - 2) / config.rotary_dim)
-    return _SUBNORMAL[dtype] / smallest
+    return float(_SUBNORMAL[dtype] / smallest)

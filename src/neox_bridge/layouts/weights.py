@@ -1,10 +1,10 @@
 """Which weights a model of this config has, by name and block."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 
-_FLAGS = {
+_FLAGS: dict[str, Callable[[ModelConfig], bool]] = {
     "": lambda _: True,
     "attention_bias": lambda c: c.attention_bias,
     "mlp_bias": lambda c: c.mlp_bias,
@@ -15,7 +15,7 @@ _FLAGS = {
 
 def exists(weight: Weight, config: ModelConfig) -> bool:
     """Whether a model of this config has the weight."""
-    return bool(_FLAGS[weight.flag](config))
+    return _FLAGS[weight.flag](config)
 
 
 def layer_of(weight: Weight, block: int, layers: int) -> int:

@@ -21,7 +21,8 @@ def inv_freq(config: ModelConfig) -> "np.ndarray[Any, np.dtype[np.float32]]":
     base = np.float32(config.rotary_base)
     # the power in double, rounded once: correctly rounded, as libm's powf nearly always is
     power = np.power(np.float64(base), exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1.0) / power
+    result: np.ndarray[Any, np.dtype[np.float32]] = np.float32(1.0) / power
+    return result
 
 
 def inv_freq_bytes(config: ModelConfig, dtype: str) -> bytes:

@@ -8,6 +8,7 @@ from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.pieces import (
     OutputTensor,
     Piece,
+    Reduce,
     Shape,
     Whole,
     box,
@@ -58,7 +59,7 @@ def gather(split: Split, shards: Sequence[TensorRef], row_bias_sums: bool) -> Wh
     tp = len(shards)
     shape = whole_shape(split, shards[0].shape, tp)
     if tp > 1 and split not in _SPLIT_DIM:
-        reduce = "sum" if split == "row_bias" and row_bias_sums else "replica"
+        reduce: Reduce = "sum" if split == "row_bias" and row_bias_sums else "replica"
         pieces = tuple(box(ref) for ref in shards)
         return Whole(shards[0].dtype, shape, pieces, reduce, tuple(shards))
     pieces = tuple(

@@ -131,7 +131,7 @@ def finetune_yml(
     """
     blanks = ["data_path"] if tokenizer_file else ["data_path", "vocab_file"]
     vocab_file = f"{root}/{tokenizer_file}" if tokenizer_file else None
-    sections = [
+    sections: list[tuple[str, Mapping[str, Any]]] = [
         (
             "Fine-tunes this checkpoint with GPT-NeoX: python deepy.py train.py finetune.yml\n"
             f"Fill in: {', '.join(blanks)} (the prefix of the preprocessed data, without .bin)",
