@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
+from neox_bridge.execution import transform
 from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.planning import report
 from neox_bridge.planning.pieces import Dropped, OutputFile, OutputTensor, Piece, Plan, box
 from neox_bridge.planning.report import plan_hash, plan_schema, summary, to_json
 
@@ -98,3 +100,16 @@ def test_the_schema_is_strict() -> None:
         with pytest.raises(ValidationError):
             Draft202012Validator(schema).validate(document)
         del part["more"]
+
+
+def test_the_estimate_knows_the_size_of_blocks() -> None:
+    assert report.BLOCK == transform.BLOCK
+    large = TensorRef("/source", 0, "float16", (1 << 14, 1 << 12))
+    columns = Piece(large, (0, 0), (0, 0), (1 << 14, 1 << 11))
+    one, two = (
+        summary(plan_of(whole(shape=columns.shape, pieces=(columns,), **more)))["peak_memory"]
+        for more in ({}, {"divisor": 2})
+    )
+    assert one == len(b"header") + 4 * 2 * report.BLOCK
+    assert one < two < 256 << 20
+    assert summary(plan_of(whole(shape=large.shape, pieces=(box(large),))))["peak_memory"] == 6

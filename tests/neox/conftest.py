@@ -14,9 +14,9 @@ TEXT = """\
 
 Written by `make test-neox`: a tiny model made with transformers is converted and loaded strictly by
 GPT-NeoX on CPU, from the `finetune.yml` that the conversion wrote, with the tree's own default for
-`rotary_save_freqs_buffer`. Where it loads, GPT-NeoX's logits agree with those of transformers within
-1e-5 (fp32). A folder with two pipeline stages is loaded in two stages; its logits come from loading
-the same folder in one.
+`rotary_save_freqs_buffer`. Where it loads, GPT-NeoX's logits agree with transformers' within 1e-5
+(fp32). A folder with two pipeline stages is loaded in two stages; its logits come from loading the
+same folder in one.
 
 {versions}
 {cells}
