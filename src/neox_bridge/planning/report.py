@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from importlib.resources import files
-from math import prod
 from typing import Any
 
 from neox_bridge.formats.dtypes import itemsize
@@ -19,7 +18,9 @@ from neox_bridge.planning.pieces import (
 )
 
 SCHEMA_VERSION = 1
-BUDGET = 256 << 20  # anonymous memory that execution may take, whatever the model's size
+# for the estimate of memory, as execution has them: bytes of a block, and threads at most
+BLOCK = 4 << 20
+WORKERS = 4
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "bytes_copied": copied + taken_over,
         "bytes_transformed": transformed,
         "bytes_from_plan": plan.size - copied - taken_over - transformed,
-        "peak_memory": held + min(BUDGET, _working_set(tensors)),
+        "peak_memory": held + WORKERS * _largest_block(tensors),
         "dropped": {reason: len(names) for reason, names in by_reason(plan.dropped).items()},
     }
 
@@ -122,15 +123,19 @@ def _copied(tensor: OutputTensor) -> int:
     return sum(run[2] for run in runs if run is not None)
 
 
-def _working_set(tensors: Iterable[OutputTensor]) -> int:
-    """What the largest transformed tensor needs, were it made in one go: its output and inputs."""
+def _largest_block(tensors: Iterable[OutputTensor]) -> int:
+    """What a thread allocates at most for a block of a transformed tensor.
+
+    The block itself and a second one to cast or move it; sums go through three of float64.
+    """
     most = 0
     for tensor in tensors:
-        if tensor.inline is not None or _copied(tensor) == tensor.nbytes:
-            continue
-        sources = [piece.source for piece in tensor.pieces if piece.source is not None]
-        wide = max((itemsize(ref.dtype) for ref in sources), default=itemsize(tensor.dtype))
-        most = max(most, tensor.nbytes + prod(tensor.shape) * wide)
+        size = itemsize(tensor.dtype)
+        row = tensor.nbytes // max(1, tensor.shape[0]) if tensor.shape else size
+        block = min(tensor.nbytes, max(BLOCK, row))
+        copies = 2 if is_plain(tensor) else 2 + 3 * 8 // size
+        if _copied(tensor) != tensor.nbytes and tensor.inline is None:
+            most = max(most, copies * block)
     return most
 
 
