@@ -64,7 +64,7 @@ def random_blocks(tensor: OutputTensor) -> "Iterator[Array]":
         return
     while left:
         count = min(left, BLOCK // 8)
-        yield ((rng.random(count, np.float32) - np.float32(0.5)) * np.float32(0.08)).astype(dtype)
+        yield ((rng.random(count, np.float32) - np.float32(0.5)) * np.float32(0.078)).astype(dtype)
         left -= count
 
 

@@ -1,0 +1,435 @@
+"""Plans by hand, executed: every rule of moving, casting, summing and staging, against numpy."""
+
+import errno
+import os
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution import movers, staging, transform
+from neox_bridge.execution.run import execute
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.planning.geometry import constant
+from neox_bridge.planning.pieces import OutputFile, OutputTensor, Piece, Plan, box
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def store(path: Path, array: "np.ndarray[Any, Any]", name: str, offset: int = 24) -> TensorRef:
+    path.write_bytes(b"#" * offset + array.tobytes() + b"#" * 8)
+    return TensorRef(str(path), offset, name, array.shape)
+
+
+def plan_of(*tensors: OutputTensor, head: bytes = b"HEAD0123") -> Plan:
+    """One file: a literal, then the tensors; the literal has room for CRCs at 0 and 4."""
+    placed, end = [], len(head)
+    for tensor in tensors:
+        placed.append(replace(tensor, offset=end))
+        end += tensor.nbytes
+    file = OutputFile("sub/file", end, ((0, head),), tuple(placed))
+    return Plan({}, {}, (file,))
+
+
+def run(tmp_path: Path, *tensors: OutputTensor, **options: Any) -> bytes:
+    execute(plan_of(*tensors), str(tmp_path / "out"), **options)
+    return (tmp_path / "out/sub/file").read_bytes()[8:]
+
+
+def noise(shape: tuple[int, ...], dtype: str, seed: int = 0) -> "np.ndarray[Any, Any]":
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape).astype(np.float32).astype(DTYPES[dtype])
+
+
+def no_kernel(monkeypatch: pytest.MonkeyPatch, code: int = errno.EXDEV) -> None:
+    def refuse(*args: Any) -> int:
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_bits_stay(kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaNs with payloads, infinities, subnormals: whatever moves them."""
+    if not kernel:
+        no_kernel(monkeypatch)
+    bits = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    ref = store(tmp_path / "a", bits, "float16")
+    assert run(tmp_path, OutputTensor("t", "float16", (256, 256), (box(ref),))) == bits.tobytes()
+
+
+def test_the_kernel_may_stop_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.copy_file_range, []
+
+    def half(*args: Any) -> int:
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.EOPNOTSUPP, "no")
+        return real(args[0], args[1], 1000, *args[3:])
+
+    monkeypatch.setattr(os, "copy_file_range", half)
+    array = noise((50, 50), "float32")
+    ref = store(tmp_path / "a", array, "float32")
+    assert run(tmp_path, OutputTensor("t", "float32", (50, 50), (box(ref),))) == array.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    columns=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    block=st.integers(1, 200),
+)
+def test_boxes_from_many_files(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[int], columns: list[int], block: int
+) -> None:
+    """A grid of sources put together, in blocks of any size."""
+    tmp_path = tmp_path_factory.mktemp("boxes")
+    whole = noise((sum(rows), sum(columns)), "float32")
+    pieces = []
+    for i, height in enumerate(rows):
+        for j, width in enumerate(columns):
+            r, c = sum(rows[:i]), sum(columns[:j])
+            part = np.ascontiguousarray(whole[r : r + height, c : c + width])
+            ref = store(tmp_path / f"{i}-{j}", part, "float32")
+            pieces.append(Piece(ref, (0, 0), (r, c), (height, width)))
+    before = transform.BLOCK
+    transform.BLOCK = block
+    try:
+        tensor = OutputTensor("t", "float32", whole.shape, tuple(reversed(pieces)))
+        assert run(tmp_path, tensor) == whole.tobytes()
+    finally:
+        transform.BLOCK = before
+
+
+def test_columns_and_strides(tmp_path: Path) -> None:
+    array = noise((64, 96), "bfloat16")
+    ref = store(tmp_path / "a", array, "bfloat16")
+    right = OutputTensor("t", "bfloat16", (64, 48), (Piece(ref, (0, 48), (0, 0), (64, 48)),))
+    turned = TensorRef(ref.file, ref.offset, "bfloat16", (96, 64), (1, 96))
+    other = OutputTensor("u", "bfloat16", (96, 64), (box(turned),))
+    want = np.ascontiguousarray(array[:, 48:]).tobytes() + np.ascontiguousarray(array.T).tobytes()
+    assert run(tmp_path, right, other) == want
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("target", DTYPES)
+def test_casts_round_once(source: str, target: str, tmp_path: Path) -> None:
+    array = noise((300, 7), source)
+    ref = store(tmp_path / "a", array, source)
+    got = run(tmp_path, OutputTensor("t", target, (300, 7), (box(ref),)))
+    assert got == array.astype(np.float32).astype(DTYPES[target]).tobytes()
+
+
+def test_overflow_in_a_cast_is_counted(tmp_path: Path) -> None:
+    array = np.array([1e30, -1e6, 1.0, np.inf, np.nan], np.float32)
+    ref = store(tmp_path / "a", array, "float32")
+    plan = plan_of(OutputTensor("t", "float16", (5,), (box(ref),)))
+    (finding,) = execute(plan, str(tmp_path / "out")).findings
+    assert finding.code == "cast-overflow"
+    assert finding.message.startswith("2 finite values of 1 tensors")
+
+
+def test_fills(tmp_path: Path) -> None:
+    for fill in (0.0, -0.0):
+        tensor = OutputTensor("t", "bfloat16", (3, 2), (constant((3, 2), fill),))
+        got = run(tmp_path / str(fill), tensor)
+        assert got == np.full((3, 2), fill, ml_dtypes.bfloat16).tobytes()
+
+
+def test_rows_and_a_fill_in_one(tmp_path: Path) -> None:
+    array = noise((5, 4), "float16")
+    ref = store(tmp_path / "a", array, "float16")
+    pieces = (box(ref), constant((2, 4), 0.0, (5, 0)))
+    got = run(tmp_path, OutputTensor("t", "float16", (7, 4), pieces))
+    assert got == array.tobytes() + bytes(16)
+
+
+def ranks(tmp_path: Path, *arrays: "np.ndarray[Any, Any]", dtype: str) -> tuple[Piece, ...]:
+    return tuple(box(store(tmp_path / f"r{i}", a, dtype)) for i, a in enumerate(arrays))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums(dtype: str, tmp_path: Path) -> None:
+    a, b, c = (noise((9,), dtype, seed) for seed in range(3))
+    pieces = ranks(tmp_path, a, b, c, dtype=dtype)
+    got = run(tmp_path, OutputTensor("t", dtype, (9,), pieces, reduce="sum"))
+    exact = sum(x.astype(np.float64) for x in (a, b, c))
+    assert got == np.asarray(exact, np.float64).astype(DTYPES[dtype]).tobytes()
+
+
+def test_a_sum_with_negative_zeros_changes_no_bit(tmp_path: Path) -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    zeros = np.full(65536, -0.0, np.float16)
+    for position in range(3):
+        parts: list[Any] = [zeros, zeros]
+        parts.insert(position, bits)
+        folder = tmp_path / str(position)
+        folder.mkdir()
+        pieces = ranks(folder, *parts, dtype="float16")
+        got = run(folder, OutputTensor("t", "float16", (65536,), pieces, reduce="sum"))
+        assert got == bits.tobytes()
+
+
+def test_a_divided_sum(tmp_path: Path) -> None:
+    a, b = noise((9,), "float32", 1), noise((9,), "float32", 2)
+    pieces = ranks(tmp_path, a, b, dtype="float32")
+    got = run(tmp_path, OutputTensor("t", "float32", (9,), pieces, "sum", divisor=3))
+    assert got == ((a.astype(np.float64) + b) / 3).astype(np.float32).tobytes()
+
+
+def test_equal_replicas_are_one(tmp_path: Path) -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    pieces = ranks(tmp_path, bits, bits, bits, dtype="bfloat16")
+    plan = plan_of(OutputTensor("t", "bfloat16", (65536,), pieces, reduce="replica"))
+    assert execute(plan, str(tmp_path / "out")).findings == ()
+    assert (tmp_path / "out/sub/file").read_bytes()[8:] == bits.tobytes()
+
+
+def test_replicas_that_differ(tmp_path: Path) -> None:
+    a = np.array([1.0, 2.0, 3.0], np.float32)
+    b = np.array([1.0, 2.5, 3.0], np.float32)
+    pieces = ranks(tmp_path, a, b, dtype="float32")
+    plan = plan_of(OutputTensor("t", "float32", (3,), pieces, reduce="replica"))
+    (finding,) = execute(plan, str(tmp_path / "out")).findings
+    assert finding.code == "replicas-differ"
+    assert "0.25" in finding.message
+    got = np.frombuffer((tmp_path / "out/sub/file").read_bytes()[8:], np.float32)
+    assert got.tolist() == [1.0, 2.25, 3.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_values_are_finite_small_and_repeatable(dtype: str, tmp_path: Path) -> None:
+    tensors = [OutputTensor(f"t{i}", dtype, (500, 40), random=i) for i in range(3)]
+    one = run(tmp_path / "a", *tensors, workers=1)
+    four = run(tmp_path / "b", *tensors, workers=4)
+    assert one == four
+    values = np.frombuffer(one, DTYPES[dtype]).astype(np.float32)
+    assert np.isfinite(values).all()
+    assert np.abs(values).max() <= 0.04
+    assert len(np.unique(values[:20000])) > 500
+    assert (values[:20000] != values[20000:40000]).any()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_crcs(kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written at every place where the bytes are seen; left alone where the kernel moves them."""
+    if not kernel:
+        no_kernel(monkeypatch)
+    array = noise((64, 64), "float32")
+    ref = store(tmp_path / "a", array, "float32")
+    halves = (Piece(ref, (0, 0), (0, 0), (32, 64)), Piece(ref, (32, 0), (32, 0), (32, 64)))
+    moved = OutputTensor("t", "float32", (64, 64), halves, crc_at=(0,))
+    made = OutputTensor("u", "float16", (64, 64), (box(ref),), crc_at=(4,))
+    execute(plan_of(moved, made), str(tmp_path / "out"))
+    data = (tmp_path / "out/sub/file").read_bytes()
+    crc = zlib.crc32(array.tobytes()).to_bytes(4, "little")
+    assert data[:4] == (b"HEAD" if kernel else crc)
+    assert data[4:8] == zlib.crc32(array.astype(np.float16).tobytes()).to_bytes(4, "little")
+
+
+def test_inline_and_empty(tmp_path: Path) -> None:
+    inline = OutputTensor("t", "uint8", (5,), inline=b"12345")
+    empty = OutputTensor("e", "float32", (0, 4), (constant((0, 4), 0.0),))
+    assert run(tmp_path, inline, empty) == b"12345"
+
+
+def test_scalars(tmp_path: Path) -> None:
+    ref = store(tmp_path / "a", np.array(1.5, np.float32), "float32")
+    same = OutputTensor("s", "float32", (), (box(ref),))
+    cast = OutputTensor("c", "float16", (), (box(ref),))
+    assert run(tmp_path, same, cast) == np.float32(1.5).tobytes() + np.float16(1.5).tobytes()
+
+
+def test_copies_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"tokenizer")
+    plan = Plan({}, {}, (OutputFile("t/tokenizer.json", 9, copy_of=str(tmp_path / "a")),))
+    result = execute(plan, str(tmp_path / "out"))
+    assert (tmp_path / "out/t/tokenizer.json").read_bytes() == b"tokenizer"
+    assert (result.files, result.size, result.copied) == (1, 9, 9)
+
+
+def test_progress_adds_up_to_the_size(tmp_path: Path) -> None:
+    array = noise((64, 64), "float32")
+    ref = store(tmp_path / "a", array, "float32")
+    plan = plan_of(
+        OutputTensor("t", "float32", (64, 64), (box(ref),)),
+        OutputTensor("u", "float16", (64, 64), (box(ref),)),
+    )
+    told: list[int] = []
+    result = execute(plan, str(tmp_path / "out"), progress=told.append)
+    assert sum(told) == plan.size == result.copied + result.transformed
+
+
+def simple(tmp_path: Path, count: int = 20) -> Plan:
+    array = noise((64, 64), "float32")
+    tensors = []
+    for number in range(count):
+        ref = store(tmp_path / f"s{number}", array, "float32")
+        tensors.append(OutputTensor(f"t{number}", "float16", (64, 64), (box(ref),)))
+    return plan_of(*tensors)
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("s"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_failing_disk_leaves_nothing(
+    overwrite: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = simple(tmp_path)
+    if overwrite:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old").write_text("old")
+    real, calls = os.pwrite, []
+
+    def fail(*args: Any) -> int:
+        calls.append(1)
+        if len(calls) > 7:
+            raise OSError(code, os.strerror(code))
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    expected = BridgeError if code == errno.ENOSPC else OSError
+    with pytest.raises(expected):
+        execute(plan, str(tmp_path / "out"), overwrite=overwrite)
+    assert left(tmp_path) == (["out"] if overwrite else [])
+    if overwrite:
+        assert (tmp_path / "out" / "old").read_text() == "old"
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    plan = simple(tmp_path)
+
+    def interrupt(_count: int) -> None:
+        if threading.active_count() > 1:
+            import _thread
+
+            _thread.interrupt_main()
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, str(tmp_path / "out"), progress=interrupt)
+    assert left(tmp_path) == []
+
+
+def test_a_source_that_changes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = simple(tmp_path)
+    os.utime(tmp_path / "s3", ns=(1, 1))
+    real = staging.flush_folders
+
+    def touch(folder: str) -> None:
+        real(folder)
+        os.utime(tmp_path / "s3", ns=(2, 2))
+
+    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", touch)
+    with pytest.raises(BridgeError, match="s3 changed"):
+        execute(plan, str(tmp_path / "out"))
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_source_that_is_too_short(
+    kernel: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        no_kernel(monkeypatch)
+    ref = store(tmp_path / "s", noise((64, 64), "float32"), "float32")
+    os.truncate(ref.file, 9000)
+    plan = plan_of(OutputTensor("t", dtype, (64, 64), (box(ref),)))
+    with pytest.raises(BridgeError, match=r"/s "):
+        execute(plan, str(tmp_path / "out"))
+    assert left(tmp_path) == []
+
+
+def in_source(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def make(name: str, content: str | None) -> Callable[[Path], Path]:
+    def build(tmp_path: Path) -> Path:
+        target = tmp_path / name
+        if content is None:
+            target.write_text("file")
+        else:
+            target.mkdir()
+            (target / "x").write_text(content)
+        return target
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("build", "overwrite", "message"),
+    [
+        (in_source, True, "holds the source"),
+        (make("file", None), True, "is a file"),
+        (make("full", "x"), False, "--overwrite"),
+        (lambda t: make("file", None)(t) / "below", False, "is a file"),
+    ],
+)
+def test_targets_that_cannot_be(
+    build: Callable[[Path], Path], overwrite: bool, message: str, tmp_path: Path
+) -> None:
+    plan = simple(tmp_path, 1)
+    target = build(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BridgeError, match=message):
+        execute(plan, str(target), overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_targets_that_can_be(tmp_path: Path) -> None:
+    plan = simple(tmp_path, 1)
+    (tmp_path / "empty").mkdir()
+    execute(plan, str(tmp_path / "empty"))
+    execute(plan, str(tmp_path / "a" / "b" / "c"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "old").write_text("old")
+    execute(plan, str(tmp_path / "full"), overwrite=True)
+    assert os.listdir(tmp_path / "full") == ["sub"]
+    assert left(tmp_path) == ["a", "empty", "full"]
+
+
+def test_no_space_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = staging.shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(BridgeError, match="100 are free"):
+        execute(simple(tmp_path, 1), str(tmp_path / "out"))
+    assert left(tmp_path) == []
+
+
+def test_folders_made_for_a_failed_target_go_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_kernel(monkeypatch, errno.EIO)
+    ref = store(tmp_path / "s", noise((64, 64), "float32"), "float32")
+    with pytest.raises(OSError, match="no"):
+        execute(
+            plan_of(OutputTensor("t", "float32", (64, 64), (box(ref),))),
+            str(tmp_path / "a" / "b" / "out"),
+        )
+    assert left(tmp_path) == []
+
+
+def test_chunks_are_bounded() -> None:
+    assert movers.BUFFER <= transform.BLOCK <= 8 << 20
+
+
+def test_nothing_heavy_is_imported() -> None:
+    import subprocess
+    import sys
+
+    code = "import neox_bridge.execution.run, sys; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
