@@ -63,7 +63,7 @@ def test_the_model_itself() -> None:
     sizes = [found[key] for key in ("layers", "hidden", "heads", "ffn", "max_positions")]
     assert sizes == [2, 32, 4, 128, 32]
     assert found["vocab_rows"] == 512
-    assert found["parameters"] == sum(found["dtypes"].values())
+    assert found["parameters"] == sum(found["dtypes"].values()) == 58_240
     assert (found["rotary_dim"], found["rotary_base"]) == (2, 10000)
     assert found["parallel_residual"] is True
     assert found["tied_embeddings"] is False
