@@ -4,20 +4,37 @@ Source: torch 2.13's torch/serialization.py, caffe2/serialize/inline_container.c
 (third_party/miniz-3.0.2); the zip format is PKWARE's APPNOTE 6.3. Everything is little-endian.
 """
 
+import hashlib
 import io
+import os
 import struct
 import zipfile
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import BY_NAME
+from neox_bridge.formats.pickle_writer import dump
 from neox_bridge.formats.pickles import PickledTensor, PickleError, load, storage_ref
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous
+from neox_bridge.planning.pieces import OutputFile, OutputTensor, byte_range
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")  # APPNOTE 4.3.7
 _LOCAL_SIGNATURE = b"PK\x03\x04"
-_ENCRYPTED = 1
+_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")  # 4.3.12
+_CRC_IN_CENTRAL = 16
+_DESCRIPTOR = struct.Struct("<4sIII")  # 4.3.9
+_DESCRIPTOR64 = struct.Struct("<4sIQQ")
+_EXTRA = struct.Struct("<2sH")
+_ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 1, 8, 2048  # flags, 4.4.4
+_U32 = 0xFFFFFFFF  # this and larger numbers go into zip64 fields
+_MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
+_ALIGNMENT = 64  # bytes
+_BLOCK = 4096  # bytes; what file systems share is whole blocks at the same place in both files
+_WORTH_SHARING = 64 << 10  # bytes
+_ELEMENT = 8  # bytes; torch maps tensors in place, so they stay aligned for every dtype
 _MAX_PICKLE = 256 << 20  # bytes of data.pkl, which is read into memory
 
 
@@ -153,3 +170,173 @@ def _locate(file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
     ):
         raise PickleError(f"the record {info.orig_filename[:80]!r} differs from the directory")
     return _Entry(info.header_offset + _LOCAL.size + name_size + extra_size, info.file_size)
+
+
+# --- laying out ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A record to write. data: its bytes, where they are known; else they are the tensor's."""
+
+    name: bytes
+    size: int
+    header: int
+    start: int
+    data: bytes | None
+    tensor: OutputTensor | None
+
+    @property
+    def zip64(self) -> bytes:
+        """The extra field of what 32 bits don't hold; in both headers, as torch writes it."""
+        sizes = (self.size, self.size) if self.size >= _U32 else ()
+        return _zip64(*sizes, *((self.header,) if self.header >= _U32 else ()))
+
+    @property
+    def end(self) -> int:
+        """Where the data descriptor ends, which records without bytes don't have."""
+        descriptor = _DESCRIPTOR64 if self.zip64 else _DESCRIPTOR
+        return self.start + self.size + (descriptor.size if self.size else 0)
+
+    @property
+    def crc(self) -> int:
+        return zlib.crc32(self.data) if self.data is not None else 0
+
+
+def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> OutputFile:
+    """A ``.pt`` file as torch 2.13 writes it, with every byte placed; same input, same bytes.
+
+    path: relative to the target; the archive's top folder is its stem.
+    value: see ``pickle_writer.dump``; each tensor is a storage ``data/K`` of its own, K counting
+        in the order in which the slots appear.
+    Records are stored, their tensors at multiples of 64 bytes through torch's extra field "FB".
+    A tensor of 64 KiB or more whose first piece is one run of bytes of its source lies at its
+    source's offset modulo 4096, so that file systems can share the blocks. torch can compute
+    where tensors lie instead of reading it (``config.load.calculate_storage_offsets``) and would
+    miss such ones, so a file that has them says ``.format_version`` 0, which forbids that.
+    As torch does under ``torch.serialization.set_crc32_options(False)``, sizes and CRC-32 stand
+    in a data descriptor behind the data and in the central directory, the local header has
+    zeros, and a tensor's CRC is 0 in both places; ``crc_at`` names the two. Tensors with
+    ``inline`` bytes and all other records have their true CRC. Dates are 0, as torch's are.
+    Raises ValueError where slots and tensors don't match: a fault of the caller.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    pickled, order = dump(value, {name: (t.dtype, t.shape) for name, t in by_name.items()})
+    if sorted(order) != sorted(tensor.name for tensor in tensors):
+        raise ValueError(f"{path}: the tensors aren't those of the value")
+    moved = any(_congruence(tensor) is not None for tensor in tensors)
+    top = _top_folder(path)
+    records: list[tuple[str, bytes | OutputTensor]] = [
+        ("data.pkl", pickled),
+        (".format_version", b"0" if moved else b"1"),
+        (".storage_alignment", str(_ALIGNMENT).encode()),
+        ("byteorder", b"little"),
+        *((f"data/{key}", by_name[name]) for key, name in enumerate(order)),
+        ("version", b"3\n"),
+    ]
+    sizes = [(name, r.nbytes if isinstance(r, OutputTensor) else len(r)) for name, r in records]
+    digest = hashlib.sha256(repr((top, sizes)).encode() + pickled).digest()
+    serial = f"{int.from_bytes(digest, 'big') % 10**40:040d}".encode()
+    planned, cursor = [], 0
+    for name, record in [*records, (".data/serialization_id", serial)]:
+        planned.append(_plan(f"{top}/{name}".encode(), record, cursor))
+        cursor = planned[-1].end
+    return _assemble(path, planned, cursor)
+
+
+def _top_folder(path: str) -> str:
+    """As torch names it: the file's stem, or "archive" where the path isn't ASCII."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return stem if stem.isascii() else "archive"
+
+
+def _congruence(tensor: OutputTensor) -> int | None:
+    """The offset modulo 4096 at which the tensor's blocks can be shared with its source's."""
+    if not tensor.pieces or tensor.nbytes < _WORTH_SHARING or tensor.reduce == "sum":
+        return None
+    run = byte_range(tensor.pieces[0], tensor.shape)
+    source = tensor.pieces[0].source
+    if run is None or source is None or source.dtype != tensor.dtype or tensor.divisor != 1:
+        return None
+    place = (run[0] - run[1]) % _BLOCK
+    return None if run[0] % _ELEMENT or place % _ELEMENT else place
+
+
+def _plan(name: bytes, record: bytes | OutputTensor, header: int) -> _Planned:
+    tensor = record if isinstance(record, OutputTensor) else None
+    data = record if isinstance(record, bytes) else record.inline
+    size = tensor.nbytes if tensor else len(data or b"")
+    entry = _Planned(name, size, header, 0, data if size else b"", tensor)
+    least = header + _LOCAL.size + len(name) + len(entry.zip64) + _EXTRA.size
+    congruence = _congruence(tensor) if tensor else None
+    unit, rest = (_ALIGNMENT, 0) if congruence is None else (_BLOCK, congruence)
+    return replace(entry, start=least + (rest - least) % unit)
+
+
+def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> OutputFile:
+    """Headers and small records as literals, each as long as it goes between two tensors."""
+    literals: list[tuple[int, bytes]] = []
+    placed: list[OutputTensor] = []
+    run, run_at, entry_at = b"", 0, directory_at
+    for entry in planned:
+        run += _local_header(entry)
+        if entry.tensor is None:
+            run += entry.data or b""
+        else:
+            crcs = (entry.start + entry.size + 4, entry_at + _CRC_IN_CENTRAL)
+            known = entry.data is not None
+            placed.append(replace(entry.tensor, offset=entry.start, crc_at=() if known else crcs))
+            literals.append((run_at, run))
+            run, run_at = b"", entry.start + entry.size
+        run += _descriptor(entry)
+        entry_at += len(_central_header(entry))
+    directory = b"".join(map(_central_header, planned))
+    run += directory + _end(len(planned), directory_at, len(directory))
+    literals.append((run_at, run))
+    return OutputFile(path, run_at + len(run), tuple(literals), tuple(placed))
+
+
+def _zip64(*numbers: int) -> bytes:
+    """APPNOTE 4.5.3; nothing where there are no numbers."""
+    if not numbers:
+        return b""
+    return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
+
+
+def _flags(entry: _Planned) -> int:
+    return _UTF8 | (_HAS_DESCRIPTOR if entry.size else 0)
+
+
+def _local_header(entry: _Planned) -> bytes:
+    zip64 = entry.zip64
+    fill = entry.start - entry.header - _LOCAL.size - len(entry.name) - len(zip64) - _EXTRA.size
+    extra = zip64 + _EXTRA.pack(b"FB", fill) + b"Z" * fill
+    fields = (0, _flags(entry), 0, 0, 0, 0, 0, 0, len(entry.name), len(extra))
+    return _LOCAL.pack(_LOCAL_SIGNATURE, *fields) + entry.name + extra
+
+
+def _descriptor(entry: _Planned) -> bytes:
+    """APPNOTE 4.3.9, with 64-bit sizes where the header has a zip64 field, as miniz does."""
+    if not entry.size:
+        return b""
+    layout = _DESCRIPTOR64 if entry.zip64 else _DESCRIPTOR
+    return layout.pack(b"PK\x07\x08", entry.crc, entry.size, entry.size)
+
+
+def _central_header(entry: _Planned) -> bytes:
+    size, zip64 = min(entry.size, _U32), entry.zip64
+    fields = (0, 0, _flags(entry), 0, 0, 0, entry.crc, size, size, len(entry.name), len(zip64))
+    header = _CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, min(entry.header, _U32))
+    return header + entry.name + zip64
+
+
+def _end(count: int, at: int, size: int) -> bytes:
+    """Zip64's end record and its locator, which torch always writes, and the classic one."""
+    end64 = struct.pack(
+        "<4sQHHIIQQQQ", b"PK\x06\x06", 44, _MADE_BY, 45, 0, 0, count, count, size, at
+    )
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, at + size, 1)
+    short, size, at = min(count, 0xFFFF), min(size, _U32), min(at, _U32)
+    return (
+        end64 + locator + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, short, short, size, at, 0)
+    )

@@ -1,0 +1,238 @@
+"""Writes the pickle of a ``.pt`` file: protocol 2, as torch.save does, tensors by their slots.
+
+Opcodes as CPython's ``pickletools`` describes them; only those that ``torch.load`` with
+``weights_only=True`` accepts (torch/_weights_only_unpickler.py) are used.
+"""
+
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from neox_bridge.formats.dtypes import BY_NAME
+from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.formats.tensor_ref import row_major
+
+_BATCH = 1000  # CPython's, items set or appended by one opcode
+_ENCODE = Global("_codecs", "encode")
+_ORDERED_DICT = Global("collections", "OrderedDict")
+_SET = Global("__builtin__", "set")  # Python 2's name, which protocol 2 uses for builtins
+_REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
+_UNTYPED = Global("torch.storage", "UntypedStorage")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """Stands for the tensor called ``name``."""
+
+    name: str
+
+
+def numpy_array(data: bytes, dtype: str, shape: Sequence[int]) -> Record:
+    """What unpickles as a numpy array under numpy 1 and 2, where torch.load runs pickles.
+
+    data: the elements in row-major order. dtype: byte order, kind and size, as in "<u4".
+    Source: numpy's ``array_reduce`` and ``arraydescr_reduce``; numpy 2 keeps the old module name
+    ``numpy.core.multiarray`` for such files.
+    """
+    order, code = dtype[0], dtype[1:]
+    kind = Record(Global("numpy", "dtype"), (code, False, True))
+    kind.state = (3, order, None, None, None, -1, -1, 0)
+    empty = (Global("numpy", "ndarray"), (0,), b"b")
+    array = Record(Global("numpy.core.multiarray", "_reconstruct"), empty)
+    array.state = (1, tuple(shape), kind, False, data)
+    return array
+
+
+@dataclass(slots=True)
+class _Writer:
+    """alive: temporary values whose id is in the memo."""
+
+    slots: Mapping[str, tuple[str, tuple[int, ...]]]
+    out: list[bytes] = field(default_factory=list)
+    memo: dict[object, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    alive: list[object] = field(default_factory=list)
+
+
+def dump(
+    value: object, slots: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> tuple[bytes, tuple[str, ...]]:
+    """The pickle, and the slots' names in the order of their storages' keys ``0``, ``1``, …
+
+    value: of None, bool, int, float, str, bytes, list, tuple, dict, set, OrderedDict, ``Global``,
+        ``Record`` without keyword arguments, and ``TensorSlot``; not nested deeply.
+    slots: dtype and shape by name. Each is a contiguous tensor with a storage of its own.
+    Raises ValueError for a slot that isn't in ``slots``, TypeError for other values.
+    """
+    writer = _Writer(slots)
+    writer.out.append(b"\x80\x02")
+    _save(writer, value)
+    writer.out.append(b".")
+    return b"".join(writer.out), tuple(writer.keys)
+
+
+def _save(writer: _Writer, value: object) -> None:
+    if value is None:
+        writer.out.append(b"N")
+    elif isinstance(value, bool):
+        writer.out.append(b"\x88" if value else b"\x89")
+    elif isinstance(value, int):
+        writer.out.append(_int(value))
+    elif isinstance(value, float):
+        writer.out.append(b"G" + struct.pack(">d", value))
+    elif isinstance(value, tuple):
+        _save_tuple(writer, value)
+    elif (key := _identity(value)) in writer.memo:
+        index = writer.memo[key]
+        writer.out.append(struct.pack("<cB", b"h", index) if index < 256 else _wide(b"j", index))
+    elif isinstance(value, str | Global):
+        _save_text(writer, value)
+        _remember(writer, key)
+    elif isinstance(value, TensorSlot):
+        _save_tensor(writer, value.name)
+        _remember(writer, key)
+    else:
+        _save_object(writer, value, key)
+
+
+def _identity(value: object) -> object:
+    """What makes two values one in the pickle: contents of the immutable, else the object.
+
+    By contents, since which equal strings are one object differs from run to run.
+    """
+    return value if isinstance(value, str | Global | TensorSlot) else id(value)
+
+
+def _remember(writer: _Writer, key: object) -> None:
+    index = writer.memo[key] = len(writer.memo)
+    writer.out.append(struct.pack("<cB", b"q", index) if index < 256 else _wide(b"r", index))
+
+
+def _wide(opcode: bytes, number: int) -> bytes:
+    return opcode + struct.pack("<I", number)
+
+
+def _int(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return struct.pack("<cB", b"K", value)
+    if 0 <= value < 1 << 16:
+        return struct.pack("<cH", b"M", value)
+    if -(1 << 31) <= value < 1 << 31:
+        return struct.pack("<ci", b"J", value)
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    if len(data) > 255:
+        raise TypeError("an integer of more than 255 bytes can't be written")
+    return struct.pack("<BB", 0x8A, len(data)) + data
+
+
+def _save_text(writer: _Writer, value: "str | Global") -> None:
+    if isinstance(value, str):
+        data = value.encode("utf-8", "surrogatepass")
+        writer.out.append(_wide(b"X", len(data)) + data)
+    else:
+        writer.out.append(f"c{value.module}\n{value.name}\n".encode())
+
+
+def _save_tuple(writer: _Writer, value: Sequence[object]) -> None:
+    """A tuple; it gets a place in the memo, as in torch's files, but isn't recalled from there."""
+    short = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(value))
+    if short is None:
+        writer.out.append(b"(")
+    for item in value:
+        _save(writer, item)
+    writer.out.append(short or b"t")
+    if value:
+        _remember(writer, object())
+
+
+def _save_object(writer: _Writer, value: object, key: object) -> None:
+    if isinstance(value, bytes):
+        _call(writer, _ENCODE, (value.decode("latin1"), "latin1"), key)
+    elif isinstance(value, list):
+        writer.out.append(b"]")
+        _remember(writer, key)
+        _append(writer, value)
+    elif isinstance(value, OrderedDict):
+        _call(writer, _ORDERED_DICT, (), key)
+        _set_items(writer, value)
+    elif isinstance(value, dict):
+        writer.out.append(b"}")
+        _remember(writer, key)
+        _set_items(writer, value)
+    elif isinstance(value, set):
+        items = sorted(value, key=lambda item: (str(type(item)), item))
+        writer.alive.append(items)
+        _call(writer, _SET, (items,), key)
+    elif isinstance(value, Record) and not value.kwargs:
+        _call(writer, value.factory, value.args, key, b"\x81" if value.new else b"R")
+        _append(writer, value.items)
+        _set_items(writer, value.entries)
+        if value.state is not None:
+            _save(writer, value.state)
+            writer.out.append(b"b")
+    else:
+        raise TypeError(f"a {type(value).__name__} can't be written into a .pt file")
+
+
+def _call(
+    writer: _Writer,
+    factory: object,
+    args: tuple[object, ...],
+    key: object,
+    opcode: bytes = b"R",
+) -> None:
+    _save(writer, factory)
+    _save_tuple(writer, args)
+    writer.out.append(opcode)
+    _remember(writer, key)
+
+
+def _append(writer: _Writer, items: Sequence[object]) -> None:
+    for start in range(0, len(items), _BATCH):
+        _batch(writer, [(item,) for item in items[start : start + _BATCH]], b"a", b"e")
+
+
+def _set_items(writer: _Writer, entries: Mapping[Any, object]) -> None:
+    pairs = list(entries.items())
+    for start in range(0, len(pairs), _BATCH):
+        _batch(writer, pairs[start : start + _BATCH], b"s", b"u")
+
+
+def _batch(
+    writer: _Writer, groups: Sequence[tuple[object, ...]], single: bytes, several: bytes
+) -> None:
+    if len(groups) > 1:
+        writer.out.append(b"(")
+    for group in groups:
+        for value in group:
+            _save(writer, value)
+    writer.out.append(several if len(groups) > 1 else single)
+
+
+def _save_tensor(writer: _Writer, name: str) -> None:
+    """A call of torch's rebuilding function; dtypes without a storage class need its version 3."""
+    if name not in writer.slots:
+        raise ValueError(f"no tensor is called {name}")
+    dtype, shape = writer.slots[name]
+    known = BY_NAME[dtype]
+    key = writer.keys.setdefault(name, str(len(writer.keys)))
+    numel = prod(shape)
+    typed = bool(known.storage)
+    _save(writer, _REBUILD if typed else _REBUILD_V3)
+    writer.out.append(b"(")
+    storage = Global("torch", known.storage) if typed else _UNTYPED
+    size = numel if typed else numel * known.itemsize
+    _save_tuple(writer, ("storage", storage, key, "cpu", size))  # the persistent id
+    writer.out.append(b"Q")
+    for part in (0, tuple(shape), row_major(shape), False):
+        _save(writer, part)
+    _call(writer, _ORDERED_DICT, (), object())  # backward hooks
+    if not typed:
+        _save(writer, Global("torch", dtype))
+    writer.out.append(b"t")
+    _remember(writer, object())
+    writer.out.append(b"R")
