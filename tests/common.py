@@ -101,7 +101,7 @@ def neox_config(root: Path) -> dict[str, Any]:
 
 def neox_files(root: Path) -> dict[str, Any]:
     """Every .pt file of the latest step by name, as torch reads it."""
-    files = sorted(step_of(root).glob("*_states.pt"))
+    files = sorted(step_of(root).glob("*model_states.pt"))
     return {path.name: torch.load(path, weights_only=False) for path in files}
 
 

@@ -243,7 +243,7 @@ def test_a_vocabulary_multiple_that_leaves_rows_out(tmp_path: Path) -> None:
     error = fails(hf, tmp_path, "--vocab-multiple 128", "300", vocab_multiple=128)
     assert isinstance(error, Refused)
     plan = plan_of(hf, tmp_path / "out")
-    assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (512, 256)
+    assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (512, 512)
     plan = plan_of(hf, tmp_path / "out", vocab_rows="tokenizer")
     assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (256, 128)
     assert [d.name for d in plan.dropped] == ["vocabulary rows 250 to 299"]
@@ -273,9 +273,7 @@ def test_a_yml_key_in_two_files_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_stored_inv_freq_of_another_base_is_reported(tmp_path: Path) -> None:
-    source = spoiled_neox(
-        "pythia_fp32_2024_03_inv_freq", tmp_path, edit_yml(rotary_emb_base=500000)
-    )
+    source = spoiled_neox("pythia_fp32_2024_03_inv_freq", tmp_path, edit_yml(rotary_pct=0.5))
     assert [f.code for f in plan_of(source, tmp_path / "o").findings] == ["inv-freq-differs"]
 
 

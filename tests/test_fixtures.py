@@ -52,7 +52,7 @@ def test_same_layout_is_the_same_bits(name: str, tmp_path: Path) -> None:
     for a, b in zip(before, after, strict=True):
         assert_same(a, b)
     names = set(neox_files(tmp_path / "neox"))
-    assert names == {p.name for p in fixture(name).glob("*/*_model_states.pt")}
+    assert names == {p.name for p in fixture(name).glob("*/*model_states.pt")}
 
 
 def exact_way_back(name: str) -> bool:

@@ -226,10 +226,9 @@ def _write_neox(config: ModelConfig) -> dict[str, Any]:
 
 def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
     found = []
-    scaling = raw.get("rope_scaling") or {}
-    kind = {**scaling, **(raw.get("rope_parameters") or {})}
-    name = kind.get("rope_type", kind.get("type", "default"))
-    if name != "default":
+    ropes = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
+    if name := next((kind for kind in kinds if kind != "default"), None):
         found.append(
             Refusal(
                 "rope_scaling",

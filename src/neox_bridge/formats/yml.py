@@ -71,16 +71,18 @@ def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
 
 
 def dump_yml(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> bytes:
-    """A yml of sections, each under its comment."""
-    import yaml
-
+    """A yml of sections, each under its comment, one line a key."""
     parts = []
     for comment, values in sections:
-        lines = "".join(f"# {line}\n" for line in comment.splitlines())
-        body = (
-            yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
-            if values
-            else ""
-        )
-        parts.append(lines + body)
+        lines = [f"# {line}\n" for line in comment.splitlines()]
+        parts.append("".join(lines) + "".join(_line(*item) for item in values.items()))
     return "\n".join(parts).encode()
+
+
+def _line(key: str, value: object) -> str:
+    import yaml
+
+    if isinstance(value, dict | list):
+        flow = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10**9)
+        return f"{key}: {flow}"
+    return yaml.safe_dump({key: value}, default_flow_style=False, width=10**9)

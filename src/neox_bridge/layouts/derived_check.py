@@ -32,12 +32,15 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> list
             worst, where = error, name
     if not where:
         return []
+    how = f"it is off by {worst:.2g} of its value"
+    if worst == float("inf"):
+        how = "it has another length"
     return [
         Finding(
             "inv-freq-differs",
             "warning",
-            f"{where} deviates from what rotary_emb_base {config.rotary_base:g} and rotary_pct "
-            f"{config.rotary_pct:g} give, by {worst:.2g} of its value",
+            f"{where} isn't what rotary_emb_base {config.rotary_base:g} and rotary_pct "
+            f"{config.rotary_pct:g} give: {how}",
             "check both in the config; the buffer itself isn't carried over",
         )
     ]
