@@ -10,8 +10,8 @@ The command line's verbs, for Python::
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # type checkers take it as true; importing typing would double the time
 if TYPE_CHECKING:
     from neox_bridge.errors import BridgeError, Refused
     from neox_bridge.execution.result import Result

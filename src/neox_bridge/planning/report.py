@@ -18,9 +18,11 @@ from neox_bridge.planning.pieces import (
 )
 
 SCHEMA_VERSION = 1
-# for the estimate of memory, as execution has them: bytes of a block, and threads at most
+# for the estimate of memory: bytes of a block and threads at most, as execution has them, and
+# what Python and numpy take (measured)
 BLOCK = 4 << 20
 WORKERS = 4
+RUNTIME = 50_000_000
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def summary(plan: Plan) -> dict[str, Any]:
 
     bytes_copied: move unchanged, as runs of bytes. bytes_transformed: are cast, strided, summed,
     filled or made up. bytes_from_plan: are in the plan itself: headers, pickles, small text files.
-    peak_memory: an estimate, in bytes, for what execution allocates; mapped files don't count.
+    peak_memory: an estimate, in bytes, Python itself included; mapped files don't count.
     """
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     copied = sum(_copied(tensor) for tensor in tensors)
@@ -44,7 +46,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "bytes_copied": copied + taken_over,
         "bytes_transformed": transformed,
         "bytes_from_plan": plan.size - copied - taken_over - transformed,
-        "peak_memory": held + WORKERS * _largest_block(tensors),
+        "peak_memory": RUNTIME + held + WORKERS * _largest_block(tensors),
         "dropped": {reason: len(names) for reason, names in by_reason(plan.dropped).items()},
     }
 
@@ -133,7 +135,8 @@ def _largest_block(tensors: Iterable[OutputTensor]) -> int:
         size = itemsize(tensor.dtype)
         row = tensor.nbytes // max(1, tensor.shape[0]) if tensor.shape else size
         block = min(tensor.nbytes, max(BLOCK, row))
-        copies = 2 if is_plain(tensor) else 2 + 3 * 8 // size
+        plain = is_plain(tensor) or tensor.random is not None
+        copies = 2 if plain else 2 + 3 * 8 // size
         if _copied(tensor) != tensor.nbytes and tensor.inline is None:
             most = max(most, copies * block)
     return most
