@@ -27,8 +27,9 @@ RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.set_num_threads(1)
 
 
-def nothing(*_args, **_kwargs):
-    return None
+def nothing():
+    """A new function each time: torch's compiler wants them told apart."""
+    return lambda *_args, **_kwargs: None
 
 
 def without_cuda() -> None:
@@ -36,8 +37,8 @@ def without_cuda() -> None:
     torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     torch.cuda.LongTensor = lambda values: torch.tensor(values, dtype=torch.long)
     for name in ("set_rng_state", "manual_seed", "synchronize"):
-        setattr(torch.cuda, name, nothing)
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
+        setattr(torch.cuda, name, nothing())
+    torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = nothing(), nothing()
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
     torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
 
@@ -66,7 +67,6 @@ def without_apex() -> None:
 
 
 without_cuda()
-without_apex()
 import deepspeed
 import deepspeed.ops.adam
 import deepspeed.runtime.engine as engine
@@ -77,6 +77,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 deepspeed.ops.adam.FusedAdam = Adam
 engine.is_zero_supported_optimizer = lambda _optimizer: True
 type(get_accelerator()).is_fp16_supported = lambda _self: True
+without_apex()  # after transformers has looked for the real one
 from megatron import initialize, mpu
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import build_tokenizer
@@ -107,8 +108,8 @@ def run(job) -> None:
             num_pp=stages, num_mp=tp, num_dp=WORLD // (stages * tp)
         )
         mpu.initialize_model_parallel(tp, topology=topology)
-        mpu.model_parallel_cuda_manual_seed(1)
     initialize.setup_deepspeed_random_and_activation_checkpointing(args)
+    mpu.model_parallel_cuda_manual_seed(1)
     args.iteration = 0
     model = setup_model_and_optimizer(args, use_cache=False)[0]
     for _ in range(job["steps"]):
