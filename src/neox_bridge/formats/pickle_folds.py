@@ -82,7 +82,7 @@ class Context:
     """What folding needs: what takes a tensor's place, and the steps that are left."""
 
     tensor: Callable[[PickledTensor], object]
-    left: int = MAX_STEPS
+    left: int = field(default_factory=lambda: MAX_STEPS)
 
     def spend(self, cost: int) -> None:
         """Count steps, so that a small file can't keep the reader busy or fill the memory."""

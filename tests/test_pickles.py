@@ -1,0 +1,261 @@
+"""Pickles: read right, never run, refused where they are damaged; and written as torch's are."""
+
+import io
+import pickle
+import random
+from collections import Counter, OrderedDict, defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attack_pickles import DEEP, RECORDS, REFUSED, running
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neox_bridge.formats.pickle_writer import TensorSlot, dump, numpy_array
+from neox_bridge.formats.pickles import (
+    Global,
+    PickledTensor,
+    PickleError,
+    Record,
+    StorageRef,
+    load,
+    storage_ref,
+)
+
+
+def read(data: bytes, **callbacks: Any) -> Any:
+    return load(io.BytesIO(data), **callbacks)
+
+
+class Thing:
+    """Something that pickles by its class and attributes."""
+
+
+KEYS = st.one_of(st.integers(), st.text(), st.booleans(), st.tuples(st.integers(), st.text()))
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.integers(min_value=-(1 << 300), max_value=1 << 300),
+        st.floats(allow_nan=False),
+        st.text(),
+        st.binary(),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner),
+        st.lists(inner).map(tuple),
+        st.dictionaries(KEYS, inner),
+        st.sets(st.integers()),
+        st.dictionaries(KEYS, inner).map(OrderedDict),
+    ),
+    max_leaves=12,
+)
+
+
+@given(VALUES, st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_reads_what_python_pickled(value: object, protocol: int) -> None:
+    assert read(pickle.dumps(value, protocol)) == value
+
+
+@given(VALUES)
+@settings(max_examples=150, deadline=None)
+def test_python_reads_what_is_written(value: object) -> None:
+    data, _ = dump(value, {})
+    assert pickle.loads(data) == value
+    assert type(pickle.loads(data)) is type(value)
+    assert read(data) == value
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "value",
+    [
+        frozenset([1, (2, 3)]),
+        bytearray(b"ab\xff"),
+        {1, "a"},
+        defaultdict(list, a=[1]),
+        [b"", (), {}, [], "\ud800", 1 << 4000, 2.5, -(1 << 31), 1 << 31, True],
+        ["x" * 300, *range(300)] * 2,
+        [[k] for k in range(2500)],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_reads_every_kind_of_value(value: object, protocol: int) -> None:
+    assert read(pickle.dumps(value, protocol)) == value
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_objects_become_records(protocol: int) -> None:
+    thing = Thing()
+    thing.__dict__["size"] = 3
+    record = read(pickle.dumps(thing, protocol))
+    assert isinstance(record, Record)
+    assert record.state == {"size": 3}
+    assert Global("test_pickles", "Thing") in (record.factory, *record.args)
+
+
+@pytest.mark.parametrize("value", [np.float32(2), np.arange(3), Counter("ab"), range(3), 1j, Thing])
+def test_unknown_classes_are_inert(value: object) -> None:
+    assert isinstance(read(pickle.dumps(value)), Record | Global)
+
+
+def test_two_pickles_follow_each_other() -> None:
+    stream = io.BytesIO(pickle.dumps([1], 2) + pickle.dumps("a", 4) + b"rest")
+    assert (load(stream), load(stream), stream.read()) == ([1], "a", b"rest")
+
+
+def test_shared_values_stay_shared() -> None:
+    shared = [1]
+    first, second = read(pickle.dumps([shared, shared]))
+    assert first is second
+    assert first == [1]
+
+
+# --- attacks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", running(""))
+def test_nothing_runs(name: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    data = running(f"touch {trace}")[name]
+    with suppress(Exception):
+        pickle.loads(data)
+    assert trace.exists()  # the attack works on Python's own reader
+    trace.unlink()
+    read(data)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_calls_are_written_down(name: str) -> None:
+    record = read(RECORDS[name])
+    assert isinstance(record, Record)
+    assert record.factory == Global("os", "system")
+    assert record.args == ("exit 3",)
+    assert record.new == name.startswith("newobj")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    with pytest.raises(PickleError):
+        read(REFUSED[name])
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_depth_is_no_trap(name: str) -> None:
+    with suppress(PickleError):
+        value = read(DEEP[name])
+        del value  # freeing it doesn't recurse either
+
+
+def test_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neox_bridge.formats.pickle_folds.MAX_STEPS", 1000)
+    read(pickle.dumps([0] * 400))
+    with pytest.raises(PickleError, match="1,000 steps"):
+        read(pickle.dumps([0] * 2000))
+
+
+SAMPLE = pickle.dumps({"a": [1, 2.5, "x", (None, True)], "b": {3}, "c": Thing()}, 4)
+
+
+def test_every_truncation_is_an_error() -> None:
+    for length in range(len(SAMPLE)):
+        with pytest.raises(PickleError):
+            read(SAMPLE[:length])
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None)
+def test_damage_never_raises_anything_else(data: st.DataObject) -> None:
+    raw = bytearray(SAMPLE)
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(PickleError):
+        read(bytes(raw), persistent=storage_ref)
+
+
+# --- tensors --------------------------------------------------------------------------------
+
+SLOTS = {"w": ("float32", (2, 3)), "e": ("float8_e5m2", (4,)), "s": ("bfloat16", ())}
+
+
+def test_tensor_slots_read_back() -> None:
+    tree = {"a": TensorSlot("w"), "b": [TensorSlot("s"), TensorSlot("w")], "c": TensorSlot("e")}
+    data, order = dump(tree, SLOTS)
+    assert order == ("w", "s", "e")
+    value = read(data, persistent=storage_ref)
+    weight = PickledTensor(StorageRef("0", "float32", 6, "cpu"), 0, (2, 3), (3, 1), "float32")
+    assert value["a"] == weight
+    assert value["b"][1] is value["a"]
+    assert value["b"][0].shape == ()
+    assert value["c"].storage == StorageRef("2", "uint8", 4, "cpu")
+    assert value["c"].dtype == "float8_e5m2"
+
+
+def test_unknown_slot_and_value() -> None:
+    with pytest.raises(ValueError, match="no tensor is called x"):
+        dump(TensorSlot("x"), SLOTS)
+    with pytest.raises(TypeError, match="object can't be written"):
+        dump([object()], {})
+
+
+def test_views_of_old_files() -> None:
+    pid = ("storage", Global("torch", "FloatStorage"), "7", "cpu", 10, ("8", 2, 5))
+    assert storage_ref(pid) == StorageRef("7", "float32", 5, "cpu", 2)
+
+
+@pytest.mark.parametrize(
+    "pid",
+    [
+        None,
+        ("storage",),
+        ("storage", "FloatStorage", "0", "cpu", 1),
+        ("storage", Global("torch", "FloatStorage"), "0", "cpu", -1),
+        ("storage", Global("torch", "FloatStorage"), ["0"], "cpu", 1),
+        ("storage", Global("torch", "FloatStorage"), "0", "cpu", 1, ("8", -1, 5)),
+    ],
+)
+def test_other_persistent_ids(pid: object) -> None:
+    with pytest.raises(PickleError):
+        storage_ref(pid)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numpy_state_loads_in_numpy() -> None:
+    words = np.arange(624, dtype="<u4")
+    data, _ = dump(("MT19937", numpy_array(words.tobytes(), "<u4", (624,)), 624, 0, 0.0), {})
+    state = pickle.loads(data)
+    assert state[1].dtype == np.uint32
+    assert (state[1] == words).all()
+    np.random.RandomState().set_state(state)
+
+
+def test_numpy_array_of_more_dimensions() -> None:
+    array = np.arange(6, dtype="<f8").reshape(2, 3)
+    assert (pickle.loads(dump(numpy_array(array.tobytes(), "<f8", (2, 3)), {})[0]) == array).all()
+
+
+def test_python_state_survives() -> None:
+    state = random.Random(5).getstate()
+    random.Random().setstate(pickle.loads(dump(state, {})[0]))
+    assert read(dump(state, {})[0]) == state
+
+
+def test_records_are_written_back() -> None:
+    original = Thing()
+    original.__dict__["size"] = [1, 2]
+    copy = pickle.loads(dump(read(pickle.dumps(original, 2)), {})[0])
+    assert type(copy) is Thing
+    assert copy.__dict__ == {"size": [1, 2]}
+
+
+def test_same_value_same_bytes() -> None:
+    def make() -> object:
+        return {"".join(["a", "b"]): ["".join(["a", "b"])], "s": {3, 1, 2, "x"}, "b": b"12"}
+
+    assert dump(make(), {}) == dump(make(), {})
