@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from neox_bridge.execution.run import execute
 from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from neox_bridge.execution.run import execute
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options

@@ -194,6 +194,13 @@ def test_equal_replicas_are_one(tmp_path: Path) -> None:
     assert (tmp_path / "out/sub/file").read_bytes()[8:] == bits.tobytes()
 
 
+def test_equal_replicas_that_are_cast_do_not_differ(tmp_path: Path) -> None:
+    a = noise((9,), "float32")
+    pieces = ranks(tmp_path, a, a, dtype="float32")
+    plan = plan_of(OutputTensor("t", "float16", (9,), pieces, reduce="replica"))
+    assert execute(plan, str(tmp_path / "out")).findings == ()
+
+
 def test_replicas_that_differ(tmp_path: Path) -> None:
     a = np.array([1.0, 2.0, 3.0], np.float32)
     b = np.array([1.0, 2.5, 3.0], np.float32)

@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 
 from neox_bridge.errors import BridgeError
@@ -15,7 +16,7 @@ from neox_bridge.execution.staging import check_target, flush, flush_folders, st
 from neox_bridge.execution.transform import blocks, replica
 from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Piece, Plan, byte_range
+from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan, byte_range
 
 Seen = dict[str, tuple[int, int]]
 
@@ -151,11 +152,9 @@ def _write(tensor: OutputTensor, fd: int, context: Context) -> int | None:
         write(fd, tensor.inline, tensor.offset)
         context.wrote(len(tensor.inline), changed=False)
         return zlib.crc32(tensor.inline)
-    pieces = tensor.pieces
-    if tensor.reduce != "none" and tensor.divisor == 1:
-        only = replica(tensor)
-        pieces = (only,) if only is not None else ()
-    runs = _runs(tensor, pieces)
+    if tensor.reduce != "none" and (only := replica(tensor)) is not None:
+        tensor = replace(tensor, pieces=(only,), reduce="none")
+    runs = _runs(tensor)
     crc: int | None = 0
     if runs is not None:
         for source, start, to, size in runs:
@@ -172,14 +171,13 @@ def _write(tensor: OutputTensor, fd: int, context: Context) -> int | None:
     return crc
 
 
-def _runs(
-    tensor: OutputTensor, pieces: tuple[Piece, ...]
-) -> list[tuple[str, int, int, int]] | None:
+def _runs(tensor: OutputTensor) -> list[tuple[str, int, int, int]] | None:
     """(file, its offset, offset in the tensor, bytes) of a tensor that is runs of source bytes."""
-    if tensor.random is not None or tensor.divisor != 1 or not pieces:
+    made = tensor.random is not None or tensor.divisor != 1
+    if made or tensor.reduce != "none" or not tensor.pieces:
         return None
     runs = []
-    for piece in pieces:
+    for piece in tensor.pieces:
         span = byte_range(piece, tensor.shape)
         if piece.source is None or piece.source.dtype != tensor.dtype or span is None:
             return None

@@ -58,7 +58,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     dropped += [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in sorted(own)]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     yml, blanks = finetune_yml(found, target, main)
-    record = neox_record(checkpoint, vocabulary.rows, tokenizer.size or vocabulary.size)
+    record = neox_record(checkpoint, vocabulary.rows, tokenizer.size or checkpoint.tokenizer_size)
     files += [
         text_file(f"{step}/{RECORD}", dump_json(record)),
         text_file(f"{step}/configs/neox_bridge.yml", step_yml(found)),
