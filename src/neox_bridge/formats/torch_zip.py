@@ -146,9 +146,12 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
                 f"{path}: {name} is compressed, and tensors can't be read in place. "
                 "Load the file with torch and torch.save it again, or unzip it and zip it with -0."
             )
+        misplaced = PickleError(f"the record {name[:80]!r} overlaps another or reaches outside")
+        if not free <= info.header_offset < end:
+            raise misplaced
         entry = _locate(file, info)
-        if info.header_offset < free or entry.offset + entry.size > end:
-            raise PickleError(f"the record {name[:80]!r} overlaps another or reaches outside")
+        if entry.offset + entry.size > end:
+            raise misplaced
         free = entry.offset + entry.size
         entries[name] = entry
     return entries
