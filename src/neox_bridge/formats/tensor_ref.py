@@ -38,6 +38,6 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether these strides (in elements) leave no gap; those of dimensions of size 1 don't count."""
+    """Whether these strides (in elements) leave no gap; a dimension of size 1 has any."""
     dense = zip(shape, strides, row_major(shape), strict=True)
     return 0 in shape or all(size == 1 or stride == want for size, stride, want in dense)
