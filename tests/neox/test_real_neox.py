@@ -21,8 +21,8 @@ if os.environ.get("NEOX_TREE"):
     TREES = {os.environ.get("NEOX_ERA", "today"): os.environ["NEOX_TREE"]}
 STORES = {"today": False, "2024-03": True, "2024-09": False}
 WORDS = {
-    "missing": 'Missing key(s) in state_dict: "attention.rotary_emb.inv_freq"',
-    "unexpected": 'Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq"',
+    "missing": "Missing key(s) in state_dict: ",
+    "unexpected": "Unexpected key(s) in state_dict: ",
 }
 
 
@@ -97,7 +97,8 @@ def test_loads(tree: str, tp: int, pp: int, hf: Path, neox_python: str, tmp_path
         else:
             word = "unexpected" if inv_freq == "store" else "missing"
             assert error is not None
-            assert WORDS[word] in error
+            said = error.split(WORDS[word], 1)[1].split(",")[0]
+            assert said.strip().rstrip(". ").endswith('attention.rotary_emb.inv_freq"')
             CELLS[tree, tp, pp, inv_freq] = word
     if knows:
         assert errors[2] is None

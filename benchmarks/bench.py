@@ -1,0 +1,85 @@
+"""Times of conversions beside `cp -r` of the same bytes: medians of several runs, as ratios.
+
+    bench.py [--shape pythia-410m] [--runs 5] [--folder .bench]
+
+Every command is a process of its own, start-up included, with a warm cache. `cp -r` is followed by
+a sync of the files that it wrote, since conversions are flushed to disk too.
+"""
+
+import argparse
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+TOOL = str(Path(sys.executable).parent / "neox-bridge")
+CASES = (
+    ("Hugging Face to GPT-NeoX, TP 1", "hf", []),
+    ("Hugging Face to GPT-NeoX, TP 2", "hf", ["--tp", "2"]),
+    ("Hugging Face to GPT-NeoX, TP 1, ranks", "hf", ["--layout", "ranks"]),
+    ("Hugging Face to GPT-NeoX, TP 2, bfloat16", "hf", ["--tp", "2", "--dtype", "bfloat16"]),
+    ("GPT-NeoX TP 1 to Hugging Face", "neox", []),
+    ("GPT-NeoX TP 2 to Hugging Face", "neox-tp2", []),
+    ("GPT-NeoX TP 1 to TP 4", "neox", ["--to", "neox", "--tp", "4"]),
+)
+
+
+def seconds(command: list[str], target: Path) -> float:
+    """One run, its output removed again."""
+    shutil.rmtree(target, ignore_errors=True)
+    subprocess.run(["sync"], check=True)
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    taken = time.perf_counter() - start
+    shutil.rmtree(target)
+    return taken
+
+
+def copy(source: Path, target: Path) -> list[str]:
+    script = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +'
+    return ["sh", "-c", script, str(source), str(target)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="pythia-410m")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path(".bench"))
+    options = parser.parse_args()
+    folder: Path = options.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    made = {name: folder / name for name in ("hf", "neox", "neox-tp2")}
+    for command in (
+        ["toy", options.shape, str(made["hf"]), "--as", "hf"],
+        ["convert", str(made["hf"]), str(made["neox"])],
+        ["convert", str(made["hf"]), str(made["neox-tp2"]), "--tp", "2"],
+    ):
+        subprocess.run([TOOL, *command], check=True, capture_output=True)
+    target = folder / "out"
+    size = sum(path.stat().st_size for path in made["hf"].rglob("*") if path.is_file())
+    print(
+        f"{options.shape}, {size / 1e9:.2f} GB; {platform.machine()}, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, neox-bridge {version('neox-bridge')}, "
+        f"{options.runs} runs, taking turns\n"
+    )
+    print("| | median s | spread s | times `cp -r` |\n|---|---|---|---|")
+    for title, name, arguments in CASES:
+        convert = [TOOL, "convert", str(made[name]), str(target), *arguments]
+        pairs = [
+            (seconds(copy(made[name], target), target), seconds(convert, target))
+            for _ in range(options.runs)
+        ]
+        ratio = statistics.median(mine / cp for cp, mine in pairs)
+        mine = [pair[1] for pair in pairs]
+        spread = f"{min(mine):.2f} – {max(mine):.2f}"
+        print(f"| {title} | {statistics.median(mine):.2f} | {spread} | {ratio:.2f} |", flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
