@@ -83,12 +83,14 @@ def test_to_hf_and_back_is_the_same_bits(name: str, tmp_path: Path) -> None:
 def test_row_biases_are_summed_or_kept(tmp_path: Path) -> None:
     """With gpt_j_residual the ranks' biases add up; without it each holds the whole one."""
     for name, sums in (("pythia_fp32_pp1_tp2", True), ("sequential_residual_fp32_tp2", False)):
-        convert(fixture(name), tmp_path / name)
+        plan = convert(fixture(name), tmp_path / name)
         ranks = neox_ranks(fixture(name))
         parts = [rank["2.attention.dense.bias"] for rank in ranks]
         want = parts[0] + parts[1] if sums else parts[0]
         got = hf_tensors(tmp_path / name)["gpt_neox.layers.0.attention.dense.bias"]
         assert torch.equal(got, want)
+        told = [drop.name for drop in plan.dropped if "spread" in drop.name]
+        assert len(told) == (2 if sums else 0)
 
 
 def test_tied_norms_are_written_twice(tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def _model(
                     dropped.append(Dropped(name, "unused with gpt_j_tied: true"))
                 wholes[name] = wholes[name.replace("post_attention", "input")]
         config = replace(config, tied_norms=False)
+    tp = checkpoint.neox.tp if checkpoint.neox is not None else 1
+    # what this tool wrote is whole on rank 0
+    if tp > 1 and config.parallel_residual and not checkpoint.record:
+        spread = {
+            f"how {weight.neox} was spread over {tp} ranks"
+            for weight, _ in model_weights(checkpoint.architecture, config)
+            if weight.split == "row_bias"
+        }
+        dropped += [Dropped(name, "the ranks' sum is written") for name in sorted(spread)]
     if checkpoint.kind == "neox" and not (config.mlp_bias and config.norm_bias):
         config = replace(config, mlp_bias=True, norm_bias=True)
         added = _add_biases(checkpoint.architecture, config, wholes)
