@@ -160,6 +160,35 @@ def test_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         read(pickle.dumps([0] * 2000))
 
 
+class Watched(io.BytesIO):
+    """A stream that sees what is asked of it: memory is set aside for that much."""
+
+    most = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.most = max(self.most, size or 0)
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        assert size is not None
+        assert size > 0
+        return super().readline(size)
+
+
+@pytest.mark.parametrize("name", ["4 GB string", "8 EB bytes", "long line"])
+def test_memory_is_bounded(name: str) -> None:
+    stream = Watched(REFUSED[name])
+    with pytest.raises(PickleError):
+        load(stream)
+    assert stream.most < 100
+
+
+def test_strings_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neox_bridge.formats.pickles._MAX_VALUE", 100)
+    with pytest.raises(PickleError, match="a string of 200 bytes"):
+        read(pickle.dumps("x" * 200))
+
+
 SAMPLE = pickle.dumps({"a": [1, 2.5, "x", (None, True)], "b": {3}, "c": Thing()}, 4)
 
 
@@ -255,7 +284,8 @@ def test_records_are_written_back() -> None:
 
 
 def test_same_value_same_bytes() -> None:
-    def make() -> object:
-        return {"".join(["a", "b"]): ["".join(["a", "b"])], "s": {3, 1, 2, "x"}, "b": b"12"}
-
-    assert dump(make(), {}) == dump(make(), {})
+    """Whether equal strings are one object is up to the interpreter."""
+    one, other = "".join(["a", "b"]), "".join(["a", "b"])
+    assert one is not other
+    shared, apart = ({"s": {3, 1, "x"}, "t": [one, text]} for text in (one, other))
+    assert dump(shared, {}) == dump(apart, {})

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import random
 import struct
 import zipfile
@@ -222,6 +223,22 @@ def test_overlapping_records(field: str, small: Path) -> None:
         read_torch(str(small))
 
 
+def test_last_record_in_the_directory(small: Path) -> None:
+    raw = bytearray(small.read_bytes())
+    at = raw.rindex(b"small/.data/serialization_id") - 46
+    raw[at + 20 : at + 28] = struct.pack("<II", 200, 200)
+    small.write_bytes(raw)
+    with pytest.raises(BridgeError, match="overlaps another or reaches outside"):
+        read_torch(str(small))
+
+
+def test_record_with_another_name(small: Path) -> None:
+    raw = small.read_bytes()
+    small.write_bytes(raw.replace(b"small/data/0", b"small/data/7", 1))
+    with pytest.raises(BridgeError, match="differs from the directory"):
+        read_torch(str(small))
+
+
 def hand_made(path: Path, shape: bytes, strides: bytes, numel: int = 4, offset: int = 0) -> str:
     """A file with a float tensor of these pickled sizes over a storage of 4 elements."""
     pickled = (
@@ -329,6 +346,47 @@ def test_big_endian_legacy(tmp_path: Path) -> None:
     path.write_bytes(raw[:at] + raw[at:].replace(b"\x88", b"\x89", 1))
     with pytest.raises(BridgeError, match="big-endian"):
         read_torch(str(path))
+
+
+def stream_of(path: Path, storages: bytes, keys: list[str], protocol: int = 1001) -> str:
+    """A pre-1.6 file with a hand-made object, and two floats for each key."""
+    head = [0x1950A86A20F9469CFC6C, protocol, {"little_endian": True}]
+    parts = [pickle.dumps(value, 2) for value in head]
+    data = (struct.pack("<q", 2) + bytes(8)) * len(keys)
+    path.write_bytes(b"".join([*parts, storages, pickle.dumps(keys, 2), data]))
+    return str(path)
+
+
+def storage(key: str, kind: str) -> bytes:
+    return f"(Vstorage\nctorch\n{kind}\nV{key}\nVcpu\nK\x02NtQ".encode("latin1")
+
+
+@pytest.mark.parametrize(
+    ("objects", "keys", "message"),
+    [
+        ([("0", "FloatStorage"), ("0", "IntStorage")], ["0"], "two element types"),
+        ([("0", "FloatStorage"), ("1", "FloatStorage")], ["0"], "storage 1 is missing"),
+        ([("0", "FloatStorage")], ["0", "0"], "aren't those of its tensors"),
+        ([("0", "FloatStorage")], ["1"], "aren't those of its tensors"),
+        ([("0", "QInt8Storage")], ["0"], "holds QInt8Storage"),
+        ([("0", "FloatStorage")], ["0"], ""),
+    ],
+)
+def test_storages_of_old_files(
+    objects: list[tuple[str, str]], keys: list[str], message: str, tmp_path: Path
+) -> None:
+    pickled = b"\x80\x02(" + b"".join(storage(*o) for o in objects) + b"l."
+    path = stream_of(tmp_path / "x.pt", pickled, keys)
+    if not message:
+        assert isinstance(read_torch(path), list)
+        return
+    with pytest.raises(BridgeError, match=message):
+        read_torch(path)
+
+
+def test_other_protocol_of_old_files(tmp_path: Path) -> None:
+    with pytest.raises(BridgeError, match="isn't 1001"):
+        read_torch(stream_of(tmp_path / "x.pt", b"\x80\x02N.", [], 1002))
 
 
 # --- laying out -----------------------------------------------------------------------------
