@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import convert, hf_logits, make_hf
@@ -89,6 +90,7 @@ def test_loads(tree: str, tp: int, pp: int, hf: Path, neox_python: str, tmp_path
         jobs.append({"yml": str(tmp_path / "store" / "finetune.yml")})
     errors = run(neox_python, TREES[tree], tp * max(1, pp), jobs, tmp_path)
     VERSIONS[f"GPT-NeoX {tree}"] = version(TREES[tree])
+    VERSIONS["with"] = f"{libraries(neox_python)}; transformers {transformers.__version__}"
     loads = "store" if STORES[tree] else "omit"
     for inv_freq, error in zip(("omit", "store"), errors, strict=False):
         if inv_freq == loads:
@@ -132,4 +134,13 @@ def era(tree: str) -> Any:
 
 
 def version(tree: str) -> str:
-    return Path(tree).name
+    known = {"gpt-neox": "ea7aefd8 of 2026-05", "neox-2024-03": "the parent of e109bf5e"}
+    known["neox-2024-09"] = "the parent of 0d4bdb96"
+    return known.get(tree, Path(tree).name)
+
+
+def libraries(python: str) -> str:
+    code = "import deepspeed as d, torch as t; print('DeepSpeed', d.__version__, 'torch', t.__version__)"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment)
+    return done.stdout.strip().splitlines()[-1]
