@@ -68,6 +68,7 @@ REFUSED: dict[str, bytes] = {
     "set in a tuple as key": b"\x80\x04}\x8f\x85K\x01s.",
     "arguments that are none": b"\x80\x02cos\nsystem\nNR.",
     "class by number": b"\x80\x04K\x01K\x02\x93.",
+    "100 MB string": b"\x80\x02X\x00\x00\x00\x06abc.",
     "4 GB string": b"\x80\x02X\xff\xff\xff\xff.",
     "8 EB bytes": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
     "long line": b"I" + b"1" * (2 << 20) + b"\n.",

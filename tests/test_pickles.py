@@ -175,7 +175,7 @@ class Watched(io.BytesIO):
         return super().readline(size)
 
 
-@pytest.mark.parametrize("name", ["4 GB string", "8 EB bytes", "long line"])
+@pytest.mark.parametrize("name", ["100 MB string", "4 GB string", "8 EB bytes", "long line"])
 def test_memory_is_bounded(name: str) -> None:
     stream = Watched(REFUSED[name])
     with pytest.raises(PickleError):

@@ -140,7 +140,8 @@ def version(tree: str) -> str:
 
 
 def libraries(python: str) -> str:
-    code = "import deepspeed as d, torch as t; print('DeepSpeed', d.__version__, 'torch', t.__version__)"
+    names = "'DeepSpeed', deepspeed.__version__, 'torch', torch.__version__"
+    code = f"import deepspeed, torch; print({names})"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment)
     return done.stdout.strip().splitlines()[-1]
