@@ -1,12 +1,13 @@
 # make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
 # make test   lint, types and tests
 # make bench  times beside cp
+# make test-neox, make test-versions: in the real GPT-NeoX, in many versions of transformers
 PYTHON ?= python3
 DEV := .venv
 DEMO := .demo
 JOBS ?= 2
 
-.PHONY: demo test lint check test-neox bench clean
+.PHONY: demo test lint check test-neox test-versions bench clean
 
 demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
@@ -22,6 +23,10 @@ lint: $(DEV)/.ready
 # the real GPT-NeoX: NEOX_HOME is a folder that holds its trees and a venv in which they run
 test-neox: $(DEV)/.ready
 	$(DEV)/bin/python -m pytest -m neox tests/neox
+
+# each version of transformers in an environment of its own: TRANSFORMERS="4.30 5.4" for some
+test-versions: $(DEV)/.ready
+	$(DEV)/bin/python -m pytest -m versions tests/versions
 
 bench: $(DEV)/.ready
 	$(DEV)/bin/python benchmarks/bench.py
@@ -43,4 +48,4 @@ $(DEMO)/venv/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEV) $(DEMO) .bench
+	rm -rf $(DEV) $(DEMO) .bench .versions

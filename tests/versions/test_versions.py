@@ -1,0 +1,57 @@
+"""Converted folders load in many versions of transformers, each in its own environment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import GPT_NEOX, convert, fixture, recorded
+
+pytestmark = pytest.mark.versions
+# python, transformers, torch, and what a release needs beside them
+VERSIONS: dict[str, tuple[str, ...]] = {
+    "4.30": ("transformers==4.30.2", "torch==2.13.0", "numpy<2", "accelerate<0.30"),
+    "4.48": ("transformers==4.48.3", "torch==2.13.0"),
+    "5.0": ("transformers==5.0.0", "torch==2.13.0"),
+    "5.4": ("transformers==5.4.0", "torch==2.13.0"),
+    "newest": ("transformers", "torch==2.13.0"),
+}
+CHOSEN = os.environ.get("TRANSFORMERS", " ".join(VERSIONS)).split()
+CASES = [name for name in GPT_NEOX if "fp32" in name]
+
+
+@pytest.fixture(scope="session", params=CHOSEN)
+def python(request: Any) -> str:
+    """The interpreter of an environment with that version, made on first use."""
+    home = Path(os.environ.get("VERSIONS_HOME", ".versions")).absolute() / request.param
+    interpreter = home / "bin" / "python"
+    if not (home / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        packages = [*VERSIONS[request.param], "numpy"]
+        install = [str(interpreter), "-m", "pip", "install", "--quiet", *packages]
+        subprocess.run(install, check=True)
+        (home / ".ready").touch()
+    return str(interpreter)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loads_and_agrees(name: str, python: str, tmp_path: Path) -> None:
+    convert(fixture(name), tmp_path / "hf")
+    tokens, logits = recorded(name)
+    np.savez(tmp_path / "tokens.npz", tokens=tokens.numpy())
+    script = str(Path(__file__).parent / "load.py")
+    command = [python, script, "hf", "tokens.npz", "logits.npz"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["missing"], told["unexpected"]) == ([], [])
+    with np.load(tmp_path / "logits.npz") as file:
+        computed = torch.from_numpy(file["logits"])[..., : logits.shape[-1]]
+    assert float((computed - logits).abs().max()) <= 1e-5
