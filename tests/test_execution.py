@@ -6,6 +6,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution import movers, staging, transform
+from neox_bridge.execution import files, movers, staging, transform
 from neox_bridge.execution.run import execute
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.geometry import constant
@@ -82,32 +83,68 @@ def test_the_kernel_may_stop_in_the_middle(tmp_path: Path, monkeypatch: pytest.M
     assert run(tmp_path, OutputTensor("t", "float32", (50, 50), (box(ref),))) == array.tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
-    rows=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     columns=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    kinds=st.lists(st.sampled_from(["source", "turned", 0.0, -0.0]), min_size=12, max_size=12),
     block=st.integers(1, 200),
+    gaps=st.sampled_from([0, 4]),
+    kernel=st.booleans(),
 )
 def test_boxes_from_many_files(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[int], columns: list[int], block: int
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[int],
+    columns: list[int],
+    kinds: list[Any],
+    block: int,
+    gaps: int,
+    kernel: bool,
 ) -> None:
-    """A grid of sources put together, in blocks of any size."""
+    """A grid of sources and constants put together, bit by bit, in blocks of any size."""
     tmp_path = tmp_path_factory.mktemp("boxes")
-    whole = noise((sum(rows), sum(columns)), "float32")
-    pieces = []
+    shape = (sum(rows), sum(columns))
+    whole = np.random.default_rng(block).integers(0, 65536, shape, np.uint16)
+    pieces: list[Piece] = []
     for i, height in enumerate(rows):
         for j, width in enumerate(columns):
-            r, c = sum(rows[:i]), sum(columns[:j])
-            part = np.ascontiguousarray(whole[r : r + height, c : c + width])
-            ref = store(tmp_path / f"{i}-{j}", part, "float32")
+            r, c, kind = sum(rows[:i]), sum(columns[:j]), kinds[len(pieces)]
+            cell = whole[r : r + height, c : c + width]
+            if isinstance(kind, float):
+                cell[:] = 0x8000 if str(kind) == "-0.0" else 0
+                pieces.append(constant((height, width), kind, (r, c)))
+                continue
+            name = tmp_path / f"{i}-{j}"
+            if kind == "turned":
+                ref = replace(
+                    store(name, cell.T.copy(), "float16"), shape=cell.shape, strides=(1, height)
+                )
+            else:
+                ref = store(name, np.ascontiguousarray(cell), "float16")
             pieces.append(Piece(ref, (0, 0), (r, c), (height, width)))
-    before = transform.BLOCK
-    transform.BLOCK = block
-    try:
-        tensor = OutputTensor("t", "float32", whole.shape, tuple(reversed(pieces)))
-        assert run(tmp_path, tensor) == whole.tobytes()
-    finally:
-        transform.BLOCK = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transform, "BLOCK", block)
+        patch.setattr(transform, "GAPS", gaps)
+        if not kernel:
+            no_kernel(patch)
+        tensor = OutputTensor("t", "float16", shape, tuple(reversed(pieces)), crc_at=(4,))
+        execute(plan_of(tensor), str(tmp_path / "out"))
+    data = (tmp_path / "out/sub/file").read_bytes()
+    assert data[8:] == whole.tobytes()
+    crc = zlib.crc32(whole.tobytes()).to_bytes(4, "little")
+    assert data[4:8] == crc or (kernel and data[4:8] == b"0123")
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=st.lists(st.integers(0, 7), max_size=4), limit=st.integers(1, 40))
+def test_blocks_are_bounded_runs(shape: list[int], limit: int) -> None:
+    """Also where the rows themselves are long, as of a mask of (1, 1, 2048, 2048)."""
+    seen = []
+    for start, size in transform._boxes(tuple(shape), limit):
+        box_of = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+        seen.append(np.arange(np.prod(shape, dtype=int)).reshape(shape)[box_of].ravel())
+        assert 0 < len(seen[-1]) <= limit
+    assert np.concatenate([[], *seen]).tolist() == list(range(np.prod(shape, dtype=int)))
 
 
 def test_columns_and_strides(tmp_path: Path) -> None:
@@ -138,6 +175,41 @@ def test_overflow_in_a_cast_is_counted(tmp_path: Path) -> None:
     assert finding.message.startswith("2 finite values of 1 tensors")
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(width=64), min_size=1, max_size=20), st.integers(-60, 0))
+def test_wide_values_become_bfloat16_in_one_rounding(values: list[float], low: int) -> None:
+    """Against the exact nearest, ties to even; ties missed by a hair are the hard cases."""
+    ties = [(1 + (2 * k + 1) * 2.0**-8) * (1 + s * 2.0**low) for k in range(4) for s in (-1, 0, 1)]
+    wide = np.array([*values, *ties, *(-t for t in ties)], np.float64)
+    got = transform.cast(wide, np.dtype(ml_dtypes.bfloat16))
+    for value, near in zip(wide, got, strict=True):
+        assert np.isnan(near) == np.isnan(value)
+        if np.isfinite(near):
+            bits = int(near.view(np.uint16))
+            ring = [b for b in (bits - 1, bits, bits + 1) if 0 <= b < 65536]
+            around = np.array(ring, np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+            gaps = [
+                (abs(Fraction(a) - Fraction(value)), b & 1)
+                for a, b in zip(around, ring, strict=True)
+                if np.isfinite(a)
+            ]
+            mine = (abs(Fraction(float(near)) - Fraction(value)), bits & 1)
+            assert mine == min(gaps)
+
+
+def test_sources_of_several_dtypes_in_one_row(tmp_path: Path) -> None:
+    bits = np.arange(0x7C01, 0x7C41, dtype=np.uint16).reshape(8, 8)  # NaNs that must stay
+    wide = np.full((8, 8), 1e9, np.float32)
+    left = Piece(store(tmp_path / "a", bits, "float16"), (0, 0), (0, 0), (8, 8))
+    right = Piece(store(tmp_path / "b", wide, "float32"), (0, 0), (0, 8), (8, 8))
+    plan = plan_of(OutputTensor("t", "float16", (8, 16), (left, right)))
+    (finding,) = execute(plan, str(tmp_path / "out")).findings
+    assert finding.message.startswith("64 finite values of 1 tensors")
+    got = np.frombuffer((tmp_path / "out/sub/file").read_bytes()[8:], np.uint16).reshape(8, 16)
+    assert (got[:, :8] == bits).all()
+    assert (got[:, 8:] == 0x7C00).all()
+
+
 def test_fills(tmp_path: Path) -> None:
     for fill in (0.0, -0.0):
         tensor = OutputTensor("t", "bfloat16", (3, 2), (constant((3, 2), fill),))
@@ -149,8 +221,10 @@ def test_rows_and_a_fill_in_one(tmp_path: Path) -> None:
     array = noise((5, 4), "float16")
     ref = store(tmp_path / "a", array, "float16")
     pieces = (box(ref), constant((2, 4), 0.0, (5, 0)))
-    got = run(tmp_path, OutputTensor("t", "float16", (7, 4), pieces))
-    assert got == array.tobytes() + bytes(16)
+    tensor = OutputTensor("t", "float16", (7, 4), pieces)
+    result = execute(plan_of(tensor), str(tmp_path / "out"))
+    assert (tmp_path / "out/sub/file").read_bytes()[8:] == array.tobytes() + bytes(16)
+    assert (result.copied, result.transformed) == (8 + 40, 16)
 
 
 def ranks(tmp_path: Path, *arrays: "np.ndarray[Any, Any]", dtype: str) -> tuple[Piece, ...]:
@@ -177,6 +251,21 @@ def test_a_sum_with_negative_zeros_changes_no_bit(tmp_path: Path) -> None:
         pieces = ranks(folder, *parts, dtype="float16")
         got = run(folder, OutputTensor("t", "float16", (65536,), pieces, reduce="sum"))
         assert got == bits.tobytes()
+
+
+def test_a_sum_of_some_negative_zeros(tmp_path: Path) -> None:
+    a, b = np.array([-0.0, -0.0, 1.0], np.float32), np.array([-0.0, 0.0, -0.0], np.float32)
+    pieces = ranks(tmp_path, a, b, dtype="float32")
+    got = run(tmp_path, OutputTensor("t", "float32", (3,), pieces, reduce="sum"))
+    assert got == (a + b).tobytes()
+    assert got[3] == 0x80
+
+
+def test_a_sum_with_a_constant(tmp_path: Path) -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    pieces = (constant((65536,), -0.0), *ranks(tmp_path, bits, dtype="float16"))
+    got = run(tmp_path, OutputTensor("t", "float16", (65536,), pieces, reduce="sum"))
+    assert got == bits.tobytes()
 
 
 def test_a_divided_sum(tmp_path: Path) -> None:
@@ -211,6 +300,35 @@ def test_replicas_that_differ(tmp_path: Path) -> None:
     assert "0.25" in finding.message
     got = np.frombuffer((tmp_path / "out/sub/file").read_bytes()[8:], np.float32)
     assert got.tolist() == [1.0, 2.25, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+def test_where_replicas_agree_the_mean_is_the_value(dtype: str, tmp_path: Path) -> None:
+    kind = np.dtype(DTYPES.get(dtype, np.float64))
+    top = 1.7e308 if dtype == "float64" else 60000.0
+    a = np.array([-0.0, np.inf, np.nan, top, 0.1, 1.0], kind)
+    b = a.copy()
+    b[-1] = 2.0
+    pieces = ranks(tmp_path, a, a, b, dtype=dtype)
+    plan = plan_of(OutputTensor("t", dtype, (6,), pieces, reduce="replica"))
+    (finding,) = execute(plan, str(tmp_path / "out")).findings
+    assert "by 0.666667 at most" in finding.message
+    got = np.frombuffer((tmp_path / "out/sub/file").read_bytes()[8:], kind)
+    assert got[:2].tobytes() == a[:2].tobytes()
+    assert got[3:5].tobytes() == a[3:5].tobytes()
+    assert np.isnan(got[2])
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_replica_that_is_not_finite_is_infinitely_far(
+    odd: float, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    a = np.array([1.0], np.float32)
+    pieces = ranks(tmp_path, a, np.array([odd], np.float32), dtype="float32")
+    plan = plan_of(OutputTensor("t", "float32", (1,), pieces, reduce="replica"))
+    (finding,) = execute(plan, str(tmp_path / "out")).findings
+    assert "by inf at most" in finding.message
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,6 +394,54 @@ def test_progress_adds_up_to_the_size(tmp_path: Path) -> None:
     assert sum(told) == plan.size == result.copied + result.transformed
 
 
+def test_a_copy_of_a_file_that_grew_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(b"tokenizer")
+    plan = Plan({}, {}, (OutputFile("tokenizer.json", 8, copy_of=str(tmp_path / "s")),))
+    with pytest.raises(BridgeError, match="had 8 bytes and has 9"):
+        execute(plan, str(tmp_path / "out"))
+    assert left(tmp_path) == []
+
+
+def test_no_crc_is_made_that_nobody_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crc32(*args: Any) -> int:
+        raise AssertionError
+
+    no_kernel(monkeypatch)
+    monkeypatch.setattr(zlib, "crc32", crc32)
+    array = noise((8, 8), "float32")
+    pieces = (box(store(tmp_path / "s", array, "float32")), constant((2, 8), 0.0, (8, 0)))
+    inline = OutputTensor("i", "uint8", (5,), inline=b"12345")
+    cast = OutputTensor("c", "float16", (8, 8), pieces[:1])
+    run(tmp_path, OutputTensor("t", "float32", (10, 8), pieces), inline, cast)
+
+
+def test_few_files_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LIMIT", 3)
+    real, counts = os.pwrite, []
+
+    def count(*args: Any) -> int:
+        counts.append(len(os.listdir("/proc/self/fd")))
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", count)
+    before = len(os.listdir("/proc/self/fd"))
+    execute(simple(tmp_path, 40), str(tmp_path / "out"), workers=1)
+    assert max(counts) <= before + 4
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_umask_is_honoured(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        run(tmp_path, OutputTensor("i", "uint8", (1,), inline=b"1"))
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / p).stat().st_mode & 0o777 for p in ("out", "out/sub", "out/sub/file")]
+    assert modes == [0o750, 0o750, 0o640]
+
+
 def simple(tmp_path: Path, count: int = 20) -> Plan:
     array = noise((64, 64), "float32")
     tensors = []
@@ -307,8 +473,8 @@ def test_a_failing_disk_leaves_nothing(
         return real(*args)
 
     monkeypatch.setattr(os, "pwrite", fail)
-    expected = BridgeError if code == errno.ENOSPC else OSError
-    with pytest.raises(expected):
+    words = "No space left while writing .*163,848 bytes" if code == errno.ENOSPC else "error"
+    with pytest.raises(BridgeError, match=words):
         execute(plan, str(tmp_path / "out"), overwrite=overwrite)
     assert left(tmp_path) == (["out"] if overwrite else [])
     if overwrite:
@@ -329,6 +495,57 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("step", ["aside", "in"])
+def test_an_interrupt_between_two_renames(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target is the old one or the new one, and nothing else lies about."""
+    plan = simple(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    real = os.rename
+
+    def rename(source: str, target: str) -> None:
+        real(source, target)
+        if target.endswith(".old") == (step == "aside") and not source.endswith(".old"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, str(tmp_path / "out"), overwrite=True)
+    assert left(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == (["old"] if step == "aside" else ["sub"])
+
+
+def test_a_target_that_appears_meanwhile_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = simple(tmp_path)
+
+    def appear(_folder: str) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other").write_text("other")
+
+    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", appear)
+    with pytest.raises(BridgeError, match="exists"):
+        execute(plan, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "other").read_text() == "other"
+    assert left(tmp_path) == ["out"]
+
+
+def test_a_source_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_kernel(monkeypatch, errno.EIO)
+
+    def fail(*args: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    ref = store(tmp_path / "s", noise((64, 64), "float32"), "float32")
+    with pytest.raises(BridgeError, match=r"/s can't be read"):
+        run(tmp_path, OutputTensor("t", "float32", (64, 64), (box(ref),)))
+    assert left(tmp_path) == []
+
+
 def test_a_source_that_changes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = simple(tmp_path)
     os.utime(tmp_path / "s3", ns=(1, 1))
@@ -346,9 +563,11 @@ def test_a_source_that_changes_is_an_error(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("gaps", [0, 4])
 def test_a_source_that_is_too_short(
-    kernel: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gaps: int, kernel: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(transform, "GAPS", gaps)
     if not kernel:
         no_kernel(monkeypatch)
     ref = store(tmp_path / "s", noise((64, 64), "float32"), "float32")
@@ -408,6 +627,35 @@ def test_targets_that_can_be(tmp_path: Path) -> None:
     assert left(tmp_path) == ["a", "empty", "full"]
 
 
+def test_a_target_of_links_to_the_source(tmp_path: Path) -> None:
+    """A snapshot in the Hugging Face cache: the files are links to blobs elsewhere."""
+    array = noise((4, 4), "float32")
+    blob = store(tmp_path / "sblob", array, "float32")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/model").symlink_to(tmp_path / "sblob")
+    ref = replace(blob, file=str(tmp_path / "snapshot/model"))
+    plan = plan_of(OutputTensor("t", "float32", (4, 4), (box(ref),)))
+    with pytest.raises(BridgeError, match="holds the source"):
+        execute(plan, str(tmp_path / "snapshot"), overwrite=True)
+
+
+def test_a_target_that_is_a_link_to_a_folder(tmp_path: Path) -> None:
+    plan = simple(tmp_path, 1)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for overwrite in (False, True):
+        execute(plan, str(tmp_path / "link"), overwrite=overwrite)
+        assert os.listdir(tmp_path / "real") == ["sub"]
+        assert left(tmp_path) == ["link", "real"]
+
+
+def test_a_mount_point_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(tmp_path / "out"))
+    with pytest.raises(BridgeError, match="mount point"):
+        execute(simple(tmp_path, 1), str(tmp_path / "out"))
+
+
 def test_no_space_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = staging.shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _path: usage)
@@ -419,9 +667,9 @@ def test_no_space_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_folders_made_for_a_failed_target_go_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_kernel(monkeypatch, errno.EIO)
+    no_kernel(monkeypatch, errno.ENOSPC)
     ref = store(tmp_path / "s", noise((64, 64), "float32"), "float32")
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(BridgeError, match="No space"):
         execute(
             plan_of(OutputTensor("t", "float32", (64, 64), (box(ref),))),
             str(tmp_path / "a" / "b" / "out"),

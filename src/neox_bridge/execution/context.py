@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from neox_bridge.execution.files import Files
+
 
 class Stopped(Exception):
     """Another thread failed, or the user interrupted: this one gives up quietly."""
@@ -21,6 +23,7 @@ class Context:
     transformed: int = 0
     overflows: list[tuple[str, int]] = field(default_factory=list)
     deviations: list[tuple[str, str, float]] = field(default_factory=list)
+    files: Files = field(default_factory=Files)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 

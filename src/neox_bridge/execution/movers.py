@@ -4,13 +4,12 @@ import errno
 import os
 import zlib
 
-from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
+from neox_bridge.execution.files import ended_early, unreadable
 
 CHUNK = 64 << 20  # of one kernel copy, so that progress moves and Ctrl-C is heard
 BUFFER = 4 << 20
-# the kernel or the file systems can't do it for this pair of files: a buffer can
-_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def move(
@@ -18,19 +17,17 @@ def move(
 ) -> int | None:
     """Copy ``size`` bytes of a file to an open one; all numbers are bytes.
 
-    crc: the CRC-32 of what precedes them in the record. Returns it with these bytes added, or
-    None where the kernel moved bytes that this process didn't see.
+    crc: the CRC-32 of what precedes them in the record, or None where nobody asks for it. Returns
+    it with these bytes added, or None where the kernel moved bytes that this process didn't see.
+    Raises BridgeError, naming the source, where it is too short or can't be read.
     """
-    fd = os.open(source, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
+    # room for a reflink (FICLONERANGE): one more way to be tried first, like _kernel
+    with context.files.reading(source) as fd:
         done = _kernel(fd, start, target, to, size, context)
-        if done == size:
-            return None if size else crc
         if done:
             crc = None
-        return _buffered(fd, source, (start + done, to + done, size - done), target, context, crc)
-    finally:
-        os.close(fd)
+        span = (start + done, to + done, size - done)
+        return _buffered(fd, source, span, target, context, crc)
 
 
 def write(target: int, data: "bytes | memoryview", to: int) -> None:
@@ -41,8 +38,24 @@ def write(target: int, data: "bytes | memoryview", to: int) -> None:
         view, to = view[count:], to + count
 
 
+def read(fd: int, path: str, buffer: memoryview, start: int) -> None:
+    """Fill a buffer from a place in a file. Raises BridgeError, naming it, where that fails."""
+    while buffer:
+        try:
+            count = os.preadv(fd, [buffer], start)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if not count:
+            raise ended_early(path, len(buffer))
+        buffer, start = buffer[count:], start + count
+
+
 def _kernel(fd: int, start: int, target: int, to: int, size: int, context: Context) -> int:
-    """How many bytes the kernel moved: all, or those before it said that it can't."""
+    """How many bytes the kernel moved: all, or those before it said that it can't.
+
+    Besides EXDEV, ENOSYS, EINVAL, EOPNOTSUPP and EPERM that may be a broken disk (EIO), of which
+    the buffered way finds out whether it is the source's or the target's.
+    """
     if not hasattr(os, "copy_file_range"):
         return 0
     done = 0
@@ -52,9 +65,9 @@ def _kernel(fd: int, start: int, target: int, to: int, size: int, context: Conte
         try:
             count = os.copy_file_range(fd, target, step, start + done, to + done)
         except OSError as error:
-            if error.errno in _CANNOT:
-                return done
-            raise
+            if error.errno in _FULL:
+                raise
+            return done
         if count == 0:  # end of the source, or a file system that answers so for special files
             return done
         done += count
@@ -71,11 +84,11 @@ def _buffered(
     crc: int | None,
 ) -> int | None:
     start, to, size = span
+    buffer = memoryview(bytearray(min(BUFFER, size)))
     while size:
         context.check()
-        data = os.pread(fd, min(BUFFER, size), start)
-        if not data:
-            raise BridgeError(f"{source} ended {size} bytes early: it changed while it was read.")
+        data = buffer[: min(BUFFER, size)]
+        read(fd, source, data, start)
         write(target, data, to)
         if crc is not None:
             crc = zlib.crc32(data, crc)

@@ -2,23 +2,20 @@
 
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import replace
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context, Stopped
+from neox_bridge.execution.files import check_same, identities
 from neox_bridge.execution.movers import move, write
 from neox_bridge.execution.result import Result
-from neox_bridge.execution.staging import check_target, flush, flush_folders, staged
-from neox_bridge.execution.transform import blocks, replica
+from neox_bridge.execution.staging import check_target, flush_folders, staged
+from neox_bridge.execution.tensors import write_tensor
 from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan, byte_range
-
-Seen = dict[str, tuple[int, int]]
+from neox_bridge.planning.pieces import OutputFile, Plan
 
 
 def execute(
@@ -39,18 +36,19 @@ def execute(
     check_plan(plan)
     sources = _sources(plan)
     check_target(target, sources, plan.size, overwrite)
-    seen = {path: _identity(path) for path in sources}
+    before = identities(sources)
+    _check_copies(plan, before)
     context = Context(progress)
-    with staged(target) as folder:
-        for file in plan.files:
-            _create(folder, file)
-        _run(plan, folder, workers or min(4, os.cpu_count() or 1), context)
+    with staged(target, plan.size, overwrite) as folder:
+        # room for the journal of issue 8: files that an earlier run finished need no task
+        try:
+            for file in plan.files:
+                _create(folder, file)
+            _run(plan, folder, workers or min(4, os.cpu_count() or 1), context)
+        finally:
+            context.files.close()
         flush_folders(folder)
-        for path, identity in seen.items():
-            if _identity(path) != identity:
-                raise BridgeError(
-                    f"{path} changed while it was read. Convert again when nothing writes to it."
-                )
+        check_same(before)
     return Result(
         target,
         len(plan.files),
@@ -70,12 +68,13 @@ def _sources(plan: Plan) -> list[str]:
     return sorted(found)
 
 
-def _identity(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise BridgeError(f"{path} is gone. Convert again when nothing changes it.") from None
-    return status.st_size, status.st_mtime_ns
+def _check_copies(plan: Plan, before: dict[str, tuple[int, int]]) -> None:
+    for file in plan.files:
+        if file.copy_of is not None and before[file.copy_of][0] != file.size:
+            raise BridgeError(
+                f"{file.copy_of} changed since the plan was made: it had {file.size:,} bytes and "
+                f"has {before[file.copy_of][0]:,}. Convert again."
+            )
 
 
 def _create(folder: str, file: OutputFile) -> None:
@@ -93,96 +92,46 @@ def _create(folder: str, file: OutputFile) -> None:
 
 def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
     """Largest first, so that no thread is left with a large one at the end."""
-    for file in plan.files:
-        context.wrote(sum(len(data) for _, data in file.literals), changed=False)
     tasks: list[tuple[int, Callable[[], None]]] = []
+    paths = []
     for file in plan.files:
         path = os.path.join(folder, file.path)
+        paths.append(path)
+        context.wrote(sum(len(data) for _, data in file.literals), changed=False)
         if file.copy_of is not None:
-            tasks.append((file.size, partial(_copy, file, path, context)))
-        tasks += [(t.nbytes, partial(_tensor, t, path, context)) for t in file.tensors]
+            tasks.append((file.size, partial(_copy, file.copy_of, file.size, path, context)))
+        tasks += [(t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors]
     tasks.sort(key=lambda task: -task[0])
     with ThreadPoolExecutor(workers) as pool:
         _all(pool, [task for _, task in tasks], context)
-        paths = [os.path.join(folder, file.path) for file in plan.files]
-        _all(pool, [partial(flush, path) for path in paths], context)
+        _all(pool, [partial(_flush, path, context) for path in paths], context)
 
 
 def _all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]], context: Context) -> None:
     """Run all; the first failure, or Ctrl-C here, stops the others soon."""
-    futures = [pool.submit(task) for task in tasks]
+    futures: list[Future[None]] = []
     try:
+        for task in tasks:
+            futures.append(pool.submit(task))  # noqa: PERF401, an interruption needs those so far
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:
-        failed = [f for f in futures if f.done() and not f.cancelled() and f.exception()]
-        if failed or any(not future.done() for future in futures):
+        if any(not future.done() for future in futures):
             context.stop.set()
-            for future in futures:
-                future.cancel()
-            wait(futures)
-    errors = [f.exception() for f in futures if not f.cancelled() and f.exception()]
-    for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
-        if error is not None:
-            raise error
+            pool.shutdown(wait=True, cancel_futures=True)
+    errors = [f.exception() for f in futures if not f.cancelled()]
+    for error in sorted(filter(None, errors), key=lambda e: isinstance(e, Stopped)):
+        raise error
 
 
-def _copy(file: OutputFile, path: str, context: Context) -> None:
-    assert file.copy_of is not None
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        move(file.copy_of, 0, fd, 0, file.size, context, None)
-    finally:
-        os.close(fd)
+def _copy(source: str, size: int, path: str, context: Context) -> None:
+    with context.files.writing(path) as fd:
+        move(source, 0, fd, 0, size, context, None)
 
 
-def _tensor(tensor: OutputTensor, path: str, context: Context) -> None:
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        crc = _write(tensor, fd, context)
-        if crc is not None:
-            for place in tensor.crc_at:
-                write(fd, crc.to_bytes(4, "little"), place)
-    finally:
-        os.close(fd)
-
-
-def _write(tensor: OutputTensor, fd: int, context: Context) -> int | None:
-    """The tensor's bytes at its place; their CRC-32, or None where the kernel moved them."""
-    if tensor.inline is not None:
-        write(fd, tensor.inline, tensor.offset)
-        context.wrote(len(tensor.inline), changed=False)
-        return zlib.crc32(tensor.inline)
-    if tensor.reduce != "none" and (only := replica(tensor)) is not None:
-        tensor = replace(tensor, pieces=(only,), reduce="none")
-    runs = _runs(tensor)
-    crc: int | None = 0
-    if runs is not None:
-        for source, start, to, size in runs:
-            crc = move(source, start, fd, tensor.offset + to, size, context, crc)
-        return crc
-    offset = tensor.offset
-    for block in blocks(tensor, context):
-        context.check()
-        data = block.reshape(-1).view("u1").data
-        write(fd, data, offset)
-        crc = zlib.crc32(data, crc or 0)
-        context.wrote(len(data), changed=True)
-        offset += len(data)
-    return crc
-
-
-def _runs(tensor: OutputTensor) -> list[tuple[str, int, int, int]] | None:
-    """(file, its offset, offset in the tensor, bytes) of a tensor that is runs of source bytes."""
-    made = tensor.random is not None or tensor.divisor != 1
-    if made or tensor.reduce != "none" or not tensor.pieces:
-        return None
-    runs = []
-    for piece in tensor.pieces:
-        span = byte_range(piece, tensor.shape)
-        if piece.source is None or piece.source.dtype != tensor.dtype or span is None:
-            return None
-        runs.append((piece.source.file, *span))
-    return sorted(runs, key=lambda run: run[2])
+def _flush(path: str, context: Context) -> None:
+    context.check()
+    with context.files.writing(path) as fd:
+        os.fsync(fd)
 
 
 def _findings(context: Context) -> Iterable[Finding]:

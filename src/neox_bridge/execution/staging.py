@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from neox_bridge.errors import BridgeError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
 
 
 def check_target(target: str, sources: Iterable[str], size: int, overwrite: bool) -> None:
@@ -19,21 +19,23 @@ def check_target(target: str, sources: Iterable[str], size: int, overwrite: bool
     """
     real = os.path.realpath(target)
     for source in sources:
-        folder = os.path.realpath(source)
-        if folder == real or folder.startswith(real + os.sep):
+        # the link as well as the file: a Hugging Face cache is a folder of links
+        link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
+        if any(_holds(real, path) for path in (link, os.path.realpath(source))):
             raise BridgeError(
                 f"{target} holds the source {source}, which would be replaced while it is read. "
                 "Choose another target."
             )
-    if os.path.lexists(target):
-        if not os.path.isdir(target):
+    if os.path.lexists(real):
+        if not os.path.isdir(real):
             raise BridgeError(f"{target} is a file. Name a folder that doesn't exist yet.")
-        if os.listdir(target) and not overwrite:
+        if os.path.ismount(real):
             raise BridgeError(
-                f"{target} exists and isn't empty. Name another target, or say --overwrite to "
-                "replace it."
+                f"{target} is a mount point, which can't be replaced. Name a folder below it."
             )
-    parent = _nearest(os.path.dirname(os.path.abspath(target)))
+        if _listed(real) and not overwrite:
+            raise _exists(target)
+    parent = _nearest(os.path.dirname(real))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise BridgeError(f"{parent} can't be written to. Choose another place or ask for access.")
     free = shutil.disk_usage(parent).free
@@ -45,29 +47,30 @@ def check_target(target: str, sources: Iterable[str], size: int, overwrite: bool
 
 
 @contextlib.contextmanager
-def staged(target: str) -> Iterator[str]:
+def staged(target: str, size: int, overwrite: bool) -> Iterator[str]:
     """A folder beside the target that becomes the target when the block ends without an error.
 
-    On any error, interruption included, the folder is removed, and folders made for it.
+    On any error, interruption included, the folder is removed, and folders made for it. Errors of
+    the file system become a BridgeError. size: bytes needed in all, for its words.
     """
-    target = os.path.abspath(target)
-    parent, name = os.path.split(target)
-    made = _make(parent)
-    folder = os.path.join(parent, f".{name}.neox-bridge-{secrets.token_hex(4)}.tmp")
+    real = os.path.realpath(target)
+    parent, name = os.path.split(real)
+    folder = os.path.join(parent, f".{name[:64]}.neox-bridge-{secrets.token_hex(4)}.tmp")
+    made: list[str] = []
     try:
+        _make(parent, made)
         os.mkdir(folder)
         yield folder
-        _replace(folder, target)
+        _replace(folder, real, overwrite)
+        for path in made:
+            flush(os.path.dirname(path))
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         for path in reversed(made):
             with contextlib.suppress(OSError):
                 os.rmdir(path)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise BridgeError(
-                f"No space left while writing {target}; what was written is removed again. Make "
-                "room or choose another place."
-            ) from None
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise _explained(error, target, size) from error
         raise
 
 
@@ -86,22 +89,55 @@ def flush_folders(folder: str) -> None:
         flush(path)
 
 
-def _replace(folder: str, target: str) -> None:
-    """One rename; an old target is moved aside before and removed after."""
-    parent = os.path.dirname(target)
-    old = None
-    if os.path.isdir(target) and os.listdir(target):
-        old = f"{folder}.old"
-        os.rename(target, old)
+def _explained(error: OSError, target: str, size: int) -> BridgeError:
+    gone = "What was written is removed again."
+    if error.errno in _FULL:
+        return BridgeError(
+            f"{_FULL[error.errno]} while writing {target}: {size:,} bytes are needed in all. "
+            f"{gone} Make room or choose another place."
+        )
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        return _exists(target)
+    return BridgeError(
+        f"{target} can't be written: {error.strerror or error}. {gone} Check the disk and the "
+        "permissions, or choose another place."
+    )
+
+
+def _exists(target: str) -> BridgeError:
+    return BridgeError(
+        f"{target} exists and isn't empty. Name another target, or say --overwrite to replace it."
+    )
+
+
+def _replace(folder: str, target: str, overwrite: bool) -> None:
+    """One rename; with ``overwrite`` an old target is moved aside before and removed after.
+
+    Without it the rename itself fails where something has appeared in the target meanwhile.
+    """
+    old = f"{folder}.old"
     try:
+        if overwrite and os.path.isdir(target) and os.listdir(target):
+            os.rename(target, old)
         os.rename(folder, target)
-    except BaseException:
-        if old is not None:
-            os.rename(old, target)
-        raise
-    flush(parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        flush(os.path.dirname(target))
+    finally:  # an interruption may come between any two steps
+        if os.path.lexists(old):
+            if os.path.lexists(target):
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(old, target)
+
+
+def _holds(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise BridgeError(f"{folder} can't be listed: {error.strerror}.") from None
 
 
 def _nearest(path: str) -> str:
@@ -113,13 +149,12 @@ def _nearest(path: str) -> str:
     return path
 
 
-def _make(path: str) -> list[str]:
-    """Make the folders that lack, and say which."""
-    made: list[str] = []
+def _make(path: str, made: list[str]) -> None:
+    """Make the folders that lack, from the top, and add each to ``made``."""
+    lacking = []
     while not os.path.isdir(path):
-        made.append(path)
+        lacking.append(path)
         path = os.path.dirname(path)
-    made.reverse()
-    for folder in made:
+    for folder in reversed(lacking):
         os.mkdir(folder)
-    return made
+        made.append(folder)

@@ -1,47 +1,63 @@
 """Makes the tensors whose bytes change: strided, cast, summed, averaged, filled, random.
 
-Block after block of rows, so that memory stays bounded whatever the tensor's size.
+Block after block, each one run of the tensor's bytes, so that memory stays bounded whatever the
+tensor's size and shape.
 """
 
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.execution import movers
 from neox_bridge.execution.context import Context
+from neox_bridge.execution.files import ended_early, unreadable
 from neox_bridge.formats.dtypes import itemsize, to_numpy
 from neox_bridge.formats.tensor_ref import TensorRef, row_major
-from neox_bridge.planning.pieces import OutputTensor, Piece
+from neox_bridge.planning.pieces import OutputTensor, Piece, Shape, Whole, cut
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 4 << 20
+BLOCK = 4 << 20  # bytes of a block at most
+WIDE = 8  # times fewer where there are intermediates of up to 8 bytes an element
+GAPS = 4  # a box is read as one run where that is at most so many times its bytes, else mapped
 
 
 def blocks(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
-    """The tensor's elements in its dtype, a contiguous block of rows at a time, in order."""
+    """The tensor's elements in its dtype, a contiguous block at a time, in the file's order.
+
+    Finite values that a cast made infinite are counted.
+    """
+    import numpy as np
+
     if tensor.random is not None:
         yield from random_blocks(tensor)
-    elif tensor.reduce == "none":
-        yield from _finish(tensor, _assembled(tensor), context)
-    else:
-        yield from _finish(tensor, _reduced(tensor, context), context)
+        return
+    lost: list[int] = []
+    reduced = tensor.reduce != "none"
+    made = _reduced(tensor, context) if reduced else _assembled(tensor, context, lost)
+    for values in made:
+        if tensor.divisor != 1:
+            values = values.astype(np.float64) / tensor.divisor
+        yield np.ascontiguousarray(_counted(values, to_numpy(tensor.dtype), lost))
+    if lost:
+        context.overflow(tensor.name, sum(lost))
 
 
-def replica(tensor: OutputTensor) -> Piece | None:
+def replica(tensor: OutputTensor, context: Context) -> Piece | None:
     """The piece whose bits are the result of a reduction, or None where it must be computed.
 
     "replica": the first, where all are the same bits. "sum": the only one that isn't -0.0
     throughout, since x + -0.0 is x for every x, NaNs with their payloads included.
     """
     if tensor.reduce == "replica":
-        same = all(_equal(tensor, piece) for piece in tensor.pieces[1:])
+        same = all(_equal(tensor, piece, context) for piece in tensor.pieces[1:])
         return tensor.pieces[0] if same else None
-    rest = [piece for piece in tensor.pieces if not _negative_zero(tensor, piece)]
+    rest = [piece for piece in tensor.pieces if not _negative_zero(tensor, piece, context)]
     if len(rest) > 1:
         return None
     return rest[0] if rest else tensor.pieces[0]
@@ -68,72 +84,95 @@ def random_blocks(tensor: OutputTensor) -> "Iterator[Array]":
         left -= count
 
 
-def view(ref: TensorRef, start: tuple[int, ...], shape: tuple[int, ...]) -> "Array":
-    """A box of a source tensor, mapped, not read; dimensions and strides are the ref's own."""
+def load(ref: TensorRef, start: Shape, shape: Shape, context: Context) -> "Array":
+    """A box of a source tensor, strided as it lies in the file.
+
+    Raises BridgeError, naming the file, where it is too short or can't be read.
+    """
     import numpy as np
 
-    size = itemsize(ref.dtype)
-    strides = ref.strides or row_major(ref.shape)
+    dtype, size = to_numpy(ref.dtype), itemsize(ref.dtype)
     if 0 in shape:
-        return np.empty(shape, to_numpy(ref.dtype))
+        return np.empty(shape, dtype)
+    strides = ref.strides or row_major(ref.shape)
     first = ref.offset + size * sum(a * b for a, b in zip(start, strides, strict=True))
-    last = first + size * (1 + sum((n - 1) * b for n, b in zip(shape, strides, strict=True)))
-    page = first - first % mmap.ALLOCATIONGRANULARITY
-    with open(ref.file, "rb") as file:
-        try:
-            data = mmap.mmap(file.fileno(), last - page, access=mmap.ACCESS_READ, offset=page)
-        except ValueError:
-            raise BridgeError(f"{ref.file} changed while it was read: it is shorter now.") from None
+    extent = size * (1 + sum((n - 1) * b for n, b in zip(shape, strides, strict=True)))
     steps = tuple(size * stride for stride in strides)
-    found: Array = np.ndarray(shape, to_numpy(ref.dtype), data, first - page, steps)
+    data: Any
+    with context.files.reading(ref.file) as fd:
+        if extent <= GAPS * size * prod(shape):
+            data, at = np.empty(extent, np.uint8), 0
+            movers.read(fd, ref.file, data.data, first)
+        else:
+            at = first % mmap.ALLOCATIONGRANULARITY
+            try:
+                data = mmap.mmap(fd, at + extent, access=mmap.ACCESS_READ, offset=first - at)
+            except ValueError:
+                raise ended_early(ref.file, extent) from None
+            except OSError as error:
+                raise unreadable(ref.file, error) from None
+    found: Array = np.ndarray(shape, dtype, data, at, steps)
     return found
 
 
-def _row_blocks(tensor: OutputTensor) -> Iterator[tuple[int, int]]:
-    rows = tensor.shape[0]
-    row = max(1, tensor.nbytes // max(rows, 1))
-    step = max(1, BLOCK // row)
-    for low in range(0, rows, step):
-        yield low, min(rows, low + step)
+def _boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:
+    """(start, shape) of boxes of up to ``limit`` elements, each one run of a row-major tensor."""
+    dim, inner = 0, prod(shape)
+    while dim < len(shape) and inner > limit:
+        inner //= shape[dim]
+        dim += 1
+    if dim == 0:
+        if inner:
+            yield (0,) * len(shape), shape
+        return
+    ahead, rest = shape[: dim - 1], shape[dim:]
+    step = max(1, limit // inner)
+    for index in product(*map(range, ahead)):
+        for low in range(0, shape[dim - 1], step):
+            count = min(step, shape[dim - 1] - low)
+            yield (*index, low, *(0 for _ in rest)), (*(1 for _ in ahead), count, *rest)
 
 
-def _assembled(tensor: OutputTensor) -> "Iterator[Array]":
-    """Rows put together from every piece that touches them, in the source's dtype if all agree."""
+def _assembled(tensor: OutputTensor, context: Context, lost: list[int]) -> "Iterator[Array]":
+    """Blocks from every piece that touches them, in the source's dtype where all have the same."""
     import numpy as np
 
     dtypes = {piece.source.dtype for piece in tensor.pieces if piece.source is not None}
-    dtype = to_numpy(dtypes.pop() if len(dtypes) == 1 else tensor.dtype)
-    if not tensor.shape:
-        (piece,) = tensor.pieces
-        yield np.array([_box(piece, (), ())]).astype(dtype)
-        return
-    for low, high in _row_blocks(tensor):
-        out = np.empty((high - low, *tensor.shape[1:]), dtype)
-        for piece in tensor.pieces:
-            first = max(low, piece.to[0])
-            last = min(high, piece.to[0] + piece.shape[0])
-            if first < last:
-                start = (piece.start[0] + first - piece.to[0], *piece.start[1:])
-                shape = (last - first, *piece.shape[1:])
-                place = [slice(first - low, last - low)]
-                place += [slice(t, t + n) for t, n in zip(piece.to[1:], shape[1:], strict=True)]
-                out[tuple(place)] = _box(piece, start, shape)
+    mixed = "float64" if tensor.divisor != 1 else tensor.dtype
+    name = next(iter(dtypes)) if len(dtypes) == 1 else mixed
+    dtype = to_numpy(name)
+    changed = dtypes != {tensor.dtype} or tensor.divisor != 1
+    limit = max(1, BLOCK // (WIDE if changed else itemsize(name)))
+    whole = Whole(tensor.dtype, tensor.shape, tensor.pieces)
+    for start, shape in _boxes(tensor.shape, limit):
+        context.check()
+        pieces = cut(whole, start, shape, (0,) * len(shape))
+        only = pieces[0].source if len(pieces) == 1 else None
+        if only is not None:
+            yield _counted(load(only, pieces[0].start, shape, context), dtype, lost)
+            continue
+        out: Array = np.empty(shape, dtype)
+        for piece in pieces:
+            place = tuple(slice(t, t + n) for t, n in zip(piece.to, piece.shape, strict=True))
+            if piece.source is None:
+                out[place] = piece.fill
+            else:
+                values = load(piece.source, piece.start, piece.shape, context)
+                out[place] = _counted(values, dtype, lost)
         yield out
 
 
-def _box(piece: Piece, start: tuple[int, ...], shape: tuple[int, ...]) -> Any:
-    return piece.fill if piece.source is None else view(piece.source, start, shape)
+def _values(tensor: OutputTensor, piece: Piece, context: Context) -> "Iterator[Array]":
+    """A reduction's piece, which holds the whole tensor, in small blocks of the tensor."""
+    import numpy as np
 
-
-def _rows(tensor: OutputTensor, piece: Piece) -> "Iterator[Array]":
-    """A reduction's piece, which holds the whole tensor, in the blocks of the tensor."""
-    assert piece.source is not None
-    if not tensor.shape:
-        yield view(piece.source, (), ())
-        return
-    for low, high in _row_blocks(tensor):
-        start = (piece.start[0] + low, *piece.start[1:])
-        yield view(piece.source, start, (high - low, *tensor.shape[1:]))
+    for start, shape in _boxes(tensor.shape, max(1, BLOCK // WIDE)):
+        context.check()
+        if piece.source is None:
+            yield np.full(shape, piece.fill, to_numpy(tensor.dtype))
+        else:
+            at = tuple(a + b for a, b in zip(piece.start, start, strict=True))
+            yield load(piece.source, at, shape, context)
 
 
 def _reduced(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
@@ -141,41 +180,78 @@ def _reduced(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
     import numpy as np
 
     largest = 0.0
-    for parts in zip(*(_rows(tensor, piece) for piece in tensor.pieces), strict=True):
+    for parts in zip(*(_values(tensor, piece, context) for piece in tensor.pieces), strict=True):
         with np.errstate(all="ignore"):
-            total = np.zeros(parts[0].shape, np.float64)
-            for part in parts:
-                total = total + part.astype(np.float64)
+            total = parts[0].astype(np.float64)
+            for part in parts[1:]:
+                total += part.astype(np.float64)
             if tensor.reduce == "replica":
-                total = total / len(parts)
-                apart = max(float(np.nanmax(np.abs(p.astype(np.float64) - total))) for p in parts)
-                largest = max(largest, apart)
+                total /= len(parts)
+                largest = max(largest, _settle(total, parts))
         yield total
     if tensor.reduce == "replica":
         source = tensor.pieces[0].source
         context.deviate(tensor.name, source.file if source else "", largest)
 
 
-def _finish(tensor: OutputTensor, made: "Iterator[Array]", context: Context) -> "Iterator[Array]":
-    """Divided and cast; values that a cast made infinite are counted."""
+def _settle(mean: "Array", parts: "tuple[Array, ...]") -> float:
+    """The largest deviation from a mean, which becomes the value itself where all are equal.
+
+    So the mean of three -0.0, infinities or huge values is none but theirs. A NaN or an infinity
+    that not all ranks have is infinitely far away.
+    """
     import numpy as np
 
-    dtype, lost = to_numpy(tensor.dtype), 0
-    for values in made:
-        if tensor.divisor != 1:
-            values = values.astype(np.float64) / tensor.divisor
-        if values.dtype == dtype:
-            yield values
-            continue
-        with np.errstate(all="ignore"):
+    first = parts[0].astype(np.float64)
+    equal = np.ones(mean.shape, bool)
+    for part in parts[1:]:
+        equal &= (part == parts[0]) | (np.isnan(part) & np.isnan(first))
+    np.copyto(mean, first, where=equal)
+    largest = 0.0
+    for part in parts:
+        apart = np.abs(part.astype(np.float64) - mean)
+        apart[equal] = 0
+        apart[np.isnan(apart)] = np.inf
+        largest = max(largest, float(apart.max(initial=0)))
+    return largest
+
+
+def _counted(values: "Array", dtype: "np.dtype[Any]", lost: list[int]) -> "Array":
+    """``cast``, and to ``lost`` the number of finite values that it made infinite or NaN."""
+    import numpy as np
+
+    out = cast(values, dtype)
+    with np.errstate(all="ignore"):
+        if out.dtype != values.dtype and not np.isfinite(out).all():
+            count = int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(out)))
+            lost += [count] if count else []
+    return out
+
+
+def cast(values: "Array", dtype: "np.dtype[Any]") -> "Array":
+    """The values in another dtype, rounded once, to nearest even; as they are in the same."""
+    import numpy as np
+
+    if values.dtype == dtype:
+        return values
+    with np.errstate(all="ignore"):
+        if dtype.itemsize <= 2 and dtype.kind in "Vf" and values.dtype.itemsize <= 2:
             # bfloat16 and float16 have no direct way to each other that rounds once
-            middle = values.astype(np.float32) if values.dtype.itemsize == 2 else values
-            out = middle.astype(dtype)
-        if not np.isfinite(out).all():
-            lost += int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(out)))
-        yield out
-    if lost:
-        context.overflow(tensor.name, lost)
+            values = values.astype(np.float32)
+        elif dtype == to_numpy("bfloat16") and values.dtype == np.float64:
+            values = _to_odd(values)  # ml_dtypes goes through float32, which would round twice
+        return values.astype(dtype)
+
+
+def _to_odd(values: "Array") -> "Array":
+    """float64 as float32, the last bit set wherever bits were lost: no tie is made up by that."""
+    import numpy as np
+
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    bits -= (np.abs(near.astype(np.float64)) > np.abs(values)).astype(np.uint32)
+    bits |= ((near.astype(np.float64) != values) & ~np.isnan(values)).astype(np.uint32)
+    return near
 
 
 def _bits(values: "Array") -> "Array":
@@ -184,19 +260,22 @@ def _bits(values: "Array") -> "Array":
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _equal(tensor: OutputTensor, other: Piece) -> bool:
+def _equal(tensor: OutputTensor, other: Piece, context: Context) -> bool:
     import numpy as np
 
-    first = _rows(tensor, tensor.pieces[0])
-    pairs = zip(first, _rows(tensor, other), strict=True)
+    first = _values(tensor, tensor.pieces[0], context)
+    pairs = zip(first, _values(tensor, other, context), strict=True)
     return all(a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b)) for a, b in pairs)
 
 
-def _negative_zero(tensor: OutputTensor, piece: Piece) -> bool:
+def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool:
     import numpy as np
 
-    assert piece.source is not None
-    size = itemsize(piece.source.dtype)
-    pattern = np.frombuffer(bytes(size - 1) + b"\x80", np.uint8)  # little-endian
-    parts: Sequence[Any] = [_bits(a).reshape(-1, size) for a in _rows(tensor, piece)]
-    return all(bool((part == pattern).all()) for part in parts)
+    for values in _values(tensor, piece, context):
+        zero = np.array(-0.0).astype(values.dtype)
+        if (
+            values.dtype.kind in "iub"
+            or not (_bits(values).reshape(-1, zero.nbytes) == _bits(zero)).all()
+        ):
+            return False
+    return True

@@ -1,0 +1,111 @@
+"""Files that are open: few at a time, shared by threads, the same at the end as at the start."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from neox_bridge.errors import BridgeError
+
+LIMIT = 64  # open files that are kept; threads that use more than these at once get them all
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+@dataclass
+class _Handle:
+    fd: int
+    users: int = 0
+
+
+@dataclass
+class Files:
+    """Descriptors by path and flags; the one that was used longest ago is closed for another."""
+
+    _open: "OrderedDict[tuple[str, int], _Handle]" = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def reading(self, path: str) -> Iterator[int]:
+        """A descriptor of a source. Raises BridgeError, naming it, where it can't be opened."""
+        try:
+            handle = self._take((path, os.O_RDONLY))
+        except OSError as error:
+            raise unreadable(path, error) from None
+        try:
+            yield handle.fd
+        finally:
+            self._give_back(handle)
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[int]:
+        """A descriptor of an output file that exists already."""
+        handle = self._take((path, os.O_WRONLY))
+        try:
+            yield handle.fd
+        finally:
+            self._give_back(handle)
+
+    def close(self) -> None:
+        """Close all, at the end, when no thread runs any more."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1].fd)
+
+    def _take(self, key: tuple[str, int]) -> _Handle:
+        with self._lock:
+            handle = self._open.get(key)
+            if handle is None:
+                self._make_room()
+                handle = self._open[key] = _Handle(os.open(key[0], key[1] | _CLOEXEC))
+            self._open.move_to_end(key)
+            handle.users += 1
+            return handle
+
+    def _give_back(self, handle: _Handle) -> None:
+        with self._lock:
+            handle.users -= 1
+
+    def _make_room(self) -> None:
+        if len(self._open) < LIMIT:
+            return
+        for key, handle in self._open.items():
+            if not handle.users:
+                del self._open[key]
+                os.close(handle.fd)
+                return
+
+
+def unreadable(path: str, error: OSError) -> BridgeError:
+    """What to say where a source can't be read."""
+    return BridgeError(f"{path} can't be read: {error.strerror}. Check the file and its disk.")
+
+
+def ended_early(path: str, missing: int) -> BridgeError:
+    """What to say where a source is shorter than it was."""
+    return BridgeError(f"{path} ended {missing:,} bytes early: it changed while it was read.")
+
+
+def identities(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Size in bytes and modification time of each file. Raises BridgeError for one that is gone."""
+    return {path: _identity(path) for path in paths}
+
+
+def check_same(before: dict[str, tuple[int, int]]) -> None:
+    """Raise BridgeError, naming the file, unless all are as they were."""
+    for path, identity in before.items():
+        if _identity(path) != identity:
+            raise BridgeError(
+                f"{path} changed while it was read. Convert again when nothing writes to it."
+            )
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise BridgeError(f"{path} is gone. Convert again when nothing changes it.") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return status.st_size, status.st_mtime_ns

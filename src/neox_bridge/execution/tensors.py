@@ -1,0 +1,145 @@
+"""Writes one tensor: the rows whose bytes stay through the kernel, the others through numpy."""
+
+import math
+import zlib
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby, pairwise
+from math import prod
+from operator import itemgetter
+
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.movers import BUFFER, move, write
+from neox_bridge.execution.transform import blocks, replica
+from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.planning.pieces import OutputTensor, Piece, Whole, byte_range, cut
+
+Run = tuple[str, int, int, int]  # file, offset in it, offset in the tensor, bytes
+Band = tuple[int, int, list[Piece]]  # first row, last row, the pieces that fill these rows
+
+
+def write_tensor(tensor: OutputTensor, path: str, context: Context) -> None:
+    """Write a tensor into its file, and its CRC-32 where the file wants one and it is known.
+
+    path: a file of its final size that was never written at the tensor's place, so that zeros may
+    stay a hole. Raises BridgeError for a damaged source, OSError where writing fails.
+    """
+    context.check()
+    with context.files.writing(path) as fd:
+        crc = _write(tensor, fd, context, 0 if tensor.crc_at else None)
+        if crc is not None:
+            for place in tensor.crc_at:
+                write(fd, crc.to_bytes(4, "little"), place)
+
+
+def _write(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> int | None:
+    """The tensor's bytes at its place. crc: as in ``move``."""
+    if tensor.inline is not None:
+        write(fd, tensor.inline, tensor.offset)
+        context.wrote(len(tensor.inline), changed=False)
+        return None if crc is None else zlib.crc32(tensor.inline, crc)
+    if tensor.reduce != "none" and (only := replica(tensor, context)) is not None:
+        tensor = replace(tensor, pieces=(only,), reduce="none")
+    if tensor.random is not None or tensor.reduce != "none" or tensor.divisor != 1:
+        return _made(tensor, fd, context, crc)
+    for part in _parts(tensor):
+        if isinstance(part, int):
+            crc = _hole(part, context, crc)
+        elif isinstance(part, OutputTensor):
+            crc = _made(part, fd, context, crc)
+        else:
+            source, start, to, size = part
+            crc = move(source, start, fd, tensor.offset + to, size, context, crc)
+    return crc
+
+
+def _made(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> int | None:
+    """Block after block from numpy."""
+    offset = tensor.offset
+    for block in blocks(tensor, context):
+        context.check()
+        data = block.reshape(-1).view("u1").data
+        write(fd, data, offset)
+        if crc is not None:
+            crc = zlib.crc32(data, crc)
+        context.wrote(len(data), changed=True)
+        offset += len(data)
+    return crc
+
+
+def _hole(size: int, context: Context, crc: int | None) -> int | None:
+    """Zeros, which a fresh file has already."""
+    zeros = bytes(min(size, BUFFER)) if crc is not None else b""
+    context.wrote(size, changed=True)
+    while crc is not None and size:
+        context.check()
+        crc = zlib.crc32(memoryview(zeros)[:size], crc)
+        size -= min(size, BUFFER)
+    return crc
+
+
+def _run(tensor: OutputTensor, piece: Piece) -> Run | None:
+    """The run of source bytes that a piece is, unless numpy has to make it."""
+    if piece.source is None or piece.source.dtype != tensor.dtype:
+        return None
+    span = byte_range(piece, tensor.shape)
+    return span and (piece.source.file, *span)
+
+
+def _parts(tensor: OutputTensor) -> Iterator[Run | int | OutputTensor]:
+    """Runs of source bytes, holes of so many bytes, and tensors for numpy, in the file's order."""
+    runs = [run for piece in tensor.pieces if (run := _run(tensor, piece)) is not None]
+    if len(runs) == len(tensor.pieces):
+        yield from sorted(runs, key=itemgetter(2))
+        return
+    if not tensor.shape:
+        yield tensor
+        return
+    row = prod(tensor.shape[1:]) * itemsize(tensor.dtype)
+    rest = (0,) * (len(tensor.shape) - 1)
+    kinds = ((_kind(tensor, band, row), band) for band in _bands(tensor))
+    for alike, group in groupby(kinds, key=lambda item: item[0] is None):
+        if not alike:
+            yield from (kind for kind, _ in group if kind is not None)
+            continue
+        bands = [band for _, band in group]
+        low, high = bands[0][0], bands[-1][1]
+        shape = (high - low, *tensor.shape[1:])
+        touching = {id(piece): piece for band in bands for piece in band[2]}
+        whole = Whole(tensor.dtype, tensor.shape, tuple(touching.values()))
+        pieces = cut(whole, (low, *rest), shape, (0, *rest))
+        yield replace(tensor, shape=shape, pieces=pieces, offset=tensor.offset + low * row)
+
+
+def _kind(tensor: OutputTensor, band: Band, row: int) -> Run | int | None:
+    low, high, pieces = band
+    if len(pieces) > 1:
+        return None
+    (piece,) = pieces
+    if piece.source is None:
+        zero = piece.fill == 0 and math.copysign(1, piece.fill) > 0
+        return (high - low) * row if zero else None
+    below = low - piece.to[0]
+    return _run(
+        tensor,
+        replace(
+            piece,
+            start=(piece.start[0] + below, *piece.start[1:]),
+            to=(low, *piece.to[1:]),
+            shape=(high - low, *piece.shape[1:]),
+        ),
+    )
+
+
+def _bands(tensor: OutputTensor) -> list[Band]:
+    """The rows, cut wherever a piece begins or ends."""
+    filled = [piece for piece in tensor.pieces if prod(piece.shape)]
+    ends = {end for p in filled for end in (p.to[0], p.to[0] + p.shape[0])}
+    cuts = sorted(ends)
+    bands: list[Band] = [(low, high, []) for low, high in pairwise(cuts)]
+    for piece in filled:
+        first = bisect_left(cuts, piece.to[0])
+        for band in bands[first : bisect_left(cuts, piece.to[0] + piece.shape[0])]:
+            band[2].append(piece)
+    return bands
