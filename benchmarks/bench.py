@@ -76,7 +76,7 @@ def main() -> None:
         ]
         ratio = statistics.median(mine / cp for cp, mine in pairs)
         mine = [pair[1] for pair in pairs]
-        spread = f"{min(mine):.2f} – {max(mine):.2f}"
+        spread = f"{min(mine):.2f} - {max(mine):.2f}"
         print(f"| {title} | {statistics.median(mine):.2f} | {spread} | {ratio:.2f} |", flush=True)
     shutil.rmtree(folder)
 
