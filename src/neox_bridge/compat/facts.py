@@ -42,11 +42,12 @@ class TreeFacts:
         omits = self.inv_freq in ("flag", "never", "either")
         return Era(
             self.path,
-            "",
+            f"like {self.path}",
             self.mlp_names,
             "omit" if omits else "store",
             self.inv_freq in ("flag", "either") and "rotary_save_freqs_buffer" in self.keys,
             self.plain_mlp_4h,
+            self.keys,
         )
 
 

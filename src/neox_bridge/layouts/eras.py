@@ -21,6 +21,7 @@ class Era:
         only with rotary_save_freqs_buffer.
     inv_freq_key: whether the tree knows rotary_save_freqs_buffer (unknown keys are refused).
     plain_mlp_4h: the plain MLP is always 4 times as wide as the model.
+    keys: the yml keys that it takes, where they were read from a tree; see ``known_keys``.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Era:
     inv_freq: InvFreq
     inv_freq_key: bool
     plain_mlp_4h: bool
+    keys: frozenset[str] | None = None
 
 
 ERAS: tuple[Era, ...] = (
@@ -62,6 +64,8 @@ _CODES = {"3": "2024-03", "9": "2024-09", "10": "2024-10", "t": "today"}
 
 def known_keys(era: Era) -> frozenset[str]:
     """The yml keys that a tree of this era takes; it refuses all others."""
+    if era.keys is not None:
+        return era.keys
     text = files("neox_bridge.layouts").joinpath("neox_keys.txt").read_text(encoding="utf-8")
     found = set()
     for line in text.splitlines():
