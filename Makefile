@@ -14,6 +14,7 @@ demo: $(DEMO)/venv/.ready
 
 test: lint
 	$(DEV)/bin/python -m pytest -n $(JOBS)
+	TRANSFORMERS=4.48 $(DEV)/bin/python -m pytest -m versions tests/versions
 
 lint: $(DEV)/.ready
 	$(DEV)/bin/ruff check .
