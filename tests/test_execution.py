@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,6 +84,17 @@ def test_the_kernel_may_stop_in_the_middle(tmp_path: Path, monkeypatch: pytest.M
     assert run(tmp_path, OutputTensor("t", "float32", (50, 50), (box(ref),))) == array.tobytes()
 
 
+def test_writes_and_reads_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_kernel(monkeypatch)
+    put, get = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: put(fd, data[:1000], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: get(fd, [into[0][:700]], at))
+    array = noise((50, 50), "float32")
+    pieces = (box(store(tmp_path / "a", array, "float32")),)
+    tensors = [OutputTensor("t", d, (50, 50), pieces) for d in ("float32", "float16")]
+    assert run(tmp_path, *tensors) == array.tobytes() + array.astype(np.float16).tobytes()
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 5), min_size=1, max_size=4),
@@ -147,9 +159,12 @@ def test_blocks_are_bounded_runs(shape: list[int], limit: int) -> None:
     assert np.concatenate([[], *seen]).tolist() == list(range(np.prod(shape, dtype=int)))
 
 
-def test_columns_and_strides(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gaps", [0, 4])
+def test_columns_and_strides(gaps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read as one run or mapped, far behind a page's start."""
+    monkeypatch.setattr(transform, "GAPS", gaps)
     array = noise((64, 96), "bfloat16")
-    ref = store(tmp_path / "a", array, "bfloat16")
+    ref = store(tmp_path / "a", array, "bfloat16", 3 * 65536 + 1234)
     right = OutputTensor("t", "bfloat16", (64, 48), (Piece(ref, (0, 48), (0, 0), (64, 48)),))
     turned = TensorRef(ref.file, ref.offset, "bfloat16", (96, 64), (1, 96))
     other = OutputTensor("u", "bfloat16", (96, 64), (box(turned),))
@@ -198,16 +213,16 @@ def test_wide_values_become_bfloat16_in_one_rounding(values: list[float], low: i
 
 
 def test_sources_of_several_dtypes_in_one_row(tmp_path: Path) -> None:
-    bits = np.arange(0x7C01, 0x7C41, dtype=np.uint16).reshape(8, 8)  # NaNs that must stay
-    wide = np.full((8, 8), 1e9, np.float32)
-    left = Piece(store(tmp_path / "a", bits, "float16"), (0, 0), (0, 0), (8, 8))
+    bits = np.arange(0x7F81, 0x7FC1, dtype=np.uint16).reshape(8, 8)  # NaNs that must stay
+    wide = np.full((8, 8), 3.4e38, np.float32)
+    left = Piece(store(tmp_path / "a", bits, "bfloat16"), (0, 0), (0, 0), (8, 8))
     right = Piece(store(tmp_path / "b", wide, "float32"), (0, 0), (0, 8), (8, 8))
-    plan = plan_of(OutputTensor("t", "float16", (8, 16), (left, right)))
+    plan = plan_of(OutputTensor("t", "bfloat16", (8, 16), (left, right)))
     (finding,) = execute(plan, str(tmp_path / "out")).findings
     assert finding.message.startswith("64 finite values of 1 tensors")
     got = np.frombuffer((tmp_path / "out/sub/file").read_bytes()[8:], np.uint16).reshape(8, 16)
     assert (got[:, :8] == bits).all()
-    assert (got[:, 8:] == 0x7C00).all()
+    assert (got[:, 8:] == 0x7F80).all()
 
 
 def test_fills(tmp_path: Path) -> None:
@@ -432,6 +447,39 @@ def test_few_files_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_file_in_use_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LIMIT", 1)
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    opened = files.Files()
+    with opened.reading(str(tmp_path / "a")) as one, opened.reading(str(tmp_path / "b")) as two:
+        assert (os.pread(one, 1, 0), os.pread(two, 1, 0)) == (b"a", b"b")
+    opened.close()
+
+
+def test_a_failure_stops_the_others_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transform, "BLOCK", 64)
+    real, calls = os.pwrite, []
+
+    def slow(*args: Any) -> int:
+        calls.append(threading.get_ident())
+        time.sleep(0.001)
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    long = store(tmp_path / "s0", noise((64, 64), "float32"), "float32")
+    bad = store(tmp_path / "s1", noise((8, 8), "float32"), "float32")
+    os.truncate(bad.file, 100)
+    tensors = [
+        OutputTensor("a", "float16", (64, 64), (box(long),)),
+        OutputTensor("b", "float16", (8, 8), (box(bad),)),
+    ]
+    with pytest.raises(BridgeError, match="s1 ended"):
+        run(tmp_path, *tensors, workers=2)
+    assert len(calls) < 256
+    assert left(tmp_path) == []
+
+
 def test_the_umask_is_honoured(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -610,9 +658,18 @@ def test_targets_that_cannot_be(
     plan = simple(tmp_path, 1)
     target = build(tmp_path)
     before = sorted(tmp_path.rglob("*"))
+    told: list[int] = []
     with pytest.raises(BridgeError, match=message):
-        execute(plan, str(target), overwrite=overwrite)
+        execute(plan, str(target), overwrite=overwrite, progress=told.append)
     assert sorted(tmp_path.rglob("*")) == before
+    assert not told  # known before a byte is written
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != str(tmp_path))
+    with pytest.raises(BridgeError, match="can't be written to"):
+        execute(simple(tmp_path, 1), str(tmp_path / "a" / "b"))
+    assert left(tmp_path) == []
 
 
 def test_targets_that_can_be(tmp_path: Path) -> None:

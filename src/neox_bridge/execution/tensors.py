@@ -120,16 +120,7 @@ def _kind(tensor: OutputTensor, band: Band, row: int) -> Run | int | None:
     if piece.source is None:
         zero = piece.fill == 0 and math.copysign(1, piece.fill) > 0
         return (high - low) * row if zero else None
-    below = low - piece.to[0]
-    return _run(
-        tensor,
-        replace(
-            piece,
-            start=(piece.start[0] + below, *piece.start[1:]),
-            to=(low, *piece.to[1:]),
-            shape=(high - low, *piece.shape[1:]),
-        ),
-    )
+    return _run(tensor, piece)  # a piece alone in its rows is as wide as they: all of it is here
 
 
 def _bands(tensor: OutputTensor) -> list[Band]:

@@ -115,7 +115,7 @@ def load(ref: TensorRef, start: Shape, shape: Shape, context: Context) -> "Array
     return found
 
 
-def _boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:
+def boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:
     """(start, shape) of boxes of up to ``limit`` elements, each one run of a row-major tensor."""
     dim, inner = 0, prod(shape)
     while dim < len(shape) and inner > limit:
@@ -144,7 +144,7 @@ def _assembled(tensor: OutputTensor, context: Context, lost: list[int]) -> "Iter
     changed = dtypes != {tensor.dtype} or tensor.divisor != 1
     limit = max(1, BLOCK // (WIDE if changed else itemsize(name)))
     whole = Whole(tensor.dtype, tensor.shape, tensor.pieces)
-    for start, shape in _boxes(tensor.shape, limit):
+    for start, shape in boxes(tensor.shape, limit):
         context.check()
         pieces = cut(whole, start, shape, (0,) * len(shape))
         only = pieces[0].source if len(pieces) == 1 else None
@@ -166,7 +166,7 @@ def _values(tensor: OutputTensor, piece: Piece, context: Context) -> "Iterator[A
     """A reduction's piece, which holds the whole tensor, in small blocks of the tensor."""
     import numpy as np
 
-    for start, shape in _boxes(tensor.shape, max(1, BLOCK // WIDE)):
+    for start, shape in boxes(tensor.shape, max(1, BLOCK // WIDE)):
         context.check()
         if piece.source is None:
             yield np.full(shape, piece.fill, to_numpy(tensor.dtype))
