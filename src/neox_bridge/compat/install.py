@@ -1,0 +1,102 @@
+"""What compat/patcher.py does to a tree, done to its classes at run time."""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from neox_bridge.compat.patch_forms import BUFFERS
+
+_MODULE = "megatron.model.positional_embeddings"
+
+
+def install() -> None:
+    """Lets GPT-NeoX in this process load checkpoints with and without computed buffers.
+
+    Call it once, before or after megatron is imported, and before the model is built: a model
+    that exists already loads both kinds too, but goes on storing its buffers.
+    """
+    module = sys.modules.get(_MODULE)
+    if module is not None:
+        _patch(module)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds the one module by the other finders, and patches it once it is loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _MODULE:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec = None if finder is self or find is None else find(name, path, target)
+            if isinstance(spec, ModuleSpec) and spec.loader is not None:
+                spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(Loader):
+    def __init__(self, real: Loader) -> None:
+        self.real = real
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.real.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.real
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.real
+        self.real.exec_module(module)
+        _patch(module)
+
+
+def _patch(module: ModuleType) -> None:
+    """Every class of the module; one with a load hook (a patched tree's) stays as it is."""
+    import torch
+
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, torch.nn.Module)
+        and value.__module__ == module.__name__
+    ]
+    for owner in found:
+        if "_load_from_state_dict" not in vars(owner):
+            _patch_class(owner)
+    if not found:
+        message = (
+            f"{module.__name__} has no module classes: neox_bridge.compat.install() did nothing"
+        )
+        warnings.warn(message, stacklevel=3)
+
+
+def _patch_class(owner: Any) -> None:
+    from neox_bridge.compat import load_hook
+
+    accept: Callable[..., None] = load_hook._neox_bridge_load
+    register, load = owner.register_buffer, owner._load_from_state_dict
+
+    @wraps(register)
+    def register_buffer(self: Any, name: str, tensor: Any, persistent: bool | None = None) -> None:
+        kept = name not in BUFFERS if persistent is None else persistent
+        register(self, name, tensor, persistent=kept)
+
+    @wraps(load)
+    def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in BUFFERS:
+            if name in self._buffers:
+                accept(self, name, state_dict, prefix, rest[-1])
+        load(self, state_dict, prefix, *rest)
+
+    owner.register_buffer = register_buffer
+    owner._load_from_state_dict = load_from_state_dict
