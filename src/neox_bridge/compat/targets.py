@@ -1,4 +1,4 @@
-"""What ``--for`` names: a GPT-NeoX source tree or one of some time, or a version of transformers."""
+"""What ``--for`` names: a GPT-NeoX source tree or one of some time; a version of transformers."""
 
 import os
 import re

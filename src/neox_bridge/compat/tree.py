@@ -181,12 +181,8 @@ def _has_load_hook(tree: _Tree, rotary: ast.ClassDef) -> bool:
         for call in _calls(rotary, name):
             hook = call.args[0] if call.args else None
             target = getattr(hook, "attr", getattr(hook, "id", ""))
-            function = hook if isinstance(hook, ast.Lambda) else None
-            function = function or next(
-                (n for n in ast.walk(tree.module(POSITIONS)) if getattr(n, "name", "") == target),
-                None,
-            )
-            if function is None or not _mentions_inv_freq(function):
+            function = _function(tree.module(POSITIONS), target)
+            if not _mentions_inv_freq(function or call):
                 raise tree.unknown(POSITIONS, "what RotaryEmbedding's load hook does with inv_freq")
             tree.found("load hook", POSITIONS, call)
             return True

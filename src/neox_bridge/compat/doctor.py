@@ -1,0 +1,173 @@
+"""Diagnosis: what wrote a checkpoint, what is wrong with it, and where it loads."""
+
+import os
+from collections.abc import Iterator
+
+from neox_bridge.compat.facts import TransformersFacts, TreeFacts
+from neox_bridge.compat.judge_hf import judge_hf
+from neox_bridge.compat.judge_neox import judge_neox
+from neox_bridge.compat.neox_folder import stray_cases
+from neox_bridge.compat.targets import Target, name_of, refuse_version, target_named
+from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, verdict
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.eras import ERAS, fitting
+from neox_bridge.layouts.open import detect
+
+# what a folder is tried in where no target is named; transformers: one on each side of a change
+KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
+KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
+# of opening: said again, with what it does to the target, by the judges
+_RETOLD = {"yml-key-twice", "config-size", "rope-spellings-differ"}
+
+
+def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Finding]:
+    """Everything worth knowing of a checkpoint, for the target, or for those that it was made for.
+
+    Findings of severity "error" mean that it won't load, or loads as another model.
+    """
+    return [case.finding for case in judge(checkpoint, target or own_target(checkpoint)).cases]
+
+
+def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
+    """Whether the target loads the checkpoint: the verdict, and every case behind it."""
+    return verdict(name_of(target), [*_about(checkpoint), *_meeting(checkpoint, target)])
+
+
+def judge_all(checkpoint: Checkpoint) -> list[Verdict]:
+    """The verdicts of the known targets of the checkpoint's own kind."""
+    names = KNOWN_NEOX if checkpoint.kind == "neox" else KNOWN_HF
+    return [judge(checkpoint, target_named(name)) for name in names]
+
+
+def own_target(checkpoint: Checkpoint) -> Target:
+    """What the checkpoint looks made for: the GPT-NeoX of its era, or transformers as it is now."""
+    state = checkpoint.neox
+    if state is None:
+        return target_named(KNOWN_HF[-1])
+    return target_named(f"neox@{fitting(state.mlp_names, state.inv_freq, checkpoint.raw).name}")
+
+
+def cannot_open(path: str) -> Case | None:
+    """What is behind a failure to open, where it is files of two layouts in one folder."""
+    try:
+        if detect(path) != "neox":
+            return None
+        from neox_bridge.layouts.neox_reader import step_folder
+
+        return next(stray_cases(os.path.join(*step_folder(path, None))), None)
+    except BridgeError:
+        return None
+
+
+def _meeting(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
+    if isinstance(target, TreeFacts) and checkpoint.kind == "neox":
+        yield from judge_neox(checkpoint, target)
+    elif isinstance(target, TransformersFacts) and checkpoint.kind == "hf":
+        yield from judge_hf(checkpoint, target)
+    else:
+        yield from _other_kind(checkpoint, target)
+
+
+def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
+    """A target of the other kind reads none of the files: convert, if nothing refuses it."""
+    path = checkpoint.path
+    prints = (
+        f"Unable to find latest file at {path}/latest, if trying to load latest checkpoint please "
+        "ensure this file exists or pass an explicit checkpoint tag when loading a checkpoint."
+    )
+    if isinstance(target, TransformersFacts):
+        prints = f"OSError: {path} does not appear to have a file named config.json."
+    yield case(
+        "other-kind",
+        "error",
+        "this is a checkpoint of the other framework, and has to be converted",
+        convert_command(checkpoint, target),
+        prints,
+    )
+    for refusal in checkpoint.refusals:
+        yield case(f"refused-{refusal.key}", "error", refusal.reason, refusal.way_out)
+    if isinstance(target, TransformersFacts):
+        try:
+            refuse_version(checkpoint.config, target)
+        except Refused as error:
+            yield case("refused-version", "error", str(error))
+    elif target.plain_mlp_4h and checkpoint.config.dims["ffn"] != 4 * checkpoint.config.hidden:
+        yield case(
+            "mlp-width",
+            "error",
+            f"the MLP is {checkpoint.config.dims['ffn']} wide, and this GPT-NeoX builds plain MLPs "
+            "four times as wide as the model only",
+            "name a GPT-NeoX since 2024-10 with --for",
+        )
+
+
+def _about(checkpoint: Checkpoint) -> Iterator[Case]:
+    """What holds whatever loads it."""
+    yield case("written-by", "info", f"written by {written_by(checkpoint)}")
+    for finding in checkpoint.findings:
+        if finding.code not in _RETOLD:
+            yield Case(finding)
+    if checkpoint.tokenizer_size is None:
+        message = "no tokenizer lies in the folder, so AutoTokenizer fails there"
+        if checkpoint.kind == "neox":
+            message = "the tokenizer isn't known, so the number of rows can't be checked"
+        way = "name one when you convert: --tokenizer PATH"
+        yield case("no-tokenizer", "info", message, way)
+    elif checkpoint.tokenizer_size > checkpoint.config.dims["vocab"]:
+        yield case(
+            "tokenizer-larger",
+            "warning",
+            f"the tokenizer has {checkpoint.tokenizer_size} entries and the model "
+            f"{checkpoint.config.dims['vocab']} rows: the last entries have no embedding",
+            "check that it is this model's tokenizer",
+        )
+    if checkpoint.neox is not None:
+        yield from _optimizer(checkpoint)
+
+
+def _optimizer(checkpoint: Checkpoint) -> Iterator[Case]:
+    states = [d for d in checkpoint.dropped if d.reason == "optimizer states"]
+    finetune = bool(checkpoint.raw.get("finetune"))
+    if states and not finetune:
+        yield case(
+            "optimizer-states",
+            "info",
+            f"it holds optimizer states ({len(states)} files or entries): without finetune: true "
+            "GPT-NeoX resumes from them, with as many data-parallel ranks as saved them only; with "
+            "it they are ignored",
+        )
+    elif not states and not finetune:
+        yield case(
+            "no-optimizer-states",
+            "info",
+            "it holds no optimizer states: without finetune: true in the yml GPT-NeoX ends in "
+            "TypeError: 'NoneType' object is not subscriptable",
+            "set finetune: true in the yml",
+        )
+
+
+def written_by(checkpoint: Checkpoint) -> str:
+    """Which tools and versions wrote a checkpoint, as far as its contents tell."""
+    words = []
+    if tool := checkpoint.record.get("written_by"):
+        source = checkpoint.record.get("source")
+        name = source.get("name") if isinstance(source, dict) else None
+        words.append(f"{tool}" + (f" from {name}" if name else ""))
+    state = checkpoint.neox
+    if state is None:
+        version = checkpoint.raw.get("transformers_version")
+        words += [f"transformers {version} (config.json)"] if version else []
+        if any(file.endswith(".bin") for file in checkpoint.files):
+            words.append("torch (pytorch_model*.bin)")
+        return ", ".join(words) or "something that left no name"
+    era = fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
+    if state.ds_version and state.ds_version not in words:
+        kind = "" if "neox-bridge" in state.ds_version else "DeepSpeed "
+        words += [f"{kind}{state.ds_version}"] if not tool else []
+    stored = "stored" if state.inv_freq == "store" else "not stored"
+    words.append(
+        f"in the form of GPT-NeoX {era.until} ({state.mlp_names} names, inv_freq {stored})"
+    )
+    return ", ".join(words)
