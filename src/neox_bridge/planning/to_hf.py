@@ -28,7 +28,7 @@ from neox_bridge.planning.record import hf_record
 def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:
     """Everything of a Hugging Face folder that holds this model."""
     architecture = checkpoint.architecture
-    wholes, config, dropped, findings = _model(checkpoint)
+    wholes, config, dropped, findings = hf_model(checkpoint)
     rows, more = _rows_to_keep(checkpoint, options, tokenizer)
     dropped += more
     config = replace(config, dims={**config.dims, "vocab": rows})
@@ -64,7 +64,7 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
     return Plan({}, summary, tuple(files), tuple(dropped), tuple(findings), (), notes)
 
 
-def _model(
+def hf_model(
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, Whole], ModelConfig, list[Dropped], list[Finding]]:
     """The tensors and the config in the form that transformers has for this model."""

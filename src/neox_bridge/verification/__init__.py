@@ -1,0 +1,1 @@
+"""The proof: bits, derived values and config compared; a torch reference of GPT-NeoX's forward."""

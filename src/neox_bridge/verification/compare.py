@@ -1,0 +1,128 @@
+"""Two tensors compared element by element, wherever their pieces lie, in bounded memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.transform import blocks, boxes, replica
+from neox_bridge.formats.dtypes import FLOATING, itemsize
+from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+Kind = Literal["equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"]
+BLOCK = 4 << 20  # bytes of each side at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How a tensor of one checkpoint stands to that of another.
+
+    differing: elements whose bits differ. largest, mean: of the absolute difference.
+    relative: largest, divided by the largest absolute value of the first.
+    detail: shapes, dtypes or ranks, for people.
+    """
+
+    name: str
+    kind: Kind
+    elements: int = 0
+    differing: int = 0
+    largest: float = 0.0
+    mean: float = 0.0
+    relative: float = 0.0
+    detail: str = ""
+
+
+def compare(name: str, first: Whole, second: Whole, context: Context) -> Difference:
+    """Compare two tensors bit by bit.
+
+    The first is cast to the second's dtype where they differ: what is compared is the value that a
+    conversion would have written.
+    """
+    elements = prod(first.shape)
+    if first.shape != second.shape:
+        detail = f"{list(first.shape)} and {list(second.shape)}"
+        return Difference(name, "shape", elements, detail=detail)
+    first, second = settled(first, context), settled(second, context)
+    pairs = list(_boxes(first.shape, second.dtype))
+    for start, shape in pairs:
+        context.check()
+        a = values(first, second.dtype, start, shape, context)
+        b = values(second, second.dtype, start, shape, context)
+        if not _same(a, b):
+            return _measure(name, first, second, pairs, context)
+    return Difference(name, "equal", elements)
+
+
+def settled(whole: Whole, context: Context) -> Whole:
+    """The tensor without its reduction, where one of its pieces is the result bit for bit."""
+    if whole.reduce == "none":
+        return whole
+    tensor = OutputTensor("", whole.dtype, whole.shape, whole.pieces, whole.reduce)
+    only = replica(tensor, context)
+    return whole if only is None else replace(whole, pieces=(only,), reduce="none", shards=())
+
+
+def values(whole: Whole, dtype: str, start: Shape, shape: Shape, context: Context) -> "Array":
+    """A box of the tensor in a dtype, flat."""
+    import numpy as np
+
+    pieces = cut(whole, start, shape, (0,) * len(shape))
+    tensor = OutputTensor("", dtype, shape, pieces, whole.reduce)
+    parts = [part.reshape(-1) for part in blocks(tensor, context)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def is_zero(whole: Whole, start: Shape, shape: Shape, context: Context) -> bool:
+    """Whether every element of a box is +0.0."""
+    return not any(
+        values(
+            whole, whole.dtype, tuple(map(sum, zip(start, at, strict=True))), size, context
+        ).view("u1").any()
+        for at, size in _boxes(shape, whole.dtype)
+    )  # fmt: skip
+
+
+def _boxes(shape: Shape, dtype: str) -> Iterator[tuple[Shape, Shape]]:
+    return boxes(shape, max(1, BLOCK // itemsize(dtype)))
+
+
+def _same(a: "Array", b: "Array") -> bool:
+    import numpy as np
+
+    return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
+
+
+def _measure(
+    name: str, first: Whole, second: Whole, pairs: list[tuple[Shape, Shape]], context: Context
+) -> Difference:
+    import numpy as np
+
+    differing, largest, total, scale, finite = 0, 0.0, 0.0, 0.0, 0
+    width = itemsize(second.dtype)
+    for start, shape in pairs:
+        context.check()
+        a = values(first, second.dtype, start, shape, context)
+        b = values(second, second.dtype, start, shape, context)
+        apart = a.view(np.uint8).reshape(-1, width) != b.view(np.uint8).reshape(-1, width)
+        differing += int(np.count_nonzero(apart.any(axis=1)))
+        if second.dtype not in FLOATING:
+            a, b = a.astype(np.float64), b.astype(np.float64)
+        with np.errstate(all="ignore"):
+            gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
+        gap[np.isnan(a) & np.isnan(b)] = 0.0  # payloads
+        gap[np.isnan(gap)] = np.inf
+        largest = max(largest, float(gap.max(initial=0.0)))
+        known = np.isfinite(gap)
+        total, finite = total + float(gap[known].sum()), finite + int(known.sum())
+        size = np.abs(a.astype(np.float64))
+        scale = max(scale, float(size[np.isfinite(size)].max(initial=0.0)))
+    relative = largest / scale if scale else (float("inf") if largest else 0.0)
+    mean = total / finite if finite else float("inf")
+    count = prod(first.shape)
+    return Difference(name, "values", count, differing, largest, mean, relative)

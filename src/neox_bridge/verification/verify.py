@@ -1,0 +1,173 @@
+"""``neox-bridge verify``: what was written, read back, is what the source says."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from math import prod
+
+from neox_bridge.architectures.base import ModelConfig, Weight
+from neox_bridge.execution.context import Context
+from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.weights import expand
+from neox_bridge.planning.geometry import with_rows
+from neox_bridge.planning.pieces import Whole
+from neox_bridge.planning.to_hf import hf_model
+from neox_bridge.verification.compare import Difference, compare, is_zero, settled
+
+# the relative rounding of one addition or division
+_EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# what doesn't change what the model computes, or follows from the way it is written
+_IGNORED = {"dims", "dtype", "bos_token_id", "eos_token_id", "initializer_range"}
+_IGNORED |= {"hidden_dropout", "attention_dropout"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared, and what isn't as it should be.
+
+    tensors, size: of the target, in its own number of elements and bytes.
+    differences: only those that are none of a conversion's declared changes.
+    """
+
+    source: str
+    target: str
+    tensors: int
+    size: int
+    differences: tuple[Difference, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the target is the source."""
+        return not self.differences and all(f.severity != "error" for f in self.findings)
+
+
+def verify(
+    source: Checkpoint,
+    target: Checkpoint,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Verification:
+    """Compare every tensor of the target with what the source makes it, and the configs.
+
+    Casts to the target's dtype, rows of padding and dropped rows of the vocabulary, norms written
+    twice and row biases spread over ranks, whole or divided, are no differences. progress: called
+    with the bytes of each tensor compared.
+    """
+    wholes, config = _as_the_target_has_it(source, target)
+    weights = {w.hf.format(i=b): w for w, b in expand(source.architecture, config.layers)}
+    rows = _rows(source, target, config)
+    findings = list(_config_findings(config, target.config))
+    if rows < config.dims["vocab"]:
+        findings.append(_cut(rows, config.dims["vocab"], target))
+    context = Context(progress)
+    names = sorted({*wholes, *target.tensors})
+
+    def one(name: str) -> Difference:
+        found = _compare(name, wholes, target, weights, rows, context)
+        if name in target.tensors:
+            whole = target.tensors[name]
+            context.wrote(prod(whole.shape) * itemsize(whole.dtype), changed=False)
+        return found
+
+    try:
+        with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(one, names))
+    finally:
+        context.files.close()
+    sizes = [prod(w.shape) * itemsize(w.dtype) for w in target.tensors.values()]
+    return Verification(
+        source.path,
+        target.path,
+        len(target.tensors),
+        sum(sizes),
+        tuple(difference for difference in found if difference.kind != "equal"),
+        (*findings, *(f for f in target.findings if f.code == "inv-freq-differs")),
+    )
+
+
+def _as_the_target_has_it(
+    source: Checkpoint, target: Checkpoint
+) -> tuple[Mapping[str, Whole], ModelConfig]:
+    """The source's tensors in the form that the target's kind has for the same model."""
+    if target.kind == "hf":
+        wholes, config, _, _ = hf_model(source)
+        return wholes, config
+    return source.tensors, source.config
+
+
+def _rows(source: Checkpoint, target: Checkpoint, config: ModelConfig) -> int:
+    """The vocabulary rows that both have: padding of the target's or the source's isn't any."""
+    told = [c.record.get("vocab_size") for c in (source, target)]
+    known = [config.dims["vocab"], target.config.dims["vocab"]]
+    return min(known + [int(rows) for rows in told if rows])
+
+
+def _compare(
+    name: str,
+    wholes: Mapping[str, Whole],
+    target: Checkpoint,
+    weights: Mapping[str, Weight],
+    rows: int,
+    context: Context,
+) -> Difference:
+    if name not in target.tensors:
+        return Difference(name, "only-first", prod(wholes[name].shape))
+    second = target.tensors[name]
+    if name not in wholes:
+        return Difference(name, "only-second", prod(second.shape))
+    first, weight = wholes[name], weights[name]
+    if weight.split == "vocab":
+        padding = (second.shape[0] - rows, *second.shape[1:])
+        start = (rows, *(0 for _ in padding[1:]))
+        if padding[0] > 0 and not is_zero(second, start, padding, context):
+            detail = f"rows {rows} to {second.shape[0] - 1} are padding, and not zero"
+            return Difference(name, "values", prod(padding), detail=detail)
+        first, second = with_rows(first, rows), with_rows(second, rows)
+    found = compare(name, first, second, context)
+    if found.kind == "values" and weight.split == "row_bias" and second.reduce == "sum":
+        # a bias that was divided over ranks is rounded on each, and again in the sum
+        ranks = len(second.pieces)
+        allowed = (ranks + 1) * _EPSILON.get(second.dtype, 0.0)
+        if found.relative <= allowed:
+            return replace(found, kind="equal")
+    if found.kind == "equal" and second.reduce == "replica":
+        still = settled(second, context)
+        if still.reduce != "none":
+            return replace(found, kind="replicas", detail="the target's ranks differ")
+    return found
+
+
+def _config_findings(want: ModelConfig, have: ModelConfig) -> Iterable[Finding]:
+    for field in fields(want):
+        if field.name in _IGNORED:
+            continue
+        told, found = getattr(want, field.name), getattr(have, field.name)
+        if told != found:
+            yield Finding(
+                "config-differs",
+                "error",
+                f"{field.name}: the source says {told}, the target {found}",
+                "convert again, or correct the target's config",
+            )
+    for dim in ("hidden", "ffn"):
+        if want.dims.get(dim) != have.dims.get(dim):
+            yield Finding(
+                "config-differs",
+                "error",
+                f"{dim} size: the source has {want.dims.get(dim)}, the target {have.dims.get(dim)}",
+                "they are different models",
+            )
+
+
+def _cut(rows: int, had: int, target: Checkpoint) -> Finding:
+    return Finding(
+        "rows-not-compared",
+        "info",
+        f"vocabulary rows {rows} to {had - 1} of the source aren't in {target.path}: padding, or "
+        "cut by --vocab-rows tokenizer",
+    )
