@@ -152,7 +152,7 @@ def test_boxes_from_many_files(
 def test_blocks_are_bounded_runs(shape: list[int], limit: int) -> None:
     """Also where the rows themselves are long, as of a mask of (1, 1, 2048, 2048)."""
     seen = []
-    for start, size in transform._boxes(tuple(shape), limit):
+    for start, size in transform.boxes(tuple(shape), limit):
         box_of = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
         seen.append(np.arange(np.prod(shape, dtype=int)).reshape(shape)[box_of].ravel())
         assert 0 < len(seen[-1]) <= limit
