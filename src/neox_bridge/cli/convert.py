@@ -98,8 +98,9 @@ def convert(
         typer.Option(
             "--for",
             **values.era(),
-            rich_help_panel=_NEOX,
-            help="The GPT-NeoX that will load it, by its date; decides --inv-freq and --mlp-names.",
+            rich_help_panel=_WHAT,
+            help="What will load it: a GPT-NeoX source tree, one by its date or commit, or a "
+            "version of transformers. Decides names and buffers; what it can't hold is refused.",
         ),
     ] = None,
     inv_freq: Annotated[
@@ -222,6 +223,11 @@ def convert(
         "shard_size": shard_size,
         "tokenizer": tokenizer,
     }
+    version = era if era is not None and hasattr(era, "version") else None
+    if version is not None:
+        if to == "neox":
+            raise typer.BadParameter("--for transformers doesn't go with --to neox.")
+        chosen |= {"to": "hf", "era": None}
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.planning.make import make_plan
@@ -229,6 +235,10 @@ def convert(
 
         checkpoint = open_checkpoint(source, revision=revision, step=step, configs=config or ())
         plan = make_plan(checkpoint, Options(**chosen), target)
+        if version is not None:
+            from neox_bridge.compat.targets import refuse_version
+
+            refuse_version(checkpoint.config, version)
         if dry_run:
             if as_json:
                 from neox_bridge.planning.report import to_json

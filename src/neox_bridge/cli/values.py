@@ -35,9 +35,17 @@ def size() -> Any:
     return {"parser": parse_size, "metavar": "SIZE"}
 
 
+_TARGETS = "neox:TREE|neox@2024-03|today|transformers@4.48"
+
+
 def era() -> Any:
-    """An option that takes a GPT-NeoX of some time."""
-    return {"parser": _parse_era, "metavar": "neox@2024-03|neox@2024-09|neox@2024-10|today"}
+    """An option that takes what will load the result: an ``Era``, or ``TransformersFacts``."""
+    return {"parser": _parse_era, "metavar": _TARGETS}
+
+
+def target() -> Any:
+    """An option that takes a GPT-NeoX tree, one of some time, or a version of transformers."""
+    return {"parser": _parse_target, "metavar": _TARGETS}
 
 
 def parse_size(text: str | int) -> int:
@@ -62,10 +70,20 @@ def _choice(words: dict[str, str]) -> Callable[[str], str]:
 
 def _parse_era(text: str) -> Any:
     from neox_bridge.errors import BridgeError
-    from neox_bridge.layouts.eras import ERAS, era_named
+    from neox_bridge.layouts.eras import era_named
 
     try:
         return era_named(text)
     except BridgeError:
-        known = ", ".join(f"neox@{era.name} ({era.until})" for era in ERAS)
-        raise typer.BadParameter(f"{text!r} isn't known. Known are {known}.") from None
+        found = _parse_target(text)
+        return getattr(found, "era", found)
+
+
+def _parse_target(text: str) -> Any:
+    from neox_bridge.compat.targets import target_named
+    from neox_bridge.errors import BridgeError
+
+    try:
+        return target_named(text)
+    except BridgeError as error:
+        raise typer.BadParameter(str(error)) from None

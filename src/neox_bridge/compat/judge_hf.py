@@ -175,8 +175,8 @@ def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
         yield case(
             "mask-buffers",
             "info",
-            f"{len(masks)} causal masks are stored ({size:,} bytes), as transformers did until 4.30; "
-            "since then they are computed",
+            f"{len(masks)} causal masks are stored ({size:,} bytes), as transformers did until "
+            "4.30; since then they are computed",
             fix_command(checkpoint, facts),
         )
     if len(stored) > len(masks):

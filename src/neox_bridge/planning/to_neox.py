@@ -10,7 +10,7 @@ from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
-from neox_bridge.layouts.eras import TODAY, Era, fitting
+from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.weights import model_weights
@@ -149,6 +149,11 @@ def _check_era(config: ModelConfig, shape: Shape, era: Era, options: Options) ->
         raise Refused(
             f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
             "(megatron/model/transformer.py), so no tree can load it."
+        )
+    if not config.mlp_bias and "use_bias_in_mlp" not in known_keys(era):
+        raise Refused(
+            f"use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX trees {era.until} "
+            "always have them (they may be left out since adbf5d6f of 2024-09-10). Use --for today."
         )
     if options.era is None:
         return []

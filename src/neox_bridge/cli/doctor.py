@@ -1,0 +1,285 @@
+"""``neox-bridge doctor``."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neox_bridge.cli import values
+from neox_bridge.cli.errors import writing
+from neox_bridge.cli.output import print_json
+
+if TYPE_CHECKING:
+    from neox_bridge.compat.targets import Target
+    from neox_bridge.compat.verdict import Verdict
+    from neox_bridge.layouts.checkpoint import Checkpoint
+
+_FAILS = 4
+_MEND = "Mending"
+_ORDER = {"error": 0, "warning": 1, "info": 2}
+
+
+def doctor(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH...", help="Checkpoints of either kind."),
+    ] = None,
+    target: Annotated[
+        Any,
+        typer.Option(
+            "--for",
+            **values.target(),
+            help="What shall load it: a GPT-NeoX source tree, one by its date or commit, or a "
+            "version of transformers (transformers: the installed one).",
+        ),
+    ] = None,
+    error: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A traceback that a framework printed; - reads it from stdin."
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Both frameworks side by side, for this model."),
+    ] = False,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="global_stepN, in place of the one in `latest`."),
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="A yml for a GPT-NeoX folder that has no configs; repeatable."
+        ),
+    ] = None,
+    fix: Annotated[
+        str | None,
+        typer.Option(metavar="DST", rich_help_panel=_MEND, help="Write a mended copy to DST."),
+    ] = None,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place",
+            rich_help_panel=_MEND,
+            help="Replace the checkpoint by the mended one, when that is whole.",
+        ),
+    ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute",
+            rich_help_panel=_MEND,
+            help="Drop or replace stored inv_freq that isn't what the config gives.",
+        ),
+    ] = False,
+    drop_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--drop-optimizer",
+            rich_help_panel=_MEND,
+            help="Leave out optimizer states where they can't be kept.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
+    ] = False,
+) -> None:
+    """Say what is wrong with a checkpoint, where it loads, and how to mend it.
+
+    Without --for every known GPT-NeoX or transformers is tried. Nothing is loaded.
+
+    \b
+    Examples:
+      neox-bridge doctor pythia-neox --for neox:~/gpt-neox
+      neox-bridge doctor pythia-neox --for today --fix pythia-mended
+      neox-bridge doctor pythia-410m --for transformers@4.48
+      neox-bridge doctor --error traceback.txt
+
+    Exit codes: 0 nothing or warnings only, 1 error, 2 usage, 4 will not load.
+    """
+    paths = paths or []
+    mending = fix is not None or in_place
+    if not paths and error is None:
+        raise typer.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
+    if fix is not None and in_place:
+        raise typer.BadParameter("--fix and --in-place don't go together.")
+    if mending and len(paths) != 1:
+        raise typer.BadParameter("--fix and --in-place take one PATH.")
+    if (recompute or drop_optimizer) and not mending:
+        raise typer.BadParameter("--recompute and --drop-optimizer go with --fix or --in-place.")
+    report: dict[str, Any] = {"schema_version": 1}
+    if error is not None:
+        report["error"] = _recognised(error, as_json)
+    if mending:
+        opened = _open(paths[0], step, config)
+        flags = {"recompute": recompute, "drop_optimizer": drop_optimizer}
+        report["mended"] = _mend(opened, target, fix, flags, as_json)
+        if as_json:
+            print_json(report)
+        return
+    failed = False
+    found = report.setdefault("checkpoints", [])
+    for number, path in enumerate(paths):
+        facts = _examine(path, target, step, config, compare)
+        failed = failed or not facts["loads"]
+        found.append(facts)
+        if not as_json:
+            if number or error is not None:
+                print()
+            _print(facts)
+    if as_json:
+        print_json(report)
+    if failed:
+        sys.stdout.flush()
+        raise typer.Exit(_FAILS)
+
+
+def _open(path: str, step: int | None, config: list[str] | None) -> "Checkpoint":
+    from neox_bridge.layouts.open import open_checkpoint
+
+    return open_checkpoint(path, step=step, configs=config or ())
+
+
+def _examine(
+    path: str, target: "Target | None", step: int | None, config: list[str] | None, side: bool
+) -> dict[str, Any]:
+    """Everything about one checkpoint, as plain data."""
+    from neox_bridge.compat.doctor import cannot_open, judge, judge_all, own_target
+    from neox_bridge.compat.targets import name_of
+    from neox_bridge.compat.verdict import verdict
+    from neox_bridge.errors import BridgeError
+
+    try:
+        checkpoint = _open(path, step, config)
+    except BridgeError:
+        case = cannot_open(path)
+        if case is None:
+            raise
+        name = name_of(target) if target is not None else "any GPT-NeoX"
+        facts = _verdict(verdict(name, [case]))
+        return {
+            "path": os.path.abspath(path),
+            "kind": "neox",
+            "loads": False,
+            "findings": facts.pop("findings"),
+            "verdicts": [facts],
+        }
+    main = judge(checkpoint, target or own_target(checkpoint))
+    verdicts = [main] if target is not None else judge_all(checkpoint)
+    facts = {
+        "path": checkpoint.path,
+        "kind": checkpoint.kind,
+        "loads": any(v.answer != "fails" for v in verdicts),
+        "findings": _verdict(main)["findings"],
+        "verdicts": [_verdict(v) for v in verdicts],
+    }
+    for entry in facts["verdicts"] if target is not None else ():
+        entry.pop("findings")
+    if side:
+        from dataclasses import asdict
+
+        from neox_bridge.compat.compare import compare
+
+        facts["comparison"] = [asdict(row) for row in compare(checkpoint)]
+    return facts
+
+
+def _verdict(verdict: "Verdict") -> dict[str, Any]:
+    from neox_bridge.planning.report import finding_json
+
+    cases = sorted(verdict.cases, key=lambda case: _ORDER[case.finding.severity])
+    return {
+        "target": verdict.target,
+        "verdict": verdict.answer,
+        "message": verdict.message or None,
+        "findings": [
+            {**finding_json(case.finding), "prints": case.prints or None} for case in cases
+        ],
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    print(facts["path"])
+    for finding in facts["findings"]:
+        print(f"{finding['severity']}: {finding['message']}")
+        if finding["remedy"]:
+            print(f"    mend: {finding['remedy']}")
+    for entry in facts["verdicts"]:
+        print(f"{entry['target']}: {entry['verdict']}")
+        for line in (entry["message"] or "").splitlines():
+            print(f"    {_short(line.strip())}")
+    if rows := facts.get("comparison"):
+        _print_rows(rows)
+
+
+def _short(line: str, most: int = 400) -> str:
+    """One printed line of a framework, which may name every layer."""
+    return line if len(line) <= most else f"{line[:most]} …"
+
+
+def _print_rows(rows: list[dict[str, str]]) -> None:
+    head = {"feature": "", "neox": "GPT-NeoX", "transformers": "transformers", "answer": ""}
+    keys = ("feature", "neox", "transformers", "answer")
+    widths = {key: max(len(row[key]) for row in (head, *rows)) for key in keys}
+    print()
+    for row in ({**head, "note": ""}, *rows):
+        cells = "  ".join(row[key].ljust(widths[key]) for key in keys)
+        print(f"{cells}  {row['note']}".rstrip())
+
+
+def _recognised(source: str, as_json: bool) -> list[dict[str, Any]]:
+    """What a pasted traceback tells."""
+    from dataclasses import asdict
+
+    from neox_bridge.compat.recognise import recognise
+    from neox_bridge.errors import BridgeError
+    from neox_bridge.layouts.text_files import read_text
+
+    found = recognise(sys.stdin.read() if source == "-" else read_text(source))
+    if not found:
+        raise BridgeError("No known message is in this text. Paste the whole traceback.")
+    facts = [asdict(diagnosis) for diagnosis in found]
+    if not as_json:
+        for entry in facts:
+            for key, value in entry.items():
+                if isinstance(value, str) and value:
+                    print(f"{key.replace('_', ' ')}: {value}")
+    return facts
+
+
+def _mend(
+    checkpoint: "Checkpoint",
+    target: "Target | None",
+    folder: str | None,
+    flags: dict[str, bool],
+    as_json: bool,
+) -> dict[str, Any] | None:
+    from neox_bridge.compat import mend
+    from neox_bridge.execution.run import execute
+    from neox_bridge.planning.report import remarks
+
+    home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
+    plan = mend.mend_plan(checkpoint, target, folder or home, **flags)
+    if plan is None:
+        if not as_json:
+            print(f"nothing to mend: {checkpoint.path}")
+        return None
+    if folder is not None:
+        with writing(folder):
+            execute(plan, folder)
+        where = folder
+    else:
+        where, plan = mend.in_place(checkpoint, plan)
+        new = mend.beside(where)
+        with writing(where):
+            execute(plan, new)
+            mend.swap(new, where)
+    if not as_json:
+        for drop in plan.dropped:
+            print(f"dropped: {drop.name}: {drop.reason}")
+        for note in plan.notes:
+            print(note)
+        print(f"mended {where}: {len(plan.notes)} of {len(plan.files)} files rewritten")
+    return {"path": os.path.abspath(where), "files": len(plan.files), **remarks(plan)}

@@ -1,0 +1,158 @@
+"""The same feature side by side in both frameworks, for one model.
+
+What can't be is what ``convert`` refuses: both take the architecture's own refusals, which the
+opened checkpoint carries. Formulas: GPT-NeoX's megatron/model/{transformer,norms,activations,
+positional_embeddings}.py at ea7aefd8, transformers' models/gpt_neox/modeling_gpt_neox.py at 5.24.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.weights import model_weights
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.vocabulary import fit
+
+Answer = Literal["same", "translated", "cannot be"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A feature as each framework has it. note: how it is translated, or why it can't be."""
+
+    feature: str
+    neox: str
+    transformers: str
+    answer: Answer
+    note: str = ""
+
+
+# the rows that a refusal is about, by its key
+_FEATURES = {
+    "rope_scaling": "RoPE scaling",
+    "rotary_emb_base": "RoPE base",
+    "pos_emb": "RoPE fraction",
+    "norm": "norm",
+    "hidden_act": "activation",
+    "activation": "activation",
+    "use_bias_in_mlp": "residual",
+    "attention_config": "attention mask",
+    "sliding_window_width": "attention mask",
+    "quantization_config": "dtype",
+}
+
+
+def compare(checkpoint: Checkpoint) -> list[Row]:
+    """Every feature of the model in both frameworks; "cannot be" is what convert refuses."""
+    refused = {_FEATURES.get(r.key, r.key): r for r in checkpoint.refusals}
+    rows = []
+    for row in _rows(checkpoint):
+        refusal = refused.pop(row.feature, None)
+        rows.append(row if refusal is None else _refused(checkpoint, row.feature, refusal.reason))
+    rows += [_refused(checkpoint, name, refusal.reason) for name, refusal in refused.items()]
+    return rows
+
+
+def _refused(checkpoint: Checkpoint, feature: str, reason: str) -> Row:
+    held = next((key for key, name in _FEATURES.items() if name == feature), feature)
+    key = next((r.key for r in checkpoint.refusals if _FEATURES.get(r.key, r.key) == feature), held)
+    value = f"{key}: {checkpoint.raw.get(key)}"
+    sides = (value, "none") if checkpoint.kind == "neox" else ("none", value)
+    return Row(feature, *sides, "cannot be", reason)
+
+
+def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
+    config = checkpoint.config
+    yield _equal("RoPE base", f"{config.rotary_base:g}")
+    yield _equal("RoPE fraction", f"{config.rotary_pct:g} ({config.rotary_dim} dimensions)")
+    yield _equal("RoPE tables", "fp32, rounded to the dtype", "trees before 2023-09 rounded first")
+    yield _inv_freq(checkpoint)
+    norm = "layernorm: (x - mean) / sqrt(var + eps)"
+    yield _equal("norm", norm)
+    yield _equal("norm epsilon", f"{config.norm_eps:g}")
+    yield _activation(checkpoint)
+    yield _residual(checkpoint)
+    if config.tied_norms:
+        note = "transformers gets the same norm twice"
+        yield Row("norms of a block", "one (gpt_j_tied)", "two", "translated", note)
+    yield from _biases(checkpoint)
+    yield _equal("attention mask", "causal, computed")
+    note = "rows lie head by head, [q k v] each"
+    yield _equal("query, key, value", f"{config.heads} heads in one matrix", note)
+    yield _vocabulary(checkpoint)
+    tied = "tied" if config.tied_embeddings else "untied"
+    word = f"no_weight_tying: {str(not config.tied_embeddings).lower()}"
+    yield Row("embeddings", f"{tied} ({word})", tied, "same")
+    yield _equal("dtype", config.dtype)
+
+
+def _equal(feature: str, value: str, note: str = "") -> Row:
+    return Row(feature, value, value, "same", note)
+
+
+def _inv_freq(checkpoint: Checkpoint) -> Row:
+    state = checkpoint.neox
+    neox = "stored or not, by the tree" if state is None else f"{state.inv_freq}d"
+    neox = neox.replace("omitd", "not stored").replace("stored or", "stored, or")
+    note = "computed again; GPT-NeoX never computes with the stored one"
+    return Row("inv_freq", neox, "not stored since 4.35", "translated", note)
+
+
+def _activation(checkpoint: Checkpoint) -> Row:
+    config, architecture = checkpoint.config, checkpoint.architecture
+    if checkpoint.refusals and any(
+        r.key in ("hidden_act", "activation") for r in checkpoint.refusals
+    ):
+        return _equal("activation", config.activation)
+    hf = architecture.write_hf(config)["hidden_act"]
+    written = architecture.write_neox(config)
+    fused = written.get("bias_gelu_fusion")
+    neox = f"{written['activation']}{' with bias_gelu_fusion' if fused else ''}"
+    if config.activation == "gelu_tanh":
+        note = "the tanh form, with the constants rounded as GPT-NeoX's fused kernel has them"
+        return Row("activation", neox, hf, "translated", note)
+    exact = "exact (erf)" if config.activation == "gelu" else ""
+    return Row("activation", neox, hf, "same", exact)
+
+
+def _residual(checkpoint: Checkpoint) -> Row:
+    parallel = checkpoint.config.parallel_residual
+    form = "x + attention(norm1 x) + mlp(norm2 x)" if parallel else "attention, then MLP"
+    return Row(
+        "residual",
+        f"{form} (gpt_j_residual: {str(parallel).lower()})",
+        f"{form} (use_parallel_residual: {str(parallel).lower()})",
+        "same",
+    )
+
+
+def _biases(checkpoint: Checkpoint) -> Iterator[Row]:
+    config = checkpoint.config
+    there = {"attention": config.attention_bias, "MLP": config.mlp_bias, "norms": config.norm_bias}
+    for name, present in there.items():
+        if present:
+            yield _equal(f"biases of {name}", "yes")
+        elif name == "attention":
+            yield Row("biases of attention", "no", "attention_bias: false", "same", "since 4.37")
+        else:
+            note = "written as zeros"
+            yield Row(f"biases of {name}", "no", "always", "translated", note)
+    if any(w.split == "row_bias" for w, _ in model_weights(checkpoint.architecture, config)):
+        note = "GPT-NeoX's TP ranks add theirs up" if config.parallel_residual else ""
+        held = "sum over TP ranks" if config.parallel_residual else "whole on every TP rank"
+        yield Row("row-parallel biases", held, "one", "translated", note)
+
+
+def _vocabulary(checkpoint: Checkpoint) -> Row:
+    rows, size = checkpoint.config.dims["vocab"], checkpoint.tokenizer_size
+    if checkpoint.kind == "neox":
+        kept = min(rows, int(checkpoint.record.get("vocab_size") or rows))
+        note = "padding rows are kept" if kept == rows else "this tool's padding is cut again"
+        answer: Answer = "same" if kept == rows else "translated"
+        return Row("vocabulary", f"{rows} rows", f"vocab_size: {kept}", answer, note)
+    tp = Options().tp or 1
+    padded = fit(rows, size or rows, tp, None).padded
+    note = f"padded to a multiple of make_vocab_size_divisible_by * TP (here TP {tp})"
+    answer = "same" if padded == rows else "translated"
+    return Row("vocabulary", f"{padded} rows", f"vocab_size: {rows}", answer, note)

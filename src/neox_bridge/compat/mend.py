@@ -1,0 +1,335 @@
+"""Mends a checkpoint for a target: recomputable values, names of an era, spellings of a config.
+
+The plans are those of a conversion to the same kind and layout; what need not change is taken over
+as it is, file by file. Learned values are never touched. Stored values that deviate from what the
+config gives are neither dropped nor replaced unless that is asked for.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.compat.facts import TransformersFacts, TreeFacts
+from neox_bridge.compat.judge_hf import stored_names
+from neox_bridge.compat.judge_neox import stores_inv_freq
+from neox_bridge.compat.neox_folder import stray_ranks
+from neox_bridge.compat.targets import Target, refuse_version
+from neox_bridge.compat.tree import FLAG
+from neox_bridge.compat.verdict import convert_command
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.formats.yml import dump_yml
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
+from neox_bridge.layouts.eras import Era, InvFreq, fitting, known_keys
+from neox_bridge.layouts.text_files import read_json
+from neox_bridge.planning.common import text_file
+from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import Dropped, OutputFile, Plan
+from neox_bridge.planning.vocabulary import padded_size
+
+_WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+
+
+def mend_plan(
+    checkpoint: Checkpoint,
+    target: Target | None,
+    folder: str,
+    *,
+    recompute: bool = False,
+    drop_optimizer: bool = False,
+) -> Plan | None:
+    """What a mended copy is, below ``folder``; None where nothing has to change.
+
+    The files of a GPT-NeoX plan are those of the root, with one global_stepN.
+    recompute: drop or replace stored values that deviate. drop_optimizer: go on without optimizer
+    states where they can't be kept.
+    Raises Refused for what the target can't hold, BridgeError for a target of the other kind.
+    """
+    other = TransformersFacts if checkpoint.kind == "neox" else TreeFacts
+    if isinstance(target, other):
+        raise BridgeError(
+            f"{checkpoint.path} is of the other framework, so that mending it isn't enough: "
+            f"{convert_command(checkpoint, target)}"
+        )
+    if checkpoint.kind == "hf":
+        if isinstance(target, TransformersFacts):
+            refuse_version(checkpoint.config, target)
+        return _mend_hf(checkpoint, folder, recompute)
+    facts = target if isinstance(target, TreeFacts) else None
+    return _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer)
+
+
+def _mend_hf(checkpoint: Checkpoint, folder: str, recompute: bool) -> Plan | None:
+    plan = make_plan(checkpoint, Options(to="hf"), folder)
+    new = {file.path: file for file in plan.files}
+    config = new["config.json"]
+    old = read_json(os.path.join(checkpoint.path, "config.json"))
+    planned = {tensor.name for file in plan.files for tensor in file.tensors}
+    stored = stored_names(checkpoint)
+    rewrite = set(stored) != planned
+    if not rewrite and _json(config) == old:
+        return None
+    if any(name.endswith("inv_freq") for name in stored):
+        _refuse_deviating(checkpoint, recompute)
+    kept = [config] if _json(config) != old else []
+    skipped = {"config.json"} if kept else set()
+    if rewrite:
+        kept += [file for file in plan.files if file.path.endswith(_WEIGHTS)]
+        held = {os.path.basename(path) for path in checkpoint.files}
+        skipped |= held | {
+            f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
+        }
+    files = [*kept, *_others(checkpoint.path, lambda path: path in skipped)]
+    changed = tuple(f"rewritten: {file.path}" for file in kept)
+    return replace(plan, files=tuple(files), notes=changed)
+
+
+def _json(file: OutputFile) -> Any:
+    import json
+
+    return json.loads(b"".join(data for _, data in file.literals))
+
+
+def _refuse_deviating(checkpoint: Checkpoint, recompute: bool) -> None:
+    for finding in checkpoint.findings:
+        if finding.code == "inv-freq-differs" and not recompute:
+            raise Refused(
+                f"{finding.message}. It would be lost, and transformers before 4.35 computed with "
+                "it. If the config is right, say --recompute."
+            )
+
+
+def _mend_neox(
+    checkpoint: Checkpoint,
+    facts: TreeFacts | None,
+    folder: str,
+    recompute: bool,
+    drop_optimizer: bool,
+) -> Plan | None:
+    state = checkpoint.neox
+    assert state is not None
+    era = facts.era if facts else fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
+    inv_freq = _inv_freq(checkpoint, state, facts)
+    names = facts.mlp_names if facts else state.mlp_names
+    strays = stray_ranks(os.path.join(state.root, state.step))
+    options = Options(
+        to="neox",
+        era=era,
+        inv_freq=inv_freq,
+        mlp_names=names,
+        vocab_multiple=_multiple(checkpoint, state),
+        pp=_stages(state, strays),
+    )
+    plan = make_plan(checkpoint, options, folder)
+    deviates = any(finding.code == "inv-freq-differs" for finding in checkpoint.findings)
+    rows = plan.target["vocab_rows"] != checkpoint.config.dims["vocab"]
+    rewrite = names != state.mlp_names or inv_freq != state.inv_freq or rows
+    if state.inv_freq == "store" and deviates:
+        if rewrite:
+            _refuse_deviating(checkpoint, recompute)
+        rewrite = rewrite or recompute
+    args = _planned_args(plan, state)
+    remeta = any(state.args.get(key, value) != value for key, value in args.items())
+    remeta = remeta or (rewrite and state.layout == "ranks")
+    parted = remeta or names != state.mlp_names
+    if lost := _optimizer(checkpoint, parted, drop_optimizer):
+        remeta = True
+    yml = _yml(checkpoint, era, plan, inv_freq)
+    if not (rewrite or remeta or strays or yml is not None):
+        return None
+    gone = {*strays, *(state.optimizer if lost else ()), *((RECORD,) if rows else ())}
+    files = _neox_files(state, plan, rewrite, remeta, yml, gone)
+    dropped = [d for d in plan.dropped if d.reason != "optimizer states" or lost]
+    dropped += [Dropped(f"{state.step}/{name}", "left over from another layout") for name in strays]
+    dropped += _unknown(checkpoint, era)
+    notes = [f"rewritten: {file.path}" for file in files if file.copy_of is None]
+    findings = plan.findings
+    if facts is not None and facts.inv_freq == "either":
+        findings = tuple(f for f in findings if f.code != "era-mismatch")
+    return replace(
+        plan,
+        files=tuple(files),
+        dropped=tuple(dict.fromkeys(dropped)),
+        findings=findings,
+        notes=tuple(notes),
+    )
+
+
+def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None) -> InvFreq:
+    """As the target wants it; where a flag decides, as the checkpoint's yml says it already."""
+    wanted = None if facts is None else stores_inv_freq(checkpoint, facts)
+    if wanted is None:
+        return state.inv_freq
+    if facts is not None and facts.inv_freq == "flag" and wanted != (state.inv_freq == "store"):
+        return "omit"
+    return "store" if wanted else "omit"
+
+
+def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
+    """The checkpoint's own multiple where it gives its own rows; else it has to change."""
+    key = "make_vocab_size_divisible_by"
+    told = int(state.args.get(key) or checkpoint.raw.get(key) or 128)
+    size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
+    return told if padded_size(size, told, state.tp) == checkpoint.config.dims["vocab"] else None
+
+
+def _stages(state: NeoxState, strays: tuple[str, ...]) -> int:
+    """Pipeline stages by the files that count."""
+    if state.layout == "ranks":
+        return 0
+    return max(1, state.pp - len(strays) // state.tp)
+
+
+def _planned_args(plan: Plan, state: NeoxState) -> dict[str, Any]:
+    """What the plan writes of ``args`` that may differ from what the checkpoint has."""
+    return {
+        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
+        "padded_vocab_size": plan.target["vocab_rows"],
+        "model_parallel_size": state.tp,
+    }
+
+
+def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dict[str, Any] | None:
+    """The settings as one file; None where those that are there will do."""
+    state, known = checkpoint.neox, known_keys(era)
+    assert state is not None
+    mended = {key: value for key, value in checkpoint.raw.items() if key in known}
+    wanted: dict[str, Any] = {
+        "pipe_parallel_size": plan.target["pipeline_stages"],
+        "model_parallel_size": state.tp,
+        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
+        "tokenizer_type": state.args.get("tokenizer_type", "HFTokenizer"),
+    }
+    defaults: dict[str, Any] = {"pipe_parallel_size": 0, "model_parallel_size": 1}
+    defaults |= {"make_vocab_size_divisible_by": 128, "tokenizer_type": "GPT2BPETokenizer"}
+    if int(mended.get("pipe_parallel_size") or 0) > 0 and state.layout == "layers":
+        del wanted["pipe_parallel_size"]  # any number of stages loads it
+    for key, value in wanted.items():
+        if mended.get(key, defaults.get(key)) != value:
+            mended[key] = value
+    if FLAG in known and (inv_freq == "store") != bool(mended.get(FLAG, False)):
+        mended[FLAG] = inv_freq == "store"
+    twice = any(finding.code == "yml-key-twice" for finding in checkpoint.findings)
+    return mended if twice or mended != dict(checkpoint.raw) else None
+
+
+def _unknown(checkpoint: Checkpoint, era: Era) -> list[Dropped]:
+    gone = sorted(set(checkpoint.raw) - known_keys(era))
+    return [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in gone]
+
+
+def _optimizer(checkpoint: Checkpoint, parted: bool, drop: bool) -> bool:
+    """Whether optimizer states go. Raises Refused where they would have to and nobody said so.
+
+    They stay as they are where only buffers and settings change: ZeRO's partitions are the
+    parameters in the order of the modules, and buffers aren't among them. Renamed parameters, other
+    rows or new metadata (learning rate schedule, data-parallel size) part them from the weights.
+    """
+    if not parted or not any(d.reason == "optimizer states" for d in checkpoint.dropped):
+        return False
+    if not drop:
+        raise Refused(
+            f"{checkpoint.path} holds optimizer states, and they can't be kept with what has to "
+            "change: names of parameters, or the files that hold the schedule beside them. Say "
+            "--drop-optimizer to go on from the weights alone (finetune: true)."
+        )
+    return True
+
+
+def _neox_files(
+    state: NeoxState,
+    plan: Plan,
+    rewrite: bool,
+    remeta: bool,
+    yml: dict[str, Any] | None,
+    gone: set[str],
+) -> list[OutputFile]:
+    """The plan's files where something changes, the checkpoint's own where nothing does."""
+    folder = os.path.join(state.root, state.step)
+    new = {file.path: file for file in plan.files}
+    layers = {p for p in new if "/layer_" in p}
+    ranks = {p for p in new if "/mp_rank_" in p}
+    step = (layers if rewrite else set()) | (ranks if remeta else set())
+    files = [file for path, file in new.items() if path in step]
+    configs = f"{state.step}/configs/"
+    if yml is not None:
+        text = dump_yml([("the settings of the run, mended by neox-bridge doctor", yml)])
+        files.append(text_file(f"{configs}neox_bridge.yml", text))
+
+    def replaced(path: str) -> bool:
+        changed = {"layer_": rewrite, "mp_rank_": remeta, "configs/": yml is not None}
+        return path in gone or any(path.startswith(k) and v for k, v in changed.items())
+
+    old = _others(folder, replaced)
+    files += [replace(file, path=f"{state.step}/{file.path}") for file in old]
+    record = [f"{state.step}/{RECORD}"] if RECORD in gone else []
+    above = [path for path in new if not path.startswith(f"{state.step}/")]
+    return [*files, *(new[path] for path in (*record, *above))]
+
+
+def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
+    """Copies of all files below a folder, but those to skip (by their path in it)."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != ".git")
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            inside = os.path.relpath(path, folder)
+            if not skip(inside) and os.path.isfile(path):
+                yield OutputFile(inside, os.path.getsize(path), copy_of=os.path.realpath(path))
+
+
+def in_place(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Plan]:
+    """(the folder that is replaced, what it becomes): one global_stepN, or the whole HF folder."""
+    state = checkpoint.neox
+    if state is None:
+        return os.path.realpath(checkpoint.path), plan
+    prefix = f"{state.step}/"
+    inside = [f for f in plan.files if f.path.startswith(prefix)]
+    files = tuple(replace(file, path=file.path.removeprefix(prefix)) for file in inside)
+    return os.path.realpath(os.path.join(state.root, state.step)), replace(plan, files=files)
+
+
+def beside(folder: str) -> str:
+    """A new name beside a folder, on the same file system."""
+    parent, name = os.path.split(folder)
+    return os.path.join(parent, f".{name}.mended-{secrets.token_hex(4)}")
+
+
+def swap(new: str, old: str) -> None:
+    """Put ``new`` where ``old`` is, and remove the old one when the new one is in place.
+
+    One exchange where the kernel has it (renameat2, RENAME_EXCHANGE); else two renames, the first
+    of which is undone if the second fails.
+    """
+    try:
+        if not _exchange(new, old):
+            aside = f"{new}.old"
+            os.rename(old, aside)
+            try:
+                os.rename(new, old)
+            except BaseException:
+                os.rename(aside, old)
+                raise
+            new = aside
+    except BaseException:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(new)
+        raise
+    shutil.rmtree(new, ignore_errors=True)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def _exchange(first: str, second: str) -> bool:
+    """Whether the two names were exchanged in one step."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    paths = (os.fsencode(first), os.fsencode(second))
+    return bool(call(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
