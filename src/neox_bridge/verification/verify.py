@@ -62,8 +62,9 @@ def verify(
     weights = {w.hf.format(i=b): w for w, b in expand(source.architecture, config.layers)}
     rows = _rows(source, target, config)
     findings = list(_config_findings(config, target.config))
-    if rows < config.dims["vocab"]:
-        findings.append(_cut(rows, config.dims["vocab"], target))
+    own = int(source.record.get("vocab_size") or config.dims["vocab"])
+    if rows < own:
+        findings.append(_cut(rows, own, target))
     context = Context(progress)
     names = sorted({*wholes, *target.tensors})
 
