@@ -1,0 +1,122 @@
+"""Reads pasted output of GPT-NeoX, DeepSpeed, torch and transformers: which keys, which shapes.
+
+The forms: torch's ``Module.load_state_dict`` (also through DeepSpeed), the two warnings of
+transformers 4 (``_load_pretrained_model``), and the table of transformers 5
+(``utils/loading_report.py``).
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# torchrun and transformers 5 begin lines so
+_PREFIX = re.compile(r"^\[(?:rank\d+|default\d+|transformers)\]:? ?", re.M)
+_STATE_DICT = re.compile(r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)")
+_MODULE = re.compile(r"Error\(s\) in loading state_dict for (\w+)")
+_UNUSED = re.compile(r"were not used when initializing (\w+): [\[{]([^\]}]*)")
+_NEW = re.compile(
+    r"Some weights of (\w+) were not initialized[^\[{]*newly initialized: [\[{]([^\]}]*)"
+)
+_REPORT = re.compile(r"(\w+) LOAD REPORT")
+_ROW = re.compile(r"^(\S.*?)\s*\|\s*(MISSING|UNEXPECTED|MISMATCH)\b[^|\n]*\|([^\n]*)", re.M)
+_SIZES = re.compile(
+    r"size mismatch for (\S+): copying a param with shape (?:torch\.Size\()?[\[(]([\d, ]*)[\])]\)? "
+    r"from checkpoint, the shape in current model is (?:torch\.Size\()?[\[(]([\d, ]*)[\])]"
+)
+_BOTH = re.compile(r"ckpt: torch\.Size\(\[([\d, ]*)\]\) vs model: ?torch\.Size\(\[([\d, ]*)\]\)")
+_QUOTED = re.compile(r"[\"']([\w.]+)[\"']")
+_HF_CLASS = re.compile(r"(GPTNeoX|Llama|Mistral|Qwen2)(For|Model)\w*")
+_HF_NAME = re.compile(r"(gpt_neox|model)\.|(lm_head|embed_out)\.")
+
+Older = Literal["checkpoint", "framework", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """One cause that was recognised.
+
+    code: the id of a known change, or a code of its own where no change is behind it.
+    older: the side that is older, "" where neither is, or that can't be told.
+    remedy: the command, or the key of the yml or of config.json.
+    keys: the tensors or keys that the message names, as they stand there.
+    """
+
+    code: str
+    older: Older
+    cause: str
+    remedy: str
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A tensor whose shape in the files isn't that of the model."""
+
+    key: str
+    stored: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Message:
+    """What a pasted output says.
+
+    text: without colours. modules: the classes that were being loaded.
+    missing, unexpected: keys as they stand there.
+    """
+
+    text: str
+    modules: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    sizes: list[Sizes] = field(default_factory=list)
+
+    @property
+    def keys(self) -> tuple[list[str], list[str]]:
+        """Those missing and those unexpected."""
+        return self.missing, self.unexpected
+
+    @property
+    def by_transformers(self) -> bool:
+        """Whether a model of transformers was being loaded, by its class or its keys."""
+        if any(_HF_CLASS.match(name) for name in self.modules):
+            return True
+        keys = [*self.missing, *self.unexpected, *(size.key for size in self.sizes)]
+        return bool(keys) and all(_HF_NAME.match(key) for key in keys)
+
+
+def read_message(text: str) -> Message:
+    """The keys and shapes of any mixture of the known forms."""
+    text = _PREFIX.sub("", _ANSI.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+    found = Message(text, _MODULE.findall(text) + _REPORT.findall(text))
+    for kind, listed in _STATE_DICT.findall(text):
+        keys = found.missing if kind == "Missing" else found.unexpected
+        keys += _QUOTED.findall(listed)
+    for kind, pattern in (("missing", _NEW), ("unexpected", _UNUSED)):
+        for module, listed in pattern.findall(text):
+            found.modules.append(module)
+            (found.missing if kind == "missing" else found.unexpected).extend(
+                _QUOTED.findall(listed)
+            )
+    for key, status, rest in _ROW.findall(text):
+        if status == "MISMATCH":
+            if sizes := _BOTH.search(rest):
+                found.sizes.append(Sizes(key, _shape(sizes[1]), _shape(sizes[2])))
+        else:
+            (found.missing if status == "MISSING" else found.unexpected).append(key)
+    for key, stored, wanted in _SIZES.findall(text):
+        found.sizes.append(Sizes(key, _shape(stored), _shape(wanted)))
+    return found
+
+
+CONVERT = "neox-bridge convert CHECKPOINT NEW --to neox"
+
+
+def short(keys: list[str], ending: str) -> tuple[str, ...]:
+    """The keys that end so (a regular expression)."""
+    return tuple(key for key in keys if re.search(rf"(?:^|\.){ending}$", key))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.replace(" ", "").split(",") if size)

@@ -1,0 +1,201 @@
+"""What a pasted traceback of GPT-NeoX, DeepSpeed, torch or transformers means, and what to do.
+
+The sentences are those of GPT-NeoX megatron/checkpointing.py (``check_checkpoint_args``) and
+megatron/neox_arguments/arguments.py, DeepSpeed runtime/state_dict_factory.py, runtime/engine.py and
+runtime/pipe/module.py, and torch serialization.py.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+
+from neox_bridge.compat.changes import CHANGES
+from neox_bridge.compat.messages import CONVERT, Diagnosis, Message, Older, read_message
+from neox_bridge.compat.recognise_keys import KEY_RULES
+from neox_bridge.layouts.eras import ERAS, known_keys
+
+__all__ = ["Diagnosis", "recognise"]
+
+
+def recognise(text: str) -> list[Diagnosis]:
+    """Every cause that is recognised in a pasted output; nothing where none is."""
+    message = read_message(text)
+    found: dict[tuple[str, str], Diagnosis] = {}
+    for rule in (*KEY_RULES, *_SENTENCES):
+        for diagnosis in rule(message):
+            found.setdefault((diagnosis.code, diagnosis.older), diagnosis)
+    if not found:
+        for diagnosis in _by_changes(message.text):
+            found.setdefault((diagnosis.code, ""), diagnosis)
+    return list(found.values())
+
+
+def _by_changes(text: str) -> Iterator[Diagnosis]:
+    """The known changes whose messages stand there, where no rule says more."""
+    for change in CHANGES:
+        for pattern in change.in_error:
+            if match := re.search(pattern, text, re.M):
+                yield Diagnosis(change.id, "", change.title, change.remedy, (match[0],))
+                break
+
+
+def _args(m: Message) -> Iterator[Diagnosis]:
+    pattern = (
+        r"(\w+) value from checkpoint \(([^)\n]*)\) is not equal to the currently set argument "
+        r"value \(([^)\n]*)\)"
+    )
+    for key, stored, now in re.findall(pattern, m.text):
+        remedy = f"in the yml: {key}: {stored}"
+        if key == "model_parallel_size":
+            remedy += f"; or change the layout: {CONVERT} --tp {now}"
+        elif key == "make_vocab_size_divisible_by":
+            remedy += f"; or pad anew: {CONVERT} --vocab-multiple {now}"
+        elif key == "padded_vocab_size":
+            remedy = (
+                "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size "
+                f"as they were; or pad anew: {CONVERT} --vocab-multiple N"
+            )
+        yield Diagnosis(
+            "checkpoint-args",
+            "",
+            f"the checkpoint was saved with {key}: {stored}, and the run has {now}; GPT-NeoX "
+            "compares the args that mp_rank files hold with its own",
+            remedy,
+            (key,),
+        )
+
+
+def _layout(m: Message) -> Iterator[Diagnosis]:
+    if re.search(r"Expected state_dict to be dict-like, got <class 'NoneType'>", m.text):
+        yield Diagnosis(
+            "layout",
+            "",
+            "the checkpoint holds layer files, and the run wants one file a rank: "
+            "pipe_parallel_size: 0, or 1 in a tree of 2024-03-06 to 2024-06-06 or before "
+            "2023-04-21",
+            f"{CONVERT} --layout ranks; or in the yml: pipe_parallel_size: 1 (2 in such a tree)",
+            ("module",),
+        )
+    if re.search(r"KeyError: 'module'", m.text):
+        yield Diagnosis(
+            "layout",
+            "",
+            "the checkpoint holds one file a rank, and the run wants layer files "
+            "(pipe_parallel_size: 1 or more)",
+            f"{CONVERT} --layout layers; or in the yml: pipe_parallel_size: 0",
+            ("module",),
+        )
+    if match := re.search(r"key: (\S+) is not found in the checkpoint (\S+)", m.text):
+        yield Diagnosis(
+            "tensor-parallel",
+            "",
+            f"{match[1]} couldn't be put together from files of several ranks ({match[2]}): the "
+            "checkpoint has more tensor-parallel ranks than the run",
+            f"{CONVERT} --tp N, with the run's model_parallel_size",
+            (match[1],),
+        )
+    pattern = r"checkpoint count (\d+) is different from saved mp_world_size (\d+)"
+    if match := re.search(pattern, m.text):
+        yield Diagnosis(
+            "mp-world-size",
+            "",
+            f"the folder holds {match[1]} mp_rank files, and they say that there are {match[2]}: "
+            "left-over files of another layout, or some are missing",
+            "remove those of the other layout, or write the folder anew: " + CONVERT,
+            ("mp_world_size",),
+        )
+
+
+def _optimizer(m: Message) -> Iterator[Diagnosis]:
+    pattern = r"used a DP\s+world size of (\d+) but the\s+current world size is (\d+)"
+    if match := re.search(pattern, m.text):
+        yield Diagnosis(
+            "zero-world-size",
+            "",
+            f"the optimizer's states were saved by {match[1]} data-parallel ranks, and this run "
+            f"has {match[2]}; ZeRO can't share them out anew",
+            f"run with {match[1]} data-parallel ranks; or go on from the weights alone, in the "
+            "yml: finetune: true",
+            ("dp_world_size",),
+        )
+    absent = r"'NoneType' object is not subscriptable"
+    where = r"start_lr|lr_scheduler|learning_rates\.py|load_checkpoint|optimizer"
+    if re.search(absent, m.text) and re.search(where, m.text):
+        yield Diagnosis(
+            "no-optimizer-states",
+            "",
+            "the checkpoint holds weights only (no learning rate, no optimizer states), and the "
+            "run wants to resume from it",
+            "in the yml: finetune: true",
+            ("lr_scheduler",),
+        )
+
+
+def _yml(m: Message) -> Iterator[Diagnosis]:
+    if "NeoXArgs" in m.text or "neox_arguments" in m.text:
+        for key in re.findall(r"__init__\(\) got an unexpected keyword argument '(\w+)'", m.text):
+            yield _unknown_key(key)
+    pattern = r"Conf file (\S+) has the following duplicate keys with previously loaded file: (\S+)"
+    for file, key in re.findall(pattern, m.text):
+        yield Diagnosis(
+            "duplicate-key",
+            "",
+            f"{key} stands in {file} and in a yml before it; GPT-NeoX refuses that",
+            f"remove {key} from one of the yml files",
+            (key,),
+        )
+
+
+def _unknown_key(key: str) -> Diagnosis:
+    pattern = f"unexpected keyword argument '{key}'"
+    ids = [c.id for c in CHANGES if any(re.search(text, pattern) for text in c.in_error)]
+    remedies = {change.id: change.remedy for change in CHANGES}
+    knows = [era for era in ERAS if key in known_keys(era)]
+    cause = f"the GPT-NeoX tree doesn't know the yml key {key}, and refuses what it doesn't know"
+    if knows:
+        spans = ", ".join(f"neox@{era.name}" for era in knows)
+        cause += f"; those that do are {spans}"
+    remedy = f"remove {key} from the yml"
+    if knows:
+        remedy += ", or use a GPT-NeoX that knows it"
+    if key == "rotary_save_freqs_buffer":
+        remedy += "; trees before 2024-03-04 store inv_freq always"
+    elif ids:
+        remedy = remedies[ids[0]]
+    newer = bool(knows) and ERAS[-1] in knows
+    older: Older = "framework" if newer else "checkpoint" if knows else ""
+    return Diagnosis(ids[0] if ids else "unknown-yml-key", older, cause, remedy, (key,))
+
+
+def _torch(m: Message) -> Iterator[Diagnosis]:
+    if "Weights only load failed" in m.text:
+        names = re.findall(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.]+\w)", m.text)
+        yield Diagnosis(
+            "torch-weights-only",
+            "checkpoint",
+            "torch 2.6 and newer refuse files that hold more than tensors, as GPT-NeoX's mp_rank "
+            "and optimizer files do ("
+            + (", ".join(dict.fromkeys(names)) or "pickled objects")
+            + ")",
+            "neox-bridge reads such files without executing anything: neox-bridge convert "
+            "CHECKPOINT NEW --to hf; in code of your own, torch.load(…, weights_only=False) for a "
+            "file that you trust",
+            tuple(dict.fromkeys(names)),
+        )
+    for name in re.findall(r"No module named '(deepspeed|megatron|apex)[\w.]*'", m.text):
+        if re.search(r"find_class|serialization\.py|unpickl", m.text, re.I):
+            yield Diagnosis(
+                "pickled-class",
+                "",
+                f"the file names classes of {name}, which isn't installed here",
+                "neox-bridge reads it without: neox-bridge convert CHECKPOINT NEW --to hf",
+                (name,),
+            )
+
+
+_SENTENCES: tuple[Callable[[Message], Iterator[Diagnosis]], ...] = (
+    _args,
+    _layout,
+    _optimizer,
+    _yml,
+    _torch,
+)
