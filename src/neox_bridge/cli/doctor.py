@@ -242,10 +242,10 @@ def _recognised(source: str, as_json: bool) -> list[dict[str, Any]]:
         raise BridgeError("No known message is in this text. Paste the whole traceback.")
     facts = [asdict(diagnosis) for diagnosis in found]
     if not as_json:
-        for entry in facts:
-            for key, value in entry.items():
-                if isinstance(value, str) and value:
-                    print(f"{key.replace('_', ' ')}: {value}")
+        for diagnosis in found:
+            older = f" (the {diagnosis.older} is older)" if diagnosis.older else ""
+            print(f"{diagnosis.code}: {diagnosis.cause}{older}")
+            print(f"    mend: {diagnosis.remedy}")
     return facts
 
 
