@@ -69,7 +69,8 @@ def _owner(node: "cst.CSTNode") -> str:
 def _helpers(module: "cst.Module") -> list["cst.SimpleStatementLine | cst.BaseCompoundStatement"]:
     import libcst as cst
 
-    parsed = cst.parse_module(hook_source(), module.config_for_parsing)
+    source = hook_source().replace("\n", module.default_newline)
+    parsed = cst.parse_module(source, module.config_for_parsing)
     first = parsed.body[0]
     blank = [cst.EmptyLine(indent=False)] * 2
     leading = [*blank, *parsed.header]
@@ -125,12 +126,23 @@ def _with_argument(call: "cst.Call") -> "cst.Call":
 
     *_, before, last = call.args
     none = cst.SimpleWhitespace("")
+    here, end = before.comma, last.comma
+    if isinstance(here, cst.Comma) and isinstance(end, cst.Comma):  # one argument a line
+        between, closing = here.whitespace_after, end.whitespace_after
+        if isinstance(between, cst.ParenthesizedWhitespace) and isinstance(
+            closing, cst.ParenthesizedWhitespace
+        ):
+            # a comment stays beside the argument before
+            between = between.with_changes(first_line=closing.first_line)
+            here = here.with_changes(whitespace_after=between)
+            plain = closing.first_line.with_changes(comment=None, whitespace=none)
+            end = end.with_changes(whitespace_after=closing.with_changes(first_line=plain))
     more = cst.Arg(
         cst.Name("False"),
         keyword=cst.Name("persistent"),
         equal=cst.AssignEqual(none, none),
-        comma=last.comma,
+        comma=end,
         whitespace_after_arg=last.whitespace_after_arg,
     )
-    last = last.with_changes(comma=before.comma, whitespace_after_arg=none)
+    last = last.with_changes(comma=here, whitespace_after_arg=none)
     return call.with_changes(args=[*call.args[:-1], last, more])

@@ -72,17 +72,17 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
     parsed = {path: (text, parse(path, text)) for path, text in _sources(root) if concerned(text)}
     places = {path: find_places(path, module) for path, (_, module) in parsed.items()}
     every = [place for found in places.values() for place in found]
-    _refuse_unknown(root, every)
-    files = []
-    for path, found in places.items():
-        if all(place.hooked for place in found):
-            continue
-        text, module = parsed[path]
-        if _has_patch(text):
+    bare = {path: found for path, found in places.items() if not all(p.hooked for p in found)}
+    for path in bare:
+        if _has_patch(parsed[path][0]):
             raise Refused(
                 f"{path} has a part of the patch: it was edited since. Restore it from {KEPT}, or "
                 f"take the patch's lines out by hand, and run this again."
             )
+    _refuse_unknown(root, every)
+    files = []
+    for path, found in bare.items():
+        text, module = parsed[path]
         new = edited(module, found)
         compile(new, path, "exec", dont_inherit=True)
         files.append(FilePatch(path, text, new, tuple(changes_for(found))))
