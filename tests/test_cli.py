@@ -297,7 +297,7 @@ def test_convert_there_and_back(source: Path, tmp_path: Path) -> None:
     assert first.startswith(
         f"wrote {tmp_path}/neox: GPT-NeoX gpt_neox, layers, TP 2, PP 1, float16"
     )
-    assert first.endswith("; nothing dropped")
+    assert first.endswith("; nothing dropped; verified bit by bit")
     assert blank.startswith("fill in: data_path")
     assert blank.endswith(f" in {tmp_path}/neox/finetune.yml")
     back = run("convert", tmp_path / "neox", tmp_path / "back")

@@ -135,7 +135,7 @@ def test_boxes_from_many_files(
                 ref = store(name, np.ascontiguousarray(cell), "float16")
             pieces.append(Piece(ref, (0, 0), (r, c), (height, width)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transform, "BLOCK", block)
+        patch.setattr(transform, "STEP", block)
         patch.setattr(transform, "GAPS", gaps)
         if not kernel:
             no_kernel(patch)
@@ -458,7 +458,7 @@ def test_a_file_in_use_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failure_stops_the_others_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transform, "BLOCK", 64)
+    monkeypatch.setattr(transform, "STEP", 64)
     real, calls = os.pwrite, []
 
     def slow(*args: Any) -> int:
@@ -736,6 +736,7 @@ def test_folders_made_for_a_failed_target_go_too(
 
 def test_chunks_are_bounded() -> None:
     assert movers.BUFFER <= transform.BLOCK <= 8 << 20
+    assert transform.STEP * transform.GAPS <= transform.BLOCK
 
 
 def test_nothing_heavy_is_imported() -> None:

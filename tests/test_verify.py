@@ -2,16 +2,19 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from common import GPT_NEOX, convert, fixture, make_hf, step_of
+from common import GPT_NEOX, convert, fixture, make_hf, plan_of, step_of
 from safetensors.torch import load_file, save_file
 
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.verification.diff import diff
 from neox_bridge.verification.verify import Verification, verify
 
 
@@ -171,3 +174,83 @@ def test_statistics(tmp_path: Path) -> None:
     assert found.largest == pytest.approx(0.5, rel=1e-6)
     assert found.mean == pytest.approx(0.75 / 48, rel=1e-6)
     assert found.relative == pytest.approx(0.5 / float(tensors[name].abs().max()), rel=1e-6)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "neox_bridge", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_convert_keeps_a_bad_result_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that loses a bit: exit 3, the target untouched, the folder kept to look at."""
+    from neox_bridge.errors import Unverified
+    from neox_bridge.execution import run as execution
+    from neox_bridge.verification.verify import checker
+
+    hf = make_hf(tmp_path / "hf")
+    real = execution.flush_folders
+
+    def spoil(folder: str) -> None:
+        real(folder)
+        path = next(Path(folder).glob("global_step0/layer_02*"))
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(execution, "flush_folders", spoil)
+    target = tmp_path / "neox"
+    target.mkdir()
+    (target / "mine").write_text("precious")
+    checkpoint = open_checkpoint(str(hf))
+    plan = plan_of(hf, target)
+    for number in ("", "-2"):
+        with pytest.raises(Unverified, match=r"layers\.0") as caught:
+            execution.execute(plan, str(target), overwrite=True, check=checker(checkpoint))
+        assert caught.value.exit_code == 3
+        aside = tmp_path / f"neox.unverified{number}"
+        assert str(aside) in str(caught.value)
+        assert (aside / "latest").exists()
+    assert [p.name for p in target.iterdir()] == ["mine"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    other = make_hf(tmp_path / "other", seed=3)
+    convert(hf, tmp_path / "neox", tp=2)
+    done = run("verify", hf, tmp_path / "neox")
+    assert (done.returncode, "equal, bit by bit" in done.stdout) == (0, True)
+    done = run("verify", other, tmp_path / "neox", "--json")
+    assert done.returncode == 3
+    told = json.loads(done.stdout)
+    assert told["holds"] is False
+    assert len(told["differences"]) == 28
+    assert run("verify", hf, tmp_path / "nowhere").returncode == 1
+
+
+def test_diff(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    convert(hf, tmp_path / "neox", tp=3)
+    convert(hf, tmp_path / "half", to="hf", dtype="bfloat16")
+    done = run("diff", hf, tmp_path / "neox")
+    assert (done.returncode, done.stdout.strip()) == (0, "28 tensors: 28 equal, 0 not")
+    done = run("diff", hf, tmp_path / "half", "--tensor", "*layernorm.bias")
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[-1] == "4 tensors: 0 equal, 4 not"
+    assert "float32 and bfloat16" in done.stdout
+    edit_pt("layer_03-model_00*", "mlp.linear1.bias", flip)(tmp_path / "neox")
+    done = run("diff", hf, tmp_path / "neox", "--stat")
+    assert (done.returncode, done.stdout.strip()) == (3, "28 tensors: 27 equal, 1 not")
+
+
+def test_diff_sorts_by_how_much(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    changed = {k: v.clone() for k, v in tensors.items()}
+    small, large = "gpt_neox.layers.0.attention.dense.bias", "embed_out.weight"
+    changed[small][0] += 1e-4
+    changed[large][0, 0] += 5
+    convert(hf, tmp_path / "two", to="hf")
+    save_file(changed, tmp_path / "two" / "model.safetensors", {"format": "pt"})
+    found = diff(open_checkpoint(str(hf)), open_checkpoint(str(tmp_path / "two")))
+    assert [d.name for d in found if d.kind != "equal"] == [large, small]

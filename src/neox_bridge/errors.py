@@ -7,6 +7,12 @@ class BridgeError(Exception):
     exit_code = 1
 
 
+class Unverified(BridgeError):
+    """What was written isn't what the source says: a fault of a disk, of memory or of this tool."""
+
+    exit_code = 3
+
+
 class Refused(BridgeError):
     """The target can't express the source, or a layout doesn't fit: nothing was written."""
 

@@ -171,13 +171,12 @@ def convert(
         int | None,
         typer.Option(min=1, metavar="N", rich_help_panel=_RUN, help="Threads that move bytes."),
     ] = None,
-    _no_verify: Annotated[
+    no_verify: Annotated[
         bool,
         typer.Option(
             "--no-verify",
             rich_help_panel=_RUN,
-            help="Don't check the result. Verification comes with a later version, so this "
-            "changes nothing yet.",
+            help="Don't read the result back and compare it with the source.",
         ),
     ] = False,
     as_json: Annotated[
@@ -206,7 +205,8 @@ def convert(
       neox-bridge convert pythia-neox pythia-hf
       neox-bridge convert pythia-neox pythia-tp4 --to neox --tp 4 --dry-run
 
-    Exit codes: 0 done, 1 error, 2 usage, 4 refused (DST can't express SRC), 130 interrupted.
+    Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't
+    express SRC), 130 interrupted.
     """
     chosen: dict[str, Any] = {
         "to": to,
@@ -250,9 +250,20 @@ def convert(
         from neox_bridge.execution.run import execute
 
         tell(plan, quiet)
-        with progress_bar(plan.size, "converting", quiet) as progress:
+        total = plan.size if no_verify else 2 * plan.size
+        with progress_bar(total, "converting", quiet) as progress:
+            check = None
+            if not no_verify:
+                from neox_bridge.verification.verify import checker
+
+                check = checker(checkpoint, workers=max_workers, progress=progress)
             result = execute(
-                plan, target, overwrite=overwrite, workers=max_workers, progress=progress
+                plan,
+                target,
+                overwrite=overwrite,
+                workers=max_workers,
+                progress=progress,
+                check=check,
             )
     tell_findings(result.findings, quiet)
-    print_result(plan, result, target, as_json, quiet)
+    print_result(plan, result, target, as_json, quiet, verified=not no_verify)

@@ -68,12 +68,20 @@ def print_plan(plan: "Plan", target: str) -> None:
         print(line)
 
 
-def print_result(plan: "Plan", result: "Result", target: str, as_json: bool, quiet: bool) -> None:
+def print_result(
+    plan: "Plan",
+    result: "Result",
+    target: str,
+    as_json: bool,
+    quiet: bool,
+    verified: bool | None = None,
+) -> None:
     """The one line that says what was written, and the blanks that are left; or both as JSON."""
     if as_json:
-        print_json(result_json(plan, result))
+        print_json(result_json(plan, result) | {"verified": verified})
     elif not quiet:
-        print(_summary_line(plan, result, target))
+        words = {True: "; verified bit by bit", False: "; not verified", None: ""}
+        print(_summary_line(plan, result, target) + words[verified])
         for line in blanks(plan, target):
             print(line)
 

@@ -8,7 +8,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import ended_early, unreadable
 
 CHUNK = 64 << 20  # of one kernel copy, so that progress moves and Ctrl-C is heard
-BUFFER = 4 << 20
+BUFFER = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

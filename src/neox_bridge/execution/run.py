@@ -25,10 +25,13 @@ def execute(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> Result:
     """Write what the plan says into the folder ``target``, whole or not at all.
 
     workers: threads. progress: called, one thread at a time, with the bytes just written.
+    check: called with the finished folder before it gets its name; where it raises Unverified, the
+        folder is kept as ``target`` + ".unverified" for inspection.
     Raises BridgeError where the target exists, there is no space, or a source is damaged or
     changes; then and on KeyboardInterrupt nothing is left behind and nothing was replaced.
     """
@@ -49,6 +52,8 @@ def execute(
             context.files.close()
         flush_folders(folder)
         check_same(before)
+        if check is not None:
+            check(folder)
     return Result(
         target,
         len(plan.files),

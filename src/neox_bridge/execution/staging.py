@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Unverified
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
 
@@ -65,6 +65,9 @@ def staged(target: str, size: int, overwrite: bool) -> Iterator[str]:
         for path in made:
             flush(os.path.dirname(path))
     except BaseException as error:
+        if isinstance(error, Unverified):
+            aside = _aside(folder, real)
+            raise Unverified(f"{error} It is kept as {aside}, and {target} is untouched.") from None
         shutil.rmtree(folder, ignore_errors=True)
         for path in reversed(made):
             with contextlib.suppress(OSError):
@@ -127,6 +130,16 @@ def _replace(folder: str, target: str, overwrite: bool) -> None:
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 os.rename(old, target)
+
+
+def _aside(folder: str, target: str) -> str:
+    """Keep a folder that failed its verification beside the target, under a name that is free."""
+    aside, number = f"{target}.unverified", 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = f"{target}.unverified-{number}"
+    os.rename(folder, aside)
+    return aside
 
 
 def _holds(folder: str, path: str) -> bool:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal, Weight
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.layouts.eras import InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Shape, Whole
 
@@ -63,6 +65,11 @@ class Checkpoint:
     tokenizer_size: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the model's tensors, each counted once."""
+        return sum(prod(w.shape) * itemsize(w.dtype) for w in self.tensors.values())
 
 
 def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:

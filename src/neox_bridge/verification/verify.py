@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 
 from neox_bridge.architectures.base import ModelConfig, Weight
+from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.weights import expand
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
@@ -88,6 +90,47 @@ def verify(
         sum(sizes),
         tuple(difference for difference in found if difference.kind != "equal"),
         (*findings, *(f for f in target.findings if f.code == "inv-freq-differs")),
+    )
+
+
+def checker(
+    source: Checkpoint,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Callable[[str], None]:
+    """For ``execute``: raises Unverified where a finished folder isn't the source."""
+
+    def check(folder: str) -> None:
+        found = verify(source, open_checkpoint(folder), workers=workers, progress=progress)
+        if not found.holds:
+            raise Unverified(f"The result isn't what {source.path} says: {summary(found)}.")
+
+    return check
+
+
+def summary(found: Verification) -> str:
+    """What doesn't hold, in one sentence."""
+    parts = [describe(difference) for difference in found.differences[:3]]
+    if len(found.differences) > 3:
+        parts.append(f"{len(found.differences) - 3} more tensors differ")
+    parts += [finding.message for finding in found.findings if finding.severity == "error"]
+    return "; ".join(parts)
+
+
+def describe(difference: Difference) -> str:
+    """One difference for people."""
+    name = difference.name
+    if difference.kind == "only-first":
+        return f"{name} is missing in the second"
+    if difference.kind == "only-second":
+        return f"{name} is in the second only"
+    if difference.detail:
+        return f"{name}: {difference.detail}"
+    return (
+        f"{name}: {difference.differing:,} of {difference.elements:,} elements differ, by "
+        f"{difference.largest:.3g} at most (relative {difference.relative:.2g}, mean "
+        f"{difference.mean:.3g})"
     )
 
 
