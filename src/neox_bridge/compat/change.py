@@ -17,7 +17,7 @@ class Change:
     """A change that alters what a checkpoint holds or means.
 
     commit: of the framework's repository; "" where only the release is known.
-    date: of the commit for GPT-NeoX, of the release for transformers; ISO.
+    date: of the commit for GPT-NeoX, of the release for transformers; ISO, UTC.
     version: the first release of transformers that has it; "" for GPT-NeoX, which has none.
     families: the architectures that it is about.
     symptom: what a user sees. loud: something fails or warns.

@@ -114,7 +114,7 @@ NEOX: tuple[Change, ...] = (
     ),
     Change(
         "neox-gqa-order",
-        *("gpt-neox", "96c242eb", "#1315", "2024-11-14", ""),
+        *("gpt-neox", "96c242eb", "#1315", "2024-11-13", ""),
         ("llama", "mistral"),
         "rows of a grouped-query query_key_value: on each rank all q, all k, all v; before, by "
         "query head, [q, a slice of k, a slice of v]. The shapes are the same",
@@ -201,7 +201,7 @@ NEOX: tuple[Change, ...] = (
     ),
     Change(
         "neox-hf-import-bias-split",
-        *("gpt-neox", "90a6cdb3", "#1220", "2024-06-06", ""),
+        *("gpt-neox", "90a6cdb3", "#1220", "2024-06-07", ""),
         ("gpt_neox",),
         "GPT-NeoX's own importer (convert_hf_to_sequential.py) divides row-parallel biases by the "
         "number of ranks; before, each rank held all of them, and with gpt_j_residual: true they "
@@ -214,9 +214,9 @@ NEOX: tuple[Change, ...] = (
     ),
     Change(
         "neox-pipe-1-again",
-        *("gpt-neox", "2382bd4a", "#1219", "2024-06-06", ""),
+        *("gpt-neox", "2382bd4a", "#1219", "2024-06-07", ""),
         _DECODER,
-        "pipe_parallel_size: 1 writes and reads layer files again; from 86758c35 (2024-03-06) on "
+        "pipe_parallel_size: 1 writes and reads layer files again; from 86758c35 (2024-03-07) on "
         "it meant one file a rank, as 0 does",
         "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>, or KeyError: "
         "'module'",
@@ -231,10 +231,10 @@ NEOX: tuple[Change, ...] = (
     ),
     Change(
         "neox-pipe-1-ranks",
-        *("gpt-neox", "86758c35", "#1129", "2024-03-06", ""),
+        *("gpt-neox", "86758c35", "#1129", "2024-03-07", ""),
         _DECODER,
         "pipe_parallel_size: 1 no longer makes a pipeline: checkpoints hold one file a rank "
-        "(sequential.N. names), and layer files don't load; undone by 2382bd4a (2024-06-06)",
+        "(sequential.N. names), and layer files don't load; undone by 2382bd4a (2024-06-07)",
         "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>",
         True,
         "neox-bridge convert OLD NEW --to neox --layout ranks for a tree of that time",
@@ -263,13 +263,13 @@ NEOX: tuple[Change, ...] = (
     ),
     Change(
         "neox-num-kv-heads",
-        *("gpt-neox", "f36aed7f", "#1131", "2024-02-22", ""),
+        *("gpt-neox", "f36aed7f", "#1131", "2024-02-23", ""),
         ("llama", "mistral"),
         "grouped-query attention and its yml key num_kv_heads",
         "older trees: TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
         "'num_kv_heads'",
         True,
-        "load it with a GPT-NeoX of 2024-02-22 or later",
+        "load it with a GPT-NeoX of 2024-02-23 or later",
         _pull(1131),
         in_checkpoint=key("num_kv_heads"),
         in_tree=knows("num_kv_heads"),
@@ -277,7 +277,7 @@ NEOX: tuple[Change, ...] = (
     ),
     Change(
         "neox-qk-layernorm",
-        *("gpt-neox", "f161245b", "#1100", "2023-12-23", ""),
+        *("gpt-neox", "f161245b", "#1100", "2023-12-22", ""),
         ("gpt_neox",),
         "use_qk_layernorm: a norm of queries and keys, attention.qk_layernorm",
         'Missing or unexpected key "attention.qk_layernorm.weight"',

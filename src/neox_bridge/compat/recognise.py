@@ -70,7 +70,7 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
             "layout",
             "",
             "the checkpoint holds layer files, and the run wants one file a rank: "
-            "pipe_parallel_size: 0, or 1 in a tree of 2024-03-06 to 2024-06-06 or before "
+            "pipe_parallel_size: 0, or 1 in a tree of 2024-03-07 to 2024-06-07 or before "
             "2023-04-21",
             f"{CONVERT} --layout ranks; or in the yml: pipe_parallel_size: 1 (2 in such a tree)",
             ("module",),
