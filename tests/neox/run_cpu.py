@@ -95,7 +95,6 @@ def read(job):
             yaml.safe_dump(kept, file)
     here = {"rank": RANK, "local_rank": RANK, "world_size": WORLD, "global_num_gpus": WORLD}
     here |= {"deepspeed": True, "distributed_backend": "gloo", "user_script": "run_cpu"}
-    here["checkpoint_activations"] = False  # DeepSpeed recomputes on CUDA streams
     return NeoXArgs.from_ymls([path], here)
 
 

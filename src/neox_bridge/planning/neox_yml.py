@@ -54,7 +54,6 @@ _START: dict[str, Any] = {
     "log_interval": 10,
     "data_impl": "mmap",
     "num_workers": 1,
-    "checkpoint_activations": True,
     "distributed_backend": "nccl",
     "output_layer_parallelism": "column",
     "init_method": "small_init",
