@@ -459,6 +459,7 @@ def test_a_file_in_use_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_failure_stops_the_others_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transform, "STEP", 64)
+    monkeypatch.setattr("neox_bridge.execution.run._BATCH", 1)
     real, calls = os.pwrite, []
 
     def slow(*args: Any) -> int:

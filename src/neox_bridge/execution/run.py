@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 
@@ -16,6 +16,9 @@ from neox_bridge.execution.tensors import write_tensor
 from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import OutputFile, Plan
+
+_BATCH = 1 << 20  # bytes
+_MOST = 64  # tensors
 
 
 def execute(
@@ -108,8 +111,26 @@ def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
         tasks += [(t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors]
     tasks.sort(key=lambda task: -task[0])
     with ThreadPoolExecutor(workers) as pool:
-        _all(pool, [task for _, task in tasks], context)
+        _all(pool, _batches(tasks), context)
         _all(pool, [partial(_flush, path, context) for path in paths], context)
+
+
+def _batches(tasks: Iterable[tuple[int, Callable[[], None]]]) -> Iterator[Callable[[], None]]:
+    """Tiny tasks together: to hand one to a thread costs more than to do it."""
+    batch: list[Callable[[], None]] = []
+    total = 0
+    for size, task in tasks:
+        batch.append(task)
+        total += size
+        if total >= _BATCH or len(batch) == _MOST:
+            yield partial(_each, batch)
+            batch, total = [], 0
+    yield partial(_each, batch)
+
+
+def _each(tasks: Iterable[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()
 
 
 def _all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]], context: Context) -> None:

@@ -93,7 +93,8 @@ def _parts(tensor: OutputTensor) -> Iterator[Run | int | OutputTensor]:
     if len(runs) == len(tensor.pieces):
         yield from sorted(runs, key=itemgetter(2))
         return
-    if not tensor.shape:
+    kept = runs or any(piece.source is None for piece in tensor.pieces)
+    if not tensor.shape or not kept:
         yield tensor
         return
     row = prod(tensor.shape[1:]) * itemsize(tensor.dtype)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 4 << 20  # bytes of a thread's block at most, with what lies in its gaps in the source
-STEP = 1 << 20  # bytes written at a time: larger ones cost page faults (measured)
-WIDE = 4  # elements are so many bytes for that where there are intermediates of up to 8
+BLOCK = 4 << 20  # bytes read for a block at most, with what lies in its gaps in the source
 GAPS = 4  # a box is read as one run where that is at most so many times its bytes, else mapped
+STEP = BLOCK // GAPS  # bytes written at a time; larger blocks cost page faults (measured)
+WIDE = 4  # elements are so many bytes for that where there are intermediates of up to 8
 
 
 def blocks(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
