@@ -5,6 +5,7 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     drop: keys to leave out of them
     logits: where to write logits.npz, or null
     steps: steps to train before, with random tokens, or 0
+    save: a folder for GPT-NeoX's own checkpoint of the model, or left out
 The model, the DeepSpeed engine and the loading are GPT-NeoX's own; only what needs CUDA or apex is
 replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": null or text}.
 """
@@ -79,6 +80,7 @@ engine.is_zero_supported_optimizer = lambda _optimizer: True
 type(get_accelerator()).is_fp16_supported = lambda _self: True
 without_apex()  # after transformers has looked for the real one
 from megatron import initialize, mpu
+from megatron.checkpointing import save_checkpoint
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import build_tokenizer
 from megatron.training import setup_model_and_optimizer
@@ -114,6 +116,9 @@ def run(job) -> None:
     model = setup_model_and_optimizer(args, use_cache=False)[0]
     for _ in range(job["steps"]):
         train(args, model)
+    if job.get("save"):
+        args.save = job["save"]
+        save_checkpoint(args, 1, model, None, None)
     if job["logits"]:
         save_logits(args, model, stages, job["logits"])
 

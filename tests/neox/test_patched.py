@@ -1,0 +1,280 @@
+"""The patch, and install(), in the real GPT-NeoX: what fails before loads after, bit for bit.
+
+On copies of its trees, one process a test: layers (PP 1) and one file (PP 0) alternate in it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import test_real_neox
+from common import convert
+
+from neox_bridge.compat.patcher import apply, plan_patch
+
+pytestmark = pytest.mark.neox
+HERE = Path(__file__).parent
+HOME = os.environ.get("NEOX_HOME", ".")
+TREES = {**test_real_neox.TREES, "2024-10": "neox-2024-10"}
+if os.environ.get("NEOX_TREE"):
+    TREES = test_real_neox.TREES
+KEY = '"attention.rotary_emb.inv_freq"'
+LAYOUTS = (0, 1)
+INSTALLED = """\
+import runpy, sys
+sys.path.insert(0, {src!r})
+from neox_bridge.compat import install
+install()
+sys.argv = sys.argv[1:]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+hf = test_real_neox.hf
+
+
+class Done(NamedTuple):
+    """What a process said: each job's error, and all of its text."""
+
+    errors: list[str | None]
+    text: str
+
+
+def run(python: str, tree: Path, jobs: list[dict[str, Any]], folder: Path, **how: bool) -> Done:
+    """Jobs in one process of a tree; installed: with install() and no patch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, script = folder / "jobs.json", str(HERE / "run_cpu.py")
+    path.write_text(json.dumps([{"drop": [], "logits": None, "steps": 0, **job} for job in jobs]))
+    command = [python, script, str(tree), str(path)]
+    if how.get("installed"):
+        src = str(HERE.parents[1] / "src")
+        code = INSTALLED.format(src=src, script=script)
+        command = [python, "-c", code, "run_cpu", str(tree), str(path)]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1200, env={**os.environ, **alone}
+    )
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line[:7] == "RESULT "]
+    text = done.stdout + done.stderr
+    assert len(results) == len(jobs), text[-5000:]
+    return Done([result["error"] for result in results], text)
+
+
+def settings(written: Path, name: str, **changes: Any) -> str:
+    """The written finetune.yml with other values; None takes a key out."""
+    values = {**yaml.safe_load((written / "finetune.yml").read_text()), **changes}
+    path = written / f"{name}.yml"
+    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
+    return str(path)
+
+
+def logits(path: Path) -> np.ndarray[Any, Any]:
+    with np.load(path) as file:
+        found: np.ndarray[Any, Any] = file["logits"]
+    return found
+
+
+def same(a: Path, b: Path) -> bool:
+    return logits(a).tobytes() == logits(b).tobytes()
+
+
+def tree_of(name: str) -> Path:
+    path = Path(HOME) / TREES[name]
+    if not path.is_dir():
+        pytest.skip(f"no tree {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def patched_trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for name in TREES:
+        if (Path(HOME) / TREES[name]).is_dir():
+            folder = tmp_path_factory.mktemp("patched") / name
+            shutil.copytree(Path(HOME) / TREES[name], folder, symlinks=True)
+            apply(plan_patch(folder))
+            found[name] = folder
+    return found
+
+
+def written(hf: Path, name: str, folder: Path) -> dict[tuple[str, int], Path]:
+    """Checkpoints with and without the buffer, in both layouts."""
+    found = {}
+    for pp in LAYOUTS:
+        for kind in ("omit", "store"):
+            target = found[kind, pp] = folder / f"{kind}-{pp}"
+            convert(hf, target, pp=pp, inv_freq=kind, era=test_real_neox.era(name))
+    return found
+
+
+def jobs_for(kinds: dict[tuple[str, int], Path], out: Path) -> list[dict[str, Any]]:
+    """Each checkpoint under the tree's own default of the flag."""
+    out.mkdir()
+    return [
+        {
+            "yml": settings(path, "plain", rotary_save_freqs_buffer=None),
+            "logits": str(out / f"{kind}-{pp}.npz"),
+        }
+        for (kind, pp), path in kinds.items()
+    ]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_both_kinds_load(
+    name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
+) -> None:
+    tree = tree_of(name)
+    kinds = written(hf, name, tmp_path)
+    own, other, word = ("omit", "store", "Unexpected")
+    if name == "2024-03":
+        own, other, word = ("store", "omit", "Missing")
+
+    before = run(neox_python, tree, jobs_for(kinds, tmp_path / "before"), tmp_path / "a")
+    for (kind, _), error in zip(kinds, before.errors, strict=True):
+        if kind == own:
+            assert error is None
+        else:
+            assert error is not None
+            assert f"{word} key(s) in state_dict: " in error
+            assert "attention.rotary_emb.inv_freq" in error
+
+    for how, place in (("patched", patched_trees[name]), ("installed", tree)):
+        jobs = jobs_for(kinds, tmp_path / how)
+        done = run(neox_python, place, jobs, tmp_path / f"b-{how}", installed=how == "installed")
+        assert done.errors == [None] * 4
+        assert "isn't what this model computes" not in done.text
+        note = "neox-bridge: RotaryEmbedding's inv_freq is in the checkpoint: left out"
+        assert done.text.count(note) == 1
+        for pp in LAYOUTS:
+            known = tmp_path / "before" / f"{own}-{pp}.npz"
+            for kind in (own, other):
+                assert same(known, tmp_path / how / f"{kind}-{pp}.npz")
+    assert test_real_neox.agree(tmp_path / "patched" / "omit-1.npz", hf) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name != "2024-03"])
+def test_the_flag(
+    name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
+) -> None:
+    """With rotary_save_freqs_buffer: true the tree stores the buffer, and loads both kinds."""
+    kinds = written(hf, name, tmp_path)
+    out = {where: jobs_for(kinds, tmp_path / where) for where in ("before", "after")}
+    for jobs in out.values():
+        for job, path in zip(jobs, kinds.values(), strict=True):
+            job["yml"] = settings(path, "flag", rotary_save_freqs_buffer=True)
+    before = run(neox_python, tree_of(name), out["before"], tmp_path / "a")
+    for (kind, _), error in zip(kinds, before.errors, strict=True):
+        assert (error is None) == (kind == "store")
+        assert error is None or f"Missing key(s) in state_dict: {KEY}" in error.replace("\\", "")
+    for kind_and_pp, job in zip(kinds, out["after"], strict=True):
+        job["save"] = str(tmp_path / f"saved-{kind_and_pp[0]}-{kind_and_pp[1]}")
+    done = run(neox_python, patched_trees[name], out["after"], tmp_path / "b")
+    assert done.errors == [None] * 4
+    note = "neox-bridge: RotaryEmbedding's inv_freq isn't in the checkpoint: computed"
+    assert done.text.count(note) == 1
+    for kind, pp in kinds:
+        known = tmp_path / "before" / f"store-{pp}.npz"
+        assert same(known, tmp_path / "after" / f"{kind}-{pp}.npz")
+        assert stores(tmp_path / f"saved-{kind}-{pp}", "inv_freq")
+
+
+def stores(saved: Path, buffer: str) -> bool:
+    """Whether a checkpoint of either layout holds a buffer."""
+    names: set[str] = set()
+    for path in saved.glob("*/*model_states.pt"):
+        held = torch.load(path, weights_only=False)
+        names |= set(held["module"] or {}) if path.name.startswith("mp_rank") else set(held)
+    assert any(name.endswith("weight") for name in names)
+    return any(name.endswith(buffer) for name in names)
+
+
+LOADS_IN = {  # a checkpoint saved by the patched tree, in unpatched ones: those with its MLP names
+    "2024-03": {"2024-03": False, "2024-09": True},
+    "2024-09": {"2024-03": False, "2024-09": True},
+    "2024-10": {"2024-10": True, "today": True},
+    "today": {"2024-10": True, "today": True},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_what_the_patched_tree_saves(
+    name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
+) -> None:
+    """It stores no buffer: loads in every patched tree, and in those since 2024-03 as they are."""
+    kinds = written(hf, name, tmp_path)
+    jobs = jobs_for(kinds, tmp_path / "saving")
+    for (kind, pp), job in zip(kinds, jobs, strict=True):
+        job["save"] = str(tmp_path / f"saved-{kind}-{pp}")
+    assert run(neox_python, patched_trees[name], jobs, tmp_path / "a").errors == [None] * 4
+    for kind, pp in kinds:
+        assert not stores(tmp_path / f"saved-{kind}-{pp}", "inv_freq")
+    for other, loads in LOADS_IN[name].items():
+        for where, tree in (("plain", tree_of(other)), ("patched", patched_trees[other])):
+            again = []
+            for pp in LAYOUTS:
+                saved = {"load": str(tmp_path / f"saved-store-{pp}")}
+                folder = tmp_path / f"yml-{other}-{where}-{pp}"
+                convert(hf, folder, pp=pp, era=test_real_neox.era(other))
+                yml = settings(folder, "again", rotary_save_freqs_buffer=None, **saved)
+                again.append({"yml": yml, "logits": str(folder / "logits.npz")})
+            done = run(neox_python, tree, again, tmp_path / f"b-{other}-{where}")
+            for pp, error in zip(LAYOUTS, done.errors, strict=True):
+                if loads or where == "patched":
+                    assert error is None
+                    if other == name:
+                        found = tmp_path / f"yml-{other}-{where}-{pp}" / "logits.npz"
+                        assert same(found, tmp_path / "saving" / f"store-{pp}.npz")
+                else:
+                    assert error is not None
+                    assert "Missing key(s) in state_dict" in error
+
+
+@pytest.mark.parametrize("name", ["2024-03", "today"])
+def test_other_positions(
+    name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
+) -> None:
+    """ALiBi's slopes and the sinusoidal inv_freq: the unpatched tree always stores them."""
+    if name not in TREES:
+        pytest.skip(f"no tree {name}")
+    cases = [(kind, pp) for kind in ("alibi", "sinusoidal") for pp in LAYOUTS]
+    ymls = {}
+    for kind, pp in cases:
+        folder = tmp_path / f"{kind}-{pp}"
+        convert(hf, folder, pp=pp, era=test_real_neox.era(name))
+        changes = {"pos_emb": kind, "rotary_save_freqs_buffer": None}
+        for where, load in (("fresh", None), ("old", folder / "old"), ("new", folder / "new")):
+            loading = {"load": str(load) if load else None}
+            ymls[where, kind, pp] = settings(folder, where, **changes, **loading)
+
+    def jobs(where: str, logits: str, save: str = "") -> list[dict[str, Any]]:
+        found = []
+        for kind, pp in cases:
+            folder = tmp_path / f"{kind}-{pp}"
+            job = {"yml": ymls[where, kind, pp], "logits": str(folder / f"{logits}.npz")}
+            found.append({**job, "save": str(folder / save) if save else None})
+        return found
+
+    tree, patched = tree_of(name), patched_trees[name]
+    making = [*jobs("fresh", "made", "old"), *jobs("old", "own")]
+    assert run(neox_python, tree, making, tmp_path / "a").errors == [None] * 8
+    loading = [*jobs("old", "loaded", "new"), *jobs("new", "again")]
+    assert run(neox_python, patched, loading, tmp_path / "b").errors == [None] * 8
+    for kind, pp in cases:
+        folder = tmp_path / f"{kind}-{pp}"
+        buffer = "slopes" if kind == "alibi" else "inv_freq"
+        assert stores(folder / "old", buffer)
+        assert not stores(folder / "new", buffer)
+        assert same(folder / "own.npz", folder / "loaded.npz")
+        assert same(folder / "own.npz", folder / "again.npz")
+    for error in run(neox_python, tree, jobs("new", "failed"), tmp_path / "c").errors:
+        assert error is not None
+        assert "Missing key(s) in state_dict" in error
