@@ -527,3 +527,13 @@ def test_detectors_are_pure(bases: dict[str, Checkpoint], monkeypatch: pytest.Mo
     for base in bases.values():
         for change in CHANGES:
             assert touches(change, base) in (True, False)
+
+
+def test_changes_of_one_side_touch_its_checkpoints_only(bases: dict[str, Checkpoint]) -> None:
+    both = {"neox-mlp-width"}  # what an old tree can't hold, wherever the model comes from
+    for kind, prefix in (("hf", "hf-"), ("neox", "neox-")):
+        for example in EXAMPLES.values():
+            for wanted, edit in example.checkpoint or ():
+                checkpoint = made(bases, kind, edit)
+                found = {c.id for c in select(None, checkpoint=checkpoint)} - both
+                assert all(name.startswith(prefix) for name in found), (kind, wanted, edit)
