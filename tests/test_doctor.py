@@ -310,6 +310,9 @@ def test_the_epsilon_of_rmsnorm(hf: Path, tmp_path: Path, era: str) -> None:
 def test_optimizer_states_and_finetune(hf: Path, tmp_path: Path) -> None:
     root = neox(hf, tmp_path)
     assert "no-optimizer-states" in codes(judged(root, "today"), "info")
+    edit_yml(root, finetune=False)
+    without = "TypeError: 'NoneType' object is not subscriptable"
+    assert judged(root, "today").message == without
     (step_of(root) / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
     assert "optimizer-states" in codes(judged(root, "today"), "info")
     edit_yml(root, finetune=True)

@@ -32,7 +32,10 @@ def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Findi
 
 def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
     """Whether the target loads the checkpoint: the verdict, and every case behind it."""
-    return verdict(name_of(target), [*_about(checkpoint), *_meeting(checkpoint, target)])
+    cases = [*_about(checkpoint), *_meeting(checkpoint, target)]
+    if checkpoint.neox is not None:
+        cases += _optimizer(checkpoint)  # loaded after the weights
+    return verdict(name_of(target), cases)
 
 
 def judge_all(checkpoint: Checkpoint) -> list[Verdict]:
@@ -123,8 +126,6 @@ def _about(checkpoint: Checkpoint) -> Iterator[Case]:
             f"{checkpoint.config.dims['vocab']} rows: the last entries have no embedding",
             "check that it is this model's tokenizer",
         )
-    if checkpoint.neox is not None:
-        yield from _optimizer(checkpoint)
 
 
 def _optimizer(checkpoint: Checkpoint) -> Iterator[Case]:
@@ -137,6 +138,14 @@ def _optimizer(checkpoint: Checkpoint) -> Iterator[Case]:
             f"it holds optimizer states ({len(states)} files or entries): without finetune: true "
             "GPT-NeoX resumes from them, with as many data-parallel ranks as saved them only; with "
             "it they are ignored",
+        )
+    elif not states and checkpoint.raw.get("finetune") is False:
+        yield case(
+            "no-optimizer-states",
+            "error",
+            "the yml says finetune: false, and the checkpoint holds no optimizer states to resume",
+            "set finetune: true in the yml",
+            "TypeError: 'NoneType' object is not subscriptable",
         )
     elif not states and not finetune:
         yield case(
