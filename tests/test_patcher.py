@@ -591,6 +591,28 @@ def test_command_without_libcst(today: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run("patch", today, "--revert").exit_code == 0
 
 
+def test_the_page_shows_what_happens(today: Path) -> None:
+    page = (DATA.parents[2] / "docs" / "patch.md").read_text()
+    blocks = [block.split("\n", 1) for block in page.split("```")[1::2]]
+    texts = {language: text for language, text in blocks if language}
+    assert texts["diff"] in plan_patch(today).diff
+    shown = [line for line in texts["console"].splitlines() if line.startswith("megatron/")]
+    assert shown == [line for line in run("patch", today).stdout.splitlines() if ":" in line][:-1]
+
+
+def test_the_page_shows_what_to_do_by_hand() -> None:
+    page = (DATA.parents[2] / "docs" / "patch.md").read_text()
+    source = page[page.rindex("class RotaryEmbedding") :].rpartition("```")[0]
+    source = source.replace("(...):\n        ...", "(self):\n        super().__init__()")
+    source = source.replace("inv_freq, persistent", "torch.ones(2), persistent")
+    names: dict[str, Any] = {"torch": torch}
+    exec(source, names)
+    module = names["RotaryEmbedding"]()
+    module.load_state_dict({})
+    module.load_state_dict({"inv_freq": torch.zeros(2)})
+    assert module.inv_freq.all()
+
+
 # at run time
 
 USE = """\
@@ -671,7 +693,6 @@ def script(tree: Path, code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-B", "-c", code],
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree)},
         capture_output=True,
         text=True,
         timeout=120,
