@@ -6,6 +6,7 @@ tensor's size and shape.
 
 import mmap
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -223,7 +224,7 @@ def _counted(values: "Array", dtype: "np.dtype[Any]", lost: list[int]) -> "Array
 
     out = cast(values, dtype)
     with np.errstate(all="ignore"):
-        if out.dtype != values.dtype and not _finite(out):
+        if _narrower(values.dtype, dtype) and not _finite(out):
             count = int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(out)))
             lost += [count] if count else []
     return out
@@ -239,19 +240,40 @@ def _finite(values: "Array") -> bool:
     return bool(np.isfinite(values).all())
 
 
+def _narrower(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> bool:
+    """Whether a finite value may become infinite on the way."""
+    order = [to_numpy(name) for name in ("float16", "bfloat16", "float32", "float64")]
+    known = source in order and dtype in order
+    return source != dtype and not (known and order.index(source) < order.index(dtype))
+
+
 def cast(values: "Array", dtype: "np.dtype[Any]") -> "Array":
     """The values in another dtype, rounded once, to nearest even; as they are in the same."""
     import numpy as np
 
     if values.dtype == dtype:
         return values
+    if {values.dtype, dtype} == {to_numpy("float16"), to_numpy("bfloat16")}:
+        found: Array = _table(values.dtype, dtype)[values.view(np.uint16)]
+        return found
     with np.errstate(all="ignore"):
         if dtype.itemsize <= 2 and dtype.kind in "Vf" and values.dtype.itemsize <= 2:
-            # bfloat16 and float16 have no direct way to each other that rounds once
             values = values.astype(np.float32)
         elif dtype == to_numpy("bfloat16") and values.dtype == np.float64:
             values = _to_odd(values)  # ml_dtypes goes through float32, which would round twice
         return values.astype(dtype)
+
+
+@cache
+def _table(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> "Array":
+    """Every value of a two-byte dtype in another, by its bits: three times as fast as casting.
+
+    bfloat16 and float16 have no direct way to each other that rounds once, so through float32.
+    """
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        return np.arange(65536, dtype=np.uint16).view(source).astype(np.float32).astype(dtype)
 
 
 def _to_odd(values: "Array") -> "Array":
