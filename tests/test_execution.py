@@ -156,6 +156,8 @@ def test_blocks_are_bounded_runs(shape: list[int], limit: int) -> None:
         box_of = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
         seen.append(np.arange(np.prod(shape, dtype=int)).reshape(shape)[box_of].ravel())
         assert 0 < len(seen[-1]) <= limit
+    large = sum(2 * len(block) > limit for block in seen)
+    assert len(seen) <= max(1, 2 * large)  # and no smaller than they must be
     assert np.concatenate([[], *seen]).tolist() == list(range(np.prod(shape, dtype=int)))
 
 
