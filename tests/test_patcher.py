@@ -649,6 +649,9 @@ for name, inner, stores in made:
     assert said.getvalue().count("neox-bridge:") == 1, said.getvalue()
     inner.register_buffer("other", torch.ones(1))
     assert "other" in inner.state_dict()
+loading = RotaryEmbedding._load_from_state_dict
+install()
+assert RotaryEmbedding._load_from_state_dict is loading
 print("patched", sum("neox" in str(finder).lower() for finder in sys.meta_path))
 """
 ORDERS = {
