@@ -81,7 +81,11 @@ def _patch(module: ModuleType) -> None:
 
 
 def _patch_class(owner: Any) -> None:
+    import torch
+
     from neox_bridge.compat import load_hook
+
+    vars(load_hook).setdefault("torch", torch)
 
     accept: Callable[..., None] = load_hook._neox_bridge_load
     register, load = owner.register_buffer, owner._load_from_state_dict

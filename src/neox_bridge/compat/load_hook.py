@@ -6,7 +6,10 @@ wrapped as that tree is (88 columns) and has no annotations, as that tree has no
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="var-annotated"
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch  # install() sets it, so that nothing imports torch before GPT-NeoX does
 
 # neox-bridge put this here: checkpoints load with and without the buffers that are
 # computed when a module is built. `neox-bridge patch --revert` takes it out again.
