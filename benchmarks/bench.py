@@ -17,14 +17,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 TOOL = str(Path(sys.executable).parent / "neox-bridge")
+RAW = ["--no-verify"]
 CASES = (
-    ("Hugging Face to GPT-NeoX, TP 1", "hf", []),
-    ("Hugging Face to GPT-NeoX, TP 2", "hf", ["--tp", "2"]),
-    ("Hugging Face to GPT-NeoX, TP 1, ranks", "hf", ["--layout", "ranks"]),
-    ("Hugging Face to GPT-NeoX, TP 2, bfloat16", "hf", ["--tp", "2", "--dtype", "bfloat16"]),
-    ("GPT-NeoX TP 1 to Hugging Face", "neox", []),
-    ("GPT-NeoX TP 2 to Hugging Face", "neox-tp2", []),
-    ("GPT-NeoX TP 1 to TP 4", "neox", ["--to", "neox", "--tp", "4"]),
+    ("Hugging Face to GPT-NeoX, TP 1", "hf", RAW),
+    ("the same, read back and compared", "hf", []),
+    ("Hugging Face to GPT-NeoX, TP 2", "hf", ["--tp", "2", *RAW]),
+    ("Hugging Face to GPT-NeoX, TP 1, ranks", "hf", ["--layout", "ranks", *RAW]),
+    ("Hugging Face to GPT-NeoX, TP 2, bfloat16", "hf", ["--tp", "2", "--dtype", "bfloat16", *RAW]),
+    ("GPT-NeoX TP 1 to Hugging Face", "neox", RAW),
+    ("GPT-NeoX TP 2 to Hugging Face", "neox-tp2", RAW),
+    ("GPT-NeoX TP 1 to TP 4", "neox", ["--to", "neox", "--tp", "4", *RAW]),
 )
 
 
