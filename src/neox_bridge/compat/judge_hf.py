@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.compat.facts import TransformersFacts
 from neox_bridge.compat.targets import knows_attention_bias, version_number
@@ -29,11 +30,13 @@ _DEFAULTS = (0.25, 10000.0)  # GPTNeoXConfig's
 def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """The cases of loading a folder with a version of transformers."""
     yield from _sizes(checkpoint, facts)
-    yield from _rope(checkpoint, facts)
-    yield from _made_up(checkpoint, facts)
+    own = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
+    if own:
+        yield from _rope(checkpoint, facts)
+        yield from _made_up(checkpoint, facts)
     yield from _buffers(checkpoint, facts)
     yield from _dtype(checkpoint, facts)
-    if facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
+    if own and facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
         yield case(
             "rotary-pct-lost",
             "warning",
