@@ -256,6 +256,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"hidden_act": "relu"}, {}, "hidden_act"),
     ("llama", {"head_dim": 32}, {}, "head_dim"),
     ("llama", {"mlp_bias": True}, {"era": era_named("2024-09")}, "mlp_bias"),
+    ("llama", {"mlp_bias": True}, {"era": era_named("2024-10")}, "mlp_bias"),
     (
         "llama",
         {"hidden_size": 24, "num_key_value_heads": 1},
@@ -322,3 +323,32 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["family"] for row in told["families"]] == [a.name for a in ARCHITECTURES]
     families(as_json=False)
     assert "Qwen2ForCausalLM" in capsys.readouterr().out
+
+
+def test_the_fused_norms_spelling(tmp_path: Path) -> None:
+    """apex's RMSNorm (rmsnorm_fusion) says weight where GPT-NeoX's own says scale."""
+    hf = make_hf(tmp_path / "hf", family="llama")
+    convert(hf, tmp_path / "neox")
+    for path in step_of(tmp_path / "neox").glob("layer_*"):
+        tensors = torch.load(path, weights_only=False)
+        torch.save({k.replace(".scale", ".weight"): v for k, v in tensors.items()}, path)
+    convert(tmp_path / "neox", tmp_path / "back")
+    assert_same(hf_tensors(hf), hf_tensors(tmp_path / "back"))
+
+
+def test_the_option_on_the_command_line(tmp_path: Path) -> None:
+    """convert verifies in the order that it was told; verify has to be told it as well."""
+    import subprocess
+    import sys
+
+    def run(*arguments: object) -> int:
+        command = [sys.executable, "-m", "neox_bridge", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True).returncode
+
+    source, target, told = fixture(OLD_ORDER), tmp_path / "hf", ("--gqa-order", "interleaved")
+    assert run("convert", source, target, *told) == 0
+    assert run("verify", source, target, *told) == 0
+    assert run("verify", source, target) == 3
+    assert run("convert", target, tmp_path / "neox", "--for", "neox@2024-10") == 0
+    assert run("verify", target, tmp_path / "neox") == 0
+    assert run("convert", target, tmp_path / "again", "--to", "hf", *told) == 1

@@ -24,8 +24,8 @@ Proof:
 - *random*: models made by transformers go to GPT-NeoX and back as the same bits, and a reference of
   GPT-NeoX's forward computes transformers' logits from the ranks (`tests/test_roundtrip.py`,
   `tests/test_families.py`).
-- *GPT-NeoX*: the real one loads what was written, strictly, and computes the same logits
-  (`tests/neox`).
+- *GPT-NeoX*: the real one, of all four eras, loads what was written, strictly, and computes the
+  same logits, but for RMSNorm's epsilon before 4c9f1081 (`tests/neox`).
 """
 
 
@@ -54,7 +54,7 @@ _WORDS: dict[str, tuple[str, str, str, str]] = {
         "Llama 1, 2, 3; CodeLlama; Llemma",
         _ALL,
         "fixture, random, GPT-NeoX",
-        "no rope_scaling, so Llama 3.1 and newer are refused; biases of the MLP since 2024-10 only",
+        "no rope_scaling, so Llama 3.1 and newer are refused; biases of the MLP today only",
     ),
     "mistral": (
         "Mistral 7B",

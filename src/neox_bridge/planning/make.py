@@ -25,6 +25,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     if kind != checkpoint.kind:
         refuse_all(checkpoint.refusals, checkpoint.path)
     _check_options(kind, options)
+    if options.gqa_order is not None and {kind, checkpoint.kind} == {"hf"}:
+        raise BridgeError("--gqa-order: it is about GPT-NeoX files, and there are none here.")
     if checkpoint.kind == "neox" and options.gqa_order is not None:
         checkpoint = with_gqa_order(checkpoint, options.gqa_order)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer

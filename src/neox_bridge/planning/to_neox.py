@@ -196,11 +196,15 @@ def _check_era(
 
 
 def _check_gated(config: ModelConfig, shape: Shape, era: Era) -> None:
-    """Refused for what a gated MLP can't be before 2024-09; the row order must be possible too."""
-    if shape.old_names and config.mlp_bias:
+    """Refused for what a gated MLP can't be in older trees; the row order must be possible too.
+
+    LLaMAParallelMLP has no biases; until 2024-11 at least, ParallelTransformerLayer.forward asserts
+    that a swiglu has none (megatron/model/transformer.py of 2024-09 and 2024-10).
+    """
+    if config.mlp_bias and (shape.old_names or era.gqa_order == "interleaved"):
         raise Refused(
             f"mlp_bias: the model has biases in its MLP, and the gated MLP of GPT-NeoX trees "
-            f"{era.until} (LLaMAParallelMLP) has none. Use --for today."
+            f"{era.until} has none. Use --for today."
         )
     fusion_of(config, shape.gqa_order)
 
