@@ -352,3 +352,25 @@ def test_the_option_on_the_command_line(tmp_path: Path) -> None:
     assert run("convert", target, tmp_path / "neox", "--for", "neox@2024-10") == 0
     assert run("verify", target, tmp_path / "neox") == 0
     assert run("convert", target, tmp_path / "again", "--to", "hf", *told) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "version", "code"),
+    [
+        ("qwen2", {}, "4.30", "class-unknown"),
+        ("llama", {"num_key_value_heads": 2}, "4.30", "class-unknown"),
+        ("llama", {"rope_theta": 500000.0}, "4.48", "rope-spelling"),
+        ("llama", {"rope_theta": 500000.0}, "5.24", None),
+        ("mistral", {}, "4.48", None),
+    ],
+)
+def test_the_doctor(
+    family: str, config: dict[str, Any], version: str, code: str | None, tmp_path: Path
+) -> None:
+    from neox_bridge.compat.doctor import judge
+    from neox_bridge.compat.targets import target_named
+
+    hf = make_hf(tmp_path / "hf", family=family, **config)
+    verdict = judge(open_checkpoint(str(hf)), target_named(f"transformers@{version}"))
+    errors = [c.finding.code for c in verdict.cases if c.finding.severity == "error"]
+    assert errors == ([code] if code else [])

@@ -34,6 +34,8 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
     if own:
         yield from _rope(checkpoint, facts)
         yield from _made_up(checkpoint, facts)
+    else:
+        yield from _relatives_of_llama(checkpoint, facts)
     yield from _buffers(checkpoint, facts)
     yield from _dtype(checkpoint, facts)
     if own and facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
@@ -92,6 +94,36 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             "rope-one-spelling",
             "info",
             f"config.json has the {only} spelling of the rotary settings only",
+            fix_command(checkpoint, facts),
+        )
+
+
+# the version that brought each class, and grouped-query attention to Llama
+_SINCE = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37)}
+_GROUPED_LLAMA = (4, 31)
+
+
+def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """Whether the class is there, and RoPE's base: 4.x reads rope_theta only."""
+    config, name = checkpoint.config, checkpoint.architecture.name
+    since = _SINCE.get(name, (0, 0))
+    if name == "llama" and config.grouped_query:
+        since = _GROUPED_LLAMA
+    if version_number(facts.version) < since:
+        yield case(
+            "class-unknown",
+            "error",
+            f"this model of {checkpoint.architecture.hf_class} needs transformers "
+            f"{since[0]}.{since[1]} or newer",
+            f"use transformers {since[0]}.{since[1]} or newer",
+        )
+    base = float(checkpoint.raw.get("rope_theta") or 10000.0)
+    if not facts.rope_parameters and base != config.rotary_base:
+        yield case(
+            "rope-spelling",
+            "error",
+            f"transformers {facts.version} computes with rope_theta {base:g} where the model has "
+            f"{config.rotary_base:g}: it doesn't read rope_parameters. Nothing is printed",
             fix_command(checkpoint, facts),
         )
 
