@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from neox_bridge.execution.run import execute
 from neox_bridge.layouts.open import open_checkpoint
@@ -18,6 +18,7 @@ from neox_bridge.planning.pieces import Plan
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 GPT_NEOX = sorted(path.name for path in FIXTURES.iterdir() if not path.name.startswith("llama"))
+LLAMA = sorted(path.name for path in FIXTURES.iterdir() if path.name.startswith("llama"))
 TINY: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 48,
@@ -28,12 +29,29 @@ TINY: dict[str, Any] = {
     "rotary_pct": 0.5,
     "hidden_act": "gelu",
 }
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32,
+}
 
 
-def make_hf(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Path:
+def make_hf(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    family: str = "gpt_neox",
+    **config: Any,
+) -> Path:
     """A model made and saved by transformers, with every tensor random."""
     torch.manual_seed(seed)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**TINY, **config}))
+    tiny = TINY if family == "gpt_neox" else TINY_LLAMA
+    made = AutoConfig.for_model(family, **{**tiny, **config})
+    model = AutoModelForCausalLM.from_config(made)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -69,7 +87,7 @@ def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
     with torch.no_grad():
         return model.eval()(tokens).logits.float()
 

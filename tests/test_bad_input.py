@@ -123,7 +123,8 @@ def test_hugging_face(
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "qwen3"}, "use_qk_layernorm"),
         ({"hidden_act": "gelu_10"}, "hidden_act"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),

@@ -212,7 +212,6 @@ def test_attention_is_lost_without_the_mlp_bias() -> None:
         ({"attention_config": [[["local", "global"], 1]]}, "attention_config"),
         ({"use_qk_layernorm": True}, "use_qk_layernorm"),
         ({"moe_num_experts": 4}, "moe_num_experts"),
-        ({"sliding_window_width": 8}, "sliding_window_width"),
         ({"rotary_pct": 1.5}, "rotary_pct"),
         ({"rotary_pct": 0.4}, "rotary_pct"),
         ({"num_attention_heads": 5}, "hidden_size"),

@@ -84,6 +84,7 @@ from megatron.checkpointing import save_checkpoint
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import build_tokenizer
 from megatron.training import setup_model_and_optimizer
+from megatron.utils import get_attn_mask
 
 
 def read(job):
@@ -141,7 +142,7 @@ def save_logits(args, model, stages, path) -> None:
     seed = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, args.tokenizer.vocab_size, (2, 24), generator=seed)
     positions = torch.arange(24)[None].expand_as(tokens)
-    mask = torch.triu(torch.ones(1, 1, 24, 24, dtype=torch.bool), 1)
+    mask = get_attn_mask(24, tokens.device, args.sliding_window_width)
     with torch.no_grad():
         out = (tokens, positions, mask)
         if args.is_pipe_parallel:

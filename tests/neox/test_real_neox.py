@@ -30,7 +30,11 @@ WORDS = {
 @pytest.fixture(scope="session")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer of fewer entries than it has rows."""
-    folder = make_hf(tmp_path_factory.mktemp("source") / "hf", num_hidden_layers=4)
+    return with_tokenizer(make_hf(tmp_path_factory.mktemp("source") / "hf", num_hidden_layers=4))
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """The folder, with a tokenizer of 290 words added."""
     vocabulary = {f"t{i}": i for i in range(290)}
     vocabulary["<|endoftext|>"] = 0
     del vocabulary["t0"]

@@ -5,9 +5,16 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
+from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
+from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
+from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.errors import Refused
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT_NEOX,)
+ARCHITECTURES: tuple[Architecture, ...] = (GPT_NEOX, LLAMA, MISTRAL, QWEN2)
+# families that GPT-NeoX (ea7aefd8) can't run, and why (megatron/model/transformer.py)
+CANNOT = {
+    "qwen3": "it has norms of its own for q and k, and GPT-NeoX's use_qk_layernorm is one for both",
+}
 
 
 def for_hf(config: Mapping[str, Any]) -> Architecture:
@@ -15,6 +22,11 @@ def for_hf(config: Mapping[str, Any]) -> Architecture:
     for architecture in ARCHITECTURES:
         if config.get("model_type") == architecture.model_type:
             return architecture
+    if reason := CANNOT.get(str(config.get("model_type"))):
+        raise Refused(
+            f"config.json: model_type {config['model_type']!r}: no GPT-NeoX can hold this model: "
+            f"{reason}. There is no way out."
+        )
     known = ", ".join(a.model_type for a in ARCHITECTURES)
     raise Refused(
         f"config.json: model_type {config.get('model_type')!r} isn't a family that this version "
@@ -22,13 +34,18 @@ def for_hf(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def for_neox(config: Mapping[str, Any]) -> Architecture:
-    """The family of a merged yml. Raises Refused for one that isn't known."""
-    for architecture in ARCHITECTURES:
+def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> Architecture:
+    """The family of a merged yml. Raises Refused for one that isn't known.
+
+    record: what this tool wrote beside it; it tells families apart that GPT-NeoX runs as one.
+    """
+    was = ((record or {}).get("config") or {}).get("model_type")
+    for architecture in sorted(ARCHITECTURES, key=lambda a: a.model_type != was):
         if architecture.matches_neox(config):
             return architecture
     raise Refused(
         f"This GPT-NeoX model (norm: {config.get('norm', 'layernorm')}, activation: "
         f"{config.get('activation', 'gelu')}, mlp_type: {config.get('mlp_type', 'regular')}) is of "
-        "a family that this version doesn't convert; it converts gpt_neox (layernorm, plain MLP)."
+        "a family that this version doesn't convert; it converts gpt_neox (layernorm, plain MLP) "
+        "and llama with its relatives (rmsnorm, gated MLP)."
     )

@@ -4,7 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Split = Literal["column", "row", "vocab", "replicated", "row_bias", "derived"]
+Split = Literal[
+    "column", "row", "vocab", "replicated", "row_bias", "fused", "gated", "zero", "derived"
+]
+Part = Literal["", "q", "k", "v", "up", "gate"]
 Place = Literal["embed", "block", "norm", "head"]
 
 
@@ -18,9 +21,16 @@ class Weight:
     split: what tensor parallelism does with it. column, vocab: rows (dimension 0) are spread over
         the ranks. row: columns (dimension 1) are. replicated: every rank holds all of it.
         row_bias: a bias added to a row-parallel output, summed over ranks or replicated,
-        depending on the model. derived: no weight, computed from the config.
+        depending on the model. fused, gated: Hugging Face's part of one GPT-NeoX tensor, q, k and v
+        or up and gate; a row of the table for each part, see planning/fused.py. zero: GPT-NeoX has
+        it and Hugging Face hasn't: written as zeros, and refused where it is anything else; hf is
+        then only the name for messages. derived: no weight, computed from the config.
     shape: the names of its dimensions, Hugging Face's side; see ``Dims``.
     flag: the config's field that says whether it exists; "" where it always does.
+    part: which part of a fused or gated tensor it is.
+    old: its name in trees before 0d4bdb96 (2024-09), where it is another; the parts of a gated MLP
+        were tensors of their own there.
+    also: a name that files may have in place of ``neox``.
     """
 
     place: Place
@@ -29,6 +39,17 @@ class Weight:
     split: Split
     shape: tuple[str, ...]
     flag: str = ""
+    part: Part = ""
+    old: str = ""
+    also: str = ""
+
+    def named(self, old: bool) -> str:
+        """Its GPT-NeoX name, in trees before 2024-09 or since then."""
+        return self.old if old and self.old else self.neox
+
+    def split_as(self, name: str) -> Split:
+        """How ranks share it under one of its names: w1 and w3 were column-parallel each."""
+        return "column" if self.split == "gated" and name == self.old else self.split
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,8 @@ class ModelConfig:
 
     dims: the size of each dimension named in the weights' shapes.
     activation: a name of the architecture's own table.
+    kv_heads: None where k and v have as many heads as q.
+    window: how many tokens a query sees, itself among them; None where it sees all before it.
     dropped_from_hf: nothing of it changes the model; see the architecture.
     """
 
@@ -60,6 +83,17 @@ class ModelConfig:
     bos_token_id: int | None = 0
     eos_token_id: int | None = 0
     initializer_range: float = 0.02
+    kv_heads: int | None = None
+    window: int | None = None
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of k and v: those of q, but for grouped-query attention."""
+        return self.kv_heads or self.heads
+
+    @property
+    def grouped_query(self) -> bool:
+        return self.key_value_heads != self.heads
 
     @property
     def hidden(self) -> int:
@@ -90,6 +124,10 @@ class Architecture:
     model_keys: the keys of a GPT-NeoX yml that say which model it is, not how it is trained.
     prefix: what precedes most names in files of the whole model, and isn't there in those of the
         bare one.
+    write_neox: the yml's keys for the model; True for a tree before 0d4bdb96 (2024-09).
+    era_keys: those of them that mean something else in trees of another time.
+    always: flags of ModelConfig whose weights transformers' class always has.
+    gated: whether the MLP is gated, so that its width is its own in every era.
     """
 
     name: str
@@ -102,7 +140,7 @@ class Architecture:
     read_hf: Callable[[Mapping[str, Any], Mapping[str, int], "Presence"], ModelConfig]
     write_hf: Callable[[ModelConfig], dict[str, Any]]
     read_neox: Callable[[Mapping[str, Any], Mapping[str, int], "Presence"], ModelConfig]
-    write_neox: Callable[[ModelConfig], dict[str, Any]]
+    write_neox: Callable[[ModelConfig, bool], dict[str, Any]]
     refuse_hf_source: Callable[[Mapping[str, Any]], list[Refusal]]
     refuse_neox_source: Callable[[Mapping[str, Any]], list[Refusal]]
     matches_neox: Callable[[Mapping[str, Any]], bool]
@@ -110,6 +148,14 @@ class Architecture:
     findings_hf_source: Callable[[Mapping[str, Any], ModelConfig], list[tuple[str, str, str]]] = (
         field(default=lambda _raw, _config: [])
     )
+    era_keys: frozenset[str] = frozenset()
+    always: tuple[str, ...] = ()
+    gated: bool = False
+
+    @property
+    def head(self) -> str:
+        """Hugging Face's name of the output layer."""
+        return next(weight.hf for weight in self.weights if weight.place == "head")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from neox_bridge.architectures.base import (
     Split,
     Weight,
 )
+from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
 from neox_bridge.architectures.neox_config import attention_kinds, number, refuse_common
 from neox_bridge.errors import BridgeError
 
@@ -18,13 +19,28 @@ _LAYER = "gpt_neox.layers.{i}."
 
 
 def _pair(
-    neox: str, hf: str, split: Split, shape: tuple[str, ...], flag: str
+    neox: str, hf: str, split: Split, shape: tuple[str, ...], flag: str, old: str = ""
 ) -> tuple[Weight, ...]:
     """A block's weight and bias; only the bias depends on the flag."""
     bias: Split = "row_bias" if split == "row" else split
     return (
-        Weight("block", f"{neox}.weight", f"{_LAYER}{hf}.weight", split, shape),
-        Weight("block", f"{neox}.bias", f"{_LAYER}{hf}.bias", bias, shape[:1], flag),
+        Weight(
+            "block",
+            f"{neox}.weight",
+            f"{_LAYER}{hf}.weight",
+            split,
+            shape,
+            old=old and f"{old}.weight",
+        ),
+        Weight(
+            "block",
+            f"{neox}.bias",
+            f"{_LAYER}{hf}.bias",
+            bias,
+            shape[:1],
+            flag,
+            old=old and f"{old}.bias",
+        ),
     )
 
 
@@ -50,8 +66,22 @@ _WEIGHTS = (
     ),
     *_pair("attention.dense", "attention.dense", "row", ("hidden", "hidden"), "attention_bias"),
     *_pair("post_attention_layernorm", "post_attention_layernorm", "replicated", _H, "norm_bias"),
-    *_pair("mlp.linear1", "mlp.dense_h_to_4h", "column", ("ffn", "hidden"), "mlp_bias"),
-    *_pair("mlp.linear2", "mlp.dense_4h_to_h", "row", ("hidden", "ffn"), "mlp_bias"),
+    *_pair(
+        "mlp.linear1",
+        "mlp.dense_h_to_4h",
+        "column",
+        ("ffn", "hidden"),
+        "mlp_bias",
+        "mlp.dense_h_to_4h",
+    ),
+    *_pair(
+        "mlp.linear2",
+        "mlp.dense_4h_to_h",
+        "row",
+        ("hidden", "ffn"),
+        "mlp_bias",
+        "mlp.dense_4h_to_h",
+    ),
     Weight("norm", "norm.weight", "gpt_neox.final_layer_norm.weight", "replicated", _H),
     Weight("norm", "norm.bias", "gpt_neox.final_layer_norm.bias", "replicated", _H, "norm_bias"),
     Weight(
@@ -145,7 +175,7 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 
 
 def _write_hf(config: ModelConfig) -> dict[str, Any]:
-    base = int(config.rotary_base) if config.rotary_base.is_integer() else config.rotary_base
+    base = whole_number(config.rotary_base)
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -195,7 +225,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
     )
 
 
-def _write_neox(config: ModelConfig) -> dict[str, Any]:
+def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
     base = int(config.rotary_base)
     _, neox, fused = _ACTIVATIONS[config.activation]
     written: dict[str, Any] = {"hidden_size": config.hidden}
@@ -225,43 +255,8 @@ def _write_neox(config: ModelConfig) -> dict[str, Any]:
 
 
 def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
-    found = []
-    ropes = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
-    if name := next((kind for kind in kinds if kind != "default"), None):
-        found.append(
-            Refusal(
-                "rope_scaling",
-                f"GPT-NeoX has no RoPE scaling, and this model uses {name!r}",
-                "set it to null to go on without the scaling, at the model's original length",
-            )
-        )
-    if raw.get("hidden_act", "gelu") not in [n for hf, _, _ in _ACTIVATIONS.values() for n in hf]:
-        found.append(
-            Refusal(
-                "hidden_act",
-                f"GPT-NeoX has no activation {raw['hidden_act']!r}",
-                "GPT-NeoX has gelu, gelu_fast, gelu_new, relu, silu and mish",
-            )
-        )
-    base = rope_of(raw)[1]
-    if not base.is_integer():
-        found.append(
-            Refusal(
-                "rotary_emb_base",
-                f"GPT-NeoX takes whole numbers only, and this is {base}",
-                "round it, if that is close enough for you, in config.json",
-            )
-        )
-    if raw.get("quantization_config"):
-        found.append(
-            Refusal(
-                "quantization_config",
-                "GPT-NeoX has no quantized weights",
-                "convert the original, unquantized model",
-            )
-        )
-    return found
+    names = [name for hf, _, _ in _ACTIVATIONS.values() for name in hf]
+    return refuse_hf_common(raw, rope_of(raw)[1], "rotary_emb_base", names)
 
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
@@ -389,4 +384,5 @@ ARCHITECTURE = Architecture(
     matches_neox=_matches_neox,
     model_keys=_MODEL_KEYS,
     findings_hf_source=_findings_hf_source,
+    always=("mlp_bias", "norm_bias"),
 )

@@ -23,8 +23,11 @@ def attention_kinds(raw: Mapping[str, Any]) -> set[str]:
     return set(re.findall(r"[a-z_]+", str(raw.get("attention_config") or ""))) - {"all"}
 
 
-def refuse_common(raw: Mapping[str, Any]) -> list[Refusal]:
-    """Settings of GPT-NeoX that no causal language model of transformers has."""
+def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]:
+    """Settings of GPT-NeoX that no causal language model of transformers has.
+
+    window: whether the family has a sliding window there.
+    """
     only_neox = "only a GPT-NeoX target can hold it (--to neox)"
     checks: tuple[tuple[str, bool, str, str], ...] = (
         (
@@ -43,7 +46,7 @@ def refuse_common(raw: Mapping[str, Any]) -> list[Refusal]:
         ("use_mup", bool(raw.get("use_mup")), "muP scales the logits and the attention", only_neox),
         (
             "sliding_window_width",
-            bool(raw.get("sliding_window_width")),
+            raw.get("sliding_window_width") is not None and not window,
             "this family has no sliding window in transformers",
             only_neox,
         ),

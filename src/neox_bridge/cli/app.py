@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from neox_bridge.cli import changes, convert, doctor, inspect, patch, toy, verify
+from neox_bridge.cli import changes, convert, doctor, families, inspect, patch, toy, verify
 from neox_bridge.cli.errors import guarded
 from neox_bridge.cli.helping import GroupedCommand
 
@@ -29,6 +29,7 @@ for _command, _short in (
     (patch.patch, "Let a GPT-NeoX tree load checkpoints with and without inv_freq."),
     (doctor.doctor, "Say what is wrong with a checkpoint and where it loads, and mend it."),
     (changes.changes, "List the changes of both frameworks that break checkpoints."),
+    (families.families, "List the families of models that are converted."),
     (verify.verify, "Say whether what was made of a checkpoint is that checkpoint."),
     (verify.diff, "Compare two checkpoints, tensor by tensor."),
     (toy.toy, "Write a random checkpoint of a Pythia's shape."),

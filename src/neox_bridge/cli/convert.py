@@ -116,7 +116,16 @@ def convert(
         typer.Option(
             **values.one_of("linear", "dense"),
             rich_help_panel=_NEOX,
-            help="mlp.linear1 (since 2024-09) or mlp.dense_h_to_4h.",
+            help="mlp.linear1 (since 2024-09), or mlp.dense_h_to_4h; for Llama w1, w2, w3.",
+        ),
+    ] = None,
+    gqa_order: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("grouped", "interleaved"),
+            rich_help_panel=_NEOX,
+            help="Rows of grouped-query attention in the GPT-NeoX side's files, SRC's where both "
+            "are: grouped since 2024-11, interleaved before. The files don't tell.",
         ),
     ] = None,
     row_bias: Annotated[
@@ -222,6 +231,7 @@ def convert(
         "vocab_rows": vocab_rows,
         "shard_size": shard_size,
         "tokenizer": tokenizer,
+        "gqa_order": gqa_order,
     }
     version = era if era is not None and hasattr(era, "version") else None
     if version is not None:
@@ -233,7 +243,13 @@ def convert(
         from neox_bridge.planning.make import make_plan
         from neox_bridge.planning.options import Options
 
-        checkpoint = open_checkpoint(source, revision=revision, step=step, configs=config or ())
+        checkpoint = open_checkpoint(
+            source,
+            revision=revision,
+            step=step,
+            configs=config or (),
+            gqa_order=gqa_order,  # type: ignore[arg-type]
+        )
         plan = make_plan(checkpoint, Options(**chosen), target)
         if version is not None:
             from neox_bridge.compat.targets import refuse_version

@@ -88,6 +88,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "layers": config.layers,
         "hidden": config.hidden,
         "heads": config.heads,
+        "kv_heads": config.key_value_heads,
         "ffn": config.dims["ffn"],
         "vocab_rows": config.dims["vocab"],
         "tokenizer_size": checkpoint.tokenizer_size,
@@ -186,6 +187,8 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     entries = facts["tokenizer_size"]
     known = f"{entries:,} entries" if entries is not None else "not known"
     mixed = [f"{name} ({count:,} parameters)" for name, count in facts["dtypes"].items()]
+    fewer = facts["kv_heads"] != facts["heads"]
+    of_kv = f" ({facts['kv_heads']} of k and v)" if fewer else ""
     residual = "parallel (gpt_j_residual)" if facts["parallel_residual"] else "sequential"
     absent = [name for name, there in facts["biases"].items() if not there]
     return [
@@ -194,7 +197,7 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "size",
             f"{plural(facts['layers'], 'layer')}, hidden {facts['hidden']}, "
-            f"{facts['heads']} heads, MLP {facts['ffn']}",
+            f"{facts['heads']} heads{of_kv}, MLP {facts['ffn']}",
         ),
         ("vocabulary", f"{facts['vocab_rows']:,} rows; the tokenizer: {known}"),
         ("positions", f"{facts['max_positions']:,}"),
@@ -212,7 +215,9 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _refs(whole: "Whole") -> list["TensorRef"]:
     """Where a tensor lies: its shards, or its one piece."""
-    return list(whole.shards) or [p.source for p in whole.pieces if p.source is not None]
+    return list(whole.shards) or list(
+        dict.fromkeys(p.source for p in whole.pieces if p.source is not None)
+    )
 
 
 def _tensors(checkpoint: "Checkpoint") -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from neox_bridge.cli import values
 from neox_bridge.cli.output import human, plural, print_json, tell_findings
 from neox_bridge.cli.progress import progress_bar
 
@@ -15,6 +16,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but erro
 def verify(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint it came from.")],
     target: Annotated[str, typer.Argument(metavar="DST", help="What was made of it.")],
+    gqa_order: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("grouped", "interleaved"),
+            help="The order that `convert` was told, for a GPT-NeoX source that doesn't tell.",
+        ),
+    ] = None,
     max_workers: Workers = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -36,7 +44,8 @@ def verify(
     from neox_bridge.verification.verify import describe
     from neox_bridge.verification.verify import verify as compare
 
-    first, second = open_checkpoint(source), open_checkpoint(target)
+    first = open_checkpoint(source, gqa_order=gqa_order)  # type: ignore[arg-type]
+    second = open_checkpoint(target)
     with progress_bar(second.size, "verifying", quiet) as progress:
         found = compare(first, second, workers=max_workers, progress=progress)
     if as_json:

@@ -68,8 +68,10 @@ def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
     yield _equal("RoPE fraction", f"{config.rotary_pct:g} ({config.rotary_dim} dimensions)")
     yield _equal("RoPE tables", "fp32, rounded to the dtype", "trees before 2023-09 rounded first")
     yield _inv_freq(checkpoint)
+    gated = checkpoint.architecture.gated
     norm = "layernorm: (x - mean) / sqrt(var + eps)"
-    yield _equal("norm", norm)
+    older = "until 4c9f1081 (2025-05) GPT-NeoX had x / (rms + eps)"
+    yield _equal("norm", "rmsnorm: x / sqrt(var + eps)", older) if gated else _equal("norm", norm)
     yield _equal("norm epsilon", f"{config.norm_eps:g}")
     yield _activation(checkpoint)
     yield _residual(checkpoint)
@@ -78,8 +80,7 @@ def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
         yield Row("norms of a block", "one (gpt_j_tied)", "two", "translated", note)
     yield from _biases(checkpoint)
     yield _equal("attention mask", "causal, computed")
-    note = "rows lie head by head, [q k v] each"
-    yield _equal("query, key, value", f"{config.heads} heads in one matrix", note)
+    yield _qkv(checkpoint)
     yield _vocabulary(checkpoint)
     tied = "tied" if config.tied_embeddings else "untied"
     word = f"no_weight_tying: {str(not config.tied_embeddings).lower()}"
@@ -89,6 +90,17 @@ def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
 
 def _equal(feature: str, value: str, note: str = "") -> Row:
     return Row(feature, value, value, "same", note)
+
+
+def _qkv(checkpoint: Checkpoint) -> Row:
+    config, feature = checkpoint.config, "query, key, value"
+    note = "rows lie head by head, [q k v] each"
+    if not checkpoint.architecture.gated:
+        return _equal(feature, f"{config.heads} heads in one matrix", note)
+    if config.grouped_query:
+        note = "all q, all k, all v on each rank since 2024-11, by query head before"
+    heads = f"{config.heads} heads, {config.key_value_heads} of k and v"
+    return Row(feature, f"{heads}, in one matrix", f"{heads}, three matrices", "translated", note)
 
 
 def _inv_freq(checkpoint: Checkpoint) -> Row:
@@ -106,7 +118,10 @@ def _activation(checkpoint: Checkpoint) -> Row:
     ):
         return _equal("activation", config.activation)
     hf = architecture.write_hf(config)["hidden_act"]
-    written = architecture.write_neox(config)
+    written = architecture.write_neox(config, False)
+    if architecture.gated:
+        note = "the MLP's first matrix is [up | gate] on each rank, two matrices in transformers"
+        return Row("activation", str(written["activation"]), f"gated {hf}", "translated", note)
     fused = written.get("bias_gelu_fusion")
     neox = f"{written['activation']}{' with bias_gelu_fusion' if fused else ''}"
     if config.activation == "gelu_tanh":
@@ -118,6 +133,8 @@ def _activation(checkpoint: Checkpoint) -> Row:
 
 def _residual(checkpoint: Checkpoint) -> Row:
     parallel = checkpoint.config.parallel_residual
+    if checkpoint.architecture.gated:
+        return _equal("residual", "attention, then MLP")
     form = "x + attention(norm1 x) + mlp(norm2 x)" if parallel else "attention, then MLP"
     return Row(
         "residual",
@@ -130,11 +147,13 @@ def _residual(checkpoint: Checkpoint) -> Row:
 def _biases(checkpoint: Checkpoint) -> Iterator[Row]:
     config = checkpoint.config
     there = {"attention": config.attention_bias, "MLP": config.mlp_bias, "norms": config.norm_bias}
+    flags = {"attention": "attention_bias", "MLP": "mlp_bias", "norms": "norm_bias"}
     for name, present in there.items():
-        if present:
-            yield _equal(f"biases of {name}", "yes")
+        if present or flags[name] not in (*checkpoint.architecture.always, "attention_bias"):
+            yield _equal(f"biases of {name}", "yes" if present else "no")
         elif name == "attention":
-            yield Row("biases of attention", "no", "attention_bias: false", "same", "since 4.37")
+            since = "" if checkpoint.architecture.gated else "since 4.37"
+            yield Row("biases of attention", "no", "attention_bias: false", "same", since)
         else:
             note = "written as zeros"
             yield Row(f"biases of {name}", "no", "always", "translated", note)

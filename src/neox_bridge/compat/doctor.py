@@ -96,7 +96,11 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
             refuse_version(checkpoint.config, target)
         except Refused as error:
             yield case("refused-version", "error", str(error))
-    elif target.plain_mlp_4h and checkpoint.config.dims["ffn"] != 4 * checkpoint.config.hidden:
+    elif (
+        target.plain_mlp_4h
+        and not checkpoint.architecture.gated
+        and checkpoint.config.dims["ffn"] != 4 * checkpoint.config.hidden
+    ):
         yield case(
             "mlp-width",
             "error",

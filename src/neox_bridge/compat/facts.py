@@ -48,6 +48,8 @@ class TreeFacts:
             self.inv_freq in ("flag", "either") and "rotary_save_freqs_buffer" in self.keys,
             self.plain_mlp_4h,
             self.keys,
+            self.gqa_order,
+            self.rms_eps,
         )
 
 

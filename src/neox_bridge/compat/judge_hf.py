@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.compat.facts import TransformersFacts
 from neox_bridge.compat.targets import knows_attention_bias, version_number
@@ -29,11 +30,15 @@ _DEFAULTS = (0.25, 10000.0)  # GPTNeoXConfig's
 def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """The cases of loading a folder with a version of transformers."""
     yield from _sizes(checkpoint, facts)
-    yield from _rope(checkpoint, facts)
-    yield from _made_up(checkpoint, facts)
+    own = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
+    if own:
+        yield from _rope(checkpoint, facts)
+        yield from _made_up(checkpoint, facts)
+    else:
+        yield from _relatives_of_llama(checkpoint, facts)
     yield from _buffers(checkpoint, facts)
     yield from _dtype(checkpoint, facts)
-    if facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
+    if own and facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
         yield case(
             "rotary-pct-lost",
             "warning",
@@ -89,6 +94,36 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             "rope-one-spelling",
             "info",
             f"config.json has the {only} spelling of the rotary settings only",
+            fix_command(checkpoint, facts),
+        )
+
+
+# the version that brought each class, and grouped-query attention to Llama
+_SINCE = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37)}
+_GROUPED_LLAMA = (4, 31)
+
+
+def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """Whether the class is there, and RoPE's base: 4.x reads rope_theta only."""
+    config, name = checkpoint.config, checkpoint.architecture.name
+    since = _SINCE.get(name, (0, 0))
+    if name == "llama" and config.grouped_query:
+        since = _GROUPED_LLAMA
+    if version_number(facts.version) < since:
+        yield case(
+            "class-unknown",
+            "error",
+            f"this model of {checkpoint.architecture.hf_class} needs transformers "
+            f"{since[0]}.{since[1]} or newer",
+            f"use transformers {since[0]}.{since[1]} or newer",
+        )
+    base = float(checkpoint.raw.get("rope_theta") or 10000.0)
+    if not facts.rope_parameters and base != config.rotary_base:
+        yield case(
+            "rope-spelling",
+            "error",
+            f"transformers {facts.version} computes with rope_theta {base:g} where the model has "
+            f"{config.rotary_base:g}: it doesn't read rope_parameters. Nothing is printed",
             fix_command(checkpoint, facts),
         )
 

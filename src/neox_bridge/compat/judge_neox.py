@@ -16,7 +16,8 @@ from neox_bridge.compat.neox_folder import duplicates, stray_cases
 from neox_bridge.compat.tree import FLAG
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
-from neox_bridge.layouts.eras import DENSE
+from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.gqa import told_order
 from neox_bridge.layouts.weights import expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 
@@ -220,12 +221,13 @@ def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) 
         dense = facts.mlp_names == "dense"
         stored = stores_inv_freq(checkpoint, facts)
         inv_freq = inv_freq if stored is None else stored
-    return [
-        DENSE.get(weight.neox, weight.neox) if dense else weight.neox
+    names = [
+        weight.named(dense)
         for weight, block in expand(checkpoint.architecture, 1)
         if weight.place == "block" and block == 0
         if flags[weight.flag] and (weight.split != "derived" or inv_freq)
     ]
+    return list(dict.fromkeys(names))
 
 
 def _sizes(
@@ -307,7 +309,8 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
         )
     heads = raw.get("num_attention_heads")
     if raw.get("num_kv_heads") not in (None, heads):
-        yield from _gqa(state, facts)
+        told = told_order(raw, checkpoint.record, state.mlp_names)
+        yield from _gqa(state, facts, told)
     if not facts.rope_tables_fp32 and raw.get("pos_emb") == "rotary":
         yield case(
             "rope-tables",
@@ -317,7 +320,7 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
         )
 
 
-def _gqa(state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[Case]:
     check = "compare the logits, or the loss on some text, with those of the run that wrote it"
     if state.mlp_names == "dense" and facts.gqa_order == "grouped":
         yield case(
@@ -328,7 +331,16 @@ def _gqa(state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
             "2024-11): the shapes are the same, so it loads as another model",
             "load it in a GPT-NeoX of neox@2024-10 or older",
         )
-    elif state.mlp_names == "linear":
+    elif told is not None and told != facts.gqa_order:
+        yield case(
+            "gqa-order",
+            "error",
+            f"the rows of grouped-query attention are {told}, and this GPT-NeoX reads them "
+            f"{facts.gqa_order} (changed in 96c242eb, 2024-11): the shapes are the same, so it "
+            "loads as another model",
+            "convert it with --to neox and --for this GPT-NeoX",
+        )
+    elif told is None:
         yield case(
             "gqa-order-unknown",
             "warning",

@@ -150,7 +150,8 @@ def knows_attention_bias(facts: TransformersFacts) -> bool:
 
 def refuse_version(config: ModelConfig, facts: TransformersFacts) -> None:
     """Raise Refused for what this version of transformers can't hold of a model."""
-    if not config.attention_bias and not knows_attention_bias(facts):
+    plain = not config.attention_bias and config.norm_bias  # gpt_neox; relatives of Llama have none
+    if plain and not knows_attention_bias(facts):
         raise Refused(
             f"attention_bias: the model has no biases in its attention, and transformers "
             f"{facts.version} would make some up (it learned attention_bias in 4.37). Name 4.37 or "

@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
+from neox_bridge.architectures.neox_config import number
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import refuse_all, solve_dims, some
 from neox_bridge.layouts.derived_check import check_inv_freq
-from neox_bridge.layouts.eras import LINEAR
+from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.hf_reader import check_heads, dtype_of_most
 from neox_bridge.layouts.weights import expand, layer_of, model_weights
+from neox_bridge.planning.fused import Fusion, fusion_of, gather_part
 from neox_bridge.planning.geometry import gather, whole_shape
 from neox_bridge.planning.pieces import Dropped, Whole
 
@@ -25,10 +27,12 @@ def assemble(
     raw: Mapping[str, Any],
     layers: int,
     folder: str,
+    order: GqaOrder,
 ) -> Assembled:
     """The config, the wholes of the ranks' tensors, what is dropped, and findings.
 
     ranks: by tensor-parallel rank. raw: the merged yml. folder: for messages.
+    order: of the rows of grouped-query attention.
     Raises BridgeError for tensors that are missing, unknown or contradict each other, Refused
     where an unknown one belongs to something that the family doesn't have.
     """
@@ -38,9 +42,11 @@ def assemble(
     stored: dict[str, TensorRef] = {}
     left = {(rank, n, key) for rank in range(tp) for n, t in ranks[rank].items() for key in t}
     found, presence_names = {}, set()
+    fusion = _fusion(raw)
+    splits = {}
     for weight, block in expand(architecture, layers):
         number = layer_of(weight, block, layers)
-        key = _key_of(ranks[0].get(number, {}), weight.neox)
+        key = _key_of(ranks[0].get(number, {}), weight)
         if key is None:
             continue
         name = weight.hf.format(i=block)
@@ -64,15 +70,22 @@ def assemble(
                 )
             refs.append(ref)
             left.discard((rank, number, key))
+        if weight.split == "zero":
+            continue  # neox_reader has seen that they are
         if weight.split == "derived":
             stored[f"layer {number}: {key}"] = refs[0]
             continue
         shards[name], names[name] = refs, f"layer {number}: {key}"
+        splits[name] = weight.split_as(key)
         presence_names.add(weight.neox if block == 0 else name)
-        if len(refs[0].shape) == len(weight.shape):
-            found[names[name]] = (weight, whole_shape(weight.split, refs[0].shape, tp))
-        else:
-            found[names[name]] = (weight, refs[0].shape)
+        shape = refs[0].shape
+        if len(shape) == len(weight.shape):
+            if splits[name] in ("fused", "gated"):
+                shape = (fusion.part_rows(weight.part, shape[0]) * tp, *shape[1:])
+            else:
+                shape = whole_shape(weight.split_as(key), shape, tp)
+        label = f"{names[name]} ({weight.part})" if weight.part else names[name]
+        found[label] = (weight, shape)
     if left:
         refuse_all(architecture.refuse_neox_source(raw), folder)
         strange = sorted(f"layer {n}: {key}" for _, n, key in left)
@@ -85,7 +98,7 @@ def assemble(
     missing = [
         names.get(name, f"layer {layer_of(weight, block, layers)}: {weight.neox}")
         for weight, block in expand(architecture, layers)
-        if not weight.flag and weight.split != "derived"
+        if not weight.flag and weight.split not in ("derived", "zero")
         if (name := weight.hf.format(i=block)) not in shards
     ]
     if missing:
@@ -101,18 +114,27 @@ def assemble(
         raise BridgeError(
             f"{folder}: tensors that the config denies: {some(extra)}. Correct the yml."
         )
-    if dims["qkv"] != 3 * config.hidden:
+    if dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         refuse_all(architecture.refuse_neox_source(raw), folder)
     check_heads(config, dims, f"{folder}/configs: num_attention_heads")
-    splits = {w.hf.format(i=b): w.split for w, b in expand(architecture, layers)}
+    fusion = fusion_of(config, order)
+    parts = {w.hf.format(i=b): w.part for w, b in expand(architecture, layers)}
     tensors = {
-        name: gather(splits[name], refs, config.parallel_residual) for name, refs in shards.items()
+        name: gather_part(fusion, parts[name], refs)
+        if splits[name] in ("fused", "gated")
+        else gather(splits[name], refs, config.parallel_residual)
+        for name, refs in shards.items()
     }
     dropped = [Dropped(name, "derived from rotary_emb_base") for name in stored]
     return config, tensors, dropped, check_inv_freq(config, stored)
 
 
-def _key_of(tensors: Mapping[str, TensorRef], name: str) -> str | None:
-    """How a layer spells a name of today: as it is, or as trees before 2024-09 did."""
-    old = next((old for old, new in LINEAR.items() if new == name), name)
-    return next((key for key in (name, old) if key in tensors), None)
+def _key_of(tensors: Mapping[str, TensorRef], weight: Weight) -> str | None:
+    """How a layer spells a weight: as today's trees do, as those before 2024-09, or otherwise."""
+    return next((key for key in (weight.neox, weight.old, weight.also) if key in tensors), None)
+
+
+def _fusion(raw: Mapping[str, Any]) -> Fusion:
+    """Enough of the row maps to tell how many rows are of which part."""
+    heads = number("num_attention_heads", raw.get("num_attention_heads") or 1, int)
+    return Fusion(heads, number("num_kv_heads", raw.get("num_kv_heads") or heads, int), "grouped")

@@ -9,7 +9,7 @@ from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal, W
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.dtypes import itemsize
-from neox_bridge.layouts.eras import InvFreq, MlpNames
+from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Shape, Whole
 
 Kind = Literal["hf", "neox"]
@@ -23,6 +23,7 @@ class NeoxState:
 
     step: the folder, ``global_stepN``. args: what GPT-NeoX compares at load.
     optimizer: the names of the files of optimizer states.
+    gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
     """
 
     root: str
@@ -36,6 +37,7 @@ class NeoxState:
     args: Mapping[str, Any]
     ds_version: str
     optimizer: tuple[str, ...]
+    gqa_order: GqaOrder = "grouped"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,20 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> list
     ]
 
 
+def is_zero(ref: TensorRef) -> bool:
+    """Whether a small tensor holds nothing but zeros of either sign."""
+    import numpy as np
+
+    from neox_bridge.formats.dtypes import to_numpy
+
+    if ref.strides is not None:
+        return False
+    with open(ref.file, "rb") as file:
+        file.seek(ref.offset)
+        values = np.frombuffer(file.read(ref.nbytes), to_numpy(ref.dtype))
+    return not bool(np.any(values != 0))
+
+
 def _subnormal(config: ModelConfig, dtype: str) -> float:
     """What fp16's coarser steps below 6e-5 add to the relative rounding of the smallest value."""
     if dtype not in _SUBNORMAL or not config.rotary_dim:

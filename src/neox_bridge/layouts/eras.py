@@ -9,6 +9,7 @@ from neox_bridge.errors import BridgeError
 
 MlpNames = Literal["linear", "dense"]
 InvFreq = Literal["omit", "store"]
+GqaOrder = Literal["grouped", "interleaved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,9 @@ class Era:
         only with rotary_save_freqs_buffer.
     inv_freq_key: whether the tree knows rotary_save_freqs_buffer (unknown keys are refused).
     plain_mlp_4h: the plain MLP is always 4 times as wide as the model.
+    gqa_order: a rank's rows of grouped-query attention: "grouped", all q, all k, all v, since
+        96c242eb (2024-11, #1315); "interleaved" by query head before. The shapes are the same.
+    rms_eps: RMSNorm's epsilon is added "inside" the root since 4c9f1081 (2025-05, #1345).
     keys: the yml keys that it takes, where they were read from a tree; see ``known_keys``.
     """
 
@@ -31,13 +35,15 @@ class Era:
     inv_freq_key: bool
     plain_mlp_4h: bool
     keys: frozenset[str] | None = None
+    gqa_order: GqaOrder = "interleaved"
+    rms_eps: Literal["inside", "outside"] = "outside"
 
 
 ERAS: tuple[Era, ...] = (
     Era("2024-03", "before e109bf5e of 2024-03-04", "dense", "store", False, True),
     Era("2024-09", "from 2024-03 to before 0d4bdb96 of 2024-09", "dense", "omit", True, True),
     Era("2024-10", "from 2024-09 to before 96c242eb of 2024-11", "linear", "omit", True, False),
-    Era("today", "since 2024-11", "linear", "omit", True, False),
+    Era("today", "since 2024-11", "linear", "omit", True, False, None, "grouped", "inside"),
 )
 TODAY = ERAS[-1]
 DENSE = {

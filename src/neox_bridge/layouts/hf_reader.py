@@ -22,6 +22,7 @@ from neox_bridge.layouts.weights import expand, model_weights
 from neox_bridge.planning.pieces import Dropped, whole_of
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_NOT_THERE = ("derived", "zero")  # what Hugging Face's files don't hold
 
 
 def open_hf(path: str, revision: str = "") -> Checkpoint:
@@ -30,14 +31,14 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     architecture = for_hf(raw)
     refs, files = _read_tensors(path)
     named, dropped = _normalise(architecture, refs, path)
-    if raw.get("tie_word_embeddings") and "embed_out.weight" in named:
-        del named["embed_out.weight"]
-        dropped.append(Dropped("embed_out.weight", "the embeddings are tied"))
+    if raw.get("tie_word_embeddings") and architecture.head in named:
+        del named[architecture.head]
+        dropped.append(Dropped(architecture.head, "the embeddings are tied"))
     layers = _count_layers(named, path, raw)
     found = {
         name: (weight, named[name].shape)
         for weight, block in expand(architecture, layers)
-        if (name := weight.hf.format(i=block)) in named and weight.split != "derived"
+        if (name := weight.hf.format(i=block)) in named and weight.split not in _NOT_THERE
     }
     presence = Presence(frozenset(named), dtype_of_most(named.values()), layers)
     _require(architecture, presence, named, path, raw)
@@ -129,7 +130,7 @@ def _normalise(
     architecture: Architecture, refs: Mapping[str, TensorRef], path: str
 ) -> tuple[dict[str, TensorRef], list[Dropped]]:
     """Tensors under the names of the table, and the known buffers that go."""
-    known = {weight.hf.format(i="#") for weight in architecture.weights}
+    known = {w.hf.format(i="#") for w in architecture.weights if w.split != "zero"}
     reasons = {name.format(i="#"): reason for name, reason in architecture.dropped.items()}
     named: dict[str, TensorRef] = {}
     dropped, unknown = [], []
@@ -177,11 +178,11 @@ def _require(
     missing = [
         name
         for weight, block in expand(architecture, presence.layers)
-        if not weight.flag and weight.split != "derived"
+        if not weight.flag and weight.split not in _NOT_THERE
         if (name := weight.hf.format(i=block)) not in named
     ]
-    if not raw.get("tie_word_embeddings") and "embed_out.weight" not in named:
-        missing.append("embed_out.weight")
+    if not raw.get("tie_word_embeddings") and architecture.head not in named:
+        missing.append(architecture.head)
     if missing:
         raise BridgeError(
             f"{path}: tensors are missing: {some(missing)}. Download the files again."
@@ -216,10 +217,26 @@ def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> Non
             f"{where}: {config.heads} doesn't divide the hidden size {config.hidden}. "
             "The config is another model's."
         )
-    if dims["qkv"] != 3 * config.hidden:
+    if "q" in dims:
+        _check_kv_heads(config, dims, where.replace("num_attention_heads", "the key-value heads"))
+    elif dims["qkv"] != 3 * config.hidden:
         raise BridgeError(
             f"attention.query_key_value has {dims['qkv']} rows; a hidden size of {config.hidden} "
             "takes three times as many. Grouped-query attention isn't of this family."
+        )
+
+
+def _check_kv_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> None:
+    heads, kv_heads = config.heads, config.key_value_heads
+    if dims["q"] % heads or heads % kv_heads:
+        raise BridgeError(
+            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} doesn't go with {heads} "
+            f"heads and {dims['q']} rows of q. The config is another model's."
+        )
+    if dims["kv"] != dims["q"] // heads * kv_heads:
+        raise BridgeError(
+            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} of {dims['q'] // heads} rows "
+            f"each are told, and k and v have {dims['kv']} rows. The config is another model's."
         )
 
 

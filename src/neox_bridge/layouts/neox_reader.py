@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.architectures import for_neox
+from neox_bridge.architectures.base import Architecture
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
@@ -20,6 +21,9 @@ from neox_bridge.layouts.checkpoint import (
     NeoxState,
     some,
 )
+from neox_bridge.layouts.derived_check import is_zero
+from neox_bridge.layouts.eras import GqaOrder, MlpNames
+from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.text_files import read_json, read_text
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.planning.pieces import Dropped
@@ -69,10 +73,16 @@ def step_folder(path: str, step: int | None) -> tuple[str, str]:
     return path, tag
 
 
-def open_neox(path: str, step: int | None = None, configs: Sequence[str] = ()) -> Checkpoint:
+def open_neox(
+    path: str,
+    step: int | None = None,
+    configs: Sequence[str] = (),
+    gqa_order: GqaOrder | None = None,
+) -> Checkpoint:
     """Open a checkpoint folder. Raises BridgeError or Refused, naming the file or the key.
 
     configs: yml files to use in place of those in ``global_stepN/configs``.
+    gqa_order: that of grouped-query rows, in place of what the files tell.
     """
     root, tag = step_folder(path, step)
     folder = os.path.join(root, tag)
@@ -88,11 +98,14 @@ def open_neox(path: str, step: int | None = None, configs: Sequence[str] = ()) -
     read = read or _read_ranks(folder, names)
     args = read.meta.get("args") or {}
     _check_args(raw, args, read, folder)
-    architecture = for_neox(raw)
-    layers = int(_setting("num_layers", raw, args, folder))
-    checkpoint = assemble(architecture, read.ranks, raw, layers, folder)
     record_path = os.path.join(folder, RECORD)
     record = read_json(record_path) if os.path.exists(record_path) else {}
+    architecture = _family(raw, record, read)
+    layers = int(_setting("num_layers", raw, args, folder))
+    old = {weight.old for weight in architecture.weights if weight.old}
+    mlp_names: MlpNames = "dense" if any(_has(read, name) for name in old) else "linear"
+    told = gqa_order or told_order(raw, record, mlp_names)
+    checkpoint = assemble(architecture, read.ranks, raw, layers, folder, told or "grouped")
     tokenizer = _tokenizer(root, raw)
     state = NeoxState(
         root=root,
@@ -100,14 +113,19 @@ def open_neox(path: str, step: int | None = None, configs: Sequence[str] = ()) -
         layout=read.layout,
         tp=len(read.ranks),
         pp=read.stages if read.layout == "layers" else 0,
-        mlp_names="dense" if _has(read, "mlp.dense_h_to_4h.weight") else "linear",
+        mlp_names=mlp_names,
         inv_freq="store" if _has(read, "attention.rotary_emb.inv_freq") else "omit",
         iteration=int(read.meta.get("iteration") or int(tag[11:])),
         args=dict(args),
         ds_version=str(read.meta.get("ds_version") or ""),
         optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
+        gqa_order=told or "grouped",
     )
     config, tensors, dropped, more = checkpoint
+    if config.grouped_query and told is None:
+        more = [*more, unknown_order()]
+    if raw.get("norm") == "rmsnorm" and (told == "interleaved" or mlp_names == "dense"):
+        more = [*more, rms_epsilon()]
     dropped += [Dropped(f"{tag}/{name}", "optimizer states") for name in state.optimizer]
     if isinstance(read.meta.get("optimizer"), dict):
         dropped.append(Dropped(f"{tag}/mp_rank_*: optimizer", "optimizer states"))
@@ -128,6 +146,16 @@ def open_neox(path: str, step: int | None = None, configs: Sequence[str] = ()) -
         tokenizer_size=tokenizer_size(tokenizer) or record.get("tokenizer_size"),
         generation=record.get("generation_config") or {},
     )
+
+
+def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> Architecture:
+    """The family of the yml and the record; another one where a weight that must be zero isn't."""
+    architecture = for_neox(raw, record)
+    zeros = {weight.neox for weight in architecture.weights if weight.split == "zero"}
+    layers = [tensors for rank in read.ranks for tensors in rank.values()]
+    if all(is_zero(t[name]) for t in layers for name in zeros & set(t)):
+        return architecture
+    return for_neox(raw)
 
 
 def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
+from neox_bridge.layouts.eras import GqaOrder
 
 _REPO = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -38,10 +39,12 @@ def open_checkpoint(
     revision: str | None = None,
     step: int | None = None,
     configs: Sequence[str] = (),
+    gqa_order: GqaOrder | None = None,
 ) -> Checkpoint:
     """Open a folder of either kind, or a model of the Hugging Face Hub by its id.
 
-    Raises BridgeError or Refused; nothing in the checkpoint is executed.
+    gqa_order: how a GPT-NeoX source has the rows of grouped-query attention, where its files don't
+    tell. Raises BridgeError or Refused; nothing in the checkpoint is executed.
     """
     if os.path.exists(source):
         if revision is not None:
@@ -50,7 +53,7 @@ def open_checkpoint(
         if kind == "neox":
             from neox_bridge.layouts.neox_reader import open_neox
 
-            return open_neox(source, step, configs)
+            return open_neox(source, step, configs, gqa_order)
         if step is not None or configs:
             raise BridgeError(f"--step and --config are for GPT-NeoX sources, {source} is another.")
         from neox_bridge.layouts.hf_reader import open_hf

@@ -34,7 +34,10 @@ def expand(architecture: Architecture, layers: int) -> Iterator[tuple[Weight, in
 
 
 def model_weights(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[Weight, int]]:
-    """The weights, none of the derived values, that a model of this config has."""
+    """The weights, none of the derived values, that a model of this config has.
+
+    Those that Hugging Face hasn't (the split "zero") aren't among them.
+    """
     for weight, block in expand(architecture, config.layers):
-        if weight.split != "derived" and exists(weight, config):
+        if weight.split not in ("derived", "zero") and exists(weight, config):
             yield weight, block

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind, refuse_all
+from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.tokenizer import Tokenizer, describe_tokenizer, tokenizer_at
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
@@ -24,6 +25,10 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     if kind != checkpoint.kind:
         refuse_all(checkpoint.refusals, checkpoint.path)
     _check_options(kind, options)
+    if options.gqa_order is not None and {kind, checkpoint.kind} == {"hf"}:
+        raise BridgeError("--gqa-order: it is about GPT-NeoX files, and there are none here.")
+    if checkpoint.kind == "neox" and options.gqa_order is not None:
+        checkpoint = with_gqa_order(checkpoint, options.gqa_order)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer
     tokenizer = describe_tokenizer(files)
     if options.vocab_rows == "tokenizer" and tokenizer.size is None:

@@ -6,7 +6,7 @@ deepspeed/runtime/engine.py, _save_checkpoint; deepspeed/runtime/pipe/module.py,
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge import __version__
@@ -14,11 +14,12 @@ from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.checkpoint import LayoutName
-from neox_bridge.layouts.eras import DENSE, InvFreq, MlpNames
-from neox_bridge.layouts.weights import expand, layer_of, model_weights
+from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
+from neox_bridge.layouts.weights import exists, expand, layer_of, model_weights
 from neox_bridge.planning import random_states
 from neox_bridge.planning.derived import inv_freq_bytes
-from neox_bridge.planning.geometry import scatter
+from neox_bridge.planning.fused import fusion_of, scatter_parts
+from neox_bridge.planning.geometry import constant, scatter
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Whole
 
 SEED = 1234  # GPT-NeoX's default
@@ -37,6 +38,12 @@ class Shape:
     mlp_names: MlpNames
     inv_freq: InvFreq
     row_bias: str
+    gqa_order: GqaOrder = "grouped"
+
+    @property
+    def old_names(self) -> bool:
+        """Whether the MLP is named as before 2024-09."""
+        return self.mlp_names == "dense"
 
 
 def weight_files(
@@ -63,16 +70,13 @@ def weight_files(
         for layer in sorted({layer_of(w, b, config.layers) for w, b in present}):
             group = [(w, b) for w, b in present if layer_of(w, b, config.layers) == layer]
             for rank in range(shape.tp):
-                tensors = [_tensor(w, b, config, wholes, shape, rank) for w, b in group]
+                tensors = list(_tensors(group, config, wholes, shape, rank))
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
                 yield layout_pt(path, _state_dict(tensors), tensors)
     else:
         modules = []
         for rank in range(shape.tp):
-            tensors = [
-                _renamed(w, b, config, _tensor(w, b, config, wholes, shape, rank))
-                for w, b in present
-            ]
+            tensors = list(_tensors(present, config, wholes, shape, rank, numbered=True))
             modules.append((_state_dict(tensors), tensors))
     for number, (module, tensors) in enumerate(modules):
         value, states = _metadata(module, args, iteration, count, number % shape.tp)
@@ -84,30 +88,53 @@ def _ordered(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[
     """The model's weights and derived buffers in the order of GPT-NeoX's modules."""
     real = {(weight.neox, block) for weight, block in model_weights(architecture, config)}
     for weight, block in expand(architecture, config.layers):
-        if weight.split == "derived" or (weight.neox, block) in real:
+        zero = weight.split == "zero" and exists(weight, config)
+        if weight.split == "derived" or zero or (weight.neox, block) in real:
             yield weight, block
 
 
+def _tensors(
+    present: Sequence[tuple[Weight, int]],
+    config: ModelConfig,
+    wholes: Mapping[str, Whole],
+    shape: Shape,
+    rank: int,
+    numbered: bool = False,
+) -> Iterator[OutputTensor]:
+    """One rank's tensors; the rows of the table that share a name are parts of one tensor."""
+    groups: dict[tuple[int, str], list[tuple[Weight, int]]] = {}
+    for weight, block in present:
+        layer = layer_of(weight, block, config.layers)
+        groups.setdefault((layer, weight.named(shape.old_names)), []).append((weight, block))
+    for (layer, name), group in groups.items():
+        full = f"sequential.{layer}.{name}" if numbered else name
+        yield _tensor(full, name, group, config, wholes, shape, rank)
+
+
 def _tensor(
-    weight: Weight,
-    block: int,
+    full: str,
+    name: str,
+    group: Sequence[tuple[Weight, int]],
     config: ModelConfig,
     wholes: Mapping[str, Whole],
     shape: Shape,
     rank: int,
 ) -> OutputTensor:
-    if weight.split == "derived":
+    weight, block = group[0]
+    split = weight.split_as(name)
+    if split == "derived":
         data = inv_freq_bytes(config, config.dtype)
         size = (config.rotary_dim + 1) // 2
-        return OutputTensor(weight.neox, config.dtype, (size,), inline=data)
-    name = DENSE.get(weight.neox, weight.neox) if shape.mlp_names == "dense" else weight.neox
+        return OutputTensor(full, config.dtype, (size,), inline=data)
+    if split == "zero":
+        size = config.dims[weight.shape[0]]
+        return OutputTensor(full, config.dtype, (size,), (constant((size,), -0.0),))
+    if split in ("fused", "gated"):
+        parts = {w.part: wholes[w.hf.format(i=b)] for w, b in group}
+        fusion = fusion_of(config, shape.gqa_order)
+        return scatter_parts(full, fusion, parts, shape.tp, rank)
     whole = wholes[weight.hf.format(i=block)]
-    return scatter(name, weight.split, whole, shape.tp, rank, row_bias=shape.row_bias)
-
-
-def _renamed(weight: Weight, block: int, config: ModelConfig, tensor: OutputTensor) -> OutputTensor:
-    layer = layer_of(weight, block, config.layers)
-    return replace(tensor, name=f"sequential.{layer}.{tensor.name}")
+    return scatter(full, split, whole, shape.tp, rank, row_bias=shape.row_bias)
 
 
 def _state_dict(tensors: Sequence[OutputTensor]) -> "OrderedDict[str, TensorSlot]":

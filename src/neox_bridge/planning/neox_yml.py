@@ -85,6 +85,7 @@ def settings(
     *,
     same_model: bool,
     same_dtype: bool,
+    old_names: bool,
 ) -> Settings:
     """Settings for a target of this layout.
 
@@ -92,12 +93,14 @@ def settings(
     raw: the merged yml of the run that the source comes from; empty where there was none.
     same_model: whether raw describes this very model, so that its own words are kept.
     same_dtype: whether raw's precision is that of the target.
+    old_names: whether the MLP is that of a tree before 2024-09.
     """
     known = known_keys(era)
+    model = architecture.write_neox(config, old_names)
     if same_model:
-        model = {k: v for k, v in raw.items() if k in architecture.model_keys}
-    else:
-        model = architecture.write_neox(config)
+        again = {k: v for k, v in model.items() if k in architecture.era_keys}
+        own = architecture.model_keys - architecture.era_keys
+        model = {**{k: v for k, v in raw.items() if k in own}, **again}
     model.setdefault("seq_length", raw.get("seq_length", config.max_positions))
     placed: dict[str, Any] = dict(layout)
     if inv_freq == "store" and era.inv_freq_key:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.layouts.checkpoint import Kind, LayoutName
-from neox_bridge.layouts.eras import Era, InvFreq, MlpNames
+from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, MlpNames
 
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]
@@ -22,6 +22,8 @@ class Options:
     vocab_rows: "tokenizer" cuts the rows that no entry of the tokenizer has.
     shard_size: bytes of a Hugging Face shard at most, unless one tensor is larger.
     tokenizer: a folder with tokenizer files, or a tokenizer.json.
+    gqa_order: how the GPT-NeoX side has the rows of grouped-query attention: the source where it is
+        one (the target's order is then its era's), else the target.
     """
 
     to: Kind | None = None
@@ -37,3 +39,4 @@ class Options:
     vocab_rows: VocabRows = "keep"
     shard_size: int = 5_000_000_000
     tokenizer: str | None = None
+    gqa_order: GqaOrder | None = None

@@ -88,8 +88,9 @@ def hf_model(
             if weight.split == "row_bias"
         }
         dropped += [Dropped(name, "the ranks' sum is written") for name in sorted(spread)]
-    if checkpoint.kind == "neox" and not (config.mlp_bias and config.norm_bias):
-        config = replace(config, mlp_bias=True, norm_bias=True)
+    lacking = {flag: True for flag in checkpoint.architecture.always if not getattr(config, flag)}
+    if checkpoint.kind == "neox" and lacking:
+        config = replace(config, **lacking)  # type: ignore[arg-type]
         added = _add_biases(checkpoint.architecture, config, wholes)
         findings.append(
             Finding(
@@ -177,8 +178,8 @@ def _config_json(
         return written
     # what follows from this writing, not from the model
     again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
-    rope = ("rotary_pct", "rotary_emb_base", "rope_parameters")
-    fresh = {key: written[key] for key in (*again, *rope)}
+    rope = ("rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters")
+    fresh = {key: written[key] for key in (*again, *rope) if key in written}
     return {**written, **original, **fresh}
 
 

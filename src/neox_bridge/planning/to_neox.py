@@ -6,11 +6,12 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
+from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.weights import model_weights
@@ -20,6 +21,7 @@ from neox_bridge.planning.common import (
     text_file,
     tokenizer_outputs,
 )
+from neox_bridge.planning.fused import fusion_of
 from neox_bridge.planning.neox_files import Shape, weight_files
 from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step_yml
 from neox_bridge.planning.options import Options
@@ -36,8 +38,13 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     """
     architecture, config = checkpoint.architecture, checkpoint.config
     shape, era = _shape(checkpoint, options)
-    findings = _check_era(config, shape, era, options)
+    findings = _check_era(architecture, config, shape, era, options)
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
+    if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
+        findings.append(rms_epsilon())
+    window = config.window
+    if shape.layout == "ranks" and window is not None and window < config.max_positions:
+        findings.append(_window_ignored(config))
     if vocabulary.size is not None and vocabulary.size > vocabulary.rows:
         findings.append(_larger_tokenizer(vocabulary))
     config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
@@ -59,6 +66,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     yml, blanks = finetune_yml(found, target, main)
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size or checkpoint.tokenizer_size)
+    if config.grouped_query:
+        record["gqa_order"] = shape.gqa_order
     files += [
         text_file(f"{step}/{RECORD}", dump_json(record)),
         text_file(f"{step}/configs/neox_bridge.yml", step_yml(found)),
@@ -66,7 +75,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         text_file("finetune.yml", yml),
         text_file("latest", step.encode()),
     ]
-    summary = {
+    summary: dict[str, object] = {
         "kind": "neox",
         "architecture": architecture.name,
         "layout": shape.layout,
@@ -75,6 +84,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         "mlp_names": shape.mlp_names,
         "inv_freq": shape.inv_freq,
         "era": era.name,
+        **({"gqa_order": shape.gqa_order} if config.grouped_query else {}),
         "dtype": config.dtype,
         "vocab_rows": vocabulary.padded,
         "vocab_multiple": vocabulary.multiple,
@@ -116,14 +126,21 @@ def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     sums = checkpoint.config.parallel_residual
     row_bias = options.row_bias if sums else "replicated"
     stages = stages if layout == "layers" else 1
-    shape = Shape(layout, tp, stages, mlp_names, inv_freq, row_bias)
-    return shape, era or fitting(mlp_names, inv_freq, raw)
+    fits = era or fitting(mlp_names, inv_freq, raw)
+    gqa_order = fits.gqa_order
+    if state is not None and era is None:
+        gqa_order = state.gqa_order
+    elif state is None and options.gqa_order is not None:
+        gqa_order = options.gqa_order
+    return Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order), fits
 
 
 def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
     if tp < 1 or stages < 1:
         raise BridgeError("--tp takes 1 or more, --pp 0 or more.")
     parts = {"attention heads": config.heads, "rows of the MLP": config.dims["ffn"]}
+    if config.grouped_query:
+        parts["key-value heads (num_kv_heads)"] = config.key_value_heads
     for what, size in parts.items():
         if size % tp:
             fits = [n for n in range(1, 65) if not any(s % n for s in parts.values())]
@@ -137,20 +154,24 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
         )
 
 
-def _check_era(config: ModelConfig, shape: Shape, era: Era, options: Options) -> list[Finding]:
+def _check_era(
+    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era, options: Options
+) -> list[Finding]:
     found = []
     ffn = config.dims["ffn"]
-    if era.plain_mlp_4h and ffn != 4 * config.hidden:
+    if architecture.gated:
+        _check_gated(config, shape, era)
+    elif era.plain_mlp_4h and ffn != 4 * config.hidden:
         raise Refused(
             f"intermediate_size: {ffn} isn't four times the hidden size {config.hidden}, and "
             f"GPT-NeoX trees {era.until} have plain MLPs of that size only. Use --for today."
         )
-    if not era.plain_mlp_4h and ffn % 2:
+    elif not era.plain_mlp_4h and ffn % 2:
         raise Refused(
             f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
             "(megatron/model/transformer.py), so no tree can load it."
         )
-    if not config.mlp_bias and "use_bias_in_mlp" not in known_keys(era):
+    if not config.mlp_bias and not architecture.gated and "use_bias_in_mlp" not in known_keys(era):
         raise Refused(
             f"use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX trees {era.until} "
             "always have them (they may be left out since adbf5d6f of 2024-09-10). Use --for today."
@@ -161,15 +182,31 @@ def _check_era(config: ModelConfig, shape: Shape, era: Era, options: Options) ->
         found.append(f"--mlp-names {shape.mlp_names}, and it expects {era.mlp_names}")
     if shape.inv_freq != era.inv_freq and not era.inv_freq_key:
         found.append(f"--inv-freq {shape.inv_freq}, and it can only {era.inv_freq} the buffer")
+    if config.grouped_query and shape.gqa_order != era.gqa_order:
+        found.append(f"--gqa-order {shape.gqa_order}, and it reads them {era.gqa_order}")
     return [
         Finding(
             "era-mismatch",
             "warning",
-            f"a GPT-NeoX of {era.name} won't load the result: {what}",
+            f"a GPT-NeoX of {era.name} won't load the result as this model: {what}",
             "leave that option out",
         )
         for what in found
     ]
+
+
+def _check_gated(config: ModelConfig, shape: Shape, era: Era) -> None:
+    """Refused for what a gated MLP can't be in older trees; the row order must be possible too.
+
+    LLaMAParallelMLP has no biases; until 2024-11 at least, ParallelTransformerLayer.forward asserts
+    that a swiglu has none (megatron/model/transformer.py of 2024-09 and 2024-10).
+    """
+    if config.mlp_bias and (shape.old_names or era.gqa_order == "interleaved"):
+        raise Refused(
+            f"mlp_bias: the model has biases in its MLP, and the gated MLP of GPT-NeoX trees "
+            f"{era.until} has none. Use --for today."
+        )
+    fusion_of(config, shape.gqa_order)
 
 
 def _vocabulary(
@@ -212,6 +249,17 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
         f"the tokenizer has {vocabulary.size} entries and the model {vocabulary.rows} rows: the "
         "rows that are missing are written as zeros",
         "check that it is this model's tokenizer",
+    )
+
+
+def _window_ignored(config: ModelConfig) -> Finding:
+    """megatron/training.py, get_batch_sequential, builds its mask without the window."""
+    return Finding(
+        "window-ignored",
+        "warning",
+        "with pipe_parallel_size: 0 GPT-NeoX forgets sliding_window_width, unless its attention is "
+        f"flash-attn's: what it computes beyond {config.window} tokens is another model",
+        f'use --layout layers, or set attention_config: [[["flash"], {config.layers}]] in the yml',
     )
 
 
@@ -266,4 +314,5 @@ def _settings(
         raw,
         same_model=checkpoint.kind == "neox",
         same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
+        old_names=shape.old_names,
     )

@@ -87,7 +87,7 @@ def forward(
     if not ranks:
         raise ValueError("ranks: at least one tensor-parallel rank is needed")
     config = {**config, "gqa_order": gqa_order, "rms_eps": rms_eps}
-    _refuse_uncovered(config, tokens.shape[1])
+    _refuse_uncovered(config)
     layers = int(config["num_layers"])
     tied = not config.get("no_weight_tying")
     head = "0.word_embeddings.weight" if tied else f"{layers + 4}.final_linear.weight"
@@ -101,7 +101,7 @@ def forward(
         return torch.cat(logits, dim=-1).float()
 
 
-def _refuse_uncovered(config: Config, length: int) -> None:
+def _refuse_uncovered(config: Config) -> None:
     """Raise ValueError for settings that change the forward and are not computed here."""
     for key, (default, covered) in _COVERED.items():
         value = config.get(key) or default
@@ -110,8 +110,6 @@ def _refuse_uncovered(config: Config, length: int) -> None:
     # nested lists of kinds and counts, such as [[["global"], 24]]
     if set(re.findall(r"[a-z_]+", str(config.get("attention_config") or ""))) - {"global", "flash"}:
         raise ValueError(f"attention_config: {config['attention_config']} is not covered")
-    if 0 < (config.get("sliding_window_width") or 0) < length:
-        raise ValueError(f"sliding_window_width: not covered for {length} tokens")
 
 
 def _read_spec(config: Config, tp: int, x: Tensor) -> _Spec:
@@ -217,8 +215,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, config: Config) -> Tensor:
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
     if any(map(config.get, ("attention_softmax_in_fp32", "apply_query_key_layer_scaling"))):
         scores = scores.float()
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    if (width := config.get("sliding_window_width")) is not None:
+        # a query sees itself and `width` before it (megatron/utils.py, get_attn_mask)
+        hidden |= torch.ones_like(hidden).tril(-int(width) - 1)
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     context = torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
     return context.view(batch, heads, length, head_dim).transpose(1, 2).flatten(2)
 

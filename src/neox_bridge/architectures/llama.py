@@ -1,0 +1,14 @@
+"""Llama 1, 2 and 3, CodeLlama and others: ``LlamaForCausalLM`` on Hugging Face's side."""
+
+from typing import Any
+
+from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.llama_like import Family, architecture
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    """Biases are a choice in LlamaConfig."""
+    return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+ARCHITECTURE = architecture(Family("llama", "LlamaForCausalLM", biases="optional", write=_write))

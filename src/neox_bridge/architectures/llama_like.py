@@ -1,0 +1,324 @@
+"""What Llama and its relatives share: RMSNorm, separate q, k and v, a gated MLP.
+
+GPT-NeoX's side: megatron/model/transformer.py (ParallelMLP and Gated_Activation since 0d4bdb96 of
+2024-09; LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py. Hugging Face's side:
+transformers models/{llama,mistral,qwen2}/{configuration,modeling}_*.py. Both rotate halves, so that
+no row of q and k is moved within its head.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from neox_bridge.architectures.base import (
+    Architecture,
+    ModelConfig,
+    Presence,
+    Refusal,
+)
+from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
+from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, weights
+from neox_bridge.architectures.neox_config import (
+    attention_kinds,
+    number,
+    refuse_common,
+)
+from neox_bridge.errors import BridgeError, Refused
+
+# our word, as Hugging Face has it: GPT-NeoX's gated activation; that of `mlp_type: llama`
+ACTIVATIONS = {"silu": ("swiglu", ("silu", "swish")), "gelu": ("geglu", ("gelu",))}
+
+# neutral field, its kind, Hugging Face's key and default, GPT-NeoX's key and default
+_KEYS: tuple[tuple[str, Callable[[Any], Any], str, Any, str, Any], ...] = (
+    ("layers", int, "num_hidden_layers", None, "num_layers", None),
+    ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
+    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
+    ("norm_eps", float, "rms_norm_eps", 1e-6, "rms_norm_epsilon", 1e-8),
+    ("attention_dropout", float, "attention_dropout", 0.0, "attention_dropout", 0.0),
+)
+# what means something else, or is refused, in trees of another time
+ERA_KEYS = frozenset(
+    """activation mlp_type intermediate_size mlp_multiple_of expansion_factor use_bias_in_mlp
+    rmsnorm_fusion bias_gelu_fusion""".split()
+)
+MODEL_KEYS = ERA_KEYS | frozenset(
+    """hidden_size norm pos_emb rotary_pct rotary_emb_base no_weight_tying gpt_j_residual
+    gpt_j_tied num_kv_heads use_bias_in_attn_linear use_bias_in_norms hidden_dropout
+    sliding_window_width""".split()
+)
+MODEL_KEYS |= {key for *_, key, _ in _KEYS}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What sets one relative apart.
+
+    biases: which of its attention's and MLP's biases Hugging Face's class can have.
+    window: whether it can have a sliding window. max_positions: where config.json names none.
+    write: more keys of config.json. refuse: more of what GPT-NeoX can't express.
+    """
+
+    name: str
+    hf_class: str
+    biases: Biases = "none"
+    window: bool = False
+    max_positions: int = 2048
+    write: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}
+    refuse: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
+
+
+def _read_keys(raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind, hf_key, hf_default, neox_key, neox_default in _KEYS:
+        key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
+        value = default if raw.get(key) is None else raw[key]
+        if value is None:
+            where = "config.json" if hf else "the yml"
+            raise BridgeError(
+                f"{where} has no {key}, which can't be told from the tensors: add it."
+            )
+        found[name] = number(key, value, kind)
+    return found
+
+
+def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
+    told = number(key, raw.get(key) or heads, int)
+    return None if told == heads else told
+
+
+def rope_base(raw: Mapping[str, Any]) -> float:
+    """RoPE's base; ``rope_parameters`` comes first where both spellings are there."""
+    rope = raw.get("rope_parameters") or {}
+    return number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)), float)
+
+
+def _read_hf(
+    family: Family, raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
+) -> ModelConfig:
+    keys = _read_keys({"max_position_embeddings": family.max_positions, **raw}, hf=True)
+    window = raw.get("sliding_window") if family.window else None
+    first = LAYER.format(i=0)
+    act = str(raw.get("hidden_act", "silu"))
+    return ModelConfig(
+        **keys,
+        dims=dict(dims),
+        rotary_pct=1.0,
+        rotary_base=rope_base(raw),
+        activation="silu" if act == "swish" else act,
+        parallel_residual=False,
+        tied_norms=False,
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=presence.has(f"{first}self_attn.q_proj.bias"),
+        mlp_bias=presence.has(f"{first}mlp.up_proj.bias"),
+        norm_bias=False,
+        dtype=presence.dtype,
+        bos_token_id=raw.get("bos_token_id", 1),
+        eos_token_id=raw.get("eos_token_id", 2),
+        initializer_range=raw.get("initializer_range", 0.02),
+        kv_heads=_kv_heads(raw, "num_key_value_heads", keys["heads"]),
+        window=None if window is None else number("sliding_window", window, int),
+    )
+
+
+def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
+    base = whole_number(config.rotary_base)
+    return {
+        "architectures": [family.hf_class],
+        "model_type": family.name,
+        "vocab_size": config.dims["vocab"],
+        "hidden_size": config.hidden,
+        "intermediate_size": config.dims["ffn"],
+        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.hidden // config.heads,
+        "hidden_act": config.activation,
+        "tie_word_embeddings": config.tied_embeddings,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "use_cache": True,
+        # both spellings: transformers 4 knows only the first, 5 writes only the second
+        "rope_theta": base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        "torch_dtype": config.dtype,
+        "dtype": config.dtype,
+        **family.write(config),
+    }
+
+
+def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
+    keys = _read_keys(raw, hf=False)
+    kind = str(raw.get("activation") or "gelu")
+    width = raw.get("sliding_window_width")
+    activation = next((k for k, (new, old) in ACTIVATIONS.items() if kind in (new, *old)), kind)
+    return ModelConfig(
+        **keys,
+        dims=dict(dims),
+        rotary_pct=number("rotary_pct", raw.get("rotary_pct", 1.0), float),
+        rotary_base=number("rotary_emb_base", raw.get("rotary_emb_base", 10000), float),
+        activation=activation,
+        parallel_residual=bool(raw.get("gpt_j_residual", False)),
+        tied_norms=False,
+        tied_embeddings=not raw.get("no_weight_tying", False),
+        attention_bias=presence.has(f"{QKV}.bias"),
+        mlp_bias=presence.has(f"{UP}.bias"),
+        norm_bias=False,
+        dtype=presence.dtype,
+        hidden_dropout=number("hidden_dropout", raw.get("hidden_dropout") or 0.0, float),
+        bos_token_id=1,
+        eos_token_id=2,
+        kv_heads=_kv_heads(raw, "num_kv_heads", keys["heads"]),
+        window=None if width is None else number("sliding_window_width", width, int) + 1,
+    )
+
+
+def gated_width(told: int, multiple: int = 1) -> int | None:
+    """The width of a gated MLP that GPT-NeoX makes of a yml's intermediate_size.
+
+    None where its two matrices wouldn't fit (megatron/model/transformer.py, ParallelMLP).
+    """
+    both = int(told * 2 / 3)
+    width = -(-(both // 2) // multiple) * multiple
+    return width if -(-both // (2 * multiple)) * multiple == width else None
+
+
+def gated_setting(width: int) -> int:
+    """The intermediate_size that gives this width with mlp_multiple_of: 1. Raises Refused."""
+    for told in (3 * width, 3 * width + 1, 3 * width - 1):
+        if gated_width(told) == width:
+            return told
+    raise Refused(
+        f"intermediate_size: no value of the yml makes GPT-NeoX's gated MLP {width} wide. Use "
+        "--for neox@2024-09, whose trees take the width itself."
+    )
+
+
+def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
+    new_word, old_words = ACTIVATIONS.get(config.activation, (config.activation,) * 2)
+    written: dict[str, Any] = {
+        "hidden_size": config.hidden,
+        **{key: getattr(config, name) for name, _, _, _, key, _ in _KEYS},
+        "norm": "rmsnorm",
+        "pos_emb": "rotary",
+        "rotary_pct": 1,
+        "rotary_emb_base": int(config.rotary_base),
+        "gpt_j_residual": config.parallel_residual,
+        "no_weight_tying": not config.tied_embeddings,
+        "use_bias_in_attn_linear": config.attention_bias,
+        "bias_gelu_fusion": False,
+    }
+    if config.window is not None:
+        # GPT-NeoX doesn't count the query itself (megatron/utils.py, get_attn_mask; flash-attn's
+        # window_size), transformers does (masking_utils.py, sliding_window_overlay)
+        written["sliding_window_width"] = config.window - 1
+    if config.grouped_query:
+        written["num_kv_heads"] = config.key_value_heads
+    if old:
+        return written | {
+            "mlp_type": "llama",
+            "activation": old_words[0],
+            "intermediate_size": config.dims["ffn"],
+        }
+    return written | {
+        "activation": new_word,
+        "intermediate_size": gated_setting(config.dims["ffn"]),
+        "use_bias_in_mlp": config.mlp_bias,
+    }
+
+
+def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
+    found = refuse_hf_common(raw, rope_base(raw), "rope_theta", ("silu", "swish", "gelu"))
+    hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+    if raw.get("head_dim") and hidden and heads and raw["head_dim"] * heads != hidden:
+        found.append(
+            Refusal(
+                "head_dim",
+                f"GPT-NeoX's heads have hidden_size / num_attention_heads = {hidden / heads:g} "
+                f"dimensions, and this model's {raw['head_dim']}",
+                "there is none: no GPT-NeoX can hold this model",
+            )
+        )
+    rope = raw.get("rope_parameters") or {}
+    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if share != 1.0:
+        found.append(
+            Refusal(
+                "partial_rotary_factor",
+                f"transformers' {family.name} rotates whole heads, and this config says {share}",
+                "set it to 1.0 if the model rotates whole heads",
+            )
+        )
+    return found + family.refuse(raw)
+
+
+def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
+    """What the real GPT-NeoX computes and no Llama of transformers does (megatron/model/)."""
+    only_neox = "only a GPT-NeoX target can hold it (--to neox)"
+    kind = raw.get("activation") or "gelu"
+    llama = raw.get("mlp_type") == "llama"
+    words = {w for new, old in ACTIVATIONS.values() for w in (old if llama else (new,))}
+    kinds = attention_kinds(raw) - {"global", "flash"}
+    name = family.name
+    checks: tuple[tuple[str, bool, str], ...] = (
+        ("pos_emb", raw.get("pos_emb") != "rotary", f"{name} has rotary positions only"),
+        (
+            "rotary_pct",
+            number("rotary_pct", raw.get("rotary_pct", 1.0), float) != 1.0,
+            f"{name} rotates whole heads, and this model {raw.get('rotary_pct')} of them",
+        ),
+        ("activation", kind not in words, f"{name} has no gated {kind!r}"),
+        (
+            "bias_gelu_fusion",
+            bool(raw.get("bias_gelu_fusion")) and llama and kind == "gelu",
+            "the fused gelu takes a bias that this MLP hasn't",
+        ),
+        (
+            "gpt_j_residual",
+            bool(raw.get("gpt_j_residual")),
+            f"{name}'s blocks are sequential, attention first",
+        ),
+        ("attention_config", bool(kinds), f"{name} attends globally, this model {sorted(kinds)}"),
+    )
+    return refuse_common(raw, family.window) + [
+        Refusal(k, why, only_neox) for k, hit, why in checks if hit
+    ]
+
+
+def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
+    """RMSNorm with a gated MLP; where a window or biases are told, a class that has them."""
+    if raw.get("sliding_window_width") is not None and not family.window:
+        return False
+    biases = raw.get("use_bias_in_attn_linear", True) is not False
+    if family.biases != "optional" and biases != (family.biases == "qkv"):
+        return False
+    gated = ("geglu", "reglu", "swiglu", "bilinear", "glu")
+    is_gated = raw.get("activation") in gated or raw.get("mlp_type") == "llama"
+    return is_gated and raw.get("norm") == "rmsnorm"
+
+
+def architecture(family: Family) -> Architecture:
+    """A family's table of weights and its config, both ways."""
+    return Architecture(
+        name=family.name,
+        hf_class=family.hf_class,
+        model_type=family.name,
+        prefix="model.",
+        weights=weights(family.biases),
+        dropped={
+            f"{LAYER}self_attn.rotary_emb.inv_freq": "derived from rope_theta",
+            "model.rotary_emb.inv_freq": "derived from rope_theta",
+            "model.rotary_emb.original_inv_freq": "derived from rope_theta",
+        },
+        aliases={},
+        read_hf=partial(_read_hf, family),
+        write_hf=partial(_write_hf, family),
+        read_neox=_read_neox,
+        write_neox=_write_neox,
+        refuse_hf_source=partial(_refuse_hf_source, family),
+        refuse_neox_source=partial(_refuse_neox_source, family),
+        matches_neox=partial(_matches_neox, family),
+        model_keys=MODEL_KEYS,
+        era_keys=ERA_KEYS,
+        gated=True,
+    )

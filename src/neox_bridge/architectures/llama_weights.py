@@ -1,0 +1,88 @@
+"""The table of weights that Llama and its relatives share."""
+
+from functools import partial
+from typing import Literal
+
+from neox_bridge.architectures.base import Part, Split, Weight
+
+# of attention and MLP: a choice of config.json; always those of q, k and v; never any
+Biases = Literal["optional", "qkv", "none"]
+LAYER = "model.layers.{i}."
+QKV, UP = "attention.query_key_value", "mlp.linear1"
+_H, _VOCAB = ("hidden",), ("vocab", "hidden")
+# part: Hugging Face's name, its rows, GPT-NeoX's tensor, how it is fused, its name before 2024-09
+_PARTS: tuple[tuple[Part, str, str, str, Split, str], ...] = (
+    ("q", "self_attn.q_proj", "q", QKV, "fused", ""),
+    ("k", "self_attn.k_proj", "kv", QKV, "fused", ""),
+    ("v", "self_attn.v_proj", "kv", QKV, "fused", ""),
+    ("up", "mlp.up_proj", "ffn", UP, "gated", "mlp.w3.weight"),
+    ("gate", "mlp.gate_proj", "ffn", UP, "gated", "mlp.w1.weight"),
+)
+_block = partial(Weight, "block")
+
+
+def weights(biases: Biases) -> tuple[Weight, ...]:
+    """Every weight of the family. The parts of one GPT-NeoX tensor are rows with its name."""
+    return (
+        Weight("embed", "word_embeddings.weight", "model.embed_tokens.weight", "vocab", _VOCAB),
+        _norm("block", "input_layernorm", f"{LAYER}input_layernorm"),
+        *_parts("fused"),
+        _block(
+            "attention.rotary_emb.inv_freq",
+            f"{LAYER}self_attn.rotary_emb.inv_freq",
+            "derived",
+            ("rotary",),
+        ),
+        _block("attention.dense.weight", f"{LAYER}self_attn.o_proj.weight", "row", ("hidden", "q")),
+        _norm("block", "post_attention_layernorm", f"{LAYER}post_attention_layernorm"),
+        *_parts("gated"),
+        _block(
+            "mlp.linear2.weight",
+            f"{LAYER}mlp.down_proj.weight",
+            "row",
+            ("hidden", "ffn"),
+            old="mlp.w2.weight",
+        ),
+        *_biases(biases),
+        _norm("norm", "norm", "model.norm"),
+        Weight("head", "final_linear.weight", "lm_head.weight", "vocab", _VOCAB, "untied"),
+    )
+
+
+def _norm(place: Literal["block", "norm"], neox: str, hf: str) -> Weight:
+    """GPT-NeoX's own RMSNorm says scale, the fused one of apex weight (megatron/model/norms.py)."""
+    also = f"{neox}.weight"
+    return Weight(place, f"{neox}.scale", f"{hf}.weight", "replicated", _H, also=also)
+
+
+def _parts(split: Split) -> tuple[Weight, ...]:
+    return tuple(
+        _block(f"{neox}.weight", f"{LAYER}{hf}.weight", kind, (rows, "hidden"), part=part, old=old)
+        for part, hf, rows, neox, kind, old in _PARTS
+        if kind == split
+    )
+
+
+def _biases(biases: Biases) -> tuple[Weight, ...]:
+    """GPT-NeoX has those of query_key_value and dense together (use_bias_in_attn_linear)."""
+    if biases == "none":
+        return ()
+    found = [
+        _block(
+            f"{neox}.bias",
+            f"{LAYER}{hf}.bias",
+            kind,
+            (rows,),
+            "attention_bias" if kind == "fused" else "mlp_bias",
+            part,
+        )
+        for part, hf, rows, neox, kind, _ in _PARTS
+        if kind == "fused" or biases == "optional"
+    ]
+    dense, name = "attention.dense.bias", f"{LAYER}self_attn.o_proj.bias"
+    split: Split = "zero" if biases == "qkv" else "row_bias"
+    found.append(_block(dense, name, split, _H, "attention_bias"))
+    if biases == "optional":
+        down = f"{LAYER}mlp.down_proj.bias"
+        found.append(_block("mlp.linear2.bias", down, "row_bias", _H, "mlp_bias"))
+    return tuple(found)

@@ -1,0 +1,15 @@
+"""Mistral 7B and others: ``MistralForCausalLM``, Llama without biases and with a sliding window."""
+
+from typing import Any
+
+from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.llama_like import Family, architecture
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": config.window}
+
+
+ARCHITECTURE = architecture(
+    Family("mistral", "MistralForCausalLM", window=True, max_positions=131072, write=_write)
+)

@@ -1,0 +1,40 @@
+"""Qwen 1.5, 2 and 2.5: ``Qwen2ForCausalLM``, Llama with biases of q, k and v only.
+
+GPT-NeoX's use_bias_in_attn_linear gives attention.dense a bias as well
+(megatron/model/transformer.py, ParallelSelfAttention): it is written as -0.0, which adds nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from neox_bridge.architectures.base import ModelConfig, Refusal
+from neox_bridge.architectures.llama_like import Family, architecture
+
+
+def _write(_config: ModelConfig) -> dict[str, Any]:
+    return {"use_sliding_window": False}
+
+
+def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
+    """The window of some layers only (Qwen2Config, layer_types); GPT-NeoX has one for all."""
+    if not raw.get("use_sliding_window"):
+        return []
+    return [
+        Refusal(
+            "use_sliding_window",
+            "GPT-NeoX has one attention window for all layers, and this model for some of them",
+            "set it to false, if the model is to be used within its window only",
+        )
+    ]
+
+
+ARCHITECTURE = architecture(
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        biases="qkv",
+        max_positions=32768,
+        write=_write,
+        refuse=_refuse,
+    )
+)

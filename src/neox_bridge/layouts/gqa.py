@@ -1,0 +1,76 @@
+"""Which order the rows of grouped-query attention have in a GPT-NeoX checkpoint.
+
+The two orders have the same shapes (GPT-NeoX 96c242eb, 2024-11, #1315), so the tensors alone never
+tell.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.eras import ERAS, TODAY, GqaOrder, MlpNames, known_keys
+from neox_bridge.layouts.weights import expand
+from neox_bridge.planning.fused import fusion_of, gather_again
+
+UNKNOWN = "gqa-order-unknown"
+
+
+def told_order(
+    raw: Mapping[str, Any], record: Mapping[str, Any], mlp_names: MlpNames
+) -> GqaOrder | None:
+    """The order as far as it is known without reading values; None where it isn't.
+
+    From this tool's record; from the MLP's names before 2024-09; from yml keys that only trees
+    after the change take.
+    """
+    if record.get("gqa_order") in ("grouped", "interleaved"):
+        return "grouped" if record["gqa_order"] == "grouped" else "interleaved"
+    if mlp_names == "dense":
+        return "interleaved"
+    older = {key for era in ERAS if era is not TODAY for key in known_keys(era)}
+    return "grouped" if set(raw) & (known_keys(TODAY) - older) else None
+
+
+def unknown_order() -> Finding:
+    """What is said where the order had to be assumed."""
+    return Finding(
+        UNKNOWN,
+        "warning",
+        "grouped-query attention: GPT-NeoX changed the order of its rows in 96c242eb (2024-11) "
+        "with the shapes the same, so the files don't tell theirs; today's (grouped) is assumed, "
+        "and the wrong one is another model",
+        "say --gqa-order interleaved for a run of an older GPT-NeoX, --gqa-order grouped to "
+        "confirm; compare the loss or the logits with those of the run",
+    )
+
+
+def rms_epsilon() -> Finding:
+    """What is said where an older tree is on one side and transformers on the other."""
+    return Finding(
+        "rms-epsilon",
+        "warning",
+        "the GPT-NeoX of that time adds RMSNorm's epsilon to the root, x / (rms + eps); "
+        "transformers, and GPT-NeoX since 4c9f1081 (2025-05), have it inside, sqrt(var + eps): "
+        "the logits differ by some 1e-4, and no conversion removes that",
+    )
+
+
+def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
+    """A GPT-NeoX checkpoint with its q, k and v read in this order; others as they are."""
+    state, config = checkpoint.neox, checkpoint.config
+    if state is None or not config.grouped_query:
+        return checkpoint
+    findings = tuple(finding for finding in checkpoint.findings if finding.code != UNKNOWN)
+    if order == "interleaved" and "rms-epsilon" not in {f.code for f in findings}:
+        findings = (*findings, rms_epsilon())
+    tensors = dict(checkpoint.tensors)
+    fusion = fusion_of(config, order)
+    for weight, block in expand(checkpoint.architecture, config.layers):
+        name = weight.hf.format(i=block)
+        if weight.split == "fused" and name in tensors:
+            tensors[name] = gather_again(fusion, weight.part, tensors[name])
+    return replace(
+        checkpoint, tensors=tensors, findings=findings, neox=replace(state, gqa_order=order)
+    )

@@ -1,0 +1,49 @@
+"""Llama and its relatives load strictly in the real GPT-NeoX, which computes the same logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_real_neox
+from common import convert, make_hf
+
+pytestmark = pytest.mark.neox
+GROUPED = {"num_key_value_heads": 2}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", GROUPED),
+    ("llama", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"mlp_bias": True}),
+    ("mistral", {**GROUPED, "sliding_window": 5}),
+    ("qwen2", GROUPED),
+]
+# 1e-3 where RMSNorm has its epsilon elsewhere (before 4c9f1081)
+TREES = {"today": ("gpt-neox", 1e-5)}
+TREES |= {name: (f"neox-{name}", 1e-3) for name in ("2024-03", "2024-09", "2024-10")}
+
+
+def layouts(config: dict[str, Any]) -> tuple[int, ...]:
+    """Without stages GPT-NeoX forgets the window (finding window-ignored)."""
+    return (1,) if "sliding_window" in config else (0, 1)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tree", TREES)
+def test_loads(tree: str, tp: int, neox_python: str, tmp_path: Path) -> None:
+    jobs, sources = [], []
+    era = test_real_neox.era(tree)
+    for number, (family, config) in enumerate(CASES):
+        if config.get("mlp_bias") and era.name != "today":
+            continue  # refused
+        hf = make_hf(tmp_path / f"hf{number}", family=family, **config)
+        sources.append((test_real_neox.with_tokenizer(hf), number))
+        for pp in layouts(config):
+            target = tmp_path / f"neox{number}-{pp}"
+            convert(hf, target, tp=tp, pp=pp, era=era)
+            logits = str(tmp_path / f"{number}-{pp}.npz")
+            jobs.append({"yml": str(target / "finetune.yml"), "logits": logits})
+    folder, allowed = TREES[tree]
+    assert test_real_neox.run(neox_python, folder, tp, jobs, tmp_path) == [None] * len(jobs)
+    for hf, number in sources:
+        for pp in layouts(CASES[number][1]):
+            assert test_real_neox.agree(tmp_path / f"{number}-{pp}.npz", hf) <= allowed
