@@ -7,6 +7,7 @@ a sync of the files that it wrote, since conversions are flushed to disk too.
 """
 
 import argparse
+import contextlib
 import platform
 import shutil
 import statistics
@@ -41,6 +42,33 @@ def seconds(command: list[str], target: Path) -> float:
     return taken
 
 
+def timed(command: list[str], runs: int, target: Path | None = None) -> float:
+    """The median of several runs of a command, whose output, if any, is removed before each."""
+    found = []
+    for _ in range(runs):
+        if target is not None:
+            shutil.rmtree(target, ignore_errors=True)
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def peak_anonymous(command: list[str], target: Path) -> int:
+    """The most memory, in bytes, that isn't a map of a file, sampled every 2 ms of one more run."""
+    shutil.rmtree(target, ignore_errors=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    peak = max(peak, int(line.split()[1]) << 10)
+        time.sleep(0.002)
+    shutil.rmtree(target)
+    return peak
+
+
 def copy(source: Path, target: Path) -> list[str]:
     script = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +'
     return ["sh", "-c", script, str(source), str(target)]
@@ -69,7 +97,7 @@ def main() -> None:
         f"Python {platform.python_version()}, neox-bridge {version('neox-bridge')}, "
         f"{options.runs} runs, taking turns\n"
     )
-    print("| | median s | spread s | times `cp -r` |\n|---|---|---|---|")
+    print("| | median s | spread s | times `cp -r` | anonymous memory |\n|---|---|---|---|---|")
     for title, name, arguments in CASES:
         convert = [TOOL, "convert", str(made[name]), str(target), *arguments]
         pairs = [
@@ -79,7 +107,14 @@ def main() -> None:
         ratio = statistics.median(mine / cp for cp, mine in pairs)
         mine = [pair[1] for pair in pairs]
         spread = f"{min(mine):.2f} - {max(mine):.2f}"
-        print(f"| {title} | {statistics.median(mine):.2f} | {spread} | {ratio:.2f} |", flush=True)
+        memory = f"{peak_anonymous(convert, target) / 1e6:.0f} MB"
+        median = f"{statistics.median(mine):.2f}"
+        print(f"| {title} | {median} | {spread} | {ratio:.2f} | {memory} |", flush=True)
+    dry = [TOOL, "convert", str(made["hf"]), str(target), "--dry-run"]
+    print(f"\nStarting, reading headers and planning (--dry-run): {timed(dry, options.runs):.2f} s")
+    print(
+        f"`cp -r` and sync of the same: {timed(copy(made['hf'], target), options.runs, target):.2f} s"
+    )
     shutil.rmtree(folder)
 
 
