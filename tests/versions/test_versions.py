@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import GPT_NEOX, convert, fixture, recorded
+from common import GPT_NEOX, convert, fixture, hf_logits, make_hf, recorded
 
 pytestmark = pytest.mark.versions
 # python, transformers, torch, and what a release needs beside them
@@ -41,17 +41,31 @@ def python(request: Any) -> str:
     return str(interpreter)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_loads_and_agrees(name: str, python: str, tmp_path: Path) -> None:
-    convert(fixture(name), tmp_path / "hf")
-    tokens, logits = recorded(name)
-    np.savez(tmp_path / "tokens.npz", tokens=tokens.numpy())
+def check(python: str, folder: Path, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+    """The folder loads in that version without a key too many or too few, and computes these."""
+    work = folder.parent
+    np.savez(work / "tokens.npz", tokens=tokens.numpy())
     script = str(Path(__file__).parent / "load.py")
-    command = [python, script, "hf", "tokens.npz", "logits.npz"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = [python, script, folder.name, "tokens.npz", "logits.npz"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["missing"], told["unexpected"]) == ([], [])
-    with np.load(tmp_path / "logits.npz") as file:
+    with np.load(work / "logits.npz") as file:
         computed = torch.from_numpy(file["logits"])[..., : logits.shape[-1]]
     assert float((computed - logits).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loads_and_agrees(name: str, python: str, tmp_path: Path) -> None:
+    convert(fixture(name), tmp_path / "hf")
+    check(python, tmp_path / "hf", *recorded(name))
+
+
+def test_a_rope_that_is_no_default(python: str, tmp_path: Path) -> None:
+    """Each version must read the fraction and the base in its own spelling."""
+    hf = make_hf(tmp_path / "source", rotary_pct=0.5, rotary_emb_base=50000)
+    convert(hf, tmp_path / "neox", tp=2)
+    convert(tmp_path / "neox", tmp_path / "hf")
+    tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(3))
+    check(python, tmp_path / "hf", tokens, hf_logits(hf, tokens))
