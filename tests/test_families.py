@@ -374,3 +374,33 @@ def test_the_doctor(
     verdict = judge(open_checkpoint(str(hf)), target_named(f"transformers@{version}"))
     errors = [c.finding.code for c in verdict.cases if c.finding.severity == "error"]
     assert errors == ([code] if code else [])
+
+
+@pytest.mark.parametrize(
+    ("config", "version", "ignored"),
+    [
+        ({"rope_theta": 500000.0}, "4.30", "rope_theta"),
+        ({"rope_theta": 500000.0}, "4.33", None),
+        ({"attention_bias": True}, "4.33", "attention_bias"),
+        ({"attention_bias": True}, "4.34", None),
+        ({}, "4.30", None),
+    ],
+)
+def test_what_old_transformers_leave_out_of_a_llama(
+    config: dict[str, Any], version: str, ignored: str | None, tmp_path: Path
+) -> None:
+    """Both spellings in config.json don't help where the version computes with a constant."""
+    from neox_bridge.compat.doctor import diagnose
+    from neox_bridge.compat.targets import refuse_version, target_named
+
+    source = make_hf(tmp_path / "source", family="llama", **config)
+    convert(source, tmp_path / "hf", to="hf")
+    checkpoint = open_checkpoint(str(tmp_path / "hf"))
+    target = target_named(f"transformers@{version}")
+    told = [f.message for f in diagnose(checkpoint, target) if f.severity == "error"]
+    assert [ignored in message for message in told] == ([True] if ignored else [])
+    if ignored:
+        with pytest.raises(Refused, match=ignored):
+            refuse_version("llama", checkpoint.config, target)
+    else:
+        refuse_version("llama", checkpoint.config, target)

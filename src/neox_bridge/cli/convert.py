@@ -254,7 +254,7 @@ def convert(
         if version is not None:
             from neox_bridge.compat.targets import refuse_version
 
-            refuse_version(checkpoint.config, version)
+            refuse_version(checkpoint.architecture.name, checkpoint.config, version)
         if dry_run:
             if as_json:
                 from neox_bridge.planning.report import to_json

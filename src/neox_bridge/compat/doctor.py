@@ -93,7 +93,7 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         yield case(f"refused-{refusal.key}", "error", refusal.reason, refusal.way_out)
     if isinstance(target, TransformersFacts):
         try:
-            refuse_version(checkpoint.config, target)
+            refuse_version(checkpoint.architecture.name, checkpoint.config, target)
         except Refused as error:
             yield case("refused-version", "error", str(error))
     elif (

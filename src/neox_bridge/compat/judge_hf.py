@@ -13,7 +13,7 @@ from typing import Any
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.compat.facts import TransformersFacts
-from neox_bridge.compat.targets import knows_attention_bias, version_number
+from neox_bridge.compat.targets import knows_attention_bias, llama_ignores, version_number
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
@@ -117,7 +117,17 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
             f"{since[0]}.{since[1]} or newer",
             f"use transformers {since[0]}.{since[1]} or newer",
         )
+    ignored = llama_ignores(name, config, facts)
+    for what in ignored:
+        yield case(
+            "llama-ignored",
+            "error",
+            f"transformers {facts.version} leaves out {what}. Nothing is printed",
+            "use a newer transformers",
+        )
     base = float(checkpoint.raw.get("rope_theta") or 10000.0)
+    if ignored:
+        return
     if not facts.rope_parameters and base != config.rotary_base:
         yield case(
             "rope-spelling",

@@ -58,7 +58,7 @@ def mend_plan(
         )
     if checkpoint.kind == "hf":
         if isinstance(target, TransformersFacts):
-            refuse_version(checkpoint.config, target)
+            refuse_version(checkpoint.architecture.name, checkpoint.config, target)
         return _mend_hf(checkpoint, folder, recompute)
     facts = target if isinstance(target, TreeFacts) else None
     return _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer)

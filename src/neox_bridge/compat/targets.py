@@ -148,8 +148,28 @@ def knows_attention_bias(facts: TransformersFacts) -> bool:
     return version_number(facts.version) >= (4, 37)
 
 
-def refuse_version(config: ModelConfig, facts: TransformersFacts) -> None:
+def llama_ignores(family: str, config: ModelConfig, facts: TransformersFacts) -> list[str]:
+    """What old versions of transformers leave out of a Llama without a word, and since when not.
+
+    rope_theta: huggingface/transformers #25740; attention_bias: configuration_llama.py of 4.34.
+    """
+    found, version = [], version_number(facts.version)
+    if family == "llama" and config.rotary_base != 10000 and version < (4, 33):
+        found.append(
+            f"rope_theta {config.rotary_base:g}: it computes with 10000 (obeyed since 4.33)"
+        )
+    if family == "llama" and config.attention_bias and version < (4, 34):
+        found.append("the biases of the attention (attention_bias is known since 4.34)")
+    return found
+
+
+def refuse_version(family: str, config: ModelConfig, facts: TransformersFacts) -> None:
     """Raise Refused for what this version of transformers can't hold of a model."""
+    if ignored := llama_ignores(family, config, facts):
+        raise Refused(
+            f"transformers {facts.version} would leave out, without a word: {'; '.join(ignored)}. "
+            "Name a newer one with --for."
+        )
     plain = not config.attention_bias and config.norm_bias  # gpt_neox; relatives of Llama have none
     if plain and not knows_attention_bias(facts):
         raise Refused(
