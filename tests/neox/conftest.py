@@ -1,8 +1,10 @@
 """Where the real GPT-NeoX is, and the table of what loads in it."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,12 @@ written `finetune.yml` does where the tree knows that key (tested too).
 
 `--for neox@2024-03`, `neox@2024-09`, `neox@2024-10` or `today` chooses what the tree expects.
 """
+
+
+def results_in(output: str) -> list[dict[str, Any]]:
+    """What run_cpu.py said of its jobs; other ranks may print right behind it."""
+    lines = [line[7:] for line in output.splitlines() if line.startswith("RESULT ")]
+    return [json.JSONDecoder().raw_decode(line)[0] for line in lines]
 
 
 @pytest.fixture(scope="session")

@@ -169,6 +169,7 @@ with open(JOBS) as jobs:
             traceback.print_exc()
             error = f"{type(caught).__name__}: {caught}"
         if RANK == 0:
-            print("RESULT " + json.dumps({"job": number, "error": error}), flush=True)
+            # other ranks print too: a line of its own, before and after
+            print("\nRESULT " + json.dumps({"job": number, "error": error}) + "\n", flush=True)
         torch.distributed.barrier()
 os._exit(0)

@@ -19,6 +19,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_real_neox
 from common import convert
+from conftest import results_in
 
 from neox_bridge.compat.patcher import apply, plan_patch
 
@@ -62,7 +63,7 @@ def run(python: str, tree: Path, jobs: list[dict[str, Any]], folder: Path, **how
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=1200, env={**os.environ, **alone}
     )
-    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line[:7] == "RESULT "]
+    results = results_in(done.stdout)
     text = done.stdout + done.stderr
     assert len(results) == len(jobs), text[-5000:]
     return Done([result["error"] for result in results], text)

@@ -14,7 +14,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import convert, hf_logits, make_hf
-from conftest import CELLS, VERSIONS
+from conftest import CELLS, VERSIONS, results_in
 
 pytestmark = pytest.mark.neox
 TREES = {"today": "gpt-neox", "2024-03": "neox-2024-03", "2024-09": "neox-2024-09"}
@@ -67,7 +67,7 @@ def run(
     command = [python, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += [f"--master_port={20000 + os.getpid() % 20000}", script, where, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line[:7] == "RESULT "]
+    found = results_in(done.stdout)
     assert len(found) == len(jobs), done.stdout[-2000:] + done.stderr[-4000:]
     return [result["error"] for result in found]
 
