@@ -21,9 +21,17 @@ lint: $(DEV)/.ready
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 
-# the real GPT-NeoX: NEOX_HOME is a folder that holds its trees and a venv in which they run
+# the real GPT-NeoX: NEOX_HOME holds its trees and a venv in which they run; NEOX_SETUP makes it.
+# Or one tree: NEOX_TREE, with NEOX_PYTHON, a Python that has DeepSpeed. ARGS="-k today" for some.
+NEOX_HOME ?= .neox
+NEOX_SETUP ?= $(wildcard ../shared/real_neox/setup)
 test-neox: $(DEV)/.ready
-	$(DEV)/bin/python -m pytest -m neox tests/neox
+	@if [ -z "$(NEOX_TREE)" ] && [ ! -x "$(NEOX_HOME)/venv/bin/python" ]; then \
+	  if [ -z "$(NEOX_SETUP)" ]; then \
+	    echo "Name GPT-NeoX: NEOX_TREE=... NEOX_PYTHON=..., or NEOX_HOME=... (docs/code.md)"; exit 1; \
+	  fi; "$(NEOX_SETUP)" "$(abspath $(NEOX_HOME))"; fi
+	NEOX_HOME="$(abspath $(NEOX_HOME))" NEOX_TREE="$(NEOX_TREE)" \
+	  $(DEV)/bin/python -m pytest -m neox tests/neox $(ARGS)
 
 # each version of transformers in an environment of its own: TRANSFORMERS="4.30 5.4" for some
 test-versions: $(DEV)/.ready
@@ -49,4 +57,4 @@ $(DEMO)/venv/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEV) $(DEMO) .bench .versions
+	rm -rf $(DEV) $(DEMO) .bench .versions .neox
