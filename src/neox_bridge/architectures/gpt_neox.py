@@ -12,8 +12,14 @@ from neox_bridge.architectures.base import (
     Weight,
 )
 from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
-from neox_bridge.architectures.neox_config import attention_kinds, number, refuse_common
-from neox_bridge.errors import BridgeError
+from neox_bridge.architectures.neox_config import (
+    GATED,
+    Keys,
+    attention_kinds,
+    number,
+    read_keys,
+    refuse_common,
+)
 
 _LAYER = "gpt_neox.layers.{i}."
 
@@ -104,39 +110,21 @@ _ACTIVATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
     "mish": (("mish",), ("mish",), False),
 }
 
-# neutral field, Hugging Face key and default, GPT-NeoX key and default
-_KEYS: tuple[tuple[str, str, Any, str, Any], ...] = (
-    ("layers", "num_hidden_layers", None, "num_layers", None),
-    ("heads", "num_attention_heads", None, "num_attention_heads", None),
-    ("max_positions", "max_position_embeddings", 2048, "max_position_embeddings", None),
-    ("norm_eps", "layer_norm_eps", 1e-5, "layernorm_epsilon", 1e-5),
-    ("parallel_residual", "use_parallel_residual", True, "gpt_j_residual", False),
-    ("hidden_dropout", "hidden_dropout", 0.0, "hidden_dropout", 0.0),
-    ("attention_dropout", "attention_dropout", 0.0, "attention_dropout", 0.0),
+_KEYS: Keys = (
+    ("layers", int, "num_hidden_layers", None, "num_layers", None),
+    ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
+    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
+    ("norm_eps", float, "layer_norm_eps", 1e-5, "layernorm_epsilon", 1e-5),
+    ("parallel_residual", bool, "use_parallel_residual", True, "gpt_j_residual", False),
+    ("hidden_dropout", float, "hidden_dropout", 0.0, "hidden_dropout", 0.0),
+    ("attention_dropout", float, "attention_dropout", 0.0, "attention_dropout", 0.0),
 )
 _MODEL_KEYS = frozenset(
     """hidden_size intermediate_size norm pos_emb rotary_pct rotary_emb_base no_weight_tying
     activation bias_gelu_fusion gpt_j_tied use_bias_in_attn_linear use_bias_in_mlp mlp_type
     expansion_factor mlp_multiple_of num_kv_heads use_bias_in_norms""".split()
-) | {key for _, _, _, key, _ in _KEYS}
+) | {key for *_, key, _ in _KEYS}
 _WRITTEN_ALWAYS = {"num_layers", "num_attention_heads", "max_position_embeddings", "gpt_j_residual"}
-_NUMBERS = {"layers": int, "heads": int, "max_positions": int, "norm_eps": float}
-_NUMBERS |= {"hidden_dropout": float, "attention_dropout": float}
-
-
-def _read_keys(raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, hf_key, hf_default, neox_key, neox_default in _KEYS:
-        key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
-        value = raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            where = "config.json" if hf else "the yml"
-            raise BridgeError(
-                f"{where} has no {key}, which can't be told from the tensors: add it."
-            )
-        found[name] = number(key, value, _NUMBERS[name]) if name in _NUMBERS else bool(value)
-    return found
 
 
 def rope_of(raw: Mapping[str, Any]) -> tuple[float, float]:
@@ -157,7 +145,7 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
     pct, base = rope_of(raw)
     first = _LAYER.format(i=0)
     return ModelConfig(
-        **_read_keys(raw, hf=True),
+        **read_keys(_KEYS, raw, hf=True),
         dims=dict(dims),
         rotary_pct=pct,
         rotary_base=base,
@@ -182,7 +170,7 @@ def _write_hf(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.dims["vocab"],
         "hidden_size": config.hidden,
         "intermediate_size": config.dims["ffn"],
-        **{hf_key: getattr(config, name) for name, hf_key, *_ in _KEYS},
+        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
         "hidden_act": _ACTIVATIONS[config.activation][0][0],
         "attention_bias": config.attention_bias,
         "tie_word_embeddings": config.tied_embeddings,
@@ -209,7 +197,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
     activation = next(
         (k for k, (_, neox, f) in _ACTIVATIONS.items() if kind in neox and f == fused), str(kind)
     )
-    keys = _read_keys(raw, hf=False)
+    keys = read_keys(_KEYS, raw, hf=False)
     return ModelConfig(
         **keys,
         dims=dict(dims),
@@ -229,7 +217,7 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
     base = int(config.rotary_base)
     _, neox, fused = _ACTIVATIONS[config.activation]
     written: dict[str, Any] = {"hidden_size": config.hidden}
-    for name, _, _, key, default in _KEYS:
+    for name, _, _, _, key, default in _KEYS:
         value = getattr(config, name)
         if key in _WRITTEN_ALWAYS or value != default:
             written[key] = value
@@ -322,8 +310,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 def _matches_neox(raw: Mapping[str, Any]) -> bool:
     """Whether a yml is of this family: plain MLP and norms with the names used here."""
-    gated = ("geglu", "reglu", "swiglu", "bilinear", "glu")
-    plain_mlp = raw.get("activation") not in gated and raw.get("mlp_type") in (None, "regular")
+    plain_mlp = raw.get("activation") not in GATED and raw.get("mlp_type") in (None, "regular")
     return plain_mlp and (raw.get("norm") or "layernorm") == "layernorm"
 
 

@@ -20,17 +20,20 @@ from neox_bridge.architectures.base import (
 from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
 from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, weights
 from neox_bridge.architectures.neox_config import (
+    GATED,
+    Keys,
     attention_kinds,
     number,
+    read_keys,
     refuse_common,
+    round_up,
 )
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import Refused
 
 # our word, as Hugging Face has it: GPT-NeoX's gated activation; that of `mlp_type: llama`
 ACTIVATIONS = {"silu": ("swiglu", ("silu", "swish")), "gelu": ("geglu", ("gelu",))}
 
-# neutral field, its kind, Hugging Face's key and default, GPT-NeoX's key and default
-_KEYS: tuple[tuple[str, Callable[[Any], Any], str, Any, str, Any], ...] = (
+_KEYS: Keys = (
     ("layers", int, "num_hidden_layers", None, "num_layers", None),
     ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
     ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
@@ -68,20 +71,6 @@ class Family:
     refuse: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
 
 
-def _read_keys(raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, kind, hf_key, hf_default, neox_key, neox_default in _KEYS:
-        key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
-        value = default if raw.get(key) is None else raw[key]
-        if value is None:
-            where = "config.json" if hf else "the yml"
-            raise BridgeError(
-                f"{where} has no {key}, which can't be told from the tensors: add it."
-            )
-        found[name] = number(key, value, kind)
-    return found
-
-
 def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
     told = number(key, raw.get(key) or heads, int)
     return None if told == heads else told
@@ -96,7 +85,7 @@ def rope_base(raw: Mapping[str, Any]) -> float:
 def _read_hf(
     family: Family, raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 ) -> ModelConfig:
-    keys = _read_keys({"max_position_embeddings": family.max_positions, **raw}, hf=True)
+    keys = read_keys(_KEYS, {"max_position_embeddings": family.max_positions, **raw}, hf=True)
     window = raw.get("sliding_window") if family.window else None
     first = LAYER.format(i=0)
     act = str(raw.get("hidden_act", "silu"))
@@ -148,7 +137,7 @@ def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
-    keys = _read_keys(raw, hf=False)
+    keys = read_keys(_KEYS, raw, hf=False)
     kind = str(raw.get("activation") or "gelu")
     width = raw.get("sliding_window_width")
     activation = next((k for k, (new, old) in ACTIVATIONS.items() if kind in (new, *old)), kind)
@@ -179,8 +168,8 @@ def gated_width(told: int, multiple: int = 1) -> int | None:
     None where its two matrices wouldn't fit (megatron/model/transformer.py, ParallelMLP).
     """
     both = int(told * 2 / 3)
-    width = -(-(both // 2) // multiple) * multiple
-    return width if -(-both // (2 * multiple)) * multiple == width else None
+    width = round_up(both // 2, multiple)
+    return width if round_up(both, 2 * multiple) == 2 * width else None
 
 
 def gated_setting(width: int) -> int:
@@ -292,8 +281,7 @@ def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
     biases = raw.get("use_bias_in_attn_linear", True) is not False
     if family.biases != "optional" and biases != (family.biases == "qkv"):
         return False
-    gated = ("geglu", "reglu", "swiglu", "bilinear", "glu")
-    is_gated = raw.get("activation") in gated or raw.get("mlp_type") == "llama"
+    is_gated = raw.get("activation") in GATED or raw.get("mlp_type") == "llama"
     return is_gated and raw.get("norm") == "rmsnorm"
 
 

@@ -1,4 +1,4 @@
-"""What every family shares of a GPT-NeoX yml: numbers that yaml reads as text, and refusals."""
+"""What every family shares of its config's keys: numbers that yaml reads as text, and refusals."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,6 +8,9 @@ from neox_bridge.architectures.base import Refusal
 from neox_bridge.errors import BridgeError
 
 Number = TypeVar("Number", int, float)
+# neutral field, its kind, Hugging Face's key and default, GPT-NeoX's key and default
+Keys = tuple[tuple[str, Callable[[Any], Any], str, Any, str, Any], ...]
+GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activations.py
 
 
 def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
@@ -16,6 +19,26 @@ def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
         return kind(value)
     except (TypeError, ValueError):
         raise BridgeError(f"{key}: {value!r} isn't a number. Correct it in the config.") from None
+
+
+def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
+    """The fields of a table, from a config.json or a yml. BridgeError names a key that lacks."""
+    found: dict[str, Any] = {}
+    for name, kind, hf_key, hf_default, neox_key, neox_default in keys:
+        key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
+        value = default if raw.get(key) is None else raw[key]
+        if value is None:
+            where = "config.json" if hf else "the yml"
+            raise BridgeError(
+                f"{where} has no {key}, which can't be told from the tensors: add it."
+            )
+        found[name] = number(key, value, kind)
+    return found
+
+
+def round_up(size: int, step: int) -> int:
+    """The smallest multiple of ``step`` that isn't below ``size``."""
+    return -(-size // step) * step
 
 
 def attention_kinds(raw: Mapping[str, Any]) -> set[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
-from neox_bridge.architectures.neox_config import number
+from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.compat.facts import TreeFacts
 from neox_bridge.compat.neox_folder import duplicates, stray_cases
 from neox_bridge.compat.tree import FLAG
@@ -261,7 +261,7 @@ def mlp_width(checkpoint: Checkpoint, facts: TreeFacts) -> int:
     elif raw.get("expansion_factor"):
         width = int(number("expansion_factor", raw["expansion_factor"], float) * hidden)
     step = 2 * number("mlp_multiple_of", raw.get("mlp_multiple_of") or 1, int)
-    return -(-width // step) * step
+    return round_up(width, step)
 
 
 def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:

@@ -7,6 +7,7 @@ _vocab_size_with_padding), and compares the result with the checkpoint's args.
 
 from dataclasses import dataclass
 
+from neox_bridge.architectures.neox_config import round_up
 from neox_bridge.errors import Refused
 
 FIRST_MULTIPLE = 128  # GPT-NeoX's default
@@ -27,8 +28,7 @@ class Vocabulary:
 
 def padded_size(size: int, multiple: int, tp: int) -> int:
     """The rows that GPT-NeoX computes for a tokenizer of ``size`` entries."""
-    step = multiple * tp
-    return -(-size // step) * step
+    return round_up(size, multiple * tp)
 
 
 def fit(rows: int, size: int, tp: int, multiple: int | None) -> Vocabulary:
@@ -58,5 +58,5 @@ def keep(rows: int, multiple: int, tp: int, new_tp: int) -> Vocabulary:
     step = multiple * tp
     if step % new_tp == 0 and rows % step == 0:
         return Vocabulary(rows, rows, step // new_tp, None)
-    whole = -(-rows // new_tp)
-    return Vocabulary(rows, whole * new_tp, whole, None)
+    padded = round_up(rows, new_tp)
+    return Vocabulary(rows, padded, padded // new_tp, None)
