@@ -25,7 +25,7 @@ class Weight:
         or up and gate; a row of the table for each part, see planning/fused.py. zero: GPT-NeoX has
         it and Hugging Face hasn't: written as zeros, and refused where it is anything else; hf is
         then only the name for messages. derived: no weight, computed from the config.
-    shape: the names of its dimensions, Hugging Face's side; see ``Dims``.
+    shape: the names of its dimensions, Hugging Face's side; ``ModelConfig.dims`` has their sizes.
     flag: the config's field that says whether it exists; "" where it always does.
     part: which part of a fused or gated tensor it is.
     old: its name in trees before 0d4bdb96 (2024-09), where it is another; the parts of a gated MLP
@@ -60,7 +60,6 @@ class ModelConfig:
     activation: a name of the architecture's own table.
     kv_heads: None where k and v have as many heads as q.
     window: how many tokens a query sees, itself among them; None where it sees all before it.
-    dropped_from_hf: nothing of it changes the model; see the architecture.
     """
 
     layers: int

@@ -7,6 +7,7 @@ number of files, the kind of layout, each layer's state dict, ``args``.
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
@@ -18,7 +19,7 @@ from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.gqa import told_order
-from neox_bridge.layouts.weights import expand
+from neox_bridge.layouts.weights import exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 
 _INV_FREQ = "attention.rotary_emb.inv_freq"
@@ -211,13 +212,14 @@ def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) 
     """A block's keys in the order of its modules: as the tree wants them, or as they are."""
     config, state = checkpoint.config, checkpoint.neox
     assert state is not None
-    flags = {"": True, "norm_bias": config.norm_bias, "untied": True}
-    flags |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
     dense, inv_freq = state.mlp_names == "dense", state.inv_freq == "store"
     if wanted:
-        flags["norm_bias"] = True
-        flags["mlp_bias"] = _mlp_bias(checkpoint, facts) is not False
-        flags["attention_bias"] = checkpoint.raw.get("use_bias_in_attn_linear", True) is not False
+        config = replace(
+            config,
+            norm_bias=True,
+            mlp_bias=_mlp_bias(checkpoint, facts) is not False,
+            attention_bias=checkpoint.raw.get("use_bias_in_attn_linear", True) is not False,
+        )
         dense = facts.mlp_names == "dense"
         stored = stores_inv_freq(checkpoint, facts)
         inv_freq = inv_freq if stored is None else stored
@@ -225,7 +227,7 @@ def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) 
         weight.named(dense)
         for weight, block in expand(checkpoint.architecture, 1)
         if weight.place == "block" and block == 0
-        if flags[weight.flag] and (weight.split != "derived" or inv_freq)
+        if exists(weight, config) and (weight.split != "derived" or inv_freq)
     ]
     return list(dict.fromkeys(names))
 

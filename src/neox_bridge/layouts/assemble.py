@@ -8,11 +8,11 @@ from neox_bridge.architectures.neox_config import number
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.checkpoint import refuse_all, solve_dims, some
+from neox_bridge.layouts.checkpoint import refuse_all, some
 from neox_bridge.layouts.derived_check import check_inv_freq
 from neox_bridge.layouts.eras import GqaOrder
-from neox_bridge.layouts.hf_reader import check_heads, dtype_of_most
-from neox_bridge.layouts.weights import expand, layer_of, model_weights
+from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
+from neox_bridge.layouts.weights import by_name, expand, lacking, layer_of, model_weights
 from neox_bridge.planning.fused import Fusion, fusion_of, gather_part
 from neox_bridge.planning.geometry import gather, whole_shape
 from neox_bridge.planning.pieces import Dropped, Whole
@@ -83,7 +83,7 @@ def assemble(
             if splits[name] in ("fused", "gated"):
                 shape = (fusion.part_rows(weight.part, shape[0]) * tp, *shape[1:])
             else:
-                shape = whole_shape(weight.split_as(key), shape, tp)
+                shape = whole_shape(splits[name], shape, tp)
         label = f"{names[name]} ({weight.part})" if weight.part else names[name]
         found[label] = (weight, shape)
     if left:
@@ -96,19 +96,17 @@ def assemble(
     dims = solve_dims(found, folder)
     dtype = dtype_of_most(refs[0] for refs in shards.values())
     missing = [
-        names.get(name, f"layer {layer_of(weight, block, layers)}: {weight.neox}")
-        for weight, block in expand(architecture, layers)
-        if not weight.flag and weight.split not in ("derived", "zero")
-        if (name := weight.hf.format(i=block)) not in shards
+        f"layer {layer_of(weight, block, layers)}: {weight.neox}"
+        for weight, block, _ in lacking(architecture, layers, shards)
     ]
     if missing:
         raise BridgeError(f"{folder}: tensors are missing: {some(missing)}. Copy it again.")
     presence = Presence(frozenset(presence_names), dtype, layers)
     config = architecture.read_neox({**raw, "num_layers": layers}, dims, presence)
     want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
-    if lacking := sorted(want - set(shards)):
+    if absent := sorted(want - set(shards)):
         raise BridgeError(
-            f"{folder}: tensors are missing, in Hugging Face's words: {some(lacking)}."
+            f"{folder}: tensors are missing, in Hugging Face's words: {some(absent)}."
         )
     if extra := sorted(set(shards) - want):
         raise BridgeError(
@@ -118,9 +116,9 @@ def assemble(
         refuse_all(architecture.refuse_neox_source(raw), folder)
     check_heads(config, dims, f"{folder}/configs: num_attention_heads")
     fusion = fusion_of(config, order)
-    parts = {w.hf.format(i=b): w.part for w, b in expand(architecture, layers)}
+    weights = by_name(architecture, layers)
     tensors = {
-        name: gather_part(fusion, parts[name], refs)
+        name: gather_part(fusion, weights[name].part, refs)
         if splits[name] in ("fused", "gated")
         else gather(splits[name], refs, config.parallel_residual)
         for name, refs in shards.items()

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Literal
 
-from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal, Weight
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
+from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
-from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
-from neox_bridge.planning.pieces import Dropped, Shape, Whole
+from neox_bridge.planning.pieces import Dropped, Whole
 
 Kind = Literal["hf", "neox"]
 LayoutName = Literal["layers", "ranks"]
@@ -71,30 +69,13 @@ class Checkpoint:
     @property
     def size(self) -> int:
         """Bytes of the model's tensors, each counted once."""
-        return sum(prod(w.shape) * itemsize(w.dtype) for w in self.tensors.values())
+        return sum(whole.nbytes for whole in self.tensors.values())
 
-
-def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:
-    """The size of each named dimension, from tensors' whole shapes by name.
-
-    Raises BridgeError naming both tensors where two contradict each other.
-    """
-    dims: dict[str, tuple[int, str]] = {}
-    for name, (weight, shape) in found.items():
-        if len(shape) != len(weight.shape):
-            raise BridgeError(
-                f"{path}: {name} has the shape {list(shape)}; {len(weight.shape)} dimensions "
-                "are expected. The file is damaged or of another kind of model."
-            )
-        for dim, size in zip(weight.shape, shape, strict=True):
-            known, witness = dims.setdefault(dim, (size, name))
-            if known != size:
-                raise BridgeError(
-                    f"{path}: {name} has the shape {list(shape)}, which contradicts {witness}: "
-                    f"its {dim} size is {size} here and {known} there. One of the files is "
-                    "damaged or of another model; copy or download it again."
-                )
-    return {dim: size for dim, (size, _) in dims.items()}
+    @property
+    def vocab_rows(self) -> int:
+        """The vocabulary's rows, without the padding that this tool added."""
+        rows = self.config.dims["vocab"]
+        return min(rows, int(self.record.get("vocab_size") or rows))
 
 
 def some(names: list[str], most: int = 6) -> str:

@@ -25,9 +25,7 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> list
     for name, ref in stored.items():
         if ref.dtype not in _ROUNDING or ref.strides is not None:
             continue
-        with open(ref.file, "rb") as file:
-            file.seek(ref.offset)
-            error = inv_freq_error(config, file.read(ref.nbytes), ref.dtype)
+        error = inv_freq_error(config, _read(ref), ref.dtype)
         if error > _ROUNDING[ref.dtype] + _subnormal(config, ref.dtype) and error > worst:
             worst, where = error, name
     if not where:
@@ -54,10 +52,13 @@ def is_zero(ref: TensorRef) -> bool:
 
     if ref.strides is not None:
         return False
+    return not bool(np.any(np.frombuffer(_read(ref), to_numpy(ref.dtype)) != 0))
+
+
+def _read(ref: TensorRef) -> bytes:
     with open(ref.file, "rb") as file:
         file.seek(ref.offset)
-        values = np.frombuffer(file.read(ref.nbytes), to_numpy(ref.dtype))
-    return not bool(np.any(values != 0))
+        return file.read(ref.nbytes)
 
 
 def _subnormal(config: ModelConfig, dtype: str) -> float:

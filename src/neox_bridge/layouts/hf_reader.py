@@ -2,27 +2,24 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 from neox_bridge.architectures import for_hf
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
-from neox_bridge.formats.dtypes import FLOATING
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, solve_dims, some
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, some
 from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
-from neox_bridge.layouts.weights import expand, model_weights
+from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
 from neox_bridge.planning.pieces import Dropped, whole_of
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-_NOT_THERE = ("derived", "zero")  # what Hugging Face's files don't hold
 
 
 def open_hf(path: str, revision: str = "") -> Checkpoint:
@@ -38,7 +35,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     found = {
         name: (weight, named[name].shape)
         for weight, block in expand(architecture, layers)
-        if (name := weight.hf.format(i=block)) in named and weight.split not in _NOT_THERE
+        if (name := weight.hf.format(i=block)) in named and weight.split not in NEOX_ONLY
     }
     presence = Presence(frozenset(named), dtype_of_most(named.values()), layers)
     _require(architecture, presence, named, path, raw)
@@ -175,12 +172,7 @@ def _require(
     raw: Mapping[str, Any],
 ) -> None:
     """The weights that every model has are there; the optional ones are checked later."""
-    missing = [
-        name
-        for weight, block in expand(architecture, presence.layers)
-        if not weight.flag and weight.split not in _NOT_THERE
-        if (name := weight.hf.format(i=block)) not in named
-    ]
+    missing = [name for _, _, name in lacking(architecture, presence.layers, named)]
     if not raw.get("tie_word_embeddings") and architecture.head not in named:
         missing.append(architecture.head)
     if missing:
@@ -199,45 +191,6 @@ def _check_names(
         )
     if extra := sorted(set(named) - want):
         raise BridgeError(f"{path}: some blocks have tensors that others lack: {some(extra)}.")
-
-
-def dtype_of_most(refs: Any) -> str:
-    """The floating dtype of most elements."""
-    count: Counter[str] = Counter()
-    for ref in refs:
-        if ref.dtype in FLOATING:
-            count[ref.dtype] += prod(ref.shape)
-    return count.most_common(1)[0][0] if count else "float32"
-
-
-def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> None:
-    """BridgeError unless the heads divide the hidden size and QKV is three times as large."""
-    if config.heads < 1 or config.hidden % config.heads:
-        raise BridgeError(
-            f"{where}: {config.heads} doesn't divide the hidden size {config.hidden}. "
-            "The config is another model's."
-        )
-    if "q" in dims:
-        _check_kv_heads(config, dims, where.replace("num_attention_heads", "the key-value heads"))
-    elif dims["qkv"] != 3 * config.hidden:
-        raise BridgeError(
-            f"attention.query_key_value has {dims['qkv']} rows; a hidden size of {config.hidden} "
-            "takes three times as many. Grouped-query attention isn't of this family."
-        )
-
-
-def _check_kv_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> None:
-    heads, kv_heads = config.heads, config.key_value_heads
-    if dims["q"] % heads or heads % kv_heads:
-        raise BridgeError(
-            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} doesn't go with {heads} "
-            f"heads and {dims['q']} rows of q. The config is another model's."
-        )
-    if dims["kv"] != dims["q"] // heads * kv_heads:
-        raise BridgeError(
-            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} of {dims['q'] // heads} rows "
-            f"each are told, and k and v have {dims['kv']} rows. The config is another model's."
-        )
 
 
 def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> list[Finding]:

@@ -29,7 +29,7 @@ class Tokenizer:
     """A tokenizer's files by the names that they get, with their sizes in bytes.
 
     files: (name in the target, absolute path, bytes). generated: (name, content).
-    size: entries, added ones too; None where there is no tokenizer.
+    size: entries, added ones too; None where it isn't known.
     end_of_text: the id of END_OF_TEXT.
     main: the target's name of the file that says everything.
     """
@@ -80,7 +80,8 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
     if not files:
         return Tokenizer()
     main = main_file(files)
-    ends = _entries(main).get(END_OF_TEXT) if main else None
+    entries = _entries(main) if main else {}
+    ends = entries.get(END_OF_TEXT)
     copies = [
         ("tokenizer.json" if file == main else os.path.basename(file), file, os.path.getsize(file))
         for file in files
@@ -92,7 +93,7 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
         if ends is not None:
             config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         generated.append(("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode()))
-    size = len(_entries(main)) if main else None
+    size = len(entries) if main else None
     name = "tokenizer.json" if main else None
     return Tokenizer(tuple(copies), tuple(generated), size, ends, name)
 

@@ -1,6 +1,6 @@
 """Which weights a model of this config has, by name and block."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 
@@ -11,6 +11,10 @@ _FLAGS: dict[str, Callable[[ModelConfig], bool]] = {
     "norm_bias": lambda c: c.norm_bias,
     "untied": lambda c: not c.tied_embeddings,
 }
+
+
+# what GPT-NeoX's files hold and Hugging Face's don't
+NEOX_ONLY = ("derived", "zero")
 
 
 def exists(weight: Weight, config: ModelConfig) -> bool:
@@ -39,5 +43,20 @@ def model_weights(architecture: Architecture, config: ModelConfig) -> Iterator[t
     Those that Hugging Face hasn't (the split "zero") aren't among them.
     """
     for weight, block in expand(architecture, config.layers):
-        if weight.split not in ("derived", "zero") and exists(weight, config):
+        if weight.split not in NEOX_ONLY and exists(weight, config):
             yield weight, block
+
+
+def by_name(architecture: Architecture, layers: int) -> dict[str, Weight]:
+    """The table's rows by their Hugging Face names."""
+    return {weight.hf.format(i=block): weight for weight, block in expand(architecture, layers)}
+
+
+def lacking(
+    architecture: Architecture, layers: int, names: Container[str]
+) -> Iterator[tuple[Weight, int, str]]:
+    """Weights that every model has and these Hugging Face names haven't, with block and name."""
+    for weight, block in expand(architecture, layers):
+        name = weight.hf.format(i=block)
+        if not weight.flag and weight.split not in NEOX_ONLY and name not in names:
+            yield weight, block, name

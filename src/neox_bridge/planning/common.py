@@ -6,8 +6,8 @@ from neox_bridge.architectures.base import Weight
 from neox_bridge.formats.dtypes import FLOATING
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.planning.geometry import with_rows
-from neox_bridge.planning.options import DTypeChoice
-from neox_bridge.planning.pieces import OutputFile, Whole
+from neox_bridge.planning.options import DTypeChoice, Options
+from neox_bridge.planning.pieces import Dropped, OutputFile, Whole
 
 
 def cast(whole: Whole, dtype: DTypeChoice) -> Whole:
@@ -20,6 +20,17 @@ def cast(whole: Whole, dtype: DTypeChoice) -> Whole:
 def drop_vocabulary_rows(whole: Whole, weight: Weight, rows: int) -> Whole:
     """The tensor with this many vocabulary rows, if it has such rows at all."""
     return with_rows(whole, rows) if weight.split == "vocab" else whole
+
+
+def cut_to_tokenizer(
+    rows: int, end: int, options: Options, tokenizer: Tokenizer
+) -> tuple[int, list[Dropped]]:
+    """The rows that ``--vocab-rows`` leaves of these, and what goes: all up to ``end``."""
+    size = tokenizer.size
+    if options.vocab_rows != "tokenizer" or size is None or size >= rows:
+        return rows, []
+    why = "no entry of the tokenizer has them (--vocab-rows tokenizer)"
+    return size, [Dropped(f"vocabulary rows {size} to {end - 1}", why)]
 
 
 def text_file(path: str, data: bytes) -> OutputFile:

@@ -1,7 +1,7 @@
 """How tensor parallelism lays a tensor over its ranks: one description, used in both directions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from neox_bridge.architectures.base import Split
 from neox_bridge.formats.tensor_ref import TensorRef
@@ -18,23 +18,10 @@ from neox_bridge.planning.pieces import (
 _SPLIT_DIM: dict[str, int] = {"column": 0, "vocab": 0, "row": 1}
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A box that lies at ``whole`` in the whole tensor and at ``shard`` in one rank's."""
-
-    whole: Shape
-    shard: Shape
-    shape: Shape
-
-
-def blocks(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Block, ...]:
-    """The boxes of a tensor of this (whole) shape that one of ``tp`` ranks holds."""
-    zero = (0,) * len(shape)
-    if split not in _SPLIT_DIM:
-        return (Block(zero, zero, shape),)
-    dim, part = _SPLIT_DIM[split], shard_shape(split, shape, tp)
-    start = tuple(rank * part[d] if d == dim else 0 for d in range(len(shape)))
-    return (Block(start, zero, part),)
+def share(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Shape, Shape]:
+    """(start, shape) of the box of a whole tensor that one of ``tp`` ranks holds, as its own."""
+    dim, part = _SPLIT_DIM.get(split), shard_shape(split, shape, tp)
+    return tuple(rank * part[d] if d == dim else 0 for d in range(len(shape))), part
 
 
 def shard_shape(split: Split, shape: Shape, tp: int) -> Shape:
@@ -62,10 +49,10 @@ def gather(split: Split, shards: Sequence[TensorRef], row_bias_sums: bool) -> Wh
         reduce: Reduce = "sum" if split == "row_bias" and row_bias_sums else "replica"
         pieces = tuple(box(ref) for ref in shards)
         return Whole(shards[0].dtype, shape, pieces, reduce, tuple(shards))
+    zero = (0,) * len(shape)
+    boxes = [share(split, shape, tp, rank) for rank in range(tp)]
     pieces = tuple(
-        Piece(ref, block.shard, block.whole, block.shape)
-        for rank, ref in enumerate(shards)
-        for block in blocks(split, shape, tp, rank)
+        Piece(ref, zero, start, part) for ref, (start, part) in zip(shards, boxes, strict=True)
     )
     return Whole(shards[0].dtype, shape, pieces, shards=tuple(shards))
 
@@ -81,19 +68,14 @@ def scatter(
     if len(whole.shards) == tp:
         ref = whole.shards[rank]
         return OutputTensor(name, whole.dtype, ref.shape, (box(ref),))
-    shape = shard_shape(split, whole.shape, tp)
+    start, shape = share(split, whole.shape, tp, rank)
     output = OutputTensor(name, whole.dtype, shape, reduce=whole.reduce, random=whole.random)
     if split == "row_bias" and tp > 1:
         if row_bias == "whole" and rank > 0:
             return replace(output, pieces=(constant(shape, -0.0),), reduce="none")
         if row_bias == "split":
             output = replace(output, divisor=tp)
-    pieces = tuple(
-        piece
-        for block in blocks(split, whole.shape, tp, rank)
-        for piece in cut(whole, block.whole, block.shape, block.shard)
-    )
-    return replace(output, pieces=pieces)
+    return replace(output, pieces=cut(whole, start, shape, (0,) * len(shape)))
 
 
 def constant(shape: Shape, value: float, to: Shape | None = None) -> Piece:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind, refuse_all
 from neox_bridge.layouts.gqa import with_gqa_order
-from neox_bridge.layouts.tokenizer import Tokenizer, describe_tokenizer, tokenizer_at
+from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.record import source_summary
@@ -31,14 +31,13 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
         checkpoint = with_gqa_order(checkpoint, options.gqa_order)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer
     tokenizer = describe_tokenizer(files)
+    if tokenizer.size is None:
+        tokenizer = replace(tokenizer, size=checkpoint.tokenizer_size)
     if options.vocab_rows == "tokenizer" and tokenizer.size is None:
-        known = checkpoint.tokenizer_size
-        if known is None:
-            raise BridgeError(
-                f"--vocab-rows tokenizer: {checkpoint.path} comes without a tokenizer. Name one "
-                "with --tokenizer."
-            )
-        tokenizer = Tokenizer(size=known)
+        raise BridgeError(
+            f"--vocab-rows tokenizer: {checkpoint.path} comes without a tokenizer. Name one with "
+            "--tokenizer."
+        )
     if kind == "hf":
         plan = plan_hf(checkpoint, options, tokenizer)
     else:

@@ -47,6 +47,10 @@ class Whole:
     shards: tuple[TensorRef, ...] = ()
     random: int | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:

@@ -14,6 +14,7 @@ from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.weights import expand, model_weights
 from neox_bridge.planning.common import (
     cast,
+    cut_to_tokenizer,
     drop_vocabulary_rows,
     text_file,
     tokenizer_outputs,
@@ -118,14 +119,12 @@ def _rows_to_keep(
     checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer
 ) -> tuple[int, list[Dropped]]:
     """Rows of the embeddings: all, but for the padding that this tool itself added."""
-    rows = checkpoint.config.dims["vocab"]
-    keep = min(rows, int(checkpoint.record.get("vocab_size") or rows))
-    why = "padding that the way to GPT-NeoX had added"
-    if options.vocab_rows == "tokenizer" and tokenizer.size is not None and tokenizer.size < keep:
-        keep, why = tokenizer.size, "no entry of the tokenizer has them (--vocab-rows tokenizer)"
-    if keep == rows:
-        return rows, []
-    return keep, [Dropped(f"vocabulary rows {keep} to {rows - 1}", why)]
+    have = checkpoint.config.dims["vocab"]
+    rows, dropped = cut_to_tokenizer(checkpoint.vocab_rows, have, options, tokenizer)
+    if rows < have and not dropped:
+        why = "padding that the way to GPT-NeoX had added"
+        dropped = [Dropped(f"vocabulary rows {rows} to {have - 1}", why)]
+    return rows, dropped
 
 
 def _output(name: str, whole: Whole) -> OutputTensor:

@@ -17,6 +17,7 @@ from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.common import (
     cast,
+    cut_to_tokenizer,
     drop_vocabulary_rows,
     text_file,
     tokenizer_outputs,
@@ -65,7 +66,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     dropped += [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in sorted(own)]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     yml, blanks = finetune_yml(found, target, main)
-    record = neox_record(checkpoint, vocabulary.rows, tokenizer.size or checkpoint.tokenizer_size)
+    record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
     if config.grouped_query:
         record["gqa_order"] = shape.gqa_order
     files += [
@@ -212,29 +213,11 @@ def _check_gated(config: ModelConfig, shape: Shape, era: Era) -> None:
 def _vocabulary(
     checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, tp: int
 ) -> tuple[Vocabulary, list[Dropped]]:
-    have = checkpoint.config.dims["vocab"]
-    record = checkpoint.record
-    rows = have
-    dropped = []
-    if checkpoint.kind == "neox" and record.get("vocab_size"):
-        rows = min(have, int(record["vocab_size"]))  # what lies beyond is padding of this tool's
-    size = tokenizer.size or checkpoint.tokenizer_size
-    if options.vocab_rows == "tokenizer":
-        if size is None:
-            raise BridgeError(
-                "--vocab-rows tokenizer: the source comes without a tokenizer. Name one with "
-                "--tokenizer."
-            )
-        if size < rows:
-            dropped.append(
-                Dropped(
-                    f"vocabulary rows {size} to {rows - 1}",
-                    "no entry of the tokenizer has them (--vocab-rows tokenizer)",
-                )
-            )
-            rows = size
+    own = checkpoint.vocab_rows
+    rows, dropped = cut_to_tokenizer(own, own, options, tokenizer)
+    size = tokenizer.size
     state = checkpoint.neox
-    unknown = size is None and not record.get("vocab_size")
+    unknown = size is None and not checkpoint.record.get("vocab_size")
     if unknown and options.vocab_multiple is None and state is not None:
         key = "make_vocab_size_divisible_by"
         told = state.args.get(key) or checkpoint.raw.get(key) or FIRST_MULTIPLE

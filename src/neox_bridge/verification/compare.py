@@ -1,6 +1,8 @@
 """Two tensors compared element by element, wherever their pieces lie, in bounded memory."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,14 +80,27 @@ def values(whole: Whole, dtype: str, start: Shape, shape: Shape, context: Contex
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def is_zero(whole: Whole, start: Shape, shape: Shape, context: Context) -> bool:
-    """Whether every element of a box is +0.0."""
+def zero_beyond(whole: Whole, rows: int, context: Context) -> bool:
+    """Whether every element from this row on is +0.0."""
+    shape = (whole.shape[0] - rows, *whole.shape[1:])
     return not any(
-        values(
-            whole, whole.dtype, tuple(map(sum, zip(start, at, strict=True))), size, context
-        ).view("u1").any()
-        for at, size in _boxes(shape, whole.dtype)
-    )  # fmt: skip
+        values(whole, whole.dtype, (rows + at, *rest), size, context).view("u1").any()
+        for (at, *rest), size in _boxes(shape, whole.dtype)
+    )
+
+
+def each(
+    names: Iterable[str],
+    one: Callable[[str], Difference],
+    context: Context,
+    workers: int | None,
+) -> list[Difference]:
+    """``one`` for every name, in threads; the context's files are closed at the end."""
+    try:
+        with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+            return list(pool.map(one, names))
+    finally:
+        context.files.close()
 
 
 def _boxes(shape: Shape, dtype: str) -> Iterator[tuple[Shape, Shape]]:

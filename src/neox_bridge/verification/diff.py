@@ -1,20 +1,17 @@
 """``neox-bridge diff``: two checkpoints of any kinds, compared in the model's own tensors."""
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
 
 from neox_bridge.architectures.base import Weight
 from neox_bridge.execution.context import Context
-from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import expand
+from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
-from neox_bridge.verification.compare import Difference, Kind, compare, is_zero
+from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
 
 
 def diff(
@@ -32,22 +29,18 @@ def diff(
     pattern: a glob of names.
     """
     layers = max(first.config.layers, second.config.layers)
-    weights = {w.hf.format(i=b): w for w, b in expand(first.architecture, layers)}
+    weights = by_name(first.architecture, layers)
     names = sorted({*first.tensors, *second.tensors})
     context = Context(progress)
 
     def one(name: str) -> Difference:
         a, b = first.tensors.get(name), second.tensors.get(name)
         found = _one(name, a, b, weights.get(name), context)
-        context.wrote(sum(prod(w.shape) * itemsize(w.dtype) for w in (a, b) if w), changed=False)
+        context.wrote(sum(whole.nbytes for whole in (a, b) if whole), changed=False)
         return found
 
-    try:
-        with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(one, (n for n in names if fnmatchcase(n, pattern))))
-    finally:
-        context.files.close()
-    return sorted(found, key=_weight)
+    chosen = (name for name in names if fnmatchcase(name, pattern))
+    return sorted(each(chosen, one, context, workers), key=_weight)
 
 
 def _weight(difference: Difference) -> tuple[int, float, str]:
@@ -65,15 +58,10 @@ def _one(
         return Difference(name, kind, prod(there.shape), detail=f"{kind}, {list(there.shape)}")
     rows = min(a.shape[0], b.shape[0]) if a.shape and b.shape else 0
     padded = weight is not None and weight.split == "vocab" and a.shape[0] != b.shape[0]
-    if padded and all(_zero_beyond(whole, rows, context) for whole in (a, b)):
+    if padded and all(zero_beyond(whole, rows, context) for whole in (a, b)):
         a, b = with_rows(a, rows), with_rows(b, rows)
     found = compare(name, a, b, context)
     if a.dtype != b.dtype and found.kind in ("equal", "values"):
         other: Kind = "dtype" if found.kind == "equal" else "values"
         return replace(found, kind=other, detail=f"{a.dtype} and {b.dtype}")
     return found
-
-
-def _zero_beyond(whole: Whole, rows: int, context: Context) -> bool:
-    shape = (whole.shape[0] - rows, *whole.shape[1:])
-    return shape[0] == 0 or is_zero(whole, (rows, *(0 for _ in shape[1:])), shape, context)

@@ -1,8 +1,6 @@
 """``neox-bridge verify``: what was written, read back, is what the source says."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -10,14 +8,13 @@ from neox_bridge.architectures.base import ModelConfig, Weight
 from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
-from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.weights import expand
+from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.planning.to_hf import hf_model
-from neox_bridge.verification.compare import Difference, compare, is_zero, settled
+from neox_bridge.verification.compare import Difference, compare, each, settled, zero_beyond
 
 # the relative rounding of one addition or division
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -61,33 +58,26 @@ def verify(
     with the bytes of each tensor compared.
     """
     wholes, config = _as_the_target_has_it(source, target)
-    weights = {w.hf.format(i=b): w for w, b in expand(source.architecture, config.layers)}
-    rows = _rows(source, target, config)
+    weights = by_name(source.architecture, config.layers)
+    rows = min(source.vocab_rows, target.vocab_rows)
     findings = list(_config_findings(config, target.config))
-    own = int(source.record.get("vocab_size") or config.dims["vocab"])
-    if rows < own:
-        findings.append(_cut(rows, own, target))
+    if rows < source.vocab_rows:
+        findings.append(_cut(rows, source.vocab_rows, target))
     context = Context(progress)
     names = sorted({*wholes, *target.tensors})
 
     def one(name: str) -> Difference:
         found = _compare(name, wholes, target, weights, rows, context)
         if name in target.tensors:
-            whole = target.tensors[name]
-            context.wrote(prod(whole.shape) * itemsize(whole.dtype), changed=False)
+            context.wrote(target.tensors[name].nbytes, changed=False)
         return found
 
-    try:
-        with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(one, names))
-    finally:
-        context.files.close()
-    sizes = [prod(w.shape) * itemsize(w.dtype) for w in target.tensors.values()]
+    found = each(names, one, context, workers)
     return Verification(
         source.path,
         target.path,
         len(target.tensors),
-        sum(sizes),
+        target.size,
         tuple(difference for difference in found if difference.kind != "equal"),
         (*findings, *(f for f in target.findings if f.code == "inv-freq-differs")),
     )
@@ -144,13 +134,6 @@ def _as_the_target_has_it(
     return source.tensors, source.config
 
 
-def _rows(source: Checkpoint, target: Checkpoint, config: ModelConfig) -> int:
-    """The vocabulary rows that both have: padding of the target's or the source's isn't any."""
-    told = [c.record.get("vocab_size") for c in (source, target)]
-    known = [config.dims["vocab"], target.config.dims["vocab"]]
-    return min(known + [int(rows) for rows in told if rows])
-
-
 def _compare(
     name: str,
     wholes: Mapping[str, Whole],
@@ -166,11 +149,10 @@ def _compare(
         return Difference(name, "only-second", prod(second.shape))
     first, weight = wholes[name], weights[name]
     if weight.split == "vocab":
-        padding = (second.shape[0] - rows, *second.shape[1:])
-        start = (rows, *(0 for _ in padding[1:]))
-        if padding[0] > 0 and not is_zero(second, start, padding, context):
+        if not zero_beyond(second, rows, context):
             detail = f"rows {rows} to {second.shape[0] - 1} are padding, and not zero"
-            return Difference(name, "values", prod(padding), detail=detail)
+            padding = (second.shape[0] - rows) * prod(second.shape[1:])
+            return Difference(name, "values", padding, detail=detail)
         first, second = with_rows(first, rows), with_rows(second, rows)
     found = compare(name, first, second, context)
     if found.kind == "values" and weight.split == "row_bias" and second.reduce == "sum":

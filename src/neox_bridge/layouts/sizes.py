@@ -1,0 +1,73 @@
+"""What the tensors of either kind say of a model's sizes, held against its config."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import prod
+
+from neox_bridge.architectures.base import ModelConfig, Weight
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.dtypes import FLOATING
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.planning.pieces import Shape
+
+
+def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:
+    """The size of each named dimension, from tensors' whole shapes by name.
+
+    Raises BridgeError naming both tensors where two contradict each other.
+    """
+    dims: dict[str, tuple[int, str]] = {}
+    for name, (weight, shape) in found.items():
+        if len(shape) != len(weight.shape):
+            raise BridgeError(
+                f"{path}: {name} has the shape {list(shape)}; {len(weight.shape)} dimensions "
+                "are expected. The file is damaged or of another kind of model."
+            )
+        for dim, size in zip(weight.shape, shape, strict=True):
+            known, witness = dims.setdefault(dim, (size, name))
+            if known != size:
+                raise BridgeError(
+                    f"{path}: {name} has the shape {list(shape)}, which contradicts {witness}: "
+                    f"its {dim} size is {size} here and {known} there. One of the files is "
+                    "damaged or of another model; copy or download it again."
+                )
+    return {dim: size for dim, (size, _) in dims.items()}
+
+
+def dtype_of_most(refs: Iterable[TensorRef]) -> str:
+    """The floating dtype of most elements."""
+    count: Counter[str] = Counter()
+    for ref in refs:
+        if ref.dtype in FLOATING:
+            count[ref.dtype] += prod(ref.shape)
+    return count.most_common(1)[0][0] if count else "float32"
+
+
+def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> None:
+    """BridgeError unless the heads divide the hidden size and QKV is three times as large."""
+    if config.heads < 1 or config.hidden % config.heads:
+        raise BridgeError(
+            f"{where}: {config.heads} doesn't divide the hidden size {config.hidden}. "
+            "The config is another model's."
+        )
+    if "q" in dims:
+        _check_kv_heads(config, dims, where.replace("num_attention_heads", "the key-value heads"))
+    elif dims["qkv"] != 3 * config.hidden:
+        raise BridgeError(
+            f"attention.query_key_value has {dims['qkv']} rows; a hidden size of {config.hidden} "
+            "takes three times as many. Grouped-query attention isn't of this family."
+        )
+
+
+def _check_kv_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> None:
+    heads, kv_heads = config.heads, config.key_value_heads
+    if dims["q"] % heads or heads % kv_heads:
+        raise BridgeError(
+            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} doesn't go with {heads} "
+            f"heads and {dims['q']} rows of q. The config is another model's."
+        )
+    if dims["kv"] != dims["q"] // heads * kv_heads:
+        raise BridgeError(
+            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} of {dims['q'] // heads} rows "
+            f"each are told, and k and v have {dims['kv']} rows. The config is another model's."
+        )
