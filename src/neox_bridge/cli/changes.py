@@ -31,9 +31,7 @@ def changes(
             "--for", metavar="PATH", help="Those that touch this checkpoint or Hub model only."
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
-    ] = False,
+    as_json: values.AsJson = False,
 ) -> None:
     """List the changes of GPT-NeoX and transformers that break checkpoints, newest first.
 

@@ -44,16 +44,8 @@ def doctor(
         bool,
         typer.Option("--compare", help="Both frameworks side by side, for this model."),
     ] = False,
-    step: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", help="global_stepN, in place of the one in `latest`."),
-    ] = None,
-    config: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE", help="A yml for a GPT-NeoX folder that has no configs; repeatable."
-        ),
-    ] = None,
+    step: values.Step = None,
+    config: values.Configs = None,
     fix: Annotated[
         str | None,
         typer.Option(metavar="DST", rich_help_panel=_MEND, help="Write a mended copy to DST."),
@@ -82,9 +74,7 @@ def doctor(
             help="Leave out optimizer states where they can't be kept.",
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
-    ] = False,
+    as_json: values.AsJson = False,
 ) -> None:
     """Say what is wrong with a checkpoint, where it loads, and how to mend it.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neox_bridge.cli import values
 from neox_bridge.cli.output import KINDS, human, plural, print_json
 
 if TYPE_CHECKING:
@@ -26,23 +27,10 @@ def inspect(
         bool,
         typer.Option("--tensors", help="Every tensor too: name, shape, dtype, and where it lies."),
     ] = False,
-    revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub model.")
-    ] = None,
-    step: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="N", help="global_stepN, in place of the one in `latest`."),
-    ] = None,
-    config: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE",
-            help="A yml for a GPT-NeoX folder that has no configs; may be repeated.",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
-    ] = False,
+    revision: values.Revision = None,
+    step: values.Step = None,
+    config: values.Configs = None,
+    as_json: values.AsJson = False,
 ) -> None:
     """Say what a checkpoint is: kind, era, layout, sizes, and what would stop a conversion.
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neox_bridge.cli import values
 from neox_bridge.cli.output import plural, print_json
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ def patch(
     revert: Annotated[
         bool, typer.Option("--revert", help="Bring the original files back, byte for byte.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
-    ] = False,
+    as_json: values.AsJson = False,
 ) -> None:
     """Let a GPT-NeoX tree load checkpoints with and without inv_freq, strictly.
 

@@ -51,9 +51,7 @@ def toy(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was written as JSON on stdout.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing but errors (and --json).")
-    ] = False,
+    quiet: values.Quiet = False,
 ) -> None:
     """Write a random fp16 checkpoint of exactly a Pythia's shape, for trials and benchmarks.
 

@@ -2,9 +2,28 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+# options that several commands have, in the same words
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub model.")
+]
+Step = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", help="global_stepN, in place of the one in `latest`."),
+]
+Configs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE", help="A yml for a GPT-NeoX folder that has no configs; may be repeated."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors (and --json).")]
 
 _DTYPES = {
     "keep": "keep",

@@ -10,7 +10,6 @@ from neox_bridge.cli.progress import progress_bar
 
 Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads that compare.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors (and --json).")]
 
 
 def verify(
@@ -25,7 +24,7 @@ def verify(
     ] = None,
     max_workers: Workers = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: values.Quiet = False,
 ) -> None:
     """Say whether DST is SRC: every tensor bit by bit, the padding, the ranks, the config.
 
@@ -70,7 +69,7 @@ def diff(
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differ.")] = False,
     max_workers: Workers = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: values.Quiet = False,
 ) -> None:
     """Compare two checkpoints in the model's own tensors, whatever their kinds and layouts.
 

@@ -30,7 +30,7 @@ from neox_bridge.planning.common import text_file
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, OutputFile, Plan
-from neox_bridge.planning.vocabulary import padded_size
+from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
 
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
@@ -172,8 +172,7 @@ def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None)
 
 def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
     """The checkpoint's own multiple where it gives its own rows; else it has to change."""
-    key = "make_vocab_size_divisible_by"
-    told = int(state.args.get(key) or checkpoint.raw.get(key) or 128)
+    told = told_multiple(state.args, checkpoint.raw)
     size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
     return told if padded_size(size, told, state.tp) == checkpoint.config.dims["vocab"] else None
 
@@ -206,7 +205,10 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
         "tokenizer_type": state.args.get("tokenizer_type", "HFTokenizer"),
     }
     defaults: dict[str, Any] = {"pipe_parallel_size": 0, "model_parallel_size": 1}
-    defaults |= {"make_vocab_size_divisible_by": 128, "tokenizer_type": "GPT2BPETokenizer"}
+    defaults |= {
+        "make_vocab_size_divisible_by": FIRST_MULTIPLE,
+        "tokenizer_type": "GPT2BPETokenizer",
+    }
     if int(mended.get("pipe_parallel_size") or 0) > 0 and state.layout == "layers":
         del wanted["pipe_parallel_size"]  # any number of stages loads it
     for key, value in wanted.items():

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from neox_bridge.compat.patch_edits import MARK, Change, changes_for, edited
 from neox_bridge.compat.patch_forms import HOME, HOOK, Place, concerned, find_places, parse
 from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.execution.staging import flush
 
 KEPT = ".neox-bridge.orig"
 _RECORD = "patch.json"
@@ -258,11 +259,7 @@ def _temporary(path: Path, content: bytes) -> Path:
 
 def _flush_folder(folder: Path) -> None:
     with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+        flush(str(folder))
 
 
 def _read(path: Path) -> bytes | None:

@@ -28,7 +28,7 @@ from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import neox_record
-from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, Vocabulary, fit, keep
+from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
 
 
 def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, target: str) -> Plan:
@@ -219,9 +219,8 @@ def _vocabulary(
     state = checkpoint.neox
     unknown = size is None and not checkpoint.record.get("vocab_size")
     if unknown and options.vocab_multiple is None and state is not None:
-        key = "make_vocab_size_divisible_by"
-        told = state.args.get(key) or checkpoint.raw.get(key) or FIRST_MULTIPLE
-        return keep(rows, int(told), state.tp, tp), dropped
+        multiple = told_multiple(state.args, checkpoint.raw)
+        return keep(rows, multiple, state.tp, tp), dropped
     return fit(rows, size or rows, tp, options.vocab_multiple), dropped
 
 

@@ -5,7 +5,9 @@ make_vocab_size_divisible_by m and the tensor-parallel size (megatron/tokenizer/
 _vocab_size_with_padding), and compares the result with the checkpoint's args.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from neox_bridge.architectures.neox_config import round_up
 from neox_bridge.errors import Refused
@@ -29,6 +31,12 @@ class Vocabulary:
 def padded_size(size: int, multiple: int, tp: int) -> int:
     """The rows that GPT-NeoX computes for a tokenizer of ``size`` entries."""
     return round_up(size, multiple * tp)
+
+
+def told_multiple(*settings: Mapping[str, Any]) -> int:
+    """make_vocab_size_divisible_by, from the first of args and yml that says it."""
+    told = (found.get("make_vocab_size_divisible_by") for found in settings)
+    return int(next(filter(None, told), FIRST_MULTIPLE))
 
 
 def fit(rows: int, size: int, tp: int, multiple: int | None) -> Vocabulary:
