@@ -1,0 +1,104 @@
+"""What all figures share: colours, style, axes and names; matplotlib is the extra ``[plot]``.
+
+No figure is ever shown, so none goes through pyplot and its global state. The colours are Okabe and
+Ito's, which every kind of colour vision tells apart.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from neox_bridge.errors import BridgeError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", RED, "#000000")
+GREY, GRID = "#666666", "#dddddd"
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's fonts
+    "svg.hashsalt": "neox-bridge",  # the same figure is the same file
+    "font.size": 8.5,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
+}
+
+
+def require() -> None:
+    """Raise BridgeError where matplotlib is missing: before anything long is computed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BridgeError("plots need matplotlib: pip install 'neox-bridge[plot]'") from None
+
+
+def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A function that draws, in this style, or with a BridgeError where matplotlib is missing."""
+
+    @wraps(draw)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        require()
+        import matplotlib
+
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return run
+
+
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def place_of(name: str) -> tuple[str, int | None]:
+    """A Hugging Face name as (kind, block): the name without its block, and the block's number.
+
+    ``gpt_neox.layers.3.attention.dense.bias`` is (``attention.dense.bias``, 3); names outside the
+    blocks lose what precedes their last module, and have None.
+    """
+    if match := re.search(r"(?:^|\.)layers\.(\d+)\.(.+)", name):
+        return match[2], int(match[1])
+    return ".".join(name.split(".")[-2:]), None
+
+
+def log_axis(axis: Any, values: Iterable[float]) -> bool:
+    """A logarithmic axis around the positive values; False, and no ticks, where there are none."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    vertical = axis.axis_name == "y"
+    positive = [v for v in values if math.isfinite(v) and v > 0]
+    if not positive:
+        axis.set_ticks([])
+        return False
+    low, high = min(positive) / 1.4, max(positive) * 1.4
+    if high / low < 6:  # room for two ticks of 1, 2, 5
+        low, high = low / 1.6, high * 1.6
+    (axis.axes.set_yscale if vertical else axis.axes.set_xscale)("log")
+    (axis.axes.set_ylim if vertical else axis.axes.set_xlim)(low, high)
+    axis.set_major_locator(
+        LogLocator(subs=(1.0,) if high / low > 60 else (1.0, 2.0, 5.0), numticks=6)
+    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    return True
+
+
+def ticks(layers: int, most: int) -> list[int]:
+    """Blocks to number on an axis, at most about so many."""
+    steps = (1, 2, 4, 5, 8, 10, 20, 25, 50, 100, layers)
+    return list(range(0, layers, next(step for step in steps if layers <= step * most)))
+
+
+def legend(figure: Any, handles: Sequence[Any]) -> None:
+    """One legend below all."""
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
+    )

@@ -1,0 +1,199 @@
+"""Statistics of a checkpoint's tensors, and what in them no healthy model has."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.transform import boxes
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.weights import by_name
+from neox_bridge.planning.pieces import Shape, Whole
+from neox_bridge.verification.compare import values
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+BLOCK = 1 << 18  # elements at a time: 2 MiB of float64, and a few temporaries of that size
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """One logical tensor in numbers, computed in float64.
+
+    minimum, maximum, mean, std, norm: of the finite values; NaN where there is none. std is the
+        population's, norm the square root of the sum of squares.
+    zeros: the share of elements that are zero, of either sign. nans, infs: how many there are.
+    dead_rows: rows of zeros of a matrix that are no padding. padding_rows: rows of zeros of the
+        embedding or the output beyond the vocabulary, or at its end.
+    constant: whether more than one element is there, and all are the same finite number.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    elements: int
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    norm: float
+    zeros: float
+    nans: int
+    infs: int
+    dead_rows: int
+    padding_rows: int
+    constant: bool
+
+
+def statistics(
+    checkpoint: Checkpoint,
+    *,
+    pattern: str = "*",
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Statistics]:
+    """Every logical tensor of a checkpoint in numbers, in the model's order.
+
+    Shards are put together and row biases summed, as in a conversion to Hugging Face; every tensor
+    is read once, block by block. pattern: a glob of Hugging Face names. progress: called with the
+    bytes of each tensor. Raises BridgeError, naming the file, where one can't be read.
+    """
+    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
+    order = {name: place for place, name in enumerate(weights)}
+    chosen = [name for name in checkpoint.tensors if fnmatchcase(name, pattern)]
+    names = sorted(chosen, key=lambda name: (order.get(name, len(order)), name))
+    context = Context(progress)
+
+    def one(name: str) -> Statistics:
+        whole = checkpoint.tensors[name]
+        vocabulary = name in weights and weights[name].split == "vocab"
+        rows = checkpoint.vocab_rows if vocabulary else None
+        found = _measure(name, whole, rows, context)
+        context.wrote(whole.nbytes, changed=False)
+        return found
+
+    try:
+        with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+            try:
+                return list(pool.map(one, names))
+            except BaseException:
+                context.stop.set()  # the other threads needn't read on
+                raise
+    finally:
+        context.files.close()
+
+
+def findings(stats: Sequence[Statistics], checkpoint: Checkpoint) -> list[Finding]:
+    """What no healthy model has: NaN and infinities are errors, dead weights warnings.
+
+    Norm scales of one and biases of zero are how training starts, and padding is no fault.
+    """
+    return [*_broken(stats), *_dead(stats, checkpoint)]
+
+
+def _broken(stats: Sequence[Statistics]) -> Iterator[Finding]:
+    remedy = "the run diverged, or a cast overflowed: take an earlier step, or convert again"
+    broken = (
+        ("nan-values", "NaN", [(s, s.nans) for s in stats if s.nans]),
+        ("inf-values", "infinities", [(s, s.infs) for s in stats if s.infs]),
+    )
+    for code, what, found in broken:
+        if found:
+            names = some([f"{s.name} ({count:,} of {s.elements:,})" for s, count in found])
+            message = f"{what} in {len(found):,} of {len(stats):,} tensors: {names}"
+            yield Finding(code, "error", message, remedy)
+
+
+def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint) -> Iterator[Finding]:
+    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
+    equal = [s for s in stats if s.constant]
+    matrices = [s for s in equal if len(s.shape) > 1]
+    # a scale of zero silences what follows the norm; a bias of zero is an ordinary start
+    scales = [s for s in equal if "norm" in s.name and s.name.endswith(".weight")]
+    zero = [s.name for s in (*matrices, *scales) if s.maximum == 0]
+    if zero:
+        remedy = "never trained, or lost on the way: compare with where it comes from"
+        yield Finding("all-zero", "warning", f"nothing but zeros: {some(zero)}", remedy)
+    same = [f"{s.name} ({s.maximum:g})" for s in matrices if s.maximum != 0]
+    if same:
+        remedy = "never trained, or made up: compare with where it comes from"
+        yield Finding("all-equal", "warning", f"all elements equal: {some(same)}", remedy)
+    dead = [s for s in stats if s.dead_rows and s.name not in zero]
+    if dead:
+        names = [f"{s.name} ({s.dead_rows:,} of {s.shape[0]:,})" for s in dead]
+        inner = any(weights[s.name].split != "vocab" for s in dead if s.name in weights)
+        remedy = "such units compute nothing" if inner else "such tokens were never trained"
+        yield Finding("dead-rows", "warning", f"rows of zeros: {some(names)}", remedy)
+
+
+def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) -> Statistics:
+    import numpy as np
+
+    elements, matrix = prod(whole.shape), len(whole.shape) == 2
+    live = np.zeros(whole.shape[0] if matrix else 0, bool)
+    low, high, squares, zeros, nans, infs = math.inf, -math.inf, 0.0, 0, 0, 0
+    count, mean, spread = 0, 0.0, 0.0
+    for start, shape in boxes(whole.shape, BLOCK):
+        context.check()
+        block: Array = values(whole, whole.dtype, start, shape, context)
+        block = block.astype(np.float64)
+        nonzero = block != 0
+        zeros += block.size - int(np.count_nonzero(nonzero))
+        if matrix:
+            live[start[0] : start[0] + shape[0]] |= nonzero.reshape(shape).any(axis=1)
+        total = float(block @ block)
+        if not math.isfinite(total):
+            nan, finite = np.isnan(block), np.isfinite(block)
+            nans += int(np.count_nonzero(nan))
+            infs += int(np.count_nonzero(~finite & ~nan))
+            block = block[finite]
+            total = float(block @ block)
+        if not block.size:
+            continue
+        low, high = min(low, float(block.min())), max(high, float(block.max()))
+        squares += total
+        own = float(block.mean())
+        block -= own
+        # two sets of values joined (Chan, Golub and LeVeque 1979): no sum of squares of large
+        # values is subtracted from another
+        apart, joined = own - mean, count + block.size
+        spread += float(block @ block) + apart * apart * (count * block.size / joined)
+        mean += apart * (block.size / joined)
+        count = joined
+    padding = _padding(live, vocab_rows)
+    none = math.nan
+    return Statistics(
+        name,
+        whole.dtype,
+        whole.shape,
+        elements,
+        low if count else none,
+        high if count else none,
+        mean if count else none,
+        math.sqrt(spread / count) if count else none,
+        math.sqrt(squares) if count else none,
+        zeros / elements if elements else 0.0,
+        nans,
+        infs,
+        int(np.count_nonzero(~live)) - padding,
+        padding,
+        elements > 1 and count == elements and low == high,
+    )
+
+
+def _padding(live: "Array", vocab_rows: int | None) -> int:
+    """Rows of zeros beyond the vocabulary or at the end; None for what has no vocabulary."""
+    if vocab_rows is None:
+        return 0
+    filled = live.nonzero()[0]
+    end = min(vocab_rows, int(filled[-1]) + 1 if filled.size else 0)
+    return int((~live[end:]).sum())

@@ -1,0 +1,142 @@
+"""The figure of a checkpoint's statistics."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from neox_bridge.verification.drawing import (
+    BLUE,
+    GREY,
+    GRID,
+    ORANGE,
+    RED,
+    figure_of,
+    legend,
+    log_axis,
+    place_of,
+    styled,
+    ticks,
+)
+from neox_bridge.verification.statistics import Statistics
+
+Found = Sequence[tuple[int, Statistics]]
+
+
+@styled
+def statistics_figure(stats: Sequence[Statistics]) -> Any:
+    """A panel for each kind of weight: std and the largest size, over the blocks.
+
+    What lies outside the blocks is a last panel, a line for each tensor. Tensors whose std is 0
+    have no place on a logarithmic axis and are marked at its foot, as are NaN and infinities.
+    """
+    panels: dict[str, list[tuple[int, Statistics]]] = {}
+    others = [found for found in stats if place_of(found.name)[1] is None]
+    for found in stats:
+        kind, block = place_of(found.name)
+        if block is not None:
+            panels.setdefault(kind, []).append((block, found))
+    # matrices first: what they show matters most
+    kinds = sorted(panels, key=lambda kind: len(panels[kind][0][1].shape) < 2)
+    columns = min(4, len(kinds))
+    rows = -(-len(kinds) // columns) if kinds else 0
+    heights = [1.7 * rows] * bool(rows) + [0.6 + 0.22 * len(others)] * bool(others)
+    figure = figure_of(max(2.7 * columns, 6.0), sum(heights) + 0.4)
+    # each part is laid out by itself: the long names of one would push the other's panels aside
+    parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
+    for part in parts:
+        part.set_facecolor("none")
+    layers = 1 + max((block for found in panels.values() for block, _ in found), default=0)
+    for place, kind in enumerate(kinds):
+        axes = parts[0].add_subplot(rows, columns, place + 1)
+        _panel(axes, kind, panels[kind], layers)
+        if place + columns >= len(kinds):
+            axes.set_xlabel("block")
+    if others:
+        _outside(parts[-1].add_subplot(), others)
+    legend(
+        figure,
+        [
+            _key(BLUE, "o", "standard deviation", line=True),
+            _key(ORANGE, "^", "largest absolute value", line=True),
+            _key(GREY, "D", "all elements equal", face="none"),
+            _key(RED, "x", "NaN or infinities"),
+        ],
+    )
+    return figure
+
+
+def _panel(axes: Any, kind: str, found: Found, layers: int) -> None:
+    found = sorted(found, key=lambda pair: pair[0])
+    blocks = [block for block, _ in found]
+    few = layers <= 24
+    largest, spread = [_shown(_size(s)) for _, s in found], [_shown(s.std) for _, s in found]
+    for ys, colour, marker in ((largest, ORANGE, "^"), (spread, BLUE, "o")):
+        # a lone point among gaps would be no line
+        axes.plot(
+            blocks, ys, color=colour, marker=marker, markersize=3.5 if few else 1.8, linewidth=1.1
+        )
+    axes.set_title(kind, loc="left", fontsize=7.5)
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_xticks(ticks(layers, 7))
+    axes.tick_params(labelsize=7.5)
+    axes.grid(axis="y", color=GRID, linewidth=0.5)
+    if not log_axis(axes.yaxis, [*largest, *spread]):
+        words = "all zeros" if any(_size(s) == 0 for _, s in found) else "no finite value"
+        axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color=GREY)
+    foot = axes.get_xaxis_transform()
+    marked = (
+        (GREY, "D", [b for b, s in found if s.std == 0], 0.05),
+        (RED, "x", [b for b, s in found if s.nans or s.infs], 0.13),
+    )
+    for colour, marker, chosen, y in marked:
+        axes.plot(
+            chosen,
+            [y] * len(chosen),
+            marker,
+            color=colour,
+            markerfacecolor="none",
+            markersize=4.5 if few else 2.2 if marker == "D" else 4,
+            transform=foot,
+        )
+
+
+def _outside(axes: Any, found: Sequence[Statistics]) -> None:
+    axes.set_title("outside the blocks", loc="left", fontsize=7.5)
+    axes.set_yticks(range(len(found)), [place_of(s.name)[0] for s in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.tick_params(labelsize=7.5)
+    axes.grid(axis="x", color=GRID, linewidth=0.5)
+    log_axis(axes.xaxis, [y for s in found for y in (_size(s), s.std)])
+    side = axes.get_yaxis_transform()
+    for row, s in enumerate(found):
+        ends = [_shown(s.std), _shown(_size(s))]
+        axes.plot(ends, [row, row], color=GRID, linewidth=1.2, zorder=1)
+        axes.plot(ends[:1], [row], "o", color=BLUE, markersize=4.5)
+        axes.plot(ends[1:], [row], "^", color=ORANGE, markersize=4.5)
+        if s.std == 0:
+            axes.plot([0.01], [row], "D", color=GREY, markerfacecolor="none", transform=side)
+        if s.nans or s.infs:
+            axes.plot([0.03], [row], "x", color=RED, transform=side)
+
+
+def _size(found: Statistics) -> float:
+    return max(abs(found.minimum), abs(found.maximum))
+
+
+def _shown(value: float) -> float:
+    return value if value > 0 else math.nan
+
+
+def _key(colour: str, marker: str, label: str, line: bool = False, face: str | None = None) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D(
+        [],
+        [],
+        color=colour,
+        marker=marker,
+        linestyle="-" if line else "none",
+        label=label,
+        markerfacecolor=face or colour,
+        markersize=4.5,
+    )
