@@ -1,0 +1,141 @@
+"""Fingerprints that are remembered, so that a checkpoint that hasn't changed isn't read again.
+
+One small JSON file for each checkpoint's folder, replaced by a rename: audits that run at once
+can't damage each other's. A damaged or foreign file counts as none.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import xxhash
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.files import unreadable
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.planning.pieces import Whole
+from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
+
+Identity = tuple[int, int, int, int]
+YOUNG = 2.0  # seconds: the coarsest clock of a file system; a younger file may change unnoticed
+
+
+def default_folder() -> str:
+    """``neox-bridge/audit`` in XDG_CACHE_HOME, or in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "neox-bridge", "audit")
+
+
+def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
+    """Size, modification time in ns, inode and device of every file of weights.
+
+    Raises BridgeError, naming the file, where one can't be looked at.
+    """
+    found = {}
+    for whole in checkpoint.tensors.values():
+        for ref in sources(whole):
+            if ref.file not in found:
+                try:
+                    status = os.stat(ref.file)
+                except OSError as error:
+                    raise unreadable(ref.file, error) from None
+                times = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+                found[ref.file] = times
+    return found
+
+
+def look_up(
+    folder: str | None, checkpoint: Checkpoint, files: Mapping[str, Identity]
+) -> dict[str, Fingerprint]:
+    """The fingerprints that are known of tensors whose files are as they were."""
+    if folder is None:
+        return {}
+    try:
+        with open(_file(folder, checkpoint), encoding="utf-8") as stream:
+            stored = json.load(stream)
+        entries = stored["tensors"] if stored["version"] == VERSION else {}
+        return {
+            name: _parse(entries[name]["print"])
+            for name, whole in checkpoint.tensors.items()
+            if name in entries and entries[name]["key"] == _key(whole, files)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def remember(
+    folder: str | None,
+    checkpoint: Checkpoint,
+    files: Mapping[str, Identity],
+    found: Mapping[str, Fingerprint],
+) -> None:
+    """Keep the fingerprints of these files; a cache that can't be written is no error.
+
+    Files that changed within the last two seconds are left out.
+    """
+    if folder is None:
+        return
+    newest = (time.time() - YOUNG) * 1e9
+    old = {file for file, identity in files.items() if identity[1] < newest}
+    entries = {
+        name: {"key": _key(whole, files), "print": asdict(found[name])}
+        for name, whole in checkpoint.tensors.items()
+        if all(ref.file in old for ref in sources(whole))
+    }
+    document = {"version": VERSION, "path": checkpoint.path, "tensors": entries}
+    with suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(".tmp", "audit-", folder)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
+                json.dump(document, stream)
+            os.replace(temporary, _file(folder, checkpoint))
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def check_same(before: Mapping[str, Identity], checkpoint: Checkpoint) -> None:
+    """Raise BridgeError, naming the file, where one changed while it was read."""
+    for file, identity in identify(checkpoint).items():
+        if before.get(file) != identity:
+            raise BridgeError(
+                f"{file} changed while it was read. Audit again when nothing writes to it."
+            )
+
+
+def _file(folder: str, checkpoint: Checkpoint) -> str:
+    place = checkpoint.path
+    if checkpoint.neox is not None:
+        place = os.path.join(checkpoint.neox.root, checkpoint.neox.step)
+    name = xxhash.xxh3_128(os.fsencode(os.path.realpath(place))).hexdigest()
+    return os.path.join(folder, f"{name}.json")
+
+
+def _key(whole: Whole, files: Mapping[str, Identity]) -> str:
+    """What a fingerprint depends on: the files as they are, and where in them the pieces lie."""
+    pieces: list[Any] = []
+    for piece in whole.pieces:
+        ref = piece.source
+        where = ref and (files[ref.file], ref.offset, ref.dtype, ref.shape, ref.strides)
+        pieces.append((where, piece.start, piece.to, piece.shape, piece.fill))
+    text = repr((whole.dtype, whole.shape, whole.reduce, pieces))
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def _parse(stored: Mapping[str, Any]) -> Fingerprint:
+    shards = tuple(Shard(str(s["hash"]), bool(s["constant"])) for s in stored["shards"])
+    return Fingerprint(
+        str(stored["hash"]),
+        str(stored["dtype"]),
+        tuple(int(size) for size in stored["shape"]),
+        float(stored["norm"]),
+        int(stored["bad"]),
+        bool(stored["constant"]),
+        shards,
+    )

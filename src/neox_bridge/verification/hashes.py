@@ -1,0 +1,223 @@
+"""Fingerprints of logical tensors: the same for the same values, wherever their bytes lie."""
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.transform import boxes, load
+from neox_bridge.formats.dtypes import FLOATING, itemsize, to_numpy
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.weights import by_name
+from neox_bridge.planning.pieces import Whole, cut, whole_of
+from neox_bridge.verification.compare import settled, values
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+VERSION = 1  # of what is hashed, and how: another one makes older cached fingerprints void
+BLOCK = 1 << 20  # bytes; part of the version, since a shard is hashed box by box
+_CHUNK = 1 << 17  # elements that are float64 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tensor-parallel rank's bytes of a tensor. constant: all elements have the same bits."""
+
+    hash: str
+    constant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a tensor is, in a few bytes.
+
+    hash: xxh3_128, as 32 hex digits, of the elements in row-major order, the dtype and the shape.
+    shape: without rows of zeros at the end of a vocabulary, which are padding; so is the hash.
+    norm: L2, of the finite elements, in float64. bad: how many are NaN or infinite.
+    constant: all elements have the same bits.
+    shards: by tensor-parallel rank, where several hold it, their padding included.
+    """
+
+    hash: str
+    dtype: str
+    shape: tuple[int, ...]
+    norm: float
+    bad: int
+    constant: bool
+    shards: tuple[Shard, ...] = ()
+
+
+def fingerprints(
+    checkpoint: Checkpoint,
+    *,
+    known: Mapping[str, Fingerprint] | None = None,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Fingerprint]:
+    """Every tensor's fingerprint, by its Hugging Face name; each is read once, block by block.
+
+    Row biases are hashed as the sum of their ranks, where that is what the model adds. known: those
+    that needn't be read. Raises BridgeError, naming the file, where one can't be read.
+    """
+    known = known or {}
+    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
+    context = Context(progress)
+    todo = [name for name in checkpoint.tensors if name not in known]
+    largest_first = sorted(todo, key=lambda name: -checkpoint.tensors[name].nbytes)
+
+    def one(name: str) -> Fingerprint:
+        weight, whole = weights.get(name), checkpoint.tensors[name]
+        found = fingerprint(whole, context, padded=weight is not None and weight.split == "vocab")
+        context.wrote(whole.nbytes, changed=False)
+        return found
+
+    try:
+        with ThreadPoolExecutor(workers or 2) as pool:
+            try:
+                made = dict(zip(largest_first, pool.map(one, largest_first), strict=True))
+            except BaseException:
+                context.stop.set()  # the other threads needn't finish
+                raise
+    finally:
+        context.files.close()
+    return {name: made[name] if name in made else known[name] for name in checkpoint.tensors}
+
+
+def fingerprint(whole: Whole, context: Context, *, padded: bool = False) -> Fingerprint:
+    """A tensor's fingerprint. padded: zero rows at its end don't count."""
+    refs = sources(whole)
+    if whole.reduce != "none":
+        total = _hash(settled(whole, context), context, (), padded)[0]
+        shards = [_hash(whole_of(ref), context, (), False)[0] for ref in refs]
+        return _finish(whole, total, tuple(Shard(s.digest(), s.constant) for s in shards))
+    total, parts = _hash(whole, context, refs if len(refs) > 1 else (), padded)
+    return _finish(whole, total, tuple(Shard(s.digest(), s.constant) for s in parts))
+
+
+def sources(whole: Whole) -> tuple[TensorRef, ...]:
+    """The tensors of files that a whole lies in, by rank."""
+    return tuple(dict.fromkeys(p.source for p in whole.pieces if p.source is not None))
+
+
+class _Stream:
+    """A hash, a norm and a few facts of elements that come block by block.
+
+    rows: the bytes of one row of a padded tensor, whose last zero rows are held back; else 0.
+    """
+
+    def __init__(self, rows: int = 0, *, measure: bool = True) -> None:
+        self.state = xxhash.xxh3_128()
+        self.rows, self.held, self.fed = rows, 0, 0
+        self.measure, self.squares, self.bad = measure, 0.0, 0
+        self.first: bytes | None = None
+        self.constant = True
+
+    def feed(self, block: "Array") -> None:
+        import numpy as np
+
+        block = np.ascontiguousarray(block).reshape(-1)
+        if not block.size:
+            return
+        width = block.itemsize
+        data = block.view(np.uint8)
+        if self.constant:
+            self.first = self.first or data[:width].tobytes()
+            self.constant = bool((data.reshape(-1, width) == np.frombuffer(self.first, "u1")).all())
+        if self.measure and block.dtype.kind not in "bc":
+            self._square(block)
+        if self.rows:
+            data = self._without_padding(data)
+        self.fed += data.size
+        self.state.update(data.data)
+
+    def digest(self, more: str = "") -> str:
+        self.state.update(more.encode())
+        return self.state.hexdigest()
+
+    def _without_padding(self, data: "Array") -> "Array":
+        """The bytes up to the last one that isn't zero; zeros before it are fed late."""
+        import numpy as np
+
+        if not data[-1] and not data[-self.rows :].any():
+            used = np.flatnonzero(data)
+            end = int(used[-1]) + 1 if used.size else 0
+        else:
+            end = data.size
+        if end:
+            while self.held:  # they weren't padding
+                step = min(self.held, BLOCK)
+                self.state.update(bytes(step))
+                self.held, self.fed = self.held - step, self.fed + step
+        self.held += data.size - end
+        return data[:end]
+
+    def _square(self, block: "Array") -> None:
+        import numpy as np
+
+        for low in range(0, block.size, _CHUNK):
+            part = block[low : low + _CHUNK].astype(np.float64)
+            square = float(np.dot(part, part))
+            if not math.isfinite(square):
+                finite = np.isfinite(part)
+                self.bad += int(part.size - finite.sum())
+                square = float(np.square(part[finite]).sum())
+            self.squares += square
+
+
+def _hash(
+    whole: Whole, context: Context, refs: tuple[TensorRef, ...], padded: bool
+) -> tuple[_Stream, list[_Stream]]:
+    """The streams of the whole and, in the same pass over the files, of the refs it lies in."""
+    row = prod(whole.shape[1:]) * itemsize(whole.dtype) if padded and whole.shape else 0
+    total = _Stream(row)
+    parts = {ref: _Stream(measure=False) for ref in refs}
+    for start, shape in boxes(whole.shape, max(1, BLOCK // itemsize(whole.dtype))):
+        context.check()
+        if not refs:
+            total.feed(values(whole, whole.dtype, start, shape, context))
+            continue
+        total.feed(_box(whole, start, shape, context, parts))
+    if padded and row:  # back to whole rows
+        total.state.update(bytes(-total.fed % row))
+        total.fed += -total.fed % row
+    return total, list(parts.values())
+
+
+def _box(
+    whole: Whole,
+    start: tuple[int, ...],
+    shape: tuple[int, ...],
+    context: Context,
+    parts: dict[TensorRef, _Stream],
+) -> "Array":
+    import numpy as np
+
+    out: Array = np.empty(shape, to_numpy(whole.dtype))
+    for piece in cut(whole, start, shape, (0,) * len(shape)):
+        assert piece.source is not None
+        block = load(piece.source, piece.start, piece.shape, context)
+        parts[piece.source].feed(block)
+        place = zip(piece.to, piece.shape, strict=True)
+        out[tuple(slice(low, low + size) for low, size in place)] = block
+    return out
+
+
+def _finish(whole: Whole, total: _Stream, shards: tuple[Shard, ...]) -> Fingerprint:
+    shape = whole.shape
+    if total.rows:
+        shape = (total.fed // total.rows, *shape[1:])
+    digest = total.digest(f"{whole.dtype}{list(shape)}")
+    real = whole.dtype in FLOATING
+    bad = total.bad if real else 0
+    return Fingerprint(
+        digest, whole.dtype, shape, math.sqrt(total.squares), bad, total.constant, shards
+    )
