@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from neox_bridge.cli import values
+from neox_bridge.cli import plotting, values
 from neox_bridge.cli.output import human, plural, print_json, tell_findings
 from neox_bridge.cli.progress import progress_bar
 
@@ -67,6 +67,12 @@ def diff(
         str, typer.Option(metavar="GLOB", help="Only tensors of such names, quoted: '*.bias'.")
     ] = "*",
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differ.")] = False,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            **plotting.plot_file(), help="Draw the relative differences, block by block, too."
+        ),
+    ] = None,
     max_workers: Workers = None,
     as_json: AsJson = False,
     quiet: values.Quiet = False,
@@ -78,7 +84,7 @@ def diff(
     \b
     Examples:
       neox-bridge diff run/global_step1000 run/global_step2000 --tensor '*layernorm*'
-      neox-bridge diff pythia-410m pythia-neox --stat
+      neox-bridge diff pythia-410m pythia-neox --stat --plot differences.svg
 
     Exit codes: 0 equal, 3 different, 1 error.
     """
@@ -88,9 +94,14 @@ def diff(
     from neox_bridge.verification.diff import diff as compare
     from neox_bridge.verification.verify import describe
 
+    plotting.prepare(plot)
     a, b = open_checkpoint(first), open_checkpoint(second)
     with progress_bar(a.size + b.size, "comparing", quiet) as progress:
         found = compare(a, b, pattern=tensor, workers=max_workers, progress=progress)
+    if plot:
+        from neox_bridge.verification.plots import plot_differences
+
+        plot_differences(found, plot)
     apart = [difference for difference in found if difference.kind != "equal"]
     if as_json:
         print_json({"equal": not apart, "tensors": [asdict(difference) for difference in found]})
