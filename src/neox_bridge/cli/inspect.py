@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neox_bridge.cli import values
-from neox_bridge.cli.output import KINDS, human, plural, print_json
+from neox_bridge.cli import plotting, values
+from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings
+from neox_bridge.cli.stats import measure, print_stats, stats_json
 
 if TYPE_CHECKING:
     from neox_bridge.formats.tensor_ref import TensorRef
@@ -27,6 +28,28 @@ def inspect(
         bool,
         typer.Option("--tensors", help="Every tensor too: name, shape, dtype, and where it lies."),
     ] = False,
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats",
+            help="Read the weights too: each tensor's range, mean, std, norm, zeros, NaN and Inf.",
+        ),
+    ] = False,
+    plot: Annotated[
+        str | None,
+        typer.Option(
+            **plotting.plot_file(), help="Draw the statistics, block by block; implies --stats."
+        ),
+    ] = None,
+    tensor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLOB", help="Statistics of such names only, quoted: '*.bias'; implies --stats."
+        ),
+    ] = None,
+    max_workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads that read weights.")
+    ] = None,
     revision: values.Revision = None,
     step: values.Step = None,
     config: values.Configs = None,
@@ -34,25 +57,41 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: kind, era, layout, sizes, and what would stop a conversion.
 
-    Reads no weights. Exit code 0 wherever the checkpoint can be opened.
+    Reads no weights without --stats. Exit code 0 wherever the checkpoint can be opened, whatever
+    is found in it.
 
     \b
     Examples:
       neox-bridge inspect checkpoints/
       neox-bridge inspect EleutherAI/pythia-70m --revision step3000 --tensors
+      neox-bridge inspect checkpoints/ --stats --plot statistics.svg
     """
     from neox_bridge.layouts.open import open_checkpoint
 
+    plotting.prepare(plot)
     checkpoint = open_checkpoint(path, revision=revision, step=step, configs=config or ())
     facts = describe(checkpoint)
+    wanted = stats or plot or tensor
+    found, told = measure(checkpoint, tensor or "*", max_workers) if wanted else (None, [])
+    if plot and found is not None:
+        from neox_bridge.verification.plots import plot_statistics
+
+        plot_statistics(found, plot)
     if as_json:
+        from neox_bridge.planning.report import finding_json
+
+        facts["findings"] += map(finding_json, told)
         more = {"tensors": _tensors(checkpoint)} if tensors else {}
+        more |= {} if found is None else {"stats": stats_json(found)}
         print_json({**facts, **more})
         return
     for key, text in _lines(facts):
         print(f"{key:<12}{text}")
     if tensors:
         _print_tensors(checkpoint)
+    if found is not None:
+        print_stats(found)
+    tell_findings(told, quiet=False)
 
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:

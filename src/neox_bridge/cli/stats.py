@@ -1,0 +1,60 @@
+"""What ``neox-bridge inspect --stats`` prints."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from neox_bridge.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from neox_bridge.findings import Finding
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.verification.statistics import Statistics
+
+
+def measure(
+    checkpoint: "Checkpoint", pattern: str, workers: int | None
+) -> tuple[list["Statistics"], list["Finding"]]:
+    """The statistics of a checkpoint's tensors, with a progress bar, and what is wrong in them."""
+    from neox_bridge.verification.statistics import findings, statistics
+
+    with progress_bar(checkpoint.size, "reading", False) as progress:
+        found = statistics(checkpoint, pattern=pattern, workers=workers, progress=progress)
+    return found, findings(found, checkpoint)
+
+
+def stats_json(found: Sequence["Statistics"]) -> list[dict[str, Any]]:
+    """As plain data; null stands for what no finite value tells, as JSON has no NaN."""
+    from dataclasses import asdict
+
+    return [
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(statistics).items()
+        }
+        for statistics in found
+    ]
+
+
+def print_stats(found: Sequence["Statistics"]) -> None:
+    """An aligned table on stdout; columns that are 0 throughout are left out."""
+    head = ("tensor", "dtype", "shape", "min", "max", "mean", "std", "norm", "zeros")
+    rare = ("NaN", "Inf", "dead rows", "padding rows")
+    rows = []
+    for s in found:
+        numbers = (s.minimum, s.maximum, s.mean, s.std, s.norm)
+        counts = (s.nans, s.infs, s.dead_rows, s.padding_rows)
+        shape = "x".join(map(str, s.shape))
+        cells = [s.name, s.dtype, shape, *map(_number, numbers), f"{s.zeros:.1%}"]
+        rows.append([*cells, *(f"{count:,}" for count in counts)])
+    table = [[*head, *rare], *rows]
+    kept = [i for i in range(len(table[0])) if i < len(head) or any(row[i] != "0" for row in rows)]
+    widths = {i: max(len(row[i]) for row in table) for i in kept}
+    print()
+    for row in table:
+        cells = [row[i].ljust(widths[i]) if i < 3 else row[i].rjust(widths[i]) for i in kept]
+        print("  ".join(cells).rstrip())
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
