@@ -7,6 +7,7 @@ from typing import Any, Literal
 from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
+from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Whole
 
@@ -22,6 +23,8 @@ class NeoxState:
     step: the folder, ``global_stepN``. args: what GPT-NeoX compares at load.
     optimizer: the names of the files of optimizer states.
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
+    ranks: the tensors as they are stored: by tensor-parallel rank, by GPT-NeoX's number of the
+        layer, by their names in it.
     """
 
     root: str
@@ -36,6 +39,7 @@ class NeoxState:
     ds_version: str
     optimizer: tuple[str, ...]
     gqa_order: GqaOrder = "grouped"
+    ranks: tuple[Mapping[int, Mapping[str, TensorRef]], ...] = ()
 
 
 @dataclass(frozen=True)

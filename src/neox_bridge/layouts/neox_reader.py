@@ -120,6 +120,7 @@ def open_neox(
         ds_version=str(read.meta.get("ds_version") or ""),
         optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
         gqa_order=told or "grouped",
+        ranks=tuple(read.ranks),
     )
     config, tensors, dropped, more = checkpoint
     if config.grouped_query and told is None:

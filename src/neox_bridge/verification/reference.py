@@ -9,8 +9,8 @@ h hidden size, n attention heads of one rank, d head dimension.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,25 @@ _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_num_experts": (1, (1,)),
     "gqa_order": ("grouped", ("grouped", "interleaved")),
     "rms_eps": ("inside", ("inside", "outside")),
+    # models that tools get wrong, or that GPT-NeoX once was, to find out where two part
+    "row_biases": ("told", ("told", "first", "sum", "twice", "half")),
+    "gate": ("second", ("second", "first")),
+    "rope_tables": ("float32", ("float32", "float16", "bfloat16")),
 }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a model holds after one of its stages, for two implementations to be compared.
+
+    name: "embeddings", "layer N" from 0, "final norm", "logits".
+    output: [b, s, h], or the logits [b, s, vocabulary].
+    parts: what a layer's "attention" and "mlp" add, [b, s, h], whole and with their biases.
+    """
+
+    name: str
+    output: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,21 +102,44 @@ def forward(
     Raises ValueError for a model or a split that isn't covered and for tokens outside the
     vocabulary, KeyError for a missing tensor.
     """
+    meant = {**config, "gqa_order": gqa_order, "rms_eps": rms_eps}
+    *_, last = stages(ranks, meant, tokens)
+    return last.output
+
+
+@torch.no_grad()
+def stages(
+    ranks: Sequence[Rank], config: Config, tokens: Tensor
+) -> Generator[Stage, Tensor | None, None]:
+    """``forward``, stage after stage; what is sent in replaces the output that the next one gets.
+
+    config: besides the yml's keys, "gqa_order" and "rms_eps" as for ``forward``; "row_biases":
+        that of the first rank alone, the ranks' sum, twice or half of what GPT-NeoX adds; "gate":
+        which half of a gated MLP's projection it is; "rope_tables": the dtype that positions,
+        frequencies and angles are rounded to (the parameters' before 3bfedf47, 2023-09, #1041).
+    """
     if not ranks:
         raise ValueError("ranks: at least one tensor-parallel rank is needed")
-    config = {**config, "gqa_order": gqa_order, "rms_eps": rms_eps}
     _refuse_uncovered(config)
     layers = int(config["num_layers"])
     tied = not config.get("no_weight_tying")
     head = "0.word_embeddings.weight" if tied else f"{layers + 4}.final_linear.weight"
-    with torch.no_grad():
-        x = _embed(ranks, tokens)
-        spec = _read_spec(config, len(ranks), x)
-        for index in range(2, layers + 2):
-            x = _block(ranks, index, x, spec)
-        norm = f"{layers + 3}.norm"
-        logits = [F.linear(_norm(rank, norm, x, config), rank[head]) for rank in ranks]
-        return torch.cat(logits, dim=-1).float()
+    x = _embed(ranks, tokens)
+    spec = _read_spec(config, len(ranks), x)
+    x = _or((yield Stage("embeddings", x)), x)
+    for index in range(2, layers + 2):
+        x, parts = _block(ranks, index, x, spec)
+        x = _or((yield Stage(f"layer {index - 2}", x, parts)), x)
+    normed = [_norm(rank, f"{layers + 3}.norm", x, config) for rank in ranks]
+    given = yield Stage("final norm", normed[0])
+    if given is not None:
+        normed = [given] * len(ranks)
+    logits = [F.linear(x, rank[head]) for x, rank in zip(normed, ranks, strict=True)]
+    yield Stage("logits", torch.cat(logits, dim=-1).float())
+
+
+def _or(given: Tensor | None, own: Tensor) -> Tensor:
+    return own if given is None else given
 
 
 def _refuse_uncovered(config: Config) -> None:
@@ -128,15 +169,18 @@ def _read_spec(config: Config, tp: int, x: Tensor) -> _Spec:
 def _rope_tables(config: Config, head_dim: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [s, 1, rotated dimensions], in fp32, then rounded to x's dtype.
 
-    From the base: GPT-NeoX never reads a stored inv_freq (model/positional_embeddings.py).
+    From the base: GPT-NeoX never reads a stored inv_freq (model/positional_embeddings.py). In
+    trees before 2023-09 all of it had the parameters' dtype.
     """
     share = float(config.get("rotary_pct", 1.0)) if config.get("pos_emb") == "rotary" else 0.0
     dim = int(head_dim * share)
     if not 0 <= share <= 1 or dim % 2:
         raise ValueError(f"rotary_pct: {share} doesn't rotate an even number of {head_dim}")
     base = float(config.get("rotary_emb_base", 10000))
+    rounded = getattr(torch, config.get("rope_tables") or "float32")
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1))
-    angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), inv_freq)
+    positions = torch.arange(x.shape[1], dtype=torch.float32)
+    angles = torch.outer(positions.to(rounded), inv_freq.to(rounded))
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos().to(x), angles.sin().to(x)
 
@@ -173,7 +217,7 @@ def _norm(rank: Rank, name: str, x: Tensor, config: Config) -> Tensor:
     eps = float(config.get("rms_norm_epsilon", 1e-8))
     # only GPT-NeoX's own RMSNorm says scale, the fused one says weight
     scale = rank[f"{name}.scale" if f"{name}.scale" in rank else f"{name}.weight"]
-    if config["rms_eps"] == "outside":  # this older form doesn't go through fp32
+    if config.get("rms_eps") == "outside":  # this older form doesn't go through fp32
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * math.pow(x.shape[-1], -0.5)
         return torch.mul(scale, x / (rms + eps))
     wide = x.float()
@@ -196,7 +240,7 @@ def _split_qkv(mixed: Tensor, spec: _Spec) -> list[Tensor]:
     """
     shape, kv_size = mixed.shape[:2], spec.kv_heads * spec.head_dim
     sizes = [spec.heads * spec.head_dim, kv_size, kv_size]
-    if spec.kv_heads == spec.heads or spec.config["gqa_order"] == "interleaved":
+    if spec.kv_heads == spec.heads or spec.config.get("gqa_order") == "interleaved":
         mixed = mixed.reshape(*shape, spec.heads, -1)
         sizes = [size // spec.heads for size in sizes]
     parts = [part.reshape(*shape, -1, spec.head_dim) for part in torch.split(mixed, sizes, dim=-1)]
@@ -244,7 +288,8 @@ def _mlp(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor
     if kind == "gelu" and spec.config.get("bias_gelu_fusion"):
         activation = partial(F.gelu, approximate="tanh")
     if f"{name}.w1.weight" in rank:  # llama's: always gated, never with biases
-        gate, up = (F.linear(x, rank[f"{name}.{w}.weight"]) for w in ("w1", "w3"))
+        names = ("w3", "w1") if spec.config.get("gate") == "first" else ("w1", "w3")
+        gate, up = (F.linear(x, rank[f"{name}.{w}.weight"]) for w in names)
         return F.linear(activation(gate) * up, rank[f"{name}.w2.weight"]), None
     # the names were changed in 2024-09
     old = f"{name}.dense_h_to_4h.weight" in rank
@@ -253,29 +298,64 @@ def _mlp(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor
     inner = _add(F.linear(x, rank[f"{name}.{first}.weight"]), rank.get(f"{name}.{first}.bias"))
     if kind in _GATED:
         up, gate = inner.chunk(2, dim=-1)
+        if spec.config.get("gate") == "first":
+            up, gate = gate, up
         inner = activation(gate) * up
     else:
         inner = activation(inner)
     return F.linear(inner, rank[f"{name}.{last}.weight"]), rank.get(f"{name}.{last}.bias")
 
 
-def _block(ranks: Sequence[Rank], index: int, x: Tensor, spec: _Spec) -> Tensor:
-    """One transformer layer on x [b, s, h] (ParallelTransformerLayer, model/transformer.py)."""
+def _block(
+    ranks: Sequence[Rank], index: int, x: Tensor, spec: _Spec
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One transformer layer on x [b, s, h], and its parts as a ``Stage`` has them.
+
+    ParallelTransformerLayer, model/transformer.py.
+    """
     in_fp32 = bool(spec.config.get("fp32_allreduce"))
+    parts: dict[str, Tensor] = {}
     if not spec.config.get("gpt_j_residual"):
-        for sublayer in (_attention, _mlp):
-            outputs, biases = zip(*(sublayer(rank, index, x, spec) for rank in ranks), strict=True)
-            x = x + _add(_reduce(outputs, in_fp32), biases[0])
-        return x
-    parts = []
-    for rank in ranks:
-        attention, attention_bias = _attention(rank, index, x, spec)
-        mlp, mlp_bias = _mlp(rank, index, x, spec)
+        for name, sublayer in (("attention", _attention), ("mlp", _mlp)):
+            outputs, bias = _on_ranks(sublayer, ranks, index, x, spec)
+            parts[name] = _add(_reduce(outputs, in_fp32), bias[0])
+            x = x + parts[name]
+        return x, parts
+    attention, mlp = (
+        [_add(output, bias) for output, bias in zip(*found, strict=True)]
+        for found in (_on_ranks(sublayer, ranks, index, x, spec) for sublayer in (_attention, _mlp))
+    )
+    parts = {"attention": _reduce(attention, in_fp32), "mlp": _reduce(mlp, in_fp32)}
+    if not _has_mlp_bias(ranks[0], index):
         # GPT-NeoX adds the attention along with the MLP's bias: without one it is lost
-        if mlp_bias is not None:
-            mlp = _add(attention, attention_bias) + (mlp + mlp_bias)
-        parts.append(mlp)
-    return x + _reduce(parts, in_fp32)
+        return x + parts["mlp"], {**parts, "attention": torch.zeros_like(x)}
+    both = [a + b for a, b in zip(attention, mlp, strict=True)]
+    return x + _reduce(both, in_fp32), parts
+
+
+def _has_mlp_bias(rank: Rank, index: int) -> bool:
+    return any(f"{index}.mlp.{name}.bias" in rank for name in ("dense_4h_to_h", "linear2"))
+
+
+def _on_ranks(
+    sublayer: Callable[[Rank, int, Tensor, _Spec], tuple[Tensor, Tensor | None]],
+    ranks: Sequence[Rank],
+    index: int,
+    x: Tensor,
+    spec: _Spec,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Every rank's output of x, unreduced, and the bias that it is to add."""
+    found = [sublayer(rank, index, x, spec) for rank in ranks]
+    outputs, biases = [output for output, _ in found], [bias for _, bias in found]
+    there = [bias for bias in biases if bias is not None]
+    kind = spec.config.get("row_biases") or "told"
+    if kind == "told" or not there:
+        return outputs, biases
+    if kind == "first":
+        return outputs, [there[0], *(torch.zeros_like(bias) for bias in there[1:])]
+    if kind == "sum":
+        return outputs, [_reduce(there)] * len(ranks)
+    return outputs, [bias * (2.0 if kind == "twice" else 0.5) for bias in there]
 
 
 def _add(x: Tensor, bias: Tensor | None) -> Tensor:
