@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from neox_bridge.cli import changes, convert, doctor, families, inspect, patch, toy, verify
+from neox_bridge.cli import changes, convert, doctor, families, inspect, patch, report, toy, verify
 from neox_bridge.cli.errors import guarded
 from neox_bridge.cli.helping import GroupedCommand
 
@@ -32,6 +32,7 @@ for _command, _short in (
     (families.families, "List the families of models that are converted."),
     (verify.verify, "Say whether what was made of a checkpoint is that checkpoint."),
     (verify.diff, "Compare two checkpoints, tensor by tensor."),
+    (report.report, "Make one HTML page of checkpoints and results."),
     (toy.toy, "Write a random checkpoint of a Pythia's shape."),
 ):
     app.command(_command.__name__, cls=GroupedCommand, short_help=_short)(guarded(_command))

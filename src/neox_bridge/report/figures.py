@@ -1,0 +1,71 @@
+"""matplotlib's figures in the colours of a page, light and dark."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from neox_bridge.report.parts import Plot
+
+_INK, _GRID = "#123456", "#dddddd"  # text and axes, told apart from black on a coloured cell
+_RC = {
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+# the colours of the plots by the page's names for them, which the dark page has lighter
+_THEMED = {
+    _INK: "currentColor",
+    _GRID: "var(--grid)",
+    "#666666": "var(--plot-grey)",
+    "#0072b2": "var(--plot-blue)",
+    "#e8e8e8": "var(--plot-equal)",
+}
+_HEAD = re.compile(r'<svg\b[^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>')
+
+
+def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
+    """A figure for a page. draw: makes the matplotlib figure. prefix: of its ids.
+
+    Raises BridgeError where matplotlib is missing.
+    """
+    from neox_bridge.verification.drawing import require
+    from neox_bridge.verification.plots import svg_of
+
+    require()
+    import matplotlib
+
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names in scripts that the font hasn't: the page's has
+        svg = svg_of(draw(), prefix)
+    head = _HEAD.match(svg)
+    assert head is not None
+    return Plot(_themed(_bare(svg, head)), caption, round(float(head[1]) * 4 / 3))
+
+
+def drawn(name: str) -> str:
+    """A name as matplotlib draws it letter by letter: what stands between two $ is a formula."""
+    return name.replace("$", r"\$")
+
+
+def _bare(svg: str, head: re.Match[str]) -> str:
+    """Without matplotlib's metadata and fixed size, which the page's style sets."""
+    size = f'viewBox="0 0 {head[1]} {head[2]}"'
+    svg = f'<svg {size} role="img">' + svg[head.end() :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", svg, flags=re.DOTALL)
+    # the page's own font: names fill the same room in every theme, and print
+    return re.sub(r"font-family: [^;\"]*;?", "", svg).replace("xlink:href", "href")
+
+
+def _themed(svg: str) -> str:
+    for colour, name in _THEMED.items():
+        svg = svg.replace(colour, name)
+    # black lines are ink; black letters stand on coloured cells, and stay
+    parts = re.split(r"(<text\b[^>]*>)", svg)
+    parts = [p if p.startswith("<text") else p.replace("#000000", "currentColor") for p in parts]
+    return re.sub(r"\n\s*", "\n", "".join(parts))

@@ -1,0 +1,69 @@
+"""Sections as one HTML page that needs nothing from elsewhere."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+from neox_bridge import __version__
+from neox_bridge.cli.output import plural
+from neox_bridge.errors import BridgeError
+from neox_bridge.report.parts import Facts, Section, Verdict, worst
+
+# a sign beside the colour, for those who see no colour and for paper
+SIGNS = {"good": "✓", "neutral": "i", "warning": "!", "differs": "≠", "bad": "✗"}
+
+
+def require() -> None:
+    """Raise BridgeError where jinja2 or matplotlib is missing: before anything long is done."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise BridgeError(
+            f"a report needs {error.name}: pip install 'neox-bridge[report]'"
+        ) from None
+
+
+def verdict_of(sections: Sequence[Section]) -> Verdict:
+    """The page's own verdict: that of its worst section, or a word on how many there are."""
+    state = worst(section.verdict.state for section in sections)
+    like = [section for section in sections if section.verdict.state == state]
+    if len(sections) == 1 or (len(like) == len(sections) == 2 and state == "good"):
+        return Verdict(state, ". ".join(section.verdict.words for section in like))
+    if len(like) == 1 and state != "good":
+        only = like[0]
+        return Verdict(state, f"{only.kind}, {only.title}: {only.verdict.words}")
+    count, of = f"{len(like):,}", plural(len(sections), "result")
+    words = {
+        "good": f"{count} of {of} hold; nothing speaks against the others",
+        "neutral": f"{of}, nothing to judge",
+        "warning": f"Warnings in {count} of {of}",
+        "differs": f"Differences in {count} of {of}",
+        "bad": f"Faults in {count} of {of}",
+    }
+    if len(like) == len(sections) and state == "good":
+        return Verdict(state, f"All {of} hold")
+    return Verdict(state, words[state])
+
+
+def render(title: str, sections: Sequence[Section], read: Facts, date: str) -> str:
+    """The page as text: the same for the same arguments.
+
+    read: what was read, and what is known of it. Names in the sections are escaped; plots are
+    taken as they are. Raises BridgeError where jinja2 is missing.
+    """
+    require()
+    from jinja2 import Environment, StrictUndefined
+
+    template = files("neox_bridge.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    made = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return made.from_string(template).render(
+        title=title,
+        sections=sections,
+        verdict=verdict_of(sections),
+        signs=SIGNS,
+        read=read,
+        date=date,
+        version=__version__,
+    )

@@ -1,0 +1,71 @@
+"""What a page is made of, as plain data."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neox_bridge.findings import Finding
+
+State = Literal["good", "neutral", "warning", "differs", "bad"]
+# from the best to the worst: a page is as its worst section
+STATES: tuple[State, ...] = ("neutral", "good", "warning", "differs", "bad")
+Facts = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How it stands, in words; state: the colour and sign that go with them."""
+
+    state: State
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text. align: a letter a column, l or r. folded: shown when asked for."""
+
+    caption: str
+    head: Sequence[str]
+    align: str
+    rows: Sequence[Sequence[str]]
+    folded: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One ``<svg>`` element, and what it shows. width: in CSS pixels, of its natural size."""
+
+    svg: str
+    caption: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One result. provenance: where it comes from, for the foot of the page."""
+
+    kind: str
+    title: str
+    verdict: Verdict
+    facts: Facts = ()
+    findings: Sequence[Finding] = ()
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    provenance: Facts = ()
+
+
+def findings_of(listed: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """Findings that were printed as JSON."""
+    words = ("code", "severity", "message", "remedy")
+    return [Finding(*(str(entry.get(word, "")) for word in words)) for entry in listed]  # type: ignore[arg-type]
+
+
+def worst(states: Iterable[State]) -> State:
+    """The worst of several states."""
+    return max(states, key=STATES.index, default="neutral")
+
+
+def state_of(findings: Iterable[Finding]) -> State:
+    """Errors are bad, warnings a warning; without them all is good."""
+    states: dict[str, State] = {"error": "bad", "warning": "warning"}
+    return worst(["good", *(states.get(finding.severity, "good") for finding in findings)])

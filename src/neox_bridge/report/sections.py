@@ -1,0 +1,295 @@
+"""What ``--json`` of convert, verify and diff prints, and checkpoints, as sections of a page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from neox_bridge.cli.output import KINDS, human, plural, side
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.report.figures import drawn, plot_of
+from neox_bridge.report.parts import (
+    Facts,
+    Plot,
+    Section,
+    Table,
+    Verdict,
+    findings_of,
+    state_of,
+)
+from neox_bridge.verification.compare import Difference
+from neox_bridge.verification.statistics import Statistics
+from neox_bridge.verification.verify import describe
+
+Document = Mapping[str, Any]
+_OPEN = 12  # rows of a table that needn't be folded
+
+
+def section_of(document: object, name: str, prefix: str) -> Section:
+    """The section of one JSON document, told by its keys. prefix: of ids in its plots.
+
+    Raises BridgeError where it is none of those that are known, or not whole.
+    """
+    keys = set(document) if isinstance(document, dict) else set()
+    for wanted, build in (
+        ({"holds", "differences"}, _verification),
+        ({"equal", "tensors"}, _diff),
+        ({"result", "summary", "target"}, _conversion),
+        ({"hash", "summary", "files", "target"}, _conversion),
+    ):
+        if wanted <= keys:
+            try:
+                return build(document, name, prefix)  # type: ignore[arg-type]
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                raise BridgeError(
+                    f"{name} looks like a result of {build.__name__[1:]}, but isn't whole "
+                    f"({problem}). Print it again with --json."
+                ) from None
+    raise BridgeError(
+        f"{name} is no result that a report can show. Give what convert, verify, diff or audit "
+        "print with --json, or a checkpoint's folder."
+    )
+
+
+def checkpoint_section(
+    name: str,
+    lines: Facts,
+    record: Mapping[str, Any],
+    stats: Sequence[Statistics],
+    findings: Sequence[Finding],
+    prefix: str,
+) -> Section:
+    """A checkpoint: what it is, its tensors layer by layer, and where it comes from.
+
+    lines: what ``inspect`` says. record: its ``neox_bridge.json``, where there is one.
+    """
+    from neox_bridge.verification.plots import statistics_figure
+
+    state = state_of(findings)
+    faults = sum(finding.severity in ("error", "warning") for finding in findings)
+    words = (
+        f"{plural(faults, 'finding')} in {plural(len(stats), 'tensor')}"
+        if faults
+        else f"Sound: {plural(len(stats), 'tensor')} without NaN, infinities or dead weights"
+    )
+    plot = plot_of(
+        lambda: statistics_figure([replace(s, name=drawn(s.name)) for s in stats]),
+        "Each kind of weight over the layers: standard deviation and largest absolute value.",
+        prefix,
+    )
+    written = "written_by" in record
+    return Section(
+        "Conversion" if written else "Checkpoint",
+        name,
+        Verdict(state, words),
+        [(key, text) for key, text in lines if key not in ("error", "warning", "info")],
+        findings,
+        [plot] if stats else [],
+        [_statistics_table(stats), *_settings(record)],
+        _origin(record),
+    )
+
+
+def verification_section(found: Any, prefix: str) -> Section:
+    """A ``verify.Verification``, as its JSON would be shown."""
+    return _verification({"holds": found.holds, **asdict(found)}, found.target, prefix)
+
+
+def _verification(document: Document, name: str, prefix: str) -> Section:
+    apart = [Difference(**entry) for entry in document["differences"]]
+    findings = findings_of(document["findings"])
+    tensors, size = int(document["tensors"]), human(document["size"])
+    if document["holds"]:
+        verdict = Verdict("good", f"Equal, bit by bit: {plural(tensors, 'tensor')}, {size}")
+    else:
+        errors = sum(finding.severity == "error" for finding in findings)
+        what = [plural(len(apart), "tensor")] if apart else []
+        what += [plural(errors, "finding")] if errors else []
+        verdict = Verdict("bad", f"Not what the source says: {' and '.join(what)}")
+    facts = [
+        ("source", str(document["source"])),
+        ("target", str(document["target"])),
+        ("compared", f"{plural(tensors, 'tensor')}, {size}, read back from the target"),
+        ("differing", plural(len(apart), "tensor")),
+    ]
+    plots = [_difference_plot(apart, prefix)] if apart else []
+    tables = [_differences_table(apart, "Tensors that differ")] if apart else []
+    return Section("Verification", name, verdict, facts, findings, plots, tables)
+
+
+def _diff(document: Document, name: str, prefix: str) -> Section:
+    found = [Difference(**entry) for entry in document["tensors"]]
+    apart = [difference for difference in found if difference.kind != "equal"]
+    equal = len(found) - len(apart)
+    if document["equal"]:
+        verdict = Verdict("good", f"Equal: {plural(len(found), 'tensor')}")
+    else:
+        verdict = Verdict("differs", f"Different: {len(apart):,} of {plural(len(found), 'tensor')}")
+    kinds: dict[str, int] = {}
+    for difference in apart:
+        kinds[difference.kind] = kinds.get(difference.kind, 0) + 1
+    words = {
+        "values": "other values",
+        "shape": "other shapes",
+        "dtype": "other dtypes",
+        "only-first": "only in the first",
+        "only-second": "only in the second",
+        "replicas": "ranks that differ",
+    }
+    facts = [("tensors", f"{len(found):,}"), ("equal", f"{equal:,}")]
+    facts += [(words.get(kind, kind), f"{count:,}") for kind, count in kinds.items()]
+    plots = [_difference_plot(found, prefix)] if apart else []
+    tables = []
+    if apart:
+        title = "Largest relative differences" if len(apart) > _OPEN else "Tensors that differ"
+        tables.append(_differences_table(apart[:_OPEN], title))
+        if len(apart) > _OPEN:
+            tables.append(_differences_table(apart, f"All {len(apart):,} that differ", folded=True))
+    return Section("Diff", name, verdict, facts, (), plots, tables)
+
+
+def _conversion(document: Document, name: str, _prefix: str) -> Section:
+    result, numbers = document.get("result"), document["summary"]
+    source, target = document["source"], document["target"]
+    findings = findings_of([*document["findings"], *((result or {}).get("findings") or ())])
+    state = state_of(findings)
+    if result is None:
+        verdict = Verdict("neutral", "Planned: nothing is written yet")
+    elif document.get("verified"):
+        verdict = Verdict(state, "Written, read back and equal to the source, bit by bit")
+    else:
+        verdict = Verdict("warning", "Written, but not compared with the source")
+    facts = [
+        *_source(source),
+        ("target", side(target) + (f": {result['target']}" if result else "")),
+        ("parameters", f"{int(target['parameters']):,}"),
+        ("files", plural(int(numbers["files"]), "file") + f", {human(numbers['bytes'])}"),
+        (
+            "bytes",
+            f"{human(numbers['bytes_copied'])} copied as they are, "
+            f"{human(numbers['bytes_transformed'])} transformed, "
+            f"{human(numbers['bytes_from_plan'])} headers and small files",
+        ),
+    ]
+    if result:
+        seconds = float(result["seconds"])
+        rate = human(result["size"] / max(seconds, 1e-3))
+        facts.append(("time", f"{seconds:.1f} s, {rate}/s"))
+    facts += [("note", str(note)) for note in document["notes"]]
+    facts += [("fill in", f"{blank['key']} in {blank['file']}") for blank in document["blanks"]]
+    rows = [(str(drop["name"]), str(drop["reason"])) for drop in document["dropped"]]
+    facts.append(("dropped", f"{len(rows):,}" if rows else "nothing"))
+    tables = []
+    if rows:
+        table = Table("What was left out", ("what", "why"), "ll", rows, len(rows) > _OPEN)
+        tables.append(table)
+    if isinstance(document.get("files"), list):
+        files = [
+            (str(file["path"]), human(file["size"]), f"{len(file['tensors']):,}")
+            for file in document["files"]
+        ]
+        tables.append(Table("Files", ("file", "size", "tensors"), "lrr", files))
+    provenance = [("plan", str(document["hash"]))] if "hash" in document else []
+    return Section(
+        "Conversion" if result else "Plan",
+        str(result["target"]) if result else name,
+        verdict,
+        facts,
+        findings,
+        [],
+        tables,
+        provenance,
+    )
+
+
+def _difference_plot(found: Sequence[Difference], prefix: str) -> Plot:
+    from neox_bridge.verification.plots import differences_figure
+
+    return plot_of(
+        lambda: differences_figure([replace(d, name=drawn(d.name)) for d in found]),
+        "Largest relative difference of each tensor, layer by layer.",
+        prefix,
+    )
+
+
+def _differences_table(
+    found: Sequence[Difference], caption: str, folded: bool | None = None
+) -> Table:
+    rows = []
+    for difference in found:
+        values = difference.kind == "values" and not difference.detail
+        numbers = ("", "", "", "")
+        if difference.kind == "values":
+            numbers = (
+                f"{difference.differing:,} of {difference.elements:,}",
+                _number(difference.relative),
+                _number(difference.largest),
+                _number(difference.mean),
+            )
+        said = describe(difference).removeprefix(difference.name).lstrip(": ")
+        rows.append((difference.name, "values" if values else said, *numbers))
+    head = ("tensor", "what", "elements", "relative", "largest", "mean")
+    return Table(caption, head, "llrrrr", rows, len(rows) > _OPEN if folded is None else folded)
+
+
+def _statistics_table(stats: Sequence[Statistics]) -> Table:
+    head = ("tensor", "dtype", "shape", "min", "max", "mean", "std", "zeros", "NaN", "Inf")
+    rows = [
+        (
+            s.name,
+            s.dtype,
+            str(list(s.shape)),
+            *(_number(value) for value in (s.minimum, s.maximum, s.mean, s.std)),
+            f"{s.zeros:.1%}" if s.zeros else "0",
+            f"{s.nans:,}",
+            f"{s.infs:,}",
+        )
+        for s in stats
+    ]
+    return Table(f"All {len(rows):,} tensors", head, "lllrrrrrrr", rows)
+
+
+def _origin(record: Mapping[str, Any]) -> Facts:
+    if "written_by" not in record:
+        return []
+    source = record.get("source")
+    known = _source(source) if isinstance(source, Mapping) else []
+    return [("written by", str(record["written_by"])), *known]
+
+
+def _source(source: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where a conversion came from; what another version wrote is shown as it is."""
+    if not {"kind", "dtype"} <= set(source) or source["kind"] not in KINDS:
+        return _flat(source)
+    more = [(key, str(source[key])) for key in ("revision", "iteration") if key in source]
+    return [("source", f"{side(source)}: {source.get('name', '')}"), *more]
+
+
+def _settings(record: Mapping[str, Any]) -> list[Table]:
+    """The run's settings, or the model's, that the conversion kept."""
+    neox, config = record.get("neox"), record.get("config")
+    kept = (
+        ("Settings of the GPT-NeoX run", neox.get("yml") if isinstance(neox, Mapping) else None),
+        ("config.json of the source", config),
+    )
+    return [
+        Table(caption, ("key", "value"), "ll", _flat(values))
+        for caption, values in kept
+        if isinstance(values, Mapping) and values
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as rows of text: ``optimizer.type``."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", str(value)))
+    return rows
+
+
+def _number(value: float) -> str:
+    return f"{float(value):.3g}".replace("e-0", "e-")
