@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from neox_bridge.cli import changes, convert, doctor, families, inspect, patch, report, toy, verify
+from neox_bridge.cli import (
+    audit,
+    changes,
+    convert,
+    doctor,
+    families,
+    inspect,
+    patch,
+    report,
+    toy,
+    verify,
+)
 from neox_bridge.cli.errors import guarded
 from neox_bridge.cli.helping import GroupedCommand
 
@@ -32,6 +43,7 @@ for _command, _short in (
     (families.families, "List the families of models that are converted."),
     (verify.verify, "Say whether what was made of a checkpoint is that checkpoint."),
     (verify.diff, "Compare two checkpoints, tensor by tensor."),
+    (audit.audit, "Look through the checkpoints of a run or a suite for what is wrong."),
     (report.report, "Make one HTML page of checkpoints and results."),
     (toy.toy, "Write a random checkpoint of a Pythia's shape."),
 ):

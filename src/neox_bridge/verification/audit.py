@@ -1,0 +1,126 @@
+"""``neox-bridge audit``: a run's or a suite's many checkpoints, held against each other."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.verification.audit_identity import across_runs, identity_faults
+from neox_bridge.verification.audit_norms import norm_faults
+from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
+from neox_bridge.verification.runs import Fault, Place, Run
+from neox_bridge.verification.steps import Step, read_step
+
+_ORDER = ("error", "warning", "info")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A place of a run, and the checkpoint that is there, or why there is none."""
+
+    run: str
+    place: Place
+    checkpoint: Checkpoint | None
+    fault: Fault | None = None
+
+    @property
+    def size(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.size
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What was read, by run and step, and what is wrong with it, the worst first."""
+
+    steps: tuple[Step, ...]
+    faults: tuple[Fault, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is wrong: what is merely worth knowing isn't."""
+        return all(fault.severity == "info" for fault in self.faults)
+
+
+def open_places(runs: Iterable[Run]) -> list[Opened]:
+    """Open every checkpoint; reads no weights, and goes on where one can't be opened."""
+    opened = []
+    for run in runs:
+        for place in run.places:
+            try:
+                found, fault = open_checkpoint(place.path), None
+            except (BridgeError, OSError) as error:
+                found, fault = None, _unreadable(run.name, place, error)
+            opened.append(Opened(run.name, place, found, fault))
+    return opened
+
+
+def audit(
+    opened: Iterable[Opened],
+    *,
+    faults: Iterable[Fault] = (),
+    same_init: bool = False,
+    cache: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Audit:
+    """Read every checkpoint's weights, but for those in the cache, and compare them all.
+
+    faults: what is known already. same_init: runs of the same shapes must begin with the same
+    weights. cache: its folder (``hash_cache``), or None. Nothing that is wrong with a checkpoint
+    keeps the others from being looked at.
+    """
+    runs: dict[str, list[Step]] = {}
+    numbers: dict[str, list[int]] = {}
+    found = list(faults)
+    for one in opened:
+        runs.setdefault(one.run, [])
+        if one.place.number is not None:
+            numbers.setdefault(one.run, []).append(one.place.number)
+        if one.fault is not None:
+            found.append(one.fault)
+        if one.checkpoint is None:
+            continue
+        try:
+            step = read_step(
+                one.run, one.place, one.checkpoint, cache=cache, workers=workers, progress=progress
+            )
+        except (BridgeError, OSError) as error:
+            found.append(_unreadable(one.run, one.place, error))
+        else:
+            runs[one.run].append(step)
+    for run, steps in runs.items():
+        found += judge(steps)
+        found += missing_faults(run, sorted(set(numbers.get(run, ()))))
+    found += across_runs(runs)
+    found += init_faults(runs, same_init)
+    ordered = sorted(found, key=lambda fault: _ORDER.index(fault.severity))
+    return Audit(tuple(step for steps in runs.values() for step in steps), tuple(ordered))
+
+
+def judge(steps: Sequence[Step]) -> list[Fault]:
+    """Everything that one run's steps, in order, say against each other."""
+    same = list(identity_faults(steps))
+    explained = frozenset(
+        (label, name)
+        for fault in same
+        if fault.severity != "info"
+        for label in fault.steps
+        for name in fault.tensors or (steps[0].tensors if steps else ())
+    )
+    return [*same, *setting_faults(steps), *norm_faults(steps, explained)]
+
+
+def verdict(step: Step, faults: Iterable[Fault]) -> str:
+    """The worst that is said of a step: error, warning or ok."""
+    worst = {f.severity for f in faults if f.run == step.run and step.label in f.steps}
+    return next((word for word in _ORDER[:2] if word in worst), "ok")
+
+
+def _unreadable(run: str, place: Place, error: Exception) -> Fault:
+    message = str(error)
+    if isinstance(error, OSError):
+        where = os.fsdecode(error.filename) if error.filename is not None else place.path
+        message = f"{where} can't be read: {error.strerror or error}"
+    return Fault("unreadable", "error", message, "", run, (place.label,))

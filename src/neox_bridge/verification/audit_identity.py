@@ -1,0 +1,229 @@
+"""Steps, and shards of steps, that have the bits of another step.
+
+Public suites have had both: whole steps that serve other steps' weights, and single files of
+weights that do (https://github.com/EleutherAI/pythia/issues/205 and /206).
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.verification.runs import Fault
+from neox_bridge.verification.steps import Step
+
+Steps = Sequence[Step]
+Unit = tuple[str, int]  # a tensor's name, and the rank that holds the shard
+_WARMUP = 32  # steps in which a dynamic loss scale may still skip every update
+_CLEARLY = 0.01  # of the norms: the least by which the others must deviate, to tell whose bits
+_BETTER = 0.25  # of that is what the right one may deviate
+
+
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    hash: str
+    matrix: bool
+    file: str
+
+
+def identity_faults(steps: Steps) -> Iterator[Fault]:
+    """Of one run's steps, in order: those that are the same, and tensors that are another's."""
+    groups: dict[str, list[Step]] = defaultdict(list)
+    for step in steps:
+        groups[step.hash].append(step)
+    for group in groups.values():
+        if len(group) > 1:
+            yield _same_steps(group, steps)
+    # of steps that are the same, one stands for all
+    yield from _shared_shards([group[0] for group in groups.values()])
+
+
+def _same_steps(group: Steps, steps: Steps) -> Fault:
+    run, labels = group[0].run, tuple(step.label for step in group)
+    what = f"{run}: steps {_and(labels)} are identical, every tensor of them"
+    numbers = [step.number for step in group if step.number is not None]
+    if sorted(numbers) == [0, 1] and len(group) == 2:
+        why = "GPT-NeoX's warmup began with a learning rate of 0 until 2026 (gpt-neox#1373)"
+        return Fault("unchanged-at-first", "info", f"{what}: {why}", "", run, labels)
+    begins = group[0] is steps[0] and list(group) == list(steps[: len(group)])
+    half = group[0].dtype == "float16" and len(numbers) == len(group)
+    if begins and half and 0 in numbers and max(numbers) <= _WARMUP:
+        why = "so early in fp16 the loss scale may have skipped every update"
+        return Fault("unchanged-at-first", "info", f"{what}: {why}", "", run, labels)
+    names = [name for name, found in group[0].tensors.items() if not found.constant]
+    remedy = _whose(group, steps, names) + "; copy or convert the wrong ones again"
+    return Fault("identical-steps", "error", what, remedy, run, labels)
+
+
+def _shared_shards(steps: Steps) -> Iterator[Fault]:
+    if len(steps) < 2:
+        return
+    by_rank = len({step.tp for step in steps}) == 1
+    units = [_units(step, by_rank) for step in steps]
+    where: dict[Unit, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, found in enumerate(units):
+        for unit, bits in found.items():
+            where[unit][bits.hash].append(index)
+    shared: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
+    for unit, hashes in where.items():
+        for found_in in hashes.values():
+            if len(found_in) > 1:
+                shared[tuple(found_in)].append(unit)
+    everywhere = tuple(range(len(steps)))
+    for indices, found_units in sorted(shared.items()):
+        if indices == everywhere:
+            yield _frozen(steps, found_units)
+        elif _strong(indices, found_units, units, where):
+            yield _shared(steps, indices, found_units, units)
+
+
+def _units(step: Step, by_rank: bool) -> dict[Unit, _Bits]:
+    """Shards, or whole tensors, but for those that are one value throughout, as norms start."""
+    found = {}
+    for name, whole in step.tensors.items():
+        files, matrix = step.files[name], len(whole.shape) > 1
+        if by_rank and whole.shards:
+            for rank, (shard, file) in enumerate(zip(whole.shards, files, strict=True)):
+                if not shard.constant:
+                    found[name, rank] = _Bits(shard.hash, matrix, file)
+        elif not whole.constant:
+            found[name, 0] = _Bits(whole.hash, matrix, files[0] if files else "")
+    return found
+
+
+def _strong(
+    indices: tuple[int, ...],
+    shared: Sequence[Unit],
+    units: Sequence[Mapping[Unit, _Bits]],
+    where: Mapping[Unit, Mapping[str, Sequence[int]]],
+) -> bool:
+    """Whether training can't have left these as they were.
+
+    It does leave vectors: norms near 1 are too coarse in 16 bits for a small learning rate. So
+    there must be a matrix among them, or all that a file holds and that otherwise always changes.
+    """
+    first = units[indices[0]]
+    if any(first[unit].matrix for unit in shared):
+        return True
+    if len(units) < 4:
+        return False
+    always = all(len(where[unit]) == len(units) - len(indices) + 1 for unit in shared)
+    mine = set(shared)
+    return always and {first[unit].file for unit in shared}.isdisjoint(
+        bits.file for unit, bits in first.items() if unit not in mine
+    )
+
+
+def _frozen(steps: Steps, units: Sequence[Unit]) -> Fault:
+    names = list(dict.fromkeys(name for name, _ in units))
+    run, count = steps[0].run, len({name for step in steps for name in step.tensors})
+    what = f"{run}: {len(names)} of {count} tensors are the same in every step: {some(names)}"
+    remedy = "right if they were frozen"
+    labels = tuple(step.label for step in steps)
+    return Fault("frozen", "info", what, remedy, run, labels, tuple(names))
+
+
+def _shared(
+    steps: Steps,
+    indices: tuple[int, ...],
+    shared: Sequence[Unit],
+    units: Sequence[Mapping[Unit, _Bits]],
+) -> Fault:
+    group = [steps[index] for index in indices]
+    run, labels = group[0].run, tuple(step.label for step in group)
+    names = list(dict.fromkeys(name for name, _ in shared))
+    mine = set(shared)
+    files = {units[i][unit].file for i in indices for unit in shared}
+    others = {b.file for i in indices for u, b in units[i].items() if u not in mine}
+    whole = sorted(files - others)  # nothing in them differs
+    ranks = sorted({rank for _, rank in shared})
+    spread = Counter(name for name, _ in units[indices[0]])
+    part = any(sum(1 for n, _ in shared if n == name) < spread[name] for name in names)
+    of_rank = f" of tensor-parallel rank {_and([str(r) for r in ranks])}" if part else ""
+    what = f"{run}: steps {_and(labels)} share {len(names)} tensors{of_rank}, bit for bit, "
+    if whole and set(whole) == files:
+        what += f"all that {some(whole, 3)} holds, " if len(whole) == 1 else f"{some(whole, 3)}, "
+    what += f"and differ elsewhere: {some(names, 3)}"
+    remedy = _whose(group, steps, names) + "; copy or convert that file again"
+    return Fault("shared-shard", "error", what, remedy, run, labels, tuple(names))
+
+
+def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
+    """Which of the steps the bits belong to, where the norms of their neighbours tell."""
+    places = {id(step): index for index, step in enumerate(steps)}
+    at = sorted(places[id(step)] for step in group)
+    if len(at) == len(steps):
+        return "all steps are the same"
+    if at[-1] - at[0] < len(at):
+        return "which of them they belong to can't be told from neighbours"
+    scores = []
+    for step in group:
+        index = places[id(step)]
+        before = next((steps[i] for i in range(index - 1, -1, -1) if i not in at), None)
+        after = next((steps[i] for i in range(index + 1, len(steps)) if i not in at), None)
+        scores.append((_misfit(step, before, after, names), step.label))
+    scores.sort()
+    if scores[1][0] > _CLEARLY and scores[0][0] < _BETTER * scores[1][0]:
+        wrong = [label for _, label in scores[1:]]
+        return (
+            f"by the norms beside it, they are step {scores[0][1]}'s, and "
+            f"{_and(wrong)} {'has' if len(wrong) == 1 else 'have'} the wrong ones"
+        )
+    return "whose they are, the norms don't tell"
+
+
+def _misfit(step: Step, before: Step | None, after: Step | None, names: Sequence[str]) -> float:
+    """How far the norms are from between those of the neighbours, in logarithms, on average."""
+    total, count = 0.0, 0
+    for name in names:
+        beside = [s.tensors[name].norm for s in (before, after) if s and name in s.tensors]
+        known = [math.log(norm) for norm in beside if norm > 0]
+        own = step.tensors[name].norm
+        if known and own > 0:
+            low, high, y = min(known), max(known), math.log(own)
+            total, count = total + max(low - y, y - high, 0.0), count + 1
+    return total / count if count else math.inf
+
+
+def across_runs(runs: Mapping[str, Steps]) -> Iterator[Fault]:
+    """Whole steps of one run that are another run's, but for beginnings that runs share."""
+    groups: dict[str, list[Step]] = defaultdict(list)
+    for steps in runs.values():
+        for step in steps:
+            if step.hash not in {s.hash for s in groups[step.hash] if s.run == step.run}:
+                groups[step.hash].append(step)
+    pairs: dict[tuple[str, str], list[tuple[Step, Step]]] = defaultdict(list)
+    for group in groups.values():
+        for i, first in enumerate(group):
+            for second in group[i + 1 :]:
+                if not (_initial(first) and _initial(second)):
+                    pairs[first.run, second.run].append((first, second))
+    for (one, two), found in pairs.items():
+        same = {b.hash for _, b in found}
+        prefix = _begins(runs[two], same) or _begins(runs[one], same)
+        labels = tuple(a.label for a, _ in found)
+        if prefix and all(a.number == b.number or b is runs[two][0] for a, b in found):
+            continue
+        text = some([f"{a.label} is {b.label}" for a, b in found])
+        what = f"{one} and {two} share steps, every tensor of them: {text}"
+        remedy = "one of the runs has the other's; copy it again"
+        yield Fault("shared-step", "error", what, remedy, one, labels)
+
+
+def _initial(step: Step) -> bool:
+    """Runs may share their initial weights, and the first step may not have changed them."""
+    return step.number is not None and step.number <= 1
+
+
+def _begins(steps: Steps, same: set[str]) -> bool:
+    """Whether the shared ones are the first of a run, and not all of it."""
+    hashes = [step.hash for step in steps]
+    count = sum(1 for value in hashes if value in same)
+    return count < len(hashes) and all(value in same for value in hashes[:count])
+
+
+def _and(words: Sequence[str]) -> str:
+    if len(words) > 12:
+        return f"{', '.join(words[:10])} and {len(words) - 10} more"
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

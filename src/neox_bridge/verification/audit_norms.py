@@ -1,0 +1,147 @@
+"""Norms that no training leaves behind: NaN, infinities, tensors that jump between steps.
+
+A jump is judged against the same tensor's own course. Training changes norms fast at first and
+slowly later, on steps that may lie evenly or at powers of two; so the changes on both sides of a
+jump are what it is held against, per step or per doubling, whichever explains more of it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.verification.runs import Fault
+from neox_bridge.verification.steps import Step
+
+LEAST = 0.05  # of a norm: smaller jumps are left to the hashes
+TIMES = 8.0  # as large as anything beside it explains
+FLOOR = 1e-3  # of a tensor's largest norm: what is smaller counts as nothing, as biases at first
+NEEDED = 4  # steps, for a course
+BESIDE = 3  # changes on each side
+
+
+@dataclass(frozen=True, slots=True)
+class _Jump:
+    name: str
+    before: float
+    norm: float
+    spike: bool
+
+    @property
+    def size(self) -> float:
+        return abs(math.log((self.norm or 1e-30) / (self.before or 1e-30)))
+
+
+def norm_faults(
+    steps: Sequence[Step], explained: frozenset[tuple[str, str]] = frozenset()
+) -> Iterator[Fault]:
+    """Of one run's steps, in order. explained: (step's label, tensor) known to be wrong."""
+    run = steps[0].run if steps else ""
+    for step in steps:
+        if bad := {name: found.bad for name, found in step.tensors.items() if found.bad}:
+            names = [f"{name} ({count:,})" for name, count in bad.items()]
+            what = f"{run}: step {step.label} has NaN or infinities in {some(names, 3)}"
+            remedy = "the run diverged, or a cast overflowed: take an earlier step, or copy again"
+            labels = (step.label,)
+            yield Fault("not-finite", "error", what, remedy, run, labels, tuple(bad))
+    yield from _blank(steps)
+    known = [step for step in steps if step.number is not None]
+    jumps: dict[int, list[_Jump]] = defaultdict(list)
+    for name in dict.fromkeys(name for step in known for name in step.tensors):
+        usable = [
+            (i, step)
+            for i, step in enumerate(known)
+            if name in step.tensors
+            and not step.tensors[name].bad
+            and (step.label, name) not in explained
+        ]
+        points = [(float(step.number or 0), step.tensors[name].norm) for _, step in usable]
+        for at, spike in jumps_of(points):
+            index = usable[at][0]
+            jumps[index].append(_Jump(name, points[at - 1][1], points[at][1], spike))
+    for index, found in sorted(jumps.items()):
+        yield _jumped(known[index], found)
+
+
+def _jumped(step: Step, found: list[_Jump]) -> Fault:
+    found = sorted(found, key=lambda jump: -jump.size)
+    names = [f"{j.name} ({j.before:.4g} to {j.norm:.4g})" for j in found]
+    back = ", and back at the next" if all(jump.spike for jump in found) else ""
+    what = (
+        f"{step.run}: at step {step.label} the norms of {len(found)} tensor"
+        f"{'' if len(found) == 1 else 's'} jump{back}: {some(names, 3)}"
+    )
+    remedy = "the training was disturbed there, or the file is of another run or step"
+    tensors = tuple(jump.name for jump in found)
+    return Fault("norm-jump", "warning", what, remedy, step.run, (step.label,), tensors)
+
+
+def _blank(steps: Sequence[Step]) -> Iterator[Fault]:
+    """Matrices that become one value throughout: files that weren't written to their end."""
+    seen: set[str] = set()
+    for step in steps:
+        found = {n: p for n, p in step.tensors.items() if len(p.shape) > 1}
+        names = [name for name, p in found.items() if p.constant and name in seen]
+        seen |= {name for name, p in found.items() if not p.constant}
+        if names:
+            what = f"{step.run}: at step {step.label} all elements are the same in {some(names, 3)}"
+            remedy = "the file wasn't written to its end; copy it again"
+            labels = (step.label,)
+            yield Fault("blank-tensor", "error", what, remedy, step.run, labels, tuple(names))
+
+
+def jumps_of(points: Sequence[tuple[float, float]]) -> list[tuple[int, bool]]:
+    """(index, whether it comes back at the next) of the points that a norm jumps to.
+
+    points: (step, norm), by step. The first is never one: training starts fast.
+    """
+    largest = max((norm for _, norm in points), default=0.0)
+    if len(points) < NEEDED or not math.isfinite(largest) or largest == 0:
+        return []
+    ys = [math.log(norm + FLOOR * largest) for _, norm in points]
+    evenly = [step for step, _ in points]
+    doublings = [math.log2(step + 1) for step, _ in points]
+    found: list[tuple[int, bool]] = []
+    at = 1
+    while at < len(ys):
+        # a point that leaves and comes back is judged alone, or its way back would hide it
+        if _spikes(at, ys, evenly, doublings):
+            found.append((at, True))
+            at += 2
+            continue
+        if _steps(at, ys, evenly, doublings):
+            found.append((at, False))
+        at += 1
+    return found
+
+
+def _spikes(at: int, ys: list[float], *axes: list[float]) -> bool:
+    """Whether the point is far from both neighbours, on the same side, and they are close."""
+    if at + 1 >= len(ys):
+        return False
+    away, back = ys[at] - ys[at - 1], ys[at] - ys[at + 1]
+    size = min(abs(away), abs(back))
+    if away * back <= 0 or size < LEAST:
+        return False
+    over = abs(ys[at + 1] - ys[at - 1])
+    rest = [ys[:at] + ys[at + 1 :], *[axis[:at] + axis[at + 1 :] for axis in axes]]
+    return size > TIMES * max(over, *[_usual(at, rest[0], axis) for axis in rest[1:]])
+
+
+def _steps(at: int, ys: list[float], *axes: list[float]) -> bool:
+    """Whether the change to the point is far larger than those before it and after it."""
+    size = abs(ys[at] - ys[at - 1])
+    if size < LEAST or at < NEEDED - 1:
+        return False
+    return size > TIMES * max(_usual(at, ys, axis) for axis in axes)
+
+
+def _usual(at: int, ys: list[float], axis: list[float]) -> float:
+    """The change from ``at - 1`` to ``at`` that the fastest of those beside it would make."""
+    own = axis[at] - axis[at - 1] if at < len(axis) else axis[-1] - axis[-2]
+    beside = [*range(max(1, at - BESIDE), at), *range(at + 1, min(len(ys), at + 1 + BESIDE))]
+    rates = [
+        abs(ys[i] - ys[i - 1]) / (axis[i] - axis[i - 1]) for i in beside if axis[i] > axis[i - 1]
+    ]
+    return max(rates, default=math.inf) * max(own, 0.0)

@@ -1,0 +1,148 @@
+"""Steps of a run that are another model, steps that are missing, and initial weights of runs."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.verification.runs import Fault
+from neox_bridge.verification.steps import Step
+
+Steps = Sequence[Step]
+_REGULAR = 3  # equal distances on both sides of a gap, for a step to count as missing
+
+
+def setting_faults(steps: Steps) -> Iterator[Fault]:
+    """Of one run's steps, in order: where config, shapes, dtype or number are not the others'."""
+    yield from _odd_configs(steps)
+    yield from _odd_tensors(steps)
+    yield from _numbers(steps)
+
+
+def _odd_configs(steps: Steps) -> Iterator[Fault]:
+    for key in dict.fromkeys(key for step in steps for key in step.meaning):
+        yield from _odd("config-differs", key, [repr(s.meaning.get(key)) for s in steps], steps)
+    yield from _odd("dtype-differs", "dtype", [step.dtype for step in steps], steps)
+
+
+def _odd(code: str, what: str, told: Sequence[str], steps: Steps) -> Iterator[Fault]:
+    """One finding for each value that isn't that of most steps (of the first, where that ties)."""
+    usual = Counter(told).most_common(1)[0][0] if told else ""
+    for value in dict.fromkeys(told):
+        if value != usual:
+            labels = tuple(s.label for s, v in zip(steps, told, strict=True) if v == value)
+            run = steps[0].run
+            message = f"{run}: {what} is {value} at step {some(list(labels))}, and {usual} at most"
+            remedy = "these may be another run's, or converted with other settings"
+            yield Fault(code, "warning", message, remedy, run, labels)
+
+
+def _odd_tensors(steps: Steps) -> Iterator[Fault]:
+    """Tensors that some steps have otherwise; the vocabulary's rows are free to be padded."""
+    forms = [
+        {name: (p.shape[1:] if _padded(name) else p.shape) for name, p in step.tensors.items()}
+        for step in steps
+    ]
+    usual: dict[str, tuple[int, ...] | None] = {}
+    for name in dict.fromkeys(name for form in forms for name in form):
+        usual[name] = Counter(form.get(name) for form in forms).most_common(1)[0][0]
+    for step, form in zip(steps, forms, strict=True):
+        names = [name for name, shape in usual.items() if form.get(name) != shape]
+        if names:
+            text = f"{step.run}: step {step.label} has {len(names)} tensors of other shapes than "
+            message = f"{text}the run's other steps: {some(names, 3)}"
+            remedy, labels = "it may be another model's", (step.label,)
+            code = "shapes-differ"
+            yield Fault(code, "warning", message, remedy, step.run, labels, tuple(names))
+
+
+def _padded(name: str) -> bool:
+    return any(word in name for word in ("embed", "lm_head"))
+
+
+def _numbers(steps: Steps) -> Iterator[Fault]:
+    for step in steps:
+        if step.iteration is not None:
+            message = (
+                f"{step.run}: global_step{step.label} says inside that it is of step "
+                f"{step.iteration}"
+            )
+            remedy = "its mp_rank files, or all of it, are another step's"
+            yield Fault("other-iteration", "warning", message, remedy, step.run, (step.label,))
+    numbers = [step.number for step in steps if step.number is not None]
+    for number, count in Counter(numbers).items():
+        if count > 1:
+            run, paths = steps[0].run, [step.path for step in steps if step.number == number]
+            message = f"{run}: step {number} is there {count} times: {some(paths)}"
+            yield Fault("step-twice", "warning", message, "remove one", run, (str(number),))
+
+
+def missing_faults(run: str, numbers: Sequence[int]) -> Iterator[Fault]:
+    """Steps that lack among equally spaced ones. numbers: of all, readable or not, in order."""
+    gaps = [high - low for low, high in pairwise(numbers)]
+    for at, gap in enumerate(gaps):
+        beside = gaps[max(0, at - _REGULAR) : at] + gaps[at + 1 : at + 1 + _REGULAR]
+        if len(beside) == 2 * _REGULAR and len(set(beside)) == 1 and beside[0] > 0:
+            every = beside[0]
+            if gap > every and gap % every == 0:
+                lost = [str(n) for n in range(numbers[at] + every, numbers[at + 1], every)]
+                message = f"{run}: no step {some(lost)}, among steps that are {every} apart"
+                yield Fault("missing-steps", "warning", message, "copy them too", run, tuple(lost))
+
+
+def init_faults(runs: Mapping[str, Steps], same_init: bool = False) -> Iterator[Fault]:
+    """Initial weights of runs of the same shapes: same where they should be, else different.
+
+    They should be the same where the runs' yml files say the same seed, ranks and methods, or
+    where the user says so (same_init); and different where the seeds are.
+    """
+    starts: dict[object, list[Step]] = defaultdict(list)
+    for steps in runs.values():
+        if steps and steps[0].number == 0:
+            shapes = tuple(sorted((n, p.dtype, p.shape) for n, p in steps[0].tensors.items()))
+            starts[shapes].append(steps[0])
+    for group in starts.values():
+        alike: dict[object, list[Step]] = defaultdict(list)
+        for step in group:
+            key = (step.seed, step.making) if step.kind == "neox" else None
+            if same_init:
+                alike["told"].append(step)
+            elif key is not None and step.seed is not None:
+                alike[key].append(step)
+        for members in alike.values():
+            yield from _should_be_same(members, "as told" if same_init else "the same seed")
+        if not same_init:
+            yield from _should_differ(group)
+    if same_init and not any(len(group) > 1 for group in starts.values()):
+        message = "--same-init: there are no two runs of the same shapes with a step 0"
+        yield Fault("no-step-0", "warning", message, "name runs with their step 0")
+
+
+def _should_be_same(members: Steps, why: str) -> Iterator[Fault]:
+    usual = Counter(step.hash for step in members).most_common(1)
+    reference = next((step for step in members if step.hash == usual[0][0]), None)
+    for step in members:
+        if reference is None or step.hash == reference.hash:
+            continue
+        names = [n for n, p in step.tensors.items() if p.hash != reference.tensors[n].hash]
+        message = (
+            f"{step.run}: step 0 isn't that of {reference.run} ({why}): {len(names)} of "
+            f"{len(step.tensors)} tensors differ: {some(names, 3)}"
+        )
+        remedy = "one of them isn't the initial state, or was made otherwise"
+        yield Fault("init-differs", "error", message, remedy, step.run, ("0",), tuple(names))
+
+
+def _should_differ(group: Steps) -> Iterator[Fault]:
+    same: dict[str, list[Step]] = defaultdict(list)
+    for step in group:
+        if step.seed is not None:
+            same[step.hash].append(step)
+    for members in same.values():
+        first = members[0]
+        others = [step for step in members[1:] if step.seed != first.seed]
+        for step in others[:1]:
+            names = [f"{s.run} (seed {s.seed})" for s in members]
+            message = f"step 0 is the same in {some(names)}, every tensor of it"
+            remedy = "seeds that differ make other weights: one of the runs has the other's step 0"
+            yield Fault("init-same", "error", message, remedy, step.run, ("0",))

@@ -1,0 +1,192 @@
+"""Finds the checkpoints of a run, or of a suite of runs, below a folder."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.text_files import read_text
+
+_NEOX = re.compile(r"global_step(\d+)")
+_NUMBERED = re.compile(
+    r"(?:(?P<run>.*?)[-_.])?(?:global_step|step|checkpoint|ckpt|iter)[-_]?(?P<number>\d+)"
+    r"(?:[-_]tokens\w*)?",
+    re.IGNORECASE,
+)
+_DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk
+
+
+@dataclass(frozen=True, slots=True)
+class Fault(Finding):
+    """A finding of an audit: of which run, at which steps, in which tensors (Hugging Face names).
+
+    run: "" where it is of several, or of none. steps: as ``Place.label`` names them.
+    """
+
+    run: str = ""
+    steps: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One checkpoint on disk. number: its step, None where nothing tells it."""
+
+    path: str
+    label: str
+    number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The checkpoints of one training, by step. name: the folder that they are in, for people."""
+
+    name: str
+    places: tuple[Place, ...]
+
+
+def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
+    """Every run in these folders, and what is strange about the folders themselves.
+
+    A folder may be a GPT-NeoX root with many ``global_stepN``, one that holds Hugging Face folders
+    ``stepN`` or ``checkpoint-N``, a model in Hugging Face's cache with a revision for each step, a
+    single checkpoint, or a parent of several of those. Links that point to the same folder count
+    once. Never raises for what a folder holds.
+    """
+    found: dict[str, dict[str, Place]] = {}
+    faults: list[Fault] = []
+    for path in paths:
+        any_found = False
+        for run, place in _explore(os.path.normpath(path), faults, 0):
+            found.setdefault(run, {}).setdefault(os.path.abspath(place.path), place)
+            any_found = True
+        if not any_found and not any(fault.run == os.path.normpath(path) for fault in faults):
+            remedy = "name a run's folder, or one that holds runs"
+            message = f"{path} holds no checkpoint"
+            faults.append(Fault("no-checkpoint", "error", message, remedy, os.path.normpath(path)))
+    runs = [Run(name, tuple(sorted(places.values(), key=_order))) for name, places in found.items()]
+    return sorted(runs, key=lambda run: _natural(run.name)), faults
+
+
+def _order(place: Place) -> tuple[int, str]:
+    return (-1 if place.number is None else place.number), place.path
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(int(p), "") if n % 2 else (0, p) for n, p in enumerate(parts)]
+
+
+def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, Place]]:
+    try:
+        names = sorted(os.listdir(path))
+        folders = [n for n in names if n[0] != "." and os.path.isdir(os.path.join(path, n))]
+    except OSError as error:
+        faults.append(_unreadable(path, error))
+        return
+    own = _NUMBERED.fullmatch(os.path.basename(os.path.abspath(path)))
+    steps = [name for name in folders if _NEOX.fullmatch(name)]
+    if _NEOX.fullmatch(os.path.basename(os.path.abspath(path))):
+        yield _single(path, own)
+    elif steps:
+        faults += _check_latest(path, steps)
+        if own and len(steps) == 1:  # one of a run's, each converted to a root of its own
+            yield _single(path, own)
+            return
+        for name in steps:
+            yield path, Place(os.path.join(path, name), name[11:], int(name[11:]))
+    elif "refs" in folders and "snapshots" in folders:
+        yield from _revisions(path, faults)
+    elif numbered := [(name, m) for name in folders if (m := _NUMBERED.fullmatch(name))]:
+        if "config.json" in names:
+            faults.append(_left_out(path, "the model beside its own steps"))
+        for name, match in numbered:
+            run = os.path.join(path, match["run"]) if match["run"] else path
+            number = int(match["number"])
+            yield run, Place(os.path.join(path, name), str(number), number)
+        others = [name for name in folders if not _NUMBERED.fullmatch(name)]
+        yield from _below(path, others, faults, depth)
+    elif "config.json" in names or "latest" in names or _has_weights(names):
+        yield _single(path, own)
+    else:
+        yield from _below(path, folders, faults, depth)
+
+
+def _below(
+    path: str, folders: list[str], faults: list[Fault], depth: int
+) -> Iterator[tuple[str, Place]]:
+    """What the folders hold; those that hold nothing are said, if others do."""
+    empty = []
+    before, any_found = len(faults), False
+    for name in folders if depth < _DEPTH else ():
+        found = list(_explore(os.path.join(path, name), faults, depth + 1))
+        yield from found
+        any_found |= bool(found)
+        if not found:
+            empty.append(name)
+    if empty and any_found and len(faults) == before:
+        faults.append(_left_out(path, some(empty)))
+
+
+def _left_out(path: str, what: str) -> Fault:
+    return Fault("left-out", "info", f"{path}: left out, no checkpoint of a run: {what}", run=path)
+
+
+def _single(path: str, own: "re.Match[str] | None") -> tuple[str, Place]:
+    if own is None:
+        return path, Place(path, os.path.basename(os.path.abspath(path)))
+    parent = os.path.dirname(path) or "."
+    run = os.path.join(parent, own["run"]) if own["run"] else parent
+    return run, Place(path, str(int(own["number"])), int(own["number"]))
+
+
+def _has_weights(names: list[str]) -> bool:
+    return any(name.endswith(("model_states.pt", ".safetensors")) for name in names)
+
+
+def _check_latest(path: str, steps: list[str]) -> list[Fault]:
+    latest = os.path.join(path, "latest")
+    if not os.path.lexists(latest):
+        return []  # a root may hold copies of some steps
+    try:
+        tag = read_text(latest).strip()
+    except (BridgeError, OSError) as error:
+        return [_unreadable(latest, error)]
+    if tag in steps:
+        return []
+    message = f"{latest} names {tag!r}, and there is no such folder"
+    newest = max(steps, key=lambda name: int(name[11:]))
+    remedy = f"write the newest that is whole into it: {newest}"
+    return [Fault("latest-missing", "error", message, remedy, path)]
+
+
+def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, Place]]:
+    """A model in Hugging Face's cache: ``refs/step1000`` holds the name of a snapshot."""
+    refs = os.path.join(path, "refs")
+    try:
+        names = sorted(os.listdir(refs))
+    except OSError as error:
+        faults.append(_unreadable(refs, error))
+        return
+    numbered = any(_NUMBERED.fullmatch(name) for name in names)
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if not os.path.isfile(file := os.path.join(refs, name)) or (numbered and match is None):
+            continue  # `main` is one of the steps
+        try:
+            commit = os.path.basename(read_text(file).strip())
+        except (BridgeError, OSError) as error:
+            faults.append(_unreadable(file, error))
+            continue
+        number = int(match["number"]) if match else None
+        label = str(number) if match else name
+        yield path, Place(os.path.join(path, "snapshots", commit), label, number)
+
+
+def _unreadable(path: str, error: Exception) -> Fault:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    message = why if path in why else f"{path} can't be read: {why}"
+    return Fault("unreadable", "error", message, "check the path and its permissions", path)

@@ -1,0 +1,140 @@
+"""One checkpoint of a run as an audit sees it: fingerprints, and what the config says."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import xxhash
+
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
+from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
+from neox_bridge.verification.runs import Place
+
+# what trains a model or only goes with it, and may change from step to step
+_IGNORED = {"dims", "dtype", "bos_token_id", "eos_token_id", "initializer_range"}
+_IGNORED |= {"hidden_dropout", "attention_dropout"}
+_SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A checkpoint, read.
+
+    meaning: the config in neutral words, with the sizes of the tensors but the vocabulary's.
+    seed: of the yml, or of the run's name (``pythia-70m-seed3``). making: what else the initial
+    weights depend on. files: the names of the files that a tensor lies in, by rank.
+    read: how many tensors' bytes were read; the others' fingerprints were known.
+    """
+
+    run: str
+    label: str
+    number: int | None
+    path: str
+    kind: str
+    tp: int
+    dtype: str
+    meaning: Mapping[str, object]
+    seed: int | None
+    making: tuple[str, ...]
+    tensors: Mapping[str, Fingerprint]
+    files: Mapping[str, tuple[str, ...]]
+    size: int
+    read: int
+    iteration: int | None = None
+
+    @cached_property
+    def hash(self) -> str:
+        """Of all tensors together, with their names."""
+        state = xxhash.xxh3_128()
+        for name, found in sorted(self.tensors.items()):
+            state.update(f"{name} {found.hash}\n".encode())
+        return state.hexdigest()
+
+    @cached_property
+    def norm(self) -> float:
+        """L2, of all tensors together."""
+        return math.sqrt(sum(found.norm**2 for found in self.tensors.values()))
+
+    @property
+    def bad(self) -> int:
+        """Elements that are NaN or infinite."""
+        return sum(found.bad for found in self.tensors.values())
+
+
+def read_step(
+    run: str,
+    place: Place,
+    checkpoint: Checkpoint,
+    *,
+    cache: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Step:
+    """Read what isn't in the cache. Raises BridgeError, naming a file that can't be read."""
+    files = identify(checkpoint)
+    known = look_up(cache, checkpoint, files)
+    if progress is not None:
+        progress(sum(checkpoint.tensors[name].nbytes for name in known))
+    tensors = fingerprints(checkpoint, known=known, workers=workers, progress=progress)
+    if len(known) < len(tensors):
+        check_same(files, checkpoint)
+        remember(cache, checkpoint, files, tensors)
+    state = checkpoint.neox
+    return Step(
+        run=run,
+        label=place.label,
+        number=place.number,
+        path=place.path,
+        kind=checkpoint.kind,
+        tp=1 if state is None else state.tp,
+        dtype=checkpoint.config.dtype,
+        meaning=_meaning(checkpoint),
+        seed=_seed(run, checkpoint.raw if state is not None else {}),
+        making=_making(checkpoint),
+        tensors=tensors,
+        files={
+            name: tuple(os.path.basename(ref.file) for ref in sources(whole))
+            for name, whole in checkpoint.tensors.items()
+        },
+        size=checkpoint.size,
+        read=len(tensors) - len(known),
+        iteration=_iteration(checkpoint),
+    )
+
+
+def _meaning(checkpoint: Checkpoint) -> dict[str, object]:
+    config = checkpoint.config
+    told = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _IGNORED}
+    sizes = {f"{dim} size": size for dim, size in config.dims.items() if dim != "vocab"}
+    return {"family": checkpoint.architecture.name, **told, **sizes}
+
+
+def _seed(run: str, raw: Mapping[str, Any]) -> int | None:
+    told = raw.get("seed")
+    if isinstance(told, int):
+        return told
+    match = _SEED.search(os.path.basename(os.path.abspath(run)))
+    return int(match[1]) if match else None
+
+
+def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Ranks draw numbers of their own, so that other ranks or methods make other weights."""
+    state = checkpoint.neox
+    if state is None:
+        return (checkpoint.config.dtype,)
+    keys = (key for key in sorted(checkpoint.raw) if "init" in key or "mup" in key)
+    told = [f"{key}={checkpoint.raw[key]}" for key in keys if not key.startswith("initial_")]
+    return (checkpoint.config.dtype, f"tp={state.tp}", f"pp={state.pp}", *told)
+
+
+def _iteration(checkpoint: Checkpoint) -> int | None:
+    """The step that a GPT-NeoX checkpoint's own metadata tell, where it isn't the folder's."""
+    state = checkpoint.neox
+    if state is None or state.iteration == int(state.step.removeprefix("global_step")):
+        return None
+    return state.iteration
