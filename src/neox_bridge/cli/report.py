@@ -91,7 +91,7 @@ def report(
         )
     elif not quiet:
         print(f"wrote {output}, {human(len(page.encode()))}: {verdict.words}")
-    if verdict.state in ("differs", "bad"):
+    if not all(section.verdict.holds for section in sections):
         raise typer.Exit(3)
 
 
@@ -116,5 +116,5 @@ def _checkpoint(
     lines = _lines(describe(checkpoint))
     made = [checkpoint_section(path, lines, checkpoint.record, stats, found, f"s{number}-")]
     if compared is not None:
-        made.insert(0, verification_section(compared, f"s{number + 1}-"))
+        made.insert(0, verification_section(compared, path, f"s{number + 1}-"))
     return made

@@ -65,7 +65,12 @@ def _bare(svg: str, head: re.Match[str]) -> str:
 def _themed(svg: str) -> str:
     for colour, name in _THEMED.items():
         svg = svg.replace(colour, name)
-    # black lines are ink; black letters stand on coloured cells, and stay
+    # letters on coloured cells stay black or white; what else is black is ink
     parts = re.split(r"(<text\b[^>]*>)", svg)
-    parts = [p if p.startswith("<text") else p.replace("#000000", "currentColor") for p in parts]
+    parts = [part if part.startswith("<text") else _inked(part) for part in parts]
     return re.sub(r"\n\s*", "\n", "".join(parts))
+
+
+def _inked(drawing: str) -> str:
+    drawing = re.sub(r'(fill: |fill=")#ffffff', r"\1var(--plot-empty)", drawing)
+    return drawing.replace("#000000", "currentColor")

@@ -14,10 +14,14 @@ Facts = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How it stands, in words; state: the colour and sign that go with them."""
+    """How it stands, in words; state: the colour and sign that go with them.
+
+    holds: whether the command that found it ends with exit code 0.
+    """
 
     state: State
     words: str
+    holds: bool = True
 
 
 @dataclass(frozen=True, slots=True)

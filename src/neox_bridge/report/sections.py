@@ -7,6 +7,7 @@ from typing import Any
 from neox_bridge.cli.output import KINDS, human, plural, side
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
+from neox_bridge.report.audit import audit_section
 from neox_bridge.report.figures import drawn, plot_of
 from neox_bridge.report.parts import (
     Facts,
@@ -19,7 +20,7 @@ from neox_bridge.report.parts import (
 )
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.statistics import Statistics
-from neox_bridge.verification.verify import describe
+from neox_bridge.verification.verify import Verification, describe
 
 Document = Mapping[str, Any]
 _OPEN = 12  # rows of a table that needn't be folded
@@ -31,11 +32,12 @@ def section_of(document: object, name: str, prefix: str) -> Section:
     Raises BridgeError where it is none of those that are known, or not whole.
     """
     keys = set(document) if isinstance(document, dict) else set()
-    for wanted, build in (
-        ({"holds", "differences"}, _verification),
-        ({"equal", "tensors"}, _diff),
-        ({"result", "summary", "target"}, _conversion),
-        ({"hash", "summary", "files", "target"}, _conversion),
+    for word, wanted, build in (
+        ("verify", {"holds", "differences"}, _verification),
+        ("audit", {"holds", "findings", "steps"}, audit_section),
+        ("diff", {"equal", "tensors"}, _diff),
+        ("convert", {"result", "summary", "target"}, _conversion),
+        ("convert", {"hash", "summary", "files", "target"}, _conversion),
     ):
         if wanted <= keys:
             try:
@@ -43,7 +45,7 @@ def section_of(document: object, name: str, prefix: str) -> Section:
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise BridgeError(
-                    f"{name} looks like a result of {build.__name__[1:]}, but isn't whole "
+                    f"{name} looks like a result of {word}, but isn't whole "
                     f"({problem}). Print it again with --json."
                 ) from None
     raise BridgeError(
@@ -82,7 +84,7 @@ def checkpoint_section(
     return Section(
         "Conversion" if written else "Checkpoint",
         name,
-        Verdict(state, words),
+        Verdict(state, words, holds=state != "bad"),
         [(key, text) for key, text in lines if key not in ("error", "warning", "info")],
         findings,
         [plot] if stats else [],
@@ -91,31 +93,61 @@ def checkpoint_section(
     )
 
 
-def verification_section(found: Any, prefix: str) -> Section:
-    """A ``verify.Verification``, as its JSON would be shown."""
-    return _verification({"holds": found.holds, **asdict(found)}, found.target, prefix)
+def verification_section(found: Verification, name: str, prefix: str) -> Section:
+    """A verification of what the user calls ``name``."""
+    return _verification({"holds": found.holds, **asdict(found)}, name, prefix)
 
 
 def _verification(document: Document, name: str, prefix: str) -> Section:
     apart = [Difference(**entry) for entry in document["differences"]]
     findings = findings_of(document["findings"])
+    computed = {word: document[word] for word in ("logits", "recorded") if word in document}
     tensors, size = int(document["tensors"]), human(document["size"])
     if document["holds"]:
-        verdict = Verdict("good", f"Equal, bit by bit: {plural(tensors, 'tensor')}, {size}")
+        more = ", and the same logits" if computed else ""
+        verdict = Verdict("good", f"Equal, bit by bit: {plural(tensors, 'tensor')}, {size}{more}")
     else:
         errors = sum(finding.severity == "error" for finding in findings)
         what = [plural(len(apart), "tensor")] if apart else []
         what += [plural(errors, "finding")] if errors else []
-        verdict = Verdict("bad", f"Not what the source says: {' and '.join(what)}")
+        what += [f"the {word}" for word, found in computed.items() if not found["agrees"]]
+        verdict = Verdict("bad", f"Not what the source says: {', '.join(what)}", holds=False)
     facts = [
         ("source", str(document["source"])),
         ("target", str(document["target"])),
         ("compared", f"{plural(tensors, 'tensor')}, {size}, read back from the target"),
         ("differing", plural(len(apart), "tensor")),
     ]
+    for word, found in computed.items():
+        facts.append((word, _agreement(found)))
+        findings += _causes(found)
     plots = [_difference_plot(apart, prefix)] if apart else []
     tables = [_differences_table(apart, "Tensors that differ")] if apart else []
     return Section("Verification", name, verdict, facts, findings, plots, tables)
+
+
+def _agreement(found: Document) -> str:
+    """What ``verify --logits`` says, but for the causes."""
+    said = (
+        f"of {plural(int(found['tokens']), 'token')}: {found['largest']:.3g} apart at most "
+        f"(relative {found['relative']:.2g}, mean {found['mean']:.3g}), KL {found['kl']:.2g}, "
+        f"top-1 {found['top1']:.1%}"
+    )
+    if found["place"]:
+        said += f"; they part at {found['place']}, by {found['apart']:.2g} of its largest value"
+    return f"{said}: {'the same model' if found['agrees'] else 'another model'}"
+
+
+def _causes(found: Document) -> list[Finding]:
+    return [
+        Finding(
+            str(cause["cause"]),
+            "info" if cause["inherent"] else "error",
+            f"likely cause: {cause['cause']}: {cause['text']}",
+            "no conversion removes that" if cause["inherent"] else "",
+        )
+        for cause in found["causes"]
+    ]
 
 
 def _diff(document: Document, name: str, prefix: str) -> Section:
@@ -125,7 +157,8 @@ def _diff(document: Document, name: str, prefix: str) -> Section:
     if document["equal"]:
         verdict = Verdict("good", f"Equal: {plural(len(found), 'tensor')}")
     else:
-        verdict = Verdict("differs", f"Different: {len(apart):,} of {plural(len(found), 'tensor')}")
+        said = f"Different: {len(apart):,} of {plural(len(found), 'tensor')}"
+        verdict = Verdict("differs", said, holds=False)
     kinds: dict[str, int] = {}
     for difference in apart:
         kinds[difference.kind] = kinds.get(difference.kind, 0) + 1
