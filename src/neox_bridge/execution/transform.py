@@ -5,7 +5,7 @@ tensor's size and shape.
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import product
 from math import prod
@@ -86,9 +86,16 @@ def random_blocks(tensor: OutputTensor) -> "Iterator[Array]":
         left -= count
 
 
-def load(ref: TensorRef, start: Shape, shape: Shape, context: Context) -> "Array":
+def load(
+    ref: TensorRef,
+    start: Shape,
+    shape: Shape,
+    context: Context,
+    room: "Callable[[int], Array] | None" = None,
+) -> "Array":
     """A box of a source tensor, strided as it lies in the file.
 
+    room: gives so many bytes (uint8) to read into; without it they are new ones each time.
     Raises BridgeError, naming the file, where it is too short or can't be read.
     """
     import numpy as np
@@ -103,7 +110,7 @@ def load(ref: TensorRef, start: Shape, shape: Shape, context: Context) -> "Array
     data: Any
     with context.files.reading(ref.file) as fd:
         if extent <= GAPS * size * prod(shape):
-            data, at = np.empty(extent, np.uint8), 0
+            data, at = room(extent) if room else np.empty(extent, np.uint8), 0
             movers.read(fd, ref.file, data.data, first)
         else:
             at = first % mmap.ALLOCATIONGRANULARITY

@@ -11,6 +11,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
 from neox_bridge.formats.dtypes import FLOATING, itemsize
 from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
+from neox_bridge.verification.equal import equal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,14 +52,8 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
         detail = f"{list(first.shape)} and {list(second.shape)}"
         return Difference(name, "shape", elements, detail=detail)
     first, second = settled(first, context), settled(second, context)
-    pairs = list(_boxes(first.shape, second.dtype))
-    for start, shape in pairs:
-        context.check()
-        a = values(first, second.dtype, start, shape, context)
-        b = values(second, second.dtype, start, shape, context)
-        if not _same(a, b):
-            return _measure(name, first, second, pairs, context)
-    return Difference(name, "equal", elements)
+    found = None if equal(first, second, context) else _measure(name, first, second, context)
+    return found if found and found.differing else Difference(name, "equal", elements)
 
 
 def settled(whole: Whole, context: Context) -> Whole:
@@ -98,7 +93,11 @@ def each(
     """``one`` for every name, in threads; the context's files are closed at the end."""
     try:
         with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
-            return list(pool.map(one, names))
+            try:
+                return list(pool.map(one, names))
+            except BaseException:  # Ctrl-C too: no thread need finish its tensor
+                context.stop.set()
+                raise
     finally:
         context.files.close()
 
@@ -107,20 +106,12 @@ def _boxes(shape: Shape, dtype: str) -> Iterator[tuple[Shape, Shape]]:
     return boxes(shape, max(1, BLOCK // itemsize(dtype)))
 
 
-def _same(a: "Array", b: "Array") -> bool:
-    import numpy as np
-
-    return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
-
-
-def _measure(
-    name: str, first: Whole, second: Whole, pairs: list[tuple[Shape, Shape]], context: Context
-) -> Difference:
+def _measure(name: str, first: Whole, second: Whole, context: Context) -> Difference:
     import numpy as np
 
     differing, largest, total, scale, finite = 0, 0.0, 0.0, 0.0, 0
     width = itemsize(second.dtype)
-    for start, shape in pairs:
+    for start, shape in _boxes(first.shape, second.dtype):
         context.check()
         a = values(first, second.dtype, start, shape, context)
         b = values(second, second.dtype, start, shape, context)

@@ -1,0 +1,190 @@
+"""Whether two tensors have the same bits: nothing is put together, nothing copied but what is read.
+
+Each side is read as it lies in its files, into buffers that a thread keeps, and the boxes in which
+pieces of both overlap are compared where they were read.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from neox_bridge.execution import movers
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.transform import boxes, cast, load
+from neox_bridge.formats.dtypes import itemsize, to_numpy
+from neox_bridge.planning.pieces import Piece, Shape, Whole, byte_range, cut
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+STEP = 1 << 19  # bytes of a box, so that those of both sides stay in the cache (measured)
+ROOM = 2 * STEP  # of the buffer that a thread keeps for a side; gaps may need more
+_kept = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Bytes of a file; offset and size in bytes."""
+
+    file: str
+    offset: int
+    size: int
+
+
+def equal(first: Whole, second: Whole, context: Context) -> bool:
+    """Whether the first, cast to the second's dtype, is the second, bit by bit.
+
+    Shapes are the same; a reduction or random values on either side are answered with False, and
+    so is a tensor that pieces don't cover. Raises BridgeError, naming the file, where one is too
+    short or can't be read.
+    """
+    if any(whole.reduce != "none" or whole.random is not None for whole in (first, second)):
+        return False
+    runs = _runs(first, second) if first.dtype == second.dtype else None
+    if runs is not None:
+        return all(_run_same(*run, context) for run in runs)
+    limit = max(1, STEP // max(itemsize(first.dtype), itemsize(second.dtype)))
+    return all(
+        _same(
+            _read(first, second.dtype, start, shape, _room(0), context),
+            _read(second, second.dtype, start, shape, _room(1), context),
+            prod(shape),
+            context,
+        )
+        for start, shape in boxes(first.shape, limit)
+    )
+
+
+def _runs(first: Whole, second: Whole) -> list[tuple[_Run, _Run]] | None:
+    """Runs of bytes that tile both tensors, or None where a piece lies otherwise, or is no source.
+
+    Few Python steps a megabyte: while one thread does them, another waits for the interpreter.
+    """
+    found = []
+    elements = prod(first.shape)
+    for piece in first.pieces:
+        for other in cut(second, piece.to, piece.shape, piece.to):
+            start = tuple(
+                s + q - p for s, p, q in zip(piece.start, piece.to, other.to, strict=True)
+            )
+            mine = replace(piece, start=start, to=other.to, shape=other.shape)
+            if mine.source is None or other.source is None:
+                return None
+            if mine.source.dtype != other.source.dtype or mine.source.dtype != first.dtype:
+                return None
+            a, b = byte_range(mine, first.shape), byte_range(other, second.shape)
+            if a is None or b is None:
+                return None
+            found.append((_Run(mine.source.file, a[0], a[2]), _Run(other.source.file, b[0], b[2])))
+            elements -= prod(other.shape)
+    return found if elements == 0 else None
+
+
+def _run_same(a: _Run, b: _Run, context: Context) -> bool:
+    left, right = _buffers()
+    files = context.files
+    with files.reading(a.file) as one, files.reading(b.file) as other:
+        for at in range(0, a.size, STEP):
+            context.check()
+            size = min(STEP, a.size - at)
+            movers.read(one, a.file, left.data[:size], a.offset + at)
+            movers.read(other, b.file, right.data[:size], b.offset + at)
+            if not _bits_same(left[:size], right[:size]):
+                return False
+    return True
+
+
+def _read(
+    whole: Whole,
+    dtype: str,
+    start: Shape,
+    shape: Shape,
+    room: "Callable[[int], Array]",
+    context: Context,
+) -> "list[tuple[Piece, Array]]":
+    """The pieces of a box, each with its elements in a dtype, strided as in its file."""
+    import numpy as np
+
+    found, wanted = [], to_numpy(dtype)
+    for piece in cut(whole, start, shape, (0,) * len(shape)):
+        if piece.source is None:
+            values: Array = np.full(piece.shape, piece.fill, wanted)
+        else:
+            values = cast(load(piece.source, piece.start, piece.shape, context, room), wanted)
+        found.append((piece, values))
+    return found
+
+
+def _same(
+    first: "list[tuple[Piece, Array]]",
+    second: "list[tuple[Piece, Array]]",
+    elements: int,
+    context: Context,
+) -> bool:
+    """Whether so many elements lie in both, all with the same bits."""
+    context.check()
+    for one, a in first:
+        for other, b in second:
+            low = tuple(map(max, one.to, other.to))
+            high = tuple(
+                min(p + n, q + m)
+                for p, n, q, m in zip(one.to, one.shape, other.to, other.shape, strict=True)
+            )
+            if any(p >= q for p, q in zip(low, high, strict=True)):
+                continue
+            size = tuple(q - p for p, q in zip(low, high, strict=True))
+            if not _bits_same(_box(a, one, low, size), _box(b, other, low, size)):
+                return False
+            elements -= prod(size)
+    return elements == 0
+
+
+def _box(values: "Array", piece: Piece, low: Shape, size: Shape) -> "Array":
+    starts = zip(low, piece.to, size, strict=True)
+    return values[tuple(slice(p - t, p - t + n) for p, t, n in starts)]
+
+
+def _bits_same(a: "Array", b: "Array") -> bool:
+    """Whether two arrays of one dtype and shape have the same bits."""
+    import numpy as np
+
+    width = a.dtype.itemsize
+    if a.flags.c_contiguous and b.flags.c_contiguous:
+        words = 8 if a.nbytes % 8 == 0 else 1
+        bits = np.dtype(f"u{words}")
+        return bool((a.reshape(-1).view(bits) == b.reshape(-1).view(bits)).all())
+    if width > 8:
+        a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    bits = np.dtype(f"u{min(width, 8)}")
+    return bool((a.view(bits) == b.view(bits)).all())
+
+
+def _room(side: int) -> "Callable[[int], Array]":
+    """Gives parts of this thread's buffer for a side, and new memory where that is used up."""
+    import numpy as np
+
+    buffer = _buffers()[side]
+    used = 0
+
+    def give(size: int) -> "Array":
+        nonlocal used
+        if used + size > ROOM:
+            return np.empty(size, np.uint8)
+        at, used = used, (used + size + 63) // 64 * 64
+        return buffer[at : at + size]
+
+    return give
+
+
+def _buffers() -> "tuple[Array, Array]":
+    """This thread's two buffers."""
+    import numpy as np
+
+    if not hasattr(_kept, "buffers"):
+        _kept.buffers = np.empty(ROOM, np.uint8), np.empty(ROOM, np.uint8)
+    found: tuple[Array, Array] = _kept.buffers
+    return found
