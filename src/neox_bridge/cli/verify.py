@@ -1,12 +1,17 @@
 """``neox-bridge verify`` and ``neox-bridge diff``."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.output import human, plural, print_json, tell_findings
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.verification.logits import Agreement
 
 Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads that compare.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -22,6 +27,20 @@ def verify(
             help="The order that `convert` was told, for a GPT-NeoX source that doesn't tell.",
         ),
     ] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Compute both models too, and say where they part.")
+    ] = False,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|TEXT",
+            help="What --logits runs: ids (.npy, .npz, .json) or text; else made-up ids. `logits` "
+            "in an .npz are compared with those of SRC.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(**values.one_of("cpu", "cuda"), help="Where --logits computes.")
+    ] = "cpu",
     max_workers: Workers = None,
     as_json: AsJson = False,
     quiet: values.Quiet = False,
@@ -32,8 +51,9 @@ def verify(
     twice, biases spread over ranks. `convert` does this by itself.
 
     \b
-    Example:
+    Examples:
       neox-bridge verify pythia-410m pythia-neox
+      neox-bridge verify pythia-410m pythia-neox --logits --tokens 'The quick brown fox'
 
     Exit codes: 0 it is, 3 it isn't, 1 error.
     """
@@ -43,12 +63,17 @@ def verify(
     from neox_bridge.verification.verify import describe
     from neox_bridge.verification.verify import verify as compare
 
+    if tokens is not None and not logits:
+        raise typer.BadParameter("--tokens is for --logits.")
     first = open_checkpoint(source, gqa_order=gqa_order)  # type: ignore[arg-type]
     second = open_checkpoint(target)
     with progress_bar(second.size, "verifying", quiet) as progress:
         found = compare(first, second, workers=max_workers, progress=progress)
+    agreements = _computed(first, second, tokens, device) if logits else {}
+    holds = found.holds and all(agreement.agrees for agreement in agreements.values())
     if as_json:
-        print_json({"holds": found.holds, **asdict(found)})
+        more = {key: {"agrees": a.agrees, **asdict(a)} for key, a in agreements.items()}
+        print_json({**asdict(found), "holds": holds, **more})
     elif not quiet:
         tell_findings(found.findings, quiet)
         for difference in found.differences:
@@ -56,8 +81,53 @@ def verify(
         what = f"{plural(found.tensors, 'tensor')}, {human(found.size)}"
         verdict = "equal, bit by bit" if found.holds else "NOT what the source says"
         print(f"{target}: {what}: {verdict}")
-    if not found.holds:
+        for key, agreement in agreements.items():
+            of = {"logits": target, "recorded": f"recorded logits, and {source}"}[key]
+            _tell_agreement(of, agreement)
+    if not holds:
         raise typer.Exit(3)
+
+
+def _computed(
+    first: "Checkpoint", second: "Checkpoint", tokens: str | None, device: str
+) -> "dict[str, Agreement]":
+    """What both compute; and, where logits came with the tokens, what the first does beside."""
+    try:
+        import torch
+    except ImportError:
+        raise BridgeError(
+            "--logits computes with torch, which isn't installed: "
+            "pip install 'neox-bridge[verify]'."
+        ) from None
+    from neox_bridge.verification.logits import compare_logits, compare_recorded
+    from neox_bridge.verification.tokens import read_tokens
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BridgeError(
+            "--device cuda: torch sees no CUDA device here. Leave it out for the CPU."
+        )
+    given = read_tokens(tokens, (first, second))
+    found = {"logits": compare_logits(first, second, given.tokens, device)}
+    if given.recorded is not None:
+        found["recorded"] = compare_recorded(first, given.tokens, given.recorded, device)
+    return found
+
+
+def _tell_agreement(of: str, agreement: "Agreement") -> None:
+    verdict = "the same model" if agreement.agrees else "ANOTHER MODEL"
+    print(
+        f"{of}: logits of {plural(agreement.tokens, 'token')} differ by {agreement.largest:.3g} at "
+        f"most (relative {agreement.relative:.2g}, mean {agreement.mean:.3g}), KL "
+        f"{agreement.kl:.2g}, top-1 {agreement.top1:.1%}: {verdict}"
+    )
+    if agreement.place:
+        print(f"  they part at {agreement.place}, by {agreement.apart:.2g} of its largest value")
+    for cause in agreement.causes:
+        tail = "; no conversion removes that" if cause.inherent else ""
+        print(f"  likely cause: {cause.cause}: {cause.text}{tail}")
+    if agreement.place and not agreement.explained:
+        more = "that isn't all" if agreement.causes else "none of the usual mistakes explains it"
+        print(f"  {more}: compare the tensors above, and the configs")
 
 
 def diff(

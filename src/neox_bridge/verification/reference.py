@@ -107,7 +107,7 @@ def forward(
     return last.output
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def stages(
     ranks: Sequence[Rank], config: Config, tokens: Tensor
 ) -> Generator[Stage, Tensor | None, None]:

@@ -1,0 +1,223 @@
+"""``verify --logits``: two checkpoints compute the same, or where and why they don't."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.verification.causes import Hypothesis, hypotheses
+from neox_bridge.verification.reference import Stage
+from neox_bridge.verification.sides import Settings, Side, side
+
+# relative to the largest value: fp32's rounding in one layer, and in a model's logits
+LAYER = 2e-5
+LOGITS = 1e-5
+_MOST = 3  # causes that are looked for
+_NONE: Settings = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why two sides part; inherent ones can't be removed by a conversion."""
+
+    cause: str
+    text: str
+    inherent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How near two checkpoints' logits are; logits [tokens, vocabulary rows that both have].
+
+    largest, mean: of the absolute difference. relative: largest, divided by the largest logit.
+    kl: mean over the tokens of the divergence of the second's distribution from the first's, nats.
+    top1: share of tokens whose likeliest next one is the same.
+    place: the first layer and part that differ, "" where none does; apart: by how much, relative
+        to the part's largest value.
+    causes: under these the sides agree, or go on further together; explained: whether altogether.
+    """
+
+    tokens: int
+    largest: float
+    mean: float
+    relative: float
+    kl: float
+    top1: float
+    place: str = ""
+    apart: float = 0.0
+    causes: tuple[Cause, ...] = ()
+    explained: bool = False
+
+    @property
+    def agrees(self) -> bool:
+        """Whether they are the same model, as far as both frameworks can express it."""
+        inherent = self.explained and all(cause.inherent for cause in self.causes)
+        return not self.place or inherent
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A part at which the sides differ: its number from the model's start, and by how much."""
+
+    number: int
+    name: str
+    apart: float
+
+
+def compare_logits(
+    first: Checkpoint, second: Checkpoint, tokens: Tensor, device: str = "cpu"
+) -> Agreement:
+    """Run both on tokens [b, s], in float32, with one layer of each in memory.
+
+    Raises BridgeError for models that can't be computed here.
+    """
+    sides = [side(checkpoint, tokens, device) for checkpoint in (first, second)]
+    a, b = (_logits(one) for one in sides)
+    rows = min(first.vocab_rows, second.vocab_rows)
+    measured = _measure(a[..., :rows].flatten(0, -2), b[..., :rows].flatten(0, -2))
+    if measured.relative <= LOGITS:
+        return measured
+    place = _part(sides, {}, 0)
+    if place is None and measured.relative > 1e-3:
+        place = _Place(0, "rounding that grows over the layers", measured.relative)
+    if place is None:
+        return measured
+    chosen, left = _explain(first, second, sides, place)
+    causes = tuple(Cause(h.cause, h.text, h.inherent) for h in chosen)
+    return replace(
+        measured,
+        place=place.name,
+        apart=place.apart,
+        causes=causes,
+        explained=bool(causes) and left is None,
+    )
+
+
+def compare_recorded(
+    checkpoint: Checkpoint, tokens: Tensor, recorded: Tensor, device: str = "cpu"
+) -> Agreement:
+    """A checkpoint's logits beside those that a framework computed and somebody kept.
+
+    recorded: float32 [b, s, v], of tokens [b, s]. For a GPT-NeoX checkpoint that doesn't compute
+    them, the meaning of its weights that does is looked for; a grouped-query order, for one.
+    """
+    one = side(checkpoint, tokens, device)
+    rows = min(checkpoint.vocab_rows, recorded.shape[-1])
+    wanted = recorded.to(device)[..., :rows].flatten(0, -2)
+
+    def measured(settings: Settings) -> Agreement:
+        return _measure(wanted, _logits(one, settings)[..., :rows].flatten(0, -2))
+
+    found = measured({})
+    # what was kept of a model in half precision was computed in it
+    enough = LOGITS if checkpoint.config.dtype == "float32" else 0.02
+    if found.relative <= enough:
+        return found
+    causes: tuple[Cause, ...] = ()
+    if checkpoint.kind == "neox":
+        tried = []
+        for h in hypotheses(checkpoint, checkpoint):
+            with suppress(BridgeError):
+                tried.append((measured(h.settings), h))
+        best, h = min(tried, key=lambda each: each[0].relative)
+        if best.relative <= max(enough, found.relative / 10):
+            causes = (Cause(h.cause, h.text, h.inherent),)
+        explained = best.relative <= enough
+    else:
+        explained = False
+    place = "the recorded logits"
+    return replace(found, place=place, apart=found.relative, causes=causes, explained=explained)
+
+
+def _explain(
+    first: Checkpoint, second: Checkpoint, sides: list[Side], place: _Place
+) -> tuple[list[Hypothesis], _Place | None]:
+    """The hypotheses under which the sides go on together, and where they part even so."""
+    on = next((n for n, c in enumerate((first, second)) if c.kind == "neox"), None)
+    if on is None:
+        return [], place
+    neox, other = (first, second) if on == 0 else (second, first)
+    left: _Place | None = place
+    chosen: list[Hypothesis] = []
+    settings: dict[str, object] = {}
+    candidates = hypotheses(neox, other)
+    while left is not None and len(chosen) < _MOST:
+        tried = []
+        for h in candidates:
+            with suppress(BridgeError):  # what this model can't be meant as
+                tried.append((h, _part(sides, {**settings, **h.settings}, on)))
+        best, there = max(tried, key=lambda one: _rank(one[1]))
+        if there is not None and there.number <= left.number and there.apart > left.apart / 2:
+            break
+        chosen.append(best)
+        settings |= best.settings
+        left = there
+    return chosen, left
+
+
+def _rank(place: _Place | None) -> tuple[float, float]:
+    """Later is better, then nearer."""
+    return (float("inf"), 0.0) if place is None else (place.number, -place.apart)
+
+
+def _part(sides: list[Side], settings: Settings, on: int) -> _Place | None:
+    """The first part that differs although both sides got the same input."""
+    own: list[Settings] = [{}, {}]
+    own[on] = settings
+    leader, follower = (one(told) for one, told in zip(sides, own, strict=True))
+    try:
+        number, sent = 0, None
+        while True:
+            a = next(leader)
+            b = next(follower) if sent is None else follower.send(sent)
+            for name, mine, theirs in _pairs(a.name, a, b):
+                number += 1
+                apart = _apart(mine, theirs)
+                if apart > LAYER:
+                    return _Place(number, name, apart)
+            sent = a.output
+    except StopIteration:
+        return None
+    finally:
+        leader.close()
+        follower.close()
+
+
+def _pairs(name: str, a: Stage, b: Stage) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for part in a.parts:
+        yield f"{name}, {part}", a.parts[part], b.parts[part]
+    rows = min(a.output.shape[-1], b.output.shape[-1])  # logits may be padded
+    yield name, a.output[..., :rows], b.output[..., :rows]
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    gap = float((a - b).abs().max())
+    scale = float(torch.maximum(a.abs().max(), b.abs().max()))
+    return gap / scale if scale and gap == gap else (0.0 if gap == 0 else float("inf"))
+
+
+def _logits(one: Side, settings: Settings = _NONE) -> Tensor:
+    last = None
+    for last in one(settings):  # noqa: B007  only the last is kept
+        pass
+    assert last is not None
+    return last.output
+
+
+def _measure(a: Tensor, b: Tensor) -> Agreement:
+    """a, b: [tokens, vocabulary], float32."""
+    gap = (a - b).abs()
+    scale = float(a.abs().max())
+    largest = float(gap.max())
+    largest = largest if largest == largest else float("inf")
+    p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    top1 = float((a.argmax(-1) == b.argmax(-1)).float().mean())
+    relative = largest / scale if scale else float(largest > 0)
+    return Agreement(len(a), largest, float(gap.mean()), relative, max(kl, 0.0), top1)

@@ -1,0 +1,249 @@
+"""A checkpoint's forward pass, stage after stage, with one layer's weights in memory at a time.
+
+GPT-NeoX's side is the torch reference on the ranks' own tensors, Hugging Face's is transformers.
+All is computed in float32, so that what differs is the model and not its rounding.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neox_bridge.architectures.base import Weight
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.context import Context
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.weights import by_name
+from neox_bridge.planning.geometry import gather
+from neox_bridge.planning.pieces import Whole
+from neox_bridge.verification import reference
+from neox_bridge.verification.compare import values
+from neox_bridge.verification.reference import Stage
+
+Stages = Generator[Stage, Tensor | None, None]
+Settings = Mapping[str, Any]
+# settings of the reference in place of the checkpoint's own; Hugging Face's side takes none
+Side = Callable[[Settings], Stages]
+
+
+def side(checkpoint: Checkpoint, tokens: Tensor, device: str) -> Side:
+    """The stages of a checkpoint's forward pass of tokens [b, s].
+
+    Raises BridgeError where transformers can't be had or wants a tensor that isn't there, and for
+    what the reference doesn't cover.
+    """
+    if checkpoint.kind == "neox":
+        return lambda settings: _neox(checkpoint, tokens, device, settings)
+    model = _skeleton(checkpoint, device)
+    return lambda _settings: _hf(checkpoint, model, tokens.to(device), device)
+
+
+def read(whole: Whole, device: str) -> Tensor:
+    """A tensor in float32, in its shape."""
+    context = Context()
+    try:
+        flat = values(whole, "float32", (0,) * len(whole.shape), whole.shape, context)
+    finally:
+        context.files.close()
+    return torch.from_numpy(flat.copy()).reshape(whole.shape).to(device)
+
+
+class _Rank(Mapping[str, Tensor]):
+    """One rank's tensors by "<layer>.<name>", read when asked for; one layer's are kept."""
+
+    def __init__(self, layers: Mapping[int, Mapping[str, TensorRef]], device: str) -> None:
+        self._refs = {
+            f"{layer}.{name}": ref for layer, refs in layers.items() for name, ref in refs.items()
+        }
+        self._device = device
+        self._layer, self._kept = "", dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        ref, layer = self._refs[name], name.partition(".")[0]
+        if layer != self._layer:
+            self._layer, self._kept = layer, {}
+        if name not in self._kept:
+            self._kept[name] = read(gather("replicated", [ref], False), self._device)
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+
+def neox_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The yml, and what GPT-NeoX's version decides, as the reference takes them."""
+    assert checkpoint.neox is not None
+    older = any(finding.code == "rms-epsilon" for finding in checkpoint.findings)
+    return {
+        **checkpoint.raw,
+        "num_layers": checkpoint.config.layers,
+        "gqa_order": checkpoint.neox.gqa_order,
+        "rms_eps": "outside" if older else "inside",
+    }
+
+
+def _neox(checkpoint: Checkpoint, tokens: Tensor, device: str, settings: Settings) -> Stages:
+    assert checkpoint.neox is not None
+    ranks = [_Rank(layers, device) for layers in checkpoint.neox.ranks]
+    try:
+        yield from reference.stages(
+            ranks, {**neox_settings(checkpoint), **settings}, tokens.to(device)
+        )
+    except ValueError as error:
+        raise BridgeError(
+            f"{checkpoint.path}: its logits can't be computed here: {error}."
+        ) from None
+
+
+def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
+    """transformers' model of the config, without memory for its weights."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise BridgeError(
+            "--logits computes with transformers, which isn't installed: "
+            "pip install 'neox-bridge[verify]'."
+        ) from None
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except (ValueError, KeyError, OSError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise BridgeError(
+            f"{checkpoint.path}: transformers refuses config.json: {said[0]}"
+        ) from None
+    model.eval()
+    # frequencies aren't in the files: their module computes them when it is made
+    for name, module in list(model.named_modules()):
+        if "inv_freq" in dict(module.named_buffers(recurse=False)):
+            parent, _, leaf = name.rpartition(".")
+            made = type(module)(config=config).to(device)
+            setattr(model.get_submodule(parent), leaf, made)
+    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise BridgeError(f"this transformers keeps {left[0]} as a buffer: --logits needs >= 4.48.")
+    found: nn.Module = model
+    return found
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stages:
+    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
+    names = {id(module): name for name, module in model.named_modules()}
+
+    @contextmanager
+    def loaded(module: nn.Module) -> Iterator[nn.Module]:
+        """The module with its weights, for as long as it is needed."""
+        owners = list(module.named_modules())
+        for inner, owner in owners:
+            for leaf in list(owner._parameters):
+                if owner._parameters[leaf] is None:
+                    continue
+                name = ".".join(part for part in (names[id(module)], inner, leaf) if part)
+                value = read(_stored(checkpoint, weights, name), device)
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        try:
+            yield module
+        finally:
+            for _, owner in owners:
+                for leaf, value in owner._parameters.items():
+                    if value is not None:
+                        owner._parameters[leaf] = nn.Parameter(value.to("meta"), False)
+
+    body = model.base_model
+    final = next(
+        getattr(body, name) for name in ("final_layer_norm", "norm") if hasattr(body, name)
+    )
+    with loaded(model.get_input_embeddings()):
+        x, calls = _calls(body, tokens)
+    given = yield Stage("embeddings", x)
+    x = x if given is None else given
+    for number, (layer, (args, keywords)) in enumerate(zip(body.layers, calls, strict=True)):
+        with loaded(layer), _recording(layer) as parts:
+            x = _first(layer(x, *args, **keywords))
+        given = yield Stage(f"layer {number}", x, dict(parts))
+        x = x if given is None else given
+    with loaded(final):
+        x = final(x)
+    given = yield Stage("final norm", x)
+    x = x if given is None else given
+    head = model.get_output_embeddings()
+    with loaded(head):
+        x = head(x)
+    yield Stage("logits", x.float())
+
+
+def _stored(checkpoint: Checkpoint, weights: Mapping[str, Weight], name: str) -> Whole:
+    """The tensor that transformers calls by this name."""
+    name = checkpoint.architecture.aliases.get(name, name)
+    tied = checkpoint.config.tied_embeddings
+    if tied and name in weights and weights[name].place == "head":
+        name = next(key for key, weight in weights.items() if weight.place == "embed")
+    if name not in checkpoint.tensors:
+        raise BridgeError(f"{checkpoint.path} lacks {name}: transformers would make it up.")
+    return checkpoint.tensors[name]
+
+
+class _Reached(Exception):
+    pass
+
+
+def _calls(
+    body: Any, tokens: Tensor
+) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The first layer's input, and what else each layer is called with, without computing them."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    inputs: list[Tensor] = []
+
+    def stub(*args: Any, **keywords: Any) -> Any:
+        hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else args[0]
+        inputs.append(hidden)
+        calls.append((args[1:], keywords))
+        if len(calls) == len(body.layers):
+            raise _Reached
+        return hidden
+
+    try:
+        for layer in body.layers:
+            layer.forward = stub
+        body(input_ids=tokens, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        for layer in body.layers:
+            del layer.forward
+    return inputs[0], calls
+
+
+@contextmanager
+def _recording(layer: Any) -> Iterator[dict[str, Tensor]]:
+    """What the layer's attention and MLP put out while it runs."""
+    attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
+    parts: dict[str, Tensor] = {}
+
+    def into(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            parts[name] = _first(output)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(into(name))
+        for name, module in (("attention", attention), ("mlp", layer.mlp))
+    ]
+    try:
+        yield parts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

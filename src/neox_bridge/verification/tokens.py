@@ -1,0 +1,97 @@
+"""Which tokens ``verify --logits`` runs: made up, from a file, or a text."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.tokenizer import main_file
+
+_SHAPE = (2, 64)
+
+
+@dataclass(frozen=True)
+class Input:
+    """tokens: int64 [b, s]. recorded: float32 [b, s, v] logits that came with them, or None."""
+
+    tokens: Tensor
+    recorded: Tensor | None = None
+
+
+def read_tokens(told: str | None, checkpoints: tuple[Checkpoint, ...]) -> Input:
+    """The tokens of ``--tokens``.
+
+    told: nothing (random ones, always the same); a file: .npy, .npz with `tokens` and perhaps the
+    `logits` that a framework computed of them, .json with a list of numbers, or any text; or text
+    itself, for the tokenizer of one of the checkpoints.
+    Raises BridgeError for what can't be read, ids beyond the vocabulary and too many of them.
+    """
+    rows = min(checkpoint.vocab_rows for checkpoint in checkpoints)
+    most = min(checkpoint.config.max_positions for checkpoint in checkpoints)
+    if told is None:
+        sizes = [c.tokenizer_size for c in checkpoints if c.tokenizer_size is not None]
+        shape = (_SHAPE[0], min(_SHAPE[1], most))
+        made = np.random.default_rng(0).integers(0, min([rows, *sizes]), shape)
+        return Input(torch.from_numpy(made))
+    found = _of_file(told, checkpoints) if os.path.isfile(told) else _of_text(told, checkpoints)
+    tokens = found.tokens
+    if tokens.numel() == 0 or tokens.dim() != 2:
+        raise BridgeError(f"--tokens: no rows of tokens, but {list(tokens.shape)}. Give some.")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= rows:
+        raise BridgeError(f"--tokens: ids go up to {int(tokens.max())}, the vocabulary has {rows}.")
+    if tokens.shape[1] > most:
+        raise BridgeError(
+            f"--tokens: {tokens.shape[1]} in a row, the model has {most} positions. Give fewer."
+        )
+    return found
+
+
+def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> Input:
+    kind = os.path.splitext(path)[1]
+    try:
+        if kind == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                recorded = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
+                return Input(
+                    _rows(arrays["tokens"]), None if recorded is None else recorded.float()
+                )
+        if kind == ".npy":
+            return Input(_rows(np.load(path, allow_pickle=False)))
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if kind == ".json":
+            return Input(_rows(np.array(json.loads(text))))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BridgeError(f"--tokens {path}: not readable as tokens: {error}.") from None
+    return _of_text(text, checkpoints)
+
+
+def _rows(array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"they are {array.dtype}, not whole numbers")
+    tokens = torch.from_numpy(array.astype(np.int64))
+    return tokens[None] if tokens.dim() == 1 else tokens
+
+
+def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> Input:
+    files = [main_file(checkpoint.tokenizer) for checkpoint in checkpoints]
+    file = next((file for file in files if file), None)
+    if file is None:
+        raise BridgeError(
+            "--tokens: a text needs a tokenizer, and neither checkpoint has a tokenizer.json (and "
+            "no such file exists, if it is one). Give a file of ids."
+        )
+    try:
+        from tokenizers import Tokenizer  # comes with transformers
+    except ImportError:
+        raise BridgeError(
+            "--tokens: a text needs tokenizers: pip install 'neox-bridge[verify]'."
+        ) from None
+    ids = Tokenizer.from_file(file).encode(text).ids
+    return Input(torch.tensor([ids], dtype=torch.int64))
