@@ -1,5 +1,5 @@
 # make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
-# make test   lint, types and tests
+# make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
 # make bench  times beside cp
 # make test-neox, make test-versions: in the real GPT-NeoX, in many versions of transformers
 PYTHON ?= python3
@@ -13,6 +13,7 @@ demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
 
 test: lint
+	-$(DEV)/bin/python tests/chromium.py
 	$(DEV)/bin/python -m pytest -n $(JOBS)
 	TRANSFORMERS=4.48 $(DEV)/bin/python -m pytest -m versions tests/versions
 
@@ -57,4 +58,4 @@ $(DEMO)/venv/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEV) $(DEMO) .bench .versions .neox
+	rm -rf $(DEV) $(DEMO) .bench .versions .neox .chromium
