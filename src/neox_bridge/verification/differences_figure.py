@@ -49,6 +49,7 @@ def differences_figure(differences: Sequence[Difference]) -> Any:
         bar = figure.colorbar(
             ScalarMappable(norm, _COLOUR_MAP), ax=figure.axes, fraction=0.04, pad=0.02, aspect=30
         )
+        bar.solids.set(rasterized=False, edgecolor="face")  # no picture of pixels within the SVG
         bar.set_label("largest difference / largest value")
     legend(
         figure,
@@ -62,7 +63,7 @@ def differences_figure(differences: Sequence[Difference]) -> Any:
 
 
 def _map(axes: Any, rows: Rows, columns: int, norm: Any) -> None:
-    """Cells as rectangles: an image would be a picture of pixels within the SVG."""
+    """Cells as rectangles, which stay sharp at any size."""
     import matplotlib
     from matplotlib.patches import Rectangle
 

@@ -93,8 +93,9 @@ def log_axis(axis: Any, values: Iterable[float]) -> bool:
 
 def ticks(layers: int, most: int) -> list[int]:
     """Blocks to number on an axis, at most about so many."""
-    steps = (1, 2, 4, 5, 8, 10, 20, 25, 50, 100, layers)
-    return list(range(0, layers, next(step for step in steps if layers <= step * most)))
+    steps = (1, 2, 4, 5, 8, 10, 20, 25, 50)
+    fits = (step for step in steps if layers <= step * most)
+    return list(range(0, layers, next(fits, -(-layers // most))))
 
 
 def legend(figure: Any, handles: Sequence[Any]) -> None:

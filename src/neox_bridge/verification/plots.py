@@ -69,6 +69,7 @@ def plot_lines(
 @styled
 def save(figure: Any, path: str) -> None:
     """Write a figure in the format that the file's suffix names."""
+    _settle(figure)
     svg = path.lower().endswith(".svg")
     figure.savefig(path, dpi=150, metadata=_METADATA if svg else None)
 
@@ -79,11 +80,19 @@ def svg_of(figure: Any, prefix: str = "") -> str:
 
     prefix: of every id, so that several figures of one page don't share any.
     """
+    _settle(figure)
     out = StringIO()
     figure.savefig(out, format="svg", metadata=_METADATA)
     text = out.getvalue()
     text = text[text.index("<svg") :]
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text) if prefix else text
+
+
+def _settle(figure: Any) -> None:
+    """Lay out once: every drawing would move the axes a little, and so change the file."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 @styled

@@ -39,7 +39,7 @@ def statistics_figure(stats: Sequence[Statistics]) -> Any:
     kinds = sorted(panels, key=lambda kind: len(panels[kind][0][1].shape) < 2)
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns) if kinds else 0
-    heights = [1.7 * rows] * bool(rows) + [0.6 + 0.22 * len(others)] * bool(others)
+    heights = [1.7 * rows] * bool(rows) + [0.6 + 0.22 * len(others)] * bool(others) or [0.5]
     figure = figure_of(max(2.7 * columns, 6.0), sum(heights) + 0.4)
     # each part is laid out by itself: the long names of one would push the other's panels aside
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
