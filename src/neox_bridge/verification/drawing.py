@@ -71,7 +71,7 @@ def place_of(name: str) -> tuple[str, int | None]:
 
 def log_axis(axis: Any, values: Iterable[float]) -> bool:
     """A logarithmic axis around the positive values; False, and no ticks, where there are none."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     vertical = axis.axis_name == "y"
     positive = [v for v in values if math.isfinite(v) and v > 0]
@@ -87,7 +87,7 @@ def log_axis(axis: Any, values: Iterable[float]) -> bool:
         LogLocator(subs=(1.0,) if high / low > 60 else (1.0, 2.0, 5.0), numticks=6)
     )
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
     return True
 
 
