@@ -143,6 +143,16 @@ def test_a_conversion_with_its_source(hf: Path, tmp_path: Path) -> None:
     assert [meta["content"] for meta in page.tags("meta") if meta.get("name") == "viewport"]
 
 
+def test_paths_are_as_they_were_told(hf: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A page goes to others, whom the folders of this machine don't concern."""
+    monkeypatch.chdir(hf.parent)
+    (hf.parent / "source").symlink_to(NEOX)
+    page = report(tmp_path, hf.name, "--source", "source")
+    assert hf.name in page.text
+    assert str(hf.parent) not in page.source
+    assert str(NEOX) not in page.source
+
+
 def test_a_checkpoint_that_is_none_of_ours(tmp_path: Path) -> None:
     page = report(tmp_path, NEOX)
     assert_alone(page)

@@ -115,6 +115,6 @@ def _checkpoint(
     found = [*checkpoint.findings, *findings(stats, checkpoint)]
     lines = _lines(describe(checkpoint))
     made = [checkpoint_section(path, lines, checkpoint.record, stats, found, f"s{number}-")]
-    if compared is not None:
-        made.insert(0, verification_section(compared, path, f"s{number + 1}-"))
+    if compared is not None and source is not None:
+        made.insert(0, verification_section(compared, source, path, f"s{number + 1}-"))
     return made

@@ -23,6 +23,8 @@ from neox_bridge.verification.statistics import Statistics
 from neox_bridge.verification.verify import Verification, describe
 
 Document = Mapping[str, Any]
+# lines of ``inspect`` that stand as title, findings and provenance
+_ELSEWHERE = ("path", "written by", "error", "warning", "info")
 _OPEN = 12  # rows of a table that needn't be folded
 
 
@@ -85,7 +87,7 @@ def checkpoint_section(
         "Conversion" if written else "Checkpoint",
         name,
         Verdict(state, words, holds=state != "bad"),
-        [(key, text) for key, text in lines if key not in ("error", "warning", "info")],
+        [(key, text) for key, text in lines if key not in _ELSEWHERE],
         findings,
         [plot] if stats else [],
         [_statistics_table(stats), *_settings(record)],
@@ -93,9 +95,10 @@ def checkpoint_section(
     )
 
 
-def verification_section(found: Verification, name: str, prefix: str) -> Section:
-    """A verification of what the user calls ``name``."""
-    return _verification({"holds": found.holds, **asdict(found)}, name, prefix)
+def verification_section(found: Verification, source: str, name: str, prefix: str) -> Section:
+    """A verification of what the user calls ``name``: a page goes to others, paths stay here."""
+    named = {"holds": found.holds, "source": source, "target": name}
+    return _verification({**asdict(found), **named}, name, prefix)
 
 
 def _verification(document: Document, name: str, prefix: str) -> Section:
