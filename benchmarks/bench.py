@@ -1,9 +1,10 @@
-"""Times of conversions beside `cp -r` of the same bytes: medians of several runs, as ratios.
+"""Times of conversions beside `cp -r`, of comparisons beside `cmp`: medians of runs, as ratios.
 
     bench.py [--shape pythia-410m] [--runs 5] [--folder .bench]
 
 Every command is a process of its own, start-up included, with a warm cache. `cp -r` is followed by
-a sync of the files that it wrote, since conversions are flushed to disk too.
+a sync of the files that it wrote, since conversions are flushed to disk too. `cmp` compares the
+Hugging Face checkpoint's weights with a copy of them.
 """
 
 import argparse
@@ -28,6 +29,15 @@ CASES = (
     ("GPT-NeoX TP 1 to Hugging Face", "neox", RAW),
     ("GPT-NeoX TP 2 to Hugging Face", "neox-tp2", RAW),
     ("GPT-NeoX TP 1 to TP 4", "neox", ["--to", "neox", "--tp", "4", *RAW]),
+)
+COMPARED = (
+    ("`verify` Hugging Face, a copy", ["verify", "hf", "hf-copy"]),
+    ("`verify` Hugging Face, GPT-NeoX TP 1", ["verify", "hf", "neox"]),
+    ("`verify` Hugging Face, GPT-NeoX TP 2", ["verify", "hf", "neox-tp2"]),
+    ("`verify` Hugging Face, GPT-NeoX TP 2 in bfloat16", ["verify", "hf", "neox-bf16"]),
+    ("`diff` Hugging Face, GPT-NeoX TP 1", ["diff", "hf", "neox"]),
+    ("`diff` GPT-NeoX TP 1, TP 2", ["diff", "neox", "neox-tp2"]),
+    ("`diff`, every value another", ["diff", "hf", "hf-other"]),
 )
 
 
@@ -54,9 +64,20 @@ def timed(command: list[str], runs: int, target: Path | None = None) -> float:
     return statistics.median(found)
 
 
-def peak_anonymous(command: list[str], target: Path) -> int:
+def compared(command: list[str], expected: int) -> float:
+    """One run of a comparison, which must end with the exit code expected."""
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    taken = time.perf_counter() - start
+    if done.returncode != expected:
+        sys.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    return taken
+
+
+def peak_anonymous(command: list[str], target: Path | None = None) -> int:
     """The most memory, in bytes, that isn't a map of a file, sampled every 2 ms of one more run."""
-    shutil.rmtree(target, ignore_errors=True)
+    if target is not None:
+        shutil.rmtree(target, ignore_errors=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
@@ -65,13 +86,41 @@ def peak_anonymous(command: list[str], target: Path) -> int:
                 if line.startswith("RssAnon:"):
                     peak = max(peak, int(line.split()[1]) << 10)
         time.sleep(0.002)
-    shutil.rmtree(target)
+    if target is not None:
+        shutil.rmtree(target)
     return peak
 
 
 def copy(source: Path, target: Path) -> list[str]:
     script = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +'
     return ["sh", "-c", script, str(source), str(target)]
+
+
+def comparisons(folder: Path, runs: int) -> None:
+    """Print the table of ``verify`` and ``diff``; each run takes turns with ``cmp``."""
+    weights = [str(folder / name / "model.safetensors") for name in ("hf", "hf-copy")]
+    print("\n| | median s | spread s | times `cmp` | anonymous memory |\n|---|---|---|---|---|")
+    every = []
+    for title, (verb, *names) in COMPARED:
+        command = [TOOL, verb, *(str(folder / name) for name in names)]
+        expected = 3 if "hf-other" in names else 0
+        compared(command, expected)  # everything is in memory from here on
+        pairs = [(compared(["cmp", *weights], 0), compared(command, expected)) for _ in range(runs)]
+        every += [pair[0] for pair in pairs]
+        mine = [pair[1] for pair in pairs]
+        ratio = statistics.median(mine / cmp for cmp, mine in pairs)
+        print(
+            f"| {title} | {statistics.median(mine):.2f} | {min(mine):.2f} - {max(mine):.2f} "
+            f"| {ratio:.2f} | {peak_anonymous(command) / 1e6:.0f} MB |",
+            flush=True,
+        )
+    spread = f"{min(every):.2f} - {max(every):.2f}"
+    print(f"\n`cmp` of the same: {statistics.median(every):.2f} s, {spread}")
+    start = [TOOL, "diff", *(str(folder / name) for name in ("hf", "neox-tp2"))]
+    start += ["--tensor", "*.final_layer_norm.bias"]
+    print(
+        f"`diff` of one small tensor, so starting and reading headers: {timed(start, runs):.2f} s"
+    )
 
 
 def main() -> None:
@@ -83,13 +132,16 @@ def main() -> None:
     folder: Path = options.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    made = {name: folder / name for name in ("hf", "neox", "neox-tp2")}
+    made = {name: folder / name for name in ("hf", "neox", "neox-tp2", "neox-bf16", "hf-other")}
     for command in (
         ["toy", options.shape, str(made["hf"]), "--as", "hf"],
         ["convert", str(made["hf"]), str(made["neox"])],
         ["convert", str(made["hf"]), str(made["neox-tp2"]), "--tp", "2"],
+        ["convert", str(made["hf"]), str(made["neox-bf16"]), "--tp", "2", "--dtype", "bfloat16"],
+        ["toy", options.shape, str(made["hf-other"]), "--as", "hf", "--seed", "1"],
     ):
         subprocess.run([TOOL, *command], check=True, capture_output=True)
+    shutil.copytree(made["hf"], folder / "hf-copy")
     target = folder / "out"
     size = sum(path.stat().st_size for path in made["hf"].rglob("*") if path.is_file())
     print(
@@ -114,6 +166,7 @@ def main() -> None:
     print(f"\nStarting, reading headers and planning (--dry-run): {timed(dry, options.runs):.2f} s")
     cp = timed(copy(made["hf"], target), options.runs, target)
     print(f"`cp -r` and sync of the same: {cp:.2f} s")
+    comparisons(folder, options.runs)
     shutil.rmtree(folder)
 
 
