@@ -54,8 +54,10 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
 def figure_of(width: float, height: float) -> Any:
     """An empty figure, in inches."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout="constrained")
+    # a page's own font may be wider than the one that was measured
+    return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
 
 
 def place_of(name: str) -> tuple[str, int | None]:

@@ -7,7 +7,7 @@ The functions named ``*_figure`` make a matplotlib figure, ``plot_*`` write one 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from io import StringIO
+from io import BytesIO
 from typing import Any
 
 from neox_bridge.verification.compare import Difference
@@ -66,33 +66,31 @@ def plot_lines(
     save(figure, path)
 
 
-@styled
 def save(figure: Any, path: str) -> None:
     """Write a figure in the format that the file's suffix names."""
-    _settle(figure)
-    svg = path.lower().endswith(".svg")
-    figure.savefig(path, dpi=150, metadata=_METADATA if svg else None)
+    data = _drawn(figure, "svg" if path.lower().endswith(".svg") else "png")
+    with open(path, "wb") as file:
+        file.write(data)
 
 
-@styled
 def svg_of(figure: Any, prefix: str = "") -> str:
     """A figure as one ``<svg>`` element, to stand in an HTML page; text stays text.
 
     prefix: of every id, so that several figures of one page don't share any.
     """
-    _settle(figure)
-    out = StringIO()
-    figure.savefig(out, format="svg", metadata=_METADATA)
-    text = out.getvalue()
+    text = _drawn(figure, "svg").decode()
     text = text[text.index("<svg") :]
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text) if prefix else text
 
 
-def _settle(figure: Any) -> None:
-    """Lay out once: every drawing would move the axes a little, and so change the file."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+@styled
+def _drawn(figure: Any, form: str) -> bytes:
+    """The figure as a file; drawn twice, as its layout settles only in the second drawing."""
+    out = BytesIO()
+    for _ in range(2):
+        out = BytesIO()
+        figure.savefig(out, format=form, dpi=150, metadata=_METADATA if form == "svg" else None)
+    return out.getvalue()
 
 
 @styled

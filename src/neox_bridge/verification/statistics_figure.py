@@ -37,7 +37,8 @@ def statistics_figure(stats: Sequence[Statistics]) -> Any:
             panels.setdefault(kind, []).append((block, found))
     # matrices first: what they show matters most
     kinds = sorted(panels, key=lambda kind: len(panels[kind][0][1].shape) < 2)
-    columns = min(4, len(kinds))
+    # four or three in a row, whichever leaves fewer places empty
+    columns = min(len(kinds), 3 if -len(kinds) % 3 < -len(kinds) % 4 else 4)
     rows = -(-len(kinds) // columns) if kinds else 0
     heights = [1.7 * rows] * bool(rows) + [0.6 + 0.22 * len(others)] * bool(others) or [0.5]
     figure = figure_of(max(2.7 * columns, 6.0), sum(heights) + 0.4)
@@ -71,7 +72,7 @@ def _panel(axes: Any, kind: str, found: Found, layers: int) -> None:
     few = layers <= 24
     largest, spread = [_shown(_size(s)) for _, s in found], [_shown(s.std) for _, s in found]
     for ys, colour, marker in ((largest, ORANGE, "^"), (spread, BLUE, "o")):
-        # a lone point among gaps would be no line
+        # with markers, as a lone point among gaps is no line
         axes.plot(
             blocks, ys, color=colour, marker=marker, markersize=3.5 if few else 1.8, linewidth=1.1
         )
