@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
-from neox_bridge.formats.dtypes import FLOATING, itemsize
+from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
 from neox_bridge.verification.equal import equal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"]
 BLOCK = 4 << 20  # bytes of each side at a time
+MEASURED = 1 << 16  # elements at a time where they become float64, some times over
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +112,25 @@ def _measure(name: str, first: Whole, second: Whole, context: Context) -> Differ
 
     differing, largest, total, scale, finite = 0, 0.0, 0.0, 0.0, 0
     width = itemsize(second.dtype)
-    for start, shape in _boxes(first.shape, second.dtype):
+    bits = np.dtype(f"u{min(width, 8)}")
+    for start, shape in boxes(first.shape, MEASURED):
         context.check()
         a = values(first, second.dtype, start, shape, context)
         b = values(second, second.dtype, start, shape, context)
-        apart = a.view(np.uint8).reshape(-1, width) != b.view(np.uint8).reshape(-1, width)
-        differing += int(np.count_nonzero(apart.any(axis=1)))
-        if second.dtype not in FLOATING:
-            a, b = a.astype(np.float64), b.astype(np.float64)
+        apart = a.view(bits) != b.view(bits)
+        if width > 8:
+            apart = apart.reshape(-1, width // 8).any(axis=1)
+        differing += int(np.count_nonzero(apart))
         with np.errstate(all="ignore"):
-            gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
-        gap[np.isnan(a) & np.isnan(b)] = 0.0  # payloads
-        gap[np.isnan(gap)] = np.inf
+            a, b = a.astype(np.float64), b.astype(np.float64)
+            gap = np.abs(a - b)
+            size = np.abs(a)
+        odd = np.isnan(gap)
+        if odd.any():
+            gap[odd] = np.where(np.isnan(a[odd]) & np.isnan(b[odd]), 0.0, np.inf)  # 0: payloads
         largest = max(largest, float(gap.max(initial=0.0)))
-        known = np.isfinite(gap)
-        total, finite = total + float(gap[known].sum()), finite + int(known.sum())
-        size = np.abs(a.astype(np.float64))
+        known = gap[np.isfinite(gap)]
+        total, finite = total + float(known.sum()), finite + known.size
         scale = max(scale, float(size[np.isfinite(size)].max(initial=0.0)))
     relative = largest / scale if scale else (float("inf") if largest else 0.0)
     mean = total / finite if finite else float("inf")
