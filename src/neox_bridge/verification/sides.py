@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def read(whole: Whole, device: str) -> Tensor:
         flat = values(whole, "float32", (0,) * len(whole.shape), whole.shape, context)
     finally:
         context.files.close()
-    return torch.from_numpy(flat.copy()).reshape(whole.shape).to(device)
+    return torch.from_numpy(np.require(flat, requirements=["W"])).reshape(whole.shape).to(device)
 
 
 class _Rank(Mapping[str, Tensor]):
@@ -112,7 +113,7 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
         ) from None
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-        with torch.device("meta"):
+        with _weights_on_meta():
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     except (ValueError, KeyError, OSError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
@@ -120,16 +121,28 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
             f"{checkpoint.path}: transformers refuses config.json: {said[0]}"
         ) from None
     model.eval()
-    # frequencies aren't in the files: their module computes them when it is made
-    for name, module in list(model.named_modules()):
-        if "inv_freq" in dict(module.named_buffers(recurse=False)):
-            parent, _, leaf = name.rpartition(".")
-            made = type(module)(config=config).to(device)
-            setattr(model.get_submodule(parent), leaf, made)
-    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise BridgeError(f"this transformers keeps {left[0]} as a buffer: --logits needs >= 4.48.")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     found: nn.Module = model
     return found
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Modules that are made get weights without memory; their buffers are computed as ever."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        if weight is not None:
+            weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+        original(module, name, weight)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -207,7 +220,7 @@ def _calls(
         calls.append((args[1:], keywords))
         if len(calls) == len(body.layers):
             raise _Reached
-        return hidden
+        return (hidden,)  # older transformers take the first of what a layer returns
 
     try:
         for layer in body.layers:
