@@ -118,6 +118,7 @@ def test_wide_tables_scroll_by_keyboard(browser: Any, crowded: Path) -> None:
     tab = opened(browser, crowded, width=375)
     regions = tab.locator(".scroll").filter(has=tab.locator("table"))
     first = regions.first
+    assert first.get_attribute("tabindex") == "0"  # not every browser gives it by itself
     assert first.evaluate("e => e.scrollWidth > e.clientWidth")
     first.focus()
     tab.keyboard.press("ArrowRight")
@@ -170,8 +171,9 @@ def test_the_dark_page_is_dark_plots_and_all(browser: Any, report: Path) -> None
                 ("#verdict", "color"),
             )
         ]
-        # no opaque sheet under the plot, which would be white in the dark
-        assert not re.search(r"fill: (#fff|white)", report.read_text(encoding="utf-8"))
+    # no sheet under the plot
+    (plot,) = re.findall(r"<svg.*?</svg>", report.read_text(encoding="utf-8"), re.DOTALL)
+    assert not re.search(r"fill[:=][ \"]*(#fff|white|var\(--plot-empty)", plot)
     assert all(a != b for a, b in zip(*colours.values(), strict=True))
     light, dark = (sum(map(int, re.findall(r"\d+", c[0]))) for c in colours.values())
     assert light > 700
@@ -190,6 +192,11 @@ def test_it_prints_dark_on_white_with_everything_unfolded(
     assert tab.evaluate(seen)
     ink = tab.evaluate("getComputedStyle(document.body).color")
     assert sum(map(int, re.findall(r"\d+", ink))) < 150
+    paper = "getComputedStyle(document.documentElement).{}"
+    assert tab.evaluate(paper.format("backgroundColor")) == "rgb(255, 255, 255)"
+    assert tab.evaluate(paper.format("colorScheme")) == "light"
+    sheet = "getComputedStyle(document.querySelector('section')).backgroundColor"
+    assert tab.evaluate(sheet) == "rgba(0, 0, 0, 0)"
     # A4 less margins, in CSS pixels
     tab.set_viewport_size({"width": 718, "height": 1000})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 718
