@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from neox_bridge.architectures import for_hf
@@ -17,7 +18,7 @@ from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
-from neox_bridge.planning.pieces import Dropped, whole_of
+from neox_bridge.planning.pieces import Dropped, Whole, whole_of
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
@@ -31,23 +32,41 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     if raw.get("tie_word_embeddings") and architecture.head in named:
         del named[architecture.head]
         dropped.append(Dropped(architecture.head, "the embeddings are tied"))
-    layers = _count_layers(named, path, raw)
+    inv_freqs = {k: v for k, v in refs.items() if k.endswith("rotary_emb.inv_freq")}
+    wholes = {name: whole_of(ref) for name, ref in named.items()}
+    return checkpoint_of(path, raw, wholes, files, dropped, inv_freqs, revision)
+
+
+def checkpoint_of(
+    path: str,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, Whole],
+    files: tuple[str, ...],
+    dropped: Sequence[Dropped] = (),
+    inv_freqs: Mapping[str, TensorRef] = MappingProxyType({}),
+    revision: str = "",
+) -> Checkpoint:
+    """A checkpoint of these tensors, under the table's Hugging Face names, checked against it.
+
+    raw: config.json, or what stands for it. Raises BridgeError for what is missing or contradicts.
+    """
+    architecture = for_hf(raw)
+    layers = _count_layers(tensors, path, raw)
     found = {
-        name: (weight, named[name].shape)
+        name: (weight, tensors[name].shape)
         for weight, block in expand(architecture, layers)
-        if (name := weight.hf.format(i=block)) in named and weight.split not in NEOX_ONLY
+        if (name := weight.hf.format(i=block)) in tensors and weight.split not in NEOX_ONLY
     }
-    presence = Presence(frozenset(named), dtype_of_most(named.values()), layers)
-    _require(architecture, presence, named, path, raw)
+    presence = Presence(frozenset(tensors), dtype_of_most(tensors.values()), layers)
+    _require(architecture, presence, tensors, path, raw)
     dims = solve_dims(found, path)
     config = architecture.read_hf(raw, dims, presence)
-    _check_names(architecture, config, named, path)
+    _check_names(architecture, config, tensors, path)
     check_heads(config, dims, "config.json: num_attention_heads")
     findings = [
         Finding(c, "warning", m, r) for c, m, r in architecture.findings_hf_source(raw, config)
     ]
     findings += _check_sizes(raw, dims)
-    inv_freqs = {k: v for k, v in refs.items() if k.endswith("rotary_emb.inv_freq")}
     findings += check_inv_freq(config, inv_freqs)
     tokenizer = tokenizer_files(path)
     record_path = os.path.join(path, RECORD)
@@ -58,7 +77,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
         architecture=architecture,
         config=config,
         raw=raw,
-        tensors={name: whole_of(ref) for name, ref in named.items()},
+        tensors=tensors,
         files=files,
         refusals=tuple(architecture.refuse_hf_source(raw)),
         dropped=tuple(dropped),
@@ -152,7 +171,7 @@ def _normalise(
     return named, dropped
 
 
-def _count_layers(named: Mapping[str, TensorRef], path: str, raw: Mapping[str, Any]) -> int:
+def _count_layers(named: Iterable[str], path: str, raw: Mapping[str, Any]) -> int:
     numbers = {int(m.group(1)) for key in named if (m := re.search(r"\.layers\.(\d+)\.", key))}
     layers = max(numbers, default=-1) + 1
     told = raw.get("num_hidden_layers")
@@ -167,7 +186,7 @@ def _count_layers(named: Mapping[str, TensorRef], path: str, raw: Mapping[str, A
 def _require(
     architecture: Architecture,
     presence: Presence,
-    named: Mapping[str, TensorRef],
+    named: Collection[str],
     path: str,
     raw: Mapping[str, Any],
 ) -> None:
@@ -182,7 +201,7 @@ def _require(
 
 
 def _check_names(
-    architecture: Architecture, config: ModelConfig, named: Mapping[str, TensorRef], path: str
+    architecture: Architecture, config: ModelConfig, named: Collection[str], path: str
 ) -> None:
     want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
     if missing := sorted(want - set(named)):

@@ -8,6 +8,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
 
+_RAW_LLAMA = re.compile(r"consolidated\.\d+\.pth")
 _REPO = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -21,6 +22,8 @@ def detect(path: str) -> Kind:
     if "latest" in names or any(re.fullmatch(r"global_step\d+", name) for name in names):
         return "neox"
     if "config.json" in names:
+        return "hf"
+    if "params.json" in names and any(map(_RAW_LLAMA.fullmatch, names)):
         return "hf"
     if any(name.endswith("model_states.pt") for name in names):
         raise BridgeError(
@@ -56,9 +59,14 @@ def open_checkpoint(
             return open_neox(source, step, configs, gqa_order)
         if step is not None or configs:
             raise BridgeError(f"--step and --config are for GPT-NeoX sources, {source} is another.")
+        path = os.path.abspath(source)
+        if not os.path.exists(os.path.join(path, "config.json")):
+            from neox_bridge.layouts.raw_llama import open_raw_llama
+
+            return open_raw_llama(path)
         from neox_bridge.layouts.hf_reader import open_hf
 
-        return open_hf(os.path.abspath(source))
+        return open_hf(path)
     match = _REPO.fullmatch(source)
     if match is None or source.startswith((".", "/", "~")):
         raise BridgeError(f"{source}: no such folder.")

@@ -8,7 +8,7 @@ from neox_bridge.architectures.base import ModelConfig, Weight
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import FLOATING
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.pieces import Shape
+from neox_bridge.planning.pieces import Shape, Whole
 
 
 def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:
@@ -34,7 +34,7 @@ def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str
     return {dim: size for dim, (size, _) in dims.items()}
 
 
-def dtype_of_most(refs: Iterable[TensorRef]) -> str:
+def dtype_of_most(refs: Iterable[TensorRef | Whole]) -> str:
     """The floating dtype of most elements."""
     count: Counter[str] = Counter()
     for ref in refs:

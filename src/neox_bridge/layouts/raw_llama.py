@@ -1,0 +1,196 @@
+"""Opens Llama as Meta published it: ``consolidated.NN.pth`` with ``params.json``.
+
+Names, splits and the order of rotary rows are those of meta-llama/llama (llama/model.py), which
+rotates neighbouring pairs of a head's dimensions; Hugging Face and GPT-NeoX rotate its two halves.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neox_bridge.architectures.base import Split
+from neox_bridge.architectures.neox_config import number
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.formats.tensor_ref import TensorRef, row_major
+from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.hf_reader import checkpoint_of
+from neox_bridge.layouts.text_files import read_json
+from neox_bridge.planning.geometry import gather
+from neox_bridge.planning.pieces import Dropped, Piece, Whole
+
+PARAMS = "params.json"
+_FILE = re.compile(r"consolidated\.(\d+)\.pth")
+# Meta's name, Hugging Face's, how the files share it
+_NAMES: tuple[tuple[str, str, Split], ...] = (
+    ("tok_embeddings.weight", "model.embed_tokens.weight", "row"),
+    ("layers.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight", "replicated"),
+    ("layers.{i}.attention.wq.weight", "model.layers.{i}.self_attn.q_proj.weight", "column"),
+    ("layers.{i}.attention.wk.weight", "model.layers.{i}.self_attn.k_proj.weight", "column"),
+    ("layers.{i}.attention.wv.weight", "model.layers.{i}.self_attn.v_proj.weight", "column"),
+    ("layers.{i}.attention.wo.weight", "model.layers.{i}.self_attn.o_proj.weight", "row"),
+    (
+        "layers.{i}.ffn_norm.weight",
+        "model.layers.{i}.post_attention_layernorm.weight",
+        "replicated",
+    ),
+    ("layers.{i}.feed_forward.w1.weight", "model.layers.{i}.mlp.gate_proj.weight", "column"),
+    ("layers.{i}.feed_forward.w2.weight", "model.layers.{i}.mlp.down_proj.weight", "row"),
+    ("layers.{i}.feed_forward.w3.weight", "model.layers.{i}.mlp.up_proj.weight", "column"),
+    ("norm.weight", "model.norm.weight", "replicated"),
+    ("output.weight", "lm_head.weight", "column"),
+)
+_ROTATED = ("attention.wq.weight", "attention.wk.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class _Params:
+    """The numbers of params.json that the tensors don't tell."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    eps: float
+    base: float
+
+
+def open_raw_llama(path: str) -> Checkpoint:
+    """Open such a folder, as the Hugging Face model that it is.
+
+    Raises BridgeError or Refused, naming the file or the key.
+    """
+    told = read_json(os.path.join(path, PARAMS))
+    params = _read_params(told, os.path.join(path, PARAMS))
+    found = {int(m[1]): m[0] for name in os.listdir(path) if (m := _FILE.fullmatch(name))}
+    if missing := [n for n in range(max(found) + 1) if n not in found]:
+        raise BridgeError(
+            f"{path} isn't whole: consolidated.{missing[0]:02d}.pth is missing. Download it again."
+        )
+    files = tuple(os.path.join(path, found[n]) for n in sorted(found))
+    shards = [_tensors(file) for file in files]
+    tensors, dropped = _gathered(shards, params, path)
+    positions, guessed = _positions(told, params)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": params.hidden,
+        "num_hidden_layers": told.get("n_layers"),
+        "num_attention_heads": params.heads,
+        "num_key_value_heads": params.kv_heads,
+        "rms_norm_eps": params.eps,
+        "rope_theta": params.base,
+        "max_position_embeddings": positions,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    checkpoint = checkpoint_of(path, config, tensors, files, dropped)
+    return replace(checkpoint, findings=(*checkpoint.findings, *guessed))
+
+
+def _read_params(told: Mapping[str, Any], path: str) -> _Params:
+    if lacking := [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in told]:
+        raise BridgeError(f"{path} lacks {some(lacking)}: it isn't that of a Llama.")
+    if told.get("use_scaled_rope"):
+        raise Refused(
+            f"{path}: use_scaled_rope: GPT-NeoX can't scale its rotary frequencies, and without "
+            "that it is another model. Way out: a Llama before 3.1."
+        )
+    if "moe" in told or "quantization_args" in told:
+        raise Refused(f"{path}: experts and quantized weights aren't Llama's plain ones.")
+    heads = number("n_heads", told["n_heads"], int)
+    return _Params(
+        number("dim", told["dim"], int),
+        heads,
+        number("n_kv_heads", told.get("n_kv_heads") or heads, int),
+        number("norm_eps", told["norm_eps"], float),
+        number("rope_theta", told.get("rope_theta") or 10000.0, float),
+    )
+
+
+def _tensors(file: str) -> dict[str, TensorRef]:
+    value = read_torch(file)
+    if not isinstance(value, dict):
+        raise BridgeError(f"{file} holds no state dict. Is it the weights of a Llama?")
+    return {str(k): v for k, v in value.items() if isinstance(v, TensorRef)}
+
+
+def _gathered(
+    shards: Sequence[Mapping[str, TensorRef]], params: _Params, path: str
+) -> tuple[dict[str, Whole], list[Dropped]]:
+    """Every tensor as one, under its Hugging Face name."""
+    rows = {name: (hf, split) for name, hf, split in _NAMES}
+    tensors: dict[str, Whole] = {}
+    dropped: list[Dropped] = []
+    unknown: list[str] = []
+    for key in sorted({key for shard in shards for key in shard}):
+        block = re.search(r"\.(\d+)\.", key)
+        pattern = re.sub(r"\.\d+\.", ".{i}.", key, count=1)
+        if key.endswith("rope.freqs"):
+            dropped.append(Dropped(key, "rotary frequencies, which are computed"))
+            continue
+        if pattern not in rows:
+            unknown.append(key)
+            continue
+        refs = [shard[key] for shard in shards if key in shard]
+        if len(refs) < len(shards):
+            raise BridgeError(f"{path}: {key} isn't in all {len(shards)} files: left-over ones?")
+        hf, split = rows[pattern]
+        if key == "tok_embeddings.weight" and refs[0].shape[-1] == params.hidden:
+            split = "column"  # by rows since Llama 3
+        whole = gather(split, refs, row_bias_sums=False)
+        if pattern.endswith(_ROTATED):
+            heads = params.heads if "wq" in pattern else params.kv_heads
+            whole = _halves(whole, heads, key, path)
+        tensors[hf.format(i=block[1] if block else "")] = whole
+    if unknown:
+        raise BridgeError(f"{path} holds tensors that no Llama has: {some(unknown)}.")
+    return tensors, dropped
+
+
+def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
+    """The rows of each head: first those of even number, then those of odd."""
+    rows, columns = whole.shape
+    if rows % (2 * heads):
+        raise BridgeError(f"{path}: {key} has {rows} rows, which aren't {heads} heads of pairs.")
+    width = rows // heads
+    pieces = []
+    for piece in whole.pieces:
+        ref = piece.source
+        assert ref is not None
+        if ref.shape[0] % width:
+            raise BridgeError(f"{path}: {key} has heads that are spread over files.")
+        down, right = ref.strides or row_major(ref.shape)
+        for head in range(ref.shape[0] // width):
+            for odd in (0, 1):
+                first = (head * width + odd) * down
+                view = TensorRef(
+                    ref.file,
+                    ref.offset + first * (ref.nbytes // (ref.shape[0] * ref.shape[1])),
+                    ref.dtype,
+                    (width // 2, columns),
+                    (2 * down, right),
+                )
+                to = piece.to[0] + head * width + odd * width // 2
+                pieces.append(Piece(view, (0, 0), (to, 0), view.shape))
+    return Whole(whole.dtype, whole.shape, tuple(pieces))
+
+
+def _positions(told: Mapping[str, Any], params: _Params) -> tuple[int, list[Finding]]:
+    """max_position_embeddings, which Meta's files don't say (the released models' own)."""
+    if "max_seq_len" in told:
+        return number("max_seq_len", told["max_seq_len"], int), []
+    by_base = {500000.0: 8192, 1000000.0: 16384}  # Llama 3, CodeLlama
+    by_eps = 2048 if params.eps < 5e-6 else 4096  # Llama 1, Llama 2
+    found = by_base.get(params.base, by_eps)
+    return found, [
+        Finding(
+            "positions-assumed",
+            "warning",
+            f"{PARAMS} doesn't say how many positions the model has; {found} are assumed, those "
+            "of the released Llama with this base and epsilon",
+            f'add "max_seq_len" to {PARAMS} if that is wrong',
+        )
+    ]
