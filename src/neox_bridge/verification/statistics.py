@@ -150,13 +150,13 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
         zeros += block.size - int(np.count_nonzero(nonzero))
         if matrix:
             live[start[0] : start[0] + shape[0]] |= nonzero.reshape(shape).any(axis=1)
-        total = float(block @ block)
+        total = _squares(block)
         if not math.isfinite(total):
             nan, finite = np.isnan(block), np.isfinite(block)
             nans += int(np.count_nonzero(nan))
             infs += int(np.count_nonzero(~finite & ~nan))
             block = block[finite]
-            total = float(block @ block)
+            total = _squares(block)
         if not block.size:
             continue
         low, high = min(low, float(block.min())), max(high, float(block.max()))
@@ -166,7 +166,7 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
         # two sets of values joined (Chan, Golub and LeVeque 1979): no sum of squares of large
         # values is subtracted from another
         apart, joined = own - mean, count + block.size
-        spread += float(block @ block) + apart * apart * (count * block.size / joined)
+        spread += _squares(block) + apart * apart * (count * block.size / joined)
         mean += apart * (block.size / joined)
         count = joined
     padding = _padding(live, vocab_rows)
@@ -188,6 +188,11 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
         padding,
         elements > 1 and count == elements and low == high,
     )
+
+
+def _squares(block: "Array") -> float:
+    """The sum of squares, pairwise; a dot product would start BLAS's threads under ours."""
+    return float((block * block).sum())
 
 
 def _padding(live: "Array", vocab_rows: int | None) -> int:
