@@ -25,6 +25,7 @@ from common import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.architectures.llama_like import gated_setting, gated_width
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.eras import ERAS, era_named
@@ -45,6 +46,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
 ]
+# a family that has no cases of its own yet
+CASES += [(a.name, {}) for a in ARCHITECTURES if a.gated and a.name not in dict(CASES)]
 IDS = [f"{family}{number}" for number, (family, _) in enumerate(CASES)]
 
 
@@ -315,7 +318,6 @@ def test_the_page_is_that_of_the_tables() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from neox_bridge.architectures import ARCHITECTURES
     from neox_bridge.cli.families import families
 
     families(as_json=True)

@@ -113,6 +113,18 @@ class Refusal:
     way_out: str
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """A family for people: what ``neox-bridge families`` and its page say.
+
+    models: which are of it. proof: "fixture", "random", "GPT-NeoX" (page.py). note: what to know.
+    """
+
+    models: str
+    proof: str = "random"
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One family of models, used in both directions.
@@ -130,6 +142,7 @@ class Architecture:
     """
 
     name: str
+    about: About
     hf_class: str
     model_type: str
     prefix: str

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neox_bridge.architectures.base import (
+    About,
     Architecture,
     ModelConfig,
     Presence,
@@ -350,6 +351,11 @@ def _looks_like_pythia(config: ModelConfig) -> bool:
 
 ARCHITECTURE = Architecture(
     name="gpt_neox",
+    about=About(
+        "Pythia, GPT-NeoX-20B and relatives",
+        "fixture, random, GPT-NeoX",
+        "MLPs of another width than four times the hidden size since 2024-10 only",
+    ),
     hf_class="GPTNeoXForCausalLM",
     model_type="gpt_neox",
     prefix="gpt_neox.",

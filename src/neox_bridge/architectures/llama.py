@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.base import About, ModelConfig
 from neox_bridge.architectures.llama_like import Family, architecture
 
 
@@ -11,4 +11,16 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
-ARCHITECTURE = architecture(Family("llama", "LlamaForCausalLM", biases="optional", write=_write))
+ARCHITECTURE = architecture(
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        About(
+            "Llama 1, 2, 3; CodeLlama; Llemma",
+            "fixture, random, GPT-NeoX",
+            "no rope_scaling, so Llama 3.1 and newer are refused; biases of the MLP today only",
+        ),
+        biases="optional",
+        write=_write,
+    )
+)

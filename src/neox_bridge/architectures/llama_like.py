@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from neox_bridge.architectures.base import (
+    About,
     Architecture,
     ModelConfig,
     Presence,
@@ -64,6 +65,7 @@ class Family:
 
     name: str
     hf_class: str
+    about: About
     biases: Biases = "none"
     window: bool = False
     max_positions: int = 2048
@@ -289,6 +291,7 @@ def architecture(family: Family) -> Architecture:
     """A family's table of weights and its config, both ways."""
     return Architecture(
         name=family.name,
+        about=family.about,
         hf_class=family.hf_class,
         model_type=family.name,
         prefix="model.",

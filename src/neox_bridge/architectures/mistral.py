@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.base import About, ModelConfig
 from neox_bridge.architectures.llama_like import Family, architecture
 
 
@@ -11,5 +11,16 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 ARCHITECTURE = architecture(
-    Family("mistral", "MistralForCausalLM", window=True, max_positions=131072, write=_write)
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        About(
+            "Mistral 7B",
+            "random, GPT-NeoX",
+            "sliding_window: N is sliding_window_width: N-1; heads of another size are refused",
+        ),
+        window=True,
+        max_positions=131072,
+        write=_write,
+    )
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox_bridge.architectures import ARCHITECTURES, CANNOT
+from neox_bridge.layouts.eras import ERAS
 
 _HEAD = """# Which models can be converted?
 
@@ -41,39 +42,15 @@ class Row:
     note: str
 
 
-_ALL = "2024-03, 2024-09, 2024-10, today"
-# what the table of weights doesn't tell: models, eras, proof, note
-_WORDS: dict[str, tuple[str, str, str, str]] = {
-    "gpt_neox": (
-        "Pythia, GPT-NeoX-20B and relatives",
-        _ALL,
-        "fixture, random, GPT-NeoX",
-        "MLPs of another width than four times the hidden size since 2024-10 only",
-    ),
-    "llama": (
-        "Llama 1, 2, 3; CodeLlama; Llemma",
-        _ALL,
-        "fixture, random, GPT-NeoX",
-        "no rope_scaling, so Llama 3.1 and newer are refused; biases of the MLP today only",
-    ),
-    "mistral": (
-        "Mistral 7B",
-        _ALL,
-        "random, GPT-NeoX",
-        "sliding_window: N is sliding_window_width: N-1; heads of another size are refused",
-    ),
-    "qwen2": (
-        "Qwen 1.5, 2, 2.5",
-        _ALL,
-        "random, GPT-NeoX",
-        "attention.dense gets a bias of zeros; trained further it becomes a Llama with biases",
-    ),
-}
+_ALL = ", ".join(era.name for era in ERAS)
 
 
 def rows() -> list[Row]:
     """The families that are converted, in the order in which they are tried."""
-    return [Row(a.name, a.hf_class, *_WORDS[a.name]) for a in ARCHITECTURES]
+    return [
+        Row(a.name, a.hf_class, a.about.models, _ALL, a.about.proof, a.about.note)
+        for a in ARCHITECTURES
+    ]
 
 
 def page() -> str:

@@ -7,7 +7,7 @@ GPT-NeoX's use_bias_in_attn_linear gives attention.dense a bias as well
 from collections.abc import Mapping
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig, Refusal
+from neox_bridge.architectures.base import About, ModelConfig, Refusal
 from neox_bridge.architectures.llama_like import Family, architecture
 
 
@@ -32,6 +32,11 @@ ARCHITECTURE = architecture(
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
+        About(
+            "Qwen 1.5, 2, 2.5",
+            "random, GPT-NeoX",
+            "attention.dense gets a bias of zeros; trained further it becomes a Llama with biases",
+        ),
         biases="qkv",
         max_positions=32768,
         write=_write,
