@@ -100,19 +100,20 @@ def _strong(
 ) -> bool:
     """Whether training can't have left these as they were.
 
-    It does leave vectors: norms near 1 are too coarse in 16 bits for a small learning rate. So
-    there must be a matrix among them, or all that a file holds and that otherwise always changes.
+    It does leave single tensors for a while: in 16 bits a small learning rate rounds to nothing,
+    and layers may be frozen at first. So bits that come back after others must have a matrix among
+    them, and bits that stay for some steps must be all that a file holds; vectors alone, only
+    where they change at every other step.
     """
-    first = units[indices[0]]
-    if any(first[unit].matrix for unit in shared):
+    first, mine = units[indices[0]], set(shared)
+    matrix = any(first[unit].matrix for unit in shared)
+    if matrix and indices[-1] - indices[0] >= len(indices):
         return True
-    if len(units) < 4:
+    files = {first[unit].file for unit in shared}
+    if not files.isdisjoint(bits.file for unit, bits in first.items() if unit not in mine):
         return False
-    always = all(len(where[unit]) == len(units) - len(indices) + 1 for unit in shared)
-    mine = set(shared)
-    return always and {first[unit].file for unit in shared}.isdisjoint(
-        bits.file for unit, bits in first.items() if unit not in mine
-    )
+    counts = [[len(at) for at in where[unit].values()] for unit in shared]
+    return matrix or all(len(c) >= 3 and sum(c) - len(c) == len(indices) - 1 for c in counts)
 
 
 def _frozen(steps: Steps, units: Sequence[Unit]) -> Fault:
@@ -218,7 +219,7 @@ def _initial(step: Step) -> bool:
 
 def _begins(steps: Steps, same: set[str]) -> bool:
     """Whether the shared ones are the first of a run, and not all of it."""
-    hashes = [step.hash for step in steps]
+    hashes = [step.hash for step in steps if not _initial(step)]
     count = sum(1 for value in hashes if value in same)
     return count < len(hashes) and all(value in same for value in hashes[:count])
 

@@ -9,7 +9,7 @@ from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
 
 Steps = Sequence[Step]
-_REGULAR = 3  # equal distances on both sides of a gap, for a step to count as missing
+_REGULAR = 2  # equal distances on both sides of a gap, for a step to count as missing
 
 
 def setting_faults(steps: Steps) -> Iterator[Fault]:

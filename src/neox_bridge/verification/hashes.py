@@ -165,7 +165,8 @@ class _Stream:
 
         for low in range(0, block.size, _CHUNK):
             part = block[low : low + _CHUNK].astype(np.float64)
-            square = float(np.dot(part, part))
+            # no BLAS: its threads would wait for each other, and take turns with ours
+            square = float(np.einsum("i,i->", part, part))
             if not math.isfinite(square):
                 finite = np.isfinite(part)
                 self.bad += int(part.size - finite.sum())

@@ -12,7 +12,7 @@ from neox_bridge.layouts.text_files import read_text
 
 _NEOX = re.compile(r"global_step(\d+)")
 _NUMBERED = re.compile(
-    r"(?:(?P<run>.*?)[-_.])?(?:global_step|step|checkpoint|ckpt|iter)[-_]?(?P<number>\d+)"
+    r"(?:(?P<run>.*?)[-_.])??(?:global_step|step|checkpoint|ckpt|iter)[-_]?(?P<number>\d+)"
     r"(?:[-_]tokens\w*)?",
     re.IGNORECASE,
 )
