@@ -22,6 +22,7 @@ from neox_bridge.compat.targets import Target, target_named
 from neox_bridge.compat.verdict import Verdict
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.eras import era_named
+from neox_bridge.layouts.gqa import unknown_order
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.derived import inv_freq
 
@@ -294,9 +295,33 @@ def test_the_order_of_grouped_queries(
 ) -> None:
     root = neox(hf, tmp_path, inv_freq="omit", mlp_names=mlp)
     whole = opened(root)
-    grouped = replace(whole, raw={**whole.raw, "num_kv_heads": 2})
+    told = () if mlp == "dense" else (unknown_order(),)
+    grouped = replace(whole, raw={**whole.raw, "num_kv_heads": 2}, findings=told)
     found = codes(judge(grouped, target_named(f"neox@{era}")), severity)
     assert (code in found) if code else not any(c.startswith("gqa") for c in found)
+
+
+def test_the_order_of_grouped_queries_can_be_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same shapes either way: unknown, until it is told; then told orders differ."""
+    path = str(fixture("llama_gqa_fp32_2024_10_old_order_tp1"))
+    cases = judge(open_checkpoint(path), target_named("today")).cases
+    assert [c.finding.code for c in cases].count("gqa-order-unknown") == 1
+    old = open_checkpoint(path, gqa_order="interleaved")
+    assert "gqa-order" in codes(judge(old, target_named("today")), "error")
+    assert not any(c.startswith("gqa") for c in codes(judge(old, target_named("neox@2024-10"))))
+    words = ["diff", path, path, "--gqa-order", "interleaved", "-q"]
+    with pytest.raises(SystemExit) as end:
+        app(words, prog_name="neox-bridge")
+    assert not end.value.code
+    with pytest.raises(SystemExit) as end:
+        app(
+            ["doctor", path, "--for", "today", "--gqa-order", "interleaved"],
+            prog_name="neox-bridge",
+        )
+    assert end.value.code == 4
+    assert "are interleaved, and this GPT-NeoX reads them grouped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("era", ERA_NAMES)

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +48,7 @@ def doctor(
     ] = False,
     step: values.Step = None,
     config: values.Configs = None,
+    gqa_order: values.GqaOrder = None,
     fix: Annotated[
         str | None,
         typer.Option(metavar="DST", rich_help_panel=_MEND, help="Write a mended copy to DST."),
@@ -103,7 +106,7 @@ def doctor(
     if error is not None:
         report["error"] = _recognised(error, as_json)
     if mending:
-        opened = _open(paths[0], step, config)
+        opened = _open(paths[0], step, config, gqa_order)
         flags = {"recompute": recompute, "drop_optimizer": drop_optimizer}
         report["mended"] = _mend(opened, target, fix, flags, as_json)
         if as_json:
@@ -112,7 +115,7 @@ def doctor(
     failed = False
     found = report.setdefault("checkpoints", [])
     for number, path in enumerate(paths):
-        facts = _examine(path, target, step, config, compare)
+        facts = _examine(path, target, partial(_open, path, step, config, gqa_order), compare)
         failed = failed or not facts["loads"]
         found.append(facts)
         if not as_json:
@@ -126,14 +129,19 @@ def doctor(
         raise typer.Exit(_FAILS)
 
 
-def _open(path: str, step: int | None, config: list[str] | None) -> "Checkpoint":
+def _open(path: str, step: int | None, config: list[str] | None, order: str | None) -> "Checkpoint":
     from neox_bridge.layouts.open import open_checkpoint
 
-    return open_checkpoint(path, step=step, configs=config or ())
+    return open_checkpoint(
+        path,
+        step=step,
+        configs=config or (),
+        gqa_order=order,  # type: ignore[arg-type]
+    )
 
 
 def _examine(
-    path: str, target: "Target | None", step: int | None, config: list[str] | None, side: bool
+    path: str, target: "Target | None", opened: "Callable[[], Checkpoint]", side: bool
 ) -> dict[str, Any]:
     """Everything about one checkpoint, as plain data."""
     from neox_bridge.compat.doctor import cannot_open, judge, judge_all, own_target
@@ -142,7 +150,7 @@ def _examine(
     from neox_bridge.errors import BridgeError
 
     try:
-        checkpoint = _open(path, step, config)
+        checkpoint = opened()
     except BridgeError:
         case = cannot_open(path)
         if case is None:

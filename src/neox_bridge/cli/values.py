@@ -20,6 +20,30 @@ Configs = Annotated[
         metavar="FILE", help="A yml for a GPT-NeoX folder that has no configs; may be repeated."
     ),
 ]
+
+
+def one_of(*allowed: str) -> Any:
+    """An option that takes one of these words: the arguments of ``typer.Option``."""
+    return {"parser": _choice({word: word for word in allowed}), "metavar": "|".join(allowed)}
+
+
+def _choice(words: dict[str, str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise typer.BadParameter(f"{text!r} isn't one of {', '.join(words)}.")
+        return words[text]
+
+    return parse
+
+
+GqaOrder = Annotated[
+    str | None,
+    typer.Option(
+        **one_of("grouped", "interleaved"),
+        help="Rows of grouped-query attention in a GPT-NeoX checkpoint whose files don't tell: "
+        "grouped since 2024-11, interleaved before.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
 ]
@@ -37,11 +61,6 @@ _DTYPES = {
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000 ** (n + 1) for n, letter in enumerate("KMGT")}
 _UNITS |= {f"{letter}IB": 1024 ** (n + 1) for n, letter in enumerate("KMGT")}
-
-
-def one_of(*allowed: str) -> Any:
-    """An option that takes one of these words: the arguments of ``typer.Option``."""
-    return {"parser": _choice({word: word for word in allowed}), "metavar": "|".join(allowed)}
 
 
 def dtype() -> Any:
@@ -76,15 +95,6 @@ def parse_size(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} isn't a size: write 5GB, 500MB, 2GiB or bytes.")
     assert match is not None
     return int(match[1]) * (unit or 1) if match[1].isdigit() else int(count)
-
-
-def _choice(words: dict[str, str]) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise typer.BadParameter(f"{text!r} isn't one of {', '.join(words)}.")
-        return words[text]
-
-    return parse
 
 
 def _parse_era(text: str) -> Any:

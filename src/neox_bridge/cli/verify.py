@@ -20,13 +20,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 def verify(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint it came from.")],
     target: Annotated[str, typer.Argument(metavar="DST", help="What was made of it.")],
-    gqa_order: Annotated[
-        str | None,
-        typer.Option(
-            **values.one_of("grouped", "interleaved"),
-            help="The order that `convert` was told, for a GPT-NeoX source that doesn't tell.",
-        ),
-    ] = None,
+    gqa_order: values.GqaOrder = None,
     logits: Annotated[
         bool, typer.Option("--logits", help="Compute both models too, and say where they part.")
     ] = False,
@@ -136,6 +130,7 @@ def diff(
     tensor: Annotated[
         str, typer.Option(metavar="GLOB", help="Only tensors of such names, quoted: '*.bias'.")
     ] = "*",
+    gqa_order: values.GqaOrder = None,
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differ.")] = False,
     plot: Annotated[
         str | None,
@@ -165,7 +160,10 @@ def diff(
     from neox_bridge.verification.verify import describe
 
     plotting.prepare(plot)
-    a, b = open_checkpoint(first), open_checkpoint(second)
+    a, b = (
+        open_checkpoint(path, gqa_order=gqa_order)  # type: ignore[arg-type]
+        for path in (first, second)
+    )
     with progress_bar(a.size + b.size, "comparing", quiet) as progress:
         found = compare(a, b, pattern=tensor, workers=max_workers, progress=progress)
     if plot:

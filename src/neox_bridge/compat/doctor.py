@@ -32,7 +32,9 @@ def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Findi
 
 def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
     """Whether the target loads the checkpoint: the verdict, and every case behind it."""
-    cases = [*_about(checkpoint), *_meeting(checkpoint, target)]
+    meeting = list(_meeting(checkpoint, target))
+    said = {case.finding.code for case in meeting}  # with what it means for this target
+    cases = [case for case in _about(checkpoint) if case.finding.code not in said] + meeting
     if checkpoint.neox is not None:
         cases += _optimizer(checkpoint)  # loaded after the weights
     return verdict(name_of(target), cases)

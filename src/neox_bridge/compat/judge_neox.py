@@ -18,7 +18,7 @@ from neox_bridge.compat.tree import FLAG
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.eras import GqaOrder
-from neox_bridge.layouts.gqa import told_order
+from neox_bridge.layouts.gqa import UNKNOWN
 from neox_bridge.layouts.weights import exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 
@@ -311,7 +311,8 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
         )
     heads = raw.get("num_attention_heads")
     if raw.get("num_kv_heads") not in (None, heads):
-        told = told_order(raw, checkpoint.record, state.mlp_names)
+        unknown = any(finding.code == UNKNOWN for finding in checkpoint.findings)
+        told = None if unknown else state.gqa_order
         yield from _gqa(state, facts, told)
     if not facts.rope_tables_fp32 and raw.get("pos_emb") == "rotary":
         yield case(

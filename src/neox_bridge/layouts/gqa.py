@@ -42,7 +42,7 @@ def unknown_order() -> Finding:
         "with the shapes the same, so the files don't tell theirs; today's (grouped) is assumed, "
         "and the wrong one is another model",
         "say --gqa-order interleaved for a run of an older GPT-NeoX, --gqa-order grouped to "
-        "confirm; compare the loss or the logits with those of the run",
+        "confirm; `verify --logits --tokens FILE.npz` decides, with logits that the run computed",
     )
 
 
