@@ -22,6 +22,7 @@ class NeoxState:
     step: the folder, ``global_stepN``. args: what GPT-NeoX compares at load.
     optimizer: the names of the files of optimizer states.
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
+    te: which modules of its blocks were Transformer Engine's, "attention" or "mlp".
     """
 
     root: str
@@ -36,6 +37,7 @@ class NeoxState:
     ds_version: str
     optimizer: tuple[str, ...]
     gqa_order: GqaOrder = "grouped"
+    te: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

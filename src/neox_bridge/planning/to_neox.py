@@ -14,6 +14,7 @@ from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
+from neox_bridge.layouts.transformer_engine import BOTH
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.common import (
     cast,
@@ -28,6 +29,7 @@ from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import neox_record
+from neox_bridge.planning.transformer_engine import check_target, settings_of
 from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
 
 
@@ -40,6 +42,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     architecture, config = checkpoint.architecture, checkpoint.config
     shape, era = _shape(checkpoint, options)
     findings = _check_era(architecture, config, shape, era, options)
+    if shape.te:
+        findings += check_target(checkpoint, shape.tp, era, options)
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
     if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
         findings.append(rms_epsilon())
@@ -67,7 +71,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     yml, blanks = finetune_yml(found, target, main)
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
-    if config.grouped_query:
+    if config.grouped_query and not shape.te:
         record["gqa_order"] = shape.gqa_order
     files += [
         text_file(f"{step}/{RECORD}", dump_json(record)),
@@ -84,8 +88,9 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         "pipeline_stages": shape.stages if shape.layout == "layers" else 0,
         "mlp_names": shape.mlp_names,
         "inv_freq": shape.inv_freq,
+        **({"transformer_engine": True} if shape.te else {}),
         "era": era.name,
-        **({"gqa_order": shape.gqa_order} if config.grouped_query else {}),
+        **({"gqa_order": shape.gqa_order} if config.grouped_query and not shape.te else {}),
         "dtype": config.dtype,
         "vocab_rows": vocabulary.padded,
         "vocab_multiple": vocabulary.multiple,
@@ -133,7 +138,10 @@ def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
         gqa_order = state.gqa_order
     elif state is None and options.gqa_order is not None:
         gqa_order = options.gqa_order
-    return Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order), fits
+    te = options.te
+    if te is None:
+        te = state is not None and state.te == BOTH and era in (None, TODAY)
+    return Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te), fits
 
 
 def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
@@ -287,7 +295,7 @@ def _settings(
         "model_parallel_size": shape.tp,
         "make_vocab_size_divisible_by": vocabulary.multiple,
     }
-    return settings(
+    found = settings(
         checkpoint.architecture,
         config,
         era,
@@ -298,3 +306,7 @@ def _settings(
         same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
         old_names=shape.old_names,
     )
+    if shape.te:
+        gated = checkpoint.architecture.gated
+        found = replace(found, model=settings_of(found.model, config, gated))
+    return found
