@@ -9,7 +9,7 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName
 from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.text_files import dump_json
@@ -112,7 +112,9 @@ def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     layout = options.layout or ("ranks" if options.pp == 0 else None)
     if layout is None and options.pp:
         layout = "layers"
-    layout = layout or (state.layout if state else "layers")
+    # GPT-NeoX trains reward models without pipeline stages only (training.py, get_batch_pipe)
+    usual: LayoutName = "ranks" if checkpoint.config.reward else "layers"
+    layout = layout or (state.layout if state else usual)
     if layout == "layers" and options.pp == 0:
         raise BridgeError("--layout layers needs --pp 1 or more; --pp 0 is --layout ranks.")
     if layout == "ranks" and options.pp:
@@ -179,6 +181,11 @@ def _check_era(
         raise Refused(
             f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
             "(megatron/model/transformer.py), so no tree can load it."
+        )
+    if config.reward and "train_impl" not in known_keys(era):
+        raise Refused(
+            f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
+            "--for today."
         )
     if not config.mlp_bias and not architecture.gated and "use_bias_in_mlp" not in known_keys(era):
         raise Refused(
@@ -306,6 +313,9 @@ def _settings(
         same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
         old_names=shape.old_names,
     )
+    found.training.pop("train_impl" if found.training.get("train_impl") == "rm" else "", None)
+    if config.reward:
+        found.model["train_impl"] = "rm"
     if shape.te:
         gated = checkpoint.architecture.gated
         found = replace(found, model=settings_of(found.model, config, gated))

@@ -80,7 +80,8 @@ def forward(
         or "interleaved", [q | slice of k | slice of v] for each query head.
     rms_eps: RMSNorm adds its epsilon "inside" the root (since 2025-05) or "outside" of it.
 
-    Returns float32 [b, s, padded vocabulary]; all before runs in the tensors' own dtype.
+    Returns float32 [b, s, padded vocabulary], of a reward model (train_impl: rm, rm_linear in
+    place of the output layer) [b, s, 1]; all before runs in the tensors' own dtype.
     Raises ValueError for a model or a split that isn't covered and for tokens outside the
     vocabulary, KeyError for a missing tensor.
     """
@@ -97,6 +98,9 @@ def forward(
         for index in range(2, layers + 2):
             x = _block(ranks, index, x, spec)
         norm = f"{layers + 3}.norm"
+        if config.get("train_impl") == "rm":
+            rewards = [rank[f"{layers + 4}.rm_linear.weight"] for rank in ranks]
+            return F.linear(_norm(ranks[0], norm, x, config), torch.cat(rewards, dim=1)).float()
         logits = [F.linear(_norm(rank, norm, x, config), rank[head]) for rank in ranks]
         return torch.cat(logits, dim=-1).float()
 
