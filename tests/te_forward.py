@@ -2,7 +2,7 @@
 
 Written from TransformerEngine 1.12 (pytorch/attention.py, module/layernorm_mlp.py) and GPT-NeoX
 (megatron/model/transformer.py, transformer_engine.py) with none of the tool's own row maps: it is
-what the tool is held against where Transformer Engine itself, which wants a GPU, can't run.
+what the tool is held against, since Transformer Engine itself wants a GPU.
 """
 
 from typing import Any

@@ -24,6 +24,7 @@ from common import (
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.eras import era_named
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.transformer_engine import KEYS
 from neox_bridge.verification.verify import verify
 
 NEOX = {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-5}
@@ -71,6 +72,8 @@ def test_both_ways(
     assert opened.neox.te == {"attention", "mlp"}
     convert(tmp_path / "te", tmp_path / "back")
     assert_same(hf_tensors(hf), hf_tensors(tmp_path / "back"))
+    convert(tmp_path / "back", tmp_path / "plain")  # the record's yml doesn't bring its keys back
+    assert not [key for key in neox_config(tmp_path / "plain") if key in KEYS]
 
 
 @pytest.mark.parametrize(("family", "config", "tp"), CASES, ids=IDS)

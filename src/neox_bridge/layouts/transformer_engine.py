@@ -82,8 +82,9 @@ def plain_name(name: str) -> tuple[str, Module | None]:
 def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
     """A checkpoint as GPT-NeoX's own modules would have saved the same model.
 
-    The names tell which modules were Transformer Engine's, never the yml. Raises Refused where
-    GPT-NeoX computes something with them that its own modules don't.
+    The names tell which modules were Transformer Engine's, never the yml; its KEYS stay there for
+    what judges it, and no target takes them over. Raises Refused where GPT-NeoX computes something
+    with them that its own modules don't.
     """
     found = {m for rank in ranks for t in rank.values() for key in t if (m := plain_name(key)[1])}
     modules = frozenset(found)
@@ -98,7 +99,7 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
                 why = "never used beside mlp.layer_norm_* (GPT-NeoX before #1355)"
                 dropped += [Dropped(f"layer {layer}: {name}", why) for name in unused]
         renamed.append(layers)
-    settings = {key: value for key, value in raw.items() if key not in KEYS}
+    settings = dict(raw)
     norm = settings.get("norm")
     if norm in ("te_layernorm", "te_rmsnorm"):
         settings["norm"] = norm.removeprefix("te_")
