@@ -487,7 +487,7 @@ def test_converted_by_the_command_that_it_names(hf: Path, tmp_path: Path) -> Non
     assert judged(tmp_path / "model-neox", "neox@2024-03").answer == "loads"
 
 
-REFUSED = [("pos_emb", "alibi"), ("num_kv_heads", 2), ("use_mup", True), ("train_impl", "rm")]
+REFUSED = [("pos_emb", "alibi"), ("num_kv_heads", 2), ("use_mup", True)]
 
 
 @pytest.mark.parametrize(("key", "value"), REFUSED)

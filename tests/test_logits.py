@@ -348,3 +348,27 @@ def test_missing_tensors_are_said(tmp_path: Path) -> None:
     edit_config(hf, num_hidden_layers=3)
     with pytest.raises(BridgeError, match="make it up"):
         compare_logits(checkpoint, checkpoint, torch.zeros(1, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_transformer_engine_and_reward_models(family: str, tmp_path: Path) -> None:
+    from test_heads import make_scorer
+
+    more = {"num_key_value_heads": 2} if family == "llama" else {"hidden_act": "gelu_fast"}
+    hf = make_hf(tmp_path / "hf", family=family, **more)
+    eps = {"rms_norm_eps": 1e-5} if family == "llama" else {}
+    edit_config(hf, **eps)
+    convert(hf, tmp_path / "te", te=True)
+    assert open_checkpoint(str(tmp_path / "te")).neox.te == {"attention", "mlp"}  # type: ignore[union-attr]
+    found = agreement(hf, tmp_path / "te")
+    assert found.agrees, found
+    assert found.relative <= 1e-6
+    scorer = make_scorer(tmp_path / "scorer", family, **more)
+    convert(scorer, tmp_path / "rm", tp=2)
+    found = agreement(scorer, tmp_path / "rm")
+    assert found.agrees
+    assert found.relative <= 1e-6
+    other = hf_tensors(scorer)
+    other["score.weight"] *= 2
+    save_file(other, scorer / "model.safetensors", {"format": "pt"})
+    assert agreement(scorer, tmp_path / "rm").place == "logits"

@@ -249,6 +249,7 @@ def test_an_audit(tmp_path: Path) -> None:
     assert "in 6 steps of 2 runs" in page.verdict
     assert "steps 1 and 2 are identical" in page.text
     assert len(page.tags("svg")) == 3  # both runs, and each
+    assert "stroke: #000000" not in page.source  # a black line is ink, in the dark too
     steps = [row for row in page.rows if row[0].endswith(("suite/a", "suite/b"))]
     assert [row[1] for row in steps] == ["0", "1", "2"] * 2
     assert {row[2] for row in steps[1:3]} == {"error"}

@@ -60,6 +60,7 @@ class ModelConfig:
     activation: a name of the architecture's own table.
     kv_heads: None where k and v have as many heads as q.
     window: how many tokens a query sees, itself among them; None where it sees all before it.
+    reward: whether it scores a text rather than continue it; see heads.py.
     """
 
     layers: int
@@ -84,6 +85,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     kv_heads: int | None = None
     window: int | None = None
+    reward: bool = False
 
     @property
     def key_value_heads(self) -> int:

@@ -12,6 +12,7 @@ from neox_bridge.architectures.base import (
     Split,
     Weight,
 )
+from neox_bridge.architectures.heads import REWARD, RM_LINEAR, SCORE, head_config, refuse_tied
 from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
 from neox_bridge.architectures.neox_config import (
     GATED,
@@ -94,6 +95,7 @@ _WEIGHTS = (
     Weight(
         "head", "final_linear.weight", "embed_out.weight", "vocab", ("vocab", "hidden"), "untied"
     ),
+    REWARD,
 )
 
 # our word: Hugging Face's names (the first is written), GPT-NeoX's activation, bias_gelu_fusion.
@@ -152,7 +154,8 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
         rotary_base=base,
         activation=activation,
         tied_norms=False,
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(raw.get("tie_word_embeddings")) and not presence.has(SCORE),
+        reward=presence.has(SCORE),
         attention_bias=presence.has(f"{first}attention.query_key_value.bias"),
         mlp_bias=presence.has(f"{first}mlp.dense_h_to_4h.bias"),
         norm_bias=presence.has(f"{first}input_layernorm.bias"),
@@ -166,7 +169,7 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 def _write_hf(config: ModelConfig) -> dict[str, Any]:
     base = whole_number(config.rotary_base)
     return {
-        "architectures": ["GPTNeoXForCausalLM"],
+        **head_config("GPTNeoXForCausalLM", config),
         "model_type": "gpt_neox",
         "vocab_size": config.dims["vocab"],
         "hidden_size": config.hidden,
@@ -207,6 +210,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
         activation=activation,
         tied_norms=bool(raw.get("gpt_j_tied")) and bool(keys["parallel_residual"]),
         tied_embeddings=not raw.get("no_weight_tying", False),
+        reward=presence.has(RM_LINEAR),
         attention_bias=presence.has("attention.query_key_value.bias"),
         mlp_bias=presence.has("mlp.linear1.bias"),
         norm_bias=presence.has("input_layernorm.bias"),
@@ -250,7 +254,7 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What the real GPT-NeoX computes and no GPTNeoXForCausalLM does (megatron/model/)."""
-    found = refuse_common(raw)
+    found = refuse_common(raw) + refuse_tied(raw)
     pos = raw.get("pos_emb") or "learned"
     if pos != "rotary":
         found.append(

@@ -18,6 +18,7 @@ from neox_bridge.architectures.base import (
     Presence,
     Refusal,
 )
+from neox_bridge.architectures.heads import RM_LINEAR, SCORE, head_config, refuse_tied
 from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
 from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, weights
 from neox_bridge.architectures.neox_config import (
@@ -99,7 +100,8 @@ def _read_hf(
         activation="silu" if act == "swish" else act,
         parallel_residual=False,
         tied_norms=False,
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tied_embeddings=bool(raw.get("tie_word_embeddings")) and not presence.has(SCORE),
+        reward=presence.has(SCORE),
         attention_bias=presence.has(f"{first}self_attn.q_proj.bias"),
         mlp_bias=presence.has(f"{first}mlp.up_proj.bias"),
         norm_bias=False,
@@ -115,7 +117,7 @@ def _read_hf(
 def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     base = whole_number(config.rotary_base)
     return {
-        "architectures": [family.hf_class],
+        **head_config(family.hf_class, config),
         "model_type": family.name,
         "vocab_size": config.dims["vocab"],
         "hidden_size": config.hidden,
@@ -152,6 +154,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
         parallel_residual=bool(raw.get("gpt_j_residual", False)),
         tied_norms=False,
         tied_embeddings=not raw.get("no_weight_tying", False),
+        reward=presence.has(RM_LINEAR),
         attention_bias=presence.has(f"{QKV}.bias"),
         mlp_bias=presence.has(f"{UP}.bias"),
         norm_bias=False,
@@ -271,9 +274,11 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
         ),
         ("attention_config", bool(kinds), f"{name} attends globally, this model {sorted(kinds)}"),
     )
-    return refuse_common(raw, family.window) + [
-        Refusal(k, why, only_neox) for k, hit, why in checks if hit
-    ]
+    return (
+        refuse_common(raw, family.window)
+        + refuse_tied(raw)
+        + [Refusal(k, why, only_neox) for k, hit, why in checks if hit]
+    )
 
 
 def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Literal
 
 from neox_bridge.architectures.base import Part, Split, Weight
+from neox_bridge.architectures.heads import REWARD
 
 # of attention and MLP: a choice of config.json; always those of q, k and v; never any
 Biases = Literal["optional", "qkv", "none"]
@@ -46,6 +47,7 @@ def weights(biases: Biases) -> tuple[Weight, ...]:
         *_biases(biases),
         _norm("norm", "norm", "model.norm"),
         Weight("head", "final_linear.weight", "lm_head.weight", "vocab", _VOCAB, "untied"),
+        REWARD,
     )
 
 

@@ -74,12 +74,6 @@ def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]
             only_neox,
         ),
         (
-            "train_impl",
-            raw.get("train_impl") == "rm",
-            "a reward model has another head",
-            only_neox,
-        ),
-        (
             "num_unique_layers",
             raw.get("num_unique_layers") not in (None, raw.get("num_layers")),
             "layers that share weights have no form in transformers",

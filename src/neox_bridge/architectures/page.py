@@ -27,6 +27,21 @@ Proof:
   `tests/test_families.py`).
 - *GPT-NeoX*: the real one, of all four eras, loads what was written, strictly, and computes the
   same logits, but for RMSNorm's epsilon before 4c9f1081 (`tests/neox`).
+
+Every family also as
+
+- a reward model: `train_impl: rm` there, `...ForSequenceClassification` with one label here. Models
+  with more labels are refused: GPT-NeoX's head scores with one number. Eras: 2024-10 and today.
+  Proof: transformers and the real GPT-NeoX compute the same rewards, of checkpoints that either
+  wrote (`tests/test_heads.py`, `tests/neox`).
+- one with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`: `--te` writes them, and
+  they are read by their names; `_extra_state` is left out, by name. Era: today. Refused is what
+  they don't compute: the exact gelu, silu or mish in a plain MLP, a gated gelu, a sliding window,
+  tied norms, and `gpt_j_residual` with more than one rank, whose sum GPT-NeoX then takes twice.
+  Proof: **without Transformer Engine**, which wants a GPU. The real GPT-NeoX loads what was written
+  strictly, around a stand-in whose names, states, row orders and arithmetic follow Transformer
+  Engine's source (1.12, which GPT-NeoX asks for), and computes transformers' logits to 1e-5; what
+  it then saves comes back as the same bits (`tests/neox`, `tests/test_transformer_engine.py`).
 """
 
 

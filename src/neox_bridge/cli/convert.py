@@ -119,6 +119,15 @@ def convert(
             help="mlp.linear1 (since 2024-09), or mlp.dense_h_to_4h; for Llama w1, w2, w3.",
         ),
     ] = None,
+    te: Annotated[
+        bool | None,
+        typer.Option(
+            "--te/--no-te",
+            rich_help_panel=_NEOX,
+            show_default=False,
+            help="Transformer Engine's names, for te_mha and te_layernorm_mlp; else as SRC has it.",
+        ),
+    ] = None,
     gqa_order: Annotated[
         str | None,
         typer.Option(
@@ -232,6 +241,7 @@ def convert(
         "shard_size": shard_size,
         "tokenizer": tokenizer,
         "gqa_order": gqa_order,
+        "te": te,
     }
     version = era if era is not None and hasattr(era, "version") else None
     if version is not None:

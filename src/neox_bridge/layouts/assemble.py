@@ -28,11 +28,12 @@ def assemble(
     layers: int,
     folder: str,
     order: GqaOrder,
+    te: frozenset[str] = frozenset(),
 ) -> Assembled:
     """The config, the wholes of the ranks' tensors, what is dropped, and findings.
 
     ranks: by tensor-parallel rank. raw: the merged yml. folder: for messages.
-    order: of the rows of grouped-query attention.
+    order: of the rows of grouped-query attention. te: see ``fused.Fusion``.
     Raises BridgeError for tensors that are missing, unknown or contradict each other, Refused
     where an unknown one belongs to something that the family doesn't have.
     """
@@ -115,7 +116,7 @@ def assemble(
     if dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         refuse_all(architecture.refuse_neox_source(raw), folder)
     check_heads(config, dims, f"{folder}/configs: num_attention_heads")
-    fusion = fusion_of(config, order)
+    fusion = fusion_of(config, order, te)
     weights = by_name(architecture, layers)
     tensors = {
         name: gather_part(fusion, weights[name].part, refs)

@@ -25,6 +25,7 @@ class NeoxState:
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
     ranks: the tensors as they are stored: by tensor-parallel rank, by GPT-NeoX's number of the
         layer, by their names in it.
+    te: which modules of its blocks were Transformer Engine's, "attention" or "mlp".
     """
 
     root: str
@@ -40,6 +41,7 @@ class NeoxState:
     optimizer: tuple[str, ...]
     gqa_order: GqaOrder = "grouped"
     ranks: tuple[Mapping[int, Mapping[str, TensorRef]], ...] = ()
+    te: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from neox_bridge.architectures import for_hf
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.architectures.heads import SCORE, refuse_labels
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import read_safetensors
@@ -79,7 +80,7 @@ def checkpoint_of(
         raw=raw,
         tensors=tensors,
         files=files,
-        refusals=tuple(architecture.refuse_hf_source(raw)),
+        refusals=(*architecture.refuse_hf_source(raw), *refuse_labels(dims)),
         dropped=tuple(dropped),
         findings=tuple(findings),
         record=read_json(record_path) if os.path.exists(record_path) else {},
@@ -192,7 +193,8 @@ def _require(
 ) -> None:
     """The weights that every model has are there; the optional ones are checked later."""
     missing = [name for _, _, name in lacking(architecture, presence.layers, named)]
-    if not raw.get("tie_word_embeddings") and architecture.head not in named:
+    headless = architecture.head not in named and SCORE not in named
+    if headless and not raw.get("tie_word_embeddings"):
         missing.append(architecture.head)
     if missing:
         raise BridgeError(

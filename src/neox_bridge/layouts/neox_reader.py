@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_bridge.architectures import for_neox
@@ -26,6 +26,7 @@ from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.text_files import read_json, read_text
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
+from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.planning.pieces import Dropped
 
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -37,13 +38,17 @@ _STEP = re.compile(r"global_step(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What the files hold: per tensor-parallel rank, per GPT-NeoX layer, tensors by name."""
+    """What the files hold: per tensor-parallel rank, per GPT-NeoX layer, tensors by name.
+
+    states: the names of what Transformer Engine's modules keep beside their weights.
+    """
 
     layout: LayoutName
-    ranks: list[dict[int, dict[str, TensorRef]]]
+    ranks: Ranks
     meta: Mapping[str, Any]
     stages: int
     files: tuple[str, ...]
+    states: tuple[str, ...] = ()
 
 
 def step_folder(path: str, step: int | None) -> tuple[str, str]:
@@ -100,12 +105,17 @@ def open_neox(
     _check_args(raw, args, read, folder)
     record_path = os.path.join(folder, RECORD)
     record = read_json(record_path) if os.path.exists(record_path) else {}
+    plain = to_plain(read.ranks, raw, folder)
+    raw, read = dict(plain.raw), replace(read, ranks=plain.ranks)
     architecture = _family(raw, record, read)
     layers = int(_setting("num_layers", raw, args, folder))
     old = {weight.old for weight in architecture.weights if weight.old}
     mlp_names: MlpNames = "dense" if any(_has(read, name) for name in old) else "linear"
     told = gqa_order or told_order(raw, record, mlp_names)
-    checkpoint = assemble(architecture, read.ranks, raw, layers, folder, told or "grouped")
+    order = told or "grouped"
+    checkpoint = assemble(
+        architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
+    )
     tokenizer = _tokenizer(root, raw)
     state = NeoxState(
         root=root,
@@ -119,14 +129,17 @@ def open_neox(
         args=dict(args),
         ds_version=str(read.meta.get("ds_version") or ""),
         optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
-        gqa_order=told or "grouped",
+        gqa_order=order,
+        te=frozenset(plain.modules),
         ranks=tuple(read.ranks),
     )
     config, tensors, dropped, more = checkpoint
-    if config.grouped_query and told is None:
+    if config.grouped_query and told is None and "attention" not in plain.modules:
         more = [*more, unknown_order()]
     if raw.get("norm") == "rmsnorm" and (told == "interleaved" or mlp_names == "dense"):
         more = [*more, rms_epsilon()]
+    dropped += plain.dropped
+    dropped += [Dropped(name, "Transformer Engine's scales for fp8") for name in read.states]
     dropped += [Dropped(f"{tag}/{name}", "optimizer states") for name in state.optimizer]
     if isinstance(read.meta.get("optimizer"), dict):
         dropped.append(Dropped(f"{tag}/mp_rank_*: optimizer", "optimizer states"))
@@ -140,7 +153,7 @@ def open_neox(
         files=read.files,
         refusals=tuple(architecture.refuse_neox_source(raw)),
         dropped=tuple(dropped),
-        findings=(*findings, *more),
+        findings=(*findings, *plain.findings, *more),
         record=record,
         neox=state,
         tokenizer=tokenizer,
@@ -204,12 +217,15 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
             "tensor-parallel ranks. Copy the checkpoint again."
         )
     ranks: list[dict[int, dict[str, TensorRef]]] = [{} for _ in range(tp)]
+    states: list[str] = []
     for (layer, rank), name in sorted(found.items()):
         path = os.path.join(folder, name)
-        ranks[rank][layer] = _tensors(read_torch(path), path)
+        value = read_torch(path)
+        ranks[rank][layer] = _tensors(value, path)
+        states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]
     files = [os.path.join(folder, name) for name in (*found.values(), *stage_files)]
     stages = max(1, len(stage_files) // tp)
-    return _Read("layers", ranks, meta, stages, tuple(sorted(files)))
+    return _Read("layers", ranks, meta, stages, tuple(sorted(files)), tuple(states))
 
 
 def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
@@ -241,7 +257,8 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
             )
         ranks.append(_by_layer(_tensors(module, path), path))
     files = tuple(os.path.join(folder, name) for _, name in sorted(found.items()))
-    return _Read("ranks", ranks, first, 1, files)
+    states = tuple(_states(first.get("module")))
+    return _Read("ranks", ranks, first, 1, files, states)
 
 
 def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str, TensorRef]]:
@@ -264,11 +281,18 @@ def _read_meta(path: str) -> dict[str, Any]:
 def _tensors(value: object, path: str) -> dict[str, TensorRef]:
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no state dict.")
-    if strange := [str(k) for k, v in value.items() if not isinstance(v, TensorRef)]:
+    own = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
+    if strange := [str(k) for k, v in own.items() if not isinstance(v, TensorRef)]:
         raise BridgeError(
             f"{path}: not a tensor: {some(strange)}. This isn't known to be of a model."
         )
-    return {str(key): ref for key, ref in value.items()}
+    return {str(key): ref for key, ref in own.items()}
+
+
+def _states(value: object) -> list[str]:
+    """Names of Transformer Engine's states: None, bytes or an io.BytesIO, never a weight."""
+    keys = value if isinstance(value, dict) else ()
+    return [str(key) for key in keys if str(key).endswith(STATE)]
 
 
 def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, folder: str) -> None:

@@ -9,7 +9,8 @@ _FLAGS: dict[str, Callable[[ModelConfig], bool]] = {
     "attention_bias": lambda c: c.attention_bias,
     "mlp_bias": lambda c: c.mlp_bias,
     "norm_bias": lambda c: c.norm_bias,
-    "untied": lambda c: not c.tied_embeddings,
+    "untied": lambda c: not c.tied_embeddings and not c.reward,
+    "reward": lambda c: c.reward,
 }
 
 

@@ -28,11 +28,13 @@ class Fusion:
     """What the row maps depend on: the model's numbers of heads, and the order of the rows.
 
     order: matters for grouped-query attention only.
+    te: which modules are Transformer Engine's, "attention" or "mlp", with an order of their own.
     """
 
     heads: int
     kv_heads: int
     order: GqaOrder
+    te: frozenset[str] = frozenset()
 
     def part_rows(self, part: Part, fused: int) -> int:
         """How many of a fused tensor's rows are of this part."""
@@ -47,33 +49,42 @@ class Fusion:
         gated: [up | gate], GPT-NeoX megatron/model/transformer.py, Gated_Activation.
         full attention: head by head [q k v]. grouped-query: [all q | all k | all v] since 96c242eb
         (2024-11); before, for each query head [q | slice of k | slice of v], all slices together
-        being all of k and v (ParallelSelfAttention.forward, gqa_project).
+        being all of k and v (ParallelSelfAttention.forward, gqa_project). Transformer Engine 1.12:
+        [gate | up] (common/util/vectorized_pointwise.h, gated_act_kernel), and for each head of k
+        and v [its q heads | k | v] (attention.py, qkv_weight_interleaved).
         """
         if part in ("up", "gate"):
-            return (Run(0 if part == "up" else rows, 0, rows),)
+            first = "gate" if "mlp" in self.te else "up"
+            return (Run(0 if part == first else rows, 0, rows),)
         heads, kv_heads = self.heads // tp, self.kv_heads // tp
         width = rows // (heads if part == "q" else kv_heads)
+        if "attention" in self.te:
+            shared = heads // kv_heads * width
+            size = shared if part == "q" else width
+            at = {"q": 0, "k": shared, "v": shared + width}[part]
+            step = shared + 2 * width
+            return tuple(Run(at + n * step, n * size, size) for n in range(kv_heads))
         if self.order == "grouped" and heads != kv_heads:
             starts = {"q": 0, "k": heads * width, "v": (heads + kv_heads) * width}
             return (Run(starts[part], 0, rows),)
         piece = width * kv_heads // heads
         size = width if part == "q" else piece
-        first = {"q": 0, "k": width, "v": width + piece}[part]
+        begin = {"q": 0, "k": width, "v": width + piece}[part]
         step = width + 2 * piece
-        return tuple(Run(first + head * step, head * size, size) for head in range(heads))
+        return tuple(Run(begin + head * step, head * size, size) for head in range(heads))
 
 
-def fusion_of(config: ModelConfig, order: GqaOrder) -> Fusion:
+def fusion_of(config: ModelConfig, order: GqaOrder, te: frozenset[str] = frozenset()) -> Fusion:
     """The row maps of a model. Raises Refused where query heads can't share k and v evenly."""
     heads, kv_heads = config.heads, config.key_value_heads
     head_dim = config.hidden // heads
-    if order == "interleaved" and head_dim * kv_heads % heads:
+    if order == "interleaved" and "attention" not in te and head_dim * kv_heads % heads:
         raise Refused(
             f"num_kv_heads: {kv_heads} key-value heads of {head_dim} rows can't be shared by "
             f"{heads} query heads in the interleaved order. Use --gqa-order grouped, with a "
             "GPT-NeoX since 2024-11 (--for today)."
         )
-    return Fusion(heads, kv_heads, order)
+    return Fusion(heads, kv_heads, order, te)
 
 
 def gather_part(fusion: Fusion, part: Part, shards: Sequence[TensorRef]) -> Whole:

@@ -62,6 +62,7 @@ def _check_options(kind: Kind, options: Options) -> None:
         "--mlp-names": options.mlp_names,
         "--for": options.era,
         "--vocab-multiple": options.vocab_multiple,
+        "--te": options.te,
     }
     if names := [name for name, value in given.items() if value is not None]:
         raise BridgeError(

@@ -17,11 +17,12 @@ def model_card(
     source = source_summary(checkpoint)
     name = source["name"]
     where = "GPT-NeoX" if checkpoint.kind == "neox" else "Hugging Face"
+    auto = f"AutoModelFor{'SequenceClassification' if config.reward else 'CausalLM'}"
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in source.items())
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-classification' if config.reward else 'text-generation'}",
         f"tags: [{checkpoint.architecture.name}, neox-bridge]",
         "---",
         f"# {name}",
@@ -31,9 +32,9 @@ def model_card(
         "vocabulary.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained(".")  # this folder',
+        f'model = {auto}.from_pretrained(".")  # this folder',
         "```",
         "",
         "## Provenance",

@@ -5,7 +5,7 @@ deepspeed/runtime/engine.py, _save_checkpoint; deepspeed/runtime/pipe/module.py,
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
+from neox_bridge.layouts.transformer_engine import BOTH, te_name
 from neox_bridge.layouts.weights import exists, expand, layer_of, model_weights
-from neox_bridge.planning import random_states
+from neox_bridge.planning import random_states, transformer_engine
 from neox_bridge.planning.derived import inv_freq_bytes
 from neox_bridge.planning.fused import fusion_of, scatter_parts
 from neox_bridge.planning.geometry import constant, scatter
@@ -30,6 +31,7 @@ class Shape:
     """How a target is laid out. row_bias: see ``geometry.scatter``.
 
     stages: pipeline stages, 1 for the layout "ranks". inv_freq: whether the buffer is written.
+    te: whether the blocks' modules are Transformer Engine's.
     """
 
     layout: LayoutName
@@ -39,6 +41,7 @@ class Shape:
     inv_freq: InvFreq
     row_bias: str
     gqa_order: GqaOrder = "grouped"
+    te: bool = False
 
     @property
     def old_names(self) -> bool:
@@ -70,18 +73,29 @@ def weight_files(
         for layer in sorted({layer_of(w, b, config.layers) for w, b in present}):
             group = [(w, b) for w, b in present if layer_of(w, b, config.layers) == layer]
             for rank in range(shape.tp):
-                tensors = list(_tensors(group, config, wholes, shape, rank))
+                tensors = _with_biases(_tensors(group, config, wholes, shape, rank), config, shape)
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-                yield layout_pt(path, _state_dict(tensors), tensors)
+                yield layout_pt(path, _state_dict(tensors, shape), tensors)
     else:
         modules = []
         for rank in range(shape.tp):
-            tensors = list(_tensors(present, config, wholes, shape, rank, numbered=True))
-            modules.append((_state_dict(tensors), tensors))
+            found = _tensors(present, config, wholes, shape, rank, numbered=True)
+            tensors = _with_biases(found, config, shape)
+            modules.append((_state_dict(tensors, shape), tensors))
     for number, (module, tensors) in enumerate(modules):
         value, states = _metadata(module, args, iteration, count, number % shape.tp)
         path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
         yield layout_pt(path, value, [*tensors, *states])
+
+
+def _with_biases(
+    tensors: Iterable[OutputTensor], config: ModelConfig, shape: Shape
+) -> list[OutputTensor]:
+    """A rank's tensors, with the biases that Transformer Engine's modules always have."""
+    found = list(tensors)
+    if shape.te:
+        found += list(transformer_engine.lacking_biases(found, config.dtype))
+    return found
 
 
 def _ordered(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[Weight, int]]:
@@ -105,7 +119,9 @@ def _tensors(
     groups: dict[tuple[int, str], list[tuple[Weight, int]]] = {}
     for weight, block in present:
         layer = layer_of(weight, block, config.layers)
-        groups.setdefault((layer, weight.named(shape.old_names)), []).append((weight, block))
+        name = weight.named(shape.old_names)
+        name = te_name(name) if shape.te else name
+        groups.setdefault((layer, name), []).append((weight, block))
     for (layer, name), group in groups.items():
         full = f"sequential.{layer}.{name}" if numbered else name
         yield _tensor(full, name, group, config, wholes, shape, rank)
@@ -131,14 +147,21 @@ def _tensor(
         return OutputTensor(full, config.dtype, (size,), (constant((size,), -0.0),))
     if split in ("fused", "gated"):
         parts = {w.part: wholes[w.hf.format(i=b)] for w, b in group}
-        fusion = fusion_of(config, shape.gqa_order)
+        fusion = fusion_of(config, shape.gqa_order, frozenset(BOTH if shape.te else ()))
         return scatter_parts(full, fusion, parts, shape.tp, rank)
     whole = wholes[weight.hf.format(i=block)]
     return scatter(full, split, whole, shape.tp, rank, row_bias=shape.row_bias)
 
 
-def _state_dict(tensors: Sequence[OutputTensor]) -> "OrderedDict[str, TensorSlot]":
-    return OrderedDict((tensor.name, TensorSlot(tensor.name)) for tensor in tensors)
+def _state_dict(
+    tensors: Sequence[OutputTensor], shape: Shape
+) -> "OrderedDict[str, TensorSlot | None]":
+    named: OrderedDict[str, TensorSlot | None] = OrderedDict(
+        (tensor.name, TensorSlot(tensor.name)) for tensor in tensors
+    )
+    if shape.te:
+        named.update(dict.fromkeys(transformer_engine.states(tensors)))
+    return named
 
 
 def _metadata(

@@ -8,6 +8,7 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.eras import Era, InvFreq, known_keys
+from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
 
 _LAYOUT = (
     "pipe_parallel_size",
@@ -107,7 +108,7 @@ def settings(
         placed["rotary_save_freqs_buffer"] = True
     kept = {key: value for key, value in raw.items() if key in _PRECISION}
     precision = kept if same_dtype and kept else _precision(config.dtype)
-    skipped = {*architecture.model_keys, *_LAYOUT, *_PRECISION, *_FILES, "seq_length"}
+    skipped = {*architecture.model_keys, *_LAYOUT, *_PRECISION, *_FILES, *TE_KEYS, "seq_length"}
     training = {
         key: value
         for key, value in raw.items()

@@ -24,6 +24,7 @@ class Options:
     tokenizer: a folder with tokenizer files, or a tokenizer.json.
     gqa_order: how the GPT-NeoX side has the rows of grouped-query attention: the source where it is
         one (the target's order is then its era's), else the target.
+    te: Transformer Engine's names, for GPT-NeoX targets.
     """
 
     to: Kind | None = None
@@ -40,3 +41,4 @@ class Options:
     shard_size: int = 5_000_000_000
     tokenizer: str | None = None
     gqa_order: GqaOrder | None = None
+    te: bool | None = None

@@ -49,7 +49,11 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
         config = replace(config, bos_token_id=eos, eos_token_id=eos)
     raw = _config_json(architecture, checkpoint, config)
     files.append(text_file("config.json", dump_json(raw)))
-    files.append(text_file("generation_config.json", dump_json(_generation(checkpoint, raw))))
+    if config.reward:
+        findings += _padding(raw)
+    else:
+        generation = dump_json(_generation(checkpoint, raw))
+        files.append(text_file("generation_config.json", generation))
     files += tokenizer_outputs(tokenizer)
     files.append(text_file(RECORD, dump_json(hf_record(checkpoint))))
     summary = {
@@ -178,8 +182,32 @@ def _config_json(
     # what follows from this writing, not from the model
     again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
     rope = ("rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters")
-    fresh = {key: written[key] for key in (*again, *rope) if key in written}
+    # the head is the tensors', even where the record is of the model before it was trained on
+    head = (
+        ("architectures", "id2label", "label2id") if config.reward and not _scored(original) else ()
+    )
+    fresh = {key: written[key] for key in (*again, *rope, *head) if key in written}
     return {**written, **original, **fresh}
+
+
+def _scored(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model with a head for scores."""
+    return any("SequenceClassification" in str(name) for name in raw.get("architectures") or ())
+
+
+def _padding(raw: Mapping[str, Any]) -> list[Finding]:
+    """transformers scores at the last token that isn't padding, which GPT-NeoX names nowhere."""
+    if raw.get("pad_token_id") is not None:
+        return []
+    return [
+        Finding(
+            "pad-token-unknown",
+            "warning",
+            "a reward model needs pad_token_id to score more than one text at a time, and the "
+            "source names none: transformers will refuse such batches",
+            "set pad_token_id in config.json to the token that pads",
+        )
+    ]
 
 
 def _generation(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> dict[str, Any]:

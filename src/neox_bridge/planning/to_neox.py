@@ -9,11 +9,12 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName
 from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
+from neox_bridge.layouts.transformer_engine import BOTH
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.common import (
     cast,
@@ -28,6 +29,7 @@ from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import neox_record
+from neox_bridge.planning.transformer_engine import check_target, settings_of
 from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
 
 
@@ -40,6 +42,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     architecture, config = checkpoint.architecture, checkpoint.config
     shape, era = _shape(checkpoint, options)
     findings = _check_era(architecture, config, shape, era, options)
+    if shape.te:
+        findings += check_target(checkpoint, shape.tp, era, options)
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
     if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
         findings.append(rms_epsilon())
@@ -67,7 +71,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     yml, blanks = finetune_yml(found, target, main)
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
-    if config.grouped_query:
+    if config.grouped_query and not shape.te:
         record["gqa_order"] = shape.gqa_order
     files += [
         text_file(f"{step}/{RECORD}", dump_json(record)),
@@ -84,8 +88,9 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         "pipeline_stages": shape.stages if shape.layout == "layers" else 0,
         "mlp_names": shape.mlp_names,
         "inv_freq": shape.inv_freq,
+        **({"transformer_engine": True} if shape.te else {}),
         "era": era.name,
-        **({"gqa_order": shape.gqa_order} if config.grouped_query else {}),
+        **({"gqa_order": shape.gqa_order} if config.grouped_query and not shape.te else {}),
         "dtype": config.dtype,
         "vocab_rows": vocabulary.padded,
         "vocab_multiple": vocabulary.multiple,
@@ -107,7 +112,9 @@ def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     layout = options.layout or ("ranks" if options.pp == 0 else None)
     if layout is None and options.pp:
         layout = "layers"
-    layout = layout or (state.layout if state else "layers")
+    # GPT-NeoX trains reward models without pipeline stages only (training.py, get_batch_pipe)
+    usual: LayoutName = "ranks" if checkpoint.config.reward else "layers"
+    layout = layout or (state.layout if state else usual)
     if layout == "layers" and options.pp == 0:
         raise BridgeError("--layout layers needs --pp 1 or more; --pp 0 is --layout ranks.")
     if layout == "ranks" and options.pp:
@@ -133,7 +140,10 @@ def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
         gqa_order = state.gqa_order
     elif state is None and options.gqa_order is not None:
         gqa_order = options.gqa_order
-    return Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order), fits
+    te = options.te
+    if te is None:
+        te = state is not None and state.te == BOTH and era in (None, TODAY)
+    return Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te), fits
 
 
 def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
@@ -171,6 +181,11 @@ def _check_era(
         raise Refused(
             f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
             "(megatron/model/transformer.py), so no tree can load it."
+        )
+    if config.reward and "train_impl" not in known_keys(era):
+        raise Refused(
+            f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
+            "--for today."
         )
     if not config.mlp_bias and not architecture.gated and "use_bias_in_mlp" not in known_keys(era):
         raise Refused(
@@ -287,7 +302,7 @@ def _settings(
         "model_parallel_size": shape.tp,
         "make_vocab_size_divisible_by": vocabulary.multiple,
     }
-    return settings(
+    found = settings(
         checkpoint.architecture,
         config,
         era,
@@ -298,3 +313,10 @@ def _settings(
         same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
         old_names=shape.old_names,
     )
+    found.training.pop("train_impl" if found.training.get("train_impl") == "rm" else "", None)
+    if config.reward:
+        found.model["train_impl"] = "rm"
+    if shape.te:
+        gated = checkpoint.architecture.gated
+        found = replace(found, model=settings_of(found.model, config, gated))
+    return found

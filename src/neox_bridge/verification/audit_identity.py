@@ -142,7 +142,8 @@ def _shared(
     spread = Counter(name for name, _ in units[indices[0]])
     part = any(sum(1 for n, _ in shared if n == name) < spread[name] for name in names)
     of_rank = f" of tensor-parallel rank {_and([str(r) for r in ranks])}" if part else ""
-    what = f"{run}: steps {_and(labels)} share {len(names)} tensors{of_rank}, bit for bit, "
+    count = f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
+    what = f"{run}: steps {_and(labels)} share {count}{of_rank}, bit for bit, "
     if whole and set(whole) == files:
         what += f"all that {some(whole, 3)} holds, " if len(whole) == 1 else f"{some(whole, 3)}, "
     what += f"and differ elsewhere: {some(names, 3)}"

@@ -117,7 +117,7 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
     """Rows and shards taken for others of the same shape."""
     config, state = neox.config, neox.neox
     assert state is not None
-    if config.grouped_query:
+    if config.grouped_query and "attention" not in state.te:
         other = "interleaved" if state.gqa_order == "grouped" else "grouped"
         yield Hypothesis(
             "grouped-query order",
@@ -127,7 +127,9 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
         )
     if neox.architecture.gated:
         yield Hypothesis(
-            "swapped gate", {"gate": "first"}, "gate and up are swapped on one of the two sides"
+            "swapped gate",
+            {"gate": "second" if "mlp" in state.te else "first"},
+            "gate and up are swapped on one of the two sides",
         )
     if config.attention_bias or config.mlp_bias:
         kinds = [kind for kind in _BIASES if state.tp > 1 or kind in ("twice", "half")]

@@ -44,7 +44,7 @@ _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
     "use_qk_layernorm": (False, (False,)),
     "use_mup": (False, (False,)),
     "moe_num_experts": (1, (1,)),
-    "gqa_order": ("grouped", ("grouped", "interleaved")),
+    "gqa_order": ("grouped", ("grouped", "interleaved", "te")),
     "rms_eps": ("inside", ("inside", "outside")),
     # models that tools get wrong, or that GPT-NeoX once was, to find out where two part
     "row_biases": ("told", ("told", "first", "sum", "twice", "half")),
@@ -98,7 +98,8 @@ def forward(
         or "interleaved", [q | slice of k | slice of v] for each query head.
     rms_eps: RMSNorm adds its epsilon "inside" the root (since 2025-05) or "outside" of it.
 
-    Returns float32 [b, s, padded vocabulary]; all before runs in the tensors' own dtype.
+    Returns float32 [b, s, padded vocabulary], of a reward model (train_impl: rm, rm_linear in
+    place of the output layer) [b, s, 1]; all before runs in the tensors' own dtype.
     Raises ValueError for a model or a split that isn't covered and for tokens outside the
     vocabulary, KeyError for a missing tensor.
     """
@@ -134,6 +135,10 @@ def stages(
     given = yield Stage("final norm", normed[0])
     if given is not None:
         normed = [given] * len(ranks)
+    if config.get("train_impl") == "rm":
+        rewards = [rank[f"{layers + 4}.rm_linear.weight"] for rank in ranks]
+        yield Stage("logits", F.linear(normed[0], torch.cat(rewards, dim=1)).float())
+        return
     logits = [F.linear(x, rank[head]) for x, rank in zip(normed, ranks, strict=True)]
     yield Stage("logits", torch.cat(logits, dim=-1).float())
 
@@ -236,9 +241,15 @@ def _split_qkv(mixed: Tensor, spec: _Spec) -> list[Tensor]:
     """Split one rank's projection [b, s, rows] into q, k, v [b, s, n, d], k and v repeated.
 
     Interleaved, each query head carries a slice of k and of v, all slices together being all of
-    them (ParallelSelfAttention, model/transformer.py).
+    them (ParallelSelfAttention, model/transformer.py). "te": for each head of k and v [its q heads
+    | k | v], as Transformer Engine has them.
     """
     shape, kv_size = mixed.shape[:2], spec.kv_heads * spec.head_dim
+    if spec.kv_heads != spec.heads and spec.config.get("gqa_order") == "te":
+        group = spec.heads // spec.kv_heads
+        mixed = mixed.reshape(*shape, spec.kv_heads, group + 2, spec.head_dim)
+        q, k, v = mixed.split([group, 1, 1], dim=3)
+        return [x.reshape(*shape, spec.heads, -1) for x in (q, k.expand_as(q), v.expand_as(q))]
     sizes = [spec.heads * spec.head_dim, kv_size, kv_size]
     if spec.kv_heads == spec.heads or spec.config.get("gqa_order") == "interleaved":
         mixed = mixed.reshape(*shape, spec.heads, -1)

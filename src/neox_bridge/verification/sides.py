@@ -81,10 +81,12 @@ def neox_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The yml, and what GPT-NeoX's version decides, as the reference takes them."""
     assert checkpoint.neox is not None
     older = any(finding.code == "rms-epsilon" for finding in checkpoint.findings)
+    te = checkpoint.neox.te
     return {
         **checkpoint.raw,
         "num_layers": checkpoint.config.layers,
-        "gqa_order": checkpoint.neox.gqa_order,
+        "gqa_order": "te" if "attention" in te else checkpoint.neox.gqa_order,
+        "gate": "first" if "mlp" in te else "second",
         "rms_eps": "outside" if older else "inside",
     }
 
@@ -105,16 +107,18 @@ def _neox(checkpoint: Checkpoint, tokens: Tensor, device: str, settings: Setting
 def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
     """transformers' model of the config, without memory for its weights."""
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
     except ImportError:
         raise BridgeError(
             "--logits computes with transformers, which isn't installed: "
             "pip install 'neox-bridge[verify]'."
         ) from None
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        kind = "SequenceClassification" if checkpoint.config.reward else "CausalLM"
+        auto = getattr(transformers, f"AutoModelFor{kind}")
         with _weights_on_meta():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = auto.from_config(config, attn_implementation="eager")
     except (ValueError, KeyError, OSError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise BridgeError(
@@ -186,7 +190,7 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
         x = final(x)
     given = yield Stage("final norm", x)
     x = x if given is None else given
-    head = model.get_output_embeddings()
+    head = model.score if checkpoint.config.reward else model.get_output_embeddings()
     with loaded(head):
         x = head(x)
     yield Stage("logits", x.float())

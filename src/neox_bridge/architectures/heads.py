@@ -1,0 +1,58 @@
+"""The reward model's head, the same in every family: one number for each token.
+
+GPT-NeoX's ``train_impl: rm`` has ``rm_linear`` in place of ``final_linear``, a row-parallel matrix
+without bias (megatron/model/transformer.py, ParallelLinear), and takes the reward at the last token
+of an answer (megatron/training.py, forward_step). transformers' …ForSequenceClassification has
+``score``, and takes it at the last token that isn't padding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from neox_bridge.architectures.base import ModelConfig, Refusal, Weight
+
+SCORE, RM_LINEAR = "score.weight", "rm_linear.weight"
+REWARD = Weight("head", RM_LINEAR, SCORE, "row", ("labels", "hidden"), "reward")
+
+
+def head_config(hf_class: str, config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of the head: the class, and a reward model's one label."""
+    if not config.reward:
+        return {"architectures": [hf_class]}
+    name = hf_class.replace("ForCausalLM", "ForSequenceClassification")
+    # transformers counts the labels by their names
+    return {
+        "architectures": [name],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": None,
+    }
+
+
+def refuse_labels(dims: Mapping[str, int]) -> list[Refusal]:
+    """A head with more labels than GPT-NeoX's, which has one."""
+    labels = dims.get("labels", 1)
+    if labels == 1:
+        return []
+    return [
+        Refusal(
+            "num_labels",
+            f"GPT-NeoX's reward model (train_impl: rm) scores with one number, and this model with "
+            f"{labels}",
+            "there is none: no GPT-NeoX can hold this head",
+        )
+    ]
+
+
+def refuse_tied(raw: Mapping[str, Any]) -> list[Refusal]:
+    """With tied embeddings GPT-NeoX makes no reward head (megatron/model/gpt2_model.py)."""
+    if raw.get("train_impl") != "rm" or raw.get("no_weight_tying"):
+        return []
+    return [
+        Refusal(
+            "train_impl",
+            "with no_weight_tying: false GPT-NeoX's train_impl: rm has no reward head; it gives "
+            "the vocabulary's logits",
+            "set it to normal to convert the language model that it is",
+        )
+    ]

@@ -1,0 +1,197 @@
+"""GPT-NeoX's Transformer Engine modules: their names and settings, and today's own, either way.
+
+With ``te_mha`` and ``te_layernorm_mlp`` the attention and the MLP of a block are NVIDIA's modules
+(GPT-NeoX megatron/model/transformer_engine.py; TransformerEngine 1.12, module/layernorm_mlp.py and
+attention.py). They hold the same weights under other names; the MLP's holds the norm before it
+too. A checkpoint is translated as it is opened, so that nothing behind this file knows of them but
+the row maps of planning/fused.py.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from neox_bridge.architectures.neox_config import GATED, number
+from neox_bridge.errors import Refused
+from neox_bridge.findings import Finding
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.derived_check import is_zero
+from neox_bridge.planning.pieces import Dropped
+
+Module = Literal["attention", "mlp"]
+BOTH: frozenset[Module] = frozenset({"attention", "mlp"})
+STATE = "_extra_state"
+# the modules whose state_dict has an _extra_state, which a strict load wants
+STATES = ("attention.qkv", "attention.core_attention", "attention.proj", "mlp")
+KEYS = ("te_mha", "te_fp8_mha", "te_layernorm_mlp", "te_columnparallel", "te_rowparallel")
+# today's names and Transformer Engine's
+_NAMES: tuple[tuple[str, str, Module], ...] = (
+    ("attention.query_key_value.", "attention.qkv.", "attention"),
+    ("attention.dense.", "attention.proj.", "attention"),
+    ("attention.rotary_emb.", "attention.rotary_embeddings.", "attention"),
+    ("mlp.linear1.", "mlp.fc1_", "mlp"),
+    ("mlp.linear2.", "mlp.fc2_", "mlp"),
+    ("post_attention_layernorm.", "mlp.layer_norm_", "mlp"),
+)
+# biases that its modules always have, and the yml's key for those that GPT-NeoX's own may lack
+BIASES: dict[Module, tuple[str, tuple[str, ...]]] = {
+    "attention": (
+        "use_bias_in_attn_linear",
+        ("attention.query_key_value.bias", "attention.dense.bias"),
+    ),
+    "mlp": ("use_bias_in_mlp", ("mlp.linear1.bias", "mlp.linear2.bias")),
+}
+_WRAPPED = re.compile(r"(.*norm)\.norm\.(weight|bias)")  # te_layernorm, te_rmsnorm
+
+Ranks = Sequence[Mapping[int, Mapping[str, TensorRef]]]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A checkpoint in GPT-NeoX's own words: by rank and layer its tensors, and the yml.
+
+    modules: which of its modules were Transformer Engine's.
+    """
+
+    ranks: Ranks
+    raw: Mapping[str, Any]
+    modules: frozenset[Module] = frozenset()
+    dropped: tuple[Dropped, ...] = ()
+    findings: tuple[Finding, ...] = field(default=())
+
+
+def te_name(name: str) -> str:
+    """Transformer Engine's name of one of GPT-NeoX's, or the name itself."""
+    for plain, te, _ in _NAMES:
+        if name.startswith(plain):
+            # RMSNorm's scale is a weight there
+            return te + name.removeprefix(plain).replace("scale", "weight")
+    return name
+
+
+def plain_name(name: str) -> tuple[str, Module | None]:
+    """GPT-NeoX's own name, and which module of Transformer Engine's has the other one."""
+    for plain, te, module in _NAMES:
+        if name.startswith(te):
+            return plain + name.removeprefix(te), module
+    match = _WRAPPED.fullmatch(name)
+    return (f"{match[1]}.{match[2]}" if match else name), None
+
+
+def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
+    """A checkpoint as GPT-NeoX's own modules would have saved the same model.
+
+    The names tell which modules were Transformer Engine's, never the yml; its KEYS stay there for
+    what judges it, and no target takes them over. Raises Refused where GPT-NeoX computes something
+    with them that its own modules don't.
+    """
+    found = {m for rank in ranks for t in rank.values() for key in t if (m := plain_name(key)[1])}
+    modules = frozenset(found)
+    _refuse(raw, modules, len(ranks), folder)
+    dropped: list[Dropped] = []
+    renamed: list[dict[int, dict[str, TensorRef]]] = []
+    for number_, rank in enumerate(ranks):
+        layers = {}
+        for layer, tensors in rank.items():
+            layers[layer] = _rename(tensors)
+            if number_ == 0 and (unused := _unused(tensors)):
+                why = "never used beside mlp.layer_norm_* (GPT-NeoX before #1355)"
+                dropped += [Dropped(f"layer {layer}: {name}", why) for name in unused]
+        renamed.append(layers)
+    settings = dict(raw)
+    norm = settings.get("norm")
+    if norm in ("te_layernorm", "te_rmsnorm"):
+        settings["norm"] = norm.removeprefix("te_")
+    for module in sorted(modules):
+        key, names = BIASES[module]
+        if settings.get(key) is False and not _drop_zeros(renamed, names, dropped):
+            settings[key] = True
+    findings: tuple[Finding, ...] = ()
+    if "mlp" in modules:
+        settings |= _mlp_settings(settings)
+        told = epsilon_key(settings.get("norm"))
+        eps = number(told, settings.get(told, fixed_epsilon(settings.get("norm"))), float)
+        findings = tuple(epsilon(eps, settings.get("norm")))
+    return Plain(renamed, settings, modules, tuple(dropped), findings)
+
+
+def _refuse(raw: Mapping[str, Any], modules: Collection[str], tp: int, folder: str) -> None:
+    if (modules or raw.get("te_rowparallel")) and raw.get("gpt_j_residual") and tp > 1:
+        raise Refused(f"{folder}: gpt_j_residual: {SUMS_TWICE} There is no way out.")
+    if "mlp" in modules and raw.get("activation") == "geglu":
+        raise Refused(
+            f"{folder}: activation: Transformer Engine's geglu is the tanh form, which no MLP of "
+            "GPT-NeoX's own and no Llama of this tool computes. There is no way out."
+        )
+
+
+SUMS_TWICE = (
+    "with more than one tensor-parallel rank Transformer Engine's modules sum over the ranks, and "
+    "GPT-NeoX sums the result once more, so that the block's output is as many times too large: "
+    "nothing else computes this model."
+)
+
+
+def _unused(tensors: Mapping[str, TensorRef]) -> list[str]:
+    """Norms that trees before #1355 made, stored and never used."""
+    if "mlp.layer_norm_weight" not in tensors:
+        return []
+    return [name for name in tensors if name.startswith("post_attention_layernorm.")]
+
+
+def _rename(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    unused = _unused(tensors)
+    return {plain_name(key)[0]: ref for key, ref in tensors.items() if key not in unused}
+
+
+def _drop_zeros(
+    ranks: Sequence[dict[int, dict[str, TensorRef]]], names: Collection[str], dropped: list[Dropped]
+) -> bool:
+    """Take out biases that the yml denies; False, and they stay, where one isn't zero."""
+    held = [(layer, t) for rank in ranks for layer, t in rank.items() if set(names) & set(t)]
+    if not all(is_zero(t[name]) for _, t in held for name in names if name in t):
+        return False
+    why = "zeros: Transformer Engine's modules always have it, and the yml denies it"
+    for layer, tensors in held:
+        for name in names:
+            if tensors.pop(name, None) is not None:
+                entry = Dropped(f"layer {layer}: {te_name(name)}", why)
+                dropped += [entry] if entry not in dropped else []
+    return True
+
+
+def _mlp_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What LayerNormMLP computes: tanh-gelu always; its norm is never that of the attention."""
+    found: dict[str, Any] = {"gpt_j_tied": False} if raw.get("gpt_j_tied") else {}
+    if (raw.get("activation") or "gelu") == "gelu":
+        found["bias_gelu_fusion"] = True
+    if raw.get("activation") in GATED:
+        found["mlp_type"] = "regular"
+    return found
+
+
+def epsilon_key(norm: object) -> str:
+    """The yml's key of a norm's epsilon."""
+    return "rms_norm_epsilon" if norm == "rmsnorm" else "layernorm_epsilon"
+
+
+def fixed_epsilon(norm: object) -> float:
+    """What TELayerNormMLP takes, whatever the yml says."""
+    return 1e-8 if norm == "rmsnorm" else 1e-5
+
+
+def epsilon(told: float, norm: object) -> list[Finding]:
+    """A finding where the two norms of a block don't have the same epsilon."""
+    fixed = fixed_epsilon(norm)
+    if told == fixed:
+        return []
+    return [
+        Finding(
+            "te-epsilon",
+            "warning",
+            f"te_layernorm_mlp: the norm in front of the MLP takes {fixed:g} as its epsilon, "
+            f"whatever {epsilon_key(norm)} says, and the others take {told:g}: the logits differ a "
+            "little from those of a model with one epsilon",
+        )
+    ]

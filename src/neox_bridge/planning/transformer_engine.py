@@ -1,0 +1,113 @@
+"""``--te``: targets for GPT-NeoX's ``te_mha`` and ``te_layernorm_mlp``, and what none can be.
+
+The source of each rule: GPT-NeoX megatron/model/transformer_engine.py (TELayerNormMLP,
+TEMultiheadAttention), and what layouts/transformer_engine.py names.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.eras import Era, known_keys
+from neox_bridge.layouts.transformer_engine import (
+    BIASES,
+    STATE,
+    STATES,
+    SUMS_TWICE,
+    epsilon,
+    te_name,
+)
+from neox_bridge.planning.geometry import constant
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import OutputTensor
+
+# what both GPT-NeoX's own MLP and Transformer Engine's compute: gated, plain
+_SAME = {True: ("silu",), False: ("gelu_tanh", "relu")}
+
+
+def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) -> list[Finding]:
+    """What there is to say of such a target. Raises Refused, with every reason, where none can be.
+
+    tp: its tensor-parallel ranks. Raises BridgeError for options that don't go with it.
+    """
+    if options.gqa_order is not None:
+        raise BridgeError("--gqa-order: Transformer Engine has one order of its own. Leave it out.")
+    architecture, config = checkpoint.architecture, checkpoint.config
+    known = _SAME[architecture.gated]
+    what = {"gelu": "the exact gelu"}.get(config.activation, config.activation)
+    raw: Mapping[str, Any] = checkpoint.raw if checkpoint.kind == "neox" else {}
+    checks: tuple[tuple[bool, str], ...] = (
+        (
+            "te_mha" not in known_keys(era) or options.mlp_names == "dense",
+            "GPT-NeoX has had Transformer Engine's modules since 2024-12 (8900d05c); use --for "
+            "today and no --mlp-names",
+        ),
+        (tp > 1 and config.parallel_residual, f"gpt_j_residual: {SUMS_TWICE} Use --tp 1"),
+        (
+            config.activation not in known,
+            f"activation: Transformer Engine has no MLP with {what}, only with {', '.join(known)}; "
+            'for a model that was trained with the tanh form, as Pythia was, set hidden_act: "'
+            'gelu_fast" in config.json',
+        ),
+        (
+            config.window is not None,
+            "sliding_window_width: GPT-NeoX hands it to Transformer Engine as a number, which "
+            "takes a pair; leave out --te",
+        ),
+        (
+            config.tied_norms,
+            "gpt_j_tied: the norm of Transformer Engine's MLP is its own; leave out --te",
+        ),
+        (
+            not architecture.gated and not config.norm_bias,
+            "the norms have no biases, and Transformer Engine's LayerNorm has; leave out --te",
+        ),
+        (
+            raw.get("pos_emb", "rotary") not in ("rotary", "learned", "none"),
+            f"pos_emb: {raw.get('pos_emb')} isn't in GPT-NeoX's te_mha; leave out --te",
+        ),
+        (bool(raw.get("use_mup")), "use_mup isn't in GPT-NeoX's te_mha; leave out --te"),
+        (bool(raw.get("use_qk_layernorm")), "use_qk_layernorm isn't in te_mha; leave out --te"),
+    )
+    if reasons := [why for hit, why in checks if hit]:
+        raise Refused(f"--te: this model can't be written so. {'. '.join(reasons)}.")
+    return epsilon(config.norm_eps, "rmsnorm" if architecture.gated else "layernorm")
+
+
+def settings_of(model: Mapping[str, Any], config: ModelConfig, gated: bool) -> dict[str, Any]:
+    """A yml's model keys with the two modules on.
+
+    TELayerNormMLP takes a gated MLP's width as it is, and GPT-NeoX's own MLP two thirds of it.
+    """
+    width = {"intermediate_size": config.dims["ffn"]} if gated else {}
+    return {**model, **width, "te_mha": True, "te_layernorm_mlp": True}
+
+
+def lacking_biases(tensors: Sequence[OutputTensor], dtype: str) -> Iterator[OutputTensor]:
+    """The biases that the two modules always have and these tensors of a file haven't, as -0.0."""
+    sizes = {tensor.name: tensor.shape[0] for tensor in tensors}
+    for prefix in _blocks(tensors):
+        for _, names in BIASES.values():
+            for name in map(te_name, names):
+                size = sizes[f"{prefix}{name.removesuffix('bias')}weight"]
+                if f"{prefix}{name}" not in sizes:
+                    yield OutputTensor(
+                        f"{prefix}{name}", dtype, (size,), (constant((size,), -0.0),)
+                    )
+
+
+def states(tensors: Sequence[OutputTensor]) -> list[str]:
+    """The names of the modules' states, which a strict load wants; None is one that says nothing.
+
+    TransformerEngine 1.12 module/base.py, set_extra_state, returns at None.
+    """
+    return [f"{p}{module}.{STATE}" for p in _blocks(tensors) for module in STATES]
+
+
+def _blocks(tensors: Sequence[OutputTensor]) -> list[str]:
+    """What precedes the names of each block's tensors in a file."""
+    key = te_name("attention.query_key_value.weight")
+    return [t.name.removesuffix(key) for t in tensors if t.name.endswith(key)]
