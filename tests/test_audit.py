@@ -216,6 +216,20 @@ def test_a_layer_of_another_step(name: str, ranks: int | None, source: int, neox
     assert all(layer[name[6:8]] in tensor for tensor in fault.tensors)
 
 
+def test_one_matrix_that_comes_back(run: Path) -> None:
+    """Not all of a file: no rounding brings back what had changed. What merely stays is none."""
+    name, file = "embed_out.weight", "model-00003-of-00003.safetensors"
+    for source, count in ((64, 1), (112, 0)):
+        old, step = load_file(run / f"step{source}" / file)[name], run / "step128"
+        before = load_file(step / file)
+        edit(step, lambda t, old=old: t.update({name: old} if name in t else {}))  # type: ignore
+        found = wrong(look(run))
+        assert [(f.code, f.steps) for f in found] == [("shared-shard", (str(source), "128"))][
+            :count
+        ]
+        save_file(before, step / file, {"format": "pt"})
+
+
 def test_frozen_tensors_are_no_fault(run: Path) -> None:
     name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
     frozen = torch.randn(192, 48)
