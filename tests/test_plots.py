@@ -343,3 +343,20 @@ def test_no_folder_no_matplotlib(
     done = run(command, *sides, "--plot", tmp_path / "x.png")
     assert done.exit_code == 1
     assert done.stderr == "error: plots need matplotlib: pip install 'neox-bridge[plot]'\n"
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path) -> None:
+    """Names are anybody's: matplotlib would read what stands between two as mathematics."""
+    stats = [made_up("attention.$dense_{$.weight", block) for block in range(2)]
+    plot_statistics(stats, str(tmp_path / "a.png"))
+    assert "attention.$dense_{$.weight" in svg_of(statistics_figure(stats))
+    for number, figure in enumerate(
+        (
+            statistics_figure(stats),
+            differences_figure([Difference("a.$.weight", "values", 4, 2, relative=0.2)]),
+            lines_figure("norms", {"$": [(0.0, 1.0), (1.0, 1e5)]}, log=True),
+            lines_figure("norms", {"$": [(0.0, 1.0), (1.0, 1e5)]}),
+        )
+    ):
+        assert "mathdefault" not in svg_of(figure), number
+    plot_lines("$x^$", {"$\\frac$": [(0.0, 1.0), (1.0, 2.0)]}, str(tmp_path / "b.svg"))

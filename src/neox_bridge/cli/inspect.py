@@ -85,7 +85,7 @@ def inspect(
         more |= {} if found is None else {"stats": stats_json(found)}
         print_json({**facts, **more})
         return
-    for key, text in _lines(facts):
+    for key, text in summary_lines(facts):
         print(f"{key:<12}{text}")
     if tensors:
         _print_tensors(checkpoint)
@@ -166,7 +166,8 @@ def _neox(checkpoint: "Checkpoint") -> dict[str, Any]:
     }
 
 
-def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ``inspect`` prints of ``describe``'s facts: a word, and what it is."""
     neox = facts["neox"]
     other = "hf" if facts["kind"] == "neox" else "neox"
     lines = [("path", facts["path"])]

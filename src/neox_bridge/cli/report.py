@@ -98,7 +98,7 @@ def report(
 def _checkpoint(
     path: str, source: str | None, number: int, workers: int | None, quiet: bool
 ) -> list["Section"]:
-    from neox_bridge.cli.inspect import _lines, describe
+    from neox_bridge.cli.inspect import describe, summary_lines
     from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.report.sections import checkpoint_section, verification_section
     from neox_bridge.verification.statistics import findings, statistics
@@ -113,8 +113,8 @@ def _checkpoint(
             None if first is None else verify(first, checkpoint, workers=workers, progress=progress)
         )
     found = [*checkpoint.findings, *findings(stats, checkpoint)]
-    lines = _lines(describe(checkpoint))
-    made = [checkpoint_section(path, lines, checkpoint.record, stats, found, f"s{number}-")]
+    told = summary_lines(describe(checkpoint))
+    made = [checkpoint_section(path, told, checkpoint.record, stats, found, f"s{number}-")]
     if compared is not None and source is not None:
         made.insert(0, verification_section(compared, source, path, f"s{number + 1}-"))
     return made

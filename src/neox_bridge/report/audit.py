@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from neox_bridge.cli.output import KINDS, human, plural
-from neox_bridge.report.figures import drawn, plot_of
+from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import Plot, Section, Table, Verdict, findings_of, state_of
 
 _OPEN = 24  # rows of a table that needn't be folded
@@ -73,7 +73,7 @@ def _plots(document: Document, runs: Sequence[str], prefix: str) -> Iterator[Plo
     if len(several) > 1:
         whole: Points = {}
         for step in steps:
-            whole.setdefault(drawn(step["run"]), []).append((float(step["step"]), step["norm"]))
+            whole.setdefault(step["run"], []).append((float(step["step"]), step["norm"]))
         yield _plot("L2 norm of all weights over the steps.", whole, document, None, f"{prefix}n")
     for number, run in enumerate(several[:_RUNS]):
         own = [step for step in steps if step["run"] == run]
@@ -98,7 +98,7 @@ def _series(steps: Sequence[Document], names: Sequence[str]) -> Points:
         squares: dict[str, float] = {}
         for name, found in step["tensors"].items():
             if name in names or not names:
-                line = drawn(name if names else place_of(name)[0])
+                line = name if names else place_of(name)[0]
                 squares[line] = squares.get(line, 0.0) + found["norm"] ** 2
         for line, square in squares.items():
             series.setdefault(line, []).append((float(step["step"]), square**0.5))
@@ -115,7 +115,7 @@ def _plot(caption: str, series: Points, document: Document, run: str | None, pre
         for label in finding["steps"]
         if str(label).isdecimal()
     }
-    shown = [(x, drawn(code)) for x, code in sorted(marks)]
+    shown = [(x, code) for x, code in sorted(marks)]
 
     def draw() -> Any:
         return lines_figure("", series, x_label="step", y_label="L2 norm", log=True, marks=shown)

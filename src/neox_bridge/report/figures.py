@@ -48,11 +48,6 @@ def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
     return Plot(_themed(_bare(svg, head)), caption, round(float(head[1]) * 4 / 3))
 
 
-def drawn(name: str) -> str:
-    """A name as matplotlib draws it letter by letter: what stands between two $ is a formula."""
-    return name.replace("$", r"\$")
-
-
 def _bare(svg: str, head: re.Match[str]) -> str:
     """Without matplotlib's metadata and fixed size, which the page's style sets."""
     size = f'viewBox="0 0 {head[1]} {head[2]}"'

@@ -1,14 +1,14 @@
 """What ``--json`` of convert, verify and diff prints, and checkpoints, as sections of a page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from neox_bridge.cli.output import KINDS, human, plural, side
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.report.audit import audit_section
-from neox_bridge.report.figures import drawn, plot_of
+from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import (
     Facts,
     Plot,
@@ -78,7 +78,7 @@ def checkpoint_section(
         else f"Sound: {plural(len(stats), 'tensor')} without NaN, infinities or dead weights"
     )
     plot = plot_of(
-        lambda: statistics_figure([replace(s, name=drawn(s.name)) for s in stats]),
+        lambda: statistics_figure(stats),
         "Each kind of weight over the layers: standard deviation and largest absolute value.",
         prefix,
     )
@@ -243,7 +243,7 @@ def _difference_plot(found: Sequence[Difference], prefix: str) -> Plot:
     from neox_bridge.verification.plots import differences_figure
 
     return plot_of(
-        lambda: differences_figure([replace(d, name=drawn(d.name)) for d in found]),
+        lambda: differences_figure(found),
         "Largest relative difference of each tensor, layer by layer.",
         prefix,
     )

@@ -47,7 +47,12 @@ def differences_figure(differences: Sequence[Difference]) -> Any:
         axes.set_xlabel("block" if rows is blocks else "")
     if any(0 < d.relative < math.inf for d in differences):
         bar = figure.colorbar(
-            ScalarMappable(norm, _COLOUR_MAP), ax=figure.axes, fraction=0.04, pad=0.02, aspect=30
+            ScalarMappable(norm, _COLOUR_MAP),
+            ax=figure.axes,
+            format=lambda value, _: f"{value:g}",  # matplotlib's own labels are formulas
+            fraction=0.04,
+            pad=0.02,
+            aspect=30,
         )
         bar.solids.set(rasterized=False, edgecolor="face")  # no picture of pixels within the SVG
         bar.set_label("largest difference / largest value")

@@ -21,6 +21,7 @@ GREY, GRID = "#666666", "#dddddd"
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's fonts
     "svg.hashsalt": "neox-bridge",  # the same figure is the same file
+    "text.parse_math": False,  # a $ in a name is a $
     "font.size": 8.5,
     "axes.titlesize": 8.5,
     "axes.spines.top": False,
