@@ -9,6 +9,7 @@ Hugging Face checkpoint's weights with a copy of them.
 
 import argparse
 import contextlib
+import os
 import platform
 import shutil
 import statistics
@@ -124,6 +125,7 @@ def comparisons(folder: Path, runs: int) -> None:
 
 
 def main() -> None:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its byte code
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", default="pythia-410m")
     parser.add_argument("--runs", type=int, default=5)

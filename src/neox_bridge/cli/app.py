@@ -1,5 +1,6 @@
 """The console script ``neox-bridge``: its commands, and what holds for all of them."""
 
+import gc
 import signal
 import sys
 from typing import Annotated
@@ -72,6 +73,7 @@ def _common(
 
 def main() -> None:
     """Run the command line; ends the process with one of the documented exit codes."""
+    gc.set_threshold(50_000)  # modules and headers are many objects and no garbage
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         # a signal that whoever started us wants ignored (nohup) stays ignored
