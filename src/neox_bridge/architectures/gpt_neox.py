@@ -356,7 +356,7 @@ def _looks_like_pythia(config: ModelConfig) -> bool:
 ARCHITECTURE = Architecture(
     name="gpt_neox",
     about=About(
-        "Pythia, GPT-NeoX-20B and relatives",
+        "Pythia, GPT-NeoX-20B, StableLM-alpha, RedPajama-INCITE, Dolly",
         "fixture, random, GPT-NeoX",
         "MLPs of another width than four times the hidden size since 2024-10 only",
     ),
