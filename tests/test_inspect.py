@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
+from neox_bridge.layouts.open import open_checkpoint
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 RUNNER = CliRunner()
@@ -149,3 +150,14 @@ def test_a_folder_that_is_neither(tmp_path: Path) -> None:
     assert (done.exit_code, done.stdout) == (1, "")
     assert str(tmp_path) in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_trainers_folder_is_hugging_faces(tmp_path: Path) -> None:
+    """transformers' Trainer with DeepSpeed: global_stepN and latest beside the model."""
+    from common import make_hf
+
+    folder = make_hf(tmp_path / "checkpoint-5")
+    (folder / "latest").write_text("global_step5")
+    (folder / "global_step5").mkdir()
+    (folder / "global_step5" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
+    assert open_checkpoint(str(folder)).kind == "hf"

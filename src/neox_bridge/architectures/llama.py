@@ -18,8 +18,8 @@ ARCHITECTURE = architecture(
         About(
             "Llama 1, 2, 3; CodeLlama; Llemma",
             "fixture, random, GPT-NeoX",
-            "consolidated.*.pth are read too; GPT-NeoX has no rope_scaling, so Llama 3.1 and newer are "
-            "refused; biases of the MLP today only",
+            "consolidated.*.pth are read too; GPT-NeoX has no rope_scaling, so Llama 3.1 and newer "
+            "are refused; biases of the MLP today only",
         ),
         biases="optional",
         write=_write,

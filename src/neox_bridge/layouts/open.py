@@ -8,6 +8,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
 
+_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 _RAW_LLAMA = re.compile(r"consolidated\.\d+\.pth")
 _REPO = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -17,6 +18,8 @@ def detect(path: str) -> Kind:
     if not os.path.isdir(path):
         raise BridgeError(f"{path} isn't a folder. Name the folder that holds the checkpoint.")
     names = os.listdir(path)
+    if "config.json" in names and any(map(_WEIGHTS.fullmatch, names)):
+        return "hf"  # transformers' Trainer puts DeepSpeed's global_stepN beside them
     if re.fullmatch(r"global_step\d+", os.path.basename(os.path.abspath(path))):
         return "neox"
     if "latest" in names or any(re.fullmatch(r"global_step\d+", name) for name in names):
