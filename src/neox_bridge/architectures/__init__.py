@@ -6,11 +6,13 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
+from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.errors import Refused
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT_NEOX, LLAMA, MISTRAL, QWEN2)
+# Mamba first: its blocks ignore the settings of MLPs by which the others are told
+ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2)
 # families that GPT-NeoX (ea7aefd8) can't run, and why (megatron/model/transformer.py)
 CANNOT = {
     "qwen3": "it has norms of its own for q and k, and GPT-NeoX's use_qk_layernorm is one for both",

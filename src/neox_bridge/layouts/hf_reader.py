@@ -28,6 +28,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     """Open a folder with a config.json. Raises BridgeError or Refused, naming file or key."""
     raw = read_json(os.path.join(path, "config.json"))
     architecture = for_hf(raw)
+    raw = {**architecture.defaults, **raw}
     refs, files = _read_tensors(path)
     named, dropped = _normalise(architecture, refs, path)
     if raw.get("tie_word_embeddings") and architecture.head in named:
