@@ -116,6 +116,44 @@ def test_the_names_of_mamba_ssm_and_the_default_tie(tmp_path: Path) -> None:
     assert_same(want, hf_tensors(tmp_path / "back"))
 
 
+def as_mamba_ssm(hf: Path, **changes: Any) -> Path:
+    """The folder as mamba_ssm saves it: its names, pytorch_model.bin, a config of its own."""
+    own = {k.replace("embeddings", "embedding"): v for k, v in hf_tensors(hf).items()}
+    own["lm_head.weight"] = own["backbone.embedding.weight"]
+    torch.save(own, hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+    told = {"d_model": 40, "n_layer": 2, "vocab_size": 299, "ssm_cfg": {}, "rms_norm": True}
+    told |= {"residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 4}
+    (hf / "config.json").write_text(json.dumps({**told, **changes}))
+    return hf
+
+
+def test_mamba_ssm_is_read(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="mamba")
+    want = hf_tensors(hf)
+    plan = convert(as_mamba_ssm(hf), tmp_path / "neox")
+    assert (list(plan.findings), [d.name for d in plan.dropped]) == ([], ["lm_head.weight"])
+    convert(tmp_path / "neox", tmp_path / "back")
+    assert_same(want, hf_tensors(tmp_path / "back"))
+    tokens = torch.arange(20)[None]
+    again = make_hf(tmp_path / "again", family="mamba")
+    assert torch.equal(hf_logits(tmp_path / "back", tokens), hf_logits(again, tokens))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba2"}}, "mamba2"),
+        ({"attn_layer_idx": [1]}, "mamba with attention"),
+        ({"rms_norm": False}, "rms_norm"),
+    ],
+)
+def test_what_mamba_ssm_has_besides(changes: dict[str, Any], what: str, tmp_path: Path) -> None:
+    hf = as_mamba_ssm(make_hf(tmp_path / "hf", family="mamba"), **changes)
+    with pytest.raises(Refused, match=what):
+        plan_of(hf, tmp_path / "neox")
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [

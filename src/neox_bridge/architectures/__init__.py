@@ -19,6 +19,13 @@ CANNOT = {
 }
 
 
+def complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json in the words of transformers, which other libraries may have of their own."""
+    for architecture in ARCHITECTURES:
+        config = architecture.complete(config)
+    return config
+
+
 def for_hf(config: Mapping[str, Any]) -> Architecture:
     """The family of a config.json. Raises Refused for one that isn't known."""
     for architecture in ARCHITECTURES:

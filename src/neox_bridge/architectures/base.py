@@ -143,7 +143,8 @@ class Architecture:
     era_keys: those of them that mean something else in trees of another time.
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.
-    defaults: what transformers takes where config.json lacks a key that matters when opening.
+    complete: a config.json with what transformers takes for keys that lack, where that matters
+        for opening it, and another library's in transformers' words.
     refuse_shape: what GPT-NeoX can't do with this many tensor-parallel ranks, or in trees of an
         era by its name.
     """
@@ -170,7 +171,7 @@ class Architecture:
     era_keys: frozenset[str] = frozenset()
     always: tuple[str, ...] = ()
     gated: bool = False
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda raw: raw)
     refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
 
     @property

@@ -115,6 +115,33 @@ def _config(
     )
 
 
+def _complete(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers ties the embeddings unless told; mamba_ssm has words of its own.
+
+    Those of mamba_ssm are its MambaConfig's (models/config_mamba.py), whose ssm_cfg are the arguments
+    of its Mamba (modules/mamba_simple.py). The epsilon is its create_block's, and in no file.
+    """
+    if "ssm_cfg" not in raw or "model_type" in raw:
+        tied = {"tie_word_embeddings": True} if raw.get("model_type") == "mamba" else {}
+        return {**tied, **raw}
+    found: dict[str, Any] = {
+        "model_type": "mamba",
+        "tie_word_embeddings": raw.get("tie_embeddings", True),
+        "residual_in_fp32": raw.get("residual_in_fp32", True),
+        "rms_norm": raw.get("rms_norm", True),
+        "layer_norm_epsilon": 1e-5,
+    }
+    for key, own in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
+        found |= {key: raw[own]} if own in raw else {}
+    block = raw["ssm_cfg"] if isinstance(raw["ssm_cfg"], dict) else {}
+    words = {"d_state": "state_size", "d_conv": "conv_kernel", "dt_rank": "time_step_rank"}
+    words |= {"expand": "expand", "bias": "use_bias", "conv_bias": "use_conv_bias"}
+    found |= {word: block[own] for own, word in words.items() if own in block}
+    if block.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
+        found["model_type"] = str(block.get("layer", "mamba with attention")).lower()
+    return found
+
+
 def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
     hidden = dims["hidden"]
     told = {"state_size": ("states", _STATES), "conv_kernel": ("conv", _CONV)}
@@ -193,6 +220,14 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
     fixed: dict[str, Any] = {"state_size": _STATES, "conv_kernel": _CONV, "use_bias": False}
     if raw.get("hidden_size") and raw.get("time_step_rank", "auto") != "auto":
         fixed["time_step_rank"] = _rank(number("hidden_size", raw["hidden_size"], int))
+    if raw.get("rms_norm") is False:
+        found.append(
+            Refusal(
+                "rms_norm",
+                "this Mamba has layernorm, and transformers' rmsnorm only",
+                "there is none: no family of this version holds it",
+            )
+        )
     return found + [
         Refusal(
             key,
@@ -298,6 +333,6 @@ ARCHITECTURE = Architecture(
     matches_neox=lambda raw: attention_kinds(raw) == {"mamba"},
     model_keys=_MODEL_KEYS,
     findings_hf_source=_findings,
-    defaults={"tie_word_embeddings": True},
+    complete=_complete,
     refuse_shape=_refuse_shape,
 )

@@ -32,7 +32,8 @@ Proof:
 
 Mamba, fixture and real GPT-NeoX, **without mamba_ssm's kernels**, which want a GPU: around a plain
 torch stand-in for its `selective_scan_ref`, and without fusions (`tests/test_mamba.py`,
-`tests/neox`).
+`tests/neox`). Checkpoints of `mamba_ssm` itself are read as well, by their names and their own
+`config.json`; what is written has the form of transformers.
 
 Every family but Mamba also as
 

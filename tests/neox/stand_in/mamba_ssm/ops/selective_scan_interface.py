@@ -19,7 +19,7 @@ def selective_scan_ref(
     z,
     delta_bias,
     delta_softplus,
-    return_last_state,  # noqa: N803
+    return_last_state,
 ):
     """u, delta, z: [b, d, s]. A: [d, n]. B, C: [b, n, s]. D, delta_bias: [d]. Returns [b, d, s]."""
     assert delta_softplus
