@@ -8,6 +8,7 @@ from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
+from neox_bridge.architectures.neox_config import attention_kinds
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.errors import Refused
 
@@ -54,7 +55,8 @@ def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None)
             return architecture
     raise Refused(
         f"This GPT-NeoX model (norm: {config.get('norm', 'layernorm')}, activation: "
-        f"{config.get('activation', 'gelu')}, mlp_type: {config.get('mlp_type', 'regular')}) is of "
-        "a family that this version doesn't convert; it converts gpt_neox (layernorm, plain MLP) "
-        "and llama with its relatives (rmsnorm, gated MLP)."
+        f"{config.get('activation', 'gelu')}, mlp_type: {config.get('mlp_type', 'regular')}, "
+        f"attention_config: {', '.join(sorted(attention_kinds(config))) or 'global'}) is of "
+        "a family that this version doesn't convert; it converts gpt_neox (layernorm, plain MLP), "
+        "llama with its relatives (rmsnorm, gated MLP) and mamba (Mamba blocks only)."
     )

@@ -118,7 +118,7 @@ def _config(
 def _complete(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """transformers ties the embeddings unless told; mamba_ssm has words of its own.
 
-    Those of mamba_ssm are its MambaConfig's (models/config_mamba.py), whose ssm_cfg are the arguments
+    Those of mamba_ssm are its MambaConfig's (models/config_mamba.py); ssm_cfg are the arguments
     of its Mamba (modules/mamba_simple.py). The epsilon is its create_block's, and in no file.
     """
     if "ssm_cfg" not in raw or "model_type" in raw:
