@@ -38,6 +38,7 @@ TINY_LLAMA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 32,
 }
+TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_layers": 2}
 
 
 def make_hf(
@@ -49,7 +50,7 @@ def make_hf(
 ) -> Path:
     """A model made and saved by transformers, with every tensor random."""
     torch.manual_seed(seed)
-    tiny = TINY if family == "gpt_neox" else TINY_LLAMA
+    tiny = {"gpt_neox": TINY, "mamba": TINY_MAMBA}.get(family, TINY_LLAMA)
     made = AutoConfig.for_model(family, **{**tiny, **config})
     model = AutoModelForCausalLM.from_config(made)
     with torch.no_grad():

@@ -4,6 +4,7 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     yml: the settings, from which GPT-NeoX builds its tokenizer, its model and its engine
     drop: keys to leave out of them
     logits: where to write logits.npz, or null
+    training: whether they are computed in training mode, as a Mamba's must; left out: not
     steps: steps to train before, with random tokens, or 0
     save: a folder for GPT-NeoX's own checkpoint of the model, or left out
 The model, the DeepSpeed engine and the loading are GPT-NeoX's own; only what needs CUDA or apex is
@@ -121,7 +122,7 @@ def run(job) -> None:
         args.save = job["save"]
         save_checkpoint(args, 1, model, None, None)
     if job["logits"]:
-        save_logits(args, model, stages, job["logits"])
+        save_logits(args, model, stages, job["logits"], job.get("training", False))
 
 
 def train(args, model) -> None:
@@ -137,8 +138,8 @@ def train(args, model) -> None:
     assert torch.isfinite(torch.as_tensor(float(loss)))
 
 
-def save_logits(args, model, stages, path) -> None:
-    model.module.eval()
+def save_logits(args, model, stages, path, training) -> None:
+    model.module.train(training)
     seed = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, args.tokenizer.vocab_size, (2, 24), generator=seed)
     positions = torch.arange(24)[None].expand_as(tokens)

@@ -6,15 +6,25 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
+from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
+from neox_bridge.architectures.neox_config import attention_kinds
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.errors import Refused
 
-ARCHITECTURES: tuple[Architecture, ...] = (GPT_NEOX, LLAMA, MISTRAL, QWEN2)
+# Mamba first: its blocks ignore the settings of MLPs by which the others are told
+ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2)
 # families that GPT-NeoX (ea7aefd8) can't run, and why (megatron/model/transformer.py)
 CANNOT = {
     "qwen3": "it has norms of its own for q and k, and GPT-NeoX's use_qk_layernorm is one for both",
 }
+
+
+def complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json in the words of transformers, which other libraries may have of their own."""
+    for architecture in ARCHITECTURES:
+        config = architecture.complete(config)
+    return config
 
 
 def for_hf(config: Mapping[str, Any]) -> Architecture:
@@ -45,7 +55,8 @@ def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None)
             return architecture
     raise Refused(
         f"This GPT-NeoX model (norm: {config.get('norm', 'layernorm')}, activation: "
-        f"{config.get('activation', 'gelu')}, mlp_type: {config.get('mlp_type', 'regular')}) is of "
-        "a family that this version doesn't convert; it converts gpt_neox (layernorm, plain MLP) "
-        "and llama with its relatives (rmsnorm, gated MLP)."
+        f"{config.get('activation', 'gelu')}, mlp_type: {config.get('mlp_type', 'regular')}, "
+        f"attention_config: {', '.join(sorted(attention_kinds(config))) or 'global'}) is of "
+        "a family that this version doesn't convert; it converts gpt_neox (layernorm, plain MLP), "
+        "llama with its relatives (rmsnorm, gated MLP) and mamba (Mamba blocks only)."
     )

@@ -61,6 +61,7 @@ class ModelConfig:
     kv_heads: None where k and v have as many heads as q.
     window: how many tokens a query sees, itself among them; None where it sees all before it.
     reward: whether it scores a text rather than continue it; see heads.py.
+    conv_bias: whether the convolution of a block without attention has a bias.
     """
 
     layers: int
@@ -86,6 +87,7 @@ class ModelConfig:
     kv_heads: int | None = None
     window: int | None = None
     reward: bool = False
+    conv_bias: bool = False
 
     @property
     def key_value_heads(self) -> int:
@@ -141,6 +143,10 @@ class Architecture:
     era_keys: those of them that mean something else in trees of another time.
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.
+    complete: a config.json with what transformers takes for keys that lack, where that matters
+        for opening it, and another library's in transformers' words.
+    refuse_shape: what GPT-NeoX can't do with this many tensor-parallel ranks, or in trees of an
+        era by its name.
     """
 
     name: str
@@ -165,6 +171,8 @@ class Architecture:
     era_keys: frozenset[str] = frozenset()
     always: tuple[str, ...] = ()
     gated: bool = False
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda raw: raw)
+    refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
 
     @property
     def head(self) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox_bridge.architectures import ARCHITECTURES, CANNOT
+from neox_bridge.architectures.base import Architecture
 from neox_bridge.layouts.eras import ERAS
 
 _HEAD = """# Which models can be converted?
@@ -16,7 +17,7 @@ This page is generated: `python -m neox_bridge.architectures.page docs/families.
 """
 _TAIL = """
 Directions: both, for every family, in both layouts and for any tensor-parallel size that divides
-the heads, the key-value heads and the MLP. Eras: those of `--for`.
+the heads, the key-value heads and the MLP; Mamba has one rank only. Eras: those of `--for`.
 
 Proof:
 
@@ -24,11 +25,17 @@ Proof:
   that GPT-NeoX had computed (`tests/test_fixtures.py`, `tests/test_families.py`).
 - *random*: models made by transformers go to GPT-NeoX and back as the same bits, and a reference of
   GPT-NeoX's forward computes transformers' logits from the ranks (`tests/test_roundtrip.py`,
-  `tests/test_families.py`).
-- *GPT-NeoX*: the real one, of all four eras, loads what was written, strictly, and computes the
+  `tests/test_families.py`). Of Mamba the bits alone: the reference doesn't cover it, and neither
+  does `verify --logits`.
+- *GPT-NeoX*: the real one, of each of its eras, loads what was written, strictly, and computes the
   same logits, but for RMSNorm's epsilon before 4c9f1081 (`tests/neox`).
 
-Every family also as
+Mamba, fixture and real GPT-NeoX, **without mamba_ssm's kernels**, which want a GPU: around a plain
+torch stand-in for its `selective_scan_ref`, and without fusions (`tests/test_mamba.py`,
+`tests/neox`). Checkpoints of `mamba_ssm` itself are read as well, by their names and their own
+`config.json`; what is written has the form of transformers.
+
+Every family but Mamba also as
 
 - a reward model: `train_impl: rm` there, `...ForSequenceClassification` with one label here. Models
   with more labels are refused: GPT-NeoX's head scores with one number. Eras: 2024-10 and today.
@@ -57,13 +64,15 @@ class Row:
     note: str
 
 
-_ALL = ", ".join(era.name for era in ERAS)
+def _eras(architecture: Architecture) -> str:
+    """Those whose trees can hold the family at all."""
+    return ", ".join(era.name for era in ERAS if not architecture.refuse_shape(1, era.name))
 
 
 def rows() -> list[Row]:
     """The families that are converted, in the order in which they are tried."""
     return [
-        Row(a.name, a.hf_class, a.about.models, _ALL, a.about.proof, a.about.note)
+        Row(a.name, a.hf_class, a.about.models, _eras(a), a.about.proof, a.about.note)
         for a in ARCHITECTURES
     ]
 

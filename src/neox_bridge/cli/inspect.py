@@ -232,7 +232,9 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "rotary",
             f"{facts['rotary_dim']} of {facts['hidden'] // facts['heads']} dimensions of a head, "
-            f"base {facts['rotary_base']:g}",
+            f"base {facts['rotary_base']:g}"
+            if facts["rotary_dim"]
+            else "none",
         ),
         ("activation", facts["activation"]),
         ("residual", residual + (", one norm a block" if facts["tied_norms"] else "")),

@@ -99,7 +99,7 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
 
 
 # the version that brought each class, and grouped-query attention to Llama
-_SINCE = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37)}
+_SINCE = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37), "mamba": (4, 39)}
 _GROUPED_LLAMA = (4, 31)
 
 

@@ -10,7 +10,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import refuse_all, some
 from neox_bridge.layouts.derived_check import check_inv_freq
-from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.eras import TODAY, GqaOrder
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.weights import by_name, expand, lacking, layer_of, model_weights
 from neox_bridge.planning.fused import Fusion, fusion_of, gather_part
@@ -38,6 +38,7 @@ def assemble(
     where an unknown one belongs to something that the family doesn't have.
     """
     tp = len(ranks)
+    refuse_all(architecture.refuse_shape(tp, TODAY.name), folder)
     shards: dict[str, list[TensorRef]] = {}
     names: dict[str, str] = {}
     stored: dict[str, TensorRef] = {}

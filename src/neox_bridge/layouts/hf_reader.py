@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from neox_bridge.architectures import for_hf
+from neox_bridge.architectures import complete, for_hf
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
 from neox_bridge.architectures.heads import SCORE, refuse_labels
 from neox_bridge.errors import BridgeError
@@ -26,7 +26,7 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 def open_hf(path: str, revision: str = "") -> Checkpoint:
     """Open a folder with a config.json. Raises BridgeError or Refused, naming file or key."""
-    raw = read_json(os.path.join(path, "config.json"))
+    raw = complete(read_json(os.path.join(path, "config.json")))
     architecture = for_hf(raw)
     refs, files = _read_tensors(path)
     named, dropped = _normalise(architecture, refs, path)

@@ -52,7 +52,7 @@ def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> Non
         )
     if "q" in dims:
         _check_kv_heads(config, dims, where.replace("num_attention_heads", "the key-value heads"))
-    elif dims["qkv"] != 3 * config.hidden:
+    elif dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         raise BridgeError(
             f"attention.query_key_value has {dims['qkv']} rows; a hidden size of {config.hidden} "
             "takes three times as many. Grouped-query attention isn't of this family."

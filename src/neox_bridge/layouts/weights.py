@@ -9,6 +9,7 @@ _FLAGS: dict[str, Callable[[ModelConfig], bool]] = {
     "attention_bias": lambda c: c.attention_bias,
     "mlp_bias": lambda c: c.mlp_bias,
     "norm_bias": lambda c: c.norm_bias,
+    "conv_bias": lambda c: c.conv_bias,
     "untied": lambda c: not c.tied_embeddings and not c.reward,
     "reward": lambda c: c.reward,
 }

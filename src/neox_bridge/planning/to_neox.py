@@ -9,7 +9,7 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.text_files import dump_json
@@ -130,11 +130,12 @@ def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     if checkpoint.kind == "neox" and checkpoint.raw.get("pos_emb") != "rotary":
         inv_freq = "omit"
     raw = checkpoint.raw if state else {}
+    fits = era or fitting(mlp_names, inv_freq, raw)
+    refuse_all(checkpoint.architecture.refuse_shape(tp, fits.name), checkpoint.path)
     _check_parallel(checkpoint.config, tp, stages)
     sums = checkpoint.config.parallel_residual
     row_bias = options.row_bias if sums else "replicated"
     stages = stages if layout == "layers" else 1
-    fits = era or fitting(mlp_names, inv_freq, raw)
     gqa_order = fits.gqa_order
     if state is not None and era is None:
         gqa_order = state.gqa_order

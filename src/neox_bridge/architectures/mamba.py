@@ -1,0 +1,338 @@
+"""Mamba: ``MambaForCausalLM``, which GPT-NeoX runs as ``attention_config: [[["mamba"], L]]``.
+
+GPT-NeoX's side: megatron/model/mamba/mamba.py. There 16 states a channel, a convolution of 4 and a
+rank of hidden/16 are fixed; the inner width, intermediate_size on both sides, is twice the hidden
+size unless told, and is the neutral ``ffn`` here. Hugging Face's side: transformers
+models/mamba/{configuration,modeling}_mamba.py. Both compute in_proj as [x | z], so no row is moved.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from neox_bridge.architectures.base import (
+    About,
+    Architecture,
+    ModelConfig,
+    Presence,
+    Refusal,
+    Split,
+    Weight,
+)
+from neox_bridge.architectures.hf_config import refuse_hf_common
+from neox_bridge.architectures.neox_config import (
+    Keys,
+    attention_kinds,
+    number,
+    read_keys,
+    refuse_common,
+)
+from neox_bridge.errors import BridgeError
+
+_LAYER = "backbone.layers.{i}."
+_CONV_BIAS = "mixer.conv1d.bias"
+_STATES, _CONV = 16, 4
+
+
+def _mixer(name: str, split: Split, *shape: str, flag: str = "") -> Weight:
+    """A weight of the block, which has the same name on both sides."""
+    return Weight("block", f"mixer.{name}", f"{_LAYER}mixer.{name}", split, shape, flag)
+
+
+_WEIGHTS = (
+    Weight(
+        "embed",
+        "word_embeddings.weight",
+        "backbone.embeddings.weight",
+        "vocab",
+        ("vocab", "hidden"),
+    ),
+    Weight("block", "norm.scale", f"{_LAYER}norm.weight", "replicated", ("hidden",)),
+    _mixer("A_log", "column", "ffn", "states"),
+    _mixer("D", "column", "ffn"),
+    _mixer("in_proj.weight", "column", "x_and_z", "hidden"),
+    _mixer("conv1d.weight", "column", "ffn", "one", "conv"),
+    _mixer("conv1d.bias", "column", "ffn", flag="conv_bias"),
+    _mixer("x_proj.weight", "row", "dt_b_c", "ffn"),
+    _mixer("dt_proj.weight", "column", "ffn", "dt"),
+    _mixer("dt_proj.bias", "column", "ffn"),
+    _mixer("out_proj.weight", "row", "hidden", "ffn"),
+    Weight("norm", "norm.scale", "backbone.norm_f.weight", "replicated", ("hidden",)),
+    Weight("head", "final_linear.weight", "lm_head.weight", "vocab", ("vocab", "hidden"), "untied"),
+)
+_KEYS: Keys = (
+    ("layers", int, "num_hidden_layers", None, "num_layers", None),
+    # nothing attends: GPT-NeoX asks for heads all the same, and Hugging Face's side has none
+    ("heads", int, "num_attention_heads", 1, "num_attention_heads", None),
+    # nor has it a length; 2048 is what the published models were trained with
+    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
+    ("norm_eps", float, "layer_norm_epsilon", 1e-5, "rms_norm_epsilon", 1e-8),
+)
+_MODEL_KEYS = frozenset(
+    """hidden_size intermediate_size expansion_factor norm pos_emb no_weight_tying attention_config
+    mamba_use_bias_in_conv mamba_use_bias_in_linears""".split()
+) | {key for *_, key, _ in _KEYS}
+
+
+def _rank(hidden: int) -> int:
+    """The rank of dt that GPT-NeoX makes: a sixteenth of the hidden size, rounded up."""
+    return -(-hidden // 16)
+
+
+def _config(
+    keys: Mapping[str, Any],
+    dims: Mapping[str, int],
+    dtype: str,
+    *,
+    tied: bool,
+    conv_bias: bool,
+    ids: tuple[Any, Any] = (0, 0),
+) -> ModelConfig:
+    """Raises BridgeError where the block's matrices don't go together."""
+    wants = {"x_and_z": 2 * dims["ffn"], "dt_b_c": dims["dt"] + 2 * dims["states"], "one": 1}
+    names = {"x_and_z": "in_proj", "dt_b_c": "x_proj", "one": "conv1d"}
+    for dim, want in wants.items():
+        if dims[dim] != want:
+            raise BridgeError(
+                f"mixer.{names[dim]}.weight: a size of {want} follows from the other tensors, and "
+                f"this one has {dims[dim]}. The files are damaged or of another model."
+            )
+    return ModelConfig(
+        **keys,
+        dims=dict(dims),
+        rotary_pct=0.0,
+        rotary_base=10000.0,
+        activation="silu",
+        parallel_residual=False,
+        tied_norms=False,
+        tied_embeddings=tied,
+        attention_bias=False,
+        mlp_bias=False,
+        norm_bias=False,
+        conv_bias=conv_bias,
+        dtype=dtype,
+        bos_token_id=ids[0],
+        eos_token_id=ids[1],
+    )
+
+
+def _complete(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers ties the embeddings unless told; mamba_ssm has words of its own.
+
+    Those of mamba_ssm are its MambaConfig's (models/config_mamba.py); ssm_cfg are the arguments
+    of its Mamba (modules/mamba_simple.py). The epsilon is its create_block's, and in no file.
+    """
+    if "ssm_cfg" not in raw or "model_type" in raw:
+        tied = {"tie_word_embeddings": True} if raw.get("model_type") == "mamba" else {}
+        return {**tied, **raw}
+    found: dict[str, Any] = {
+        "model_type": "mamba",
+        "tie_word_embeddings": raw.get("tie_embeddings", True),
+        "residual_in_fp32": raw.get("residual_in_fp32", True),
+        "rms_norm": raw.get("rms_norm", True),
+        "layer_norm_epsilon": 1e-5,
+    }
+    for key, own in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
+        found |= {key: raw[own]} if own in raw else {}
+    block = raw["ssm_cfg"] if isinstance(raw["ssm_cfg"], dict) else {}
+    words = {"d_state": "state_size", "d_conv": "conv_kernel", "dt_rank": "time_step_rank"}
+    words |= {"expand": "expand", "bias": "use_bias", "conv_bias": "use_conv_bias"}
+    found |= {word: block[own] for own, word in words.items() if own in block}
+    if block.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
+        found["model_type"] = str(block.get("layer", "mamba with attention")).lower()
+    return found
+
+
+def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
+    hidden = dims["hidden"]
+    told = {"state_size": ("states", _STATES), "conv_kernel": ("conv", _CONV)}
+    told["time_step_rank"] = ("dt", _rank(hidden))
+    for key, (dim, default) in told.items():
+        value = raw.get(key, default)
+        value = default if value == "auto" else value
+        if number(key, value, int) != dims[dim]:
+            raise BridgeError(
+                f"config.json says {key}: {value}, and the tensors say {dims[dim]}. Correct it."
+            )
+    return _config(
+        read_keys(_KEYS, raw, hf=True),
+        dims,
+        presence.dtype,
+        tied=bool(raw.get("tie_word_embeddings")),
+        conv_bias=presence.has(_LAYER.format(i=0) + _CONV_BIAS),
+        ids=(raw.get("bos_token_id", 0), raw.get("eos_token_id", 0)),
+    )
+
+
+def _write_hf(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "vocab_size": config.dims["vocab"],
+        "hidden_size": config.hidden,
+        "intermediate_size": config.dims["ffn"],
+        "expand": config.dims["ffn"] // config.hidden,
+        "state_size": config.dims["states"],
+        "conv_kernel": config.dims["conv"],
+        "time_step_rank": config.dims["dt"],
+        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
+        "hidden_act": "silu",
+        "use_bias": False,
+        "use_conv_bias": config.conv_bias,
+        # GPT-NeoX adds in the parameters' dtype (ParallelMambaResidualLayer.forward)
+        "residual_in_fp32": False,
+        "tie_word_embeddings": config.tied_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "use_cache": True,
+        "torch_dtype": config.dtype,
+        "dtype": config.dtype,
+    }
+
+
+def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
+    return _config(
+        read_keys(_KEYS, raw, hf=False),
+        dims,
+        presence.dtype,
+        tied=not raw.get("no_weight_tying", False),
+        conv_bias=presence.has(_CONV_BIAS),
+    )
+
+
+def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
+    written: dict[str, Any] = {
+        "hidden_size": config.hidden,
+        **{key: getattr(config, name) for name, _, _, _, key, _ in _KEYS},
+        "attention_config": [[["mamba"], config.layers]],
+        "norm": "rmsnorm",
+        "pos_emb": "none",
+        "no_weight_tying": not config.tied_embeddings,
+        "mamba_use_bias_in_conv": config.conv_bias,
+    }
+    if config.dims["ffn"] != 2 * config.hidden:
+        written["intermediate_size"] = config.dims["ffn"]
+    return written
+
+
+def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
+    """What is fixed in GPT-NeoX's ParallelMambaBlock."""
+    found = refuse_hf_common(raw, 10000.0, "", ("silu", "swish"))
+    fixed: dict[str, Any] = {"state_size": _STATES, "conv_kernel": _CONV, "use_bias": False}
+    if raw.get("hidden_size") and raw.get("time_step_rank", "auto") != "auto":
+        fixed["time_step_rank"] = _rank(number("hidden_size", raw["hidden_size"], int))
+    if raw.get("rms_norm") is False:
+        found.append(
+            Refusal(
+                "rms_norm",
+                "this Mamba has layernorm, and transformers' rmsnorm only",
+                "there is none: no family of this version holds it",
+            )
+        )
+    return found + [
+        Refusal(
+            key,
+            f"GPT-NeoX's Mamba has {want} only, and this model {raw[key]}",
+            "there is none: no GPT-NeoX can hold this model",
+        )
+        for key, want in fixed.items()
+        if raw.get(key, want) != want
+    ]
+
+
+def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
+    """What GPT-NeoX computes around or in its Mamba blocks and transformers' Mamba doesn't."""
+    only_neox = "only a GPT-NeoX target can hold it (--to neox)"
+    hidden = number("hidden_size", raw.get("hidden_size") or 1, int)
+    inner = number("intermediate_size", raw.get("intermediate_size") or 2 * hidden, int)
+    positions, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
+    checks: tuple[tuple[str, bool, str], ...] = (
+        (
+            "pos_emb",
+            positions in ("learned", "sinusoidal"),
+            f"transformers' mamba has no positions, and this model has {positions!r} ones",
+        ),
+        ("norm", norm != "rmsnorm", f"transformers' mamba has rmsnorm only, this model {norm!r}"),
+        (
+            "mamba_use_bias_in_linears",
+            bool(raw.get("mamba_use_bias_in_linears")),
+            "it gives x_proj a bias, which transformers' mamba never has",
+        ),
+        (
+            "intermediate_size",
+            inner % hidden != 0,
+            f"transformers' mamba takes multiples of the hidden size {hidden}, and this is {inner}",
+        ),
+        (
+            "train_impl",
+            raw.get("train_impl") == "rm",
+            "transformers' mamba has no class with a reward head",
+        ),
+    )
+    return refuse_common(raw) + [Refusal(k, why, only_neox) for k, hit, why in checks if hit]
+
+
+def _refuse_shape(tp: int, era: str) -> list[Refusal]:
+    """One rank only: x_proj is a RowParallelLinear with parallel_output=True.
+
+    Its partial sums are never added up, so that each rank goes on with a dt, B and C of its own.
+    """
+    found = []
+    if tp > 1:
+        found.append(
+            Refusal(
+                "model_parallel_size",
+                f"on {tp} tensor-parallel ranks GPT-NeoX's Mamba doesn't sum x_proj over the ranks "
+                "and computes another model, which no Mamba on one rank is",
+                "use one tensor-parallel rank (--tp 1)",
+            )
+        )
+    if era != "today":
+        found.append(
+            Refusal(
+                "attention_config",
+                f"only today's GPT-NeoX has been seen to run this Mamba, none of {era}",
+                "use --for today",
+            )
+        )
+    return found
+
+
+def _findings(raw: Mapping[str, Any], config: ModelConfig) -> list[tuple[str, str, str]]:
+    if config.dtype not in ("float16", "bfloat16") or not raw.get("residual_in_fp32", True):
+        return []
+    return [
+        (
+            "residual-dtype",
+            "config.json says residual_in_fp32: true, and GPT-NeoX adds residuals in "
+            f"{config.dtype}",
+            "convert with --dtype fp32 where that matters",
+        )
+    ]
+
+
+ARCHITECTURE = Architecture(
+    name="mamba",
+    about=About(
+        "Mamba (not Mamba 2)",
+        "fixture, random, GPT-NeoX",
+        "one tensor-parallel rank and today's GPT-NeoX only; 16 states, a convolution of 4",
+    ),
+    hf_class="MambaForCausalLM",
+    model_type="mamba",
+    prefix="backbone.",
+    weights=_WEIGHTS,
+    dropped={},
+    # as mamba_ssm names it
+    aliases={"backbone.embedding.weight": "backbone.embeddings.weight"},
+    read_hf=_read_hf,
+    write_hf=_write_hf,
+    read_neox=_read_neox,
+    write_neox=_write_neox,
+    refuse_hf_source=_refuse_hf_source,
+    refuse_neox_source=_refuse_neox_source,
+    matches_neox=lambda raw: attention_kinds(raw) == {"mamba"},
+    model_keys=_MODEL_KEYS,
+    findings_hf_source=_findings,
+    complete=_complete,
+    refuse_shape=_refuse_shape,
+)

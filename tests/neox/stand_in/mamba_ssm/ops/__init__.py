@@ -1,0 +1,1 @@
+"""Where mamba_ssm keeps its scan."""
