@@ -1,7 +1,7 @@
 """What a model is, as data: its weights, how ranks split them, and its config in neutral words."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Split = Literal[
@@ -52,6 +52,11 @@ class Weight:
         return "column" if self.split == "gated" and name == self.old else self.split
 
 
+# what doesn't change what the model computes, or follows from the way it is written
+_NO_MEANING = {"dims", "dtype", "bos_token_id", "eos_token_id", "initializer_range"}
+_NO_MEANING |= {"hidden_dropout", "attention_dropout"}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A model's config in neutral words; sizes are those of the tensors.
@@ -88,6 +93,10 @@ class ModelConfig:
     window: int | None = None
     reward: bool = False
     conv_bias: bool = False
+
+    def meaning(self) -> dict[str, object]:
+        """What decides what the model computes: no sizes, dtypes, nor what only trains it."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NO_MEANING}
 
     @property
     def key_value_heads(self) -> int:

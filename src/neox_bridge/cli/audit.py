@@ -11,8 +11,6 @@ from neox_bridge.cli.progress import progress_bar
 if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit
 
-_LINES = 10  # more would hide each other
-
 
 def audit(
     folders: Annotated[
@@ -80,10 +78,11 @@ def audit(
             workers=max_workers,
             progress=progress,
         )
+    told = _json(found) if plot or as_json else {}
     if plot:
-        _plot(found, plot)
+        _plot(told, plot)
     if as_json:
-        print_json(_json(found))
+        print_json(told)
     elif not quiet:
         _print(found)
     tell_findings(found.faults, quiet or as_json)
@@ -147,42 +146,15 @@ def _json(found: "Audit") -> dict[str, Any]:
     }
 
 
-def _plot(found: "Audit", path: str) -> None:
+def _plot(told: dict[str, Any], path: str) -> None:
     """Of one run, the tensors with findings or else the kinds of weights; of several, the runs."""
+    from neox_bridge.verification.norm_lines import marks, run_lines, suspects, tensor_lines
     from neox_bridge.verification.plots import plot_lines
 
-    steps = [step for step in found.steps if step.number is not None]
-    runs = list(dict.fromkeys(step.run for step in steps))
-    series: dict[str, list[tuple[float, float]]] = {}
-    if len(runs) > 1:
-        for step in steps:
-            series.setdefault(step.run, []).append((float(step.number or 0), step.norm))
-    else:
-        wrong = [n for f in found.faults if f.severity != "info" for n in f.tensors]
-        names = list(dict.fromkeys(wrong))[:_LINES]
-        for step in steps:
-            squares: dict[str, float] = {}
-            for name, found_print in step.tensors.items():
-                if name in names or not names:
-                    line = name if names else _kind(name)
-                    squares[line] = squares.get(line, 0.0) + found_print.norm**2
-            for line, square in squares.items():
-                series.setdefault(line, []).append((float(step.number or 0), square**0.5))
-    marks = {
-        (float(label), f.code)
-        for f in found.faults
-        if f.severity != "info"
-        for label in f.steps
-        if label.isdecimal()
-    }
+    steps = [step for step in told["steps"] if step["step"] is not None]
+    runs = list(dict.fromkeys(step["run"] for step in steps))
+    several = len(runs) > 1
+    lines = run_lines(steps) if several else tensor_lines(steps, suspects(told["findings"]))
     title = f"Norms of {runs[0]}" if len(runs) == 1 else "Norms of the runs"
-    plot_lines(
-        title, series, path, x_label="step", y_label="L2 norm", log=True, marks=sorted(marks)
-    )
-
-
-def _kind(name: str) -> str:
-    """A weight's name without its block."""
-    from neox_bridge.verification.drawing import place_of
-
-    return place_of(name)[0]
+    shown = marks(told["findings"])
+    plot_lines(title, lines, path, x_label="step", y_label="L2 norm", log=True, marks=shown)

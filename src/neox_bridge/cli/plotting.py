@@ -25,6 +25,8 @@ def prepare(path: str | None) -> None:
 
 
 def _parse(text: str) -> str:
-    if not text.lower().endswith((".png", ".svg")):
+    from neox_bridge.verification.plots import SUFFIXES
+
+    if not text.lower().endswith(SUFFIXES):
         raise typer.BadParameter(f"{text!r} is neither a .png nor an .svg file.")
     return text

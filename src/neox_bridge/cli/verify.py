@@ -12,6 +12,7 @@ from neox_bridge.errors import BridgeError
 if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.verification.logits import Agreement
+    from neox_bridge.verification.tokens import Input
 
 Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads that compare.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -59,11 +60,14 @@ def verify(
 
     if tokens is not None and not logits:
         raise typer.BadParameter("--tokens is for --logits.")
+    if logits:
+        _require_torch(device)
     first = open_checkpoint(source, gqa_order=gqa_order)  # type: ignore[arg-type]
     second = open_checkpoint(target)
+    given = _tokens(tokens, first, second) if logits else None
     with progress_bar(second.size, "verifying", quiet) as progress:
         found = compare(first, second, workers=max_workers, progress=progress)
-    agreements = _computed(first, second, tokens, device) if logits else {}
+    agreements = _computed(first, second, given, device) if given else {}
     holds = found.holds and all(agreement.agrees for agreement in agreements.values())
     if as_json:
         more = {key: {"agrees": a.agrees, **asdict(a)} for key, a in agreements.items()}
@@ -82,10 +86,8 @@ def verify(
         raise typer.Exit(3)
 
 
-def _computed(
-    first: "Checkpoint", second: "Checkpoint", tokens: str | None, device: str
-) -> "dict[str, Agreement]":
-    """What both compute; and, where logits came with the tokens, what the first does beside."""
+def _require_torch(device: str) -> None:
+    """Raise BridgeError, before anything long is read, where --logits can't compute."""
     try:
         import torch
     except ImportError:
@@ -93,14 +95,24 @@ def _computed(
             "--logits computes with torch, which isn't installed: "
             "pip install 'neox-bridge[verify]'."
         ) from None
-    from neox_bridge.verification.logits import compare_logits, compare_recorded
-    from neox_bridge.verification.tokens import read_tokens
-
     if device == "cuda" and not torch.cuda.is_available():
         raise BridgeError(
             "--device cuda: torch sees no CUDA device here. Leave it out for the CPU."
         )
-    given = read_tokens(tokens, (first, second))
+
+
+def _tokens(told: str | None, first: "Checkpoint", second: "Checkpoint") -> "Input":
+    from neox_bridge.verification.tokens import read_tokens
+
+    return read_tokens(told, (first, second))
+
+
+def _computed(
+    first: "Checkpoint", second: "Checkpoint", given: "Input", device: str
+) -> "dict[str, Agreement]":
+    """What both compute; and, where logits came with the tokens, what the first does beside."""
+    from neox_bridge.verification.logits import compare_logits, compare_recorded
+
     found = {"logits": compare_logits(first, second, given.tokens, device)}
     if given.recorded is not None:
         found["recorded"] = compare_recorded(first, given.tokens, given.recorded, device)

@@ -9,7 +9,6 @@ from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
 
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
-_RAW_LLAMA = re.compile(r"consolidated\.\d+\.pth")
 _REPO = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -26,7 +25,9 @@ def detect(path: str) -> Kind:
         return "neox"
     if "config.json" in names:
         return "hf"
-    if "params.json" in names and any(map(_RAW_LLAMA.fullmatch, names)):
+    from neox_bridge.layouts.raw_llama import is_raw_llama
+
+    if is_raw_llama(names):
         return "hf"
     if any(name.endswith("model_states.pt") for name in names):
         raise BridgeError(

@@ -57,6 +57,11 @@ class _Params:
     base: float
 
 
+def is_raw_llama(names: Sequence[str]) -> bool:
+    """Whether a folder with these files is one."""
+    return PARAMS in names and any(map(_FILE.fullmatch, names))
+
+
 def open_raw_llama(path: str) -> Checkpoint:
     """Open such a folder, as the Hugging Face model that it is.
 

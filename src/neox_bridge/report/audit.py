@@ -6,13 +6,12 @@ from typing import Any
 from neox_bridge.cli.output import KINDS, human, plural
 from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import Plot, Section, Table, Verdict, findings_of, state_of
+from neox_bridge.verification.norm_lines import Points, marks, run_lines, suspects, tensor_lines
 
 _OPEN = 24  # rows of a table that needn't be folded
 _RUNS = 8  # runs with a plot of their own
-_LINES = 10  # more would hide each other
 
 Document = Mapping[str, Any]
-Points = dict[str, list[tuple[float, float]]]
 
 
 def audit_section(document: Document, name: str, prefix: str) -> Section:
@@ -71,53 +70,22 @@ def _plots(document: Document, runs: Sequence[str], prefix: str) -> Iterator[Plo
     steps = [step for step in document["steps"] if step["step"] is not None]
     several = [run for run in runs if sum(step["run"] == run for step in steps) > 1]
     if len(several) > 1:
-        whole: Points = {}
-        for step in steps:
-            whole.setdefault(step["run"], []).append((float(step["step"]), step["norm"]))
+        whole = run_lines(steps)
         yield _plot("L2 norm of all weights over the steps.", whole, document, None, f"{prefix}n")
     for number, run in enumerate(several[:_RUNS]):
         own = [step for step in steps if step["run"] == run]
-        wrong = [
-            tensor
-            for finding in document["findings"]
-            if finding["severity"] != "info" and finding["run"] == run
-            for tensor in finding["tensors"]
-        ]
-        names = list(dict.fromkeys(wrong))[:_LINES]
+        names = suspects(document["findings"], run)
         what = "tensors with findings" if names else "each kind of weight"
         caption = f"{run}: L2 norm of {what} over the steps."
-        yield _plot(caption, _series(own, names), document, run, f"{prefix}n{number}-")
+        yield _plot(caption, tensor_lines(own, names), document, run, f"{prefix}n{number}-")
 
 
-def _series(steps: Sequence[Document], names: Sequence[str]) -> Points:
-    """Norms over steps, of these tensors, or else of all tensors of the same kind together."""
-    from neox_bridge.verification.drawing import place_of
-
-    series: Points = {}
-    for step in steps:
-        squares: dict[str, float] = {}
-        for name, found in step["tensors"].items():
-            if name in names or not names:
-                line = name if names else place_of(name)[0]
-                squares[line] = squares.get(line, 0.0) + found["norm"] ** 2
-        for line, square in squares.items():
-            series.setdefault(line, []).append((float(step["step"]), square**0.5))
-    return series
-
-
-def _plot(caption: str, series: Points, document: Document, run: str | None, prefix: str) -> Plot:
+def _plot(caption: str, lines: Points, document: Document, run: str | None, prefix: str) -> Plot:
     from neox_bridge.verification.plots import lines_figure
 
-    marks = {
-        (float(label), str(finding["code"]))
-        for finding in document["findings"]
-        if finding["severity"] != "info" and run in (None, finding["run"])
-        for label in finding["steps"]
-        if str(label).isdecimal()
-    }
-    shown = [(x, code) for x, code in sorted(marks)]
+    shown = marks(document["findings"], run)
 
     def draw() -> Any:
-        return lines_figure("", series, x_label="step", y_label="L2 norm", log=True, marks=shown)
+        return lines_figure("", lines, x_label="step", y_label="L2 norm", log=True, marks=shown)
 
     return plot_of(draw, caption, prefix)

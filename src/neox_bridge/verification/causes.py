@@ -58,9 +58,10 @@ class Hypothesis:
 def hypotheses(neox: Checkpoint, other: Checkpoint) -> list[Hypothesis]:
     """What may explain that another checkpoint differs from a GPT-NeoX one, likeliest first."""
     found = [*_by_config(neox, other), *_by_era(neox), *_by_order(neox), *_by_habit(neox)]
-    return list({str(sorted(h.settings.items(), key=str)): h for h in reversed(found)}.values())[
-        ::-1
-    ]
+    unique: dict[str, Hypothesis] = {}
+    for hypothesis in found:
+        unique.setdefault(repr(sorted(hypothesis.settings.items())), hypothesis)
+    return list(unique.values())
 
 
 def _by_config(neox: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
@@ -134,11 +135,8 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
     if config.attention_bias or config.mlp_bias:
         kinds = [kind for kind in _BIASES if state.tp > 1 or kind in ("twice", "half")]
         for kind in kinds:
-            counted = "bias counted twice" if state.tp == 2 or kind == "twice" else "bias counted"
-            if kind in ("first", "sum") and state.tp > 2:
-                counted = f"bias counted {state.tp} times"
-            if kind == "half":
-                counted = "bias counted twice"
+            times = state.tp if kind in ("first", "sum") else 2
+            counted = "bias counted twice" if times == 2 else f"bias counted {times} times"
             yield Hypothesis(
                 counted,
                 {"row_biases": kind},

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+_T = TypeVar("_T")
 Kind = Literal["equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"]
 BLOCK = 4 << 20  # bytes of each side at a time
 MEASURED = 1 << 16  # elements at a time where they become float64, some times over
@@ -86,11 +87,8 @@ def zero_beyond(whole: Whole, rows: int, context: Context) -> bool:
 
 
 def each(
-    names: Iterable[str],
-    one: Callable[[str], Difference],
-    context: Context,
-    workers: int | None,
-) -> list[Difference]:
+    names: Iterable[str], one: Callable[[str], _T], context: Context, workers: int | None
+) -> list[_T]:
     """``one`` for every name, in threads; the context's files are closed at the end."""
     try:
         with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.pieces import Whole, cut, whole_of
-from neox_bridge.verification.compare import settled, values
+from neox_bridge.verification.compare import each, settled, values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,15 +79,8 @@ def fingerprints(
         context.wrote(whole.nbytes, changed=False)
         return found
 
-    try:
-        with ThreadPoolExecutor(workers or 2) as pool:
-            try:
-                made = dict(zip(largest_first, pool.map(one, largest_first), strict=True))
-            except BaseException:
-                context.stop.set()  # the other threads needn't finish
-                raise
-    finally:
-        context.files.close()
+    found = each(largest_first, one, context, workers or 2)
+    made = dict(zip(largest_first, found, strict=True))
     return {name: made[name] if name in made else known[name] for name in checkpoint.tensors}
 
 

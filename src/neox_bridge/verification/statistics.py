@@ -1,9 +1,7 @@
 """Statistics of a checkpoint's tensors, and what in them no healthy model has."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -15,7 +13,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.pieces import Shape, Whole
-from neox_bridge.verification.compare import values
+from neox_bridge.verification.compare import each, values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,15 +79,7 @@ def statistics(
         context.wrote(whole.nbytes, changed=False)
         return found
 
-    try:
-        with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
-            try:
-                return list(pool.map(one, names))
-            except BaseException:
-                context.stop.set()  # the other threads needn't read on
-                raise
-    finally:
-        context.files.close()
+    return each(names, one, context, workers)
 
 
 def findings(stats: Sequence[Statistics], checkpoint: Checkpoint) -> list[Finding]:

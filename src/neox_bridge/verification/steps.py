@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +15,6 @@ from neox_bridge.verification.hash_cache import check_same, identify, look_up, r
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.runs import Place
 
-# what trains a model or only goes with it, and may change from step to step
-_IGNORED = {"dims", "dtype", "bos_token_id", "eos_token_id", "initializer_range"}
-_IGNORED |= {"hidden_dropout", "attention_dropout"}
 _SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
 
 
@@ -109,9 +106,8 @@ def read_step(
 
 def _meaning(checkpoint: Checkpoint) -> dict[str, object]:
     config = checkpoint.config
-    told = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _IGNORED}
     sizes = {f"{dim} size": size for dim, size in config.dims.items() if dim != "vocab"}
-    return {"family": checkpoint.architecture.name, **told, **sizes}
+    return {"family": checkpoint.architecture.name, **config.meaning(), **sizes}
 
 
 def _seed(run: str, raw: Mapping[str, Any]) -> int | None:

@@ -1,7 +1,7 @@
 """``neox-bridge verify``: what was written, read back, is what the source says."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from neox_bridge.architectures.base import ModelConfig, Weight
@@ -18,9 +18,6 @@ from neox_bridge.verification.compare import Difference, compare, each, settled,
 
 # the relative rounding of one addition or division
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# what doesn't change what the model computes, or follows from the way it is written
-_IGNORED = {"dims", "dtype", "bos_token_id", "eos_token_id", "initializer_range"}
-_IGNORED |= {"hidden_dropout", "attention_dropout"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +166,14 @@ def _compare(
 
 
 def _config_findings(want: ModelConfig, have: ModelConfig) -> Iterable[Finding]:
-    for field in fields(want):
-        if field.name in _IGNORED:
-            continue
-        told, found = getattr(want, field.name), getattr(have, field.name)
+    theirs = have.meaning()
+    for name, told in want.meaning().items():
+        found = theirs[name]
         if told != found:
             yield Finding(
                 "config-differs",
                 "error",
-                f"{field.name}: the source says {told}, the target {found}",
+                f"{name}: the source says {told}, the target {found}",
                 "convert again, or correct the target's config",
             )
     for dim in ("hidden", "ffn"):
