@@ -682,7 +682,16 @@ def test_headers_beyond_4_gib_are_torchs() -> None:
     assert end[-22:].hex() == "504b0506000000000900090067020000ffffffff0000"
 
 
-def test_records_are_bounded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_zip, "_MAX_PICKLE", 100)
-    with pytest.raises(BridgeError, match="100 are allowed"):
+def test_directories_are_bounded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neox_bridge.formats.zip_directory._MOST", 100)
+    with pytest.raises(BridgeError, match="no zip directory"):
+        read_torch(str(small))
+
+
+def test_what_tensors_claim_is_bounded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_zip, "_CLAIM", 0)
+    monkeypatch.setattr(torch_zip, "_CLAIM_LEAST", 22)
+    assert len(read_torch(str(small))) == 2  # type: ignore[arg-type]
+    monkeypatch.setattr(torch_zip, "_CLAIM_LEAST", 21)
+    with pytest.raises(BridgeError, match="far more elements"):
         read_torch(str(small))

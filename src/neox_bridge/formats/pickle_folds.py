@@ -5,16 +5,20 @@ would give is made here.
 """
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import BY_STORAGE
 
-MAX_STEPS = 10_000_000  # opcodes, and the items that folding a constructor or hashing a key visits
+MAX_STEPS = 1_000_000  # a step is about a microsecond or 128 bytes; a tensor takes some 50
 MAX_KEY_NODES = 500  # values inside one tuple used as a key: hashing is recursive, so bounded
 _MAX_DIMENSIONS = 64
+_MAX_SIZE = 1 << 63  # torch's sizes are signed 64-bit numbers; larger ones only cost time
+_RECORD = 4  # steps; an object of seven fields
+_FEW = 1 << 64  # integers up to here: no more than a handful have the same hash
 
 
 class PickleError(BridgeError):
@@ -85,7 +89,10 @@ class Context:
     left: int = field(default_factory=lambda: MAX_STEPS)
 
     def spend(self, cost: int) -> None:
-        """Count steps, so that a small file can't keep the reader busy or fill the memory."""
+        """Count steps, so that a small file can't keep the reader busy or fill the memory.
+
+        One context may serve several pickles of a file, which then share its steps.
+        """
         self.left -= cost
         if self.left < 0:
             raise PickleError(f"the pickle takes more than {MAX_STEPS:,} steps")
@@ -102,26 +109,46 @@ def storage_ref(pid: object) -> StorageRef:
             if (module, name) == ("torch.storage", "UntypedStorage"):
                 dtype = "uint8"
             match rest:
-                case [] | [None] if numel >= 0:
+                case [] | [None] if 0 <= numel < _MAX_SIZE:
                     return StorageRef(key, dtype, numel, location)
-                case [(_, int(start), int(size))] if start >= 0 and size >= 0:
-                    return StorageRef(key, dtype, size, location, start)
+                case [(_, int(start), int(size))] if 0 <= min(start, size):
+                    if max(start, size) < _MAX_SIZE:
+                        return StorageRef(key, dtype, size, location, start)
     raise PickleError("a persistent id isn't a torch storage's")
 
 
-def hashable(context: Context, value: Any) -> Any:
-    """The value, if it can be hashed within bounds: Python's hash of a tuple is recursive."""
-    todo, seen = [value], 0
+def hashable(context: Context, value: Any, among: int) -> Any:
+    """The value, if it can be hashed and compared within bounds.
+
+    Python's hash of a tuple and its comparison of sets are recursive. Text has a hash that nobody
+    foresees, so that a dictionary of it is fast; other keys may all have been made for one hash.
+    among: how many keys this one may have to be compared with.
+    """
+    todo, seen, cost = [value], 0, 0
     while todo:
         item, seen = todo.pop(), seen + 1
-        if isinstance(item, tuple):
-            todo.extend(item[: MAX_KEY_NODES + 1])
+        if isinstance(item, tuple | frozenset):
+            todo.extend(islice(item, MAX_KEY_NODES + 1))
+        elif isinstance(item, str | bytes):
+            cost += len(item) >> 12
+        elif isinstance(item, Global):
+            cost += (len(item.module) + len(item.name)) >> 12
         elif isinstance(item, list | dict | set | bytearray):
             raise PickleError(f"the pickle uses a {type(item).__name__} as a key")
+        elif isinstance(item, int):
+            cost += item.bit_length() >> 13
         if seen + len(todo) > MAX_KEY_NODES:
             raise PickleError("the pickle has too large a tuple as a key")
-    context.spend(seen - 1)
+    small = isinstance(value, int) and abs(value) < _FEW
+    if not (small or isinstance(value, str | bytes | float | Global | Record | None)):
+        cost += among // 16
+    context.spend(seen - 1 + cost)
     return value
+
+
+def key_set(context: Context, items: Collection[Any], among: int = 0) -> set[Any]:
+    """The items as a set. among: how many it will be added to."""
+    return {hashable(context, item, among + i) for i, item in enumerate(items)}
 
 
 def fold(context: Context, factory: object, args: object, new: bool = False) -> object:
@@ -133,13 +160,29 @@ def fold(context: Context, factory: object, args: object, new: bool = False) -> 
         raise PickleError("the pickle calls something with what isn't a tuple of arguments")
     known = _FOLDS.get((factory.module, factory.name)) if isinstance(factory, Global) else None
     value = known(context, args) if known and not (new and args) else NotImplemented
-    return Record(factory, args, new=new) if value is NotImplemented else value
+    return record(context, factory, args, new=new) if value is NotImplemented else value
+
+
+def record(
+    context: Context,
+    factory: object,
+    args: tuple[object, ...],
+    kwargs: dict[Any, object] | None = None,
+    new: bool = False,
+) -> Record:
+    """The call as a Record, with its steps counted."""
+    context.spend(_RECORD)
+    return Record(factory, args, kwargs or {}, new=new)
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
-    if not isinstance(value, tuple) or not all(type(i) is int and i >= 0 for i in value):
+    if not isinstance(value, tuple) or len(value) > _MAX_DIMENSIONS:
         return None
-    return value if len(value) <= _MAX_DIMENSIONS else None
+    if not all(type(i) is int and i >= 0 for i in value):
+        return None
+    if any(i >= _MAX_SIZE for i in value):
+        raise PickleError("a tensor is larger than its storage, and than any")
+    return value
 
 
 def _rebuild_tensor(context: Context, args: tuple[Any, ...]) -> object:
@@ -149,6 +192,9 @@ def _rebuild_tensor(context: Context, args: tuple[Any, ...]) -> object:
         return NotImplemented
     if shape is None or strides is None or len(shape) != len(strides):
         return NotImplemented
+    if offset >= _MAX_SIZE:
+        raise PickleError("a tensor begins beyond its storage")
+    context.spend(10 + len(shape))
     name = dtype.name if isinstance(dtype, Global) else storage.dtype
     return context.tensor(PickledTensor(storage, offset, shape, strides, name))
 
@@ -180,13 +226,14 @@ def _fold_dict(context: Context, args: tuple[Any, ...]) -> object:
     if args and isinstance(args[0], dict):
         context.spend(len(args[0]))
         return dict(args[0])
-    return {hashable(context, key): value for key, value in _sequence(context, args)}
+    pairs = enumerate(_sequence(context, args))
+    return {hashable(context, key, i): value for i, (key, value) in pairs}
 
 
 def _fold_encode(context: Context, args: tuple[Any, ...]) -> object:
     if len(args) != 2 or not isinstance(args[0], str) or args[1] not in ("latin1", "latin-1"):
         return NotImplemented
-    context.spend(len(args[0]) // 8)
+    context.spend(len(args[0]) // 128)
     return codecs.latin_1_encode(args[0])[0]
 
 
@@ -194,7 +241,7 @@ def _fold_bytes(context: Context, args: tuple[Any, ...]) -> object:
     if not args:
         return b""
     if isinstance(args[0], bytes):
-        context.spend(len(args[0]) // 8)
+        context.spend(len(args[0]) // 128)
         return args[0]
     return _fold_encode(context, args)
 
@@ -206,10 +253,8 @@ def _fold_bytearray(context: Context, args: tuple[Any, ...]) -> object:
 
 _Fold = Callable[[Context, tuple[Any, ...]], object]
 _BUILTINS: dict[str, _Fold] = {
-    "set": lambda context, args: {hashable(context, i) for i in _sequence(context, args)},
-    "frozenset": lambda context, args: frozenset(
-        hashable(context, i) for i in _sequence(context, args)
-    ),
+    "set": lambda context, args: key_set(context, _sequence(context, args)),
+    "frozenset": lambda context, args: frozenset(key_set(context, _sequence(context, args))),
     "list": _sequence,
     "tuple": lambda context, args: tuple(_sequence(context, args)),
     "dict": _fold_dict,

@@ -25,35 +25,51 @@ from neox_bridge.formats.pickle_folds import (
     StorageRef,
     fold,
     hashable,
+    key_set,
+    record,
     storage_ref,
 )
 
-__all__ = ["Global", "PickleError", "PickledTensor", "Record", "StorageRef", "load", "storage_ref"]
+__all__ = [
+    "Context",
+    "Global",
+    "PickleError",
+    "PickledTensor",
+    "Record",
+    "StorageRef",
+    "load",
+    "storage_ref",
+]
 
 _LAST_PROTOCOL = 5
-_MAX_VALUE = 256 << 20  # bytes of one string
+_MAX_VALUE = 16 << 20  # bytes of one string
 _MAX_LINE = 1 << 20  # bytes of one of protocol 0's lines
+_STEP = 32  # bytes of a string for each step: as Python's text they may become four times as many
 
 
 class _Bounded:
     """A stream that refuses a length beyond its end before memory is set aside for it."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, size: int | None, context: Context) -> None:
         here = stream.tell()
-        self.end = stream.seek(0, io.SEEK_END)
+        self.end = stream.seek(0, io.SEEK_END) if size is None else here + size
         self.tell = stream.tell
-        self._read, self._readline = stream.read, stream.readline
+        self._read, self._readline, self._spend = stream.read, stream.readline, context.spend
         stream.seek(here)
 
     def read(self, size: int) -> bytes:
         if size > self.end - self.tell():
             raise PickleError("the pickle ends in the middle of a value")
-        if size > _MAX_VALUE:
-            raise PickleError(f"the pickle holds a string of {size:,} bytes")
+        if size > _STEP:
+            if size > _MAX_VALUE:
+                raise PickleError(f"the pickle holds a string of {size:,} bytes")
+            self._spend(size // _STEP)
         return self._read(size)
 
     def readline(self) -> bytes:
-        return self._readline(_MAX_LINE)
+        line = self._readline(min(_MAX_LINE, self.end - self.tell()))
+        self._spend(len(line) // _STEP)
+        return line
 
 
 @dataclass(slots=True)
@@ -69,16 +85,22 @@ def load(
     stream: BinaryIO,
     persistent: Callable[[object], object] | None = None,
     tensor: Callable[[PickledTensor], object] | None = None,
+    size: int | None = None,
+    context: Context | None = None,
 ) -> object:
     """The value of the pickle at the stream's position, which is left right behind it.
 
     stream: seekable. persistent: turns a persistent id into a value, ``storage_ref`` for torch's.
     tensor: what to put in a tensor's place, by default the ``PickledTensor`` itself.
+    size: bytes that are the pickle's, by default all up to the stream's end.
+    context: in place of a new one, for pickles that share their steps; ``tensor`` isn't used then.
     Raises PickleError for what is damaged, unknown or too large, and what the callbacks raise.
     """
-    machine = _Machine(persistent, Context(tensor or (lambda pickled: pickled)))
+    context = context or Context(tensor or (lambda pickled: pickled))
+    machine = _Machine(persistent, context)
+    bounded = cast(BinaryIO, _Bounded(stream, size, context))
     try:
-        for opcode, arg, _ in pickletools.genops(cast(BinaryIO, _Bounded(stream))):
+        for opcode, arg, _ in pickletools.genops(bounded):
             machine.context.spend(1)
             if opcode.name == "STOP":
                 return machine.stack.pop()
@@ -171,7 +193,7 @@ def _dict(machine: _Machine, _arg: object) -> None:
 
 def _frozenset(machine: _Machine, _arg: object) -> None:
     items = _take_mark(machine)
-    machine.stack.append(frozenset(hashable(machine.context, item) for item in items))
+    machine.stack.append(frozenset(key_set(machine.context, items)))
 
 
 def _extend(machine: _Machine, items: Iterable[object]) -> None:
@@ -197,7 +219,7 @@ def _add_items(machine: _Machine, _arg: object) -> None:
     items = _take_mark(machine)
     target = machine.stack[-1]
     if isinstance(target, set):
-        target.update(hashable(machine.context, item) for item in items)
+        target.update(key_set(machine.context, items, len(target)))
     else:
         _extend(machine, items)
 
@@ -208,7 +230,7 @@ def _set_items(machine: _Machine, pairs: list[Any]) -> None:
         raise PickleError(f"the pickle sets items of a {type(target).__name__} or half an item")
     entries = target.entries if isinstance(target, Record) else target
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        entries[hashable(machine.context, key)] = value
+        entries[hashable(machine.context, key, len(entries))] = value
 
 
 def _set_item(machine: _Machine, _arg: object) -> None:
@@ -254,7 +276,7 @@ def _new_object_ex(machine: _Machine, _arg: object) -> None:
     factory, args, kwargs = _take(machine, 3)
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise PickleError("the pickle calls something with what aren't arguments")
-    machine.stack.append(Record(factory, args, kwargs, new=True))
+    machine.stack.append(record(machine.context, factory, args, kwargs, new=True))
 
 
 def _instance(machine: _Machine, arg: str) -> None:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickles import (
+    Context,
     Global,
     PickledTensor,
     PickleError,
@@ -20,9 +21,9 @@ from neox_bridge.formats.pickles import (
     storage_ref,
 )
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.formats.torch_zip import not_whole, place
+from neox_bridge.formats.torch_zip import Claims, not_whole, place
 
-_MAGIC = 0x1950A86A20F9469CFC6C
+MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
 
@@ -40,14 +41,15 @@ def read_legacy(path: str) -> object:
 
 
 def _read(path: str, file: BinaryIO) -> object:
-    if load(file) != _MAGIC:
+    context = Context(lambda pickled: pickled)
+    if load(file, context=context) != MAGIC:
         raise BridgeError(
             f"{path} is a pickle, but not one of torch.save. Load it where it was made, and "
             "torch.save its state dict."
         )
-    if load(file) != _PROTOCOL:
+    if load(file, context=context) != _PROTOCOL:
         raise PickleError("its protocol version isn't 1001")
-    system = load(file)
+    system = load(file, context=context)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise BridgeError(
             f"{path} was written on a big-endian machine. Load it with torch and torch.save it "
@@ -55,19 +57,21 @@ def _read(path: str, file: BinaryIO) -> object:
         )
     start = file.tell()
     storages: dict[str, StorageRef] = {}
-    _object(file, storages)
-    records = _records(file, storages, load(file))
+    _object(file, storages, context)
+    records = _records(file, storages, load(file, context=context))
     file.seek(start)  # the places are known only now: read the object again, with them
+    claims = Claims(file)
 
     def tensor(pickled: PickledTensor) -> TensorRef:
         offset, size = records[pickled.storage.key]
-        return place(pickled, path, offset, size)
+        return claims.take(place(pickled, path, offset, size))
 
-    return load(file, lambda pid: _persistent(pid, storages), tensor)
+    context.tensor = tensor
+    return load(file, lambda pid: _persistent(pid, storages), context=context)
 
 
-def _object(file: BinaryIO, storages: dict[str, StorageRef]) -> None:
-    load(file, lambda pid: _persistent(pid, storages))
+def _object(file: BinaryIO, storages: dict[str, StorageRef], context: Context) -> None:
+    load(file, lambda pid: _persistent(pid, storages), context=context)
 
 
 def _persistent(pid: object, storages: dict[str, StorageRef]) -> object:

@@ -5,7 +5,6 @@ Source: torch 2.13's torch/serialization.py, caffe2/serialize/inline_container.c
 """
 
 import hashlib
-import io
 import os
 import struct
 import zipfile
@@ -19,6 +18,7 @@ from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickle_writer import dump
 from neox_bridge.formats.pickles import PickledTensor, PickleError, load, storage_ref
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous
+from neox_bridge.formats.zip_directory import open_zip
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, byte_range
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")  # APPNOTE 4.3.7
@@ -35,7 +35,8 @@ _ALIGNMENT = 64  # bytes
 _BLOCK = 4096  # bytes; what file systems share is whole blocks at the same place in both files
 _WORTH_SHARING = 64 << 10  # bytes
 _ELEMENT = 8  # bytes; torch maps tensors in place, so they stay aligned for every dtype
-_MAX_PICKLE = 256 << 20  # bytes of data.pkl, which is read into memory
+_CLAIM = 8  # times the file's bytes, and
+_CLAIM_LEAST = 64 << 20  # bytes in any case, that its tensors may have together
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,30 @@ class _Entry:
     size: int
 
 
+class Claims:
+    """The bytes that a file's tensors have together: those that overlap don't make any number.
+
+    One element with strides of 0 can be a tensor of any size, which would be written out in full.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.left = max(_CLAIM * os.fstat(file.fileno()).st_size, _CLAIM_LEAST)
+
+    def take(self, ref: TensorRef) -> TensorRef:
+        """The tensor, counted. Raises PickleError where there are too many bytes."""
+        self.left -= ref.nbytes
+        if self.left < 0:
+            raise PickleError("its tensors have far more elements than it holds")
+        return ref
+
+
 def read_pt(path: str) -> object:
     """The value of a zip ``.pt`` file, with a ``TensorRef`` in each tensor's place.
 
     Nothing in the file is run: see ``pickles``. Raises BridgeError, naming the file and the way
     out, for one that is truncated, compressed, a TorchScript archive, big-endian, or whose
-    records overlap or are too small for their tensors; OSError where it can't be read.
+    records overlap or are too small for their tensors; OSError where it can't be read. Time and
+    memory are bounded, whatever the file says.
     """
     with open(path, "rb") as file:
         try:
@@ -102,35 +121,33 @@ def _value(path: str, file: BinaryIO, entries: dict[str, _Entry]) -> object:
     if "data.pkl" not in entries:
         raise not_whole(path, "it has no data.pkl")
     if "byteorder" in entries:
-        order = _read(file, entries["byteorder"], 16)
+        file.seek(entries["byteorder"].offset)
+        order = file.read(min(entries["byteorder"].size, 16))
         if order != b"little":
             raise BridgeError(
                 f"{path} was written on a big-endian machine (byteorder {order!r}). "
                 "Load it with torch and torch.save it on a little-endian one."
             )
 
+    claims = Claims(file)
+
     def tensor(pickled: PickledTensor) -> TensorRef:
         entry = entries.get(f"data/{pickled.storage.key}")
         if entry is None:
             raise PickleError(f"the record data/{pickled.storage.key[:40]} is missing")
-        return place(pickled, path, entry.offset, entry.size)
+        return claims.take(place(pickled, path, entry.offset, entry.size))
 
-    return load(io.BytesIO(_read(file, entries["data.pkl"], _MAX_PICKLE)), storage_ref, tensor)
-
-
-def _read(file: BinaryIO, entry: _Entry, most: int) -> bytes:
-    if entry.size > most:
-        raise PickleError(f"a record has {entry.size:,} bytes, and {most:,} are allowed")
-    file.seek(entry.offset)
-    return file.read(entry.size)
+    pickled = entries["data.pkl"]
+    file.seek(pickled.offset)
+    return load(file, storage_ref, tensor, pickled.size)
 
 
 def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
     """The records by their names below the archive's top folder, whatever that is called."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_zip(file) as archive:
             infos, end = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error):
+    except zipfile.BadZipFile:
         raise not_whole(path, "it has no zip directory at its end (truncated?)") from None
     entries: dict[str, _Entry] = {}
     tops, free = set(), 0
