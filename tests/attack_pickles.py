@@ -1,6 +1,7 @@
 """Pickles that would run something, or that try to break the reader; each with its name."""
 
 import struct
+from collections.abc import Callable
 
 
 def _text(value: str) -> bytes:
@@ -13,6 +14,10 @@ def running(command: str) -> dict[str, bytes]:
     system = b"cos\nsystem\n"
     args = _text(command) + b"\x85"
     call = system + args + b"R"
+    code = _text(f"__import__('os').system({command!r})")
+    program = code + b"\x85R"
+    inner = b"\x80\x02" + call + b"."
+    nested = b"B" + struct.pack("<I", len(inner)) + inner + b"\x85R."
     return {
         "reduce": b"\x80\x02" + call + b".",
         "protocol 0": b"cos\nsystem\n(S'" + command.encode() + b"'\ntR.",
@@ -26,8 +31,29 @@ def running(command: str) -> dict[str, bytes]:
         + (system + _text("__call__") + b"\x86R" + args + b"R."),
         "build": b"\x80\x02ctypes\nSimpleNamespace\n)R}" + _text("a") + call + b"sb.",
         "popped": b"\x80\x02" + call + b"0N.",
-        "eval": b"\x80\x02cbuiltins\neval\n"
-        + (_text(f"__import__('os').system({command!r})") + b"\x85R."),
+        "eval": b"\x80\x02cbuiltins\neval\n" + program + b".",
+        "exec": b"\x80\x02cbuiltins\nexec\n" + program + b".",
+        "timeit": b"\x80\x02ctimeit\ntimeit\n" + _text("pass") + code + b"\x86R.",
+        "profiler": b"\x80\x02ccProfile\nrun\n" + program + b".",
+        "debugger": b"\x80\x02cbdb\nBdb\n)RX\x03\x00\x00\x00run"
+        + (b"q\x000q\x010cbuiltins\ngetattr\nh\x01h\x00\x86R" + program + b"."),
+        "a pickle in a pickle": b"\x80\x03cpickle\nloads\n" + nested,
+        "a pickle in a pickle, in C": b"\x80\x03c_pickle\nloads\n" + nested,
+        "memo overwritten": b"\x80\x02cbuiltins\nlen\nq\x000"
+        + (system + b"q\x000h\x00" + args + b"R."),
+        "memo out of order": b"\x80\x04"
+        + (_text("system") + b"r\xff\xff\x00\x000" + _text("os") + b"j\xff\xff\x00\x00")
+        + (b"\x93p99999\n0g99999\n" + args + b"R."),
+        "newobj_ex": b"\x80\x04csubprocess\nPopen\n)}"
+        + (_text("args") + _text(command) + b"s" + _text("shell") + b"\x88s\x92" + call + b"\x86."),
+        "partial": b"\x80\x02cfunctools\npartial\n" + (system + _text(command) + b"\x86R)R."),
+        "map": b"\x80\x02cbuiltins\nlist\ncbuiltins\nmap\n"
+        + (system + b"(" + _text(command) + b"l\x86R\x85R."),
+        "extension": b"\x80\x02ccopyreg\nadd_extension\n"
+        + (_text("os") + _text("system") + b"J\x01\x00\x00\x10\x87R0")
+        + (b"\x84\x01\x00\x00\x10" + args + b"R."),
+        "then damaged": b"\x80\x02" + call + b"\xff.",
+        "then cut off": b"\x80\x02" + call + b"X\xff\xff",
         "newobj": b"\x80\x02csubprocess\nPopen\n]("
         + b"".join(map(_text, command.split()))
         + b"e\x85\x81"
@@ -104,4 +130,123 @@ DEEP: dict[str, bytes] = {
     "equal sets": b"\x80\x04\x8f(" + (b"(" * N + b"\x91" * N) * 2 + b"\x90.",
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
     "a tuple in itself": b"\x80\x02]q\x00h\x00\x85a.",
+}
+
+
+def _ints(values: "list[int]") -> bytes:
+    """Each as LONG1, with None behind it: items of a dictionary."""
+    parts = []
+    for value in values:
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        parts.append(b"\x8a" + bytes([len(data)]) + data + b"N")
+    return b"".join(parts)
+
+
+def _same_hash(count: int) -> bytes:
+    """Keys (a, b) with one hash: CPython's is xxHash's of the items' hashes, which has an inverse.
+
+    Source: CPython's Objects/tupleobject.c, tuplehash.
+    """
+    mask, first, second, fifth = (1 << 64) - 1, 11400714785074694791, 14029467366897019727, None
+    fifth = 2870177450012600261
+    back = pow(second, -1, 1 << 64)
+
+    def turn(acc: int, by: int) -> int:
+        return ((acc << by) | (acc >> (64 - by))) & mask
+
+    parts, a = [], 0
+    while len(parts) < count:
+        a += 1
+        acc = turn((fifth + a * second) & mask, 31) * first & mask
+        b = (turn(12345, 33) - acc) * back & mask  # acc + b * second, turned, is 12345
+        if 0 < b < (1 << 61) - 1:
+            data = b.to_bytes(8, "little")
+            parts.append(b"J" + struct.pack("<i", a) + b"\x8a\x08" + data + b"\x86N")
+    return b"".join(parts)
+
+
+def _long_text() -> bytes:
+    return b"X" + struct.pack("<I", 8 << 20) + b"k" * (8 << 20)
+
+
+MERSENNE = (1 << 61) - 1  # an integer's hash is its remainder
+WORK: dict[str, Callable[[], bytes]] = {
+    "laughing tuples": lambda: b"\x80\x02)" + b"2\x86" * 100 + b".",
+    "laughing lists": lambda: (
+        b"\x80\x02]" + b"".join(b"q%c0](h%ch%ce" % (i, i, i) for i in range(100)) + b"."
+    ),
+    "laughing sets, equal": lambda: (
+        b"\x80\x04\x8f(" + (b"(K\x01\x91" + b"q\x000((h\x00h\x00t\x91" * 40) * 2 + b"\x90."
+    ),
+    "numbers of one hash": lambda: (
+        b"\x80\x02}(" + _ints([i * MERSENNE for i in range(1, 60_000)]) + b"u."
+    ),
+    "tuples of one hash": lambda: b"\x80\x02}(" + _same_hash(30_000) + b"u.",
+    "a set of one hash": lambda: b"\x80\x02c__builtin__\nset\n(" + _same_hash(30_000) + b"l\x85R.",
+    "long keys, alike": lambda: (
+        b"\x80\x02"
+        + _long_text()
+        + b"q\x000"
+        + _long_text()
+        + b"q\x010}("
+        + b"h\x00Nh\x01N" * 100_000
+        + b"u."
+    ),
+    "a long number as key": lambda: (
+        b"\x80\x02\x8b"
+        + struct.pack("<i", 8 << 20)
+        + b"k" * (8 << 20)
+        + b"q\x000}("
+        + b"h\x00N" * 200_000
+        + b"u."
+    ),
+    "wide text": lambda: (
+        b"\x80\x02("
+        + (b"X" + struct.pack("<I", (8 << 20) + 4) + b"\xf0\x9f\x98\x80" + b"k" * (8 << 20)) * 8
+        + b"l."
+    ),
+    "many bytes": lambda: (
+        b"\x80\x02(" + (b"B" + struct.pack("<I", 15 << 20) + b"k" * (15 << 20)) * 4 + b"l."
+    ),
+    "copied bytes": lambda: (
+        b"\x80\x02"
+        + _long_text()
+        + b"X\x06\x00\x00\x00latin1\x86q\x000"
+        + b"c_codecs\nencode\nq\x010("
+        + b"h\x01h\x00R" * 1000
+        + b"l."
+    ),
+    "many dictionaries": lambda: b"\x80\x02(" + b"}" * 3_000_000 + b"l.",
+    "many records": lambda: b"\x80\x02cx\ny\nq\x000)q\x010(" + b"h\x00h\x01R" * 700_000 + b"l.",
+    "many marks": lambda: b"\x80\x02" + b"(" * 3_000_000 + b".",
+    "memo everywhere": lambda: (
+        b"\x80\x02N" + b"".join(b"r" + struct.pack("<I", i * 4001) for i in range(900_000)) + b"."
+    ),
+    "bytes by size": lambda: b"\x80\x02c__builtin__\nbytes\n\x8a\x05" + b"\x7f" * 5 + b"\x85R.",
+    "bytearray by size": lambda: (
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + b"\x7f" * 5 + b"\x85R."
+    ),
+    "a list of a range": lambda: (
+        b"\x80\x02c__builtin__\nlist\nc__builtin__\nrange\n\x8a\x05" + b"\x7f" * 5 + b"\x85R\x85R."
+    ),
+    "frame of 4 EB": lambda: b"\x80\x04\x95" + b"\xff" * 7 + b"\x3fN.",
+    "memo of 4 G": lambda: b"\x80\x02Nr\xff\xff\xff\xff.",
+    "memo by many digits": lambda: b"\x80\x02Np" + b"9" * 4000 + b"\n.",
+    "a number of many digits": lambda: b"\x80\x02L" + b"9" * 1_000_000 + b"L\n.",
+    "a negative length": lambda: b"\x80\x02\x8b\xff\xff\xff\xff.",
+    "8 EB bytearray": lambda: b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
+    "8 EB text": lambda: b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.",
+    "4 GB bytes": lambda: b"\x80\x03B\xff\xff\xff\xff.",
+    "2 GB number": lambda: b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    "an import": lambda: b"\x80\x02ccanary_module\nThing\n.",
+    "an environment": lambda: b"\x80\x02cos\nenviron\nX\x01\x00\x00\x00aX\x01\x00\x00\x00bs.",
+    "a path": lambda: b"\x80\x02csys\npath\nX\x01\x00\x00\x00aa.",
+    "a module's attributes": lambda: b"\x80\x02cos\npath\nN}X\x01\x00\x00\x00aNs\x86b.",
+    "a persistent call": lambda: b"\x80\x02" + CALL + b"RQ.",
+    "a storage by a call": lambda: b"\x80\x02(X\x07\x00\x00\x00storage" + CALL + b"RNNK\x01tQ.",
+    "a type rebuilt by a call": lambda: (
+        b"\x80\x02" + _FROM_TYPE + b"(cos\nsystem\ncos\nsystem\nX\x06\x00\x00\x00exit 3\x85NtR."
+    ),
+    "a torch file inside": lambda: b"\x80\x03ctorch.storage\n_load_from_bytes\nC\x02\x80.\x85R.",
+    "the terminal's codes": lambda: b"\x80\x04X\x05\x00\x00\x00\x1b[2J\nX\x01\x00\x00\x00\r\x93)R.",
 }

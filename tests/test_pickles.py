@@ -4,7 +4,7 @@ import io
 import pickle
 import random
 from collections import Counter, OrderedDict, defaultdict
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,12 @@ def test_shared_values_stay_shared() -> None:
 def test_nothing_runs(name: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     data = running(f"touch {trace}")[name]
-    with suppress(Exception):
+    with suppress(Exception), redirect_stdout(io.StringIO()):
         pickle.loads(data)
     assert trace.exists()  # the attack works on Python's own reader
     trace.unlink()
-    read(data)
+    with suppress(PickleError):
+        read(data)
     assert not trace.exists()
 
 

@@ -211,23 +211,39 @@ def _rebuild_from_type(context: Context, args: tuple[Any, ...]) -> object:
     return NotImplemented if isinstance(rebuilt, Record) else rebuilt
 
 
-def _sequence(context: Context, args: tuple[Any, ...]) -> list[Any]:
-    """The items of a constructor's only argument, a container that was itself in the pickle."""
+def _sequence(context: Context, args: tuple[Any, ...]) -> list[Any] | None:
+    """The items of a constructor's only argument; None where only running the pickle tells them."""
     if not args:
         return []
     (items,) = args
+    if isinstance(items, Record | Global):
+        return None
     if not isinstance(items, list | tuple | set | frozenset):
         raise PickleError("a container is built from what isn't one")
     context.spend(len(items))
     return list(items)
 
 
+def _container(make: "Callable[[Context, list[Any]], object]") -> "_Fold":
+    def made(context: Context, args: tuple[Any, ...]) -> object:
+        items = _sequence(context, args)
+        return NotImplemented if items is None else make(context, items)
+
+    return made
+
+
 def _fold_dict(context: Context, args: tuple[Any, ...]) -> object:
     if args and isinstance(args[0], dict):
         context.spend(len(args[0]))
         return dict(args[0])
-    pairs = enumerate(_sequence(context, args))
-    return {hashable(context, key, i): value for i, (key, value) in pairs}
+    return _pairs(context, args)
+
+
+_pairs = _container(
+    lambda context, items: {
+        hashable(context, key, i): value for i, (key, value) in enumerate(items)
+    }
+)
 
 
 def _fold_encode(context: Context, args: tuple[Any, ...]) -> object:
@@ -253,10 +269,10 @@ def _fold_bytearray(context: Context, args: tuple[Any, ...]) -> object:
 
 _Fold = Callable[[Context, tuple[Any, ...]], object]
 _BUILTINS: dict[str, _Fold] = {
-    "set": lambda context, args: key_set(context, _sequence(context, args)),
-    "frozenset": lambda context, args: frozenset(key_set(context, _sequence(context, args))),
-    "list": _sequence,
-    "tuple": lambda context, args: tuple(_sequence(context, args)),
+    "set": _container(key_set),
+    "frozenset": _container(lambda context, items: frozenset(key_set(context, items))),
+    "list": _container(lambda _, items: items),
+    "tuple": _container(lambda _, items: tuple(items)),
     "dict": _fold_dict,
     "bytes": _fold_bytes,
     "bytearray": _fold_bytearray,
@@ -264,7 +280,7 @@ _BUILTINS: dict[str, _Fold] = {
 _FOLDS: dict[tuple[str, str], _Fold] = {
     ("collections", "OrderedDict"): _fold_dict,
     ("collections", "defaultdict"): lambda context, args: _fold_dict(context, args[1:]),
-    ("torch", "Size"): lambda context, args: tuple(_sequence(context, args)),
+    ("torch", "Size"): _container(lambda _, items: tuple(items)),
     ("_codecs", "encode"): _fold_encode,
     ("torch._utils", "_rebuild_tensor"): lambda context, args: _rebuild_tensor(context, args[:4]),
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,

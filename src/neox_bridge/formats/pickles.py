@@ -14,7 +14,7 @@ import pickletools
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from neox_bridge.formats.pickle_folds import (
     Context,
@@ -51,23 +51,26 @@ class _Bounded:
     """A stream that refuses a length beyond its end before memory is set aside for it."""
 
     def __init__(self, stream: BinaryIO, size: int | None, context: Context) -> None:
-        here = stream.tell()
-        self.end = stream.seek(0, io.SEEK_END) if size is None else here + size
-        self.tell = stream.tell
+        if size is None:
+            here = stream.tell()
+            size = stream.seek(0, io.SEEK_END) - here
+            stream.seek(here)
+        self.left = size
         self._read, self._readline, self._spend = stream.read, stream.readline, context.spend
-        stream.seek(here)
 
     def read(self, size: int) -> bytes:
-        if size > self.end - self.tell():
+        if size > self.left:
             raise PickleError("the pickle ends in the middle of a value")
         if size > _STEP:
             if size > _MAX_VALUE:
                 raise PickleError(f"the pickle holds a string of {size:,} bytes")
             self._spend(size // _STEP)
+        self.left -= size
         return self._read(size)
 
     def readline(self) -> bytes:
-        line = self._readline(min(_MAX_LINE, self.end - self.tell()))
+        line = self._readline(min(_MAX_LINE, self.left))
+        self.left -= len(line)
         self._spend(len(line) // _STEP)
         return line
 
@@ -98,22 +101,23 @@ def load(
     """
     context = context or Context(tensor or (lambda pickled: pickled))
     machine = _Machine(persistent, context)
-    bounded = cast(BinaryIO, _Bounded(stream, size, context))
+    bounded = _Bounded(stream, size, context)
     try:
-        for opcode, arg, _ in pickletools.genops(bounded):
-            machine.context.spend(1)
-            if opcode.name == "STOP":
-                return machine.stack.pop()
-            _HANDLERS[opcode.name](machine, arg)
+        while (code := bounded.read(1)) != _STOP:
+            context.left -= 1  # as spend, which this loop has no time to call
+            if context.left < 0:
+                context.spend(0)
+            if code not in _CODES:
+                raise PickleError(f"the pickle is damaged: {code!r} isn't one of its opcodes")
+            handler, argument = _CODES[code]
+            handler(machine, argument(bounded) if argument else None)
+        return machine.stack.pop()
     except IndexError:
         raise PickleError("the pickle takes more values than it gave") from None
-    except KeyError as error:
-        raise PickleError(f"the pickle uses what this reader doesn't know: {error}") from None
     except (ValueError, OverflowError, EOFError, struct.error, TypeError) as error:
         raise PickleError(f"the pickle is damaged: {str(error)[:200]}") from None
     except RecursionError:  # comparing keys
         raise PickleError("the pickle nests its keys too deeply") from None
-    raise PickleError("the pickle has no end")
 
 
 def _take_mark(machine: _Machine) -> list[Any]:
@@ -361,4 +365,10 @@ _HANDLERS: dict[str, _Handler] = {
     "BINPERSID": _persistent_on_stack,
     "PROTO": _protocol,
     "FRAME": _nothing,
+}
+_STOP = b"."
+_CODES: dict[bytes, tuple[_Handler, Callable[[Any], Any] | None]] = {
+    opcode.code.encode("latin-1"): (_HANDLERS[opcode.name], opcode.arg and opcode.arg.reader)
+    for opcode in pickletools.opcodes
+    if opcode.name in _HANDLERS
 }
