@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import plotting, values
-from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings
+from neox_bridge.cli.output import KINDS, human, plain, plural, print_json, tell_findings
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def inspect(
         print_json({**facts, **more})
         return
     for key, text in summary_lines(facts):
-        print(f"{key:<12}{text}")
+        print(f"{key:<12}{plain(text)}")
     if tensors:
         _print_tensors(checkpoint)
     if found is not None:
@@ -273,7 +273,7 @@ def _print_tensors(checkpoint: "Checkpoint") -> None:
         first = os.path.relpath(refs[0].file, checkpoint.path) if refs else ""
         where = f"{first} @ {refs[0].offset}" if refs else ""
         shards = f" and {plural(len(refs) - 1, 'more shard')}" if len(refs) > 1 else ""
-        rows.append((name, str(list(whole.shape)), whole.dtype, where + shards))
+        rows.append((plain(name), str(list(whole.shape)), whole.dtype, plain(where) + shards))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     print()
     for name, shape, dtype, where in rows:

@@ -23,6 +23,11 @@ def label(word: str) -> str:
     return f"\x1b[{_COLOURS[word]}m{word}:\x1b[0m"
 
 
+def plain(text: str) -> str:
+    """The text on one line, without what would steer a terminal: names come from strangers."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split("\n")))
+
+
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, indent=2)
@@ -34,13 +39,13 @@ def tell(plan: "Plan", quiet: bool) -> None:
     if quiet:
         return
     for word, text in _remarks(plan):
-        print(label(word), text, file=sys.stderr)
+        print(label(word), plain(text), file=sys.stderr)
 
 
 def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
     """Findings on stderr, one a line."""
     for finding in () if quiet else findings:
-        print(label(finding.severity), with_remedy(finding), file=sys.stderr)
+        print(label(finding.severity), plain(with_remedy(finding)), file=sys.stderr)
 
 
 def print_plan(plan: "Plan", target: str) -> None:

@@ -111,7 +111,7 @@ def storage_ref(pid: object) -> StorageRef:
             match rest:
                 case [] | [None] if 0 <= numel < _MAX_SIZE:
                     return StorageRef(key, dtype, numel, location)
-                case [(_, int(start), int(size))] if 0 <= min(start, size):
+                case [(_, int(start), int(size))] if min(start, size) >= 0:
                     if max(start, size) < _MAX_SIZE:
                         return StorageRef(key, dtype, size, location, start)
     raise PickleError("a persistent id isn't a torch storage's")

@@ -368,7 +368,10 @@ _HANDLERS: dict[str, _Handler] = {
 }
 _STOP = b"."
 _CODES: dict[bytes, tuple[_Handler, Callable[[Any], Any] | None]] = {
-    opcode.code.encode("latin-1"): (_HANDLERS[opcode.name], opcode.arg and opcode.arg.reader)
+    opcode.code.encode("latin-1"): (
+        _HANDLERS[opcode.name],
+        opcode.arg.reader if opcode.arg else None,
+    )
     for opcode in pickletools.opcodes
     if opcode.name in _HANDLERS
 }

@@ -27,6 +27,7 @@ from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.text_files import read_json, read_text
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
+from neox_bridge.layouts.untrusted import settings, tensors_of, text, whole
 from neox_bridge.planning.pieces import Dropped
 
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -34,6 +35,8 @@ _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _STEP = re.compile(r"global_step(\d+)")
+_MOST_FILES = 100_000  # of one step: larger models than any have fewer
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +104,14 @@ def open_neox(
         )
     read = _read_layers(folder, names, raw) if any(map(_LAYER.fullmatch, names)) else None
     read = read or _read_ranks(folder, names)
-    args = read.meta.get("args") or {}
+    args = settings(read.meta, folder)
     _check_args(raw, args, read, folder)
     record_path = os.path.join(folder, RECORD)
     record = read_json(record_path) if os.path.exists(record_path) else {}
     plain = to_plain(read.ranks, raw, folder)
     raw, read = dict(plain.raw), replace(read, ranks=plain.ranks)
     architecture = _family(raw, record, read)
-    layers = int(_setting("num_layers", raw, args, folder))
+    layers = _layers(raw, args, folder)
     old = {weight.old for weight in architecture.weights if weight.old}
     mlp_names: MlpNames = "dense" if any(_has(read, name) for name in old) else "linear"
     told = gqa_order or told_order(raw, record, mlp_names)
@@ -125,9 +128,9 @@ def open_neox(
         pp=read.stages if read.layout == "layers" else 0,
         mlp_names=mlp_names,
         inv_freq="store" if _has(read, "attention.rotary_emb.inv_freq") else "omit",
-        iteration=int(read.meta.get("iteration") or int(tag[11:])),
+        iteration=whole(read.meta, "iteration", folder) or int(tag[11:]),
         args=dict(args),
-        ds_version=str(read.meta.get("ds_version") or ""),
+        ds_version=text(read.meta, "ds_version"),
         optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
         gqa_order=order,
         te=frozenset(plain.modules),
@@ -185,11 +188,15 @@ def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], 
     return merge_ymls(configs)
 
 
-def _setting(key: str, raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> Any:
-    value = raw.get(key, args.get(key))
-    if value is None:
-        raise BridgeError(f"{folder}/configs: {key} is missing, and nothing else tells it. Add it.")
-    return value
+def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int:
+    count = whole({**args, **raw}, "num_layers", f"{folder}/configs")
+    if count is None:
+        raise BridgeError(
+            f"{folder}/configs: num_layers is missing, and nothing else tells it. Add it."
+        )
+    if count > _MOST_LAYERS:
+        raise BridgeError(f"{folder}: num_layers is {count}, and no model has so many. Correct it.")
+    return count
 
 
 def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
@@ -197,11 +204,12 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     tp = max(rank for _, rank in found) + 1
     stage_files = [name for name in names if _RANK.fullmatch(name)]
     meta = _read_meta(os.path.join(folder, stage_files[0])) if stage_files else {}
-    args = meta.get("args") or {}
-    tp = max(tp, int(args.get("model_parallel_size") or 1))
-    told = args.get("num_layers", raw.get("num_layers"))
+    args = settings(meta, folder)
+    tp = max(tp, whole(args, "model_parallel_size", folder) or 1)
+    told = whole({**raw, **args}, "num_layers", folder)
     last = max(layer for layer, _ in found)
-    layers = int(told) if told is not None else last - (4 if raw.get("no_weight_tying") else 3)
+    layers = told if told is not None else last - (4 if raw.get("no_weight_tying") else 3)
+    _check_count(folder, f"{layers} layers on {tp} ranks", layers * tp, len(found))
     want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in found}
     if raw.get("no_weight_tying"):
         want.add(layers + 4)
@@ -239,8 +247,9 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     for rank, name in sorted(found.items()):
         values[rank] = _read_meta(os.path.join(folder, name))
     first = values[min(values)]
-    args = first.get("args") or {}
-    tp = max(max(found) + 1, int(args.get("model_parallel_size") or 1))
+    args = settings(first, folder)
+    tp = max(max(found) + 1, whole(args, "model_parallel_size", folder) or 1)
+    _check_count(folder, f"{tp} ranks", tp, len(found))
     if missing := [f"mp_rank_{r:02d}_model_states.pt" for r in range(tp) if r not in found]:
         raise BridgeError(
             f"{folder} isn't whole: {some(missing)} missing, of {tp} tensor-parallel ranks. "
@@ -259,6 +268,15 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     files = tuple(os.path.join(folder, name) for _, name in sorted(found.items()))
     states = tuple(_states(first.get("module")))
     return _Read("ranks", ranks, first, 1, files, states)
+
+
+def _check_count(folder: str, what: str, count: int, found: int) -> None:
+    """BridgeError where so many files are missing that their names can't be listed."""
+    if count > _MOST_FILES:
+        raise BridgeError(
+            f"{folder} isn't whole: it says {what}, and holds {found} files. "
+            "Copy the checkpoint again."
+        )
 
 
 def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str, TensorRef]]:
@@ -282,11 +300,11 @@ def _tensors(value: object, path: str) -> dict[str, TensorRef]:
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no state dict.")
     own = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
-    if strange := [str(k) for k, v in own.items() if not isinstance(v, TensorRef)]:
+    if strange := [str(k)[:100] for k, v in own.items() if not isinstance(v, TensorRef)]:
         raise BridgeError(
             f"{path}: not a tensor: {some(strange)}. This isn't known to be of a model."
         )
-    return {str(key): ref for key, ref in own.items()}
+    return tensors_of(own, path)
 
 
 def _states(value: object) -> list[str]:
@@ -302,8 +320,8 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
                 f"{folder}: the yml says {key}: {raw[key]}, and the checkpoint's own args say "
                 f"{args[key]}. The yml is another model's; name the right one with --config."
             )
-    told = args.get("model_parallel_size")
-    if told is not None and int(told) != len(read.ranks):
+    told = whole(args, "model_parallel_size", folder)
+    if told is not None and told != len(read.ranks):
         raise BridgeError(
             f"{folder} holds files of {len(read.ranks)} tensor-parallel ranks, and its args say "
             f"{told}: left-over files of another layout? Keep only one layout's."

@@ -19,6 +19,7 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.hf_reader import checkpoint_of
 from neox_bridge.layouts.text_files import read_json
+from neox_bridge.layouts.untrusted import tensors_of
 from neox_bridge.planning.geometry import gather
 from neox_bridge.planning.pieces import Dropped, Piece, Whole
 
@@ -119,7 +120,7 @@ def _tensors(file: str) -> dict[str, TensorRef]:
     value = read_torch(file)
     if not isinstance(value, dict):
         raise BridgeError(f"{file} holds no state dict. Is it the weights of a Llama?")
-    return {str(k): v for k, v in value.items() if isinstance(v, TensorRef)}
+    return tensors_of(value, file)
 
 
 def _gathered(
