@@ -9,6 +9,7 @@ import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.output import KINDS, human, plain, plural, print_json, tell_findings
+from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ def inspect(
             metavar="GLOB", help="Statistics of such names only, quoted: '*.bias'; implies --stats."
         ),
     ] = None,
+    security: Annotated[
+        bool,
+        typer.Option(
+            "--security",
+            help="What the pickles in PATH, a file or a folder, would run if they were loaded.",
+        ),
+    ] = False,
     max_workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads that read weights.")
     ] = None,
@@ -58,14 +66,22 @@ def inspect(
     """Say what a checkpoint is: kind, era, layout, sizes, and what would stop a conversion.
 
     Reads no weights without --stats. Exit code 0 wherever the checkpoint can be opened, whatever
-    is found in it.
+    is found in it; but 1 with --security where a pickle isn't known to be harmless.
 
     \b
     Examples:
       neox-bridge inspect checkpoints/
       neox-bridge inspect EleutherAI/pythia-70m --revision step3000 --tensors
       neox-bridge inspect checkpoints/ --stats --plot statistics.svg
+      neox-bridge inspect downloaded.bin --security
     """
+    if security:
+        if tensors or stats or plot or tensor or revision or step is not None or config:
+            raise typer.BadParameter(
+                "--security looks at files as they are: only --json goes with it."
+            )
+        print_security(path, as_json)
+        return
     from neox_bridge.layouts.open import open_checkpoint
 
     plotting.prepare(plot)

@@ -25,7 +25,8 @@ def label(word: str) -> str:
 
 def plain(text: str) -> str:
     """The text on one line, without what would steer a terminal: names come from strangers."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split("\n")))
+    steps = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(steps)
 
 
 def print_json(value: object) -> None:

@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import BY_STORAGE
@@ -81,12 +81,21 @@ class PickledTensor:
     dtype: str
 
 
+class Watcher(Protocol):
+    """Is told what an ordinary unpickler would do, at the time when it would."""
+
+    def named(self, found: Global) -> None: ...  # imported
+    def called(self, factory: object, args: object) -> None: ...
+    def changed(self, target: Global) -> None: ...  # items or attributes set
+
+
 @dataclass(slots=True)
 class Context:
     """What folding needs: what takes a tensor's place, and the steps that are left."""
 
     tensor: Callable[[PickledTensor], object]
     left: int = field(default_factory=lambda: MAX_STEPS)
+    watch: Watcher | None = None
 
     def spend(self, cost: int) -> None:
         """Count steps, so that a small file can't keep the reader busy or fill the memory.

@@ -200,8 +200,16 @@ def _frozenset(machine: _Machine, _arg: object) -> None:
     machine.stack.append(frozenset(key_set(machine.context, items)))
 
 
-def _extend(machine: _Machine, items: Iterable[object]) -> None:
+def _target(machine: _Machine) -> Any:
+    """What lies on top, to which items or attributes are about to be added."""
     target = machine.stack[-1]
+    if machine.context.watch and isinstance(target, Global):
+        machine.context.watch.changed(target)
+    return target
+
+
+def _extend(machine: _Machine, items: Iterable[object]) -> None:
+    target = _target(machine)
     if isinstance(target, list):
         target.extend(items)
     elif isinstance(target, Record):
@@ -221,7 +229,7 @@ def _appends(machine: _Machine, _arg: object) -> None:
 
 def _add_items(machine: _Machine, _arg: object) -> None:
     items = _take_mark(machine)
-    target = machine.stack[-1]
+    target = _target(machine)
     if isinstance(target, set):
         target.update(key_set(machine.context, items, len(target)))
     else:
@@ -229,7 +237,7 @@ def _add_items(machine: _Machine, _arg: object) -> None:
 
 
 def _set_items(machine: _Machine, pairs: list[Any]) -> None:
-    target = machine.stack[-1]
+    target = _target(machine)
     if not isinstance(target, dict | Record) or len(pairs) % 2:
         raise PickleError(f"the pickle sets items of a {type(target).__name__} or half an item")
     entries = target.entries if isinstance(target, Record) else target
@@ -248,36 +256,51 @@ def _set_marked_items(machine: _Machine, _arg: object) -> None:
 
 def _build(machine: _Machine, _arg: object) -> None:
     state = machine.stack.pop()
-    target = machine.stack[-1]
+    target = _target(machine)
     if isinstance(target, Record):
         target.state = state
     # other values are folded: attributes set on them (a state dict's _metadata) mean no weights
 
 
+def _named(machine: _Machine, module: str, name: str) -> Global:
+    found = Global(module, name)
+    if machine.context.watch:
+        machine.context.watch.named(found)
+    return found
+
+
 def _global(machine: _Machine, arg: str) -> None:
     module, _, name = arg.partition(" ")  # pickletools joins the two lines by a space
-    machine.stack.append(Global(module, name))
+    machine.stack.append(_named(machine, module, name))
 
 
 def _stack_global(machine: _Machine, _arg: object) -> None:
     module, name = _take(machine, 2)
     if not isinstance(module, str) or not isinstance(name, str):
         raise PickleError("the pickle names a class by what isn't text")
-    machine.stack.append(Global(module, name))
+    machine.stack.append(_named(machine, module, name))
+
+
+def _call(machine: _Machine, factory: object, args: object, new: bool = False) -> None:
+    if machine.context.watch:
+        machine.context.watch.called(factory, args)
+    machine.stack.append(fold(machine.context, factory, args, new))
 
 
 def _reduce(machine: _Machine, _arg: object) -> None:
     factory, args = _take(machine, 2)
-    machine.stack.append(fold(machine.context, factory, args))
+    _call(machine, factory, args)
 
 
 def _new_object(machine: _Machine, _arg: object) -> None:
     factory, args = _take(machine, 2)
-    machine.stack.append(fold(machine.context, factory, args, new=True))
+    _call(machine, factory, args, new=True)
 
 
 def _new_object_ex(machine: _Machine, _arg: object) -> None:
     factory, args, kwargs = _take(machine, 3)
+    if machine.context.watch:
+        machine.context.watch.called(factory, args)
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
         raise PickleError("the pickle calls something with what aren't arguments")
     machine.stack.append(record(machine.context, factory, args, kwargs, new=True))
@@ -286,12 +309,12 @@ def _new_object_ex(machine: _Machine, _arg: object) -> None:
 def _instance(machine: _Machine, arg: str) -> None:
     args = tuple(_take_mark(machine))
     _global(machine, arg)
-    machine.stack.append(fold(machine.context, machine.stack.pop(), args))
+    _call(machine, machine.stack.pop(), args)
 
 
 def _object(machine: _Machine, _arg: object) -> None:
     factory, *args = _take_mark(machine)
-    machine.stack.append(fold(machine.context, factory, tuple(args)))
+    _call(machine, factory, tuple(args))
 
 
 def _persistent(machine: _Machine, pid: object) -> None:

@@ -13,6 +13,7 @@ class _Sipped:
 
     def __init__(self, file: BinaryIO) -> None:
         self._read, self.seek, self.tell = file.read, file.seek, file.tell
+        self.seekable = file.seekable
 
     def read(self, size: int = -1) -> bytes:
         data = self._read(_MOST + 1 if size < 0 else min(size, _MOST + 1))

@@ -1,0 +1,104 @@
+"""What ``neox-bridge inspect --security`` prints."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from neox_bridge.cli.output import label, plain, plural, print_json
+
+if TYPE_CHECKING:
+    from neox_bridge.formats.pickle_security import Report, Use
+
+_MOST = 50  # names of a file in the text; --json has all
+
+
+def print_security(path: str, as_json: bool) -> None:
+    """Every file's names, and the verdict; ends with exit code 1 where something isn't known."""
+    from neox_bridge.layouts.security import scan_path
+
+    reports = scan_path(path)
+    bad = [report for report in reports if not report.harmless]
+    if as_json:
+        print_json(
+            {
+                "schema_version": 1,
+                "path": path,
+                "harmless": not bad,
+                "files": [_json(report, path) for report in reports],
+            }
+        )
+    else:
+        for group in _alike(reports):
+            _print(group, path)
+        print(*_verdict(reports, bad), file=sys.stderr)
+    if bad:
+        raise typer.Exit(1)
+
+
+def _json(report: "Report", path: str) -> dict[str, Any]:
+    return {
+        "file": _name(report, path),
+        "container": report.container,
+        "pickles": report.pickles,
+        "harmless": report.harmless,
+        "problem": report.problem or None,
+        "names": [
+            {
+                "name": use.name,
+                "known": use.known,
+                "imported": use.imported,
+                "called": use.called,
+                "changed": use.changed,
+            }
+            for use in report.uses
+        ],
+    }
+
+
+def _name(report: "Report", path: str) -> str:
+    return os.path.relpath(report.path, path) if os.path.isdir(path) else report.path
+
+
+def _alike(reports: "list[Report]") -> "list[list[Report]]":
+    """Reports that say the same of their files, together: ranks and layers do."""
+    groups: dict[object, list[Report]] = {}
+    for report in reports:
+        names = tuple((use.name, use.known, _deed(use)) for use in report.uses)
+        groups.setdefault((names, report.problem, report.pickles), []).append(report)
+    return list(groups.values())
+
+
+def _print(group: "list[Report]", path: str) -> None:
+    first = group[0]
+    more = f" and {plural(len(group) - 1, 'file')} alike" if len(group) > 1 else ""
+    print(f"{plain(_name(first, path))}{more}: {plural(first.pickles, 'pickle')}")
+    uses = sorted(first.uses, key=lambda use: use.harmless)
+    for use in uses[:_MOST]:
+        print(f"  {'known' if use.known else 'UNKNOWN':8}{_deed(use):9}{plain(use.name)}")
+    if len(uses) > _MOST:
+        print(f"  and {len(uses) - _MOST:,} more, which --json lists")
+    if first.problem:
+        print(f"  not read to its end: {plain(first.problem)}")
+
+
+def _deed(use: "Use") -> str:
+    """The worst that would happen with it."""
+    return "changed" if use.changed else "called" if use.called else "imported"
+
+
+def _verdict(reports: "list[Report]", bad: "list[Report]") -> tuple[str, str]:
+    files = plural(len(reports), "file") + " looked through"
+    if not bad:
+        return label("info"), f"{files}: loading them would only build values"
+    names = sorted({use.name for report in bad for use in report.uses if not use.harmless})
+    what = f"{', '.join(map(plain, names[:6]))}" + (" ..." if len(names) > 6 else "")
+    unread = sum(bool(report.problem) for report in bad)
+    parts = [f"not known to be harmless: {what}"] if names else []
+    parts += [f"{unread} not read to the end"] if unread else []
+    return label("error"), (
+        f"{files}, {len(bad)} of them may run code under torch.load or pickle.load "
+        f"({'; '.join(parts)}). Load with weights_only=True or not at all; neox-bridge itself runs "
+        "nothing of it."
+    )
