@@ -32,6 +32,7 @@ def print_security(path: str, as_json: bool) -> None:
     else:
         for group in _alike(reports):
             _print(group, path)
+    if bad or not as_json:
         print(*_verdict(reports, bad), file=sys.stderr)
     if bad:
         raise typer.Exit(1)
