@@ -250,3 +250,8 @@ WORK: dict[str, Callable[[], bytes]] = {
     "a torch file inside": lambda: b"\x80\x03ctorch.storage\n_load_from_bytes\nC\x02\x80.\x85R.",
     "the terminal's codes": lambda: b"\x80\x04X\x05\x00\x00\x00\x1b[2J\nX\x01\x00\x00\x00\r\x93)R.",
 }
+HEAVY = (
+    *("numbers of one hash", "tuples of one hash", "a set of one hash", "long keys, alike"),
+    *("a long number as key", "wide text", "many bytes", "copied bytes", "many dictionaries"),
+    *("many records", "many marks", "memo everywhere"),
+)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from attack_files import PICKLE, STREAMS, TENSORS, ZIPS, legacy, stored, tensor, zipped
-from attack_pickles import DEEP, RECORDS, REFUSED, WORK, running
+from attack_pickles import DEEP, HEAVY, RECORDS, REFUSED, WORK, running
 from common import convert, fixture, hf_tensors, step_of
 
 import neox_bridge
@@ -34,11 +34,8 @@ def _pickles() -> dict[str, Make]:
 
 def _light(cases: Mapping[str, Make]) -> dict[str, Make]:
     """Those that take little time: each of the others is enough once a reader."""
-    heavy = (
-        *("many ", "memo everywhere", "wide text", "a hundred thousand", "one tensor a million"),
-        *("tuples of one", "numbers of one", "a set of one", "long keys", "a long number"),
-    )
-    return {name: make for name, make in cases.items() if not name.startswith(heavy)}
+    heavy = (*HEAVY, "a hundred thousand tensors", "one tensor a million times")
+    return {name: make for name, make in cases.items() if name not in heavy}
 
 
 def _wrapped(

@@ -1,16 +1,18 @@
 """Pickles: read right, never run, refused where they are damaged; and written as torch's are."""
 
+import datetime
 import io
 import pickle
 import random
-from collections import Counter, OrderedDict, defaultdict
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import redirect_stdout, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
-from attack_pickles import DEEP, RECORDS, REFUSED, running
+from attack_pickles import DEEP, HEAVY, RECORDS, REFUSED, WORK, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -282,6 +284,94 @@ def test_records_are_written_back() -> None:
     copy = pickle.loads(dump(read(pickle.dumps(original, 2)), {})[0])
     assert type(copy) is Thing
     assert copy.__dict__ == {"size": [1, 2]}
+
+
+class Keyed:
+    """Made with keyword arguments: by NEWOBJ_EX from protocol 4 on."""
+
+    def __new__(cls, *, size: int = 0) -> "Keyed":
+        made = super().__new__(cls)
+        made.size = size
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, int]]:
+        return (), {"size": self.size}
+
+
+def shape_of(value: Any, seen: tuple[int, ...] = ()) -> Any:
+    """A value with its records as plain tuples, so that two can be compared."""
+    if id(value) in seen:
+        return "itself"
+    inner = (*seen, id(value))
+    if isinstance(value, Record):
+        parts = (value.factory, value.args, value.kwargs, value.state, value.items, value.entries)
+        return "record", value.new, *(shape_of(part, inner) for part in parts)
+    if isinstance(value, dict):
+        return [(shape_of(k, inner), shape_of(v, inner)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [shape_of(item, inner) for item in value]
+    return value
+
+
+STRANGE: dict[str, Any] = {
+    "attributes": Thing(),
+    "keywords": Keyed(size=3),
+    "a counter": Counter("abca"),
+    "an array": np.arange(6, dtype="<i2").reshape(2, 3),
+    "a scalar": np.float32(2.5),
+    "a time": datetime.datetime(2024, 5, 6, tzinfo=datetime.timezone.utc),
+    "a path": PurePosixPath("a/b"),
+    "many kinds": [frozenset([1, "a"]), bytearray(b"\xff"), 1 << 3000, -(1 << 3000), {2.5, "b"}],
+    "a queue": deque([1, Thing()], 5),
+    "a group": types.SimpleNamespace(a=Thing(), b=[Thing]),
+}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("name", STRANGE)
+def test_unknown_classes_survive_a_rewrite(name: str, protocol: int) -> None:
+    record = read(pickle.dumps(STRANGE[name], protocol))
+    written, _ = dump(record, {})
+    assert shape_of(read(written)) == shape_of(record)
+    again = pickle.loads(written)
+    assert type(again) is type(STRANGE[name])
+    assert pickle.dumps(again, 2) == pickle.dumps(pickle.loads(pickle.dumps(again, 2)), 2)
+
+
+LAUGHING = [name for name in WORK if name.startswith("laughing")]
+LIGHT = [name for name in WORK if name not in (*HEAVY, *LAUGHING)]
+
+
+@pytest.mark.parametrize("name", [*RECORDS, *running(""), *LIGHT])
+def test_hostile_values_survive_a_rewrite(name: str) -> None:
+    """The names and arguments of what would have been called are still there, and no others."""
+    data = {**running("exit 3"), **RECORDS}.get(name) or WORK[name]()
+    try:
+        value = read(data)
+        written, _ = dump(value, {})
+    except PickleError:
+        return
+    assert shape_of(read(written)) == shape_of(value)
+
+
+@pytest.mark.parametrize("part", ["os\nsystem\n0cos", "a b", "ü", "", "\n"])
+def test_names_are_never_opcodes(part: str) -> None:
+    for found in (Global(part, "x"), Global("x", part)):
+        assert read(dump([found, found], {})[0]) == [found, found]
+
+
+@pytest.mark.parametrize("name", [*DEEP, *LAUGHING])
+def test_what_cannot_be_written_is_said(name: str) -> None:
+    with suppress(PickleError):
+        value = read(DEEP.get(name) or WORK[name]())
+        dump(value, {})
+
+
+def test_a_tuple_that_laughs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neox_bridge.formats.pickle_writer._MOST", 1000)
+    dump([0] * 900, {})
+    with pytest.raises(PickleError, match="too many parts"):
+        dump(read(WORK["laughing tuples"]()), {})
 
 
 def test_same_value_same_bytes() -> None:

@@ -4,6 +4,7 @@ Opcodes as CPython's ``pickletools`` describes them; only those that ``torch.loa
 ``weights_only=True`` accepts (torch/_weights_only_unpickler.py) are used.
 """
 
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,17 @@ from math import prod
 from typing import Any
 
 from neox_bridge.formats.dtypes import BY_NAME
-from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.formats.pickles import Global, PickleError, Record
 from neox_bridge.formats.tensor_ref import row_major
 
 _BATCH = 1000  # CPython's, items set or appended by one opcode
+_LINE = re.compile("[!-~]+")  # names that protocol 2 can hold
+_MOST = 2_000_000  # values written: a tuple may stand in itself at 100 places, and so on
 _ENCODE = Global("_codecs", "encode")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _SET = Global("__builtin__", "set")  # Python 2's name, which protocol 2 uses for builtins
+_FROZEN_SET = Global("__builtin__", "frozenset")
+_BYTEARRAY = Global("__builtin__", "bytearray")
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = Global("torch.storage", "UntypedStorage")
@@ -56,6 +61,7 @@ class _Writer:
     memo: dict[object, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     alive: list[object] = field(default_factory=list)
+    left: int = field(default_factory=lambda: _MOST)
 
 
 def dump(
@@ -63,19 +69,27 @@ def dump(
 ) -> tuple[bytes, tuple[str, ...]]:
     """The pickle, and the slots' names in the order of their storages' keys ``0``, ``1``, …
 
-    value: of None, bool, int, float, str, bytes, list, tuple, dict, set, OrderedDict, ``Global``,
-        ``Record`` without keyword arguments, and ``TensorSlot``; not nested deeply.
+    value: of None, bool, int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset,
+        OrderedDict, ``Global``, ``Record`` and ``TensorSlot``. A Record is written as it was read,
+        with its name, arguments, items and state.
     slots: dtype and shape by name. Each is a contiguous tensor with a storage of its own.
-    Raises ValueError for a slot that isn't in ``slots``, TypeError for other values.
+    Raises ValueError for a slot that isn't in ``slots``, TypeError for other values, PickleError
+    for a value that was read and is nested too deeply or would be far too long.
     """
     writer = _Writer(slots)
     writer.out.append(b"\x80\x02")
-    _save(writer, value)
+    try:
+        _save(writer, value)
+    except RecursionError:
+        raise PickleError("a value is nested too deeply to be written") from None
     writer.out.append(b".")
     return b"".join(writer.out), tuple(writer.keys)
 
 
 def _save(writer: _Writer, value: object) -> None:
+    writer.left -= 1
+    if writer.left < 0:
+        raise PickleError("a value has too many parts to be written")
     if value is None:
         writer.out.append(b"N")
     elif isinstance(value, bool):
@@ -125,7 +139,7 @@ def _int(value: int) -> bytes:
         return struct.pack("<ci", b"J", value)
     data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
     if len(data) > 255:
-        raise TypeError("an integer of more than 255 bytes can't be written")
+        return _wide(b"\x8b", len(data)) + data
     return struct.pack("<BB", 0x8A, len(data)) + data
 
 
@@ -133,8 +147,12 @@ def _save_text(writer: _Writer, value: "str | Global") -> None:
     if isinstance(value, str):
         data = value.encode("utf-8", "surrogatepass")
         writer.out.append(_wide(b"X", len(data)) + data)
-    else:
+    elif _LINE.fullmatch(value.module) and _LINE.fullmatch(value.name):
         writer.out.append(f"c{value.module}\n{value.name}\n".encode())
+    else:  # on lines of their own such names would be opcodes: as text, which is protocol 4's way
+        _save(writer, value.module)
+        _save(writer, value.name)
+        writer.out.append(b"\x93")
 
 
 def _save_tuple(writer: _Writer, value: Sequence[object]) -> None:
@@ -163,19 +181,38 @@ def _save_object(writer: _Writer, value: object, key: object) -> None:
         writer.out.append(b"}")
         _remember(writer, key)
         _set_items(writer, value)
-    elif isinstance(value, set):
-        items = sorted(value, key=lambda item: (str(type(item)), item))
+    elif isinstance(value, bytearray):
+        _call(writer, _BYTEARRAY, (bytes(value).decode("latin1"), "latin1"), key)
+    elif isinstance(value, set | frozenset):
+        items = _ordered(value)
         writer.alive.append(items)
-        _call(writer, _SET, (items,), key)
-    elif isinstance(value, Record) and not value.kwargs:
-        _call(writer, value.factory, value.args, key, b"\x81" if value.new else b"R")
-        _append(writer, value.items)
-        _set_items(writer, value.entries)
-        if value.state is not None:
-            _save(writer, value.state)
-            writer.out.append(b"b")
+        _call(writer, _SET if isinstance(value, set) else _FROZEN_SET, (items,), key)
+    elif isinstance(value, Record):
+        _save_record(writer, value, key)
     else:
         raise TypeError(f"a {type(value).__name__} can't be written into a .pt file")
+
+
+def _ordered(items: "set[Any] | frozenset[Any]") -> list[Any]:
+    try:
+        return sorted(items, key=lambda item: (str(type(item)), item))
+    except TypeError:  # classes and records have no order of their own
+        return sorted(items, key=repr)
+
+
+def _save_record(writer: _Writer, value: Record, key: object) -> None:
+    if value.kwargs:  # NEWOBJ_EX, of protocol 4: there is no older way, and readers don't mind
+        for part in (value.factory, value.args, value.kwargs):
+            _save(writer, part)
+        writer.out.append(b"\x92")
+        _remember(writer, key)
+    else:
+        _call(writer, value.factory, value.args, key, b"\x81" if value.new else b"R")
+    _append(writer, value.items)
+    _set_items(writer, value.entries)
+    if value.state is not None:
+        _save(writer, value.state)
+        writer.out.append(b"b")
 
 
 def _call(
