@@ -103,6 +103,7 @@ def main() -> None:
                 data = make()
                 path = Path(folder) / ("x.pt" if data.startswith(b"PK") else "x.pkl")
                 path.write_bytes(data)
+                del data  # a child's peak counts from what its parent has
                 for tool, command in tools.items():
                     verdict, seconds, memory = judge(command, path)
                     results[tool].append((name, verdict))
