@@ -19,32 +19,33 @@ SECONDS = 30  # of CPU, after which a job is killed
 ROOM = 1 << 30  # bytes of address space beyond what there is at the start
 # events of sys.addaudithook that no reading of a checkpoint has
 FORBIDDEN = (
-    "os.system os.exec os.fork os.forkpty os.posix_spawn os.spawn os.putenv os.unsetenv os.kill "
-    "os.chmod os.chown os.symlink os.link subprocess. pickle.find_class socket. ctypes. pty. "
-    "webbrowser. shutil. tempfile. urllib. code.__new__ function.__new__ marshal. sys.settrace "
-    "sys.setprofile builtins.input signal.pthread_kill syslog. ftplib. http. smtplib. sqlite3."
+    "os.system os.exec os.fork os.forkpty os.posix_spawn os.spawn os.putenv os.unsetenv "
+    "os.kill os.chown os.symlink os.link subprocess. pickle.find_class socket.__new__ "
+    "socket.connect socket.bind socket.getaddrinfo socket.sendto ctypes. pty. webbrowser. "
+    "urllib. code.__new__ function.__new__ marshal. sys.settrace sys.setprofile "
+    "builtins.input signal.pthread_kill syslog. ftplib. http. smtplib. sqlite3."
 ).split()
-CHANGING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime")
+CHANGING = "os.mkdir os.rename os.remove os.rmdir os.truncate os.utime os.chmod".split()
 
 
 def watch(cwd: str, events: list[str]) -> None:
     """Note what a hostile file could want to have done, but writing into ``cwd/out``."""
     inside = os.path.realpath(os.path.join(cwd, "out"))
-    beside = os.path.dirname(inside)
+    staged = os.path.join(os.path.dirname(inside), ".out")  # what becomes it by a rename
 
-    def allowed(path: object) -> bool:
+    def allowed(path: object, folder: int = -1) -> bool:
         if not isinstance(path, str | bytes):
-            return isinstance(path, int)
-        full = os.path.realpath(os.fsdecode(path))
-        staged = os.path.dirname(full) == beside and "out" in os.path.basename(full)
-        return full.startswith(inside) or staged or "/.out" in full
+            return isinstance(path, int)  # a file that is open already
+        at = f"/proc/self/fd/{folder}" if folder >= 0 else "."
+        full = os.path.realpath(os.path.join(at, os.fsdecode(path)))
+        return full.startswith((inside, staged))
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if any(event.startswith(name) for name in FORBIDDEN) and not _of_imports(event):
             events.append(f"{event} {args!r}"[:200])
         elif event == "import" and args[0].startswith("canary"):
             events.append(f"{event} {args[0]}")
-        elif event in CHANGING and not allowed(args[0]):
+        elif event in CHANGING and not allowed(args[0], _folder_of(event, args)):
             events.append(f"{event} {args!r}"[:200])
         elif event == "open":
             path, mode, flags = args
@@ -53,6 +54,12 @@ def watch(cwd: str, events: list[str]) -> None:
                 events.append(f"{event} {args!r}"[:200])
 
     sys.addaudithook(hook)
+
+
+def _folder_of(event: str, args: tuple[Any, ...]) -> int:
+    """The open folder that a path is relative to; -1 where it isn't."""
+    place = {"os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.chmod": 2}
+    return args[place[event]] if event in place else -1
 
 
 def _of_imports(event: str) -> bool:

@@ -8,6 +8,7 @@ end long before the 30 s of CPU after which it is killed.
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -156,6 +157,7 @@ def test_security_itself_is_safe(group: str, tmp_path: Path) -> None:
 
 # --- in a checkpoint ------------------------------------------------------------------------
 
+TWO_RANKS, ONE_RANK = "pythia_fp32_pp1_tp2", "pythia_fp32_fused_gelu_tp1"
 LAYER, RANK = "layer_02-model_00-model_states.pt", "mp_rank_00_model_states.pt"
 LAUGH: Any = ()
 for _ in range(100):
@@ -208,9 +210,9 @@ NAMES: dict[str, Make] = {
 }
 
 
-def checkpoint_with(folder: Path, file: str, data: bytes) -> Path:
+def checkpoint_with(folder: Path, file: str, data: bytes, name: str = TWO_RANKS) -> Path:
     """A genuine checkpoint in which one file is hostile."""
-    source, copy = fixture("pythia_fp32_pp1_tp2"), folder / "run"
+    source, copy = fixture(name), folder / "run"
     for path in source.rglob("*"):
         to = copy / path.relative_to(source)
         to.mkdir(parents=True) if path.is_dir() else (
@@ -223,12 +225,54 @@ def checkpoint_with(folder: Path, file: str, data: bytes) -> Path:
     return copy
 
 
+def layer_with(name: str, hostile: bytes, file: str = LAYER) -> bytes:
+    """A genuine file of a layer in which one tensor lies."""
+    genuine = torch.load(step_of(fixture(ONE_RANK)) / file)
+    assert name in genuine
+    items, storages = b"", {"0": bytes(16)}
+    for index, (key, value) in enumerate(genuine.items(), 1):
+        storages[str(index)] = value.numpy().tobytes()
+        shape, size = tuple(value.shape), value.numel()
+        made = tensor(shape, value.stride(), numel=size, key=str(index))
+        items += (
+            b"X" + struct.pack("<I", len(key)) + key.encode() + (hostile if key == name else made)
+        )
+    return zipped(b"\x80\x02}(" + items + b"u.", storages)
+
+
+NORM, ROWS = "input_layernorm.weight", "mlp.linear1.weight"
+LYING: dict[str, Make] = {
+    **{
+        name: lambda make=make: layer_with(NORM, make())  # type: ignore[misc]
+        for name, make in _light(TENSORS).items()
+    },
+    "a norm of one element": lambda: layer_with(NORM, tensor((32,), (0,), numel=1)),
+    "a norm of 2**60 elements": lambda: layer_with(NORM, tensor((1 << 60,), (0,))),
+    "rows of one element": lambda: layer_with(ROWS, tensor((128, 32), (0, 0))),
+    "2**20 rows of one element": lambda: layer_with(ROWS, tensor((1 << 18, 32), (0, 0))),
+    "rows of the last element": lambda: layer_with(ROWS, tensor((128, 32), (0, 0), offset=3)),
+    "no rows of many": lambda: layer_with(ROWS, tensor((0, 1 << 62), (1, 1))),
+}
+
+
 EMBEDDED: dict[str, tuple[str, dict[str, Make]]] = {
     "running": (
         LAYER,
         _wrapped(zipped, {n: lambda d=d: d for n, d in running("touch canary").items()}),
     ),  # type: ignore[misc]
     "tensors": (LAYER, _wrapped(zipped, _light(TENSORS), state=True)),
+    "lying": (LAYER, LYING),
+    "words": (
+        "layer_00-model_00-model_states.pt",
+        {
+            str(rows): lambda rows=rows: layer_with(  # type: ignore[misc]
+                "word_embeddings.weight",
+                tensor((rows, 32), (0, 0)),
+                "layer_00-model_00-model_states.pt",
+            )
+            for rows in (0, 384, 1 << 18, 1 << 60)
+        },
+    ),
     "zips": (LAYER, ZIPS),
     "names": (LAYER, NAMES),
     "meta": (RANK, {name: lambda c=c: meta(**c) for name, c in META.items()}),  # type: ignore[misc]
@@ -243,7 +287,9 @@ def test_in_a_checkpoint(group: str, command: str, tmp_path: Path) -> None:
     jobs = {}
     for name, make in cases.items():
         folder = place(tmp_path, name)
-        source = checkpoint_with(folder, file, make())
+        source = checkpoint_with(
+            folder, file, make(), ONE_RANK if group in ("lying", "words") else TWO_RANKS
+        )
         more = [str(folder / "out")] if command == "convert" else ["--tensors"]
         jobs[name] = ("cli", [command, str(source), *more], folder)
     done = check(tmp_path, jobs)
@@ -272,7 +318,7 @@ def test_expanded_tensors_are_written_out(tmp_path: Path) -> None:
     """A stride of 0 is no attack by itself: torch saves such tensors."""
     folder = place(tmp_path, "x")
     source = checkpoint_with(folder, LAYER, b"")
-    genuine = torch.load(step_of(fixture("pythia_fp32_pp1_tp2")) / LAYER)
+    genuine = torch.load(step_of(fixture(TWO_RANKS)) / LAYER)
     genuine["input_layernorm.weight"] = torch.tensor([1.5]).expand(32)
     torch.save(genuine, step_of(source) / LAYER)
     convert(source, tmp_path / "hf")
