@@ -279,8 +279,10 @@ EMBEDDED: dict[str, tuple[str, dict[str, Make]]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert"])
-@pytest.mark.parametrize("group", EMBEDDED)
+COMMANDS = [(group, command) for group in EMBEDDED for command in ("inspect", "convert")]
+
+
+@pytest.mark.parametrize(("group", "command"), [*COMMANDS, ("meta", "doctor"), ("names", "doctor")])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_in_a_checkpoint(group: str, command: str, tmp_path: Path) -> None:
     file, cases = EMBEDDED[group]
@@ -290,12 +292,42 @@ def test_in_a_checkpoint(group: str, command: str, tmp_path: Path) -> None:
         source = checkpoint_with(
             folder, file, make(), ONE_RANK if group in ("lying", "words") else TWO_RANKS
         )
-        more = [str(folder / "out")] if command == "convert" else ["--tensors"]
-        jobs[name] = ("cli", [command, str(source), *more], folder)
+        more = {
+            "inspect": ["--tensors"],
+            "convert": [str(folder / "out")],
+            "doctor": ["--for", "neox@today"],
+        }
+        jobs[name] = ("cli", [command, str(source), *more[command]], folder)
     done = check(tmp_path, jobs)
     for name, result in done.items():
         there = (tmp_path / jobs[name][2] / "out").exists()
         assert there == (command == "convert" and result["code"] == 0), name
+
+
+HF_CONFIG = {
+    "model_type": "gpt_neox",
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 384,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_in_a_hugging_face_folder(command: str, tmp_path: Path) -> None:
+    cases = EMBEDDED["running"][1] | EMBEDDED["lying"][1] | NAMES
+    jobs = {}
+    for name, make in cases.items():
+        folder = place(tmp_path, name)
+        (folder / "hf").mkdir()
+        (folder / "hf" / "config.json").write_text(json.dumps(HF_CONFIG))
+        (folder / "hf" / "pytorch_model.bin").write_bytes(make())
+        more = [str(folder / "out")] if command == "convert" else []
+        jobs[name] = ("cli", [command, str(folder / "hf"), *more], folder)
+    done = check(tmp_path, jobs)
+    assert {result["code"] for result in done.values()} == {1}
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
