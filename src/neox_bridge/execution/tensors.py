@@ -1,13 +1,14 @@
 """Writes one tensor: the rows whose bytes stay through the kernel, the others through numpy."""
 
 import math
-import zlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby, pairwise
 from math import prod
 from operator import itemgetter
+
+from zlib_ng.zlib_ng import crc32
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import BUFFER, move, write
@@ -37,8 +38,8 @@ def _write(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> 
     """The tensor's bytes at its place. crc: as in ``move``."""
     if tensor.inline is not None:
         write(fd, tensor.inline, tensor.offset)
-        context.wrote(len(tensor.inline), changed=False)
-        return None if crc is None else zlib.crc32(tensor.inline, crc)
+        context.wrote(len(tensor.inline), "copied")
+        return None if crc is None else crc32(tensor.inline, crc)
     if tensor.reduce != "none" and (only := replica(tensor, context)) is not None:
         tensor = replace(tensor, pieces=(only,), reduce="none")
     if tensor.random is not None or tensor.reduce != "none" or tensor.divisor != 1:
@@ -62,8 +63,8 @@ def _made(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> i
         data = block.reshape(-1).view("u1").data
         write(fd, data, offset)
         if crc is not None:
-            crc = zlib.crc32(data, crc)
-        context.wrote(len(data), changed=True)
+            crc = crc32(data, crc)
+        context.wrote(len(data), "transformed")
         offset += len(data)
     return crc
 
@@ -71,10 +72,10 @@ def _made(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> i
 def _hole(size: int, context: Context, crc: int | None) -> int | None:
     """Zeros, which a fresh file has already."""
     zeros = bytes(min(size, BUFFER)) if crc is not None else b""
-    context.wrote(size, changed=True)
+    context.wrote(size, "transformed")
     while crc is not None and size:
         context.check()
-        crc = zlib.crc32(memoryview(zeros)[:size], crc)
+        crc = crc32(memoryview(zeros)[:size], crc)
         size -= min(size, BUFFER)
     return crc
 

@@ -19,7 +19,8 @@ from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickle_writer import dump
 from neox_bridge.formats.pickles import PickledTensor, PickleError, load, storage_ref
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, byte_range
+from neox_bridge.planning.pieces import OutputFile, OutputTensor
+from neox_bridge.planning.sharing import BLOCK, residue
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")  # APPNOTE 4.3.7
 _LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -32,9 +33,6 @@ _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 1, 8, 2048  # flags, 4.4.4
 _U32 = 0xFFFFFFFF  # this and larger numbers go into zip64 fields
 _MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
 _ALIGNMENT = 64  # bytes
-_BLOCK = 4096  # bytes; what file systems share is whole blocks at the same place in both files
-_WORTH_SHARING = 64 << 10  # bytes
-_ELEMENT = 8  # bytes; torch maps tensors in place, so they stay aligned for every dtype
 _MAX_PICKLE = 256 << 20  # bytes of data.pkl, which is read into memory
 
 
@@ -213,8 +211,8 @@ def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> Outp
     value: see ``pickle_writer.dump``; each tensor is a storage ``data/K`` of its own, K counting
         in the order in which the slots appear.
     Records are stored, their tensors at multiples of 64 bytes through torch's extra field "FB".
-    A tensor of 64 KiB or more whose first piece is one run of bytes of its source lies at its
-    source's offset modulo 4096, so that file systems can share the blocks. torch can compute
+    A tensor of which bytes can be shared with its source's file lies where that is possible (see
+    ``planning.sharing``). torch can compute
     where tensors lie instead of reading it (``config.load.calculate_storage_offsets``) and would
     miss such ones, so a file that has them says ``.format_version`` 0, which forbids that.
     As torch does under ``torch.serialization.set_crc32_options(False)``, sizes and CRC-32 stand
@@ -227,7 +225,7 @@ def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> Outp
     pickled, order = dump(value, {name: (t.dtype, t.shape) for name, t in by_name.items()})
     if sorted(order) != sorted(tensor.name for tensor in tensors):
         raise ValueError(f"{path}: the tensors aren't those of the value")
-    moved = any(_congruence(tensor) is not None for tensor in tensors)
+    moved = any(residue(tensor) is not None for tensor in tensors)
     top = _top_folder(path)
     records: list[tuple[str, bytes | OutputTensor]] = [
         ("data.pkl", pickled),
@@ -253,26 +251,14 @@ def _top_folder(path: str) -> str:
     return stem if stem.isascii() else "archive"
 
 
-def _congruence(tensor: OutputTensor) -> int | None:
-    """The offset modulo 4096 at which the tensor's blocks can be shared with its source's."""
-    if not tensor.pieces or tensor.nbytes < _WORTH_SHARING or tensor.reduce == "sum":
-        return None
-    run = byte_range(tensor.pieces[0], tensor.shape)
-    source = tensor.pieces[0].source
-    if run is None or source is None or source.dtype != tensor.dtype or tensor.divisor != 1:
-        return None
-    place = (run[0] - run[1]) % _BLOCK
-    return None if run[0] % _ELEMENT or place % _ELEMENT else place
-
-
 def _plan(name: bytes, record: bytes | OutputTensor, header: int) -> _Planned:
     tensor = record if isinstance(record, OutputTensor) else None
     data = record if isinstance(record, bytes) else record.inline
     size = tensor.nbytes if tensor else len(data or b"")
     entry = _Planned(name, size, header, 0, data if size else b"", tensor)
     least = header + _LOCAL.size + len(name) + len(entry.zip64) + _EXTRA.size
-    congruence = _congruence(tensor) if tensor else None
-    unit, rest = (_ALIGNMENT, 0) if congruence is None else (_BLOCK, congruence)
+    shared = residue(tensor) if tensor else None
+    unit, rest = (_ALIGNMENT, 0) if shared is None else (BLOCK, shared)
     return replace(entry, start=least + (rest - least) % unit)
 
 
