@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution import files, movers, staging, transform
+from neox_bridge.execution import casts, files, movers, staging, transform
 from neox_bridge.execution.run import execute
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.geometry import constant
@@ -198,7 +198,7 @@ def test_wide_values_become_bfloat16_in_one_rounding(values: list[float], low: i
     """Against the exact nearest, ties to even; ties missed by a hair are the hard cases."""
     ties = [(1 + (2 * k + 1) * 2.0**-8) * (1 + s * 2.0**low) for k in range(4) for s in (-1, 0, 1)]
     wide = np.array([*values, *ties, *(-t for t in ties)], np.float64)
-    got = transform.cast(wide, np.dtype(ml_dtypes.bfloat16))
+    got = casts.cast(wide, np.dtype(ml_dtypes.bfloat16))
     for value, near in zip(wide, got, strict=True):
         assert np.isnan(near) == np.isnan(value)
         if np.isfinite(near):

@@ -58,7 +58,7 @@ def _write(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> 
 def _made(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> int | None:
     """Block after block from numpy."""
     offset = tensor.offset
-    for block in blocks(tensor, context):
+    for block in blocks(tensor, context, reuse=True):
         context.check()
         data = block.reshape(-1).view("u1").data
         write(fd, data, offset)
