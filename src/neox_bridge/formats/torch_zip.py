@@ -178,30 +178,25 @@ def _locate(file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A record to write. data: its bytes, where they are known; else they are the tensor's."""
+    """A record to write. data: its bytes, where they are known; else they are the tensor's.
+
+    zip64: the extra field of what 32 bits don't hold; in both headers, as torch writes it.
+    """
 
     name: bytes
     size: int
     header: int
     start: int
+    zip64: bytes
     data: bytes | None
+    crc: int
     tensor: OutputTensor | None
-
-    @property
-    def zip64(self) -> bytes:
-        """The extra field of what 32 bits don't hold; in both headers, as torch writes it."""
-        sizes = (self.size, self.size) if self.size >= _U32 else ()
-        return _zip64(*sizes, *((self.header,) if self.header >= _U32 else ()))
 
     @property
     def end(self) -> int:
         """Where the data descriptor ends, which records without bytes don't have."""
         descriptor = _DESCRIPTOR64 if self.zip64 else _DESCRIPTOR
         return self.start + self.size + (descriptor.size if self.size else 0)
-
-    @property
-    def crc(self) -> int:
-        return zlib.crc32(self.data) if self.data is not None else 0
 
 
 def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> OutputFile:
@@ -212,17 +207,24 @@ def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> Outp
         in the order in which the slots appear.
     Records are stored, their tensors at multiples of 64 bytes through torch's extra field "FB".
     A tensor of which bytes can be shared with its source's file lies where that is possible (see
-    ``planning.sharing``). torch can compute
-    where tensors lie instead of reading it (``config.load.calculate_storage_offsets``) and would
-    miss such ones, so a file that has them says ``.format_version`` 0, which forbids that.
+    ``planning.sharing``). torch can compute where tensors lie instead of reading it
+    (``config.load.calculate_storage_offsets``) and would miss such ones, so a file that has them
+    says ``.format_version`` 0, which forbids that.
     As torch does under ``torch.serialization.set_crc32_options(False)``, sizes and CRC-32 stand
     in a data descriptor behind the data and in the central directory, the local header has
     zeros, and a tensor's CRC is 0 in both places; ``crc_at`` names the two. Tensors with
     ``inline`` bytes and all other records have their true CRC. Dates are 0, as torch's are.
     Raises ValueError where slots and tensors don't match: a fault of the caller.
     """
+    pickled, order = dump(value, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+    return layout_pickled(path, pickled, order, tensors)
+
+
+def layout_pickled(
+    path: str, pickled: bytes, order: Sequence[str], tensors: Sequence[OutputTensor]
+) -> OutputFile:
+    """``layout_pt`` of a value that is pickled already; see ``pickle_writer.dump`` for both."""
     by_name = {tensor.name: tensor for tensor in tensors}
-    pickled, order = dump(value, {name: (t.dtype, t.shape) for name, t in by_name.items()})
     if sorted(order) != sorted(tensor.name for tensor in tensors):
         raise ValueError(f"{path}: the tensors aren't those of the value")
     moved = any(residue(tensor) is not None for tensor in tensors)
@@ -255,11 +257,17 @@ def _plan(name: bytes, record: bytes | OutputTensor, header: int) -> _Planned:
     tensor = record if isinstance(record, OutputTensor) else None
     data = record if isinstance(record, bytes) else record.inline
     size = tensor.nbytes if tensor else len(data or b"")
-    entry = _Planned(name, size, header, 0, data if size else b"", tensor)
-    least = header + _LOCAL.size + len(name) + len(entry.zip64) + _EXTRA.size
+    data = data if size else b""
+    zip64 = b""
+    if size >= _U32 or header >= _U32:
+        zip64 = _zip64(
+            *((size, size) if size >= _U32 else ()), *((header,) if header >= _U32 else ())
+        )
+    least = header + _LOCAL.size + len(name) + len(zip64) + _EXTRA.size
     shared = residue(tensor) if tensor else None
     unit, rest = (_ALIGNMENT, 0) if shared is None else (BLOCK, shared)
-    return replace(entry, start=least + (rest - least) % unit)
+    crc = zlib.crc32(data) if data else 0
+    return _Planned(name, size, header, least + (rest - least) % unit, zip64, data, crc, tensor)
 
 
 def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> OutputFile:
@@ -278,7 +286,7 @@ def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> Outp
             literals.append((run_at, run))
             run, run_at = b"", entry.start + entry.size
         run += _descriptor(entry)
-        entry_at += len(_central_header(entry))
+        entry_at += _CENTRAL.size + len(entry.name) + len(entry.zip64)
     directory = b"".join(map(_central_header, planned))
     run += directory + _end(len(planned), directory_at, len(directory))
     literals.append((run_at, run))
@@ -286,9 +294,7 @@ def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> Outp
 
 
 def _zip64(*numbers: int) -> bytes:
-    """APPNOTE 4.5.3; nothing where there are no numbers."""
-    if not numbers:
-        return b""
+    """APPNOTE 4.5.3."""
     return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
 
 
