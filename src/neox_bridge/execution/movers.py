@@ -14,6 +14,7 @@ from neox_bridge.planning.sharing import BLOCK, WORTH
 
 CHUNK = 16 << 20  # bytes of one kernel copy, so that progress moves and Ctrl-C is heard
 BUFFER = 1 << 20
+Target = int | memoryview  # a file's descriptor, or all the bytes of a small file
 _SEND = 1 << 20  # bytes
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLONE = getattr(fcntl, "FICLONERANGE", 0x4020940D)  # linux/fs.h; in fcntl since Python 3.12
@@ -22,9 +23,9 @@ _NEVER = {errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EPERM
 
 
 def move(
-    source: str, start: int, target: int, to: int, size: int, context: Context, crc: int | None
+    source: str, start: int, target: Target, to: int, size: int, context: Context, crc: int | None
 ) -> int | None:
-    """Copy ``size`` bytes of a file to an open one; all numbers are bytes.
+    """Copy ``size`` bytes of a file to a target; all numbers are bytes.
 
     crc: the CRC-32 of what precedes them in the record, or None where nobody asks for it. Returns
     it with these bytes added, or None where the kernel moved bytes that this process didn't see;
@@ -33,6 +34,8 @@ def move(
     """
     see = crc is not None and context.every_crc
     with context.files.reading(source) as fd:
+        if isinstance(target, memoryview) or size < WORTH:
+            return _buffered(fd, source, (start, to, size), target, context, crc)
         low, high = _clone(fd, start, target, to, size, context)
         for begin, end in ((0, low), (low, high), (high, size)):
             if begin == low and high > low:
@@ -47,8 +50,11 @@ def move(
     return crc
 
 
-def write(target: int, data: "bytes | memoryview", to: int) -> None:
+def write(target: Target, data: "bytes | memoryview", to: int) -> None:
     """pwrite until all is written; large data is soon on its way to the disk."""
+    if isinstance(target, memoryview):
+        target[to : to + len(data)] = data
+        return
     view, at = memoryview(data), to
     while view:
         count = os.pwrite(target, view, at)
@@ -88,7 +94,7 @@ def _clone(
     """
     low = -start % BLOCK
     high = low + (size - low) // BLOCK * BLOCK
-    if (start - to) % BLOCK or high - low < WORTH or sys.platform != "linux":
+    if (start - to) % BLOCK or low >= high or sys.platform != "linux":
         return 0, 0
     disks = os.fstat(fd).st_dev, os.fstat(target).st_dev
     if disks in context.unshared:
@@ -135,17 +141,25 @@ def _buffered(
     fd: int,
     source: str,
     span: tuple[int, int, int],
-    target: int,
+    target: Target,
     context: Context,
     crc: int | None,
 ) -> int | None:
     start, to, size = span
-    buffer = memoryview(bytearray(min(BUFFER, size)))
+    buffer = (
+        memoryview(b"")
+        if isinstance(target, memoryview)
+        else memoryview(bytearray(min(BUFFER, size)))
+    )
     while size:
         context.check()
-        data = buffer[: min(BUFFER, size)]
-        read(fd, source, data, start)
-        write(target, data, to)
+        if isinstance(target, memoryview):
+            data = target[to : to + size]
+            read(fd, source, data, start)
+        else:
+            data = buffer[: min(BUFFER, size)]
+            read(fd, source, data, start)
+            write(target, data, to)
         if crc is not None:
             crc = crc32(data, crc)
         context.wrote(len(data), "copied")

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from neox_bridge.errors import BridgeError
@@ -12,10 +13,13 @@ from neox_bridge.execution.movers import move, write
 from neox_bridge.execution.pool import Task, followed, run_all
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.staging import check_target, flush_folders, staged
-from neox_bridge.execution.tensors import write_tensor
+from neox_bridge.execution.tensors import fill_tensor, write_tensor
 from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import OutputFile, Plan
+
+SMALL = 1 << 20  # bytes of a file that is put together in memory
+_FLUSH = 1 << 17  # what a flush counts for, in bytes, where tasks are put together
 
 
 def execute(
@@ -46,10 +50,8 @@ def execute(
     _check_copies(plan, before)
     context = Context(progress, every_crc=every_crc)
     with staged(target, plan.size, overwrite) as folder:
-        # room for the journal of issue 8: files that an earlier run finished need no task
+        # room for a journal: files that an earlier run finished need no task
         try:
-            for file in plan.files:
-                _create(folder, file)
             _run(plan, folder, workers or min(4, os.cpu_count() or 1), context)
         finally:
             context.files.close()
@@ -86,28 +88,24 @@ def _check_copies(plan: Plan, before: dict[str, tuple[int, int]]) -> None:
             )
 
 
-def _create(folder: str, file: OutputFile) -> None:
-    """The file at its size, with its literal bytes."""
-    path = os.path.join(folder, file.path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        os.ftruncate(fd, file.size)
-        for offset, data in file.literals:
-            write(fd, data, offset)
-    finally:
-        os.close(fd)
-
-
 def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
     """File after file, the largest first, and so within each: no thread is left with a large one.
 
-    Each file is flushed as soon as it is whole, while others are still written.
+    A file is flushed as soon as it is whole, while others are still written; small ones at the end,
+    since each flush of a new file costs a commit of the file system's journal.
     """
+    for path in sorted({os.path.dirname(os.path.join(folder, file.path)) for file in plan.files}):
+        os.makedirs(path, exist_ok=True)
     tasks: list[Task] = []
+    flushes: list[Task] = []
     for file in sorted(plan.files, key=lambda file: -file.size):
         path = os.path.join(folder, file.path)
-        context.wrote(sum(len(data) for _, data in file.literals), "copied")
+        if file.size <= SMALL and file.copy_of is None:
+            tasks.append((file.size, partial(_small, file, path, context)))
+            flushes.append((_FLUSH, partial(_flush, path, context)))
+            continue
+        _create(path, file)
+        context.wrote(_literals(file), "copied")
         its: list[Task] = [
             (t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors
         ]
@@ -116,6 +114,41 @@ def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
         its.sort(key=lambda task: -task[0])
         tasks += followed(its, partial(_flush, path, context))
     run_all(tasks, workers, context)
+    run_all(flushes, workers, context)
+
+
+def _literals(file: OutputFile) -> int:
+    return sum(len(data) for _, data in file.literals)
+
+
+def _create(path: str, file: OutputFile) -> None:
+    """The file at its size, with its literal bytes."""
+    with _new(path) as fd:
+        os.ftruncate(fd, file.size)
+        for offset, data in file.literals:
+            write(fd, data, offset)
+
+
+def _small(file: OutputFile, path: str, context: Context) -> None:
+    """All of a file at once: put together in memory, written in one call."""
+    context.check()
+    data = memoryview(bytearray(file.size))
+    for offset, literal in file.literals:
+        write(data, literal, offset)
+    context.wrote(_literals(file), "copied")
+    for tensor in file.tensors:
+        fill_tensor(tensor, data, context)
+    with _new(path) as fd:
+        write(fd, data, 0)
+
+
+@contextmanager
+def _new(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _copy(source: str, size: int, path: str, context: Context) -> None:

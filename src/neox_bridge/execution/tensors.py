@@ -11,7 +11,7 @@ from operator import itemgetter
 from zlib_ng.zlib_ng import crc32
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.movers import BUFFER, move, write
+from neox_bridge.execution.movers import BUFFER, Target, move, write
 from neox_bridge.execution.transform import blocks, replica
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputTensor, Piece, Whole, byte_range, cut
@@ -28,13 +28,18 @@ def write_tensor(tensor: OutputTensor, path: str, context: Context) -> None:
     """
     context.check()
     with context.files.writing(path) as fd:
-        crc = _write(tensor, fd, context, 0 if tensor.crc_at else None)
-        if crc is not None:
-            for place in tensor.crc_at:
-                write(fd, crc.to_bytes(4, "little"), place)
+        fill_tensor(tensor, fd, context)
 
 
-def _write(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> int | None:
+def fill_tensor(tensor: OutputTensor, target: Target, context: Context) -> None:
+    """The same, into an open file or the zeros of a small one's bytes in memory."""
+    crc = _write(tensor, target, context, 0 if tensor.crc_at else None)
+    if crc is not None:
+        for place in tensor.crc_at:
+            write(target, crc.to_bytes(4, "little"), place)
+
+
+def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
     """The tensor's bytes at its place. crc: as in ``move``."""
     if tensor.inline is not None:
         write(fd, tensor.inline, tensor.offset)
@@ -55,7 +60,7 @@ def _write(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> 
     return crc
 
 
-def _made(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> int | None:
+def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
     """Block after block from numpy."""
     offset = tensor.offset
     for block in blocks(tensor, context, reuse=True):

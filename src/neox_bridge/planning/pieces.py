@@ -164,6 +164,8 @@ def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
     ref = piece.source
     if ref is None:
         return None
+    if ref.strides is None and piece.shape == ref.shape == shape:
+        return ref.offset, 0, ref.nbytes
     strides = ref.strides or row_major(ref.shape)
     to_strides = row_major(shape)
     if not (is_contiguous(piece.shape, strides) and is_contiguous(piece.shape, to_strides)):
