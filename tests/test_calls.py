@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import make_hf, plan_of
 
-from neox_bridge.execution import run
+from neox_bridge.execution import output
 from neox_bridge.execution.run import execute
 
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 1024}
@@ -69,7 +69,7 @@ def test_what_stays_is_moved_by_the_kernel(
     assert calls["preadv bytes"] + calls["pwrite bytes"] < 2 * small
     assert calls["fsync"] <= len(plan.files) + 5, "each file once, and the folders"
     # of files with large tensors: their small tensors and CRCs, and what lies between tensors
-    pieces = sum(len(f.tensors) * 4 + len(f.literals) for f in plan.files if f.size > run.SMALL)
+    pieces = sum(len(f.tensors) * 4 + len(f.literals) for f in plan.files if f.size > output.SMALL)
     assert calls["pwrite"] <= pieces + len(plan.files)
 
 
@@ -113,7 +113,7 @@ def test_many_ranks_cost_no_more_calls_a_tensor(tmp_path: Path, calls: Counter[s
     """A small file is opened, written and flushed once, however many tensors it holds."""
     hf = make_hf(tmp_path / "hf", num_hidden_layers=4, hidden_size=64, num_attention_heads=16)
     plan = plan_of(hf, tmp_path / "out", tp=16)
-    small = [file for file in plan.files if file.size <= run.SMALL]
+    small = [file for file in plan.files if file.size <= output.SMALL]
     tensors = [tensor for file in small for tensor in file.tensors]
     assert len(small) == len(plan.files) > 16 * 6
     calls.clear()

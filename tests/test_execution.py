@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution import casts, files, movers, staging, tensors, transform
+from neox_bridge.execution import casts, exchange, files, movers, staging, tensors, transform
 from neox_bridge.execution.run import execute
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.geometry import constant
@@ -82,7 +82,7 @@ def clones(patch: pytest.MonkeyPatch, asked: list[int]) -> None:
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files and tensors are treated as large ones are, however small."""
-    monkeypatch.setattr("neox_bridge.execution.run.SMALL", -1)
+    monkeypatch.setattr("neox_bridge.execution.output.SMALL", -1)
     monkeypatch.setattr(movers, "WORTH", 1)
 
 
@@ -173,7 +173,7 @@ def test_boxes_from_many_files(
         if how == "cloned":
             clones(patch, [])
         if how == "memory":
-            patch.setattr("neox_bridge.execution.run.SMALL", 1 << 20)
+            patch.setattr("neox_bridge.execution.output.SMALL", 1 << 20)
         if how == "buffered":
             no_kernel(patch)
         tensor = OutputTensor("t", "float16", shape, tuple(reversed(pieces)), crc_at=(4,))
@@ -643,7 +643,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 def test_an_interrupt_between_two_renames(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The target is the old one or the new one, and nothing else lies about."""
+    """The target is the old one or the new one; the new one's files aren't lost."""
     plan = simple(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
@@ -654,11 +654,15 @@ def test_an_interrupt_between_two_renames(
         if target.endswith(".old") == (step == "aside") and not source.endswith(".old"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(exchange, "_exchange", lambda *_: False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", rename)
         execute(plan, str(tmp_path / "out"), overwrite=True)
-    assert left(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == (["old"] if step == "aside" else ["sub"])
+    result = execute(plan, str(tmp_path / "out"), overwrite=True)
+    assert result.kept == (plan.size if step == "aside" else 0)
+    assert left(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["sub"]
 
 
 def test_a_target_that_appears_meanwhile_is_not_touched(
@@ -670,10 +674,14 @@ def test_a_target_that_appears_meanwhile_is_not_touched(
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "other").write_text("other")
 
-    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", appear)
-    with pytest.raises(BridgeError, match="exists"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(BridgeError, match=r"exists.* kept in"),
+    ):
+        patch.setattr("neox_bridge.execution.run.flush_folders", appear)
         execute(plan, str(tmp_path / "out"))
     assert (tmp_path / "out" / "other").read_text() == "other"
+    assert execute(plan, str(tmp_path / "out"), overwrite=True).kept == plan.size
     assert left(tmp_path) == ["out"]
 
 

@@ -1,6 +1,6 @@
 """``neox-bridge convert``."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,11 +9,15 @@ from neox_bridge.cli.errors import writing
 from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
 from neox_bridge.cli.progress import progress_bar
 
+if TYPE_CHECKING:
+    from neox_bridge.execution.digests import HashName
+
 _SOURCE = "Where it comes from"
 _WHAT = "What is written"
 _NEOX = "GPT-NeoX targets"
 _HF = "Hugging Face targets"
 _RUN = "How it runs"
+_HASHES: dict[str, "HashName | None"] = {"xxh3": "xxh3_128", "sha256": "sha256", "none": None}
 
 
 def convert(
@@ -207,6 +211,16 @@ def convert(
             "unseen. torch doesn't look at it; unzip does.",
         ),
     ] = False,
+    hash_name: Annotated[
+        str | None,
+        typer.Option(
+            "--hash",
+            **values.one_of("xxh3", "sha256", "none"),
+            rich_help_panel=_RUN,
+            help="Of every file, in neox_bridge.json: `verify DST` checks them. xxh3, unless told; "
+            "with --no-verify not of files whose blocks are shared, unless told.",
+        ),
+    ] = None,
     no_verify: Annotated[
         bool,
         typer.Option(
@@ -308,6 +322,8 @@ def convert(
                 overwrite=overwrite,
                 workers=max_workers,
                 every_crc=crc,
+                hash_name=_HASHES[hash_name or "xxh3"],
+                hash_shared=hash_name is not None or not no_verify,
                 progress=progress,
                 check=check,
             )

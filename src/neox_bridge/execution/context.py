@@ -8,7 +8,7 @@ from typing import Literal
 
 from neox_bridge.execution.files import Files
 
-How = Literal["shared", "copied", "transformed"]
+How = Literal["shared", "copied", "transformed", "kept"]
 
 
 class Stopped(Exception):
@@ -20,6 +20,7 @@ class Context:
     """Shared and mutable; every change goes through a method that holds the lock.
 
     every_crc: whether bytes are read for their CRC-32 that the kernel could move unseen.
+    cloned: the output files (st_dev, st_ino) that share blocks with a source.
     unshared: pairs of disks (st_dev of source and target) that don't share blocks.
     overflows: (tensor, values that became non-finite). deviations: (tensor, file, largest one).
     """
@@ -27,6 +28,7 @@ class Context:
     progress: Callable[[int], None] | None = None
     every_crc: bool = False
     written: Counter[How] = field(default_factory=Counter)
+    cloned: set[tuple[int, int]] = field(default_factory=set)
     unshared: set[tuple[int, int]] = field(default_factory=set)
     overflows: list[tuple[str, int]] = field(default_factory=list)
     deviations: list[tuple[str, str, float]] = field(default_factory=list)

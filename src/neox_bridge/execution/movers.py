@@ -37,15 +37,14 @@ def move(
         if isinstance(target, memoryview) or size < WORTH:
             return _buffered(fd, source, (start, to, size), target, context, crc)
         low, high = _clone(fd, start, target, to, size, context)
-        for begin, end in ((0, low), (low, high), (high, size)):
-            if begin == low and high > low:
-                crc = _sum(fd, source, (start + low, high - low), context, crc) if see else None
+        for begin, end, shared in ((0, low, False), (low, high, True), (high, size, False)):
+            at, count = start + begin, end - begin
+            if shared and count:
+                crc = _sum(fd, source, (at, count), context, crc) if see else None
                 continue
-            done = (
-                0 if see else _kernel(fd, start + begin, target, to + begin, end - begin, context)
-            )
+            done = 0 if see else _kernel(fd, at, target, to + begin, count, context)
             crc = None if done else crc
-            span = (start + begin + done, to + begin + done, end - begin - done)
+            span = (at + done, to + begin + done, count - done)
             crc = _buffered(fd, source, span, target, context, crc)
     return crc
 
@@ -96,7 +95,8 @@ def _clone(
     high = low + (size - low) // BLOCK * BLOCK
     if (start - to) % BLOCK or low >= high or sys.platform != "linux":
         return 0, 0
-    disks = os.fstat(fd).st_dev, os.fstat(target).st_dev
+    own = os.fstat(target)
+    disks = os.fstat(fd).st_dev, own.st_dev
     if disks in context.unshared:
         return 0, 0
     try:
@@ -107,6 +107,7 @@ def _clone(
         if error.errno in _NEVER:
             context.unshared.add(disks)
         return 0, 0
+    context.cloned.add((own.st_dev, own.st_ino))
     context.wrote(high - low, "shared")
     return low, high
 

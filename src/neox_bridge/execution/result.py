@@ -11,6 +11,7 @@ class Result:
 
     shared: bytes that lie in blocks of the source's files now (reflink) and take no room.
     copied: bytes that the kernel moved (copy_file_range) or that passed through unchanged.
+    kept: bytes of files that an earlier run of the same plan had finished.
     transformed: bytes that numpy made: strided, cast, summed, filled.
     findings: replicas that differed, values that became non-finite in a cast.
     """
@@ -21,5 +22,6 @@ class Result:
     shared: int
     copied: int
     transformed: int
+    kept: int
     seconds: float
     findings: tuple[Finding, ...] = ()

@@ -87,6 +87,7 @@ class OutputFile:
     path: relative to the target.
     literals: (offset, bytes): headers, pickles, small text files.
     copy_of: an absolute path, for files that are taken over as they are.
+    seals: whether it is the record, a JSON object to which the others' sizes and hashes are added.
     """
 
     path: str
@@ -94,6 +95,7 @@ class OutputFile:
     literals: tuple[tuple[int, bytes], ...] = ()
     tensors: tuple[OutputTensor, ...] = ()
     copy_of: str | None = None
+    seals: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
         generation = dump_json(_generation(checkpoint, raw))
         files.append(text_file("generation_config.json", generation))
     files += tokenizer_outputs(tokenizer)
-    files.append(text_file(RECORD, dump_json(hf_record(checkpoint))))
+    files.append(text_file(RECORD, dump_json(hf_record(checkpoint)), seals=True))
     summary = {
         "kind": "hf",
         "architecture": architecture.name,
