@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.compat import mend
 from neox_bridge.compat.doctor import judge
 from neox_bridge.compat.targets import target_named
+from neox_bridge.execution import exchange as swapping
 from neox_bridge.layouts.eras import LINEAR, era_named
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.derived import inv_freq
@@ -117,8 +117,13 @@ def test_only_what_must_change_is_written(tmp_path: Path) -> None:
     assert "layer_" not in text
     assert "mp_rank_" not in text
     before, after = digests(step_of(root)), digests(step_of(tmp_path / "out"))
-    del before["configs/zz.yml"], before["configs/neox_bridge.yml"]
-    assert {k: v for k, v in after.items() if k != "configs/neox_bridge.yml"} == before
+    del before["configs/zz.yml"]
+    for changed in (
+        "configs/neox_bridge.yml",
+        "neox_bridge.json",
+    ):  # its hashes are of the new ones
+        assert before.pop(changed) != after.pop(changed)
+    assert after == before
     assert neox_config(tmp_path / "out") == neox_config(root)
     assert answer(tmp_path / "out", "today") == "loads"
 
@@ -367,7 +372,7 @@ def test_a_failure_leaves_the_old_one(
     root = neox(tmp_path, "2024-03")
     before = digests(root)
     if not exchange:
-        monkeypatch.setattr(mend, "_exchange", lambda *_: False)
+        monkeypatch.setattr(swapping, "_exchange", lambda *_: False)
     real = os.rename
 
     def rename(source: Any, target: Any) -> None:
@@ -379,7 +384,7 @@ def test_a_failure_leaves_the_old_one(
         raise OSError("no")
 
     if exchange:
-        monkeypatch.setattr(mend, "_exchange", broken)
+        monkeypatch.setattr(swapping, "_exchange", broken)
     monkeypatch.setattr(os, "rename", rename)
     doctor(root, "--for", "today", "--in-place", code=1)
     assert digests(root) == before
@@ -388,7 +393,7 @@ def test_a_failure_leaves_the_old_one(
 
 def test_in_place_without_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = neox(tmp_path, "2024-03")
-    monkeypatch.setattr(mend, "_exchange", lambda *_: False)
+    monkeypatch.setattr(swapping, "_exchange", lambda *_: False)
     doctor(root, "--for", "today", "--in-place")
     assert answer(root, "today") == "loads"
     assert [p.name for p in root.iterdir() if p.name.startswith(".")] == []

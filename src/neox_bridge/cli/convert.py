@@ -1,6 +1,6 @@
 """``neox-bridge convert``."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,11 +9,15 @@ from neox_bridge.cli.errors import writing
 from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
 from neox_bridge.cli.progress import progress_bar
 
+if TYPE_CHECKING:
+    from neox_bridge.execution.digests import HashName
+
 _SOURCE = "Where it comes from"
 _WHAT = "What is written"
 _NEOX = "GPT-NeoX targets"
 _HF = "Hugging Face targets"
 _RUN = "How it runs"
+_HASHES: dict[str, "HashName | None"] = {"xxh3": "xxh3_128", "sha256": "sha256", "none": None}
 
 
 def convert(
@@ -67,6 +71,15 @@ def convert(
             help="The most that a safetensors file holds: 500MB, 2GiB, bytes.  [default: 5GB]",
         ),
     ] = 5_000_000_000,
+    shards: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("size", "clone"),
+            rich_help_panel=_HF,
+            help="clone: into each safetensors file what can share blocks with SRC's files, where "
+            "the file system can (XFS, btrfs): DST is there at once and takes no room.",
+        ),
+    ] = "size",
     tp: Annotated[
         int | None,
         typer.Option(
@@ -189,6 +202,25 @@ def convert(
         int | None,
         typer.Option(min=1, metavar="N", rich_help_panel=_RUN, help="Threads that move bytes."),
     ] = None,
+    crc: Annotated[
+        bool,
+        typer.Option(
+            "--crc",
+            rich_help_panel=_RUN,
+            help="The CRC-32 of every tensor in a .pt file, also of those that the kernel moves "
+            "unseen. torch doesn't look at it; unzip does.",
+        ),
+    ] = False,
+    hash_name: Annotated[
+        str | None,
+        typer.Option(
+            "--hash",
+            **values.one_of("xxh3", "sha256", "none"),
+            rich_help_panel=_RUN,
+            help="Of every file, in neox_bridge.json: `verify DST` checks them. xxh3, unless told; "
+            "with --no-verify not of files whose blocks are shared, unless told.",
+        ),
+    ] = None,
     no_verify: Annotated[
         bool,
         typer.Option(
@@ -239,6 +271,7 @@ def convert(
         "vocab_multiple": vocab_multiple,
         "vocab_rows": vocab_rows,
         "shard_size": shard_size,
+        "shards": shards,
         "tokenizer": tokenizer,
         "gqa_order": gqa_order,
         "te": te,
@@ -288,6 +321,9 @@ def convert(
                 target,
                 overwrite=overwrite,
                 workers=max_workers,
+                every_crc=crc,
+                hash_name=_HASHES[hash_name or "xxh3"],
+                hash_shared=hash_name is not None or not no_verify,
                 progress=progress,
                 check=check,
             )

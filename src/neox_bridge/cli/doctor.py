@@ -1,6 +1,7 @@
 """``neox-bridge doctor``."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -255,6 +256,7 @@ def _mend(
     as_json: bool,
 ) -> dict[str, Any] | None:
     from neox_bridge.compat import mend
+    from neox_bridge.execution.exchange import swap
     from neox_bridge.execution.run import execute
     from neox_bridge.planning.report import remarks
 
@@ -272,8 +274,12 @@ def _mend(
         where, plan = mend.in_place(checkpoint, plan)
         new = mend.beside(where)
         with writing(where):
-            execute(plan, new)
-            mend.swap(new, where)
+            execute(plan, new, overwrite=True)
+            try:
+                swap(new, where)
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
+                raise
     if not as_json:
         for drop in plan.dropped:
             print(f"dropped: {drop.name}: {drop.reason}")

@@ -60,7 +60,9 @@ def writing(target: str) -> Iterator[None]:
     before = _identity(target)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if str(error):
+            raise Interrupted(str(error)) from None
         if _identity(target) == before:
             raise Interrupted(f"nothing was written to {target}") from None
         raise Interrupted(f"but {target} was already written, all of it") from None

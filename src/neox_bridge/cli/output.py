@@ -166,8 +166,12 @@ def _summary_line(plan: "Plan", result: "Result", target: str) -> str:
     rate = human(result.size / max(result.seconds, 1e-3))
     reasons = [f"{len(names)} ({why})" for why, names in by_reason(plan.dropped).items()]
     dropped = f"; dropped {', '.join(reasons)}" if reasons else "; nothing dropped"
+    how = {"shared": "shared", "copied": "copied", "transformed": "transformed"}
+    how["kept"] = "kept from a run that was stopped"
+    sizes = {what: getattr(result, word) for word, what in how.items()}
+    parts = [f"{human(size)} {what}" for what, size in sizes.items() if size]
     return (
         f"wrote {target}: {side(plan.target)}, {plan.target['parameters']:,} parameters in "
-        f"{plural(result.files, 'file')}, {human(result.size)} in {result.seconds:.1f} s "
-        f"({rate}/s){dropped}"
+        f"{plural(result.files, 'file')}, {human(result.size)} ({', '.join(parts)}) in "
+        f"{result.seconds:.1f} s ({rate}/s){dropped}"
     )

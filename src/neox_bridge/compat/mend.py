@@ -5,11 +5,7 @@ as it is, file by file. Learned values are never touched. Stored values that dev
 config gives are neither dropped nor replaced unless that is asked for.
 """
 
-import contextlib
-import ctypes
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +21,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
 from neox_bridge.layouts.eras import Era, InvFreq, fitting, known_keys
+from neox_bridge.layouts.seal import unsealed
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.make import make_plan
@@ -281,8 +278,22 @@ def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
         for name in sorted(names):
             path = os.path.join(parent, name)
             inside = os.path.relpath(path, folder)
-            if not skip(inside) and os.path.isfile(path):
+            if skip(inside) or not os.path.isfile(path):
+                continue
+            if name == RECORD:
+                yield _record(path, inside)
+            else:
                 yield OutputFile(inside, os.path.getsize(path), copy_of=os.path.realpath(path))
+
+
+def _record(path: str, inside: str) -> OutputFile:
+    """The record, which is sealed again, for other files; a copy where it can't be read."""
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return text_file(inside, unsealed(data), seals=True)
+    except (ValueError, TypeError):
+        return OutputFile(inside, len(data), copy_of=os.path.realpath(path))
 
 
 def in_place(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Plan]:
@@ -297,41 +308,6 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Plan]:
 
 
 def beside(folder: str) -> str:
-    """A new name beside a folder, on the same file system."""
+    """A name beside a folder, on the same file system; the same for every try."""
     parent, name = os.path.split(folder)
-    return os.path.join(parent, f".{name}.mended-{secrets.token_hex(4)}")
-
-
-def swap(new: str, old: str) -> None:
-    """Put ``new`` where ``old`` is, and remove the old one when the new one is in place.
-
-    One exchange where the kernel has it (renameat2, RENAME_EXCHANGE); else two renames, the first
-    of which is undone if the second fails.
-    """
-    try:
-        if not _exchange(new, old):
-            aside = f"{new}.old"
-            os.rename(old, aside)
-            try:
-                os.rename(new, old)
-            except BaseException:
-                os.rename(aside, old)
-                raise
-            new = aside
-    except BaseException:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(new)
-        raise
-    shutil.rmtree(new, ignore_errors=True)
-
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-
-
-def _exchange(first: str, second: str) -> bool:
-    """Whether the two names were exchanged in one step."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return False
-    paths = (os.fsencode(first), os.fsencode(second))
-    return bool(call(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
+    return os.path.join(parent, f".{name}.mended")

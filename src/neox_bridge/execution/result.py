@@ -9,7 +9,9 @@ from neox_bridge.findings import Finding
 class Result:
     """Bytes by how they got there, and what was noticed on the way.
 
+    shared: bytes that lie in blocks of the source's files now (reflink) and take no room.
     copied: bytes that the kernel moved (copy_file_range) or that passed through unchanged.
+    kept: bytes of files that an earlier run of the same plan had finished.
     transformed: bytes that numpy made: strided, cast, summed, filled.
     findings: replicas that differed, values that became non-finite in a cast.
     """
@@ -17,7 +19,9 @@ class Result:
     target: str
     files: int
     size: int
+    shared: int
     copied: int
     transformed: int
+    kept: int
     seconds: float
     findings: tuple[Finding, ...] = ()

@@ -2,23 +2,27 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import partial
+from collections.abc import Callable, Iterable
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.context import Context, Stopped
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.files import check_same, identities
-from neox_bridge.execution.movers import move, write
+from neox_bridge.execution.journal import Key, begun, resume
+from neox_bridge.execution.output import Job, run_files, seal_records
 from neox_bridge.execution.result import Result
-from neox_bridge.execution.staging import check_target, flush_folders, staged
-from neox_bridge.execution.tensors import write_tensor
+from neox_bridge.execution.staging import (
+    check_free,
+    check_room,
+    check_target,
+    flush_folders,
+    staged,
+    take_back,
+)
 from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
-from neox_bridge.planning.pieces import OutputFile, Plan
-
-_BATCH = 1 << 20  # bytes
-_MOST = 64  # tensors
+from neox_bridge.planning.pieces import Plan
+from neox_bridge.planning.report import plan_hash
 
 
 def execute(
@@ -27,42 +31,63 @@ def execute(
     *,
     overwrite: bool = False,
     workers: int | None = None,
+    every_crc: bool = False,
+    hash_name: HashName | None = "xxh3_128",
+    hash_shared: bool = False,
     progress: Callable[[int], None] | None = None,
     check: Callable[[str], None] | None = None,
 ) -> Result:
     """Write what the plan says into the folder ``target``, whole or not at all.
 
-    workers: threads. progress: called, one thread at a time, with the bytes just written.
+    Where that is the root of a GPT-NeoX run the plan's step is added to it. A conversion that was
+    killed, interrupted or had no room goes on where it stopped when the same plan is executed
+    again; the files that it had finished are read and compared with their hashes.
+
+    workers: threads. every_crc: read also what the kernel moves, for the CRC-32 of every tensor in
+        a ``.pt`` file; else that of a tensor that this process didn't see stays 0.
+    hash_name: of the files' hashes in ``neox_bridge.json``; None for none. hash_shared: read files
+        that share blocks with the sources for theirs too, which takes far longer than to make them.
+    progress: called, one thread at a time, with the bytes just written.
     check: called with the finished folder before it gets its name; where it raises Unverified, the
         folder is kept as ``target`` + ".unverified" for inspection.
-    Raises BridgeError where the target exists, there is no space, or a source is damaged or
-    changes; then and on KeyboardInterrupt nothing is left behind and nothing was replaced.
+    Raises BridgeError where the target exists, another process writes it, there is no space, or a
+    source is damaged or changes; nothing was replaced then, nor on KeyboardInterrupt.
     """
     begin = time.perf_counter()
     check_plan(plan)
     sources = _sources(plan)
-    check_target(target, sources, plan.size, overwrite)
+    found = plan.target.get("step")
+    step = found if isinstance(found, str) else None
+    check_target(target, sources, step)
     before = identities(sources)
     _check_copies(plan, before)
-    context = Context(progress)
-    with staged(target, plan.size, overwrite) as folder:
-        # room for the journal of issue 8: files that an earlier run finished need no task
+    context = Context(progress, every_crc=every_crc)
+    key = Key(plan_hash(plan), before, hash_name)
+    with staged(target, plan.size, overwrite, step) as work:
+        if begun(work, key):
+            take_back(work, target, step)
+        if not overwrite:
+            check_free(target, step)
+        done = resume(work, key)
+        check_room(target, plan.size - sum(written.size for written in done.values()))
+        job = Job(plan, work, context, done, hash_name, hash_shared)
         try:
-            for file in plan.files:
-                _create(folder, file)
-            _run(plan, folder, workers or min(4, os.cpu_count() or 1), context)
+            run_files(job, workers or min(4, os.cpu_count() or 1))
         finally:
             context.files.close()
-        flush_folders(folder)
+        seal_records(job, key.plan)
+        flush_folders(work.files)
         check_same(before)
         if check is not None:
-            check(folder)
+            check(work.files)
     return Result(
         target,
         len(plan.files),
         plan.size,
-        context.copied,
-        context.transformed,
+        context.written["shared"],
+        context.written["copied"],
+        context.written["transformed"],
+        sum(written.size for written in done.values()),
         time.perf_counter() - begin,
         tuple(_findings(context)),
     )
@@ -83,81 +108,6 @@ def _check_copies(plan: Plan, before: dict[str, tuple[int, int]]) -> None:
                 f"{file.copy_of} changed since the plan was made: it had {file.size:,} bytes and "
                 f"has {before[file.copy_of][0]:,}. Convert again."
             )
-
-
-def _create(folder: str, file: OutputFile) -> None:
-    """The file at its size, with its literal bytes."""
-    path = os.path.join(folder, file.path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
-        os.ftruncate(fd, file.size)
-        for offset, data in file.literals:
-            write(fd, data, offset)
-    finally:
-        os.close(fd)
-
-
-def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
-    """Largest first, so that no thread is left with a large one at the end."""
-    tasks: list[tuple[int, Callable[[], None]]] = []
-    paths = []
-    for file in plan.files:
-        path = os.path.join(folder, file.path)
-        paths.append(path)
-        context.wrote(sum(len(data) for _, data in file.literals), changed=False)
-        if file.copy_of is not None:
-            tasks.append((file.size, partial(_copy, file.copy_of, file.size, path, context)))
-        tasks += [(t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors]
-    tasks.sort(key=lambda task: -task[0])
-    with ThreadPoolExecutor(workers) as pool:
-        _all(pool, _batches(tasks), context)
-        _all(pool, [partial(_flush, path, context) for path in paths], context)
-
-
-def _batches(tasks: Iterable[tuple[int, Callable[[], None]]]) -> Iterator[Callable[[], None]]:
-    """Tiny tasks together: to hand one to a thread costs more than to do it."""
-    batch: list[Callable[[], None]] = []
-    total = 0
-    for size, task in tasks:
-        batch.append(task)
-        total += size
-        if total >= _BATCH or len(batch) == _MOST:
-            yield partial(_each, batch)
-            batch, total = [], 0
-    yield partial(_each, batch)
-
-
-def _each(tasks: Iterable[Callable[[], None]]) -> None:
-    for task in tasks:
-        task()
-
-
-def _all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]], context: Context) -> None:
-    """Run all; the first failure, or Ctrl-C here, stops the others soon."""
-    futures: list[Future[None]] = []
-    try:
-        for task in tasks:
-            futures.append(pool.submit(task))  # noqa: PERF401, an interruption needs those so far
-        wait(futures, return_when=FIRST_EXCEPTION)
-    finally:
-        if any(not future.done() for future in futures):
-            context.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    errors = [f.exception() for f in futures if not f.cancelled()]
-    for error in sorted(filter(None, errors), key=lambda e: isinstance(e, Stopped)):
-        raise error
-
-
-def _copy(source: str, size: int, path: str, context: Context) -> None:
-    with context.files.writing(path) as fd:
-        move(source, 0, fd, 0, size, context, None)
-
-
-def _flush(path: str, context: Context) -> None:
-    context.check()
-    with context.files.writing(path) as fd:
-        os.fsync(fd)
 
 
 def _findings(context: Context) -> Iterable[Finding]:

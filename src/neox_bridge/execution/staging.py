@@ -1,27 +1,30 @@
-"""A target that appears whole or not at all: written beside it, flushed, renamed."""
+"""A target that appears whole or not at all: made beside it, flushed, renamed."""
 
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 
 from neox_bridge.errors import BridgeError, Unverified
+from neox_bridge.execution.exchange import swap
+from neox_bridge.execution.work import Work, locked, remove, work_of
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
+LATEST = "latest"
 
 
-def check_target(target: str, sources: Iterable[str], size: int, overwrite: bool) -> None:
+def check_target(target: str, sources: Iterable[str], step: str | None) -> None:
     """Raise BridgeError, before anything is written, where the target can't be made.
 
-    sources: files that are read. size: bytes that will be written.
+    sources: files that are read. step: as in ``staged``.
     """
     real = os.path.realpath(target)
+    replaced = _replaced(real, step)
     for source in sources:
         # the link as well as the file: a Hugging Face cache is a folder of links
         link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
-        if any(_holds(real, path) for path in (link, os.path.realpath(source))):
+        if any(_holds(replaced, path) for path in (link, os.path.realpath(source))):
             raise BridgeError(
                 f"{target} holds the source {source}, which would be replaced while it is read. "
                 "Choose another target."
@@ -29,15 +32,28 @@ def check_target(target: str, sources: Iterable[str], size: int, overwrite: bool
     if os.path.lexists(real):
         if not os.path.isdir(real):
             raise BridgeError(f"{target} is a file. Name a folder that doesn't exist yet.")
-        if os.path.ismount(real):
+        if os.path.ismount(real) and replaced == real:
             raise BridgeError(
                 f"{target} is a mount point, which can't be replaced. Name a folder below it."
             )
-        if _listed(real) and not overwrite:
-            raise _exists(target)
     parent = _nearest(os.path.dirname(real))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise BridgeError(f"{parent} can't be written to. Choose another place or ask for access.")
+
+
+def check_free(target: str, step: str | None) -> None:
+    """Raise BridgeError where the target is there already. step: as in ``staged``."""
+    real = os.path.realpath(target)
+    replaced = _replaced(real, step)
+    if replaced != real and os.path.lexists(replaced):
+        raise _exists(replaced)
+    if replaced == real and os.path.isdir(real) and _listed(real):
+        raise _exists(target)
+
+
+def check_room(target: str, size: int) -> None:
+    """Raise BridgeError where the disk hasn't so many bytes left."""
+    parent = _nearest(os.path.dirname(os.path.realpath(target)))
     free = shutil.disk_usage(parent).free
     if free < size:
         raise BridgeError(
@@ -46,35 +62,63 @@ def check_target(target: str, sources: Iterable[str], size: int, overwrite: bool
         )
 
 
-@contextlib.contextmanager
-def staged(target: str, size: int, overwrite: bool) -> Iterator[str]:
-    """A folder beside the target that becomes the target when the block ends without an error.
+def is_run(folder: str) -> bool:
+    """Whether it is the root of a GPT-NeoX run, into which a step can be put beside others."""
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder)
+        return LATEST in names or any(name.startswith("global_step") for name in names)
+    return False
 
-    On any error, interruption included, the folder is removed, and folders made for it. Errors of
-    the file system become a BridgeError. size: bytes needed in all, for its words.
+
+@contextlib.contextmanager
+def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterator[Work]:
+    """A place beside the target, whose ``files`` become it when the block ends without an error.
+
+    step: a folder among the files that is put into the target where that is a run already, before
+        its ``latest`` is replaced; what else a run has stays.
+    An interruption, or a disk that fails, leaves the files that are finished for the next run; any
+    other error leaves nothing. Errors of the file system become a BridgeError. size: bytes needed
+    in all, for its words. Raises BridgeError where another process makes the same target.
     """
     real = os.path.realpath(target)
-    parent, name = os.path.split(real)
-    folder = os.path.join(parent, f".{name[:64]}.neox-bridge-{secrets.token_hex(4)}.tmp")
+    work = work_of(real)
     made: list[str] = []
     try:
-        _make(parent, made)
-        os.mkdir(folder)
-        yield folder
-        _replace(folder, real, overwrite)
-        for path in made:
-            flush(os.path.dirname(path))
-    except BaseException as error:
-        if isinstance(error, Unverified):
-            aside = _aside(folder, real)
-            raise Unverified(f"{error} It is kept as {aside}, and {target} is untouched.") from None
-        shutil.rmtree(folder, ignore_errors=True)
-        for path in reversed(made):
+        _make(os.path.dirname(real), made)
+        with locked(work, target):
+            try:
+                _recover(work, real, step)
+                yield work
+                _place(work, real, overwrite, step)
+                for path in made:
+                    flush(os.path.dirname(path))
+                remove(work)
+            except Unverified as error:
+                aside = _aside(work.files, real)
+                remove(work)
+                raise Unverified(
+                    f"{error} It is kept as {aside}, and {target} is untouched."
+                ) from None
+            except (KeyboardInterrupt, OSError) as error:
+                kept = _finished(work)
+                if not kept:
+                    remove(work)
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(_kept(work, kept)) from None
+                if isinstance(error, BrokenPipeError):
+                    raise
+                raise _explained(error, target, size, _kept(work, kept)) from error
+            except BaseException:
+                remove(work)
+                raise
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise _explained(error, target, size, "") from error
+    finally:
+        for path in reversed(made):  # those that are still empty
             with contextlib.suppress(OSError):
                 os.rmdir(path)
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise _explained(error, target, size) from error
-        raise
 
 
 def flush(path: str) -> None:
@@ -92,18 +136,35 @@ def flush_folders(folder: str) -> None:
         flush(path)
 
 
-def _explained(error: OSError, target: str, size: int) -> BridgeError:
-    gone = "What was written is removed again."
+def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError:
+    kept = kept or "What was written is removed again."
     if error.errno in _FULL:
         return BridgeError(
             f"{_FULL[error.errno]} while writing {target}: {size:,} bytes are needed in all. "
-            f"{gone} Make room or choose another place."
+            f"Make room or choose another place. {kept}"
         )
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-        return _exists(target)
+        return BridgeError(f"{_exists(target)} {kept}")
     return BridgeError(
-        f"{target} can't be written: {error.strerror or error}. {gone} Check the disk and the "
-        "permissions, or choose another place."
+        f"{target} can't be written: {error.strerror or error}. Check the disk and the "
+        f"permissions, or choose another place. {kept}"
+    )
+
+
+def _finished(work: Work) -> int:
+    """How many files wait for the next run."""
+    with contextlib.suppress(OSError), open(work.journal, encoding="utf-8") as file:
+        return max(0, sum(1 for _ in file) - 1)
+    return 0
+
+
+def _kept(work: Work, count: int) -> str:
+    if not count:
+        return ""
+    files = "1 finished file is" if count == 1 else f"{count} finished files are"
+    return (
+        f"{files} kept in {work.folder}: the same command goes on from there; remove that folder "
+        "to give up."
     )
 
 
@@ -113,23 +174,56 @@ def _exists(target: str) -> BridgeError:
     )
 
 
-def _replace(folder: str, target: str, overwrite: bool) -> None:
-    """One rename; with ``overwrite`` an old target is moved aside before and removed after.
+def _place(work: Work, target: str, overwrite: bool, step: str | None) -> None:
+    """Give the files their name: one rename, or one exchange with what is there.
 
-    Without it the rename itself fails where something has appeared in the target meanwhile.
+    Without ``overwrite`` the rename itself fails where something has appeared meanwhile.
     """
-    old = f"{folder}.old"
-    try:
-        if overwrite and os.path.isdir(target) and os.listdir(target):
-            os.rename(target, old)
-        os.rename(folder, target)
-        flush(os.path.dirname(target))
-    finally:  # an interruption may come between any two steps
-        if os.path.lexists(old):
-            if os.path.lexists(target):
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.rename(old, target)
+    if step is not None and is_run(target):
+        _add_step(work.files, target, overwrite, step)
+    elif overwrite and os.path.isdir(target) and os.listdir(target):
+        swap(work.files, target)
+    else:
+        os.rename(work.files, target)
+    os.unlink(work.journal)
+    flush(os.path.dirname(target))
+
+
+def _add_step(files: str, run: str, overwrite: bool, step: str) -> None:
+    """The step first, ``latest`` last, so that it never names what isn't there."""
+    new, place = os.path.join(files, step), os.path.join(run, step)
+    if overwrite and os.path.isdir(place):
+        swap(new, place)
+    else:
+        os.rename(new, place)
+    for name in sorted(os.listdir(files)):
+        if name != LATEST and not os.path.lexists(os.path.join(run, name)):
+            os.rename(os.path.join(files, name), os.path.join(run, name))
+    flush(run)
+    os.replace(os.path.join(files, LATEST), os.path.join(run, LATEST))
+    flush(run)
+
+
+def _recover(work: Work, target: str, step: str | None) -> None:
+    """What ``swap`` had moved aside when it was killed, in a kernel without exchanges."""
+    pairs = [(work.files, target)]
+    if step is not None:
+        pairs.append((os.path.join(work.files, step), os.path.join(target, step)))
+    for new, place in pairs:
+        aside = f"{new}.old"
+        if os.path.lexists(place):
+            shutil.rmtree(aside, ignore_errors=True)
+        elif os.path.lexists(aside):
+            os.rename(aside, place)
+
+
+def take_back(work: Work, target: str, step: str | None) -> None:
+    """A step that a killed run had put into its place, but not yet ``latest``: unfinished again."""
+    if step is None or not os.path.isfile(os.path.join(work.files, LATEST)):
+        return
+    new, place = os.path.join(work.files, step), os.path.join(os.path.realpath(target), step)
+    if os.path.isdir(place) and not os.path.lexists(new):
+        os.rename(place, new)
 
 
 def _aside(folder: str, target: str) -> str:
@@ -140,6 +234,11 @@ def _aside(folder: str, target: str) -> str:
         aside = f"{target}.unverified-{number}"
     os.rename(folder, aside)
     return aside
+
+
+def _replaced(real: str, step: str | None) -> str:
+    """What the new files will stand for: the target, or one step of the run that it is."""
+    return os.path.join(real, step) if step is not None and is_run(real) else real
 
 
 def _holds(folder: str, path: str) -> bool:

@@ -33,9 +33,9 @@ def cut_to_tokenizer(
     return size, [Dropped(f"vocabulary rows {size} to {end - 1}", why)]
 
 
-def text_file(path: str, data: bytes) -> OutputFile:
+def text_file(path: str, data: bytes, *, seals: bool = False) -> OutputFile:
     """A small file whose bytes are in the plan."""
-    return OutputFile(path, len(data), ((0, data),))
+    return OutputFile(path, len(data), ((0, data),), seals=seals)
 
 
 def tokenizer_outputs(tokenizer: Tokenizer, folder: str = "") -> list[OutputFile]:

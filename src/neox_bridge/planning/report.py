@@ -84,9 +84,22 @@ def plan_hash(plan: Plan) -> str:
 
     The same for the same files, whatever words of explanation go with them.
     """
-    body = {"schema_version": SCHEMA_VERSION, "files": [_hashed(file) for file in plan.files]}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return sha256(text.encode()).hexdigest()
+    found = sha256(str(SCHEMA_VERSION).encode())
+    for file in plan.files:
+        found.update(repr((file.path, file.size, file.copy_of, file.seals)).encode())
+        for at, data in file.literals:
+            found.update(repr((at, len(data))).encode() + data)
+        for t in file.tensors:
+            pieces = [
+                (p.source and _facts(p.source), p.start, p.to, p.shape, p.fill) for p in t.pieces
+            ]
+            told = (t.name, t.dtype, t.shape, t.reduce, t.divisor, t.random, t.offset, t.crc_at)
+            found.update(repr((told, t.inline, pieces)).encode())
+    return found.hexdigest()
+
+
+def _facts(ref: TensorRef) -> tuple[object, ...]:
+    return ref.file, ref.offset, ref.dtype, ref.shape, ref.strides
 
 
 def plan_schema() -> dict[str, Any]:
@@ -186,12 +199,3 @@ def _ref(ref: TensorRef) -> dict[str, Any]:
         "shape": list(ref.shape),
         "strides": None if ref.strides is None else list(ref.strides),
     }
-
-
-def _hashed(file: OutputFile) -> dict[str, Any]:
-    found = _file(file)
-    found["literals"] = [[at, sha256(data).hexdigest()] for at, data in file.literals]
-    for entry, tensor in zip(found["tensors"], file.tensors, strict=True):
-        if tensor.inline is not None:
-            entry["inline"] = sha256(tensor.inline).hexdigest()
-    return found

@@ -74,7 +74,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     if config.grouped_query and not shape.te:
         record["gqa_order"] = shape.gqa_order
     files += [
-        text_file(f"{step}/{RECORD}", dump_json(record)),
+        text_file(f"{step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{step}/configs/neox_bridge.yml", step_yml(found)),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
         text_file("finetune.yml", yml),

@@ -1,0 +1,35 @@
+"""A folder put in another's place, in one step where the kernel has it."""
+
+import ctypes
+import os
+import shutil
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def swap(new: str, old: str) -> None:
+    """Put ``new`` where ``old`` is, and remove the old one when the new one is in place.
+
+    One exchange where the kernel has it (renameat2, RENAME_EXCHANGE); else two renames, the first
+    of which is undone if the second fails: both are then where they were.
+    """
+    if not _exchange(new, old):
+        aside = f"{new}.old"
+        try:
+            os.rename(old, aside)
+            os.rename(new, old)
+        except BaseException:  # an interruption may come behind each
+            if not os.path.lexists(old):
+                os.rename(aside, old)
+            raise
+        new = aside
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(first: str, second: str) -> bool:
+    """Whether the two names were exchanged in one step."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    paths = (os.fsencode(first), os.fsencode(second))
+    return bool(call(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)

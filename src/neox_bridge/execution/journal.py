@@ -1,0 +1,107 @@
+"""What of a plan is finished: a line a file, written when the file is on the disk.
+
+So the same conversion can go on where a killed one stopped. The first line says of which plan and
+which sources; lines that aren't whole, or files that aren't what theirs says, don't count.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.execution.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file. hash: hexadecimal, or None where nobody read it."""
+
+    size: int
+    hash: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What must be the same for a run to go on. sources: size and mtime_ns of each file."""
+
+    plan: str
+    sources: Mapping[str, tuple[int, int]]
+    hash: HashName | None
+
+    def line(self) -> str:
+        sources = {path: list(facts) for path, facts in sorted(self.sources.items())}
+        return json.dumps({"plan": self.plan, "hash": self.hash, "sources": sources})
+
+
+def begun(work: Work, key: Key) -> bool:
+    """Whether an earlier run of this plan left its files here."""
+    with contextlib.suppress(OSError), open(work.journal, encoding="utf-8") as file:
+        return file.readline().rstrip("\n") == key.line()
+    return False
+
+
+def resume(work: Work, key: Key) -> dict[str, Written]:
+    """The files that an earlier run finished, by their paths; all else is removed.
+
+    Each is read and compared with its hash. Afterwards the journal holds these and no others.
+    """
+    kept = {
+        path: written
+        for path, written in _read(work.journal, key)
+        if key.hash and _whole(os.path.join(work.files, path), written, key.hash)
+    }
+    if not kept:
+        shutil.rmtree(work.files, ignore_errors=True)
+    for folder, _, names in os.walk(work.files):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.relpath(path, work.files) not in kept:
+                os.unlink(path)
+    os.makedirs(work.files, exist_ok=True)
+    fresh = f"{work.journal}.new"
+    with open(fresh, "w", encoding="utf-8") as file:
+        file.write(key.line() + "\n")
+        file.writelines(_line(path, written) for path, written in kept.items())
+    os.replace(fresh, work.journal)
+    return kept
+
+
+def append(work: Work, path: str, written: Written) -> None:
+    """Say that a file is on the disk; one call, so that lines of threads don't mix."""
+    fd = os.open(work.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        os.write(fd, _line(path, written).encode())
+    finally:
+        os.close(fd)
+
+
+def _line(path: str, written: Written) -> str:
+    return json.dumps({"path": path, "size": written.size, "hash": written.hash}) + "\n"
+
+
+def _read(journal: str, key: Key) -> Iterator[tuple[str, Written]]:
+    """The entries, where the journal is of this plan."""
+    try:
+        with open(journal, encoding="utf-8") as file:
+            first, *lines = file.read().splitlines() or [""]
+    except (OSError, UnicodeDecodeError):
+        return
+    if first != key.line():
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            yield entry["path"], Written(entry["size"], entry["hash"])
+
+
+def _whole(path: str, written: Written, name: HashName) -> bool:
+    """Whether a file is what its line says; one that nobody hashed is made anew."""
+    if written.hash is None:
+        return False
+    try:
+        return os.path.getsize(path) == written.size and hash_file(path, name) == written.hash
+    except OSError:
+        return False

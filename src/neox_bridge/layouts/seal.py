@@ -1,0 +1,42 @@
+"""The end of ``neox_bridge.json``: sizes and hashes of the files that were written with it.
+
+Paths are relative to the record's folder, so that the folder may be moved and renamed. The last
+line is the hash of all bytes before it, so that the record itself can be checked.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from neox_bridge.layouts.text_files import dump_json
+
+_END = b',\n  "seal": "%s"\n}\n'
+
+
+def sealed(record: bytes, plan: str, hash_name: str, files: Mapping[str, Any]) -> bytes:
+    """The record, a JSON object, with what was written.
+
+    plan: the plan's hash. files: (size in bytes, hash or None) by path.
+    """
+    value = json.loads(record)
+    value["written"] = {"plan": plan, "hash": hash_name, "files": dict(files)}
+    head = dump_json(value).rstrip(b"}\n")
+    return head + _END % _digest(head)
+
+
+def unsealed(record: bytes) -> bytes:
+    """The record as it was before."""
+    value = json.loads(record)
+    return dump_json({key: value[key] for key in value if key not in ("written", "seal")})
+
+
+def is_whole(record: bytes) -> bool:
+    """Whether every byte of a sealed record is as it was written."""
+    head = record[: len(record) - len(_END % _digest(b""))]
+    return record == head + _END % _digest(head)
+
+
+def _digest(data: bytes) -> bytes:
+    import xxhash
+
+    return xxhash.xxh3_128(data).hexdigest().encode()
