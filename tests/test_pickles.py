@@ -6,13 +6,14 @@ import pickle
 import random
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
-from attack_pickles import DEEP, HEAVY, RECORDS, REFUSED, WORK, running
+from attack_pickles import DEEP, HEAVY, MERSENNE, RECORDS, REFUSED, WORK, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,6 +162,19 @@ def test_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     read(pickle.dumps([0] * 400))
     with pytest.raises(PickleError, match="1,000 steps"):
         read(pickle.dumps([0] * 2000))
+
+
+@pytest.mark.parametrize("make", [lambda i: i * MERSENNE, lambda i: (i,), lambda i: frozenset([i])])
+def test_keys_that_may_have_one_hash_cost_more(
+    make: Callable[[int], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may have to be compared with all that are there: a square, which is counted."""
+    monkeypatch.setattr("neox_bridge.formats.pickle_folds.MAX_STEPS", 20_000)
+    read(pickle.dumps({make(i): None for i in range(9, 300)}))
+    read(pickle.dumps({str(i): None for i in range(3000)}))
+    for value in ({make(i): None for i in range(9, 2000)}, {make(i) for i in range(9, 2000)}):
+        with pytest.raises(PickleError, match="20,000 steps"):
+            read(pickle.dumps(value))
 
 
 class Watched(io.BytesIO):

@@ -269,6 +269,9 @@ def test_links_are_followed_to_files_only(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(running("x")["reduce"])
     (folder / "deep" / "hidden").unlink()
     (folder / "around").symlink_to(folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.pt").write_bytes(running("x")["reduce"])
+    (folder / "elsewhere").symlink_to(tmp_path / "elsewhere")
     (folder / "gone.pt").symlink_to(tmp_path / "none")
     assert look(folder).exit_code == 0
     (folder / "pytorch_model.bin").symlink_to(tmp_path / "blob")
