@@ -87,7 +87,7 @@ def execute(
         context.written["shared"],
         context.written["copied"],
         context.written["transformed"],
-        sum(written.size for written in done.values()),
+        context.written["kept"],
         time.perf_counter() - begin,
         tuple(_findings(context)),
     )

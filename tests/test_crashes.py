@@ -1,0 +1,42 @@
+"""A conversion that is killed at any moment: the source untouched, the target whole or not there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import convert, make_hf, step_of
+from crash_run import CASES
+
+MAIN = Path(__file__).with_name("crash_run.py")
+SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 300}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face model, the same as GPT-NeoX's, and a run that has another step."""
+    found = tmp_path_factory.mktemp("crashes")
+    make_hf(found / "hf", torch.float16, num_hidden_layers=2, **SHAPE)
+    convert(found / "hf", found / "neox", tp=2)
+    convert(found / "hf", found / "run", tp=1)
+    step_of(found / "run").rename(found / "run" / "global_step7")
+    (found / "run" / "latest").write_text("global_step7")
+    (found / "run" / "finetune.yml").write_text("mine: true\n")
+    return found
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_killed_at_every_call_that_changes_the_disk(
+    case: str, folder: Path, tmp_path: Path
+) -> None:
+    for name in ("hf", "neox", "run"):
+        (tmp_path / name).symlink_to(folder / name)
+    done = subprocess.run(
+        [sys.executable, MAIN, tmp_path, case], capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["points"] > 30
+    assert found["resumed"] > found["points"] / 4, "finished files are used again"
