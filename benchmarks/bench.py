@@ -32,6 +32,7 @@ from neox_bridge.errors import BridgeError
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = 80  # of the tall checkpoint of tiny tensors
+LARGE, FEW = 2_000_000_000, 3  # of checkpoints of more bytes, so many rounds are enough
 SHORT = ("neox", "neox-tp2")  # sources of the cases that are measured in mounted file systems
 
 
@@ -108,7 +109,6 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
     memories, without = costs.memories(work, options.memory)
     return Results(
         f'make bench ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make bench",
-        runs,
         tuple(tables),
         compared,
         tuple(starts),
@@ -138,6 +138,8 @@ def _mounted(
 
 def _table(shape: str, place: Place, runs: int, skipped: list[str], *, short: bool) -> Table:
     """The conversions in a place that has its checkpoints, and there all, others' programs."""
+    size = sum(path.stat().st_size for path in (place.folder / "hf").rglob("*") if path.is_file())
+    runs = min(runs, FEW) if size > LARGE else runs
     jobs = cases.jobs(place.folder, short)
     if not short:
         others, missing = cases.others(place.folder)
@@ -147,7 +149,6 @@ def _table(shape: str, place: Place, runs: int, skipped: list[str], *, short: bo
     rows, failed = rounds(jobs, cases.copies(place.folder), runs, place)
     skipped += failed
     show(rows, rows[1])
-    size = sum(path.stat().st_size for path in (place.folder / "hf").rglob("*") if path.is_file())
     return Table(shape, place.name, size, tuple(rows))
 
 

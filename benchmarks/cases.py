@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,16 +17,22 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A conversion. source: a name of ``sources.NAMED``, or hf. short: measured in every place."""
+    """A conversion. source: a name of ``sources.NAMED``, or hf. short: measured in every place.
+
+    verify: whether the result is read back and compared.
+    """
 
     title: str
     source: str
     options: Sequence[str]
     short: bool = False
+    verify: bool = False
 
 
 CASES = (
     Case("HF to NeoX, TP 1", "hf", (), True),
+    Case("HF to NeoX, TP 1, read back and compared", "hf", (), True, verify=True),
+    Case("HF to NeoX, TP 1, --crc", "hf", ("--crc",), True),
     Case("HF to NeoX, TP 2", "hf", ("--tp", "2"), True),
     Case("HF to NeoX, TP 4", "hf", ("--tp", "4")),
     Case("HF to NeoX, ranks, TP 1", "hf", ("--layout", "ranks"), True),
@@ -38,7 +42,9 @@ CASES = (
     Case("HF to NeoX, TP 2, bfloat16", "hf", ("--tp", "2", "--dtype", "bfloat16")),
     Case("HF to NeoX, TP 1, float32", "hf", ("--dtype", "float32")),
     Case(TO_HF, "neox", (), True),
+    Case("NeoX TP 1 to HF, --shards clone", "neox", ("--shards", "clone"), True),
     Case("NeoX TP 2 to HF", "neox-tp2", (), True),
+    Case("NeoX TP 2 to HF, --shards clone", "neox-tp2", ("--shards", "clone"), True),
     Case("NeoX TP 4 to HF", "neox-tp4", ()),
     Case("NeoX ranks TP 2 to HF", "ranks-tp2", ()),
     Case("NeoX TP 1 to HF, bfloat16", "neox", ("--dtype", "bfloat16"), True),
@@ -47,40 +53,27 @@ CASES = (
     Case("NeoX TP 4 to TP 1", "neox-tp4", ("--to", "neox", "--tp", "1")),
     Case("NeoX TP 1 to ranks", "neox", ("--to", "neox", "--layout", "ranks"), True),
 )
-VERIFIED = Case("HF to NeoX, TP 1, read back and compared", "hf", (), True)
-
-
-def tool_cases(short: bool) -> list[Case]:
-    """All cases, or the short list, with those of options that this version has."""
-    text = subprocess.run(
-        [TOOL, "convert", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    cases = [case for case in CASES if case.short or not short]
-    if found := re.search(r"--shards\s+(\S+\|\S+)", text):
-        for value in found[1].split("|"):
-            options = ("--shards", value)
-            cases += [
-                Case(f"NeoX TP 1 to HF, --shards {value}", "neox", options, True),
-                Case(f"NeoX TP 2 to HF, --shards {value}", "neox-tp2", options),
-            ]
-    if re.search(r"--crc\b", text):
-        cases.append(Case("HF to NeoX, TP 1, --crc", "hf", ("--crc",), True))
-    return cases
 
 
 def jobs(folder: Path, short: bool) -> list[Job]:
-    """This tool's conversions of the checkpoints in ``folder``, to ``folder``/out."""
+    """This tool's conversions of the checkpoints in ``folder``, to ``folder``/out.
+
+    short: the fewer ones that every place is measured with.
+    """
     target = folder / "out"
-    convert = [(case, ("--no-verify", *case.options)) for case in tool_cases(short)]
     return [
         Job(
             case.title,
             "tool",
-            (TOOL, "convert", str(folder / case.source), str(target), *options),
+            (
+                *(TOOL, "convert", str(folder / case.source), str(target), *case.options),
+                *(() if case.verify else ("--no-verify",)),
+            ),
             folder / case.source,
             target,
         )
-        for case, options in (*convert, (VERIFIED, ()))
+        for case in CASES
+        if case.short or not short
     ]
 
 

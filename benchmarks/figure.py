@@ -23,9 +23,15 @@ def draw(tables: Sequence[Table], path: Path) -> None:
 def _figure(tables: Sequence[Table]) -> Any:
     heights = [0.19 * len(table.rows) + 0.5 for table in tables]
     figure = figure_of(7.6, sum(heights) + 0.5)
-    panels = figure.subplots(len(tables), 1, height_ratios=heights, squeeze=False)[:, 0]
+    panels = figure.subplots(len(tables), 1, height_ratios=heights, squeeze=False, sharex=True)[
+        :, 0
+    ]
     for axes, table in zip(panels, tables, strict=True):
         _panel(axes, table)
+    ratios = [ratio for table in tables for row in table.rows for ratio in row.times(table.rows[1])]
+    log_axis(panels[-1].xaxis, [*ratios, 1])
+    for axes in panels:
+        axes.tick_params(labelbottom=True)
     panels[-1].set_xlabel("times the seconds of cp --reflink=never and sync: to the left is faster")
     from matplotlib.patches import Patch
 
@@ -44,7 +50,6 @@ def _panel(axes: Any, table: Table) -> None:
     every = [row.times(base) for row in table.rows]
     places = range(len(every))
     middles = [statistics.median(ratios) for ratios in every]
-    log_axis(axes.xaxis, [*(ratio for ratios in every for ratio in ratios), 1])
     # on a logarithmic axis there is no 0 to start from: bars lead away from cp's 1
     axes.barh(
         places,
@@ -62,15 +67,7 @@ def _panel(axes: Any, table: Table) -> None:
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_title(table_head(table), loc="left")
-    right = axes.get_xlim()[1]
     for place, ratio, ratios in zip(places, middles, every, strict=True):
         text = f"{ratio:.3f}" if ratio < 0.1 else f"{ratio:.2g}"
-        at = max(*ratios, 1)
-        axes.annotate(
-            text,
-            (min(at, right), place),
-            (3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-        )
+        end = (max(*ratios, 1), place)
+        axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=7)

@@ -102,6 +102,7 @@ def run(
             memory = _watch(process.pid)
         except BaseException:
             process.kill()
+            process.wait()  # what it has open can't be unmounted
             raise
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -143,29 +144,27 @@ def rounds(
 
     Also gives what was skipped: those of others' programs that fail.
     """
-    every: list[list[list[Run]]] = [[] for _ in (*bases, *jobs)]
-    skipped: dict[int, str] = {}
+    found: dict[str, list[list[Run]]] = {job.title: [] for job in (*bases, *jobs)}
+    skipped: dict[str, str] = {}
     for number in range(runs):
         first = number * len(jobs) // runs
-        turn = [*range(first, len(jobs)), *range(first)]
+        turn = [*jobs[first:], *jobs[:first]]
         half = (len(turn) + 1) // 2
-        order = [len(bases) + index for index in turn]
-        mine = list(range(len(bases)))
-        for runs_of in every:
-            runs_of.append([])
-        for index in (*mine, *order[:half], *mine, *order[half:]):
-            if index not in skipped:
-                job = (*bases, *jobs)[index]
-                try:
-                    every[index][-1].append(run_job(job, place))
-                except Failed as error:
-                    if job.who != "other":
-                        raise
-                    skipped[index] = f"{job.title}: {error}"
+        for taken in found.values():
+            taken.append([])
+        for job in (*bases, *turn[:half], *bases, *turn[half:]):
+            if job.title in skipped:
+                continue
+            try:
+                found[job.title][-1].append(run_job(job, place))
+            except Failed as error:
+                if job.who != "other":
+                    raise
+                skipped[job.title] = f"{job.title}: {error}"
     rows = [
-        Row(job.title, job.who, tuple(tuple(runs_of) for runs_of in found))
-        for index, (job, found) in enumerate(zip((*bases, *jobs), every, strict=True))
-        if index not in skipped
+        Row(job.title, job.who, tuple(map(tuple, found[job.title])))
+        for job in (*bases, *jobs)
+        if job.title not in skipped
     ]
     return rows, list(skipped.values())
 

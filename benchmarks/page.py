@@ -23,9 +23,9 @@ PAGE = """\
 Written by `{command}`.
 {machine}
 
-Every command is a process of its own, start-up included, with its source in memory. All take turns,
-in {runs} rounds that each begin elsewhere in the list; ratios are taken within a round, and are
-medians as all numbers are, except memory, which is the most.
+Every command is a process of its own, start-up included, with its source in memory. All of a
+table take turns, in rounds that each begin elsewhere in it. Ratios are taken within a round; they
+are medians, as all numbers are, except memory, which is the most.
 
 - *times `cp`*: the files that `cp` and others' programs wrote are flushed to disk on their time, as
   conversions flush theirs. `convert` reads back and compares unless told `--no-verify`, as all rows
@@ -92,7 +92,6 @@ class Results:
     """All of a run. compared: the shape, and the rows of verify and diff, ``cmp`` first."""
 
     command: str
-    runs: int
     tables: tuple[Table, ...]
     compared: tuple[str, tuple[Row, ...]]
     starts: tuple[Start, ...]
@@ -103,7 +102,7 @@ class Results:
 
 def page(results: Results, figure: str | None) -> str:
     """figure: the path of the picture, from the page."""
-    text = PAGE.format(command=results.command, runs=results.runs, machine=machine())
+    text = PAGE.format(command=results.command, machine=machine())
     if figure is not None:
         text += FIGURE.format(figure=figure)
     text += "".join(map(_conversions, results.tables))
@@ -145,7 +144,8 @@ def machine() -> str:
 
 
 def table_head(table: Table) -> str:
-    return f"{table.shape}, {table.size / 1e9:.2f} GB, {table.place}"
+    rounds = len(table.rows[0].rounds)
+    return f"{table.shape}, {table.size / 1e9:.2f} GB, {table.place}, {rounds} rounds"
 
 
 def _conversions(table: Table) -> str:
