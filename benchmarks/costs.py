@@ -141,6 +141,7 @@ def memories(folder: Path, shapes: Sequence[str]) -> tuple[list[Memory], list[st
             done = run((TOOL, "convert", str(source), str(target), *options))
             shutil.rmtree(target)
             found.append(Memory(shape, title, size, done))
+            print(f"  {shape}, {title}: {done.memory / 1e6:.0f} MB", file=sys.stderr, flush=True)
         shutil.rmtree(hf)
         shutil.rmtree(many)
     return found, skipped

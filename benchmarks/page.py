@@ -200,4 +200,5 @@ def _version(name: str) -> str:
 def show(rows: Iterable[Row], base: Row) -> None:
     """Rows on stderr, while the next ones are being measured."""
     for row in rows:
-        print(f"  {row.title:48} {middle(row.seconds):>24} s", _ratio(row, base), file=sys.stderr)
+        text = f"  {row.title:48} {middle(row.seconds):>24} s {_ratio(row, base):>6} times"
+        print(text, file=sys.stderr, flush=True)
