@@ -312,7 +312,7 @@ def test_findings_drops_and_notes_go_to_stderr(
 ) -> None:
     def execute(plan: "neox_bridge.Plan", target: str, **_kwargs: object) -> Result:
         found = Finding("replicas-differ", "warning", "ranks differ", "")
-        return Result(target, len(plan.files), plan.size, plan.size, 0, 2.0, (found,))
+        return Result(target, len(plan.files), plan.size, 0, plan.size, 0, 2.0, (found,))
 
     monkeypatch.setattr("neox_bridge.execution.run.execute", execute)
     contradict(source)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context, Stopped
-from neox_bridge.execution.transform import cast
 from neox_bridge.formats.dtypes import to_numpy
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.geometry import constant

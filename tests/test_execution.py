@@ -1,7 +1,9 @@
 """Plans by hand, executed: every rule of moving, casting, summing and staging, against numpy."""
 
 import errno
+import fcntl
 import os
+import struct
 import threading
 import time
 import zlib
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution import files, movers, staging, transform
+from neox_bridge.execution import casts, files, movers, staging, tensors, transform
 from neox_bridge.execution.run import execute
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.geometry import constant
@@ -57,6 +59,31 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch, code: int = errno.EXDEV) -> None:
         raise OSError(code, "no")
 
     monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+
+
+def clones(patch: pytest.MonkeyPatch, asked: list[int]) -> None:
+    """FICLONERANGE as a file system has it, with blocks of 4 bytes; ``asked``: bytes of each."""
+
+    def ioctl(target: int, request: int, argument: bytes) -> int:
+        source, start, size, to = struct.unpack("qQQQ", argument)
+        assert request == 0x4020940D
+        assert size > 0
+        assert not start % 4
+        assert not size % 4
+        assert not to % 4
+        asked.append(size)
+        return os.pwrite(target, os.pread(source, size, start), to)
+
+    patch.setattr(movers, "BLOCK", 4)
+    patch.setattr(fcntl, "ioctl", ioctl)
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and tensors are treated as large ones are, however small."""
+    monkeypatch.setattr("neox_bridge.execution.run.SMALL", -1)
+    monkeypatch.setattr(movers, "WORTH", 1)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -102,7 +129,9 @@ def test_writes_and_reads_may_be_short(tmp_path: Path, monkeypatch: pytest.Monke
     kinds=st.lists(st.sampled_from(["source", "turned", 0.0, -0.0]), min_size=12, max_size=12),
     block=st.integers(1, 200),
     gaps=st.sampled_from([0, 4]),
-    kernel=st.booleans(),
+    how=st.sampled_from(["cloned", "kernel", "buffered", "memory"]),
+    offset=st.integers(20, 24),
+    every_crc=st.booleans(),
 )
 def test_boxes_from_many_files(
     tmp_path_factory: pytest.TempPathFactory,
@@ -111,7 +140,9 @@ def test_boxes_from_many_files(
     kinds: list[Any],
     block: int,
     gaps: int,
-    kernel: bool,
+    how: str,
+    offset: int,
+    every_crc: bool,
 ) -> None:
     """A grid of sources and constants put together, bit by bit, in blocks of any size."""
     tmp_path = tmp_path_factory.mktemp("boxes")
@@ -129,22 +160,29 @@ def test_boxes_from_many_files(
             name = tmp_path / f"{i}-{j}"
             if kind == "turned":
                 ref = replace(
-                    store(name, cell.T.copy(), "float16"), shape=cell.shape, strides=(1, height)
+                    store(name, cell.T.copy(), "float16", offset),
+                    shape=cell.shape,
+                    strides=(1, height),
                 )
             else:
-                ref = store(name, np.ascontiguousarray(cell), "float16")
+                ref = store(name, np.ascontiguousarray(cell), "float16", offset)
             pieces.append(Piece(ref, (0, 0), (r, c), (height, width)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transform, "STEP", block)
         patch.setattr(transform, "GAPS", gaps)
-        if not kernel:
+        if how == "cloned":
+            clones(patch, [])
+        if how == "memory":
+            patch.setattr("neox_bridge.execution.run.SMALL", 1 << 20)
+        if how == "buffered":
             no_kernel(patch)
         tensor = OutputTensor("t", "float16", shape, tuple(reversed(pieces)), crc_at=(4,))
-        execute(plan_of(tensor), str(tmp_path / "out"))
+        execute(plan_of(tensor), str(tmp_path / "out"), every_crc=every_crc)
     data = (tmp_path / "out/sub/file").read_bytes()
     assert data[8:] == whole.tobytes()
     crc = zlib.crc32(whole.tobytes()).to_bytes(4, "little")
-    assert data[4:8] == crc or (kernel and data[4:8] == b"0123")
+    seen = every_crc or how in ("buffered", "memory")
+    assert data[4:8] == crc or (not seen and data[4:8] == b"0123")
 
 
 @settings(max_examples=200, deadline=None)
@@ -198,7 +236,7 @@ def test_wide_values_become_bfloat16_in_one_rounding(values: list[float], low: i
     """Against the exact nearest, ties to even; ties missed by a hair are the hard cases."""
     ties = [(1 + (2 * k + 1) * 2.0**-8) * (1 + s * 2.0**low) for k in range(4) for s in (-1, 0, 1)]
     wide = np.array([*values, *ties, *(-t for t in ties)], np.float64)
-    got = transform.cast(wide, np.dtype(ml_dtypes.bfloat16))
+    got = casts.cast(wide, np.dtype(ml_dtypes.bfloat16))
     for value, near in zip(wide, got, strict=True):
         assert np.isnan(near) == np.isnan(value)
         if np.isfinite(near):
@@ -378,6 +416,58 @@ def test_crcs(kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert data[4:8] == zlib.crc32(array.astype(np.float16).tobytes()).to_bytes(4, "little")
 
 
+@pytest.mark.parametrize("cloned", [True, False])
+def test_every_crc(cloned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are shared all the same, and read for their CRC."""
+    asked: list[int] = []
+    if cloned:
+        clones(monkeypatch, asked)
+    array = noise((64, 64), "float32")
+    ref = store(tmp_path / "a", array, "float32", 22)
+    tensor = OutputTensor("t", "float32", (64, 64), (box(ref),), crc_at=(0,))
+    plan = plan_of(tensor, head=b"HEAD01")  # at byte 6: as far into a block of 4 as byte 22
+    result = execute(plan, str(tmp_path / "out"), every_crc=True)
+    data = (tmp_path / "out/sub/file").read_bytes()
+    assert data[:4] == zlib.crc32(array.tobytes()).to_bytes(4, "little")
+    assert asked == ([array.nbytes - 4] if cloned else [])
+    assert (result.shared, result.copied) == (
+        (array.nbytes - 4, 6 + 4) if cloned else (0, 6 + array.nbytes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "calls"), [(errno.EOPNOTSUPP, 1), (errno.EXDEV, 1), (errno.EINVAL, 4)]
+)
+def test_a_disk_that_shares_nothing_is_asked_once(
+    code: int, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EINVAL is about one range; the others are about the two disks."""
+    asked = []
+
+    def ioctl(*args: Any) -> int:
+        asked.append(args)
+        raise OSError(code, "no")
+
+    clones(monkeypatch, [])
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    array = noise((8, 8), "float32")
+    pieces = [box(store(tmp_path / str(i), array, "float32")) for i in range(4)]
+    tensors = [OutputTensor(str(i), "float32", (8, 8), (p,)) for i, p in enumerate(pieces)]
+    assert run(tmp_path, *tensors, workers=1) == array.tobytes() * 4
+    assert len(asked) == calls
+
+
+def test_a_full_disk_is_no_reason_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ioctl(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "no")
+
+    clones(monkeypatch, [])
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    ref = store(tmp_path / "a", noise((8, 8), "float32"), "float32")
+    with pytest.raises(BridgeError, match="No space left"):
+        run(tmp_path, OutputTensor("t", "float32", (8, 8), (box(ref),)))
+
+
 def test_inline_and_empty(tmp_path: Path) -> None:
     inline = OutputTensor("t", "uint8", (5,), inline=b"12345")
     empty = OutputTensor("e", "float32", (0, 4), (constant((0, 4), 0.0),))
@@ -426,7 +516,8 @@ def test_no_crc_is_made_that_nobody_asks_for(
         raise AssertionError
 
     no_kernel(monkeypatch)
-    monkeypatch.setattr(zlib, "crc32", crc32)
+    monkeypatch.setattr(movers, "crc32", crc32)
+    monkeypatch.setattr(tensors, "crc32", crc32)
     array = noise((8, 8), "float32")
     pieces = (box(store(tmp_path / "s", array, "float32")), constant((2, 8), 0.0, (8, 0)))
     inline = OutputTensor("i", "uint8", (5,), inline=b"12345")
@@ -461,7 +552,7 @@ def test_a_file_in_use_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_failure_stops_the_others_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transform, "STEP", 64)
-    monkeypatch.setattr("neox_bridge.execution.run._BATCH", 1)
+    monkeypatch.setattr("neox_bridge.execution.pool._BATCH", 1)
     real, calls = os.pwrite, []
 
     def slow(*args: Any) -> int:
@@ -535,8 +626,10 @@ def test_a_failing_disk_leaves_nothing(
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     plan = simple(tmp_path)
 
+    once = iter([None])
+
     def interrupt(_count: int) -> None:
-        if threading.active_count() > 1:
+        if threading.active_count() > 1 and next(once, True) is None:
             import _thread
 
             _thread.interrupt_main()

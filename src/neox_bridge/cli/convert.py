@@ -67,6 +67,15 @@ def convert(
             help="The most that a safetensors file holds: 500MB, 2GiB, bytes.  [default: 5GB]",
         ),
     ] = 5_000_000_000,
+    shards: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("size", "clone"),
+            rich_help_panel=_HF,
+            help="clone: into each safetensors file what can share blocks with SRC's files, where "
+            "the file system can (XFS, btrfs): DST is there at once and takes no room.",
+        ),
+    ] = "size",
     tp: Annotated[
         int | None,
         typer.Option(
@@ -189,6 +198,15 @@ def convert(
         int | None,
         typer.Option(min=1, metavar="N", rich_help_panel=_RUN, help="Threads that move bytes."),
     ] = None,
+    crc: Annotated[
+        bool,
+        typer.Option(
+            "--crc",
+            rich_help_panel=_RUN,
+            help="The CRC-32 of every tensor in a .pt file, also of those that the kernel moves "
+            "unseen. torch doesn't look at it; unzip does.",
+        ),
+    ] = False,
     no_verify: Annotated[
         bool,
         typer.Option(
@@ -239,6 +257,7 @@ def convert(
         "vocab_multiple": vocab_multiple,
         "vocab_rows": vocab_rows,
         "shard_size": shard_size,
+        "shards": shards,
         "tokenizer": tokenizer,
         "gqa_order": gqa_order,
         "te": te,
@@ -288,6 +307,7 @@ def convert(
                 target,
                 overwrite=overwrite,
                 workers=max_workers,
+                every_crc=crc,
                 progress=progress,
                 check=check,
             )

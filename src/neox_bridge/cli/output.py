@@ -160,8 +160,10 @@ def _summary_line(plan: "Plan", result: "Result", target: str) -> str:
     rate = human(result.size / max(result.seconds, 1e-3))
     reasons = [f"{len(names)} ({why})" for why, names in by_reason(plan.dropped).items()]
     dropped = f"; dropped {', '.join(reasons)}" if reasons else "; nothing dropped"
+    how = ("shared", "copied", "transformed")
+    parts = [f"{human(size)} {word}" for word in how if (size := getattr(result, word))]
     return (
         f"wrote {target}: {side(plan.target)}, {plan.target['parameters']:,} parameters in "
-        f"{plural(result.files, 'file')}, {human(result.size)} in {result.seconds:.1f} s "
-        f"({rate}/s){dropped}"
+        f"{plural(result.files, 'file')}, {human(result.size)} ({', '.join(parts)}) in "
+        f"{result.seconds:.1f} s ({rate}/s){dropped}"
     )

@@ -1,10 +1,14 @@
 """What the threads of one execution share: progress, counts, a flag to stop, what was noticed."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from neox_bridge.execution.files import Files
+
+How = Literal["shared", "copied", "transformed"]
 
 
 class Stopped(Exception):
@@ -15,12 +19,15 @@ class Stopped(Exception):
 class Context:
     """Shared and mutable; every change goes through a method that holds the lock.
 
+    every_crc: whether bytes are read for their CRC-32 that the kernel could move unseen.
+    unshared: pairs of disks (st_dev of source and target) that don't share blocks.
     overflows: (tensor, values that became non-finite). deviations: (tensor, file, largest one).
     """
 
     progress: Callable[[int], None] | None = None
-    copied: int = 0
-    transformed: int = 0
+    every_crc: bool = False
+    written: Counter[How] = field(default_factory=Counter)
+    unshared: set[tuple[int, int]] = field(default_factory=set)
     overflows: list[tuple[str, int]] = field(default_factory=list)
     deviations: list[tuple[str, str, float]] = field(default_factory=list)
     files: Files = field(default_factory=Files)
@@ -32,13 +39,10 @@ class Context:
         if self.stop.is_set():
             raise Stopped
 
-    def wrote(self, size: int, *, changed: bool) -> None:
-        """Count ``size`` written bytes, moved as they were or made by numpy."""
+    def wrote(self, size: int, how: How) -> None:
+        """Count ``size`` bytes of the target, by how they got there."""
         with self.lock:
-            if changed:
-                self.transformed += size
-            else:
-                self.copied += size
+            self.written[how] += size
             if self.progress is not None:
                 self.progress(size)
 

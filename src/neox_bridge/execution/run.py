@@ -3,22 +3,23 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.context import Context, Stopped
+from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import check_same, identities
 from neox_bridge.execution.movers import move, write
+from neox_bridge.execution.pool import Task, followed, run_all
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.staging import check_target, flush_folders, staged
-from neox_bridge.execution.tensors import write_tensor
+from neox_bridge.execution.tensors import fill_tensor, write_tensor
 from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import OutputFile, Plan
 
-_BATCH = 1 << 20  # bytes
-_MOST = 64  # tensors
+SMALL = 1 << 20  # bytes of a file that is put together in memory
+_FLUSH = 1 << 17  # what a flush counts for, in bytes, where tasks are put together
 
 
 def execute(
@@ -27,12 +28,15 @@ def execute(
     *,
     overwrite: bool = False,
     workers: int | None = None,
+    every_crc: bool = False,
     progress: Callable[[int], None] | None = None,
     check: Callable[[str], None] | None = None,
 ) -> Result:
     """Write what the plan says into the folder ``target``, whole or not at all.
 
-    workers: threads. progress: called, one thread at a time, with the bytes just written.
+    workers: threads. every_crc: read also what the kernel moves, for the CRC-32 of every tensor in
+        a ``.pt`` file; else that of a tensor that this process didn't see stays 0.
+    progress: called, one thread at a time, with the bytes just written.
     check: called with the finished folder before it gets its name; where it raises Unverified, the
         folder is kept as ``target`` + ".unverified" for inspection.
     Raises BridgeError where the target exists, there is no space, or a source is damaged or
@@ -44,12 +48,10 @@ def execute(
     check_target(target, sources, plan.size, overwrite)
     before = identities(sources)
     _check_copies(plan, before)
-    context = Context(progress)
+    context = Context(progress, every_crc=every_crc)
     with staged(target, plan.size, overwrite) as folder:
-        # room for the journal of issue 8: files that an earlier run finished need no task
+        # room for a journal: files that an earlier run finished need no task
         try:
-            for file in plan.files:
-                _create(folder, file)
             _run(plan, folder, workers or min(4, os.cpu_count() or 1), context)
         finally:
             context.files.close()
@@ -61,8 +63,9 @@ def execute(
         target,
         len(plan.files),
         plan.size,
-        context.copied,
-        context.transformed,
+        context.written["shared"],
+        context.written["copied"],
+        context.written["transformed"],
         time.perf_counter() - begin,
         tuple(_findings(context)),
     )
@@ -85,68 +88,67 @@ def _check_copies(plan: Plan, before: dict[str, tuple[int, int]]) -> None:
             )
 
 
-def _create(folder: str, file: OutputFile) -> None:
+def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
+    """File after file, the largest first, and so within each: no thread is left with a large one.
+
+    A file is flushed as soon as it is whole, while others are still written; small ones at the end,
+    since each flush of a new file costs a commit of the file system's journal.
+    """
+    for path in sorted({os.path.dirname(os.path.join(folder, file.path)) for file in plan.files}):
+        os.makedirs(path, exist_ok=True)
+    tasks: list[Task] = []
+    flushes: list[Task] = []
+    for file in sorted(plan.files, key=lambda file: -file.size):
+        path = os.path.join(folder, file.path)
+        if file.size <= SMALL and file.copy_of is None:
+            tasks.append((file.size, partial(_small, file, path, context)))
+            flushes.append((_FLUSH, partial(_flush, path, context)))
+            continue
+        _create(path, file)
+        context.wrote(_literals(file), "copied")
+        its: list[Task] = [
+            (t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors
+        ]
+        if file.copy_of is not None:
+            its.append((file.size, partial(_copy, file.copy_of, file.size, path, context)))
+        its.sort(key=lambda task: -task[0])
+        tasks += followed(its, partial(_flush, path, context))
+    run_all(tasks, workers, context)
+    run_all(flushes, workers, context)
+
+
+def _literals(file: OutputFile) -> int:
+    return sum(len(data) for _, data in file.literals)
+
+
+def _create(path: str, file: OutputFile) -> None:
     """The file at its size, with its literal bytes."""
-    path = os.path.join(folder, file.path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try:
+    with _new(path) as fd:
         os.ftruncate(fd, file.size)
         for offset, data in file.literals:
             write(fd, data, offset)
+
+
+def _small(file: OutputFile, path: str, context: Context) -> None:
+    """All of a file at once: put together in memory, written in one call."""
+    context.check()
+    data = memoryview(bytearray(file.size))
+    for offset, literal in file.literals:
+        write(data, literal, offset)
+    context.wrote(_literals(file), "copied")
+    for tensor in file.tensors:
+        fill_tensor(tensor, data, context)
+    with _new(path) as fd:
+        write(fd, data, 0)
+
+
+@contextmanager
+def _new(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        yield fd
     finally:
         os.close(fd)
-
-
-def _run(plan: Plan, folder: str, workers: int, context: Context) -> None:
-    """Largest first, so that no thread is left with a large one at the end."""
-    tasks: list[tuple[int, Callable[[], None]]] = []
-    paths = []
-    for file in plan.files:
-        path = os.path.join(folder, file.path)
-        paths.append(path)
-        context.wrote(sum(len(data) for _, data in file.literals), changed=False)
-        if file.copy_of is not None:
-            tasks.append((file.size, partial(_copy, file.copy_of, file.size, path, context)))
-        tasks += [(t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors]
-    tasks.sort(key=lambda task: -task[0])
-    with ThreadPoolExecutor(workers) as pool:
-        _all(pool, _batches(tasks), context)
-        _all(pool, [partial(_flush, path, context) for path in paths], context)
-
-
-def _batches(tasks: Iterable[tuple[int, Callable[[], None]]]) -> Iterator[Callable[[], None]]:
-    """Tiny tasks together: to hand one to a thread costs more than to do it."""
-    batch: list[Callable[[], None]] = []
-    total = 0
-    for size, task in tasks:
-        batch.append(task)
-        total += size
-        if total >= _BATCH or len(batch) == _MOST:
-            yield partial(_each, batch)
-            batch, total = [], 0
-    yield partial(_each, batch)
-
-
-def _each(tasks: Iterable[Callable[[], None]]) -> None:
-    for task in tasks:
-        task()
-
-
-def _all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]], context: Context) -> None:
-    """Run all; the first failure, or Ctrl-C here, stops the others soon."""
-    futures: list[Future[None]] = []
-    try:
-        for task in tasks:
-            futures.append(pool.submit(task))  # noqa: PERF401, an interruption needs those so far
-        wait(futures, return_when=FIRST_EXCEPTION)
-    finally:
-        if any(not future.done() for future in futures):
-            context.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    errors = [f.exception() for f in futures if not f.cancelled()]
-    for error in sorted(filter(None, errors), key=lambda e: isinstance(e, Stopped)):
-        raise error
 
 
 def _copy(source: str, size: int, path: str, context: Context) -> None:

@@ -1,7 +1,6 @@
 """Writes one tensor: the rows whose bytes stay through the kernel, the others through numpy."""
 
 import math
-import zlib
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,8 +8,10 @@ from itertools import groupby, pairwise
 from math import prod
 from operator import itemgetter
 
+from zlib_ng.zlib_ng import crc32
+
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.movers import BUFFER, move, write
+from neox_bridge.execution.movers import BUFFER, Target, move, write
 from neox_bridge.execution.transform import blocks, replica
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputTensor, Piece, Whole, byte_range, cut
@@ -27,18 +28,23 @@ def write_tensor(tensor: OutputTensor, path: str, context: Context) -> None:
     """
     context.check()
     with context.files.writing(path) as fd:
-        crc = _write(tensor, fd, context, 0 if tensor.crc_at else None)
-        if crc is not None:
-            for place in tensor.crc_at:
-                write(fd, crc.to_bytes(4, "little"), place)
+        fill_tensor(tensor, fd, context)
 
 
-def _write(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> int | None:
+def fill_tensor(tensor: OutputTensor, target: Target, context: Context) -> None:
+    """The same, into an open file or the zeros of a small one's bytes in memory."""
+    crc = _write(tensor, target, context, 0 if tensor.crc_at else None)
+    if crc is not None:
+        for place in tensor.crc_at:
+            write(target, crc.to_bytes(4, "little"), place)
+
+
+def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
     """The tensor's bytes at its place. crc: as in ``move``."""
     if tensor.inline is not None:
         write(fd, tensor.inline, tensor.offset)
-        context.wrote(len(tensor.inline), changed=False)
-        return None if crc is None else zlib.crc32(tensor.inline, crc)
+        context.wrote(len(tensor.inline), "copied")
+        return None if crc is None else crc32(tensor.inline, crc)
     if tensor.reduce != "none" and (only := replica(tensor, context)) is not None:
         tensor = replace(tensor, pieces=(only,), reduce="none")
     if tensor.random is not None or tensor.reduce != "none" or tensor.divisor != 1:
@@ -54,16 +60,16 @@ def _write(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> 
     return crc
 
 
-def _made(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> int | None:
+def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
     """Block after block from numpy."""
     offset = tensor.offset
-    for block in blocks(tensor, context):
+    for block in blocks(tensor, context, reuse=True):
         context.check()
         data = block.reshape(-1).view("u1").data
         write(fd, data, offset)
         if crc is not None:
-            crc = zlib.crc32(data, crc)
-        context.wrote(len(data), changed=True)
+            crc = crc32(data, crc)
+        context.wrote(len(data), "transformed")
         offset += len(data)
     return crc
 
@@ -71,10 +77,10 @@ def _made(tensor: OutputTensor, fd: int, context: Context, crc: int | None) -> i
 def _hole(size: int, context: Context, crc: int | None) -> int | None:
     """Zeros, which a fresh file has already."""
     zeros = bytes(min(size, BUFFER)) if crc is not None else b""
-    context.wrote(size, changed=True)
+    context.wrote(size, "transformed")
     while crc is not None and size:
         context.check()
-        crc = zlib.crc32(memoryview(zeros)[:size], crc)
+        crc = crc32(memoryview(zeros)[:size], crc)
         size -= min(size, BUFFER)
     return crc
 

@@ -6,12 +6,13 @@ tensor's size and shape.
 
 import mmap
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.execution import movers
+from neox_bridge.execution.buffers import room
+from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import ended_early, unreadable
 from neox_bridge.formats.dtypes import itemsize, to_numpy
@@ -29,9 +30,10 @@ STEP = BLOCK // GAPS  # bytes written at a time; larger blocks cost page faults 
 WIDE = 4  # elements are so many bytes for that where there are intermediates of up to 8
 
 
-def blocks(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
+def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "Iterator[Array]":
     """The tensor's elements in its dtype, a contiguous block at a time, in the file's order.
 
+    reuse: a block lies in a buffer of this thread, which the next one overwrites.
     Finite values that a cast made infinite are counted.
     """
     import numpy as np
@@ -41,7 +43,7 @@ def blocks(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
         return
     lost: list[int] = []
     reduced = tensor.reduce != "none"
-    made = _reduced(tensor, context) if reduced else _assembled(tensor, context, lost)
+    made = _reduced(tensor, context) if reduced else _assembled(tensor, context, lost, reuse)
     for values in made:
         if tensor.divisor != 1:
             values = values.astype(np.float64) / tensor.divisor
@@ -91,11 +93,11 @@ def load(
     start: Shape,
     shape: Shape,
     context: Context,
-    room: "Callable[[int], Array] | None" = None,
+    give: "Callable[[int], Array] | None" = None,
 ) -> "Array":
     """A box of a source tensor, strided as it lies in the file.
 
-    room: gives so many bytes (uint8) to read into; without it they are new ones each time.
+    give: gives so many bytes (uint8) to read into; without it they are new ones each time.
     Raises BridgeError, naming the file, where it is too short or can't be read.
     """
     import numpy as np
@@ -110,7 +112,7 @@ def load(
     data: Any
     with context.files.reading(ref.file) as fd:
         if extent <= GAPS * size * prod(shape):
-            data, at = room(extent) if room else np.empty(extent, np.uint8), 0
+            data, at = give(extent) if give else np.empty(extent, np.uint8), 0
             movers.read(fd, ref.file, data.data, first)
         else:
             at = first % mmap.ALLOCATIONGRANULARITY
@@ -142,7 +144,9 @@ def boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:
             yield (*index, low, *(0 for _ in rest)), (*(1 for _ in ahead), count, *rest)
 
 
-def _assembled(tensor: OutputTensor, context: Context, lost: list[int]) -> "Iterator[Array]":
+def _assembled(
+    tensor: OutputTensor, context: Context, lost: list[int], reuse: bool
+) -> "Iterator[Array]":
     """Blocks from every piece that touches them, in the source's dtype where all have the same."""
     import numpy as np
 
@@ -156,9 +160,10 @@ def _assembled(tensor: OutputTensor, context: Context, lost: list[int]) -> "Iter
     for start, shape in boxes(tensor.shape, limit):
         context.check()
         pieces = cut(whole, start, shape, (0,) * len(shape))
+        give = room(0) if reuse else None
         only = pieces[0].source if len(pieces) == 1 else None
         if only is not None:
-            yield _counted(load(only, pieces[0].start, shape, context), dtype, lost)
+            yield _counted(load(only, pieces[0].start, shape, context, give), dtype, lost)
             continue
         out: Array = np.empty(shape, dtype)
         for piece in pieces:
@@ -166,7 +171,7 @@ def _assembled(tensor: OutputTensor, context: Context, lost: list[int]) -> "Iter
             if piece.source is None:
                 out[place] = piece.fill
             else:
-                values = load(piece.source, piece.start, piece.shape, context)
+                values = load(piece.source, piece.start, piece.shape, context, give)
                 out[place] = _counted(values, dtype, lost)
         yield out
 
@@ -252,46 +257,6 @@ def _narrower(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> bool:
     order = [to_numpy(name) for name in ("float16", "bfloat16", "float32", "float64")]
     known = source in order and dtype in order
     return source != dtype and not (known and order.index(source) < order.index(dtype))
-
-
-def cast(values: "Array", dtype: "np.dtype[Any]") -> "Array":
-    """The values in another dtype, rounded once, to nearest even; as they are in the same."""
-    import numpy as np
-
-    if values.dtype == dtype:
-        return values
-    if {values.dtype, dtype} == {to_numpy("float16"), to_numpy("bfloat16")}:
-        found: Array = _table(values.dtype, dtype)[values.view(np.uint16)]
-        return found
-    with np.errstate(all="ignore"):
-        if dtype.itemsize <= 2 and dtype.kind in "Vf" and values.dtype.itemsize <= 2:
-            values = values.astype(np.float32)
-        elif dtype == to_numpy("bfloat16") and values.dtype == np.float64:
-            values = _to_odd(values)  # ml_dtypes goes through float32, which would round twice
-        return values.astype(dtype)
-
-
-@cache
-def _table(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> "Array":
-    """Every value of a two-byte dtype in another, by its bits: three times as fast as casting.
-
-    bfloat16 and float16 have no direct way to each other that rounds once, so through float32.
-    """
-    import numpy as np
-
-    with np.errstate(all="ignore"):
-        return np.arange(65536, dtype=np.uint16).view(source).astype(np.float32).astype(dtype)
-
-
-def _to_odd(values: "Array") -> "Array":
-    """float64 as float32, the last bit set wherever bits were lost: no tie is made up by that."""
-    import numpy as np
-
-    near = values.astype(np.float32)
-    bits = near.view(np.uint32)
-    bits -= (np.abs(near.astype(np.float64)) > np.abs(values)).astype(np.uint32)
-    bits |= ((near.astype(np.float64) != values) & ~np.isnan(values)).astype(np.uint32)
-    return near
 
 
 def _bits(values: "Array") -> "Array":

@@ -1,6 +1,7 @@
 """The element types of checkpoints, under the names that each format has for them."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def itemsize(name: str) -> int:
     return BY_NAME[name].itemsize
 
 
+@cache
 def to_numpy(name: str) -> "np.dtype[Any]":
     """The numpy dtype called ``name``, from ml_dtypes where numpy has none."""
     import ml_dtypes

@@ -14,6 +14,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import BY_NAME, BY_SAFETENSORS
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.pieces import OutputFile, OutputTensor
+from neox_bridge.planning.sharing import BLOCK
 
 _MAX_HEADER = 100_000_000
 
@@ -79,10 +80,13 @@ def _bad(path: str, what: str) -> BridgeError:
     return BridgeError(f"{path} isn't a whole safetensors file: {what}. Download or copy it again.")
 
 
-def layout_safetensors(path: str, tensors: Sequence[OutputTensor]) -> OutputFile:
+def layout_safetensors(
+    path: str, tensors: Sequence[OutputTensor], first: int | None = None
+) -> OutputFile:
     """A file of these tensors, in their order, with every offset known.
 
-    The header is padded with spaces so that the data starts at a multiple of 8 bytes.
+    The header is padded with spaces so that the data starts at a multiple of 8 bytes, or where
+    ``first`` says, in bytes modulo 4096 (see ``planning.sharing``).
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -94,7 +98,7 @@ def layout_safetensors(path: str, tensors: Sequence[OutputTensor]) -> OutputFile
         }
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * ((-len(text) % 8) if first is None else (first - 8 - len(text)) % BLOCK)
     offset = start = 8 + len(text)
     placed = []
     for tensor in tensors:

@@ -19,7 +19,8 @@ from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickle_writer import dump
 from neox_bridge.formats.pickles import PickledTensor, PickleError, load, storage_ref
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, byte_range
+from neox_bridge.planning.pieces import OutputFile, OutputTensor
+from neox_bridge.planning.sharing import BLOCK, residue
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")  # APPNOTE 4.3.7
 _LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -32,9 +33,6 @@ _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 1, 8, 2048  # flags, 4.4.4
 _U32 = 0xFFFFFFFF  # this and larger numbers go into zip64 fields
 _MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
 _ALIGNMENT = 64  # bytes
-_BLOCK = 4096  # bytes; what file systems share is whole blocks at the same place in both files
-_WORTH_SHARING = 64 << 10  # bytes
-_ELEMENT = 8  # bytes; torch maps tensors in place, so they stay aligned for every dtype
 _MAX_PICKLE = 256 << 20  # bytes of data.pkl, which is read into memory
 
 
@@ -180,30 +178,25 @@ def _locate(file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A record to write. data: its bytes, where they are known; else they are the tensor's."""
+    """A record to write. data: its bytes, where they are known; else they are the tensor's.
+
+    zip64: the extra field of what 32 bits don't hold; in both headers, as torch writes it.
+    """
 
     name: bytes
     size: int
     header: int
     start: int
+    zip64: bytes
     data: bytes | None
+    crc: int
     tensor: OutputTensor | None
-
-    @property
-    def zip64(self) -> bytes:
-        """The extra field of what 32 bits don't hold; in both headers, as torch writes it."""
-        sizes = (self.size, self.size) if self.size >= _U32 else ()
-        return _zip64(*sizes, *((self.header,) if self.header >= _U32 else ()))
 
     @property
     def end(self) -> int:
         """Where the data descriptor ends, which records without bytes don't have."""
         descriptor = _DESCRIPTOR64 if self.zip64 else _DESCRIPTOR
         return self.start + self.size + (descriptor.size if self.size else 0)
-
-    @property
-    def crc(self) -> int:
-        return zlib.crc32(self.data) if self.data is not None else 0
 
 
 def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> OutputFile:
@@ -213,21 +206,28 @@ def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> Outp
     value: see ``pickle_writer.dump``; each tensor is a storage ``data/K`` of its own, K counting
         in the order in which the slots appear.
     Records are stored, their tensors at multiples of 64 bytes through torch's extra field "FB".
-    A tensor of 64 KiB or more whose first piece is one run of bytes of its source lies at its
-    source's offset modulo 4096, so that file systems can share the blocks. torch can compute
-    where tensors lie instead of reading it (``config.load.calculate_storage_offsets``) and would
-    miss such ones, so a file that has them says ``.format_version`` 0, which forbids that.
+    A tensor of which bytes can be shared with its source's file lies where that is possible (see
+    ``planning.sharing``). torch can compute where tensors lie instead of reading it
+    (``config.load.calculate_storage_offsets``) and would miss such ones, so a file that has them
+    says ``.format_version`` 0, which forbids that.
     As torch does under ``torch.serialization.set_crc32_options(False)``, sizes and CRC-32 stand
     in a data descriptor behind the data and in the central directory, the local header has
     zeros, and a tensor's CRC is 0 in both places; ``crc_at`` names the two. Tensors with
     ``inline`` bytes and all other records have their true CRC. Dates are 0, as torch's are.
     Raises ValueError where slots and tensors don't match: a fault of the caller.
     """
+    pickled, order = dump(value, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+    return layout_pickled(path, pickled, order, tensors)
+
+
+def layout_pickled(
+    path: str, pickled: bytes, order: Sequence[str], tensors: Sequence[OutputTensor]
+) -> OutputFile:
+    """``layout_pt`` of a value that is pickled already; see ``pickle_writer.dump`` for both."""
     by_name = {tensor.name: tensor for tensor in tensors}
-    pickled, order = dump(value, {name: (t.dtype, t.shape) for name, t in by_name.items()})
     if sorted(order) != sorted(tensor.name for tensor in tensors):
         raise ValueError(f"{path}: the tensors aren't those of the value")
-    moved = any(_congruence(tensor) is not None for tensor in tensors)
+    moved = any(residue(tensor) is not None for tensor in tensors)
     top = _top_folder(path)
     records: list[tuple[str, bytes | OutputTensor]] = [
         ("data.pkl", pickled),
@@ -253,27 +253,21 @@ def _top_folder(path: str) -> str:
     return stem if stem.isascii() else "archive"
 
 
-def _congruence(tensor: OutputTensor) -> int | None:
-    """The offset modulo 4096 at which the tensor's blocks can be shared with its source's."""
-    if not tensor.pieces or tensor.nbytes < _WORTH_SHARING or tensor.reduce == "sum":
-        return None
-    run = byte_range(tensor.pieces[0], tensor.shape)
-    source = tensor.pieces[0].source
-    if run is None or source is None or source.dtype != tensor.dtype or tensor.divisor != 1:
-        return None
-    place = (run[0] - run[1]) % _BLOCK
-    return None if run[0] % _ELEMENT or place % _ELEMENT else place
-
-
 def _plan(name: bytes, record: bytes | OutputTensor, header: int) -> _Planned:
     tensor = record if isinstance(record, OutputTensor) else None
     data = record if isinstance(record, bytes) else record.inline
     size = tensor.nbytes if tensor else len(data or b"")
-    entry = _Planned(name, size, header, 0, data if size else b"", tensor)
-    least = header + _LOCAL.size + len(name) + len(entry.zip64) + _EXTRA.size
-    congruence = _congruence(tensor) if tensor else None
-    unit, rest = (_ALIGNMENT, 0) if congruence is None else (_BLOCK, congruence)
-    return replace(entry, start=least + (rest - least) % unit)
+    data = data if size else b""
+    zip64 = b""
+    if size >= _U32 or header >= _U32:
+        zip64 = _zip64(
+            *((size, size) if size >= _U32 else ()), *((header,) if header >= _U32 else ())
+        )
+    least = header + _LOCAL.size + len(name) + len(zip64) + _EXTRA.size
+    shared = residue(tensor) if tensor else None
+    unit, rest = (_ALIGNMENT, 0) if shared is None else (BLOCK, shared)
+    crc = zlib.crc32(data) if data else 0
+    return _Planned(name, size, header, least + (rest - least) % unit, zip64, data, crc, tensor)
 
 
 def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> OutputFile:
@@ -292,7 +286,7 @@ def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> Outp
             literals.append((run_at, run))
             run, run_at = b"", entry.start + entry.size
         run += _descriptor(entry)
-        entry_at += len(_central_header(entry))
+        entry_at += _CENTRAL.size + len(entry.name) + len(entry.zip64)
     directory = b"".join(map(_central_header, planned))
     run += directory + _end(len(planned), directory_at, len(directory))
     literals.append((run_at, run))
@@ -300,9 +294,7 @@ def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> Outp
 
 
 def _zip64(*numbers: int) -> bytes:
-    """APPNOTE 4.5.3; nothing where there are no numbers."""
-    if not numbers:
-        return b""
+    """APPNOTE 4.5.3."""
     return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
 
 

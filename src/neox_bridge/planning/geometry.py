@@ -69,13 +69,14 @@ def scatter(
         ref = whole.shards[rank]
         return OutputTensor(name, whole.dtype, ref.shape, (box(ref),))
     start, shape = share(split, whole.shape, tp, rank)
-    output = OutputTensor(name, whole.dtype, shape, reduce=whole.reduce, random=whole.random)
-    if split == "row_bias" and tp > 1:
-        if row_bias == "whole" and rank > 0:
-            return replace(output, pieces=(constant(shape, -0.0),), reduce="none")
-        if row_bias == "split":
-            output = replace(output, divisor=tp)
-    return replace(output, pieces=cut(whole, start, shape, (0,) * len(shape)))
+    biased = split == "row_bias" and tp > 1
+    if biased and row_bias == "whole" and rank > 0:
+        return OutputTensor(name, whole.dtype, shape, (constant(shape, -0.0),), random=whole.random)
+    pieces = cut(whole, start, shape, (0,) * len(shape))
+    divisor = tp if biased and row_bias == "split" else 1
+    return OutputTensor(
+        name, whole.dtype, shape, pieces, whole.reduce, divisor, random=whole.random
+    )
 
 
 def constant(shape: Shape, value: float, to: Shape | None = None) -> Piece:

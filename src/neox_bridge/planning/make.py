@@ -53,6 +53,11 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
 def _check_options(kind: Kind, options: Options) -> None:
     """Options of the other kind of target would be ignored, so they are errors."""
     if kind == "neox":
+        if options.shards != "size":
+            raise BridgeError(
+                "--shards: only for Hugging Face targets, and this one is for GPT-NeoX, whose "
+                "files are placed so that blocks can be shared anyway."
+            )
         return
     given = {
         "--tp": options.tp,

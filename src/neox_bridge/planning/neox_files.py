@@ -11,8 +11,8 @@ from typing import Any
 
 from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
-from neox_bridge.formats.pickle_writer import TensorSlot
-from neox_bridge.formats.torch_zip import layout_pt
+from neox_bridge.formats.pickle_writer import TensorSlot, dump
+from neox_bridge.formats.torch_zip import layout_pickled
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
@@ -67,6 +67,7 @@ def weight_files(
         for weight, block in _ordered(architecture, config)
         if weight.split != "derived" or shape.inv_freq == "store"
     ]
+    dumped: dict[object, tuple[bytes, Sequence[str]]] = {}
     count = shape.stages * shape.tp
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * count
     if shape.layout == "layers":
@@ -75,7 +76,7 @@ def weight_files(
             for rank in range(shape.tp):
                 tensors = _with_biases(_tensors(group, config, wholes, shape, rank), config, shape)
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-                yield layout_pt(path, _state_dict(tensors, shape), tensors)
+                yield _file(path, _state_dict(tensors, shape), tensors, dumped)
     else:
         modules = []
         for rank in range(shape.tp):
@@ -85,7 +86,21 @@ def weight_files(
     for number, (module, tensors) in enumerate(modules):
         value, states = _metadata(module, args, iteration, count, number % shape.tp)
         path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
-        yield layout_pt(path, value, [*tensors, *states])
+        yield _file(path, value, [*tensors, *states], dumped)
+
+
+def _file(
+    path: str,
+    value: Mapping[str, Any],
+    tensors: Sequence[OutputTensor],
+    dumped: dict[object, tuple[bytes, Sequence[str]]],
+) -> OutputFile:
+    """dumped: pickles by what they hold: those of a layer are the same for every rank and block."""
+    slots = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    key = tuple(value), tuple(slots.items())
+    if key not in dumped:
+        dumped[key] = dump(value, slots)
+    return layout_pickled(path, *dumped[key], tensors)
 
 
 def _with_biases(

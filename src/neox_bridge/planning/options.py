@@ -9,6 +9,7 @@ from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, MlpNames
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]
 VocabRows = Literal["keep", "tokenizer"]
+Shards = Literal["size", "clone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Options:
     vocab_multiple: make_vocab_size_divisible_by.
     vocab_rows: "tokenizer" cuts the rows that no entry of the tokenizer has.
     shard_size: bytes of a Hugging Face shard at most, unless one tensor is larger.
+    shards: "clone" puts into each Hugging Face shard what can share blocks with the source's files.
     tokenizer: a folder with tokenizer files, or a tokenizer.json.
     gqa_order: how the GPT-NeoX side has the rows of grouped-query attention: the source where it is
         one (the target's order is then its era's), else the target.
@@ -39,6 +41,7 @@ class Options:
     vocab_multiple: int | None = None
     vocab_rows: VocabRows = "keep"
     shard_size: int = 5_000_000_000
+    shards: Shards = "size"
     tokenizer: str | None = None
     gqa_order: GqaOrder | None = None
     te: bool | None = None

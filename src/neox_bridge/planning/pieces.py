@@ -1,8 +1,9 @@
 """The plan as plain data: boxes of source tensors, output tensors, output files."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
+from operator import add, sub
 from typing import Literal
 
 from neox_bridge.findings import Finding
@@ -142,18 +143,16 @@ def cut(whole: Whole, start: Shape, shape: Shape, to: Shape) -> tuple[Piece, ...
 
 
 def _clip(pieces: Iterable[Piece], start: Shape, shape: Shape, to: Shape) -> Iterable[Piece]:
-    dims = range(len(shape))
+    end = tuple(map(add, start, shape))
     for piece in pieces:
-        low = tuple(max(piece.to[d], start[d]) for d in dims)
-        high = tuple(min(piece.to[d] + piece.shape[d], start[d] + shape[d]) for d in dims)
-        if any(low[d] >= high[d] for d in dims):
+        low = tuple(map(max, piece.to, start))
+        high = tuple(map(min, map(add, piece.to, piece.shape), end))
+        size = tuple(map(sub, high, low))
+        if any(n <= 0 for n in size):
             continue
-        yield replace(
-            piece,
-            start=tuple(piece.start[d] + low[d] - piece.to[d] for d in dims),
-            to=tuple(to[d] + low[d] - start[d] for d in dims),
-            shape=tuple(high[d] - low[d] for d in dims),
-        )
+        first = tuple(map(add, piece.start, map(sub, low, piece.to)))
+        place = tuple(map(add, to, map(sub, low, start)))
+        yield Piece(piece.source, first, place, size, piece.fill)
 
 
 def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
@@ -165,6 +164,8 @@ def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
     ref = piece.source
     if ref is None:
         return None
+    if ref.strides is None and piece.shape == ref.shape == shape:
+        return ref.offset, 0, ref.nbytes
     strides = ref.strides or row_major(ref.shape)
     to_strides = row_major(shape)
     if not (is_contiguous(piece.shape, strides) and is_contiguous(piece.shape, to_strides)):

@@ -24,6 +24,7 @@ from neox_bridge.planning.model_card import model_card
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, OutputFile, OutputTensor, Plan, Whole
 from neox_bridge.planning.record import hf_record
+from neox_bridge.planning.sharing import arranged, shared_together
 
 
 def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:
@@ -40,8 +41,8 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
         name = weight.hf.format(i=block)
         whole = drop_vocabulary_rows(wholes[name], weight, rows)
         tensors.append(_output(name, cast(whole, options.dtype)))
-    shards = _shards(tensors, options.shard_size)
-    files = [layout_safetensors(name, group) for name, group in shards.items()]
+    shards = _shards(tensors, options)
+    files = [_shard(name, group) for name, group in shards.items()]
     if len(files) > 1:
         files.append(_index(shards))
     eos = tokenizer.end_of_text
@@ -137,19 +138,32 @@ def _output(name: str, whole: Whole) -> OutputTensor:
     )
 
 
-def _shards(tensors: Sequence[OutputTensor], limit: int) -> dict[str, list[OutputTensor]]:
-    groups: list[list[OutputTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
+def _shards(tensors: Sequence[OutputTensor], options: Options) -> dict[str, list[OutputTensor]]:
+    """The tensors of each file, by its name.
+
+    For ``--shards clone`` those that go together are those that can be shared together: in one file
+    they follow each other without holes, and so lie at the same place of a block only where they
+    did in the source.
+    """
+    together = shared_together(tensors) if options.shards == "clone" else [tensors]
+    groups: list[list[OutputTensor]] = []
+    for part in together:
+        size = options.shard_size + 1
+        for tensor in part:
+            if size + tensor.nbytes > options.shard_size:
+                groups.append([])
+                size = 0
+            groups[-1].append(tensor)
+            size += tensor.nbytes
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     count = len(groups)
     return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
+
+
+def _shard(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
+    first, order = arranged(tensors)
+    return layout_safetensors(name, order, first)
 
 
 def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> OutputFile:

@@ -36,7 +36,7 @@ def diff(
     def one(name: str) -> Difference:
         a, b = first.tensors.get(name), second.tensors.get(name)
         found = _one(name, a, b, weights.get(name), context)
-        context.wrote(sum(whole.nbytes for whole in (a, b) if whole), changed=False)
+        context.wrote(sum(whole.nbytes for whole in (a, b) if whole), "copied")
         return found
 
     chosen = (name for name in names if fnmatchcase(name, pattern))

@@ -4,15 +4,16 @@ Each side is read as it lies in its files, into buffers that a thread keeps, and
 pieces of both overlap are compared where they were read.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.execution import movers
+from neox_bridge.execution.buffers import buffer, room
+from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.transform import boxes, cast, load
+from neox_bridge.execution.transform import boxes, load
 from neox_bridge.formats.dtypes import itemsize, to_numpy
 from neox_bridge.planning.pieces import Piece, Shape, Whole, byte_range, cut
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 STEP = 1 << 19  # bytes of a box, so that those of both sides stay in the cache (measured)
-ROOM = 2 * STEP  # of the buffer that a thread keeps for a side; gaps may need more
-_kept = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +49,8 @@ def equal(first: Whole, second: Whole, context: Context) -> bool:
     limit = max(1, STEP // max(itemsize(first.dtype), itemsize(second.dtype)))
     return all(
         _same(
-            _read(first, second.dtype, start, shape, _room(0), context),
-            _read(second, second.dtype, start, shape, _room(1), context),
+            _read(first, second.dtype, start, shape, room(0), context),
+            _read(second, second.dtype, start, shape, room(1), context),
             prod(shape),
             context,
         )
@@ -85,7 +84,7 @@ def _runs(first: Whole, second: Whole) -> list[tuple[_Run, _Run]] | None:
 
 
 def _run_same(a: _Run, b: _Run, context: Context) -> bool:
-    left, right = _buffers()
+    left, right = buffer(0), buffer(1)
     files = context.files
     with files.reading(a.file) as one, files.reading(b.file) as other:
         for at in range(0, a.size, STEP):
@@ -161,30 +160,3 @@ def _bits_same(a: "Array", b: "Array") -> bool:
         a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
     bits = np.dtype(f"u{min(width, 8)}")
     return bool((a.view(bits) == b.view(bits)).all())
-
-
-def _room(side: int) -> "Callable[[int], Array]":
-    """Gives parts of this thread's buffer for a side, and new memory where that is used up."""
-    import numpy as np
-
-    buffer = _buffers()[side]
-    used = 0
-
-    def give(size: int) -> "Array":
-        nonlocal used
-        if used + size > ROOM:
-            return np.empty(size, np.uint8)
-        at, used = used, (used + size + 63) // 64 * 64
-        return buffer[at : at + size]
-
-    return give
-
-
-def _buffers() -> "tuple[Array, Array]":
-    """This thread's two buffers."""
-    import numpy as np
-
-    if not hasattr(_kept, "buffers"):
-        _kept.buffers = np.empty(ROOM, np.uint8), np.empty(ROOM, np.uint8)
-    found: tuple[Array, Array] = _kept.buffers
-    return found

@@ -76,7 +76,7 @@ def fingerprints(
     def one(name: str) -> Fingerprint:
         weight, whole = weights.get(name), checkpoint.tensors[name]
         found = fingerprint(whole, context, padded=weight is not None and weight.split == "vocab")
-        context.wrote(whole.nbytes, changed=False)
+        context.wrote(whole.nbytes, "copied")
         return found
 
     found = each(largest_first, one, context, workers or 2)

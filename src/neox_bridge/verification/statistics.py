@@ -76,7 +76,7 @@ def statistics(
         vocabulary = name in weights and weights[name].split == "vocab"
         rows = checkpoint.vocab_rows if vocabulary else None
         found = _measure(name, whole, rows, context)
-        context.wrote(whole.nbytes, changed=False)
+        context.wrote(whole.nbytes, "copied")
         return found
 
     return each(names, one, context, workers)
