@@ -67,7 +67,7 @@ def jobs(folder: Path, short: bool) -> list[Job]:
             "tool",
             (
                 *(TOOL, "convert", str(folder / case.source), str(target), *case.options),
-                *(() if case.verify else ("--no-verify",)),
+                *(("--json",) if case.verify else ("--json", "--no-verify")),
             ),
             folder / case.source,
             target,

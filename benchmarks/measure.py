@@ -1,5 +1,6 @@
 """Runs commands and says what each took: seconds, anonymous memory, bytes written, disk blocks."""
 
+import json
 import os
 import select
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from places import Place, settle
@@ -24,7 +25,8 @@ class Failed(Exception):
 class Run:
     """seconds: wall time. cpu: seconds of processor, all threads. memory: bytes, the most that was
     anonymous (RssAnon, looked at every 5 ms). written: bytes that the process made dirty in the
-    page cache. blocks: bytes of disk that its output took and shares with nothing.
+    page cache. blocks: bytes of disk that its output took and shares with nothing. executing:
+    seconds that a conversion by this tool counts itself, once it is planned; 0 for other programs.
     """
 
     seconds: float
@@ -32,6 +34,7 @@ class Run:
     memory: int
     written: int
     blocks: int = 0
+    executing: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,12 @@ def run(
     flush: Path | None = None,
 ) -> Run:
     """One run of a command, start-up included. Raises Failed where it ends with another code."""
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as result, tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=result,
             stderr=said,
             env={**os.environ, **(environment or {})},
         )
@@ -114,8 +117,10 @@ def run(
             said.seek(0)
             lines = said.read().decode(errors="replace").strip().splitlines() or ["nothing said"]
             raise Failed(f"{' '.join(command)}: exit {process.returncode}, {lines[-1]}")
+        result.seek(0)
+        executing = json.load(result)["result"]["seconds"] if "--json" in command else 0.0
     cpu = usage.ru_utime + usage.ru_stime
-    return Run(seconds, cpu, memory, usage.ru_oublock * 512)
+    return Run(seconds, cpu, memory, usage.ru_oublock * 512, executing=executing)
 
 
 def run_job(job: Job, place: Place) -> Run:
@@ -134,7 +139,7 @@ def run_job(job: Job, place: Place) -> Run:
     if job.target is None:
         return done
     settle(place.folder)
-    return Run(done.seconds, done.cpu, done.memory, done.written, place.taken(before, job.target))
+    return replace(done, blocks=place.taken(before, job.target))
 
 
 def rounds(

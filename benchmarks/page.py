@@ -30,6 +30,8 @@ are medians, as all numbers are, except memory, which is the most.
 - *times `cp`*: the files that `cp` and others' programs wrote are flushed to disk on their time, as
   conversions flush theirs. `convert` reads back and compares unless told `--no-verify`, as all rows
   are but those that say so.
+- *executing*: what a conversion counts itself: writing, flushing and reading back, without starting
+  Python, reading headers and planning, which don't grow with bytes.
 - *anonymous*: the most memory that isn't a map of a file, looked at every 5 ms.
 - *written*: bytes that the process made dirty in the page cache. A shared block isn't written.
 - *on disk*: new blocks: on a loop-mounted file system the difference in its free space, metadata
@@ -62,6 +64,11 @@ Sources of zeros that take no room on the disk; targets are written in full.
 
 | | | GB | s | anonymous |
 |---|---|---|---|---|
+"""
+COLUMNS = """\
+| | median s | spread s | times `cp` | times `cp` `--reflink=never` | executing s | CPU s \
+| anonymous | written | on disk |
+|---|---|---|---|---|---|---|---|---|---|
 """
 COMPARED = """
 ## Comparing: {shape}
@@ -140,7 +147,9 @@ def machine() -> str:
         f"Python {platform.python_version()}",
         *map(_version, ("neox-bridge", "numpy", "torch", "safetensors", "transformers")),
     ]
-    return textwrap.fill(", ".join(part for part in parts if part) + ".", 100)
+    return textwrap.fill(
+        ", ".join(part for part in parts if part) + ".", 100, break_on_hyphens=False
+    )
 
 
 def table_head(table: Table) -> str:
@@ -150,15 +159,14 @@ def table_head(table: Table) -> str:
 
 def _conversions(table: Table) -> str:
     copy, never = table.rows[:2]
-    head = "| | median s | spread s | times `cp` | times `cp` `--reflink=never` "
-    text = f"\n## {table_head(table)}\n\n{head}| CPU s | anonymous | written | on disk |\n"
-    text += "|---|" + "---|" * 8 + "\n"
+    text = f"\n## {table_head(table)}\n\n{COLUMNS}"
     text += _lines(
         (
             row.title,
             middle(row.seconds),
             _ratio(row, copy),
             _ratio(row, never),
+            f"{row.middle('executing'):.2f}" if row.middle("executing") else "",
             f"{row.middle('cpu'):.2f}",
             _mb(row.most("memory")),
             _mb(row.middle("written")),
