@@ -68,7 +68,7 @@ def execute(
             take_back(work, target, step)
         if not overwrite:
             check_free(target, step)
-        done = resume(work, key)
+        done = resume(work, key, {file.path for file in plan.files if not file.seals})
         check_room(target, plan.size - sum(written.size for written in done.values()))
         job = Job(plan, work, context, done, hash_name, hash_shared)
         try:
