@@ -1,6 +1,6 @@
 # make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
-# make bench  times beside cp
+# make bench  times, memory and disk beside cp and others' programs, to docs/benchmarks.md
 # make test-neox, make test-versions: in the real GPT-NeoX, in many versions of transformers
 PYTHON ?= python3
 DEV := .venv
@@ -38,8 +38,10 @@ test-neox: $(DEV)/.ready
 test-versions: $(DEV)/.ready
 	$(DEV)/bin/python -m pytest -m versions tests/versions
 
+# the whole takes some 25 minutes and 30 GB of disk: ARGS=--quick, or --help for others. As root where
+# mkfs.xfs is, a loop-mounted XFS too; with NEOX_HOME, or NEOX_TREE and NEOX_PYTHON, GPT-NeoX's exporter
 bench: $(DEV)/.ready
-	$(DEV)/bin/python benchmarks/bench.py
+	NEOX_HOME="$(abspath $(NEOX_HOME))" $(DEV)/bin/python benchmarks/bench.py $(ARGS)
 
 # the CPU build of torch is at this version; pip 25.1 is the first to know dependency groups
 $(DEV)/.ready: pyproject.toml

@@ -1,175 +1,188 @@
-"""Times of conversions beside `cp -r`, of comparisons beside `cmp`: medians of runs, as ratios.
+"""Times, memory and disk of everything, beside cp and others' programs, in one run.
 
-    bench.py [--shape pythia-410m] [--runs 5] [--folder .bench]
+    bench.py [--quick] [--shapes pythia-410m pythia-1.4b] [--runs 5] [--mount xfs] ...
 
-Every command is a process of its own, start-up included, with a warm cache. `cp -r` is followed by
-a sync of the files that it wrote, since conversions are flushed to disk too. `cmp` compares the
-Hugging Face checkpoint's weights with a copy of them.
+Writes docs/benchmarks.md and its figure; with --quick, which tries all of it on small shapes, into
+--folder. What can't be measured here is skipped, and the page says what is missing.
 """
 
 import argparse
 import contextlib
 import os
-import platform
+import shlex
 import shutil
-import statistics
-import subprocess
+import signal
 import sys
 import time
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
-TOOL = str(Path(sys.executable).parent / "neox-bridge")
-RAW = ["--no-verify"]
-CASES = (
-    ("Hugging Face to GPT-NeoX, TP 1", "hf", RAW),
-    ("the same, read back and compared", "hf", []),
-    ("Hugging Face to GPT-NeoX, TP 2", "hf", ["--tp", "2", *RAW]),
-    ("Hugging Face to GPT-NeoX, TP 1, ranks", "hf", ["--layout", "ranks", *RAW]),
-    ("Hugging Face to GPT-NeoX, TP 2, bfloat16", "hf", ["--tp", "2", "--dtype", "bfloat16", *RAW]),
-    ("GPT-NeoX TP 1 to Hugging Face", "neox", RAW),
-    ("GPT-NeoX TP 2 to Hugging Face", "neox-tp2", RAW),
-    ("GPT-NeoX TP 1 to TP 4", "neox", ["--to", "neox", "--tp", "4", *RAW]),
-)
-COMPARED = (
-    ("`verify` Hugging Face, a copy", ["verify", "hf", "hf-copy"]),
-    ("`verify` Hugging Face, GPT-NeoX TP 1", ["verify", "hf", "neox"]),
-    ("`verify` Hugging Face, GPT-NeoX TP 2", ["verify", "hf", "neox-tp2"]),
-    ("`verify` Hugging Face, GPT-NeoX TP 2 in bfloat16", ["verify", "hf", "neox-bf16"]),
-    ("`diff` Hugging Face, GPT-NeoX TP 1", ["diff", "hf", "neox"]),
-    ("`diff` GPT-NeoX TP 1, TP 2", ["diff", "neox", "neox-tp2"]),
-    ("`diff`, every value another", ["diff", "hf", "hf-other"]),
-)
+import cases
+import comparing
+import costs
+from measure import Failed, rounds
+from page import Results, Table, page, show
+from places import MAKE, Place, Skipped, mounted, ordinary
+from sources import NAMED, make
 
+from neox_bridge.architectures.shapes import PYTHIA
+from neox_bridge.errors import BridgeError
 
-def seconds(command: list[str], target: Path) -> float:
-    """One run, its output removed again."""
-    shutil.rmtree(target, ignore_errors=True)
-    subprocess.run(["sync"], check=True)
-    start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    taken = time.perf_counter() - start
-    shutil.rmtree(target)
-    return taken
-
-
-def timed(command: list[str], runs: int, target: Path | None = None) -> float:
-    """The median of several runs of a command, whose output, if any, is removed before each."""
-    found = []
-    for _ in range(runs):
-        if target is not None:
-            shutil.rmtree(target, ignore_errors=True)
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
-def compared(command: list[str], expected: int) -> float:
-    """One run of a comparison, which must end with the exit code expected."""
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    taken = time.perf_counter() - start
-    if done.returncode != expected:
-        sys.exit(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
-    return taken
-
-
-def peak_anonymous(command: list[str], target: Path | None = None) -> int:
-    """The most memory, in bytes, that isn't a map of a file, sampled every 2 ms of one more run."""
-    if target is not None:
-        shutil.rmtree(target, ignore_errors=True)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0
-    while process.poll() is None:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    peak = max(peak, int(line.split()[1]) << 10)
-        time.sleep(0.002)
-    if target is not None:
-        shutil.rmtree(target)
-    return peak
-
-
-def copy(source: Path, target: Path) -> list[str]:
-    script = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +'
-    return ["sh", "-c", script, str(source), str(target)]
-
-
-def comparisons(folder: Path, runs: int) -> None:
-    """Print the table of ``verify`` and ``diff``; each run takes turns with ``cmp``."""
-    weights = [str(folder / name / "model.safetensors") for name in ("hf", "hf-copy")]
-    print("\n| | median s | spread s | times `cmp` | anonymous memory |\n|---|---|---|---|---|")
-    every = []
-    for title, (verb, *names) in COMPARED:
-        command = [TOOL, verb, *(str(folder / name) for name in names)]
-        expected = 3 if "hf-other" in names else 0
-        compared(command, expected)  # everything is in memory from here on
-        pairs = [(compared(["cmp", *weights], 0), compared(command, expected)) for _ in range(runs)]
-        every += [pair[0] for pair in pairs]
-        mine = [pair[1] for pair in pairs]
-        ratio = statistics.median(mine / cmp for cmp, mine in pairs)
-        print(
-            f"| {title} | {statistics.median(mine):.2f} | {min(mine):.2f} - {max(mine):.2f} "
-            f"| {ratio:.2f} | {peak_anonymous(command) / 1e6:.0f} MB |",
-            flush=True,
-        )
-    spread = f"{min(every):.2f} - {max(every):.2f}"
-    print(f"\n`cmp` of the same: {statistics.median(every):.2f} s, {spread}")
-    start = [TOOL, "diff", *(str(folder / name) for name in ("hf", "neox-tp2"))]
-    start += ["--tensor", "*.final_layer_norm.bias"]
-    print(
-        f"`diff` of one small tensor, so starting and reading headers: {timed(start, runs):.2f} s"
-    )
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCKS = 80  # of the tall checkpoint of tiny tensors
+LARGE, FEW = 2_000_000_000, 3  # of checkpoints of more bytes, so many rounds are enough
+SHORT = ("neox", "neox-tp2")  # sources of the cases that are measured in mounted file systems
 
 
 def main() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its byte code
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="pythia-410m")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(".bench"))
-    options = parser.parse_args()
-    folder: Path = options.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    made = {name: folder / name for name in ("hf", "neox", "neox-tp2", "neox-bf16", "hf-other")}
-    for command in (
-        ["toy", options.shape, str(made["hf"]), "--as", "hf"],
-        ["convert", str(made["hf"]), str(made["neox"])],
-        ["convert", str(made["hf"]), str(made["neox-tp2"]), "--tp", "2"],
-        ["convert", str(made["hf"]), str(made["neox-bf16"]), "--tp", "2", "--dtype", "bfloat16"],
-        ["toy", options.shape, str(made["hf-other"]), "--as", "hf", "--seed", "1"],
-    ):
-        subprocess.run([TOOL, *command], check=True, capture_output=True)
-    shutil.copytree(made["hf"], folder / "hf-copy")
-    target = folder / "out"
-    size = sum(path.stat().st_size for path in made["hf"].rglob("*") if path.is_file())
-    print(
-        f"{options.shape}, {size / 1e9:.2f} GB; {platform.machine()}, Linux {platform.release()}, "
-        f"Python {platform.python_version()}, neox-bridge {version('neox-bridge')}, "
-        f"{options.runs} runs, taking turns\n"
+    signal.signal(signal.SIGTERM, _ended)  # so that what is mounted gets unmounted
+    options = _options()
+    work: Path = options.folder / "work"
+    if any(os.path.ismount(work / kind) for kind in MAKE):
+        sys.exit(
+            f"{work} has a file system mounted in it, left by a run that was killed: umount it"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        results = _measure(options, work)
+    except Failed as error:
+        sys.exit(f"error: {error}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _publish(results, options.page or DOCS / "benchmarks.md")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    print("| | median s | spread s | times `cp -r` | anonymous memory |\n|---|---|---|---|---|")
-    for title, name, arguments in CASES:
-        convert = [TOOL, "convert", str(made[name]), str(target), *arguments]
-        pairs = [
-            (seconds(copy(made[name], target), target), seconds(convert, target))
-            for _ in range(options.runs)
-        ]
-        ratio = statistics.median(mine / cp for cp, mine in pairs)
-        mine = [pair[1] for pair in pairs]
-        spread = f"{min(mine):.2f} - {max(mine):.2f}"
-        memory = f"{peak_anonymous(convert, target) / 1e6:.0f} MB"
-        median = f"{statistics.median(mine):.2f}"
-        print(f"| {title} | {median} | {spread} | {ratio:.2f} | {memory} |", flush=True)
-    dry = [TOOL, "convert", str(made["hf"]), str(target), "--dry-run"]
-    print(f"\nStarting, reading headers and planning (--dry-run): {timed(dry, options.runs):.2f} s")
-    cp = timed(copy(made["hf"], target), options.runs, target)
-    print(f"`cp -r` and sync of the same: {cp:.2f} s")
-    comparisons(folder, options.runs)
-    shutil.rmtree(folder)
+    parser.add_argument("--quick", action="store_true", help="small shapes, two rounds")
+    parser.add_argument("--shapes", nargs="+", choices=PYTHIA, help="of the conversions")
+    parser.add_argument("--runs", type=int, help="rounds")
+    parser.add_argument(
+        "--mount", nargs="*", choices=MAKE, default=["xfs"], help="file systems to mount"
+    )
+    parser.add_argument("--memory", nargs="*", choices=PYTHIA, help="shapes for memory alone")
+    parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where to work")
+    parser.add_argument("--page", type=Path, help="where to write; docs/benchmarks.md")
+    options = parser.parse_args()
+    if options.quick:
+        options.page = options.page or options.folder / "benchmarks.md"
+    shapes, memory = ["pythia-410m", "pythia-1.4b"], ["pythia-410m", "pythia-2.8b", "pythia-12b"]
+    quick = (["pythia-70m"], 2, ["pythia-70m", "pythia-410m"])
+    default = quick if options.quick else (shapes, 5, memory)
+    for name, value in zip(("shapes", "runs", "memory"), default, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def _measure(options: argparse.Namespace, work: Path) -> Results:
+    runs: int = options.runs
+    skipped: list[str] = []
+    tables = []
+    place = ordinary(work)
+    _say("starting")
+    starts = costs.starts(work, max(runs, 5))
+    _say("tiny tensors in 32 ranks")
+    tiny = costs.tiny_costs(work, min(runs, 3), 20 if options.quick else BLOCKS)
+    compared: tuple[str, tuple[Any, ...]] = ("", ())
+    for shape in options.shapes:
+        _say(f"{shape}, {place.name}: its checkpoints")
+        here = replace(place, folder=work / shape)
+        first = shape == options.shapes[0]
+        make(here.folder, shape, [name for name in NAMED if first or name != "neox-bf16"])
+        tables.append(_table(shape, here, runs, skipped, short=False))
+        if first:
+            _say(f"{shape}: verify and diff")
+            rows = comparing.comparisons(here, shape, runs)
+            show(rows, rows[0])
+            compared = (shape, tuple(rows))
+        shutil.rmtree(here.folder)
+    for kind in options.mount:
+        tables += _mounted(kind, work, options.shapes, runs, skipped)
+    _say("memory")
+    memories, without = costs.memories(work, options.memory)
+    return Results(
+        f'make bench ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make bench",
+        tuple(tables),
+        compared,
+        tuple(starts),
+        tuple(tiny),
+        tuple(memories),
+        tuple(dict.fromkeys([*skipped, *without])),
+    )
+
+
+def _mounted(
+    kind: str, work: Path, shapes: Sequence[str], runs: int, skipped: list[str]
+) -> list[Table]:
+    tables = []
+    for shape in shapes:
+        # three sources, a target, and as much again
+        with contextlib.ExitStack() as stack:
+            try:
+                there = stack.enter_context(mounted(kind, work, 8 * _bytes(shape) + (1 << 30)))
+            except Skipped as missing:
+                skipped.append(str(missing))
+                break
+            _say(f"{shape}, {there.name}: its checkpoints")
+            make(there.folder, shape, SHORT)
+            tables.append(_table(shape, there, runs, skipped, short=True))
+    return tables
+
+
+def _table(shape: str, place: Place, runs: int, skipped: list[str], *, short: bool) -> Table:
+    """The conversions in a place that has its checkpoints, and there all, others' programs."""
+    size = sum(path.stat().st_size for path in (place.folder / "hf").rglob("*") if path.is_file())
+    runs = min(runs, FEW) if size > LARGE else runs
+    jobs = cases.jobs(place.folder, short)
+    if not short:
+        others, missing = cases.others(place.folder)
+        jobs += others
+        skipped += missing
+    _say(f"{shape}, {place.name}: {len(jobs)} commands, {runs} rounds")
+    rows, failed = rounds(jobs, cases.copies(place.folder), runs, place)
+    skipped += failed
+    show(rows, rows[1])
+    return Table(shape, place.name, size, tuple(rows))
+
+
+def _bytes(shape: str) -> int:
+    """About so many has a checkpoint in fp16."""
+    it = PYTHIA[shape]
+    return 2 * (12 * it.layers * it.hidden**2 + 2 * it.rows * it.hidden)
+
+
+def _publish(results: Results, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = target.with_suffix(".svg")
+    try:
+        from figure import draw
+
+        draw(_largest(results.tables), picture)
+        target.write_text(page(results, picture.name))
+    except BridgeError as error:
+        results = replace(results, skipped=(*results.skipped, f"the figure: {error}"))
+        target.write_text(page(results, None))
+    print(f"wrote {target}")
+
+
+def _largest(tables: Sequence[Table]) -> list[Table]:
+    """Of each place the last table, which is that of the last shape."""
+    return list({table.place: table for table in tables}.values())
+
+
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
+def _ended(*_: object) -> NoReturn:
+    sys.exit("ended")
 
 
 if __name__ == "__main__":

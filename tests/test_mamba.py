@@ -87,6 +87,7 @@ def test_both_ways(
     plan = convert(hf, tmp_path / "neox", **layout)
     half = ["residual-dtype"] if dtype == torch.bfloat16 else []
     assert [f.code for f in plan.findings] == half
+    assert list(plan_of(hf, tmp_path / "fp32", dtype="float32").findings) == []
     assert verify(open_checkpoint(str(hf)), open_checkpoint(str(tmp_path / "neox"))).holds
     width = 3 * 48 if config.get("expand") == 3 else None  # GPT-NeoX's own is twice the hidden size
     assert neox_config(tmp_path / "neox").get("intermediate_size") == width

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture
+from neox_bridge.architectures.base import Architecture, Form
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
@@ -20,8 +20,20 @@ CANNOT = {
 }
 
 
+def form_of(config: Mapping[str, Any]) -> Form | None:
+    """In which other library's words a config.json is; None for transformers'."""
+    forms = (form for architecture in ARCHITECTURES for form in architecture.forms)
+    return next((form for form in forms if form.matches(config)), None)
+
+
 def complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json in the words of transformers, which other libraries may have of their own."""
+    """A config.json in the words of transformers.
+
+    Another library's own is kept whole in it, under the form's name.
+    """
+    form = form_of(config)
+    if form is not None:
+        config = {**form.read(config), form.name: dict(config)}
     for architecture in ARCHITECTURES:
         config = architecture.complete(config)
     return config

@@ -54,7 +54,7 @@ class Weight:
 
 # what doesn't change what the model computes, or follows from the way it is written
 _NO_MEANING = {"dims", "dtype", "bos_token_id", "eos_token_id", "initializer_range"}
-_NO_MEANING |= {"hidden_dropout", "attention_dropout"}
+_NO_MEANING |= {"hidden_dropout", "attention_dropout", "idle"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class ModelConfig:
     window: how many tokens a query sees, itself among them; None where it sees all before it.
     reward: whether it scores a text rather than continue it; see heads.py.
     conv_bias: whether the convolution of a block without attention has a bias.
+    idle: fields that the frameworks ask for and this family computes nothing with.
     """
 
     layers: int
@@ -93,10 +94,12 @@ class ModelConfig:
     window: int | None = None
     reward: bool = False
     conv_bias: bool = False
+    idle: frozenset[str] = frozenset()
 
     def meaning(self) -> dict[str, object]:
         """What decides what the model computes: no sizes, dtypes, nor what only trains it."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NO_MEANING}
+        without = _NO_MEANING | self.idle
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
 
     @property
     def key_value_heads(self) -> int:
@@ -138,6 +141,34 @@ class About:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How another library than transformers has a family's folders.
+
+    Its config.json has words of its own, and pytorch_model.bin is one state dict, in which a tied
+    head stands as well.
+
+    name: as ``--format`` has it. library, usage: its name on the Hub, and the lines of Python that
+        load a folder.
+    names: its own name of a tensor, by Hugging Face's, where it is another.
+    lost: keys of transformers' config.json that it has no word for, and that users would miss.
+    matches: whether a config.json is in its words. read: these in transformers' words.
+    write: its config.json, of the model, of transformers' config.json, of what its own had been
+        ({} where there was none), and of how many entries the vocabulary has without padding.
+    refuse: what it can't express, of the model and of transformers' config.json.
+    """
+
+    name: str
+    library: str
+    usage: tuple[str, ...]
+    names: Mapping[str, str]
+    lost: tuple[str, ...]
+    matches: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    write: Callable[[ModelConfig, Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
+    refuse: Callable[[ModelConfig, Mapping[str, Any]], list[Refusal]]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One family of models, used in both directions.
@@ -152,10 +183,14 @@ class Architecture:
     era_keys: those of them that mean something else in trees of another time.
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.
+    findings_hf_source: (code, message, remedy) where config.json contradicts itself or what is
+        known. findings_to_neox: where GPT-NeoX computes otherwise, of config.json and the model
+        that is written.
     complete: a config.json with what transformers takes for keys that lack, where that matters
-        for opening it, and another library's in transformers' words.
+        for opening it.
     refuse_shape: what GPT-NeoX can't do with this many tensor-parallel ranks, or in trees of an
         era by its name.
+    forms: those of other libraries that are read and written.
     """
 
     name: str
@@ -177,11 +212,15 @@ class Architecture:
     findings_hf_source: Callable[[Mapping[str, Any], ModelConfig], list[tuple[str, str, str]]] = (
         field(default=lambda _raw, _config: [])
     )
+    findings_to_neox: Callable[[Mapping[str, Any], ModelConfig], list[tuple[str, str, str]]] = (
+        field(default=lambda _raw, _config: [])
+    )
     era_keys: frozenset[str] = frozenset()
     always: tuple[str, ...] = ()
     gated: bool = False
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda raw: raw)
     refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
+    forms: tuple[Form, ...] = ()
 
     @property
     def head(self) -> str:

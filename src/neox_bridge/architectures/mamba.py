@@ -19,6 +19,7 @@ from neox_bridge.architectures.base import (
     Weight,
 )
 from neox_bridge.architectures.hf_config import refuse_hf_common
+from neox_bridge.architectures.mamba_ssm import CONV, MAMBA_SSM, STATES, dt_rank
 from neox_bridge.architectures.neox_config import (
     Keys,
     attention_kinds,
@@ -30,7 +31,6 @@ from neox_bridge.errors import BridgeError
 
 _LAYER = "backbone.layers.{i}."
 _CONV_BIAS = "mixer.conv1d.bias"
-_STATES, _CONV = 16, 4
 
 
 def _mixer(name: str, split: Split, *shape: str, flag: str = "") -> Weight:
@@ -73,11 +73,6 @@ _MODEL_KEYS = frozenset(
 ) | {key for *_, key, _ in _KEYS}
 
 
-def _rank(hidden: int) -> int:
-    """The rank of dt that GPT-NeoX makes: a sixteenth of the hidden size, rounded up."""
-    return -(-hidden // 16)
-
-
 def _config(
     keys: Mapping[str, Any],
     dims: Mapping[str, int],
@@ -109,6 +104,7 @@ def _config(
         mlp_bias=False,
         norm_bias=False,
         conv_bias=conv_bias,
+        idle=frozenset({"heads", "max_positions"}),
         dtype=dtype,
         bos_token_id=ids[0],
         eos_token_id=ids[1],
@@ -116,36 +112,15 @@ def _config(
 
 
 def _complete(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers ties the embeddings unless told; mamba_ssm has words of its own.
-
-    Those of mamba_ssm are its MambaConfig's (models/config_mamba.py); ssm_cfg are the arguments
-    of its Mamba (modules/mamba_simple.py). The epsilon is its create_block's, and in no file.
-    """
-    if "ssm_cfg" not in raw or "model_type" in raw:
-        tied = {"tie_word_embeddings": True} if raw.get("model_type") == "mamba" else {}
-        return {**tied, **raw}
-    found: dict[str, Any] = {
-        "model_type": "mamba",
-        "tie_word_embeddings": raw.get("tie_embeddings", True),
-        "residual_in_fp32": raw.get("residual_in_fp32", True),
-        "rms_norm": raw.get("rms_norm", True),
-        "layer_norm_epsilon": 1e-5,
-    }
-    for key, own in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
-        found |= {key: raw[own]} if own in raw else {}
-    block = raw["ssm_cfg"] if isinstance(raw["ssm_cfg"], dict) else {}
-    words = {"d_state": "state_size", "d_conv": "conv_kernel", "dt_rank": "time_step_rank"}
-    words |= {"expand": "expand", "bias": "use_bias", "conv_bias": "use_conv_bias"}
-    found |= {word: block[own] for own, word in words.items() if own in block}
-    if block.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
-        found["model_type"] = str(block.get("layer", "mamba with attention")).lower()
-    return found
+    """transformers ties the embeddings unless told."""
+    tied = {"tie_word_embeddings": True} if raw.get("model_type") == "mamba" else {}
+    return {**tied, **raw}
 
 
 def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
     hidden = dims["hidden"]
-    told = {"state_size": ("states", _STATES), "conv_kernel": ("conv", _CONV)}
-    told["time_step_rank"] = ("dt", _rank(hidden))
+    told = {"state_size": ("states", STATES), "conv_kernel": ("conv", CONV)}
+    told["time_step_rank"] = ("dt", dt_rank(hidden))
     for key, (dim, default) in told.items():
         value = raw.get(key, default)
         value = default if value == "auto" else value
@@ -217,9 +192,9 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
 def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What is fixed in GPT-NeoX's ParallelMambaBlock."""
     found = refuse_hf_common(raw, 10000.0, "", ("silu", "swish"))
-    fixed: dict[str, Any] = {"state_size": _STATES, "conv_kernel": _CONV, "use_bias": False}
+    fixed: dict[str, Any] = {"state_size": STATES, "conv_kernel": CONV, "use_bias": False}
     if raw.get("hidden_size") and raw.get("time_step_rank", "auto") != "auto":
-        fixed["time_step_rank"] = _rank(number("hidden_size", raw["hidden_size"], int))
+        fixed["time_step_rank"] = dt_rank(number("hidden_size", raw["hidden_size"], int))
     if raw.get("rms_norm") is False:
         found.append(
             Refusal(
@@ -315,15 +290,15 @@ ARCHITECTURE = Architecture(
     about=About(
         "Mamba (not Mamba 2)",
         "fixture, random, GPT-NeoX",
-        "one tensor-parallel rank and today's GPT-NeoX only; 16 states, a convolution of 4",
+        "one tensor-parallel rank and today's GPT-NeoX only; 16 states, a convolution of 4; "
+        "--format mamba_ssm writes that library's form",
     ),
     hf_class="MambaForCausalLM",
     model_type="mamba",
     prefix="backbone.",
     weights=_WEIGHTS,
     dropped={},
-    # as mamba_ssm names it
-    aliases={"backbone.embedding.weight": "backbone.embeddings.weight"},
+    aliases={own: name for name, own in MAMBA_SSM.names.items()},
     read_hf=_read_hf,
     write_hf=_write_hf,
     read_neox=_read_neox,
@@ -332,7 +307,8 @@ ARCHITECTURE = Architecture(
     refuse_neox_source=_refuse_neox_source,
     matches_neox=lambda raw: attention_kinds(raw) == {"mamba"},
     model_keys=_MODEL_KEYS,
-    findings_hf_source=_findings,
+    findings_to_neox=_findings,
     complete=_complete,
     refuse_shape=_refuse_shape,
+    forms=(MAMBA_SSM,),
 )

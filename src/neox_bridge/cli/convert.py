@@ -62,6 +62,15 @@ def convert(
             help="tokenizer: cut the rows of the vocabulary that no entry of it has.",
         ),
     ] = "keep",
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            **values.one_of("transformers", "mamba_ssm"),
+            rich_help_panel=_HF,
+            help="Whose form the folder has: transformers' unless told; mamba_ssm's own for Mamba.",
+        ),
+    ] = None,
     shard_size: Annotated[
         int,
         typer.Option(
@@ -275,11 +284,14 @@ def convert(
         "tokenizer": tokenizer,
         "gqa_order": gqa_order,
         "te": te,
+        "format": form,
     }
     version = era if era is not None and hasattr(era, "version") else None
     if version is not None:
         if to == "neox":
             raise typer.BadParameter("--for transformers doesn't go with --to neox.")
+        if form not in (None, "transformers"):
+            raise typer.BadParameter(f"--for transformers doesn't go with --format {form}.")
         chosen |= {"to": "hf", "era": None}
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint

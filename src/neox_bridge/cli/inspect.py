@@ -124,6 +124,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "path": checkpoint.path,
         "revision": checkpoint.revision or None,
         "family": checkpoint.architecture.name,
+        "format": checkpoint.form.name if checkpoint.form else None,
         "neox": None if state is None else _neox(checkpoint),
         "parameters": dtypes.total(),
         "dtype": config.dtype,
@@ -189,6 +190,7 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("path", facts["path"])]
     kind = KINDS[facts["kind"]]
     if neox is None:
+        kind += f", {facts['format']}'s form" if facts["format"] else ""
         lines.append(("kind", kind + (f", {facts['revision']}" if facts["revision"] else "")))
     else:
         lines.append(("kind", f"{kind}, {neox['step']}, iteration {neox['iteration']}"))

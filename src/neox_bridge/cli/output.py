@@ -120,6 +120,8 @@ def side(facts: Mapping[str, object]) -> str:
     """A source or target in a few words."""
     kind, family = KINDS[str(facts["kind"])], str(facts.get("architecture", ""))
     words = [f"{kind} {family}".strip()]
+    if "format" in facts:
+        words.append(f"{facts['format']}'s form")
     if "layout" in facts:
         words.append(str(facts["layout"]))
     if "tensor_parallel" in facts:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(total: int, what: str, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def progress_bar(
+    total: int | None, what: str, quiet: bool
+) -> Iterator[Callable[[int], None] | None]:
     """Yields what to call with the bytes of each written block, or None where no bar is shown.
 
     HF_HUB_DISABLE_PROGRESS_BARS turns it off, as in Hugging Face's own tools.

@@ -20,7 +20,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 
 def verify(
     source: Annotated[str, typer.Argument(metavar="SRC", help="The checkpoint it came from.")],
-    target: Annotated[str, typer.Argument(metavar="DST", help="What was made of it.")],
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DST]",
+            help="What was made of it. Alone, SRC is something that neox-bridge wrote, compared "
+            "with the hashes in its neox_bridge.json.",
+        ),
+    ] = None,
     gqa_order: values.GqaOrder = None,
     logits: Annotated[
         bool, typer.Option("--logits", help="Compute both models too, and say where they part.")
@@ -49,6 +56,7 @@ def verify(
     Examples:
       neox-bridge verify pythia-410m pythia-neox
       neox-bridge verify pythia-410m pythia-neox --logits --tokens 'The quick brown fox'
+      neox-bridge verify pythia-neox
 
     Exit codes: 0 it is, 3 it isn't, 1 error.
     """
@@ -60,6 +68,11 @@ def verify(
 
     if tokens is not None and not logits:
         raise typer.BadParameter("--tokens is for --logits.")
+    if target is None:
+        if logits or gqa_order is not None:
+            raise typer.BadParameter("--logits and --gqa-order are for two checkpoints.")
+        _verify_alone(source, max_workers, as_json, quiet)
+        return
     if logits:
         _require_torch(device)
     first = open_checkpoint(source, gqa_order=gqa_order)  # type: ignore[arg-type]
@@ -83,6 +96,27 @@ def verify(
             of = {"logits": target, "recorded": f"recorded logits, and {source}"}[key]
             _tell_agreement(of, agreement)
     if not holds:
+        raise typer.Exit(3)
+
+
+def _verify_alone(path: str, workers: int | None, as_json: bool, quiet: bool) -> None:
+    from dataclasses import asdict
+
+    from neox_bridge.verification.sealed import check_seal, find_record
+
+    record = find_record(path)
+    with progress_bar(None, "reading", quiet) as progress:
+        found = check_seal(record, progress, workers)
+    if as_json:
+        print_json(asdict(found) | {"holds": found.holds})
+    elif not quiet:
+        for change in found.changes:
+            note = " since it was written; it is yours to edit" if change.kind == "edited" else ""
+            print(f"{change.kind}: {change.path}{note}")
+        verdict = "as it was written" if found.holds else "NOT what was written"
+        sizes = f"; of {plural(found.unhashed, 'file')} only the size" if found.unhashed else ""
+        print(f"{path}: {plural(found.files, 'file')}, {human(found.size)}: {verdict}{sizes}")
+    if not found.holds:
         raise typer.Exit(3)
 
 

@@ -7,6 +7,7 @@ that fails.
 """
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,15 @@ _DEFAULTS = (0.25, 10000.0)  # GPTNeoXConfig's
 
 def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """The cases of loading a folder with a version of transformers."""
+    if (form := checkpoint.form) is not None:
+        words = ["neox-bridge", "convert", checkpoint.path, f"{checkpoint.path}-transformers"]
+        yield case(
+            "other-form",
+            "error",
+            f"config.json and the names are {form.name}'s, which transformers doesn't read",
+            shlex.join([*words, "--format", "transformers"]),
+        )
+        return
     yield from _sizes(checkpoint, facts)
     own = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
     if own:

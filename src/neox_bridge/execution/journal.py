@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from neox_bridge.execution.digests import HashName, hash_file
@@ -38,20 +38,26 @@ class Key:
 
 def begun(work: Work, key: Key) -> bool:
     """Whether an earlier run of this plan left its files here."""
-    with contextlib.suppress(OSError), open(work.journal, encoding="utf-8") as file:
+    with (
+        contextlib.suppress(OSError),
+        open(work.journal, encoding="utf-8", errors="replace") as file,
+    ):
         return file.readline().rstrip("\n") == key.line()
     return False
 
 
-def resume(work: Work, key: Key) -> dict[str, Written]:
+def resume(work: Work, key: Key, planned: Collection[str]) -> dict[str, Written]:
     """The files that an earlier run finished, by their paths; all else is removed.
 
-    Each is read and compared with its hash. Afterwards the journal holds these and no others.
+    planned: the paths of the plan; a journal that somebody else wrote can't name others. Each file
+    is read and compared with its hash. Afterwards the journal holds these and no others.
     """
     kept = {
         path: written
         for path, written in _read(work.journal, key)
-        if key.hash and _whole(os.path.join(work.files, path), written, key.hash)
+        if path in planned
+        and key.hash
+        and _whole(os.path.join(work.files, path), written, key.hash)
     }
     if not kept:
         shutil.rmtree(work.files, ignore_errors=True)
@@ -85,9 +91,9 @@ def _line(path: str, written: Written) -> str:
 def _read(journal: str, key: Key) -> Iterator[tuple[str, Written]]:
     """The entries, where the journal is of this plan."""
     try:
-        with open(journal, encoding="utf-8") as file:
+        with open(journal, encoding="utf-8", errors="replace") as file:
             first, *lines = file.read().splitlines() or [""]
-    except (OSError, UnicodeDecodeError):
+    except OSError:
         return
     if first != key.line():
         return

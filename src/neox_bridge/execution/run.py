@@ -68,7 +68,7 @@ def execute(
             take_back(work, target, step)
         if not overwrite:
             check_free(target, step)
-        done = resume(work, key)
+        done = resume(work, key, {file.path for file in plan.files if not file.seals})
         check_room(target, plan.size - sum(written.size for written in done.values()))
         job = Job(plan, work, context, done, hash_name, hash_shared)
         try:
@@ -87,7 +87,7 @@ def execute(
         context.written["shared"],
         context.written["copied"],
         context.written["transformed"],
-        sum(written.size for written in done.values()),
+        context.written["kept"],
         time.perf_counter() - begin,
         tuple(_findings(context)),
     )

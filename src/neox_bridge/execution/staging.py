@@ -153,7 +153,7 @@ def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError
 
 def _finished(work: Work) -> int:
     """How many files wait for the next run."""
-    with contextlib.suppress(OSError), open(work.journal, encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(work.journal, "rb") as file:
         return max(0, sum(1 for _ in file) - 1)
     return 0
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
+from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Refusal
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
@@ -53,6 +53,7 @@ class Checkpoint:
     record: what ``neox_bridge.json`` in it says, for sources that this tool wrote.
     tokenizer: absolute paths of tokenizer files that came with it.
     tokenizer_size: entries of the tokenizer, where one was found.
+    form: the other library's in which a Hugging Face folder is; None for transformers'.
     """
 
     kind: Kind
@@ -71,6 +72,7 @@ class Checkpoint:
     tokenizer_size: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""
+    form: Form | None = None
 
     @property
     def size(self) -> int:

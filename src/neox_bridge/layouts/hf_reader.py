@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from neox_bridge.architectures import complete, for_hf
-from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.architectures import complete, for_hf, form_of
+from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Presence
 from neox_bridge.architectures.heads import SCORE, refuse_labels
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
@@ -26,8 +26,16 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def open_hf(path: str, revision: str = "") -> Checkpoint:
-    """Open a folder with a config.json. Raises BridgeError or Refused, naming file or key."""
-    raw = complete(read_json(os.path.join(path, "config.json")))
+    """Open a folder with a config.json. Raises BridgeError or Refused, naming file or key.
+
+    What another library has no words for comes from this tool's record beside it.
+    """
+    told = read_json(os.path.join(path, "config.json"))
+    raw, form = complete(told), form_of(told)
+    if form is not None:
+        kept = _record(path).get("config")
+        if isinstance(kept, dict) and kept.get("model_type") == raw["model_type"]:
+            raw = {**kept, **raw}
     architecture = for_hf(raw)
     refs, files = _read_tensors(path)
     named, dropped = _normalise(architecture, refs, path)
@@ -36,7 +44,12 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
         dropped.append(Dropped(architecture.head, "the embeddings are tied"))
     inv_freqs = {k: v for k, v in refs.items() if k.endswith("rotary_emb.inv_freq")}
     wholes = {name: whole_of(ref) for name, ref in named.items()}
-    return checkpoint_of(path, raw, wholes, files, dropped, inv_freqs, revision)
+    return checkpoint_of(path, raw, wholes, files, dropped, inv_freqs, revision, form)
+
+
+def _record(path: str) -> dict[str, Any]:
+    file = os.path.join(path, RECORD)
+    return read_json(file) if os.path.exists(file) else {}
 
 
 def checkpoint_of(
@@ -47,6 +60,7 @@ def checkpoint_of(
     dropped: Sequence[Dropped] = (),
     inv_freqs: Mapping[str, TensorRef] = MappingProxyType({}),
     revision: str = "",
+    form: Form | None = None,
 ) -> Checkpoint:
     """A checkpoint of these tensors, under the table's Hugging Face names, checked against it.
 
@@ -71,7 +85,7 @@ def checkpoint_of(
     findings += _check_sizes(raw, dims)
     findings += check_inv_freq(config, inv_freqs)
     tokenizer = tokenizer_files(path)
-    record_path = os.path.join(path, RECORD)
+    record = _record(path)
     generation = os.path.join(path, "generation_config.json")
     return Checkpoint(
         kind="hf",
@@ -84,11 +98,14 @@ def checkpoint_of(
         refusals=(*architecture.refuse_hf_source(raw), *refuse_labels(dims)),
         dropped=tuple(dropped),
         findings=tuple(findings),
-        record=read_json(record_path) if os.path.exists(record_path) else {},
+        record=record,
         tokenizer=tokenizer,
         tokenizer_size=tokenizer_size(tokenizer),
-        generation=read_json(generation) if os.path.exists(generation) else {},
+        generation=read_json(generation)
+        if os.path.exists(generation)
+        else record.get("generation_config") or {},
         revision=revision,
+        form=form,
     )
 
 

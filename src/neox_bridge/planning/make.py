@@ -21,7 +21,8 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     Raises Refused, with every reason, for what the target can't express, BridgeError for options
     that don't go together.
     """
-    kind: Kind = options.to or ("hf" if checkpoint.kind == "neox" else "neox")
+    other: Kind = "hf" if checkpoint.kind == "neox" or options.format else "neox"
+    kind: Kind = options.to or other
     if kind != checkpoint.kind:
         refuse_all(checkpoint.refusals, checkpoint.path)
     _check_options(kind, options)
@@ -57,6 +58,11 @@ def _check_options(kind: Kind, options: Options) -> None:
             raise BridgeError(
                 "--shards: only for Hugging Face targets, and this one is for GPT-NeoX, whose "
                 "files are placed so that blocks can be shared anyway."
+            )
+        if options.format is not None:
+            raise BridgeError(
+                f"--format {options.format}: only for Hugging Face targets, and this one is for "
+                "GPT-NeoX. Leave it out, or say --to hf."
             )
         return
     given = {

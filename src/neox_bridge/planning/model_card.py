@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neox_bridge import __version__
+from neox_bridge.architectures.base import Form
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.pieces import Dropped
 from neox_bridge.planning.record import source_summary
 
 
 def model_card(
-    checkpoint: Checkpoint, summary: Mapping[str, Any], dropped: Sequence[Dropped]
+    checkpoint: Checkpoint,
+    summary: Mapping[str, Any],
+    dropped: Sequence[Dropped],
+    form: Form | None = None,
 ) -> bytes:
     """Markdown with the front matter that the Hub reads."""
     config = checkpoint.config
@@ -18,10 +22,15 @@ def model_card(
     name = source["name"]
     where = "GPT-NeoX" if checkpoint.kind == "neox" else "Hugging Face"
     auto = f"AutoModelFor{'SequenceClassification' if config.reward else 'CausalLM'}"
+    usage: tuple[str, ...] = (
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained(".")  # this folder',
+    )
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in source.items())
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {form.library if form else 'transformers'}",
         f"pipeline_tag: {'text-classification' if config.reward else 'text-generation'}",
         f"tags: [{checkpoint.architecture.name}, neox-bridge]",
         "---",
@@ -32,9 +41,7 @@ def model_card(
         "vocabulary.",
         "",
         "```python",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained(".")  # this folder',
+        *(form.usage if form else usage),
         "```",
         "",
         "## Provenance",

@@ -10,6 +10,7 @@ DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]
 VocabRows = Literal["keep", "tokenizer"]
 Shards = Literal["size", "clone"]
+SHARD_SIZE = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Options:
     gqa_order: how the GPT-NeoX side has the rows of grouped-query attention: the source where it is
         one (the target's order is then its era's), else the target.
     te: Transformer Engine's names, for GPT-NeoX targets.
+    format: whose form a Hugging Face target has: "transformers", or another library's by the name
+        that its ``Form`` has. It makes the target Hugging Face's.
     """
 
     to: Kind | None = None
@@ -40,8 +43,9 @@ class Options:
     row_bias: RowBias = "whole"
     vocab_multiple: int | None = None
     vocab_rows: VocabRows = "keep"
-    shard_size: int = 5_000_000_000
+    shard_size: int = SHARD_SIZE
     shards: Shards = "size"
     tokenizer: str | None = None
     gqa_order: GqaOrder | None = None
     te: bool | None = None
+    format: str | None = None

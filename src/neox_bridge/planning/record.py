@@ -52,6 +52,8 @@ def source_summary(checkpoint: Checkpoint) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
     if checkpoint.revision:
         found["revision"] = checkpoint.revision
+    if checkpoint.form is not None:
+        found["format"] = checkpoint.form.name
     if checkpoint.neox is not None:
         found["iteration"] = checkpoint.neox.iteration
         found["layout"] = checkpoint.neox.layout

@@ -19,6 +19,7 @@ from neox_bridge.planning.common import (
     text_file,
     tokenizer_outputs,
 )
+from neox_bridge.planning.forms import WEIGHTS, form_asked, form_settings, form_weights
 from neox_bridge.planning.geometry import constant
 from neox_bridge.planning.model_card import model_card
 from neox_bridge.planning.options import Options
@@ -30,6 +31,7 @@ from neox_bridge.planning.sharing import arranged, shared_together
 def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:
     """Everything of a Hugging Face folder that holds this model."""
     architecture = checkpoint.architecture
+    form = form_asked(architecture, options)
     wholes, config, dropped, findings = hf_model(checkpoint)
     rows, more = _rows_to_keep(checkpoint, options, tokenizer)
     dropped += more
@@ -41,31 +43,42 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
         name = weight.hf.format(i=block)
         whole = drop_vocabulary_rows(wholes[name], weight, rows)
         tensors.append(_output(name, cast(whole, options.dtype)))
-    shards = _shards(tensors, options)
-    files = [_shard(name, group) for name, group in shards.items()]
-    if len(files) > 1:
-        files.append(_index(shards))
+    if form is None:
+        files, layout = _safetensors(tensors, options)
+    else:
+        files, layout = [form_weights(form, architecture, config, tensors)], WEIGHTS
     eos = tokenizer.end_of_text
     if eos is not None and checkpoint.kind == "neox":
         config = replace(config, bos_token_id=eos, eos_token_id=eos)
-    raw = _config_json(architecture, checkpoint, config)
-    files.append(text_file("config.json", dump_json(raw)))
-    if config.reward:
-        findings += _padding(raw)
+    raw, own = _config_json(architecture, checkpoint, config)
+    record = hf_record(checkpoint)
+    if form is not None:
+        was = own.get(form.name) or {}
+        written, lost = form_settings(form, checkpoint, config, raw, was, tokenizer.size)
+        dropped += lost
+        files.append(text_file("config.json", dump_json(written)))
+        record["config"] = raw
+        if checkpoint.generation:
+            record["generation_config"] = dict(checkpoint.generation)
     else:
-        generation = dump_json(_generation(checkpoint, raw))
-        files.append(text_file("generation_config.json", generation))
+        files.append(text_file("config.json", dump_json(raw)))
+        if config.reward:
+            findings += _padding(raw)
+        else:
+            generation = dump_json(_generation(checkpoint, raw))
+            files.append(text_file("generation_config.json", generation))
     files += tokenizer_outputs(tokenizer)
-    files.append(text_file(RECORD, dump_json(hf_record(checkpoint)), seals=True))
+    files.append(text_file(RECORD, dump_json(record), seals=True))
     summary = {
         "kind": "hf",
         "architecture": architecture.name,
-        "layout": f"{len(shards)} safetensors file{'s' if len(shards) > 1 else ''}",
+        **({} if form is None else {"format": form.name}),
+        "layout": layout,
         "dtype": config.dtype,
         "vocab_rows": rows,
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
     }
-    files.append(text_file("README.md", model_card(checkpoint, summary, dropped)))
+    files.append(text_file("README.md", model_card(checkpoint, summary, dropped, form)))
     notes = () if tokenizer.files else ("no tokenizer is written; --tokenizer PATH adds one",)
     return Plan({}, summary, tuple(files), tuple(dropped), tuple(findings), (), notes)
 
@@ -138,6 +151,15 @@ def _output(name: str, whole: Whole) -> OutputTensor:
     )
 
 
+def _safetensors(tensors: Sequence[OutputTensor], options: Options) -> tuple[list[OutputFile], str]:
+    """The shards, with their index where they are many, and that in words."""
+    shards = _shards(tensors, options)
+    files = [_shard(name, group) for name, group in shards.items()]
+    if len(shards) == 1:
+        return files, "1 safetensors file"
+    return [*files, _index(shards)], f"{len(shards)} safetensors files"
+
+
 def _shards(tensors: Sequence[OutputTensor], options: Options) -> dict[str, list[OutputTensor]]:
     """The tensors of each file, by its name.
 
@@ -179,12 +201,15 @@ def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> OutputFile:
 
 def _config_json(
     architecture: Architecture, checkpoint: Checkpoint, config: ModelConfig
-) -> dict[str, Any]:
-    """config.json in both spellings; the original's own words where it says the same model."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json in both spellings; the original's own words where it says the same model.
+
+    Beside it, by the names of forms, the words that other libraries had for the model.
+    """
     written = architecture.write_hf(config)
     original = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config")
-    if not isinstance(original, dict) or original.get("model_type") != architecture.model_type:
-        return written
+    if not isinstance(original, Mapping) or original.get("model_type") != architecture.model_type:
+        return written, {}
     names = frozenset(w.hf.format(i=b) for w, b in model_weights(architecture, config))
     presence = Presence(names, config.dtype, config.layers)
     then = architecture.read_hf(original, config.dims, presence)
@@ -192,7 +217,10 @@ def _config_json(
         then, bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
     ) == replace(config, initializer_range=then.initializer_range)
     if not same:
-        return written
+        return written, {}
+    forms = {form.name for form in architecture.forms}
+    own = {key: original[key] for key in forms & set(original)}
+    original = {key: value for key, value in original.items() if key not in forms}
     # what follows from this writing, not from the model
     again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
     rope = ("rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters")
@@ -201,7 +229,7 @@ def _config_json(
         ("architectures", "id2label", "label2id") if config.reward and not _scored(original) else ()
     )
     fresh = {key: written[key] for key in (*again, *rope, *head) if key in written}
-    return {**written, **original, **fresh}
+    return {**written, **original, **fresh}, own
 
 
 def _scored(raw: Mapping[str, Any]) -> bool:

@@ -55,6 +55,9 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
     if options.dtype != "keep":
         config = replace(config, dtype=options.dtype)
+    if checkpoint.kind == "hf":
+        told = architecture.findings_to_neox(checkpoint.raw, config)
+        findings += [Finding(code, "warning", message, remedy) for code, message, remedy in told]
     wholes = {}
     for weight, block in model_weights(architecture, config):
         name = weight.hf.format(i=block)

@@ -106,6 +106,11 @@ def _neox(checkpoint: Checkpoint, tokens: Tensor, device: str, settings: Setting
 
 def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
     """transformers' model of the config, without memory for its weights."""
+    if checkpoint.form is not None:
+        raise BridgeError(
+            f"{checkpoint.path}: its logits can't be computed here: {checkpoint.form.name}'s form "
+            "is not covered."
+        )
     try:
         import transformers
     except ImportError:
@@ -174,9 +179,13 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
                         owner._parameters[leaf] = nn.Parameter(value.to("meta"), False)
 
     body = model.base_model
-    final = next(
-        getattr(body, name) for name in ("final_layer_norm", "norm") if hasattr(body, name)
-    )
+    norms = (getattr(body, name, None) for name in ("final_layer_norm", "norm"))
+    final = next(filter(None, norms), None)
+    if final is None:
+        raise BridgeError(
+            f"{checkpoint.path}: its logits can't be computed here: "
+            f"{checkpoint.architecture.hf_class} is not covered."
+        )
     with loaded(model.get_input_embeddings()):
         x, calls = _calls(body, tokens)
     given = yield Stage("embeddings", x)

@@ -1,0 +1,212 @@
+"""The results as a page of Markdown, and the machine that they come from."""
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from cases import EXPORTER, TO_HF
+from costs import Cost, Memory, Start, middle
+from measure import Row
+
+PAGE = """\
+# How fast is it?
+
+Written by `{command}`.
+{machine}
+
+Every command is a process of its own, start-up included, with its source in memory. All of a
+table take turns, in rounds that each begin elsewhere in it. Ratios are taken within a round; they
+are medians, as all numbers are, except memory, which is the most.
+
+- *times `cp`*: the files that `cp` and others' programs wrote are flushed to disk on their time, as
+  conversions flush theirs. `convert` reads back and compares unless told `--no-verify`, as all rows
+  are but those that say so.
+- *executing*: what a conversion counts itself: writing, flushing and reading back, without starting
+  Python, reading headers and planning, which don't grow with bytes.
+- *anonymous*: the most memory that isn't a map of a file, looked at every 5 ms.
+- *written*: bytes that the process made dirty in the page cache. A shared block isn't written.
+- *on disk*: new blocks: on a loop-mounted file system the difference in its free space, metadata
+  included, elsewhere the files' blocks that no other file shares.
+- HF is Hugging Face, NeoX is GPT-NeoX; its checkpoints have one file a layer and rank, or, where it
+  says *ranks*, one a rank. TP is tensor parallel.
+"""
+FIGURE = """
+![seconds of conversions and of other programs, as multiples of cp's]({figure})
+"""
+START = """
+## Starting
+
+| | median ms | spread ms |
+|---|---|---|
+"""
+COSTS = """
+## What one more costs
+
+Tensors of 128 bytes to 32 kB, in 32 ranks: the difference between a tall model and one of two
+blocks, and between one file a layer and rank and one a rank, by their number.
+
+| | how many more | median µs | spread µs |
+|---|---|---|---|
+"""
+MEMORY = """
+## Memory
+
+Sources of zeros that take no room on the disk; targets are written in full.
+
+| | | GB | s | anonymous |
+|---|---|---|---|---|
+"""
+COLUMNS = """\
+| | median s | spread s | times `cp` | times `cp` `--reflink=never` | executing s | CPU s \
+| anonymous | written | on disk |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+COMPARED = """
+## Comparing: {shape}
+
+`cmp` reads bytes, and knows neither tensors nor ranks nor dtypes. A cast and values that all differ
+have no counterpart there.
+
+| | median s | spread s | times `cmp` | anonymous |
+|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The conversions of one shape in one place; the first two rows are of ``cp``.
+
+    size: bytes of the Hugging Face checkpoint.
+    """
+
+    shape: str
+    place: str
+    size: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All of a run. compared: the shape, and the rows of verify and diff, ``cmp`` first."""
+
+    command: str
+    tables: tuple[Table, ...]
+    compared: tuple[str, tuple[Row, ...]]
+    starts: tuple[Start, ...]
+    costs: tuple[Cost, ...]
+    memories: tuple[Memory, ...]
+    skipped: tuple[str, ...]
+
+
+def page(results: Results, figure: str | None) -> str:
+    """figure: the path of the picture, from the page."""
+    text = PAGE.format(command=results.command, machine=machine())
+    if figure is not None:
+        text += FIGURE.format(figure=figure)
+    text += "".join(map(_conversions, results.tables))
+    text += START + _lines(
+        (start.title, middle([1e3 * taken for taken in start.seconds])) for start in results.starts
+    )
+    text += COSTS + _lines(
+        (cost.title, f"{cost.more:,}", middle(cost.microseconds)) for cost in results.costs
+    )
+    if results.memories:
+        text += MEMORY + _lines(
+            (m.shape, m.title, f"{m.size / 1e9:.1f}", f"{m.run.seconds:.1f}", _mb(m.run.memory))
+            for m in results.memories
+        )
+    shape, rows = results.compared
+    text += COMPARED.format(shape=shape) + _lines(
+        (row.title, middle(row.seconds), _ratio(row, rows[0]), _mb(row.most("memory")))
+        for row in rows
+    )
+    if results.skipped:
+        text += "\n## Not measured\n\n" + "".join(f"- {reason}\n" for reason in results.skipped)
+    return text
+
+
+def machine() -> str:
+    """What was measured with, in some lines."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    kernel = re.match(r"[\d.]+", platform.release())
+    cp = subprocess.run(["cp", "--version"], capture_output=True, text=True).stdout.splitlines()[:1]
+    parts = [
+        f"{date.today()}; {os.cpu_count()} cores of {model[1] if model else platform.machine()}",
+        f"{memory:.0f} GiB; Linux {kernel[0] if kernel else platform.release()}",
+        *cp,
+        f"Python {platform.python_version()}",
+        *map(_version, ("neox-bridge", "numpy", "torch", "safetensors", "transformers")),
+    ]
+    return textwrap.fill(
+        ", ".join(part for part in parts if part) + ".", 100, break_on_hyphens=False
+    )
+
+
+def table_head(table: Table) -> str:
+    rounds = len(table.rows[0].rounds)
+    return f"{table.shape}, {table.size / 1e9:.2f} GB, {table.place}, {rounds} rounds"
+
+
+def _conversions(table: Table) -> str:
+    copy, never = table.rows[:2]
+    text = f"\n## {table_head(table)}\n\n{COLUMNS}"
+    text += _lines(
+        (
+            row.title,
+            middle(row.seconds),
+            _ratio(row, copy),
+            _ratio(row, never),
+            f"{row.middle('executing'):.2f}" if row.middle("executing") else "",
+            f"{row.middle('cpu'):.2f}",
+            _mb(row.most("memory")),
+            _mb(row.middle("written")),
+            _mb(row.middle("blocks")),
+        )
+        for row in table.rows
+    )
+    rows = {row.title: row for row in table.rows}
+    if EXPORTER in rows:
+        mine, theirs = rows[TO_HF], rows[EXPORTER]
+        memory = theirs.most("memory") / mine.most("memory")
+        text += (
+            f"\nOf the same checkpoint GPT-NeoX's exporter takes {_ratio(theirs, mine)} times the "
+            f"seconds of *{TO_HF}*, and {memory:.0f} times its memory.\n"
+        )
+    return text
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def _ratio(row: Row, base: Row) -> str:
+    ratio = statistics.median(row.times(base))
+    return f"{ratio:.3f}" if ratio < 0.1 else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return ""
+
+
+def show(rows: Iterable[Row], base: Row) -> None:
+    """Rows on stderr, while the next ones are being measured."""
+    for row in rows:
+        text = f"  {row.title:48} {middle(row.seconds):>24} s {_ratio(row, base):>6} times"
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,132 @@
+"""Mamba in the words of mamba_ssm (github.com/state-spaces/mamba, e9594ce of 2026-07).
+
+config.json are the fields of its MambaConfig (models/config_mamba.py), and no others, which it
+refuses; ssm_cfg are the arguments of its Mamba (modules/mamba_simple.py), in all blocks the same.
+The epsilon of its norms is the default of its create_block (models/mixer_seq_simple.py), and in no
+file. The embeddings have ``vocab_size`` rows, rounded up to ``pad_vocab_size_multiple``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from neox_bridge.architectures.base import Form, ModelConfig, Refusal
+from neox_bridge.architectures.hf_config import whole_number
+from neox_bridge.architectures.neox_config import round_up
+
+STATES, CONV = 16, 4  # of a channel, unless told
+_EPSILON = 1e-5
+_MULTIPLE = 8  # of rows, unless told
+# its Mamba's arguments, transformers' words
+_BLOCK = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "dt_rank": "time_step_rank",
+    "expand": "expand",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+}
+
+
+def dt_rank(hidden: int) -> int:
+    """The rank of dt, unless told: a sixteenth of the hidden size, rounded up."""
+    return -(-hidden // 16)
+
+
+def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "model_type": "mamba",
+        "tie_word_embeddings": raw.get("tie_embeddings", True),
+        "residual_in_fp32": raw.get("residual_in_fp32", True),
+        "rms_norm": raw.get("rms_norm", True),
+        "layer_norm_epsilon": _EPSILON,
+    }
+    for key, own in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
+        found |= {key: raw[own]} if own in raw else {}
+    block = raw["ssm_cfg"] if isinstance(raw["ssm_cfg"], dict) else {}
+    found |= {word: block[own] for own, word in _BLOCK.items() if own in block}
+    if block.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
+        found["model_type"] = str(block.get("layer", "mamba with attention")).lower()
+    return found
+
+
+def _write(
+    config: ModelConfig, told: Mapping[str, Any], own: Mapping[str, Any], entries: int
+) -> dict[str, Any]:
+    """The keys of every version; those of younger ones where they say anything.
+
+    tie_embeddings is of 1.2.0 (5aa131d), d_intermediate, attn_layer_idx and attn_cfg are of 2.0.0.
+    """
+    rows = config.dims["vocab"]
+    written: dict[str, Any] = {
+        "d_model": config.hidden,
+        "n_layer": config.layers,
+        "ssm_cfg": _block(config),
+        "rms_norm": True,
+        "residual_in_fp32": bool(told.get("residual_in_fp32", True)),
+        "fused_add_norm": True,
+    }
+    if not config.tied_embeddings:
+        written["tie_embeddings"] = False
+    vocabulary = {} if _has_rows(own, rows) else _vocabulary(entries, rows)
+    return {**written, **own, **vocabulary}
+
+
+def _block(config: ModelConfig) -> dict[str, Any]:
+    """What isn't its Mamba's default."""
+    dims = config.dims
+    usual = {"d_state": STATES, "d_conv": CONV, "dt_rank": dt_rank(config.hidden), "expand": 2}
+    sizes = {"d_state": dims["states"], "d_conv": dims["conv"], "dt_rank": dims["dt"]}
+    found: dict[str, Any] = {**sizes, "expand": whole_number(dims["ffn"] / config.hidden)}
+    found = {key: value for key, value in found.items() if value != usual[key]}
+    return found if config.conv_bias else {**found, "conv_bias": False}
+
+
+def _vocabulary(entries: int, rows: int) -> dict[str, int]:
+    """The first multiple by which so many entries get all rows: 8, doubled, or another."""
+    doubled = (_MULTIPLE << n for n in range(32))
+    multiple = next(
+        n for n in (*doubled, *range(1, rows + 1)) if rows % n == 0 and rows - n < entries
+    )
+    return {"vocab_size": entries, "pad_vocab_size_multiple": multiple}
+
+
+def _has_rows(own: Mapping[str, Any], rows: int) -> bool:
+    """Whether these words make embeddings of so many rows."""
+    size, multiple = own.get("vocab_size"), own.get("pad_vocab_size_multiple", _MULTIPLE)
+    if not (isinstance(size, int) and isinstance(multiple, int)) or multiple < 1:
+        return False
+    return round_up(size, multiple) == rows
+
+
+def _refuse(config: ModelConfig, told: Mapping[str, Any]) -> list[Refusal]:
+    way_out = "write the form of transformers (--format transformers)"
+    found = []
+    if config.norm_eps != _EPSILON:
+        found.append(
+            Refusal(
+                "layer_norm_epsilon (rms_norm_epsilon in GPT-NeoX)",
+                f"mamba_ssm has {_EPSILON:g} only, and this model {config.norm_eps:g}",
+                way_out,
+            )
+        )
+    if told.get("hidden_act", "silu") not in ("silu", "swish"):
+        reason = f"mamba_ssm has silu only, and this model {told['hidden_act']!r}"
+        found.append(Refusal("hidden_act", reason, way_out))
+    return found
+
+
+MAMBA_SSM = Form(
+    name="mamba_ssm",
+    library="mamba-ssm",
+    usage=(
+        "from mamba_ssm import MambaLMHeadModel",
+        "",
+        'model = MambaLMHeadModel.from_pretrained(".", device="cuda")  # this folder',
+    ),
+    names={"backbone.embeddings.weight": "backbone.embedding.weight"},
+    lost=("bos_token_id", "eos_token_id", "pad_token_id"),
+    matches=lambda raw: "ssm_cfg" in raw and "model_type" not in raw,
+    read=_read,
+    write=_write,
+    refuse=_refuse,
+)

@@ -1,0 +1,130 @@
+"""Whether a folder that this tool wrote is still what it wrote, byte for byte."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.layouts.seal import is_whole
+from neox_bridge.layouts.text_files import read_json, read_text
+
+Kind = Literal["changed", "missing", "edited"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """kind: "edited" for files above a step, which are the user's. path: from the record."""
+
+    path: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a record says and what was found. unhashed: files whose size alone is known."""
+
+    record: str
+    files: int
+    size: int
+    unhashed: int
+    changes: tuple[Change, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not any(change.kind != "edited" for change in self.changes)
+
+
+def find_record(path: str, step: int | None = None) -> str:
+    """The ``neox_bridge.json`` of a folder: its own, or that of a run's step.
+
+    Raises BridgeError where there is none.
+    """
+    places = [path]
+    if step is not None:
+        places = [os.path.join(path, f"global_step{step}")]
+    elif os.path.isfile(os.path.join(path, "latest")):
+        tag = read_text(os.path.join(path, "latest")).strip()
+        places.append(os.path.join(path, os.path.basename(tag)))
+    elif os.path.isdir(path):
+        places += sorted(e.path for e in os.scandir(path) if e.name.startswith("global_step"))
+    for place in places:
+        if os.path.isfile(os.path.join(place, RECORD)):
+            return os.path.join(place, RECORD)
+    raise BridgeError(
+        f"{path} has no {RECORD}, which says what was written: it wasn't made by neox-bridge, or "
+        "the file was removed. Name the checkpoint that it came from: verify SRC DST."
+    )
+
+
+def check_seal(
+    record: str, progress: Callable[[int], None] | None = None, workers: int | None = None
+) -> Seal:
+    """Read every file that a record names, and the record. progress: called with bytes read.
+
+    Raises BridgeError for a record without hashes, which versions before the first that wrote
+    them left, or that can't be read.
+    """
+    with open(record, "rb") as file:
+        data = file.read()
+    changes = [] if is_whole(data) else [Change(RECORD, "changed")]
+    try:
+        name, files = _told(json.loads(data))
+    except (ValueError, RecursionError):
+        if b'"written"' not in data and b'"seal"' not in data:
+            read_json(record)  # says what is wrong with it
+            raise BridgeError(f"{record} holds no hashes. Verify against the source.") from None
+        return Seal(record, 0, len(data), 0, tuple(changes))
+    folder = os.path.dirname(record)
+
+    def one(item: tuple[str, int, str | None]) -> Change | None:
+        path, size, digest = item
+        found = _changed(os.path.join(folder, path), size, digest, name)
+        if progress is not None:
+            progress(size)
+        above = path.startswith("../")
+        return Change(path, "edited" if above else found) if found else None
+
+    with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
+        changes += filter(None, pool.map(one, sorted(files, key=lambda item: -item[1])))
+    return Seal(
+        record,
+        len(files) + 1,
+        sum(size for _, size, _ in files) + len(data),
+        sum(digest is None for _, _, digest in files),
+        tuple(changes),
+    )
+
+
+def _told(record: Any) -> tuple[HashName | None, list[tuple[str, int, str | None]]]:
+    """Raises ValueError where a record isn't as this tool writes it."""
+    try:
+        written = record["written"]
+        name, files = written["hash"], list(_entries(written["files"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None
+    if name not in ("xxh3_128", "sha256", "none"):
+        raise ValueError(name)
+    return None if name == "none" else name, files
+
+
+def _entries(files: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
+    """Of paths in the record's folder, or right above it: a record can't have others read."""
+    for path, (size, digest) in files.items():
+        inside = path.removeprefix("../").split("/")
+        if ".." in inside or "" in inside or not isinstance(size, int):
+            raise ValueError(path)
+        yield path, size, digest
+
+
+def _changed(path: str, size: int, digest: str | None, name: HashName | None) -> Kind | None:
+    if not os.path.isfile(path):
+        return "missing"
+    same = os.path.getsize(path) == size
+    if same and digest is not None and name is not None:
+        same = hash_file(path, name) == digest
+    return None if same else "changed"

@@ -1,0 +1,155 @@
+"""Kills a conversion at every call that changes the disk, and looks at what is left; a program.
+
+crash_run.py FOLDER CASE: prints {"points", "resumed", "finished"} as JSON, or fails. One process
+without threads forks for each point, so that no lock is held in the child.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution import exchange, movers, output
+from neox_bridge.execution.run import execute
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import Plan
+
+CHANGES = (
+    "mkdir open write pwrite copy_file_range ftruncate fsync rename replace unlink rmdir"
+).split()
+CASES: dict[str, dict[str, Any]] = {
+    "layers": {"tp": 2},
+    "ranks": {"layout": "ranks", "tp": 2},
+    "hf": {"to": "hf", "shard_size": 100_000},
+    "cast": {"dtype": "bfloat16"},
+    "step": {"tp": 2},  # into a run that has another step
+    "replaced": {"tp": 2},  # --overwrite
+    "aside": {"tp": 2},  # the same, in a kernel that can't exchange
+}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Each file below a folder, by its path, as a digest."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def dies_at(point: int | None, count: list[int]) -> None:
+    """Have this process killed by the call of that number; one that writes may be half done."""
+
+    def counted(module: Any, name: str, changes: Callable[..., bool]) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if changes(*args):
+                if count[0] == point:
+                    if name == "pwrite" and point % 2:
+                        real(args[0], args[1][: len(args[1]) // 2], args[2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count[0] += 1
+            return real(*args, **kwargs)
+
+        setattr(module, name, call)
+
+    for name in CHANGES:
+        creates = (lambda _path, flags, *_: flags & os.O_CREAT) if name == "open" else None
+        counted(os, name, creates or (lambda *_: True))
+    counted(fcntl, "ioctl", lambda *_: True)
+    counted(exchange, "_exchange", lambda *_: True)
+
+
+def run(plan: Plan, target: Path, overwrite: bool) -> int:
+    """The bytes that were kept from before."""
+    return execute(plan, str(target), overwrite=overwrite, workers=1).kept
+
+
+def child(plan: Plan, target: Path, overwrite: bool, point: int | None) -> int:
+    """The number of calls that it made, or -1 where it was killed."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reader)
+        count = [0]
+        write, leave = os.write, os._exit
+        dies_at(point, count)
+        run(plan, target, overwrite)
+        write(writer, str(count[0]).encode())
+        leave(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        told = file.read()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return -1
+    assert status == 0
+    return int(told)
+
+
+def prepared(folder: Path, case: str) -> Path:
+    """A fresh target, with what is there before."""
+    home = folder / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    if case == "step":
+        shutil.copytree(folder / "run", home / "out")
+    if case in ("replaced", "aside"):
+        (home / "out").mkdir()
+        (home / "out" / "old").write_text("old")
+    return home / "out"
+
+
+def main(folder: Path, case: str) -> dict[str, int]:
+    # files of every kind in small ones: put together in memory, by the kernel, through a buffer
+    output.SMALL = 20_000
+    movers.WORTH = 4_000
+    if case == "aside":
+        exchange._exchange = lambda *_: False  # type: ignore[assignment]
+    source = folder / ("neox" if case == "hf" else "hf")
+    overwrite = case in ("replaced", "aside")
+    target = prepared(folder, case)
+    old = tree(target)
+    plan = make_plan(open_checkpoint(str(source)), Options(**CASES[case]), str(target))
+    before = tree(source)
+    points = child(plan, target, overwrite, None)
+    expected = tree(target)
+    found = {"points": points, "resumed": 0, "finished": 0}
+    for point in range(points):
+        target = prepared(folder, case)
+        assert child(plan, target, overwrite, point) == -1, point
+        assert tree(source) == before, point
+        left = tree(target)
+        if case == "step":
+            # the other step is whole, and so is what `latest` names
+            assert {k: v for k, v in left.items() if k in old and k != "latest"} == {
+                k: v for k, v in old.items() if k != "latest"
+            }, point
+            if left["latest"] != old["latest"]:
+                assert left == expected, point
+        elif case == "aside":
+            assert left in (old, expected, {}), point
+        else:
+            assert left in (old, expected), point
+        said = ""
+        try:
+            found["resumed"] += bool(run(plan, target, overwrite))
+        except BridgeError as error:
+            said = str(error)
+            found["finished"] += 1
+        assert not said or ("exists" in said and left == expected), (point, said)
+        assert tree(target) == expected, point
+        assert os.listdir(folder / "home") == ["out"], (point, os.listdir(folder / "home"))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
