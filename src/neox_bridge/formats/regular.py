@@ -26,7 +26,7 @@ def open_regular(path: str) -> BinaryIO:
         _refuse(path, os.stat(path).st_mode)  # to open a device may already do something
         file = open(os.open(path, _FLAGS), "rb")  # noqa: SIM115 (it is what is returned)
     except (FileNotFoundError, ValueError):  # a name with NUL or half a surrogate pair
-        raise BridgeError(f"{path} is missing.") from None
+        raise BridgeError(f"{path} can't be read: it is missing.") from None
     except OSError as error:
         raise BridgeError(f"{path} can't be read: {error.strerror}.") from None
     try:
@@ -39,5 +39,5 @@ def open_regular(path: str) -> BinaryIO:
 
 def _refuse(path: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        what = _KINDS.get(stat.S_IFMT(mode), "no file")
-        raise BridgeError(f"{path} is {what}, and a file is needed there. Copy it again.")
+        what = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise BridgeError(f"{path} can't be read: it is {what}, not a file. Copy it again.")
