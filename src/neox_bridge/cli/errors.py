@@ -11,6 +11,7 @@ from typing import NoReturn, ParamSpec
 import typer
 
 from neox_bridge.cli.output import label
+from neox_bridge.cli.printable import one_line
 from neox_bridge.errors import BridgeError
 
 _P = ParamSpec("_P")
@@ -81,7 +82,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _say(word: str, message: str) -> None:
     with suppress(OSError):  # nobody is listening any more, and the exit code still tells
-        print(label(word), " ".join(message.splitlines()), file=sys.stderr, flush=True)
+        print(label(word), one_line(message), file=sys.stderr, flush=True)
 
 
 def _os_message(error: OSError) -> str:
