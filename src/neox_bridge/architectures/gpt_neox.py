@@ -324,7 +324,8 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[tup
     found = []
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
-        if old in raw and new in rope and float(raw[old]) != float(rope[new]):
+        both = raw.get(old) is not None and rope.get(new) is not None
+        if both and float(raw[old]) != float(rope[new]):
             found.append(
                 (
                     "rope-spellings-differ",

@@ -25,6 +25,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
 from neox_bridge.layouts.eras import Era, InvFreq, fitting, known_keys
+from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.make import make_plan
@@ -282,6 +283,7 @@ def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
             path = os.path.join(parent, name)
             inside = os.path.relpath(path, folder)
             if not skip(inside) and os.path.isfile(path):
+                check_own(path, folder)
                 yield OutputFile(inside, os.path.getsize(path), copy_of=os.path.realpath(path))
 
 

@@ -9,14 +9,18 @@ from typing import Any
 from neox_bridge.architectures import complete, for_hf
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
 from neox_bridge.architectures.heads import SCORE, refuse_labels
+from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.own_files import brought_along, check_own
+from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
-from neox_bridge.layouts.text_files import read_json
+from neox_bridge.layouts.tensor_names import check_names
+from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
 from neox_bridge.planning.pieces import Dropped, Whole, whole_of
@@ -26,7 +30,12 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 def open_hf(path: str, revision: str = "") -> Checkpoint:
     """Open a folder with a config.json. Raises BridgeError or Refused, naming file or key."""
-    raw = complete(read_json(os.path.join(path, "config.json")))
+    config = os.path.join(path, "config.json")
+    check_own(config, path)
+    raw = read_json(config)
+    check_hf(raw)
+    raw = dict(complete(raw))
+    check_hf(raw)  # what mamba_ssm says in its own words too
     architecture = for_hf(raw)
     refs, files = _read_tensors(path)
     named, dropped = _normalise(architecture, refs, path)
@@ -70,7 +79,6 @@ def checkpoint_of(
     findings += _check_sizes(raw, dims)
     findings += check_inv_freq(config, inv_freqs)
     tokenizer = tokenizer_files(path)
-    record_path = os.path.join(path, RECORD)
     generation = os.path.join(path, "generation_config.json")
     return Checkpoint(
         kind="hf",
@@ -83,10 +91,10 @@ def checkpoint_of(
         refusals=(*architecture.refuse_hf_source(raw), *refuse_labels(dims)),
         dropped=tuple(dropped),
         findings=tuple(findings),
-        record=read_json(record_path) if os.path.exists(record_path) else {},
+        record=read_record(path),
         tokenizer=tokenizer,
         tokenizer_size=tokenizer_size(tokenizer),
-        generation=read_json(generation) if os.path.exists(generation) else {},
+        generation=read_json(generation) if brought_along(generation, path) else {},
         revision=revision,
     )
 
@@ -105,13 +113,14 @@ def _read_tensors(path: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
 
 
 def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
-    weight_map = read_json(index).get("weight_map")
+    check_own(index, path)
+    weight_map = read_json(index, LARGE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
     tensors: dict[str, TensorRef] = {}
     names = sorted(set(weight_map.values()))
     for name in names:
-        if os.path.basename(name) != name:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
             raise BridgeError(
                 f"{index} names {name!r}, which isn't a file beside it. Don't use it."
             )
@@ -132,7 +141,9 @@ def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[st
 
 def _read_file(file: str) -> dict[str, TensorRef]:
     if file.endswith(".safetensors"):
-        return read_safetensors(file)
+        tensors = read_safetensors(file)
+        check_names(tensors, file)
+        return tensors
     from neox_bridge.formats.torch_file import read_torch
 
     value = read_torch(file)
@@ -140,7 +151,8 @@ def _read_file(file: str) -> dict[str, TensorRef]:
         value = value["state_dict"]
     if not isinstance(value, dict):
         raise BridgeError(f"{file} holds no state dict. Is it the weights of a model?")
-    return {str(k): v for k, v in value.items() if isinstance(v, TensorRef)}
+    check_names(value, file)
+    return {name: ref for name, ref in value.items() if isinstance(ref, TensorRef)}
 
 
 def _normalise(
@@ -173,8 +185,10 @@ def _normalise(
 
 
 def _count_layers(named: Iterable[str], path: str, raw: Mapping[str, Any]) -> int:
-    numbers = {int(m.group(1)) for key in named if (m := re.search(r"\.layers\.(\d+)\.", key))}
-    layers = max(numbers, default=-1) + 1
+    found = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in named)
+    layers = max((int(match[1]) for match in found if match), default=-1) + 1
+    if layers > MOST_LAYERS:
+        raise BridgeError(f"{path} holds tensors of a layer {layers - 1}, which no model has.")
     told = raw.get("num_hidden_layers")
     if told is not None and told != layers:
         raise BridgeError(

@@ -4,27 +4,26 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
+from neox_bridge.architectures.setting_types import MOST_LAYERS, check_neox, is_count, is_name
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import merge_ymls
 from neox_bridge.layouts.assemble import assemble
-from neox_bridge.layouts.checkpoint import (
-    RECORD,
-    Checkpoint,
-    LayoutName,
-    NeoxState,
-    some,
-)
+from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
 from neox_bridge.layouts.derived_check import is_zero
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
-from neox_bridge.layouts.text_files import read_json, read_text
+from neox_bridge.layouts.own_files import brought_along, check_own
+from neox_bridge.layouts.record_file import read_record
+from neox_bridge.layouts.tensor_names import check_names
+from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.planning.pieces import Dropped
@@ -34,6 +33,8 @@ _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _STEP = re.compile(r"global_step(\d+)")
+_LONGEST_TAG = 1024  # bytes
+_SHOWN = 7  # of the files that are missing, of which there may be any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,12 @@ def step_folder(path: str, step: int | None) -> tuple[str, str]:
             raise BridgeError(f"--step {step}: {path} is one step already. Name its parent.")
         return os.path.dirname(path), os.path.basename(path)
     steps = sorted(
-        (name for name in os.listdir(path) if _STEP.fullmatch(name)), key=lambda n: int(n[11:])
+        (name for name in list_folder(path) if _STEP.fullmatch(name)), key=lambda n: int(n[11:])
     )
     if step is not None:
         tag = f"global_step{step}"
-    elif os.path.isfile(latest := os.path.join(path, "latest")):
-        tag = read_text(latest).strip()
+    elif brought_along(latest := os.path.join(path, "latest"), path):
+        tag = read_text(latest, _LONGEST_TAG).strip()
     elif len(steps) == 1:
         tag = steps[0]
     else:
@@ -92,7 +93,7 @@ def open_neox(
     root, tag = step_folder(path, step)
     folder = os.path.join(root, tag)
     raw, findings = _read_configs(folder, configs)
-    names = sorted(os.listdir(folder))
+    names = list_folder(folder)
     if zero3 := [name for name in names if _ZERO3.fullmatch(name)]:
         raise Refused(
             f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which holds slices of parameters. "
@@ -101,10 +102,9 @@ def open_neox(
         )
     read = _read_layers(folder, names, raw) if any(map(_LAYER.fullmatch, names)) else None
     read = read or _read_ranks(folder, names)
-    args = read.meta.get("args") or {}
+    args = _args_of(read.meta, folder)
     _check_args(raw, args, read, folder)
-    record_path = os.path.join(folder, RECORD)
-    record = read_json(record_path) if os.path.exists(record_path) else {}
+    record = read_record(folder)
     plain = to_plain(read.ranks, raw, folder)
     raw, read = dict(plain.raw), replace(read, ranks=plain.ranks)
     architecture = _family(raw, record, read)
@@ -117,6 +117,7 @@ def open_neox(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
     tokenizer = _tokenizer(root, raw)
+    version = read.meta.get("ds_version")
     state = NeoxState(
         root=root,
         step=tag,
@@ -125,9 +126,9 @@ def open_neox(
         pp=read.stages if read.layout == "layers" else 0,
         mlp_names=mlp_names,
         inv_freq="store" if _has(read, "attention.rotary_emb.inv_freq") else "omit",
-        iteration=int(read.meta.get("iteration") or int(tag[11:])),
+        iteration=_iteration(read.meta, int(tag[11:]), folder),
         args=dict(args),
-        ds_version=str(read.meta.get("ds_version") or ""),
+        ds_version=str(version) if is_name(version) else "",
         optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
         gqa_order=order,
         te=frozenset(plain.modules),
@@ -175,14 +176,41 @@ def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> A
 def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
     if not configs:
         inside = os.path.join(folder, "configs")
-        names = sorted(os.listdir(inside)) if os.path.isdir(inside) else []
+        names = list_folder(inside) if os.path.isdir(inside) else []
         configs = [os.path.join(inside, n) for n in names if n.endswith((".yml", ".yaml", ".json"))]
+        for path in configs:
+            check_own(path, folder, os.path.dirname(folder))
     if not configs:
         raise BridgeError(
             f"{folder} has no configs/*.yml, and without them the heads, the norms and the rotary "
             "settings are unknown. Name the yml files of the run with --config."
         )
-    return merge_ymls(configs)
+    raw, findings = merge_ymls(configs)
+    check_neox(raw, f"{folder}/configs")
+    return raw, findings
+
+
+def _args_of(meta: Mapping[str, Any], folder: str) -> Mapping[str, Any]:
+    """What the checkpoint says of itself, as plain settings; a pickle may hold anything there."""
+    args = meta.get("args") or {}
+    plain = isinstance(args, dict) and all(
+        is_name(key) and (value is None or isinstance(value, bool | int | float) or is_name(value))
+        for key, value in args.items()
+    )
+    if not plain:
+        raise BridgeError(
+            f"{folder}: the args of its mp_rank files aren't settings by name, as GPT-NeoX writes "
+            "them. The checkpoint is damaged or isn't GPT-NeoX's."
+        )
+    check_neox(args, f"{folder}: the args of its mp_rank files")
+    return args
+
+
+def _iteration(meta: Mapping[str, Any], step: int, folder: str) -> int:
+    told = meta.get("iteration") or step
+    if not is_count(told):
+        raise BridgeError(f"{folder}: the iteration of its mp_rank files isn't a whole number.")
+    return int(told)
 
 
 def _setting(key: str, raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> Any:
@@ -197,21 +225,23 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     tp = max(rank for _, rank in found) + 1
     stage_files = [name for name in names if _RANK.fullmatch(name)]
     meta = _read_meta(os.path.join(folder, stage_files[0])) if stage_files else {}
-    args = meta.get("args") or {}
+    args = _args_of(meta, folder)
     tp = max(tp, int(args.get("model_parallel_size") or 1))
     told = args.get("num_layers", raw.get("num_layers"))
     last = max(layer for layer, _ in found)
     layers = int(told) if told is not None else last - (4 if raw.get("no_weight_tying") else 3)
+    if max(layers, last) > MOST_LAYERS + 4:
+        raise BridgeError(f"{folder} names a layer {max(layers, last)}, which no model has.")
     want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in found}
     if raw.get("no_weight_tying"):
         want.add(layers + 4)
-    missing = [
+    lacking = (
         f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
         for layer in sorted(want)
         for rank in range(tp)
         if (layer, rank) not in found
-    ]
-    if missing:
+    )
+    if missing := list(islice(lacking, _SHOWN)):
         raise BridgeError(
             f"{folder} isn't whole: {some(missing)} missing, of {layers} layers on {tp} "
             "tensor-parallel ranks. Copy the checkpoint again."
@@ -239,9 +269,10 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     for rank, name in sorted(found.items()):
         values[rank] = _read_meta(os.path.join(folder, name))
     first = values[min(values)]
-    args = first.get("args") or {}
+    args = _args_of(first, folder)
     tp = max(max(found) + 1, int(args.get("model_parallel_size") or 1))
-    if missing := [f"mp_rank_{r:02d}_model_states.pt" for r in range(tp) if r not in found]:
+    lacking = (f"mp_rank_{r:02d}_model_states.pt" for r in range(tp) if r not in found)
+    if missing := list(islice(lacking, _SHOWN)):
         raise BridgeError(
             f"{folder} isn't whole: {some(missing)} missing, of {tp} tensor-parallel ranks. "
             "Copy the checkpoint again."
@@ -264,7 +295,7 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
 def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str, TensorRef]]:
     layers: dict[int, dict[str, TensorRef]] = {}
     for key, ref in tensors.items():
-        match = re.fullmatch(r"(?:module\.)?sequential\.(\d+)\.(.+)", key)
+        match = re.fullmatch(r"(?:module\.)?sequential\.(\d{1,9})\.(.+)", key)
         if match is None:
             raise BridgeError(f"{path}: {key} isn't named sequential.N.…, as GPT-NeoX names them.")
         layers.setdefault(int(match[1]), {})[match[2]] = ref
@@ -281,12 +312,13 @@ def _read_meta(path: str) -> dict[str, Any]:
 def _tensors(value: object, path: str) -> dict[str, TensorRef]:
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no state dict.")
+    check_names(value, path)
     own = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
     if strange := [str(k) for k, v in own.items() if not isinstance(v, TensorRef)]:
         raise BridgeError(
             f"{path}: not a tensor: {some(strange)}. This isn't known to be of a model."
         )
-    return {str(key): ref for key, ref in own.items()}
+    return own
 
 
 def _states(value: object) -> list[str]:
@@ -324,7 +356,7 @@ def _tokenizer(root: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
             beside = tokenizer_files(os.path.dirname(os.path.abspath(place)))
             named = os.path.basename(place) == "tokenizer.json"
             return beside if named else (os.path.abspath(place),)
-    return tokenizer_files(os.path.join(root, "tokenizer"))
+    return tokenizer_files(os.path.join(root, "tokenizer"), root)
 
 
 def _is_hf(raw: Mapping[str, Any]) -> bool:
