@@ -11,7 +11,7 @@ from typing import Any
 
 import attack_files as attacks
 import pytest
-from common import convert, fixture, make_hf, plan_of, step_of
+from common import convert, fixture, make_hf, neox_config, plan_of, step_of
 
 import neox_bridge
 from neox_bridge.errors import BridgeError
@@ -237,3 +237,22 @@ def test_any_value_of_any_setting(name: str, tmp_path: Path) -> None:
             except BridgeError as error:
                 assert len(str(error)) < 1000  # noqa: PT017
     assert planned > 100
+
+
+# --- found by fuzzing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("word", "kept"), [("gelu_10", "gelu_10"), (None, "gelu")])
+def test_an_activation_that_gpt_neox_lacks_stays_on_its_side(
+    word: str | None, kept: str, hf: Path, tmp_path: Path
+) -> None:
+    source = attacked(hf, tmp_path / "model", attacks.config(hidden_act=word))
+    convert(source, tmp_path / "out", to="hf")
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["hidden_act"]
+    assert told in (kept, word)
+
+
+def test_an_activation_that_transformers_lacks_stays_on_its_side(tmp_path: Path) -> None:
+    root = attacked(fixture(NEOX), tmp_path / "run", attacks.yml("activation: softsign"))
+    convert(root, tmp_path / "out", to="neox", tp=1)
+    assert neox_config(tmp_path / "out")["activation"] == "softsign"
