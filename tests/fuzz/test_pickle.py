@@ -125,7 +125,7 @@ def _read(data: bytes, **callbacks: Callable[..., object]) -> Any:
 
 
 @given(st.binary(max_size=120))
-@examples(800)
+@examples(1600)
 def test_any_program(code: bytes) -> None:
     try:
         value = _read(_program(code, plain=False), persistent=storage_ref)
@@ -136,7 +136,7 @@ def test_any_program(code: bytes) -> None:
 
 
 @given(st.binary(max_size=120))
-@examples(800)
+@examples(1600)
 def test_plain_programs_give_what_python_gives(code: bytes) -> None:
     data = _program(code, plain=True)
     try:
@@ -153,7 +153,7 @@ def test_plain_programs_give_what_python_gives(code: bytes) -> None:
 
 
 @given(st.binary(max_size=60))
-@examples(300)
+@examples(600)
 def test_any_bytes(data: bytes) -> None:
     try:
         _read(data, persistent=storage_ref)

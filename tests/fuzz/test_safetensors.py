@@ -76,7 +76,7 @@ _NUMBER = st.one_of(st.integers(-2, 20), st.sampled_from((2**31, 2**32, 2**62, 2
 
 
 @given(_entries(), st.data())
-@examples(400)
+@examples(800)
 def test_headers(entries: tuple[dict[str, Any], int], data: st.DataObject) -> None:
     header, size = entries
     for name in list(header):
@@ -116,7 +116,7 @@ _SOUND = _sound()
 
 
 @given(CHANGES, st.booleans())
-@examples(400)
+@examples(800)
 def test_damaged_files(changes: list[tuple[int, int]], header_only: bool) -> None:
     if header_only:  # with a length that stays right
         end = 8 + int.from_bytes(_SOUND[:8], "little")

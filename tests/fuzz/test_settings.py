@@ -72,7 +72,7 @@ _SETTINGS = st.dictionaries(st.sampled_from(sorted(setting_types._HF)), JSON, ma
 
 
 @given(st.sampled_from(_FAMILIES), _SETTINGS, _CHANGED, st.sampled_from(("neox", "hf")))
-@examples(150)
+@examples(300)
 def test_config_json(
     family: str, more: dict[str, Any], changed: list[tuple[random.Random, Any]], to: str
 ) -> None:
@@ -86,7 +86,7 @@ def test_config_json(
 
 
 @given(st.sampled_from(("gpt_neox", "llama")), _CHANGED, st.sampled_from(("neox", "hf")))
-@examples(80)
+@examples(160)
 def test_the_record_of_hugging_faces_side(
     family: str, changed: list[tuple[random.Random, Any]], to: str
 ) -> None:
@@ -114,7 +114,7 @@ def _hf_source() -> Path:
 
 
 @given(_CHANGED, st.sampled_from(("neox", "hf")))
-@examples(80)
+@examples(160)
 def test_the_record_of_gpt_neoxs_side(changed: list[tuple[random.Random, Any]], to: str) -> None:
     root = _root("layers")
     path = step_of(root) / "neox_bridge.json"
@@ -134,7 +134,7 @@ _NEOX = st.dictionaries(st.sampled_from(sorted(setting_types._NEOX)), JSON, max_
 
 @given(st.sampled_from(("pythia_fp32_pp1_tp2", "llama_gqa_fp32_tp2", "pythia_fp32_pp0_tp2")),
        _NEOX, CHANGES, st.sampled_from(("neox", "hf")))  # fmt: skip
-@examples(150)
+@examples(300)
 def test_ymls_of_a_run(
     name: str, more: dict[str, Any], changes: list[tuple[int, int]], to: str
 ) -> None:
@@ -168,7 +168,7 @@ def _plain(value: Any) -> Any:
 
 
 @given(st.lists(st.sampled_from(_LINES), max_size=8), CHANGES)
-@examples(400)
+@examples(800)
 def test_the_merge(lines: list[str], changes: list[tuple[int, int]]) -> None:
     raw = mutated("\n".join(lines).encode(), changes[:2])
     path = _TOP / "x.yml"
@@ -188,7 +188,7 @@ def test_the_merge(lines: list[str], changes: list[tuple[int, int]]) -> None:
 
 
 @given(st.sampled_from(("neox", "hf")), _CHANGED)
-@examples(100)
+@examples(200)
 def test_the_plans_json(to: str, changed: list[tuple[random.Random, Any]]) -> None:
     from neox_bridge.report.sections import section_of
 
