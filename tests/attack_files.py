@@ -146,6 +146,10 @@ def named(name: str) -> Change:
     return change
 
 
+LARGE = ("100 MB of spaces", "just under 100 MB", "32 MB of lists", "30 MB of text",
+         "a million entries", "100 000 twice", "deep objects", "many dimensions")  # fmt: skip
+
+
 # --- files that are something else -----------------------------------------------------------
 
 
@@ -263,6 +267,12 @@ def index(target: Any, name: str = "model.safetensors") -> Change:
 
 _INDEX = "model.safetensors.index.json"
 HF: dict[str, Change] = {
+    **{
+        f"safetensors: {name}": lambda folder, name=name: written(  # type: ignore[misc]
+            "model.safetensors", SAFETENSORS[name]()
+        )(folder)
+        for name in LARGE
+    },
     **{f"name: {name}": named(text) for name, text in NAMES.items()},
     **{
         f"{name} is a {kind}": instead(name, kind)

@@ -87,6 +87,16 @@ def _agree(ours: Any, theirs: Any) -> bool:
     return not isinstance(ours, bool | int | float | str | bytes | list | tuple | dict | set)
 
 
+def _marked_as_folder(path: str) -> bool:
+    """Whether a record of a zip is marked as a folder, of which torch 2.13 reads nothing: it gives
+    a tensor of whatever its memory held before.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(info.external_attr & 0x10 for info in archive.infolist())
+
+
 def _check(path: str) -> None:
     with ends():
         try:
@@ -104,7 +114,7 @@ def _check(path: str) -> None:
     if why:
         assert any(words in why for words in _STRICTER), why
     else:
-        assert _agree(ours, theirs)
+        assert _agree(ours, theirs) or _marked_as_folder(path)
 
 
 @given(st.sampled_from(_ZIPS), CHANGES)
