@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import attack_files as attacks
+import attack_neox
 import pytest
+from attack_safetensors import SAFETENSORS
 from common import convert, fixture, make_hf, neox_config, plan_of, step_of
 
 import neox_bridge
@@ -40,7 +42,7 @@ def _link_or_copy(source: str, target: str) -> None:
 def attacked(source: Path | None, folder: Path, change: Callable[[Path], None]) -> Path:
     if source is None:
         folder.mkdir()
-        attacks.params()(folder)
+        attack_neox.params()(folder)
         (folder / "consolidated.00.pth").touch()
     else:
         shutil.copytree(source, folder, copy_function=_link_or_copy)
@@ -48,10 +50,10 @@ def attacked(source: Path | None, folder: Path, change: Callable[[Path], None]) 
     return folder
 
 
-@pytest.mark.parametrize("name", attacks.SAFETENSORS)
+@pytest.mark.parametrize("name", SAFETENSORS)
 def test_safetensors(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    path.write_bytes(attacks.SAFETENSORS[name]())
+    path.write_bytes(SAFETENSORS[name]())
     with pytest.raises(BridgeError) as caught:
         read_safetensors(str(path))
     assert str(path) in str(caught.value)
@@ -60,8 +62,8 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
 
 CASES = {
     **{f"hf: {name}": ("hf", change) for name, change in attacks.HF.items()},
-    **{f"neox: {name}": ("neox", change) for name, change in attacks.NEOX.items()},
-    **{f"llama: {name}": ("llama", change) for name, change in attacks.RAW_LLAMA.items()},
+    **{f"neox: {name}": ("neox", change) for name, change in attack_neox.NEOX.items()},
+    **{f"llama: {name}": ("llama", change) for name, change in attack_neox.RAW_LLAMA.items()},
 }
 
 
@@ -203,7 +205,7 @@ VALUES: tuple[Any, ...] = (
 def settings_of(raw: dict[str, Any]) -> list[str]:
     from neox_bridge.architectures import setting_types
 
-    return sorted({*raw, *setting_types._HF, "bos_token_id", "pad_token_id", "ssm_cfg"})
+    return sorted({*raw, *setting_types.HF, "bos_token_id", "pad_token_id", "ssm_cfg"})
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "mamba"])
@@ -231,7 +233,7 @@ def test_any_value_of_any_setting(name: str, tmp_path: Path) -> None:
     shutil.copytree(fixture(name), root)
     path = step_of(root) / "configs" / "zz.yml"
     planned = 0
-    for key in setting_types._NEOX:
+    for key in setting_types.NEOX:
         for value in VALUES:
             path.write_text(json.dumps({key: value}))
             try:
@@ -255,6 +257,6 @@ def test_an_activation_that_gpt_neox_lacks_stays_on_its_side(
 
 
 def test_an_activation_that_transformers_lacks_stays_on_its_side(tmp_path: Path) -> None:
-    root = attacked(fixture(NEOX), tmp_path / "run", attacks.yml("activation: softsign"))
+    root = attacked(fixture(NEOX), tmp_path / "run", attack_neox.yml("activation: softsign"))
     convert(root, tmp_path / "out", to="neox", tp=1)
     assert neox_config(tmp_path / "out")["activation"] == "softsign"

@@ -68,7 +68,7 @@ def _hf(family: str) -> Path:
 
 
 _FAMILIES = ("gpt_neox", "llama", "mistral", "mamba")
-_SETTINGS = st.dictionaries(st.sampled_from(sorted(setting_types._HF)), JSON, max_size=3)
+_SETTINGS = st.dictionaries(st.sampled_from(sorted(setting_types.HF)), JSON, max_size=3)
 
 
 @given(st.sampled_from(_FAMILIES), _SETTINGS, _CHANGED, st.sampled_from(("neox", "hf")))
@@ -129,7 +129,7 @@ def test_the_record_of_gpt_neoxs_side(changed: list[tuple[random.Random, Any]], 
         path.write_text(good)
 
 
-_NEOX = st.dictionaries(st.sampled_from(sorted(setting_types._NEOX)), JSON, max_size=4)
+_NEOX = st.dictionaries(st.sampled_from(sorted(setting_types.NEOX)), JSON, max_size=4)
 
 
 @given(st.sampled_from(("pythia_fp32_pp1_tp2", "llama_gqa_fp32_tp2", "pythia_fp32_pp0_tp2")),

@@ -47,7 +47,7 @@ def _table(**kinds: tuple[_Kind, str]) -> dict[str, _Kind]:
 
 
 _ROPE = {"rope_theta": _BASE, "partial_rotary_factor": _SHARE}
-_HF = _table(
+HF = _table(
     counts=(
         _COUNT,
         """num_hidden_layers hidden_size intermediate_size vocab_size max_position_embeddings
@@ -70,7 +70,7 @@ _HF = _table(
     lists=(_LIST, "architectures"),
     names=(_NAME, "model_type hidden_act transformers_version torch_dtype dtype"),
 )
-_NEOX = _table(
+NEOX = _table(
     layers=(_LAYERS, "num_layers num_unique_layers"),
     heads=(_HEADS, "num_attention_heads num_kv_heads"),
     counts=(
@@ -99,14 +99,14 @@ _NEOX = _table(
 
 def check_hf(raw: Mapping[str, Any], where: str = "config.json") -> None:
     """Raise BridgeError, naming the key, where a config.json has a value of another kind."""
-    _check(raw, _HF, where)
+    _check(raw, HF, where)
     _check(raw.get("rope_parameters") or {}, _ROPE, f"{where}: rope_parameters")
 
 
 def check_neox(raw: Mapping[str, Any], where: str) -> None:
     """The same for a merged yml, or for the args of a checkpoint; yaml reads 1e-5 as text."""
-    numbers = {key: _as_number(value) for key, value in raw.items() if key in _NEOX}
-    _check(numbers, _NEOX, where)
+    numbers = {key: _as_number(value) for key, value in raw.items() if key in NEOX}
+    _check(numbers, NEOX, where)
 
 
 def _check(raw: Mapping[str, Any], kinds: Mapping[str, _Kind], where: str) -> None:
