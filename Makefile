@@ -1,13 +1,14 @@
 # make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
 # make bench  times, memory and disk beside cp and others' programs, to docs/benchmarks.md
+# make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run
 # make test-neox, make test-versions: in the real GPT-NeoX, in many versions of transformers
 PYTHON ?= python3
 DEV := .venv
 DEMO := .demo
 JOBS ?= 2
 
-.PHONY: demo test lint check test-neox test-versions bench clean
+.PHONY: demo test lint check test-neox test-versions bench fuzz clean
 
 demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
@@ -42,6 +43,10 @@ test-versions: $(DEV)/.ready
 # mkfs.xfs is, a loop-mounted XFS too; with NEOX_HOME, or NEOX_TREE and NEOX_PYTHON, GPT-NeoX's exporter
 bench: $(DEV)/.ready
 	NEOX_HOME="$(abspath $(NEOX_HOME))" $(DEV)/bin/python benchmarks/bench.py $(ARGS)
+
+MINUTES ?= 10
+fuzz: $(DEV)/.ready
+	$(DEV)/bin/python tests/fuzz/run.py $(MINUTES) $(TARGET)
 
 # the CPU build of torch is at this version; pip 25.1 is the first to know dependency groups
 $(DEV)/.ready: pyproject.toml

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from attack_files import TENSORS, ZIPS, zipped  # noqa: E402
 from attack_pickles import DEEP, WORK, running  # noqa: E402
+from attack_torch import TENSORS, ZIPS, zipped  # noqa: E402
 
 SECONDS = 20
 _FICKLING = """

@@ -1,318 +1,255 @@
-"""Hostile ``.pt`` files: pickles wrapped as torch does, tensors that lie, zips that lie.
+"""Checkpoints that try to break their reader or to lead it elsewhere; each with its name.
 
-Every one is made here from a few lines, the same bytes each time.
+Those of GPT-NeoX are in attack_neox.py, pickles in attack_pickles.py, safetensors in
+attack_safetensors.py. A change is made to the folder of a good checkpoint; SECRET is what lies
+outside of it and must not come into any output.
 """
 
-import io
-import pickle
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-MAGIC = 0x1950A86A20F9469CFC6C
-Records = list[tuple[str, bytes]]
+from attack_safetensors import LARGE, SAFETENSORS, entry, packed
 
-
-def zipped(data: bytes, storages: Mapping[str, bytes] | None = None) -> bytes:
-    """torch.save's zip around a pickle."""
-    records = [(f"data/{key}", value) for key, value in (storages or {"0": bytes(16)}).items()]
-    return stored([("x/data.pkl", data), *((f"x/{n}", v) for n, v in records), ("x/version", b"3")])
+Change = Callable[[Path], None]
+SECRET = {"password": "hunter2-hunter2", "model": {"vocab": {"hunter2-hunter2": 0}}}
 
 
-def legacy(data: bytes, storages: Mapping[str, bytes] | None = None, itemsize: int = 4) -> bytes:
-    """torch.save's stream of before 1.6 around a pickle."""
-    storages = {"0": bytes(16)} if storages is None else storages
-    head = [MAGIC, 1001, {"little_endian": True, "protocol_version": 1001, "type_sizes": {}}]
-    raw = b"".join(struct.pack("<q", len(v) // itemsize) + v for v in storages.values())
-    return b"".join(pickle.dumps(v, 2) for v in head) + data + pickle.dumps([*storages], 2) + raw
+# --- names of tensors -----------------------------------------------------------------------
 
-
-def stored(records: Records, method: int = zipfile.ZIP_STORED) -> bytes:
-    """A zip of these records."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, data in records:
-            info = zipfile.ZipInfo(name)
-            info.compress_type = method
-            info.filename = name  # as it is: ZipInfo mends backslashes and NULs
-            archive.writestr(info, data)
-    return buffer.getvalue()
-
-
-# --- tensors --------------------------------------------------------------------------------
-
-
-def _number(value: int) -> bytes:
-    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8b" + struct.pack("<I", len(data)) + data
-
-
-def _tuple(values: "tuple[int, ...] | list[int]") -> bytes:
-    return b"(" + b"".join(map(_number, values)) + b"t"
-
-
-def _text(value: str) -> bytes:
-    data = value.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def tensor(
-    shape: "bytes | tuple[int, ...]" = (4,),
-    strides: "bytes | tuple[int, ...]" = (1,),
-    offset: "bytes | int" = 0,
-    numel: int = 4,
-    key: str = "0",
-    storage: bytes = b"ctorch\nFloatStorage\n",
-    rebuild: bytes = b"ctorch._utils\n_rebuild_tensor_v2\n",
-    view: bytes = b"",
-) -> bytes:
-    """The opcodes of a tensor of float32 over a storage of 4 elements, or one that lies."""
-    pid = b"(" + _text("storage") + storage + _text(key) + _text("cpu") + _number(numel) + view
-    parts = [
-        offset if isinstance(offset, bytes) else _number(offset),
-        *(value if isinstance(value, bytes) else _tuple(value) for value in (shape, strides)),
-    ]
-    return rebuild + b"(" + pid + b"tQ" + b"".join(parts) + b"\x89NtR"
-
-
-HUGE = 1 << 60
-TENSORS: dict[str, Callable[[], bytes]] = {
-    "a storage larger than its record": lambda: tensor((5,), numel=5),
-    "a tensor beyond its storage": lambda: tensor((5,)),
-    "an offset beyond the storage": lambda: tensor((1,), offset=4),
-    "a negative offset": lambda: tensor(offset=-1),
-    "a negative size": lambda: tensor((-4,)),
-    "a negative stride": lambda: tensor(strides=(-1,), offset=3),
-    "negative elements": lambda: tensor(numel=-4),
-    "strides that overlap": lambda: tensor((3, 2), (1, 1)),
-    "expanded": lambda: tensor((1000, 4), (0, 1)),
-    "expanded to 4 EB": lambda: tensor((HUGE,), (0,)),
-    "expanded in 64 dimensions": lambda: tensor((1 << 62,) * 64, (0,) * 64),
-    "expanded a thousand times": lambda: b"(" + tensor((1 << 20,), (0,)) * 1000 + b"l",
-    "no elements, but large": lambda: tensor((1 << 62, 0), (1, 1)),
-    "65 dimensions": lambda: tensor((1,) * 65, (1,) * 65),
-    "numbers of 4 MB": lambda: tensor((1 << (1 << 25), 2), (1 << (1 << 25), 1)),
-    "an offset of 4 MB": lambda: tensor(offset=1 << (1 << 25)),
-    "elements of 4 MB": lambda: tensor(numel=1 << (1 << 25)),
-    "more sizes than strides": lambda: tensor((2, 2), (1,)),
-    "sizes that aren't numbers": lambda: tensor(b"(G" + bytes(8) + b"t"),
-    "a list of sizes": lambda: tensor(b"(K\x04l"),
-    "true as a size": lambda: tensor(b"(\x88t"),
-    "a storage of os.system": lambda: tensor(storage=b"cos\nsystem\n"),
-    "a called storage": lambda: tensor(storage=b"cos\nsystem\n" + _text("exit 3") + b"\x85R"),
-    "a key with dots": lambda: tensor(key="../../../../etc/passwd"),
-    "an absolute key": lambda: tensor(key="/etc/passwd"),
-    "a key of a megabyte": lambda: tensor(key="k" * (1 << 20)),
-    "a view beyond its storage": lambda: tensor(view=b"(" + _text("1") + b"K\x03K\x04t"),
-    "a view of 4 EB": lambda: tensor(view=b"(" + _text("1") + b"K\x00" + _number(HUGE) + b"t"),
-    "a negative view": lambda: tensor(view=b"(" + _text("1") + _number(-1) + b"K\x04t"),
-    "one tensor a million times": lambda: (
-        b"(" + tensor((1,)) + b"q\x00" + b"h\x00" * 900_000 + b"l"
-    ),
-    "a hundred thousand tensors": lambda: (
-        b"ctorch._utils\n_rebuild_tensor_v2\nq\x000("
-        + (b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu"))
-        + (b"K\x04tQK\x00" + _tuple((1,) * 64) * 2 + b"\x89Ntq\x010(")
-        + b"h\x00h\x01R" * 100_000
-        + b"lt"
-    ),
-    "a tensor in a call": lambda: b"cos\nsystem\n" + tensor() + b"\x85R",
-    "a tensor as key": lambda: b"}" + tensor() + b"Ns",
+NAMES = {
+    "slash": "../../etc/passwd",
+    "nul": "a\0b",
+    "line end": "a\nerror: all is well",
+    "carriage return": "a\rerror: all is well",
+    "escape": "\x1b[2J\x1b]0;title\x07",
+    "c1": "\x9b31m",
+    "right to left": "a\u202egnp.exe",
+    "long": "a" * 100_000,
+    "empty": "",
+    "surrogate": "\ud800",
+    "layer of a billion": "gpt_neox.layers.999999999.input_layernorm.weight",
+    "layer of 5000 digits": f"gpt_neox.layers.{'9' * 5000}.input_layernorm.weight",
+    "other digits": "gpt_neox.layers.\u0661.input_layernorm.weight",
 }
 
 
-# --- zips -----------------------------------------------------------------------------------
+def named(name: str) -> Change:
+    """One more tensor, of this name."""
 
-PICKLE = b"\x80\x02}" + _text("a") + tensor() + b"s."
-GOOD: Records = [("x/data.pkl", PICKLE), ("x/data/0", bytes(16)), ("x/version", b"3")]
-_RENAMED = {
-    "dots": "x/../../canary",
-    "dots only": "..",
-    "absolute": "/x/data/1",
-    "an absolute path": "/etc/passwd",
-    "backslashes": "x\\..\\..\\canary",
-    "a drive": "C:/canary",
-    "another folder": "y/data/0",
-    "no folder": "canary",
-    "an empty name": "",
-    "a NUL": "x/data/0\0.pkl",
-    "the terminal's codes": "\x1b[2J/canary",
-    "64 KiB": "x/" + "n" * 65_000,
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        raw = path.read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        header[name] = entry(len(raw) - end, len(raw) - end + 4)
+        path.write_bytes(packed(json.dumps(header).encode(), raw[end:] + bytes(4)))
+
+    return change
+
+
+# --- files that are something else -----------------------------------------------------------
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # the names of sockets are short
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def _linked_pipe(path: Path) -> None:
+    os.mkfifo(f"{path}.pipe")
+    path.symlink_to(f"{path.name}.pipe")
+
+
+KINDS: dict[str, Change] = {
+    "pipe": lambda path: os.mkfifo(path),
+    "socket": _socket,
+    "device": _device,
+    "folder": lambda path: path.mkdir(),
+    "link to a pipe": _linked_pipe,
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
 }
 
 
-def _central(raw: bytes, index: int) -> int:
-    """Where the central header of a record begins."""
-    at = raw.index(b"PK\x01\x02")
-    for _ in range(index):
-        at = raw.index(b"PK\x01\x02", at + 46)
-    return at
+def instead(name: str, kind: str) -> Change:
+    """Something else in place of a file."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.unlink(missing_ok=True)
+        KINDS[kind](path)
+
+    return change
 
 
-def _patched(index: int, offset: int, data: bytes, local: int | None = None) -> bytes:
-    """The good zip with bytes of a record's central header changed; of the local one too."""
-    raw = bytearray(stored(GOOD))
-    at = _central(bytes(raw), index)
-    (header,) = struct.unpack_from("<I", raw, at + 42)
-    raw[at + offset : at + offset + len(data)] = data
-    if local is not None:
-        raw[header + local : header + local + len(data)] = data
-    return bytes(raw)
+def written(name: str, content: bytes | str) -> Change:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda folder: (folder / name).write_bytes(data) and None
 
 
-def _local(index: int, offset: int, data: bytes) -> bytes:
-    """The good zip with bytes of a record's local header changed."""
-    raw = bytearray(stored(GOOD))
-    (header,) = struct.unpack_from("<I", raw, _central(bytes(raw), index) + 42)
-    raw[header + offset : header + offset + len(data)] = data
-    return bytes(raw)
+def sparse(name: str, size: int) -> Change:
+    def change(folder: Path) -> None:
+        with open(folder / name, "ab") as file:
+            file.truncate(size)
+
+    return change
 
 
-def _end(offset: int, data: bytes) -> bytes:
-    """The good zip with bytes of its end record changed."""
-    raw = bytearray(stored(GOOD))
-    at = raw.rindex(b"PK\x05\x06")
-    raw[at + offset : at + offset + len(data)] = data
-    return bytes(raw)
+def outside(folder: Path) -> Path:
+    """A file with a secret, outside of the checkpoint."""
+    path = folder.parent / f"{folder.name}-home" / "secret.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(SECRET))
+    return path
 
 
-def _with_extra(extra: bytes) -> bytes:
-    """The good zip, whose second record has its numbers in this extra field."""
-    raw = stored(GOOD)
-    at, end = _central(raw, 1), raw.rindex(b"PK\x05\x06")
-    name_size = struct.unpack_from("<H", raw, at + 28)[0]
-    entry = bytearray(raw[at : at + 46 + name_size])
-    entry[20:28] = b"\xff" * 8
-    entry[30:32] = struct.pack("<H", len(extra))
-    entry[42:46] = b"\xff" * 4
-    new = raw[:at] + bytes(entry) + extra + raw[at + 46 + name_size : end]
-    tail = bytearray(raw[end:])
-    (size,) = struct.unpack_from("<I", tail, 12)
-    tail[12:16] = struct.pack("<I", size + len(extra))
-    return new + bytes(tail)
+def linked(name: str) -> Change:
+    """A link to the secret in place of a file."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(outside(folder))
+
+    return change
 
 
-def _quoted(copies: int) -> bytes:
-    """Many directory entries of one local record: each would be unpacked again."""
-    raw = stored(GOOD)
-    at, end = _central(raw, 1), raw.rindex(b"PK\x05\x06")
-    name_size = struct.unpack_from("<H", raw, at + 28)[0]
-    entry = raw[at : at + 46 + name_size]
-    tail = bytearray(raw[end:])
-    (size,) = struct.unpack_from("<I", tail, 12)
-    tail[12:16] = struct.pack("<I", size + copies * len(entry))
-    return raw[:end] + entry * copies + bytes(tail)
+def index_linked(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    linked(_INDEX)(folder)
 
 
-def _bomb() -> bytes:
-    """64 MiB of zeros in 64 KiB, said to be 16 bytes."""
-    packed = zlib.compressobj(9, zlib.DEFLATED, -15)
-    data = packed.compress(bytes(64 << 20)) + packed.flush()
-    raw = bytearray(stored([("x/data.pkl", PICKLE), ("x/data/0", data)]))
-    at = _central(bytes(raw), 1)
-    (header,) = struct.unpack_from("<I", raw, at + 42)
-    for place in (at + 10, header + 8):
-        raw[place : place + 2] = struct.pack("<H", zipfile.ZIP_DEFLATED)
-    return bytes(raw)
+# --- Hugging Face's folder -------------------------------------------------------------------
 
 
-def _pickle_bomb() -> bytes:
-    return stored(
-        [("x/data.pkl", b"\x80\x02X" + struct.pack("<I", 64 << 20) + bytes(64 << 20) + b".")],
-        zipfile.ZIP_DEFLATED,
-    )
+def config(**changes: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
 
 
-ZIPS: dict[str, Callable[[], bytes]] = {
+def index(target: Any, name: str = "model.safetensors") -> Change:
+    """An index that says of every tensor that it lies there."""
+
+    def change(folder: Path) -> None:
+        whole = folder / "model.safetensors"
+        raw = whole.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        home = outside(folder).parent
+        (home / "x.safetensors").write_bytes(raw)
+        (folder / "sub").symlink_to(home)
+        whole.unlink()
+        where = target.format(home=home) if isinstance(target, str) else target
+        told = {key: where for key in header if key != "__metadata__"}
+        (folder / f"{name}.index.json").write_text(json.dumps({"weight_map": told}))
+
+    return change
+
+
+_INDEX = "model.safetensors.index.json"
+HF: dict[str, Change] = {
     **{
-        f"a name: {what}": lambda name=name: stored([*GOOD, (name, b"1")])  # type: ignore[misc]
-        for what, name in _RENAMED.items()
+        f"safetensors: {name}": lambda folder, name=name: written(  # type: ignore[misc]
+            "model.safetensors", SAFETENSORS[name]()
+        )(folder)
+        for name in LARGE
     },
-    "compressed": lambda: stored(GOOD, zipfile.ZIP_DEFLATED),
-    "compressed by bzip2": lambda: stored(GOOD, zipfile.ZIP_BZIP2),
-    "compressed by lzma": lambda: stored(GOOD, zipfile.ZIP_LZMA),
-    "a bomb": _bomb,
-    "a bomb as pickle": _pickle_bomb,
-    "a name twice": lambda: stored([*GOOD, ("x/data/0", bytes(16))]),
-    "two pickles": lambda: stored([*GOOD, ("x/data.pkl", PICKLE)]),
-    "records that overlap": lambda: _patched(1, 20, struct.pack("<II", 40, 40), 18),
-    "a record in the directory": lambda: _patched(2, 20, struct.pack("<II", 60, 60), 18),
-    "a record at another's place": lambda: _patched(1, 42, struct.pack("<I", 0)),
-    "a record outside": lambda: _patched(1, 42, struct.pack("<I", 1 << 31)),
-    "1,000 entries of one record": lambda: _quoted(1000),
-    "200,000 entries": lambda: _quoted(200_000),
-    "another name in the local header": lambda: _local(1, 30, b"x/data/7"),
-    "another size in the local header": lambda: _local(1, 18, struct.pack("<II", 4, 4)),
-    "compressed, says the local header": lambda: _local(1, 8, b"\x08\x00"),
-    "encrypted, says the local header": lambda: _local(1, 6, b"\x01\x00"),
-    "encrypted": lambda: _patched(1, 8, b"\x01\x00", 6),
-    "no local header": lambda: _local(1, 0, b"XXXX"),
-    "a long field in the local header": lambda: _local(1, 28, b"\xff\xff"),
-    "another method": lambda: _patched(1, 10, b"\x63\x00", 8),
-    "sizes that differ": lambda: _patched(1, 20, struct.pack("<I", 8)),
-    "8 EB by zip64": lambda: _with_extra(struct.pack("<HHQQQ", 1, 24, 1 << 63, 1 << 63, 100)),
-    "8 EB away by zip64": lambda: _with_extra(struct.pack("<HHQQQ", 1, 24, 16, 16, 1 << 63)),
-    "an empty zip64 field": lambda: _with_extra(struct.pack("<HH", 1, 0)),
-    "a cut zip64 field": lambda: _with_extra(struct.pack("<HHI", 1, 24, 0)),
-    "a directory of 4 GB": lambda: _end(12, b"\xff\xff\xff\xfe"),
-    "a directory outside": lambda: _end(16, b"\xff\xff\xff\xfe"),
-    "more records than there are": lambda: _end(8, b"\xff\xfe\xff\xfe"),
-    "many disks": lambda: _end(4, b"\x01\x00\x01\x00"),
-    "two ends": lambda: stored(GOOD) + stored([("y/data.pkl", b"\x80\x02N.")]),
-    "a pickle before": lambda: b"\x80\x02N." + stored(GOOD),
-    "bytes behind": lambda: stored(GOOD) + bytes(100_000),
-    "no pickle": lambda: stored(GOOD[1:]),
-    "a folder as pickle": lambda: stored([("x/data.pkl/", b""), *GOOD[1:]]),
-    "a large byte order": lambda: stored([*GOOD, ("x/byteorder", b"little" * 100_000)]),
-    "a program": lambda: stored([*GOOD, ("x/code/__torch__.py", b"import os")]),
-}
-
-# --- streams --------------------------------------------------------------------------------
-
-
-def _stream(*values: object, rest: bytes = b"") -> bytes:
-    parts = [v if isinstance(v, bytes) else pickle.dumps(v, 2) for v in values]
-    return b"".join(parts) + rest
-
-
-_SYSTEM = {"little_endian": True}
-_ONE = b"\x80\x02" + tensor() + b"."
-STREAMS: dict[str, Callable[[], bytes]] = {
-    "another magic number": lambda: _stream(1 << 4000, 1001, _SYSTEM, None, []),
-    "a call as magic number": lambda: b"\x80\x02cos\nsystem\nX\x06\0\0\0exit 3\x85R.",
-    "a call as protocol": lambda: _stream(MAGIC, b"\x80\x02cos\nsystem\nX\x06\0\0\0exit 3\x85R."),
-    "a call as system": lambda: _stream(
-        MAGIC, 1001, b"\x80\x02cos\nsystem\nX\x06\0\0\0exit 3\x85R.", None, []
+    **{f"name: {name}": named(text) for name, text in NAMES.items()},
+    **{
+        f"{name} is a {kind}": instead(name, kind)
+        for kind in KINDS
+        for name in ("config.json", "model.safetensors")
+    },
+    **{
+        f"{name} is a {kind}": instead(name, kind)
+        for kind in ("pipe", "device", "folder")
+        for name in ("generation_config.json", "neox_bridge.json", "tokenizer.json", "merges.txt")
+    },
+    **{
+        f"{name} is a link that leads out": linked(name)
+        for name in (
+            "config.json generation_config.json neox_bridge.json tokenizer.json "
+            "tokenizer_config.json special_tokens_map.json chat_template.jinja vocab.json"
+        ).split()
+    },
+    "index above": index("../{home.name}/x.safetensors"),
+    "index absolute": index("{home}/x.safetensors"),
+    "index through a linked folder": index("sub/x.safetensors"),
+    "index of bin files above": index("../x.bin", "pytorch_model.bin"),
+    "index of nothing": index(""),
+    "index of the folder": index("."),
+    "index of the folder above": index(".."),
+    "index of a missing file": index("model-00001-of-00001.safetensors"),
+    "index with nul": index("a\0b.safetensors"),
+    "index with a line end": index("a\nb.safetensors"),
+    "index with half a pair": index("\ud800.safetensors"),
+    "index of numbers": index(1),
+    "index of lists": index(["x.safetensors"]),
+    "index of null": index(None),
+    "index of itself": index(_INDEX),
+    "index of the config": index("config.json"),
+    "index is a link that leads out": index_linked,
+    "config of 1 GB": sparse("config.json", 1 << 30),
+    "config of 4 MB of lists": written("config.json", b"[" + b"[]," * ((4 << 20) // 3) + b"0]"),
+    "config of 3 MB of keys": written(
+        "config.json", b"{%s}" % b",".join(b'"%x":0' % n for n in range(300_000))
     ),
-    "keys that are a call": lambda: _stream(
-        MAGIC, 1001, _SYSTEM, _ONE, b"\x80\x02cos\nsystem\nX\x06\0\0\0exit 3\x85R."
+    "deep config": written("config.json", b'{"a":' * 100_000),
+    "config of depth 900": written("config.json", b'{"a":' * 900 + b"0" + b"}" * 900),
+    "binary config": written("config.json", bytes(range(256))),
+    "config is a list": written("config.json", b"[]"),
+    "config is text": written("config.json", b'"config"'),
+    "empty config": written("config.json", b""),
+    "number of a million digits": written("config.json", b'{"a":' + b"9" * 10**6 + b"}"),
+    "deep generation config": written("generation_config.json", b'{"a":' * 999),
+    "generation config of depth 500": written(
+        "generation_config.json", b'{"a":' * 500 + b"0" + b"}" * 500
     ),
-    "keys that aren't text": lambda: _stream(MAGIC, 1001, _SYSTEM, _ONE, [["0"]]),
-    "a million keys": lambda: _stream(
-        MAGIC, 1001, _SYSTEM, _ONE, b"\x80\x02](" + _text("0") * 900_000 + b"e."
+    "record is a list": written("neox_bridge.json", b"[]"),
+    "record with a list of rows": written("neox_bridge.json", b'{"vocab_size":[1]}'),
+    "record with negative rows": written("neox_bridge.json", b'{"vocab_size":-5}'),
+    "record with a text as config": written("neox_bridge.json", b'{"config":"a"}'),
+    "record with a list as settings": written("neox_bridge.json", b'{"neox":{"yml":[1]}}'),
+    "record with a text as iteration": written("neox_bridge.json", b'{"neox":{"iteration":"1"}}'),
+    "tokenizer of depth 100 000": written("tokenizer.json", b'{"model":' + b"[" * 100_000),
+    "tokenizer of 40 MB": written("tokenizer.json", b'{"model":[' + b"[]," * 14_000_000 + b"0]}"),
+    "tokenizer of 1 GB": sparse("tokenizer.json", 1 << 30),
+    "tokenizer of numbers": written("tokenizer.json", b'{"model":{"vocab":[1,2]}}'),
+    "tokenizer of texts": written("tokenizer.json", b'{"model":{"vocab":["","a"]}}'),
+    "tokenizer is a list": written("tokenizer.json", b"[]"),
+    "added tokens are numbers": written(
+        "tokenizer.json", b'{"model":{"vocab":{"a":0}},"added_tokens":[1]}'
     ),
-    "a storage of 8 EB": lambda: _stream(
-        MAGIC, 1001, _SYSTEM, _ONE, ["0"], rest=struct.pack("<q", (1 << 63) - 1)
-    ),
-    "a negative storage": lambda: _stream(
-        MAGIC, 1001, _SYSTEM, _ONE, ["0"], rest=struct.pack("<q", -4) + bytes(16)
-    ),
-    "a smaller storage": lambda: _stream(
-        MAGIC, 1001, _SYSTEM, _ONE, ["0"], rest=struct.pack("<q", 1) + bytes(16)
-    ),
-    "a module from a file": lambda: _stream(
-        MAGIC,
-        1001,
-        _SYSTEM,
-        b"\x80\x02(" + _text("module") + b"ccanary_module\nThing\n" + _text("../canary.py"),
-        rest=_text("import os; os.system('touch canary')") + b"tQ)\x81.",
-    ),
-    "five long pickles": lambda: _stream(
-        MAGIC,
-        1001,
-        b"\x80\x02}" + b"N0" * 400_000 + b".",
-        b"\x80\x02" + b"N0" * 400_000 + b"N.",
-        [],
-    ),
+    "unhashable tokens": written("tokenizer.json", b'{"model":{"vocab":[[[1],2]]}}'),
+    "a billion layers": config(num_hidden_layers=10**9),
+    "layers are text": config(num_hidden_layers="2"),
+    "negative layers": config(num_hidden_layers=-1),
+    "heads are a list": config(num_attention_heads=[4]),
+    "a billion heads": config(num_attention_heads=10**9),
+    "no heads": config(num_attention_heads=0),
+    "infinite heads": config(num_attention_heads=float("inf")),
+    "nan": config(layer_norm_eps=float("nan")),
+    "rotary base of zero": config(rotary_emb_base=0, rope_parameters=None),
+    "rotary fraction of a billion": config(rotary_pct=1e9, rope_parameters=None),
+    "negative rotary fraction": config(rope_parameters={"partial_rotary_factor": -1}),
+    "rope is a list": config(rope_parameters=[1]),
+    "rope is text": config(rope_scaling="linear"),
+    "positions are a mapping": config(max_position_embeddings={}),
+    "a switch is text": config(tie_word_embeddings="false"),
+    "activation is a list": config(hidden_act=["gelu"]),
+    "activation with an escape": config(hidden_act="\x1b[2J"),
+    "model type is a mapping": config(model_type={"gpt_neox": 1}),
 }

@@ -1,6 +1,6 @@
 """Hostile ``.pt`` files end in one line or an inert value: nothing runs, and little is used.
 
-Every case is made by ``attack_files`` and ``attack_pickles`` and read in a process of its own that
+Every case is made by ``attack_torch`` and ``attack_pickles`` and read in a process of its own that
 ``attack_run`` watches: no call, import or write that reading doesn't take, at most 256 MB, and an
 end long before the 30 s of CPU after which it is killed.
 """
@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from attack_files import PICKLE, STREAMS, TENSORS, ZIPS, legacy, stored, tensor, zipped
 from attack_pickles import DEEP, HEAVY, RECORDS, REFUSED, WORK, running
+from attack_torch import PICKLE, STREAMS, TENSORS, ZIPS, legacy, stored, tensor, zipped
 from common import convert, fixture, hf_tensors, step_of
 
 import neox_bridge

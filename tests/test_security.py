@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from attack_files import GOOD, MAGIC, PICKLE, STREAMS, ZIPS, legacy, stored, zipped
 from attack_pickles import REFUSED, WORK, running
+from attack_torch import GOOD, MAGIC, PICKLE, STREAMS, ZIPS, legacy, stored, zipped
 from common import FIXTURES
 from typer.testing import CliRunner
 

@@ -143,7 +143,7 @@ def rope_of(raw: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
-    act = raw.get("hidden_act", "gelu")
+    act = raw.get("hidden_act") or "gelu"
     activation = next((k for k, (hf, _, _) in _ACTIVATIONS.items() if act in hf), str(act))
     pct, base = rope_of(raw)
     first = _LAYER.format(i=0)
@@ -168,6 +168,7 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 
 def _write_hf(config: ModelConfig) -> dict[str, Any]:
     base = whole_number(config.rotary_base)
+    names = _ACTIVATIONS.get(config.activation, ((config.activation,),))[0]
     return {
         **head_config("GPTNeoXForCausalLM", config),
         "model_type": "gpt_neox",
@@ -175,7 +176,7 @@ def _write_hf(config: ModelConfig) -> dict[str, Any]:
         "hidden_size": config.hidden,
         "intermediate_size": config.dims["ffn"],
         **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
-        "hidden_act": _ACTIVATIONS[config.activation][0][0],
+        "hidden_act": names[0],
         "attention_bias": config.attention_bias,
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.initializer_range,
@@ -220,7 +221,8 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
 
 def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
     base = int(config.rotary_base)
-    _, neox, fused = _ACTIVATIONS[config.activation]
+    # another GPT-NeoX layout may hold what transformers hasn't
+    _, neox, fused = _ACTIVATIONS.get(config.activation, ((), (config.activation,), False))
     written: dict[str, Any] = {"hidden_size": config.hidden}
     for name, _, _, _, key, default in _KEYS:
         value = getattr(config, name)
@@ -324,7 +326,8 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[tup
     found = []
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
-        if old in raw and new in rope and float(raw[old]) != float(rope[new]):
+        both = raw.get(old) is not None and rope.get(new) is not None
+        if both and float(raw[old]) != float(rope[new]):
             found.append(
                 (
                     "rope-spellings-differ",

@@ -91,7 +91,7 @@ def _read_hf(
     keys = read_keys(_KEYS, {"max_position_embeddings": family.max_positions, **raw}, hf=True)
     window = raw.get("sliding_window") if family.window else None
     first = LAYER.format(i=0)
-    act = str(raw.get("hidden_act", "silu"))
+    act = str(raw.get("hidden_act") or "silu")
     return ModelConfig(
         **keys,
         dims=dict(dims),

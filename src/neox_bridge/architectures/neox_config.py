@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any, TypeVar
 
 from neox_bridge.architectures.base import Refusal
@@ -14,11 +15,18 @@ GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activa
 
 
 def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
-    """``value`` as an int or a float; yaml reads 1e-5 as text. BridgeError names the key."""
+    """``value`` as an int or a float; yaml reads 1e-5 as text. BridgeError names the key.
+
+    No NaN, no infinity, and an int of a whole number only.
+    """
     try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise BridgeError(f"{key}: {value!r} isn't a number. Correct it in the config.") from None
+        found = kind(value)
+        if not isfinite(found) or (kind is int and found != float(value)):
+            raise ValueError
+        return found
+    except (TypeError, ValueError, OverflowError):
+        shown = str(value)[:60]
+        raise BridgeError(f"{key}: {shown!r} isn't a number. Correct it in the config.") from None
 
 
 def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:

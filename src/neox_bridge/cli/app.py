@@ -21,6 +21,7 @@ from neox_bridge.cli import (
 )
 from neox_bridge.cli.errors import guarded
 from neox_bridge.cli.helping import GroupedCommand
+from neox_bridge.cli.printable import protect_stdout
 
 _EPILOG = "`neox-bridge COMMAND --help` explains a command and shows examples."
 
@@ -79,8 +80,8 @@ def main() -> None:
         # a signal that whoever started us wants ignored (nohup) stays ignored
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        # paths may hold bytes that the terminal's encoding doesn't have
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    protect_stdout()
+    # paths may hold bytes that the terminal's encoding doesn't have
+    if hasattr(sys.stderr, "reconfigure"):
+        sys.stderr.reconfigure(errors="backslashreplace")
     app(prog_name="neox-bridge")

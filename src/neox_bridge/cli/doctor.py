@@ -234,9 +234,9 @@ def _recognised(source: str, as_json: bool) -> list[dict[str, Any]]:
 
     from neox_bridge.compat.recognise import recognise
     from neox_bridge.errors import BridgeError
-    from neox_bridge.layouts.text_files import read_text
+    from neox_bridge.layouts.text_files import LARGE, read_text
 
-    found = recognise(sys.stdin.read() if source == "-" else read_text(source))
+    found = recognise(sys.stdin.read() if source == "-" else read_text(source, LARGE))
     if not found:
         raise BridgeError("No known message is in this text. Paste the whole traceback.")
     facts = [asdict(diagnosis) for diagnosis in found]

@@ -10,7 +10,8 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
-from neox_bridge.cli.output import label, plain
+from neox_bridge.cli.output import label
+from neox_bridge.cli.printable import one_line
 from neox_bridge.errors import BridgeError
 
 _P = ParamSpec("_P")
@@ -83,7 +84,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _say(word: str, message: str) -> None:
     with suppress(OSError):  # nobody is listening any more, and the exit code still tells
-        print(label(word), plain(" ".join(message.splitlines())), file=sys.stderr, flush=True)
+        print(label(word), one_line(message), file=sys.stderr, flush=True)
 
 
 def _os_message(error: OSError) -> str:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from neox_bridge.cli.printable import one_line
+
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Finding
@@ -40,13 +42,13 @@ def tell(plan: "Plan", quiet: bool) -> None:
     if quiet:
         return
     for word, text in _remarks(plan):
-        print(label(word), plain(text), file=sys.stderr)
+        print(label(word), one_line(text), file=sys.stderr)
 
 
 def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
     """Findings on stderr, one a line."""
     for finding in () if quiet else findings:
-        print(label(finding.severity), plain(with_remedy(finding)), file=sys.stderr)
+        print(label(finding.severity), one_line(with_remedy(finding)), file=sys.stderr)
 
 
 def print_plan(plan: "Plan", target: str) -> None:

@@ -21,6 +21,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
 from neox_bridge.layouts.eras import Era, InvFreq, fitting, known_keys
+from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.seal import unsealed
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.planning.common import text_file
@@ -280,6 +281,7 @@ def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
             inside = os.path.relpath(path, folder)
             if skip(inside) or not os.path.isfile(path):
                 continue
+            check_own(path, folder)
             if name == RECORD:
                 yield _record(path, inside)
             else:

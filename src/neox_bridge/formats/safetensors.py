@@ -11,30 +11,29 @@ from dataclasses import replace
 from math import prod
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.formats.dtypes import BY_NAME, BY_SAFETENSORS
+from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.pieces import OutputFile, OutputTensor
 from neox_bridge.planning.sharing import BLOCK
 
-_MAX_HEADER = 100_000_000
+_MAX_HEADER = 32 << 20  # bytes; the library takes 100 MB, of which no model has a hundredth
+_MAX_DIMENSIONS = 64
+_MAX_BYTES = 2**63
 
 
 def read_safetensors(path: str) -> dict[str, TensorRef]:
     """The tensors of a file by name. Raises BridgeError, naming the file, for a damaged one."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise _bad(path, f"it is {size} bytes long, shorter than its header says (truncated?)")
         if length > _MAX_HEADER:
             raise _bad(path, f"its header is {length} bytes long, and {_MAX_HEADER} are allowed")
         raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise _bad(path, f"its header isn't JSON with unique names ({str(error)[:80]})") from None
-    if not isinstance(header, dict):
-        raise _bad(path, "its header isn't a JSON object")
+    header = _header(path, raw)
     start = 8 + length
     tensors = {
         name: _entry(path, name, entry, start)
@@ -45,6 +44,21 @@ def read_safetensors(path: str) -> dict[str, TensorRef]:
     return tensors
 
 
+def _header(path: str, raw: bytes) -> dict[str, object]:
+    if not raw.startswith(b"{"):
+        raise _bad(path, "its header doesn't begin with {")
+    try:
+        header = parse_json(raw, pairs=_unique, constant=_no_number)
+    except ValueError as error:
+        raise _bad(path, f"its header isn't JSON with unique names ({str(error)[:80]})") from None
+    metadata = header.get("__metadata__")
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not texts and metadata is not None:
+        raise _bad(path, "its __metadata__ aren't texts by name")
+    found: dict[str, object] = header
+    return found
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -52,16 +66,25 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
+def _no_number(text: str) -> object:
+    raise ValueError(f"{text} isn't a number of JSON")
+
+
 def _entry(path: str, name: str, entry: object, start: int) -> TensorRef:
     try:
         assert isinstance(entry, dict)
         dtype, shape, (low, high) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        assert isinstance(dtype, str)
+        assert isinstance(shape, list)
         assert all(type(n) is int and n >= 0 for n in (*shape, low, high))
     except (AssertionError, KeyError, TypeError, ValueError):
         raise _bad(path, f"its entry for {name} isn't {{dtype, shape, data_offsets}}") from None
     if dtype not in BY_SAFETENSORS:
-        raise _bad(path, f"{name} has the dtype {dtype!r}, which isn't known here")
+        raise _bad(path, f"{name} has the dtype {dtype[:20]!r}, which isn't known here")
     kind = BY_SAFETENSORS[dtype]
+    # sizes beside a zero count as well, since others multiply them
+    if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) * kind.itemsize >= _MAX_BYTES:
+        raise _bad(path, f"{name} has more dimensions or bytes than any tensor")
     if high - low != prod(shape) * kind.itemsize:
         raise _bad(path, f"{name} has {high - low} bytes, and its shape {shape} takes other many")
     return TensorRef(path, start + low, kind.name, tuple(shape))

@@ -1,9 +1,7 @@
 """Opens what torch.save wrote, of any age, without torch and without running it."""
 
-import os
-import stat
-
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.torch_legacy import read_legacy
 from neox_bridge.formats.torch_zip import not_whole, read_pt
 
@@ -20,9 +18,7 @@ def read_torch(path: str) -> object:
     for whatever isn't such a file or can't be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-            raise BridgeError(f"{path} can't be read: it isn't a regular file.")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             head = file.read(_TAR_MAGIC_AT + 5)
         if head.startswith(_ZIP):
             return read_pt(path)

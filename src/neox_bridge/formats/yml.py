@@ -1,47 +1,107 @@
 """GPT-NeoX's yml files: read as it reads them, several merged, and written."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from datetime import date
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
+from neox_bridge.formats.regular import open_regular
 
-_MOST = 4 << 20
+if TYPE_CHECKING:
+    import yaml
+
+_MOST = 1 << 20  # bytes
+_MOST_EVENTS = 40_000  # of the parser; a value is one, a list or a mapping two
+_DEPTH = 32
+_DIGITS = 40  # of a number
+_NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|[0-9_:.]+)")
 
 
 def read_yml(path: str) -> dict[str, Any]:
     """One yml's keys, with underscores. Raises BridgeError, with the line, for a broken one.
 
-    Tags are refused: only plain values are read. Aliases are too, since they can blow up.
+    Tags are refused: only plain values are read. Aliases are too, since they can blow up, and what
+    is deeper or longer than any config.
     """
     import yaml
 
-    if not os.path.isfile(path):
-        raise BridgeError(f"{path} is missing.")
-    if os.path.getsize(path) > _MOST:
+    with open_regular(path) as file:
+        raw = file.read(_MOST + 1)
+    if len(raw) > _MOST:
         raise BridgeError(f"{path} is larger than {_MOST >> 20} MiB: that isn't a config.")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
-            raise BridgeError(f"{path} has aliases (*name), which no GPT-NeoX config needs.")
+        text = raw.decode("utf-8")
+        if (problem := _problem(text, loader)) is not None:
+            raise BridgeError(f"{path} {problem}.")
         value = yaml.load(text, Loader=loader)  # the safe loader
     except UnicodeDecodeError:
         raise BridgeError(f"{path} isn't a text file.") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
-        what = getattr(error, "problem", None) or str(error)[:120]
+        what = getattr(error, "problem", None) or str(error)
         raise BridgeError(
-            f"{path}{line}: not valid yml ({what}). Correct it; GPT-NeoX can't read it either."
+            f"{path}{line}: not valid yml ({what[:120]}). Correct it; GPT-NeoX can't read it "
+            "either."
         ) from None
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a yml of keys and values.")
-    return {str(key).replace("-", "_"): entry for key, entry in value.items()}
+    return {key.replace("-", "_"): entry for key, entry in _plain(value, path).items()}
+
+
+def _problem(text: str, loader: Any) -> str | None:
+    """What of the text no config has, found before any of it becomes a value."""
+    import yaml
+
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=loader)):
+        if count > _MOST_EVENTS:
+            return "holds more values than any config"
+        if isinstance(event, yaml.AliasEvent):
+            return "has aliases (*name), which no GPT-NeoX config needs"
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent) and _is_long_number(event):
+            return f"has a number of {len(event.value):,} characters"
+        if depth > _DEPTH:
+            return "nests more deeply than any config"
+    return None
+
+
+def _is_long_number(event: "yaml.ScalarEvent") -> bool:
+    """Whether yaml would make a number of it that is too long to work with, to base 60 too."""
+    return len(event.value) > _DIGITS and _NUMBER.fullmatch(event.value) is not None
+
+
+def _plain(value: Any, path: str) -> Any:
+    """A value of JSON's kinds, with text for a date; its keys are printable text.
+
+    Raises BridgeError for bytes, sets and pairs, and for keys of such kinds.
+    """
+    if isinstance(value, dict):
+        return {_key(key, path): _plain(entry, path) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry, path) for entry in value]
+    if isinstance(value, date):
+        return value.isoformat()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise BridgeError(f"{path} holds {type(value).__name__}, and a config holds plain values only.")
+
+
+def _key(key: object, path: str) -> str:
+    text = str(_plain(key, path)) if not isinstance(key, dict | list) else ""
+    if not text.isprintable() or not 0 < len(text) <= 200:
+        raise BridgeError(f"{path} has the key {text[:60]!r}, which isn't a setting's name.")
+    return text
 
 
 def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
@@ -56,7 +116,7 @@ def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
                 same = (
                     "with the same value"
                     if merged[key] == value
-                    else (f"as {merged[key]!r} and {value!r}; the latter is taken")
+                    else f"as {_shown(merged[key])} and {_shown(value)}; the latter is taken"
                 )
                 findings.append(
                     Finding(
@@ -68,6 +128,11 @@ def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
                 )
             merged[key], origin[key] = value, name
     return merged, findings
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def dump_yml(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> bytes:

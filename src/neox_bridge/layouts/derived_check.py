@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.findings import Finding
+from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_ref import TensorRef
 
 # the rounding of a stored value, twice: once stored, once computed on another machine
 _ROUNDING = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 _SUBNORMAL = {"float16": 6e-8}
-_MOST = 16 << 20  # bytes of a vector: more than any model's
+_MOST = 4 << 20  # bytes of a bias or a buffer; what is larger is neither
 
 
 def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> list[Finding]:
@@ -52,7 +53,7 @@ def is_zero(ref: TensorRef) -> bool:
 
     from neox_bridge.formats.dtypes import to_numpy
 
-    if ref.strides is not None:
+    if ref.strides is not None or ref.nbytes > _MOST:
         return False
     small = ref.nbytes <= _MOST
     return small and not np.any(np.frombuffer(_read(ref), to_numpy(ref.dtype)) != 0)
@@ -60,7 +61,7 @@ def is_zero(ref: TensorRef) -> bool:
 
 def _read(ref: TensorRef) -> bytes:
     """All of a tensor of up to ``_MOST`` bytes."""
-    with open(ref.file, "rb") as file:
+    with open_regular(ref.file) as file:
         file.seek(ref.offset)
         return file.read(ref.nbytes)
 

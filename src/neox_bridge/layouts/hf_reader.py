@@ -9,14 +9,18 @@ from typing import Any
 from neox_bridge.architectures import complete, for_hf, form_of
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Presence
 from neox_bridge.architectures.heads import SCORE, refuse_labels
+from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.own_files import brought_along, check_own
+from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
-from neox_bridge.layouts.text_files import read_json
+from neox_bridge.layouts.tensor_names import check_names
+from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.untrusted import tensors_of
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
@@ -30,12 +34,16 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
 
     What another library has no words for comes from this tool's record beside it.
     """
-    told = read_json(os.path.join(path, "config.json"))
-    raw, form = complete(told), form_of(told)
+    config = os.path.join(path, "config.json")
+    check_own(config, path)
+    told = read_json(config)
+    check_hf(told)
+    raw, form = dict(complete(told)), form_of(told)
     if form is not None:
-        kept = _record(path).get("config")
+        kept = read_record(path).get("config")
         if isinstance(kept, dict) and kept.get("model_type") == raw["model_type"]:
             raw = {**kept, **raw}
+    check_hf(raw)  # what mamba_ssm says in its own words too
     architecture = for_hf(raw)
     refs, files = _read_tensors(path)
     named, dropped = _normalise(architecture, refs, path)
@@ -45,11 +53,6 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     inv_freqs = {k: v for k, v in refs.items() if k.endswith("rotary_emb.inv_freq")}
     wholes = {name: whole_of(ref) for name, ref in named.items()}
     return checkpoint_of(path, raw, wholes, files, dropped, inv_freqs, revision, form)
-
-
-def _record(path: str) -> dict[str, Any]:
-    file = os.path.join(path, RECORD)
-    return read_json(file) if os.path.exists(file) else {}
 
 
 def checkpoint_of(
@@ -85,7 +88,7 @@ def checkpoint_of(
     findings += _check_sizes(raw, dims)
     findings += check_inv_freq(config, inv_freqs)
     tokenizer = tokenizer_files(path)
-    record = _record(path)
+    record = read_record(path)
     generation = os.path.join(path, "generation_config.json")
     return Checkpoint(
         kind="hf",
@@ -102,7 +105,7 @@ def checkpoint_of(
         tokenizer=tokenizer,
         tokenizer_size=tokenizer_size(tokenizer),
         generation=read_json(generation)
-        if os.path.exists(generation)
+        if brought_along(generation, path)
         else record.get("generation_config") or {},
         revision=revision,
         form=form,
@@ -123,13 +126,14 @@ def _read_tensors(path: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
 
 
 def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
-    weight_map = read_json(index).get("weight_map")
+    check_own(index, path)
+    weight_map = read_json(index, LARGE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
     tensors: dict[str, TensorRef] = {}
     names = sorted(set(weight_map.values()))
     for name in names:
-        if os.path.basename(name) != name:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
             raise BridgeError(
                 f"{index} names {name!r}, which isn't a file beside it. Don't use it."
             )
@@ -150,7 +154,9 @@ def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[st
 
 def _read_file(file: str) -> dict[str, TensorRef]:
     if file.endswith(".safetensors"):
-        return read_safetensors(file)
+        tensors = read_safetensors(file)
+        check_names(tensors, file)
+        return tensors
     from neox_bridge.formats.torch_file import read_torch
 
     value = read_torch(file)
@@ -158,6 +164,7 @@ def _read_file(file: str) -> dict[str, TensorRef]:
         value = value["state_dict"]
     if not isinstance(value, dict):
         raise BridgeError(f"{file} holds no state dict. Is it the weights of a model?")
+    check_names(value, file)
     return tensors_of(value, file)
 
 
@@ -191,8 +198,10 @@ def _normalise(
 
 
 def _count_layers(named: Iterable[str], path: str, raw: Mapping[str, Any]) -> int:
-    numbers = {int(m.group(1)) for key in named if (m := re.search(r"\.layers\.(\d+)\.", key))}
-    layers = max(numbers, default=-1) + 1
+    found = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in named)
+    layers = max((int(match[1]) for match in found if match), default=-1) + 1
+    if layers > MOST_LAYERS:
+        raise BridgeError(f"{path} holds tensors of a layer {layers - 1}, which no model has.")
     told = raw.get("num_hidden_layers")
     if told is not None and told != layers:
         raise BridgeError(

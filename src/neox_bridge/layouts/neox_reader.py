@@ -4,27 +4,26 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
+from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import merge_ymls
 from neox_bridge.layouts.assemble import assemble
-from neox_bridge.layouts.checkpoint import (
-    RECORD,
-    Checkpoint,
-    LayoutName,
-    NeoxState,
-    some,
-)
+from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
 from neox_bridge.layouts.derived_check import is_zero
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
-from neox_bridge.layouts.text_files import read_json, read_text
+from neox_bridge.layouts.own_files import brought_along, check_own
+from neox_bridge.layouts.record_file import read_record
+from neox_bridge.layouts.tensor_names import check_names
+from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.layouts.untrusted import settings, tensors_of, text, whole
@@ -37,6 +36,8 @@ _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt"
 _STEP = re.compile(r"global_step(\d+)")
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
 _MOST_LAYERS = 10_000
+_LONGEST_TAG = 1024  # bytes
+_SHOWN = 7  # of the files that are missing, of which there may be any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,12 @@ def step_folder(path: str, step: int | None) -> tuple[str, str]:
             raise BridgeError(f"--step {step}: {path} is one step already. Name its parent.")
         return os.path.dirname(path), os.path.basename(path)
     steps = sorted(
-        (name for name in os.listdir(path) if _STEP.fullmatch(name)), key=lambda n: int(n[11:])
+        (name for name in list_folder(path) if _STEP.fullmatch(name)), key=lambda n: int(n[11:])
     )
     if step is not None:
         tag = f"global_step{step}"
-    elif os.path.isfile(latest := os.path.join(path, "latest")):
-        tag = read_text(latest).strip()
+    elif brought_along(latest := os.path.join(path, "latest"), path):
+        tag = read_text(latest, _LONGEST_TAG).strip()
     elif len(steps) == 1:
         tag = steps[0]
     else:
@@ -95,7 +96,7 @@ def open_neox(
     root, tag = step_folder(path, step)
     folder = os.path.join(root, tag)
     raw, findings = _read_configs(folder, configs)
-    names = sorted(os.listdir(folder))
+    names = list_folder(folder)
     if zero3 := [name for name in names if _ZERO3.fullmatch(name)]:
         raise Refused(
             f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which holds slices of parameters. "
@@ -105,9 +106,9 @@ def open_neox(
     read = _read_layers(folder, names, raw) if any(map(_LAYER.fullmatch, names)) else None
     read = read or _read_ranks(folder, names)
     args = settings(read.meta, folder)
+    check_neox(args, f"{folder}: the args of its mp_rank files")
     _check_args(raw, args, read, folder)
-    record_path = os.path.join(folder, RECORD)
-    record = read_json(record_path) if os.path.exists(record_path) else {}
+    record = read_record(folder)
     plain = to_plain(read.ranks, raw, folder)
     raw, read = dict(plain.raw), replace(read, ranks=plain.ranks)
     architecture = _family(raw, record, read)
@@ -120,6 +121,7 @@ def open_neox(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
     tokenizer = _tokenizer(root, raw)
+    version = read.meta.get("ds_version")
     state = NeoxState(
         root=root,
         step=tag,
@@ -178,14 +180,18 @@ def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> A
 def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
     if not configs:
         inside = os.path.join(folder, "configs")
-        names = sorted(os.listdir(inside)) if os.path.isdir(inside) else []
+        names = list_folder(inside) if os.path.isdir(inside) else []
         configs = [os.path.join(inside, n) for n in names if n.endswith((".yml", ".yaml", ".json"))]
+        for path in configs:
+            check_own(path, folder, os.path.dirname(folder))
     if not configs:
         raise BridgeError(
             f"{folder} has no configs/*.yml, and without them the heads, the norms and the rotary "
             "settings are unknown. Name the yml files of the run with --config."
         )
-    return merge_ymls(configs)
+    raw, findings = merge_ymls(configs)
+    check_neox(raw, f"{folder}/configs")
+    return raw, findings
 
 
 def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int:
@@ -213,13 +219,13 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in found}
     if raw.get("no_weight_tying"):
         want.add(layers + 4)
-    missing = [
+    lacking = (
         f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
         for layer in sorted(want)
         for rank in range(tp)
         if (layer, rank) not in found
-    ]
-    if missing:
+    )
+    if missing := list(islice(lacking, _SHOWN)):
         raise BridgeError(
             f"{folder} isn't whole: {some(missing)} missing, of {layers} layers on {tp} "
             "tensor-parallel ranks. Copy the checkpoint again."
@@ -282,7 +288,7 @@ def _check_count(folder: str, what: str, count: int, found: int) -> None:
 def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str, TensorRef]]:
     layers: dict[int, dict[str, TensorRef]] = {}
     for key, ref in tensors.items():
-        match = re.fullmatch(r"(?:module\.)?sequential\.(\d+)\.(.+)", key)
+        match = re.fullmatch(r"(?:module\.)?sequential\.(\d{1,9})\.(.+)", key)
         if match is None:
             raise BridgeError(f"{path}: {key} isn't named sequential.N.…, as GPT-NeoX names them.")
         layers.setdefault(int(match[1]), {})[match[2]] = ref
@@ -299,6 +305,7 @@ def _read_meta(path: str) -> dict[str, Any]:
 def _tensors(value: object, path: str) -> dict[str, TensorRef]:
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no state dict.")
+    check_names(value, path)
     own = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
     if strange := [str(k)[:100] for k, v in own.items() if not isinstance(v, TensorRef)]:
         raise BridgeError(
@@ -342,7 +349,7 @@ def _tokenizer(root: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
             beside = tokenizer_files(os.path.dirname(os.path.abspath(place)))
             named = os.path.basename(place) == "tokenizer.json"
             return beside if named else (os.path.abspath(place),)
-    return tokenizer_files(os.path.join(root, "tokenizer"))
+    return tokenizer_files(os.path.join(root, "tokenizer"), root)
 
 
 def _is_hf(raw: Mapping[str, Any]) -> bool:

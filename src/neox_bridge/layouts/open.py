@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.text_files import list_folder
 
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 _REPO = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -16,7 +17,7 @@ def detect(path: str) -> Kind:
     """Whether a folder is of Hugging Face or of GPT-NeoX. Raises BridgeError if it is neither."""
     if not os.path.isdir(path):
         raise BridgeError(f"{path} isn't a folder. Name the folder that holds the checkpoint.")
-    names = os.listdir(path)
+    names = list_folder(path)
     if "config.json" in names and any(map(_WEIGHTS.fullmatch, names)):
         return "hf"  # transformers' Trainer puts DeepSpeed's global_stepN beside them
     if re.fullmatch(r"global_step\d+", os.path.basename(os.path.abspath(path))):

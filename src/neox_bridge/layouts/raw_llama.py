@@ -12,12 +12,16 @@ from typing import Any
 
 from neox_bridge.architectures.base import Split
 from neox_bridge.architectures.neox_config import number
+from neox_bridge.architectures.setting_types import check_hf
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.formats.tensor_ref import TensorRef, row_major
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.hf_reader import checkpoint_of
+from neox_bridge.layouts.own_files import check_own
+from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.layouts.untrusted import tensors_of
 from neox_bridge.planning.geometry import gather
@@ -68,12 +72,14 @@ def open_raw_llama(path: str) -> Checkpoint:
 
     Raises BridgeError or Refused, naming the file or the key.
     """
+    check_own(os.path.join(path, PARAMS), path)
     told = read_json(os.path.join(path, PARAMS))
     params = _read_params(told, os.path.join(path, PARAMS))
     found = {int(m[1]): m[0] for name in os.listdir(path) if (m := _FILE.fullmatch(name))}
-    if missing := [n for n in range(max(found) + 1) if n not in found]:
+    missing = next((n for n in range(max(found) + 1) if n not in found), None)
+    if missing is not None:
         raise BridgeError(
-            f"{path} isn't whole: consolidated.{missing[0]:02d}.pth is missing. Download it again."
+            f"{path} isn't whole: consolidated.{missing:02d}.pth is missing. Download it again."
         )
     files = tuple(os.path.join(path, found[n]) for n in sorted(found))
     shards = [_tensors(file) for file in files]
@@ -106,6 +112,11 @@ def _read_params(told: Mapping[str, Any], path: str) -> _Params:
         )
     if "moe" in told or "quantization_args" in told:
         raise Refused(f"{path}: experts and quantized weights aren't Llama's plain ones.")
+    names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "norm_eps": "rms_norm_eps"}
+    names |= {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+    names |= {"rope_theta": "rope_theta", "max_seq_len": "max_position_embeddings"}
+    for own, name in names.items():
+        check_hf({name: told.get(own)}, f"{path}: {own}")
     heads = number("n_heads", told["n_heads"], int)
     return _Params(
         number("dim", told["dim"], int),
@@ -120,6 +131,7 @@ def _tensors(file: str) -> dict[str, TensorRef]:
     value = read_torch(file)
     if not isinstance(value, dict):
         raise BridgeError(f"{file} holds no state dict. Is it the weights of a Llama?")
+    check_names(value, file)
     return tensors_of(value, file)
 
 
@@ -144,6 +156,10 @@ def _gathered(
         if len(refs) < len(shards):
             raise BridgeError(f"{path}: {key} isn't in all {len(shards)} files: left-over ones?")
         hf, split = rows[pattern]
+        if len({(ref.dtype, ref.shape) for ref in refs}) > 1:
+            raise BridgeError(f"{path}: {key} has another shape or dtype in some of the files.")
+        if len(refs[0].shape) != (1 if split == "replicated" else 2):
+            raise BridgeError(f"{path}: {key} has the shape {list(refs[0].shape)}: it is damaged.")
         if key == "tok_embeddings.weight" and refs[0].shape[-1] == params.hidden:
             split = "column"  # by rows since Llama 3
         whole = gather(split, refs, row_bias_sums=False)
@@ -159,7 +175,7 @@ def _gathered(
 def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
     """The rows of each head: first those of even number, then those of odd."""
     rows, columns = whole.shape
-    if rows % (2 * heads):
+    if not heads or not rows or rows % (2 * heads):
         raise BridgeError(f"{path}: {key} has {rows} rows, which aren't {heads} heads of pairs.")
     width = rows // heads
     pieces = []
@@ -174,7 +190,7 @@ def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
                 first = (head * width + odd) * down
                 view = TensorRef(
                     ref.file,
-                    ref.offset + first * (ref.nbytes // (ref.shape[0] * ref.shape[1])),
+                    ref.offset + first * itemsize(ref.dtype),
                     ref.dtype,
                     (width // 2, columns),
                     (2 * down, right),

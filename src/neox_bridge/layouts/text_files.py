@@ -5,34 +5,53 @@ import os
 from typing import Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.bounded_json import DEPTH, parse_json
+from neox_bridge.formats.regular import open_regular
 
-_MOST = 64 << 20
+_MOST = 4 << 20  # bytes of a config
+LARGE = 48 << 20  # of a tokenizer or an index
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, most: int = _MOST) -> str:
     """The text of a small file. Raises BridgeError for one that isn't UTF-8 or is too large."""
-    if not os.path.isfile(path):
-        raise BridgeError(f"{path} is missing.")
-    if os.path.getsize(path) > _MOST:
-        raise BridgeError(f"{path} is larger than {_MOST >> 20} MiB: that isn't a text file.")
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return _read(path, most).decode("utf-8")
     except UnicodeDecodeError:
         raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises BridgeError, with the line, for anything else."""
+def read_json(path: str, most: int = _MOST, depth: int | None = DEPTH) -> dict[str, Any]:
+    """A JSON object from a file. Raises BridgeError, with the line, for anything else.
+
+    most: bytes. depth: see ``parse_json``.
+    """
     try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(_read(path, most), depth)
+    except UnicodeDecodeError:
+        raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
+    except ValueError as error:
         raise BridgeError(
             f"{path} isn't JSON: {str(error)[:120]}. Correct or download it."
         ) from None
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a JSON object. Download it again.")
     return value
+
+
+def _read(path: str, most: int) -> bytes:
+    with open_regular(path) as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise BridgeError(f"{path} is larger than {most:,} bytes: it isn't what it should be.")
+    return raw
+
+
+def list_folder(path: str) -> list[str]:
+    """The names in a folder, sorted. Raises BridgeError where it can't be listed."""
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise BridgeError(f"{path} can't be listed: {error.strerror}.") from None
 
 
 def dump_json(value: object) -> bytes:

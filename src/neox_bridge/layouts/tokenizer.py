@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.text_files import read_json
+from neox_bridge.formats.regular import open_regular
+from neox_bridge.layouts.own_files import brought_along
+from neox_bridge.layouts.text_files import LARGE, read_json
 
 NAMES = (
     "tokenizer.json",
@@ -41,10 +43,16 @@ class Tokenizer:
     main: str | None = None
 
 
-def tokenizer_files(folder: str) -> tuple[str, ...]:
-    """The tokenizer files that lie in a folder."""
-    paths = (os.path.join(folder, name) for name in NAMES)
-    return tuple(path for path in paths if os.path.isfile(path))
+def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
+    """The tokenizer files that lie in a folder, in the checkpoint's root, by default the folder.
+
+    Raises BridgeError for what isn't a file or leads out of it: they are copied as they are.
+    """
+    paths = [os.path.join(folder, name) for name in NAMES]
+    found = tuple(path for path in paths if brought_along(path, root or folder))
+    for path in found:
+        open_regular(path).close()
+    return found
 
 
 def tokenizer_at(path: str) -> tuple[str, ...]:
@@ -56,7 +64,7 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
         return found
     if not os.path.isfile(path):
         raise BridgeError(f"--tokenizer {path}: no such file or folder.")
-    if "model" not in read_json(path):
+    if "model" not in _read(path):
         raise BridgeError(f"--tokenizer {path}: not a tokenizer.json (it has no model).")
     return (path,)
 
@@ -98,13 +106,17 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
     return Tokenizer(tuple(copies), tuple(generated), size, ends, name)
 
 
+def _read(file: str) -> dict[str, Any]:
+    return read_json(file, LARGE, depth=None)
+
+
 def _entries(file: str) -> Mapping[str, int]:
-    data = read_json(file)
+    data = _read(file)
     try:
         vocab = data["model"]["vocab"]
         if isinstance(vocab, list):
             vocab = {entry[0]: number for number, entry in enumerate(vocab)}
         added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
         return {**vocab, **added}
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError, AttributeError):
         raise BridgeError(f"{file} isn't a tokenizer.json: no vocabulary in it.") from None

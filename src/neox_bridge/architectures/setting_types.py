@@ -1,0 +1,134 @@
+"""What kinds of values the settings have that are read, so that no other code meets another kind.
+
+Of config.json: transformers' configuration classes. Of the yml: GPT-NeoX's
+megatron/neox_arguments/neox_args.py and deepspeed_args.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+
+MOST_LAYERS = 4096
+_MOST_HEADS = 4096
+_MOST = 2**53
+_LONGEST = 200  # characters of a name
+
+_Kind = tuple[str, Callable[[Any], bool]]
+
+
+def _whole(most: int, told: str = "") -> _Kind:
+    return (
+        f"a whole number from 0 to {told or most}",
+        lambda v: _is_number(v) and float(v).is_integer() and 0 <= v <= most,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FLOATS
+
+
+_FLOATS = 1e300  # the largest number that is taken; NaN and infinities aren't below it
+_COUNT, _LAYERS, _HEADS = _whole(_MOST, "2**53"), _whole(MOST_LAYERS), _whole(_MOST_HEADS)
+_NUMBER: _Kind = ("a finite number", _is_number)
+_SHARE: _Kind = ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
+_BASE: _Kind = ("a number above 0", lambda v: _is_number(v) and v > 0)
+_SWITCH: _Kind = ("true or false", lambda v: isinstance(v, int) and v in (0, 1))
+_MAPPING: _Kind = ("keys and values", lambda v: isinstance(v, dict))
+_LIST: _Kind = ("a list", lambda v: isinstance(v, list))
+_NAME: _Kind = (
+    "a name",
+    lambda v: isinstance(v, str) and len(v) <= _LONGEST and v.isprintable(),
+)
+
+
+def _table(**kinds: tuple[_Kind, str]) -> dict[str, _Kind]:
+    return {key: kind for kind, keys in kinds.values() for key in keys.split()}
+
+
+_ROPE = {"rope_theta": _BASE, "partial_rotary_factor": _SHARE}
+HF = _table(
+    counts=(
+        _COUNT,
+        """num_hidden_layers hidden_size intermediate_size vocab_size max_position_embeddings
+        head_dim sliding_window state_size conv_kernel expand n_layer d_model""",
+    ),
+    heads=(_HEADS, "num_attention_heads num_key_value_heads"),
+    numbers=(
+        _NUMBER,
+        """layer_norm_eps rms_norm_eps layer_norm_epsilon hidden_dropout attention_dropout
+        initializer_range""",
+    ),
+    shares=(_SHARE, "rotary_pct partial_rotary_factor"),
+    bases=(_BASE, "rotary_emb_base rope_theta"),
+    switches=(
+        _SWITCH,
+        """tie_word_embeddings use_parallel_residual attention_bias mlp_bias use_bias use_conv_bias
+        rms_norm residual_in_fp32 use_sliding_window tie_embeddings""",
+    ),
+    mappings=(_MAPPING, "rope_parameters rope_scaling"),
+    lists=(_LIST, "architectures"),
+    names=(_NAME, "model_type hidden_act transformers_version torch_dtype dtype"),
+)
+NEOX = _table(
+    layers=(_LAYERS, "num_layers num_unique_layers"),
+    heads=(_HEADS, "num_attention_heads num_kv_heads"),
+    counts=(
+        _COUNT,
+        """hidden_size intermediate_size max_position_embeddings seq_length moe_num_experts
+        num_experts make_vocab_size_divisible_by mlp_multiple_of sliding_window_width
+        padded_vocab_size model_parallel_size pipe_parallel_size iteration""",
+    ),
+    numbers=(
+        _NUMBER,
+        """layernorm_epsilon rms_norm_epsilon scalenorm_epsilon hidden_dropout attention_dropout
+        expansion_factor""",
+    ),
+    shares=(_SHARE, "rotary_pct"),
+    bases=(_BASE, "rotary_emb_base"),
+    switches=(
+        _SWITCH,
+        """gpt_j_residual gpt_j_tied no_weight_tying bias_gelu_fusion use_bias_in_attn_linear
+        use_bias_in_mlp use_bias_in_norms use_qk_layernorm use_mup te_mha te_layernorm_mlp
+        rmsnorm_fusion rotary_save_freqs_buffer mamba_use_bias_in_conv mamba_use_bias_in_linears""",
+    ),
+    mappings=(_MAPPING, "soft_prompt_tuning"),
+    names=(_NAME, "norm pos_emb activation mlp_type tokenizer_type train_impl precision"),
+)
+
+
+def check_hf(raw: Mapping[str, Any], where: str = "config.json") -> None:
+    """Raise BridgeError, naming the key, where a config.json has a value of another kind."""
+    _check(raw, HF, where)
+    _check(raw.get("rope_parameters") or {}, _ROPE, f"{where}: rope_parameters")
+
+
+def check_neox(raw: Mapping[str, Any], where: str) -> None:
+    """The same for a merged yml, or for the args of a checkpoint; yaml reads 1e-5 as text."""
+    numbers = {key: _as_number(value) for key, value in raw.items() if key in NEOX}
+    _check(numbers, NEOX, where)
+
+
+def _check(raw: Mapping[str, Any], kinds: Mapping[str, _Kind], where: str) -> None:
+    for key, (what, fits) in kinds.items():
+        if raw.get(key) is not None and not fits(raw[key]):
+            raise BridgeError(f"{where}: {key}: {str(raw[key])[:60]!r} isn't {what}. Correct it.")
+
+
+def _as_number(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def is_count(value: object) -> bool:
+    """Whether this is a whole number of things, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def is_name(value: object) -> bool:
+    """Whether this is a short text that can be shown."""
+    return _NAME[1](value)

@@ -1,0 +1,61 @@
+"""JSON from an untrusted file: parsed within bounds of time, memory and depth."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# The most that the parser may take, in bytes, by an estimate: the text, what of it becomes strings,
+# and CPython's objects for each mark of the syntax (marks within strings count too).
+_MOST_MEMORY = 216 << 20
+_COSTS = {"{": 200, "[": 72, ":": 200, ",": 64}
+_DIGITS = 40  # of a number; transformers writes 10**30 for "no limit"
+DEPTH = 64
+
+
+def parse_json(
+    raw: bytes,
+    depth: int | None = DEPTH,
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    constant: Callable[[str], Any] | None = None,
+) -> Any:
+    """The value. Raises ValueError, with a short reason, for what isn't JSON or exceeds a bound.
+
+    depth: how deeply containers may nest; None where nothing walks them.
+    pairs, constant: as ``object_pairs_hook`` and ``parse_constant`` of json.loads.
+    """
+    text = raw.decode("utf-8")
+    memory = 2 * sys.getsizeof(text) + sum(text.count(mark) * c for mark, c in _COSTS.items())
+    if memory > _MOST_MEMORY:
+        raise ValueError(
+            f"it would take some {memory >> 20:,} MiB, and {_MOST_MEMORY >> 20} may be"
+        )
+    try:
+        value = json.loads(text, parse_int=_int, object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    if depth is not None and deeper(value, depth):
+        raise ValueError("it nests too deeply")
+    return value
+
+
+def deeper(value: object, depth: int) -> bool:
+    """Whether lists and dictionaries nest more deeply than this; without recursion."""
+    level = [value]
+    for _ in range(depth + 1):
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        if not below:
+            return False
+        level = below
+    return True
+
+
+def _int(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)

@@ -1,0 +1,44 @@
+"""Which files a checkpoint may bring along: those in its folder, never another's through a link.
+
+What small files hold goes into the output, as it is or by its values. An archive from elsewhere may
+have a link named tokenizer.json or config.json that leads to a key or a password: a conversion
+would put it into what is then uploaded. Weights are only ever read as tensors, and their links are
+followed wherever they lead: many keep them on another disk.
+"""
+
+import os
+import re
+
+from neox_bridge.errors import BridgeError
+
+# Hugging Face's cache: snapshots/COMMIT holds links to blobs (huggingface_hub, file_download.py)
+_CACHED = re.compile(r"(.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?", re.DOTALL)
+
+
+def check_own(path: str, *folders: str) -> None:
+    """Raise BridgeError where a file lies in none of these folders once its links are followed.
+
+    For a folder of Hugging Face's cache the blobs beside it count as well.
+    """
+    real = os.path.realpath(path)
+    for folder in map(os.path.realpath, folders):
+        cached = _CACHED.fullmatch(folder)
+        # a link in place of the blobs' own folder would have been followed in ``real``
+        homes = (folder, os.path.join(cached[1], "blobs")) if cached else (folder,)
+        if any(real.startswith(os.path.join(home, "")) for home in homes):
+            return
+    raise BridgeError(
+        f"{path} is a link that leads out of {folders[0]}, to {real}, and what it holds would "
+        "come into the output. Put a copy in its place if it belongs to this checkpoint."
+    )
+
+
+def brought_along(path: str, *folders: str) -> bool:
+    """Whether there is such a file, or a link of this name. Raises BridgeError as ``check_own``.
+
+    Links that lead nowhere are files that are missing, which whoever opens them says.
+    """
+    if not os.path.lexists(path):
+        return False
+    check_own(path, *folders)
+    return True
