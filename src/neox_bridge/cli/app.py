@@ -16,6 +16,7 @@ from neox_bridge.cli import (
     inspect,
     patch,
     report,
+    reshard,
     toy,
     verify,
 )
@@ -45,6 +46,7 @@ for _command, _short in (
     (verify.verify, "Say whether what was made of a checkpoint is that checkpoint."),
     (verify.diff, "Compare two checkpoints, tensor by tensor."),
     (audit.audit, "Look through the checkpoints of a run or a suite for what is wrong."),
+    (reshard.reshard, "Write a run for other ranks, with its optimizer."),
     (report.report, "Make one HTML page of checkpoints and results."),
     (toy.toy, "Write a random checkpoint of a Pythia's shape."),
 ):

@@ -176,3 +176,29 @@ def _precision(dtype: str) -> dict[str, Any]:
     if dtype == "bfloat16":
         return {"precision": "bfloat16"}
     return {"precision": "fp32"}
+
+
+def resume_yml(
+    raw: Mapping[str, Any], changed: Mapping[str, Any], root: str
+) -> tuple[bytes, bytes]:
+    """A yml with which a run goes on from ``root``, and the same without files, for configs.
+
+    raw: the run's own settings. changed: the layout, the batch, and what else isn't as it was.
+    """
+    rest = {
+        _ALIASES.get(key, key): value
+        for key, value in raw.items()
+        if not _ELSEWHERE.fullmatch(key) and key not in ("load", "save", "finetune")
+    }
+    data = {
+        key: value
+        for key, value in raw.items()
+        if re.fullmatch(".*_data_(paths?|weights)|data_path", key)
+    }
+    for key in changed:
+        rest.pop(key, None)
+    files = {"load": root, "save": root, "finetune": False}
+    comment = "the run goes on from here: weights, optimizer, schedule, random states"
+    layout = ("its layout and batch: must stay as they are", changed)
+    run = ("the run's own settings", {**rest, **data})
+    return dump_yml([(comment, files), layout, run]), dump_yml([layout, run])

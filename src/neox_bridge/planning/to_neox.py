@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,7 +25,7 @@ from neox_bridge.planning.common import (
     tokenizer_outputs,
 )
 from neox_bridge.planning.fused import fusion_of
-from neox_bridge.planning.neox_files import Shape, weight_files
+from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
 from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step_yml
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
@@ -40,7 +41,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     Raises Refused for a layout that the model doesn't fit.
     """
     architecture, config = checkpoint.architecture, checkpoint.config
-    shape, era = _shape(checkpoint, options)
+    shape, era = target_shape(checkpoint, options)
     findings = _check_era(architecture, config, shape, era, options)
     if shape.te:
         findings += check_target(checkpoint, shape.tp, era, options)
@@ -63,8 +64,9 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         wholes[name] = cast(whole, options.dtype)
     iteration = _iteration(checkpoint)
     step = f"global_step{iteration}"
-    args = _args(config, vocabulary, shape.tp)
-    files = list(weight_files(step, architecture, config, wholes, shape, args, iteration))
+    args = checkpoint_args(config, vocabulary, shape.tp)
+    metadata = partial(start_of_run, shape, args, iteration)
+    files = list(weight_files(step, architecture, config, wholes, shape, metadata))
     found = _settings(checkpoint, config, shape, era, vocabulary, options)
     own = {key for key in found.unknown if checkpoint.kind == "neox"}
     dropped += [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in sorted(own)]
@@ -107,7 +109,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     )
 
 
-def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
+def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
+    """How the target is laid out, and which trees it fits. Raises BridgeError and Refused."""
     state, era = checkpoint.neox, options.era
     layout = options.layout or ("ranks" if options.pp == 0 else None)
     if layout is None and options.pp:
@@ -272,7 +275,7 @@ def _iteration(checkpoint: Checkpoint) -> int:
     return int(match[1]) if match else 0
 
 
-def _args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dict[str, Any]:
+def checkpoint_args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dict[str, Any]:
     """What GPT-NeoX compares at load (megatron/checkpointing.py, check_checkpoint_args)."""
     return {
         "num_layers": config.layers,

@@ -1,0 +1,144 @@
+"""Optimizer states of two checkpoints compared, by state and by the model's tensors."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from math import prod
+
+from neox_bridge.errors import Unverified
+from neox_bridge.execution.context import Context
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.flat import segments
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.optimizer import Optimizer, states
+from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.layouts.weights import by_name
+from neox_bridge.planning.geometry import with_rows
+from neox_bridge.planning.pieces import Piece, Whole, cut
+from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
+from neox_bridge.verification.verify import describe, summary, verify
+
+
+def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
+    """The states by one name each: the state's, a colon, the tensor's."""
+    return {
+        f"{key}: {name}": whole
+        for key, wholes in states(checkpoint, optimizer).items()
+        for name, whole in wholes.items()
+    }
+
+
+def compare_states(
+    source: tuple[Checkpoint, Optimizer],
+    target: tuple[Checkpoint, Optimizer],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Difference]:
+    """What differs, of every state and tensor of either.
+
+    Rows of padding that the target has more are compared with zeros.
+    """
+    first, second = named(*source), named(*target)
+    weights = by_name(source[0].architecture, source[0].config.layers)
+    context = Context(progress)
+
+    def one(name: str) -> Difference:
+        if name not in first or name not in second:
+            kind: Kind = "only-first" if name in first else "only-second"
+            return Difference(name, kind, prod((first | second)[name].shape))
+        a, b = first[name], second[name]
+        rows = min(a.shape[0], b.shape[0])
+        if weights[name.split(": ", 1)[1]].split == "vocab" and a.shape != b.shape:
+            if not zero_beyond(b, rows, context):
+                detail = f"rows {rows} to {b.shape[0] - 1} are padding, and not zero"
+                return Difference(name, "values", prod(b.shape), detail=detail)
+            a, b = with_rows(a, rows), with_rows(b, rows)
+        found = compare_whole(name, a, b, context)
+        context.wrote(b.nbytes, changed=False)
+        return found
+
+    found = each(sorted({*first, *second}), one, context, workers)
+    return [difference for difference in found if difference.kind != "equal"]
+
+
+def compare_whole(name: str, first: Whole, second: Whole, context: Context) -> Difference:
+    """``compare``, for tensors that ranks hold in several parts too."""
+    if first.shape != second.shape:
+        return compare(name, first, second, context)
+    pairs = [compare(name, a, b, context) for a, b in _aligned(first, second)]
+    differ = [pair for pair in pairs if pair.kind != "equal"]
+    if len(pairs) == 1 or not differ:
+        return replace(pairs[0], elements=prod(first.shape))
+    return Difference(
+        name,
+        differ[0].kind,
+        prod(first.shape),
+        sum(pair.differing for pair in differ),
+        max(pair.largest for pair in differ),
+        sum(pair.mean * pair.elements for pair in differ) / prod(first.shape),
+        max(pair.relative for pair in differ),
+        differ[0].detail,
+    )
+
+
+def _aligned(first: Whole, second: Whole) -> Iterator[tuple[Whole, Whole]]:
+    """Both cut at the parts of both, so that each reduction has one piece a rank."""
+    boxes = _boxes(first)
+    for piece in cut(Whole(first.dtype, first.shape, tuple(_boxes(second))), *_all(first)):
+        for box in cut(
+            Whole(first.dtype, first.shape, tuple(boxes)), piece.to, piece.shape, piece.to
+        ):
+            yield _part(first, box), _part(second, box)
+
+
+def _all(whole: Whole) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    zero = (0,) * len(whole.shape)
+    return zero, whole.shape, zero
+
+
+def _boxes(whole: Whole) -> list[Piece]:
+    """The boxes of a tensor's segments, as pieces without a source."""
+    zero = (0,) * len(whole.shape)
+    if whole.reduce == "none":
+        return [Piece(None, zero, zero, whole.shape)]
+    return [
+        Piece(None, (0,) * len(to), to, shape)
+        for to, shape in dict.fromkeys((piece.to, piece.shape) for piece in whole.pieces)
+    ]
+
+
+def _part(whole: Whole, box: Piece) -> Whole:
+    zero = (0,) * len(box.shape)
+    pieces = cut(whole, box.to, box.shape, zero)
+    (part,) = segments(Whole(whole.dtype, box.shape, pieces, whole.reduce))
+    return part
+
+
+def checker(
+    source: Checkpoint,
+    optimizer: Optimizer,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Callable[[str], None]:
+    """For ``execute``: raises Unverified where a finished folder isn't the source."""
+
+    def check(folder: str) -> None:
+        target = open_checkpoint(folder)
+        weights = verify(source, target, workers=workers, progress=progress)
+        if not weights.holds:
+            raise Unverified(f"The result isn't what {source.path} says: {summary(weights)}.")
+        pair = (target, read_optimizer(target))
+        found = compare_states((source, optimizer), pair, workers=workers, progress=progress)
+        found += list(_scalars(optimizer, pair[1]))
+        if found:
+            raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
+
+    return check
+
+
+def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
+    mine: Mapping[object, object] = {g.settings.get("name"): g.scalars for g in source.groups}
+    for group in target.groups:
+        if mine.get(group.settings.get("name")) != group.scalars:
+            yield Difference("the optimizer's steps", "values", detail="they aren't the source's")
