@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import FIXTURES, same_bits
+from common import FIXTURES, assert_same, hf_tensors, same_bits
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
@@ -355,6 +355,36 @@ def test_adam_goes_on_as_before(asked: dict[str, Any], tmp_path: Path) -> None:
     assert all(not torch.equal(cold[name], want[name]) for name in want)
 
 
+# --- masters for Hugging Face --------------------------------------------------------------------
+
+
+def test_masters_as_a_hugging_face_model(tmp_path: Path) -> None:
+    """In fp32, and rounded they are the weights; also where a boundary cuts what ranks share."""
+    reshard(DATA / "bf16_tp2_dp2", tmp_path / "old", dp=4)
+    for target, more in (("hf", ["--weights", "masters"]), ("stored", [])):
+        command = ["convert", str(tmp_path / "old"), str(tmp_path / target), *more]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        assert "verified bit by bit" in done.output
+    want = logical(DATA / "bf16_tp2")["master"]
+    found, stored = hf_tensors(tmp_path / "hf"), hf_tensors(tmp_path / "stored")
+    assert_same(found, want)
+    sums = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")  # of rounded ones, or rounded sums
+    for name, tensor_ in stored.items():
+        if not name.endswith(sums):
+            assert same_bits(found[name].bfloat16(), tensor_), name
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_masters_without_an_optimizer(tmp_path: Path) -> None:
+    source = str(FIXTURES / "pythia_fp32_pp0_tp1" / "checkpoints")
+    done = CliRunner().invoke(
+        app, ["convert", source, str(tmp_path / "hf"), "--weights", "masters"]
+    )
+    assert done.exit_code == 1
+    assert "holds no optimizer states" in done.output
+
+
 # --- the batch, the random states ----------------------------------------------------------------
 
 
@@ -451,8 +481,7 @@ def test_more_ranks_than_told(tmp_path: Path) -> None:
 
 
 def test_no_optimizer() -> None:
-    source = FIXTURES / "pythia_fp32_pp1_tp1"
-    source = FIXTURES / "pythia_fp32_pp0_tp1" / "checkpoints" if not source.exists() else source
+    source = FIXTURES / "pythia_fp32_pp0_tp1" / "checkpoints"
     with pytest.raises(BridgeError, match="holds no optimizer states"):
         read_optimizer(open_checkpoint(str(source)))
 

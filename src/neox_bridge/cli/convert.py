@@ -42,6 +42,15 @@ def convert(
             help="Cast the weights; fp32, fp16 and bf16 are understood too.",
         ),
     ] = "keep",
+    weights: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("stored", "masters"),
+            rich_help_panel=_HF,
+            help="masters: the optimizer's fp32 weights, of which those of a run in 16 bits are "
+            "rounded.",
+        ),
+    ] = "stored",
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -260,6 +269,12 @@ def convert(
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
+        if weights == "masters":
+            from neox_bridge.layouts.masters import with_masters
+
+            if (chosen["to"] or "hf") == "neox":
+                raise typer.BadParameter("--weights masters is for Hugging Face; see reshard.")
+            checkpoint = with_masters(checkpoint)
         plan = make_plan(checkpoint, Options(**chosen), target)
         if version is not None:
             from neox_bridge.compat.targets import refuse_version

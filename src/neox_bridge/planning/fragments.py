@@ -158,15 +158,14 @@ def put(file: OutputFile, parts: Mapping[str, Parts]) -> OutputFile:
 
 def cut_reductions(file: OutputFile) -> OutputFile:
     """The file with each tensor that ranks hold in several parts written part by part."""
-    parts = {
-        tensor.name: [
+    parts: dict[str, Parts] = {}
+    for tensor in file.tensors:
+        whole = Whole(tensor.dtype, tensor.shape, tensor.pieces, tensor.reduce)
+        if tensor.reduce == "none" or len(segments(whole)) == 1:
+            continue
+        place = replace(tensor, offset=0, crc_at=())
+        parts[tensor.name] = [
             replace(part, name=f"{tensor.name}#{n}")
-            for n, part in enumerate(cut_out(replace(tensor, offset=0), 0, prod(tensor.shape)))
+            for n, part in enumerate(cut_out(place, 0, prod(tensor.shape)))
         ]
-        for tensor in file.tensors
-        if tensor.reduce != "none"
-        and len(segments(Whole(tensor.dtype, tensor.shape, tensor.pieces, tensor.reduce))) > 1
-    }
-    return put(
-        file, {name: [replace(p, crc_at=()) for p in found] for name, found in parts.items()}
-    )
+    return put(file, parts) if parts else file

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
 from neox_bridge.formats.dtypes import itemsize
-from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
+from neox_bridge.planning.pieces import OutputTensor, Piece, Shape, Whole, cut
 from neox_bridge.verification.equal import equal
 
 if TYPE_CHECKING:
@@ -53,9 +53,54 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
     if first.shape != second.shape:
         detail = f"{list(first.shape)} and {list(second.shape)}"
         return Difference(name, "shape", elements, detail=detail)
+    if first.reduce == second.reduce == "none":
+        return _compare(name, first, second, context)
+    parts = [_compare(name, a, b, context) for a, b in _aligned(first, second)]
+    differ = [part for part in parts if part.kind != "equal"]
+    if len(parts) == 1 or not differ:
+        return replace(parts[0], elements=elements)
+    return Difference(
+        name,
+        "values",
+        elements,
+        sum(part.differing for part in differ),
+        max(part.largest for part in differ),
+        sum(part.mean * part.elements for part in differ) / elements,
+        max(part.relative for part in differ),
+    )
+
+
+def _compare(name: str, first: Whole, second: Whole, context: Context) -> Difference:
+    elements = prod(first.shape)
     first, second = settled(first, context), settled(second, context)
     found = None if equal(first, second, context) else _measure(name, first, second, context)
     return found if found and found.differing else Difference(name, "equal", elements)
+
+
+def _aligned(first: Whole, second: Whole) -> Iterator[tuple[Whole, Whole]]:
+    """Both cut at the parts of both, so that each reduction has one piece a rank.
+
+    Parts that data-parallel ranks hold of a tensor that all tensor-parallel ones have.
+    """
+    zero = (0,) * len(first.shape)
+    boxes = Whole(first.dtype, first.shape, _own_boxes(first))
+    for other in cut(Whole("", first.shape, _own_boxes(second)), zero, first.shape, zero):
+        for box in cut(boxes, other.to, other.shape, other.to):
+            yield _part(first, box), _part(second, box)
+
+
+def _own_boxes(whole: Whole) -> tuple[Piece, ...]:
+    """The boxes of a tensor's segments, as pieces without a source."""
+    zero = (0,) * len(whole.shape)
+    if whole.reduce == "none":
+        return (Piece(None, zero, zero, whole.shape),)
+    boxes = dict.fromkeys((piece.to, piece.shape) for piece in whole.pieces)
+    return tuple(Piece(None, zero, to, shape) for to, shape in boxes)
+
+
+def _part(whole: Whole, box: Piece) -> Whole:
+    pieces = cut(whole, box.to, box.shape, (0,) * len(box.shape))
+    return Whole(whole.dtype, box.shape, pieces, whole.reduce)
 
 
 def settled(whole: Whole, context: Context) -> Whole:

@@ -1,19 +1,17 @@
 """Optimizer states of two checkpoints compared, by state and by the model's tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from math import prod
 
 from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.flat import segments
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer import Optimizer, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.geometry import with_rows
-from neox_bridge.planning.pieces import Piece, Whole, cut
+from neox_bridge.planning.pieces import Whole
 from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
 from neox_bridge.verification.verify import describe, summary, verify
 
@@ -53,65 +51,12 @@ def compare_states(
                 detail = f"rows {rows} to {b.shape[0] - 1} are padding, and not zero"
                 return Difference(name, "values", prod(b.shape), detail=detail)
             a, b = with_rows(a, rows), with_rows(b, rows)
-        found = compare_whole(name, a, b, context)
+        found = compare(name, a, b, context)
         context.wrote(b.nbytes, changed=False)
         return found
 
     found = each(sorted({*first, *second}), one, context, workers)
     return [difference for difference in found if difference.kind != "equal"]
-
-
-def compare_whole(name: str, first: Whole, second: Whole, context: Context) -> Difference:
-    """``compare``, for tensors that ranks hold in several parts too."""
-    if first.shape != second.shape:
-        return compare(name, first, second, context)
-    pairs = [compare(name, a, b, context) for a, b in _aligned(first, second)]
-    differ = [pair for pair in pairs if pair.kind != "equal"]
-    if len(pairs) == 1 or not differ:
-        return replace(pairs[0], elements=prod(first.shape))
-    return Difference(
-        name,
-        differ[0].kind,
-        prod(first.shape),
-        sum(pair.differing for pair in differ),
-        max(pair.largest for pair in differ),
-        sum(pair.mean * pair.elements for pair in differ) / prod(first.shape),
-        max(pair.relative for pair in differ),
-        differ[0].detail,
-    )
-
-
-def _aligned(first: Whole, second: Whole) -> Iterator[tuple[Whole, Whole]]:
-    """Both cut at the parts of both, so that each reduction has one piece a rank."""
-    boxes = _boxes(first)
-    for piece in cut(Whole(first.dtype, first.shape, tuple(_boxes(second))), *_all(first)):
-        for box in cut(
-            Whole(first.dtype, first.shape, tuple(boxes)), piece.to, piece.shape, piece.to
-        ):
-            yield _part(first, box), _part(second, box)
-
-
-def _all(whole: Whole) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    zero = (0,) * len(whole.shape)
-    return zero, whole.shape, zero
-
-
-def _boxes(whole: Whole) -> list[Piece]:
-    """The boxes of a tensor's segments, as pieces without a source."""
-    zero = (0,) * len(whole.shape)
-    if whole.reduce == "none":
-        return [Piece(None, zero, zero, whole.shape)]
-    return [
-        Piece(None, (0,) * len(to), to, shape)
-        for to, shape in dict.fromkeys((piece.to, piece.shape) for piece in whole.pieces)
-    ]
-
-
-def _part(whole: Whole, box: Piece) -> Whole:
-    zero = (0,) * len(box.shape)
-    pieces = cut(whole, box.to, box.shape, zero)
-    (part,) = segments(Whole(whole.dtype, box.shape, pieces, whole.reduce))
-    return part
 
 
 def checker(
