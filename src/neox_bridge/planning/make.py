@@ -65,6 +65,8 @@ def _check_options(kind: Kind, options: Options) -> None:
         "--for": options.era,
         "--vocab-multiple": options.vocab_multiple,
         "--te": options.te,
+        "--optimizer": None if options.optimizer == "none" else options.optimizer,
+        "--iteration": options.iteration,
     }
     if names := [name for name, value in given.items() if value is not None]:
         raise BridgeError(

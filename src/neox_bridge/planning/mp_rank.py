@@ -75,3 +75,11 @@ def buffer_names(metas: Sequence[Mapping[str, Any]], layers: range, prefix: str)
     named = {name for meta in metas for name in meta.get("buffer_names") or ()}
     found = [(int(m[1]), m[2]) for name in named if (m := _LAYER.fullmatch(name))]
     return [f"{prefix}{layer}.{name}" for layer, name in sorted(found) if layer in layers]
+
+
+def parameter_name(parameter: tuple[int, str], *, layout: str, tied: bool) -> str:
+    """DeepSpeed's name of a parameter. tied: whether the head is the embeddings."""
+    layer, name = parameter
+    if layout == "ranks":
+        return f"sequential.{layer}.{name}"
+    return f"tied_modules.embed.{name}" if layer == 0 and tied else f"{layer}.{name}"

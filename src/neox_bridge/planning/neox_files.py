@@ -7,7 +7,7 @@ deepspeed/runtime/engine.py, _save_checkpoint; deepspeed/runtime/pipe/module.py,
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
@@ -190,8 +190,19 @@ def _state_dict(
     return named
 
 
+class HasMetadata(Protocol):
+    """An optimizer that comes with the weights; see ``fresh.Fresh``."""
+
+    def more(self, number: int, tp: int, iteration: int) -> dict[str, Any]: ...
+
+
 def start_of_run(
-    shape: Shape, args: Mapping[str, Any], iteration: int, number: int, module: Any
+    shape: Shape,
+    args: Mapping[str, Any],
+    iteration: int,
+    optimizer: HasMetadata | None,
+    number: int,
+    module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
     """The dictionary of an mp_rank file to start from, and its tensors: random states as bytes."""
     count, tp_rank = shape.stages * shape.tp, number % shape.tp
@@ -227,6 +238,8 @@ def start_of_run(
         "cuda_rng_state": TensorSlot("cuda_rng_state"),
         "rng_tracker_states": {"model-parallel-rng": TensorSlot("model-parallel-rng")},
     }
+    if optimizer is not None:
+        value |= optimizer.more(number, shape.tp, iteration)
     tensors = [
         OutputTensor(name, "uint8", (len(data),), inline=data) for name, data in states.items()
     ]

@@ -25,6 +25,9 @@ class Options:
     gqa_order: how the GPT-NeoX side has the rows of grouped-query attention: the source where it is
         one (the target's order is then its era's), else the target.
     te: Transformer Engine's names, for GPT-NeoX targets.
+    optimizer: "fresh" adds one to a GPT-NeoX target, so that a run goes on without ``finetune``.
+    dp: the data-parallel ranks that it is for.
+    iteration: the step of a GPT-NeoX target, in place of the source's.
     """
 
     to: Kind | None = None
@@ -42,3 +45,6 @@ class Options:
     tokenizer: str | None = None
     gqa_order: GqaOrder | None = None
     te: bool | None = None
+    optimizer: Literal["none", "fresh"] = "none"
+    dp: int = 1
+    iteration: int | None = None

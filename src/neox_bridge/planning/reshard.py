@@ -17,7 +17,7 @@ from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.batch import Batch, batch_of, spread
 from neox_bridge.planning.common import drop_vocabulary_rows, text_file, tokenizer_outputs
 from neox_bridge.planning.fragments import put
-from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank
+from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.planning.neox_files import Shape, rank_parameters, weight_files
 from neox_bridge.planning.neox_yml import resume_yml
 from neox_bridge.planning.optimizer_files import RankGroup, param_shapes, zero_files
@@ -239,11 +239,8 @@ def _tied_head(made: _Target, layers: range, parameter: Parameter) -> bool:
 
 
 def _named(made: _Target, parameter: Parameter) -> str:
-    """DeepSpeed's name of a parameter."""
-    layer, name = parameter
-    if layer == 0 and made.config.tied_embeddings and made.shape.layout == "layers":
-        return f"tied_modules.embed.{name}"
-    return f"{made.prefix}{layer}.{name}"
+    layout, tied = made.shape.layout, made.config.tied_embeddings
+    return parameter_name(parameter, layout=layout, tied=tied)
 
 
 def _changed(checkpoint: Checkpoint, made: _Target) -> dict[str, Any]:

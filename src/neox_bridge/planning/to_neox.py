@@ -24,9 +24,10 @@ from neox_bridge.planning.common import (
     text_file,
     tokenizer_outputs,
 )
+from neox_bridge.planning.fresh import fresh
 from neox_bridge.planning.fused import fusion_of
 from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
-from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step_yml
+from neox_bridge.planning.neox_yml import Settings, settings, start_yml, step_yml
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import neox_record
@@ -56,22 +57,33 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
     if options.dtype != "keep":
         config = replace(config, dtype=options.dtype)
-    wholes = {}
+    wholes, unrounded = {}, {}
     for weight, block in model_weights(architecture, config):
         name = weight.hf.format(i=block)
         whole = drop_vocabulary_rows(checkpoint.tensors[name], weight, vocabulary.rows)
         whole = drop_vocabulary_rows(whole, weight, vocabulary.padded)
-        wholes[name] = cast(whole, options.dtype)
-    iteration = _iteration(checkpoint)
+        wholes[name], unrounded[name] = cast(whole, options.dtype), whole
+    iteration = _iteration(checkpoint) if options.iteration is None else options.iteration
     step = f"global_step{iteration}"
     args = checkpoint_args(config, vocabulary, shape.tp)
-    metadata = partial(start_of_run, shape, args, iteration)
-    files = list(weight_files(step, architecture, config, wholes, shape, metadata))
     found = _settings(checkpoint, config, shape, era, vocabulary, options)
+    optimizer = None
+    if options.optimizer == "fresh":
+        training, dp = found.training, options.dp
+        optimizer = fresh(architecture, config, unrounded, shape, training, iteration, dp)
+        found.training["zero_optimization"] = {
+            **(training.get("zero_optimization") or {}),
+            "stage": optimizer.stage,
+        }
+        findings.append(_schedule())
+    metadata = partial(start_of_run, shape, args, iteration, optimizer)
+    files = list(weight_files(step, architecture, config, wholes, shape, metadata))
+    if optimizer is not None:
+        files += optimizer.files(step, shape.tp, bf16=config.dtype == "bfloat16")
     own = {key for key in found.unknown if checkpoint.kind == "neox"}
     dropped += [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in sorted(own)]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
-    yml, blanks = finetune_yml(found, target, main)
+    start, yml, blanks = start_yml(found, target, main, fresh=optimizer is not None)
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
     if config.grouped_query and not shape.te:
         record["gqa_order"] = shape.gqa_order
@@ -79,7 +91,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         text_file(f"{step}/{RECORD}", dump_json(record)),
         text_file(f"{step}/configs/neox_bridge.yml", step_yml(found)),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
-        text_file("finetune.yml", yml),
+        text_file(start, yml),
         text_file("latest", step.encode()),
     ]
     summary: dict[str, object] = {
@@ -105,7 +117,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         tuple(files),
         tuple(dropped),
         tuple(findings),
-        tuple(("finetune.yml", key) for key in blanks),
+        tuple((start, key) for key in blanks),
     )
 
 
@@ -261,6 +273,17 @@ def _window_ignored(config: ModelConfig) -> Finding:
         "with pipe_parallel_size: 0 GPT-NeoX forgets sliding_window_width, unless its attention is "
         f"flash-attn's: what it computes beyond {config.window} tokens is another model",
         f'use --layout layers, or set attention_config: [[["flash"], {config.layers}]] in the yml',
+    )
+
+
+def _schedule() -> Finding:
+    """AnnealingLR takes the checkpoint's words unless told (megatron/learning_rates.py)."""
+    return Finding(
+        "schedule",
+        "info",
+        "the learning-rate schedule, made of these settings, is in the checkpoint, from where "
+        "GPT-NeoX takes it",
+        "override_lr_scheduler: true takes the yml's",
     )
 
 

@@ -6,8 +6,10 @@ from math import prod
 from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.flat import segments
+from neox_bridge.layouts.masters import with_masters
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer import Optimizer, states
+from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.geometry import with_rows
@@ -78,6 +80,34 @@ def checker(
         found += list(_scalars(optimizer, pair[1]))
         if found:
             raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
+
+    return check
+
+
+def fresh_checker(
+    source: Checkpoint, first: Callable[[str], None], *, workers: int | None = None
+) -> Callable[[str], None]:
+    """``first``, then: raises Unverified unless masters are the weights and moments are zero."""
+
+    def check(folder: str) -> None:
+        first(folder)
+        target = open_checkpoint(folder)
+        masters = verify(source, with_masters(target), workers=workers)
+        if not masters.holds:
+            raise Unverified(f"The masters aren't what {source.path} says: {summary(masters)}.")
+        context = Context()
+        moments = {
+            name: whole
+            for name, whole in named(target, read_optimizer(target)).items()
+            if not name.startswith(MASTER)
+        }
+
+        def zero(name: str) -> bool:
+            parts = segments(moments[name])
+            return all(zero_beyond(part, 0, context) for part in parts)
+
+        if not all(each(moments, zero, context, workers)):
+            raise Unverified(f"{folder} has moments that aren't zero.")
 
     return check
 

@@ -9,6 +9,7 @@ from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.flat import segments
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.geometry import with_rows
@@ -159,8 +160,7 @@ def _compare(
         if found.relative <= allowed:
             return replace(found, kind="equal")
     if found.kind == "equal" and second.reduce == "replica":
-        still = settled(second, context)
-        if still.reduce != "none":
+        if any(settled(part, context).reduce != "none" for part in segments(second)):
             return replace(found, kind="replicas", detail="the target's ranks differ")
     return found
 
