@@ -159,9 +159,9 @@ def _compare(
         allowed = (ranks + 1) * _EPSILON.get(second.dtype, 0.0)
         if found.relative <= allowed:
             return replace(found, kind="equal")
-    if found.kind == "equal" and second.reduce == "replica":
-        if any(settled(part, context).reduce != "none" for part in segments(second)):
-            return replace(found, kind="replicas", detail="the target's ranks differ")
+    parts = segments(second) if second.reduce == "replica" else []
+    if found.kind == "equal" and any(settled(p, context).reduce != "none" for p in parts):
+        return replace(found, kind="replicas", detail="the target's ranks differ")
     return found
 
 
