@@ -79,6 +79,14 @@ def reshard(
             "part on each.",
         ),
     ] = "whole",
+    states: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="What export-optimizer wrote of this run: its masters, of which the weights are "
+            "then rounded, and moments in place of SRC's.",
+        ),
+    ] = None,
     step: values.Step = None,
     config: values.Configs = None,
     gqa_order: values.GqaOrder = None,
@@ -139,8 +147,13 @@ def reshard(
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
-        optimizer = read_optimizer(checkpoint)
-        plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), os.path.abspath(target))
+        optimizer, given = read_optimizer(checkpoint), None
+        if states is not None:
+            from neox_bridge.layouts.optimizer_export import with_export
+
+            checkpoint, given = with_export(checkpoint, optimizer, states)
+        made = os.path.abspath(target)
+        plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), made, given)
         if dry_run:
             if as_json:
                 from neox_bridge.planning.report import to_json
@@ -158,7 +171,9 @@ def reshard(
             if not no_verify:
                 from neox_bridge.verification.optimizer import checker
 
-                check = checker(checkpoint, optimizer, workers=max_workers, progress=progress)
+                check = checker(
+                    checkpoint, optimizer, given, workers=max_workers, progress=progress
+                )
             result = execute(
                 plan,
                 target,

@@ -257,7 +257,12 @@ def _stage(head: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
 
 
 def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> None:
-    """Raise BridgeError unless every weight of every rank has its states, in its shape."""
+    """Raise BridgeError unless every weight of every rank has its states, in its shape.
+
+    Refused for states with names that no optimizer gives, since they become names of files.
+    """
+    if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
+        raise Refused(f"{folder}: {odd[0][:80]!r} isn't the name of an optimizer's state.")
     assert checkpoint.neox is not None
     used = {
         ref

@@ -66,10 +66,15 @@ class _Target:
 
 
 def plan_reshard(
-    checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, target: str
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    asked: Resharding,
+    target: str,
+    given: Mapping[str, Mapping[str, Whole]] | None = None,
 ) -> Plan:
     """Every file of the target. target: its absolute path, which the yml names.
 
+    given: states to take in place of the source's, by state and Hugging Face name.
     Raises Refused for ranks that the model or the batch doesn't fit.
     """
     state = checkpoint.neox
@@ -78,7 +83,7 @@ def plan_reshard(
     weights = _wholes(checkpoint, made.config, checkpoint.tensors)
     moved = {
         key: _wholes(checkpoint, made.config, wholes)
-        for key, wholes in states(checkpoint, optimizer).items()
+        for key, wholes in (given or states(checkpoint, optimizer)).items()
     }
     groups = _groups(checkpoint, optimizer, made, moved)
     sources = Sources(optimizer.metas, state.tp, optimizer.generators)

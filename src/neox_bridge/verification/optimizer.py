@@ -10,6 +10,7 @@ from neox_bridge.layouts.flat import segments
 from neox_bridge.layouts.masters import with_masters
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
+from neox_bridge.layouts.optimizer_export import read_export
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.geometry import with_rows
@@ -20,10 +21,13 @@ from neox_bridge.verification.verify import describe, summary, verify
 
 def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
     """The states by one name each: the state's, a colon, the tensor's."""
+    return flattened(states(checkpoint, optimizer))
+
+
+def flattened(found: Mapping[str, Mapping[str, Whole]]) -> dict[str, Whole]:
+    """States by one name each."""
     return {
-        f"{key}: {name}": whole
-        for key, wholes in states(checkpoint, optimizer).items()
-        for name, whole in wholes.items()
+        f"{key}: {name}": whole for key, wholes in found.items() for name, whole in wholes.items()
     }
 
 
@@ -34,18 +38,30 @@ def compare_states(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Difference]:
-    """What differs, of every state and tensor of either.
-
-    Rows of padding that the target has more are compared with zeros.
-    """
+    """What differs, of every state and tensor of either."""
     first, second = named(*source), named(*target)
-    weights = by_name(source[0].architecture, source[0].config.layers)
+    return compare_named(source[0], first, second, workers=workers, progress=progress)
+
+
+def compare_named(
+    source: Checkpoint,
+    first: Mapping[str, Whole],
+    second: Mapping[str, Whole],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Difference]:
+    """What differs, of states as ``named`` has them.
+
+    Rows of padding that the second has more are compared with zeros.
+    """
+    weights = by_name(source.architecture, source.config.layers)
     context = Context(progress)
 
     def one(name: str) -> Difference:
         if name not in first or name not in second:
             kind: Kind = "only-first" if name in first else "only-second"
-            return Difference(name, kind, prod((first | second)[name].shape))
+            return Difference(name, kind, prod({**first, **second}[name].shape))
         a, b = first[name], second[name]
         rows = min(a.shape[0], b.shape[0])
         if weights[name.split(": ", 1)[1]].split == "vocab" and a.shape != b.shape:
@@ -64,11 +80,15 @@ def compare_states(
 def checker(
     source: Checkpoint,
     optimizer: Optimizer,
+    given: Mapping[str, Mapping[str, Whole]] | None = None,
     *,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified where a finished folder isn't the source."""
+    """For ``execute``: raises Unverified where a finished folder isn't the source.
+
+    given: the states that were written in place of the source's.
+    """
 
     def check(folder: str) -> None:
         target = open_checkpoint(folder)
@@ -76,8 +96,28 @@ def checker(
         if not weights.holds:
             raise Unverified(f"The result isn't what {source.path} says: {summary(weights)}.")
         pair = (target, read_optimizer(target))
-        found = compare_states((source, optimizer), pair, workers=workers, progress=progress)
+        want = named(source, optimizer) if given is None else flattened(given)
+        found = compare_named(source, want, named(*pair), workers=workers, progress=progress)
         found += list(_scalars(optimizer, pair[1]))
+        if found:
+            raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
+
+    return check
+
+
+def export_checker(
+    source: Checkpoint,
+    optimizer: Optimizer,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Callable[[str], None]:
+    """For ``execute``: raises Unverified where exported states aren't the source's."""
+
+    def check(folder: str) -> None:
+        mine = flattened(read_export(folder, source))
+        theirs = named(source, optimizer)
+        found = compare_named(source, theirs, mine, workers=workers, progress=progress)
         if found:
             raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
 
