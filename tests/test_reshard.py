@@ -25,6 +25,7 @@ from neox_bridge.layouts.flat import Flat, boxes_of, segments
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer import Optimizer, Scalar, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.layouts.optimizer_stage0 import read_stage0
 from neox_bridge.planning.batch import Batch, spread
 from neox_bridge.planning.pieces import OutputTensor, Plan, Whole
 from neox_bridge.planning.random_states import cuda_state, model_parallel_seed, of_rank
@@ -38,9 +39,9 @@ FP16 = FIXTURES / "pythia_fp16_pp1_tp1" / "checkpoints"
 SOURCES = [*sorted(path for path in DATA.iterdir()), FP16]
 TARGETS: list[dict[str, Any]] = [
     {"tp": 1, "pp": 1, "dp": 1},
-    {"tp": 2, "pp": 1, "dp": 2, "row_bias": "split"},
+    {"tp": 2, "pp": 1, "dp": 2},
     {"tp": 1, "pp": 2, "dp": 2},
-    {"tp": 4, "pp": 0, "dp": 1, "row_bias": "split"},
+    {"tp": 4, "pp": 0, "dp": 1},
 ]
 # what follows the batch of a run, not its layout
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -150,6 +151,7 @@ def logical(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         ("fp32_pp0_dp2", {"pp": 1, "dp": 1}, "fp32"),
         ("fp32", {}, "fp32"),
         ("fp32_stage0", {}, "fp32_stage0"),
+        ("fp16_stage0", {}, "fp16_stage0"),
         ("bf16_accumulated_dp3", {}, "bf16_accumulated_dp3"),
     ],
 )
@@ -484,6 +486,15 @@ def test_no_optimizer() -> None:
     source = FIXTURES / "pythia_fp32_pp0_tp1" / "checkpoints"
     with pytest.raises(BridgeError, match="holds no optimizer states"):
         read_optimizer(open_checkpoint(str(source)))
+
+
+def test_an_optimizer_that_is_not_flat() -> None:
+    checkpoint = open_checkpoint(str(DATA / "fp16_stage0"))
+    meta = dict(read_optimizer(checkpoint).metas[0])
+    meta["optimizer"] = {**meta["optimizer"], "fp32_groups": []}
+    del meta["optimizer"]["fp32_groups_flat"]
+    with pytest.raises(Refused, match="FP16_UnfusedOptimizer"):
+        read_stage0(checkpoint, "x", (meta,))
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:

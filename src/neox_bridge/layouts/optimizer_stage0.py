@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.flat import Flat
@@ -38,6 +38,11 @@ def read_stage0(
         path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
         named = _named(checkpoint, bounds[stage], rank)
         inner = meta["optimizer"].get("optimizer_state_dict")
+        if inner is not None and "fp32_groups_flat" not in meta["optimizer"]:
+            raise Refused(
+                f"{path}: its optimizer is DeepSpeed's FP16_UnfusedOptimizer, or another that "
+                "can't be read. Resume the run with a fused Adam or with ZeRO stage 1, and save it."
+            )
         torch_state = meta["optimizer"] if inner is None else inner
         told = torch_state["param_groups"]
         for index, mine in enumerate(grouped(named, checkpoint.raw, len(told))):
