@@ -119,23 +119,31 @@ def in_place_of(whole: Whole, shards: Mapping[TensorRef, Whole], *, sums: bool =
     return Whole(dtype, whole.shape, tuple(pieces), reduce, parts=parts)
 
 
-def segments(whole: Whole) -> list[Whole]:
-    """A tensor as tensors whose reductions have one piece a rank, in row-major order.
+def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
+    """A tensor as tensors whose reductions have one piece a rank, each with where it begins.
 
     Where ranks all hold a tensor, and their data-parallel partitions cut it, each hold the same
-    parts of it. Without a reduction it is one.
+    parts of it. In row-major order; without a reduction it is one.
     """
     if whole.reduce == "none":
-        return [whole]
+        return [((0,) * len(whole.shape), whole)]
     found: dict[tuple[Shape, Shape], list[Piece]] = {}
     for piece in whole.pieces:
         found.setdefault((piece.to, piece.shape), []).append(piece)
     return [
-        Whole(
-            whole.dtype,
-            shape,
-            tuple(replace(piece, to=(0,) * len(to)) for piece in group),
-            whole.reduce,
+        (
+            to,
+            Whole(
+                whole.dtype,
+                shape,
+                tuple(replace(piece, to=(0,) * len(to)) for piece in group),
+                whole.reduce,
+            ),
         )
         for (to, shape), group in sorted(found.items(), key=lambda item: item[0])
     ]
+
+
+def segments(whole: Whole) -> list[Whole]:
+    """``placed_segments`` without the places."""
+    return [segment for _, segment in placed_segments(whole)]

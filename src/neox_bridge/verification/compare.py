@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
-from neox_bridge.formats.dtypes import itemsize
-from neox_bridge.planning.pieces import OutputTensor, Piece, Shape, Whole, cut
+from neox_bridge.formats.dtypes import itemsize, to_numpy
+from neox_bridge.layouts.flat import placed_segments
+from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
 from neox_bridge.verification.equal import equal
 
 if TYPE_CHECKING:
@@ -53,63 +54,26 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
     if first.shape != second.shape:
         detail = f"{list(first.shape)} and {list(second.shape)}"
         return Difference(name, "shape", elements, detail=detail)
-    if first.reduce == second.reduce == "none":
-        return _compare(name, first, second, context)
-    parts = [_compare(name, a, b, context) for a, b in _aligned(first, second)]
-    differ = [part for part in parts if part.kind != "equal"]
-    if len(parts) == 1 or not differ:
-        return replace(parts[0], elements=elements)
-    return Difference(
-        name,
-        "values",
-        elements,
-        sum(part.differing for part in differ),
-        max(part.largest for part in differ),
-        sum(part.mean * part.elements for part in differ) / elements,
-        max(part.relative for part in differ),
-    )
-
-
-def _compare(name: str, first: Whole, second: Whole, context: Context) -> Difference:
-    elements = prod(first.shape)
     first, second = settled(first, context), settled(second, context)
     found = None if equal(first, second, context) else _measure(name, first, second, context)
     return found if found and found.differing else Difference(name, "equal", elements)
 
 
-def _aligned(first: Whole, second: Whole) -> Iterator[tuple[Whole, Whole]]:
-    """Both cut at the parts of both, so that each reduction has one piece a rank.
-
-    Parts that data-parallel ranks hold of a tensor that all tensor-parallel ones have.
-    """
-    zero = (0,) * len(first.shape)
-    boxes = Whole(first.dtype, first.shape, _own_boxes(first))
-    for other in cut(Whole("", first.shape, _own_boxes(second)), zero, first.shape, zero):
-        for box in cut(boxes, other.to, other.shape, other.to):
-            yield _part(first, box), _part(second, box)
-
-
-def _own_boxes(whole: Whole) -> tuple[Piece, ...]:
-    """The boxes of a tensor's segments, as pieces without a source."""
-    zero = (0,) * len(whole.shape)
-    if whole.reduce == "none":
-        return (Piece(None, zero, zero, whole.shape),)
-    boxes = dict.fromkeys((piece.to, piece.shape) for piece in whole.pieces)
-    return tuple(Piece(None, zero, to, shape) for to, shape in boxes)
-
-
-def _part(whole: Whole, box: Piece) -> Whole:
-    pieces = cut(whole, box.to, box.shape, (0,) * len(box.shape))
-    return Whole(whole.dtype, box.shape, pieces, whole.reduce)
-
-
 def settled(whole: Whole, context: Context) -> Whole:
-    """The tensor without its reduction, where one of its pieces is the result bit for bit."""
+    """The tensor without its reduction, where one of its pieces is the result bit for bit.
+
+    Of a tensor in segments one piece of each.
+    """
     if whole.reduce == "none":
         return whole
-    tensor = OutputTensor("", whole.dtype, whole.shape, whole.pieces, whole.reduce)
-    only = replica(tensor, context)
-    return whole if only is None else replace(whole, pieces=(only,), reduce="none", shards=())
+    pieces = []
+    for to, part in placed_segments(whole):
+        tensor = OutputTensor("", part.dtype, part.shape, part.pieces, part.reduce)
+        only = replica(tensor, context)
+        if only is None:
+            return whole
+        pieces.append(replace(only, to=to))
+    return replace(whole, pieces=tuple(pieces), reduce="none", shards=(), parts=())
 
 
 def values(whole: Whole, dtype: str, start: Shape, shape: Shape, context: Context) -> "Array":
@@ -117,7 +81,20 @@ def values(whole: Whole, dtype: str, start: Shape, shape: Shape, context: Contex
     import numpy as np
 
     pieces = cut(whole, start, shape, (0,) * len(shape))
-    tensor = OutputTensor("", dtype, shape, pieces, whole.reduce)
+    placed = placed_segments(Whole(dtype, shape, pieces, whole.reduce))
+    if len(placed) > 1:
+        out: Array = np.empty(shape, to_numpy(dtype))
+        for to, part in placed:
+            box = tuple(slice(t, t + n) for t, n in zip(to, part.shape, strict=True))
+            out[box] = _read(part, context).reshape(part.shape)
+        return out.reshape(-1)
+    return _read(placed[0][1], context)
+
+
+def _read(whole: Whole, context: Context) -> "Array":
+    import numpy as np
+
+    tensor = OutputTensor("", whole.dtype, whole.shape, whole.pieces, whole.reduce)
     parts = [part.reshape(-1) for part in blocks(tensor, context)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
