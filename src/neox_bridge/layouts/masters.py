@@ -1,4 +1,4 @@
-"""A checkpoint with the optimizer's fp32 masters in place of its weights."""
+"""A checkpoint with its optimizer's states: the masters for weights, or all beside them."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.optimizer import MASTER, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.layouts.weights import STATE_OF
 from neox_bridge.planning.pieces import Dropped
 
 
@@ -36,4 +37,22 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
         dropped=(*dropped, Dropped("the weights in 16 bits", "rounded masters"))
         if checkpoint.config.dtype != "float32"
         else dropped,
+    )
+
+
+def with_states(checkpoint: Checkpoint) -> Checkpoint:
+    """The model's tensors and, as "exp_avg: name", the optimizer's states of each.
+
+    Raises BridgeError for a checkpoint without an optimizer.
+    """
+    optimizer = read_optimizer(checkpoint)
+    more = {
+        f"{key}{STATE_OF}{name}": whole
+        for key, wholes in states(checkpoint, optimizer).items()
+        for name, whole in wholes.items()
+    }
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, **more},
+        dropped=tuple(d for d in checkpoint.dropped if d.reason != "optimizer states"),
     )

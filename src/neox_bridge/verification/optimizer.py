@@ -12,7 +12,7 @@ from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
 from neox_bridge.layouts.optimizer_export import read_export
 from neox_bridge.layouts.optimizer_reader import read_optimizer
-from neox_bridge.layouts.weights import by_name
+from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
@@ -27,7 +27,9 @@ def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
 def flattened(found: Mapping[str, Mapping[str, Whole]]) -> dict[str, Whole]:
     """States by one name each."""
     return {
-        f"{key}: {name}": whole for key, wholes in found.items() for name, whole in wholes.items()
+        f"{key}{STATE_OF}{name}": whole
+        for key, wholes in found.items()
+        for name, whole in wholes.items()
     }
 
 
@@ -64,7 +66,7 @@ def compare_named(
             return Difference(name, kind, prod({**first, **second}[name].shape))
         a, b = first[name], second[name]
         rows = min(a.shape[0], b.shape[0])
-        if weights[name.split(": ", 1)[1]].split == "vocab" and a.shape != b.shape:
+        if weights[tensor_of(name)].split == "vocab" and a.shape != b.shape:
             if not zero_beyond(b, rows, context):
                 detail = f"rows {rows} to {b.shape[0] - 1} are padding, and not zero"
                 return Difference(name, "values", prod(b.shape), detail=detail)

@@ -11,7 +11,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.flat import segments
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.weights import by_name
+from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.planning.to_hf import hf_model
@@ -145,7 +145,7 @@ def _compare(
     second = target.tensors[name]
     if name not in wholes:
         return Difference(name, "only-second", prod(second.shape))
-    first, weight = wholes[name], weights[name]
+    first, weight = wholes[name], weights[tensor_of(name)]
     if weight.split == "vocab":
         if not zero_beyond(second, rows, context):
             detail = f"rows {rows} to {second.shape[0] - 1} are padding, and not zero"
