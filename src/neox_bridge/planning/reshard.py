@@ -382,7 +382,7 @@ def _findings(checkpoint: Checkpoint, made: _Target, sources: Sources) -> Iterat
         yield Finding(
             "row-bias",
             "info",
-            "with gpt_j_residual each rank adds a bias of its own after attention and MLP, which "
-            f"moves {state.tp} times as fast as at TP 1 with TP {state.tp}, and {made.shape.tp} "
-            "times with the new: from its second step on this isn't bit for bit the run it was",
+            "with gpt_j_residual each rank trains a bias of its own after attention and MLP, and "
+            f"their sum moved {state.tp} x and will move {made.shape.tp} x what it does at TP 1: "
+            "from its second step on this isn't bit for bit the run that it was",
         )
