@@ -4,23 +4,19 @@ import json
 import shutil
 from importlib.resources import files as resources
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from common import FIXTURES, assert_same
 from safetensors.torch import load_file, save_file
-from test_reshard import DATA, SOURCES, compared, logical
+from test_reshard import DATA, SOURCES, compared, logical, rewritten
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
-from neox_bridge.execution.run import execute
-from neox_bridge.formats.pickle_writer import TensorSlot
-from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer_reader import read_optimizer
-from neox_bridge.planning.mp_rank import with_slots
-from neox_bridge.planning.pieces import Plan
 
 
 def run(*command: str, code: int = 0) -> str:
@@ -100,15 +96,12 @@ def test_a_state_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
     """States' names come from a pickle and become names of files."""
     shutil.copytree(DATA / "fp32_stage0", tmp_path / "old")
     path = next((tmp_path / "old").glob("*/mp_rank_00_model_states.pt"))
-    meta = dict(read_optimizer(open_checkpoint(str(DATA / "fp32_stage0"))).metas[0])
-    for entry in meta["optimizer"]["state"].values():
-        entry["../../evil"] = entry["exp_avg"]
-    tensors: list = []
-    value = with_slots(meta, "", tensors)
-    assert isinstance(value["torch_rng_state"], TensorSlot)
-    file = layout_pt(path.name, value, tensors)
-    execute(Plan({}, {}, (file,)), str(tmp_path / "made"))
-    shutil.copy(tmp_path / "made" / path.name, path)
+
+    def evil(value: Any) -> None:
+        for entry in value["optimizer"]["state"].values():
+            entry["../../evil"] = entry["exp_avg"]
+
+    rewritten(path, evil)
     with pytest.raises(Refused, match=r"'../../evil' isn't the name of an optimizer's state"):
         read_optimizer(open_checkpoint(str(tmp_path / "old")))
 

@@ -35,6 +35,7 @@ def convert(source: Path, target: Path, *more: str) -> str:
         ("fp32", []),
         ("fp32_pp2", []),
         ("fp32_pp0_dp2", ["--dp", "2"]),
+        ("fp32_dp3", ["--dp", "3"]),
         ("bf16_tp2_dp2", ["--dp", "2"]),
         ("bf16_accumulated_dp3", ["--dp", "3"]),
     ],

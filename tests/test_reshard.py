@@ -21,12 +21,14 @@ from neox_bridge.execution.transform import blocks
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.flat import Flat, boxes_of, segments
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer import Optimizer, Scalar, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.layouts.optimizer_stage0 import read_stage0
 from neox_bridge.planning.batch import Batch, spread
+from neox_bridge.planning.mp_rank import buffer_names, with_slots
 from neox_bridge.planning.pieces import OutputTensor, Plan, Whole
 from neox_bridge.planning.random_states import cuda_state, model_parallel_seed, of_rank
 from neox_bridge.planning.reshard import Resharding, plan_reshard
@@ -150,6 +152,7 @@ def logical(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         ("fp32", {"pp": 0, "dp": 2}, "fp32_pp0_dp2"),
         ("fp32_pp0_dp2", {"pp": 1, "dp": 1}, "fp32"),
         ("fp32", {}, "fp32"),
+        ("fp32_dp3", {}, "fp32_dp3"),
         ("fp32_stage0", {}, "fp32_stage0"),
         ("fp16_stage0", {}, "fp16_stage0"),
         ("bf16_accumulated_dp3", {}, "bf16_accumulated_dp3"),
@@ -181,25 +184,60 @@ def test_another_number_of_stages(tmp_path: Path) -> None:
             assert torch.allclose(mine, want, rtol=1e-5, atol=1e-6), (key, name)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5, 12, 32])
-def test_stages_are_deepspeeds(layers: int) -> None:
-    """With two functions named transformer around the blocks, the first stage has one block less.
+TRANSFORMER, MAMBA = "ParallelTransformerLayerPipe", "ParallelMambaResidualLayerPipe"
+COUNTS = {0: 100, **dict.fromkeys(range(2, 8), 30), 9: 2, 10: 100}
 
-    Seen of DeepSpeed for 12 blocks: ``stage=0 layers=7 ... stage=1``; the cut is between equal
-    numbers of what counts.
-    """
-    for stages in (1, 2):
-        bounds = stage_bounds(
-            "type:transformer|mlp",
-            layers,
-            stages,
-            {},
-            tied=False,
-            block="ParallelTransformerLayerPipe",
-        )
-        counted = [len([n for n in part if 1 <= n <= layers + 2]) for part in bounds]
-        assert [n for part in bounds for n in part] == list(range(layers + 5))
-        assert max(counted) - min(counted) <= 1
+
+@pytest.mark.parametrize(
+    ("method", "layers", "stages", "block", "cuts"),
+    [
+        ("type:transformer|mlp", 6, 2, TRANSFORMER, [0, 5, 11]),
+        ("type:transformer|mlp", 6, 4, TRANSFORMER, [0, 3, 5, 7, 11]),
+        ("type:transformer|mlp", 12, 3, TRANSFORMER, [0, 6, 11, 17]),
+        ("type:transformer|mlp", 24, 8, TRANSFORMER, [0, 5, 9, 12, 15, 18, 21, 24, 29]),
+        ("type:transformer|mlp", 5, 3, TRANSFORMER, [0, 4, 6, 10]),
+        ("type:mlp", 6, 2, MAMBA, [0, 10, 11]),
+        ("uniform", 24, 4, TRANSFORMER, [0, 8, 15, 22, 29]),
+        ("parameters", 6, 3, TRANSFORMER, [0, 3, 7, 11]),
+    ],
+)
+def test_stages_are_deepspeeds(
+    method: str, layers: int, stages: int, block: str, cuts: list[int]
+) -> None:
+    """cuts: what partition_uniform and partition_balanced of DeepSpeed 0.16.5 gave."""
+    bounds = stage_bounds(method, layers, stages, COUNTS, tied=False, block=block)
+    assert [part.start for part in bounds] + [bounds[-1].stop] == cuts
+
+
+def test_methods_that_deepspeed_has_not() -> None:
+    with pytest.raises(Refused, match="profile is none that DeepSpeed has"):
+        stage_bounds("profile", 6, 2, {}, tied=False, block=TRANSFORMER)
+
+
+def test_buffers_of_a_stage() -> None:
+    name = "attention.rotary_emb.inv_freq"
+    metas: list[dict[str, Any]] = [
+        {"buffer_names": [f"2.{name}"]},
+        {"buffer_names": [f"3.{name}", f"12.{name}"]},
+    ]
+    assert buffer_names(metas, range(3, 13), "sequential.") == [
+        f"sequential.3.{name}",
+        f"sequential.12.{name}",
+    ]
+
+
+def test_stage_2_is_written_as_deepspeed_does(tmp_path: Path) -> None:
+    """It says which parameters are frozen, none, where stage 1 says nothing."""
+    reshard(DATA / "fp32_pp0_dp2", tmp_path / "two", zero=2)
+    value: Any = read_torch(str(files(tmp_path / "two")["mp_rank_00_model_states.pt"]))
+    assert (value["frozen_param_shapes"], value["frozen_param_fragments"]) == ({}, {})
+    assert value["ds_config"]["zero_optimization"]["stage"] == 2
+    name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    inner: Any = read_torch(str(files(tmp_path / "two")[name]))
+    assert inner["optimizer_state_dict"]["zero_stage"].args == (2,)
+    assert read_optimizer(open_checkpoint(str(tmp_path / "two"))).stage == 2
+    reshard(tmp_path / "two", tmp_path / "one", zero=1)
+    assert compared(tmp_path / "one", DATA / "fp32_pp0_dp2") == []
 
 
 # --- there and back ------------------------------------------------------------------------------
@@ -486,6 +524,57 @@ def test_no_optimizer() -> None:
     source = FIXTURES / "pythia_fp32_pp0_tp1" / "checkpoints"
     with pytest.raises(BridgeError, match="holds no optimizer states"):
         read_optimizer(open_checkpoint(str(source)))
+
+
+def rewritten(path: Path, change: Callable[[Any], None]) -> None:
+    """A file with its value changed."""
+    value, tensors = read_torch(str(path)), list[OutputTensor]()
+    change(value)
+    file = layout_pt(path.name, with_slots(value, "", tensors), tensors)
+    made = path.parent / "made"
+    execute(Plan({}, {}, (file,)), str(made))
+    shutil.move(made / path.name, path)
+    made.rmdir()
+
+
+def elastic(value: Any) -> None:
+    inner = value["optimizer_state_dict"]
+    inner["base_optimizer_state"] = list(inner["base_optimizer_state"]["state"].values())
+
+
+def round_robin(value: Any) -> None:
+    value["ds_config"]["zero_optimization"]["round_robin_gradients"] = True
+
+
+def without_shapes(value: Any) -> None:
+    del value["param_shapes"]
+
+
+def other_step(value: Any) -> None:
+    value["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["step"] = 3
+
+
+def shifted(value: Any) -> None:
+    address = next(iter(value["optimizer_state_dict"]["param_slice_mappings"][0].values()))
+    address.state["start"] += 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "message"),
+    [
+        ("bf16_zero_pp_rank_1_mp_rank_00_optim", elastic, Refused, "elastic_checkpoint was on"),
+        ("mp_rank_01_model", round_robin, Refused, "round_robin_gradients was on"),
+        ("mp_rank_00_model", without_shapes, Refused, "lacks param_shapes"),
+        ("bf16_zero_pp_rank_1_mp_rank_01_optim", other_step, BridgeError, "step differs between"),
+        ("bf16_zero_pp_rank_0_mp_rank_01_optim", shifted, BridgeError, "param_slice_mappings put"),
+    ],
+)
+def test_files_that_are_refused(
+    name: str, change: Callable[[Any], None], kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    root = damaged(tmp_path / "old", lambda step: rewritten(step / f"{name}_states.pt", change))
+    with pytest.raises(kind, match=message):
+        read_optimizer(open_checkpoint(str(root)))
 
 
 def test_an_optimizer_that_is_not_flat() -> None:
