@@ -6,12 +6,18 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     logits: where to write logits.npz, or null
     training: whether they are computed in training mode, as a Mamba's must; left out: not
     steps: steps to train before, with random tokens, or 0
+    set: keys to change in them, or left out
+    losses: steps to train before, with tokens that are the same for the same step of any layout, of
+        which the losses are told, or left out
+    alike: whether each data-parallel rank has all of them, so that no sum is rounded otherwise
     save: a folder for GPT-NeoX's own checkpoint of the model, or left out
 The model, the DeepSpeed engine and the loading are GPT-NeoX's own; only what needs CUDA or apex is
-replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": null or text}.
+replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": null or text,
+"losses": [...]}.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -84,16 +90,17 @@ from megatron import initialize, mpu
 from megatron.checkpointing import save_checkpoint
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import build_tokenizer
-from megatron.training import setup_model_and_optimizer
+from megatron.training import forward_step, get_batch_pipe, setup_model_and_optimizer
 from megatron.utils import get_attn_mask
 
 
 def read(job):
     """The job's yml as it stands, through GPT-NeoX's own reader of files."""
     path = job["yml"]
-    if job["drop"]:
+    if job["drop"] or job.get("set"):
         with open(path) as file:
             kept = {k: v for k, v in yaml.safe_load(file).items() if k not in job["drop"]}
+        kept |= job.get("set", {})
         path = f"{os.path.dirname(JOBS)}/changed-{RANK}-{job['number']}.yml"
         with open(path, "w") as file:
             yaml.safe_dump(kept, file)
@@ -102,7 +109,7 @@ def read(job):
     return NeoXArgs.from_ymls([path], here)
 
 
-def run(job) -> None:
+def run(job) -> list[float]:
     args = read(job)
     args.tokenizer = build_tokenizer(args)
     stages = max(1, args.pipe_parallel_size)
@@ -118,22 +125,48 @@ def run(job) -> None:
     model = setup_model_and_optimizer(args, use_cache=False)[0]
     for _ in range(job["steps"]):
         train(args, model)
+    first = args.iteration or 0
+    told = [
+        step(args, model, first + n, job.get("alike", False)) for n in range(job.get("losses", 0))
+    ]
     if job.get("save"):
         args.save = job["save"]
-        save_checkpoint(args, 1, model, None, None)
+        save_checkpoint(args, first + len(told) or 1, model, None, None)
     if job["logits"]:
         save_logits(args, model, stages, job["logits"], job.get("training", False))
+    return told
+
+
+def step(args, model, number, alike) -> float:
+    """One step on the global batch of that number, of which each data-parallel rank has its part.
+
+    alike: each has all of it. Returns the mean loss over the batch.
+    """
+    micro, passes = args.train_micro_batch_size_per_gpu, args.gradient_accumulation_steps
+    ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    seed = torch.Generator().manual_seed(number)
+    shape = (passes, 1 if alike else ranks, micro, args.seq_length + 1)
+    tokens = torch.randint(0, args.tokenizer.vocab_size, shape, generator=seed)
+    mine = tokens[:, 0 if alike else rank]
+    batches = iter([{"text": tokens} for tokens in mine])
+    if args.is_pipe_parallel:
+        model.set_batch_fn(functools.partial(get_batch_pipe, neox_args=args))
+        return float(model.train_batch(data_iter=batches))
+    total = torch.zeros(())
+    for _ in range(passes):
+        loss = forward_step(batches, model, args, None, is_train=True)[0]
+        model.backward(loss)
+        model.step()
+        total += loss.detach().float() / passes
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    return float(total) / ranks
 
 
 def train(args, model) -> None:
-    from functools import partial
-
-    from megatron.training import get_batch_pipe
-
     seed = torch.Generator().manual_seed(1)
     shape = (args.train_micro_batch_size_per_gpu, args.seq_length + 1)
     tokens = torch.randint(0, args.tokenizer.vocab_size, shape, generator=seed)
-    model.set_batch_fn(partial(get_batch_pipe, neox_args=args))
+    model.set_batch_fn(functools.partial(get_batch_pipe, neox_args=args))
     loss = model.train_batch(data_iter=iter([{"text": tokens}]))
     assert torch.isfinite(torch.as_tensor(float(loss)))
 
@@ -162,15 +195,16 @@ def save_logits(args, model, stages, path, training) -> None:
 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 with open(JOBS) as jobs:
     for number, job in enumerate(json.load(jobs)):
-        error = None
+        error, losses = None, []
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                run({**job, "number": number})
+                losses = run({**job, "number": number})
         except (Exception, SystemExit) as caught:
             traceback.print_exc()
             error = f"{type(caught).__name__}: {caught}"
         if RANK == 0:
+            result = {"job": number, "error": error, "losses": losses}
             # other ranks print too: a line of its own, before and after
-            print("\nRESULT " + json.dumps({"job": number, "error": error}) + "\n", flush=True)
+            print("\nRESULT " + json.dumps(result) + "\n", flush=True)
         torch.distributed.barrier()
 os._exit(0)

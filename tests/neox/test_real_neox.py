@@ -59,6 +59,13 @@ def run(
     python: str, tree: str, processes: int, jobs: list[dict[str, Any]], folder: Path
 ) -> list[str | None]:
     """Each job's error in the real GPT-NeoX, None where it went through."""
+    return [result["error"] for result in results(python, tree, processes, jobs, folder)]
+
+
+def results(
+    python: str, tree: str, processes: int, jobs: list[dict[str, Any]], folder: Path
+) -> list[dict[str, Any]]:
+    """What run_cpu.py says of each job."""
     path = folder / "jobs.json"
     defaults = {"drop": [], "logits": None, "steps": 0}
     path.write_text(json.dumps([{**defaults, **job} for job in jobs]))
@@ -69,7 +76,7 @@ def run(
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     found = results_in(done.stdout)
     assert len(found) == len(jobs), done.stdout[-2000:] + done.stderr[-4000:]
-    return [result["error"] for result in found]
+    return found
 
 
 def agree(path: Path, hf: Path) -> float:

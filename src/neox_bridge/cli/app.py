@@ -12,10 +12,12 @@ from neox_bridge.cli import (
     changes,
     convert,
     doctor,
+    export_optimizer,
     families,
     inspect,
     patch,
     report,
+    reshard,
     toy,
     verify,
 )
@@ -46,10 +48,14 @@ for _command, _short in (
     (verify.verify, "Say whether what was made of a checkpoint is that checkpoint."),
     (verify.diff, "Compare two checkpoints, tensor by tensor."),
     (audit.audit, "Look through the checkpoints of a run or a suite for what is wrong."),
+    (reshard.reshard, "Write a run for other ranks, with its optimizer."),
+    (export_optimizer.export_optimizer, "Write a run's optimizer states under model names."),
     (report.report, "Make one HTML page of checkpoints and results."),
     (toy.toy, "Write a random checkpoint of a Pythia's shape."),
 ):
-    app.command(_command.__name__, cls=GroupedCommand, short_help=_short)(guarded(_command))
+    app.command(_command.__name__.replace("_", "-"), cls=GroupedCommand, short_help=_short)(
+        guarded(_command)
+    )
 
 
 def _show_version(wanted: bool) -> None:

@@ -46,6 +46,15 @@ def convert(
             help="Cast the weights; fp32, fp16 and bf16 are understood too.",
         ),
     ] = "keep",
+    weights: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("stored", "masters"),
+            rich_help_panel=_HF,
+            help="masters: the optimizer's fp32 weights, of which those of a run in 16 bits are "
+            "rounded.",
+        ),
+    ] = "stored",
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -176,6 +185,33 @@ def convert(
             help="make_vocab_size_divisible_by; 128, doubled until every row has room.",
         ),
     ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("none", "fresh"),
+            rich_help_panel=_NEOX,
+            help="fresh: masters from the weights and zero moments, to train on at a step without "
+            "finetune.",
+        ),
+    ] = "none",
+    dp: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_NEOX,
+            help="Data-parallel ranks that --optimizer fresh is for; 1 unless told.",
+        ),
+    ] = None,
+    iteration: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            rich_help_panel=_NEOX,
+            help="The step that DST is at; the source's, else 0.",
+        ),
+    ] = None,
     revision: Annotated[
         str | None,
         typer.Option(
@@ -285,7 +321,12 @@ def convert(
         "gqa_order": gqa_order,
         "te": te,
         "format": form,
+        "optimizer": optimizer,
+        "dp": dp or 1,
+        "iteration": iteration,
     }
+    if dp is not None and optimizer == "none":
+        raise typer.BadParameter("--dp is for --optimizer fresh; reshard takes a run's own along.")
     version = era if era is not None and hasattr(era, "version") else None
     if version is not None:
         if to == "neox":
@@ -305,6 +346,12 @@ def convert(
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
+        if weights == "masters":
+            from neox_bridge.layouts.masters import with_masters
+
+            if (chosen["to"] or "hf") == "neox":
+                raise typer.BadParameter("--weights masters is for Hugging Face; see reshard.")
+            checkpoint = with_masters(checkpoint)
         plan = make_plan(checkpoint, Options(**chosen), target)
         if version is not None:
             from neox_bridge.compat.targets import refuse_version
@@ -328,6 +375,10 @@ def convert(
                 from neox_bridge.verification.verify import checker
 
                 check = checker(checkpoint, workers=max_workers, progress=progress)
+                if optimizer == "fresh":
+                    from neox_bridge.verification.optimizer import fresh_checker
+
+                    check = fresh_checker(checkpoint, check, workers=max_workers)
             result = execute(
                 plan,
                 target,

@@ -55,6 +55,13 @@ def inspect(
             help="What the pickles in PATH, a file or a folder, would run if they were loaded.",
         ),
     ] = False,
+    optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--optimizer",
+            help="The optimizer too; its states with --tensors and --stats as 'exp_avg: NAME'.",
+        ),
+    ] = False,
     max_workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads that read weights.")
     ] = None,
@@ -87,6 +94,13 @@ def inspect(
     plotting.prepare(plot)
     checkpoint = open_checkpoint(path, revision=revision, step=step, configs=config or ())
     facts = describe(checkpoint)
+    if optimizer:
+        from neox_bridge.layouts.masters import with_states
+        from neox_bridge.layouts.optimizer_export import scalars
+        from neox_bridge.layouts.optimizer_reader import read_optimizer
+
+        facts["optimizer"] = scalars(checkpoint, read_optimizer(checkpoint))
+        checkpoint = with_states(checkpoint)
     wanted = stats or plot or tensor
     found, told = measure(checkpoint, tensor or "*", max_workers) if wanted else (None, [])
     if plot and found is not None:
@@ -101,7 +115,9 @@ def inspect(
         more |= {} if found is None else {"stats": stats_json(found)}
         print_json({**facts, **more})
         return
-    for key, text in summary_lines(facts):
+    lines = summary_lines(facts)
+    lines += _optimizer_lines(facts["optimizer"]) if optimizer else []
+    for key, text in lines:
         print(f"{key:<12}{plain(text)}")
     if tensors:
         _print_tensors(checkpoint)
@@ -259,6 +275,17 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("embeddings", "tied" if facts["tied_embeddings"] else "untied"),
         ("biases", f"none in: {', '.join(absent)}" if absent else "everywhere"),
     ]
+
+
+def _optimizer_lines(told: dict[str, Any]) -> list[tuple[str, str]]:
+    ranks = plural(told["data_parallel"], "data-parallel rank")
+    lines = [("states", f"ZeRO {told['zero_stage']}, {ranks}: {', '.join(told['states'])}")]
+    for group in told["groups"]:
+        settings = {key: group.get(key) for key in ("lr", "weight_decay")} | group["state"]
+        told_of = [f"{k} {v:.4g}" for k, v in settings.items() if isinstance(v, int | float)]
+        tensors = plural(len(group["tensors"]), "tensor")
+        lines.append(("", ", ".join([f"{group.get('name', 'group')}: {tensors}", *told_of])))
+    return lines
 
 
 def _refs(whole: "Whole") -> list["TensorRef"]:

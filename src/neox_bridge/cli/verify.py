@@ -29,6 +29,9 @@ def verify(
         ),
     ] = None,
     gqa_order: values.GqaOrder = None,
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Optimizer states of two GPT-NeoX checkpoints too.")
+    ] = False,
     logits: Annotated[
         bool, typer.Option("--logits", help="Compute both models too, and say where they part.")
     ] = False,
@@ -77,6 +80,10 @@ def verify(
         _require_torch(device)
     first = open_checkpoint(source, gqa_order=gqa_order)  # type: ignore[arg-type]
     second = open_checkpoint(target)
+    if optimizer:
+        from neox_bridge.layouts.masters import with_states
+
+        first, second = with_states(first), with_states(second)
     given = _tokens(tokens, first, second) if logits else None
     with progress_bar(second.size, "verifying", quiet) as progress:
         found = compare(first, second, workers=max_workers, progress=progress)
@@ -176,6 +183,9 @@ def diff(
     tensor: Annotated[
         str, typer.Option(metavar="GLOB", help="Only tensors of such names, quoted: '*.bias'.")
     ] = "*",
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Optimizer states of both too, as 'exp_avg: NAME'.")
+    ] = False,
     gqa_order: values.GqaOrder = None,
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differ.")] = False,
     plot: Annotated[
@@ -210,6 +220,10 @@ def diff(
         open_checkpoint(path, gqa_order=gqa_order)  # type: ignore[arg-type]
         for path in (first, second)
     )
+    if optimizer:
+        from neox_bridge.layouts.masters import with_states
+
+        a, b = with_states(a), with_states(b)
     with progress_bar(a.size + b.size, "comparing", quiet) as progress:
         found = compare(a, b, pattern=tensor, workers=max_workers, progress=progress)
     if plot:

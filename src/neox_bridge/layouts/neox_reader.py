@@ -121,7 +121,6 @@ def open_neox(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
     tokenizer = _tokenizer(root, raw)
-    version = read.meta.get("ds_version")
     state = NeoxState(
         root=root,
         step=tag,

@@ -15,6 +15,9 @@ _FLAGS: dict[str, Callable[[ModelConfig], bool]] = {
 }
 
 
+# between an optimizer's state and the tensor that it is of, where both make one name
+STATE_OF = ": "
+
 # what GPT-NeoX's files hold and Hugging Face's don't
 NEOX_ONLY = ("derived", "zero")
 
@@ -62,3 +65,8 @@ def lacking(
         name = weight.hf.format(i=block)
         if not weight.flag and weight.split not in NEOX_ONLY and name not in names:
             yield weight, block, name
+
+
+def tensor_of(name: str) -> str:
+    """The tensor that an optimizer's state is of; any other name is its own."""
+    return name.rpartition(STATE_OF)[2]

@@ -68,6 +68,9 @@ def scatter(
     if len(whole.shards) == tp:
         ref = whole.shards[rank]
         return OutputTensor(name, whole.dtype, ref.shape, (box(ref),))
+    if len(whole.parts) == tp:
+        part = whole.parts[rank]
+        return OutputTensor(name, whole.dtype, part.shape, part.pieces)
     start, shape = share(split, whole.shape, tp, rank)
     biased = split == "row_bias" and tp > 1
     if biased and row_bias == "whole" and rank > 0:
@@ -97,4 +100,4 @@ def with_rows(whole: Whole, rows: int) -> Whole:
     if rows > have:
         added = (rows - have, *shape[1:])
         pieces += (constant(added, 0.0, (have, *zero[1:])),)
-    return replace(whole, shape=shape, pieces=pieces, shards=())
+    return replace(whole, shape=shape, pieces=pieces, shards=(), parts=())

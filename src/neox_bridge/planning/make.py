@@ -7,6 +7,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind, refuse_all
 from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
+from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.record import source_summary
@@ -45,6 +46,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
         plan = plan_neox(checkpoint, options, tokenizer, os.path.abspath(target))
     return replace(
         plan,
+        files=tuple(map(cut_reductions, plan.files)),
         source=source_summary(checkpoint),
         dropped=(*checkpoint.dropped, *plan.dropped),
         findings=(*checkpoint.findings, *plan.findings),
@@ -74,6 +76,8 @@ def _check_options(kind: Kind, options: Options) -> None:
         "--for": options.era,
         "--vocab-multiple": options.vocab_multiple,
         "--te": options.te,
+        "--optimizer": None if options.optimizer == "none" else options.optimizer,
+        "--iteration": options.iteration,
     }
     if names := [name for name, value in given.items() if value is not None]:
         raise BridgeError(

@@ -5,9 +5,9 @@ deepspeed/runtime/engine.py, _save_checkpoint; deepspeed/runtime/pipe/module.py,
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
@@ -24,6 +24,9 @@ from neox_bridge.planning.geometry import constant, scatter
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Whole
 
 SEED = 1234  # GPT-NeoX's default
+# of an mp_rank file's number and module (None where layers have files of their own): its value,
+# and the tensors of it beside the module's
+Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,7 @@ def weight_files(
     config: ModelConfig,
     wholes: Mapping[str, Whole],
     shape: Shape,
-    args: Mapping[str, Any],
-    iteration: int,
+    metadata: Metadata,
 ) -> Iterator[OutputFile]:
     """Every ``.pt`` file of the folder: one a layer and rank, or one a rank, and the metadata.
 
@@ -84,7 +86,7 @@ def weight_files(
             tensors = _with_biases(found, config, shape)
             modules.append((_state_dict(tensors, shape), tensors))
     for number, (module, tensors) in enumerate(modules):
-        value, states = _metadata(module, args, iteration, count, number % shape.tp)
+        value, states = metadata(number, module)
         path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
         yield _file(path, value, [*tensors, *states], dumped)
 
@@ -101,6 +103,18 @@ def _file(
     if key not in dumped:
         dumped[key] = dump(value, slots)
     return layout_pickled(path, *dumped[key], tensors)
+
+
+def rank_parameters(
+    architecture: Architecture,
+    config: ModelConfig,
+    wholes: Mapping[str, Whole],
+    shape: Shape,
+    rank: int,
+) -> dict[tuple[int, str], OutputTensor]:
+    """One tensor-parallel rank's parameters, by GPT-NeoX's number of the layer and name in it."""
+    present = [(w, b) for w, b in _ordered(architecture, config) if w.split != "derived"]
+    return dict(_placed(present, config, wholes, shape, rank, numbered=False))
 
 
 def _with_biases(
@@ -130,6 +144,18 @@ def _tensors(
     rank: int,
     numbered: bool = False,
 ) -> Iterator[OutputTensor]:
+    """One rank's tensors, see ``_placed``."""
+    return (t for _, t in _placed(present, config, wholes, shape, rank, numbered))
+
+
+def _placed(
+    present: Sequence[tuple[Weight, int]],
+    config: ModelConfig,
+    wholes: Mapping[str, Whole],
+    shape: Shape,
+    rank: int,
+    numbered: bool,
+) -> Iterator[tuple[tuple[int, str], OutputTensor]]:
     """One rank's tensors; the rows of the table that share a name are parts of one tensor."""
     groups: dict[tuple[int, str], list[tuple[Weight, int]]] = {}
     for weight, block in present:
@@ -139,7 +165,7 @@ def _tensors(
         groups.setdefault((layer, name), []).append((weight, block))
     for (layer, name), group in groups.items():
         full = f"sequential.{layer}.{name}" if numbered else name
-        yield _tensor(full, name, group, config, wholes, shape, rank)
+        yield (layer, name), _tensor(full, name, group, config, wholes, shape, rank)
 
 
 def _tensor(
@@ -179,10 +205,22 @@ def _state_dict(
     return named
 
 
-def _metadata(
-    module: Any, args: Mapping[str, Any], iteration: int, count: int, tp_rank: int
+class HasMetadata(Protocol):
+    """An optimizer that comes with the weights; see ``fresh.Fresh``."""
+
+    def more(self, number: int, tp: int, iteration: int) -> dict[str, Any]: ...
+
+
+def start_of_run(
+    shape: Shape,
+    args: Mapping[str, Any],
+    iteration: int,
+    optimizer: HasMetadata | None,
+    number: int,
+    module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
-    """The dictionary of an mp_rank file, and its tensors: random states as bytes."""
+    """The dictionary of an mp_rank file to start from, and its tensors: random states as bytes."""
+    count, tp_rank = shape.stages * shape.tp, number % shape.tp
     states = {
         "torch_rng_state": random_states.torch_state(SEED),
         "cuda_rng_state": random_states.cuda_state(SEED),
@@ -215,6 +253,8 @@ def _metadata(
         "cuda_rng_state": TensorSlot("cuda_rng_state"),
         "rng_tracker_states": {"model-parallel-rng": TensorSlot("model-parallel-rng")},
     }
+    if optimizer is not None:
+        value |= optimizer.more(number, shape.tp, iteration)
     tensors = [
         OutputTensor(name, "uint8", (len(data),), inline=data) for name, data in states.items()
     ]

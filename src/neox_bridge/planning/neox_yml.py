@@ -125,27 +125,31 @@ def settings(
     )
 
 
-def finetune_yml(
-    found: Settings, root: str, tokenizer_file: str | None
-) -> tuple[bytes, tuple[str, ...]]:
-    """The yml in the target's root, and the keys that the user has still to fill in.
+def start_yml(
+    found: Settings, root: str, tokenizer_file: str | None, *, fresh: bool
+) -> tuple[str, bytes, tuple[str, ...]]:
+    """The yml in the target's root, its name, and the keys that the user has still to fill in.
 
-    root: the target's absolute path. tokenizer_file: relative to it.
+    root: the target's absolute path. tokenizer_file: relative to it. fresh: whether there is an
+    optimizer to start with.
     """
+    name = "resume.yml" if fresh else "finetune.yml"
+    what = "Trains on from" if fresh else "Fine-tunes"
+    comes = "a new optimizer, and the schedule at its step" if fresh else "no optimizer states"
     blanks = ["data_path"] if tokenizer_file else ["data_path", "vocab_file"]
     vocab_file = f"{root}/{tokenizer_file}" if tokenizer_file else None
     sections: list[tuple[str, Mapping[str, Any]]] = [
         (
-            "Fine-tunes this checkpoint with GPT-NeoX: python deepy.py train.py finetune.yml\n"
+            f"{what} this checkpoint with GPT-NeoX: python deepy.py train.py {name}\n"
             f"Fill in: {', '.join(blanks)} (the prefix of the preprocessed data, without .bin)",
             {"data_path": None},
         ),
         (
-            "the checkpoint: its weights are loaded, no optimizer states",
+            f"the checkpoint: its weights are loaded, {comes}",
             {
                 "load": root,
-                "save": f"{root}/finetuned",
-                "finetune": True,
+                "save": root if fresh else f"{root}/finetuned",
+                "finetune": not fresh,
                 "tokenizer_type": "HFTokenizer",
                 "vocab_file": vocab_file,
             },
@@ -155,7 +159,7 @@ def finetune_yml(
         ("precision", found.precision),
         ("training: yours to choose", found.training),
     ]
-    return dump_yml(sections), tuple(blanks)
+    return name, dump_yml(sections), tuple(blanks)
 
 
 def step_yml(found: Settings) -> bytes:
@@ -176,3 +180,29 @@ def _precision(dtype: str) -> dict[str, Any]:
     if dtype == "bfloat16":
         return {"precision": "bfloat16"}
     return {"precision": "fp32"}
+
+
+def resume_yml(
+    raw: Mapping[str, Any], changed: Mapping[str, Any], root: str
+) -> tuple[bytes, bytes]:
+    """A yml with which a run goes on from ``root``, and the same without files, for configs.
+
+    raw: the run's own settings. changed: the layout, the batch, and what else isn't as it was.
+    """
+    rest = {
+        _ALIASES.get(key, key): value
+        for key, value in raw.items()
+        if not _ELSEWHERE.fullmatch(key) and key not in ("load", "save", "finetune")
+    }
+    data = {
+        key: value
+        for key, value in raw.items()
+        if re.fullmatch(".*_data_(paths?|weights)|data_path", key)
+    }
+    for key in changed:
+        rest.pop(key, None)
+    files = {"load": root, "save": root, "finetune": False}
+    comment = "the run goes on from here: weights, optimizer, schedule, random states"
+    layout = ("its layout and batch: must stay as they are", changed)
+    run = ("the run's own settings", {**rest, **data})
+    return dump_yml([(comment, files), layout, run]), dump_yml([layout, run])

@@ -30,6 +30,9 @@ class Options:
     te: Transformer Engine's names, for GPT-NeoX targets.
     format: whose form a Hugging Face target has: "transformers", or another library's by the name
         that its ``Form`` has. It makes the target Hugging Face's.
+    optimizer: "fresh" adds one to a GPT-NeoX target, so that a run goes on without ``finetune``.
+    dp: the data-parallel ranks that it is for.
+    iteration: the step of a GPT-NeoX target, in place of the source's.
     """
 
     to: Kind | None = None
@@ -49,3 +52,6 @@ class Options:
     gqa_order: GqaOrder | None = None
     te: bool | None = None
     format: str | None = None
+    optimizer: Literal["none", "fresh"] = "none"
+    dp: int = 1
+    iteration: int | None = None

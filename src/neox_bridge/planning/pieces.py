@@ -38,6 +38,7 @@ class Whole:
         for each tensor-parallel rank; the value is their sum, or any of them (their mean where
         they differ).
     shards: the source's own tensors by tensor-parallel rank, where it has ranks.
+    parts: what each such rank holds, where it isn't one tensor of a file.
     random: a seed, for a tensor that is made up (``neox-bridge toy``).
     """
 
@@ -46,6 +47,7 @@ class Whole:
     pieces: tuple[Piece, ...] = ()
     reduce: Reduce = "none"
     shards: tuple[TensorRef, ...] = ()
+    parts: "tuple[Whole, ...]" = ()
     random: int | None = None
 
     @property

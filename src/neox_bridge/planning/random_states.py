@@ -1,5 +1,6 @@
 """The random states that GPT-NeoX saves and, unless told otherwise, wants back when it loads."""
 
+import hashlib
 import random
 import struct
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from neox_bridge.formats.pickle_writer import numpy_array
 
 _WORDS = 624
+_PHILOX = 16  # bytes: seed and offset
+_BEFORE_1_13 = 800  # bytes
 _MODEL_PARALLEL = 2718  # megatron/mpu/random.py, model_parallel_cuda_manual_seed
 
 
@@ -48,3 +51,21 @@ def _mt19937(seed: int) -> list[int]:
         last = words[-1]
         words.append((1812433253 * (last ^ (last >> 30)) + index) & 0xFFFFFFFF)
     return words
+
+
+def of_rank(state: bytes, tp_rank: int) -> tuple[bytes, bool]:
+    """The state of tensor-parallel rank ``tp_rank`` of the model-parallel generator.
+
+    state: rank 0's. Returns it with whether it is what that rank would have had, had it been there
+    from the start: on a GPU seeds count up by rank (``model_parallel_seed``) and ranks draw alike,
+    so the offset is the same. torch before 1.13 has 800 more bytes in front. A CPU's generator has
+    no such order: its state is seeded with a hash of rank 0's.
+    """
+    if tp_rank == 0:
+        return state, True
+    if len(state) in (_PHILOX, _PHILOX + _BEFORE_1_13):
+        seed, offset = struct.unpack("<Qq", state[-_PHILOX:])
+        new = struct.pack("<Qq", (seed + tp_rank) % 2**64, offset)
+        return state[:-_PHILOX] + new, True
+    digest = hashlib.sha256(state + struct.pack("<I", tp_rank)).digest()
+    return torch_state(int.from_bytes(digest[:4], "little")), False

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,9 +24,10 @@ from neox_bridge.planning.common import (
     text_file,
     tokenizer_outputs,
 )
+from neox_bridge.planning.fresh import fresh
 from neox_bridge.planning.fused import fusion_of
-from neox_bridge.planning.neox_files import Shape, weight_files
-from neox_bridge.planning.neox_yml import Settings, finetune_yml, settings, step_yml
+from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
+from neox_bridge.planning.neox_yml import Settings, settings, start_yml, step_yml
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import neox_record
@@ -40,7 +42,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     Raises Refused for a layout that the model doesn't fit.
     """
     architecture, config = checkpoint.architecture, checkpoint.config
-    shape, era = _shape(checkpoint, options)
+    shape, era = target_shape(checkpoint, options)
     findings = _check_era(architecture, config, shape, era, options)
     if shape.te:
         findings += check_target(checkpoint, shape.tp, era, options)
@@ -58,21 +60,33 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     if checkpoint.kind == "hf":
         told = architecture.findings_to_neox(checkpoint.raw, config)
         findings += [Finding(code, "warning", message, remedy) for code, message, remedy in told]
-    wholes = {}
+    wholes, unrounded = {}, {}
     for weight, block in model_weights(architecture, config):
         name = weight.hf.format(i=block)
         whole = drop_vocabulary_rows(checkpoint.tensors[name], weight, vocabulary.rows)
         whole = drop_vocabulary_rows(whole, weight, vocabulary.padded)
-        wholes[name] = cast(whole, options.dtype)
-    iteration = _iteration(checkpoint)
+        wholes[name], unrounded[name] = cast(whole, options.dtype), whole
+    iteration = _iteration(checkpoint) if options.iteration is None else options.iteration
     step = f"global_step{iteration}"
-    args = _args(config, vocabulary, shape.tp)
-    files = list(weight_files(step, architecture, config, wholes, shape, args, iteration))
+    args = checkpoint_args(config, vocabulary, shape.tp)
     found = _settings(checkpoint, config, shape, era, vocabulary, options)
+    optimizer = None
+    if options.optimizer == "fresh":
+        training, dp = found.training, options.dp
+        optimizer = fresh(architecture, config, unrounded, shape, training, iteration, dp)
+        found.training["zero_optimization"] = {
+            **(training.get("zero_optimization") or {}),
+            "stage": optimizer.stage,
+        }
+        findings.append(_schedule())
+    metadata = partial(start_of_run, shape, args, iteration, optimizer)
+    files = list(weight_files(step, architecture, config, wholes, shape, metadata))
+    if optimizer is not None:
+        files += optimizer.files(step, shape.tp, bf16=config.dtype == "bfloat16")
     own = {key for key in found.unknown if checkpoint.kind == "neox"}
     dropped += [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in sorted(own)]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
-    yml, blanks = finetune_yml(found, target, main)
+    start, yml, blanks = start_yml(found, target, main, fresh=optimizer is not None)
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
     if config.grouped_query and not shape.te:
         record["gqa_order"] = shape.gqa_order
@@ -80,7 +94,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         text_file(f"{step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{step}/configs/neox_bridge.yml", step_yml(found)),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
-        text_file("finetune.yml", yml),
+        text_file(start, yml),
         text_file("latest", step.encode()),
     ]
     summary: dict[str, object] = {
@@ -106,11 +120,12 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         tuple(files),
         tuple(dropped),
         tuple(findings),
-        tuple(("finetune.yml", key) for key in blanks),
+        tuple((start, key) for key in blanks),
     )
 
 
-def _shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
+def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
+    """How the target is laid out, and which trees it fits. Raises BridgeError and Refused."""
     state, era = checkpoint.neox, options.era
     layout = options.layout or ("ranks" if options.pp == 0 else None)
     if layout is None and options.pp:
@@ -264,6 +279,17 @@ def _window_ignored(config: ModelConfig) -> Finding:
     )
 
 
+def _schedule() -> Finding:
+    """AnnealingLR takes the checkpoint's words unless told (megatron/learning_rates.py)."""
+    return Finding(
+        "schedule",
+        "info",
+        "the learning-rate schedule, made of these settings, is in the checkpoint, from where "
+        "GPT-NeoX takes it",
+        "override_lr_scheduler: true takes the yml's",
+    )
+
+
 def _iteration(checkpoint: Checkpoint) -> int:
     """The step: GPT-NeoX's own, that of the record, or that in a revision such as step143000."""
     if checkpoint.neox is not None:
@@ -275,7 +301,7 @@ def _iteration(checkpoint: Checkpoint) -> int:
     return int(match[1]) if match else 0
 
 
-def _args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dict[str, Any]:
+def checkpoint_args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dict[str, Any]:
     """What GPT-NeoX compares at load (megatron/checkpointing.py, check_checkpoint_args)."""
     return {
         "num_layers": config.layers,

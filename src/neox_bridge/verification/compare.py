@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
-from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.dtypes import itemsize, to_numpy
+from neox_bridge.layouts.flat import placed_segments
 from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
 from neox_bridge.verification.equal import equal
 
@@ -59,12 +60,20 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
 
 
 def settled(whole: Whole, context: Context) -> Whole:
-    """The tensor without its reduction, where one of its pieces is the result bit for bit."""
+    """The tensor without its reduction, where one of its pieces is the result bit for bit.
+
+    Of a tensor in segments one piece of each.
+    """
     if whole.reduce == "none":
         return whole
-    tensor = OutputTensor("", whole.dtype, whole.shape, whole.pieces, whole.reduce)
-    only = replica(tensor, context)
-    return whole if only is None else replace(whole, pieces=(only,), reduce="none", shards=())
+    pieces = []
+    for to, part in placed_segments(whole):
+        tensor = OutputTensor("", part.dtype, part.shape, part.pieces, part.reduce)
+        only = replica(tensor, context)
+        if only is None:
+            return whole
+        pieces.append(replace(only, to=to))
+    return replace(whole, pieces=tuple(pieces), reduce="none", shards=(), parts=())
 
 
 def values(whole: Whole, dtype: str, start: Shape, shape: Shape, context: Context) -> "Array":
@@ -72,7 +81,20 @@ def values(whole: Whole, dtype: str, start: Shape, shape: Shape, context: Contex
     import numpy as np
 
     pieces = cut(whole, start, shape, (0,) * len(shape))
-    tensor = OutputTensor("", dtype, shape, pieces, whole.reduce)
+    placed = placed_segments(Whole(dtype, shape, pieces, whole.reduce))
+    if len(placed) > 1:
+        out: Array = np.empty(shape, to_numpy(dtype))
+        for to, part in placed:
+            box = tuple(slice(t, t + n) for t, n in zip(to, part.shape, strict=True))
+            out[box] = _read(part, context).reshape(part.shape)
+        return out.reshape(-1)
+    return _read(placed[0][1], context)
+
+
+def _read(whole: Whole, context: Context) -> "Array":
+    import numpy as np
+
+    tensor = OutputTensor("", whole.dtype, whole.shape, whole.pieces, whole.reduce)
     parts = [part.reshape(-1) for part in blocks(tensor, context)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

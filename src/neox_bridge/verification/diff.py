@@ -8,7 +8,7 @@ from math import prod
 from neox_bridge.architectures.base import Weight
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import by_name
+from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
@@ -35,7 +35,7 @@ def diff(
 
     def one(name: str) -> Difference:
         a, b = first.tensors.get(name), second.tensors.get(name)
-        found = _one(name, a, b, weights.get(name), context)
+        found = _one(name, a, b, weights.get(tensor_of(name)), context)
         context.wrote(sum(whole.nbytes for whole in (a, b) if whole), "copied")
         return found
 

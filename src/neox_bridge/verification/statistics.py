@@ -11,7 +11,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, some
-from neox_bridge.layouts.weights import by_name
+from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
 from neox_bridge.planning.pieces import Shape, Whole
 from neox_bridge.verification.compare import each, values
 
@@ -73,7 +73,8 @@ def statistics(
 
     def one(name: str) -> Statistics:
         whole = checkpoint.tensors[name]
-        vocabulary = name in weights and weights[name].split == "vocab"
+        weight = weights.get(tensor_of(name))
+        vocabulary = weight is not None and weight.split == "vocab"
         rows = checkpoint.vocab_rows if vocabulary else None
         found = _measure(name, whole, rows, context)
         context.wrote(whole.nbytes, "copied")
@@ -105,6 +106,7 @@ def _broken(stats: Sequence[Statistics]) -> Iterator[Finding]:
 
 def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint) -> Iterator[Finding]:
     weights = by_name(checkpoint.architecture, checkpoint.config.layers)
+    stats = [s for s in stats if STATE_OF not in s.name]  # a moment of zero is a start like others
     equal = [s for s in stats if s.constant]
     matrices = [s for s in equal if len(s.shape) > 1]
     # a scale of zero silences what follows the norm; a bias of zero is an ordinary start

@@ -9,8 +9,9 @@ from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.flat import segments
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.weights import by_name
+from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.planning.to_hf import hf_model
@@ -144,7 +145,7 @@ def _compare(
     second = target.tensors[name]
     if name not in wholes:
         return Difference(name, "only-second", prod(second.shape))
-    first, weight = wholes[name], weights[name]
+    first, weight = wholes[name], weights[tensor_of(name)]
     if weight.split == "vocab":
         if not zero_beyond(second, rows, context):
             detail = f"rows {rows} to {second.shape[0] - 1} are padding, and not zero"
@@ -158,10 +159,9 @@ def _compare(
         allowed = (ranks + 1) * _EPSILON.get(second.dtype, 0.0)
         if found.relative <= allowed:
             return replace(found, kind="equal")
-    if found.kind == "equal" and second.reduce == "replica":
-        still = settled(second, context)
-        if still.reduce != "none":
-            return replace(found, kind="replicas", detail="the target's ranks differ")
+    parts = segments(second) if second.reduce == "replica" else []
+    if found.kind == "equal" and any(settled(p, context).reduce != "none" for p in parts):
+        return replace(found, kind="replicas", detail="the target's ranks differ")
     return found
 
 

@@ -1,0 +1,186 @@
+"""``neox-bridge reshard``."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from neox_bridge.cli import values
+from neox_bridge.cli.errors import writing
+from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
+from neox_bridge.cli.progress import progress_bar
+
+_LAYOUT = "Where it goes on"
+_RUN = "How it runs"
+
+
+def reshard(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A GPT-NeoX folder with its optimizer states.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
+    tp: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_LAYOUT,
+            help="Tensor-parallel ranks (model_parallel_size); the source's unless told, as for "
+            "all of these.",
+        ),
+    ] = None,
+    pp: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            rich_help_panel=_LAYOUT,
+            help="Pipeline stages (pipe_parallel_size); 0 is the same as --layout ranks.",
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("layers", "ranks"),
+            rich_help_panel=_LAYOUT,
+            help="One file a layer and rank (pipe_parallel_size 1 or more), or one a rank (0).",
+        ),
+    ] = None,
+    dp: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=_LAYOUT, help="Data-parallel ranks."),
+    ] = None,
+    zero: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=2,
+            metavar="N",
+            rich_help_panel=_LAYOUT,
+            help="ZeRO's stage: 1 and 2 become each other.",
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_LAYOUT,
+            help="Sequences of a rank's forward pass; at most what it was, unless told. The "
+            "global batch stays.",
+        ),
+    ] = None,
+    row_bias: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("whole", "split"),
+            rich_help_panel=_LAYOUT,
+            help="Biases that ranks add up, at another TP: all on rank 0, which is exact, or a "
+            "part on each.",
+        ),
+    ] = "whole",
+    states: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="What export-optimizer wrote of this run: its masters, of which the weights are "
+            "then rounded, and moments in place of SRC's.",
+        ),
+    ] = None,
+    step: values.Step = None,
+    config: values.Configs = None,
+    gqa_order: values.GqaOrder = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=_RUN, help="Print the plan and write nothing."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", rich_help_panel=_RUN, help="Replace DST where it exists."),
+    ] = False,
+    max_workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=_RUN, help="Threads that move bytes."),
+    ] = None,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            rich_help_panel=_RUN,
+            help="Don't read the result back and compare it with the source.",
+        ),
+    ] = False,
+    as_json: values.AsJson = False,
+    quiet: values.Quiet = False,
+) -> None:
+    """Write a GPT-NeoX run's checkpoint for other ranks, with its optimizer, to go on training.
+
+    Weights, fp32 masters, moments, step, loss scaler, schedule and random states; DST/resume.yml
+    is the yml to go on with. Nothing needs GPT-NeoX or DeepSpeed.
+
+    \b
+    Examples:
+      neox-bridge reshard run run-dp4 --dp 4
+      neox-bridge reshard run run-tp4 --tp 4 --pp 2
+      neox-bridge reshard run run-one --tp 1 --pp 0 --dp 1 --dry-run
+
+    Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't be
+    what was asked), 130 interrupted.
+    """
+    chosen: dict[str, Any] = {
+        "tp": tp,
+        "pp": pp,
+        "layout": layout,
+        "dp": dp,
+        "zero": zero,
+        "micro_batch": micro_batch,
+        "row_bias": row_bias,
+    }
+    with writing(target):
+        from neox_bridge.layouts.open import open_checkpoint
+        from neox_bridge.layouts.optimizer_reader import read_optimizer
+        from neox_bridge.planning.reshard import Resharding, plan_reshard
+
+        checkpoint = open_checkpoint(
+            source,
+            step=step,
+            configs=config or (),
+            gqa_order=gqa_order,  # type: ignore[arg-type]
+        )
+        optimizer, given = read_optimizer(checkpoint), None
+        if states is not None:
+            from neox_bridge.layouts.optimizer_export import with_export
+
+            checkpoint, given = with_export(checkpoint, optimizer, states)
+        made = os.path.abspath(target)
+        plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), made, given)
+        if dry_run:
+            if as_json:
+                from neox_bridge.planning.report import to_json
+
+                print_json(to_json(plan))
+            else:
+                print_plan(plan, target)
+            return
+        from neox_bridge.execution.run import execute
+
+        tell(plan, quiet)
+        total = plan.size if no_verify else 2 * plan.size
+        with progress_bar(total, "resharding", quiet) as progress:
+            check = None
+            if not no_verify:
+                from neox_bridge.verification.optimizer import checker
+
+                check = checker(
+                    checkpoint, optimizer, given, workers=max_workers, progress=progress
+                )
+            result = execute(
+                plan,
+                target,
+                overwrite=overwrite,
+                workers=max_workers,
+                progress=progress,
+                check=check,
+            )
+    tell_findings(result.findings, quiet)
+    print_result(plan, result, target, as_json, quiet, verified=not no_verify)

@@ -1,0 +1,58 @@
+"""A checkpoint with its optimizer's states: the masters for weights, or all beside them."""
+
+from dataclasses import replace
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.optimizer import MASTER, states
+from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.layouts.weights import STATE_OF
+from neox_bridge.planning.pieces import Dropped
+
+
+def with_masters(checkpoint: Checkpoint) -> Checkpoint:
+    """The model in the precision in which it is trained.
+
+    A run in 16 bits rounds its weights from fp32 masters at each step; one in fp32 has no others
+    than its weights. Raises BridgeError for a checkpoint without an optimizer.
+    """
+    if checkpoint.neox is None:
+        raise BridgeError(
+            f"--weights masters: {checkpoint.path} isn't a GPT-NeoX checkpoint, and only an "
+            "optimizer has masters."
+        )
+    optimizer = read_optimizer(checkpoint)
+    dropped = tuple(
+        replace(drop, reason="optimizer states, but for the masters")
+        if drop.reason == "optimizer states"
+        else drop
+        for drop in checkpoint.dropped
+    )
+    if MASTER not in optimizer.keys:  # fp32 of ZeRO stage 0
+        return checkpoint
+    return replace(
+        checkpoint,
+        config=replace(checkpoint.config, dtype="float32"),
+        tensors=states(checkpoint, optimizer)[MASTER],
+        dropped=(*dropped, Dropped("the weights in 16 bits", "rounded masters"))
+        if checkpoint.config.dtype != "float32"
+        else dropped,
+    )
+
+
+def with_states(checkpoint: Checkpoint) -> Checkpoint:
+    """The model's tensors and, as "exp_avg: name", the optimizer's states of each.
+
+    Raises BridgeError for a checkpoint without an optimizer.
+    """
+    optimizer = read_optimizer(checkpoint)
+    more = {
+        f"{key}{STATE_OF}{name}": whole
+        for key, wholes in states(checkpoint, optimizer).items()
+        for name, whole in wholes.items()
+    }
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, **more},
+        dropped=tuple(d for d in checkpoint.dropped if d.reason != "optimizer states"),
+    )

@@ -1,0 +1,297 @@
+"""Reads the optimizer of a GPT-NeoX checkpoint, and checks it against the weights."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.formats.pickles import Record
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.flat import Flat
+from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter, Scalar, Wrapper
+from neox_bridge.planning.pieces import Shape, Whole
+
+_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d+)\.(.+)")
+_TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
+_MOST = 64  # bytes of a scalar
+_SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
+
+
+def has_optimizer(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint comes with optimizer states."""
+    return any(drop.reason == "optimizer states" for drop in checkpoint.dropped)
+
+
+def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
+    """The optimizer's states as references. Raises BridgeError or Refused, naming the file."""
+    state = checkpoint.neox
+    if state is None:
+        raise BridgeError(f"{checkpoint.path} isn't a GPT-NeoX checkpoint, so it has no optimizer.")
+    folder = os.path.join(state.root, state.step)
+    count = state.tp * max(1, state.pp)
+    metas = tuple(
+        _meta(os.path.join(folder, f"mp_rank_{n:02d}_model_states.pt")) for n in range(count)
+    )
+    if state.te:
+        raise Refused(
+            f"{folder}: its blocks are Transformer Engine's, and their optimizer states can't be "
+            "read yet. Convert the weights alone."
+        )
+    if state.optimizer:
+        return _read_files(checkpoint, folder, metas)
+    if isinstance(metas[0].get("optimizer"), dict):
+        from neox_bridge.layouts.optimizer_stage0 import read_stage0
+
+        return read_stage0(checkpoint, folder, metas)
+    raise BridgeError(
+        f"{folder} holds no optimizer states: neither *zero_pp_rank_*_optim_states.pt nor an "
+        "optimizer in the mp_rank files. Use convert for its weights."
+    )
+
+
+def parameter(name: str, path: str) -> Parameter:
+    """The layer and the name in it of a parameter as DeepSpeed names it."""
+    if name.startswith(_TIED):
+        return 0, name.removeprefix(_TIED)
+    match = _NAMED.fullmatch(name)
+    if match is None:
+        raise BridgeError(f"{path}: {name} isn't named as GPT-NeoX names parameters.")
+    return int(match[1]), match[2]
+
+
+def _meta(path: str) -> Mapping[str, Any]:
+    value = read_torch(path)
+    if not isinstance(value, dict):
+        raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no dictionary.")
+    return value
+
+
+def _read_files(
+    checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
+) -> Optimizer:
+    state = checkpoint.neox
+    assert state is not None
+    found = {(int(m[2]), int(m[3])): m[0] for n in state.optimizer if (m := _FILE.fullmatch(n))}
+    dp = int(metas[0].get("dp_world_size") or max(d for d, _ in found) + 1)
+    want = {(d, n) for n in range(len(metas)) for d in range(dp)}
+    if missing := sorted(want - set(found)):
+        names = [f"zero_pp_rank_{d}_mp_rank_{n:02d}_optim_states.pt" for d, n in missing]
+        raise BridgeError(
+            f"{folder} isn't whole: {some(names)} missing, of {dp} data-parallel ranks. Copy the "
+            "checkpoint again."
+        )
+    if extra := sorted(found[key] for key in set(found) - want):
+        raise BridgeError(
+            f"{folder} has optimizer states of more ranks than the {dp} that its mp_rank files "
+            f"tell: {some(extra)}. Remove those of another layout."
+        )
+    members: dict[Parameter, int] = {}
+    shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
+    groups: dict[str, Group] = {}
+    keys: list[str] = []
+    paths: list[str] = []
+    head: dict[str, Any] = {}
+    for number, meta in enumerate(metas):
+        mine = [os.path.join(folder, found[rank, number]) for rank in range(dp)]
+        paths += mine
+        values = [_states(path) for path in mine]
+        head = head or {k: v for k, v in values[0].items() if k not in _SHARDED}
+        shapes = _shapes(meta, mine[0])
+        for index, flats in enumerate(shapes):
+            flat = Flat(flats, dp)
+            group, tensors = _group(values, mine, index, flat)
+            label = str(group.settings.get("name", index))
+            known = groups.setdefault(label, group)
+            _same_group(known, group, mine[0])
+            keys += [key for key in tensors if key not in keys]
+            for key, parts in tensors.items():
+                for name, whole in flat.wholes(parts).items():
+                    place = parameter(name, mine[0])
+                    # tied embeddings are in the first and the last stage, kept alike by DeepSpeed
+                    shards.setdefault((number % state.tp, place), {}).setdefault(key, whole)
+                    members[place] = list(groups).index(label)
+    wrapper: Wrapper = "zero" if "zero_stage" in head else "bf16"
+    stage = _stage(head, metas[0])
+    result = Optimizer(
+        wrapper, stage, dp, tuple(keys), tuple(groups.values()), members, shards, head, metas,
+        tuple(paths), generators(metas[0]),
+    )  # fmt: skip
+    check_weights(checkpoint, result, folder)
+    return result
+
+
+def _states(path: str) -> Mapping[str, Any]:
+    value = read_torch(path)
+    inner = value.get("optimizer_state_dict") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(inner, dict):
+        raise BridgeError(f"{path} holds no optimizer_state_dict: it isn't a file of DeepSpeed's.")
+    if "fp32_flat_groups" in inner:
+        raise Refused(f"{path} is of ZeRO stage 3, which can't be read. Save with stage 1 or 2.")
+    base = inner.get("base_optimizer_state")
+    if isinstance(base, list):
+        raise Refused(
+            f"{path}: zero_optimization.elastic_checkpoint was on, and such states can't be read. "
+            "Resume the run with elastic_checkpoint: false and save again."
+        )
+    if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
+        raise BridgeError(f"{path} holds no base_optimizer_state: it is of an unknown optimizer.")
+    return {**inner, "outer": {k: v for k, v in value.items() if k != "optimizer_state_dict"}}
+
+
+def _shapes(meta: Mapping[str, Any], path: str) -> list[Mapping[str, Shape]]:
+    told = meta.get("param_shapes")
+    if not isinstance(told, list) or not all(isinstance(group, dict) for group in told):
+        raise Refused(
+            f"{path}: the mp_rank file beside it lacks param_shapes, so that its flat partitions "
+            "can't be told apart: DeepSpeed has written them since 0.4 (2021)."
+        )
+    config = meta.get("ds_config") or {}
+    if (config.get("zero_optimization") or {}).get("round_robin_gradients"):
+        raise Refused(
+            f"{path}: zero_optimization.round_robin_gradients was on, which shuffles parameters "
+            "over partitions. Resume the run without it and save again."
+        )
+    return [{name: tuple(shape) for name, shape in group.items()} for group in told]
+
+
+def _group(
+    values: Sequence[Mapping[str, Any]], paths: Sequence[str], index: int, flat: Flat
+) -> tuple[Group, dict[str, list[TensorRef]]]:
+    """One group's hyperparameters and, by state, its partitions by data-parallel rank."""
+    tensors: dict[str, list[TensorRef]] = {}
+    first: Group | None = None
+    for rank, (value, path) in enumerate(zip(values, paths, strict=True)):
+        masters = value.get("single_partition_of_fp32_groups")
+        base = value["base_optimizer_state"]
+        if not isinstance(masters, list) or index >= min(len(masters), len(base["param_groups"])):
+            raise BridgeError(f"{path} lacks parameter group {index}. Copy the checkpoint again.")
+        _check_mappings(value, index, flat, rank, path)
+        _add(tensors, MASTER, masters[index], flat, rank, path)
+        scalars = {}
+        for key, entry in (base["state"].get(index) or {}).items():
+            if isinstance(entry, TensorRef) and prod(entry.shape) >= max(2, flat.used(rank)):
+                _add(tensors, key, entry, flat, rank, path)
+            else:
+                scalars[key] = scalar(entry)
+        settings = {k: v for k, v in base["param_groups"][index].items() if k != "params"}
+        group = Group(settings, scalars)
+        if first is not None:
+            _same_group(first, group, path)
+        first = first or group
+    assert first is not None
+    if short := [key for key, parts in tensors.items() if len(parts) < len(values)]:
+        raise BridgeError(f"{paths[0]}: {some(short)} isn't on every data-parallel rank.")
+    return first, tensors
+
+
+def _add(
+    tensors: dict[str, list[TensorRef]], key: str, part: Any, flat: Flat, rank: int, path: str
+) -> None:
+    used = flat.used(rank)
+    if not isinstance(part, TensorRef) or not used <= prod(part.shape) <= flat.partition:
+        size = prod(part.shape) if isinstance(part, TensorRef) else 0
+        raise BridgeError(
+            f"{path}: the partition of {key} has {size:,} elements, and by the model's shapes it "
+            f"should have {flat.partition:,}. Is a file of another layout or model?"
+        )
+    tensors.setdefault(key, []).append(replace(part, shape=(prod(part.shape),)))
+
+
+def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int, path: str) -> None:
+    """DeepSpeed's own words for where parameters lie in a partition, held against ours."""
+    told = value.get("param_slice_mappings")
+    if not isinstance(told, list) or index >= len(told):
+        return
+    theirs = {
+        name: (entry.state.get("start"), entry.state.get("numel"))
+        for name, entry in told[index].items()
+        if isinstance(entry, Record) and isinstance(entry.state, dict)
+    }
+    ours = {part.name: (part.start, part.numel) for part in flat.fragments(rank)}
+    if theirs != ours:
+        name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
+        raise BridgeError(
+            f"{path}: its param_slice_mappings put {name} at {theirs.get(name)}, and by the "
+            f"param_shapes it lies at {ours.get(name)} (start, elements). Are they of one save?"
+        )
+
+
+def scalar(entry: Any) -> Any:
+    """A state that isn't of a parameter's size: a number as it is, a small tensor as bytes."""
+    if not isinstance(entry, TensorRef):
+        return entry
+    if entry.nbytes > _MOST:
+        raise Refused(
+            f"{entry.file}: the optimizer has a tensor of the shape {list(entry.shape)}, none of a "
+            "parameter's: only optimizers like Adam can be read."
+        )
+    with open(entry.file, "rb") as file:
+        file.seek(entry.offset)
+        return Scalar(entry.dtype, entry.shape, file.read(entry.nbytes))
+
+
+def _same_group(first: Group, second: Group, path: str) -> None:
+    if first.scalars != second.scalars or first.settings != second.settings:
+        differ = [k for k in first.settings if first.settings[k] != second.settings.get(k)]
+        differ += [k for k in first.scalars if first.scalars[k] != second.scalars.get(k)]
+        raise BridgeError(
+            f"{path}: {some(differ) or 'a hyperparameter'} differs between ranks, so their files "
+            "are of different saves. Copy the checkpoint again."
+        )
+
+
+def _stage(head: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
+    told = head.get("zero_stage")
+    if isinstance(told, Record) and told.args and isinstance(told.args[0], int):
+        return told.args[0]
+    if isinstance(told, int):
+        return told
+    config = (meta.get("ds_config") or {}).get("zero_optimization") or {}
+    return int(config.get("stage") or 0)
+
+
+def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> None:
+    """Raise BridgeError unless every weight of every rank has its states, in its shape.
+
+    Refused for states with names that no optimizer gives, since they become names of files.
+    """
+    if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
+        raise Refused(f"{folder}: {odd[0][:80]!r} isn't the name of an optimizer's state.")
+    assert checkpoint.neox is not None
+    used = {
+        ref
+        for whole in checkpoint.tensors.values()
+        for ref in (piece.source for piece in whole.pieces)
+    }
+    for rank, layers in enumerate(checkpoint.neox.ranks):
+        for layer, tensors in layers.items():
+            for name, ref in tensors.items():
+                mine = optimizer.shards.get((rank, (layer, name)), {})
+                lacking = [key for key in optimizer.keys if key not in mine]
+                if ref in used and lacking:
+                    raise BridgeError(
+                        f"{folder}: the optimizer has no {lacking[0]} of layer {layer}: {name}. "
+                        "Was that parameter frozen? Only runs that train all can be read."
+                    )
+                if any(whole.shape != ref.shape for whole in mine.values()):
+                    raise BridgeError(
+                        f"{folder}: layer {layer}: {name} has the shape {list(ref.shape)}, and its "
+                        "optimizer states another. Are all files of one save?"
+                    )
+
+
+def generators(meta: Mapping[str, Any]) -> dict[str, bytes]:
+    """The states in ``rng_tracker_states``, by name."""
+    found = {}
+    for name, ref in (meta.get("rng_tracker_states") or {}).items():
+        if isinstance(ref, TensorRef) and ref.nbytes < 1 << 16:
+            with open(ref.file, "rb") as file:
+                file.seek(ref.offset)
+                found[str(name)] = file.read(ref.nbytes)
+    return found

@@ -1,0 +1,36 @@
+"""Plans a folder of optimizer states for people: a safetensors file a state, and a JSON file."""
+
+from math import prod
+
+from neox_bridge.formats.safetensors import layout_safetensors
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.optimizer import Optimizer, states
+from neox_bridge.layouts.optimizer_export import SCALARS, scalars
+from neox_bridge.layouts.text_files import dump_json
+from neox_bridge.planning.common import text_file
+from neox_bridge.planning.fragments import cut_reductions
+from neox_bridge.planning.pieces import OutputTensor, Plan
+from neox_bridge.planning.record import source_summary
+
+
+def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
+    """``master.safetensors``, ``exp_avg.safetensors`` and so on, and the scalars."""
+    found = states(checkpoint, optimizer)
+    files = []
+    for key, wholes in found.items():
+        tensors = [
+            OutputTensor(name, whole.dtype, whole.shape, whole.pieces, whole.reduce)
+            for name, whole in wholes.items()
+        ]
+        files.append(cut_reductions(layout_safetensors(f"{key}.safetensors", tensors)))
+    files.append(text_file(SCALARS, dump_json(scalars(checkpoint, optimizer))))
+    summary: dict[str, object] = {
+        "kind": "hf",
+        "architecture": checkpoint.architecture.name,
+        "layout": f"{len(found)} optimizer states",
+        "dtype": next(iter(next(iter(found.values())).values())).dtype,
+        "vocab_rows": checkpoint.config.dims["vocab"],
+        "optimizer": list(found),
+        "parameters": sum(prod(whole.shape) for whole in checkpoint.tensors.values()),
+    }
+    return Plan(source_summary(checkpoint), summary, tuple(files))

@@ -1,0 +1,86 @@
+"""Which of GPT-NeoX's layers each pipeline stage has, as DeepSpeed spreads them.
+
+Source: deepspeed 0.16 runtime/pipe/module.py (_partition_layers, _find_layer_type),
+runtime/utils.py (partition_uniform, partition_balanced); GPT-NeoX megatron/model/gpt2_model.py
+(GPT2ModelPipe.init_specs), whose two functions around the blocks count as layers, and have
+"transformer" in their names too.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from neox_bridge.errors import Refused
+
+DEFAULT = "type:transformer|mlp"  # pipe_partition_method of megatron/neox_arguments/neox_args.py
+
+
+def block_class(architecture: str) -> str:
+    """The class of a family's blocks in GPT-NeoX."""
+    mamba = architecture == "mamba"
+    return "ParallelMambaResidualLayerPipe" if mamba else "ParallelTransformerLayerPipe"
+
+
+def stage_bounds(
+    method: str, layers: int, stages: int, parameters: Mapping[int, int], *, tied: bool, block: str
+) -> list[range]:
+    """The layers of each stage, by GPT-NeoX's numbers.
+
+    method: pipe_partition_method. layers: blocks. parameters: a rank's elements of each layer.
+    tied: whether the head is the embeddings. block: the class of the blocks.
+    Raises Refused for a method that DeepSpeed doesn't have, or a stage without a layer.
+    """
+    head = "EmbeddingPipe" if tied else "ParallelLinearPipe"
+    names = ["EmbeddingPipe", "_pre_transformer_block", *(block for _ in range(layers))]
+    names += ["_post_transformer_block", "NormPipe", head]
+    count, chosen = len(names), method.lower()
+    if chosen == "uniform":
+        bounds = _uniform(count, stages)
+    elif chosen == "parameters":
+        counts = [parameters.get(number, 0) for number in range(count)]
+        bounds = _balanced([*counts[:-1], counts[0]] if tied else counts, stages)
+    elif chosen.startswith("type:"):
+        pattern = re.compile(chosen.split(":")[1], re.IGNORECASE)
+        bounds = _balanced([int(bool(pattern.search(name))) for name in names], stages)
+    else:
+        raise Refused(
+            f"pipe_partition_method: {method} is none that DeepSpeed has. Use {DEFAULT}, uniform "
+            "or parameters."
+        )
+    if any(low >= high for low, high in pairwise(bounds)):
+        raise Refused(f"--pp {stages}: DeepSpeed would leave a stage without a layer. Use fewer.")
+    return [range(low, high) for low, high in pairwise(bounds)]
+
+
+def _uniform(items: int, parts: int) -> list[int]:
+    if items <= parts:
+        return [min(part, items) for part in range(parts + 1)]
+    size, more = divmod(items, parts)
+    return [part * size + min(part, more) for part in range(parts + 1)]
+
+
+def _balanced(weights: Sequence[int], parts: int) -> list[int]:
+    """The cut with the smallest gap between largest and smallest part; of equal ones the last."""
+    items, infinite = len(weights), float("inf")
+    if items <= parts:
+        return _uniform(items, parts)
+    sums = [0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    most: dict[tuple[int, int], float] = {(0, 0): 0}
+    least: dict[tuple[int, int], float] = {}
+    cost: dict[tuple[int, int], float] = {(0, 0): 0}
+    cut: dict[tuple[int, int], int] = {}
+    for i in range(1, items + 1):
+        for j in range(1, min(i, parts) + 1):
+            for k in range(i):
+                part = sums[i] - sums[k]
+                high = max(most.get((k, j - 1), infinite), part)
+                low = min(least.get((k, j - 1), infinite), part)
+                gap = high - low
+                if cost.get((i, j), infinite) >= gap:
+                    cost[i, j], most[i, j], least[i, j], cut[i, j] = gap, high, low, k
+    bounds = [items]
+    for j in range(parts, 0, -1):
+        bounds.append(cut.get((bounds[-1], j), 0))
+    return bounds[::-1]

@@ -1,0 +1,161 @@
+"""Optimizer states of two checkpoints compared, by state and by the model's tensors."""
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+
+from neox_bridge.errors import Unverified
+from neox_bridge.execution.context import Context
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.flat import segments
+from neox_bridge.layouts.masters import with_masters
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
+from neox_bridge.layouts.optimizer_export import read_export
+from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
+from neox_bridge.planning.geometry import with_rows
+from neox_bridge.planning.pieces import Whole
+from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
+from neox_bridge.verification.verify import describe, summary, verify
+
+
+def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
+    """The states by one name each: the state's, a colon, the tensor's."""
+    return flattened(states(checkpoint, optimizer))
+
+
+def flattened(found: Mapping[str, Mapping[str, Whole]]) -> dict[str, Whole]:
+    """States by one name each."""
+    return {
+        f"{key}{STATE_OF}{name}": whole
+        for key, wholes in found.items()
+        for name, whole in wholes.items()
+    }
+
+
+def compare_states(
+    source: tuple[Checkpoint, Optimizer],
+    target: tuple[Checkpoint, Optimizer],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Difference]:
+    """What differs, of every state and tensor of either."""
+    first, second = named(*source), named(*target)
+    return compare_named(source[0], first, second, workers=workers, progress=progress)
+
+
+def compare_named(
+    source: Checkpoint,
+    first: Mapping[str, Whole],
+    second: Mapping[str, Whole],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Difference]:
+    """What differs, of states as ``named`` has them.
+
+    Rows of padding that the second has more are compared with zeros.
+    """
+    weights = by_name(source.architecture, source.config.layers)
+    context = Context(progress)
+
+    def one(name: str) -> Difference:
+        if name not in first or name not in second:
+            kind: Kind = "only-first" if name in first else "only-second"
+            return Difference(name, kind, prod({**first, **second}[name].shape))
+        a, b = first[name], second[name]
+        rows = min(a.shape[0], b.shape[0])
+        if weights[tensor_of(name)].split == "vocab" and a.shape != b.shape:
+            if not zero_beyond(b, rows, context):
+                detail = f"rows {rows} to {b.shape[0] - 1} are padding, and not zero"
+                return Difference(name, "values", prod(b.shape), detail=detail)
+            a, b = with_rows(a, rows), with_rows(b, rows)
+        found = compare(name, a, b, context)
+        context.wrote(b.nbytes, "copied")
+        return found
+
+    found = each(sorted({*first, *second}), one, context, workers)
+    return [difference for difference in found if difference.kind != "equal"]
+
+
+def checker(
+    source: Checkpoint,
+    optimizer: Optimizer,
+    given: Mapping[str, Mapping[str, Whole]] | None = None,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Callable[[str], None]:
+    """For ``execute``: raises Unverified where a finished folder isn't the source.
+
+    given: the states that were written in place of the source's.
+    """
+
+    def check(folder: str) -> None:
+        target = open_checkpoint(folder)
+        weights = verify(source, target, workers=workers, progress=progress)
+        if not weights.holds:
+            raise Unverified(f"The result isn't what {source.path} says: {summary(weights)}.")
+        pair = (target, read_optimizer(target))
+        want = named(source, optimizer) if given is None else flattened(given)
+        found = compare_named(source, want, named(*pair), workers=workers, progress=progress)
+        found += list(_scalars(optimizer, pair[1]))
+        if found:
+            raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
+
+    return check
+
+
+def export_checker(
+    source: Checkpoint,
+    optimizer: Optimizer,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Callable[[str], None]:
+    """For ``execute``: raises Unverified where exported states aren't the source's."""
+
+    def check(folder: str) -> None:
+        mine = flattened(read_export(folder, source))
+        theirs = named(source, optimizer)
+        found = compare_named(source, theirs, mine, workers=workers, progress=progress)
+        if found:
+            raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
+
+    return check
+
+
+def fresh_checker(
+    source: Checkpoint, first: Callable[[str], None], *, workers: int | None = None
+) -> Callable[[str], None]:
+    """``first``, then: raises Unverified unless masters are the weights and moments are zero."""
+
+    def check(folder: str) -> None:
+        first(folder)
+        target = open_checkpoint(folder)
+        masters = verify(source, with_masters(target), workers=workers)
+        if not masters.holds:
+            raise Unverified(f"The masters aren't what {source.path} says: {summary(masters)}.")
+        context = Context()
+        moments = {
+            name: whole
+            for name, whole in named(target, read_optimizer(target)).items()
+            if not name.startswith(MASTER)
+        }
+
+        def zero(name: str) -> bool:
+            parts = segments(moments[name])
+            return all(zero_beyond(part, 0, context) for part in parts)
+
+        if not all(each(moments, zero, context, workers)):
+            raise Unverified(f"{folder} has moments that aren't zero.")
+
+    return check
+
+
+def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
+    mine: Mapping[object, object] = {g.settings.get("name"): g.scalars for g in source.groups}
+    for group in target.groups:
+        if mine.get(group.settings.get("name")) != group.scalars:
+            yield Difference("the optimizer's steps", "values", detail="they aren't the source's")

@@ -1,0 +1,214 @@
+"""Runs of the real GPT-NeoX go on, resharded, as they were: every layout to every other.
+
+Each layout trains nine steps from scratch and saves; each save is resharded for every other layout
+and resumed there for three steps. The first loss shows the weights, the third the masters, the
+moments, the step and the schedule too. All data-parallel ranks have the same sequences there, so
+that their gradients' mean is exact; each its share of the batch, as the written yml says, in one
+step more.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_real_neox
+import yaml
+from common import convert, make_hf
+from test_reshard import reshard, without_moments
+
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.optimizer_reader import read_optimizer
+
+pytestmark = pytest.mark.neox
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int
+    pp: int
+    dp: int
+
+    def __str__(self) -> str:
+        return f"TP{self.tp} PP{self.pp} DP{self.dp}"
+
+    @property
+    def processes(self) -> int:
+        return self.tp * max(1, self.pp) * self.dp
+
+
+LAYOUTS = [
+    Layout(1, 1, 1),
+    Layout(2, 1, 1),
+    Layout(2, 1, 2),
+    Layout(1, 2, 1),
+    Layout(1, 0, 2),
+    Layout(4, 0, 1),
+    Layout(2, 2, 1),
+]
+PRECISION: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32", "fp32_allreduce": True},
+    "bf16": {"precision": "bfloat16"},
+    "fp16": {
+        "fp16": {
+            "enabled": True,
+            "loss_scale": 0,
+            "loss_scale_window": 1000,
+            "initial_scale_power": 8,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        }
+    },
+}
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 2e-3}
+BATCH = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 16,
+    "max_position_embeddings": 16,
+    "pos_emb": "rotary",
+    "rotary_pct": 0.5,
+    "no_weight_tying": True,
+    "output_layer_parallelism": "column",
+    "norm": "layernorm",
+    "scaled_upper_triang_masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "attention_dropout": 0,
+    "hidden_dropout": 0,
+    "init_method": "small_init",
+    "output_layer_init_method": "wang_init",
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1.0e-8}},
+    "min_lr": 0.0001,
+    "lr_decay_style": "cosine",
+    "warmup": 0.1,
+    "weight_decay": 0.1,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 1},
+    "data_impl": "mmap",
+    "train_iters": 30,
+    "lr_decay_iters": 30,
+    "checkpoint_factor": 1000,
+    "tokenizer_type": "HFTokenizer",
+    "checkpoint_activations": False,
+}
+
+
+def start(folder: Path, layout: Layout, settings: dict[str, Any]) -> Path:
+    """A yml to start a run with, whose checkpoint will be in ``folder / "run"``."""
+    folder.mkdir(parents=True)
+    words = test_real_neox.with_tokenizer(folder) / "tokenizer.json"
+    made = {
+        **BASE,
+        "pipe_parallel_size": layout.pp,
+        "model_parallel_size": layout.tp,
+        "make_vocab_size_divisible_by": 64 // layout.tp,
+        **BATCH,
+        "vocab_file": str(words),
+        **settings,
+    }
+    path = folder / "start.yml"
+    path.write_text(yaml.safe_dump(made))
+    return path
+
+
+def losses(
+    python: str, layout: Layout, jobs: list[dict[str, Any]], folder: Path
+) -> list[list[float]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = test_real_neox.results(python, "gpt-neox", layout.processes, jobs, folder)
+    assert [result["error"] for result in found] == [None] * len(jobs)
+    return [result["losses"] for result in found]
+
+
+def apart(a: float, b: float) -> float:
+    return abs(a - b) / abs(a)
+
+
+@pytest.mark.parametrize(
+    ("precision", "residual"),
+    [("fp32", "parallel"), ("fp32", "sequential"), ("bf16", "parallel"), ("fp16", "parallel")],
+)
+def test_every_layout_to_every_other(
+    precision: str, residual: str, neox_python: str, tmp_path: Path
+) -> None:
+    settings = {**PRECISION[precision], "gpt_j_residual": residual == "parallel"}
+    allowed = TOLERANCE[precision]
+    wanted: dict[Layout, list[float]] = {}
+    for layout in LAYOUTS:
+        home = tmp_path / str(layout)
+        yml, run = str(start(home, layout, settings)), str(home / "run")
+        jobs = [
+            {"yml": yml, "losses": 9, "alike": True, "save": run},
+            {"yml": yml, "losses": 3, "alike": True, "set": {"load": run}},
+        ]
+        _, wanted[layout] = losses(neox_python, layout, jobs, home)
+    noticed, wrong = [], []
+    for target in LAYOUTS:
+        sources = [layout for layout in LAYOUTS if layout != target]
+        jobs = []
+        for source in sources:
+            new = tmp_path / str(target) / f"from {source}"
+            reshard(tmp_path / str(source) / "run", new, tp=target.tp, pp=target.pp, dp=target.dp)
+            jobs.append({"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
+        cold = tmp_path / str(target) / "cold"
+        reshard(tmp_path / str(sources[0]) / "run", cold, tp=target.tp, pp=target.pp, dp=target.dp)
+        without_moments(cold)
+        jobs.append({"yml": str(cold / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
+        *found, forgetful = losses(neox_python, target, jobs, tmp_path / str(target) / "jobs")
+        for source, mine in zip(sources, found, strict=True):
+            want = wanted[source]
+            steps = (0, 2) if residual == "sequential" or source.tp == target.tp else (0,)
+            if any(apart(want[n], mine[n]) > allowed for n in steps):
+                wrong.append((str(source), str(target), want, mine))
+        noticed.append(apart(wanted[sources[0]][2], forgetful[2]))
+    assert wrong == []
+    assert min(noticed) > 2 * allowed  # the test sees what moments are worth
+
+
+def test_each_rank_its_share(neox_python: str, tmp_path: Path) -> None:
+    """From the written yml, with its micro-batch and accumulation, the global batch is the same."""
+    settings = {**PRECISION["fp32"], "gpt_j_residual": True, "train_micro_batch_size_per_gpu": 4}
+    one, home = Layout(1, 1, 1), tmp_path / "one"
+    yml, run = str(start(home, one, settings)), home / "run"
+    jobs = [
+        {"yml": yml, "losses": 2, "save": str(run)},
+        {"yml": yml, "losses": 1, "set": {"load": str(run)}},
+    ]
+    (_, want) = losses(neox_python, one, jobs, home)
+    for target in (Layout(1, 1, 2), Layout(1, 0, 4), Layout(2, 1, 2)):
+        new = tmp_path / str(target)
+        reshard(run, new, tp=target.tp, pp=target.pp, dp=target.dp, micro_batch=1)
+        ((mine,),) = losses(
+            neox_python, target, [{"yml": str(new / "resume.yml"), "losses": 1}], new
+        )
+        assert apart(want[0], mine) <= TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize("precision", PRECISION)
+def test_a_fresh_optimizer_is_what_finetune_starts_with(
+    precision: str, neox_python: str, tmp_path: Path
+) -> None:
+    """The same three losses; and at a later step GPT-NeoX goes on from there."""
+    hf = test_real_neox.with_tokenizer(make_hf(tmp_path / "hf"))
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
+    shape = {"tp": 2, "pp": 2, "dtype": dtype}
+    convert(hf, tmp_path / "tuned", **shape)
+    convert(hf, tmp_path / "fresh", **shape, optimizer="fresh")
+    convert(hf, tmp_path / "later", **shape, optimizer="fresh", iteration=700)
+    # fine-tuning has masters from the rounded weights, a fresh optimizer from the source
+    allowed = TOLERANCE[precision]
+    here = {"no_load_rng": True}  # what is written is a GPU's, which this machine hasn't
+    fresh, later = (
+        {"yml": str(tmp_path / name / "resume.yml"), "set": here} for name in ("fresh", "later")
+    )
+    jobs = [
+        {"yml": str(tmp_path / "tuned" / "finetune.yml"), "losses": 3},
+        {**fresh, "losses": 3},
+        {**later, "losses": 1, "save": str(tmp_path / "own")},
+    ]
+    tuned, mine, _ = losses(neox_python, Layout(2, 2, 1), jobs, tmp_path / "jobs")
+    assert all(apart(*pair) <= allowed for pair in zip(tuned, mine, strict=True))
+    optimizer = read_optimizer(open_checkpoint(str(tmp_path / "own"), step=701))
+    assert optimizer.metas[0]["lr_scheduler"]["num_iters"] == 701
