@@ -235,6 +235,7 @@ ZIPS: dict[str, Callable[[], bytes]] = {
     "a bomb": _bomb,
     "a bomb as pickle": _pickle_bomb,
     "a name twice": lambda: stored([*GOOD, ("x/data/0", bytes(16))]),
+    "marked as a folder": lambda: _patched(1, 38, b"\x10"),
     "two pickles": lambda: stored([*GOOD, ("x/data.pkl", PICKLE)]),
     "records that overlap": lambda: _patched(1, 20, struct.pack("<II", 40, 40), 18),
     "a record in the directory": lambda: _patched(2, 20, struct.pack("<II", 60, 60), 18),

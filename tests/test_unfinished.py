@@ -176,6 +176,15 @@ def test_long_names(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
+def anonymous(pid: int) -> int:
+    """Bytes of a process's memory that aren't maps of files; 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
 def test_eight_at_once(source: Path, tmp_path: Path) -> None:
     """As separate processes on few cores: each right, and beside it nothing."""
     command = [sys.executable, "-m", "neox_bridge", "convert", source]
@@ -183,7 +192,12 @@ def test_eight_at_once(source: Path, tmp_path: Path) -> None:
         subprocess.Popen([*command, tmp_path / f"out{i}", "--tp", str((1, 2, 4)[i % 3]), "-q"])
         for i in range(8)
     ]
+    most = 0
+    while any(run.poll() is None for run in runs):
+        most = max(most, *(anonymous(run.pid) for run in runs))
+        time.sleep(0.005)
     assert [run.wait() for run in runs] == [0] * 8
+    assert 0 < most < 256 << 20
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"out{i}" for i in range(8)]
     for i in (0, 1, 3):
         back = tmp_path / f"back{i}"

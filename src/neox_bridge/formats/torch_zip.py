@@ -30,6 +30,7 @@ _DESCRIPTOR = struct.Struct("<4sIII")  # 4.3.9
 _DESCRIPTOR64 = struct.Struct("<4sIQQ")
 _EXTRA = struct.Struct("<2sH")
 _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 1, 8, 2048  # flags, 4.4.4
+_DIRECTORY = 0x10  # of the external attributes; torch 2.13 reads nothing of such a record, silently
 _U32 = 0xFFFFFFFF  # this and larger numbers go into zip64 fields
 _MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
 _ALIGNMENT = 64  # bytes
@@ -156,6 +157,8 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
             raise PickleError(f"{info.orig_filename[:80]!r} isn't below the archive's one folder")
         if name in entries:
             raise PickleError(f"the record {name[:80]!r} stands in it twice")
+        if info.external_attr & _DIRECTORY and info.file_size:
+            raise PickleError(f"the record {name[:80]!r} is marked as a folder")
         if info.compress_type != zipfile.ZIP_STORED:
             raise BridgeError(
                 f"{path}: {name} is compressed, and tensors can't be read in place. "

@@ -15,7 +15,7 @@ LARGE = 48 << 20  # of a tokenizer or an index
 def read_text(path: str, most: int = _MOST) -> str:
     """The text of a small file. Raises BridgeError for one that isn't UTF-8 or is too large."""
     try:
-        return _read(path, most).decode("utf-8")
+        return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError:
         raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
 
@@ -26,7 +26,7 @@ def read_json(path: str, most: int = _MOST, depth: int | None = DEPTH) -> dict[s
     most: bytes. depth: see ``parse_json``.
     """
     try:
-        value = parse_json(_read(path, most), depth)
+        value = parse_json(read_bytes(path, most), depth)
     except UnicodeDecodeError:
         raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
     except ValueError as error:
@@ -38,7 +38,8 @@ def read_json(path: str, most: int = _MOST, depth: int | None = DEPTH) -> dict[s
     return value
 
 
-def _read(path: str, most: int) -> bytes:
+def read_bytes(path: str, most: int = _MOST) -> bytes:
+    """All of a small file. Raises BridgeError for one that is too large or isn't a file."""
     with open_regular(path) as file:
         raw = file.read(most + 1)
     if len(raw) > most:

@@ -343,7 +343,7 @@ def _small_files(
         record["gqa_order"] = made.shape.gqa_order
     yml, configs = resume_yml(checkpoint.raw, told, target)
     return [
-        text_file(f"{state.step}/{RECORD}", dump_json(record)),
+        text_file(f"{state.step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{state.step}/configs/neox_bridge.yml", configs),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
         text_file("resume.yml", yml),

@@ -1,6 +1,5 @@
 """Whether a folder that this tool wrote is still what it wrote, byte for byte."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +8,10 @@ from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.seal import is_whole
-from neox_bridge.layouts.text_files import read_json, read_text
+from neox_bridge.layouts.text_files import read_bytes, read_json, read_text
 
 Kind = Literal["changed", "missing", "edited"]
 
@@ -69,11 +69,10 @@ def check_seal(
     Raises BridgeError for a record without hashes, which versions before the first that wrote
     them left, or that can't be read.
     """
-    with open(record, "rb") as file:
-        data = file.read()
+    data = read_bytes(record)
     changes = [] if is_whole(data) else [Change(RECORD, "changed")]
     try:
-        name, files = _told(json.loads(data))
+        name, files = _told(parse_json(data))
     except (ValueError, RecursionError):
         if b'"written"' not in data and b'"seal"' not in data:
             read_json(record)  # says what is wrong with it
