@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
-from neox_bridge.formats.torch_zip import layout_pickled
+from neox_bridge.formats.torch_zip import layout_pickled, layout_pt
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
@@ -78,7 +78,7 @@ def weight_files(
             for rank in range(shape.tp):
                 tensors = _with_biases(_tensors(group, config, wholes, shape, rank), config, shape)
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-                yield _file(path, _state_dict(tensors, shape), tensors, dumped)
+                yield _layer(path, _state_dict(tensors, shape), tensors, dumped)
     else:
         modules = []
         for rank in range(shape.tp):
@@ -88,12 +88,12 @@ def weight_files(
     for number, (module, tensors) in enumerate(modules):
         value, states = metadata(number, module)
         path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
-        yield _file(path, value, [*tensors, *states], dumped)
+        yield layout_pt(path, value, [*tensors, *states])
 
 
-def _file(
+def _layer(
     path: str,
-    value: Mapping[str, Any],
+    value: Mapping[str, TensorSlot | None],
     tensors: Sequence[OutputTensor],
     dumped: dict[object, tuple[bytes, Sequence[str]]],
 ) -> OutputFile:
