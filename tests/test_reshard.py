@@ -624,7 +624,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_what_was_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment that comes out otherwise ends the command, and the target isn't there."""
-    import neox_bridge.execution.run as executor
+    import neox_bridge.execution.output as executor
 
     true = executor.write_tensor
 
