@@ -72,7 +72,7 @@ def execute(
         check_room(target, plan.size - sum(written.size for written in done.values()))
         job = Job(plan, work, context, done, hash_name, hash_shared)
         try:
-            run_files(job, workers or min(4, os.cpu_count() or 1))
+            run_files(job, workers or 1 + min(4, os.cpu_count() or 1))  # one waits for the disk
         finally:
             context.files.close()
         seal_records(job, key.plan)
