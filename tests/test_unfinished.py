@@ -285,6 +285,28 @@ def test_every_flipped_byte_is_found(kind: str, name: str, tmp_path: Path, sourc
     assert check_seal(record).holds
 
 
+def test_every_byte_of_every_file(source: Path, tmp_path: Path) -> None:
+    """One flipped bit of each, in place, seen by the comparison that ``verify DST`` makes."""
+    from neox_bridge.verification.sealed import _changed
+
+    execute(plan_of(source, tmp_path / "out"), str(tmp_path / "out"))
+    step = step_of(tmp_path / "out")
+    files = json.loads((step / "neox_bridge.json").read_text())["written"]["files"]
+    tried = 0
+    for name, (size, digest) in files.items():
+        path = str(step / name)
+        fd = os.open(path, os.O_RDWR)
+        data = os.pread(fd, size, 0)
+        for at in range(0, size, 1 if size < 40_000 else 7):
+            os.pwrite(fd, bytes([data[at] ^ 1 << at % 8]), at)
+            assert _changed(path, size, digest, "xxh3_128") == "changed", (name, at)
+            os.pwrite(fd, data[at : at + 1], at)
+            tried += 1
+        os.close(fd)
+        assert _changed(path, size, digest, "xxh3_128") is None
+    assert tried > 60_000
+
+
 def test_a_folder_may_be_moved_and_renamed(source: Path, tmp_path: Path) -> None:
     execute(plan_of(source, tmp_path / "out"), str(tmp_path / "out"))
     (tmp_path / "out").rename(tmp_path / "elsewhere")
