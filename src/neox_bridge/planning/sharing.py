@@ -5,7 +5,7 @@ block in both files.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from neox_bridge.planning.pieces import OutputTensor, byte_range
 
@@ -64,9 +64,10 @@ def arranged(tensors: Sequence[OutputTensor]) -> tuple[int | None, list[OutputTe
 
     Returns the offset modulo 4096 of the first, None for any, and all of them. A tensor that
     isn't whole blocks moves all that follow: it goes last of its kind, and small ones stand where
-    they bring others to their place.
+    they bring others to their place. The order stays where that shares as much.
     """
     groups = by_residue(tensors)
+    places = {id(tensor): at for at, group in groups.items() for tensor in group}
     small: Groups = {}
     for tensor in groups.pop(None, ()):
         small.setdefault(tensor.nbytes % BLOCK, deque()).append(tensor)
@@ -89,7 +90,33 @@ def arranged(tensors: Sequence[OutputTensor]) -> tuple[int | None, list[OutputTe
             left[key] -= tensor.nbytes
         order.append(tensor)
         at = (at + tensor.nbytes) % BLOCK
+    as_they_are = _as_they_are(tensors, places)
+    if as_they_are is not None and _shared(tensors, places, as_they_are) >= _shared(
+        order, places, start
+    ):
+        return as_they_are, list(tensors)
     return start, order
+
+
+def _as_they_are(tensors: Sequence[OutputTensor], places: Mapping[int, int | None]) -> int | None:
+    """Where the first must lie so that the first that can be shared is, in the order given."""
+    before = 0
+    for tensor in tensors:
+        place = places[id(tensor)]
+        if place is not None:
+            start = (place - before) % BLOCK
+            return start if start % _ELEMENT == 0 else None
+        before += tensor.nbytes
+    return None
+
+
+def _shared(order: Sequence[OutputTensor], places: Mapping[int, int | None], at: int) -> int:
+    """The bytes that lie where they can be shared, the first tensor at this offset."""
+    found = 0
+    for tensor in order:
+        found += tensor.nbytes if places[id(tensor)] == at % BLOCK else 0
+        at += tensor.nbytes
+    return found
 
 
 def _next(at: int, left: dict[int, int], waiting: Groups, small: Groups) -> tuple[Groups, int]:
