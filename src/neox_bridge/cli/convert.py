@@ -1,13 +1,13 @@
 """``neox-bridge convert``."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neox_bridge.cli import values
+from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
-from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from neox_bridge.execution.digests import HashName
@@ -16,7 +16,6 @@ _SOURCE = "Where it comes from"
 _WHAT = "What is written"
 _NEOX = "GPT-NeoX targets"
 _HF = "Hugging Face targets"
-_RUN = "How it runs"
 _HASHES: dict[str, "HashName | None"] = {"xxh3": "xxh3_128", "sha256": "sha256", "none": None}
 
 
@@ -235,23 +234,14 @@ def convert(
             help="A yml of a GPT-NeoX source that has no configs folder; may be repeated.",
         ),
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", rich_help_panel=_RUN, help="Print the plan and write nothing."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", rich_help_panel=_RUN, help="Replace DST where it exists."),
-    ] = False,
-    max_workers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", rich_help_panel=_RUN, help="Threads that move bytes."),
-    ] = None,
+    dry_run: values.DryRun = False,
+    overwrite: values.Overwrite = False,
+    max_workers: values.Movers = None,
     crc: Annotated[
         bool,
         typer.Option(
             "--crc",
-            rich_help_panel=_RUN,
+            rich_help_panel=values.RUN,
             help="The CRC-32 of every tensor in a .pt file, also of those that the kernel moves "
             "unseen. torch doesn't look at it; unzip does.",
         ),
@@ -261,24 +251,17 @@ def convert(
         typer.Option(
             "--hash",
             **values.one_of("xxh3", "sha256", "none"),
-            rich_help_panel=_RUN,
+            rich_help_panel=values.RUN,
             help="Of every file, in neox_bridge.json: `verify DST` checks them. xxh3, unless told; "
             "with --no-verify not of files whose blocks are shared, unless told.",
         ),
     ] = None,
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify",
-            rich_help_panel=_RUN,
-            help="Don't read the result back and compare it with the source.",
-        ),
-    ] = False,
+    no_verify: values.NoVerify = False,
     as_json: Annotated[
         bool,
         typer.Option(
             "--json",
-            rich_help_panel=_RUN,
+            rich_help_panel=values.RUN,
             help="Print the result, or with --dry-run the plan, as JSON on stdout. Errors stay "
             "on stderr, and stdout is then empty.",
         ),
@@ -286,7 +269,7 @@ def convert(
     quiet: Annotated[
         bool,
         typer.Option(
-            "--quiet", "-q", rich_help_panel=_RUN, help="Say nothing but errors (and --json)."
+            "--quiet", "-q", rich_help_panel=values.RUN, help="Say nothing but errors (and --json)."
         ),
     ] = False,
 ) -> None:
@@ -357,38 +340,25 @@ def convert(
             from neox_bridge.compat.targets import refuse_version
 
             refuse_version(checkpoint.architecture.name, checkpoint.config, version)
-        if dry_run:
-            if as_json:
-                from neox_bridge.planning.report import to_json
+        how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
 
-                print_json(to_json(plan))
-            else:
-                print_plan(plan, target)
-            return
-        from neox_bridge.execution.run import execute
+        def check(progress: Progress) -> Callable[[str], None]:
+            from neox_bridge.verification.verify import checker
 
-        tell(plan, quiet)
-        total = plan.size if no_verify else 2 * plan.size
-        with progress_bar(total, "converting", quiet) as progress:
-            check = None
-            if not no_verify:
-                from neox_bridge.verification.verify import checker
+            found = checker(checkpoint, workers=max_workers, progress=progress)
+            if optimizer == "fresh":
+                from neox_bridge.verification.optimizer import fresh_checker
 
-                check = checker(checkpoint, workers=max_workers, progress=progress)
-                if optimizer == "fresh":
-                    from neox_bridge.verification.optimizer import fresh_checker
+                found = fresh_checker(checkpoint, found, workers=max_workers)
+            return found
 
-                    check = fresh_checker(checkpoint, check, workers=max_workers)
-            result = execute(
-                plan,
-                target,
-                overwrite=overwrite,
-                workers=max_workers,
-                every_crc=crc,
-                hash_name=_HASHES[hash_name or "xxh3"],
-                hash_shared=hash_name is not None or not no_verify,
-                progress=progress,
-                check=check,
-            )
-    tell_findings(result.findings, quiet)
-    print_result(plan, result, target, as_json, quiet, verified=not no_verify)
+        carry_out(
+            plan,
+            target,
+            "converting",
+            how,
+            check,
+            every_crc=crc,
+            hash_name=_HASHES[hash_name or "xxh3"],
+            hash_shared=hash_name is not None or not no_verify,
+        )

@@ -1,13 +1,13 @@
 """``neox-bridge export-optimizer``."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from neox_bridge.cli import values
+from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
-from neox_bridge.cli.progress import progress_bar
 
 
 def export_optimizer(
@@ -59,33 +59,11 @@ def export_optimizer(
         )
         optimizer = read_optimizer(checkpoint)
         plan = plan_export(checkpoint, optimizer)
-        if dry_run:
-            if as_json:
-                from neox_bridge.planning.report import to_json
+        how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
 
-                print_json(to_json(plan))
-            else:
-                print_plan(plan, target)
-            return
-        from neox_bridge.execution.run import execute
+        def check(progress: Progress) -> Callable[[str], None]:
+            from neox_bridge.verification.optimizer import export_checker
 
-        tell(plan, quiet)
-        total = plan.size if no_verify else 2 * plan.size
-        with progress_bar(total, "exporting", quiet) as progress:
-            check = None
-            if not no_verify:
-                from neox_bridge.verification.optimizer import export_checker
+            return export_checker(checkpoint, optimizer, workers=max_workers, progress=progress)
 
-                check = export_checker(
-                    checkpoint, optimizer, workers=max_workers, progress=progress
-                )
-            result = execute(
-                plan,
-                target,
-                overwrite=overwrite,
-                workers=max_workers,
-                progress=progress,
-                check=check,
-            )
-    tell_findings(result.findings, quiet)
-    print_result(plan, result, target, as_json, quiet, verified=not no_verify)
+        carry_out(plan, target, "exporting", how, check)

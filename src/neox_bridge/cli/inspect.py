@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import plotting, values
-from neox_bridge.cli.output import KINDS, human, plain, plural, print_json, tell_findings
+from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings
+from neox_bridge.cli.printable import plain
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 

@@ -25,12 +25,6 @@ def label(word: str) -> str:
     return f"\x1b[{_COLOURS[word]}m{word}:\x1b[0m"
 
 
-def plain(text: str) -> str:
-    """The text on one line, without what would steer a terminal: names come from strangers."""
-    steps = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(steps)
-
-
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
     json.dump(value, sys.stdout, indent=2)

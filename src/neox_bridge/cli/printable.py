@@ -15,6 +15,12 @@ def printable(text: str) -> str:
     return text.translate(_ESCAPES)
 
 
+def plain(text: str) -> str:
+    """A name as it is within a line of a table: line ends and tabs are escapes too."""
+    steps = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(steps)
+
+
 def one_line(message: str) -> str:
     """A message as one line, cut where it is longer than anybody reads."""
     text = " ".join(message[: 2 * _LONGEST].splitlines())

@@ -1,17 +1,16 @@
 """``neox-bridge reshard``."""
 
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from neox_bridge.cli import values
+from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
-from neox_bridge.cli.progress import progress_bar
 
 _LAYOUT = "Where it goes on"
-_RUN = "How it runs"
 
 
 def reshard(
@@ -90,26 +89,10 @@ def reshard(
     step: values.Step = None,
     config: values.Configs = None,
     gqa_order: values.GqaOrder = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", rich_help_panel=_RUN, help="Print the plan and write nothing."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", rich_help_panel=_RUN, help="Replace DST where it exists."),
-    ] = False,
-    max_workers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", rich_help_panel=_RUN, help="Threads that move bytes."),
-    ] = None,
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify",
-            rich_help_panel=_RUN,
-            help="Don't read the result back and compare it with the source.",
-        ),
-    ] = False,
+    dry_run: values.DryRun = False,
+    overwrite: values.Overwrite = False,
+    max_workers: values.Movers = None,
+    no_verify: values.NoVerify = False,
     as_json: values.AsJson = False,
     quiet: values.Quiet = False,
 ) -> None:
@@ -154,33 +137,11 @@ def reshard(
             checkpoint, given = with_export(checkpoint, optimizer, states)
         made = os.path.abspath(target)
         plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), made, given)
-        if dry_run:
-            if as_json:
-                from neox_bridge.planning.report import to_json
+        how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
 
-                print_json(to_json(plan))
-            else:
-                print_plan(plan, target)
-            return
-        from neox_bridge.execution.run import execute
+        def check(progress: Progress) -> Callable[[str], None]:
+            from neox_bridge.verification.optimizer import checker
 
-        tell(plan, quiet)
-        total = plan.size if no_verify else 2 * plan.size
-        with progress_bar(total, "resharding", quiet) as progress:
-            check = None
-            if not no_verify:
-                from neox_bridge.verification.optimizer import checker
+            return checker(checkpoint, optimizer, given, workers=max_workers, progress=progress)
 
-                check = checker(
-                    checkpoint, optimizer, given, workers=max_workers, progress=progress
-                )
-            result = execute(
-                plan,
-                target,
-                overwrite=overwrite,
-                workers=max_workers,
-                progress=progress,
-                check=check,
-            )
-    tell_findings(result.findings, quiet)
-    print_result(plan, result, target, as_json, quiet, verified=not no_verify)
+        carry_out(plan, target, "resharding", how, check)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from neox_bridge.cli.output import label, plain, plural, print_json
+from neox_bridge.cli.output import label, plural, print_json
+from neox_bridge.cli.printable import plain
 
 if TYPE_CHECKING:
     from neox_bridge.formats.pickle_security import Report, Use

@@ -49,6 +49,28 @@ AsJson = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors (and --json).")]
 
+RUN = "How it runs"  # the panel of these
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", rich_help_panel=RUN, help="Print the plan and write nothing.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=RUN, help="Replace DST where it exists.")
+]
+Movers = Annotated[
+    int | None,
+    typer.Option(
+        "--max-workers", min=1, metavar="N", rich_help_panel=RUN, help="Threads that move bytes."
+    ),
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        rich_help_panel=RUN,
+        help="Don't read the result back and compare it with the source.",
+    ),
+]
+
 _DTYPES = {
     "keep": "keep",
     "float32": "float32",

@@ -75,6 +75,13 @@ def resume(work: Work, key: Key, planned: Collection[str]) -> dict[str, Written]
     return kept
 
 
+def finished(work: Work) -> int:
+    """How many files wait for the next run."""
+    with contextlib.suppress(OSError), open(work.journal, "rb") as file:
+        return max(0, sum(1 for _ in file) - 1)
+    return 0
+
+
 def append(work: Work, path: str, written: Written) -> None:
     """Say that a file is on the disk; one call, so that lines of threads don't mix."""
     fd = os.open(work.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.execution.exchange import swap
+from neox_bridge.execution.journal import finished
 from neox_bridge.execution.work import Work, locked, remove, work_of
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
@@ -100,7 +101,7 @@ def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterato
                     f"{error} It is kept as {aside}, and {target} is untouched."
                 ) from None
             except (KeyboardInterrupt, OSError) as error:
-                kept = _finished(work)
+                kept = finished(work)
                 if not kept:
                     remove(work)
                 if isinstance(error, KeyboardInterrupt):
@@ -149,13 +150,6 @@ def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError
         f"{target} can't be written: {error.strerror or error}. Check the disk and the "
         f"permissions, or choose another place. {kept}"
     )
-
-
-def _finished(work: Work) -> int:
-    """How many files wait for the next run."""
-    with contextlib.suppress(OSError), open(work.journal, "rb") as file:
-        return max(0, sum(1 for _ in file) - 1)
-    return 0
 
 
 def _kept(work: Work, count: int) -> str:

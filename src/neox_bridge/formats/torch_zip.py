@@ -247,7 +247,8 @@ def layout_pickled(
     by_name = {tensor.name: tensor for tensor in tensors}
     if sorted(order) != sorted(tensor.name for tensor in tensors):
         raise ValueError(f"{path}: the tensors aren't those of the value")
-    moved = any(residue(tensor) is not None for tensor in tensors)
+    shared = {tensor.name: residue(tensor) for tensor in tensors}
+    moved = any(place is not None for place in shared.values())
     top = _top_folder(path)
     records: list[tuple[str, bytes | OutputTensor]] = [
         ("data.pkl", pickled),
@@ -262,7 +263,8 @@ def layout_pickled(
     serial = f"{int.from_bytes(digest, 'big') % 10**40:040d}".encode()
     planned, cursor = [], 0
     for name, record in [*records, (".data/serialization_id", serial)]:
-        planned.append(_plan(f"{top}/{name}".encode(), record, cursor))
+        place = shared[record.name] if isinstance(record, OutputTensor) else None
+        planned.append(_plan(f"{top}/{name}".encode(), record, cursor, place))
         cursor = planned[-1].end
     return _assemble(path, planned, cursor)
 
@@ -273,7 +275,8 @@ def _top_folder(path: str) -> str:
     return stem if stem.isascii() else "archive"
 
 
-def _plan(name: bytes, record: bytes | OutputTensor, header: int) -> _Planned:
+def _plan(name: bytes, record: bytes | OutputTensor, header: int, shared: int | None) -> _Planned:
+    """header: where it begins. shared: the ``residue`` of a tensor."""
     tensor = record if isinstance(record, OutputTensor) else None
     data = record if isinstance(record, bytes) else record.inline
     size = tensor.nbytes if tensor else len(data or b"")
@@ -284,7 +287,6 @@ def _plan(name: bytes, record: bytes | OutputTensor, header: int) -> _Planned:
             *((size, size) if size >= _U32 else ()), *((header,) if header >= _U32 else ())
         )
     least = header + _LOCAL.size + len(name) + len(zip64) + _EXTRA.size
-    shared = residue(tensor) if tensor else None
     unit, rest = (_ALIGNMENT, 0) if shared is None else (BLOCK, shared)
     crc = zlib.crc32(data) if data else 0
     return _Planned(name, size, header, least + (rest - least) % unit, zip64, data, crc, tensor)

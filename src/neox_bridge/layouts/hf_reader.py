@@ -19,10 +19,9 @@ from neox_bridge.layouts.derived_check import check_inv_freq
 from neox_bridge.layouts.own_files import brought_along, check_own
 from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
-from neox_bridge.layouts.tensor_names import check_names
+from neox_bridge.layouts.tensor_names import check_names, tensors_of
 from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
-from neox_bridge.layouts.untrusted import tensors_of
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
 from neox_bridge.planning.pieces import Dropped, Whole, whole_of
 
@@ -164,7 +163,6 @@ def _read_file(file: str) -> dict[str, TensorRef]:
         value = value["state_dict"]
     if not isinstance(value, dict):
         raise BridgeError(f"{file} holds no state dict. Is it the weights of a model?")
-    check_names(value, file)
     return tensors_of(value, file)
 
 

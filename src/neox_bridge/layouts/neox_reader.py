@@ -26,7 +26,7 @@ from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
-from neox_bridge.layouts.untrusted import settings, tensors_of, text, whole
+from neox_bridge.layouts.untrusted import settings, text, whole
 from neox_bridge.planning.pieces import Dropped
 
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -35,7 +35,6 @@ _ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _STEP = re.compile(r"global_step(\d+)")
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
-_MOST_LAYERS = 10_000
 _LONGEST_TAG = 1024  # bytes
 _SHOWN = 7  # of the files that are missing, of which there may be any number
 
@@ -199,8 +198,6 @@ def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int
         raise BridgeError(
             f"{folder}/configs: num_layers is missing, and nothing else tells it. Add it."
         )
-    if count > _MOST_LAYERS:
-        raise BridgeError(f"{folder}: num_layers is {count}, and no model has so many. Correct it.")
     return count
 
 
@@ -310,7 +307,7 @@ def _tensors(value: object, path: str) -> dict[str, TensorRef]:
         raise BridgeError(
             f"{path}: not a tensor: {some(strange)}. This isn't known to be of a model."
         )
-    return tensors_of(own, path)
+    return own
 
 
 def _states(value: object) -> list[str]:

@@ -21,9 +21,8 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.hf_reader import checkpoint_of
 from neox_bridge.layouts.own_files import check_own
-from neox_bridge.layouts.tensor_names import check_names
+from neox_bridge.layouts.tensor_names import tensors_of
 from neox_bridge.layouts.text_files import read_json
-from neox_bridge.layouts.untrusted import tensors_of
 from neox_bridge.planning.geometry import gather
 from neox_bridge.planning.pieces import Dropped, Piece, Whole
 
@@ -131,7 +130,6 @@ def _tensors(file: str) -> dict[str, TensorRef]:
     value = read_torch(file)
     if not isinstance(value, dict):
         raise BridgeError(f"{file} holds no state dict. Is it the weights of a Llama?")
-    check_names(value, file)
     return tensors_of(value, file)
 
 

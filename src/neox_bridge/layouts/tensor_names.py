@@ -1,10 +1,12 @@
 """Names in state dicts, which come from files and go into messages, tables and other files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.tensor_ref import TensorRef
 
-_LONGEST = 512  # characters
+_LONGEST = 500  # characters
 
 
 def check_names(names: Iterable[object], file: str) -> None:
@@ -23,3 +25,9 @@ def check_names(names: Iterable[object], file: str) -> None:
                 f"{file} has a tensor of the name {name[:60]!r}, which no model has: it isn't "
                 "short printable text. Don't use this file."
             )
+
+
+def tensors_of(state: Mapping[Any, Any], file: str) -> dict[str, TensorRef]:
+    """A state dict's tensors by their names. Raises BridgeError as ``check_names`` does."""
+    check_names(state, file)
+    return {name: value for name, value in state.items() if isinstance(value, TensorRef)}

@@ -11,11 +11,10 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.pickles import Global, Record
-from neox_bridge.formats.tensor_ref import TensorRef
 
 _MOST_VALUES = 100_000  # of a run's args, with those inside them
 _MOST_TEXT = 1 << 20  # characters of them
-_LONGEST_NAME = 500  # characters of a tensor's name
+_LONGEST_NAME = 500  # characters
 _INT64 = 1 << 63
 
 
@@ -48,18 +47,6 @@ def text(values: Mapping[str, Any], key: str) -> str:
     """A short text; empty where there is none."""
     value = values.get(key)
     return value if isinstance(value, str) and len(value) <= _LONGEST_NAME else ""
-
-
-def tensors_of(state: Mapping[Any, Any], path: str) -> dict[str, TensorRef]:
-    """A state dict's tensors by their names. Raises BridgeError for names that aren't any."""
-    found: dict[str, TensorRef] = {}
-    for key, value in state.items():
-        if not isinstance(value, TensorRef):
-            continue
-        if not isinstance(key, str) or len(key) > _LONGEST_NAME:
-            raise BridgeError(f"{path}: a tensor's name isn't text, or far too long. {_OTHER}")
-        found[key] = value
-    return found
 
 
 _OTHER = "The file is damaged or made to deceive; get it from its source again."
