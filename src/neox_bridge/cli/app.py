@@ -9,6 +9,7 @@ import typer
 
 from neox_bridge.cli import (
     audit,
+    batch,
     changes,
     convert,
     doctor,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 for _command, _short in (
     (convert.convert, "Convert a checkpoint, or change its layout."),
+    (batch.batch, "Convert the many checkpoints of a run."),
     (inspect.inspect, "Say what a checkpoint is."),
     (patch.patch, "Let a GPT-NeoX tree load checkpoints with and without inv_freq."),
     (doctor.doctor, "Say what is wrong with a checkpoint and where it loads, and mend it."),

@@ -1,22 +1,19 @@
 """``neox-bridge convert``."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from neox_bridge.cli import values
+from neox_bridge.cli.asked import asked_of
 from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
-
-if TYPE_CHECKING:
-    from neox_bridge.execution.digests import HashName
 
 _SOURCE = "Where it comes from"
 _WHAT = "What is written"
 _NEOX = "GPT-NeoX targets"
 _HF = "Hugging Face targets"
-_HASHES: dict[str, "HashName | None"] = {"xxh3": "xxh3_128", "sha256": "sha256", "none": None}
 
 
 def convert(
@@ -286,41 +283,10 @@ def convert(
     Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't
     express SRC), 130 interrupted.
     """
-    chosen: dict[str, Any] = {
-        "to": to,
-        "dtype": dtype,
-        "tp": tp,
-        "pp": pp,
-        "layout": layout,
-        "inv_freq": inv_freq,
-        "mlp_names": mlp_names,
-        "era": era,
-        "row_bias": row_bias,
-        "vocab_multiple": vocab_multiple,
-        "vocab_rows": vocab_rows,
-        "shard_size": shard_size,
-        "shards": shards,
-        "tokenizer": tokenizer,
-        "gqa_order": gqa_order,
-        "te": te,
-        "format": form,
-        "optimizer": optimizer,
-        "dp": dp or 1,
-        "iteration": iteration,
-    }
-    if dp is not None and optimizer == "none":
-        raise typer.BadParameter("--dp is for --optimizer fresh; reshard takes a run's own along.")
-    version = era if era is not None and hasattr(era, "version") else None
-    if version is not None:
-        if to == "neox":
-            raise typer.BadParameter("--for transformers doesn't go with --to neox.")
-        if form not in (None, "transformers"):
-            raise typer.BadParameter(f"--for transformers doesn't go with --format {form}.")
-        chosen |= {"to": "hf", "era": None}
+    asked = asked_of(locals())
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.planning.make import make_plan
-        from neox_bridge.planning.options import Options
 
         checkpoint = open_checkpoint(
             source,
@@ -329,17 +295,15 @@ def convert(
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
-        if weights == "masters":
+        if asked.masters:
             from neox_bridge.layouts.masters import with_masters
 
-            if (chosen["to"] or "hf") == "neox":
-                raise typer.BadParameter("--weights masters is for Hugging Face; see reshard.")
             checkpoint = with_masters(checkpoint)
-        plan = make_plan(checkpoint, Options(**chosen), target)
-        if version is not None:
+        plan = make_plan(checkpoint, asked.options, target)
+        if asked.version is not None:
             from neox_bridge.compat.targets import refuse_version
 
-            refuse_version(checkpoint.architecture.name, checkpoint.config, version)
+            refuse_version(checkpoint.architecture.name, checkpoint.config, asked.version)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
 
         def check(progress: Progress) -> Callable[[str], None]:
@@ -358,7 +322,7 @@ def convert(
             "converting",
             how,
             check,
-            every_crc=crc,
-            hash_name=_HASHES[hash_name or "xxh3"],
-            hash_shared=hash_name is not None or not no_verify,
+            every_crc=asked.every_crc,
+            hash_name=asked.hash_name,
+            hash_shared=asked.hash_shared,
         )

@@ -1,7 +1,7 @@
 """The files of a plan: made, hashed, flushed, entered in the journal; then the records, sealed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,28 +38,48 @@ def run_files(job: Job, workers: int) -> None:
     A file is flushed as soon as it is whole, while others are still written; small ones at the end,
     since each flush of a new file costs a commit of the file system's journal.
     """
-    work, context = job.work, job.context
-    for folder in sorted({os.path.dirname(file.path) for file in job.plan.files}):
-        os.makedirs(os.path.join(work.files, folder), exist_ok=True)
     tasks: list[Task] = []
     flushes: list[Task] = []
-    for file in sorted(job.plan.files, key=lambda file: -file.size):
-        if file.seals:
-            continue
-        if file.path in job.done:
-            context.wrote(file.size, "kept")
-        elif file.size <= SMALL and file.copy_of is None:
+    for file in to_make(job):
+        if is_small(file):
             hashes: list[str | None] = []
             tasks.append((file.size, partial(_small, job, file, hashes)))
             flushes.append((_FLUSH, partial(_flush, job, file, hashes)))
         else:
-            tasks += followed(_large(job, file), partial(_finish, job, file))
-    run_all(tasks, workers, context)
-    run_all(flushes, workers, context)
+            path = os.path.join(job.work.files, file.path)
+            its = begin_large(file, path, job.context)
+            tasks += followed(its, partial(_finish, job, file))
+    run_all(tasks, workers, job.context)
+    run_all(flushes, workers, job.context)
 
 
-def seal_records(job: Job, plan: str) -> None:
-    """Write ``neox_bridge.json``, last, since it says what the others are. plan: its hash."""
+def to_make(job: Job) -> list[OutputFile]:
+    """The files that aren't there yet, the largest first, but for the records; their folders are.
+
+    Those of an earlier run are counted.
+    """
+    for folder in sorted({os.path.dirname(file.path) for file in job.plan.files}):
+        os.makedirs(os.path.join(job.work.files, folder), exist_ok=True)
+    found = []
+    for file in sorted(job.plan.files, key=lambda file: -file.size):
+        if file.path in job.done:
+            job.context.wrote(file.size, "kept")
+        elif not file.seals:
+            found.append(file)
+    return found
+
+
+def enter(job: Job, path: str, written: Written) -> None:
+    """A file is on the disk: so says the journal from now on."""
+    append(job.work, path, written)
+    job.done[path] = written
+
+
+def seal_records(job: Job, plan: str, sources: Mapping[str, tuple[int, int]]) -> None:
+    """Write ``neox_bridge.json``, last, since it says what the others are.
+
+    plan: its hash. sources: size and time of each file that was read.
+    """
     for file in job.plan.files:
         if not file.seals:
             continue
@@ -68,20 +88,35 @@ def seal_records(job: Job, plan: str) -> None:
             os.path.relpath(path, folder or ".").replace(os.sep, "/"): [w.size, w.hash]
             for path, w in job.done.items()
         }
-        data = sealed(file.literals[0][1], plan, job.hash_name or "none", found)
-        with _new(_path(job, file)) as fd:
+        data = sealed(
+            file.literals[0][1],
+            job.hash_name or "none",
+            found,
+            plan=plan,
+            asked=job.plan.asked,
+            sources=sources_told(sources),
+        )
+        with _new(os.path.join(job.work.files, file.path)) as fd:
             write(fd, data, 0)
             os.fsync(fd)
         job.context.wrote(file.size, "copied")
 
 
-def _path(job: Job, file: OutputFile) -> str:
-    return os.path.join(job.work.files, file.path)
+def sources_told(sources: Mapping[str, tuple[int, int]]) -> list[list[object]]:
+    """Name, size and time of each source, as a record keeps them: whatever folder they lie in."""
+    return [
+        list(facts)
+        for facts in sorted((os.path.basename(path), *facts) for path, facts in sources.items())
+    ]
 
 
-def _large(job: Job, file: OutputFile) -> list[Task]:
+def is_small(file: OutputFile) -> bool:
+    """Whether a file is put together in memory."""
+    return file.size <= SMALL and file.copy_of is None
+
+
+def begin_large(file: OutputFile, path: str, context: Context) -> list[Task]:
     """The file at its size, with its literal bytes; and a task for each of its tensors."""
-    path, context = _path(job, file), job.context
     with _new(path) as fd:
         os.ftruncate(fd, file.size)
         for offset, data in file.literals:
@@ -93,48 +128,63 @@ def _large(job: Job, file: OutputFile) -> list[Task]:
     return sorted(its, key=lambda task: -task[0])
 
 
-def _small(job: Job, file: OutputFile, hashes: list[str | None]) -> None:
-    """All of a file at once: put together in memory, written in one call."""
-    job.context.check()
+def write_small(
+    file: OutputFile, path: str, context: Context, hash_name: HashName | None
+) -> str | None:
+    """All of a file at once: put together in memory, written in one call. Returns its hash."""
+    context.check()
     data = memoryview(bytearray(file.size))
     for offset, literal in file.literals:
         write(data, literal, offset)
-    job.context.wrote(sum(len(literal) for _, literal in file.literals), "copied")
+    context.wrote(sum(len(literal) for _, literal in file.literals), "copied")
     for tensor in file.tensors:
-        fill_tensor(tensor, data, job.context)
+        fill_tensor(tensor, data, context)
     found = None
-    if job.hash_name is not None:
-        state = hasher(job.hash_name)
+    if hash_name is not None:
+        state = hasher(hash_name)
         state.update(data)
         found = state.hexdigest()
-    hashes.append(found)
-    with _new(_path(job, file)) as fd:
+    with _new(path) as fd:
         write(fd, data, 0)
+    return found
+
+
+def hash_of(path: str, context: Context, hash_name: HashName | None, shared: bool) -> str | None:
+    """Of a file that tensors were written to in any order, while it is still in memory.
+
+    shared: whether it is read too where it shares blocks with a source.
+    """
+    status = os.stat(path)
+    if hash_name is None or (not shared and (status.st_dev, status.st_ino) in context.cloned):
+        return None
+    return hash_file(path, hash_name, context.check)
+
+
+def flush_file(path: str, context: Context) -> None:
+    """Wait until what was written is on the disk."""
+    context.check()
+    with context.files.writing(path) as fd:
+        os.fsync(fd)
+
+
+def _small(job: Job, file: OutputFile, hashes: list[str | None]) -> None:
+    path = os.path.join(job.work.files, file.path)
+    hashes.append(write_small(file, path, job.context, job.hash_name))
+
+
+def _finish(job: Job, file: OutputFile) -> None:
+    path = os.path.join(job.work.files, file.path)
+    _flush(job, file, [hash_of(path, job.context, job.hash_name, job.hash_shared)])
+
+
+def _flush(job: Job, file: OutputFile, hashes: list[str | None]) -> None:
+    flush_file(os.path.join(job.work.files, file.path), job.context)
+    enter(job, file.path, Written(file.size, hashes[0]))
 
 
 def _copy(source: str, size: int, path: str, context: Context) -> None:
     with context.files.writing(path) as fd:
         move(source, 0, fd, 0, size, context, None)
-
-
-def _finish(job: Job, file: OutputFile) -> None:
-    """Read a file that tensors were written to in any order, while it is still in memory."""
-    path, context = _path(job, file), job.context
-    status = os.stat(path)
-    shared = (status.st_dev, status.st_ino) in context.cloned
-    if job.hash_name is None or (shared and not job.hash_shared):
-        _flush(job, file, [None])
-    else:
-        _flush(job, file, [hash_file(path, job.hash_name, context.check)])
-
-
-def _flush(job: Job, file: OutputFile, hashes: list[str | None]) -> None:
-    job.context.check()
-    with job.context.files.writing(_path(job, file)) as fd:
-        os.fsync(fd)
-    written = Written(file.size, hashes[0])
-    append(job.work, file.path, written)
-    job.done[file.path] = written
 
 
 @contextmanager

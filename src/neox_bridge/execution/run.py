@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
@@ -24,6 +25,9 @@ from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.report import plan_hash
 
+if TYPE_CHECKING:
+    from neox_bridge.execution.executors import Pool
+
 
 def execute(
     plan: Plan,
@@ -36,6 +40,7 @@ def execute(
     hash_shared: bool = False,
     progress: Callable[[int], None] | None = None,
     check: Callable[[str], None] | None = None,
+    pool: "Pool | None" = None,
 ) -> Result:
     """Write what the plan says into the folder ``target``, whole or not at all.
 
@@ -50,12 +55,14 @@ def execute(
     progress: called, one thread at a time, with the bytes just written.
     check: called with the finished folder before it gets its name; where it raises Unverified, the
         folder is kept as ``target`` + ".unverified" for inspection.
+    pool: makes the files in place of threads of this process; then ``workers`` is without meaning,
+        and progress comes by files.
     Raises BridgeError where the target exists, another process writes it, there is no space, or a
     source is damaged or changes; nothing was replaced then, nor on KeyboardInterrupt.
     """
     begin = time.perf_counter()
     check_plan(plan)
-    sources = _sources(plan)
+    sources = sources_of(plan)
     found = plan.target.get("step")
     step = found if isinstance(found, str) else None
     check_target(target, sources, step)
@@ -72,10 +79,15 @@ def execute(
         check_room(target, plan.size - sum(written.size for written in done.values()))
         job = Job(plan, work, context, done, hash_name, hash_shared)
         try:
-            run_files(job, workers or 1 + min(4, os.cpu_count() or 1))  # one waits for the disk
+            if pool is not None:
+                from neox_bridge.execution.units import run_units
+
+                run_units(job, pool)
+            else:
+                run_files(job, workers or 1 + min(4, os.cpu_count() or 1))  # one waits for the disk
         finally:
             context.files.close()
-        seal_records(job, key.plan)
+        seal_records(job, key.plan, before)
         flush_folders(work.files)
         check_same(before)
         if check is not None:
@@ -93,7 +105,8 @@ def execute(
     )
 
 
-def _sources(plan: Plan) -> list[str]:
+def sources_of(plan: Plan) -> list[str]:
+    """The files that a plan reads, sorted."""
     found = {file.copy_of for file in plan.files if file.copy_of is not None}
     for file in plan.files:
         for tensor in file.tensors:

@@ -13,13 +13,14 @@ from neox_bridge.layouts.text_files import dump_json
 _END = b',\n  "seal": "%s"\n}\n'
 
 
-def sealed(record: bytes, plan: str, hash_name: str, files: Mapping[str, Any]) -> bytes:
+def sealed(record: bytes, hash_name: str, files: Mapping[str, Any], **made: object) -> bytes:
     """The record, a JSON object, with what was written.
 
-    plan: the plan's hash. files: (size in bytes, hash or None) by path.
+    files: (size in bytes, hash or None) by path. made: what else tells a conversion from others:
+        the plan's hash, what was asked, the sources.
     """
     value = json.loads(record)
-    value["written"] = {"plan": plan, "hash": hash_name, "files": dict(files)}
+    value["written"] = {"hash": hash_name, "files": dict(files), **made}
     head = dump_json(value).rstrip(b"}\n")
     return head + _END % _digest(head)
 

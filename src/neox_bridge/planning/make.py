@@ -22,8 +22,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     Raises Refused, with every reason, for what the target can't express, BridgeError for options
     that don't go together.
     """
-    other: Kind = "hf" if checkpoint.kind == "neox" or options.format else "neox"
-    kind: Kind = options.to or other
+    kind = kind_of(checkpoint, options)
     if kind != checkpoint.kind:
         refuse_all(checkpoint.refusals, checkpoint.path)
     _check_options(kind, options)
@@ -50,7 +49,14 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
         source=source_summary(checkpoint),
         dropped=(*checkpoint.dropped, *plan.dropped),
         findings=(*checkpoint.findings, *plan.findings),
+        asked=options.asked(),
     )
+
+
+def kind_of(checkpoint: Checkpoint, options: Options) -> Kind:
+    """The kind that is written."""
+    other: Kind = "hf" if checkpoint.kind == "neox" or options.format else "neox"
+    return options.to or other
 
 
 def _check_options(kind: Kind, options: Options) -> None:

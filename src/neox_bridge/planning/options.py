@@ -1,6 +1,7 @@
 """What a user asks of a conversion, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from os.path import basename
 from typing import Literal
 
 from neox_bridge.layouts.checkpoint import Kind, LayoutName
@@ -55,3 +56,16 @@ class Options:
     optimizer: Literal["none", "fresh"] = "none"
     dp: int = 1
     iteration: int | None = None
+
+    def asked(self) -> dict[str, object]:
+        """What isn't the default, in plain words, without paths of the machine."""
+        found = {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+        if self.era is not None:
+            found["era"] = self.era.name
+        if self.tokenizer is not None:
+            found["tokenizer"] = basename(self.tokenizer.rstrip("/"))
+        return found

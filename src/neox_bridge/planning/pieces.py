@@ -114,6 +114,7 @@ class Plan:
 
     source, target: what they are, in words and numbers (see ``plan.schema.json``).
     blanks: what the user has still to fill in, as (file, key).
+    asked: the options that aren't the default (``Options.asked``).
     """
 
     source: dict[str, object]
@@ -122,7 +123,8 @@ class Plan:
     dropped: tuple[Dropped, ...] = ()
     findings: tuple[Finding, ...] = ()
     blanks: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    asked: dict[str, object] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

@@ -72,7 +72,7 @@ def check_seal(
     data = read_bytes(record)
     changes = [] if is_whole(data) else [Change(RECORD, "changed")]
     try:
-        name, files = _told(parse_json(data))
+        name, files = told(parse_json(data))
     except (ValueError, RecursionError):
         if b'"written"' not in data and b'"seal"' not in data:
             read_json(record)  # says what is wrong with it
@@ -99,8 +99,10 @@ def check_seal(
     )
 
 
-def _told(record: Any) -> tuple[HashName | None, list[tuple[str, int, str | None]]]:
-    """Raises ValueError where a record isn't as this tool writes it."""
+def told(record: Any) -> tuple[HashName | None, list[tuple[str, int, str | None]]]:
+    """The kind of hash, and of each file path, size and hash, as a record has them.
+
+    Raises ValueError where a record isn't as this tool writes it."""
     try:
         written = record["written"]
         name, files = written["hash"], list(_entries(written["files"]))

@@ -48,8 +48,11 @@ def verify(
     *,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Verification:
     """Compare every tensor of the target with what the source makes it, and the configs.
+
+    part: (K, N): every N-th tensor from the K-th on, where N processes share the work.
 
     Casts to the target's dtype, rows of padding and dropped rows of the vocabulary, norms written
     twice and row biases spread over ranks, whole or divided, are no differences. progress: called
@@ -62,7 +65,7 @@ def verify(
     if rows < source.vocab_rows:
         findings.append(_cut(rows, source.vocab_rows, target))
     context = Context(progress)
-    names = sorted({*wholes, *target.tensors})
+    names = sorted({*wholes, *target.tensors})[part[0] :: part[1]]
 
     def one(name: str) -> Difference:
         found = _compare(name, wholes, target, weights, rows, context)
@@ -86,11 +89,13 @@ def checker(
     *,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified where a finished folder isn't the source."""
+    """For ``execute``: raises Unverified where a finished folder, or a part, isn't the source."""
 
     def check(folder: str) -> None:
-        found = verify(source, open_checkpoint(folder), workers=workers, progress=progress)
+        target = open_checkpoint(folder)
+        found = verify(source, target, workers=workers, progress=progress, part=part)
         if not found.holds:
             raise Unverified(f"The result isn't what {source.path} says: {summary(found)}.")
 

@@ -1,0 +1,70 @@
+"""What a batch would do: a row for each checkpoint, and how long it may take."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from neox_bridge.batch.estimate import rate_of
+from neox_bridge.batch.items import Item
+from neox_bridge.batch.row import Row
+from neox_bridge.batch.run import Batch, plan_one
+from neox_bridge.errors import BridgeError
+from neox_bridge.planning.pieces import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """rate: bytes a second, of a sample; None where there was none to take. target: the folder."""
+
+    target: str
+    rows: tuple[Row, ...]
+    rate: float | None
+
+    @property
+    def size(self) -> int:
+        """Bytes that would be written."""
+        return sum(row.size for row in self.rows if row.status == "planned")
+
+    @property
+    def seconds(self) -> float | None:
+        """An estimate."""
+        return self.size / self.rate if self.rate else None
+
+    def told(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "schema_version": 1,
+            "target": self.target,
+            "bytes": self.size,
+            "rate": self.rate,
+            "seconds": self.seconds,
+            "rows": [row.told() for row in self.rows],
+        }
+
+
+def dry_run(items: Iterable[Item], batch: Batch) -> DryRun:
+    """Plan all; write nothing but a sample, which is gone afterwards."""
+    rows, sample = [], None
+    for item in items:
+        row, plan = _row(item, batch)
+        rows.append(row)
+        if sample is None and row.status == "planned":
+            sample = plan
+    rate = rate_of(sample, batch.target, batch.verify) if sample is not None else None
+    return DryRun(batch.target, tuple(rows), rate)
+
+
+def _row(item: Item, batch: Batch) -> tuple[Row, Plan | None]:
+    target = os.path.join(batch.target, item.name)
+    given = (item.name, item.run, item.number)
+    try:
+        plan, state, words = plan_one(item, batch)
+    except (BridgeError, OSError) as error:
+        return Row(*given, "failed", item.source.path, target, error=str(error)), None
+    found = {"files": len(plan.files), "size": plan.size, "findings": plan.findings}
+    status = "planned"
+    if not batch.overwrite and state in ("whole", "other"):
+        status = "skipped" if state == "whole" else "failed"
+    row = Row(*given, status, item.source.path, target, **found, error=words)  # type: ignore[arg-type]
+    return row, plan

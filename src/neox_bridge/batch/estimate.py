@@ -1,0 +1,47 @@
+"""How long a batch will take: from a sample of it, copied where the batch will write."""
+
+import os
+import tempfile
+import time
+
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.movers import BUFFER, move, read
+from neox_bridge.planning.pieces import Plan
+
+_SAMPLE = 128 << 20  # bytes
+
+
+def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
+    """Bytes a second of a copy of one of the plan's sources onto the target's disk, flushed.
+
+    verify: whether both are read again. None where nothing can be written there, or nothing read.
+    The copy is gone afterwards.
+    """
+    pieces = (p for f in plan.files for t in f.tensors for p in t.pieces if p.source is not None)
+    found = max(pieces, key=lambda p: p.source.nbytes if p.source else 0, default=None)
+    if found is None or found.source is None:
+        return None
+    file, start = found.source.file, found.source.offset
+    size = min(found.source.nbytes, _SAMPLE)
+    folder = os.path.dirname(os.path.abspath(target))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    context = Context()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as sample:
+            begin = time.perf_counter()
+            move(file, start, sample.fileno(), start % 4096, size, context, None)
+            os.fsync(sample.fileno())
+            if verify:
+                _read(sample.fileno(), start % 4096, size)
+            return size / (time.perf_counter() - begin)
+    except OSError:
+        return None
+    finally:
+        context.files.close()
+
+
+def _read(fd: int, start: int, size: int) -> None:
+    buffer = memoryview(bytearray(BUFFER))
+    for at in range(0, size, BUFFER):
+        read(fd, "the sample", buffer[: min(BUFFER, size - at)], start + at)

@@ -1,0 +1,116 @@
+"""Which checkpoints a batch converts: the steps of runs in folders, or the revisions of a model."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.verification.runs import Place, Run, find_runs
+
+_RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How to open a checkpoint, in any process. path: a folder, or a model of the Hub."""
+
+    path: str
+    revision: str | None = None
+    configs: tuple[str, ...] = ()
+    gqa_order: GqaOrder | None = None
+    masters: bool = False
+
+    def open(self) -> Checkpoint:
+        """Raises BridgeError or Refused."""
+        found = open_checkpoint(
+            self.path, revision=self.revision, configs=self.configs, gqa_order=self.gqa_order
+        )
+        if self.masters:
+            from neox_bridge.layouts.masters import with_masters
+
+            found = with_masters(found)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One checkpoint to convert. name: its folder below the batch's target, ``step1000``."""
+
+    name: str
+    run: str
+    number: int | None
+    source: Source
+
+
+def find_items(
+    sources: Iterable[str],
+    steps: str = "all",
+    *,
+    configs: Sequence[str] = (),
+    gqa_order: GqaOrder | None = None,
+    masters: bool = False,
+) -> tuple[list[Item], list[Finding]]:
+    """The chosen checkpoints by run and step, and what is strange about the folders.
+
+    steps: see ``chosen``. Names are ``stepN``, below their run's name where there are several runs.
+    Raises BridgeError where there are none, or two would have one name.
+    """
+    runs, faults = find_runs(sources)
+    if not runs:
+        raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults) or "No sources.")
+    found: list[Item] = []
+    for run in runs:
+        numbers = [place.number for place in run.places if place.number is not None]
+        wanted = chosen(steps, numbers)
+        for place in run.places:
+            if wanted is None or place.number in wanted:
+                source = Source(place.path, None, tuple(configs), gqa_order, masters)
+                name = _name(run, place, len(runs) > 1)
+                found.append(Item(name, run.name, place.number, source))
+    if not found:
+        raise BridgeError(f"--steps {steps}: none of these is there. See `neox-bridge audit`.")
+    if twice := [name for name, count in Counter(i.name for i in found).items() if count > 1]:
+        raise BridgeError(
+            f"{some(twice)}: several checkpoints would have this name in the target. Convert their "
+            "runs into folders of their own."
+        )
+    return found, list(faults)
+
+
+def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
+    """The step numbers of ``0,1000,5000-9000,10000-143000:1000,last``; None for ``all``.
+
+    there: the numbers that a run has, of which ``last`` is the largest; a range means those of
+    them that it holds. Raises BridgeError for other words, and for a number that isn't there.
+    """
+    if steps.strip() == "all":
+        return None
+    found: set[int] = set()
+    for part in (part.strip() for part in steps.split(",")):
+        if part == "last" and there:
+            found.add(max(there))
+        elif match := _RANGE.fullmatch(part):
+            low, high, every = int(match[1]), int(match[2]), int(match[3] or 1)
+            found |= {n for n in there if low <= n <= high and (n - low) % max(1, every) == 0}
+        elif part.isdigit():
+            if int(part) not in there:
+                have = some([str(n) for n in sorted(there)])
+                raise BridgeError(f"--steps: there is no step {part}. There are: {have}.")
+            found.add(int(part))
+        else:
+            raise BridgeError(
+                f"--steps: {part!r} isn't understood. Write numbers, ranges as 1000-5000 or "
+                "0-143000:1000, `last` or `all`."
+            )
+    return found
+
+
+def _name(run: Run, place: Place, several: bool) -> str:
+    own = f"step{place.number}" if place.number is not None else place.label
+    return os.path.join(os.path.basename(os.path.abspath(run.name)), own) if several else own

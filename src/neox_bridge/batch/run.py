@@ -1,0 +1,233 @@
+"""Converts many checkpoints with one pool: what is done is skipped, what fails tried again."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neox_bridge.batch.items import Item, Source
+from neox_bridge.batch.row import Row
+from neox_bridge.batch.settled import state_of
+from neox_bridge.errors import BridgeError, Refused, Unverified
+from neox_bridge.execution.digests import HashName
+from neox_bridge.execution.executors import Pool
+from neox_bridge.execution.files import identities
+from neox_bridge.execution.run import execute, sources_of
+from neox_bridge.findings import Finding
+from neox_bridge.planning.make import kind_of, make_plan
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import Plan
+
+_PART = 1 << 30  # bytes of a checkpoint that one process verifies
+_PAUSE = 1.0  # seconds before the first retry; doubled for each further one
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, for who shows or logs it.
+
+    kind: "begun" (size: bytes to write), "written" (size: bytes just written or verified), "retry"
+    (words: what failed), "ended" (row).
+    """
+
+    kind: str
+    name: str
+    size: int = 0
+    words: str = ""
+    row: Row | None = None
+
+
+def _silent(_: Event) -> None:
+    """For who wants no events."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How all of them are converted.
+
+    target: the folder that gets one for each. retries: for each, after its first failure.
+    every_hash: whether what is done is read again to see if it is whole. norms: whether the L2
+    norms of the result's tensors are taken. ahead: checkpoints that are worked on at a time.
+    """
+
+    target: str
+    options: Options
+    overwrite: bool = False
+    verify: bool = True
+    retries: int = 2
+    every_crc: bool = False
+    hash_name: HashName | None = "xxh3_128"
+    every_hash: bool = False
+    norms: bool = False
+    ahead: int = 4
+    tell: Callable[[Event], None] = _silent
+
+
+def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Row]:
+    """Convert all; a row for each, as they end.
+
+    A checkpoint that fails is a row like others. Ctrl-C stops all soon; what is finished stays, and
+    the same batch goes on from there.
+    """
+    waiting: set[Future[Row]] = set()
+    left = iter(items)
+    with ThreadPoolExecutor(batch.ahead) as threads:
+        try:
+            while True:
+                while len(waiting) < batch.ahead and (item := next(left, None)) is not None:
+                    waiting.add(threads.submit(convert_one, item, batch, pool))
+                if not waiting:
+                    return
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        except BaseException:
+            pool.stopped.set()
+            raise
+
+
+def convert_one(item: Item, batch: Batch, pool: Pool) -> Row:
+    """One checkpoint, tried again where trying may help. Raises KeyboardInterrupt only."""
+    begin = time.perf_counter()
+    row = Row(item.name, item.run, item.number, "failed", item.source.path, "")
+    target = os.path.join(batch.target, item.name)
+    row = replace(row, target=target)
+    for number in range(batch.retries + 1):
+        row = replace(row, tries=number + 1)
+        try:
+            row = _convert(item, replace(row, error=""), batch, pool)
+            break
+        except (BridgeError, OSError) as error:
+            row = replace(row, error=str(error))
+            if isinstance(error, (Refused, Unverified)) or number == batch.retries:
+                break
+            batch.tell(Event("retry", item.name, words=str(error)))
+            if pool.stopped.wait(_PAUSE * 2**number):
+                break
+    row = replace(row, seconds=time.perf_counter() - begin)
+    batch.tell(Event("ended", item.name, row.size, row=row))
+    return row
+
+
+def plan_one(item: Item, batch: Batch) -> tuple[Plan, str, str]:
+    """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
+    target = os.path.join(batch.target, item.name)
+    checkpoint, options = item.source.open(), batch.options
+    made = kind_of(checkpoint, options)
+    if (checkpoint.kind, made, options.iteration) == ("hf", "neox", None):
+        options = replace(options, iteration=item.number)  # its folder tells, its config doesn't
+    plan = make_plan(checkpoint, options, target)
+    sources = identities(sources_of(plan))
+    return plan, *state_of(target, plan.asked, sources, every_hash=batch.every_hash)
+
+
+def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
+    plan, state, words = plan_one(item, batch)
+    row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
+    if state == "whole" and not batch.overwrite:
+        return replace(row, status="skipped")
+    if state == "other" and not batch.overwrite:
+        raise _Settled(f"{words}. Name another target, or say --overwrite to replace it.")
+    if state == "changed" and not batch.overwrite:
+        aside = _aside(row.target)
+        found = Finding("not-whole", "warning", f"{words}: written anew; kept as {aside}")
+        row = replace(row, findings=(*row.findings, found))
+    batch.tell(Event("begun", item.name, plan.size * (1 + batch.verify)))
+
+    def progress(size: int) -> None:
+        batch.tell(Event("written", item.name, size))
+
+    def check(folder: str) -> None:
+        _share(
+            pool,
+            [
+                (verify_part, item.source, batch.options.optimizer, folder, part)
+                for part in _parts(plan.size, pool)
+            ],
+        )
+        progress(plan.size)
+
+    result = execute(
+        plan,
+        row.target,
+        overwrite=batch.overwrite,
+        every_crc=batch.every_crc,
+        hash_name=batch.hash_name,
+        hash_shared=batch.verify,
+        progress=progress,
+        check=check if batch.verify else None,
+        pool=pool,
+    )
+    norms = _share(pool, [(norms_of, row.target)])[0] if batch.norms else None
+    return replace(
+        row,
+        status="done",
+        shared=result.shared,
+        verified=batch.verify or None,
+        norms=norms,
+        findings=(*row.findings, *result.findings),
+    )
+
+
+class _Settled(Refused):
+    """Something else is there: to try again doesn't help."""
+
+    exit_code = 1
+
+
+def verify_part(source: Source, optimizer: str, folder: str, part: tuple[int, int]) -> None:
+    """In a pool: raises Unverified where a part of a finished folder isn't the source."""
+    from neox_bridge.verification.verify import checker
+
+    checkpoint = source.open()
+    check = checker(checkpoint, workers=1, part=part)
+    if optimizer == "fresh" and part[0] == 0:
+        from neox_bridge.verification.optimizer import fresh_checker
+
+        check = fresh_checker(checkpoint, check, workers=1)
+    check(folder)
+
+
+def norms_of(folder: str) -> dict[str, float]:
+    """In a pool: the L2 norm of each tensor."""
+    from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.verification.hashes import fingerprints
+
+    found = fingerprints(open_checkpoint(folder), workers=1)
+    return {name: print_.norm for name, print_ in found.items()}
+
+
+def _parts(size: int, pool: Pool) -> list[tuple[int, int]]:
+    count = max(1, min(pool.slots, -(-size // _PART)))
+    return [(number, count) for number in range(count)]
+
+
+def _share(pool: Pool, calls: list[tuple[Any, ...]]) -> list[Any]:
+    """All calls done by the pool. Raises the first failure when none runs any more."""
+    futures = [pool.submit(*call) for call in calls]
+    left = set(futures)
+    while left:
+        _, left = wait(left, timeout=0.5)
+        if pool.stopped.is_set():
+            for future in left:
+                future.cancel()
+            wait(left)
+            raise KeyboardInterrupt
+    return [future.result() for future in futures]
+
+
+def _aside(target: str) -> str:
+    """Keep a folder that isn't as it was written beside the target, under a name that is free."""
+    aside, number = f"{target}.changed", 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = f"{target}.changed-{number}"
+    os.rename(target, aside)
+    return aside
+
+
+def default_ahead(slots: int) -> int:
+    """Checkpoints at a time: while some are planned or placed others keep the processes busy."""
+    return slots + 2

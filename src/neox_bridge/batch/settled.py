@@ -1,0 +1,65 @@
+"""Whether a checkpoint of a batch is converted already, and still whole: its record tells."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.digests import hash_file
+from neox_bridge.execution.output import sources_told
+from neox_bridge.formats.bounded_json import parse_json
+from neox_bridge.layouts.seal import is_whole
+from neox_bridge.layouts.text_files import read_bytes
+from neox_bridge.verification.sealed import find_record, told
+
+State = Literal["absent", "whole", "changed", "other"]
+
+
+def state_of(
+    target: str,
+    asked: Mapping[str, object],
+    sources: Mapping[str, tuple[int, int]],
+    *,
+    every_hash: bool = False,
+) -> tuple[State, str]:
+    """What is at ``target``, and in words what isn't as it should be.
+
+    "whole": made from these sources, with these options, and as it was written: sizes are compared,
+    and hashes of the files that were touched after the record was written, or of all of them.
+    "changed": made so, but not whole any more. "other": made from something else, or not by this
+    tool. Paths don't matter, neither those of the sources nor the target's.
+    """
+    if not os.path.isdir(target) or not os.listdir(target):
+        return "absent", ""
+    try:
+        path = find_record(target)
+        data = read_bytes(path)
+        record = parse_json(data)
+        hash_name, files = told(record)
+        made = (record["written"]["asked"], record["written"]["sources"])
+    except (BridgeError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "other", f"{target} isn't a whole conversion of neox-bridge's"
+    if made != (_plain(asked), sources_told(sources)):
+        return "other", f"{target} was made with other options, or from other files"
+    if not is_whole(data):
+        return "changed", f"{path} was changed"
+    folder, since = os.path.dirname(path), os.stat(path).st_mtime_ns
+    for name, size, digest in files:
+        if name.startswith("../"):  # above a step: the user's, once they are written
+            continue
+        file = os.path.join(folder, name)
+        try:
+            found = os.stat(file)
+        except OSError:
+            return "changed", f"{file} is missing"
+        same = found.st_size == size
+        if same and digest and hash_name and (every_hash or found.st_mtime_ns > since):
+            same = hash_file(file, hash_name) == digest
+        if not same:
+            return "changed", f"{file} was changed"
+    return "whole", ""
+
+
+def _plain(asked: Mapping[str, object]) -> Any:
+    return json.loads(json.dumps(asked))

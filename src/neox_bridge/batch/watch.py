@@ -1,0 +1,42 @@
+"""A training run that goes on: its new steps, as its ``latest`` moves."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from neox_bridge.batch.items import Item
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.text_files import read_text
+
+
+def rounds(
+    find: Callable[[], list[Item]], interval: float, stopped: threading.Event
+) -> Iterator[list[Item]]:
+    """Again and again the checkpoints that are finished, until ``stopped`` is set.
+
+    A step of a GPT-NeoX run is finished when ``latest`` names it, or a later one. interval: seconds
+    between two looks.
+    """
+    while True:
+        try:
+            items = find()
+        except BridgeError:  # nothing is there yet
+            items = []
+        found = [item for item in items if is_finished(item)]
+        yield found
+        if stopped.wait(interval):
+            return
+
+
+def is_finished(item: Item) -> bool:
+    """Whether a run's ``latest`` has reached a step; True for what isn't a step of such a run."""
+    folder, name = os.path.split(os.path.abspath(item.source.path))
+    latest = os.path.join(folder, "latest")
+    if not name.startswith("global_step") or not os.path.isfile(latest):
+        return not name.startswith("global_step")
+    try:
+        tag = read_text(latest).strip()
+    except BridgeError:
+        return False
+    number = tag.removeprefix("global_step")
+    return number.isdigit() and item.number is not None and item.number <= int(number)

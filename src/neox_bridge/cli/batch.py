@@ -1,0 +1,250 @@
+"""``neox-bridge batch``."""
+
+import threading
+from collections.abc import Iterable
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neox_bridge.cli import values
+from neox_bridge.cli.asked import Asked, asked_of, taking
+from neox_bridge.cli.convert import convert
+from neox_bridge.cli.output import print_json, tell_findings
+
+if TYPE_CHECKING:
+    from neox_bridge.batch.items import Item
+    from neox_bridge.batch.row import Row
+    from neox_bridge.batch.run import Batch
+    from neox_bridge.execution.executors import Pool
+    from neox_bridge.findings import Finding
+
+_WHICH = "Which checkpoints"
+_CONVERTS_OWN = ("source", "target", "revision", "step")
+
+
+@taking(convert, without=_CONVERTS_OWN)
+def batch(
+    ctx: typer.Context,
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC... DST",
+            help="Runs (a GPT-NeoX root, a folder of step1000, step2000, …) or single checkpoints, "
+            "and the folder that gets one for each. Or a FILE.yml that says all of it.",
+        ),
+    ],
+    steps: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            rich_help_panel=_WHICH,
+            help="0,1000,2000; ranges 1000-5000 or 0-143000:1000; last; all.",
+        ),
+    ] = "all",
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            rich_help_panel=_WHICH,
+            help="Go on with new steps as the run's `latest` moves, until Ctrl-C.",
+        ),
+    ] = False,
+    interval: Annotated[
+        float,
+        typer.Option(
+            min=0.1, metavar="S", rich_help_panel=_WHICH, help="Seconds between two looks."
+        ),
+    ] = 30.0,
+    retries: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", rich_help_panel=values.RUN, help="Of a checkpoint that failed."
+        ),
+    ] = 2,
+    recheck: Annotated[
+        bool,
+        typer.Option(
+            "--recheck",
+            rich_help_panel=values.RUN,
+            help="Read all of what is done already; else sizes are compared, and hashes of files "
+            "that were touched.",
+        ),
+    ] = False,
+    norms: Annotated[
+        bool,
+        typer.Option(
+            "--norms",
+            rich_help_panel=values.RUN,
+            help="L2 norms of the result's tensors, for the page of `report`.",
+        ),
+    ] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            **values.one_of("local", "ray"),
+            rich_help_panel=values.RUN,
+            help="Processes of this machine, or a Ray cluster (extra [ray]).",
+        ),
+    ] = "local",
+    address: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", rich_help_panel=values.RUN, help="Of the Ray cluster."),
+    ] = "auto",
+    max_workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=values.RUN, help="Processes that write."),
+    ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=values.RUN,
+            help="Add a line of JSON for each thing that happens.",
+        ),
+    ] = None,
+    **given: Any,
+) -> None:
+    """Convert many checkpoints; what is done already, and still whole, is skipped.
+
+    Each goes into DST/stepN (DST/RUN/stepN where there are several runs), whole or not at all, and
+    is verified. One that fails is tried again, and the others go on. The same command again goes on
+    where it stopped.
+
+    \b
+    Examples:
+      neox-bridge batch checkpoints/ converted/ --steps 0-143000:1000
+      neox-bridge batch run-a run-b converted/ --dtype float16 --dry-run
+      neox-bridge batch suite.yml --max-workers 8
+
+    Exit codes: 0 all are done, 1 some failed, 2 usage, 130 interrupted.
+    """
+    own: dict[str, Any] = {**locals(), **given}
+    if len(paths) == 1 and paths[0].endswith((".yml", ".yaml")):
+        from neox_bridge.cli.batch_file import merged
+
+        own = merged(ctx, paths[0])
+    *sources, target = own["paths"]
+    if not sources:
+        raise typer.BadParameter("Name at least one SRC, and DST.", param_hint="SRC... DST")
+    _run(sources, target, own, asked_of(own))
+
+
+def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> None:
+    from neox_bridge.batch.items import find_items
+    from neox_bridge.batch.run import Batch, default_ahead
+
+    def find() -> "tuple[list[Item], list[Finding]]":
+        return find_items(
+            sources,
+            own["steps"],
+            configs=own["config"] or (),
+            gqa_order=own["gqa_order"],
+            masters=asked.masters,
+        )
+
+    quiet = own["quiet"] or own["as_json"]
+    settings = Batch(
+        target,
+        asked.options,
+        overwrite=own["overwrite"],
+        verify=asked.verify,
+        retries=own["retries"],
+        every_crc=asked.every_crc,
+        hash_name=asked.hash_name,
+        every_hash=own["recheck"],
+        norms=own["norms"],
+    )
+    if own["dry_run"]:
+        items, faults = find()
+        tell_findings(faults, quiet)
+        _dry_run(items, settings, own["as_json"])
+        return
+    with closing(_pool(own["executor"], own["address"], own["max_workers"])) as pool:
+        from dataclasses import replace
+
+        settings = replace(settings, ahead=default_ahead(pool.slots))
+        if own["watch"]:
+            rows = _watch(find, own["interval"], settings, pool, own)
+        else:
+            items, faults = find()
+            tell_findings(faults, quiet)
+            rows = _all(items, settings, pool, own)
+    _end(rows, target, own)
+
+
+def _all(items: "list[Item]", settings: "Batch", pool: "Pool", own: dict[str, Any]) -> "list[Row]":
+    from dataclasses import replace
+
+    from neox_bridge.batch.run import run_batch
+    from neox_bridge.cli.batch_view import view
+
+    rows: list[Row] = []
+    with view(len(items), own["log"], own["quiet"]) as tell:
+        try:
+            rows.extend(run_batch(items, replace(settings, tell=tell), pool))
+        except KeyboardInterrupt:
+            left = len(items) - len(rows)
+            raise KeyboardInterrupt(
+                f"{len(rows)} of {len(items)} checkpoints are settled, {left} aren't: the same "
+                "command goes on with them"
+            ) from None
+    order = {item.name: number for number, item in enumerate(items)}
+    return sorted(rows, key=lambda row: order[row.name])
+
+
+def _watch(
+    find: Any, interval: float, settings: "Batch", pool: "Pool", own: dict[str, Any]
+) -> "list[Row]":
+    """Rounds until Ctrl-C, which is how a watch ends; what failed is tried in the next round."""
+    from neox_bridge.batch.watch import rounds
+
+    rows: dict[str, Row] = {}
+    try:
+        for items in rounds(lambda: find()[0], interval, threading.Event()):
+            new = [i for i in items if i.name not in rows or rows[i.name].status == "failed"]
+            rows |= {row.name: row for row in (_all(new, settings, pool, own) if new else ())}
+    except KeyboardInterrupt as error:
+        if str(error):  # in the middle of one
+            raise
+    return list(rows.values())
+
+
+def _pool(executor: str, address: str, workers: int | None) -> "Pool":
+    if executor == "ray":
+        from neox_bridge.execution.ray_cluster import RayCluster
+
+        return RayCluster(address, workers)
+    from neox_bridge.execution.executors import Processes, default_slots
+
+    return Processes(workers or default_slots())
+
+
+def _dry_run(items: "Iterable[Item]", settings: "Batch", as_json: bool) -> None:
+    from neox_bridge.batch.dry_run import dry_run
+    from neox_bridge.cli.batch_view import print_dry_run
+
+    found = dry_run(items, settings)
+    if as_json:
+        print_json(found.told())
+    else:
+        print_dry_run(found)
+    if any(row.status == "failed" for row in found.rows):
+        raise typer.Exit(1)
+
+
+def _end(rows: "list[Row]", target: str, own: dict[str, Any]) -> None:
+    from neox_bridge.cli.batch_view import document, print_rows
+
+    if own["as_json"]:
+        print_json(document(rows, target))
+    elif not own["quiet"]:
+        print_rows(rows)
+    for row in rows:
+        if row.error:
+            from neox_bridge.cli.output import label
+            from neox_bridge.cli.printable import one_line
+
+            typer.echo(f"{label('error')} {row.name}: {one_line(row.error)}", err=True)
+    if any(row.status == "failed" for row in rows):
+        raise typer.Exit(1)

@@ -1,0 +1,188 @@
+"""What a batch shows: bars on a terminal or lines, JSON lines for logs, a table at the end."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+from neox_bridge.cli.output import human, label, plural
+from neox_bridge.cli.printable import one_line
+
+if TYPE_CHECKING:
+    from neox_bridge.batch.dry_run import DryRun
+    from neox_bridge.batch.row import Row
+    from neox_bridge.batch.run import Event
+
+    Tell = Callable[[Event], None]
+
+SCHEMA_VERSION = 1
+
+
+@contextmanager
+def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
+    """Yields whom to tell of what happens, from any thread. count: checkpoints."""
+    with ExitStack() as stack:
+        listeners: list[Tell] = []
+        if log is not None:
+            stream = sys.stdout if log == "-" else stack.enter_context(open(log, "a"))
+            listeners.append(_logger(stream))
+        if not quiet:
+            bars = sys.stderr.isatty()
+            listeners.append(stack.enter_context(_bars(count)) if bars else _line)
+        lock = threading.Lock()
+
+        def tell(event: "Event") -> None:
+            with lock:
+                for listener in listeners:
+                    listener(event)
+
+        yield tell
+
+
+def _logger(stream: IO[str]) -> "Tell":
+    def write(event: "Event") -> None:
+        if event.kind == "written":
+            return
+        told: dict[str, Any] = {"time": round(time.time(), 3), "event": event.kind}
+        told |= {"name": event.name}
+        if event.kind == "begun":
+            told["bytes"] = event.size
+        if event.words:
+            told["error"] = event.words
+        if event.row is not None:
+            told |= event.row.told()
+        print(json.dumps(told), file=stream, flush=True)
+
+    return write
+
+
+def _line(event: "Event") -> None:
+    """A line for what went wrong or ended, on stderr."""
+    if event.kind == "retry":
+        print(
+            label("warning"), f"{event.name}, tried again:", one_line(event.words), file=sys.stderr
+        )
+    elif event.row is not None:
+        print(f"{event.name}: {_became(event.row)}", file=sys.stderr, flush=True)
+
+
+def _became(row: "Row") -> str:
+    if row.status == "done":
+        return f"{human(row.size)} in {row.seconds:.1f} s"
+    return "is there already" if row.status == "skipped" else row.status
+
+
+@contextmanager
+def _bars(count: int) -> Iterator["Tell"]:
+    """One bar for all and one for each checkpoint that is worked on, with rate and time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        whole = progress.add_task(f"0 of {count}", total=None)
+        tasks: dict[str, TaskID] = {}
+        sizes: list[int] = []
+        ended: list[Row] = []
+
+        def show(event: "Event") -> None:
+            if event.kind == "begun":
+                sizes.append(event.size)
+                if (old := tasks.pop(event.name, None)) is not None:
+                    progress.remove_task(old)
+                tasks[event.name] = progress.add_task(f"  {event.name}", total=event.size)
+            elif event.kind == "written" and event.name in tasks:
+                progress.advance(tasks[event.name], event.size)
+                progress.advance(whole, event.size)
+            elif event.row is not None:
+                ended.append(event.row)
+                if (task := tasks.pop(event.name, None)) is not None:
+                    progress.remove_task(task)
+                if event.row.status == "failed":
+                    print(label("error"), event.name, one_line(event.row.error), file=sys.stderr)
+            # those that aren't planned yet are taken to be like those that are
+            skipped = sum(row.status != "done" for row in ended)
+            mean = sum(sizes) / len(sizes) if sizes else 0
+            total = mean * max(len(sizes), count - skipped) if sizes else None
+            progress.update(whole, total=total, description=f"{len(ended)} of {count}")
+
+        yield show
+
+
+def print_rows(rows: "Sequence[Row]") -> None:
+    """The table at the end, on stdout, and a line that sums it up."""
+    print(_head("seconds", "rate"))
+    for row in rows:
+        rate = f"{human(row.size / row.seconds)}/s" if row.status == "done" else ""
+        took = f"{row.seconds:.1f}" if row.status == "done" else ""
+        print(_cells(rows, row, took, rate))
+    done = [row for row in rows if row.status == "done"]
+    counts = [
+        f"{number} {status}"
+        for status in ("done", "skipped", "failed")
+        if (number := sum(row.status == status for row in rows))
+    ]
+    words = "; verified bit by bit" if done and all(row.verified for row in done) else ""
+    print(
+        f"{plural(len(rows), 'checkpoint')}: {', '.join(counts) or 'none'}; "
+        f"{human(sum(row.size for row in done))} written{words}"
+    )
+
+
+def print_dry_run(found: "DryRun") -> None:
+    """What would be done, on stdout."""
+    print(_head("", ""))
+    for row in found.rows:
+        print(_cells(found.rows, row, "", ""))
+    planned = sum(row.status == "planned" for row in found.rows)
+    line = f"{plural(planned, 'checkpoint')} to convert, {human(found.size)}"
+    if found.seconds is not None and found.rate is not None:
+        line += f"; about {_long(found.seconds)} at {human(found.rate)}/s, as a sample took"
+    print(line)
+
+
+def document(rows: "Sequence[Row]", target: str) -> dict[str, Any]:
+    """All of it as plain data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "batch": target,
+        "holds": not any(row.status == "failed" for row in rows),
+        "rows": [row.told() for row in rows],
+    }
+
+
+def _head(*more: str) -> str:
+    return f"{'checkpoint':<24}{'':<9}{'files':>6}{'bytes':>10}{'shared':>8}" + "".join(
+        f"{word:>10}" for word in more
+    )
+
+
+def _cells(rows: "Sequence[Row]", row: "Row", *more: str) -> str:
+    width = max(24, *(len(one.name) + 1 for one in rows))
+    shared = f"{row.shared / row.size:.0%}" if row.status == "done" and row.size else ""
+    cells = f"{row.name:<{width}}{row.status:<9}{row.files:>6,}{human(row.size):>10}{shared:>8}"
+    return (cells + "".join(f"{word:>10}" for word in more)).rstrip()
+
+
+def _long(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

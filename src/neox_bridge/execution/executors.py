@@ -1,0 +1,124 @@
+"""Where units of work run: a pool of processes here, that outlives the loss of some of them.
+
+What a pool is asked to do may be done twice, so it must be the same done twice.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from neox_bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
+_T = TypeVar("_T")
+_LOSSES = 3  # times that one call may lose its process
+
+
+class Pool(Protocol):
+    """One for all checkpoints of a batch.
+
+    slots: calls that run at the same time. stopped: set when all who wait are to give up.
+    """
+
+    slots: int
+    stopped: threading.Event
+
+    def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]": ...
+
+    def close(self) -> None: ...
+
+
+class Processes:
+    """Processes of this machine, started when they are needed.
+
+    One that is killed (by the kernel where memory is short, or by somebody) takes all with it, as
+    ``concurrent.futures`` has it; they are started anew, and what ran is run again.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._pool = self._start()
+
+    def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]":
+        """Have a call done, again where its process is lost. Call, arguments and result pickle."""
+        found: _Call[_T] = _Call()
+        self._try(found, 0, call, args)
+        return found
+
+    def close(self) -> None:
+        """End the processes, when what they do is done."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> "ProcessPoolExecutor":
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        # forks of a process that has no threads, which starts faster than a new Python
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["neox_bridge.execution.units"])
+        return ProcessPoolExecutor(self.slots, context, _quiet)
+
+    def _try(
+        self, outer: "_Call[_T]", losses: int, call: Callable[..., _T], args: tuple[Any, ...]
+    ) -> None:
+        with self._lock:
+            try:
+                outer.inner = self._pool.submit(call, *args)
+            except BrokenExecutor:
+                self._pool = self._start()
+                outer.inner = self._pool.submit(call, *args)
+
+        def done(inner: "Future[_T]") -> None:
+            if inner.cancelled():
+                Future.cancel(outer)
+                outer.set_running_or_notify_cancel()
+                return
+            error = inner.exception()
+            if isinstance(error, BrokenExecutor) and losses + 1 < _LOSSES:
+                again = (outer, losses + 1, call, args)
+                threading.Thread(target=self._try, args=again).start()
+            elif isinstance(error, BrokenExecutor):
+                outer.set_exception(_lost(losses + 1))
+            elif error is not None:
+                outer.set_exception(error)
+            else:
+                outer.set_result(inner.result())
+
+        outer.inner.add_done_callback(done)
+
+
+class _Call(Future[_T], Generic[_T]):
+    """What a caller waits for while the call may be tried some times; inner: the present try."""
+
+    inner: "Future[_T]"
+
+    def cancel(self) -> bool:
+        """Only what doesn't run yet, so that who waits for it waits for the end of what does."""
+        return self.inner.cancel()
+
+
+def _lost(times: int) -> BridgeError:
+    return BridgeError(
+        f"A process that wrote files was killed {times} times. Is memory short? Choose fewer with "
+        "--max-workers; what is finished stays, and the same command goes on."
+    )
+
+
+def _quiet() -> None:
+    """In each process: Ctrl-C is the parent's to hear, who ends it."""
+    import signal
+
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def default_slots() -> int:
+    """One more than cores: one waits for the disk."""
+    return 1 + min(16, os.cpu_count() or 1)

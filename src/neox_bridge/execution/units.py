@@ -1,0 +1,140 @@
+"""Output files made in other processes, on this machine or another: a unit is some whole files.
+
+A unit may be made twice, even at the same time, where its process or machine is lost: each attempt
+writes names of its own, and gives a file its name when it is whole and on the disk.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+from neox_bridge.execution.context import Context, How
+from neox_bridge.execution.digests import HashName
+from neox_bridge.execution.executors import Pool
+from neox_bridge.execution.journal import Written
+from neox_bridge.execution.output import (
+    Job,
+    begin_large,
+    enter,
+    flush_file,
+    hash_of,
+    is_small,
+    to_make,
+    write_small,
+)
+from neox_bridge.planning.pieces import OutputFile
+
+_BYTES = 16 << 20  # of small files that are made together, to pay once for the way there and back
+_FILES = 64
+_LISTEN = 0.5  # seconds after which somebody who wants all to stop is heard
+_AHEAD = 2  # units that wait for each process
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Files to make. files: the folder that they belong to. attempts: where they are begun."""
+
+    outputs: tuple[OutputFile, ...]
+    files: str
+    attempts: str
+    every_crc: bool
+    hash_name: HashName | None
+    hash_shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What became of a unit; the rest as in ``Context``."""
+
+    written: tuple[tuple[str, Written], ...]
+    counts: Mapping[How, int]
+    overflows: tuple[tuple[str, int], ...]
+    deviations: tuple[tuple[str, str, float], ...]
+
+
+def make(unit: Unit) -> Made:
+    """Make a unit's files, in this process. Raises what ``execute`` does for sources and disks."""
+    context = Context(every_crc=unit.every_crc)
+    begun: list[tuple[OutputFile, str, str | None]] = []
+    attempt = os.path.join(unit.attempts, uuid.uuid4().hex)
+    try:
+        for number, file in enumerate(unit.outputs):
+            path = f"{attempt}-{number}"
+            if is_small(file):
+                found = write_small(file, path, context, unit.hash_name)
+            else:
+                for _, task in begin_large(file, path, context):
+                    task()
+                found = hash_of(path, context, unit.hash_name, unit.hash_shared)
+            begun.append((file, path, found))
+        for file, path, _ in begun:
+            flush_file(path, context)
+            os.replace(path, os.path.join(unit.files, file.path))
+    finally:
+        context.files.close()
+    return Made(
+        tuple((file.path, Written(file.size, found)) for file, _, found in begun),
+        dict(context.written),
+        tuple(context.overflows),
+        tuple(context.deviations),
+    )
+
+
+def run_units(job: Job, pool: Pool) -> None:
+    """Have a pool make the files of a job; few wait there at a time, and the first failure stops.
+
+    Raises KeyboardInterrupt where the pool was told to stop, else what ``make`` raises, BridgeError
+    where processes are lost again and again.
+    """
+    attempts = os.path.join(job.work.folder, "attempts")
+    os.makedirs(attempts, exist_ok=True)
+    units = _units(job, attempts)
+    waiting: set[Future[Made]] = set()
+    try:
+        while True:
+            while len(waiting) < _AHEAD * pool.slots and (unit := next(units, None)) is not None:
+                waiting.add(pool.submit(make, unit))
+            if not waiting:
+                return
+            finished, waiting = wait(waiting, _LISTEN, FIRST_COMPLETED)
+            for future in finished:
+                _take(job, future.result())
+            if pool.stopped.is_set():
+                raise KeyboardInterrupt
+    except BaseException:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)  # none may write into a folder that is about to be removed
+        raise
+
+
+def _take(job: Job, made: Made) -> None:
+    for path, written in made.written:
+        enter(job, path, written)
+    for how, size in made.counts.items():
+        job.context.wrote(size, how)
+    job.context.overflows.extend(made.overflows)
+    job.context.deviations.extend(made.deviations)
+
+
+def _units(job: Job, attempts: str) -> Iterator[Unit]:
+    """The largest files first, each alone; small ones together."""
+    group: list[OutputFile] = []
+    size = 0
+
+    def unit(outputs: list[OutputFile]) -> Unit:
+        every_crc = job.context.every_crc
+        return Unit(
+            tuple(outputs), job.work.files, attempts, every_crc, job.hash_name, job.hash_shared
+        )
+
+    for file in to_make(job):
+        if group and (size + file.size > _BYTES or len(group) == _FILES):
+            yield unit(group)
+            group, size = [], 0
+        group.append(file)
+        size += file.size
+    if group:
+        yield unit(group)
