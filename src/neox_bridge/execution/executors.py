@@ -63,7 +63,7 @@ class Processes:
         # forks of a process that has no threads, which starts faster than a new Python
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["neox_bridge.execution.units"])
-        return ProcessPoolExecutor(self.slots, context, _quiet)
+        return ProcessPoolExecutor(self.slots, context, _prepare)
 
     def _try(
         self, outer: "_Call[_T]", losses: int, call: Callable[..., _T], args: tuple[Any, ...]
@@ -111,12 +111,22 @@ def _lost(times: int) -> BridgeError:
     )
 
 
-def _quiet() -> None:
-    """In each process: Ctrl-C is the parent's to hear, who ends it."""
+def _prepare() -> None:
+    """In each process: Ctrl-C is the parent's to hear; where the parent is killed, end at once."""
     import signal
 
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    from multiprocessing import connection, parent_process
+
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def default_slots() -> int:
