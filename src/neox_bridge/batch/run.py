@@ -149,6 +149,7 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
         )
         progress(plan.size)
 
+    os.makedirs(os.path.dirname(row.target), exist_ok=True)  # of all of them: it stays
     result = execute(
         plan,
         row.target,

@@ -262,5 +262,6 @@ def _make(path: str, made: list[str]) -> None:
         lacking.append(path)
         path = os.path.dirname(path)
     for folder in reversed(lacking):
-        os.mkdir(folder)
-        made.append(folder)
+        with contextlib.suppress(FileExistsError):  # somebody else's, made meanwhile
+            os.mkdir(folder)
+            made.append(folder)
