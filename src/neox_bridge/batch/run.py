@@ -127,7 +127,7 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     plan, state, words = plan_one(item, batch)
     row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
     if state == "whole" and not batch.overwrite:
-        return replace(row, status="skipped")
+        return replace(row, status="skipped", norms=_norms(row, batch, pool))
     if state == "other" and not batch.overwrite:
         raise _Settled(f"{words}. Name another target, or say --overwrite to replace it.")
     if state == "changed" and not batch.overwrite:
@@ -161,13 +161,12 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
         check=check if batch.verify else None,
         pool=pool,
     )
-    norms = _share(pool, [(norms_of, row.target)])[0] if batch.norms else None
     return replace(
         row,
         status="done",
         shared=result.shared,
         verified=batch.verify or None,
-        norms=norms,
+        norms=_norms(row, batch, pool),
         findings=(*row.findings, *result.findings),
     )
 
@@ -189,6 +188,12 @@ def verify_part(source: Source, optimizer: str, folder: str, part: tuple[int, in
 
         check = fresh_checker(checkpoint, check, workers=1)
     check(folder)
+
+
+def _norms(row: Row, batch: Batch, pool: Pool) -> dict[str, float] | None:
+    found = _share(pool, [(norms_of, row.target)]) if batch.norms else [None]
+    norms: dict[str, float] | None = found[0]
+    return norms
 
 
 def norms_of(folder: str) -> dict[str, float]:

@@ -17,8 +17,8 @@ def report(
         list[str],
         typer.Argument(
             metavar="PATH...",
-            help="A checkpoint of any kind, a JSON file that convert, verify, diff or audit "
-            "printed with --json, or a folder of such files.",
+            help="A checkpoint of any kind, a JSON file that convert, batch, verify, diff or "
+            "audit printed with --json, or a folder of such files.",
         ),
     ],
     output: Annotated[

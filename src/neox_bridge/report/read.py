@@ -74,8 +74,8 @@ def _inputs(path: str) -> Iterator[Input]:
         names = sorted(name for name in os.listdir(path) if name.endswith(".json"))
         if not names:
             raise BridgeError(
-                f"{path} holds neither a checkpoint nor JSON files that convert, verify, diff or "
-                "audit printed. Is it the right folder?"
+                f"{path} holds neither a checkpoint nor JSON files that convert, batch, verify, "
+                "diff or audit printed. Is it the right folder?"
             )
         yield from (_document(os.path.join(path, name)) for name in names)
         return

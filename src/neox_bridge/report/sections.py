@@ -8,6 +8,7 @@ from neox_bridge.cli.output import KINDS, human, plural, side
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.report.audit import audit_section
+from neox_bridge.report.batch import batch_section
 from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import (
     Facts,
@@ -37,6 +38,7 @@ def section_of(document: object, name: str, prefix: str) -> Section:
     for word, wanted, build in (
         ("verify", {"holds", "differences"}, _verification),
         ("audit", {"holds", "findings", "steps"}, audit_section),
+        ("batch", {"batch", "holds", "rows"}, batch_section),
         ("diff", {"equal", "tensors"}, _diff),
         ("convert", {"result", "summary", "target"}, _conversion),
         ("convert", {"hash", "summary", "files", "target"}, _conversion),
@@ -51,8 +53,8 @@ def section_of(document: object, name: str, prefix: str) -> Section:
                     f"({problem}). Print it again with --json."
                 ) from None
     raise BridgeError(
-        f"{name} is no result that a report can show. Give what convert, verify, diff or audit "
-        "print with --json, or a checkpoint's folder."
+        f"{name} is no result that a report can show. Give what convert, batch, verify, diff or "
+        "audit print with --json, or a checkpoint's folder."
     )
 
 

@@ -1,0 +1,115 @@
+"""What ``batch --json`` prints, as a section of a page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from neox_bridge.cli.output import human, plural
+from neox_bridge.findings import Finding
+from neox_bridge.report.figures import plot_of
+from neox_bridge.report.parts import Plot, Section, Table, Verdict, findings_of, state_of
+from neox_bridge.verification.norm_lines import Points, tensor_lines
+
+_OPEN = 24  # rows of a table that needn't be folded
+_RUNS = 8  # runs with a plot of their own
+
+Document = Mapping[str, Any]
+
+
+def batch_section(document: Document, name: str, prefix: str) -> Section:
+    """A row for each checkpoint, their findings, and sizes, rates and norms over the steps."""
+    rows = document["rows"]
+    counts = {s: sum(row["status"] == s for row in rows) for s in ("done", "skipped", "failed")}
+    told = ", ".join(f"{count:,} {status}" for status, count in counts.items() if count)
+    findings = _findings(rows)
+    if document["holds"]:
+        state = "good" if state_of(findings) == "bad" else state_of(findings)
+        verdict = Verdict(state, f"{plural(len(rows), 'checkpoint')}: {told or 'none'}")
+    else:
+        words = f"{counts['failed']:,} of {plural(len(rows), 'checkpoint')} failed"
+        verdict = Verdict("bad", words, holds=False)
+    done = [row for row in rows if row["status"] == "done"]
+    facts = [
+        ("target", str(document["batch"])),
+        ("checkpoints", f"{len(rows):,}: {told}"),
+        ("written", human(sum(row["size"] for row in done))),
+        ("verified", f"{sum(row['verified'] is True for row in done):,} bit by bit"),
+    ]
+    tables = []
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed and len(rows) > _OPEN:
+        tables.append(_table(failed, "Failed"))
+    tables.append(_table(rows, "Checkpoints", len(rows) > _OPEN))
+    return Section("Batch", name, verdict, facts, findings, list(_plots(rows, prefix)), tables)
+
+
+def _findings(rows: Sequence[Document]) -> list[Finding]:
+    """Failures, and of the others each kind of finding once, with the checkpoints that have it."""
+    found = [
+        Finding("failed", "error", f"{row['name']}: {row['error']}", "")
+        for row in rows
+        if row["status"] == "failed"
+    ]
+    alike: dict[Finding, list[str]] = {}
+    for row in rows:
+        for finding in findings_of(row["findings"]):
+            alike.setdefault(finding, []).append(str(row["name"]))
+    for one, names in alike.items():
+        where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
+        found.append(Finding(one.code, one.severity, f"{where}: {one.message}", one.remedy))
+    return found
+
+
+def _table(rows: Sequence[Document], caption: str, folded: bool = False) -> Table:
+    head = ("checkpoint", "status", "files", "size", "shared", "seconds", "rate", "tries")
+    cells = []
+    for row in rows:
+        done = row["status"] == "done"
+        cells.append(
+            (
+                str(row["name"]),
+                str(row["status"]),
+                f"{row['files']:,}",
+                human(row["size"]),
+                f"{row['shared'] / row['size']:.0%}" if done and row["size"] else "",
+                f"{row['seconds']:.1f}" if done else "",
+                f"{human(row['size'] / row['seconds'])}/s" if done and row["seconds"] else "",
+                f"{row['tries']:,}",
+            )
+        )
+    return Table(caption, head, "llrrrrrr", cells, folded)
+
+
+def _plots(rows: Sequence[Document], prefix: str) -> Iterator[Plot]:
+    numbered = [row for row in rows if row["number"] is not None]
+    runs = list(dict.fromkeys(str(row["run"]) for row in numbered))
+    for number, run in enumerate(runs[:_RUNS]):
+        steps = [
+            {"step": row["number"], "tensors": {n: {"norm": v} for n, v in row["norms"].items()}}
+            for row in numbered
+            if row["run"] == run and row["norms"]
+        ]
+        if len(steps) > 1:
+            caption = f"{run}: L2 norm of each kind of weight over the steps."
+            yield _plot(
+                caption, tensor_lines(steps, ()), "L2 norm", f"{prefix}n{number}-", log=True
+            )
+    done = [row for row in numbered if row["status"] == "done" and row["seconds"]]
+    if len(done) > 1:
+        rates = {
+            run: [
+                (float(r["number"]), r["size"] / r["seconds"] / 1e6)
+                for r in done
+                if r["run"] == run
+            ]
+            for run in runs
+        }
+        yield _plot("Rate over the steps.", rates, "MB/s", f"{prefix}r", log=False)
+
+
+def _plot(caption: str, lines: Points, label: str, prefix: str, *, log: bool) -> Plot:
+    from neox_bridge.verification.plots import lines_figure
+
+    def draw() -> Any:
+        return lines_figure("", lines, x_label="step", y_label=label, log=log)
+
+    return plot_of(draw, caption, prefix)
