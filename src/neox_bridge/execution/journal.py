@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from neox_bridge.execution.digests import HashName, hash_file
@@ -82,11 +82,11 @@ def finished(work: Work) -> int:
     return 0
 
 
-def append(work: Work, path: str, written: Written) -> None:
-    """Say that a file is on the disk; one call, so that lines of threads don't mix."""
+def append(work: Work, files: Iterable[tuple[str, Written]]) -> None:
+    """Say that files are on the disk; one call, so that lines of threads don't mix."""
     fd = os.open(work.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
-        os.write(fd, _line(path, written).encode())
+        os.write(fd, "".join(_line(path, written) for path, written in files).encode())
     finally:
         os.close(fd)
 

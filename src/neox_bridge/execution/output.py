@@ -1,7 +1,7 @@
 """The files of a plan: made, hashed, flushed, entered in the journal; then the records, sealed."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,10 +69,10 @@ def to_make(job: Job) -> list[OutputFile]:
     return found
 
 
-def enter(job: Job, path: str, written: Written) -> None:
-    """A file is on the disk: so says the journal from now on."""
-    append(job.work, path, written)
-    job.done[path] = written
+def enter(job: Job, files: Sequence[tuple[str, Written]]) -> None:
+    """Files are on the disk: so says the journal from now on."""
+    append(job.work, files)
+    job.done.update(files)
 
 
 def seal_records(job: Job, plan: str, sources: Mapping[str, tuple[int, int]]) -> None:
@@ -179,7 +179,7 @@ def _finish(job: Job, file: OutputFile) -> None:
 
 def _flush(job: Job, file: OutputFile, hashes: list[str | None]) -> None:
     flush_file(os.path.join(job.work.files, file.path), job.context)
-    enter(job, file.path, Written(file.size, hashes[0]))
+    enter(job, [(file.path, Written(file.size, hashes[0]))])
 
 
 def _copy(source: str, size: int, path: str, context: Context) -> None:

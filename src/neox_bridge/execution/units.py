@@ -111,8 +111,7 @@ def run_units(job: Job, pool: Pool) -> None:
 
 
 def _take(job: Job, made: Made) -> None:
-    for path, written in made.written:
-        enter(job, path, written)
+    enter(job, made.written)
     for how, size in made.counts.items():
         job.context.wrote(size, how)
     job.context.overflows.extend(made.overflows)

@@ -7,7 +7,6 @@ Format: 8 bytes little-endian length N, N bytes of JSON, then the data, indexed 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from math import prod
 
 from neox_bridge.errors import BridgeError
@@ -125,7 +124,7 @@ def layout_safetensors(
     offset = start = 8 + len(text)
     placed = []
     for tensor in tensors:
-        placed.append(replace(tensor, offset=offset))
+        placed.append(tensor.at(offset))
         offset += tensor.nbytes
     literal = len(text).to_bytes(8, "little") + text
     return OutputFile(path, start + end, ((0, literal),), tuple(placed))

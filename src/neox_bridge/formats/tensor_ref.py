@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from math import prod
 
 from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.packed import packed
 
 
+@packed
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor inside a file.

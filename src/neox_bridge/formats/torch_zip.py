@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from neox_bridge.errors import BridgeError
@@ -304,7 +304,7 @@ def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> Outp
         else:
             crcs = (entry.start + entry.size + 4, entry_at + _CRC_IN_CENTRAL)
             known = entry.data is not None
-            placed.append(replace(entry.tensor, offset=entry.start, crc_at=() if known else crcs))
+            placed.append(entry.tensor.at(entry.start, () if known else crcs))
             literals.append((run_at, run))
             run, run_at = b"", entry.start + entry.size
         run += _descriptor(entry)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _MOST = 1 << 20  # bytes
 _MOST_EVENTS = 40_000  # of the parser; a value is one, a list or a mapping two
 _DEPTH = 32
+_WIDE = 10**9  # characters: a value isn't broken into lines
 _DIGITS = 40  # of a number
 _NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|[0-9_:.]+)")
 
@@ -147,7 +148,9 @@ def dump_yml(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> bytes:
 def _line(key: str, value: object) -> str:
     import yaml
 
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     if isinstance(value, dict | list):
-        flow = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10**9)
+        flow = yaml.dump(value, None, dumper, sort_keys=False, default_flow_style=True, width=_WIDE)
         return f"{key}: {flow}"
-    return yaml.safe_dump({key: value}, default_flow_style=False, width=10**9)
+    line: str = yaml.dump({key: value}, None, dumper, default_flow_style=False, width=_WIDE)
+    return line

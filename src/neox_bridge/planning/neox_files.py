@@ -73,8 +73,11 @@ def weight_files(
     count = shape.stages * shape.tp
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * count
     if shape.layout == "layers":
-        for layer in sorted({layer_of(w, b, config.layers) for w, b in present}):
-            group = [(w, b) for w, b in present if layer_of(w, b, config.layers) == layer]
+        layers: dict[int, list[tuple[Weight, int]]] = {}
+        for weight, block in present:
+            layer = layer_of(weight, block, config.layers)
+            layers.setdefault(layer, []).append((weight, block))
+        for layer, group in sorted(layers.items()):
             for rank in range(shape.tp):
                 tensors = _with_biases(_tensors(group, config, wholes, shape, rank), config, shape)
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
