@@ -299,6 +299,19 @@ def test_a_dry_run_writes_nothing(run: Path, tmp_path: Path) -> None:
     assert times(tmp_path) == before
 
 
+def test_a_page_of_a_batch(run: Path, tmp_path: Path) -> None:
+    os.truncate(run / "step1000" / "model.safetensors", 100)
+    done = spawn(run, tmp_path / "out", "--json", "--norms", "--retries", 0)
+    (tmp_path / "batch.json").write_text(done.stdout)
+    command = [sys.executable, "-m", "neox_bridge", "report", "batch.json"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 3, made.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "1 of 3 checkpoints failed" in page
+    assert "L2 norm of each kind of weight" in page
+    assert all(f">step{step}<" in page for step in STEPS)
+
+
 # --- is told by a file -----------------------------------------------------------------------
 
 
@@ -417,6 +430,15 @@ def test_it_goes_on_after_it_was_stopped(large: Path, tmp_path: Path, number: in
     convert(large / "step3", tmp_path / "one", dtype="float32", iteration=3)
     paths = ("pythia.yml", "neox_bridge.json", "finetune.yml")
     same_tree(out / "step3", tmp_path / "one", but=(*paths, ".yml"))
+
+
+def test_what_was_killed_after_it_was_placed_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    rows_of(run, tmp_path / "out", "--steps", "0")
+    left = tmp_path / "out" / ".step0.neox-bridge"
+    left.mkdir()
+    (left / "lock").touch()
+    assert statuses(rows_of(run, tmp_path / "out", "--steps", "0")) == {"step0": "skipped"}
+    assert not left.exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

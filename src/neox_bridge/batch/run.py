@@ -15,6 +15,7 @@ from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.run import execute, sources_of
+from neox_bridge.execution.staging import sweep
 from neox_bridge.findings import Finding
 from neox_bridge.planning.make import kind_of, make_plan
 from neox_bridge.planning.options import Options
@@ -127,6 +128,7 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     plan, state, words = plan_one(item, batch)
     row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
     if state == "whole" and not batch.overwrite:
+        sweep(row.target)
         return replace(row, status="skipped", norms=_norms(row, batch, pool))
     if state == "other" and not batch.overwrite:
         raise _Settled(f"{words}. Name another target, or say --overwrite to replace it.")

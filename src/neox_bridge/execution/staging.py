@@ -122,6 +122,14 @@ def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterato
                 os.rmdir(path)
 
 
+def sweep(target: str) -> None:
+    """Remove what a run left that was killed when the target had its name already."""
+    work = work_of(os.path.realpath(target))
+    if os.path.isdir(work.folder) and not os.path.isdir(work.files):
+        with contextlib.suppress(BridgeError), locked(work, target):  # or somebody is at it
+            remove(work)
+
+
 def flush(path: str) -> None:
     """fsync of a file or folder."""
     fd = os.open(path, os.O_RDONLY)
