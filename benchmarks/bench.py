@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import batches
 import cases
 import comparing
 import costs
@@ -105,6 +106,10 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         shutil.rmtree(here.folder)
     for kind in options.mount:
         tables += _mounted(kind, work, options.shapes, runs, skipped)
+    _say("batches")
+    small, large = ("pythia-70m", "pythia-410m" if options.quick else "pythia-1.4b")
+    many = batches.batches(work, min(runs, FEW), small, large)
+    show(many, many[0])
     _say("memory")
     memories, without = costs.memories(work, options.memory)
     return Results(
@@ -114,6 +119,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         tuple(starts),
         tuple(tiny),
         tuple(memories),
+        tuple(many),
         tuple(dict.fromkeys([*skipped, *without])),
     )
 

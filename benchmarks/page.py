@@ -65,6 +65,15 @@ Sources of zeros that take no room on the disk; targets are written in full.
 | | | GB | s | anonymous |
 |---|---|---|---|---|
 """
+BATCHES = """
+## Many checkpoints
+
+As many bytes in one checkpoint and in many, written and read back; *throughput* is that of the
+batch as a share of the one's.
+
+| | median s | spread s | throughput |
+|---|---|---|---|
+"""
 COLUMNS = """\
 | | median s | spread s | times `cp` | times `cp` `--reflink=never` | executing s | CPU s \
 | anonymous | written | on disk |
@@ -96,7 +105,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All of a run. compared: the shape, and the rows of verify and diff, ``cmp`` first."""
+    """All of a run. compared: the shape, and the rows of verify and diff, ``cmp`` first.
+
+    batches: one large conversion first, then a batch of as many bytes.
+    """
 
     command: str
     tables: tuple[Table, ...]
@@ -104,6 +116,7 @@ class Results:
     starts: tuple[Start, ...]
     costs: tuple[Cost, ...]
     memories: tuple[Memory, ...]
+    batches: tuple[Row, ...]
     skipped: tuple[str, ...]
 
 
@@ -123,6 +136,12 @@ def page(results: Results, figure: str | None) -> str:
         text += MEMORY + _lines(
             (m.shape, m.title, f"{m.size / 1e9:.1f}", f"{m.run.seconds:.1f}", _mb(m.run.memory))
             for m in results.memories
+        )
+    if results.batches:
+        one = results.batches[0]
+        text += BATCHES + _lines(
+            (row.title, middle(row.seconds), f"{1 / statistics.median(row.times(one)):.2f}")
+            for row in results.batches
         )
     shape, rows = results.compared
     text += COMPARED.format(shape=shape) + _lines(

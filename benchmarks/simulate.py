@@ -1,4 +1,4 @@
-"""Many checkpoints through the real planner, journal and processes, with a mover that moves nothing.
+"""Many checkpoints through the real planner, journal and processes; the mover moves nothing.
 
 ``python benchmarks/simulate.py --checkpoints 10000`` shows what a batch costs beside its bytes: the
 time of an output file and the memory of the process that leads. Every source is opened and planned,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
 _T = TypeVar("_T")
+_PRELOAD = ["numpy", "ml_dtypes", "neox_bridge.execution.units", "neox_bridge.verification.verify"]
 _LOSSES = 3  # times that one call may lose its process
 
 
@@ -62,8 +63,11 @@ class Processes:
 
         # forks of a process that has no threads, which starts faster than a new Python
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["neox_bridge.execution.units"])
-        return ProcessPoolExecutor(self.slots, context, _prepare)
+        context.set_forkserver_preload(_PRELOAD)
+        pool = ProcessPoolExecutor(self.slots, context, _prepare)
+        # so that they start while this process reads and plans
+        threading.Thread(target=pool.submit, args=(_nothing,)).start()
+        return pool
 
     def _try(
         self, outer: "_Call[_T]", losses: int, call: Callable[..., _T], args: tuple[Any, ...]
@@ -118,6 +122,10 @@ def _prepare() -> None:
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _nothing() -> None:
+    """The first call of each pool."""
 
 
 def _end_with_parent() -> None:
