@@ -9,7 +9,6 @@ are left out, and comparing them.
 import argparse
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -83,7 +82,6 @@ def simulate(checkpoints: int, workers: int, folder: Path) -> dict[str, Any]:
         "ms_an_output": seconds / outputs * 1e3,
         "leader_cpu_ms_an_output": own / outputs * 1e3,
         "memory": memory,
-        "processes_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
 
 
