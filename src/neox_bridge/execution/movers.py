@@ -15,7 +15,7 @@ from neox_bridge.planning.sharing import BLOCK, WORTH
 CHUNK = 16 << 20  # bytes of one kernel copy, so that progress moves and Ctrl-C is heard
 BUFFER = 1 << 20
 Target = int | memoryview  # a file's descriptor, or all the bytes of a small file
-_SEND = 1 << 20  # bytes
+SEND = 1 << 20  # bytes; fewer wait until all is written
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLONE = getattr(fcntl, "FICLONERANGE", 0x4020940D)  # linux/fs.h; in fcntl since Python 3.12
 _RANGE = struct.Struct("qQQQ")  # struct file_clone_range: fd, offset, length, offset in the target
@@ -61,13 +61,13 @@ def write(target: Target, data: "bytes | memoryview", to: int) -> None:
     send(target, to, at - to)
 
 
-def send(target: int, to: int, size: int) -> None:
+def send(target: int, to: int, size: int, least: int = SEND) -> None:
     """Have the kernel begin to write these bytes to the disk, so that fsync has less to wait for.
 
     POSIX_FADV_DONTNEED does that for bytes that aren't on the disk yet, and they stay in memory
     for who reads them next (Linux's mm/fadvise.c; a third of the time of a copy, measured).
     """
-    if size >= _SEND and hasattr(os, "posix_fadvise"):
+    if size >= least and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target, to, size, os.POSIX_FADV_DONTNEED)
 
 

@@ -1,15 +1,16 @@
 """The files of a plan: made, hashed, flushed, entered in the journal; then the records, sealed."""
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_file, hasher
 from neox_bridge.execution.journal import Written, append
-from neox_bridge.execution.movers import move, write
+from neox_bridge.execution.movers import SEND, move, send, write
 from neox_bridge.execution.pool import Task, followed, run_all
 from neox_bridge.execution.tensors import fill_tensor, write_tensor
 from neox_bridge.execution.work import Work
@@ -17,6 +18,7 @@ from neox_bridge.layouts.seal import sealed
 from neox_bridge.planning.pieces import OutputFile, Plan
 
 SMALL = 1 << 20  # bytes of a file that is put together in memory
+_GROUP = 1 << 30  # bytes that are flushed together; what a killed run has to make again
 _FLUSH = 1 << 17  # what a flush counts for, in bytes, where tasks are put together
 
 
@@ -35,22 +37,49 @@ class Job:
 def run_files(job: Job, workers: int) -> None:
     """File after file, the largest first, and so within each: no thread is left with a large one.
 
-    A file is flushed as soon as it is whole, while others are still written; small ones at the end,
-    since each flush of a new file costs a commit of the file system's journal.
+    What is whole is flushed in groups: the first flush of one commits the file system's journal for
+    all, where each file alone would wait for a commit of its own (a quarter of the time, measured).
     """
+    waiting = Waiting()
     tasks: list[Task] = []
-    flushes: list[Task] = []
     for file in to_make(job):
         if is_small(file):
-            hashes: list[str | None] = []
-            tasks.append((file.size, partial(_small, job, file, hashes)))
-            flushes.append((_FLUSH, partial(_flush, job, file, hashes)))
+            tasks.append((file.size, partial(_small, job, file, waiting)))
         else:
             path = os.path.join(job.work.files, file.path)
             its = begin_large(file, path, job.context)
-            tasks += followed(its, partial(_finish, job, file))
+            tasks += followed(its, partial(_finish, job, file, waiting))
     run_all(tasks, workers, job.context)
-    run_all(flushes, workers, job.context)
+    rest = waiting.take(0)
+    for file, _ in rest:
+        begin_flush(os.path.join(job.work.files, file.path), file.size, job.context)
+    run_all(
+        ((max(f.size, _FLUSH), partial(_flush, job, [(f, h)])) for f, h in rest),
+        workers,
+        job.context,
+    )
+
+
+@dataclass
+class Waiting:
+    """Files that are whole and not flushed yet, with their hashes; of all threads."""
+
+    files: list[tuple[OutputFile, str | None]] = field(default_factory=list)
+    size: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, file: OutputFile, found: str | None) -> None:
+        with self.lock:
+            self.files.append((file, found))
+            self.size += file.size
+
+    def take(self, least: int) -> list[tuple[OutputFile, str | None]]:
+        """All that wait, the largest first, where they have so many bytes; else none."""
+        with self.lock:
+            if self.size < least:
+                return []
+            found, self.files, self.size = self.files, [], 0
+        return sorted(found, key=lambda entry: -entry[0].size)
 
 
 def to_make(job: Job) -> list[OutputFile]:
@@ -160,6 +189,13 @@ def hash_of(path: str, context: Context, hash_name: HashName | None, shared: boo
     return hash_file(path, hash_name, context.check)
 
 
+def begin_flush(path: str, size: int, context: Context) -> None:
+    """Have the kernel begin to write a small file; large ones are on their way already."""
+    if size < SEND:
+        with context.files.writing(path) as fd:
+            send(fd, 0, size, least=0)
+
+
 def flush_file(path: str, context: Context) -> None:
     """Wait until what was written is on the disk."""
     context.check()
@@ -167,19 +203,22 @@ def flush_file(path: str, context: Context) -> None:
         os.fsync(fd)
 
 
-def _small(job: Job, file: OutputFile, hashes: list[str | None]) -> None:
+def _small(job: Job, file: OutputFile, waiting: Waiting) -> None:
     path = os.path.join(job.work.files, file.path)
-    hashes.append(write_small(file, path, job.context, job.hash_name))
+    waiting.add(file, write_small(file, path, job.context, job.hash_name))
 
 
-def _finish(job: Job, file: OutputFile) -> None:
+def _finish(job: Job, file: OutputFile, waiting: Waiting) -> None:
     path = os.path.join(job.work.files, file.path)
-    _flush(job, file, [hash_of(path, job.context, job.hash_name, job.hash_shared)])
+    waiting.add(file, hash_of(path, job.context, job.hash_name, job.hash_shared))
+    if group := waiting.take(_GROUP):
+        _flush(job, group)
 
 
-def _flush(job: Job, file: OutputFile, hashes: list[str | None]) -> None:
-    flush_file(os.path.join(job.work.files, file.path), job.context)
-    enter(job, [(file.path, Written(file.size, hashes[0]))])
+def _flush(job: Job, files: Sequence[tuple[OutputFile, str | None]]) -> None:
+    for file, _ in files:
+        flush_file(os.path.join(job.work.files, file.path), job.context)
+    enter(job, [(file.path, Written(file.size, found)) for file, found in files])
 
 
 def _copy(source: str, size: int, path: str, context: Context) -> None:

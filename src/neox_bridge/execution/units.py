@@ -16,6 +16,7 @@ from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.output import (
     Job,
+    begin_flush,
     begin_large,
     enter,
     flush_file,
@@ -69,6 +70,8 @@ def make(unit: Unit) -> Made:
                     task()
                 found = hash_of(path, context, unit.hash_name, unit.hash_shared)
             begun.append((file, path, found))
+        for file, path, _ in begun:
+            begin_flush(path, file.size, context)
         for file, path, _ in begun:
             flush_file(path, context)
             os.replace(path, os.path.join(unit.files, file.path))
