@@ -11,8 +11,6 @@ from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.record import source_summary
-from neox_bridge.planning.to_hf import plan_hf
-from neox_bridge.planning.to_neox import plan_neox
 
 
 def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
@@ -39,9 +37,13 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
             f"--vocab-rows tokenizer: {checkpoint.path} comes without a tokenizer. Name one with "
             "--tokenizer."
         )
-    if kind == "hf":
+    if kind == "hf":  # one direction's modules needn't be read for the other
+        from neox_bridge.planning.to_hf import plan_hf
+
         plan = plan_hf(checkpoint, options, tokenizer)
     else:
+        from neox_bridge.planning.to_neox import plan_neox
+
         plan = plan_neox(checkpoint, options, tokenizer, os.path.abspath(target))
     return replace(
         plan,

@@ -24,7 +24,6 @@ from neox_bridge.planning.common import (
     text_file,
     tokenizer_outputs,
 )
-from neox_bridge.planning.fresh import fresh
 from neox_bridge.planning.fused import fusion_of
 from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
 from neox_bridge.planning.neox_yml import Settings, settings, start_yml, step_yml
@@ -73,6 +72,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     optimizer = None
     if options.optimizer == "fresh":
         training, dp = found.training, options.dp
+        from neox_bridge.planning.fresh import fresh
+
         optimizer = fresh(architecture, config, unrounded, shape, training, iteration, dp)
         found.training["zero_optimization"] = {
             **(training.get("zero_optimization") or {}),
