@@ -21,10 +21,11 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face folder, a model of the Hub (org/name), or a GPT-NeoX folder.",
+            help="A Hugging Face or GPT-NeoX folder, its URL (s3://…), or a model of the Hub "
+            "(org/name).",
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The folder or URL to write.")],
     to: Annotated[
         str | None,
         typer.Option(
