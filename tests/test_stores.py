@@ -1,5 +1,6 @@
 """Sources and targets in stores: a real S3 server on loopback whose answers are spoiled at will."""
 
+import io
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,22 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import s3_server
+import torch
+import xxhash
 from common import fixture, make_hf, plan_of
 from s3_server import BUCKET, Store
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Unreachable, Unverified
+from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.remote import write_object
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.run import execute
+from neox_bridge.execution.streams import Stream
+from neox_bridge.execution.transform import load
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.formats.torch_zip import read_pt
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.stores import objects, paths, retry, uploads
+from neox_bridge.stores import objects, paths, ranges, retry, uploads
 from neox_bridge.verification.verify import checker
 
 # embeddings of 9 MB in float32, two parts of an upload, and little else
@@ -432,3 +442,113 @@ def test_no_local_path_is_taken_for_a_url() -> None:
         "sys.exit('fsspec' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_stream_fills_gaps_and_puts_sums_where_they_belong() -> None:
+    class Parts:
+        sends_any = True
+
+        def __init__(self) -> None:
+            self.parts: dict[int, bytes] = {}
+
+        def send(self, number: int, data: bytearray) -> None:
+            self.parts[number] = bytes(data)
+
+        def finish(self) -> str:
+            return "tag"
+
+        def abandon(self) -> None:
+            self.parts.clear()
+
+    upload, sender, size = Parts(), uploads.Sender(), uploads.PART + 100
+    stream = Stream(upload, sender, size, "xxh3_128", frozenset({uploads.PART + 52}))
+    stream.literal(b"head", 0)
+    stream.write(b"late", uploads.PART + 52)
+    stream.write(b"tensor", 1000)
+    stream.literal(b"0123456789", uploads.PART + 50)
+    found, tag = stream.finish()
+    sender.close()
+    want = bytearray(size)
+    want[:4], want[1000:1006], want[uploads.PART + 50 : uploads.PART + 60] = (
+        *(b"head", b"tensor", b"01late6789"),
+    )
+    assert upload.parts[0] + upload.parts[1] == want
+    assert len(upload.parts[0]) == uploads.PART
+    assert (found, tag) == (xxhash.xxh3_128(want).hexdigest(), "tag")
+
+
+def test_ranges_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a tensor lies in 40 files, each read a little at a time in turns."""
+    data = np.random.default_rng(0).integers(0, 255, 20 << 20, np.uint8).tobytes()
+    fetched: Counter[str] = Counter()
+
+    def fetch(url: str, start: int, end: int) -> bytes:
+        fetched[url] += end - start
+        return data[start:end]
+
+    monkeypatch.setattr(ranges, "fetch", fetch)
+    monkeypatch.setattr(ranges, "look", lambda url: objects.Object(len(data), ""))
+    found, step = ranges.Ranges(), 1 << 18
+    buffer = memoryview(bytearray(step))
+    for at in range(0, len(data), step):
+        assert ranges.Remote("one", found).read_into(buffer, at) == step
+        assert buffer == data[at : at + step]
+    assert fetched["one"] == len(data)
+    assert ranges.Remote("one", found).read_into(buffer, len(data)) == 0
+    for at in range(0, len(data) // 4, step):
+        for number in range(40):
+            ranges.Remote(str(number), found).read_into(buffer, at)
+            assert buffer == data[at : at + step]
+    assert found.size < ranges.RANGE
+    many = sum(fetched.values()) - fetched["one"]
+    assert many < 40 * len(data) // 4 + 6 * ranges.MEMORY
+    found.close()
+
+
+def test_columns_of_an_object(tmp_path: Path) -> None:
+    """A box with large gaps can't be mapped: it is read half by half."""
+    values = np.arange(3000 * 5000, dtype=np.float32).reshape(3000, 5000)
+    fsspec.filesystem("memory").pipe_file("/columns", values.tobytes())
+    ref = TensorRef("memory://columns", 0, "float32", values.shape)
+    context = Context()
+    for start, shape in (((0, 7), (3000, 3)), ((10, 100), (200, 2000)), ((2999, 0), (1, 5000))):
+        box = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+        assert np.array_equal(load(ref, start, shape, context), values[box])
+    turned = TensorRef("memory://columns", 0, "float32", (5000, 3000), (1, 5000))
+    assert np.array_equal(load(turned, (4, 5), (60, 2000), context), values.T[4:64, 5:2005])
+    context.files.close()
+
+
+@pytest.mark.parametrize("shift", [0, 1, 7])
+def test_places_that_the_directory_can_t_tell_are_read(tmp_path: Path, shift: int) -> None:
+    """Of files that torch didn't write as they are: here with bytes between records."""
+    torch.save({"a": torch.arange(9.0), "b": torch.arange(70.0)}, tmp_path / "made.pt")
+    target = io.BytesIO()
+    with zipfile.ZipFile(tmp_path / "made.pt") as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            new.fp.write(b"\0" * shift)  # type: ignore[union-attr]
+            new.start_dir = new.fp.tell()  # type: ignore[attr-defined,union-attr]
+            new.writestr(zipfile.ZipInfo(info.filename), old.read(info))
+    for name, raw in (("torch", (tmp_path / "made.pt").read_bytes()), ("other", target.getvalue())):
+        fsspec.filesystem("memory").pipe_file(f"/zip{shift}/{name}.pt", raw)
+        (tmp_path / f"{name}.pt").write_bytes(raw)
+        found = read_pt(f"memory://zip{shift}/{name}.pt")
+        here = read_pt(str(tmp_path / f"{name}.pt"))
+        assert {k: v.offset for k, v in found.items()} == {k: v.offset for k, v in here.items()}  # type: ignore[attr-defined]
+
+
+def test_a_batch_into_a_store(store: Store, hf: Path, tmp_path: Path) -> None:
+    """Written and verified by other processes; what is done is skipped, a half-done one goes on."""
+    for step in (5, 10):
+        run(hf, tmp_path / "run", iteration=step)
+    command = ["batch", str(tmp_path / "run"), s3("batch"), "--max-workers", "1"]
+    done = RUNNER.invoke(app, command)
+    assert done.exit_code == 0, done.output
+    run(tmp_path / "run", tmp_path / "hf")
+    assert_same(contents(s3("batch/step10")), files(tmp_path / "hf"))
+    store.requests.clear()
+    assert RUNNER.invoke(app, command).exit_code == 0
+    assert not store.of("PUT")
+    objects.remove([s3("batch/step5/model.safetensors")])
+    assert RUNNER.invoke(app, command).exit_code == 0
+    assert sorted(contents(s3("batch/step5"))) == sorted(files(tmp_path / "hf"))
