@@ -153,8 +153,7 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     tops, free = set(), 0
     infos = sorted(infos, key=lambda info: info.header_offset)
-    known = data_starts(infos, end) if is_remote(file) else {}
-    fetch_places(file, [i.header_offset for i in infos if i.header_offset not in known], _HEADER)
+    known = _calculated(file, infos, end) if is_remote(file) else {}
     for info in infos:
         top, slash, name = info.orig_filename.partition("/")
         tops.add(top)
@@ -179,6 +178,24 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
         free = entry.offset + entry.size
         entries[name] = entry
     return entries
+
+
+def _calculated(file: BinaryIO, infos: Sequence[zipfile.ZipInfo], end: int) -> dict[int, int]:
+    """Where bytes of an object's records begin, by where their headers do, as far as that is sure.
+
+    What the directory tells in two ways, unless a header that was read shows that something lies
+    between records.
+    """
+    counted = data_starts(infos, end)
+    sure = {at: start for at, (start, agree) in counted.items() if agree}
+    read = [info for info in infos if info.header_offset not in sure]
+    fetch_places(file, [info.header_offset for info in read], _HEADER)
+    for info in read:
+        start, _ = counted.get(info.header_offset, (None, False))
+        if info.file_size and start is not None and _locate(file, info).offset != start:
+            fetch_places(file, [info.header_offset for info in infos], _HEADER)
+            return {}
+    return sure
 
 
 def _locate(file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:

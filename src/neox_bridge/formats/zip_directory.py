@@ -13,14 +13,14 @@ _U32 = 0xFFFFFFFF  # beyond, headers have other sizes
 _BROKEN = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error)
 
 
-def data_starts(infos: Sequence[zipfile.ZipInfo], end: int) -> dict[int, int]:
-    """Where records' bytes begin, by where their headers do, as far as the directory tells.
+def data_starts(infos: Sequence[zipfile.ZipInfo], end: int) -> dict[int, tuple[int, bool]]:
+    """Where records' bytes seem to begin, and if two ways agree, by where their headers do.
 
     Only the headers themselves say it, which for a file in a store is a request each. But torch
     puts nothing between records and starts each at the first multiple of 64 that it can
-    (caffe2/serialize/inline_container.cc, getPadding): where counting back from the next record
-    and forward from the header give the same place, that is it. Others aren't in the result.
-    infos: in the order of their headers. end: where the directory begins.
+    (caffe2/serialize/inline_container.cc, getPadding): the place is counted back from the next
+    record, and forward from the header. Records that are too large for that, or packed, aren't in
+    the result. infos: in the order of their headers. end: where the directory begins.
     """
     found = {}
     ends = [*(info.header_offset for info in infos[1:]), end]
@@ -31,8 +31,8 @@ def data_starts(infos: Sequence[zipfile.ZipInfo], end: int) -> dict[int, int]:
         descriptor = _DESCRIPTOR if info.flag_bits & _HAS_DESCRIPTOR and info.file_size else 0
         start = then - descriptor - info.file_size
         least = info.header_offset + _LOCAL + len(info.orig_filename) + _EXTRA
-        if start == (least + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT:
-            found[info.header_offset] = start
+        forward = (least + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+        found[info.header_offset] = start, start == forward
     return found
 
 
