@@ -391,6 +391,7 @@ def test_errors_say_what_to_do(
         ("s3://bucket", "Name a folder in it"),
         ("s3://nobody/x", "bucket"),
         ("gopher://x/y", "gopher"),
+        ("hf://org/name", "Hub can't be written"),
     ):
         with pytest.raises(BridgeError, match=words):
             execute(plan, target)
@@ -429,6 +430,36 @@ def test_another_process_writes_an_object(store: Store, neox: Path, tmp_path: Pa
     }
     assert made.hash == hash_file(str(tmp_path / "hf" / file.path), "xxh3_128")
     assert hash_file(s3("process/model.safetensors"), "xxh3_128") == made.hash
+
+
+def test_the_hub_is_read_by_ranges(hf: Path, tmp_path: Path) -> None:
+    hub = pytest.importorskip("hub_stub")
+    stub = hub.Stub()
+    stub.make("org/model", **{path.name: path.read_bytes() for path in hf.iterdir()})
+    command = [
+        sys.executable,
+        "-m",
+        "neox_bridge",
+        "convert",
+        "hf://org/model",
+        "--revision",
+        "main",
+    ]
+    with hub.serving(stub):
+        environment = {**os.environ, "HF_ENDPOINT": stub.url, "HF_HOME": str(tmp_path / "home")}
+        for more in ([str(tmp_path / "neox"), "--crc"], [str(tmp_path / "none"), "--dry-run"]):
+            stub.seen.clear()
+            done = subprocess.run(
+                [*command, *more], env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            most = 1 if "--dry-run" in more else 3
+            assert 1 <= stub.count(r"GET /org/model/resolve/main/model\.safetensors") <= most
+    run(hf, tmp_path / "here")
+    assert_same(files(tmp_path / "neox"), files(tmp_path / "here"))
+    told = json.loads((tmp_path / "neox/global_step0/neox_bridge.json").read_text())["source"]
+    assert (told["name"], told["revision"]) == ("org/model", "org/model@main")
+    assert not (tmp_path / "home").exists(), "nothing is downloaded into the cache"
 
 
 def test_no_local_path_is_taken_for_a_url() -> None:

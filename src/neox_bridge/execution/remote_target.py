@@ -122,6 +122,8 @@ def clear(folder: Folder) -> None:
 
 def _check_name(url: str) -> None:
     store, _, path = url.partition("://")
+    if store == "hf":
+        raise BridgeError(f"{url}: the Hub can't be written to file by file. Name another target.")
     parts = path.strip("/").split("/")
     if not parts[0] or (store in _BUCKETS and len(parts) < 2):
         raise BridgeError(

@@ -153,7 +153,7 @@ def below(url: str) -> dict[str, Object]:
     fs, path = filesystem(url)
 
     def find() -> dict[str, Any]:
-        fs.invalidate_cache()  # all of it: some stores remember each folder below
+        fs.invalidate_cache()
         found: dict[str, Any] = fs.find(path, detail=True)
         return found
 
@@ -211,7 +211,7 @@ def remove(urls: Iterable[str]) -> None:
 def forget(url: str) -> None:
     """Let nothing be believed any more that was seen of an object, of what is below or above it."""
     fs, path = filesystem(url)
-    fs.invalidate_cache(path)
+    fs.invalidate_cache()
     for folder in list(_listings):
         if url.startswith(f"{folder}/") or folder == url or folder.startswith(f"{url}/"):
             _listings.pop(folder, None)
@@ -230,7 +230,7 @@ def _list(url: str) -> Mapping[str, Mapping[str, Any]] | None:
     fs, path = filesystem(url)
 
     def ls() -> list[Mapping[str, Any]]:
-        fs.invalidate_cache(path)
+        fs.invalidate_cache()
         found: list[Mapping[str, Any]] = fs.ls(path, detail=True)
         return [entry for entry in found if entry["name"].rstrip("/") != path.rstrip("/")]
 
@@ -261,7 +261,7 @@ def _info(url: str) -> Mapping[str, Any] | None:
     fs, path = filesystem(url)
 
     def info() -> Mapping[str, Any]:
-        fs.invalidate_cache(path)
+        fs.invalidate_cache()
         found: Mapping[str, Any] = fs.info(path)
         return found
 

@@ -42,10 +42,8 @@ class Upload(Protocol):
 
 
 def start_upload(url: str, size: int) -> Upload:
-    """Begin an object of so many bytes. Raises BridgeError for stores that can't be written."""
+    """Begin an object of so many bytes. Raises BridgeError where that fails."""
     protocol = url.partition("://")[0]
-    if protocol == "hf":
-        raise BridgeError(f"{url}: the Hub can't be written to file by file. Name another target.")
     if protocol in _S3:
         return _S3Upload(url, several=size > part_size(size))
     return _FileUpload(url, renamed=protocol not in _WHOLE)
