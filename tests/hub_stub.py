@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -147,9 +148,7 @@ class Stub:
 
     def count(self, request: str) -> int:
         method, path = request.split(" ", 1)
-        return sum(
-            s.startswith(f"{method} ") and re.search(path, s) is not None for s in self.seen
-        )
+        return sum(s.startswith(f"{method} ") and re.search(path, s) is not None for s in self.seen)
 
     def make(self, name: str, private: bool = False, **files: bytes) -> Repo:
         """A repository as it begins: one commit, which has a .gitattributes."""
@@ -244,6 +243,13 @@ class Stub:
         if method == "POST" and what == "branch":
             self._writable(name, token)
             return self._branch(repo, revision, json.loads(body))
+        pull = query.get("create_pr") == ["1"]
+        if what in ("xet-write-token", "xet-read-token"):
+            if not pull and what == "xet-write-token":
+                self._writable(name, token)
+            until = int(time.time()) + 3600
+            facts = {"casUrl": f"local://{self.cas}", "exp": until, "accessToken": "xet"}
+            return Answer(200, facts)
         oid = repo.find(revision)
         if oid is None:
             raise error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -256,11 +262,6 @@ class Stub:
             return self._pages(raw, query, [blob.entry(p) for p, blob in sorted(files.items())])
         if what == "commits":
             return self._pages(raw, query, [_told(repo, oid) for oid in repo.log(oid)])
-        if what in ("xet-write-token", "xet-read-token"):
-            until = int(time.time()) + 3600
-            facts = {"casUrl": f"local://{self.cas}", "exp": until, "accessToken": "xet"}
-            return Answer(200, facts)
-        pull = query.get("create_pr") == ["1"]
         if not token:
             raise error(401, "Invalid username or password.")
         if not pull:
@@ -357,7 +358,7 @@ class Stub:
             if line["key"] == "file":
                 files[value["path"]] = regular(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
-                if self.cas is None and value["oid"] not in self.objects:
+                if not self._has(value["oid"]):
                     raise error(400, f"LFS object {value['oid']} doesn't exist")
                 files[value["path"]] = pointer(value["oid"], value["size"])
             elif line["key"] == "deletedFile":
@@ -373,6 +374,17 @@ class Stub:
         else:
             repo.branches[revision] = oid
         return Answer(200, found)
+
+    def _has(self, sha256: str) -> bool:
+        """Whether an object was uploaded, by LFS or Xet.
+
+        A shard, which lists the files of an upload, holds their SHA-256 in words of 8 bytes, the
+        last byte first (xet-core, shard format).
+        """
+        raw = bytes.fromhex(sha256)
+        words = b"".join(raw[n : n + 8][::-1] for n in range(0, 32, 8))
+        shards = Path(self.cas).rglob("*.mdb") if self.cas else ()
+        return sha256 in self.objects or any(words in s.read_bytes() for s in shards)
 
     def _resolve(self, repo: Repo, revision: str, path: str) -> Answer:
         oid = repo.find(revision)

@@ -1,5 +1,6 @@
 """huggingface_hub, imported where it is used; what it raises, as errors that say what to do."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,7 +88,7 @@ def is_missing_repo(error: BaseException) -> bool:
 
 
 def explanation(error: BaseException, repo: str) -> str:
-    """What was wrong, in one line without addresses (they may be signed), and what to do now."""
+    """What was wrong, in one line, and what to do now."""
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RevisionNotFoundError
 
     status = status_of(error)
@@ -96,10 +97,10 @@ def explanation(error: BaseException, repo: str) -> str:
     if status is None:
         if _is_network(error):
             return (
-                f"{repo}: the Hub can't be reached ({_kind(error)}). Check the network, "
+                f"{repo}: the Hub can't be reached ({_root(error)}). Check the network, "
                 "HF_ENDPOINT and proxies, then give the same command again."
             )
-        return f"{repo}: {first_line(error)} ({_kind(error)})"
+        return f"{repo}: {_root(error)}"
     said = _server_message(error)
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: ask for access on its page. {_LOGIN}."
@@ -128,8 +129,12 @@ def explanation(error: BaseException, repo: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, not too much of it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of what an error says, not too much of it, without the ends of addresses.
+
+    Those may hold signatures that let others write.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", line)[:200]
 
 
 def _is_network(error: BaseException | None) -> bool:
@@ -141,17 +146,17 @@ def _is_network(error: BaseException | None) -> bool:
     return False
 
 
-def _kind(error: BaseException) -> str:
+def _root(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _server_message(error: BaseException | None) -> str:
     while error is not None:
         said = getattr(error, "server_message", None)
         if said:
-            return str(said).strip().splitlines()[0][:200]
+            return str(said).strip().splitlines()[0][:200].rstrip(".") + "."
         response = getattr(error, "response", None)
         if response is not None:
             return str(getattr(response, "reason_phrase", None) or getattr(response, "reason", ""))

@@ -12,8 +12,8 @@ from neox_bridge.planning.pieces import Plan
 class Outlook:
     """What publishing would do, before there is a folder.
 
-    private: whether the repository is, or would be; None where nobody asked. done: the branch holds just this already.
-    new: files that aren't there. other: there with other bytes, since of another size.
+    private: whether the repository is, or would be. done: whether the branch holds just this
+    already. new: files that aren't there. other: there with other bytes, since of another size.
     unknown: there in the same size; only equal bytes won't be uploaded. leave: the branch's own.
     conflicts: what --overwrite is needed for. size: bytes of new, other and unknown at most.
     """
@@ -22,7 +22,7 @@ class Outlook:
     branch: str
     repo_exists: bool
     branch_exists: bool
-    private: bool | None
+    private: bool
     done: bool
     new: tuple[str, ...]
     other: tuple[str, ...]

@@ -24,7 +24,6 @@ from neox_bridge.hub.remote import (
     look,
 )
 
-TRIES = 5  # of a commit, waiting 1, 2, 4, 8 s between them as huggingface_hub does elsewhere
 _BLOCK = 1 << 20
 _CONFLICT = 412  # the branch isn't at the commit that ours was made for
 
@@ -155,7 +154,8 @@ def _ready(job: _Job, private: bool) -> Remote:
             start = first_commit(job.api, repo)
             job.api.create_branch(repo, branch=branch, revision=start, exist_ok=True)
             remote = look(repo, branch)
-    check_private(repo, private)  # also of one that somebody else made meanwhile
+    if private:
+        check_private(repo, private)  # also of one that somebody else made meanwhile
     return remote
 
 
@@ -207,7 +207,7 @@ def _commit(
     deletes = [CommitOperationDelete(name) for name in removed]
     where = {"revision": job.branch, "create_pr": job.create_pr}
     job.api.preupload_lfs_files(job.repo, adds, free_memory=False, **where)
-    for attempt in range(TRIES):
+    for wait in (1, 2, 4, 8, None):  # seconds, as huggingface_hub has them for other requests
         try:
             info = job.api.create_commit(
                 job.repo,
@@ -217,12 +217,11 @@ def _commit(
                 **where,
             )
             return str(info.oid), info.pr_url
-        except Exception as error:
-            transient = is_transient(error) and attempt < TRIES - 1
+        except Exception as error:  # noqa: PERF203
+            transient = is_transient(error)
             # a second attempt could open a second pull request
             if job.create_pr or not (transient or status_of(error) == _CONFLICT):
                 raise
-            time.sleep(2**attempt if transient else 0)
             now = look(job.repo, job.branch)
             if now.commit != remote.commit:
                 if _is_there(job, now, removed):  # it was made, and the answer lost
@@ -231,8 +230,9 @@ def _commit(
                     f"hf://{job.repo}@{job.branch}: somebody else committed meanwhile, and "
                     "nothing of this was. Look at the branch, then give the same command again."
                 ) from error
-            if not transient:
+            if wait is None or not transient:
                 raise
+            time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
