@@ -227,7 +227,9 @@ class Stub:
         if match := re.fullmatch(r"/(lfs|part|complete)/(\w+)(?:/(\d+))?", path):
             return self._transfer(method, match[1], match[2], int(match[3] or 0), body)
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/(objects/batch|verify)", path):
-            self._writable(match[1], token)
+            self._readable(match[1], token)  # a pull request needs no more
+            if not token:
+                raise error(401, "Invalid username or password.")
             return self._lfs(match[1], match[2], json.loads(body))
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", raw):
             repo = self._readable(match[1], token)

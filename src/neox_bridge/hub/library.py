@@ -27,6 +27,18 @@ def hub_api(why: str) -> Any:
     return HfApi(library_name="neox-bridge")
 
 
+def check_writer(repo: str) -> None:
+    """Raise BridgeError where the user's token can't write anywhere; one request."""
+    api = hub_api(f"hf://{repo} is on the Hub")
+    with explained(repo):
+        token = api.whoami().get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise BridgeError(
+            f"{repo}: the token {token.get('displayName', '')!r} may only read. Make one that may "
+            "write (huggingface.co/settings/tokens), and set HF_TOKEN to it."
+        )
+
+
 @contextmanager
 def explained(repo: str) -> Iterator[None]:
     """A block whose errors of huggingface_hub become a BridgeError about this repository."""
@@ -89,11 +101,18 @@ def is_missing_repo(error: BaseException) -> bool:
 
 def explanation(error: BaseException, repo: str) -> str:
     """What was wrong, in one line, and what to do now."""
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
 
     status = status_of(error)
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo}: the Hub isn't asked while HF_HUB_OFFLINE is set. Unset it."
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"{repo}: there is no token of yours here. {_LOGIN}."
     if status is None:
         if _is_network(error):
             return (

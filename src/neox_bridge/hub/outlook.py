@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from neox_bridge.hub.changes import compare
+from neox_bridge.hub.library import explained, hub_api
 from neox_bridge.hub.names import MAIN
-from neox_bridge.hub.remote import check_private, is_published, look
+from neox_bridge.hub.remote import check_private, is_published, is_untouched, look
 from neox_bridge.planning.pieces import Plan
 
 
@@ -43,6 +44,11 @@ def plan_publish(plan: Plan, repo: str, branch: str = MAIN, *, private: bool = F
     alike = {p for p in sizes if p in remote.files and remote.files[p].size == sizes[p]}
     found = compare(sizes, remote.files, alike, step_of_plan(plan))
     done = remote.commit is not None and is_published(plan, repo, branch)
+    conflicts = () if done else found.conflicts
+    if conflicts:
+        api = hub_api(f"hf://{repo} is on the Hub")
+        with explained(repo):
+            conflicts = () if is_untouched(api, repo, branch, remote) else conflicts
     moved = () if done else (*found.add, *found.replace, *found.same)
     return Outlook(
         repo,
@@ -55,7 +61,7 @@ def plan_publish(plan: Plan, repo: str, branch: str = MAIN, *, private: bool = F
         found.replace,
         found.same,
         found.leave,
-        () if done else found.conflicts,
+        conflicts,
         sum(sizes[path] for path in moved),
     )
 

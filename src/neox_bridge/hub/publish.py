@@ -21,6 +21,7 @@ from neox_bridge.hub.remote import (
     check_private,
     files_at,
     first_commit,
+    is_untouched,
     look,
 )
 
@@ -82,7 +83,7 @@ def publish(
     with explained(repo), bars(progress):
         remote = _ready(job, private)
         found = _compared(job, remote)
-        inherited = bool(found.conflicts) and _inherited(job, remote)
+        inherited = bool(found.conflicts) and is_untouched(job.api, repo, branch, remote)
         if found.conflicts and not (overwrite or inherited):
             raise BridgeError(conflict_message(repo, branch, found.conflicts))
         removed = found.leave if overwrite or inherited else ()
@@ -119,6 +120,15 @@ def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
     )
 
 
+def check_base(repo: str, branch: str, *, repo_exists: bool, branch_exists: bool) -> None:
+    """Raise BridgeError where a pull request would have nothing to go into."""
+    if not branch_exists:
+        raise BridgeError(
+            f"hf://{repo}@{branch}: there is no such {'branch' if repo_exists else 'repository'}, "
+            "and a pull request needs one to go into. Leave out --create-pr to make it."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """What is published where. api: huggingface_hub's."""
@@ -140,12 +150,7 @@ def _ready(job: _Job, private: bool) -> Remote:
     repo, branch = job.repo, job.branch
     remote = look(repo, branch)
     if job.create_pr:
-        if remote.commit is None:
-            what = "branch" if remote.exists else "repository"
-            raise BridgeError(
-                f"hf://{repo}@{branch}: there is no such {what}, and a pull request needs one to "
-                "go into. Leave out --create-pr to make it."
-            )
+        check_base(repo, branch, repo_exists=remote.exists, branch_exists=remote.commit is not None)
     elif remote.commit is None:
         if not remote.exists:
             job.api.create_repo(repo, private=private or None, exist_ok=True)
@@ -187,11 +192,6 @@ def _is_same(path: str, size: int, there: RemoteFile) -> bool:
         while block := file.read(_BLOCK):
             state.update(block)
     return state.hexdigest() == (there.sha256 or there.blob)
-
-
-def _inherited(job: _Job, remote: Remote) -> bool:
-    """Whether nobody committed to a branch yet: its files are those that it was made with."""
-    return job.branch != MAIN and remote.commit == first_commit(job.api, job.repo)
 
 
 def _commit(

@@ -67,6 +67,14 @@ def first_commit(api: Any, repo: str) -> str:
     return str(api.list_repo_commits(repo, revision=MAIN)[-1].commit_id)
 
 
+def is_untouched(api: Any, repo: str, branch: str, remote: Remote) -> bool:
+    """Whether nobody committed to a branch yet: its files are those that it was made with.
+
+    Raises huggingface_hub's errors.
+    """
+    return branch != MAIN and remote.commit == first_commit(api, repo)
+
+
 def check_private(repo: str, private: bool) -> bool:
     """Whether a repository is private.
 
@@ -109,7 +117,7 @@ def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
             if isinstance(error, (EntryNotFoundError, RevisionNotFoundError)):
                 return None
             raise
-        return _plan_in(read_bytes(os.path.join(folder, found), LARGE))
+        return plan_in(read_bytes(os.path.join(folder, found), LARGE))
 
 
 def is_published(plan: Plan, repo: str, branch: str) -> bool:
@@ -127,7 +135,8 @@ def record_path(plan: Plan) -> str:
     return next(file.path for file in plan.files if file.seals)
 
 
-def _plan_in(record: bytes) -> str | None:
+def plan_in(record: bytes) -> str | None:
+    """The hash of the plan that a record is of; None where it isn't as it was written."""
     if not is_whole(record):
         return None
     try:
