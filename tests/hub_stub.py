@@ -250,8 +250,10 @@ class Stub:
             if not pull and what == "xet-write-token":
                 self._writable(name, token)
             until = int(time.time()) + 3600
-            facts = {"casUrl": f"local://{self.cas}", "exp": until, "accessToken": "xet"}
-            return Answer(200, facts)
+            cas = f"local://{self.cas}"
+            facts = {"casUrl": cas, "exp": until, "accessToken": "xet"}
+            more = {"X_Xet_Cas_Url": cas, "X_Xet_Access_Token": "xet"}  # for clients before 1.9
+            return Answer(200, facts, X_Xet_Token_Expiration=str(until), **more)
         oid = repo.find(revision)
         if oid is None:
             raise error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -325,7 +327,8 @@ class Stub:
                 verify = {"href": f"{self.url}/{name}.git/info/lfs/verify"}
                 item = {**item, "actions": {"upload": upload, "verify": verify}}
             found.append(item)
-        return Answer(200, {"transfer": "basic", "objects": found})
+        xet = self.cas is not None and "xet" in wanted["transfers"]
+        return Answer(200, {"transfer": "xet" if xet else "basic", "objects": found})
 
     def _transfer(self, method: str, what: str, oid: str, number: int, body: bytes) -> Answer:
         if method == "GET":
