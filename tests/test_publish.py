@@ -79,7 +79,7 @@ def make(folder: Path, seed: int = 0, large: int = 2 * PART + 1000, plan: str = 
         (folder / name).write_bytes(data)
     sizes = {name: (len(data), None) for name, data in files.items()}
     (folder / "neox_bridge.json").write_bytes(
-        sealed(b'{"written_by": "a test"}', plan, "none", sizes)
+        sealed(b'{"written_by": "a test"}', "none", sizes, plan=plan)
     )
     return folder
 

@@ -28,7 +28,8 @@ def convert(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="DST", help="The folder to write, or a place on the Hub: hf://ORG/NAME[@BRANCH]."
+            metavar="DST",
+            help="The folder to write, or a place on the Hub: hf://ORG/NAME[@BRANCH].",
         ),
     ],
     to: Annotated[

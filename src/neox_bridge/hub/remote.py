@@ -1,7 +1,6 @@
 """What a branch of the Hub holds now: its commit, its files, the plan that they were made by."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -91,12 +90,12 @@ def check_private(repo: str, private: bool) -> bool:
     return found
 
 
-def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
-    """The hash of the plan that a branch's files were written by, from its small record alone.
+def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None:
+    """The small record that a branch's files were written with, as it is there; two requests.
 
     path: of the record in the repository; a GPT-NeoX step's is ``global_stepN/neox_bridge.json``.
-    None where repository, branch or record don't exist, or the record isn't as it was written.
-    Raises BridgeError where the Hub can't be asked.
+    None where repository, branch or record don't exist. Raises BridgeError where the Hub can't be
+    asked.
     """
     api = hub_api(_WHY)
     from huggingface_hub.errors import (
@@ -117,7 +116,16 @@ def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
             if isinstance(error, (EntryNotFoundError, RevisionNotFoundError)):
                 return None
             raise
-        return plan_in(read_bytes(os.path.join(folder, found), LARGE))
+        return read_bytes(found, LARGE)
+
+
+def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
+    """The hash of the plan that a branch's files were written by; see ``published_record``.
+
+    None as well where the record isn't as it was written.
+    """
+    record = published_record(repo, branch, path)
+    return None if record is None else plan_in(record)
 
 
 def is_published(plan: Plan, repo: str, branch: str) -> bool:
