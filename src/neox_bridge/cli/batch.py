@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from neox_bridge.findings import Finding
 
 _WHICH = "Which checkpoints"
-_CONVERTS_OWN = ("source", "target", "revision", "step")
+_CONVERTS_OWN = ("source", "target", "revision", "step", "private", "create_pr", "work")
 
 
 @taking(convert, without=_CONVERTS_OWN)
