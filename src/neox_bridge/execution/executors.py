@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
 _T = TypeVar("_T")
-_LOSSES = 3  # times that one call may lose its process
+LOSSES = 3  # times that one call may lose its process
 
 
 class Pool(Protocol):
@@ -25,8 +25,10 @@ class Pool(Protocol):
     slots: calls that run at the same time. stopped: set when all who wait are to give up.
     """
 
-    slots: int
     stopped: threading.Event
+
+    @property
+    def slots(self) -> int: ...
 
     def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]": ...
 
@@ -81,7 +83,7 @@ class Processes:
                 outer.set_running_or_notify_cancel()
                 return
             error = inner.exception()
-            if isinstance(error, BrokenExecutor) and losses + 1 < _LOSSES:
+            if isinstance(error, BrokenExecutor) and losses + 1 < LOSSES:
                 again = (outer, losses + 1, call, args)
                 threading.Thread(target=self._try, args=again).start()
             elif isinstance(error, BrokenExecutor):
