@@ -15,8 +15,8 @@ _places: "dict[Callable[..., Any], Callable[..., Places]]" = {}
 class Places:
     """What a call reads and writes, by absolute paths.
 
-    files: those that are read, with the bytes that are taken of each. folders: those of which it may
-    read all files. writes: those in which it makes files.
+    files: those that are read, with the bytes that are taken of each. folders: those of which it
+    may read all files. writes: those in which it makes files.
     """
 
     files: Mapping[str, int] = field(default_factory=dict)

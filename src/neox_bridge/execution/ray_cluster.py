@@ -25,9 +25,9 @@ from neox_bridge.execution.ray_connect import (
     Node,
     connect,
     difference,
-    said,
     living,
     ray_module,
+    said,
     there,
 )
 from neox_bridge.execution.ray_node import asker, listed, look, packed, perform
