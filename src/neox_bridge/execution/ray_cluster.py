@@ -11,7 +11,7 @@ import pickle
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +35,7 @@ from neox_bridge.execution.ray_node import asker, listed, look, packed, perform
 _T = TypeVar("_T")
 _LISTEN = 1.0  # seconds after which it is looked which nodes there are
 _PATIENCE = 60.0  # seconds that calls wait for a node where there is none
-_LOOK = 1000  # waiting calls that are looked at for one that a free node can do
+_LOOK = 200  # waiting calls that are looked at for one that a free node can do
 
 
 def _nobody(_: str) -> None:
@@ -59,11 +59,13 @@ class _Call:
 class _Member:
     """A node as it is known here. code: whether it has this code; None until it answers.
 
-    running: calls. views: of the folders that calls need now. asked: folders, until it answers.
+    running: calls. views: of the folders that calls need now. asked: folders, and asking: its
+    code, until it answers.
     """
 
     node: Node
     code: bool | None = None
+    asking: bool = False
     faults: int = 0
     running: int = 0
     views: dict[str, View] = field(default_factory=dict)
@@ -85,7 +87,7 @@ class RayCluster:
         words, of nodes that are lost or left out.
         """
         self._ray = ray_module()
-        self._own = connect(address, workers)
+        self._own, same = connect(address, workers)
         self._workers, self._tell = workers, tell
         self.stopped = threading.Event()
         self.slots = 1
@@ -101,7 +103,8 @@ class RayCluster:
         self._failed: BridgeError | None = None
         self._folder = os.path.abspath(os.curdir)
         self._ask, self._mine = asker(), asker()()
-        self._meet()
+        self._tasks = {call: self._ray.remote(call) for call in (self._ask, look, perform)}
+        self._meet(same)
         self._thread = threading.Thread(target=self._serve, name="ray-cluster", daemon=True)
         self._thread.start()
 
@@ -146,23 +149,29 @@ class RayCluster:
             self._finish(call, error=error)
         self._waiting.clear()
 
-    def _meet(self) -> None:
-        """Ask Ray which nodes there are."""
+    def _meet(self, same: Container[str] = ()) -> None:
+        """Ask Ray which nodes there are. same: those that are known to have this code."""
         nodes = {node.id: node for node in living(self._ray) if node.id not in self._gone}
         for name in self._members.keys() - nodes.keys():
             self._drop(name, "was lost; what it did is done again")
         for name in nodes.keys() - self._members.keys():
-            self._members[name] = _Member(nodes[name])
-        able = [member for member in self._members.values() if member.code is not False]
-        cpus = sum(member.node.cpus for member in able)
-        self.slots = max(1, min(cpus, self._workers or cpus))
+            self._members[name] = _Member(nodes[name], name in same or None)
         self._looked = time.monotonic()
-        self._alone_since = None if able else (self._alone_since or self._looked)
+        for member in self._members.values():
+            if member.code is None:
+                self._ask_code(member)
+        self._count()
+
+    def _count(self) -> None:
+        cpus = sum(member.node.cpus for member in self._members.values() if member.code)
+        self.slots = max(1, min(cpus, self._workers or cpus))
+        self._alone_since = None if cpus else (self._alone_since or time.monotonic())
 
     def _drop(self, name: str, words: str) -> None:
         self._gone.add(name)
         if (member := self._members.pop(name, None)) is not None:
             self._tell(f"Ray: node {member.node.name} {words}")
+            self._count()
 
     def _add(self, call: _Call) -> None:
         self._needed.update(call.folders)
@@ -200,25 +209,36 @@ class RayCluster:
             while self._waiting:
                 self._finish(self._waiting.popleft(), error=lone)
         kept: list[_Call] = []
-        while self._waiting and len(kept) < _LOOK and self._running < self.slots:
+        unknown: set[frozenset[str]] = set()
+        looks = 0
+        while self._waiting and looks < _LOOK and self._running < self.slots:
             call = self._waiting.popleft()
-            if not call.settled and not self._start(call):
-                kept.append(call)
+            if call.settled:
+                continue
+            if call.folders not in unknown:
+                looks += 1
+                if self._start(call, unknown):
+                    continue
+            kept.append(call)
         self._waiting.extendleft(reversed(kept))
 
-    def _start(self, call: _Call) -> bool:
-        """Send a call to a node. False where none is free, or some don't say yet what they see."""
+    def _start(self, call: _Call, unknown: set[frozenset[str]]) -> bool:
+        """Send a call to a node. False where none is free that sees all.
+
+        unknown: gets the call's folders where no node has said yet what it sees of them.
+        """
         known = {}
-        waiting = not self._members
-        for name, member in list(self._members.items()):
-            if member.code is None:
-                self._ask_code(member)
-            elif member.code and (new := asked(call.folders, member.views, member.asked)):
-                self._ask_views(member, new)
-            if member.code and call.folders <= member.views.keys():
-                known[name] = member
-            elif member.code is not False:
-                waiting = True
+        waiting = False
+        for name, member in self._members.items():
+            if member.code:
+                if new := asked(call.folders, member.views, member.asked):
+                    self._ask_views(member, new)
+                if call.folders <= member.views.keys():
+                    known[name] = member
+            waiting |= name not in known and member.code is not False
+        if not known:
+            unknown.add(call.folders)
+            return False
         views = {name: member.views for name, member in known.items()}
         free = {name: member.node.cpus - member.running for name, member in known.items()}
         chosen = choose(call.places, views, free)
@@ -246,7 +266,7 @@ class RayCluster:
     ) -> None:
         """A task of Ray's on a node; ``then`` is called with its future, in this thread."""
         options = there(member.node, cpus)
-        ref = self._ray.remote(call).options(**options).remote(*args)
+        ref = self._tasks[call].options(**options).remote(*args)
         ref.future().add_done_callback(lambda inner: self._events.put(partial(then, inner)))
 
     def _ended(self, call: _Call, member: _Member, inner: "Future[bytes]") -> None:
@@ -271,15 +291,16 @@ class RayCluster:
             self._waiting.appendleft(call)
 
     def _ask_code(self, member: _Member) -> None:
-        if "" not in member.asked:
-            member.asked.add("")
+        if not member.asking:
+            member.asking = True
             self._task(member, 0, self._ask, (), partial(self._told_code, member))
 
     def _told_code(self, member: _Member, inner: "Future[Any]") -> None:
-        member.asked.discard("")
+        member.asking = False
         if self._answered(member, inner):
             words = difference(inner.result(), self._mine)
             member.code = not words
+            self._count()
             if words:
                 self._tell(f"Ray: node {member.node.name} {words}; it is left out")
 

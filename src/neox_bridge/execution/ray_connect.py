@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,11 @@ from neox_bridge.execution.ray_node import asker
 
 _ANSWER = 60.0  # seconds in which a node is to say which code it has
 _STORE = 128 << 20  # bytes of the object store of a Ray that is started here; units are small
+_REACH = 5.0  # seconds in which a cluster is to answer
+_START = (
+    "Start one with `ray start --head`, name its --address HOST:PORT, or say --address local for "
+    "this machine alone."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,34 +40,31 @@ def ray_module() -> Any:
     return ray
 
 
-def connect(address: str, workers: int | None) -> bool:
-    """Join a cluster. Returns whether it is this process's to leave; not where it had joined one.
+def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
+    """Join a cluster, with the same code on every node: it is sent where some have another.
 
     address: HOST:PORT; ``auto`` for that of RAY_ADDRESS or the one that runs here; ``local`` to
-    start one of this machine alone, with ``workers`` CPUs. The package is sent to the nodes where
-    some have another one. Raises BridgeError where there is no cluster, or a node lacks what the
+    start one of this machine alone, with ``workers`` CPUs. Returns whether the cluster is this
+    process's to leave, which isn't so where it had joined one already; and the ids of the nodes
+    that have the code. Raises BridgeError where there is no cluster, or a node lacks what the
     package needs.
     """
     ray = ray_module()
     if ray.is_initialized():
-        _same_code(ray, mend="the runtime_env of its ray.init")
-        return False
-    if address.startswith("ray://"):
-        raise BridgeError(
-            f"{address}: Ray's client isn't supported. Run the command on a node of the cluster, "
-            "with --address auto."
-        )
+        return False, _same_code(ray, "the runtime_env of its ray.init")
+    _check(address)
     _join(ray, address, workers, None)
     try:
-        if _others(ray):
+        same, others = _codes(ray)
+        if others:
             ray.shutdown()
             home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             _join(ray, address, workers, {"py_modules": [home]})
-            _same_code(ray, mend=f"pip install 'neox-bridge[ray]=={__version__}'")
+            same = _same_code(ray, f"pip install 'neox-bridge[ray]=={__version__}'")
     except BaseException:
         ray.shutdown()
         raise
-    return True
+    return True, same
 
 
 def living(ray: Any) -> list[Node]:
@@ -108,29 +111,59 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
         else:
             words = f"there is no Ray cluster at {address}"
         told = " ".join(str(error).split())[:300]
+        raise BridgeError(f"{words[0].upper()}{words[1:]} ({told}). {_START}") from None
+
+
+def _check(address: str) -> None:
+    """Ray itself would try for minutes to reach what isn't there."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    host, colon, port = address.rpartition(":")
+    if address.startswith("ray://"):
         raise BridgeError(
-            f"{words[0].upper()}{words[1:]} ({told}). Start one with `ray start --head`, name its "
-            "--address HOST:PORT, or say --address local for this machine alone."
-        ) from None
+            f"{address}: Ray's client isn't supported. Run the command on a node of the cluster, "
+            "with --address auto."
+        )
+    if colon and not port.isdigit():
+        raise BridgeError(f"{address} isn't HOST:PORT. {_START}")
+    if colon:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+        except (OSError, OverflowError) as error:
+            raise BridgeError(f"There is no Ray cluster at {address} ({error}). {_START}") from None
 
 
-def _same_code(ray: Any, mend: str) -> None:
-    if others := _others(ray):
+def _same_code(ray: Any, mend: str) -> set[str]:
+    same, others = _codes(ray)
+    if others:
         raise BridgeError(f"Ray's {'; '.join(others)}. Install the same on every node: {mend}.")
+    return same
 
 
-def _others(ray: Any) -> list[str]:
-    """The nodes that have other code than this process, in words; those that don't answer not."""
+def _codes(ray: Any) -> tuple[set[str], list[str]]:
+    """The ids of the nodes that have this process's code, and in words those that have another.
+
+    Neither holds a node that doesn't answer. Raises BridgeError where none does.
+    """
     ask = asker()
     mine = ask()
-    nodes = {ray.remote(ask).options(**there(node, 0)).remote(): node for node in living(ray)}
-    answered, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=_ANSWER)
-    found = []
+    nodes = living(ray)
+    task = ray.remote(ask)
+    tasks = {task.options(**there(node, 0)).remote(): node for node in nodes}
+    answered = ray.wait(list(tasks), num_returns=len(nodes), timeout=_ANSWER)[0] if nodes else []
+    same, others = set(), []
     for ref in answered:
         with contextlib.suppress(ray.exceptions.RayError):
             if words := difference(ray.get(ref), mine):
-                found.append(f"node {nodes[ref].name} {words}")
-    return sorted(found)
+                others.append(f"node {tasks[ref].name} {words}")
+            else:
+                same.add(tasks[ref].id)
+    if not same and not others:
+        raise BridgeError(
+            f"None of the {len(nodes)} nodes of the Ray cluster that have CPUs answers. See "
+            "`ray status`."
+        )
+    return same, sorted(others)
 
 
 def difference(code: tuple[str | None, str], mine: tuple[str | None, str]) -> str:
