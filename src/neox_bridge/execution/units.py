@@ -34,9 +34,7 @@ from neox_bridge.planning.pieces import OutputFile
 _BYTES = 16 << 20  # of small files that are made together, to pay once for the way there and back
 _FILES = 64
 _LISTEN = 0.5  # seconds after which somebody who wants all to stop is heard
-_ATTEMPTS = (
-    "attempts-"  # a folder for each run: what an earlier one left running can't put a file in place
-)
+_ATTEMPTS = "attempts-"  # one for each run: what an earlier one left running has none any more
 _AHEAD = 2  # units that wait for each process
 
 
