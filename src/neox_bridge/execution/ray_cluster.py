@@ -42,7 +42,7 @@ def _nobody(_: str) -> None:
     """For who wants no words."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """losses: workers that were lost with it. sent, settled: whether its future is beyond that."""
 
@@ -91,7 +91,8 @@ class RayCluster:
         self._workers, self._tell = workers, tell
         self.stopped = threading.Event()
         self.slots = 1
-        self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._events: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._open: set[_Call] = set()
         self._waiting: deque[_Call] = deque()
         self._members: dict[str, _Member] = {}
         self._gone: set[str] = set()  # nodes that are left out for good
@@ -100,7 +101,8 @@ class RayCluster:
         self._alone_since: float | None = None
         self._looked = 0.0
         self._closing = False
-        self._failed: BridgeError | None = None
+        self._failed: BridgeError | None = None  # what all calls end with from now on
+        self._lock = threading.Lock()  # of that
         self._folder = os.path.abspath(os.curdir)
         self._ask, self._mine = asker(), asker()()
         self._tasks = {call: self._ray.remote(call) for call in (self._ask, look, perform)}
@@ -110,12 +112,13 @@ class RayCluster:
 
     def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]":
         """Have a call made on a node that sees what it needs, again where that is lost."""
-        if self._failed is not None:
-            raise self._failed
         places = places_of(call, args)
         made = _Call(packed(call, args), places, frozenset(places.all_folders()))
-        made.future.add_done_callback(lambda _: self._events.put(partial(self._settle, made)))
-        self._events.put(partial(self._add, made))
+        made.future.add_done_callback(lambda _: self._events.put(partial(self._begin, made)))
+        with self._lock:
+            if self._failed is not None:
+                raise self._failed
+            self._events.put(partial(self._add, made))
         return made.future
 
     def close(self) -> None:
@@ -129,25 +132,30 @@ class RayCluster:
     # all that follows is the thread's
 
     def _serve(self) -> None:
-        while not (self._closing and not self._running):
-            with contextlib.suppress(Empty):
-                self._events.get(timeout=_LISTEN)()
-                while True:  # what else is there, before one look at all that waits
-                    self._events.get_nowait()()
-            try:
+        try:
+            while not (self._closing and not self._running):
+                self._hear()
                 if time.monotonic() - self._looked > _LISTEN:
                     self._meet()
                 self._dispatch()
-            except Exception as error:  # Ray raises many kinds where its head is gone
-                self._fail(BridgeError(f"The Ray cluster is lost: {said(error)}. {_AGAIN}"))
-                return
-        self._fail(BridgeError("The pool was closed."))
+            self._fail(BridgeError("The pool was closed."))
+        except Exception as error:  # Ray raises many kinds where its head is gone
+            self._fail(BridgeError(f"The Ray cluster is lost: {said(error)}. {_AGAIN}"))
+
+    def _hear(self) -> None:
+        """Wait for an event, and take all that are there before one look at what waits."""
+        with contextlib.suppress(Empty):
+            self._events.get(timeout=_LISTEN)()
+            while True:
+                self._events.get_nowait()()
 
     def _fail(self, error: BridgeError) -> None:
-        self._failed = error
-        for call in self._waiting:
+        with self._lock:
+            self._failed = error
+        while not self._events.empty():
+            self._events.get()()
+        for call in list(self._open):
             self._finish(call, error=error)
-        self._waiting.clear()
 
     def _meet(self, same: Container[str] = ()) -> None:
         """Ask Ray which nodes there are. same: those that are known to have this code."""
@@ -174,18 +182,25 @@ class RayCluster:
             self._count()
 
     def _add(self, call: _Call) -> None:
+        self._open.add(call)
         self._needed.update(call.folders)
         self._waiting.append(call)
 
-    def _settle(self, call: _Call) -> None:
-        """A future that its owner cancelled: those who wait for it are told by this."""
+    def _begin(self, call: _Call) -> bool:
+        """Whether somebody still wants it: from now on it can't be cancelled.
+
+        Those who wait for a future that its owner cancelled are told by this.
+        """
         if not call.sent and not call.settled:
-            call.settled = True
-            call.future.set_running_or_notify_cancel()
-            self._release(call)
+            call.sent = call.future.set_running_or_notify_cancel()
+            if not call.sent:
+                call.settled = True
+                self._release(call)
+        return not call.settled
 
     def _release(self, call: _Call) -> None:
         """What nodes see is forgotten when no call needs it: it is asked anew for the next."""
+        self._open.discard(call)
         self._needed.subtract(call.folders)
         for folder in call.folders:
             if not self._needed[folder]:
@@ -194,9 +209,9 @@ class RayCluster:
                     member.views.pop(folder, None)
 
     def _finish(self, call: _Call, result: Any = None, error: BaseException | None = None) -> None:
-        if call.settled or (not call.sent and not call.future.set_running_or_notify_cancel()):
+        if not self._begin(call):
             return
-        call.sent = call.settled = True
+        call.settled = True
         self._release(call)
         if error is not None:
             call.future.set_exception(error)
@@ -248,12 +263,8 @@ class RayCluster:
                 self._finish(call, error=self._blind(lacking))
                 return True
             return False
-        if not call.sent:
-            call.sent = call.future.set_running_or_notify_cancel()
-            if not call.sent:
-                call.settled = True
-                self._release(call)
-                return True
+        if not self._begin(call):
+            return True
         member = known[chosen]
         member.running += 1
         self._running += 1
@@ -345,8 +356,9 @@ class RayCluster:
 _AGAIN = "What is finished stays, and the same command goes on."
 
 
-def _lost(node: str, times: int, error: BaseException) -> BridgeError:
+def _lost(node: str, losses: int, error: BaseException) -> BridgeError:
+    times = f"{losses} times" if losses > 1 else "once"
     return BridgeError(
-        f"A worker of Ray that wrote files was lost {times} times, the last on node {node}: "
+        f"A worker of Ray that wrote files was lost {times}, the last on node {node}: "
         f"{said(error)} Is memory short? Choose fewer with --max-workers. {_AGAIN}"
     )
