@@ -14,6 +14,7 @@ from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
+from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.run import execute, sources_of
 from neox_bridge.execution.staging import sweep
 from neox_bridge.findings import Finding
@@ -179,6 +180,16 @@ class _Settled(Refused):
     exit_code = 1
 
 
+def _verified(source: Source, _: str, folder: str, __: tuple[int, int]) -> Places:
+    return Places(folders=(*_folders(source.path), *_folders(folder)))
+
+
+def _folders(path: str) -> list[str]:
+    """A folder and those in it; nothing where it isn't one (a model of the Hub)."""
+    return [folder for folder, _, _ in os.walk(os.path.abspath(path))]
+
+
+@reaches(_verified)
 def verify_part(source: Source, optimizer: str, folder: str, part: tuple[int, int]) -> None:
     """In a pool: raises Unverified where a part of a finished folder isn't the source."""
     from neox_bridge.verification.verify import checker
@@ -198,6 +209,7 @@ def _norms(row: Row, batch: Batch, pool: Pool) -> dict[str, float] | None:
     return norms
 
 
+@reaches(lambda folder: Places(folders=tuple(_folders(folder))))
 def norms_of(folder: str) -> dict[str, float]:
     """In a pool: the L2 norm of each tensor."""
     from neox_bridge.layouts.open import open_checkpoint
