@@ -7,6 +7,10 @@ class BridgeError(Exception):
     exit_code = 1
 
 
+class Unreachable(BridgeError):
+    """A store doesn't answer, or not as it should: what is finished waits for the next try."""
+
+
 class Unverified(BridgeError):
     """What was written isn't what the source says: a fault of a disk, of memory or of this tool."""
 

@@ -7,6 +7,7 @@ import time
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import BUFFER, move, read
 from neox_bridge.planning.pieces import Plan
+from neox_bridge.stores.paths import is_url
 
 _SAMPLE = 128 << 20  # bytes
 
@@ -23,6 +24,8 @@ def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
         return None
     file, start = found.source.file, found.source.offset
     size = min(found.source.nbytes, _SAMPLE)
+    if is_url(target):
+        return None
     folder = os.path.dirname(os.path.abspath(target))
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)

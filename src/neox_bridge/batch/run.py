@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ from neox_bridge.findings import Finding
 from neox_bridge.planning.make import kind_of, make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
+from neox_bridge.stores.objects import pending, pending_now
+from neox_bridge.stores.paths import absolute, is_url
 
 _PART = 1 << 30  # bytes of a checkpoint that one process verifies
 _PAUSE = 1.0  # seconds before the first retry; doubled for each further one
@@ -134,8 +136,8 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     if state == "other" and not batch.overwrite:
         raise _Settled(f"{words}. Name another target, or say --overwrite to replace it.")
     if state == "changed" and not batch.overwrite:
-        aside = _aside(row.target)
-        found = Finding("not-whole", "warning", f"{words}: written anew; kept as {aside}")
+        kept = "" if is_url(row.target) else f"; kept as {_aside(row.target)}"
+        found = Finding("not-whole", "warning", f"{words}: written anew{kept}")
         row = replace(row, findings=(*row.findings, found))
     batch.tell(Event("begun", item.name, plan.size * (1 + batch.verify)))
 
@@ -143,20 +145,22 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
         batch.tell(Event("written", item.name, size))
 
     def check(folder: str) -> None:
+        told = pending_now()
         _share(
             pool,
             [
-                (verify_part, item.source, batch.options.optimizer, folder, part)
+                (verify_part, item.source, batch.options.optimizer, folder, part, told)
                 for part in _parts(plan.size, pool)
             ],
         )
         progress(plan.size)
 
-    os.makedirs(os.path.dirname(row.target), exist_ok=True)  # of all of them: it stays
+    if not is_url(row.target):
+        os.makedirs(os.path.dirname(row.target), exist_ok=True)  # of all of them: it stays
     result = execute(
         plan,
         row.target,
-        overwrite=batch.overwrite,
+        overwrite=batch.overwrite or (state == "changed" and is_url(row.target)),
         every_crc=batch.every_crc,
         hash_name=batch.hash_name,
         hash_shared=batch.verify,
@@ -180,18 +184,27 @@ class _Settled(Refused):
     exit_code = 1
 
 
-def _verified(source: Source, _: str, folder: str, __: tuple[int, int]) -> Places:
+def _verified(source: Source, _: str, folder: str, *__: object) -> Places:
     return Places(folders=(*_folders(source.path), *_folders(folder)))
 
 
 def _folders(path: str) -> list[str]:
-    """A folder and those in it; nothing where it isn't one (a model of the Hub)."""
-    return [folder for folder, _, _ in os.walk(os.path.abspath(path))]
+    """A folder and those in it; nothing where it isn't one (a URL, a model of the Hub)."""
+    return [folder for folder, _, _ in os.walk(absolute(path))]
 
 
 @reaches(_verified)
-def verify_part(source: Source, optimizer: str, folder: str, part: tuple[int, int]) -> None:
-    """In a pool: raises Unverified where a part of a finished folder isn't the source."""
+def verify_part(
+    source: Source,
+    optimizer: str,
+    folder: str,
+    part: tuple[int, int],
+    told: Mapping[str, bytes],
+) -> None:
+    """In a pool: raises Unverified where a part of a finished folder isn't the source.
+
+    told: the objects that are to come where it is in a store (``objects.pending``).
+    """
     from neox_bridge.verification.verify import checker
 
     checkpoint = source.open()
@@ -200,7 +213,8 @@ def verify_part(source: Source, optimizer: str, folder: str, part: tuple[int, in
         from neox_bridge.verification.optimizer import fresh_checker
 
         check = fresh_checker(checkpoint, check, workers=1)
-    check(folder)
+    with pending(told):
+        check(folder)
 
 
 def _norms(row: Row, batch: Batch, pool: Pool) -> dict[str, float] | None:

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.digests import hash_file
+from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.execution.files import Identity
 from neox_bridge.execution.output import sources_told
 from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
+from neox_bridge.stores.objects import below
+from neox_bridge.stores.paths import is_url, isdir, listdir
+from neox_bridge.stores.uploads import WORK
 from neox_bridge.verification.sealed import find_record, told
 
 State = Literal["absent", "whole", "changed", "other"]
@@ -19,7 +23,7 @@ State = Literal["absent", "whole", "changed", "other"]
 def state_of(
     target: str,
     asked: Mapping[str, object],
-    sources: Mapping[str, tuple[int, int]],
+    sources: Mapping[str, Identity],
     *,
     every_hash: bool = False,
 ) -> tuple[State, str]:
@@ -30,7 +34,9 @@ def state_of(
     "changed": made so, but not whole any more. "other": made from something else, or not by this
     tool. Paths don't matter, neither those of the sources nor the target's.
     """
-    if not os.path.isdir(target) or not os.listdir(target):
+    if not isdir(target) or not (names := listdir(target)):
+        return "absent", ""
+    if is_url(target) and WORK in names:  # an upload that didn't end, which is gone on with
         return "absent", ""
     try:
         path = find_record(target)
@@ -44,7 +50,10 @@ def state_of(
         return "other", f"{target} was made with other options, or from other files"
     if not is_whole(data):
         return "changed", f"{path} was changed"
-    folder, since = os.path.dirname(path), os.stat(path).st_mtime_ns
+    folder = os.path.dirname(path)
+    if is_url(folder):
+        return _of_objects(folder, hash_name, files, every_hash)
+    since = os.stat(path).st_mtime_ns
     for name, size, digest in files:
         if name.startswith("../"):  # above a step: the user's, once they are written
             continue
@@ -58,6 +67,28 @@ def state_of(
             same = hash_file(file, hash_name) == digest
         if not same:
             return "changed", f"{file} was changed"
+    return "whole", ""
+
+
+def _of_objects(
+    folder: str,
+    hash_name: HashName | None,
+    files: list[tuple[str, int, str | None]],
+    every_hash: bool,
+) -> tuple[State, str]:
+    """The same in a store, where objects are replaced whole: their sizes, from one listing."""
+    there = below(folder)
+    for name, size, digest in files:
+        if name.startswith("../"):
+            continue
+        url = f"{folder}/{name}"
+        if url not in there:
+            return "changed", f"{url} is missing"
+        same = there[url].size == size
+        if same and digest and hash_name and every_hash:
+            same = hash_file(url, hash_name) == digest
+        if not same:
+            return "changed", f"{url} was changed"
     return "whole", ""
 
 

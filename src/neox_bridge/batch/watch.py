@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from neox_bridge.batch.items import Item
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.text_files import read_text
+from neox_bridge.stores.paths import absolute, isfile
 
 
 def rounds(
@@ -30,9 +31,9 @@ def rounds(
 
 def is_finished(item: Item) -> bool:
     """Whether a run's ``latest`` has reached a step; True for what isn't a step of such a run."""
-    folder, name = os.path.split(os.path.abspath(item.source.path))
+    folder, name = os.path.split(absolute(item.source.path))
     latest = os.path.join(folder, "latest")
-    if not name.startswith("global_step") or not os.path.isfile(latest):
+    if not name.startswith("global_step") or not isfile(latest):
         return not name.startswith("global_step")
     try:
         tag = read_text(latest).strip()

@@ -22,14 +22,15 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A Hugging Face folder, a model of the Hub (org/name), or a GPT-NeoX folder.",
+            help="A Hugging Face or GPT-NeoX folder, its URL (s3://…), or a model of the Hub "
+            "(org/name).",
         ),
     ],
     target: Annotated[
         str,
         typer.Argument(
             metavar="DST",
-            help="The folder to write, or a place on the Hub: hf://ORG/NAME[@BRANCH].",
+            help="The folder or URL to write, or a place on the Hub: hf://ORG/NAME[@BRANCH].",
         ),
     ],
     to: Annotated[

@@ -97,6 +97,13 @@ def doctor(
     mending = fix is not None or in_place
     if not paths and error is None:
         raise typer.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
+    from neox_bridge.stores.paths import is_url, plain
+
+    if urls := [path for path in paths if is_url(plain(path))]:
+        raise typer.BadParameter(
+            f"{urls[0]}: doctor looks at folders of a disk; inspect takes URLs."
+        )
+    paths = list(map(plain, paths))
     if fix is not None and in_place:
         raise typer.BadParameter("--fix and --in-place don't go together.")
     if mending and len(paths) != 1:

@@ -23,7 +23,8 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", help="A Hugging Face folder, a Hub model, or a GPT-NeoX folder."
+            metavar="PATH",
+            help="A Hugging Face or GPT-NeoX folder, its URL (s3://…), or a Hub model.",
         ),
     ],
     tensors: Annotated[
@@ -130,6 +131,7 @@ def inspect(
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """What a checkpoint is, as plain data."""
     from neox_bridge.planning.report import finding_json
+    from neox_bridge.stores.paths import size
 
     config, state = checkpoint.config, checkpoint.neox
     dtypes: Counter[str] = Counter()
@@ -169,7 +171,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
             "norm": config.norm_bias,
         },
         "files": list(checkpoint.files),
-        "bytes": sum(os.path.getsize(file) for file in checkpoint.files),
+        "bytes": sum(size(file) for file in checkpoint.files),
         "written_by": checkpoint.record.get("written_by"),
         "dropped": [{"name": d.name, "reason": d.reason} for d in checkpoint.dropped],
         "findings": [finding_json(finding) for finding in checkpoint.findings],

@@ -1,6 +1,5 @@
 """``neox-bridge reshard``."""
 
-import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -123,6 +122,7 @@ def reshard(
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.layouts.optimizer_reader import read_optimizer
         from neox_bridge.planning.reshard import Resharding, plan_reshard
+        from neox_bridge.stores.paths import absolute
 
         checkpoint = open_checkpoint(
             source,
@@ -135,7 +135,7 @@ def reshard(
             from neox_bridge.layouts.optimizer_export import with_export
 
             checkpoint, given = with_export(checkpoint, optimizer, states)
-        made = os.path.abspath(target)
+        made = absolute(target)
         plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), made, given)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
 

@@ -4,6 +4,8 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
+from neox_bridge.stores.paths import is_url
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,6 +24,8 @@ def hasher(name: HashName) -> Any:
 
 def hash_file(path: str, name: HashName, check: "Callable[[], None]" = lambda: None) -> str:
     """The hash of a file's bytes in hexadecimal. check: called now and then, to stop early."""
+    if is_url(path):
+        return _hash_object(path, name, check)
     found, buffer = hasher(name), memoryview(bytearray(_STEP))
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
@@ -32,4 +36,18 @@ def hash_file(path: str, name: HashName, check: "Callable[[], None]" = lambda: N
             at += count
     finally:
         os.close(fd)
+    return str(found.hexdigest())
+
+
+def _hash_object(url: str, name: HashName, check: "Callable[[], None]") -> str:
+    from neox_bridge.stores.ranges import Ranges
+
+    found, ranges, at = hasher(name), Ranges(), 0
+    try:
+        while data := ranges.get(url, at)[1]:
+            check()
+            found.update(data)
+            at += len(data)
+    finally:
+        ranges.close()
     return str(found.hexdigest())

@@ -3,14 +3,21 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.stores.paths import is_url
+
+if TYPE_CHECKING:
+    from neox_bridge.stores.ranges import Ranges, Remote
 
 LIMIT = 64  # open files that are kept; threads that use more than these at once get them all
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+Identity = tuple[int, int | str]
 
 
 @dataclass
@@ -25,10 +32,17 @@ class Files:
 
     _open: "OrderedDict[tuple[str, int], _Handle]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ranges: "Ranges | None" = None
 
     @contextmanager
-    def reading(self, path: str) -> Iterator[int]:
-        """A descriptor of a source. Raises BridgeError, naming it, where it can't be opened."""
+    def reading(self, path: str) -> "Iterator[int | Remote]":
+        """A descriptor of a source, or what stands for it where that is a URL.
+
+        Raises BridgeError, naming it, where it can't be opened.
+        """
+        if is_url(path):
+            yield self._remote(path)
+            return
         try:
             handle = self._take((path, os.O_RDONLY))
         except OSError as error:
@@ -49,9 +63,18 @@ class Files:
 
     def close(self) -> None:
         """Close all, at the end, when no thread runs any more."""
+        if self._ranges is not None:
+            self._ranges.close()
         with self._lock:
             while self._open:
                 os.close(self._open.popitem()[1].fd)
+
+    def _remote(self, url: str) -> "Remote":
+        from neox_bridge.stores.ranges import Ranges, Remote
+
+        with self._lock:
+            self._ranges = self._ranges or Ranges()
+        return Remote(url, self._ranges)
 
     def _take(self, key: tuple[str, int]) -> _Handle:
         with self._lock:
@@ -87,15 +110,24 @@ def ended_early(path: str, missing: int) -> BridgeError:
     return BridgeError(f"{path} ended {missing:,} bytes early: it changed while it was read.")
 
 
-def identities(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Size in bytes and modification time of each file. Raises BridgeError for one that is gone."""
-    return {path: _identity(path) for path in paths}
+def identities(paths: Collection[str]) -> dict[str, Identity]:
+    """Size in bytes and modification time of each file; size and tag of an object.
+
+    Raises BridgeError for one that is gone.
+    """
+    found: dict[str, Identity] = {path: _identity(path) for path in paths if not is_url(path)}
+    if urls := [path for path in paths if is_url(path)]:
+        from neox_bridge.stores.objects import look_all
+
+        found |= {url: (object_.size, object_.tag) for url, object_ in look_all(urls).items()}
+    return found
 
 
-def check_same(before: dict[str, tuple[int, int]]) -> None:
+def check_same(before: dict[str, Identity]) -> None:
     """Raise BridgeError, naming the file, unless all are as they were."""
+    now = identities(before)
     for path, identity in before.items():
-        if _identity(path) != identity:
+        if now[path] != identity:
             raise BridgeError(
                 f"{path} changed while it was read. Convert again when nothing writes to it."
             )

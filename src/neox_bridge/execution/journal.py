@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.execution.files import Identity
 from neox_bridge.execution.work import Work
 
 
@@ -25,10 +26,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What must be the same for a run to go on. sources: size and mtime_ns of each file."""
+    """What must be the same for a run to go on. sources: the ``identities`` of the files."""
 
     plan: str
-    sources: Mapping[str, tuple[int, int]]
+    sources: Mapping[str, Identity]
     hash: HashName | None
 
     def line(self) -> str:

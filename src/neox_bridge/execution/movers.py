@@ -5,6 +5,7 @@ import fcntl
 import os
 import struct
 import sys
+from typing import TYPE_CHECKING, TypeAlias
 
 from zlib_ng.zlib_ng import crc32
 
@@ -12,9 +13,14 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import ended_early, unreadable
 from neox_bridge.planning.sharing import BLOCK, WORTH
 
+if TYPE_CHECKING:
+    from neox_bridge.execution.streams import Stream
+    from neox_bridge.stores.ranges import Remote
+
 CHUNK = 16 << 20  # bytes of one kernel copy, so that progress moves and Ctrl-C is heard
 BUFFER = 1 << 20
-Target = int | memoryview  # a file's descriptor, or all the bytes of a small file
+# a file's descriptor, all the bytes of a small file, or an object of a store
+Target: TypeAlias = "int | memoryview | Stream"
 SEND = 1 << 20  # bytes; fewer wait until all is written
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLONE = getattr(fcntl, "FICLONERANGE", 0x4020940D)  # linux/fs.h; in fcntl since Python 3.12
@@ -34,7 +40,7 @@ def move(
     """
     see = crc is not None and context.every_crc
     with context.files.reading(source) as fd:
-        if isinstance(target, memoryview) or size < WORTH:
+        if not isinstance(target, int) or not isinstance(fd, int) or size < WORTH:
             return _buffered(fd, source, (start, to, size), target, context, crc)
         low, high = _clone(fd, start, target, to, size, context)
         for begin, end, shared in ((0, low, False), (low, high, True), (high, size, False)):
@@ -54,6 +60,9 @@ def write(target: Target, data: "bytes | memoryview", to: int) -> None:
     if isinstance(target, memoryview):
         target[to : to + len(data)] = data
         return
+    if not isinstance(target, int):
+        target.write(data, to)
+        return
     view, at = memoryview(data), to
     while view:
         count = os.pwrite(target, view, at)
@@ -71,11 +80,15 @@ def send(target: int, to: int, size: int, least: int = SEND) -> None:
         os.posix_fadvise(target, to, size, os.POSIX_FADV_DONTNEED)
 
 
-def read(fd: int, path: str, buffer: memoryview, start: int) -> None:
+def read(fd: "int | Remote", path: str, buffer: memoryview, start: int) -> None:
     """Fill a buffer from a place in a file. Raises BridgeError, naming it, where that fails."""
     while buffer:
         try:
-            count = os.preadv(fd, [buffer], start)
+            count = (
+                os.preadv(fd, [buffer], start)
+                if isinstance(fd, int)
+                else fd.read_into(buffer, start)
+            )
         except OSError as error:
             raise unreadable(path, error) from None
         if not count:
@@ -139,7 +152,7 @@ def _kernel(fd: int, start: int, target: int, to: int, size: int, context: Conte
 
 
 def _buffered(
-    fd: int,
+    fd: "int | Remote",
     source: str,
     span: tuple[int, int, int],
     target: Target,

@@ -9,13 +9,15 @@ from functools import partial
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_file, hasher
+from neox_bridge.execution.files import Identity
 from neox_bridge.execution.journal import Written, append
 from neox_bridge.execution.movers import SEND, move, send, write
 from neox_bridge.execution.pool import Task, followed, run_all
 from neox_bridge.execution.tensors import fill_tensor, write_tensor
 from neox_bridge.execution.work import Work
-from neox_bridge.layouts.seal import sealed
+from neox_bridge.layouts.seal import entries, sealed
 from neox_bridge.planning.pieces import OutputFile, Plan
+from neox_bridge.stores.paths import is_url
 
 SMALL = 1 << 20  # bytes of a file that is put together in memory
 _GROUP = 1 << 30  # bytes that are flushed together; what a killed run has to make again
@@ -104,34 +106,40 @@ def enter(job: Job, files: Sequence[tuple[str, Written]]) -> None:
     job.done.update(files)
 
 
-def seal_records(job: Job, plan: str, sources: Mapping[str, tuple[int, int]]) -> None:
-    """Write ``neox_bridge.json``, last, since it says what the others are.
-
-    plan: its hash. sources: size and time of each file that was read.
-    """
-    for file in job.plan.files:
-        if not file.seals:
-            continue
-        folder = os.path.dirname(file.path)
-        found = {
-            os.path.relpath(path, folder or ".").replace(os.sep, "/"): [w.size, w.hash]
-            for path, w in job.done.items()
-        }
-        data = sealed(
-            file.literals[0][1],
-            job.hash_name or "none",
-            found,
-            plan=plan,
-            asked=job.plan.asked,
-            sources=sources_told(sources),
-        )
+def seal_records(job: Job, plan: str, sources: Mapping[str, Identity]) -> None:
+    """Write ``neox_bridge.json``, last, since it says what the others are. Others: ``records``."""
+    for file, data in records(job.plan, job.done, job.hash_name, plan, sources):
         with _new(os.path.join(job.work.files, file.path)) as fd:
             write(fd, data, 0)
             os.fsync(fd)
         job.context.wrote(file.size, "copied")
 
 
-def sources_told(sources: Mapping[str, tuple[int, int]]) -> list[list[object]]:
+def records(
+    plan: Plan,
+    done: Mapping[str, Written],
+    hash_name: HashName | None,
+    plan_key: str,
+    sources: Mapping[str, Identity],
+) -> Iterator[tuple[OutputFile, bytes]]:
+    """The files that say what the others, ``done``, are, with their bytes.
+
+    plan_key: the plan's hash. sources: the identity of each file that was read.
+    """
+    for file in plan.files:
+        if file.seals:
+            data = sealed(
+                file.literals[0][1],
+                hash_name or "none",
+                entries(os.path.dirname(file.path), done),
+                plan=plan_key,
+                asked=plan.asked,
+                sources=sources_told(sources),
+            )
+            yield file, data
+
+
+def sources_told(sources: Mapping[str, Identity]) -> list[list[object]]:
     """Name, size and time of each source, as a record keeps them: whatever folder they lie in."""
     return [
         list(facts)
@@ -154,6 +162,8 @@ def begin_large(file: OutputFile, path: str, context: Context) -> list[Task]:
     its: list[Task] = [(t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors]
     if file.copy_of is not None:
         its.append((file.size, partial(_copy, file.copy_of, file.size, path, context)))
+    if any(is_url(p.source.file) for t in file.tensors for p in t.pieces[:1] if p.source):
+        return its  # neighbours lie in the same ranges of an object, which are fetched once
     return sorted(its, key=lambda task: -task[0])
 
 

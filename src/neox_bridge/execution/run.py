@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName
-from neox_bridge.execution.files import check_same, identities
+from neox_bridge.execution.files import Identity, check_same, identities
 from neox_bridge.execution.journal import Key, begun, resume
 from neox_bridge.execution.output import Job, run_files, seal_records
 from neox_bridge.execution.result import Result
@@ -24,6 +24,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.report import plan_hash
+from neox_bridge.stores.paths import is_url, plain
 
 if TYPE_CHECKING:
     from neox_bridge.execution.executors import Pool
@@ -44,6 +45,8 @@ def execute(
 ) -> Result:
     """Write what the plan says into the folder ``target``, whole or not at all.
 
+    A URL is written as ``remote.execute_remote`` says: whole as soon as its record is there.
+
     Where that is the root of a GPT-NeoX run the plan's step is added to it. A conversion that was
     killed, interrupted or had no room goes on where it stopped when the same plan is executed
     again; the files that it had finished are read and compared with their hashes.
@@ -60,6 +63,11 @@ def execute(
     Raises BridgeError where the target exists, another process writes it, there is no space, or a
     source is damaged or changes; nothing was replaced then, nor on KeyboardInterrupt.
     """
+    target = plain(target)
+    if is_url(target):
+        from neox_bridge.execution.remote import execute_remote
+
+        return execute_remote(plan, target, overwrite, workers, hash_name, progress, check, pool)
     begin = time.perf_counter()
     check_plan(plan)
     sources = sources_of(plan)
@@ -67,7 +75,7 @@ def execute(
     step = found if isinstance(found, str) else None
     check_target(target, sources, step)
     before = identities(sources)
-    _check_copies(plan, before)
+    check_copies(plan, before)
     context = Context(progress, every_crc=every_crc)
     key = Key(plan_hash(plan), before, hash_name)
     with staged(target, plan.size, overwrite, step) as work:
@@ -92,6 +100,11 @@ def execute(
         check_same(before)
         if check is not None:
             check(work.files)
+    return result_of(plan, target, context, begin)
+
+
+def result_of(plan: Plan, target: str, context: Context, begin: float) -> Result:
+    """What was done since ``begin``, of ``time.perf_counter``."""
     return Result(
         target,
         len(plan.files),
@@ -114,7 +127,8 @@ def sources_of(plan: Plan) -> list[str]:
     return sorted(found)
 
 
-def _check_copies(plan: Plan, before: dict[str, tuple[int, int]]) -> None:
+def check_copies(plan: Plan, before: dict[str, Identity]) -> None:
+    """Raise BridgeError where a file that is copied has another size than it had."""
     for file in plan.files:
         if file.copy_of is not None and before[file.copy_of][0] != file.size:
             raise BridgeError(

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 
-from neox_bridge.errors import BridgeError, Unverified
+from neox_bridge.errors import BridgeError, Unreachable, Unverified
 from neox_bridge.execution.exchange import swap
 from neox_bridge.execution.journal import finished
 from neox_bridge.execution.work import Work, locked, remove, work_of
@@ -77,9 +77,10 @@ def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterato
 
     step: a folder among the files that is put into the target where that is a run already, before
         its ``latest`` is replaced; what else a run has stays.
-    An interruption, or a disk that fails, leaves the files that are finished for the next run; any
-    other error leaves nothing. Errors of the file system become a BridgeError. size: bytes needed
-    in all, for its words. Raises BridgeError where another process makes the same target.
+    An interruption, a disk that fails or a store that doesn't answer leaves the files that are
+    finished for the next run; any other error leaves nothing. Errors of the file system become a
+    BridgeError. size: bytes needed in all, for its words. Raises BridgeError where another process
+    makes the same target.
     """
     real = os.path.realpath(target)
     work = work_of(real)
@@ -100,6 +101,11 @@ def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterato
                 raise Unverified(
                     f"{error} It is kept as {aside}, and {target} is untouched."
                 ) from None
+            except Unreachable as error:
+                kept = finished(work)
+                if not kept:
+                    remove(work)
+                raise Unreachable(f"{error} {_kept(work, kept)}".rstrip()) from None
             except (KeyboardInterrupt, OSError) as error:
                 kept = finished(work)
                 if not kept:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BLOCK = 4 << 20  # bytes read for a block at most, with what lies in its gaps in the source
 GAPS = 4  # a box is read as one run where that is at most so many times its bytes, else mapped
 STEP = BLOCK // GAPS  # bytes written at a time; larger blocks cost page faults (measured)
+_SPARSE, _LITTLE = 16, 256 << 10  # of an object: gaps in a run that is read, bytes of any run
 WIDE = 4  # elements are so many bytes for that where there are intermediates of up to 8
 
 
@@ -111,7 +112,10 @@ def load(
     steps = tuple(size * stride for stride in strides)
     data: Any
     with context.files.reading(ref.file) as fd:
-        if extent <= GAPS * size * prod(shape):
+        most = BLOCK if extent <= _SPARSE * size * prod(shape) else _LITTLE
+        if not isinstance(fd, int) and extent > most:
+            return _from_far(ref, start, shape, context)
+        if not isinstance(fd, int) or extent <= GAPS * size * prod(shape):
             data, at = give(extent) if give else np.empty(extent, np.uint8), 0
             movers.read(fd, ref.file, data.data, first)
         else:
@@ -124,6 +128,22 @@ def load(
                 raise unreadable(ref.file, error) from None
     found: Array = np.ndarray(shape, dtype, data, at, steps)
     return found
+
+
+def _from_far(ref: TensorRef, start: Shape, shape: Shape, context: Context) -> "Array":
+    """A box of an object's tensor with large gaps, which can't be mapped: half by half."""
+    import numpy as np
+
+    strides = ref.strides or row_major(ref.shape)
+    longest = max(range(len(shape)), key=lambda dim: (shape[dim] - 1) * strides[dim])
+    half = shape[longest] // 2
+    out: Array = np.empty(shape, to_numpy(ref.dtype))
+    for low, count in ((0, half), (half, shape[longest] - half)):
+        begin = (*start[:longest], start[longest] + low, *start[longest + 1 :])
+        size = (*shape[:longest], count, *shape[longest + 1 :])
+        place = (*(slice(None),) * longest, slice(low, low + count))
+        out[place] = load(ref, begin, size, context)
+    return out
 
 
 def boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:

@@ -8,10 +8,11 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from neox_bridge.execution.context import Context, How
 from neox_bridge.execution.digests import HashName
@@ -32,6 +33,7 @@ from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputFile
 
+_T = TypeVar("_T")
 _BYTES = 16 << 20  # of small files that are made together, to pay once for the way there and back
 _FILES = 64
 _LISTEN = 0.5  # seconds after which somebody who wants all to stop is heard
@@ -96,12 +98,13 @@ def make(unit: Unit) -> Made:
             os.replace(path, os.path.join(unit.files, file.path))
     finally:
         context.files.close()
-    return Made(
-        tuple((file.path, Written(file.size, found)) for file, _, found in begun),
-        dict(context.written),
-        tuple(context.overflows),
-        tuple(context.deviations),
-    )
+    return made_of([(file.path, Written(file.size, found)) for file, _, found in begun], context)
+
+
+def made_of(written: Iterable[tuple[str, Written]], context: Context) -> Made:
+    """What became of a unit that wrote these files."""
+    found = tuple(context.overflows), tuple(context.deviations)
+    return Made(tuple(written), dict(context.written), *found)
 
 
 def run_units(job: Job, pool: Pool) -> None:
@@ -115,17 +118,33 @@ def run_units(job: Job, pool: Pool) -> None:
             shutil.rmtree(os.path.join(job.work.folder, name), ignore_errors=True)
     attempts = os.path.join(job.work.folder, f"{_ATTEMPTS}{uuid.uuid4().hex}")
     os.mkdir(attempts)
-    units = _units(job, attempts)
+
+    def take(made: Made) -> None:
+        enter(job, made.written)
+        count(made, job.context)
+
+    groups = grouped(to_make(job))
+    more = (job.context.every_crc, job.hash_name, job.hash_shared)
+    drive(pool, make, (Unit(group, job.work.files, attempts, *more) for group in groups), take)
+
+
+def drive(
+    pool: Pool, call: Callable[[_T], Made], units: Iterator[_T], take: Callable[[Made], None]
+) -> None:
+    """Have a pool call ``call`` with every unit, and ``take`` what comes of it.
+
+    Few wait in the pool at a time, and the first failure stops all; raises as ``run_units``.
+    """
     waiting: set[Future[Made]] = set()
     try:
         while True:
             while len(waiting) < _AHEAD * pool.slots and (unit := next(units, None)) is not None:
-                waiting.add(pool.submit(make, unit))
+                waiting.add(pool.submit(call, unit))
             if not waiting:
                 return
             finished, waiting = wait(waiting, _LISTEN, FIRST_COMPLETED)
             for future in finished:
-                _take(job, future.result())
+                take(future.result())
             if pool.stopped.is_set():
                 raise KeyboardInterrupt
     except BaseException:
@@ -135,30 +154,23 @@ def run_units(job: Job, pool: Pool) -> None:
         raise
 
 
-def _take(job: Job, made: Made) -> None:
-    enter(job, made.written)
+def count(made: Made, context: Context) -> None:
+    """Add what a unit did and noticed to what all did."""
     for how, size in made.counts.items():
-        job.context.wrote(size, how)
-    job.context.overflows.extend(made.overflows)
-    job.context.deviations.extend(made.deviations)
+        context.wrote(size, how)
+    context.overflows.extend(made.overflows)
+    context.deviations.extend(made.deviations)
 
 
-def _units(job: Job, attempts: str) -> Iterator[Unit]:
-    """The largest files first, each alone; small ones together."""
+def grouped(files: Iterable[OutputFile]) -> Iterator[tuple[OutputFile, ...]]:
+    """The files of each unit, of files the largest of which come first: those are alone."""
     group: list[OutputFile] = []
     size = 0
-
-    def unit(outputs: list[OutputFile]) -> Unit:
-        every_crc = job.context.every_crc
-        return Unit(
-            tuple(outputs), job.work.files, attempts, every_crc, job.hash_name, job.hash_shared
-        )
-
-    for file in to_make(job):
+    for file in files:
         if group and (size + file.size > _BYTES or len(group) == _FILES):
-            yield unit(group)
+            yield tuple(group)
             group, size = [], 0
         group.append(file)
         size += file.size
     if group:
-        yield unit(group)
+        yield tuple(group)

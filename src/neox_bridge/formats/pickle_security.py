@@ -19,6 +19,7 @@ from neox_bridge.formats.pickle_names import calls_of, is_known
 from neox_bridge.formats.pickles import Global, PickleError, Record, load
 from neox_bridge.formats.torch_legacy import MAGIC
 from neox_bridge.formats.zip_directory import open_zip
+from neox_bridge.stores.paths import is_url, open_file
 
 Container = Literal["zip", "stream", "none"]
 _LEGACY = 5  # pickles of a file of before torch 1.6, all of which torch.load runs
@@ -112,7 +113,7 @@ def is_candidate(path: str, suffixes: tuple[str, ...]) -> bool:
     """Whether a file may hold pickles: by its suffix, or because it begins as they do."""
     if path.endswith(suffixes):
         return True
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(4)
     if head.startswith(b"PK"):
         return _has_pickles(path)
@@ -121,9 +122,9 @@ def is_candidate(path: str, suffixes: tuple[str, ...]) -> bool:
 
 def scan(path: str) -> Report:
     """The report of one file. Bounded in time and memory; OSError where it can't be read."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not is_url(path) and not stat.S_ISREG(os.stat(path).st_mode):
         return Report(path, "none", 0, problem="it isn't a regular file")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(_TAR_MAGIC_AT + 5)
         file.seek(0)
         if head[_TAR_MAGIC_AT:] == b"ustar":
@@ -181,7 +182,7 @@ def _is_pickle(name: str) -> bool:
 
 
 def _has_pickles(path: str) -> bool:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             with open_zip(file) as archive:
                 return any(_is_pickle(info.orig_filename) for info in archive.infolist())

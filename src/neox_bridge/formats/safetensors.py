@@ -5,7 +5,6 @@ Format: 8 bytes little-endian length N, N bytes of JSON, then the data, indexed 
 """
 
 import json
-import os
 from collections.abc import Sequence
 from math import prod
 
@@ -16,6 +15,7 @@ from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.pieces import OutputFile, OutputTensor
 from neox_bridge.planning.sharing import BLOCK
+from neox_bridge.stores.paths import size_of
 
 _MAX_HEADER = 32 << 20  # bytes; the library takes 100 MB, of which no model has a hundredth
 _MAX_DIMENSIONS = 64
@@ -25,7 +25,7 @@ _MAX_BYTES = 2**63
 def read_safetensors(path: str) -> dict[str, TensorRef]:
     """The tensors of a file by name. Raises BridgeError, naming the file, for a damaged one."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = size_of(file)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise _bad(path, f"it is {size} bytes long, shorter than its header says (truncated?)")

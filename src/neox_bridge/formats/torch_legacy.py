@@ -5,7 +5,6 @@ version, system information, the object, the storages' keys; then, for each key 
 the number of elements as int64 and the elements.
 """
 
-import os
 import struct
 from typing import BinaryIO
 
@@ -22,6 +21,7 @@ from neox_bridge.formats.pickles import (
 )
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_zip import Claims, not_whole, place
+from neox_bridge.stores.paths import open_file, size_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -33,7 +33,7 @@ def read_legacy(path: str) -> object:
     Nothing in the file is run. Raises BridgeError, naming the file, for one that is truncated,
     damaged or big-endian; OSError where it can't be read.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             return _read(path, file)
         except PickleError as error:
@@ -92,7 +92,7 @@ def _records(
     """(offset, bytes) of each storage's elements."""
     if not isinstance(keys, list):
         raise PickleError("the keys of its storages aren't a list")
-    end = os.fstat(file.fileno()).st_size
+    end = size_of(file)
     records = {}
     for key in keys:
         if not isinstance(key, str) or key not in storages or key in records:

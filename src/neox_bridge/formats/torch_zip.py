@@ -18,9 +18,10 @@ from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickle_writer import dump
 from neox_bridge.formats.pickles import PickledTensor, PickleError, load, storage_ref
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous
-from neox_bridge.formats.zip_directory import open_zip
+from neox_bridge.formats.zip_directory import data_starts, open_zip
 from neox_bridge.planning.pieces import OutputFile, OutputTensor
 from neox_bridge.planning.sharing import BLOCK, residue
+from neox_bridge.stores.paths import fetch_places, is_remote, open_file, size_of
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")  # APPNOTE 4.3.7
 _LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -31,6 +32,7 @@ _DESCRIPTOR64 = struct.Struct("<4sIQQ")
 _EXTRA = struct.Struct("<2sH")
 _ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 1, 8, 2048  # flags, 4.4.4
 _DIRECTORY = 0x10  # of the external attributes; torch 2.13 reads nothing of such a record, silently
+_HEADER = 512  # bytes: a local header, with its name and what torch fills it up with
 _U32 = 0xFFFFFFFF  # this and larger numbers go into zip64 fields
 _MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
 _ALIGNMENT = 64  # bytes
@@ -53,7 +55,7 @@ class Claims:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.left = max(_CLAIM * os.fstat(file.fileno()).st_size, _CLAIM_LEAST)
+        self.left = max(_CLAIM * size_of(file), _CLAIM_LEAST)
 
     def take(self, ref: TensorRef) -> TensorRef:
         """The tensor, counted. Raises PickleError where there are too many bytes."""
@@ -71,7 +73,7 @@ def read_pt(path: str) -> object:
     records overlap or are too small for their tensors; OSError where it can't be read. Time and
     memory are bounded, whatever the file says.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             entries = _entries(path, file)
             return _value(path, file, entries)
@@ -150,7 +152,9 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
         raise not_whole(path, "it has no zip directory at its end (truncated?)") from None
     entries: dict[str, _Entry] = {}
     tops, free = set(), 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
+    infos = sorted(infos, key=lambda info: info.header_offset)
+    known = _calculated(file, infos, end) if is_remote(file) else {}
+    for info in infos:
         top, slash, name = info.orig_filename.partition("/")
         tops.add(top)
         if not slash or len(tops) > 1 or "\\" in name or ".." in (top, *name.split("/")):
@@ -167,12 +171,31 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
         misplaced = PickleError(f"the record {name[:80]!r} overlaps another or reaches outside")
         if not free <= info.header_offset < end:
             raise misplaced
-        entry = _locate(file, info)
+        start = known.get(info.header_offset)
+        entry = _locate(file, info) if start is None else _Entry(start, info.file_size)
         if entry.offset + entry.size > end:
             raise misplaced
         free = entry.offset + entry.size
         entries[name] = entry
     return entries
+
+
+def _calculated(file: BinaryIO, infos: Sequence[zipfile.ZipInfo], end: int) -> dict[int, int]:
+    """Where bytes of an object's records begin, by where their headers do, as far as that is sure.
+
+    What the directory tells in two ways, unless a header that was read shows that something lies
+    between records.
+    """
+    counted = data_starts(infos, end)
+    sure = {at: start for at, (start, agree) in counted.items() if agree}
+    read = [info for info in infos if info.header_offset not in sure]
+    fetch_places(file, [info.header_offset for info in read], _HEADER)
+    for info in read:
+        start, _ = counted.get(info.header_offset, (None, False))
+        if info.file_size and start is not None and _locate(file, info).offset != start:
+            fetch_places(file, [info.header_offset for info in infos], _HEADER)
+            return {}
+    return sure
 
 
 def _locate(file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.hub.library import first_line, hub_api
@@ -37,3 +38,23 @@ def download(repo: str, revision: str | None) -> str:
     if not glob.glob(os.path.join(folder, "*.safetensors")):
         folder = fetch([*_SMALL, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
     return folder
+
+
+def at_revision(url: str, revision: str | None) -> tuple[str, str]:
+    """A model's ``hf://`` URL with its revision in it, and ``org/name@revision``.
+
+    Raises BridgeError where there are two revisions.
+    """
+    from urllib.parse import quote, unquote
+
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?(/.*)?", url)
+    if match is None:
+        raise BridgeError(
+            f"{url} isn't hf://ORG/NAME, with @REVISION if need be (a slash in it is %2F)."
+        )
+    name, told, below = match[1], match[2], match[3] or ""
+    if told and revision is not None:
+        raise BridgeError(f"{url} names a revision already; leave out --revision.")
+    told = told or (quote(revision, safe="") if revision else None)
+    place = f"hf://{name}@{told}{below}" if told else url
+    return place, f"{name}@{unquote(told or 'main')}"

@@ -24,6 +24,7 @@ from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
 from neox_bridge.planning.pieces import Dropped, Whole, whole_of
+from neox_bridge.stores.paths import ahead, exists
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
@@ -114,9 +115,9 @@ def checkpoint_of(
 def _read_tensors(path: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     for single in _SINGLE:
         file = os.path.join(path, single)
-        if os.path.exists(file):
+        if exists(file):
             return _read_file(file), (file,)
-        if os.path.exists(index := f"{file}.index.json"):
+        if exists(index := f"{file}.index.json"):
             return _read_sharded(path, index)
     raise BridgeError(
         f"{path} has a config.json, but none of {', '.join(_SINGLE)} or their index files. "
@@ -136,8 +137,9 @@ def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[st
             raise BridgeError(
                 f"{index} names {name!r}, which isn't a file beside it. Don't use it."
             )
-        file = os.path.join(path, name)
-        if not os.path.exists(file):
+    files = [os.path.join(path, name) for name in names]
+    for name, file in zip(names, ahead(files), strict=True):
+        if not exists(file):
             raise BridgeError(
                 f"{file} is missing, and {os.path.basename(index)} names it. Download it."
             )
@@ -148,7 +150,7 @@ def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[st
                 tensors[key] = ref
     if missing := sorted(set(weight_map) - set(tensors)):
         raise BridgeError(f"{index} names tensors that its files don't hold: {some(missing)}.")
-    return tensors, tuple(os.path.join(path, name) for name in names)
+    return tensors, tuple(files)
 
 
 def _read_file(file: str) -> dict[str, TensorRef]:

@@ -28,6 +28,7 @@ from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.layouts.untrusted import settings, text, whole
 from neox_bridge.planning.pieces import Dropped
+from neox_bridge.stores.paths import absolute, ahead, is_url, isdir, isfile
 
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -56,7 +57,7 @@ class _Read:
 
 def step_folder(path: str, step: int | None) -> tuple[str, str]:
     """(root, global_stepN) of a path: the tag in ``latest``, or the step asked for."""
-    path = os.path.abspath(path)
+    path = absolute(path)
     if _STEP.fullmatch(os.path.basename(path)):
         if step is not None and os.path.basename(path) != f"global_step{step}":
             raise BridgeError(f"--step {step}: {path} is one step already. Name its parent.")
@@ -148,7 +149,7 @@ def open_neox(
         dropped.append(Dropped(f"{tag}/mp_rank_*: optimizer", "optimizer states"))
     return Checkpoint(
         kind="neox",
-        path=os.path.abspath(path),
+        path=absolute(path),
         architecture=architecture,
         config=config,
         raw=raw,
@@ -178,7 +179,7 @@ def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> A
 def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
     if not configs:
         inside = os.path.join(folder, "configs")
-        names = list_folder(inside) if os.path.isdir(inside) else []
+        names = list_folder(inside) if isdir(inside) else []
         configs = [os.path.join(inside, n) for n in names if n.endswith((".yml", ".yaml", ".json"))]
         for path in configs:
             check_own(path, folder, os.path.dirname(folder))
@@ -228,8 +229,9 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
         )
     ranks: list[dict[int, dict[str, TensorRef]]] = [{} for _ in range(tp)]
     states: list[str] = []
-    for (layer, rank), name in sorted(found.items()):
-        path = os.path.join(folder, name)
+    order = sorted(found)
+    paths = (os.path.join(folder, found[place]) for place in order)
+    for (layer, rank), path in zip(order, ahead(paths), strict=True):
         value = read_torch(path)
         ranks[rank][layer] = _tensors(value, path)
         states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]
@@ -246,8 +248,10 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
             "mp_rank_*_model_states.pt: it isn't a GPT-NeoX checkpoint, or only part of one."
         )
     values = {}
-    for rank, name in sorted(found.items()):
-        values[rank] = _read_meta(os.path.join(folder, name))
+    ordered = sorted(found)
+    paths = (os.path.join(folder, found[rank]) for rank in ordered)
+    for rank, path in zip(ordered, ahead(paths), strict=True):
+        values[rank] = _read_meta(path)
     first = values[min(values)]
     args = settings(first, folder)
     tp = max(max(found) + 1, whole(args, "model_parallel_size", folder) or 1)
@@ -340,11 +344,13 @@ def _tokenizer(root: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
     told = raw.get("vocab_file")
     names = (str(told), os.path.basename(str(told))) if told else ()
     places = [os.path.join(root, name) for name in names]  # never relative to where we run
+    if is_url(root):  # nor of this machine, or of another place in the store
+        places = [p for p in places if p.startswith(f"{root}/") and ".." not in p.split("/")]
     for place in places:
-        if os.path.isfile(place) and place.endswith(".json") and _is_hf(raw):
-            beside = tokenizer_files(os.path.dirname(os.path.abspath(place)))
+        if isfile(place) and place.endswith(".json") and _is_hf(raw):
+            beside = tokenizer_files(os.path.dirname(absolute(place)))
             named = os.path.basename(place) == "tokenizer.json"
-            return beside if named else (os.path.abspath(place),)
+            return beside if named else (absolute(place),)
     return tokenizer_files(os.path.join(root, "tokenizer"), root)
 
 

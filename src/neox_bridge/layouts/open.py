@@ -8,19 +8,20 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.text_files import list_folder
+from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir
 
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
-_REPO = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def detect(path: str) -> Kind:
     """Whether a folder is of Hugging Face or of GPT-NeoX. Raises BridgeError if it is neither."""
-    if not os.path.isdir(path):
+    if not isdir(path):
         raise BridgeError(f"{path} isn't a folder. Name the folder that holds the checkpoint.")
     names = list_folder(path)
     if "config.json" in names and any(map(_WEIGHTS.fullmatch, names)):
         return "hf"  # transformers' Trainer puts DeepSpeed's global_stepN beside them
-    if re.fullmatch(r"global_step\d+", os.path.basename(os.path.abspath(path))):
+    if re.fullmatch(r"global_step\d+", os.path.basename(absolute(path))):
         return "neox"
     if "latest" in names or any(re.fullmatch(r"global_step\d+", name) for name in names):
         return "neox"
@@ -49,12 +50,22 @@ def open_checkpoint(
     configs: Sequence[str] = (),
     gqa_order: GqaOrder | None = None,
 ) -> Checkpoint:
-    """Open a folder of either kind, or a model of the Hugging Face Hub by its id.
+    """Open a folder of either kind, by its path or URL, or a model of the Hugging Face Hub by its
+    id, which downloads it; ``hf://`` before the id reads what is needed from there.
 
     gqa_order: how a GPT-NeoX source has the rows of grouped-query attention, where its files don't
     tell. Raises BridgeError or Refused; nothing in the checkpoint is executed.
     """
-    if os.path.exists(source):
+    source = afresh(source)
+    named = ""
+    if source.startswith("hf://"):
+        from neox_bridge.hub.download import at_revision
+
+        source, named = at_revision(source, revision)
+        revision = None
+    if is_url(source) and not exists(source):
+        raise BridgeError(f"{source}: no such folder in that store. Check its name.")
+    if exists(source):
         if revision is not None:
             raise BridgeError(f"--revision is for models of the Hub, and {source} is a folder.")
         kind = detect(source)
@@ -64,14 +75,14 @@ def open_checkpoint(
             return open_neox(source, step, configs, gqa_order)
         if step is not None or configs:
             raise BridgeError(f"--step and --config are for GPT-NeoX sources, {source} is another.")
-        path = os.path.abspath(source)
-        if not os.path.exists(os.path.join(path, "config.json")):
+        path = absolute(source)
+        if not exists(os.path.join(path, "config.json")):
             from neox_bridge.layouts.raw_llama import open_raw_llama
 
             return open_raw_llama(path)
         from neox_bridge.layouts.hf_reader import open_hf
 
-        return open_hf(path)
+        return open_hf(path, revision=named)
     match = _REPO.fullmatch(source)
     if match is None or source.startswith((".", "/", "~")):
         raise BridgeError(f"{source}: no such folder.")

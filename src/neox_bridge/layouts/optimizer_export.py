@@ -14,6 +14,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Scalar
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.planning.pieces import Whole, whole_of
+from neox_bridge.stores.paths import isfile
 
 SCALARS = "optimizer.json"
 FORMAT = 1
@@ -88,7 +89,7 @@ def with_export(
 
 
 def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
-    if not os.path.isfile(path):
+    if not isfile(path):
         raise BridgeError(f"{path} is missing. Export the optimizer again.")
     refs = read_safetensors(path)
     if odd := sorted(set(refs) ^ set(checkpoint.tensors)):

@@ -15,6 +15,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.flat import Flat
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter, Scalar, Wrapper
 from neox_bridge.planning.pieces import Shape, Whole
+from neox_bridge.stores.paths import ahead, read_at
 
 _FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d+)\.(.+)")
@@ -35,9 +36,8 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
         raise BridgeError(f"{checkpoint.path} isn't a GPT-NeoX checkpoint, so it has no optimizer.")
     folder = os.path.join(state.root, state.step)
     count = state.tp * max(1, state.pp)
-    metas = tuple(
-        _meta(os.path.join(folder, f"mp_rank_{n:02d}_model_states.pt")) for n in range(count)
-    )
+    paths = [os.path.join(folder, f"mp_rank_{n:02d}_model_states.pt") for n in range(count)]
+    metas = tuple(map(_meta, ahead(paths)))
     if state.te:
         raise Refused(
             f"{folder}: its blocks are Transformer Engine's, and their optimizer states can't be "
@@ -100,7 +100,7 @@ def _read_files(
     for number, meta in enumerate(metas):
         mine = [os.path.join(folder, found[rank, number]) for rank in range(dp)]
         paths += mine
-        values = [_states(path) for path in mine]
+        values = [_states(path) for path in ahead(mine)]
         head = head or {k: v for k, v in values[0].items() if k not in _SHARDED}
         shapes = _shapes(meta, mine[0])
         for index, flats in enumerate(shapes):
@@ -231,9 +231,7 @@ def scalar(entry: Any) -> Any:
             f"{entry.file}: the optimizer has a tensor of the shape {list(entry.shape)}, none of a "
             "parameter's: only optimizers like Adam can be read."
         )
-    with open(entry.file, "rb") as file:
-        file.seek(entry.offset)
-        return Scalar(entry.dtype, entry.shape, file.read(entry.nbytes))
+    return Scalar(entry.dtype, entry.shape, read_at(entry.file, entry.offset, entry.nbytes))
 
 
 def _same_group(first: Group, second: Group, path: str) -> None:
@@ -291,7 +289,5 @@ def generators(meta: Mapping[str, Any]) -> dict[str, bytes]:
     found = {}
     for name, ref in (meta.get("rng_tracker_states") or {}).items():
         if isinstance(ref, TensorRef) and ref.nbytes < 1 << 16:
-            with open(ref.file, "rb") as file:
-                file.seek(ref.offset)
-                found[str(name)] = file.read(ref.nbytes)
+            found[str(name)] = read_at(ref.file, ref.offset, ref.nbytes)
     return found

@@ -10,6 +10,7 @@ import os
 import re
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.stores.paths import is_url, lexists
 
 # Hugging Face's cache: snapshots/COMMIT holds links to blobs (huggingface_hub, file_download.py)
 _CACHED = re.compile(r"(.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?", re.DOTALL)
@@ -20,6 +21,8 @@ def check_own(path: str, *folders: str) -> None:
 
     For a folder of Hugging Face's cache the blobs beside it count as well.
     """
+    if is_url(path):
+        return  # stores have no links, and one that is mounted from elsewhere is its keeper's
     real = os.path.realpath(path)
     for folder in map(os.path.realpath, folders):
         cached = _CACHED.fullmatch(folder)
@@ -38,7 +41,7 @@ def brought_along(path: str, *folders: str) -> bool:
 
     Links that lead nowhere are files that are missing, which whoever opens them says.
     """
-    if not os.path.lexists(path):
+    if not lexists(path):
         return False
     check_own(path, *folders)
     return True

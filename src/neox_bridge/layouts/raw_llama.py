@@ -22,9 +22,10 @@ from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.hf_reader import checkpoint_of
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.tensor_names import tensors_of
-from neox_bridge.layouts.text_files import read_json
+from neox_bridge.layouts.text_files import list_folder, read_json
 from neox_bridge.planning.geometry import gather
 from neox_bridge.planning.pieces import Dropped, Piece, Whole
+from neox_bridge.stores.paths import ahead
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")
@@ -74,14 +75,14 @@ def open_raw_llama(path: str) -> Checkpoint:
     check_own(os.path.join(path, PARAMS), path)
     told = read_json(os.path.join(path, PARAMS))
     params = _read_params(told, os.path.join(path, PARAMS))
-    found = {int(m[1]): m[0] for name in os.listdir(path) if (m := _FILE.fullmatch(name))}
+    found = {int(m[1]): m[0] for name in list_folder(path) if (m := _FILE.fullmatch(name))}
     missing = next((n for n in range(max(found) + 1) if n not in found), None)
     if missing is not None:
         raise BridgeError(
             f"{path} isn't whole: consolidated.{missing:02d}.pth is missing. Download it again."
         )
     files = tuple(os.path.join(path, found[n]) for n in sorted(found))
-    shards = [_tensors(file) for file in files]
+    shards = [_tensors(file) for file in ahead(files)]
     tensors, dropped = _gathered(shards, params, path)
     positions, guessed = _positions(told, params)
     config = {

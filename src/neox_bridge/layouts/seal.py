@@ -5,6 +5,7 @@ line is the hash of all bytes before it, so that the record itself can be checke
 """
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,17 @@ def sealed(record: bytes, hash_name: str, files: Mapping[str, Any], **made: obje
     value["written"] = {"hash": hash_name, "files": dict(files), **made}
     head = dump_json(value).rstrip(b"}\n")
     return head + _END % _digest(head)
+
+
+def entries(folder: str, files: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What ``sealed`` takes of finished files (``size``, ``hash``), by their paths in the target.
+
+    folder: the record's, in the target.
+    """
+    return {
+        os.path.relpath(path, folder or ".").replace(os.sep, "/"): [file.size, file.hash]
+        for path, file in files.items()
+    }
 
 
 def unsealed(record: bytes) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.pickle_security import Report, is_candidate, scan
+from neox_bridge.stores import paths
 
 SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -15,14 +16,19 @@ def scan_path(path: str) -> list[Report]:
     Links to files are followed, as in the Hub's cache; links to folders aren't. Raises BridgeError
     where there is nothing at the path or it can't be read.
     """
-    if not os.path.exists(path):
+    path = paths.afresh(path)
+    if not paths.exists(path):
         raise BridgeError(f"{path}: no such file or folder.")
-    if not os.path.isdir(path):
+    if not paths.isdir(path):
         return [_scan(path)]
     return [_scan(file) for file in _files(path)]
 
 
 def _files(folder: str) -> Iterator[str]:
+    if paths.is_url(folder):
+        yield from filter(_looks, paths.walk(folder))
+        return
+
     def unreadable(error: OSError) -> None:
         raise error
 
@@ -37,7 +43,7 @@ def _files(folder: str) -> Iterator[str]:
 
 def _looks(file: str) -> bool:
     try:
-        return not os.path.isfile(file) or is_candidate(file, SUFFIXES)
+        return not paths.isfile(file) or is_candidate(file, SUFFIXES)
     except OSError as error:
         raise BridgeError(f"{file} can't be read: {error.strerror}.") from None
 

@@ -1,12 +1,12 @@
 """Small text files of checkpoints, read with errors that name the file."""
 
 import json
-import os
 from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.bounded_json import DEPTH, parse_json
 from neox_bridge.formats.regular import open_regular
+from neox_bridge.stores.paths import listdir
 
 _MOST = 4 << 20  # bytes of a config
 LARGE = 48 << 20  # of a tokenizer or an index
@@ -50,7 +50,7 @@ def read_bytes(path: str, most: int = _MOST) -> bytes:
 def list_folder(path: str) -> list[str]:
     """The names in a folder, sorted. Raises BridgeError where it can't be listed."""
     try:
-        return sorted(os.listdir(path))
+        return sorted(listdir(path))
     except OSError as error:
         raise BridgeError(f"{path} can't be listed: {error.strerror}.") from None
 

@@ -10,6 +10,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.layouts.own_files import brought_along
 from neox_bridge.layouts.text_files import LARGE, read_json
+from neox_bridge.stores.paths import isdir, isfile, plain, size
 
 NAMES = (
     "tokenizer.json",
@@ -57,12 +58,13 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
 
 def tokenizer_at(path: str) -> tuple[str, ...]:
     """The tokenizer files of ``--tokenizer PATH``, a folder or a tokenizer.json of any name."""
-    if os.path.isdir(path):
+    path = plain(path)
+    if isdir(path):
         found = tokenizer_files(path)
         if not any(os.path.basename(file) == "tokenizer.json" for file in found):
             raise BridgeError(f"--tokenizer {path}: no tokenizer.json in this folder.")
         return found
-    if not os.path.isfile(path):
+    if not isfile(path):
         raise BridgeError(f"--tokenizer {path}: no such file or folder.")
     if "model" not in _read(path):
         raise BridgeError(f"--tokenizer {path}: not a tokenizer.json (it has no model).")
@@ -91,7 +93,7 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
     entries = _entries(main) if main else {}
     ends = entries.get(END_OF_TEXT)
     copies = [
-        ("tokenizer.json" if file == main else os.path.basename(file), file, os.path.getsize(file))
+        ("tokenizer.json" if file == main else os.path.basename(file), file, size(file))
         for file in files
     ]
     names = {name for name, _, _ in copies}

@@ -1,6 +1,5 @@
 """One door to planning: what to write, from an opened source and what the user asks for."""
 
-import os
 from dataclasses import replace
 
 from neox_bridge.errors import BridgeError
@@ -11,6 +10,7 @@ from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.record import source_summary
+from neox_bridge.stores.paths import absolute
 
 
 def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
@@ -44,7 +44,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     else:
         from neox_bridge.planning.to_neox import plan_neox
 
-        plan = plan_neox(checkpoint, options, tokenizer, os.path.abspath(target))
+        plan = plan_neox(checkpoint, options, tokenizer, absolute(target))
     return replace(
         plan,
         files=tuple(map(cut_reductions, plan.files)),

@@ -19,6 +19,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.files import unreadable
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.pieces import Whole
+from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
 Identity = tuple[int, int, int, int]
@@ -40,6 +41,9 @@ def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
     for whole in checkpoint.tensors.values():
         for ref in sources(whole):
             if ref.file not in found:
+                if is_url(ref.file):
+                    found[ref.file] = _of_object(ref.file)
+                    continue
                 try:
                     status = os.stat(ref.file)
                 except OSError as error:
@@ -47,6 +51,14 @@ def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
                 times = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
                 found[ref.file] = times
     return found
+
+
+def _of_object(url: str) -> Identity:
+    """Its tag in place of the times; stores name contents, so that no clock is too coarse."""
+    from neox_bridge.stores.objects import look
+
+    seen = look(url, again=True)
+    return seen.size, 0, int(xxhash.xxh3_64(seen.tag.encode()).hexdigest(), 16), 0
 
 
 def look_up(
@@ -113,7 +125,8 @@ def _file(folder: str, checkpoint: Checkpoint) -> str:
     place = checkpoint.path
     if checkpoint.neox is not None:
         place = os.path.join(checkpoint.neox.root, checkpoint.neox.step)
-    name = xxhash.xxh3_128(os.fsencode(os.path.realpath(place))).hexdigest()
+    place = place if is_url(place) else os.path.realpath(place)
+    name = xxhash.xxh3_128(os.fsencode(place)).hexdigest()
     return os.path.join(folder, f"{name}.json")
 
 

@@ -10,6 +10,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.step_names import NUMBERED, natural
 from neox_bridge.layouts.text_files import read_text
+from neox_bridge.stores.paths import absolute, afresh, isdir, isfile, lexists, listdir, normal
 
 _NEOX = re.compile(r"global_step(\d+)")
 _DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk
@@ -56,13 +57,13 @@ def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
     faults: list[Fault] = []
     for path in paths:
         any_found = False
-        for run, place in _explore(os.path.normpath(path), faults, 0):
-            found.setdefault(run, {}).setdefault(os.path.abspath(place.path), place)
+        for run, place in _explore(normal(afresh(path)), faults, 0):
+            found.setdefault(run, {}).setdefault(absolute(place.path), place)
             any_found = True
-        if not any_found and not any(fault.run == os.path.normpath(path) for fault in faults):
+        if not any_found and not any(fault.run == normal(path) for fault in faults):
             remedy = "name a run's folder, or one that holds runs"
             message = f"{path} holds no checkpoint"
-            faults.append(Fault("no-checkpoint", "error", message, remedy, os.path.normpath(path)))
+            faults.append(Fault("no-checkpoint", "error", message, remedy, normal(path)))
     runs = [Run(name, tuple(sorted(places.values(), key=_order))) for name, places in found.items()]
     return sorted(runs, key=lambda run: natural(run.name)), faults
 
@@ -73,14 +74,14 @@ def _order(place: Place) -> tuple[int, str]:
 
 def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, Place]]:
     try:
-        names = sorted(os.listdir(path))
-        folders = [n for n in names if n[0] != "." and os.path.isdir(os.path.join(path, n))]
+        names = sorted(listdir(path))
+        folders = [n for n in names if n[0] != "." and isdir(os.path.join(path, n))]
     except OSError as error:
         faults.append(_unreadable(path, error))
         return
-    own = NUMBERED.fullmatch(os.path.basename(os.path.abspath(path)))
+    own = NUMBERED.fullmatch(os.path.basename(absolute(path)))
     steps = [name for name in folders if _NEOX.fullmatch(name)]
-    if _NEOX.fullmatch(os.path.basename(os.path.abspath(path))):
+    if _NEOX.fullmatch(os.path.basename(absolute(path))):
         yield _single(path, own)
     elif steps:
         faults += _check_latest(path, steps)
@@ -128,7 +129,7 @@ def _left_out(path: str, what: str) -> Fault:
 
 def _single(path: str, own: "re.Match[str] | None") -> tuple[str, Place]:
     if own is None:
-        return path, Place(path, os.path.basename(os.path.abspath(path)))
+        return path, Place(path, os.path.basename(absolute(path)))
     parent = os.path.dirname(path) or "."
     run = os.path.join(parent, own["run"]) if own["run"] else parent
     return run, Place(path, str(int(own["number"])), int(own["number"]))
@@ -140,7 +141,7 @@ def _has_weights(names: list[str]) -> bool:
 
 def _check_latest(path: str, steps: list[str]) -> list[Fault]:
     latest = os.path.join(path, "latest")
-    if not os.path.lexists(latest):
+    if not lexists(latest):
         return []  # a root may hold copies of some steps
     try:
         tag = read_text(latest).strip()
@@ -158,14 +159,14 @@ def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, Place]]:
     """A model in Hugging Face's cache: ``refs/step1000`` holds the name of a snapshot."""
     refs = os.path.join(path, "refs")
     try:
-        names = sorted(os.listdir(refs))
+        names = sorted(listdir(refs))
     except OSError as error:
         faults.append(_unreadable(refs, error))
         return
     numbered = any(NUMBERED.fullmatch(name) for name in names)
     for name in names:
         match = NUMBERED.fullmatch(name)
-        if not os.path.isfile(file := os.path.join(refs, name)) or (numbered and match is None):
+        if not isfile(file := os.path.join(refs, name)) or (numbered and match is None):
             continue  # `main` is one of the steps
         try:
             commit = os.path.basename(read_text(file).strip())

@@ -11,7 +11,9 @@ from neox_bridge.execution.digests import HashName, hash_file
 from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.seal import is_whole
-from neox_bridge.layouts.text_files import read_bytes, read_json, read_text
+from neox_bridge.layouts.text_files import list_folder, read_bytes, read_json, read_text
+from neox_bridge.stores.paths import afresh, isdir, isfile
+from neox_bridge.stores.paths import size as size_at
 
 Kind = Literal["changed", "missing", "edited"]
 
@@ -44,16 +46,18 @@ def find_record(path: str, step: int | None = None) -> str:
 
     Raises BridgeError where there is none.
     """
+    path = afresh(path)
     places = [path]
     if step is not None:
         places = [os.path.join(path, f"global_step{step}")]
-    elif os.path.isfile(os.path.join(path, "latest")):
+    elif isfile(os.path.join(path, "latest")):
         tag = read_text(os.path.join(path, "latest")).strip()
         places.append(os.path.join(path, os.path.basename(tag)))
-    elif os.path.isdir(path):
-        places += sorted(e.path for e in os.scandir(path) if e.name.startswith("global_step"))
+    elif isdir(path):
+        steps = [name for name in list_folder(path) if name.startswith("global_step")]
+        places += [os.path.join(path, name) for name in steps]
     for place in places:
-        if os.path.isfile(os.path.join(place, RECORD)):
+        if isfile(os.path.join(place, RECORD)):
             return os.path.join(place, RECORD)
     raise BridgeError(
         f"{path} has no {RECORD}, which says what was written: it wasn't made by neox-bridge, or "
@@ -123,9 +127,9 @@ def _entries(files: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
 
 
 def _changed(path: str, size: int, digest: str | None, name: HashName | None) -> Kind | None:
-    if not os.path.isfile(path):
+    if not isfile(path):
         return "missing"
-    same = os.path.getsize(path) == size
+    same = size_at(path) == size
     if same and digest is not None and name is not None:
         same = hash_file(path, name) == digest
     return None if same else "changed"

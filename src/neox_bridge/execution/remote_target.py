@@ -1,0 +1,175 @@
+"""A folder of a store that a plan is written into: whole as soon as its record is there.
+
+Next to what is written, ``.neox-bridge/KEY/`` holds a small object for each that is finished, so
+that a killed run can be gone on with by any machine. KEY stands for plan, sources and hash.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.journal import Key, Written
+from neox_bridge.execution.staging import LATEST
+from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.planning.pieces import OutputFile, Plan
+from neox_bridge.stores.objects import (
+    Object,
+    below,
+    fetch,
+    forget,
+    look,
+    names,
+    put_small,
+    remove,
+)
+from neox_bridge.stores.paths import isdir, isfile
+from neox_bridge.stores.uploads import WORK, abort_left_over
+
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where a plan goes. Every path is that of the plan, below ``url``.
+
+    marks: the folder of what says which files are finished. step: the part that is replaced, where
+    ``url`` is a GPT-NeoX run already. theirs: files that this run has and keeps. stale: objects
+    that a finished target doesn't have any more.
+    """
+
+    url: str
+    marks: str
+    step: str | None
+    theirs: frozenset[str]
+    stale: tuple[str, ...]
+
+    def place(self, path: str) -> str:
+        """The URL of a file."""
+        return f"{self.url}/{path}".replace("\\", "/")
+
+    def mark(self, path: str) -> str:
+        """The URL of what says that a file is finished."""
+        return f"{self.marks}/{sha256(path.encode()).hexdigest()[:32]}"
+
+    def todo(self, plan: Plan) -> list[OutputFile]:
+        """The files whose bytes are the plan's, without those that say that all is there."""
+        skipped = {*self.theirs, LATEST}
+        return [file for file in plan.files if not file.seals and file.path not in skipped]
+
+
+def begin(
+    plan: Plan, url: str, key: Key, sources: Iterable[str], overwrite: bool
+) -> tuple[Folder, dict[str, Written]]:
+    """The folder, ready to be written to, and what an earlier run of the plan finished in it.
+
+    With ``overwrite`` the record of what is there is removed first: from then on it isn't whole.
+    Raises BridgeError, before anything is changed, where the target is there already or holds a
+    source.
+    """
+    _check_name(url)
+    step = plan.target.get("step")
+    marks = f"{url}/{WORK}/{sha256(key.line().encode()).hexdigest()[:32]}"
+    forget(url)
+    begun = _read_begun(f"{marks}/begun")
+    own = [] if begun else _names(url)
+    is_run = LATEST in own or any(name.startswith("global_step") for name in own)
+    inside = str(step) if isinstance(step, str) and is_run else None
+    if begun:
+        inside, theirs = begun
+    else:
+        tops = {file.path: file.path.split("/")[0] for file in plan.files}
+        kept = {path for path, top in tops.items() if top in own and top not in (inside, LATEST)}
+        theirs = frozenset(kept if inside else ())
+    replaced = f"{url}/{inside}" if inside else url
+    if held := next((s for s in sources if s.startswith(f"{replaced}/")), None):
+        raise BridgeError(
+            f"{url} holds the source {held}, which would be replaced while it is read. Choose "
+            "another target."
+        )
+    there = {u: o for u, o in below(replaced).items() if not u.startswith(f"{url}/{WORK}/")}
+    if there and not overwrite and not begun:
+        raise _exists(replaced, there)
+    planned = {f"{url}/{file.path}" for file in plan.files}
+    stale = tuple(sorted(set(there) - planned))
+    folder = Folder(url, marks, inside, theirs, stale)
+    done = _done(folder, plan, there) if begun else {}
+    remove(
+        f"{url}/{file.path}" for file in plan.files if file.seals and f"{url}/{file.path}" in there
+    )
+    remove(u for u in there if u.rpartition("/")[2] == RECORD)
+    if not begun:
+        told = {"step": inside, "theirs": sorted(theirs)}
+        put_small(f"{marks}/begun", json.dumps(told).encode())
+    abort_left_over(replaced)
+    return folder, done
+
+
+def mark_done(folder: Folder, path: str, written: Written, tag: str) -> None:
+    """Say that a file is finished."""
+    told = {"path": path, "size": written.size, "hash": written.hash, "tag": tag}
+    put_small(folder.mark(path), json.dumps(told).encode())
+
+
+def clear(folder: Folder) -> None:
+    """Remove what was only for going on, that of other plans too."""
+    remove(below(f"{folder.url}/{WORK}"))
+
+
+def _check_name(url: str) -> None:
+    store, _, path = url.partition("://")
+    if store == "hf":
+        raise BridgeError(f"{url}: the Hub can't be written to file by file. Name another target.")
+    parts = path.strip("/").split("/")
+    if not parts[0] or (store in _BUCKETS and len(parts) < 2):
+        raise BridgeError(
+            f"{url}: that is all of a store, which can't be a target. Name a folder in it: "
+            f"{url.rstrip('/')}/NAME."
+        )
+    if isfile(url):
+        raise BridgeError(f"{url} is a file. Name a folder that doesn't exist yet.")
+
+
+def _names(url: str) -> list[str]:
+    return names(url) if isdir(url) else []
+
+
+def _read_begun(url: str) -> tuple[str | None, frozenset[str]] | None:
+    if not isfile(url):
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        told = json.loads(fetch(url, 0, look(url).size))
+        return told["step"], frozenset(told["theirs"])
+    return None
+
+
+def _done(folder: Folder, plan: Plan, there: Mapping[str, Object]) -> dict[str, Written]:
+    """The files whose marks say what the store says of them."""
+    marks = below(folder.marks)
+    files = [file for file in folder.todo(plan) if folder.mark(file.path) in marks]
+
+    def read(file: OutputFile) -> tuple[str, Written] | None:
+        mark, there_now = folder.mark(file.path), there.get(folder.place(file.path))
+        with suppress(ValueError, KeyError, TypeError):
+            told = json.loads(fetch(mark, 0, marks[mark].size))
+            same = there_now == Object(told["size"], told["tag"]) and told["path"] == file.path
+            if same and told["size"] == file.size:
+                return file.path, Written(told["size"], told["hash"])
+        return None
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return dict(filter(None, pool.map(read, files)))
+
+
+def _exists(url: str, there: Mapping[str, Object]) -> BridgeError:
+    objects = "1 object" if len(there) == 1 else f"{len(there):,} objects"
+    whole = any(name.rpartition("/")[2] == RECORD for name in there)
+    note = "" if whole else f", without a {RECORD}, as what didn't end or isn't neox-bridge's"
+    return BridgeError(
+        f"{url} exists and holds {objects}{note}. Name another target, or say --overwrite to "
+        "replace it."
+    )

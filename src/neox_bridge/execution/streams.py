@@ -1,0 +1,88 @@
+"""A target that is written from its start to its end: an object of a store."""
+
+from concurrent.futures import Future
+from typing import Any
+
+from neox_bridge.execution.digests import HashName, hasher
+from neox_bridge.stores.uploads import Sender, Upload, part_size
+
+_ZEROS = bytes(1 << 20)
+
+
+class Stream:
+    """Takes an output file's bytes at rising offsets, as ``movers.Target``; gaps are zeros.
+
+    What goes to one of ``places`` is kept for the literal that is to come there: the CRC-32 of a
+    tensor stands behind it.
+    """
+
+    def __init__(
+        self,
+        upload: Upload,
+        sender: Sender,
+        size: int,
+        hash_name: HashName | None,
+        places: frozenset[int] = frozenset(),
+    ) -> None:
+        self._upload, self._sender, self._size, self._places = upload, sender, size, places
+        self._part = part_size(size)
+        self._hash: Any = hasher(hash_name) if hash_name else None
+        self._kept: dict[int, bytes] = {}
+        self._at = 0
+        self._data = bytearray()
+        self._sent: list[Future[None]] = []
+
+    def write(self, data: "bytes | memoryview", to: int) -> None:
+        """Bytes at an offset that is no smaller than the end of what was written before."""
+        if to in self._places:
+            self._kept[to] = bytes(data)
+            return
+        assert to >= self._at, "written out of order"
+        while self._at < to:
+            self._add(memoryview(_ZEROS)[: to - self._at])
+        self._add(memoryview(data))
+
+    def literal(self, data: bytes, to: int) -> None:
+        """The same, of bytes that may have places in them."""
+        patched = bytearray(data)
+        for place in [p for p in self._kept if to <= p < to + len(data)]:
+            kept = self._kept.pop(place)
+            patched[place - to : place - to + len(kept)] = kept
+        self.write(memoryview(patched), to)
+
+    def finish(self) -> tuple[str | None, str]:
+        """(hash, tag) of the object, which is there now. Raises BridgeError where that fails."""
+        while self._at < self._size:
+            self._add(memoryview(_ZEROS)[: self._size - self._at])
+        assert self._at == self._size, f"{self._at} bytes written of {self._size}"
+        assert not self._kept, "CRCs without a place"
+        if self._data or not self._sent:
+            self._send()
+        for sent in self._sent:
+            sent.result()
+        return self._hash.hexdigest() if self._hash else None, self._upload.finish()
+
+    def abandon(self) -> None:
+        """Leave nothing of it, once no part is on its way any more."""
+        for sent in self._sent:
+            if not sent.cancel():
+                sent.exception()
+        self._upload.abandon()
+
+    def _add(self, data: memoryview) -> None:
+        if self._hash:
+            self._hash.update(data)
+        self._at += len(data)
+        while data:
+            count = min(len(data), self._part - len(self._data))
+            self._data += data[:count]
+            data = data[count:]
+            if len(self._data) == self._part:
+                self._send()
+
+    def _send(self) -> None:
+        for sent in self._sent:
+            if sent.done():
+                sent.result()  # an upload that fails ends at once
+        data, self._data = self._data, bytearray()
+        self._sent.append(self._sender.send(self._upload, len(self._sent), data))

@@ -1,0 +1,147 @@
+"""An object of a store as a file to read headers from: few requests, and only what is read.
+
+The start of a file, and the end of one that has its directory there, come in one request each;
+``started`` has those of many files fetched at once.
+"""
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import BinaryIO, cast
+
+from neox_bridge.stores.objects import fetch, kind, look
+
+HEAD = 64 << 10  # bytes that are fetched from the start; a safetensors header has some 50 kB
+_TORCH_HEAD = 16 << 10  # a layer's pickle is 5 kB
+_TORCH_TAIL = 16 << 10  # the directory of its 20 records has 2 kB
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_STEP = 32 << 10  # bytes that are fetched at least, anywhere else
+_KEPT = 4 << 20  # bytes of a file that is read here and there
+_NEAR = 32 << 10  # bytes between two places that aren't worth a request of their own
+_AT_ONCE = 16  # requests
+_WINDOW = 48  # files whose starts wait to be read
+_RECENT = 4  # files whose chunks are kept, since a file is opened more than once while it is read
+
+_Chunk = tuple[int, bytes]
+_ahead: "dict[str, Future[list[_Chunk]]]" = {}
+_recent: "OrderedDict[tuple[str, str], list[_Chunk]]" = OrderedDict()
+_lock = threading.Lock()
+
+
+class _Ranges(io.RawIOBase):
+    """The object's bytes, fetched where they are read and not known yet."""
+
+    def __init__(self, url: str, size: int, chunks: list[_Chunk]) -> None:
+        self.url, self.size, self.chunks, self.at = url, size, chunks, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = max(0, offset + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer: "memoryview") -> int:  # type: ignore[override]
+        view = memoryview(buffer).cast("B")
+        wanted = min(len(view), self.size - self.at)
+        if wanted <= 0:
+            return 0
+        start, data = self._chunk(wanted)
+        part = data[self.at - start : self.at - start + wanted]
+        view[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+    def holds(self, at: int, count: int) -> bool:
+        end = min(self.size, at + count)
+        return any(start <= at and end <= start + len(data) for start, data in self.chunks)
+
+    def _chunk(self, wanted: int) -> _Chunk:
+        """A chunk that holds the byte that is next."""
+        for chunk in self.chunks:
+            if chunk[0] <= self.at < chunk[0] + len(chunk[1]):
+                return chunk
+        later = min((c[0] for c in self.chunks if c[0] > self.at), default=self.size)
+        least = _STEP if self.at or self.url.endswith(_TORCH) else HEAD
+        end = min(later, self.at + max(wanted + io.DEFAULT_BUFFER_SIZE, least))
+        fetched = self.at, fetch(self.url, self.at, end)
+        self.chunks.append(fetched)
+        while sum(len(data) for _, data in self.chunks) > max(_KEPT, 2 * len(fetched[1])):
+            del self.chunks[0]
+        return fetched
+
+
+def open_object(url: str) -> BinaryIO:
+    """The object, for reading. Raises BridgeError, naming it, for one that is missing."""
+    found = look(url)
+    with _lock:
+        chunks = _recent.setdefault((url, found.tag), [])
+        _recent.move_to_end((url, found.tag))
+        while len(_recent) > _RECENT:
+            _recent.popitem(last=False)
+    if not chunks and (future := _ahead.get(url)) is not None:
+        chunks += future.result()
+    return cast(BinaryIO, io.BufferedReader(_Ranges(url, found.size, chunks)))
+
+
+def fetch_chunks(file: BinaryIO, offsets: Sequence[int], count: int) -> None:
+    """Fetch so many bytes at each place of ``open_object``'s file, those that are far apart."""
+    raw = cast(_Ranges, cast(io.BufferedReader, file).raw)
+    spans: list[tuple[int, int]] = []
+    for at in sorted(offsets):
+        if raw.holds(at, count):
+            continue
+        end = min(raw.size, at + count)
+        if spans and at - spans[-1][1] < _NEAR:
+            spans[-1] = spans[-1][0], end
+        else:
+            spans.append((at, end))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        fetched = pool.map(lambda span: (span[0], fetch(raw.url, *span)), spans)
+        raw.chunks.extend(fetched)
+
+
+def started(paths: Iterable[str]) -> Iterator[str]:
+    """The URLs as they are, while the starts of the next ones are fetched.
+
+    What was fetched of a file is let go when the one after it is taken.
+    """
+    rest = iter(paths)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        waiting: list[str] = []
+        try:
+            for path in islice(rest, _WINDOW):
+                _ahead[path] = pool.submit(_start, path)
+                waiting.append(path)
+            while waiting:
+                yield waiting[0]
+                _ahead.pop(waiting.pop(0), None)
+                for more in islice(rest, 1):
+                    _ahead[more] = pool.submit(_start, more)
+                    waiting.append(more)
+        finally:
+            for path in waiting:
+                if (future := _ahead.pop(path, None)) is not None:
+                    future.cancel()
+
+
+def _start(url: str) -> list[_Chunk]:
+    """The start of a file, and of torch's files the end too, where their directory is."""
+    if kind(url) != "file":
+        return []  # who opens it says so
+    size = look(url).size
+    if not url.endswith(_TORCH):
+        return [(0, fetch(url, 0, min(size, HEAD)))] if size else []
+    if size <= _TORCH_HEAD + _TORCH_TAIL:
+        return [(0, fetch(url, 0, size))] if size else []
+    tail = size - _TORCH_TAIL
+    return [(0, fetch(url, 0, _TORCH_HEAD)), (tail, fetch(url, tail, size))]

@@ -1,0 +1,137 @@
+"""Tensors of objects, read as they are needed: in large ranges, a few of them ahead.
+
+Threads read a tensor or a file each, from its start to its end, a little at a time. What they read
+comes from ranges of 8 MiB that are fetched once and shared; as soon as two follow each other, the
+one after them is fetched too. Where a thread goes from place to place and back, as it does for a
+tensor that many ranks hold, ranges become smaller, so that all that are in use stay in memory.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from neox_bridge.stores.objects import fetch, look
+
+RANGE = 8 << 20  # bytes of a request
+LEAST = 256 << 10
+MEMORY = 80 << 20  # bytes of all ranges, on their way or there
+_AT_ONCE = 8  # requests
+_LONG = 4  # visits that a habit is known by
+_SEEN = 256  # ranges that a thread's last ones are looked for among
+
+_Key = tuple[str, int]  # URL, first byte
+
+
+@dataclass
+class _Habit:
+    """What one thread has read last."""
+
+    ranges: "OrderedDict[_Key, None]" = field(default_factory=OrderedDict)
+    between: "deque[int]" = field(default_factory=lambda: deque([0] * _LONG, _LONG))
+
+    def visit(self, key: _Key) -> int:
+        """How many ranges the thread goes through before it comes back to one, itself included."""
+        if key in self.ranges:
+            others = 0
+            for other in reversed(self.ranges):
+                if other == key:
+                    break
+                others += 1
+            self.between.append(others)
+        self.ranges[key] = None
+        self.ranges.move_to_end(key)
+        if len(self.ranges) > _SEEN:
+            self.ranges.popitem(last=False)
+        return min(self.between) + 1
+
+
+@dataclass
+class Ranges:
+    """The ranges that are in memory, for all threads of an execution."""
+
+    size: int = RANGE
+    _sizes: dict[str, int] = field(default_factory=dict)
+    _known: "OrderedDict[_Key, Future[bytes]]" = field(default_factory=OrderedDict)
+    _habits: dict[int, _Habit] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _pool: ThreadPoolExecutor | None = None
+
+    def close(self) -> None:
+        """Forget all; requests that haven't begun never do."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            self._known.clear()
+            self._sizes.clear()
+            self._habits.clear()
+            self.size = RANGE
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def get(self, url: str, at: int) -> tuple[int, bytes]:
+        """The range that holds a byte of an object, and where it begins.
+
+        Empty beyond the object's end. Raises BridgeError, naming it, where it can't be read.
+        """
+        end = self._end(url)
+        if at >= end:
+            return at, b""
+        with self._lock:
+            self._fit((url, at // self.size * self.size))
+            key = url, at // self.size * self.size
+            before, after = key[1] - self.size, key[1] + self.size
+            found = self._take(key, end)
+            if (url, before) in self._known and after < end:
+                self._take((url, after), end)
+        try:
+            return key[1], found.result()
+        except BaseException:
+            with self._lock:  # who wants it next asks again
+                self._known.pop(key, None)
+            raise
+
+    def _end(self, url: str) -> int:
+        if url not in self._sizes:
+            self._sizes[url] = look(url).size
+        return self._sizes[url]
+
+    def _fit(self, key: _Key) -> None:
+        """Make ranges smaller where all that are in use wouldn't fit into memory."""
+        habit = self._habits.setdefault(threading.get_ident(), _Habit())
+        needed = 2 * habit.visit(key) * len(self._habits)
+        if needed * self.size <= MEMORY or self.size <= LEAST:
+            return
+        while needed * self.size > MEMORY and self.size > LEAST:
+            self.size //= 2
+        self._known.clear()
+        for other in self._habits.values():
+            other.ranges.clear()
+            other.between.extend([0] * _LONG)
+
+    def _take(self, key: _Key, end: int) -> "Future[bytes]":
+        found = self._known.get(key)
+        if found is None:
+            while len(self._known) >= MEMORY // self.size:
+                self._known.popitem(last=False)
+            self._pool = self._pool or ThreadPoolExecutor(_AT_ONCE)
+            url, start = key
+            found = self._pool.submit(fetch, url, start, min(end, start + self.size))
+            self._known[key] = found
+        self._known.move_to_end(key)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """An object that is being read; takes a file descriptor's place."""
+
+    url: str
+    ranges: Ranges
+
+    def read_into(self, buffer: memoryview, start: int) -> int:
+        """Fill as much of a buffer as one range has from that byte on; 0 at the object's end."""
+        first, data = self.ranges.get(self.url, start)
+        at = start - first
+        count = min(len(buffer), len(data) - at)
+        buffer[:count] = data[at : at + count]
+        return max(0, count)
