@@ -84,9 +84,20 @@ def hollow_neox(checkpoint: Checkpoint, folder: Path, options: Options) -> Path:
 
 def tiny(layers: int) -> Checkpoint:
     """Tiny tensors: 64 wide, 4,096 rows of vocabulary, so that even 32 ranks share them evenly."""
-    toy = toy_checkpoint("pythia-70m", layers=layers)
     dims = {"vocab": 128 * HEADS, "hidden": 64, "qkv": 192, "ffn": 256}
-    config = replace(toy.config, heads=HEADS, dims=dims, rotary_pct=1.0)
+    return shaped(layers, HEADS, dims)
+
+
+def wide(layers: int, heads: int, hidden: int, rows: int) -> Checkpoint:
+    """Any shape of Pythia's family, of any size."""
+    return shaped(
+        layers, heads, {"vocab": rows, "hidden": hidden, "qkv": 3 * hidden, "ffn": 4 * hidden}
+    )
+
+
+def shaped(layers: int, heads: int, dims: dict[str, int]) -> Checkpoint:
+    toy = toy_checkpoint("pythia-70m", layers=layers)
+    config = replace(toy.config, heads=heads, dims=dims, rotary_pct=1.0)
     tensors = {}
     for weight, block in model_weights(toy.architecture, config):
         size = tuple(dims[dim] for dim in weight.shape)

@@ -14,6 +14,7 @@ from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
+from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.run import execute, sources_of
 from neox_bridge.execution.staging import sweep
 from neox_bridge.findings import Finding
@@ -21,7 +22,7 @@ from neox_bridge.planning.make import kind_of, make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.stores.objects import pending, pending_now
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import absolute, is_url
 
 _PART = 1 << 30  # bytes of a checkpoint that one process verifies
 _PAUSE = 1.0  # seconds before the first retry; doubled for each further one
@@ -183,6 +184,16 @@ class _Settled(Refused):
     exit_code = 1
 
 
+def _verified(source: Source, _: str, folder: str, *__: object) -> Places:
+    return Places(folders=(*_folders(source.path), *_folders(folder)))
+
+
+def _folders(path: str) -> list[str]:
+    """A folder and those in it; nothing where it isn't one (a URL, a model of the Hub)."""
+    return [folder for folder, _, _ in os.walk(absolute(path))]
+
+
+@reaches(_verified)
 def verify_part(
     source: Source,
     optimizer: str,
@@ -212,6 +223,7 @@ def _norms(row: Row, batch: Batch, pool: Pool) -> dict[str, float] | None:
     return norms
 
 
+@reaches(lambda folder: Places(folders=tuple(_folders(folder))))
 def norms_of(folder: str) -> dict[str, float]:
     """In a pool: the L2 norm of each tensor."""
     from neox_bridge.layouts.open import open_checkpoint

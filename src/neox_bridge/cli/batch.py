@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from neox_bridge.findings import Finding
 
 _WHICH = "Which checkpoints"
-_CONVERTS_OWN = ("source", "target", "revision", "step")
+_CONVERTS_OWN = ("source", "target", "revision", "step", "private", "create_pr", "work")
 
 
 @taking(convert, without=_CONVERTS_OWN)
@@ -214,7 +214,7 @@ def _pool(executor: str, address: str, workers: int | None) -> "Pool":
     if executor == "ray":
         from neox_bridge.execution.ray_cluster import RayCluster
 
-        return RayCluster(address, workers)
+        return RayCluster(address, workers, lambda words: typer.echo(words, err=True))
     from neox_bridge.execution.executors import Processes, default_slots
 
     return Processes(workers or default_slots())

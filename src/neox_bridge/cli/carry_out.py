@@ -8,6 +8,7 @@ from neox_bridge.cli.output import print_json, print_plan, print_result, tell, t
 from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from neox_bridge.execution.result import Result
     from neox_bridge.planning.pieces import Plan
 
 Progress = Callable[[int], None] | None
@@ -46,6 +47,19 @@ def carry_out(
         else:
             print_plan(plan, target)
         return
+    result = perform(plan, target, doing, how, checker, **options)
+    print_result(plan, result, target, how.as_json, how.quiet, verified=not how.no_verify)
+
+
+def perform(
+    plan: "Plan",
+    target: str,
+    doing: str,
+    how: How,
+    checker: Callable[[Progress], Callable[[str], None]],
+    **options: Any,
+) -> "Result":
+    """Execute a plan, and say on stderr what was noticed. Arguments: see ``carry_out``."""
     from neox_bridge.execution.run import execute
 
     tell(plan, how.quiet)
@@ -61,4 +75,4 @@ def carry_out(
             **options,
         )
     tell_findings(result.findings, how.quiet)
-    print_result(plan, result, target, how.as_json, how.quiet, verified=not how.no_verify)
+    return result

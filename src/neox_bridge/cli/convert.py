@@ -9,6 +9,7 @@ from neox_bridge.cli import values
 from neox_bridge.cli.asked import asked_of
 from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
+from neox_bridge.cli.publish import CreatePr, Private, Upload, WorkIn, publish_plan, root_of
 
 _SOURCE = "Where it comes from"
 _WHAT = "What is written"
@@ -25,7 +26,13 @@ def convert(
             "(org/name).",
         ),
     ],
-    target: Annotated[str, typer.Argument(metavar="DST", help="The folder or URL to write.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DST",
+            help="The folder or URL to write, or a place on the Hub: hf://ORG/NAME[@BRANCH].",
+        ),
+    ],
     to: Annotated[
         str | None,
         typer.Option(
@@ -232,6 +239,9 @@ def convert(
             help="A yml of a GPT-NeoX source that has no configs folder; may be repeated.",
         ),
     ] = None,
+    private: Private = False,
+    create_pr: CreatePr = False,
+    work: WorkIn = None,
     dry_run: values.DryRun = False,
     overwrite: values.Overwrite = False,
     max_workers: values.Movers = None,
@@ -280,11 +290,16 @@ def convert(
       neox-bridge convert EleutherAI/pythia-410m pythia-neox --tp 2
       neox-bridge convert pythia-neox pythia-hf
       neox-bridge convert pythia-neox pythia-tp4 --to neox --tp 4 --dry-run
+      neox-bridge convert pythia-neox hf://my-org/pythia@step3000 --private
 
     Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't
     express SRC), 130 interrupted.
     """
     asked = asked_of(locals())
+    upload = Upload(private, create_pr, work)
+    on_hub = target.startswith("hf://")
+    if upload and not on_hub:
+        raise typer.BadParameter("--private, --create-pr and --work are for hf://ORG/NAME.")
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.planning.make import make_plan
@@ -300,7 +315,7 @@ def convert(
             from neox_bridge.layouts.masters import with_masters
 
             checkpoint = with_masters(checkpoint)
-        plan = make_plan(checkpoint, asked.options, target)
+        plan = make_plan(checkpoint, asked.options, root_of(target))
         if asked.version is not None:
             from neox_bridge.compat.targets import refuse_version
 
@@ -317,13 +332,12 @@ def convert(
                 found = fresh_checker(checkpoint, found, workers=max_workers)
             return found
 
-        carry_out(
-            plan,
-            target,
-            "converting",
-            how,
-            check,
-            every_crc=asked.every_crc,
-            hash_name=asked.hash_name,
-            hash_shared=asked.hash_shared,
-        )
+        more: dict[str, Any] = {
+            "every_crc": asked.every_crc,
+            "hash_name": asked.hash_name,
+            "hash_shared": asked.hash_shared,
+        }
+        if on_hub:
+            publish_plan(plan, target, how, check, upload, **more)
+        else:
+            carry_out(plan, target, "converting", how, check, **more)

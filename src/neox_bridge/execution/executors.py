@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _PRELOAD = ["numpy", "ml_dtypes", "neox_bridge.execution.units", "neox_bridge.verification.verify"]
-_LOSSES = 3  # times that one call may lose its process
+LOSSES = 3  # times that one call may lose its process
 
 
 class Pool(Protocol):
@@ -26,8 +26,10 @@ class Pool(Protocol):
     slots: calls that run at the same time. stopped: set when all who wait are to give up.
     """
 
-    slots: int
     stopped: threading.Event
+
+    @property
+    def slots(self) -> int: ...
 
     def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]": ...
 
@@ -85,7 +87,7 @@ class Processes:
                 outer.set_running_or_notify_cancel()
                 return
             error = inner.exception()
-            if isinstance(error, BrokenExecutor) and losses + 1 < _LOSSES:
+            if isinstance(error, BrokenExecutor) and losses + 1 < LOSSES:
                 again = (outer, losses + 1, call, args)
                 threading.Thread(target=self._try, args=again).start()
             elif isinstance(error, BrokenExecutor):

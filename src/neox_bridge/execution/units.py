@@ -5,10 +5,13 @@ writes names of its own, and gives a file its name when it is whole and on the d
 """
 
 import os
+import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from math import prod
 from typing import TypeVar
 
 from neox_bridge.execution.context import Context, How
@@ -26,12 +29,15 @@ from neox_bridge.execution.output import (
     to_make,
     write_small,
 )
+from neox_bridge.execution.placement import Places, reaches
+from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputFile
 
 _T = TypeVar("_T")
 _BYTES = 16 << 20  # of small files that are made together, to pay once for the way there and back
 _FILES = 64
 _LISTEN = 0.5  # seconds after which somebody who wants all to stop is heard
+_ATTEMPTS = "attempts-"  # one for each run: what an earlier one left running has none any more
 _AHEAD = 2  # units that wait for each process
 
 
@@ -57,6 +63,19 @@ class Made:
     deviations: tuple[tuple[str, str, float], ...]
 
 
+def _places(unit: Unit) -> Places:
+    files: Counter[str] = Counter()
+    for file in unit.outputs:
+        if file.copy_of is not None:
+            files[file.copy_of] += file.size
+        for tensor in file.tensors:
+            for piece in tensor.pieces:
+                if piece.source is not None:
+                    files[piece.source.file] += prod(piece.shape) * itemsize(piece.source.dtype)
+    return Places(files, writes=(unit.attempts,))
+
+
+@reaches(_places)
 def make(unit: Unit) -> Made:
     """Make a unit's files, in this process. Raises what ``execute`` does for sources and disks."""
     context = Context(every_crc=unit.every_crc)
@@ -94,8 +113,11 @@ def run_units(job: Job, pool: Pool) -> None:
     Raises KeyboardInterrupt where the pool was told to stop, else what ``make`` raises, BridgeError
     where processes are lost again and again.
     """
-    attempts = os.path.join(job.work.folder, "attempts")
-    os.makedirs(attempts, exist_ok=True)
+    for name in os.listdir(job.work.folder):
+        if name.startswith(_ATTEMPTS):  # of a run that was killed
+            shutil.rmtree(os.path.join(job.work.folder, name), ignore_errors=True)
+    attempts = os.path.join(job.work.folder, f"{_ATTEMPTS}{uuid.uuid4().hex}")
+    os.mkdir(attempts)
 
     def take(made: Made) -> None:
         enter(job, made.written)

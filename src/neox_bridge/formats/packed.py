@@ -14,5 +14,9 @@ def packed(cls: _T) -> _T:
     (Lib/dataclasses.py, _dataclass_getstate).
     """
     get = attrgetter(*(field.name for field in fields(cls)))
-    cls.__reduce__ = lambda self: (cls, get(self))
+
+    def reduce(self: Any) -> tuple[Any, tuple[Any, ...]]:
+        return cls, get(self)
+
+    cls.__reduce__ = reduce  # type: ignore[assignment]
     return cls

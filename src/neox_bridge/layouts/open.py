@@ -59,7 +59,7 @@ def open_checkpoint(
     source = afresh(source)
     named = ""
     if source.startswith("hf://"):
-        from neox_bridge.layouts.hub import at_revision
+        from neox_bridge.hub.download import at_revision
 
         source, named = at_revision(source, revision)
         revision = None
@@ -88,8 +88,8 @@ def open_checkpoint(
         raise BridgeError(f"{source}: no such folder.")
     if match[2] and revision is not None:
         raise BridgeError(f"{source} names a revision already; leave out --revision.")
+    from neox_bridge.hub.download import download
     from neox_bridge.layouts.hf_reader import open_hf
-    from neox_bridge.layouts.hub import download
 
     wanted = match[2] or revision
     return open_hf(download(match[1], wanted), revision=f"{match[1]}@{wanted or 'main'}")

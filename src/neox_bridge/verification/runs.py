@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.step_names import NUMBERED, natural
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.paths import absolute, afresh, isdir, isfile, lexists, listdir, normal
 
 _NEOX = re.compile(r"global_step(\d+)")
-_NUMBERED = re.compile(
-    r"(?:(?P<run>.*?)[-_.])??(?:global_step|step|checkpoint|ckpt|iter)[-_]?(?P<number>\d+)"
-    r"(?:[-_]tokens\w*)?",
-    re.IGNORECASE,
-)
 _DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk
 
 
@@ -69,16 +65,11 @@ def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
             message = f"{path} holds no checkpoint"
             faults.append(Fault("no-checkpoint", "error", message, remedy, normal(path)))
     runs = [Run(name, tuple(sorted(places.values(), key=_order))) for name, places in found.items()]
-    return sorted(runs, key=lambda run: _natural(run.name)), faults
+    return sorted(runs, key=lambda run: natural(run.name)), faults
 
 
 def _order(place: Place) -> tuple[int, str]:
     return (-1 if place.number is None else place.number), place.path
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(int(p), "") if n % 2 else (0, p) for n, p in enumerate(parts)]
 
 
 def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, Place]]:
@@ -88,7 +79,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
     except OSError as error:
         faults.append(_unreadable(path, error))
         return
-    own = _NUMBERED.fullmatch(os.path.basename(absolute(path)))
+    own = NUMBERED.fullmatch(os.path.basename(absolute(path)))
     steps = [name for name in folders if _NEOX.fullmatch(name)]
     if _NEOX.fullmatch(os.path.basename(absolute(path))):
         yield _single(path, own)
@@ -101,14 +92,14 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
             yield path, Place(os.path.join(path, name), name[11:], int(name[11:]))
     elif "refs" in folders and "snapshots" in folders:
         yield from _revisions(path, faults)
-    elif numbered := [(name, m) for name in folders if (m := _NUMBERED.fullmatch(name))]:
+    elif numbered := [(name, m) for name in folders if (m := NUMBERED.fullmatch(name))]:
         if "config.json" in names:
             faults.append(_left_out(path, "the model beside its own steps"))
         for name, match in numbered:
             run = os.path.join(path, match["run"]) if match["run"] else path
             number = int(match["number"])
             yield run, Place(os.path.join(path, name), str(number), number)
-        others = [name for name in folders if not _NUMBERED.fullmatch(name)]
+        others = [name for name in folders if not NUMBERED.fullmatch(name)]
         yield from _below(path, others, faults, depth)
     elif "config.json" in names or "latest" in names or _has_weights(names):
         yield _single(path, own)
@@ -172,9 +163,9 @@ def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, Place]]:
     except OSError as error:
         faults.append(_unreadable(refs, error))
         return
-    numbered = any(_NUMBERED.fullmatch(name) for name in names)
+    numbered = any(NUMBERED.fullmatch(name) for name in names)
     for name in names:
-        match = _NUMBERED.fullmatch(name)
+        match = NUMBERED.fullmatch(name)
         if not isfile(file := os.path.join(refs, name)) or (numbered and match is None):
             continue  # `main` is one of the steps
         try:

@@ -1,8 +1,11 @@
 """Models of the Hugging Face Hub, through huggingface_hub and its cache (extra ``[hub]``)."""
 
+import glob
+import os
 import re
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.hub.library import first_line, hub_api
 from neox_bridge.layouts.tokenizer import NAMES
 
 _SMALL = ["config.json", "generation_config.json", "neox_bridge.json", *NAMES]
@@ -14,28 +17,20 @@ def download(repo: str, revision: str | None) -> str:
     HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT are honoured by
     huggingface_hub. Raises BridgeError where the library is missing or the download fails.
     """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError:
-        raise BridgeError(
-            f"{repo} isn't a folder here, and to take it from the Hub huggingface_hub is needed: "
-            "pip install 'neox-bridge[hub]'."
-        ) from None
-    import glob
-    import os
+    api = hub_api(f"{repo} isn't a folder here, and is taken from the Hub")
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     def fetch(patterns: list[str]) -> str:
         try:
-            return str(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+            return str(api.snapshot_download(repo, revision=revision, allow_patterns=patterns))
         except LocalEntryNotFoundError as error:
             raise BridgeError(
                 f"{repo}{'@' + revision if revision else ''} isn't in the cache, and the Hub can't "
-                f"be reached ({_first_line(error)}). Go online, or unset HF_HUB_OFFLINE."
+                f"be reached ({first_line(error)}). Go online, or unset HF_HUB_OFFLINE."
             ) from None
         except Exception as error:  # the library raises many kinds
             raise BridgeError(
-                f"{repo}: the Hub said: {_first_line(error)} Check the name, the revision and "
+                f"{repo}: the Hub said: {first_line(error)} Check the name, the revision and "
                 "HF_TOKEN."
             ) from None
 
@@ -63,7 +58,3 @@ def at_revision(url: str, revision: str | None) -> tuple[str, str]:
     told = told or (quote(revision, safe="") if revision else None)
     place = f"hf://{name}@{told}{below}" if told else url
     return place, f"{name}@{unquote(told or 'main')}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,261 @@
+"""``convert`` to a place on the Hub: into a folder first, then all of it by one commit."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neox_bridge.cli.carry_out import How, Progress, perform
+from neox_bridge.cli.output import (
+    blanks,
+    human,
+    label,
+    plural,
+    print_json,
+    print_plan,
+    result_json,
+    side,
+)
+from neox_bridge.cli.printable import one_line
+from neox_bridge.cli.progress import progress_bar
+from neox_bridge.errors import BridgeError, Unverified
+
+if TYPE_CHECKING:
+    from neox_bridge.execution.result import Result
+    from neox_bridge.execution.work import Work
+    from neox_bridge.hub.names import HubTarget
+    from neox_bridge.hub.outlook import Outlook
+    from neox_bridge.hub.publish import Published
+    from neox_bridge.planning.pieces import Plan
+
+_HUB = "Targets on the Hub"
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private", rich_help_panel=_HUB, help="Make the repository private, where it lacks."
+    ),
+]
+CreatePr = Annotated[
+    bool,
+    typer.Option(
+        "--create-pr",
+        rich_help_panel=_HUB,
+        help="Propose the files as a pull request to the branch, which must be there.",
+    ),
+]
+WorkIn = Annotated[
+    str | None,
+    typer.Option(
+        "--work",
+        metavar="DIR",
+        rich_help_panel=_HUB,
+        help="Where the files are made before they are uploaded; $TMPDIR, else this folder.",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """The options of targets on the Hub."""
+
+    private: bool
+    create_pr: bool
+    work: str | None
+
+    def __bool__(self) -> bool:
+        return self.private or self.create_pr or self.work is not None
+
+
+def root_of(target: str) -> str:
+    """The folder that a GPT-NeoX target's yml names: of the Hub, the reader's copy."""
+    from neox_bridge.hub.names import hub_target, is_hub
+
+    return f"/path/to/{hub_target(target).repo.split('/')[1]}" if is_hub(target) else target
+
+
+def publish_plan(
+    plan: "Plan",
+    target: str,
+    how: How,
+    checker: Callable[[Progress], Callable[[str], None]],
+    upload: Upload,
+    **options: Any,
+) -> None:
+    """Print for --dry-run what would be done; else execute the plan, and publish the files.
+
+    options: more of ``execute``'s. Raises BridgeError and what ``execute`` raises; what was made
+    is kept then, where it is worth it, and the message says where.
+    """
+    from neox_bridge.hub.library import check_writer
+    from neox_bridge.hub.names import hub_target
+    from neox_bridge.hub.outlook import plan_publish
+    from neox_bridge.hub.publish import check_base, conflict_message
+
+    place = hub_target(target)
+    plan = _with_paths_blank(plan)
+    outlook = plan_publish(plan, place.repo, place.branch, private=upload.private)
+    if how.dry_run:
+        _print_outlook(plan, place, outlook, how.as_json)
+        return
+    if outlook.done and not how.overwrite:
+        _say_done(place, outlook, how)
+        return
+    if outlook.conflicts and not how.overwrite:
+        raise BridgeError(conflict_message(place.repo, place.branch, outlook.conflicts))
+    if upload.create_pr:
+        there = outlook.branch_exists
+        check_base(place.repo, place.branch, repo_exists=outlook.repo_exists, branch_exists=there)
+    check_writer(place.repo)
+    with _work(place, upload.work, how.quiet) as work:
+        result = _finished(plan, work, how, checker) or perform(
+            plan, work.files, "converting", replace(how, overwrite=True), checker, **options
+        )
+        published = _published(plan, place, work, how, upload)
+    if how.as_json:
+        told = {"published": asdict(published), "verified": not how.no_verify}
+        print_json(result_json(plan, replace(result, target=str(place))) | told)
+    elif not how.quiet:
+        print(_line(plan, place, published, how))
+        for line in blanks(plan, str(place)):
+            print(line)
+
+
+@contextmanager
+def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> Iterator["Work"]:
+    """The folder that the files are made in: the same for every run, one run at a time.
+
+    It is removed at the end, and on an error where nothing in it is worth keeping.
+    """
+    from neox_bridge.execution.work import locked, remove, work_of
+
+    base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
+    if not os.path.isdir(base):
+        raise BridgeError(f"{base}: no such folder. Name one with room for the files: --work DIR.")
+    name = f"{place.repo}@{place.branch}".replace("/", "--")
+    work = work_of(os.path.join(base, name))
+    if not quiet:
+        text = f"the files are made in {work.folder} first; --work chooses another place"
+        print(label("note"), one_line(text), file=sys.stderr)
+    with locked(work, str(place)):
+        try:
+            yield work
+        except BaseException:
+            if os.listdir(work.folder) == [os.path.basename(work.lock)]:
+                remove(work)
+            raise
+        remove(work)
+
+
+def _finished(
+    plan: "Plan", work: "Work", how: How, checker: Callable[[Progress], Callable[[str], None]]
+) -> "Result | None":
+    """What an earlier run made, which was stopped while it uploaded; None where it isn't whole."""
+    from neox_bridge.execution.result import Result
+    from neox_bridge.hub.remote import plan_in, record_path
+    from neox_bridge.layouts.text_files import LARGE, read_bytes
+    from neox_bridge.planning.report import plan_hash
+    from neox_bridge.verification.sealed import check_seal
+
+    record = os.path.join(work.files, record_path(plan))
+    if not os.path.isfile(record) or plan_in(read_bytes(record, LARGE)) != plan_hash(plan):
+        return None
+    with progress_bar(plan.size, "checking", how.quiet) as progress:
+        if how.no_verify:
+            if not check_seal(record, progress, how.max_workers).holds:
+                return None
+        else:
+            try:
+                checker(progress)(work.files)
+            except Unverified:
+                return None
+    return Result(work.files, len(plan.files), plan.size, 0, 0, 0, plan.size, 0.0)
+
+
+def _published(
+    plan: "Plan", place: "HubTarget", work: "Work", how: How, upload: Upload
+) -> "Published":
+    from neox_bridge.hub.outlook import step_of_plan
+    from neox_bridge.hub.publish import publish
+
+    kept = (
+        f"The files are kept in {work.folder}: the same command goes on from there; remove that "
+        "folder to give up."
+    )
+    try:
+        return publish(
+            work.files,
+            place.repo,
+            place.branch,
+            private=upload.private,
+            create_pr=upload.create_pr,
+            overwrite=how.overwrite,
+            message=_message(plan),
+            step=step_of_plan(plan),
+            progress=not how.quiet and sys.stderr.isatty(),
+        )
+    except BridgeError as error:
+        raise BridgeError(f"{error} {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
+
+
+def _message(plan: "Plan") -> str:
+    from neox_bridge import __version__
+
+    source = plan.source.get("revision") or plan.source.get("name")
+    return f"Convert {source} with neox-bridge {__version__}"
+
+
+def _with_paths_blank(plan: "Plan") -> "Plan":
+    """The plan, whose yml names a folder that only who downloads it knows."""
+    keys = ("load", "save", "vocab_file")
+    told = tuple((file, key) for file, _ in plan.blanks[:1] for key in keys)
+    return replace(plan, blanks=tuple(dict.fromkeys((*plan.blanks, *told))))
+
+
+def _line(plan: "Plan", place: "HubTarget", published: "Published", how: How) -> str:
+    if not published.changed:
+        return f"{place} holds these files already: {published.url}"
+    parts = [f"{plural(len(published.uploaded), 'file')} uploaded ({human(published.size)})"]
+    if published.kept:
+        parts.append(f"{published.kept} there already")
+    if published.removed:
+        parts.append(f"{len(published.removed)} removed")
+    what = f"proposed for {place}" if published.pull_request else f"published {place}"
+    verified = "not verified" if how.no_verify else "verified bit by bit"
+    return (
+        f"{what}: {side(plan.target)}, {plan.target['parameters']:,} parameters, "
+        f"{', '.join(parts)}, commit {published.commit[:12]}; {verified}: {published.url}"
+    )
+
+
+def _say_done(place: "HubTarget", outlook: "Outlook", how: How) -> None:
+    if how.as_json:
+        print_json({"schema_version": 1, "hub": asdict(outlook), "published": None})
+    elif not how.quiet:
+        print(f"{place} holds what this makes already: nothing was done")
+
+
+def _print_outlook(plan: "Plan", place: "HubTarget", outlook: "Outlook", as_json: bool) -> None:
+    if as_json:
+        from neox_bridge.planning.report import to_json
+
+        print_json(to_json(plan) | {"hub": asdict(outlook)})
+        return
+    print_plan(plan, str(place))
+    there = "is there" if outlook.repo_exists else "will be made"
+    print(f"hub      {outlook.repo} {there}, {'private' if outlook.private else 'public'}")
+    print(f"branch   {outlook.branch} {'is there' if outlook.branch_exists else 'will be made'}")
+    if outlook.done:
+        print("upload   nothing: the branch holds what this makes already")
+        return
+    files = (*outlook.new, *outlook.other)
+    print(f"upload   {plural(len(files) + len(outlook.unknown), 'file')}, {human(outlook.size)}")
+    if outlook.unknown:
+        print(f"         of which {len(outlook.unknown)} are there in the same size, perhaps equal")
+    if outlook.conflicts:
+        print(f"in the way, without --overwrite: {', '.join(outlook.conflicts)}")

@@ -1,0 +1,182 @@
+"""The way to a Ray cluster: found or started, quiet, with the same code on every node."""
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from neox_bridge import __version__
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.executors import default_slots
+from neox_bridge.execution.ray_node import asker
+
+_ANSWER = 60.0  # seconds in which a node is to say which code it has
+_STORE = 128 << 20  # bytes of the object store of a Ray that is started here; units are small
+_REACH = 5.0  # seconds in which a cluster is to answer
+_START = (
+    "Start one with `ray start --head`, name its --address HOST:PORT, or say --address local for "
+    "this machine alone."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A living node. name: host and address, for people. cpus: calls that it makes at a time."""
+
+    id: str
+    name: str
+    cpus: int
+
+
+def ray_module() -> Any:
+    """Raises BridgeError where Ray isn't installed."""
+    try:
+        import ray
+    except ImportError:
+        raise BridgeError(
+            "--executor ray needs Ray: pip install 'neox-bridge[ray]', on every node."
+        ) from None
+    return ray
+
+
+def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
+    """Join a cluster, with the same code on every node: it is sent where some have another.
+
+    address: HOST:PORT; ``auto`` for that of RAY_ADDRESS or the one that runs here; ``local`` to
+    start one of this machine alone, with ``workers`` CPUs. Returns whether the cluster is this
+    process's to leave, which isn't so where it had joined one already; and the ids of the nodes
+    that have the code. Raises BridgeError where there is no cluster, or a node lacks what the
+    package needs.
+    """
+    ray = ray_module()
+    if ray.is_initialized():
+        return False, _same_code(ray, "the runtime_env of its ray.init")
+    _check(address)
+    _join(ray, address, workers, None)
+    try:
+        same, others = _codes(ray)
+        if others:
+            ray.shutdown()
+            home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            _join(ray, address, workers, {"py_modules": [home]})
+            same = _same_code(ray, f"pip install 'neox-bridge[ray]=={__version__}'")
+    except BaseException:
+        ray.shutdown()
+        raise
+    return True, same
+
+
+def living(ray: Any) -> list[Node]:
+    """The nodes that have CPUs. Raises what Ray does where the cluster can't be asked."""
+    return [
+        Node(node["NodeID"], _name(node), int(node["Resources"]["CPU"]))
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+    ]
+
+
+def there(node: Node, cpus: int) -> dict[str, Any]:
+    """Options of a task for one node, on no other: whether it sees the files was found out."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    return {"num_cpus": cpus, "max_retries": 0, "scheduling_strategy": strategy}
+
+
+def said(error: BaseException) -> str:
+    """What to quote of an exception of Ray, which tells much: of a traceback its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return lines[-1] if "Traceback" in str(error) else lines[0]
+
+
+def _join(ray: Any, address: str, workers: int | None, environment: dict[str, Any] | None) -> None:
+    # Ray's news of lost workers would go to stdout, which is for results
+    with contextlib.suppress(AttributeError):
+        ray._private.worker._worker_logs_enabled = False
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"num_cpus": workers or default_slots(), "object_store_memory": _STORE}
+        own["include_dashboard"] = False
+    try:
+        ray.init(
+            address, log_to_driver=False, logging_level="CRITICAL", runtime_env=environment, **own
+        )
+    except Exception as error:  # Ray raises many kinds
+        if address == "auto":
+            words = "no Ray cluster is running here"
+        elif address == "local":
+            words = "Ray can't be started here"
+        else:
+            words = f"there is no Ray cluster at {address}"
+        told = " ".join(str(error).split())[:300]
+        raise BridgeError(f"{words[0].upper()}{words[1:]} ({told}). {_START}") from None
+
+
+def _check(address: str) -> None:
+    """Ray itself would try for minutes to reach what isn't there."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    host, colon, port = address.rpartition(":")
+    if address.startswith("ray://"):
+        raise BridgeError(
+            f"{address}: Ray's client isn't supported. Run the command on a node of the cluster, "
+            "with --address auto."
+        )
+    if colon and not port.isdigit():
+        raise BridgeError(f"{address} isn't HOST:PORT. {_START}")
+    if colon:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+        except (OSError, OverflowError) as error:
+            raise BridgeError(f"There is no Ray cluster at {address} ({error}). {_START}") from None
+
+
+def _same_code(ray: Any, mend: str) -> set[str]:
+    same, others = _codes(ray)
+    if others:
+        raise BridgeError(f"Ray's {'; '.join(others)}. Install the same on every node: {mend}.")
+    return same
+
+
+def _codes(ray: Any) -> tuple[set[str], list[str]]:
+    """The ids of the nodes that have this process's code, and in words those that have another.
+
+    Neither holds a node that doesn't answer. Raises BridgeError where none does.
+    """
+    ask = asker()
+    mine = ask()
+    nodes = living(ray)
+    task = ray.remote(ask)
+    tasks = {task.options(**there(node, 0)).remote(): node for node in nodes}
+    answered = ray.wait(list(tasks), num_returns=len(nodes), timeout=_ANSWER)[0] if nodes else []
+    same, others = set(), []
+    for ref in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if words := difference(ray.get(ref), mine):
+                others.append(f"node {tasks[ref].name} {words}")
+            else:
+                same.add(tasks[ref].id)
+    if not same and not others:
+        raise BridgeError(
+            f"None of the {len(nodes)} nodes of the Ray cluster that have CPUs answers. See "
+            "`ray status`."
+        )
+    return same, sorted(others)
+
+
+def difference(code: tuple[str | None, str], mine: tuple[str | None, str]) -> str:
+    """What is wrong with a node's answer to ``asker``; "" where it has this process's code."""
+    if code == mine:
+        return ""
+    if code[0] is None:
+        return f"can't import neox-bridge ({code[1]})"
+    if code[1] != mine[1]:
+        return f"has neox-bridge {code[1]}, and this is {mine[1]}"
+    return f"has other code of neox-bridge {code[1]}"
+
+
+def _name(node: dict[str, Any]) -> str:
+    host, address = node.get("NodeManagerHostname"), node["NodeManagerAddress"]
+    return f"{host} ({address})" if host and host != address else address

@@ -1,0 +1,123 @@
+"""What the nodes of a Ray cluster run: calls, and looks at what is there. Imports no Ray."""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.placement import View
+
+Looks = dict[str, dict[str, tuple[int, int]]]  # folder: name: bytes, seconds of the last change
+_MOUNTS = "/proc/self/mountinfo"
+_NETWORK = {
+    *("9p", "afs", "beegfs", "beegfs_nodev", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs"),
+    *("nfs4", "orangefs", "panfs", "pvfs2", "smb3", "virtiofs", "wekafs"),
+}
+
+
+def packed(call: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """A call for ``perform``; by pickle itself, since Ray's own takes far longer for many parts."""
+    return pickle.dumps((call, args), pickle.HIGHEST_PROTOCOL)
+
+
+def perform(data: bytes, folder: str) -> bytes:
+    """Make a call; gives, pickled, (True, its result) or (False, what it raised).
+
+    As a value, since Ray puts a traceback into the words of what a task raises. folder: the
+    present one of who asked, which relative paths start from.
+    """
+    try:
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
+        call, args = pickle.loads(data)
+        found = (True, call(*args))
+        return pickle.dumps(found, pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        return _raised(error)
+
+
+def _raised(error: Exception) -> bytes:
+    with contextlib.suppress(Exception):
+        data = pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
+        pickle.loads(data)
+        return data
+    return pickle.dumps((False, BridgeError(f"{type(error).__name__}: {error}")))
+
+
+def listed(folder: str) -> dict[str, tuple[int, int]]:
+    """The files of a folder: their sizes in bytes, and seconds of the last change.
+
+    Whole seconds, since not every file system keeps or tells more.
+    """
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a link to nowhere, or one that is gone meanwhile
+                if entry.is_file():
+                    status = entry.stat()
+                    found[entry.name] = status.st_size, int(status.st_mtime)
+    return found
+
+
+def look(wanted: Looks) -> dict[str, View]:
+    """What this node sees of folders, where another sees ``wanted``."""
+    mounts = _mounts()
+    found = {}
+    for folder, files in wanted.items():
+        try:
+            here = listed(folder)
+        except OSError:
+            found[folder] = View(None)
+            continue
+        lacks = frozenset(name for name, facts in files.items() if here.get(name) != facts)
+        found[folder] = View(lacks, _own(os.path.realpath(folder), mounts))
+    return found
+
+
+def asker() -> Callable[[], tuple[str | None, str]]:
+    """A function that tells which code a node has: (hash of all modules, version), or (None, why).
+
+    It is sent as it is, not by its name, so that a node where the package isn't can answer.
+    """
+
+    def ask() -> tuple[str | None, str]:
+        import hashlib
+        import os
+
+        try:
+            import neox_bridge
+            import neox_bridge.execution.units
+        except ImportError as error:
+            return None, str(error)
+        state = hashlib.sha256()
+        home = os.path.dirname(os.path.abspath(neox_bridge.__file__))
+        for folder, folders, names in os.walk(home):
+            folders.sort()
+            for name in sorted(names):
+                if name.endswith(".py"):
+                    path = os.path.join(folder, name)
+                    state.update(os.path.relpath(path, home).encode())
+                    with open(path, "rb") as file:
+                        state.update(file.read())
+        return state.hexdigest(), neox_bridge.__version__
+
+    return ask
+
+
+def _mounts() -> dict[str, str]:
+    """The kind of the file system at each mount point; none where the system doesn't tell."""
+    found = {}
+    with contextlib.suppress(OSError), open(_MOUNTS, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            found[before.split()[4].replace("\\040", " ")] = after.split()[0]
+    return found
+
+
+def _own(path: str, mounts: Mapping[str, str]) -> bool:
+    while path not in mounts and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    kind = mounts.get(path, "nfs")
+    return kind not in _NETWORK and not kind.startswith("fuse")

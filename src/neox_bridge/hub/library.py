@@ -1,0 +1,183 @@
+"""huggingface_hub, imported where it is used; what it raises, as errors that say what to do."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+
+# what is worth another try: huggingface_hub, utils/_http.py
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+_NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # whose errors mean that nobody answered
+_LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
+
+
+def hub_api(why: str) -> Any:
+    """huggingface_hub's ``HfApi``. HF_ENDPOINT and HF_TOKEN are honoured by it.
+
+    why: what it is needed for, for the BridgeError where it isn't installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise BridgeError(
+            f"{why}, for which huggingface_hub is needed: pip install 'neox-bridge[hub]'."
+        ) from None
+    return HfApi(library_name="neox-bridge")
+
+
+def check_writer(repo: str) -> None:
+    """Raise BridgeError where the user's token can't write anywhere; one request."""
+    api = hub_api(f"hf://{repo} is on the Hub")
+    with explained(repo):
+        token = api.whoami().get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise BridgeError(
+            f"{repo}: the token {token.get('displayName', '')!r} may only read. Make one that may "
+            "write (huggingface.co/settings/tokens), and set HF_TOKEN to it."
+        )
+
+
+@contextmanager
+def explained(repo: str) -> Iterator[None]:
+    """A block whose errors of huggingface_hub become a BridgeError about this repository."""
+    try:
+        yield
+    except BridgeError:
+        raise
+    except Exception as error:  # the library raises many kinds
+        raise BridgeError(explanation(error, repo)) from error
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """A block in which huggingface_hub shows its progress on stderr, or doesn't; for all threads.
+
+    HF_HUB_DISABLE_PROGRESS_BARS turns it off in any case.
+    """
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of huggingface_hub, or one that it comes from, is about."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return int(response.status_code)
+        error = error.__cause__
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may go well a little later."""
+    status = status_of(error)
+    return status in _TRANSIENT if status is not None else _is_network(error)
+
+
+def is_missing_repo(error: BaseException) -> bool:
+    """Whether there is no such repository, for somebody whom the Hub knows."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    return (
+        isinstance(error, RepositoryNotFoundError)
+        and not isinstance(error, GatedRepoError)
+        and status_of(error) == 404
+    )
+
+
+def explanation(error: BaseException, repo: str) -> str:
+    """What was wrong, in one line, and what to do now."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
+
+    status = status_of(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo}: the Hub isn't asked while HF_HUB_OFFLINE is set. Unset it."
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"{repo}: there is no token of yours here. {_LOGIN}."
+    if status is None:
+        if _is_network(error):
+            return (
+                f"{repo}: the Hub can't be reached ({_root(error)}). Check the network, "
+                "HF_ENDPOINT and proxies, then give the same command again."
+            )
+        return f"{repo}: {_root(error)}"
+    said = _server_message(error)
+    if isinstance(error, GatedRepoError):
+        return f"{repo} is gated: ask for access on its page. {_LOGIN}."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no such branch, tag or commit ({said}). Check its name."
+    ways = {
+        401: f"the Hub doesn't know you, or doesn't show you this repository. {_LOGIN}; check "
+        "the name.",
+        402: "the account's quota is used up. Make room, or see its billing page.",
+        403: "you may not write there. Use a token with the right to write to it, or propose the "
+        "files with --create-pr.",
+        404: f"there is no such repository, or you may not see it. Check the name. {_LOGIN}.",
+        409: "something else is being done with it. Give the same command again.",
+        412: "somebody else committed meanwhile. Look at the branch, then give the same command "
+        "again.",
+        413: "it is too large for the Hub. See its limits for repositories and files.",
+        429: "too many requests. Wait some minutes, then give the same command again.",
+    }
+    way = ways.get(
+        status,
+        "the Hub failed. Give the same command again later; see status.huggingface.co."
+        if status >= 500
+        else "the request was refused.",
+    )
+    return f"{repo}: {way} The Hub said: {status} {said}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, not too much of it, without the ends of addresses.
+
+    Those may hold signatures that let others write.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", line)[:200]
+
+
+def _is_network(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, is that of an HTTP library without an answer."""
+    while error is not None:
+        if type(error).__module__.split(".")[0] in _NETWORK or isinstance(error, ConnectionError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _server_message(error: BaseException | None) -> str:
+    while error is not None:
+        said = getattr(error, "server_message", None)
+        if said:
+            return str(said).strip().splitlines()[0][:200].rstrip(".") + "."
+        response = getattr(error, "response", None)
+        if response is not None:
+            return str(getattr(response, "reason_phrase", None) or getattr(response, "reason", ""))
+        error = error.__cause__
+    return ""

@@ -1,0 +1,35 @@
+"""Names of places on the Hub: ``hf://org/name@branch``."""
+
+import re
+from dataclasses import dataclass
+
+from neox_bridge.errors import BridgeError
+
+_TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+MAIN = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class HubTarget:
+    """A branch of a model's repository. repo: ``org/name``."""
+
+    repo: str
+    branch: str = MAIN
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo}@{self.branch}"
+
+
+def is_hub(target: str) -> bool:
+    """Whether a target is meant to be on the Hub."""
+    return target.startswith("hf://")
+
+
+def hub_target(text: str) -> HubTarget:
+    """``hf://org/name`` or ``hf://org/name@branch``. Raises BridgeError for another form."""
+    match = _TARGET.fullmatch(text)
+    if match is None:
+        raise BridgeError(
+            f"{text} isn't a place on the Hub: write hf://ORG/NAME, or hf://ORG/NAME@BRANCH."
+        )
+    return HubTarget(match[1], match[2] or MAIN)

@@ -1,0 +1,153 @@
+"""What a branch of the Hub holds now: its commit, its files, the plan that they were made by."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.hub.library import explained, hub_api, is_missing_repo
+from neox_bridge.hub.names import MAIN
+from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.layouts.seal import is_whole
+from neox_bridge.layouts.text_files import LARGE, read_bytes
+from neox_bridge.planning.pieces import Plan
+from neox_bridge.planning.report import plan_hash
+
+_WHY = "What is on the Hub is asked of it"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """size: in bytes. blob: git's hash, SHA-1 in hexadecimal. sha256: of files in LFS or Xet."""
+
+    size: int
+    blob: str
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """exists: whether the repository does. commit: of the branch, None where there is no branch."""
+
+    exists: bool
+    commit: str | None = None
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
+
+
+def look(repo: str, branch: str) -> Remote:
+    """What a branch holds; two requests. Raises BridgeError where the Hub can't be asked."""
+    api = hub_api(_WHY)
+    with explained(repo):
+        try:
+            refs = api.list_repo_refs(repo)
+        except Exception as error:
+            if is_missing_repo(error):
+                return Remote(False)
+            raise
+        commit = next((ref.target_commit for ref in refs.branches if ref.name == branch), None)
+        if commit is None:
+            return Remote(True)
+        return Remote(True, commit, files_at(api, repo, commit))
+
+
+def files_at(api: Any, repo: str, revision: str) -> dict[str, RemoteFile]:
+    """All files of a revision by path. Raises huggingface_hub's errors."""
+    return {
+        item.path: RemoteFile(item.size, item.blob_id, item.lfs.sha256 if item.lfs else None)
+        for item in api.list_repo_tree(repo, recursive=True, revision=revision)
+        if hasattr(item, "blob_id")
+    }
+
+
+def first_commit(api: Any, repo: str) -> str:
+    """The commit that a repository began with. Raises huggingface_hub's errors."""
+    return str(api.list_repo_commits(repo, revision=MAIN)[-1].commit_id)
+
+
+def is_untouched(api: Any, repo: str, branch: str, remote: Remote) -> bool:
+    """Whether nobody committed to a branch yet: its files are those that it was made with.
+
+    Raises huggingface_hub's errors.
+    """
+    return branch != MAIN and remote.commit == first_commit(api, repo)
+
+
+def check_private(repo: str, private: bool) -> bool:
+    """Whether a repository is private.
+
+    Raises BridgeError where it has to be and isn't, and where the Hub can't be asked.
+    """
+    api = hub_api(_WHY)
+    with explained(repo):
+        found = bool(api.model_info(repo).private)
+    if private and not found:
+        raise BridgeError(
+            f"hf://{repo} is there and public. Make it private on its page (Settings), choose "
+            "another repository, or leave out --private."
+        )
+    return found
+
+
+def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None:
+    """The small record that a branch's files were written with, as it is there; two requests.
+
+    path: of the record in the repository; a GPT-NeoX step's is ``global_stepN/neox_bridge.json``.
+    None where repository, branch or record don't exist. Raises BridgeError where the Hub can't be
+    asked.
+    """
+    api = hub_api(_WHY)
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    with TemporaryDirectory(prefix="neox-bridge-") as folder, explained(repo):
+        try:
+            found = api.hf_hub_download(repo, path, revision=branch, local_dir=folder)
+        except Exception as error:
+            if is_missing_repo(error):
+                return None
+            # where nobody answered, the library says that the entry isn't in its cache
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            if isinstance(error, (EntryNotFoundError, RevisionNotFoundError)):
+                return None
+            raise
+        return read_bytes(found, LARGE)
+
+
+def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
+    """The hash of the plan that a branch's files were written by; see ``published_record``.
+
+    None as well where the record isn't as it was written.
+    """
+    record = published_record(repo, branch, path)
+    return None if record is None else plan_in(record)
+
+
+def is_published(plan: Plan, repo: str, branch: str) -> bool:
+    """Whether a branch holds what this plan writes, as far as its record tells.
+
+    Plans name their sources by path and place in it, so that only the same sources at the same
+    place (for a model of the Hub: the same commit in the same cache) make the same plan.
+    Raises BridgeError where the Hub can't be asked.
+    """
+    return published_plan(repo, branch, record_path(plan)) == plan_hash(plan)
+
+
+def record_path(plan: Plan) -> str:
+    """Where a plan puts ``neox_bridge.json``, relative to its target."""
+    return next(file.path for file in plan.files if file.seals)
+
+
+def plan_in(record: bytes) -> str | None:
+    """The hash of the plan that a record is of; None where it isn't as it was written."""
+    if not is_whole(record):
+        return None
+    try:
+        return str(json.loads(record)["written"]["plan"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,451 @@
+"""The pool of a Ray cluster, with a Ray that does as it is told; the real one is in test_ray."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import make_hf, plan_of
+
+from neox_bridge.errors import BridgeError, Unverified
+from neox_bridge.execution import ray_cluster, ray_connect, ray_node
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.output import Job
+from neox_bridge.execution.placement import (
+    Places,
+    View,
+    choose,
+    own_bytes,
+    places_of,
+    reaches,
+    unseen,
+)
+from neox_bridge.execution.ray_cluster import RayCluster
+from neox_bridge.execution.units import _units, make
+from neox_bridge.execution.work import Work
+
+ray: Any = pytest.importorskip("ray") if find_spec("ray") else None
+needs_ray = pytest.mark.skipif(ray is None, reason="Ray isn't installed")
+
+
+# --- which node ------------------------------------------------------------------------------
+
+
+def view(*lacks: str, own: bool = False) -> View:
+    return View(frozenset(lacks), own)
+
+
+def test_who_sees_all_is_chosen_and_of_those_who_has_most() -> None:
+    places = Places({"/a/x": 10, "/b/y": 30}, writes=("/out",))
+    views = {
+        "blind": {"/a": view("x", own=True), "/b": view(own=True), "/out": view()},
+        "no target": {"/a": view(own=True), "/b": view(own=True), "/out": View(None)},
+        "far": {"/a": view(), "/b": view(), "/out": view("unfinished")},
+        "some": {"/a": view("z", own=True), "/b": view(), "/out": view()},
+        "most": {"/a": view(), "/b": view(own=True), "/out": view()},
+    }
+    free = dict.fromkeys(views, 1)
+    assert choose(places, views, free) == "most"
+    assert choose(places, views, free | {"most": 0}) == "some"
+    assert choose(places, views, free | {"most": 0, "some": 0}) == "far"
+    assert choose(places, views, free | {"most": 0, "some": 0, "far": 0}) is None
+    assert {name: unseen(places, seen) for name, seen in views.items()} == {
+        "blind": ["/a/x"],
+        "no target": ["/out"],
+        "far": [],
+        "some": [],
+        "most": [],
+    }
+    assert own_bytes(places, views["most"]) == 30
+
+
+def test_of_equals_the_least_busy_is_chosen() -> None:
+    views = {name: {"/a": view()} for name in "abc"}
+    assert choose(Places({"/a/x": 1}), views, {"a": 1, "b": 3, "c": 2}) == "b"
+
+
+def test_a_folder_whose_files_are_read_must_be_the_same_one() -> None:
+    places = Places(folders=("/a",))
+    assert unseen(places, {"/a": view("x")}) == ["/a/x"]
+    assert unseen(places, {"/a": view()}) == []
+    assert unseen(places, {"/a": View(None)}) == ["/a"]
+
+
+def test_a_unit_reaches_the_sources_of_its_files_and_no_others(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf", torch.float32)
+    plan = plan_of(source, tmp_path / "neox", dtype="float16")
+    job = Job(plan, Work(str(tmp_path / "work")), Context(), {}, None, False)
+    total: Counter[str] = Counter()
+    for unit in _units(job, "/attempts"):
+        places = places_of(make, (unit,))
+        assert (places.folders, places.writes) == ((), ("/attempts",))
+        total.update(places.files)
+    weights = source / "model.safetensors"
+    data = weights.read_bytes()
+    assert total.pop(str(weights)) == len(data) - 8 - int.from_bytes(data[:8], "little")
+    assert total == {file.copy_of: file.size for file in plan.files if file.copy_of is not None}
+
+
+# --- what a node does ------------------------------------------------------------------------
+
+
+def test_what_a_call_raises_comes_as_it_is() -> None:
+    def ask(call: Callable[..., Any], *args: Any) -> Any:
+        return ray_node.pickle.loads(ray_node.perform(ray_node.packed(call, args), "/"))
+
+    assert ask(divmod, 7, 2) == (True, (3, 1))
+    good, error = ask(_refuse, "words")
+    assert (good, type(error), str(error)) == (False, Unverified, "words")
+    good, error = ask(_odd)
+    assert (good, type(error), str(error)) == (False, BridgeError, "_Odd: 1 and 2")
+
+
+def _refuse(words: str) -> None:
+    raise Unverified(words)
+
+
+class _Odd(Exception):
+    """One that pickle can't make again."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def _odd() -> None:
+    raise _Odd(1, 2)
+
+
+def test_a_look_finds_what_is_another_file_or_none(tmp_path: Path) -> None:
+    for name in ("same", "longer", "older", "gone"):
+        (tmp_path / name).write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("same")
+    wanted = {str(tmp_path): ray_node.listed(str(tmp_path)), "/no/such": {}}
+    (tmp_path / "longer").write_bytes(b"abcd")
+    (tmp_path / "gone").unlink()
+    ray_node.os.utime(tmp_path / "older", (1, 1))
+    (tmp_path / "more").touch()
+    found = ray_node.look(wanted)
+    assert found[str(tmp_path)].lacks == {"longer", "older", "gone"}
+    assert found["/no/such"] == View(None)
+
+
+def test_a_disk_is_a_nodes_own_unless_its_mount_is_a_networks() -> None:
+    mounts = {"/": "overlay", "/data": "xfs", "/data/nfs": "nfs4", "/s3": "fuse.rclone"}
+    own = {path: ray_node._own(path, mounts) for path in ("/home/x", "/data/a", "/database")}
+    assert own == {"/home/x": True, "/data/a": True, "/database": True}
+    assert not ray_node._own("/data/nfs/a/b", mounts)
+    assert not ray_node._own("/s3/bucket", mounts)
+    assert not ray_node._own("/s3/bucket", {})  # where the system doesn't tell
+
+
+def test_the_code_of_a_node() -> None:
+    mine = ray_node.asker()()
+    assert ray_connect.difference(ray_node.asker()(), mine) == ""
+    assert "can't import neox-bridge (No module" in ray_connect.difference(
+        (None, "No module"), mine
+    )
+    assert "has neox-bridge 0.0.1, and" in ray_connect.difference(("abc", "0.0.1"), mine)
+    assert "has other code" in ray_connect.difference(("abc", mine[1]), mine)
+
+
+# --- the pool --------------------------------------------------------------------------------
+
+
+@dataclass
+class Fake:
+    """A Ray of some nodes. sees: by node, what it answers to a look; all where it isn't there.
+
+    fail: by node, the exceptions that its next tasks end with. hold: tasks wait for it.
+    """
+
+    cpus: dict[str, int]
+    sees: dict[str, dict[str, View]] = field(default_factory=dict)
+    fail: dict[str, list[Exception]] = field(default_factory=dict)
+    codes: dict[str, tuple[str | None, str]] = field(default_factory=dict)
+    hold: threading.Event = field(default_factory=threading.Event)
+    ran: list[str] = field(default_factory=list)
+    most: int = 0
+    running: int = 0
+    lost: Exception | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def exceptions(self) -> Any:
+        return ray.exceptions
+
+    def nodes(self) -> list[dict[str, Any]]:
+        if self.lost is not None:
+            raise self.lost
+        return [
+            {
+                "NodeID": name.encode().hex().ljust(56, "0"),
+                "Alive": True,
+                "Resources": {"CPU": count},
+                "NodeManagerAddress": name,
+            }
+            for name, count in self.cpus.items()
+        ]
+
+    def remote(self, call: Callable[..., Any]) -> "Task":
+        return Task(self, call, "")
+
+
+@dataclass
+class Task:
+    ray: Fake
+    call: Callable[..., Any]
+    node: str
+
+    def options(self, **options: Any) -> "Task":
+        name = bytes.fromhex(options["scheduling_strategy"].node_id).rstrip(b"\0").decode()
+        return Task(self.ray, self.call, name)
+
+    def remote(self, *args: Any) -> "Task":
+        self.inner: Future[Any] = Future()
+        threading.Thread(target=self._run, args=args, daemon=True).start()
+        return self
+
+    def future(self) -> "Future[Any]":
+        return self.inner
+
+    def _run(self, *args: Any) -> None:
+        own = self.ray
+        if self.call is ray_node.look:
+            told = {folder: View(frozenset()) for folder in args[0]}
+            return self.inner.set_result(told | own.sees.get(self.node, {}))
+        if self.call is not ray_node.perform:
+            return self.inner.set_result(own.codes.get(self.node) or self.call())
+        with own.lock:
+            own.ran.append(self.node)
+            own.running += 1
+            own.most = max(own.most, own.running)
+            error = own.fail[self.node].pop(0) if own.fail.get(self.node) else None
+        own.hold.wait(30)
+        result = error or ray_node.perform(*args)
+        with own.lock:
+            own.running -= 1
+        if error:
+            return self.inner.set_exception(error)
+        return self.inner.set_result(result)
+
+
+@reaches(lambda path, *_: Places({path: 1}))
+def name_of(path: str, number: int = 0) -> tuple[str, int]:
+    return path, number
+
+
+@contextlib.contextmanager
+def joined(
+    monkeypatch: pytest.MonkeyPatch, fake: Fake, workers: int | None = None
+) -> Iterator[tuple[RayCluster, list[str]]]:
+    words: list[str] = []
+    monkeypatch.setattr(ray_cluster, "ray_module", lambda: fake)
+    monkeypatch.setattr(
+        ray_cluster, "connect", lambda *_: (False, {node["NodeID"] for node in fake.nodes()})
+    )
+    monkeypatch.setattr(ray_cluster, "_LISTEN", 0.05)
+    pool = RayCluster("auto", workers, words.append)
+    try:
+        yield pool, words
+    finally:
+        fake.hold.set()
+        pool.close()
+
+
+def ended(*futures: "Future[Any]") -> list[Any]:
+    return [future.result(20) for future in futures]
+
+
+@needs_ray
+def test_calls_go_where_their_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there, path = str(tmp_path), str(tmp_path / "x")
+    fake = Fake({"near": 2, "far": 2, "blind": 4})
+    fake.sees = {"near": {there: view(own=True)}, "blind": {there: view("x")}}
+    fake.hold.set()
+    with joined(monkeypatch, fake) as (pool, _):
+        for number in range(6):  # one at a time: the nearest is always free
+            assert ended(pool.submit(name_of, path, number)) == [(path, number)]
+        assert set(fake.ran) == {"near"}
+        fake.hold.clear()
+        futures = [pool.submit(name_of, path, number) for number in range(6)]
+        until(lambda: fake.running == 4)
+        fake.hold.set()
+        assert ended(*futures) == [(path, number) for number in range(6)]
+    assert set(fake.ran) == {"near", "far"}
+
+
+@needs_ray
+def test_what_no_node_sees_is_an_error_that_names_node_and_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there, path = str(tmp_path), str(tmp_path / "x")
+    fake = Fake({"one": 1, "two": 1}, {"one": {there: view("x")}, "two": {there: View(None)}})
+    with joined(monkeypatch, fake) as (pool, _):
+        with pytest.raises(BridgeError, match=f"node (one|two) doesn't see {path}.*rsync -a"):
+            pool.submit(name_of, path).result(20)
+        fake.sees["two"] = {}  # it was mounted meanwhile
+        fake.hold.set()
+        assert ended(pool.submit(name_of, path)) == [(path, 0)]
+    assert fake.ran == ["two"]
+
+
+@needs_ray
+def test_never_more_are_with_ray_than_there_are_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake({"one": 2, "two": 2})
+    with joined(monkeypatch, fake, workers=3) as (pool, _):
+        assert pool.slots == 3
+        futures = [pool.submit(name_of, "/x", number) for number in range(50)]
+        until(lambda: fake.running == 3)
+        fake.hold.set()
+        assert ended(*futures) == [("/x", number) for number in range(50)]
+    assert fake.most == 3
+    assert len(fake.ran) == 50
+
+
+@needs_ray
+def test_a_call_whose_worker_is_lost_is_made_again_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = [ray.exceptions.WorkerCrashedError() for _ in range(2)]
+    fake = Fake({"one": 1}, fail={"one": list(lost)})
+    fake.hold.set()
+    with joined(monkeypatch, fake) as (pool, _):
+        assert ended(pool.submit(name_of, "/x")) == [("/x", 0)]
+        assert fake.ran == ["one"] * 3
+        fake.fail = {"one": [ray.exceptions.OutOfMemoryError("no memory"), *lost]}
+        with pytest.raises(BridgeError, match=r"lost 3 times, the last on node one.*--max-workers"):
+            pool.submit(name_of, "/x").result(20)
+
+
+@needs_ray
+def test_a_node_that_died_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    died = ray.exceptions.NodeDiedError("gone")
+    fake = Fake({"one": 4, "two": 1}, fail={"one": [died] * 4})
+    with joined(monkeypatch, fake) as (pool, words):
+        futures = [pool.submit(name_of, "/x", number) for number in range(8)]
+        until(lambda: fake.running == 5)
+        fake.hold.set()
+        assert ended(*futures) == [("/x", number) for number in range(8)]
+        assert Counter(fake.ran) == {"one": 4, "two": 8}
+        assert words == ["Ray: node one was lost; what it did is done again"]
+        assert pool.slots == 1
+        del fake.cpus["one"]
+        fake.cpus["three"] = 3
+        until(lambda: pool.slots == 4)
+
+
+@needs_ray
+def test_only_what_waits_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake({"one": 1})
+    with joined(monkeypatch, fake) as (pool, _):
+        futures = [pool.submit(name_of, "/x", number) for number in range(5)]
+        until(lambda: fake.running == 1)
+        assert [future.cancel() for future in futures] == [False, True, True, True, True]
+        until(lambda: len(wait(futures, 0).done) == 4)
+        fake.hold.set()
+        assert not wait(futures, 20).not_done
+        assert ended(futures[0]) == [("/x", 0)]
+    assert fake.ran == ["one"]
+
+
+@needs_ray
+def test_who_stops_waits_for_none_to_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake({"one": 1}, fail={"one": [ray.exceptions.WorkerCrashedError()]})
+    with joined(monkeypatch, fake) as (pool, _):
+        future = pool.submit(name_of, "/x")
+        until(lambda: fake.running == 1)
+        pool.stopped.set()
+        fake.hold.set()
+        with pytest.raises(BridgeError, match="was lost once"):
+            future.result(20)
+
+
+@needs_ray
+def test_a_node_that_joins_with_other_code_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake({"one": 1}, codes={"two": ("other", "0.0.1")})
+    fake.hold.set()
+    with joined(monkeypatch, fake) as (pool, words):
+        fake.cpus["two"] = 7
+        until(lambda: bool(words))
+        assert "node two has neox-bridge 0.0.1, and this is" in words[0]
+        assert ended(*[pool.submit(name_of, "/x", n) for n in range(9)])
+        assert pool.slots == 1
+    assert set(fake.ran) == {"one"}
+
+
+@needs_ray
+def test_without_a_node_calls_wait_a_while_and_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake({"one": 1}, fail={"one": [ray.exceptions.NodeDiedError("gone")]})
+    fake.hold.set()
+    with joined(monkeypatch, fake) as (pool, _):
+        future = pool.submit(name_of, "/x")
+        until(lambda: bool(fake.ran))
+        assert not wait([future], 0.3).done
+        del fake.cpus["one"]
+        fake.cpus["two"] = 1
+        assert ended(future) == [("/x", 0)]
+        fake.cpus.clear()
+        until(lambda: not pool._members)
+        monkeypatch.setattr(ray_cluster, "_PATIENCE", 0.1)
+        with pytest.raises(BridgeError, match="no node left"):
+            pool.submit(name_of, "/x").result(20)
+
+
+@needs_ray
+def test_a_lost_cluster_ends_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake({"one": 1})
+    with joined(monkeypatch, fake) as (pool, _):
+        futures = [pool.submit(name_of, "/x", number) for number in range(3)]
+        until(lambda: fake.running == 1)
+        fake.lost = ray.exceptions.RpcError("the head is gone")
+        for future in futures:
+            with pytest.raises(BridgeError, match=r"Ray cluster is lost: the head is gone"):
+                future.result(20)
+        with pytest.raises(BridgeError, match="lost"):
+            pool.submit(name_of, "/x")
+
+
+@needs_ray
+def test_what_nodes_see_is_forgotten_when_nobody_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake({"one": 2})
+    fake.hold.set()
+    with joined(monkeypatch, fake) as (pool, _):
+        ended(*[pool.submit(name_of, f"/{number}/x") for number in range(50)])
+        until(lambda: not pool._needed)
+        assert [member.views for member in pool._members.values()] == [{}]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("ray://head:10001", "client isn't supported"),
+        ("127.0.0.1:1", r"no Ray cluster at 127\.0\.0\.1:1 .*ray start --head"),
+        ("head:port", "isn't HOST:PORT"),
+    ],
+)
+@needs_ray
+def test_an_address_where_no_cluster_is(address: str, words: str) -> None:
+    with pytest.raises(BridgeError, match=words):
+        ray_connect.connect(address, None)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BridgeError, match=r"pip install 'neox-bridge\[ray\]'"):
+        RayCluster()
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
