@@ -10,7 +10,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.layouts.own_files import brought_along
 from neox_bridge.layouts.text_files import LARGE, read_json
-from neox_bridge.stores.paths import isdir, isfile, plain, size
+from neox_bridge.stores import paths
 
 NAMES = (
     "tokenizer.json",
@@ -49,8 +49,8 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
 
     Raises BridgeError for what isn't a file or leads out of it: they are copied as they are.
     """
-    paths = [os.path.join(folder, name) for name in NAMES]
-    found = tuple(path for path in paths if brought_along(path, root or folder))
+    places = [os.path.join(folder, name) for name in NAMES]
+    found = tuple(path for path in places if brought_along(path, root or folder))
     for path in found:
         open_regular(path).close()
     return found
@@ -58,13 +58,13 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
 
 def tokenizer_at(path: str) -> tuple[str, ...]:
     """The tokenizer files of ``--tokenizer PATH``, a folder or a tokenizer.json of any name."""
-    path = plain(path)
-    if isdir(path):
+    path = paths.plain(path)
+    if paths.isdir(path):
         found = tokenizer_files(path)
         if not any(os.path.basename(file) == "tokenizer.json" for file in found):
             raise BridgeError(f"--tokenizer {path}: no tokenizer.json in this folder.")
         return found
-    if not isfile(path):
+    if not paths.isfile(path):
         raise BridgeError(f"--tokenizer {path}: no such file or folder.")
     if "model" not in _read(path):
         raise BridgeError(f"--tokenizer {path}: not a tokenizer.json (it has no model).")
@@ -93,7 +93,7 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
     entries = _entries(main) if main else {}
     ends = entries.get(END_OF_TEXT)
     copies = [
-        ("tokenizer.json" if file == main else os.path.basename(file), file, size(file))
+        ("tokenizer.json" if file == main else os.path.basename(file), file, paths.size(file))
         for file in files
     ]
     names = {name for name, _, _ in copies}
