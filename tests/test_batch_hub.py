@@ -62,7 +62,7 @@ def test_a_branch_for_each_step(hub: Stub, run: Run, source: Path, tmp_path: Pat
     commits = hub.count("POST /api/models/org/model/commit")
     assert statuses(run, *told, "--private") == dict.fromkeys(STEPS, "skipped")
     assert hub.count("POST /api/models/org/model/commit") == commits
-    out, err = run("batch", source, f"hf://{REPO}", "--to", "hf", "--retries", 0, code=1)
+    _, err = run("batch", source, f"hf://{REPO}", "--to", "hf", "--retries", 0, code=1)
     assert err.count("holds other files") == len(STEPS)
 
 

@@ -21,12 +21,13 @@ from neox_bridge.stores.objects import (
     below,
     fetch,
     forget,
+    kind,
     look,
     names,
     put_small,
     remove,
 )
-from neox_bridge.stores.paths import isdir, isfile
+from neox_bridge.stores.paths import isfile
 from neox_bridge.stores.uploads import WORK, abort_left_over
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -75,8 +76,8 @@ def begin(
     step = plan.target.get("step")
     marks = f"{url}/{WORK}/{sha256(key.line().encode()).hexdigest()[:32]}"
     forget(url)
-    begun = _read_begun(f"{marks}/begun")
-    own = [] if begun else _names(url)
+    own = _names(url)
+    begun = _read_begun(f"{marks}/begun") if WORK in own else None
     is_run = LATEST in own or any(name.startswith("global_step") for name in own)
     inside = str(step) if isinstance(step, str) and is_run else None
     if begun:
@@ -91,21 +92,21 @@ def begin(
             f"{url} holds the source {held}, which would be replaced while it is read. Choose "
             "another target."
         )
-    there = {u: o for u, o in below(replaced).items() if not u.startswith(f"{url}/{WORK}/")}
+    found = below(replaced) if own else {}
+    there = {u: o for u, o in found.items() if not u.startswith(f"{url}/{WORK}/")}
     if there and not overwrite and not begun:
         raise _exists(replaced, there)
     planned = {f"{url}/{file.path}" for file in plan.files}
-    stale = tuple(sorted(set(there) - planned))
+    # without --overwrite what isn't of the plan came meanwhile, and is somebody's
+    stale = tuple(sorted(set(there) - planned)) if overwrite else ()
     folder = Folder(url, marks, inside, theirs, stale)
     done = _done(folder, plan, there) if begun else {}
-    remove(
-        f"{url}/{file.path}" for file in plan.files if file.seals and f"{url}/{file.path}" in there
-    )
-    remove(u for u in there if u.rpartition("/")[2] == RECORD)
+    remove(u for u in there if u.endswith(f"/{RECORD}") and (overwrite or u in planned))
     if not begun:
         told = {"step": inside, "theirs": sorted(theirs)}
         put_small(f"{marks}/begun", json.dumps(told).encode())
-    abort_left_over(replaced)
+    if own:
+        abort_left_over(replaced)
     return folder, done
 
 
@@ -130,12 +131,14 @@ def _check_name(url: str) -> None:
             f"{url}: that is all of a store, which can't be a target. Name a folder in it: "
             f"{url.rstrip('/')}/NAME."
         )
-    if isfile(url):
-        raise BridgeError(f"{url} is a file. Name a folder that doesn't exist yet.")
 
 
 def _names(url: str) -> list[str]:
-    return names(url) if isdir(url) else []
+    """What is there. Raises BridgeError where that is a file."""
+    what = kind(url)
+    if what == "file":
+        raise BridgeError(f"{url} is a file. Name a folder that doesn't exist yet.")
+    return names(url) if what == "directory" else []
 
 
 def _read_begun(url: str) -> tuple[str | None, frozenset[str]] | None:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from neox_bridge.errors import BridgeError, Unreachable, Unverified
 from neox_bridge.execution.exchange import swap
@@ -52,11 +52,14 @@ def check_free(target: str, step: str | None) -> None:
         raise _exists(target)
 
 
-def check_room(target: str, size: int) -> None:
-    """Raise BridgeError where the disk hasn't so many bytes left."""
+def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
+    """Raise BridgeError where the disk hasn't so many bytes left.
+
+    shared: asked only then: how many of them need no room, since they share blocks with a source.
+    """
     parent = _nearest(os.path.dirname(os.path.realpath(target)))
     free = shutil.disk_usage(parent).free
-    if free < size:
+    if free < size and free < (size := size - shared()):
         raise BridgeError(
             f"No space left for {target}: {size:,} bytes are needed and {free:,} are free in "
             f"{parent}. Make room or choose another place."

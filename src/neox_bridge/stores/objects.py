@@ -210,8 +210,7 @@ def remove(urls: Iterable[str]) -> None:
 
 def forget(url: str) -> None:
     """Let nothing be believed any more that was seen of an object, of what is below or above it."""
-    fs, _ = filesystem(url)
-    fs.invalidate_cache()
+    filesystem(url)[0].invalidate_cache()
     for folder in list(_listings):
         if url.startswith(f"{folder}/") or folder == url or folder.startswith(f"{url}/"):
             _listings.pop(folder, None)
