@@ -435,6 +435,16 @@ def test_an_address_where_no_cluster_is(address: str, words: str) -> None:
         ray_connect.connect(address, None)
 
 
+@needs_ray
+def test_a_cluster_that_ran_here_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(BridgeError, match=r"There is no Ray cluster at [\d.]+:1 "):
+        ray_connect.connect("auto", None)
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BridgeError, match=r"pip install 'neox-bridge\[ray\]'"):
