@@ -31,7 +31,8 @@ from neox_bridge.planning.batch import Batch, spread
 from neox_bridge.planning.mp_rank import buffer_names, with_slots
 from neox_bridge.planning.pieces import OutputTensor, Plan, Whole
 from neox_bridge.planning.random_states import cuda_state, model_parallel_seed, of_rank
-from neox_bridge.planning.reshard import Resharding, plan_reshard
+from neox_bridge.planning.reshard import plan_reshard
+from neox_bridge.planning.reshard_target import Resharding
 from neox_bridge.planning.stages import stage_bounds
 from neox_bridge.planning.vocabulary import Vocabulary
 from neox_bridge.verification.optimizer import compare_states
@@ -303,7 +304,7 @@ def test_moments_that_ranks_disagree_on_are_averaged_and_told(tmp_path: Path) ->
 def test_rows_of_padding_have_no_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the run's step of rows isn't a multiple of the new TP."""
     made = Vocabulary(48, 64, 32, None)
-    monkeypatch.setattr("neox_bridge.planning.reshard.keep", lambda *_: made)
+    monkeypatch.setattr("neox_bridge.planning.reshard_target.keep", lambda *_: made)
     plan, _ = reshard(DATA / "fp32", tmp_path / "new", tp=2)
     assert "padding-rows" in [finding.code for finding in plan.findings]
     old, new = logical(DATA / "fp32"), logical(tmp_path / "new")

@@ -77,6 +77,14 @@ def reshard(
             "part on each.",
         ),
     ] = "whole",
+    universal: Annotated[
+        bool,
+        typer.Option(
+            "--universal",
+            help="Write DeepSpeed's universal checkpoint: a file for each state of each parameter. "
+            "It loads on any number of data-parallel ranks.",
+        ),
+    ] = False,
     states: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +113,7 @@ def reshard(
       neox-bridge reshard run run-dp4 --dp 4
       neox-bridge reshard run run-tp4 --tp 4 --pp 2
       neox-bridge reshard run run-one --tp 1 --pp 0 --dp 1 --dry-run
+      neox-bridge reshard run run --universal
 
     Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't be
     what was asked), 130 interrupted.
@@ -117,11 +126,13 @@ def reshard(
         "zero": zero,
         "micro_batch": micro_batch,
         "row_bias": row_bias,
+        "universal": universal,
     }
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.layouts.optimizer_reader import read_optimizer
-        from neox_bridge.planning.reshard import Resharding, plan_reshard
+        from neox_bridge.planning.reshard import plan_reshard
+        from neox_bridge.planning.reshard_target import Resharding
         from neox_bridge.stores.paths import absolute
 
         checkpoint = open_checkpoint(

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.step_folder import number_of
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.runs import Place
@@ -131,6 +132,6 @@ def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _iteration(checkpoint: Checkpoint) -> int | None:
     """The step that a GPT-NeoX checkpoint's own metadata tell, where it isn't the folder's."""
     state = checkpoint.neox
-    if state is None or state.iteration == int(state.step.removeprefix("global_step")):
+    if state is None or state.iteration == number_of(state.step):
         return None
     return state.iteration
