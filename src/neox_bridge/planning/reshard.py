@@ -283,6 +283,14 @@ def _findings(checkpoint: Checkpoint, made: Target, sources: Sources) -> Iterato
         f"train_micro_batch_size_per_gpu {batch.micro}, gradient_accumulation_steps "
         f"{batch.accumulation}",
     )
+    if made.universal:
+        yield Finding(
+            "load-universal",
+            "info",
+            "resume.yml has load_universal: true, with which GPT-NeoX starts from this folder each "
+            "time",
+            "set it to false once the run has saved a checkpoint of its own",
+        )
     if ranks := sources.derived(made.shape.tp):
         several = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         yield Finding(
@@ -291,12 +299,21 @@ def _findings(checkpoint: Checkpoint, made: Target, sources: Sources) -> Iterato
             f"the run had no tensor-parallel rank {several}: the generator of dropout there is "
             "derived from rank 0's",
         )
-    if made.vocabulary.padded != checkpoint.config.dims["vocab"]:
+    rows = checkpoint.config.dims["vocab"]
+    if state.universal and made.vocabulary.padded != rows:
+        yield Finding(
+            "padding-lost",
+            "warning",
+            f"the universal checkpoint is without {made.vocabulary.padded - rows} rows of padding, "
+            "which GPT-NeoX trains too and counts in its loss: they are zeros now",
+            "write it with original_vocab_size as large as padded_vocab_size",
+        )
+    elif made.vocabulary.padded != rows:
         yield Finding(
             "padding-rows",
             "warning",
             f"TP {made.shape.tp} needs {made.vocabulary.padded} vocabulary rows where the run had "
-            f"{checkpoint.config.dims['vocab']}: zero rows are added, and they count in the loss, "
+            f"{rows}: zero rows are added, and they count in the loss, "
             "since GPT-NeoX's softmax sees them",
             "choose a TP that divides the run's rows",
         )
