@@ -240,7 +240,7 @@ def test_the_yml_says_how_it_is_loaded(universal: Path, tmp_path: Path) -> None:
     told = yaml.safe_load((tmp_path / "new" / "resume.yml").read_text())
     assert told["checkpoint"] == {"load_universal": False}
     assert (tmp_path / "new" / "latest").read_text() == "global_step9"
-    names = [path for path in (tmp_path / "new").rglob("mp_rank*")]
+    names = list((tmp_path / "new").rglob("mp_rank*"))
     assert all("universal_checkpoint_info" not in value(path) for path in names)
 
 
