@@ -1,4 +1,4 @@
-"""An audit with ``--optimizer`` finds what is wrong with states, and nothing in a run that is right."""
+"""``audit --optimizer`` finds what is wrong with states, and nothing in a run that is right."""
 
 import json
 import shutil

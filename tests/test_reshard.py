@@ -35,6 +35,7 @@ from neox_bridge.planning.reshard import plan_reshard
 from neox_bridge.planning.reshard_target import Resharding
 from neox_bridge.planning.stages import stage_bounds
 from neox_bridge.planning.vocabulary import Vocabulary
+from neox_bridge.planning.zero_stage import at_stage
 from neox_bridge.verification.optimizer import compare_states
 
 DATA = Path(__file__).parent / "data" / "reshard"
@@ -54,7 +55,8 @@ RANDOM = ("random_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_
 def reshard(source: Path, target: Path, **asked: Any) -> tuple[Plan, Result]:
     checkpoint = open_checkpoint(str(source))
     optimizer = read_optimizer(checkpoint)
-    plan = plan_reshard(checkpoint, optimizer, Resharding(**asked), str(target))
+    made, given = at_stage(checkpoint, optimizer, asked.get("zero", optimizer.stage))
+    plan = plan_reshard(checkpoint, made, Resharding(**asked), str(target), given)
     return plan, execute(plan, str(target))
 
 
@@ -157,6 +159,10 @@ def logical(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         ("fp32_stage0", {}, "fp32_stage0"),
         ("fp16_stage0", {}, "fp16_stage0"),
         ("bf16_accumulated_dp3", {}, "bf16_accumulated_dp3"),
+        ("fp32_stage0", {"zero": 1}, "fp32"),
+        ("fp32_stage0", {"zero": 1, "pp": 0, "dp": 2}, "fp32_pp0_dp2"),
+        ("fp32", {"zero": 0}, "fp32_stage0"),
+        ("fp32_pp0_dp2", {"zero": 0, "pp": 1, "dp": 1}, "fp32_stage0"),
     ],
 )
 def test_the_files_are_deepspeeds(
@@ -239,6 +245,36 @@ def test_stage_2_is_written_as_deepspeed_does(tmp_path: Path) -> None:
     assert read_optimizer(open_checkpoint(str(tmp_path / "two"))).stage == 2
     reshard(tmp_path / "two", tmp_path / "one", zero=1)
     assert compared(tmp_path / "one", DATA / "fp32_pp0_dp2") == []
+
+
+def test_stage_0_in_half_precision(tmp_path: Path) -> None:
+    """The loss scaler as an object, as stage 1 has it; and back the same files."""
+    reshard(DATA / "fp16_stage0", tmp_path / "one", zero=1, dp=1)
+    scalers = []
+    for root in (tmp_path / "one", FP16):
+        (name,) = (name for name in files(root) if name.startswith("zero_pp_rank_0"))
+        inner: Any = read_torch(str(files(root)[name]))
+        scalers.append(inner["optimizer_state_dict"]["loss_scaler"])
+    mine, genuine = scalers
+    assert mine.factory == genuine.factory
+    assert list(mine.state) == list(genuine.state)
+    counted = ("cur_iter", "cur_scale")
+    assert {k: v for k, v in mine.state.items() if k not in counted} == {
+        k: v for k, v in genuine.state.items() if k not in counted
+    }
+    assert (mine.state["cur_iter"], mine.state["cur_scale"]) == (4, 256)
+    reshard(tmp_path / "one", tmp_path / "zero", zero=0)
+    assert compared(tmp_path / "zero", DATA / "fp16_stage0") == []
+    reshard(FP16, tmp_path / "other", zero=0)
+    reshard(tmp_path / "other", tmp_path / "back", zero=1)
+    assert compared(tmp_path / "back", FP16) == []
+
+
+def test_stage_0_of_what_has_none(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="in bfloat16 only stages 1 and 2 become each other"):
+        reshard(DATA / "bf16_tp2", tmp_path / "new", zero=0)
+    with pytest.raises(Refused, match="at ZeRO stages 1 and 2 only"):
+        reshard(DATA / "fp32_stage0", tmp_path / "new", universal=True)
 
 
 # --- there and back ------------------------------------------------------------------------------

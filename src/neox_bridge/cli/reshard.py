@@ -55,7 +55,7 @@ def reshard(
             max=2,
             metavar="N",
             rich_help_panel=_LAYOUT,
-            help="ZeRO's stage: 1 and 2 become each other.",
+            help="ZeRO's stage; in bfloat16 1 and 2 become each other only.",
         ),
     ] = None,
     micro_batch: Annotated[
@@ -133,6 +133,7 @@ def reshard(
         from neox_bridge.layouts.optimizer_reader import read_optimizer
         from neox_bridge.planning.reshard import plan_reshard
         from neox_bridge.planning.reshard_target import Resharding
+        from neox_bridge.planning.zero_stage import at_stage
         from neox_bridge.stores.paths import absolute
 
         checkpoint = open_checkpoint(
@@ -146,6 +147,8 @@ def reshard(
             from neox_bridge.layouts.optimizer_export import with_export
 
             checkpoint, given = with_export(checkpoint, optimizer, states)
+        if zero is not None:
+            optimizer, given = at_stage(checkpoint, optimizer, zero, given)
         made = absolute(target)
         plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), made, given)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)

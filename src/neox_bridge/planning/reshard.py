@@ -207,9 +207,10 @@ def _metadata(
         INFO: info,
     }
     frozen: dict[str, Any] | None = {} if made.zero == 2 else None  # engine.py, save_frozen_param
-    for key in ("frozen_param_shapes", "frozen_param_fragments"):
-        if key in sources.metas[0]:
-            new[key] = frozen
+    told = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
+    if (made.zero == 0) != (sources.metas[0].get("param_shapes") is None):
+        told |= {"shared_params": None if inside else {}, "optimizer": None}
+    new |= {key: value for key, value in told.items() if key in sources.metas[0]}
     if not inside:
         return mp_rank(sources, stage, rank, new)
     new["optimizer"], states, _ = inside[number]

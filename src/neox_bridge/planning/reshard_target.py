@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from neox_bridge.architectures.base import ModelConfig
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import Refused
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName
 from neox_bridge.layouts.optimizer import Optimizer
 from neox_bridge.layouts.step_folder import number_of
@@ -59,7 +59,10 @@ class Target:
 
 
 def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> Target:
-    """The target that was asked for. Raises BridgeError or Refused where it can't be."""
+    """The target that was asked for. Raises Refused where it can't be.
+
+    optimizer: as it is at the target's stage; see ``zero_stage.at_stage``.
+    """
     state, raw = checkpoint.neox, checkpoint.raw
     assert state is not None
     options = Options(
@@ -78,10 +81,10 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
             "ZeRO stage 2 doesn't go with pipe_parallel_size 1 or more: DeepSpeed refuses it. "
             "Use --zero 1, or --pp 0."
         )
-    if (zero == 0) != (optimizer.stage == 0):
-        raise BridgeError(
-            f"--zero {zero}: the source is of stage {optimizer.stage}, and stage 0 keeps its "
-            "states in another way. Stages 1 and 2 become each other; leave --zero out else."
+    if zero == 0 and asked.universal:
+        raise Refused(
+            "--universal: DeepSpeed loads universal checkpoints at ZeRO stages 1 and 2 only. Say "
+            "--zero 1."
         )
     told = optimizer.metas[0].get("ds_config") or {}
     batch = spread(batch_of(told, raw, optimizer.dp), dp, asked.micro_batch)
