@@ -35,7 +35,6 @@ from neox_bridge.planning.reshard import plan_reshard
 from neox_bridge.planning.reshard_target import Resharding
 from neox_bridge.planning.stages import stage_bounds
 from neox_bridge.planning.vocabulary import Vocabulary
-from neox_bridge.planning.zero_stage import at_stage
 from neox_bridge.verification.optimizer import compare_states
 
 DATA = Path(__file__).parent / "data" / "reshard"
@@ -55,8 +54,7 @@ RANDOM = ("random_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_
 def reshard(source: Path, target: Path, **asked: Any) -> tuple[Plan, Result]:
     checkpoint = open_checkpoint(str(source))
     optimizer = read_optimizer(checkpoint)
-    made, given = at_stage(checkpoint, optimizer, asked.get("zero", optimizer.stage))
-    plan = plan_reshard(checkpoint, made, Resharding(**asked), str(target), given)
+    plan = plan_reshard(checkpoint, optimizer, Resharding(**asked), str(target))
     return plan, execute(plan, str(target))
 
 
@@ -633,8 +631,6 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(Refused, match=message):
             plan_reshard(checkpoint, optimizer, asked, str(tmp_path / "x"))
-    with pytest.raises(BridgeError, match="--zero 0: the source is of stage 1"):
-        plan_reshard(checkpoint, optimizer, Resharding(zero=0), str(tmp_path / "x"))
 
 
 # --- the command ---------------------------------------------------------------------------------

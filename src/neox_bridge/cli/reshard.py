@@ -1,13 +1,17 @@
 """``neox-bridge reshard``."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neox_bridge.cli import values
 from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
+
+if TYPE_CHECKING:
+    from neox_bridge.layouts.optimizer import Optimizer
+    from neox_bridge.planning.zero_stage import States
 
 _LAYOUT = "Where it goes on"
 
@@ -142,13 +146,12 @@ def reshard(
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
-        optimizer, given = read_optimizer(checkpoint), None
+        optimizer: Optimizer = read_optimizer(checkpoint)
+        given: States | None = None
         if states is not None:
             from neox_bridge.layouts.optimizer_export import with_export
 
             checkpoint, given = with_export(checkpoint, optimizer, states)
-        if zero is not None:
-            optimizer, given = at_stage(checkpoint, optimizer, zero, given)
         made = absolute(target)
         plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), made, given)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
@@ -156,6 +159,8 @@ def reshard(
         def check(progress: Progress) -> Callable[[str], None]:
             from neox_bridge.verification.optimizer import checker
 
-            return checker(checkpoint, optimizer, given, workers=max_workers, progress=progress)
+            stage = optimizer.stage if zero is None else zero
+            held = at_stage(checkpoint, optimizer, stage, given)
+            return checker(checkpoint, *held, workers=max_workers, progress=progress)
 
         carry_out(plan, target, "resharding", how, check)

@@ -24,6 +24,7 @@ from neox_bridge.planning.record import neox_record, source_summary
 from neox_bridge.planning.reshard_target import Resharding, Target, settle, with_target_rows
 from neox_bridge.planning.to_neox import checkpoint_args
 from neox_bridge.planning.universal import Universal, universal, universal_files
+from neox_bridge.planning.zero_stage import at_stage
 
 
 def plan_reshard(
@@ -40,6 +41,8 @@ def plan_reshard(
     """
     state = checkpoint.neox
     assert state is not None
+    if asked.zero is not None:
+        optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
     made = settle(checkpoint, optimizer, asked)
     weights = with_target_rows(checkpoint, made.config, checkpoint.tensors)
     moved = {

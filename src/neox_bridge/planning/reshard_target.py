@@ -59,10 +59,7 @@ class Target:
 
 
 def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> Target:
-    """The target that was asked for. Raises Refused where it can't be.
-
-    optimizer: as it is at the target's stage; see ``zero_stage.at_stage``.
-    """
+    """The target that was asked for. Raises BridgeError or Refused where it can't be."""
     state, raw = checkpoint.neox, checkpoint.raw
     assert state is not None
     options = Options(
