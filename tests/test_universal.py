@@ -207,6 +207,7 @@ def universal(tmp_path: Path) -> Path:
 def test_every_command_reads_it(universal: Path, tmp_path: Path) -> None:
     out = run("inspect", universal, "--optimizer")
     assert "global_step9_universal, iteration 9" in out
+    assert "layout      DeepSpeed's universal, for layers, TP 2, PP 1\n" in out
     assert "states      ZeRO 1, 2 data-parallel ranks: master, exp_avg, exp_avg_sq\n" in out
     out = run("diff", DATA / "bf16_tp2", universal, "--optimizer")
     assert out == "112 tensors: 112 equal, 0 not\n"
@@ -219,6 +220,11 @@ def test_every_command_reads_it(universal: Path, tmp_path: Path) -> None:
     run("convert", universal, tmp_path / "hf", "--weights", "masters")
     for name, found in hf_tensors(tmp_path / "hf").items():
         assert same_bits(found, logical(DATA / "bf16_tp2")["master"][name])
+
+
+def test_doctor_says_that_it_isnt_for_it(universal: Path) -> None:
+    out = " ".join(run("doctor", universal, code=4).split())
+    assert "is a universal checkpoint of DeepSpeed" in out
 
 
 def test_an_export_goes_back_into_it(universal: Path, tmp_path: Path) -> None:
