@@ -240,7 +240,7 @@ def test_an_export_goes_back_into_it(universal: Path, tmp_path: Path) -> None:
 
 def test_the_yml_says_how_it_is_loaded(universal: Path, tmp_path: Path) -> None:
     """And that of an ordinary checkpoint made of it doesn't any more."""
-    told = yaml.safe_load((universal / "resume.yml").read_text())
+    told = yaml.safe_load((universal / "resume_universal.yml").read_text())
     assert told["checkpoint"] == {"load_universal": True}
     run("reshard", universal, tmp_path / "new")
     told = yaml.safe_load((tmp_path / "new" / "resume.yml").read_text())
@@ -253,9 +253,11 @@ def test_the_yml_says_how_it_is_loaded(universal: Path, tmp_path: Path) -> None:
 def test_into_a_run(tmp_path: Path) -> None:
     """Beside the step that it is of, as DeepSpeed has it; ``latest`` still names that one."""
     shutil.copytree(DATA / "fp32", tmp_path / "run")
+    (tmp_path / "run" / "latest_universal").write_text("global_step2_universal")
     run("reshard", tmp_path / "run", tmp_path / "run", "--universal")
     assert (tmp_path / "run" / "latest").read_text() == "global_step4"
     assert inside(tmp_path / "run").name == "global_step4_universal"
+    assert (tmp_path / "run" / "resume_universal.yml").exists()
     (tmp_path / "run" / "latest").unlink()
     shutil.rmtree(tmp_path / "run" / "global_step4")
     for step in ((), ("--step", "4")):

@@ -79,7 +79,7 @@ def test_they_load(precision: str, residual: str, neox_python: str, tmp_path: Pa
         if not new.exists():
             reshard(run, new, tp=written.tp, pp=written.pp, dp=written.dp, universal=True)
         here = {**BATCH, "pipe_parallel_size": target.pp}
-        job = {"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": here}
+        job = {"yml": str(new / "resume_universal.yml"), "losses": 3, "alike": True, "set": here}
         (mine,) = losses(neox_python, target, [job], tmp_path / f"{written} on {target}")
         steps = (0, 1, 2) if residual == "sequential" or target.tp == own.tp else (0,)
         if any(apart(want[n], mine[n]) > allowed for n in steps):

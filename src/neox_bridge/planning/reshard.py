@@ -272,7 +272,8 @@ def _small_files(
         text_file(f"{made.step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{made.step}/configs/neox_bridge.yml", configs),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
-        text_file("resume.yml", yml),
+        # a name of its own, since it may come into a run that has the other
+        text_file("resume_universal.yml" if made.universal else "resume.yml", yml),
         text_file(LATEST if made.universal else "latest", made.step.encode()),
     ]
 
@@ -291,8 +292,8 @@ def _findings(checkpoint: Checkpoint, made: Target, sources: Sources) -> Iterato
         yield Finding(
             "load-universal",
             "info",
-            "resume.yml has load_universal: true, with which GPT-NeoX starts from this folder each "
-            "time",
+            "resume_universal.yml has load_universal: true, with which GPT-NeoX starts from this "
+            "folder each time",
             "set it to false once the run has saved a checkpoint of its own",
         )
     if ranks := sources.derived(made.shape.tp):
