@@ -67,7 +67,7 @@ def is_run(folder: str) -> bool:
     """Whether it is the root of a GPT-NeoX run, into which a step can be put beside others."""
     with contextlib.suppress(OSError):
         names = os.listdir(folder)
-        return bool({*LATEST} & {*names}) or any(name.startswith("global_step") for name in names)
+        return any(name in LATEST or name.startswith("global_step") for name in names)
     return False
 
 
