@@ -264,6 +264,13 @@ def test_into_a_run(tmp_path: Path) -> None:
         assert "_universal" in run("inspect", tmp_path / "run", *step)
 
 
+def test_in_a_store() -> None:
+    url = "memory://universal/run"
+    run("reshard", DATA / "bf16_tp2", url, "--universal")
+    out = run("diff", DATA / "bf16_tp2", url, "--optimizer")
+    assert out == "112 tensors: 112 equal, 0 not\n"
+
+
 # --- what is wrong with one ----------------------------------------------------------------------
 
 
