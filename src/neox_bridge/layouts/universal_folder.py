@@ -2,7 +2,6 @@
 
 import os
 
-from neox_bridge.layouts.optimizer import MASTER
 from neox_bridge.stores.paths import isfile
 
 LATEST = "latest_universal"  # in the root: the folder's name
@@ -19,4 +18,6 @@ def is_universal(folder: str) -> bool:
 
 def file_name(key: str) -> str:
     """The file of a state in a parameter's folder."""
+    from neox_bridge.layouts.optimizer import MASTER  # every command opens, few have an optimizer
+
     return f"{'fp32' if key == MASTER else key}.pt"
