@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from common import convert, hf_tensors, make_hf, same_bits
+from jsonschema import Draft202012Validator
 from test_reshard import DATA, RANDOM, SOURCES, compared, differences, logical, reshard, tensor
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer import MASTER
 from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.planning.report import plan_schema
 from neox_bridge.verification.optimizer import compare_states
 
 GENUINE = DATA.parent / "universal"
@@ -309,5 +311,6 @@ def test_steps_that_differ(universal: Path) -> None:
 def test_the_plan_says_it() -> None:
     out = run("reshard", DATA / "fp32", "new", "--universal", "--dry-run", "--json")
     told = json.loads(out)
+    Draft202012Validator(plan_schema()).validate(told)
     assert told["target"]["universal"] is True
     assert "load-universal" in [finding["code"] for finding in told["findings"]]
