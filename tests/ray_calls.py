@@ -41,3 +41,12 @@ def held(folder: str, call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
     finally:
         os.replace = real
+
+
+def version_and_node() -> tuple[str, str]:
+    import ray
+
+    import neox_bridge
+
+    time.sleep(0.2)  # so that all nodes get some
+    return neox_bridge.__version__, ray.get_runtime_context().get_node_id()

@@ -1,11 +1,13 @@
 """Converts on a real Ray cluster of three nodes, of which it kills one, and a worker; a program.
 
 ray_run.py FOLDER SOURCE: leaves ``ray`` (the conversion that lost both) and ``cli`` (that of the
-command, on the two nodes that are left) in the folder, and prints as JSON what happened.
+command, on the two nodes that are left) in the folder, and prints as JSON what happened. In the end
+a node joins that has another version.
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
-from ray_calls import held
+from ray_calls import held, version_and_node
 
+import neox_bridge
 from neox_bridge.batch.items import Item, Source
 from neox_bridge.batch.run import Batch, run_batch
 from neox_bridge.execution import units
@@ -57,6 +60,12 @@ def main(folder: Path, source: Path) -> None:
         told["slots"].append(pool.slots)
         pool.close()
         told["cli"] = _command(folder, source, cluster.address)
+        _join_other(cluster, folder)
+        pool = RayCluster(cluster.address)
+        told["slots"].append(pool.slots)
+        calls = [pool.submit(version_and_node) for _ in range(12)]
+        told["versions"] = sorted({call.result(_WAIT) for call in calls})
+        pool.close()
     finally:
         cluster.shutdown()
     print(json.dumps(told))
@@ -66,6 +75,16 @@ def _node(cluster: Cluster, holds: str) -> Any:
     os.environ["TEST_HOLDS"] = holds
     more = {"include_dashboard": False} if not cluster.list_all_nodes() else {}
     return cluster.add_node(num_cpus=1, object_store_memory=_STORE, **more)
+
+
+def _join_other(cluster: Cluster, folder: Path) -> None:
+    home = Path(neox_bridge.__file__).parent
+    other = folder / "other"
+    shutil.copytree(home, other / home.name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (home / "__init__.py").read_text()
+    (other / home.name / "__init__.py").write_text(text.replace(neox_bridge.__version__, "0.0.0"))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(other), *sys.path])
+    _node(cluster, "never")
 
 
 def _kill(folder: Path, cluster: Cluster, node: Any, told: dict[str, Any]) -> None:

@@ -18,8 +18,6 @@ from common import make_hf, plan_of
 
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.execution import ray_cluster, ray_connect, ray_node
-from neox_bridge.execution.context import Context
-from neox_bridge.execution.output import Job
 from neox_bridge.execution.placement import (
     Places,
     View,
@@ -30,8 +28,7 @@ from neox_bridge.execution.placement import (
     unseen,
 )
 from neox_bridge.execution.ray_cluster import RayCluster
-from neox_bridge.execution.units import _units, make
-from neox_bridge.execution.work import Work
+from neox_bridge.execution.units import Unit, make
 
 ray: Any = pytest.importorskip("ray") if find_spec("ray") else None
 needs_ray = pytest.mark.skipif(ray is None, reason="Ray isn't installed")
@@ -83,9 +80,9 @@ def test_a_folder_whose_files_are_read_must_be_the_same_one() -> None:
 def test_a_unit_reaches_the_sources_of_its_files_and_no_others(tmp_path: Path) -> None:
     source = make_hf(tmp_path / "hf", torch.float32)
     plan = plan_of(source, tmp_path / "neox", dtype="float16")
-    job = Job(plan, Work(str(tmp_path / "work")), Context(), {}, None, False)
     total: Counter[str] = Counter()
-    for unit in _units(job, "/attempts"):
+    for file in plan.files:
+        unit = Unit((file,), "/files", "/attempts", False, None, False)
         places = places_of(make, (unit,))
         assert (places.folders, places.writes) == ((), ("/attempts",))
         total.update(places.files)
@@ -436,6 +433,16 @@ def test_what_nodes_see_is_forgotten_when_nobody_needs_it(monkeypatch: pytest.Mo
 def test_an_address_where_no_cluster_is(address: str, words: str) -> None:
     with pytest.raises(BridgeError, match=words):
         ray_connect.connect(address, None)
+
+
+@needs_ray
+def test_a_cluster_that_ran_here_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(BridgeError, match=r"There is no Ray cluster at [\d.]+:1 "):
+        ray_connect.connect("auto", None)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

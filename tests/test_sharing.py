@@ -15,6 +15,7 @@ import torch
 from common import assert_same, hf_tensors, step_of
 
 import neox_bridge
+from neox_bridge import BridgeError
 from neox_bridge.execution.result import Result
 from neox_bridge.formats.safetensors import layout_safetensors, read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
@@ -195,6 +196,22 @@ def test_files_as_torch_writes_them(disk: Path) -> None:
     assert len(list((disk / "more").glob("*.safetensors"))) > 1
     for name in ("one", "more"):
         assert_same(hf_tensors(disk / "hf"), hf_tensors(disk / name))
+
+
+def test_a_full_disk_has_room_for_what_is_shared(disk: Path) -> None:
+    size = sum(path.stat().st_size for path in (disk / "hf").iterdir())
+    os.sync()  # what other tests removed is free only then
+    with (disk / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - size // 2)
+    os.sync()
+    try:
+        there = convert(disk / "hf", disk / "neox")
+        assert there.shared > 0.99 * there.size
+        with pytest.raises(BridgeError, match="No space left"):
+            convert(disk / "hf", disk / "cast", dtype="bfloat16")
+    finally:
+        os.truncate(disk / "ballast", 0)  # at once, where XFS removes files some time later
+        (disk / "ballast").unlink()
 
 
 def test_every_crc_of_shared_blocks(disk: Path) -> None:

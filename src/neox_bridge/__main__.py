@@ -8,7 +8,10 @@ def main() -> None:
     gc.set_threshold(50_000)  # modules and headers are many objects and no garbage
     from neox_bridge.cli.app import main as run
 
-    run()
+    try:
+        run()
+    finally:
+        gc.freeze()  # nothing to look through at the end, which takes longer than all else there
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.verification.runs import Place, Run, find_runs
 
+_HUB = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)")
 _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
 
 
@@ -61,7 +62,10 @@ def find_items(
     steps: see ``chosen``. Names are ``stepN``, below their run's name where there are several runs.
     Raises BridgeError where there are none, or two would have one name.
     """
-    runs, faults = find_runs(sources)
+    given = list(sources)
+    on_hub = {path: repo for path in given if (repo := _repo(path)) is not None}
+    runs, faults = find_runs(path for path in given if path not in on_hub)
+    runs += [_revisions(repo) for repo in on_hub.values()]
     if not runs:
         raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults) or "No sources.")
     found: list[Item] = []
@@ -81,6 +85,28 @@ def find_items(
             "runs into folders of their own."
         )
     return found, list(faults)
+
+
+def _repo(source: str) -> str | None:
+    """``org/name`` of a model of the Hub, named without a revision; None for other sources."""
+    match = _HUB.fullmatch(source)
+    return match[1] if match and not os.path.exists(source) else None
+
+
+def _revisions(repo: str) -> Run:
+    """The steps of a model of the Hub, read there by ranges; all of it where it has no steps."""
+    from urllib.parse import quote
+
+    from neox_bridge.hub.names import MAIN
+    from neox_bridge.hub.revisions import revisions
+
+    found = revisions(repo)
+    steps = {one.step: one for one in reversed(found) if one.step is not None}  # a branch, or a tag
+    named = sorted(steps.values(), key=lambda one: one.step or 0) or [
+        one for one in found if one.name == MAIN
+    ]
+    places = [Place(f"hf://{repo}@{quote(r.name, safe='')}", r.name, r.step) for r in named]
+    return Run(repo, tuple(places))
 
 
 def chosen(steps: str, there: Sequence[int]) -> set[int] | None:

@@ -7,9 +7,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
+from neox_bridge.batch import on_hub
 from neox_bridge.batch.items import Item, Source
+from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import Row
-from neox_bridge.batch.settled import state_of
+from neox_bridge.batch.settled import State, state_of
 from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
@@ -51,7 +53,8 @@ def _silent(_: Event) -> None:
 class Batch:
     """How all of them are converted.
 
-    target: the folder that gets one for each. retries: for each, after its first failure.
+    target: the folder that gets one for each. hub: the model that gets a branch for each instead.
+    retries: for each, after its first failure.
     every_hash: whether what is done is read again to see if it is whole. norms: whether the L2
     norms of the result's tensors are taken. ahead: checkpoints that are worked on at a time.
     """
@@ -66,6 +69,7 @@ class Batch:
     every_hash: bool = False
     norms: bool = False
     ahead: int = 4
+    hub: HubModel | None = None
     tell: Callable[[Event], None] = _silent
 
 
@@ -115,13 +119,16 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> Row:
     return row
 
 
-def plan_one(item: Item, batch: Batch) -> tuple[Plan, str, str]:
+def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
     target = os.path.join(batch.target, item.name)
     checkpoint, options = item.source.open(), batch.options
     made = kind_of(checkpoint, options)
     if (checkpoint.kind, made, options.iteration) == ("hf", "neox", None):
         options = replace(options, iteration=item.number)  # its folder tells, its config doesn't
+    if batch.hub is not None:
+        plan = on_hub.plan(checkpoint, options, batch.hub)
+        return plan, *on_hub.state_of(plan, batch.hub, item.name)
     plan = make_plan(checkpoint, options, target)
     sources = identities(sources_of(plan))
     return plan, *state_of(target, plan.asked, sources, every_hash=batch.every_hash)
@@ -131,14 +138,42 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     plan, state, words = plan_one(item, batch)
     row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
     if state == "whole" and not batch.overwrite:
-        sweep(row.target)
-        return replace(row, status="skipped", norms=_norms(row, batch, pool))
+        if batch.hub is None:
+            sweep(row.target)
+        return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
     if state == "other" and not batch.overwrite:
         raise _Settled(f"{words}. Name another target, or say --overwrite to replace it.")
+    if batch.hub is not None:
+        return _published(item, row, plan, batch, pool)
     if state == "changed" and not batch.overwrite:
         kept = "" if is_url(row.target) else f"; kept as {_aside(row.target)}"
         found = Finding("not-whole", "warning", f"{words}: written anew{kept}")
         row = replace(row, findings=(*row.findings, found))
+    anew = batch.overwrite or (state == "changed" and is_url(row.target))
+    row = _written(item, row, plan, row.target, anew, batch, pool)
+    return replace(row, norms=_norms(row.target, batch, pool))
+
+
+def _published(item: Item, row: Row, plan: Plan, batch: Batch, pool: Pool) -> Row:
+    """The files made in a folder here, and then by one commit a branch of the Hub."""
+    assert batch.hub is not None
+    folder = on_hub.folder_of(batch.hub, item.name)
+    with on_hub.kept(folder):
+        sources = identities(sources_of(plan))
+        state, _ = state_of(folder, plan.asked, sources, every_hash=True)
+        if state == "whole":  # a run before this one was stopped while it uploaded
+            row = replace(row, status="done")
+        else:
+            row = _written(item, row, plan, folder, True, batch, pool)
+        row = replace(row, norms=_norms(folder, batch, pool))
+        on_hub.send(plan, folder, batch.hub, item.name, batch.overwrite)
+    return row
+
+
+def _written(
+    item: Item, row: Row, plan: Plan, target: str, overwrite: bool, batch: Batch, pool: Pool
+) -> Row:
+    """The plan executed, and verified."""
     batch.tell(Event("begun", item.name, plan.size * (1 + batch.verify)))
 
     def progress(size: int) -> None:
@@ -155,12 +190,12 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
         )
         progress(plan.size)
 
-    if not is_url(row.target):
-        os.makedirs(os.path.dirname(row.target), exist_ok=True)  # of all of them: it stays
+    if not is_url(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)  # of all of them: it stays
     result = execute(
         plan,
-        row.target,
-        overwrite=batch.overwrite or (state == "changed" and is_url(row.target)),
+        target,
+        overwrite=overwrite,
         every_crc=batch.every_crc,
         hash_name=batch.hash_name,
         hash_shared=batch.verify,
@@ -173,7 +208,6 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
         status="done",
         shared=result.shared,
         verified=batch.verify or None,
-        norms=_norms(row, batch, pool),
         findings=(*row.findings, *result.findings),
     )
 
@@ -217,8 +251,8 @@ def verify_part(
         check(folder)
 
 
-def _norms(row: Row, batch: Batch, pool: Pool) -> dict[str, float] | None:
-    found = _share(pool, [(norms_of, row.target)]) if batch.norms else [None]
+def _norms(folder: str, batch: Batch, pool: Pool) -> dict[str, float] | None:
+    found = _share(pool, [(norms_of, folder)]) if batch.norms else [None]
     norms: dict[str, float] | None = found[0]
     return norms
 

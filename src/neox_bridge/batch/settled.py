@@ -41,12 +41,10 @@ def state_of(
     try:
         path = find_record(target)
         data = read_bytes(path)
-        record = parse_json(data)
-        hash_name, files = told(record)
-        made = (record["written"]["asked"], record["written"]["sources"])
-    except (BridgeError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        hash_name, files = told(parse_json(data))
+    except (BridgeError, ValueError, RecursionError):
         return "other", f"{target} isn't a whole conversion of neox-bridge's"
-    if made != (_plain(asked), sources_told(sources)):
+    if not is_of(data, asked, sources):
         return "other", f"{target} was made with other options, or from other files"
     if not is_whole(data):
         return "changed", f"{path} was changed"
@@ -92,5 +90,11 @@ def _of_objects(
     return "whole", ""
 
 
-def _plain(asked: Mapping[str, object]) -> Any:
-    return json.loads(json.dumps(asked))
+def is_of(record: bytes, asked: Mapping[str, object], sources: Mapping[str, Identity]) -> bool:
+    """Whether a record says that something was made with these options from these files."""
+    try:
+        written: dict[str, Any] = parse_json(record)["written"]
+        made = written["asked"], written["sources"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return made == (json.loads(json.dumps(asked)), sources_told(sources))

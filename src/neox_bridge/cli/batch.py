@@ -14,13 +14,14 @@ from neox_bridge.cli.output import print_json, tell_findings
 
 if TYPE_CHECKING:
     from neox_bridge.batch.items import Item
+    from neox_bridge.batch.on_hub import HubModel
     from neox_bridge.batch.row import Row
     from neox_bridge.batch.run import Batch
     from neox_bridge.execution.executors import Pool
     from neox_bridge.findings import Finding
 
 _WHICH = "Which checkpoints"
-_CONVERTS_OWN = ("source", "target", "revision", "step", "private", "create_pr", "work")
+_CONVERTS_OWN = ("source", "target", "revision", "step")
 
 
 @taking(convert, without=_CONVERTS_OWN)
@@ -31,7 +32,8 @@ def batch(
         typer.Argument(
             metavar="SRC... DST",
             help="Runs (a GPT-NeoX root, a folder of step1000, step2000, …) or single checkpoints, "
-            "and the folder that gets one for each. Or a FILE.yml that says all of it.",
+            "models of the Hub (org/name), URLs; and the folder that gets one for each, or "
+            "hf://org/name for a branch each. Or a FILE.yml that says all of it.",
         ),
     ],
     steps: Annotated[
@@ -144,6 +146,7 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
         )
 
     quiet = own["quiet"] or own["as_json"]
+    hub = _hub(target, own)
     settings = Batch(
         target,
         asked.options,
@@ -154,6 +157,7 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
         hash_name=asked.hash_name,
         every_hash=own["recheck"],
         norms=own["norms"],
+        hub=hub,
     )
     if own["dry_run"]:
         items, faults = find()
@@ -171,6 +175,20 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
             tell_findings(faults, quiet)
             rows = _all(items, settings, pool, own)
     _end(rows, target, own)
+
+
+def _hub(target: str, own: dict[str, Any]) -> "HubModel | None":
+    """The model whose branches a batch writes, where its target is one."""
+    if not target.startswith("hf://"):
+        return None
+    from neox_bridge.batch.on_hub import HubModel
+    from neox_bridge.cli.publish import work_base
+    from neox_bridge.hub.names import hub_target
+
+    if "@" in target:
+        raise typer.BadParameter(f"{target}: a batch writes a branch for each step; leave it out.")
+    repo = hub_target(target).repo
+    return HubModel(repo, work_base(own["work"]), own["private"], own["create_pr"])
 
 
 def _all(items: "list[Item]", settings: "Batch", pool: "Pool", own: dict[str, Any]) -> "list[Row]":

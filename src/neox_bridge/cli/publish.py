@@ -72,9 +72,9 @@ class Upload:
 
 def root_of(target: str) -> str:
     """The folder that a GPT-NeoX target's yml names: of the Hub, the reader's copy."""
-    from neox_bridge.hub.names import hub_target, is_hub
+    from neox_bridge.hub.names import hub_target, is_hub, reader_folder
 
-    return f"/path/to/{hub_target(target).repo.split('/')[1]}" if is_hub(target) else target
+    return reader_folder(hub_target(target).repo) if is_hub(target) else target
 
 
 def publish_plan(
@@ -124,6 +124,14 @@ def publish_plan(
             print(line)
 
 
+def work_base(chosen: str | None) -> str:
+    """The folder in which files are made. Raises BridgeError where there is none."""
+    base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
+    if not os.path.isdir(base):
+        raise BridgeError(f"{base}: no such folder. Name one with room for the files: --work DIR.")
+    return base
+
+
 @contextmanager
 def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> Iterator["Work"]:
     """The folder that the files are made in: the same for every run, one run at a time.
@@ -132,9 +140,7 @@ def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> Iterator["Work
     """
     from neox_bridge.execution.work import locked, remove, work_of
 
-    base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
-    if not os.path.isdir(base):
-        raise BridgeError(f"{base}: no such folder. Name one with room for the files: --work DIR.")
+    base = work_base(chosen)
     name = f"{place.repo}@{place.branch}".replace("/", "--")
     work = work_of(os.path.join(base, name))
     if not quiet:
@@ -178,7 +184,7 @@ def _finished(
 def _published(
     plan: "Plan", place: "HubTarget", work: "Work", how: How, upload: Upload
 ) -> "Published":
-    from neox_bridge.hub.outlook import step_of_plan
+    from neox_bridge.hub.outlook import message_of, step_of_plan
     from neox_bridge.hub.publish import publish
 
     kept = (
@@ -193,7 +199,7 @@ def _published(
             private=upload.private,
             create_pr=upload.create_pr,
             overwrite=how.overwrite,
-            message=_message(plan),
+            message=message_of(plan),
             step=step_of_plan(plan),
             progress=not how.quiet and sys.stderr.isatty(),
         )
@@ -201,13 +207,6 @@ def _published(
         raise BridgeError(f"{error} {kept}") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(kept) from None
-
-
-def _message(plan: "Plan") -> str:
-    from neox_bridge import __version__
-
-    source = plan.source.get("revision") or plan.source.get("name")
-    return f"Convert {source} with neox-bridge {__version__}"
 
 
 def _with_paths_blank(plan: "Plan") -> "Plan":

@@ -55,6 +55,20 @@ def move(
     return crc
 
 
+def can_share(source: str, folder: str) -> bool:
+    """Whether a new file in a folder could share blocks with this file: one block is tried."""
+    import tempfile
+
+    if sys.platform != "linux":
+        return False
+    try:
+        with open(source, "rb") as file, tempfile.TemporaryFile(dir=folder) as trial:
+            fcntl.ioctl(trial, _CLONE, _RANGE.pack(file.fileno(), 0, BLOCK, 0))
+    except OSError:
+        return False
+    return True
+
+
 def write(target: Target, data: "bytes | memoryview", to: int) -> None:
     """pwrite until all is written; large data is soon on its way to the disk."""
     if isinstance(target, memoryview):

@@ -115,9 +115,14 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
 
 
 def _check(address: str) -> None:
-    """Ray itself would try for minutes to reach what isn't there."""
+    """Ray itself would try for minutes to reach what isn't there, or any more."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", address)
+    if address == "auto":
+        with contextlib.suppress(Exception):  # not public; and where there is none, Ray will say it
+            from ray._private.services import canonicalize_bootstrap_address
+
+            address = canonicalize_bootstrap_address(address) or address
     host, colon, port = address.rpartition(":")
     if address.startswith("ray://"):
         raise BridgeError(

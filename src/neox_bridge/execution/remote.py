@@ -14,6 +14,7 @@ from neox_bridge.execution.files import Identity, check_same, identities
 from neox_bridge.execution.journal import Key, Written
 from neox_bridge.execution.movers import move
 from neox_bridge.execution.output import records
+from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.pool import Task, run_all
 from neox_bridge.execution.remote_target import Folder, begin, clear, mark_done
 from neox_bridge.execution.result import Result
@@ -198,6 +199,13 @@ def _have_written(
     drive(pool, _make, (_Unit(group, folder, hash_name) for group in groups), take)
 
 
+def _places(unit: _Unit) -> Places:
+    from neox_bridge.execution.units import read_of
+
+    return Places(read_of(unit.outputs))
+
+
+@reaches(_places)
 def _make(unit: _Unit) -> "Made":
     from neox_bridge.execution.units import made_of
 
@@ -247,13 +255,13 @@ def _last(
     sources: Mapping[str, Identity],
 ) -> dict[str, bytes]:
     """The records, sealed, and ``latest`` after them, by their URLs."""
-    latest = [file for file in plan.files if file.path == LATEST]
+    latest = [file for file in plan.files if file.path in LATEST]
     found = dict(done)
     for file in latest:
-        found[LATEST] = Written(file.size, _hash(file.literals[0][1], hash_name))
+        found[file.path] = Written(file.size, _hash(file.literals[0][1], hash_name))
     made = records(plan, found, hash_name, plan_key, sources)
     last = {folder.place(file.path): data for file, data in made}
-    return last | {folder.place(LATEST): file.literals[0][1] for file in latest}
+    return last | {folder.place(file.path): file.literals[0][1] for file in latest}
 
 
 def _hash(data: bytes, name: HashName | None) -> str | None:

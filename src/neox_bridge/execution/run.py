@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError
@@ -10,6 +10,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.files import Identity, check_same, identities
 from neox_bridge.execution.journal import Key, begun, resume
+from neox_bridge.execution.movers import can_share
 from neox_bridge.execution.output import Job, run_files, seal_records
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.staging import (
@@ -23,7 +24,7 @@ from neox_bridge.execution.staging import (
 from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import Plan
-from neox_bridge.planning.report import plan_hash
+from neox_bridge.planning.report import copied, plan_hash
 from neox_bridge.stores.paths import is_url, plain
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def execute(
         if not overwrite:
             check_free(target, step)
         done = resume(work, key, {file.path for file in plan.files if not file.seals})
-        check_room(target, plan.size - sum(written.size for written in done.values()))
+        room = plan.size - sum(written.size for written in done.values())
+        check_room(target, room, lambda: _shared(plan, before, work.folder))
         job = Job(plan, work, context, done, hash_name, hash_shared)
         try:
             if pool is not None:
@@ -116,6 +118,14 @@ def result_of(plan: Plan, target: str, context: Context, begin: float) -> Result
         time.perf_counter() - begin,
         tuple(_findings(context)),
     )
+
+
+def _shared(plan: Plan, sources: Mapping[str, Identity], folder: str) -> int:
+    """About how many bytes will share blocks with the sources' files, in a folder on the disk."""
+    largest = max(sources, key=lambda path: sources[path][0], default=None)
+    if largest is None or is_url(largest) or not can_share(largest, folder):
+        return 0
+    return sum(copied(tensor) for file in plan.files for tensor in file.tensors)
 
 
 def sources_of(plan: Plan) -> list[str]:

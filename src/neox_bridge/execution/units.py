@@ -32,6 +32,7 @@ from neox_bridge.execution.output import (
 from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputFile
+from neox_bridge.stores.paths import is_url
 
 _T = TypeVar("_T")
 _BYTES = 16 << 20  # of small files that are made together, to pay once for the way there and back
@@ -63,19 +64,20 @@ class Made:
     deviations: tuple[tuple[str, str, float], ...]
 
 
-def _places(unit: Unit) -> Places:
+def read_of(outputs: Iterable[OutputFile]) -> dict[str, int]:
+    """The local files that these are made of, with the bytes that are taken of each."""
     files: Counter[str] = Counter()
-    for file in unit.outputs:
+    for file in outputs:
         if file.copy_of is not None:
             files[file.copy_of] += file.size
         for tensor in file.tensors:
             for piece in tensor.pieces:
                 if piece.source is not None:
                     files[piece.source.file] += prod(piece.shape) * itemsize(piece.source.dtype)
-    return Places(files, writes=(unit.attempts,))
+    return {path: size for path, size in files.items() if not is_url(path)}
 
 
-@reaches(_places)
+@reaches(lambda unit: Places(read_of(unit.outputs), writes=(unit.attempts,)))
 def make(unit: Unit) -> Made:
     """Make a unit's files, in this process. Raises what ``execute`` does for sources and disks."""
     context = Context(every_crc=unit.every_crc)

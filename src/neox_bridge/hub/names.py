@@ -20,6 +20,11 @@ class HubTarget:
         return f"hf://{self.repo}@{self.branch}"
 
 
+def reader_folder(repo: str) -> str:
+    """What the yml of a GPT-NeoX target on the Hub calls its folder: the reader's copy."""
+    return f"/path/to/{repo.split('/')[1]}"
+
+
 def is_hub(target: str) -> bool:
     """Whether a target is meant to be on the Hub."""
     return target.startswith("hf://")

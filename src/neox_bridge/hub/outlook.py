@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from neox_bridge import __version__
 from neox_bridge.hub.changes import compare
 from neox_bridge.hub.library import explained, hub_api
 from neox_bridge.hub.names import MAIN
@@ -70,3 +71,9 @@ def step_of_plan(plan: Plan) -> str | None:
     """The folder ``global_stepN`` that a plan for GPT-NeoX writes."""
     found = plan.target.get("step")
     return found if isinstance(found, str) else None
+
+
+def message_of(plan: Plan) -> str:
+    """The title of the commit that publishes a plan's files."""
+    source = plan.source.get("revision") or plan.source.get("name")
+    return f"Convert {source} with neox-bridge {__version__}"

@@ -33,9 +33,9 @@ def summary(plan: Plan) -> dict[str, Any]:
     peak_memory: an estimate, in bytes, Python itself included; mapped files don't count.
     """
     tensors = [tensor for file in plan.files for tensor in file.tensors]
-    copied = sum(_copied(tensor) for tensor in tensors)
+    unchanged = sum(copied(tensor) for tensor in tensors)
     inline = sum(len(tensor.inline) for tensor in tensors if tensor.inline is not None)
-    transformed = sum(tensor.nbytes for tensor in tensors) - copied - inline
+    transformed = sum(tensor.nbytes for tensor in tensors) - unchanged - inline
     taken_over = sum(file.size for file in plan.files if file.copy_of is not None)
     held = sum(len(data) for file in plan.files for _, data in file.literals) + inline
     return {
@@ -43,9 +43,9 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tensors": len(tensors),
         "parameters": plan.target.get("parameters"),
         "bytes": plan.size,
-        "bytes_copied": copied + taken_over,
+        "bytes_copied": unchanged + taken_over,
         "bytes_transformed": transformed,
-        "bytes_from_plan": plan.size - copied - taken_over - transformed,
+        "bytes_from_plan": plan.size - unchanged - taken_over - transformed,
         "peak_memory": RUNTIME + held + WORKERS * _largest_block(tensors),
         "dropped": {reason: len(names) for reason, names in by_reason(plan.dropped).items()},
     }
@@ -127,7 +127,8 @@ def is_plain(tensor: OutputTensor) -> bool:
     )
 
 
-def _copied(tensor: OutputTensor) -> int:
+def copied(tensor: OutputTensor) -> int:
+    """Bytes of a tensor that move unchanged, as runs of bytes."""
     if not is_plain(tensor):
         return 0
     runs = (
@@ -150,7 +151,7 @@ def _largest_block(tensors: Iterable[OutputTensor]) -> int:
         block = min(tensor.nbytes, max(BLOCK, row))
         plain = is_plain(tensor) or tensor.random is not None
         copies = 2 if plain else 2 + 3 * 8 // size
-        if _copied(tensor) != tensor.nbytes and tensor.inline is None:
+        if copied(tensor) != tensor.nbytes and tensor.inline is None:
             most = max(most, copies * block)
     return most
 

@@ -1,0 +1,89 @@
+"""A batch's target on the Hub: a branch for each checkpoint, made in a folder here first."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from neox_bridge.batch.settled import State, is_of
+from neox_bridge.errors import BridgeError
+from neox_bridge.execution.files import identities
+from neox_bridge.execution.run import sources_of
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.pieces import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """repo: ``org/name``. work: the folder in which files are made before they are uploaded."""
+
+    repo: str
+    work: str
+    private: bool = False
+    create_pr: bool = False
+
+
+def plan(checkpoint: Checkpoint, options: Options, model: HubModel) -> Plan:
+    """A plan whose yml, where it has one, names no folder of this machine."""
+    from neox_bridge.hub.names import reader_folder
+
+    return make_plan(checkpoint, options, reader_folder(model.repo))
+
+
+def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
+    """What the branch holds: "whole" as its record says, "other", or "absent".
+
+    Raises BridgeError where the Hub can't be asked.
+    """
+    from neox_bridge.hub.names import HubTarget
+    from neox_bridge.hub.outlook import plan_publish
+    from neox_bridge.hub.remote import published_record, record_path
+
+    record = published_record(model.repo, branch, record_path(plan))
+    if record is not None and is_of(record, plan.asked, identities(sources_of(plan))):
+        return "whole", ""
+    outlook = plan_publish(plan, model.repo, branch, private=model.private)
+    if outlook.conflicts:
+        return "other", f"{HubTarget(model.repo, branch)} holds other files"
+    return "absent", ""
+
+
+def folder_of(model: HubModel, branch: str) -> str:
+    """Where a branch's files are made: the same for every run."""
+    name = f"{model.repo}@{branch}".replace("/", "--")
+    return os.path.join(model.work, f".{name}.neox-bridge", "made")
+
+
+@contextmanager
+def kept(folder: str) -> Iterator[None]:
+    """A block that ends with the folder gone, unless it fails: then what is whole stays."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(folder))  # where nothing is worth keeping
+        raise
+    shutil.rmtree(os.path.dirname(folder), ignore_errors=True)
+
+
+def send(plan: Plan, folder: str, model: HubModel, branch: str, overwrite: bool) -> None:
+    """Publish the folder. Raises BridgeError, and the folder stays for the next try."""
+    from neox_bridge.hub.outlook import message_of, step_of_plan
+    from neox_bridge.hub.publish import publish
+
+    try:
+        publish(
+            folder,
+            model.repo,
+            branch,
+            private=model.private,
+            create_pr=model.create_pr,
+            overwrite=overwrite,
+            message=message_of(plan),
+            step=step_of_plan(plan),
+        )
+    except BridgeError as error:
+        raise BridgeError(f"{error} The files are kept in {folder}.") from error

@@ -1,0 +1,95 @@
+"""A batch into branches of a model of the Hub, and from them."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from common import make_hf
+from hub_stub import Stub, serving
+from test_batch import same_tree
+from test_publish_cli import Run
+
+STEPS = ("step0", "step1000")
+REPO = "org/model"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("batch") / "run"
+    for seed, step in enumerate(STEPS):
+        make_hf(folder / step, torch.float16, seed=seed)
+    return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[Stub]:
+    with serving(Stub()) as stub:
+        yield stub
+
+
+@pytest.fixture
+def run(hub: Stub, tmp_path: Path) -> Run:
+    (tmp_path / "cwd").mkdir()
+    return Run(hub, tmp_path / "cwd")
+
+
+def statuses(run: Run, *arguments: object, code: int = 0) -> dict[str, str]:
+    import json
+
+    out, _ = run("batch", *arguments, "--json", code=code)
+    return {row["name"]: row["status"] for row in json.loads(out)["rows"]}
+
+
+def branch(hub: Stub, name: str, folder: Path) -> Path:
+    """What a branch holds, as files."""
+    for path, data in hub.files(REPO, name).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    (folder / ".gitattributes").unlink(missing_ok=True)
+    return folder
+
+
+def test_a_branch_for_each_step(hub: Stub, run: Run, source: Path, tmp_path: Path) -> None:
+    told = (source, f"hf://{REPO}", "--to", "hf", "--dtype", "float32")
+    assert statuses(run, *told, "--private") == dict.fromkeys(STEPS, "done")
+    assert statuses(run, source, "local", *told[2:]) == dict.fromkeys(STEPS, "done")
+    for step in STEPS:
+        same_tree(branch(hub, step, tmp_path / step), run.folder / "local" / step)
+    assert os.listdir(run.folder) == ["local"], "nothing is left of what was uploaded"
+    commits = hub.count("POST /api/models/org/model/commit")
+    assert statuses(run, *told, "--private") == dict.fromkeys(STEPS, "skipped")
+    assert hub.count("POST /api/models/org/model/commit") == commits
+    _, err = run("batch", source, f"hf://{REPO}", "--to", "hf", "--retries", 0, code=1)
+    assert err.count("holds other files") == len(STEPS)
+
+
+def test_what_could_not_be_uploaded_is_kept(hub: Stub, run: Run, source: Path) -> None:
+    told = (source, f"hf://{REPO}", "--steps", "0", "--retries", 0, "--to", "hf")
+    hub.fail("POST /api/models/org/model/commit", 403, times=1)
+    assert statuses(run, *told, code=1) == {"step0": "failed"}
+    made = run.folder / ".org--model@step0.neox-bridge" / "made"
+    assert (made / "model.safetensors").stat().st_size
+    assert statuses(run, *told, "--log", "log.jsonl") == {"step0": "done"}
+    assert '"ended"' in (log := (run.folder / "log.jsonl").read_text())
+    assert '"begun"' not in log, "it wasn't made again"
+    assert not made.parent.exists()
+    assert "model.safetensors" in hub.files(REPO, "step0")
+
+
+def test_the_revisions_of_a_model(hub: Stub, run: Run, source: Path, tmp_path: Path) -> None:
+    """Only what is needed is read, by ranges; nothing lands in the cache."""
+    for step in STEPS:
+        files = {path.name: path.read_bytes() for path in (source / step).iterdir()}
+        hub.make(REPO) if step == STEPS[0] else None
+        hub.put(REPO, step, **files)
+    assert statuses(run, REPO, "out") == dict.fromkeys(STEPS, "done")
+    assert statuses(run, f"hf://{REPO}", "out") == dict.fromkeys(STEPS, "skipped")
+    shutil.copytree(source, run.folder / "source")
+    assert statuses(run, "source", "local") == dict.fromkeys(STEPS, "done")
+    for step in STEPS:
+        same_tree(run.folder / "out" / step, run.folder / "local" / step, but=(".json", ".yml"))
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert statuses(run, REPO, "last", "--steps", "last") == {"step1000": "done"}
