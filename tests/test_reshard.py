@@ -31,7 +31,8 @@ from neox_bridge.planning.batch import Batch, spread
 from neox_bridge.planning.mp_rank import buffer_names, with_slots
 from neox_bridge.planning.pieces import OutputTensor, Plan, Whole
 from neox_bridge.planning.random_states import cuda_state, model_parallel_seed, of_rank
-from neox_bridge.planning.reshard import Resharding, plan_reshard
+from neox_bridge.planning.reshard import plan_reshard
+from neox_bridge.planning.reshard_target import Resharding
 from neox_bridge.planning.stages import stage_bounds
 from neox_bridge.planning.vocabulary import Vocabulary
 from neox_bridge.verification.optimizer import compare_states
@@ -156,6 +157,10 @@ def logical(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         ("fp32_stage0", {}, "fp32_stage0"),
         ("fp16_stage0", {}, "fp16_stage0"),
         ("bf16_accumulated_dp3", {}, "bf16_accumulated_dp3"),
+        ("fp32_stage0", {"zero": 1}, "fp32"),
+        ("fp32_stage0", {"zero": 1, "pp": 0, "dp": 2}, "fp32_pp0_dp2"),
+        ("fp32", {"zero": 0}, "fp32_stage0"),
+        ("fp32_pp0_dp2", {"zero": 0, "pp": 1, "dp": 1}, "fp32_stage0"),
     ],
 )
 def test_the_files_are_deepspeeds(
@@ -240,6 +245,36 @@ def test_stage_2_is_written_as_deepspeed_does(tmp_path: Path) -> None:
     assert compared(tmp_path / "one", DATA / "fp32_pp0_dp2") == []
 
 
+def test_stage_0_in_half_precision(tmp_path: Path) -> None:
+    """The loss scaler as an object, as stage 1 has it; and back the same files."""
+    reshard(DATA / "fp16_stage0", tmp_path / "one", zero=1, dp=1)
+    scalers = []
+    for root in (tmp_path / "one", FP16):
+        (name,) = (name for name in files(root) if name.startswith("zero_pp_rank_0"))
+        inner: Any = read_torch(str(files(root)[name]))
+        scalers.append(inner["optimizer_state_dict"]["loss_scaler"])
+    mine, genuine = scalers
+    assert mine.factory == genuine.factory
+    assert list(mine.state) == list(genuine.state)
+    counted = ("cur_iter", "cur_scale")
+    assert {k: v for k, v in mine.state.items() if k not in counted} == {
+        k: v for k, v in genuine.state.items() if k not in counted
+    }
+    assert (mine.state["cur_iter"], mine.state["cur_scale"]) == (4, 256)
+    reshard(tmp_path / "one", tmp_path / "zero", zero=0)
+    assert compared(tmp_path / "zero", DATA / "fp16_stage0") == []
+    reshard(FP16, tmp_path / "other", zero=0)
+    reshard(tmp_path / "other", tmp_path / "back", zero=1)
+    assert compared(tmp_path / "back", FP16) == []
+
+
+def test_stage_0_of_what_has_none(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="in bfloat16 only stages 1 and 2 become each other"):
+        reshard(DATA / "bf16_tp2", tmp_path / "new", zero=0)
+    with pytest.raises(Refused, match="at ZeRO stages 1 and 2 only"):
+        reshard(DATA / "fp32_stage0", tmp_path / "new", universal=True)
+
+
 # --- there and back ------------------------------------------------------------------------------
 
 
@@ -303,7 +338,7 @@ def test_moments_that_ranks_disagree_on_are_averaged_and_told(tmp_path: Path) ->
 def test_rows_of_padding_have_no_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the run's step of rows isn't a multiple of the new TP."""
     made = Vocabulary(48, 64, 32, None)
-    monkeypatch.setattr("neox_bridge.planning.reshard.keep", lambda *_: made)
+    monkeypatch.setattr("neox_bridge.planning.reshard_target.keep", lambda *_: made)
     plan, _ = reshard(DATA / "fp32", tmp_path / "new", tp=2)
     assert "padding-rows" in [finding.code for finding in plan.findings]
     old, new = logical(DATA / "fp32"), logical(tmp_path / "new")
@@ -596,8 +631,6 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(Refused, match=message):
             plan_reshard(checkpoint, optimizer, asked, str(tmp_path / "x"))
-    with pytest.raises(BridgeError, match="--zero 0: the source is of stage 1"):
-        plan_reshard(checkpoint, optimizer, Resharding(zero=0), str(tmp_path / "x"))
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit
+    from neox_bridge.verification.steps import Step
 
 
 def audit(
@@ -24,6 +25,10 @@ def audit(
     same_init: Annotated[
         bool,
         typer.Option("--same-init", help="Runs of the same shapes must have the same step 0."),
+    ] = False,
+    optimizer: Annotated[
+        bool,
+        typer.Option("--optimizer", help="Look at optimizer states too, where there are any."),
     ] = False,
     cache: Annotated[
         str | None,
@@ -69,11 +74,13 @@ def audit(
         raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults))
     opened = open_places(runs)
     folder = None if cache == "none" else cache or default_folder()
-    with progress_bar(sum(one.size for one in opened), "reading", quiet) as progress:
+    size = sum(one.size + (one.states if optimizer else 0) for one in opened)
+    with progress_bar(size, "reading", quiet) as progress:
         found = look(
             opened,
             faults=faults,
             same_init=same_init,
+            optimizer=optimizer,
             cache=folder,
             workers=max_workers,
             progress=progress,
@@ -135,6 +142,7 @@ def _json(found: "Audit") -> dict[str, Any]:
                 "hash": step.hash,
                 "norm": step.norm,
                 "read": step.read,
+                **({"optimizer": _states(step)} if step.states else {}),
                 "verdict": verdict(step, found.faults),
                 "tensors": {
                     name: {"hash": p.hash, "norm": p.norm, "shape": list(p.shape), "bad": p.bad}
@@ -143,6 +151,15 @@ def _json(found: "Audit") -> dict[str, Any]:
             }
             for step in found.steps
         ],
+    }
+
+
+def _states(step: "Step") -> dict[str, Any]:
+    return {
+        "updates": list(step.updates),
+        "states": {
+            name: {"hash": p.hash, "norm": p.norm, "bad": p.bad} for name, p in step.states.items()
+        },
     }
 
 

@@ -138,14 +138,22 @@ def doctor(
 
 
 def _open(path: str, step: int | None, config: list[str] | None, order: str | None) -> "Checkpoint":
+    from neox_bridge.errors import Refused
     from neox_bridge.layouts.open import open_checkpoint
 
-    return open_checkpoint(
+    found = open_checkpoint(
         path,
         step=step,
         configs=config or (),
         gqa_order=order,  # type: ignore[arg-type]
     )
+    if found.neox is not None and found.neox.universal:
+        raise Refused(
+            f"{path} is a universal checkpoint of DeepSpeed, which GPT-NeoX loads with checkpoint: "
+            '{"load_universal": true} in its yml, and whose files doctor doesn\'t know. Make an '
+            "ordinary one of it with reshard."
+        )
+    return found
 
 
 def _examine(

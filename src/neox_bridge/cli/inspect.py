@@ -197,6 +197,7 @@ def _neox(checkpoint: "Checkpoint") -> dict[str, Any]:
         "layout": state.layout,
         "tensor_parallel": state.tp,
         "pipeline_stages": state.pp,
+        "universal": state.universal,
         "optimizer": list(state.optimizer),
         "deepspeed": state.ds_version or None,
     }
@@ -226,7 +227,8 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "layout",
-                f"{neox['layout']}, TP {neox['tensor_parallel']}, PP {neox['pipeline_stages']}",
+                ("DeepSpeed's universal, for " if neox["universal"] else "")
+                + f"{neox['layout']}, TP {neox['tensor_parallel']}, PP {neox['pipeline_stages']}",
             )
         )
     lines += _model_lines(facts)
@@ -236,6 +238,7 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         held = f"{plural(count, 'file')} of states, which conversion leaves out"
         inside = any(d["reason"] == "optimizer states" for d in facts["dropped"])
         none = "states inside the weight files, left out" if inside else "not present"
+        none = "a file for each state of each parameter" if neox["universal"] else none
         lines.append(("optimizer", held if count else none))
     if facts["written_by"]:
         lines.append(("written by", facts["written_by"]))

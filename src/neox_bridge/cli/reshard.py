@@ -1,13 +1,17 @@
 """``neox-bridge reshard``."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neox_bridge.cli import values
 from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
+
+if TYPE_CHECKING:
+    from neox_bridge.layouts.optimizer import Optimizer
+    from neox_bridge.planning.zero_stage import States
 
 _LAYOUT = "Where it goes on"
 
@@ -55,7 +59,7 @@ def reshard(
             max=2,
             metavar="N",
             rich_help_panel=_LAYOUT,
-            help="ZeRO's stage: 1 and 2 become each other.",
+            help="ZeRO's stage; in bfloat16 1 and 2 become each other only.",
         ),
     ] = None,
     micro_batch: Annotated[
@@ -77,6 +81,14 @@ def reshard(
             "part on each.",
         ),
     ] = "whole",
+    universal: Annotated[
+        bool,
+        typer.Option(
+            "--universal",
+            help="Write DeepSpeed's universal checkpoint: a file for each state of each parameter. "
+            "It loads on any number of data-parallel ranks.",
+        ),
+    ] = False,
     states: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +117,7 @@ def reshard(
       neox-bridge reshard run run-dp4 --dp 4
       neox-bridge reshard run run-tp4 --tp 4 --pp 2
       neox-bridge reshard run run-one --tp 1 --pp 0 --dp 1 --dry-run
+      neox-bridge reshard run run --universal
 
     Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't be
     what was asked), 130 interrupted.
@@ -117,11 +130,14 @@ def reshard(
         "zero": zero,
         "micro_batch": micro_batch,
         "row_bias": row_bias,
+        "universal": universal,
     }
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.layouts.optimizer_reader import read_optimizer
-        from neox_bridge.planning.reshard import Resharding, plan_reshard
+        from neox_bridge.planning.reshard import plan_reshard
+        from neox_bridge.planning.reshard_target import Resharding
+        from neox_bridge.planning.zero_stage import at_stage
         from neox_bridge.stores.paths import absolute
 
         checkpoint = open_checkpoint(
@@ -130,7 +146,8 @@ def reshard(
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
-        optimizer, given = read_optimizer(checkpoint), None
+        optimizer: Optimizer = read_optimizer(checkpoint)
+        given: States | None = None
         if states is not None:
             from neox_bridge.layouts.optimizer_export import with_export
 
@@ -142,6 +159,8 @@ def reshard(
         def check(progress: Progress) -> Callable[[str], None]:
             from neox_bridge.verification.optimizer import checker
 
-            return checker(checkpoint, optimizer, given, workers=max_workers, progress=progress)
+            stage = optimizer.stage if zero is None else zero
+            held = at_stage(checkpoint, optimizer, stage, given)
+            return checker(checkpoint, *held, workers=max_workers, progress=progress)
 
         carry_out(plan, target, "resharding", how, check)

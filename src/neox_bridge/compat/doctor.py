@@ -59,7 +59,7 @@ def cannot_open(path: str) -> Case | None:
     try:
         if detect(path) != "neox":
             return None
-        from neox_bridge.layouts.neox_reader import step_folder
+        from neox_bridge.layouts.step_folder import step_folder
 
         return next(stray_cases(os.path.join(*step_folder(path, None))), None)
     except BridgeError:

@@ -255,13 +255,13 @@ def _last(
     sources: Mapping[str, Identity],
 ) -> dict[str, bytes]:
     """The records, sealed, and ``latest`` after them, by their URLs."""
-    latest = [file for file in plan.files if file.path == LATEST]
+    latest = [file for file in plan.files if file.path in LATEST]
     found = dict(done)
     for file in latest:
-        found[LATEST] = Written(file.size, _hash(file.literals[0][1], hash_name))
+        found[file.path] = Written(file.size, _hash(file.literals[0][1], hash_name))
     made = records(plan, found, hash_name, plan_key, sources)
     last = {folder.place(file.path): data for file, data in made}
-    return last | {folder.place(LATEST): file.literals[0][1] for file in latest}
+    return last | {folder.place(file.path): file.literals[0][1] for file in latest}
 
 
 def _hash(data: bytes, name: HashName | None) -> str | None:

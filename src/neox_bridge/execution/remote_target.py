@@ -59,7 +59,7 @@ class Folder:
 
     def todo(self, plan: Plan) -> list[OutputFile]:
         """The files whose bytes are the plan's, without those that say that all is there."""
-        skipped = {*self.theirs, LATEST}
+        skipped = {*self.theirs, *LATEST}
         return [file for file in plan.files if not file.seals and file.path not in skipped]
 
 
@@ -78,13 +78,13 @@ def begin(
     forget(url)
     own = _names(url)
     begun = _read_begun(f"{marks}/begun") if WORK in own else None
-    is_run = LATEST in own or any(name.startswith("global_step") for name in own)
+    is_run = any(name in LATEST or name.startswith("global_step") for name in own)
     inside = str(step) if isinstance(step, str) and is_run else None
     if begun:
         inside, theirs = begun
     else:
         tops = {file.path: file.path.split("/")[0] for file in plan.files}
-        kept = {path for path, top in tops.items() if top in own and top not in (inside, LATEST)}
+        kept = {path for path, top in tops.items() if top in own and top not in (inside, *LATEST)}
         theirs = frozenset(kept if inside else ())
     replaced = f"{url}/{inside}" if inside else url
     if held := next((s for s in sources if s.startswith(f"{replaced}/")), None):

@@ -12,7 +12,7 @@ from neox_bridge.execution.journal import finished
 from neox_bridge.execution.work import Work, locked, remove, work_of
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
-LATEST = "latest"
+LATEST = ("latest", "latest_universal")  # of a run: which of its steps is the newest
 
 
 def check_target(target: str, sources: Iterable[str], step: str | None) -> None:
@@ -70,7 +70,7 @@ def is_run(folder: str) -> bool:
     """Whether it is the root of a GPT-NeoX run, into which a step can be put beside others."""
     with contextlib.suppress(OSError):
         names = os.listdir(folder)
-        return LATEST in names or any(name.startswith("global_step") for name in names)
+        return any(name in LATEST or name.startswith("global_step") for name in names)
     return False
 
 
@@ -208,10 +208,12 @@ def _add_step(files: str, run: str, overwrite: bool, step: str) -> None:
     else:
         os.rename(new, place)
     for name in sorted(os.listdir(files)):
-        if name != LATEST and not os.path.lexists(os.path.join(run, name)):
+        if name not in LATEST and not os.path.lexists(os.path.join(run, name)):
             os.rename(os.path.join(files, name), os.path.join(run, name))
     flush(run)
-    os.replace(os.path.join(files, LATEST), os.path.join(run, LATEST))
+    for name in LATEST:
+        if os.path.lexists(os.path.join(files, name)):
+            os.replace(os.path.join(files, name), os.path.join(run, name))
     flush(run)
 
 
@@ -230,7 +232,8 @@ def _recover(work: Work, target: str, step: str | None) -> None:
 
 def take_back(work: Work, target: str, step: str | None) -> None:
     """A step that a killed run had put into its place, but not yet ``latest``: unfinished again."""
-    if step is None or not os.path.isfile(os.path.join(work.files, LATEST)):
+    named = any(os.path.isfile(os.path.join(work.files, name)) for name in LATEST)
+    if step is None or not named:
         return
     new, place = os.path.join(work.files, step), os.path.join(os.path.realpath(target), step)
     if os.path.isdir(place) and not os.path.lexists(new):

@@ -41,6 +41,7 @@ _TORCH = {
     "torch.storage": "TypedStorage UntypedStorage",
 }
 _FRAMEWORKS = {
+    "deepspeed.checkpoint.universal_checkpoint": "SubparamShape",
     "deepspeed.runtime.fp16.loss_scaler": "DynamicLossScaler LossScaler LossScalerBase",
     "deepspeed.runtime.zero.config": "ZeroStageEnum",
     "deepspeed.utils.tensor_fragment": "fragment_address",

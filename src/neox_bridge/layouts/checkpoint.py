@@ -20,12 +20,14 @@ RECORD = "neox_bridge.json"
 class NeoxState:
     """How a GPT-NeoX checkpoint is laid out, and what else it holds.
 
-    step: the folder, ``global_stepN``. args: what GPT-NeoX compares at load.
+    step: the folder, ``global_stepN`` but for universal ones. args: what GPT-NeoX compares at load.
     optimizer: the names of the files of optimizer states.
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
     ranks: the tensors as they are stored: by tensor-parallel rank, by GPT-NeoX's number of the
         layer, by their names in it.
     te: which modules of its blocks were Transformer Engine's, "attention" or "mlp".
+    universal: whether it is DeepSpeed's universal checkpoint; ``ranks`` are then of its masters,
+        one where they lie there whole.
     """
 
     root: str
@@ -42,6 +44,7 @@ class NeoxState:
     gqa_order: GqaOrder = "grouped"
     ranks: tuple[Mapping[int, Mapping[str, TensorRef]], ...] = ()
     te: frozenset[str] = frozenset()
+    universal: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, so
 from neox_bridge.layouts.derived_check import is_zero
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
-from neox_bridge.layouts.own_files import brought_along, check_own
+from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.record_file import read_record
+from neox_bridge.layouts.step_folder import number_of, step_folder
 from neox_bridge.layouts.tensor_names import check_names
-from neox_bridge.layouts.text_files import list_folder, read_text
+from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
+from neox_bridge.layouts.universal_folder import ZERO, is_universal
 from neox_bridge.layouts.untrusted import settings, text, whole
 from neox_bridge.planning.pieces import Dropped
 from neox_bridge.stores.paths import absolute, ahead, is_url, isdir, isfile
@@ -34,9 +36,8 @@ _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_STEP = re.compile(r"global_step(\d+)")
+_INV_FREQ = "attention.rotary_emb.inv_freq"
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
-_LONGEST_TAG = 1024  # bytes
 _SHOWN = 7  # of the files that are missing, of which there may be any number
 
 
@@ -45,6 +46,8 @@ class _Read:
     """What the files hold: per tensor-parallel rank, per GPT-NeoX layer, tensors by name.
 
     states: the names of what Transformer Engine's modules keep beside their weights.
+    tp: the tensor-parallel ranks that a universal checkpoint is of; None for others.
+    stores_buffers: whether it says to have stored inv_freq, where it has no such tensors itself.
     """
 
     layout: LayoutName
@@ -53,33 +56,8 @@ class _Read:
     stages: int
     files: tuple[str, ...]
     states: tuple[str, ...] = ()
-
-
-def step_folder(path: str, step: int | None) -> tuple[str, str]:
-    """(root, global_stepN) of a path: the tag in ``latest``, or the step asked for."""
-    path = absolute(path)
-    if _STEP.fullmatch(os.path.basename(path)):
-        if step is not None and os.path.basename(path) != f"global_step{step}":
-            raise BridgeError(f"--step {step}: {path} is one step already. Name its parent.")
-        return os.path.dirname(path), os.path.basename(path)
-    steps = sorted(
-        (name for name in list_folder(path) if _STEP.fullmatch(name)), key=lambda n: int(n[11:])
-    )
-    if step is not None:
-        tag = f"global_step{step}"
-    elif brought_along(latest := os.path.join(path, "latest"), path):
-        tag = read_text(latest, _LONGEST_TAG).strip()
-    elif len(steps) == 1:
-        tag = steps[0]
-    else:
-        raise BridgeError(f"{path} has no file `latest`. Name one with --step: {some(steps)}.")
-    if tag not in steps:
-        why = f"--step {step}" if step is not None else "the file `latest`"
-        raise BridgeError(
-            f"{path} has no folder {tag!r}, which {why} names. There are: {some(steps) or 'none'}; "
-            "choose one with --step."
-        )
-    return path, tag
+    tp: int | None = None
+    stores_buffers: bool = False
 
 
 def open_neox(
@@ -103,8 +81,13 @@ def open_neox(
             "Gather it first: python zero_to_fp32.py, or save with "
             "stage3_gather_16bit_weights_on_model_save: true."
         )
-    read = _read_layers(folder, names, raw) if any(map(_LAYER.fullmatch, names)) else None
-    read = read or _read_ranks(folder, names)
+    universal = ZERO in names and is_universal(folder)
+    if universal:
+        read = _read_universal(folder, names)
+    elif any(map(_LAYER.fullmatch, names)):
+        read = _read_layers(folder, names, raw)
+    else:
+        read = _read_ranks(folder, names)
     args = settings(read.meta, folder)
     check_neox(args, f"{folder}: the args of its mp_rank files")
     _check_args(raw, args, read, folder)
@@ -125,19 +108,26 @@ def open_neox(
         root=root,
         step=tag,
         layout=read.layout,
-        tp=len(read.ranks),
+        tp=read.tp or len(read.ranks),
         pp=read.stages if read.layout == "layers" else 0,
         mlp_names=mlp_names,
-        inv_freq="store" if _has(read, "attention.rotary_emb.inv_freq") else "omit",
-        iteration=whole(read.meta, "iteration", folder) or int(tag[11:]),
+        inv_freq="store" if read.stores_buffers or _has(read, _INV_FREQ) else "omit",
+        iteration=whole(read.meta, "iteration", folder) or number_of(tag),
         args=dict(args),
         ds_version=text(read.meta, "ds_version"),
         optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
         gqa_order=order,
         te=frozenset(plain.modules),
         ranks=tuple(read.ranks),
+        universal=universal,
     )
     config, tensors, dropped, more = checkpoint
+    if universal:
+        from neox_bridge.layouts.universal import as_computed, dtype_of
+
+        copies = state.tp // len(read.ranks)
+        config, tensors = as_computed(architecture, config, tensors, dtype_of(read.meta), copies)
+        dropped.append(Dropped(f"{tag}/zero", "optimizer states"))
     if config.grouped_query and told is None and "attention" not in plain.modules:
         more = [*more, unknown_order()]
     if raw.get("norm") == "rmsnorm" and (told == "interleaved" or mlp_names == "dense"):
@@ -276,6 +266,33 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     return _Read("ranks", ranks, first, 1, files, states)
 
 
+def _read_universal(folder: str, names: Sequence[str]) -> _Read:
+    """The masters of a universal checkpoint for its weights; see ``universal``."""
+    from neox_bridge.layouts.universal import masters
+
+    paths = [os.path.join(folder, name) for name in names if _RANK.fullmatch(name)]
+    if not paths:
+        raise BridgeError(f"{folder} holds no mp_rank_*_model_states.pt. Copy it again.")
+    metas = [_read_meta(path) for path in paths]
+    tp = whole(settings(metas[0], folder), "model_parallel_size", folder) or 1
+    if tp < 1 or len(paths) % tp:
+        raise BridgeError(
+            f"{folder} isn't whole: it has {len(paths)} mp_rank files, of {tp} tensor-parallel "
+            "ranks. Copy the checkpoint again."
+        )
+    found = masters(folder, metas, tp)
+    buffers = [str(name) for meta in metas for name in meta.get("buffer_names") or ()]
+    return _Read(
+        "ranks" if found.numbered else "layers",
+        found.ranks,
+        metas[0],
+        len(paths) // tp,
+        (*sorted(found.files), *paths),
+        tp=tp,
+        stores_buffers=any(name.endswith(_INV_FREQ) for name in buffers),
+    )
+
+
 def _check_count(folder: str, what: str, count: int, found: int) -> None:
     """BridgeError where so many files are missing that their names can't be listed."""
     if count > _MOST_FILES:
@@ -328,7 +345,7 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
                 f"{args[key]}. The yml is another model's; name the right one with --config."
             )
     told = whole(args, "model_parallel_size", folder)
-    if told is not None and told != len(read.ranks):
+    if told is not None and told != (read.tp or len(read.ranks)):
         raise BridgeError(
             f"{folder} holds files of {len(read.ranks)} tensor-parallel ranks, and its args say "
             f"{told}: left-over files of another layout? Keep only one layout's."

@@ -8,6 +8,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.text_files import list_folder
+from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir
 
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
@@ -23,7 +24,9 @@ def detect(path: str) -> Kind:
         return "hf"  # transformers' Trainer puts DeepSpeed's global_stepN beside them
     if re.fullmatch(r"global_step\d+", os.path.basename(absolute(path))):
         return "neox"
-    if "latest" in names or any(re.fullmatch(r"global_step\d+", name) for name in names):
+    if {"latest", LATEST} & set(names) or (ZERO in names and is_universal(path)):
+        return "neox"
+    if any(re.fullmatch(r"global_step\d+", name) for name in names):
         return "neox"
     if "config.json" in names:
         return "hf"

@@ -33,7 +33,7 @@ def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
         "groups": [
             {
                 **group.settings,
-                "state": {key: _number(entry) for key, entry in group.scalars.items()},
+                "state": {key: number_in(entry) for key, entry in group.scalars.items()},
                 "tensors": [name for name, number in members.items() if number == index],
             }
             for index, group in enumerate(optimizer.groups)
@@ -119,7 +119,7 @@ def _members(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, int]:
     }
 
 
-def _number(entry: Any) -> Any:
+def number_in(entry: Any) -> Any:
     """A scalar as Python has it."""
     if not isinstance(entry, Scalar):
         return entry

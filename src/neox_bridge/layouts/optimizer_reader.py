@@ -43,6 +43,10 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
             f"{folder}: its blocks are Transformer Engine's, and their optimizer states can't be "
             "read yet. Convert the weights alone."
         )
+    if state.universal:
+        from neox_bridge.layouts.universal import read_universal
+
+        return read_universal(checkpoint, folder, metas)
     if state.optimizer:
         return _read_files(checkpoint, folder, metas)
     if isinstance(metas[0].get("optimizer"), dict):
@@ -117,7 +121,7 @@ def _read_files(
                     shards.setdefault((number % state.tp, place), {}).setdefault(key, whole)
                     members[place] = list(groups).index(label)
     wrapper: Wrapper = "zero" if "zero_stage" in head else "bf16"
-    stage = _stage(head, metas[0])
+    stage = stage_of(head, metas[0])
     result = Optimizer(
         wrapper, stage, dp, tuple(keys), tuple(groups.values()), members, shards, head, metas,
         tuple(paths), generators(metas[0]),
@@ -244,7 +248,7 @@ def _same_group(first: Group, second: Group, path: str) -> None:
         )
 
 
-def _stage(head: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
+def stage_of(head: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
     told = head.get("zero_stage")
     if isinstance(told, Record) and told.args and isinstance(told.args[0], int):
         return told.args[0]

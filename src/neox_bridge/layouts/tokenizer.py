@@ -103,9 +103,9 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
         if ends is not None:
             config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         generated.append(("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode()))
-    size = len(entries) if main else None
+    count = len(entries) if main else None
     name = "tokenizer.json" if main else None
-    return Tokenizer(tuple(copies), tuple(generated), size, ends, name)
+    return Tokenizer(tuple(copies), tuple(generated), count, ends, name)
 
 
 def _read(file: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.universal_folder import INFO
 from neox_bridge.planning.pieces import OutputTensor, box
 from neox_bridge.planning.random_states import of_rank
 
@@ -42,6 +43,8 @@ def mp_rank(
     """One file's value and its tensors. new: what isn't as in the source."""
     tensors: list[OutputTensor] = []
     value = {**sources.of(stage, rank), **new}
+    if value.get(INFO) is None:
+        value.pop(INFO, None)
     states = value.get("rng_tracker_states")
     if rank >= sources.tp and isinstance(states, dict):
         made = {}

@@ -89,9 +89,20 @@ def weight_files(
             tensors = _with_biases(found, config, shape)
             modules.append((_state_dict(tensors, shape), tensors))
     for number, (module, tensors) in enumerate(modules):
-        value, states = metadata(number, module)
-        path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
-        yield layout_pt(path, value, [*tensors, *states])
+        yield mp_rank_file(folder, number, metadata, module, tensors)
+
+
+def mp_rank_file(
+    folder: str,
+    number: int,
+    metadata: Metadata,
+    module: Any = None,
+    tensors: Sequence[OutputTensor] = (),
+) -> OutputFile:
+    """One file of metadata. module, tensors: the weights in it, where it has them."""
+    value, states = metadata(number, module)
+    path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
+    return layout_pt(path, value, [*tensors, *states])
 
 
 def _layer(

@@ -149,3 +149,12 @@ def _head(
         del own["zero_stage"]
     before = {key: value for key, value in head.items() if key not in own}
     return {**before, **own}
+
+
+def whole_head(optimizer: Optimizer, stage: int, dp: int) -> dict[str, Any]:
+    """What of it a universal checkpoint keeps: all but what is by parameter; no paddings."""
+    head = _head(optimizer, stage, {}, [], [0] * len(optimizer.groups), [], dp)
+    for key in ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings"):
+        del head[key]
+    groups = [{**g.settings, "params": [n]} for n, g in enumerate(optimizer.groups)]
+    return {**head, "param_groups": groups}

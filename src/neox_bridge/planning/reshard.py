@@ -1,68 +1,30 @@
 """Plans a run's checkpoint on other ranks, with all that it takes to go on training there."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig
-from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter, states
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import describe_tokenizer
-from neox_bridge.layouts.weights import model_weights
-from neox_bridge.planning.batch import Batch, batch_of, spread
-from neox_bridge.planning.common import drop_vocabulary_rows, text_file, tokenizer_outputs
+from neox_bridge.layouts.universal_folder import INFO, LATEST
+from neox_bridge.planning.common import text_file, tokenizer_outputs
 from neox_bridge.planning.fragments import put
 from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name
-from neox_bridge.planning.neox_files import Shape, rank_parameters, weight_files
+from neox_bridge.planning.neox_files import mp_rank_file, rank_parameters, weight_files
 from neox_bridge.planning.neox_yml import resume_yml
 from neox_bridge.planning.optimizer_files import RankGroup, param_shapes, zero_files
 from neox_bridge.planning.optimizer_stage0 import Stage0, stage0
-from neox_bridge.planning.options import Options, RowBias
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan, Whole
 from neox_bridge.planning.record import neox_record, source_summary
-from neox_bridge.planning.stages import DEFAULT, block_class, stage_bounds
-from neox_bridge.planning.to_neox import checkpoint_args, target_shape
-from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
-
-
-@dataclass(frozen=True, slots=True)
-class Resharding:
-    """What a user asks for; None means: as the source has it.
-
-    zero: ZeRO's stage. micro_batch: sequences of a rank's forward pass.
-    row_bias: see ``geometry.scatter``.
-    """
-
-    tp: int | None = None
-    pp: int | None = None
-    layout: LayoutName | None = None
-    dp: int | None = None
-    zero: int | None = None
-    micro_batch: int | None = None
-    row_bias: RowBias = "whole"
-
-
-@dataclass(frozen=True)
-class _Target:
-    """The target, settled. config: with the target's rows of the vocabulary."""
-
-    shape: Shape
-    config: ModelConfig
-    vocabulary: Vocabulary
-    dp: int
-    zero: int
-    batch: Batch
-    bounds: tuple[range, ...]
-
-    @property
-    def prefix(self) -> str:
-        """What precedes the layer's number in DeepSpeed's names."""
-        return "" if self.shape.layout == "layers" else "sequential."
+from neox_bridge.planning.reshard_target import Resharding, Target, settle, with_target_rows
+from neox_bridge.planning.to_neox import checkpoint_args
+from neox_bridge.planning.universal import Universal, universal, universal_files
+from neox_bridge.planning.zero_stage import at_stage
 
 
 def plan_reshard(
@@ -79,32 +41,39 @@ def plan_reshard(
     """
     state = checkpoint.neox
     assert state is not None
-    made = _settle(checkpoint, optimizer, asked)
-    weights = _wholes(checkpoint, made.config, checkpoint.tensors)
+    if asked.zero is not None:
+        optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
+    made = settle(checkpoint, optimizer, asked)
+    weights = with_target_rows(checkpoint, made.config, checkpoint.tensors)
     moved = {
-        key: _wholes(checkpoint, made.config, wholes)
+        key: with_target_rows(checkpoint, made.config, wholes)
         for key, wholes in (given or states(checkpoint, optimizer)).items()
     }
     groups = _groups(checkpoint, optimizer, made, moved)
     sources = Sources(optimizer.metas, state.tp, optimizer.generators)
-    architecture, step = checkpoint.architecture, state.step
+    architecture, step = checkpoint.architecture, made.step
     changed = _changed(checkpoint, made)
+    whole = _universal(checkpoint, optimizer, made, moved) if made.universal else None
     inside = {
         stage * made.shape.tp + rank: stage0(optimizer, mine)
         for (stage, rank), mine in groups.items()
         if optimizer.wrapper in ("plain", "fp16")
     }
-    metadata = partial(_metadata, checkpoint, sources, made, groups, inside)
+    info = whole.info() if whole is not None else None
+    metadata = partial(_metadata, checkpoint, sources, made, groups, inside, info)
     parts = {
         f"{step}/mp_rank_{number:02d}_model_states.pt": found
         for number, (_, _, found) in inside.items()
     }
-    files = [
-        put(file, parts.get(file.path, {}))
-        for file in weight_files(step, architecture, made.config, weights, made.shape, metadata)
-    ]
-    if not inside:
-        files += list(_optimizer_files(step, checkpoint, optimizer, made, groups))
+    if whole is not None:
+        count = made.shape.stages * made.shape.tp
+        files = [mp_rank_file(step, number, metadata) for number in range(count)]
+        files += universal_files(step, whole, optimizer, made.dp, made.zero)
+    else:
+        found = weight_files(step, architecture, made.config, weights, made.shape, metadata)
+        files = [put(file, parts.get(file.path, {})) for file in found]
+        if not inside:
+            files += _optimizer_files(step, checkpoint, optimizer, made, groups)
     files += _small_files(checkpoint, made, changed, target)
     summary: dict[str, object] = {
         "kind": "neox",
@@ -119,75 +88,16 @@ def plan_reshard(
         "vocab_rows": made.vocabulary.padded,
         "parameters": sum(prod(whole.shape) for whole in weights.values()),
         "optimizer": list(optimizer.keys),
+        **({"universal": True} if made.universal else {}),
     }
     findings = tuple(_findings(checkpoint, made, sources))
     return Plan(source_summary(checkpoint), summary, tuple(files), (), findings)
 
 
-def _settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> _Target:
-    state, raw = checkpoint.neox, checkpoint.raw
-    assert state is not None
-    options = Options(
-        to="neox", tp=asked.tp, pp=asked.pp, layout=asked.layout, row_bias=asked.row_bias
-    )
-    shape, _ = target_shape(checkpoint, options)
-    vocabulary = keep(
-        checkpoint.config.dims["vocab"], told_multiple(state.args, raw), state.tp, shape.tp
-    )
-    config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
-    dp = asked.dp or optimizer.dp
-    zero = optimizer.stage if asked.zero is None else asked.zero
-    if zero == 2 and shape.layout == "layers":
-        raise Refused(
-            "ZeRO stage 2 doesn't go with pipe_parallel_size 1 or more: DeepSpeed refuses it. "
-            "Use --zero 1, or --pp 0."
-        )
-    if (zero == 0) != (optimizer.stage == 0):
-        raise BridgeError(
-            f"--zero {zero}: the source is of stage {optimizer.stage}, and stage 0 keeps its "
-            "states in another way. Stages 1 and 2 become each other; leave --zero out else."
-        )
-    told = optimizer.metas[0].get("ds_config") or {}
-    batch = spread(batch_of(told, raw, optimizer.dp), dp, asked.micro_batch)
-    return _Target(
-        shape, config, vocabulary, dp, zero, batch, tuple(_bounds(checkpoint, shape, config))
-    )
-
-
-def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[range]:
-    """The layers of each stage; all of them in one where there are no stages."""
-    if shape.stages == 1:
-        return [range(config.layers + 5)]
-    counts: dict[int, int] = {}
-    for (layer, _), tensor in rank_parameters(
-        checkpoint.architecture, config, _wholes(checkpoint, config, checkpoint.tensors), shape, 0
-    ).items():
-        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
-    return stage_bounds(
-        str(checkpoint.raw.get("pipe_partition_method") or DEFAULT),
-        config.layers,
-        shape.stages,
-        counts,
-        tied=config.tied_embeddings,
-        block=block_class(checkpoint.architecture.name),
-    )
-
-
-def _wholes(
-    checkpoint: Checkpoint, config: ModelConfig, wholes: Mapping[str, Whole]
-) -> dict[str, Whole]:
-    """The tensors with the target's rows of the vocabulary; rows that are added are zeros."""
-    return {
-        name: drop_vocabulary_rows(wholes[name], weight, config.dims["vocab"])
-        for weight, block in model_weights(checkpoint.architecture, config)
-        for name in [weight.hf.format(i=block)]
-    }
-
-
 def _groups(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    made: _Target,
+    made: Target,
     moved: Mapping[str, Mapping[str, Whole]],
 ) -> dict[tuple[int, int], list[RankGroup]]:
     """What each stage and tensor-parallel rank has of each parameter group."""
@@ -213,7 +123,7 @@ def _groups(
 def _rank_groups(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    made: _Target,
+    made: Target,
     layers: range,
     by_state: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> Iterator[RankGroup]:
@@ -238,20 +148,33 @@ def _order(checkpoint: Checkpoint) -> list[Parameter]:
     return [(layer, name) for layer in sorted(layers) for name in layers[layer]]
 
 
-def _tied_head(made: _Target, layers: range, parameter: Parameter) -> bool:
+def _universal(
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    made: Target,
+    moved: Mapping[str, Mapping[str, Whole]],
+) -> Universal:
+    names = {p: _named(made, p) for p in _order(checkpoint) if p in optimizer.members}
+    return universal(checkpoint.architecture, made.config, moved, made.shape, names)
+
+
+def _tied_head(made: Target, layers: range, parameter: Parameter) -> bool:
     """Whether it is of the embeddings, and these layers end with the head that is tied to them."""
     return made.config.tied_embeddings and parameter[0] == 0 and made.config.layers + 4 in layers
 
 
-def _named(made: _Target, parameter: Parameter) -> str:
+def _named(made: Target, parameter: Parameter) -> str:
     layout, tied = made.shape.layout, made.config.tied_embeddings
     return parameter_name(parameter, layout=layout, tied=tied)
 
 
-def _changed(checkpoint: Checkpoint, made: _Target) -> dict[str, Any]:
+def _changed(checkpoint: Checkpoint, made: Target) -> dict[str, Any]:
     """The yml's keys that aren't as they were."""
     zero = {**(checkpoint.raw.get("zero_optimization") or {}), "stage": made.zero}
+    told = checkpoint.raw.get("checkpoint") or {}
+    loading = {"checkpoint": {**told, "load_universal": made.universal}}
     return {
+        **(loading if made.universal or told else {}),
         "pipe_parallel_size": made.shape.stages if made.shape.layout == "layers" else 0,
         "model_parallel_size": made.shape.tp,
         "make_vocab_size_divisible_by": made.vocabulary.multiple,
@@ -264,9 +187,10 @@ def _changed(checkpoint: Checkpoint, made: _Target) -> dict[str, Any]:
 def _metadata(
     checkpoint: Checkpoint,
     sources: Sources,
-    made: _Target,
+    made: Target,
     groups: Mapping[tuple[int, int], list[RankGroup]],
     inside: Mapping[int, Stage0],
+    info: Mapping[str, Any] | None,
     number: int,
     module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
@@ -283,11 +207,13 @@ def _metadata(
         "mp_world_size": made.shape.stages * made.shape.tp,
         "ds_config": _ds_config(sources.metas[0].get("ds_config"), made),
         "args": args,
+        INFO: info,
     }
     frozen: dict[str, Any] | None = {} if made.zero == 2 else None  # engine.py, save_frozen_param
-    for key in ("frozen_param_shapes", "frozen_param_fragments"):
-        if key in sources.metas[0]:
-            new[key] = frozen
+    told = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
+    if (made.zero == 0) != (sources.metas[0].get("param_shapes") is None):
+        told |= {"shared_params": None if inside else {}, "optimizer": None}
+    new |= {key: value for key, value in told.items() if key in sources.metas[0]}
     if not inside:
         return mp_rank(sources, stage, rank, new)
     new["optimizer"], states, _ = inside[number]
@@ -295,7 +221,7 @@ def _metadata(
     return value, [*states, *tensors]
 
 
-def _ds_config(told: Any, made: _Target) -> dict[str, Any]:
+def _ds_config(told: Any, made: Target) -> dict[str, Any]:
     config = dict(told) if isinstance(told, dict) else {}
     config["train_batch_size"] = made.batch.total
     config["train_micro_batch_size_per_gpu"] = made.batch.micro
@@ -310,7 +236,7 @@ def _optimizer_files(
     step: str,
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    made: _Target,
+    made: Target,
     groups: Mapping[tuple[int, int], list[RankGroup]],
 ) -> Iterator[OutputFile]:
     outer = dict(optimizer.head.get("outer") or {})
@@ -330,7 +256,7 @@ def _optimizer_files(
 
 
 def _small_files(
-    checkpoint: Checkpoint, made: _Target, changed: Mapping[str, Any], target: str
+    checkpoint: Checkpoint, made: Target, changed: Mapping[str, Any], target: str
 ) -> list[OutputFile]:
     state = checkpoint.neox
     assert state is not None
@@ -343,15 +269,16 @@ def _small_files(
         record["gqa_order"] = made.shape.gqa_order
     yml, configs = resume_yml(checkpoint.raw, told, target)
     return [
-        text_file(f"{state.step}/{RECORD}", dump_json(record), seals=True),
-        text_file(f"{state.step}/configs/neox_bridge.yml", configs),
+        text_file(f"{made.step}/{RECORD}", dump_json(record), seals=True),
+        text_file(f"{made.step}/configs/neox_bridge.yml", configs),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
-        text_file("resume.yml", yml),
-        text_file("latest", state.step.encode()),
+        # a name of its own, since it may come into a run that has the other
+        text_file("resume_universal.yml" if made.universal else "resume.yml", yml),
+        text_file(LATEST if made.universal else "latest", made.step.encode()),
     ]
 
 
-def _findings(checkpoint: Checkpoint, made: _Target, sources: Sources) -> Iterator[Finding]:
+def _findings(checkpoint: Checkpoint, made: Target, sources: Sources) -> Iterator[Finding]:
     state, batch = checkpoint.neox, made.batch
     assert state is not None
     yield Finding(
@@ -361,6 +288,14 @@ def _findings(checkpoint: Checkpoint, made: _Target, sources: Sources) -> Iterat
         f"train_micro_batch_size_per_gpu {batch.micro}, gradient_accumulation_steps "
         f"{batch.accumulation}",
     )
+    if made.universal:
+        yield Finding(
+            "load-universal",
+            "info",
+            "resume_universal.yml has load_universal: true, with which GPT-NeoX starts from this "
+            "folder each time",
+            "set it to false once the run has saved a checkpoint of its own",
+        )
     if ranks := sources.derived(made.shape.tp):
         several = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         yield Finding(
@@ -369,12 +304,21 @@ def _findings(checkpoint: Checkpoint, made: _Target, sources: Sources) -> Iterat
             f"the run had no tensor-parallel rank {several}: the generator of dropout there is "
             "derived from rank 0's",
         )
-    if made.vocabulary.padded != checkpoint.config.dims["vocab"]:
+    rows = checkpoint.config.dims["vocab"]
+    if state.universal and made.vocabulary.padded != rows:
+        yield Finding(
+            "padding-lost",
+            "warning",
+            f"the universal checkpoint is without {made.vocabulary.padded - rows} rows of padding, "
+            "which GPT-NeoX trains too and counts in its loss: they are zeros now",
+            "write it with original_vocab_size as large as padded_vocab_size",
+        )
+    elif made.vocabulary.padded != rows:
         yield Finding(
             "padding-rows",
             "warning",
             f"TP {made.shape.tp} needs {made.vocabulary.padded} vocabulary rows where the run had "
-            f"{checkpoint.config.dims['vocab']}: zero rows are added, and they count in the loss, "
+            f"{rows}: zero rows are added, and they count in the loss, "
             "since GPT-NeoX's softmax sees them",
             "choose a TP that divides the run's rows",
         )

@@ -131,7 +131,7 @@ def kind(url: str) -> str | None:
         return "file"
     found = _listed(url)
     if found is _UNKNOWN:
-        if url in _listings or _list(url):
+        if _listings.get(url) or _list(url):  # the listing of an object is empty
             return "directory"
         found = _info(url)
     if not isinstance(found, Mapping):

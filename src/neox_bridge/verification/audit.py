@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.optimizer_reader import has_optimizer, read_optimizer
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
 from neox_bridge.verification.audit_norms import norm_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
+from neox_bridge.verification.audit_states import state_faults
 from neox_bridge.verification.runs import Fault, Place, Run
 from neox_bridge.verification.steps import Step, read_step
 
@@ -28,6 +31,13 @@ class Opened:
     @property
     def size(self) -> int:
         return 0 if self.checkpoint is None else self.checkpoint.size
+
+    @property
+    def states(self) -> int:
+        """Bytes of the optimizer's states, where it has Adam's and masters."""
+        if self.checkpoint is None or not has_optimizer(self.checkpoint):
+            return 0
+        return 12 * sum(prod(whole.shape) for whole in self.checkpoint.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +71,17 @@ def audit(
     *,
     faults: Iterable[Fault] = (),
     same_init: bool = False,
+    optimizer: bool = False,
     cache: str | None = None,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Audit:
     """Read every checkpoint's weights, but for those in the cache, and compare them all.
 
-    faults: what is known already. same_init: runs of the same shapes must begin with the same
-    weights. cache: its folder (``hash_cache``), or None. Nothing that is wrong with a checkpoint
-    keeps the others from being looked at.
+    optimizer: the states of those that have an optimizer, too. faults: what is known already.
+    same_init: runs of the same shapes must begin with the same weights. cache: its folder
+    (``hash_cache``), or None. Nothing that is wrong with a checkpoint keeps the others from being
+    looked at.
     """
     runs: dict[str, list[Step]] = {}
     numbers: dict[str, list[int]] = {}
@@ -82,9 +94,21 @@ def audit(
             found.append(one.fault)
         if one.checkpoint is None:
             continue
+        held = None
+        if optimizer and has_optimizer(one.checkpoint):
+            try:
+                held = read_optimizer(one.checkpoint)
+            except (BridgeError, OSError) as error:
+                found.append(replace(_unreadable(one.run, one.place, error), code="no-states"))
         try:
             step = read_step(
-                one.run, one.place, one.checkpoint, cache=cache, workers=workers, progress=progress
+                one.run,
+                one.place,
+                one.checkpoint,
+                optimizer=held,
+                cache=cache,
+                workers=workers,
+                progress=progress,
             )
         except (BridgeError, OSError) as error:
             found.append(_unreadable(one.run, one.place, error))
@@ -109,7 +133,8 @@ def judge(steps: Sequence[Step]) -> list[Fault]:
         for label in fault.steps
         for name in fault.tensors or (steps[0].tensors if steps else ())
     )
-    return [*same, *setting_faults(steps), *norm_faults(steps, explained)]
+    norms = list(norm_faults(steps, explained))
+    return [*same, *setting_faults(steps), *norms, *state_faults(steps, [*same, *norms])]
 
 
 def verdict(step: Step, faults: Iterable[Fault]) -> str:

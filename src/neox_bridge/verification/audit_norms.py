@@ -38,6 +38,12 @@ def norm_faults(
     steps: Sequence[Step], explained: frozenset[tuple[str, str]] = frozenset()
 ) -> Iterator[Fault]:
     """Of one run's steps, in order. explained: (step's label, tensor) known to be wrong."""
+    yield from broken_faults(steps)
+    yield from jump_faults(steps, explained)
+
+
+def broken_faults(steps: Sequence[Step]) -> Iterator[Fault]:
+    """NaN, infinities, matrices that became one value."""
     run = steps[0].run if steps else ""
     for step in steps:
         if bad := {name: found.bad for name, found in step.tensors.items() if found.bad}:
@@ -47,6 +53,12 @@ def norm_faults(
             labels = (step.label,)
             yield Fault("not-finite", "error", what, remedy, run, labels, tuple(bad))
     yield from _blank(steps)
+
+
+def jump_faults(
+    steps: Sequence[Step], explained: frozenset[tuple[str, str]] = frozenset()
+) -> Iterator[Fault]:
+    """Norms that jump. explained: as for ``norm_faults``."""
     known = [step for step in steps if step.number is not None]
     jumps: dict[int, list[_Jump]] = defaultdict(list)
     for name in dict.fromkeys(name for step in known for name in step.tensors):

@@ -13,7 +13,7 @@ from neox_bridge.execution.transform import boxes, load
 from neox_bridge.formats.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import by_name
+from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.pieces import Whole, cut, whole_of
 from neox_bridge.verification.compare import each, settled, values
 
@@ -74,7 +74,7 @@ def fingerprints(
     largest_first = sorted(todo, key=lambda name: -checkpoint.tensors[name].nbytes)
 
     def one(name: str) -> Fingerprint:
-        weight, whole = weights.get(name), checkpoint.tensors[name]
+        weight, whole = weights.get(tensor_of(name)), checkpoint.tensors[name]
         found = fingerprint(whole, context, padded=weight is not None and weight.split == "vocab")
         context.wrote(whole.nbytes, "copied")
         return found

@@ -4,15 +4,19 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import xxhash
 
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.optimizer import Optimizer
+from neox_bridge.layouts.optimizer_export import number_in
+from neox_bridge.layouts.step_folder import number_of
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
+from neox_bridge.verification.optimizer import named
 from neox_bridge.verification.runs import Place
 
 _SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
@@ -26,6 +30,8 @@ class Step:
     seed: of the yml, or of the run's name (``pythia-70m-seed3``). making: what else the initial
     weights depend on. files: the names of the files that a tensor lies in, by rank.
     read: how many tensors' bytes were read; the others' fingerprints were known.
+    states: fingerprints of the optimizer's states, as "exp_avg: name", where they are looked at.
+    updates: how many steps the optimizer has made and skipped, by parameter group.
     """
 
     run: str
@@ -43,6 +49,8 @@ class Step:
     size: int
     read: int
     iteration: int | None = None
+    states: Mapping[str, Fingerprint] = field(default_factory=dict)
+    updates: tuple[int, ...] = ()
 
     @cached_property
     def hash(self) -> str:
@@ -68,11 +76,20 @@ def read_step(
     place: Place,
     checkpoint: Checkpoint,
     *,
+    optimizer: Optimizer | None = None,
     cache: str | None = None,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Step:
-    """Read what isn't in the cache. Raises BridgeError, naming a file that can't be read."""
+    """Read what isn't in the cache. Raises BridgeError, naming a file that can't be read.
+
+    optimizer: the checkpoint's, where its states are to be read too.
+    """
+    weights = checkpoint
+    if optimizer is not None:
+        checkpoint = replace(
+            checkpoint, tensors={**checkpoint.tensors, **named(checkpoint, optimizer)}
+        )
     files = identify(checkpoint)
     known = look_up(cache, checkpoint, files)
     if progress is not None:
@@ -93,15 +110,28 @@ def read_step(
         meaning=_meaning(checkpoint),
         seed=_seed(run, checkpoint.raw if state is not None else {}),
         making=_making(checkpoint),
-        tensors=tensors,
+        tensors={name: tensors[name] for name in weights.tensors},
         files={
             name: tuple(os.path.basename(ref.file) for ref in sources(whole))
             for name, whole in checkpoint.tensors.items()
         },
-        size=checkpoint.size,
+        size=weights.size,
         read=len(tensors) - len(known),
         iteration=_iteration(checkpoint),
+        states={name: tensors[name] for name in tensors if name not in weights.tensors},
+        updates=_updates(optimizer) if optimizer is not None else (),
     )
+
+
+def _updates(optimizer: Optimizer) -> tuple[int, ...]:
+    """Of each group: the steps of its own count, and those that a loss scaler skipped."""
+    skipped = optimizer.metas[0].get("skipped_steps")
+    skipped = skipped if isinstance(skipped, int) else 0
+    steps = (
+        number_in(group.scalars.get("step", group.settings.get("step")))
+        for group in optimizer.groups
+    )
+    return tuple(int(step) + skipped for step in steps if isinstance(step, int | float))
 
 
 def _meaning(checkpoint: Checkpoint) -> dict[str, object]:
@@ -131,6 +161,6 @@ def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _iteration(checkpoint: Checkpoint) -> int | None:
     """The step that a GPT-NeoX checkpoint's own metadata tell, where it isn't the folder's."""
     state = checkpoint.neox
-    if state is None or state.iteration == int(state.step.removeprefix("global_step")):
+    if state is None or state.iteration == number_of(state.step):
         return None
     return state.iteration

@@ -158,15 +158,19 @@ def _compare(
             return Difference(name, "values", padding, detail=detail)
         first, second = with_rows(first, rows), with_rows(second, rows)
     found = compare(name, first, second, context)
-    if found.kind == "values" and weight.split == "row_bias" and second.reduce == "sum":
-        # a bias that was divided over ranks is rounded on each, and again in the sum
-        ranks = len(second.pieces)
-        allowed = (ranks + 1) * _EPSILON.get(second.dtype, 0.0)
-        if found.relative <= allowed:
-            return replace(found, kind="equal")
+    found = divided(found, weight, second)
     parts = segments(second) if second.reduce == "replica" else []
     if found.kind == "equal" and any(settled(p, context).reduce != "none" for p in parts):
         return replace(found, kind="replicas", detail="the target's ranks differ")
+    return found
+
+
+def divided(found: Difference, weight: Weight, second: Whole) -> Difference:
+    """Equal where a bias that was divided over ranks is but rounded on each, and in the sum."""
+    if found.kind == "values" and weight.split == "row_bias" and second.reduce == "sum":
+        allowed = (len(second.pieces) + 1) * _EPSILON.get(second.dtype, 0.0)
+        if found.relative <= allowed:
+            return replace(found, kind="equal")
     return found
 
 

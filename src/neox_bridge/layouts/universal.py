@@ -1,0 +1,234 @@
+"""Reads DeepSpeed's universal checkpoints: ``zero/NAME/fp32.pt``, ``exp_avg.pt`` and so on.
+
+Each file holds one state of one parameter, whole, and how ranks shared it: ``cat_dim``, or nothing
+where each had all of it. Source: deepspeed 0.16 checkpoint/ds_to_universal.py, which writes them,
+checkpoint/universal_checkpoint.py and runtime/base_optimizer.py, which read them. Weights are
+their fp32 masters, since DeepSpeed takes them from there too and copies no layer files.
+
+GPT-NeoX doesn't tell ds_to_universal.py how its ranks share parameters. Then all have ``cat_dim``
+0, so that what lies in a file is one rank's part behind the other's, whatever the parameter.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter
+from neox_bridge.layouts.optimizer_reader import (
+    check_weights,
+    generators,
+    parameter,
+    scalar,
+    stage_of,
+)
+from neox_bridge.layouts.tensor_names import check_names
+from neox_bridge.layouts.text_files import list_folder
+from neox_bridge.layouts.universal_folder import STATE, STEP, ZERO, file_name
+from neox_bridge.layouts.weights import model_weights
+from neox_bridge.planning.pieces import Whole, box, whole_of
+from neox_bridge.stores.paths import isfile
+
+Shards = list[dict[int, dict[str, TensorRef]]]  # by rank, by layer, by name
+
+
+@dataclass(frozen=True, slots=True)
+class Masters:
+    """The fp32 weights by rank, or as one rank's where they lie whole, and their files.
+
+    numbered: whether parameters are named as without pipeline stages.
+    """
+
+    ranks: Shards
+    files: tuple[str, ...]
+    numbered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One state of one parameter. joined: the ranks' parts lie one behind the other, in rows."""
+
+    ref: TensorRef
+    joined: bool
+
+
+def masters(folder: str, metas: Sequence[Mapping[str, Any]], tp: int) -> Masters:
+    """What a model is read from.
+
+    metas: the mp_rank files' values. tp: the ranks that they are of.
+    Raises BridgeError for files that are missing or aren't such a checkpoint's.
+    """
+    found = _read(folder, MASTER)
+    order = [name for meta in metas for group in _shapes(meta, folder) for name in group]
+    if odd := sorted(set(order) ^ set(found)):
+        raise BridgeError(
+            f"{folder}: {some(odd)} isn't in both {ZERO} and the param_shapes of the mp_rank files."
+            " Copy the checkpoint again."
+        )
+    files = tuple(stored.ref.file for stored in found.values())
+    numbered = all(name.startswith("sequential.") for name in found)
+    return Masters(_ranks({name: found[name] for name in order}, tp), files, numbered)
+
+
+def dtype_of(meta: Mapping[str, Any]) -> str:
+    """In which dtype the run computes, as its mp_rank files' ds_config says."""
+    told = meta.get("ds_config") or {}
+    kinds = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
+    return next((d for key, d in kinds.items() if (told.get(key) or {}).get("enabled")), "float32")
+
+
+def as_computed(
+    architecture: Architecture,
+    config: ModelConfig,
+    tensors: Mapping[str, Whole],
+    dtype: str,
+    copies: int,
+) -> tuple[ModelConfig, dict[str, Whole]]:
+    """The model whose masters these are: rounded, and what ranks add up added up.
+
+    copies: ranks of which each had a bias that is stored once, their mean.
+    """
+    summed = {
+        weight.hf.format(i=block)
+        for weight, block in model_weights(architecture, config)
+        if weight.split == "row_bias" and config.parallel_residual and copies > 1
+    }
+    found = {}
+    for name, whole in tensors.items():
+        rounded = replace(whole, dtype=dtype)
+        if name in summed:
+            ref = next(piece.source for piece in whole.pieces)
+            assert ref is not None
+            rounded = Whole(dtype, whole.shape, (box(ref),) * copies, "sum")
+        found[name] = rounded
+    return replace(config, dtype=dtype), found
+
+
+def read_universal(
+    checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
+) -> Optimizer:
+    """The states of a universal source. Raises BridgeError where they aren't the model's."""
+    state = checkpoint.neox
+    assert state is not None
+    path = os.path.join(folder, ZERO, STATE)
+    told = read_torch(path)
+    groups = told.get("param_groups") if isinstance(told, dict) else None
+    if not isinstance(told, dict) or not isinstance(groups, list) or not groups:
+        raise BridgeError(f"{path} holds no param_groups: it isn't a universal checkpoint's.")
+    members: dict[str, int] = {}
+    for number, meta in enumerate(metas):
+        shapes = _shapes(meta, folder)
+        if len(shapes) != len(groups):
+            raise BridgeError(
+                f"{folder}/mp_rank_{number:02d}_model_states.pt has {len(shapes)} parameter groups "
+                f"and {path} {len(groups)}. Are they of one save?"
+            )
+        members |= {name: index for index, group in enumerate(shapes) for name in group}
+    shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
+    keys = _keys(folder, next(iter(members)))
+    for key in keys:
+        for rank, layers in enumerate(_ranks(_read(folder, key), state.tp)):
+            for layer, tensors in layers.items():
+                for name, ref in tensors.items():
+                    shards.setdefault((rank, (layer, name)), {})[key] = whole_of(ref)
+    found = [
+        Group(
+            {key: value for key, value in group.items() if key != "params"},
+            _step(folder, [name for name, at in members.items() if at == index]),
+        )
+        for index, group in enumerate(groups)
+    ]
+    head = {key: value for key, value in told.items() if key != "param_groups"}
+    outer = {key: metas[0].get(key) for key in ("ds_config", "ds_version")}
+    result = Optimizer(
+        "zero" if "zero_stage" in head else "bf16",
+        stage_of(head, metas[0]),
+        int(metas[0].get("dp_world_size") or 1),
+        keys,
+        tuple(found),
+        {parameter(name, path): index for name, index in members.items()},
+        shards,
+        {**head, "outer": outer},
+        metas,
+        (),
+        generators(metas[0]),
+    )
+    check_weights(checkpoint, result, folder)
+    return result
+
+
+def _shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, Any]]:
+    told = meta.get("param_shapes")
+    if not isinstance(told, list) or not all(isinstance(group, dict) for group in told):
+        raise BridgeError(f"{folder}: an mp_rank file lacks param_shapes. Copy it again.")
+    return told
+
+
+def _names(folder: str) -> list[str]:
+    names = [name for name in list_folder(os.path.join(folder, ZERO)) if name != STATE]
+    check_names(names, os.path.join(folder, ZERO))
+    return names
+
+
+def _keys(folder: str, name: str) -> tuple[str, ...]:
+    """A parameter's states: the masters first."""
+    files = list_folder(os.path.join(folder, ZERO, name))
+    keys = sorted(file[:-3] for file in files if file.endswith(".pt"))
+    return (MASTER, *(key for key in keys if key not in ("fp32", STEP)))
+
+
+def _read(folder: str, key: str) -> dict[str, _Stored]:
+    """A state of every parameter, by DeepSpeed's name of it."""
+    found = {}
+    for name in _names(folder):
+        path = os.path.join(folder, ZERO, name, file_name(key))
+        if not isfile(path):
+            raise BridgeError(f"{path} is missing. Copy the checkpoint again.")
+        value = read_torch(path)
+        ref = value.get("param") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not isinstance(ref, TensorRef):
+            raise BridgeError(f"{path} holds no param: it isn't a universal checkpoint's.")
+        found[name] = _Stored(ref, value.get("cat_dim") == 0 and set(value) == {"cat_dim", "param"})
+    return found
+
+
+def _ranks(found: Mapping[str, _Stored], tp: int) -> Shards:
+    """The ranks' parts where all are joined, as ds_to_universal.py does that was told of none."""
+    count = tp if all(stored.joined for stored in found.values()) else 1
+    ranks: Shards = [{} for _ in range(count)]
+    for name, stored in sorted(found.items(), key=lambda item: parameter(item[0], ZERO)[0]):
+        layer, short = parameter(name, stored.ref.file)
+        for rank in range(count):
+            ranks[rank].setdefault(layer, {})[short] = _rows(stored.ref, count, rank)
+    return ranks
+
+
+def _rows(ref: TensorRef, count: int, rank: int) -> TensorRef:
+    if count == 1:
+        return ref
+    if not ref.shape or ref.shape[0] % count or ref.strides is not None:
+        raise BridgeError(
+            f"{ref.file}: its {list(ref.shape)} aren't {count} tensor-parallel ranks' parts. Is it "
+            "of another layout than the mp_rank files?"
+        )
+    shape = (ref.shape[0] // count, *ref.shape[1:])
+    return replace(ref, offset=ref.offset + rank * (ref.nbytes // count), shape=shape)
+
+
+def _step(folder: str, names: Sequence[str]) -> dict[str, Any]:
+    """The step of a group's parameters, which DeepSpeed wants to be one."""
+    paths = [os.path.join(folder, ZERO, name, f"{STEP}.pt") for name in names]
+    steps = [scalar(read_torch(path)) for path in paths if isfile(path)]
+    if not steps:
+        return {}
+    for path, step in zip(paths, steps, strict=False):
+        if step != steps[0] or len(steps) < len(paths):
+            raise BridgeError(
+                f"{path}: not all parameters have the same step. Copy the checkpoint again."
+            )
+    return {STEP: steps[0]}

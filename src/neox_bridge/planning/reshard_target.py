@@ -1,0 +1,125 @@
+"""Where a resharded run goes on: what a user asks for, settled against the model and the batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.errors import Refused
+from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName
+from neox_bridge.layouts.optimizer import Optimizer
+from neox_bridge.layouts.step_folder import number_of
+from neox_bridge.layouts.weights import model_weights
+from neox_bridge.planning.batch import Batch, batch_of, spread
+from neox_bridge.planning.common import drop_vocabulary_rows
+from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.planning.options import Options, RowBias
+from neox_bridge.planning.pieces import Whole
+from neox_bridge.planning.stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.planning.to_neox import target_shape
+from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Resharding:
+    """What a user asks for; None means: as the source has it.
+
+    zero: ZeRO's stage. micro_batch: sequences of a rank's forward pass.
+    row_bias: see ``geometry.scatter``. universal: write DeepSpeed's universal checkpoint.
+    """
+
+    tp: int | None = None
+    pp: int | None = None
+    layout: LayoutName | None = None
+    dp: int | None = None
+    zero: int | None = None
+    micro_batch: int | None = None
+    row_bias: RowBias = "whole"
+    universal: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target, settled. config: with the target's rows of the vocabulary. step: its folder."""
+
+    shape: Shape
+    config: ModelConfig
+    vocabulary: Vocabulary
+    dp: int
+    zero: int
+    batch: Batch
+    bounds: tuple[range, ...]
+    step: str
+    universal: bool
+
+    @property
+    def prefix(self) -> str:
+        """What precedes the layer's number in DeepSpeed's names."""
+        return "" if self.shape.layout == "layers" else "sequential."
+
+
+def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> Target:
+    """The target that was asked for. Raises BridgeError or Refused where it can't be."""
+    state, raw = checkpoint.neox, checkpoint.raw
+    assert state is not None
+    options = Options(
+        to="neox", tp=asked.tp, pp=asked.pp, layout=asked.layout, row_bias=asked.row_bias
+    )
+    shape, _ = target_shape(checkpoint, options)
+    rows = checkpoint.config.dims["vocab"]
+    if state.universal:  # it may be without the rows of padding, which come back as zeros
+        rows = max(rows, int(state.args.get("padded_vocab_size") or 0))
+    vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, shape.tp)
+    config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
+    dp = asked.dp or optimizer.dp
+    zero = optimizer.stage if asked.zero is None else asked.zero
+    if zero == 2 and shape.layout == "layers":
+        raise Refused(
+            "ZeRO stage 2 doesn't go with pipe_parallel_size 1 or more: DeepSpeed refuses it. "
+            "Use --zero 1, or --pp 0."
+        )
+    if zero == 0 and asked.universal:
+        raise Refused(
+            "--universal: DeepSpeed loads universal checkpoints at ZeRO stages 1 and 2 only. Say "
+            "--zero 1."
+        )
+    told = optimizer.metas[0].get("ds_config") or {}
+    batch = spread(batch_of(told, raw, optimizer.dp), dp, asked.micro_batch)
+    bounds = tuple(_bounds(checkpoint, shape, config))
+    number = state.iteration if state.universal else number_of(state.step)
+    step = f"global_step{number}{'_universal' if asked.universal else ''}"
+    return Target(shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal)
+
+
+def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[range]:
+    """The layers of each stage; all of them in one where there are no stages."""
+    if shape.stages == 1:
+        return [range(config.layers + 5)]
+    counts: dict[int, int] = {}
+    for (layer, _), tensor in rank_parameters(
+        checkpoint.architecture,
+        config,
+        with_target_rows(checkpoint, config, checkpoint.tensors),
+        shape,
+        0,
+    ).items():
+        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
+    return stage_bounds(
+        str(checkpoint.raw.get("pipe_partition_method") or DEFAULT),
+        config.layers,
+        shape.stages,
+        counts,
+        tied=config.tied_embeddings,
+        block=block_class(checkpoint.architecture.name),
+    )
+
+
+def with_target_rows(
+    checkpoint: Checkpoint, config: ModelConfig, wholes: Mapping[str, Whole]
+) -> dict[str, Whole]:
+    """The tensors with the target's rows of the vocabulary; rows that are added are zeros."""
+    return {
+        name: drop_vocabulary_rows(wholes[name], weight, config.dims["vocab"])
+        for weight, block in model_weights(checkpoint.architecture, config)
+        for name in [weight.hf.format(i=block)]
+    }

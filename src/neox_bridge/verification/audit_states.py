@@ -1,0 +1,90 @@
+"""Optimizer states over a run's steps: broken, another step's, or not those of the weights."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.optimizer import MASTER
+from neox_bridge.layouts.weights import STATE_OF, tensor_of
+from neox_bridge.verification.audit_identity import identity_faults
+from neox_bridge.verification.audit_norms import broken_faults, jump_faults
+from neox_bridge.verification.runs import Fault
+from neox_bridge.verification.steps import Step
+
+_ROUNDED = 0.01  # of a norm: more than rounding to 16 bits makes of it
+_MASTERS = f"{MASTER}{STATE_OF}"
+
+
+def state_faults(steps: Sequence[Step], known: Iterable[Fault]) -> Iterator[Fault]:
+    """Of one run's steps, in order. known: what is wrong with their weights.
+
+    Moments may jump, as the gradients do that they are made of; masters may only where weights do.
+    """
+    held = [replace(step, tensors=step.states) for step in steps if step.states]
+    told = [*identity_faults(held), *broken_faults(held)]
+    explained = {
+        (label, f"{_MASTERS}{name}") for f in known for label in f.steps for name in f.tensors
+    }
+    explained |= {(label, name) for f in told for label in f.steps for name in f.tensors}
+    masters = [
+        replace(s, tensors={n: p for n, p in s.tensors.items() if n.startswith(_MASTERS)})
+        for s in held
+    ]
+    told += jump_faults(masters, frozenset(explained))
+    for fault in told:
+        message = fault.message.replace(f"{fault.run}:", f"{fault.run}: the optimizer:", 1)
+        yield replace(fault, message=message)
+    for step in steps:
+        yield from _other_weights(step)
+    yield from _counts([step for step in steps if step.updates])
+
+
+def _other_weights(step: Step) -> Iterator[Fault]:
+    """Masters that aren't the weights, but for their rounding."""
+    apart = []
+    for name, found in step.states.items():
+        weight = step.tensors.get(tensor_of(name))
+        if not name.startswith(_MASTERS) or weight is None or found.bad or weight.bad:
+            continue
+        same = found.hash == weight.hash
+        if weight.dtype != found.dtype:
+            same = abs(found.norm - weight.norm) <= _ROUNDED * found.norm
+        if not same:
+            apart.append(tensor_of(name))
+    if apart:
+        yield Fault(
+            "other-masters",
+            "error",
+            f"{step.run}: at step {step.label} the optimizer's masters aren't the weights in "
+            f"{some(apart, 3)}",
+            "its optimizer's files are another step's: copy them again",
+            step.run,
+            (step.label,),
+            tuple(apart),
+        )
+
+
+def _counts(steps: Sequence[Step]) -> Iterator[Fault]:
+    """Optimizers that have made other numbers of steps than the folder's, unlike the run's others.
+
+    A run that began with a new optimizer at some step is always behind by that.
+    """
+    behind = {s.label: s.number - max(s.updates) for s in steps if s.number is not None}
+    usual = Counter(behind.values()).most_common(1)
+    for step in steps:
+        why = ""
+        if len(set(step.updates)) > 1:
+            why = f"its groups have made {' and '.join(map(str, step.updates))} steps"
+        elif step.label in behind and behind[step.label] != usual[0][0]:
+            want = (step.number or 0) - usual[0][0]
+            why = f"it has made {step.updates[0]} steps, and by the run's others {want}"
+        if why:
+            yield Fault(
+                "other-count",
+                "warning",
+                f"{step.run}: at step {step.label} the optimizer isn't of that step: {why}",
+                "its optimizer's files are another step's, or the run began anew",
+                step.run,
+                (step.label,),
+            )
