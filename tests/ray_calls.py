@@ -8,7 +8,7 @@ from typing import Any
 
 from neox_bridge.execution.placement import Places, places_of, reaches
 
-_WAIT = 120.0  # seconds
+_WAIT = 300.0  # seconds
 
 
 def _same(_: str, call: Callable[..., Any], *args: Any) -> Places:

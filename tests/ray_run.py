@@ -28,7 +28,7 @@ from neox_bridge.execution.ray_cluster import RayCluster
 from neox_bridge.planning.options import Options
 
 _STORE = 80 << 20  # bytes of a node's object store, about the least that Ray allows
-_WAIT = 120.0  # seconds
+_WAIT = 300.0  # seconds
 
 
 class Held(RayCluster):
