@@ -164,7 +164,7 @@ def test_every_layout_to_every_other(
                 wrong.append((str(source), str(target), want, mine))
         noticed.append(max(map(apart, wanted[sources[0]], forgetful)))
     assert wrong == []
-    assert min(noticed) > 2 * allowed  # the test sees what moments are worth
+    assert min(noticed) > allowed  # a run that had lost its moments would be among the wrong ones
 
 
 def test_each_rank_its_share(neox_python: str, tmp_path: Path) -> None:
