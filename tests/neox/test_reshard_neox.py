@@ -1,7 +1,7 @@
 """Runs of the real GPT-NeoX go on, resharded, as they were: every layout to every other.
 
 Each layout trains nine steps from scratch and saves; each save is resharded for every other layout
-and resumed there for three steps. The first loss shows the weights, the third the masters, the
+and resumed there for three steps. The first loss shows the weights, the next the masters, the
 moments, the step and the schedule too. All data-parallel ranks have the same sequences there, so
 that their gradients' mean is exact; each its share of the batch, as the written yml says, in one
 step more.
