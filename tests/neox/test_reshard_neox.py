@@ -1,7 +1,7 @@
 """Runs of the real GPT-NeoX go on, resharded, as they were: every layout to every other.
 
 Each layout trains nine steps from scratch and saves; each save is resharded for every other layout
-and resumed there for three steps. The first loss shows the weights, the third the masters, the
+and resumed there for three steps. The first loss shows the weights, the next the masters, the
 moments, the step and the schedule too. All data-parallel ranks have the same sequences there, so
 that their gradients' mean is exact; each its share of the batch, as the written yml says, in one
 step more.
@@ -164,7 +164,7 @@ def test_every_layout_to_every_other(
                 wrong.append((str(source), str(target), want, mine))
         noticed.append(max(map(apart, wanted[sources[0]], forgetful)))
     assert wrong == []
-    assert min(noticed) > 2 * allowed  # the test sees what moments are worth
+    assert min(noticed) > allowed  # a run that had lost its moments would be among the wrong ones
 
 
 def test_each_rank_its_share(neox_python: str, tmp_path: Path) -> None:
