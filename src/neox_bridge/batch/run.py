@@ -26,6 +26,7 @@ from neox_bridge.planning.pieces import Plan
 from neox_bridge.stores.objects import pending, pending_now
 from neox_bridge.stores.paths import absolute, is_url
 
+_MOST_AHEAD = 32  # threads that plan, which is Python's work and so one after another's
 _PART = 1 << 30  # bytes of a checkpoint that one process verifies
 _PAUSE = 1.0  # seconds before the first retry; doubled for each further one
 
@@ -298,4 +299,4 @@ def _aside(target: str) -> str:
 
 def default_ahead(slots: int) -> int:
     """Checkpoints at a time: while some are planned or placed others keep the processes busy."""
-    return slots + 2
+    return min(slots + 2, _MOST_AHEAD)

@@ -164,6 +164,8 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
         tell_findings(faults, quiet)
         _dry_run(items, settings, own["as_json"])
         return
+    items, faults = ([], []) if own["watch"] else find()
+    tell_findings(faults, quiet)
     with closing(_pool(own["executor"], own["address"], own["max_workers"])) as pool:
         from dataclasses import replace
 
@@ -171,8 +173,6 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
         if own["watch"]:
             rows = _watch(find, own["interval"], settings, pool, own)
         else:
-            items, faults = find()
-            tell_findings(faults, quiet)
             rows = _all(items, settings, pool, own)
     _end(rows, target, own)
 

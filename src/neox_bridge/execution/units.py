@@ -145,15 +145,28 @@ def drive(
             if not waiting:
                 return
             finished, waiting = wait(waiting, _LISTEN, FIRST_COMPLETED)
-            for future in finished:
-                take(future.result())
+            errors = [error for f in finished if (error := _taken(f, take)) is not None]
+            if errors:
+                raise errors[0]
             if pool.stopped.is_set():
                 raise KeyboardInterrupt
     except BaseException:
         for future in waiting:
             future.cancel()
         wait(waiting)  # none may write into a folder that is about to be removed
+        for future in waiting:
+            _taken(future, take)
         raise
+
+
+def _taken(future: "Future[Made]", take: Callable[[Made], None]) -> BaseException | None:
+    """``take`` what a call made; else its error, or None where it never ran."""
+    if future.cancelled():
+        return None
+    error = future.exception()
+    if error is None:
+        take(future.result())
+    return error
 
 
 def count(made: Made, context: Context) -> None:
