@@ -5,8 +5,9 @@ What a pool is asked to do may be done twice, so it must be the same done twice.
 
 import contextlib
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Future
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
 _T = TypeVar("_T")
-_PRELOAD = ["numpy", "ml_dtypes", "neox_bridge.execution.units", "neox_bridge.verification.verify"]
+_PRELOAD = (  # what nearly every call needs, read once for all processes
+    *("xxhash", "yaml"),  # numpy only where it is used: one waits for the disk meanwhile
+    *("neox_bridge.execution.units", "neox_bridge.verification.verify"),
+    *("neox_bridge.layouts.hf_reader", "neox_bridge.layouts.neox_reader"),
+    "neox_bridge.formats.torch_file",
+)
 LOSSES = 3  # times that one call may lose its process
 
 
@@ -62,11 +68,19 @@ class Processes:
     def _start(self) -> "ProcessPoolExecutor":
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
+        from importlib import import_module
 
-        # forks of a process that has no threads, which starts faster than a new Python
+        # a fork is there at once, but takes locks along that threads hold just then
+        if sys.platform == "linux" and threading.active_count() == 1:
+            for name in _PRELOAD:
+                import_module(name)
+            pool = ProcessPoolExecutor(self.slots, multiprocessing.get_context("fork"), _prepare)
+            pool.submit(_nothing)
+            return pool
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
-        pool = ProcessPoolExecutor(self.slots, context, _prepare)
+        context.set_forkserver_preload(list(_PRELOAD))
+        # the server's environment is that of the first pool
+        pool = ProcessPoolExecutor(self.slots, context, _prepare, (dict(os.environ),))
         # so that they start while this process reads and plans
         threading.Thread(target=pool.submit, args=(_nothing,)).start()
         return pool
@@ -117,12 +131,16 @@ def _lost(times: int) -> BridgeError:
     )
 
 
-def _prepare() -> None:
+def _prepare(environment: Mapping[str, str] | None = None) -> None:
     """In each process: Ctrl-C is the parent's to hear; where the parent is killed, end at once."""
     import signal
 
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

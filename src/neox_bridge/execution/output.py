@@ -20,7 +20,7 @@ from neox_bridge.planning.pieces import OutputFile, Plan
 from neox_bridge.stores.paths import is_url
 
 SMALL = 1 << 20  # bytes of a file that is put together in memory
-_GROUP = 1 << 30  # bytes that are flushed together; what a killed run has to make again
+_GROUP = 128 << 20  # bytes that are flushed together
 _FLUSH = 1 << 17  # what a flush counts for, in bytes, where tasks are put together
 
 

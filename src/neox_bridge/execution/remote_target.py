@@ -157,7 +157,8 @@ def _done(folder: Folder, plan: Plan, there: Mapping[str, Object]) -> dict[str, 
 
     def read(file: OutputFile) -> tuple[str, Written] | None:
         mark, there_now = folder.mark(file.path), there.get(folder.place(file.path))
-        with suppress(ValueError, KeyError, TypeError):
+        # a mark that can't be read, as of a process that was killed over it, says nothing
+        with suppress(BridgeError, ValueError, KeyError, TypeError):
             told = json.loads(fetch(mark, 0, marks[mark].size))
             same = there_now == Object(told["size"], told["tag"]) and told["path"] == file.path
             if same and told["size"] == file.size:

@@ -35,7 +35,7 @@ from neox_bridge.planning.pieces import OutputFile
 from neox_bridge.stores.paths import is_url
 
 _T = TypeVar("_T")
-_BYTES = 16 << 20  # of small files that are made together, to pay once for the way there and back
+_BYTES = 128 << 20  # of files that are made, and flushed, together
 _FILES = 64
 _LISTEN = 0.5  # seconds after which somebody who wants all to stop is heard
 _ATTEMPTS = "attempts-"  # one for each run: what an earlier one left running has none any more

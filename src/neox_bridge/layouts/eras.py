@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Literal
 
@@ -68,6 +69,7 @@ def era_named(name: str) -> Era:
 _CODES = {"3": "2024-03", "9": "2024-09", "10": "2024-10", "t": "today"}
 
 
+@cache
 def known_keys(era: Era) -> frozenset[str]:
     """The yml keys that a tree of this era takes; it refuses all others."""
     if era.keys is not None:
