@@ -441,6 +441,8 @@ def test_a_cluster_that_ran_here_once(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # whatever other tests have running just now
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
     with pytest.raises(BridgeError, match=r"There is no Ray cluster at [\d.]+:1 "):
         ray_connect.connect("auto", None)
 
