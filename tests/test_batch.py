@@ -191,6 +191,38 @@ def test_a_refusal_is_not_tried_again(run: Path, tmp_path: Path, pool: Processes
     assert "5" in row.error
 
 
+def test_what_transformers_of_a_version_does_not_load_is_refused(
+    made: Path, tmp_path: Path
+) -> None:
+    llama = make_hf(tmp_path / "run" / "step1", family="llama", rope_theta=500000.0)
+    done = spawn(llama.parent, tmp_path / "out", "--to", "hf", "--for", "transformers@4.30")
+    assert done.returncode == 1
+    assert "4.30" in done.stderr
+    assert not (tmp_path / "out" / "step1").exists()
+
+
+def test_a_fault_of_this_program_stops_no_other(
+    run: Path, tmp_path: Path, pool: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = running.execute
+
+    def breaks(plan: Any, target: str, **kwargs: Any) -> Any:
+        return real(plan, target, **kwargs) if target.endswith("0") else 1 / 0
+
+    monkeypatch.setattr(running, "execute", breaks)
+    (run / "step1000").rename(run / "step1001")
+    items, _ = find_items([str(run)])
+    rows = {
+        row.name: row for row in run_batch(items, Batch(str(tmp_path / "out"), Options()), pool)
+    }
+    assert {name: row.status for name, row in rows.items()} == {
+        "step0": "done",
+        "step1001": "failed",
+        "step2000": "done",
+    }
+    assert "ZeroDivisionError" in rows["step1001"].error
+
+
 def test_norms_are_those_of_the_tensors(run: Path, tmp_path: Path) -> None:
     rows = rows_of(run, tmp_path / "out", "--to", "hf", "--steps", "1000", "--norms")
     from safetensors.torch import load_file

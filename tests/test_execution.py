@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import random
 import struct
 import threading
 import time
@@ -16,11 +17,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution import casts, exchange, files, movers, staging, tensors, transform
+from neox_bridge.execution import (
+    casts,
+    exchange,
+    files,
+    movers,
+    staging,
+    tensors,
+    trails,
+    transform,
+)
+from neox_bridge.execution.context import Context
 from neox_bridge.execution.run import execute
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.geometry import constant
@@ -850,3 +862,33 @@ def test_nothing_heavy_is_imported() -> None:
     code = "import neox_bridge.execution.run, sys; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_hash_follows_what_is_written(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order tensors are written, and though a zip's directory changes until the end."""
+    monkeypatch.setattr(trails, "_LEAST", 1)
+    sizes = [3000, 1, 70_000, 4096, 12, 500]
+    offsets = [100 + sum(sizes[:n]) + 10 * n for n in range(len(sizes))]
+    data = bytearray(random.Random(seed).randbytes(offsets[-1] + sizes[-1] + 200))
+    tensors = tuple(
+        OutputTensor(f"t{n}", "uint8", (size,), offset=at)
+        for n, (size, at) in enumerate(zip(sizes, offsets, strict=True))
+    )
+    path = tmp_path / "file"
+    path.write_bytes(bytes(len(data)))
+    file = OutputFile("file", len(data), (), tensors)
+    trail = trails.Trail(file, str(path), Context(), "xxh3_128", True)
+    with path.open("r+b") as stream:
+        stream.write(data[:100])
+        for number in random.Random(seed).sample(range(len(sizes)), len(sizes)):
+            end = offsets[number] + sizes[number] + 10
+            stream.seek(offsets[number])
+            stream.write(data[offsets[number] : end])
+            stream.flush()
+            trail.written(number)
+        stream.seek(end := offsets[-1] + sizes[-1])
+        stream.write(data[end:])
+    assert trail.digest() == xxhash.xxh3_128(bytes(data)).hexdigest()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.batch import on_hub
 from neox_bridge.batch.items import Item, Source
@@ -25,6 +25,9 @@ from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.stores.objects import pending, pending_now
 from neox_bridge.stores.paths import absolute, is_url
+
+if TYPE_CHECKING:
+    from neox_bridge.compat.facts import TransformersFacts
 
 _MOST_AHEAD = 32  # threads that plan, which is Python's work and so one after another's
 _PART = 1 << 30  # bytes of a checkpoint that one process verifies
@@ -57,7 +60,8 @@ class Batch:
     target: the folder that gets one for each. hub: the model that gets a branch for each instead.
     retries: for each, after its first failure.
     every_hash: whether what is done is read again to see if it is whole. norms: whether the L2
-    norms of the result's tensors are taken. ahead: checkpoints that are worked on at a time.
+    norms of the result's tensors are taken. version: of transformers, which must load the results.
+    ahead: checkpoints that are worked on at a time.
     """
 
     target: str
@@ -69,6 +73,7 @@ class Batch:
     hash_name: HashName | None = "xxh3_128"
     every_hash: bool = False
     norms: bool = False
+    version: "TransformersFacts | None" = None
     ahead: int = 4
     hub: HubModel | None = None
     tell: Callable[[Event], None] = _silent
@@ -115,6 +120,10 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> Row:
             batch.tell(Event("retry", item.name, words=str(error)))
             if pool.stopped.wait(_PAUSE * 2**number):
                 break
+        except Exception as error:  # a fault of this program, which ends this checkpoint, not all
+            what = f"{type(error).__name__}: {error}"
+            row = replace(row, error=f"this is a bug in neox-bridge: {what}. Please report it.")
+            break
     row = replace(row, seconds=time.perf_counter() - begin)
     batch.tell(Event("ended", item.name, row.size, row=row))
     return row
@@ -124,6 +133,10 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
     target = os.path.join(batch.target, item.name)
     checkpoint, options = item.source.open(), batch.options
+    if batch.version is not None:
+        from neox_bridge.compat.targets import refuse_version
+
+        refuse_version(checkpoint.architecture.name, checkpoint.config, batch.version)
     made = kind_of(checkpoint, options)
     if (checkpoint.kind, made, options.iteration) == ("hf", "neox", None):
         options = replace(options, iteration=item.number)  # its folder tells, its config doesn't

@@ -157,6 +157,7 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
         hash_name=asked.hash_name,
         every_hash=own["recheck"],
         norms=own["norms"],
+        version=asked.version,
         hub=hub,
     )
     if own["dry_run"]:

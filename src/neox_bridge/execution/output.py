@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName, hash_file, hasher
+from neox_bridge.execution.digests import HashName, hasher
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.journal import Written, append
 from neox_bridge.execution.movers import SEND, move, send, write
 from neox_bridge.execution.pool import Task, followed, run_all
 from neox_bridge.execution.tensors import fill_tensor, write_tensor
+from neox_bridge.execution.trails import Trail
 from neox_bridge.execution.work import Work
 from neox_bridge.layouts.seal import entries, sealed
-from neox_bridge.planning.pieces import OutputFile, Plan
-from neox_bridge.stores.paths import is_url
+from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan
 
 SMALL = 1 << 20  # bytes of a file that is put together in memory
 _GROUP = 128 << 20  # bytes that are flushed together
@@ -37,7 +37,7 @@ class Job:
 
 
 def run_files(job: Job, workers: int) -> None:
-    """File after file, the largest first, and so within each: no thread is left with a large one.
+    """File after file, the largest first: no thread is left with a large one.
 
     What is whole is flushed in groups: the first flush of one commits the file system's journal for
     all, where each file alone would wait for a commit of its own (a quarter of the time, measured).
@@ -49,8 +49,8 @@ def run_files(job: Job, workers: int) -> None:
             tasks.append((file.size, partial(_small, job, file, waiting)))
         else:
             path = os.path.join(job.work.files, file.path)
-            its = begin_large(file, path, job.context)
-            tasks += followed(its, partial(_finish, job, file, waiting))
+            its, trail = begin_large(file, path, job.context, job.hash_name, job.hash_shared)
+            tasks += followed(its, partial(_finish, job, file, trail, waiting))
     run_all(tasks, workers, job.context)
     rest = waiting.take(0)
     for file, _ in rest:
@@ -152,19 +152,31 @@ def is_small(file: OutputFile) -> bool:
     return file.size <= SMALL and file.copy_of is None
 
 
-def begin_large(file: OutputFile, path: str, context: Context) -> list[Task]:
-    """The file at its size, with its literal bytes; and a task for each of its tensors."""
+def begin_large(
+    file: OutputFile, path: str, context: Context, hash_name: HashName | None, shared: bool
+) -> tuple[list[Task], Trail]:
+    """The file at its size, with its literal bytes; a task for each of its tensors; and its hash.
+
+    In the file's order, so that the hash can follow. shared: see ``Trail``.
+    """
     with _new(path) as fd:
         os.ftruncate(fd, file.size)
         for offset, data in file.literals:
             write(fd, data, offset)
     context.wrote(sum(len(data) for _, data in file.literals), "copied")
-    its: list[Task] = [(t.nbytes, partial(write_tensor, t, path, context)) for t in file.tensors]
+    trail = Trail(file, path, context, hash_name, shared)
+    its: list[Task] = [
+        (tensor.nbytes, partial(_write, tensor, path, context, trail, number))
+        for number, tensor in enumerate(trail.tensors)
+    ]
     if file.copy_of is not None:
         its.append((file.size, partial(_copy, file.copy_of, file.size, path, context)))
-    if any(is_url(p.source.file) for t in file.tensors for p in t.pieces[:1] if p.source):
-        return its  # neighbours lie in the same ranges of an object, which are fetched once
-    return sorted(its, key=lambda task: -task[0])
+    return its, trail
+
+
+def _write(tensor: OutputTensor, path: str, context: Context, trail: Trail, number: int) -> None:
+    write_tensor(tensor, path, context)
+    trail.written(number)
 
 
 def write_small(
@@ -188,17 +200,6 @@ def write_small(
     return found
 
 
-def hash_of(path: str, context: Context, hash_name: HashName | None, shared: bool) -> str | None:
-    """Of a file that tensors were written to in any order, while it is still in memory.
-
-    shared: whether it is read too where it shares blocks with a source.
-    """
-    status = os.stat(path)
-    if hash_name is None or (not shared and (status.st_dev, status.st_ino) in context.cloned):
-        return None
-    return hash_file(path, hash_name, context.check)
-
-
 def begin_flush(path: str, size: int, context: Context) -> None:
     """Have the kernel begin to write a small file; large ones are on their way already."""
     if size < SEND:
@@ -218,9 +219,8 @@ def _small(job: Job, file: OutputFile, waiting: Waiting) -> None:
     waiting.add(file, write_small(file, path, job.context, job.hash_name))
 
 
-def _finish(job: Job, file: OutputFile, waiting: Waiting) -> None:
-    path = os.path.join(job.work.files, file.path)
-    waiting.add(file, hash_of(path, job.context, job.hash_name, job.hash_shared))
+def _finish(job: Job, file: OutputFile, trail: Trail, waiting: Waiting) -> None:
+    waiting.add(file, trail.digest())
     if group := waiting.take(_GROUP):
         _flush(job, group)
 

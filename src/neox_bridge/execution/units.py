@@ -24,7 +24,6 @@ from neox_bridge.execution.output import (
     begin_large,
     enter,
     flush_file,
-    hash_of,
     is_small,
     to_make,
     write_small,
@@ -89,9 +88,11 @@ def make(unit: Unit) -> Made:
             if is_small(file):
                 found = write_small(file, path, context, unit.hash_name)
             else:
-                for _, task in begin_large(file, path, context):
+                hashing = unit.hash_name, unit.hash_shared
+                its, trail = begin_large(file, path, context, *hashing)
+                for _, task in its:
                     task()
-                found = hash_of(path, context, unit.hash_name, unit.hash_shared)
+                found = trail.digest()
             begun.append((file, path, found))
         for file, path, _ in begun:
             begin_flush(path, file.size, context)
