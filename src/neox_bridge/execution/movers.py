@@ -21,7 +21,7 @@ CHUNK = 16 << 20  # bytes of one kernel copy, so that progress moves and Ctrl-C 
 BUFFER = 1 << 20
 # a file's descriptor, all the bytes of a small file, or an object of a store
 Target: TypeAlias = "int | memoryview | Stream"
-SEND = 256 << 10  # bytes; fewer wait until all is written
+SEND = 1 << 20  # bytes; fewer wait for more
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLONE = getattr(fcntl, "FICLONERANGE", 0x4020940D)  # linux/fs.h; in fcntl since Python 3.12
 _RANGE = struct.Struct("qQQQ")  # struct file_clone_range: fd, offset, length, offset in the target

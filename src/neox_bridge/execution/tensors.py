@@ -11,11 +11,12 @@ from operator import itemgetter
 from zlib_ng.zlib_ng import crc32
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.movers import BUFFER, Target, move, write
+from neox_bridge.execution.movers import BUFFER, Target, move, send, write
 from neox_bridge.execution.transform import blocks, replica
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputTensor, Piece, Whole, byte_range, cut
 
+_TOGETHER = 8 << 20  # bytes
 Run = tuple[str, int, int, int]  # file, offset in it, offset in the tensor, bytes
 Band = tuple[int, int, list[Piece]]  # first row, last row, the pieces that fill these rows
 
@@ -61,8 +62,8 @@ def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) 
 
 
 def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
-    """Block after block from numpy."""
-    offset = tensor.offset
+    """Block after block from numpy; what some of them wrote is sent on its way together."""
+    sent = offset = tensor.offset
     for block in blocks(tensor, context, reuse=True):
         context.check()
         data = block.reshape(-1).view("u1").data
@@ -71,7 +72,16 @@ def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -
             crc = crc32(data, crc)
         context.wrote(len(data), "transformed")
         offset += len(data)
+        if offset - sent >= _TOGETHER:
+            sent = _send(fd, sent, offset)
+    _send(fd, sent, offset)
     return crc
+
+
+def _send(fd: Target, start: int, end: int) -> int:
+    if isinstance(fd, int):
+        send(fd, start, end - start)
+    return end
 
 
 def _hole(size: int, context: Context, crc: int | None) -> int | None:
