@@ -511,3 +511,12 @@ def test_a_run_is_watched(made: Path, tmp_path: Path) -> None:
 def test_a_row_is_plain_data() -> None:
     row = Row("step0", "run", 0, "done", "a", "b")
     assert json.loads(json.dumps(row.told()))["status"] == "done"
+
+
+def test_a_library_that_lacks_is_named_once(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "fsspec").mkdir()
+    (tmp_path / "fsspec" / "__init__.py").write_text("raise ImportError('not here')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = spawn(run, "s3://bucket/out", env=environment)
+    assert done.returncode == 1
+    assert done.stderr.count("neox-bridge[remote]") == 1

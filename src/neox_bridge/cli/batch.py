@@ -147,6 +147,7 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
 
     quiet = own["quiet"] or own["as_json"]
     hub = _hub(target, own)
+    _check_library(target, hub is not None)
     settings = Batch(
         target,
         asked.options,
@@ -176,6 +177,20 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
         else:
             rows = _all(items, settings, pool, own)
     _end(rows, target, own)
+
+
+def _check_library(target: str, on_hub: bool) -> None:
+    """Raise BridgeError, once and not for each checkpoint, where what a target needs is missing."""
+    from neox_bridge.stores.paths import is_url
+
+    if on_hub:
+        from neox_bridge.hub.library import hub_api
+
+        hub_api(f"{target} is on the Hub")
+    elif is_url(target):
+        from neox_bridge.stores.objects import filesystem
+
+        filesystem(target)
 
 
 def _hub(target: str, own: dict[str, Any]) -> "HubModel | None":
