@@ -19,24 +19,18 @@ _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """How to open a checkpoint, in any process. path: a folder, or a model of the Hub."""
+    """How to open a checkpoint, in any process. path: a folder, or its URL."""
 
     path: str
-    revision: str | None = None
     configs: tuple[str, ...] = ()
     gqa_order: GqaOrder | None = None
     masters: bool = False
 
     def open(self) -> Checkpoint:
         """Raises BridgeError or Refused."""
-        found = open_checkpoint(
-            self.path, revision=self.revision, configs=self.configs, gqa_order=self.gqa_order
+        return open_checkpoint(
+            self.path, configs=self.configs, gqa_order=self.gqa_order, masters=self.masters
         )
-        if self.masters:
-            from neox_bridge.layouts.masters import with_masters
-
-            found = with_masters(found)
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ def find_items(
         wanted = chosen(steps, numbers)
         for place in run.places:
             if wanted is None or place.number in wanted:
-                source = Source(place.path, None, tuple(configs), gqa_order, masters)
+                source = Source(place.path, tuple(configs), gqa_order, masters)
                 name = _name(run, place, len(runs) > 1)
                 found.append(Item(name, run.name, place.number, source))
     if not found:

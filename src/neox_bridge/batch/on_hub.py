@@ -10,6 +10,7 @@ from neox_bridge.batch.settled import State, is_of
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.run import sources_of
+from neox_bridge.execution.work import work_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
@@ -53,8 +54,10 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
 
 def folder_of(model: HubModel, branch: str) -> str:
     """Where a branch's files are made: the same for every run."""
-    name = f"{model.repo}@{branch}".replace("/", "--")
-    return os.path.join(model.work, f".{name}.neox-bridge", "made")
+    from neox_bridge.hub.names import HubTarget
+
+    place = os.path.join(model.work, HubTarget(model.repo, branch).folder_name)
+    return os.path.join(work_of(place).folder, "made")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.run import execute, sources_of
-from neox_bridge.execution.staging import sweep
+from neox_bridge.execution.staging import set_aside, sweep
 from neox_bridge.findings import Finding
 from neox_bridge.planning.make import kind_of, make_plan
 from neox_bridge.planning.options import Options
@@ -160,7 +160,11 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     if batch.hub is not None:
         return _published(item, row, plan, batch, pool)
     if state == "changed" and not batch.overwrite:
-        kept = "" if is_url(row.target) else f"; kept as {_aside(row.target)}"
+        kept = (
+            ""
+            if is_url(row.target)
+            else f"; kept as {set_aside(row.target, row.target, 'changed')}"
+        )
         found = Finding("not-whole", "warning", f"{words}: written anew{kept}")
         row = replace(row, findings=(*row.findings, found))
     anew = batch.overwrite or (state == "changed" and is_url(row.target))
@@ -298,16 +302,6 @@ def _share(pool: Pool, calls: list[tuple[Any, ...]]) -> list[Any]:
             wait(left)
             raise KeyboardInterrupt
     return [future.result() for future in futures]
-
-
-def _aside(target: str) -> str:
-    """Keep a folder that isn't as it was written beside the target, under a name that is free."""
-    aside, number = f"{target}.changed", 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = f"{target}.changed-{number}"
-    os.rename(target, aside)
-    return aside
 
 
 def default_ahead(slots: int) -> int:

@@ -129,11 +129,12 @@ def _bars(count: int) -> Iterator["Tell"]:
 
 def print_rows(rows: "Sequence[Row]") -> None:
     """The table at the end, on stdout, and a line that sums it up."""
-    print(_head("seconds", "rate"))
+    width = _width(rows)
+    print(_head(width, "seconds", "rate"))
     for row in rows:
         rate = f"{human(row.size / row.seconds)}/s" if row.status == "done" else ""
         took = f"{row.seconds:.1f}" if row.status == "done" else ""
-        print(_cells(rows, row, took, rate))
+        print(_cells(width, row, took, rate))
     done = [row for row in rows if row.status == "done"]
     counts = [
         f"{number} {status}"
@@ -149,9 +150,10 @@ def print_rows(rows: "Sequence[Row]") -> None:
 
 def print_dry_run(found: "DryRun") -> None:
     """What would be done, on stdout."""
-    print(_head("", ""))
+    width = _width(found.rows)
+    print(_head(width, "", ""))
     for row in found.rows:
-        print(_cells(found.rows, row, "", ""))
+        print(_cells(width, row, "", ""))
     planned = sum(row.status == "planned" for row in found.rows)
     line = f"{plural(planned, 'checkpoint')} to convert, {human(found.size)}"
     if found.seconds is not None and found.rate is not None:
@@ -169,14 +171,18 @@ def document(rows: "Sequence[Row]", target: str) -> dict[str, Any]:
     }
 
 
-def _head(*more: str) -> str:
-    return f"{'checkpoint':<24}{'':<9}{'files':>6}{'bytes':>10}{'shared':>8}" + "".join(
+def _width(rows: "Sequence[Row]") -> int:
+    """Characters of the first column."""
+    return max([24, *(len(row.name) + 1 for row in rows)])
+
+
+def _head(width: int, *more: str) -> str:
+    return f"{'checkpoint':<{width}}{'':<9}{'files':>6}{'bytes':>10}{'shared':>8}" + "".join(
         f"{word:>10}" for word in more
     )
 
 
-def _cells(rows: "Sequence[Row]", row: "Row", *more: str) -> str:
-    width = max(24, *(len(one.name) + 1 for one in rows))
+def _cells(width: int, row: "Row", *more: str) -> str:
     shared = f"{row.shared / row.size:.0%}" if row.status == "done" and row.size else ""
     cells = f"{row.name:<{width}}{row.status:<9}{row.files:>6,}{human(row.size):>10}{shared:>8}"
     return (cells + "".join(f"{word:>10}" for word in more)).rstrip()

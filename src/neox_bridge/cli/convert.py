@@ -310,11 +310,8 @@ def convert(
             step=step,
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
+            masters=asked.masters,
         )
-        if asked.masters:
-            from neox_bridge.layouts.masters import with_masters
-
-            checkpoint = with_masters(checkpoint)
         plan = make_plan(checkpoint, asked.options, root_of(target))
         if asked.version is not None:
             from neox_bridge.compat.targets import refuse_version

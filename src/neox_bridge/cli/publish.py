@@ -141,8 +141,7 @@ def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> Iterator["Work
     from neox_bridge.execution.work import locked, remove, work_of
 
     base = work_base(chosen)
-    name = f"{place.repo}@{place.branch}".replace("/", "--")
-    work = work_of(os.path.join(base, name))
+    work = work_of(os.path.join(base, place.folder_name))
     if not quiet:
         text = f"the files are made in {work.folder} first; --work chooses another place"
         print(label("note"), one_line(text), file=sys.stderr)

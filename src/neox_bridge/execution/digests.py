@@ -26,17 +26,40 @@ def hash_file(path: str, name: HashName, check: "Callable[[], None]" = lambda: N
     """The hash of a file's bytes in hexadecimal. check: called now and then, to stop early."""
     if is_url(path):
         return _hash_object(path, name, check)
-    found, buffer = hasher(name), memoryview(bytearray(_STEP))
+    found = hasher(name)
+    hash_range(found, path, 0, None, check)
+    return str(found.hexdigest())
+
+
+def hash_range(
+    state: Any, path: str, start: int, end: int | None, check: "Callable[[], None]"
+) -> int:
+    """Add a local file's bytes to a hash, from ``start`` to ``end`` or to the file's own end.
+
+    Returns where it stopped, which is before ``end`` where the file is shorter.
+    """
+    buffer, at = memoryview(bytearray(_STEP)), start
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
-        at = 0
-        while count := os.preadv(fd, [buffer], at):
+        while end is None or at < end:
+            wanted = buffer if end is None else buffer[: end - at]
+            if not (count := os.preadv(fd, [wanted], at)):
+                break
             check()
-            found.update(buffer[:count])
+            state.update(buffer[:count])
             at += count
     finally:
         os.close(fd)
-    return str(found.hexdigest())
+    return at
+
+
+def hash_bytes(data: "bytes | memoryview", name: HashName | None) -> str | None:
+    """The hash of bytes in hexadecimal; None without a name."""
+    if name is None:
+        return None
+    state = hasher(name)
+    state.update(data)
+    return str(state.hexdigest())
 
 
 def _hash_object(url: str, name: HashName, check: "Callable[[], None]") -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName, hasher
+from neox_bridge.execution.digests import HashName, hash_bytes
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.journal import Written, append
 from neox_bridge.execution.movers import SEND, move, send, write
@@ -190,11 +190,7 @@ def write_small(
     context.wrote(sum(len(literal) for _, literal in file.literals), "copied")
     for tensor in file.tensors:
         fill_tensor(tensor, data, context)
-    found = None
-    if hash_name is not None:
-        state = hasher(hash_name)
-        state.update(data)
-        found = state.hexdigest()
+    found = hash_bytes(data, hash_name)
     with _new(path) as fd:
         write(fd, data, 0)
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName
+from neox_bridge.execution.digests import HashName, hash_bytes
 from neox_bridge.execution.files import Identity, check_same, identities
 from neox_bridge.execution.journal import Key, Written
 from neox_bridge.execution.movers import move
@@ -258,20 +258,10 @@ def _last(
     latest = [file for file in plan.files if file.path in LATEST]
     found = dict(done)
     for file in latest:
-        found[file.path] = Written(file.size, _hash(file.literals[0][1], hash_name))
+        found[file.path] = Written(file.size, hash_bytes(file.literals[0][1], hash_name))
     made = records(plan, found, hash_name, plan_key, sources)
     last = {folder.place(file.path): data for file, data in made}
     return last | {folder.place(file.path): file.literals[0][1] for file in latest}
-
-
-def _hash(data: bytes, name: HashName | None) -> str | None:
-    from neox_bridge.execution.digests import hasher
-
-    if name is None:
-        return None
-    state = hasher(name)
-    state.update(data)
-    return str(state.hexdigest())
 
 
 def _kept(folder: Folder, count: int) -> str:

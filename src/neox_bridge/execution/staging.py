@@ -99,7 +99,7 @@ def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterato
                     flush(os.path.dirname(path))
                 remove(work)
             except Unverified as error:
-                aside = _aside(work.files, real)
+                aside = set_aside(work.files, real, "unverified")
                 remove(work)
                 raise Unverified(
                     f"{error} It is kept as {aside}, and {target} is untouched."
@@ -240,12 +240,12 @@ def take_back(work: Work, target: str, step: str | None) -> None:
         os.rename(place, new)
 
 
-def _aside(folder: str, target: str) -> str:
-    """Keep a folder that failed its verification beside the target, under a name that is free."""
-    aside, number = f"{target}.unverified", 1
+def set_aside(folder: str, target: str, word: str) -> str:
+    """Keep a folder beside the target as ``target.word``, or under the next name that is free."""
+    aside, number = f"{target}.{word}", 1
     while os.path.lexists(aside):
         number += 1
-        aside = f"{target}.unverified-{number}"
+        aside = f"{target}.{word}-{number}"
     os.rename(folder, aside)
     return aside
 

@@ -1,15 +1,15 @@
 """The hash of a file whose tensors are written by several threads: it follows behind them."""
 
+import errno
 import os
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName, hasher
+from neox_bridge.execution.digests import HashName, hash_range, hasher
 from neox_bridge.planning.pieces import OutputFile, OutputTensor
 
-_STEP = 1 << 20  # bytes that are read at a time
 _LEAST = 8 << 20  # bytes that are worth going on for
 
 
@@ -63,15 +63,7 @@ class Trail:
         return not self._shared and (status.st_dev, status.st_ino) in self._context.cloned
 
     def _read(self, limit: int) -> None:
-        buffer = memoryview(bytearray(_STEP))
-        fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        try:
-            while self._at < limit:
-                self._context.check()
-                count = os.preadv(fd, [buffer[: min(_STEP, limit - self._at)]], self._at)
-                self._state.update(buffer[:count])
-                self._at += count
-                if not count:
-                    raise OSError(5, "the file ended early", self._path)
-        finally:
-            os.close(fd)
+        at, check = self._at, self._context.check
+        self._at = hash_range(self._state, self._path, at, limit, check)
+        if self._at < limit:
+            raise OSError(errno.EIO, "the file ended early", self._path)

@@ -19,6 +19,11 @@ class HubTarget:
     def __str__(self) -> str:
         return f"hf://{self.repo}@{self.branch}"
 
+    @property
+    def folder_name(self) -> str:
+        """What a folder is called in which its files are made."""
+        return f"{self.repo}@{self.branch}".replace("/", "--")
+
 
 def reader_folder(repo: str) -> str:
     """What the yml of a GPT-NeoX target on the Hub calls its folder: the reader's copy."""

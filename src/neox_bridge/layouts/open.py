@@ -52,14 +52,30 @@ def open_checkpoint(
     step: int | None = None,
     configs: Sequence[str] = (),
     gqa_order: GqaOrder | None = None,
+    masters: bool = False,
 ) -> Checkpoint:
     """Open a folder of either kind, by its path or URL, or a model of the Hugging Face Hub by its
     id, which downloads it; ``hf://`` before the id reads what is needed from there.
 
     gqa_order: how a GPT-NeoX source has the rows of grouped-query attention, where its files don't
-    tell. Raises BridgeError or Refused; nothing in the checkpoint is executed.
+    tell. masters: whether its weights are the optimizer's. Raises BridgeError or Refused; nothing
+    in the checkpoint is executed.
     """
-    source = afresh(source)
+    found = _opened(afresh(source), revision, step, configs, gqa_order)
+    if masters:
+        from neox_bridge.layouts.masters import with_masters
+
+        found = with_masters(found)
+    return found
+
+
+def _opened(
+    source: str,
+    revision: str | None,
+    step: int | None,
+    configs: Sequence[str],
+    gqa_order: GqaOrder | None,
+) -> Checkpoint:
     named = ""
     if source.startswith("hf://"):
         from neox_bridge.hub.download import at_revision
