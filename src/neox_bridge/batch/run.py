@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.batch import on_hub
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _MOST_AHEAD = 32  # threads that plan, which is Python's work and so one after another's
 _PART = 1 << 30  # bytes of a checkpoint that one process verifies
+_HEAD_START = 0.05  # seconds for the first to plan alone: the processes have nothing to do before
 _PAUSE = 1.0  # seconds before the first retry; doubled for each further one
 
 
@@ -89,6 +91,9 @@ def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Row]:
     left = iter(items)
     with ThreadPoolExecutor(batch.ahead) as threads:
         try:
+            for first in islice(left, 1):
+                waiting.add(threads.submit(convert_one, first, batch, pool))
+                wait(waiting, _HEAD_START)
             while True:
                 while len(waiting) < batch.ahead and (item := next(left, None)) is not None:
                     waiting.add(threads.submit(convert_one, item, batch, pool))

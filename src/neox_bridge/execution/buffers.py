@@ -13,24 +13,22 @@ ROOM = 4 << 20  # bytes of a buffer
 _kept = threading.local()
 
 
-def buffer(number: int) -> "Array":
-    """This thread's buffer of that number: ROOM bytes, uint8, of any content."""
-    import numpy as np
-
-    buffers: dict[int, Array] = _kept.__dict__.setdefault("buffers", {})
-    if number not in buffers:
-        buffers[number] = np.empty(ROOM, np.uint8)
-    return buffers[number]
+def buffer(number: int, size: int = ROOM) -> bytearray:
+    """This thread's buffer of that number and size in bytes, of any content."""
+    buffers: dict[tuple[int, int], bytearray] = _kept.__dict__.setdefault("buffers", {})
+    if (number, size) not in buffers:
+        buffers[number, size] = bytearray(size)
+    return buffers[number, size]
 
 
 def room(number: int) -> "Callable[[int], Array]":
-    """Gives parts of this thread's buffer, and new memory where that is used up.
+    """Gives parts of this thread's buffer, as uint8, and new memory where that is used up.
 
     What was given before by another ``room`` of the number is overwritten.
     """
     import numpy as np
 
-    kept = buffer(number)
+    kept: Array = np.frombuffer(buffer(number), np.uint8)
     used = 0
 
     def give(size: int) -> "Array":

@@ -4,6 +4,7 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
+from neox_bridge.execution.buffers import buffer
 from neox_bridge.stores.paths import is_url
 
 if TYPE_CHECKING:
@@ -38,15 +39,15 @@ def hash_range(
 
     Returns where it stopped, which is before ``end`` where the file is shorter.
     """
-    buffer, at = memoryview(bytearray(_STEP)), start
+    whole, at = memoryview(buffer(2, _STEP)), start
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         while end is None or at < end:
-            wanted = buffer if end is None else buffer[: end - at]
+            wanted = whole if end is None else whole[: end - at]
             if not (count := os.preadv(fd, [wanted], at)):
                 break
             check()
-            state.update(buffer[:count])
+            state.update(whole[:count])
             at += count
     finally:
         os.close(fd)

@@ -179,11 +179,17 @@ def count(made: Made, context: Context) -> None:
 
 
 def grouped(files: Iterable[OutputFile]) -> Iterator[tuple[OutputFile, ...]]:
-    """The files of each unit, of files the largest of which come first: those are alone."""
+    """The files of each unit, of files the largest of which come first: those are alone.
+
+    Of about the same bytes each: a small rest would wait for the disk as long as a whole one.
+    """
+    left = list(files)
+    size = sum(file.size for file in left)
+    most = max(_BYTES, -(-size // max(1, round(size / _BYTES))))
     group: list[OutputFile] = []
     size = 0
-    for file in files:
-        if group and (size + file.size > _BYTES or len(group) == _FILES):
+    for file in left:
+        if group and (size + file.size > most or len(group) == _FILES):
             yield tuple(group)
             group, size = [], 0
         group.append(file)

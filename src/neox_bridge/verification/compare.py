@@ -113,6 +113,8 @@ def each(
 ) -> list[_T]:
     """``one`` for every name, in threads; the context's files are closed at the end."""
     try:
+        if workers == 1:
+            return [one(name) for name in names]
         with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
             try:
                 return list(pool.map(one, names))
