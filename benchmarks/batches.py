@@ -35,7 +35,8 @@ def batches(folder: Path, runs: int, small: str, large: str) -> list[Row]:
         folder / "run",
         out,
     )
-    rows, _ = rounds([many], [one], runs, place)
-    for name in ("large", "run", "out"):
+    aside = folder / "aside"
+    rows, _ = rounds([many], [one], runs, place, aside)
+    for name in ("large", "run", "out", "aside"):
         shutil.rmtree(folder / name)
     return rows

@@ -89,8 +89,6 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
     place = ordinary(work)
     _say("starting")
     starts = costs.starts(work, max(runs, 5))
-    _say("tiny tensors in 32 ranks")
-    tiny = costs.tiny_costs(work, min(runs, 3), 20 if options.quick else BLOCKS)
     compared: tuple[str, tuple[Any, ...]] = ("", ())
     for shape in options.shapes:
         _say(f"{shape}, {place.name}: its checkpoints")
@@ -106,12 +104,15 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         shutil.rmtree(here.folder)
     for kind in options.mount:
         tables += _mounted(kind, work, options.shapes, runs, skipped)
+    _say("memory")
+    memories, without = costs.memories(work, options.memory)
+    # what makes many files is last: see ``measure.discard``
+    _say("tiny tensors in 32 ranks")
+    tiny = costs.tiny_costs(work, min(runs, 3), 20 if options.quick else BLOCKS)
     _say("batches")
     small, large = ("pythia-70m", "pythia-410m" if options.quick else "pythia-1.4b")
     many = batches.batches(work, min(runs, FEW), small, large)
     show(many, many[0])
-    _say("memory")
-    memories, without = costs.memories(work, options.memory)
     return Results(
         f'make bench ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make bench",
         tuple(tables),

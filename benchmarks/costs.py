@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import Run, run
+from measure import Run, discard, run
 from places import Skipped
 from sources import HEADS, TOOL, hollow_hf, hollow_neox, hollow_toy, tiny
 
@@ -86,11 +86,12 @@ def tiny_costs(folder: Path, runs: int, layers: int) -> list[Cost]:
     for path in (tall, flat):
         _convert(path, wide / path.name, *ranks, RAW)
     found: dict[str, list[float]] = {title: [] for title in commands}
+    aside = folder / "aside-tiny"
     for _ in range(runs):
         for title, command in commands.items():
-            shutil.rmtree(target, ignore_errors=True)
+            discard(target, aside)
             found[title].append(_convert(*command))
-    shutil.rmtree(target, ignore_errors=True)
+    discard(target, aside)  # which stays until the bench ends
     for path in (tall, flat, wide):
         shutil.rmtree(path)
 

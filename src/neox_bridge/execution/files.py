@@ -3,8 +3,8 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,18 @@ Identity = tuple[int, int | str]
 
 @dataclass
 class _Handle:
+    """An open file, for as long as a ``with`` block uses it."""
+
     fd: int
+    lock: threading.Lock
     users: int = 0
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
 
 
 @dataclass
@@ -34,32 +44,21 @@ class Files:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _ranges: "Ranges | None" = None
 
-    @contextmanager
-    def reading(self, path: str) -> "Iterator[int | Remote]":
-        """A descriptor of a source, or what stands for it where that is a URL.
+    def reading(self, path: str) -> "AbstractContextManager[int | Remote]":
+        """A descriptor of a source, or what stands for it where that is a URL, in a ``with``.
 
         Raises BridgeError, naming it, where it can't be opened.
         """
         if is_url(path):
-            yield self._remote(path)
-            return
+            return nullcontext(self._remote(path))
         try:
-            handle = self._take((path, os.O_RDONLY))
+            return self._take((path, os.O_RDONLY))
         except OSError as error:
             raise unreadable(path, error) from None
-        try:
-            yield handle.fd
-        finally:
-            self._give_back(handle)
 
-    @contextmanager
-    def writing(self, path: str) -> Iterator[int]:
-        """A descriptor of an output file that exists already."""
-        handle = self._take((path, os.O_WRONLY))
-        try:
-            yield handle.fd
-        finally:
-            self._give_back(handle)
+    def writing(self, path: str) -> AbstractContextManager[int]:
+        """A descriptor of an output file that exists already, in a ``with``."""
+        return self._take((path, os.O_WRONLY))
 
     def close(self) -> None:
         """Close all, at the end, when no thread runs any more."""
@@ -81,14 +80,11 @@ class Files:
             handle = self._open.get(key)
             if handle is None:
                 self._make_room()
-                handle = self._open[key] = _Handle(os.open(key[0], key[1] | _CLOEXEC))
+                fd = os.open(key[0], key[1] | _CLOEXEC)
+                handle = self._open[key] = _Handle(fd, self._lock)
             self._open.move_to_end(key)
             handle.users += 1
             return handle
-
-    def _give_back(self, handle: _Handle) -> None:
-        with self._lock:
-            handle.users -= 1
 
     def _make_room(self) -> None:
         if len(self._open) < LIMIT:

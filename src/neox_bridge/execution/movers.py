@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from zlib_ng.zlib_ng import crc32
 
+from neox_bridge.execution import buffers
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import ended_early, unreadable
 from neox_bridge.planning.sharing import BLOCK, WORTH
@@ -175,9 +176,7 @@ def _buffered(
 ) -> int | None:
     start, to, size = span
     buffer = (
-        memoryview(b"")
-        if isinstance(target, memoryview)
-        else memoryview(bytearray(min(BUFFER, size)))
+        memoryview(b"") if isinstance(target, memoryview) else memoryview(buffers.buffer(3, BUFFER))
     )
     while size:
         context.check()

@@ -43,14 +43,18 @@ def run_files(job: Job, workers: int) -> None:
     all, where each file alone would wait for a commit of its own (a quarter of the time, measured).
     """
     waiting = Waiting()
+    small: list[OutputFile] = []
     tasks: list[Task] = []
     for file in to_make(job):
         if is_small(file):
-            tasks.append((file.size, partial(_small, job, file, waiting)))
+            small.append(file)
         else:
             path = os.path.join(job.work.files, file.path)
             its, trail = begin_large(file, path, job.context, job.hash_name, job.hash_shared)
             tasks += followed(its, partial(_finish, job, file, trail, waiting))
+    if small:  # in one thread: they are Python's work, of which two take turns and longer in all
+        size = sum(file.size for file in small)
+        tasks.append((size, partial(_small, job, small, waiting)))
     run_all(tasks, workers, job.context)
     rest = waiting.take(0)
     for file, _ in rest:
@@ -210,9 +214,10 @@ def flush_file(path: str, context: Context) -> None:
         os.fsync(fd)
 
 
-def _small(job: Job, file: OutputFile, waiting: Waiting) -> None:
-    path = os.path.join(job.work.files, file.path)
-    waiting.add(file, write_small(file, path, job.context, job.hash_name))
+def _small(job: Job, files: Sequence[OutputFile], waiting: Waiting) -> None:
+    for file in files:
+        path = os.path.join(job.work.files, file.path)
+        waiting.add(file, write_small(file, path, job.context, job.hash_name))
 
 
 def _finish(job: Job, file: OutputFile, trail: Trail, waiting: Waiting) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from neox_bridge.execution.context import Context, Stopped
 
 Task = tuple[int, Callable[[], None]]  # the bytes that it writes, and what to call
-_BATCH = 1 << 20  # bytes
+_BATCH = 1 << 20  # bytes of tasks that a thread does together
 _MOST = 64  # tasks
 
 

@@ -252,6 +252,8 @@ def _settle(mean: "Array", parts: "tuple[Array, ...]") -> float:
 
 def _counted(values: "Array", dtype: "np.dtype[Any]", lost: list[int]) -> "Array":
     """``cast``, and to ``lost`` the number of finite values that it made infinite or NaN."""
+    if values.dtype == dtype:
+        return values
     import numpy as np
 
     out = cast(values, dtype)

@@ -9,6 +9,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -27,6 +28,8 @@ _BYTEARRAY = Global("__builtin__", "bytearray")
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = Global("torch.storage", "UntypedStorage")
+_U32 = struct.Struct("<I")
+_SHORT = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}  # tuples of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,18 @@ def numpy_array(data: bytes, dtype: str, shape: Sequence[int]) -> Record:
 
 @dataclass(slots=True)
 class _Writer:
-    """alive: temporary values whose id is in the memo."""
+    """memo: places by ``_identity``. places: how many there are, with those that nobody recalls.
+
+    alive: temporary values whose id is in the memo. frames: what all tensors of a dtype have.
+    """
 
     slots: Mapping[str, tuple[str, tuple[int, ...]]]
     out: list[bytes] = field(default_factory=list)
     memo: dict[object, int] = field(default_factory=dict)
+    places: int = 0
     keys: dict[str, str] = field(default_factory=dict)
     alive: list[object] = field(default_factory=list)
+    frames: dict[str, tuple[bytes, bytes, bytes, bytes]] = field(default_factory=dict)
     left: int = field(default_factory=lambda: _MOST)
 
 
@@ -101,8 +109,7 @@ def _save(writer: _Writer, value: object) -> None:
     elif isinstance(value, tuple):
         _save_tuple(writer, value)
     elif (key := _identity(value)) in writer.memo:
-        index = writer.memo[key]
-        writer.out.append(struct.pack("<cB", b"h", index) if index < 256 else _wide(b"j", index))
+        writer.out.append(_recall(writer.memo[key]))
     elif isinstance(value, str | Global):
         _save_text(writer, value)
         _remember(writer, key)
@@ -122,14 +129,26 @@ def _identity(value: object) -> object:
 
 
 def _remember(writer: _Writer, key: object) -> None:
-    index = writer.memo[key] = len(writer.memo)
-    writer.out.append(struct.pack("<cB", b"q", index) if index < 256 else _wide(b"r", index))
+    writer.memo[key] = writer.places
+    writer.out.append(_place(writer))
+
+
+def _place(writer: _Writer) -> bytes:
+    """The next place in the memo; torch's files have one for much that is never recalled."""
+    index = writer.places
+    writer.places += 1
+    return b"q%c" % index if index < 256 else b"r" + _U32.pack(index)
+
+
+def _recall(index: int) -> bytes:
+    return b"h%c" % index if index < 256 else b"j" + _U32.pack(index)
 
 
 def _wide(opcode: bytes, number: int) -> bytes:
-    return opcode + struct.pack("<I", number)
+    return opcode + _U32.pack(number)
 
 
+@lru_cache(4096)
 def _int(value: int) -> bytes:
     if 0 <= value < 1 << 8:
         return struct.pack("<cB", b"K", value)
@@ -157,14 +176,14 @@ def _save_text(writer: _Writer, value: "str | Global") -> None:
 
 def _save_tuple(writer: _Writer, value: Sequence[object]) -> None:
     """A tuple; it gets a place in the memo, as in torch's files, but isn't recalled from there."""
-    short = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(value))
+    short = _SHORT.get(len(value))
     if short is None:
         writer.out.append(b"(")
     for item in value:
         _save(writer, item)
     writer.out.append(short or b"t")
     if value:
-        _remember(writer, object())
+        writer.out.append(_place(writer))
 
 
 def _save_object(writer: _Writer, value: object, key: object) -> None:
@@ -251,25 +270,68 @@ def _batch(
 
 
 def _save_tensor(writer: _Writer, name: str) -> None:
-    """A call of torch's rebuilding function; dtypes without a storage class need its version 3."""
+    """A call of torch's rebuilding function; dtypes without a storage class need its version 3.
+
+    Put together here, since a checkpoint's pickle is mostly these.
+    """
     if name not in writer.slots:
         raise ValueError(f"no tensor is called {name}")
     dtype, shape = writer.slots[name]
     known = BY_NAME[dtype]
     key = writer.keys.setdefault(name, str(len(writer.keys)))
-    numel = prod(shape)
-    typed = bool(known.storage)
-    _save(writer, _REBUILD if typed else _REBUILD_V3)
-    writer.out.append(b"(")
-    storage = Global("torch", known.storage) if typed else _UNTYPED
-    size = numel if typed else numel * known.itemsize
-    _save_tuple(writer, ("storage", storage, key, "cpu", size))  # the persistent id
-    writer.out.append(b"Q")
-    for part in (0, tuple(shape), row_major(shape), False):
-        _save(writer, part)
-    _call(writer, _ORDERED_DICT, (), object())  # backward hooks
-    if not typed:
-        _save(writer, Global("torch", dtype))
-    writer.out.append(b"t")
-    _remember(writer, object())
-    writer.out.append(b"R")
+    size = prod(shape) if known.storage else prod(shape) * known.itemsize
+    frame = writer.frames.get(dtype)
+    writer.out += (  # in this order, in which the places of the memo are given
+        frame[0] if frame else _frame_head(writer, dtype),
+        _text(writer, key),
+        frame[1] if frame else _text(writer, "cpu"),
+        _int(size),
+        b"t",
+        _place(writer),
+        b"QK\0",  # the persistent id; the offset in the storage
+        _numbers(writer, shape),
+        _numbers(writer, row_major(shape)),
+        frame[2] if frame else _frame_hooks(writer),
+        _place(writer),
+        frame[3] if frame else _frame_end(writer, dtype),
+        _place(writer),
+        b"R",
+    )
+    if frame is None:  # from now on all of it is recalled
+        head, end = _frame_head(writer, dtype), _frame_end(writer, dtype)
+        writer.frames[dtype] = (head, _text(writer, "cpu"), _frame_hooks(writer), end)
+
+
+def _frame_head(writer: _Writer, dtype: str) -> bytes:
+    storage = BY_NAME[dtype].storage
+    rebuild, kind = (_REBUILD, Global("torch", storage)) if storage else (_REBUILD_V3, _UNTYPED)
+    return _text(writer, rebuild) + b"((" + _text(writer, "storage") + _text(writer, kind)
+
+
+def _frame_hooks(writer: _Writer) -> bytes:
+    """No gradient, and no backward hooks."""
+    return b"\x89" + _text(writer, _ORDERED_DICT) + b")R"
+
+
+def _frame_end(writer: _Writer, dtype: str) -> bytes:
+    return (b"" if BY_NAME[dtype].storage else _text(writer, Global("torch", dtype))) + b"t"
+
+
+def _text(writer: _Writer, value: "str | Global") -> bytes:
+    """What ``_save`` writes for it."""
+    index = writer.memo.get(value)
+    if index is not None:
+        return _recall(index)
+    at = len(writer.out)
+    _save(writer, value)
+    found = b"".join(writer.out[at:])
+    del writer.out[at:]
+    return found
+
+
+def _numbers(writer: _Writer, values: Sequence[int]) -> bytes:
+    """What ``_save_tuple`` writes for whole numbers."""
+    found = b"".join(map(_int, values))
+    if len(values) > 3:
+        found = b"(" + found
+    return found + _SHORT.get(len(values), b"t") + (_place(writer) if values else b"")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from operator import add, le
 
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Piece, Plan
 
@@ -42,10 +43,11 @@ def _check_tensor(path: str, tensor: OutputTensor) -> None:
         return
     if tensor.random is not None:
         return
-    if any(len(p.to) != len(tensor.shape) for p in tensor.pieces):
-        raise CoverageError(f"{where}: a piece has other dimensions than the tensor")
-    if any(not _inside(piece) for piece in tensor.pieces):
-        raise CoverageError(f"{where}: a piece reaches beyond its source")
+    for piece in tensor.pieces:
+        if len(piece.to) != len(tensor.shape):
+            raise CoverageError(f"{where}: a piece has other dimensions than the tensor")
+        if not _inside(piece):
+            raise CoverageError(f"{where}: a piece reaches beyond its source")
     if tensor.reduce != "none":
         groups: Iterable[Sequence[Piece]] = [[piece] for piece in tensor.pieces]
         if not tensor.pieces:
@@ -60,12 +62,16 @@ def _check_tensor(path: str, tensor: OutputTensor) -> None:
 def _inside(piece: Piece) -> bool:
     if piece.source is None:
         return True
-    ends = (a + b for a, b in zip(piece.start, piece.shape, strict=True))
-    return all(end <= size for end, size in zip(ends, piece.source.shape, strict=True))
+    size = piece.source.shape
+    if not len(piece.start) == len(piece.shape) == len(size):
+        return False
+    return all(map(le, map(add, piece.start, piece.shape), size))
 
 
 def tiles(shape: tuple[int, ...], pieces: Sequence[Piece]) -> bool:
     """Whether the pieces cover a tensor of this shape, each element exactly once."""
+    if len(pieces) == 1 and pieces[0].shape == shape and not any(pieces[0].to):  # as most are
+        return True
     if sum(prod(piece.shape) for piece in pieces) != prod(shape):
         return False
     for piece in pieces:

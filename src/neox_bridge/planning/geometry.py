@@ -20,14 +20,19 @@ _SPLIT_DIM: dict[str, int] = {"column": 0, "vocab": 0, "row": 1}
 
 def share(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Shape, Shape]:
     """(start, shape) of the box of a whole tensor that one of ``tp`` ranks holds, as its own."""
-    dim, part = _SPLIT_DIM.get(split), shard_shape(split, shape, tp)
-    return tuple(rank * part[d] if d == dim else 0 for d in range(len(shape))), part
+    part, start = shard_shape(split, shape, tp), [0] * len(shape)
+    dim = _SPLIT_DIM.get(split)
+    if dim is not None and dim < len(shape):
+        start[dim] = rank * part[dim]
+    return tuple(start), part
 
 
 def shard_shape(split: Split, shape: Shape, tp: int) -> Shape:
     """The shape of one rank's part; the split dimension must be divisible by ``tp``."""
-    dim = _SPLIT_DIM.get(split)
-    return tuple(size // tp if d == dim else size for d, size in enumerate(shape))
+    part, dim = list(shape), _SPLIT_DIM.get(split)
+    if dim is not None and dim < len(shape):
+        part[dim] //= tp
+    return tuple(part)
 
 
 def whole_shape(split: Split, shape: Shape, tp: int) -> Shape:

@@ -193,8 +193,10 @@ def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
     ref = piece.source
     if ref is None:
         return None
-    if ref.strides is None and piece.shape == ref.shape == shape:
-        return ref.offset, 0, ref.nbytes
+    if ref.strides is None and piece.shape[1:] == ref.shape[1:] == shape[1:]:  # whole rows, as most
+        row = prod(shape[1:]) * itemsize(ref.dtype)
+        first, to, rows = (piece.start[0], piece.to[0], piece.shape[0]) if shape else (0, 0, 1)
+        return ref.offset + first * row, to * row, rows * row
     strides = ref.strides or row_major(ref.shape)
     to_strides = row_major(shape)
     if not (is_contiguous(piece.shape, strides) and is_contiguous(piece.shape, to_strides)):
