@@ -23,6 +23,7 @@ import batches
 import cases
 import comparing
 import costs
+import resharding
 from measure import Failed, rounds
 from page import Results, Table, page, show
 from places import MAKE, Place, Skipped, mounted, ordinary
@@ -104,6 +105,10 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         shutil.rmtree(here.folder)
     for kind in options.mount:
         tables += _mounted(kind, work, options.shapes, runs, skipped)
+    _say("resharding")
+    run = "pythia-70m" if options.quick else "pythia-160m"
+    resharded = resharding.reshardings(place, run, runs)
+    show(resharded, resharded[0])
     _say("memory")
     memories, without = costs.memories(work, options.memory)
     # what makes many files is last: see ``measure.discard``
@@ -117,6 +122,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         f'make bench ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make bench",
         tuple(tables),
         compared,
+        (run, tuple(resharded)),
         tuple(starts),
         tuple(tiny),
         tuple(memories),
