@@ -1,6 +1,7 @@
 """``reshard`` of a run with its optimizer, beside ``cp`` of the same bytes."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,12 @@ def reshardings(place: Place, shape: str, runs: int) -> list[Row]:
     must(TOOL, "convert", str(hf), str(run), "--optimizer", "fresh", "--dp", "2", "--no-verify")
     for path in run.rglob("*.pt"):
         fill(path)
+    command = (TOOL, "reshard", str(run), str(out))
     jobs = [
         Job(
             title + (", read back and compared" if verified else ""),
             "tool",
-            (
-                TOOL,
-                "reshard",
-                str(run),
-                str(out),
-                *options,
-                *(() if verified else ("--no-verify",)),
-            ),
+            (*command, *options) if verified else (*command, *options, "--no-verify"),
             run,
             out,
         )
@@ -42,7 +37,10 @@ def reshardings(place: Place, shape: str, runs: int) -> list[Row]:
         for verified in (False, True)
     ]
     base = Job(CP, "cp", ("cp", "-r", str(run), str(out)), run, out, flush=True)
-    return rounds(jobs, [base], runs, place)[0]
+    rows, _ = rounds(jobs, [base], runs, place)
+    for folder in (hf, run, out):
+        shutil.rmtree(folder)
+    return rows
 
 
 def fill(path: Path) -> None:
