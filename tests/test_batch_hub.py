@@ -70,7 +70,7 @@ def test_what_could_not_be_uploaded_is_kept(hub: Stub, run: Run, source: Path) -
     told = (source, f"hf://{REPO}", "--steps", "0", "--retries", 0, "--to", "hf")
     hub.fail("POST /api/models/org/model/commit", 403, times=1)
     assert statuses(run, *told, code=1) == {"step0": "failed"}
-    made = run.folder / ".org--model@step0.neox-bridge" / "made"
+    made = run.folder / ".org--model@step0.neox-bridge" / "files"
     assert (made / "model.safetensors").stat().st_size
     assert statuses(run, *told, "--log", "log.jsonl") == {"step0": "done"}
     assert '"ended"' in (log := (run.folder / "log.jsonl").read_text())

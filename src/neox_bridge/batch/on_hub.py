@@ -1,16 +1,15 @@
 """A batch's target on the Hub: a branch for each checkpoint, made in a folder here first."""
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neox_bridge.batch.settled import State, is_of
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.run import sources_of
-from neox_bridge.execution.work import work_of
+from neox_bridge.execution.work import held, work_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
@@ -52,24 +51,18 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
     return "absent", ""
 
 
-def folder_of(model: HubModel, branch: str) -> str:
-    """Where a branch's files are made: the same for every run."""
+@contextmanager
+def made_in(model: HubModel, branch: str) -> Iterator[str]:
+    """The folder where a branch's files are made, the same for every run, one run at a time.
+
+    It is gone at the end, unless that is an error and something in it is worth keeping.
+    """
     from neox_bridge.hub.names import HubTarget
 
-    place = os.path.join(model.work, HubTarget(model.repo, branch).folder_name)
-    return os.path.join(work_of(place).folder, "made")
-
-
-@contextmanager
-def kept(folder: str) -> Iterator[None]:
-    """A block that ends with the folder gone, unless it fails: then what is whole stays."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            os.rmdir(os.path.dirname(folder))  # where nothing is worth keeping
-        raise
-    shutil.rmtree(os.path.dirname(folder), ignore_errors=True)
+    place = HubTarget(model.repo, branch)
+    work = work_of(os.path.join(model.work, place.folder_name))
+    with held(work, str(place)):
+        yield work.files
 
 
 def send(plan: Plan, folder: str, model: HubModel, branch: str, overwrite: bool) -> None:

@@ -180,8 +180,7 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
 def _published(item: Item, row: Row, plan: Plan, batch: Batch, pool: Pool) -> Row:
     """The files made in a folder here, and then by one commit a branch of the Hub."""
     assert batch.hub is not None
-    folder = on_hub.folder_of(batch.hub, item.name)
-    with on_hub.kept(folder):
+    with on_hub.made_in(batch.hub, item.name) as folder:
         sources = identities(sources_of(plan))
         state, _ = state_of(folder, plan.asked, sources, every_hash=True)
         if state == "whole":  # a run before this one was stopped while it uploaded

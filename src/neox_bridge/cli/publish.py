@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,6 +89,7 @@ def publish_plan(
     options: more of ``execute``'s. Raises BridgeError and what ``execute`` raises; what was made
     is kept then, where it is worth it, and the message says where.
     """
+    from neox_bridge.execution.work import held
     from neox_bridge.hub.library import check_writer
     from neox_bridge.hub.names import hub_target
     from neox_bridge.hub.outlook import plan_publish
@@ -110,7 +110,8 @@ def publish_plan(
         there = outlook.branch_exists
         check_base(place.repo, place.branch, repo_exists=outlook.repo_exists, branch_exists=there)
     check_writer(place.repo)
-    with _work(place, upload.work, how.quiet) as work:
+    work = _work(place, upload.work, how.quiet)
+    with held(work, str(place)):
         result = _finished(plan, work, how, checker) or perform(
             plan, work.files, "converting", replace(how, overwrite=True), checker, **options
         )
@@ -132,27 +133,15 @@ def work_base(chosen: str | None) -> str:
     return base
 
 
-@contextmanager
-def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> Iterator["Work"]:
-    """The folder that the files are made in: the same for every run, one run at a time.
+def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
+    """The folder that the files are made in: the same for every run."""
+    from neox_bridge.execution.work import work_of
 
-    It is removed at the end, and on an error where nothing in it is worth keeping.
-    """
-    from neox_bridge.execution.work import locked, remove, work_of
-
-    base = work_base(chosen)
-    work = work_of(os.path.join(base, place.folder_name))
+    work = work_of(os.path.join(work_base(chosen), place.folder_name))
     if not quiet:
         text = f"the files are made in {work.folder} first; --work chooses another place"
         print(label("note"), one_line(text), file=sys.stderr)
-    with locked(work, str(place)):
-        try:
-            yield work
-        except BaseException:
-            if os.listdir(work.folder) == [os.path.basename(work.lock)]:
-                remove(work)
-            raise
-        remove(work)
+    return work
 
 
 def _finished(

@@ -59,6 +59,22 @@ def locked(work: Work, target: str) -> Iterator[None]:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def held(work: Work, target: str) -> Iterator[None]:
+    """``locked``, while ``files`` are made and then taken elsewhere.
+
+    The folder is removed at the end, and on an error where nothing in it is worth keeping.
+    """
+    with locked(work, target):
+        try:
+            yield
+        except BaseException:
+            if os.listdir(work.folder) == [os.path.basename(work.lock)]:
+                remove(work)
+            raise
+        remove(work)
+
+
 def remove(work: Work) -> None:
     """All of it, the lock last: another run may take it at once."""
     shutil.rmtree(work.files, ignore_errors=True)
