@@ -1,9 +1,11 @@
 """A batch into branches of a model of the Hub, and from them."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +38,14 @@ def run(hub: Stub, tmp_path: Path) -> Run:
     return Run(hub, tmp_path / "cwd")
 
 
-def statuses(run: Run, *arguments: object, code: int = 0) -> dict[str, str]:
-    import json
-
+def rows(run: Run, *arguments: object, code: int = 0) -> list[dict[str, Any]]:
     out, _ = run("batch", *arguments, "--json", code=code)
-    return {row["name"]: row["status"] for row in json.loads(out)["rows"]}
+    found: list[dict[str, Any]] = json.loads(out)["rows"]
+    return found
+
+
+def statuses(run: Run, *arguments: object, code: int = 0) -> dict[str, str]:
+    return {row["name"]: row["status"] for row in rows(run, *arguments, code=code)}
 
 
 def branch(hub: Stub, name: str, folder: Path) -> Path:
@@ -64,6 +69,16 @@ def test_a_branch_for_each_step(hub: Stub, run: Run, source: Path, tmp_path: Pat
     assert hub.count("POST /api/models/org/model/commit") == commits
     _, err = run("batch", source, f"hf://{REPO}", "--to", "hf", "--retries", 0, code=1)
     assert err.count("holds other files") == len(STEPS)
+
+
+def test_the_norms_of_a_branch_that_is_there_already(run: Run, source: Path) -> None:
+    told = (source, f"hf://{REPO}", "--steps", "0", "--to", "hf", "--norms")
+    (made,), (there,) = rows(run, *told), rows(run, *told)
+    assert (made["status"], there["status"]) == ("done", "skipped")
+    assert made["target"] == there["target"] == f"hf://{REPO}@step0"
+    assert there["norms"] == made["norms"] != {}
+    (planned,) = rows(run, *told, "--dry-run")
+    assert (planned["status"], planned["target"]) == ("skipped", made["target"])
 
 
 def test_what_could_not_be_uploaded_is_kept(hub: Stub, run: Run, source: Path) -> None:

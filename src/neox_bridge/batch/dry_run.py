@@ -1,6 +1,5 @@
 """What a batch would do: a row for each checkpoint, and how long it may take."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from neox_bridge.batch.estimate import rate_of
 from neox_bridge.batch.items import Item
 from neox_bridge.batch.row import Row
-from neox_bridge.batch.run import Batch, plan_one
+from neox_bridge.batch.run import Batch, place_of, plan_one
+from neox_bridge.batch.settled import answer
 from neox_bridge.errors import BridgeError
 from neox_bridge.planning.pieces import Plan
 
@@ -56,15 +56,14 @@ def dry_run(items: Iterable[Item], batch: Batch) -> DryRun:
 
 
 def _row(item: Item, batch: Batch) -> tuple[Row, Plan | None]:
-    target = os.path.join(batch.target, item.name)
+    target = place_of(item, batch)
     given = (item.name, item.run, item.number)
     try:
         plan, state, words = plan_one(item, batch)
     except (BridgeError, OSError) as error:
         return Row(*given, "failed", item.source.path, target, error=str(error)), None
     found = {"files": len(plan.files), "size": plan.size, "findings": plan.findings}
-    status = "planned"
-    if not batch.overwrite and state in ("whole", "other"):
-        status = "skipped" if state == "whole" else "failed"
-    row = Row(*given, status, item.source.path, target, **found, error=words)  # type: ignore[arg-type]
+    status = {"skip": "skipped", "refuse": "failed", "write": "planned"}
+    does = answer(state, batch.overwrite)
+    row = Row(*given, status[does], item.source.path, target, **found, error=words)  # type: ignore[arg-type]
     return row, plan

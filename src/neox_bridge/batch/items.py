@@ -13,7 +13,6 @@ from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.verification.runs import Place, Run, find_runs
 
-_HUB = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)")
 _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
 
 
@@ -83,8 +82,10 @@ def find_items(
 
 def _repo(source: str) -> str | None:
     """``org/name`` of a model of the Hub, named without a revision; None for other sources."""
-    match = _HUB.fullmatch(source)
-    return match[1] if match and not os.path.exists(source) else None
+    from neox_bridge.hub.names import model_id
+
+    found = model_id(source.removeprefix("hf://"))
+    return found[0] if found and not found[1] and not os.path.exists(source) else None
 
 
 def _revisions(repo: str) -> Run:

@@ -51,6 +51,13 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
     return "absent", ""
 
 
+def place_of(model: HubModel, branch: str) -> str:
+    """The branch as sources name it."""
+    from neox_bridge.hub.names import HubTarget
+
+    return str(HubTarget(model.repo, branch))
+
+
 @contextmanager
 def made_in(model: HubModel, branch: str) -> Iterator[str]:
     """The folder where a branch's files are made, the same for every run, one run at a time.

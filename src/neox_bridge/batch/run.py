@@ -12,7 +12,7 @@ from neox_bridge.batch import on_hub
 from neox_bridge.batch.items import Item, Source
 from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import Row
-from neox_bridge.batch.settled import State, state_of
+from neox_bridge.batch.settled import State, answer, state_of
 from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
@@ -110,9 +110,8 @@ def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Row]:
 def convert_one(item: Item, batch: Batch, pool: Pool) -> Row:
     """One checkpoint, tried again where trying may help. Raises KeyboardInterrupt only."""
     begin = time.perf_counter()
-    row = Row(item.name, item.run, item.number, "failed", item.source.path, "")
-    target = os.path.join(batch.target, item.name)
-    row = replace(row, target=target)
+    target = place_of(item, batch)
+    row = Row(item.name, item.run, item.number, "failed", item.source.path, target)
     for number in range(batch.retries + 1):
         row = replace(row, tries=number + 1)
         try:
@@ -134,9 +133,16 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> Row:
     return row
 
 
+def place_of(item: Item, batch: Batch) -> str:
+    """Where a checkpoint goes: a folder, a URL, or ``hf://org/name@branch``."""
+    if batch.hub is not None:
+        return on_hub.place_of(batch.hub, item.name)
+    return os.path.join(batch.target, item.name)
+
+
 def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
-    target = os.path.join(batch.target, item.name)
+    target = place_of(item, batch)
     checkpoint, options = item.source.open(), batch.options
     if batch.version is not None:
         from neox_bridge.compat.targets import refuse_version
@@ -156,11 +162,12 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
 def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     plan, state, words = plan_one(item, batch)
     row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
-    if state == "whole" and not batch.overwrite:
+    does = answer(state, batch.overwrite)
+    if does == "skip":
         if batch.hub is None:
             sweep(row.target)
         return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
-    if state == "other" and not batch.overwrite:
+    if does == "refuse":
         raise _Settled(f"{words}. Name another target, or say --overwrite to replace it.")
     if batch.hub is not None:
         return _published(item, row, plan, batch, pool)

@@ -18,6 +18,14 @@ from neox_bridge.stores.uploads import WORK
 from neox_bridge.verification.sealed import find_record, told
 
 State = Literal["absent", "whole", "changed", "other"]
+Answer = Literal["skip", "refuse", "write"]
+
+
+def answer(state: State, overwrite: bool) -> Answer:
+    """What a batch does where that is at a target."""
+    if overwrite or state in ("absent", "changed"):
+        return "write"
+    return "skip" if state == "whole" else "refuse"
 
 
 def state_of(

@@ -19,7 +19,7 @@ from neox_bridge.execution.pool import Task, run_all
 from neox_bridge.execution.remote_target import Folder, begin, clear, mark_done
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.run import check_copies, result_of, sources_of
-from neox_bridge.execution.staging import LATEST
+from neox_bridge.execution.staging import LATEST, kept_files
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.tensors import fill_tensor
 from neox_bridge.planning.coverage import check_plan
@@ -267,8 +267,4 @@ def _last(
 def _kept(folder: Folder, count: int) -> str:
     if not count:
         return f"Nothing is finished in {folder.url}: the same command begins again."
-    what = "1 finished file is" if count == 1 else f"{count} finished files are"
-    return (
-        f"{what} kept in {folder.url}, without its neox_bridge.json: the same command goes on "
-        "from there; remove that folder to give up."
-    )
+    return kept_files(f"{folder.url}, without its neox_bridge.json", count)

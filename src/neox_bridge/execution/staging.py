@@ -172,10 +172,15 @@ def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError
 def _kept(work: Work, count: int) -> str:
     if not count:
         return ""
+    return kept_files(work.folder, count)
+
+
+def kept_files(where: str, count: int) -> str:
+    """What to say of the files that an earlier run finished."""
     files = "1 finished file is" if count == 1 else f"{count} finished files are"
     return (
-        f"{files} kept in {work.folder}: the same command goes on from there; remove that folder "
-        "to give up."
+        f"{files} kept in {where}: the same command goes on from there; remove that folder to give "
+        "up."
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
 
-_TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_MODEL = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 MAIN = "main"
 
 
@@ -35,11 +35,17 @@ def is_hub(target: str) -> bool:
     return target.startswith("hf://")
 
 
+def model_id(text: str) -> tuple[str, str] | None:
+    """``org/name`` and the revision ("" where it names none) of ``org/name@revision``, if it is."""
+    match = _MODEL.fullmatch(text)
+    return (match[1], match[2] or "") if match else None
+
+
 def hub_target(text: str) -> HubTarget:
     """``hf://org/name`` or ``hf://org/name@branch``. Raises BridgeError for another form."""
-    match = _TARGET.fullmatch(text)
-    if match is None:
+    found = model_id(text.removeprefix("hf://")) if is_hub(text) else None
+    if found is None:
         raise BridgeError(
             f"{text} isn't a place on the Hub: write hf://ORG/NAME, or hf://ORG/NAME@BRANCH."
         )
-    return HubTarget(match[1], match[2] or MAIN)
+    return HubTarget(found[0], found[1] or MAIN)

@@ -12,7 +12,6 @@ from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir
 
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
-_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def detect(path: str) -> Kind:
@@ -102,13 +101,16 @@ def _opened(
         from neox_bridge.layouts.hf_reader import open_hf
 
         return open_hf(path, revision=named)
-    match = _REPO.fullmatch(source)
-    if match is None or source.startswith((".", "/", "~")):
+    from neox_bridge.hub.names import MAIN, model_id
+
+    found = model_id(source)
+    if found is None or source.startswith((".", "/", "~")):
         raise BridgeError(f"{source}: no such folder.")
-    if match[2] and revision is not None:
+    repo, own = found
+    if own and revision is not None:
         raise BridgeError(f"{source} names a revision already; leave out --revision.")
     from neox_bridge.hub.download import download
     from neox_bridge.layouts.hf_reader import open_hf
 
-    wanted = match[2] or revision
-    return open_hf(download(match[1], wanted), revision=f"{match[1]}@{wanted or 'main'}")
+    wanted = own or revision
+    return open_hf(download(repo, wanted), revision=f"{repo}@{wanted or MAIN}")
