@@ -8,7 +8,6 @@ import errno
 import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -102,6 +101,6 @@ def _take(work: Work, target: str) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(work.lock)):
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                os.pwrite(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
                 return fd
         os.close(fd)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pkgutil import get_data  # importlib.resources takes 10 ms to import
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
@@ -74,9 +74,10 @@ def known_keys(era: Era) -> frozenset[str]:
     """The yml keys that a tree of this era takes; it refuses all others."""
     if era.keys is not None:
         return era.keys
-    text = files("neox_bridge.layouts").joinpath("neox_keys.txt").read_text(encoding="utf-8")
+    data = get_data("neox_bridge.layouts", "neox_keys.txt")
+    assert data is not None, "it is part of the package"
     found = set()
-    for line in text.splitlines():
+    for line in data.decode().splitlines():
         if line and not line.startswith("#"):
             key, codes = line.split()
             if era.name in [_CODES[code] for code in codes.split(",")]:

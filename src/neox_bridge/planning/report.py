@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
-from importlib.resources import files
 from typing import Any
 
 from neox_bridge.formats.dtypes import itemsize
@@ -104,6 +103,8 @@ def _facts(ref: TensorRef) -> tuple[object, ...]:
 
 def plan_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of ``to_json``'s result."""
+    from importlib.resources import files
+
     text = files("neox_bridge.planning").joinpath("plan.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
