@@ -175,18 +175,17 @@ def _buffered(
     crc: int | None,
 ) -> int | None:
     start, to, size = span
-    buffer = (
-        memoryview(b"") if isinstance(target, memoryview) else memoryview(buffers.buffer(3, BUFFER))
-    )
+    if isinstance(target, memoryview):
+        data = target[to : to + size]
+        read(fd, source, data, start)
+        context.wrote(size, "copied")
+        return None if crc is None else crc32(data, crc)
+    buffer = memoryview(buffers.buffer(3, BUFFER))
     while size:
         context.check()
-        if isinstance(target, memoryview):
-            data = target[to : to + size]
-            read(fd, source, data, start)
-        else:
-            data = buffer[: min(BUFFER, size)]
-            read(fd, source, data, start)
-            write(target, data, to)
+        data = buffer[: min(BUFFER, size)]
+        read(fd, source, data, start)
+        write(target, data, to)
         if crc is not None:
             crc = crc32(data, crc)
         context.wrote(len(data), "copied")
