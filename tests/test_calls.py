@@ -3,6 +3,8 @@
 import fcntl
 import os
 import struct
+import threading
+import time
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -123,6 +125,22 @@ def test_many_ranks_cost_no_more_calls_a_tensor(tmp_path: Path, calls: Counter[s
     assert written <= calls["pwrite bytes"] < written + 200
     pieces = sum(1 for t in tensors for piece in t.pieces if piece.source and prod(piece.shape))
     assert calls["preadv"] <= 2 * pieces
+
+
+def test_small_files_are_one_threads_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would take turns with the interpreter, and twice as long in all."""
+    plan = plan_of(make_hf(tmp_path / "hf"), tmp_path / "out", tp=2)
+    real, threads = output.write_small, []
+
+    def small(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        time.sleep(0.005)  # so that another thread would take the next one
+        return real(*args)
+
+    monkeypatch.setattr(output, "write_small", small)
+    execute(plan, str(tmp_path / "out"), workers=3)
+    assert len(threads) > 4
+    assert len(set(threads)) == 1
 
 
 def test_a_hash_reads_each_byte_once_more(

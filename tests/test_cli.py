@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from common import make_hf
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
@@ -82,6 +84,21 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines() == ["[]", "[]"]
     assert "Examples:" in done.stdout
+
+
+def test_what_only_moves_bytes_needs_no_numpy(tmp_path: Path) -> None:
+    """Neither to write nor to read back: its import takes as long as all others together."""
+    make_hf(tmp_path / "hf", torch.float16, vocab_size=256)  # no rows are added
+    code = (
+        "import sys; sys.argv[1:] = ['convert', 'hf', 'out', *sys.argv[1:]]\n"
+        "from neox_bridge.__main__ import main\n"
+        "try: main()\n"
+        "finally: print('numpy' in sys.modules, file=sys.stderr)\n"
+    )
+    for options, imported in (([], "False"), (["--overwrite", "--dtype", "bfloat16"], "True")):
+        command = [sys.executable, "-c", code, "--quiet", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (0, imported)
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
