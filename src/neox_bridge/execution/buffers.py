@@ -28,8 +28,10 @@ def room(number: int) -> "Callable[[int], Array]":
     """
     import numpy as np
 
-    kept: Array = np.frombuffer(buffer(number), np.uint8)
-    used = 0
+    rooms: dict[int, Array] = _kept.__dict__.setdefault("rooms", {})
+    if number not in rooms:
+        rooms[number] = np.empty(ROOM, np.uint8)  # which numpy asks to have huge pages
+    kept, used = rooms[number], 0
 
     def give(size: int) -> "Array":
         nonlocal used
