@@ -38,7 +38,6 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
 
     Raises BridgeError where the Hub can't be asked.
     """
-    from neox_bridge.hub.names import HubTarget
     from neox_bridge.hub.outlook import plan_publish
     from neox_bridge.hub.remote import published_record, record_path
 
@@ -47,7 +46,7 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
         return "whole", ""
     outlook = plan_publish(plan, model.repo, branch, private=model.private)
     if outlook.conflicts:
-        return "other", f"{HubTarget(model.repo, branch)} holds other files"
+        return "other", f"{place_of(model, branch)} holds other files"
     return "absent", ""
 
 

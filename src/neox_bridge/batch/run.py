@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.batch import on_hub
@@ -91,7 +90,7 @@ def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Row]:
     left = iter(items)
     with ThreadPoolExecutor(batch.ahead) as threads:
         try:
-            for first in islice(left, 1):
+            if (first := next(left, None)) is not None:
                 waiting.add(threads.submit(convert_one, first, batch, pool))
                 wait(waiting, _HEAD_START)
             while True:
@@ -142,7 +141,6 @@ def place_of(item: Item, batch: Batch) -> str:
 
 def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
-    target = place_of(item, batch)
     checkpoint, options = item.source.open(), batch.options
     if batch.version is not None:
         from neox_bridge.compat.targets import refuse_version
@@ -154,6 +152,7 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     if batch.hub is not None:
         plan = on_hub.plan(checkpoint, options, batch.hub)
         return plan, *on_hub.state_of(plan, batch.hub, item.name)
+    target = place_of(item, batch)
     plan = make_plan(checkpoint, options, target)
     sources = identities(sources_of(plan))
     return plan, *state_of(target, plan.asked, sources, every_hash=batch.every_hash)

@@ -9,12 +9,15 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-ROOM = 4 << 20  # bytes of a buffer
+ROOM = 4 << 20  # bytes
 _kept = threading.local()
 
 
-def buffer(number: int, size: int = ROOM) -> bytearray:
-    """This thread's buffer of that number and size in bytes, of any content."""
+def buffer(number: int, size: int) -> bytearray:
+    """This thread's buffer of that number and size in bytes, of any content.
+
+    0 and 1: the two sides of a comparison. 2: of a hash. 3: of what is moved.
+    """
     buffers: dict[tuple[int, int], bytearray] = _kept.__dict__.setdefault("buffers", {})
     if (number, size) not in buffers:
         buffers[number, size] = bytearray(size)

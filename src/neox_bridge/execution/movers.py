@@ -176,6 +176,7 @@ def _buffered(
 ) -> int | None:
     start, to, size = span
     if isinstance(target, memoryview):
+        context.check()
         data = target[to : to + size]
         read(fd, source, data, start)
         context.wrote(size, "copied")
@@ -198,7 +199,7 @@ def _sum(
 ) -> int | None:
     """The CRC-32 with bytes of the source added that no buffer of this process held."""
     start, size = span
-    buffer = memoryview(bytearray(min(BUFFER, size)))
+    buffer = memoryview(buffers.buffer(3, BUFFER))
     while crc is not None and size:
         context.check()
         data = buffer[: min(BUFFER, size)]

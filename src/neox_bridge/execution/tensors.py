@@ -105,9 +105,6 @@ def _run(tensor: OutputTensor, piece: Piece) -> Run | None:
 
 def _parts(tensor: OutputTensor) -> Iterator[Run | int | OutputTensor]:
     """Runs of source bytes, holes of so many bytes, and tensors for numpy, in the file's order."""
-    if len(tensor.pieces) == 1 and (only := _run(tensor, tensor.pieces[0])) is not None:  # as most
-        yield only
-        return
     runs = [run for piece in tensor.pieces if (run := _run(tensor, piece)) is not None]
     if len(runs) == len(tensor.pieces):
         yield from sorted(runs, key=itemgetter(2))

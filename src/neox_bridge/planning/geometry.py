@@ -20,25 +20,32 @@ _SPLIT_DIM: dict[str, int] = {"column": 0, "vocab": 0, "row": 1}
 
 def share(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Shape, Shape]:
     """(start, shape) of the box of a whole tensor that one of ``tp`` ranks holds, as its own."""
-    part, start = shard_shape(split, shape, tp), [0] * len(shape)
-    dim = _SPLIT_DIM.get(split)
-    if dim is not None and dim < len(shape):
+    part, start, dim = shard_shape(split, shape, tp), [0] * len(shape), _dim(split, shape)
+    if dim is not None:
         start[dim] = rank * part[dim]
     return tuple(start), part
 
 
 def shard_shape(split: Split, shape: Shape, tp: int) -> Shape:
     """The shape of one rank's part; the split dimension must be divisible by ``tp``."""
-    part, dim = list(shape), _SPLIT_DIM.get(split)
-    if dim is not None and dim < len(shape):
+    part, dim = list(shape), _dim(split, shape)
+    if dim is not None:
         part[dim] //= tp
     return tuple(part)
 
 
+def _dim(split: Split, shape: Shape) -> int | None:
+    """The dimension that is split, where the tensor has it."""
+    dim = _SPLIT_DIM.get(split)
+    return dim if dim is not None and dim < len(shape) else None
+
+
 def whole_shape(split: Split, shape: Shape, tp: int) -> Shape:
     """The inverse of ``shard_shape``."""
-    dim = _SPLIT_DIM.get(split)
-    return tuple(size * tp if d == dim else size for d, size in enumerate(shape))
+    whole, dim = list(shape), _dim(split, shape)
+    if dim is not None:
+        whole[dim] *= tp
+    return tuple(whole)
 
 
 def gather(split: Split, shards: Sequence[TensorRef], row_bias_sums: bool) -> Whole:

@@ -85,7 +85,7 @@ def _runs(first: Whole, second: Whole) -> list[tuple[_Run, _Run]] | None:
 
 def _run_same(a: _Run, b: _Run, context: Context) -> bool:
     """By memcmp, which comparing with a bytearray is: faster than numpy, which needs an import."""
-    right = memoryview(buffer(1))
+    right = memoryview(buffer(1, STEP))
     files = context.files
     with files.reading(a.file) as one, files.reading(b.file) as other:
         for at in range(0, a.size, STEP):
