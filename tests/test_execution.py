@@ -35,6 +35,7 @@ from neox_bridge.execution import (
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.run import execute
 from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.planning import sharing
 from neox_bridge.planning.geometry import constant
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Piece, Plan, box
 
@@ -87,7 +88,7 @@ def clones(patch: pytest.MonkeyPatch, asked: list[int]) -> None:
         asked.append(size)
         return os.pwrite(target, os.pread(source, size, start), to)
 
-    patch.setattr(movers, "BLOCK", 4)
+    patch.setattr(sharing, "BLOCK", 4)
     patch.setattr(fcntl, "ioctl", ioctl)
 
 

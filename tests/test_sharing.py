@@ -16,12 +16,16 @@ from common import assert_same, hf_tensors, step_of
 
 import neox_bridge
 from neox_bridge import BridgeError
+from neox_bridge.execution import extents, movers
+from neox_bridge.execution.extents import same_blocks
 from neox_bridge.execution.result import Result
 from neox_bridge.formats.safetensors import layout_safetensors, read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.pieces import OutputTensor, Piece, box
-from neox_bridge.planning.sharing import BLOCK, arranged, residue, shared_together
+from neox_bridge.planning.sharing import BLOCK, arranged, residue, shared_together, whole_blocks
 from neox_bridge.toy import plan_toy
+from neox_bridge.verification.sealed import check_seal, find_record
+from neox_bridge.verification.verify import verify
 
 MB = 1 << 20
 
@@ -106,6 +110,75 @@ def test_the_header_brings_the_data_to_its_place(first: int | None, tmp_path: Pa
     (ref,) = read_safetensors(str(tmp_path / "x")).values()
     assert ref.offset == file.tensors[0].offset
     assert ref.offset % BLOCK == first if first is not None else ref.offset < 200
+
+
+@pytest.mark.parametrize(
+    ("start", "to", "size", "found"),
+    [
+        (64, BLOCK + 64, 3 * BLOCK, (BLOCK - 64, 3 * BLOCK - 64)),
+        (0, 5 * BLOCK, 2 * BLOCK + 1, (0, 2 * BLOCK)),
+        (64, 64, 2 * BLOCK - 65, (0, 0)),
+        (64, 128, 9 * BLOCK, (0, 0)),
+    ],
+)
+def test_whole_blocks(start: int, to: int, size: int, found: tuple[int, int]) -> None:
+    assert whole_blocks(start, to, size) == found
+
+
+Extent = tuple[int, int, int, int]  # in the file, on the disk, bytes, flags
+SHARED, LAST, MERGED = 0x2000, 0x1, 0x1000
+
+
+def told(monkeypatch: pytest.MonkeyPatch, files: list[list[Extent]]) -> None:
+    """Have file systems say this of files; the list's index is the descriptor."""
+
+    def ioctl(fd: int, request: int, answer: bytearray) -> int:
+        assert request == extents._FIEMAP
+        start, length, flags, _, room, _ = extents._QUERY.unpack_from(answer)
+        assert flags == extents._SYNC
+        within = [e for e in files[fd] if e[0] < start + length and e[0] + e[2] > start][:room]
+        extents._QUERY.pack_into(answer, 0, start, length, flags, len(within), room, 0)
+        for number, extent in enumerate(within):
+            at = extents._QUERY.size + number * extents._EXTENT.size
+            extents._EXTENT.pack_into(answer, at, *extent)
+        return 0
+
+    monkeypatch.setattr(extents.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(extents, "_disk", lambda fd: 7)
+
+
+def test_extents_that_are_cut_otherwise_are_the_same_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces = [(BLOCK * i, 50 * BLOCK * (i // 3) + BLOCK * i, BLOCK, SHARED) for i in range(500)]
+    wholes = [(BLOCK * i, 50 * BLOCK * (i // 3) + BLOCK * i, 3 * BLOCK) for i in range(0, 500, 3)]
+    told(monkeypatch, [pieces, [(at + BLOCK, *e, SHARED | LAST | MERGED) for at, *e in wholes]])
+    assert same_blocks(0, 0, 1, BLOCK, 500 * BLOCK)
+    assert same_blocks(0, 100 * BLOCK + 5, 1, 101 * BLOCK + 5, 333 * BLOCK)
+    assert not same_blocks(0, 0, 1, 0, BLOCK)
+    assert not same_blocks(0, 0, 1, BLOCK, 501 * BLOCK), "beyond its end"
+
+
+@pytest.mark.parametrize("flags", [0, 0x2, 0x4 | 0x2, 0x8, 0x80, 0x100, 0x200, 0x400, 0x800])
+def test_what_may_differ_although_it_has_one_place(
+    flags: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not shared, unwritten, compressed, encrypted, in memory only, inline …"""
+    plain = [(0, BLOCK, 9 * BLOCK, SHARED)]
+    odd = [(0, BLOCK, 9 * BLOCK, flags | SHARED if flags else 0)]
+    told(monkeypatch, [plain, odd, odd])
+    assert same_blocks(0, 0, 0, 0, 9 * BLOCK)
+    assert not same_blocks(0, 0, 1, 0, 9 * BLOCK)
+    assert not same_blocks(1, 0, 2, 0, 9 * BLOCK)
+
+
+def test_holes_have_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    holes = [(BLOCK, BLOCK, BLOCK, SHARED), (3 * BLOCK, 9 * BLOCK, BLOCK, SHARED)]
+    told(monkeypatch, [holes, holes, []])
+    assert same_blocks(0, BLOCK, 1, BLOCK, BLOCK)
+    for start, size in ((0, 2), (1, 3), (2, 1), (3, 2)):
+        assert not same_blocks(0, start * BLOCK, 1, start * BLOCK, size * BLOCK)
+    assert not same_blocks(2, 0, 2, 0, BLOCK)
 
 
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
@@ -224,3 +297,59 @@ def test_every_crc_of_shared_blocks(disk: Path) -> None:
             wrong.append(archive.testzip())
         shutil.rmtree(disk / "neox")
     assert wrong == ["layer_00-model_00-model_states/data/0", None]
+
+
+def test_shared_blocks_are_verified_unread(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a disk would be asked for: few bytes; and the hash is still that of the file."""
+    seen = []
+    read = movers.read
+
+    def counted(fd: int, path: str, buffer: memoryview, start: int) -> None:
+        seen.append(len(buffer))
+        read(fd, path, buffer, start)
+
+    monkeypatch.setattr(movers, "read", counted)
+    for source, target in (("hf", "neox"), ("neox", "back")):
+        checkpoint = neox_bridge.open_checkpoint(str(disk / source))
+        plan = neox_bridge.make_plan(checkpoint, neox_bridge.Options(), str(disk / target))
+        neox_bridge.execute(plan, str(disk / target), hash_shared=True)
+        seal = check_seal(find_record(str(disk / target)))
+        assert seal.holds
+        assert not seal.unhashed
+        seen.clear()
+        assert verify(checkpoint, neox_bridge.open_checkpoint(str(disk / target))).holds
+        assert 0 < sum(seen) < 0.01 * plan.size
+
+
+@pytest.mark.parametrize("changed", ["hf", "neox"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_byte_that_was_changed_is_found(changed: str, on_disk: bool, disk: Path) -> None:
+    """Also while the change is in memory only, where the file's place is still the old one."""
+    convert(disk / "hf", disk / "neox")
+    source = neox_bridge.open_checkpoint(str(disk / "hf"))
+    target = neox_bridge.open_checkpoint(str(disk / "neox"))
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    whole = (source if changed == "hf" else target).tensors[name]
+    (ref,) = {piece.source for piece in whole.pieces if piece.source is not None}
+    with open(ref.file, "r+b") as file:
+        file.seek(ref.offset + 1 * MB)
+        (byte,) = file.read(1)
+        file.seek(ref.offset + 1 * MB)
+        file.write(bytes([byte ^ 1]))
+        file.flush()
+        if on_disk:
+            os.fsync(file.fileno())
+        (difference,) = verify(source, target).differences
+    assert difference.name == name
+    assert difference.differing == 1
+
+
+def test_blocks_of_a_copy_are_not_shared(disk: Path) -> None:
+    (disk / "a").write_bytes(os.urandom(MB))
+    subprocess.run(["cp", "--reflink=never", disk / "a", disk / "b"], check=True)
+    subprocess.run(["cp", "--reflink=always", disk / "a", disk / "c"], check=True)
+    with (disk / "a").open() as a, (disk / "b").open() as b, (disk / "c").open() as c:
+        assert same_blocks(a.fileno(), 0, c.fileno(), 0, MB)
+        assert not same_blocks(a.fileno(), 0, c.fileno(), BLOCK, MB - BLOCK)
+        assert not same_blocks(a.fileno(), 0, b.fileno(), 0, MB)
+        assert not same_blocks(b.fileno(), 0, b.fileno(), 0, MB), "not shared, so not known"

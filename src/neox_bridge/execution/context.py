@@ -15,12 +15,22 @@ class Stopped(Exception):
     """Another thread failed, or the user interrupted: this one gives up quietly."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Bytes of an output file, from ``to`` on, that are those of a source from ``start`` on."""
+
+    to: int
+    size: int
+    source: str
+    start: int
+
+
 @dataclass
 class Context:
     """Shared and mutable; every change goes through a method that holds the lock.
 
     every_crc: whether bytes are read for their CRC-32 that the kernel could move unseen.
-    cloned: the output files (st_dev, st_ino) that share blocks with a source.
+    cloned: what shares blocks with a source, by output file (st_dev, st_ino), in any order.
     unshared: pairs of disks (st_dev of source and target) that don't share blocks.
     overflows: (tensor, values that became non-finite). deviations: (tensor, file, largest one).
     """
@@ -28,7 +38,7 @@ class Context:
     progress: Callable[[int], None] | None = None
     every_crc: bool = False
     written: Counter[How] = field(default_factory=Counter)
-    cloned: set[tuple[int, int]] = field(default_factory=set)
+    cloned: dict[tuple[int, int], list[Shared]] = field(default_factory=dict)
     unshared: set[tuple[int, int]] = field(default_factory=set)
     overflows: list[tuple[str, int]] = field(default_factory=list)
     deviations: list[tuple[str, str, float]] = field(default_factory=list)
@@ -47,6 +57,12 @@ class Context:
             self.written[how] += size
             if self.progress is not None:
                 self.progress(size)
+
+    def share(self, file: tuple[int, int], part: Shared) -> None:
+        """Count bytes of an output file that a source's blocks hold, and remember which."""
+        with self.lock:
+            self.cloned.setdefault(file, []).append(part)
+        self.wrote(part.size, "shared")
 
     def overflow(self, name: str, count: int) -> None:
         with self.lock:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, TypeAlias
 from zlib_ng.zlib_ng import crc32
 
 from neox_bridge.execution import buffers
-from neox_bridge.execution.context import Context
+from neox_bridge.execution.context import Context, Shared
 from neox_bridge.execution.files import ended_early, unreadable
-from neox_bridge.planning.sharing import BLOCK, WORTH
+from neox_bridge.planning.sharing import BLOCK, WORTH, whole_blocks
 
 if TYPE_CHECKING:
     from neox_bridge.execution.streams import Stream
@@ -43,7 +43,7 @@ def move(
     with context.files.reading(source) as fd:
         if not isinstance(target, int) or not isinstance(fd, int) or size < WORTH:
             return _buffered(fd, source, (start, to, size), target, context, crc)
-        low, high = _clone(fd, start, target, to, size, context)
+        low, high = _clone(fd, source, start, target, to, size, context)
         for begin, end, shared in ((0, low, False), (low, high, True), (high, size, False)):
             at, count = start + begin, end - begin
             if shared and count:
@@ -112,16 +112,15 @@ def read(fd: "int | Remote", path: str, buffer: memoryview, start: int) -> None:
 
 
 def _clone(
-    fd: int, start: int, target: int, to: int, size: int, context: Context
+    fd: int, source: str, start: int, target: int, to: int, size: int, context: Context
 ) -> tuple[int, int]:
     """(begin, end) of the bytes, counted from ``start``, whose blocks both files now share.
 
     Whole blocks of a file system that can do it, where both files have them at the same place
     within a block. Else (0, 0), and a kind of refusal that will come again is remembered.
     """
-    low = -start % BLOCK
-    high = low + (size - low) // BLOCK * BLOCK
-    if (start - to) % BLOCK or low >= high or sys.platform != "linux":
+    low, high = whole_blocks(start, to, size)
+    if low == high or sys.platform != "linux":
         return 0, 0
     own = os.fstat(target)
     disks = os.fstat(fd).st_dev, own.st_dev
@@ -135,8 +134,8 @@ def _clone(
         if error.errno in _NEVER:
             context.unshared.add(disks)
         return 0, 0
-    context.cloned.add((own.st_dev, own.st_ino))
-    context.wrote(high - low, "shared")
+    part = Shared(to + low, high - low, source, start + low)
+    context.share((own.st_dev, own.st_ino), part)
     return low, high
 
 

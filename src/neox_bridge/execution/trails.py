@@ -18,7 +18,7 @@ class Trail:
 
     A tensor's own bytes and what lies between it and the next are for good when it is written; a
     zip's directory at the end when all are. No hash is taken of a file that shares blocks with a
-    source, unless ``shared``.
+    source, unless ``shared``: of these blocks as the source has them, which are in memory once.
     """
 
     def __init__(
@@ -59,11 +59,28 @@ class Trail:
         return str(self._state.hexdigest())
 
     def _skipped(self) -> bool:
+        return not self._shared and self._file() in self._context.cloned
+
+    def _file(self) -> tuple[int, int]:
         status = os.stat(self._path)
-        return not self._shared and (status.st_dev, status.st_ino) in self._context.cloned
+        return status.st_dev, status.st_ino
 
     def _read(self, limit: int) -> None:
-        at, check = self._at, self._context.check
-        self._at = hash_range(self._state, self._path, at, limit, check)
-        if self._at < limit:
-            raise OSError(errno.EIO, "the file ended early", self._path)
+        """Hash up to ``limit``: what shares blocks with a source, where that has it in memory."""
+        parts = self._context.cloned.get(self._file(), ())
+        for part in sorted((p for p in parts if p.to >= self._at), key=lambda part: part.to):
+            if part.to >= limit:
+                break
+            self._own(part.to)
+            self._add(part.source, part.start, part.size)
+            self._at += part.size
+        self._own(limit)
+
+    def _own(self, limit: int) -> None:
+        self._add(self._path, self._at, limit - self._at)
+        self._at = limit
+
+    def _add(self, path: str, start: int, size: int) -> None:
+        end = start + size
+        if hash_range(self._state, path, start, end, self._context.check) < end:
+            raise OSError(errno.EIO, "the file ended early", path)

@@ -35,6 +35,16 @@ def residue(tensor: OutputTensor) -> int | None:
     return max(votes, key=votes.__getitem__) if votes else None
 
 
+def whole_blocks(start: int, to: int, size: int) -> tuple[int, int]:
+    """(begin, end) of the part of a run that is whole blocks in both files, counted from its start.
+
+    start, to: its offsets in the two; all numbers are bytes. (0, 0) where there is none.
+    """
+    low = -start % BLOCK
+    high = low + (size - low) // BLOCK * BLOCK
+    return (0, 0) if (start - to) % BLOCK or low >= high else (low, high)
+
+
 def by_residue(tensors: Iterable[OutputTensor]) -> dict[int | None, list[OutputTensor]]:
     """The tensors by their ``residue``, in their order."""
     groups: dict[int | None, list[OutputTensor]] = {}

@@ -13,14 +13,19 @@ from neox_bridge.execution import movers
 from neox_bridge.execution.buffers import buffer, room
 from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context
+from neox_bridge.execution.extents import same_blocks
 from neox_bridge.execution.transform import boxes, load
 from neox_bridge.formats.dtypes import itemsize, to_numpy
 from neox_bridge.planning.pieces import Piece, Shape, Whole, byte_range, cut
+from neox_bridge.planning.sharing import WORTH, whole_blocks
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from neox_bridge.stores.ranges import Remote
+
     Array = np.ndarray[Any, np.dtype[Any]]
+    _Side = tuple[int | Remote, str, int]  # descriptor, path, offset
 
 STEP = 1 << 19  # bytes of a box, so that those of both sides stay in the cache (measured)
 
@@ -84,18 +89,35 @@ def _runs(first: Whole, second: Whole) -> list[tuple[_Run, _Run]] | None:
 
 
 def _run_same(a: _Run, b: _Run, context: Context) -> bool:
-    """By memcmp, which comparing with a bytearray is: faster than numpy, which needs an import."""
-    right = memoryview(buffer(1, STEP))
+    """Blocks that both files share are the same unread: a disk would give them twice."""
     files = context.files
     with files.reading(a.file) as one, files.reading(b.file) as other:
-        for at in range(0, a.size, STEP):
-            context.check()
-            size = min(STEP, a.size - at)
-            left = buffer(0, STEP) if size == STEP else bytearray(size)
-            movers.read(one, a.file, memoryview(left), a.offset + at)
-            movers.read(other, b.file, right[:size], b.offset + at)
-            if left != right[:size]:
-                return False
+        sides = (one, a.file, a.offset), (other, b.file, b.offset)
+        low, high = _shared(*sides, a.size)
+        return all(_bytes_same(*sides, *part, context) for part in ((0, low), (high, a.size)))
+
+
+def _shared(a: "_Side", b: "_Side", size: int) -> tuple[int, int]:
+    """(begin, end) of what lies in the same blocks, counted from the start of both runs."""
+    (one, _, start), (other, _, to) = a, b
+    if size < WORTH or not isinstance(one, int) or not isinstance(other, int):
+        return 0, 0
+    low, high = whole_blocks(start, to, size)
+    same = same_blocks(one, start + low, other, to + low, high - low)
+    return (low, high) if same else (0, 0)
+
+
+def _bytes_same(a: "_Side", b: "_Side", start: int, end: int, context: Context) -> bool:
+    """By memcmp, which comparing with a bytearray is: faster than numpy, which needs an import."""
+    right = memoryview(buffer(1, STEP))
+    for at in range(start, end, STEP):
+        context.check()
+        size = min(STEP, end - at)
+        left = buffer(0, STEP) if size == STEP else bytearray(size)
+        for (fd, path, offset), into in ((a, memoryview(left)), (b, right[:size])):
+            movers.read(fd, path, into, offset + at)
+        if left != right[:size]:
+            return False
     return True
 
 
