@@ -181,6 +181,15 @@ def test_holes_have_no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not same_blocks(2, 0, 2, 0, BLOCK)
 
 
+def test_places_on_two_disks_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, [[(0, BLOCK, BLOCK, SHARED)]] * 2)
+    assert same_blocks(0, 0, 1, 0, BLOCK)
+    monkeypatch.setattr(extents, "_disk", lambda fd: fd)
+    assert not same_blocks(0, 0, 1, 0, BLOCK)
+    monkeypatch.setattr(extents, "_disk", lambda fd: None)
+    assert not same_blocks(0, 0, 1, 0, BLOCK)
+
+
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
 def mount(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
