@@ -92,8 +92,8 @@ def test_what_can_be_shared_is_not_moved(
     calls.clear()
     result = execute(plan, str(tmp_path / "out"), workers=1, hash_name=None)
     count = 4 * BLOCKS + 2
-    assert len(shared) == count
-    assert result.shared == sum(shared)
+    assert len(shared) == count + 1, "one block of them on trial"
+    assert result.shared == sum(shared) - shared[0]
     assert calls["copy_file_range bytes"] <= 2 * 4096 * count
     assert calls["pwrite bytes"] - result.shared < result.size - result.shared + 8 * 4096
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from neox_bridge.execution.files import Files
 
+Disks = tuple[int, int]  # st_dev of a source and of a target
 How = Literal["shared", "copied", "transformed", "kept"]
 
 
@@ -31,7 +32,7 @@ class Context:
 
     every_crc: whether bytes are read for their CRC-32 that the kernel could move unseen.
     cloned: what shares blocks with a source, by output file (st_dev, st_ino), in any order.
-    unshared: pairs of disks (st_dev of source and target) that don't share blocks.
+    sharing: whether two disks share blocks, as far as was tried.
     overflows: (tensor, values that became non-finite). deviations: (tensor, file, largest one).
     """
 
@@ -39,7 +40,7 @@ class Context:
     every_crc: bool = False
     written: Counter[How] = field(default_factory=Counter)
     cloned: dict[tuple[int, int], list[Shared]] = field(default_factory=dict)
-    unshared: set[tuple[int, int]] = field(default_factory=set)
+    sharing: dict[Disks, bool] = field(default_factory=dict)
     overflows: list[tuple[str, int]] = field(default_factory=list)
     deviations: list[tuple[str, str, float]] = field(default_factory=list)
     files: Files = field(default_factory=Files)

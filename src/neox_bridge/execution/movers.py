@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from zlib_ng.zlib_ng import crc32
 
 from neox_bridge.execution import buffers
-from neox_bridge.execution.context import Context, Shared
+from neox_bridge.execution.context import Context, Disks, Shared
 from neox_bridge.execution.files import ended_early, unreadable
 from neox_bridge.planning.sharing import BLOCK, WORTH, whole_blocks
 
@@ -56,18 +56,23 @@ def move(
     return crc
 
 
-def can_share(source: str, folder: str) -> bool:
-    """Whether a new file in a folder could share blocks with this file: one block is tried."""
+def can_share(source: str, folder: str, context: Context) -> bool:
+    """Whether new files in a folder can share blocks with this one: for two disks tried once."""
     import tempfile
 
     if sys.platform != "linux":
         return False
     try:
+        disks = os.stat(source).st_dev, os.stat(folder).st_dev
+        if disks in context.sharing:
+            return context.sharing[disks]
         with open(source, "rb") as file, tempfile.TemporaryFile(dir=folder) as trial:
-            fcntl.ioctl(trial, _CLONE, _RANGE.pack(file.fileno(), 0, BLOCK, 0))
+            argument = _RANGE.pack(file.fileno(), 0, BLOCK, 0)
+            if _ask_to_clone(trial.fileno(), argument, disks, context):
+                context.sharing[disks] = True
     except OSError:
         return False
-    return True
+    return context.sharing.get(disks, False)
 
 
 def write(target: Target, data: "bytes | memoryview", to: int) -> None:
@@ -124,19 +129,27 @@ def _clone(
         return 0, 0
     own = os.fstat(target)
     disks = os.fstat(fd).st_dev, own.st_dev
-    if disks in context.unshared:
+    if context.sharing.get(disks) is False:
         return 0, 0
-    try:
-        fcntl.ioctl(target, _CLONE, _RANGE.pack(fd, start + low, high - low, to + low))
-    except OSError as error:
-        if error.errno in _FULL:
-            raise
-        if error.errno in _NEVER:
-            context.unshared.add(disks)
+    argument = _RANGE.pack(fd, start + low, high - low, to + low)
+    if not _ask_to_clone(target, argument, disks, context):
         return 0, 0
     part = Shared(to + low, high - low, source, start + low)
     context.share((own.st_dev, own.st_ino), part)
     return low, high
+
+
+def _ask_to_clone(target: int, argument: bytes, disks: Disks, context: Context) -> bool:
+    """Whether the file system did it. Raises OSError where it has no room."""
+    try:
+        fcntl.ioctl(target, _CLONE, argument)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        if error.errno in _NEVER:
+            context.sharing[disks] = False
+        return False
+    return True
 
 
 def _kernel(fd: int, start: int, target: int, to: int, size: int, context: Context) -> int:

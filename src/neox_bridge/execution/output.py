@@ -13,6 +13,7 @@ from neox_bridge.execution.files import Identity
 from neox_bridge.execution.journal import Written, append
 from neox_bridge.execution.movers import SEND, move, send, write
 from neox_bridge.execution.pool import Task, followed, run_all
+from neox_bridge.execution.reserving import reserve
 from neox_bridge.execution.tensors import fill_tensor, write_tensor
 from neox_bridge.execution.trails import Trail
 from neox_bridge.execution.work import Work
@@ -165,6 +166,7 @@ def begin_large(
     """
     with _new(path) as fd:
         os.ftruncate(fd, file.size)
+        reserve(fd, path, file, context)
         for offset, data in file.literals:
             write(fd, data, offset)
     context.wrote(sum(len(data) for _, data in file.literals), "copied")

@@ -86,7 +86,7 @@ def execute(
             check_free(target, step)
         done = resume(work, key, {file.path for file in plan.files if not file.seals})
         room = plan.size - sum(written.size for written in done.values())
-        check_room(target, room, lambda: _shared(plan, before, work.folder))
+        check_room(target, room, lambda: _shared(plan, before, work.folder, context))
         job = Job(plan, work, context, done, hash_name, hash_shared)
         try:
             if pool is not None:
@@ -120,10 +120,10 @@ def result_of(plan: Plan, target: str, context: Context, begin: float) -> Result
     )
 
 
-def _shared(plan: Plan, sources: Mapping[str, Identity], folder: str) -> int:
+def _shared(plan: Plan, sources: Mapping[str, Identity], folder: str, context: Context) -> int:
     """About how many bytes will share blocks with the sources' files, in a folder on the disk."""
     largest = max(sources, key=lambda path: sources[path][0], default=None)
-    if largest is None or is_url(largest) or not can_share(largest, folder):
+    if largest is None or is_url(largest) or not can_share(largest, folder, context):
         return 0
     return sum(copied(tensor) for file in plan.files for tensor in file.tensors)
 
