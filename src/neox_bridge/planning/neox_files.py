@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
-from neox_bridge.formats.torch_zip import layout_pickled, layout_pt
+from neox_bridge.formats.torch_zip import layout_pickled
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
@@ -27,6 +27,7 @@ SEED = 1234  # GPT-NeoX's default
 # of an mp_rank file's number and module (None where layers have files of their own): its value,
 # and the tensors of it beside the module's
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
+Pickles = dict[object, tuple[bytes, Sequence[str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +60,20 @@ def weight_files(
     wholes: Mapping[str, Whole],
     shape: Shape,
     metadata: Metadata,
+    *,
+    alike: bool = False,
 ) -> Iterator[OutputFile]:
     """Every ``.pt`` file of the folder: one a layer and rank, or one a rank, and the metadata.
 
     wholes: by Hugging Face name, with the vocabulary's rows and the dtype of the target.
+    alike: whether the metadata of all numbers is the same value, but for its module.
     """
     present = [
         (weight, block)
         for weight, block in _ordered(architecture, config)
         if weight.split != "derived" or shape.inv_freq == "store"
     ]
-    dumped: dict[object, tuple[bytes, Sequence[str]]] = {}
+    dumped: Pickles = {}
     count = shape.stages * shape.tp
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * count
     if shape.layout == "layers":
@@ -81,7 +85,8 @@ def weight_files(
             for rank in range(shape.tp):
                 tensors = _with_biases(_tensors(group, config, wholes, shape, rank), config, shape)
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-                yield _layer(path, _state_dict(tensors, shape), tensors, dumped)
+                value = _state_dict(tensors, shape)
+                yield _laid_out(path, value, value, tensors, dumped)
     else:
         modules = []
         for rank in range(shape.tp):
@@ -89,7 +94,8 @@ def weight_files(
             tensors = _with_biases(found, config, shape)
             modules.append((_state_dict(tensors, shape), tensors))
     for number, (module, tensors) in enumerate(modules):
-        yield mp_rank_file(folder, number, metadata, module, tensors)
+        pickles = dumped if alike else {}
+        yield mp_rank_file(folder, number, metadata, module, tensors, pickles)
 
 
 def mp_rank_file(
@@ -98,22 +104,32 @@ def mp_rank_file(
     metadata: Metadata,
     module: Any = None,
     tensors: Sequence[OutputTensor] = (),
+    dumped: Pickles | None = None,
 ) -> OutputFile:
-    """One file of metadata. module, tensors: the weights in it, where it has them."""
+    """One file of metadata. module, tensors: the weights in it, where it has them.
+
+    dumped: pickles of other numbers that have the same metadata.
+    """
     value, states = metadata(number, module)
     path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
-    return layout_pt(path, value, [*tensors, *states])
+    pickles = {} if dumped is None else dumped
+    return _laid_out(path, value, module or (), [*tensors, *states], pickles)
 
 
-def _layer(
+def _laid_out(
     path: str,
-    value: Mapping[str, TensorSlot | None],
+    value: object,
+    names: Iterable[str],
     tensors: Sequence[OutputTensor],
-    dumped: dict[object, tuple[bytes, Sequence[str]]],
+    dumped: Pickles,
 ) -> OutputFile:
-    """dumped: pickles by what they hold: those of a layer are the same for every rank and block."""
+    """names: of the module in the value.
+
+    dumped: pickles by what they hold: a layer's is the same for every rank and block, a rank's
+    for every rank.
+    """
     slots = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-    key = tuple(value), tuple(slots.items())
+    key = tuple(names), tuple(slots.items())
     if key not in dumped:
         dumped[key] = dump(value, slots)
     return layout_pickled(path, *dumped[key], tensors)

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import struct
+from functools import cache
 from typing import Any
 
 from neox_bridge.formats.pickle_writer import numpy_array
@@ -44,13 +45,14 @@ def model_parallel_seed(seed: int, tp_rank: int) -> int:
     return seed + _MODEL_PARALLEL + tp_rank
 
 
-def _mt19937(seed: int) -> list[int]:
+@cache
+def _mt19937(seed: int) -> tuple[int, ...]:
     """Matsumoto and Nishimura's initialisation, which numpy and torch share."""
     words = [seed & 0xFFFFFFFF]
     for index in range(1, _WORDS):
         last = words[-1]
         words.append((1812433253 * (last ^ (last >> 30)) + index) & 0xFFFFFFFF)
-    return words
+    return tuple(words)
 
 
 def of_rank(state: bytes, tp_rank: int) -> tuple[bytes, bool]:

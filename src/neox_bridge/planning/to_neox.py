@@ -81,7 +81,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         }
         findings.append(_schedule())
     metadata = partial(start_of_run, shape, args, iteration, optimizer)
-    files = list(weight_files(step, architecture, config, wholes, shape, metadata))
+    alike = optimizer is None
+    files = list(weight_files(step, architecture, config, wholes, shape, metadata, alike=alike))
     if optimizer is not None:
         files += optimizer.files(step, shape.tp, bf16=config.dtype == "bfloat16")
     own = {key for key in found.unknown if checkpoint.kind == "neox"}
