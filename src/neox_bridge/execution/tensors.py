@@ -109,6 +109,9 @@ def _parts(tensor: OutputTensor) -> Iterator[Run | int | OutputTensor]:
     if len(runs) == len(tensor.pieces):
         yield from sorted(runs, key=itemgetter(2))
         return
+    if len(tensor.pieces) == 1:
+        yield tensor.nbytes if _is_zero(tensor.pieces[0]) else tensor
+        return
     kept = runs or any(piece.source is None for piece in tensor.pieces)
     if not tensor.shape or not kept:
         yield tensor
@@ -135,9 +138,13 @@ def _kind(tensor: OutputTensor, band: Band, row: int) -> Run | int | None:
         return None
     (piece,) = pieces
     if piece.source is None:
-        zero = piece.fill == 0 and math.copysign(1, piece.fill) > 0
-        return (high - low) * row if zero else None
+        return (high - low) * row if _is_zero(piece) else None
     return _run(tensor, piece)  # a piece alone in its rows is as wide as they: all of it is here
+
+
+def _is_zero(piece: Piece) -> bool:
+    """Whether a piece is +0.0, whose bytes are those of a hole."""
+    return piece.source is None and piece.fill == 0 and math.copysign(1, piece.fill) > 0
 
 
 def _bands(tensor: OutputTensor) -> list[Band]:
