@@ -9,7 +9,6 @@ from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.flat import segments
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
@@ -157,10 +156,9 @@ def _compare(
             padding = (second.shape[0] - rows) * prod(second.shape[1:])
             return Difference(name, "values", padding, detail=detail)
         first, second = with_rows(first, rows), with_rows(second, rows)
-    found = compare(name, first, second, context)
-    found = divided(found, weight, second)
-    parts = segments(second) if second.reduce == "replica" else []
-    if found.kind == "equal" and any(settled(p, context).reduce != "none" for p in parts):
+    alone = settled(second, context)
+    found = divided(compare(name, first, alone, context), weight, second)
+    if found.kind == "equal" and second.reduce == "replica" and alone.reduce != "none":
         return replace(found, kind="replicas", detail="the target's ranks differ")
     return found
 
