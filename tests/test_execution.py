@@ -370,6 +370,18 @@ def test_replicas_that_differ(tmp_path: Path) -> None:
     assert got.tolist() == [1.0, 2.25, 3.0]
 
 
+def test_replicas_of_two_dtypes_are_not_the_same_bits(tmp_path: Path) -> None:
+    """Nor is their mean: 0x3C00 is 1 as float16 and 0.0078125 as bfloat16."""
+    bits = np.full(4, 0x3C00, np.uint16)
+    pieces = (
+        box(store(tmp_path / "a", bits, "float16")),
+        box(store(tmp_path / "b", bits, "bfloat16")),
+    )
+    plan = plan_of(OutputTensor("t", "float32", (4,), pieces, reduce="replica"))
+    (finding,) = execute(plan, str(tmp_path / "out")).findings
+    assert finding.code == "replicas-differ"
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
 def test_where_replicas_agree_the_mean_is_the_value(dtype: str, tmp_path: Path) -> None:
     kind = np.dtype(DTYPES.get(dtype, np.float64))

@@ -86,6 +86,21 @@ def test_one_flipped_bit_is_found(pattern: str, key: str, kind: str, tmp_path: P
     assert found.differences[0].differing == 1
 
 
+def test_ranks_that_differ_are_found_though_their_mean_is_right(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    name = "gpt_neox.layers.0.input_layernorm.bias"
+    tensors = load_file(hf / "model.safetensors")
+    tensors[name][1] = 1.0
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    convert(hf, tmp_path / "neox", tp=2)
+    for rank, value in enumerate((1.5, 0.5)):
+        edit_pt(
+            f"layer_02-model_0{rank}*", "input_layernorm.bias", lambda t, v=value: t[1].fill_(v)
+        )(tmp_path / "neox")
+    (difference,) = check(hf, tmp_path / "neox").differences
+    assert (difference.name, difference.kind) == (name, "replicas")
+
+
 def test_padding_that_is_not_zero_is_found(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf")
     convert(hf, tmp_path / "neox", tp=2)

@@ -58,7 +58,7 @@ def replica(tensor: OutputTensor, context: Context) -> Piece | None:
     """The piece whose bits are the result of a reduction, or None where it must be computed.
 
     "replica": the first, where all are the same bits. "sum": the only one that isn't -0.0
-    throughout, since x + -0.0 is x for every x, NaNs with their payloads included.
+    throughout, since x + -0.0 is x for every x, NaNs with their payloads included; 0 of integers.
     """
     if tensor.reduce == "replica":
         first, *others = tensor.pieces
@@ -329,21 +329,17 @@ def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool
     data = _small(tensor, piece, context)
     if data is not None and piece.source is not None:
         zero = _minus_zero(piece.source.dtype)
-        return zero is not None and data == zero * (len(data) // len(zero))
+        return data == zero * (len(data) // len(zero))
     for values in _values(tensor, piece, context):
         minus = np.array(-0.0).astype(values.dtype)
-        if (
-            values.dtype.kind in "iub"
-            or not (_bits(values).reshape(-1, minus.nbytes) == _bits(minus)).all()
-        ):
+        if not (_bits(values).reshape(-1, minus.nbytes) == _bits(minus)).all():
             return False
     return True
 
 
 @cache
-def _minus_zero(dtype: str) -> bytes | None:
-    """The bytes of -0.0; None of a dtype that has none."""
+def _minus_zero(dtype: str) -> bytes:
+    """The bytes of -0.0, of 0 for whole numbers: what added changes nothing."""
     import numpy as np
 
-    found = to_numpy(dtype)
-    return None if found.kind in "iub" else np.array(-0.0).astype(found).tobytes()
+    return np.array(-0.0).astype(to_numpy(dtype)).tobytes()
