@@ -695,3 +695,36 @@ def test_what_tensors_claim_is_bounded(small: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch_zip, "_CLAIM_LEAST", 21)
     with pytest.raises(BridgeError, match="far more elements"):
         read_torch(str(small))
+
+
+def test_files_with_one_pickle_are_read_each_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pickle is gone through once; where tensors lie, and whether at all, is each file's."""
+    loaded = []
+    load = torch_zip.load
+
+    def counted(*arguments: object) -> object:
+        loaded.append(arguments)
+        return load(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch_zip, "load", counted)
+    torch_zip._flat.cache_clear()
+    values = [{"w": torch.full((2, 3), float(n)), "none": None} for n in range(3)]
+    for number, value in enumerate(values):
+        folder = tmp_path / ("long" * number)
+        folder.mkdir(exist_ok=True)
+        torch.save(value, folder / "a.pt")
+        found = read_pt(str(folder / "a.pt"))
+        assert isinstance(found, dict)
+        assert found["none"] is None
+        ref = found["w"]
+        assert ref.file == str(folder / "a.pt")
+        assert np.fromfile(ref.file, "<f4", 6, offset=ref.offset).tolist() == [number] * 6
+        found.clear()
+    assert len(loaded) == 1
+    raw = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "b.pt").write_bytes(raw.replace(b"data/0", b"data/9"))
+    with pytest.raises(BridgeError, match="data/0 is missing"):
+        read_pt(str(tmp_path / "b.pt"))
+    assert len(loaded) == 1

@@ -5,13 +5,15 @@ Source: torch 2.13's torch/serialization.py, caffe2/serialize/inline_container.c
 """
 
 import hashlib
+import io
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from functools import lru_cache
+from typing import Any, BinaryIO
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import BY_NAME
@@ -36,6 +38,7 @@ _HEADER = 512  # bytes: a local header, with its name and what torch fills it up
 _U32 = 0xFFFFFFFF  # this and larger numbers go into zip64 fields
 _MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
 _ALIGNMENT = 64  # bytes
+_ALIKE = 64 << 10  # bytes of a pickle that may be another file's too
 _CLAIM = 8  # times the file's bytes, and
 _CLAIM_LEAST = 64 << 20  # bytes in any case, that its tensors may have together
 
@@ -140,7 +143,20 @@ def _value(path: str, file: BinaryIO, entries: dict[str, _Entry]) -> object:
 
     pickled = entries["data.pkl"]
     file.seek(pickled.offset)
+    if pickled.size <= _ALIKE:
+        found = _flat(file.read(pickled.size))
+        if found is not None:
+            return {name: value and tensor(value) for name, value in found.items()}
+        file.seek(pickled.offset)
     return load(file, storage_ref, tensor, pickled.size)
+
+
+@lru_cache(64)
+def _flat(pickled: bytes) -> "Mapping[object, PickledTensor | None] | None":
+    """A pickle's value where that is tensors by name: a run has few such, for all its layers."""
+    value: Any = load(io.BytesIO(pickled), storage_ref)
+    kinds = set(map(type, value.values())) if isinstance(value, dict) else {dict}
+    return value if kinds <= {PickledTensor, type(None)} else None
 
 
 def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
