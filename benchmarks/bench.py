@@ -14,8 +14,9 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,6 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--mount", nargs="*", choices=MAKE, default=["xfs"], help="file systems to mount"
     )
+    parser.add_argument("--sharing", nargs="*", choices=PYTHIA, help="large shapes, there only")
     parser.add_argument("--memory", nargs="*", choices=PYTHIA, help="shapes for memory alone")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where to work")
     parser.add_argument("--page", type=Path, help="where to write; docs/benchmarks.md")
@@ -75,9 +77,9 @@ def _options() -> argparse.Namespace:
     if options.quick:
         options.page = options.page or options.folder / "benchmarks.md"
     shapes, memory = ["pythia-410m", "pythia-1.4b"], ["pythia-410m", "pythia-2.8b", "pythia-12b"]
-    quick = (["pythia-70m"], 2, ["pythia-70m", "pythia-410m"])
-    default = quick if options.quick else (shapes, 5, memory)
-    for name, value in zip(("shapes", "runs", "memory"), default, strict=True):
+    quick = (["pythia-70m"], 2, ["pythia-70m", "pythia-410m"], ["pythia-410m"])
+    default = quick if options.quick else (shapes, 5, memory, ["pythia-6.9b"])
+    for name, value in zip(("shapes", "runs", "memory", "sharing"), default, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
@@ -96,7 +98,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         here = replace(place, folder=work / shape)
         first = shape == options.shapes[0]
         make(here.folder, shape, [name for name in NAMED if first or name != "neox-bf16"])
-        tables.append(_table(shape, here, runs, skipped, short=False))
+        tables.append(_table(shape, here, runs, skipped, lambda _: True))
         if first:
             _say(f"{shape}: verify and diff")
             rows = comparing.comparisons(here, shape, runs)
@@ -104,7 +106,12 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
             compared = (shape, tuple(rows))
         shutil.rmtree(here.folder)
     for kind in options.mount:
-        tables += _mounted(kind, work, options.shapes, runs, skipped)
+        tables += _mounted(kind, work, options.shapes, runs, skipped, attrgetter("short"))
+    large = [
+        table
+        for kind in options.mount
+        for table in _mounted(kind, work, options.sharing, runs, skipped, attrgetter("large"))
+    ]
     _say("resharding")
     run = "pythia-70m" if options.quick else "pythia-160m"
     resharded = resharding.reshardings(place, run, runs)
@@ -121,6 +128,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
     return Results(
         f'make bench ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make bench",
         tuple(tables),
+        tuple(large),
         compared,
         (run, tuple(resharded)),
         tuple(starts),
@@ -132,29 +140,40 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
 
 
 def _mounted(
-    kind: str, work: Path, shapes: Sequence[str], runs: int, skipped: list[str]
+    kind: str,
+    work: Path,
+    shapes: Sequence[str],
+    runs: int,
+    skipped: list[str],
+    wanted: Callable[[cases.Case], bool],
 ) -> list[Table]:
     tables = []
     for shape in shapes:
-        # three sources, a target, and as much again
+        # a source and a copy; others take a part, or none where their blocks are shared
         with contextlib.ExitStack() as stack:
             try:
-                there = stack.enter_context(mounted(kind, work, 8 * _bytes(shape) + (1 << 30)))
+                there = stack.enter_context(mounted(kind, work, 4 * _bytes(shape) + (1 << 30)))
             except Skipped as missing:
                 skipped.append(str(missing))
                 break
             _say(f"{shape}, {there.name}: its checkpoints")
             make(there.folder, shape, SHORT)
-            tables.append(_table(shape, there, runs, skipped, short=True))
+            tables.append(_table(shape, there, runs, skipped, wanted))
     return tables
 
 
-def _table(shape: str, place: Place, runs: int, skipped: list[str], *, short: bool) -> Table:
-    """The conversions in a place that has its checkpoints, and there all, others' programs."""
+def _table(
+    shape: str,
+    place: Place,
+    runs: int,
+    skipped: list[str],
+    wanted: Callable[[cases.Case], bool],
+) -> Table:
+    """The conversions in a place that has its checkpoints, and on an ordinary one others' too."""
     size = sum(path.stat().st_size for path in (place.folder / "hf").rglob("*") if path.is_file())
     runs = min(runs, FEW) if size > LARGE else runs
-    jobs = cases.jobs(place.folder, short)
-    if not short:
+    jobs = cases.jobs(place.folder, wanted)
+    if not place.alone:
         others, missing = cases.others(place.folder)
         jobs += others
         skipped += missing

@@ -17,8 +17,9 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A conversion. source: a name of ``sources.NAMED``, or hf. short: measured in every place.
+    """A conversion. source: a name of ``sources.NAMED``, or hf.
 
+    short: measured in every place. large: of the largest shapes, where blocks are shared, too.
     verify: whether the result is read back and compared.
     """
 
@@ -26,12 +27,13 @@ class Case:
     source: str
     options: Sequence[str]
     short: bool = False
+    large: bool = False
     verify: bool = False
 
 
 CASES = (
-    Case("HF to NeoX, TP 1", "hf", (), True),
-    Case("HF to NeoX, TP 1, read back and compared", "hf", (), True, verify=True),
+    Case("HF to NeoX, TP 1", "hf", (), True, True),
+    Case("HF to NeoX, TP 1, read back and compared", "hf", (), True, True, verify=True),
     Case("HF to NeoX, TP 1, --crc", "hf", ("--crc",), True),
     Case("HF to NeoX, TP 2", "hf", ("--tp", "2"), True),
     Case("HF to NeoX, TP 4", "hf", ("--tp", "4")),
@@ -41,7 +43,7 @@ CASES = (
     Case("HF to NeoX, TP 1, bfloat16", "hf", ("--dtype", "bfloat16"), True),
     Case("HF to NeoX, TP 2, bfloat16", "hf", ("--tp", "2", "--dtype", "bfloat16")),
     Case("HF to NeoX, TP 1, float32", "hf", ("--dtype", "float32")),
-    Case(TO_HF, "neox", (), True),
+    Case(TO_HF, "neox", (), True, True),
     Case("NeoX TP 1 to HF, --shards clone", "neox", ("--shards", "clone"), True),
     Case("NeoX TP 2 to HF", "neox-tp2", (), True),
     Case("NeoX TP 2 to HF, --shards clone", "neox-tp2", ("--shards", "clone"), True),
@@ -55,11 +57,8 @@ CASES = (
 )
 
 
-def jobs(folder: Path, short: bool) -> list[Job]:
-    """This tool's conversions of the checkpoints in ``folder``, to ``folder``/out.
-
-    short: the fewer ones that every place is measured with.
-    """
+def jobs(folder: Path, wanted: Callable[[Case], bool]) -> list[Job]:
+    """This tool's conversions of the checkpoints in ``folder``, to ``folder``/out."""
     target = folder / "out"
     return [
         Job(
@@ -73,7 +72,7 @@ def jobs(folder: Path, short: bool) -> list[Job]:
             target,
         )
         for case in CASES
-        if case.short or not short
+        if wanted(case)
     ]
 
 

@@ -115,14 +115,16 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All of a run. compared: the shape, and the rows of verify and diff, ``cmp`` first.
-    resharded: the shape, and its rows, ``cp`` first.
+    """All of a run. large: tables of large shapes where blocks are shared.
 
+    compared: the shape, and the rows of verify and diff, ``cmp`` first.
+    resharded: the shape, and its rows, ``cp`` first.
     batches: one large conversion first, then a batch of as many bytes.
     """
 
     command: str
     tables: tuple[Table, ...]
+    large: tuple[Table, ...]
     compared: tuple[str, tuple[Row, ...]]
     resharded: tuple[str, tuple[Row, ...]]
     starts: tuple[Start, ...]
@@ -137,7 +139,7 @@ def page(results: Results, figure: str | None) -> str:
     text = PAGE.format(command=results.command, machine=machine())
     if figure is not None:
         text += FIGURE.format(figure=figure)
-    text += "".join(map(_conversions, results.tables))
+    text += "".join(map(_conversions, (*results.tables, *results.large)))
     text += START + _lines(
         (start.title, middle([1e3 * taken for taken in start.seconds])) for start in results.starts
     )

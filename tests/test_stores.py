@@ -41,7 +41,7 @@ from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import objects, paths, ranges, retry, uploads
-from neox_bridge.verification.verify import checker
+from neox_bridge.verification.verify import checker, verify
 
 # embeddings of 9 MB in float32, two parts of an upload, and little else
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 18000}
@@ -599,3 +599,15 @@ def test_a_batch_into_a_store(store: Store, hf: Path, tmp_path: Path) -> None:
     objects.remove([s3("batch/step5/model.safetensors")])
     assert RUNNER.invoke(app, command).exit_code == 0
     assert sorted(contents(s3("batch/step5"))) == sorted(files(tmp_path / "hf"))
+
+
+def test_what_a_batch_verifies_in_a_store_has_its_record(store: Store, tmp_path: Path) -> None:
+    """Which isn't there yet; and only it says in which order grouped-query rows are."""
+    source = fixture("llama_gqa_fp32_2024_10_old_order_tp1")
+    options = ["--to", "neox", "--tp", "2", "--gqa-order", "interleaved"]
+    command = ["batch", str(source), s3("batch"), *options, "--max-workers", "1"]
+    done = RUNNER.invoke(app, command)
+    assert done.exit_code == 0, done.output
+    run(s3("batch/step2"), tmp_path / "back")
+    there = open_checkpoint(str(source), gqa_order="interleaved")
+    assert verify(there, open_checkpoint(str(tmp_path / "back"))).holds
