@@ -107,7 +107,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         shutil.rmtree(here.folder)
     for kind in options.mount:
         tables += _mounted(kind, work, options.shapes, runs, skipped, attrgetter("short"))
-    large = [
+    shared = [
         table
         for kind in options.mount
         for table in _mounted(kind, work, options.sharing, runs, skipped, attrgetter("large"))
@@ -128,7 +128,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
     return Results(
         f'make bench ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make bench",
         tuple(tables),
-        tuple(large),
+        tuple(shared),
         compared,
         (run, tuple(resharded)),
         tuple(starts),
