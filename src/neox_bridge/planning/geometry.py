@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from neox_bridge.architectures.base import Split
 from neox_bridge.formats.tensor_ref import TensorRef
@@ -18,6 +19,7 @@ from neox_bridge.planning.pieces import (
 _SPLIT_DIM: dict[str, int] = {"column": 0, "vocab": 0, "row": 1}
 
 
+@lru_cache(4096)  # all blocks have the same
 def share(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Shape, Shape]:
     """(start, shape) of the box of a whole tensor that one of ``tp`` ranks holds, as its own."""
     part, start, dim = shard_shape(split, shape, tp), [0] * len(shape), _dim(split, shape)

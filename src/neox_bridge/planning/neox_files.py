@@ -27,6 +27,8 @@ SEED = 1234  # GPT-NeoX's default
 # of an mp_rank file's number and module (None where layers have files of their own): its value,
 # and the tensors of it beside the module's
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
+Row = tuple[Weight, int]  # of the table, for one block
+Groups = dict[tuple[int, str], list[Row]]  # by GPT-NeoX's number of the layer and name in it
 Pickles = dict[object, tuple[bytes, Sequence[str]]]
 
 
@@ -73,24 +75,24 @@ def weight_files(
         for weight, block in _ordered(architecture, config)
         if weight.split != "derived" or shape.inv_freq == "store"
     ]
+    groups = _grouped(present, config, shape)
     dumped: Pickles = {}
     count = shape.stages * shape.tp
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * count
     if shape.layout == "layers":
-        layers: dict[int, list[tuple[Weight, int]]] = {}
-        for weight, block in present:
-            layer = layer_of(weight, block, config.layers)
-            layers.setdefault(layer, []).append((weight, block))
-        for layer, group in sorted(layers.items()):
+        layers: dict[int, Groups] = {}
+        for (layer, name), rows in groups.items():
+            layers.setdefault(layer, {})[layer, name] = rows
+        for layer, own in sorted(layers.items()):
             for rank in range(shape.tp):
-                tensors = _with_biases(_tensors(group, config, wholes, shape, rank), config, shape)
+                tensors = _with_biases(_tensors(own, config, wholes, shape, rank), config, shape)
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
                 value = _state_dict(tensors, shape)
                 yield _laid_out(path, value, value, tensors, dumped)
     else:
         modules = []
         for rank in range(shape.tp):
-            found = _tensors(present, config, wholes, shape, rank, numbered=True)
+            found = _tensors(groups, config, wholes, shape, rank, numbered=True)
             tensors = _with_biases(found, config, shape)
             modules.append((_state_dict(tensors, shape), tensors))
     for number, (module, tensors) in enumerate(modules):
@@ -144,7 +146,8 @@ def rank_parameters(
 ) -> dict[tuple[int, str], OutputTensor]:
     """One tensor-parallel rank's parameters, by GPT-NeoX's number of the layer and name in it."""
     present = [(w, b) for w, b in _ordered(architecture, config) if w.split != "derived"]
-    return dict(_placed(present, config, wholes, shape, rank, numbered=False))
+    groups = _grouped(present, config, shape)
+    return dict(zip(groups, _tensors(groups, config, wholes, shape, rank), strict=True))
 
 
 def _with_biases(
@@ -157,7 +160,7 @@ def _with_biases(
     return found
 
 
-def _ordered(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[Weight, int]]:
+def _ordered(architecture: Architecture, config: ModelConfig) -> Iterator[Row]:
     """The model's weights and derived buffers in the order of GPT-NeoX's modules."""
     real = {(weight.neox, block) for weight, block in model_weights(architecture, config)}
     for weight, block in expand(architecture, config.layers):
@@ -166,48 +169,41 @@ def _ordered(architecture: Architecture, config: ModelConfig) -> Iterator[tuple[
             yield weight, block
 
 
+def _grouped(present: Sequence[Row], config: ModelConfig, shape: Shape) -> Groups:
+    """Those that share a layer and a name are parts of one tensor."""
+    groups: Groups = {}
+    for weight, block in present:
+        layer = layer_of(weight, block, config.layers)
+        name = weight.named(shape.old_names)
+        name = te_name(name) if shape.te else name
+        groups.setdefault((layer, name), []).append((weight, block))
+    return groups
+
+
 def _tensors(
-    present: Sequence[tuple[Weight, int]],
+    groups: Groups,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
     shape: Shape,
     rank: int,
     numbered: bool = False,
 ) -> Iterator[OutputTensor]:
-    """One rank's tensors, see ``_placed``."""
-    return (t for _, t in _placed(present, config, wholes, shape, rank, numbered))
-
-
-def _placed(
-    present: Sequence[tuple[Weight, int]],
-    config: ModelConfig,
-    wholes: Mapping[str, Whole],
-    shape: Shape,
-    rank: int,
-    numbered: bool,
-) -> Iterator[tuple[tuple[int, str], OutputTensor]]:
-    """One rank's tensors; the rows of the table that share a name are parts of one tensor."""
-    groups: dict[tuple[int, str], list[tuple[Weight, int]]] = {}
-    for weight, block in present:
-        layer = layer_of(weight, block, config.layers)
-        name = weight.named(shape.old_names)
-        name = te_name(name) if shape.te else name
-        groups.setdefault((layer, name), []).append((weight, block))
-    for (layer, name), group in groups.items():
+    """One rank's tensors, in the groups' order. numbered: whether their names have the layer."""
+    for (layer, name), rows in groups.items():
         full = f"sequential.{layer}.{name}" if numbered else name
-        yield (layer, name), _tensor(full, name, group, config, wholes, shape, rank)
+        yield _tensor(full, name, rows, config, wholes, shape, rank)
 
 
 def _tensor(
     full: str,
     name: str,
-    group: Sequence[tuple[Weight, int]],
+    rows: Sequence[Row],
     config: ModelConfig,
     wholes: Mapping[str, Whole],
     shape: Shape,
     rank: int,
 ) -> OutputTensor:
-    weight, block = group[0]
+    weight, block = rows[0]
     split = weight.split_as(name)
     if split == "derived":
         data = inv_freq_bytes(config, config.dtype)
@@ -217,7 +213,7 @@ def _tensor(
         size = config.dims[weight.shape[0]]
         return OutputTensor(full, config.dtype, (size,), (constant((size,), -0.0),))
     if split in ("fused", "gated"):
-        parts = {w.part: wholes[w.hf.format(i=b)] for w, b in group}
+        parts = {w.part: wholes[w.hf.format(i=b)] for w, b in rows}
         fusion = fusion_of(config, shape.gqa_order, frozenset(BOTH if shape.te else ()))
         return scatter_parts(full, fusion, parts, shape.tp, rank)
     whole = wholes[weight.hf.format(i=block)]
