@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import groupby, pairwise
 from math import prod
 from operator import itemgetter
@@ -13,7 +14,7 @@ from zlib_ng.zlib_ng import crc32
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import BUFFER, Target, move, send, write
 from neox_bridge.execution.transform import blocks, replica
-from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.dtypes import itemsize, to_numpy
 from neox_bridge.planning.pieces import OutputTensor, Piece, Whole, byte_range, cut
 
 _TOGETHER = 8 << 20  # bytes
@@ -50,6 +51,10 @@ def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) 
         tensor = replace(tensor, pieces=(only,), reduce="none")
     if tensor.random is not None or tensor.reduce != "none" or tensor.divisor != 1:
         return _made(tensor, fd, context, crc)
+    if (data := _constant(tensor)) is not None:
+        write(fd, data, tensor.offset)
+        context.wrote(len(data), "transformed")
+        return None if crc is None else crc32(data, crc)
     for part in _parts(tensor):
         if isinstance(part, int):
             crc = _hole(part, context, crc)
@@ -59,6 +64,23 @@ def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) 
             source, start, to, size = part
             crc = move(source, start, fd, tensor.offset + to, size, context, crc)
     return crc
+
+
+def _constant(tensor: OutputTensor) -> bytes | None:
+    """A small tensor that is one value throughout; None for others, and for a hole."""
+    if len(tensor.pieces) != 1:
+        return None
+    (piece,) = tensor.pieces
+    if piece.source is not None or tensor.nbytes > BUFFER:
+        return None
+    return None if _is_zero(piece) else _element(tensor.dtype, piece.fill) * prod(tensor.shape)
+
+
+@cache  # to which 0.0 and -0.0 are one: the first is a hole and never asked for
+def _element(dtype: str, value: float) -> bytes:
+    import numpy as np
+
+    return np.full((), value, to_numpy(dtype)).tobytes()
 
 
 def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
