@@ -46,7 +46,9 @@ def _disk(fd: int) -> object:
         fcntl.ioctl(fd, _XFS, argument)
     except OSError:
         fcntl.ioctl(fd, _BTRFS, argument)
-        return bytes(argument[16:32])  # fsid; one for all its disks, and another one is st_dev's
+        return bytes(
+            argument[16:32]
+        )  # fsid: of all its disks, and of subvolumes, whose st_dev differs
     argument = bytearray(_ATTRIBUTES_SIZE)
     fcntl.ioctl(fd, _ATTRIBUTES, argument)
     realtime = int.from_bytes(argument[:4], sys.byteorder) & _REALTIME  # a second disk of its own

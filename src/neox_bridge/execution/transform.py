@@ -291,8 +291,8 @@ def _bits(values: "Array") -> "Array":
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _small(tensor: OutputTensor, piece: Piece, context: Context) -> bytearray | None:
-    """The bytes of a piece that holds the whole tensor: if they are few, in one run of a file.
+def _small(tensor: OutputTensor, piece: Piece, context: Context) -> tuple[str, bytearray] | None:
+    """Dtype and bytes of a piece that holds the whole tensor: if they are few, and in one run.
 
     For comparing: of many ranks' norms and biases numpy would take twice as long.
     """
@@ -305,18 +305,18 @@ def _small(tensor: OutputTensor, piece: Piece, context: Context) -> bytearray | 
     data = bytearray(run[2])
     with context.files.reading(source.file) as fd:
         movers.read(fd, source.file, memoryview(data), run[0])
-    return data
+    return source.dtype, data
 
 
-def _equal(tensor: OutputTensor, other: Piece, known: bytearray | None, context: Context) -> bool:
-    """Whether a piece is the tensor's first one bit for bit. known: that one's bytes."""
+def _equal(
+    tensor: OutputTensor, other: Piece, known: tuple[str, bytearray] | None, context: Context
+) -> bool:
+    """Whether a piece is the tensor's first one bit for bit. known: what is ``_small`` of that."""
     import numpy as np
 
     context.check()
-    data = None if known is None else _small(tensor, other, context)
-    if data is not None:
-        sources = tensor.pieces[0].source, other.source
-        return len({source.dtype for source in sources if source}) == 1 and data == known
+    if known is not None and (found := _small(tensor, other, context)) is not None:
+        return found == known
     first = _values(tensor, tensor.pieces[0], context)
     pairs = zip(first, _values(tensor, other, context), strict=True)
     return all(a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b)) for a, b in pairs)
@@ -326,9 +326,9 @@ def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool
     import numpy as np
 
     context.check()
-    data = _small(tensor, piece, context)
-    if data is not None and piece.source is not None:
-        zero = _minus_zero(piece.source.dtype)
+    if (found := _small(tensor, piece, context)) is not None:
+        dtype, data = found
+        zero = _minus_zero(dtype)
         return data == zero * (len(data) // len(zero))
     for values in _values(tensor, piece, context):
         minus = np.array(-0.0).astype(values.dtype)

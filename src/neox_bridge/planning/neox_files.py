@@ -95,9 +95,9 @@ def weight_files(
             found = _tensors(groups, config, wholes, shape, rank, numbered=True)
             tensors = _with_biases(found, config, shape)
             modules.append((_state_dict(tensors, shape), tensors))
+    metas: Pickles | None = {} if alike else None
     for number, (module, tensors) in enumerate(modules):
-        pickles = dumped if alike else {}
-        yield mp_rank_file(folder, number, metadata, module, tensors, pickles)
+        yield mp_rank_file(folder, number, metadata, module, tensors, metas)
 
 
 def mp_rank_file(
@@ -170,7 +170,7 @@ def _ordered(architecture: Architecture, config: ModelConfig) -> Iterator[Row]:
 
 
 def _grouped(present: Sequence[Row], config: ModelConfig, shape: Shape) -> Groups:
-    """Those that share a layer and a name are parts of one tensor."""
+    """The rows by layer and name; those that share both are parts of one tensor."""
     groups: Groups = {}
     for weight, block in present:
         layer = layer_of(weight, block, config.layers)
