@@ -32,7 +32,7 @@ from neox_bridge.execution import (
     trails,
     transform,
 )
-from neox_bridge.execution.context import Context
+from neox_bridge.execution.context import Context, Shared
 from neox_bridge.execution.run import execute
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning import sharing
@@ -905,3 +905,33 @@ def test_a_hash_follows_what_is_written(
         stream.seek(end := offsets[-1] + sizes[-1])
         stream.write(data[end:])
     assert trail.digest() == xxhash.xxh3_128(bytes(data)).hexdigest()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shared_blocks_are_hashed_as_the_source_has_them(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not read from the target's file, in which they are other bytes here."""
+    monkeypatch.setattr(trails, "_LEAST", 1)
+    rng = random.Random(seed)
+    data = rng.randbytes(60_000)
+    starts = sorted(rng.sample(range(1, 59), 12))
+    tensors = tuple(OutputTensor(f"t{at}", "uint8", (900,), offset=1000 * at + 50) for at in starts)
+    path, context, written = tmp_path / "file", Context(), bytearray(data)
+    source = tmp_path / "source"
+    source.write_bytes(b"ahead" + data)
+    path.write_bytes(data)
+    status = path.stat()
+    trail = trails.Trail(
+        OutputFile("file", len(data), (), tensors), str(path), context, "xxh3_128", True
+    )
+    for number in rng.sample(range(len(tensors)), len(tensors)):
+        for part in range(rng.randrange(3)):
+            at = tensors[number].offset + 300 * part
+            span = Shared(at, rng.randrange(1, 300), str(source), 5 + at)
+            context.share((status.st_dev, status.st_ino), span)
+            written[at : at + span.size] = bytes(span.size)
+            path.write_bytes(written)
+        trail.written(number)
+    assert trail.digest() == xxhash.xxh3_128(data).hexdigest()
+    assert written != data
