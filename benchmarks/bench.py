@@ -36,7 +36,6 @@ from neox_bridge.errors import BridgeError
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCKS = 80  # of the tall checkpoint of tiny tensors
 LARGE, FEW = 2_000_000_000, 3  # of checkpoints of more bytes, so many rounds are enough
-SHORT = ("neox", "neox-tp2")  # sources of the cases that are measured in mounted file systems
 
 
 def main() -> None:
@@ -157,7 +156,8 @@ def _mounted(
                 skipped.append(str(missing))
                 break
             _say(f"{shape}, {there.name}: its checkpoints")
-            make(there.folder, shape, SHORT)
+            needed = {case.source for case in cases.CASES if wanted(case)}
+            make(there.folder, shape, [name for name in NAMED if name in needed])
             tables.append(_table(shape, there, runs, skipped, wanted))
     return tables
 

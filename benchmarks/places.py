@@ -1,23 +1,19 @@
 """Where conversions are measured: an ordinary file system, and loop-mounted ones."""
 
 import contextlib
-import fcntl
 import os
 import shutil
-import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from neox_bridge.execution.extents import SHARED, extents
+
 MAKE = {
     "xfs": (("mkfs.xfs", "-q", "-m", "reflink=1"), "xfsprogs"),
     "btrfs": (("mkfs.btrfs", "-q"), "btrfs-progs"),
 }
-_FIEMAP = 0xC020660B  # linux/fiemap.h, as are the next three
-_HEADER, _EXTENT = struct.Struct("=QQIIII"), struct.Struct("=QQQQQIIII")
-_LAST, _SHARED = 0x1, 0x2000
-_EXTENTS = 256
 
 
 class Skipped(Exception):
@@ -112,24 +108,11 @@ def _must(kind: str, *command: str) -> str:
 
 def _shared(path: Path) -> int:
     """Bytes of a file whose blocks another file has too; 0 where the file system can't say."""
-    found = start = 0
     fd = os.open(path, os.O_RDONLY)
     try:
-        while True:
-            request = bytearray(_HEADER.size + _EXTENTS * _EXTENT.size)
-            _HEADER.pack_into(request, 0, start, (1 << 64) - 1 - start, 0, 0, _EXTENTS, 0)
-            try:
-                fcntl.ioctl(fd, _FIEMAP, request)
-            except OSError:
-                return found
-            count = _HEADER.unpack_from(request)[3]
-            flags = _LAST
-            for index in range(count):
-                at = _HEADER.size + index * _EXTENT.size
-                logical, _, length, _, _, flags, *_ = _EXTENT.unpack_from(request, at)
-                found += length if flags & _SHARED else 0
-                start = logical + length
-            if flags & _LAST:
-                return found
+        own = extents(fd, 0, os.fstat(fd).st_size)
+        return sum(length for _, _, length, flags in own if flags & SHARED)
+    except OSError:
+        return 0
     finally:
         os.close(fd)

@@ -715,7 +715,7 @@ def test_files_with_one_pickle_are_read_each_for_itself(
         folder = tmp_path / ("long" * number)
         folder.mkdir(exist_ok=True)
         torch.save(value, folder / "a.pt")
-        found = read_pt(str(folder / "a.pt"))
+        found = read_pt(str(folder / "a.pt"), alike=True)
         assert isinstance(found, dict)
         assert found["none"] is None
         ref = found["w"]
@@ -726,5 +726,5 @@ def test_files_with_one_pickle_are_read_each_for_itself(
     raw = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "b.pt").write_bytes(raw.replace(b"data/0", b"data/9"))
     with pytest.raises(BridgeError, match="data/0 is missing"):
-        read_pt(str(tmp_path / "b.pt"))
+        read_pt(str(tmp_path / "b.pt"), alike=True)
     assert len(loaded) == 1

@@ -4,6 +4,7 @@ import fcntl
 import os
 import struct
 import sys
+from collections.abc import Iterator
 
 _FIEMAP = 0xC020660B  # linux/fs.h, Documentation/filesystems/fiemap.rst
 _QUERY = struct.Struct("QQIIII")  # struct fiemap: start, length, flags, found, room
@@ -11,12 +12,13 @@ _EXTENT = struct.Struct("QQQ16xI12x")  # struct fiemap_extent: in the file, on t
 _ROOM = 128  # extents that are asked for at once
 _SYNC = 1  # what is in memory only is written first, and so has its own place where it differs
 _PLAIN = 0x1 | 0x1000  # LAST, MERGED: flags that say nothing of where bytes lie
-_SHARED = 0x2000
+SHARED = 0x2000  # with another file
 _XFS = 0x8100587E  # XFS_IOC_FSGEOMETRY
 _ATTRIBUTES, _ATTRIBUTES_SIZE, _REALTIME = 0x801C581F, 28, 0x1  # FS_IOC_FSGETXATTR
 _BTRFS = 0x8400941F  # BTRFS_IOC_FS_INFO
 _ARGUMENT = 1024  # bytes, the most of the structures that these three fill
 
+Extent = tuple[int, int, int, int]  # from where in the file, place on the disk, bytes, flags
 Run = tuple[int, int, int]  # from where in the range, place on the disk, bytes
 
 
@@ -55,9 +57,8 @@ def _disk(fd: int) -> object:
     return None if realtime else os.fstat(fd).st_dev
 
 
-def _runs(fd: int, start: int, size: int) -> list[Run] | None:
-    """Where a range lies, what follows on the disk in one; None where a part has no such place."""
-    found: list[Run] = []
+def extents(fd: int, start: int, size: int) -> Iterator[Extent]:
+    """A file's extents that touch a range, holes left out. Raises OSError where nobody can say."""
     at, end = start, start + size
     while at < end:
         answer = bytearray(_QUERY.size + _ROOM * _EXTENT.size)
@@ -65,20 +66,27 @@ def _runs(fd: int, start: int, size: int) -> list[Run] | None:
         fcntl.ioctl(fd, _FIEMAP, answer)
         count = _QUERY.unpack_from(answer)[3]
         if not count:
-            return None
+            return
         for number in range(count):
-            low, place, length, flags = _EXTENT.unpack_from(
-                answer, _QUERY.size + number * _EXTENT.size
-            )
-            if flags & ~_PLAIN != _SHARED or low > at or low + length <= at:
-                return None
-            place, length = place + at - low, min(low + length, end) - at
-            if found and found[-1][1] + found[-1][2] == place:
-                before, place, more = found.pop()
-                found.append((before, place, more + length))
-            else:
-                found.append((at - start, place, length))
-            at += length
-            if at == end:
-                break
-    return found
+            found = _EXTENT.unpack_from(answer, _QUERY.size + number * _EXTENT.size)
+            yield found
+            at = found[0] + found[2]
+
+
+def _runs(fd: int, start: int, size: int) -> list[Run] | None:
+    """Where a range lies, what follows on the disk in one; None where a part has no such place."""
+    found: list[Run] = []
+    at, end = start, start + size
+    for low, place, length, flags in extents(fd, start, size):
+        if flags & ~_PLAIN != SHARED or low > at or low + length <= at:
+            return None
+        place, length = place + at - low, min(low + length, end) - at
+        if found and found[-1][1] + found[-1][2] == place:
+            before, place, more = found.pop()
+            found.append((before, place, more + length))
+        else:
+            found.append((at - start, place, length))
+        at += length
+        if at == end:
+            return found
+    return None

@@ -4,17 +4,16 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from itertools import groupby, pairwise
 from math import prod
 from operator import itemgetter
 
 from zlib_ng.zlib_ng import crc32
 
-from neox_bridge.execution.context import Context
+from neox_bridge.execution.context import Context, How
 from neox_bridge.execution.movers import BUFFER, Target, move, send, write
-from neox_bridge.execution.transform import blocks, replica
-from neox_bridge.formats.dtypes import itemsize, to_numpy
+from neox_bridge.execution.transform import blocks, element, replica
+from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.planning.pieces import OutputTensor, Piece, Whole, byte_range, cut
 
 _TOGETHER = 8 << 20  # bytes
@@ -44,17 +43,13 @@ def fill_tensor(tensor: OutputTensor, target: Target, context: Context) -> None:
 def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
     """The tensor's bytes at its place. crc: as in ``move``."""
     if tensor.inline is not None:
-        write(fd, tensor.inline, tensor.offset)
-        context.wrote(len(tensor.inline), "copied")
-        return None if crc is None else crc32(tensor.inline, crc)
+        return _known(tensor.inline, "copied", tensor.offset, fd, context, crc)
     if tensor.reduce != "none" and (only := replica(tensor, context)) is not None:
         tensor = replace(tensor, pieces=(only,), reduce="none")
     if tensor.random is not None or tensor.reduce != "none" or tensor.divisor != 1:
         return _made(tensor, fd, context, crc)
     if (data := _constant(tensor)) is not None:
-        write(fd, data, tensor.offset)
-        context.wrote(len(data), "transformed")
-        return None if crc is None else crc32(data, crc)
+        return _known(data, "transformed", tensor.offset, fd, context, crc)
     for part in _parts(tensor):
         if isinstance(part, int):
             crc = _hole(part, context, crc)
@@ -66,6 +61,14 @@ def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) 
     return crc
 
 
+def _known(
+    data: bytes, how: How, offset: int, fd: Target, context: Context, crc: int | None
+) -> int | None:
+    write(fd, data, offset)
+    context.wrote(len(data), how)
+    return None if crc is None else crc32(data, crc)
+
+
 def _constant(tensor: OutputTensor) -> bytes | None:
     """A small tensor that is one value throughout; None for others, and for a hole."""
     if len(tensor.pieces) != 1:
@@ -73,14 +76,7 @@ def _constant(tensor: OutputTensor) -> bytes | None:
     (piece,) = tensor.pieces
     if piece.source is not None or tensor.nbytes > BUFFER:
         return None
-    return None if _is_zero(piece) else _element(tensor.dtype, piece.fill) * prod(tensor.shape)
-
-
-@cache  # to which 0.0 and -0.0 are one: the first is a hole and never asked for
-def _element(dtype: str, value: float) -> bytes:
-    import numpy as np
-
-    return np.full((), value, to_numpy(dtype)).tobytes()
+    return None if _is_zero(piece) else element(tensor.dtype, piece.fill) * prod(tensor.shape)
 
 
 def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:

@@ -35,6 +35,8 @@ class Trail:
         self._path, self._size, self._context, self._shared = path, file.size, context, shared
         self._state: Any = None if hash_name is None else hasher(hash_name)
         self._next, self._at = 0, 0
+        status = os.stat(path)
+        self._file = status.st_dev, status.st_ino
         self._lock = threading.Lock()
 
     def written(self, number: int) -> None:
@@ -59,15 +61,11 @@ class Trail:
         return str(self._state.hexdigest())
 
     def _skipped(self) -> bool:
-        return not self._shared and self._file() in self._context.cloned
-
-    def _file(self) -> tuple[int, int]:
-        status = os.stat(self._path)
-        return status.st_dev, status.st_ino
+        return not self._shared and self._file in self._context.cloned
 
     def _read(self, limit: int) -> None:
         """Hash up to ``limit``: what shares blocks with a source, where that has it in memory."""
-        parts = self._context.cloned.get(self._file(), ())
+        parts = self._context.cloned.get(self._file, ())
         for part in sorted((p for p in parts if p.to >= self._at), key=lambda part: part.to):
             if part.to >= limit:
                 break

@@ -182,8 +182,7 @@ def _assembled(
     whole = Whole(tensor.dtype, tensor.shape, tensor.pieces)
     for start, shape in boxes(tensor.shape, limit):
         context.check()
-        all_of_it = shape == tensor.shape
-        pieces = tensor.pieces if all_of_it else cut(whole, start, shape, (0,) * len(shape))
+        pieces = cut(whole, start, shape, (0,) * len(shape))
         give = room(0) if reuse else None
         only = pieces[0].source if len(pieces) == 1 else None
         if only is not None:
@@ -326,20 +325,19 @@ def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool
     import numpy as np
 
     context.check()
+    zero = element(piece.source.dtype if piece.source is not None else tensor.dtype, -0.0)
     if (found := _small(tensor, piece, context)) is not None:
-        dtype, data = found
-        zero = _minus_zero(dtype)
-        return data == zero * (len(data) // len(zero))
-    for values in _values(tensor, piece, context):
-        minus = np.array(-0.0).astype(values.dtype)
-        if not (_bits(values).reshape(-1, minus.nbytes) == _bits(minus)).all():
-            return False
-    return True
+        return found[1] == zero * (len(found[1]) // len(zero))
+    bits = np.frombuffer(zero, np.uint8)
+    return all(
+        (_bits(values).reshape(-1, len(zero)) == bits).all()
+        for values in _values(tensor, piece, context)
+    )
 
 
-@cache
-def _minus_zero(dtype: str) -> bytes:
-    """The bytes of -0.0, of 0 for whole numbers: what added changes nothing."""
+@cache  # to which 0.0 and -0.0 are one: the first is a hole, and never asked for
+def element(dtype: str, value: float) -> bytes:
+    """The bytes of one element."""
     import numpy as np
 
-    return np.array(-0.0).astype(to_numpy(dtype)).tobytes()
+    return np.full((), value, to_numpy(dtype)).tobytes()

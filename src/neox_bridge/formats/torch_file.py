@@ -10,18 +10,18 @@ _PICKLE = b"\x80"  # PROTO, with which every pickle of protocol 2 and later begi
 _TAR_MAGIC_AT = 257  # POSIX ustar
 
 
-def read_torch(path: str) -> object:
+def read_torch(path: str, *, alike: bool = False) -> object:
     """The value of a ``.pt``, ``.pth`` or ``.bin`` file: a ``TensorRef`` in each tensor's place.
 
     Containers and scalars are Python's, an OrderedDict is a dict, every other object is an inert
-    ``pickles.Record`` or ``pickles.Global``. Raises BridgeError, naming the file and the way out,
-    for whatever isn't such a file or can't be read.
+    ``pickles.Record`` or ``pickles.Global``. alike: see ``read_pt``. Raises BridgeError, naming
+    the file and the way out, for whatever isn't such a file or can't be read.
     """
     try:
         with open_regular(path) as file:
             head = file.read(_TAR_MAGIC_AT + 5)
         if head.startswith(_ZIP):
-            return read_pt(path)
+            return read_pt(path, alike=alike)
         if head.startswith(_PICKLE):
             return read_legacy(path)
     except OSError as error:

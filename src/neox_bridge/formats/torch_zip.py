@@ -68,9 +68,10 @@ class Claims:
         return ref
 
 
-def read_pt(path: str) -> object:
+def read_pt(path: str, *, alike: bool = False) -> object:
     """The value of a zip ``.pt`` file, with a ``TensorRef`` in each tensor's place.
 
+    alike: whether other files may have the same pickle, which is then gone through once for all.
     Nothing in the file is run: see ``pickles``. Raises BridgeError, naming the file and the way
     out, for one that is truncated, compressed, a TorchScript archive, big-endian, or whose
     records overlap or are too small for their tensors; OSError where it can't be read. Time and
@@ -79,7 +80,7 @@ def read_pt(path: str) -> object:
     with open_file(path) as file:
         try:
             entries = _entries(path, file)
-            return _value(path, file, entries)
+            return _value(path, file, entries, alike)
         except PickleError as error:
             raise not_whole(path, str(error)) from None
 
@@ -116,7 +117,7 @@ def place(tensor: PickledTensor, path: str, start: int, size: int) -> TensorRef:
     return TensorRef(path, start + low, tensor.dtype, tensor.shape, strides)
 
 
-def _value(path: str, file: BinaryIO, entries: dict[str, _Entry]) -> object:
+def _value(path: str, file: BinaryIO, entries: dict[str, _Entry], alike: bool) -> object:
     if "constants.pkl" in entries or any(name.startswith("code/") for name in entries):
         raise BridgeError(
             f"{path} is a TorchScript archive, whose weights lie inside a program. "
@@ -143,7 +144,7 @@ def _value(path: str, file: BinaryIO, entries: dict[str, _Entry]) -> object:
 
     pickled = entries["data.pkl"]
     file.seek(pickled.offset)
-    if pickled.size <= _ALIKE:
+    if alike and pickled.size <= _ALIKE:
         found = _flat(file.read(pickled.size))
         if found is not None:
             return {name: value and tensor(value) for name, value in found.items()}

@@ -222,7 +222,7 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     order = sorted(found)
     paths = (os.path.join(folder, found[place]) for place in order)
     for (layer, rank), path in zip(order, ahead(paths), strict=True):
-        value = read_torch(path)
+        value = read_torch(path, alike=True)
         ranks[rank][layer] = _tensors(value, path)
         states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]
     files = [os.path.join(folder, name) for name in (*found.values(), *stage_files)]

@@ -156,7 +156,7 @@ def _compare(
             padding = (second.shape[0] - rows) * prod(second.shape[1:])
             return Difference(name, "values", padding, detail=detail)
         first, second = with_rows(first, rows), with_rows(second, rows)
-    alone = settled(second, context)
+    alone = settled(second, context) if second.reduce == "replica" else second
     found = divided(compare(name, first, alone, context), weight, second)
     if found.kind == "equal" and second.reduce == "replica" and alone.reduce != "none":
         return replace(found, kind="replicas", detail="the target's ranks differ")
