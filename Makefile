@@ -23,15 +23,23 @@ lint: $(DEV)/.ready
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 
-# the real GPT-NeoX: NEOX_HOME holds its trees and a venv in which they run; NEOX_SETUP makes it.
-# Or one tree: NEOX_TREE, with NEOX_PYTHON, a Python that has DeepSpeed. ARGS="-k today" for some.
+# The real GPT-NeoX. NEOX_HOME is a folder with its trees and a venv in which they run. If it does not
+# exist yet, NEOX_SETUP creates it from GPT_NEOX_GIT, a git directory of EleutherAI/gpt-neox (a clone's
+# .git folder, or a bare clone). Alternatively, NEOX_TREE names one tree and NEOX_PYTHON a Python that
+# has DeepSpeed. ARGS="-k today" runs some of the tests.
 NEOX_HOME ?= .neox
+GPT_NEOX_GIT ?=
 NEOX_SETUP ?= $(wildcard ../shared/real_neox/setup)
 test-neox: $(DEV)/.ready
 	@if [ -z "$(NEOX_TREE)" ] && [ ! -x "$(NEOX_HOME)/venv/bin/python" ]; then \
 	  if [ -z "$(NEOX_SETUP)" ]; then \
 	    echo "Name GPT-NeoX: NEOX_TREE=... NEOX_PYTHON=..., or NEOX_HOME=... (docs/code.md)"; exit 1; \
-	  fi; "$(NEOX_SETUP)" "$(abspath $(NEOX_HOME))"; fi
+	  fi; \
+	  if [ ! -d "$(GPT_NEOX_GIT)" ]; then \
+	    echo "$(NEOX_HOME) does not exist yet. To create it, name a git directory of EleutherAI/gpt-neox:"; \
+	    echo "  git clone --bare https://github.com/EleutherAI/gpt-neox gpt-neox.git"; \
+	    echo "  make test-neox GPT_NEOX_GIT=gpt-neox.git"; exit 1; \
+	  fi; "$(NEOX_SETUP)" "$(abspath $(NEOX_HOME))" "$(abspath $(GPT_NEOX_GIT))"; fi
 	NEOX_HOME="$(abspath $(NEOX_HOME))" NEOX_TREE="$(NEOX_TREE)" \
 	  $(DEV)/bin/python -m pytest -m neox tests/neox $(ARGS)
 
