@@ -11,6 +11,7 @@ from typing import Any
 
 from neox_bridge.layouts.text_files import dump_json
 
+_CLOSING = b"\n}\n"  # how dump_json ends an object that has keys
 _END = b',\n  "seal": "%s"\n}\n'
 
 
@@ -20,9 +21,9 @@ def sealed(record: bytes, hash_name: str, files: Mapping[str, Any], **made: obje
     files: (size in bytes, hash or None) by path. made: what else tells a conversion from others:
         the plan's hash, what was asked, the sources.
     """
-    value = json.loads(record)
+    value = json.loads(unsealed(record))
     value["written"] = {"hash": hash_name, "files": dict(files), **made}
-    head = dump_json(value).rstrip(b"}\n")
+    head = dump_json(value).removesuffix(_CLOSING)
     return head + _END % _digest(head)
 
 
@@ -38,8 +39,10 @@ def entries(folder: str, files: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def unsealed(record: bytes) -> bytes:
-    """The record as it was before."""
+    """The record without what ``sealed`` adds. Raises ValueError for what isn't a JSON object."""
     value = json.loads(record)
+    if not isinstance(value, dict):
+        raise ValueError("it isn't a JSON object")
     return dump_json({key: value[key] for key in value if key not in ("written", "seal")})
 
 
