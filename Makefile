@@ -2,13 +2,14 @@
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
 # make bench  times, memory and disk beside cp and others' programs, to docs/benchmarks.md
 # make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run
+# make mutants   changes one line at a time and shows which changes no test notices: AREAS="audit batch"
 # make test-neox, make test-versions: in the real GPT-NeoX, in many versions of transformers
 PYTHON ?= python3
 DEV := .venv
 DEMO := .demo
 JOBS ?= 2
 
-.PHONY: demo test lint check test-neox test-versions bench fuzz clean
+.PHONY: demo test lint check test-neox test-versions bench fuzz mutants clean
 
 demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
@@ -56,6 +57,13 @@ MINUTES ?= 10
 fuzz: $(DEV)/.ready
 	$(DEV)/bin/python tests/fuzz/run.py $(MINUTES) $(TARGET)
 
+# A sample of 40 mutants for each area takes hours. An interrupted run continues where it stopped.
+# ARGS="--report" shows what is known, "--again" runs those again that survived, "--jobs 2", "--seed 1".
+AREAS ?=
+mutants: $(DEV)/.ready
+	$(DEV)/bin/python -m pip install --quiet --group mutants
+	$(DEV)/bin/python tests/mutants/run.py $(AREAS) $(ARGS)
+
 # the CPU build of torch is at this version; pip 25.1 is the first to know dependency groups
 $(DEV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -73,4 +81,4 @@ $(DEMO)/venv/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEV) $(DEMO) .bench .versions .neox .chromium
+	rm -rf $(DEV) $(DEMO) .bench .versions .neox .chromium .mutants

@@ -1,0 +1,133 @@
+"""The areas that `make mutants` measures: their modules, and the tests that belong to them."""
+
+from dataclasses import dataclass
+
+_PACKAGE = "src/neox_bridge"
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """A part of the package and its tests.
+
+    Attributes:
+        modules: Paths below the package; a path without a suffix is a folder or a glob.
+        tests: Arguments for pytest, the quickest and most telling first.
+    """
+
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+
+    def patterns(self) -> tuple[str, ...]:
+        """Globs of the modules, relative to the repository."""
+        return tuple(f"{_PACKAGE}/{name}.py" for name in self.modules)
+
+
+AREAS: dict[str, Area] = {
+    "durability": Area(
+        (
+            "execution/staging",
+            "execution/journal",
+            "execution/work",
+            "execution/output",
+            "execution/units",
+            "execution/placement",
+        ),
+        (
+            "tests/test_durability.py",
+            "tests/test_unfinished.py",
+            "tests/test_execution.py",
+            "tests/test_hashes.py",
+            "tests/test_reserving.py",
+            "tests/test_batch.py",
+        ),
+    ),
+    "verification": Area(
+        (
+            "verification/verify",
+            "verification/equal",
+            "verification/compare",
+            "verification/sealed",
+            "verification/causes",
+            "verification/logits",
+        ),
+        (
+            "tests/test_equal.py",
+            "tests/test_verify.py",
+            "tests/test_hashes.py",
+            "tests/test_logits.py",
+        ),
+    ),
+    "audit": Area(
+        ("verification/audit*", "verification/steps", "verification/runs"),
+        ("tests/test_audit.py", "tests/test_audit_states.py"),
+    ),
+    "judges": Area(
+        ("compat/judge_*", "compat/detectors", "compat/targets", "compat/doctor", "compat/facts"),
+        (
+            "tests/test_doctor.py",
+            "tests/test_recognise.py",
+            "tests/test_tree.py",
+            "tests/test_changes.py",
+        ),
+    ),
+    "batch": Area(
+        ("batch/settled", "batch/items", "batch/row", "batch/run", "batch/watch"),
+        ("tests/test_batch.py",),
+    ),
+    "derived": Area(
+        (
+            "planning/neox_yml",
+            "planning/derived",
+            "planning/vocabulary",
+            "planning/mp_rank",
+            "planning/common",
+            "layouts/derived_check",
+            "formats/yml",
+        ),
+        (
+            "tests/test_planning.py",
+            "tests/test_bad_input.py",
+            "tests/test_fixtures.py",
+            "tests/test_roundtrip.py",
+            "tests/test_tokenizers.py",
+            "tests/test_reshard.py",
+        ),
+    ),
+    "formats": Area(
+        (
+            "formats/pickles",
+            "formats/pickle_folds",
+            "formats/pickle_security",
+            "formats/torch_zip",
+            "formats/torch_legacy",
+            "formats/zip_directory",
+            "formats/safetensors",
+        ),
+        (
+            "tests/test_pickles.py",
+            "tests/test_torch_files.py",
+            "tests/test_attacks_pt.py",
+            "tests/test_attacks_files.py",
+            "tests/test_security.py",
+        ),
+    ),
+    "exits": Area(
+        (
+            "cli/errors",
+            "cli/app",
+            "cli/carry_out",
+            "cli/verify",
+            "cli/audit",
+            "cli/printable",
+            "cli/values",
+            "cli/asked",
+        ),
+        (
+            "tests/test_cli.py",
+            "tests/test_bad_input.py",
+            "tests/test_calls.py",
+            "tests/test_verify.py",
+            "tests/test_audit.py",
+        ),
+    ),
+}
