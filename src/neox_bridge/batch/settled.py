@@ -10,12 +10,13 @@ from neox_bridge.execution.digests import HashName, hash_file
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.output import sources_told
 from neox_bridge.formats.bounded_json import parse_json
+from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.objects import below
 from neox_bridge.stores.paths import is_url, isdir, listdir
 from neox_bridge.stores.uploads import WORK
-from neox_bridge.verification.sealed import find_record, told
+from neox_bridge.verification.sealed import find_record
 
 State = Literal["absent", "whole", "changed", "other"]
 Answer = Literal["skip", "refuse", "write"]
@@ -49,7 +50,7 @@ def state_of(
     try:
         path = find_record(target)
         data = read_bytes(path)
-        hash_name, files = told(parse_json(data))
+        hash_name, files = written_files(parse_json(data))
     except (BridgeError, ValueError, RecursionError):
         return "other", f"{target} isn't a whole conversion of neox-bridge's"
     if not is_of(data, asked, sources):

@@ -106,6 +106,13 @@ def verify(
         raise typer.Exit(3)
 
 
+_NOTES = {
+    "edited": " since it was written; it is yours to edit",
+    "added": " since the checkpoint was written; whatever loads the folder may read it",
+    "extra": " since the checkpoint was written; nothing that loads the folder reads it",
+}
+
+
 def _verify_alone(path: str, workers: int | None, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
@@ -118,8 +125,7 @@ def _verify_alone(path: str, workers: int | None, as_json: bool, quiet: bool) ->
         print_json(asdict(found) | {"holds": found.holds})
     elif not quiet:
         for change in found.changes:
-            note = " since it was written; it is yours to edit" if change.kind == "edited" else ""
-            print(f"{change.kind}: {change.path}{note}")
+            print(f"{change.kind}: {change.path}{_NOTES.get(change.kind, '')}")
         verdict = "as it was written" if found.holds else "NOT what was written"
         sizes = f"; of {plural(found.unhashed, 'file')} only the size" if found.unhashed else ""
         print(f"{path}: {plural(found.files, 'file')}, {human(found.size)}: {verdict}{sizes}")

@@ -3,15 +3,25 @@
 Written by planning/record.py.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 from neox_bridge.architectures.setting_types import check_hf, check_neox, is_count, is_name
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.own_files import brought_along
-from neox_bridge.layouts.text_files import read_json
+from neox_bridge.layouts.text_files import list_folder, read_bytes, read_json
+from neox_bridge.stores.paths import isfile
+
+HashName = Literal["xxh3_128", "sha256"]
+_STEP = re.compile(r"global_step\d+(_universal)?")
+
+
+Entry = tuple[int, str | None, HashName | None]  # of a file: its size, its hash, the hash's kind
 
 
 def _is_object(value: object) -> bool:
@@ -50,6 +60,49 @@ def read_record(folder: str) -> dict[str, Any]:
     check_neox(told.get("yml") or {}, f"{path}: neox.yml")
     check_hf(record.get("config") or {}, f"{path}: config")
     return record
+
+
+def written_files(record: Any) -> tuple[HashName | None, list[tuple[str, int, str | None]]]:
+    """The kind of hash, and of each file path, size and hash, as a record has them.
+
+    Raises ValueError where a record isn't as this tool writes it."""
+    try:
+        written = record["written"]
+        name, files = written["hash"], list(_entries(written["files"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None
+    if name not in ("xxh3_128", "sha256", "none"):
+        raise ValueError(name)
+    return None if name == "none" else name, files
+
+
+def _entries(files: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
+    """Of paths in the record's folder, or right above it: a record can't have others read."""
+    for path, (size, digest) in files.items():
+        inside = path.removeprefix("../").split("/")
+        fits = isinstance(size, int) and (digest is None or isinstance(digest, str))
+        if ".." in inside or "" in inside or not fits:
+            raise ValueError(path)
+        yield path, size, digest
+
+
+def written_above(root: str) -> dict[str, set[Entry]]:
+    """What this tool wrote into a run's root, beside its steps, by their records.
+
+    By path, each size with the hash and its kind, where there is one; several where steps were
+    written one after another.
+    """
+    files: dict[str, set[Entry]] = {}
+    for name in list_folder(root):
+        record = os.path.join(root, name, RECORD)
+        if not _STEP.fullmatch(name) or not isfile(record):
+            continue
+        with contextlib.suppress(BridgeError, ValueError, RecursionError):
+            hash_name, entries = written_files(parse_json(read_bytes(record)))
+            for path, size, digest in entries:
+                if path.startswith("../"):
+                    files.setdefault(path[3:], set()).add((size, digest, hash_name))
+    return files
 
 
 def _check(

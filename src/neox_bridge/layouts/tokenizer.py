@@ -22,8 +22,7 @@ NAMES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-
-
+FOLDER = "tokenizer"  # in the root of a GPT-NeoX run that this tool wrote
 END_OF_TEXT = "<|endoftext|>"  # GPT-NeoX's end of a document (megatron/tokenizer/tokenizer.py)
 
 

@@ -1,26 +1,35 @@
 """Whether a folder that this tool wrote is still what it wrote, byte for byte."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.digests import HashName, hash_file
 from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.layouts.known_files import files_below, is_known, is_read
+from neox_bridge.layouts.record_file import written_above, written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import list_folder, read_bytes, read_json, read_text
+from neox_bridge.layouts.tokenizer import FOLDER as TOKENIZER
+from neox_bridge.layouts.universal_folder import LATEST
 from neox_bridge.stores.paths import afresh, isdir, isfile
 from neox_bridge.stores.paths import size as size_at
 
-Kind = Literal["changed", "missing", "edited"]
+Kind = Literal["changed", "missing", "added", "edited", "extra"]
+_HARMLESS = ("edited", "extra")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """kind: "edited" for files above a step, which are the user's. path: from the record."""
+    """A file that isn't as the record says. path: from the record's folder.
+
+    kind: "edited" for files above a step, which are the user's. "added": a file that the record
+    doesn't name and that whoever loads the checkpoint could read; "extra": one that nobody reads.
+    """
 
     path: str
     kind: Kind
@@ -38,7 +47,7 @@ class Seal:
 
     @property
     def holds(self) -> bool:
-        return not any(change.kind != "edited" for change in self.changes)
+        return all(change.kind in _HARMLESS for change in self.changes)
 
 
 def find_record(path: str, step: int | None = None) -> str:
@@ -68,7 +77,9 @@ def find_record(path: str, step: int | None = None) -> str:
 def check_seal(
     record: str, progress: Callable[[int], None] | None = None, workers: int | None = None
 ) -> Seal:
-    """Read every file that a record names, and the record. progress: called with bytes read.
+    """Read every file that a record names, and the record; look for files that it doesn't name.
+
+    progress: called with bytes read.
 
     Raises BridgeError for a record without hashes, which versions before the first that wrote
     them left, or that can't be read.
@@ -76,7 +87,7 @@ def check_seal(
     data = read_bytes(record)
     changes = [] if is_whole(data) else [Change(RECORD, "changed")]
     try:
-        name, files = told(parse_json(data))
+        name, files = written_files(parse_json(data))
     except (ValueError, RecursionError):
         if b'"written"' not in data and b'"seal"' not in data:
             read_json(record)  # says what is wrong with it
@@ -86,14 +97,17 @@ def check_seal(
 
     def one(item: tuple[str, int, str | None]) -> Change | None:
         path, size, digest = item
-        found = _changed(os.path.join(folder, path), size, digest, name)
+        above = path.startswith("../")
+        # stores have no ".."
+        place = os.path.join(os.path.dirname(folder), path[3:]) if above else None
+        found = _changed(place or os.path.join(folder, path), size, digest, name)
         if progress is not None:
             progress(size)
-        above = path.startswith("../")
         return Change(path, "edited" if above else found) if found else None
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         changes += filter(None, pool.map(one, sorted(files, key=lambda item: -item[1])))
+    changes += _added(folder, {path for path, _, _ in files})
     return Seal(
         record,
         len(files) + 1,
@@ -103,27 +117,22 @@ def check_seal(
     )
 
 
-def told(record: Any) -> tuple[HashName | None, list[tuple[str, int, str | None]]]:
-    """The kind of hash, and of each file path, size and hash, as a record has them.
-
-    Raises ValueError where a record isn't as this tool writes it."""
-    try:
-        written = record["written"]
-        name, files = written["hash"], list(_entries(written["files"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(str(error)) from None
-    if name not in ("xxh3_128", "sha256", "none"):
-        raise ValueError(name)
-    return None if name == "none" else name, files
-
-
-def _entries(files: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
-    """Of paths in the record's folder, or right above it: a record can't have others read."""
-    for path, (size, digest) in files.items():
-        inside = path.removeprefix("../").split("/")
-        if ".." in inside or "" in inside or not isinstance(size, int):
-            raise ValueError(path)
-        yield path, size, digest
+def _added(folder: str, recorded: Collection[str]) -> Iterator[Change]:
+    """The files that the record doesn't name, in its folder and, for a step, above it."""
+    for path in files_below(folder, recorded):
+        if path not in recorded and path != RECORD:
+            yield Change(path, "added" if is_read(path) else "extra")
+    if any(path.startswith("../") for path in recorded):
+        root = os.path.dirname(folder)
+        names = list_folder(root)
+        above = [name for name in names if name == LATEST]
+        if TOKENIZER in names:
+            inside = list_folder(os.path.join(root, TOKENIZER))
+            above += [f"{TOKENIZER}/{name}" for name in inside]
+        ours = written_above(root)
+        for path in above:
+            if is_known(path) and path not in ours:
+                yield Change(f"../{path}", "added")
 
 
 def _changed(path: str, size: int, digest: str | None, name: HashName | None) -> Kind | None:
