@@ -89,7 +89,7 @@ def test_steps_are_chosen() -> None:
 
 @pytest.mark.parametrize("words", ["7", "1000-", "x", "1,,2", "-5"])
 def test_steps_that_are_not_there_or_not_understood(words: str) -> None:
-    with pytest.raises(BridgeError, match="--steps"):
+    with pytest.raises(BridgeError, match="steps: "):
         chosen(words, [0, 1000])
 
 

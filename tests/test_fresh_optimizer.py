@@ -132,7 +132,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     assert old.exit_code == 4
     assert "gated MLPs of trees before 2024-09" in old.output
     hf = run.invoke(app, ["convert", str(DATA / "fp32"), str(tmp_path / "x"), *command[5:]])
-    assert hf.exit_code == 1
+    assert hf.exit_code == 2
     assert "--optimizer: only for GPT-NeoX targets" in hf.output
     dp = run.invoke(app, ["convert", str(DATA / "fp32"), str(tmp_path / "x"), "--dp", "2"])
     assert dp.exit_code == 2

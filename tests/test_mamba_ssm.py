@@ -194,7 +194,7 @@ def test_what_no_target_can_be(tmp_path: Path) -> None:
         plan_of(GENUINE, tmp_path / "ssm", format="mamba")
     with pytest.raises(BridgeError, match="only for Hugging Face targets"):
         plan_of(GENUINE, tmp_path / "ssm", to="neox", format="mamba_ssm")
-    with pytest.raises(BridgeError, match="one file only"):
+    with pytest.raises(BridgeError, match="reads only one file"):
         plan_of(GENUINE, tmp_path / "ssm", format="mamba_ssm", shard_size=1000)
     convert(GENUINE, tmp_path / "neox", to="neox")
     edit(tmp_path / "neox", rms_norm_epsilon=1e-6)

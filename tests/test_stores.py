@@ -415,7 +415,7 @@ def test_errors_say_what_to_do(
         open_checkpoint(s3("nothing/here"))
     with pytest.raises(BridgeError, match="no such folder in that store"):
         open_checkpoint("s3://nobody/here")
-    with pytest.raises(BridgeError, match="--revision is for models of the Hub"):
+    with pytest.raises(BridgeError, match="revision: only for models of the Hub"):
         open_checkpoint(upload(hf, s3("errors/hf")), revision="main")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_ACCESS")}
     environment |= {"HOME": str(tmp_path), "AWS_CONFIG_FILE": "/nowhere"}

@@ -1,10 +1,38 @@
 """What goes wrong, as one exception with the exit code that the command line gives it."""
 
+from collections.abc import Callable, Sequence
+
 
 class BridgeError(Exception):
     """Something a user can mend: says what was wrong, in which file or key, and what to do now."""
 
     exit_code = 1
+
+
+class UsageError(BridgeError):
+    """Options that do not apply here, or that contradict each other. Nothing was written.
+
+    Attributes:
+        parameters: The options, by their names in Python, such as ``shard_size``.
+        reason: Why they do not apply.
+        fix: What to do instead, as a full sentence; may be empty.
+    """
+
+    exit_code = 2
+
+    def __init__(self, parameters: Sequence[str], reason: str, fix: str = "") -> None:
+        super().__init__(parameters, reason, fix)  # so that it can be pickled
+        self.parameters = tuple(parameters)
+        self.reason = reason
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return self.spelled(str)
+
+    def spelled(self, spelling: Callable[[str], str]) -> str:
+        """The message, with each parameter as ``spelling`` writes it."""
+        names = ", ".join(map(spelling, self.parameters))
+        return f"{names}: {self.reason}.{f' {self.fix}' if self.fix else ''}"
 
 
 class Unreachable(BridgeError):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.eras import GqaOrder
@@ -55,6 +55,7 @@ def find_items(
     steps: see ``chosen``. Names are ``stepN``, below their run's name where there are several runs.
     Raises BridgeError where there are none, or two would have one name.
     """
+    check_steps(steps)
     given = list(sources)
     on_hub = {path: repo for path in given if (repo := _repo(path)) is not None}
     runs, faults = find_runs(path for path in given if path not in on_hub)
@@ -70,14 +71,37 @@ def find_items(
                 source = Source(place.path, tuple(configs), gqa_order, masters)
                 name = _name(run, place, len(runs) > 1)
                 found.append(Item(name, run.name, place.number, source))
+    _check_ranges(steps, runs)
     if not found:
-        raise BridgeError(f"--steps {steps}: none of these is there. See `neox-bridge audit`.")
+        raise UsageError(["steps"], f"{steps} matches none of the steps")
     if twice := [name for name, count in Counter(i.name for i in found).items() if count > 1]:
         raise BridgeError(
             f"{some(twice)}: several checkpoints would have this name in the target. Convert their "
             "runs into folders of their own."
         )
     return found, list(faults)
+
+
+def check_steps(steps: str) -> None:
+    """Raise UsageError where a part of ``--steps`` is neither a number, a range nor `last`."""
+    if steps.strip() == "all":
+        return
+    for part in map(str.strip, steps.split(",")):
+        if part != "last" and not part.isdigit() and not _RANGE.fullmatch(part):
+            raise UsageError(
+                ["steps"],
+                f"{part!r} is not a step",
+                "Write numbers, ranges such as 1000-5000 or 0-143000:1000, `last` or `all`.",
+            )
+
+
+def _check_ranges(steps: str, runs: Iterable[Run]) -> None:
+    """Raise UsageError for a range that holds no step of any run."""
+    there = sorted({n for run in runs for place in run.places if (n := place.number) is not None})
+    for part in map(str.strip, steps.split(",")):
+        if _RANGE.fullmatch(part) and not chosen(part, there):
+            have = some([str(number) for number in there])
+            raise UsageError(["steps"], f"{part} matches none of the steps, which are {have}")
 
 
 def _repo(source: str) -> str | None:
@@ -108,8 +132,9 @@ def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
     """The step numbers of ``0,1000,5000-9000,10000-143000:1000,last``; None for ``all``.
 
     there: the numbers that a run has, of which ``last`` is the largest; a range means those of
-    them that it holds. Raises BridgeError for other words, and for a number that isn't there.
+    them that it holds. Raises UsageError for other words, and for a number that isn't there.
     """
+    check_steps(steps)
     if steps.strip() == "all":
         return None
     found: set[int] = set()
@@ -122,13 +147,8 @@ def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
         elif part.isdigit():
             if int(part) not in there:
                 have = some([str(n) for n in sorted(there)])
-                raise BridgeError(f"--steps: there is no step {part}. There are: {have}.")
+                raise UsageError(["steps"], f"there is no step {part}. The steps are {have}")
             found.add(int(part))
-        else:
-            raise BridgeError(
-                f"--steps: {part!r} isn't understood. Write numbers, ranges as 1000-5000 or "
-                "0-143000:1000, `last` or `all`."
-            )
     return found
 
 

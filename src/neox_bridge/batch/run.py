@@ -12,7 +12,7 @@ from neox_bridge.batch.items import Item, Source
 from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import Row
 from neox_bridge.batch.settled import State, answer, state_of
-from neox_bridge.errors import BridgeError, Refused, Unverified
+from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
@@ -20,7 +20,8 @@ from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.run import execute, sources_of
 from neox_bridge.execution.staging import set_aside, sweep
 from neox_bridge.findings import Finding
-from neox_bridge.planning.make import kind_of, make_plan
+from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.stores.objects import pending, pending_now
@@ -118,7 +119,7 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> Row:
             break
         except (BridgeError, OSError) as error:
             row = replace(row, error=str(error))
-            if isinstance(error, (Refused, Unverified)) or number == batch.retries:
+            if isinstance(error, (Refused, Unverified, UsageError)) or number == batch.retries:
                 break
             batch.tell(Event("retry", item.name, words=str(error)))
             if pool.stopped.wait(_PAUSE * 2**number):

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from neox_bridge.planning.options import Options
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
+_LEAVE_OUT = "Leave one of them out."
 _HASHES: dict[str, "HashName | None"] = {"xxh3": "xxh3_128", "sha256": "sha256", "none": None}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """version: of transformers, of which --for spoke. masters: whether --weights said so."""
+    """What the user asked for.
+
+    version: of transformers, of which --for spoke. masters: whether --weights said so.
+    given: the options that the user named, by their names in Python.
+    """
 
     options: "Options"
     version: Any
@@ -26,6 +31,7 @@ class Asked:
     hash_name: "HashName | None"
     hash_shared: bool
     verify: bool
+    given: frozenset[str] = frozenset()
 
 
 def asked_of(given: dict[str, Any]) -> Asked:
@@ -33,24 +39,28 @@ def asked_of(given: dict[str, Any]) -> Asked:
 
     Raises a usage error for options that don't go together.
     """
+    from neox_bridge.errors import UsageError
     from neox_bridge.planning.options import Options
 
     to, era, form = given["to"], given["era"], given["form"]
-    if given["dp"] is not None and given["optimizer"] == "none":
-        raise typer.BadParameter("--dp is for --optimizer fresh; reshard takes a run's own along.")
     version = era if era is not None and hasattr(era, "version") else None
     own = {field.name for field in fields(Options)}
     chosen = {key: value for key, value in given.items() if key in own}
     chosen |= {"format": form, "dp": given["dp"] or 1}
     if version is not None:
         if to == "neox":
-            raise typer.BadParameter("--for transformers doesn't go with --to neox.")
+            raise UsageError(["era"], "transformers does not read a GPT-NeoX target", _LEAVE_OUT)
         if form not in (None, "transformers"):
-            raise typer.BadParameter(f"--for transformers doesn't go with --format {form}.")
+            raise UsageError(["era"], f"transformers does not read --format {form}", _LEAVE_OUT)
         chosen |= {"to": "hf", "era": None}
     masters = given["weights"] == "masters"
     if masters and (chosen["to"] or "hf") == "neox":
-        raise typer.BadParameter("--weights masters is for Hugging Face; see reshard.")
+        raise UsageError(
+            ["weights"],
+            "masters are only for Hugging Face targets",
+            "To write them into another GPT-NeoX layout, use reshard.",
+        )
+    named = given.get("explicit") or explicit(given["ctx"])
     hash_name, verify = given["hash_name"], not given["no_verify"]
     return Asked(
         options=Options(**chosen),
@@ -60,6 +70,27 @@ def asked_of(given: dict[str, Any]) -> Asked:
         hash_name=_HASHES[hash_name or "xxh3"],
         hash_shared=hash_name is not None or verify,
         verify=verify,
+        given=frozenset(
+            {"form": "format"}.get(name, name) for name in named if name != "era" or version is None
+        ),
+    )
+
+
+def given(**options: object) -> list[str]:
+    """The names of those options that the user gave: neither None, False nor empty."""
+    return [
+        name
+        for name, value in options.items()
+        if value is not None and value is not False and value != []
+    ]
+
+
+def explicit(ctx: typer.Context) -> frozenset[str]:
+    """The options that stand on the command line."""
+    return frozenset(
+        name
+        for name in ctx.params
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
     )
 
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.asked import Asked, asked_of, taking
+from neox_bridge.cli.asked import Asked, asked_of, explicit, taking
 from neox_bridge.cli.convert import convert
 from neox_bridge.cli.output import print_json, tell_findings
+from neox_bridge.cli.publish import Upload
+from neox_bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.batch.items import Item
@@ -126,10 +128,44 @@ def batch(
         from neox_bridge.cli.batch_file import merged
 
         own = merged(ctx, paths[0])
+    _check_applies(own, own.get("explicit") or explicit(ctx))
     *sources, target = own["paths"]
     if not sources:
         raise typer.BadParameter("Name at least one SRC, and DST.", param_hint="SRC... DST")
     _run(sources, target, own, asked_of(own))
+
+
+def _check_applies(own: dict[str, Any], given: frozenset[str]) -> None:
+    """Raise UsageError for options of a batch that would be ignored, or that make no sense."""
+    from neox_bridge.batch.items import check_steps
+
+    check_steps(own["steps"])
+    if "interval" in given and not own["watch"]:
+        raise UsageError(["interval"], "only for --watch", "Add --watch, or leave it out.")
+    if "address" in given and own["executor"] != "ray":
+        raise UsageError(["address"], "only for --executor ray", "Add it, or leave this out.")
+    Upload(own["private"], own["create_pr"], own["work"]).check(own["paths"][-1])
+
+
+def _check_first(items: "list[Item]", asked: Asked) -> None:
+    """Raise UsageError where the options do not apply to the first checkpoint of a run.
+
+    What else is wrong with it is for its row.
+    """
+    for item in {item.run: item for item in reversed(items)}.values():
+        _check_item(item, asked)
+
+
+def _check_item(item: "Item", asked: Asked) -> None:
+    from neox_bridge.errors import BridgeError
+    from neox_bridge.planning.option_checks import check_options
+
+    try:
+        check_options(item.source.open(), asked.options, asked.given)
+    except UsageError:
+        raise
+    except (BridgeError, OSError):
+        return
 
 
 def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> None:
@@ -164,10 +200,12 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
     if own["dry_run"]:
         items, faults = find()
         tell_findings(faults, quiet)
+        _check_first(items, asked)
         _dry_run(items, settings, own["as_json"])
         return
     items, faults = ([], []) if own["watch"] else find()
     tell_findings(faults, quiet)
+    _check_first(items, asked)
     with closing(_pool(own["executor"], own["address"], own["max_workers"])) as pool:
         from dataclasses import replace
 

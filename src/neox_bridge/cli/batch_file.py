@@ -21,7 +21,12 @@ def merged(ctx: typer.Context, path: str) -> dict[str, Any]:
         for name, value in ctx.params.items()
         if name != "paths" and getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
-    return {**found.params, **explicit}
+    named = {
+        name
+        for name in found.params
+        if getattr(found.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    return {**found.params, **explicit, "explicit": frozenset(named | set(explicit))}
 
 
 def _words(ctx: typer.Context, path: str) -> Iterator[str]:

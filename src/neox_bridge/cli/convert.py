@@ -18,6 +18,7 @@ _HF = "Hugging Face targets"
 
 
 def convert(
+    ctx: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -298,11 +299,11 @@ def convert(
     asked = asked_of(locals())
     upload = Upload(private, create_pr, work)
     on_hub = target.startswith("hf://")
-    if upload and not on_hub:
-        raise typer.BadParameter("--private, --create-pr and --work are for hf://ORG/NAME.")
+    upload.check(target)
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.planning.make import make_plan
+        from neox_bridge.planning.option_checks import check_options
 
         checkpoint = open_checkpoint(
             source,
@@ -312,6 +313,7 @@ def convert(
             gqa_order=gqa_order,  # type: ignore[arg-type]
             masters=asked.masters,
         )
+        check_options(checkpoint, asked.options, asked.given)
         plan = make_plan(checkpoint, asked.options, root_of(target))
         if asked.version is not None:
             from neox_bridge.compat.targets import refuse_version

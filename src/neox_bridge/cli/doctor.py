@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import values
+from neox_bridge.cli.asked import given
 from neox_bridge.cli.errors import writing
 from neox_bridge.cli.output import print_json
+from neox_bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.compat.targets import Target
@@ -95,6 +97,7 @@ def doctor(
     """
     paths = paths or []
     mending = fix is not None or in_place
+    _check_applies(locals())
     if not paths and error is None:
         raise typer.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
     from neox_bridge.stores.paths import is_url, plain
@@ -104,12 +107,6 @@ def doctor(
             f"{urls[0]}: doctor looks at folders of a disk; inspect takes URLs."
         )
     paths = list(map(plain, paths))
-    if fix is not None and in_place:
-        raise typer.BadParameter("--fix and --in-place don't go together.")
-    if mending and len(paths) != 1:
-        raise typer.BadParameter("--fix and --in-place take one PATH.")
-    if (recompute or drop_optimizer) and not mending:
-        raise typer.BadParameter("--recompute and --drop-optimizer go with --fix or --in-place.")
     report: dict[str, Any] = {"schema_version": 1}
     if error is not None:
         report["error"] = _recognised(error, as_json)
@@ -137,9 +134,39 @@ def doctor(
         raise typer.Exit(_FAILS)
 
 
+def _check_applies(options: dict[str, Any]) -> None:
+    """Raise UsageError for options that would be ignored, or that contradict each other."""
+    paths, fix, in_place = options["paths"], options["fix"], options["in_place"]
+    if fix is not None and in_place:
+        raise UsageError(
+            ["fix", "in_place"],
+            "--fix DST writes a copy, and --in-place replaces PATH itself",
+            "Leave one of them out.",
+        )
+    mending = fix is not None or in_place
+    if mending and len(paths) > 1:
+        raise UsageError(
+            ["fix" if fix is not None else "in_place"],
+            f"it takes one PATH, and there are {len(paths)}",
+            "Run the command once for each.",
+        )
+    more = given(recompute=options["recompute"], drop_optimizer=options["drop_optimizer"])
+    if more and not mending:
+        raise UsageError(more, "only for --fix and --in-place", "Add one of them.")
+    if mending and options["compare"]:
+        raise UsageError(
+            ["compare"], "it prints a table, and --fix writes", "Leave one of them out."
+        )
+    names = ("compare", "step", "config", "gqa_order", "fix", "in_place")
+    named = given(**{name: options[name] for name in names})
+    if not paths and options["error"] is not None and named:
+        raise UsageError(named, "only for a checkpoint", "Name the checkpoint as well: PATH.")
+
+
 def _open(path: str, step: int | None, config: list[str] | None, order: str | None) -> "Checkpoint":
     from neox_bridge.errors import Refused
     from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.planning.option_checks import check_gqa_order
 
     found = open_checkpoint(
         path,
@@ -147,6 +174,7 @@ def _open(path: str, step: int | None, config: list[str] | None, order: str | No
         configs=config or (),
         gqa_order=order,  # type: ignore[arg-type]
     )
+    check_gqa_order(order, found)
     if found.neox is not None and found.neox.universal:
         raise Refused(
             f"{path} is a universal checkpoint of DeepSpeed, which GPT-NeoX loads with checkpoint: "

@@ -12,7 +12,7 @@ import typer
 
 from neox_bridge.cli.output import label
 from neox_bridge.cli.printable import one_line
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, UsageError
 
 _P = ParamSpec("_P")
 INTERRUPTED = 130
@@ -33,6 +33,8 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
             sys.stdout.flush()
         except (typer.Exit, typer.BadParameter):
             raise
+        except UsageError as error:
+            _fail(error.spelled(flag), error.exit_code)
         except BridgeError as error:
             _fail(str(error), error.exit_code)
         except (Interrupted, KeyboardInterrupt) as error:
@@ -50,6 +52,12 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
             _fail(_bug(error), 1)
 
     return run
+
+
+def flag(parameter: str) -> str:
+    """The option of the command line that sets a parameter of the library."""
+    renamed = {"era": "for", "hash_name": "hash", "configs": "config"}
+    return f"--{renamed.get(parameter, parameter).replace('_', '-')}"
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def export_optimizer(
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.layouts.optimizer_reader import read_optimizer
         from neox_bridge.planning.optimizer_export import plan_export
+        from neox_bridge.planning.option_checks import check_gqa_order
 
         checkpoint = open_checkpoint(
             source,
@@ -57,6 +58,7 @@ def export_optimizer(
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
+        check_gqa_order(gqa_order, checkpoint)
         optimizer = read_optimizer(checkpoint)
         plan = plan_export(checkpoint, optimizer)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)

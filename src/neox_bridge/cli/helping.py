@@ -1,5 +1,6 @@
-"""Help with the options in named groups, without rich (which takes longer than all the rest)."""
+"""Commands with help in named groups, without rich (which takes longer than all the rest)."""
 
+from itertools import pairwise
 from typing import Any
 
 from typer.core import TyperCommand
@@ -7,6 +8,25 @@ from typer.core import TyperCommand
 
 class GroupedCommand(TyperCommand):
     """A command whose help shows its options by ``rich_help_panel``, in the order of the code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, but do not take an option's name for the value of the option before it.
+
+        ``--fix --in-place run`` would otherwise write into a folder named ``--in-place``. A file
+        of such a name can be given as ``--fix=--in-place`` or ``./--in-place``.
+        """
+        options = {
+            word: param for param in self.params for word in (*param.opts, *param.secondary_opts)
+        }
+        options |= dict.fromkeys(ctx.help_option_names)
+        for word, value in pairwise(args):
+            if word == "--":
+                break
+            param = options.get(word)
+            takes_value = param is not None and not getattr(param, "is_flag", False)
+            if takes_value and word.startswith("-") and value in options:
+                ctx.fail(f"Option {word!r} needs a value, and {value!r} is another option.")
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and groups of options; typer's own does so with rich only."""

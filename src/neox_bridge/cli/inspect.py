@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import plotting, values
+from neox_bridge.cli.asked import given
 from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings
 from neox_bridge.cli.printable import plain
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
+from neox_bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.formats.tensor_ref import TensorRef
@@ -85,16 +87,30 @@ def inspect(
       neox-bridge inspect downloaded.bin --security
     """
     if security:
-        if tensors or stats or plot or tensor or revision or step is not None or config:
-            raise typer.BadParameter(
-                "--security looks at files as they are: only --json goes with it."
+        if named := given(
+            tensors=tensors,
+            stats=stats,
+            plot=plot,
+            tensor=tensor,
+            optimizer=optimizer,
+            max_workers=max_workers,
+            revision=revision,
+            step=step,
+            configs=config,
+        ):
+            raise UsageError(
+                named, "--security looks at files as they are", "Only --json goes with it."
             )
         print_security(path, as_json)
         return
+    if max_workers is not None and not (stats or plot or tensor):
+        raise UsageError(["max_workers"], "only for --stats", "Add --stats, or leave it out.")
     from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.planning.option_checks import check_optimizer
 
     plotting.prepare(plot)
     checkpoint = open_checkpoint(path, revision=revision, step=step, configs=config or ())
+    check_optimizer(optimizer, checkpoint)
     facts = describe(checkpoint)
     if optimizer:
         from neox_bridge.layouts.masters import with_states

@@ -21,7 +21,7 @@ from neox_bridge.cli.output import (
 )
 from neox_bridge.cli.printable import one_line
 from neox_bridge.cli.progress import progress_bar
-from neox_bridge.errors import BridgeError, Unverified
+from neox_bridge.errors import BridgeError, Unverified, UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
@@ -65,8 +65,14 @@ class Upload:
     create_pr: bool
     work: str | None
 
-    def __bool__(self) -> bool:
-        return self.private or self.create_pr or self.work is not None
+    def check(self, target: str) -> None:
+        """Raise UsageError where one of them is given, and the target is not on the Hub."""
+        values = {"private": self.private, "create_pr": self.create_pr, "work": self.work}
+        named = [name for name, value in values.items() if value not in (False, None)]
+        if named and not target.startswith("hf://"):
+            raise UsageError(
+                named, f"only for targets on the Hub, and {target} is not hf://ORG/NAME"
+            )
 
 
 def root_of(target: str) -> str:

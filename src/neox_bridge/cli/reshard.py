@@ -135,17 +135,20 @@ def reshard(
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.layouts.optimizer_reader import read_optimizer
+        from neox_bridge.planning.option_checks import check_gqa_order, check_layout
         from neox_bridge.planning.reshard import plan_reshard
         from neox_bridge.planning.reshard_target import Resharding
         from neox_bridge.planning.zero_stage import at_stage
         from neox_bridge.stores.paths import absolute
 
+        check_layout(layout, pp)
         checkpoint = open_checkpoint(
             source,
             step=step,
             configs=config or (),
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
+        check_gqa_order(gqa_order, checkpoint)
         optimizer: Optimizer = read_optimizer(checkpoint)
         given: States | None = None
         if states is not None:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neox_bridge.cli import plotting, values
+from neox_bridge.cli.asked import given
 from neox_bridge.cli.output import human, plural, print_json, tell_findings
 from neox_bridge.cli.progress import progress_bar
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
@@ -44,8 +45,11 @@ def verify(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(**values.one_of("cpu", "cuda"), help="Where --logits computes.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            **values.one_of("cpu", "cuda"), help="Where --logits computes; cpu by default."
+        ),
+    ] = None,
     max_workers: Workers = None,
     as_json: AsJson = False,
     quiet: values.Quiet = False,
@@ -66,28 +70,34 @@ def verify(
     from dataclasses import asdict
 
     from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
     from neox_bridge.verification.verify import describe
     from neox_bridge.verification.verify import verify as compare
 
-    if tokens is not None and not logits:
-        raise typer.BadParameter("--tokens is for --logits.")
+    if not logits and (named := given(tokens=tokens, device=device)):
+        raise UsageError(named, "only for --logits", "Add --logits.")
     if target is None:
-        if logits or gqa_order is not None:
-            raise typer.BadParameter("--logits and --gqa-order are for two checkpoints.")
+        if named := given(logits=logits, gqa_order=gqa_order, optimizer=optimizer):
+            raise UsageError(
+                named, "only for two checkpoints, and DST is missing", "Name DST as well."
+            )
         _verify_alone(source, max_workers, as_json, quiet)
         return
+    device = device or "cpu"
     if logits:
         _require_torch(device)
     first = open_checkpoint(source, gqa_order=gqa_order)  # type: ignore[arg-type]
     second = open_checkpoint(target)
+    check_gqa_order(gqa_order, first)
+    check_optimizer(optimizer, first, second)
     if optimizer:
         from neox_bridge.layouts.masters import with_states
 
         first, second = with_states(first), with_states(second)
-    given = _tokens(tokens, first, second) if logits else None
+    inputs = _tokens(tokens, first, second) if logits else None
     with progress_bar(second.size, "verifying", quiet) as progress:
         found = compare(first, second, workers=max_workers, progress=progress)
-    agreements = _computed(first, second, given, device) if given else {}
+    agreements = _computed(first, second, inputs, device) if inputs else {}
     holds = found.holds and all(agreement.agrees for agreement in agreements.values())
     if as_json:
         more = {key: {"agrees": a.agrees, **asdict(a)} for key, a in agreements.items()}
@@ -218,6 +228,7 @@ def diff(
     from dataclasses import asdict
 
     from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
     from neox_bridge.verification.diff import diff as compare
     from neox_bridge.verification.verify import describe
 
@@ -226,6 +237,8 @@ def diff(
         open_checkpoint(path, gqa_order=gqa_order)  # type: ignore[arg-type]
         for path in (first, second)
     )
+    check_gqa_order(gqa_order, a, b)
+    check_optimizer(optimizer, a, b)
     if optimizer:
         from neox_bridge.layouts.masters import with_states
 

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.hub.library import first_line, hub_api
 from neox_bridge.layouts.tokenizer import NAMES
 
@@ -54,7 +54,7 @@ def at_revision(url: str, revision: str | None) -> tuple[str, str]:
         )
     name, told, below = match[1], match[2], match[3] or ""
     if told and revision is not None:
-        raise BridgeError(f"{url} names a revision already; leave out --revision.")
+        raise UsageError(["revision"], f"{url} already names a revision", "Leave it out.")
     told = told or (quote(revision, safe="") if revision else None)
     place = f"hf://{name}@{told}{below}" if told else url
     return place, f"{name}@{unquote(told or 'main')}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.eras import ERAS, TODAY, GqaOrder, MlpNames, known_keys
@@ -64,9 +64,10 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
     if state is None or not config.grouped_query:
         return checkpoint
     if "attention" in state.te:
-        raise BridgeError(
-            "--gqa-order: the attention of this checkpoint is Transformer Engine's, which has one "
-            "order of its own. Leave the option out."
+        raise UsageError(
+            ["gqa_order"],
+            "the attention of this checkpoint is Transformer Engine's, which has only one order",
+            "Leave it out.",
         )
     findings = tuple(finding for finding in checkpoint.findings if finding.code != UNKNOWN)
     if order == "interleaved" and "rms-epsilon" not in {f.code for f in findings}:

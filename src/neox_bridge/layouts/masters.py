@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import UsageError
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.optimizer import MASTER, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
@@ -17,9 +17,11 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
     than its weights. Raises BridgeError for a checkpoint without an optimizer.
     """
     if checkpoint.neox is None:
-        raise BridgeError(
-            f"--weights masters: {checkpoint.path} isn't a GPT-NeoX checkpoint, and only an "
-            "optimizer has masters."
+        raise UsageError(
+            ["weights"],
+            f"{checkpoint.path} is a Hugging Face model, and only the optimizer states of a "
+            "GPT-NeoX run hold master weights",
+            "Leave it out.",
         )
     optimizer = read_optimizer(checkpoint)
     dropped = tuple(

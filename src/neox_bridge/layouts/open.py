@@ -3,8 +3,9 @@
 import os
 import re
 from collections.abc import Sequence
+from typing import NoReturn
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.text_files import list_folder
@@ -85,14 +86,14 @@ def _opened(
         raise BridgeError(f"{source}: no such folder in that store. Check its name.")
     if exists(source):
         if revision is not None:
-            raise BridgeError(f"--revision is for models of the Hub, and {source} is a folder.")
+            raise UsageError(["revision"], f"only for models of the Hub, and {source} is a folder")
         kind = detect(source)
         if kind == "neox":
             from neox_bridge.layouts.neox_reader import open_neox
 
             return open_neox(source, step, configs, gqa_order)
         if step is not None or configs:
-            raise BridgeError(f"--step and --config are for GPT-NeoX sources, {source} is another.")
+            _refuse_neox_options(source, step, configs)
         path = absolute(source)
         if not exists(os.path.join(path, "config.json")):
             from neox_bridge.layouts.raw_llama import open_raw_llama
@@ -108,9 +109,21 @@ def _opened(
         raise BridgeError(f"{source}: no such folder.")
     repo, own = found
     if own and revision is not None:
-        raise BridgeError(f"{source} names a revision already; leave out --revision.")
+        raise UsageError(["revision"], f"{source} already names a revision", "Leave it out.")
     from neox_bridge.hub.download import download
     from neox_bridge.layouts.hf_reader import open_hf
 
+    if step is not None or configs:
+        _refuse_neox_options(source, step, configs)
     wanted = own or revision
     return open_hf(download(repo, wanted), revision=f"{repo}@{wanted or MAIN}")
+
+
+def _refuse_neox_options(source: str, step: int | None, configs: Sequence[str]) -> NoReturn:
+    named = [*(["step"] if step is not None else []), *(["configs"] if configs else [])]
+    fix = "Name a step of a Hub model with --revision." if step is not None else ""
+    raise UsageError(
+        named,
+        f"only for GPT-NeoX sources, and {source} is a Hugging Face model",
+        fix,
+    )

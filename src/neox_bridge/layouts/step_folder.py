@@ -3,7 +3,7 @@
 import os
 import re
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.own_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_text
@@ -19,7 +19,9 @@ def step_folder(path: str, step: int | None) -> tuple[str, str]:
     path = absolute(path)
     if _STEP.fullmatch(os.path.basename(path)):
         if step is not None and os.path.basename(path) != f"global_step{step}":
-            raise BridgeError(f"--step {step}: {path} is one step already. Name its parent.")
+            raise UsageError(
+                ["step"], f"{path} is already another step than {step}", "Name the folder above it."
+            )
         return os.path.dirname(path), os.path.basename(path)
     names = list_folder(path)
     if step is None and ZERO in names and is_universal(path):

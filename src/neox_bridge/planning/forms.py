@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import Refused, UsageError
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
@@ -24,8 +24,8 @@ def form_asked(architecture: Architecture, options: Options) -> Form | None:
     for form in architecture.forms:
         if form.name == options.format:
             if options.shard_size != SHARD_SIZE or options.shards != "size":
-                raise BridgeError(
-                    f"--shard-size, --shards: {form.name} reads one file only. Leave them out."
+                raise UsageError(
+                    ["shard_size", "shards"], f"{form.name} reads only one file", "Leave them out."
                 )
             return form
     raise Refused(

@@ -19,7 +19,7 @@ class Options:
     """None means: as the source has it, where it is a GPT-NeoX checkpoint, else the default.
 
     to: the kind to write; by default the other one than the source's.
-    tp, pp, layout, inv_freq, mlp_names, era, row_bias, vocab_multiple: for GPT-NeoX targets.
+    Some apply to targets of one kind only: see ``SIDES``.
     pp: pipeline stages; 0 is the same as the layout "ranks".
     vocab_multiple: make_vocab_size_divisible_by.
     vocab_rows: "tokenizer" cuts the rows that no entry of the tokenizer has.
@@ -69,3 +69,23 @@ class Options:
         if self.tokenizer is not None:
             found["tokenizer"] = basename(self.tokenizer.rstrip("/"))
         return found
+
+
+# the options that apply to targets of one kind only
+SIDES: dict[str, Kind] = {
+    "tp": "neox",
+    "pp": "neox",
+    "layout": "neox",
+    "inv_freq": "neox",
+    "mlp_names": "neox",
+    "era": "neox",
+    "row_bias": "neox",
+    "vocab_multiple": "neox",
+    "te": "neox",
+    "optimizer": "neox",
+    "dp": "neox",
+    "iteration": "neox",
+    "shard_size": "hf",
+    "shards": "hf",
+    "format": "hf",
+}

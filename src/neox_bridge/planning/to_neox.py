@@ -27,6 +27,7 @@ from neox_bridge.planning.common import (
 from neox_bridge.planning.fused import fusion_of
 from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
 from neox_bridge.planning.neox_yml import Settings, settings, start_yml, step_yml
+from neox_bridge.planning.option_checks import check_layout
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import neox_record
@@ -135,13 +136,7 @@ def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     # GPT-NeoX trains reward models without pipeline stages only (training.py, get_batch_pipe)
     usual: LayoutName = "ranks" if checkpoint.config.reward else "layers"
     layout = layout or (state.layout if state else usual)
-    if layout == "layers" and options.pp == 0:
-        raise BridgeError("--layout layers needs --pp 1 or more; --pp 0 is --layout ranks.")
-    if layout == "ranks" and options.pp:
-        raise BridgeError(
-            f"--layout ranks is what GPT-NeoX writes with pipe_parallel_size: 0, so --pp "
-            f"{options.pp} doesn't go with it."
-        )
+    check_layout(options.layout, options.pp)
     stages = options.pp or (state.pp if state else 0) or 1
     tp = options.tp or (state.tp if state else 1)
     source_era = state or TODAY

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from neox_bridge.architectures.base import ModelConfig
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import Refused, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.eras import Era, known_keys
@@ -31,10 +31,12 @@ _SAME = {True: ("silu",), False: ("gelu_tanh", "relu")}
 def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) -> list[Finding]:
     """What there is to say of such a target. Raises Refused, with every reason, where none can be.
 
-    tp: its tensor-parallel ranks. Raises BridgeError for options that don't go with it.
+    tp: its tensor-parallel ranks. Raises UsageError for options that do not apply.
     """
     if options.gqa_order is not None:
-        raise BridgeError("--gqa-order: Transformer Engine has one order of its own. Leave it out.")
+        raise UsageError(
+            ["gqa_order"], "Transformer Engine has only one order of these rows", "Leave it out."
+        )
     architecture, config = checkpoint.architecture, checkpoint.config
     known = _SAME[architecture.gated]
     what = {"gelu": "the exact gelu"}.get(config.activation, config.activation)

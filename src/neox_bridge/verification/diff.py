@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from math import prod
 
 from neox_bridge.architectures.base import Weight
@@ -12,6 +11,7 @@ from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
+from neox_bridge.verification.name_pattern import matching
 
 
 def diff(
@@ -39,8 +39,7 @@ def diff(
         context.wrote(sum(whole.nbytes for whole in (a, b) if whole), "copied")
         return found
 
-    chosen = (name for name in names if fnmatchcase(name, pattern))
-    return sorted(each(chosen, one, context, workers), key=_weight)
+    return sorted(each(matching(pattern, names), one, context, workers), key=_weight)
 
 
 def _weight(difference: Difference) -> tuple[int, float, str]:

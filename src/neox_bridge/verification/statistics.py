@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
 from neox_bridge.planning.pieces import Shape, Whole
 from neox_bridge.verification.compare import each, values
+from neox_bridge.verification.name_pattern import matching
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ def statistics(
     """
     weights = by_name(checkpoint.architecture, checkpoint.config.layers)
     order = {name: place for place, name in enumerate(weights)}
-    chosen = [name for name in checkpoint.tensors if fnmatchcase(name, pattern)]
+    chosen = matching(pattern, checkpoint.tensors)
     names = sorted(chosen, key=lambda name: (order.get(name, len(order)), name))
     context = Context(progress)
 

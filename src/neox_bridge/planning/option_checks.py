@@ -1,0 +1,109 @@
+"""Options that do not apply to a conversion, or contradict each other, are usage errors.
+
+An option that did nothing would mislead: the user would take the result for what was asked for.
+"""
+
+from collections.abc import Collection
+
+from neox_bridge.errors import UsageError
+from neox_bridge.layouts.checkpoint import Checkpoint, Kind
+from neox_bridge.planning.options import SIDES, Options
+
+_NAMES: dict[Kind, str] = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
+
+
+def kind_of(checkpoint: Checkpoint, options: Options) -> Kind:
+    """The kind that is written."""
+    other: Kind = "hf" if checkpoint.kind == "neox" or options.format else "neox"
+    return options.to or other
+
+
+def check_options(checkpoint: Checkpoint, options: Options, given: Collection[str] = ()) -> None:
+    """Raise UsageError for options that would be ignored.
+
+    Args:
+        checkpoint: The source.
+        options: What the user asks for.
+        given: Options that the user named, also those with the value that is their default.
+    """
+    kind = kind_of(checkpoint, options)
+    chosen = [name for name in SIDES if name in options.asked() or name in given]
+    if wrong := [name for name in chosen if SIDES[name] != kind]:
+        other = _NAMES[SIDES[wrong[0]]]
+        raise UsageError(
+            wrong,
+            f"only for {other} targets, and this target is for {_NAMES[kind]}",
+            f"Use --to {SIDES[wrong[0]]} for a {other} target, or leave "
+            f"{'it' if len(wrong) == 1 else 'them'} out.",
+        )
+    if options.gqa_order is not None and {kind, checkpoint.kind} == {"hf"}:
+        raise UsageError(
+            ["gqa_order"],
+            "it describes the rows in GPT-NeoX files, and neither side is GPT-NeoX here",
+            "Leave it out.",
+        )
+    # only where the user names one model: a batch may hold some with it and some without
+    if "gqa_order" in given and not checkpoint.config.grouped_query:
+        raise _no_grouped_query()
+    if "dp" in chosen and options.optimizer != "fresh":
+        raise UsageError(
+            ["dp"],
+            "only for the optimizer that --optimizer fresh writes",
+            "Add --optimizer fresh. To change the ranks of a run with its optimizer, use reshard.",
+        )
+    if "crc" in given and kind == "hf" and options.format in (None, "transformers"):
+        raise UsageError(["crc"], "only .pt files hold checksums, not safetensors", "Leave it out.")
+    check_layout(options.layout, options.pp)
+    if "inv_freq" in given and not _has_rotary_buffer(checkpoint):
+        raise UsageError(["inv_freq"], "this model has no rotary embeddings", "Leave it out.")
+
+
+def check_gqa_order(order: str | None, *checkpoints: Checkpoint) -> None:
+    """Raise UsageError where an order is given and none of the checkpoints can have one."""
+    if order is None or any(c.neox is not None and c.config.grouped_query for c in checkpoints):
+        return
+    if not any(c.config.grouped_query for c in checkpoints):
+        raise _no_grouped_query()
+    raise UsageError(
+        ["gqa_order"],
+        "it describes the rows in GPT-NeoX files, and this is a Hugging Face model",
+        "Leave it out.",
+    )
+
+
+def check_optimizer(wanted: bool, *checkpoints: Checkpoint) -> None:
+    """Raise UsageError where optimizer states are asked of a Hugging Face model."""
+    for checkpoint in checkpoints if wanted else ():
+        if checkpoint.neox is None:
+            raise UsageError(
+                ["optimizer"],
+                f"only GPT-NeoX checkpoints hold optimizer states, and {checkpoint.path} is a "
+                "Hugging Face model",
+                "Leave it out.",
+            )
+
+
+def check_layout(layout: str | None, pp: int | None) -> None:
+    """Raise UsageError where the layout contradicts the number of pipeline stages."""
+    if layout == "layers" and pp == 0:
+        raise UsageError(
+            ["layout", "pp"],
+            "pipe_parallel_size 0 is the layout `ranks`",
+            "Use --pp 1 or more for the layout `layers`.",
+        )
+    if layout == "ranks" and pp:
+        raise UsageError(
+            ["layout", "pp"],
+            f"GPT-NeoX writes the layout `ranks` with pipe_parallel_size 0, not {pp}",
+            "Leave one of them out.",
+        )
+
+
+def _no_grouped_query() -> UsageError:
+    return UsageError(["gqa_order"], "this model has no grouped-query attention", "Leave it out.")
+
+
+def _has_rotary_buffer(checkpoint: Checkpoint) -> bool:
+    if checkpoint.kind == "neox" and checkpoint.raw.get("pos_emb") != "rotary":
+        return False
+    return any(weight.split == "derived" for weight in checkpoint.architecture.weights)
