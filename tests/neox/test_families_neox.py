@@ -23,7 +23,7 @@ TREES |= {name: (f"neox-{name}", 1e-3) for name in ("2024-03", "2024-09", "2024-
 
 
 def layouts(config: dict[str, Any]) -> tuple[int, ...]:
-    """Without stages GPT-NeoX forgets the window (finding window-ignored)."""
+    """Without stages GPT-NeoX has no window, so such a model is refused there."""
     return (1,) if "sliding_window" in config else (0, 1)
 
 

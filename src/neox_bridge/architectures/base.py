@@ -122,11 +122,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Something that the other side can't express: the key, why, and the way out."""
+    """Something that the target cannot express: the setting's key, and why.
+
+    way_out: what to do instead, which must be true wherever it is shown; "" where nothing helps.
+    neox_only: GPT-NeoX can hold it and Hugging Face cannot. Whether this version can write it in
+        another layout depends on the checkpoint; see ``way_out_of``.
+    """
 
     key: str
     reason: str
-    way_out: str
+    way_out: str = ""
+    neox_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from neox_bridge.architectures.neox_config import (
     number,
     read_keys,
     refuse_common,
+    window_of,
 )
 
 _LAYER = "gpt_neox.layers.{i}."
@@ -125,7 +126,8 @@ _KEYS: Keys = (
 _MODEL_KEYS = frozenset(
     """hidden_size intermediate_size norm pos_emb rotary_pct rotary_emb_base no_weight_tying
     activation bias_gelu_fusion gpt_j_tied use_bias_in_attn_linear use_bias_in_mlp mlp_type
-    expansion_factor mlp_multiple_of num_kv_heads use_bias_in_norms""".split()
+    expansion_factor mlp_multiple_of num_kv_heads use_bias_in_norms
+    sliding_window_width""".split()
 ) | {key for *_, key, _ in _KEYS}
 _WRITTEN_ALWAYS = {"num_layers", "num_attention_heads", "max_position_embeddings", "gpt_j_residual"}
 
@@ -216,6 +218,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
         mlp_bias=presence.has("mlp.linear1.bias"),
         norm_bias=presence.has("input_layernorm.bias"),
         dtype=presence.dtype,
+        window=window_of(raw),
     )
 
 
@@ -240,6 +243,8 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
     }
     if base != 10000:
         written["rotary_emb_base"] = base
+    if config.window is not None:
+        written["sliding_window_width"] = config.window - 1
     if config.tied_norms:
         written["gpt_j_tied"] = True
     if not config.attention_bias:
@@ -263,8 +268,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "pos_emb",
                 f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
-                "train with rotary positions; another GPT-NeoX layout can hold it (--to neox) "
-                "where no table of positions is learned",
+                neox_only=True,
             )
         )
     norm = raw.get("norm") or "layernorm"
@@ -273,7 +277,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "norm",
                 f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
-                "only a GPT-NeoX target can hold it (--to neox)",
+                neox_only=True,
             )
         )
     kind = raw.get("activation") or "gelu"
@@ -282,7 +286,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "activation",
                 f"transformers' gpt_neox has no {kind!r}",
-                "only a GPT-NeoX target can hold it (--to neox)",
+                neox_only=True,
             )
         )
     heads = raw.get("num_attention_heads")
@@ -291,7 +295,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "num_kv_heads",
                 "transformers' gpt_neox has no grouped-query attention",
-                "only a GPT-NeoX target can hold it (--to neox)",
+                neox_only=True,
             )
         )
     if raw.get("gpt_j_residual") and raw.get("use_bias_in_mlp") is False:
@@ -300,7 +304,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
                 "use_bias_in_mlp",
                 "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
                 "without their attention, which nothing in transformers does",
-                "train with use_bias_in_mlp: true, or convert to another GPT-NeoX layout",
+                neox_only=True,
             )
         )
     kinds = attention_kinds(raw) - {"global", "flash"}
@@ -309,7 +313,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "attention_config",
                 f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
-                "only a GPT-NeoX target can hold it (--to neox)",
+                neox_only=True,
             )
         )
     return found

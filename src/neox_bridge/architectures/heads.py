@@ -39,7 +39,6 @@ def refuse_labels(dims: Mapping[str, int]) -> list[Refusal]:
             "num_labels",
             f"GPT-NeoX's reward model (train_impl: rm) scores with one number, and this model with "
             f"{labels}",
-            "there is none: no GPT-NeoX can hold this head",
         )
     ]
 

@@ -29,6 +29,7 @@ from neox_bridge.architectures.neox_config import (
     read_keys,
     refuse_common,
     round_up,
+    window_of,
 )
 from neox_bridge.errors import Refused
 
@@ -143,7 +144,6 @@ def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
 def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
     keys = read_keys(_KEYS, raw, hf=False)
     kind = str(raw.get("activation") or "gelu")
-    width = raw.get("sliding_window_width")
     activation = next((k for k, (new, old) in ACTIVATIONS.items() if kind in (new, *old)), kind)
     return ModelConfig(
         **keys,
@@ -163,7 +163,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
         bos_token_id=1,
         eos_token_id=2,
         kv_heads=_kv_heads(raw, "num_kv_heads", keys["heads"]),
-        window=None if width is None else number("sliding_window_width", width, int) + 1,
+        window=window_of(raw),
     )
 
 
@@ -203,8 +203,6 @@ def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
         "bias_gelu_fusion": False,
     }
     if config.window is not None:
-        # GPT-NeoX doesn't count the query itself (megatron/utils.py, get_attn_mask; flash-attn's
-        # window_size), transformers does (masking_utils.py, sliding_window_overlay)
         written["sliding_window_width"] = config.window - 1
     if config.grouped_query:
         written["num_kv_heads"] = config.key_value_heads
@@ -230,7 +228,6 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
                 "head_dim",
                 f"GPT-NeoX's heads have hidden_size / num_attention_heads = {hidden / heads:g} "
                 f"dimensions, and this model's {raw['head_dim']}",
-                "there is none: no GPT-NeoX can hold this model",
             )
         )
     rope = raw.get("rope_parameters") or {}
@@ -248,7 +245,6 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
 
 def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
     """What the real GPT-NeoX computes and no Llama of transformers does (megatron/model/)."""
-    only_neox = "only a GPT-NeoX target can hold it (--to neox)"
     kind = raw.get("activation") or "gelu"
     llama = raw.get("mlp_type") == "llama"
     words = {w for new, old in ACTIVATIONS.values() for w in (old if llama else (new,))}
@@ -277,7 +273,7 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
     return (
         refuse_common(raw, family.window)
         + refuse_tied(raw)
-        + [Refusal(k, why, only_neox) for k, hit, why in checks if hit]
+        + [Refusal(k, why, neox_only=True) for k, hit, why in checks if hit]
     )
 
 

@@ -200,14 +200,12 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
             Refusal(
                 "rms_norm",
                 "this Mamba has layernorm, and transformers' rmsnorm only",
-                "there is none: no family of this version holds it",
             )
         )
     return found + [
         Refusal(
             key,
             f"GPT-NeoX's Mamba has {want} only, and this model {raw[key]}",
-            "there is none: no GPT-NeoX can hold this model",
         )
         for key, want in fixed.items()
         if raw.get(key, want) != want
@@ -216,7 +214,6 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What GPT-NeoX computes around or in its Mamba blocks and transformers' Mamba doesn't."""
-    only_neox = "only a GPT-NeoX target can hold it (--to neox)"
     hidden = number("hidden_size", raw.get("hidden_size") or 1, int)
     inner = number("intermediate_size", raw.get("intermediate_size") or 2 * hidden, int)
     positions, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
@@ -243,7 +240,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             "transformers' mamba has no class with a reward head",
         ),
     )
-    return refuse_common(raw) + [Refusal(k, why, only_neox) for k, hit, why in checks if hit]
+    return refuse_common(raw) + [Refusal(k, why, neox_only=True) for k, hit, why in checks if hit]
 
 
 def _refuse_shape(tp: int, era: str) -> list[Refusal]:

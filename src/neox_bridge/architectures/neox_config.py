@@ -54,38 +54,48 @@ def attention_kinds(raw: Mapping[str, Any]) -> set[str]:
     return set(re.findall(r"[a-z_]+", str(raw.get("attention_config") or ""))) - {"all"}
 
 
+def window_of(raw: Mapping[str, Any]) -> int | None:
+    """How many tokens a query sees, itself included; None where it sees all before it.
+
+    GPT-NeoX's sliding_window_width does not count the query itself (megatron/utils.py,
+    get_attn_mask; flash-attn's window_size), transformers' sliding_window does
+    (masking_utils.py, sliding_window_overlay).
+    """
+    width = raw.get("sliding_window_width")
+    return None if width is None else number("sliding_window_width", width, int) + 1
+
+
 def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]:
     """Settings of GPT-NeoX that no causal language model of transformers has.
 
     window: whether the family has a sliding window there.
     """
-    only_neox = "only a GPT-NeoX target can hold it (--to neox)"
-    checks: tuple[tuple[str, bool, str, str], ...] = (
+    checks: tuple[tuple[str, bool, str], ...] = (
         (
             "moe_num_experts",
             int(raw.get("moe_num_experts") or 1) > 1 or int(raw.get("num_experts") or 1) > 1,
             "mixture-of-experts layers have no form in this family",
-            "there is none yet",
         ),
         (
             "soft_prompt_tuning",
             bool((raw.get("soft_prompt_tuning") or {}).get("enabled", False)),
             "transformers has no soft prompts inside the model",
-            only_neox,
         ),
-        ("use_qk_layernorm", bool(raw.get("use_qk_layernorm")), "norms on q and k", only_neox),
-        ("use_mup", bool(raw.get("use_mup")), "muP scales the logits and the attention", only_neox),
+        (
+            "use_qk_layernorm",
+            bool(raw.get("use_qk_layernorm")),
+            "this family has no norms on q and k in transformers",
+        ),
+        ("use_mup", bool(raw.get("use_mup")), "muP scales the logits and the attention"),
         (
             "sliding_window_width",
             raw.get("sliding_window_width") is not None and not window,
             "this family has no sliding window in transformers",
-            only_neox,
         ),
         (
             "num_unique_layers",
             raw.get("num_unique_layers") not in (None, raw.get("num_layers")),
             "layers that share weights have no form in transformers",
-            only_neox,
         ),
     )
-    return [Refusal(key, reason, way) for key, hit, reason, way in checks if hit]
+    return [Refusal(key, reason, neox_only=True) for key, hit, reason in checks if hit]

@@ -191,10 +191,21 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "written_by": checkpoint.record.get("written_by"),
         "dropped": [{"name": d.name, "reason": d.reason} for d in checkpoint.dropped],
         "findings": [finding_json(finding) for finding in checkpoint.findings],
-        "refusals": [
-            {"key": r.key, "reason": r.reason, "way_out": r.way_out} for r in checkpoint.refusals
-        ],
+        "refusals": _refusals(checkpoint),
     }
+
+
+def _refusals(checkpoint: "Checkpoint") -> list[dict[str, str]]:
+    if not checkpoint.refusals:
+        return []
+    from neox_bridge.layouts.checkpoint import way_out_of
+    from neox_bridge.planning.relayout import relayout_command
+
+    relayout = relayout_command(checkpoint, f"{checkpoint.path.rstrip('/')}-neox")
+    return [
+        {"key": r.key, "reason": r.reason, "way_out": way_out_of(r, relayout)}
+        for r in checkpoint.refusals
+    ]
 
 
 def _neox(checkpoint: "Checkpoint") -> dict[str, Any]:
@@ -262,8 +273,9 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         remedy = f" ({finding['remedy']})" if finding["remedy"] else ""
         lines.append((finding["severity"], finding["message"] + remedy))
     for refusal in facts["refusals"]:
-        way = f"{refusal['reason']}; {refusal['way_out']}"
-        lines.append(("refused", f"to {KINDS[other]}: {refusal['key']}: {way}"))
+        way = f"; {refusal['way_out']}" if refusal["way_out"] else ""
+        reason = f"{refusal['key']}: {refusal['reason']}{way}"
+        lines.append(("refused", f"to {KINDS[other]}: {reason}"))
     return lines
 
 

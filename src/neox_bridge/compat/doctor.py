@@ -11,9 +11,10 @@ from neox_bridge.compat.targets import Target, name_of, refuse_version, target_n
 from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, verdict
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint, way_out_of
 from neox_bridge.layouts.eras import ERAS, fitting
 from neox_bridge.layouts.open import detect
+from neox_bridge.planning.relayout import relayout_command
 
 # what a folder is tried in where no target is named; transformers: one on each side of a change
 KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
@@ -91,8 +92,11 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         convert_command(checkpoint, target),
         prints,
     )
-    for refusal in checkpoint.refusals:
-        yield case(f"refused-{refusal.key}", "error", refusal.reason, refusal.way_out)
+    if checkpoint.refusals:
+        relayout = relayout_command(checkpoint, f"{path.rstrip('/')}-neox")
+        for refusal in checkpoint.refusals:
+            way_out = way_out_of(refusal, relayout)
+            yield case(f"refused-{refusal.key}", "error", refusal.reason, way_out)
     if isinstance(target, TransformersFacts):
         try:
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)

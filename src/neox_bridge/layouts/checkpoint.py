@@ -95,8 +95,29 @@ def some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def refuse_all(refusals: Iterable[Refusal], path: str) -> None:
-    """Raise Refused with every reason, if there is one."""
-    lines = [f"{r.key}: {r.reason}. Way out: {r.way_out}." for r in refusals]
+def refuse_all(refusals: Iterable[Refusal], path: str, relayout: str = "") -> None:
+    """Raise Refused with every reason, if there is one.
+
+    relayout: see ``way_out_of``.
+    """
+    lines = []
+    for refusal in refusals:
+        way_out = way_out_of(refusal, relayout)
+        lines.append(
+            f"{refusal.key}: {refusal.reason}." + (f" Way out: {way_out}." * bool(way_out))
+        )
     if lines:
         raise Refused(f"{path} can't be converted. {' '.join(lines)}")
+
+
+def way_out_of(refusal: Refusal, relayout: str) -> str:
+    """What to do instead of what was refused; "" where nothing helps.
+
+    relayout: the command that writes this very checkpoint in another GPT-NeoX layout; "" where
+        this version cannot.
+    """
+    if refusal.way_out or not refusal.neox_only:
+        return refusal.way_out
+    if relayout:
+        return f"keep it in GPT-NeoX; {relayout} writes it in another layout"
+    return "keep it in GPT-NeoX; this version cannot write it in another layout either"

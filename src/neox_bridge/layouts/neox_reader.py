@@ -29,6 +29,7 @@ from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.layouts.universal_folder import ZERO, is_universal
 from neox_bridge.layouts.untrusted import settings, text, whole
+from neox_bridge.layouts.window import effective_window
 from neox_bridge.planning.pieces import Dropped
 from neox_bridge.stores.paths import absolute, ahead, is_url, isdir, isfile
 
@@ -93,7 +94,8 @@ def open_neox(
     _check_args(raw, args, read, folder)
     record = read_record(folder)
     plain = to_plain(read.ranks, raw, folder)
-    raw, read = dict(plain.raw), replace(read, ranks=plain.ranks)
+    window = effective_window(plain.raw, read.layout)
+    raw, read = dict(window.raw), replace(read, ranks=plain.ranks)
     architecture = _family(raw, record, read)
     layers = _layers(raw, args, folder)
     old = {weight.old for weight in architecture.weights if weight.old}
@@ -145,9 +147,9 @@ def open_neox(
         raw=raw,
         tensors=tensors,
         files=read.files,
-        refusals=tuple(architecture.refuse_neox_source(raw)),
+        refusals=(*architecture.refuse_neox_source(raw), *window.refusals),
         dropped=tuple(dropped),
-        findings=(*findings, *plain.findings, *more),
+        findings=(*findings, *plain.findings, *window.findings, *more),
         record=record,
         neox=state,
         tokenizer=tokenizer,

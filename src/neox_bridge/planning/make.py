@@ -11,6 +11,7 @@ from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.record import source_summary
+from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.stores.paths import absolute
 
 
@@ -23,8 +24,9 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     """
     kind = kind_of(checkpoint, options)
     check_options(checkpoint, options)
-    if kind != checkpoint.kind:
-        refuse_all(checkpoint.refusals, checkpoint.path)
+    if kind != checkpoint.kind and checkpoint.refusals:
+        relayout = relayout_command(checkpoint, target)
+        refuse_all(checkpoint.refusals, checkpoint.path, relayout)
     if checkpoint.kind == "neox" and options.gqa_order is not None:
         checkpoint = with_gqa_order(checkpoint, options.gqa_order)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer

@@ -17,6 +17,7 @@ from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.transformer_engine import BOTH
 from neox_bridge.layouts.weights import model_weights
+from neox_bridge.layouts.window import check_window
 from neox_bridge.planning.common import (
     cast,
     cut_to_tokenizer,
@@ -49,9 +50,6 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
     if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
         findings.append(rms_epsilon())
-    window = config.window
-    if shape.layout == "ranks" and window is not None and window < config.max_positions:
-        findings.append(_window_ignored(config))
     if vocabulary.size is not None and vocabulary.size > vocabulary.rows:
         findings.append(_larger_tokenizer(vocabulary))
     config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
@@ -147,6 +145,7 @@ def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     raw = checkpoint.raw if state else {}
     fits = era or fitting(mlp_names, inv_freq, raw)
     refuse_all(checkpoint.architecture.refuse_shape(tp, fits.name), checkpoint.path)
+    check_window(checkpoint, layout, _run_yml(checkpoint))
     _check_parallel(checkpoint.config, tp, stages)
     sums = checkpoint.config.parallel_residual
     row_bias = options.row_bias if sums else "replicated"
@@ -160,6 +159,15 @@ def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     if te is None:
         te = state is not None and state.te == BOTH and era in (None, TODAY)
     return Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te), fits
+
+
+def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The yml of the run that the model comes from; empty where there was none."""
+    if checkpoint.kind == "neox":
+        return checkpoint.raw
+    recorded = checkpoint.record.get("neox")
+    yml = recorded.get("yml") if isinstance(recorded, dict) else None
+    return yml if isinstance(yml, dict) else {}
 
 
 def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
@@ -265,17 +273,6 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
     )
 
 
-def _window_ignored(config: ModelConfig) -> Finding:
-    """megatron/training.py, get_batch_sequential, builds its mask without the window."""
-    return Finding(
-        "window-ignored",
-        "warning",
-        "with pipe_parallel_size: 0 GPT-NeoX forgets sliding_window_width, unless its attention is "
-        f"flash-attn's: what it computes beyond {config.window} tokens is another model",
-        f'use --layout layers, or set attention_config: [[["flash"], {config.layers}]] in the yml',
-    )
-
-
 def _schedule() -> Finding:
     """AnnealingLR takes the checkpoint's words unless told (megatron/learning_rates.py)."""
     return Finding(
@@ -320,10 +317,6 @@ def _settings(
     vocabulary: Vocabulary,
     options: Options,
 ) -> Settings:
-    raw: Mapping[str, Any] = checkpoint.raw
-    if checkpoint.kind == "hf":
-        told = checkpoint.record.get("neox")
-        raw = told.get("yml", {}) if isinstance(told, dict) else {}
     layout = {
         "pipe_parallel_size": shape.stages if shape.layout == "layers" else 0,
         "model_parallel_size": shape.tp,
@@ -335,7 +328,7 @@ def _settings(
         era,
         shape.inv_freq,
         layout,
-        raw,
+        _run_yml(checkpoint),
         same_model=checkpoint.kind == "neox",
         same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
         old_names=shape.old_names,

@@ -1,0 +1,27 @@
+"""What to do with a model that only GPT-NeoX can hold: the command that moves it to another layout.
+
+A refusal cannot promise that command by itself: whether it works depends on the checkpoint. So it
+is planned first, and named only if it succeeds.
+"""
+
+import shlex
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.planning.options import Options
+
+
+def relayout_command(checkpoint: Checkpoint, target: str) -> str:
+    """The command that writes a GPT-NeoX checkpoint as one of another layout.
+
+    Returns "" for other checkpoints, and where this version cannot write it.
+    """
+    from neox_bridge.planning.make import make_plan
+
+    if checkpoint.neox is None:
+        return ""
+    try:
+        make_plan(checkpoint, Options(to="neox"), target)
+    except BridgeError:
+        return ""
+    return shlex.join(["neox-bridge", "convert", checkpoint.path, target, "--to", "neox"])
