@@ -15,6 +15,7 @@ import torch
 from attack_pickles import REFUSED, WORK, running
 from attack_torch import GOOD, MAGIC, PICKLE, STREAMS, ZIPS, legacy, stored, zipped
 from common import FIXTURES
+from test_torch_files import tar_header
 from typer.testing import CliRunner
 
 import neox_bridge
@@ -177,10 +178,44 @@ def test_compressed_pickles_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_each_of_two_records_of_one_name_is_read(tmp_path: Path) -> None:
+def test_two_records_of_one_name_are_not_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
     for first, second in ((PICKLE, running("x")["reduce"]), (running("x")["reduce"], PICKLE)):
-        data = stored([("x/data.pkl", first), ("x/data.pkl", second)])
-        assert names(tmp_path / "x.pt", data) == {"os.system": "called"}
+        path.write_bytes(stored([("x/data.pkl", first), ("x/data.pkl", second)]))
+        assert "stands in it twice" in scan(str(path)).problem
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "x", "x.dat"])
+@pytest.mark.parametrize("magic", [b"ustar\x0000", b"ustar  \0", b""], ids=["posix", "gnu", "v7"])
+def test_a_tar_is_known_by_its_checksum(magic: bytes, name: str, tmp_path: Path) -> None:
+    """Whatever its name in a folder; also one whose first file's name is a pickle."""
+    for first in (b"storages", b"\x80\x02N.", b"PK\x01"):
+        (tmp_path / name).write_bytes(tar_header(first, magic) + bytes(1024))
+        done = look(tmp_path)
+        assert done.exit_code == 1
+        assert f"{name}: 0 pickles\n  not read to its end: it is a tar" in done.stdout
+
+
+def test_a_zip_behind_a_pickle_is_not_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    for raw in (pickle.dumps([1], 2), legacy(PICKLE)):
+        path.write_bytes(raw)
+        assert scan(str(path)).harmless
+        path.write_bytes(raw + stored(GOOD))
+        assert "a zip follows its pickle" in scan(str(path)).problem
+
+
+def test_zips_that_are_none_of_ours_are_looked_into(tmp_path: Path) -> None:
+    """In a folder, zips of any name: those with pickles, and those that nobody can be sure of."""
+    import numpy
+
+    numpy.savez(tmp_path / "x.npz", a=numpy.ones(3))
+    with zipfile.ZipFile(tmp_path / "notes.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("notes.txt", "hello" * 99)
+    done = look(tmp_path)
+    assert (done.exit_code, done.stdout) == (0, "")
+    (tmp_path / "odd.zip").write_bytes(stored(GOOD)[:-2] + b"\x01\0x")
+    assert look(tmp_path).exit_code == 1
 
 
 @pytest.mark.parametrize("name", ["compressed by lzma", "a program", "a directory of 4 GB"])

@@ -22,6 +22,7 @@ import pytest
 import s3_server
 import torch
 import xxhash
+from attack_zip import DISAGREED
 from common import fixture, make_hf, plan_of
 from s3_server import BUCKET, Store
 from typer.testing import CliRunner
@@ -568,7 +569,7 @@ def test_columns_of_an_object(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shift", [0, 1, 7])
 def test_places_that_the_directory_can_t_tell_are_read(tmp_path: Path, shift: int) -> None:
-    """Of files that torch didn't write as they are: here with bytes between records."""
+    """Of files that torch didn't write as they are; bytes between records are refused."""
     torch.save({"a": torch.arange(9.0), "b": torch.arange(70.0)}, tmp_path / "made.pt")
     target = io.BytesIO()
     with zipfile.ZipFile(tmp_path / "made.pt") as old, zipfile.ZipFile(target, "w") as new:
@@ -579,9 +580,23 @@ def test_places_that_the_directory_can_t_tell_are_read(tmp_path: Path, shift: in
     for name, raw in (("torch", (tmp_path / "made.pt").read_bytes()), ("other", target.getvalue())):
         fsspec.filesystem("memory").pipe_file(f"/zip{shift}/{name}.pt", raw)
         (tmp_path / f"{name}.pt").write_bytes(raw)
-        found = read_pt(f"memory://zip{shift}/{name}.pt")
-        here = read_pt(str(tmp_path / f"{name}.pt"))
+        paths = f"memory://zip{shift}/{name}.pt", str(tmp_path / f"{name}.pt")
+        if shift and name == "other":
+            for path in paths:
+                with pytest.raises(BridgeError, match="something lies before"):
+                    read_pt(path)
+            continue
+        found, here = map(read_pt, paths)
         assert {k: v.offset for k, v in found.items()} == {k: v.offset for k, v in here.items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", DISAGREED)
+def test_zips_on_which_readers_disagree_are_refused_in_a_store(name: str) -> None:
+    """Small files are read whole; the headers of large ones' tensors aren't all read."""
+    url = f"memory://disagreed/{name}.pt"
+    fsspec.filesystem("memory").pipe_file(f"/disagreed/{name}.pt", DISAGREED[name]())
+    with pytest.raises(BridgeError, match="programs may read different things from it"):
+        read_pt(url)
 
 
 def test_a_batch_into_a_store(store: Store, hf: Path, tmp_path: Path) -> None:

@@ -32,6 +32,18 @@ FILES = sorted(FIXTURES.glob("*/checkpoints/*/*.pt"))
 OPTIMIZER = [path for path in FILES if path.name.endswith("optim_states.pt")]
 
 
+def tar_header(name: bytes, magic: bytes = b"ustar\x0000") -> bytes:
+    """A tar's first header; without a magic one of V7, which only its checksum tells."""
+    header = bytearray(512)
+    header[: len(name)] = name
+    header[100:136] = b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % 0
+    header[148:156] = b" " * 8
+    header[156:157] = b"0"
+    header[257 : 257 + len(magic)] = magic
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
 def tensor_of(ref: TensorRef) -> torch.Tensor:
     """The tensor that a reference means, through torch."""
     raw = bytearray(Path(ref.file).read_bytes()[ref.offset :])
@@ -318,7 +330,10 @@ def test_damage_never_raises_anything_else(zipped: bool, tmp_path: Path) -> None
         (bytes(600), "begins with zeros"),
         (b"hello", "begins with b'hell'"),
         (b"\x80\x02K\x01.", "not one of torch.save"),
-        (bytes(257) + b"ustar" + bytes(250), "is a tar"),
+        (tar_header(b"x"), "is a tar"),
+        (tar_header(b"x", magic=b""), "is a tar"),
+        (tar_header(pickle.dumps(1, 2), magic=b""), "is a tar"),
+        (bytes(257) + b"ustar" + bytes(250), "as no torch file does"),  # no checksum
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         (b"PK\x03\x04" + bytes(30), "no zip directory"),
         (b"PK\x05\x06" + bytes(18), "no data.pkl"),
@@ -683,8 +698,8 @@ def test_headers_beyond_4_gib_are_torchs() -> None:
 
 
 def test_directories_are_bounded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neox_bridge.formats.zip_directory._MOST", 100)
-    with pytest.raises(BridgeError, match="no zip directory"):
+    monkeypatch.setattr("neox_bridge.formats.zip_directory._MAX_DIRECTORY_BYTES", 100)
+    with pytest.raises(BridgeError, match="directory is larger than"):
         read_torch(str(small))
 
 

@@ -8,8 +8,6 @@ import io
 import os
 import pickletools
 import stat
-import struct
-import zipfile
 import zlib
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, cast
@@ -17,21 +15,24 @@ from typing import BinaryIO, Literal, cast
 from neox_bridge.formats.pickle_folds import Context, Watcher
 from neox_bridge.formats.pickle_names import calls_of, is_known
 from neox_bridge.formats.pickles import Global, PickleError, Record, load
+from neox_bridge.formats.tar import TAR_HEADER_BYTES, is_tar
 from neox_bridge.formats.torch_legacy import MAGIC
-from neox_bridge.formats.zip_directory import open_zip
+from neox_bridge.formats.zip_directory import (
+    DEFLATED,
+    STORED,
+    NoDirectory,
+    ZipError,
+    data_places,
+    folded,
+    read_directory,
+)
 from neox_bridge.stores.paths import is_url, open_file
 
 Container = Literal["zip", "stream", "none"]
 _LEGACY = 5  # pickles of a file of before torch 1.6, all of which torch.load runs
 _MOST_PICKLES = 50  # in one zip
 _MOST_NAMES = 5_000  # in one file
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # torch knows no others
 _OPCODES = frozenset(opcode.code.encode("latin-1") for opcode in pickletools.opcodes)
-_TAR_MAGIC_AT = 257
-_ZIP_ERRORS = (
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError),
-    *(OSError, ValueError, OverflowError, struct.error),
-)
 
 
 @dataclass(slots=True)
@@ -114,7 +115,9 @@ def is_candidate(path: str, suffixes: tuple[str, ...]) -> bool:
     if path.endswith(suffixes):
         return True
     with open_file(path) as file:
-        head = file.read(4)
+        head = file.read(TAR_HEADER_BYTES)
+    if is_tar(head):
+        return True
     if head.startswith(b"PK"):
         return _has_pickles(path)
     return len(head) > 1 and head[0] == 0x80 and head[1] <= 5
@@ -125,9 +128,9 @@ def scan(path: str) -> Report:
     if not is_url(path) and not stat.S_ISREG(os.stat(path).st_mode):
         return Report(path, "none", 0, problem="it isn't a regular file")
     with open_file(path) as file:
-        head = file.read(_TAR_MAGIC_AT + 5)
+        head = file.read(TAR_HEADER_BYTES)
         file.seek(0)
-        if head[_TAR_MAGIC_AT:] == b"ustar":
+        if is_tar(head):
             return Report(path, "none", 0, problem="it is a tar, whose pickles aren't read here")
         container: Container = "zip" if head.startswith(b"PK") else "stream"
         if head[:1] not in _OPCODES and container == "stream":
@@ -138,7 +141,9 @@ def scan(path: str) -> Report:
             (_scan_zip if container == "zip" else _scan_stream)(file, context, watch)
         except PickleError as error:
             watch.problem = str(error)
-        except _ZIP_ERRORS as error:
+        except ZipError as error:
+            watch.problem = f"{error}, so that programs may read different things from it"
+        except zlib.error as error:
             watch.problem = f"its zip is damaged: {str(error)[:100]}"
     return Report(path, container, watch.pickles, tuple(watch.uses.values()), watch.problem)
 
@@ -155,26 +160,54 @@ def _scan_stream(file: BinaryIO, context: Context, watch: _Watch) -> None:
     while isinstance(magic, int) and magic == MAGIC and watch.pickles < _LEGACY:
         watch.pickles += 1
         load(file, _anything, context=context)
+    try:
+        read_directory(file)
+    except NoDirectory:
+        return
+    except ZipError:
+        pass
+    raise PickleError("a zip follows its pickle, which other programs read instead")
 
 
 def _scan_zip(file: BinaryIO, context: Context, watch: _Watch) -> None:
-    """Every record that is named as a pickle, each one of those that share a name."""
-    with open_zip(file) as archive:
-        names = [info.orig_filename for info in archive.infolist()]
-        for info in archive.infolist():
-            if not _is_pickle(info.orig_filename):
-                continue
-            watch.pickles += 1
-            if watch.pickles > _MOST_PICKLES:
-                raise PickleError(f"it holds more than {_MOST_PICKLES} pickles")
-            if info.compress_type not in _METHODS:
-                raise PickleError("its pickle is compressed in a way that torch doesn't know")
-            info.CRC = None  # type: ignore[assignment]  # torch may leave it out
-            with archive.open(info) as record:
-                stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, record)))
-                load(stream, _anything, size=info.file_size, context=context)
-        if any("/code/" in f"/{name}" for name in names):
-            raise PickleError("it is a TorchScript archive: it holds a program, to be run")
+    """Every record that is named as a pickle."""
+    entries, end = read_directory(file)
+    for entry, start in zip(entries, data_places(file, entries, end), strict=True):
+        if not _is_pickle(entry.name):
+            continue
+        watch.pickles += 1
+        if watch.pickles > _MOST_PICKLES:
+            raise PickleError(f"it holds more than {_MOST_PICKLES} pickles")
+        if entry.method not in (STORED, DEFLATED):
+            raise PickleError("its pickle is compressed in a way that torch doesn't know")
+        file.seek(start)
+        packed = io.BufferedReader(_Inflated(file, entry.packed))
+        stream = file if entry.method == STORED else cast(BinaryIO, packed)
+        load(stream, _anything, size=entry.size, context=context)
+    if any("/code/" in f"/{folded(entry.name)}" for entry in entries):
+        raise PickleError("it is a TorchScript archive: it holds a program, to be run")
+
+
+class _Inflated(io.RawIOBase):
+    """The bytes of a compressed record, unpacked as they are read."""
+
+    def __init__(self, file: BinaryIO, packed: int) -> None:
+        self.file, self.left, self.waiting = file, packed, b""
+        self.inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "memoryview") -> int:  # type: ignore[override]
+        data = b""
+        while not data and not self.inflate.eof and (self.waiting or self.left):
+            if not self.waiting:
+                self.waiting = self.file.read(min(self.left, io.DEFAULT_BUFFER_SIZE))
+                self.left = self.left - len(self.waiting) if self.waiting else 0
+            data = self.inflate.decompress(self.waiting, len(buffer))
+            self.waiting = self.inflate.unconsumed_tail
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _is_pickle(name: str) -> bool:
@@ -182,9 +215,12 @@ def _is_pickle(name: str) -> bool:
 
 
 def _has_pickles(path: str) -> bool:
+    """Whether a zip may hold one: where programs don't agree on what is in it, it may."""
     with open_file(path) as file:
         try:
-            with open_zip(file) as archive:
-                return any(_is_pickle(info.orig_filename) for info in archive.infolist())
-        except zipfile.BadZipFile:
+            entries, _ = read_directory(file)
+        except NoDirectory:
             return False
+        except ZipError:
+            return True
+        return any(_is_pickle(entry.name) for entry in entries)

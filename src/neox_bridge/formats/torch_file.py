@@ -2,12 +2,12 @@
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.regular import open_regular
+from neox_bridge.formats.tar import TAR_HEADER_BYTES, is_tar
 from neox_bridge.formats.torch_legacy import read_legacy
 from neox_bridge.formats.torch_zip import not_whole, read_pt
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a record, or the end of an archive without records
 _PICKLE = b"\x80"  # PROTO, with which every pickle of protocol 2 and later begins
-_TAR_MAGIC_AT = 257  # POSIX ustar
 
 
 def read_torch(path: str, *, alike: bool = False) -> object:
@@ -19,18 +19,18 @@ def read_torch(path: str, *, alike: bool = False) -> object:
     """
     try:
         with open_regular(path) as file:
-            head = file.read(_TAR_MAGIC_AT + 5)
+            head = file.read(TAR_HEADER_BYTES)
+        if is_tar(head):
+            raise BridgeError(
+                f"{path} is a tar, as torch saved before 0.1.10. Load it with torch.load and "
+                "torch.save it again."
+            )
         if head.startswith(_ZIP):
             return read_pt(path, alike=alike)
         if head.startswith(_PICKLE):
             return read_legacy(path)
     except OSError as error:
         raise BridgeError(f"{path} can't be read: {error.strerror}.") from None
-    if head[_TAR_MAGIC_AT:] == b"ustar":
-        raise BridgeError(
-            f"{path} is a tar, as torch saved before 0.1.10. Load it with torch.load and "
-            "torch.save it again."
-        )
     if head.startswith(b"version https://git-lfs"):
         raise BridgeError(f"{path} is a Git LFS pointer, not the file. Run: git lfs pull.")
     if not head.strip(b"\0"):

@@ -8,7 +8,6 @@ import hashlib
 import io
 import os
 import struct
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,24 +19,30 @@ from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickle_writer import dump
 from neox_bridge.formats.pickles import PickledTensor, PickleError, load, storage_ref
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous
-from neox_bridge.formats.zip_directory import data_starts, open_zip
+from neox_bridge.formats.zip_directory import (
+    ALIGNMENT,
+    CENTRAL,
+    DESCRIPTOR,
+    DESCRIPTOR64,
+    EXTRA,
+    HAS_DESCRIPTOR,
+    LOCAL,
+    STORED,
+    U32,
+    UTF8,
+    NoDirectory,
+    ZipError,
+    data_places,
+    folded,
+    read_directory,
+)
 from neox_bridge.planning.pieces import OutputFile, OutputTensor
 from neox_bridge.planning.sharing import BLOCK, residue
-from neox_bridge.stores.paths import fetch_places, is_remote, open_file, size_of
+from neox_bridge.stores.paths import open_file, size_of
 
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")  # APPNOTE 4.3.7
-_LOCAL_SIGNATURE = b"PK\x03\x04"
-_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")  # 4.3.12
-_CRC_IN_CENTRAL = 16
-_DESCRIPTOR = struct.Struct("<4sIII")  # 4.3.9
-_DESCRIPTOR64 = struct.Struct("<4sIQQ")
-_EXTRA = struct.Struct("<2sH")
-_ENCRYPTED, _HAS_DESCRIPTOR, _UTF8 = 1, 8, 2048  # flags, 4.4.4
-_DIRECTORY = 0x10  # of the external attributes; torch 2.13 reads nothing of such a record, silently
-_HEADER = 512  # bytes: a local header, with its name and what torch fills it up with
-_U32 = 0xFFFFFFFF  # this and larger numbers go into zip64 fields
+_CRC_IN_CENTRAL = 16  # bytes into the header
+_PADDING = 0x4246  # "FB", the extra field that torch fills up with
 _MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
-_ALIGNMENT = 64  # bytes
 _ALIKE = 64 << 10  # bytes of a pickle that may be another file's too
 _CLAIM = 8  # times the file's bytes, and
 _CLAIM_LEAST = 64 << 20  # bytes in any case, that its tensors may have together
@@ -49,6 +54,14 @@ class _Entry:
 
     offset: int
     size: int
+
+
+class _Compressed(Exception):
+    """A record that is compressed: its name."""
+
+
+class _Program(Exception):
+    """A record that is a part of a program."""
 
 
 class Claims:
@@ -79,10 +92,26 @@ def read_pt(path: str, *, alike: bool = False) -> object:
     """
     with open_file(path) as file:
         try:
-            entries = _entries(path, file)
-            return _value(path, file, entries, alike)
+            return _value(path, file, _entries(file), alike)
         except PickleError as error:
             raise not_whole(path, str(error)) from None
+        except NoDirectory:
+            raise not_whole(path, "it has no zip directory at its end (truncated?)") from None
+        except ZipError as error:
+            raise BridgeError(
+                f"{path} isn't read: {error}, so that programs may read different things from it. "
+                "It is damaged or made to deceive: get it again from a source that you trust."
+            ) from None
+        except _Program:
+            raise BridgeError(
+                f"{path} is a TorchScript archive, whose weights lie inside a program. "
+                "Load it with torch.jit.load and torch.save its state_dict()."
+            ) from None
+        except _Compressed as error:
+            raise BridgeError(
+                f"{path}: {error} is compressed, and tensors can't be read in place. Load the file "
+                "with torch and torch.save it again, or unzip it and zip it with -0."
+            ) from None
 
 
 def not_whole(path: str, what: str) -> BridgeError:
@@ -118,11 +147,6 @@ def place(tensor: PickledTensor, path: str, start: int, size: int) -> TensorRef:
 
 
 def _value(path: str, file: BinaryIO, entries: dict[str, _Entry], alike: bool) -> object:
-    if "constants.pkl" in entries or any(name.startswith("code/") for name in entries):
-        raise BridgeError(
-            f"{path} is a TorchScript archive, whose weights lie inside a program. "
-            "Load it with torch.jit.load and torch.save its state_dict()."
-        )
     if "data.pkl" not in entries:
         raise not_whole(path, "it has no data.pkl")
     if "byteorder" in entries:
@@ -137,7 +161,7 @@ def _value(path: str, file: BinaryIO, entries: dict[str, _Entry], alike: bool) -
     claims = Claims(file)
 
     def tensor(pickled: PickledTensor) -> TensorRef:
-        entry = entries.get(f"data/{pickled.storage.key}")
+        entry = entries.get(folded(f"data/{pickled.storage.key}"))
         if entry is None:
             raise PickleError(f"the record data/{pickled.storage.key[:40]} is missing")
         return claims.take(place(pickled, path, entry.offset, entry.size))
@@ -160,77 +184,29 @@ def _flat(pickled: bytes) -> "Mapping[object, PickledTensor | None] | None":
     return value if kinds <= {PickledTensor, type(None)} else None
 
 
-def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
-    """The records by their names below the archive's top folder, whatever that is called."""
-    try:
-        with open_zip(file) as archive:
-            infos, end = archive.infolist(), archive.start_dir
-    except zipfile.BadZipFile:
-        raise not_whole(path, "it has no zip directory at its end (truncated?)") from None
-    entries: dict[str, _Entry] = {}
-    tops, free = set(), 0
-    infos = sorted(infos, key=lambda info: info.header_offset)
-    known = _calculated(file, infos, end) if is_remote(file) else {}
-    for info in infos:
-        top, slash, name = info.orig_filename.partition("/")
-        tops.add(top)
-        if not slash or len(tops) > 1 or "\\" in name or ".." in (top, *name.split("/")):
-            raise PickleError(f"{info.orig_filename[:80]!r} isn't below the archive's one folder")
-        if name in entries:
-            raise PickleError(f"the record {name[:80]!r} stands in it twice")
-        if info.external_attr & _DIRECTORY and info.file_size:
-            raise PickleError(f"the record {name[:80]!r} is marked as a folder")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise BridgeError(
-                f"{path}: {name} is compressed, and tensors can't be read in place. "
-                "Load the file with torch and torch.save it again, or unzip it and zip it with -0."
-            )
-        misplaced = PickleError(f"the record {name[:80]!r} overlaps another or reaches outside")
-        if not free <= info.header_offset < end:
-            raise misplaced
-        start = known.get(info.header_offset)
-        entry = _locate(file, info) if start is None else _Entry(start, info.file_size)
-        if entry.offset + entry.size > end:
-            raise misplaced
-        free = entry.offset + entry.size
-        entries[name] = entry
-    return entries
+def _entries(file: BinaryIO) -> dict[str, _Entry]:
+    """The records by their names below the archive's top folder, whatever that is called.
 
-
-def _calculated(file: BinaryIO, infos: Sequence[zipfile.ZipInfo], end: int) -> dict[int, int]:
-    """Where bytes of an object's records begin, by where their headers do, as far as that is sure.
-
-    What the directory tells in two ways, unless a header that was read shows that something lies
-    between records.
+    Names are in lower case, since torch finds records whatever their case.
     """
-    counted = data_starts(infos, end)
-    sure = {at: start for at, (start, agree) in counted.items() if agree}
-    read = [info for info in infos if info.header_offset not in sure]
-    fetch_places(file, [info.header_offset for info in read], _HEADER)
-    for info in read:
-        start, _ = counted.get(info.header_offset, (None, False))
-        if info.file_size and start is not None and _locate(file, info).offset != start:
-            fetch_places(file, [info.header_offset for info in infos], _HEADER)
-            return {}
-    return sure
-
-
-def _locate(file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
-    """Where a record's bytes begin, which only its local header tells."""
-    file.seek(info.header_offset)
-    raw = file.read(_LOCAL.size)
-    if len(raw) < _LOCAL.size:
-        raise PickleError("a record lies outside the file")
-    signature, _, flags, method, *_, name_size, extra_size = _LOCAL.unpack(raw)
-    name = file.read(name_size)
-    if signature != _LOCAL_SIGNATURE or method != zipfile.ZIP_STORED or flags & _ENCRYPTED:
-        raise PickleError(f"the record {info.orig_filename[:80]!r} has no header of its own")
-    if (
-        info.compress_size != info.file_size
-        or name.decode("utf-8", "replace") != info.orig_filename
-    ):
-        raise PickleError(f"the record {info.orig_filename[:80]!r} differs from the directory")
-    return _Entry(info.header_offset + _LOCAL.size + name_size + extra_size, info.file_size)
+    listed, end = read_directory(file)
+    names, tops = list[str](), set()
+    for entry in listed:
+        top, slash, name = entry.name.partition("/")
+        tops.add(top)
+        if not slash or not top or len(tops) > 1 or ".." in (top, *name.split("/")):
+            raise ZipError(f"{entry.name[:80]!r} isn't below the archive's one folder")
+        names.append(folded(name))
+    if any(name == "constants.pkl" or name.startswith("code/") for name in names):
+        raise _Program
+    for entry in listed:
+        if entry.method != STORED:
+            raise _Compressed(entry.name.partition("/")[2])
+    places = data_places(file, listed, end)
+    return {
+        name: _Entry(start, entry.size)
+        for name, entry, start in zip(names, listed, places, strict=True)
+    }
 
 
 # --- laying out ------------------------------------------------------------------------------
@@ -255,7 +231,7 @@ class _Planned:
     @property
     def end(self) -> int:
         """Where the data descriptor ends, which records without bytes don't have."""
-        descriptor = _DESCRIPTOR64 if self.zip64 else _DESCRIPTOR
+        descriptor = DESCRIPTOR64 if self.zip64 else DESCRIPTOR
         return self.start + self.size + (descriptor.size if self.size else 0)
 
 
@@ -293,7 +269,7 @@ def layout_pickled(
     records: list[tuple[str, bytes | OutputTensor]] = [
         ("data.pkl", pickled),
         (".format_version", b"0" if moved else b"1"),
-        (".storage_alignment", str(_ALIGNMENT).encode()),
+        (".storage_alignment", str(ALIGNMENT).encode()),
         ("byteorder", b"little"),
         *((f"data/{key}", by_name[name]) for key, name in enumerate(order)),
         ("version", b"3\n"),
@@ -322,12 +298,12 @@ def _plan(name: bytes, record: bytes | OutputTensor, header: int, shared: int | 
     size = tensor.nbytes if tensor else len(data or b"")
     data = data if size else b""
     zip64 = b""
-    if size >= _U32 or header >= _U32:
+    if size >= U32 or header >= U32:
         zip64 = _zip64(
-            *((size, size) if size >= _U32 else ()), *((header,) if header >= _U32 else ())
+            *((size, size) if size >= U32 else ()), *((header,) if header >= U32 else ())
         )
-    least = header + _LOCAL.size + len(name) + len(zip64) + _EXTRA.size
-    unit, rest = (_ALIGNMENT, 0) if shared is None else (BLOCK, shared)
+    least = header + LOCAL.size + len(name) + len(zip64) + EXTRA.size
+    unit, rest = (ALIGNMENT, 0) if shared is None else (BLOCK, shared)
     crc = zlib.crc32(data) if data else 0
     return _Planned(name, size, header, least + (rest - least) % unit, zip64, data, crc, tensor)
 
@@ -348,7 +324,7 @@ def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> Outp
             literals.append((run_at, run))
             run, run_at = b"", entry.start + entry.size
         run += _descriptor(entry)
-        entry_at += _CENTRAL.size + len(entry.name) + len(entry.zip64)
+        entry_at += CENTRAL.size + len(entry.name) + len(entry.zip64)
     directory = b"".join(map(_central_header, planned))
     run += directory + _end(len(planned), directory_at, len(directory))
     literals.append((run_at, run))
@@ -361,29 +337,29 @@ def _zip64(*numbers: int) -> bytes:
 
 
 def _flags(entry: _Planned) -> int:
-    return _UTF8 | (_HAS_DESCRIPTOR if entry.size else 0)
+    return UTF8 | (HAS_DESCRIPTOR if entry.size else 0)
 
 
 def _local_header(entry: _Planned) -> bytes:
     zip64 = entry.zip64
-    fill = entry.start - entry.header - _LOCAL.size - len(entry.name) - len(zip64) - _EXTRA.size
-    extra = zip64 + _EXTRA.pack(b"FB", fill) + b"Z" * fill
+    fill = entry.start - entry.header - LOCAL.size - len(entry.name) - len(zip64) - EXTRA.size
+    extra = zip64 + EXTRA.pack(_PADDING, fill) + b"Z" * fill
     fields = (0, _flags(entry), 0, 0, 0, 0, 0, 0, len(entry.name), len(extra))
-    return _LOCAL.pack(_LOCAL_SIGNATURE, *fields) + entry.name + extra
+    return LOCAL.pack(b"PK\x03\x04", *fields) + entry.name + extra
 
 
 def _descriptor(entry: _Planned) -> bytes:
     """APPNOTE 4.3.9, with 64-bit sizes where the header has a zip64 field, as miniz does."""
     if not entry.size:
         return b""
-    layout = _DESCRIPTOR64 if entry.zip64 else _DESCRIPTOR
+    layout = DESCRIPTOR64 if entry.zip64 else DESCRIPTOR
     return layout.pack(b"PK\x07\x08", entry.crc, entry.size, entry.size)
 
 
 def _central_header(entry: _Planned) -> bytes:
-    size, zip64 = min(entry.size, _U32), entry.zip64
+    size, zip64 = min(entry.size, U32), entry.zip64
     fields = (0, 0, _flags(entry), 0, 0, 0, entry.crc, size, size, len(entry.name), len(zip64))
-    header = _CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, min(entry.header, _U32))
+    header = CENTRAL.pack(b"PK\x01\x02", *fields, 0, 0, 0, 0, min(entry.header, U32))
     return header + entry.name + zip64
 
 
@@ -393,7 +369,7 @@ def _end(count: int, at: int, size: int) -> bytes:
         "<4sQHHIIQQQQ", b"PK\x06\x06", 44, _MADE_BY, 45, 0, 0, count, count, size, at
     )
     locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, at + size, 1)
-    short, size, at = min(count, 0xFFFF), min(size, _U32), min(at, _U32)
+    short, size, at = min(count, 0xFFFF), min(size, U32), min(at, U32)
     return (
         end64 + locator + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, short, short, size, at, 0)
     )

@@ -1,62 +1,346 @@
-"""The directory of a zip file, read within bounds: none of what it says of itself is trusted."""
+"""The directory of a zip file, read only where every reader would read the same one.
+
+Programs find a zip's records in different ways. torch's miniz takes the directory at the offset
+that the end record names, and finds names whatever their case. CPython's zipfile takes the
+directory that lies right before the end record. Others walk from one local header to the next. A
+file on which two of them disagree shows one thing to whoever inspects it and another to whoever
+loads it. So everything that says the same thing twice must agree here, and the records must fill
+the file without gaps; what torch.save, Python's zipfile and Info-ZIP write does.
+
+Source: PKWARE's APPNOTE 6.3; torch's third_party/miniz-3.0.2/miniz.c (older releases: 2.0.8, 2.1.0)
+and caffe2/serialize/inline_container.cc; CPython's Lib/zipfile.
+"""
 
 import struct
-import zipfile
-from collections.abc import Sequence
-from typing import BinaryIO, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
 
-_MOST = 8 << 20  # bytes: some 100,000 records, where GPT-NeoX's files have hundreds
-_LOCAL, _EXTRA, _DESCRIPTOR = 30, 4, 16  # bytes; APPNOTE 4.3.7, 4.5.1, 4.3.9
-_ENCRYPTED, _HAS_DESCRIPTOR = 1, 8  # flags, 4.4.4
-_ALIGNMENT = 64
-_U32 = 0xFFFFFFFF  # beyond, headers have other sizes
-_BROKEN = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error)
+from neox_bridge.stores.paths import fetch_places, is_here, is_remote
+
+STORED, DEFLATED = 0, 8  # methods, APPNOTE 4.4.5; torch knows no others
+HAS_DESCRIPTOR, UTF8 = 0x8, 0x800  # flags, 4.4.4
+LOCAL = struct.Struct("<4sHHHHHIIIHH")  # 4.3.7
+CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")  # 4.3.12
+DESCRIPTOR = struct.Struct("<4sIII")  # 4.3.9
+DESCRIPTOR64 = struct.Struct("<4sIQQ")
+EXTRA = struct.Struct("<HH")  # 4.5.1
+U32 = 0xFFFFFFFF  # this number in a classic field says that the zip64 field has the real one
+ALIGNMENT = 64  # bytes, of torch's records
+
+_END = struct.Struct("<4sHHHHIIH")  # 4.3.16
+_END64 = struct.Struct("<4sQHHIIQQQQ")  # 4.3.14
+_LOCATOR = struct.Struct("<4sIQI")  # 4.3.15
+_LOCAL_SIGNATURE, _CENTRAL_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"
+_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
+_END_SIGNATURE, _END64_SIGNATURE, _LOCATOR_SIGNATURE = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+_COMMENT_BYTES = 0xFFFF  # the longest comment that can follow an end record
+_REMOTE_TAIL_BYTES = 16 << 10  # what is fetched of an object's end anyway
+_MAX_DIRECTORY_BYTES = 8 << 20  # some 100,000 records, where GPT-NeoX's files have hundreds
+_HEADER_BYTES = 512  # a local header with its name and torch's padding
+_KNOWN_FLAGS = 0x6 | HAS_DESCRIPTOR | UTF8  # 0x6: how well a record is compressed
+_FOLDER = 0x10  # of the external attributes; torch reads nothing of such a record, silently
+_MAX_NAME_BYTES = 511  # miniz cuts longer names
+_ZIP64 = 1
 
 
-def data_starts(infos: Sequence[zipfile.ZipInfo], end: int) -> dict[int, tuple[int, bool]]:
-    """Where records' bytes seem to begin, and if two ways agree, by where their headers do.
+class ZipError(Exception):
+    """A zip that two readers could read differently: a clause that says why."""
+
+
+class NoDirectory(ZipError):
+    """A file without a directory at its end: no zip, or one that is cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record, as the directory describes it. Sizes and places in bytes.
+
+    packed: what the record takes in the file. header: where its local header begins.
+    """
+
+    name: str
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    header: int
+
+
+def read_directory(file: BinaryIO) -> tuple[list[Entry], int]:
+    """The records in the order in which they lie in the file, and where the directory begins.
+
+    Raises ZipError, which is NoDirectory for a file without one. Takes at most some 8 MiB,
+    whatever the file says of itself. Only the directory is read: see ``data_places``.
+    """
+    count, start, size = _end(file)
+    file.seek(start)
+    entries = _parse(file.read(size), count, start)
+    names: set[str] = set()
+    for entry in entries:
+        if (name := folded(entry.name)) in names:
+            raise ZipError(f"the record {entry.name[:80]!r} stands in it twice")
+        names.add(name)
+    return sorted(entries, key=lambda entry: entry.header), start
+
+
+def data_places(file: BinaryIO, entries: Sequence[Entry], end: int) -> list[int]:
+    """Where the bytes of each record begin. Compares the local headers with the directory.
+
+    entries, end: from ``read_directory``. Of an object in a store, headers that aren't here and
+    would each be a request are left out where the directory tells the place in two ways.
+    """
+    counted = _counted(file, entries, end) if is_remote(file) else {}
+    starts, free, before = list[int](), 0, None
+    for entry in entries:
+        if entry.header < free:
+            raise ZipError(f"the record {entry.name[:80]!r} overlaps another or reaches outside")
+        if entry.header - free > (DESCRIPTOR64.size if before else 0):
+            raise ZipError(f"something lies before the record {entry.name[:80]!r}")
+        start = counted.get(entry.header)
+        if start is None:
+            start = _check_header(file, entry, before, free)
+        if start + entry.packed > end:
+            raise ZipError(f"the record {entry.name[:80]!r} overlaps another or reaches outside")
+        starts.append(start)
+        before, free = entry, start + entry.packed
+    if before is None or before.header not in counted:
+        file.seek(free)
+        _check_gap(file.read(min(max(0, end - free), DESCRIPTOR64.size + 1)), before, free, end)
+    return starts
+
+
+def folded(name: str) -> str:
+    """The name as miniz compares it: ASCII letters in lower case."""
+    return name.encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
+
+
+# --- the end --------------------------------------------------------------------------------
+
+
+def _end(file: BinaryIO) -> tuple[int, int, int]:
+    """How many records there are, where the directory begins, and its size."""
+    size = file.seek(0, 2)
+    length = min(size, _REMOTE_TAIL_BYTES if is_remote(file) else _END.size + _COMMENT_BYTES)
+    file.seek(size - length)
+    tail = file.read(length)
+    end_at = size - _END.size
+    if tail[-_END.size :][:4] != _END_SIGNATURE:
+        if _END_SIGNATURE in tail[: -_END.size + 4]:
+            raise ZipError("something follows the end of its directory")
+        raise NoDirectory("it has no zip directory at its end")
+    _, *disks, here, count, directory, start, comment = _END.unpack(tail[-_END.size :])
+    if comment or _other_end(tail):
+        raise ZipError("it has more than one end, or a comment behind it")
+    wide = _end64(tail, size)
+    if wide is not None:
+        classic, here, count, directory, start = (here, count, directory, start), *wide
+        for narrow, real, most in zip(classic, wide, (0xFFFF, 0xFFFF, U32, U32), strict=True):
+            if narrow not in (real, most):
+                raise ZipError("its two end records differ")
+        end_at -= _LOCATOR.size + _END64.size
+    if any(disks) or here != count:
+        raise ZipError("it says that it is a part of several files")
+    if directory > _MAX_DIRECTORY_BYTES:
+        raise ZipError("its directory is larger than 8 MiB")
+    if start + directory != end_at:
+        raise ZipError("its end record names another directory than the one before it")
+    return count, start, directory
+
+
+def _end64(tail: bytes, size: int) -> tuple[int, int, int, int] | None:
+    """The numbers of zip64's end record: records here, records, bytes and place of the directory.
+
+    tail: the file's last bytes. None where there is no locator, without which nobody reads it.
+    """
+    locator = tail[-_END.size - _LOCATOR.size : -_END.size]
+    if not locator.startswith(_LOCATOR_SIGNATURE):
+        return None
+    _, disk, place, disks = _LOCATOR.unpack(locator)
+    if disk or disks != 1:
+        raise ZipError("it says that it is a part of several files")
+    record = tail[-_END.size - _LOCATOR.size - _END64.size : -_END.size - _LOCATOR.size]
+    right = size - _END.size - _LOCATOR.size - _END64.size
+    if place != right or not record.startswith(_END64_SIGNATURE):
+        raise ZipError("its zip64 locator doesn't name the record before it")
+    _, length, _, _, disk, first_disk, here, count, directory, start = _END64.unpack(record)
+    if length != _END64.size - 12:
+        raise ZipError("its zip64 end record has another length")
+    if disk or first_disk:
+        raise ZipError("it says that it is a part of several files")
+    return here, count, directory, start
+
+
+def _other_end(tail: bytes) -> bool:
+    """Whether another end record would be one, with all that follows it as its comment."""
+    at = tail.find(_END_SIGNATURE)
+    while 0 <= at < len(tail) - _END.size:
+        (comment,) = struct.unpack_from("<H", tail, at + _END.size - 2)
+        if at + _END.size + comment == len(tail):
+            return True
+        at = tail.find(_END_SIGNATURE, at + 1)
+    return False
+
+
+# --- the directory --------------------------------------------------------------------------
+
+
+def _parse(raw: bytes, count: int, start: int) -> list[Entry]:
+    """Its entries. start: where it lies, so that headers lie before it."""
+    entries, at = list[Entry](), 0
+    while at < len(raw) and len(entries) < count:
+        if len(raw) - at < CENTRAL.size or not raw.startswith(_CENTRAL_SIGNATURE, at):
+            raise ZipError("its directory is damaged")
+        fields = CENTRAL.unpack_from(raw, at)
+        _, _, _, flags, method, _, _, crc, packed, size, *lengths = fields[:13]
+        disk, _, attributes, header = fields[13:]
+        name_size, extra_size, comment_size = lengths
+        at += CENTRAL.size
+        end = at + name_size + extra_size + comment_size
+        if end > len(raw):
+            raise ZipError("its directory is damaged")
+        name = _name(raw[at : at + name_size], flags)
+        extra = raw[at + name_size : at + name_size + extra_size]
+        size, packed, header = _widened(name, extra, size, packed, header)
+        _check_entry(name, flags, comment_size, disk)
+        if (method == STORED and packed != size) or (size and not packed):
+            raise ZipError(f"the record {name[:80]!r} has two sizes")
+        if (attributes & _FOLDER or name.endswith("/")) and size:
+            raise ZipError(f"the record {name[:80]!r} is marked as a folder")
+        if header + LOCAL.size > start:
+            raise ZipError(f"the record {name[:80]!r} overlaps another or reaches outside")
+        entries.append(Entry(name, flags, method, crc, packed, size, header))
+        at = end
+    if at != len(raw) or len(entries) != count:
+        raise ZipError("its directory has another number of records than it says")
+    return entries
+
+
+def _name(raw: bytes, flags: int) -> str:
+    try:
+        name = raw.decode("utf-8" if flags & UTF8 else "ascii")
+    except UnicodeDecodeError:
+        raise ZipError(f"the name {raw[:80]!r} isn't text") from None
+    # miniz ends a name at a NUL, and others take a backslash for a slash
+    if len(raw) > _MAX_NAME_BYTES or any(c in "\\\x7f" or c < " " for c in name):
+        raise ZipError(f"the name {name[:80]!r} isn't one that torch would write")
+    return name
+
+
+def _check_entry(name: str, flags: int, comment_size: int, disk: int) -> None:
+    if flags & ~_KNOWN_FLAGS:
+        raise ZipError(f"the record {name[:80]!r} is encrypted or has a flag that isn't known")
+    if comment_size:
+        raise ZipError(f"the record {name[:80]!r} has a comment")
+    if disk:
+        raise ZipError("it says that it is a part of several files")
+
+
+def _widened(name: str, extra: bytes, *classic: int) -> tuple[int, ...]:
+    """The size, the packed size and the header's place, from zip64's field where they are there.
+
+    Source: APPNOTE 4.5.3: in this order, those alone that the classic fields don't hold.
+    """
+    fields = [data for kind, data in _fields(extra, strict=True) if kind == _ZIP64]
+    wide = sum(value == U32 for value in classic)
+    if len(fields) != (wide > 0) or (fields and len(fields[0]) != 8 * wide):
+        raise ZipError(f"the record {name[:80]!r} has zip64 fields that don't fit")
+    if not fields:
+        return classic
+    numbers = iter(struct.unpack(f"<{wide}Q", fields[0]))
+    return tuple(next(numbers) if value == U32 else value for value in classic)
+
+
+def _fields(extra: bytes, strict: bool = False) -> Iterator[tuple[int, bytes]]:
+    """The extra fields. strict: whether bytes that are none are a fault rather than padding."""
+    at = 0
+    while len(extra) - at >= EXTRA.size:
+        kind, size = EXTRA.unpack_from(extra, at)
+        at += EXTRA.size
+        if at + size > len(extra):
+            break
+        yield kind, extra[at : at + size]
+        at += size
+    else:
+        if at == len(extra):
+            return
+    if strict:
+        raise ZipError("its directory is damaged")
+
+
+# --- local headers --------------------------------------------------------------------------
+
+
+def _check_header(file: BinaryIO, entry: Entry, before: Entry | None, free: int) -> int:
+    """Where a record's bytes begin, which only its local header tells.
+
+    before, free: the record before it, and where its bytes end.
+    """
+    gap = entry.header - free
+    file.seek(free)
+    raw = file.read(gap + LOCAL.size)
+    _check_gap(raw[:gap], before, free, entry.header)
+    raw = raw[gap:]
+    if len(raw) < LOCAL.size or not raw.startswith(_LOCAL_SIGNATURE):
+        raise ZipError(f"the record {entry.name[:80]!r} has no header of its own")
+    _, _, flags, method, _, _, crc, packed, size, name_size, extra_size = LOCAL.unpack(raw)
+    name, extra = file.read(name_size), file.read(extra_size)
+    later = bool(flags & HAS_DESCRIPTOR)  # the numbers may be 0 here
+    numbers = _local_numbers(extra, size, packed)
+    right = (
+        name == entry.name.encode()
+        and (flags, method) == (entry.flags, entry.method)
+        and (crc == entry.crc or (later and not crc))
+        and all(
+            here == there or (later and not here)
+            for here, there in zip(numbers, (entry.size, entry.packed), strict=True)
+        )
+    )
+    if not right or len(extra) < extra_size:
+        raise ZipError(f"the record {entry.name[:80]!r} differs from the directory")
+    return entry.header + LOCAL.size + len(name) + len(extra)
+
+
+def _local_numbers(extra: bytes, size: int, packed: int) -> tuple[int, int]:
+    """The size and the packed size that a local header says."""
+    for kind, data in _fields(extra):
+        if kind == _ZIP64 and len(data) >= 16 and U32 in (size, packed):
+            size, packed = struct.unpack_from("<2Q", data)
+    return size, packed
+
+
+def _check_gap(raw: bytes, before: Entry | None, start: int, end: int) -> None:
+    """Raises ZipError unless what lies behind a record's bytes is its data descriptor."""
+    if start == end and (before is None or not before.flags & HAS_DESCRIPTOR or not before.size):
+        return
+    if before is not None and before.flags & HAS_DESCRIPTOR and len(raw) == end - start:
+        layout = {DESCRIPTOR.size: DESCRIPTOR, DESCRIPTOR64.size: DESCRIPTOR64}.get(len(raw))
+        right = (_DESCRIPTOR_SIGNATURE, before.crc, before.packed, before.size)
+        if layout is not None and layout.unpack(raw) == right:
+            return
+    behind = f"the record {before.name[:80]!r}" if before else "its start"
+    raise ZipError(f"what lies behind {behind} isn't what the directory says")
+
+
+def _counted(file: BinaryIO, entries: Sequence[Entry], end: int) -> dict[int, int]:
+    """Where bytes of an object's records begin, by where their headers do, as far as that is sure.
 
     Only the headers themselves say it, which for a file in a store is a request each. But torch
     puts nothing between records and starts each at the first multiple of 64 that it can
     (caffe2/serialize/inline_container.cc, getPadding): the place is counted back from the next
-    record, and forward from the header. Records that are too large for that, or packed, aren't in
-    the result. infos: in the order of their headers. end: where the directory begins.
+    record, and forward from the header. Where both agree the header isn't read, unless it is here.
     """
-    found = {}
-    ends = [*(info.header_offset for info in infos[1:]), end]
-    for info, then in zip(infos, ends, strict=True):
-        plain = info.compress_size == info.file_size and not info.flag_bits & _ENCRYPTED
-        if not plain or not info.filename.isascii() or then >= _U32:
+    places = {}
+    ends = [*(entry.header for entry in entries[1:]), end]
+    for entry, then in zip(entries, ends, strict=True):
+        if then >= U32 or is_here(file, entry.header, _HEADER_BYTES):
             continue
-        descriptor = _DESCRIPTOR if info.flag_bits & _HAS_DESCRIPTOR and info.file_size else 0
-        start = then - descriptor - info.file_size
-        least = info.header_offset + _LOCAL + len(info.orig_filename) + _EXTRA
-        forward = (least + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
-        found[info.header_offset] = start, start == forward
-    return found
-
-
-class _Sipped:
-    """A file of which nobody reads much at once, since zipfile reads as much as it is told."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._read, self.seek, self.tell = file.read, file.seek, file.tell
-        self.seekable = file.seekable
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._read(_MOST + 1 if size < 0 else min(size, _MOST + 1))
-        if len(data) > _MOST:
-            raise zipfile.BadZipFile("too large")
-        return data
-
-
-def open_zip(file: BinaryIO) -> zipfile.ZipFile:
-    """The archive, its directory read. file: stays the caller's.
-
-    Raises zipfile.BadZipFile, the only exception, for a directory that is damaged, absent or
-    larger than 8 MiB.
-    """
-    try:
-        return zipfile.ZipFile(cast(BinaryIO, _Sipped(file)))
-    except _BROKEN as error:
-        raise zipfile.BadZipFile(str(error)) from None
+        descriptor = DESCRIPTOR.size if entry.flags & HAS_DESCRIPTOR and entry.size else 0
+        start = then - descriptor - entry.packed
+        least = entry.header + LOCAL.size + len(entry.name.encode()) + EXTRA.size
+        if start == (least + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT:
+            places[entry.header] = start
+    unsure = [max(0, e.header - DESCRIPTOR64.size) for e in entries if e.header not in places]
+    fetch_places(file, unsure, _HEADER_BYTES)
+    return places

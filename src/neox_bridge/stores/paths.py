@@ -113,6 +113,12 @@ def is_remote(file: BinaryIO) -> bool:
     return hasattr(getattr(file, "raw", None), "url")
 
 
+def is_here(file: BinaryIO, offset: int, count: int) -> bool:
+    """Whether reading so many bytes at this place takes no request."""
+    holds = getattr(getattr(file, "raw", None), "holds", None)
+    return bool(holds(offset, count)) if holds else True
+
+
 def fetch_places(file: BinaryIO, offsets: Sequence[int], count: int) -> None:
     """Of an object, have so many bytes at each of these places here, fetched at once."""
     if is_remote(file):
