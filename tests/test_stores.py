@@ -28,7 +28,7 @@ from s3_server import BUCKET, Store
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.errors import BridgeError, Unreachable, Unverified
+from neox_bridge.errors import BridgeError, ChoiceNeeded, Unreachable, Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.remote import write_object
@@ -158,6 +158,18 @@ def test_only_headers_are_read_to_open(store: Store, hf: Path, neox: Path) -> No
         assert not [r for r in weights if not r.range]
     listings = [r for r in store.requests if "list-type" in r.query]
     assert len(listings) <= 6
+
+
+def test_a_tied_head_is_compared_by_ranges(store: Store, tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "hf", tie_word_embeddings=False)
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    url = upload(source, s3("head/hf"))
+    with pytest.raises(ChoiceNeeded, match=r"embed_out\.weight"):
+        make_plan(open_checkpoint(url), Options(), str(tmp_path / "neox"))
+    assert all(request.range for request in store.of("GET", "model.safetensors"))
+    run(url, tmp_path / "neox", head="keep")
+    assert verify(open_checkpoint(url), open_checkpoint(str(tmp_path / "neox"))).holds
 
 
 @pytest.mark.parametrize("name", ["pythia_fp32_pp1_tp2", "pythia_fp32_pp0_tp2"])

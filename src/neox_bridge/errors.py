@@ -1,6 +1,6 @@
 """What goes wrong, as one exception with the exit code that the command line gives it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
 class BridgeError(Exception):
@@ -49,3 +49,29 @@ class Refused(BridgeError):
     """The target can't express the source, or a layout doesn't fit: nothing was written."""
 
     exit_code = 4
+
+
+class ChoiceNeeded(Refused):
+    """The source can be read as two models, and only the user knows which one is meant.
+
+    Attributes:
+        reason: What is ambiguous, with file and key, as full sentences.
+        option: The option that decides, as the command line spells it, such as ``--head``.
+        effects: What each of its values does.
+        source: The path of the checkpoint.
+        kind: The kind of the checkpoint, "hf" or "neox".
+    """
+
+    def __init__(
+        self, reason: str, option: str, effects: Mapping[str, str], source: str, kind: str
+    ) -> None:
+        super().__init__(reason, option, effects, source, kind)  # so that it can be pickled
+        self.reason = reason
+        self.option = option
+        self.effects = dict(effects)
+        self.source = source
+        self.kind = kind
+
+    def __str__(self) -> str:
+        ways = (f"{self.option} {value} {effect}" for value, effect in self.effects.items())
+        return f"{self.reason} {'; '.join(ways)}."

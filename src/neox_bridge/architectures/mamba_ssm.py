@@ -68,7 +68,8 @@ def _write(
     if not config.tied_embeddings:
         written["tie_embeddings"] = False
     vocabulary = {} if _has_rows(own, rows) else _vocabulary(entries, rows)
-    return {**written, **own, **vocabulary}
+    tied = {"tie_embeddings": config.tied_embeddings} if "tie_embeddings" in own else {}
+    return {**written, **own, **vocabulary, **tied}
 
 
 def _block(config: ModelConfig) -> dict[str, Any]:

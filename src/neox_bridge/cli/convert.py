@@ -217,6 +217,15 @@ def convert(
             help="The step that DST is at; the source's, else 0.",
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("keep", "tie"),
+            rich_help_panel=_SOURCE,
+            help="For a tied SRC whose output head differs from the embeddings. keep: write both, "
+            "untied; tie: leave the head out.",
+        ),
+    ] = None,
     revision: Annotated[
         str | None,
         typer.Option(

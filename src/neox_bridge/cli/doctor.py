@@ -192,6 +192,7 @@ def _examine(
     from neox_bridge.compat.targets import name_of
     from neox_bridge.compat.verdict import verdict
     from neox_bridge.errors import BridgeError
+    from neox_bridge.layouts.head import drop_equal_head
 
     try:
         checkpoint = opened()
@@ -208,6 +209,7 @@ def _examine(
             "findings": facts.pop("findings"),
             "verdicts": [facts],
         }
+    checkpoint = drop_equal_head(checkpoint)  # compared once, not for every target
     main = judge(checkpoint, target or own_target(checkpoint))
     verdicts = [main] if target is not None else judge_all(checkpoint)
     facts = {

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,9 +11,10 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
+from neox_bridge.cli.helping import typed
 from neox_bridge.cli.output import label
 from neox_bridge.cli.printable import one_line
-from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.errors import BridgeError, ChoiceNeeded, UsageError
 
 _P = ParamSpec("_P")
 INTERRUPTED = 130
@@ -35,6 +37,8 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
             raise
         except UsageError as error:
             _fail(error.spelled(flag), error.exit_code)
+        except ChoiceNeeded as error:
+            _fail(_with_commands(error), error.exit_code)
         except BridgeError as error:
             _fail(str(error), error.exit_code)
         except (Interrupted, KeyboardInterrupt) as error:
@@ -93,6 +97,19 @@ def _fail(message: str, code: int) -> NoReturn:
 def _say(word: str, message: str) -> None:
     with suppress(OSError):  # nobody is listening any more, and the exit code still tells
         print(label(word), one_line(message), file=sys.stderr, flush=True)
+
+
+def _with_commands(error: ChoiceNeeded) -> str:
+    """The reason, and a command for each choice: the typed one, where it has the option."""
+    command = typed.get()
+    words = ["convert", error.source, f"{error.source.rstrip('/')}-converted", "--to", error.kind]
+    if command is not None and error.option in command.options:
+        words = [command.name, *command.arguments]
+    ways = [
+        f"`{shlex.join(['neox-bridge', *words, error.option, value])}` {effect}"
+        for value, effect in error.effects.items()
+    ]
+    return f"{error.reason} {'; '.join(ways)}."
 
 
 def _os_message(error: OSError) -> str:

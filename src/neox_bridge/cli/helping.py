@@ -1,9 +1,23 @@
 """Commands with help in named groups, without rich (which takes longer than all the rest)."""
 
+from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from typer.core import TyperCommand
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """The command that runs: its name, what was typed after it, and the options that it has."""
+
+    name: str
+    arguments: tuple[str, ...]
+    options: frozenset[str]
+
+
+typed: ContextVar[Typed | None] = ContextVar("typed", default=None)
 
 
 class GroupedCommand(TyperCommand):
@@ -13,7 +27,8 @@ class GroupedCommand(TyperCommand):
         """Parse, but do not take an option's name for the value of the option before it.
 
         ``--fix --in-place run`` would otherwise write into a folder named ``--in-place``. A file
-        of such a name can be given as ``--fix=--in-place`` or ``./--in-place``.
+        of such a name can be given as ``--fix=--in-place`` or ``./--in-place``. What was typed is
+        remembered, for messages that repeat the command.
         """
         options = {
             word: param for param in self.params for word in (*param.opts, *param.secondary_opts)
@@ -26,7 +41,9 @@ class GroupedCommand(TyperCommand):
             takes_value = param is not None and not getattr(param, "is_flag", False)
             if takes_value and word.startswith("-") and value in options:
                 ctx.fail(f"Option {word!r} needs a value, and {value!r} is another option.")
-        return super().parse_args(ctx, args)
+        typed.set(Typed(str(ctx.info_name), tuple(args), frozenset(options)))
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and groups of options; typer's own does so with rich only."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.planning.pieces import Whole
 
+PEEK_BYTES = 4 << 20  # of tensors that are stored twice, which are compared so far and no further
+
 
 def inspect(
     path: Annotated[
@@ -146,9 +148,12 @@ def inspect(
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """What a checkpoint is, as plain data."""
+    from neox_bridge.layouts.copies import copy_findings
+    from neox_bridge.layouts.head import head_findings, head_relation
     from neox_bridge.planning.report import finding_json
     from neox_bridge.stores.paths import size
 
+    stored = head_findings(checkpoint, PEEK_BYTES) + copy_findings(checkpoint, PEEK_BYTES)
     config, state = checkpoint.config, checkpoint.neox
     dtypes: Counter[str] = Counter()
     for whole in checkpoint.tensors.values():
@@ -190,7 +195,8 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "bytes": sum(size(file) for file in checkpoint.files),
         "written_by": checkpoint.record.get("written_by"),
         "dropped": [{"name": d.name, "reason": d.reason} for d in checkpoint.dropped],
-        "findings": [finding_json(finding) for finding in checkpoint.findings],
+        "stored_head": head_relation(checkpoint, PEEK_BYTES),
+        "findings": [finding_json(finding) for finding in (*checkpoint.findings, *stored)],
         "refusals": _refusals(checkpoint),
     }
 
@@ -306,9 +312,15 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("activation", facts["activation"]),
         ("residual", residual + (", one norm a block" if facts["tied_norms"] else "")),
-        ("embeddings", "tied" if facts["tied_embeddings"] else "untied"),
+        ("embeddings", _embeddings(facts)),
         ("biases", f"none in: {', '.join(absent)}" if absent else "everywhere"),
     ]
+
+
+def _embeddings(facts: dict[str, Any]) -> str:
+    if facts["stored_head"] == "differs":
+        return "tied in the config, and the files hold another head"
+    return "tied" if facts["tied_embeddings"] else "untied"
 
 
 def _optimizer_lines(told: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,9 @@ from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, ver
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, way_out_of
+from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.eras import ERAS, fitting
+from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
 from neox_bridge.planning.relayout import relayout_command
 
@@ -118,6 +120,8 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
 
 def _about(checkpoint: Checkpoint) -> Iterator[Case]:
     """What holds whatever loads it."""
+    for finding in (*head_findings(checkpoint), *copy_findings(checkpoint)):
+        yield Case(finding)
     yield case("written-by", "info", f"written by {written_by(checkpoint)}")
     for finding in checkpoint.findings:
         if finding.code not in _RETOLD:

@@ -14,12 +14,18 @@ from typing import Any
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.compat.facts import TransformersFacts
-from neox_bridge.compat.targets import knows_attention_bias, llama_ignores, version_number
+from neox_bridge.compat.targets import (
+    keeps_stored_head,
+    knows_attention_bias,
+    llama_ignores,
+    version_number,
+)
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.head import embeddings_of, head_relation
 from neox_bridge.layouts.weights import expand
 
 _MASKS = re.compile(r"attention\.(bias|masked_bias)$")
@@ -40,6 +46,7 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
         )
         return
     yield from _sizes(checkpoint, facts)
+    yield from _two_heads(checkpoint, facts)
     own = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
     if own:
         yield from _rope(checkpoint, facts)
@@ -56,6 +63,26 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
             f"fraction is {checkpoint.config.rotary_pct:g} (5.0 to 5.4)",
             "save with 5.5 or newer, or correct config.json after saving",
         )
+
+
+def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """A tied config beside a head of its own: each version computes one of two models."""
+    if head_relation(checkpoint) != "differs":
+        return
+    head, embeddings = checkpoint.architecture.head, embeddings_of(checkpoint.architecture)
+    keeps = keeps_stored_head(facts)
+    computes = "both, as an untied model" if keeps else f"{embeddings} alone, and ignores {head}"
+    target = f"{checkpoint.path.rstrip('/')}-one-head"
+    words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "hf", "--head"]
+    yield case(
+        "head-differs",
+        "warning",
+        f"config.json ties the embeddings, and the files hold {head} with other values than "
+        f"{embeddings}: two models. transformers {facts.version} computes with {computes}; 5.0 and "
+        "newer keep both, 4.x ties them",
+        f"{shlex.join([*words, 'keep'])} for the untied model, or {shlex.join([*words, 'tie'])} "
+        "for the tied one",
+    )
 
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:

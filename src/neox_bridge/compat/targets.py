@@ -148,6 +148,11 @@ def knows_attention_bias(facts: TransformersFacts) -> bool:
     return version_number(facts.version) >= (4, 37)
 
 
+def keeps_stored_head(facts: TransformersFacts) -> bool:
+    """A tied model's head that differs is kept since 5.0 (modeling_utils.py, tie_weights)."""
+    return version_number(facts.version) >= (5, 0)
+
+
 def llama_ignores(family: str, config: ModelConfig, facts: TransformersFacts) -> list[str]:
     """What old versions of transformers leave out of a Llama without a word, and since when not.
 

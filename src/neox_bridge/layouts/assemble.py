@@ -110,7 +110,8 @@ def assemble(
         raise BridgeError(
             f"{folder}: tensors are missing, in Hugging Face's words: {some(absent)}."
         )
-    if extra := sorted(set(shards) - want):
+    stored_head = {architecture.head} if config.tied_embeddings and not config.reward else set()
+    if extra := sorted(set(shards) - want - stored_head):  # neox_reader takes the head out
         raise BridgeError(
             f"{folder}: tensors that the config denies: {some(extra)}. Correct the yml."
         )

@@ -13,7 +13,23 @@ from neox_bridge.planning.pieces import Dropped, Whole
 
 Kind = Literal["hf", "neox"]
 LayoutName = Literal["layers", "ranks"]
+HeadChoice = Literal["keep", "tie"]
 RECORD = "neox_bridge.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor that is stored twice.
+
+    name: what both are called in the model. read: the one that ``Checkpoint.tensors`` has. other:
+        the second one. read_as, other_as: their names in the files.
+    """
+
+    name: str
+    read: TensorRef
+    other: TensorRef
+    read_as: str
+    other_as: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +73,10 @@ class Checkpoint:
     tokenizer: absolute paths of tokenizer files that came with it.
     tokenizer_size: entries of the tokenizer, where one was found.
     form: the other library's in which a Hugging Face folder is; None for transformers'.
+    tied_head: an output head that the files hold although the config ties it to the embeddings,
+        until ``head.decide_head`` compares the two. It isn't among ``tensors``.
+    head_choice: what the user chose where that head differs from the embeddings.
+    copies: tensors that the files hold twice; ``tensors`` has the first of each.
     """
 
     kind: Kind
@@ -76,6 +96,9 @@ class Checkpoint:
     generation: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""
     form: Form | None = None
+    tied_head: Whole | None = None
+    head_choice: HeadChoice | None = None
+    copies: tuple[Copy, ...] = ()
 
     @property
     def size(self) -> int:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,10 +15,12 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint, Copy, some
 from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.head import embeddings_of
 from neox_bridge.layouts.own_files import brought_along, check_own
 from neox_bridge.layouts.record_file import read_record
+from neox_bridge.layouts.same_values import same_place
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.tensor_names import check_names, tensors_of
 from neox_bridge.layouts.text_files import LARGE, read_json
@@ -45,14 +48,41 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
             raw = {**kept, **raw}
     check_hf(raw)  # what mamba_ssm says in its own words too
     architecture = for_hf(raw)
-    refs, files = _read_tensors(path)
-    named, dropped = _normalise(architecture, refs, path)
-    if raw.get("tie_word_embeddings") and architecture.head in named:
-        del named[architecture.head]
-        dropped.append(Dropped(architecture.head, "the embeddings are tied"))
-    inv_freqs = {k: v for k, v in refs.items() if k.endswith("rotary_emb.inv_freq")}
+    stored = _read_tensors(path)
+    named, dropped, aliased = _normalise(architecture, stored.tensors, path)
+    head, more = _tied_head(architecture, raw, named)
+    dropped += more
+    copies = [*aliased, *_renamed(architecture, stored.copies)]
+    inv_freqs = {k: v for k, v in stored.tensors.items() if k.endswith("rotary_emb.inv_freq")}
     wholes = {name: whole_of(ref) for name, ref in named.items()}
-    return checkpoint_of(path, raw, wholes, files, dropped, inv_freqs, revision, form)
+    checkpoint = checkpoint_of(
+        path, raw, wholes, stored.files, dropped, inv_freqs, revision, form, head
+    )
+    return replace(
+        checkpoint,
+        copies=tuple(copies),
+        findings=(*checkpoint.findings, *stored.findings),
+    )
+
+
+def _tied_head(
+    architecture: Architecture, raw: Mapping[str, Any], named: dict[str, TensorRef]
+) -> tuple[Whole | None, list[Dropped]]:
+    """Take the head of a tied model out of the tensors.
+
+    Returns it, where it may differ from the embeddings, and what is dropped. A head alone stands
+    for both, as in every transformers (shared tensors that safetensors saved under one name).
+    """
+    name, embeddings = architecture.head, embeddings_of(architecture)
+    if not raw.get("tie_word_embeddings") or name not in named:
+        return None, []
+    head = named.pop(name)
+    if embeddings not in named:
+        named[embeddings] = head
+        return None, []
+    if same_place(head, named[embeddings]):
+        return None, [Dropped(name, "it is the same tensor as the embeddings, which are tied")]
+    return whole_of(head), []
 
 
 def checkpoint_of(
@@ -64,6 +94,7 @@ def checkpoint_of(
     inv_freqs: Mapping[str, TensorRef] = MappingProxyType({}),
     revision: str = "",
     form: Form | None = None,
+    tied_head: Whole | None = None,
 ) -> Checkpoint:
     """A checkpoint of these tensors, under the table's Hugging Face names, checked against it.
 
@@ -109,15 +140,28 @@ def checkpoint_of(
         else record.get("generation_config") or {},
         revision=revision,
         form=form,
+        tied_head=tied_head,
     )
 
 
-def _read_tensors(path: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What the files of weights hold, by the names there. copies: tensors that are in two files."""
+
+    tensors: dict[str, TensorRef]
+    files: tuple[str, ...]
+    copies: list[Copy] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def _read_tensors(path: str) -> _Stored:
     for single in _SINGLE:
         file = os.path.join(path, single)
+        index = f"{file}.index.json"
         if exists(file):
-            return _read_file(file), (file,)
-        if exists(index := f"{file}.index.json"):
+            beside = [_index_ignored(single)] if exists(index) else []
+            return _Stored(_read_file(file), (file,), findings=beside)
+        if exists(index):
             return _read_sharded(path, index)
     raise BridgeError(
         f"{path} has a config.json, but none of {', '.join(_SINGLE)} or their index files. "
@@ -125,12 +169,23 @@ def _read_tensors(path: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     )
 
 
-def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+def _index_ignored(single: str) -> Finding:
+    """transformers looks for the single file first (modeling_utils.py)."""
+    return Finding(
+        "index-ignored",
+        "warning",
+        f"{single}.index.json and {single} are both in the folder. {single} is read, as "
+        "transformers does, and the shards that the index names are not",
+        f"remove the one that is out of date: {single}, or the index with its shards",
+    )
+
+
+def _read_sharded(path: str, index: str) -> _Stored:
     check_own(index, path)
     weight_map = read_json(index, LARGE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
-    tensors: dict[str, TensorRef] = {}
+    places: dict[str, list[tuple[str, TensorRef]]] = {}
     names = sorted(set(weight_map.values()))
     for name in names:
         if os.path.basename(name) != name or name in ("", ".", ".."):
@@ -144,13 +199,20 @@ def _read_sharded(path: str, index: str) -> tuple[dict[str, TensorRef], tuple[st
                 f"{file} is missing, and {os.path.basename(index)} names it. Download it."
             )
         for key, ref in _read_file(file).items():
-            if weight_map.get(key, name) == name:
-                if key in tensors:
-                    raise BridgeError(f"{key} stands in two files of {path}. Remove one of them.")
+            places.setdefault(key, []).append((name, ref))
+    tensors: dict[str, TensorRef] = {}
+    copies: list[Copy] = []
+    for key, places_of_key in places.items():
+        last = places_of_key[-1][0]
+        wanted = weight_map.get(key, last)  # an unlisted tensor: transformers takes the last one
+        for name, ref in places_of_key:
+            if name == wanted:
                 tensors[key] = ref
+        others = (ref for name, ref in places_of_key if name != wanted)
+        copies += [Copy(key, tensors[key], ref, key, key) for ref in others if key in tensors]
     if missing := sorted(set(weight_map) - set(tensors)):
         raise BridgeError(f"{index} names tensors that its files don't hold: {some(missing)}.")
-    return tensors, tuple(files)
+    return _Stored(tensors, tuple(files), copies)
 
 
 def _read_file(file: str) -> dict[str, TensorRef]:
@@ -170,23 +232,22 @@ def _read_file(file: str) -> dict[str, TensorRef]:
 
 def _normalise(
     architecture: Architecture, refs: Mapping[str, TensorRef], path: str
-) -> tuple[dict[str, TensorRef], list[Dropped]]:
-    """Tensors under the names of the table, and the known buffers that go."""
+) -> tuple[dict[str, TensorRef], list[Dropped], list[Copy]]:
+    """Tensors under the names of the table, the known buffers that go, and second copies."""
     known = {w.hf.format(i="#") for w in architecture.weights if w.split != "zero"}
     reasons = {name.format(i="#"): reason for name, reason in architecture.dropped.items()}
     named: dict[str, TensorRef] = {}
-    dropped, unknown = [], []
+    keys: dict[str, str] = {}
+    dropped, unknown, copies = [], [], []
     for key, ref in refs.items():
-        name = architecture.aliases.get(key, key)
-        pattern = re.sub(r"\.\d+\.", ".#.", name, count=1)
-        if pattern not in known and pattern not in reasons:
-            name, pattern = architecture.prefix + name, architecture.prefix + pattern
+        name, pattern = _table_name(architecture, key, {*known, *reasons})
         if pattern in reasons:
             dropped.append(Dropped(key, reasons[pattern]))
         elif pattern in known:
             if name in named:
-                raise BridgeError(f"{path}: {key} stands there twice, under two names.")
-            named[name] = ref
+                copies.append(Copy(name, named[name], ref, keys[name], key))
+                continue
+            named[name], keys[name] = ref, key
         else:
             unknown.append(key)
     if unknown:
@@ -194,7 +255,27 @@ def _normalise(
             f"{path} holds tensors that no {architecture.model_type} model has: "
             f"{some(sorted(unknown))}. They would be lost; remove them first if that is right."
         )
-    return named, dropped
+    return named, dropped, copies
+
+
+def _table_name(architecture: Architecture, key: str, patterns: Collection[str]) -> tuple[str, str]:
+    """What the table calls a tensor of a file, and that with # for the number of its block."""
+    name = architecture.aliases.get(key, key)
+    pattern = re.sub(r"\.\d+\.", ".#.", name, count=1)
+    if pattern not in patterns:
+        name, pattern = architecture.prefix + name, architecture.prefix + pattern
+    return name, pattern
+
+
+def _renamed(architecture: Architecture, copies: Iterable[Copy]) -> list[Copy]:
+    """Copies of a tensor in other files under the table's names; buffers that go don't count."""
+    known = {w.hf.format(i="#") for w in architecture.weights if w.split not in NEOX_ONLY}
+    renamed = []
+    for copy in copies:
+        name, pattern = _table_name(architecture, copy.name, known)
+        if pattern in known:
+            renamed.append(replace(copy, name=name))
+    return renamed
 
 
 def _count_layers(named: Iterable[str], path: str, raw: Mapping[str, Any]) -> int:

@@ -124,6 +124,7 @@ def open_neox(
         universal=universal,
     )
     config, tensors, dropped, more = checkpoint
+    tied_head = tensors.pop(architecture.head, None) if config.tied_embeddings else None
     if universal:
         from neox_bridge.layouts.universal import as_computed, dtype_of
 
@@ -155,6 +156,7 @@ def open_neox(
         tokenizer=tokenizer,
         tokenizer_size=tokenizer_size(tokenizer) or record.get("tokenizer_size"),
         generation=record.get("generation_config") or {},
+        tied_head=tied_head,
     )
 
 

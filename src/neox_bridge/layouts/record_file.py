@@ -41,6 +41,7 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     "source": _is_object,
     "gqa_order": is_name,
     "written_by": is_name,
+    "head": is_name,
 }
 _NEOX: dict[str, Callable[[object], bool]] = {"iteration": is_count, "yml": _is_object}
 

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
+from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.gqa import with_gqa_order
+from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
 from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.option_checks import check_options, kind_of
@@ -24,6 +26,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     """
     kind = kind_of(checkpoint, options)
     check_options(checkpoint, options)
+    checkpoint = decide_head(check_copies(checkpoint), options.head)
     if kind != checkpoint.kind and checkpoint.refusals:
         relayout = relayout_command(checkpoint, target)
         refuse_all(checkpoint.refusals, checkpoint.path, relayout)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from neox_bridge.errors import UsageError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
+from neox_bridge.layouts.head import check_head
 from neox_bridge.planning.options import SIDES, Options
 
 _NAMES: dict[Kind, str] = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
@@ -53,6 +54,8 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
         )
     if "crc" in given and kind == "hf" and options.format in (None, "transformers"):
         raise UsageError(["crc"], "only .pt files hold checksums, not safetensors", "Leave it out.")
+    if "head" in given and options.head is not None:
+        check_head(checkpoint)
     check_layout(options.layout, options.pp)
     if "inv_freq" in given and not _has_rotary_buffer(checkpoint):
         raise UsageError(["inv_freq"], "this model has no rotary embeddings", "Leave it out.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from os.path import basename
 from typing import Literal
 
-from neox_bridge.layouts.checkpoint import Kind, LayoutName
+from neox_bridge.layouts.checkpoint import HeadChoice, Kind, LayoutName
 from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, MlpNames
 
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
@@ -34,6 +34,8 @@ class Options:
     optimizer: "fresh" adds one to a GPT-NeoX target, so that a run goes on without ``finetune``.
     dp: the data-parallel ranks that it is for.
     iteration: the step of a GPT-NeoX target, in place of the source's.
+    head: for a tied source whose files hold an output head that differs from the embeddings:
+        "keep" writes an untied model with both, "tie" leaves the head out.
     """
 
     to: Kind | None = None
@@ -56,6 +58,7 @@ class Options:
     optimizer: Literal["none", "fresh"] = "none"
     dp: int = 1
     iteration: int | None = None
+    head: HeadChoice | None = None
 
     def asked(self) -> dict[str, object]:
         """What isn't the default, in plain words, without paths of the machine."""

@@ -69,11 +69,14 @@ def public_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _base(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "written_by": f"neox-bridge {__version__}",
         "source": source_summary(checkpoint),
     }
+    if checkpoint.head_choice is not None:
+        record["head"] = checkpoint.head_choice
+    return record
 
 
 def _name(checkpoint: Checkpoint) -> str:

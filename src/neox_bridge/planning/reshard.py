@@ -8,6 +8,7 @@ from typing import Any
 
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter, states
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import describe_tokenizer
@@ -39,6 +40,7 @@ def plan_reshard(
     given: states to take in place of the source's, by state and Hugging Face name.
     Raises Refused for ranks that the model or the batch doesn't fit.
     """
+    checkpoint = decide_head(checkpoint, None)
     state = checkpoint.neox
     assert state is not None
     if asked.zero is not None:

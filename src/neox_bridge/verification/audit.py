@@ -7,6 +7,8 @@ from math import prod
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.copies import check_copies
+from neox_bridge.layouts.head import ambiguity, as_stored
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer_reader import has_optimizer, read_optimizer
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
@@ -101,10 +103,11 @@ def audit(
             except (BridgeError, OSError) as error:
                 found.append(replace(_unreadable(one.run, one.place, error), code="no-states"))
         try:
+            checkpoint = as_stored(check_copies(one.checkpoint))
             step = read_step(
                 one.run,
                 one.place,
-                one.checkpoint,
+                checkpoint,
                 optimizer=held,
                 cache=cache,
                 workers=workers,
@@ -114,6 +117,8 @@ def audit(
             found.append(_unreadable(one.run, one.place, error))
         else:
             runs[one.run].append(step)
+            if one.checkpoint.tied_head is not None and not checkpoint.config.tied_embeddings:
+                found.append(_two_heads(one.run, one.place, one.checkpoint))
     for run, steps in runs.items():
         found += judge(steps)
         found += missing_faults(run, sorted(set(numbers.get(run, ()))))
@@ -141,6 +146,13 @@ def verdict(step: Step, faults: Iterable[Fault]) -> str:
     """The worst that is said of a step: error, warning or ok."""
     worst = {f.severity for f in faults if f.run == step.run and step.label in f.steps}
     return next((word for word in _ORDER[:2] if word in worst), "ok")
+
+
+def _two_heads(run: str, place: Place, checkpoint: Checkpoint) -> Fault:
+    message, remedy = ambiguity(checkpoint)
+    return Fault(
+        "head-differs", "warning", f"{place.label}: {message}", remedy, run, (place.label,)
+    )
 
 
 def _unreadable(run: str, place: Place, error: Exception) -> Fault:

@@ -7,6 +7,8 @@ from math import prod
 from neox_bridge.architectures.base import Weight
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.copies import check_copies
+from neox_bridge.layouts.head import as_stored
 from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
@@ -26,8 +28,9 @@ def diff(
 
     Shards are put together, row biases summed; rows of zeros that only one has at the end of its
     vocabulary are padding. Other dtypes are said, and the values compared in the second's.
-    pattern: a glob of names.
+    pattern: a glob of names. Raises Refused where a checkpoint stores two values of one tensor.
     """
+    first, second = (as_stored(check_copies(one)) for one in (first, second))
     layers = max(first.config.layers, second.config.layers)
     weights = by_name(first.architecture, layers)
     names = sorted({*first.tensors, *second.tensors})

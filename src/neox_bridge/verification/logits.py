@@ -9,9 +9,12 @@ from torch import Tensor
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.copies import check_copies
+from neox_bridge.layouts.head import as_stored
 from neox_bridge.verification.causes import Hypothesis, hypotheses
 from neox_bridge.verification.reference import Stage
 from neox_bridge.verification.sides import Settings, Side, side
+from neox_bridge.verification.verify import as_one_model
 
 # relative to the largest value: fp32's rounding in one layer, and in a model's logits
 LAYER = 2e-5
@@ -75,6 +78,7 @@ def compare_logits(
 
     Raises BridgeError for models that can't be computed here.
     """
+    first, second = as_one_model(first, second)
     sides = [side(checkpoint, tokens, device) for checkpoint in (first, second)]
     a, b = (_logits(one) for one in sides)
     rows = min(first.vocab_rows, second.vocab_rows)
@@ -105,6 +109,7 @@ def compare_recorded(
     recorded: float32 [b, s, v], of tokens [b, s]. For a GPT-NeoX checkpoint that doesn't compute
     them, the meaning of its weights that does is looked for; a grouped-query order, for one.
     """
+    checkpoint = as_stored(check_copies(checkpoint))
     one = side(checkpoint, tokens, device)
     rows = min(checkpoint.vocab_rows, recorded.shape[-1])
     wanted = recorded.to(device)[..., :rows].flatten(0, -2)

@@ -10,6 +10,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.head import as_stored
 from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
 from neox_bridge.planning.pieces import Shape, Whole
 from neox_bridge.verification.compare import each, values
@@ -65,6 +66,7 @@ def statistics(
     is read once, block by block. pattern: a glob of Hugging Face names. progress: called with the
     bytes of each tensor. Raises BridgeError, naming the file, where one can't be read.
     """
+    checkpoint = as_stored(checkpoint)
     weights = by_name(checkpoint.architecture, checkpoint.config.layers)
     order = {name: place for place, name in enumerate(weights)}
     chosen = matching(pattern, checkpoint.tensors)

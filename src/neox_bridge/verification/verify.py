@@ -9,6 +9,8 @@ from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.copies import check_copies
+from neox_bridge.layouts.head import as_stored, head_as_in
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
@@ -57,10 +59,13 @@ def verify(
     twice and row biases spread over ranks, whole or divided, are no differences. progress: called
     with the bytes of each tensor compared.
     """
+    said = source.findings
+    source, target = as_one_model(source, target)
     wholes, config = _as_the_target_has_it(source, target)
     weights = by_name(source.architecture, config.layers)
     rows = min(source.vocab_rows, target.vocab_rows)
-    findings = list(_config_findings(config, target.config))
+    findings = [finding for finding in source.findings if finding not in said]
+    findings += _config_findings(config, target.config)
     if rows < source.vocab_rows:
         findings.append(_cut(rows, source.vocab_rows, target))
     context = Context(progress)
@@ -81,6 +86,16 @@ def verify(
         tuple(difference for difference in found if difference.kind != "equal"),
         (*findings, *(f for f in target.findings if f.code == "inv-freq-differs")),
     )
+
+
+def as_one_model(source: Checkpoint, target: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """Both, where they store a tensor twice, as the models that are to be compared.
+
+    A source with a head that its config ties is what the target was made as: see ``head_as_in``.
+    Raises Refused where either stores two values of one tensor.
+    """
+    target = as_stored(check_copies(target))
+    return head_as_in(check_copies(source), target), target
 
 
 def checker(

@@ -1,0 +1,58 @@
+"""Elements of stored tensors, a box at a time, in bounded memory and wherever the file lies."""
+
+from math import prod
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.dtypes import itemsize, to_numpy
+from neox_bridge.formats.tensor_ref import TensorRef, row_major
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_GAPS = 4  # a box is read as one run of bytes where that is at most so many times its size
+
+
+def read_box(
+    file: BinaryIO, ref: TensorRef, start: tuple[int, ...], shape: tuple[int, ...]
+) -> "Array":
+    """Read a box of a tensor, in the tensor's dtype.
+
+    Args:
+        file: ``ref.file``, open.
+        ref: The tensor, strided or not.
+        start: The first element of the box, one number for each dimension.
+        shape: The size of the box.
+
+    Raises:
+        BridgeError: The file is shorter than the tensor says.
+    """
+    import numpy as np
+
+    dtype, size = to_numpy(ref.dtype), itemsize(ref.dtype)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    strides = ref.strides or row_major(ref.shape)
+    spans = [(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]
+    extent = 1 + sum(spans)
+    if extent > _GAPS * prod(shape):  # half by half, so that gaps are not read
+        longest = spans.index(max(spans))
+        half = shape[longest] // 2
+        out: Array = np.empty(shape, dtype)
+        for low, count in ((0, half), (half, shape[longest] - half)):
+            begin = (*start[:longest], start[longest] + low, *start[longest + 1 :])
+            part = (*shape[:longest], count, *shape[longest + 1 :])
+            place = (*(slice(None),) * longest, slice(low, low + count))
+            out[place] = read_box(file, ref, begin, part)
+        return out
+    first = sum(a * b for a, b in zip(start, strides, strict=True))
+    file.seek(ref.offset + first * size)
+    data = file.read(extent * size)
+    if len(data) < extent * size:
+        missing = extent * size - len(data)
+        raise BridgeError(f"{ref.file} is {missing:,} bytes too short. Copy or download it again.")
+    steps = tuple(size * stride for stride in strides)
+    box: Array = np.ndarray(shape, dtype, data, 0, steps)
+    return box
