@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from areas import AREAS, Area
 from cosmic_ray.ast.ast_query import ASTQuery
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.testing import run_tests
+from cosmic_ray.work_item import TestOutcome
+from coverage import CoverageData
 from operators import operators, positions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,27 +129,70 @@ def _changed_lines(source: str, mutated: str) -> tuple[str, str]:
     return " ".join(removed), " ".join(added)
 
 
-def run(area: Area, mutant: Mutant, tree: Path, seconds: float) -> dict[str, Any]:
-    """The outcome of one mutant in a copy of the repository: killed, survived or incompetent."""
+def run(area: Area, mutant: Mutant, tree: Path, tests: "Tests", seconds: float) -> dict[str, Any]:
+    """The outcome of one mutant in a copy of the repository: killed, survived or incompetent.
+
+    The tests that execute the line run first. Where they notice nothing, all tests of the area
+    run, since those that start processes are not seen to execute it.
+    """
     target = tree / mutant.file
     original = target.read_text(encoding="utf-8")
     mutated = mutate_code(original, OPERATORS[mutant.operator], mutant.occurrence)
     started = time.monotonic()
     try:
         target.write_text(mutated or original, encoding="utf-8")
-        outcome, _ = run_tests(_command(area, tree), seconds)
+        outcome = TestOutcome.SURVIVED
+        if near := tests.near(mutant):
+            outcome, _ = run_tests(_pytest(tree, near), seconds)
+        if outcome == TestOutcome.SURVIVED:
+            outcome, _ = run_tests(_pytest(tree, area.tests), seconds)
     finally:
         target.write_text(original, encoding="utf-8")
     took = round(time.monotonic() - started, 1)
     return {**asdict(mutant), "outcome": outcome.value, "seconds": took}
 
 
-def _command(area: Area, tree: Path) -> str:
-    """pytest on the area's tests, with the copy's package."""
-    tests = [test for test in area.tests if (tree / test).exists()]
-    environment = ["env", f"--chdir={tree}", f"PYTHONPATH={tree / 'src'}"]
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    return shlex.join([*environment, sys.executable, "-m", "pytest", *options, *tests])
+@dataclass(frozen=True, slots=True)
+class Tests:
+    """The tests of an area: their seconds, and those that execute a line, by file and line."""
+
+    seconds: dict[str, float]
+    by_line: dict[str, dict[int, list[str]]]
+
+    def near(self, mutant: Mutant) -> list[str]:
+        """The tests that execute the mutant's line, the quickest first."""
+        names = self.by_line.get(mutant.file, {}).get(mutant.line, [])
+        return sorted({name for name in names if name}, key=lambda name: self.seconds[name])
+
+
+def measure(name: str, area: Area, tree: Path) -> Tests:
+    """Run an area's tests without a mutant. Exits where they fail."""
+    data, seconds = HOME / f"{name}.coverage", HOME / f"{name}.seconds.json"
+    data.unlink(missing_ok=True)
+    os.environ |= {"MUTANTS_SECONDS": str(seconds), "COVERAGE_FILE": str(data)}
+    measuring = ["-m", "coverage", "run", f"--source={tree / 'src'}"]
+    plugin = [f"PYTHONPATH={tree / 'src'}:{Path(__file__).parent}", "-p", "plugin"]
+    outcome, output = run_tests(_pytest(tree, area.tests, measuring, plugin), 3600)
+    if outcome != TestOutcome.SURVIVED:
+        sys.exit(f"{name}: the tests fail without any mutant.\n{output[-3000:]}")
+    covered = CoverageData(str(data))
+    covered.read()
+    by_line = {
+        Path(file).relative_to(tree).as_posix(): covered.contexts_by_lineno(file)
+        for file in covered.measured_files()
+    }
+    return Tests(json.loads(seconds.read_text(encoding="utf-8")), by_line)
+
+
+def _pytest(
+    tree: Path, tests: Sequence[str], measuring: Sequence[str] = (), plugin: Sequence[str] = ()
+) -> str:
+    """The command that runs these tests with the copy's package, until the first fails."""
+    existing = [test for test in tests if (tree / test.partition("::")[0]).exists()]
+    path, *options = plugin or (f"PYTHONPATH={tree / 'src'}",)
+    options += ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    start = ["env", f"--chdir={tree}", path, sys.executable, *measuring, "-m", "pytest"]
+    return shlex.join([*start, *options, *existing])
 
 
 def copy_repository(tree: Path) -> None:
@@ -204,11 +249,8 @@ def run_area(name: str, arguments: argparse.Namespace, trees: list[Path]) -> Non
     ]
     if not waiting:
         return
-    started = time.monotonic()
-    outcome, output = run_tests(_command(area, trees[0]), 3600)
-    if outcome.value != "survived":
-        sys.exit(f"{name}: the tests fail without any mutant.\n{output[-3000:]}")
-    seconds = (time.monotonic() - started) * 3 + 60
+    tests = measure(name, area, trees[0])
+    seconds = sum(tests.seconds.values()) * 3 + 60
     print(f"{name}: {len(waiting)} of {len(sample)} mutants to run", flush=True)
     free: SimpleQueue[Path] = SimpleQueue()
     for tree in trees:
@@ -217,7 +259,7 @@ def run_area(name: str, arguments: argparse.Namespace, trees: list[Path]) -> Non
     def one(mutant: Mutant) -> None:
         tree = free.get()
         try:
-            result = run(area, mutant, tree, seconds)
+            result = run(area, mutant, tree, tests, seconds)
         finally:
             free.put(tree)
         with RESULTS.open("a", encoding="utf-8") as file:
