@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from neox_bridge.execution import exchange
+from neox_bridge.execution.staging import LATEST
 
 
 @dataclass
@@ -69,6 +70,12 @@ class Disk:
             if key in self.unflushed:
                 self.problems.append(f"{one} is not flushed when {path} gets its name")
 
+    def pointed(self, path: str) -> None:
+        """A ``latest`` is about to appear: the entry of the step that it names must be flushed."""
+        status = os.stat(os.path.dirname(path))
+        if (status.st_dev, status.st_ino) in self.unflushed:
+            self.problems.append(f"{path} may be on the disk before the step that it names")
+
     def entered(self, journal: str, data: bytes) -> None:
         """A journal says that files are finished: their bytes must be on the disk."""
         files = os.path.join(os.path.dirname(journal), "files")
@@ -81,7 +88,7 @@ class Disk:
     def check(self, target: Path) -> None:
         """Fail where a power cut during or right after the run could have broken the target."""
         assert not self.problems, self.problems
-        for path in (target.parent, target, *target.rglob("*")):
+        for path in (*target.parents, target, *target.rglob("*")):
             status = os.lstat(path)
             assert (status.st_dev, status.st_ino) not in self.unflushed, f"{path} is not flushed"
 
@@ -129,6 +136,11 @@ def recording(monkeypatch: Any, disk: Disk | None = None) -> Iterator[Disk]:
         def removed(_: None, path: str, *, dir_fd: int | None = None) -> None:
             disk.entry(path if dir_fd is None else os.path.join(path_of(dir_fd), path))
 
+        def renaming(old: str, new: str) -> None:
+            disk.named(old)
+            if os.path.basename(new) in LATEST and "/files/" not in new:
+                disk.pointed(new)
+
         def moved(_: None, old: str, new: str) -> None:
             disk.entry(old)
             disk.entry(new)
@@ -146,7 +158,7 @@ def recording(monkeypatch: Any, disk: Disk | None = None) -> Iterator[Disk]:
         around(os, "fsync", lambda _, fd: disk.flushed(fd))
         around(os, "mkdir", lambda _, path, *_more: disk.entry(path))
         around(os, "unlink", removed)
-        around(os, "rename", moved, lambda old, new: disk.named(old))
-        around(os, "replace", moved, lambda old, new: disk.named(old))
+        around(os, "rename", moved, renaming)
+        around(os, "replace", moved, renaming)
         around(exchange, "_exchange", exchanged, lambda new, old: disk.named(new))
         yield disk

@@ -169,3 +169,16 @@ def test_links_of_a_source_inside_the_target_are_found(model: Path, tmp_path: Pa
     with pytest.raises(BridgeError, match="holds the source"):
         execute(plan, str(tmp_path / "out"), overwrite=True)
     assert (snapshot / "model.safetensors").is_symlink()
+
+
+def test_a_source_that_is_a_link_into_the_target_is_found(model: Path, tmp_path: Path) -> None:
+    """The link lies elsewhere, but the file that it leads to would be replaced."""
+    source, blobs = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(model, source)
+    blobs.mkdir()
+    (source / "model.safetensors").rename(blobs / "weights")
+    (source / "model.safetensors").symlink_to(blobs / "weights")
+    plan = plan_of(source, blobs, tp=1)
+    with pytest.raises(BridgeError, match="holds the source"):
+        execute(plan, str(blobs), overwrite=True)
+    assert (blobs / "weights").is_file()
