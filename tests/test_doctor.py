@@ -338,7 +338,10 @@ def test_optimizer_states_and_finetune(hf: Path, tmp_path: Path) -> None:
     edit_yml(root, finetune=False)
     without = "TypeError: 'NoneType' object is not subscriptable"
     assert judged(root, "today").message == without
-    (step_of(root) / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
+    states = step_of(root) / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    states.write_bytes(b"")
+    assert "optimizer-unreadable" in codes(judged(root, "today"), "warning")
+    torch.save({"optimizer_state_dict": {"ds_version": "0.16.5"}}, states)
     assert "optimizer-states" in codes(judged(root, "today"), "info")
     edit_yml(root, finetune=True)
     assert not {"optimizer-states", "no-optimizer-states"} & codes(judged(root, "today"), "info")

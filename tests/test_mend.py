@@ -205,11 +205,12 @@ def test_a_deviating_buffer_isn_t_lost_in_silence(tmp_path: Path, pp: int) -> No
 @pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_optim_states.pt"])
 def test_optimizer_states(tmp_path: Path, name: str) -> None:
     root = neox(tmp_path, "2024-03")
-    (step_of(root) / name).write_bytes(b"states")
+    torch.save({"optimizer_state_dict": {"ds_version": "0.16.5"}}, step_of(root) / name)
+    states = (step_of(root) / name).read_bytes()
     # a buffer only: they stay, and so does the file that goes with them
     doctor(root, "--for", "neox@2024-09", "--fix", tmp_path / "kept")
     kept = step_of(tmp_path / "kept")
-    assert (kept / name).read_bytes() == b"states"
+    assert (kept / name).read_bytes() == states
     first = "mp_rank_00_model_states.pt"
     assert (kept / first).read_bytes() == (step_of(root) / first).read_bytes()
     assert answer(tmp_path / "kept", "neox@2024-09") == "loads"

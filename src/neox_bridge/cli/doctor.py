@@ -330,5 +330,6 @@ def _mend(
             print(f"dropped: {drop.name}: {drop.reason}")
         for note in plan.notes:
             print(note)
-        print(f"mended {where}: {len(plan.notes)} of {len(plan.files)} files rewritten")
+        count = sum(file.copy_of is None for file in plan.files)
+        print(f"mended {where}: {count} of {len(plan.files)} files rewritten")
     return {"path": os.path.abspath(where), "files": len(plan.files), **remarks(plan)}

@@ -194,6 +194,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "files": list(checkpoint.files),
         "bytes": sum(size(file) for file in checkpoint.files),
         "written_by": checkpoint.record.get("written_by"),
+        "has_optimizer": checkpoint.has_optimizer,
         "dropped": [{"name": d.name, "reason": d.reason} for d in checkpoint.dropped],
         "stored_head": head_relation(checkpoint, PEEK_BYTES),
         "findings": [finding_json(finding) for finding in (*checkpoint.findings, *stored)],
@@ -269,8 +270,9 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if neox is not None:
         count = len(neox["optimizer"])
         held = f"{plural(count, 'file')} of states, which conversion leaves out"
-        inside = any(d["reason"] == "optimizer states" for d in facts["dropped"])
-        none = "states inside the weight files, left out" if inside else "not present"
+        none = "not present"
+        if facts["has_optimizer"]:
+            none = "states inside the weight files, left out"
         none = "a file for each state of each parameter" if neox["universal"] else none
         lines.append(("optimizer", held if count else none))
     if facts["written_by"]:

@@ -9,8 +9,9 @@ from neox_bridge.compat.judge_neox import judge_neox
 from neox_bridge.compat.neox_folder import stray_cases
 from neox_bridge.compat.targets import Target, name_of, refuse_version, target_named
 from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, verdict
+from neox_bridge.doctor.resuming import judge_resuming
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Finding, unrepeated
 from neox_bridge.layouts.checkpoint import Checkpoint, way_out_of
 from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.eras import ERAS, fitting
@@ -21,8 +22,8 @@ from neox_bridge.planning.relayout import relayout_command
 # what a folder is tried in where no target is named; transformers: one on each side of a change
 KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
 KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
-# of opening: said again, with what it does to the target, by the judges
-_RETOLD = {"yml-key-twice", "config-size", "rope-spellings-differ"}
+# what a reader notices, and the judges tell again with what it does to the target
+_RETOLD = ("yml-key-twice", "config-size", "rope-spellings-differ")
 
 
 def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Finding]:
@@ -36,11 +37,12 @@ def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Findi
 def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
     """Whether the target loads the checkpoint: the verdict, and every case behind it."""
     meeting = list(_meeting(checkpoint, target))
-    said = {case.finding.code for case in meeting}  # with what it means for this target
-    cases = [case for case in _about(checkpoint) if case.finding.code not in said] + meeting
-    if checkpoint.neox is not None:
-        cases += _optimizer(checkpoint)  # loaded after the weights
-    return verdict(name_of(target), cases)
+    noticed = unrepeated(
+        [*checkpoint.findings, *_about(checkpoint)], [case.finding for case in meeting], _RETOLD
+    )
+    written = case("written-by", "info", f"written by {written_by(checkpoint)}")
+    resuming = judge_resuming(checkpoint, target)  # loaded after the weights
+    return verdict(name_of(target), [written, *map(Case, noticed), *meeting, *resuming])
 
 
 def judge_all(checkpoint: Checkpoint) -> list[Verdict]:
@@ -118,56 +120,23 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         )
 
 
-def _about(checkpoint: Checkpoint) -> Iterator[Case]:
+def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What holds whatever loads it."""
-    for finding in (*head_findings(checkpoint), *copy_findings(checkpoint)):
-        yield Case(finding)
-    yield case("written-by", "info", f"written by {written_by(checkpoint)}")
-    for finding in checkpoint.findings:
-        if finding.code not in _RETOLD:
-            yield Case(finding)
+    yield from head_findings(checkpoint)
+    yield from copy_findings(checkpoint)
     if checkpoint.tokenizer_size is None:
         message = "no tokenizer lies in the folder, so AutoTokenizer fails there"
         if checkpoint.kind == "neox":
             message = "the tokenizer isn't known, so the number of rows can't be checked"
         way = "name one when you convert: --tokenizer PATH"
-        yield case("no-tokenizer", "info", message, way)
+        yield Finding("no-tokenizer", "info", message, way)
     elif checkpoint.tokenizer_size > checkpoint.config.dims["vocab"]:
-        yield case(
+        yield Finding(
             "tokenizer-larger",
             "warning",
             f"the tokenizer has {checkpoint.tokenizer_size} entries and the model "
             f"{checkpoint.config.dims['vocab']} rows: the last entries have no embedding",
             "check that it is this model's tokenizer",
-        )
-
-
-def _optimizer(checkpoint: Checkpoint) -> Iterator[Case]:
-    states = [d for d in checkpoint.dropped if d.reason == "optimizer states"]
-    finetune = bool(checkpoint.raw.get("finetune"))
-    if states and not finetune:
-        yield case(
-            "optimizer-states",
-            "info",
-            f"it holds optimizer states ({len(states)} files or entries): without finetune: true "
-            "GPT-NeoX resumes from them, with as many data-parallel ranks as saved them only; with "
-            "it they are ignored",
-        )
-    elif not states and checkpoint.raw.get("finetune") is False:
-        yield case(
-            "no-optimizer-states",
-            "error",
-            "the yml says finetune: false, and the checkpoint holds no optimizer states to resume",
-            "set finetune: true in the yml",
-            "TypeError: 'NoneType' object is not subscriptable",
-        )
-    elif not states and not finetune:
-        yield case(
-            "no-optimizer-states",
-            "info",
-            "it holds no optimizer states: without finetune: true in the yml GPT-NeoX ends in "
-            "TypeError: 'NoneType' object is not subscriptable",
-            "set finetune: true in the yml",
         )
 
 
@@ -184,11 +153,12 @@ def written_by(checkpoint: Checkpoint) -> str:
         words += [f"transformers {version} (config.json)"] if version else []
         if any(file.endswith(".bin") for file in checkpoint.files):
             words.append("torch (pytorch_model*.bin)")
-        return ", ".join(words) or "something that left no name"
+        return ", ".join(words) or "a tool that left no name"
     era = fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
     if state.ds_version and state.ds_version not in words:
         kind = "" if "neox-bridge" in state.ds_version else "DeepSpeed "
         words += [f"{kind}{state.ds_version}"] if not tool else []
+    words = words or ["a tool that left no name"]
     stored = "stored" if state.inv_freq == "store" else "not stored"
     words.append(
         f"in the form of GPT-NeoX {era.until} ({state.mlp_names} names, inv_freq {stored})"

@@ -50,6 +50,7 @@ class TreeFacts:
             self.keys,
             self.gqa_order,
             self.rms_eps,
+            self.inv_freq == "either",
         )
 
 

@@ -263,7 +263,7 @@ def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
         )
     if len(stored) > len(masks):
         uses = facts.persistent_inv_freq
-        deviates = any(f.code == "inv-freq-differs" for f in checkpoint.findings)
+        deviates = checkpoint.inv_freq_mismatch is not None
         how = "is read" if uses else "is left unread, and computed"
         yield case(
             "inv-freq-stored",

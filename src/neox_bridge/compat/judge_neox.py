@@ -13,12 +13,12 @@ from typing import Any
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.compat.facts import TreeFacts
-from neox_bridge.compat.neox_folder import duplicates, stray_cases
+from neox_bridge.compat.neox_folder import stray_cases
 from neox_bridge.compat.tree import FLAG
 from neox_bridge.compat.verdict import Case, case, fix_command
+from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.eras import GqaOrder
-from neox_bridge.layouts.gqa import UNKNOWN
 from neox_bridge.layouts.weights import exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 
@@ -35,7 +35,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     """The cases of loading a checkpoint in a tree, in the order in which it meets them."""
     state = checkpoint.neox
     assert state is not None
-    yield from _yml(checkpoint, facts)
+    yield from _yml(checkpoint, state, facts)
     yield from stray_cases(os.path.join(state.root, state.step))
     yield from _layout_kind(checkpoint, state)
     yield from _state_dicts(checkpoint, state, facts)
@@ -43,16 +43,20 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     yield from _silent(checkpoint, state, facts)
 
 
-def _yml(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
+def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
     fix = fix_command(checkpoint, facts)
-    for name, key in duplicates(checkpoint):
+    for duplicate in state.duplicate_keys:
+        if not duplicate.refused:
+            yield Case(replace(duplicate_finding(duplicate), severity="info"))
+            continue
         yield case(
             "yml-key-twice",
             "error",
-            f"{key} stands in two yml files; GPT-NeoX refuses that, whatever their values",
+            f"{duplicate.key} stands in {duplicate.first} and {duplicate.second}; GPT-NeoX refuses "
+            "that, whatever their values",
             fix,
-            f"ValueError: Conf file {name} has the following duplicate keys with previously "
-            f"loaded file: {key}",
+            f"ValueError: Conf file {duplicate.second} has the following duplicate keys with "
+            f"previously loaded file: {duplicate.key}",
         )
     unknown = sorted(set(checkpoint.raw) - facts.keys)
     if unknown:
@@ -311,8 +315,7 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
         )
     heads = raw.get("num_attention_heads")
     if raw.get("num_kv_heads") not in (None, heads):
-        unknown = any(finding.code == UNKNOWN for finding in checkpoint.findings)
-        told = None if unknown else state.gqa_order
+        told = state.gqa_order if state.gqa_order_known else None
         yield from _gqa(state, facts, told)
     if not facts.rope_tables_fp32 and raw.get("pos_emb") == "rotary":
         yield case(

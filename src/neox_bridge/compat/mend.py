@@ -17,9 +17,11 @@ from neox_bridge.compat.neox_folder import stray_ranks
 from neox_bridge.compat.targets import Target, refuse_version
 from neox_bridge.compat.tree import FLAG
 from neox_bridge.compat.verdict import convert_command
+from neox_bridge.doctor.resuming import cannot_resume
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
+from neox_bridge.layouts.derived_check import mismatch_finding
 from neox_bridge.layouts.eras import Era, InvFreq, fitting, known_keys
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.seal import unsealed
@@ -94,12 +96,12 @@ def _json(file: OutputFile) -> Any:
 
 
 def _refuse_deviating(checkpoint: Checkpoint, recompute: bool) -> None:
-    for finding in checkpoint.findings:
-        if finding.code == "inv-freq-differs" and not recompute:
-            raise Refused(
-                f"{finding.message}. It would be lost, and transformers before 4.35 computed with "
-                "it. If the config is right, say --recompute."
-            )
+    if checkpoint.inv_freq_mismatch is not None and not recompute:
+        what = mismatch_finding(checkpoint.inv_freq_mismatch).message
+        raise Refused(
+            f"{what}. It would be lost, and transformers before 4.35 computed with it. If the "
+            "config is right, add --recompute."
+        )
 
 
 def _mend_neox(
@@ -124,7 +126,7 @@ def _mend_neox(
         pp=_stages(state, strays),
     )
     plan = make_plan(checkpoint, options, folder)
-    deviates = any(finding.code == "inv-freq-differs" for finding in checkpoint.findings)
+    deviates = checkpoint.inv_freq_mismatch is not None
     rows = plan.target["vocab_rows"] != checkpoint.config.dims["vocab"]
     rewrite = names != state.mlp_names or inv_freq != state.inv_freq or rows
     if state.inv_freq == "store" and deviates:
@@ -142,18 +144,18 @@ def _mend_neox(
         return None
     gone = {*strays, *(state.optimizer if lost else ()), *((RECORD,) if rows else ())}
     files = _neox_files(state, plan, rewrite, remeta, yml, gone)
-    dropped = [d for d in plan.dropped if d.reason != "optimizer states" or lost]
-    dropped += [Dropped(f"{state.step}/{name}", "left over from another layout") for name in strays]
+    dropped = [d for d in plan.dropped if d.kind != "optimizer" or lost]
+    dropped += [
+        Dropped(f"{state.step}/{name}", "left over from another layout", "stray") for name in strays
+    ]
     dropped += _unknown(checkpoint, era)
     notes = [f"rewritten: {file.path}" for file in files if file.copy_of is None]
-    findings = plan.findings
-    if facts is not None and facts.inv_freq == "either":
-        findings = tuple(f for f in findings if f.code != "era-mismatch")
+    if cannot_resume(checkpoint):
+        notes.append("set in the yml: finetune: true, since GPT-NeoX cannot resume from the states")
     return replace(
         plan,
         files=tuple(files),
         dropped=tuple(dict.fromkeys(dropped)),
-        findings=findings,
         notes=tuple(notes),
     )
 
@@ -212,15 +214,16 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
     for key, value in wanted.items():
         if mended.get(key, defaults.get(key)) != value:
             mended[key] = value
+    if cannot_resume(checkpoint):
+        mended["finetune"] = True
     if FLAG in known and (inv_freq == "store") != bool(mended.get(FLAG, False)):
         mended[FLAG] = inv_freq == "store"
-    twice = any(finding.code == "yml-key-twice" for finding in checkpoint.findings)
-    return mended if twice or mended != dict(checkpoint.raw) else None
+    return mended if state.duplicate_keys or mended != dict(checkpoint.raw) else None
 
 
 def _unknown(checkpoint: Checkpoint, era: Era) -> list[Dropped]:
     gone = sorted(set(checkpoint.raw) - known_keys(era))
-    return [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in gone]
+    return [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it", "setting") for key in gone]
 
 
 def _optimizer(checkpoint: Checkpoint, parted: bool, drop: bool) -> bool:
@@ -230,7 +233,7 @@ def _optimizer(checkpoint: Checkpoint, parted: bool, drop: bool) -> bool:
     parameters in the order of the modules, and buffers aren't among them. Renamed parameters, other
     rows or new metadata (learning rate schedule, data-parallel size) part them from the weights.
     """
-    if not parted or not any(d.reason == "optimizer states" for d in checkpoint.dropped):
+    if not parted or not checkpoint.has_optimizer:
         return False
     if not drop:
         raise Refused(

@@ -6,33 +6,8 @@ from collections.abc import Iterator
 
 from neox_bridge.compat.verdict import Case, case
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.checkpoint import Checkpoint
 
 _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
-
-
-def duplicates(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """(file, key) of keys that stand in two yml files, as GPT-NeoX itself notices them.
-
-    It compares before it turns ``-`` into ``_``, so that a key written with ``-`` in the later file
-    replaces the earlier one unnoticed (megatron/neox_arguments/arguments.py, from_ymls).
-    """
-    state = checkpoint.neox
-    assert state is not None
-    folder = os.path.join(state.root, state.step, "configs")
-    found = []
-    for finding in checkpoint.findings:
-        match = re.match(r"(\S+) stands in (.+) and (.+), ", finding.message)
-        if finding.code == "yml-key-twice" and match:
-            path = os.path.join(folder, match[3])
-            text = ""
-            if os.path.isfile(path):
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    text = file.read()
-            dashed = match[1].replace("_", "-")
-            if dashed == match[1] or dashed not in text:
-                found.append((match[3], match[1]))
-    return found
 
 
 def stray_cases(folder: str) -> Iterator[Case]:

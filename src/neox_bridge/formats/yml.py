@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,31 @@ _DIGITS = 40  # of a number
 _NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|[0-9_:.]+)")
 
 
+@dataclass(frozen=True, slots=True)
+class DuplicateKey:
+    """A key that stands in two of a run's yml files, or in one of them in two spellings.
+
+    key: with underscores. first, second: names of the files; the second one's value counts.
+    values: both values.
+    refused: whether GPT-NeoX refuses it. It looks for the second one as it is spelled among the
+        keys with underscores (megatron/neox_arguments/arguments.py, from_ymls), so that one with a
+        ``-`` replaces the first without a word.
+    """
+
+    key: str
+    first: str
+    second: str
+    values: tuple[Any, Any]
+    refused: bool
+
+
 def read_yml(path: str) -> dict[str, Any]:
-    """One yml's keys, with underscores. Raises BridgeError, with the line, for a broken one.
+    """One yml's keys, with underscores. Raises BridgeError, with the line, for a broken one."""
+    return {key.replace("-", "_"): value for key, value in _read_spelled(path).items()}
+
+
+def _read_spelled(path: str) -> dict[str, Any]:
+    """One yml's keys as they are spelled there.
 
     Tags are refused: only plain values are read. Aliases are too, since they can blow up, and what
     is deeper or longer than any config.
@@ -53,7 +77,8 @@ def read_yml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a yml of keys and values.")
-    return {key.replace("-", "_"): entry for key, entry in _plain(value, path).items()}
+    plain: dict[str, Any] = _plain(value, path)
+    return plain
 
 
 def _problem(text: str, loader: Any) -> str | None:
@@ -105,30 +130,38 @@ def _key(key: object, path: str) -> str:
     return text
 
 
-def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
-    """Several yml files as one, in the order of their names; a key in two of them is a finding."""
+def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[DuplicateKey]]:
+    """Several yml files as one, in the order of their names, and the keys that stand in two."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    findings = []
+    duplicates = []
     for path in sorted(paths, key=os.path.basename):
         name = os.path.basename(path)
-        for key, value in read_yml(path).items():
+        for spelled, value in _read_spelled(path).items():
+            key = spelled.replace("-", "_")
             if key in merged:
-                same = (
-                    "with the same value"
-                    if merged[key] == value
-                    else f"as {_shown(merged[key])} and {_shown(value)}; the latter is taken"
-                )
-                findings.append(
-                    Finding(
-                        "yml-key-twice",
-                        "warning",
-                        f"{key} stands in {origin[key]} and {name}, {same}",
-                        "GPT-NeoX refuses a key that stands in two files: remove one",
-                    )
-                )
+                values = (merged[key], value)
+                duplicates.append(DuplicateKey(key, origin[key], name, values, spelled == key))
             merged[key], origin[key] = value, name
-    return merged, findings
+    return merged, duplicates
+
+
+def duplicate_finding(duplicate: DuplicateKey) -> Finding:
+    """What is said of a key in two files."""
+    old, new = duplicate.values
+    where = f"in {duplicate.first} and {duplicate.second}"
+    if duplicate.first == duplicate.second:
+        where = f"twice in {duplicate.first}, with - and with _"
+    same = "with the same value"
+    if old != new:
+        same = f"as {_shown(old)} and {_shown(new)}; the latter is used"
+    does = "refuses such a key" if duplicate.refused else "uses the latter without a word"
+    return Finding(
+        "yml-key-twice",
+        "warning",
+        f"{duplicate.key} stands {where}, {same}",
+        f"remove one of them: GPT-NeoX {does}",
+    )
 
 
 def _shown(value: object) -> str:

@@ -6,10 +6,9 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
 from neox_bridge.architectures.neox_config import number
 from neox_bridge.errors import BridgeError
-from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import refuse_all, some
-from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.derived_check import InvFreqMismatch, check_inv_freq
 from neox_bridge.layouts.eras import TODAY, GqaOrder
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.weights import by_name, expand, lacking, layer_of, model_weights
@@ -18,7 +17,7 @@ from neox_bridge.planning.geometry import gather, whole_shape
 from neox_bridge.planning.pieces import Dropped, Whole
 
 RankTensors = Mapping[int, Mapping[str, TensorRef]]
-Assembled = tuple[ModelConfig, dict[str, Whole], list[Dropped], list[Finding]]
+Assembled = tuple[ModelConfig, dict[str, Whole], list[Dropped], InvFreqMismatch | None]
 
 
 def assemble(
@@ -30,7 +29,7 @@ def assemble(
     order: GqaOrder,
     te: frozenset[str] = frozenset(),
 ) -> Assembled:
-    """The config, the wholes of the ranks' tensors, what is dropped, and findings.
+    """The config, the wholes of the ranks' tensors, what is dropped, and a wrong inv_freq.
 
     ranks: by tensor-parallel rank. raw: the merged yml. folder: for messages.
     order: of the rows of grouped-query attention. te: see ``fused.Fusion``.
@@ -126,7 +125,7 @@ def assemble(
         else gather(splits[name], refs, config.parallel_residual)
         for name, refs in shards.items()
     }
-    dropped = [Dropped(name, "derived from rotary_emb_base") for name in stored]
+    dropped = [Dropped(name, "derived from rotary_emb_base", "inv_freq") for name in stored]
     return config, tensors, dropped, check_inv_freq(config, stored)
 
 

@@ -8,6 +8,8 @@ from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Refu
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.formats.yml import DuplicateKey
+from neox_bridge.layouts.derived_check import InvFreqMismatch
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Whole
 
@@ -41,6 +43,9 @@ class NeoxState:
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
     ranks: the tensors as they are stored: by tensor-parallel rank, by GPT-NeoX's number of the
         layer, by their names in it.
+    gqa_order_known: whether the files, the record or the user tell that order.
+    rms_eps: whether its GPT-NeoX adds RMSNorm's epsilon "inside" the root or "outside".
+    duplicate_keys: those that stand in two of its yml files.
     te: which modules of its blocks were Transformer Engine's, "attention" or "mlp".
     universal: whether it is DeepSpeed's universal checkpoint; ``ranks`` are then of its masters,
         one where they lie there whole.
@@ -61,6 +66,9 @@ class NeoxState:
     ranks: tuple[Mapping[int, Mapping[str, TensorRef]], ...] = ()
     te: frozenset[str] = frozenset()
     universal: bool = False
+    gqa_order_known: bool = True
+    rms_eps: Literal["inside", "outside"] = "inside"
+    duplicate_keys: tuple[DuplicateKey, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Checkpoint:
     record: what ``neox_bridge.json`` in it says, for sources that this tool wrote.
     tokenizer: absolute paths of tokenizer files that came with it.
     tokenizer_size: entries of the tokenizer, where one was found.
+    inv_freq_mismatch: where a stored inv_freq is not what the config gives.
     form: the other library's in which a Hugging Face folder is; None for transformers'.
     tied_head: an output head that the files hold although the config ties it to the embeddings,
         until ``head.decide_head`` compares the two. It isn't among ``tensors``.
@@ -99,6 +108,12 @@ class Checkpoint:
     tied_head: Whole | None = None
     head_choice: HeadChoice | None = None
     copies: tuple[Copy, ...] = ()
+    inv_freq_mismatch: InvFreqMismatch | None = None
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether it holds optimizer states, in files of their own or beside the weights."""
+        return any(drop.kind == "optimizer" for drop in self.dropped)
 
     @property
     def size(self) -> int:

@@ -1,6 +1,7 @@
 """Stored derived buffers, compared with what the config says they must be."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.findings import Finding
@@ -13,14 +14,27 @@ _SUBNORMAL = {"float16": 6e-8}
 _MOST = 4 << 20  # bytes of a bias or a buffer; what is larger is neither
 
 
-def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> list[Finding]:
-    """A finding where a stored inv_freq isn't that of the config's base and fraction.
+@dataclass(frozen=True, slots=True)
+class InvFreqMismatch:
+    """A stored inv_freq that is not what the config gives.
+
+    tensor: the one that is off the most. error: of its value; infinite where its length is another.
+    """
+
+    tensor: str
+    error: float
+    base: float
+    fraction: float
+
+
+def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> InvFreqMismatch | None:
+    """The mismatch where a stored inv_freq isn't that of the config's base and fraction.
 
     Old transformers computed with the stored one, GPT-NeoX never does
     (megatron/model/positional_embeddings.py), so that such a model differs between the two.
     """
     if not stored:
-        return []
+        return None
     from neox_bridge.planning.derived import inv_freq_error
 
     worst, where = 0.0, ""
@@ -32,19 +46,22 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> list
         if error > _ROUNDING[ref.dtype] + _subnormal(config, ref.dtype) and error > worst:
             worst, where = error, name
     if not where:
-        return []
-    how = f"it is off by {worst:.2g} of its value"
-    if worst == float("inf"):
+        return None
+    return InvFreqMismatch(where, worst, config.rotary_base, config.rotary_pct)
+
+
+def mismatch_finding(mismatch: InvFreqMismatch) -> Finding:
+    """What is said of it."""
+    how = f"it is off by {mismatch.error:.2g} of its value"
+    if mismatch.error == float("inf"):
         how = "it has another length"
-    return [
-        Finding(
-            "inv-freq-differs",
-            "warning",
-            f"{where} isn't what rotary_emb_base {config.rotary_base:g} and rotary_pct "
-            f"{config.rotary_pct:g} give: {how}",
-            "check both in the config; the buffer itself isn't carried over",
-        )
-    ]
+    return Finding(
+        "inv-freq-differs",
+        "warning",
+        f"{mismatch.tensor} isn't what rotary_emb_base {mismatch.base:g} and rotary_pct "
+        f"{mismatch.fraction:g} give: {how}",
+        "check both in the config; the buffer itself isn't carried over",
+    )
 
 
 def is_zero(ref: TensorRef) -> bool:

@@ -25,6 +25,7 @@ class Era:
     plain_mlp_4h: the plain MLP is always 4 times as wide as the model.
     gqa_order: a rank's rows of grouped-query attention: "grouped", all q, all k, all v, since
         96c242eb (2024-11, #1315); "interleaved" by query head before. The shapes are the same.
+    inv_freq_either: a load hook accepts checkpoints with and without the buffer.
     rms_eps: RMSNorm's epsilon is added "inside" the root since 4c9f1081 (2025-05, #1345).
     keys: the yml keys that it takes, where they were read from a tree; see ``known_keys``.
     """
@@ -38,6 +39,7 @@ class Era:
     keys: frozenset[str] | None = None
     gqa_order: GqaOrder = "interleaved"
     rms_eps: Literal["inside", "outside"] = "outside"
+    inv_freq_either: bool = False
 
 
 ERAS: tuple[Era, ...] = (

@@ -15,8 +15,6 @@ from neox_bridge.layouts.eras import ERAS, TODAY, GqaOrder, MlpNames, known_keys
 from neox_bridge.layouts.weights import expand
 from neox_bridge.planning.fused import fusion_of, gather_again
 
-UNKNOWN = "gqa-order-unknown"
-
 
 def told_order(
     raw: Mapping[str, Any], record: Mapping[str, Any], mlp_names: MlpNames
@@ -37,7 +35,7 @@ def told_order(
 def unknown_order() -> Finding:
     """What is said where the order had to be assumed."""
     return Finding(
-        UNKNOWN,
+        "gqa-order-unknown",
         "warning",
         "grouped-query attention: GPT-NeoX changed the order of its rows in 96c242eb (2024-11) "
         "with the shapes the same, so the files don't tell theirs; today's (grouped) is assumed, "
@@ -69,8 +67,10 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
             "the attention of this checkpoint is Transformer Engine's, which has only one order",
             "Leave it out.",
         )
-    findings = tuple(finding for finding in checkpoint.findings if finding.code != UNKNOWN)
-    if order == "interleaved" and "rms-epsilon" not in {f.code for f in findings}:
+    assumed = unknown_order()
+    findings = tuple(finding for finding in checkpoint.findings if finding != assumed)
+    older = order == "interleaved" or state.mlp_names == "dense"
+    if older and state.rms_eps == "inside" and checkpoint.raw.get("norm") == "rmsnorm":
         findings = (*findings, rms_epsilon())
     tensors = dict(checkpoint.tensors)
     fusion = fusion_of(config, order)
@@ -78,6 +78,7 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
         name = weight.hf.format(i=block)
         if weight.split == "fused" and name in tensors:
             tensors[name] = gather_again(fusion, weight.part, tensors[name])
-    return replace(
-        checkpoint, tensors=tensors, findings=findings, neox=replace(state, gqa_order=order)
+    known = replace(
+        state, gqa_order=order, gqa_order_known=True, rms_eps="outside" if older else state.rms_eps
     )
+    return replace(checkpoint, tensors=tensors, findings=findings, neox=known)

@@ -16,7 +16,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint, Copy, some
-from neox_bridge.layouts.derived_check import check_inv_freq
+from neox_bridge.layouts.derived_check import check_inv_freq, mismatch_finding
 from neox_bridge.layouts.head import embeddings_of
 from neox_bridge.layouts.own_files import brought_along, check_own
 from neox_bridge.layouts.record_file import read_record
@@ -117,7 +117,8 @@ def checkpoint_of(
         Finding(c, "warning", m, r) for c, m, r in architecture.findings_hf_source(raw, config)
     ]
     findings += _check_sizes(raw, dims)
-    findings += check_inv_freq(config, inv_freqs)
+    mismatch = check_inv_freq(config, inv_freqs)
+    findings += [mismatch_finding(mismatch)] if mismatch else []
     tokenizer = tokenizer_files(path)
     record = read_record(path)
     generation = os.path.join(path, "generation_config.json")
@@ -141,6 +142,7 @@ def checkpoint_of(
         revision=revision,
         form=form,
         tied_head=tied_head,
+        inv_freq_mismatch=mismatch,
     )
 
 

@@ -25,8 +25,8 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
         )
     optimizer = read_optimizer(checkpoint)
     dropped = tuple(
-        replace(drop, reason="optimizer states, but for the masters")
-        if drop.reason == "optimizer states"
+        replace(drop, reason="optimizer states, but for the masters", kind="other")
+        if drop.kind == "optimizer"
         else drop
         for drop in checkpoint.dropped
     )
@@ -56,5 +56,5 @@ def with_states(checkpoint: Checkpoint) -> Checkpoint:
     return replace(
         checkpoint,
         tensors={**checkpoint.tensors, **more},
-        dropped=tuple(d for d in checkpoint.dropped if d.reason != "optimizer states"),
+        dropped=tuple(d for d in checkpoint.dropped if d.kind != "optimizer"),
     )

@@ -11,13 +11,12 @@ from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.formats.yml import merge_ymls
+from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls
 from neox_bridge.layouts.assemble import assemble
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
-from neox_bridge.layouts.derived_check import is_zero
+from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.own_files import check_own
@@ -74,7 +73,7 @@ def open_neox(
     """
     root, tag = step_folder(path, step)
     folder = os.path.join(root, tag)
-    raw, findings = _read_configs(folder, configs)
+    raw, duplicates = _read_configs(folder, configs)
     names = list_folder(folder)
     if zero3 := [name for name in names if _ZERO3.fullmatch(name)]:
         raise Refused(
@@ -122,24 +121,31 @@ def open_neox(
         te=frozenset(plain.modules),
         ranks=tuple(read.ranks),
         universal=universal,
+        gqa_order_known=told is not None or "attention" in plain.modules,
+        rms_eps="outside" if told == "interleaved" or mlp_names == "dense" else "inside",
+        duplicate_keys=tuple(duplicates),
     )
-    config, tensors, dropped, more = checkpoint
+    config, tensors, dropped, mismatch = checkpoint
     tied_head = tensors.pop(architecture.head, None) if config.tied_embeddings else None
     if universal:
         from neox_bridge.layouts.universal import as_computed, dtype_of
 
         copies = state.tp // len(read.ranks)
         config, tensors = as_computed(architecture, config, tensors, dtype_of(read.meta), copies)
-        dropped.append(Dropped(f"{tag}/zero", "optimizer states"))
-    if config.grouped_query and told is None and "attention" not in plain.modules:
-        more = [*more, unknown_order()]
-    if raw.get("norm") == "rmsnorm" and (told == "interleaved" or mlp_names == "dense"):
-        more = [*more, rms_epsilon()]
+        dropped.append(Dropped(f"{tag}/zero", "optimizer states", "optimizer"))
+    findings = [*map(duplicate_finding, duplicates), *plain.findings, *window.findings]
+    findings += [mismatch_finding(mismatch)] if mismatch else []
+    if config.grouped_query and not state.gqa_order_known:
+        findings.append(unknown_order())
+    if raw.get("norm") == "rmsnorm" and state.rms_eps == "outside":
+        findings.append(rms_epsilon())
     dropped += plain.dropped
     dropped += [Dropped(name, "Transformer Engine's scales for fp8") for name in read.states]
-    dropped += [Dropped(f"{tag}/{name}", "optimizer states") for name in state.optimizer]
+    dropped += [
+        Dropped(f"{tag}/{name}", "optimizer states", "optimizer") for name in state.optimizer
+    ]
     if isinstance(read.meta.get("optimizer"), dict):
-        dropped.append(Dropped(f"{tag}/mp_rank_*: optimizer", "optimizer states"))
+        dropped.append(Dropped(f"{tag}/mp_rank_*: optimizer", "optimizer states", "optimizer"))
     return Checkpoint(
         kind="neox",
         path=absolute(path),
@@ -150,13 +156,14 @@ def open_neox(
         files=read.files,
         refusals=(*architecture.refuse_neox_source(raw), *window.refusals),
         dropped=tuple(dropped),
-        findings=(*findings, *plain.findings, *window.findings, *more),
+        findings=tuple(findings),
         record=record,
         neox=state,
         tokenizer=tokenizer,
         tokenizer_size=tokenizer_size(tokenizer) or record.get("tokenizer_size"),
         generation=record.get("generation_config") or {},
         tied_head=tied_head,
+        inv_freq_mismatch=mismatch,
     )
 
 
@@ -170,7 +177,7 @@ def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> A
     return for_neox(raw)
 
 
-def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[Finding]]:
+def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[DuplicateKey]]:
     if not configs:
         inside = os.path.join(folder, "configs")
         names = list_folder(inside) if isdir(inside) else []
@@ -182,9 +189,9 @@ def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], 
             f"{folder} has no configs/*.yml, and without them the heads, the norms and the rotary "
             "settings are unknown. Name the yml files of the run with --config."
         )
-    raw, findings = merge_ymls(configs)
+    raw, duplicates = merge_ymls(configs)
     check_neox(raw, f"{folder}/configs")
-    return raw, findings
+    return raw, duplicates
 
 
 def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int:

@@ -24,11 +24,6 @@ _MOST = 64  # bytes of a scalar
 _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
 
 
-def has_optimizer(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint comes with optimizer states."""
-    return any(drop.reason == "optimizer states" for drop in checkpoint.dropped)
-
-
 def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
     """The optimizer's states as references. Raises BridgeError or Refused, naming the file."""
     state = checkpoint.neox

@@ -1,5 +1,6 @@
 """One door to planning: what to write, from an opened source and what the user asks for."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from neox_bridge.errors import BridgeError
@@ -11,7 +12,7 @@ from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
 from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Plan
+from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import source_summary
 from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.stores.paths import absolute
@@ -53,7 +54,13 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
         plan,
         files=tuple(map(cut_reductions, plan.files)),
         source=source_summary(checkpoint),
-        dropped=(*checkpoint.dropped, *plan.dropped),
+        dropped=(*_left_out(checkpoint, plan), *plan.dropped),
         findings=(*checkpoint.findings, *plan.findings),
         asked=options.asked(),
     )
+
+
+def _left_out(checkpoint: Checkpoint, plan: Plan) -> Iterator[Dropped]:
+    """What the reader set aside, except an inv_freq that the target stores again."""
+    stored = plan.target.get("inv_freq") == "store"
+    return (drop for drop in checkpoint.dropped if not (stored and drop.kind == "inv_freq"))

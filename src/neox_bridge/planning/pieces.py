@@ -119,12 +119,19 @@ class OutputFile:
     seals: bool = False
 
 
+DroppedKind = Literal["optimizer", "inv_freq", "setting", "stray", "other"]
+
+
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Something of the source that isn't in the target, and why."""
+    """Something of the source that isn't in the target, and why.
+
+    kind: what it is, for code; the reason is for people.
+    """
 
     name: str
     reason: str
+    kind: DroppedKind = "other"
 
 
 @dataclass(frozen=True)

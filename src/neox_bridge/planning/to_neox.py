@@ -85,7 +85,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     if optimizer is not None:
         files += optimizer.files(step, shape.tp, bf16=config.dtype == "bfloat16")
     own = {key for key in found.unknown if checkpoint.kind == "neox"}
-    dropped += [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it") for key in sorted(own)]
+    why = f"GPT-NeoX of {era.name} refuses it"
+    dropped += [Dropped(f"yml: {key}", why, "setting") for key in sorted(own)]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     start, yml, blanks = start_yml(found, target, main, fresh=optimizer is not None)
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
@@ -220,7 +221,7 @@ def _check_era(
         return []
     if shape.mlp_names != era.mlp_names:
         found.append(f"--mlp-names {shape.mlp_names}, and it expects {era.mlp_names}")
-    if shape.inv_freq != era.inv_freq and not era.inv_freq_key:
+    if shape.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
         found.append(f"--inv-freq {shape.inv_freq}, and it can only {era.inv_freq} the buffer")
     if config.grouped_query and shape.gqa_order != era.gqa_order:
         found.append(f"--gqa-order {shape.gqa_order}, and it reads them {era.gqa_order}")

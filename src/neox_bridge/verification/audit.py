@@ -10,7 +10,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import ambiguity, as_stored
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer_reader import has_optimizer, read_optimizer
+from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
 from neox_bridge.verification.audit_norms import norm_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
@@ -37,7 +37,7 @@ class Opened:
     @property
     def states(self) -> int:
         """Bytes of the optimizer's states, where it has Adam's and masters."""
-        if self.checkpoint is None or not has_optimizer(self.checkpoint):
+        if self.checkpoint is None or not self.checkpoint.has_optimizer:
             return 0
         return 12 * sum(prod(whole.shape) for whole in self.checkpoint.tensors.values())
 
@@ -97,7 +97,7 @@ def audit(
         if one.checkpoint is None:
             continue
         held = None
-        if optimizer and has_optimizer(one.checkpoint):
+        if optimizer and one.checkpoint.has_optimizer:
             try:
                 held = read_optimizer(one.checkpoint)
             except (BridgeError, OSError) as error:

@@ -21,7 +21,8 @@ def state_faults(steps: Sequence[Step], known: Iterable[Fault]) -> Iterator[Faul
 
     Moments may jump, as the gradients do that they are made of; masters may only where weights do.
     """
-    held = [replace(step, tensors=step.states) for step in steps if step.states]
+    part = f"{steps[0].run}: the optimizer" if steps else ""
+    held = [replace(step, run=part, tensors=step.states) for step in steps if step.states]
     told = [*identity_faults(held), *broken_faults(held)]
     explained = {
         (label, f"{_MASTERS}{name}") for f in known for label in f.steps for name in f.tensors
@@ -33,8 +34,7 @@ def state_faults(steps: Sequence[Step], known: Iterable[Fault]) -> Iterator[Faul
     ]
     told += jump_faults(masters, frozenset(explained))
     for fault in told:
-        message = fault.message.replace(f"{fault.run}:", f"{fault.run}: the optimizer:", 1)
-        yield replace(fault, message=message)
+        yield replace(fault, run=steps[0].run)
     for step in steps:
         yield from _other_weights(step)
     yield from _counts([step for step in steps if step.updates])

@@ -80,14 +80,13 @@ class _Rank(Mapping[str, Tensor]):
 def neox_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The yml, and what GPT-NeoX's version decides, as the reference takes them."""
     assert checkpoint.neox is not None
-    older = any(finding.code == "rms-epsilon" for finding in checkpoint.findings)
     te = checkpoint.neox.te
     return {
         **checkpoint.raw,
         "num_layers": checkpoint.config.layers,
         "gqa_order": "te" if "attention" in te else checkpoint.neox.gqa_order,
         "gate": "first" if "mlp" in te else "second",
-        "rms_eps": "outside" if older else "inside",
+        "rms_eps": checkpoint.neox.rms_eps,
     }
 
 

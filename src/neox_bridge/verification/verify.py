@@ -10,6 +10,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
+from neox_bridge.layouts.derived_check import mismatch_finding
 from neox_bridge.layouts.head import as_stored, head_as_in
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.weights import by_name, tensor_of
@@ -68,6 +69,8 @@ def verify(
     findings += _config_findings(config, target.config)
     if rows < source.vocab_rows:
         findings.append(_cut(rows, source.vocab_rows, target))
+    if target.inv_freq_mismatch is not None:
+        findings.append(mismatch_finding(target.inv_freq_mismatch))
     context = Context(progress)
     names = sorted({*wholes, *target.tensors})[part[0] :: part[1]]
 
@@ -84,7 +87,7 @@ def verify(
         len(target.tensors),
         target.size,
         tuple(difference for difference in found if difference.kind != "equal"),
-        (*findings, *(f for f in target.findings if f.code == "inv-freq-differs")),
+        tuple(findings),
     )
 
 
