@@ -353,7 +353,7 @@ def test_the_option_on_the_command_line(tmp_path: Path) -> None:
     assert run("verify", source, target) == 3
     assert run("convert", target, tmp_path / "neox", "--for", "neox@2024-10") == 0
     assert run("verify", target, tmp_path / "neox") == 0
-    assert run("convert", target, tmp_path / "again", "--to", "hf", *told) == 1
+    assert run("convert", target, tmp_path / "again", "--to", "hf", *told) == 2
 
 
 @pytest.mark.parametrize(
