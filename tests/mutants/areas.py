@@ -59,7 +59,7 @@ AREAS: dict[str, Area] = {
     ),
     "audit": Area(
         ("verification/audit*", "verification/steps", "verification/runs"),
-        ("tests/test_audit.py", "tests/test_audit_states.py"),
+        ("tests/test_audit_boundaries.py", "tests/test_audit.py", "tests/test_audit_states.py"),
     ),
     "judges": Area(
         ("compat/judge_*", "compat/detectors", "compat/targets", "compat/doctor", "compat/facts"),
