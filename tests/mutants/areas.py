@@ -85,6 +85,7 @@ AREAS: dict[str, Area] = {
             "formats/yml",
         ),
         (
+            "tests/test_derived_boundaries.py",
             "tests/test_planning.py",
             "tests/test_bad_input.py",
             "tests/test_fixtures.py",
