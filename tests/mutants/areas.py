@@ -51,6 +51,7 @@ AREAS: dict[str, Area] = {
             "verification/logits",
         ),
         (
+            "tests/test_records.py",
             "tests/test_equal.py",
             "tests/test_verify.py",
             "tests/test_hashes.py",
@@ -72,7 +73,7 @@ AREAS: dict[str, Area] = {
     ),
     "batch": Area(
         ("batch/settled", "batch/items", "batch/row", "batch/run", "batch/watch"),
-        ("tests/test_batch.py",),
+        ("tests/test_records.py", "tests/test_batch.py"),
     ),
     "derived": Area(
         (
