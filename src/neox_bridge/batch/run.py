@@ -20,6 +20,7 @@ from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.run import execute, sources_of
 from neox_bridge.execution.staging import set_aside, sweep
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.unknown_keys import ignorable
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options
@@ -143,6 +144,9 @@ def place_of(item: Item, batch: Batch) -> str:
 def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
     checkpoint, options = item.source.open(), batch.options
+    # a batch may hold runs of several forks: each is asked for the keys that it has
+    there = ignorable(checkpoint)
+    options = replace(options, ignore_keys=tuple(k for k in options.ignore_keys if k in there))
     if batch.version is not None:
         from neox_bridge.compat.targets import refuse_version
 
@@ -155,8 +159,15 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
         return plan, *on_hub.state_of(plan, batch.hub, item.name)
     target = place_of(item, batch)
     plan = make_plan(checkpoint, options, target)
+    absent = sorted(set(batch.options.ignore_keys) - there)
+    plan = replace(plan, findings=(*plan.findings, *map(_not_there, absent)))
     sources = identities(sources_of(plan))
     return plan, *state_of(target, plan.asked, sources, every_hash=batch.every_hash)
+
+
+def _not_there(key: str) -> Finding:
+    message = f"--ignore-key {key}: this checkpoint has no such unknown key"
+    return Finding("ignored-key-absent", "warning", message, "check the key's name")
 
 
 def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:

@@ -47,6 +47,7 @@ def asked_of(given: dict[str, Any]) -> Asked:
     own = {field.name for field in fields(Options)}
     chosen = {key: value for key, value in given.items() if key in own}
     chosen |= {"format": form, "dp": given["dp"] or 1}
+    chosen |= {"ignore_keys": tuple(given["ignore_key"] or ())}
     if version is not None:
         if to == "neox":
             raise UsageError(["era"], "transformers does not read a GPT-NeoX target", _LEAVE_OUT)

@@ -294,9 +294,11 @@ def _pool(executor: str, address: str, workers: int | None) -> "Pool":
 
 def _dry_run(items: "Iterable[Item]", settings: "Batch", as_json: bool) -> None:
     from neox_bridge.batch.dry_run import dry_run
-    from neox_bridge.cli.batch_view import print_dry_run
+    from neox_bridge.cli.batch_view import print_dry_run, tell_warnings
 
     found = dry_run(items, settings)
+    if not as_json:
+        tell_warnings(found.rows)
     if as_json:
         print_json(found.told())
     else:
@@ -306,11 +308,12 @@ def _dry_run(items: "Iterable[Item]", settings: "Batch", as_json: bool) -> None:
 
 
 def _end(rows: "list[Row]", target: str, own: dict[str, Any]) -> None:
-    from neox_bridge.cli.batch_view import document, print_rows
+    from neox_bridge.cli.batch_view import document, print_rows, tell_warnings
 
     if own["as_json"]:
         print_json(document(rows, target))
     elif not own["quiet"]:
+        tell_warnings(rows)
         print_rows(rows)
     for row in rows:
         if row.error:

@@ -4,17 +4,18 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from neox_bridge.cli.output import human, label, plural
+from neox_bridge.cli.output import human, label, plural, with_remedy
 from neox_bridge.cli.printable import one_line
 
 if TYPE_CHECKING:
     from neox_bridge.batch.dry_run import DryRun
     from neox_bridge.batch.row import Row
     from neox_bridge.batch.run import Event
+    from neox_bridge.findings import Finding
 
     Tell = Callable[[Event], None]
 
@@ -146,6 +147,19 @@ def print_rows(rows: "Sequence[Row]") -> None:
         f"{plural(len(rows), 'checkpoint')}: {', '.join(counts) or 'none'}; "
         f"{human(sum(row.size for row in done))} written{words}"
     )
+
+
+def tell_warnings(rows: "Iterable[Row]") -> None:
+    """The rows' warnings on stderr, each once."""
+    names: dict[Finding, list[str]] = {}
+    for row in rows:
+        for finding in row.findings:
+            if finding.severity != "info":
+                names.setdefault(finding, []).append(row.name)
+    for finding, where in names.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        text = f"{where[0]}{more}: {with_remedy(finding)}"
+        print(label(finding.severity), one_line(text), file=sys.stderr)
 
 
 def print_dry_run(found: "DryRun") -> None:

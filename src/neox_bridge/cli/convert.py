@@ -249,6 +249,7 @@ def convert(
             help="A yml of a GPT-NeoX source that has no configs folder; may be repeated.",
         ),
     ] = None,
+    ignore_key: values.IgnoreKeys = None,
     private: Private = False,
     create_pr: CreatePr = False,
     work: WorkIn = None,

@@ -80,6 +80,16 @@ def doctor(
             help="Leave out optimizer states where they can't be kept.",
         ),
     ] = False,
+    ignore_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore-key",
+            metavar="NAME",
+            rich_help_panel=_MEND,
+            help="An unknown setting that does not matter; may be repeated. A fixed yml is without "
+            "it, since GPT-NeoX refuses it.",
+        ),
+    ] = None,
     as_json: values.AsJson = False,
 ) -> None:
     """Say what is wrong with a checkpoint, where it loads, and how to mend it.
@@ -112,7 +122,8 @@ def doctor(
         report["error"] = _recognised(error, as_json)
     if mending:
         opened = _open(paths[0], step, config, gqa_order)
-        flags = {"recompute": recompute, "drop_optimizer": drop_optimizer}
+        flags: dict[str, Any] = {"recompute": recompute, "drop_optimizer": drop_optimizer}
+        flags["ignore_keys"] = tuple(ignore_key or ())
         report["mended"] = _mend(opened, target, fix, flags, as_json)
         if as_json:
             print_json(report)
@@ -150,7 +161,7 @@ def _check_applies(options: dict[str, Any]) -> None:
             f"it takes one PATH, and there are {len(paths)}",
             "Run the command once for each.",
         )
-    more = given(recompute=options["recompute"], drop_optimizer=options["drop_optimizer"])
+    more = given(**{name: options[name] for name in ("recompute", "drop_optimizer", "ignore_key")})
     if more and not mending:
         raise UsageError(more, "only for --fix and --in-place", "Add one of them.")
     if mending and options["compare"]:
@@ -297,7 +308,7 @@ def _mend(
     checkpoint: "Checkpoint",
     target: "Target | None",
     folder: str | None,
-    flags: dict[str, bool],
+    flags: dict[str, Any],
     as_json: bool,
 ) -> dict[str, Any] | None:
     from neox_bridge.compat import mend

@@ -60,7 +60,7 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
 
 def flag(parameter: str) -> str:
     """The option of the command line that sets a parameter of the library."""
-    renamed = {"era": "for", "hash_name": "hash", "configs": "config"}
+    renamed = {"era": "for", "hash_name": "hash", "configs": "config", "ignore_keys": "ignore-key"}
     return f"--{renamed.get(parameter, parameter).replace('_', '-')}"
 
 

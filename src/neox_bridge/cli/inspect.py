@@ -9,7 +9,7 @@ import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.asked import given
-from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings
+from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings, with_remedy
 from neox_bridge.cli.printable import plain
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
@@ -148,6 +148,8 @@ def inspect(
 
 def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     """What a checkpoint is, as plain data."""
+    from dataclasses import asdict
+
     from neox_bridge.layouts.copies import copy_findings
     from neox_bridge.layouts.head import head_findings, head_relation
     from neox_bridge.planning.report import finding_json
@@ -196,6 +198,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "written_by": checkpoint.record.get("written_by"),
         "has_optimizer": checkpoint.has_optimizer,
         "dropped": [{"name": d.name, "reason": d.reason} for d in checkpoint.dropped],
+        "unknown_keys": [asdict(key) for key in checkpoint.unknown_keys],
         "stored_head": head_relation(checkpoint, PEEK_BYTES),
         "findings": [finding_json(finding) for finding in (*checkpoint.findings, *stored)],
         "refusals": _refusals(checkpoint),
@@ -239,6 +242,9 @@ def _neox(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What ``inspect`` prints of ``describe``'s facts: a word, and what it is."""
+    from neox_bridge.frameworks.unknown_keys import UnknownKey
+    from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
+
     neox = facts["neox"]
     other = "hf" if facts["kind"] == "neox" else "neox"
     lines = [("path", facts["path"])]
@@ -277,6 +283,11 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("optimizer", held if count else none))
     if facts["written_by"]:
         lines.append(("written by", facts["written_by"]))
+    unknown = [UnknownKey(**key) for key in facts["unknown_keys"]]
+    for key in unknown:
+        if key.effect == "model":
+            lines.append(("refused", f"{key.name}: {reason_of(key)}; {remedy_of(key)}"))
+    lines += [("warning", with_remedy(finding)) for finding in listed(unknown)]
     for finding in facts["findings"]:
         remedy = f" ({finding['remedy']})" if finding["remedy"] else ""
         lines.append((finding["severity"], finding["message"] + remedy))

@@ -100,6 +100,7 @@ def reshard(
     step: values.Step = None,
     config: values.Configs = None,
     gqa_order: values.GqaOrder = None,
+    ignore_key: values.IgnoreKeys = None,
     dry_run: values.DryRun = False,
     overwrite: values.Overwrite = False,
     max_workers: values.Movers = None,
@@ -131,6 +132,7 @@ def reshard(
         "micro_batch": micro_batch,
         "row_bias": row_bias,
         "universal": universal,
+        "ignore_keys": tuple(ignore_key or ()),
     }
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint

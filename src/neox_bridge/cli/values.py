@@ -44,6 +44,15 @@ GqaOrder = Annotated[
         "grouped since 2024-11, interleaved before.",
     ),
 ]
+IgnoreKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-key",
+        metavar="NAME",
+        help="An unknown key of the source's settings that does not matter; may be repeated. "
+        "A key that seems to change the model stops the conversion without this.",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="The same as JSON on stdout; errors stay on stderr.")
 ]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 from neox_bridge.compat.facts import TransformersFacts, TreeFacts
 from neox_bridge.compat.judge_hf import judge_hf
@@ -17,6 +18,7 @@ from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.eras import ERAS, fitting
 from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
+from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
 from neox_bridge.planning.relayout import relayout_command
 
 # what a folder is tried in where no target is named; transformers: one on each side of a change
@@ -124,6 +126,12 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What holds whatever loads it."""
     yield from head_findings(checkpoint)
     yield from copy_findings(checkpoint)
+    if checkpoint.kind == "hf":
+        for finding in listed(checkpoint.unknown_keys):  # which keep nothing from loading
+            yield replace(finding, severity="info")
+        for key in checkpoint.unknown_keys:
+            if key.effect == "model":
+                yield Finding("unknown-key", "warning", reason_of(key), remedy_of(key))
     if checkpoint.tokenizer_size is None:
         message = "no tokenizer lies in the folder, so AutoTokenizer fails there"
         if checkpoint.kind == "neox":

@@ -19,6 +19,7 @@ from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.layouts.weights import exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 
@@ -61,12 +62,16 @@ def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator
     unknown = sorted(set(checkpoint.raw) - facts.keys)
     if unknown:
         places = facts.places.get("keys", "")
+        risky = {key.name: key for key in checkpoint.unknown_keys if key.effect == "model"}
+        flags = [w for key in unknown if key in risky for w in ("--ignore-key", key)]
+        why = "".join(f". {reason_of(risky[key])}" for key in unknown if key in risky)
         yield case(
             "yml-key-unknown",
             "error",
             f"the yml has keys that this GPT-NeoX doesn't know, and it refuses them: "
-            f"{', '.join(unknown)}" + (f" ({places})" if places else ""),
-            fix,
+            f"{', '.join(unknown)}" + (f" ({places})" if places else "") + why,
+            fix_command(checkpoint, facts, *flags)
+            + (" removes it from the copy, which may be another model then" if flags else ""),
             f"TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
             f"'{next(key for key in checkpoint.raw if key in unknown)}'",
         )

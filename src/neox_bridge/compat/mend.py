@@ -42,12 +42,13 @@ def mend_plan(
     *,
     recompute: bool = False,
     drop_optimizer: bool = False,
+    ignore_keys: tuple[str, ...] = (),
 ) -> Plan | None:
     """What a mended copy is, below ``folder``; None where nothing has to change.
 
     The files of a GPT-NeoX plan are those of the root, with one global_stepN.
     recompute: drop or replace stored values that deviate. drop_optimizer: go on without optimizer
-    states where they can't be kept.
+    states where they can't be kept. ignore_keys: see ``Options``; a yml goes on without them.
     Raises Refused for what the target can't hold, BridgeError for a target of the other kind.
     """
     other = TransformersFacts if checkpoint.kind == "neox" else TreeFacts
@@ -59,13 +60,15 @@ def mend_plan(
     if checkpoint.kind == "hf":
         if isinstance(target, TransformersFacts):
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)
-        return _mend_hf(checkpoint, folder, recompute)
+        return _mend_hf(checkpoint, folder, recompute, ignore_keys)
     facts = target if isinstance(target, TreeFacts) else None
-    return _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer)
+    return _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys)
 
 
-def _mend_hf(checkpoint: Checkpoint, folder: str, recompute: bool) -> Plan | None:
-    plan = make_plan(checkpoint, Options(to="hf"), folder)
+def _mend_hf(
+    checkpoint: Checkpoint, folder: str, recompute: bool, ignore_keys: tuple[str, ...]
+) -> Plan | None:
+    plan = make_plan(checkpoint, Options(to="hf", ignore_keys=ignore_keys), folder)
     new = {file.path: file for file in plan.files}
     config = new["config.json"]
     old = read_json(os.path.join(checkpoint.path, "config.json"))
@@ -110,6 +113,7 @@ def _mend_neox(
     folder: str,
     recompute: bool,
     drop_optimizer: bool,
+    ignore_keys: tuple[str, ...],
 ) -> Plan | None:
     state = checkpoint.neox
     assert state is not None
@@ -124,6 +128,7 @@ def _mend_neox(
         mlp_names=names,
         vocab_multiple=_multiple(checkpoint, state),
         pp=_stages(state, strays),
+        ignore_keys=ignore_keys,
     )
     plan = make_plan(checkpoint, options, folder)
     deviates = checkpoint.inv_freq_mismatch is not None

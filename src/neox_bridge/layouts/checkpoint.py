@@ -9,6 +9,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.yml import DuplicateKey
+from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.derived_check import InvFreqMismatch
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Whole
@@ -81,6 +82,8 @@ class Checkpoint:
     tokenizer: absolute paths of tokenizer files that came with it.
     tokenizer_size: entries of the tokenizer, where one was found.
     inv_freq_mismatch: where a stored inv_freq is not what the config gives.
+    unknown_keys: settings that no known version of the framework has.
+    ignored_keys: those of them that a user said do not matter, now or when this tool wrote it.
     form: the other library's in which a Hugging Face folder is; None for transformers'.
     tied_head: an output head that the files hold although the config ties it to the embeddings,
         until ``head.decide_head`` compares the two. It isn't among ``tensors``.
@@ -108,6 +111,8 @@ class Checkpoint:
     tied_head: Whole | None = None
     head_choice: HeadChoice | None = None
     copies: tuple[Copy, ...] = ()
+    unknown_keys: tuple[UnknownKey, ...] = ()
+    ignored_keys: frozenset[str] = frozenset()
     inv_freq_mismatch: InvFreqMismatch | None = None
 
     @property

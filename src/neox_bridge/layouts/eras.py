@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pkgutil import get_data  # importlib.resources takes 10 ms to import
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.keys import neox_keys
 
 MlpNames = Literal["linear", "dense"]
 InvFreq = Literal["omit", "store"]
@@ -68,23 +67,9 @@ def era_named(name: str) -> Era:
     raise BridgeError(f"--for {name}: no such GPT-NeoX is known. Known are {known}.")
 
 
-_CODES = {"3": "2024-03", "9": "2024-09", "10": "2024-10", "t": "today"}
-
-
-@cache
 def known_keys(era: Era) -> frozenset[str]:
     """The yml keys that a tree of this era takes; it refuses all others."""
-    if era.keys is not None:
-        return era.keys
-    data = get_data("neox_bridge.layouts", "neox_keys.txt")
-    assert data is not None, "it is part of the package"
-    found = set()
-    for line in data.decode().splitlines():
-        if line and not line.startswith("#"):
-            key, codes = line.split()
-            if era.name in [_CODES[code] for code in codes.split(",")]:
-                found.add(key)
-    return frozenset(found)
+    return neox_keys(era.name) if era.keys is None else era.keys
 
 
 def fitting(mlp_names: MlpNames, inv_freq: InvFreq, raw: Mapping[str, object]) -> Era:

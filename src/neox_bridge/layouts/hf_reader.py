@@ -15,6 +15,8 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamba_ssm
+from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint, Copy, some
 from neox_bridge.layouts.derived_check import check_inv_freq, mismatch_finding
 from neox_bridge.layouts.head import embeddings_of
@@ -55,8 +57,14 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     copies = [*aliased, *_renamed(architecture, stored.copies)]
     inv_freqs = {k: v for k, v in stored.tensors.items() if k.endswith("rotary_emb.inv_freq")}
     wholes = {name: whole_of(ref) for name, ref in named.items()}
+    forms = frozenset(form.name for form in architecture.forms)
+    unknown = (
+        unknown_in_mamba_ssm(told)
+        if form is not None
+        else unknown_in_config(raw, architecture.model_type, forms)
+    )
     checkpoint = checkpoint_of(
-        path, raw, wholes, stored.files, dropped, inv_freqs, revision, form, head
+        path, raw, wholes, stored.files, dropped, inv_freqs, revision, form, head, unknown
     )
     return replace(
         checkpoint,
@@ -95,6 +103,7 @@ def checkpoint_of(
     revision: str = "",
     form: Form | None = None,
     tied_head: Whole | None = None,
+    unknown: tuple[UnknownKey, ...] = (),
 ) -> Checkpoint:
     """A checkpoint of these tensors, under the table's Hugging Face names, checked against it.
 
@@ -119,6 +128,7 @@ def checkpoint_of(
     findings += _check_sizes(raw, dims)
     mismatch = check_inv_freq(config, inv_freqs)
     findings += [mismatch_finding(mismatch)] if mismatch else []
+    findings += _remote_code(raw, architecture)
     tokenizer = tokenizer_files(path)
     record = read_record(path)
     generation = os.path.join(path, "generation_config.json")
@@ -143,7 +153,27 @@ def checkpoint_of(
         form=form,
         tied_head=tied_head,
         inv_freq_mismatch=mismatch,
+        unknown_keys=unknown,
+        ignored_keys=frozenset(record.get("ignored_keys") or ()),
     )
+
+
+def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> list[Finding]:
+    """Code of the repository's own, which transformers runs with trust_remote_code only."""
+    code = raw.get("auto_map")
+    if not code:
+        return []
+    named = [str(value)[:80] for value in code.values()] if isinstance(code, dict) else []
+    return [
+        Finding(
+            "remote-code",
+            "warning",
+            f"config.json has auto_map ({some(named, 3)}), code of its own, which neox-bridge "
+            f"neither reads nor runs: the model is read as transformers' {architecture.hf_class}",
+            "compare the logits with those that its own code computes: verify --logits --tokens "
+            "FILE.npz",
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)

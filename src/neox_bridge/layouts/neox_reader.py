@@ -13,7 +13,9 @@ from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls
+from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
+from neox_bridge.frameworks.check_keys import unknown_in_yml
+from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.assemble import assemble
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
 from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
@@ -73,7 +75,7 @@ def open_neox(
     """
     root, tag = step_folder(path, step)
     folder = os.path.join(root, tag)
-    raw, duplicates = _read_configs(folder, configs)
+    raw, duplicates, unknown = _read_configs(folder, configs)
     names = list_folder(folder)
     if zero3 := [name for name in names if _ZERO3.fullmatch(name)]:
         raise Refused(
@@ -164,6 +166,8 @@ def open_neox(
         generation=record.get("generation_config") or {},
         tied_head=tied_head,
         inv_freq_mismatch=mismatch,
+        unknown_keys=unknown,
+        ignored_keys=frozenset(record.get("ignored_keys") or ()),
     )
 
 
@@ -177,7 +181,9 @@ def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> A
     return for_neox(raw)
 
 
-def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], list[DuplicateKey]]:
+def _read_configs(
+    folder: str, configs: Sequence[str]
+) -> tuple[dict[str, Any], list[DuplicateKey], tuple[UnknownKey, ...]]:
     if not configs:
         inside = os.path.join(folder, "configs")
         names = list_folder(inside) if isdir(inside) else []
@@ -191,7 +197,14 @@ def _read_configs(folder: str, configs: Sequence[str]) -> tuple[dict[str, Any], 
         )
     raw, duplicates = merge_ymls(configs)
     check_neox(raw, f"{folder}/configs")
-    return raw, duplicates
+    unknown = unknown_in_yml(raw, lambda key: _file_of(key, configs))
+    return raw, duplicates, unknown
+
+
+def _file_of(key: str, configs: Sequence[str]) -> str:
+    """The name of the last yml file that has a key."""
+    names = [path for path in sorted(configs, key=os.path.basename) if key in read_yml(path)]
+    return os.path.basename(names[-1]) if names else ""
 
 
 def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int:

@@ -18,6 +18,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.formats.tensor_ref import TensorRef, row_major
 from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.frameworks.check_keys import unknown_in_params
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.hf_reader import checkpoint_of
 from neox_bridge.layouts.own_files import check_own
@@ -98,7 +99,8 @@ def open_raw_llama(path: str) -> Checkpoint:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    checkpoint = checkpoint_of(path, config, tensors, files, dropped)
+    unknown = unknown_in_params(told)
+    checkpoint = checkpoint_of(path, config, tensors, files, dropped, unknown=unknown)
     return replace(checkpoint, findings=(*checkpoint.findings, *guessed))
 
 

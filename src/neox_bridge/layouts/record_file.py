@@ -32,6 +32,10 @@ def _is_size(value: object) -> bool:
     return is_count(value) and value != 0
 
 
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_name, value))
+
+
 _KINDS: dict[str, Callable[[object], bool]] = {
     "vocab_size": _is_size,
     "tokenizer_size": _is_size,
@@ -39,6 +43,7 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     "generation_config": _is_object,
     "neox": _is_object,
     "source": _is_object,
+    "ignored_keys": _is_names,
     "gqa_order": is_name,
     "written_by": is_name,
     "head": is_name,

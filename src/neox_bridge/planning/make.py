@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.layouts import unknown_keys
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.layouts.copies import check_copies
+from neox_bridge.layouts.eras import known_keys
 from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
+from neox_bridge.layouts.unknown_keys import ignoring
 from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
@@ -27,10 +30,17 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     """
     kind = kind_of(checkpoint, options)
     check_options(checkpoint, options)
-    checkpoint = decide_head(check_copies(checkpoint), options.head)
+    checkpoint = ignoring(checkpoint, options.ignore_keys)
+    known = known_keys(options.era) if options.era is not None and kind == "neox" else ()
+    carried = kind == checkpoint.kind and options.era is None
+    refusals = unknown_keys.refusals(checkpoint, options.ignore_keys, known)
+    relayout = ""
     if kind != checkpoint.kind and checkpoint.refusals:
+        given_up = {unknown_keys.ROPE_SCALING} & set(options.ignore_keys)
+        refusals += [r for r in checkpoint.refusals if r.key not in given_up]
         relayout = relayout_command(checkpoint, target)
-        refuse_all(checkpoint.refusals, checkpoint.path, relayout)
+    refuse_all(refusals, checkpoint.path, relayout)
+    checkpoint = decide_head(check_copies(checkpoint), options.head)
     if checkpoint.kind == "neox" and options.gqa_order is not None:
         checkpoint = with_gqa_order(checkpoint, options.gqa_order)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer
@@ -55,7 +65,12 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
         files=tuple(map(cut_reductions, plan.files)),
         source=source_summary(checkpoint),
         dropped=(*_left_out(checkpoint, plan), *plan.dropped),
-        findings=(*checkpoint.findings, *plan.findings),
+        findings=(
+            *checkpoint.findings,
+            *unknown_keys.listed(checkpoint.unknown_keys),
+            *unknown_keys.ignored_findings(options.ignore_keys, carried),
+            *plan.findings,
+        ),
         asked=options.asked(),
     )
 

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
@@ -10,7 +11,7 @@ from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.eras import Era, InvFreq, known_keys
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
 
-_LAYOUT = (
+LAYOUT = (
     "pipe_parallel_size",
     "model_parallel_size",
     "make_vocab_size_divisible_by",
@@ -67,6 +68,7 @@ class Settings:
     """A yml's keys by purpose, and what of the source's settings isn't among them.
 
     unknown: keys that a tree of the era would refuse.
+    carried: keys that no known GPT-NeoX has, for the fork that wrote them.
     """
 
     model: dict[str, Any]
@@ -74,6 +76,7 @@ class Settings:
     precision: dict[str, Any]
     training: dict[str, Any]
     unknown: tuple[str, ...]
+    carried: dict[str, Any] = field(default_factory=dict)
 
 
 def settings(
@@ -87,6 +90,7 @@ def settings(
     same_model: bool,
     same_dtype: bool,
     old_names: bool,
+    carried: Mapping[str, Any] = MappingProxyType({}),
 ) -> Settings:
     """Settings for a target of this layout.
 
@@ -95,6 +99,7 @@ def settings(
     same_model: whether raw describes this very model, so that its own words are kept.
     same_dtype: whether raw's precision is that of the target.
     old_names: whether the MLP is that of a tree before 2024-09.
+    carried: keys of raw to keep although no known GPT-NeoX has them.
     """
     known = known_keys(era)
     model = architecture.write_neox(config, old_names)
@@ -108,7 +113,7 @@ def settings(
         placed["rotary_save_freqs_buffer"] = True
     kept = {key: value for key, value in raw.items() if key in _PRECISION}
     precision = kept if same_dtype and kept else _precision(config.dtype)
-    skipped = {*architecture.model_keys, *_LAYOUT, *_PRECISION, *_FILES, *TE_KEYS, "seq_length"}
+    skipped = {*architecture.model_keys, *LAYOUT, *_PRECISION, *_FILES, *TE_KEYS, "seq_length"}
     training = {
         key: value
         for key, value in raw.items()
@@ -121,7 +126,8 @@ def settings(
         placed,
         precision,
         {k: v for k, v in training.items() if k in known},
-        tuple(key for key in unknown if key in raw),
+        tuple(key for key in unknown if key in raw and key not in carried),
+        dict(carried),
     )
 
 
@@ -158,6 +164,7 @@ def start_yml(
         ("the model: must stay as it is", found.model),
         ("precision", found.precision),
         ("training: yours to choose", found.training),
+        *_carried(found),
     ]
     return name, dump_yml(sections), tuple(blanks)
 
@@ -170,8 +177,15 @@ def step_yml(found: Settings) -> bytes:
             ("model", found.model),
             ("precision", found.precision),
             ("training", found.training),
+            *_carried(found),
         ]
     )
+
+
+def _carried(found: Settings) -> list[tuple[str, Mapping[str, Any]]]:
+    """The keys of a fork, which are written as they were."""
+    comment = "keys of the source that neox-bridge does not know, unchanged"
+    return [(comment, found.carried)] if found.carried else []
 
 
 def _precision(dtype: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.optimizer import Optimizer, states
 from neox_bridge.layouts.optimizer_export import SCALARS, scalars
 from neox_bridge.layouts.text_files import dump_json
+from neox_bridge.layouts.unknown_keys import listed, warned
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.pieces import OutputTensor, Plan
@@ -33,4 +34,5 @@ def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
         "optimizer": list(found),
         "parameters": sum(prod(whole.shape) for whole in checkpoint.tensors.values()),
     }
-    return Plan(source_summary(checkpoint), summary, tuple(files))
+    unknown = (*listed(checkpoint.unknown_keys), *warned(checkpoint.unknown_keys))
+    return Plan(source_summary(checkpoint), summary, tuple(files), findings=unknown)

@@ -33,6 +33,7 @@ class Options:
         that its ``Form`` has. It makes the target Hugging Face's.
     optimizer: "fresh" adds one to a GPT-NeoX target, so that a run goes on without ``finetune``.
     dp: the data-parallel ranks that it is for.
+    ignore_keys: unknown settings of the source that do not stop the conversion, by their names.
     iteration: the step of a GPT-NeoX target, in place of the source's.
     head: for a tied source whose files hold an output head that differs from the embeddings:
         "keep" writes an untied model with both, "tie" leaves the head out.
@@ -59,6 +60,7 @@ class Options:
     dp: int = 1
     iteration: int | None = None
     head: HeadChoice | None = None
+    ignore_keys: tuple[str, ...] = ()
 
     def asked(self) -> dict[str, object]:
         """What isn't the default, in plain words, without paths of the machine."""

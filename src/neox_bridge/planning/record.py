@@ -69,7 +69,9 @@ def public_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _base(checkpoint: Checkpoint) -> dict[str, Any]:
+    ignored = sorted(checkpoint.ignored_keys)
     record: dict[str, Any] = {
+        **({"ignored_keys": ignored} if ignored else {}),
         "format": FORMAT,
         "written_by": f"neox-bridge {__version__}",
         "source": source_summary(checkpoint),

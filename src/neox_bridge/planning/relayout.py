@@ -20,8 +20,10 @@ def relayout_command(checkpoint: Checkpoint, target: str) -> str:
 
     if checkpoint.neox is None:
         return ""
+    ignored = [key.name for key in checkpoint.unknown_keys if key.effect == "model"]
     try:
-        make_plan(checkpoint, Options(to="neox"), target)
+        make_plan(checkpoint, Options(to="neox", ignore_keys=tuple(ignored)), target)
     except BridgeError:
         return ""
-    return shlex.join(["neox-bridge", "convert", checkpoint.path, target, "--to", "neox"])
+    words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "neox"]
+    return shlex.join([*words, *(w for key in ignored for w in ("--ignore-key", key))])

@@ -7,12 +7,13 @@ from math import prod
 from typing import Any
 
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter, states
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import describe_tokenizer
 from neox_bridge.layouts.universal_folder import INFO, LATEST
+from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
 from neox_bridge.planning.common import text_file, tokenizer_outputs
 from neox_bridge.planning.fragments import put
 from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name
@@ -43,6 +44,8 @@ def plan_reshard(
     checkpoint = decide_head(checkpoint, None)
     state = checkpoint.neox
     assert state is not None
+    checkpoint = ignoring(checkpoint, asked.ignore_keys)
+    refuse_all(refusals(checkpoint, asked.ignore_keys), checkpoint.path)
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
     made = settle(checkpoint, optimizer, asked)
@@ -92,7 +95,11 @@ def plan_reshard(
         "optimizer": list(optimizer.keys),
         **({"universal": True} if made.universal else {}),
     }
-    findings = tuple(_findings(checkpoint, made, sources))
+    findings = (
+        *listed(checkpoint.unknown_keys),
+        *ignored_findings(asked.ignore_keys, carried=True),
+        *_findings(checkpoint, made, sources),
+    )
     return Plan(source_summary(checkpoint), summary, tuple(files), (), findings)
 
 

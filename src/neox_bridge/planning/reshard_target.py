@@ -26,6 +26,7 @@ class Resharding:
 
     zero: ZeRO's stage. micro_batch: sequences of a rank's forward pass.
     row_bias: see ``geometry.scatter``. universal: write DeepSpeed's universal checkpoint.
+    ignore_keys: see ``Options``.
     """
 
     tp: int | None = None
@@ -36,6 +37,7 @@ class Resharding:
     micro_batch: int | None = None
     row_bias: RowBias = "whole"
     universal: bool = False
+    ignore_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,19 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.keys import neox_keys
+from neox_bridge.frameworks.unknown_keys import effect_of
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.transformer_engine import BOTH
+from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
+from neox_bridge.layouts.unknown_keys import lost_on_the_way
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.layouts.window import check_window
 from neox_bridge.planning.common import (
@@ -27,7 +31,7 @@ from neox_bridge.planning.common import (
 )
 from neox_bridge.planning.fused import fusion_of
 from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
-from neox_bridge.planning.neox_yml import Settings, settings, start_yml, step_yml
+from neox_bridge.planning.neox_yml import LAYOUT, Settings, settings, start_yml, step_yml
 from neox_bridge.planning.option_checks import check_layout
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
@@ -50,6 +54,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
     if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
         findings.append(rms_epsilon())
+    findings += lost_on_the_way(checkpoint)
+    refuse_all(_lost_in_era(checkpoint, era), checkpoint.path)
     if vocabulary.size is not None and vocabulary.size > vocabulary.rows:
         findings.append(_larger_tokenizer(vocabulary))
     config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
@@ -264,6 +270,27 @@ def _vocabulary(
     return fit(rows, size or rows, tp, options.vocab_multiple), dropped
 
 
+def _lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
+    """Settings of today's or another GPT-NeoX that change the model and that this one has not."""
+    if checkpoint.kind != "neox":
+        return []
+    raw, known = checkpoint.raw, known_keys(era)
+    settled = {*checkpoint.architecture.model_keys, *LAYOUT, *TE_KEYS, "rope_fusion"}
+    dense = int(raw.get("moe_num_experts") or 1) <= 1
+    return [
+        Refusal(
+            key,
+            f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
+            f"({key}: {value!r})",
+            "name a GPT-NeoX that has it with --for",
+        )
+        for key, value in raw.items()
+        if key in neox_keys() - known - settled
+        and not (dense and key.startswith("moe_"))
+        and effect_of(key, value) == "model"
+    ]
+
+
 def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
     return Finding(
         "tokenizer-larger",
@@ -310,6 +337,18 @@ def checkpoint_args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dic
     }
 
 
+def _carried(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+    """A fork's keys, which a new layout keeps for it; a GPT-NeoX that --for names refuses them."""
+    if checkpoint.kind != "neox" or options.era is not None:
+        return {}
+    names = (key.name for key in checkpoint.unknown_keys)
+    return {
+        name: checkpoint.raw[name]
+        for name in names
+        if name not in neox_keys() and name in checkpoint.raw
+    }
+
+
 def _settings(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -333,6 +372,7 @@ def _settings(
         same_model=checkpoint.kind == "neox",
         same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
         old_names=shape.old_names,
+        carried=_carried(checkpoint, options),
     )
     found.training.pop("train_impl" if found.training.get("train_impl") == "rm" else "", None)
     if config.reward:

@@ -4,7 +4,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from neox_bridge.findings import Severity
+from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.unknown_keys import reason_of, remedy_of
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
 
@@ -15,6 +18,7 @@ _REGULAR = 2  # equal distances on both sides of a gap, for a step to count as m
 def setting_faults(steps: Steps) -> Iterator[Fault]:
     """Of one run's steps, in order: where config, shapes, dtype or number are not the others'."""
     yield from _odd_configs(steps)
+    yield from _unknown_keys(steps)
     yield from _odd_tensors(steps)
     yield from _numbers(steps)
 
@@ -23,6 +27,24 @@ def _odd_configs(steps: Steps) -> Iterator[Fault]:
     for key in dict.fromkeys(key for step in steps for key in step.meaning):
         yield from _odd("config-differs", key, [repr(s.meaning.get(key)) for s in steps], steps)
     yield from _odd("dtype-differs", "dtype", [step.dtype for step in steps], steps)
+
+
+def _unknown_keys(steps: Steps) -> Iterator[Fault]:
+    """Settings that no known framework has: the same in all steps, or not."""
+    where: dict[str, dict[str, UnknownKey]] = defaultdict(dict)
+    for step in steps:
+        for key in step.unknown_keys:
+            where[key.name][step.label] = key
+    for name, keys in where.items():
+        first, labels, run = next(iter(keys.values())), tuple(keys), steps[0].run
+        remedy = remedy_of(first) if first.effect == "model" else "check it if a fork trained it"
+        message = f"{run}: {some(list(labels))}: {reason_of(first)}"
+        if first.effect != "model":
+            message = f"{run}: {some(list(labels))}: unknown setting: {first.shown}"
+        severity: Severity = "warning" if first.effect == "model" else "info"
+        yield Fault("unknown-key", severity, message, remedy, run, labels)
+        told = [repr(keys[s.label].value) if s.label in keys else "not there" for s in steps]
+        yield from _odd("config-differs", name, told, steps)
 
 
 def _odd(code: str, what: str, told: Sequence[str], steps: Steps) -> Iterator[Fault]:

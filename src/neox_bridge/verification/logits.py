@@ -79,6 +79,8 @@ def compare_logits(
     Raises BridgeError for models that can't be computed here.
     """
     first, second = as_one_model(first, second)
+    ignored = first.ignored_keys | second.ignored_keys
+    first, second = (replace(one, ignored_keys=ignored) for one in (first, second))
     sides = [side(checkpoint, tokens, device) for checkpoint in (first, second)]
     a, b = (_logits(one) for one in sides)
     rows = min(first.vocab_rows, second.vocab_rows)

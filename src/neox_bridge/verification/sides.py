@@ -17,6 +17,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.unknown_keys import without_ignored
 from neox_bridge.layouts.weights import by_name
 from neox_bridge.planning.geometry import gather
 from neox_bridge.planning.pieces import Whole
@@ -119,6 +120,8 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        if checkpoint.ignored_keys:
+            config = type(config).from_dict(without_ignored(checkpoint))
         kind = "SequenceClassification" if checkpoint.config.reward else "CausalLM"
         auto = getattr(transformers, f"AutoModelFor{kind}")
         with _weights_on_meta():

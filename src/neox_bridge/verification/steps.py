@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.optimizer import Optimizer
 from neox_bridge.layouts.optimizer_export import number_in
@@ -32,6 +33,7 @@ class Step:
     read: how many tensors' bytes were read; the others' fingerprints were known.
     states: fingerprints of the optimizer's states, as "exp_avg: name", where they are looked at.
     updates: how many steps the optimizer has made and skipped, by parameter group.
+    unknown_keys: of the checkpoint's settings.
     """
 
     run: str
@@ -51,6 +53,7 @@ class Step:
     iteration: int | None = None
     states: Mapping[str, Fingerprint] = field(default_factory=dict)
     updates: tuple[int, ...] = ()
+    unknown_keys: tuple[UnknownKey, ...] = ()
 
     @cached_property
     def hash(self) -> str:
@@ -120,6 +123,7 @@ def read_step(
         iteration=_iteration(checkpoint),
         states={name: tensors[name] for name in tensors if name not in weights.tensors},
         updates=_updates(optimizer) if optimizer is not None else (),
+        unknown_keys=checkpoint.unknown_keys,
     )
 
 

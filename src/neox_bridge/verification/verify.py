@@ -13,6 +13,7 @@ from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.derived_check import mismatch_finding
 from neox_bridge.layouts.head import as_stored, head_as_in
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.unknown_keys import undecided
 from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
@@ -66,6 +67,7 @@ def verify(
     weights = by_name(source.architecture, config.layers)
     rows = min(source.vocab_rows, target.vocab_rows)
     findings = [finding for finding in source.findings if finding not in said]
+    findings += undecided(source, target)
     findings += _config_findings(config, target.config)
     if rows < source.vocab_rows:
         findings.append(_cut(rows, source.vocab_rows, target))

@@ -1,0 +1,1 @@
+"""What GPT-NeoX, DeepSpeed and transformers know, by version."""

@@ -1,0 +1,174 @@
+"""Finds the unknown keys of a yml, of a config.json, and of the other libraries' settings."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from neox_bridge.frameworks.keys import (
+    MAMBA_SSM,
+    MAMBA_SSM_BLOCK,
+    META_LLAMA,
+    ROPE,
+    SOFT_PROMPT,
+    UNREAD,
+    block_keys,
+    is_shipped,
+    neox_keys,
+    removed_from_neox,
+    transformers_keys,
+)
+from neox_bridge.frameworks.unknown_keys import (
+    UnknownKey,
+    effect_of,
+    is_certain,
+    is_off,
+    unknown_key,
+)
+
+# blocks of the yml whose keys belong to an optimizer, a logger or a tuner of the user's choice
+_FREE = frozenset(
+    """optimizer scheduler amp autotuning wandb tensorboard csv_monitor comet_others elasticity
+    data_efficiency curriculum_learning comms_logger flops_profiler""".split()
+)
+# keys of GPT-NeoX that change the model and that no reader here reads
+_UNREAD_NEOX = ("compression_training",)
+_ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
+# transformers' base class takes these, and the class of the family does not read them
+_UNREAD_BY_CLASS = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+}
+_DERIVED = ("head_dim", "num_key_value_heads")
+
+
+def unknown_in_yml(
+    raw: Mapping[str, Any], file_of: Callable[[str], str] = lambda _key: ""
+) -> tuple[UnknownKey, ...]:
+    """The keys of a merged yml that no GPT-NeoX from v1.0 to today takes.
+
+    file_of: the file in which a key stands.
+    """
+    known = neox_keys()
+    found = []
+    for key, value in raw.items():
+        if key not in known and is_shipped(key, value):
+            continue
+        if key not in known:
+            removed = removed_from_neox(key)
+            found.append(unknown_key("neox", key, value, known, raw, file_of(key), removed))
+        elif key in _UNREAD_NEOX:
+            if any(map(_is_enabled, _mappings(value))):
+                found.append(UnknownKey("neox", key, value, "model", "", file_of(key)))
+        elif isinstance(value, dict):
+            inside = SOFT_PROMPT if key == "soft_prompt_tuning" else block_keys()
+            for name, item, siblings in _nested(value, key):
+                last = name.rpartition(".")[2]
+                if last in inside or (key in _FREE and not is_certain(last)):
+                    continue
+                found.append(unknown_key("neox", name, item, inside, siblings, file_of(key)))
+    return tuple(found)
+
+
+def unknown_in_config(
+    raw: Mapping[str, Any], family: str, forms: frozenset[str]
+) -> tuple[UnknownKey, ...]:
+    """The keys of a config.json that transformers' class of the family does not know.
+
+    forms: names under which the reader keeps another library's settings.
+    """
+    known = transformers_keys(family)
+    unread = _UNREAD_BY_CLASS.get(family, {})
+    rope = raw.get("rope_parameters") or {}
+    file = "config.json"
+    found = []
+    for key, value in raw.items():
+        if key in forms or (key in known and key not in unread and key not in UNREAD):
+            continue
+        if key in UNREAD and effect_of(key, value) != "model":
+            continue
+        if key in unread and value in (raw.get(unread[key]), rope.get(key)):
+            continue
+        one = unknown_key("hf", key, value, known - {key}, raw, file)
+        found.append(one if not _is_derived(key, value, raw) else _off(one))
+    for block in _ROPE_BLOCKS:
+        found += _unknown_in_rope(block, raw.get(block), raw)
+    return tuple(found)
+
+
+def unknown_in_mamba_ssm(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
+    """The keys of a config.json of mamba_ssm that its classes do not take."""
+    file = "config.json"
+    found = [
+        unknown_key("hf", k, v, MAMBA_SSM, raw, file) for k, v in raw.items() if k not in MAMBA_SSM
+    ]
+    block = raw.get("ssm_cfg")
+    inside = block if isinstance(block, dict) else {}
+    found += [
+        unknown_key("hf", f"ssm_cfg.{key}", value, MAMBA_SSM_BLOCK, inside, file)
+        for key, value in inside.items()
+        if key not in MAMBA_SSM_BLOCK
+    ]
+    return tuple(found)
+
+
+def unknown_in_params(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
+    """The keys of a params.json that Meta's Llama does not have."""
+    heads = {"hidden_size": raw.get("dim"), "num_attention_heads": raw.get("n_heads")}
+    found = []
+    for key, value in raw.items():
+        if key not in META_LLAMA:
+            one = unknown_key("hf", key, value, META_LLAMA, raw, "params.json")
+            found.append(one if not _is_derived(key, value, heads) else _off(one))
+    return tuple(found)
+
+
+def _unknown_in_rope(block: str, value: Any, raw: Mapping[str, Any]) -> Iterator[UnknownKey]:
+    """Keys within a rotary block that its type does not take; "default" takes no scaling."""
+    if not isinstance(value, dict):
+        return
+    kind = value.get("rope_type", value.get("type"))
+    for key, item in value.items():
+        scaled = kind not in (None, "default") and key in ROPE
+        if scaled or key in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
+            continue
+        if key == "original_max_position_embeddings" and item == raw.get("max_position_embeddings"):
+            continue
+        yield unknown_key("hf", f"{block}.{key}", item, ROPE - {key}, value, "config.json")
+
+
+def _is_derived(key: str, value: Any, raw: Mapping[str, Any]) -> bool:
+    """Whether a key repeats what the class computes from others."""
+    hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+    if (
+        key not in _DERIVED
+        or not isinstance(hidden, int)
+        or not isinstance(heads, int)
+        or not heads
+    ):
+        return False
+    return bool(value == (hidden / heads if key == "head_dim" else heads))
+
+
+def _off(key: UnknownKey) -> UnknownKey:
+    from dataclasses import replace
+
+    return replace(key, effect="off")
+
+
+def _nested(value: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """(dotted name, value, the mapping) of every key below a block."""
+    for key, item in value.items():
+        name = f"{above}.{key}"
+        yield name, item, value
+        if isinstance(item, dict):
+            yield from _nested(item, name)
+
+
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """A value and those below it that are mappings."""
+    if isinstance(value, dict):
+        yield value
+        for item in value.values():
+            yield from _mappings(item)
+
+
+def _is_enabled(block: Mapping[str, Any]) -> bool:
+    return "enabled" in block and not is_off("enabled", block["enabled"])

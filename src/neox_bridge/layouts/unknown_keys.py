@@ -1,0 +1,178 @@
+"""What becomes of a checkpoint whose settings no known GPT-NeoX or transformers has."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.architectures.base import Refusal
+from neox_bridge.architectures.hf_config import rope_kind
+from neox_bridge.errors import UsageError
+from neox_bridge.findings import Finding
+from neox_bridge.frameworks.unknown_keys import UnknownKey
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+
+ROPE_SCALING = "rope_scaling"  # known to transformers, and refused; it may be ignored all the same
+
+
+def ignoring(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """The checkpoint, with the user's word that these keys do not matter.
+
+    Raises UsageError for a name that is not an unknown key of its settings.
+    """
+    allowed = ignorable(checkpoint)
+    if wrong := [name for name in names if name not in allowed]:
+        where = "config.json" if checkpoint.kind == "hf" else "the yml files"
+        known = f"{wrong[0]} is a known setting, and known settings are not ignored"
+        absent = f"{wrong[0]} is not in {where} of {checkpoint.path}"
+        have = f"Unknown keys there: {some(sorted(allowed))}." if allowed else ""
+        raise UsageError(
+            ["ignore_keys"],
+            known if wrong[0] in checkpoint.raw else absent,
+            have or "There are no unknown keys: leave the option out.",
+        )
+    return replace(checkpoint, ignored_keys=frozenset({*checkpoint.ignored_keys, *names}))
+
+
+def ignorable(checkpoint: Checkpoint) -> frozenset[str]:
+    """The keys of a checkpoint's settings that may be ignored."""
+    unknown = {key.name for key in checkpoint.unknown_keys}
+    scaled = checkpoint.kind == "hf" and rope_kind(checkpoint.raw) != "default"
+    return frozenset({*unknown, *((ROPE_SCALING,) if scaled else ())})
+
+
+def refusals(
+    checkpoint: Checkpoint, ignored: Collection[str], known: Collection[str] = ()
+) -> list[Refusal]:
+    """Why a checkpoint is not converted: keys that seem to change the model.
+
+    ignored: those that the user wants ignored. known: those that the target is known to take.
+    """
+    return [
+        Refusal(key.name, reason_of(key), remedy_of(key))
+        for key in checkpoint.unknown_keys
+        if key.effect == "model" and key.name not in ignored and key.top not in known
+    ]
+
+
+def warned(keys: Sequence[UnknownKey]) -> list[Finding]:
+    """The keys that seem to change the model, for what is no conversion of the model."""
+    return [
+        Finding("unknown-key", "warning", reason_of(key)) for key in keys if key.effect == "model"
+    ]
+
+
+def reason_of(key: UnknownKey) -> str:
+    """Why an unknown key stops a conversion."""
+    where = f"{key.file} has {key.shown}" if key.file else key.shown
+    if key.side == "hf":
+        who = "which neither transformers' class of this family nor neox-bridge reads"
+    elif key.removed:
+        who = f"which GPT-NeoX had until {key.removed}"
+    elif "." in key.name:
+        who = "which neither GPT-NeoX nor DeepSpeed knows"
+    else:
+        who = "which no GPT-NeoX from v1.0 to today knows, so a fork wrote it"
+    if key.neighbour:
+        return f"{where}, {who}. Did you mean {key.neighbour}?"
+    return f"{where}, {who}. Its name suggests that it changes what the model computes"
+
+
+def remedy_of(key: UnknownKey) -> str:
+    """How a user goes on."""
+    correct = f"correct it if it is meant to be {key.neighbour}; " if key.neighbour else ""
+    return f"{correct}--ignore-key {key.name} goes on without knowing what it means"
+
+
+def listed(keys: Sequence[UnknownKey]) -> list[Finding]:
+    """The unknown keys that stop nothing, as one warning."""
+    named = [key for key in keys if key.effect != "model"]
+    if not named:
+        return []
+    shown = some([_listed(key) for key in named], 12)
+    who = "transformers" if named[0].side == "hf" else "GPT-NeoX"
+    files = some(sorted({key.file for key in named if key.file}))
+    return [
+        Finding(
+            "unknown-keys",
+            "warning",
+            f"{files + ' has ' if files else ''}keys that {who} does not know: {shown}",
+            "nothing suggests that they change the model; check them if a fork trained it",
+        )
+    ]
+
+
+def _listed(key: UnknownKey) -> str:
+    guess = f" (did you mean {key.neighbour}?)" if key.neighbour else ""
+    return f"{key.shown}{guess}"
+
+
+def ignored_findings(names: Collection[str], carried: bool) -> list[Finding]:
+    """The keys that are ignored, as one warning."""
+    if not names:
+        return []
+    what = (
+        "written unchanged, for the code that knows what it means"
+        if carried
+        else "left out; if the model was trained with what it means, the result is another model"
+    )
+    return [
+        Finding(
+            "ignored-keys", "warning", f"{some(sorted(names))}: ignored (--ignore-key), and {what}"
+        )
+    ]
+
+
+def lost_on_the_way(checkpoint: Checkpoint) -> list[Finding]:
+    """Keys of the run's yml that were ignored on the way to Hugging Face, and do not come back."""
+    neox = checkpoint.record.get("neox") or {}
+    names = sorted(checkpoint.ignored_keys & set(neox.get("yml") or ()))
+    if checkpoint.kind != "hf" or not names:
+        return []
+    return [
+        Finding(
+            "ignored-keys",
+            "warning",
+            f"the run's yml had {some(names)}, ignored (--ignore-key) on the way to Hugging Face: "
+            "the new yml is without it",
+            "add it again where the code that trained the model needs it",
+        )
+    ]
+
+
+def without_ignored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A Hugging Face checkpoint's config.json without the keys that are ignored."""
+    ignored = checkpoint.ignored_keys
+    raw = {key: value for key, value in checkpoint.raw.items() if key not in ignored}
+    for name in ignored:
+        top, _, last = name.rpartition(".")
+        if isinstance(raw.get(top), dict):
+            raw[top] = {key: value for key, value in raw[top].items() if key != last}
+    rope = raw.get("rope_parameters")
+    if ROPE_SCALING in ignored and isinstance(rope, dict):
+        kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        raw["rope_parameters"] = {"rope_type": "default", **kept}
+    return raw
+
+
+def undecided(first: Checkpoint, second: Checkpoint) -> Iterator[Finding]:
+    """Unknown keys for which it is not known whether two checkpoints are the same model."""
+    ignored = first.ignored_keys | second.ignored_keys
+    there = {key.name for side in (first, second) for key in side.unknown_keys}
+    if names := sorted(ignored & {*there, ROPE_SCALING}):
+        yield Finding(
+            "ignored-keys",
+            "warning",
+            f"{some(names)}: ignored (--ignore-key) when this was converted, and left out of the "
+            "comparison",
+        )
+    for one, other in ((first, second), (second, first)):
+        same = [(key.name, key.value) for key in other.unknown_keys if other.kind == one.kind]
+        for key in one.unknown_keys:
+            carried = (key.name, key.value) in same
+            if key.effect == "model" and key.name not in ignored and not carried:
+                yield Finding(
+                    "unknown-key",
+                    "error",
+                    f"{one.path}: {reason_of(key)}: whether both are the same model is not known",
+                    "convert again, with --ignore-key if the key does not matter",
+                )
