@@ -700,3 +700,32 @@ def script(tree: Path, code: str) -> "subprocess.CompletedProcess[str]":
         text=True,
         timeout=120,
     )
+
+
+def test_a_second_patch_that_fails_keeps_the_originals_of_the_first(
+    today: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = content(today)
+    patched(today)
+    two_files(today)  # a copy of what is patched already: the tree needs a second patch
+    copy = today / "megatron" / "model" / "zz.py"
+    copy.write_bytes(original[str(HOME)])
+    before = content(today)
+    plan = plan_patch(today)
+    real = os.replace
+    for call in range(1, 4):
+        calls = itertools.count(1)
+
+        def replace(*args: Any, call: int = call, calls: Any = calls) -> None:
+            if next(calls) == call:
+                raise OSError("no")
+            real(*args)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(OSError, match="no"):
+            apply(plan)
+        monkeypatch.undo()
+        assert content(today) == before, call
+    apply(plan)
+    revert(today)
+    assert content(today) == {**original, str(copy.relative_to(today)): original[str(HOME)]}

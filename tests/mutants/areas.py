@@ -87,6 +87,7 @@ AREAS: dict[str, Area] = {
         ),
         (
             "tests/test_derived_boundaries.py",
+            "tests/test_beside_weights.py",
             "tests/test_planning.py",
             "tests/test_bad_input.py",
             "tests/test_fixtures.py",
