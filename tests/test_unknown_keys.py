@@ -10,6 +10,7 @@ from common import FIXTURES, convert, fixture, make_hf, neox_config, plan_of, st
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused, UsageError
 from neox_bridge.formats.yml import read_yml
@@ -19,7 +20,7 @@ from neox_bridge.frameworks.check_keys import (
     unknown_in_params,
     unknown_in_yml,
 )
-from neox_bridge.frameworks.keys import neox_keys, transformers_keys
+from neox_bridge.frameworks.keys import has_keys_of, neox_keys, transformers_keys
 from neox_bridge.frameworks.unknown_keys import UnknownKey, effect_of, neighbour_of
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.verification.verify import verify
@@ -314,9 +315,10 @@ def test_what_transformers_writes_is_known(
     assert unknown_in_config(raw, family, frozenset()) == ()
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "llama", "mistral", "qwen2", "mamba"])
+@pytest.mark.parametrize("family", [each.model_type for each in ARCHITECTURES])
 def test_the_fields_of_the_installed_classes_are_known(family: str) -> None:
-    """Of a newer transformers: run ``frameworks/collect_keys.py`` again."""
+    """For a new family, or a newer transformers: run ``frameworks/collect_keys.py`` again."""
+    assert has_keys_of(family)
     fields = set(AutoConfig.for_model(family).to_dict())
     assert fields <= transformers_keys(family)
 
