@@ -65,6 +65,7 @@ AREAS: dict[str, Area] = {
     "judges": Area(
         ("compat/judge_*", "compat/detectors", "compat/targets", "compat/doctor", "compat/facts"),
         (
+            "tests/test_version_boundaries.py",
             "tests/test_doctor.py",
             "tests/test_recognise.py",
             "tests/test_tree.py",
