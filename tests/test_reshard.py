@@ -149,9 +149,9 @@ def logical(root: Path) -> dict[str, dict[str, torch.Tensor]]:
     ("source", "asked", "target"),
     [
         ("bf16_tp2", {"dp": 2}, "bf16_tp2_dp2"),
-        ("bf16_tp2_dp2", {"dp": 1}, "bf16_tp2"),
+        ("bf16_tp2_dp2", {"dp": 1, "micro_batch": 4}, "bf16_tp2"),
         ("fp32", {"pp": 0, "dp": 2}, "fp32_pp0_dp2"),
-        ("fp32_pp0_dp2", {"pp": 1, "dp": 1}, "fp32"),
+        ("fp32_pp0_dp2", {"pp": 1, "dp": 1, "micro_batch": 4}, "fp32"),
         ("fp32", {}, "fp32"),
         ("fp32_dp3", {}, "fp32_dp3"),
         ("fp32_stage0", {}, "fp32_stage0"),
@@ -160,7 +160,7 @@ def logical(root: Path) -> dict[str, dict[str, torch.Tensor]]:
         ("fp32_stage0", {"zero": 1}, "fp32"),
         ("fp32_stage0", {"zero": 1, "pp": 0, "dp": 2}, "fp32_pp0_dp2"),
         ("fp32", {"zero": 0}, "fp32_stage0"),
-        ("fp32_pp0_dp2", {"zero": 0, "pp": 1, "dp": 1}, "fp32_stage0"),
+        ("fp32_pp0_dp2", {"zero": 0, "pp": 1, "dp": 1, "micro_batch": 4}, "fp32_stage0"),
     ],
 )
 def test_the_files_are_deepspeeds(
@@ -281,14 +281,17 @@ def test_stage_0_of_what_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_there_and_back(source: Path, target: dict[str, Any], tmp_path: Path) -> None:
-    """Every tensor of every file; random states of ranks that the way has fewer of can't be."""
+    """Every tensor of every file; random states of ranks that the way has fewer of can't be.
+
+    The accumulation stays 1, so that no state is scaled.
+    """
     checkpoint = open_checkpoint(str(source))
     optimizer, state = read_optimizer(checkpoint), checkpoint.neox
     assert state is not None
     there, back = tmp_path / "there", tmp_path / "back"
     dp = 3 if optimizer.dp == 3 and target["dp"] == 2 else target["dp"]  # as the batch allows
-    reshard(source, there, **{**target, "dp": dp})
-    own = {"tp": state.tp, "pp": state.pp, "dp": optimizer.dp}
+    reshard(source, there, **{**target, "dp": dp}, micro_batch=2 * optimizer.dp // dp)
+    own = {"tp": state.tp, "pp": state.pp, "dp": optimizer.dp, "micro_batch": 2}
     reshard(there, back, **own, row_bias="split")
     ranks, stages = target["tp"] < state.tp, max(1, target["pp"]) < state.pp
     leave = RANDOM if ranks or stages else ()
@@ -329,7 +332,7 @@ def test_moments_that_ranks_disagree_on_are_averaged_and_told(tmp_path: Path) ->
     write(first, torch.ones(1).numpy().tobytes())
     a, b = (tensor(old.shards[rank, (2, name)]["exp_avg"]) for rank in (0, 1))
     assert not torch.equal(a, b)
-    _, result = reshard(tmp_path / "old", tmp_path / "new", tp=1, dp=1)
+    _, result = reshard(tmp_path / "old", tmp_path / "new", tp=1, dp=1, micro_batch=4)
     mine = read_optimizer(open_checkpoint(str(tmp_path / "new"))).shards[0, (2, name)]["exp_avg"]
     assert torch.equal(tensor(mine), ((a.double() + b.double()) / 2).float())
     assert [f.code for f in result.findings] == ["replicas-differ"]
@@ -373,11 +376,11 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
     return torch.randn(shape, generator=seed)
 
 
-def go_on(root: Path) -> dict[str, torch.Tensor]:
+def go_on(root: Path, scale: float = 1) -> dict[str, torch.Tensor]:
     """The masters after three steps of AdamW on the flat partitions of a checkpoint without TP.
 
     As DeepSpeed does it: each data-parallel rank and stage has an optimizer of its own over flat
-    tensors, padding included, with whatever state the files say.
+    tensors, padding included, with whatever state the files say. scale: of the gradients.
     """
     checkpoint = open_checkpoint(str(root))
     optimizer, state = read_optimizer(checkpoint), checkpoint.neox
@@ -402,7 +405,8 @@ def go_on(root: Path) -> dict[str, torch.Tensor]:
                     short = part.name.removeprefix("sequential.")
                     whole = gradient(short, torch.Size(shapes[index][part.name]), n).reshape(-1)
                     end = part.start + part.numel
-                    parameter.grad[part.start : end] = whole[part.low : part.low + part.numel]
+                    values = whole[part.low : part.low + part.numel]
+                    parameter.grad[part.start : end] = scale * values
                 made.step()
             for part in flat.fragments(rank):
                 short = part.name.removeprefix("sequential.")

@@ -10,6 +10,8 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     losses: steps to train before, with tokens that are the same for the same step of any layout, of
         which the losses are told, or left out
     alike: whether each data-parallel rank has all of them, so that no sum is rounded otherwise
+    averages: whether the pipeline engine averages micro-batches' gradients, as DeepSpeed's does
+        before 0.16.0 and since 0.19.3
     save: a folder for GPT-NeoX's own checkpoint of the model, or left out
 The model, the DeepSpeed engine and the loading are GPT-NeoX's own; only what needs CUDA or apex is
 replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": null or text,
@@ -123,6 +125,10 @@ def run(job) -> list[float]:
     mpu.model_parallel_cuda_manual_seed(1)
     args.iteration = 0
     model = setup_model_and_optimizer(args, use_cache=False)[0]
+    if job.get("averages"):
+        model._backward_prologue = types.MethodType(
+            averaging(type(model)._backward_prologue), model
+        )
     for _ in range(job["steps"]):
         train(args, model)
     first = args.iteration or 0
@@ -135,6 +141,15 @@ def run(job) -> list[float]:
     if job["logits"]:
         save_logits(args, model, stages, job["logits"], job.get("training", False))
     return told
+
+
+def averaging(prologue):
+    """DeepSpeed's ``_backward_prologue``, with the loss divided by the accumulation."""
+
+    def averaged(self, loss, scale_wrt_gas=True):
+        return prologue(self, loss / self.gradient_accumulation_steps(), scale_wrt_gas)
+
+    return averaged
 
 
 def step(args, model, number, alike) -> float:

@@ -68,8 +68,26 @@ def reshard(
             min=1,
             metavar="N",
             rich_help_panel=_LAYOUT,
-            help="Sequences of a rank's forward pass; at most what it was, unless told. The "
-            "global batch stays.",
+            help="Sequences of a rank's forward pass; by default at most what it was. The global "
+            "batch stays.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("sums", "averages"),
+            rich_help_panel=_LAYOUT,
+            help="What the pipeline engine of the DeepSpeed that the run goes on with does with "
+            "the gradients of micro-batches; by default what the run's own DeepSpeed does.",
+        ),
+    ] = None,
+    source_engine: Annotated[
+        str | None,
+        typer.Option(
+            **values.one_of("sums", "averages"),
+            rich_help_panel=_LAYOUT,
+            help="What the pipeline engine of the run's own DeepSpeed did; by default what its "
+            "version says (0.16.0 to 0.18.2 sum).",
         ),
     ] = None,
     row_bias: Annotated[
@@ -133,14 +151,15 @@ def reshard(
         "row_bias": row_bias,
         "universal": universal,
         "ignore_keys": tuple(ignore_key or ()),
+        "engine": engine,
+        "source_engine": source_engine,
     }
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.layouts.optimizer_reader import read_optimizer
         from neox_bridge.planning.option_checks import check_gqa_order, check_layout
-        from neox_bridge.planning.reshard import plan_reshard
+        from neox_bridge.planning.reshard import plan_reshard, target_states
         from neox_bridge.planning.reshard_target import Resharding
-        from neox_bridge.planning.zero_stage import at_stage
         from neox_bridge.stores.paths import absolute
 
         check_layout(layout, pp)
@@ -158,14 +177,14 @@ def reshard(
 
             checkpoint, given = with_export(checkpoint, optimizer, states)
         made = absolute(target)
-        plan = plan_reshard(checkpoint, optimizer, Resharding(**chosen), made, given)
+        asked = Resharding(**chosen)
+        plan = plan_reshard(checkpoint, optimizer, asked, made, given)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
 
         def check(progress: Progress) -> Callable[[str], None]:
             from neox_bridge.verification.optimizer import checker
 
-            stage = optimizer.stage if zero is None else zero
-            held = at_stage(checkpoint, optimizer, stage, given)
+            held = target_states(checkpoint, optimizer, asked, given)
             return checker(checkpoint, *held, workers=max_workers, progress=progress)
 
         carry_out(plan, target, "resharding", how, check)

@@ -34,6 +34,7 @@ class Context:
     cloned: what shares blocks with a source, by output file (st_dev, st_ino), in any order.
     sharing: whether two disks share blocks, as far as was tried.
     overflows: (tensor, values that became non-finite). deviations: (tensor, file, largest one).
+    roundings: (tensor, values that a scale made too small or too large for their dtype).
     """
 
     progress: Callable[[int], None] | None = None
@@ -43,6 +44,7 @@ class Context:
     sharing: dict[Disks, bool] = field(default_factory=dict)
     overflows: list[tuple[str, int]] = field(default_factory=list)
     deviations: list[tuple[str, str, float]] = field(default_factory=list)
+    roundings: list[tuple[str, int]] = field(default_factory=list)
     files: Files = field(default_factory=Files)
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,6 +70,10 @@ class Context:
     def overflow(self, name: str, count: int) -> None:
         with self.lock:
             self.overflows.append((name, count))
+
+    def round_scaled(self, name: str, count: int) -> None:
+        with self.lock:
+            self.roundings.append((name, count))
 
     def deviate(self, name: str, file: str, largest: float) -> None:
         with self.lock:

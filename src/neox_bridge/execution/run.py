@@ -158,6 +158,16 @@ def _findings(context: Context) -> Iterable[Finding]:
             f"cast, the first in {name}",
             "choose --dtype bfloat16 or float32",
         )
+    if context.roundings:
+        name, _ = min(context.roundings)
+        total = sum(count for _, count in context.roundings)
+        yield Finding(
+            "scaled-states-rounded",
+            "warning",
+            f"{total} values of {len(context.roundings)} optimizer states became too small or too "
+            f"large for their dtype as they were scaled, the first in {name}: they are rounded",
+            "keep gradient_accumulation_steps with --micro-batch to avoid the scaling",
+        )
     if context.deviations:
         name, file, largest = max(context.deviations, key=lambda d: (d[2], d[0]))
         yield Finding(

@@ -1,4 +1,4 @@
-"""Makes the tensors whose bytes change: strided, cast, summed, averaged, filled, random.
+"""Makes the tensors whose bytes change: strided, cast, scaled, summed, averaged, filled, random.
 
 Block after block, each one run of the tensor's bytes, so that memory stays bounded whatever the
 tensor's size and shape.
@@ -6,9 +6,10 @@ tensor's size and shape.
 
 import mmap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
-from math import prod
+from math import frexp, prod
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.execution import movers
@@ -36,7 +37,8 @@ def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "I
     """The tensor's elements in its dtype, a contiguous block at a time, in the file's order.
 
     reuse: a block lies in a buffer of this thread, which the next one overwrites.
-    Finite values that a cast made infinite are counted.
+    Finite values that a cast made infinite are counted, and so are those that were multiplied by a
+    power of two and do not fit the dtype exactly.
     """
     import numpy as np
 
@@ -44,14 +46,21 @@ def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "I
         yield from random_blocks(tensor)
         return
     lost: list[int] = []
+    rounded = 0
+    by_power_of_two = _by_power_of_two(tensor)
     reduced = tensor.reduce != "none"
     made = _reduced(tensor, context) if reduced else _assembled(tensor, context, lost, reuse)
     for values in made:
         if tensor.divisor != 1:
             values = values.astype(np.float64) / tensor.divisor
-        yield np.ascontiguousarray(_counted(values, to_numpy(tensor.dtype), lost))
+        out = _counted(values, to_numpy(tensor.dtype), lost)
+        if by_power_of_two:
+            rounded += int(np.count_nonzero(np.isfinite(values) & (out != values)))
+        yield np.ascontiguousarray(out)
     if lost:
         context.overflow(tensor.name, sum(lost))
+    if rounded:
+        context.round_scaled(tensor.name, rounded)
 
 
 def replica(tensor: OutputTensor, context: Context) -> Piece | None:
@@ -133,6 +142,27 @@ def load(
     return found
 
 
+def piece_values(
+    piece: Piece, context: Context, give: "Callable[[int], Array] | None" = None
+) -> "Array":
+    """The values of a piece that has a source: as they lie there, or scaled, in float64."""
+    import numpy as np
+
+    assert piece.source is not None
+    values = load(piece.source, piece.start, piece.shape, context, give)
+    if piece.scale == 1:
+        return values
+    with np.errstate(all="ignore"):
+        scaled: Array = values.astype(np.float64) * piece.scale
+    return scaled
+
+
+def _by_power_of_two(tensor: OutputTensor) -> bool:
+    """Whether pieces are scaled, and only by powers of two, which change no digit."""
+    scales = {piece.scale for piece in tensor.pieces} - {1.0}
+    return bool(scales) and all(frexp(scale)[0] == 0.5 for scale in scales)
+
+
 def _from_far(ref: TensorRef, start: Shape, shape: Shape, context: Context) -> "Array":
     """A box of an object's tensor with large gaps, which can't be mapped: half by half."""
     import numpy as np
@@ -174,19 +204,19 @@ def _assembled(
     import numpy as np
 
     dtypes = {piece.source.dtype for piece in tensor.pieces if piece.source is not None}
-    mixed = "float64" if tensor.divisor != 1 else tensor.dtype
-    name = next(iter(dtypes)) if len(dtypes) == 1 else mixed
+    scaled = any(piece.scale != 1 for piece in tensor.pieces)
+    mixed = "float64" if scaled or tensor.divisor != 1 else tensor.dtype
+    name = next(iter(dtypes)) if len(dtypes) == 1 and not scaled else mixed
     dtype = to_numpy(name)
-    changed = dtypes != {tensor.dtype} or tensor.divisor != 1
+    changed = dtypes != {tensor.dtype} or scaled or tensor.divisor != 1
     limit = max(1, STEP // (WIDE if changed else itemsize(name)))
     whole = Whole(tensor.dtype, tensor.shape, tensor.pieces)
     for start, shape in boxes(tensor.shape, limit):
         context.check()
         pieces = cut(whole, start, shape, (0,) * len(shape))
         give = room(0) if reuse else None
-        only = pieces[0].source if len(pieces) == 1 else None
-        if only is not None:
-            yield _counted(load(only, pieces[0].start, shape, context, give), dtype, lost)
+        if len(pieces) == 1 and pieces[0].source is not None:
+            yield _counted(piece_values(pieces[0], context, give), dtype, lost)
             continue
         out: Array = np.empty(shape, dtype)
         for piece in pieces:
@@ -194,7 +224,7 @@ def _assembled(
             if piece.source is None:
                 out[place] = piece.fill
             else:
-                values = load(piece.source, piece.start, piece.shape, context, give)
+                values = piece_values(piece, context, give)
                 out[place] = _counted(values, dtype, lost)
         yield out
 
@@ -209,7 +239,7 @@ def _values(tensor: OutputTensor, piece: Piece, context: Context) -> "Iterator[A
             yield np.full(shape, piece.fill, to_numpy(tensor.dtype))
         else:
             at = tuple(a + b for a, b in zip(piece.start, start, strict=True))
-            yield load(piece.source, at, shape, context)
+            yield piece_values(replace(piece, start=at, shape=shape), context)
 
 
 def _reduced(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
@@ -325,6 +355,7 @@ def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool
     import numpy as np
 
     context.check()
+    piece = replace(piece, scale=1.0)  # which changes neither zeros nor signs
     zero = element(piece.source.dtype if piece.source is not None else tensor.dtype, -0.0)
     if (found := _small(tensor, piece, context)) is not None:
         return found[1] == zero * (len(found[1]) // len(zero))

@@ -61,6 +61,7 @@ class Made:
     counts: Mapping[How, int]
     overflows: tuple[tuple[str, int], ...]
     deviations: tuple[tuple[str, str, float], ...]
+    roundings: tuple[tuple[str, int], ...] = ()
 
 
 def read_of(outputs: Iterable[OutputFile]) -> dict[str, int]:
@@ -106,7 +107,7 @@ def make(unit: Unit) -> Made:
 
 def made_of(written: Iterable[tuple[str, Written]], context: Context) -> Made:
     """What became of a unit that wrote these files."""
-    found = tuple(context.overflows), tuple(context.deviations)
+    found = tuple(context.overflows), tuple(context.deviations), tuple(context.roundings)
     return Made(tuple(written), dict(context.written), *found)
 
 
@@ -175,6 +176,7 @@ def count(made: Made, context: Context) -> None:
     for how, size in made.counts.items():
         context.wrote(size, how)
     context.overflows.extend(made.overflows)
+    context.roundings.extend(made.roundings)
     context.deviations.extend(made.deviations)
 
 

@@ -29,11 +29,18 @@ def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int) -> Batc
     return Batch(total, micro, max(1, total // (micro * dp)))
 
 
-def spread(batch: Batch, dp: int, micro: int | None) -> Batch:
+def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = None) -> Batch:
     """The same global batch on ``dp`` ranks, a rank's forward pass at most as large as it was.
 
-    micro: the size of a forward pass to take instead. Raises Refused, with the numbers that would
-    fit, where the global batch can't be spread so.
+    Args:
+        batch: the source's.
+        dp: data-parallel ranks.
+        micro: the size of a forward pass to take instead.
+        accumulation: forward passes a step to choose where that needs no larger ones; by default
+            as few as possible.
+
+    Raises:
+        Refused: with the numbers that would fit, where the global batch can't be spread so.
     """
     if batch.total % dp:
         fits = [n for n in range(1, batch.total + 1) if batch.total % n == 0]
@@ -48,5 +55,7 @@ def spread(batch: Batch, dp: int, micro: int | None) -> Batch:
             f"--micro-batch {micro} doesn't divide the {share} sequences of a rank's step, with "
             f"{batch.total} in all on {dp} ranks. These do: {', '.join(map(str, sizes))}."
         )
-    chosen = micro or max(size for size in sizes if size <= batch.micro)
+    fitting = [size for size in sizes if size <= batch.micro]
+    wanted = [size for size in fitting if size * (accumulation or 0) == share]
+    chosen = micro or max(wanted or fitting)
     return Batch(batch.total, chosen, share // chosen)

@@ -123,6 +123,7 @@ def _is_run(tensor: OutputTensor) -> bool:
         and tensor.divisor == 1
         and len(tensor.shape) == len(tensor.pieces) == 1
         and tensor.pieces[0].source is not None
+        and tensor.pieces[0].scale == 1
         and tensor.pieces[0].shape == tensor.shape == tensor.pieces[0].source.shape
     )
 

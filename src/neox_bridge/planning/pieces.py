@@ -1,7 +1,7 @@
 """The plan as plain data: boxes of source tensors, output tensors, output files."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from operator import add, sub
 from typing import Literal
@@ -23,6 +23,7 @@ class Piece:
     source: None for a constant, whose value is ``fill`` (0.0, or -0.0 which keeps sums exact).
     start, to, shape: in elements, one number a dimension; source and destination have the same
         number of dimensions.
+    scale: the source's values are multiplied by it, in float64 (``planning/gradient_scale``).
     """
 
     source: TensorRef | None
@@ -30,6 +31,7 @@ class Piece:
     to: Shape
     shape: Shape
     fill: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,13 @@ class Plan:
         return sum(file.size for file in self.files)
 
 
+def scaled(whole: Whole, scale: float) -> Whole:
+    """The tensor with every value multiplied by ``scale``. Its ``shards`` are left out."""
+    pieces = tuple(replace(piece, scale=piece.scale * scale) for piece in whole.pieces)
+    parts = tuple(scaled(part, scale) for part in whole.parts)
+    return replace(whole, pieces=pieces, shards=(), parts=parts)
+
+
 def whole_of(ref: TensorRef) -> Whole:
     """A source tensor as the whole of a tensor."""
     return Whole(ref.dtype, ref.shape, (box(ref),))
@@ -174,7 +183,7 @@ def cut(whole: Whole, start: Shape, shape: Shape, to: Shape) -> tuple[Piece, ...
     if len(whole.pieces) == 1 and not any(whole.pieces[0].to):
         only = whole.pieces[0]
         if only.shape == whole.shape and not any(only.start) and all(shape):  # as most are
-            return (Piece(only.source, start, to, shape, only.fill),)
+            return (Piece(only.source, start, to, shape, only.fill, only.scale),)
     return tuple(_clip(whole.pieces, start, shape, to))
 
 
@@ -188,17 +197,17 @@ def _clip(pieces: Iterable[Piece], start: Shape, shape: Shape, to: Shape) -> Ite
             continue
         first = tuple(map(add, piece.start, map(sub, low, piece.to)))
         place = tuple(map(add, to, map(sub, low, start)))
-        yield Piece(piece.source, first, place, size, piece.fill)
+        yield Piece(piece.source, first, place, size, piece.fill, piece.scale)
 
 
 def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
     """(source offset, destination offset, bytes) of a piece that is one run of bytes on both sides.
 
     shape: that of the destination tensor; its offset is counted from the tensor's first byte.
-    None where the piece is strided on either side, or a constant.
+    None where the piece is strided on either side, scaled, or a constant.
     """
     ref = piece.source
-    if ref is None:
+    if ref is None or piece.scale != 1:
         return None
     if ref.strides is None and piece.shape[1:] == ref.shape[1:] == shape[1:]:  # whole rows, as most
         row = prod(shape[1:]) * itemsize(ref.dtype)

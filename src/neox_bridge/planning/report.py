@@ -90,7 +90,8 @@ def plan_hash(plan: Plan) -> str:
             found.update(repr((at, len(data))).encode() + data)
         for t in file.tensors:
             pieces = [
-                (p.source and _facts(p.source), p.start, p.to, p.shape, p.fill) for p in t.pieces
+                (p.source and _facts(p.source), p.start, p.to, p.shape, p.fill, p.scale)
+                for p in t.pieces
             ]
             told = (t.name, t.dtype, t.shape, t.reduce, t.divisor, t.random, t.offset, t.crc_at)
             found.update(repr((told, t.inline, pieces)).encode())
@@ -190,6 +191,7 @@ def _piece(piece: Piece) -> dict[str, Any]:
         "to": list(piece.to),
         "shape": list(piece.shape),
         "fill": piece.fill,
+        "scale": piece.scale,
     }
 
 

@@ -16,6 +16,7 @@ from neox_bridge.layouts.universal_folder import INFO, LATEST
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
 from neox_bridge.planning.common import text_file, tokenizer_outputs
 from neox_bridge.planning.fragments import put
+from neox_bridge.planning.gradient_scale import gradient_findings
 from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.planning.neox_files import mp_rank_file, rank_parameters, weight_files
 from neox_bridge.planning.neox_yml import resume_yml
@@ -49,6 +50,9 @@ def plan_reshard(
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
     made = settle(checkpoint, optimizer, asked)
+    if made.rescaling is not None:
+        given = made.rescaling.states(given or states(checkpoint, optimizer))
+        optimizer = made.rescaling.optimizer(optimizer)
     weights = with_target_rows(checkpoint, made.config, checkpoint.tensors)
     moved = {
         key: with_target_rows(checkpoint, made.config, wholes)
@@ -98,7 +102,7 @@ def plan_reshard(
     findings = (
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
-        *_findings(checkpoint, made, sources),
+        *_findings(checkpoint, made, sources, changed),
     )
     return Plan(source_summary(checkpoint), summary, tuple(files), (), findings)
 
@@ -190,6 +194,7 @@ def _changed(checkpoint: Checkpoint, made: Target) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": made.batch.micro,
         "gradient_accumulation_steps": made.batch.accumulation,
         "zero_optimization": zero,
+        **(made.rescaling.yml(checkpoint.raw) if made.rescaling is not None else {}),
     }
 
 
@@ -238,7 +243,7 @@ def _ds_config(told: Any, made: Target) -> dict[str, Any]:
         config["gradient_accumulation_steps"] = made.batch.accumulation
     if "zero_optimization" in config:
         config["zero_optimization"] = {**config["zero_optimization"], "stage": made.zero}
-    return config
+    return made.rescaling.ds_config(config) if made.rescaling is not None else config
 
 
 def _optimizer_files(
@@ -287,7 +292,25 @@ def _small_files(
     ]
 
 
-def _findings(checkpoint: Checkpoint, made: Target, sources: Sources) -> Iterator[Finding]:
+def target_states(
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    asked: Resharding,
+    given: Mapping[str, Mapping[str, Whole]] | None = None,
+) -> tuple[Optimizer, Mapping[str, Mapping[str, Whole]] | None]:
+    """What the target should hold, to check it: the optimizer, and states not as the source's."""
+    if asked.zero is not None:
+        optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
+    made = settle(checkpoint, optimizer, asked)
+    if made.rescaling is None:
+        return optimizer, given
+    given = made.rescaling.states(given or states(checkpoint, optimizer))
+    return made.rescaling.optimizer(optimizer), given
+
+
+def _findings(
+    checkpoint: Checkpoint, made: Target, sources: Sources, changed: Mapping[str, Any]
+) -> Iterator[Finding]:
     state, batch = checkpoint.neox, made.batch
     assert state is not None
     yield Finding(
@@ -297,6 +320,7 @@ def _findings(checkpoint: Checkpoint, made: Target, sources: Sources) -> Iterato
         f"train_micro_batch_size_per_gpu {batch.micro}, gradient_accumulation_steps "
         f"{batch.accumulation}",
     )
+    yield from gradient_findings(made.version, made.before, made.after, made.rescaling, changed)
     if made.universal:
         yield Finding(
             "load-universal",

@@ -6,12 +6,22 @@ from math import prod
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused
+from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName
 from neox_bridge.layouts.optimizer import Optimizer
 from neox_bridge.layouts.step_folder import number_of
+from neox_bridge.layouts.untrusted import text
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.batch import Batch, batch_of, spread
 from neox_bridge.planning.common import drop_vocabulary_rows
+from neox_bridge.planning.gradient_scale import (
+    Engine,
+    Rescaling,
+    Side,
+    change_of_scale,
+    kept_accumulation,
+    rescaling,
+)
 from neox_bridge.planning.neox_files import Shape, rank_parameters
 from neox_bridge.planning.options import Options, RowBias
 from neox_bridge.planning.pieces import Whole
@@ -27,6 +37,9 @@ class Resharding:
     zero: ZeRO's stage. micro_batch: sequences of a rank's forward pass.
     row_bias: see ``geometry.scatter``. universal: write DeepSpeed's universal checkpoint.
     ignore_keys: see ``Options``.
+    engine: what the pipeline engine that the run goes on with does with micro-batches' gradients;
+        by default what that of the source's DeepSpeed does. source_engine: what the source's did;
+        by default what its version says.
     """
 
     tp: int | None = None
@@ -38,11 +51,19 @@ class Resharding:
     row_bias: RowBias = "whole"
     universal: bool = False
     ignore_keys: tuple[str, ...] = ()
+    engine: Engine | None = None
+    source_engine: Engine | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """The target, settled. config: with the target's rows of the vocabulary. step: its folder."""
+    """The target, settled.
+
+    config: with the target's rows of the vocabulary. step: its folder. source: the batch that it
+    had. version: of the source's DeepSpeed. before, after: what the gradients depend on.
+    rescaling: how the optimizer goes on with gradients of another scale; None where they have the
+    same.
+    """
 
     shape: Shape
     config: ModelConfig
@@ -53,6 +74,11 @@ class Target:
     bounds: tuple[range, ...]
     step: str
     universal: bool
+    source: Batch
+    version: str | None
+    before: Side
+    after: Side
+    rescaling: Rescaling | None
 
     @property
     def prefix(self) -> str:
@@ -86,11 +112,51 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
             "--zero 1."
         )
     told = optimizer.metas[0].get("ds_config") or {}
-    batch = spread(batch_of(told, raw, optimizer.dp), dp, asked.micro_batch)
+    source = batch_of(told, raw, optimizer.dp)
+    version = text(optimizer.metas[0], "ds_version") or None
+    before, after = _sides(asked, version, checkpoint, shape, source)
+    accumulation = kept_accumulation(before, after)
+    batch = spread(source, dp, asked.micro_batch, accumulation)
+    after = replace(after, accumulation=batch.accumulation)
+    way_out = _way_out(batch.total // dp, accumulation)
+    factor = change_of_scale(before, after, way_out)
+    rescaled = None
+    if factor != 1:
+        rescaled = rescaling(optimizer, raw, factor, checkpoint.config.dtype, way_out)
     bounds = tuple(_bounds(checkpoint, shape, config))
     number = state.iteration if state.universal else number_of(state.step)
     step = f"global_step{number}{'_universal' if asked.universal else ''}"
-    return Target(shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal)
+    return Target(
+        shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
+        before, after, rescaled,
+    )  # fmt: skip
+
+
+def _sides(
+    asked: Resharding, version: str | None, checkpoint: Checkpoint, shape: Shape, batch: Batch
+) -> tuple[Side, Side]:
+    """What the gradients of the source, and of the target with the source's batch, depend on."""
+    state = checkpoint.neox
+    assert state is not None
+    known = pipeline_accumulation(version)
+    # GPT-NeoX has wanted DeeperSpeed 0.16.5, which sums, since 2025-03
+    before = asked.source_engine or known or asked.engine or "sums"
+    after = asked.engine or known or before
+    pipeline, stages = state.layout == "layers", max(1, state.pp)
+    return (
+        Side(before, pipeline, stages if pipeline else 1, batch.accumulation),
+        Side(after, shape.layout == "layers", shape.stages, batch.accumulation),
+    )
+
+
+def _way_out(share: int, accumulation: int | None) -> str:
+    """How the gradients keep their scale. share: sequences of a rank's step."""
+    if accumulation and share % accumulation == 0:
+        return (
+            f"--micro-batch {share // accumulation} keeps gradient_accumulation_steps "
+            f"{accumulation}, which needs no scaling."
+        )
+    return "Keep --pp and --dp as they are."
 
 
 def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[range]:

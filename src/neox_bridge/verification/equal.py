@@ -14,7 +14,7 @@ from neox_bridge.execution.buffers import buffer, room
 from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.extents import same_blocks
-from neox_bridge.execution.transform import boxes, load
+from neox_bridge.execution.transform import boxes, piece_values
 from neox_bridge.formats.dtypes import itemsize, to_numpy
 from neox_bridge.planning.pieces import Piece, Shape, Whole, byte_range, cut
 from neox_bridge.planning.sharing import WORTH, whole_blocks
@@ -137,7 +137,7 @@ def _read(
         if piece.source is None:
             values: Array = np.full(piece.shape, piece.fill, wanted)
         else:
-            values = cast(load(piece.source, piece.start, piece.shape, context, room), wanted)
+            values = cast(piece_values(piece, context, room), wanted)
         found.append((piece, values))
     return found
 

@@ -157,7 +157,11 @@ def fresh_checker(
 
 
 def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
-    mine: Mapping[object, object] = {g.settings.get("name"): g.scalars for g in source.groups}
+    mine = {group.settings.get("name"): group for group in source.groups}
     for group in target.groups:
-        if mine.get(group.settings.get("name")) != group.scalars:
+        want = mine.get(group.settings.get("name"))
+        if want is None or want.scalars != group.scalars:
             yield Difference("the optimizer's steps", "values", detail="they aren't the source's")
+        if want is None or want.settings != group.settings:
+            detail = "they aren't those that were planned"
+            yield Difference("the optimizer's hyperparameters", "values", detail=detail)

@@ -1,0 +1,129 @@
+"""Runs of the real GPT-NeoX go on as they were where gradient_accumulation_steps changes.
+
+Its pipeline engine (DeepSpeed 0.16.5) sums the gradients of micro-batches. Each source trains,
+saves and goes on for three steps by itself; each save is resharded and goes on from the written
+resume.yml alone. The global batch has the same sequences everywhere. Clipping is active in every
+step, and eps is as large as the gradients, so that a wrong one would be noticed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_reshard import reshard
+from test_reshard_neox import PRECISION, Layout, apart, losses, start
+
+pytestmark = pytest.mark.neox
+
+# right pairs differ by 1.6e-7 and 1.5e-4 at most, wrong ones by 5e-4 and more
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-4, "fp16": 3e-4}
+SETTINGS: dict[str, Any] = {
+    "gpt_j_residual": False,
+    "gradient_clipping": 0.5,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1.0e-4}},
+}
+Source = tuple[Layout, int, int]  # micro-batch, accumulation
+
+ONCE: Source = (Layout(1, 1, 2), 2, 1)
+FOUR: Source = (Layout(1, 1, 1), 1, 4)
+PLAIN: Source = (Layout(1, 0, 1), 2, 2)
+
+
+def run_of(python: str, source: Source, precision: str, home: Path) -> tuple[Path, list[float]]:
+    """A saved run, and the losses with which it goes on by itself."""
+    layout, micro, accumulation = source
+    batch = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
+    yml = str(start(home, layout, {**SETTINGS, **PRECISION[precision], **batch}))
+    run = home / "run"
+    jobs = [
+        {"yml": yml, "losses": 6, "save": str(run)},
+        {"yml": yml, "losses": 3, "set": {"load": str(run)}},
+    ]
+    return run, losses(python, layout, jobs, home)[1]
+
+
+def resumed(python: str, root: Path, layout: Layout, **more: Any) -> list[float]:
+    job = {"yml": str(root / "resume.yml"), "losses": 3, **more}
+    return losses(python, layout, [job], root.parent / f"{root.name} jobs")[0]
+
+
+def furthest(want: list[float], losses_: list[float]) -> float:
+    return max(map(apart, want, losses_))
+
+
+CASES = [
+    # precision, source, target, accumulation of the target, by what its gradients are larger
+    ("fp32", ONCE, Layout(1, 1, 1), 2, 2),
+    ("fp32", ONCE, Layout(2, 1, 2), 1, 1),
+    ("fp32", FOUR, Layout(1, 0, 2), 2, 1 / 4),
+    ("fp32", FOUR, Layout(1, 1, 2), 2, 1 / 2),
+    ("fp32", FOUR, Layout(2, 2, 1), 4, 1),
+    ("fp32", PLAIN, Layout(2, 1, 1), 2, 2),
+    ("bf16", ONCE, Layout(1, 2, 1), 2, 2),
+    ("bf16", FOUR, Layout(1, 0, 1), 4, 1 / 4),
+    ("fp16", ONCE, Layout(2, 1, 1), 2, 2),
+    ("fp16", FOUR, Layout(1, 0, 2), 2, 1 / 4),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    neox_python: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, Source], tuple[Path, list[float]]]:
+    """Every source, run once."""
+    return {
+        key: run_of(neox_python, key[1], key[0], tmp_path_factory.mktemp("source") / "home")
+        for key in dict.fromkeys((precision, source) for precision, source, *_ in CASES)
+    }
+
+
+@pytest.mark.parametrize(
+    ("precision", "source", "target", "accumulation", "factor"),
+    CASES,
+    ids=[f"{p} {s[0]} x{s[2]} to {t} x{a}" for p, s, t, a, _ in CASES],
+)
+def test_the_run_goes_on(
+    precision: str,
+    source: Source,
+    target: Layout,
+    accumulation: int,
+    factor: float,
+    runs: dict[tuple[str, Source], tuple[Path, list[float]]],
+    neox_python: str,
+    tmp_path: Path,
+) -> None:
+    run, want = runs[precision, source]
+    new = tmp_path / "new"
+    plan, _ = reshard(run, new, tp=target.tp, pp=target.pp, dp=target.dp)
+    assert f"gradient_accumulation_steps: {accumulation}\n" in (new / "resume.yml").read_text()
+    warned = [f.severity for f in plan.findings if f.code == "gradient-scale"]
+    assert ("warning" in warned) == (factor != 1)
+    assert furthest(want, resumed(neox_python, new, target)) <= TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_states_of_the_old_scale_are_noticed(
+    precision: str,
+    runs: dict[tuple[str, Source], tuple[Path, list[float]]],
+    neox_python: str,
+    tmp_path: Path,
+) -> None:
+    """What --engine averages writes is another run here, where the engine sums."""
+    run, want = runs[precision, ONCE]
+    new = tmp_path / "new"
+    reshard(run, new, dp=1, engine="averages")
+    wrong = resumed(neox_python, new, Layout(1, 1, 1))
+    assert furthest(want, wrong) > TOLERANCE[precision]
+
+
+def test_into_an_engine_that_averages(
+    runs: dict[tuple[str, Source], tuple[Path, list[float]]], neox_python: str, tmp_path: Path
+) -> None:
+    run, want = runs["fp32", FOUR]
+    new = tmp_path / "new"
+    reshard(run, new, engine="averages")
+    right = resumed(neox_python, new, Layout(1, 1, 1), averages=True)
+    assert furthest(want, right) <= TOLERANCE["fp32"]
