@@ -112,3 +112,27 @@ def test_plans_fit_the_schema(command: str, tmp_path: Path) -> None:
     text = resources("neox_bridge.planning").joinpath("plan.schema.json").read_text()
     jsonschema.validate(json.loads(out), json.loads(text))
     assert "parameters" in run(command, str(DATA / "fp32"), str(tmp_path / "x"), "--dry-run")
+
+
+def test_an_export_has_a_sealed_record(tmp_path: Path) -> None:
+    """``verify DST`` reads every file and names what is not as it was written."""
+    new = tmp_path / "new"
+    run("export-optimizer", str(DATA / "fp32"), str(new))
+    assert "as it was written" in run("verify", str(new))
+    record = json.loads((new / "neox_bridge.json").read_text())
+    assert record["optimizer"] == ["master", "exp_avg", "exp_avg_sq"]
+    assert sorted(record["written"]["files"]) == [
+        "exp_avg.safetensors",
+        "exp_avg_sq.safetensors",
+        "master.safetensors",
+        "optimizer.json",
+    ]
+    for name in [*record["written"]["files"], "neox_bridge.json"]:
+        whole = (new / name).read_bytes()
+        (new / name).write_bytes(whole[:-2] + b" " + whole[-1:])
+        assert f"changed: {name}" in run("verify", str(new), code=3)
+        (new / name).write_bytes(whole)
+    (new / "exp_avg.safetensors").rename(new / "moved")
+    assert "missing: exp_avg.safetensors" in run("verify", str(new), code=3)
+    (new / "moved").rename(new / "exp_avg.safetensors")
+    run("verify", str(new))

@@ -3,7 +3,7 @@
 from math import prod
 
 from neox_bridge.formats.safetensors import layout_safetensors
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.optimizer import Optimizer, states
 from neox_bridge.layouts.optimizer_export import SCALARS, scalars
 from neox_bridge.layouts.text_files import dump_json
@@ -11,11 +11,11 @@ from neox_bridge.layouts.unknown_keys import listed, warned
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.pieces import OutputTensor, Plan
-from neox_bridge.planning.record import source_summary
+from neox_bridge.planning.record import hf_record, source_summary
 
 
 def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
-    """``master.safetensors``, ``exp_avg.safetensors`` and so on, and the scalars."""
+    """``master.safetensors``, ``exp_avg.safetensors`` and so on, the scalars, and the record."""
     found = states(checkpoint, optimizer)
     files = []
     for key, wholes in found.items():
@@ -25,6 +25,8 @@ def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
         ]
         files.append(cut_reductions(layout_safetensors(f"{key}.safetensors", tensors)))
     files.append(text_file(SCALARS, dump_json(scalars(checkpoint, optimizer))))
+    record = {**hf_record(checkpoint), "optimizer": list(found)}
+    files.append(text_file(RECORD, dump_json(record), seals=True))
     summary: dict[str, object] = {
         "kind": "hf",
         "architecture": checkpoint.architecture.name,
