@@ -217,7 +217,8 @@ def test_every_command_reads_it(universal: Path, tmp_path: Path) -> None:
     assert "as it was written" in run("verify", universal)
     for source, name in ((universal, "mine"), (DATA / "bf16_tp2_dp2", "want")):
         run("export-optimizer", source, tmp_path / name)
-    for file in sorted((tmp_path / "want").iterdir()):
+    exported = {*(tmp_path / "want").iterdir()} - {tmp_path / "want" / "neox_bridge.json"}
+    for file in sorted(exported):  # the record names the source
         assert (tmp_path / "mine" / file.name).read_bytes() == file.read_bytes()
     run("convert", universal, tmp_path / "hf", "--weights", "masters")
     for name, found in hf_tensors(tmp_path / "hf").items():
