@@ -107,11 +107,19 @@ def inspect(
         return
     if max_workers is not None and not (stats or plot or tensor):
         raise UsageError(["max_workers"], "only for --stats", "Add --stats, or leave it out.")
+    from neox_bridge.cli.inspect_quantized import print_quantized
     from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.layouts.quantized import QuantizedModel
     from neox_bridge.planning.option_checks import check_optimizer
 
     plotting.prepare(plot)
-    checkpoint = open_checkpoint(path, revision=revision, step=step, configs=config or ())
+    try:
+        checkpoint = open_checkpoint(path, revision=revision, step=step, configs=config or ())
+    except QuantizedModel as error:
+        if error.model is None or stats or plot or tensor or optimizer:
+            raise
+        print_quantized(error.model, as_json=as_json, tensors=tensors)
+        return
     check_optimizer(optimizer, checkpoint)
     facts = describe(checkpoint)
     if optimizer:
@@ -153,9 +161,11 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     from neox_bridge.layouts.copies import copy_findings
     from neox_bridge.layouts.head import head_findings, head_relation
     from neox_bridge.planning.report import finding_json
+    from neox_bridge.planning.weight_dtypes import odd_dtypes
     from neox_bridge.stores.paths import size
 
     stored = head_findings(checkpoint, PEEK_BYTES) + copy_findings(checkpoint, PEEK_BYTES)
+    odd = odd_dtypes(checkpoint)
     config, state = checkpoint.config, checkpoint.neox
     dtypes: Counter[str] = Counter()
     for whole in checkpoint.tensors.values():
@@ -202,6 +212,16 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "stored_head": head_relation(checkpoint, PEEK_BYTES),
         "findings": [finding_json(finding) for finding in (*checkpoint.findings, *stored)],
         "refusals": _refusals(checkpoint),
+        "quantization": None,
+        "odd_weights": [
+            {
+                "castable": entry.castable,
+                "count": len(entry.names),
+                "reason": entry.reason,
+                "way_out": entry.way_out,
+            }
+            for entry in odd
+        ],
     }
 
 
@@ -291,6 +311,8 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for finding in facts["findings"]:
         remedy = f" ({finding['remedy']})" if finding["remedy"] else ""
         lines.append((finding["severity"], finding["message"] + remedy))
+    for odd in facts["odd_weights"]:
+        lines.append(("refused", f"by every conversion: {odd['reason']}; {odd['way_out']}"))
     for refusal in facts["refusals"]:
         way = f"; {refusal['way_out']}" if refusal["way_out"] else ""
         reason = f"{refusal['key']}: {refusal['reason']}{way}"

@@ -46,6 +46,7 @@ def _json(report: "Report", path: str) -> dict[str, Any]:
         "pickles": report.pickles,
         "harmless": report.harmless,
         "problem": report.problem or None,
+        "absent": report.absent or None,
         "names": [
             {
                 "name": use.name,
@@ -68,14 +69,20 @@ def _alike(reports: "list[Report]") -> "list[list[Report]]":
     groups: dict[object, list[Report]] = {}
     for report in reports:
         names = tuple((use.name, use.known, _deed(use)) for use in report.uses)
-        groups.setdefault((names, report.problem, report.pickles), []).append(report)
+        kind = (names, report.problem, report.absent, report.container, report.pickles)
+        groups.setdefault(kind, []).append(report)
     return list(groups.values())
 
 
 def _print(group: "list[Report]", path: str) -> None:
     first = group[0]
     more = f" and {plural(len(group) - 1, 'file')} alike" if len(group) > 1 else ""
-    print(f"{plain(_name(first, path))}{more}: {plural(first.pickles, 'pickle')}")
+    held = plural(first.pickles, "pickle")
+    if first.container == "safetensors":
+        held = "safetensors, no pickles"
+    elif first.absent:
+        held = plain(first.absent)
+    print(f"{plain(_name(first, path))}{more}: {held}")
     uses = sorted(first.uses, key=lambda use: use.harmless)
     for use in uses[:_MOST]:
         print(f"  {'known' if use.known else 'UNKNOWN':8}{_deed(use):9}{plain(use.name)}")
@@ -92,15 +99,30 @@ def _deed(use: "Use") -> str:
 
 def _verdict(reports: "list[Report]", bad: "list[Report]") -> tuple[str, str]:
     files = plural(len(reports), "file") + " looked through"
+    if not reports:
+        return label("info"), "no file in this folder is of a kind that holds pickles"
+    if not bad and all(report.container == "safetensors" for report in reports):
+        return label("info"), f"{files}: safetensors files hold no pickles, and run nothing"
     if not bad:
         return label("info"), f"{files}: loading them would only build values"
     names = sorted({use.name for report in bad for use in report.uses if not use.harmless})
     what = f"{', '.join(map(plain, names[:6]))}" + (" ..." if len(names) > 6 else "")
+    absent = [report for report in bad if report.absent]
+    missing = ""
+    if absent:
+        name = plain(os.path.basename(absent[0].path))
+        missing = (
+            f"{plural(len(absent), 'file')} of weights not looked through, since the contents are "
+            f"not here: {name} is {plain(absent[0].absent)}"
+        )
+    if len(absent) == len(bad):
+        return label("error"), missing
+    bad = [report for report in bad if not report.absent]
     unread = sum(bool(report.problem) for report in bad)
     parts = [f"not known to be harmless: {what}"] if names else []
     parts += [f"{unread} not read to the end"] if unread else []
     return label("error"), (
         f"{files}, {len(bad)} of them may run code under torch.load or pickle.load "
         f"({'; '.join(parts)}). Load with weights_only=True or not at all; neox-bridge itself runs "
-        "nothing of it."
+        "nothing of it." + (f" {missing}" if missing else "")
     )

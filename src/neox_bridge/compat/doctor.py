@@ -1,6 +1,7 @@
 """Diagnosis: what wrote a checkpoint, what is wrong with it, and where it loads."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
 from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
 from neox_bridge.planning.relayout import relayout_command
+from neox_bridge.planning.weight_dtypes import odd_dtypes
 
 # what a folder is tried in where no target is named; transformers: one on each side of a change
 KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
@@ -122,8 +124,36 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         )
 
 
+def _cast_command(checkpoint: Checkpoint) -> str:
+    """The command that writes the same kind of checkpoint in a dtype that is trained in."""
+    home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
+    written = f"{home.rstrip('/')}-bfloat16"
+    words = ["neox-bridge", "convert", checkpoint.path, written]
+    return shlex.join([*words, "--to", checkpoint.kind, "--dtype", "bfloat16"])
+
+
+def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Weights of dtypes that the frameworks convert as they load, without a word."""
+    for odd in odd_dtypes(checkpoint):
+        if odd.castable:
+            yield Finding(
+                "weight-dtype",
+                "warning",
+                f"{odd.reason}; both frameworks cast them to the dtype of the run without a word",
+                _cast_command(checkpoint),
+            )
+        else:
+            yield Finding(
+                "weight-dtype",
+                "error",
+                f"{odd.reason}. Both frameworks load the integers as if they were the weights",
+                odd.way_out,
+            )
+
+
 def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What holds whatever loads it."""
+    yield from _dtypes(checkpoint)
     yield from head_findings(checkpoint)
     yield from copy_findings(checkpoint)
     if checkpoint.kind == "hf":

@@ -26,6 +26,7 @@ from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.head import embeddings_of, head_relation
+from neox_bridge.layouts.tensor_names import state_dict_of, tensors_of
 from neox_bridge.layouts.weights import expand
 
 _MASKS = re.compile(r"attention\.(bias|masked_bias)$")
@@ -45,6 +46,7 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
             shlex.join([*words, "--format", "transformers"]),
         )
         return
+    yield from _names(checkpoint, facts)
     yield from _sizes(checkpoint, facts)
     yield from _two_heads(checkpoint, facts)
     own = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
@@ -85,6 +87,28 @@ def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Cas
     )
 
 
+def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """Names and files that transformers does not find."""
+    if checkpoint.wrappers:
+        wrappers = ", ".join(f"`{wrapper}`" for wrapper in checkpoint.wrappers)
+        yield case(
+            "wrapped-names",
+            "error",
+            f"the names of the tensors contain {wrappers}, which is no part of the model: "
+            "transformers finds none of its weights and makes up random ones",
+            fix_command(checkpoint, facts),
+        )
+    if checkpoint.unindexed:
+        yield case(
+            "no-index",
+            "error",
+            f"{len(checkpoint.files)} shards have no index file beside them",
+            fix_command(checkpoint, facts),
+            f"OSError: Error no file named model.safetensors, or pytorch_model.bin, found in "
+            f"directory {checkpoint.path}.",
+        )
+
+
 def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:
     """Every tensor of the files under the name that it has there."""
     found: dict[str, TensorRef] = {}
@@ -92,11 +116,7 @@ def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:
         if path.endswith(".safetensors"):
             found.update(read_safetensors(path))
             continue
-        value = read_torch(path)
-        if isinstance(value, dict):
-            value = value.get("state_dict", value)
-        if isinstance(value, dict):
-            found.update({str(k): v for k, v in value.items() if isinstance(v, TensorRef)})
+        found.update(tensors_of(state_dict_of(read_torch(path), path), path))
     return found
 
 

@@ -74,7 +74,7 @@ def _mend_hf(
     old = read_json(os.path.join(checkpoint.path, "config.json"))
     planned = {tensor.name for file in plan.files for tensor in file.tensors}
     stored = stored_names(checkpoint)
-    rewrite = set(stored) != planned
+    rewrite = set(stored) != planned or checkpoint.unindexed
     if not rewrite and _json(config) == old:
         return None
     if any(name.endswith("inv_freq") for name in stored):
@@ -259,7 +259,14 @@ def _neox_files(
 ) -> list[OutputFile]:
     """The plan's files where something changes, the checkpoint's own where nothing does."""
     folder = os.path.join(state.root, state.step)
-    new = {file.path: file for file in plan.files}
+    new = {}
+    for file in plan.files:  # the plan calls the folder global_stepN, whatever its name is
+        _, slash, inside = file.path.partition("/")
+        moved = file.path.startswith("global_step") and slash
+        path = f"{state.step}/{inside}" if moved else file.path
+        new[path] = replace(file, path=path)
+    if "latest" in new and not state.step.startswith("global_step"):
+        new["latest"] = text_file("latest", state.step.encode())
     layers = {p for p in new if "/layer_" in p}
     ranks = {p for p in new if "/mp_rank_" in p}
     step = (layers if rewrite else set()) | (ranks if remeta else set())

@@ -31,6 +31,9 @@ _TABLE = (
     DType("bool", 1, "BOOL", "BoolStorage"),
     DType("float8_e4m3fn", 1, "F8_E4M3", ""),
     DType("float8_e5m2", 1, "F8_E5M2", ""),
+    DType("float8_e4m3fnuz", 1, "F8_E4M3FNUZ", ""),
+    DType("float8_e5m2fnuz", 1, "F8_E5M2FNUZ", ""),
+    DType("float8_e8m0fnu", 1, "F8_E8M0", ""),
     DType("uint16", 2, "U16", ""),
     DType("uint32", 4, "U32", ""),
     DType("uint64", 8, "U64", ""),
@@ -41,6 +44,14 @@ BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 FLOATING = ("float64", "float32", "float16", "bfloat16")
+# 8-bit floats that weights are stored in; float8_e8m0fnu holds scales only
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+# dtypes of safetensors whose elements are no whole bytes, and what they are
+PACKED_SAFETENSORS = {
+    "F4": "4-bit floats",
+    "F6_E2M3": "6-bit floats",
+    "F6_E3M2": "6-bit floats",
+}
 
 
 def itemsize(name: str) -> int:

@@ -12,9 +12,12 @@ import zlib
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, cast
 
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.file_kinds import HEAD_BYTES, misplaced
 from neox_bridge.formats.pickle_folds import Context, Watcher
 from neox_bridge.formats.pickle_names import calls_of, is_known
 from neox_bridge.formats.pickles import Global, PickleError, Record, load
+from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tar import TAR_HEADER_BYTES, is_tar
 from neox_bridge.formats.torch_legacy import MAGIC
 from neox_bridge.formats.zip_directory import (
@@ -28,11 +31,16 @@ from neox_bridge.formats.zip_directory import (
 )
 from neox_bridge.stores.paths import is_url, open_file
 
-Container = Literal["zip", "stream", "none"]
+Container = Literal["zip", "stream", "safetensors", "none"]
 _LEGACY = 5  # pickles of a file of before torch 1.6, all of which torch.load runs
 _MOST_PICKLES = 50  # in one zip
 _MOST_NAMES = 5_000  # in one file
 _OPCODES = frozenset(opcode.code.encode("latin-1") for opcode in pickletools.opcodes)
+_START_BYTES = 64 << 10
+_NAMING = frozenset(
+    """GLOBAL STACK_GLOBAL INST OBJ REDUCE NEWOBJ NEWOBJ_EX BUILD EXT1 EXT2 EXT4 PERSID BINPERSID
+    STOP""".split()
+)
 
 
 @dataclass(slots=True)
@@ -58,6 +66,8 @@ class Report:
     """One file. uses: in the order in which they would happen first.
 
     problem: why what it would do isn't known to the end; empty where it is.
+    absent: what the file is where the weights are elsewhere, as with a Git LFS pointer, and the way
+        to fetch them; nothing is known of what they would run.
     """
 
     path: str
@@ -65,11 +75,12 @@ class Report:
     pickles: int
     uses: tuple[Use, ...] = ()
     problem: str = ""
+    absent: str = ""
 
     @property
     def harmless(self) -> bool:
         """Whether loading this builds values and does nothing else."""
-        return not self.problem and all(use.harmless for use in self.uses)
+        return not self.problem and not self.absent and all(use.harmless for use in self.uses)
 
 
 @dataclass(slots=True)
@@ -116,6 +127,10 @@ def is_candidate(path: str, suffixes: tuple[str, ...]) -> bool:
         return True
     with open_file(path) as file:
         head = file.read(TAR_HEADER_BYTES)
+    if path.endswith(".safetensors"):
+        kind = misplaced(path, head[:HEAD_BYTES])
+        if kind is not None and kind.missing:
+            return True
     if is_tar(head):
         return True
     if head.startswith(b"PK"):
@@ -134,7 +149,9 @@ def scan(path: str) -> Report:
             return Report(path, "none", 0, problem="it is a tar, whose pickles aren't read here")
         container: Container = "zip" if head.startswith(b"PK") else "stream"
         if head[:1] not in _OPCODES and container == "stream":
-            return Report(path, "none", 0)
+            if (kind := misplaced(path, head)) is not None and kind.missing:
+                return Report(path, "none", 0, absent=f"{kind.what}. {kind.way_out}")
+            return Report(path, "safetensors" if _is_safetensors(path) else "none", 0)
         context = Context(lambda tensor: tensor)
         context.watch = watch = _Watch()
         try:
@@ -145,7 +162,32 @@ def scan(path: str) -> Report:
             watch.problem = f"{error}, so that programs may read different things from it"
         except zlib.error as error:
             watch.problem = f"its zip is damaged: {str(error)[:100]}"
+    stopped = watch.problem and not watch.uses
+    if stopped and _is_safetensors(path) and (path.endswith(".safetensors") or _is_inert(path)):
+        return Report(path, "safetensors", 0)
     return Report(path, container, watch.pickles, tuple(watch.uses.values()), watch.problem)
+
+
+def _is_safetensors(path: str) -> bool:
+    """Whether this is a whole safetensors file. It may be a pickle as well, to another reader."""
+    try:
+        read_safetensors(path)
+    except BridgeError:
+        return False
+    return True
+
+
+def _is_inert(path: str) -> bool:
+    """Whether every unpickler stops at a byte that is no opcode before it can name anything."""
+    with open_file(path) as file:
+        start = file.read(_START_BYTES)
+    try:
+        for opcode, _, _ in pickletools.genops(start):
+            if opcode.name in _NAMING:
+                return False
+    except ValueError as error:
+        return "unknown" in str(error)
+    return False
 
 
 def _anything(_pid: object) -> object:

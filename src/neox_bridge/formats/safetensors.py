@@ -8,9 +8,10 @@ import json
 from collections.abc import Sequence
 from math import prod
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.bounded_json import parse_json
-from neox_bridge.formats.dtypes import BY_NAME, BY_SAFETENSORS
+from neox_bridge.formats.dtypes import BY_NAME, BY_SAFETENSORS, PACKED_SAFETENSORS
+from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.pieces import OutputFile, OutputTensor
@@ -26,7 +27,12 @@ def read_safetensors(path: str) -> dict[str, TensorRef]:
     """The tensors of a file by name. Raises BridgeError, naming the file, for a damaged one."""
     with open_regular(path) as file:
         size = size_of(file)
-        length = int.from_bytes(file.read(8), "little")
+        start_bytes = file.read(8)
+        length = int.from_bytes(start_bytes, "little")
+        if size < 8 or length > size - 8 or length > _MAX_HEADER:
+            refuse_misplaced(path, start_bytes + file.read(HEAD_BYTES - 8))
+        if not size:
+            raise _bad(path, "it is empty")
         if size < 8 or length > size - 8:
             raise _bad(path, f"it is {size} bytes long, shorter than its header says (truncated?)")
         if length > _MAX_HEADER:
@@ -44,6 +50,8 @@ def read_safetensors(path: str) -> dict[str, TensorRef]:
 
 
 def _header(path: str, raw: bytes) -> dict[str, object]:
+    if not raw:
+        raise _bad(path, "it begins with zeros, as an unfinished download does")
     if not raw.startswith(b"{"):
         raise _bad(path, "its header doesn't begin with {")
     try:
@@ -78,6 +86,12 @@ def _entry(path: str, name: str, entry: object, start: int) -> TensorRef:
         assert all(type(n) is int and n >= 0 for n in (*shape, low, high))
     except (AssertionError, KeyError, TypeError, ValueError):
         raise _bad(path, f"its entry for {name} isn't {{dtype, shape, data_offsets}}") from None
+    if dtype in PACKED_SAFETENSORS:
+        raise Refused(
+            f"{path}: {name} has the dtype {dtype}, {PACKED_SAFETENSORS[dtype]}: the model is "
+            "quantized, and its weights cannot be read. Way out: convert the original, unquantized "
+            "model."
+        )
     if dtype not in BY_SAFETENSORS:
         raise _bad(path, f"{name} has the dtype {dtype[:20]!r}, which isn't known here")
     kind = BY_SAFETENSORS[dtype]

@@ -1,6 +1,7 @@
 """Opens what torch.save wrote, of any age, without torch and without running it."""
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.file_kinds import refuse_misplaced
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tar import TAR_HEADER_BYTES, is_tar
 from neox_bridge.formats.torch_legacy import read_legacy
@@ -31,8 +32,7 @@ def read_torch(path: str, *, alike: bool = False) -> object:
             return read_legacy(path)
     except OSError as error:
         raise BridgeError(f"{path} can't be read: {error.strerror}.") from None
-    if head.startswith(b"version https://git-lfs"):
-        raise BridgeError(f"{path} is a Git LFS pointer, not the file. Run: git lfs pull.")
+    refuse_misplaced(path, head)
     if not head.strip(b"\0"):
         raise not_whole(path, "it is empty" if not head else "it begins with zeros")
     raise not_whole(path, f"it begins with {head[:4]!r}, as no torch file does")

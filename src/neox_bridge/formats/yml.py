@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
+from neox_bridge.formats.file_kinds import refuse_misplaced
 from neox_bridge.formats.regular import open_regular
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def _read_spelled(path: str) -> dict[str, Any]:
         raw = file.read(_MOST + 1)
     if len(raw) > _MOST:
         raise BridgeError(f"{path} is larger than {_MOST >> 20} MiB: that isn't a config.")
+    refuse_misplaced(path, raw)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         text = raw.decode("utf-8")

@@ -18,7 +18,7 @@ MAMBA_SSM_BLOCK = frozenset(
 META_LLAMA = frozenset(
     """dim n_layers n_heads n_kv_heads vocab_size multiple_of ffn_dim_multiplier hidden_dim
     norm_eps rope_theta use_scaled_rope max_batch_size max_seq_len moe quantization_args
-    model_type""".split()
+    model_type head_dim max_position_embeddings sliding_window tied_embeddings""".split()
 )
 # what every transformers config.json may have beside the fields of PreTrainedConfig: written by
 # save_pretrained, by the Hub, by quantizers (quantization is judged elsewhere) and by trainers

@@ -89,6 +89,9 @@ class Checkpoint:
         until ``head.decide_head`` compares the two. It isn't among ``tensors``.
     head_choice: what the user chose where that head differs from the embeddings.
     copies: tensors that the files hold twice; ``tensors`` has the first of each.
+    wrappers: what stands in the files' names of tensors and is no part of the model, such as
+        ``_orig_mod.``.
+    unindexed: whether a Hugging Face folder has shards without their index file.
     """
 
     kind: Kind
@@ -114,6 +117,8 @@ class Checkpoint:
     unknown_keys: tuple[UnknownKey, ...] = ()
     ignored_keys: frozenset[str] = frozenset()
     inv_freq_mismatch: InvFreqMismatch | None = None
+    wrappers: tuple[str, ...] = ()
+    unindexed: bool = False
 
     @property
     def has_optimizer(self) -> bool:

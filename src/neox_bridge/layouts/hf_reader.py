@@ -19,19 +19,31 @@ from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamb
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint, Copy, some
 from neox_bridge.layouts.derived_check import check_inv_freq, mismatch_finding
+from neox_bridge.layouts.folder_kinds import (
+    ADAPTER_NAME,
+    adapter_beside,
+    merge_command,
+    refuse_foreign,
+    shards_without_index,
+    unfinished_download,
+)
 from neox_bridge.layouts.head import embeddings_of
 from neox_bridge.layouts.own_files import brought_along, check_own
+from neox_bridge.layouts.quantized import original_of, quantized_class, refuse_quantized
 from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.same_values import same_place
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
-from neox_bridge.layouts.tensor_names import check_names, tensors_of
+from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
 from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
+from neox_bridge.layouts.wrapped_names import Unwrapped, unwrap
 from neox_bridge.planning.pieces import Dropped, Whole, whole_of
-from neox_bridge.stores.paths import ahead, exists
+from neox_bridge.stores.paths import ahead, lexists
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+# of transformers' classes for other tasks, and of TRL's value head
+_OTHER_HEAD = re.compile(r"(^|\.)(classifier|qa_outputs|v_head|value_head|reward_head)\.")
 
 
 def open_hf(path: str, revision: str = "") -> Checkpoint:
@@ -51,10 +63,13 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     check_hf(raw)  # what mamba_ssm says in its own words too
     architecture = for_hf(raw)
     stored = _read_tensors(path)
-    named, dropped, aliased = _normalise(architecture, stored.tensors, path)
+    table = _Table(architecture)
+    unwrapped = unwrap(stored.tensors, table.has, path)
+    _refuse_other_kinds(table, raw, stored, unwrapped, path)
+    named, dropped, aliased = _normalise(table, stored.tensors, unwrapped, path)
     head, more = _tied_head(architecture, raw, named)
     dropped += more
-    copies = [*aliased, *_renamed(architecture, stored.copies)]
+    copies = [*aliased, *_renamed(table, stored.copies, unwrapped)]
     inv_freqs = {k: v for k, v in stored.tensors.items() if k.endswith("rotary_emb.inv_freq")}
     wholes = {name: whole_of(ref) for name, ref in named.items()}
     forms = frozenset(form.name for form in architecture.forms)
@@ -69,7 +84,13 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     return replace(
         checkpoint,
         copies=tuple(copies),
-        findings=(*checkpoint.findings, *stored.findings),
+        wrappers=unwrapped.wrappers,
+        unindexed=stored.unindexed,
+        findings=(
+            *checkpoint.findings,
+            *stored.findings,
+            *_folder_findings(path, stored, unwrapped),
+        ),
     )
 
 
@@ -178,23 +199,33 @@ def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> list[Fin
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """What the files of weights hold, by the names there. copies: tensors that are in two files."""
+    """What the files of weights hold, by the names there.
+
+    copies: tensors that are in two files. classes: see ``quantized_class``.
+    unindexed: whether these are shards without an index.
+    """
 
     tensors: dict[str, TensorRef]
     files: tuple[str, ...]
     copies: list[Copy] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    classes: Mapping[str, str] = field(default_factory=dict)
+    unindexed: bool = False
 
 
 def _read_tensors(path: str) -> _Stored:
     for single in _SINGLE:
         file = os.path.join(path, single)
         index = f"{file}.index.json"
-        if exists(file):
-            beside = [_index_ignored(single)] if exists(index) else []
-            return _Stored(_read_file(file), (file,), findings=beside)
-        if exists(index):
+        if lexists(file):
+            beside = [_index_ignored(single)] if lexists(index) else []
+            tensors, classes = _read_file(file)
+            return _Stored(tensors, (file,), findings=beside, classes=classes)
+        if lexists(index):
             return _read_sharded(path, index)
+    if (names := shards_without_index(path)) is not None:
+        return _read_shards(path, names)
+    refuse_foreign(path)
     raise BridgeError(
         f"{path} has a config.json, but none of {', '.join(_SINGLE)} or their index files. "
         "Download the weights too."
@@ -218,6 +249,7 @@ def _read_sharded(path: str, index: str) -> _Stored:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
     places: dict[str, list[tuple[str, TensorRef]]] = {}
+    classes: dict[str, str] = {}
     names = sorted(set(weight_map.values()))
     for name in names:
         if os.path.basename(name) != name or name in ("", ".", ".."):
@@ -226,11 +258,14 @@ def _read_sharded(path: str, index: str) -> _Stored:
             )
     files = [os.path.join(path, name) for name in names]
     for name, file in zip(names, ahead(files), strict=True):
-        if not exists(file):
+        if not lexists(file):
             raise BridgeError(
-                f"{file} is missing, and {os.path.basename(index)} names it. Download it."
+                f"{file} is missing, and {os.path.basename(index)} names it. "
+                f"{unfinished_download(path) or 'Download it.'}"
             )
-        for key, ref in _read_file(file).items():
+        held, quantized = _read_file(file)
+        classes |= quantized
+        for key, ref in held.items():
             places.setdefault(key, []).append((name, ref))
     tensors: dict[str, TensorRef] = {}
     copies: list[Copy] = []
@@ -242,40 +277,133 @@ def _read_sharded(path: str, index: str) -> _Stored:
                 tensors[key] = ref
         others = (ref for name, ref in places_of_key if name != wanted)
         copies += [Copy(key, tensors[key], ref, key, key) for ref in others if key in tensors]
-    if missing := sorted(set(weight_map) - set(tensors)):
+    if missing := sorted(set(weight_map) - set(tensors) - set(classes)):
         raise BridgeError(f"{index} names tensors that its files don't hold: {some(missing)}.")
-    return _Stored(tensors, tuple(files), copies)
+    return _Stored(tensors, tuple(files), copies, classes=classes)
 
 
-def _read_file(file: str) -> dict[str, TensorRef]:
+def _read_shards(path: str, names: Sequence[str]) -> _Stored:
+    """All tensors of shards whose names say that they are complete."""
+    tensors: dict[str, TensorRef] = {}
+    copies: list[Copy] = []
+    classes: dict[str, str] = {}
+    files = tuple(os.path.join(path, name) for name in names)
+    for file in ahead(files):
+        held, quantized = _read_file(file)
+        classes |= quantized
+        copies += [Copy(k, tensors[k], ref, k, k) for k, ref in held.items() if k in tensors]
+        tensors = {**held, **tensors}
+    return _Stored(tensors, files, copies, classes=classes, unindexed=True)
+
+
+def _read_file(file: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """A file's tensors, and the classes of those that are quantized."""
     if file.endswith(".safetensors"):
         tensors = read_safetensors(file)
         check_names(tensors, file)
-        return tensors
+        return tensors, {}
     from neox_bridge.formats.torch_file import read_torch
 
-    value = read_torch(file)
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
-    if not isinstance(value, dict):
-        raise BridgeError(f"{file} holds no state dict. Is it the weights of a model?")
-    return tensors_of(value, file)
+    value = state_dict_of(read_torch(file), file)
+    tensors = tensors_of(value, file)
+    classes = {k: name for k, v in value.items() if (name := quantized_class(v))}
+    return tensors, classes
+
+
+def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> list[Finding]:
+    """What is strange about the folder, though the model in it can be read."""
+    findings = []
+    if unwrapped.wrappers:
+        wrappers = ", ".join(f"`{wrapper}`" for wrapper in unwrapped.wrappers)
+        by = f" (of {unwrapped.by})" if unwrapped.by else ""
+        findings.append(
+            Finding(
+                "wrapped-names",
+                "warning",
+                f"the names of the tensors contain {wrappers}{by}, which is no part of the model "
+                "and is removed; transformers would load random weights from this folder",
+            )
+        )
+    if stored.unindexed:
+        findings.append(
+            Finding(
+                "no-index",
+                "warning",
+                f"{len(stored.files)} shards have no index file beside them; all their tensors are "
+                "read; transformers would not load this folder",
+            )
+        )
+    if adapter := adapter_beside(path):
+        findings.append(
+            Finding(
+                "adapter-beside",
+                "warning",
+                f"{adapter} lies beside the weights: transformers with peft loads the adapter on "
+                "top of them, and here only the weights without the adapter are read",
+                f"merge the adapter first if it belongs to the model: {merge_command(path)}",
+            )
+        )
+    return findings
+
+
+class _Table:
+    """A family's names of tensors, as patterns with ``#`` for the block.
+
+    known: those of weights. reasons: those of known buffers, and why they go.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self.known = {w.hf.format(i="#") for w in architecture.weights if w.split != "zero"}
+        self.reasons = {name.format(i="#"): why for name, why in architecture.dropped.items()}
+
+    def find(self, key: str) -> tuple[str, str]:
+        """A tensor's name, and its pattern; that of the whole model for one of the bare model."""
+        name = self.architecture.aliases.get(key, key)
+        pattern = re.sub(r"\.\d+\.", ".#.", name, count=1)
+        if pattern not in self.known and pattern not in self.reasons:
+            prefix = self.architecture.prefix
+            name, pattern = prefix + name, prefix + pattern
+        return name, pattern
+
+    def has(self, key: str) -> bool:
+        """Whether the family has a weight or a buffer of this name."""
+        _, pattern = self.find(key)
+        return pattern in self.known or pattern in self.reasons
+
+
+def _refuse_other_kinds(
+    table: _Table,
+    raw: Mapping[str, Any],
+    stored: _Stored,
+    unwrapped: Unwrapped,
+    path: str,
+) -> None:
+    """Raise where the tensors are of a quantized model, or of an adapter that is not merged."""
+    known = [k for k, n in unwrapped.names.items() if table.has(n)]
+    refuse_quantized("hf", path, raw, stored.tensors, stored.files, known, stored.classes)
+    adapted = [key for key in stored.tensors if ADAPTER_NAME.search(key)]
+    if adapted:
+        raise BridgeError(
+            f"{path} holds the weights of an adapter beside those of the model ({some(adapted, 2)})"
+            f", and neither alone is the model. Merge the adapter into the weights "
+            "(merge_and_unload of peft), save the model, and convert that."
+        )
 
 
 def _normalise(
-    architecture: Architecture, refs: Mapping[str, TensorRef], path: str
+    table: _Table, refs: Mapping[str, TensorRef], unwrapped: Unwrapped, path: str
 ) -> tuple[dict[str, TensorRef], list[Dropped], list[Copy]]:
     """Tensors under the names of the table, the known buffers that go, and second copies."""
-    known = {w.hf.format(i="#") for w in architecture.weights if w.split != "zero"}
-    reasons = {name.format(i="#"): reason for name, reason in architecture.dropped.items()}
+    architecture = table.architecture
     named: dict[str, TensorRef] = {}
     keys: dict[str, str] = {}
     dropped, unknown, copies = [], [], []
     for key, ref in refs.items():
-        name, pattern = _table_name(architecture, key, {*known, *reasons})
-        if pattern in reasons:
-            dropped.append(Dropped(key, reasons[pattern]))
-        elif pattern in known:
+        name, pattern = table.find(unwrapped.names[key])
+        if pattern in table.reasons:
+            dropped.append(Dropped(key, table.reasons[pattern]))
+        elif pattern in table.known:
             if name in named:
                 copies.append(Copy(name, named[name], ref, keys[name], key))
                 continue
@@ -283,29 +411,26 @@ def _normalise(
         else:
             unknown.append(key)
     if unknown:
+        heads = [key for key in unknown if _OTHER_HEAD.search(key)]
+        what = "They would be lost, so nothing is converted."
+        if heads and len(heads) == len(unknown):
+            what = (
+                "They are the head of another task, which GPT-NeoX does not have. Convert the "
+                f"{architecture.hf_class} that it was made from."
+            )
         raise BridgeError(
             f"{path} holds tensors that no {architecture.model_type} model has: "
-            f"{some(sorted(unknown))}. They would be lost; remove them first if that is right."
+            f"{some(sorted(unknown))}. {what}"
         )
     return named, dropped, copies
 
 
-def _table_name(architecture: Architecture, key: str, patterns: Collection[str]) -> tuple[str, str]:
-    """What the table calls a tensor of a file, and that with # for the number of its block."""
-    name = architecture.aliases.get(key, key)
-    pattern = re.sub(r"\.\d+\.", ".#.", name, count=1)
-    if pattern not in patterns:
-        name, pattern = architecture.prefix + name, architecture.prefix + pattern
-    return name, pattern
-
-
-def _renamed(architecture: Architecture, copies: Iterable[Copy]) -> list[Copy]:
+def _renamed(table: _Table, copies: Iterable[Copy], unwrapped: Unwrapped) -> list[Copy]:
     """Copies of a tensor in other files under the table's names; buffers that go don't count."""
-    known = {w.hf.format(i="#") for w in architecture.weights if w.split not in NEOX_ONLY}
     renamed = []
     for copy in copies:
-        name, pattern = _table_name(architecture, copy.name, known)
-        if pattern in known:
+        name, pattern = table.find(unwrapped.names.get(copy.name, copy.name))
+        if pattern in table.known and pattern not in table.reasons:
             renamed.append(replace(copy, name=name))
     return renamed
 
@@ -333,13 +458,37 @@ def _require(
 ) -> None:
     """The weights that every model has are there; the optional ones are checked later."""
     missing = [name for _, _, name in lacking(architecture, presence.layers, named)]
-    headless = architecture.head not in named and SCORE not in named
-    if headless and not raw.get("tie_word_embeddings"):
-        missing.append(architecture.head)
     if missing:
         raise BridgeError(
-            f"{path}: tensors are missing: {some(missing)}. Download the files again."
+            f"{path}: tensors are missing: {some(missing)}. "
+            f"{unfinished_download(path) or 'Download the files again.'}"
         )
+    headless = architecture.head not in named and SCORE not in named
+    if headless and not raw.get("tie_word_embeddings"):
+        raise BridgeError(_no_head(architecture, path, raw))
+
+
+def _no_head(architecture: Architecture, path: str, raw: Mapping[str, Any]) -> str:
+    """What is wrong with a model without its output head, and what can be done."""
+    base = architecture.hf_class.replace("ForCausalLM", "Model")
+    names = [str(name) for name in raw.get("architectures") or ()]
+    original = original_of(path, raw)
+    full = f"the full {architecture.hf_class}" + (f", {original}" if original else "")
+    tie = f'set "tie_word_embeddings": true in {os.path.join(path, "config.json")}'
+    if base in names:
+        return (
+            f"{path} is a {base}, the base model without an output head: no file holds "
+            f"{architecture.head}, which is learned. Convert {full}, saved with its head; or, if "
+            f"the model uses its embeddings as the head, {tie}."
+        )
+    said = "does not say tie_word_embeddings: true"
+    if raw.get("tie_word_embeddings") is False:
+        said = "says tie_word_embeddings: false"
+    return (
+        f"{path} has no output head: config.json {said}, so the head is a tensor of its own, and "
+        f"no file holds {architecture.head}. If the model uses its embeddings as the head, {tie}. "
+        f"Otherwise convert {full}, saved with its head."
+    )
 
 
 def _check_names(

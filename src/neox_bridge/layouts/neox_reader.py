@@ -11,6 +11,7 @@ from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.formats.file_kinds import is_apple_double
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
@@ -20,8 +21,10 @@ from neox_bridge.layouts.assemble import assemble
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
 from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
+from neox_bridge.layouts.folder_kinds import refuse_deepspeed
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.own_files import check_own
+from neox_bridge.layouts.quantized import refuse_quantized
 from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.step_folder import number_of, step_folder
 from neox_bridge.layouts.tensor_names import check_names
@@ -31,6 +34,7 @@ from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.layouts.universal_folder import ZERO, is_universal
 from neox_bridge.layouts.untrusted import settings, text, whole
 from neox_bridge.layouts.window import effective_window
+from neox_bridge.layouts.wrapped_names import without_wrappers
 from neox_bridge.planning.pieces import Dropped
 from neox_bridge.stores.paths import absolute, ahead, is_url, isdir, isfile
 
@@ -94,6 +98,7 @@ def open_neox(
     check_neox(args, f"{folder}: the args of its mp_rank files")
     _check_args(raw, args, read, folder)
     record = read_record(folder)
+    _refuse_quantized(folder, raw, read)
     plain = to_plain(read.ranks, raw, folder)
     window = effective_window(plain.raw, read.layout)
     raw, read = dict(window.raw), replace(read, ranks=plain.ranks)
@@ -171,6 +176,17 @@ def open_neox(
     )
 
 
+def _refuse_quantized(folder: str, raw: Mapping[str, Any], read: _Read) -> None:
+    """Raise Refused for ranks whose tensors are those of a quantized model."""
+    stored = {
+        f"layer {number}: {name}": ref
+        for rank in read.ranks[:1]
+        for number, tensors in rank.items()
+        for name, ref in tensors.items()
+    }
+    refuse_quantized("neox", folder, raw, stored, read.files)
+
+
 def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> Architecture:
     """The family of the yml and the record; another one where a weight that must be zero isn't."""
     architecture = for_neox(raw, record)
@@ -188,9 +204,11 @@ def _read_configs(
         inside = os.path.join(folder, "configs")
         names = list_folder(inside) if isdir(inside) else []
         configs = [os.path.join(inside, n) for n in names if n.endswith((".yml", ".yaml", ".json"))]
+        configs = [path for path in configs if not is_apple_double(path)]
         for path in configs:
             check_own(path, folder, os.path.dirname(folder))
     if not configs:
+        _refuse_other_program(folder)
         raise BridgeError(
             f"{folder} has no configs/*.yml, and without them the heads, the norms and the rotary "
             "settings are unknown. Name the yml files of the run with --config."
@@ -205,6 +223,17 @@ def _file_of(key: str, configs: Sequence[str]) -> str:
     """The name of the last yml file that has a key."""
     names = [path for path in sorted(configs, key=os.path.basename) if key in read_yml(path)]
     return os.path.basename(names[-1]) if names else ""
+
+
+def _refuse_other_program(folder: str) -> None:
+    """Raise BridgeError where a folder without configs is DeepSpeed's of another program."""
+    names = list_folder(folder)
+    ranks = [name for name in names if _RANK.fullmatch(name)]
+    if not ranks or any(map(_LAYER.fullmatch, names)):
+        return
+    module = _read_meta(os.path.join(folder, ranks[0])).get("module")
+    if isinstance(module, dict) and module and not any("sequential." in str(k) for k in module):
+        refuse_deepspeed(os.path.dirname(folder), some(sorted(map(str, module)), 2))
 
 
 def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int:
@@ -247,7 +276,7 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     paths = (os.path.join(folder, found[place]) for place in order)
     for (layer, rank), path in zip(order, ahead(paths), strict=True):
         value = read_torch(path, alike=True)
-        ranks[rank][layer] = _tensors(value, path)
+        ranks[rank][layer] = without_wrappers(_tensors(value, path), path)
         states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]
     files = [os.path.join(folder, name) for name in (*found.values(), *stage_files)]
     stages = max(1, len(stage_files) // tp)
@@ -328,10 +357,13 @@ def _check_count(folder: str, what: str, count: int, found: int) -> None:
 
 def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str, TensorRef]]:
     layers: dict[int, dict[str, TensorRef]] = {}
-    for key, ref in tensors.items():
-        match = re.fullmatch(r"(?:module\.)?sequential\.(\d{1,9})\.(.+)", key)
+    for key, ref in without_wrappers(tensors, path).items():
+        match = re.fullmatch(r"sequential\.(\d{1,9})\.(.+)", key)
         if match is None:
-            raise BridgeError(f"{path}: {key} isn't named sequential.N.…, as GPT-NeoX names them.")
+            raise BridgeError(
+                f"{path}: {key} isn't named sequential.N.…, as GPT-NeoX names its tensors: another "
+                "program saved this file with DeepSpeed. Save that model in Hugging Face's form."
+            )
         layers.setdefault(int(match[1]), {})[match[2]] = ref
     return layers
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.formats.regular import missing_message
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
-from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir
+from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir, lexists
 
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 
@@ -18,27 +19,38 @@ _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json
 def detect(path: str) -> Kind:
     """Whether a folder is of Hugging Face or of GPT-NeoX. Raises BridgeError if it is neither."""
     if not isdir(path):
-        raise BridgeError(f"{path} isn't a folder. Name the folder that holds the checkpoint.")
-    names = list_folder(path)
+        from neox_bridge.layouts.folder_kinds import refuse_file
+
+        refuse_file(path)
+    names = [name for name in list_folder(path) if not name.startswith("._")]
     if "config.json" in names and any(map(_WEIGHTS.fullmatch, names)):
         return "hf"  # transformers' Trainer puts DeepSpeed's global_stepN beside them
     if re.fullmatch(r"global_step\d+", os.path.basename(absolute(path))):
         return "neox"
-    if {"latest", LATEST} & set(names) or (ZERO in names and is_universal(path)):
-        return "neox"
-    if any(re.fullmatch(r"global_step\d+", name) for name in names):
+    steps = any(re.fullmatch(r"global_step\d+", name) for name in names)
+    if steps or {"latest", LATEST} & set(names) or (ZERO in names and is_universal(path)):
+        if "config.json" in names:
+            from neox_bridge.layouts.folder_kinds import refuse_foreign
+
+            refuse_foreign(path)
         return "neox"
     if "config.json" in names:
         return "hf"
     from neox_bridge.layouts.raw_llama import is_raw_llama
+    from neox_bridge.layouts.step_folder import is_step, renamed_steps
 
     if is_raw_llama(names):
         return "hf"
+    if is_step(path, names) or renamed_steps(path, names):
+        return "neox"
     if any(name.endswith("model_states.pt") for name in names):
         raise BridgeError(
             f"{path} holds GPT-NeoX files, but isn't named global_stepN. Rename it, so that its "
             "step is known."
         )
+    from neox_bridge.layouts.folder_kinds import refuse_foreign
+
+    refuse_foreign(path)
     raise BridgeError(
         f"{path} is neither a Hugging Face model (no config.json) nor a GPT-NeoX checkpoint "
         "(no `latest`, no global_stepN). Is it the right folder?"
@@ -85,6 +97,7 @@ def _opened(
     if is_url(source) and not exists(source):
         raise BridgeError(f"{source}: no such folder in that store. Check its name.")
     if exists(source):
+        source, revision, named = _in_cache(source, revision, named)
         if revision is not None:
             raise UsageError(["revision"], f"only for models of the Hub, and {source} is a folder")
         kind = detect(source)
@@ -95,7 +108,7 @@ def _opened(
         if step is not None or configs:
             _refuse_neox_options(source, step, configs)
         path = absolute(source)
-        if not exists(os.path.join(path, "config.json")):
+        if not lexists(os.path.join(path, "config.json")):
             from neox_bridge.layouts.raw_llama import open_raw_llama
 
             return open_raw_llama(path)
@@ -105,6 +118,8 @@ def _opened(
     from neox_bridge.hub.names import MAIN, model_id
 
     found = model_id(source)
+    if os.path.islink(source):
+        raise BridgeError(missing_message(source))
     if found is None or source.startswith((".", "/", "~")):
         raise BridgeError(f"{source}: no such folder.")
     repo, own = found
@@ -127,3 +142,17 @@ def _refuse_neox_options(source: str, step: int | None, configs: Sequence[str]) 
         f"only for GPT-NeoX sources, and {source} is a Hugging Face model",
         fix,
     )
+
+
+def _in_cache(source: str, revision: str | None, named: str) -> tuple[str, str | None, str]:
+    """(the snapshot, no revision, its name) of a model's folder in a cache; others as they are."""
+    from neox_bridge.layouts.hub_cache import is_cache_root, repo_of, snapshot_of
+
+    if not isdir(source):
+        return source, revision, named
+    root = absolute(source)
+    if os.path.basename(root) == "snapshots" and not is_url(root):
+        root = os.path.dirname(root)
+    if not is_cache_root(root, list_folder(root)):
+        return source, revision, named
+    return snapshot_of(root, revision), None, f"{repo_of(root)}@{revision or 'main'}"

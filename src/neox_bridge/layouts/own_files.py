@@ -10,6 +10,7 @@ import os
 import re
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.regular import missing_message
 from neox_bridge.stores.paths import is_url, lexists
 
 # Hugging Face's cache: snapshots/COMMIT holds links to blobs (huggingface_hub, file_download.py)
@@ -19,10 +20,13 @@ _CACHED = re.compile(r"(.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:
 def check_own(path: str, *folders: str) -> None:
     """Raise BridgeError where a file lies in none of these folders once its links are followed.
 
-    For a folder of Hugging Face's cache the blobs beside it count as well.
+    A link that leads nowhere is an error as well. For a folder of Hugging Face's cache the blobs
+    beside it count too.
     """
     if is_url(path):
         return  # stores have no links, and one that is mounted from elsewhere is its keeper's
+    if os.path.islink(path) and not os.path.exists(path):
+        raise BridgeError(missing_message(path))
     real = os.path.realpath(path)
     for folder in map(os.path.realpath, folders):
         cached = _CACHED.fullmatch(folder)

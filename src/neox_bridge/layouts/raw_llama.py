@@ -1,5 +1,7 @@
-"""Opens Llama as Meta published it: ``consolidated.NN.pth`` with ``params.json``.
+"""Opens Llama as Meta published it, and Mistral's own form: ``consolidated.*`` and ``params.json``.
 
+Meta's ``consolidated.NN.pth`` hold slices of the tensors; Mistral's ``consolidated.safetensors``
+holds all of them whole, and ``consolidated-NNNNN-of-NNNNN.safetensors`` some of them each.
 Names, splits and the order of rotary rows are those of meta-llama/llama (llama/model.py), which
 rotates neighbouring pairs of a head's dimensions; Hugging Face and GPT-NeoX rotate its two halves.
 """
@@ -16,13 +18,15 @@ from neox_bridge.architectures.setting_types import check_hf
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef, row_major
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.check_keys import unknown_in_params
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.hf_reader import checkpoint_of
 from neox_bridge.layouts.own_files import check_own
-from neox_bridge.layouts.tensor_names import tensors_of
+from neox_bridge.layouts.quantized import refuse_quantized
+from neox_bridge.layouts.tensor_names import check_names, tensors_of
 from neox_bridge.layouts.text_files import list_folder, read_json
 from neox_bridge.planning.geometry import gather
 from neox_bridge.planning.pieces import Dropped, Piece, Whole
@@ -30,6 +34,7 @@ from neox_bridge.stores.paths import ahead
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")
+_WHOLE = re.compile(r"consolidated(?:-(\d+)-of-(\d+))?\.safetensors")
 # Meta's name, Hugging Face's, how the files share it
 _NAMES: tuple[tuple[str, str, Split], ...] = (
     ("tok_embeddings.weight", "model.embed_tokens.weight", "row"),
@@ -65,7 +70,7 @@ class _Params:
 
 def is_raw_llama(names: Sequence[str]) -> bool:
     """Whether a folder with these files is one."""
-    return PARAMS in names and any(map(_FILE.fullmatch, names))
+    return PARAMS in names and any(_FILE.fullmatch(n) or _WHOLE.fullmatch(n) for n in names)
 
 
 def open_raw_llama(path: str) -> Checkpoint:
@@ -76,19 +81,17 @@ def open_raw_llama(path: str) -> Checkpoint:
     check_own(os.path.join(path, PARAMS), path)
     told = read_json(os.path.join(path, PARAMS))
     params = _read_params(told, os.path.join(path, PARAMS))
-    found = {int(m[1]): m[0] for name in list_folder(path) if (m := _FILE.fullmatch(name))}
-    missing = next((n for n in range(max(found) + 1) if n not in found), None)
-    if missing is not None:
-        raise BridgeError(
-            f"{path} isn't whole: consolidated.{missing:02d}.pth is missing. Download it again."
-        )
-    files = tuple(os.path.join(path, found[n]) for n in sorted(found))
-    shards = [_tensors(file) for file in ahead(files)]
+    files, shards = _shards(path)
+    for shard in shards:
+        refuse_quantized("hf", path, told, shard, files)
     tensors, dropped = _gathered(shards, params, path)
-    positions, guessed = _positions(told, params)
+    positions, guessed = _positions(told, params, of_mistral=files[0].endswith(".safetensors"))
+    window = told.get("sliding_window")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM" if window is None else "MistralForCausalLM"],
+        "model_type": "llama" if window is None else "mistral",
+        **({} if window is None else {"sliding_window": window}),
+        **({} if told.get("head_dim") is None else {"head_dim": told["head_dim"]}),
         "hidden_size": params.hidden,
         "num_hidden_layers": told.get("n_layers"),
         "num_attention_heads": params.heads,
@@ -97,8 +100,9 @@ def open_raw_llama(path: str) -> Checkpoint:
         "rope_theta": params.base,
         "max_position_embeddings": positions,
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": bool(told.get("tied_embeddings")),
     }
+    check_hf(config, os.path.join(path, PARAMS))
     unknown = unknown_in_params(told)
     checkpoint = checkpoint_of(path, config, tensors, files, dropped, unknown=unknown)
     return replace(checkpoint, findings=(*checkpoint.findings, *guessed))
@@ -112,8 +116,14 @@ def _read_params(told: Mapping[str, Any], path: str) -> _Params:
             f"{path}: use_scaled_rope: GPT-NeoX can't scale its rotary frequencies, and without "
             "that it is another model. Way out: a Llama before 3.1."
         )
-    if "moe" in told or "quantization_args" in told:
-        raise Refused(f"{path}: experts and quantized weights aren't Llama's plain ones.")
+    if told.get("moe") is not None:
+        raise Refused(f"{path}: moe: the model has experts, which this version does not convert.")
+    for key in ("quantization", "quantization_args"):
+        if told.get(key):
+            raise Refused(
+                f"{path}: {key}: the weights are quantized. Way out: convert the original, "
+                "unquantized model."
+            )
     names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "norm_eps": "rms_norm_eps"}
     names |= {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
     names |= {"rope_theta": "rope_theta", "max_seq_len": "max_position_embeddings"}
@@ -127,6 +137,42 @@ def _read_params(told: Mapping[str, Any], path: str) -> _Params:
         number("norm_eps", told["norm_eps"], float),
         number("rope_theta", told.get("rope_theta") or 10000.0, float),
     )
+
+
+def _shards(path: str) -> tuple[tuple[str, ...], list[Mapping[str, TensorRef]]]:
+    """The files, and what each tensor-parallel rank has of the tensors."""
+    names = list_folder(path)
+    ranks = {int(m[1]): m[0] for name in names if (m := _FILE.fullmatch(name))}
+    if ranks:
+        _check_count(path, ranks, range(max(ranks) + 1), "consolidated.{:02d}.pth")
+        files = tuple(os.path.join(path, ranks[n]) for n in sorted(ranks))
+        return files, [_tensors(file) for file in ahead(files)]
+    parts = [m for name in names if (m := _WHOLE.fullmatch(name))]
+    single = [m[0] for m in parts if m[1] is None]
+    numbered = {int(m[1]): m[0] for m in parts if m[1] is not None}
+    if not single:
+        count = max(int(m[2]) for m in parts)
+        _check_count(path, numbered, range(1, min(count, 10_000) + 1), "consolidated-{:05d}-of-…")
+    chosen = single or [numbered[n] for n in sorted(numbered)]
+    files = tuple(os.path.join(path, name) for name in chosen)
+    tensors: dict[str, TensorRef] = {}
+    for file in ahead(files):
+        held = read_safetensors(file)
+        check_names(held, file)
+        if twice := sorted(set(held) & set(tensors)):
+            raise BridgeError(
+                f"{path}: {twice[0]} is in two files: {tensors[twice[0]].file}, {file}"
+            )
+        tensors |= held
+    return files, [tensors]
+
+
+def _check_count(path: str, found: Mapping[int, str], wanted: range, name: str) -> None:
+    missing = next((n for n in wanted if n not in found), None)
+    if missing is not None:
+        raise BridgeError(
+            f"{path} isn't whole: {name.format(missing)} is missing. Download it again."
+        )
 
 
 def _tensors(file: str) -> dict[str, TensorRef]:
@@ -201,19 +247,22 @@ def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
     return Whole(whole.dtype, whole.shape, tuple(pieces))
 
 
-def _positions(told: Mapping[str, Any], params: _Params) -> tuple[int, list[Finding]]:
-    """max_position_embeddings, which Meta's files don't say (the released models' own)."""
-    if "max_seq_len" in told:
-        return number("max_seq_len", told["max_seq_len"], int), []
+def _positions(
+    told: Mapping[str, Any], params: _Params, *, of_mistral: bool
+) -> tuple[int, list[Finding]]:
+    """max_position_embeddings, which the files mostly don't say (the released models' own)."""
+    for key in ("max_seq_len", "max_position_embeddings"):
+        if told.get(key) is not None:
+            return number(key, told[key], int), []
     by_base = {500000.0: 8192, 1000000.0: 16384}  # Llama 3, CodeLlama
     by_eps = 2048 if params.eps < 5e-6 else 4096  # Llama 1, Llama 2
-    found = by_base.get(params.base, by_eps)
+    found = 32768 if of_mistral else by_base.get(params.base, by_eps)
     return found, [
         Finding(
             "positions-assumed",
             "warning",
             f"{PARAMS} doesn't say how many positions the model has; {found} are assumed, those "
-            "of the released Llama with this base and epsilon",
+            f"of the released {'Mistral' if of_mistral else 'Llama with this base and epsilon'}",
             f'add "max_seq_len" to {PARAMS} if that is wrong',
         )
     ]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.file_kinds import is_apple_double
 from neox_bridge.formats.pickle_security import Report, is_candidate, scan
 from neox_bridge.stores import paths
 
@@ -35,6 +36,8 @@ def _files(folder: str) -> Iterator[str]:
     for below, folders, names in os.walk(folder, onerror=unreadable):
         folders.sort()
         for name in sorted(names):
+            if is_apple_double(name):
+                continue
             file = os.path.join(below, name)
             if not os.path.exists(file) or not _looks(file):  # a dangling link loads nothing
                 continue

@@ -27,6 +27,22 @@ def check_names(names: Iterable[object], file: str) -> None:
             )
 
 
+# under which a file may keep the state dict among other things
+_KEYS = ("state_dict", "model_state_dict", "model", "module")
+
+
+def state_dict_of(value: object, file: str) -> Mapping[Any, Any]:
+    """The state dict of a file of torch.save. Raises BridgeError where there is none."""
+    for key in _KEYS:
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            if any(isinstance(entry, TensorRef) for entry in value.values()):
+                break
+            return dict(value[key])
+    if not isinstance(value, dict):
+        raise BridgeError(f"{file} holds no state dict. Is it the weights of a model?")
+    return value
+
+
 def tensors_of(state: Mapping[Any, Any], file: str) -> dict[str, TensorRef]:
     """A state dict's tensors by their names. Raises BridgeError as ``check_names`` does."""
     check_names(state, file)

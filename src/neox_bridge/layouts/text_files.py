@@ -5,6 +5,7 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.bounded_json import DEPTH, parse_json
+from neox_bridge.formats.file_kinds import refuse_misplaced
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.stores.paths import listdir
 
@@ -14,8 +15,10 @@ LARGE = 48 << 20  # of a tokenizer or an index
 
 def read_text(path: str, most: int = _MOST) -> str:
     """The text of a small file. Raises BridgeError for one that isn't UTF-8 or is too large."""
+    raw = read_bytes(path, most)
+    refuse_misplaced(path, raw)
     try:
-        return read_bytes(path, most).decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError:
         raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
 
@@ -25,11 +28,14 @@ def read_json(path: str, most: int = _MOST, depth: int | None = DEPTH) -> dict[s
 
     most: bytes. depth: see ``parse_json``.
     """
+    raw = read_bytes(path, most)
     try:
-        value = parse_json(read_bytes(path, most), depth)
+        value = parse_json(raw, depth)
     except UnicodeDecodeError:
+        refuse_misplaced(path, raw)
         raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
     except ValueError as error:
+        refuse_misplaced(path, raw)
         raise BridgeError(
             f"{path} isn't JSON: {str(error)[:120]}. Correct or download it."
         ) from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.layouts.own_files import brought_along
 from neox_bridge.layouts.text_files import LARGE, read_json
@@ -51,7 +52,8 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
     places = [os.path.join(folder, name) for name in NAMES]
     found = tuple(path for path in places if brought_along(path, root or folder))
     for path in found:
-        open_regular(path).close()
+        with open_regular(path) as file:
+            refuse_misplaced(path, file.read(HEAD_BYTES))
     return found
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from neox_bridge.architectures.base import Weight
-from neox_bridge.formats.dtypes import FLOATING
+from neox_bridge.formats.dtypes import FLOAT8, FLOATING
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.options import DTypeChoice, Options
@@ -12,7 +12,7 @@ from neox_bridge.planning.pieces import Dropped, OutputFile, Whole
 
 def cast(whole: Whole, dtype: DTypeChoice) -> Whole:
     """The tensor in another floating dtype; integers stay what they are."""
-    if dtype == "keep" or whole.dtype not in FLOATING:
+    if dtype == "keep" or whole.dtype not in (*FLOATING, *FLOAT8):
         return whole
     return replace(whole, dtype=dtype)
 

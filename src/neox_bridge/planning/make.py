@@ -18,6 +18,7 @@ from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import source_summary
 from neox_bridge.planning.relayout import relayout_command
+from neox_bridge.planning.weight_dtypes import check_dtypes
 from neox_bridge.stores.paths import absolute
 
 
@@ -30,6 +31,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     """
     kind = kind_of(checkpoint, options)
     check_options(checkpoint, options)
+    casts = check_dtypes(checkpoint, options.dtype)
     checkpoint = ignoring(checkpoint, options.ignore_keys)
     known = known_keys(options.era) if options.era is not None and kind == "neox" else ()
     carried = kind == checkpoint.kind and options.era is None
@@ -69,6 +71,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
             *checkpoint.findings,
             *unknown_keys.listed(checkpoint.unknown_keys),
             *unknown_keys.ignored_findings(options.ignore_keys, carried),
+            *casts,
             *plan.findings,
         ),
         asked=options.asked(),

@@ -27,6 +27,7 @@ from neox_bridge.planning.record import neox_record, source_summary
 from neox_bridge.planning.reshard_target import Resharding, Target, settle, with_target_rows
 from neox_bridge.planning.to_neox import checkpoint_args
 from neox_bridge.planning.universal import Universal, universal, universal_files
+from neox_bridge.planning.weight_dtypes import refuse_run_dtypes
 from neox_bridge.planning.zero_stage import at_stage
 
 
@@ -47,6 +48,7 @@ def plan_reshard(
     assert state is not None
     checkpoint = ignoring(checkpoint, asked.ignore_keys)
     refuse_all(refusals(checkpoint, asked.ignore_keys), checkpoint.path)
+    refuse_run_dtypes(checkpoint)
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
     made = settle(checkpoint, optimizer, asked)

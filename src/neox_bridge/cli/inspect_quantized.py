@@ -1,0 +1,68 @@
+"""What ``neox-bridge inspect`` says of a quantized model, which no other command takes."""
+
+from collections import Counter
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from neox_bridge.cli.output import KINDS, human, plural, print_json
+from neox_bridge.cli.printable import plain
+
+if TYPE_CHECKING:
+    from neox_bridge.layouts.quantized import QuantizedFolder
+
+_REASON = "its weights are quantized, so it cannot be converted"
+
+
+def print_quantized(model: "QuantizedFolder", *, as_json: bool, tensors: bool) -> None:
+    """What the model is, and that it cannot be converted, as text or as JSON."""
+    facts = describe_quantized(model)
+    rows = [
+        {"name": name, "dtype": ref.dtype, "shape": list(ref.shape)}
+        for name, ref in model.tensors.items()
+    ]
+    if as_json:
+        print_json({**facts, **({"tensors": rows} if tensors else {})})
+        return
+    told, refusal = facts["quantization"], facts["refusals"][0]
+    bits = f", {told['bits']} bits" if told["bits"] else ""
+    lines = [
+        ("path", facts["path"]),
+        ("kind", f"{KINDS[facts['kind']]}, quantized ({told['method']}{bits})"),
+        ("family", str(facts["family"] or "not known")),
+        ("dtypes", ", ".join(f"{name} ({n:,} elements)" for name, n in facts["dtypes"].items())),
+        ("files", f"{plural(len(facts['files']), 'file')}, {human(facts['bytes'])}"),
+        ("shown by", "; ".join(told["evidence"])),
+        ("refused", f"{refusal['reason']}; {refusal['way_out']}"),
+    ]
+    for key, text in lines:
+        print(f"{key:<12}{plain(text)}")
+    for row in rows if tensors else ():
+        print(f"{plain(str(row['name']))}  {row['shape']}  {row['dtype']}")
+
+
+def describe_quantized(model: "QuantizedFolder") -> dict[str, Any]:
+    """The facts as plain data, under the names that ``inspect --json`` has for other models."""
+    from neox_bridge.layouts.quantized import way_out
+    from neox_bridge.stores.paths import size
+
+    told = model.quantization
+    dtypes: Counter[str] = Counter()
+    for ref in model.tensors.values():
+        dtypes[ref.dtype] += prod(ref.shape)
+    return {
+        "schema_version": 1,
+        "kind": model.kind,
+        "path": model.path,
+        "family": model.config.get("model_type"),
+        "dtypes": dict(dtypes.most_common()),
+        "files": list(model.files),
+        "bytes": sum(size(file) for file in model.files),
+        "findings": [],
+        "refusals": [{"key": "quantized", "reason": _REASON, "way_out": way_out(told)}],
+        "quantization": {
+            "method": told.method,
+            "bits": told.bits,
+            "evidence": list(told.evidence),
+            "original": told.original or None,
+        },
+    }

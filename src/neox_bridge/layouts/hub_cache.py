@@ -1,0 +1,78 @@
+"""Folders of Hugging Face's cache: which snapshot of ``models--ORG--NAME`` a path means.
+
+The layout is huggingface_hub's (file_download.py): ``refs/REVISION`` holds the name of a folder in
+``snapshots``, whose files are links into ``blobs``.
+"""
+
+import os
+import re
+import shlex
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.text_files import list_folder, read_text
+from neox_bridge.stores.paths import absolute, isdir, isfile
+
+_ROOT = re.compile(r"(models|datasets|spaces)--(.+)")
+_LONGEST_REF = 256  # bytes
+_MAIN = "main"
+
+
+def is_cache_root(path: str, names: list[str]) -> bool:
+    """Whether a folder is that of one repository in the cache."""
+    named = _ROOT.fullmatch(os.path.basename(absolute(path))) is not None
+    return "snapshots" in names and ("refs" in names or "blobs" in names or named)
+
+
+def cached_repos(names: list[str]) -> list[str]:
+    """The folders of models in a folder that is the whole cache."""
+    return sorted(name for name in names if name.startswith("models--"))
+
+
+def snapshot_of(root: str, revision: str | None = None) -> str:
+    """The snapshot that a revision names, by default ``main``, else the only one.
+
+    Raises BridgeError, with the folders to choose from, where that is not clear.
+    """
+    home = os.path.join(root, "snapshots")
+    snapshots = [n for n in list_folder(home) if isdir(os.path.join(home, n))]
+    kind = _ROOT.fullmatch(os.path.basename(absolute(root)))
+    if kind is not None and kind[1] != "models":
+        raise BridgeError(f"{root} is a cached {kind[1][:-1]} of the Hub, not a model.")
+    if not snapshots:
+        raise BridgeError(
+            f"{root} is a model in a Hugging Face cache without any snapshot: its download did not "
+            f"finish. Download it again: hf download {shlex.quote(repo_of(root))}"
+        )
+    commit = _commit(root, revision or _MAIN)
+    if commit is None and revision is not None:
+        commit = next((name for name in snapshots if name.startswith(revision)), None)
+    elif commit is None and len(snapshots) == 1:
+        commit = snapshots[0]
+    if commit in snapshots:
+        return os.path.join(home, commit)
+    folders = some([os.path.join(home, name) for name in snapshots])
+    if commit is not None:
+        raise BridgeError(
+            f"{root} is a model in a Hugging Face cache, and the snapshot {commit} that its "
+            f"refs/{revision or _MAIN} names is missing. Name one of its snapshots: {folders}"
+        )
+    what = f"has no revision {revision}" if revision else f"has no refs/{_MAIN}"
+    raise BridgeError(
+        f"{root} is a model in a Hugging Face cache that {what}. Name one of its snapshots: "
+        f"{folders}"
+    )
+
+
+def repo_of(root: str) -> str:
+    """``org/name`` of a folder of the cache; its own name where it has another form."""
+    name = os.path.basename(absolute(root))
+    match = _ROOT.fullmatch(name)
+    return match[2].replace("--", "/", 1) if match else name
+
+
+def _commit(root: str, revision: str) -> str | None:
+    ref = os.path.join(root, "refs", *revision.split("/"))
+    if ".." in revision.split("/") or not isfile(ref):
+        return None
+    return os.path.basename(read_text(ref, _LONGEST_REF).strip())

@@ -1,0 +1,100 @@
+"""Which dtypes of stored weights can be converted: 16 and 32-bit floats, and others by a cast.
+
+Integers in the place of weights are a quantization whose scales are missing. 8-bit floats and
+float64 are exact values of a model that neither framework trains in, so they are kept by nothing
+but a cast that the user asks for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from neox_bridge.architectures.base import Refusal
+from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import FLOAT8
+from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all, some
+from neox_bridge.planning.pieces import Whole
+
+PLAIN = ("float32", "float16", "bfloat16")
+_CAST = (*FLOAT8, "float64")
+# dtypes that hold every value of another: all 8-bit floats fit into 16 bits, with their subnormals
+_EXACT = {
+    **dict.fromkeys(FLOAT8, PLAIN),
+    "float64": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OddWeights:
+    """Weights of a dtype that no framework trains in. castable: whether --dtype takes them."""
+
+    names: tuple[str, ...]
+    castable: bool
+    reason: str
+    way_out: str
+
+
+def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
+    """The weights that need a cast, or cannot be converted at all."""
+    groups = _by_dtype(checkpoint.tensors)
+    found = []
+    odd = {name: held for name, held in groups.items() if name not in (*PLAIN, *_CAST)}
+    if odd:
+        names = [name for held in odd.values() for name in held]
+        reason = (
+            f"{len(names)} weights are {some(sorted(odd))}, such as {names[0]}: weights are "
+            "floating-point numbers, and these are quantized, without their scales"
+        )
+        way_out = "convert the original, unquantized model"
+        found.append(OddWeights(tuple(names), False, reason, way_out))
+    for kind in _CAST:
+        if held := groups.get(kind):
+            reason = f"{len(held)} weights are {kind}, such as {held[0]}"
+            way_out = "--dtype bfloat16 (or float32, float16) of convert casts them"
+            if kind in FLOAT8:
+                reason += "; if scales belonged to them, these values alone are another model"
+                way_out += ", if no scales belong to them"
+            found.append(OddWeights(tuple(held), True, reason, way_out))
+    return found
+
+
+def dtype_refusals(checkpoint: Checkpoint, dtype: str = "keep") -> list[Refusal]:
+    """Why the weights' dtypes cannot be written. dtype: what they are cast to, or "keep"."""
+    return [
+        Refusal("dtype", odd.reason, odd.way_out)
+        for odd in odd_dtypes(checkpoint)
+        if not odd.castable or dtype == "keep"
+    ]
+
+
+def check_dtypes(checkpoint: Checkpoint, dtype: str) -> list[Finding]:
+    """What is cast from dtypes that no framework trains in. Raises Refused for the others."""
+    refuse_all(dtype_refusals(checkpoint, dtype), checkpoint.path)
+    findings = []
+    groups = _by_dtype(checkpoint.tensors)
+    for kind in _CAST:
+        if kind not in groups:
+            continue
+        names, how = groups[kind], "rounded to the nearest"
+        if dtype in _EXACT[kind]:
+            how = "exactly"
+        findings.append(
+            Finding(
+                "cast-dtype",
+                "warning",
+                f"{len(names)} weights are cast from {kind} to {dtype}, {how}: {some(names, 3)}"
+                + (". They are taken as they are, without any scales" if kind in FLOAT8 else ""),
+            )
+        )
+    return findings
+
+
+def refuse_run_dtypes(checkpoint: Checkpoint) -> None:
+    """Raise Refused where a run's weights are of a dtype that no run has, before resharding."""
+    refuse_all(dtype_refusals(checkpoint), checkpoint.path)
+
+
+def _by_dtype(tensors: Mapping[str, Whole]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, whole in tensors.items():
+        groups.setdefault(whole.dtype, []).append(name)
+    return groups
