@@ -20,6 +20,9 @@ _SLOW_DOWN = (
 )
 
 
+_INTERNAL = b"<Error><Code>InternalError</Code><Message>We failed.</Message></Error>"
+
+
 @dataclass(frozen=True)
 class Request:
     """key: below the bucket. query: as it came. sent: bytes of the body that the client got."""
@@ -40,12 +43,15 @@ class Store:
     spoil: says what to do to a request, from its method, key and query: "drop" the connection in
     the middle of the answer's body, "refuse" before anything is answered, "slow down" (503),
     "short" (fewer bytes than were asked for, and none too few for the header), "trickle" (in small
-    pieces with pauses), or "" to leave it alone.
+    pieces with pauses), "error" (500), "lost" (done, but the answer never arrives), "change" (the
+    object gets another last byte before it is answered), "stale" (the first answer to the same
+    listing), or "" to leave it alone.
     """
 
     url: str
     requests: list[Request] = field(default_factory=list)
     spoil: Callable[[str, str, str], str] = lambda method, key, query: ""
+    listings: dict[str, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def of(self, method: str, inside: str = "") -> list[Request]:
@@ -100,11 +106,13 @@ def _free() -> int:
         return int(sock.getsockname()[1])
 
 
-def _ask(port: int, method: str, path: str) -> None:
+def _ask(port: int, method: str, path: str, body: bytes | None = None) -> bytes:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request(method, path, headers={"Host": "127.0.0.1", "Authorization": "AWS a:b"})
-    connection.getresponse().read()
+    headers = {"Host": "127.0.0.1", "Authorization": "AWS a:b"}
+    connection.request(method, path, body, headers)
+    data = connection.getresponse().read()
     connection.close()
+    return data
 
 
 def _wait(port: int) -> None:
@@ -152,6 +160,14 @@ def _handler(store: Store, port: int) -> type[BaseHTTPRequestHandler]:
             if how == "refuse":
                 self._drop()
                 return 0
+            if how == "error":
+                self._head(500, [("Content-Type", "application/xml")], len(_INTERNAL))
+                self.wfile.write(_INTERNAL)
+                return 0
+            if how == "change":
+                path = urlsplit(self.path).path
+                old = _ask(port, "GET", path)
+                _ask(port, "PUT", path, old[:-1] + bytes([old[-1] ^ 1]))
             if how == "slow down":
                 self._head(503, [("Content-Type", "application/xml")], len(_SLOW_DOWN))
                 self.wfile.write(_SLOW_DOWN)
@@ -169,6 +185,13 @@ def _handler(store: Store, port: int) -> type[BaseHTTPRequestHandler]:
             length = int(answer.headers.get("Content-Length") or 0)
             kept = [(k, v) for k, v in answer.headers.items() if k.lower() not in _OWN]
             connection.close()
+            if how == "lost":
+                self._drop()
+                return 0
+            if "list-type" in self.path or "prefix=" in self.path:
+                first = store.listings.setdefault(self.path, data)
+                if how == "stale":
+                    data, length = first, len(first)
             if how == "short" and len(data) > 1:
                 data = data[: len(data) // 2]
                 length = len(data)
