@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from common import convert, hf_logits, hf_tensors, make_hf, same_bits
+from safetensors.torch import save_file
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.verification.verify import verify
 
@@ -139,4 +140,47 @@ def test_parts_are_missed(tmp_path: Path) -> None:
         tensors["layers.0.attention.wq.bias"] = torch.zeros(3)
         torch.save(tensors, raw / "consolidated.02.pth")
     with pytest.raises(BridgeError, match="no Llama has"):
+        open_checkpoint(str(raw))
+
+
+def as_mistral(raw: Path, files: int = 1) -> Path:
+    """Meta's form as Mistral publishes it: one safetensors file, or several with whole tensors."""
+    (path,) = raw.glob("consolidated.*.pth")
+    tensors = torch.load(path)
+    path.unlink()
+    names = sorted(set(tensors) - {"rope.freqs"})
+    for number in range(files):
+        part = {name: tensors[name].clone() for name in names[number::files]}
+        of = f"-{number + 1:05d}-of-{files:05d}" if files > 1 else ""
+        save_file(part, raw / f"consolidated{of}.safetensors")
+    return raw
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("window", [None, 8])
+def test_mistrals_own_form(window: int | None, files: int, tmp_path: Path) -> None:
+    family = "llama" if window is None else "mistral"
+    more = {} if window is None else {"sliding_window": window}
+    hf = make_hf(tmp_path / "hf", family=family, num_key_value_heads=2, **more)
+    raw = write_raw(hf, tmp_path / "raw", 1, head_dim=16, **more)
+    plan = convert(as_mistral(raw, files), tmp_path / "direct", to="hf")
+    assert plan.target["architecture"] == family
+    want, have = hf_tensors(hf), hf_tensors(tmp_path / "direct")
+    assert sorted(have) == sorted(want)
+    assert all(same_bits(have[name], want[name]) for name in want)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(hf_logits(hf, tokens), hf_logits(tmp_path / "direct", tokens))
+
+
+def test_what_is_missing_or_quantized_of_mistrals_own_form(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="llama")
+    raw = as_mistral(write_raw(hf, tmp_path / "raw", 1), 3)
+    second = raw / "consolidated-00002-of-00003.safetensors"
+    content = second.read_bytes()
+    second.unlink()
+    with pytest.raises(BridgeError, match="consolidated-00002-of"):
+        open_checkpoint(str(raw))
+    second.write_bytes(content)
+    save_file({"layers.0.attention.wq.qscale_weight": torch.ones(1)}, second)
+    with pytest.raises(Refused, match="unquantized"):
         open_checkpoint(str(raw))
