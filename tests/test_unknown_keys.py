@@ -511,6 +511,54 @@ def test_the_tree_of_the_fork_knows_its_key(tmp_path: Path) -> None:
     assert neox_config(tmp_path / "out")["rope_scaling"] == ROPE
 
 
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("gpt_neox", {"attention_bias": True}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
+    ],
+)
+def test_biases_that_config_json_denies(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    """transformers drops them, with no more than a warning."""
+    folder = make_hf(tmp_path / "hf", family=family, **keys)
+    assert open_checkpoint(str(folder)).findings == ()
+    path, (key,) = folder / "config.json", keys
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: False}))
+    (finding,) = open_checkpoint(str(folder)).findings
+    assert f"{key}: false" in finding.message
+
+
+def test_reshard_refuses_and_keeps(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "data" / "reshard" / "fp32"
+    root, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(source, root)
+    settings = json.dumps({"rope_scaling": ROPE, "my_note": "x"})
+    (step_of(root) / "configs" / "zz.yml").write_text(settings)
+    assert "rope_scaling" in run(4, "reshard", root, out, "--dp", 2)
+    text = run(0, "reshard", root, out, "--dp", 2, "--ignore-key", "rope_scaling")
+    assert "rope_scaling: ignored" in text
+    assert "my_note" in text
+    resumed = read_yml(str(out / "resume.yml"))
+    assert (resumed["rope_scaling"], resumed["my_note"]) == (ROPE, "x")
+    text = run(0, "export-optimizer", root, tmp_path / "states")
+    assert "rope_scaling" in text
+
+
+def test_a_setting_that_the_named_gpt_neox_does_not_have(tmp_path: Path) -> None:
+    root = with_yml(tmp_path, moe_use_residual=True, moe_num_experts=1)
+    run(0, "convert", root, tmp_path / "dense", "--to", "neox", "--for", "2024-03")
+    tree = tmp_path / "older"
+    shutil.copytree(Path(__file__).parent / "data" / "trees" / "2024-03", tree)
+    arguments = tree / "megatron" / "neox_arguments" / "neox_args.py"
+    text = arguments.read_text()
+    assert "use_qk_layernorm" in text
+    arguments.write_text(text.replace("use_qk_layernorm", "use_other"))
+    (step_of(root) / "configs" / "zz.yml").write_text('{"use_qk_layernorm": true}')
+    words = ["--to", "neox", "--for", f"neox:{tree}"]
+    assert "use_qk_layernorm" in run(4, "convert", root, tmp_path / "out", *words)
+
+
 def test_code_of_a_repository_s_own_is_named(tmp_path: Path) -> None:
     code = {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
     folder = with_json(tmp_path, "llama", auto_map=code)

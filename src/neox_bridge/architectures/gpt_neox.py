@@ -13,7 +13,7 @@ from neox_bridge.architectures.base import (
     Weight,
 )
 from neox_bridge.architectures.heads import REWARD, RM_LINEAR, SCORE, head_config, refuse_tied
-from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
+from neox_bridge.architectures.hf_config import refuse_hf_common, stored_biases, whole_number
 from neox_bridge.architectures.neox_config import (
     GATED,
     Keys,
@@ -327,7 +327,7 @@ def _matches_neox(raw: Mapping[str, Any]) -> bool:
 
 def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[tuple[str, str, str]]:
     """(code, message, remedy): where config.json contradicts itself or what is known."""
-    found = []
+    found = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
         both = raw.get(old) is not None and rope.get(new) is not None

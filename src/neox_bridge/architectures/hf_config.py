@@ -59,6 +59,26 @@ def refuse_hf_common(
     return found
 
 
+def stored_biases(
+    raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]]
+) -> list[tuple[str, str, str]]:
+    """(code, message, remedy) of biases that the files hold and config.json denies.
+
+    biases: by the key, what transformers takes where it is missing, and whether the files hold
+    them. transformers loads such a folder without them, with no more than a warning.
+    """
+    return [
+        (
+            "biases-denied",
+            f"config.json {f'says {key}: false' if key in raw else f'has no {key}'}, and the files "
+            "hold these biases: transformers computes without them, and they are converted",
+            f"set {key}: true in config.json if the model was trained with them, or remove them",
+        )
+        for key, (default, there) in biases.items()
+        if there and not raw.get(key, default)
+    ]
+
+
 def whole_number(value: float) -> float | int:
     """10000 rather than 10000.0, as config files have it."""
     return int(value) if float(value).is_integer() else value

@@ -19,7 +19,7 @@ from neox_bridge.architectures.base import (
     Refusal,
 )
 from neox_bridge.architectures.heads import RM_LINEAR, SCORE, head_config, refuse_tied
-from neox_bridge.architectures.hf_config import refuse_hf_common, whole_number
+from neox_bridge.architectures.hf_config import refuse_hf_common, stored_biases, whole_number
 from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, weights
 from neox_bridge.architectures.neox_config import (
     GATED,
@@ -288,6 +288,15 @@ def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
     return is_gated and raw.get("norm") == "rmsnorm"
 
 
+def _findings_hf_source(
+    family: Family, raw: Mapping[str, Any], config: ModelConfig
+) -> list[tuple[str, str, str]]:
+    if family.biases != "optional":
+        return []
+    biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    return stored_biases(raw, {key: (False, there) for key, there in biases.items()})
+
+
 def architecture(family: Family) -> Architecture:
     """A family's table of weights and its config, both ways."""
     return Architecture(
@@ -310,6 +319,7 @@ def architecture(family: Family) -> Architecture:
         refuse_hf_source=partial(_refuse_hf_source, family),
         refuse_neox_source=partial(_refuse_neox_source, family),
         matches_neox=partial(_matches_neox, family),
+        findings_hf_source=partial(_findings_hf_source, family),
         model_keys=MODEL_KEYS,
         era_keys=ERA_KEYS,
         gated=True,
