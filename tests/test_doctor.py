@@ -573,7 +573,7 @@ def test_the_page_is_for_people(hf: Path, tmp_path: Path) -> None:
     root = neox(hf, tmp_path, "2024-03")
     text = CliRunner().invoke(app, ["doctor", str(root), "--for", "today", "--compare"]).stdout
     assert "neox@today: fails\n    RuntimeError: Error(s) in loading state_dict" in text
-    assert f"    mend: neox-bridge doctor {root} --for neox@today --fix {root}-mended" in text
+    assert f"    fix: neox-bridge doctor {root} --for neox@today --fix {root}-mended" in text
     assert "RoPE base" in text
     assert "written by neox-bridge" in text
 
@@ -583,7 +583,7 @@ def test_a_pasted_traceback() -> None:
     text = f"Traceback (most recent call last):\n{LAYER}{MISSING}\n"
     done = CliRunner().invoke(app, ["doctor", "--error", "-"], input=text)
     assert done.exit_code == 0, done.output
-    assert "mend: " in done.stdout
+    assert "  fix  " in done.stdout
     facts = CliRunner().invoke(app, ["doctor", "--error", "-", "--json"], input=text)
     assert json.loads(facts.stdout)["error"][0]["remedy"]
     assert CliRunner().invoke(app, ["doctor", "--error", "-"], input="all is well").exit_code == 1

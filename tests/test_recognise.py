@@ -16,13 +16,14 @@ from neox_bridge.cli.app import app
 from neox_bridge.compat.changes import CHANGES
 from neox_bridge.compat.messages import read_message
 from neox_bridge.compat.recognise import Diagnosis, recognise
+from neox_bridge.doctor.advice import advise
 
 MESSAGES = Path(__file__).parent / "data" / "messages"
 CONVERT = "neox-bridge convert CHECKPOINT NEW --to neox"
 INV = "attention.rotary_emb.inv_freq"
 # file: code, older side, a part of the remedy, the first key
 EXPECTED: dict[str, tuple[str, str, str, str]] = {
-    "neox_missing_inv_freq": ("neox-inv-freq", "framework", f"{CONVERT} --inv-freq store", INV),
+    "neox_missing_inv_freq": ("neox-inv-freq", "framework", f"{CONVERT} --for neox@2024-03", INV),
     "neox_missing_inv_freq_pp0": (
         *("neox-inv-freq", "framework", "neox-bridge patch TREE", f"sequential.2.{INV}"),
     ),
@@ -31,20 +32,25 @@ EXPECTED: dict[str, tuple[str, str, str, str]] = {
         *("neox-inv-freq", "checkpoint", "rotary_save_freqs_buffer: true", f"sequential.2.{INV}"),
     ),
     "neox_unknown_flag": (
-        *("neox-inv-freq", "framework", "remove rotary_save_freqs_buffer from the yml"),
+        *("neox-inv-freq", "framework", f"{CONVERT} --for neox@2024-03"),
         "rotary_save_freqs_buffer",
     ),
     "neox_dense_names_in_new_tree": (
-        *("neox-mlp-names", "checkpoint", f"{CONVERT} --mlp-names linear"),
+        *("neox-mlp-names", "checkpoint", f"{CONVERT} --for today"),
         "mlp.dense_h_to_4h.weight",
     ),
     "neox_linear_names_in_old_tree": (
-        *("neox-mlp-names", "framework", f"{CONVERT} --mlp-names dense"),
+        *("neox-mlp-names", "framework", f"{CONVERT} --for neox@2024-09"),
         "mlp.dense_h_to_4h.weight",
     ),
-    "neox_w123_in_new_tree": ("neox-gated-mlp", "checkpoint", "mlp_type: llama", "mlp.w1.weight"),
+    "neox_w123_in_new_tree": (
+        "neox-gated-mlp",
+        "checkpoint",
+        f"{CONVERT} --for today",
+        "mlp.w1.weight",
+    ),
     "neox_gated_in_old_tree": (
-        *("neox-gated-mlp", "framework", "activation: swiglu", "mlp.w1.weight"),
+        *("neox-gated-mlp", "framework", f"{CONVERT} --for neox@2024-09", "mlp.w1.weight"),
     ),
     "neox_rms_norm": ("norm-kind", "", "norm: layernorm", "input_layernorm.scale"),
     "neox_no_bias": (
@@ -60,11 +66,16 @@ EXPECTED: dict[str, tuple[str, str, str, str]] = {
     ),
     "neox_mp_world_size": ("mp-world-size", "", CONVERT, "mp_world_size"),
     "neox_tp2_files_at_tp1": ("tensor-parallel", "", "--tp N", "attention.dense.weight"),
-    "neox_zero_dp": ("zero-world-size", "", "finetune: true", "dp_world_size"),
+    "neox_zero_dp": (
+        "zero-world-size",
+        "",
+        "neox-bridge reshard CHECKPOINT NEW --dp ",
+        "dp_world_size",
+    ),
     "neox_no_finetune": ("no-optimizer-states", "", "finetune: true", "lr_scheduler"),
     "neox_wrong_layout_pp0": ("layout", "", f"{CONVERT} --layout ranks", "module"),
     "neox_ranks_at_pp1": ("layout", "", f"{CONVERT} --layout layers", "module"),
-    "neox_unknown_key": ("neox-mlp-type", "checkpoint", "remove mlp_type", "mlp_type"),
+    "neox_unknown_key": ("neox-mlp-type", "checkpoint", f"{CONVERT} --for today", "mlp_type"),
     "neox_duplicate_key": ("duplicate-key", "", "remove hidden_size", "hidden_size"),
     "torch_weights_only_deepspeed": (
         *("torch-weights-only", "checkpoint", "neox-bridge convert CHECKPOINT NEW --to hf"),
@@ -89,11 +100,11 @@ EXPECTED: dict[str, tuple[str, str, str, str]] = {
         "gpt_neox.layers.{0, 1}.mlp.dense_h_to_4h.weight",
     ),
     "hf_neox_names_4_48": (
-        *("neox-names-in-hf", "", "neox-bridge convert NEOX_CHECKPOINT NEW --to hf"),
+        *("neox-names-in-hf", "", "neox-bridge convert CHECKPOINT NEW --to hf"),
         "gpt_neox.layers.0.mlp.linear2.weight",
     ),
     "hf_neox_names_5_24": (
-        *("neox-names-in-hf", "", "neox-bridge convert NEOX_CHECKPOINT NEW --to hf"),
+        *("neox-names-in-hf", "", "neox-bridge convert CHECKPOINT NEW --to hf"),
         "gpt_neox.layers.{0, 1}.mlp.linear2.bias",
     ),
     "hf_no_attn_bias_4_48": (
@@ -166,11 +177,13 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_real_messages(name: str) -> None:
-    found = recognise((MESSAGES / f"{name}.txt").read_text(encoding="utf-8"))
+    advice = advise((MESSAGES / f"{name}.txt").read_text(encoding="utf-8"))
+    assert advice is not None
     code, older, remedy, key = EXPECTED[name]
-    assert [(d.code, d.older) for d in found] == [(code, older)]
-    (diagnosis,) = found
-    assert remedy in diagnosis.remedy
+    assert [(d.code, d.older) for d in advice.causes] == [(code, older)]
+    (diagnosis,) = advice.causes
+    assert advice.fix == diagnosis.remedy
+    assert any(remedy in text for text in (advice.fix, *advice.others))
     assert diagnosis.keys[0] == key
 
 
@@ -212,7 +225,7 @@ def test_terminals_and_launchers_change_nothing(name: str) -> None:
     [
         "",
         "Traceback (most recent call last):\nValueError: something else",
-        "TypeError: 'NoneType' object is not subscriptable",  # of anyone's code
+        "  File \"a.py\", line 1\nTypeError: 'NoneType' object is not subscriptable",  # another's
         "TypeError: f() got an unexpected keyword argument 'x'",
         "ModuleNotFoundError: No module named 'deepspeed'",
         "torch.OutOfMemoryError: CUDA out of memory.",
@@ -239,11 +252,15 @@ def test_codes_are_ids_of_changes_or_their_own() -> None:
 
 def test_every_named_option_exists() -> None:
     """The commands in the remedies are those of this command line."""
-    texts = [
-        d.remedy for name in EXPECTED for d in recognise((MESSAGES / f"{name}.txt").read_text())
-    ]
+    texts = []
+    for name in EXPECTED:
+        advice = advise((MESSAGES / f"{name}.txt").read_text())
+        assert advice is not None
+        texts += [advice.fix, *advice.others]
     texts += [change.remedy for change in CHANGES]
-    help_text = CliRunner().invoke(app, ["convert", "--help"]).stdout
+    help_text = "".join(
+        CliRunner().invoke(app, [command, "--help"]).stdout for command in ("convert", "reshard")
+    )
     for text in texts:
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
             assert option in help_text, (option, text)
@@ -262,8 +279,9 @@ def test_shapes_are_read() -> None:
 def test_fewer_rows_than_stored_cut_the_vocabulary() -> None:
     text = (MESSAGES / "neox_padded_vocab.txt").read_text()
     text = text.replace("[384, 48]", "[640, 48]")
-    (diagnosis,) = recognise(text)
-    assert "--vocab-multiple 512 --vocab-rows tokenizer" in diagnosis.remedy
+    advice = advise(text)
+    assert advice is not None
+    assert "--vocab-multiple 512 --vocab-rows tokenizer" in advice.fix
 
 
 def test_the_doctor_uses_it(tmp_path: Path) -> None:

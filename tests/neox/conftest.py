@@ -23,10 +23,10 @@ same folder in one.
 {versions}
 {cells}
 *missing*: GPT-NeoX says `Missing key(s) in state_dict: "attention.rotary_emb.inv_freq"`. This tree
-wants the buffer: convert with `--inv-freq store`.
+wants the buffer: convert with `--for neox@2024-03`.
 
 *unexpected*: it says `Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq"`. This tree
-doesn't store it: convert with `--inv-freq omit`, or set `rotary_save_freqs_buffer: true`, as the
+doesn't store it: convert with `--for` and its date, or set `rotary_save_freqs_buffer: true`, as the
 written `finetune.yml` does where the tree knows that key (tested too).
 
 `--for neox@2024-03`, `neox@2024-09`, `neox@2024-10` or `today` chooses what the tree expects.

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +13,12 @@ from neox_bridge.cli import values
 from neox_bridge.cli.asked import given
 from neox_bridge.cli.errors import writing
 from neox_bridge.cli.output import print_json
-from neox_bridge.errors import UsageError
+from neox_bridge.errors import BridgeError, UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.compat.targets import Target
     from neox_bridge.compat.verdict import Verdict
+    from neox_bridge.doctor.advice import Advice
     from neox_bridge.layouts.checkpoint import Checkpoint
 
 _FAILS = 4
@@ -101,7 +102,7 @@ def doctor(
       neox-bridge doctor pythia-neox --for neox:~/gpt-neox
       neox-bridge doctor pythia-neox --for today --fix pythia-mended
       neox-bridge doctor pythia-410m --for transformers@4.48
-      neox-bridge doctor --error traceback.txt
+      neox-bridge doctor pythia-neox --error traceback.txt
 
     Exit codes: 0 nothing or warnings only, 1 error, 2 usage, 4 will not load.
     """
@@ -119,7 +120,7 @@ def doctor(
     paths = list(map(plain, paths))
     report: dict[str, Any] = {"schema_version": 1}
     if error is not None:
-        report["error"] = _recognised(error, as_json)
+        report |= _advise(error, paths, target, as_json)
     if mending:
         opened = _open(paths[0], step, config, gqa_order)
         flags: dict[str, Any] = {"recompute": recompute, "drop_optimizer": drop_optimizer}
@@ -202,7 +203,6 @@ def _examine(
     from neox_bridge.compat.doctor import cannot_open, judge, judge_all, own_target
     from neox_bridge.compat.targets import name_of
     from neox_bridge.compat.verdict import verdict
-    from neox_bridge.errors import BridgeError
     from neox_bridge.layouts.head import drop_equal_head
 
     try:
@@ -260,7 +260,7 @@ def _print(facts: dict[str, Any]) -> None:
     for finding in facts["findings"]:
         print(f"{finding['severity']}: {finding['message']}")
         if finding["remedy"]:
-            print(f"    mend: {finding['remedy']}")
+            print(f"    fix: {finding['remedy']}")
     for entry in facts["verdicts"]:
         print(f"{entry['target']}: {entry['verdict']}")
         for line in (entry["message"] or "").splitlines():
@@ -284,24 +284,60 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
         print(f"{cells}  {row['note']}".rstrip())
 
 
-def _recognised(source: str, as_json: bool) -> list[dict[str, Any]]:
-    """What a pasted traceback tells."""
+def _advise(source: str, paths: list[str], target: Any, as_json: bool) -> dict[str, Any]:
+    """What a pasted traceback tells, and the command that fixes it."""
     from dataclasses import asdict
 
-    from neox_bridge.compat.recognise import recognise
-    from neox_bridge.errors import BridgeError
+    from neox_bridge.doctor.advice import advise
     from neox_bridge.layouts.text_files import LARGE, read_text
 
-    found = recognise(sys.stdin.read() if source == "-" else read_text(source, LARGE))
-    if not found:
+    text = sys.stdin.read() if source == "-" else read_text(source, LARGE)
+    path = paths[0] if len(paths) == 1 else ""
+    advice = advise(text, path, _opened(path), target)
+    if advice is None:
         raise BridgeError("No known message is in this text. Paste the whole traceback.")
-    facts = [asdict(diagnosis) for diagnosis in found]
     if not as_json:
-        for diagnosis in found:
-            older = f" (the {diagnosis.older} is older)" if diagnosis.older else ""
-            print(f"{diagnosis.code}: {diagnosis.cause}{older}")
-            print(f"    mend: {diagnosis.remedy}")
-    return facts
+        _print_advice(advice, path)
+    facts = asdict(advice)
+    return {"error": facts.pop("causes"), "advice": facts}
+
+
+def _opened(path: str) -> "Checkpoint | None":
+    """The checkpoint that a message is about, where it can be opened."""
+    from neox_bridge.layouts.open import open_checkpoint
+
+    try:
+        return open_checkpoint(path) if path else None
+    except (BridgeError, OSError):
+        return None
+
+
+def _print_advice(advice: "Advice", path: str) -> None:
+    """What is wrong, why, the one command, other ways and links."""
+    first = advice.causes[0]
+    shown = f"{path or 'the checkpoint'} does not load"
+    rows: list[tuple[str, str]] = []
+    for word, keys in (("missing", advice.missing), ("unexpected", advice.unexpected)):
+        if keys:
+            rows.append((word, _some(keys)))
+    for cause in advice.causes:
+        rows.append(("why", cause.cause))
+        if not advice.fix:
+            rows.append(("fix", cause.remedy))
+    rows += [("fix", advice.fix)] if advice.fix else []
+    rows += [("or", other) for other in advice.others]
+    rows += [("more", link) for link in advice.more]
+    if not path and "CHECKPOINT" in f"{advice.fix}{first.remedy}":
+        rows.append(("note", "add the checkpoint's path to this command to see it filled in"))
+    print(f"error: {shown}")
+    width = max(len(word) for word, _ in rows)
+    for word, words in rows:
+        print(f"  {word:<{width}}  {words}")
+
+
+def _some(keys: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
 
 
 def _mend(

@@ -163,8 +163,8 @@ NEOX: tuple[Change, ...] = (
         'Missing key(s) in state_dict: "mlp.linear1.weight" … Unexpected key(s): '
         '"mlp.dense_h_to_4h.weight", or the other way round',
         True,
-        "neox-bridge convert OLD NEW --to neox --mlp-names linear (for a tree of 2024-09 or "
-        "later), or --mlp-names dense (for an earlier one)",
+        "neox-bridge convert CHECKPOINT NEW --to neox --for today (a tree of 2024-09-07 or later), "
+        "--for neox@2024-09 (an earlier one), --for neox@2024-03 (one before 2024-03-04)",
         _pull(1212),
         in_checkpoint=neox(lambda c: not is_gated(c)),
         in_tree=lambda t: t.mlp_names == "linear",
@@ -179,8 +179,8 @@ NEOX: tuple[Change, ...] = (
         'Missing key(s) in state_dict: "mlp.linear1.weight" … Unexpected key(s): '
         '"mlp.w1.weight", "mlp.w3.weight"; or size mismatch for mlp.linear1.weight',
         True,
-        "load it with a GPT-NeoX of its own time; in a yml for a newer one intermediate_size is "
-        "3 x the width of w1",
+        "neox-bridge convert CHECKPOINT NEW --to neox --for today, or --for neox@2024-09 for an "
+        "older tree; in a yml for a newer one intermediate_size is 3 x the width of w1",
         _pull(1212),
         in_checkpoint=neox(is_gated),
         in_error=(r"\"[\w.]*mlp\.w[123]\.weight\"",),
@@ -208,7 +208,7 @@ NEOX: tuple[Change, ...] = (
         "were added up",
         "a model imported with TP above 1 starts with a loss that is far too high",
         False,
-        "import it again: neox-bridge convert HF NEW --tp N",
+        "import it again: neox-bridge convert CHECKPOINT NEW --tp N",
         _pull(1220),
         in_checkpoint=neox(lambda c: sums(c) and c.config.parallel_residual),
     ),
@@ -221,7 +221,8 @@ NEOX: tuple[Change, ...] = (
         "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>, or KeyError: "
         "'module'",
         True,
-        "neox-bridge convert OLD NEW --to neox --layout layers, or set pipe_parallel_size: 0",
+        "neox-bridge convert CHECKPOINT NEW --to neox --layout layers, or set pipe_parallel_size: "
+        "0",
         _pull(1219),
         in_checkpoint=one_stage_ranks,
         in_error=(
@@ -237,7 +238,7 @@ NEOX: tuple[Change, ...] = (
         "(sequential.N. names), and layer files don't load; undone by 2382bd4a (2024-06-07)",
         "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>",
         True,
-        "neox-bridge convert OLD NEW --to neox --layout ranks for a tree of that time",
+        "neox-bridge convert CHECKPOINT NEW --to neox --layout ranks for a tree of that time",
         _pull(1129),
         in_checkpoint=one_stage_ranks,
         in_error=(r"Expected state_dict to be dict-like, got <class 'NoneType'>",),
@@ -251,8 +252,9 @@ NEOX: tuple[Change, ...] = (
         'Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq" with a checkpoint of an '
         "older tree; Missing key(s) in an older tree with a new checkpoint",
         True,
-        "neox-bridge convert OLD NEW --to neox --inv-freq omit (for this and later trees), or "
-        "--inv-freq store (for earlier ones); rotary_save_freqs_buffer: true does it in the yml",
+        "neox-bridge convert CHECKPOINT NEW --to neox --for neox@2024-03 (a tree before this "
+        "change), --for neox@2024-09 (one from before 2024-09-07) or --for today; in the yml of a "
+        "tree with this change rotary_save_freqs_buffer: true keeps the buffer",
         _pull(1168),
         in_checkpoint=neox(lambda c: c.raw.get("pos_emb") == "rotary"),
         in_tree=lambda t: t.inv_freq in ("flag", "never", "either"),
@@ -323,7 +325,8 @@ NEOX: tuple[Change, ...] = (
         "file a rank, as 0 does",
         "KeyError: 'module' with a checkpoint of an older tree",
         True,
-        "neox-bridge convert OLD NEW --to neox --layout layers, or set pipe_parallel_size: 0",
+        "neox-bridge convert CHECKPOINT NEW --to neox --layout layers, or set pipe_parallel_size: "
+        "0",
         _pull(866),
         in_checkpoint=one_stage_ranks,
         in_error=(r"KeyError: 'module'",),

@@ -147,7 +147,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "pytorch_model.bin is read with torch 2.6 and newer only (CVE-2025-32434)",
         "ValueError: Due to a serious vulnerability issue in `torch.load` …",
         True,
-        "convert it to safetensors, without torch: neox-bridge convert HF NEW --to hf",
+        "convert it to safetensors, without torch: neox-bridge convert CHECKPOINT NEW --to hf",
         _pull(37785),
         in_checkpoint=hf("", lambda c: any(file.endswith(".bin") for file in c.files)),
         in_error=(r"Due to a serious vulnerability issue in `torch\.load`",),
@@ -242,8 +242,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         "a converted Pythia lacks the key that older GPT-NeoX trees want: Missing key(s) in "
         'state_dict: "attention.rotary_emb.inv_freq"',
         True,
-        "neox-bridge convert HF NEW --inv-freq store (GPT-NeoX before 2024-03-04), or omit; the "
-        "values are recomputed from rotary_emb_base",
+        "neox-bridge convert CHECKPOINT NEW --to neox --for neox@2024-03 for a GPT-NeoX before "
+        "2024-03-04; the values are recomputed from rotary_emb_base",
         _pull(25830),
         in_checkpoint=hf("gpt_neox", lambda c: _holds(c, "rotary_emb.inv_freq")),
         in_error=(
@@ -326,7 +326,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         'strict loads: Unexpected key(s) in state_dict: "gpt_neox.layers.0.attention.bias", '
         '"gpt_neox.layers.0.attention.masked_bias"',
         True,
-        "neox-bridge convert HF NEW --to hf drops them; they hold nothing that was learned",
+        "neox-bridge convert CHECKPOINT NEW --to hf drops them; they hold nothing that was learned",
         _source("4.31.0", "models/gpt_neox/modeling_gpt_neox.py"),
         in_checkpoint=hf(
             "gpt_neox", lambda c: _holds(c, "attention.bias", "attention.masked_bias")

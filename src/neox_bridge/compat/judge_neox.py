@@ -169,7 +169,6 @@ def _key_drift(
     unexpected = [key for key in have if key not in want]
     codes = []
     place = f" ({facts.places['inv_freq']})" if "inv_freq" in facts.places else ""
-    flag = f", or set {FLAG}: true in the yml" if facts.inv_freq == "flag" else ""
     if _INV_FREQ in missing:
         text = f"this GPT-NeoX stores inv_freq{place} and the checkpoint doesn't hold it"
         if facts.inv_freq == "flag":
@@ -177,10 +176,12 @@ def _key_drift(
         codes.append(("inv-freq-missing", f"{text}: loading is strict", ""))
     if _INV_FREQ in unexpected:
         text = f"the checkpoint holds inv_freq, and this GPT-NeoX doesn't store it{place}"
-        fix = fix_command(checkpoint, facts)
-        codes.append(("inv-freq-unexpected", f"{text}: loading is strict", fix + flag))
+        flag = f" (unless the yml says {FLAG}: true)" if facts.inv_freq == "flag" else ""
+        codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", ""))
     if facts.mlp_names != state.mlp_names:
         names = {"linear": "linear1 and linear2", "dense": "dense_h_to_4h and dense_4h_to_h"}
+        if checkpoint.architecture.gated:
+            names["dense"] = "w1, w2 and w3"
         codes.append(
             (
                 "mlp-names",
@@ -210,10 +211,13 @@ def _key_drift(
 def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
     """Whether the tree's MLP has biases; None where it always has and the checkpoint hasn't.
 
-    use_bias_in_mlp came with adbf5d6f (2024-09-10, #1276).
+    use_bias_in_mlp came with adbf5d6f (2024-09-10, #1276); before it the gated MLP
+    (LLaMAParallelMLP) never has any.
     """
     if "use_bias_in_mlp" in facts.keys:
         return checkpoint.raw.get("use_bias_in_mlp", True) is not False
+    if checkpoint.architecture.gated:
+        return False
     return True if checkpoint.config.mlp_bias else None
 
 

@@ -32,6 +32,8 @@ from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, OutputFile, Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
 
+# with other names GPT-NeoX also asks for its gated MLP in another way (0d4bdb96, adbf5d6f)
+_GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -203,6 +205,10 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
     state, known = checkpoint.neox, known_keys(era)
     assert state is not None
     mended = {key: value for key, value in checkpoint.raw.items() if key in known}
+    if checkpoint.architecture.gated and plan.target["mlp_names"] != state.mlp_names:
+        planned = _planned_yml(plan)
+        mended = {k: v for k, v in mended.items() if k not in _GATED_KEYS}
+        mended |= {key: planned[key] for key in _GATED_KEYS if key in planned}
     wanted: dict[str, Any] = {
         "pipe_parallel_size": plan.target["pipeline_stages"],
         "model_parallel_size": state.tp,
@@ -224,6 +230,15 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
     if FLAG in known and (inv_freq == "store") != bool(mended.get(FLAG, False)):
         mended[FLAG] = inv_freq == "store"
     return mended if state.duplicate_keys or mended != dict(checkpoint.raw) else None
+
+
+def _planned_yml(plan: Plan) -> dict[str, Any]:
+    """The settings that the plan of a conversion writes into the step."""
+    import yaml
+
+    (file,) = (f for f in plan.files if f.path.endswith("/configs/neox_bridge.yml"))
+    settings: dict[str, Any] = yaml.safe_load(b"".join(data for _, data in file.literals))
+    return settings
 
 
 def _unknown(checkpoint: Checkpoint, era: Era) -> list[Dropped]:

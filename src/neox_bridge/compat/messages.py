@@ -38,8 +38,12 @@ class Diagnosis:
 
     code: the id of a known change, or a code of its own where no change is behind it.
     older: the side that is older, "" where neither is, or that can't be told.
-    remedy: the command, or the key of the yml or of config.json.
+    remedy: the command, or the key of the yml or of config.json. CHECKPOINT, NEW and TREE in it
+        stand for the user's paths.
     keys: the tensors or keys that the message names, as they stand there.
+    needs: (option, value) of a conversion that fixes it, of which the one command is made.
+    by_convert: whether a conversion for the right tree fixes it.
+    others: further ways. more: a link.
     """
 
     code: str
@@ -47,6 +51,10 @@ class Diagnosis:
     cause: str
     remedy: str
     keys: tuple[str, ...] = ()
+    needs: tuple[tuple[str, str], ...] = ()
+    by_convert: bool = False
+    others: tuple[str, ...] = ()
+    more: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from neox_bridge.compat.messages import CONVERT, Diagnosis, Message, Older, read
 from neox_bridge.compat.recognise_keys import KEY_RULES
 from neox_bridge.layouts.eras import ERAS, known_keys
 
+_NO_ADJUSTMENT = r"Automatic adjustment|ZeRORuntimeException"
 __all__ = ["Diagnosis", "recognise"]
 
 
@@ -44,23 +45,40 @@ def _args(m: Message) -> Iterator[Diagnosis]:
         r"value \(([^)\n]*)\)"
     )
     for key, stored, now in re.findall(pattern, m.text):
-        remedy = f"in the yml: {key}: {stored}"
-        if key == "model_parallel_size":
-            remedy += f"; or change the layout: {CONVERT} --tp {now}"
-        elif key == "make_vocab_size_divisible_by":
-            remedy += f"; or pad anew: {CONVERT} --vocab-multiple {now}"
-        elif key == "padded_vocab_size":
-            remedy = (
+        options = {
+            "model_parallel_size": "tp",
+            "make_vocab_size_divisible_by": "vocab-multiple",
+            "padded_vocab_size": "vocab-multiple",
+        }
+        needs = [(options[key], now)] if key in options and now.isdecimal() else []
+        same = f"in the yml: {key}: {stored}"
+        if key == "padded_vocab_size":
+            same = (
                 "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size "
-                f"as they were; or pad anew: {CONVERT} --vocab-multiple N"
+                "as they were when the checkpoint was saved"
             )
+            fewer = needs and stored.isdecimal() and int(now) < int(stored)
+            needs += [("vocab-rows", "tokenizer")] if fewer else []
         yield Diagnosis(
             "checkpoint-args",
             "",
             f"the checkpoint was saved with {key}: {stored}, and the run has {now}; GPT-NeoX "
             "compares the args that mp_rank files hold with its own",
-            remedy,
+            same,
             (key,),
+            tuple(needs),
+            others=(same,) if needs else (),
+        )
+    if "padded_vocab_size" in m.text and not re.search(pattern, m.text):
+        yield Diagnosis(
+            "checkpoint-args",
+            "",
+            "GPT-NeoX pads the vocabulary to a multiple of make_vocab_size_divisible_by x "
+            "model_parallel_size, and gets another number of rows than the checkpoint has",
+            "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size as "
+            "they were when the checkpoint was saved",
+            ("padded_vocab_size",),
+            others=("pad anew: neox-bridge convert CHECKPOINT NEW --to neox",),
         )
 
 
@@ -72,8 +90,10 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
             "the checkpoint holds layer files, and the run wants one file a rank: "
             "pipe_parallel_size: 0, or 1 in a tree of 2024-03-07 to 2024-06-07 or before "
             "2023-04-21",
-            f"{CONVERT} --layout ranks; or in the yml: pipe_parallel_size: 1 (2 in such a tree)",
+            "",
             ("module",),
+            (("layout", "ranks"),),
+            others=("in the yml: pipe_parallel_size: 1 (2 in a tree of those times)",),
         )
     if re.search(r"KeyError: 'module'", m.text):
         yield Diagnosis(
@@ -81,8 +101,10 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
             "",
             "the checkpoint holds one file a rank, and the run wants layer files "
             "(pipe_parallel_size: 1 or more)",
-            f"{CONVERT} --layout layers; or in the yml: pipe_parallel_size: 0",
+            "",
             ("module",),
+            (("layout", "layers"),),
+            others=("in the yml: pipe_parallel_size: 0",),
         )
     if match := re.search(r"key: (\S+) is not found in the checkpoint (\S+)", m.text):
         yield Diagnosis(
@@ -100,26 +122,42 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
             "",
             f"the folder holds {match[1]} mp_rank files, and they say that there are {match[2]}: "
             "left-over files of another layout, or some are missing",
-            "remove those of the other layout, or write the folder anew: " + CONVERT,
+            "remove those of the other layout (neox-bridge doctor CHECKPOINT names them), or write "
+            f"the folder anew: {CONVERT}",
             ("mp_world_size",),
         )
 
 
 def _optimizer(m: Message) -> Iterator[Diagnosis]:
     pattern = r"used a DP\s+world size of (\d+) but the\s+current world size is (\d+)"
-    if match := re.search(pattern, m.text):
+    match = re.search(pattern, m.text)
+    if match or re.search(_NO_ADJUSTMENT, m.text):
+        saved, now = match.groups() if match else ("another number of", "another")
+        number = match[2] if match else "N"
+        run_so = f"run with {saved} data-parallel ranks" if match else "run with as many ranks"
         yield Diagnosis(
             "zero-world-size",
             "",
-            f"the optimizer's states were saved by {match[1]} data-parallel ranks, and this run "
-            f"has {match[2]}; ZeRO can't share them out anew",
-            f"run with {match[1]} data-parallel ranks; or go on from the weights alone, in the "
-            "yml: finetune: true",
+            f"the optimizer's states were saved by {saved} data-parallel ranks, and this run has "
+            f"{now}; DeepSpeed does not divide ZeRO's partitions anew",
+            f"neox-bridge reshard CHECKPOINT NEW --dp {number}"
+            + ("" if match else ", with N the run's data-parallel ranks"),
             ("dp_world_size",),
+            others=(run_so, "go on from the weights alone, in the yml: finetune: true"),
+        )
+    if re.search(r"Empty ds_version in checkpoint", m.text):
+        yield Diagnosis(
+            "optimizer-version",
+            "checkpoint",
+            "the optimizer's states have no ds_version, like those of GPT-NeoX v1.0, and later "
+            "trees cannot resume from them. The weights are not affected",
+            "in the yml: finetune: true",
+            ("ds_version",),
         )
     absent = r"'NoneType' object is not subscriptable"
     where = r"start_lr|lr_scheduler|learning_rates\.py|load_checkpoint|optimizer"
-    if re.search(absent, m.text) and re.search(where, m.text):
+    framed = re.search(r'^\s*File "', m.text, re.M)
+    if re.search(absent, m.text) and (not framed or re.search(where, m.text)):
         yield Diagnosis(
             "no-optimizer-states",
             "",
@@ -127,6 +165,27 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
             "run wants to resume from it",
             "in the yml: finetune: true",
             ("lr_scheduler",),
+        )
+
+
+def _scripts(m: Message) -> Iterator[Diagnosis]:
+    """GPT-NeoX's own conversion scripts look for the names of their own time."""
+    scripts = r"convert_(\w+)\.py"
+    weight = r"KeyError: '((?:\w+\.)+(?:weight|bias|scale|inv_freq))'"
+    for key in re.findall(weight, m.text):
+        script = re.search(scripts, m.text)
+        to_hf = script is not None and re.search(r"to_hf", script[1])
+        to_neox = script is not None and not to_hf
+        commands = ["neox-bridge convert CHECKPOINT NEW --to hf", CONVERT]
+        remedy, other = commands if to_hf or not to_neox else reversed(commands)
+        yield Diagnosis(
+            "conversion-script",
+            "",
+            f"a conversion script looks for {key}, which the checkpoint does not have: GPT-NeoX's "
+            "scripts know the names of one time only",
+            remedy,
+            (key,),
+            others=() if script else (other,),
         )
 
 
@@ -157,13 +216,13 @@ def _unknown_key(key: str) -> Diagnosis:
     remedy = f"remove {key} from the yml"
     if knows:
         remedy += ", or use a GPT-NeoX that knows it"
-    if key == "rotary_save_freqs_buffer":
-        remedy += "; trees before 2024-03-04 store inv_freq always"
-    elif ids:
+    if ids and key != "rotary_save_freqs_buffer":
         remedy = remedies[ids[0]]
     newer = bool(knows) and ERAS[-1] in knows
     older: Older = "framework" if newer else "checkpoint" if knows else ""
-    return Diagnosis(ids[0] if ids else "unknown-yml-key", older, cause, remedy, (key,))
+    code = ids[0] if ids else "unknown-yml-key"
+    others = (remedy,) if knows else ()
+    return Diagnosis(code, older, cause, remedy, (key,), by_convert=bool(knows), others=others)
 
 
 def _torch(m: Message) -> Iterator[Diagnosis]:
@@ -196,6 +255,7 @@ _SENTENCES: tuple[Callable[[Message], Iterator[Diagnosis]], ...] = (
     _args,
     _layout,
     _optimizer,
+    _scripts,
     _yml,
     _torch,
 )

@@ -9,6 +9,11 @@ _VOCABULARY = re.compile(
     r"(word_embeddings|final_linear|embed_in|embed_out|lm_head|embed_tokens)\."
 )
 
+# grouped-query rows changed their order in 96c242eb
+_BEFORE_NOVEMBER = (
+    "for a GPT-NeoX from before 2024-11-13 and with num_kv_heads: the same with --for neox@2024-10",
+)
+
 
 def _inv_freq(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = (short(keys, r"rotary_emb\.inv_freq") for keys in m.keys)
@@ -26,27 +31,40 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-inv-freq",
             "framework",
-            "the GPT-NeoX tree stores rotary_emb.inv_freq (before e109bf5e of 2024-03-04, or "
-            "rotary_save_freqs_buffer: true), and the checkpoint doesn't hold it",
-            f"{CONVERT} --inv-freq store; or mend the tree: neox-bridge patch TREE; or remove "
-            "rotary_save_freqs_buffer: true from the yml, if it is there",
+            "this GPT-NeoX stores the rotary buffer in every layer, as all trees did before "
+            "2024-03-04. transformers 4.35 and newer do not store it, so converted checkpoints do "
+            "not hold it. It is not learned: inv_freq = 1 / rotary_emb_base ** (arange(0, dim, 2) "
+            "/ dim)",
+            f"{CONVERT} --for neox@2024-03",
             missing,
+            by_convert=True,
+            others=(
+                "remove rotary_save_freqs_buffer: true from the yml, if it is there",
+                "neox-bridge patch TREE   # lets the tree load both kinds",
+            ),
+            more="https://github.com/EleutherAI/gpt-neox/pull/1168",
         )
     elif unexpected:
         yield Diagnosis(
             "neox-inv-freq",
             "checkpoint",
-            "the checkpoint holds rotary_emb.inv_freq, and the GPT-NeoX tree doesn't store it "
-            "(since e109bf5e of 2024-03-04)",
-            f"{CONVERT} --inv-freq omit; or in the yml: rotary_save_freqs_buffer: true; or mend "
-            "the tree: neox-bridge patch TREE",
+            "the checkpoint holds the rotary buffer, and this GPT-NeoX does not store it (since "
+            "e109bf5e of 2024-03-04)",
+            f"{CONVERT} --inv-freq omit",
             unexpected,
+            by_convert=True,
+            others=(
+                "in the yml: rotary_save_freqs_buffer: true",
+                "neox-bridge patch TREE   # lets the tree load both kinds",
+            ),
+            more="https://github.com/EleutherAI/gpt-neox/pull/1168",
         )
 
 
 def _mlp(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = m.keys
     plain, gated = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h)\.\w+", r"mlp\.w[123]\.weight"
+    more = "https://github.com/EleutherAI/gpt-neox/pull/1212"
     if m.by_transformers:
         if keys := short(unexpected, r"mlp\.linear[12]\.\w+"):
             yield Diagnosis(
@@ -55,7 +73,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
                 "the folder holds GPT-NeoX's names (mlp.linear1), which transformers doesn't "
                 "know: whatever exported it didn't rename them, and the model's MLPs are random "
                 "now",
-                "export it again: neox-bridge convert NEOX_CHECKPOINT NEW --to hf",
+                "export it again: neox-bridge convert CHECKPOINT NEW --to hf",
                 keys,
             )
     elif keys := short(unexpected, gated):
@@ -64,8 +82,11 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
             "checkpoint",
             "the checkpoint's gated MLPs are w1, w2, w3, as before 0d4bdb96 of 2024-09-07; the "
             "tree has linear1 = [w3 | w1] and linear2",
-            "load it with a GPT-NeoX from before 2024-09-07, with mlp_type: llama in the yml",
+            f"{CONVERT} --for today",
             keys,
+            by_convert=True,
+            others=_BEFORE_NOVEMBER,
+            more=more,
         )
     elif keys := short(missing, gated):
         yield Diagnosis(
@@ -73,8 +94,10 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
             "framework",
             "the tree's gated MLPs are w1, w2, w3, as before 0d4bdb96 of 2024-09-07; the "
             "checkpoint has linear1 and linear2",
-            "load it with a GPT-NeoX of 2024-09-07 or later, with activation: swiglu in the yml",
+            f"{CONVERT} --for neox@2024-09",
             keys,
+            by_convert=True,
+            more=more,
         )
     elif keys := short(unexpected, plain):
         yield Diagnosis(
@@ -82,8 +105,11 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
             "checkpoint",
             "the checkpoint has mlp.dense_h_to_4h, as trees before 0d4bdb96 of 2024-09-07; the "
             "tree has mlp.linear1",
-            f"{CONVERT} --mlp-names linear",
+            f"{CONVERT} --for today",
             keys,
+            by_convert=True,
+            others=_BEFORE_NOVEMBER,
+            more=more,
         )
     elif keys := short(missing, plain):
         yield Diagnosis(
@@ -91,8 +117,22 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
             "framework",
             "the tree has mlp.dense_h_to_4h, as before 0d4bdb96 of 2024-09-07; the checkpoint has "
             "mlp.linear1",
-            f"{CONVERT} --mlp-names dense",
+            f"{CONVERT} --for neox@2024-09",
             keys,
+            by_convert=True,
+            more=more,
+        )
+    elif keys := short(missing, r"mlp\.linear[12]\.weight"):
+        yield Diagnosis(
+            "neox-mlp-names",
+            "checkpoint",
+            "the tree has mlp.linear1 and linear2, as since 0d4bdb96 of 2024-09-07, and the "
+            "checkpoint does not",
+            f"{CONVERT} --for today",
+            keys,
+            needs=(("for", "today"),),
+            by_convert=True,
+            more=more,
         )
 
 
@@ -267,14 +307,14 @@ def _vocabulary(rows: list[Sizes], hf: bool) -> Diagnosis:
         " (on one rank): GPT-NeoX pads the tokenizer's size to a multiple of "
         "make_vocab_size_divisible_by x model_parallel_size"
     )
-    remedy = (
-        "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size as they "
-        f"were; or pad anew: {CONVERT} --vocab-multiple {wanted}"
-    )
+    needs = [("vocab-multiple", str(wanted))]
     if wanted < stored:
-        remedy += " --vocab-rows tokenizer"
-    remedy += f", with make_vocab_size_divisible_by: {wanted} in the yml"
-    return Diagnosis("vocabulary-rows", "", cause, remedy, keys)
+        needs.append(("vocab-rows", "tokenizer"))
+    others = (
+        "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size as they "
+        "were when the checkpoint was saved",
+    )
+    return Diagnosis("vocabulary-rows", "", cause, "", keys, tuple(needs), others=others)
 
 
 KEY_RULES: tuple[Callable[[Message], Iterator[Diagnosis]], ...] = (

@@ -224,7 +224,7 @@ def _check_era(
             "always have them (they may be left out since adbf5d6f of 2024-09-10). Use --for today."
         )
     if options.era is None:
-        return []
+        return [_stored_by_flag()] if options.inv_freq == "store" and era.inv_freq_key else []
     if shape.mlp_names != era.mlp_names:
         found.append(f"--mlp-names {shape.mlp_names}, and it expects {era.mlp_names}")
     if shape.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
@@ -298,6 +298,16 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
         f"the tokenizer has {vocabulary.size} entries and the model {vocabulary.rows} rows: the "
         "rows that are missing are written as zeros",
         "check that it is this model's tokenizer",
+    )
+
+
+def _stored_by_flag() -> Finding:
+    return Finding(
+        "inv-freq-by-flag",
+        "warning",
+        "the yml says rotary_save_freqs_buffer: true, with which GPT-NeoX of 2024-03-04 or later "
+        "loads a stored inv_freq; an older one refuses that key",
+        "for an older one, use --for neox@2024-03 in place of --inv-freq store",
     )
 
 

@@ -1,0 +1,136 @@
+"""The one command that fixes what a message is about, with the user's own paths."""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from neox_bridge.compat.facts import TreeFacts
+from neox_bridge.compat.messages import Diagnosis, Message, read_message
+from neox_bridge.compat.recognise import recognise
+from neox_bridge.compat.targets import Target, name_of
+from neox_bridge.doctor.tree_of_message import ANY_TREE, convert_options, expected_by, tree_in
+from neox_bridge.layouts.checkpoint import Checkpoint
+
+# how a plain text of a diagnosis names what the user has to fill in
+_CHECKPOINT, _NEW, _TREE = "CHECKPOINT", "NEW", "TREE"
+_BY_DATE = (
+    "name the tree by its date: --for neox@2024-03 before 2024-03-04, neox@2024-09 until "
+    "2024-09-06, neox@2024-10 until 2024-11-12, today since then"
+)
+_ORDER = ("for", "inv-freq", "layout", "tp", "vocab-multiple", "vocab-rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a message means, and what to do.
+
+    causes: what was recognized. missing, unexpected: the keys that it names, each once.
+    fix: one command, or what to change in the yml; "" where each cause has its own.
+    others: further ways. more: links.
+    """
+
+    causes: tuple[Diagnosis, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    fix: str
+    others: tuple[str, ...]
+    more: tuple[str, ...]
+
+
+def advise(
+    text: str, path: str = "", checkpoint: Checkpoint | None = None, target: Target | None = None
+) -> Advice | None:
+    """What a pasted message means, and the one command that fixes it; None where nothing is known.
+
+    Args:
+        text: What a framework printed.
+        path: The checkpoint that it is about, as the user wrote it; "" where it is not known.
+        checkpoint: The same, opened, where it can be.
+        target: What shall load it, where the user says so.
+    """
+    message = read_message(text)
+    causes = recognise(text)
+    if not causes:
+        return None
+    tree = tree_in(message.text)
+    options = _options(message, causes, checkpoint, target, tree)
+    fix = _convert(options) if options else ""
+    causes = [replace(c, remedy=fix) if fix and _converts(c) else c for c in causes]
+    if not fix and len({cause.remedy for cause in causes}) == 1:
+        fix = causes[0].remedy
+    new = _new_path(path, options.get("for", ""))
+    filled = [_filled_cause(cause, path, new, tree) for cause in causes]
+    # what helps against one of several causes would end in the next error
+    others = filled[0].others if len(filled) == 1 else ()
+    if options.get("for") == ANY_TREE:
+        others = (_BY_DATE, *others)
+    return Advice(
+        causes=tuple(filled),
+        missing=_blocks(message.missing),
+        unexpected=_blocks(message.unexpected),
+        fix=_filled(fix, path, new, tree),
+        others=others,
+        more=tuple(dict.fromkeys(cause.more for cause in filled if cause.more)),
+    )
+
+
+def _options(
+    message: Message,
+    causes: Sequence[Diagnosis],
+    checkpoint: Checkpoint | None,
+    target: Target | None,
+    tree: str | None,
+) -> dict[str, str]:
+    """Options of the one conversion that does all that the causes need."""
+    options = {key: value for cause in causes for key, value in cause.needs}
+    expected = expected_by(message)
+    by_keys = convert_options(expected, checkpoint)
+    if not (options or by_keys):
+        return {}
+    if isinstance(target, TreeFacts):
+        by_keys = {"for": name_of(target)}
+    elif tree is not None and by_keys:
+        by_keys = {"for": f"neox:{tree}"}
+        if expected.names != "dense" and expected.buffer == "store":
+            by_keys["inv-freq"] = "store"  # asked for by the yml of that tree
+    return {**by_keys, **options}
+
+
+def _converts(cause: Diagnosis) -> bool:
+    return bool(cause.needs) or cause.by_convert
+
+
+def _convert(options: Mapping[str, str]) -> str:
+    words = ["neox-bridge", "convert", _CHECKPOINT, _NEW, "--to", "neox"]
+    for name in sorted(options, key=_ORDER.index):
+        words += [f"--{name}", options[name]]
+    return shlex.join(words)
+
+
+def _new_path(path: str, era: str) -> str:
+    """A folder beside the checkpoint that is not there yet."""
+    match = re.search(r"@([\w-]+)$", era)
+    name = f"{path.rstrip('/')}-{match[1] if match else 'fixed'}"
+    taken = (f"{name}-{number}" for number in range(2, 1000))
+    return name if not os.path.exists(name) else next(p for p in taken if not os.path.exists(p))
+
+
+def _filled_cause(cause: Diagnosis, path: str, new: str, tree: str | None) -> Diagnosis:
+    others = tuple(_filled(other, path, new, tree) for other in cause.others)
+    return replace(cause, remedy=_filled(cause.remedy, path, new, tree), others=others)
+
+
+def _filled(text: str, path: str, new: str, tree: str | None) -> str:
+    """The text with the user's own paths, as a shell takes them."""
+    values = {_CHECKPOINT: path, _NEW: new if path else "", _TREE: tree or ""}
+    for word, value in values.items():
+        if value:
+            text = shlex.quote(value).join(re.split(rf"\b{word}\b", text))
+    return text
+
+
+def _blocks(keys: Iterable[str]) -> tuple[str, ...]:
+    """Keys without the number of the block or the layer, each once."""
+    return tuple(dict.fromkeys(re.sub(r"^(?:module\.)?sequential\.\d+\.", "", k) for k in keys))
