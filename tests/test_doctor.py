@@ -147,7 +147,7 @@ def test_the_flag_of_the_yml_counts(hf: Path, tmp_path: Path, era: str) -> None:
     without = judged(root, f"neox@{era}")
     assert without.message == f"{LAYER}{UNEXPECTED}"
     (case,) = [c for c in without.cases if c.finding.code == "inv-freq-unexpected"]
-    assert "rotary_save_freqs_buffer: true" in case.finding.remedy
+    assert "rotary_save_freqs_buffer: true" in case.finding.message
     other = neox(hf, tmp_path / "other", era)
     edit_yml(other, rotary_save_freqs_buffer=True)
     assert judged(other, f"neox@{era}").message == f"{LAYER}{MISSING}"
