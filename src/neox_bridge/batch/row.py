@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from neox_bridge.findings import Finding
+from neox_bridge.planning.casts import Cast
 
 Status = Literal["done", "skipped", "failed", "planned"]
 
@@ -13,6 +14,7 @@ class Row:
     """size: bytes of the target. shared, seconds: as in ``Result``; verifying is in the seconds.
 
     tries: how often it was begun. verified: None where nothing was compared. error: the last one.
+    casts: the dtypes that the source's weights are cast to.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Row:
     norms: "dict[str, float] | None" = None
     findings: tuple[Finding, ...] = ()
     error: str = ""
+    casts: tuple[Cast, ...] = ()
 
     def told(self) -> dict[str, Any]:
         """As plain data."""

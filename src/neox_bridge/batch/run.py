@@ -173,6 +173,7 @@ def _not_there(key: str) -> Finding:
 def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     plan, state, words = plan_one(item, batch)
     row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
+    row = replace(row, casts=plan.casts)
     does = answer(state, batch.overwrite)
     if does == "skip":
         if batch.hub is None:

@@ -142,7 +142,7 @@ def print_rows(rows: "Sequence[Row]") -> None:
         for status in ("done", "skipped", "failed")
         if (number := sum(row.status == status for row in rows))
     ]
-    words = "; verified bit by bit" if done and all(row.verified for row in done) else ""
+    words = f"; {_verified(done)}" if done and all(row.verified for row in done) else ""
     print(
         f"{plural(len(rows), 'checkpoint')}: {', '.join(counts) or 'none'}; "
         f"{human(sum(row.size for row in done))} written{words}"
@@ -160,6 +160,14 @@ def tell_warnings(rows: "Iterable[Row]") -> None:
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         text = f"{where[0]}{more}: {with_remedy(finding)}"
         print(label(finding.severity), one_line(text), file=sys.stderr)
+
+
+def _verified(rows: "Sequence[Row]") -> str:
+    """How the results equal their sources, in words."""
+    from neox_bridge.planning.casts import verified
+
+    pairs = {(cast.source, cast.target): cast for row in rows for cast in row.casts}
+    return verified(pairs.values())
 
 
 def print_dry_run(found: "DryRun") -> None:

@@ -79,10 +79,12 @@ def print_result(
     verified: bool | None = None,
 ) -> None:
     """The one line that says what was written, and the blanks that are left; or both as JSON."""
+    from neox_bridge.planning.casts import verified as in_words
+
     if as_json:
         print_json(result_json(plan, result) | {"verified": verified})
     elif not quiet:
-        words = {True: "; verified bit by bit", False: "; not verified", None: ""}
+        words = {True: f"; {in_words(plan.casts)}", False: "; not verified", None: ""}
         print(_summary_line(plan, result, target) + words[verified])
         for line in blanks(plan, target):
             print(line)
@@ -92,7 +94,7 @@ def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
     """What a conversion did, as plain data."""
     from dataclasses import asdict
 
-    from neox_bridge.planning.report import SCHEMA_VERSION, remarks, summary
+    from neox_bridge.planning.report import SCHEMA_VERSION, casts_json, remarks, summary
 
     return {
         "schema_version": SCHEMA_VERSION,
@@ -100,6 +102,7 @@ def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
         "target": dict(plan.target),
         "result": asdict(result),
         "summary": summary(plan),
+        "casts": casts_json(plan),
         **remarks(plan),
     }
 

@@ -211,6 +211,8 @@ def _with_paths_blank(plan: "Plan") -> "Plan":
 
 
 def _line(plan: "Plan", place: "HubTarget", published: "Published", how: How) -> str:
+    from neox_bridge.planning.casts import verified as in_words
+
     if not published.changed:
         return f"{place} holds these files already: {published.url}"
     parts = [f"{plural(len(published.uploaded), 'file')} uploaded ({human(published.size)})"]
@@ -219,7 +221,7 @@ def _line(plan: "Plan", place: "HubTarget", published: "Published", how: How) ->
     if published.removed:
         parts.append(f"{len(published.removed)} removed")
     what = f"proposed for {place}" if published.pull_request else f"published {place}"
-    verified = "not verified" if how.no_verify else "verified bit by bit"
+    verified = "not verified" if how.no_verify else in_words(plan.casts)
     return (
         f"{what}: {side(plan.target)}, {plan.target['parameters']:,} parameters, "
         f"{', '.join(parts)}, commit {published.commit[:12]}; {verified}: {published.url}"

@@ -65,7 +65,7 @@ def verify(
       neox-bridge verify pythia-410m pythia-neox --logits --tokens 'The quick brown fox'
       neox-bridge verify pythia-neox
 
-    Exit codes: 0 it is, 3 it isn't, 1 error.
+    Exit codes: 0 it is, 3 it isn't or can't be compared, 1 error.
     """
     from dataclasses import asdict
 
@@ -100,18 +100,24 @@ def verify(
     agreements = _computed(first, second, inputs, device) if inputs else {}
     holds = found.holds and all(agreement.agrees for agreement in agreements.values())
     if as_json:
-        more = {key: {"agrees": a.agrees, **asdict(a)} for key, a in agreements.items()}
-        print_json({**asdict(found), "holds": holds, **more})
+        more = {
+            key: {"agrees": a.agrees, "comparable": a.comparable, **asdict(a)}
+            for key, a in agreements.items()
+        }
+        print_json({**asdict(found), "verdict": found.verdict, "holds": holds, **more})
     elif not quiet:
         tell_findings(found.findings, quiet)
         for difference in found.differences:
             print(describe(difference))
         what = f"{plural(found.tensors, 'tensor')}, {human(found.size)}"
-        verdict = "equal, bit by bit" if found.holds else "NOT what the source says"
-        print(f"{target}: {what}: {verdict}")
+        print(f"{target}: {what}: {found.verdict}")
         for key, agreement in agreements.items():
             of = {"logits": target, "recorded": f"recorded logits, and {source}"}[key]
-            _tell_agreement(of, agreement)
+            other = {"logits": target, "recorded": "the recorded logits"}[key]
+            if agreement.non_finite is not None:
+                _tell_non_finite(of, source, other, agreement)
+            else:
+                _tell_agreement(of, agreement)
     if not holds:
         raise typer.Exit(3)
 
@@ -191,6 +197,24 @@ def _tell_agreement(of: str, agreement: "Agreement") -> None:
     if agreement.place and not agreement.explained:
         more = "that isn't all" if agreement.causes else "none of the usual mistakes explains it"
         print(f"  {more}: compare the tensors above, and the configs")
+
+
+def _tell_non_finite(of: str, source: str, other: str, agreement: "Agreement") -> None:
+    odd = agreement.non_finite
+    assert odd is not None
+    where = f"in {source} alone" if odd.first else f"in {other} alone"
+    where = "on both sides, but not at the same places" if odd.first and odd.second else where
+    verdict = "ANOTHER MODEL"
+    if odd.same_places:
+        where, verdict = "at the same places on both sides", "they CANNOT BE COMPARED"
+    print(f"{of}: logits of {plural(odd.tokens, 'token')} are NaN or infinite {where}: {verdict}")
+    if not odd.tensor:
+        print(f"  every weight is finite; the first such values are those of {agreement.place}")
+        return
+    counts = [f"{odd.tensor_first:,} in {source}"]
+    if other != "the recorded logits":
+        counts.append(f"{odd.tensor_second:,} in {other}")
+    print(f"  first weight that is not finite: {odd.tensor} (values: {', '.join(counts)})")
 
 
 def diff(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from neox_bridge.execution.files import Files
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.planning.pieces import OutputTensor
 
 Disks = tuple[int, int]  # st_dev of a source and of a target
 How = Literal["shared", "copied", "transformed", "kept"]
@@ -26,6 +28,15 @@ class Shared:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """Finite values of an output tensor that a cast made infinite. source: one of its sources."""
+
+    tensor: str
+    count: int
+    source: TensorRef | None
+
+
 @dataclass
 class Context:
     """Shared and mutable; every change goes through a method that holds the lock.
@@ -33,7 +44,7 @@ class Context:
     every_crc: whether bytes are read for their CRC-32 that the kernel could move unseen.
     cloned: what shares blocks with a source, by output file (st_dev, st_ino), in any order.
     sharing: whether two disks share blocks, as far as was tried.
-    overflows: (tensor, values that became non-finite). deviations: (tensor, file, largest one).
+    overflows: values that became non-finite, by tensor. deviations: (tensor, file, largest one).
     roundings: (tensor, values that a scale made too small or too large for their dtype).
     """
 
@@ -42,7 +53,7 @@ class Context:
     written: Counter[How] = field(default_factory=Counter)
     cloned: dict[tuple[int, int], list[Shared]] = field(default_factory=dict)
     sharing: dict[Disks, bool] = field(default_factory=dict)
-    overflows: list[tuple[str, int]] = field(default_factory=list)
+    overflows: list[Overflow] = field(default_factory=list)
     deviations: list[tuple[str, str, float]] = field(default_factory=list)
     roundings: list[tuple[str, int]] = field(default_factory=list)
     files: Files = field(default_factory=Files)
@@ -67,9 +78,11 @@ class Context:
             self.cloned.setdefault(file, []).append(part)
         self.wrote(part.size, "shared")
 
-    def overflow(self, name: str, count: int) -> None:
+    def overflow(self, tensor: OutputTensor, count: int) -> None:
+        """Remember that a cast made so many finite values of a tensor infinite."""
+        source = next((p.source for p in tensor.pieces if p.source is not None), None)
         with self.lock:
-            self.overflows.append((name, count))
+            self.overflows.append(Overflow(tensor.name, count, source))
 
     def round_scaled(self, name: str, count: int) -> None:
         with self.lock:

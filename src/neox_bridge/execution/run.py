@@ -2,11 +2,12 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.context import Context
+from neox_bridge.execution.context import Context, Overflow
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.files import Identity, check_same, identities
 from neox_bridge.execution.journal import Key, begun, resume
@@ -22,6 +23,7 @@ from neox_bridge.execution.staging import (
     take_back,
 )
 from neox_bridge.findings import Finding
+from neox_bridge.planning.casts import overflow_finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.report import copied, plan_hash
@@ -116,7 +118,7 @@ def result_of(plan: Plan, target: str, context: Context, begin: float) -> Result
         context.written["transformed"],
         context.written["kept"],
         time.perf_counter() - begin,
-        tuple(_findings(context)),
+        tuple(_findings(plan, context)),
     )
 
 
@@ -137,6 +139,16 @@ def sources_of(plan: Plan) -> list[str]:
     return sorted(found)
 
 
+def _place_of(plan: Plan, overflow: Overflow) -> str:
+    """A tensor with its file, since each of GPT-NeoX's layers calls its own by the same names."""
+    for file in plan.files:
+        for tensor in file.tensors:
+            sources = (piece.source for piece in tensor.pieces)
+            if tensor.name == overflow.tensor and overflow.source in sources:
+                return f"{tensor.name} in {file.path}"
+    return overflow.tensor
+
+
 def check_copies(plan: Plan, before: dict[str, Identity]) -> None:
     """Raise BridgeError where a file that is copied has another size than it had."""
     for file in plan.files:
@@ -147,17 +159,12 @@ def check_copies(plan: Plan, before: dict[str, Identity]) -> None:
             )
 
 
-def _findings(context: Context) -> Iterable[Finding]:
+def _findings(plan: Plan, context: Context) -> Iterable[Finding]:
     if context.overflows:
-        name, _ = min(context.overflows)
-        total = sum(count for _, count in context.overflows)
-        yield Finding(
-            "cast-overflow",
-            "warning",
-            f"{total} finite values of {len(context.overflows)} tensors became infinite in the "
-            f"cast, the first in {name}",
-            "choose --dtype bfloat16 or float32",
-        )
+        counts: Counter[str] = Counter()
+        for overflow in context.overflows:
+            counts[_place_of(plan, overflow)] += overflow.count
+        yield overflow_finding(counts)
     if context.roundings:
         name, _ = min(context.roundings)
         total = sum(count for _, count in context.roundings)

@@ -58,7 +58,7 @@ def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "I
             rounded += int(np.count_nonzero(np.isfinite(values) & (out != values)))
         yield np.ascontiguousarray(out)
     if lost:
-        context.overflow(tensor.name, sum(lost))
+        context.overflow(tensor, sum(lost))
     if rounded:
         context.round_scaled(tensor.name, rounded)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
 
-from neox_bridge.execution.context import Context, How
+from neox_bridge.execution.context import Context, How, Overflow
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.journal import Written
@@ -59,7 +59,7 @@ class Made:
 
     written: tuple[tuple[str, Written], ...]
     counts: Mapping[How, int]
-    overflows: tuple[tuple[str, int], ...]
+    overflows: tuple[Overflow, ...]
     deviations: tuple[tuple[str, str, float], ...]
     roundings: tuple[tuple[str, int], ...] = ()
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from neox_bridge.formats.dtypes import FLOATING, itemsize, to_numpy
+from neox_bridge.formats.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.tensor_values import read_box
@@ -126,7 +126,7 @@ def _same(a: "Array", b: "Array") -> bool:
     if a.dtype == b.dtype and a.tobytes() == b.tobytes():
         return True
     names = {str(a.dtype), str(b.dtype)}
-    if not names <= set(FLOATING):
+    if not names <= {*FLOATING, *FLOAT8}:
         return bool(np.array_equal(a, b))
     wide = "float64" if "float64" in names else "float32"
     with np.errstate(all="ignore"):

@@ -12,6 +12,8 @@ from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
 from neox_bridge.layouts.unknown_keys import ignoring
+from neox_bridge.planning.casts import count_casts
+from neox_bridge.planning.common import cast
 from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
@@ -31,6 +33,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     """
     kind = kind_of(checkpoint, options)
     check_options(checkpoint, options)
+    checkpoint = decide_head(check_copies(checkpoint), options.head)
     casts = check_dtypes(checkpoint, options.dtype)
     checkpoint = ignoring(checkpoint, options.ignore_keys)
     known = known_keys(options.era) if options.era is not None and kind == "neox" else ()
@@ -42,7 +45,6 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
         refusals += [r for r in checkpoint.refusals if r.key not in given_up]
         relayout = relayout_command(checkpoint, target)
     refuse_all(refusals, checkpoint.path, relayout)
-    checkpoint = decide_head(check_copies(checkpoint), options.head)
     if checkpoint.kind == "neox" and options.gqa_order is not None:
         checkpoint = with_gqa_order(checkpoint, options.gqa_order)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer
@@ -75,6 +77,9 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
             *plan.findings,
         ),
         asked=options.asked(),
+        casts=count_casts(
+            (whole.dtype, cast(whole, options.dtype).dtype) for whole in checkpoint.tensors.values()
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.formats.packed import packed
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous, row_major
+from neox_bridge.planning.casts import Cast
 
 Shape = tuple[int, ...]
 Reduce = Literal["none", "sum", "replica"]
@@ -143,6 +144,7 @@ class Plan:
     source, target: what they are, in words and numbers (see ``plan.schema.json``).
     blanks: what the user has still to fill in, as (file, key).
     asked: the options that aren't the default (``Options.asked``).
+    casts: the dtypes that the source's weights are cast to.
     """
 
     source: dict[str, object]
@@ -153,6 +155,7 @@ class Plan:
     blanks: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     asked: dict[str, object] = field(default_factory=dict)
+    casts: tuple[Cast, ...] = ()
 
     @property
     def size(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
@@ -59,6 +60,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "target": dict(plan.target),
         "summary": summary(plan),
         "files": [_file(file) for file in plan.files],
+        "casts": casts_json(plan),
         **remarks(plan),
     }
 
@@ -71,6 +73,11 @@ def remarks(plan: Plan) -> dict[str, Any]:
         "blanks": [{"file": file, "key": key} for file, key in plan.blanks],
         "notes": list(plan.notes),
     }
+
+
+def casts_json(plan: Plan) -> list[dict[str, Any]]:
+    """The casts of a plan as plain data."""
+    return [asdict(cast) for cast in plan.casts]
 
 
 def finding_json(finding: Any) -> dict[str, str]:

@@ -32,7 +32,7 @@ def batch_section(document: Document, name: str, prefix: str) -> Section:
         ("target", str(document["batch"])),
         ("checkpoints", f"{len(rows):,}: {told}"),
         ("written", human(sum(row["size"] for row in done))),
-        ("verified", f"{sum(row['verified'] is True for row in done):,} bit by bit"),
+        ("verified", _verified(done)),
     ]
     tables = []
     failed = [row for row in rows if row["status"] == "failed"]
@@ -40,6 +40,14 @@ def batch_section(document: Document, name: str, prefix: str) -> Section:
         tables.append(_table(failed, "Failed"))
     tables.append(_table(rows, "Checkpoints", len(rows) > _OPEN))
     return Section("Batch", name, verdict, facts, findings, list(_plots(rows, prefix)), tables)
+
+
+def _verified(done: Sequence[Document]) -> str:
+    """How many results equal their sources bit by bit, and how many after a cast."""
+    checked = [row for row in done if row["verified"] is True]
+    cast = sum(bool(row.get("casts")) for row in checked)
+    words = [f"{len(checked) - cast:,} bit by bit"]
+    return ", ".join([*words, f"{cast:,} after a cast"] if cast else words)
 
 
 def _findings(rows: Sequence[Document]) -> list[Finding]:

@@ -7,6 +7,7 @@ from typing import Any
 from neox_bridge.cli.output import KINDS, human, plural, side
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
+from neox_bridge.planning.casts import Cast, equality
 from neox_bridge.report.audit import audit_section
 from neox_bridge.report.batch import batch_section
 from neox_bridge.report.figures import plot_of
@@ -110,7 +111,8 @@ def _verification(document: Document, name: str, prefix: str) -> Section:
     tensors, size = int(document["tensors"]), human(document["size"])
     if document["holds"]:
         more = ", and the same logits" if computed else ""
-        verdict = Verdict("good", f"Equal, bit by bit: {plural(tensors, 'tensor')}, {size}{more}")
+        words = equality(_casts(document)).capitalize()
+        verdict = Verdict("good", f"{words}: {plural(tensors, 'tensor')}, {size}{more}")
     else:
         errors = sum(finding.severity == "error" for finding in findings)
         what = [plural(len(apart), "tensor")] if apart else []
@@ -131,8 +133,19 @@ def _verification(document: Document, name: str, prefix: str) -> Section:
     return Section("Verification", name, verdict, facts, findings, plots, tables)
 
 
+def _casts(document: Document) -> list[Cast]:
+    """The casts of a document; none in one of an older version."""
+    return [Cast(**cast) for cast in document.get("casts") or ()]
+
+
 def _agreement(found: Document) -> str:
     """What ``verify --logits`` says, but for the causes."""
+    if odd := found.get("non_finite"):
+        words = "another model"
+        if odd["same_places"]:
+            words = "at the same places on both sides, so they cannot be compared"
+        first = f"; the first weight that is not finite: {odd['tensor']}" if odd["tensor"] else ""
+        return f"NaN or infinite for {plural(int(odd['tokens']), 'token')}: {words}{first}"
     said = (
         f"of {plural(int(found['tokens']), 'token')}: {found['largest']:.3g} apart at most "
         f"(relative {found['relative']:.2g}, mean {found['mean']:.3g}), KL {found['kl']:.2g}, "
@@ -195,7 +208,8 @@ def _conversion(document: Document, name: str, _prefix: str) -> Section:
     if result is None:
         verdict = Verdict("neutral", "Planned: nothing is written yet")
     elif document.get("verified"):
-        verdict = Verdict(state, "Written, read back and equal to the source, bit by bit")
+        words = equality(_casts(document)).replace("equal", "equal to the source", 1)
+        verdict = Verdict(state, f"Written, read back and {words}")
     else:
         verdict = Verdict("warning", "Written, but not compared with the source")
     facts = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
-from neox_bridge.formats.dtypes import itemsize, to_numpy
+from neox_bridge.formats.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
 from neox_bridge.layouts.flat import placed_segments
 from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
 from neox_bridge.verification.equal import equal
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 Kind = Literal["equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"]
 BLOCK = 4 << 20  # bytes of each side at a time
+# casts that keep every value; the others may overflow
+_EXACT = {
+    ("float16", "float32"),
+    ("bfloat16", "float32"),
+    *((dtype, "float64") for dtype in ("float16", "bfloat16", "float32")),
+    *((dtype, dtype) for dtype in FLOATING),
+    *((small, dtype) for small in FLOAT8 for dtype in FLOATING),
+}
 MEASURED = 1 << 16  # elements at a time where they become float64, some times over
 
 
@@ -97,6 +105,24 @@ def _read(whole: Whole, context: Context) -> "Array":
     tensor = OutputTensor("", whole.dtype, whole.shape, whole.pieces, whole.reduce)
     parts = [part.reshape(-1) for part in blocks(tensor, context)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def overflowed(first: Whole, second: Whole, context: Context) -> int:
+    """How many finite values of a tensor a cast made infinite or NaN.
+
+    The second is the first in another dtype. It is read, and the first only where that is needed.
+    """
+    import numpy as np
+
+    if first.shape != second.shape or (first.dtype, second.dtype) in _EXACT:
+        return 0
+    count = 0
+    for start, shape in boxes(second.shape, MEASURED):
+        lost = ~np.isfinite(values(second, second.dtype, start, shape, context))
+        if lost.any():
+            before = values(first, first.dtype, start, shape, context)
+            count += int(np.count_nonzero(np.isfinite(before[lost])))
+    return count
 
 
 def zero_beyond(whole: Whole, rows: int, context: Context) -> bool:

@@ -12,6 +12,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.verification.causes import Hypothesis, hypotheses
+from neox_bridge.verification.non_finite import NonFinite, describe_non_finite
 from neox_bridge.verification.reference import Stage
 from neox_bridge.verification.sides import Settings, Side, side
 from neox_bridge.verification.verify import as_one_model
@@ -36,12 +37,16 @@ class Cause:
 class Agreement:
     """How near two checkpoints' logits are; logits [tokens, vocabulary rows that both have].
 
+    tokens: those whose logits are finite on both sides, of which the numbers are (0.0 where there
+        are none).
     largest, mean: of the absolute difference. relative: largest, divided by the largest logit.
     kl: mean over the tokens of the divergence of the second's distribution from the first's, nats.
     top1: share of tokens whose likeliest next one is the same.
     place: the first layer and part that differ, "" where none does; apart: by how much, relative
         to the part's largest value.
     causes: under these the sides agree, or go on further together; explained: whether altogether.
+    non_finite: the logits that are NaN or infinite, None where all are finite. place is then where
+        they first appear, and apart says nothing.
     """
 
     tokens: int
@@ -54,10 +59,18 @@ class Agreement:
     apart: float = 0.0
     causes: tuple[Cause, ...] = ()
     explained: bool = False
+    non_finite: NonFinite | None = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the logits can be compared: not where the same ones are NaN or infinite."""
+        return self.non_finite is None or not self.non_finite.same_places
 
     @property
     def agrees(self) -> bool:
         """Whether they are the same model, as far as both frameworks can express it."""
+        if self.non_finite is not None:
+            return False
         inherent = self.explained and all(cause.inherent for cause in self.causes)
         return not self.place or inherent
 
@@ -84,7 +97,10 @@ def compare_logits(
     sides = [side(checkpoint, tokens, device) for checkpoint in (first, second)]
     a, b = (_logits(one) for one in sides)
     rows = min(first.vocab_rows, second.vocab_rows)
-    measured = _measure(a[..., :rows].flatten(0, -2), b[..., :rows].flatten(0, -2))
+    a, b = (logits[..., :rows].flatten(0, -2) for logits in (a, b))
+    measured = _measure(a, b)
+    if (odd := describe_non_finite(a, b, (first, second))) is not None:
+        return replace(measured, non_finite=odd, place=_first_non_finite(sides, odd.same_places))
     if measured.relative <= LOGITS:
         return measured
     place = _part(sides, {}, 0)
@@ -112,14 +128,25 @@ def compare_recorded(
     them, the meaning of its weights that does is looked for; a grouped-query order, for one.
     """
     checkpoint = as_stored(check_copies(checkpoint))
+    if recorded.dim() != 3 or recorded.shape[:-1] != tokens.shape:
+        raise BridgeError(
+            f"--tokens: the recorded logits have the shape {list(recorded.shape)}, and the tokens "
+            f"{list(tokens.shape)}. Logits have a row of the vocabulary for each token."
+        )
     one = side(checkpoint, tokens, device)
     rows = min(checkpoint.vocab_rows, recorded.shape[-1])
     wanted = recorded.to(device)[..., :rows].flatten(0, -2)
 
-    def measured(settings: Settings) -> Agreement:
-        return _measure(wanted, _logits(one, settings)[..., :rows].flatten(0, -2))
+    def computed(settings: Settings) -> Tensor:
+        return _logits(one, settings)[..., :rows].flatten(0, -2)
 
-    found = measured({})
+    def measured(settings: Settings) -> Agreement:
+        return _measure(wanted, computed(settings))
+
+    own = computed({})
+    found = _measure(wanted, own)
+    if (odd := describe_non_finite(own, wanted, (checkpoint,))) is not None:
+        return replace(found, non_finite=odd, place="the recorded logits")
     # what was kept of a model in half precision was computed in it
     enough = LOGITS if checkpoint.config.dtype == "float32" else 0.02
     if found.relative <= enough:
@@ -194,6 +221,27 @@ def _part(sides: list[Side], settings: Settings, on: int) -> _Place | None:
         follower.close()
 
 
+def _first_non_finite(sides: list[Side], same_places: bool) -> str:
+    """The first part where values are not finite: on both sides, or on one side alone."""
+    leader, follower = (one(_NONE) for one in sides)
+    try:
+        sent, name = None, ""
+        while True:
+            a = next(leader)
+            b = next(follower) if sent is None else follower.send(sent)
+            for name, x, y in _pairs(a.name, a, b):
+                bad = ~x.isfinite(), ~y.isfinite()
+                apart = bad[0].shape != bad[1].shape or bool((bad[0] != bad[1]).any())
+                if apart or (same_places and bool(bad[0].any())):
+                    return name
+            sent = a.output
+    except StopIteration:
+        return "logits"
+    finally:
+        leader.close()
+        follower.close()
+
+
 def _pairs(name: str, a: Stage, b: Stage) -> Iterator[tuple[str, Tensor, Tensor]]:
     for part in a.parts:
         yield f"{name}, {part}", a.parts[part], b.parts[part]
@@ -204,9 +252,15 @@ def _pairs(name: str, a: Stage, b: Stage) -> Iterator[tuple[str, Tensor, Tensor]
 def _apart(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
+    finite = a.isfinite()
+    if bool((finite != b.isfinite()).any()):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if not a.numel():
+        return 0.0
     gap = float((a - b).abs().max())
     scale = float(torch.maximum(a.abs().max(), b.abs().max()))
-    return gap / scale if scale and gap == gap else (0.0 if gap == 0 else float("inf"))
+    return gap / scale if scale else 0.0
 
 
 def _logits(one: Side, settings: Settings = _NONE) -> Tensor:
@@ -218,11 +272,14 @@ def _logits(one: Side, settings: Settings = _NONE) -> Tensor:
 
 
 def _measure(a: Tensor, b: Tensor) -> Agreement:
-    """a, b: [tokens, vocabulary], float32."""
+    """a, b: [tokens, vocabulary], float32. Tokens whose logits are not all finite are left out."""
+    finite = a.isfinite().all(-1) & b.isfinite().all(-1)
+    a, b = a[finite], b[finite]
+    if not a.numel():
+        return Agreement(0, 0.0, 0.0, 0.0, 0.0, 0.0)
     gap = (a - b).abs()
     scale = float(a.abs().max())
     largest = float(gap.max())
-    largest = largest if largest == largest else float("inf")
     p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     top1 = float((a.argmax(-1) == b.argmax(-1)).float().mean())

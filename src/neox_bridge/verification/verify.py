@@ -1,7 +1,7 @@
 """``neox-bridge verify``: what was written, read back, is what the source says."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from neox_bridge.architectures.base import ModelConfig, Weight
@@ -15,10 +15,18 @@ from neox_bridge.layouts.head import as_stored, head_as_in
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.unknown_keys import undecided
 from neox_bridge.layouts.weights import by_name, tensor_of
+from neox_bridge.planning.casts import Cast, count_casts, equality, overflow_finding
 from neox_bridge.planning.geometry import with_rows
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.planning.to_hf import hf_model
-from neox_bridge.verification.compare import Difference, compare, each, settled, zero_beyond
+from neox_bridge.verification.compare import (
+    Difference,
+    compare,
+    each,
+    overflowed,
+    settled,
+    zero_beyond,
+)
 
 # the relative rounding of one addition or division
 _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -30,6 +38,8 @@ class Verification:
 
     tensors, size: of the target, in its own number of elements and bytes.
     differences: only those that are none of a conversion's declared changes.
+    casts: the dtypes that the source's tensors were cast to.
+    overflows: finite values that a cast made infinite, by the tensor's name.
     """
 
     source: str
@@ -38,6 +48,13 @@ class Verification:
     size: int
     differences: tuple[Difference, ...]
     findings: tuple[Finding, ...]
+    casts: tuple[Cast, ...] = ()
+    overflows: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """The result in words; a cast is named, since its bits are not the source's."""
+        return equality(self.casts) if self.holds else "NOT what the source says"
 
     @property
     def holds(self) -> bool:
@@ -52,6 +69,7 @@ def verify(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
     part: tuple[int, int] = (0, 1),
+    count_overflows: bool = True,
 ) -> Verification:
     """Compare every tensor of the target with what the source makes it, and the configs.
 
@@ -59,7 +77,8 @@ def verify(
 
     Casts to the target's dtype, rows of padding and dropped rows of the vocabulary, norms written
     twice and row biases spread over ranks, whole or divided, are no differences. progress: called
-    with the bytes of each tensor compared.
+    with the bytes of each tensor compared. count_overflows: find the finite values that a cast made
+    infinite, which takes a second look at the target's tensors.
     """
     said = source.findings
     source, target = as_one_model(source, target)
@@ -74,15 +93,27 @@ def verify(
     if target.inv_freq_mismatch is not None:
         findings.append(mismatch_finding(target.inv_freq_mismatch))
     context = Context(progress)
+    casting = {
+        name: (whole.dtype, target.tensors[name].dtype)
+        for name, whole in wholes.items()
+        if name in target.tensors and whole.dtype != target.tensors[name].dtype
+    }
     names = sorted({*wholes, *target.tensors})[part[0] :: part[1]]
+
+    overflows: dict[str, int] = {}
 
     def one(name: str) -> Difference:
         found = _compare(name, wholes, target, weights, rows, context)
+        cast_here = name in casting and found.kind == "equal" and count_overflows
+        if cast_here and (count := _overflow(wholes[name], target.tensors[name], context)):
+            overflows[name] = count
         if name in target.tensors:
             context.wrote(target.tensors[name].nbytes, "copied")
         return found
 
     found = each(names, one, context, workers)
+    if overflows:
+        findings.append(overflow_finding(overflows))
     return Verification(
         source.path,
         target.path,
@@ -90,6 +121,8 @@ def verify(
         target.size,
         tuple(difference for difference in found if difference.kind != "equal"),
         tuple(findings),
+        count_casts(casting.values()),
+        dict(sorted(overflows.items())),
     )
 
 
@@ -114,7 +147,14 @@ def checker(
 
     def check(folder: str) -> None:
         target = open_checkpoint(folder)
-        found = verify(source, target, workers=workers, progress=progress, part=part)
+        found = verify(
+            source,
+            target,
+            workers=workers,
+            progress=progress,
+            part=part,
+            count_overflows=False,  # they were counted when they were written
+        )
         if not found.holds:
             raise Unverified(f"The result isn't what {source.path} says: {summary(found)}.")
 
@@ -181,6 +221,13 @@ def _compare(
     if found.kind == "equal" and second.reduce == "replica" and alone.reduce != "none":
         return replace(found, kind="replicas", detail="the target's ranks differ")
     return found
+
+
+def _overflow(first: Whole, second: Whole, context: Context) -> int:
+    rows = min(first.shape[0], second.shape[0]) if first.shape else 0
+    if first.shape != second.shape and first.shape[1:] == second.shape[1:]:
+        first, second = with_rows(first, rows), with_rows(second, rows)
+    return overflowed(first, second, context)
 
 
 def divided(found: Difference, weight: Weight, second: Whole) -> Difference:

@@ -1,0 +1,57 @@
+"""Casts of weights to another dtype, as a plan and a verification name them."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from neox_bridge.findings import Finding
+
+_SHOWN = 6  # tensors of a message
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Tensors of one dtype that were cast to another.
+
+    Attributes:
+        source: The dtype in the source, such as ``float32``.
+        target: The dtype that was written.
+        tensors: How many tensors.
+    """
+
+    source: str
+    target: str
+    tensors: int
+
+
+def count_casts(pairs: Iterable[tuple[str, str]]) -> tuple[Cast, ...]:
+    """The casts among pairs of a source's and a target's dtype, the most frequent first."""
+    counts = Counter((source, target) for source, target in pairs if source != target)
+    return tuple(Cast(*pair, count) for pair, count in counts.most_common())
+
+
+def equality(casts: Iterable[Cast]) -> str:
+    """How a result that was verified equals its source, in words."""
+    changes = [f"{cast.source} to {cast.target}" for cast in casts]
+    return f"equal after casting {' and '.join(changes)}" if changes else "equal, bit by bit"
+
+
+def verified(casts: Iterable[Cast]) -> str:
+    """The same at the end of a line about what was written."""
+    casts = tuple(casts)
+    return f"verified: {equality(casts)}" if casts else "verified bit by bit"
+
+
+def overflow_finding(overflows: Mapping[str, int]) -> Finding:
+    """Say which tensors hold finite values that a cast made infinite, and how many."""
+    total = sum(overflows.values())
+    values = "finite value" if total == 1 else "finite values"
+    named = [f"{name} ({count:,})" for name, count in sorted(overflows.items())]
+    more = f" and {len(named) - _SHOWN:,} more tensors" if len(named) > _SHOWN else ""
+    names = ", ".join(named[:_SHOWN]) + more
+    return Finding(
+        "cast-overflow",
+        "warning",
+        f"{total:,} {values} became infinite in the cast: {names}",
+        "choose --dtype bfloat16 or float32",
+    )
