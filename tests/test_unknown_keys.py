@@ -246,9 +246,15 @@ def test_mamba_ssm_and_meta_s_llama() -> None:
     own = {"d_model": 8, "n_layer": 2, "ssm_cfg": {"d_state": 16, "dt_scale": 1, "A_norm": True}}
     (key,) = unknown_in_mamba_ssm(own)
     assert (key.name, key.effect) == ("ssm_cfg.A_norm", "model")
-    params = {"dim": 64, "n_heads": 4, "head_dim": 16, "rope_scaling_factor": 8, "norm_eps": 1e-5}
-    found = {key.name: key.effect for key in unknown_in_params({**params, "sliding_window": 4096})}
-    assert found == {"head_dim": "off", "rope_scaling_factor": "model", "sliding_window": "model"}
+    params = {
+        "dim": 64,
+        "n_heads": 4,
+        "rope_scaling_factor": 8,
+        "norm_eps": 1e-5,
+        "use_qk_norm": False,
+    }
+    found = {key.name: key.effect for key in unknown_in_params(params)}
+    assert found == {"rope_scaling_factor": "model", "use_qk_norm": "off"}
 
 
 # --- no false refusal
@@ -409,6 +415,7 @@ def test_verify_does_not_call_it_the_same_model(tmp_path: Path) -> None:
     text = run(3, "verify", root, tmp_path / "out")
     assert "whether both are the same model is not known" in text
     assert verify(open_checkpoint(str(root)), open_checkpoint(str(root))).holds
+    assert "is not known" in run(0, "diff", root, tmp_path / "out")
 
 
 def test_another_layout_keeps_the_fork_s_keys(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def diff(
 
     Exit codes: 0 equal, 3 different, 1 error.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
@@ -277,6 +277,10 @@ def diff(
     if as_json:
         print_json({"equal": not apart, "tensors": [asdict(difference) for difference in found]})
     elif not quiet:
+        from neox_bridge.layouts.unknown_keys import undecided
+
+        # only tensors are compared here, so these change no verdict
+        tell_findings((replace(f, severity="warning") for f in undecided(a, b)), quiet)
         for difference in () if stat else apart:
             print(describe(difference))
         print(f"{plural(len(found), 'tensor')}: {len(found) - len(apart)} equal, {len(apart)} not")

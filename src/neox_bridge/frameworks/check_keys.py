@@ -111,13 +111,11 @@ def unknown_in_mamba_ssm(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
 
 def unknown_in_params(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
     """The keys of a params.json that Meta's Llama does not have."""
-    heads = {"hidden_size": raw.get("dim"), "num_attention_heads": raw.get("n_heads")}
-    found = []
-    for key, value in raw.items():
-        if key not in META_LLAMA:
-            one = unknown_key("hf", key, value, META_LLAMA, raw, "params.json")
-            found.append(one if not _is_derived(key, value, heads) else _off(one))
-    return tuple(found)
+    return tuple(
+        unknown_key("hf", key, value, META_LLAMA, raw, "params.json")
+        for key, value in raw.items()
+        if key not in META_LLAMA
+    )
 
 
 def _unknown_in_rope(block: str, value: Any, raw: Mapping[str, Any]) -> Iterator[UnknownKey]:
