@@ -23,7 +23,17 @@ from neox_bridge.planning.pieces import Dropped
 
 RUNNER = CliRunner()
 OLD = TreeFacts(
-    "old", "always", "dense", "interleaved", "outside", True, False, False, (), frozenset()
+    "old",
+    "always",
+    "dense",
+    "interleaved",
+    "outside",
+    True,
+    False,
+    False,
+    (),
+    frozenset(),
+    gated_biases="none",
 )
 _NEW_KEYS = frozenset({"moe_expert_interval", "num_kv_heads", "use_qk_layernorm", "gpt_j_tied"})
 NEW = TreeFacts("new", "flag", "linear", "grouped", "inside", False, True, True, (), _NEW_KEYS)
@@ -125,6 +135,14 @@ EXAMPLES: dict[str, Example] = {
         (neox(te_mha=True), neox(te_mha=False)),
         (NEW, replace(NEW, transformer_engine=False)),
         (missing("sequential.2.attention.qkv.weight"), missing("attention.query_key_value.weight")),
+    ),
+    "neox-gated-biases": Example(
+        (neox(activation="geglu", _mlp_bias=False), neox(activation="geglu", _mlp_bias=True)),
+        (NEW, replace(NEW, gated_biases="by activation")),
+        (
+            "AttributeError: 'NoneType' object has no attribute 'expand_as'",
+            "AttributeError: 'NoneType' object has no attribute 'shape'",
+        ),
     ),
     "neox-gqa-order": Example(
         (neox(**GROUPED), neox(num_kv_heads=4, num_attention_heads=4)),
@@ -344,6 +362,8 @@ def made(bases: dict[str, Checkpoint], kind: str, edit: dict[str, Any]) -> Check
         config = replace(config, parallel_residual=edit["_parallel"])
     if "_attention_bias" in edit:
         config = replace(config, attention_bias=edit["_attention_bias"])
+    if "_mlp_bias" in edit:
+        config = replace(config, mlp_bias=edit["_mlp_bias"])
     if "_ffn" in edit:
         config = replace(config, dims={**config.dims, "ffn": edit["_ffn"]})
     state = base.neox

@@ -260,6 +260,15 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"head_dim": 32}, {}, "head_dim"),
     ("llama", {"mlp_bias": True}, {"era": era_named("2024-09")}, "mlp_bias"),
     ("llama", {"mlp_bias": True}, {"era": era_named("2024-10")}, "mlp_bias"),
+    ("llama", {"hidden_act": "gelu"}, {"era": era_named("2024-10")}, "use_bias_in_mlp"),
+    ("mistral", {"hidden_act": "gelu"}, {"era": era_named("2024-10")}, "use_bias_in_mlp"),
+    (
+        "llama",
+        {"hidden_act": "gelu", "mlp_bias": True},
+        {"era": era_named("2024-09")},
+        "mlp_bias",
+    ),
+    ("llama", {"mlp_bias": True}, {"mlp_names": "dense"}, "mlp_bias"),
     (
         "llama",
         {"hidden_size": 24, "num_key_value_heads": 1},

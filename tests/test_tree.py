@@ -62,6 +62,8 @@ def test_each_fact_changes_once_in_time() -> None:
     assert [f.rms_eps for f in facts] == ["outside"] * 3 + ["inside"]
     assert [f.plain_mlp_4h for f in facts] == [True, True, False, False]
     assert [f.transformer_engine for f in facts] == [False] * 3 + [True]
+    biases = ["none", "none", "by activation", "optional"]
+    assert [f.gated_biases for f in facts] == biases
     assert all(f.rope_tables_fp32 and "padded_vocab_size" in f.args_checked for f in facts)
 
 

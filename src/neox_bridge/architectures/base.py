@@ -229,6 +229,10 @@ class Architecture:
     forms: tuple[Form, ...] = ()
 
     @property
+    def has_mlp(self) -> bool:
+        return any(weight.neox.startswith("mlp.") for weight in self.weights)
+
+    @property
     def head(self) -> str:
         """Hugging Face's name of the output layer."""
         return next(weight.hf for weight in self.weights if weight.place == "head")

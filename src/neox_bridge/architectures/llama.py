@@ -19,7 +19,7 @@ ARCHITECTURE = architecture(
             "Llama 1, 2, 3; CodeLlama; Llemma",
             "fixture, random, GPT-NeoX",
             "consolidated.*.pth are read too; GPT-NeoX has no rope_scaling, so Llama 3.1 and newer "
-            "are refused; biases of the MLP today only",
+            "are refused; biases of the MLP with `--for today` only, or for geglu `neox@2024-10`",
         ),
         biases="optional",
         write=_write,

@@ -113,6 +113,25 @@ NEOX: tuple[Change, ...] = (
         in_error=(r"\"[\w.]*(attention\.qkv\.|attention\.proj\.|mlp\.fc[12]_weight|_extra_state)",),
     ),
     Change(
+        "neox-gated-biases",
+        *("gpt-neox", "f5325805", "#1325", "2024-11-27", ""),
+        ("llama",),
+        "a gated MLP may have biases or none, whatever its activation; from 0d4bdb96 (2024-09) to "
+        "here swiglu must have none (use_bias_in_mlp: false), and geglu and the others must have "
+        "them, unless gpt_j_residual is true",
+        "it loads, and the first forward pass ends in AttributeError: 'NoneType' object has no "
+        "attribute 'expand_as', or in AssertionError",
+        True,
+        "use a GPT-NeoX since that day; neox-bridge refuses to write such a model for the trees "
+        "between",
+        _pull(1325),
+        in_checkpoint=neox(
+            lambda c: c.config.mlp_bias == (c.raw.get("activation") == "swiglu") and is_gated(c)
+        ),
+        in_tree=lambda t: t.gated_biases == "optional",
+        in_error=(r"'NoneType' object has no attribute 'expand_as'",),
+    ),
+    Change(
         "neox-gqa-order",
         *("gpt-neox", "96c242eb", "#1315", "2024-11-13", ""),
         ("llama", "mistral"),

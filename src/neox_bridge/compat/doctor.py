@@ -20,6 +20,8 @@ from neox_bridge.layouts.eras import ERAS, fitting
 from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
 from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
+from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.options import Options
 from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 
@@ -93,35 +95,34 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     )
     if isinstance(target, TransformersFacts):
         prints = f"OSError: {path} does not appear to have a file named config.json."
+    refused = _refused(checkpoint, target)
     yield case(
         "other-kind",
         "error",
         "this is a checkpoint of the other framework, and has to be converted",
-        convert_command(checkpoint, target),
+        "" if refused else convert_command(checkpoint, target),
         prints,
     )
+    yield from refused
+
+
+def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
+    """Why the checkpoint cannot be converted for a target of the other kind."""
     if checkpoint.refusals:
-        relayout = relayout_command(checkpoint, f"{path.rstrip('/')}-neox")
-        for refusal in checkpoint.refusals:
-            way_out = way_out_of(refusal, relayout)
-            yield case(f"refused-{refusal.key}", "error", refusal.reason, way_out)
-    if isinstance(target, TransformersFacts):
-        try:
+        relayout = relayout_command(checkpoint, f"{checkpoint.path.rstrip('/')}-neox")
+        return [
+            case(f"refused-{refusal.key}", "error", refusal.reason, way_out_of(refusal, relayout))
+            for refusal in checkpoint.refusals
+        ]
+    try:
+        if isinstance(target, TransformersFacts):
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)
-        except Refused as error:
-            yield case("refused-version", "error", str(error))
-    elif (
-        target.plain_mlp_4h
-        and not checkpoint.architecture.gated
-        and checkpoint.config.dims["ffn"] != 4 * checkpoint.config.hidden
-    ):
-        yield case(
-            "mlp-width",
-            "error",
-            f"the MLP is {checkpoint.config.dims['ffn']} wide, and this GPT-NeoX builds plain MLPs "
-            "four times as wide as the model only",
-            "name a GPT-NeoX since 2024-10 with --for",
-        )
+            make_plan(checkpoint, Options(to="hf"), "converted")
+        else:
+            make_plan(checkpoint, Options(to="neox", era=target.era), "converted")
+    except Refused as error:
+        return [case("refused", "error", str(error))]
+    return []
 
 
 def _cast_command(checkpoint: Checkpoint) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from neox_bridge.layouts.eras import Era, MlpNames
+from neox_bridge.layouts.eras import Era, GatedBiases, MlpNames
 
 # how a tree keeps attention.rotary_emb.inv_freq: always in the state dict, when
 # rotary_save_freqs_buffer says so, never; "either": a load hook accepts both kinds
@@ -22,6 +22,7 @@ class TreeFacts:
     args_checked: keys of a checkpoint's args that are compared at load.
     keys: yml keys that the tree knows; it refuses others.
     places: what was found where, "file:line", for messages.
+    gated_biases: see ``Era``.
     """
 
     path: str
@@ -35,6 +36,7 @@ class TreeFacts:
     args_checked: tuple[str, ...]
     keys: frozenset[str]
     places: dict[str, str] = field(default_factory=dict)
+    gated_biases: GatedBiases = "optional"
 
     @property
     def era(self) -> Era:
@@ -51,6 +53,7 @@ class TreeFacts:
             self.gqa_order,
             self.rms_eps,
             self.inv_freq == "either",
+            self.gated_biases,
         )
 
 

@@ -18,7 +18,7 @@ from neox_bridge.compat.tree import FLAG
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
-from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.eras import GqaOrder, mlp_biases
 from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.layouts.weights import exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
@@ -211,13 +211,12 @@ def _key_drift(
 def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
     """Whether the tree's MLP has biases; None where it always has and the checkpoint hasn't.
 
-    use_bias_in_mlp came with adbf5d6f (2024-09-10, #1276); before it the gated MLP
-    (LLaMAParallelMLP) never has any.
+    use_bias_in_mlp came with adbf5d6f (2024-09-10, #1276); LLaMAParallelMLP had none before.
     """
+    if checkpoint.architecture.gated and facts.gated_biases == "none":
+        return False
     if "use_bias_in_mlp" in facts.keys:
         return checkpoint.raw.get("use_bias_in_mlp", True) is not False
-    if checkpoint.architecture.gated:
-        return False
     return True if checkpoint.config.mlp_bias else None
 
 
@@ -326,12 +325,50 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
     if raw.get("num_kv_heads") not in (None, heads):
         told = state.gqa_order if state.gqa_order_known else None
         yield from _gqa(state, facts, told)
+    yield from _mlp_biases(checkpoint, facts)
     if not facts.rope_tables_fp32 and raw.get("pos_emb") == "rotary":
         yield case(
             "rope-tables",
             "info",
             "this GPT-NeoX computes its rotary tables from the rounded inv_freq; since 3bfedf47 "
             "(2023-09) they are computed in fp32",
+        )
+
+
+def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
+    """What loads, and then ends in the first forward pass (Era.gated_biases)."""
+    config, gated = checkpoint.config, checkpoint.architecture.gated
+    assert checkpoint.neox is not None
+    if not checkpoint.architecture.has_mlp or "mlp" in checkpoint.neox.te:
+        return
+    activation = str(checkpoint.architecture.write_neox(config, False)["activation"])
+    wanted = mlp_biases(
+        facts.gated_biases, activation, gated=gated, parallel=config.parallel_residual
+    )
+    newer = "name a GPT-NeoX since f5325805 (2024-11-27) with --for"
+    if wanted == "required" and not config.mlp_bias:
+        error = "AttributeError: 'NoneType' object has no attribute 'expand_as'"
+        if not gated:
+            newer, error = (
+                "",
+                "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'",
+            )
+        yield case(
+            "mlp-biases",
+            "error",
+            f"the MLP has no biases, and with activation: {activation} this GPT-NeoX adds them "
+            "without asking: it loads, and ends in the first forward pass",
+            newer,
+            error,
+        )
+    elif wanted == "none" and config.mlp_bias and facts.gated_biases != "none":
+        yield case(
+            "mlp-biases",
+            "error",
+            f"the MLP has biases, and with activation: {activation} this GPT-NeoX asserts that it "
+            "has none: it loads, and ends in the first forward pass",
+            newer,
+            "AssertionError",
         )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from neox_bridge.compat.facts import Buffer, TreeFacts
 from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.eras import MlpNames
+from neox_bridge.layouts.eras import GatedBiases, MlpNames
 
 POSITIONS = "megatron/model/positional_embeddings.py"
 TRANSFORMER = "megatron/model/transformer.py"
@@ -65,6 +65,7 @@ def read_tree(path: str) -> TreeFacts:
         mlp_names=_mlp_names(tree),
         gqa_order=_gqa_order(tree),
         rms_eps=_rms_eps(tree),
+        gated_biases=_gated_biases(tree),
         plain_mlp_4h=_plain_mlp_4h(tree),
         rope_tables_fp32=_rope_tables_fp32(tree),
         transformer_engine=_transformer_engine(tree),
@@ -216,6 +217,32 @@ def _plain_mlp_4h(tree: _Tree) -> bool:
             return False
     tree.found("plain_mlp_4h", TRANSFORMER, mlp)
     return True
+
+
+def _gated_biases(tree: _Tree) -> GatedBiases:
+    """What ParallelTransformerLayer.forward asks before it asserts that ``mlp_bias is None``.
+
+    The kind of MLP until 0d4bdb96 (#1212), the activation until f5325805 (#1325), then the bias.
+    Trees before LLaMAParallelMLP (2023) assert nothing.
+    """
+    rules: dict[str, GatedBiases] = {"mlp_type": "none", "activation": "by activation"}
+    for node in ast.walk(_class(tree, TRANSFORMER, "ParallelTransformerLayer")):
+        if not (isinstance(node, ast.If) and any(map(_asserts_no_mlp_bias, node.body))):
+            continue
+        tree.found("gated_biases", TRANSFORMER, node)
+        asked = {n.attr for n in ast.walk(node.test) if isinstance(n, ast.Attribute)}
+        if rule := next((rules[attribute] for attribute in rules if attribute in asked), None):
+            return rule
+        if any(isinstance(n, ast.Name) and n.id == "mlp_bias" for n in ast.walk(node.test)):
+            return "optional"
+    if "gated_biases" not in tree.places and _mlp_names(tree) == "dense":
+        return "none"
+    raise tree.unknown(TRANSFORMER, "ParallelTransformerLayer's assert mlp_bias is None")
+
+
+def _asserts_no_mlp_bias(node: ast.AST) -> bool:
+    test = node.test if isinstance(node, ast.Assert) else None
+    return isinstance(test, ast.Compare) and _name(test.left) == "mlp_bias"
 
 
 def _gqa_order(tree: _Tree) -> Literal["grouped", "interleaved"]:

@@ -10,6 +10,9 @@ from neox_bridge.frameworks.keys import neox_keys
 MlpNames = Literal["linear", "dense"]
 InvFreq = Literal["omit", "store"]
 GqaOrder = Literal["grouped", "interleaved"]
+# biases of a gated MLP in a tree: it has none; swiglu has none and every other activation must have
+# them; the yml's use_bias_in_mlp decides
+GatedBiases = Literal["none", "by activation", "optional"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,10 @@ class Era:
         96c242eb (2024-11, #1315); "interleaved" by query head before. The shapes are the same.
     inv_freq_either: a load hook accepts checkpoints with and without the buffer.
     rms_eps: RMSNorm's epsilon is added "inside" the root since 4c9f1081 (2025-05, #1345).
+    gated_biases: "none" with LLaMAParallelMLP, which 0d4bdb96 (2024-09, #1212) removed; "by
+        activation" since then, as ParallelTransformerLayer.forward asserts that a swiglu has none
+        and adds those of others without asking; "optional" since f5325805 (2024-11, #1325). Run in
+        the trees of 2024-10 and 2026-05.
     keys: the yml keys that it takes, where they were read from a tree; see ``known_keys``.
     """
 
@@ -39,13 +46,32 @@ class Era:
     gqa_order: GqaOrder = "interleaved"
     rms_eps: Literal["inside", "outside"] = "outside"
     inv_freq_either: bool = False
+    gated_biases: GatedBiases = "none"
 
 
 ERAS: tuple[Era, ...] = (
     Era("2024-03", "before e109bf5e of 2024-03-04", "dense", "store", False, True),
     Era("2024-09", "from 2024-03 to before 0d4bdb96 of 2024-09", "dense", "omit", True, True),
-    Era("2024-10", "from 2024-09 to before 96c242eb of 2024-11", "linear", "omit", True, False),
-    Era("today", "since 2024-11", "linear", "omit", True, False, None, "grouped", "inside"),
+    Era(
+        "2024-10",
+        "from 2024-09 to before 96c242eb of 2024-11",
+        "linear",
+        "omit",
+        True,
+        False,
+        gated_biases="by activation",
+    ),
+    Era(
+        "today",
+        "since 2024-11",
+        "linear",
+        "omit",
+        True,
+        False,
+        gqa_order="grouped",
+        rms_eps="inside",
+        gated_biases="optional",
+    ),
 )
 TODAY = ERAS[-1]
 DENSE = {
@@ -70,6 +96,24 @@ def era_named(name: str) -> Era:
 def known_keys(era: Era) -> frozenset[str]:
     """The yml keys that a tree of this era takes; it refuses all others."""
     return neox_keys(era.name) if era.keys is None else era.keys
+
+
+def mlp_biases(
+    rule: GatedBiases, activation: str, *, gated: bool, parallel: bool
+) -> Literal["required", "none", "optional"]:
+    """Whether a tree can run an MLP with biases, and without them.
+
+    rule: the tree's ``gated_biases``. activation: as the yml of a tree since 2024-09 spells it.
+    parallel: with gpt_j_residual, whose branch asks whether there is a bias (e37ad2f0, 2024-09).
+    A plain MLP adds its bias without asking in every tree (ParallelMLP.forward).
+    """
+    if not gated:
+        return "required"
+    if rule == "none":
+        return "none"
+    if rule == "optional" or parallel:
+        return "optional"
+    return "none" if activation == "swiglu" else "required"
 
 
 def fitting(mlp_names: MlpNames, inv_freq: InvFreq, raw: Mapping[str, object]) -> Era:

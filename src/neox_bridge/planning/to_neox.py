@@ -13,7 +13,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.frameworks.unknown_keys import effect_of
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
-from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys
+from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys, mlp_biases
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
@@ -201,8 +201,10 @@ def _check_era(
 ) -> list[Finding]:
     found = []
     ffn = config.dims["ffn"]
+    if architecture.has_mlp:
+        _check_mlp_biases(architecture, config, shape, era)
     if architecture.gated:
-        _check_gated(config, shape, era)
+        fusion_of(config, shape.gqa_order)
     elif era.plain_mlp_4h and ffn != 4 * config.hidden:
         raise Refused(
             f"intermediate_size: {ffn} isn't four times the hidden size {config.hidden}, and "
@@ -217,11 +219,6 @@ def _check_era(
         raise Refused(
             f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
             "--for today."
-        )
-    if not config.mlp_bias and not architecture.gated and "use_bias_in_mlp" not in known_keys(era):
-        raise Refused(
-            f"use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX trees {era.until} "
-            "always have them (they may be left out since adbf5d6f of 2024-09-10). Use --for today."
         )
     if options.era is None:
         return [_stored_by_flag()] if options.inv_freq == "store" and era.inv_freq_key else []
@@ -242,18 +239,34 @@ def _check_era(
     ]
 
 
-def _check_gated(config: ModelConfig, shape: Shape, era: Era) -> None:
-    """Refused for what a gated MLP can't be in older trees; the row order must be possible too.
-
-    LLaMAParallelMLP has no biases; until 2024-11 at least, ParallelTransformerLayer.forward asserts
-    that a swiglu has none (megatron/model/transformer.py of 2024-09 and 2024-10).
-    """
-    if config.mlp_bias and (shape.old_names or era.gqa_order == "interleaved"):
+def _check_mlp_biases(
+    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era
+) -> None:
+    """Raise Refused where trees of the era cannot run an MLP with or without these biases."""
+    if shape.te:
+        return  # such modules always have biases, and zeros are written for those that are missing
+    activation = str(architecture.write_neox(config, False)["activation"])
+    rule = "none" if shape.old_names else era.gated_biases
+    wanted = mlp_biases(
+        rule, activation, gated=architecture.gated, parallel=config.parallel_residual
+    )
+    if not architecture.gated and not config.mlp_bias:
         raise Refused(
-            f"mlp_bias: the model has biases in its MLP, and the gated MLP of GPT-NeoX trees "
-            f"{era.until} has none. Use --for today."
+            "use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX's plain MLP adds "
+            "them without asking (megatron/model/transformer.py, ParallelMLP.forward), so every "
+            "tree ends in a TypeError."
         )
-    fusion_of(config, shape.gqa_order)
+    if wanted == "required" and not config.mlp_bias:
+        raise Refused(
+            f"use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX trees {era.until} "
+            f"need them for {activation} (megatron/model/transformer.py, "
+            "ParallelTransformerLayer.forward). Use --for today."
+        )
+    if wanted == "none" and config.mlp_bias:
+        raise Refused(
+            f"mlp_bias: the model has biases in its MLP, and GPT-NeoX trees {era.until} have none "
+            f"for {activation} (megatron/model/transformer.py). Use --for today."
+        )
 
 
 def _vocabulary(
