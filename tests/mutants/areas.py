@@ -53,6 +53,7 @@ AREAS: dict[str, Area] = {
         (
             "tests/test_records.py",
             "tests/test_equal.py",
+            "tests/test_verdicts.py",
             "tests/test_verify.py",
             "tests/test_hashes.py",
             "tests/test_logits.py",
@@ -127,6 +128,7 @@ AREAS: dict[str, Area] = {
             "cli/asked",
         ),
         (
+            "tests/test_verdicts.py",
             "tests/test_cli.py",
             "tests/test_bad_input.py",
             "tests/test_calls.py",
