@@ -9,7 +9,8 @@ import typer
 
 from neox_bridge.cli.errors import guarded
 from neox_bridge.cli.helping import GroupedCommand
-from neox_bridge.cli.printable import protect_stdout
+from neox_bridge.cli.output import say
+from neox_bridge.cli.streams import protect_streams, stdout_failure
 
 _EPILOG = "`neox-bridge COMMAND --help` explains a command and shows examples."
 # each with its module in cli/, where that has another name
@@ -87,10 +88,13 @@ def main() -> None:
         # a signal that whoever started us wants ignored (nohup) stays ignored
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-    protect_stdout()
-    # paths may hold bytes that the terminal's encoding doesn't have
-    if hasattr(sys.stderr, "reconfigure"):
-        sys.stderr.reconfigure(errors="backslashreplace")
+    protect_streams()
     first = sys.argv[1] if len(sys.argv) > 1 else ""
     known = any(first == name for name, _, _ in _COMMANDS)
-    build(first if known else None)(prog_name="neox-bridge")
+    try:
+        build(first if known else None)(prog_name="neox-bridge")
+    except SystemExit as end:
+        if problem := stdout_failure():
+            say("error", f"stdout can't be written: {problem}. Files that were written stay.")
+            sys.exit(end.code or 1)
+        raise

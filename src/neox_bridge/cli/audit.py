@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import plotting, values
-from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings
+from neox_bridge.cli.output import KINDS, human, plural, print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -104,17 +104,17 @@ def _print(found: "Audit") -> None:
     for step in found.steps:
         if step.run != run:
             run = step.run
-            print(run)
-            print(f"  {'step':>10}  {'what':<28}{'bytes':>9}  tensors   read        norm")
+            print_line(run)
+            print_line(f"  {'step':>10}  {'what':<28}{'bytes':>9}  tensors   read        norm")
         what = f"{KINDS[step.kind]}, TP {step.tp}" if step.kind == "neox" else KINDS[step.kind]
-        print(
+        print_line(
             f"  {step.label:>10}  {f'{what}, {step.dtype}':<28}{human(step.size):>9}  "
             f"{len(step.tensors):>7,}  {step.read:>5,}  {step.norm:>10.5g}  "
             f"{verdict(step, found.faults)}"
         )
     runs = len({step.run for step in found.steps})
     counts = [sum(f.severity == word for f in found.faults) for word in ("error", "warning")]
-    print(
+    print_line(
         f"{plural(len(found.steps), 'step')} of {plural(runs, 'run')}: "
         f"{plural(counts[0], 'error')}, {plural(counts[1], 'warning')}"
     )

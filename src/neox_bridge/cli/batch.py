@@ -10,9 +10,10 @@ import typer
 from neox_bridge.cli import values
 from neox_bridge.cli.asked import Asked, asked_of, explicit, taking
 from neox_bridge.cli.convert import convert
-from neox_bridge.cli.output import print_json, tell_findings
+from neox_bridge.cli.output import print_json, say, tell_findings
 from neox_bridge.cli.publish import Upload
 from neox_bridge.errors import UsageError
+from neox_bridge.printable import plain
 
 if TYPE_CHECKING:
     from neox_bridge.batch.items import Item
@@ -286,7 +287,7 @@ def _pool(executor: str, address: str, workers: int | None) -> "Pool":
     if executor == "ray":
         from neox_bridge.execution.ray_cluster import RayCluster
 
-        return RayCluster(address, workers, lambda words: typer.echo(words, err=True))
+        return RayCluster(address, workers, lambda words: typer.echo(plain(words), err=True))
     from neox_bridge.execution.executors import Processes, default_slots
 
     return Processes(workers or default_slots())
@@ -317,9 +318,6 @@ def _end(rows: "list[Row]", target: str, own: dict[str, Any]) -> None:
         print_rows(rows)
     for row in rows:
         if row.error:
-            from neox_bridge.cli.output import label
-            from neox_bridge.cli.printable import one_line
-
-            typer.echo(f"{label('error')} {row.name}: {one_line(row.error)}", err=True)
+            say("error", f"{row.name}: {row.error}")
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)

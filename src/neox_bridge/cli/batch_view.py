@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from neox_bridge.cli.output import human, label, plural, with_remedy
-from neox_bridge.cli.printable import one_line
+from neox_bridge.cli.output import human, plural, print_line, say, with_remedy
+from neox_bridge.cli.streams import for_progress
+from neox_bridge.printable import plain
 
 if TYPE_CHECKING:
     from neox_bridge.batch.dry_run import DryRun
@@ -63,11 +64,9 @@ def _logger(stream: IO[str]) -> "Tell":
 def _line(event: "Event") -> None:
     """A line for what went wrong or ended, on stderr."""
     if event.kind == "retry":
-        print(
-            label("warning"), f"{event.name}, tried again:", one_line(event.words), file=sys.stderr
-        )
+        say("warning", f"{event.name}, tried again: {event.words}")
     elif event.row is not None:
-        print(f"{event.name}: {_became(event.row)}", file=sys.stderr, flush=True)
+        print(plain(f"{event.name}: {_became(event.row)}"), file=sys.stderr, flush=True)
 
 
 def _became(row: "Row") -> str:
@@ -98,7 +97,7 @@ def _bars(count: int) -> Iterator["Tell"]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(file=for_progress()), transient=True) as progress:
         whole = progress.add_task(f"0 of {count}", total=None)
         tasks: dict[str, TaskID] = {}
         sizes: list[int] = []
@@ -109,7 +108,7 @@ def _bars(count: int) -> Iterator["Tell"]:
                 sizes.append(event.size)
                 if (old := tasks.pop(event.name, None)) is not None:
                     progress.remove_task(old)
-                tasks[event.name] = progress.add_task(f"  {event.name}", total=event.size)
+                tasks[event.name] = progress.add_task(f"  {plain(event.name)}", total=event.size)
             elif event.kind == "written" and event.name in tasks:
                 progress.advance(tasks[event.name], event.size)
                 progress.advance(whole, event.size)
@@ -118,7 +117,7 @@ def _bars(count: int) -> Iterator["Tell"]:
                 if (task := tasks.pop(event.name, None)) is not None:
                     progress.remove_task(task)
                 if event.row.status == "failed":
-                    print(label("error"), event.name, one_line(event.row.error), file=sys.stderr)
+                    say("error", f"{event.name}: {event.row.error}")
             # those that aren't planned yet are taken to be like those that are
             skipped = sum(row.status != "done" for row in ended)
             mean = sum(sizes) / len(sizes) if sizes else 0
@@ -131,11 +130,11 @@ def _bars(count: int) -> Iterator["Tell"]:
 def print_rows(rows: "Sequence[Row]") -> None:
     """The table at the end, on stdout, and a line that sums it up."""
     width = _width(rows)
-    print(_head(width, "seconds", "rate"))
+    print_line(_head(width, "seconds", "rate"))
     for row in rows:
         rate = f"{human(row.size / row.seconds)}/s" if row.status == "done" else ""
         took = f"{row.seconds:.1f}" if row.status == "done" else ""
-        print(_cells(width, row, took, rate))
+        print_line(_cells(width, row, took, rate))
     done = [row for row in rows if row.status == "done"]
     counts = [
         f"{number} {status}"
@@ -143,7 +142,7 @@ def print_rows(rows: "Sequence[Row]") -> None:
         if (number := sum(row.status == status for row in rows))
     ]
     words = f"; {_verified(done)}" if done and all(row.verified for row in done) else ""
-    print(
+    print_line(
         f"{plural(len(rows), 'checkpoint')}: {', '.join(counts) or 'none'}; "
         f"{human(sum(row.size for row in done))} written{words}"
     )
@@ -159,7 +158,7 @@ def tell_warnings(rows: "Iterable[Row]") -> None:
     for finding, where in names.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         text = f"{where[0]}{more}: {with_remedy(finding)}"
-        print(label(finding.severity), one_line(text), file=sys.stderr)
+        say(finding.severity, text)
 
 
 def _verified(rows: "Sequence[Row]") -> str:
@@ -173,14 +172,14 @@ def _verified(rows: "Sequence[Row]") -> str:
 def print_dry_run(found: "DryRun") -> None:
     """What would be done, on stdout."""
     width = _width(found.rows)
-    print(_head(width, "", ""))
+    print_line(_head(width, "", ""))
     for row in found.rows:
-        print(_cells(width, row, "", ""))
+        print_line(_cells(width, row, "", ""))
     planned = sum(row.status == "planned" for row in found.rows)
     line = f"{plural(planned, 'checkpoint')} to convert, {human(found.size)}"
     if found.seconds is not None and found.rate is not None:
         line += f"; about {_long(found.seconds)} at {human(found.rate)}/s, as a sample took"
-    print(line)
+    print_line(line)
 
 
 def document(rows: "Sequence[Row]", target: str) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def document(rows: "Sequence[Row]", target: str) -> dict[str, Any]:
 
 def _width(rows: "Sequence[Row]") -> int:
     """Characters of the first column."""
-    return max([24, *(len(row.name) + 1 for row in rows)])
+    return max([24, *(len(plain(row.name)) + 1 for row in rows)])
 
 
 def _head(width: int, *more: str) -> str:
@@ -206,7 +205,9 @@ def _head(width: int, *more: str) -> str:
 
 def _cells(width: int, row: "Row", *more: str) -> str:
     shared = f"{row.shared / row.size:.0%}" if row.status == "done" and row.size else ""
-    cells = f"{row.name:<{width}}{row.status:<9}{row.files:>6,}{human(row.size):>10}{shared:>8}"
+    cells = (
+        f"{plain(row.name):<{width}}{row.status:<9}{row.files:>6,}{human(row.size):>10}{shared:>8}"
+    )
     return (cells + "".join(f"{word:>10}" for word in more)).rstrip()
 
 

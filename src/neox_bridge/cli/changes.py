@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.output import print_json
+from neox_bridge.cli.output import print_json, print_line
 
 if TYPE_CHECKING:
     from neox_bridge.compat.change import Change, Moment
@@ -54,9 +54,9 @@ def changes(
         return
     for change in found:
         for line in _lines(change):
-            print(line)
+            print_line(line)
     if not found:
-        print("no known change fits")
+        print_line("no known change fits")
 
 
 def describe(change: "Change") -> dict[str, Any]:

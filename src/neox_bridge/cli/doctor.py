@@ -12,7 +12,7 @@ import typer
 from neox_bridge.cli import values
 from neox_bridge.cli.asked import given
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.output import print_json
+from neox_bridge.cli.output import print_json, print_line
 from neox_bridge.errors import BridgeError, UsageError
 
 if TYPE_CHECKING:
@@ -256,15 +256,15 @@ def _verdict(verdict: "Verdict") -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    print(facts["path"])
+    print_line(facts["path"])
     for finding in facts["findings"]:
-        print(f"{finding['severity']}: {finding['message']}")
+        print_line(f"{finding['severity']}: {finding['message']}")
         if finding["remedy"]:
-            print(f"    fix: {finding['remedy']}")
+            print_line(f"    fix: {finding['remedy']}")
     for entry in facts["verdicts"]:
-        print(f"{entry['target']}: {entry['verdict']}")
+        print_line(f"{entry['target']}: {entry['verdict']}")
         for line in (entry["message"] or "").splitlines():
-            print(f"    {_short(line.strip())}")
+            print_line(f"    {_short(line.strip())}")
     if rows := facts.get("comparison"):
         _print_rows(rows)
 
@@ -281,7 +281,7 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
     print()
     for row in ({**head, "note": ""}, *rows):
         cells = "  ".join(row[key].ljust(widths[key]) for key in keys)
-        print(f"{cells}  {row['note']}".rstrip())
+        print_line(f"{cells}  {row['note']}".rstrip())
 
 
 def _advise(source: str, paths: list[str], target: Any, as_json: bool) -> dict[str, Any]:
@@ -329,10 +329,10 @@ def _print_advice(advice: "Advice", path: str) -> None:
     rows += [("more", link) for link in advice.more]
     if not path and "CHECKPOINT" in f"{advice.fix}{first.remedy}":
         rows.append(("note", "add the checkpoint's path to this command to see it filled in"))
-    print(f"error: {shown}")
+    print_line(f"error: {shown}")
     width = max(len(word) for word, _ in rows)
     for word, words in rows:
-        print(f"  {word:<{width}}  {words}")
+        print_line(f"  {word:<{width}}  {words}")
 
 
 def _some(keys: Sequence[str], most: int = 6) -> str:
@@ -356,7 +356,7 @@ def _mend(
     plan = mend.mend_plan(checkpoint, target, folder or home, **flags)
     if plan is None:
         if not as_json:
-            print(f"nothing to mend: {checkpoint.path}")
+            print_line(f"nothing to mend: {checkpoint.path}")
         return None
     if folder is not None:
         with writing(folder):
@@ -374,9 +374,9 @@ def _mend(
                 raise
     if not as_json:
         for drop in plan.dropped:
-            print(f"dropped: {drop.name}: {drop.reason}")
+            print_line(f"dropped: {drop.name}: {drop.reason}")
         for note in plan.notes:
-            print(note)
+            print_line(note)
         count = sum(file.copy_of is None for file in plan.files)
-        print(f"mended {where}: {count} of {len(plan.files)} files rewritten")
+        print_line(f"mended {where}: {count} of {len(plan.files)} files rewritten")
     return {"path": os.path.abspath(where), "files": len(plan.files), **remarks(plan)}

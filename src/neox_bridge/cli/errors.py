@@ -5,15 +5,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from typing import NoReturn, ParamSpec
 
 import typer
 
 from neox_bridge.cli.helping import typed
-from neox_bridge.cli.output import label
-from neox_bridge.cli.printable import one_line
+from neox_bridge.cli.output import say
 from neox_bridge.errors import BridgeError, ChoiceNeeded, UsageError
 
 _P = ParamSpec("_P")
@@ -42,7 +41,7 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
         except BridgeError as error:
             _fail(str(error), error.exit_code)
         except (Interrupted, KeyboardInterrupt) as error:
-            _say("interrupted", str(error) or "nothing was written")
+            say("interrupted", str(error) or "nothing was written")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # `| head` has seen enough
             raise typer.Exit(1) from None
@@ -90,13 +89,8 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    _say("error", message)
+    say("error", message)
     raise typer.Exit(code) from None
-
-
-def _say(word: str, message: str) -> None:
-    with suppress(OSError):  # nobody is listening any more, and the exit code still tells
-        print(label(word), one_line(message), file=sys.stderr, flush=True)
 
 
 def _with_commands(error: ChoiceNeeded) -> str:

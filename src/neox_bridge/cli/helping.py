@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from typer import BadParameter
 from typer.core import TyperCommand
+
+from neox_bridge.printable import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,14 @@ typed: ContextVar[Typed | None] = ContextVar("typed", default=None)
 
 class GroupedCommand(TyperCommand):
     """A command whose help shows its options by ``rich_help_panel``, in the order of the code."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        """As click's; a word of the user's that its message quotes can't forge a line."""
+        try:
+            return super().make_context(*args, **more)
+        except BadParameter as error:
+            text = plain(error.message)
+            raise BadParameter(text, error.ctx, error.param, error.param_hint) from None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, but do not take an option's name for the value of the option before it.

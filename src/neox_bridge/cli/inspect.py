@@ -9,11 +9,19 @@ import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.asked import given
-from neox_bridge.cli.output import KINDS, human, plural, print_json, tell_findings, with_remedy
-from neox_bridge.cli.printable import plain
+from neox_bridge.cli.output import (
+    KINDS,
+    human,
+    plural,
+    print_json,
+    print_line,
+    tell_findings,
+    with_remedy,
+)
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 from neox_bridge.errors import UsageError
+from neox_bridge.printable import plain
 
 if TYPE_CHECKING:
     from neox_bridge.formats.tensor_ref import TensorRef
@@ -146,7 +154,7 @@ def inspect(
     lines = summary_lines(facts)
     lines += _optimizer_lines(facts["optimizer"]) if optimizer else []
     for key, text in lines:
-        print(f"{key:<12}{plain(text)}")
+        print_line(f"{key:<12}{text}")
     if tensors:
         _print_tensors(checkpoint)
     if found is not None:
@@ -403,4 +411,4 @@ def _print_tensors(checkpoint: "Checkpoint") -> None:
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     print()
     for name, shape, dtype, where in rows:
-        print(f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  {where}")
+        print_line(f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  {where}")

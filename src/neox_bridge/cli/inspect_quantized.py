@@ -5,7 +5,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import KINDS, human, plural, print_json
-from neox_bridge.cli.printable import plain
+from neox_bridge.printable import plain
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.quantized import QuantizedFolder

@@ -4,25 +4,37 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.cli.printable import one_line
+from neox_bridge.cli.streams import write_color
+from neox_bridge.printable import one_line, plain
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Finding
     from neox_bridge.planning.pieces import Plan
 
-_COLOURS = {"error": 31, "interrupted": 31, "warning": 33, "info": 36, "dropped": 36, "note": 36}
+_COLORS = {"error": 31, "interrupted": 31, "warning": 33, "info": 36, "dropped": 36, "note": 36}
 KINDS = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
 
 
-def label(word: str) -> str:
-    """``word:``, in colour where stderr is a terminal that wants it."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if plain or not sys.stderr.isatty():
-        return f"{word}:"
-    return f"\x1b[{_COLOURS[word]}m{word}:\x1b[0m"
+def say(word: str, *texts: str) -> None:
+    """``word: text`` as one line on stderr, the word in color where that is wanted."""
+    plain_word = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    color = not plain_word and sys.stderr.isatty()
+    with suppress(OSError):  # nobody is listening any more, and the exit code still tells
+        if color:
+            write_color(f"\x1b[{_COLORS[word]}m")
+        print(f"{word}:", end="", file=sys.stderr)
+        if color:
+            write_color("\x1b[0m")
+        print("", *map(one_line, texts), file=sys.stderr, flush=True)
+
+
+def print_line(text: str) -> None:
+    """One line of results on stdout, whatever the names in it are."""
+    print(plain(text))
 
 
 def print_json(value: object) -> None:
@@ -36,13 +48,13 @@ def tell(plan: "Plan", quiet: bool) -> None:
     if quiet:
         return
     for word, text in _remarks(plan):
-        print(label(word), one_line(text), file=sys.stderr)
+        say(word, text)
 
 
 def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
     """Findings on stderr, one a line."""
     for finding in () if quiet else findings:
-        print(label(finding.severity), one_line(with_remedy(finding)), file=sys.stderr)
+        say(finding.severity, with_remedy(finding))
 
 
 def print_plan(plan: "Plan", target: str) -> None:
@@ -50,24 +62,24 @@ def print_plan(plan: "Plan", target: str) -> None:
     from neox_bridge.planning.report import summary
 
     numbers = summary(plan)
-    print(f"source   {side(plan.source)}: {plan.source.get('name', '')}")
-    print(f"target   {side(plan.target)}, {plan.target['parameters']:,} parameters: {target}")
-    print(f"files    {numbers['files']}")
+    print_line(f"source   {side(plan.source)}: {plan.source.get('name', '')}")
+    print_line(f"target   {side(plan.target)}, {plan.target['parameters']:,} parameters: {target}")
+    print_line(f"files    {numbers['files']}")
     width = max((len(file.path) for file in plan.files), default=0)
     for file in plan.files:
         what = f"{plural(len(file.tensors), 'tensor')}" if file.tensors else ""
         what = f"copy of {file.copy_of}" if file.copy_of else what
-        print(f"  {file.path:{width}}  {human(file.size):>9}  {what}".rstrip())
-    print(
+        print_line(f"  {file.path:{width}}  {human(file.size):>9}  {what}".rstrip())
+    print_line(
         f"bytes    {human(numbers['bytes'])}: {human(numbers['bytes_copied'])} copied, "
         f"{human(numbers['bytes_transformed'])} transformed, "
         f"{human(numbers['bytes_from_plan'])} headers and small files"
     )
-    print(f"memory   {human(numbers['peak_memory'])} at most, an estimate")
+    print_line(f"memory   {human(numbers['peak_memory'])} at most, an estimate")
     for word, text in _remarks(plan):
-        print(f"{word}: {text}")
+        print_line(f"{word}: {text}")
     for line in blanks(plan, target):
-        print(line)
+        print_line(line)
 
 
 def print_result(
@@ -85,9 +97,9 @@ def print_result(
         print_json(result_json(plan, result) | {"verified": verified})
     elif not quiet:
         words = {True: f"; {in_words(plan.casts)}", False: "; not verified", None: ""}
-        print(_summary_line(plan, result, target) + words[verified])
+        print_line(_summary_line(plan, result, target) + words[verified])
         for line in blanks(plan, target):
-            print(line)
+            print_line(line)
 
 
 def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:

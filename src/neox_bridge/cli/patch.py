@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.output import plural, print_json
+from neox_bridge.cli.output import plural, print_json, print_line
 
 if TYPE_CHECKING:
     from neox_bridge.compat.patcher import Patch
@@ -47,16 +47,16 @@ def patch(
     if as_json:
         print_json(_facts(plan, revert, dry_run))
     elif not plan.files:
-        print(f"nothing to do: {tree} {'is not patched' if revert else 'is patched already'}")
+        print_line(f"nothing to do: {tree} {'is not patched' if revert else 'is patched already'}")
     elif dry_run:
         sys.stdout.write(plan.diff)
     else:
         for file in plan.files:
             for change in file.changes:
-                print(f"{file.path}:{change.line}: {change.what}")
+                print_line(f"{file.path}:{change.line}: {change.what}")
         count = plural(len(plan.files), "file")
         undo = f"; neox-bridge patch {tree} --revert undoes it"
-        print(f"reverted {tree}: {count}" if revert else f"patched {tree}: {count}{undo}")
+        print_line(f"reverted {tree}: {count}" if revert else f"patched {tree}: {count}{undo}")
 
 
 def _facts(plan: "Patch", revert: bool, dry_run: bool) -> dict[str, Any]:

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from neox_bridge.cli.streams import for_progress
+from neox_bridge.printable import plain
+
 
 @contextmanager
 def progress_bar(
@@ -29,13 +32,13 @@ def progress_bar(
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
+    with Progress(*columns, console=Console(file=for_progress()), transient=True) as bar:
+        task = bar.add_task(plain(what), total=total)
         yield lambda count: bar.update(task, advance=count)

@@ -12,14 +12,14 @@ from neox_bridge.cli.carry_out import How, Progress, perform
 from neox_bridge.cli.output import (
     blanks,
     human,
-    label,
     plural,
     print_json,
+    print_line,
     print_plan,
     result_json,
+    say,
     side,
 )
-from neox_bridge.cli.printable import one_line
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.errors import BridgeError, Unverified, UsageError
 
@@ -126,9 +126,9 @@ def publish_plan(
         told = {"published": asdict(published), "verified": not how.no_verify}
         print_json(result_json(plan, replace(result, target=str(place))) | told)
     elif not how.quiet:
-        print(_line(plan, place, published, how))
+        print_line(_line(plan, place, published, how))
         for line in blanks(plan, str(place)):
-            print(line)
+            print_line(line)
 
 
 def work_base(chosen: str | None) -> str:
@@ -146,7 +146,7 @@ def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
     work = work_of(os.path.join(work_base(chosen), place.folder_name))
     if not quiet:
         text = f"the files are made in {work.folder} first; --work chooses another place"
-        print(label("note"), one_line(text), file=sys.stderr)
+        say("note", text)
     return work
 
 
@@ -232,7 +232,7 @@ def _say_done(place: "HubTarget", outlook: "Outlook", how: How) -> None:
     if how.as_json:
         print_json({"schema_version": 1, "hub": asdict(outlook), "published": None})
     elif not how.quiet:
-        print(f"{place} holds what this makes already: nothing was done")
+        print_line(f"{place} holds what this makes already: nothing was done")
 
 
 def _print_outlook(plan: "Plan", place: "HubTarget", outlook: "Outlook", as_json: bool) -> None:
@@ -243,14 +243,19 @@ def _print_outlook(plan: "Plan", place: "HubTarget", outlook: "Outlook", as_json
         return
     print_plan(plan, str(place))
     there = "is there" if outlook.repo_exists else "will be made"
-    print(f"hub      {outlook.repo} {there}, {'private' if outlook.private else 'public'}")
-    print(f"branch   {outlook.branch} {'is there' if outlook.branch_exists else 'will be made'}")
+    print_line(f"hub      {outlook.repo} {there}, {'private' if outlook.private else 'public'}")
+    there = "is there" if outlook.branch_exists else "will be made"
+    print_line(f"branch   {outlook.branch} {there}")
     if outlook.done:
-        print("upload   nothing: the branch holds what this makes already")
+        print_line("upload   nothing: the branch holds what this makes already")
         return
     files = (*outlook.new, *outlook.other)
-    print(f"upload   {plural(len(files) + len(outlook.unknown), 'file')}, {human(outlook.size)}")
+    print_line(
+        f"upload   {plural(len(files) + len(outlook.unknown), 'file')}, {human(outlook.size)}"
+    )
     if outlook.unknown:
-        print(f"         of which {len(outlook.unknown)} are there in the same size, perhaps equal")
+        print_line(
+            f"         of which {len(outlook.unknown)} are there in the same size, perhaps equal"
+        )
     if outlook.conflicts:
-        print(f"in the way, without --overwrite: {', '.join(outlook.conflicts)}")
+        print_line(f"in the way, without --overwrite: {', '.join(outlook.conflicts)}")

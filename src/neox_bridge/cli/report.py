@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.output import human, print_json
+from neox_bridge.cli.output import human, print_json, print_line
 from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def report(
             }
         )
     elif not quiet:
-        print(f"wrote {output}, {human(len(page.encode()))}: {verdict.words}")
+        print_line(f"wrote {output}, {human(len(page.encode()))}: {verdict.words}")
     if not all(section.verdict.holds for section in sections):
         raise typer.Exit(3)
 

@@ -1,13 +1,12 @@
 """What ``neox-bridge inspect --security`` prints."""
 
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from neox_bridge.cli.output import label, plural, print_json
-from neox_bridge.cli.printable import plain
+from neox_bridge.cli.output import plural, print_json, print_line, say
+from neox_bridge.printable import plain
 
 if TYPE_CHECKING:
     from neox_bridge.formats.pickle_security import Report, Use
@@ -34,7 +33,7 @@ def print_security(path: str, as_json: bool) -> None:
         for group in _alike(reports):
             _print(group, path)
     if bad or not as_json:
-        print(*_verdict(reports, bad), file=sys.stderr)
+        say(*_verdict(reports, bad))
     if bad:
         raise typer.Exit(1)
 
@@ -82,14 +81,14 @@ def _print(group: "list[Report]", path: str) -> None:
         held = "safetensors, no pickles"
     elif first.absent:
         held = plain(first.absent)
-    print(f"{plain(_name(first, path))}{more}: {held}")
+    print_line(f"{plain(_name(first, path))}{more}: {held}")
     uses = sorted(first.uses, key=lambda use: use.harmless)
     for use in uses[:_MOST]:
-        print(f"  {'known' if use.known else 'UNKNOWN':8}{_deed(use):9}{plain(use.name)}")
+        print_line(f"  {'known' if use.known else 'UNKNOWN':8}{_deed(use):9}{plain(use.name)}")
     if len(uses) > _MOST:
-        print(f"  and {len(uses) - _MOST:,} more, which --json lists")
+        print_line(f"  and {len(uses) - _MOST:,} more, which --json lists")
     if first.problem:
-        print(f"  not read to its end: {plain(first.problem)}")
+        print_line(f"  not read to its end: {plain(first.problem)}")
 
 
 def _deed(use: "Use") -> str:
@@ -100,11 +99,11 @@ def _deed(use: "Use") -> str:
 def _verdict(reports: "list[Report]", bad: "list[Report]") -> tuple[str, str]:
     files = plural(len(reports), "file") + " looked through"
     if not reports:
-        return label("info"), "no file in this folder is of a kind that holds pickles"
+        return "info", "no file in this folder is of a kind that holds pickles"
     if not bad and all(report.container == "safetensors" for report in reports):
-        return label("info"), f"{files}: safetensors files hold no pickles, and run nothing"
+        return "info", f"{files}: safetensors files hold no pickles, and run nothing"
     if not bad:
-        return label("info"), f"{files}: loading them would only build values"
+        return "info", f"{files}: loading them would only build values"
     names = sorted({use.name for report in bad for use in report.uses if not use.harmless})
     what = f"{', '.join(map(plain, names[:6]))}" + (" ..." if len(names) > 6 else "")
     absent = [report for report in bad if report.absent]
@@ -116,12 +115,12 @@ def _verdict(reports: "list[Report]", bad: "list[Report]") -> tuple[str, str]:
             f"not here: {name} is {plain(absent[0].absent)}"
         )
     if len(absent) == len(bad):
-        return label("error"), missing
+        return "error", missing
     bad = [report for report in bad if not report.absent]
     unread = sum(bool(report.problem) for report in bad)
     parts = [f"not known to be harmless: {what}"] if names else []
     parts += [f"{unread} not read to the end"] if unread else []
-    return label("error"), (
+    return "error", (
         f"{files}, {len(bad)} of them may run code under torch.load or pickle.load "
         f"({'; '.join(parts)}). Load with weights_only=True or not at all; neox-bridge itself runs "
         "nothing of it." + (f" {missing}" if missing else "")

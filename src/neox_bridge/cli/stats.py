@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from neox_bridge.cli.output import print_line
 from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def print_stats(found: Sequence["Statistics"]) -> None:
     print()
     for row in table:
         cells = [row[i].ljust(widths[i]) if i < 3 else row[i].rjust(widths[i]) for i in kept]
-        print("  ".join(cells).rstrip())
+        print_line("  ".join(cells).rstrip())
 
 
 def _number(value: float) -> str:

@@ -6,7 +6,7 @@ import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.asked import given
-from neox_bridge.cli.output import human, plural, print_json, tell_findings
+from neox_bridge.cli.output import human, plural, print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.errors import BridgeError, UsageError
 
@@ -108,9 +108,9 @@ def verify(
     elif not quiet:
         tell_findings(found.findings, quiet)
         for difference in found.differences:
-            print(describe(difference))
+            print_line(describe(difference))
         what = f"{plural(found.tensors, 'tensor')}, {human(found.size)}"
-        print(f"{target}: {what}: {found.verdict}")
+        print_line(f"{target}: {what}: {found.verdict}")
         for key, agreement in agreements.items():
             of = {"logits": target, "recorded": f"recorded logits, and {source}"}[key]
             other = {"logits": target, "recorded": "the recorded logits"}[key]
@@ -141,10 +141,10 @@ def _verify_alone(path: str, workers: int | None, as_json: bool, quiet: bool) ->
         print_json(asdict(found) | {"holds": found.holds})
     elif not quiet:
         for change in found.changes:
-            print(f"{change.kind}: {change.path}{_NOTES.get(change.kind, '')}")
+            print_line(f"{change.kind}: {change.path}{_NOTES.get(change.kind, '')}")
         verdict = "as it was written" if found.holds else "NOT what was written"
         sizes = f"; of {plural(found.unhashed, 'file')} only the size" if found.unhashed else ""
-        print(f"{path}: {plural(found.files, 'file')}, {human(found.size)}: {verdict}{sizes}")
+        print_line(f"{path}: {plural(found.files, 'file')}, {human(found.size)}: {verdict}{sizes}")
     if not found.holds:
         raise typer.Exit(3)
 
@@ -184,19 +184,21 @@ def _computed(
 
 def _tell_agreement(of: str, agreement: "Agreement") -> None:
     verdict = "the same model" if agreement.agrees else "ANOTHER MODEL"
-    print(
+    print_line(
         f"{of}: logits of {plural(agreement.tokens, 'token')} differ by {agreement.largest:.3g} at "
         f"most (relative {agreement.relative:.2g}, mean {agreement.mean:.3g}), KL "
         f"{agreement.kl:.2g}, top-1 {agreement.top1:.1%}: {verdict}"
     )
     if agreement.place:
-        print(f"  they part at {agreement.place}, by {agreement.apart:.2g} of its largest value")
+        print_line(
+            f"  they part at {agreement.place}, by {agreement.apart:.2g} of its largest value"
+        )
     for cause in agreement.causes:
         tail = "; no conversion removes that" if cause.inherent else ""
-        print(f"  likely cause: {cause.cause}: {cause.text}{tail}")
+        print_line(f"  likely cause: {cause.cause}: {cause.text}{tail}")
     if agreement.place and not agreement.explained:
         more = "that isn't all" if agreement.causes else "none of the usual mistakes explains it"
-        print(f"  {more}: compare the tensors above, and the configs")
+        print_line(f"  {more}: compare the tensors above, and the configs")
 
 
 def _tell_non_finite(of: str, source: str, other: str, agreement: "Agreement") -> None:
@@ -207,14 +209,18 @@ def _tell_non_finite(of: str, source: str, other: str, agreement: "Agreement") -
     verdict = "ANOTHER MODEL"
     if odd.same_places:
         where, verdict = "at the same places on both sides", "they CANNOT BE COMPARED"
-    print(f"{of}: logits of {plural(odd.tokens, 'token')} are NaN or infinite {where}: {verdict}")
+    print_line(
+        f"{of}: logits of {plural(odd.tokens, 'token')} are NaN or infinite {where}: {verdict}"
+    )
     if not odd.tensor:
-        print(f"  every weight is finite; the first such values are those of {agreement.place}")
+        print_line(
+            f"  every weight is finite; the first such values are those of {agreement.place}"
+        )
         return
     counts = [f"{odd.tensor_first:,} in {source}"]
     if other != "the recorded logits":
         counts.append(f"{odd.tensor_second:,} in {other}")
-    print(f"  first weight that is not finite: {odd.tensor} (values: {', '.join(counts)})")
+    print_line(f"  first weight that is not finite: {odd.tensor} (values: {', '.join(counts)})")
 
 
 def diff(
@@ -282,7 +288,9 @@ def diff(
         # only tensors are compared here, so these change no verdict
         tell_findings((replace(f, severity="warning") for f in undecided(a, b)), quiet)
         for difference in () if stat else apart:
-            print(describe(difference))
-        print(f"{plural(len(found), 'tensor')}: {len(found) - len(apart)} equal, {len(apart)} not")
+            print_line(describe(difference))
+        print_line(
+            f"{plural(len(found), 'tensor')}: {len(found) - len(apart)} equal, {len(apart)} not"
+        )
     if apart:
         raise typer.Exit(3)

@@ -8,6 +8,7 @@ from neox_bridge.hub.library import explained, hub_api
 from neox_bridge.hub.names import MAIN
 from neox_bridge.hub.remote import check_private, is_published, is_untouched, look
 from neox_bridge.planning.pieces import Plan
+from neox_bridge.printable import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,4 +77,4 @@ def step_of_plan(plan: Plan) -> str | None:
 def message_of(plan: Plan) -> str:
     """The title of the commit that publishes a plan's files."""
     source = plan.source.get("revision") or plan.source.get("name")
-    return f"Convert {source} with neox-bridge {__version__}"
+    return f"Convert {plain(str(source))} with neox-bridge {__version__}"

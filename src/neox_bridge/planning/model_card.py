@@ -8,6 +8,7 @@ from neox_bridge.architectures.base import Form
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.pieces import Dropped
 from neox_bridge.planning.record import source_summary
+from neox_bridge.printable import markdown
 
 
 def model_card(
@@ -27,14 +28,16 @@ def model_card(
         "",
         f'model = {auto}.from_pretrained(".")  # this folder',
     )
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in source.items())
+    rows = "\n".join(
+        f"| {key.replace('_', ' ')} | {markdown(str(value))} |" for key, value in source.items()
+    )
     lines = [
         "---",
         f"library_name: {form.library if form else 'transformers'}",
         f"pipeline_tag: {'text-classification' if config.reward else 'text-generation'}",
         f"tags: [{checkpoint.architecture.name}, neox-bridge]",
         "---",
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
         f"{summary['parameters']:,} parameters in {summary['dtype']}: {config.layers} layers, "
         f"hidden size {config.hidden}, {config.heads} heads, {summary['vocab_rows']:,} rows of "
@@ -60,6 +63,6 @@ def model_card(
             reasons[drop.reason] = reasons.get(drop.reason, 0) + 1
         lines.append("Left out:")
         lines.append("")
-        lines += [f"- {reason} ({count})" for reason, count in reasons.items()]
+        lines += [f"- {markdown(reason)} ({count})" for reason, count in reasons.items()]
         lines.append("")
     return "\n".join(lines).encode()

@@ -6,6 +6,7 @@ from importlib.resources import files
 from neox_bridge import __version__
 from neox_bridge.cli.output import plural
 from neox_bridge.errors import BridgeError
+from neox_bridge.printable import printable
 from neox_bridge.report.parts import Facts, Section, Verdict, worst
 
 # a sign beside the colour, for those who see no colour and for paper
@@ -45,6 +46,11 @@ def verdict_of(sections: Sequence[Section]) -> Verdict:
     return Verdict(state, words[state])
 
 
+def _shown(value: object) -> object:
+    """A value of the template: names can't turn the direction of what follows them."""
+    return printable(value) if type(value) is str else value  # plots are Markup
+
+
 def render(title: str, sections: Sequence[Section], read: Facts, date: str) -> str:
     """The page as text: the same for the same arguments.
 
@@ -56,7 +62,11 @@ def render(title: str, sections: Sequence[Section], read: Facts, date: str) -> s
 
     template = files("neox_bridge.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     made = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     return made.from_string(template).render(
         title=title,
