@@ -260,6 +260,33 @@ def test_mamba_ssm_and_meta_s_llama() -> None:
 # --- no false refusal
 
 
+def test_the_published_mamba_has_words_of_both_libraries() -> None:
+    """Of state-spaces/mamba-130m-hf; and what neox-bridge itself writes beside them."""
+    config: dict[str, Any] = {
+        "model_type": "mamba",
+        "d_inner": 1536,
+        "d_model": 768,
+        "fused_add_norm": True,
+        "hidden_size": 768,
+        "intermediate_size": 1536,
+        "n_layer": 24,
+        "num_hidden_layers": 24,
+        "pad_vocab_size_multiple": 8,
+        "rescale_prenorm_residual": False,
+        "rms_norm": True,
+        "ssm_cfg": {},
+        "num_attention_heads": 1,
+        "max_position_embeddings": 2048,
+    }
+
+    def effects(**more: Any) -> set[str]:
+        found = unknown_in_config({**config, **more}, "mamba", frozenset())
+        return {key.name for key in found if key.effect == "model"}
+
+    assert effects() == set()
+    assert effects(n_layer=12) == {"n_layer"}
+
+
 def saved_configs() -> dict[str, dict[str, Any]]:
     path = Path(__file__).parent / "data" / "configs.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text())

@@ -35,7 +35,16 @@ _ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
 # transformers' base class takes these, and the class of the family does not read them
 _UNREAD_BY_CLASS = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "mamba": {
+        "n_layer": "num_hidden_layers",
+        "d_model": "hidden_size",
+        "d_inner": "intermediate_size",
+    },
 }
+# what neox-bridge writes for GPT-NeoX, and a family without attention does not compute with
+_IDLE = {"mamba": ("num_attention_heads", "max_position_embeddings")}
+# mamba_ssm's words in config.json files of transformers' form, for what its class always does
+_MAMBA_ALWAYS: tuple[tuple[str, object], ...] = (("rms_norm", True), ("ssm_cfg", {}))
 _DERIVED = ("head_dim", "num_key_value_heads")
 
 
@@ -83,6 +92,8 @@ def unknown_in_config(
         if key in forms or (key in known and key not in unread and key not in UNREAD):
             continue
         if key in UNREAD and effect_of(key, value) != "model":
+            continue
+        if key in _IDLE.get(family, ()) or (family == "mamba" and (key, value) in _MAMBA_ALWAYS):
             continue
         if key in unread and value in (raw.get(unread[key]), rope.get(key)):
             continue
