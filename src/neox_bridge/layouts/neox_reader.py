@@ -321,12 +321,15 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
 
 def _read_universal(folder: str, names: Sequence[str]) -> _Read:
     """The masters of a universal checkpoint for its weights; see ``universal``."""
+    from neox_bridge.layouts.optimizer_values import check_meta
     from neox_bridge.layouts.universal import masters
 
     paths = [os.path.join(folder, name) for name in names if _RANK.fullmatch(name)]
     if not paths:
         raise BridgeError(f"{folder} holds no mp_rank_*_model_states.pt. Copy it again.")
     metas = [_read_meta(path) for path in paths]
+    for meta, path in zip(metas, paths, strict=True):
+        check_meta(meta, path)
     tp = whole(settings(metas[0], folder), "model_parallel_size", folder) or 1
     if tp < 1 or len(paths) % tp:
         raise BridgeError(

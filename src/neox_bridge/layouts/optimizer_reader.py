@@ -14,6 +14,17 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.flat import Flat
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter, Scalar, Wrapper
+from neox_bridge.layouts.optimizer_values import (
+    check_config,
+    check_head,
+    check_meta,
+    check_settings,
+    check_tensor,
+    parameter_groups,
+    shapes,
+    states_of,
+)
+from neox_bridge.layouts.untrusted import mapping, unexpected
 from neox_bridge.planning.pieces import Shape, Whole
 from neox_bridge.stores.paths import ahead, read_at
 
@@ -32,6 +43,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
     folder = os.path.join(state.root, state.step)
     count = state.tp * max(1, state.pp)
     paths = [os.path.join(folder, f"mp_rank_{n:02d}_model_states.pt") for n in range(count)]
+    check_settings(checkpoint.raw, folder)
     metas = tuple(map(_meta, ahead(paths)))
     if state.te:
         raise Refused(
@@ -68,6 +80,7 @@ def _meta(path: str) -> Mapping[str, Any]:
     value = read_torch(path)
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no dictionary.")
+    check_meta(value, path)
     return value
 
 
@@ -77,7 +90,18 @@ def _read_files(
     state = checkpoint.neox
     assert state is not None
     found = {(int(m[2]), int(m[3])): m[0] for n in state.optimizer if (m := _FILE.fullmatch(n))}
-    dp = int(metas[0].get("dp_world_size") or max(d for d, _ in found) + 1)
+    if not found:
+        raise BridgeError(
+            f"{folder}: {some(list(state.optimizer))} isn't named as DeepSpeed names it."
+        )
+    most = max(rank for rank, _ in found) + 1
+    dp = int(metas[0].get("dp_world_size") or most)
+    if dp > most:
+        name = f"zero_pp_rank_{dp - 1}_mp_rank_00_optim_states.pt"
+        raise BridgeError(
+            f"{folder} isn't whole: {name} and others are missing, of {dp} data-parallel ranks "
+            "(dp_world_size of the mp_rank files). Copy the checkpoint again."
+        )
     want = {(d, n) for n in range(len(metas)) for d in range(dp)}
     if missing := sorted(want - set(found)):
         names = [f"zero_pp_rank_{d}_mp_rank_{n:02d}_optim_states.pt" for d, n in missing]
@@ -140,23 +164,27 @@ def _states(path: str) -> Mapping[str, Any]:
         )
     if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
         raise BridgeError(f"{path} holds no base_optimizer_state: it is of an unknown optimizer.")
+    check_head(inner, path)
+    if isinstance(value.get("ds_config"), dict):
+        check_config(value["ds_config"], path, "ds_config.")
+    elif value.get("ds_config") is not None:
+        raise unexpected(path, "ds_config", value["ds_config"], "a mapping of names to values")
     return {**inner, "outer": {k: v for k, v in value.items() if k != "optimizer_state_dict"}}
 
 
 def _shapes(meta: Mapping[str, Any], path: str) -> list[Mapping[str, Shape]]:
-    told = meta.get("param_shapes")
-    if not isinstance(told, list) or not all(isinstance(group, dict) for group in told):
+    if not isinstance(meta.get("param_shapes"), list):
         raise Refused(
             f"{path}: the mp_rank file beside it lacks param_shapes, so that its flat partitions "
             "can't be told apart: DeepSpeed has written them since 0.4 (2021)."
         )
-    config = meta.get("ds_config") or {}
-    if (config.get("zero_optimization") or {}).get("round_robin_gradients"):
+    zero = mapping(mapping(meta, "ds_config", path), "zero_optimization", path)
+    if zero.get("round_robin_gradients"):
         raise Refused(
             f"{path}: zero_optimization.round_robin_gradients was on, which shuffles parameters "
             "over partitions. Resume the run without it and save again."
         )
-    return [{name: tuple(shape) for name, shape in group.items()} for group in told]
+    return shapes(meta, path)
 
 
 def _group(
@@ -168,17 +196,18 @@ def _group(
     for rank, (value, path) in enumerate(zip(values, paths, strict=True)):
         masters = value.get("single_partition_of_fp32_groups")
         base = value["base_optimizer_state"]
-        if not isinstance(masters, list) or index >= min(len(masters), len(base["param_groups"])):
+        groups = parameter_groups(base, path)
+        if not isinstance(masters, list) or index >= min(len(masters), len(groups)):
             raise BridgeError(f"{path} lacks parameter group {index}. Copy the checkpoint again.")
         _check_mappings(value, index, flat, rank, path)
         _add(tensors, MASTER, masters[index], flat, rank, path)
         scalars = {}
-        for key, entry in (base["state"].get(index) or {}).items():
+        for key, entry in states_of(base, index, path).items():
             if isinstance(entry, TensorRef) and prod(entry.shape) >= max(2, flat.used(rank)):
                 _add(tensors, key, entry, flat, rank, path)
             else:
                 scalars[key] = scalar(entry)
-        settings = {k: v for k, v in base["param_groups"][index].items() if k != "params"}
+        settings = {k: v for k, v in groups[index].items() if k != "params"}
         group = Group(settings, scalars)
         if first is not None:
             _same_group(first, group, path)
@@ -193,8 +222,15 @@ def _add(
     tensors: dict[str, list[TensorRef]], key: str, part: Any, flat: Flat, rank: int, path: str
 ) -> None:
     used = flat.used(rank)
-    if not isinstance(part, TensorRef) or not used <= prod(part.shape) <= flat.partition:
-        size = prod(part.shape) if isinstance(part, TensorRef) else 0
+    part = check_tensor(key, part, path)
+    size = prod(part.shape)
+    first = tensors.get(key)
+    if first and first[0].dtype != part.dtype:
+        raise BridgeError(
+            f"{path}: {key} has the dtype {part.dtype}, and in {first[0].file} {first[0].dtype}. "
+            "Are they of one save?"
+        )
+    if not used <= size <= flat.partition:
         raise BridgeError(
             f"{path}: the partition of {key} has {size:,} elements, and by the model's shapes it "
             f"should have {flat.partition:,}. Is a file of another layout or model?"
@@ -207,6 +243,8 @@ def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int,
     told = value.get("param_slice_mappings")
     if not isinstance(told, list) or index >= len(told):
         return
+    if not isinstance(told[index], dict):
+        raise unexpected(path, f"param_slice_mappings[{index}]", told[index], "a mapping")
     theirs = {
         name: (entry.state.get("start"), entry.state.get("numel"))
         for name, entry in told[index].items()

@@ -17,6 +17,14 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.flat import Flat
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter
 from neox_bridge.layouts.optimizer_reader import check_weights, generators, scalar
+from neox_bridge.layouts.optimizer_values import (
+    check_stage0_scaler,
+    check_tensor,
+    numbers_of,
+    parameter_groups,
+    states_of,
+)
+from neox_bridge.layouts.untrusted import mapping, sequence
 from neox_bridge.planning.pieces import Shape, Whole, whole_of
 from neox_bridge.planning.stages import DEFAULT, block_class, stage_bounds
 
@@ -37,19 +45,22 @@ def read_stage0(
         stage, rank = divmod(number, state.tp)
         path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
         named = _named(checkpoint, bounds[stage], rank)
-        inner = meta["optimizer"].get("optimizer_state_dict")
-        if inner is not None and "fp32_groups_flat" not in meta["optimizer"]:
+        head = mapping(meta, "optimizer", path)
+        inner = head.get("optimizer_state_dict")
+        if inner is not None and "fp32_groups_flat" not in head:
             raise Refused(
                 f"{path}: its optimizer is DeepSpeed's FP16_UnfusedOptimizer, or another that "
                 "can't be read. Resume the run with a fused Adam or with ZeRO stage 1, and save it."
             )
-        torch_state = meta["optimizer"] if inner is None else inner
-        told = torch_state["param_groups"]
+        if inner is not None:
+            check_stage0_scaler(head, path)
+        torch_state = head if inner is None else mapping(head, "optimizer_state_dict", path)
+        told = parameter_groups(torch_state, path)
         for index, mine in enumerate(grouped(named, checkpoint.raw, len(told))):
             if inner is None:
                 scalars = _plain(torch_state, index, mine, rank, shards, path)
             else:
-                scalars = _flat(meta["optimizer"], index, mine, rank, shards, path)
+                scalars = _flat(head, index, mine, rank, shards, path)
             settings = {k: v for k, v in told[index].items() if k != "params"}
             groups.setdefault(index, Group(settings, scalars))
             members |= dict.fromkeys(mine, index)
@@ -130,7 +141,7 @@ def _plain(
     path: str,
 ) -> dict[str, Any]:
     """Fills ``shards`` from states of their own; returns what else the group's states have."""
-    numbers = state["param_groups"][index]["params"]
+    numbers = numbers_of(state["param_groups"][index], index, path)
     if len(numbers) != len(mine):
         raise BridgeError(
             f"{path}: group {index} of its optimizer has {len(numbers)} parameters, and by the "
@@ -138,8 +149,9 @@ def _plain(
         )
     scalars: dict[str, Any] = {}
     for number, (place, shape) in zip(numbers, mine.items(), strict=True):
-        for key, entry in (state["state"].get(number) or {}).items():
+        for key, entry in states_of(state, number, path).items():
             if isinstance(entry, TensorRef) and entry.shape:
+                check_tensor(key, entry, path)
                 if entry.shape != shape:
                     raise BridgeError(
                         f"{path}: {key} of parameter {number} has the shape {list(entry.shape)}, "
@@ -162,13 +174,17 @@ def _flat(
 ) -> dict[str, Any]:
     """The same from flat tensors, the masters among them."""
     flat = Flat({f"{layer}.{name}": shape for (layer, name), shape in mine.items()}, 1)
-    entries = {MASTER: value["fp32_groups_flat"][index]}
-    entries |= value["optimizer_state_dict"]["state"].get(index) or {}
+    masters = sequence(value, "fp32_groups_flat", path)
+    if index >= len(masters):
+        raise BridgeError(f"{path}: fp32_groups_flat lacks group {index}. Copy it again.")
+    entries: dict[str, Any] = {MASTER: check_tensor(MASTER, masters[index], path)}
+    entries |= states_of(value["optimizer_state_dict"], index, path)
     scalars: dict[str, Any] = {}
     for key, entry in entries.items():
         if not isinstance(entry, TensorRef) or not entry.shape:
             scalars[key] = scalar(entry)
             continue
+        check_tensor(key, entry, path)
         if prod(entry.shape) != flat.numel:
             raise BridgeError(
                 f"{path}: {key} of group {index} has {prod(entry.shape):,} elements, and by the "

@@ -27,6 +27,12 @@ from neox_bridge.layouts.optimizer_reader import (
     scalar,
     stage_of,
 )
+from neox_bridge.layouts.optimizer_values import (
+    check_head,
+    check_tensor,
+    parameter_groups,
+    shapes,
+)
 from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import STATE, STEP, ZERO, file_name
@@ -120,6 +126,8 @@ def read_universal(
     groups = told.get("param_groups") if isinstance(told, dict) else None
     if not isinstance(told, dict) or not isinstance(groups, list) or not groups:
         raise BridgeError(f"{path} holds no param_groups: it isn't a universal checkpoint's.")
+    parameter_groups(told, path)
+    check_head(told, path)
     members: dict[str, int] = {}
     for number, meta in enumerate(metas):
         shapes = _shapes(meta, folder)
@@ -163,10 +171,9 @@ def read_universal(
 
 
 def _shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, Any]]:
-    told = meta.get("param_shapes")
-    if not isinstance(told, list) or not all(isinstance(group, dict) for group in told):
+    if not isinstance(meta.get("param_shapes"), list):
         raise BridgeError(f"{folder}: an mp_rank file lacks param_shapes. Copy it again.")
-    return told
+    return shapes(meta, f"{folder}/mp_rank_*_model_states.pt")
 
 
 def _names(folder: str) -> list[str]:
@@ -193,6 +200,7 @@ def _read(folder: str, key: str) -> dict[str, _Stored]:
         ref = value.get("param") if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(ref, TensorRef):
             raise BridgeError(f"{path} holds no param: it isn't a universal checkpoint's.")
+        check_tensor("param", ref, path)
         found[name] = _Stored(ref, value.get("cat_dim") == 0 and set(value) == {"cat_dim", "param"})
     return found
 

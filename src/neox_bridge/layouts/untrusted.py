@@ -5,7 +5,7 @@ whose list fills the memory.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,10 @@ _MOST_VALUES = 100_000  # of a run's args, with those inside them
 _MOST_TEXT = 1 << 20  # characters of them
 _LONGEST_NAME = 500  # characters
 _INT64 = 1 << 63
+_MOST_COUNT = 1 << 30  # sequences of a step, ranks
+_LARGEST = 1e300  # of a hyperparameter
+# YAML 1.1 reads 1e-08, which has no point, as text
+FLOAT = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?([eE][-+]?[0-9]{1,2})?")
 
 
 def settings(meta: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -41,6 +45,82 @@ def whole(values: Mapping[str, Any], key: str, path: str) -> int | None:
     if not isinstance(value, int | float) or value != value or not 0 <= value < _INT64:
         raise BridgeError(f"{path}: {key} isn't a whole number. {_OTHER}")
     return int(value)
+
+
+def count(values: Mapping[str, Any], key: str, path: str, name: str = "") -> int | None:
+    """A number of sequences, steps or ranks: 1 or more. None where there is none.
+
+    Args:
+        name: of the value for people, where ``key`` alone does not say where it stands.
+
+    Raises:
+        BridgeError: for anything else.
+    """
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_COUNT:
+        raise unexpected(path, name or key, value, f"a whole number from 1 to {_MOST_COUNT:,}")
+    return value
+
+
+def number(values: Mapping[str, Any], key: str, path: str, name: str = "") -> float | None:
+    """A number that is not negative, as yml may have it; None where there is none.
+
+    Raises:
+        BridgeError: for anything else.
+    """
+    value = values.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str) and FLOAT.fullmatch(value):
+        value = float(value)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 <= value <= _LARGEST:  # NaN is neither
+        raise unexpected(path, name or key, value, "a number that is not negative")
+    return value
+
+
+def mapping(values: Mapping[str, Any], key: str, path: str, name: str = "") -> Mapping[str, Any]:
+    """Values by their names; empty where there are none.
+
+    Raises:
+        BridgeError: for anything else.
+    """
+    value = values.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(entry, str) for entry in value):
+        raise unexpected(path, name or key, value, "a mapping of names to values")
+    return value
+
+
+def sequence(values: Mapping[str, Any], key: str, path: str, name: str = "") -> Sequence[Any]:
+    """A list; empty where there is none.
+
+    Raises:
+        BridgeError: for anything else.
+    """
+    value = values.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise unexpected(path, name or key, value, "a list")
+    return value
+
+
+def unexpected(path: str, name: str, value: object, wanted: str) -> BridgeError:
+    """The error for a value of another kind than DeepSpeed or GPT-NeoX writes."""
+    shown = repr(value)[:60] if isinstance(value, bool | int | float | str) else _kind(value)
+    return BridgeError(f"{path}: {name} is {shown}, not {wanted}. {_OTHER}")
+
+
+def _kind(value: object) -> str:
+    words = {"NoneType": "empty", "dict": "a mapping", "list": "a list", "tuple": "a tuple"}
+    words |= {"TensorRef": "a tensor", "Record": "an object", "Global": "an object"}
+    return words.get(type(value).__name__, type(value).__name__)
 
 
 def text(values: Mapping[str, Any], key: str) -> str:

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
-from neox_bridge.errors import Refused
+from neox_bridge.errors import BridgeError, Refused
+
+_SHOWN = 40  # numbers in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,17 +19,22 @@ class Batch:
     accumulation: int
 
 
-def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int) -> Batch:
-    """The batch of a run, as its ds_config says, else its yml."""
-    micro = int(
-        config.get("train_micro_batch_size_per_gpu")
-        or raw.get("train_micro_batch_size_per_gpu")
-        or 1
-    )
-    told = config.get("gradient_accumulation_steps") or raw.get("gradient_accumulation_steps")
-    accumulation = int(told or raw.get("gas") or 1)
+def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int, path: str) -> Batch:
+    """The batch of a run, as its ds_config says, else its yml. path: of the file with ds_config.
+
+    Raises BridgeError for numbers that contradict each other.
+    """
+    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    micro, accumulation = (int(config.get(key) or raw.get(key) or 0) for key in keys)
+    micro, accumulation = micro or 1, accumulation or int(raw.get("gas") or 1)
     total = int(config.get("train_batch_size") or micro * accumulation * dp)
-    return Batch(total, micro, max(1, total // (micro * dp)))
+    if total % (micro * dp):
+        raise BridgeError(
+            f"{path}: ds_config.train_batch_size is {total}, which "
+            f"train_micro_batch_size_per_gpu {micro} on {dp} data-parallel ranks does not divide. "
+            "DeepSpeed does not start so: the files are of different saves. Copy them again."
+        )
+    return Batch(total, micro, total // (micro * dp))
 
 
 def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = None) -> Batch:
@@ -43,19 +51,29 @@ def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = 
         Refused: with the numbers that would fit, where the global batch can't be spread so.
     """
     if batch.total % dp:
-        fits = [n for n in range(1, batch.total + 1) if batch.total % n == 0]
+        fits = _listed(_divisors(batch.total))
         raise Refused(
             f"--dp {dp} doesn't divide the global batch of {batch.total} sequences, which the "
-            f"learning-rate schedule was made for. These do: {', '.join(map(str, fits))}."
+            f"learning-rate schedule was made for. These do: {fits}."
         )
     share = batch.total // dp
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    sizes = _divisors(share)
     if micro is not None and micro not in sizes:
         raise Refused(
             f"--micro-batch {micro} doesn't divide the {share} sequences of a rank's step, with "
-            f"{batch.total} in all on {dp} ranks. These do: {', '.join(map(str, sizes))}."
+            f"{batch.total} in all on {dp} ranks. These do: {_listed(sizes)}."
         )
     fitting = [size for size in sizes if size <= batch.micro]
     wanted = [size for size in fitting if size * (accumulation or 0) == share]
     chosen = micro or max(wanted or fitting)
     return Batch(batch.total, chosen, share // chosen)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_SHOWN]))
+    return f"{shown} and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else shown

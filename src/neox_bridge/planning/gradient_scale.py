@@ -9,7 +9,6 @@ the update, k m / (sqrt(k**2 v) + k eps), is what it was.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,6 +19,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.pickles import Record
 from neox_bridge.frameworks.deepspeed import PipelineAccumulation
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer
+from neox_bridge.layouts.untrusted import FLOAT
 from neox_bridge.planning.pieces import Whole, scaled
 
 Engine = Literal["sums", "averages"]
@@ -27,7 +27,6 @@ States = Mapping[str, Mapping[str, Whole]]
 
 CLIPPING = 1.0  # GPT-NeoX's default of gradient_clipping
 _WEIGHT_DECAY = 0.1  # and of weight_decay
-_NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?[eE][-+]?[0-9]{1,2}")
 _EPS = 1e-8  # the default of apex's, DeepSpeed's and torch's Adam
 
 # The power of k with which each state grows, by the optimizer's name in GPT-NeoX
@@ -74,7 +73,7 @@ class Rescaling:
 
         YAML 1.1 reads 1e-08, which has no point, as text.
         """
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
+        if isinstance(value, str) and FLOAT.fullmatch(value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value

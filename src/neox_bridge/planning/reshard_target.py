@@ -1,5 +1,6 @@
 """Where a resharded run goes on: what a user asks for, settled against the model and the batch."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -10,7 +11,7 @@ from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName
 from neox_bridge.layouts.optimizer import Optimizer
 from neox_bridge.layouts.step_folder import number_of
-from neox_bridge.layouts.untrusted import text
+from neox_bridge.layouts.untrusted import text, whole
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.batch import Batch, batch_of, spread
 from neox_bridge.planning.common import drop_vocabulary_rows
@@ -96,7 +97,8 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
     shape, _ = target_shape(checkpoint, options)
     rows = checkpoint.config.dims["vocab"]
     if state.universal:  # it may be without the rows of padding, which come back as zeros
-        rows = max(rows, int(state.args.get("padded_vocab_size") or 0))
+        folder = os.path.join(state.root, state.step)
+        rows = max(rows, whole(state.args, "padded_vocab_size", folder) or 0)
     vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, shape.tp)
     config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
     dp = asked.dp or optimizer.dp
@@ -112,7 +114,8 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
             "--zero 1."
         )
     told = optimizer.metas[0].get("ds_config") or {}
-    source = batch_of(told, raw, optimizer.dp)
+    mp_rank = os.path.join(state.root, state.step, "mp_rank_00_model_states.pt")
+    source = batch_of(told, raw, optimizer.dp, mp_rank)
     version = text(optimizer.metas[0], "ds_version") or None
     before, after = _sides(asked, version, checkpoint, shape, source)
     accumulation = kept_accumulation(before, after)
