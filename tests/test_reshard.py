@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from common import FIXTURES, assert_same, hf_tensors, same_bits
 from typer.testing import CliRunner
 
@@ -677,4 +679,96 @@ def test_what_was_written_is_read_back(tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert done.exit_code == 3
     assert "exp_avg: gpt_neox.embed_in.weight" in done.output
+    assert not (tmp_path / "new").exists()
+
+
+# --- values of other kinds than DeepSpeed writes -------------------------------------------------
+
+
+def group_of_text(value: Any) -> None:
+    value["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0] = "x"
+
+
+def shape_of_number(value: Any) -> None:
+    value["param_shapes"][0][next(iter(value["param_shapes"][0]))] = 3
+
+
+def micro_batch_of_text(value: Any) -> None:
+    value["ds_config"]["train_micro_batch_size_per_gpu"] = "x"
+
+
+def many_ranks(value: Any) -> None:
+    value["dp_world_size"] = 2**20
+
+
+def state_of_integers(value: Any) -> None:
+    state = value["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
+    state["exp_avg"] = replace(state["exp_avg"], dtype="int32")
+
+
+def other_batch(value: Any) -> None:
+    value["ds_config"]["train_batch_size"] = 7
+
+
+OPTIM, META = "bf16_zero_pp_rank_1_mp_rank_00_optim", "mp_rank_00_model"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (OPTIM, group_of_text, "param_groups[0] is 'x', not a mapping of names to values"),
+        (META, shape_of_number, "param_shapes: 0.word_embeddings.weight is 3, not a shape"),
+        (META, micro_batch_of_text, "ds_config.train_micro_batch_size_per_gpu is 'x', not a whole"),
+        (META, many_ranks, "1048575_mp_rank_00_optim_states.pt and others are missing"),
+        (OPTIM, state_of_integers, "exp_avg has the dtype int32, and only states in floating"),
+        (META, other_batch, "ds_config.train_batch_size is 7, which train_micro_batch_size_per"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_values_of_another_kind(
+    name: str, change: Callable[[Any], None], message: str, tmp_path: Path
+) -> None:
+    """One line that names the file and the key, whichever command reads them."""
+    root = damaged(tmp_path / "old", lambda step: rewritten(step / f"{name}_states.pt", change))
+    commands = [["reshard", str(root), str(tmp_path / "new"), "--dp", "1"]]
+    if change is not other_batch:
+        commands += [
+            ["export-optimizer", str(root), str(tmp_path / "new")],
+            ["convert", str(root), str(tmp_path / "new"), "--weights", "masters"],
+            ["inspect", str(root), "--optimizer", "--stats"],
+            ["diff", str(root), str(DATA / "bf16_tp2"), "--optimizer"],
+        ]
+    for command in commands:
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 1, (command, done.output)
+        assert message in done.output
+        assert str(root) in done.output
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("zero_optimization", float("nan")),
+        ("zero_optimization", {"stage": "x"}),
+        ("optimizer", {"type": ["Adam"]}),
+        ("optimizer", {"type": "Adam", "params": {"eps": "x"}}),
+        ("gradient_clipping", [1]),
+        ("train_micro_batch_size_per_gpu", -4),
+        ("checkpoint", "x"),
+        ("pipe_partition_method", 3),
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind(key: str, value: Any, tmp_path: Path) -> None:
+    def set_key(step: Path) -> None:
+        for path in (step / "configs").glob("*.yml"):
+            kept = yaml.safe_load(path.read_text())
+            path.write_text(json.dumps({k: v for k, v in kept.items() if k != key}))
+        (step / "configs" / "zz.yml").write_text(yaml.safe_dump({key: value}))
+
+    root = damaged(tmp_path / "old", set_key)
+    done = CliRunner().invoke(app, ["reshard", str(root), str(tmp_path / "new"), "--dp", "1"])
+    assert done.exit_code == 1, done.output
+    assert f"{root}/global_step9/configs: {key}" in done.output
     assert not (tmp_path / "new").exists()
