@@ -296,3 +296,15 @@ def test_floats_of_less_than_a_byte_are_quantized(hf: Path, tmp_path: Path) -> N
     )
     with pytest.raises(Refused, match="unquantized"):
         open_checkpoint(str(source))
+
+
+def test_integers_never_equal_weights(hf: Path, tmp_path: Path) -> None:
+    """Cast to integers the source would be these very values."""
+    source = changed(hf, tmp_path / "q", lambda k, v: {k: v.to(torch.int8)})
+    for command in (("verify", hf, source), ("verify", source, hf), ("diff", hf, source)):
+        done = run(*command)
+        assert done.exit_code == 3, done.output
+        assert "int8" in done.output
+    done = run("audit", source)
+    assert done.exit_code == 3
+    assert "weights are int8" in done.output

@@ -1,16 +1,18 @@
 """``neox-bridge audit``: a run's or a suite's many checkpoints, held against each other."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Severity
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import ambiguity, as_stored
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.planning.weight_dtypes import odd_dtypes
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
 from neox_bridge.verification.audit_norms import norm_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
@@ -117,6 +119,7 @@ def audit(
             found.append(_unreadable(one.run, one.place, error))
         else:
             runs[one.run].append(step)
+            found += _odd_weights(one.run, one.place, checkpoint)
             if one.checkpoint.tied_head is not None and not checkpoint.config.tied_embeddings:
                 found.append(_two_heads(one.run, one.place, one.checkpoint))
     for run, steps in runs.items():
@@ -146,6 +149,13 @@ def verdict(step: Step, faults: Iterable[Fault]) -> str:
     """The worst that is said of a step: error, warning or ok."""
     worst = {f.severity for f in faults if f.run == step.run and step.label in f.steps}
     return next((word for word in _ORDER[:2] if word in worst), "ok")
+
+
+def _odd_weights(run: str, place: Place, checkpoint: Checkpoint) -> Iterator[Fault]:
+    for odd in odd_dtypes(checkpoint):
+        severity: Severity = "warning" if odd.castable else "error"
+        message = f"{place.label}: {odd.reason}"
+        yield Fault("weight-dtype", severity, message, odd.way_out, run, (place.label,), odd.names)
 
 
 def _two_heads(run: str, place: Place, checkpoint: Checkpoint) -> Fault:

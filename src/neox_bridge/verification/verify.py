@@ -8,6 +8,7 @@ from neox_bridge.architectures.base import ModelConfig, Weight
 from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import FLOAT8, FLOATING
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.derived_check import mismatch_finding
@@ -210,6 +211,10 @@ def _compare(
     if name not in wholes:
         return Difference(name, "only-second", prod(second.shape))
     first, weight = wholes[name], weights[tensor_of(name)]
+    dtypes = {first.dtype, second.dtype}
+    if len(dtypes) > 1 and not dtypes <= {*FLOATING, *FLOAT8}:
+        detail = f"{first.dtype} and {second.dtype}: only floating-point numbers are cast"
+        return Difference(name, "values", prod(second.shape), detail=detail)
     if weight.split == "vocab":
         if not zero_beyond(second, rows, context):
             detail = f"rows {rows} to {second.shape[0] - 1} are padding, and not zero"
