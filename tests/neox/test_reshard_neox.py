@@ -122,6 +122,12 @@ def losses(
     return [result["losses"] for result in found]
 
 
+def asked(source: Layout, target: Layout) -> dict[str, int]:
+    """A target with the source's accumulation, which the jobs set: no gradient changes its scale."""
+    micro = BATCH["train_micro_batch_size_per_gpu"] * source.dp // target.dp
+    return {"tp": target.tp, "pp": target.pp, "dp": target.dp, "micro_batch": micro}
+
+
 def apart(a: float, b: float) -> float:
     return abs(a - b) / abs(a)
 
@@ -150,10 +156,10 @@ def test_every_layout_to_every_other(
         jobs = []
         for source in sources:
             new = tmp_path / str(target) / f"from {source}"
-            reshard(tmp_path / str(source) / "run", new, tp=target.tp, pp=target.pp, dp=target.dp)
+            reshard(tmp_path / str(source) / "run", new, **asked(source, target))
             jobs.append({"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
         cold = tmp_path / str(target) / "cold"
-        reshard(tmp_path / str(sources[0]) / "run", cold, tp=target.tp, pp=target.pp, dp=target.dp)
+        reshard(tmp_path / str(sources[0]) / "run", cold, **asked(sources[0], target))
         without_moments(cold)
         jobs.append({"yml": str(cold / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
         *found, forgetful = losses(neox_python, target, jobs, tmp_path / str(target) / "jobs")

@@ -8,7 +8,17 @@ import pytest
 import test_real_neox
 from common import convert, make_hf
 from test_reshard import differences, reshard
-from test_reshard_neox import BATCH, LAYOUTS, PRECISION, TOLERANCE, Layout, apart, losses, start
+from test_reshard_neox import (
+    BATCH,
+    LAYOUTS,
+    PRECISION,
+    TOLERANCE,
+    Layout,
+    apart,
+    asked,
+    losses,
+    start,
+)
 from test_universal import ZERO, inside
 
 from neox_bridge.formats.torch_file import read_torch
@@ -77,7 +87,7 @@ def test_they_load(precision: str, residual: str, neox_python: str, tmp_path: Pa
     for written, target in tries:
         new = tmp_path / str(written)
         if not new.exists():
-            reshard(run, new, tp=written.tp, pp=written.pp, dp=written.dp, universal=True)
+            reshard(run, new, **asked(own, written), universal=True)
         here = {**BATCH, "pipe_parallel_size": target.pp}
         job = {"yml": str(new / "resume_universal.yml"), "losses": 3, "alike": True, "set": here}
         (mine,) = losses(neox_python, target, [job], tmp_path / f"{written} on {target}")
