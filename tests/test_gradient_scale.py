@@ -238,6 +238,11 @@ def test_the_loss_scale_is_divided(source: Path, zero: int, tmp_path: Path) -> N
     told = finding(plan, "loss-scale")
     assert told is not None
     assert "divided by 2 (no further than min_loss_scale)" in told.message
+    plan, _ = reshard(tmp_path / "new", tmp_path / "back", micro_batch=2)
+    assert scale(tmp_path / "back") == scale(source)
+    told = finding(plan, "loss-scale")
+    assert told is not None
+    assert "multiplied by 2" in told.message
 
 
 def test_a_loss_scale_goes_no_lower_than_its_minimum(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def losses(
 
 
 def asked(source: Layout, target: Layout) -> dict[str, int]:
-    """A target with the source's accumulation, which the jobs set: no gradient changes its scale."""
+    """A target with the source's accumulation, which the jobs set, so that nothing is scaled."""
     micro = BATCH["train_micro_batch_size_per_gpu"] * source.dp // target.dp
     return {"tp": target.tp, "pp": target.pp, "dp": target.dp, "micro_batch": micro}
 

@@ -253,6 +253,12 @@ def _is_l2(optimizer: Optimizer, raw: Mapping[str, Any], params: Mapping[str, An
     return coupled or groups or bool(raw.get("use_mup"))
 
 
+def _division(divisor: float) -> str:
+    if divisor < 1:
+        return f"multiplied by {1 / divisor:g}"
+    return f"divided by {divisor:g} (no further than min_loss_scale)"
+
+
 _DOES: dict[str, str] = {
     "sums": "sums micro-batches' gradients",
     "averages": "averages micro-batches' gradients",
@@ -315,8 +321,8 @@ def gradient_findings(
         yield Finding(
             "loss-scale",
             "info",
-            f"fp16: the loss scale is divided by {changes.loss_scale:g} (no further than "
-            "min_loss_scale), so that no scaled gradient overflows that did not before",
+            f"fp16: the loss scale is {_division(changes.loss_scale)}, so that no scaled gradient "
+            "overflows that did not before",
         )
     if changes.decays:
         yield Finding(
