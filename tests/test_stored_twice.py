@@ -193,3 +193,32 @@ def test_a_single_file_beside_an_index_is_what_transformers_reads(tmp_path: Path
 
     model = AutoModelForCausalLM.from_pretrained(source)
     assert torch.equal(model.state_dict()[NAME], hf_tensors(other)[NAME])
+
+
+def test_weights_in_both_layouts_of_gpt_neox(tmp_path: Path) -> None:
+    """GPT-NeoX reads layer files or mp_rank files, as pipe_parallel_size says."""
+    for seed, layout in ((0, "layers"), (1, "ranks")):
+        convert(make_hf(tmp_path / f"hf{seed}", seed=seed), tmp_path / layout, layout=layout)
+    rank = "global_step0/mp_rank_00_model_states.pt"
+    shutil.copy(tmp_path / "ranks" / rank, tmp_path / "layers" / rank)
+    refused = run("convert", tmp_path / "layers", tmp_path / "out")
+    assert refused.exit_code == 4
+    assert "both layouts" in refused.stderr
+    assert "mp_rank_00_model_states.pt" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "other"),
+    [
+        ("layers", "layer_02-model_00-model_states.pt", "layer_2-model_00-model_states.pt"),
+        ("ranks", "mp_rank_00_model_states.pt", "mp_rank_0_model_states.pt"),
+    ],
+)
+def test_two_files_of_one_layer_and_rank(
+    layout: str, name: str, other: str, tmp_path: Path
+) -> None:
+    convert(make_hf(tmp_path / "hf"), tmp_path / "neox", layout=layout)
+    step = tmp_path / "neox" / "global_step0"
+    shutil.copy(step / name, step / other)
+    with pytest.raises(Refused, match="two files"):
+        open_checkpoint(str(tmp_path / "neox"))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -247,9 +247,17 @@ def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int
 
 def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
     found = {(int(m[1]), int(m[2])): m[0] for n in names if (m := _LAYER.fullmatch(n))}
+    _check_one_each(folder, [n for n in names if _LAYER.fullmatch(n)], found.values())
     tp = max(rank for _, rank in found) + 1
     stage_files = [name for name in names if _RANK.fullmatch(name)]
     meta = _read_meta(os.path.join(folder, stage_files[0])) if stage_files else {}
+    if isinstance(meta.get("module"), dict) and meta["module"]:
+        raise Refused(
+            f"{folder} holds weights in both layouts: in layer_*-model_*-model_states.pt and in "
+            f"{stage_files[0]} (module). GPT-NeoX reads the first with pipe_parallel_size 1 or "
+            "more, the second with 0, so which model this is depends on the yml. Move the files of "
+            "the layout that this run did not write out of the folder."
+        )
     args = settings(meta, folder)
     tp = max(tp, whole(args, "model_parallel_size", folder) or 1)
     told = whole({**raw, **args}, "num_layers", folder)
@@ -290,6 +298,7 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
             f"{folder} holds neither layer_*-model_*-model_states.pt nor "
             "mp_rank_*_model_states.pt: it isn't a GPT-NeoX checkpoint, or only part of one."
         )
+    _check_one_each(folder, [n for n in names if _RANK.fullmatch(n)], found.values())
     values = {}
     ordered = sorted(found)
     paths = (os.path.join(folder, found[rank]) for rank in ordered)
@@ -347,6 +356,15 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
         tp=tp,
         stores_buffers=any(name.endswith(_INV_FREQ) for name in buffers),
     )
+
+
+def _check_one_each(folder: str, names: Sequence[str], read: Collection[str]) -> None:
+    """Refuse two files of one layer and rank, whose numbers have other numbers of zeros."""
+    if spare := sorted(set(names) - set(read)):
+        raise Refused(
+            f"{folder} holds two files of one layer and rank, such as {spare[0]}, so which one "
+            "counts depends on who reads it. Move the wrong one out of the folder."
+        )
 
 
 def _check_count(folder: str, what: str, count: int, found: int) -> None:
