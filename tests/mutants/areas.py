@@ -133,7 +133,6 @@ AREAS: dict[str, Area] = {
             "tests/test_format_boundaries.py",
             "tests/test_pickles.py",
             "tests/test_zip_readers.py",
-            "tests/test_attacks_files.py",
             "tests/test_attacks_pt.py",
             "tests/test_security.py",
             "tests/test_torch_files.py",

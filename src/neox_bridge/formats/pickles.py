@@ -162,6 +162,8 @@ def _duplicate(machine: _Machine, _arg: object) -> None:
 
 
 def _put(machine: _Machine, index: int) -> None:
+    if index < 0:
+        raise PickleError("the pickle stores a value at a negative place")
     machine.memo[index] = machine.stack[-1]
 
 
