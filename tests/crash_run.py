@@ -15,9 +15,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from neox_bridge.compat.mend import checker, in_place, mend_plan
+from neox_bridge.compat.targets import target_named
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import exchange, movers, output
 from neox_bridge.execution.run import execute
+from neox_bridge.execution.staging import sweep
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
@@ -34,6 +39,12 @@ CASES: dict[str, dict[str, Any]] = {
     "step": {"tp": 2},  # into a run that has another step
     "replaced": {"tp": 2},  # --overwrite
     "aside": {"tp": 2},  # the same, in a kernel that can't exchange
+    "root": {"tp": 2},  # into a run whose finetune.yml and tokenizer are those of another layout
+    "root replaced": {"tp": 2},  # --overwrite of its step
+    "root aside": {"tp": 2},  # the same, in a kernel that can't exchange
+    "mended": {},  # doctor --in-place
+    "mended step": {},
+    "mended aside": {},
 }
 
 
@@ -67,12 +78,22 @@ def dies_at(point: int | None, count: list[int]) -> None:
     counted(exchange, "_exchange", lambda *_: True)
 
 
-def run(plan: Plan, target: Path, overwrite: bool) -> int:
-    """The bytes that were kept from before."""
-    return execute(plan, str(target), overwrite=overwrite, workers=1).kept
+def run(plan: Plan | None, target: Path, overwrite: bool) -> int:
+    """The bytes that were kept from before. Without a plan: what is there is mended in place."""
+    if plan is not None:
+        return execute(plan, str(target), overwrite=overwrite, workers=1).kept
+    sweep(str(target))
+    checkpoint = open_checkpoint(str(target))
+    era = target_named("neox@2024-03" if checkpoint.kind == "neox" else "transformers@4.30")
+    plan = mend_plan(checkpoint, era, str(target))
+    if plan is None:
+        return 0
+    check = checker(checkpoint, plan)
+    mended = in_place(checkpoint, plan)
+    return execute(mended, str(target), workers=1, check=check, in_place=True).kept
 
 
-def child(plan: Plan, target: Path, overwrite: bool, point: int | None) -> int:
+def child(plan: Plan | None, target: Path, overwrite: bool, point: int | None) -> int:
     """The number of calls that it made, or -1 where it was killed."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -102,10 +123,36 @@ def prepared(folder: Path, case: str) -> Path:
     home.mkdir()
     if case == "step":
         shutil.copytree(folder / "run", home / "out")
+    if case.startswith("root"):
+        shutil.copytree(folder / "root", home / "out")
+    if case.startswith("mended"):
+        shutil.copytree(folder / ("neox" if case == "mended step" else "hf"), home / "out")
     if case in ("replaced", "aside"):
         (home / "out").mkdir()
-        (home / "out" / "old").write_text("old")
+        (home / "out" / "README.md").write_text("old")
     return home / "out"
+
+
+def assert_consistent(
+    target: Path, left: dict[str, str], old: dict[str, str], expected: dict[str, str], point: int
+) -> None:
+    """A run with a finetune.yml is all old or all new; without one each file is old or new."""
+    names = {name for name in left if not name.startswith(("global_step", "tokenizer"))}
+    for name, digest in left.items():
+        assert digest in (old.get(name), expected.get(name)), (point, name)
+    assert "latest" in names, point
+    tag = (target / "latest").read_text()
+    step = {name: digest for name, digest in left.items() if name.startswith(f"{tag}/")}
+    if (target / "global_step0").is_dir() and step:
+        sides = [{n: d for n, d in s.items() if n.startswith(f"{tag}/")} for s in (old, expected)]
+        assert step in sides, point
+    if "finetune.yml" in left:
+        (yml,) = (target / tag / "configs").glob("*.yml")
+        of_step, of_root = (yaml.safe_load(p.read_text()) for p in (yml, target / "finetune.yml"))
+        for key in ("model_parallel_size", "pipe_parallel_size"):
+            assert of_step[key] == of_root[key], point
+        whole = [n for n in expected if n.startswith("tokenizer/")]
+        assert all(name in left for name in whole), point
 
 
 def main(folder: Path, case: str) -> dict[str, int]:
@@ -113,13 +160,16 @@ def main(folder: Path, case: str) -> dict[str, int]:
     output.SMALL = 20_000
     output._GROUP = 30_000  # flushed some at a time, as those of a large model are
     movers.WORTH = 4_000
-    if case == "aside":
+    if case.endswith("aside"):
         exchange._exchange = lambda *_: False  # type: ignore[assignment]
     source = folder / ("neox" if case == "hf" else "hf")
-    overwrite = case in ("replaced", "aside")
+    overwrite = case in ("replaced", "aside", "root replaced", "root aside")
     target = prepared(folder, case)
     old = tree(target)
-    plan = make_plan(open_checkpoint(str(source)), Options(**CASES[case]), str(target))
+    plan = None
+    if not case.startswith("mended"):
+        options = Options(iteration=7 if case == "root" else None, **CASES[case])
+        plan = make_plan(open_checkpoint(str(source)), options, str(target))
     before = tree(source)
     points = child(plan, target, overwrite, None)
     expected = tree(target)
@@ -136,7 +186,9 @@ def main(folder: Path, case: str) -> dict[str, int]:
             }, point
             if left["latest"] != old["latest"]:
                 assert left == expected, point
-        elif case == "aside":
+        elif case.startswith("root"):
+            assert_consistent(target, left, old, expected, point)
+        elif case.endswith("aside"):
             assert left in (old, expected, {}), point
         else:
             assert left in (old, expected), point

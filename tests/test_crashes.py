@@ -14,7 +14,7 @@ from common import convert, make_hf, step_of
 from crash_run import CASES
 
 MAIN = Path(__file__).with_name("crash_run.py")
-SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 300}
+SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 192, "vocab_size": 300}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,23 @@ def made(found: Path) -> Path:
     step_of(found / "run").rename(found / "run" / "global_step7")
     (found / "run" / "latest").write_text("global_step7")
     (found / "run" / "finetune.yml").write_text("mine: true\n")
+    convert(found / "hf", found / "root", tp=1, tokenizer=str(tokenizer(found / "words")))
+    make_tokenizer(found / "hf", "other")
     return found
+
+
+def tokenizer(folder: Path) -> Path:
+    """One with the same vocabulary as ``make_tokenizer`` gives, formatted otherwise."""
+    folder.mkdir()
+    make_tokenizer(folder, "first", indent=2)
+    return folder
+
+
+def make_tokenizer(folder: Path, name: str, indent: int | None = None) -> None:
+    vocab = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, 280)}}
+    value = {"model": {"type": "WordLevel", "vocab": vocab}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(value, indent=indent))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"name": name}))
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
@@ -46,4 +62,5 @@ def test_killed_at_every_call_that_changes_the_disk(case: str, folder: Path) -> 
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["points"] > 30
-    assert found["resumed"] > found["points"] / 4, "finished files are used again"
+    if not case.startswith("mended"):  # few files are written there
+        assert found["resumed"] > found["points"] / 4, "finished files are used again"

@@ -21,11 +21,12 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution import (
     casts,
     exchange,
     files,
+    flushing,
     movers,
     staging,
     tensors,
@@ -630,7 +631,7 @@ def test_a_failing_disk_leaves_nothing(
     plan = simple(tmp_path)
     if overwrite:
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old").write_text("old")
+        (tmp_path / "out" / "README.md").write_text("old")
     real, calls = os.pwrite, []
 
     def fail(*args: Any) -> int:
@@ -645,7 +646,7 @@ def test_a_failing_disk_leaves_nothing(
         execute(plan, str(tmp_path / "out"), overwrite=overwrite)
     assert left(tmp_path) == (["out"] if overwrite else [])
     if overwrite:
-        assert (tmp_path / "out" / "old").read_text() == "old"
+        assert (tmp_path / "out" / "README.md").read_text() == "old"
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
@@ -671,7 +672,7 @@ def test_an_interrupt_between_two_renames(
     """The target is the old one or the new one; the new one's files aren't lost."""
     plan = simple(tmp_path)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "README.md").write_text("old")
     real = os.rename
 
     def rename(source: str, target: str) -> None:
@@ -683,7 +684,7 @@ def test_an_interrupt_between_two_renames(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "rename", rename)
         execute(plan, str(tmp_path / "out"), overwrite=True)
-    assert os.listdir(tmp_path / "out") == (["old"] if step == "aside" else ["sub"])
+    assert os.listdir(tmp_path / "out") == (["README.md"] if step == "aside" else ["sub"])
     result = execute(plan, str(tmp_path / "out"), overwrite=True)
     assert result.kept == (plan.size if step == "aside" else 0)
     assert left(tmp_path) == ["out"]
@@ -706,6 +707,9 @@ def test_a_target_that_appears_meanwhile_is_not_touched(
         patch.setattr("neox_bridge.execution.run.flush_folders", appear)
         execute(plan, str(tmp_path / "out"))
     assert (tmp_path / "out" / "other").read_text() == "other"
+    with pytest.raises(Refused, match=r"no part of a checkpoint.*: other\."):
+        execute(plan, str(tmp_path / "out"), overwrite=True)
+    (tmp_path / "out" / "other").rename(tmp_path / "out" / "README.md")
     assert execute(plan, str(tmp_path / "out"), overwrite=True).kept == plan.size
     assert left(tmp_path) == ["out"]
 
@@ -726,7 +730,7 @@ def test_a_source_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_a_source_that_changes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = simple(tmp_path)
     os.utime(tmp_path / "s3", ns=(1, 1))
-    real = staging.flush_folders
+    real = flushing.flush_folders
 
     def touch(folder: str) -> None:
         real(folder)
@@ -807,7 +811,7 @@ def test_targets_that_can_be(tmp_path: Path) -> None:
     execute(plan, str(tmp_path / "empty"))
     execute(plan, str(tmp_path / "a" / "b" / "c"))
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "old").write_text("old")
+    (tmp_path / "full" / "README.md").write_text("old")
     execute(plan, str(tmp_path / "full"), overwrite=True)
     assert os.listdir(tmp_path / "full") == ["sub"]
     assert left(tmp_path) == ["a", "empty", "full"]

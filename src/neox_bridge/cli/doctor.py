@@ -1,7 +1,6 @@
 """``neox-bridge doctor``."""
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ import typer
 from neox_bridge.cli import values
 from neox_bridge.cli.asked import given
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.output import print_json, print_line
+from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.errors import BridgeError, UsageError
 
 if TYPE_CHECKING:
@@ -125,6 +124,7 @@ def doctor(
         opened = _open(paths[0], step, config, gqa_order)
         flags: dict[str, Any] = {"recompute": recompute, "drop_optimizer": drop_optimizer}
         flags["ignore_keys"] = tuple(ignore_key or ())
+        flags["given_yml"] = bool(config)
         report["mended"] = _mend(opened, target, fix, flags, as_json)
         if as_json:
             print_json(report)
@@ -348,30 +348,25 @@ def _mend(
     as_json: bool,
 ) -> dict[str, Any] | None:
     from neox_bridge.compat import mend
-    from neox_bridge.execution.exchange import swap
     from neox_bridge.execution.run import execute
+    from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.report import remarks
 
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
+    if finding := sweep(home):
+        tell_findings([finding], quiet=False)
     plan = mend.mend_plan(checkpoint, target, folder or home, **flags)
     if plan is None:
         if not as_json:
             print_line(f"nothing to mend: {checkpoint.path}")
         return None
-    if folder is not None:
-        with writing(folder):
-            execute(plan, folder)
-        where = folder
-    else:
-        where, plan = mend.in_place(checkpoint, plan)
-        new = mend.beside(where)
-        with writing(where):
-            execute(plan, new, overwrite=True)
-            try:
-                swap(new, where)
-            except BaseException:
-                shutil.rmtree(new, ignore_errors=True)
-                raise
+    where = folder or mend.replaced(checkpoint)
+    if folder is None:
+        plan = mend.in_place(checkpoint, plan)
+    with writing(where):
+        check = mend.checker(checkpoint, plan)
+        result = execute(plan, folder or home, check=check, in_place=folder is None)
+    tell_findings(result.findings, quiet=False)
     if not as_json:
         for drop in plan.dropped:
             print_line(f"dropped: {drop.name}: {drop.reason}")

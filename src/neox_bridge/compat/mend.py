@@ -18,11 +18,12 @@ from neox_bridge.compat.targets import Target, refuse_version
 from neox_bridge.compat.tree import FLAG
 from neox_bridge.compat.verdict import convert_command
 from neox_bridge.doctor.resuming import cannot_resume
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.formats.yml import dump_yml
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState, some
 from neox_bridge.layouts.derived_check import mismatch_finding
-from neox_bridge.layouts.eras import Era, InvFreq, fitting, known_keys
+from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, fitting, known_keys
+from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.seal import unsealed
 from neox_bridge.layouts.text_files import read_json
@@ -31,6 +32,8 @@ from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, OutputFile, Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
+from neox_bridge.verification.sealed import check_seal, find_record
+from neox_bridge.verification.verify import summary, verify
 
 # with other names GPT-NeoX also asks for its gated MLP in another way (0d4bdb96, adbf5d6f)
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
@@ -45,12 +48,14 @@ def mend_plan(
     recompute: bool = False,
     drop_optimizer: bool = False,
     ignore_keys: tuple[str, ...] = (),
+    given_yml: bool = False,
 ) -> Plan | None:
     """What a mended copy is, below ``folder``; None where nothing has to change.
 
     The files of a GPT-NeoX plan are those of the root, with one global_stepN.
     recompute: drop or replace stored values that deviate. drop_optimizer: go on without optimizer
     states where they can't be kept. ignore_keys: see ``Options``; a yml goes on without them.
+    given_yml: whether the settings are those of ymls that the user named; they become the copy's.
     Raises Refused for what the target can't hold, BridgeError for a target of the other kind.
     """
     other = TransformersFacts if checkpoint.kind == "neox" else TreeFacts
@@ -64,7 +69,7 @@ def mend_plan(
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)
         return _mend_hf(checkpoint, folder, recompute, ignore_keys)
     facts = target if isinstance(target, TreeFacts) else None
-    return _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys)
+    return _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
 
 
 def _mend_hf(
@@ -89,8 +94,11 @@ def _mend_hf(
         skipped |= held | {
             f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
         }
-    files = [*kept, *_others(checkpoint.path, lambda path: path in skipped)]
     changed = tuple(f"rewritten: {file.path}" for file in kept)
+    if not checkpoint.record:
+        kept.append(new[RECORD])
+        skipped.add(RECORD)
+    files = [*kept, *_others(checkpoint.path, lambda path: path in skipped)]
     return replace(plan, files=tuple(files), notes=changed)
 
 
@@ -116,6 +124,7 @@ def _mend_neox(
     recompute: bool,
     drop_optimizer: bool,
     ignore_keys: tuple[str, ...],
+    given_yml: bool,
 ) -> Plan | None:
     state = checkpoint.neox
     assert state is not None
@@ -149,7 +158,13 @@ def _mend_neox(
     yml = _yml(checkpoint, era, plan, inv_freq)
     if not (rewrite or remeta or strays or yml is not None):
         return None
-    gone = {*strays, *(state.optimizer if lost else ()), *((RECORD,) if rows else ())}
+    if yml is None and (
+        given_yml or not os.path.isdir(os.path.join(state.root, state.step, "configs"))
+    ):
+        yml = {key: value for key, value in checkpoint.raw.items() if key in known_keys(era)}
+    gone = {*strays, *(state.optimizer if lost else ())}
+    if rows or _tells_another_order(checkpoint, plan, rewrite) or not checkpoint.record:
+        gone.add(RECORD)
     files = _neox_files(state, plan, rewrite, remeta, yml, gone)
     dropped = [d for d in plan.dropped if d.kind != "optimizer" or lost]
     dropped += [
@@ -165,6 +180,12 @@ def _mend_neox(
         dropped=tuple(dict.fromkeys(dropped)),
         notes=tuple(notes),
     )
+
+
+def _tells_another_order(checkpoint: Checkpoint, plan: Plan, rewrite: bool) -> bool:
+    """Whether the record would tell another order of grouped-query rows than the new files'."""
+    told, order = checkpoint.record.get("gqa_order"), plan.target.get("gqa_order")
+    return rewrite and told is not None and told != order
 
 
 def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None) -> InvFreq:
@@ -328,18 +349,78 @@ def _record(path: str, inside: str) -> OutputFile:
         return OutputFile(inside, len(data), copy_of=os.path.realpath(path))
 
 
-def in_place(checkpoint: Checkpoint, plan: Plan) -> tuple[str, Plan]:
-    """(the folder that is replaced, what it becomes): one global_stepN, or the whole HF folder."""
+def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The part of a plan that replaces the checkpoint: all of a Hugging Face folder, or one step.
+
+    Raises Refused where the folder holds what the plan hasn't and what would be deleted with it.
+    """
+    state = checkpoint.neox
+    folder = replaced(checkpoint)
+    prefix = f"{state.step}/" if state is not None else ""
+    files = tuple(file for file in plan.files if file.path.startswith(prefix))
+    if lost := list(_not_copied(folder)):
+        raise Refused(
+            f"{folder} holds what the mended copy wouldn't have, so it isn't replaced: "
+            f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with --fix."
+        )
+    return replace(plan, files=files)
+
+
+def replaced(checkpoint: Checkpoint) -> str:
+    """The folder that --in-place replaces."""
+    state = checkpoint.neox
+    path = checkpoint.path if state is None else os.path.join(state.root, state.step)
+    return os.path.realpath(path)
+
+
+def _not_copied(folder: str) -> Iterator[str]:
+    """What ``_others`` leaves out: links to folders, empty folders, .git and what isn't a file."""
+    for parent, folders, names in os.walk(folder):
+        inside = [os.path.relpath(os.path.join(parent, name), folder) for name in folders]
+        yield from (
+            f"{path}/"
+            for path in inside
+            if os.path.basename(path) == ".git" or _is_empty_or_link(os.path.join(folder, path))
+        )
+        folders[:] = [name for name in folders if name != ".git"]
+        for name in names:
+            path = os.path.join(parent, name)
+            if not os.path.isfile(path):
+                yield os.path.relpath(path, folder)
+
+
+def _is_empty_or_link(folder: str) -> bool:
+    return os.path.islink(folder) or not os.listdir(folder)
+
+
+def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
+    """For ``execute``: raises Unverified where a mended folder isn't what it should be.
+
+    Every file has the hash that the record says, and the copy opens as the same model with the same
+    weights.
+    """
+
+    def check(folder: str) -> None:
+        try:
+            seal = check_seal(find_record(folder))
+            made = open_checkpoint(folder, gqa_order=_order(checkpoint, plan))
+            found = verify(checkpoint, made)
+        except BridgeError as error:
+            raise Unverified(f"The mended copy can't be opened: {error}") from None
+        if seal.changes:
+            names = some([change.path for change in seal.changes])
+            raise Unverified(f"The mended copy isn't what was written: {names}.")
+        if not found.holds:
+            raise Unverified(f"The mended copy isn't {checkpoint.path}: {summary(found)}.")
+
+    return check
+
+
+def _order(checkpoint: Checkpoint, plan: Plan) -> GqaOrder | None:
+    """The order of grouped-query rows in the copy, where its files don't tell."""
     state = checkpoint.neox
     if state is None:
-        return os.path.realpath(checkpoint.path), plan
-    prefix = f"{state.step}/"
-    inside = [f for f in plan.files if f.path.startswith(prefix)]
-    files = tuple(replace(file, path=file.path.removeprefix(prefix)) for file in inside)
-    return os.path.realpath(os.path.join(state.root, state.step)), replace(plan, files=files)
-
-
-def beside(folder: str) -> str:
-    """A name beside a folder, on the same file system; the same for every try."""
-    parent, name = os.path.split(folder)
-    return os.path.join(parent, f".{name}.mended")
+        return None
+    rewritten = any(file.tensors for file in plan.files if "_states" in file.path)
+    order = plan.target.get("gqa_order") if rewritten else None
+    return order or state.gqa_order  # type: ignore[return-value]

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from neox_bridge.compat.patch_edits import MARK, Change, changes_for, edited
 from neox_bridge.compat.patch_forms import HOME, HOOK, Place, concerned, find_places, parse
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.staging import flush
+from neox_bridge.execution.flushing import flush
 
 KEPT = ".neox-bridge.orig"
 _RECORD = "patch.json"

@@ -2,13 +2,12 @@
 
 import ctypes
 import os
-import shutil
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def swap(new: str, old: str) -> None:
-    """Put ``new`` where ``old`` is, and remove the old one when the new one is in place.
+    """Put ``new`` where ``old`` is; the old one is then at ``new`` or at ``new.old``.
 
     One exchange where the kernel has it (renameat2, RENAME_EXCHANGE); else two renames, the first
     of which is undone if the second fails: both are then where they were.
@@ -22,8 +21,6 @@ def swap(new: str, old: str) -> None:
             if not os.path.lexists(old):
                 os.rename(aside, old)
             raise
-        new = aside
-    shutil.rmtree(new, ignore_errors=True)
 
 
 def _exchange(first: str, second: str) -> bool:

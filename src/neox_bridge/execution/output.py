@@ -2,13 +2,13 @@
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.digests import HashName, hash_bytes
+from neox_bridge.execution.digests import HashName, hash_bytes, hash_file
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.journal import Written, append
 from neox_bridge.execution.movers import SEND, move, send, write
@@ -113,7 +113,11 @@ def enter(job: Job, files: Sequence[tuple[str, Written]]) -> None:
 
 def seal_records(job: Job, plan: str, sources: Mapping[str, Identity]) -> None:
     """Write ``neox_bridge.json``, last, since it says what the others are. Others: ``records``."""
-    for file, data in records(job.plan, job.done, job.hash_name, plan, sources):
+
+    def place(path: str) -> str:
+        return os.path.join(job.work.files, path)
+
+    for file, data in records(job.plan, job.done, job.hash_name, plan, sources, place):
         with _new(os.path.join(job.work.files, file.path)) as fd:
             write(fd, data, 0)
             os.fsync(fd)
@@ -126,17 +130,26 @@ def records(
     hash_name: HashName | None,
     plan_key: str,
     sources: Mapping[str, Identity],
+    place: Callable[[str], str],
 ) -> Iterator[tuple[OutputFile, bytes]]:
     """The files that say what the others, ``done``, are, with their bytes.
 
-    plan_key: the plan's hash. sources: the identity of each file that was read.
+    plan_key: the plan's hash. sources: the identity of each file that was read. place: where a
+    finished file of the plan lies now.
     """
     for file in plan.files:
         if file.seals:
+            folder = os.path.dirname(file.path)
+            told = dict(done)
+            for path, written in done.items():
+                # what is beside a step can be replaced later only where it is proved to be ours
+                if folder and not path.startswith(f"{folder}/") and written.hash is None:
+                    digest = hash_file(place(path), hash_name or "xxh3_128")
+                    told[path] = Written(written.size, digest)
             data = sealed(
                 file.literals[0][1],
                 hash_name or "none",
-                entries(os.path.dirname(file.path), done),
+                entries(folder, told),
                 plan=plan_key,
                 asked=plan.asked,
                 sources=sources_told(sources),

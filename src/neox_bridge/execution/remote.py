@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,17 +16,26 @@ from neox_bridge.execution.movers import move
 from neox_bridge.execution.output import records
 from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.pool import Task, run_all
-from neox_bridge.execution.remote_target import Folder, begin, clear, mark_done
+from neox_bridge.execution.remote_target import (
+    Folder,
+    begin,
+    check_written,
+    clear,
+    lost_object,
+    mark_done,
+    put_surely,
+)
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.run import check_copies, result_of, sources_of
-from neox_bridge.execution.staging import LATEST, kept_files
+from neox_bridge.execution.staging import kept_files
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.tensors import fill_tensor
+from neox_bridge.findings import Finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan
 from neox_bridge.planning.report import plan_hash
-from neox_bridge.stores.objects import pending, put_small, remove
-from neox_bridge.stores.uploads import Sender, start_upload
+from neox_bridge.stores.objects import pending, remove
+from neox_bridge.stores.uploads import WORK, Sender, start_upload
 
 if TYPE_CHECKING:
     from neox_bridge.execution.executors import Pool
@@ -63,10 +72,20 @@ def execute_remote(
     key = Key(plan_hash(plan), before, hash_name)
     folder, done = begin(plan, url, key, sources, overwrite)
     try:
-        if pool is not None:
-            _have_written(plan, folder, done, hash_name, pool, context)
+        some = plan
+        for _ in range(2):
+            if pool is not None:
+                _have_written(some, folder, done, hash_name, pool, context)
+            else:
+                _write_all(some, folder, done, hash_name, workers, context)
+            gone = check_written(folder, done)
+            for path in gone:  # written once more
+                del done[path]
+            if not gone:
+                break
+            some = replace(plan, files=tuple(file for file in plan.files if file.path in gone))
         else:
-            _write_all(plan, folder, done, hash_name, workers, context)
+            raise lost_object(folder.place(gone[0]))
         check_same(before)
         last = _last(plan, folder, done, hash_name, key.plan, before)
         remove(folder.stale)
@@ -74,10 +93,10 @@ def execute_remote(
             with pending(last):
                 check(url)
         for place, data in last.items():
-            put_small(place, data)
+            put_surely(place, data)
             context.wrote(len(data), "copied")
     except Unverified as error:
-        clear(folder)
+        clear(folder)  # where that fails the verdict matters more
         raise Unverified(
             f"{error} {url} is left without its neox_bridge.json, to be looked at. Remove it, or "
             "convert again with --overwrite."
@@ -87,8 +106,21 @@ def execute_remote(
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from None
         raise type(error)(f"{error} {kept}") from None
-    clear(folder)
-    return result_of(plan, url, context, start)
+    findings = folder.beside.findings if folder.beside else ()
+    if reason := clear(folder):
+        findings += (_left_over(folder, reason),)
+    result = result_of(plan, url, context, start)
+    return replace(result, findings=(*result.findings, *findings))
+
+
+def _left_over(folder: Folder, reason: str) -> Finding:
+    return Finding(
+        "left-over",
+        "warning",
+        f"{folder.url} is finished, but what was only for resuming is left in "
+        f"{folder.url}/{WORK}: {reason}",
+        f"remove {folder.url}/{WORK}; the next run into the same target tries to",
+    )
 
 
 def write_object(
@@ -255,13 +287,14 @@ def _last(
     sources: Mapping[str, Identity],
 ) -> dict[str, bytes]:
     """The records, sealed, and ``latest`` after them, by their URLs."""
-    latest = [file for file in plan.files if file.path in LATEST]
+    following = folder.last(plan)
     found = dict(done)
-    for file in latest:
-        found[file.path] = Written(file.size, hash_bytes(file.literals[0][1], hash_name))
-    made = records(plan, found, hash_name, plan_key, sources)
+    for file in following:
+        data = file.literals[0][1]
+        found[file.path] = Written(file.size, hash_bytes(data, hash_name or "xxh3_128"))
+    made = records(plan, found, hash_name, plan_key, sources, folder.place)
     last = {folder.place(file.path): data for file, data in made}
-    return last | {folder.place(file.path): file.literals[0][1] for file in latest}
+    return last | {folder.place(file.path): file.literals[0][1] for file in following}
 
 
 def _kept(folder: Folder, count: int) -> str:

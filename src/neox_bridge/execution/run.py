@@ -1,27 +1,33 @@
 """Executes a plan: every file created, every tensor written, all flushed, one rename."""
 
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context, Overflow
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.files import Identity, check_same, identities
+from neox_bridge.execution.flushing import flush_folders
+from neox_bridge.execution.install import LATEST, RootFiles, clear, install, settle
 from neox_bridge.execution.journal import Key, begun, resume
 from neox_bridge.execution.movers import can_share
 from neox_bridge.execution.output import Job, run_files, seal_records
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.staging import (
     check_free,
+    check_replaceable,
     check_room,
     check_target,
-    flush_folders,
+    left_over,
+    replaced_by,
     staged,
-    take_back,
 )
+from neox_bridge.execution.work import Work
 from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import overflow_finding
 from neox_bridge.planning.coverage import check_plan
@@ -45,6 +51,7 @@ def execute(
     progress: Callable[[int], None] | None = None,
     check: Callable[[str], None] | None = None,
     pool: "Pool | None" = None,
+    in_place: bool = False,
 ) -> Result:
     """Write what the plan says into the folder ``target``, whole or not at all.
 
@@ -61,6 +68,8 @@ def execute(
     progress: called, one thread at a time, with the bytes just written.
     check: called with the finished folder before it gets its name; where it raises Unverified, the
         folder is kept as ``target`` + ".unverified" for inspection.
+    in_place: the target is what the plan's sources belong to, and is replaced, whatever it holds:
+        the plan has to have all of it.
     pool: makes the files in place of threads of this process; then ``workers`` is without meaning,
         and progress comes by files.
     Raises BridgeError where the target exists, another process writes it, there is no space, or a
@@ -74,37 +83,85 @@ def execute(
     begin = time.perf_counter()
     check_plan(plan)
     sources = sources_of(plan)
-    found = plan.target.get("step")
-    step = found if isinstance(found, str) else None
-    check_target(target, sources, step)
+    step = step_of(plan)
+    check_target(target, sources, step, in_place=in_place)
+    planned = {file.path for file in plan.files}
+    if overwrite and not in_place:
+        check_replaceable(target, step, planned)
     before = identities(sources)
     check_copies(plan, before)
     context = Context(progress, every_crc=every_crc)
     key = Key(plan_hash(plan), before, hash_name)
-    with staged(target, plan.size, overwrite, step) as work:
-        if begun(work, key):
-            take_back(work, target, step)
-        if not overwrite:
-            check_free(target, step)
-        done = resume(work, key, {file.path for file in plan.files if not file.seals})
-        room = plan.size - sum(written.size for written in done.values())
-        check_room(target, room, lambda: _shared(plan, before, work.folder, context))
-        job = Job(plan, work, context, done, hash_name, hash_shared)
-        try:
-            if pool is not None:
-                from neox_bridge.execution.units import run_units
+    findings: tuple[Finding, ...] = ()
+    real = os.path.realpath(target)
+    with staged(target, plan.size) as work:
+        again = begun(work, key)
+        if settle(work, real) and again:  # a killed run had finished all files
+            context.wrote(plan.size, "kept")
+        else:
+            if not (overwrite or in_place):
+                check_free(target, step)
+            beside = _beside(plan, real, overwrite=overwrite, in_place=in_place)
+            done = resume(work, key, {file.path for file in plan.files if not file.seals})
+            room = plan.size - sum(written.size for written in done.values())
+            check_room(target, room, lambda: _shared(plan, before, work.folder, context))
+            job = Job(plan, work, context, done, hash_name, hash_shared)
+            try:
+                if pool is not None:
+                    from neox_bridge.execution.units import run_units
 
-                run_units(job, pool)
-            else:
-                run_files(job, workers or 1 + min(4, os.cpu_count() or 1))  # one waits for the disk
-        finally:
-            context.files.close()
-        seal_records(job, key.plan, before)
-        flush_folders(work.files)
-        check_same(before)
-        if check is not None:
-            check(work.files)
-    return result_of(plan, target, context, begin)
+                    run_units(job, pool)
+                else:  # one waits for the disk
+                    run_files(job, workers or 1 + min(4, os.cpu_count() or 1))
+            finally:
+                context.files.close()
+            seal_records(job, key.plan, before)
+            flush_folders(work.files)
+            check_same(before)
+            if check is not None:
+                check(work.files)
+            if beside is not None:
+                beside = _beside(plan, real, overwrite=True, in_place=in_place)
+            if overwrite and not in_place:  # what came meanwhile
+                check_replaceable(target, step, planned)
+            if beside is not None:
+                _arrange(work, beside)
+                findings = beside.findings
+            install(work, real, beside, replace=overwrite or in_place)
+        if reason := clear(work):
+            findings += (left_over(work.folder, reason),)
+    result = result_of(plan, target, context, begin)
+    return replace(result, findings=(*result.findings, *findings))
+
+
+def step_of(plan: Plan) -> str | None:
+    """The folder of a GPT-NeoX plan that is added to a run."""
+    step = plan.target.get("step")
+    return step if isinstance(step, str) else None
+
+
+def _beside(plan: Plan, real: str, *, overwrite: bool, in_place: bool) -> RootFiles | None:
+    """What is put beside the step where the target is a run already; None where it isn't."""
+    step = step_of(plan)
+    if step is None or replaced_by(real, step) == real:
+        return None
+    if in_place:
+        return RootFiles(step)
+    from neox_bridge.execution.run_root import root_files
+
+    return root_files(plan, real, step, overwrite=overwrite)
+
+
+def _arrange(work: Work, beside: RootFiles) -> None:
+    """The finished files of a run's root under the names that they get; others go."""
+    for name in os.listdir(work.files):
+        if name in (beside.step, *LATEST):
+            continue
+        path = os.path.join(work.files, name)
+        if name not in beside.names:
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+        elif beside.names[name] != name:
+            os.rename(path, os.path.join(work.files, beside.names[name]))
 
 
 def result_of(plan: Plan, target: str, context: Context, begin: float) -> Result:

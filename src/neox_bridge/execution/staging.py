@@ -4,25 +4,32 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
-from neox_bridge.errors import BridgeError, Unreachable, Unverified
-from neox_bridge.execution.exchange import swap
+from neox_bridge.errors import BridgeError, Refused, Unreachable, Unverified
+from neox_bridge.execution.flushing import flush
+from neox_bridge.execution.install import LATEST, clear, is_begun, settle
 from neox_bridge.execution.journal import finished
 from neox_bridge.execution.work import Work, locked, remove, work_of
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.known_files import foreign, foreign_objects
+from neox_bridge.layouts.record_file import recorded_files
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
-LATEST = ("latest", "latest_universal")  # of a run: which of its steps is the newest
+_NAMED = 5  # of the files that an overwriting run would delete and doesn't
 
 
-def check_target(target: str, sources: Iterable[str], step: str | None) -> None:
+def check_target(
+    target: str, sources: Iterable[str], step: str | None, *, in_place: bool = False
+) -> None:
     """Raise BridgeError, before anything is written, where the target can't be made.
 
-    sources: files that are read. step: as in ``staged``.
+    sources: files that are read. step: as in ``replaced_by``. in_place: whether the target is what
+    the sources belong to, which the finished files then replace.
     """
     real = os.path.realpath(target)
-    replaced = _replaced(real, step)
-    for source in sources:
+    replaced = replaced_by(real, step)
+    for source in () if in_place else sources:
         # the link as well as the file: a Hugging Face cache is a folder of links
         link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
         if any(_holds(replaced, path) for path in (link, os.path.realpath(source))):
@@ -43,13 +50,46 @@ def check_target(target: str, sources: Iterable[str], step: str | None) -> None:
 
 
 def check_free(target: str, step: str | None) -> None:
-    """Raise BridgeError where the target is there already. step: as in ``staged``."""
+    """Raise BridgeError where the target is there already. step: as in ``replaced_by``."""
     real = os.path.realpath(target)
-    replaced = _replaced(real, step)
+    replaced = replaced_by(real, step)
     if replaced != real and os.path.lexists(replaced):
         raise _exists(replaced)
     if replaced == real and os.path.isdir(real) and _listed(real):
         raise _exists(target)
+
+
+def check_replaceable(target: str, step: str | None, planned: Collection[str]) -> None:
+    """Raise Refused where a folder would be deleted that holds more than a checkpoint.
+
+    planned: the paths of the new files, which replace others of the same name. step: as in
+    ``replaced_by``.
+    """
+    real = os.path.realpath(target)
+    replaced = replaced_by(real, step)
+    if not os.path.isdir(replaced):
+        return
+    if replaced != real:
+        planned = {path[len(f"{step}/") :] for path in planned if path.startswith(f"{step}/")}
+    names = list(foreign(replaced, {*planned, *recorded_files(replaced)}))
+    if names:
+        raise holds_others(target if replaced == real else replaced, names)
+
+
+def check_objects(url: str, paths: Collection[str], planned: Collection[str]) -> None:
+    """The same of a folder of a store that holds these paths; planned: those that are written."""
+    if names := foreign_objects(paths, {*planned, *recorded_files(url)}):
+        raise holds_others(url, names)
+
+
+def holds_others(target: str, names: list[str]) -> Refused:
+    """What to say where --overwrite would delete what isn't of a checkpoint."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return Refused(
+        f"{target} holds files that are no part of a checkpoint, and --overwrite would delete "
+        f"them: {', '.join(names[:_NAMED])}{more}. Nothing was deleted. Move them elsewhere, or "
+        "name another target."
+    )
 
 
 def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
@@ -75,11 +115,9 @@ def is_run(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterator[Work]:
-    """A place beside the target, whose ``files`` become it when the block ends without an error.
+def staged(target: str, size: int) -> Iterator[Work]:
+    """A place beside the target for its files, this process's alone; the block installs them.
 
-    step: a folder among the files that is put into the target where that is a run already, before
-        its ``latest`` is replaced; what else a run has stays.
     An interruption, a disk that fails or a store that doesn't answer leaves the files that are
     finished for the next run; any other error leaves nothing. Errors of the file system become a
     BridgeError. size: bytes needed in all, for its words. Raises BridgeError where another process
@@ -92,34 +130,27 @@ def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterato
         _make(os.path.dirname(real), made)
         with locked(work, target):
             try:
-                _recover(work, real, step)
                 yield work
-                _place(work, real, overwrite, step)
                 for path in made:
                     flush(os.path.dirname(path))
-                remove(work)
             except Unverified as error:
                 aside = set_aside(work.files, real, "unverified")
                 remove(work)
                 raise Unverified(
                     f"{error} It is kept as {aside}, and {target} is untouched."
                 ) from None
-            except Unreachable as error:
-                kept = finished(work)
-                if not kept:
-                    remove(work)
-                raise Unreachable(f"{error} {_kept(work, kept)}".rstrip()) from None
+            except (Unreachable, Refused) as error:
+                raise type(error)(f"{error} {_keep(work)}".rstrip()) from None
             except (KeyboardInterrupt, OSError) as error:
-                kept = finished(work)
-                if not kept:
-                    remove(work)
+                kept = _keep(work)
                 if isinstance(error, KeyboardInterrupt):
-                    raise KeyboardInterrupt(_kept(work, kept)) from None
+                    raise KeyboardInterrupt(kept) from None
                 if isinstance(error, BrokenPipeError):
                     raise
-                raise _explained(error, target, size, _kept(work, kept)) from error
+                raise _explained(error, target, size, kept) from error
             except BaseException:
-                remove(work)
+                if not is_begun(work):
+                    remove(work)
                 raise
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -131,27 +162,33 @@ def staged(target: str, size: int, overwrite: bool, step: str | None) -> Iterato
                 os.rmdir(path)
 
 
-def sweep(target: str) -> None:
-    """Remove what a run left that was killed when the target had its name already."""
-    work = work_of(os.path.realpath(target))
-    if os.path.isdir(work.folder) and not os.path.isdir(work.files):
+def sweep(target: str) -> Finding | None:
+    """Complete and remove what a run left that was killed while it gave its files their names.
+
+    Returns what can't be removed, if there is something.
+    """
+    real = os.path.realpath(target)
+    work = work_of(real)
+    if os.path.isdir(work.folder) and (is_begun(work) or not os.path.isdir(work.files)):
         with contextlib.suppress(BridgeError), locked(work, target):  # or somebody is at it
-            remove(work)
+            try:
+                settle(work, real)
+            except OSError as error:
+                return left_over(work.folder, str(error.strerror or error))
+            if reason := clear(work):
+                return left_over(work.folder, reason)
+    return None
 
 
-def flush(path: str) -> None:
-    """fsync of a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def flush_folders(folder: str) -> None:
-    """fsync of every folder below and including ``folder``, the deepest first."""
-    for path, _, _ in os.walk(folder, topdown=False):
-        flush(path)
+def left_over(folder: str, reason: str) -> Finding:
+    """What to say of replaced files that can't be removed."""
+    return Finding(
+        "left-over",
+        "warning",
+        f"the target is finished, but what it replaced is left in {folder}, since it can't be "
+        f"removed: {reason}",
+        "remove that folder; the next run into the same target tries to",
+    )
 
 
 def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError:
@@ -169,10 +206,12 @@ def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError
     )
 
 
-def _kept(work: Work, count: int) -> str:
-    if not count:
-        return ""
-    return kept_files(work.folder, count)
+def _keep(work: Work) -> str:
+    """What to say of the finished files; the work folder goes where there is none."""
+    count = finished(work)
+    if not count and not is_begun(work):
+        remove(work)
+    return kept_files(work.folder, count) if count else ""
 
 
 def kept_files(where: str, count: int) -> str:
@@ -190,61 +229,6 @@ def _exists(target: str) -> BridgeError:
     )
 
 
-def _place(work: Work, target: str, overwrite: bool, step: str | None) -> None:
-    """Give the files their name: one rename, or one exchange with what is there.
-
-    Without ``overwrite`` the rename itself fails where something has appeared meanwhile.
-    """
-    if step is not None and is_run(target):
-        _add_step(work.files, target, overwrite, step)
-    elif overwrite and os.path.isdir(target) and os.listdir(target):
-        swap(work.files, target)
-    else:
-        os.rename(work.files, target)
-    os.unlink(work.journal)
-    flush(os.path.dirname(target))
-
-
-def _add_step(files: str, run: str, overwrite: bool, step: str) -> None:
-    """The step first, ``latest`` last, so that it never names what isn't there."""
-    new, place = os.path.join(files, step), os.path.join(run, step)
-    if overwrite and os.path.isdir(place):
-        swap(new, place)
-    else:
-        os.rename(new, place)
-    for name in sorted(os.listdir(files)):
-        if name not in LATEST and not os.path.lexists(os.path.join(run, name)):
-            os.rename(os.path.join(files, name), os.path.join(run, name))
-    flush(run)
-    for name in LATEST:
-        if os.path.lexists(os.path.join(files, name)):
-            os.replace(os.path.join(files, name), os.path.join(run, name))
-    flush(run)
-
-
-def _recover(work: Work, target: str, step: str | None) -> None:
-    """What ``swap`` had moved aside when it was killed, in a kernel without exchanges."""
-    pairs = [(work.files, target)]
-    if step is not None:
-        pairs.append((os.path.join(work.files, step), os.path.join(target, step)))
-    for new, place in pairs:
-        aside = f"{new}.old"
-        if os.path.lexists(place):
-            shutil.rmtree(aside, ignore_errors=True)
-        elif os.path.lexists(aside):
-            os.rename(aside, place)
-
-
-def take_back(work: Work, target: str, step: str | None) -> None:
-    """A step that a killed run had put into its place, but not yet ``latest``: unfinished again."""
-    named = any(os.path.isfile(os.path.join(work.files, name)) for name in LATEST)
-    if step is None or not named:
-        return
-    new, place = os.path.join(work.files, step), os.path.join(os.path.realpath(target), step)
-    if os.path.isdir(place) and not os.path.lexists(new):
-        os.rename(place, new)
-
-
 def set_aside(folder: str, target: str, word: str) -> str:
     """Keep a folder beside the target as ``target.word``, or under the next name that is free."""
     aside, number = f"{target}.{word}", 1
@@ -255,8 +239,12 @@ def set_aside(folder: str, target: str, word: str) -> str:
     return aside
 
 
-def _replaced(real: str, step: str | None) -> str:
-    """What the new files will stand for: the target, or one step of the run that it is."""
+def replaced_by(real: str, step: str | None) -> str:
+    """The folder that the new files replace: the target, or one step of the run that it is.
+
+    step: a folder among the files that is put into the target where that is a run already, before
+        its ``latest`` is replaced.
+    """
     return os.path.join(real, step) if step is not None and is_run(real) else real
 
 

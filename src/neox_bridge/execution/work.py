@@ -1,6 +1,7 @@
 """The folder beside a target in which it is made: for one process at a time, to be gone on with.
 
-``.NAME.neox-bridge/`` holds ``lock``, ``journal`` and ``files/``, which becomes the target.
+``.NAME.neox-bridge/`` holds ``lock``, ``journal`` and ``files/``, which becomes the target; then
+``moves``, and ``retired/`` with what of a run's root made room (see ``install``).
 """
 
 import contextlib
@@ -30,6 +31,14 @@ class Work:
     @property
     def journal(self) -> str:
         return os.path.join(self.folder, "journal")
+
+    @property
+    def moves(self) -> str:
+        return os.path.join(self.folder, "moves")
+
+    @property
+    def retired(self) -> str:
+        return os.path.join(self.folder, "retired")
 
     @property
     def lock(self) -> str:

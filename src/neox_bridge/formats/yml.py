@@ -52,10 +52,14 @@ def _read_spelled(path: str) -> dict[str, Any]:
     Tags are refused: only plain values are read. Aliases are too, since they can blow up, and what
     is deeper or longer than any config.
     """
+    with open_regular(path) as file:
+        return parse_yml(file.read(_MOST + 1), path)
+
+
+def parse_yml(raw: bytes, path: str) -> dict[str, Any]:
+    """The same of bytes. path: for messages."""
     import yaml
 
-    with open_regular(path) as file:
-        raw = file.read(_MOST + 1)
     if len(raw) > _MOST:
         raise BridgeError(f"{path} is larger than {_MOST >> 20} MiB: that isn't a config.")
     refuse_misplaced(path, raw)

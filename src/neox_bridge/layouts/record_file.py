@@ -92,6 +92,22 @@ def _entries(files: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
         yield path, size, digest
 
 
+def recorded_files(folder: str) -> set[str]:
+    """The files in a folder, or in a run and its steps, that this tool's records there name."""
+    paths = set()
+    for name in ("", *filter(_STEP.fullmatch, list_folder(folder))):
+        record = os.path.join(folder, name, RECORD)
+        if not isfile(record):
+            continue
+        with contextlib.suppress(BridgeError, ValueError, RecursionError):
+            for path, _, _ in written_files(parse_json(read_bytes(record)))[1]:
+                inside = f"{name}/{path}" if name else path
+                above = path.startswith("../")
+                if not above or name:
+                    paths.add(path[3:] if above else inside)
+    return paths
+
+
 def written_above(root: str) -> dict[str, set[Entry]]:
     """What this tool wrote into a run's root, beside its steps, by their records.
 

@@ -11,6 +11,7 @@ from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.formats.packed import packed
 from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous, row_major
 from neox_bridge.planning.casts import Cast
+from neox_bridge.planning.model_identity import ModelIdentity
 
 Shape = tuple[int, ...]
 Reduce = Literal["none", "sum", "replica"]
@@ -145,6 +146,8 @@ class Plan:
     blanks: what the user has still to fill in, as (file, key).
     asked: the options that aren't the default (``Options.asked``).
     casts: the dtypes that the source's weights are cast to.
+    model: what tells the model of a GPT-NeoX target from another; None where nobody asks.
+    fixed: keys of a start-up yml that must stay as they are in the plan's.
     """
 
     source: dict[str, object]
@@ -156,6 +159,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     asked: dict[str, object] = field(default_factory=dict)
     casts: tuple[Cast, ...] = ()
+    model: ModelIdentity | None = None
+    fixed: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:

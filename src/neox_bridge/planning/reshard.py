@@ -17,6 +17,7 @@ from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed,
 from neox_bridge.planning.common import text_file, tokenizer_outputs
 from neox_bridge.planning.fragments import put
 from neox_bridge.planning.gradient_scale import gradient_findings
+from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.planning.neox_files import mp_rank_file, rank_parameters, weight_files
 from neox_bridge.planning.neox_yml import resume_yml
@@ -106,7 +107,16 @@ def plan_reshard(
         *ignored_findings(asked.ignore_keys, carried=True),
         *_findings(checkpoint, made, sources, changed),
     )
-    return Plan(source_summary(checkpoint), summary, tuple(files), (), findings)
+    rows = min(checkpoint.vocab_rows, made.config.dims["vocab"])
+    return Plan(
+        source_summary(checkpoint),
+        summary,
+        tuple(files),
+        (),
+        findings,
+        model=identity_of(architecture.name, made.config, rows),
+        fixed=(*changed, *sorted(architecture.model_keys), "precision"),
+    )
 
 
 def _groups(

@@ -30,6 +30,7 @@ from neox_bridge.planning.common import (
     tokenizer_outputs,
 )
 from neox_bridge.planning.fused import fusion_of
+from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
 from neox_bridge.planning.neox_yml import LAYOUT, Settings, settings, start_yml, step_yml
 from neox_bridge.planning.option_checks import check_layout
@@ -129,6 +130,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
         tuple(dropped),
         tuple(findings),
         tuple((start, key) for key in blanks),
+        model=identity_of(architecture.name, config, vocabulary.rows),
+        fixed=(*found.layout, *found.model, "precision"),
     )
 
 

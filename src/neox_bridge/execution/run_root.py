@@ -1,0 +1,289 @@
+"""What stands beside the steps of a GPT-NeoX run: start-up ymls and tokenizer/, ours or the user's.
+
+A file that is as this tool wrote it (the records of the steps have its hash) is replaced by that of
+a new step. One that was edited stays, and what contradicts it is said.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.execution.digests import hash_file
+from neox_bridge.execution.install import LATEST, RootFiles
+from neox_bridge.findings import Finding
+from neox_bridge.formats.yml import parse_yml, read_yml
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.record_file import Entry, written_above
+from neox_bridge.layouts.text_files import LARGE, list_folder, read_bytes, read_text
+from neox_bridge.layouts.tokenizer import FOLDER as TOKENIZER
+from neox_bridge.planning.model_identity import differences, identity_of
+from neox_bridge.planning.pieces import OutputFile, Plan
+from neox_bridge.stores.paths import isdir, isfile, size
+
+_STARTS = ("finetune.yml", "resume.yml", "resume_universal.yml")
+_UNIVERSAL = ("resume_universal.yml",)  # started by latest_universal
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that gets a step. written: see ``written_above``. others: its steps but for this one.
+
+    model: one of its checkpoints; None where there is none. unlike: what makes it another model.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    written: Mapping[str, set[Entry]]
+    others: tuple[str, ...]
+    model: Checkpoint | None
+    unlike: tuple[str, ...]
+
+
+def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFiles:
+    """What a step's conversion does beside the step in a run, a folder or URL; reads only.
+
+    Raises Refused where the run is another model's, without ``overwrite``, and where its tokenizer
+    would be passed on with this model but was edited.
+    """
+    run = _look(plan, root, step, overwrite=overwrite)
+    if run.unlike and not overwrite:
+        raise Refused(
+            f"{root} is a run of another model ({some(list(run.unlike), 3)}), and finetune.yml and "
+            f"{TOKENIZER}/ in it can be of one model only. Name another target, or say "
+            f"--overwrite to put {step} there all the same."
+        )
+    names: dict[str, str] = {}
+    retired: list[str] = []
+    findings = list(_strangers(run, step))
+    for file in plan.files:
+        if "/" not in file.path and file.path not in LATEST:
+            _add_start(plan, file, run, names, retired, findings)
+    _add_tokenizer(plan, run, names, retired, findings)
+    findings += _left_behind(plan, run, step)
+    return RootFiles(step, names, tuple(retired), tuple(findings))
+
+
+def _look(plan: Plan, root: str, step: str, *, overwrite: bool) -> _Run:
+    names = tuple(list_folder(root))
+    others = tuple(n for n in names if n.startswith("global_step") and n != step)
+    try:
+        model = _reference(root, names, others or (step,))
+    except BridgeError as error:
+        if not overwrite:
+            raise Refused(
+                f"{root} is a run already, and whether its model is this one can't be told: "
+                f"{error} Name another target, or say --overwrite to put {step} there."
+            ) from None
+        model = None
+    unlike = tuple(_unlike(plan, model)) if model is not None else ()
+    return _Run(root, names, written_above(root), others, model, unlike)
+
+
+def _reference(root: str, names: Sequence[str], steps: Sequence[str]) -> Checkpoint | None:
+    """The checkpoint that stands for the run: that which ``latest`` names, or the last one."""
+    there = [step for step in steps if step in names]
+    if not there:
+        return None
+    latest = read_text(os.path.join(root, "latest")).strip() if "latest" in names else ""
+    there.sort(key=lambda step: (step == latest, len(step), step))
+    return open_checkpoint(os.path.join(root, there[-1]))
+
+
+def _unlike(plan: Plan, model: Checkpoint) -> list[str]:
+    if plan.model is None:
+        return []
+    rows = model.vocab_rows
+    old = identity_of(model.architecture.name, model.config, rows)
+    found = differences(old, plan.model)
+    if not found and not _same_vocabulary(plan, model.tokenizer):
+        found = ["another tokenizer"]
+    return found
+
+
+def _same_vocabulary(plan: Plan, existing: Sequence[str]) -> bool:
+    """Whether two tokenizers are one; true where either side has none."""
+    new = next((f for f in plan.files if f.path == f"{TOKENIZER}/tokenizer.json"), None)
+    old = next((path for path in existing if os.path.basename(path) == "tokenizer.json"), None)
+    if new is None or old is None:
+        return True
+    first, second = _bytes(new), read_bytes(old, LARGE)
+    return first == second or _vocabulary(first) == _vocabulary(second)
+
+
+def _vocabulary(data: bytes) -> object:
+    try:
+        value = json.loads(data)
+        return value["model"], value.get("added_tokens")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return data
+
+
+def _strangers(run: _Run, step: str) -> list[Finding]:
+    if not run.unlike or not run.others:
+        return []
+    return [
+        Finding(
+            "other-model",
+            "warning",
+            f"{some(list(run.others), 3)} in {run.path} are steps of another model "
+            f"({some(list(run.unlike), 3)}); what stands beside them is {step}'s from now on",
+            f"remove them, or move {step} to a folder of its own",
+        )
+    ]
+
+
+def _add_start(
+    plan: Plan,
+    file: OutputFile,
+    run: _Run,
+    names: dict[str, str],
+    retired: list[str],
+    findings: list[Finding],
+) -> None:
+    """A start-up yml: put there, in place of ours, or under another name beside the user's."""
+    name = file.path
+    if name not in run.names:
+        names[name] = name
+        return
+    old, new = os.path.join(run.path, name), _bytes(file)
+    if _is(old, new):
+        return
+    if _pristine(run, name):
+        names[name] = name
+        retired.append(name)
+        return
+    keys = _contradictions(plan, old, new)
+    if not keys:
+        return
+    beside = _free(run, name, new)
+    if beside is not None:
+        names[name] = beside
+        if beside in run.names:
+            retired.append(beside)
+    other = beside or f"{name[:-4]}.new.yml"
+    findings.append(
+        Finding(
+            "start-yml-edited",
+            "warning",
+            f"{old} was edited, so it stays, and it contradicts {plan.target.get('step')}: "
+            f"{some(keys, 8)}. {other} beside it has the settings of this step",
+            f"take these keys over from {other}",
+        )
+    )
+
+
+def _free(run: _Run, name: str, new: bytes) -> str | None:
+    """A name beside an edited yml: new, or that of one that we wrote; None where it is there."""
+    stem, number = name[:-4], 1
+    while True:
+        beside = f"{stem}.new{'' if number == 1 else f'-{number}'}.yml"
+        path = os.path.join(run.path, beside)
+        if beside in run.names and _is(path, new):
+            return None
+        if beside not in run.names or _pristine(run, beside, name):
+            return beside
+        number += 1
+
+
+def _contradictions(plan: Plan, old: str, new: bytes, *, whole: bool = True) -> list[str]:
+    """The keys of a start-up yml that must be as the checkpoint has them and aren't, in words.
+
+    whole: whether one that is missing counts.
+    """
+    planned = parse_yml(new, old)
+    try:
+        existing = read_yml(old)
+    except BridgeError as error:
+        return [str(error)]
+    both = dict.fromkeys(key for key in plan.fixed if key in planned)
+    return [
+        f"{key}: {existing.get(key, 'missing')} there, {planned[key]} here"
+        for key in both
+        if existing.get(key) != planned[key] and (whole or key in existing)
+    ]
+
+
+def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
+    """Start-up ymls of other commands that ``latest`` no longer fits."""
+    found = []
+    planned = next((f for f in plan.files if f.path in _STARTS), None)
+    for name in _STARTS:
+        same_latest = planned is not None and (name in _UNIVERSAL) == (planned.path in _UNIVERSAL)
+        if planned is None or name == planned.path or name not in run.names or not same_latest:
+            continue
+        path = os.path.join(run.path, name)
+        if keys := _contradictions(plan, path, _bytes(planned), whole=False):
+            found.append(
+                Finding(
+                    "start-yml-outdated",
+                    "warning",
+                    f"{path} contradicts {step}, which `latest` names now: {some(keys, 8)}",
+                    f"start from {planned.path}, or take these keys over",
+                )
+            )
+    return found
+
+
+def _add_tokenizer(
+    plan: Plan,
+    run: _Run,
+    names: dict[str, str],
+    retired: list[str],
+    findings: list[Finding],
+) -> None:
+    planned = {f.path: f for f in plan.files if f.path.startswith(f"{TOKENIZER}/")}
+    if TOKENIZER not in run.names:
+        if planned:
+            names[TOKENIZER] = TOKENIZER
+        return
+    folder = os.path.join(run.path, TOKENIZER)
+    there = [f"{TOKENIZER}/{n}" for n in list_folder(folder)] if isdir(folder) else []
+    same = set(planned) == set(there) and all(
+        _is(os.path.join(run.path, path), _bytes(file)) for path, file in planned.items()
+    )
+    if same or (not planned and not run.unlike):
+        return
+    if isdir(folder) and all(_pristine(run, path) for path in there):
+        retired.append(TOKENIZER)
+        if planned:
+            names[TOKENIZER] = TOKENIZER
+        return
+    main = os.path.join(folder, "tokenizer.json")
+    if not planned or not _same_vocabulary(plan, (main,) if isfile(main) else ()):
+        raise Refused(
+            f"{folder} was edited, so it isn't replaced, and this model has another tokenizer: it "
+            "would be passed on with the wrong one. Move that folder away, or name another target."
+        )
+    findings.append(
+        Finding(
+            "tokenizer-edited",
+            "info",
+            f"{folder} was edited, so it stays; its vocabulary is that of the model",
+        )
+    )
+
+
+def _pristine(run: _Run, path: str, written_as: str = "") -> bool:
+    """Whether a file of the root is as a conversion wrote it. written_as: its name then."""
+    place = os.path.join(run.path, path)
+    if not isfile(place):
+        return False
+    length = size(place)
+    return any(
+        length == written and digest is not None and hash_file(place, kind or "xxh3_128") == digest
+        for written, digest, kind in run.written.get(written_as or path, ())
+    )
+
+
+def _is(path: str, data: bytes) -> bool:
+    return isfile(path) and size(path) == len(data) and read_bytes(path, LARGE) == data
+
+
+def _bytes(file: OutputFile) -> bytes:
+    """What a small file of the plan will hold."""
+    if file.copy_of is not None:
+        return read_bytes(file.copy_of, LARGE)
+    return b"".join(data for _, data in file.literals)
