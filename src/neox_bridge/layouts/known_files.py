@@ -25,8 +25,8 @@ _HF = (
     r"(master|exp_avg|exp_avg_sq|momentum_buffer)\.safetensors|optimizer\.json"
 )
 _STEP = (
-    r"(layer_\d+-model_\d+|mp_rank_\d+|(bf16_)?zero_pp_rank_\d+_mp_rank_\d+)_model_states\.pt|"
-    r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt|configs/[^/]+\.(ya?ml|json)|"
+    r"layer_\d+-model_\d+-model_states\.pt|mp_rank_\d+_model_states\.pt|"
+    r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt|configs/[^/]+\.(ya?ml|json)|"
     r"zero/([^/]+/)?[^/]+\.pt"
 )
 _ROOT = (
