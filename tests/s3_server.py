@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 BUCKET = "bucket"
+_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 _SLOW_DOWN = (
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -45,7 +47,8 @@ class Store:
     "short" (fewer bytes than were asked for, and none too few for the header), "trickle" (in small
     pieces with pauses), "error" (500), "lost" (done, but the answer never arrives), "change" (the
     object gets another last byte before it is answered), "stale" (the first answer to the same
-    listing), or "" to leave it alone.
+    listing), "forget" (a PUT is answered as if it had been done), "deny" (403), or "" to leave it
+    alone.
     """
 
     url: str
@@ -171,6 +174,13 @@ def _handler(store: Store, port: int) -> type[BaseHTTPRequestHandler]:
             if how == "slow down":
                 self._head(503, [("Content-Type", "application/xml")], len(_SLOW_DOWN))
                 self.wfile.write(_SLOW_DOWN)
+                return 0
+            if how == "deny":
+                self._head(403, [("Content-Type", "application/xml")], len(_DENIED))
+                self.wfile.write(b"" if self.command == "HEAD" else _DENIED)
+                return 0
+            if how == "forget":
+                self._head(200, [("ETag", f'"{md5(body).hexdigest()}"')], 0)
                 return 0
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             headers = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}

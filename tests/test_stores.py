@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, ChoiceNeeded, Unreachable, Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import hash_file
+from neox_bridge.execution.executors import Processes
 from neox_bridge.execution.remote import write_object
 from neox_bridge.execution.result import Result
 from neox_bridge.execution.run import execute
@@ -638,3 +640,108 @@ def test_what_a_batch_verifies_in_a_store_has_its_record(store: Store, tmp_path:
     run(s3("batch/step2"), tmp_path / "back")
     there = open_checkpoint(str(source), gqa_order="interleaved")
     assert verify(there, open_checkpoint(str(tmp_path / "back"))).holds
+
+
+def lose(*names: str, times: int = 10**6) -> Any:
+    """PUTs of objects with such names are acknowledged and lost, so many times each."""
+    counts: Counter[str] = Counter()
+
+    def spoil(method: str, key: str, query: str) -> str:
+        if method == "PUT" and key.endswith(names) and ".neox-bridge/" not in key:
+            counts[key] += 1
+            return "forget" if counts[key] <= times else ""
+        return ""
+
+    return spoil
+
+
+ENDS = [
+    *("layer_02-model_00-model_states.pt", "mp_rank_00_model_states.pt", "neox_bridge.yml"),
+    *("neox_bridge.json", "latest", "finetune.yml"),
+]
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("pool", [False, True])
+def test_an_acknowledged_object_that_is_lost_is_written_again(
+    store: Store, hf: Path, neox: Path, name: str, pool: bool
+) -> None:
+    url = s3(f"lost/{pool}/{name}")
+    store.spoil = lose(name, times=1)
+    checkpoint = open_checkpoint(str(hf))
+    plan = make_plan(checkpoint, Options(tp=2), url)
+    with closing(Processes(1)) if pool else nullcontext() as processes:
+        execute(plan, url, pool=processes, check=checker(checkpoint))
+    assert_names(contents(url), files(neox))
+    store.spoil = lambda method, key, query: ""
+    assert RUNNER.invoke(app, ["verify", url]).exit_code == 0
+
+
+def assert_names(store: dict[str, bytes], disk: dict[str, bytes]) -> None:
+    assert {n: len(d) for n, d in store.items() if n.endswith(".pt")} == {
+        n: len(d) for n, d in disk.items() if n.endswith(".pt")
+    }
+    assert set(store) == set(disk)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_store_that_loses_an_object_again_is_named(store: Store, hf: Path, name: str) -> None:
+    """It, and not the checkpoint that lacks the object, is what the message is about."""
+    url = s3(f"lossy/{name}")
+    store.spoil = lose(name)
+    done = RUNNER.invoke(app, ["convert", str(hf), url, "--to", "neox", "--tp", "2"])
+    assert done.exit_code == 1
+    assert f"{name} can't be written: the store said twice that it has it" in done.stderr
+    assert "Copy the checkpoint again" not in done.stderr
+    assert "the same command goes on" in done.stderr
+    store.spoil = lambda method, key, query: ""
+    done = RUNNER.invoke(app, ["convert", str(hf), url, "--to", "neox", "--tp", "2"])
+    assert done.exit_code == 0, done.stderr
+    assert RUNNER.invoke(app, ["verify", url]).exit_code == 0
+
+
+@pytest.mark.parametrize("how", ["deny", "refuse", "slow down"])
+def test_a_clean_up_that_fails_is_a_warning(
+    store: Store, hf: Path, neox: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target is finished and verified: exit code 0, and what is left is named."""
+    url = s3(f"left/{how.replace(' ', '-')}")
+    store.spoil = lambda method, key, query: how if method in ("DELETE", "POST") else ""
+    done = RUNNER.invoke(app, ["convert", str(hf), url, "--to", "neox", "--tp", "2"])
+    assert done.exit_code == 0, done.stderr
+    assert "verified bit by bit" in done.stdout
+    assert f"is finished, but what was only for resuming is left in {url}/.neox-bridge" in (
+        done.stderr
+    )
+    store.spoil = lambda method, key, query: ""
+    left = {n: d for n, d in contents(url).items() if not n.startswith(".neox-bridge/")}
+    assert_names(left, files(neox))
+    assert RUNNER.invoke(app, ["verify", url]).exit_code == 0
+    command = ["convert", str(hf), url, "--to", "neox", "--tp", "2", "--overwrite"]
+    assert RUNNER.invoke(app, command).exit_code == 0
+    assert_names(contents(url), files(neox))
+
+
+def test_a_clean_up_that_fails_hides_no_verdict(store: Store, hf: Path) -> None:
+    def check(url: str) -> None:
+        raise Unverified("It isn't.")
+
+    store.spoil = lambda method, key, query: "deny" if method in ("DELETE", "POST") else ""
+    with pytest.raises(Unverified, match=r"It isn't\. .*without its neox_bridge\.json"):
+        execute(plan_of(hf, Path("x")), s3("both-fail"), check=check)
+
+
+def test_an_old_object_that_cannot_be_removed_is_an_error(store: Store, hf: Path) -> None:
+    """It would be read with the new ones."""
+    url = s3("stale/hf")
+    run(hf, s3("stale/neox"), tp=1)
+    run(s3("stale/neox"), url, shard_size=300_000)
+    store.spoil = lambda method, key, query: (
+        "deny" if method in ("DELETE", "POST") and ("-of-" in key or "delete" in query) else ""
+    )
+    with pytest.raises(Unreachable, match=r"-of-.*can't be removed.*kept in"):
+        run(s3("stale/neox"), url, overwrite=True)
+    store.spoil = lambda method, key, query: ""
+    assert "neox_bridge.json" not in contents(url)
+    run(s3("stale/neox"), url, overwrite=True)
+    assert not [name for name in contents(url) if "-of-" in name]
