@@ -29,8 +29,9 @@ def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
     with ExitStack() as stack:
         listeners: list[Tell] = []
         if log is not None:
-            stream = sys.stdout if log == "-" else stack.enter_context(open(log, "a"))
-            listeners.append(_logger(stream))
+            # unbuffered: what couldn't be written doesn't come up again when it is closed
+            file = None if log == "-" else stack.enter_context(open(log, "ab", buffering=0))
+            listeners.append(_logger(file, log))
         if not quiet:
             bars = sys.stderr.isatty()
             listeners.append(stack.enter_context(_bars(count)) if bars else _line)
@@ -44,9 +45,16 @@ def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
         yield tell
 
 
-def _logger(stream: IO[str]) -> "Tell":
+def _logger(file: IO[bytes] | None, name: str) -> "Tell":
+    """Writes events as JSON lines, to stdout where there is no file.
+
+    A log that fails is said once, and the batch goes on.
+    """
+    failed = False
+
     def write(event: "Event") -> None:
-        if event.kind == "written":
+        nonlocal failed
+        if event.kind == "written" or failed:
             return
         told: dict[str, Any] = {"time": round(time.time(), 3), "event": event.kind}
         told |= {"name": event.name}
@@ -56,7 +64,14 @@ def _logger(stream: IO[str]) -> "Tell":
             told["error"] = event.words
         if event.row is not None:
             told |= event.row.told()
-        print(json.dumps(told), file=stream, flush=True)
+        try:
+            if file is None:
+                print(json.dumps(told), flush=True)
+            else:
+                file.write(json.dumps(told).encode() + b"\n")
+        except OSError as error:
+            failed = True
+            say("warning", f"{name}: {error.strerror}. The batch goes on without this log.")
 
     return write
 

@@ -1,15 +1,17 @@
 """The settings with which GPT-NeoX loads a converted checkpoint and starts to fine-tune."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.findings import Finding
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.eras import Era, InvFreq, known_keys
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
+from neox_bridge.printable import plain
 
 LAYOUT = (
     "pipe_parallel_size",
@@ -143,7 +145,9 @@ def start_yml(
     what = "Trains on from" if fresh else "Fine-tunes"
     comes = "a new optimizer, and the schedule at its step" if fresh else "no optimizer states"
     blanks = ["data_path"] if tokenizer_file else ["data_path", "vocab_file"]
-    vocab_file = f"{root}/{tokenizer_file}" if tokenizer_file else None
+    vocab_file = in_yml(f"{root}/{tokenizer_file}") if tokenizer_file else None
+    if unnameable(root):
+        blanks += ["load", "save", *(["vocab_file"] if tokenizer_file else [])]
     sections: list[tuple[str, Mapping[str, Any]]] = [
         (
             f"{what} this checkpoint with GPT-NeoX: python deepy.py train.py {name}\n"
@@ -153,8 +157,8 @@ def start_yml(
         (
             f"the checkpoint: its weights are loaded, {comes}",
             {
-                "load": root,
-                "save": root if fresh else f"{root}/finetuned",
+                "load": in_yml(root),
+                "save": in_yml(root if fresh else f"{root}/finetuned"),
                 "finetune": not fresh,
                 "tokenizer_type": "HFTokenizer",
                 "vocab_file": vocab_file,
@@ -167,6 +171,34 @@ def start_yml(
         *_carried(found),
     ]
     return name, dump_yml(sections), tuple(blanks)
+
+
+def unnameable(path: str) -> bool:
+    """Whether a yml, which is UTF-8, can't hold a path."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def in_yml(path: str) -> str | list[str]:
+    """The path; a list in place of one that can't be written, with which GPT-NeoX ends at once.
+
+    With null or another folder it would start from scratch, without a word of it.
+    """
+    return [f"fill in: {plain(path)}, which is not UTF-8"] if unnameable(path) else path
+
+
+def unnameable_finding(file: str, keys: Sequence[str]) -> Finding:
+    """What to know of a yml that can't name its folder."""
+    return Finding(
+        "path-not-utf8",
+        "warning",
+        f"the path of this folder is not UTF-8, so {file} cannot hold it: {', '.join(keys)} are "
+        "not filled in, and GPT-NeoX does not start with them as they are",
+        "rename the folder to a name in UTF-8 and write its path there",
+    )
 
 
 def step_yml(found: Settings) -> bytes:
@@ -215,7 +247,7 @@ def resume_yml(
     }
     for key in changed:
         rest.pop(key, None)
-    files = {"load": root, "save": root, "finetune": False}
+    files = {"load": in_yml(root), "save": in_yml(root), "finetune": False}
     comment = "the run goes on from here: weights, optimizer, schedule, random states"
     layout = ("its layout and batch: must stay as they are", changed)
     run = ("the run's own settings", {**rest, **data})

@@ -20,7 +20,7 @@ from neox_bridge.planning.gradient_scale import gradient_findings
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.planning.neox_files import mp_rank_file, rank_parameters, weight_files
-from neox_bridge.planning.neox_yml import resume_yml
+from neox_bridge.planning.neox_yml import in_yml, resume_yml, unnameable, unnameable_finding
 from neox_bridge.planning.optimizer_files import RankGroup, param_shapes, zero_files
 from neox_bridge.planning.optimizer_stage0 import Stage0, stage0
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan, Whole
@@ -102,7 +102,10 @@ def plan_reshard(
         "optimizer": list(optimizer.keys),
         **({"universal": True} if made.universal else {}),
     }
+    start = "resume_universal.yml" if made.universal else "resume.yml"
+    unnamed = [unnameable_finding(start, ("load", "save"))] if unnameable(target) else []
     findings = (
+        *unnamed,
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
         *_findings(checkpoint, made, sources, changed),
@@ -289,7 +292,7 @@ def _small_files(
     tokenizer = describe_tokenizer(checkpoint.tokenizer)
     told = dict(changed)
     if tokenizer.main:
-        told["vocab_file"] = f"{target}/tokenizer/{tokenizer.main}"
+        told["vocab_file"] = in_yml(f"{target}/tokenizer/{tokenizer.main}")
     record = neox_record(checkpoint, checkpoint.vocab_rows, checkpoint.tokenizer_size)
     if checkpoint.config.grouped_query:
         record["gqa_order"] = made.shape.gqa_order

@@ -32,7 +32,15 @@ from neox_bridge.planning.common import (
 from neox_bridge.planning.fused import fusion_of
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
-from neox_bridge.planning.neox_yml import LAYOUT, Settings, settings, start_yml, step_yml
+from neox_bridge.planning.neox_yml import (
+    LAYOUT,
+    Settings,
+    settings,
+    start_yml,
+    step_yml,
+    unnameable,
+    unnameable_finding,
+)
 from neox_bridge.planning.option_checks import check_layout
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, Plan
@@ -96,6 +104,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     dropped += [Dropped(f"yml: {key}", why, "setting") for key in sorted(own)]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     start, yml, blanks = start_yml(found, target, main, fresh=optimizer is not None)
+    if unnameable(target):
+        findings.append(unnameable_finding(start, blanks[1:]))
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
     if config.grouped_query and not shape.te:
         record["gqa_order"] = shape.gqa_order
