@@ -191,6 +191,7 @@ def _pytest(
     existing = [test for test in tests if (tree / test.partition("::")[0]).exists()]
     path, *options = plugin or (f"PYTHONPATH={tree / 'src'}",)
     options += ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    options += ["--hypothesis-profile=ci"]  # the same examples each time, however slow the machine
     start = ["env", f"--chdir={tree}", path, sys.executable, *measuring, "-m", "pytest"]
     return shlex.join([*start, *options, *existing])
 
