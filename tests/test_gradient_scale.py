@@ -33,7 +33,12 @@ from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.planning.batch import Batch, spread
-from neox_bridge.planning.gradient_scale import Side, change_of_scale, kept_accumulation
+from neox_bridge.planning.gradient_scale import (
+    Rescaling,
+    Side,
+    change_of_scale,
+    kept_accumulation,
+)
 from neox_bridge.planning.pieces import Plan
 
 POWERS = {"master": 0, "exp_avg": 1, "exp_avg_sq": 2}
@@ -442,3 +447,27 @@ def test_the_way_out_is_in_the_fixtures_reach() -> None:
     for root in (DATA / "fp32", FP16, FIXTURES / "pythia_bf16_pp1_tp2_dp2" / "checkpoints"):
         value: Any = read_torch(str(files(root)["mp_rank_00_model_states.pt"]))
         assert pipeline_accumulation(value["ds_version"]) == "sums"
+
+
+@pytest.mark.parametrize(
+    ("factor", "divisor"),
+    [(Fraction(3), 4), (Fraction(2), 2), (Fraction(3, 2), 2), (Fraction(1, 4), 1 / 4)]
+    + [(Fraction(1, 3), 1 / 2), (Fraction(5), 8)],
+)
+def test_scaled_gradients_are_no_larger_than_before(factor: Fraction, divisor: float) -> None:
+    changes = Rescaling(factor, {}, decays=False, has_eps=True, half=True)
+    assert changes.loss_scale == divisor
+    assert changes.exact == (factor in (2, Fraction(1, 4)))
+
+
+def test_deepspeeds_settings_in_the_files_are_scaled(tmp_path: Path) -> None:
+    def with_settings(value: dict[str, Any]) -> None:
+        params = {"lr": 0.003, "eps": 1e-6, "weight_decay": 0.5}
+        value["ds_config"]["gradient_clipping"] = 1.5
+        value["ds_config"]["optimizer"] = {"type": "Adam", "params": params}
+
+    source = source_with(tmp_path / "old", meta=with_settings)
+    reshard(source, tmp_path / "new", micro_batch=1)
+    config = read_optimizer(open_checkpoint(str(tmp_path / "new"))).metas[0]["ds_config"]
+    assert config["gradient_clipping"] == 3
+    assert config["optimizer"]["params"] == {"lr": 0.003, "eps": 2e-6, "weight_decay": 0.5}
