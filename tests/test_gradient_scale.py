@@ -451,8 +451,14 @@ def test_the_way_out_is_in_the_fixtures_reach() -> None:
 
 @pytest.mark.parametrize(
     ("factor", "divisor"),
-    [(Fraction(3), 4), (Fraction(2), 2), (Fraction(3, 2), 2), (Fraction(1, 4), 1 / 4)]
-    + [(Fraction(1, 3), 1 / 2), (Fraction(5), 8)],
+    [
+        (Fraction(3), 4),
+        (Fraction(2), 2),
+        (Fraction(3, 2), 2),
+        (Fraction(1, 4), 1 / 4),
+        (Fraction(1, 3), 1 / 2),
+        (Fraction(5), 8),
+    ],
 )
 def test_scaled_gradients_are_no_larger_than_before(factor: Fraction, divisor: float) -> None:
     changes = Rescaling(factor, {}, decays=False, has_eps=True, half=True)
