@@ -771,4 +771,5 @@ def test_settings_of_another_kind(key: str, value: Any, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["reshard", str(root), str(tmp_path / "new"), "--dp", "1"])
     assert done.exit_code == 1, done.output
     assert f"{root}/global_step9/configs: {key}" in done.output
+    assert "Correct it in the yml." in done.output
     assert not (tmp_path / "new").exists()

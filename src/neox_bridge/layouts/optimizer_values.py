@@ -11,7 +11,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.dtypes import FLOATING
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.untrusted import count, mapping, number, sequence, unexpected
+from neox_bridge.layouts.untrusted import CONFIGS, count, mapping, number, sequence, unexpected
 from neox_bridge.planning.pieces import Shape
 
 _MOST_RANKS = 1 << 20
@@ -49,7 +49,7 @@ def check_meta(meta: Mapping[str, Any], path: str) -> None:
 
 def check_settings(raw: Mapping[str, Any], folder: str) -> None:
     """Check the settings of a run's yml that go into an optimizer or its batch."""
-    path = f"{folder}/configs"
+    path = f"{folder}{CONFIGS}"
     check_config(raw, path, "")
     for key in ("pipe_partition_method",):
         if raw.get(key) is not None and not isinstance(raw[key], str):

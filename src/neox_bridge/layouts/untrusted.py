@@ -114,7 +114,8 @@ def sequence(values: Mapping[str, Any], key: str, path: str, name: str = "") -> 
 def unexpected(path: str, name: str, value: object, wanted: str) -> BridgeError:
     """The error for a value of another kind than DeepSpeed or GPT-NeoX writes."""
     shown = repr(value)[:60] if isinstance(value, bool | int | float | str) else _kind(value)
-    return BridgeError(f"{path}: {name} is {shown}, not {wanted}. {_OTHER}")
+    way_out = "Correct it in the yml." if path.endswith(CONFIGS) else _OTHER
+    return BridgeError(f"{path}: {name} is {shown}, not {wanted}. {way_out}")
 
 
 def _kind(value: object) -> str:
@@ -129,6 +130,7 @@ def text(values: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) and len(value) <= _LONGEST_NAME else ""
 
 
+CONFIGS = "/configs"  # the folder of a run's yml files, which users write
 _OTHER = "The file is damaged or made to deceive; get it from its source again."
 
 
