@@ -168,11 +168,15 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
 
     from neox_bridge.layouts.copies import copy_findings
     from neox_bridge.layouts.head import head_findings, head_relation
+    from neox_bridge.layouts.rank_biases import drifted_biases
     from neox_bridge.planning.report import finding_json
     from neox_bridge.planning.weight_dtypes import odd_dtypes
     from neox_bridge.stores.paths import size
 
     stored = head_findings(checkpoint, PEEK_BYTES) + copy_findings(checkpoint, PEEK_BYTES)
+    if drifted := drifted_biases(checkpoint):
+        written = "convert writes the mean of the ranks, which is near to it"
+        stored = [*stored, drifted.finding(written)]
     odd = odd_dtypes(checkpoint)
     config, state = checkpoint.config, checkpoint.neox
     dtypes: Counter[str] = Counter()

@@ -19,6 +19,7 @@ from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.eras import ERAS, fitting
 from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
+from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
@@ -157,6 +158,8 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _dtypes(checkpoint)
     yield from head_findings(checkpoint)
     yield from copy_findings(checkpoint)
+    if drifted := drifted_biases(checkpoint):
+        yield drifted.finding("convert writes the mean of the ranks, which is near to it")
     if checkpoint.kind == "hf":
         for finding in listed(checkpoint.unknown_keys):  # which keep nothing from loading
             yield replace(finding, severity="info")

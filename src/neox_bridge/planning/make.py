@@ -14,6 +14,7 @@ from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
 from neox_bridge.layouts.unknown_keys import ignoring
 from neox_bridge.planning.casts import count_casts
 from neox_bridge.planning.common import cast
+from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
@@ -64,6 +65,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
         from neox_bridge.planning.to_neox import plan_neox
 
         plan = plan_neox(checkpoint, options, tokenizer, absolute(target))
+    plan = with_drifted_biases(plan, checkpoint)
     return replace(
         plan,
         files=tuple(map(cut_reductions, plan.files)),

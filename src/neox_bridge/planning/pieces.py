@@ -148,6 +148,7 @@ class Plan:
     casts: the dtypes that the source's weights are cast to.
     model: what tells the model of a GPT-NeoX target from another; None where nobody asks.
     fixed: keys of a start-up yml that must stay as they are in the plan's.
+    known_deviations: how the names of tensors end whose ranks differ, as a finding says already.
     """
 
     source: dict[str, object]
@@ -161,6 +162,7 @@ class Plan:
     casts: tuple[Cast, ...] = ()
     model: ModelIdentity | None = None
     fixed: tuple[str, ...] = ()
+    known_deviations: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ from neox_bridge.layouts.tokenizer import describe_tokenizer
 from neox_bridge.layouts.universal_folder import INFO, LATEST
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
 from neox_bridge.planning.common import text_file, tokenizer_outputs
+from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.fragments import put
 from neox_bridge.planning.gradient_scale import gradient_findings
 from neox_bridge.planning.model_identity import identity_of
@@ -111,7 +112,7 @@ def plan_reshard(
         *_findings(checkpoint, made, sources, changed),
     )
     rows = min(checkpoint.vocab_rows, made.config.dims["vocab"])
-    return Plan(
+    plan = Plan(
         source_summary(checkpoint),
         summary,
         tuple(files),
@@ -120,6 +121,7 @@ def plan_reshard(
         model=identity_of(architecture.name, made.config, rows),
         fixed=(*changed, *sorted(architecture.model_keys), "precision"),
     )
+    return with_drifted_biases(plan, checkpoint)
 
 
 def _groups(

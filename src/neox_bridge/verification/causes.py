@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.verification.sides import neox_settings
 
 _ABSENT = {
@@ -133,6 +134,15 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
             "gate and up are swapped on one of the two sides",
         )
     if config.attention_bias or config.mlp_bias:
+        if drifted := drifted_biases(neox):
+            setting = "sequence_parallel: true let" if drifted.sequence_parallel else "the run let"
+            yield Hypothesis(
+                "biases that differ between ranks",
+                {"row_biases": "mean"},
+                f"{setting} {drifted.count} biases drift apart between the ranks, by "
+                f"{drifted.largest:.6g} at most ({drifted.name}); the other side has their mean, "
+                "and no single model equals this checkpoint",
+            )
         kinds = [kind for kind in _BIASES if state.tp > 1 or kind in ("twice", "half")]
         for kind in kinds:
             times = state.tp if kind in ("first", "sum") else 2

@@ -47,7 +47,7 @@ _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
     "gqa_order": ("grouped", ("grouped", "interleaved", "te")),
     "rms_eps": ("inside", ("inside", "outside")),
     # models that tools get wrong, or that GPT-NeoX once was, to find out where two part
-    "row_biases": ("told", ("told", "first", "sum", "twice", "half")),
+    "row_biases": ("told", ("told", "first", "sum", "mean", "twice", "half")),
     "gate": ("second", ("second", "first")),
     "rope_tables": ("float32", ("float32", "float16", "bfloat16")),
 }
@@ -115,7 +115,8 @@ def stages(
     """``forward``, stage after stage; what is sent in replaces the output that the next one gets.
 
     config: besides the yml's keys, "gqa_order" and "rms_eps" as for ``forward``; "row_biases":
-        that of the first rank alone, the ranks' sum, twice or half of what GPT-NeoX adds; "gate":
+        that of the first rank alone, the ranks' sum or mean, twice or half of what GPT-NeoX adds;
+        "gate":
         which half of a gated MLP's projection it is; "rope_tables": the dtype that positions,
         frequencies and angles are rounded to (the parameters' before 3bfedf47, 2023-09, #1041).
     """
@@ -329,7 +330,7 @@ def _block(
     if not spec.config.get("gpt_j_residual"):
         for name, sublayer in (("attention", _attention), ("mlp", _mlp)):
             outputs, bias = _on_ranks(sublayer, ranks, index, x, spec)
-            parts[name] = _add(_reduce(outputs, in_fp32), bias[0])
+            parts[name] = _add_row_biases(_reduce(outputs, in_fp32), bias, spec)
             x = x + parts[name]
         return x, parts
     attention, mlp = (
@@ -342,6 +343,22 @@ def _block(
         return x + parts["mlp"], {**parts, "attention": torch.zeros_like(x)}
     both = [a + b for a, b in zip(attention, mlp, strict=True)]
     return x + _reduce(both, in_fp32), parts
+
+
+def _add_row_biases(x: Tensor, biases: Sequence[Tensor | None], spec: _Spec) -> Tensor:
+    """x [b, s, h], whole, with the bias that each rank adds after the ranks' sum.
+
+    With sequence_parallel every rank does so for its part of the sequence (mpu/layers.py,
+    RowParallelLinear.forward, scatters s over the ranks).
+    """
+    there = [bias for bias in biases if bias is not None]
+    if len(there) < 2 or not spec.config.get("sequence_parallel"):
+        return _add(x, biases[0])
+    if spec.config.get("row_biases") not in (None, "told"):
+        return _add(x, biases[0])
+    length = -(-x.shape[1] // len(there))
+    parts = x.split(length, dim=1)
+    return torch.cat([part + bias for part, bias in zip(parts, there, strict=False)], dim=1)
 
 
 def _has_mlp_bias(rank: Rank, index: int) -> bool:
@@ -364,6 +381,8 @@ def _on_ranks(
         return outputs, biases
     if kind == "first":
         return outputs, [there[0], *(torch.zeros_like(bias) for bias in there[1:])]
+    if kind == "mean":
+        return outputs, [torch.stack(there).mean(dim=0)] * len(ranks)
     if kind == "sum":
         return outputs, [_reduce(there)] * len(ranks)
     return outputs, [bias * (2.0 if kind == "twice" else 0.5) for bias in there]

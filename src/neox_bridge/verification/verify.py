@@ -1,6 +1,6 @@
 """``neox-bridge verify``: what was written, read back, is what the source says."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -14,11 +14,12 @@ from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.derived_check import mismatch_finding
 from neox_bridge.layouts.head import as_stored, head_as_in
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.layouts.unknown_keys import undecided
 from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.casts import Cast, count_casts, equality, overflow_finding
 from neox_bridge.planning.geometry import with_rows
-from neox_bridge.planning.pieces import Whole
+from neox_bridge.planning.pieces import Whole, whole_of
 from neox_bridge.planning.to_hf import hf_model
 from neox_bridge.verification.compare import (
     Difference,
@@ -93,6 +94,8 @@ def verify(
         findings.append(_cut(rows, source.vocab_rows, target))
     if target.inv_freq_mismatch is not None:
         findings.append(mismatch_finding(target.inv_freq_mismatch))
+    if part[0] == 0:
+        findings += _drifted(source, target)
     context = Context(progress)
     casting = {
         name: (whole.dtype, target.tensors[name].dtype)
@@ -125,6 +128,14 @@ def verify(
         count_casts(casting.values()),
         dict(sorted(overflows.items())),
     )
+
+
+def _drifted(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
+    """Biases that differ between a side's ranks, and of which the other side has the mean."""
+    for one, other in ((source, target), (target, source)):
+        ranks = (one.neox and one.neox.tp, other.neox and other.neox.tp)
+        if ranks[0] != ranks[1] and (drifted := drifted_biases(one)):
+            yield drifted.finding(f"{other.path} is compared with the mean of the ranks")
 
 
 def as_one_model(source: Checkpoint, target: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -223,9 +234,18 @@ def _compare(
         first, second = with_rows(first, rows), with_rows(second, rows)
     alone = settled(second, context) if second.reduce == "replica" else second
     found = divided(compare(name, first, alone, context), weight, second)
-    if found.kind == "equal" and second.reduce == "replica" and alone.reduce != "none":
+    differ = second.reduce == "replica" and alone.reduce != "none"
+    if found.kind == "equal" and differ and not _same_on_each_rank(first, second, context):
         return replace(found, kind="replicas", detail="the target's ranks differ")
     return found
+
+
+def _same_on_each_rank(first: Whole, second: Whole, context: Context) -> bool:
+    """Whether as many ranks hold the same values, each its own: those of a GPT-NeoX source."""
+    return len(first.shards) == len(second.shards) and all(
+        compare("", whole_of(one), whole_of(other), context).kind == "equal"
+        for one, other in zip(first.shards, second.shards, strict=True)
+    )
 
 
 def _overflow(first: Whole, second: Whole, context: Context) -> int:
