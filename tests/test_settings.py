@@ -108,7 +108,7 @@ def test_a_power_of_two_is_exact(factor: Any, exact: bool, loss_scale: float) ->
         (2, 6),
         ("1e-08", 3e-8),
         ("2.5E+2", 750.0),
-        ("1.0", "1.0"),  # text in YAML as well
+        ("1.0", 3.0),
         ("auto", "auto"),
         (True, True),
         (None, None),

@@ -156,7 +156,6 @@ AREAS: dict[str, Area] = {
             "tests/test_usage.py",
             "tests/test_cli.py",
             "tests/test_bad_input.py",
-            "tests/test_calls.py",
         ),
     ),
 }
