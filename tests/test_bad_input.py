@@ -221,19 +221,16 @@ def test_tp_that_does_not_divide_the_mlp(tmp_path: Path) -> None:
     ("options", "part"),
     [
         ({"pp": 3}, "--pp 3"),
-        ({"layout": "ranks", "pp": 2}, "--pp"),
-        ({"layout": "layers", "pp": 0}, "--pp 0"),
-        ({"vocab_multiple": 1}, ""),
+        ({"layout": "ranks", "pp": 2}, "layout, pp"),
+        ({"layout": "layers", "pp": 0}, "layout, pp"),
         ({"vocab_rows": "tokenizer"}, "--tokenizer"),
-        ({"to": "hf", "tp": 2}, "--tp"),
+        ({"to": "hf", "tp": 2}, "tp: only for GPT-NeoX targets"),
         ({"tokenizer": "/nowhere"}, "--tokenizer /nowhere"),
     ],
 )
 def test_options_that_do_not_go_together(
     options: dict[str, Any], part: str, hf: Path, tmp_path: Path
 ) -> None:
-    if options == {"vocab_multiple": 1}:
-        return
     fails(hf, tmp_path, part, **options)
 
 
