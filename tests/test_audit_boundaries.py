@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.verification.audit import judge, verdict
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
 from neox_bridge.verification.audit_norms import broken_faults, jump_faults, jumps_of
@@ -160,6 +161,83 @@ def test_the_largest_jump_is_named_first() -> None:
     (fault,) = jump_faults(steps)
     assert fault.tensors == ("b", "a")
     assert "2 tensors jump" in fault.message
+
+
+@pytest.mark.parametrize(("distance", "hidden"), [(3, True), (4, False)])
+@pytest.mark.parametrize("side", [-1, 1], ids=["before", "after"])
+def test_three_changes_on_each_side_are_what_is_usual(
+    distance: int, hidden: bool, side: int
+) -> None:
+    """A change of 0.3 as near as that hides a jump of 1; one that is further away does not."""
+    changes = [0.01] * 16
+    changes[8] = 1.0
+    changes[8 + side * distance] = 0.3
+    logs = [sum(changes[:n]) for n in range(17)]
+    at = 9  # the point after the ninth change
+    assert ((at, False) in jumps_of(with_floor(logs))) == (not hidden)
+
+
+def test_a_long_way_between_steps_may_change_more() -> None:
+    """Eight times as far, and a change nine times as large: no more than usual for the distance."""
+    even = [(1e9 + 1000 * n, math.exp(0.02 * n)) for n in range(6)]
+    late = [(1e9 + 5000 + 8000 + 1000 * n, math.exp(0.28 + 0.02 * n)) for n in range(5)]
+    assert jumps_of(even + late) == []
+    early = [(1e9 + 5000 + 1000 + 1000 * n, norm) for n, (_, norm) in enumerate(late)]
+    assert jumps_of(even + early) == [(6, False)]
+
+
+def test_a_step_that_is_there_twice_divides_by_no_zero() -> None:
+    points = course(1.0, 1.01, 1.02, 1.03, 1.04)
+    assert jumps_of([*points[:3], points[2], *points[3:]]) == []
+
+
+def test_a_spike_right_before_the_last_point() -> None:
+    assert jumps_of(course(1.0, 1.0, 1.0, 9.0, 1.0)) == [(3, True)]
+    assert jumps_of(course(1.0, 1.0, 1.0, 1 / 9, 1.0)) == [(3, True)]
+
+
+def test_a_spike_must_come_back_near_where_it_left() -> None:
+    """The way from one neighbour to the other counts as much as what is usual."""
+    assert (3, True) in jumps_of(course(1.0, 1.0, 1.0, 9.0, 1.5, 1.5, 1.5))
+    assert (3, True) not in jumps_of(course(1.0, 1.0, 1.0, 9.0, 3.0, 3.0, 3.0))
+
+
+def test_the_label_is_that_of_the_step_where_steps_are_left_out() -> None:
+    steps = norms(1.0, 1.0, 1.0, 1.0, 9.0, 1.0)
+    steps[0] = replace(steps[0], number=None)
+    without = {"b": steps[1].tensors["b"]}
+    steps[1] = replace(steps[1], tensors=without)
+    (fault,) = jump_faults(steps)
+    assert fault.steps == ("4000",)
+    assert fault.message == (
+        "run: at step 4000 the norms of 1 tensor jump, and back at the next: a (1 to 9)"
+    )
+
+
+def test_the_size_of_a_jump_is_the_ratio_of_both_norms() -> None:
+    """The larger product of norms is not the larger jump, and a fall is one as well."""
+    courses = {"a": [8.0, 8.0, 64.0, 8.0], "b": [0.5, 0.5, 8.0, 0.5], "c": [64.0, 64.0, 0.5, 64.0]}
+    steps = [
+        step(1000 * n, {name: tensor(f"{name}{n}", course[n]) for name, course in courses.items()})
+        for n in range(4)
+    ]
+    (fault,) = jump_faults(steps)
+    assert fault.tensors == ("c", "b", "a")
+    assert "3 tensors jump, and back at the next: c (64 to 0.5), b (0.5 to 8)" in fault.message
+    zero = [step(n, {"a": tensor(f"a{n}", 0.0 if n == 2 else 1.0)}) for n in range(5)]
+    (gone,) = jump_faults(zero)
+    assert "a (1 to 0)" in gone.message
+
+
+def test_a_jump_of_tensors_that_do_not_all_come_back_says_nothing_of_it() -> None:
+    stays, returns = [1, 1, 1, 9, 9, 9], [1, 1, 1, 9, 1, 1]
+    steps = [
+        step(n, {"a": tensor(f"a{n}", stays[n]), "b": tensor(f"b{n}", returns[n])})
+        for n in range(6)
+    ]
+    (fault,) = jump_faults(steps)
+    assert fault.steps == ("3",)
+    assert "of 2 tensors jump: " in fault.message
 
 
 def test_what_is_explained_is_no_jump() -> None:
@@ -331,6 +409,225 @@ def test_runs_that_share_a_step_are_named_unless_one_begins_with_the_other() -> 
     assert list(across_runs({"one": one, "other": starts})) == []
 
 
+def test_what_stays_in_half_precision_must_begin_with_step_0_and_have_numbers() -> None:
+    alike = {"a": tensor("same"), "b": tensor("too")}
+    for numbers in ((1, 2, 3), (0, 2, None)):
+        steps = [step(n, alike, dtype="float16") for n in numbers] + [step(64)]
+        (fault,) = identity_faults(steps)
+        assert fault.severity == "error", numbers
+
+
+def test_all_steps_alike() -> None:
+    alike = {"a": tensor("same"), "b": tensor("too")}
+    (fault,) = identity_faults([step(n, alike) for n in (4, 5, 6)])
+    assert fault.message == "run: steps 4, 5 and 6 are identical, every tensor of them"
+    assert fault.remedy == "all steps are the same; copy or convert the wrong ones again"
+    assert list(identity_faults([step(4, alike)])) == []
+    assert list(identity_faults([])) == []
+
+
+def test_neighbours_that_are_the_same_tell_nothing() -> None:
+    (fault,) = identity_faults(same(2, 3))
+    assert fault.remedy.startswith("which of them they belong to can't be told from neighbours; ")
+    (apart,) = identity_faults(same(2, 4))
+    assert apart.remedy.startswith("whose they are, the norms don't tell; ")
+
+
+def whose(norms_: list[float], *shared: int) -> str:
+    """The advice where these steps, of a run with these norms, have the same bits of one tensor."""
+    steps = [
+        step(n, {"a": tensor("same" if n in shared else f"a{n}", norm), "b": tensor(f"b{n}")})
+        for n, norm in enumerate(norms_)
+    ]
+    (fault,) = identity_faults(steps)
+    return fault.remedy.partition(";")[0]
+
+
+STEP_2 = "by the norms beside it, they are step 2's, and 4 has the wrong ones"
+NOBODYS = "whose they are, the norms don't tell"
+
+
+@pytest.mark.parametrize(("factor", "told"), [(BOTH[0], False), (BOTH[1], True)])
+@pytest.mark.parametrize("side", [1, -1], ids=["below", "above"])
+def test_norms_tell_whose_bits_from_a_hundredth_on(factor: float, told: bool, side: int) -> None:
+    """Step 2 lies between its neighbours, and step 4 below or above both of its own."""
+    away = math.exp(side * 0.01 * factor)
+    remedy = whose([1.0, 1.0, 1.0, away, 1.0, away, away], 2, 4)
+    assert remedy == (STEP_2 if told else NOBODYS)
+
+
+@pytest.mark.parametrize(
+    ("near", "told"), [(2.0 * BOTH[0], True), (2.0, False), (2.0 * BOTH[1], False)]
+)
+def test_the_right_step_must_fit_four_times_as_well(near: float, told: bool) -> None:
+    """The logarithms of 2 and 16 are in exactly the ratio of 1 to 4."""
+    assert 0.25 * math.log(16.0) == math.log(2.0)
+    remedy = whose([1.0, near, 1.0, 16.0, 1.0, 16.0, 16.0], 2, 4)
+    assert remedy == (STEP_2 if told else NOBODYS)
+
+
+def test_norms_tell_which_of_three_steps_is_right() -> None:
+    remedy = whose([5.0, 5.0, 1.0, 5.0, 1.0, 1.0, 5.0, 5.0, 1.0, 5.0], 2, 4, 8)
+    assert remedy == "by the norms beside it, they are step 4's, and 2 and 8 have the wrong ones"
+    assert whose([1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 5.0], 2, 4, 6) == NOBODYS
+
+
+def test_norms_of_several_tensors_count_on_average() -> None:
+    """One tensor fits nowhere, and one has no norm to compare with; the others tell."""
+    steps = []
+    for n in range(7):
+        bits = "same" if n in (2, 4) else str(n)
+        far = 1.0 if n < 4 or n == 4 else 9.0
+        tensors = {"a": tensor(f"a{bits}", far), "z": tensor(f"z{bits}", 0.0)}
+        steps.append(step(n, {**tensors, "b": tensor(f"b{n}")}))
+    steps[3] = step(3, {**steps[3].tensors, "a": tensor("a3", 9.0)})
+    (fault,) = identity_faults(steps)
+    assert fault.remedy.partition(";")[0] == STEP_2
+
+
+def layered(number: int, *bits: tuple[str, str, tuple[int, ...], str]) -> Step:
+    """Tensors by name, bits, shape and file."""
+    given = {name: tensor(one, shape=shape) for name, one, shape, _ in bits}
+    return step(number, given, files={name: (file,) for name, _, _, file in bits})
+
+
+def test_a_matrix_may_stay_for_a_step_unless_it_is_all_that_its_file_holds() -> None:
+    def run(file: str) -> list[Step]:
+        return [
+            layered(
+                n,
+                ("a", f"a{max(n, 2)}", (4, 4), "one"),
+                ("b", f"b{n}", (4, 4), file),
+            )
+            for n in range(1, 5)
+        ]
+
+    assert list(identity_faults(run("one"))) == []
+    (fault,) = identity_faults(run("two"))
+    assert (fault.code, fault.steps, fault.tensors) == ("shared-shard", ("1", "2"), ("a",))
+    assert fault.message == (
+        "run: steps 1 and 2 share 1 tensor, bit for bit, all that one holds, and differ elsewhere: "
+        "a"
+    )
+    assert fault.remedy == (
+        "which of them they belong to can't be told from neighbours; copy or convert that file "
+        "again"
+    )
+
+
+def test_vectors_alone_are_a_file_of_another_step_only_where_they_change_at_other_steps() -> None:
+    def run(*bits: int) -> list[Step]:
+        return [
+            layered(
+                n,
+                ("v", f"v{one}", (4,), "one"),
+                ("w", f"w{one}", (4,), "one"),
+                ("b", f"b{n}", (4, 4), "two"),
+            )
+            for n, one in enumerate(bits)
+        ]
+
+    (fault,) = identity_faults(run(0, 1, 2, 2, 4))
+    assert (fault.steps, fault.tensors) == (("2", "3"), ("v", "w"))
+    assert "share 2 tensors, bit for bit, all that one holds, " in fault.message
+    assert list(identity_faults(run(0, 1, 1))) == [], "two values do not tell"
+    assert list(identity_faults(run(0, 1, 1, 2, 2, 4))) == [], "they stay at other steps too"
+
+
+def test_ranks_are_told_apart_only_where_all_steps_have_as_many() -> None:
+    steps = [sharded(n, (f"0{n}", f"1{n}"), (f"0{n}", f"1{n}")) for n in range(4)]
+    steps[3] = sharded(3, ("03", "11"), ("03", "11"))
+    steps[0] = replace(steps[0], tp=1)
+    assert list(identity_faults(steps)) == []
+
+
+def test_tensors_of_every_rank_are_no_part() -> None:
+    """Tensor a is step 1's on both ranks, and only there."""
+    steps = [sharded(n, (f"0{n}", f"1{n}"), (f"0{n}", f"1{n}")) for n in range(4)]
+    steps[3] = sharded(3, ("01", "11"), ("03", "13"))
+    (fault,) = identity_faults(steps)
+    assert (fault.steps, fault.tensors) == (("1", "3"), ("a",))
+    assert "tensor-parallel" not in fault.message
+    assert "holds" not in fault.message, "both files hold another tensor, which differs"
+    assert fault.message.startswith("run: steps 1 and 3 share 1 tensor, bit for bit, and differ")
+
+
+def test_files_are_named_where_they_hold_nothing_else() -> None:
+    steps = [sharded(n, (f"0{n}", f"1{n}"), (f"0{n}", f"1{n}")) for n in range(4)]
+    more = {"c": tensor("c")}
+    steps[3] = sharded(3, ("01", "11"), ("01", "11"))
+    steps = [
+        replace(
+            one,
+            tensors={**one.tensors, "c": replace(more["c"], hash=f"c{one.number}")},
+            files={**one.files, "c": ("rank2.pt",)},
+        )
+        for one in steps
+    ]
+    (fault,) = identity_faults(steps)
+    assert "share 2 tensors, bit for bit, rank0.pt, rank1.pt, and differ elsewhere: a, b" in (
+        fault.message
+    )
+
+
+def test_constant_tensors_are_nobodys() -> None:
+    """Norms begin as one value throughout, at every step."""
+    ones = Fingerprint("ones", "float32", (4, 4), 1.0, 0, True)
+    steps = [step(n, {"a": tensor(f"a{n}"), "n": ones}) for n in range(3)]
+    steps += [step(3, {"a": tensor("a3"), "n": tensor("n3")})]
+    assert list(identity_faults(steps)) == []
+    rank = tensor("x", shards=(Shard("0", True), Shard("1", True)))
+    held = [step(n, {"a": tensor(f"a{n}"), "x": rank}, tp=2) for n in range(3)]
+    held = [replace(one, files=dict.fromkeys(one.tensors, ("0", "1"))) for one in held]
+    assert list(identity_faults(held)) == []
+
+
+def test_frozen_tensors_are_counted() -> None:
+    steps = [
+        step(n, {"a": tensor("same"), "c": tensor("too"), "b": tensor(f"b{n}")}) for n in range(3)
+    ]
+    (fault,) = identity_faults(steps)
+    assert fault.message == "run: 2 of 3 tensors are the same in every step: a, c"
+    assert fault.steps == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(12, "3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 13"), (13, "9, 10, 11 and 3 more")],
+)
+def test_a_dozen_steps_are_named(count: int, words: str) -> None:
+    alike = {"a": tensor("same")}
+    (fault,) = identity_faults([step(n, alike) for n in range(2, 2 + count)])
+    assert f"{words} are identical" in fault.message
+
+
+def test_steps_that_a_run_has_twice_are_no_other_runs() -> None:
+    assert list(across_runs({"run": same(2, 4)})) == []
+    one = [replace(s, run="one") for s in same(2, 4)]
+    other = [step(n, {"a": tensor(f"o{n}")}, run="other") for n in range(6)]
+    other[3] = replace(one[2], run="other", label="3", number=3)
+    (fault,) = across_runs({"one": one, "other": other})
+    assert fault.message == "one and other share steps, every tensor of them: 2 is 3"
+
+
+@pytest.mark.parametrize(("number", "wrong"), [(0, False), (1, False), (2, True), (None, True)])
+def test_runs_may_share_their_first_step(number: int | None, wrong: bool) -> None:
+    one, other = (step(number, run=run) for run in ("one", "other"))
+    assert codes(across_runs({"one": [one], "other": [other]})) == ["shared-step"] * wrong
+
+
+def test_a_run_that_goes_on_from_anothers_step_begins_with_it() -> None:
+    one = [step(n, run="one") for n in range(2, 6)]
+    goes_on = [replace(one[2], run="other", number=0), step(9, {"a": tensor("o")}, run="other")]
+    assert list(across_runs({"one": one, "other": goes_on})) == []
+    later = [replace(one[2], run="other", number=3), step(9, {"a": tensor("o")}, run="other")]
+    assert list(across_runs({"one": one, "other": later})) == []
+    within = [step(8, {"a": tensor("p")}, run="other"), replace(one[2], run="other", number=3)]
+    assert codes(across_runs({"one": one, "other": within})) == ["shared-step"]
+    everything = [replace(s, run="other") for s in one]
+    assert codes(across_runs({"one": one, "other": everything})) == ["shared-step"]
+
+
 # --- settings
 
 
@@ -363,6 +660,55 @@ def test_a_number_inside_that_is_another_and_a_step_that_is_there_twice() -> Non
     ]
     assert "run/step4, run/copy" in faults[1].message
     assert "run/step1" not in faults[1].message
+
+
+def test_the_value_of_most_steps_is_usual_and_the_first_where_they_tie() -> None:
+    steps = [step(n, meaning={"heads": 4 if n in (1, 2) else 8}) for n in range(5)]
+    (fault,) = setting_faults(steps)
+    assert fault.message == "run: heads is 4 at step 1, 2, and 8 at most"
+    tied = [step(n, meaning={"heads": 4 + n}) for n in range(2)]
+    (second,) = setting_faults(tied)
+    assert second.steps == ("1",)
+    absent = [step(n, meaning={} if n == 1 else {"heads": 8}) for n in range(3)]
+    (lost,) = setting_faults(absent)
+    assert lost.message == "run: heads is None at step 1, and 8 at most"
+
+
+def unknown(value: Any = 2.0, effect: Any = "model") -> UnknownKey:
+    return UnknownKey("neox", "attention-scale", value, effect)
+
+
+def test_an_unknown_setting_is_a_warning_where_it_may_change_the_model() -> None:
+    steps = [step(n, unknown_keys=(unknown(),)) for n in range(2)]
+    (fault,) = setting_faults(steps)
+    assert (fault.code, fault.severity, fault.steps) == ("unknown-key", "warning", ("0", "1"))
+    assert fault.message.startswith("run: 0, 1: attention-scale: 2.0, which no GPT-NeoX ")
+    assert "check it if a fork" not in fault.remedy
+    harmless = [step(n, unknown_keys=(unknown("x", "none"),)) for n in range(2)]
+    (fault,) = setting_faults(harmless)
+    assert (fault.code, fault.severity) == ("unknown-key", "info")
+    assert fault.message == "run: 0, 1: unknown setting: attention-scale: 'x'"
+    assert fault.remedy == "check it if a fork trained it"
+
+
+def test_an_unknown_setting_that_only_some_steps_have_is_another_config() -> None:
+    steps = [step(n, unknown_keys=(unknown(3.0 if n == 1 else 2.0),) * (n != 2)) for n in range(5)]
+    faults = list(setting_faults(steps))
+    assert [(f.code, f.steps) for f in faults] == [
+        ("unknown-key", ("0", "1", "3", "4")),
+        ("config-differs", ("1",)),
+        ("config-differs", ("2",)),
+    ]
+    assert "attention-scale is not there at step 2, and 2.0 at most" in faults[2].message
+
+
+def test_a_tensor_that_one_step_lacks_or_has_alone_is_of_another_shape() -> None:
+    steps = [step(n) for n in range(4)]
+    steps[2] = step(2, {"a": tensor("a2"), "c": tensor("c")})
+    (fault,) = setting_faults(steps)
+    assert (fault.code, fault.steps) == ("shapes-differ", ("2",))
+    assert fault.tensors == ("b", "c")
+    assert "step 2 has 2 tensors of other shapes" in fault.message
 
 
 # --- initial weights
@@ -403,6 +749,41 @@ def test_the_user_may_say_that_runs_begin_alike() -> None:
     assert codes(init_faults(later, same_init=True)) == ["no-step-0"]
     shapes = {"one": runs["one"], "two": [step(0, {"a": tensor("y", shape=(8, 4))}, run="two")]}
     assert codes(init_faults(shapes, same_init=True)) == ["no-step-0"]
+
+
+@pytest.mark.parametrize("bits", ["xxy", "yyx", "xyx", "yxx", "xyy"])
+def test_the_run_that_begins_otherwise_is_the_one_of_the_fewest(bits: str) -> None:
+    runs = {f"r{n}": [starting(f"r{n}", one, 1)] for n, one in enumerate(bits)}
+    (fault,) = init_faults(runs)
+    odd = next(n for n, one in enumerate(bits) if bits.count(one) == 1)
+    usual = next(n for n, one in enumerate(bits) if bits.count(one) == 2)
+    assert fault.message == (
+        f"r{odd}: step 0 isn't that of r{usual} (the same seed): 1 of 1 tensors differ: a"
+    )
+
+
+def test_all_runs_that_begin_otherwise_are_named() -> None:
+    runs = {f"r{n}": [starting(f"r{n}", one, 1)] for n, one in enumerate("yxxz")}
+    assert [fault.run for fault in init_faults(runs)] == ["r0", "r3"]
+    told = [fault.message for fault in init_faults(runs, same_init=True)]
+    assert ["(as told)" in message for message in told] == [True, True]
+
+
+def test_runs_of_other_seeds_that_begin_alike_are_named_once() -> None:
+    runs = {f"r{n}": [starting(f"r{n}", "x", seed)] for n, seed in enumerate((1, 2, 3))}
+    (fault,) = init_faults(runs)
+    assert fault.run == "r1"
+    assert fault.message == (
+        "step 0 is the same in r0 (seed 1), r1 (seed 2), r2 (seed 3), every tensor of it"
+    )
+
+
+def test_two_runs_are_needed_to_begin_alike() -> None:
+    pair = {"one": [starting("one", "x", 1)], "two": [starting("two", "x", 1)]}
+    assert list(init_faults(pair, same_init=True)) == []
+    assert list(init_faults({"one": pair["one"], "none": []})) == []
+    dtypes = {"one": pair["one"], "two": [step(0, {"a": replace(tensor("x"), dtype="float16")})]}
+    assert codes(init_faults(dtypes, same_init=True)) == ["no-step-0"]
 
 
 # --- optimizer states
@@ -452,6 +833,60 @@ def test_an_optimizer_that_counts_otherwise_than_its_run() -> None:
     assert "3 and 2 steps" in apart.message
 
 
+def test_masters_that_are_not_finite_or_of_no_weight_are_not_compared() -> None:
+    other = with_states(1, 9.0)
+    assert codes(state_faults([other], [])) == ["other-masters"]
+    bad = replace(other, states={MASTER: tensor("m", 9.0, bad=1)})
+    assert codes(state_faults([bad], [])) == ["not-finite"]
+    bad = replace(other, tensors={"a": replace(other.tensors["a"], bad=1)})
+    assert codes(state_faults([bad], [])) == []
+    gone = replace(other, tensors={"b": other.tensors["a"]})
+    assert codes(state_faults([gone], [])) == []
+    moment = replace(other, states={"exp_avg: a": tensor("m", 9.0)}, files={"exp_avg: a": ("x",)})
+    assert codes(state_faults([moment], [])) == []
+
+
+def test_masters_may_jump_where_the_weights_do_and_moments_anywhere() -> None:
+    def run(name: str, late: float) -> list[Step]:
+        one = [with_states(n, 1.0) for n in range(1, 7)]
+        return [
+            replace(
+                s,
+                tensors={},
+                states={name: tensor(f"m{s.number}", late if s.number == 4 else 1.0)},
+                files={name: ("x",)},
+            )
+            for s in one
+        ]
+
+    (fault,) = state_faults(run(MASTER, 9.0), [])
+    assert (fault.code, fault.run, fault.steps) == ("norm-jump", "run", ("4",))
+    assert fault.message.startswith("run: the optimizer: at step 4 ")
+    known = Fault("norm-jump", "warning", "m", "", "run", ("4",), ("a",))
+    assert list(state_faults(run(MASTER, 9.0), [known])) == []
+    elsewhere = replace(known, steps=("3",))
+    assert codes(state_faults(run(MASTER, 9.0), [elsewhere])) == ["norm-jump"]
+    assert list(state_faults(run("exp_avg: a", 9.0), [])) == []
+
+
+def test_states_of_another_step_are_named() -> None:
+    steps = [with_states(n, 1.0) for n in range(1, 6)]
+    steps[3] = replace(steps[3], states=steps[1].states)
+    said = [(f.code, f.run, f.steps) for f in state_faults(steps, [])]
+    assert ("identical-steps", "run", ("2", "4")) in said
+
+
+def test_an_optimizer_that_began_anew_is_always_behind() -> None:
+    steps = [replace(with_states(n, 1.0), updates=(n - 2,)) for n in range(3, 7)]
+    assert list(state_faults(steps, [])) == []
+    steps[1] = replace(steps[1], updates=(4,))
+    (fault,) = state_faults(steps, [])
+    assert fault.message.endswith("it has made 4 steps, and by the run's others 2")
+    unnumbered = [replace(s, number=None) for s in steps]
+    assert list(state_faults(unnumbered, [])) == []
+    assert list(state_faults([], [])) == []
+
+
 # --- together
 
 
@@ -461,6 +896,19 @@ def test_a_fault_of_the_weights_explains_a_jump_of_their_norms() -> None:
     alike = {"a": steps[2].tensors["a"], "b": steps[2].tensors["b"]}
     steps.append(replace(steps[2], label="6000", number=6000, tensors=alike))
     assert codes(judge(steps)) == ["identical-steps"]
+
+
+def test_identical_steps_explain_all_of_their_norms() -> None:
+    """The jump at the later one is the identity's; one of another step or tensor stays."""
+    steps = norms(1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    steps[6] = replace(steps[2], label="6000", number=6000)
+    steps.append(step(8000, {"a": tensor("a8", 9.0), "b": tensor("b8")}))
+    found = judge(steps)
+    assert [(f.code, f.steps) for f in found] == [
+        ("identical-steps", ("2000", "6000")),
+        ("norm-jump", ("8000",)),
+    ]
+    assert judge([]) == []
 
 
 def test_the_verdict_is_the_worst_that_is_said_of_a_step() -> None:

@@ -11,11 +11,13 @@ class Area:
 
     Attributes:
         modules: Paths below the package; a path without a suffix is a folder or a glob.
-        tests: Arguments for pytest, the quickest and most telling first.
+        tests: Files of tests, the quickest and most telling first.
+        quick: How many of these files run whole on every mutant, before the others are asked.
     """
 
     modules: tuple[str, ...]
     tests: tuple[str, ...]
+    quick: int = 1
 
     def patterns(self) -> tuple[str, ...]:
         """Globs of the modules, relative to the repository."""
@@ -61,7 +63,13 @@ AREAS: dict[str, Area] = {
     ),
     "audit": Area(
         ("verification/audit*", "verification/steps", "verification/runs"),
-        ("tests/test_audit_boundaries.py", "tests/test_audit.py", "tests/test_audit_states.py"),
+        (
+            "tests/test_audit_boundaries.py",
+            "tests/test_audit_folders.py",
+            "tests/test_audit.py",
+            "tests/test_audit_states.py",
+        ),
+        quick=2,
     ),
     "judges": Area(
         (

@@ -1,7 +1,8 @@
 """Changes one line at a time and shows which changes no test notices (``make mutants``).
 
 For each area (areas.py) a seeded sample of mutants is drawn. The tests of the area run on each
-mutant in a copy of the repository. Results are appended to ``.mutants/results.jsonl``, so that an
+mutant in a copy of the repository: first the quick ones, then those that execute the changed line,
+then those that start processes. Results are appended to ``.mutants/results.jsonl``, so that an
 interrupted run continues where it stopped. Mutants that compute the same as the original are
 listed by hand, with the reason, in equivalent.jsonl and do not count.
 """
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,47 +130,54 @@ def _changed_lines(source: str, mutated: str) -> tuple[str, str]:
     return " ".join(removed), " ".join(added)
 
 
-def run(area: Area, mutant: Mutant, tree: Path, tests: "Tests", seconds: float) -> dict[str, Any]:
-    """The outcome of one mutant in a copy of the repository: killed, survived or incompetent.
+def run(mutant: Mutant, tree: Path, phases: Iterable[Sequence[str]], seconds: float) -> str:
+    """The outcome of a mutant in a copy of the repository: killed, survived or incompetent.
 
-    The tests that execute the line run first. Where they notice nothing, all tests of the area
-    run, since those that start processes are not seen to execute it.
+    phases: tests that run one after the other, until some notice the change.
     """
     target = tree / mutant.file
     original = target.read_text(encoding="utf-8")
     mutated = mutate_code(original, OPERATORS[mutant.operator], mutant.occurrence)
-    started = time.monotonic()
+    outcome = TestOutcome.SURVIVED
     try:
         target.write_text(mutated or original, encoding="utf-8")
-        outcome = TestOutcome.SURVIVED
-        if near := tests.near(mutant):
-            outcome, _ = run_tests(_pytest(tree, near), seconds)
-        if outcome == TestOutcome.SURVIVED:
-            outcome, _ = run_tests(_pytest(tree, area.tests), seconds)
+        for tests in phases:
+            if tests and outcome == TestOutcome.SURVIVED:
+                outcome, _ = run_tests(_pytest(tree, tests), seconds)
     finally:
         target.write_text(original, encoding="utf-8")
-    took = round(time.monotonic() - started, 1)
-    return {**asdict(mutant), "outcome": outcome.value, "seconds": took}
+    return str(outcome.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Tests:
-    """The tests of an area: their seconds, and those that execute a line, by file and line."""
+    """The tests of an area.
+
+    seconds: of each test. with_processes: those that start processes, in which coverage sees no
+    lines. by_line: the tests that execute a line, by file and line; "" while tests are imported.
+    """
 
     seconds: dict[str, float]
+    with_processes: frozenset[str]
     by_line: dict[str, dict[int, list[str]]]
 
-    def near(self, mutant: Mutant) -> list[str]:
-        """The tests that execute the mutant's line, the quickest first."""
-        names = self.by_line.get(mutant.file, {}).get(mutant.line, [])
-        return sorted({name for name in names if name}, key=lambda name: self.seconds[name])
+    def phases(self, mutant: Mutant) -> tuple[list[str], list[str]]:
+        """The tests that execute the mutant's line, the quickest first, then all others that may.
+
+        Those are the ones that start processes, or else all: where the line is executed at import,
+        or is a part of a statement that coverage counts elsewhere.
+        """
+        names = set(self.by_line.get(mutant.file, {}).get(mutant.line, []))
+        near = sorted(names - {""}, key=lambda name: self.seconds[name])
+        others = self.with_processes if names and "" not in names else set(self.seconds)
+        return near, sorted(others - names)
 
 
 def measure(name: str, area: Area, tree: Path) -> Tests:
     """Run an area's tests without a mutant. Exits where they fail."""
-    data, seconds = HOME / f"{name}.coverage", HOME / f"{name}.seconds.json"
+    data, known = HOME / f"{name}.coverage", HOME / f"{name}.tests.json"
     data.unlink(missing_ok=True)
-    os.environ |= {"MUTANTS_SECONDS": str(seconds), "COVERAGE_FILE": str(data)}
+    os.environ |= {"MUTANTS_TESTS": str(known), "COVERAGE_FILE": str(data)}
     measuring = ["-m", "coverage", "run", f"--source={tree / 'src'}"]
     plugin = [f"PYTHONPATH={tree / 'src'}:{Path(__file__).parent}", "-p", "plugin"]
     outcome, output = run_tests(_pytest(tree, area.tests, measuring, plugin), 3600)
@@ -181,7 +189,9 @@ def measure(name: str, area: Area, tree: Path) -> Tests:
         Path(file).relative_to(tree).as_posix(): covered.contexts_by_lineno(file)
         for file in covered.measured_files()
     }
-    return Tests(json.loads(seconds.read_text(encoding="utf-8")), by_line)
+    tests = json.loads(known.read_text(encoding="utf-8"))
+    seconds = {test: spent for test, (spent, _) in tests.items()}
+    return Tests(seconds, frozenset(test for test, (_, starts) in tests.items() if starts), by_line)
 
 
 def _pytest(
@@ -250,26 +260,55 @@ def run_area(name: str, arguments: argparse.Namespace, trees: list[Path]) -> Non
     ]
     if not waiting:
         return
-    tests = measure(name, area, trees[0])
-    seconds = sum(tests.seconds.values()) * 3 + 60
     print(f"{name}: {len(waiting)} of {len(sample)} mutants to run", flush=True)
+    quick = list(area.tests[: area.quick])
+    started = time.monotonic()
+    outcome, output = run_tests(_pytest(trees[0], quick), 3600)
+    if outcome != TestOutcome.SURVIVED:
+        sys.exit(f"{name}: the tests fail without any mutant.\n{output[-3000:]}")
+    limit = 10 * (time.monotonic() - started) + 60
+    survived = _run_all(waiting, trees, lambda _: [quick], limit, record_survivors=False)
+    if arguments.quick:
+        print(f"{name}: {len(survived)} survived {', '.join(quick)}:")
+        print("\n".join(_shown(asdict(mutant)) for mutant in survived), flush=True)
+    elif survived:
+        tests = measure(name, area, trees[0])
+        limit = sum(tests.seconds.values()) * 3 + 60
+        _run_all(survived, trees, tests.phases, limit, record_survivors=True)
+
+
+def _run_all(
+    waiting: Sequence[Mutant],
+    trees: Sequence[Path],
+    phases: Callable[[Mutant], Iterable[Sequence[str]]],
+    limit: float,
+    *,
+    record_survivors: bool,
+) -> list[Mutant]:
+    """Run these tests on each mutant, as many at a time as there are copies. The survivors."""
     free: SimpleQueue[Path] = SimpleQueue()
     for tree in trees:
         free.put(tree)
 
-    def one(mutant: Mutant) -> None:
-        tree = free.get()
+    def one(mutant: Mutant) -> bool:
+        tree, started = free.get(), time.monotonic()
         try:
-            result = run(area, mutant, tree, tests, seconds)
+            outcome = run(mutant, tree, phases(mutant), limit)
         finally:
             free.put(tree)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        if result["outcome"] == "survived":
+        survived = outcome == TestOutcome.SURVIVED.value
+        took = round(time.monotonic() - started, 1)
+        result = {**asdict(mutant), "outcome": outcome, "seconds": took}
+        if record_survivors or not survived:
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+        if record_survivors and survived:
             print(_shown(result), flush=True)
+        return survived
 
     with ThreadPoolExecutor(len(trees)) as pool:
-        list(pool.map(one, waiting))
+        outcomes = list(pool.map(one, waiting))
+    return [mutant for mutant, survived in zip(waiting, outcomes, strict=True) if survived]
 
 
 def _shown(result: dict[str, Any]) -> str:
@@ -306,6 +345,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time [1]")
     parser.add_argument("--aim", type=float, default=0.9, help="share to be noticed [0.9]")
     parser.add_argument("--again", action="store_true", help="also run those that survived")
+    parser.add_argument("--quick", action="store_true", help="only the first tests of each area")
     parser.add_argument("--report", action="store_true", help="run nothing, only report")
     arguments = parser.parse_args()
     names = arguments.areas or list(AREAS)

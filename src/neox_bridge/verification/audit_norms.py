@@ -152,7 +152,7 @@ def _steps(at: int, ys: list[float], *axes: list[float]) -> bool:
 
 def _usual(at: int, ys: list[float], axis: list[float]) -> float:
     """The change from ``at - 1`` to ``at`` that the fastest of those beside it would make."""
-    own = axis[at] - axis[at - 1] if at < len(axis) else axis[-1] - axis[-2]
+    own = axis[at] - axis[at - 1]
     beside = [*range(max(1, at - BESIDE), at), *range(at + 1, min(len(ys), at + 1 + BESIDE))]
     rates = [
         abs(ys[i] - ys[i - 1]) / (axis[i] - axis[i - 1]) for i in beside if axis[i] > axis[i - 1]
