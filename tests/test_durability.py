@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +9,13 @@ import pytest
 import torch
 from common import make_hf, plan_of, step_of
 from durability import recording
+from tiny import Inline
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import exchange, movers, output, units
 from neox_bridge.execution.run import execute
 
 SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 300}
-
-
-class Inline:
-    """A pool that makes each unit in this process, where its calls are recorded."""
-
-    slots = 1
-
-    def __init__(self) -> None:
-        self.stopped = threading.Event()
-
-    def submit(self, call: Callable[..., Any], /, *args: Any) -> Any:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(call(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def close(self) -> None:
-        return
 
 
 @pytest.fixture(scope="module")

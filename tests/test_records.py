@@ -2,14 +2,12 @@
 
 import json
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import xxhash
+from tiny import Inline
 
 from neox_bridge.batch import run as batch_run
 from neox_bridge.batch.settled import answer, is_of, state_of
@@ -262,25 +260,6 @@ def test_what_a_batch_does_with_each() -> None:
 
 
 # --- batch: every part is verified
-
-
-class Inline:
-    """A pool that calls in this process, with as many slots as asked."""
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.stopped = threading.Event()
-
-    def submit(self, call: Callable[..., Any], /, *args: Any) -> Any:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(call(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def close(self) -> None:
-        return
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2, 3])

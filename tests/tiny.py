@@ -1,6 +1,9 @@
 """A model of a few hundred numbers, written without torch: tests of it take milliseconds."""
 
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +79,22 @@ def plan_of(source: Path, target: Path, **options: Any) -> Plan:
 def convert(source: Path, target: Path, overwrite: bool = False, **options: Any) -> Path:
     execute(plan_of(source, target, **options), str(target), overwrite=overwrite, workers=1)
     return target
+
+
+class Inline:
+    """A pool that makes each call in this process, with as many slots as it is given."""
+
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
+        self.stopped = threading.Event()
+
+    def submit(self, call: Callable[..., Any], /, *args: Any) -> Any:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        return

@@ -93,7 +93,8 @@ AREAS: dict[str, Area] = {
     ),
     "batch": Area(
         ("batch/settled", "batch/items", "batch/row", "batch/run", "batch/watch"),
-        ("tests/test_records.py", "tests/test_batch.py"),
+        ("tests/test_batch_inline.py", "tests/test_records.py", "tests/test_batch.py"),
+        quick=2,
     ),
     "derived": Area(
         (
