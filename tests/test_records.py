@@ -11,7 +11,7 @@ from tiny import Inline
 
 from neox_bridge.batch import run as batch_run
 from neox_bridge.batch.settled import answer, is_of, state_of
-from neox_bridge.errors import Unverified
+from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole, sealed, unsealed
 from neox_bridge.verification.sealed import check_seal, find_record
@@ -182,6 +182,68 @@ def test_a_file_above_a_step_is_the_users_to_edit(tmp_path: Path) -> None:
     (root / "finetune.yml").write_bytes(b"a: 2\n")
     assert changes(root) == [("../finetune.yml", "edited")]
     assert check_seal(find_record(str(root))).holds
+
+
+def test_a_shorter_file_is_changed_though_nobody_hashed_it(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "out", {"config.json": b"{}"}, hash_name="none")
+    (folder / "config.json").write_bytes(b"1")
+    assert changes(folder) == [("config.json", "changed")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("adapter_config.json", "added"),
+        ("pytorch_model.bin", "added"),
+        ("model-00002-of-00002.safetensors", "added"),
+        ("notes.md", "extra"),
+        ("zz.txt", "extra"),
+    ],
+)
+def test_a_file_that_the_record_does_not_name_is_found(name: str, kind: str, written: Path) -> None:
+    """Names before and after that of the record."""
+    (written / name).write_bytes(b"{}")
+    assert changes(written) == [(name, kind)]
+
+
+def test_a_record_that_is_no_record_is_named_with_what_is_wrong(written: Path) -> None:
+    path = written / "neox_bridge.json"
+    path.write_text("{")
+    with pytest.raises(BridgeError, match="JSON"):
+        check_seal(str(path))
+    path.write_text("{}")
+    with pytest.raises(BridgeError, match=r"holds no hashes\. Verify against the source\."):
+        check_seal(str(path))
+    path.write_text('{"seal": 1')
+    seal = check_seal(str(path))
+    assert (seal.files, seal.size, seal.unhashed, seal.holds) == (0, 10, 0, False)
+    assert [(change.path, change.kind) for change in seal.changes] == [
+        ("neox_bridge.json", "changed")
+    ]
+
+
+def test_bytes_that_are_read_are_told(written: Path) -> None:
+    told: list[int] = []
+    check_seal(find_record(str(written)), told.append)
+    assert sorted(told) == [len(b"{}"), len(b"weights")]
+
+
+def test_the_record_of_a_step(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    for number in (4, 5):
+        step = root / f"global_step{number}"
+        step.mkdir(parents=True)
+        (step / "neox_bridge.json").write_bytes(sealed(b"{}", "none", {}))
+    record = str(root / "global_step4/neox_bridge.json")
+    assert find_record(str(root)) == record, "the first without a latest"
+    assert find_record(str(root), 5) == str(root / "global_step5/neox_bridge.json")
+    (root / "latest").write_text("global_step5\n")
+    assert find_record(str(root)) == str(root / "global_step5/neox_bridge.json")
+    assert find_record(str(root), 4) == record
+    with pytest.raises(BridgeError, match=r"has no neox_bridge\.json"):
+        find_record(str(root), 6)
+    (root / "neox_bridge.json").write_text("{}")
+    assert find_record(str(root)) == str(root / "neox_bridge.json")
 
 
 # --- batch: whether it is done

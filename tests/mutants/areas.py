@@ -53,13 +53,16 @@ AREAS: dict[str, Area] = {
             "verification/logits",
         ),
         (
+            "tests/test_verify_tiny.py",
             "tests/test_records.py",
+            "tests/test_logits_tiny.py",
             "tests/test_equal.py",
             "tests/test_verdicts.py",
             "tests/test_verify.py",
             "tests/test_hashes.py",
             "tests/test_logits.py",
         ),
+        quick=3,
     ),
     "audit": Area(
         ("verification/audit*", "verification/steps", "verification/runs"),
