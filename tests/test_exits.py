@@ -28,6 +28,7 @@ from neox_bridge.cli.asked import explicit, given, taking
 from neox_bridge.cli.errors import Interrupted, flag, guarded, writing
 from neox_bridge.errors import BridgeError, ChoiceNeeded, Refused, UsageError
 from neox_bridge.findings import Finding
+from neox_bridge.printable import one_line, plain, printable
 from neox_bridge.verification.audit import Audit
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.logits import Agreement, Cause
@@ -351,6 +352,44 @@ def test_why_stdout_failed(failure: OSError | None, said: str, monkeypatch: Patc
     assert streams.stdout_failure() == said
     stream.close()
     os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        (0x00, 0x08),
+        (0x0B, 0x1F),
+        (0x7F, 0x9F),
+        (0xAD, 0xAD),
+        (0x61C, 0x61C),
+        (0x180E, 0x180E),
+        (0x200B, 0x200F),
+        (0x2028, 0x202E),
+        (0x2060, 0x206F),
+        (0xFEFF, 0xFEFF),
+        (0xFFF9, 0xFFFB),
+        (0xD800, 0xDFFF),
+        (0x1BCA0, 0x1BCA3),
+        (0x1D173, 0x1D17A),
+        (0xE0000, 0xE007F),
+    ],
+)
+def test_both_ends_of_what_is_escaped(first: int, last: int) -> None:
+    for number in (first, last):
+        assert printable(chr(number)) == plain(chr(number))
+        assert printable(chr(number)).startswith("\\")
+    for number in {first - 1, last + 1} - {-1}:
+        assert printable(chr(number)) == chr(number)
+
+
+def test_tabs_and_line_ends_stay_on_stdout_and_not_in_a_name() -> None:
+    assert printable("a\tb\nc") == "a\tb\nc"
+    assert plain("a\tb\nc") == "a\\tb\\nc"
+    assert plain("\u202e\udc80\udcff") == "\\u202e\\x80\\xff"
+    assert plain("\udc7f\ud800") == "\\udc7f\\ud800"
+    assert one_line("a\r\nb\x0bc\u2028d") == "a b c d"
+    assert one_line("k" * 4000) == "k" * 4000
+    assert one_line("k" * 4001) == "k" * 4000 + " …"
 
 
 # --- verify and diff

@@ -946,6 +946,16 @@ def test_lengths(raw: bytes, match: str | None, tmp_path: Path) -> None:
         read_safetensors(str(path))
 
 
+@pytest.mark.parametrize(("length", "short"), [(511, True), (512, False), (513, False)])
+def test_a_text_in_the_place_of_weights(length: int, short: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"a" * length)
+    with pytest.raises(BridgeError) as caught:
+        read_safetensors(str(path))
+    assert ("is a short text" in str(caught.value)) is short
+    assert ("shorter than its header says" in str(caught.value)) is not short
+
+
 def test_headers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neox_bridge.formats.safetensors._MAX_HEADER", 10)
     assert read_safetensors(safetensors(tmp_path / "a", b"{}" + b" " * 8)) == {}

@@ -240,6 +240,14 @@ def test_biases_that_the_yml_does_not_give(
         )
 
 
+def test_the_biases_of_a_block_are_named(pythia: Checkpoint) -> None:
+    one = of(judge_neox(with_config(pythia, norm_bias=False), tree("today")), "biases")
+    names = "input_layernorm.bias, post_attention_layernorm.bias"
+    assert one.finding.message.endswith(f"this GPT-NeoX give: {names}")
+    keys = '"input_layernorm.bias", "post_attention_layernorm.bias"'
+    assert one.prints.endswith(f"Missing key(s) in state_dict: {keys}. ")
+
+
 def test_old_trees_always_have_biases_in_a_plain_mlp(pythia: Checkpoint) -> None:
     bare = with_config(pythia, mlp_bias=False)
     one = of(judge_neox(bare, tree("2024-09")), "biases")

@@ -130,8 +130,11 @@ def test_nothing_runs(name: str, tmp_path: Path) -> None:
         pickle.loads(data)
     assert trace.exists()  # the attack works on Python's own reader
     trace.unlink()
-    with suppress(PickleError):
-        read(data)
+    if name in ("extension", "then damaged", "then cut off"):
+        with pytest.raises(PickleError):
+            read(data)
+    else:
+        read(data)  # the calls are written down
     assert not trace.exists()
 
 
@@ -152,9 +155,12 @@ def test_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEEP)
 def test_depth_is_no_trap(name: str) -> None:
-    with suppress(PickleError):
-        value = read(DEEP[name])
-        del value  # freeing it doesn't recurse either
+    if name in ("frozensets", "equal sets"):
+        with pytest.raises(PickleError, match="too large a tuple as a key"):
+            read(DEEP[name])
+        return
+    value = read(DEEP[name])
+    del value  # freeing it doesn't recurse either
 
 
 def test_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,11 +380,17 @@ def test_names_are_never_opcodes(part: str) -> None:
         assert read(dump([found, found], {})[0]) == [found, found]
 
 
+WRITTEN = ("a list in itself", "a tuple in itself", "laughing lists")  # by references
+
+
 @pytest.mark.parametrize("name", [*DEEP, *LAUGHING])
 def test_what_cannot_be_written_is_said(name: str) -> None:
-    with suppress(PickleError):
-        value = read(DEEP.get(name) or WORK[name]())
-        dump(value, {})
+    data = DEEP.get(name) or WORK[name]()
+    if name in WRITTEN:
+        dump(read(data), {})
+        return
+    with pytest.raises(PickleError, match=r"too deeply|too many parts|too large a tuple"):
+        dump(read(data), {})
 
 
 def test_a_tuple_that_laughs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
