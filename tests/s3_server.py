@@ -45,10 +45,10 @@ class Store:
     spoil: says what to do to a request, from its method, key and query: "drop" the connection in
     the middle of the answer's body, "refuse" before anything is answered, "slow down" (503),
     "short" (fewer bytes than were asked for, and none too few for the header), "trickle" (in small
-    pieces with pauses), "error" (500), "lost" (done, but the answer never arrives), "change" (the
-    object gets another last byte before it is answered), "stale" (the first answer to the same
-    listing), "forget" (a PUT is answered as if it had been done), "deny" (403), or "" to leave it
-    alone.
+    pieces with pauses), "error" (500), "empty" (200 and nothing else), "lost" (done, but the
+    answer never arrives), "change" (the object gets another last byte before it is answered),
+    "stale" (the first answer to the same listing), "forget" (a PUT is answered as if
+    it had been done), "deny" (403), or "" to leave it alone.
     """
 
     url: str
@@ -160,6 +160,9 @@ def _handler(store: Store, port: int) -> type[BaseHTTPRequestHandler]:
             return found
 
         def _answer(self, how: str, body: bytes) -> int:
+            if how == "empty":
+                self._head(200, [], 0)
+                return 0
             if how == "refuse":
                 self._drop()
                 return 0

@@ -34,6 +34,10 @@ _NEEDS = {
 _AT_ONCE = 16  # requests
 _MOST_LISTINGS = 64  # folders
 _UNKNOWN = object()
+_EMPTY = (
+    "the answer is 200 and empty, as S3 never gives: perhaps AWS_ENDPOINT_URL names another kind "
+    "of server, or a proxy answers in its place"
+)
 _pending: dict[str, bytes] = {}
 _listings: dict[str, dict[str, Mapping[str, Any]]] = {}
 
@@ -230,7 +234,15 @@ def _list(url: str) -> Mapping[str, Mapping[str, Any]] | None:
 
     def ls() -> list[Mapping[str, Any]]:
         fs.invalidate_cache()
-        found: list[Mapping[str, Any]] = fs.ls(path, detail=True)
+        try:
+            found: list[Mapping[str, Any]] = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            _check_listing(url, fs, path)
+            raise
+        for entry in found:
+            _check_told(url, entry)
+        if not found:
+            _check_listing(url, fs, path)
         return [entry for entry in found if entry["name"].rstrip("/") != path.rstrip("/")]
 
     _listings.pop(url, None)
@@ -262,12 +274,39 @@ def _info(url: str) -> Mapping[str, Any] | None:
     def info() -> Mapping[str, Any]:
         fs.invalidate_cache()
         found: Mapping[str, Any] = fs.info(path)
+        _check_told(url, found)
         return found
 
     try:
         return steadily(url, "looked at", info)
     except FileNotFoundError:
         return None
+
+
+def _is_s3(url: str) -> bool:
+    return url.partition("://")[0] in _S3
+
+
+def _check_told(url: str, info: Mapping[str, Any]) -> None:
+    """Raise ShortRead where S3 says nothing of an object: each has an ETag."""
+    if _is_s3(url) and info["type"] == "file" and not object_of(info).tag:
+        raise ShortRead(_EMPTY)
+
+
+def _check_listing(url: str, fs: Any, path: str) -> None:
+    """Raise ShortRead where S3 lists nothing because its answer is empty, which s3fs doesn't see.
+
+    Source: the API's ListObjectsV2, whose answer always says what was listed.
+    """
+    if not _is_s3(url):
+        return
+    bucket, key, _ = fs.split_path(path)
+    told = {"Prefix": f"{key}/"} if key else {}
+    answer = fs.call_s3("list_objects_v2", Bucket=bucket, Delimiter="/", MaxKeys=1, **told)
+    if not {"KeyCount", "IsTruncated", "Name", "MaxKeys"} & set(answer):
+        raise ShortRead(_EMPTY)
+    if answer.get("Contents") or answer.get("CommonPrefixes"):
+        raise ShortRead("a listing left out what is there")
 
 
 def _there(url: str, call: Callable[[], _T]) -> _T:
