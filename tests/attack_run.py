@@ -38,7 +38,7 @@ def watch(cwd: str, events: list[str]) -> None:
             return isinstance(path, int)  # a file that is open already
         at = f"/proc/self/fd/{folder}" if folder >= 0 else "."
         full = os.path.realpath(os.path.join(at, os.fsdecode(path)))
-        return full.startswith((inside, staged))
+        return full == os.devnull or full.startswith((inside, staged))
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if any(event.startswith(name) for name in FORBIDDEN) and not _of_imports(event):

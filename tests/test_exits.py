@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -333,6 +334,31 @@ def test_what_is_printed_is_escaped_and_a_reader_may_go_away(tmp_path: Path) -> 
     assert stream.failure is not None
     assert stream.failure.errno == errno.EPIPE
     stream.close()
+
+
+@pytest.mark.parametrize("closed", ["", "1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&-"])
+def test_streams_that_were_closed_are_opened_at_their_places(closed: str, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from neox_bridge.cli.streams import protect_streams\n"
+        "protect_streams()\n"
+        "print('out'); print('err', file=sys.stderr)\n"
+        f"file = open({str(tmp_path / 'places')!r}, 'w')\n"
+        "places = sys.stdin.fileno(), sys.stdout.fileno(), sys.stderr.fileno(), file.fileno() > 2\n"
+        "file.write(repr(places))\n"
+    )
+    source = str(Path(neox_bridge.__file__).parent.parent)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program],
+        env={**os.environ, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
+    assert (tmp_path / "places").read_text() == "(0, 1, 2, True)"
+    assert done.stdout == ("" if "1>&-" in closed else "out\n")
+    assert done.stderr == ("" if "2>&-" in closed else "err\n")
 
 
 @pytest.mark.parametrize(
@@ -858,6 +884,135 @@ def test_options_of_convert_that_do_not_go_together(words: list[str], match: str
     code, out, err = call("convert", NEOX, "out", *words)
     assert (code, out) == (2, "")
     assert match in err
+
+
+def test_what_was_asked_is_named_as_in_python() -> None:
+    import inspect
+
+    from neox_bridge.cli.asked import asked_of
+    from neox_bridge.cli.convert import convert
+    from neox_bridge.compat.targets import target_named
+    from neox_bridge.layouts.eras import TODAY
+
+    defaults = {name: p.default for name, p in inspect.signature(convert).parameters.items()}
+    named = frozenset({"tp", "form", "era", "crc"})
+
+    def asked(**changes: Any) -> Any:
+        return asked_of({**defaults, "explicit": named, **changes})
+
+    plain = asked(era=TODAY)
+    assert plain.given == {"tp", "format", "era", "crc"}
+    assert (plain.version, plain.options.era, plain.options.to) == (None, TODAY, None)
+    version = target_named("transformers@5.5")
+    newer = asked(era=version)
+    assert newer.given == {"tp", "format", "crc"}
+    assert (newer.version, newer.options.era, newer.options.to) == (version, None, "hf")
+    assert asked(era=version, form="transformers").options.format == "transformers"
+    assert (plain.options.dp, asked(dp=3).options.dp) == (1, 3)
+    assert asked(ignore_key=["a", "b"]).options.ignore_keys == ("a", "b")
+    assert (plain.masters, asked(weights="masters").masters) == (False, True)
+    assert (plain.verify, asked(no_verify=True).verify) == (True, False)
+    for name, no_verify, hashed, shared in (
+        (None, False, "xxh3_128", True),
+        (None, True, "xxh3_128", False),
+        ("xxh3", True, "xxh3_128", True),
+        ("sha256", False, "sha256", True),
+        ("none", True, None, True),
+    ):
+        one = asked(hash_name=name, no_verify=no_verify)
+        assert (one.hash_name, one.hash_shared) == (hashed, shared)
+
+
+# --- batch, and failures of every command
+
+
+@pytest.mark.parametrize("more", [[], ["-q"], ["--json"], ["--dry-run"]])
+def test_a_batch_without_one_of_its_sources_ends_with_1(
+    more: list[str], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    from neox_bridge.cli import batch as batch_module
+
+    monkeypatch.chdir(tmp_path)
+    pool = SimpleNamespace(slots=1, close=lambda: None)
+    monkeypatch.setattr(batch_module, "_pool", lambda *_a: pool)
+    monkeypatch.setattr(batch_module, "_all", lambda *_a: [])
+    (tmp_path / "empty").mkdir()
+    for lost in ("missing", "empty"):
+        code, _, err = call("batch", NEOX, lost, "out", *more)
+        assert code == 1
+        assert err.startswith(f"error: {lost} ")
+    assert call("batch", NEOX, "out", *more)[0] == 0
+
+
+FAILURES = {
+    "convert": ["missing", "out"],
+    "batch": ["missing", "out"],
+    "inspect": ["missing"],
+    "patch": ["missing"],
+    "doctor": ["missing"],
+    "changes": ["--for", "missing"],
+    "verify": ["missing", "out"],
+    "diff": ["missing", "out"],
+    "audit": ["missing"],
+    "reshard": ["missing", "out", "--tp", "1"],
+    "export-optimizer": ["missing", "out"],
+    "report": ["missing", "-o", "out.html"],
+    "toy": ["pythia-70m", "file/out", "--as", "hf"],
+}
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_missing_source_is_one_line_and_1(
+    more: list[str], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    assert {*FAILURES, "families"} == {name for name, _, _ in app_module._COMMANDS}
+    for name, words in FAILURES.items():
+        code, out, err = call(name, *words, *more)
+        assert (name, code, out) == (name, 1, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert "this is a bug" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_wrong_option_is_2(more: list[str]) -> None:
+    for name, words in FAILURES.items():
+        code, out, err = call(name, *words, "--no-such-option", *more)
+        assert (name, code, out) == (name, 2, "")
+        assert "--no-such-option" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["inspect", NEOX], 0),
+        (["diff", NEOX, NEOX], 0),
+        (["diff", NEOX, NEOX, "--tensor", "nothing"], 2),
+        (["doctor", NEOX, "--for", "today"], 0),
+        (["doctor", NEOX, "--for", "neox@2024-03"], 4),
+        (["doctor", NEOX, "--for", "transformers@5.5"], 4),
+        (["convert", NEOX, "out", "--to", "neox", "--tp", "3"], 4),
+        (["convert", NEOX, "out", "--tp", "2"], 2),
+        (["export-optimizer", NEOX, "out"], 1),
+        (["verify", NEOX], 1),
+        (["audit", NEOX, "--cache", "none"], 0),
+        (["changes"], 0),
+        (["families"], 0),
+    ],
+    ids=lambda value: " ".join(value).replace(NEOX, "X") if isinstance(value, list) else value,
+)
+def test_how_commands_end(words: list[str], code: int, monkeypatch: Patch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*words)[0] == code
+    ended, out, _ = call(*words, "--json")
+    assert ended == code
+    if code in (0, 3) or words[0] == "doctor":
+        json.loads(out)
+    else:
+        assert out == ""
 
 
 # --- carrying out

@@ -122,7 +122,7 @@ def batch(
       neox-bridge batch run-a run-b converted/ --dtype float16 --dry-run
       neox-bridge batch suite.yml --max-workers 8
 
-    Exit codes: 0 all are done, 1 some failed, 2 usage, 130 interrupted.
+    Exit codes: 0 all are done, 1 some failed or a source is missing, 2 usage, 130 interrupted.
     """
     own: dict[str, Any] = {**locals(), **given}
     if len(paths) == 1 and paths[0].endswith((".yml", ".yaml")):
@@ -200,12 +200,12 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
     )
     if own["dry_run"]:
         items, faults = find()
-        tell_findings(faults, quiet)
+        is_lost = _tell_faults(faults, quiet)
         _check_first(items, asked)
-        _dry_run(items, settings, own["as_json"])
+        _dry_run(items, settings, own["as_json"], is_lost)
         return
     items, faults = ([], []) if own["watch"] else find()
-    tell_findings(faults, quiet)
+    is_lost = _tell_faults(faults, quiet)
     _check_first(items, asked)
     with closing(_pool(own["executor"], own["address"], own["max_workers"])) as pool:
         from dataclasses import replace
@@ -215,7 +215,14 @@ def _run(sources: list[str], target: str, own: dict[str, Any], asked: Asked) -> 
             rows = _watch(find, own["interval"], settings, pool, own)
         else:
             rows = _all(items, settings, pool, own)
-    _end(rows, target, own)
+    _end(rows, target, own, is_lost)
+
+
+def _tell_faults(faults: "list[Finding]", quiet: bool) -> bool:
+    """Say what is wrong with the sources; whether one of them is missing or cannot be read."""
+    errors = [fault for fault in faults if fault.severity == "error"]
+    tell_findings(errors if quiet else faults, quiet=False)
+    return bool(errors)
 
 
 def _check_library(target: str, on_hub: bool) -> None:
@@ -293,7 +300,7 @@ def _pool(executor: str, address: str, workers: int | None) -> "Pool":
     return Processes(workers or default_slots())
 
 
-def _dry_run(items: "Iterable[Item]", settings: "Batch", as_json: bool) -> None:
+def _dry_run(items: "Iterable[Item]", settings: "Batch", as_json: bool, is_lost: bool) -> None:
     from neox_bridge.batch.dry_run import dry_run
     from neox_bridge.cli.batch_view import print_dry_run, tell_warnings
 
@@ -304,11 +311,11 @@ def _dry_run(items: "Iterable[Item]", settings: "Batch", as_json: bool) -> None:
         print_json(found.told())
     else:
         print_dry_run(found)
-    if any(row.status == "failed" for row in found.rows):
+    if is_lost or any(row.status == "failed" for row in found.rows):
         raise typer.Exit(1)
 
 
-def _end(rows: "list[Row]", target: str, own: dict[str, Any]) -> None:
+def _end(rows: "list[Row]", target: str, own: dict[str, Any], is_lost: bool) -> None:
     from neox_bridge.cli.batch_view import document, print_rows, tell_warnings
 
     if own["as_json"]:
@@ -319,5 +326,5 @@ def _end(rows: "list[Row]", target: str, own: dict[str, Any]) -> None:
     for row in rows:
         if row.error:
             say("error", f"{row.name}: {row.error}")
-    if any(row.status == "failed" for row in rows):
+    if is_lost or any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
