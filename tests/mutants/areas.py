@@ -28,6 +28,9 @@ AREAS: dict[str, Area] = {
     "durability": Area(
         (
             "execution/staging",
+            "execution/install",
+            "execution/exchange",
+            "execution/flushing",
             "execution/journal",
             "execution/work",
             "execution/output",
@@ -35,6 +38,7 @@ AREAS: dict[str, Area] = {
             "execution/placement",
         ),
         (
+            "tests/test_staging.py",
             "tests/test_durability.py",
             "tests/test_unfinished.py",
             "tests/test_execution.py",
