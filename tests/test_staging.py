@@ -613,6 +613,76 @@ def test_moves_that_lead_elsewhere_do_not_count(key: str, value: Any, tmp_path: 
     assert texts(run) == settled
 
 
+def test_a_failed_move_leaves_what_the_next_run_needs(tmp_path: Path, monkeypatch: Any) -> None:
+    run, work = old_run(tmp_path), work_of(str(tmp_path / "run"))
+    with monkeypatch.context() as patch, pytest.raises(BridgeError, match="1 finished file is"):
+        patch.setattr(exchange, "_exchange", lambda *_: False)
+        real, calls = os.rename, []
+
+        def rename(source: str, target: str) -> None:
+            calls.append(target)
+            if target == str(run / "global_step2"):
+                patch.setattr(os, "rename", real)
+                raise OSError(errno.EIO, "I/O error")
+            real(source, target)
+
+        patch.setattr(os, "rename", rename)
+        with staged(str(run), 100):
+            journal_of(work, "global_step2/b")
+            install(work, str(run), BESIDE, replace=True)
+    assert texts(run) == OLD
+    assert sorted(os.listdir(work.folder)) == ["files", "journal", "lock"]
+
+
+def test_what_is_installed_is_no_unfinished_run(tmp_path: Path) -> None:
+    """Even before what it replaced is removed; and a run may get a step and nothing else."""
+    run = old_run(tmp_path)
+    with staged(str(run), 100) as work:
+        journal_of(work, "global_step3/b")
+        install(work, str(run), RootFiles("global_step3"), replace=False)
+        assert not os.path.exists(work.journal)
+        assert is_begun(work)
+        assert clear(work) == ""
+    assert texts(run) == {**OLD, "global_step3/b": "global_step3/b"}
+
+
+def test_latest_alone_may_be_left_to_move(tmp_path: Path) -> None:
+    run, work = old_run(tmp_path), work_of(str(tmp_path / "run"))
+    write(Path(work.files) / "latest", "new")
+    status = os.stat(run / "global_step2")
+    moves = {
+        "step": "global_step2",
+        "replace": True,
+        "folder": [status.st_dev, status.st_ino],
+        "beside": [],
+        "retired": [],
+    }
+    Path(work.moves).write_text(json.dumps(moves))
+    assert settle(work, str(run))
+    assert texts(run) == {**OLD, "latest": "new"}
+    Path(work.moves).write_text(json.dumps(moves))
+    assert not settle(work, str(run)), "nothing was left to move"
+    assert not settle(work, str(run)), "nothing is known to move"
+
+
+def test_a_yml_beside_an_edited_one_does_not_start_a_run(tmp_path: Path, monkeypatch: Any) -> None:
+    run, order = old_run(tmp_path), []
+    real = os.rename
+
+    def rename(source: str, target: str) -> None:
+        order.append(os.path.basename(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    names = ("finetune.new.yml", "resume.yml")
+    beside = RootFiles("global_step3", {name: name for name in names})
+    files = {"global_step3/b": "", "latest": "new", **dict.fromkeys(names, "new")}
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(os.path.basename(b)), real(a, b)))
+    stage(run, files, beside=beside)
+    wanted = ["global_step3", "finetune.new.yml", "latest", "resume.yml"]
+    assert [name for name in order if name in wanted] == wanted
+
+
 def test_what_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: Any) -> None:
     work = work_of(str(tmp_path / "out"))
     write(Path(work.files) / "old")
