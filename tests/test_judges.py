@@ -655,6 +655,12 @@ def test_a_month_without_a_change_is_a_time(name: str, right: bool) -> None:
         tree(name)
 
 
+@pytest.mark.parametrize("name", ["2024-13", "2024-00", "2025-02-30", "2025-06-31", "2025-12-00"])
+def test_what_is_not_in_the_calendar_is_no_time(name: str) -> None:
+    with pytest.raises(BridgeError, match="not known"):
+        tree(name)
+
+
 @pytest.mark.parametrize("era", ERAS, ids=lambda era: str(era.name))
 def test_a_tree_of_an_era_is_that_era(era: Any) -> None:
     facts = tree(era.name).era

@@ -1,5 +1,6 @@
 """What ``--for`` names: a GPT-NeoX source tree or one of some time; a version of transformers."""
 
+import datetime
 import os
 import re
 from dataclasses import replace
@@ -84,7 +85,7 @@ def _neox(name: str, text: str) -> TreeFacts:
             f"--for {text}: this commit isn't one of those known to change checkpoints, so its "
             "time can't be told. Name its date (neox@2024-05-01) or the tree (neox:FOLDER)."
         )
-    if match := _DATE.fullmatch(name):
+    if (match := _DATE.fullmatch(name)) and _is_date(name):
         year, month, day = match[1], match[2], match[3]
         first = f"{year}-{month}-{day or '01'}"
         last = first if day else f"{year}-{month}-31"
@@ -101,6 +102,15 @@ def _neox(name: str, text: str) -> TreeFacts:
         f"--for {text}: not known. Say neox:FOLDER for a source tree, {known}, a date "
         "(neox@2024-05-01), a commit, transformers@VERSION, or transformers for the installed one."
     )
+
+
+def _is_date(text: str) -> bool:
+    """Whether a year and month, or a day, is in the calendar."""
+    try:
+        datetime.date.fromisoformat(text if len(text) > len("2024-05") else f"{text}-01")
+    except ValueError:
+        return False
+    return True
 
 
 def _state(count: int, name: str) -> TreeFacts:
