@@ -64,3 +64,14 @@ def test_killed_at_every_call_that_changes_the_disk(case: str, folder: Path) -> 
     assert found["points"] > 30
     if not case.startswith("mended"):  # few files are written there
         assert found["resumed"] > found["points"] / 4, "finished files are used again"
+
+
+@pytest.mark.parametrize("case", ["patch", "revert", "report"])
+def test_patch_and_report_killed_at_every_call(case: str, tmp_path: Path) -> None:
+    """Every file is the old one or the new one, and the next run leaves nothing else."""
+    program = Path(__file__).with_name("crash_files.py")
+    done = subprocess.run(
+        [sys.executable, program, tmp_path, case], capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    assert int(done.stdout) > 3

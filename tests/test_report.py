@@ -372,9 +372,24 @@ def test_a_page_that_is_there_stays(hf: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "--overwrite" in done.stderr
     assert target.read_text() == "mine"
+    done = run("report", hf, "-o", target, "--overwrite")
+    assert done.exit_code == 4
+    assert "isn't a page that neox-bridge report wrote" in done.stderr
+    assert target.read_text() == "mine"
     assert run("report", hf, "-o", tmp_path).exit_code == 1
     assert run("report", hf, "-o", tmp_path / "no" / "page.html").exit_code == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
+
+
+def test_a_page_behind_a_link_is_replaced_there(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "a.html").write_text("")
+    (tmp_path / "page.html").symlink_to("pages/a.html")
+    assert run("report", hf, "-o", tmp_path / "page.html", "--overwrite").exit_code == 0
+    assert (tmp_path / "page.html").is_symlink()
+    assert "neox-bridge" in (tmp_path / "pages" / "a.html").read_text()
+    assert run("report", hf, "-o", tmp_path / "page.html", "--overwrite").exit_code == 0
+    assert [path.name for path in (tmp_path / "pages").iterdir()] == ["a.html"]
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from neox_bridge.compat.patch_edits import MARK, Change, changes_for, edited
 from neox_bridge.compat.patch_forms import HOME, HOOK, Place, concerned, find_places, parse
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.flushing import flush
+from neox_bridge.execution.lock import locked_folder
 
 KEPT = ".neox-bridge.orig"
 _RECORD = "patch.json"
+_TEMPORARY = ".neox-bridge-tmp"  # the end of a temporary file's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,18 @@ def plan_revert(tree: str | os.PathLike[str]) -> Patch:
 
 
 def apply(patch: Patch) -> None:
-    """Writes a patch: all files or none. The originals are kept first."""
-    if not patch.files:
-        return
+    """Writes a patch: all files or none. The originals are kept first.
+
+    What an earlier run left that was killed is removed, also where there is nothing to patch.
+    """
     root = Path(patch.tree)
+    with locked_folder(patch.tree):
+        _remove_left_over(root)
+        if patch.files:
+            _apply(root, patch)
+
+
+def _apply(root: Path, patch: Patch) -> None:
     _check_unchanged(root, patch)
     kept = root / KEPT
     record = _record(root)
@@ -145,11 +154,27 @@ def revert(tree: str | os.PathLike[str]) -> Patch:
     """Brings the originals back, all or none, and removes what was kept; returns what it did."""
     patch = plan_revert(tree)
     root = Path(patch.tree)
-    _check_unchanged(root, patch)
-    _replace_all({root / file.path: file.new for file in patch.files})
-    if (root / KEPT / _RECORD).is_file():
-        shutil.rmtree(root / KEPT)
+    with locked_folder(patch.tree):
+        _remove_left_over(root)
+        _check_unchanged(root, patch)
+        _replace_all({root / file.path: file.new for file in patch.files})
+        kept = root / KEPT
+        unpatched = not any(_has_patch(text) for _, text in _sources(root))
+        if (kept / _RECORD).is_file() or (kept.is_dir() and unpatched):
+            for path in kept.iterdir():  # the record last: a run that is killed is gone on with
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != _RECORD:
+                    path.unlink()
+            shutil.rmtree(kept)
     return patch
+
+
+def _remove_left_over(root: Path) -> None:
+    """Temporary files of a run that was killed."""
+    for folder in (root / "megatron", root / KEPT):
+        for path in folder.rglob(f".*{_TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def _root(tree: str | os.PathLike[str]) -> Path:
@@ -241,7 +266,8 @@ def _replace_all(contents: Mapping[Path, bytes]) -> None:
 
 def _temporary(path: Path, content: bytes) -> Path:
     """A flushed file beside ``path``, with its permissions."""
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    name = path.parent / f".{path.name}{_TEMPORARY}"
+    number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(number, "wb") as file:
             file.write(content)
@@ -254,7 +280,7 @@ def _temporary(path: Path, content: bytes) -> Path:
     except BaseException:
         os.unlink(name)
         raise
-    return Path(name)
+    return name
 
 
 def _flush_folder(folder: Path) -> None:

@@ -3,12 +3,15 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
 from typing import Any
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.execution.flushing import flush
+from neox_bridge.execution.lock import locked
 
 _MOST = 256 << 20  # bytes of a JSON file: that of a plan of a large model is some MB
 
@@ -40,30 +43,52 @@ def today() -> str:
 
 
 def write_page(path: str, text: str | None, overwrite: bool) -> None:
-    """Write the page, whole or not at all; without text only look whether it may be written."""
+    """Write the page, whole or not at all; without text only look whether it may be written.
+
+    It is written under a name of its own first, which a run that is killed leaves, and which the
+    next one into the same page takes. ``overwrite`` replaces a page of this tool, and no other
+    file. A link stays, and what it leads to is replaced.
+    """
     if os.path.isdir(path):
         raise BridgeError(
             f"{path} is a folder. Name a file: -o {os.path.join(path, 'report.html')}."
         )
+    real = os.path.realpath(path)
     if os.path.lexists(path) and not overwrite:
         raise BridgeError(f"{path} exists. Name another file with -o, or add --overwrite.")
-    folder = os.path.dirname(path) or "."
+    if os.path.lexists(real) and not _is_page(real):
+        raise Refused(
+            f"{path} isn't a page that neox-bridge report wrote, so --overwrite doesn't replace it."
+            " Name another file with -o."
+        )
+    folder, name = os.path.split(real)
     if not os.path.isdir(folder):
         raise BridgeError(f"{folder} isn't a folder. Make it, or write the page elsewhere with -o.")
     if text is None:
         return
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
+    partial = os.path.join(folder, f".{name}.neox-bridge")
+    with locked(partial, path) as fd:
+        try:
+            os.ftruncate(fd, 0)
             # names of files may hold bytes that are no text
-            file.write(text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.lexists(partial):
-            os.unlink(partial)
-        raise
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(text.encode("utf-8", "backslashreplace"))
+            os.fsync(fd)
+            os.replace(partial, real)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+    flush(folder)
+
+
+def _is_page(path: str) -> bool:
+    """Whether a file is a page of this tool, or empty."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    return not head or b'<meta name="generator" content="neox-bridge ' in head
 
 
 def _inputs(path: str) -> Iterator[Input]:

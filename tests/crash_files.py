@@ -1,0 +1,91 @@
+"""Kills patch, patch --revert and report at every call that changes the disk; a program.
+
+crash_files.py FOLDER CASE: prints the number of points, or fails.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from crash_run import dies_at, tree
+
+from neox_bridge.compat.patcher import KEPT, apply, plan_patch, revert
+from neox_bridge.report.read import write_page
+
+TREE = Path(__file__).parent / "data" / "trees" / "today"
+PAGE = '<meta name="generator" content="neox-bridge 1">'
+
+
+def patch(place: Path) -> None:
+    apply(plan_patch(place / "tree"))
+
+
+def take_out(place: Path) -> None:
+    revert(place / "tree")
+
+
+def report(place: Path) -> None:
+    write_page(str(place / "page.html"), f"{PAGE} new", overwrite=True)
+
+
+CASES: dict[str, Callable[[Path], None]] = {"patch": patch, "revert": take_out, "report": report}
+
+
+def prepared(folder: Path, case: str) -> Path:
+    place = folder / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    if case == "report":
+        (place / "page.html").write_text(f"{PAGE} old")
+    else:
+        shutil.copytree(TREE, place / "tree")
+    if case == "revert":
+        patch(place)
+    return place
+
+
+def child(case: str, place: Path, point: int | None) -> int:
+    """The number of calls, or -1 where it was killed."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reader)
+        count, write, leave = [0], os.write, os._exit
+        dies_at(point, count)
+        CASES[case](place)
+        write(writer, str(count[0]).encode())
+        leave(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        told = file.read()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return -1
+    assert status == 0
+    return int(told)
+
+
+def main(folder: Path, case: str) -> int:
+    place = prepared(folder, case)
+    before = tree(place)
+    points = child(case, place, None)
+    after = tree(place)
+    assert after != before
+    for point in range(points):
+        place = prepared(folder, case)
+        assert child(case, place, point) == -1, point
+        left = tree(place)
+        for name, digest in left.items():  # each file is whole: the old one or the new one
+            if not Path(name).name.startswith(".") and KEPT not in name:
+                assert digest in (before.get(name), after.get(name)), (point, name)
+        CASES[case](place)
+        assert tree(place) == after, (point, set(tree(place)) ^ set(after))
+    return points
+
+
+if __name__ == "__main__":
+    print(main(Path(sys.argv[1]), sys.argv[2]))
