@@ -415,3 +415,72 @@ def test_mended_as_json(tmp_path: Path) -> None:
     assert facts["mended"]["path"] == str(tmp_path / "out")
     facts = json.loads(doctor(tmp_path / "out", "--for", "today", "--fix", "x", "--json"))
     assert facts["mended"] is None
+
+
+@pytest.mark.parametrize("kind", ["hf", "neox"])
+def test_old_files_that_cannot_be_removed_are_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is whole and mended: exit code 0. The next run removes them."""
+    folder = old_hf(tmp_path) if kind == "hf" else neox(tmp_path, "2024-03")
+    command = [folder, "--for", "transformers@4.48" if kind == "hf" else "today", "--in-place"]
+    work = folder.parent / f".{folder.name}.neox-bridge"
+
+    def fail(_path: object, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        done = CliRunner().invoke(app, ["doctor", *map(str, command)])
+        assert done.exit_code == 0, done.output
+        assert f"is left in {work}" in done.stderr
+        again = CliRunner().invoke(app, ["doctor", *map(str, command)])
+        assert f"is left in {work}" in again.stderr
+    for reader in (["inspect", folder], ["convert", folder, tmp_path / "out"], ["verify", folder]):
+        told = CliRunner().invoke(app, list(map(str, reader)))
+        assert str(work) in told.output + told.stderr, reader
+    done = CliRunner().invoke(app, ["doctor", *map(str, command)])
+    assert done.exit_code == 0
+    assert not work.exists()
+    assert done.stdout.startswith("nothing to mend")
+
+
+@pytest.mark.parametrize("spoil", ["record", "config", "weights", "missing"])
+def test_what_was_written_is_read_back(
+    spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that isn't what it should be gets no name, and the old checkpoint stays."""
+    folder = old_hf(tmp_path)
+    before = digests(folder)
+    name = {"record": "neox_bridge.json", "config": "config.json"}.get(spoil, "model.safetensors")
+
+    def damage(work: str) -> None:
+        (path,) = Path(work).rglob(name)
+        data = bytearray(path.read_bytes())
+        if spoil == "missing":
+            path.unlink()
+        else:
+            data[-40] ^= 1
+            path.write_bytes(data)
+
+    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", damage)
+    for how in (["--fix", tmp_path / "out"], ["--in-place"]):
+        done = CliRunner().invoke(
+            app, ["doctor", str(folder), "--for", "transformers@4.48", *map(str, how)]
+        )
+        assert done.exit_code == 3, done.output
+        assert "mended" not in done.stdout
+        assert digests(folder) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_named_by_the_user_are_the_copys(tmp_path: Path) -> None:
+    """A copy has the ymls that --config named, where the checkpoint has none or others."""
+    root = neox(tmp_path, "2024-03")
+    (yml,) = (step_of(root) / "configs").glob("*.yml")
+    yml.rename(tmp_path / "own.yml")
+    (step_of(root) / "configs").rmdir()
+    options = ["--config", tmp_path / "own.yml", "--for", "today", "--fix", tmp_path / "out"]
+    doctor(root, *options)
+    assert answer(tmp_path / "out", "today") == "loads"

@@ -1,5 +1,6 @@
 """``neox-bridge verify`` and ``neox-bridge diff``."""
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -132,9 +133,12 @@ _NOTES = {
 def _verify_alone(path: str, workers: int | None, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
+    from neox_bridge.layouts.interrupted import interrupted
     from neox_bridge.verification.sealed import check_seal, find_record
 
     record = find_record(path)
+    home = os.path.dirname(record)
+    tell_findings([*interrupted(home), *interrupted(os.path.dirname(home))], quiet)
     with progress_bar(None, "reading", quiet) as progress:
         found = check_seal(record, progress, workers)
     if as_json:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.interrupted import MOVES, SUFFIX
 
 _LONGEST = 150  # bytes of a name that fits with ours around it
 
@@ -34,7 +35,7 @@ class Work:
 
     @property
     def moves(self) -> str:
-        return os.path.join(self.folder, "moves")
+        return os.path.join(self.folder, MOVES)
 
     @property
     def retired(self) -> str:
@@ -50,7 +51,7 @@ def work_of(real: str) -> Work:
     parent, name = os.path.split(real)
     if len(os.fsencode(name)) > _LONGEST:
         name = sha256(os.fsencode(name)).hexdigest()[:32]
-    return Work(os.path.join(parent, f".{name}.neox-bridge"))
+    return Work(os.path.join(parent, f".{name}{SUFFIX}"))
 
 
 @contextlib.contextmanager

@@ -3,12 +3,14 @@
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.formats.regular import missing_message
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir, lexists
@@ -78,7 +80,8 @@ def open_checkpoint(
         from neox_bridge.layouts.masters import with_masters
 
         found = with_masters(found)
-    return found
+    home = found.neox.root if found.neox is not None else found.path
+    return replace(found, findings=(*found.findings, *interrupted(home)))
 
 
 def _opened(

@@ -1,0 +1,31 @@
+"""What a killed run left beside a checkpoint that it was putting into its place."""
+
+import os
+
+from neox_bridge.findings import Finding
+from neox_bridge.stores.paths import is_url
+
+SUFFIX = ".neox-bridge"  # of the folder beside a target in which it is made
+MOVES = "moves"  # in it: what belongs where, until everything is there
+
+
+def interrupted(path: str) -> list[Finding]:
+    """A warning where a run was killed while it replaced a checkpoint or added a step.
+
+    path: a Hugging Face folder, or the root of a GPT-NeoX run.
+    """
+    if is_url(path):
+        return []
+    parent, name = os.path.split(os.path.realpath(path))
+    folder = os.path.join(parent, f".{name}{SUFFIX}")
+    if not os.path.lexists(os.path.join(folder, MOVES)):
+        return []
+    return [
+        Finding(
+            "left-over",
+            "warning",
+            f"a run of neox-bridge was killed while it put files into {path}: what it replaced, or "
+            f"still has to put there, is in {folder}",
+            "run the same command again: it completes that and removes the folder",
+        )
+    ]
