@@ -215,7 +215,7 @@ def test_convert_keeps_a_bad_result_aside(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(execution, "flush_folders", spoil)
     target = tmp_path / "neox"
     target.mkdir()
-    (target / "mine").write_text("precious")
+    (target / "README.md").write_text("precious")
     checkpoint = open_checkpoint(str(hf))
     plan = plan_of(hf, target)
     for number in ("", "-2"):
@@ -225,7 +225,7 @@ def test_convert_keeps_a_bad_result_aside(tmp_path: Path, monkeypatch: pytest.Mo
         aside = tmp_path / f"neox.unverified{number}"
         assert str(aside) in str(caught.value)
         assert (aside / "latest").exists()
-    assert [p.name for p in target.iterdir()] == ["mine"]
+    assert [p.name for p in target.iterdir()] == ["README.md"]
     assert not list(tmp_path.glob(".*"))
 
 
