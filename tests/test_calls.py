@@ -69,7 +69,7 @@ def test_what_stays_is_moved_by_the_kernel(
     assert calls["copy_file_range bytes"] == sum(tensor.nbytes for tensor in large)
     small = result.size - sum(tensor.nbytes for tensor in large)
     assert calls["preadv bytes"] + calls["pwrite bytes"] < 2 * small
-    assert calls["fsync"] <= len(plan.files) + 5, "each file once, and the folders"
+    assert calls["fsync"] <= len(plan.files) + 7, "each file once, the folders, and the moves"
     # of files with large tensors: their small tensors and CRCs, and what lies between tensors
     pieces = sum(len(f.tensors) * 4 + len(f.literals) for f in plan.files if f.size > output.SMALL)
     assert calls["pwrite"] <= pieces + len(plan.files)
@@ -147,11 +147,13 @@ def test_a_hash_reads_each_byte_once_more(
     source: Path, tmp_path: Path, calls: Counter[str]
 ) -> None:
     """Of files that were put together in memory not even that."""
-    plan = plan_of(source, tmp_path / "out")
     read = []
     for name in (None, "xxh3_128"):
+        plan = plan_of(source, tmp_path / str(name))
         calls.clear()
-        execute(plan, str(tmp_path / "out"), workers=1, hash_name=name, overwrite=True)  # type: ignore[arg-type]
+        execute(plan, str(tmp_path / str(name)), workers=1, hash_name=name)  # type: ignore[arg-type]
         read.append(calls["preadv bytes"])
+        if name is None:  # what stands beside a step has a hash all the same
+            read[0] -= sum(f.size for f in plan.files if not f.path.startswith("global_step"))
     large = sum(file.size for file in plan.files if file.size > output.SMALL)
     assert read[1] - read[0] == large
