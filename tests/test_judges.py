@@ -762,6 +762,38 @@ def test_a_key_that_some_trees_refuse(pythia: Checkpoint, llama: Checkpoint) -> 
     assert TODAY.name == "today"
 
 
+@pytest.mark.parametrize(
+    ("refusing", "options", "grouped"),
+    [
+        ((), {}, {}),
+        (("2024-03",), FOR_2024_03, FOR_2024_03),
+        (("2024-10",), {"for": "neox@2024-10"}, {"for": "neox@2024-10"}),
+        (("today",), {"for": "today"}, {"for": "today"}),
+        (("2024-10", "today"), {"for": "today"}, {"for": "neox:TREE"}),
+        (("2024-03", "2024-09"), {"for": "neox:TREE"}, {"for": "neox:TREE"}),
+        (("2024-03", "today"), {"for": "neox:TREE"}, {"for": "neox:TREE"}),
+        (("2024-09", "2024-10", "today"), {"for": "neox:TREE"}, {"for": "neox:TREE"}),
+        (("2024-09", "2024-10"), {"for": "neox:TREE"}, {"for": "neox:TREE"}),
+        (("2024-03", "2024-09", "2024-10", "today"), {}, {}),
+    ],
+)
+def test_which_tree_refused_a_key(
+    refusing: tuple[str, ...],
+    options: dict[str, str],
+    grouped: dict[str, str],
+    pythia: Checkpoint,
+    llama: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def known_keys(era: Any) -> frozenset[str]:
+        return frozenset({"other"} if era.name in refusing else {"other", "key"})
+
+    monkeypatch.setattr("neox_bridge.doctor.tree_of_message.known_keys", known_keys)
+    expected = Expected(unknown_key="key")
+    assert convert_options(expected, None) == convert_options(expected, pythia) == options
+    assert convert_options(expected, llama) == grouped
+
+
 # --- what is said of a checkpoint
 
 
