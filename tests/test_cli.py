@@ -457,10 +457,16 @@ def test_json_result(source: Path, tmp_path: Path) -> None:
 
 def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("mine")
+    (tmp_path / "out" / "config.json").write_text("mine")
     done = run("convert", source, tmp_path / "out")
     assert done.exit_code == 1
     assert "--overwrite" in done.stderr
-    assert (tmp_path / "out" / "mine").read_text() == "mine"
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"
+    (tmp_path / "out" / "photo.jpg").write_text("mine")
+    done = run("convert", source, tmp_path / "out", "--overwrite")
+    assert done.exit_code == 4
+    assert "photo.jpg" in done.stderr
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"
+    (tmp_path / "out" / "photo.jpg").unlink()
     assert run("convert", source, tmp_path / "out", "--overwrite").exit_code == 0
-    assert not (tmp_path / "out" / "mine").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
