@@ -9,6 +9,7 @@ from typing import Any
 from neox_bridge import __version__
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import default_slots
+from neox_bridge.execution.ray_guard import guard
 from neox_bridge.execution.ray_node import asker
 
 _ANSWER = 60.0  # seconds in which a node is to say which code it has
@@ -97,6 +98,7 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change
     own: dict[str, Any] = {}
     if address == "local":
+        guard()
         own = {"num_cpus": workers or default_slots(), "object_store_memory": _STORE}
         own["include_dashboard"] = False
     try:
