@@ -156,6 +156,8 @@ def _in_cache(source: str, revision: str | None, named: str) -> tuple[str, str |
     root = absolute(source)
     if os.path.basename(root) == "snapshots" and not is_url(root):
         root = os.path.dirname(root)
+    if is_url(root) and not os.path.basename(root).startswith("models--"):
+        return source, revision, named  # a listing is a request
     if not is_cache_root(root, list_folder(root)):
         return source, revision, named
     return snapshot_of(root, revision), None, f"{repo_of(root)}@{revision or 'main'}"

@@ -37,11 +37,14 @@ def step_folder(path: str, step: int | None) -> tuple[str, str]:
         tag = f"global_step{step}"
         if tag not in steps and is_universal(os.path.join(path, f"{tag}_universal")):
             return path, f"{tag}_universal"
-        renamed = [n for n in renamed_steps(path, names) if number_of(n) == step]
-        if tag not in steps and len(renamed) == 1:
-            return path, renamed[0]
+        if tag not in steps:
+            renamed = [n for n in renamed_steps(path, names) if number_of(n) == step]
+            if len(renamed) == 1:
+                return path, renamed[0]
     elif brought_along(latest := os.path.join(path, "latest"), path):
         tag = read_text(latest, _LONGEST_TAG).strip()
+        if tag in steps:
+            return path, tag
         if tag in names and holds_weights(os.path.join(path, tag)):
             return path, tag
     elif len(steps) == 1:
