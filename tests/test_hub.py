@@ -50,5 +50,5 @@ def test_what_is_not_cached_says_so(tmp_path: Path) -> None:
 def test_a_revision_of_a_folder_is_an_error(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf")
     done = run(tmp_path, "convert", str(hf), str(tmp_path / "neox"), "--revision", "main")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--revision" in done.stderr
