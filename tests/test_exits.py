@@ -306,10 +306,8 @@ def test_every_option_says_what_it_takes() -> None:
 
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         for param in command.params:
-            if param.param_type_name != "option":
-                continue
             assert param.help, (name, param.name)
-            if not param.is_flag:
+            if param.param_type_name == "option" and not param.is_flag:
                 taken = param.make_metavar(click.Context(command))
                 assert not taken.startswith("<"), (name, param.name)  # as <text>, <int range>
 
@@ -344,7 +342,7 @@ def test_streams_that_were_closed_are_opened_at_their_places(closed: str, tmp_pa
         "protect_streams()\n"
         "print('out'); print('err', file=sys.stderr)\n"
         f"file = open({str(tmp_path / 'places')!r}, 'w')\n"
-        "places = sys.stdin.fileno(), sys.stdout.fileno(), sys.stderr.fileno(), file.fileno() > 2\n"
+        "places = sys.stdin.fileno(), sys.stdout.fileno(), sys.stderr.fileno(), file.fileno()\n"
         "file.write(repr(places))\n"
     )
     source = str(Path(neox_bridge.__file__).parent.parent)
@@ -356,7 +354,7 @@ def test_streams_that_were_closed_are_opened_at_their_places(closed: str, tmp_pa
         stdin=subprocess.DEVNULL,
         check=True,
     )
-    assert (tmp_path / "places").read_text() == "(0, 1, 2, True)"
+    assert (tmp_path / "places").read_text() == "(0, 1, 2, 3)"
     assert done.stdout == ("" if "1>&-" in closed else "out\n")
     assert done.stderr == ("" if "2>&-" in closed else "err\n")
 
@@ -414,6 +412,7 @@ def test_tabs_and_line_ends_stay_on_stdout_and_not_in_a_name() -> None:
     assert plain("\u202e\udc80\udcff") == "\\u202e\\x80\\xff"
     assert plain("\udc7f\ud800") == "\\udc7f\\ud800"
     assert one_line("a\r\nb\x0bc\u2028d") == "a b c d"
+    assert one_line("a\r\n" * 2500) == "a " * 2000 + " …"
     assert one_line("k" * 4000) == "k" * 4000
     assert one_line("k" * 4001) == "k" * 4000 + " …"
 
@@ -550,6 +549,21 @@ def test_logits_that_are_not_finite(
     assert tail in second
     verify_module._tell_non_finite("t", "A", "the recorded logits", agreement)
     assert "in the recorded logits)" not in capsys.readouterr().out.splitlines()[1]
+
+
+def test_where_logits_are_computed(verified: Callable[..., list[str]], monkeypatch: Patch) -> None:
+    words = verified(verification(), logits=SAME)
+    devices: list[str] = []
+
+    def computed(_first: Any, _second: Any, _inputs: Any, device: str) -> Any:
+        devices.append(device)
+        return {"logits": SAME}
+
+    monkeypatch.setattr(verify_module, "_computed", computed)
+    monkeypatch.setattr(verify_module, "_require_torch", lambda device: devices.append(device))
+    assert call(*words)[0] == 0
+    assert call(*words, "--device", "cuda")[0] == 0
+    assert devices == ["cpu", "cpu", "cuda", "cuda"]
 
 
 @pytest.mark.parametrize(
@@ -999,6 +1013,8 @@ def test_a_wrong_option_is_2(more: list[str]) -> None:
         (["export-optimizer", NEOX, "out"], 1),
         (["verify", NEOX], 1),
         (["audit", NEOX, "--cache", "none"], 0),
+        (["convert", NEOX, "out", "--for", "nonsense"], 2),
+        (["doctor", NEOX, "--for", "nonsense"], 2),
         (["changes"], 0),
         (["families"], 0),
     ],
@@ -1009,7 +1025,7 @@ def test_how_commands_end(words: list[str], code: int, monkeypatch: Patch, tmp_p
     assert call(*words)[0] == code
     ended, out, _ = call(*words, "--json")
     assert ended == code
-    if code in (0, 3) or words[0] == "doctor":
+    if code in (0, 3) or (words[0], code) == ("doctor", 4):
         json.loads(out)
     else:
         assert out == ""

@@ -13,6 +13,7 @@ from neox_bridge.compat.doctor import cannot_open, judge, own_target, written_by
 from neox_bridge.compat.facts import TransformersFacts, TreeFacts
 from neox_bridge.compat.judge_hf import judge_hf, rope_as_read
 from neox_bridge.compat.judge_neox import expected_rows, judge_neox, mlp_width, stores_inv_freq
+from neox_bridge.compat.messages import read_message
 from neox_bridge.compat.targets import (
     ARGS,
     keeps_stored_head,
@@ -23,11 +24,12 @@ from neox_bridge.compat.targets import (
     target_named,
 )
 from neox_bridge.compat.verdict import Case, case, convert_command, fix_command, verdict
-from neox_bridge.doctor.tree_of_message import Expected, convert_options
+from neox_bridge.doctor.tree_of_message import Expected, convert_options, expected_by
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.yml import DuplicateKey
+from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.eras import ERAS, TODAY, fitting
 from neox_bridge.layouts.open import open_checkpoint
@@ -124,6 +126,13 @@ def test_keys_of_the_yml(pythia: Checkpoint) -> None:
     known = tree("today")
     fewer = replace(known, keys=known.keys - {"rotary_pct"}, places={"keys": "args.py:3"})
     one = of(judge_neox(pythia, fewer), "yml-key-unknown")
+    assert one.finding.remedy == fix_command(pythia, fewer)
+    risky = replace(pythia, unknown_keys=(UnknownKey("neox", "rotary_pct", 3, "model"),))
+    remedy = of(judge_neox(risky, fewer), "yml-key-unknown").finding.remedy
+    assert remedy == (
+        fix_command(pythia, fewer, "--ignore-key", "rotary_pct")
+        + " removes it from the copy, which may be another model then"
+    )
     assert "it refuses them: rotary_pct (args.py:3)" in one.finding.message
     assert one.prints.endswith("unexpected keyword argument 'rotary_pct'")
     refused = DuplicateKey("seed", "a.yml", "b.yml", (1, 2), True)
@@ -651,7 +660,9 @@ def test_a_month_without_a_change_is_a_time(name: str, right: bool) -> None:
     if right:
         assert tree(name).path == f"neox@{name}"
         return
-    with pytest.raises(BridgeError, match="checkpoints changed then"):
+    with pytest.raises(
+        BridgeError, match=r"checkpoints changed then, by (\w{8}) .*, or neox@\1 for"
+    ):
         tree(name)
 
 
@@ -794,7 +805,53 @@ def test_which_tree_refused_a_key(
     assert convert_options(expected, llama) == grouped
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "TypeError: NeoXArgs.__init__() got an unexpected keyword argument 'k'",
+            Expected(unknown_key="k"),
+        ),
+        ("neox_arguments/x.py\ngot an unexpected keyword argument 'k'", Expected(unknown_key="k")),
+        ("Other() got an unexpected keyword argument 'k'", Expected()),
+        ("NeoXArgs did something else", Expected()),
+        (
+            'Missing key(s) in state_dict: "attention.rotary_emb.inv_freq". ',
+            Expected(buffer="store"),
+        ),
+        (
+            'Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq". ',
+            Expected(buffer="omit"),
+        ),
+        ('Missing key(s) in state_dict: "mlp.dense_h_to_4h.bias". ', Expected("dense")),
+        ('Missing key(s) in state_dict: "mlp.w3.weight". ', Expected("dense")),
+        ('Unexpected key(s) in state_dict: "mlp.dense_4h_to_h.bias". ', Expected("linear")),
+        ('Missing key(s) in state_dict: "norm.bias". ', Expected()),
+    ],
+)
+def test_what_a_message_tells_of_its_tree(text: str, expected: Expected) -> None:
+    assert expected_by(read_message(text)) == expected
+    assert bool(expected) is (expected != Expected())
+
+
 # --- what is said of a checkpoint
+
+
+def test_unknown_keys_of_a_config(hf: dict[str, Checkpoint]) -> None:
+    keys = (UnknownKey("hf", "a_scale", 3, "model"), UnknownKey("hf", "b", 4, "none"))
+    cases = judge(replace(hf["gpt_neox"], unknown_keys=keys), version("5.5")).cases
+    assert of(cases, "unknown-key").finding.severity == "warning"
+    assert "a_scale: 3" in of(cases, "unknown-key").finding.message
+    assert of(cases, "unknown-keys").finding.severity == "info"
+    assert "b: 4" in of(cases, "unknown-keys").finding.message
+    harmless = judge(replace(hf["gpt_neox"], unknown_keys=keys[1:]), version("5.5")).cases
+    assert "unknown-key" not in said(harmless)
+
+
+@pytest.mark.parametrize(("finetune", "severity"), [(True, None), (False, "error"), (None, "info")])
+def test_resuming_without_states(finetune: Any, severity: Any, pythia: Checkpoint) -> None:
+    cases = judge(with_raw(pythia, finetune=finetune), tree("today")).cases
+    assert said(cases).get("no-optimizer-states") == severity
 
 
 def test_who_wrote_it(pythia: Checkpoint, hf: dict[str, Checkpoint]) -> None:
