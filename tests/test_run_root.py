@@ -1,13 +1,14 @@
 """What stands beside the steps of a run fits the step that `latest` names, or it is said."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 import yaml
-from common import convert, make_hf, plan_of
+from common import convert, fixture, make_hf, plan_of
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
@@ -238,3 +239,26 @@ def test_a_step_that_is_there_is_said_first(home: Path) -> None:
     run(home / "one", home / "run")
     with pytest.raises(BridgeError, match="global_step0 exists"):
         run(home / "two", home / "run")
+
+
+def test_a_genuine_run_resharded_into_its_own_root_and_another_one(home: Path) -> None:
+    source = fixture("pythia_bf16_pp1_tp2_dp2")
+    shutil.copytree(source, home / "run")
+    command = ["reshard", str(home / "run")]
+    done = CliRunner().invoke(app, [*command, str(home / "run"), "--universal"])
+    assert done.exit_code == 0, done.output
+    assert "warning" not in done.stderr
+    assert yml(home / "run", "resume_universal.yml")["model_parallel_size"] == 2
+    assert CliRunner().invoke(app, [*command, str(home / "new"), "--tp", "1"]).exit_code == 0
+    again = [*command, str(home / "new"), "--dp", "1"]
+    assert CliRunner().invoke(app, again).exit_code == 1, "global_step exists"
+    assert CliRunner().invoke(app, [*again, "--overwrite"]).exit_code == 0
+    assert yml(home / "new", "resume.yml")["model_parallel_size"] == 2
+    done = CliRunner().invoke(app, ["reshard", str(source), str(home / "run"), "--tp", "1"])
+    assert done.exit_code == 1
+    assert "exists" in done.stderr
+    convert(source, home / "run", to="neox", iteration=9)
+    run(home / "two", home / "other")
+    done = CliRunner().invoke(app, ["reshard", str(source), str(home / "other"), "--dp", "1"])
+    assert done.exit_code == 4
+    assert "another model" in done.stderr
