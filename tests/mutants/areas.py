@@ -12,7 +12,7 @@ class Area:
     Attributes:
         modules: Paths below the package; a path without a suffix is a folder or a glob.
         tests: Files of tests, the quickest and most telling first.
-        quick: How many of these files run whole on every mutant, before the others are asked.
+        quick: How many of these files are asked before the others.
     """
 
     modules: tuple[str, ...]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,14 +173,14 @@ class Tests:
         return near, sorted(others - names)
 
 
-def measure(name: str, area: Area, tree: Path) -> Tests:
-    """Run an area's tests without a mutant. Exits where they fail."""
+def measure(name: str, files: Sequence[str], tree: Path) -> Tests:
+    """Run tests of an area without a mutant. Exits where they fail."""
     data, known = HOME / f"{name}.coverage", HOME / f"{name}.tests.json"
     data.unlink(missing_ok=True)
     os.environ |= {"MUTANTS_TESTS": str(known), "COVERAGE_FILE": str(data)}
     measuring = ["-m", "coverage", "run", f"--source={tree / 'src'}"]
     plugin = [f"PYTHONPATH={tree / 'src'}:{Path(__file__).parent}", "-p", "plugin"]
-    outcome, output = run_tests(_pytest(tree, area.tests, measuring, plugin), 3600)
+    outcome, output = run_tests(_pytest(tree, files, measuring, plugin), 3600)
     if outcome != TestOutcome.SURVIVED:
         sys.exit(f"{name}: the tests fail without any mutant.\n{output[-3000:]}")
     covered = CoverageData(str(data))
@@ -261,31 +261,26 @@ def run_area(name: str, arguments: argparse.Namespace, trees: list[Path]) -> Non
     if not waiting:
         return
     print(f"{name}: {len(waiting)} of {len(sample)} mutants to run", flush=True)
-    quick = list(area.tests[: area.quick])
-    started = time.monotonic()
-    outcome, output = run_tests(_pytest(trees[0], quick), 3600)
-    if outcome != TestOutcome.SURVIVED:
-        sys.exit(f"{name}: the tests fail without any mutant.\n{output[-3000:]}")
-    limit = 10 * (time.monotonic() - started) + 60
-    survived = _run_all(waiting, trees, lambda _: [quick], limit, record_survivors=False)
+    quick = area.tests[: area.quick]
+    tests = measure(name, quick, trees[0])
+    survived = _run_all(waiting, trees, tests, record_survivors=quick == area.tests)
     if arguments.quick:
         print(f"{name}: {len(survived)} survived {', '.join(quick)}:")
         print("\n".join(_shown(asdict(mutant)) for mutant in survived), flush=True)
-    elif survived:
-        tests = measure(name, area, trees[0])
-        limit = sum(tests.seconds.values()) * 3 + 60
-        _run_all(survived, trees, tests.phases, limit, record_survivors=True)
+    elif survived and quick != area.tests:
+        tests = measure(name, area.tests, trees[0])
+        _run_all(survived, trees, tests, record_survivors=True)
 
 
 def _run_all(
     waiting: Sequence[Mutant],
     trees: Sequence[Path],
-    phases: Callable[[Mutant], Iterable[Sequence[str]]],
-    limit: float,
+    tests: "Tests",
     *,
     record_survivors: bool,
 ) -> list[Mutant]:
     """Run these tests on each mutant, as many at a time as there are copies. The survivors."""
+    limit = sum(tests.seconds.values()) * 3 + 60
     free: SimpleQueue[Path] = SimpleQueue()
     for tree in trees:
         free.put(tree)
@@ -293,7 +288,7 @@ def _run_all(
     def one(mutant: Mutant) -> bool:
         tree, started = free.get(), time.monotonic()
         try:
-            outcome = run(mutant, tree, phases(mutant), limit)
+            outcome = run(mutant, tree, tests.phases(mutant), limit)
         finally:
             free.put(tree)
         survived = outcome == TestOutcome.SURVIVED.value
