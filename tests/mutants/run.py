@@ -153,7 +153,7 @@ def run(mutant: Mutant, tree: Path, phases: Iterable[Sequence[str]], seconds: fl
 class Tests:
     """The tests of an area.
 
-    seconds: of each test. with_processes: those that start processes, in which coverage sees no
+    seconds: of each test, in the order of the area's files. with_processes: those that start processes, in which coverage sees no
     lines. by_line: the tests that execute a line, by file and line; "" while tests are imported.
     """
 
@@ -161,16 +161,18 @@ class Tests:
     with_processes: frozenset[str]
     by_line: dict[str, dict[int, list[str]]]
 
-    def phases(self, mutant: Mutant) -> tuple[list[str], list[str]]:
-        """The tests that execute the mutant's line, the quickest first, then all others that may.
+    def phases(self, mutant: Mutant) -> list[list[str]]:
+        """The tests that execute the mutant's line, file by file, then all others that may.
 
         Those are the ones that start processes, or else all: where the line is executed at import,
         or is a part of a statement that coverage counts elsewhere.
         """
         names = set(self.by_line.get(mutant.file, {}).get(mutant.line, []))
-        near = sorted(names - {""}, key=lambda name: self.seconds[name])
+        near: dict[str, list[str]] = {test.partition("::")[0]: [] for test in self.seconds}
+        for name in sorted(names - {""}, key=lambda name: self.seconds[name]):
+            near[name.partition("::")[0]].append(name)
         others = self.with_processes if names and "" not in names else set(self.seconds)
-        return near, sorted(others - names)
+        return [*near.values(), sorted(others - names)]
 
 
 def measure(name: str, files: Sequence[str], tree: Path) -> Tests:
