@@ -153,8 +153,9 @@ def run(mutant: Mutant, tree: Path, phases: Iterable[Sequence[str]], seconds: fl
 class Tests:
     """The tests of an area.
 
-    seconds: of each test, in the order of the area's files. with_processes: those that start processes, in which coverage sees no
-    lines. by_line: the tests that execute a line, by file and line; "" while tests are imported.
+    seconds: of each test, in the order of the area's files. with_processes: those that start
+    processes, in which coverage sees no lines. by_line: the tests that execute a line, by file and
+    line; "" while tests are imported.
     """
 
     seconds: dict[str, float]
