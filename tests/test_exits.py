@@ -335,12 +335,23 @@ def test_what_is_printed_is_escaped_and_a_reader_may_go_away(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("closed", ["", "1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&-"])
-def test_streams_that_were_closed_are_opened_at_their_places(closed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [0, 2])
+def test_streams_that_were_closed_are_opened_at_their_places(
+    closed: str, held: int, tmp_path: Path
+) -> None:
+    """held: files that are open already, behind the three streams."""
     program = (
         "import os, sys\n"
         "from neox_bridge.cli.streams import protect_streams\n"
+        f"for number in range(3, {3 + held}):\n"
+        "    opened = os.open(os.devnull, os.O_RDONLY)\n"
+        "    os.dup2(opened, number)\n"
+        "    if opened < 3: os.close(opened)\n"
         "protect_streams()\n"
-        "print('out'); print('err', file=sys.stderr)\n"
+        "streams = sys.stdout, sys.stderr\n"
+        "protect_streams()\n"
+        "assert streams == (sys.stdout, sys.stderr)\n"
+        "print('out\\x1b'); print('err\\u202e', file=sys.stderr)\n"
         f"file = open({str(tmp_path / 'places')!r}, 'w')\n"
         "places = sys.stdin.fileno(), sys.stdout.fileno(), sys.stderr.fileno(), file.fileno()\n"
         "file.write(repr(places))\n"
@@ -354,9 +365,9 @@ def test_streams_that_were_closed_are_opened_at_their_places(closed: str, tmp_pa
         stdin=subprocess.DEVNULL,
         check=True,
     )
-    assert (tmp_path / "places").read_text() == "(0, 1, 2, 3)"
-    assert done.stdout == ("" if "1>&-" in closed else "out\n")
-    assert done.stderr == ("" if "2>&-" in closed else "err\n")
+    assert (tmp_path / "places").read_text() == f"(0, 1, 2, {3 + held})"
+    assert done.stdout == ("" if "1>&-" in closed else "out\\x1b\n")
+    assert done.stderr == ("" if "2>&-" in closed else "err\\u202e\n")
 
 
 @pytest.mark.parametrize(
