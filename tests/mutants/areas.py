@@ -97,6 +97,7 @@ AREAS: dict[str, Area] = {
             "tests/test_doctor.py",
             "tests/test_advice.py",
         ),
+        quick=2,
     ),
     "batch": Area(
         ("batch/settled", "batch/items", "batch/row", "batch/run", "batch/watch"),
@@ -131,6 +132,7 @@ AREAS: dict[str, Area] = {
             "tests/test_usage.py",
             "tests/test_planning.py",
         ),
+        quick=2,
     ),
     "formats": Area(
         (
@@ -153,6 +155,7 @@ AREAS: dict[str, Area] = {
             "tests/test_security.py",
             "tests/test_torch_files.py",
         ),
+        quick=2,
     ),
     "exits": Area(
         (
