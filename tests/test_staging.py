@@ -131,8 +131,12 @@ def test_a_file_system_without_locks_has_none(tmp_path: Path, monkeypatch: Any) 
 
 
 @pytest.mark.parametrize("name", [None, "files/a", "journal", "zz"])
-def test_what_is_worth_keeping_stays_on_an_error(name: str | None, tmp_path: Path) -> None:
-    work = work_in(tmp_path)
+def test_what_is_worth_keeping_stays_on_an_error(
+    name: str | None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Whatever the order in which the folder's entries are listed."""
+    work, real = work_in(tmp_path), os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: sorted(real(path)))
     with pytest.raises(BridgeError), held(work, "out"):
         if name is not None:
             write(Path(work.folder) / name)
@@ -870,6 +874,26 @@ def test_every_small_file_is_begun_with(tmp_path: Path, monkeypatch: Any) -> Non
 )
 def test_what_is_put_together_in_memory(size: int, copy: str | None, small: bool) -> None:
     assert output.is_small(OutputFile("a", size, copy_of=copy)) == small
+
+
+@pytest.mark.parametrize("pool", [None, Inline()], ids=["threads", "units"])
+@pytest.mark.parametrize("small", [0, 400, 1 << 20])
+def test_a_record_has_every_hash_however_its_file_is_made(
+    small: int, pool: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """In memory or through the kernel: what is recorded is what the file has."""
+    monkeypatch.setattr(output, "SMALL", small)
+    hf, target = write_hf(tmp_path / "hf"), tmp_path / "out"
+    execute(plan_of(hf, target, tp=2), str(target), workers=1, pool=pool)
+    (record,) = target.glob("global_step*/neox_bridge.json")
+    entries = json.loads(record.read_text())["written"]["files"]
+    found = {
+        name: [path.stat().st_size, xxhash.xxh3_128(path.read_bytes()).hexdigest()]
+        for name in entries
+        if (path := record.parent / name)
+    }
+    assert entries == found
+    assert len(entries) == len(tree(target)) - 1
 
 
 def files(*sizes: int) -> list[OutputFile]:

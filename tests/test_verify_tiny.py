@@ -453,6 +453,27 @@ def test_a_summary_names_three_and_counts_the_rest() -> None:
     assert describe(Difference("x", "shape", 1, detail="[1] and [2]")) == "x: [1] and [2]"
 
 
+def test_biases_that_drifted_apart_are_said_once(tmp_path: Path) -> None:
+    """With a sequential residual each rank holds the whole bias, and the mean is compared."""
+    hf = write_hf(tmp_path / "hf", use_parallel_residual=False)
+    neox = convert(hf, tmp_path / "neox", tp=2)
+    name = "gpt_neox.layers.0.attention.dense.bias"
+    for ref, sign in zip(open_checkpoint(str(neox)).tensors[name].shards, (1, -1), strict=True):
+        value = tensors()[name] + np.float32(sign * 0.25)
+        with open(ref.file, "r+b") as file:
+            file.seek(ref.offset)
+            file.write(value.astype(np.float32).tobytes())
+    mean = convert(neox, tmp_path / "mean", to="hf")
+    alone = [finding.code for finding in check(hf, hf).findings]
+    assert alone == []
+    for first, second in ((neox, mean), (mean, neox)):
+        parts = [
+            [f.code for f in check(first, second, part=(number, 2)).findings] for number in range(2)
+        ]
+        assert [len(codes) for codes in parts] == [1, 0], parts
+    assert check(neox, neox).holds
+
+
 def test_ranks_that_differ_are_no_model(tmp_path: Path) -> None:
     """The layer norms of both ranks are the source's on average, and on neither."""
     hf = write_hf(tmp_path / "hf")
