@@ -756,6 +756,87 @@ def test_places_in_a_store_are_those_of_the_file(monkeypatch: pytest.MonkeyPatch
         places(blank)
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_what_is_laid_out_by_torchs_rules_is_read(alike: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    tensors = [
+        OutputTensor("a", "uint8", (3,), inline=b"abc"),
+        OutputTensor("b", "float32", (0, 2), inline=b""),
+        OutputTensor("c", "float16", (2, 1), inline=b"1234"),
+    ]
+    value = {"a": TensorSlot("a"), "none": None, "c": TensorSlot("c"), "b": TensorSlot("b")}
+    raw = whole(layout_pt("x.pt", value, tensors))
+    path.write_bytes(raw)
+    found: Any = read_torch(str(path), alike=alike)
+    assert list(found) == ["a", "none", "c", "b"]
+    assert found["none"] is None
+    assert found["a"] == TensorRef(str(path), raw.index(b"abc"), "uint8", (3,))
+    assert found["c"] == TensorRef(str(path), raw.index(b"1234"), "float16", (2, 1))
+    assert (found["b"].dtype, found["b"].shape) == ("float32", (0, 2))
+
+
+PICKLED = b"\x80\x02}X\1\0\0\0a" + tensor(b"0", 4) + b"s."
+RECORDS = {"x/data.pkl": PICKLED, "x/byteorder": b"little", "x/data/0": bytes(16)}
+
+
+@pytest.mark.parametrize(
+    ("records", "method", "match"),
+    [
+        (RECORDS, 0, None),
+        ({**RECORDS, "x/version": b"3"}, 0, None),
+        (RECORDS, 8, "data.pkl is compressed"),
+        ({**RECORDS, "x/byteorder": b"big"}, 0, "big-endian"),
+        ({**RECORDS, "x/byteorder": b"little "}, 0, "big-endian"),
+        ({**RECORDS, "x/code/a.py": b""}, 0, "TorchScript"),
+        ({**RECORDS, "x/constants.pkl": b""}, 0, "TorchScript"),
+        ({**RECORDS, "x/Code/a.py": b""}, 0, "TorchScript"),
+        ({**RECORDS, "x/my/code/a.py": b""}, 0, None),
+        ({**RECORDS, "y/version": b"3"}, 0, "isn't below the archive's one folder"),
+        ({**RECORDS, "version": b"3"}, 0, "isn't below the archive's one folder"),
+        ({**RECORDS, "/version": b"3"}, 0, "isn't below the archive's one folder"),
+        ({**RECORDS, "x/../version": b"3"}, 0, "isn't below the archive's one folder"),
+        ({**RECORDS, "x/..version": b"3"}, 0, None),
+        ({"x/data/0": bytes(16)}, 0, "it has no data.pkl"),
+        ({"x/data.pkl": PICKLED}, 0, "the record data/0 is missing"),
+        ({**RECORDS, "x/data/0": bytes(15)}, 0, "should have 16 bytes and has 15"),
+        ({**RECORDS, "x/data/0": bytes(17)}, 0, None),
+    ],
+    ids=lambda value: str(value)[-40:],
+)
+def test_records_of_a_file_of_torch(
+    records: dict[str, bytes], method: int, match: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    if match is None:
+        found: Any = read_torch(str(path))
+        assert found["a"].shape == (4,)
+        return
+    with pytest.raises(BridgeError, match=match) as caught:
+        read_torch(str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("numel", "right"), [(16 << 20, True), ((16 << 20) + 1, False)])
+def test_tensors_of_a_small_file_claim_64_mib_at_most(
+    numel: int, right: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.pt"
+    size = b"K\0J" + struct.pack("<i", numel) + b"\x85K\0\x85"
+    expanded = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(b"0", 4) + size + b"\x89NtR"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}X\1\0\0\0a" + expanded + b"s.")
+        archive.writestr("x/data/0", bytes(16))
+    if right:
+        found: Any = read_torch(str(path))
+        assert found["a"].strides == (0,)
+        return
+    with pytest.raises(BridgeError, match="far more elements than it holds"):
+        read_torch(str(path))
+
+
 @pytest.mark.parametrize(("count", "harmless"), [(50, True), (51, False)])
 def test_pickles_of_one_zip_are_bounded(count: int, harmless: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
