@@ -241,9 +241,9 @@ def test_a_vocabulary_multiple_that_leaves_rows_out(tmp_path: Path) -> None:
     error = fails(hf, tmp_path, "--vocab-multiple 128", "300", vocab_multiple=128)
     assert isinstance(error, Refused)
     plan = plan_of(hf, tmp_path / "out")
-    assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (512, 512)
+    assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (300, 300)
     plan = plan_of(hf, tmp_path / "out", vocab_rows="tokenizer")
-    assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (256, 128)
+    assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (250, 250)
     assert [d.name for d in plan.dropped] == ["vocabulary rows 250 to 299"]
 
 

@@ -226,7 +226,7 @@ def test_the_other_kind_of_layout(
 
 
 def test_another_vocabulary_multiple(hf: Path, tmp_path: Path) -> None:
-    root = neox(hf, tmp_path)
+    root = neox(hf, tmp_path, vocab_multiple=128)
     edit_yml(root, make_vocab_size_divisible_by=512)
     assert judged(root, "today").message == (
         "RuntimeError: Error(s) in loading state_dict for EmbeddingPipe:\n\tsize mismatch for "
@@ -244,7 +244,7 @@ def test_another_vocabulary_multiple(hf: Path, tmp_path: Path) -> None:
     ],
 )
 def test_args_that_differ(hf: Path, tmp_path: Path, key: str, value: Any, have: Any) -> None:
-    root = neox(hf, tmp_path)
+    root = neox(hf, tmp_path, vocab_multiple=128)
     edit_yml(root, **{key: value})
     found = judged(root, "today")
     message = f"AssertionError: {key} value from checkpoint ({have}) is not equal to the currently"

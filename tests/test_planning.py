@@ -82,7 +82,10 @@ def test_every_row_has_room_and_gpt_neox_agrees(rows: int, size: int, tp: int) -
     found = fit(rows, size, tp, None)
     assert found.padded >= rows
     assert found.padded == padded_size(size, found.multiple, tp)
-    assert found.multiple == 128 or padded_size(size, found.multiple // 2, tp) < rows
+    if rows % tp == 0 and size <= rows:  # one step of all rows keeps them
+        assert found.padded == rows
+    else:
+        assert found.multiple == 128 or padded_size(size, found.multiple // 2, tp) < rows
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_every_row_has_room_and_gpt_neox_agrees(rows: int, size: int, tp: int) -
         (50304, 1, 50304, 128),
         (50432, 1, 50432, 256),
         (50688, 1, 50688, 512),
-        (50304, 2, 50432, 128),
+        (50304, 2, 50304, 64),
         (50688, 4, 50688, 128),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import convert, hf_logits, hf_tensors, make_hf, same_bits
+from common import convert, hf_logits, hf_tensors, make_hf, neox_ranks, same_bits
 from safetensors.torch import save_file
 
 from neox_bridge.errors import BridgeError, Refused
@@ -184,3 +184,14 @@ def test_what_is_missing_or_quantized_of_mistrals_own_form(tmp_path: Path) -> No
     save_file({"layers.0.attention.wq.qscale_weight": torch.ones(1)}, second)
     with pytest.raises(Refused, match="unquantized"):
         open_checkpoint(str(raw))
+
+
+def test_embeddings_are_split_as_gpt_neox_splits_them(tmp_path: Path) -> None:
+    """Meta's files hold columns of them, and a rank as many rows, whose number may be the same."""
+    hf = make_hf(tmp_path / "hf", family="llama", vocab_size=256)
+    raw = write_raw(hf, tmp_path / "raw", 2)
+    convert(raw, tmp_path / "neox", tp=2)
+    ranks = neox_ranks(tmp_path / "neox")
+    assert [rank["0.word_embeddings.weight"].shape for rank in ranks] == [(128, 64)] * 2
+    joined = torch.cat([rank["0.word_embeddings.weight"] for rank in ranks])
+    assert torch.equal(joined, hf_tensors(hf)["model.embed_tokens.weight"])

@@ -184,7 +184,7 @@ def test_dead_rows(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_padding_is_no_dead_row(tmp_path: Path) -> None:
     """What a conversion pads, and rows of zeros at an embedding's end, but none in its middle."""
     hf = make_hf(tmp_path / "hf")
-    convert(hf, tmp_path / "neox", tp=2)
+    convert(hf, tmp_path / "neox", tp=2, vocab_multiple=128)
     found = measured(tmp_path / "neox")
     for name in ("gpt_neox.embed_in.weight", "embed_out.weight"):
         assert (found[name].shape[0], found[name].padding_rows, found[name].dead_rows) == (

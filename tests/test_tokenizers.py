@@ -64,7 +64,8 @@ def test_its_size_decides_the_padding(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", vocab_size=300)
     tokenizer(hf / "tokenizer.json", 250)
     plan = convert(hf, tmp_path / "neox")
-    assert plan.target["vocab_rows"] == 512  # 128 and 256 would leave rows out
+    assert plan.target["vocab_rows"] == 300  # 128 and 256 would leave rows out, 512 add some
+    assert plan.target["vocab_multiple"] == 300
     convert(tmp_path / "neox", tmp_path / "back")
     assert len(hf_tensors(tmp_path / "back")["embed_out.weight"]) == 300
 
@@ -73,7 +74,7 @@ def test_rows_are_cut_only_when_asked(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", vocab_size=300)
     tokenizer(hf / "tokenizer.json", 250)
     convert(hf, tmp_path / "neox", vocab_rows="tokenizer")
-    assert neox_config(tmp_path / "neox")["make_vocab_size_divisible_by"] == 128
+    assert neox_config(tmp_path / "neox")["make_vocab_size_divisible_by"] == 250
     convert(tmp_path / "neox", tmp_path / "back")
     back, source = hf_tensors(tmp_path / "back"), hf_tensors(hf)
     for name in ("gpt_neox.embed_in.weight", "embed_out.weight"):
@@ -98,7 +99,7 @@ def test_the_size_is_remembered_without_the_files(tmp_path: Path) -> None:
     record = json.loads((step_of(tmp_path / "neox") / "neox_bridge.json").read_text())
     assert record["tokenizer_size"] == 250
     plan = plan_of(tmp_path / "neox", tmp_path / "tp4", to="neox", tp=4)
-    assert plan.target["vocab_rows"] == 512
+    assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (300, 75)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"model": {}}', "no json", '{"model": {"vocab": 5}}'])

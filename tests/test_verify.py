@@ -103,7 +103,7 @@ def test_ranks_that_differ_are_found_though_their_mean_is_right(tmp_path: Path) 
 
 def test_padding_that_is_not_zero_is_found(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf")
-    convert(hf, tmp_path / "neox", tp=2)
+    convert(hf, tmp_path / "neox", tp=2, vocab_multiple=128)
     edit_pt("layer_00-model_01*", "word_embeddings.weight", lambda t: t[-1].fill_(1.0))(
         tmp_path / "neox"
     )

@@ -71,9 +71,11 @@ def convert(
     vocab_rows: Annotated[
         str,
         typer.Option(
-            **values.one_of("keep", "tokenizer"),
+            **values.vocab_rows(),
             rich_help_panel=_WHAT,
-            help="tokenizer: cut the rows of the vocabulary that no entry of it has.",
+            help="Rows of the vocabulary. keep: without padding that a conversion is known to have "
+            "added. all: every row. tokenizer: those that an entry of the tokenizer has. N: the "
+            "first N.",
         ),
     ] = "keep",
     form: Annotated[

@@ -27,6 +27,20 @@ def one_of(*allowed: str) -> Any:
     return {"parser": _choice({word: word for word in allowed}), "metavar": "|".join(allowed)}
 
 
+def vocab_rows() -> Any:
+    """An option that takes a number of rows, or a word for one."""
+    words = ("all", "tokenizer", "keep")
+
+    def parse(text: str) -> str | int:
+        if text.isascii() and text.isdigit() and int(text) > 0:
+            return int(text)
+        if text not in words:
+            raise typer.BadParameter(f"{text!r} isn't a number of rows, {', '.join(words)}.")
+        return text
+
+    return {"parser": parse, "metavar": f"N|{'|'.join(words)}"}
+
+
 def _choice(words: dict[str, str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:

@@ -171,7 +171,7 @@ def _vocabulary(checkpoint: Checkpoint) -> Row:
         answer: Answer = "same" if kept == rows else "translated"
         return Row("vocabulary", f"{rows} rows", f"vocab_size: {kept}", answer, note)
     tp = Options().tp or 1
-    padded = fit(rows, size or rows, tp, None).padded
+    padded = fit(rows, size or rows, tp, None, known=size is not None).padded
     note = f"padded to a multiple of make_vocab_size_divisible_by * TP (here TP {tp})"
     answer = "same" if padded == rows else "translated"
     return Row("vocabulary", f"{padded} rows", f"vocab_size: {rows}", answer, note)

@@ -29,6 +29,7 @@ _FREE = frozenset(
     """optimizer scheduler amp autotuning wandb tensorboard csv_monitor comet_others elasticity
     data_efficiency curriculum_learning comms_logger flops_profiler""".split()
 )
+_OVERWRITTEN = "config_files"  # by NeoXArgs.from_ymls, whatever it holds; see layouts/origin.py
 # keys of GPT-NeoX that change the model and that no reader here reads
 _UNREAD_NEOX = ("compression_training",)
 _ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
@@ -66,7 +67,7 @@ def unknown_in_yml(
         elif key in _UNREAD_NEOX:
             if any(map(_is_enabled, _mappings(value))):
                 found.append(UnknownKey("neox", key, value, "model", "", file_of(key)))
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and key != _OVERWRITTEN:
             inside = SOFT_PROMPT if key == "soft_prompt_tuning" else block_keys()
             for name, item, siblings in _nested(value, key):
                 last = name.rpartition(".")[2]

@@ -92,6 +92,8 @@ class Checkpoint:
     wrappers: what stands in the files' names of tensors and is no part of the model, such as
         ``_orig_mod.``.
     unindexed: whether a Hugging Face folder has shards without their index file.
+    original_rows: the rows of the vocabulary before GPT-NeoX padded it, as the yml of a run tells
+        that has trained the padding since.
     """
 
     kind: Kind
@@ -118,6 +120,7 @@ class Checkpoint:
     ignored_keys: frozenset[str] = frozenset()
     inv_freq_mismatch: InvFreqMismatch | None = None
     wrappers: tuple[str, ...] = ()
+    original_rows: int | None = None
     unindexed: bool = False
 
     @property
@@ -131,8 +134,13 @@ class Checkpoint:
         return sum(whole.nbytes for whole in self.tensors.values())
 
     @property
+    def unpadded_rows(self) -> int:
+        """The rows that the model had before GPT-NeoX padded them, as far as that is recorded."""
+        return min(self.vocab_rows, self.original_rows or self.vocab_rows)
+
+    @property
     def vocab_rows(self) -> int:
-        """The vocabulary's rows, without the padding that this tool added."""
+        """The vocabulary's rows, without the padding that this tool added as zeros."""
         rows = self.config.dims["vocab"]
         return min(rows, int(self.record.get("vocab_size") or rows))
 

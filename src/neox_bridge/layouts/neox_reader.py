@@ -23,6 +23,7 @@ from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.folder_kinds import refuse_deepspeed
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
+from neox_bridge.layouts.origin import original_rows
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.quantized import refuse_quantized
 from neox_bridge.layouts.record_file import read_record
@@ -166,6 +167,7 @@ def open_neox(
         findings=tuple(findings),
         record=record,
         neox=state,
+        original_rows=original_rows(raw, config.dims["vocab"], f"{folder}/configs"),
         tokenizer=tokenizer,
         tokenizer_size=tokenizer_size(tokenizer) or record.get("tokenizer_size"),
         generation=record.get("generation_config") or {},

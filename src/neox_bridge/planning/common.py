@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from neox_bridge.architectures.base import Weight
+from neox_bridge.errors import UsageError
 from neox_bridge.formats.dtypes import FLOAT8, FLOATING
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.planning.geometry import with_rows
@@ -22,11 +23,27 @@ def drop_vocabulary_rows(whole: Whole, weight: Weight, rows: int) -> Whole:
     return with_rows(whole, rows) if weight.split == "vocab" else whole
 
 
-def cut_to_tokenizer(
+def cut_rows(
     rows: int, end: int, options: Options, tokenizer: Tokenizer
 ) -> tuple[int, list[Dropped]]:
-    """The rows that ``--vocab-rows`` leaves of these, and what goes: all up to ``end``."""
+    """The rows that ``--vocab-rows`` leaves of these, and what goes: all up to ``end``.
+
+    Raises UsageError for more rows than the source has.
+    """
     size = tokenizer.size
+    if isinstance(options.vocab_rows, int):
+        if not 0 < options.vocab_rows <= end:
+            raise UsageError(
+                ["vocab_rows"],
+                f"the source has {end} rows, so {options.vocab_rows} of them cannot be kept",
+                f"Use 1 to {end}.",
+            )
+        if options.vocab_rows == end:
+            return end, []
+        why = f"cut by --vocab-rows {options.vocab_rows}"
+        return options.vocab_rows, [
+            Dropped(f"vocabulary rows {options.vocab_rows} to {end - 1}", why)
+        ]
     if options.vocab_rows != "tokenizer" or size is None or size >= rows:
         return rows, []
     why = "no entry of the tokenizer has them (--vocab-rows tokenizer)"

@@ -79,7 +79,8 @@ def scatter(
     row_bias: what a row bias becomes: "whole" on rank 0 and -0.0 elsewhere, so that the sum is
         exact for every bit pattern; "split": divided by ``tp``; "replicated".
     """
-    if len(whole.shards) == tp:
+    stored = [ref.shape for ref in whole.shards]
+    if stored == [shard_shape(split, whole.shape, tp)] * tp:  # Meta splits embeddings otherwise
         ref = whole.shards[rank]
         return OutputTensor(name, whole.dtype, ref.shape, (box(ref),))
     if len(whole.parts) == tp:

@@ -10,6 +10,7 @@ from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.findings import Finding
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.eras import Era, InvFreq, known_keys
+from neox_bridge.layouts.origin import COMMENT as ORIGIN
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
 from neox_bridge.printable import plain
 
@@ -71,6 +72,7 @@ class Settings:
 
     unknown: keys that a tree of the era would refuse.
     carried: keys that no known GPT-NeoX has, for the fork that wrote them.
+    origin: see ``layouts.origin``.
     """
 
     model: dict[str, Any]
@@ -79,6 +81,7 @@ class Settings:
     training: dict[str, Any]
     unknown: tuple[str, ...]
     carried: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def settings(
@@ -215,9 +218,10 @@ def step_yml(found: Settings) -> bytes:
 
 
 def _carried(found: Settings) -> list[tuple[str, Mapping[str, Any]]]:
-    """The keys of a fork, which are written as they were."""
+    """The keys of a fork, which are written as they were, and what the model was."""
     comment = "keys of the source that neox-bridge does not know, unchanged"
-    return [(comment, found.carried)] if found.carried else []
+    sections = ((comment, found.carried), (ORIGIN, found.origin))
+    return [(comment, keys) for comment, keys in sections if keys]
 
 
 def _precision(dtype: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, MlpNames
 
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]
-VocabRows = Literal["keep", "tokenizer"]
+VocabRows = Literal["keep", "tokenizer", "all"] | int
 Shards = Literal["size", "clone"]
 SHARD_SIZE = 5_000_000_000
 
@@ -22,7 +22,8 @@ class Options:
     Some apply to targets of one kind only: see ``SIDES``.
     pp: pipeline stages; 0 is the same as the layout "ranks".
     vocab_multiple: make_vocab_size_divisible_by.
-    vocab_rows: "tokenizer" cuts the rows that no entry of the tokenizer has.
+    vocab_rows: "keep" leaves out padding that a conversion added, "all" nothing; "tokenizer" cuts
+        the rows that no entry of the tokenizer has; a number keeps as many of the first rows.
     shard_size: bytes of a Hugging Face shard at most, unless one tensor is larger.
     shards: "clone" puts into each Hugging Face shard what can share blocks with the source's files.
     tokenizer: a folder with tokenizer files, or a tokenizer.json.

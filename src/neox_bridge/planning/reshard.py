@@ -10,6 +10,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter, states
+from neox_bridge.layouts.origin import origin_settings
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import describe_tokenizer
 from neox_bridge.layouts.universal_folder import INFO, LATEST
@@ -293,6 +294,8 @@ def _small_files(
     assert state is not None
     tokenizer = describe_tokenizer(checkpoint.tokenizer)
     told = dict(changed)
+    if checkpoint.unpadded_rows < made.vocabulary.padded:
+        told |= origin_settings(checkpoint.unpadded_rows)
     if tokenizer.main:
         told["vocab_file"] = in_yml(f"{target}/tokenizer/{tokenizer.main}")
     record = neox_record(checkpoint, checkpoint.vocab_rows, checkpoint.tokenizer_size)

@@ -9,12 +9,13 @@ from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import layout_safetensors
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.same_values import relation
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.weights import expand, model_weights
 from neox_bridge.planning.common import (
     cast,
-    cut_to_tokenizer,
+    cut_rows,
     drop_vocabulary_rows,
     text_file,
     tokenizer_outputs,
@@ -23,7 +24,7 @@ from neox_bridge.planning.forms import WEIGHTS, form_asked, form_settings, form_
 from neox_bridge.planning.geometry import constant
 from neox_bridge.planning.model_card import model_card
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Dropped, OutputFile, OutputTensor, Plan, Whole
+from neox_bridge.planning.pieces import Dropped, OutputFile, OutputTensor, Plan, Whole, cut
 from neox_bridge.planning.record import hf_record
 from neox_bridge.planning.sharing import arranged, shared_together
 
@@ -33,8 +34,9 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
     architecture = checkpoint.architecture
     form = form_asked(architecture, options)
     wholes, config, dropped, findings = hf_model(checkpoint)
-    rows, more = _rows_to_keep(checkpoint, options, tokenizer)
+    rows, more, padding = _rows_to_keep(checkpoint, options, tokenizer)
     dropped += more
+    findings += padding
     config = replace(config, dims={**config.dims, "vocab": rows})
     if options.dtype != "keep":
         config = replace(config, dtype=options.dtype)
@@ -135,14 +137,61 @@ def _add_biases(architecture: Architecture, config: ModelConfig, wholes: dict[st
 
 def _rows_to_keep(
     checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer
-) -> tuple[int, list[Dropped]]:
-    """Rows of the embeddings: all, but for the padding that this tool itself added."""
+) -> tuple[int, list[Dropped], list[Finding]]:
+    """Rows of the embeddings: all, but for padding that a conversion is known to have added."""
     have = checkpoint.config.dims["vocab"]
-    rows, dropped = cut_to_tokenizer(checkpoint.vocab_rows, have, options, tokenizer)
+    if options.vocab_rows == "all":
+        return have, [], []
+    known = checkpoint.unpadded_rows
+    rows, dropped = cut_rows(known, have, options, tokenizer)
     if rows < have and not dropped:
         why = "padding that the way to GPT-NeoX had added"
         dropped = [Dropped(f"vocabulary rows {rows} to {have - 1}", why)]
-    return rows, dropped
+        return rows, dropped, _trained_padding(checkpoint, rows, have)
+    unknown = checkpoint.kind == "neox" and rows == have and options.vocab_rows == "keep"
+    if unknown and tokenizer.size is not None and tokenizer.size < have:
+        return rows, dropped, [_unknown_padding(have, tokenizer.size)]
+    return rows, dropped, []
+
+
+def _trained_padding(checkpoint: Checkpoint, rows: int, have: int) -> list[Finding]:
+    """That rows of padding, which were written as zeros, are none any more."""
+    trained = [
+        name
+        for weight, block in model_weights(checkpoint.architecture, checkpoint.config)
+        for name in [weight.hf.format(i=block)]
+        if weight.split == "vocab" and not _zero_from(checkpoint.tensors[name], rows)
+    ]
+    if not trained:
+        return []
+    return [
+        Finding(
+            "padding-trained",
+            "warning",
+            f"the model had {rows} vocabulary rows when it came to GPT-NeoX, as the yml says "
+            f"(config_files), and rows {rows} to {have - 1} were padding of zeros: the run has "
+            f"trained them since ({', '.join(trained)}). They are left out",
+            "keep them with --vocab-rows all",
+        )
+    ]
+
+
+def _zero_from(whole: Whole, rows: int) -> bool:
+    """Whether all elements from this row on are zero."""
+    shape = (whole.shape[0] - rows, *whole.shape[1:])
+    start = (rows, *(0 for _ in shape[1:]))
+    tail = Whole(whole.dtype, shape, cut(whole, start, shape, (0,) * len(shape)))
+    return relation(tail, Whole(whole.dtype, shape, (constant(shape, 0.0),))) == "equal"
+
+
+def _unknown_padding(have: int, entries: int) -> Finding:
+    return Finding(
+        "padding-unknown",
+        "info",
+        f"the embeddings have {have} rows and the tokenizer {entries} entries. How many rows the "
+        "model had before GPT-NeoX padded them is not recorded, so all are kept",
+        f"cut them with --vocab-rows N, or to {entries} with --vocab-rows tokenizer",
+    )
 
 
 def _output(name: str, whole: Whole) -> OutputTensor:

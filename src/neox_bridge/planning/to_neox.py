@@ -15,6 +15,7 @@ from neox_bridge.frameworks.unknown_keys import effect_of
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys, mlp_biases
 from neox_bridge.layouts.gqa import rms_epsilon
+from neox_bridge.layouts.origin import origin_settings
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.transformer_engine import BOTH
@@ -24,7 +25,7 @@ from neox_bridge.layouts.weights import model_weights
 from neox_bridge.layouts.window import check_window
 from neox_bridge.planning.common import (
     cast,
-    cut_to_tokenizer,
+    cut_rows,
     drop_vocabulary_rows,
     text_file,
     tokenizer_outputs,
@@ -67,6 +68,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     refuse_all(_lost_in_era(checkpoint, era), checkpoint.path)
     if vocabulary.size is not None and vocabulary.size > vocabulary.rows:
         findings.append(_larger_tokenizer(vocabulary))
+    elif vocabulary.padded > vocabulary.rows and options.vocab_multiple is None:
+        findings.append(_padded(vocabulary, shape.tp))
     config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
     if options.dtype != "keep":
         config = replace(config, dtype=options.dtype)
@@ -83,6 +86,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     step = f"global_step{iteration}"
     args = checkpoint_args(config, vocabulary, shape.tp)
     found = _settings(checkpoint, config, shape, era, vocabulary, options)
+    found = replace(found, origin=_origin(checkpoint, options, vocabulary))
     optimizer = None
     if options.optimizer == "fresh":
         training, dp = found.training, options.dp
@@ -285,15 +289,36 @@ def _check_mlp_biases(
 def _vocabulary(
     checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, tp: int
 ) -> tuple[Vocabulary, list[Dropped]]:
-    own = checkpoint.vocab_rows
-    rows, dropped = cut_to_tokenizer(own, own, options, tokenizer)
+    everything = options.vocab_rows == "all"
+    own = checkpoint.config.dims["vocab"] if everything else checkpoint.vocab_rows
+    rows, dropped = cut_rows(own, own, options, tokenizer)
     size = tokenizer.size
     state = checkpoint.neox
     unknown = size is None and not checkpoint.record.get("vocab_size")
     if unknown and options.vocab_multiple is None and state is not None:
         multiple = told_multiple(state.args, checkpoint.raw)
         return keep(rows, multiple, state.tp, tp), dropped
-    return fit(rows, size or rows, tp, options.vocab_multiple), dropped
+    known = size is not None
+    return fit(rows, size or rows, tp, options.vocab_multiple, known=known), dropped
+
+
+def _origin(checkpoint: Checkpoint, options: Options, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What tells later steps of the run how many rows the model has without padding."""
+    rows = vocabulary.rows
+    if options.vocab_rows == "keep":
+        rows = min(rows, checkpoint.unpadded_rows)
+    return origin_settings(rows) if rows < vocabulary.padded else {}
+
+
+def _padded(vocabulary: Vocabulary, tp: int) -> Finding:
+    added = vocabulary.padded - vocabulary.rows
+    return Finding(
+        "padding-rows",
+        "info",
+        f"no make_vocab_size_divisible_by keeps the model's {vocabulary.rows} vocabulary rows at "
+        f"TP {tp}: {added} rows of zeros are added, which GPT-NeoX trains and counts in its loss",
+        "they are left out again on the way back to Hugging Face",
+    )
 
 
 def _lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:

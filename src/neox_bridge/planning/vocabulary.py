@@ -13,6 +13,8 @@ from neox_bridge.architectures.neox_config import round_up
 from neox_bridge.errors import Refused
 
 FIRST_MULTIPLE = 128  # GPT-NeoX's default
+_DOUBLED = tuple(FIRST_MULTIPLE << n for n in range(1, 16))
+_SMALLER = (64, 32, 16, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,19 @@ def told_multiple(*settings: Mapping[str, Any]) -> int:
     return int(next(filter(None, told), FIRST_MULTIPLE))
 
 
-def fit(rows: int, size: int, tp: int, multiple: int | None) -> Vocabulary:
-    """The smallest multiple, 128 doubled as often as needed, that leaves room for every row.
+def fit(rows: int, size: int, tp: int, multiple: int | None, *, known: bool = True) -> Vocabulary:
+    """A multiple with which GPT-NeoX computes as many rows as the model has.
+
+    128, doubled or, if the tokenizer's size is known, halved as often as needed; else the one whose
+    step holds all rows. Where tp does not divide the rows there is none: then 128, doubled as often
+    as needed, leaves room for every row.
 
     multiple: the one to take instead. Raises Refused where it would leave rows out.
     """
-    chosen = multiple or FIRST_MULTIPLE
+    usual = (FIRST_MULTIPLE, *_DOUBLED, *_SMALLER) if known else (FIRST_MULTIPLE,)
+    exact = (*usual, max(1, rows // tp))
+    keeping = (m for m in exact if padded_size(size, m, tp) == rows)
+    chosen = multiple or next(keeping, FIRST_MULTIPLE)
     while padded_size(size, chosen, tp) < rows:
         if multiple is not None:
             raise Refused(
