@@ -271,19 +271,31 @@ def test_tensors_are_rebuilt() -> None:
 @pytest.mark.parametrize(
     ("offset", "shape", "strides"),
     [
-        (-1, (2,), (1,)),
         (True, (2,), (1,)),
         (0.0, (2,), (1,)),
-        (0, (-2,), (1,)),
-        (0, (2,), (-1,)),
         (0, (True,), (1,)),
-        (0, (2, 2), (1,)),
         (0, [2], (1,)),
         (0, (1,) * 65, (1,) * 65),
     ],
 )
 def test_no_tensor_is_made_of_them(offset: Any, shape: Any, strides: Any) -> None:
     assert isinstance(rebuilt(V2, offset, shape, strides, False, {}), Record)
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "what"),
+    [
+        (-1, (2,), (1,), "negative offset"),
+        (0, (-2,), (1,), "negative size or stride"),
+        (0, (2,), (-1,), "negative size or stride"),
+        (0, (2, 2), (1,), "another number of strides"),
+    ],
+)
+def test_numbers_that_no_tensor_has_are_refused(
+    offset: int, shape: Any, strides: Any, what: str
+) -> None:
+    with pytest.raises(PickleError, match=what):
+        rebuilt(V2, offset, shape, strides, False, {})
 
 
 @pytest.mark.parametrize(

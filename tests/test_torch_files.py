@@ -302,7 +302,9 @@ def test_every_truncation_is_an_error(zipped: bool, tmp_path: Path) -> None:
     raw = path.read_bytes()
     for length in range(len(raw)):
         path.write_bytes(raw[:length])
-        with pytest.raises(BridgeError, match=r"isn't a whole torch file.*Copy it again\."):
+        with pytest.raises(
+            BridgeError, match=r"isn't a whole torch file.*Copy it again\.|short text"
+        ):
             read_torch(str(path))
 
 
@@ -328,12 +330,13 @@ def test_damage_never_raises_anything_else(zipped: bool, tmp_path: Path) -> None
     [
         (b"", "it is empty"),
         (bytes(600), "begins with zeros"),
-        (b"hello", "begins with b'hell'"),
+        (b"hello", "is a short text"),
+        (b"\xff\xfe\0\1" * 200, "begins with b'.xff.xfe"),
         (b"\x80\x02K\x01.", "not one of torch.save"),
         (tar_header(b"x"), "is a tar"),
         (tar_header(b"x", magic=b""), "is a tar"),
         (tar_header(pickle.dumps(1, 2), magic=b""), "is a tar"),
-        (bytes(257) + b"ustar" + bytes(250), "as no torch file does"),  # no checksum
+        (bytes(257) + b"ustar" + bytes(250), "packed .tar."),  # no checksum
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         (b"PK\x03\x04" + bytes(30), "no zip directory"),
         (b"PK\x05\x06" + bytes(18), "no data.pkl"),

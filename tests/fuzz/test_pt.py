@@ -58,6 +58,8 @@ _STRICTER = (
     "compressed",  # can't be read in place
     "big-endian",
     "TorchScript",
+    "a negative size or stride",  # torch counts a stride that no element needs
+    "another number of strides than of sizes",  # of a tensor that torch makes later
     "reaches beyond",  # torch makes a storage larger where a tensor wants it
     "should have",  # a storage whose pickled size isn't that of its record
     "isn't known here",  # protocols, which torch doesn't look at

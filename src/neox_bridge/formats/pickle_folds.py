@@ -187,8 +187,10 @@ def record(
 def _sizes(value: object) -> tuple[int, ...] | None:
     if not isinstance(value, tuple) or len(value) > _MAX_DIMENSIONS:
         return None
-    if not all(type(i) is int and i >= 0 for i in value):
+    if not all(type(i) is int for i in value):
         return None
+    if any(i < 0 for i in value):
+        raise PickleError("a tensor has a negative size or stride")
     if any(i >= _MAX_SIZE for i in value):
         raise PickleError("a tensor is larger than its storage, and than any")
     return value
@@ -197,10 +199,14 @@ def _sizes(value: object) -> tuple[int, ...] | None:
 def _rebuild_tensor(context: Context, args: tuple[Any, ...]) -> object:
     storage, offset, shape, strides = args[0], args[1], _sizes(args[2]), _sizes(args[3])
     dtype = args[6] if len(args) > 6 else None  # v3 has a dtype here, v2 a dict of metadata
-    if not isinstance(storage, StorageRef) or type(offset) is not int or offset < 0:
+    if not isinstance(storage, StorageRef) or type(offset) is not int:
         return NotImplemented
-    if shape is None or strides is None or len(shape) != len(strides):
+    if offset < 0:
+        raise PickleError("a tensor has a negative offset")
+    if shape is None or strides is None:
         return NotImplemented
+    if len(shape) != len(strides):
+        raise PickleError("a tensor has another number of strides than of sizes")
     if offset >= _MAX_SIZE:
         raise PickleError("a tensor begins beyond its storage")
     context.spend(10 + len(shape))
