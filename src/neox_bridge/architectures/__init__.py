@@ -56,6 +56,17 @@ def for_hf(config: Mapping[str, Any]) -> Architecture:
     )
 
 
+def _window_and_biases(config: Mapping[str, Any]) -> str:
+    """Both, of which each relative of Llama has one at most."""
+    if config.get("sliding_window_width") is None:
+        return ""
+    biases = config.get("use_bias_in_attn_linear", True) is not False
+    return (
+        f", sliding_window_width: {config['sliding_window_width']}, use_bias_in_attn_linear: "
+        f"{str(biases).lower()}"
+    )
+
+
 def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> Architecture:
     """The family of a merged yml. Raises Refused for one that isn't known.
 
@@ -68,7 +79,8 @@ def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None)
     raise Refused(
         f"This GPT-NeoX model (norm: {config.get('norm', 'layernorm')}, activation: "
         f"{config.get('activation', 'gelu')}, mlp_type: {config.get('mlp_type', 'regular')}, "
-        f"attention_config: {', '.join(sorted(attention_kinds(config))) or 'global'}) is of "
-        "a family that this version doesn't convert; it converts gpt_neox (layernorm, plain MLP), "
-        "llama with its relatives (rmsnorm, gated MLP) and mamba (Mamba blocks only)."
+        f"attention_config: {', '.join(sorted(attention_kinds(config))) or 'global'}"
+        f"{_window_and_biases(config)}) is of a family that this version doesn't convert; it "
+        "converts gpt_neox (layernorm, plain MLP), llama with its relatives (rmsnorm, gated MLP) "
+        "and mamba (Mamba blocks only)."
     )

@@ -28,7 +28,8 @@ def refuse_hf_common(
             Refusal(
                 "rope_scaling",
                 f"GPT-NeoX has no RoPE scaling, and this model uses {name!r}",
-                "set it to null to go on without the scaling, at the model's original length",
+                "add --ignore-key rope_scaling to go on without the scaling, at the model's "
+                "original length",
             )
         )
     known = list(activations)
@@ -36,8 +37,7 @@ def refuse_hf_common(
         found.append(
             Refusal(
                 "hidden_act",
-                f"GPT-NeoX has no activation {raw['hidden_act']!r}",
-                f"GPT-NeoX has {', '.join(known)}",
+                f"GPT-NeoX has no activation {raw['hidden_act']!r}, only {', '.join(known)}",
             )
         )
     if not base.is_integer():

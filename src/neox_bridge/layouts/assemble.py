@@ -1,6 +1,7 @@
 """GPT-NeoX's ranks put together: each weight's shards as one tensor, checked against the table."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
@@ -37,7 +38,9 @@ def assemble(
     where an unknown one belongs to something that the family doesn't have.
     """
     tp = len(ranks)
-    refuse_all(architecture.refuse_shape(tp, TODAY.name), folder)
+    # the ranks are what they are: --tp changes the target, and this is the source
+    unreadable = architecture.refuse_shape(tp, TODAY.name)
+    refuse_all((replace(r, way_out="", neox_only=True) for r in unreadable), folder)
     shards: dict[str, list[TensorRef]] = {}
     names: dict[str, str] = {}
     stored: dict[str, TensorRef] = {}

@@ -222,15 +222,15 @@ def _check_era(
         _check_mlp_biases(architecture, config, shape, era)
     if architecture.gated:
         fusion_of(config, shape.gqa_order)
+    elif ffn != 4 * config.hidden and ffn % 2:
+        raise Refused(
+            f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
+            "(megatron/model/transformer.py), so no tree can load it."
+        )
     elif era.plain_mlp_4h and ffn != 4 * config.hidden:
         raise Refused(
             f"intermediate_size: {ffn} isn't four times the hidden size {config.hidden}, and "
             f"GPT-NeoX trees {era.until} have plain MLPs of that size only. Use --for today."
-        )
-    elif not era.plain_mlp_4h and ffn % 2:
-        raise Refused(
-            f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
-            "(megatron/model/transformer.py), so no tree can load it."
         )
     if config.reward and "train_impl" not in known_keys(era):
         raise Refused(
