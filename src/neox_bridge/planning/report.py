@@ -96,13 +96,17 @@ def plan_hash(plan: Plan) -> str:
         for at, data in file.literals:
             found.update(repr((at, len(data))).encode() + data)
         for t in file.tensors:
-            pieces = [
-                (p.source and _facts(p.source), p.start, p.to, p.shape, p.fill, p.scale)
-                for p in t.pieces
-            ]
+            pieces = [_piece_facts(p) for p in t.pieces]
             told = (t.name, t.dtype, t.shape, t.reduce, t.divisor, t.random, t.offset, t.crc_at)
             found.update(repr((told, t.inline, pieces)).encode())
     return found.hexdigest()
+
+
+def _piece_facts(piece: Piece) -> tuple[object, ...]:
+    """A scale of 1 is left out, so that plans of versions before scales keep their hash."""
+    source = piece.source and _facts(piece.source)
+    scale = () if piece.scale == 1 else (piece.scale,)
+    return (source, piece.start, piece.to, piece.shape, piece.fill, *scale)
 
 
 def _facts(ref: TensorRef) -> tuple[object, ...]:
