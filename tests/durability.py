@@ -53,6 +53,7 @@ class Disk:
         """What this descriptor is open on is on the disk."""
         status = os.fstat(fd)
         self.unflushed.pop((status.st_dev, status.st_ino), None)
+        self.seen.add((status.st_dev, status.st_ino))
 
     def named(self, path: str) -> None:
         """A path appears by a rename: all that it holds must be flushed, and be known."""
