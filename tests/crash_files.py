@@ -3,14 +3,12 @@
 crash_files.py FOLDER CASE: prints the number of points, or fails.
 """
 
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from crash_run import dies_at, tree
+from crash_run import forked, tree
 
 from neox_bridge.compat.patcher import KEPT, apply, plan_patch, revert
 from neox_bridge.report.read import write_page
@@ -48,25 +46,8 @@ def prepared(folder: Path, case: str) -> Path:
 
 
 def child(case: str, place: Path, point: int | None) -> int:
-    """The number of calls, or -1 where it was killed."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.close(reader)
-        count, write, leave = [0], os.write, os._exit
-        dies_at(point, count)
-        CASES[case](place)
-        write(writer, str(count[0]).encode())
-        leave(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        told = file.read()
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return -1
-    assert status == 0
-    return int(told)
+    """A case in a child process: see ``forked``."""
+    return forked(lambda: CASES[case](place), point)
 
 
 def main(folder: Path, case: str) -> int:

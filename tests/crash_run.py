@@ -93,8 +93,8 @@ def run(plan: Plan | None, target: Path, overwrite: bool) -> int:
     return execute(mended, str(target), workers=1, check=check, in_place=True).kept
 
 
-def child(plan: Plan | None, target: Path, overwrite: bool, point: int | None) -> int:
-    """The number of calls that it made, or -1 where it was killed."""
+def forked(work: Callable[[], object], point: int | None) -> int:
+    """The number of calls that a child process made, or -1 where it was killed at ``point``."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -102,7 +102,7 @@ def child(plan: Plan | None, target: Path, overwrite: bool, point: int | None) -
         count = [0]
         write, leave = os.write, os._exit
         dies_at(point, count)
-        run(plan, target, overwrite)
+        work()
         write(writer, str(count[0]).encode())
         leave(0)
     os.close(writer)
@@ -114,6 +114,11 @@ def child(plan: Plan | None, target: Path, overwrite: bool, point: int | None) -
         return -1
     assert status == 0
     return int(told)
+
+
+def child(plan: Plan, target: Path, overwrite: bool, point: int | None) -> int:
+    """A conversion in a child process: see ``forked``."""
+    return forked(lambda: run(plan, target, overwrite), point)
 
 
 def prepared(folder: Path, case: str) -> Path:
