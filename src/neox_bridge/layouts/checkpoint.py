@@ -160,7 +160,9 @@ def refuse_all(refusals: Iterable[Refusal], path: str, relayout: str = "") -> No
     for refusal in refusals:
         way_out = way_out_of(refusal, relayout)
         lines.append(
-            f"{refusal.key}: {refusal.reason}." + (f" Way out: {way_out}." * bool(way_out))
+            f"{refusal.key}: {refusal.reason}"
+            + "." * (refusal.reason[-1:] != "?")
+            + (f" Way out: {way_out}." * bool(way_out))
         )
     if lines:
         raise Refused(f"{path} can't be converted. {' '.join(lines)}")
