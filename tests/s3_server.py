@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from s3fs import S3FileSystem
+
 BUCKET = "bucket"
 _DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 _SLOW_DOWN = (
@@ -98,6 +100,8 @@ def server() -> Iterator[Store]:
             os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
+        # fsspec keeps clients, and this one's endpoint is of a server that is gone
+        S3FileSystem.clear_instance_cache()
         proxy.shutdown()
         moto.terminate()
         moto.wait()

@@ -1,12 +1,10 @@
 """A store that fails in the ways that stores do, over HTTP: the target is right, or not there."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import s3_server
 from common import make_hf, plan_of
 from s3_server import Store
 from test_stores import WIDE, assert_same, contents, files, run, s3, unfinished_uploads, upload
@@ -15,24 +13,9 @@ from typer.testing import CliRunner
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.execution.run import execute
-from neox_bridge.stores import objects, retry
+from neox_bridge.stores import objects
 
 RUNNER = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with s3_server.server() as found:
-        yield found
-
-
-@pytest.fixture
-def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(retry, "_FIRST", 0.005)
-    server.requests.clear()
-    server.listings.clear()
-    yield server
-    server.spoil = lambda method, key, query: ""
 
 
 @pytest.fixture(scope="module")

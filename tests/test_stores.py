@@ -10,7 +10,6 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, nullcontext
 from multiprocessing import get_context
@@ -20,7 +19,6 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-import s3_server
 import torch
 import xxhash
 from attack_zip import DISAGREED
@@ -43,27 +41,12 @@ from neox_bridge.formats.torch_zip import read_pt
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.stores import objects, paths, ranges, retry, uploads
+from neox_bridge.stores import objects, paths, ranges, uploads
 from neox_bridge.verification.verify import checker, verify
 
 # embeddings of 9 MB in float32, two parts of an upload, and little else
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 18000}
 RUNNER = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Store]:
-    with s3_server.server() as found:
-        yield found
-
-
-@pytest.fixture
-def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """The server with nothing spoiled and nothing counted; retries come soon."""
-    monkeypatch.setattr(retry, "_FIRST", 0.005)
-    server.requests.clear()
-    yield server
-    server.spoil = lambda method, key, query: ""
 
 
 @pytest.fixture(scope="module")

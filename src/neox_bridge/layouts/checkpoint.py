@@ -160,12 +160,15 @@ def refuse_all(refusals: Iterable[Refusal], path: str, relayout: str = "") -> No
     for refusal in refusals:
         way_out = way_out_of(refusal, relayout)
         lines.append(
-            f"{refusal.key}: {refusal.reason}"
-            + "." * (refusal.reason[-1:] != "?")
+            f"{refusal.key}: {_sentence(refusal.reason)}"
             + (f" Way out: {way_out}." * bool(way_out))
         )
     if lines:
         raise Refused(f"{path} can't be converted. {' '.join(lines)}")
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith("?") else f"{text}."
 
 
 def way_out_of(refusal: Refusal, relayout: str) -> str:
