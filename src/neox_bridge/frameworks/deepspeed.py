@@ -1,6 +1,7 @@
-"""How DeepSpeed's engines accumulate gradients, by version."""
+"""What DeepSpeed's engines do, by version: how gradients are accumulated, how ZeRO saves states."""
 
 import re
+from dataclasses import dataclass
 from typing import Literal
 
 PipelineAccumulation = Literal["sums", "averages", "once a stage"]
@@ -22,14 +23,82 @@ _PIPELINE: tuple[tuple[tuple[int, int, int], PipelineAccumulation, str], ...] = 
 )
 
 
+def release_of(version: object) -> tuple[int, int, int] | None:
+    """The release in a version such as "0.12.4+02e2ebf"; None for what is no version."""
+    text = version if isinstance(version, str) else ""
+    match = re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", text)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
 def pipeline_accumulation(version: str | None) -> PipelineAccumulation | None:
     """What the pipeline engine of a DeepSpeed version does; None for what is no version.
 
     Args:
         version: as ``ds_version`` of a checkpoint has it, such as "0.16.5" or "0.12.4+02e2ebf".
     """
-    match = re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", version or "")
-    if match is None:
+    number = release_of(version)
+    if number is None:
         return None
-    number = (int(match[1]), int(match[2]), int(match[3]))
     return next(kind for since, kind, _ in reversed(_PIPELINE) if number >= since)
+
+
+StatesForm = Literal["sub-partitions", "partitions"]
+"""How ZeRO stages 1 and 2 cut a flat group of parameters over data-parallel ranks.
+
+"sub-partitions": the group is cut into communication intervals, and each of them over the ranks, so
+that a rank has one part of every interval. "partitions": each rank has one part of the group.
+"""
+StatesKind = Literal["elastic", "rigid"]
+"""Whether the parts are stored without their padding, for other numbers of ranks.
+
+"elastic": without padding, and without the optimizer's ``param_groups`` and their step. "rigid":
+as they lie in memory.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroGeneration:
+    """The versions of DeepSpeed that save ZeRO's states in one form.
+
+    masters: the key of the fp32 weights in ``optimizer_state_dict``.
+    releases: the versions, for people. elastic: whether states are elastic by default.
+    change: the commit that began it, "" for the first.
+    """
+
+    form: StatesForm
+    masters: str
+    since: tuple[int, int, int]
+    releases: str
+    elastic: bool
+    change: str
+
+
+# Of stage 1. Stage 2 has saved elastic "partitions" from its beginning (0.3.0) to 0.5.9.
+# DeepSpeed 0.3.17 to 0.5.9 can still save "sub-partitions": zero_optimization.legacy_stage1.
+ZERO_GENERATIONS = (
+    ZeroGeneration(
+        "sub-partitions",
+        "local_sub_partitions_of_fp32_groups",
+        (0, 0, 0),
+        "DeepSpeed up to 0.3.16 and DeeperSpeed 0.3.15",
+        True,
+        "",
+    ),
+    ZeroGeneration(
+        "partitions",
+        "single_partition_of_fp32_groups",
+        (0, 3, 17),
+        "DeepSpeed 0.3.17 to 0.5.9",
+        True,
+        "DeepSpeed#1042, cfa63f5d, 2021-05-19",
+    ),
+    ZeroGeneration(
+        "partitions",
+        "single_partition_of_fp32_groups",
+        (0, 5, 10),
+        "DeepSpeed 0.5.10 and later",
+        False,
+        "DeepSpeed#1525, 3293cf72, 2022-01-14",
+    ),
+)
+SUB_PARTITIONS, LEAN_PARTITIONS, PARTITIONS = ZERO_GENERATIONS

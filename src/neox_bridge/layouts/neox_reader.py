@@ -42,7 +42,8 @@ from neox_bridge.stores.paths import absolute, ahead, is_url, isdir, isfile
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-_OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+# DeepSpeed before 0.3.14 wrote no underscore before "optim_states"
+_OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _INV_FREQ = "attention.rotary_emb.inv_freq"
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
 _SHOWN = 7  # of the files that are missing, of which there may be any number

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.frameworks.deepspeed import StatesKind, ZeroGeneration
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.flat import in_place_of
 from neox_bridge.planning.pieces import Whole
@@ -43,6 +45,33 @@ class Group:
 
 
 @dataclass(frozen=True)
+class SavedForm:
+    """In which form files of ZeRO stage 1 or 2 hold an optimizer's states.
+
+    kind: "elastic" or "rigid". generation: the versions of DeepSpeed that save this form.
+    dp: the data-parallel ranks that saved it. intervals: communication intervals of each group.
+    """
+
+    kind: StatesKind
+    generation: ZeroGeneration
+    dp: int
+    intervals: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value of the optimizer that its files do not hold.
+
+    key: its name in ``Group.settings``. value: what it must have been. source: what it was derived
+    from, such as "lr_scheduler" or "1 + iteration - skipped_steps".
+    """
+
+    key: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """Every state of every parameter, in its place.
 
@@ -53,6 +82,9 @@ class Optimizer:
     metas: the mp_rank files' values by their number, stage x TP + rank.
     generators: the states of the generators that differ by tensor-parallel rank, rank 0's, by name.
     files: absolute paths of those that hold nothing but optimizer states.
+    form: how files of ZeRO stages 1 and 2 hold the states; None for all others.
+    derived: the settings of ``groups`` that no file holds.
+    findings: what a user should know of how the states were read.
     """
 
     wrapper: Wrapper
@@ -66,6 +98,9 @@ class Optimizer:
     metas: tuple[Mapping[str, Any], ...]
     files: tuple[str, ...]
     generators: Mapping[str, bytes]
+    form: SavedForm | None = None
+    derived: tuple[Derived, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, Whole]]:

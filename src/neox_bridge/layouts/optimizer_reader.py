@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState, some
 from neox_bridge.layouts.flat import Flat
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter, Scalar, Wrapper
 from neox_bridge.layouts.optimizer_values import (
@@ -28,10 +29,12 @@ from neox_bridge.layouts.untrusted import mapping, unexpected
 from neox_bridge.planning.pieces import Shape, Whole
 from neox_bridge.stores.paths import ahead, read_at
 
-_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+# DeepSpeed before 0.3.14 wrote no underscore before "optim_states"
+_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d+)\.(.+)")
 _TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 _MOST = 64  # bytes of a scalar
+_SHOWN = 7  # of the files that are missing, of which there may be any number
 _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
 
 
@@ -89,31 +92,12 @@ def _read_files(
 ) -> Optimizer:
     state = checkpoint.neox
     assert state is not None
-    found = {(int(m[2]), int(m[3])): m[0] for n in state.optimizer if (m := _FILE.fullmatch(n))}
-    if not found:
-        raise BridgeError(
-            f"{folder}: {some(list(state.optimizer))} isn't named as DeepSpeed names it."
-        )
-    most = max(rank for rank, _ in found) + 1
-    dp = int(metas[0].get("dp_world_size") or most)
-    if dp > most:
-        name = f"zero_pp_rank_{dp - 1}_mp_rank_00_optim_states.pt"
-        raise BridgeError(
-            f"{folder} isn't whole: {name} and others are missing, of {dp} data-parallel ranks "
-            "(dp_world_size of the mp_rank files). Copy the checkpoint again."
-        )
-    want = {(d, n) for n in range(len(metas)) for d in range(dp)}
-    if missing := sorted(want - set(found)):
-        names = [f"zero_pp_rank_{d}_mp_rank_{n:02d}_optim_states.pt" for d, n in missing]
-        raise BridgeError(
-            f"{folder} isn't whole: {some(names)} missing, of {dp} data-parallel ranks. Copy the "
-            "checkpoint again."
-        )
-    if extra := sorted(found[key] for key in set(found) - want):
-        raise BridgeError(
-            f"{folder} has optimizer states of more ranks than the {dp} that its mp_rank files "
-            f"tell: {some(extra)}. Remove those of another layout."
-        )
+    from neox_bridge.optimizer.read_zero import is_handled, read_zero
+
+    files = _rank_files(state, folder, metas)
+    if is_handled(optimizer_states(files[0][0])["optimizer_state_dict"]):
+        return read_zero(checkpoint, folder, metas, files)
+    dp = len(files[0])
     members: dict[Parameter, int] = {}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
     groups: dict[str, Group] = {}
@@ -121,7 +105,7 @@ def _read_files(
     paths: list[str] = []
     head: dict[str, Any] = {}
     for number, meta in enumerate(metas):
-        mine = [os.path.join(folder, found[rank, number]) for rank in range(dp)]
+        mine = files[number]
         paths += mine
         values = [_states(path) for path in ahead(mine)]
         head = head or {k: v for k, v in values[0].items() if k not in _SHARDED}
@@ -131,7 +115,7 @@ def _read_files(
             group, tensors = _group(values, mine, index, flat)
             label = str(group.settings.get("name", index))
             known = groups.setdefault(label, group)
-            _same_group(known, group, mine[0])
+            same_group(known, group, mine[0])
             keys += [key for key in tensors if key not in keys]
             for key, parts in tensors.items():
                 for name, whole in flat.wholes(parts).items():
@@ -149,19 +133,69 @@ def _read_files(
     return result
 
 
-def _states(path: str) -> Mapping[str, Any]:
+def _rank_files(
+    state: NeoxState, folder: str, metas: tuple[Mapping[str, Any], ...]
+) -> list[list[str]]:
+    """The files of optimizer states by the number of their mp_rank file, then by rank.
+
+    Raises BridgeError where one is missing, or left over from another layout.
+    """
+    found: dict[tuple[int, int], str] = {}
+    for name in state.optimizer:
+        if match := _FILE.fullmatch(name):
+            place = int(match[2]), int(match[3])
+            if place in found:
+                raise Refused(
+                    f"{folder} holds two files of optimizer states of one rank, {found[place]} and "
+                    f"{name}. Move the wrong one out of the folder."
+                )
+            found[place] = name
+    if not found:
+        raise BridgeError(
+            f"{folder}: {some(list(state.optimizer))} isn't named as DeepSpeed names it."
+        )
+    most = max(rank for rank, _ in found) + 1
+    dp = int(metas[0].get("dp_world_size") or most)
+    if dp > most:
+        name = f"zero_pp_rank_{dp - 1}_mp_rank_00_optim_states.pt"
+        raise BridgeError(
+            f"{folder} isn't whole: {name} and others are missing, of {dp} data-parallel ranks "
+            "(dp_world_size of the mp_rank files). Copy the checkpoint again."
+        )
+    places = ((rank, number) for rank in range(dp) for number in range(len(metas)))
+    absent = (place for place in places if place not in found)
+    if missing := list(islice(absent, _SHOWN)):
+        names = [f"zero_pp_rank_{d}_mp_rank_{n:02d}_optim_states.pt" for d, n in missing]
+        raise BridgeError(
+            f"{folder} isn't whole: {some(names)} missing, of {dp} data-parallel ranks. Copy the "
+            "checkpoint again."
+        )
+    if extra := sorted(found[d, n] for d, n in found if d >= dp or n >= len(metas)):
+        raise BridgeError(
+            f"{folder} has optimizer states of more ranks than the {dp} that its mp_rank files "
+            f"tell: {some(extra)}. Remove those of another layout."
+        )
+    return [
+        [os.path.join(folder, found[rank, number]) for rank in range(dp)]
+        for number in range(len(metas))
+    ]
+
+
+def optimizer_states(path: str) -> Mapping[str, Any]:
+    """A file of ZeRO's, which has an ``optimizer_state_dict``. Raises BridgeError for others."""
     value = read_torch(path)
     inner = value.get("optimizer_state_dict") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(inner, dict):
         raise BridgeError(f"{path} holds no optimizer_state_dict: it isn't a file of DeepSpeed's.")
     if "fp32_flat_groups" in inner:
         raise Refused(f"{path} is of ZeRO stage 3, which can't be read. Save with stage 1 or 2.")
+    return value
+
+
+def _states(path: str) -> Mapping[str, Any]:
+    value = optimizer_states(path)
+    inner = value["optimizer_state_dict"]
     base = inner.get("base_optimizer_state")
-    if isinstance(base, list):
-        raise Refused(
-            f"{path}: zero_optimization.elastic_checkpoint was on, and such states can't be read. "
-            "Resume the run with elastic_checkpoint: false and save again."
-        )
     if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
         raise BridgeError(f"{path} holds no base_optimizer_state: it is of an unknown optimizer.")
     check_head(inner, path)
@@ -210,7 +244,7 @@ def _group(
         settings = {k: v for k, v in groups[index].items() if k != "params"}
         group = Group(settings, scalars)
         if first is not None:
-            _same_group(first, group, path)
+            same_group(first, group, path)
         first = first or group
     assert first is not None
     if short := [key for key, parts in tensors.items() if len(parts) < len(values)]:
@@ -271,7 +305,8 @@ def scalar(entry: Any) -> Any:
     return Scalar(entry.dtype, entry.shape, read_at(entry.file, entry.offset, entry.nbytes))
 
 
-def _same_group(first: Group, second: Group, path: str) -> None:
+def same_group(first: Group, second: Group, path: str) -> None:
+    """Raise BridgeError where two ranks' files say different hyperparameters of one group."""
     if first.scalars != second.scalars or first.settings != second.settings:
         differ = [k for k in first.settings if first.settings[k] != second.settings.get(k)]
         differ += [k for k in first.scalars if first.scalars[k] != second.scalars.get(k)]

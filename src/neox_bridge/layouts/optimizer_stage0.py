@@ -44,7 +44,7 @@ def read_stage0(
     for number, meta in enumerate(metas):
         stage, rank = divmod(number, state.tp)
         path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
-        named = _named(checkpoint, bounds[stage], rank)
+        named = stored_parameters(checkpoint, bounds[stage], rank)
         head = mapping(meta, "optimizer", path)
         inner = head.get("optimizer_state_dict")
         if inner is not None and "fp32_groups_flat" not in head:
@@ -116,8 +116,8 @@ def grouped(
     ]
 
 
-def _named(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
-    """A rank's parameters in a stage, in order, with their shapes there."""
+def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
+    """A tensor-parallel rank's parameters in a stage, in order, with their shapes there."""
     assert checkpoint.neox is not None
     used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
     stored = checkpoint.neox.ranks[rank]

@@ -14,6 +14,7 @@ from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.untrusted import CONFIGS, count, mapping, number, sequence, unexpected
 from neox_bridge.planning.pieces import Shape
 
+MOST_NUMBER = 1e15  # of a learning-rate schedule's numbers
 _MOST_RANKS = 1 << 20
 _MOST_DIMENSIONS = 8
 _LARGEST_SIZE = 1 << 48  # of a dimension
@@ -116,6 +117,17 @@ def parameter_groups(base: Mapping[str, Any], path: str) -> list[Mapping[str, An
         if name is not None and not isinstance(name, str):
             raise unexpected(path, f"param_groups[{index}].name", name, "a text")
     return list(groups)
+
+
+def check_betas(betas: object, path: str) -> list[float]:
+    """Adam's two decay rates, as the yml has them."""
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise unexpected(path, "optimizer.params.betas", betas, "a list of two numbers")
+    name = "optimizer.params.betas"
+    values = [number({"beta": beta}, "beta", path, name) for beta in betas]
+    if any(value is None or value > 1 for value in values):
+        raise unexpected(path, name, betas, "a list of two numbers from 0 to 1")
+    return [float(value) for value in values if value is not None]
 
 
 def numbers_of(group: Mapping[str, Any], index: int, path: str) -> Sequence[int]:

@@ -37,4 +37,5 @@ def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
         "parameters": sum(prod(whole.shape) for whole in checkpoint.tensors.values()),
     }
     unknown = (*listed(checkpoint.unknown_keys), *warned(checkpoint.unknown_keys))
-    return Plan(source_summary(checkpoint), summary, tuple(files), findings=unknown)
+    findings = (*unknown, *optimizer.findings)
+    return Plan(source_summary(checkpoint), summary, tuple(files), findings=findings)

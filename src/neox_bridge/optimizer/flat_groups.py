@@ -1,0 +1,187 @@
+"""A flat group of parameters put together from the parts of data-parallel ranks.
+
+DeepSpeed 0.3.16 runtime/zero/stage1.py cuts a group into communication intervals, and each of them
+over the ranks: part i of the group is of rank i % ranks and interval i // ranks. Later versions
+have one interval. Zeros pad the end of the group.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.flat import boxes_of
+from neox_bridge.layouts.optimizer import MASTER
+from neox_bridge.optimizer.rank_states import INTERVALS, RankStates
+from neox_bridge.planning.pieces import Piece, Shape, Whole
+
+_OTHER_SAVE = "The files are of another model or save: copy the checkpoint again."
+_ALIGNMENT = 2  # elements, times the ranks, since DeepSpeed 0.5.2 (#1328)
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """One group of parameters on one model-parallel rank.
+
+    shapes: its parameters in their order. parts: by state, the parts in the order of the group,
+    without padding. padding: by state, what of the parts lies behind the last parameter.
+    """
+
+    shapes: Mapping[str, Shape]
+    parts: Mapping[str, tuple[TensorRef, ...]]
+    padding: Mapping[str, tuple[TensorRef, ...]]
+
+    def wholes(self, key: str) -> dict[str, Whole]:
+        """Every parameter's state of this name."""
+        return _wholes(self.shapes, self.parts[key])
+
+
+def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Shape]) -> FlatGroup:
+    """Put a group together.
+
+    Args:
+        ranks: the files of one model-parallel rank, by data-parallel rank.
+        index: the group's number.
+        shapes: its parameters in their order.
+
+    Raises:
+        BridgeError: the parts are not those of these parameters.
+    """
+    first = ranks[0]
+    intervals = len(first.parts[index])
+    for states in ranks:
+        if len(states.parts[index]) != intervals:
+            raise BridgeError(
+                f"{states.path}: group {index} has {len(states.parts[index])} communication "
+                f"intervals ({INTERVALS}), and in {first.path} {intervals}. {_OTHER_SAVE}"
+            )
+    ordered = [
+        (states.path, states.parts[index][interval])
+        for interval in range(intervals)
+        for states in ranks
+    ]
+    keys = list(ordered[0][1])
+    for path, tensors in ordered:
+        for key in {*keys, *tensors}:
+            dtypes = [found[key].dtype for found in (ordered[0][1], tensors) if key in found]
+            if len(dtypes) < 2 or dtypes[0] != dtypes[1]:
+                raise BridgeError(
+                    f"{path}: group {index} has {key} in another dtype than {first.path}, or only "
+                    f"one of them has it. {_OTHER_SAVE}"
+                )
+    sizes = [tensors[MASTER].shape[0] for _, tensors in ordered]
+    total = sum(map(prod, shapes.values()))
+    where = f"{first.path}: {first.generation.masters}[{index}]"
+    if first.kind == "rigid":
+        _check_rigid(sizes, total, len(ranks), where)
+    elif first.generation.form == "sub-partitions":
+        _check_sub_partitions(sizes, total, where)
+    else:
+        _check_partitions(sizes, total, where)
+    parts, padding = {}, {}
+    for key in keys:
+        refs = [tensors[key] for _, tensors in ordered]
+        parts[key], padding[key] = _cut(refs, total)
+    return FlatGroup(shapes, parts, padding)
+
+
+def _check_rigid(sizes: Sequence[int], total: int, dp: int, where: str) -> None:
+    """Parts of one size, padded by less than an interval more than the ranks need."""
+    size = sizes[0]
+    padding = size * len(sizes) - total
+    if any(other != size for other in sizes):
+        raise BridgeError(
+            f"{where}: its parts have different sizes, and rigid states have one. {_OTHER_SAVE}"
+        )
+    if not 0 <= padding < (size + 1) * dp:
+        raise _other_total(where, size * len(sizes), total)
+
+
+def _check_sub_partitions(sizes: Sequence[int], total: int, where: str) -> None:
+    """Parts of one size up to the end of the group, where padding was cut off."""
+    if sum(sizes) != total:
+        raise _other_total(where, sum(sizes), total)
+    left = total
+    for number, size in enumerate(sizes):
+        if size != min(sizes[0], left):
+            raise BridgeError(
+                f"{where}: part {number} of the group has {size:,} elements, and by the first part "
+                f"it should have {min(sizes[0], left):,}. {_OTHER_SAVE}"
+            )
+        left -= size
+
+
+def _check_partitions(sizes: Sequence[int], total: int, where: str) -> None:
+    """A part for each rank, of which only the last is without padding, and not always wholly.
+
+    DeepSpeed subtracts the padding to a multiple of the ranks from the last part, also where
+    several parts are padding, and where it pads to twice that multiple.
+    """
+    dp = len(sizes)
+    wanted = {-(-total // (step * dp)) * step for step in (1, _ALIGNMENT)}
+    size = sizes[0] if dp > 1 else max(wanted)
+    last = max(0, total - (dp - 1) * size)
+    regular = all(other == size for other in sizes[:-1]) and last <= sizes[-1] <= size
+    if size not in wanted or not regular:
+        raise _other_total(where, sum(sizes), total)
+
+
+def _other_total(where: str, stored: int, total: int) -> BridgeError:
+    return BridgeError(
+        f"{where}: its parts on all ranks have {stored:,} elements, and the parameters of this "
+        f"group have {total:,}. {_OTHER_SAVE}"
+    )
+
+
+def _cut(
+    refs: Sequence[TensorRef], total: int
+) -> tuple[tuple[TensorRef, ...], tuple[TensorRef, ...]]:
+    """The parts up to the end of the group, and what lies behind it."""
+    used, padding, left = [], [], total
+    for ref in refs:
+        size = ref.shape[0]
+        count = min(size, left)
+        left -= count
+        if count:
+            used.append(replace(ref, shape=(count,)))
+        if count < size:
+            offset = ref.offset + count * itemsize(ref.dtype)
+            padding.append(replace(ref, offset=offset, shape=(size - count,)))
+    return tuple(used), tuple(padding)
+
+
+def _wholes(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[str, Whole]:
+    """The parameters, which lie one behind the other in the parts."""
+    runs = _runs([prod(shape) for shape in shapes.values()], parts)
+    dtype = parts[0].dtype if parts else "float32"
+    wholes = {}
+    for (name, shape), found in zip(shapes.items(), runs, strict=True):
+        pieces = []
+        for ref, low in found:
+            offset = ref.offset
+            for start, box in boxes_of(shape, low, low + ref.shape[0]):
+                piece = replace(ref, offset=offset, shape=box)
+                pieces.append(Piece(piece, (0,) * len(box), start, box))
+                offset += prod(box) * itemsize(ref.dtype)
+        wholes[name] = Whole(dtype, shape, tuple(pieces))
+    return wholes
+
+
+def _runs(
+    sizes: Sequence[int], parts: Sequence[TensorRef]
+) -> Iterator[list[tuple[TensorRef, int]]]:
+    """For each parameter, its runs of elements in the parts, and where in it each run begins."""
+    number, at = 0, 0  # the part, and the next element of it
+    for size in sizes:
+        found, low = [], 0
+        while low < size:
+            part = parts[number]
+            count = min(size - low, part.shape[0] - at)
+            offset = part.offset + at * itemsize(part.dtype)
+            found.append((replace(part, offset=offset, shape=(count,)), low))
+            low, at = low + count, at + count
+            if at == part.shape[0]:
+                number, at = number + 1, 0
+        yield found

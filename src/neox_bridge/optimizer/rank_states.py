@@ -1,0 +1,283 @@
+"""What one file of ZeRO's states holds, in the forms before DeepSpeed 0.5.10 and the elastic one.
+
+Sources: DeepSpeed 0.3.16 runtime/zero/stage1.py (_elastic_state_dict, _rigid_state_dict) and
+runtime/zero/stage2.py; DeepSpeed 0.4.5 and 0.5.8 runtime/zero/stage2.py (state_dict); DeepSpeed
+0.5.10 to 0.16 runtime/zero/stage_1_and_2.py with elastic_checkpoint: true.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.frameworks.deepspeed import (
+    LEAN_PARTITIONS,
+    PARTITIONS,
+    SUB_PARTITIONS,
+    StatesKind,
+    ZeroGeneration,
+    release_of,
+)
+from neox_bridge.layouts.optimizer import MASTER
+from neox_bridge.layouts.optimizer_reader import scalar
+from neox_bridge.layouts.optimizer_values import (
+    check_config,
+    check_head,
+    check_tensor,
+    numbers_of,
+    parameter_groups,
+    states_of,
+)
+from neox_bridge.layouts.untrusted import count, unexpected
+
+BASE = "base_optimizer_state"
+STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
+INTERVALS = "num_comm_intervals_per_group"
+RANKS = "partition_count"
+_NOT_IN_HEAD = (BASE, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, PARTITIONS.masters)
+_MOST_GROUPS = 64
+_MOST_INTERVALS = 1 << 16
+
+
+@dataclass(frozen=True)
+class RankStates:
+    """One data-parallel rank's states on one model-parallel rank.
+
+    parts: by group, by communication interval: the states by name, the masters first. All are of
+        one dimension.
+    scalars: by group, what the states have beside tensors.
+    settings: ``param_groups`` without their parameters; None for elastic states, which have none.
+    head: the rest of ``optimizer_state_dict``, and as "outer" what stands beside it.
+    """
+
+    path: str
+    kind: StatesKind
+    generation: ZeroGeneration
+    parts: tuple[tuple[Mapping[str, TensorRef], ...], ...]
+    scalars: tuple[Mapping[str, Any], ...]
+    settings: tuple[Mapping[str, Any], ...] | None
+    head: Mapping[str, Any]
+    outer: Mapping[str, Any]
+
+
+def is_handled(inner: Mapping[str, Any]) -> bool:
+    """Whether an ``optimizer_state_dict`` is of one of the forms that this module reads."""
+    return SUB_PARTITIONS.masters in inner or isinstance(inner.get(BASE), list)
+
+
+def generation_of(inner: Mapping[str, Any]) -> ZeroGeneration:
+    """Which versions of DeepSpeed save an ``optimizer_state_dict`` like this one."""
+    if SUB_PARTITIONS.masters in inner:
+        return SUB_PARTITIONS
+    release = release_of(inner.get("ds_version"))
+    if isinstance(inner.get(BASE), list) and (release or (0, 0, 0)) < PARTITIONS.since:
+        return LEAN_PARTITIONS
+    return PARTITIONS
+
+
+def kind_of(inner: Mapping[str, Any]) -> StatesKind:
+    """Whether states are elastic: without padding and without ``param_groups``."""
+    return "elastic" if isinstance(inner.get(BASE), list) else "rigid"
+
+
+def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
+    """The states of one file of DeepSpeed's.
+
+    Args:
+        value: of the file, with its ``optimizer_state_dict``.
+        dp: how many data-parallel ranks saved them.
+        path: the file.
+
+    Raises:
+        BridgeError: a value is not what DeepSpeed writes there.
+        Refused: the states are not of an optimizer like Adam.
+    """
+    inner: Mapping[str, Any] = value["optimizer_state_dict"]
+    generation = generation_of(inner)
+    masters = _masters(inner, generation, path)
+    _check_counts(inner, [len(group) for group in masters], dp, path)
+    check_head(inner, path)
+    config = value.get("ds_config")
+    if isinstance(config, dict):
+        check_config(config, path, "ds_config.")
+    elif config is not None:
+        raise unexpected(path, "ds_config", config, "a mapping of names to values")
+    if kind_of(inner) == "elastic":
+        entries, settings = _elastic_entries(inner, masters, generation, path), None
+    else:
+        entries, settings = _rigid_entries(inner, masters, path)
+    parts, scalars = [], []
+    for index, group in enumerate(masters):
+        group_parts, group_scalars = [], None
+        for interval, master in enumerate(group):
+            key = _key(generation, index, interval)
+            tensors, others = _split(master, entries[index][interval], key, path)
+            if group_scalars not in (None, others):
+                raise BridgeError(
+                    f"{path}: {BASE}[{index}] has other values in interval {interval} than in the "
+                    "first. Copy the checkpoint again."
+                )
+            group_parts.append(tensors)
+            group_scalars = others
+        parts.append(tuple(group_parts))
+        scalars.append(_with_step(group_scalars or {}, inner, path))
+    return RankStates(
+        path,
+        kind_of(inner),
+        generation,
+        tuple(parts),
+        tuple(scalars),
+        settings,
+        {key: entry for key, entry in inner.items() if key not in _NOT_IN_HEAD},
+        {key: entry for key, entry in value.items() if key in ("ds_config", "ds_version")},
+    )
+
+
+def _masters(
+    inner: Mapping[str, Any], generation: ZeroGeneration, path: str
+) -> list[list[TensorRef]]:
+    """The fp32 weights by group and interval."""
+    groups = inner.get(generation.masters)
+    if not isinstance(groups, list) or not 1 <= len(groups) <= _MOST_GROUPS:
+        raise unexpected(path, generation.masters, groups, f"a list of 1 to {_MOST_GROUPS} groups")
+    masters = []
+    for index, group in enumerate(groups):
+        parts = group if generation is SUB_PARTITIONS else [group]
+        key = f"{generation.masters}[{index}]"
+        if not isinstance(parts, list) or not 1 <= len(parts) <= _MOST_INTERVALS:
+            raise unexpected(path, key, parts, f"a list of 1 to {_MOST_INTERVALS:,} intervals")
+        masters.append(
+            [_part(part, _key(generation, index, n), path) for n, part in enumerate(parts)]
+        )
+    return masters
+
+
+def _key(generation: ZeroGeneration, index: int, interval: int) -> str:
+    """Where the masters of a group and an interval stand in a file."""
+    inner = f"[{interval}]" if generation is SUB_PARTITIONS else ""
+    return f"{generation.masters}[{index}]{inner}"
+
+
+def _part(value: object, key: str, path: str) -> TensorRef:
+    """A flat part: a tensor of one dimension without gaps."""
+    part = check_tensor(key, value, path)
+    if len(part.shape) != 1 or part.strides is not None:
+        raise BridgeError(
+            f"{path}: {key} has the shape {list(part.shape)}, and a part of a flat group has one "
+            "dimension. The file is damaged or made to deceive; get it from its source again."
+        )
+    return part
+
+
+def _check_counts(inner: Mapping[str, Any], intervals: list[int], dp: int, path: str) -> None:
+    """Check what the file says of its ranks and intervals against what it holds."""
+    recorded = inner.get(INTERVALS)
+    if recorded is not None and recorded != intervals:
+        raise BridgeError(
+            f"{path}: {INTERVALS} does not match its states, which have {intervals} intervals by "
+            "group. The file is damaged; get it from its source again."
+        )
+    ranks = inner.get(RANKS)
+    for number in ranks if isinstance(ranks, list) else [ranks]:
+        if number is not None and count({RANKS: number}, RANKS, path) != dp:
+            raise BridgeError(
+                f"{path}: {RANKS} is {number}, and the checkpoint has {dp} data-parallel ranks. "
+                "The file is of another save: copy the checkpoint again."
+            )
+
+
+def _elastic_entries(
+    inner: Mapping[str, Any],
+    masters: list[list[TensorRef]],
+    generation: ZeroGeneration,
+    path: str,
+) -> list[list[Mapping[str, Any]]]:
+    """The states of each group and interval: base_optimizer_state[group][interval]."""
+    groups = inner[BASE]
+    if len(groups) != len(masters):
+        raise BridgeError(
+            f"{path}: {BASE} has {len(groups)} groups, and {generation.masters} has {len(masters)}."
+            " The file is damaged; get it from its source again."
+        )
+    entries = []
+    for index, (group, parts) in enumerate(zip(groups, masters, strict=True)):
+        states = group if generation is SUB_PARTITIONS else [group]
+        if not isinstance(states, list) or len(states) != len(parts):
+            raise unexpected(path, f"{BASE}[{index}]", states, f"a list of {len(parts)} intervals")
+        for entry in states:
+            if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
+                raise unexpected(path, f"{BASE}[{index}]", entry, "states by their names")
+        entries.append(states)
+    return entries
+
+
+def _rigid_entries(
+    inner: Mapping[str, Any], masters: list[list[TensorRef]], path: str
+) -> tuple[list[list[Mapping[str, Any]]], tuple[Mapping[str, Any], ...]]:
+    """The states of each group and interval, and ``param_groups``, from torch's state dict.
+
+    The intervals are the optimizer's parameters, numbered through all groups.
+    """
+    base = inner.get(BASE)
+    if not isinstance(base, dict):
+        raise unexpected(path, BASE, base, "an optimizer's state dict")
+    groups = parameter_groups(base, path)
+    if len(groups) != len(masters):
+        raise BridgeError(
+            f"{path}: param_groups has {len(groups)} groups, and its masters have {len(masters)}. "
+            "The file is damaged; get it from its source again."
+        )
+    entries = []
+    for index, (group, parts) in enumerate(zip(groups, masters, strict=True)):
+        numbers = numbers_of(group, index, path)
+        if len(numbers) != len(parts):
+            raise BridgeError(
+                f"{path}: param_groups[{index}].params has {len(numbers)} entries, and the group "
+                f"has {len(parts)} intervals. The file is damaged; get it from its source again."
+            )
+        entries.append([states_of(base, number, path) for number in numbers])
+    settings = tuple({k: v for k, v in group.items() if k != "params"} for group in groups)
+    return entries, settings
+
+
+def _split(
+    master: TensorRef, entry: Mapping[str, Any], key: str, path: str
+) -> tuple[dict[str, TensorRef], dict[str, Any]]:
+    """The tensors of a part, which all have its size, and its other values."""
+    tensors, others = {MASTER: master}, {}
+    for name, value in entry.items():
+        if not isinstance(value, TensorRef) or not value.shape:
+            others[name] = _scalar(value, f"{name} beside {key}", path)
+            continue
+        part = _part(value, f"{name} beside {key}", path)
+        if part.shape != master.shape:
+            raise BridgeError(
+                f"{path}: {name} beside {key} has {prod(part.shape):,} elements, and the masters "
+                f"have {prod(master.shape):,}. The file is damaged; get it from its source again."
+            )
+        tensors[name] = part
+    if len(tensors) == 1:
+        raise Refused(
+            f"{path}: the states beside {key} hold no tensors, so they are not those of an "
+            "optimizer like Adam. Convert the weights alone."
+        )
+    return tensors, others
+
+
+def _scalar(value: object, key: str, path: str) -> Any:
+    """A value that is not a part: a number, a short text, or a tensor of one element."""
+    if isinstance(value, TensorRef):
+        return scalar(value)
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise unexpected(path, key, value, "a tensor or a number")
+    return value
+
+
+def _with_step(
+    scalars: Mapping[str, Any], inner: Mapping[str, Any], path: str
+) -> Mapping[str, Any]:
+    """The values of a group, with the step that later elastic states keep in one place."""
+    step = count(inner, STEP, path)
+    return scalars if step is None else {"step": step, **scalars}

@@ -1,0 +1,158 @@
+"""Reads ZeRO states that are elastic, or cut into communication intervals, or both.
+
+These are what DeeperSpeed 0.3.15 wrote for GPT-NeoX until v1.0, DeepSpeed 0.3.17 to 0.5.9, and
+later versions with zero_optimization.elastic_checkpoint: true.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.optimizer import Derived, Group, Optimizer, Parameter, SavedForm
+from neox_bridge.layouts.optimizer_reader import (
+    check_weights,
+    generators,
+    optimizer_states,
+    parameter,
+    same_group,
+)
+from neox_bridge.layouts.untrusted import mapping, whole
+from neox_bridge.optimizer.derived_settings import derived_settings
+from neox_bridge.optimizer.flat_groups import flat_group
+from neox_bridge.optimizer.parameter_order import ParameterOrder, parameter_order
+from neox_bridge.optimizer.rank_states import RankStates, is_handled, rank_states
+from neox_bridge.planning.pieces import Whole
+from neox_bridge.stores.paths import ahead
+
+__all__ = ["is_handled", "read_zero"]
+
+
+def read_zero(
+    checkpoint: Checkpoint,
+    folder: str,
+    metas: tuple[Mapping[str, Any], ...],
+    files: Sequence[Sequence[str]],
+) -> Optimizer:
+    """The states of every parameter.
+
+    Args:
+        checkpoint: a GPT-NeoX checkpoint.
+        folder: of the step.
+        metas: the values of the mp_rank files by their number.
+        files: the files of optimizer states by that number, then by data-parallel rank.
+
+    Raises:
+        BridgeError: the files are not those of this model, or of one save.
+        Refused: the states are of a kind that cannot be read.
+    """
+    state = checkpoint.neox
+    assert state is not None
+    members: dict[Parameter, int] = {}
+    shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
+    groups: list[Group] = []
+    keys: list[str] = []
+    first: RankStates | None = None
+    order: ParameterOrder | None = None
+    derived: tuple[Derived, ...] = ()
+    findings: list[Finding] = []
+    for number, (meta, paths) in enumerate(zip(metas, files, strict=True)):
+        meta_path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
+        values = [(path, optimizer_states(path)) for path in ahead(paths)]
+        ranks = [rank_states(value, len(paths), path) for path, value in values]
+        first = first or ranks[0]
+        for states in ranks:
+            _check_same_form(first, states)
+        recorded = [(paths[0], values[0][1]), (meta_path, meta)]
+        _refuse_round_robin(checkpoint.raw, recorded)
+        order = parameter_order(checkpoint, number, recorded, len(first.parts), paths[0])
+        if not groups:
+            settings = first.settings
+            if settings is None:
+                found = derived_settings(checkpoint.raw, meta, first.scalars, folder, meta_path)
+                settings, derived = found.groups, found.derived
+                findings += found.findings
+            groups = [Group(*pair) for pair in zip(settings, first.scalars, strict=True)]
+        for index, shapes in enumerate(order.groups):
+            flat = flat_group(ranks, index, shapes)
+            keys += [key for key in flat.parts if key not in keys]
+            for key in flat.parts:
+                for name, tensor in flat.wholes(key).items():
+                    place = parameter(name, paths[0])
+                    # tied embeddings are in the first and the last stage, kept alike by DeepSpeed
+                    shards.setdefault((number % state.tp, place), {}).setdefault(key, tensor)
+                    members[place] = index
+    assert first is not None
+    assert order is not None
+    if order.source == "weights":
+        findings.append(_order_finding(first.path))
+    optimizer = Optimizer(
+        wrapper="zero",
+        stage=_stage(first, checkpoint.raw, folder),
+        dp=len(files[0]),
+        keys=tuple(keys),
+        groups=tuple(groups),
+        members=members,
+        shards=shards,
+        head={**first.head, "outer": first.outer},
+        metas=metas,
+        files=tuple(path for paths in files for path in paths),
+        generators=generators(metas[0]),
+        form=SavedForm(first.kind, first.generation, len(files[0]), tuple(map(len, first.parts))),
+        derived=derived,
+        findings=tuple(findings),
+    )
+    check_weights(checkpoint, optimizer, folder)
+    return optimizer
+
+
+def _check_same_form(first: RankStates, other: RankStates) -> None:
+    """Raise BridgeError where two ranks' files cannot be of one save."""
+    forms = [(s.kind, s.generation, len(s.parts)) for s in (first, other)]
+    if forms[0] != forms[1]:
+        raise BridgeError(
+            f"{other.path} holds {other.kind} states of {len(other.parts)} groups "
+            f"({other.generation.masters}), and {first.path} {first.kind} states of "
+            f"{len(first.parts)} groups ({first.generation.masters}). They are of different saves: "
+            "copy the checkpoint again."
+        )
+    for index, scalars in enumerate(first.scalars):
+        settings = [{} if s.settings is None else s.settings[index] for s in (first, other)]
+        same_group(
+            Group(settings[0], scalars), Group(settings[1], other.scalars[index]), other.path
+        )
+
+
+def _refuse_round_robin(
+    raw: Mapping[str, Any], recorded: Sequence[tuple[str, Mapping[str, Any]]]
+) -> None:
+    """Raise Refused where DeepSpeed shuffled the parameters of a group over its partitions."""
+    configs = [(file, mapping(values, "ds_config", file)) for file, values in recorded]
+    for file, config in (*configs, ("the yml", raw)):
+        if mapping(config, "zero_optimization", file).get("round_robin_gradients"):
+            raise Refused(
+                f"{recorded[0][0]}: zero_optimization.round_robin_gradients was on, which shuffles "
+                "parameters over partitions. Resume the run without it and save again."
+            )
+
+
+def _stage(first: RankStates, raw: Mapping[str, Any], folder: str) -> int:
+    """ZeRO's stage. Before DeepSpeed 0.8 states of "partitions" say 2 at stage 1 too."""
+    if first.generation.form == "sub-partitions":
+        return 1
+    for config in (mapping(first.outer, "ds_config", first.path), raw):
+        zero = mapping(config, "zero_optimization", folder)
+        if zero.get("stage") is not None:
+            return whole(zero, "stage", folder) or 1
+    return 1
+
+
+def _order_finding(path: str) -> Finding:
+    return Finding(
+        "parameter-order-derived",
+        "warning",
+        f"{path} and the other files do not list the parameters (param_shapes, which DeepSpeed "
+        "saves since 0.3.14). They are taken in the order of the weight files, and their number of "
+        "elements matches",
+    )
