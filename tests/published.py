@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.tensors import values
 from neox_bridge.layouts.optimizer import Optimizer
+from neox_bridge.verification.compare import values
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 NAMES = ("v1_dp2", "v1_dp4_intervals", "v1_dp2_rigid")
