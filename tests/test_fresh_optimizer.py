@@ -68,6 +68,32 @@ def test_partitions_are_deepspeeds(name: str, more: list[str], tmp_path: Path) -
         assert isinstance(a.get("zero_stage"), Record) == isinstance(b.get("zero_stage"), Record)
 
 
+def test_biases_lie_where_gpt_neox_registers_them(tmp_path: Path) -> None:
+    """DeepSpeed's flat states have no names: another order gives a bias its neighbor's master.
+
+    The order is that of the real GPT-NeoX (tests/neox/test_reshard_neox.py holds them together).
+    """
+    hf = make_hf(tmp_path / "hf", family="llama", attention_bias=True, mlp_bias=True)
+    convert(hf, tmp_path / "new")
+    meta: Any = read_torch(str(files(tmp_path / "new")["mp_rank_00_model_states.pt"]))
+    decaying, others = (
+        [name for name in group if name[:2] == "2."] for group in meta["param_shapes"]
+    )
+    weights = ("attention.query_key_value", "attention.dense", "mlp.linear1", "mlp.linear2")
+    assert decaying == [f"2.{name}.weight" for name in weights]
+    assert others == [
+        "2.input_layernorm.scale",
+        "2.attention.query_key_value.bias",
+        "2.attention.dense.bias",
+        "2.post_attention_layernorm.scale",
+        "2.mlp.linear1.bias",
+        "2.mlp.linear2.bias",
+    ]
+    layer = next((tmp_path / "new" / "global_step0").glob("layer_02-model_00*"))
+    stored: Any = read_torch(str(layer))
+    assert [name for name in stored if name[-6:] != "weight"] == [name[2:] for name in others]
+
+
 def test_the_schedule_is_gpt_neoxs() -> None:
     """What a genuine run says of its schedule, and the rate that it trained with."""
     for name in ("fp32", "bf16_tp2"):

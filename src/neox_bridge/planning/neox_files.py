@@ -13,6 +13,7 @@ from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
 from neox_bridge.formats.torch_zip import layout_pickled
+from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
@@ -177,7 +178,7 @@ def _grouped(present: Sequence[Row], config: ModelConfig, shape: Shape) -> Group
         name = weight.named(shape.old_names)
         name = te_name(name) if shape.te else name
         groups.setdefault((layer, name), []).append((weight, block))
-    return groups
+    return in_module_order(groups)
 
 
 def _tensors(

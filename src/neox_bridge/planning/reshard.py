@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter, states
@@ -173,10 +174,14 @@ def _rank_groups(
 
 
 def _order(checkpoint: Checkpoint) -> list[Parameter]:
-    """The parameters in the order of GPT-NeoX's modules, which is that of a state dict's keys."""
+    """The parameters in the order of GPT-NeoX's modules, which is that of a state dict's keys.
+
+    Layer files that this tool wrote before 2026-12 may have the biases behind the weights.
+    """
     assert checkpoint.neox is not None
     layers = checkpoint.neox.ranks[0]
-    return [(layer, name) for layer in sorted(layers) for name in layers[layer]]
+    stored = {(layer, name): None for layer in sorted(layers) for name in layers[layer]}
+    return list(in_module_order(stored))
 
 
 def _universal(
