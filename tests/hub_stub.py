@@ -3,7 +3,9 @@
 Requests and answers are those of huggingface_hub 2.4's client (hf_api.py, _commit_api.py, lfs.py,
 utils/_http.py), of its recorded cassettes, and of the tests that it runs against the real Hub:
 409 for a repository that exists, 412 for a commit whose parent isn't the branch's, oids in the
-answer of preupload. ``Stub.fail`` injects faults, ``Stub.seen`` tells what was asked.
+answer of preupload. ``Stub.fail`` injects faults, ``Stub.seen`` tells what was asked and
+``Stub.served`` what was answered. Files can also be served from a disk (``put_files``), so that a
+branch can be as large as a real one.
 """
 
 import base64
@@ -33,12 +35,16 @@ def git_blob(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Blob:
-    """A file in git. sha256: of those in LFS, whose bytes are elsewhere."""
+    """A file in git.
+
+    sha256: of those in LFS, whose bytes are elsewhere. path: of those whose bytes are on the disk.
+    """
 
     size: int
     oid: str
     data: bytes | None = None
     sha256: str | None = None
+    path: Path | None = None
 
     def entry(self, path: str) -> dict[str, Any]:
         found: dict[str, Any] = {"type": "file", "path": path, "size": self.size, "oid": self.oid}
@@ -65,7 +71,10 @@ class Commit:
 
 @dataclass
 class Repo:
+    """gated: the names of its files can be listed, and only those with access may read them."""
+
     private: bool
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -115,19 +124,44 @@ class Fault:
     times: int
     after: bool
     message: str
+    headers: dict[str, str]
+
+
+def failed(fault: Fault) -> Answer:
+    answer = error(fault.status, fault.message)
+    answer.headers |= {key.replace("_", "-"): value for key, value in fault.headers.items()}
+    return answer
+
+
+@dataclass(frozen=True)
+class Served:
+    """One answer. size: bytes of its body. time: when the request came, in seconds."""
+
+    method: str
+    target: str
+    status: int
+    size: int
+    time: float
 
 
 class Stub:
     """The state of the Hub. cas: a folder for Xet, where hf_xet keeps chunks in place of a server.
 
     seen: every request as "METHOD path?query". before: called once before a request that matches.
+    renamed: the new names of repositories by their old ones, which redirect with 307.
+    delay: seconds that each answer takes. busy: the most requests that were answered at a time.
     """
 
     def __init__(self, cas: str | None = None, page: int = 1000) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
+        self.on_disk: dict[str, Path] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
+        self.renamed: dict[str, str] = {}
         self.seen: list[str] = []
+        self.served: list[Served] = []
+        self.delay = 0.0
+        self.now = self.busy = 0
         self.faults: list[Fault] = []
         self.before: list[tuple[str, Callable[[], None]]] = []
         self.sent = 0
@@ -141,10 +175,16 @@ class Stub:
         times: int = 1,
         after: bool = False,
         message: str = "made to fail",
+        **headers: str,
     ) -> None:
         """Answer the next requests of this form, "METHOD regex", with a status."""
         method, path = request.split(" ", 1)
-        self.faults.append(Fault(method, path, status, times, after, message))
+        self.faults.append(Fault(method, path, status, times, after, message, headers))
+
+    def bytes_of_requests(self, request: str = "GET .") -> int:
+        """Bytes of the bodies that were sent for requests of this form."""
+        method, path = request.split(" ", 1)
+        return sum(s.size for s in self.served if s.method == method and re.search(path, s.target))
 
     def count(self, request: str) -> int:
         method, path = request.split(" ", 1)
@@ -159,6 +199,26 @@ class Stub:
         )
         return repo
 
+    def put_files(self, name: str, branch: str, folder: Path, *, whole: bool = True) -> str:
+        """A branch that holds a folder's files, read from there when they are asked for.
+
+        Those of ``LFS`` are in LFS, under a hash of their path in place of their content's, which
+        nobody need compute of large files. whole: the branch holds nothing else.
+        """
+        repo = self.repos.get(name) or self.make(name)
+        head = repo.branches.get(branch) or repo.branches["main"]
+        files = {} if whole else dict(repo.commits[head].files)
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            key, size = path.relative_to(folder).as_posix(), path.stat().st_size
+            if any(fnmatch(key, pattern) for pattern in LFS):
+                oid = hashlib.sha256(f"{path} {path.stat().st_mtime_ns}".encode()).hexdigest()
+                files[key] = pointer(oid, size)
+                self.on_disk[oid] = path
+            else:
+                files[key] = Blob(size, git_blob(path.read_bytes()), path=path)
+        repo.branches[branch] = repo.commit(f"files of {branch}", head, files)
+        return repo.branches[branch]
+
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """What a revision holds, but the .gitattributes; as bytes, from LFS too."""
         repo = self.repos[name]
@@ -170,7 +230,11 @@ class Stub:
     def bytes_of(self, blob: Blob) -> bytes:
         if blob.data is not None:
             return blob.data
+        if blob.path is not None:
+            return blob.path.read_bytes()
         assert blob.sha256 is not None
+        if blob.sha256 in self.on_disk:
+            return self.on_disk[blob.sha256].read_bytes()
         return self.objects[blob.sha256]
 
     def put(self, name: str, branch: str, title: str = "by another", **files: bytes) -> str:
@@ -200,13 +264,20 @@ class Stub:
             if fault.times == 0:
                 self.faults.remove(fault)
             if not fault.after:
-                return error(fault.status, fault.message)
+                return failed(fault)
         try:
+            self._redirect(target)
             with self.lock:
                 found = self._route(method, path, url.path, parse_qs(url.query), headers, body)
         except Answer as answer:
             found = answer
-        return found if fault is None else error(fault.status, fault.message)
+        return found if fault is None else failed(fault)
+
+    def _redirect(self, target: str) -> None:
+        match = re.match(r"/(?:api/models/)?([^/]+/[^/?]+)(?=[/?]|$)", target)
+        if match is not None and match[1] in self.renamed:
+            start, end = match.span(1)
+            raise Answer(307, b"", Location=target[:start] + self.renamed[match[1]] + target[end:])
 
     def _route(
         self, method: str, path: str, raw: str, query: Any, headers: Any, body: bytes
@@ -233,9 +304,15 @@ class Stub:
             return self._lfs(match[1], match[2], json.loads(body))
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", raw):
             repo = self._readable(match[1], token)
+            if repo.gated and not token:
+                message = f"Access to model {match[1]} is restricted. You must be authenticated."
+                raise error(401, message, "GatedRepo")
+            if repo.gated and token != WRITE:
+                message = f"Access to model {match[1]} is restricted and you are not in the list."
+                raise error(403, message, "GatedRepo")
             return self._resolve(repo, unquote(match[2]), unquote(match[3]))
         # revisions are quoted, so that a slash in one isn't one in the path
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+))?)?", raw)
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+)(?:/(.+))?)?)?", raw)
         if match is None:
             raise error(404, f"{method} {path} isn't known to the stub")
         name, what, revision = match[1], match[2] or "revision", unquote(match[3] or "main")
@@ -263,7 +340,8 @@ class Stub:
             facts = {"id": name, "private": repo.private, "sha": oid, "siblings": siblings}
             return Answer(200, {**facts, "tags": [], "downloads": 0, "likes": 0})
         if what == "tree":
-            return self._pages(raw, query, [blob.entry(p) for p, blob in sorted(files.items())])
+            recursive = query.get("recursive", [""])[0].lower() in ("1", "true")
+            return self._pages(raw, query, _tree(files, unquote(match[4] or ""), recursive))
         if what == "commits":
             return self._pages(raw, query, [_told(repo, oid) for oid in repo.log(oid)])
         if not token:
@@ -331,8 +409,8 @@ class Stub:
         return Answer(200, {"transfer": "xet" if xet else "basic", "objects": found})
 
     def _transfer(self, method: str, what: str, oid: str, number: int, body: bytes) -> Answer:
-        if method == "GET":
-            return Answer(200, self.objects[oid])
+        if method in ("GET", "HEAD"):
+            return Answer(200, self.on_disk.get(oid) or self.objects[oid])
         if what == "complete":
             told = json.loads(body)["parts"]
             parts = self.parts.pop(oid)
@@ -398,8 +476,8 @@ class Stub:
         blob = repo.commits[oid].files.get(path)
         if blob is None:
             raise error(404, "Entry not found", "EntryNotFound")
-        if blob.data is not None:
-            return Answer(200, blob.data, ETag=f'"{blob.oid}"', X_Repo_Commit=oid)
+        if blob.sha256 is None:
+            return Answer(200, blob.data or blob.path, ETag=f'"{blob.oid}"', X_Repo_Commit=oid)
         return Answer(
             302,
             b"",
@@ -414,8 +492,26 @@ class Stub:
         found = items[at : at + self.page]
         if at + self.page >= len(items):
             return Answer(200, found)
-        more = f"{self.url}{raw}?recursive=true&cursor={at + self.page}"
+        recursive = query.get("recursive", ["false"])[0]
+        more = f"{self.url}{raw}?recursive={recursive}&cursor={at + self.page}"
         return Answer(200, found, Link=f'<{more}>; rel="next"')
+
+
+def _tree(files: dict[str, Blob], folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """The entries below a folder, "" for the root: all files, or its own files and folders."""
+    above = f"{folder}/" if folder else ""
+    found: dict[str, dict[str, Any]] = {}
+    for path, blob in sorted(files.items()):
+        if not path.startswith(above):
+            continue
+        name, slash, _ = path[len(above) :].partition("/")
+        if recursive or not slash:
+            found[path] = blob.entry(path)
+        else:
+            found[above + name] = {"type": "directory", "path": above + name, "oid": "0" * 40}
+    if folder and not found:
+        raise error(404, f"{folder} does not exist", "EntryNotFound")
+    return list(found.values())
 
 
 def _refs(repo: Repo, pulls: bool) -> dict[str, Any]:
@@ -452,27 +548,52 @@ class _Handler(BaseHTTPRequestHandler):
     stub: Stub
 
     def _do(self) -> None:
-        found = self.stub.answer(self.command, self.path, self.headers, self._body())
-        if found.status == 0:
-            self.close_connection = True
-            self.connection.close()
-            return
-        body = found.body if isinstance(found.body, bytes) else json.dumps(found.body).encode()
+        stub, came = self.stub, time.monotonic()
+        with stub.lock:
+            stub.now += 1
+            stub.busy = max(stub.busy, stub.now)
+        try:
+            if stub.delay:
+                time.sleep(stub.delay)
+            found = stub.answer(self.command, self.path, self.headers, self._body())
+            if found.status == 0:
+                self.close_connection = True
+                self.connection.close()
+                return
+            self._send(found, came)
+        finally:
+            with stub.lock:
+                stub.now -= 1
+
+    def _send(self, found: Answer, came: float) -> None:
+        body = found.body
+        if not isinstance(body, bytes | Path):
+            body = json.dumps(body).encode()
+        size = body.stat().st_size if isinstance(body, Path) else len(body)
         headers = {"Content-Type": "application/json", **found.headers}
-        size, status = len(body), found.status
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked and status == 200:
-            end = min(int(asked[2] or size - 1), size - 1)
-            body, status = body[int(asked[1]) : end + 1], 206
-            headers["Content-Range"] = f"bytes {asked[1]}-{end}/{size}"
+        start, end, status = 0, size, found.status
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if wanted and status == 200:
+            start, end = int(wanted[1]), min(int(wanted[2] or size - 1), size - 1) + 1
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        sent = 0 if self.command == "HEAD" else end - start
+        self.stub.served.append(Served(self.command, self.path, status, sent, came))
         with suppress(ConnectionError):  # who asked is gone
             self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(end - start))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+            if not sent:
+                return
+            if isinstance(body, bytes):
+                self.wfile.write(body[start:end])
+                return
+            with open(body, "rb") as file:
+                file.seek(start)
+                for at in range(start, end, 1 << 20):
+                    self.wfile.write(file.read(min(1 << 20, end - at)))
 
     do_GET = do_HEAD = do_POST = do_PUT = _do  # noqa: N815
 

@@ -25,6 +25,7 @@ from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Plan
+from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.stores.objects import pending, pending_now
 from neox_bridge.stores.paths import absolute, is_url
 
@@ -288,7 +289,7 @@ def verify_part(
         from neox_bridge.verification.optimizer import fresh_checker
 
         check = fresh_checker(checkpoint, check, workers=1)
-    with pending(told):
+    with pending(told), keeping(folder_beside(folder), checkpoint.files):
         check(folder)
 
 

@@ -33,6 +33,7 @@ from neox_bridge.planning.casts import overflow_finding
 from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.pieces import Plan
 from neox_bridge.planning.report import copied, plan_hash
+from neox_bridge.stores.fetched import folder_of, keeping
 from neox_bridge.stores.paths import is_url, plain
 
 if TYPE_CHECKING:
@@ -105,21 +106,23 @@ def execute(
             done = resume(work, key, {file.path for file in plan.files if not file.seals})
             room = plan.size - sum(written.size for written in done.values())
             check_room(target, room, lambda: _shared(plan, before, work.folder, context))
-            job = Job(plan, work, context, done, hash_name, hash_shared)
-            try:
-                if pool is not None:
-                    from neox_bridge.execution.units import run_units
+            sizes = {path: identity[0] for path, identity in before.items()}
+            with keeping(folder_of(work.folder, sizes, plan.size), sources):
+                job = Job(plan, work, context, done, hash_name, hash_shared)
+                try:
+                    if pool is not None:
+                        from neox_bridge.execution.units import run_units
 
-                    run_units(job, pool)
-                else:  # one waits for the disk
-                    run_files(job, workers or 1 + min(4, os.cpu_count() or 1))
-            finally:
-                context.files.close()
-            seal_records(job, key.plan, before)
-            flush_folders(work.files)
-            check_same(before)
-            if check is not None:
-                check(work.files)
+                        run_units(job, pool)
+                    else:  # one waits for the disk
+                        run_files(job, workers or 1 + min(4, os.cpu_count() or 1))
+                finally:
+                    context.files.close()
+                seal_records(job, key.plan, before)
+                flush_folders(work.files)
+                check_same(before)
+                if check is not None:
+                    check(work.files)
             if beside is not None:
                 beside = _beside(plan, real, overwrite=True, in_place=in_place)
             if overwrite and not in_place:  # what came meanwhile

@@ -14,6 +14,7 @@ from neox_bridge.execution.work import Work, locked, remove, work_of
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.known_files import foreign, foreign_objects
 from neox_bridge.layouts.record_file import recorded_files
+from neox_bridge.stores.fetched import kept_bytes
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
 _NAMED = 5  # of the files that an overwriting run would delete and doesn't
@@ -208,9 +209,14 @@ def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError
 
 def _keep(work: Work) -> str:
     """What to say of the finished files; the work folder goes where there is none."""
-    count = finished(work)
-    if not count and not is_begun(work):
+    count, fetched = finished(work), kept_bytes(work.folder)
+    if not count and not fetched and not is_begun(work):
         remove(work)
+    if fetched and not count:
+        return (
+            f"{fetched:,} bytes that were fetched are kept in {work.folder}. Run the same command "
+            "again to continue."
+        )
     return kept_files(work.folder, count) if count else ""
 
 

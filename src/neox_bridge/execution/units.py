@@ -30,7 +30,9 @@ from neox_bridge.execution.output import (
 )
 from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.formats.dtypes import itemsize
+from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.planning.pieces import OutputFile
+from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.stores.paths import is_url
 
 _T = TypeVar("_T")
@@ -77,24 +79,34 @@ def read_of(outputs: Iterable[OutputFile]) -> dict[str, int]:
     return {path: size for path, size in files.items() if not is_url(path)}
 
 
+def _refs(file: OutputFile) -> Iterator[TensorRef]:
+    """The tensors that a file is made of."""
+    for tensor in file.tensors:
+        for piece in tensor.pieces:
+            if piece.source is not None:
+                yield piece.source
+
+
 @reaches(lambda unit: Places(read_of(unit.outputs), writes=(unit.attempts,)))
 def make(unit: Unit) -> Made:
     """Make a unit's files, in this process. Raises what ``execute`` does for sources and disks."""
     context = Context(every_crc=unit.every_crc)
     begun: list[tuple[OutputFile, str, str | None]] = []
     attempt = os.path.join(unit.attempts, uuid.uuid4().hex)
+    urls = {ref.file for file in unit.outputs for ref in _refs(file)}
     try:
-        for number, file in enumerate(unit.outputs):
-            path = f"{attempt}-{number}"
-            if is_small(file):
-                found = write_small(file, path, context, unit.hash_name)
-            else:
-                hashing = unit.hash_name, unit.hash_shared
-                its, trail = begin_large(file, path, context, *hashing)
-                for _, task in its:
-                    task()
-                found = trail.digest()
-            begun.append((file, path, found))
+        with keeping(folder_beside(unit.files), urls):
+            for number, file in enumerate(unit.outputs):
+                path = f"{attempt}-{number}"
+                if is_small(file):
+                    found = write_small(file, path, context, unit.hash_name)
+                else:
+                    hashing = unit.hash_name, unit.hash_shared
+                    its, trail = begin_large(file, path, context, *hashing)
+                    for _, task in its:
+                        task()
+                    found = trail.digest()
+                begun.append((file, path, found))
         for file, path, _ in begun:
             begin_flush(path, file.size, context)
         for file, path, _ in begun:

@@ -1,7 +1,8 @@
 """The folder beside a target in which it is made: for one process at a time, to be gone on with.
 
 ``.NAME.neox-bridge/`` holds ``lock``, ``journal`` and ``files/``, which becomes the target; then
-``moves``, and ``retired/`` with what of a run's root made room (see ``install``).
+``moves``, and ``retired/`` with what of a run's root made room (see ``install``). ``fetched/`` has
+what came from the Hub (see ``stores.fetched``).
 """
 
 import contextlib

@@ -63,7 +63,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise BridgeError(
             f"{url}: to read and write stores fsspec is needed: pip install 'neox-bridge[remote]'."
         ) from None
-    protocol = url.partition("://")[0]
+    protocol = _protocol(url)
     options: dict[str, Any] = {}
     if protocol in _S3:
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
@@ -178,9 +178,11 @@ def fetch(url: str, start: int, end: int) -> bytes:
     if (data := _pending.get(url)) is not None:
         return data[start:end]
     fs, path = filesystem(url)
+    # huggingface_hub's file system opens a file for each range, whose cache reads 5 MB ahead
+    options = {"cache_type": "none"} if _protocol(url) == "hf" else {}
 
     def get() -> bytes:
-        data: bytes = fs.cat_file(path, start=start, end=end)
+        data: bytes = fs.cat_file(path, start=start, end=end, **options)
         if len(data) != end - start:
             raise ShortRead(f"of {end - start:,} bytes only {len(data):,} came")
         return data
@@ -283,8 +285,12 @@ def _info(url: str) -> Mapping[str, Any] | None:
         return None
 
 
+def _protocol(url: str) -> str:
+    return url.partition("://")[0]
+
+
 def _is_s3(url: str) -> bool:
-    return url.partition("://")[0] in _S3
+    return _protocol(url) in _S3
 
 
 def _check_told(url: str, info: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from neox_bridge.stores.objects import fetch, look
+from neox_bridge.stores.fetched import fetch_kept as fetch
+from neox_bridge.stores.objects import look
 
 RANGE = 8 << 20  # bytes of a request
 LEAST = 256 << 10

@@ -1,16 +1,21 @@
 """Asks a store again where its answer was a passing one: dropped, late, too short, "slow down"."""
 
 import errno
+import logging
 import random
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
 
 from neox_bridge.errors import BridgeError, Unreachable
 
 _T = TypeVar("_T")
 TRIES = 6  # some 10 seconds of waiting in all
 _FIRST, _LONGEST = 0.4, 10.0  # seconds
+_LONGEST_WAIT_SECONDS = 600.0  # that a server may ask for; the Hub counts requests in 300 seconds
+_SAID_SECONDS = 5.0  # a longer wait is announced
 # of the libraries below fsspec, by name, since none of them need be installed
 _PASSING = {
     *("HTTPClientError", "ClientPayloadError", "ClientConnectionError", "FSTimeoutError"),
@@ -24,6 +29,9 @@ _PASSING_ERRNO = {
     *(errno.ECONNABORTED, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH),
     getattr(errno, "EREMOTEIO", errno.EIO),
 }
+_LOG = logging.getLogger(__name__)
+_OFFLINE = "OfflineModeIsEnabled"  # huggingface_hub's, a ConnectionError
+_GATED = "GatedRepoError"
 _FINAL = (
     *(FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError),
     *(NotImplementedError, BridgeError),
@@ -37,8 +45,9 @@ class ShortRead(Exception):
 def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -> _T:
     """What ``call`` returns, tried again after passing errors, ever later and never in step.
 
-    doing: "read", "written" and so on, for the message. Raises Unreachable, naming the URL, for
-    errors that stay, FileNotFoundError where there is no such object.
+    A server that says how long to wait (Retry-After) is asked again no sooner. doing: "read",
+    "written" and so on, for the message. Raises Unreachable, naming the URL, for errors that stay,
+    FileNotFoundError where there is no such object.
     """
     for number in range(1, tries + 1):
         try:
@@ -54,13 +63,47 @@ def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -
                     f"{url} can't be {doing}: {describe(error)}{times}. Try again when the store "
                     "answers; --max-workers 1 asks it for the least."
                 ) from None
-            time.sleep(random.uniform(0.5, 1.0) * min(_LONGEST, _FIRST * 2 ** (number - 1)))
+            time.sleep(_pause(url, doing, error, number))
     raise AssertionError
+
+
+def _pause(url: str, doing: str, error: Exception, number: int) -> float:
+    """Seconds before the next try. Raises Unreachable where the server wants too many."""
+    own: float = random.uniform(0.5, 1.0) * min(_LONGEST, _FIRST * 2 ** (number - 1))
+    wanted = retry_after(error)
+    if wanted is None:
+        return own
+    if wanted > _LONGEST_WAIT_SECONDS:
+        raise Unreachable(
+            f"{url} can't be {doing} now: the server allows no more requests for {wanted:.0f} "
+            "seconds. Run the same command again after that."
+        ) from None
+    if wanted >= _SAID_SECONDS:
+        _LOG.warning("%s: the server asks to wait %.0f seconds (Retry-After)", url, wanted)
+    return wanted + own  # not all threads in the same moment
+
+
+def retry_after(error: BaseException) -> float | None:
+    """The seconds that a server asks to wait by its header Retry-After; None without one.
+
+    The header holds seconds or a date (RFC 9110, section 10.2.3).
+    """
+    value = _header(error, "retry-after").strip()
+    if not value:
+        return None
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        until = parsedate_to_datetime(value)
+    except (TypeError, ValueError):
+        return None
+    until = until if until.tzinfo else until.replace(tzinfo=timezone.utc)
+    return max(0.0, (until - datetime.now(timezone.utc)).total_seconds())
 
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same request may well be answered in a moment."""
-    if isinstance(error, _FINAL):
+    if isinstance(error, _FINAL) or _OFFLINE in _names(error):
         return False
     if isinstance(error, TimeoutError | ConnectionError | ShortRead | EOFError):
         return True
@@ -87,6 +130,16 @@ def _final(url: str, doing: str, error: Exception) -> Unreachable:
             f"{what}: no credentials for {store} were found. Log in as the store's own tools want "
             "it (for s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
         )
+    if _OFFLINE in _names(error):
+        return Unreachable(
+            f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or name the model "
+            "without hf:// to use what is in the cache."
+        )
+    if _GATED in _names(error):
+        return Unreachable(
+            f"{what}: the repository is gated. Ask for access on its page, then log in with "
+            "`hf auth login`, or set HF_TOKEN."
+        )
     if isinstance(error, PermissionError):
         return Unreachable(f"{what}: access is denied ({describe(error)}). Ask for access to it.")
     return Unreachable(f"{what}: {describe(error)}. Check the address and the access to it.")
@@ -94,6 +147,20 @@ def _final(url: str, doing: str, error: Exception) -> Unreachable:
 
 def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _header(error: BaseException, name: str) -> str:
+    """A header of the answer that an exception of any of the libraries carries; "" for none."""
+    for one in (error, error.__cause__):
+        response = getattr(one, "response", None)
+        headers: Any = getattr(response, "headers", None)
+        if isinstance(response, dict):  # botocore
+            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+        if isinstance(headers, Mapping):
+            for key, value in headers.items():
+                if str(key).lower() == name:
+                    return str(value)
+    return ""
 
 
 def _status(error: BaseException | None) -> int | None:

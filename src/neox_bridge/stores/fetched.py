@@ -1,0 +1,121 @@
+"""Ranges of objects of the Hub, kept on the disk while a conversion and its check need them twice.
+
+What is written is compared with its source afterwards, and a tensor-parallel source is read from
+several places at a time. A store next door can be asked again; the Hub is far away and counts
+requests. So the ranges lie beside the files that are made of them, where a run that was stopped
+finds them again, and where other processes of the same run find them too.
+"""
+
+import contextlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+
+from neox_bridge.stores.objects import fetch, look
+
+UNIT_BYTES = 8 << 20  # of one file on the disk, and of one request
+FOLDER = "fetched"
+_MARGIN_BYTES = 64 << 20  # that are left free on the disk
+_HUB = "hf://"
+_lock = threading.Lock()
+_folders: dict[str, str] = {}  # by URL: those of the runs that are under way
+_busy: dict[str, threading.Lock] = {}
+
+
+@contextlib.contextmanager
+def keeping(folder: str | None, urls: Iterable[str]) -> Iterator[None]:
+    """A block in which the ranges of these objects are kept in a folder; None: nothing is kept.
+
+    The folder is made where it does not exist. It stays: who made its parent removes it.
+    """
+    kept = [url for url in urls if url.startswith(_HUB)] if folder is not None else []
+    if folder is not None and kept:
+        os.makedirs(folder, exist_ok=True)
+        with _lock:
+            _folders.update(dict.fromkeys(kept, folder))
+    try:
+        yield
+    finally:
+        with _lock:
+            for url in kept:
+                if _folders.get(url) == folder:
+                    del _folders[url]
+            if not _folders:
+                _busy.clear()
+
+
+def folder_of(work: str, sizes: Mapping[str, int], written: int) -> str | None:
+    """The folder for ``keeping`` in a work folder; None where nothing should be kept.
+
+    sizes: the bytes of the sources by path or URL. written: the bytes of the result. Nothing is
+    kept unless a source is on the Hub and the disk has room for both.
+    """
+    needed = sum(size for url, size in sizes.items() if url.startswith(_HUB))
+    room = shutil.disk_usage(work).free + kept_bytes(work)
+    if not needed or room < needed + written + _MARGIN_BYTES:
+        return None
+    return os.path.join(work, FOLDER)
+
+
+def folder_beside(files: str) -> str | None:
+    """The folder that another process of this run keeps ranges in, beside the files it makes."""
+    folder = os.path.join(os.path.dirname(files), FOLDER)
+    return folder if os.path.isdir(folder) else None
+
+
+def kept_bytes(work: str) -> int:
+    """Bytes of the ranges that are kept in a work folder."""
+    try:
+        with os.scandir(os.path.join(work, FOLDER)) as entries:
+            return sum(entry.stat().st_size for entry in entries)
+    except OSError:
+        return 0
+
+
+def fetch_kept(url: str, start: int, end: int) -> bytes:
+    """``objects.fetch``, from the disk where a range of the Hub was kept there.
+
+    Raises BridgeError, naming the object, where it can't be read.
+    """
+    folder = _folders.get(url)
+    if folder is None:
+        return fetch(url, start, end)
+    parts = []
+    for unit in range(start // UNIT_BYTES, -(-end // UNIT_BYTES)):
+        first = unit * UNIT_BYTES
+        parts.append(_read_unit(folder, url, unit, max(start, first) - first, end - first))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_unit(folder: str, url: str, unit: int, low: int, high: int) -> bytes:
+    """Some bytes of a unit, which is fetched as a whole where the disk does not have it."""
+    found = look(url)
+    name = sha256(f"{url}\n{found.tag}\n{found.size}\n{unit}".encode()).hexdigest()
+    path = os.path.join(folder, name)
+    first = unit * UNIT_BYTES
+    size = min(found.size - first, UNIT_BYTES)
+    with _lock:
+        busy = _busy.setdefault(name, threading.Lock())
+    with busy:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == size:
+                file.seek(low)
+                return file.read(min(high, size) - low)
+        data = fetch(url, first, first + size)
+        _write(path, data)
+    return data[low:high]
+
+
+def _write(path: str, data: bytes) -> None:
+    """Keep a unit; where that fails, it is fetched again when it is needed again."""
+    part = f"{path}.{uuid.uuid4().hex}"
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
