@@ -260,8 +260,9 @@ def test_an_optimizer_counts_the_steps_that_the_loss_scale_skipped() -> None:
     ("neox", "iteration"),
     [
         (None, None),
-        (SimpleNamespace(iteration=5, step="global_step5"), None),
-        (SimpleNamespace(iteration=4, step="global_step5"), 4),
+        (SimpleNamespace(iteration=5, named_step=5), None),
+        (SimpleNamespace(iteration=5, named_step=None), None),
+        (SimpleNamespace(iteration=4, named_step=5), 4),
     ],
 )
 def test_a_number_inside_is_named_where_it_is_another(neox: Any, iteration: int | None) -> None:

@@ -1,6 +1,5 @@
 """Diagnosis: what wrote a checkpoint, what is wrong with it, and where it loads."""
 
-import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -73,7 +72,7 @@ def cannot_open(path: str) -> Case | None:
             return None
         from neox_bridge.layouts.step_folder import step_folder
 
-        return next(stray_cases(os.path.join(*step_folder(path, None))), None)
+        return next(stray_cases(step_folder(path, None).folder), None)
     except BridgeError:
         return None
 

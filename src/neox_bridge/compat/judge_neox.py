@@ -5,7 +5,6 @@ running it on CPU; their order is that in which GPT-NeoX and DeepSpeed come to t
 number of files, the kind of layout, each layer's state dict, ``args``.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -37,7 +36,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     state = checkpoint.neox
     assert state is not None
     yield from _yml(checkpoint, state, facts)
-    yield from stray_cases(os.path.join(state.root, state.step))
+    yield from stray_cases(state.folder)
     yield from _layout_kind(checkpoint, state)
     yield from _state_dicts(checkpoint, state, facts)
     yield from _args(checkpoint, state, facts)

@@ -131,7 +131,7 @@ def _mend_neox(
     era = facts.era if facts else fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
     inv_freq = _inv_freq(checkpoint, state, facts)
     names = facts.mlp_names if facts else state.mlp_names
-    strays = stray_ranks(os.path.join(state.root, state.step))
+    strays = stray_ranks(state.folder)
     options = Options(
         to="neox",
         era=era,
@@ -158,9 +158,7 @@ def _mend_neox(
     yml = _yml(checkpoint, era, plan, inv_freq)
     if not (rewrite or remeta or strays or yml is not None):
         return None
-    if yml is None and (
-        given_yml or not os.path.isdir(os.path.join(state.root, state.step, "configs"))
-    ):
+    if yml is None and (given_yml or not os.path.isdir(os.path.join(state.folder, "configs"))):
         yml = {key: value for key, value in checkpoint.raw.items() if key in known_keys(era)}
     gone = {*strays, *(state.optimizer if lost else ())}
     if rows or _tells_another_order(checkpoint, plan, rewrite) or not checkpoint.record:
@@ -294,7 +292,7 @@ def _neox_files(
     gone: set[str],
 ) -> list[OutputFile]:
     """The plan's files where something changes, the checkpoint's own where nothing does."""
-    folder = os.path.join(state.root, state.step)
+    folder = state.folder
     new = {}
     for file in plan.files:  # the plan calls the folder global_stepN, whatever its name is
         _, slash, inside = file.path.partition("/")
@@ -369,7 +367,7 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
 def replaced(checkpoint: Checkpoint) -> str:
     """The folder that --in-place replaces."""
     state = checkpoint.neox
-    path = checkpoint.path if state is None else os.path.join(state.root, state.step)
+    path = checkpoint.path if state is None else state.folder
     return os.path.realpath(path)
 
 

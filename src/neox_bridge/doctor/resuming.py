@@ -65,7 +65,7 @@ def lacks_version(state: NeoxState) -> bool:
     """
     if state.universal or not state.optimizer:
         return False
-    value = read_torch(os.path.join(state.root, state.step, state.optimizer[0]))
+    value = read_torch(os.path.join(state.folder, state.optimizer[0]))
     states = value.get("optimizer_state_dict") if isinstance(value, dict) else None
     return isinstance(states, dict) and not states.get("ds_version")
 

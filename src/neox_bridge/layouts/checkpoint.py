@@ -39,8 +39,16 @@ class Copy:
 class NeoxState:
     """How a GPT-NeoX checkpoint is laid out, and what else it holds.
 
-    step: the folder, ``global_stepN`` but for universal ones. args: what GPT-NeoX compares at load.
-    optimizer: the names of the files of optimizer states.
+    root: the run's folder, where ``latest``, the tokenizer and other steps lie; the step's own
+        folder where the files lie flat in it and nothing above it is the checkpoint's.
+    folder: the one with the files: an absolute path, or a URL.
+    step: the name of that folder below the root; of flat files the one that outputs give it,
+        ``global_stepN``.
+    iteration: the number of the step, of ``iteration`` in the mp_rank files, else of the name.
+    named_step: the number that the folder's name or the Hub's revision tells; None where neither
+        tells one. Where it differs from ``iteration``, the name or the files are another step's.
+    args: what GPT-NeoX compares at load.
+    optimizer: the names of the files of optimizer states, in the order of their ranks.
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
     ranks: the tensors as they are stored: by tensor-parallel rank, by GPT-NeoX's number of the
         layer, by their names in it.
@@ -53,6 +61,7 @@ class NeoxState:
     """
 
     root: str
+    folder: str
     step: str
     layout: LayoutName
     tp: int
@@ -63,6 +72,7 @@ class NeoxState:
     args: Mapping[str, Any]
     ds_version: str
     optimizer: tuple[str, ...]
+    named_step: int | None = None
     gqa_order: GqaOrder = "grouped"
     ranks: tuple[Mapping[int, Mapping[str, TensorRef]], ...] = ()
     te: frozenset[str] = frozenset()
@@ -70,6 +80,11 @@ class NeoxState:
     gqa_order_known: bool = True
     rms_eps: Literal["inside", "outside"] = "inside"
     duplicate_keys: tuple[DuplicateKey, ...] = ()
+
+    @property
+    def flat(self) -> bool:
+        """Whether the files lie in the root itself, as the Hub's raw checkpoints have them."""
+        return self.root == self.folder
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _HF = (
 )
 _STEP = (
     r"layer_\d+-model_\d+-model_states\.pt|mp_rank_\d+_model_states\.pt|"
-    r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt|configs/[^/]+\.(ya?ml|json)|"
+    r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+(_?optim|_model)_states\.pt|configs/[^/]+\.(ya?ml|json)|"
     r"zero/([^/]+/)?[^/]+\.pt"
 )
 _ROOT = (

@@ -11,7 +11,6 @@ from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.formats.file_kinds import is_apple_double
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
@@ -19,15 +18,22 @@ from neox_bridge.frameworks.check_keys import unknown_in_yml
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.assemble import assemble
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
+from neox_bridge.layouts.config_files import ConfigFiles, config_files, skipped_finding
 from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
+from neox_bridge.layouts.file_names import LAYER, RANK, ZERO3, optimizer_files
 from neox_bridge.layouts.folder_kinds import refuse_deepspeed
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.origin import original_rows
-from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.quantized import refuse_quantized
 from neox_bridge.layouts.record_file import read_record
-from neox_bridge.layouts.step_folder import number_of, step_folder
+from neox_bridge.layouts.step_folder import (
+    StepFolder,
+    check_step,
+    step_finding,
+    step_folder,
+    step_in_name,
+)
 from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
@@ -37,13 +43,8 @@ from neox_bridge.layouts.untrusted import settings, text, whole
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.layouts.wrapped_names import without_wrappers
 from neox_bridge.planning.pieces import Dropped
-from neox_bridge.stores.paths import absolute, ahead, is_url, isdir, isfile
+from neox_bridge.stores.paths import absolute, ahead, is_url, isfile
 
-_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-_RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-# DeepSpeed before 0.3.14 wrote no underscore before "optim_states"
-_OPTIM = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _INV_FREQ = "attention.rotary_emb.inv_freq"
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
 _SHOWN = 7  # of the files that are missing, of which there may be any number
@@ -73,17 +74,20 @@ def open_neox(
     step: int | None = None,
     configs: Sequence[str] = (),
     gqa_order: GqaOrder | None = None,
+    revision: str = "",
 ) -> Checkpoint:
     """Open a checkpoint folder. Raises BridgeError or Refused, naming the file or the key.
 
-    configs: yml files to use in place of those in ``global_stepN/configs``.
+    configs: yml files to use in place of those that lie in the checkpoint.
     gqa_order: that of grouped-query rows, in place of what the files tell.
+    revision: of the Hub that the folder holds, ``org/name@step1000``, where that is known.
     """
-    root, tag = step_folder(path, step)
-    folder = os.path.join(root, tag)
-    raw, duplicates, unknown = _read_configs(folder, configs)
+    place = step_folder(path, step)
+    root, folder = place.root, place.folder
+    chosen = ConfigFiles(tuple(configs)) if configs else config_files(folder, root)
+    raw, duplicates, unknown = _read_configs(place, chosen.paths)
     names = list_folder(folder)
-    if zero3 := [name for name in names if _ZERO3.fullmatch(name)]:
+    if zero3 := [name for name in names if ZERO3.fullmatch(name)]:
         raise Refused(
             f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which holds slices of parameters. "
             "Gather it first: python zero_to_fp32.py, or save with "
@@ -92,7 +96,7 @@ def open_neox(
     universal = ZERO in names and is_universal(folder)
     if universal:
         read = _read_universal(folder, names)
-    elif any(map(_LAYER.fullmatch, names)):
+    elif any(map(LAYER.fullmatch, names)):
         read = _read_layers(folder, names, raw)
     else:
         read = _read_ranks(folder, names)
@@ -114,18 +118,27 @@ def open_neox(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
     tokenizer = _tokenizer(root, raw)
+    named_step = step_in_name(folder, revision)
+    saved = whole(read.meta, "iteration", folder)
+    number = named_step if saved is None else saved
+    check_step(step, place, number)
+    iteration = (step or 0) if number is None else number
+    tag = f"global_step{iteration}" if place.flat else os.path.basename(folder)
+    below = "" if place.flat else f"{tag}/"
     state = NeoxState(
         root=root,
+        folder=folder,
         step=tag,
         layout=read.layout,
         tp=read.tp or len(read.ranks),
         pp=read.stages if read.layout == "layers" else 0,
         mlp_names=mlp_names,
         inv_freq="store" if read.stores_buffers or _has(read, _INV_FREQ) else "omit",
-        iteration=whole(read.meta, "iteration", folder) or number_of(tag),
+        iteration=iteration,
+        named_step=named_step,
         args=dict(args),
         ds_version=text(read.meta, "ds_version"),
-        optimizer=tuple(name for name in names if _OPTIM.fullmatch(name)),
+        optimizer=optimizer_files(names),
         gqa_order=order,
         te=frozenset(plain.modules),
         ranks=tuple(read.ranks),
@@ -141,8 +154,11 @@ def open_neox(
 
         copies = state.tp // len(read.ranks)
         config, tensors = as_computed(architecture, config, tensors, dtype_of(read.meta), copies)
-        dropped.append(Dropped(f"{tag}/zero", "optimizer states", "optimizer"))
-    findings = [*map(duplicate_finding, duplicates), *plain.findings, *window.findings]
+        dropped.append(Dropped(f"{below}zero", "optimizer states", "optimizer"))
+    findings = [*map(duplicate_finding, duplicates), *map(skipped_finding, chosen.skipped)]
+    findings += [*plain.findings, *window.findings]
+    if finding := step_finding(folder, revision, saved, step if named_step is None else named_step):
+        findings.append(finding)
     findings += [mismatch_finding(mismatch)] if mismatch else []
     if config.grouped_query and not state.gqa_order_known:
         findings.append(unknown_order())
@@ -151,13 +167,14 @@ def open_neox(
     dropped += plain.dropped
     dropped += [Dropped(name, "Transformer Engine's scales for fp8") for name in read.states]
     dropped += [
-        Dropped(f"{tag}/{name}", "optimizer states", "optimizer") for name in state.optimizer
+        Dropped(f"{below}{name}", "optimizer states", "optimizer") for name in state.optimizer
     ]
     if isinstance(read.meta.get("optimizer"), dict):
-        dropped.append(Dropped(f"{tag}/mp_rank_*: optimizer", "optimizer states", "optimizer"))
+        dropped.append(Dropped(f"{below}mp_rank_*: optimizer", "optimizer states", "optimizer"))
     return Checkpoint(
         kind="neox",
         path=absolute(path),
+        revision=revision,
         architecture=architecture,
         config=config,
         raw=raw,
@@ -201,20 +218,15 @@ def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> A
 
 
 def _read_configs(
-    folder: str, configs: Sequence[str]
+    place: StepFolder, configs: Sequence[str]
 ) -> tuple[dict[str, Any], list[DuplicateKey], tuple[UnknownKey, ...]]:
-    if not configs:
-        inside = os.path.join(folder, "configs")
-        names = list_folder(inside) if isdir(inside) else []
-        configs = [os.path.join(inside, n) for n in names if n.endswith((".yml", ".yaml", ".json"))]
-        configs = [path for path in configs if not is_apple_double(path)]
-        for path in configs:
-            check_own(path, folder, os.path.dirname(folder))
+    folder = place.folder
     if not configs:
         _refuse_other_program(folder)
         raise BridgeError(
-            f"{folder} has no configs/*.yml, and without them the heads, the norms and the rotary "
-            "settings are unknown. Name the yml files of the run with --config."
+            f"{folder} has no yml, neither in configs/ nor beside its files, and without the yml "
+            "the heads, the norms and the rotary settings are unknown. Name the yml files of the "
+            "run with --config."
         )
     raw, duplicates = merge_ymls(configs)
     check_neox(raw, f"{folder}/configs")
@@ -231,8 +243,8 @@ def _file_of(key: str, configs: Sequence[str]) -> str:
 def _refuse_other_program(folder: str) -> None:
     """Raise BridgeError where a folder without configs is DeepSpeed's of another program."""
     names = list_folder(folder)
-    ranks = [name for name in names if _RANK.fullmatch(name)]
-    if not ranks or any(map(_LAYER.fullmatch, names)):
+    ranks = [name for name in names if RANK.fullmatch(name)]
+    if not ranks or any(map(LAYER.fullmatch, names)):
         return
     module = _read_meta(os.path.join(folder, ranks[0])).get("module")
     if isinstance(module, dict) and module and not any("sequential." in str(k) for k in module):
@@ -249,10 +261,10 @@ def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int
 
 
 def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
-    found = {(int(m[1]), int(m[2])): m[0] for n in names if (m := _LAYER.fullmatch(n))}
-    _check_one_each(folder, [n for n in names if _LAYER.fullmatch(n)], found.values())
+    found = {(int(m[1]), int(m[2])): m[0] for n in names if (m := LAYER.fullmatch(n))}
+    _check_one_each(folder, [n for n in names if LAYER.fullmatch(n)], found.values())
     tp = max(rank for _, rank in found) + 1
-    stage_files = [name for name in names if _RANK.fullmatch(name)]
+    stage_files = [name for name in names if RANK.fullmatch(name)]
     meta = _read_meta(os.path.join(folder, stage_files[0])) if stage_files else {}
     if isinstance(meta.get("module"), dict) and meta["module"]:
         raise Refused(
@@ -295,13 +307,13 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
 
 
 def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
-    found = {int(m[1]): m[0] for name in names if (m := _RANK.fullmatch(name))}
+    found = {int(m[1]): m[0] for name in names if (m := RANK.fullmatch(name))}
     if not found:
         raise BridgeError(
             f"{folder} holds neither layer_*-model_*-model_states.pt nor "
             "mp_rank_*_model_states.pt: it isn't a GPT-NeoX checkpoint, or only part of one."
         )
-    _check_one_each(folder, [n for n in names if _RANK.fullmatch(n)], found.values())
+    _check_one_each(folder, [n for n in names if RANK.fullmatch(n)], found.values())
     values = {}
     ordered = sorted(found)
     paths = (os.path.join(folder, found[rank]) for rank in ordered)
@@ -336,7 +348,7 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
     from neox_bridge.layouts.optimizer_values import check_meta
     from neox_bridge.layouts.universal import masters
 
-    paths = [os.path.join(folder, name) for name in names if _RANK.fullmatch(name)]
+    paths = [os.path.join(folder, name) for name in names if RANK.fullmatch(name)]
     if not paths:
         raise BridgeError(f"{folder} holds no mp_rank_*_model_states.pt. Copy it again.")
     metas = [_read_meta(path) for path in paths]

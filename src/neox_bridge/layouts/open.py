@@ -10,11 +10,13 @@ from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.formats.regular import missing_message
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
+from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir, lexists
 
+_STEP = re.compile(r"global_step\d+")
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -27,10 +29,11 @@ def detect(path: str) -> Kind:
     names = [name for name in list_folder(path) if not name.startswith("._")]
     if "config.json" in names and any(map(_WEIGHTS.fullmatch, names)):
         return "hf"  # transformers' Trainer puts DeepSpeed's global_stepN beside them
-    if re.fullmatch(r"global_step\d+", os.path.basename(absolute(path))):
+    if _STEP.fullmatch(os.path.basename(absolute(path))):
         return "neox"
-    steps = any(re.fullmatch(r"global_step\d+", name) for name in names)
-    if steps or {"latest", LATEST} & set(names) or (ZERO in names and is_universal(path)):
+    steps = any(map(_STEP.fullmatch, names))
+    raw = any(map(is_step_file, names))
+    if raw or steps or {"latest", LATEST} & set(names) or (ZERO in names and is_universal(path)):
         if "config.json" in names:
             from neox_bridge.layouts.folder_kinds import refuse_foreign
 
@@ -39,17 +42,12 @@ def detect(path: str) -> Kind:
     if "config.json" in names:
         return "hf"
     from neox_bridge.layouts.raw_llama import is_raw_llama
-    from neox_bridge.layouts.step_folder import is_step, renamed_steps
+    from neox_bridge.layouts.step_folder import renamed_steps
 
     if is_raw_llama(names):
         return "hf"
-    if is_step(path, names) or renamed_steps(path, names):
+    if renamed_steps(path, names):
         return "neox"
-    if any(name.endswith("model_states.pt") for name in names):
-        raise BridgeError(
-            f"{path} holds GPT-NeoX files, but isn't named global_stepN. Rename it, so that its "
-            "step is known."
-        )
     from neox_bridge.layouts.folder_kinds import refuse_foreign
 
     refuse_foreign(path)
@@ -107,7 +105,7 @@ def _opened(
         if kind == "neox":
             from neox_bridge.layouts.neox_reader import open_neox
 
-            return open_neox(source, step, configs, gqa_order)
+            return open_neox(source, step, configs, gqa_order, revision=named)
         if step is not None or configs:
             _refuse_neox_options(source, step, configs)
         path = absolute(source)

@@ -13,6 +13,7 @@ from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState, some
+from neox_bridge.layouts.file_names import OPTIMIZER
 from neox_bridge.layouts.flat import Flat
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter, Scalar, Wrapper
 from neox_bridge.layouts.optimizer_values import (
@@ -29,8 +30,6 @@ from neox_bridge.layouts.untrusted import mapping, unexpected
 from neox_bridge.planning.pieces import Shape, Whole
 from neox_bridge.stores.paths import ahead, read_at
 
-# DeepSpeed before 0.3.14 wrote no underscore before "optim_states"
-_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d+)\.(.+)")
 _TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 _MOST = 64  # bytes of a scalar
@@ -43,7 +42,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
     state = checkpoint.neox
     if state is None:
         raise BridgeError(f"{checkpoint.path} isn't a GPT-NeoX checkpoint, so it has no optimizer.")
-    folder = os.path.join(state.root, state.step)
+    folder = state.folder
     count = state.tp * max(1, state.pp)
     paths = [os.path.join(folder, f"mp_rank_{n:02d}_model_states.pt") for n in range(count)]
     check_settings(checkpoint.raw, folder)
@@ -142,7 +141,7 @@ def _rank_files(
     """
     found: dict[tuple[int, int], str] = {}
     for name in state.optimizer:
-        if match := _FILE.fullmatch(name):
+        if match := OPTIMIZER.fullmatch(name):
             place = int(match[2]), int(match[3])
             if place in found:
                 raise Refused(

@@ -1,62 +1,91 @@
-"""Which step of a GPT-NeoX run a path means."""
+"""Which step of a GPT-NeoX run a path means, and which step it is."""
 
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.config_files import FOLDER as CONFIGS
+from neox_bridge.layouts.config_files import has_config_beside
+from neox_bridge.layouts.file_names import is_step_file, is_weights
 from neox_bridge.layouts.own_files import brought_along
 from neox_bridge.layouts.step_names import step_of
 from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
-from neox_bridge.stores.paths import absolute, isdir
+from neox_bridge.stores.paths import absolute, isdir, isfile
 
 _STEP = re.compile(r"global_step(\d+)")
-_WEIGHTS = re.compile(r"(layer_\d+-model_\d+-|mp_rank_\d+_)model_states\.pt")
 _LONGEST_TAG = 1024  # bytes
+_HUB_OWNER = re.compile(r"hf:/?/?[^/]*")  # above hf://ORG/NAME
+_SNAPSHOTS = re.compile(r".*/(models|datasets|spaces)--[^/]+/snapshots", re.DOTALL)
 
 
-def step_folder(path: str, step: int | None) -> tuple[str, str]:
-    """(root, folder of the step) of a path: the tag in ``latest``, or the step asked for.
+@dataclass(frozen=True, slots=True)
+class StepFolder:
+    """The folder that holds the files of one step.
 
-    The folder is ``global_stepN``, or one of another name that holds GPT-NeoX's files.
+    root: of the run that the step belongs to; the same as ``folder`` where the files lie flat and
+        nothing above them belongs to the checkpoint.
+    named: whether the user named this folder itself, and not the run's.
+    """
+
+    root: str
+    folder: str
+    named: bool
+
+    @property
+    def flat(self) -> bool:
+        return self.root == self.folder
+
+
+def step_folder(path: str, step: int | None) -> StepFolder:
+    """The folder of a path's step: the path itself, the tag in ``latest``, or the step asked for.
+
+    A path that holds GPT-NeoX's files is a step, whatever its name; ``is_run_step`` says where the
+    folder above it is its run. Otherwise nothing above it is read.
+
+    Raises:
+        BridgeError: where several steps are there and nothing says which one is meant.
     """
     path = absolute(path)
     names = list_folder(path)
-    if _STEP.fullmatch(os.path.basename(path)) or is_step(path, names):
-        if step is not None and number_of(os.path.basename(path)) != step:
-            raise UsageError(
-                ["step"], f"{path} is already another step than {step}", "Name the folder above it."
-            )
-        return os.path.dirname(path), os.path.basename(path)
-    if step is None and ZERO in names and is_universal(path):
-        return os.path.dirname(path), os.path.basename(path)
+    if is_run_step(path, names) or (ZERO in names and is_universal(path)):
+        return StepFolder(os.path.dirname(path), path, named=True)
+    if is_flat(names):
+        return StepFolder(path, path, named=True)
+    return StepFolder(path, os.path.join(path, _chosen(path, names, step)), named=False)
+
+
+def _chosen(path: str, names: Sequence[str], step: int | None) -> str:
+    """The name of the step's folder in a run's."""
     steps = sorted((name for name in names if _STEP.fullmatch(name)), key=lambda n: int(n[11:]))
     if step is not None:
         tag = f"global_step{step}"
         if tag not in steps and is_universal(os.path.join(path, f"{tag}_universal")):
-            return path, f"{tag}_universal"
+            return f"{tag}_universal"
         if tag not in steps:
-            renamed = [n for n in renamed_steps(path, names) if number_of(n) == step]
+            renamed = [n for n in renamed_steps(path, names) if step_of(n) == step]
             if len(renamed) == 1:
-                return path, renamed[0]
+                return renamed[0]
     elif brought_along(latest := os.path.join(path, "latest"), path):
         tag = read_text(latest, _LONGEST_TAG).strip()
         if tag in steps:
-            return path, tag
+            return tag
         if tag in names and holds_weights(os.path.join(path, tag)):
-            return path, tag
+            return tag
     elif len(steps) == 1:
         tag = steps[0]
     elif brought_along(latest := os.path.join(path, LATEST), path):
         tag = os.path.basename(read_text(latest, _LONGEST_TAG).strip())
         if is_universal(os.path.join(path, tag)):
-            return path, tag
+            return tag
     else:
         renamed = renamed_steps(path, names)
         if not steps and len(renamed) == 1:
-            return path, renamed[0]
+            return renamed[0]
         raise BridgeError(
             f"{path} has no file `latest`. Name one with --step: {some([*steps, *renamed])}."
         )
@@ -67,27 +96,109 @@ def step_folder(path: str, step: int | None) -> tuple[str, str]:
             f"{path} has no folder {tag!r}, which {why} names. There are: "
             f"{some(others) or 'none'}; choose one with --step."
         )
-    return path, tag
+    return tag
 
 
 def holds_weights(path: str) -> bool:
     """Whether a folder holds GPT-NeoX's files of weights."""
-    return isdir(path) and any(map(_WEIGHTS.fullmatch, list_folder(path)))
+    return isdir(path) and any(map(is_weights, list_folder(path)))
 
 
-def is_step(path: str, names: Sequence[str]) -> bool:
-    """Whether a folder is one step of a run, whatever its name."""
-    named = step_of(os.path.basename(absolute(path))) is not None
-    return any(map(_WEIGHTS.fullmatch, names)) and (named or "configs" in names)
+def is_run_step(path: str, names: Sequence[str]) -> bool:
+    """Whether a folder is a step of the run in the folder above it.
+
+    It is where its name is ``global_stepN``, where it holds weights and has another name that tells
+    a step, without a yml beside its weights, and where it has GPT-NeoX's ``configs`` and there is
+    a ``latest`` above it.
+
+    Args:
+        names: of what lies in the folder.
+    """
+    path = absolute(path)
+    parent, name = os.path.split(path)
+    if not _can_be_run(parent):
+        return False
+    if _STEP.fullmatch(name):
+        return True
+    if not any(map(is_weights, names)):
+        return False
+    if CONFIGS in names:
+        return step_of(name) is not None or isfile(os.path.join(parent, "latest"))
+    return step_of(name) is not None and not has_config_beside(path)
+
+
+def _can_be_run(parent: str) -> bool:
+    """Whether a folder can hold the steps of a run: not above a repository of the Hub."""
+    if _HUB_OWNER.fullmatch(parent):
+        return False
+    return not _SNAPSHOTS.fullmatch(parent)
+
+
+def is_flat(names: Sequence[str]) -> bool:
+    """Whether GPT-NeoX's files lie in a folder itself, and it is not the folder of a run."""
+    return any(map(is_step_file, names)) and not any(map(_STEP.fullmatch, names))
 
 
 def renamed_steps(path: str, names: Sequence[str]) -> list[str]:
     """The folders below with GPT-NeoX's files whose names tell a step in another way."""
-    steps = [n for n in names if not _STEP.fullmatch(n) and step_of(n) is not None]
-    return sorted((n for n in steps if holds_weights(os.path.join(path, n))), key=number_of)
+    steps = [(number, n) for n in names if (number := step_of(n)) is not None]
+    return [
+        name
+        for _, name in sorted(steps)
+        if not _STEP.fullmatch(name) and holds_weights(os.path.join(path, name))
+    ]
 
 
-def number_of(tag: str) -> int:
-    """The step that a folder's name tells."""
-    match = re.match(r"global_step(\d{1,18})", tag)
-    return int(match[1]) if match else step_of(tag) or 0
+def step_in_name(folder: str, revision: str = "") -> int | None:
+    """The step that the Hub's revision tells, else the name of the folder; None for other names.
+
+    revision: ``org/name@step1000``.
+    """
+    _, _, branch = revision.rpartition("@")
+    if revision and (number := step_of(branch.split("/")[-1])) is not None:
+        return number
+    name = os.path.basename(absolute(folder)).removesuffix("_universal")
+    return step_of(name)
+
+
+def check_step(asked: int | None, place: StepFolder, number: int | None) -> None:
+    """Raise UsageError where a user names a folder and another step than the folder's.
+
+    number: the step of the folder; None where nothing tells it.
+    """
+    if asked is not None and place.named and number not in (None, asked):
+        raise UsageError(
+            ["step"],
+            f"{place.folder} is already another step than {asked}: it is step {number}",
+            "Leave it out" + (", or name the folder above it." if not place.flat else "."),
+        )
+
+
+def step_finding(
+    folder: str, revision: str, saved: int | None, named: int | None
+) -> Finding | None:
+    """What is said where the files and the name tell different steps, or neither tells one.
+
+    Args:
+        revision: the Hub's, ``org/name@step1000``, where it is known.
+        saved: the step of ``iteration`` in the mp_rank files.
+        named: the step that the revision or the folder's name tells.
+    """
+    if saved is None and named is None:
+        return Finding(
+            "step-unknown",
+            "warning",
+            f"nothing tells the step of {folder}: its mp_rank files have no iteration, and its "
+            "name holds no number",
+            "name it with --step N",
+        )
+    if saved is None or named in (None, saved):
+        return None
+    name = revision or os.path.basename(folder)
+    return Finding(
+        "step-differs",
+        "warning",
+        f"{name} is step {named} by its name and step {saved} by its files (iteration in "
+        f"mp_rank_*_model_states.pt); {saved} is used",
+        "check which step you want: the files may have been copied to the wrong folder or branch",
+    )

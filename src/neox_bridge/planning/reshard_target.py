@@ -10,7 +10,6 @@ from neox_bridge.errors import Refused
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName
 from neox_bridge.layouts.optimizer import Optimizer
-from neox_bridge.layouts.step_folder import number_of
 from neox_bridge.layouts.untrusted import text, whole
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.batch import Batch, batch_of, spread
@@ -97,7 +96,7 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
     shape, _ = target_shape(checkpoint, options)
     rows = checkpoint.config.dims["vocab"]
     if state.universal:  # it may be without the rows of padding, which come back as zeros
-        folder = os.path.join(state.root, state.step)
+        folder = state.folder
         rows = max(rows, whole(state.args, "padded_vocab_size", folder) or 0)
     vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, shape.tp)
     config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
@@ -114,7 +113,7 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
             "--zero 1."
         )
     told = optimizer.metas[0].get("ds_config") or {}
-    mp_rank = os.path.join(state.root, state.step, "mp_rank_00_model_states.pt")
+    mp_rank = os.path.join(state.folder, "mp_rank_00_model_states.pt")
     source = batch_of(told, raw, optimizer.dp, mp_rank)
     version = text(optimizer.metas[0], "ds_version") or None
     before, after = _sides(asked, version, checkpoint, shape, source)
@@ -127,8 +126,7 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
     if factor != 1:
         rescaled = rescaling(optimizer, raw, factor, checkpoint.config.dtype, way_out)
     bounds = tuple(_bounds(checkpoint, shape, config))
-    number = state.iteration if state.universal else number_of(state.step)
-    step = f"global_step{number}{'_universal' if asked.universal else ''}"
+    step = f"global_step{state.iteration}{'_universal' if asked.universal else ''}"
     return Target(
         shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
         before, after, rescaled,

@@ -124,7 +124,7 @@ def check_same(before: Mapping[str, Identity], checkpoint: Checkpoint) -> None:
 def _file(folder: str, checkpoint: Checkpoint) -> str:
     place = checkpoint.path
     if checkpoint.neox is not None:
-        place = os.path.join(checkpoint.neox.root, checkpoint.neox.step)
+        place = checkpoint.neox.folder
     place = place if is_url(place) else os.path.realpath(place)
     name = xxhash.xxh3_128(os.fsencode(place)).hexdigest()
     return os.path.join(folder, f"{name}.json")

@@ -14,7 +14,6 @@ from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.optimizer import Optimizer
 from neox_bridge.layouts.optimizer_export import number_in
-from neox_bridge.layouts.step_folder import number_of
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.optimizer import named
@@ -165,6 +164,6 @@ def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _iteration(checkpoint: Checkpoint) -> int | None:
     """The step that a GPT-NeoX checkpoint's own metadata tell, where it isn't the folder's."""
     state = checkpoint.neox
-    if state is None or state.iteration == number_of(state.step):
+    if state is None or state.named_step in (None, state.iteration):
         return None
     return state.iteration

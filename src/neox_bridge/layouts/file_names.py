@@ -1,0 +1,31 @@
+"""Names of the files that GPT-NeoX and DeepSpeed write into the folder of one step."""
+
+import re
+from collections.abc import Iterable
+
+LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+# DeepSpeed before 0.3.14 (10c0bea6, #865) left out the underscore before "optim" (runtime/engine.py,
+# _get_zero_ckpt_name; its loader still tries that name)
+OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights: a layer's, or a rank's."""
+    return LAYER.fullmatch(name) is not None or RANK.fullmatch(name) is not None
+
+
+def is_step_file(name: str) -> bool:
+    """Whether GPT-NeoX or DeepSpeed gives this name to a file of a step."""
+    return is_weights(name) or any(form.fullmatch(name) for form in (OPTIMIZER, ZERO3))
+
+
+def optimizer_files(names: Iterable[str]) -> tuple[str, ...]:
+    """The files of optimizer states among these names, by model-parallel, then data-parallel rank.
+
+    The numbers of the data-parallel ranks have no leading zeros, so that as text rank 10 comes
+    before rank 2.
+    """
+    ranked = [(int(m[3]), int(m[2]), m[0]) for name in names if (m := OPTIMIZER.fullmatch(name))]
+    return tuple(name for _, _, name in sorted(ranked))
