@@ -6,8 +6,8 @@ from collections.abc import Iterable
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-# DeepSpeed before 0.3.14 (10c0bea6, #865) left out the underscore before "optim" (runtime/engine.py,
-# _get_zero_ckpt_name; its loader still tries that name)
+# DeepSpeed before 0.3.14 (10c0bea6, #865) left out the underscore before "optim"; the loader of
+# later versions still tries that name (runtime/engine.py)
 OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 
 
