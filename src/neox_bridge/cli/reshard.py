@@ -90,6 +90,16 @@ def reshard(
             "version says (0.16.0 to 0.18.2 sum).",
         ),
     ] = None,
+    era: Annotated[
+        Any,
+        typer.Option(
+            "--for",
+            **values.era(),
+            rich_help_panel=_LAYOUT,
+            help="The GPT-NeoX in which the run resumes: a source tree, neox@2024-03, another date "
+            "or a commit, today. Default: a GPT-NeoX like the one that wrote SRC.",
+        ),
+    ] = None,
     row_bias: Annotated[
         str,
         typer.Option(
@@ -153,6 +163,7 @@ def reshard(
         "ignore_keys": tuple(ignore_key or ()),
         "engine": engine,
         "source_engine": source_engine,
+        "era": era,
     }
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
@@ -163,6 +174,7 @@ def reshard(
         from neox_bridge.stores.paths import absolute
 
         check_layout(layout, pp)
+        _check_era(era)
         checkpoint = open_checkpoint(
             source,
             step=step,
@@ -188,3 +200,18 @@ def reshard(
             return checker(checkpoint, *held, workers=max_workers, progress=progress)
 
         carry_out(plan, target, "resharding", how, check)
+
+
+def _check_era(era: object) -> None:
+    """Raise UsageError where --for names what is no GPT-NeoX."""
+    from neox_bridge.errors import UsageError
+    from neox_bridge.layouts.eras import Era
+
+    if era is not None and not isinstance(era, Era):
+        from neox_bridge.compat.targets import name_of
+
+        raise UsageError(
+            ["era"],
+            f"{name_of(era)} does not resume GPT-NeoX runs",  # type: ignore[arg-type]
+            "Name a GPT-NeoX tree or date, such as neox@2024-03 or today.",
+        )

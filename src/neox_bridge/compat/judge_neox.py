@@ -19,10 +19,9 @@ from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.eras import GqaOrder, mlp_biases
 from neox_bridge.layouts.unknown_keys import reason_of
-from neox_bridge.layouts.weights import exists, expand
+from neox_bridge.layouts.weights import INV_FREQ, exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 
-_INV_FREQ = "attention.rotary_emb.inv_freq"
 # what stands in for a key that the yml lacks (megatron/neox_arguments/neox_args.py)
 _DEFAULTS: dict[str, Any] = {
     "make_vocab_size_divisible_by": FIRST_MULTIPLE,
@@ -168,12 +167,12 @@ def _key_drift(
     unexpected = [key for key in have if key not in want]
     codes = []
     place = f" ({facts.places['inv_freq']})" if "inv_freq" in facts.places else ""
-    if _INV_FREQ in missing:
+    if INV_FREQ in missing:
         text = f"this GPT-NeoX stores inv_freq{place} and the checkpoint doesn't hold it"
         if facts.inv_freq == "flag":
             text = f"the yml's {FLAG}: true asks for inv_freq, and the checkpoint doesn't hold it"
         codes.append(("inv-freq-missing", f"{text}: loading is strict", ""))
-    if _INV_FREQ in unexpected:
+    if INV_FREQ in unexpected:
         text = f"the checkpoint holds inv_freq, and this GPT-NeoX doesn't store it{place}"
         flag = f" (unless the yml says {FLAG}: true)" if facts.inv_freq == "flag" else ""
         codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", ""))

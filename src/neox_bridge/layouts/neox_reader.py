@@ -40,12 +40,12 @@ from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.layouts.universal_folder import ZERO, is_universal
 from neox_bridge.layouts.untrusted import settings, text, whole
+from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.layouts.wrapped_names import without_wrappers
 from neox_bridge.planning.pieces import Dropped
 from neox_bridge.stores.paths import absolute, ahead, is_url, isfile
 
-_INV_FREQ = "attention.rotary_emb.inv_freq"
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
 _SHOWN = 7  # of the files that are missing, of which there may be any number
 
@@ -133,7 +133,7 @@ def open_neox(
         tp=read.tp or len(read.ranks),
         pp=read.stages if read.layout == "layers" else 0,
         mlp_names=mlp_names,
-        inv_freq="store" if read.stores_buffers or _has(read, _INV_FREQ) else "omit",
+        inv_freq="store" if read.stores_buffers or _has(read, INV_FREQ) else "omit",
         iteration=iteration,
         named_step=named_step,
         args=dict(args),
@@ -369,7 +369,7 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
         len(paths) // tp,
         (*sorted(found.files), *paths),
         tp=tp,
-        stores_buffers=any(name.endswith(_INV_FREQ) for name in buffers),
+        stores_buffers=any(name.endswith(INV_FREQ) for name in buffers),
     )
 
 

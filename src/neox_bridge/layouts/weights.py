@@ -18,6 +18,8 @@ _FLAGS: dict[str, Callable[[ModelConfig], bool]] = {
 # between an optimizer's state and the tensor that it is of, where both make one name
 STATE_OF = ": "
 
+INV_FREQ = "attention.rotary_emb.inv_freq"  # GPT-NeoX's name of the rotary buffer in a block
+
 # what GPT-NeoX's files hold and Hugging Face's don't
 NEOX_ONLY = ("derived", "zero")
 

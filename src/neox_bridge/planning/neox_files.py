@@ -146,9 +146,13 @@ def rank_parameters(
     rank: int,
 ) -> dict[tuple[int, str], OutputTensor]:
     """One tensor-parallel rank's parameters, by GPT-NeoX's number of the layer and name in it."""
-    present = [(w, b) for w, b in _ordered(architecture, config) if w.split != "derived"]
-    groups = _grouped(present, config, shape)
+    groups = _grouped(parameter_rows(architecture, config), config, shape)
     return dict(zip(groups, _tensors(groups, config, wholes, shape, rank), strict=True))
+
+
+def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]:
+    """The rows of the table that GPT-NeoX trains, with their blocks: all but derived buffers."""
+    return [(w, b) for w, b in _ordered(architecture, config) if w.split != "derived"]
 
 
 def _with_biases(

@@ -1,7 +1,7 @@
 """The settings with which GPT-NeoX loads a converted checkpoint and starts to fine-tune."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -174,6 +174,17 @@ def start_yml(
         *_carried(found),
     ]
     return name, dump_yml(sections), tuple(blanks)
+
+
+def is_elsewhere(key: str) -> bool:
+    """Whether a key names something of another machine or another run, such as a host or a path."""
+    return _ELSEWHERE.fullmatch(key) is not None
+
+
+def renamed_key(key: str, known: Container[str]) -> str:
+    """The name that trees with these keys have for a key of the yml."""
+    alias = _ALIASES.get(key, key)
+    return alias if alias in known else key
 
 
 def unnameable(path: str) -> bool:

@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 from neox_bridge.findings import Finding
-from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter, states
@@ -16,6 +15,8 @@ from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import describe_tokenizer
 from neox_bridge.layouts.universal_folder import INFO, LATEST
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
+from neox_bridge.layouts.weights import INV_FREQ
+from neox_bridge.optimizer.target_parameters import target_parameters
 from neox_bridge.planning.common import text_file, tokenizer_outputs
 from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.fragments import put
@@ -64,10 +65,11 @@ def plan_reshard(
         key: with_target_rows(checkpoint, made.config, wholes)
         for key, wholes in (given or states(checkpoint, optimizer)).items()
     }
+    optimizer = with_target_names(checkpoint, optimizer, made)
     groups = _groups(checkpoint, optimizer, made, moved)
     sources = Sources(optimizer.metas, state.tp, optimizer.generators)
     architecture, step = checkpoint.architecture, made.step
-    changed = _changed(checkpoint, made)
+    changed = _changed(made)
     whole = _universal(checkpoint, optimizer, made, moved) if made.universal else None
     inside = {
         stage * made.shape.tp + rank: stage0(optimizer, mine)
@@ -118,7 +120,7 @@ def plan_reshard(
         source_summary(checkpoint),
         summary,
         tuple(files),
-        (),
+        made.settings.dropped,
         findings,
         model=identity_of(architecture.name, made.config, rows),
         fixed=(*changed, *sorted(architecture.model_keys), "precision"),
@@ -148,21 +150,20 @@ def _groups(
             for key, wholes in moved.items()
         }
         for stage, layers in enumerate(made.bounds):
-            found[stage, rank] = list(_rank_groups(checkpoint, optimizer, made, layers, by_state))
+            found[stage, rank] = list(_rank_groups(optimizer, made, layers, by_state))
     return found
 
 
 def _rank_groups(
-    checkpoint: Checkpoint,
     optimizer: Optimizer,
     made: Target,
     layers: range,
     by_state: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> Iterator[RankGroup]:
     """The groups that have parameters in these layers, which may be none in a stage."""
-    order = [p for p in _order(checkpoint) if p[0] in layers or _tied_head(made, layers, p)]
+    order = [p for p in optimizer.members if p[0] in layers or _tied_head(made, layers, p)]
     for index, group in enumerate(optimizer.groups):
-        mine = [p for p in order if optimizer.members.get(p) == index]
+        mine = [p for p in order if optimizer.members[p] == index]
         if mine:
             yield RankGroup(
                 group,
@@ -173,15 +174,11 @@ def _rank_groups(
             )
 
 
-def _order(checkpoint: Checkpoint) -> list[Parameter]:
-    """The parameters in the order of GPT-NeoX's modules, which is that of a state dict's keys.
-
-    Layer files that this tool wrote before 2026-12 may have the biases behind the weights.
-    """
-    assert checkpoint.neox is not None
-    layers = checkpoint.neox.ranks[0]
-    stored = {(layer, name): None for layer in sorted(layers) for name in layers[layer]}
-    return list(in_module_order(stored))
+def with_target_names(checkpoint: Checkpoint, optimizer: Optimizer, made: Target) -> Optimizer:
+    """The optimizer with its parameters as the target names and orders them."""
+    sources = target_parameters(checkpoint, optimizer, made.shape)
+    members = {target: optimizer.members[source] for target, source in sources.items()}
+    return replace(optimizer, members=members)
 
 
 def _universal(
@@ -190,7 +187,7 @@ def _universal(
     made: Target,
     moved: Mapping[str, Mapping[str, Whole]],
 ) -> Universal:
-    names = {p: _named(made, p) for p in _order(checkpoint) if p in optimizer.members}
+    names = {p: _named(made, p) for p in optimizer.members}
     return universal(checkpoint.architecture, made.config, moved, made.shape, names)
 
 
@@ -204,10 +201,11 @@ def _named(made: Target, parameter: Parameter) -> str:
     return parameter_name(parameter, layout=layout, tied=tied)
 
 
-def _changed(checkpoint: Checkpoint, made: Target) -> dict[str, Any]:
+def _changed(made: Target) -> dict[str, Any]:
     """The yml's keys that aren't as they were."""
-    zero = {**(checkpoint.raw.get("zero_optimization") or {}), "stage": made.zero}
-    told = checkpoint.raw.get("checkpoint") or {}
+    raw = made.settings.raw
+    zero = {**(raw.get("zero_optimization") or {}), "stage": made.zero}
+    told = raw.get("checkpoint") or {}
     loading = {"checkpoint": {**told, "load_universal": made.universal}}
     return {
         **(loading if made.universal or told else {}),
@@ -217,7 +215,8 @@ def _changed(checkpoint: Checkpoint, made: Target) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": made.batch.micro,
         "gradient_accumulation_steps": made.batch.accumulation,
         "zero_optimization": zero,
-        **(made.rescaling.yml(checkpoint.raw) if made.rescaling is not None else {}),
+        **made.settings.changed,
+        **(made.rescaling.yml(raw) if made.rescaling is not None else {}),
     }
 
 
@@ -238,7 +237,7 @@ def _metadata(
         args["tokenizer_type"] = checkpoint.neox.args["tokenizer_type"]
     new = {
         "module": module,
-        "buffer_names": buffer_names(sources.metas, made.bounds[stage], made.prefix),
+        "buffer_names": _buffer_names(checkpoint, sources, made, stage),
         "param_shapes": None if inside else param_shapes(groups[stage, rank]),
         "dp_world_size": made.dp,
         "mp_world_size": made.shape.stages * made.shape.tp,
@@ -256,6 +255,23 @@ def _metadata(
     new["optimizer"], states, _ = inside[number]
     value, tensors = mp_rank(sources, stage, rank, new)
     return value, [*states, *tensors]
+
+
+def _buffer_names(checkpoint: Checkpoint, sources: Sources, made: Target, stage: int) -> list[str]:
+    """The buffers in a stage's weights: the source's, and inv_freq where the target stores it."""
+    state, layers = checkpoint.neox, made.bounds[stage]
+    assert state is not None
+    names = buffer_names(sources.metas, layers, made.prefix)
+    if made.shape.inv_freq == state.inv_freq:
+        return names
+    names = [name for name in names if not name.endswith(INV_FREQ)]
+    if made.shape.inv_freq == "omit":
+        return names
+    blocks = [layer for layer in layers if 2 <= layer < checkpoint.config.layers + 2]
+    return sorted(
+        [*names, *(f"{made.prefix}{layer}.{INV_FREQ}" for layer in blocks)],
+        key=lambda name: int(name.removeprefix(made.prefix).partition(".")[0]),
+    )
 
 
 def _ds_config(told: Any, made: Target) -> dict[str, Any]:
@@ -306,7 +322,7 @@ def _small_files(
     record = neox_record(checkpoint, checkpoint.vocab_rows, checkpoint.tokenizer_size)
     if checkpoint.config.grouped_query:
         record["gqa_order"] = made.shape.gqa_order
-    yml, configs = resume_yml(checkpoint.raw, told, target)
+    yml, configs = resume_yml(made.settings.raw, told, target)
     return [
         text_file(f"{made.step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{made.step}/configs/neox_bridge.yml", configs),

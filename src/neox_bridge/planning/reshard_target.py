@@ -8,12 +8,15 @@ from math import prod
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
-from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName
+from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, refuse_all
+from neox_bridge.layouts.eras import Era
 from neox_bridge.layouts.optimizer import Optimizer
 from neox_bridge.layouts.untrusted import text, whole
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.batch import Batch, batch_of, spread
 from neox_bridge.planning.common import drop_vocabulary_rows
+from neox_bridge.planning.era_checks import check_era, lost_in_era
+from neox_bridge.planning.era_settings import EraSettings, era_settings
 from neox_bridge.planning.gradient_scale import (
     Engine,
     Rescaling,
@@ -40,6 +43,7 @@ class Resharding:
     engine: what the pipeline engine that the run goes on with does with micro-batches' gradients;
         by default what that of the source's DeepSpeed does. source_engine: what the source's did;
         by default what its version says.
+    era: the dates of the GPT-NeoX trees in which the run goes on; by default those of the source.
     """
 
     tp: int | None = None
@@ -53,6 +57,7 @@ class Resharding:
     ignore_keys: tuple[str, ...] = ()
     engine: Engine | None = None
     source_engine: Engine | None = None
+    era: Era | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Target:
     config: with the target's rows of the vocabulary. step: its folder. source: the batch that it
     had. version: of the source's DeepSpeed. before, after: what the gradients depend on.
     rescaling: how the optimizer goes on with gradients of another scale; None where they have the
-    same.
+    same. settings: the run's yml for the target's trees.
     """
 
     shape: Shape
@@ -79,6 +84,7 @@ class Target:
     before: Side
     after: Side
     rescaling: Rescaling | None
+    settings: EraSettings
 
     @property
     def prefix(self) -> str:
@@ -91,9 +97,18 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
     state, raw = checkpoint.neox, checkpoint.raw
     assert state is not None
     options = Options(
-        to="neox", tp=asked.tp, pp=asked.pp, layout=asked.layout, row_bias=asked.row_bias
+        to="neox",
+        tp=asked.tp,
+        pp=asked.pp,
+        layout=asked.layout,
+        row_bias=asked.row_bias,
+        era=asked.era,
     )
-    shape, _ = target_shape(checkpoint, options)
+    shape, era = target_shape(checkpoint, options)
+    if asked.era is not None:
+        check_era(checkpoint.architecture, checkpoint.config, shape, era, options)
+        refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
+    settings = era_settings(checkpoint, shape, asked.era)
     rows = checkpoint.config.dims["vocab"]
     if state.universal:  # it may be without the rows of padding, which come back as zeros
         folder = state.folder
@@ -129,7 +144,7 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
     step = f"global_step{state.iteration}{'_universal' if asked.universal else ''}"
     return Target(
         shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
-        before, after, rescaled,
+        before, after, rescaled, settings,
     )  # fmt: skip
 
 

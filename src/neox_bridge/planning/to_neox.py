@@ -7,19 +7,17 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
+from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.keys import neox_keys
-from neox_bridge.frameworks.unknown_keys import effect_of
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
-from neox_bridge.layouts.eras import TODAY, Era, fitting, known_keys, mlp_biases
+from neox_bridge.layouts.eras import TODAY, Era, fitting
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.origin import origin_settings
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.transformer_engine import BOTH
-from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
 from neox_bridge.layouts.unknown_keys import lost_on_the_way
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.layouts.window import check_window
@@ -30,11 +28,10 @@ from neox_bridge.planning.common import (
     text_file,
     tokenizer_outputs,
 )
-from neox_bridge.planning.fused import fusion_of
+from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
 from neox_bridge.planning.neox_yml import (
-    LAYOUT,
     Settings,
     settings,
     start_yml,
@@ -58,14 +55,14 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     """
     architecture, config = checkpoint.architecture, checkpoint.config
     shape, era = target_shape(checkpoint, options)
-    findings = _check_era(architecture, config, shape, era, options)
+    findings = check_era(architecture, config, shape, era, options)
     if shape.te:
         findings += check_target(checkpoint, shape.tp, era, options)
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
     if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
         findings.append(rms_epsilon())
     findings += lost_on_the_way(checkpoint)
-    refuse_all(_lost_in_era(checkpoint, era), checkpoint.path)
+    refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
     if vocabulary.size is not None and vocabulary.size > vocabulary.rows:
         findings.append(_larger_tokenizer(vocabulary))
     elif vocabulary.padded > vocabulary.rows and options.vocab_multiple is None:
@@ -213,79 +210,6 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
         )
 
 
-def _check_era(
-    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era, options: Options
-) -> list[Finding]:
-    found = []
-    ffn = config.dims["ffn"]
-    if architecture.has_mlp:
-        _check_mlp_biases(architecture, config, shape, era)
-    if architecture.gated:
-        fusion_of(config, shape.gqa_order)
-    elif ffn != 4 * config.hidden and ffn % 2:
-        raise Refused(
-            f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
-            "(megatron/model/transformer.py), so no tree can load it."
-        )
-    elif era.plain_mlp_4h and ffn != 4 * config.hidden:
-        raise Refused(
-            f"intermediate_size: {ffn} isn't four times the hidden size {config.hidden}, and "
-            f"GPT-NeoX trees {era.until} have plain MLPs of that size only. Use --for today."
-        )
-    if config.reward and "train_impl" not in known_keys(era):
-        raise Refused(
-            f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
-            "--for today."
-        )
-    if options.era is None:
-        return [_stored_by_flag()] if options.inv_freq == "store" and era.inv_freq_key else []
-    if shape.mlp_names != era.mlp_names:
-        found.append(f"--mlp-names {shape.mlp_names}, and it expects {era.mlp_names}")
-    if shape.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
-        found.append(f"--inv-freq {shape.inv_freq}, and it can only {era.inv_freq} the buffer")
-    if config.grouped_query and shape.gqa_order != era.gqa_order:
-        found.append(f"--gqa-order {shape.gqa_order}, and it reads them {era.gqa_order}")
-    return [
-        Finding(
-            "era-mismatch",
-            "warning",
-            f"a GPT-NeoX of {era.name} won't load the result as this model: {what}",
-            "leave that option out",
-        )
-        for what in found
-    ]
-
-
-def _check_mlp_biases(
-    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era
-) -> None:
-    """Raise Refused where trees of the era cannot run an MLP with or without these biases."""
-    if shape.te:
-        return  # such modules always have biases, and zeros are written for those that are missing
-    activation = str(architecture.write_neox(config, False)["activation"])
-    rule = "none" if shape.old_names else era.gated_biases
-    wanted = mlp_biases(
-        rule, activation, gated=architecture.gated, parallel=config.parallel_residual
-    )
-    if not architecture.gated and not config.mlp_bias:
-        raise Refused(
-            "use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX's plain MLP adds "
-            "them without asking (megatron/model/transformer.py, ParallelMLP.forward), so every "
-            "tree ends in a TypeError."
-        )
-    if wanted == "required" and not config.mlp_bias:
-        raise Refused(
-            f"use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX trees {era.until} "
-            f"need them for {activation} (megatron/model/transformer.py, "
-            "ParallelTransformerLayer.forward). Use --for today."
-        )
-    if wanted == "none" and config.mlp_bias:
-        raise Refused(
-            f"mlp_bias: the model has biases in its MLP, and GPT-NeoX trees {era.until} have none "
-            f"for {activation} (megatron/model/transformer.py). Use --for today."
-        )
-
-
 def _vocabulary(
     checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, tp: int
 ) -> tuple[Vocabulary, list[Dropped]]:
@@ -321,27 +245,6 @@ def _padded(vocabulary: Vocabulary, tp: int) -> Finding:
     )
 
 
-def _lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
-    """Settings of today's or another GPT-NeoX that change the model and that this one has not."""
-    if checkpoint.kind != "neox":
-        return []
-    raw, known = checkpoint.raw, known_keys(era)
-    settled = {*checkpoint.architecture.model_keys, *LAYOUT, *TE_KEYS, "rope_fusion"}
-    dense = int(raw.get("moe_num_experts") or 1) <= 1
-    return [
-        Refusal(
-            key,
-            f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
-            f"({key}: {value!r})",
-            "name a GPT-NeoX that has it with --for",
-        )
-        for key, value in raw.items()
-        if key in neox_keys() - known - settled
-        and not (dense and key.startswith("moe_"))
-        and effect_of(key, value) == "model"
-    ]
-
-
 def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
     return Finding(
         "tokenizer-larger",
@@ -349,16 +252,6 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
         f"the tokenizer has {vocabulary.size} entries and the model {vocabulary.rows} rows: the "
         "rows that are missing are written as zeros",
         "check that it is this model's tokenizer",
-    )
-
-
-def _stored_by_flag() -> Finding:
-    return Finding(
-        "inv-freq-by-flag",
-        "warning",
-        "the yml says rotary_save_freqs_buffer: true, with which GPT-NeoX of 2024-03-04 or later "
-        "loads a stored inv_freq; an older one refuses that key",
-        "for an older one, use --for neox@2024-03 in place of --inv-freq store",
     )
 
 

@@ -1,0 +1,63 @@
+"""The settings of a run in the words of GPT-NeoX of another date."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.eras import Era, known_keys
+from neox_bridge.planning.neox_files import Shape
+from neox_bridge.planning.neox_yml import is_elsewhere, renamed_key
+from neox_bridge.planning.pieces import Dropped
+
+INV_FREQ_FLAG = "rotary_save_freqs_buffer"
+
+
+@dataclass(frozen=True)
+class EraSettings:
+    """The keys of a run's yml that GPT-NeoX of a date accepts.
+
+    Attributes:
+        raw: The run's own keys, under the names that it accepts.
+        changed: The keys that say the same in other words there, with their new values.
+        dropped: The keys that it refuses. None of them changes the model.
+    """
+
+    raw: Mapping[str, Any]
+    changed: Mapping[str, Any]
+    dropped: tuple[Dropped, ...]
+
+
+def era_settings(checkpoint: Checkpoint, shape: Shape, era: Era | None) -> EraSettings:
+    """Rewrites the yml of a GPT-NeoX source for trees of an era.
+
+    Args:
+        checkpoint: The source.
+        shape: How the target is laid out.
+        era: The target's; None keeps every key as it is.
+    """
+    raw = checkpoint.raw
+    if era is None:
+        return EraSettings(raw, {}, ())
+    known = known_keys(era)
+    renamed = {renamed_key(key, known): value for key, value in raw.items()}
+    written = checkpoint.architecture.write_neox(checkpoint.config, shape.old_names)
+    changed = {
+        key: value
+        for key, value in written.items()
+        if key in checkpoint.architecture.era_keys and key in known
+    }
+    if shape.inv_freq == "store" and era.inv_freq_key:
+        changed[INV_FREQ_FLAG] = True
+    else:
+        renamed.pop(INV_FREQ_FLAG, None)
+    reason = f"GPT-NeoX of {era.name} refuses it"
+    return EraSettings(
+        {key: value for key, value in renamed.items() if key in known and key not in changed},
+        changed,
+        tuple(
+            Dropped(f"yml: {key}", reason, "setting")
+            for key in sorted(renamed)
+            if key not in known and not is_elsewhere(key)
+        ),
+    )
