@@ -1,5 +1,6 @@
 """What goes wrong, as one exception with the exit code that the command line gives it."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 
 
@@ -43,6 +44,44 @@ class Unverified(BridgeError):
     """What was written isn't what the source says: a fault of a disk, of memory or of this tool."""
 
     exit_code = 3
+
+
+class SettingsMissing(BridgeError):
+    """A GPT-NeoX checkpoint whose yml files are not where it is.
+
+    Attributes:
+        folder: The folder with the checkpoint's files.
+        option: The option that names them, as the command line spells it.
+        nearby: A yml of some GPT-NeoX run that lies near, as a path; may be empty.
+        others: Names of yml files beside the checkpoint that are not GPT-NeoX's.
+    """
+
+    option = "--config"
+
+    def __init__(self, folder: str, nearby: str = "", others: Sequence[str] = ()) -> None:
+        super().__init__(folder, nearby, others)  # so that it can be pickled
+        self.folder = folder
+        self.nearby = nearby
+        self.others = tuple(others)
+
+    @property
+    def reason(self) -> str:
+        """What is missing and why it matters, as full sentences."""
+        others = f" ({', '.join(self.others)}: keys of other programs)" if self.others else ""
+        return (
+            f"{self.folder} has no yml of GPT-NeoX, neither in configs/ nor beside its files"
+            f"{others}. Without it the heads, the norms and the rotary settings are unknown."
+        )
+
+    def __str__(self) -> str:
+        return self.with_command(["inspect", self.folder])
+
+    def with_command(self, words: Sequence[str]) -> str:
+        """The message, with a command of neox-bridge to which the option is added."""
+        command = shlex.join(["neox-bridge", *words, self.option, self.nearby or "RUN.yml"])
+        if self.nearby:
+            return f"{self.reason} If {self.nearby} is the run's: {command}"
+        return f"{self.reason} Name the yml that the run was started with: {command}"
 
 
 class Refused(BridgeError):

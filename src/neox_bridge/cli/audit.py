@@ -30,6 +30,7 @@ def audit(
         bool,
         typer.Option("--optimizer", help="Look at optimizer states too, where there are any."),
     ] = False,
+    config: values.Configs = None,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +64,7 @@ def audit(
     Exit codes: 0 nothing is wrong, 3 there are warnings or errors, 1 there is nothing to audit.
     """
     from neox_bridge.errors import BridgeError
+    from neox_bridge.layouts.open import check_configs_used
     from neox_bridge.verification.audit import audit as look
     from neox_bridge.verification.audit import open_places
     from neox_bridge.verification.hash_cache import default_folder
@@ -72,7 +74,9 @@ def audit(
     runs, faults = find_runs(folders)
     if not runs:
         raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults))
-    opened = open_places(runs)
+    opened = open_places(runs, config or ())
+    checkpoints = [one.checkpoint for one in opened if one.checkpoint is not None]
+    check_configs_used(config or (), *checkpoints)
     folder = None if cache == "none" else cache or default_folder()
     size = sum(one.size + (one.states if optimizer else 0) for one in opened)
     with progress_bar(size, "reading", quiet) as progress:

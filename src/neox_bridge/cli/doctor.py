@@ -355,7 +355,7 @@ def _mend(
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     if finding := sweep(home):
         tell_findings([finding], quiet=False)
-    plan = mend.mend_plan(checkpoint, target, folder or home, **flags)
+    plan = mend.mend_plan(checkpoint, target, folder or home, in_place=folder is None, **flags)
     if plan is None:
         if not as_json:
             print_line(f"nothing to mend: {checkpoint.path}")

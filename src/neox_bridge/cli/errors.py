@@ -13,7 +13,7 @@ import typer
 
 from neox_bridge.cli.helping import typed
 from neox_bridge.cli.output import say
-from neox_bridge.errors import BridgeError, ChoiceNeeded, UsageError
+from neox_bridge.errors import BridgeError, ChoiceNeeded, SettingsMissing, UsageError
 
 _P = ParamSpec("_P")
 INTERRUPTED = 130
@@ -38,6 +38,8 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
             _fail(error.spelled(flag), error.exit_code)
         except ChoiceNeeded as error:
             _fail(_with_commands(error), error.exit_code)
+        except SettingsMissing as error:
+            _fail(_with_config(error), error.exit_code)
         except BridgeError as error:
             _fail(str(error), error.exit_code)
         except (Interrupted, KeyboardInterrupt) as error:
@@ -104,6 +106,14 @@ def _with_commands(error: ChoiceNeeded) -> str:
         for value, effect in error.effects.items()
     ]
     return f"{error.reason} {'; '.join(ways)}."
+
+
+def _with_config(error: SettingsMissing) -> str:
+    """The reason, and the typed command with the option that names the yml, where it has it."""
+    command = typed.get()
+    if command is None or error.option not in command.options:
+        return str(error)
+    return error.with_command([command.name, *command.arguments])
 
 
 def _os_message(error: OSError) -> str:

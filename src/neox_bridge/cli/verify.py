@@ -30,6 +30,7 @@ def verify(
             "with the hashes in its neox_bridge.json.",
         ),
     ] = None,
+    config: values.Configs = None,
     gqa_order: values.GqaOrder = None,
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Optimizer states of two GPT-NeoX checkpoints too.")
@@ -70,7 +71,7 @@ def verify(
     """
     from dataclasses import asdict
 
-    from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.layouts.open import check_configs_used, open_with
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
     from neox_bridge.verification.verify import describe
     from neox_bridge.verification.verify import verify as compare
@@ -78,7 +79,7 @@ def verify(
     if not logits and (named := given(tokens=tokens, device=device)):
         raise UsageError(named, "only for --logits", "Add --logits.")
     if target is None:
-        if named := given(logits=logits, gqa_order=gqa_order, optimizer=optimizer):
+        if named := given(logits=logits, gqa_order=gqa_order, optimizer=optimizer, configs=config):
             raise UsageError(
                 named, "only for two checkpoints, and DST is missing", "Name DST as well."
             )
@@ -87,8 +88,9 @@ def verify(
     device = device or "cpu"
     if logits:
         _require_torch(device)
-    first = open_checkpoint(source, gqa_order=gqa_order)  # type: ignore[arg-type]
-    second = open_checkpoint(target)
+    first = open_with(source, config or (), gqa_order=gqa_order)
+    second = open_with(target, config or ())
+    check_configs_used(config or (), first, second)
     check_gqa_order(gqa_order, first)
     check_optimizer(optimizer, first, second)
     if optimizer:
@@ -236,6 +238,7 @@ def diff(
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Optimizer states of both too, as 'exp_avg: NAME'.")
     ] = False,
+    config: values.Configs = None,
     gqa_order: values.GqaOrder = None,
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differ.")] = False,
     plot: Annotated[
@@ -261,16 +264,14 @@ def diff(
     """
     from dataclasses import asdict, replace
 
-    from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.layouts.open import check_configs_used, open_with
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
     from neox_bridge.verification.diff import diff as compare
     from neox_bridge.verification.verify import describe
 
     plotting.prepare(plot)
-    a, b = (
-        open_checkpoint(path, gqa_order=gqa_order)  # type: ignore[arg-type]
-        for path in (first, second)
-    )
+    a, b = (open_with(path, config or (), gqa_order=gqa_order) for path in (first, second))
+    check_configs_used(config or (), a, b)
     check_gqa_order(gqa_order, a, b)
     check_optimizer(optimizer, a, b)
     if optimizer:

@@ -13,7 +13,7 @@ from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, ver
 from neox_bridge.doctor.resuming import judge_resuming
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, unrepeated
-from neox_bridge.layouts.checkpoint import Checkpoint, way_out_of
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options, way_out_of
 from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.eras import ERAS, fitting
 from neox_bridge.layouts.head import head_findings
@@ -129,8 +129,8 @@ def _cast_command(checkpoint: Checkpoint) -> str:
     """The command that writes the same kind of checkpoint in a dtype that is trained in."""
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     written = f"{home.rstrip('/')}-bfloat16"
-    words = ["neox-bridge", "convert", checkpoint.path, written]
-    return shlex.join([*words, "--to", checkpoint.kind, "--dtype", "bfloat16"])
+    words, given = ["neox-bridge", "convert", checkpoint.path, written], config_options(checkpoint)
+    return shlex.join([*words, "--to", checkpoint.kind, "--dtype", "bfloat16", *given])
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     state = checkpoint.neox
     assert state is not None
     yield from _yml(checkpoint, state, facts)
+    yield from _flat(checkpoint, state, facts)
     yield from stray_cases(state.folder)
     yield from _layout_kind(checkpoint, state)
     yield from _state_dicts(checkpoint, state, facts)
@@ -73,6 +74,23 @@ def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator
             f"TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
             f"'{next(key for key in checkpoint.raw if key in unknown)}'",
         )
+
+
+def _flat(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+    """A step without a run's folder around it (load_checkpoint in megatron/checkpointing.py)."""
+    if not state.flat:
+        return
+    yield case(
+        "flat-folder",
+        "error",
+        f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
+        f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
+        "that, and trains from random weights",
+        fix_command(checkpoint, facts),
+        f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
+        "please ensure this file exists or pass an explicit checkpoint tag when loading a "
+        "checkpoint.",
+    )
 
 
 def _layout_kind(checkpoint: Checkpoint, state: NeoxState) -> Iterator[Case]:

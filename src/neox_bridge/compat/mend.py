@@ -16,7 +16,7 @@ from neox_bridge.compat.judge_neox import stores_inv_freq
 from neox_bridge.compat.neox_folder import stray_ranks
 from neox_bridge.compat.targets import Target, refuse_version
 from neox_bridge.compat.tree import FLAG
-from neox_bridge.compat.verdict import convert_command
+from neox_bridge.compat.verdict import convert_command, fix_command
 from neox_bridge.doctor.resuming import cannot_resume
 from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.formats.yml import dump_yml
@@ -49,10 +49,12 @@ def mend_plan(
     drop_optimizer: bool = False,
     ignore_keys: tuple[str, ...] = (),
     given_yml: bool = False,
+    in_place: bool = False,
 ) -> Plan | None:
     """What a mended copy is, below ``folder``; None where nothing has to change.
 
     The files of a GPT-NeoX plan are those of the root, with one global_stepN.
+    in_place: the copy shall take the checkpoint's place, so that its step keeps its name.
     recompute: drop or replace stored values that deviate. drop_optimizer: go on without optimizer
     states where they can't be kept. ignore_keys: see ``Options``; a yml goes on without them.
     given_yml: whether the settings are those of ymls that the user named; they become the copy's.
@@ -69,7 +71,19 @@ def mend_plan(
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)
         return _mend_hf(checkpoint, folder, recompute, ignore_keys)
     facts = target if isinstance(target, TreeFacts) else None
-    return _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
+    plan = _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
+    state = checkpoint.neox
+    if plan is None or not in_place or state is None:
+        return plan
+    if state.flat:
+        flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
+        flags += [word for key in ignore_keys for word in ("--ignore-key", key)]
+        raise Refused(
+            f"{checkpoint.path} holds the files of one step without a run's folder around them, "
+            "and GPT-NeoX looks for a folder global_stepN beside the file latest. --in-place "
+            f"cannot make one. Write the run beside it: {fix_command(checkpoint, target, *flags)}"
+        )
+    return _with_name_kept(plan, state)
 
 
 def _mend_hf(
@@ -156,17 +170,18 @@ def _mend_neox(
     if lost := _optimizer(checkpoint, parted, drop_optimizer):
         remeta = True
     yml = _yml(checkpoint, era, plan, inv_freq)
-    if not (rewrite or remeta or strays or yml is not None):
+    if not (rewrite or remeta or strays or state.flat or yml is not None):
         return None
     if yml is None and (given_yml or not os.path.isdir(os.path.join(state.folder, "configs"))):
         yml = {key: value for key, value in checkpoint.raw.items() if key in known_keys(era)}
-    gone = {*strays, *(state.optimizer if lost else ())}
+    gone = {*strays, *(state.optimizer if lost else ()), *_moved(checkpoint, state, yml)}
     if rows or _tells_another_order(checkpoint, plan, rewrite) or not checkpoint.record:
         gone.add(RECORD)
     files = _neox_files(state, plan, rewrite, remeta, yml, gone)
     dropped = [d for d in plan.dropped if d.kind != "optimizer" or lost]
+    below = "" if state.flat else f"{state.step}/"
     dropped += [
-        Dropped(f"{state.step}/{name}", "left over from another layout", "stray") for name in strays
+        Dropped(f"{below}{name}", "left over from another layout", "stray") for name in strays
     ]
     dropped += _unknown(checkpoint, era)
     notes = [f"rewritten: {file.path}" for file in files if file.copy_of is None]
@@ -293,19 +308,13 @@ def _neox_files(
 ) -> list[OutputFile]:
     """The plan's files where something changes, the checkpoint's own where nothing does."""
     folder = state.folder
-    new = {}
-    for file in plan.files:  # the plan calls the folder global_stepN, whatever its name is
-        _, slash, inside = file.path.partition("/")
-        moved = file.path.startswith("global_step") and slash
-        path = f"{state.step}/{inside}" if moved else file.path
-        new[path] = replace(file, path=path)
-    if "latest" in new and not state.step.startswith("global_step"):
-        new["latest"] = text_file("latest", state.step.encode())
+    name = f"global_step{state.iteration}"
+    new = {file.path: file for file in plan.files}
     layers = {p for p in new if "/layer_" in p}
     ranks = {p for p in new if "/mp_rank_" in p}
     step = (layers if rewrite else set()) | (ranks if remeta else set())
     files = [file for path, file in new.items() if path in step]
-    configs = f"{state.step}/configs/"
+    configs = f"{name}/configs/"
     if yml is not None:
         text = dump_yml([("the settings of the run, mended by neox-bridge doctor", yml)])
         files.append(text_file(f"{configs}neox_bridge.yml", text))
@@ -315,10 +324,31 @@ def _neox_files(
         return path in gone or any(path.startswith(k) and v for k, v in changed.items())
 
     old = _others(folder, replaced)
-    files += [replace(file, path=f"{state.step}/{file.path}") for file in old]
-    record = [f"{state.step}/{RECORD}"] if RECORD in gone else []
-    above = [path for path in new if not path.startswith(f"{state.step}/")]
+    files += [replace(file, path=f"{name}/{file.path}") for file in old]
+    record = [f"{name}/{RECORD}"] if RECORD in gone else []
+    above = [path for path in new if not path.startswith(f"{name}/")]
     return [*files, *(new[path] for path in (*record, *above))]
+
+
+def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None) -> Iterator[str]:
+    """Files in the step's folder that the copy holds in another place: its yml, its tokenizer."""
+    above = checkpoint.tokenizer if state.flat else ()
+    for path in (*above, *(state.configs if yml is not None else ())):
+        if os.path.dirname(path) == state.folder:
+            yield os.path.basename(path)
+    if state.flat:
+        yield from (name for name in os.listdir(state.folder) if name.startswith(".git"))
+
+
+def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
+    """The plan with the step's own name in place of the one that its number gives."""
+    planned = f"global_step{state.iteration}/"
+
+    def kept(path: str) -> str:
+        inside = path.removeprefix(planned)
+        return path if inside == path else f"{state.step}/{inside}"
+
+    return replace(plan, files=tuple(replace(file, path=kept(file.path)) for file in plan.files))
 
 
 def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:

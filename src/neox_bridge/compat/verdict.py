@@ -7,7 +7,7 @@ from typing import Literal
 
 from neox_bridge.compat.targets import Target, name_of
 from neox_bridge.findings import Finding, Severity
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options
 
 Answer = Literal["loads", "loads with warnings", "fails"]
 
@@ -59,6 +59,7 @@ def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> s
     words = ["neox-bridge", "doctor", checkpoint.path]
     if target is not None:
         words += ["--for", name_of(target)]
+    words += config_options(checkpoint)
     return shlex.join([*words, "--fix", f"{checkpoint.path.rstrip('/')}-mended", *flags])
 
 
@@ -67,4 +68,4 @@ def convert_command(checkpoint: Checkpoint, target: Target) -> str:
     other = "hf" if checkpoint.kind == "neox" else "neox"
     written = f"{checkpoint.path.rstrip('/')}-{other}"
     words = ["neox-bridge", "convert", checkpoint.path, written, "--for", name_of(target)]
-    return shlex.join(words)
+    return shlex.join([*words, *config_options(checkpoint)])

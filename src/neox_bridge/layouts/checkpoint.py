@@ -47,6 +47,8 @@ class NeoxState:
     iteration: the number of the step, of ``iteration`` in the mp_rank files, else of the name.
     named_step: the number that the folder's name or the Hub's revision tells; None where neither
         tells one. Where it differs from ``iteration``, the name or the files are another step's.
+    configs: the yml files that its settings were read from, as absolute paths or URLs.
+    configs_given: whether the user named them, so that another command needs them again.
     args: what GPT-NeoX compares at load.
     optimizer: the names of the files of optimizer states, in the order of their ranks.
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
@@ -73,6 +75,8 @@ class NeoxState:
     ds_version: str
     optimizer: tuple[str, ...]
     named_step: int | None = None
+    configs: tuple[str, ...] = ()
+    configs_given: bool = False
     gqa_order: GqaOrder = "grouped"
     ranks: tuple[Mapping[int, Mapping[str, TensorRef]], ...] = ()
     te: frozenset[str] = frozenset()
@@ -158,6 +162,13 @@ class Checkpoint:
         """The vocabulary's rows, without the padding that this tool added as zeros."""
         rows = self.config.dims["vocab"]
         return min(rows, int(self.record.get("vocab_size") or rows))
+
+
+def config_options(checkpoint: Checkpoint) -> list[str]:
+    """The options of a command that opens this checkpoint again with the ymls that a user named."""
+    state = checkpoint.neox
+    given = state.configs if state is not None and state.configs_given else ()
+    return [word for path in given for word in ("--config", path)]
 
 
 def some(names: list[str], most: int = 6) -> str:

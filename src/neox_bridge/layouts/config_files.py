@@ -7,6 +7,7 @@ by their keys, never by their names.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from neox_bridge.formats.yml import read_yml
 from neox_bridge.frameworks.keys import block_keys, neox_keys, removed_from_neox
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.text_files import list_folder
-from neox_bridge.stores.paths import isdir, isfile, size
+from neox_bridge.stores.paths import is_url, isdir, isfile, size
 
 FOLDER = "configs"  # in the folder of a step, or of a run
 _ENDINGS = (".yml", ".yaml", ".json")
@@ -90,6 +91,16 @@ def config_files(folder: str, root: str) -> ConfigFiles:
 def has_config_beside(folder: str) -> bool:
     """Whether settings of a GPT-NeoX run lie in a folder itself."""
     return bool(_beside(folder, folder).paths)
+
+
+def config_nearby(folder: str) -> str:
+    """A yml of some GPT-NeoX run above a folder of this machine, to be suggested; "" for none."""
+    if is_url(folder):
+        return ""
+    above = os.path.dirname(folder)
+    with suppress(BridgeError, OSError):
+        return next(iter(_beside(above, above).paths), "")
+    return ""
 
 
 def skipped_finding(file: Skipped) -> Finding:

@@ -10,7 +10,7 @@ from typing import Any
 from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.setting_types import check_neox
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import BridgeError, Refused, SettingsMissing
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
@@ -18,7 +18,12 @@ from neox_bridge.frameworks.check_keys import unknown_in_yml
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.assemble import assemble
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
-from neox_bridge.layouts.config_files import ConfigFiles, config_files, skipped_finding
+from neox_bridge.layouts.config_files import (
+    ConfigFiles,
+    config_files,
+    config_nearby,
+    skipped_finding,
+)
 from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
 from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.file_names import LAYER, RANK, ZERO3, optimizer_files
@@ -85,7 +90,7 @@ def open_neox(
     place = step_folder(path, step)
     root, folder = place.root, place.folder
     chosen = ConfigFiles(tuple(configs)) if configs else config_files(folder, root)
-    raw, duplicates, unknown = _read_configs(place, chosen.paths)
+    raw, duplicates, unknown = _read_configs(place, chosen)
     names = list_folder(folder)
     if zero3 := [name for name in names if ZERO3.fullmatch(name)]:
         raise Refused(
@@ -136,6 +141,8 @@ def open_neox(
         inv_freq="store" if read.stores_buffers or _has(read, INV_FREQ) else "omit",
         iteration=iteration,
         named_step=named_step,
+        configs=tuple(map(absolute, chosen.paths)),
+        configs_given=bool(configs),
         args=dict(args),
         ds_version=text(read.meta, "ds_version"),
         optimizer=optimizer_files(names),
@@ -218,15 +225,15 @@ def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> A
 
 
 def _read_configs(
-    place: StepFolder, configs: Sequence[str]
+    place: StepFolder, chosen: ConfigFiles
 ) -> tuple[dict[str, Any], list[DuplicateKey], tuple[UnknownKey, ...]]:
-    folder = place.folder
+    folder, configs = place.folder, chosen.paths
     if not configs:
         _refuse_other_program(folder)
-        raise BridgeError(
-            f"{folder} has no yml, neither in configs/ nor beside its files, and without the yml "
-            "the heads, the norms and the rotary settings are unknown. Name the yml files of the "
-            "run with --config."
+        raise SettingsMissing(
+            folder,
+            config_nearby(folder),
+            [os.path.basename(file.path) for file in chosen.skipped],
         )
     raw, duplicates = merge_ymls(configs)
     check_neox(raw, f"{folder}/configs")

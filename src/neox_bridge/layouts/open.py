@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
 from neox_bridge.formats.regular import missing_message
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
@@ -80,6 +80,28 @@ def open_checkpoint(
         found = with_masters(found)
     home = found.neox.root if found.neox is not None else found.path
     return replace(found, findings=(*found.findings, *interrupted(home)))
+
+
+def open_with(source: str, configs: Sequence[str], **options: Any) -> Checkpoint:
+    """``open_checkpoint``, with yml files for a GPT-NeoX checkpoint that has none of its own.
+
+    options: the other parameters of ``open_checkpoint``.
+    """
+    try:
+        return open_checkpoint(source, **options)
+    except SettingsMissing:
+        if not configs:
+            raise
+        return open_checkpoint(source, configs=configs, **options)
+
+
+def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint) -> None:
+    """Raise UsageError where a user names yml files and every checkpoint has its own."""
+    states = [one.neox for one in checkpoints if one.neox is not None]
+    if configs and not any(state.configs_given for state in states):
+        raise UsageError(
+            ["configs"], "only for a GPT-NeoX folder without a yml of its own", "Leave it out."
+        )
 
 
 def _opened(

@@ -7,7 +7,7 @@ is planned first, and named only if it succeeds.
 import shlex
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options
 from neox_bridge.planning.options import Options
 
 
@@ -26,4 +26,5 @@ def relayout_command(checkpoint: Checkpoint, target: str) -> str:
     except BridgeError:
         return ""
     words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "neox"]
+    words += config_options(checkpoint)
     return shlex.join([*words, *(w for key in ignored for w in ("--ignore-key", key))])

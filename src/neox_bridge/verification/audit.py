@@ -10,7 +10,7 @@ from neox_bridge.findings import Severity
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import ambiguity, as_stored
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.open import open_with
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
@@ -57,13 +57,16 @@ class Audit:
         return all(fault.severity == "info" for fault in self.faults)
 
 
-def open_places(runs: Iterable[Run]) -> list[Opened]:
-    """Open every checkpoint; reads no weights, and goes on where one can't be opened."""
+def open_places(runs: Iterable[Run], configs: Sequence[str] = ()) -> list[Opened]:
+    """Open every checkpoint; reads no weights, and goes on where one can't be opened.
+
+    configs: yml files for the GPT-NeoX checkpoints that have none of their own.
+    """
     opened = []
     for run in runs:
         for place in run.places:
             try:
-                found, fault = open_checkpoint(place.path), None
+                found, fault = open_with(place.path, configs), None
             except (BridgeError, OSError) as error:
                 found, fault = None, _unreadable(run.name, place, error)
             opened.append(Opened(run.name, place, found, fault))
