@@ -165,6 +165,8 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
         for key in checkpoint.unknown_keys:
             if key.effect == "model":
                 yield Finding("unknown-key", "warning", reason_of(key), remedy_of(key))
+    if checkpoint.missing_tokenizer:
+        return  # the finding of the checkpoint says it
     if checkpoint.tokenizer_size is None:
         message = "no tokenizer lies in the folder, so AutoTokenizer fails there"
         if checkpoint.kind == "neox":

@@ -100,6 +100,8 @@ class Checkpoint:
     record: what ``neox_bridge.json`` in it says, for sources that this tool wrote.
     tokenizer: absolute paths of tokenizer files that came with it.
     tokenizer_size: entries of the tokenizer, where one was found.
+    missing_tokenizer: the path of the tokenizer as a run's yml names it, where that file is not
+        there; see ``run_tokenizer.with_tokenizer``.
     inv_freq_mismatch: where a stored inv_freq is not what the config gives.
     unknown_keys: settings that no known version of the framework has.
     ignored_keys: those of them that a user said do not matter, now or when this tool wrote it.
@@ -129,6 +131,7 @@ class Checkpoint:
     neox: NeoxState | None = None
     tokenizer: tuple[str, ...] = ()
     tokenizer_size: int | None = None
+    missing_tokenizer: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""
     form: Form | None = None

@@ -32,6 +32,7 @@ from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.origin import original_rows
 from neox_bridge.layouts.quantized import refuse_quantized
 from neox_bridge.layouts.record_file import read_record
+from neox_bridge.layouts.run_tokenizer import local_tokenizer, named_tokenizer
 from neox_bridge.layouts.step_folder import (
     StepFolder,
     check_step,
@@ -41,7 +42,7 @@ from neox_bridge.layouts.step_folder import (
 )
 from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder
-from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
+from neox_bridge.layouts.tokenizer import tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.layouts.universal_folder import ZERO, is_universal
 from neox_bridge.layouts.untrusted import settings, text, whole
@@ -49,7 +50,7 @@ from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.layouts.wrapped_names import without_wrappers
 from neox_bridge.planning.pieces import Dropped
-from neox_bridge.stores.paths import absolute, ahead, is_url, isfile
+from neox_bridge.stores.paths import absolute, ahead
 
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
 _SHOWN = 7  # of the files that are missing, of which there may be any number
@@ -122,7 +123,7 @@ def open_neox(
     checkpoint = assemble(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
-    tokenizer = _tokenizer(root, raw)
+    tokenizer = local_tokenizer(place, raw)
     named_step = step_in_name(folder, revision)
     saved = whole(read.meta, "iteration", folder)
     number = named_step if saved is None else saved
@@ -195,6 +196,7 @@ def open_neox(
         original_rows=original_rows(raw, config.dims["vocab"], f"{folder}/configs"),
         tokenizer=tokenizer,
         tokenizer_size=tokenizer_size(tokenizer) or record.get("tokenizer_size"),
+        missing_tokenizer="" if tokenizer else named_tokenizer(raw),
         generation=record.get("generation_config") or {},
         tied_head=tied_head,
         inv_freq_mismatch=mismatch,
@@ -453,22 +455,3 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
 
 def _has(read: _Read, name: str) -> bool:
     return any(name in tensors for tensors in read.ranks[0].values())
-
-
-def _tokenizer(root: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """The yml's vocab_file with what lies beside it, or what this tool put in the root."""
-    told = raw.get("vocab_file")
-    names = (str(told), os.path.basename(str(told))) if told else ()
-    places = [os.path.join(root, name) for name in names]  # never relative to where we run
-    if is_url(root):  # nor of this machine, or of another place in the store
-        places = [p for p in places if p.startswith(f"{root}/") and ".." not in p.split("/")]
-    for place in places:
-        if isfile(place) and place.endswith(".json") and _is_hf(raw):
-            beside = tokenizer_files(os.path.dirname(absolute(place)))
-            named = os.path.basename(place) == "tokenizer.json"
-            return beside if named else (absolute(place),)
-    return tokenizer_files(os.path.join(root, "tokenizer"), root)
-
-
-def _is_hf(raw: Mapping[str, Any]) -> bool:
-    return str(raw.get("tokenizer_type") or "HFTokenizer").lower() == "hftokenizer"

@@ -78,6 +78,11 @@ def open_checkpoint(
         from neox_bridge.layouts.masters import with_masters
 
         found = with_masters(found)
+    if found.missing_tokenizer:
+        from neox_bridge.layouts.run_tokenizer import missing_finding
+
+        if finding := missing_finding(found):
+            found = replace(found, findings=(*found.findings, finding))
     home = found.neox.root if found.neox is not None else found.path
     return replace(found, findings=(*found.findings, *interrupted(home)))
 

@@ -49,6 +49,10 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     if checkpoint.kind == "neox" and options.gqa_order is not None:
         checkpoint = with_gqa_order(checkpoint, options.gqa_order)
     files = tokenizer_at(options.tokenizer) if options.tokenizer else checkpoint.tokenizer
+    if files and checkpoint.missing_tokenizer:
+        from neox_bridge.layouts.run_tokenizer import not_missing
+
+        checkpoint = not_missing(checkpoint)
     tokenizer = describe_tokenizer(files)
     if tokenizer.size is None:
         tokenizer = replace(tokenizer, size=checkpoint.tokenizer_size)

@@ -1,0 +1,104 @@
+"""The tokenizer of a GPT-NeoX run: what the yml names, where it lies, and what is said without it.
+
+Published runs name it by an absolute path of the cluster that trained them, such as
+``/fsx/pile/20B_tokenizer.json``; the file may lie beside the checkpoint.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.step_folder import StepFolder
+from neox_bridge.layouts.step_names import step_of
+from neox_bridge.layouts.tokenizer import FOLDER, tokenizer_files, tokenizer_size
+from neox_bridge.stores.paths import absolute, is_url, isfile
+
+_MAIN = "tokenizer.json"
+_LONGEST_NAME = 4096  # characters of a path
+
+
+def named_tokenizer(raw: Mapping[str, Any]) -> str:
+    """The tokenizer file that a run's yml names, as it is written there; "" where it names none.
+
+    Only of Hugging Face's tokenizers, whose file holds everything.
+    """
+    kind, name = raw.get("tokenizer_type") or "HFTokenizer", raw.get("vocab_file")
+    if not isinstance(name, str) or str(kind).lower() != "hftokenizer":
+        return ""
+    return name if name.endswith(".json") and len(name) <= _LONGEST_NAME else ""
+
+
+def local_tokenizer(place: StepFolder, raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tokenizer files that lie with a checkpoint, or where its yml says; () for none.
+
+    A file of the name in the yml comes first, then the folder ``tokenizer`` of what this tool
+    wrote, then the ``tokenizer.json`` beside flat files.
+    """
+    if name := named_tokenizer(raw):
+        for path in _places(place, name):
+            if isfile(path):
+                beside = tokenizer_files(os.path.dirname(absolute(path)))
+                return beside if os.path.basename(path) == _MAIN else (absolute(path),)
+    if files := tokenizer_files(os.path.join(place.root, FOLDER), place.root):
+        return files
+    beside = tokenizer_files(place.folder) if place.flat else ()
+    return beside if any(os.path.basename(path) == _MAIN for path in beside) else ()
+
+
+def with_tokenizer(checkpoint: Checkpoint, files: Sequence[str]) -> Checkpoint:
+    """The checkpoint with these tokenizer files, and nothing missing any more.
+
+    files: absolute paths or URLs. Where there are none, the checkpoint stays as it is.
+    """
+    if not files:
+        return checkpoint
+    given = replace(checkpoint, tokenizer=tuple(files), tokenizer_size=tokenizer_size(files))
+    return not_missing(given)
+
+
+def not_missing(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint where nothing is said of the tokenizer, since there is one."""
+    finding = missing_finding(checkpoint)
+    findings = tuple(one for one in checkpoint.findings if one != finding)
+    return replace(checkpoint, missing_tokenizer="", findings=findings)
+
+
+def missing_finding(checkpoint: Checkpoint) -> Finding | None:
+    """What is said where the yml names a tokenizer and it is not there."""
+    state, name = checkpoint.neox, checkpoint.missing_tokenizer
+    if state is None or not name:
+        return None
+    base = _base(name)
+    return Finding(
+        "tokenizer-missing",
+        "info",
+        f"the yml names the tokenizer {name}, which is not on this machine, and {state.folder} has "
+        f"no {base}: how many rows of the vocabulary are padding is not known, and what is written "
+        "has no tokenizer",
+        f"copy {base} into {shlex.quote(state.root)}, or add --tokenizer PATH to convert",
+    )
+
+
+def _places(place: StepFolder, name: str) -> Iterator[str]:
+    """Where a file that the yml names may lie: there, or under its own name with the checkpoint."""
+    base = _base(name)
+    folders = [place.root, place.folder]
+    if place.flat and step_of(os.path.basename(place.folder)) is not None:
+        folders.append(os.path.dirname(place.folder))  # one for all the steps of a run
+    named = os.path.join(place.root, name)  # never relative to where we run
+    # nothing of this machine, or of another place in the store, belongs to a URL
+    if not is_url(place.root) or (
+        named.startswith(f"{place.root}/") and ".." not in named.split("/")
+    ):
+        yield named
+    if base:
+        yield from (os.path.join(folder, base) for folder in dict.fromkeys(folders))
+
+
+def _base(name: str) -> str:
+    return re.split(r"[/\\]", name)[-1]
