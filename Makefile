@@ -3,7 +3,8 @@
 # make bench  times, memory and disk beside cp and others' programs, to docs/benchmarks.md
 # make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run
 # make mutants   changes one line at a time and shows which changes no test notices: AREAS="audit batch"
-# make test-neox, make test-versions: in the real GPT-NeoX, in many versions of transformers
+# make test-neox   in the real GPT-NeoX: NEOX_HOME=..., or on its sources alone: GPT_NEOX_GIT=...
+# make test-versions   in many versions of transformers
 PYTHON ?= python3
 DEV := .venv
 DEMO := .demo
@@ -27,21 +28,24 @@ lint: $(DEV)/.ready
 # The real GPT-NeoX. NEOX_HOME is a folder with its trees and a venv in which they run. If it does not
 # exist yet, NEOX_SETUP creates it from GPT_NEOX_GIT, a git directory of EleutherAI/gpt-neox (a clone's
 # .git folder, or a bare clone). Alternatively, NEOX_TREE names one tree and NEOX_PYTHON a Python that
-# has DeepSpeed. ARGS="-k today" runs some of the tests.
+# has DeepSpeed. With GPT_NEOX_GIT alone, the tests that only read sources run (the patcher, the tree
+# reader, keys.json, the stand-ins of make test), and the others are skipped. ARGS="-k today" runs some.
 NEOX_HOME ?= .neox
 GPT_NEOX_GIT ?=
 NEOX_SETUP ?= $(wildcard ../shared/real_neox/setup)
 test-neox: $(DEV)/.ready
-	@if [ -z "$(NEOX_TREE)" ] && [ ! -x "$(NEOX_HOME)/venv/bin/python" ]; then \
-	  if [ -z "$(NEOX_SETUP)" ]; then \
-	    echo "Name GPT-NeoX: NEOX_TREE=... NEOX_PYTHON=..., or NEOX_HOME=... (docs/code.md)"; exit 1; \
-	  fi; \
-	  if [ ! -d "$(GPT_NEOX_GIT)" ]; then \
-	    echo "$(NEOX_HOME) does not exist yet. To create it, name a git directory of EleutherAI/gpt-neox:"; \
+	@if [ -n "$(GPT_NEOX_GIT)" ] && [ ! -d "$(GPT_NEOX_GIT)" ]; then \
+	  echo "GPT_NEOX_GIT=$(GPT_NEOX_GIT): no such folder"; exit 1; fi; \
+	if [ -z "$(NEOX_TREE)" ] && [ ! -x "$(NEOX_HOME)/venv/bin/python" ]; then \
+	  if [ -n "$(GPT_NEOX_GIT)" ] && [ -n "$(NEOX_SETUP)" ]; then \
+	    "$(NEOX_SETUP)" "$(abspath $(NEOX_HOME))" "$(abspath $(GPT_NEOX_GIT))"; \
+	  elif [ -z "$(GPT_NEOX_GIT)" ]; then \
+	    echo "Name GPT-NeoX: NEOX_TREE=... NEOX_PYTHON=..., or NEOX_HOME=... (docs/code.md), or a git"; \
+	    echo "directory of EleutherAI/gpt-neox:"; \
 	    echo "  git clone --bare https://github.com/EleutherAI/gpt-neox gpt-neox.git"; \
-	    echo "  make test-neox GPT_NEOX_GIT=gpt-neox.git"; exit 1; \
-	  fi; "$(NEOX_SETUP)" "$(abspath $(NEOX_HOME))" "$(abspath $(GPT_NEOX_GIT))"; fi
+	    echo "  make test-neox GPT_NEOX_GIT=gpt-neox.git"; exit 1; fi; fi
 	NEOX_HOME="$(abspath $(NEOX_HOME))" NEOX_TREE="$(NEOX_TREE)" \
+	  GPT_NEOX_GIT="$(if $(GPT_NEOX_GIT),$(abspath $(GPT_NEOX_GIT)))" \
 	  $(DEV)/bin/python -m pytest -m neox tests/neox $(ARGS)
 
 # each version of transformers in an environment of its own: TRANSFORMERS="4.30 5.4" for some

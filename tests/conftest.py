@@ -1,9 +1,11 @@
 """Fixtures that several files of tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import s3_server
+import stand_in_trees
 from s3_server import Store
 
 from neox_bridge.stores import retry
@@ -24,3 +26,13 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     server.listings.clear()
     yield server
     server.spoil = lambda method, key, query: ""
+
+
+@pytest.fixture(scope="session")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """GPT-NeoX's source trees by date; a test that edits one copies it first.
+
+    Here they are stand-ins. tests/neox/conftest.py replaces this fixture by the real trees.
+    """
+    folder = tmp_path_factory.mktemp("trees")
+    return {name: stand_in_trees.write_tree(name, folder / name) for name in stand_in_trees.NAMES}

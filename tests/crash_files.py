@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crash_run import forked, tree
+from stand_in_trees import write_tree
 
 from neox_bridge.compat.patcher import KEPT, apply, plan_patch, revert
 from neox_bridge.report.read import write_page
 
-TREE = Path(__file__).parent / "data" / "trees" / "today"
 PAGE = '<meta name="generator" content="neox-bridge 1">'
 
 
@@ -39,7 +39,7 @@ def prepared(folder: Path, case: str) -> Path:
     if case == "report":
         (place / "page.html").write_text(f"{PAGE} old")
     else:
-        shutil.copytree(TREE, place / "tree")
+        write_tree("today", place / "tree")
     if case == "revert":
         patch(place)
     return place

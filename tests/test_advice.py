@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from neox_bridge.layouts.eras import era_named
 from neox_bridge.layouts.open import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
-TREES = Path(__file__).parent / "data" / "trees"
 ERAS = ("2024-03", "2024-09", "2024-10", "today")
 FIRST = (  # what a Pythia that was converted for today gets in a GPT-NeoX of March 2024
     "RuntimeError: Error(s) in loading state_dict for ParallelTransformerLayerPipe:\n"
@@ -169,16 +169,19 @@ def test_every_source_in_every_tree(
 
 
 @pytest.mark.parametrize("tree", ERAS)
-def test_the_tree_of_the_traceback(tree: str, hf: Path, tmp_path: Path) -> None:
+def test_the_tree_of_the_traceback(
+    tree: str, hf: Path, tmp_path: Path, trees: Mapping[str, Path]
+) -> None:
     """Frames name the tree, and where it is on this machine it is read."""
     convert(hf, tmp_path / "run", era=era_named("2024-03" if tree != "2024-03" else "today"))
-    message = judged(tmp_path / "run", f"neox:{TREES / tree}").message
-    text = f'  File "{TREES / tree}/megatron/checkpointing.py", line 1, in load\n{message}\n'
+    target = f"neox:{trees[tree]}"
+    message = judged(tmp_path / "run", target).message
+    text = f'  File "{trees[tree]}/megatron/checkpointing.py", line 1, in load\n{message}\n'
     found = advised(text, tmp_path / "run")
-    assert f"--for neox:{TREES / tree}" in found.fix
+    assert f"--for {target}" in found.fix
     run(found.fix)
-    assert judged(target_of(found.fix), f"neox:{TREES / tree}").answer == "loads"
-    elsewhere = advised(text.replace(str(TREES), "/nowhere"), tmp_path / "run")
+    assert judged(target_of(found.fix), target).answer == "loads"
+    elsewhere = advised(text.replace(str(trees[tree]), "/nowhere"), tmp_path / "run")
     assert "/nowhere" not in elsewhere.fix
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from neox_bridge.layouts.gqa import unknown_order
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.derived import inv_freq
 
-TREES = Path(__file__).parent / "data" / "trees"
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
 MISSING = 'Missing key(s) in state_dict: "attention.rotary_emb.inv_freq". '
 UNEXPECTED = 'Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq". '
@@ -87,11 +87,11 @@ WRITTEN = {"2024_03": "2024-03", "2024_09": "2024-09"}
 
 @pytest.mark.parametrize("era", ERA_NAMES)
 @pytest.mark.parametrize("name", GPT_NEOX)
-def test_every_fixture_in_every_tree(name: str, era: str) -> None:
+def test_every_fixture_in_every_tree(name: str, era: str, trees: Mapping[str, Path]) -> None:
     """Loads exactly where names and buffers are the tree's; the data and the tree agree."""
     checkpoint = opened(fixture(name))
     by_date = judge(checkpoint, target_named(f"neox@{era}"))
-    by_tree = judge(checkpoint, target_named(f"neox:{TREES / era}"))
+    by_tree = judge(checkpoint, target_named(f"neox:{trees[era]}"))
     wrote = next((e for part, e in WRITTEN.items() if part in name), "today")
     fits = {"2024-03": {"2024-03"}, "2024-09": {"2024-09"}, "today": {"2024-10", "today"}}
     assert by_date.answer == ("loads" if era in fits[wrote] else "fails")
@@ -133,10 +133,12 @@ def test_one_message_for_all_layers_where_a_rank_is_a_file(hf: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("era", ERA_NAMES)
-def test_what_is_converted_for_a_tree_loads_there(hf: Path, tmp_path: Path, era: str) -> None:
+def test_what_is_converted_for_a_tree_loads_there(
+    hf: Path, tmp_path: Path, era: str, trees: Mapping[str, Path]
+) -> None:
     for tp, pp in ((1, 0), (2, 1), (4, 2)):
         root = neox(hf, tmp_path / f"{tp}{pp}", era, tp=tp, pp=pp)
-        assert judged(root, f"neox:{TREES / era}").answer == "loads"
+        assert judged(root, f"neox:{trees[era]}").answer == "loads"
 
 
 @pytest.mark.parametrize("era", ["2024-09", "2024-10", "today"])
@@ -153,11 +155,11 @@ def test_the_flag_of_the_yml_counts(hf: Path, tmp_path: Path, era: str) -> None:
     assert judged(other, f"neox@{era}").message == f"{LAYER}{MISSING}"
 
 
-def test_a_patched_tree_takes_both(hf: Path, tmp_path: Path) -> None:
+def test_a_patched_tree_takes_both(hf: Path, tmp_path: Path, trees: Mapping[str, Path]) -> None:
     pytest.importorskip("libcst")
     from neox_bridge.compat import patcher
 
-    tree = Path(shutil.copytree(TREES / "2024-03", tmp_path / "tree"))
+    tree = Path(shutil.copytree(trees["2024-03"], tmp_path / "tree"))
     roots = [neox(hf, tmp_path / i, "2024-03", inv_freq=i) for i in ("omit", "store")]
     assert [judged(r, f"neox:{tree}").answer for r in roots] == ["fails", "loads"]
     patcher.apply(patcher.plan_patch(str(tree)))
@@ -180,10 +182,12 @@ def test_a_key_in_two_ymls(hf: Path, tmp_path: Path) -> None:
     assert judged(root, "today").answer == "loads"
 
 
-def test_a_key_that_the_tree_doesn_t_know(hf: Path, tmp_path: Path) -> None:
+def test_a_key_that_the_tree_doesn_t_know(
+    hf: Path, tmp_path: Path, trees: Mapping[str, Path]
+) -> None:
     root = neox(hf, tmp_path, "2024-03")
     edit_yml(root, rotary_save_freqs_buffer=True)
-    found = judged(root, f"neox:{TREES / '2024-03'}")
+    found = judged(root, f"neox:{trees['2024-03']}")
     assert found.message == (
         "TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
         "'rotary_save_freqs_buffer'"
@@ -593,8 +597,10 @@ def test_a_pasted_traceback() -> None:
 
 
 @pytest.mark.parametrize("era", ERA_NAMES)
-def test_convert_for_a_tree_is_convert_for_its_time(hf: Path, tmp_path: Path, era: str) -> None:
-    places = {"date": f"neox@{era}", "tree": f"neox:{TREES / era}"}
+def test_convert_for_a_tree_is_convert_for_its_time(
+    hf: Path, tmp_path: Path, era: str, trees: Mapping[str, Path]
+) -> None:
+    places = {"date": f"neox@{era}", "tree": f"neox:{trees[era]}"}
     for name, target in places.items():
         done = CliRunner().invoke(app, ["convert", str(hf), str(tmp_path / name), "--for", target])
         assert done.exit_code == 0, done.output
@@ -605,8 +611,10 @@ def test_convert_for_a_tree_is_convert_for_its_time(hf: Path, tmp_path: Path, er
     assert neox_config(tmp_path / "date") == neox_config(tmp_path / "tree")
 
 
-def test_convert_takes_a_tree_s_own_keys(hf: Path, tmp_path: Path) -> None:
-    tree = Path(shutil.copytree(TREES / "today", tmp_path / "tree"))
+def test_convert_takes_a_tree_s_own_keys(
+    hf: Path, tmp_path: Path, trees: Mapping[str, Path]
+) -> None:
+    tree = Path(shutil.copytree(trees["today"], tmp_path / "tree"))
     args = tree / "megatron/neox_arguments/neox_args.py"
     text = args.read_text()
     old = "    train_iters: int = None\n"
@@ -620,9 +628,11 @@ def test_convert_takes_a_tree_s_own_keys(hf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tree", ["2024-03", "2024-09"])
-def test_convert_refuses_what_a_tree_can_t_hold(tmp_path: Path, tree: str) -> None:
+def test_convert_refuses_what_a_tree_can_t_hold(
+    tmp_path: Path, tree: str, trees: Mapping[str, Path]
+) -> None:
     wide = make_hf(tmp_path / "wide", intermediate_size=200)
-    target = f"neox:{TREES / tree}"
+    target = f"neox:{trees[tree]}"
     done = CliRunner().invoke(app, ["convert", str(wide), str(tmp_path / "o"), "--for", target])
     assert done.exit_code == 4
     assert "four times" in done.stderr

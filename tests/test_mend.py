@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from neox_bridge.layouts.eras import LINEAR, era_named
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.derived import inv_freq
 
-TREES = Path(__file__).parent / "data" / "trees"
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
 
 
@@ -81,9 +81,11 @@ def edit_yml(root: Path, **keys: Any) -> None:
 
 @pytest.mark.parametrize("era", ERA_NAMES)
 @pytest.mark.parametrize("name", GPT_NEOX)
-def test_every_fixture_for_every_tree(name: str, era: str, tmp_path: Path) -> None:
+def test_every_fixture_for_every_tree(
+    name: str, era: str, tmp_path: Path, trees: Mapping[str, Path]
+) -> None:
     """Mended it loads, with the same bits; where it loads already nothing is to mend."""
-    source, target = fixture(name), f"neox:{TREES / era}"
+    source, target = fixture(name), f"neox:{trees[era]}"
     before = digests(source)
     loaded = answer(source, target) == "loads"
     held = any("optim_states" in path for path in before)

@@ -1,4 +1,7 @@
-"""The patch of GPT-NeoX trees, on the sources of four of them, and install() at run time."""
+"""The patch of GPT-NeoX trees, and install() at run time.
+
+On stand-ins for four trees here, and on the real ones in tests/neox/test_patcher_neox.py.
+"""
 
 import ast
 import difflib
@@ -11,36 +14,36 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stand_in_trees import NAMES
 from test_cli import run
 
 from neox_bridge import BridgeError, Refused
 from neox_bridge.compat.patcher import KEPT, apply, plan_patch, plan_revert, revert
 
-DATA = Path(__file__).parent / "data" / "trees"
-TREES = ("2024-03", "2024-09", "2024-10", "today")
+PAGE = Path(__file__).parents[1] / "docs" / "patch.md"
 HOME = Path("megatron/model/positional_embeddings.py")
 ROTARY = "sequential.2.attention.rotary_emb."
 COUNT = itertools.count()
 
 
-@pytest.fixture(params=TREES)
-def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return copy_of(request.param, tmp_path)
+@pytest.fixture(params=NAMES)
+def tree(request: pytest.FixtureRequest, trees: Mapping[str, Path], tmp_path: Path) -> Path:
+    return copy_of(trees, request.param, tmp_path)
 
 
 @pytest.fixture
-def today(tmp_path: Path) -> Path:
-    return copy_of("today", tmp_path)
+def today(trees: Mapping[str, Path], tmp_path: Path) -> Path:
+    return copy_of(trees, "today", tmp_path)
 
 
-def copy_of(name: str, folder: Path) -> Path:
-    return Path(shutil.copytree(DATA / name, folder / name))
+def copy_of(trees: Mapping[str, Path], name: str, folder: Path) -> Path:
+    return Path(shutil.copytree(trees[name], folder / name))
 
 
 def content(tree: Path) -> dict[str, bytes]:
@@ -52,6 +55,13 @@ def content(tree: Path) -> dict[str, bytes]:
 def patched(tree: Path) -> Path:
     apply(plan_patch(tree))
     return tree
+
+
+def line_of(tree: Path, owner: str) -> int:
+    """The line where a class registers its buffer first."""
+    lines = (tree / HOME).read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"class {owner}("))
+    return next(i for i in range(first, len(lines)) if "register_buffer" in lines[i]) + 1
 
 
 def edit(tree: Path, old: str, new: str, file: Path = HOME) -> None:
@@ -381,7 +391,7 @@ def test_revert_refuses_a_strange_record(today: Path, text: str) -> None:
         revert(today)
 
 
-def test_revert_after_git_did_it(today: Path) -> None:
+def test_revert_after_git_did_it(today: Path, trees: Mapping[str, Path]) -> None:
     original = (today / HOME).read_bytes()
     patched(today)
     (today / HOME).write_bytes(original)
@@ -390,9 +400,9 @@ def test_revert_after_git_did_it(today: Path) -> None:
     revert(today)
     assert (today / HOME).read_bytes() == original
     patched(today)
-    shutil.copy(DATA / "2024-03" / HOME, today / HOME)  # another version was checked out
+    shutil.copy(trees["2024-03"] / HOME, today / HOME)  # another version was checked out
     revert(today)
-    assert (today / HOME).read_bytes() == (DATA / "2024-03" / HOME).read_bytes()
+    assert (today / HOME).read_bytes() == (trees["2024-03"] / HOME).read_bytes()
     assert not (today / KEPT).exists()
 
 
@@ -483,6 +493,7 @@ SLOPES = '        self.register_buffer("slopes", slopes)\n'
 )
 def test_unknown_forms_are_refused(today: Path, old: str, new: str, reason: str) -> None:
     two_files(today)
+    other = f"megatron/model/zz.py:{line_of(today, 'AliBi')} (AliBi: slopes)"
     edit(today, old, new)
     before = content(today)
     with pytest.raises(Refused) as caught:
@@ -490,7 +501,7 @@ def test_unknown_forms_are_refused(today: Path, old: str, new: str, reason: str)
     assert caught.value.exit_code == 4
     assert reason in str(caught.value)
     if reason[:3] != "can":  # the others are named too
-        assert "megatron/model/zz.py:144 (AliBi: slopes)" in str(caught.value)
+        assert other in str(caught.value)
     assert content(today) == before
 
 
@@ -546,9 +557,10 @@ def test_dry_run_is_a_diff_that_git_applies(tree: Path) -> None:
 
 def test_command(tree: Path) -> None:
     before = content(tree)
+    line = line_of(tree, "SinusoidalPositionalEmbedding")
     done = run("patch", tree)
     assert done.exit_code == 0, done.output
-    assert f"{HOME}:23: SinusoidalPositionalEmbedding: inv_freq no longer stored" in done.stdout
+    assert f"{HOME}:{line}: SinusoidalPositionalEmbedding: inv_freq no longer stored" in done.stdout
     assert f"patched {tree}: 1 file; neox-bridge patch {tree} --revert undoes it" in done.stdout
     assert "is patched already" in run("patch", tree).stdout
     there = content(tree)
@@ -565,7 +577,7 @@ def test_command_json(today: Path) -> None:
     assert facts["written"] is False
     (file,) = facts["files"]
     assert file["path"] == str(HOME)
-    assert file["changes"][0]["line"] == 23
+    assert file["changes"][0]["line"] == line_of(today, "SinusoidalPositionalEmbedding")
     assert file["diff"].startswith(f"--- a/{HOME}\n")
     assert json.loads(run("patch", today, "--json").stdout)["written"] is True
     assert json.loads(run("patch", today, "--json").stdout)["files"] == []
@@ -575,11 +587,12 @@ def test_command_json(today: Path) -> None:
 
 def test_command_refuses(today: Path) -> None:
     edit(today, SLOPES, SLOPES.replace("slopes)", "slopes + 0)"))
+    alibi, rotary = line_of(today, "AliBi"), line_of(today, "RotaryEmbedding")
     done = run("patch", today)
     assert done.exit_code == 4
     assert done.stdout == ""
-    assert f"{HOME}:144 (AliBi: slopes): its value isn't computed as slopes" in done.stderr
-    assert f"{HOME}:44 (RotaryEmbedding: inv_freq)" in done.stderr
+    assert f"{HOME}:{alibi} (AliBi: slopes): its value isn't computed as slopes" in done.stderr
+    assert f"{HOME}:{rotary} (RotaryEmbedding: inv_freq)" in done.stderr
 
 
 def test_command_without_libcst(today: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,16 +605,29 @@ def test_command_without_libcst(today: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_page_shows_what_happens(today: Path) -> None:
-    page = (DATA.parents[2] / "docs" / "patch.md").read_text()
-    blocks = [block.split("\n", 1) for block in page.split("```")[1::2]]
-    texts = {language: text for language, text in blocks if language}
+    """But for the numbers of lines, which are those of the real tree: see tests/neox."""
+    texts = blocks_of_the_page()
     assert texts["diff"] in plan_patch(today).diff
-    shown = [line for line in texts["console"].splitlines() if line.startswith("megatron/")]
-    assert shown == [line for line in run("patch", today).stdout.splitlines() if ":" in line][:-1]
+    changes = shown_changes(run("patch", today).stdout)
+    assert [(file, what) for file, _, what in shown_changes(texts["console"])] == [
+        (file, what) for file, _, what in changes
+    ]
+
+
+def blocks_of_the_page() -> dict[str, str]:
+    """The page's code blocks by language; of several the last."""
+    blocks = [block.split("\n", 1) for block in PAGE.read_text().split("```")[1::2]]
+    return {language: text for language, text in blocks if language}
+
+
+def shown_changes(text: str) -> list[tuple[str, str, str]]:
+    """The file, line and description of each change that the command printed."""
+    rows = [line.split(":", 2) for line in text.splitlines() if line.startswith("megatron/")]
+    return [(file, line, what) for file, line, what in rows]
 
 
 def test_the_page_shows_what_to_do_by_hand() -> None:
-    page = (DATA.parents[2] / "docs" / "patch.md").read_text()
+    page = PAGE.read_text()
     source = page[page.rindex("class RotaryEmbedding") :].rpartition("```")[0]
     source = source.replace("(...):\n        ...", "(self):\n        super().__init__()")
     source = source.replace("inv_freq, persistent", "torch.ones(2), persistent")
@@ -663,8 +689,8 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["2024-03", "today"])
-def test_install(name: str, order: str, tmp_path: Path) -> None:
-    use(copy_of(name, tmp_path), order)
+def test_install(name: str, order: str, trees: Mapping[str, Path], tmp_path: Path) -> None:
+    use(copy_of(trees, name, tmp_path), order)
 
 
 def test_install_beside_a_patched_tree(tree: Path) -> None:
@@ -672,6 +698,7 @@ def test_install_beside_a_patched_tree(tree: Path) -> None:
 
 
 def use(tree: Path, order: str) -> None:
+    without_packages(tree)
     before = content(tree)
     done = script(tree, USE.format(first=ORDERS[order][0], second=ORDERS[order][1]))
     assert done.returncode == 0, done.stderr
@@ -679,13 +706,24 @@ def use(tree: Path, order: str) -> None:
     assert content(tree) == before
 
 
+def without_packages(tree: Path) -> None:
+    """Let the module be imported alone: the real packages import DeepSpeed and more.
+
+    tests/neox/test_patched.py runs install() with all of them.
+    """
+    for package in ("megatron", "megatron/model"):
+        (tree / package / "__init__.py").unlink(missing_ok=True)
+
+
 def test_install_touches_no_torch(today: Path) -> None:
+    without_packages(today)
     code = "import sys\nfrom neox_bridge.compat import install\ninstall()\nimport megatron.model\n"
     done = script(today, code + "print([m for m in ('torch', 'libcst') if m in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_install_says_when_it_finds_nothing(today: Path) -> None:
+    without_packages(today)
     (today / HOME).write_text("")
     code = "from neox_bridge.compat import install\ninstall()\n"
     done = script(today, code + "import megatron.model.positional_embeddings")

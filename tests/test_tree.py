@@ -1,10 +1,16 @@
-"""GPT-NeoX source trees read by their syntax, and the names of targets."""
+"""GPT-NeoX source trees read by their syntax, and the names of targets.
 
+On stand-ins for four trees here, and on the real ones in tests/neox/test_tree_neox.py.
+"""
+
+import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stand_in_trees import NAMES
 
 from neox_bridge.compat.facts import TransformersFacts, TreeFacts
 from neox_bridge.compat.targets import target_named
@@ -19,8 +25,13 @@ from neox_bridge.compat.tree import (
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.eras import ERAS, known_keys
 
-TREES = Path(__file__).parent / "data" / "trees"
-NAMES = ("2024-03", "2024-09", "2024-10", "today")
+# the yml keys of the real trees: how many, and sha256 of their names, sorted, a line each
+KEYS = {
+    "2024-03": (239, "9e221750cb700fddcf6ca301bd1770dd4d57a452c6789d5b75317613d47689be"),
+    "2024-09": (268, "ff027156c63b652fdf11568b3d12bcdd42fa895f1ee734a6b0bdbe0520ee1554"),
+    "2024-10": (309, "464cc4079bb93cf3514a26a607548e987baac77765981dea1c6504e4f875f6e1"),
+    "today": (318, "a4bd48ca24759d0a631c65888656152e2340a714910f7ff02e92772056d6fe31"),
+}
 
 
 def named(text: str) -> TreeFacts:
@@ -30,10 +41,10 @@ def named(text: str) -> TreeFacts:
 
 
 @pytest.fixture
-def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def tree(request: pytest.FixtureRequest, trees: Mapping[str, Path], tmp_path: Path) -> Path:
     """A copy of a tree to break: today's, or the one that the test names."""
     name = getattr(request, "param", "today")
-    return Path(shutil.copytree(TREES / name, tmp_path / "tree"))
+    return Path(shutil.copytree(trees[name], tmp_path / "tree"))
 
 
 def edit(tree: Path, file: str, old: str, new: str) -> None:
@@ -43,19 +54,22 @@ def edit(tree: Path, file: str, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tree_is_what_the_data_say_of_its_time(name: str) -> None:
-    found, told = read_tree(str(TREES / name)), named(f"neox@{name}")
-    assert replace(found, path="", places={}) == replace(told, path="", places={})
+def test_a_tree_is_what_the_data_say_of_its_time(name: str, trees: Mapping[str, Path]) -> None:
+    of_tree, of_date = read_tree(str(trees[name])), named(f"neox@{name}")
+    assert replace(of_tree, path="", places={}) == replace(of_date, path="", places={})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_known_keys_are_those_of_the_dataclasses(name: str) -> None:
+def test_the_known_keys_are_those_of_the_dataclasses(name: str, trees: Mapping[str, Path]) -> None:
     era = next(era for era in ERAS if era.name == name)
-    assert read_tree(str(TREES / name)).keys == known_keys(era)
+    keys = read_tree(str(trees[name])).keys
+    assert keys == known_keys(era)
+    digest = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+    assert (len(keys), digest) == KEYS[name]
 
 
-def test_each_fact_changes_once_in_time() -> None:
-    facts = [read_tree(str(TREES / name)) for name in NAMES]
+def test_each_fact_changes_once_in_time(trees: Mapping[str, Path]) -> None:
+    facts = [read_tree(str(trees[name])) for name in NAMES]
     assert [f.inv_freq for f in facts] == ["always", "flag", "flag", "flag"]
     assert [f.mlp_names for f in facts] == ["dense", "dense", "linear", "linear"]
     assert [f.gqa_order for f in facts] == ["interleaved"] * 3 + ["grouped"]
@@ -67,9 +81,9 @@ def test_each_fact_changes_once_in_time() -> None:
     assert all(f.rope_tables_fp32 and "padded_vocab_size" in f.args_checked for f in facts)
 
 
-def test_places_name_the_line() -> None:
-    file, line = read_tree(str(TREES / "today")).places["rms_eps"].split(":")
-    text = (TREES / "today" / file).read_text().splitlines()[int(line) - 1]
+def test_places_name_the_line(trees: Mapping[str, Path]) -> None:
+    file, line = read_tree(str(trees["today"])).places["rms_eps"].split(":")
+    text = (trees["today"] / file).read_text().splitlines()[int(line) - 1]
     assert "rsqrt(variance + self.eps)" in text
 
 

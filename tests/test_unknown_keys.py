@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -533,9 +534,9 @@ def test_doctor_warns_of_a_config_json(tmp_path: Path) -> None:
     )
 
 
-def test_the_tree_of_the_fork_knows_its_key(tmp_path: Path) -> None:
+def test_the_tree_of_the_fork_knows_its_key(tmp_path: Path, trees: Mapping[str, Path]) -> None:
     tree = tmp_path / "fork"
-    shutil.copytree(Path(__file__).parent / "data" / "trees" / "today", tree)
+    shutil.copytree(trees["today"], tree)
     arguments = tree / "megatron" / "neox_arguments" / "neox_args.py"
     text = arguments.read_text()
     arguments.write_text(text + "\n\nclass NeoXArgsFork:\n    rope_scaling: dict = None\n")
@@ -579,11 +580,13 @@ def test_reshard_refuses_and_keeps(tmp_path: Path) -> None:
     assert "rope_scaling" in text
 
 
-def test_a_setting_that_the_named_gpt_neox_does_not_have(tmp_path: Path) -> None:
+def test_a_setting_that_the_named_gpt_neox_does_not_have(
+    tmp_path: Path, trees: Mapping[str, Path]
+) -> None:
     root = with_yml(tmp_path, moe_use_residual=True, moe_num_experts=1)
     run(0, "convert", root, tmp_path / "dense", "--to", "neox", "--for", "2024-03")
     tree = tmp_path / "older"
-    shutil.copytree(Path(__file__).parent / "data" / "trees" / "2024-03", tree)
+    shutil.copytree(trees["2024-03"], tree)
     arguments = tree / "megatron" / "neox_arguments" / "neox_args.py"
     text = arguments.read_text()
     assert "use_qk_layernorm" in text

@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_trees import RealTrees
 
 TABLE = Path(__file__).parents[2] / "docs" / "loads-in-gpt-neox.md"
 CELLS: dict[tuple[str, int, int, str], str] = {}
@@ -46,6 +47,12 @@ def neox_python() -> str:
     if not Path(python).exists():
         pytest.skip("no NEOX_HOME (trees and venv), no NEOX_TREE with NEOX_PYTHON")
     return python
+
+
+@pytest.fixture(scope="session")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """The sources of the real trees by date, in place of the stand-ins of tests/conftest.py."""
+    return RealTrees(tmp_path_factory.mktemp("real"))
 
 
 @pytest.fixture(scope="session", autouse=True)

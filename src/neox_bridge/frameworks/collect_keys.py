@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     """Print the file."""
     git, deepspeed, *wheels = arguments
     found = {
-        "gpt_neox": _gpt_neox(git),
+        "gpt_neox": gpt_neox(git),
         "deepspeed": {"version": _version(deepspeed), "keys": sorted(set(_deepspeed(deepspeed)))},
         "transformers": _transformers(wheels),
     }
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     print()
 
 
-def _gpt_neox(git: str) -> dict[str, Any]:
+def gpt_neox(git: str) -> dict[str, Any]:
     """The arguments of each tree, and those that were there only between them."""
 
     def run(*words: str) -> str:
