@@ -88,7 +88,7 @@ ZERO_GENERATIONS = (
         "partitions",
         "single_partition_of_fp32_groups",
         (0, 3, 17),
-        "DeepSpeed 0.3.17 to 0.5.9",
+        "DeepSpeed 0.3.17 to 0.5.9, and older versions at stage 2",
         True,
         "DeepSpeed#1042, cfa63f5d, 2021-05-19",
     ),

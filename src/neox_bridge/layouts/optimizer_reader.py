@@ -12,10 +12,19 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.frameworks.deepspeed import PARTITIONS
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState, some
 from neox_bridge.layouts.file_names import OPTIMIZER
 from neox_bridge.layouts.flat import Flat
-from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter, Scalar, Wrapper
+from neox_bridge.layouts.optimizer import (
+    MASTER,
+    Group,
+    Optimizer,
+    Parameter,
+    SavedForm,
+    Scalar,
+    Wrapper,
+)
 from neox_bridge.layouts.optimizer_values import (
     check_config,
     check_head,
@@ -34,6 +43,7 @@ _NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d+)\.(.+)")
 _TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 _MOST = 64  # bytes of a scalar
 _SHOWN = 7  # of the files that are missing, of which there may be any number
+_NOT_OUTER = ("optimizer_state_dict", "param_shapes")
 _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
 
 
@@ -108,7 +118,7 @@ def _read_files(
         paths += mine
         values = [_states(path) for path in ahead(mine)]
         head = head or {k: v for k, v in values[0].items() if k not in _SHARDED}
-        shapes = _shapes(meta, mine[0])
+        shapes = _shapes(meta, mine[0], number)
         for index, flats in enumerate(shapes):
             flat = Flat(flats, dp)
             group, tensors = _group(values, mine, index, flat)
@@ -124,9 +134,10 @@ def _read_files(
                     members[place] = list(groups).index(label)
     wrapper: Wrapper = "zero" if "zero_stage" in head else "bf16"
     stage = stage_of(head, metas[0])
+    form = SavedForm("rigid", PARTITIONS, dp, (1,) * len(groups))
     result = Optimizer(
         wrapper, stage, dp, tuple(keys), tuple(groups.values()), members, shards, head, metas,
-        tuple(paths), generators(metas[0]),
+        tuple(paths), generators(metas[0]), form,
     )  # fmt: skip
     check_weights(checkpoint, result, folder)
     return result
@@ -195,6 +206,11 @@ def _states(path: str) -> Mapping[str, Any]:
     value = optimizer_states(path)
     inner = value["optimizer_state_dict"]
     base = inner.get("base_optimizer_state")
+    if isinstance(base, list) or "local_sub_partitions_of_fp32_groups" in inner:
+        raise BridgeError(
+            f"{path} holds states in another form than the file of the first rank, so their files "
+            "are of different saves. Copy the checkpoint again."
+        )
     if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
         raise BridgeError(f"{path} holds no base_optimizer_state: it is of an unknown optimizer.")
     check_head(inner, path)
@@ -202,22 +218,30 @@ def _states(path: str) -> Mapping[str, Any]:
         check_config(value["ds_config"], path, "ds_config.")
     elif value.get("ds_config") is not None:
         raise unexpected(path, "ds_config", value["ds_config"], "a mapping of names to values")
-    return {**inner, "outer": {k: v for k, v in value.items() if k != "optimizer_state_dict"}}
+    return {**inner, "outer": {k: v for k, v in value.items() if k not in _NOT_OUTER}}
 
 
-def _shapes(meta: Mapping[str, Any], path: str) -> list[Mapping[str, Shape]]:
-    if not isinstance(meta.get("param_shapes"), list):
+def _shapes(meta: Mapping[str, Any], path: str, number: int) -> Sequence[Mapping[str, Shape]]:
+    """The parameters of a rank by group: from its mp_rank file, or from a file of its states.
+
+    DeepSpeed 0.5.4 to 0.5.10 kept ``param_shapes`` in the latter (dd0c8fa7, 135a6256).
+    """
+    beside = optimizer_states(path)
+    recorded = [values for values in (meta, beside) if values.get("param_shapes") is not None]
+    if not recorded or not isinstance(recorded[0]["param_shapes"], list):
         raise Refused(
-            f"{path}: the mp_rank file beside it lacks param_shapes, so that its flat partitions "
-            "can't be told apart: DeepSpeed has written them since 0.4 (2021)."
+            f"{path} and mp_rank_{number:02d}_model_states.pt beside it hold no list param_shapes, "
+            "so its flat partitions cannot be divided into parameters. DeepSpeed saves the list "
+            "since 0.5.4 (2021): copy the checkpoint again."
         )
-    zero = mapping(mapping(meta, "ds_config", path), "zero_optimization", path)
-    if zero.get("round_robin_gradients"):
-        raise Refused(
-            f"{path}: zero_optimization.round_robin_gradients was on, which shuffles parameters "
-            "over partitions. Resume the run without it and save again."
-        )
-    return shapes(meta, path)
+    for values in (meta, beside):
+        zero = mapping(mapping(values, "ds_config", path), "zero_optimization", path)
+        if zero.get("round_robin_gradients"):
+            raise Refused(
+                f"{path}: zero_optimization.round_robin_gradients was on, which shuffles "
+                "parameters over partitions. Resume the run without it and save again."
+            )
+    return shapes(recorded[0], path)
 
 
 def _group(

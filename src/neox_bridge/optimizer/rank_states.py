@@ -36,7 +36,10 @@ BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
 INTERVALS = "num_comm_intervals_per_group"
 RANKS = "partition_count"
-_NOT_IN_HEAD = (BASE, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, PARTITIONS.masters)
+_NOT_IN_HEAD = (
+    *(BASE, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, PARTITIONS.masters),
+    *("group_paddings", "param_slice_mappings"),
+)
 _MOST_GROUPS = 64
 _MOST_INTERVALS = 1 << 16
 
