@@ -9,6 +9,12 @@ import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.asked import given
+from neox_bridge.cli.inspect_optimizer import (
+    masters_facts,
+    optimizer_lines,
+    states_facts,
+    states_lines,
+)
 from neox_bridge.cli.output import (
     KINDS,
     human,
@@ -24,6 +30,7 @@ from neox_bridge.errors import UsageError
 from neox_bridge.printable import plain
 
 if TYPE_CHECKING:
+    from neox_bridge.findings import Finding
     from neox_bridge.formats.tensor_ref import TensorRef
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.planning.pieces import Whole
@@ -130,13 +137,22 @@ def inspect(
         return
     check_optimizer(optimizer, checkpoint)
     facts = describe(checkpoint)
+    masters: dict[str, Any] | None = None
     if optimizer:
+        from neox_bridge.findings import unrepeated
         from neox_bridge.layouts.masters import with_states
         from neox_bridge.layouts.optimizer_export import scalars
         from neox_bridge.layouts.optimizer_reader import read_optimizer
+        from neox_bridge.planning.report import finding_json
 
-        facts["optimizer"] = scalars(checkpoint, read_optimizer(checkpoint))
-        checkpoint = with_states(checkpoint)
+        held = read_optimizer(checkpoint)
+        differing: list[Finding] = []
+        if stats and tensor is None:
+            masters, differing = masters_facts(checkpoint, held, max_workers)
+        facts["optimizer"] = {**scalars(checkpoint, held), "masters": masters}
+        doubts = [*differing, *unrepeated(held.findings, differing), *held.derived_findings]
+        facts["findings"] += map(finding_json, doubts)
+        checkpoint = with_states(checkpoint, held)
     wanted = stats or plot or tensor
     found, told = measure(checkpoint, tensor or "*", max_workers) if wanted else (None, [])
     if plot and found is not None:
@@ -152,7 +168,7 @@ def inspect(
         print_json({**facts, **more})
         return
     lines = summary_lines(facts)
-    lines += _optimizer_lines(facts["optimizer"]) if optimizer else []
+    lines += optimizer_lines(facts["optimizer"], masters) if optimizer else []
     for key, text in lines:
         print_line(f"{key:<12}{text}")
     if tensors:
@@ -177,6 +193,8 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     if drifted := drifted_biases(checkpoint):
         written = "convert writes the mean of the ranks, which is near to it"
         stored = [*stored, drifted.finding(written)]
+    states, unreadable = states_facts(checkpoint)
+    stored += unreadable
     odd = odd_dtypes(checkpoint)
     config, state = checkpoint.config, checkpoint.neox
     dtypes: Counter[str] = Counter()
@@ -189,7 +207,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "revision": checkpoint.revision or None,
         "family": checkpoint.architecture.name,
         "format": checkpoint.form.name if checkpoint.form else None,
-        "neox": None if state is None else _neox(checkpoint),
+        "neox": None if state is None else _neox(checkpoint, states),
         "parameters": dtypes.total(),
         "dtype": config.dtype,
         "dtypes": dict(dtypes.most_common()),
@@ -250,7 +268,7 @@ def _refusals(checkpoint: "Checkpoint") -> list[dict[str, str]]:
     ]
 
 
-def _neox(checkpoint: "Checkpoint") -> dict[str, Any]:
+def _neox(checkpoint: "Checkpoint", states: dict[str, Any] | None) -> dict[str, Any]:
     from neox_bridge.layouts.eras import fitting
 
     state = checkpoint.neox
@@ -268,6 +286,7 @@ def _neox(checkpoint: "Checkpoint") -> dict[str, Any]:
         "pipeline_stages": state.pp,
         "universal": state.universal,
         "optimizer": list(state.optimizer),
+        "optimizer_states": states,
         "deepspeed": state.ds_version or None,
     }
 
@@ -313,6 +332,8 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             none = "states inside the weight files, left out"
         none = "a file for each state of each parameter" if neox["universal"] else none
         lines.append(("optimizer", held if count else none))
+        if neox["optimizer_states"]:
+            lines += states_lines(neox["optimizer_states"], facts["path"])
     if facts["written_by"]:
         lines.append(("written by", facts["written_by"]))
     unknown = [UnknownKey(**key) for key in facts["unknown_keys"]]
@@ -368,17 +389,6 @@ def _embeddings(facts: dict[str, Any]) -> str:
     if facts["stored_head"] == "differs":
         return "tied in the config, and the files hold another head"
     return "tied" if facts["tied_embeddings"] else "untied"
-
-
-def _optimizer_lines(told: dict[str, Any]) -> list[tuple[str, str]]:
-    ranks = plural(told["data_parallel"], "data-parallel rank")
-    lines = [("states", f"ZeRO {told['zero_stage']}, {ranks}: {', '.join(told['states'])}")]
-    for group in told["groups"]:
-        settings = {key: group.get(key) for key in ("lr", "weight_decay")} | group["state"]
-        told_of = [f"{k} {v:.4g}" for k, v in settings.items() if isinstance(v, int | float)]
-        tensors = plural(len(group["tensors"]), "tensor")
-        lines.append(("", ", ".join([f"{group.get('name', 'group')}: {tensors}", *told_of])))
-    return lines
 
 
 def _refs(whole: "Whole") -> list["TensorRef"]:

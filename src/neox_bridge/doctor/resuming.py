@@ -1,14 +1,13 @@
 """Whether GPT-NeoX resumes a run from a checkpoint, with the settings in its yml."""
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 
 from neox_bridge.compat.targets import Target
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states
 
 
 def cannot_resume(checkpoint: Checkpoint) -> bool:
@@ -19,7 +18,8 @@ def cannot_resume(checkpoint: Checkpoint) -> bool:
     if not checkpoint.has_optimizer:
         return finetune is False
     with suppress(BridgeError):  # a file that cannot be read stays as it is
-        return lacks_version(state)
+        states = saved_states(checkpoint)
+        return states is not None and not states.resumes_today
     return False
 
 
@@ -33,20 +33,12 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         return
     count = sum(drop.kind == "optimizer" for drop in checkpoint.dropped)
     try:
-        resumable = not lacks_version(state)
+        states = saved_states(checkpoint)
     except BridgeError as error:
         yield case("optimizer-unreadable", "warning", f"its optimizer cannot be read: {error}")
         return
-    if not resumable:
-        yield case(
-            "optimizer-version",
-            "error",
-            f"its optimizer states ({count} files) have no ds_version, like those of GPT-NeoX "
-            "v1.0, and later trees cannot resume from them. Its weights load with finetune: true, "
-            "which starts a new optimizer",
-            fix_command(checkpoint, target),
-            "AssertionError: Empty ds_version in checkpoint, not clear how to proceed",
-        )
+    if states is not None and not states.resumes_today:
+        yield _old_states(checkpoint, target, states, count)
         return
     yield case(
         "optimizer-states",
@@ -57,17 +49,30 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     )
 
 
-def lacks_version(state: NeoxState) -> bool:
-    """Whether the ZeRO partitions say no DeepSpeed version, which their loader insists on.
-
-    DeepSpeed runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py,
-    _load_legacy_checkpoint. Universal checkpoints have another loader.
-    """
-    if state.universal or not state.optimizer:
-        return False
-    value = read_torch(os.path.join(state.folder, state.optimizer[0]))
-    states = value.get("optimizer_state_dict") if isinstance(value, dict) else None
-    return isinstance(states, dict) and not states.get("ds_version")
+def _old_states(checkpoint: Checkpoint, target: Target, states: SavedStates, count: int) -> Case:
+    """The case of states that the DeepSpeed of later trees refuses."""
+    if states.form is None:
+        kind, fix = "", fix_command(checkpoint, target)
+        way_out = "Its weights load with finetune: true, which starts a new optimizer"
+    else:
+        kind = (
+            f"are {states.form.kind} ZeRO {states.stage} states of {states.form.dp} data-parallel "
+            f"ranks, as {states.form.generation.releases} saves them. They "
+        )
+        fix = reshard_command(checkpoint.path)
+        weights_only = fix_command(checkpoint, target, "--drop-optimizer")
+        way_out = (
+            "Resharding writes them anew. Its weights alone load with finetune: true, which starts "
+            f"a new optimizer: {weights_only}"
+        )
+    return case(
+        "optimizer-version",
+        "error",
+        f"its optimizer states ({count} files) {kind}have no ds_version, like those of GPT-NeoX "
+        f"v1.0, and later trees cannot resume from them. {way_out}",
+        fix,
+        "AssertionError: Empty ds_version in checkpoint, not clear how to proceed",
+    )
 
 
 def _no_states(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:

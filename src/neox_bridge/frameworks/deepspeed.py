@@ -102,3 +102,39 @@ ZERO_GENERATIONS = (
     ),
 )
 SUB_PARTITIONS, LEAN_PARTITIONS, PARTITIONS = ZERO_GENERATIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """Which versions of DeepSpeed resume from states, and how.
+
+    releases: the versions, for people. any_dp: whether they do so at any number of data-parallel
+    ranks; otherwise only at the number that saved the states. setting: what their yml needs below
+    ``zero_optimization``, "" for nothing. today: whether the versions that today's GPT-NeoX
+    requires do. keeps_step: whether Adam's step goes on; otherwise it begins anew at 1.
+    """
+
+    releases: str
+    any_dp: bool
+    setting: str
+    today: bool
+    keeps_step: bool
+
+
+def resumption(generation: ZeroGeneration, kind: StatesKind) -> Resumption:
+    """What resumes states of a form.
+
+    The loaders: runtime/zero/stage1.py of 0.3.16 (run with GPT-NeoX v1.0), stage2.py of 0.5.8, and
+    stage_1_and_2.py (_load_legacy_checkpoint) of 0.16.5. The last one refuses states without
+    ``ds_version``, which those of "sub-partitions" do not have (run), and loads elastic states at
+    the same number of ranks (read).
+    """
+    if generation is SUB_PARTITIONS:
+        rigid = kind == "rigid"
+        setting = "elastic_checkpoint: false" if rigid else ""
+        return Resumption(generation.releases, not rigid, setting, False, rigid)
+    if generation is LEAN_PARTITIONS:
+        return Resumption(generation.releases, True, "", True, False)
+    elastic = kind == "elastic"
+    setting = "elastic_checkpoint: true" if elastic else ""
+    return Resumption(generation.releases, elastic, setting, True, not elastic)

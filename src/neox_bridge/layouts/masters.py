@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from neox_bridge.errors import UsageError
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.optimizer import MASTER, states
+from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.layouts.weights import STATE_OF
 from neox_bridge.planning.pieces import Dropped
@@ -39,15 +39,17 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
         dropped=(*dropped, Dropped("the weights in 16 bits", "rounded masters"))
         if checkpoint.config.dtype != "float32"
         else dropped,
+        findings=(*checkpoint.findings, *optimizer.findings),
     )
 
 
-def with_states(checkpoint: Checkpoint) -> Checkpoint:
+def with_states(checkpoint: Checkpoint, optimizer: Optimizer | None = None) -> Checkpoint:
     """The model's tensors and, as "exp_avg: name", the optimizer's states of each.
 
+    optimizer: the checkpoint's, where it was read already.
     Raises BridgeError for a checkpoint without an optimizer.
     """
-    optimizer = read_optimizer(checkpoint)
+    optimizer = optimizer or read_optimizer(checkpoint)
     more = {
         f"{key}{STATE_OF}{name}": whole
         for key, wholes in states(checkpoint, optimizer).items()

@@ -83,8 +83,8 @@ class Optimizer:
     generators: the states of the generators that differ by tensor-parallel rank, rank 0's, by name.
     files: absolute paths of those that hold nothing but optimizer states.
     form: how files of ZeRO stages 1 and 2 hold the states; None for all others.
-    derived: the settings of ``groups`` that no file holds.
-    findings: what a user should know of how the states were read.
+    derived: the settings of ``groups`` that no file holds, and derived_findings: that they were
+    derived. findings: what is in doubt of the states' values.
     """
 
     wrapper: Wrapper
@@ -100,6 +100,7 @@ class Optimizer:
     generators: Mapping[str, bytes]
     form: SavedForm | None = None
     derived: tuple[Derived, ...] = ()
+    derived_findings: tuple[Finding, ...] = ()
     findings: tuple[Finding, ...] = ()
 
 

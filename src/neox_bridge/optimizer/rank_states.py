@@ -21,7 +21,7 @@ from neox_bridge.frameworks.deepspeed import (
     release_of,
 )
 from neox_bridge.layouts.optimizer import MASTER
-from neox_bridge.layouts.optimizer_reader import scalar
+from neox_bridge.layouts.optimizer_reader import scalar, stage_of
 from neox_bridge.layouts.optimizer_values import (
     check_config,
     check_head,
@@ -30,7 +30,7 @@ from neox_bridge.layouts.optimizer_values import (
     parameter_groups,
     states_of,
 )
-from neox_bridge.layouts.untrusted import count, unexpected
+from neox_bridge.layouts.untrusted import count, mapping, unexpected, whole
 
 BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
@@ -83,6 +83,31 @@ def generation_of(inner: Mapping[str, Any]) -> ZeroGeneration:
 def kind_of(inner: Mapping[str, Any]) -> StatesKind:
     """Whether states are elastic: without padding and without ``param_groups``."""
     return "elastic" if isinstance(inner.get(BASE), list) else "rigid"
+
+
+def interval_counts(inner: Mapping[str, Any], path: str) -> tuple[int, ...]:
+    """How many communication intervals each group has. Raises BridgeError for other values."""
+    return tuple(map(len, _masters(inner, generation_of(inner), path)))
+
+
+def zero_stage(value: Mapping[str, Any], raw: Mapping[str, Any], path: str) -> int:
+    """ZeRO's stage of a file of states.
+
+    Before DeepSpeed 0.5.10 the file of a stage 1 run may say 2, so there the settings count.
+    raw: the merged yml.
+    """
+    inner = value["optimizer_state_dict"]
+    generation = generation_of(inner)
+    if generation is SUB_PARTITIONS:
+        return 1
+    recorded = stage_of(inner, {})
+    if generation is PARTITIONS and recorded:
+        return recorded
+    for config in (mapping(value, "ds_config", path), raw):
+        stage = whole(mapping(config, "zero_optimization", path), "stage", path)
+        if stage is not None:
+            return stage
+    return recorded
 
 
 def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:

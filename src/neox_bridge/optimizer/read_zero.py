@@ -5,6 +5,7 @@ later versions with zero_optimization.elastic_checkpoint: true.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
@@ -18,11 +19,12 @@ from neox_bridge.layouts.optimizer_reader import (
     parameter,
     same_group,
 )
-from neox_bridge.layouts.untrusted import mapping, whole
+from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.flat_groups import flat_group
 from neox_bridge.optimizer.parameter_order import ParameterOrder, parameter_order
-from neox_bridge.optimizer.rank_states import RankStates, is_handled, rank_states
+from neox_bridge.optimizer.rank_states import RankStates, is_handled, rank_states, zero_stage
+from neox_bridge.optimizer.spot_checks import check_padding, master_findings
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.stores.paths import ahead
 
@@ -54,13 +56,16 @@ def read_zero(
     groups: list[Group] = []
     keys: list[str] = []
     first: RankStates | None = None
+    stage = 1
     order: ParameterOrder | None = None
     derived: tuple[Derived, ...] = ()
-    findings: list[Finding] = []
+    derived_findings: tuple[Finding, ...] = ()
     for number, (meta, paths) in enumerate(zip(metas, files, strict=True)):
         meta_path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
         values = [(path, optimizer_states(path)) for path in ahead(paths)]
         ranks = [rank_states(value, len(paths), path) for path, value in values]
+        if first is None:
+            stage = zero_stage(values[0][1], checkpoint.raw, paths[0])
         first = first or ranks[0]
         for states in ranks:
             _check_same_form(first, states)
@@ -72,11 +77,13 @@ def read_zero(
             if settings is None:
                 found = derived_settings(checkpoint.raw, meta, first.scalars, folder, meta_path)
                 settings, derived = found.groups, found.derived
-                findings += found.findings
+                derived_findings = found.findings
             groups = [Group(*pair) for pair in zip(settings, first.scalars, strict=True)]
         for index, shapes in enumerate(order.groups):
             flat = flat_group(ranks, index, shapes)
             keys += [key for key in flat.parts if key not in keys]
+            for padding in flat.padding.values():
+                check_padding(padding, f"{first.generation.masters}[{index}]")
             for key in flat.parts:
                 for name, tensor in flat.wholes(key).items():
                     place = parameter(name, paths[0])
@@ -85,11 +92,9 @@ def read_zero(
                     members[place] = index
     assert first is not None
     assert order is not None
-    if order.source == "weights":
-        findings.append(_order_finding(first.path))
     optimizer = Optimizer(
         wrapper="zero",
-        stage=_stage(first, checkpoint.raw, folder),
+        stage=stage,
         dp=len(files[0]),
         keys=tuple(keys),
         groups=tuple(groups),
@@ -101,10 +106,13 @@ def read_zero(
         generators=generators(metas[0]),
         form=SavedForm(first.kind, first.generation, len(files[0]), tuple(map(len, first.parts))),
         derived=derived,
-        findings=tuple(findings),
+        derived_findings=derived_findings,
     )
     check_weights(checkpoint, optimizer, folder)
-    return optimizer
+    findings = [*master_findings(checkpoint, optimizer)]
+    if order.source == "weights":
+        findings.append(_order_finding(first.path))
+    return replace(optimizer, findings=tuple(findings))
 
 
 def _check_same_form(first: RankStates, other: RankStates) -> None:
@@ -135,17 +143,6 @@ def _refuse_round_robin(
                 f"{recorded[0][0]}: zero_optimization.round_robin_gradients was on, which shuffles "
                 "parameters over partitions. Resume the run without it and save again."
             )
-
-
-def _stage(first: RankStates, raw: Mapping[str, Any], folder: str) -> int:
-    """ZeRO's stage. Before DeepSpeed 0.8 states of "partitions" say 2 at stage 1 too."""
-    if first.generation.form == "sub-partitions":
-        return 1
-    for config in (mapping(first.outer, "ds_config", first.path), raw):
-        zero = mapping(config, "zero_optimization", folder)
-        if zero.get("stage") is not None:
-            return whole(zero, "stage", folder) or 1
-    return 1
 
 
 def _order_finding(path: str) -> Finding:

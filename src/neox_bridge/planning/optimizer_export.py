@@ -37,5 +37,5 @@ def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
         "parameters": sum(prod(whole.shape) for whole in checkpoint.tensors.values()),
     }
     unknown = (*listed(checkpoint.unknown_keys), *warned(checkpoint.unknown_keys))
-    findings = (*unknown, *optimizer.findings)
+    findings = (*unknown, *optimizer.findings, *optimizer.derived_findings)
     return Plan(source_summary(checkpoint), summary, tuple(files), findings=findings)

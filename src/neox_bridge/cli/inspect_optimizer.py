@@ -1,0 +1,110 @@
+"""What ``neox-bridge inspect`` says of optimizer states."""
+
+from typing import TYPE_CHECKING, Any
+
+from neox_bridge.cli.output import plural
+
+if TYPE_CHECKING:
+    from neox_bridge.findings import Finding
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.optimizer import Optimizer
+
+
+def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list["Finding"]]:
+    """What kind of states the files hold and what resumes them, as plain data, and findings.
+
+    Reads the first file of states, without its tensors. None where there is no such file, or where
+    it cannot be read, which is a finding.
+    """
+    from neox_bridge.errors import BridgeError
+    from neox_bridge.findings import Finding
+    from neox_bridge.frameworks.deepspeed import resumption as resumption_of
+    from neox_bridge.optimizer.saved_states import saved_states
+
+    try:
+        states = saved_states(checkpoint)
+    except BridgeError as error:
+        return None, [Finding("optimizer-unreadable", "warning", str(error))]
+    if states is None or states.form is None:
+        return None, []
+    form = states.form
+    resumption = resumption_of(form.generation, form.kind)
+    return {
+        "kind": form.kind,
+        "zero_stage": states.stage,
+        "data_parallel": form.dp,
+        "intervals": list(form.intervals),
+        "deepspeed": states.version or None,
+        "written_by": form.generation.releases,
+        "resumed_by": {
+            "deepspeed": resumption.releases,
+            "data_parallel": "any" if resumption.any_dp else form.dp,
+            "setting": resumption.setting or None,
+            "today": states.resumes_today,
+            "keeps_step": resumption.keeps_step,
+        },
+    }, []
+
+
+def states_lines(facts: dict[str, Any], path: str) -> list[tuple[str, str]]:
+    """``states_facts`` for people."""
+    ranks = plural(facts["data_parallel"], "data-parallel rank")
+    most = max(facts["intervals"], default=1)
+    parts = f" in up to {most} communication intervals" if most > 1 else ""
+    writer = (facts["deepspeed"] and f"DeepSpeed {facts['deepspeed']}") or facts["written_by"]
+    by = facts["resumed_by"]
+    where = "any number of data-parallel ranks" if by["data_parallel"] == "any" else ranks
+    lines = [
+        (
+            "states",
+            f"{facts['kind']} ZeRO {facts['zero_stage']} states of {ranks}{parts}, as {writer} "
+            "saves them",
+        ),
+        (
+            "resumed by",
+            f"{by['deepspeed']}, on {where}"
+            + (f", with zero_optimization {by['setting']}" if by["setting"] else "")
+            + ("" if by["keeps_step"] else "; Adam's step begins anew there"),
+        ),
+    ]
+    if not by["today"]:
+        from neox_bridge.optimizer.saved_states import reshard_command
+
+        lines.append(
+            ("", f"today's GPT-NeoX cannot resume them; write them for it: {reshard_command(path)}")
+        )
+    return lines
+
+
+def optimizer_lines(facts: dict[str, Any], masters: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What ``--optimizer`` adds: the groups of ``optimizer.json``, and how the masters stand.
+
+    masters: of ``masters_facts``, or None where they were not compared.
+    """
+    ranks = plural(facts["data_parallel"], "data-parallel rank")
+    lines = [("optimizer", f"ZeRO {facts['zero_stage']}, {ranks}: {', '.join(facts['states'])}")]
+    for group in facts["groups"]:
+        named = {key: group.get(key) for key in ("lr", "weight_decay", "step")} | group["state"]
+        numbers = [f"{k} {v:.4g}" for k, v in named.items() if isinstance(v, int | float)]
+        tensors = plural(len(group["tensors"]), "tensor")
+        lines.append(("", ", ".join([f"{group.get('name', 'group')}: {tensors}", *numbers])))
+    if masters is not None:
+        count, differing = masters["compared"], len(masters["differing"])
+        equal = f"{count - differing} of {plural(count, 'weight')} are their masters, rounded"
+        lines.append(("masters", equal))
+    return lines
+
+
+def masters_facts(
+    checkpoint: "Checkpoint", optimizer: "Optimizer", workers: int | None
+) -> tuple[dict[str, Any] | None, list["Finding"]]:
+    """Every weight compared with its fp32 master, as plain data, and findings."""
+    from neox_bridge.cli.progress import progress_bar
+    from neox_bridge.verification.rounded_masters import master_findings, rounded_masters
+
+    with progress_bar(checkpoint.size, "comparing masters", False) as progress:
+        result = rounded_masters(checkpoint, optimizer, workers=workers, progress=progress)
+    if result is None:
+        return None, []
+    facts = {"compared": result.compared, "differing": list(result.differing)}
+    return facts, list(master_findings(result, checkpoint.path))

@@ -1,0 +1,72 @@
+"""What kind of optimizer states a checkpoint holds, and what resumes them.
+
+Only the first file of states is read, and of it no tensor.
+"""
+
+import os
+import shlex
+from dataclasses import dataclass
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.deepspeed import Resumption, resumption
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.file_names import OPTIMIZER
+from neox_bridge.layouts.optimizer import SavedForm
+from neox_bridge.layouts.optimizer_reader import optimizer_states
+from neox_bridge.layouts.untrusted import text
+from neox_bridge.optimizer.rank_states import generation_of, interval_counts, kind_of, zero_stage
+from neox_bridge.stores.paths import is_url
+
+
+@dataclass(frozen=True)
+class SavedStates:
+    """The files of ZeRO's optimizer states of a checkpoint.
+
+    form: how they hold the states; None where the first file holds no masters in a known form.
+    stage: ZeRO's. version: of DeepSpeed, "" where they name none.
+    """
+
+    form: SavedForm | None
+    stage: int
+    version: str
+
+    @property
+    def resumption(self) -> Resumption | None:
+        """What resumes them; None where the form is not known."""
+        return resumption(self.form.generation, self.form.kind) if self.form else None
+
+    @property
+    def resumes_today(self) -> bool:
+        """Whether the DeepSpeed that today's GPT-NeoX requires resumes from them.
+
+        It refuses states that name no version (stage_1_and_2.py, _load_legacy_checkpoint).
+        """
+        return bool(self.version) and (self.resumption is None or self.resumption.today)
+
+
+def reshard_command(path: str) -> str:
+    """The command that writes these states for today's GPT-NeoX, in a folder beside them."""
+    target = os.path.basename(path.rstrip("/")) if is_url(path) else path.rstrip("/")
+    return shlex.join(["neox-bridge", "reshard", path, f"{target}-resharded"])
+
+
+def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
+    """What kind the states are; None without files of their own, and for universal checkpoints.
+
+    Raises:
+        BridgeError: the first file cannot be read.
+    """
+    state = checkpoint.neox
+    if state is None or state.universal or not state.optimizer:
+        return None
+    path = os.path.join(state.folder, state.optimizer[0])
+    value = optimizer_states(path)
+    inner = value["optimizer_state_dict"]
+    version = text(inner, "ds_version")
+    try:
+        intervals = interval_counts(inner, path)
+    except BridgeError:
+        return SavedStates(None, zero_stage(value, checkpoint.raw, path), version)
+    dp = len({m[2] for name in state.optimizer if (m := OPTIMIZER.fullmatch(name))})
+    form = SavedForm(kind_of(inner), generation_of(inner), dp, intervals)
+    return SavedStates(form, zero_stage(value, checkpoint.raw, path), version)

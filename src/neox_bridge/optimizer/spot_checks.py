@@ -1,0 +1,146 @@
+"""A few values of optimizer states whose order was derived, checked where that costs nothing.
+
+The 16-bit weights are the fp32 masters, rounded, since DeepSpeed copies them from the masters at
+the end of each step. What pads a flat group is zero, since its gradients are.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.formats.dtypes import FLOATING, itemsize, to_numpy
+from neox_bridge.formats.regular import open_regular
+from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter
+from neox_bridge.planning.pieces import Whole
+from neox_bridge.stores.paths import is_url
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+_COUNT = 8  # elements at the start of a parameter, and at its end
+_PADDING = 64  # elements of padding
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The same elements of a weight and of its master."""
+
+    place: tuple[int, Parameter]
+    weight: TensorRef
+    master: TensorRef
+
+
+def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Finding, ...]:
+    """A warning where masters are not the weights before rounding, in the elements looked at.
+
+    Reads the first and the last elements of every parameter from a local disk, and nothing from
+    other stores.
+    """
+    state = checkpoint.neox
+    assert state is not None
+    pairs = [
+        pair
+        for rank, layers in enumerate(state.ranks)
+        for layer, tensors in layers.items()
+        for name, ref in tensors.items()
+        for whole in [optimizer.shards.get((rank, (layer, name)), {}).get(MASTER)]
+        if whole is not None
+        for pair in _pairs((rank, (layer, name)), ref, whole)
+    ]
+    differing = sorted(set(_differing(pairs)))
+    if not differing:
+        return ()
+    names = [f"layer {layer}: {name}" for _, (layer, name) in differing]
+    why = "its optimizer's files are another step's, or the weights were changed after the save"
+    if state.iteration == 0:
+        why += ", or the run has no warmup, so that its first step on zero gradients decayed them"
+    return (
+        Finding(
+            "masters-not-weights",
+            "warning",
+            f"{state.folder}: the optimizer's fp32 masters are not the weights before rounding, in "
+            f"{len(differing):,} of {len({pair.place for pair in pairs}):,} tensors: "
+            f"{some(names, 3)}. Perhaps {why}",
+            "copy all files of the step again, if they may be of several",
+        ),
+    )
+
+
+def check_padding(parts: Iterable[TensorRef], key: str) -> None:
+    """Raise BridgeError where what lies behind the last parameter of a flat group is not zero.
+
+    Args:
+        parts: the padding, in the order of the group.
+        key: of the group's masters, for the message.
+    """
+    local = [ref for ref in parts if not is_url(ref.file)][:1]
+    for ref, found in _read([replace(ref, shape=(min(_PADDING, ref.shape[0]),)) for ref in local]):
+        if found.any():
+            raise BridgeError(
+                f"{ref.file}: {key} holds values behind the last parameter of the group, where "
+                "zeros should be. The files are of another model or save: copy the checkpoint "
+                "again."
+            )
+
+
+def _pairs(place: tuple[int, Parameter], weight: TensorRef, master: Whole) -> Iterator[_Pair]:
+    """The first and the last elements of a parameter."""
+    sources = [piece.source for piece in master.pieces if piece.source is not None]
+    plain = weight.strides is None and weight.dtype in FLOATING
+    if not plain or not sources or is_url(weight.file) or is_url(sources[0].file):
+        return
+    first, last = sources[0], sources[-1]
+    count = min(_COUNT, _elements(first))
+    yield _Pair(place, _run(weight, 0, count), _run(first, 0, count))
+    count = min(_COUNT, _elements(last))
+    yield _Pair(
+        place,
+        _run(weight, _elements(weight) - count, count),
+        _run(last, _elements(last) - count, count),
+    )
+
+
+def _elements(ref: TensorRef) -> int:
+    return ref.nbytes // itemsize(ref.dtype)
+
+
+def _run(ref: TensorRef, low: int, count: int) -> TensorRef:
+    offset = ref.offset + low * itemsize(ref.dtype)
+    return replace(ref, offset=offset, shape=(count,), strides=None)
+
+
+def _differing(pairs: Sequence[_Pair]) -> Iterator[tuple[int, Parameter]]:
+    import numpy as np
+
+    refs = {ref for pair in pairs for ref in (pair.weight, pair.master)}
+    values = dict(_read(refs))
+    for pair in pairs:
+        weight, master = values[pair.weight], values[pair.master]
+        with np.errstate(all="ignore"):
+            rounded = master.astype(weight.dtype)
+            first, second = weight.astype(np.float64), rounded.astype(np.float64)
+        if not np.array_equal(first, second, equal_nan=True):
+            yield pair.place
+
+
+def _read(refs: Iterable[TensorRef]) -> Iterator[tuple[TensorRef, "Array"]]:
+    """The values of small tensors, read in the order in which they lie in their files."""
+    import numpy as np
+
+    by_file: dict[str, list[TensorRef]] = {}
+    for ref in sorted(refs, key=lambda ref: (ref.file, ref.offset)):
+        by_file.setdefault(ref.file, []).append(ref)
+    for path, held in by_file.items():
+        with open_regular(path) as file:
+            for ref in held:
+                file.seek(ref.offset)
+                data = file.read(ref.nbytes)
+                if len(data) < ref.nbytes:
+                    raise BridgeError(f"{path} is too short. Copy or download it again.")
+                yield ref, np.frombuffer(data, to_numpy(ref.dtype))
