@@ -18,6 +18,7 @@ from neox_bridge.compat.doctor import judge, written_by
 from neox_bridge.compat.targets import target_named
 from neox_bridge.compat.verdict import Verdict
 from neox_bridge.formats.yml import merge_ymls
+from neox_bridge.frameworks.writers import UNKNOWN
 from neox_bridge.layouts.eras import era_named
 from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.open import open_checkpoint
@@ -236,7 +237,7 @@ def test_finetune_false_without_states(neox: Path, tmp_path: Path) -> None:
 def test_written_by_is_a_sentence(neox: Path) -> None:
     whole = open_checkpoint(str(neox))
     assert whole.neox is not None
-    anonymous = replace(whole, record={}, neox=replace(whole.neox, ds_version=""))
+    anonymous = replace(whole, record={}, neox=replace(whole.neox, writer=UNKNOWN))
     assert written_by(anonymous).startswith("a tool that left no name, in the form of GPT-NeoX ")
     assert written_by(whole).startswith("neox-bridge ")
 

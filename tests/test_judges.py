@@ -30,6 +30,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.yml import DuplicateKey
 from neox_bridge.frameworks.unknown_keys import UnknownKey
+from neox_bridge.frameworks.writers import UNKNOWN, words_of, writer_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.eras import ERAS, TODAY, fitting
 from neox_bridge.layouts.open import open_checkpoint
@@ -857,8 +858,9 @@ def test_resuming_without_states(finetune: Any, severity: Any, pythia: Checkpoin
 def test_who_wrote_it(pythia: Checkpoint, hf: dict[str, Checkpoint]) -> None:
     form = "in the form of GPT-NeoX since 2024-11 (linear names, inv_freq not stored)"
     assert pythia.neox is not None
-    assert written_by(pythia) == f"DeepSpeed {pythia.neox.ds_version}, {form}"
-    anonymous = with_state(pythia, ds_version="", inv_freq="store")
+    assert written_by(pythia) == f"{words_of(pythia.neox.writer)}, {form}"
+    assert f"DeepSpeed {pythia.neox.ds_version} (ds_version" in written_by(pythia)
+    anonymous = with_state(pythia, writer=UNKNOWN, inv_freq="store")
     assert written_by(anonymous) == (
         "a tool that left no name, in the form of GPT-NeoX since 2024-11 (linear names, inv_freq "
         "stored)"
@@ -866,8 +868,8 @@ def test_who_wrote_it(pythia: Checkpoint, hf: dict[str, Checkpoint]) -> None:
     ours = replace(pythia, record={"written_by": "neox-bridge 1", "source": {"name": "x"}})
     assert written_by(ours) == f"neox-bridge 1 from x, {form}"
     assert written_by(replace(pythia, record={"written_by": "y", "source": 3})) == f"y, {form}"
-    bridge = with_state(pythia, ds_version="neox-bridge 1")
-    assert written_by(bridge) == f"neox-bridge 1, {form}"
+    bridge = with_state(pythia, writer=writer_of({"ds_version": "neox-bridge 1"}))
+    assert written_by(bridge) == f"neox-bridge 1 (ds_version), {form}"
     folder = replace(hf["gpt_neox"], record={})
     named = with_raw(folder, transformers_version="4.30")
     assert written_by(named) == "transformers 4.30 (config.json)"

@@ -269,6 +269,9 @@ def _refusals(checkpoint: "Checkpoint") -> list[dict[str, str]]:
 
 
 def _neox(checkpoint: "Checkpoint", states: dict[str, Any] | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from neox_bridge.frameworks.writers import words_of
     from neox_bridge.layouts.eras import fitting
 
     state = checkpoint.neox
@@ -277,6 +280,14 @@ def _neox(checkpoint: "Checkpoint", states: dict[str, Any] | None) -> dict[str, 
     return {
         "step": state.step,
         "iteration": state.iteration,
+        "named_step": state.named_step,
+        "flat": state.flat,
+        "configs": list(state.configs),
+        "writer": {
+            **asdict(state.writer),
+            "guessed": sorted(state.writer.guessed),
+            "words": words_of(state.writer),
+        },
         "era": era.name,
         "era_span": era.until,
         "mlp_names": state.mlp_names,
@@ -304,7 +315,8 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         kind += f", {facts['format']}'s form" if facts["format"] else ""
         lines.append(("kind", kind + (f", {facts['revision']}" if facts["revision"] else "")))
     else:
-        lines.append(("kind", f"{kind}, {neox['step']}, iteration {neox['iteration']}"))
+        where = "flat in its folder" if neox["flat"] else neox["step"]
+        lines.append(("kind", f"{kind}, {where}, iteration {neox['iteration']}"))
     lines.append(("family", facts["family"]))
     if neox is not None:
         stored = "stored" if neox["inv_freq"] == "store" else "not stored"
@@ -336,6 +348,8 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             lines += states_lines(neox["optimizer_states"], facts["path"])
     if facts["written_by"]:
         lines.append(("written by", facts["written_by"]))
+    elif neox is not None:
+        lines.append(("written by", neox["writer"]["words"]))
     unknown = [UnknownKey(**key) for key in facts["unknown_keys"]]
     for key in unknown:
         if key.effect == "model":

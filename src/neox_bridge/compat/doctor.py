@@ -13,6 +13,7 @@ from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, ver
 from neox_bridge.doctor.resuming import judge_resuming
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, unrepeated
+from neox_bridge.frameworks.writers import words_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options, way_out_of
 from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.eras import ERAS, fitting
@@ -198,10 +199,7 @@ def written_by(checkpoint: Checkpoint) -> str:
             words.append("torch (pytorch_model*.bin)")
         return ", ".join(words) or "a tool that left no name"
     era = fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
-    if state.ds_version and state.ds_version not in words:
-        kind = "" if "neox-bridge" in state.ds_version else "DeepSpeed "
-        words += [f"{kind}{state.ds_version}"] if not tool else []
-    words = words or ["a tool that left no name"]
+    words = words or [words_of(state.writer)]
     stored = "stored" if state.inv_freq == "store" else "not stored"
     words.append(
         f"in the form of GPT-NeoX {era.until} ({state.mlp_names} names, inv_freq {stored})"

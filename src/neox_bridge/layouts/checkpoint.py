@@ -10,6 +10,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.yml import DuplicateKey
 from neox_bridge.frameworks.unknown_keys import UnknownKey
+from neox_bridge.frameworks.writers import UNKNOWN, Writer
 from neox_bridge.layouts.derived_check import InvFreqMismatch
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Whole
@@ -49,6 +50,7 @@ class NeoxState:
         tells one. Where it differs from ``iteration``, the name or the files are another step's.
     configs: the yml files that its settings were read from, as absolute paths or URLs.
     configs_given: whether the user named them, so that another command needs them again.
+    writer: the program that wrote it, as far as its files tell.
     args: what GPT-NeoX compares at load.
     optimizer: the names of the files of optimizer states, in the order of their ranks.
     gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
@@ -77,6 +79,7 @@ class NeoxState:
     named_step: int | None = None
     configs: tuple[str, ...] = ()
     configs_given: bool = False
+    writer: Writer = UNKNOWN
     gqa_order: GqaOrder = "grouped"
     ranks: tuple[Mapping[int, Mapping[str, TensorRef]], ...] = ()
     te: frozenset[str] = frozenset()

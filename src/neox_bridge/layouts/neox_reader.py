@@ -16,6 +16,7 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
 from neox_bridge.frameworks.check_keys import unknown_in_yml
 from neox_bridge.frameworks.unknown_keys import UnknownKey
+from neox_bridge.frameworks.writers import writer_of
 from neox_bridge.layouts.assemble import assemble
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
 from neox_bridge.layouts.config_files import (
@@ -144,6 +145,7 @@ def open_neox(
         named_step=named_step,
         configs=tuple(map(absolute, chosen.paths)),
         configs_given=bool(configs),
+        writer=writer_of(read.meta, optimizer_files(names), text(record, "written_by")),
         args=dict(args),
         ds_version=text(read.meta, "ds_version"),
         optimizer=optimizer_files(names),
