@@ -512,7 +512,8 @@ def test_the_hub_is_read_by_ranges(hf: Path, tmp_path: Path) -> None:
             )
             assert done.returncode == 0, done.stderr
             most = 1 if "--dry-run" in more else 3
-            assert 1 <= stub.count(r"GET /org/model/resolve/main/model\.safetensors") <= most
+            # at the commit that main is at: a branch may move meanwhile
+            assert 1 <= stub.count(r"GET /org/model/resolve/\w{40}/model\.safetensors") <= most
     run(hf, tmp_path / "here")
     assert_same(files(tmp_path / "neox"), files(tmp_path / "here"))
     told = json.loads((tmp_path / "neox/global_step0/neox_bridge.json").read_text())["source"]

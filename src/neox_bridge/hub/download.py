@@ -3,9 +3,11 @@
 import glob
 import os
 import re
+import shlex
 
 from neox_bridge.errors import BridgeError, UsageError
-from neox_bridge.hub.library import first_line, hub_api
+from neox_bridge.hub.library import explanation, first_line, hub_api, status_of
+from neox_bridge.layouts.hub_cache import snapshot_of
 from neox_bridge.layouts.tokenizer import NAMES
 
 _SMALL = ["config.json", "generation_config.json", "neox_bridge.json", *NAMES]
@@ -24,20 +26,48 @@ def download(repo: str, revision: str | None) -> str:
         try:
             return str(api.snapshot_download(repo, revision=revision, allow_patterns=patterns))
         except LocalEntryNotFoundError as error:
+            if error.__cause__ is not None and status_of(error) is not None:
+                raise BridgeError(explanation(error.__cause__, repo)) from None
             raise BridgeError(
-                f"{repo}{'@' + revision if revision else ''} isn't in the cache, and the Hub can't "
-                f"be reached ({first_line(error)}). Go online, or unset HF_HUB_OFFLINE."
+                f"{_named(repo, revision)} isn't in the cache, and the Hub can't be reached "
+                f"({first_line(error)}). Go online."
             ) from None
         except Exception as error:  # the library raises many kinds
-            raise BridgeError(
-                f"{repo}: the Hub said: {first_line(error)} Check the name, the revision and "
-                "HF_TOKEN."
-            ) from None
+            raise BridgeError(explanation(error, repo)) from None
 
     folder = fetch([*_SMALL, "*.safetensors", "*.safetensors.index.json"])
     if not glob.glob(os.path.join(folder, "*.safetensors")):
         folder = fetch([*_SMALL, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
     return folder
+
+
+def cached_snapshot(repo: str, revision: str | None) -> str:
+    """The folder of a revision in huggingface_hub's cache, whether or not all files are in it.
+
+    Raises BridgeError where the cache has no such revision.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = os.path.join(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    named = _named(repo, revision)
+    way = (
+        "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or run where there is a "
+        f"network: {shlex.join(['hf', 'download', repo, *_options(revision)])}"
+    )
+    if not os.path.isdir(os.path.join(root, "snapshots")):
+        raise BridgeError(f"{named} isn't in the cache ({HF_HUB_CACHE}). {way}")
+    try:
+        return snapshot_of(root, revision)
+    except BridgeError as error:
+        raise BridgeError(f"{named} isn't in the cache: {error} {way}") from None
+
+
+def _named(repo: str, revision: str | None) -> str:
+    return f"{repo}@{revision}" if revision else repo
+
+
+def _options(revision: str | None) -> list[str]:
+    return ["--revision", revision] if revision else []
 
 
 def at_revision(url: str, revision: str | None) -> tuple[str, str]:

@@ -85,7 +85,7 @@ def status_of(error: BaseException | None) -> int | None:
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may go well a little later."""
     status = status_of(error)
-    return status in _TRANSIENT if status is not None else _is_network(error)
+    return status in _TRANSIENT if status is not None else is_network(error)
 
 
 def is_missing_repo(error: BaseException) -> bool:
@@ -114,7 +114,7 @@ def explanation(error: BaseException, repo: str) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"{repo}: there is no token of yours here. {_LOGIN}."
     if status is None:
-        if _is_network(error):
+        if is_network(error):
             return (
                 f"{repo}: the Hub can't be reached ({_root(error)}). Check the network, "
                 "HF_ENDPOINT and proxies, then give the same command again."
@@ -156,7 +156,7 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", line)[:200]
 
 
-def _is_network(error: BaseException | None) -> bool:
+def is_network(error: BaseException | None) -> bool:
     """Whether an error, or one that it comes from, is that of an HTTP library without an answer."""
     while error is not None:
         if type(error).__module__.split(".")[0] in _NETWORK or isinstance(error, ConnectionError):

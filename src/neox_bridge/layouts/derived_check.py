@@ -1,12 +1,12 @@
 """Stored derived buffers, compared with what the config says they must be."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.findings import Finding
-from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.stores.paths import read_pieces
 
 # the rounding of a stored value, twice: once stored, once computed on another machine
 _ROUNDING = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -38,11 +38,11 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> InvF
     from neox_bridge.planning.derived import inv_freq_error
 
     worst, where = 0.0, ""
-    for name, ref in stored.items():
-        if ref.dtype not in _ROUNDING or ref.strides is not None:
-            continue
-        small = ref.nbytes <= _MOST
-        error = inv_freq_error(config, _read(ref), ref.dtype) if small else float("inf")
+    known = {n: r for n, r in stored.items() if r.dtype in _ROUNDING and r.strides is None}
+    small = {name: ref for name, ref in known.items() if ref.nbytes <= _MOST}
+    values = dict(zip(small, _read_all(small.values()), strict=True))
+    for name, ref in known.items():
+        error = inv_freq_error(config, values[name], ref.dtype) if name in small else float("inf")
         if error > _ROUNDING[ref.dtype] + _subnormal(config, ref.dtype) and error > worst:
             worst, where = error, name
     if not where:
@@ -72,14 +72,12 @@ def is_zero(ref: TensorRef) -> bool:
 
     if ref.strides is not None or ref.nbytes > _MOST:
         return False
-    return not np.any(np.frombuffer(_read(ref), to_numpy(ref.dtype)) != 0)
+    return not np.any(np.frombuffer(_read_all([ref])[0], to_numpy(ref.dtype)) != 0)
 
 
-def _read(ref: TensorRef) -> bytes:
-    """All of a tensor of up to ``_MOST`` bytes."""
-    with open_regular(ref.file) as file:
-        file.seek(ref.offset)
-        return file.read(ref.nbytes)
+def _read_all(refs: Iterable[TensorRef]) -> list[bytes]:
+    """All of each tensor, of up to ``_MOST`` bytes."""
+    return read_pieces([(ref.file, ref.offset, ref.nbytes) for ref in refs])
 
 
 def _subnormal(config: ModelConfig, dtype: str) -> float:

@@ -276,7 +276,10 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     _check_one_each(folder, [n for n in names if LAYER.fullmatch(n)], found.values())
     tp = max(rank for _, rank in found) + 1
     stage_files = [name for name in names if RANK.fullmatch(name)]
-    meta = _read_meta(os.path.join(folder, stage_files[0])) if stage_files else {}
+    order = sorted(found)
+    first = [os.path.join(folder, name) for name in stage_files[:1]]
+    started = ahead([*first, *(os.path.join(folder, found[place]) for place in order)])
+    meta = _read_meta(next(started)) if first else {}
     if isinstance(meta.get("module"), dict) and meta["module"]:
         raise Refused(
             f"{folder} holds weights in both layouts: in layer_*-model_*-model_states.pt and in "
@@ -306,9 +309,7 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
         )
     ranks: list[dict[int, dict[str, TensorRef]]] = [{} for _ in range(tp)]
     states: list[str] = []
-    order = sorted(found)
-    paths = (os.path.join(folder, found[place]) for place in order)
-    for (layer, rank), path in zip(order, ahead(paths), strict=True):
+    for (layer, rank), path in zip(order, started, strict=True):
         value = read_torch(path, alike=True)
         ranks[rank][layer] = without_wrappers(_tensors(value, path), path)
         states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
+from neox_bridge.findings import Finding
 from neox_bridge.formats.regular import missing_message
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.eras import GqaOrder
@@ -116,50 +117,68 @@ def _opened(
     configs: Sequence[str],
     gqa_order: GqaOrder | None,
 ) -> Checkpoint:
-    named = ""
+    named, findings = "", tuple[Finding, ...]()
     if source.startswith("hf://"):
-        from neox_bridge.hub.download import at_revision
+        from neox_bridge.hub.source import find_url_source
 
-        source, named = at_revision(source, revision)
-        revision = None
-    if is_url(source) and not exists(source):
+        place = find_url_source(source, revision)
+        source, revision = place.path, None
+        named, findings = place.revision, place.findings
+    elif is_url(source) and not exists(source):
         raise BridgeError(f"{source}: no such folder in that store. Check its name.")
-    if exists(source):
+    elif exists(source):
         source, revision, named = _in_cache(source, revision, named)
         if revision is not None:
             raise UsageError(["revision"], f"only for models of the Hub, and {source} is a folder")
-        kind = detect(source)
-        if kind == "neox":
-            from neox_bridge.layouts.neox_reader import open_neox
+    else:
+        from neox_bridge.hub.source import find_source
 
-            return open_neox(source, step, configs, gqa_order, revision=named)
-        if step is not None or configs:
-            _refuse_neox_options(source, step, configs)
-        path = absolute(source)
-        if not lexists(os.path.join(path, "config.json")):
-            from neox_bridge.layouts.raw_llama import open_raw_llama
+        place = find_source(*_model_on_hub(source, revision))
+        source, named, findings = place.path, place.revision, place.findings
+    found = _open_folder(source, named, step, configs, gqa_order)
+    return replace(found, findings=(*found.findings, *findings)) if findings else found
 
-            return open_raw_llama(path)
-        from neox_bridge.layouts.hf_reader import open_hf
 
-        return open_hf(path, revision=named)
-    from neox_bridge.hub.names import MAIN, model_id
+def _open_folder(
+    path: str, named: str, step: int | None, configs: Sequence[str], gqa_order: GqaOrder | None
+) -> Checkpoint:
+    """Open a folder, or its URL. named: the Hub's revision that it is, "" where it is none."""
+    if detect(path) == "neox":
+        from neox_bridge.layouts.neox_reader import open_neox
 
-    found = model_id(source)
+        return open_neox(path, step, configs, gqa_order, revision=named)
+    if step is not None or configs:
+        _refuse_neox_options(named or path, step, configs)
+    path = absolute(path)
+    if not lexists(os.path.join(path, "config.json")):
+        from neox_bridge.layouts.raw_llama import open_raw_llama
+
+        return open_raw_llama(path)
+    from neox_bridge.layouts.hf_reader import open_hf
+
+    return open_hf(path, revision=named)
+
+
+def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
+    """``org/name`` and the revision of a source that is no folder.
+
+    Raises BridgeError for what is no name of a model.
+    """
+    from neox_bridge.frameworks.suites import full_id
+    from neox_bridge.hub.names import model_id
+
     if os.path.islink(source):
         raise BridgeError(missing_message(source))
+    found = model_id(source)
     if found is None or source.startswith((".", "/", "~")):
-        raise BridgeError(f"{source}: no such folder.")
+        name, at, branch = source.partition("@")
+        known = full_id(name)
+        hint = f" Did you mean {known}{at}{branch}, on the Hub?" if known else ""
+        raise BridgeError(f"{source}: no such folder.{hint}")
     repo, own = found
     if own and revision is not None:
         raise UsageError(["revision"], f"{source} already names a revision", "Leave it out.")
-    from neox_bridge.hub.download import download
-    from neox_bridge.layouts.hf_reader import open_hf
-
-    if step is not None or configs:
-        _refuse_neox_options(source, step, configs)
-    wanted = own or revision
-    return open_hf(download(repo, wanted), revision=f"{repo}@{wanted or MAIN}")
+    return repo, own or revision
 
 
 def _refuse_neox_options(source: str, step: int | None, configs: Sequence[str]) -> NoReturn:

@@ -5,6 +5,7 @@ The start of a file, and the end of one that has its directory there, come in on
 """
 
 import io
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +16,11 @@ from typing import BinaryIO, cast
 from neox_bridge.stores.objects import fetch, kind, look
 
 HEAD = 64 << 10  # bytes that are fetched from the start; a safetensors header has some 50 kB
-_TORCH_HEAD = 16 << 10  # a layer's pickle is 5 kB
+_LAYER_HEAD = 16 << 10  # a layer's pickle is 5 kB
+_TORCH_HEAD = 64 << 10  # with the names and shapes of all parameters 30 kB (12B, 36 layers)
 _TORCH_TAIL = 16 << 10  # the directory of its 20 records has 2 kB
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_LAYER = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
 _STEP = 32 << 10  # bytes that are fetched at least, anywhere else
 _KEPT = 4 << 20  # bytes of a file that is read here and there
 _NEAR = 32 << 10  # bytes between two places that aren't worth a request of their own
@@ -116,17 +119,17 @@ def started(paths: Iterable[str]) -> Iterator[str]:
     What was fetched of a file is let go when the one after it is taken.
     """
     rest = iter(paths)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool, ThreadPoolExecutor(_AT_ONCE) as tails:
         waiting: list[str] = []
         try:
             for path in islice(rest, _WINDOW):
-                _ahead[path] = pool.submit(_start, path)
+                _ahead[path] = pool.submit(_start, path, tails)
                 waiting.append(path)
             while waiting:
                 yield waiting[0]
                 _ahead.pop(waiting.pop(0), None)
                 for more in islice(rest, 1):
-                    _ahead[more] = pool.submit(_start, more)
+                    _ahead[more] = pool.submit(_start, more, tails)
                     waiting.append(more)
         finally:
             for path in waiting:
@@ -134,14 +137,25 @@ def started(paths: Iterable[str]) -> Iterator[str]:
                     future.cancel()
 
 
-def _start(url: str) -> list[_Chunk]:
-    """The start of a file, and of torch's files the end too, where their directory is."""
+def _start(url: str, tails: ThreadPoolExecutor) -> list[_Chunk]:
+    """The start of a file, and of torch's files the end too, where their directory is.
+
+    tails: fetches the ends, at the same time.
+    """
     if kind(url) != "file":
         return []  # who opens it says so
     size = look(url).size
     if not url.endswith(_TORCH):
         return [(0, fetch(url, 0, min(size, HEAD)))] if size else []
-    if size <= _TORCH_HEAD + _TORCH_TAIL:
+    head = _LAYER_HEAD if _LAYER.fullmatch(url.rpartition("/")[2]) else _TORCH_HEAD
+    if size <= head + _TORCH_TAIL:
         return [(0, fetch(url, 0, size))] if size else []
     tail = size - _TORCH_TAIL
-    return [(0, fetch(url, 0, _TORCH_HEAD)), (tail, fetch(url, tail, size))]
+    end = tails.submit(fetch, url, tail, size)
+    return [(0, fetch(url, 0, head)), (tail, end.result())]
+
+
+def fetch_pieces(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes at (URL, offset, count), many at a time."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(lambda place: fetch(place[0], place[1], place[1] + place[2]), places))

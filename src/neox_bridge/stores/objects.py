@@ -40,6 +40,7 @@ _EMPTY = (
 )
 _pending: dict[str, bytes] = {}
 _listings: dict[str, dict[str, Mapping[str, Any]]] = {}
+_pins: dict[str, str] = {}  # by the URL of a revision of the Hub: the URL of its commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,12 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise BridgeError(
             f"{url}: to read and write stores fsspec is needed: pip install 'neox-bridge[remote]'."
         ) from None
-    protocol = _protocol(url)
+    protocol, place = _protocol(url), _pinned(url) or url
     options: dict[str, Any] = {}
     if protocol in _S3:
         options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
     try:
-        fs, path = url_to_fs(url, **options)
+        fs, path = url_to_fs(place, **options)
     except ImportError as error:
         way = _NEEDS.get(protocol, f"install what fsspec names ({error})")
         raise BridgeError(f"{url}: this kind of store needs one more package: {way}.") from None
@@ -79,6 +80,22 @@ def filesystem(url: str) -> tuple[Any, str]:
     if protocol in _S3:
         fs.retries = 2
     return fs, str(path)
+
+
+def pin(url: str, commit_url: str) -> None:
+    """Read a revision of the Hub as it is at one commit, until it is forgotten.
+
+    What is under ``url`` is then read under ``commit_url``, so that all files are of one commit.
+    A folder of it is listed once.
+    """
+    _pins[url] = commit_url
+
+
+def _pinned(url: str) -> str | None:
+    for root, commit_url in _pins.items():
+        if url == root or url.startswith(f"{root}/"):
+            return commit_url + url[len(root) :]
+    return None
 
 
 @contextlib.contextmanager
@@ -107,7 +124,10 @@ def look(url: str, *, again: bool = False) -> Object:
     """
     if url in _pending:
         return Object(len(_pending[url]), sha256(_pending[url]).hexdigest())
-    found = _UNKNOWN if again else _listed(url)
+    found = _UNKNOWN if again and _pinned(url) is None else _listed(url)
+    if found is _UNKNOWN and _protocol(url) == "hf":  # one listing for all files of a folder
+        _list(url.rpartition("/")[0])
+        found = _listed(url)
     found = _info(url) if found is _UNKNOWN else found
     if not isinstance(found, Mapping) or found["type"] == "directory":
         raise BridgeError(f"{url} can't be read: it is missing.")
@@ -216,6 +236,8 @@ def remove(urls: Iterable[str]) -> None:
 
 def forget(url: str) -> None:
     """Let nothing be believed any more that was seen of an object, of what is below or above it."""
+    for root in [root for root in _pins if url == root or url.startswith(f"{root}/")]:
+        _pins.pop(root, None)
     filesystem(url)[0].invalidate_cache()
     for folder in list(_listings):
         if url.startswith(f"{folder}/") or folder == url or folder.startswith(f"{url}/"):
@@ -232,10 +254,14 @@ def object_of(info: Mapping[str, Any]) -> Object:
 
 def _list(url: str) -> Mapping[str, Mapping[str, Any]] | None:
     """What is in a folder, by name, as it is now, and remembered; None where there is nothing."""
+    is_pinned = _pinned(url) is not None
+    if is_pinned and url in _listings:
+        return _listings[url]
     fs, path = filesystem(url)
 
     def ls() -> list[Mapping[str, Any]]:
-        fs.invalidate_cache()
+        if not is_pinned:
+            fs.invalidate_cache()
         try:
             found: list[Mapping[str, Any]] = fs.ls(path, detail=True)
         except FileNotFoundError:
@@ -274,7 +300,8 @@ def _info(url: str) -> Mapping[str, Any] | None:
     fs, path = filesystem(url)
 
     def info() -> Mapping[str, Any]:
-        fs.invalidate_cache()
+        if _pinned(url) is None:
+            fs.invalidate_cache()
         found: Mapping[str, Any] = fs.info(path)
         _check_told(url, found)
         return found

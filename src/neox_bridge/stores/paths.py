@@ -134,6 +134,17 @@ def read_at(path: str, offset: int, count: int) -> bytes:
         return file.read(count)
 
 
+def read_pieces(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """The bytes at (path, offset, count), in their order; those of URLs are fetched at once."""
+    urls = [place for place in places if is_url(place[0])]
+    if not urls:
+        return [read_at(*place) for place in places]
+    from neox_bridge.stores.object_file import fetch_pieces
+
+    fetched = iter(fetch_pieces(urls))
+    return [next(fetched) if is_url(place[0]) else read_at(*place) for place in places]
+
+
 def ahead(paths: Iterable[str]) -> Iterator[str]:
     """The paths as they are; of URLs, the starts of the next ones are fetched meanwhile."""
     rest = iter(paths)

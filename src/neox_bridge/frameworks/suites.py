@@ -1,0 +1,89 @@
+"""Published training runs in GPT-NeoX's own files, known by name, with their converted twins.
+
+EleutherAI publishes the files that its trainer wrote as EleutherAI/neox-ckpt-pythia-SIZE: a branch
+``stepN`` for each checkpoint, or the last checkpoint on ``main``. EleutherAI/pythia-SIZE holds the
+same models converted for transformers. The table has the repositories that a page of the Hub shows
+or that others list by name; the rest of the naming scheme is only used for suggestions.
+"""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+OWNER = "EleutherAI"
+TOKENIZER_REPO = (
+    f"{OWNER}/gpt-neox-20b"  # whose tokenizer.json is the 20B_tokenizer.json of the yml
+)
+_PREFIX = "neox-ckpt-"
+_NAME = re.compile(
+    r"(?P<prefix>neox-ckpt-)?pythia-(?P<size>14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)"
+    r"(?P<variant>-deduped|-(?:data-|weight-)?seed\d)?(?P<version>-v[01])?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A repository of GPT-NeoX checkpoints.
+
+    Attributes:
+        repo: ``org/name``.
+        twin: The repository of the same models for transformers; None where none is known.
+        checkpoints: How many branches ``stepN`` its model card counts; None where no card was seen.
+    """
+
+    repo: str
+    twin: str | None
+    checkpoints: int | None = None
+
+
+def _suites() -> tuple[Suite, ...]:
+    """Names on pages of the Hub: model cards (with counts), trees of files, commits."""
+    counts = {"160m": 154, "410m-seed8": 154, "14m-seed0": 154, "12b-deduped": 20}
+    names = (
+        *("14m-seed0", "70m", "70m-v1", "70m-deduped-v0", "70m-deduped-v1"),
+        *("160m", "160m-v1", "160m-deduped-v0", "160m-deduped-v1"),
+        *("410m", "410m-seed8", "410m-deduped-v1", "1b-deduped-v1", "2.8b-deduped"),
+        *("6.9b-v1", "6.9b-deduped-v1", "12b-v1", "12b-deduped"),
+    )
+    return tuple(
+        Suite(repo := f"{OWNER}/{_PREFIX}pythia-{name}", twin_of(repo), counts.get(name))
+        for name in names
+    )
+
+
+def twin_of(repo: str) -> str | None:
+    """The repository that holds a suite's models for transformers.
+
+    None for other repositories, and for the run with seed 0: the published seeds begin at 1.
+    """
+    owner, _, name = repo.partition("/")
+    match = _NAME.fullmatch(name)
+    if owner.lower() != OWNER.lower() or match is None or not match["prefix"]:
+        return None
+    return None if match["variant"] == "-seed0" else _twin(repo)
+
+
+def full_id(name: str) -> str | None:
+    """``EleutherAI/NAME`` where a name without an owner follows the scheme of the suites."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    return f"{OWNER}/{name.lower()}"
+
+
+def nearest(repo: str) -> str | None:
+    """The known repository, or its twin, whose name is nearest to one that does not exist."""
+    known = {repo.lower(): repo for suite in SUITES for repo in (suite.repo, suite.twin) if repo}
+    word = repo.lower() if "/" in repo else f"{OWNER}/{repo}".lower()
+    found = get_close_matches(word, [name for name in known if name != word], 1, 0.85)
+    return known[found[0]] if found else None
+
+
+def _twin(repo: str) -> str:
+    """v1 is what the twins without a version hold; v0 has twins of its own."""
+    name = repo.partition("/")[2]
+    return f"{OWNER}/{name.lower().removeprefix(_PREFIX).removesuffix('-v1')}"
+
+
+SUITES = _suites()
