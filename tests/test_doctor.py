@@ -46,6 +46,10 @@ def judged(path: Path, target: str) -> Verdict:
     return judge(opened(path), target_named(target))
 
 
+def subjects(verdict: Verdict) -> list[str]:
+    return [case.finding.subject for case in verdict.cases]
+
+
 def codes(verdict: Verdict, severity: str = "error") -> set[str]:
     return {c.finding.code for c in verdict.cases if c.finding.severity == severity}
 
@@ -178,6 +182,8 @@ def test_a_key_in_two_ymls(hf: Path, tmp_path: Path) -> None:
         "ValueError: Conf file zz.yml has the following duplicate keys with previously loaded "
         "file: num_layers"
     )
+    assert subjects(found).count("duplicate keys") == 1
+    assert subjects(judged(root, "transformers")).count("duplicate keys") == 1
     more.write_text("num-layers: 2\n")  # GPT-NeoX compares before it replaces the dash
     assert judged(root, "today").answer == "loads"
 
@@ -394,6 +400,8 @@ def test_spellings_that_contradict(hf: Path, tmp_path: Path) -> None:
     edit_config(folder, rotary_emb_base=500)
     assert codes(judged(folder, "transformers@4.48")) == {"rope-spelling"}
     assert judged(folder, "transformers@5.24").answer == "loads"
+    assert subjects(judged(folder, "transformers@4.48")).count("rotary settings") == 1
+    assert subjects(judged(folder, "today")).count("rotary settings") == 1
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])

@@ -1,28 +1,52 @@
 """What diagnosis, planning and verification say to a user."""
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Literal
 
 Severity = Literal["info", "warning", "error"]
+# what a finding of a reader is about, where a judge may say the same again with its effect
+Subject = Literal[
+    "",
+    "config sizes",
+    "duplicate keys",
+    "GQA row order",
+    "missing index",
+    "RMSNorm epsilon",
+    "rotary settings",
+    "stored head",
+    "wrapped names",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing worth knowing: a stable code, how bad, what it is, and what to do about it."""
+    """One thing worth knowing about a checkpoint, a plan or a result.
+
+    Attributes:
+        code: A stable name for this kind of finding. It is printed, and no code decides by it.
+        severity: How bad it is.
+        message: What it is, as a sentence without its period.
+        remedy: What to do about it; may be empty.
+        subject: What it is about. Of two findings on one subject, ``unrepeated`` shows one.
+    """
 
     code: str
     severity: Severity
     message: str
     remedy: str = ""
+    subject: Subject = field(default="", kw_only=True)
 
 
 def unrepeated(
-    findings: Iterable[Finding], others: Iterable[Finding], more: Collection[str] = ()
+    findings: Iterable[Finding], others: Iterable[Finding], settled: Iterable[Subject] = ()
 ) -> list[Finding]:
-    """The findings that ``others`` do not say again: for showing two lists as one.
+    """The findings on subjects that ``others`` do not have: for showing two lists as one.
 
-    more: codes that are left out too.
+    Args:
+        findings: The list to shorten. A finding without a subject always stays.
+        others: The findings that are shown too.
+        settled: Subjects to leave out even if ``others`` have nothing to say about them.
     """
-    said = {finding.code for finding in others} | set(more)
-    return [finding for finding in findings if finding.code not in said]
+    subjects = ({finding.subject for finding in others} | set(settled)) - {""}
+    return [finding for finding in findings if finding.subject not in subjects]

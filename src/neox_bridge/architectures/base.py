@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from neox_bridge.findings import Finding
+
 Split = Literal[
     "column", "row", "vocab", "replicated", "row_bias", "fused", "gated", "zero", "derived"
 ]
@@ -189,9 +191,9 @@ class Architecture:
     era_keys: those of them that mean something else in trees of another time.
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.
-    findings_hf_source: (code, message, remedy) where config.json contradicts itself or what is
-        known. findings_to_neox: where GPT-NeoX computes otherwise, of config.json and the model
-        that is written.
+    findings_hf_source: where config.json contradicts itself or what is known.
+    findings_to_neox: (code, message, remedy) where GPT-NeoX computes otherwise, of config.json
+        and the model that is written.
     complete: a config.json with what transformers takes for keys that lack, where that matters
         for opening it.
     refuse_shape: what GPT-NeoX can't do with this many tensor-parallel ranks, or in trees of an
@@ -215,8 +217,8 @@ class Architecture:
     refuse_neox_source: Callable[[Mapping[str, Any]], list[Refusal]]
     matches_neox: Callable[[Mapping[str, Any]], bool]
     model_keys: frozenset[str]
-    findings_hf_source: Callable[[Mapping[str, Any], ModelConfig], list[tuple[str, str, str]]] = (
-        field(default=lambda _raw, _config: [])
+    findings_hf_source: Callable[[Mapping[str, Any], ModelConfig], list[Finding]] = field(
+        default=lambda _raw, _config: []
     )
     findings_to_neox: Callable[[Mapping[str, Any], ModelConfig], list[tuple[str, str, str]]] = (
         field(default=lambda _raw, _config: [])

@@ -23,6 +23,7 @@ from neox_bridge.architectures.neox_config import (
     refuse_common,
     window_of,
 )
+from neox_bridge.findings import Finding
 
 _LAYER = "gpt_neox.layers.{i}."
 
@@ -325,25 +326,28 @@ def _matches_neox(raw: Mapping[str, Any]) -> bool:
     return plain_mlp and (raw.get("norm") or "layernorm") == "layernorm"
 
 
-def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[tuple[str, str, str]]:
-    """(code, message, remedy): where config.json contradicts itself or what is known."""
+def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
+    """Where config.json contradicts itself or what is known."""
     found = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
         both = raw.get(old) is not None and rope.get(new) is not None
         if both and float(raw[old]) != float(rope[new]):
             found.append(
-                (
+                Finding(
                     "rope-spellings-differ",
+                    "warning",
                     f"config.json says {old}: {raw[old]} and rope_parameters.{new}: {rope[new]}; "
                     "transformers 4 reads the first, 5 the second, which is taken here",
                     "correct config.json if the first is right",
+                    subject="rotary settings",
                 )
             )
     if config.activation == "gelu" and _looks_like_pythia(config):
         found.append(
-            (
+            Finding(
                 "pythia-gelu",
+                "warning",
                 'config.json says hidden_act: "gelu", as all published Pythia do, but Pythia was '
                 'trained with the tanh form ("gelu_fast"); the exact form is written as told, '
                 "which moves the logits by some 1e-3",

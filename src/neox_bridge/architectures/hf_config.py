@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from neox_bridge.architectures.base import Refusal
+from neox_bridge.findings import Finding
 
 
 def rope_kind(raw: Mapping[str, Any]) -> str:
@@ -59,17 +60,16 @@ def refuse_hf_common(
     return found
 
 
-def stored_biases(
-    raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]]
-) -> list[tuple[str, str, str]]:
-    """(code, message, remedy) of biases that the files hold and config.json denies.
+def stored_biases(raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]]) -> list[Finding]:
+    """The findings for biases that the files hold and config.json denies.
 
     biases: by the key, what transformers takes where it is missing, and whether the files hold
     them. transformers loads such a folder without them, with no more than a warning.
     """
     return [
-        (
+        Finding(
             "biases-denied",
+            "warning",
             f"config.json {f'says {key}: false' if key in raw else f'has no {key}'}, and the files "
             "hold these biases: transformers computes without them, and they are converted",
             f"set {key}: true in config.json if the model was trained with them, or remove them",

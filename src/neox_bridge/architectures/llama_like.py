@@ -32,6 +32,7 @@ from neox_bridge.architectures.neox_config import (
     window_of,
 )
 from neox_bridge.errors import Refused
+from neox_bridge.findings import Finding
 
 # our word, as Hugging Face has it: GPT-NeoX's gated activation; that of `mlp_type: llama`
 ACTIVATIONS = {"silu": ("swiglu", ("silu", "swish")), "gelu": ("geglu", ("gelu",))}
@@ -290,7 +291,7 @@ def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
 
 def _findings_hf_source(
     family: Family, raw: Mapping[str, Any], config: ModelConfig
-) -> list[tuple[str, str, str]]:
+) -> list[Finding]:
     if family.biases != "optional":
         return []
     biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}

@@ -10,6 +10,7 @@ from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit
+    from neox_bridge.verification.runs import Fault
     from neox_bridge.verification.steps import Step
 
 
@@ -124,15 +125,20 @@ def _print(found: "Audit") -> None:
     )
 
 
-def _json(found: "Audit") -> dict[str, Any]:
+def _finding(fault: "Fault") -> dict[str, Any]:
+    """A fault as JSON. ``subject`` only decides which findings are shown, so it is left out."""
     from dataclasses import asdict
 
+    return {key: value for key, value in asdict(fault).items() if key != "subject"}
+
+
+def _json(found: "Audit") -> dict[str, Any]:
     from neox_bridge.verification.audit import verdict
 
     return {
         "schema_version": 1,
         "holds": found.holds,
-        "findings": [asdict(fault) for fault in found.faults],
+        "findings": [_finding(fault) for fault in found.faults],
         "steps": [
             {
                 "run": step.run,

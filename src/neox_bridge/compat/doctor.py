@@ -12,7 +12,7 @@ from neox_bridge.compat.targets import Target, name_of, refuse_version, target_n
 from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, verdict
 from neox_bridge.doctor.resuming import judge_resuming
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.findings import Finding, unrepeated
+from neox_bridge.findings import Finding, Subject, unrepeated
 from neox_bridge.frameworks.writers import words_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options, way_out_of
 from neox_bridge.layouts.copies import copy_findings
@@ -29,8 +29,8 @@ from neox_bridge.planning.weight_dtypes import odd_dtypes
 # what a folder is tried in where no target is named; transformers: one on each side of a change
 KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
 KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
-# what a reader notices, and the judges tell again with what it does to the target
-_RETOLD = ("yml-key-twice", "config-size", "rope-spellings-differ")
+# what the judges decide for a target that reads the checkpoint, with no case where it does no harm
+_SETTLED: tuple[Subject, ...] = ("config sizes", "duplicate keys", "rotary settings")
 
 
 def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Finding]:
@@ -45,7 +45,9 @@ def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
     """Whether the target loads the checkpoint: the verdict, and every case behind it."""
     meeting = list(_meeting(checkpoint, target))
     noticed = unrepeated(
-        [*checkpoint.findings, *_about(checkpoint)], [case.finding for case in meeting], _RETOLD
+        [*checkpoint.findings, *_about(checkpoint)],
+        [case.finding for case in meeting],
+        _SETTLED if _reads(target, checkpoint) else (),
     )
     written = case("written-by", "info", f"written by {written_by(checkpoint)}")
     resuming = judge_resuming(checkpoint, target)  # loaded after the weights
@@ -76,6 +78,11 @@ def cannot_open(path: str) -> Case | None:
         return next(stray_cases(step_folder(path, None).folder), None)
     except BridgeError:
         return None
+
+
+def _reads(target: Target, checkpoint: Checkpoint) -> bool:
+    """Whether the target and the checkpoint are of the same framework."""
+    return isinstance(target, TreeFacts) == (checkpoint.kind == "neox")
 
 
 def _meeting(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:

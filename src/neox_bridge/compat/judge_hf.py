@@ -84,6 +84,7 @@ def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Cas
         "newer keep both, 4.x ties them",
         f"{shlex.join([*words, 'keep'])} for the untied model, or {shlex.join([*words, 'tie'])} "
         "for the tied one",
+        subject="stored head",
     )
 
 
@@ -97,6 +98,7 @@ def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             f"the names of the tensors contain {wrappers}, which is no part of the model: "
             "transformers finds none of its weights and makes up random ones",
             fix_command(checkpoint, facts),
+            subject="wrapped names",
         )
     if checkpoint.unindexed:
         yield case(
@@ -106,6 +108,7 @@ def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             fix_command(checkpoint, facts),
             f"OSError: Error no file named model.safetensors, or pytorch_model.bin, found in "
             f"directory {checkpoint.path}.",
+            subject="missing index",
         )
 
 
@@ -144,6 +147,7 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             f"transformers {facts.version} computes with {old} {got:g} where the model has "
             f"{want:g}: in config.json {why}. Nothing is printed",
             fix_command(checkpoint, facts),
+            subject="rotary settings",
         )
     only = "new" if not any(key in raw for key in _OLD) else "old"
     if not both and read == meant and meant != _DEFAULTS:
@@ -216,6 +220,7 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             f"RuntimeError: Error(s) in loading state_dict for {checkpoint.architecture.hf_class}:"
             f"\n\tsize mismatch for {name}: copying a param with shape torch.Size({have}) from "
             f"checkpoint, the shape in current model is torch.Size({want}).",
+            subject="config sizes",
         )
 
 

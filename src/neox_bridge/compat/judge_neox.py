@@ -57,6 +57,7 @@ def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator
             fix,
             f"ValueError: Conf file {duplicate.second} has the following duplicate keys with "
             f"previously loaded file: {duplicate.key}",
+            subject="duplicate keys",
         )
     unknown = sorted(set(checkpoint.raw) - facts.keys)
     if unknown:
@@ -336,6 +337,7 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
             "this GPT-NeoX adds RMSNorm's epsilon to the root, x / (rms + eps); since 4c9f1081 "
             "(2025-05) it is inside, sqrt(var + eps): a model of the other kind differs by some "
             "1e-4 in its logits, and no conversion removes that",
+            subject="RMSNorm epsilon",
         )
     heads = raw.get("num_attention_heads")
     if raw.get("num_kv_heads") not in (None, heads):
@@ -398,6 +400,7 @@ def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[
             "by query head, and this GPT-NeoX reads them as all q, all k, all v (since 96c242eb, "
             "2024-11): the shapes are the same, so it loads as another model",
             "load it in a GPT-NeoX of neox@2024-10 or older",
+            subject="GQA row order",
         )
     elif told is not None and told != facts.gqa_order:
         yield case(
@@ -407,6 +410,7 @@ def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[
             f"{facts.gqa_order} (changed in 96c242eb, 2024-11): the shapes are the same, so it "
             "loads as another model",
             "convert it with --to neox and --for this GPT-NeoX",
+            subject="GQA row order",
         )
     elif told is None:
         yield case(
@@ -417,6 +421,7 @@ def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[
             f"{'by query head' if facts.gqa_order == 'interleaved' else 'as all q, all k, all v'}, "
             "and the wrong order computes another model without a word",
             check,
+            subject="GQA row order",
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.compat.targets import Target, name_of
-from neox_bridge.findings import Finding, Severity
+from neox_bridge.findings import Finding, Severity, Subject
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options
 
 Answer = Literal["loads", "loads with warnings", "fails"]
@@ -49,9 +49,16 @@ def verdict(target: str, cases: Iterable[Case]) -> Verdict:
     return Verdict(target, "loads with warnings" if warned else "loads", "", cases)
 
 
-def case(code: str, severity: Severity, message: str, remedy: str = "", prints: str = "") -> Case:
+def case(
+    code: str,
+    severity: Severity,
+    message: str,
+    remedy: str = "",
+    prints: str = "",
+    subject: Subject = "",
+) -> Case:
     """A case in one line."""
-    return Case(Finding(code, severity, message, remedy), prints)
+    return Case(Finding(code, severity, message, remedy, subject=subject), prints)
 
 
 def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> str:

@@ -167,6 +167,7 @@ def duplicate_finding(duplicate: DuplicateKey) -> Finding:
         "warning",
         f"{duplicate.key} stands {where}, {same}",
         f"remove one of them: GPT-NeoX {does}",
+        subject="duplicate keys",
     )
 
 

@@ -42,6 +42,7 @@ def unknown_order() -> Finding:
         "and the wrong one is another model",
         "say --gqa-order interleaved for a run of an older GPT-NeoX, --gqa-order grouped to "
         "confirm; `verify --logits --tokens FILE.npz` decides, with logits that the run computed",
+        subject="GQA row order",
     )
 
 
@@ -53,6 +54,7 @@ def rms_epsilon() -> Finding:
         "the GPT-NeoX of that time adds RMSNorm's epsilon to the root, x / (rms + eps); "
         "transformers, and GPT-NeoX since 4c9f1081 (2025-05), have it inside, sqrt(var + eps): "
         "the logits differ by some 1e-4, and no conversion removes that",
+        subject="RMSNorm epsilon",
     )
 
 

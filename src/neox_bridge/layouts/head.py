@@ -145,7 +145,8 @@ def head_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list
     """What to say of a stored head before anybody has decided."""
     found = head_relation(checkpoint, most_bytes)
     if found == "differs":
-        return [Finding("head-differs", "warning", *ambiguity(checkpoint))]
+        message, remedy = ambiguity(checkpoint)
+        return [Finding("head-differs", "warning", message, remedy, subject="stored head")]
     if found == "unknown":
         name, key = checkpoint.architecture.head, _key(checkpoint)
         return [

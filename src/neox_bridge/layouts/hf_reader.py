@@ -143,9 +143,7 @@ def checkpoint_of(
     config = architecture.read_hf(raw, dims, presence)
     _check_names(architecture, config, tensors, path)
     check_heads(config, dims, "config.json: num_attention_heads")
-    findings = [
-        Finding(c, "warning", m, r) for c, m, r in architecture.findings_hf_source(raw, config)
-    ]
+    findings = architecture.findings_hf_source(raw, config)
     findings += _check_sizes(raw, dims)
     mismatch = check_inv_freq(config, inv_freqs)
     findings += [mismatch_finding(mismatch)] if mismatch else []
@@ -322,6 +320,7 @@ def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> list[F
                 "warning",
                 f"the names of the tensors contain {wrappers}{by}, which is no part of the model "
                 "and is removed; transformers would load random weights from this folder",
+                subject="wrapped names",
             )
         )
     if stored.unindexed:
@@ -331,6 +330,7 @@ def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> list[F
                 "warning",
                 f"{len(stored.files)} shards have no index file beside them; all their tensors are "
                 "read; transformers would not load this folder",
+                subject="missing index",
             )
         )
     if adapter := adapter_beside(path):
@@ -514,6 +514,7 @@ def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> list[Findin
                     "warning",
                     f"config.json says {key}: {raw[key]}, and the tensors say {dims[dim]}, which "
                     "is taken",
+                    subject="config sizes",
                 )
             )
     return found
