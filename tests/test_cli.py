@@ -1,9 +1,11 @@
 """The command line: what goes where, exit codes, and how it ends when something happens."""
 
+import ast
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +116,55 @@ def test_every_public_name_is_there() -> None:
         assert getattr(neox_bridge, name).__name__ == name
     assert set(neox_bridge.__all__) <= set(dir(neox_bridge))
     assert not hasattr(neox_bridge, "something_else")
+
+
+# raised between modules alone: the readers of files catch them and name the file
+INTERNAL_ERRORS = {"PickleError"}
+
+
+def test_every_error_is_public_and_says_what_it_means() -> None:
+    """Callers must be able to tell errors apart without importing private modules."""
+    bases: dict[str, list[str]] = {}
+    for path in Path(neox_bridge.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = [ast.unparse(base) for base in node.bases]
+    errors = {"BridgeError"}
+    while more := {name for name, of in bases.items() if errors & set(of)} - errors:
+        errors |= more
+    public = {name for name in errors if not name.startswith("_")} - INTERNAL_ERRORS
+    assert len(public) > 8
+    assert public <= set(neox_bridge.__all__)
+    for name in public:
+        error = getattr(neox_bridge, name)
+        assert issubclass(error, neox_bridge.BridgeError)
+        assert error.__doc__ != neox_bridge.BridgeError.__doc__ or name == "BridgeError"
+        assert error.__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("ForeignFolder", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}),
+        ("BridgeError", {}),
+    ],
+)
+def test_a_verb_raises_the_error_of_its_kind(
+    name: str, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(neox_bridge.BridgeError) as caught:
+        neox_bridge.open_checkpoint(str(tmp_path))
+    assert type(caught.value).__name__ == name
+
+
+def test_a_checkpoint_without_its_yml_has_its_own_error(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "data" / "published" / "v1_dp2" / "flat"
+    folder = shutil.copytree(source, tmp_path / "step3", ignore=shutil.ignore_patterns("*.yml"))
+    with pytest.raises(neox_bridge.SettingsMissing) as caught:
+        neox_bridge.open_checkpoint(str(folder))
+    assert caught.value.folder == str(folder)
 
 
 def test_version_and_module() -> None:

@@ -7,18 +7,31 @@ The command line's verbs, for Python::
     checkpoint = neox_bridge.open_checkpoint("pythia-410m")
     plan = neox_bridge.make_plan(checkpoint, neox_bridge.Options(tp=2), "out")
     result = neox_bridge.execute(plan, "out")
+
+Every error that a user can fix is a ``BridgeError``. The others are its kinds: catch ``Refused``
+where the target cannot express the source, ``UsageError`` where options do not fit, and so on.
 """
 
 from importlib import import_module
 
 TYPE_CHECKING = False  # type checkers take it as true; importing typing would double the time
 if TYPE_CHECKING:
-    from neox_bridge.errors import BridgeError, Refused
+    from neox_bridge.errors import (
+        BridgeError,
+        ChoiceNeeded,
+        Refused,
+        SettingsMissing,
+        Unreachable,
+        Unverified,
+        UsageError,
+    )
     from neox_bridge.execution.result import Result
     from neox_bridge.execution.run import execute
     from neox_bridge.findings import Finding
     from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.layouts.folder_kinds import ForeignFolder
     from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.layouts.quantized import QuantizedModel
     from neox_bridge.planning.make import make_plan
     from neox_bridge.planning.options import Options
     from neox_bridge.planning.pieces import Plan
@@ -27,11 +40,18 @@ __version__ = "0.1.0"
 __all__ = [
     "BridgeError",
     "Checkpoint",
+    "ChoiceNeeded",
     "Finding",
+    "ForeignFolder",
     "Options",
     "Plan",
+    "QuantizedModel",
     "Refused",
     "Result",
+    "SettingsMissing",
+    "Unreachable",
+    "Unverified",
+    "UsageError",
     "execute",
     "make_plan",
     "open_checkpoint",
@@ -40,11 +60,18 @@ __all__ = [
 _HOMES = {
     "BridgeError": "errors",
     "Checkpoint": "layouts.checkpoint",
+    "ChoiceNeeded": "errors",
     "Finding": "findings",
+    "ForeignFolder": "layouts.folder_kinds",
     "Options": "planning.options",
     "Plan": "planning.pieces",
+    "QuantizedModel": "layouts.quantized",
     "Refused": "errors",
     "Result": "execution.result",
+    "SettingsMissing": "errors",
+    "Unreachable": "errors",
+    "Unverified": "errors",
+    "UsageError": "errors",
     "execute": "execution.run",
     "make_plan": "planning.make",
     "open_checkpoint": "layouts.open",

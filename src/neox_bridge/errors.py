@@ -5,7 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class BridgeError(Exception):
-    """Something a user can mend: says what was wrong, in which file or key, and what to do now."""
+    """Something that a user can fix. The message says what is wrong, where, and what to do now.
+
+    Attributes:
+        exit_code: The exit code that the command line ends with.
+    """
 
     exit_code = 1
 
@@ -37,11 +41,17 @@ class UsageError(BridgeError):
 
 
 class Unreachable(BridgeError):
-    """A store doesn't answer, or not as it should: what is finished waits for the next try."""
+    """A store or the Hub does not answer, or not as it should.
+
+    What is finished is kept. The same call continues from there.
+    """
 
 
 class Unverified(BridgeError):
-    """What was written isn't what the source says: a fault of a disk, of memory or of this tool."""
+    """What was written is not what the source says.
+
+    The disk, the memory or this tool is at fault. Do not use the output.
+    """
 
     exit_code = 3
 
@@ -85,7 +95,7 @@ class SettingsMissing(BridgeError):
 
 
 class Refused(BridgeError):
-    """The target can't express the source, or a layout doesn't fit: nothing was written."""
+    """The target cannot express the source, or the layout does not fit. Nothing was written."""
 
     exit_code = 4
 

@@ -37,7 +37,12 @@ _MOST_SHARDS = 10_000
 
 
 class ForeignFolder(BridgeError):
-    """A folder of another tool. kind: its short name. way_out: what to do instead."""
+    """A folder that another tool wrote, and that holds no checkpoint of either framework.
+
+    Attributes:
+        kind: The short name of what it is; may be empty.
+        way_out: What to do instead; may be empty.
+    """
 
     def __init__(self, message: str, kind: str = "", way_out: str = "") -> None:
         super().__init__(message)

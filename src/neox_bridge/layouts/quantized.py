@@ -127,7 +127,11 @@ class QuantizedFolder:
 
 
 class QuantizedModel(Refused):
-    """The weights of the source are quantized. model: what is known of it."""
+    """The weights of the source are quantized, so there are no weights to convert.
+
+    Attributes:
+        model: What is known of the model, if its folder could be read.
+    """
 
     def __init__(self, message: str, model: QuantizedFolder | None = None) -> None:
         super().__init__(message)
