@@ -773,3 +773,48 @@ def test_settings_of_another_kind(key: str, value: Any, tmp_path: Path) -> None:
     assert f"{root}/global_step9/configs: {key}" in done.output
     assert "Correct it in the yml." in done.output
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "reason"),
+    [
+        ("bf16_tp2", ["--row-bias", "split"], "there are 2 tensor-parallel ranks before and after"),
+        ("bf16_tp2", ["--tp", "2", "--row-bias", "whole", "--dp", "2"], "before and after"),
+        ("bf16_tp2", ["--tp", "1", "--row-bias", "split"], "that rank holds the sum"),
+        ("fp32", ["--row-bias", "split"], "that rank holds the sum"),
+        ("fp32", ["--tp", "2", "--row-bias", "split", "--universal"], "a universal checkpoint"),
+    ],
+)
+def test_a_row_bias_that_would_change_nothing_is_a_usage_error(
+    source: str, words: list[str], reason: str, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    done = CliRunner().invoke(app, ["reshard", str(DATA / source), str(new), *words])
+    assert done.exit_code == 2, done.output
+    assert "--row-bias" in done.stderr
+    assert reason in " ".join(done.stderr.split())
+    assert not new.exists()
+
+
+def test_a_row_bias_of_a_model_without_summed_biases_is_a_usage_error(tmp_path: Path) -> None:
+    root = Path(shutil.copytree(DATA / "bf16_tp2", tmp_path / "run"))
+    (base,) = root.glob("global_step9/configs/base.yml")
+    base.write_text(base.read_text().replace('"gpt_j_residual": true', '"gpt_j_residual": false'))
+    command = ["reshard", str(root), str(tmp_path / "new"), "--tp", "4", "--row-bias", "split"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
+    assert "no biases that the ranks add up" in " ".join(done.stderr.split())
+
+
+def test_a_row_bias_at_another_tp_is_written_as_asked(tmp_path: Path) -> None:
+    name, module = "attention.dense.bias", "layer_02-model_{:02d}-model_states.pt"
+    source = DATA / "bf16_tp2"
+    parts = {}
+    for form in ("whole", "split"):
+        words = ["--tp", "4", "--row-bias", form]
+        done = CliRunner().invoke(app, ["reshard", str(source), str(tmp_path / form), *words])
+        assert done.exit_code == 0, done.output
+        folder = tmp_path / form / "global_step9"
+        parts[form] = [torch.load(folder / module.format(rank))[name] for rank in range(4)]
+    assert not any(part.any() for part in parts["whole"][1:])
+    assert all(torch.equal(part, parts["whole"][0] / 4) for part in parts["split"])

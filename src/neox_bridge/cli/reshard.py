@@ -101,14 +101,14 @@ def reshard(
         ),
     ] = None,
     row_bias: Annotated[
-        str,
+        str | None,
         typer.Option(
             **values.one_of("whole", "split"),
             rich_help_panel=_LAYOUT,
-            help="Biases that ranks add up, at another TP: all on rank 0, which is exact, or a "
-            "part on each.",
+            help="How biases that the ranks add up are written at another --tp: `whole` on rank 0, "
+            "which is exact, or `split` into an equal part for each rank. Default: whole.",
         ),
-    ] = "whole",
+    ] = None,
     universal: Annotated[
         bool,
         typer.Option(
@@ -158,7 +158,7 @@ def reshard(
         "dp": dp,
         "zero": zero,
         "micro_batch": micro_batch,
-        "row_bias": row_bias,
+        "row_bias": row_bias or "whole",
         "universal": universal,
         "ignore_keys": tuple(ignore_key or ()),
         "engine": engine,
@@ -170,7 +170,7 @@ def reshard(
         from neox_bridge.layouts.optimizer_reader import read_optimizer
         from neox_bridge.planning.option_checks import check_gqa_order, check_layout
         from neox_bridge.planning.reshard import plan_reshard, target_states
-        from neox_bridge.planning.reshard_target import Resharding
+        from neox_bridge.planning.reshard_target import Resharding, check_row_bias
         from neox_bridge.stores.paths import absolute
 
         check_layout(layout, pp)
@@ -188,6 +188,8 @@ def reshard(
             from neox_bridge.layouts.optimizer_export import with_export
 
             checkpoint, given = with_export(checkpoint, optimizer, states)
+        if row_bias is not None:
+            check_row_bias(checkpoint, optimizer, given, tp=tp, universal=universal)
         made = absolute(target)
         asked = Resharding(**chosen)
         plan = plan_reshard(checkpoint, optimizer, asked, made, given)

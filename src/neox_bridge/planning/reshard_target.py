@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from neox_bridge.architectures.base import ModelConfig
-from neox_bridge.errors import Refused
+from neox_bridge.errors import Refused, UsageError
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.eras import Era
-from neox_bridge.layouts.optimizer import Optimizer
+from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
 from neox_bridge.layouts.untrusted import text, whole
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.batch import Batch, batch_of, spread
@@ -146,6 +146,58 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
         shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
         before, after, rescaled, settings,
     )  # fmt: skip
+
+
+def check_row_bias(
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    given: Mapping[str, Mapping[str, Whole]] | None,
+    *,
+    tp: int | None,
+    universal: bool,
+) -> None:
+    """Raise UsageError where it makes no difference to ``reshard`` how row biases are written.
+
+    Args:
+        checkpoint: The source, which is a GPT-NeoX checkpoint.
+        optimizer: Its optimizer.
+        given: States that replace those of the source, by state and Hugging Face name.
+        tp: The tensor-parallel size of the target; None means that of the source.
+        universal: Whether the target is a universal checkpoint.
+    """
+    assert checkpoint.neox is not None
+    ranks = tp or checkpoint.neox.tp
+    names = [
+        weight.hf.format(i=block)
+        for weight, block in model_weights(checkpoint.architecture, checkpoint.config)
+        if weight.split == "row_bias"
+    ]
+    if not (checkpoint.config.parallel_residual and names):
+        raise UsageError(
+            ["row_bias"],
+            "this model has no biases that the ranks add up (those of a run with gpt_j_residual)",
+            "Leave it out.",
+        )
+    if universal:
+        raise UsageError(
+            ["row_bias", "universal"],
+            "a universal checkpoint always stores the part that each rank gets",
+            "Leave row_bias out.",
+        )
+    if ranks == 1:
+        raise UsageError(
+            ["row_bias"], "with one tensor-parallel rank, that rank holds the sum", "Leave it out."
+        )
+    masters = (given or states(checkpoint, optimizer)).get(MASTER, {})
+    places = (checkpoint.tensors, masters)
+    wholes = [tensors[name] for tensors in places for name in names if name in tensors]
+    if all(ranks in (len(whole.shards), len(whole.parts)) for whole in wholes):
+        raise UsageError(
+            ["row_bias"],
+            f"there are {ranks} tensor-parallel ranks before and after, and each keeps the biases "
+            "that it trained",
+            "Leave it out, or choose another tensor-parallel size.",
+        )
 
 
 def _sides(
