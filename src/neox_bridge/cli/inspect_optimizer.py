@@ -18,17 +18,15 @@ def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list[
     """
     from neox_bridge.errors import BridgeError
     from neox_bridge.findings import Finding
-    from neox_bridge.frameworks.deepspeed import resumption as resumption_of
     from neox_bridge.optimizer.saved_states import saved_states
 
     try:
         states = saved_states(checkpoint)
     except BridgeError as error:
         return None, [Finding("optimizer-unreadable", "warning", str(error))]
-    if states is None or states.form is None:
+    if states is None or states.form is None or states.resumption is None:
         return None, []
-    form = states.form
-    resumption = resumption_of(form.generation, form.kind)
+    form, resumption = states.form, states.resumption
     return {
         "kind": form.kind,
         "zero_stage": states.stage,
@@ -40,7 +38,7 @@ def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list[
             "deepspeed": resumption.releases,
             "data_parallel": "any" if resumption.any_dp else form.dp,
             "setting": resumption.setting or None,
-            "today": states.resumes_today,
+            "today": not states.refusal,
             "keeps_step": resumption.keeps_step,
         },
     }, []

@@ -6,6 +6,7 @@ from contextlib import suppress
 from neox_bridge.compat.targets import Target
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.deepspeed import NO_VERSION
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states
 
@@ -19,7 +20,7 @@ def cannot_resume(checkpoint: Checkpoint) -> bool:
         return finetune is False
     with suppress(BridgeError):  # a file that cannot be read stays as it is
         states = saved_states(checkpoint)
-        return states is not None and not states.resumes_today
+        return states is not None and bool(states.refusal)
     return False
 
 
@@ -37,7 +38,7 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     except BridgeError as error:
         yield case("optimizer-unreadable", "warning", f"its optimizer cannot be read: {error}")
         return
-    if states is not None and not states.resumes_today:
+    if states is not None and states.refusal:
         yield _old_states(checkpoint, target, states, count)
         return
     yield case(
@@ -65,13 +66,18 @@ def _old_states(checkpoint: Checkpoint, target: Target, states: SavedStates, cou
             "Resharding writes them anew. Its weights alone load with finetune: true, which starts "
             f"a new optimizer: {weights_only}"
         )
+    lacking = (
+        "have no ds_version, like those of GPT-NeoX v1.0"
+        if states.refusal == NO_VERSION
+        else "are elastic and hold no step of Adam"
+    )
     return case(
         "optimizer-version",
         "error",
-        f"its optimizer states ({count} files) {kind}have no ds_version, like those of GPT-NeoX "
-        f"v1.0, and later trees cannot resume from them. {way_out}",
+        f"its optimizer states ({count} files) {kind}{lacking}, and later trees cannot resume from "
+        f"them. {way_out}",
         fix,
-        "AssertionError: Empty ds_version in checkpoint, not clear how to proceed",
+        states.refusal,
     )
 
 

@@ -42,6 +42,8 @@ def pipeline_accumulation(version: str | None) -> PipelineAccumulation | None:
     return next(kind for since, kind, _ in reversed(_PIPELINE) if number >= since)
 
 
+NO_VERSION = "AssertionError: Empty ds_version in checkpoint, not clear how to proceed"
+
 StatesForm = Literal["sub-partitions", "partitions"]
 """How ZeRO stages 1 and 2 cut a flat group of parameters over data-parallel ranks.
 
@@ -104,37 +106,58 @@ ZERO_GENERATIONS = (
 SUB_PARTITIONS, LEAN_PARTITIONS, PARTITIONS = ZERO_GENERATIONS
 
 
+# DeepSpeed made one step of the optimizer on zero gradients when it started, until this release
+# (18179807f, #5104, 2024-02-10), so that Adam's step is one more than the steps of training.
+_WITHOUT_INITIAL_STEP = (0, 13, 2)
+
+
+def makes_initial_step(version: str) -> bool:
+    """Whether ZeRO of a DeepSpeed version makes a step before training; "" is before 0.3.17."""
+    return (release_of(version) or (0, 0, 0)) < _WITHOUT_INITIAL_STEP
+
+
 @dataclass(frozen=True, slots=True)
 class Resumption:
     """Which versions of DeepSpeed resume from states, and how.
 
     releases: the versions, for people. any_dp: whether they do so at any number of data-parallel
     ranks; otherwise only at the number that saved the states. setting: what their yml needs below
-    ``zero_optimization``, "" for nothing. today: whether the versions that today's GPT-NeoX
-    requires do. keeps_step: whether Adam's step goes on; otherwise it begins anew at 1.
+    ``zero_optimization``, "" for nothing. keeps_step: whether Adam's step goes on; otherwise it
+    begins anew at 1. refusal: what the versions that today's GPT-NeoX requires print instead of
+    resuming, "" where they resume.
     """
 
     releases: str
     any_dp: bool
     setting: str
-    today: bool
     keeps_step: bool
+    refusal: str
 
 
-def resumption(generation: ZeroGeneration, kind: StatesKind) -> Resumption:
+def resumption(
+    generation: ZeroGeneration, kind: StatesKind, version: str, *, has_step: bool
+) -> Resumption:
     """What resumes states of a form.
 
     The loaders: runtime/zero/stage1.py of 0.3.16 (run with GPT-NeoX v1.0), stage2.py of 0.5.8, and
-    stage_1_and_2.py (_load_legacy_checkpoint) of 0.16.5. The last one refuses states without
-    ``ds_version``, which those of "sub-partitions" do not have (run), and loads elastic states at
-    the same number of ranks (read).
+    stage_1_and_2.py of 0.8.3 and 0.16.5 (_load_legacy_checkpoint; its refusal of states without
+    ``ds_version`` was run, that of elastic states without a step was read).
+
+    Args:
+        generation: that saved them.
+        kind: elastic or rigid.
+        version: ``ds_version`` of the states, "" for none.
+        has_step: whether elastic states hold Adam's step, as those of 0.11 and later do.
     """
+    refusal = "" if version else NO_VERSION
     if generation is SUB_PARTITIONS:
         rigid = kind == "rigid"
         setting = "elastic_checkpoint: false" if rigid else ""
-        return Resumption(generation.releases, not rigid, setting, False, rigid)
+        return Resumption(generation.releases, not rigid, setting, rigid, NO_VERSION)
+    if kind == "rigid":
+        return Resumption(generation.releases, False, "", True, refusal)
+    if not has_step:
+        refusal = refusal or "KeyError: 'base_optimizer_state_step'"
     if generation is LEAN_PARTITIONS:
-        return Resumption(generation.releases, True, "", True, False)
-    elastic = kind == "elastic"
-    setting = "elastic_checkpoint: true" if elastic else ""
-    return Resumption(generation.releases, elastic, setting, True, not elastic)
+        return Resumption(generation.releases, True, "", False, refusal)
+    return Resumption(generation.releases, True, "elastic_checkpoint: true", has_step, refusal)

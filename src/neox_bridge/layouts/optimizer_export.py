@@ -46,6 +46,7 @@ def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
         "ds_config": meta.get("ds_config"),
         "data_parallel": optimizer.dp,
         "zero_stage": optimizer.stage,
+        "derived": {derived.key: derived.source for derived in optimizer.derived},
     }
     plain: dict[str, Any] = _plain(found)
     return plain

@@ -39,7 +39,7 @@ from neox_bridge.layouts.untrusted import mapping, unexpected
 from neox_bridge.planning.pieces import Shape, Whole
 from neox_bridge.stores.paths import ahead, read_at
 
-_NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d+)\.(.+)")
+_NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d{1,9})\.(.+)")
 _TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 _MOST = 64  # bytes of a scalar
 _SHOWN = 7  # of the files that are missing, of which there may be any number
@@ -340,13 +340,15 @@ def same_group(first: Group, second: Group, path: str) -> None:
 
 
 def stage_of(head: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
-    told = head.get("zero_stage")
-    if isinstance(told, Record) and told.args and isinstance(told.args[0], int):
-        return told.args[0]
-    if isinstance(told, int):
-        return told
+    """ZeRO's stage. DeepSpeed before 0.7.0 recorded 2 for stage 1 too, as a plain number."""
+    recorded = head.get("zero_stage")
+    if isinstance(recorded, Record) and recorded.args and isinstance(recorded.args[0], int):
+        return recorded.args[0]
     config = (meta.get("ds_config") or {}).get("zero_optimization") or {}
-    return int(config.get("stage") or 0)
+    stage = config.get("stage")
+    if stage is None and isinstance(recorded, int):
+        return recorded
+    return int(stage or 0)
 
 
 def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.deepspeed import makes_initial_step
 from neox_bridge.layouts.optimizer import Derived
 from neox_bridge.layouts.optimizer_values import MOST_NUMBER, check_betas
 from neox_bridge.layouts.untrusted import CONFIGS, mapping, number, unexpected, whole
@@ -21,7 +22,7 @@ _LR = 0.001  # OPT_PARAMS_DEFAULTS of neox_arguments/arguments.py
 _WEIGHT_DECAY = 0.01  # neox_arguments/neox_args.py
 _BETAS = [0.9, 0.999]  # of FusedAdam, of apex and of DeepSpeed
 _EPS = 1e-8
-STEP_RULE = "1 + iteration - skipped_steps"
+_LARGEST_EXPONENT = 700.0  # e to a larger number is no float; no schedule of GPT-NeoX comes near
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def derived_settings(
     scalars: Sequence[Mapping[str, Any]],
     folder: str,
     path: str,
+    version: str,
 ) -> DerivedSettings:
     """The hyperparameters of an optimizer whose states are elastic.
 
@@ -46,7 +48,7 @@ def derived_settings(
         raw: the merged yml.
         meta: of the first mp_rank file.
         scalars: by group, what the states have beside tensors; "step" there is kept.
-        folder: of the checkpoint. path: the mp_rank file.
+        folder: of the checkpoint. path: the mp_rank file. version: of DeepSpeed, "" if unknown.
 
     Raises:
         Refused: the optimizer is not Adam.
@@ -69,7 +71,7 @@ def derived_settings(
     ]
     findings = [_settings_finding(path, values)]
     if not all("step" in group for group in scalars):
-        step, finding = _step(meta, path)
+        step, finding = _step(meta, path, version)
         values.append(step)
         findings.append(finding)
     return DerivedSettings(
@@ -137,7 +139,7 @@ def annealed(schedule: Mapping[str, Any], path: str) -> float:
     elif style == "cosine":
         rate = start / 2.0 * (math.cos(math.pi * iters / end) + 1)
     elif style == "exponential":
-        rate = start * math.exp(-0.693 * iters / end)
+        rate = start * math.exp(min(-0.693 * iters / end, _LARGEST_EXPONENT))
     else:
         rate = start
     return float(max(rate, least))
@@ -150,29 +152,32 @@ def _needed(schedule: Mapping[str, Any], key: str, path: str) -> float:
     return value
 
 
-def _step(meta: Mapping[str, Any], path: str) -> tuple[Derived, Finding]:
-    """Adam's step: one for each iteration that was not skipped, and one before training.
-
-    DeepSpeed makes a step on zero gradients when it starts.
-    """
+def _step(meta: Mapping[str, Any], path: str, version: str) -> tuple[Derived, Finding]:
+    """Adam's step: one for each iteration that was not skipped, and one before training."""
     iteration = whole(meta, "iteration", path) or 0
     skipped = whole(meta, "skipped_steps", path) or 0
     steps = whole(meta, "global_steps", path)
-    other = steps is not None and steps != iteration
-    if skipped > iteration:
-        step, source = 1 + iteration, "1 + iteration"
-        why = f"1 + iteration ({iteration}); skipped_steps ({skipped}) counts those of another run"
-    else:
-        step, source = 1 + iteration - skipped, STEP_RULE
-        why = f"{STEP_RULE} (1 + {iteration} - {skipped}), since DeepSpeed makes one step on zero "
-        why += "gradients before training"
-    if other:
-        why += f". global_steps is {steps}, so the run began from another one's weights"
-    return Derived("step", step, source), Finding(
+    other_run = skipped > iteration or (steps is not None and steps != iteration)
+    first = int(makes_initial_step(version))
+    step, rule, numbers = iteration, "iteration", f"{iteration}"
+    if skipped <= iteration:
+        step, rule, numbers = step - skipped, f"{rule} - skipped_steps", f"{numbers} - {skipped}"
+    if first:
+        step, rule, numbers = 1 + step, f"1 + {rule}", f"1 + {numbers}"
+    why = f"{rule} = {numbers} = {step}"
+    if first:
+        why += ", since DeepSpeed makes one step on zero gradients before training"
+    if other_run:
+        why += (
+            f". global_steps is {steps} and skipped_steps {skipped}, so the run began from another "
+            "one's weights and its count may differ"
+        )
+    return Derived("step", step, rule), Finding(
         "adam-step-derived",
-        "warning" if other or skipped > iteration else "info",
-        f"{path}: elastic optimizer states do not hold Adam's step. It is taken as {step}: {why}. "
-        "A run that was resumed from such states counted from 1 again, which nothing records",
+        "warning" if other_run else "info",
+        f"{path}: the optimizer states are elastic and do not hold Adam's step. It is derived: "
+        f"{why}. A run that was resumed from such states counted from 1 again, which nothing "
+        "records",
     )
 
 
@@ -181,7 +186,7 @@ def _settings_finding(path: str, values: Sequence[Derived]) -> Finding:
     return Finding(
         "optimizer-settings-derived",
         "info",
-        f"{path}: elastic optimizer states do not hold the optimizer's hyperparameters. They are "
+        f"{path}: the optimizer states are elastic and do not hold hyperparameters. They are "
         f"derived: {listed}",
     )
 

@@ -114,18 +114,18 @@ def _check_sub_partitions(sizes: Sequence[int], total: int, where: str) -> None:
 
 
 def _check_partitions(sizes: Sequence[int], total: int, where: str) -> None:
-    """A part for each rank, of which only the last is without padding, and not always wholly.
+    """A part for each rank, of one size, without its padding or with some of it.
 
-    DeepSpeed subtracts the padding to a multiple of the ranks from the last part, also where
-    several parts are padding, and where it pads to twice that multiple.
+    DeepSpeed before 0.16 subtracts padding from the last part alone, also where several parts are
+    padding, and before 0.12 only that to a multiple of the ranks, where it pads to twice that.
     """
     dp = len(sizes)
-    wanted = {-(-total // (step * dp)) * step for step in (1, _ALIGNMENT)}
-    size = sizes[0] if dp > 1 else max(wanted)
-    last = max(0, total - (dp - 1) * size)
-    regular = all(other == size for other in sizes[:-1]) and last <= sizes[-1] <= size
-    if size not in wanted or not regular:
-        raise _other_total(where, sum(sizes), total)
+    for step in (1, _ALIGNMENT):
+        size = -(-total // (step * dp)) * step
+        used = [max(0, min(size, total - rank * size)) for rank in range(dp)]
+        if all(least <= stored <= size for least, stored in zip(used, sizes, strict=True)):
+            return
+    raise _other_total(where, sum(sizes), total)
 
 
 def _other_total(where: str, stored: int, total: int) -> BridgeError:

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.frameworks.deepspeed import (
     LEAN_PARTITIONS,
@@ -93,15 +94,14 @@ def interval_counts(inner: Mapping[str, Any], path: str) -> tuple[int, ...]:
 def zero_stage(value: Mapping[str, Any], raw: Mapping[str, Any], path: str) -> int:
     """ZeRO's stage of a file of states.
 
-    Before DeepSpeed 0.5.10 the file of a stage 1 run may say 2, so there the settings count.
-    raw: the merged yml.
+    Before DeepSpeed 0.7.0 the file of a stage 1 run may say 2, as a plain number, so there the
+    settings count. raw: the merged yml.
     """
     inner = value["optimizer_state_dict"]
-    generation = generation_of(inner)
-    if generation is SUB_PARTITIONS:
+    if generation_of(inner) is SUB_PARTITIONS:
         return 1
     recorded = stage_of(inner, {})
-    if generation is PARTITIONS and recorded:
+    if isinstance(inner.get("zero_stage"), Record):
         return recorded
     for config in (mapping(value, "ds_config", path), raw):
         stage = whole(mapping(config, "zero_optimization", path), "stage", path)

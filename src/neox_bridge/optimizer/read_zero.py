@@ -19,7 +19,7 @@ from neox_bridge.layouts.optimizer_reader import (
     parameter,
     same_group,
 )
-from neox_bridge.layouts.untrusted import mapping
+from neox_bridge.layouts.untrusted import mapping, text
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.flat_groups import flat_group
 from neox_bridge.optimizer.parameter_order import ParameterOrder, parameter_order
@@ -75,10 +75,14 @@ def read_zero(
         if not groups:
             settings = first.settings
             if settings is None:
-                found = derived_settings(checkpoint.raw, meta, first.scalars, folder, meta_path)
+                version = text(first.head, "ds_version")
+                found = derived_settings(
+                    checkpoint.raw, meta, first.scalars, folder, meta_path, version
+                )
                 settings, derived = found.groups, found.derived
                 derived_findings = found.findings
             groups = [Group(*pair) for pair in zip(settings, first.scalars, strict=True)]
+        _check_names(order, paths[0])
         for index, shapes in enumerate(order.groups):
             flat = flat_group(ranks, index, shapes)
             keys += [key for key in flat.parts if key not in keys]
@@ -130,6 +134,19 @@ def _check_same_form(first: RankStates, other: RankStates) -> None:
         same_group(
             Group(settings[0], scalars), Group(settings[1], other.scalars[index]), other.path
         )
+
+
+def _check_names(order: ParameterOrder, path: str) -> None:
+    """Raise BridgeError where two names are of one parameter."""
+    seen: dict[Parameter, str] = {}
+    for name in (name for group in order.groups for name in group):
+        first = seen.setdefault(parameter(name, path), name)
+        if first != name:
+            raise BridgeError(
+                f"{path}: param_shapes has one parameter under two names, {first[:80]} and "
+                f"{name[:80]}. The file is damaged or made to deceive; get it from its source "
+                "again."
+            )
 
 
 def _refuse_round_robin(

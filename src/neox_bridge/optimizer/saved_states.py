@@ -8,13 +8,19 @@ import shlex
 from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.frameworks.deepspeed import Resumption, resumption
+from neox_bridge.frameworks.deepspeed import NO_VERSION, Resumption, resumption
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.file_names import OPTIMIZER
 from neox_bridge.layouts.optimizer import SavedForm
 from neox_bridge.layouts.optimizer_reader import optimizer_states
 from neox_bridge.layouts.untrusted import text
-from neox_bridge.optimizer.rank_states import generation_of, interval_counts, kind_of, zero_stage
+from neox_bridge.optimizer.rank_states import (
+    STEP,
+    generation_of,
+    interval_counts,
+    kind_of,
+    zero_stage,
+)
 from neox_bridge.stores.paths import is_url
 
 
@@ -24,24 +30,20 @@ class SavedStates:
 
     form: how they hold the states; None where the first file holds no masters in a known form.
     stage: ZeRO's. version: of DeepSpeed, "" where they name none.
+    resumption: what resumes them; None where the form is not known.
     """
 
     form: SavedForm | None
     stage: int
     version: str
+    resumption: Resumption | None
 
     @property
-    def resumption(self) -> Resumption | None:
-        """What resumes them; None where the form is not known."""
-        return resumption(self.form.generation, self.form.kind) if self.form else None
-
-    @property
-    def resumes_today(self) -> bool:
-        """Whether the DeepSpeed that today's GPT-NeoX requires resumes from them.
-
-        It refuses states that name no version (stage_1_and_2.py, _load_legacy_checkpoint).
-        """
-        return bool(self.version) and (self.resumption is None or self.resumption.today)
+    def refusal(self) -> str:
+        """What the DeepSpeed of today's GPT-NeoX prints of them; "" where it resumes from them."""
+        if self.resumption is not None:
+            return self.resumption.refusal
+        return "" if self.version else NO_VERSION
 
 
 def reshard_command(path: str) -> str:
@@ -66,7 +68,12 @@ def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
     try:
         intervals = interval_counts(inner, path)
     except BridgeError:
-        return SavedStates(None, zero_stage(value, checkpoint.raw, path), version)
+        return SavedStates(None, zero_stage(value, checkpoint.raw, path), version, None)
     dp = len({m[2] for name in state.optimizer if (m := OPTIMIZER.fullmatch(name))})
     form = SavedForm(kind_of(inner), generation_of(inner), dp, intervals)
-    return SavedStates(form, zero_stage(value, checkpoint.raw, path), version)
+    return SavedStates(
+        form,
+        zero_stage(value, checkpoint.raw, path),
+        version,
+        resumption(form.generation, form.kind, version, has_step=inner.get(STEP) is not None),
+    )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 _COUNT = 8  # elements at the start of a parameter, and at its end
-_PADDING = 64  # elements of padding
+_PADDING = 64  # elements at the start of each run of padding, and at the end of the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,12 @@ def check_padding(parts: Iterable[TensorRef], key: str) -> None:
         parts: the padding, in the order of the group.
         key: of the group's masters, for the message.
     """
-    local = [ref for ref in parts if not is_url(ref.file)][:1]
-    for ref, found in _read([replace(ref, shape=(min(_PADDING, ref.shape[0]),)) for ref in local]):
+    local = [ref for ref in parts if not is_url(ref.file)]
+    runs = [_run(ref, 0, min(_PADDING, ref.shape[0])) for ref in local]
+    for ref in local[-1:]:
+        count = min(_PADDING, ref.shape[0])
+        runs.append(_run(ref, ref.shape[0] - count, count))
+    for ref, found in _read(runs):
         if found.any():
             raise BridgeError(
                 f"{ref.file}: {key} holds values behind the last parameter of the group, where "
