@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from common import convert, make_hf, step_of
 from safetensors.torch import load_file, save_file
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.execution.lock import locked
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.verification import hash_cache, hashes
 from neox_bridge.verification.hashes import Fingerprint, fingerprints
@@ -243,6 +245,36 @@ def test_audits_at_once(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(again, range(80)))
+    assert [path.suffix for path in cache.iterdir()] == [".json"]
+
+
+def test_what_a_killed_audit_leaves_is_removed(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    older(hf)
+    cache = tmp_path / "cache"
+    checkpoint = open_checkpoint(str(hf))
+    files, found = hash_cache.identify(checkpoint), fingerprints(checkpoint)
+    child = os.fork()
+    if child == 0:
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        hash_cache.remember(str(cache), checkpoint, files, found)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [path.suffix for path in cache.iterdir()] == [".tmp"]
+    (cache / "audit-of-mine.txt").touch()
+    audited(hf, cache)
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".txt"]
+
+
+def test_what_another_audit_is_writing_stays(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    older(hf)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with locked(str(cache / "audit-0.tmp"), "x"):
+        audited(hf, cache)
+        assert (cache / "audit-0.tmp").exists()
+    audited(hf, cache)
     assert [path.suffix for path in cache.iterdir()] == [".json"]
 
 

@@ -6,7 +6,7 @@ can't damage each other's. A damaged or foreign file counts as none.
 
 import json
 import os
-import tempfile
+import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,12 +17,14 @@ import xxhash
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.files import unreadable
+from neox_bridge.execution.lock import locked
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
 Identity = tuple[int, int, int, int]
+_PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written
 YOUNG = 2.0  # seconds: the coarsest clock of a file system; a younger file may change unnoticed
 
 
@@ -100,16 +102,29 @@ def remember(
         if all(ref.file in old for ref in sources(whole))
     }
     document = {"version": VERSION, "path": checkpoint.path, "tensors": entries}
-    with suppress(OSError):
+    text = json.dumps(document).encode()
+    with suppress(OSError, BridgeError):
         os.makedirs(folder, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(".tmp", "audit-", folder)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as stream:
-                json.dump(document, stream)
-            os.replace(temporary, _file(folder, checkpoint))
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        _remove_left_over(folder)
+        temporary = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
+        with locked(temporary, temporary) as fd:
+            try:
+                os.fchmod(fd, 0o600)
+                with open(fd, "wb", closefd=False) as stream:
+                    stream.write(text)
+                os.replace(temporary, _file(folder, checkpoint))
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+
+def _remove_left_over(folder: str) -> None:
+    """Remove temporary files of audits that were killed. One that is being written is locked."""
+    for name in os.listdir(folder):
+        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            path = os.path.join(folder, name)
+            with suppress(OSError, BridgeError), locked(path, path):
+                os.unlink(path)
 
 
 def check_same(before: Mapping[str, Identity], checkpoint: Checkpoint) -> None:
