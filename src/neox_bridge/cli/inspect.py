@@ -316,7 +316,8 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("kind", kind + (f", {facts['revision']}" if facts["revision"] else "")))
     else:
         where = "flat in its folder" if neox["flat"] else neox["step"]
-        lines.append(("kind", f"{kind}, {where}, iteration {neox['iteration']}"))
+        revision = f", {facts['revision']}" if facts["revision"] else ""
+        lines.append(("kind", f"{kind}, {where}, iteration {neox['iteration']}{revision}"))
     lines.append(("family", facts["family"]))
     if neox is not None:
         stored = "stored" if neox["inv_freq"] == "store" else "not stored"

@@ -10,11 +10,13 @@ import shlex
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.step_names import step_of
 from neox_bridge.layouts.text_files import list_folder, read_text
-from neox_bridge.stores.paths import absolute, isdir, isfile
+from neox_bridge.stores.paths import absolute, is_url, isdir, isfile
 
 _ROOT = re.compile(r"(models|datasets|spaces)--(.+)")
 _LONGEST_REF = 256  # bytes
+_MOST_REFS = 10_000
 _MAIN = "main"
 
 
@@ -62,6 +64,23 @@ def snapshot_of(root: str, revision: str | None = None) -> str:
         f"{root} is a model in a Hugging Face cache that {what}. Name one of its snapshots: "
         f"{folders}"
     )
+
+
+def revision_of(folder: str) -> str:
+    """``org/name@revision`` of a snapshot's folder in a cache of this machine.
+
+    The revision is the branch or tag whose ref names the snapshot, one that tells a step where
+    there are several; the commit where there is none. Returns "" for other folders.
+    """
+    home, commit = os.path.split(absolute(folder))
+    root, snapshots = os.path.split(home)
+    if is_url(home) or snapshots != "snapshots" or not _ROOT.fullmatch(os.path.basename(root)):
+        return ""
+    refs = os.path.join(root, "refs")
+    names = list_folder(refs)[:_MOST_REFS] if isdir(refs) else []
+    naming = [name for name in names if _commit(root, name) == commit]
+    naming.sort(key=lambda name: step_of(name) is None)
+    return f"{repo_of(root)}@{next(iter(naming), commit)}"
 
 
 def repo_of(root: str) -> str:

@@ -30,6 +30,7 @@ from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.file_names import LAYER, RANK, ZERO3, optimizer_files
 from neox_bridge.layouts.folder_kinds import refuse_deepspeed
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
+from neox_bridge.layouts.hub_cache import revision_of
 from neox_bridge.layouts.origin import original_rows
 from neox_bridge.layouts.quantized import refuse_quantized
 from neox_bridge.layouts.record_file import read_record
@@ -125,8 +126,9 @@ def open_neox(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
     tokenizer = local_tokenizer(place, raw)
+    revision = revision or revision_of(folder)
     named_step = step_in_name(folder, revision)
-    saved = whole(read.meta, "iteration", folder)
+    saved = _saved_step(read.meta, record, folder)
     number = named_step if saved is None else saved
     check_step(step, place, number)
     iteration = (step or 0) if number is None else number
@@ -205,6 +207,18 @@ def open_neox(
         unknown_keys=unknown,
         ignored_keys=frozenset(record.get("ignored_keys") or ()),
     )
+
+
+def _saved_step(meta: Mapping[str, Any], record: Mapping[str, Any], folder: str) -> int | None:
+    """The step that the mp_rank files tell.
+
+    This tool writes 0 for a model of Hugging Face whose step nothing told, so that such a 0 tells
+    nothing.
+    """
+    number = whole(meta, "iteration", folder)
+    source = record.get("source")
+    from_hf = isinstance(source, dict) and source.get("kind") == "hf"
+    return None if number == 0 and from_hf else number
 
 
 def _refuse_quantized(folder: str, raw: Mapping[str, Any], read: _Read) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError, UsageError
@@ -15,7 +16,7 @@ from neox_bridge.layouts.own_files import brought_along
 from neox_bridge.layouts.step_names import step_of
 from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
-from neox_bridge.stores.paths import absolute, isdir, isfile
+from neox_bridge.stores.paths import absolute, is_url, isdir, isfile
 
 _STEP = re.compile(r"global_step(\d+)")
 _LONGEST_TAG = 1024  # bytes
@@ -150,15 +151,29 @@ def renamed_steps(path: str, names: Sequence[str]) -> list[str]:
 
 
 def step_in_name(folder: str, revision: str = "") -> int | None:
-    """The step that the Hub's revision tells, else the name of the folder; None for other names.
+    """The step that the Hub's revision tells, else the name of the folder, else its git branch.
 
-    revision: ``org/name@step1000``.
+    revision: ``org/name@step1000``, or "".
+
+    Returns:
+        None where none of them tells one.
     """
-    _, _, branch = revision.rpartition("@")
-    if revision and (number := step_of(branch.split("/")[-1])) is not None:
-        return number
     name = os.path.basename(absolute(folder)).removesuffix("_universal")
-    return step_of(name)
+    for text in (revision, name):
+        if (number := step_of(re.split("[@/]", text)[-1])) is not None:
+            return number
+    return step_of(_git_branch(folder))
+
+
+def _git_branch(folder: str) -> str:
+    """The branch that a clone has checked out; "" for other folders, and where it is no branch."""
+    head = os.path.join(folder, ".git", "HEAD")
+    if is_url(folder) or not isfile(head):
+        return ""
+    with suppress(BridgeError):
+        _, ref, branch = read_text(head, _LONGEST_TAG).strip().partition("refs/heads/")
+        return branch if ref else ""
+    return ""
 
 
 def check_step(asked: int | None, place: StepFolder, number: int | None) -> None:
@@ -194,11 +209,10 @@ def step_finding(
         )
     if saved is None or named in (None, saved):
         return None
-    name = revision or os.path.basename(folder)
     return Finding(
         "step-differs",
         "warning",
-        f"{name} is step {named} by its name and step {saved} by its files (iteration in "
-        f"mp_rank_*_model_states.pt); {saved} is used",
+        f"{revision or folder} is step {named} by its name or branch, and step {saved} by its "
+        f"files (iteration in mp_rank_*_model_states.pt); {saved} is used",
         "check which step you want: the files may have been copied to the wrong folder or branch",
     )

@@ -86,8 +86,7 @@ def _numbers(steps: Steps) -> Iterator[Fault]:
     for step in steps:
         if step.iteration is not None:
             message = (
-                f"{step.run}: global_step{step.label} says inside that it is of step "
-                f"{step.iteration}"
+                f"{step.run}: step {step.label} says inside that it is of step {step.iteration}"
             )
             remedy = "its mp_rank files, or all of it, are another step's"
             yield Fault("other-iteration", "warning", message, remedy, step.run, (step.label,))
