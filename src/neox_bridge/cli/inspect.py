@@ -283,6 +283,7 @@ def _neox(checkpoint: "Checkpoint", states: dict[str, Any] | None) -> dict[str, 
         "named_step": state.named_step,
         "flat": state.flat,
         "configs": list(state.configs),
+        "configs_given": state.configs_given,
         "writer": {
             **asdict(state.writer),
             "guessed": sorted(state.writer.guessed),
@@ -346,7 +347,9 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         none = "a file for each state of each parameter" if neox["universal"] else none
         lines.append(("optimizer", held if count else none))
         if neox["optimizer_states"]:
-            lines += states_lines(neox["optimizer_states"], facts["path"])
+            named = neox["configs"] if neox["configs_given"] else ()
+            options = [word for path in named for word in ("--config", path)]
+            lines += states_lines(neox["optimizer_states"], facts["path"], options)
     if facts["written_by"]:
         lines.append(("written by", facts["written_by"]))
     elif neox is not None:

@@ -1,5 +1,6 @@
 """What ``neox-bridge inspect`` says of optimizer states."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import plural
@@ -44,8 +45,10 @@ def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list[
     }, []
 
 
-def states_lines(facts: dict[str, Any], path: str) -> list[tuple[str, str]]:
-    """``states_facts`` for people."""
+def states_lines(
+    facts: dict[str, Any], path: str, options: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """``states_facts`` for people. options: those that open the checkpoint again."""
     ranks = plural(facts["data_parallel"], "data-parallel rank")
     most = max(facts["intervals"], default=1)
     parts = f" in up to {most} communication intervals" if most > 1 else ""
@@ -68,9 +71,8 @@ def states_lines(facts: dict[str, Any], path: str) -> list[tuple[str, str]]:
     if not by["today"]:
         from neox_bridge.optimizer.saved_states import reshard_command
 
-        lines.append(
-            ("", f"today's GPT-NeoX cannot resume them; write them for it: {reshard_command(path)}")
-        )
+        command = reshard_command(path, options)
+        lines.append(("", f"today's GPT-NeoX cannot resume them; write them for it: {command}"))
     return lines
 
 

@@ -6,6 +6,7 @@ config gives are neither dropped nor replaced unless that is asked for.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ from neox_bridge.verification.verify import summary, verify
 
 # with other names GPT-NeoX also asks for its gated MLP in another way (0d4bdb96, adbf5d6f)
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
+_STEP = re.compile(r"global_step\d+")
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -75,13 +77,13 @@ def mend_plan(
     state = checkpoint.neox
     if plan is None or not in_place or state is None:
         return plan
-    if state.flat:
+    if state.flat or not _STEP.fullmatch(state.step):
         flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
         flags += [word for key in ignore_keys for word in ("--ignore-key", key)]
         raise Refused(
-            f"{checkpoint.path} holds the files of one step without a run's folder around them, "
-            "and GPT-NeoX looks for a folder global_stepN beside the file latest. --in-place "
-            f"cannot make one. Write the run beside it: {fix_command(checkpoint, target, *flags)}"
+            f"{state.folder} holds the files of one step, and --in-place replaces only the folder "
+            f"of a step that is named global_stepN, as GPT-NeoX names it. Write a run with such a "
+            f"folder beside it: {fix_command(checkpoint, target, *flags)}"
         )
     return _with_name_kept(plan, state)
 
@@ -348,7 +350,8 @@ def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
         inside = path.removeprefix(planned)
         return path if inside == path else f"{state.step}/{inside}"
 
-    return replace(plan, files=tuple(replace(file, path=kept(file.path)) for file in plan.files))
+    files = tuple(replace(file, path=kept(file.path)) for file in plan.files)
+    return replace(plan, files=files, target={**plan.target, "step": state.step})
 
 
 def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:

@@ -7,7 +7,7 @@ from neox_bridge.compat.targets import Target
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import NO_VERSION
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options
 from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states
 
 
@@ -60,7 +60,7 @@ def _old_states(checkpoint: Checkpoint, target: Target, states: SavedStates, cou
             f"are {states.form.kind} ZeRO {states.stage} states of {states.form.dp} data-parallel "
             f"ranks, as {states.form.generation.releases} saves them. They "
         )
-        fix = reshard_command(checkpoint.path)
+        fix = reshard_command(checkpoint.path, config_options(checkpoint))
         weights_only = fix_command(checkpoint, target, "--drop-optimizer")
         way_out = (
             "Resharding writes them anew. Its weights alone load with finetune: true, which starts "

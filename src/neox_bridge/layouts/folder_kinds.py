@@ -20,6 +20,7 @@ from neox_bridge.formats.file_kinds import (
     refuse_misplaced,
 )
 from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.config_files import has_config_beside
 from neox_bridge.layouts.hub_cache import cached_repos
 from neox_bridge.layouts.own_files import brought_along
 from neox_bridge.layouts.step_names import step_of
@@ -338,7 +339,9 @@ def _is_deepspeed(folder: _Folder) -> bool:
     inner = [n for step in steps for n in folder.inside(step)]
     saved = [n for n in (*folder.names, *inner) if re.fullmatch(r".*mp_rank_\d+_.*states\.pt", n)]
     layers = any(n.startswith("layer_") for n in (*folder.names, *inner))
-    return bool(saved) and not layers and "configs" not in (*folder.names, *inner)
+    if not saved or layers or "configs" in (*folder.names, *inner):
+        return False
+    return not has_config_beside(folder.path)
 
 
 def _deepspeed(folder: _Folder) -> tuple[str, str]:

@@ -5,6 +5,7 @@ Only the first file of states is read, and of it no tensor.
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
@@ -46,10 +47,13 @@ class SavedStates:
         return "" if self.version else NO_VERSION
 
 
-def reshard_command(path: str) -> str:
-    """The command that writes these states for today's GPT-NeoX, in a folder beside them."""
+def reshard_command(path: str, options: Sequence[str] = ()) -> str:
+    """The command that writes these states for today's GPT-NeoX, in a folder beside them.
+
+    options: those that open the checkpoint again, as of ``config_options``.
+    """
     target = os.path.basename(path.rstrip("/")) if is_url(path) else path.rstrip("/")
-    return shlex.join(["neox-bridge", "reshard", path, f"{target}-resharded"])
+    return shlex.join(["neox-bridge", "reshard", path, f"{target}-resharded", *options])
 
 
 def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
