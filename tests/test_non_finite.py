@@ -1,12 +1,14 @@
 """NaN and infinities in logits are never the same model, and a cast is named in every verdict."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from common import FIXTURES, convert, fixture, hf_tensors, make_hf
 from safetensors.torch import save_file
@@ -227,6 +229,29 @@ def test_batch_and_report_name_the_cast(tmp_path: Path) -> None:
     (tmp_path / "verify.json").write_text(result)
     page = run("report", tmp_path / "verify.json", "-o", tmp_path / "page.html")
     assert "Equal after casting float32 to float16" in page.stdout
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_difference_that_is_not_finite_is_strict_json(value: float, tmp_path: Path) -> None:
+    """JSON has no Infinity and no NaN; the page reads what stands for them."""
+    tiny.write_hf(tmp_path / "one")
+    odd = tiny.tensors()["embed_out.weight"]
+    odd[3, 2] = value
+    tiny.write_hf(tmp_path / "two", changed={"embed_out.weight": odd})
+    for command, entries in (("verify", "differences"), ("diff", "tensors")):
+        done = run(command, tmp_path / "one", tmp_path / "two", "--json")
+        assert done.exit_code == 3
+        (entry,) = (e for e in document(done.stdout)[entries] if e["kind"] != "equal")
+        assert (entry["name"], entry["differing"]) == ("embed_out.weight", 1)
+        assert (entry["largest"], entry["relative"]) == ("Infinity", "Infinity")
+        path = tmp_path / f"{command}.json"
+        path.write_text(done.stdout)
+        page = run("report", path, "-o", tmp_path / f"{command}.html")
+        assert page.exit_code == 3, page.output
+        assert "embed_out.weight" in (tmp_path / f"{command}.html").read_text()
+    facts = document(run("inspect", tmp_path / "two", "--stats", "--json").stdout)
+    (row,) = (row for row in facts["stats"] if row["name"] == "embed_out.weight")
+    assert row["nans"] + row["infs"] == 1
 
 
 def test_without_a_cast_it_is_bit_by_bit(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What commands say: results on stdout, everything else on stderr, never wrapped."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -38,9 +39,24 @@ def print_line(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    json.dump(value, sys.stdout, indent=2)
+    """One JSON document on stdout.
+
+    JSON has no infinity: it is printed as the string "Infinity" or "-Infinity", and what is not a
+    number as null.
+    """
+    json.dump(_strict(value), sys.stdout, indent=2, allow_nan=False)
     print()
+
+
+def _strict(value: object) -> object:
+    """The value with text or null in place of floats that are not finite."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def tell(plan: "Plan", quiet: bool) -> None:

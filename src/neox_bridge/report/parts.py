@@ -1,5 +1,6 @@
 """What a page is made of, as plain data."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,6 +63,11 @@ def findings_of(listed: Iterable[Mapping[str, Any]]) -> list[Finding]:
     """Findings that were printed as JSON."""
     words = ("code", "severity", "message", "remedy")
     return [Finding(*(str(entry.get(word, "")) for word in words)) for entry in listed]  # type: ignore[arg-type]
+
+
+def number(value: object) -> float:
+    """A number as ``print_json`` writes it: "Infinity" is text, and null is not a number."""
+    return math.nan if value is None else float(str(value))
 
 
 def worst(states: Iterable[State]) -> State:

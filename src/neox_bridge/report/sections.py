@@ -18,6 +18,7 @@ from neox_bridge.report.parts import (
     Table,
     Verdict,
     findings_of,
+    number,
     state_of,
 )
 from neox_bridge.verification.compare import Difference
@@ -105,7 +106,7 @@ def verification_section(found: Verification, source: str, name: str, prefix: st
 
 
 def _verification(document: Document, name: str, prefix: str) -> Section:
-    apart = [Difference(**entry) for entry in document["differences"]]
+    apart = [_difference(entry) for entry in document["differences"]]
     findings = findings_of(document["findings"])
     computed = {word: document[word] for word in ("logits", "recorded") if word in document}
     tensors, size = int(document["tensors"]), human(document["size"])
@@ -133,6 +134,12 @@ def _verification(document: Document, name: str, prefix: str) -> Section:
     return Section("Verification", name, verdict, facts, findings, plots, tables)
 
 
+def _difference(entry: Document) -> Difference:
+    """A difference that was printed as JSON, where an infinite number is text."""
+    numbers = {key: number(entry[key]) for key in ("largest", "mean", "relative") if key in entry}
+    return Difference(**{**entry, **numbers})
+
+
 def _casts(document: Document) -> list[Cast]:
     """The casts of a document; none in one of an older version."""
     return [Cast(**cast) for cast in document.get("casts") or ()]
@@ -152,7 +159,9 @@ def _agreement(found: Document) -> str:
         f"top-1 {found['top1']:.1%}"
     )
     if found["place"]:
-        said += f"; they part at {found['place']}, by {found['apart']:.2g} of its largest value"
+        said += (
+            f"; they part at {found['place']}, by {number(found['apart']):.2g} of its largest value"
+        )
     return f"{said}: {'the same model' if found['agrees'] else 'another model'}"
 
 
@@ -169,7 +178,7 @@ def _causes(found: Document) -> list[Finding]:
 
 
 def _diff(document: Document, name: str, prefix: str) -> Section:
-    found = [Difference(**entry) for entry in document["tensors"]]
+    found = [_difference(entry) for entry in document["tensors"]]
     apart = [difference for difference in found if difference.kind != "equal"]
     equal = len(found) - len(apart)
     if document["equal"]:
