@@ -16,7 +16,7 @@ from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.frameworks.check_keys import unknown_in_config
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.frameworks.unknown_keys import UnknownKey, effect_of, is_off, neighbour_of
-from neox_bridge.layouts.eras import ERAS, TODAY, era_named
+from neox_bridge.layouts.eras import ERAS, TODAY, era_named, known_keys
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer
 from neox_bridge.layouts.unknown_keys import ignored_findings, listed, undecided, warned
 from neox_bridge.layouts.window import effective_window
@@ -30,7 +30,7 @@ from neox_bridge.planning.gradient_scale import (
     rescaling,
 )
 from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name, with_slots
-from neox_bridge.planning.neox_yml import settings, start_yml, step_yml
+from neox_bridge.planning.neox_yml import START, settings, start_yml, step_yml
 from neox_bridge.planning.option_checks import check_gqa_order, check_layout, check_optimizer
 from neox_bridge.planning.pieces import OutputTensor
 from neox_bridge.planning.vocabulary import fit, keep, padded_size, told_multiple
@@ -623,35 +623,13 @@ def test_a_start_from_nothing() -> None:
     assert found.precision == {"precision": "bfloat16"}
     assert found.layout == LAYOUT
     assert found.model["seq_length"] == 32
-    assert found.training == {
-        "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8}},
-        "min_lr": 1e-6,
-        "zero_optimization": {
-            "stage": 1,
-            "allgather_partitions": True,
-            "overlap_comm": True,
-            "reduce_scatter": True,
-            "contiguous_gradients": True,
-        },
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "weight_decay": 0.1,
-        "train_iters": 1000,
-        "lr_decay_iters": 1000,
-        "lr_decay_style": "cosine",
-        "warmup": 0.01,
-        "checkpoint_factor": 500,
-        "eval_interval": 500,
-        "eval_iters": 10,
-        "log_interval": 10,
-        "data_impl": "mmap",
-        "num_workers": 1,
-        "distributed_backend": "nccl",
-        "output_layer_parallelism": "column",
-        "init_method": "small_init",
-        "output_layer_init_method": "wang_init",
-    }
+    training = found.training
+    assert training == START
+    assert set(training) <= known_keys(TODAY)
+    assert training["lr_decay_iters"] == training["train_iters"]
+    assert training["min_lr"] == pytest.approx(training["optimizer"]["params"]["lr"] / 10)
+    assert training["zero_optimization"]["stage"] == 1
+    assert written({"train_iters": 7}, same_model=False).training["train_iters"] == 7
     assert found.unknown == ()
 
 

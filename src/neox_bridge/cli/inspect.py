@@ -1,8 +1,6 @@
 """``neox-bridge inspect``."""
 
 import os
-from collections import Counter
-from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -185,6 +183,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     from neox_bridge.layouts.copies import copy_findings
     from neox_bridge.layouts.head import head_findings, head_relation
     from neox_bridge.layouts.rank_biases import drifted_biases
+    from neox_bridge.layouts.sizes import elements_by_dtype
     from neox_bridge.planning.report import finding_json
     from neox_bridge.planning.weight_dtypes import odd_dtypes
     from neox_bridge.stores.paths import size
@@ -197,9 +196,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     stored += unreadable
     odd = odd_dtypes(checkpoint)
     config, state = checkpoint.config, checkpoint.neox
-    dtypes: Counter[str] = Counter()
-    for whole in checkpoint.tensors.values():
-        dtypes[whole.dtype] += prod(whole.shape)
+    dtypes = elements_by_dtype(checkpoint.tensors.values())
     return {
         "schema_version": 1,
         "kind": checkpoint.kind,

@@ -1,7 +1,5 @@
 """What ``neox-bridge inspect`` says of a quantized model, which no other command takes."""
 
-from collections import Counter
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import KINDS, human, plural, print_json
@@ -43,18 +41,16 @@ def print_quantized(model: "QuantizedFolder", *, as_json: bool, tensors: bool) -
 def describe_quantized(model: "QuantizedFolder") -> dict[str, Any]:
     """The facts as plain data, under the names that ``inspect --json`` has for other models."""
     from neox_bridge.layouts.quantized import way_out
+    from neox_bridge.layouts.sizes import elements_by_dtype
     from neox_bridge.stores.paths import size
 
     told = model.quantization
-    dtypes: Counter[str] = Counter()
-    for ref in model.tensors.values():
-        dtypes[ref.dtype] += prod(ref.shape)
     return {
         "schema_version": 1,
         "kind": model.kind,
         "path": model.path,
         "family": model.config.get("model_type"),
-        "dtypes": dict(dtypes.most_common()),
+        "dtypes": dict(elements_by_dtype(model.tensors.values()).most_common()),
         "files": list(model.files),
         "bytes": sum(size(file) for file in model.files),
         "findings": [],

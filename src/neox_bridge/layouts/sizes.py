@@ -34,12 +34,17 @@ def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str
     return {dim: size for dim, (size, _) in dims.items()}
 
 
+def elements_by_dtype(refs: Iterable[TensorRef | Whole]) -> Counter[str]:
+    """How many elements the tensors have of each dtype."""
+    elements: Counter[str] = Counter()
+    for ref in refs:
+        elements[ref.dtype] += prod(ref.shape)
+    return elements
+
+
 def dtype_of_most(refs: Iterable[TensorRef | Whole]) -> str:
     """The floating dtype of most elements."""
-    count: Counter[str] = Counter()
-    for ref in refs:
-        if ref.dtype in FLOATING:
-            count[ref.dtype] += prod(ref.shape)
+    count = elements_by_dtype(ref for ref in refs if ref.dtype in FLOATING)
     return count.most_common(1)[0][0] if count else "float32"
 
 

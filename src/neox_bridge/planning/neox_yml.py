@@ -35,7 +35,8 @@ _ELSEWHERE = re.compile(
 _ALIASES = {"gas": "gradient_accumulation_steps", "clip_grad": "gradient_clipping"}
 _HALF = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 12}
 _HALF |= {"hysteresis": 2, "min_loss_scale": 1}
-_START: dict[str, Any] = {
+# how a run starts whose yml does not say otherwise
+START: dict[str, Any] = {
     "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8}},
     "min_lr": 1e-6,
     "zero_optimization": {
@@ -124,7 +125,7 @@ def settings(
         for key, value in raw.items()
         if key not in skipped and not _ELSEWHERE.fullmatch(key)
     }
-    training = {**_START, **{_ALIASES.get(key, key): value for key, value in training.items()}}
+    training = {**START, **{_ALIASES.get(key, key): value for key, value in training.items()}}
     unknown = sorted((set(model) | set(training)) - known)
     return Settings(
         {k: v for k, v in model.items() if k in known},
