@@ -255,10 +255,10 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
 def _refusals(checkpoint: "Checkpoint") -> list[dict[str, str]]:
     if not checkpoint.refusals:
         return []
-    from neox_bridge.layouts.checkpoint import way_out_of
+    from neox_bridge.layouts.checkpoint import new_folder, way_out_of
     from neox_bridge.planning.relayout import relayout_command
 
-    relayout = relayout_command(checkpoint, f"{checkpoint.path.rstrip('/')}-neox")
+    relayout = relayout_command(checkpoint, new_folder(checkpoint.path, "neox"))
     return [
         {"key": r.key, "reason": r.reason, "way_out": way_out_of(r, relayout)}
         for r in checkpoint.refusals

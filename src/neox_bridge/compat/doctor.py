@@ -14,7 +14,7 @@ from neox_bridge.doctor.resuming import judge_resuming
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, Subject, unrepeated
 from neox_bridge.frameworks.writers import words_of
-from neox_bridge.layouts.checkpoint import Checkpoint, config_options, way_out_of
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder, way_out_of
 from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.eras import ERAS, fitting
 from neox_bridge.layouts.head import head_findings
@@ -117,7 +117,7 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
 def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
     """Why the checkpoint cannot be converted for a target of the other kind."""
     if checkpoint.refusals:
-        relayout = relayout_command(checkpoint, f"{checkpoint.path.rstrip('/')}-neox")
+        relayout = relayout_command(checkpoint, new_folder(checkpoint.path, "neox"))
         return [
             case(f"refused-{refusal.key}", "error", refusal.reason, way_out_of(refusal, relayout))
             for refusal in checkpoint.refusals
@@ -136,7 +136,7 @@ def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
 def _cast_command(checkpoint: Checkpoint) -> str:
     """The command that writes the same kind of checkpoint in a dtype that is trained in."""
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
-    written = f"{home.rstrip('/')}-bfloat16"
+    written = new_folder(home, "bfloat16")
     words, given = ["neox-bridge", "convert", checkpoint.path, written], config_options(checkpoint)
     return shlex.join([*words, "--to", checkpoint.kind, "--dtype", "bfloat16", *given])
 

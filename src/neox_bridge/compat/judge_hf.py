@@ -24,7 +24,7 @@ from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, some
 from neox_bridge.layouts.head import embeddings_of, head_relation
 from neox_bridge.layouts.tensor_names import state_dict_of, tensors_of
 from neox_bridge.layouts.weights import expand
@@ -74,7 +74,7 @@ def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Cas
     head, embeddings = checkpoint.architecture.head, embeddings_of(checkpoint.architecture)
     keeps = keeps_stored_head(facts)
     computes = "both, as an untied model" if keeps else f"{embeddings} alone, and ignores {head}"
-    target = f"{checkpoint.path.rstrip('/')}-one-head"
+    target = new_folder(checkpoint.path, "one-head")
     words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "hf", "--head"]
     yield case(
         "head-differs",

@@ -27,12 +27,13 @@ from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, fitting, known_keys
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.seal import unsealed
-from neox_bridge.layouts.text_files import read_json
+from neox_bridge.layouts.text_files import LARGE, read_bytes, read_json
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, OutputFile, Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
+from neox_bridge.stores.paths import is_url, listdir, size, walk
 from neox_bridge.verification.sealed import check_seal, find_record
 from neox_bridge.verification.verify import summary, verify
 
@@ -75,6 +76,11 @@ def mend_plan(
     facts = target if isinstance(target, TreeFacts) else None
     plan = _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
     state = checkpoint.neox
+    if plan is not None and in_place and is_url(checkpoint.path):
+        raise Refused(
+            f"{checkpoint.path} is in a store, where --in-place cannot replace it. Write a copy "
+            f"here: {fix_command(checkpoint, target)}"
+        )
     if plan is None or not in_place or state is None:
         return plan
     if state.flat or not _STEP.fullmatch(state.step):
@@ -339,7 +345,7 @@ def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None)
         if os.path.dirname(path) == state.folder:
             yield os.path.basename(path)
     if state.flat:
-        yield from (name for name in os.listdir(state.folder) if name.startswith(".git"))
+        yield from (name for name in listdir(state.folder) if name.startswith(".git"))
 
 
 def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
@@ -356,6 +362,13 @@ def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
 
 def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
     """Copies of all files below a folder, but those to skip (by their path in it)."""
+    if is_url(folder):
+        for url in walk(folder):
+            inside = url[len(folder) + 1 :]
+            if not skip(inside) and not inside.startswith(".git"):
+                record = os.path.basename(inside) == RECORD
+                yield _record(url, inside) if record else OutputFile(inside, size(url), copy_of=url)
+        return
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name != ".git")
         for name in sorted(names):
@@ -372,12 +385,12 @@ def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
 
 def _record(path: str, inside: str) -> OutputFile:
     """The record, which is sealed again, for other files; a copy where it can't be read."""
-    with open(path, "rb") as file:
-        data = file.read()
+    data = read_bytes(path, LARGE)
     try:
         return text_file(inside, unsealed(data), seals=True)
     except (ValueError, TypeError):
-        return OutputFile(inside, len(data), copy_of=os.path.realpath(path))
+        source = path if is_url(path) else os.path.realpath(path)
+        return OutputFile(inside, len(data), copy_of=source)
 
 
 def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:

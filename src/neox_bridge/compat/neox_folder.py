@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from neox_bridge.compat.verdict import Case, case
 from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.stores.paths import listdir
 
 _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 
@@ -45,7 +46,7 @@ def stray_ranks(folder: str) -> tuple[str, ...]:
 
 
 def _rank_files(folder: str) -> tuple[list[str], dict[str, int | None]]:
-    names = sorted(name for name in os.listdir(folder) if _RANK.fullmatch(name))
+    names = sorted(name for name in listdir(folder) if _RANK.fullmatch(name))
     sizes: dict[str, int | None] = {}
     for name in names:
         value = read_torch(os.path.join(folder, name))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from neox_bridge.compat.targets import Target, name_of
 from neox_bridge.findings import Finding, Severity, Subject
-from neox_bridge.layouts.checkpoint import Checkpoint, config_options
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder
 
 Answer = Literal["loads", "loads with warnings", "fails"]
 
@@ -67,12 +67,12 @@ def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> s
     if target is not None:
         words += ["--for", name_of(target)]
     words += config_options(checkpoint)
-    return shlex.join([*words, "--fix", f"{checkpoint.path.rstrip('/')}-mended", *flags])
+    return shlex.join([*words, "--fix", new_folder(checkpoint.path, "mended"), *flags])
 
 
 def convert_command(checkpoint: Checkpoint, target: Target) -> str:
     """The command that converts a checkpoint to the target's kind."""
     other = "hf" if checkpoint.kind == "neox" else "neox"
-    written = f"{checkpoint.path.rstrip('/')}-{other}"
+    written = new_folder(checkpoint.path, other)
     words = ["neox-bridge", "convert", checkpoint.path, written, "--for", name_of(target)]
     return shlex.join([*words, *config_options(checkpoint)])

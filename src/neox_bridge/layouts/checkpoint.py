@@ -14,6 +14,7 @@ from neox_bridge.frameworks.writers import UNKNOWN, Writer
 from neox_bridge.layouts.derived_check import InvFreqMismatch
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.planning.pieces import Dropped, Whole
+from neox_bridge.stores.paths import is_url
 
 Kind = Literal["hf", "neox"]
 LayoutName = Literal["layers", "ranks"]
@@ -175,6 +176,17 @@ def config_options(checkpoint: Checkpoint) -> list[str]:
     state = checkpoint.neox
     given = state.configs if state is not None and state.configs_given else ()
     return [word for path in given for word in ("--config", path)]
+
+
+def new_folder(path: str, ending: str) -> str:
+    """The path of a new folder for what a command makes of the checkpoint at a path.
+
+    It lies beside the checkpoint; for one in a store it is a name in the current folder.
+    """
+    path = path.rstrip("/")
+    if is_url(path):
+        path = path.rpartition("/")[2].replace("@", "-").replace("%2F", "-")
+    return f"{path}-{ending}"
 
 
 def some(names: list[str], most: int = 6) -> str:

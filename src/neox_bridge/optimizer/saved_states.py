@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import NO_VERSION, Resumption, resumption
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint, new_folder
 from neox_bridge.layouts.file_names import OPTIMIZER
 from neox_bridge.layouts.optimizer import SavedForm
 from neox_bridge.layouts.optimizer_reader import optimizer_states
@@ -22,7 +22,6 @@ from neox_bridge.optimizer.rank_states import (
     kind_of,
     zero_stage,
 )
-from neox_bridge.stores.paths import is_url
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ def reshard_command(path: str, options: Sequence[str] = ()) -> str:
 
     options: those that open the checkpoint again, as of ``config_options``.
     """
-    target = os.path.basename(path.rstrip("/")) if is_url(path) else path.rstrip("/")
-    return shlex.join(["neox-bridge", "reshard", path, f"{target}-resharded", *options])
+    return shlex.join(["neox-bridge", "reshard", path, new_folder(path, "resharded"), *options])
 
 
 def saved_states(checkpoint: Checkpoint) -> SavedStates | None:

@@ -88,6 +88,8 @@ def pin(url: str, commit_url: str) -> None:
     What is under ``url`` is then read under ``commit_url``, so that all files are of one commit.
     A folder of it is listed once.
     """
+    if _pins.get(url) != commit_url:
+        forget(url)
     _pins[url] = commit_url
 
 
