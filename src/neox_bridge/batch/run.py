@@ -145,6 +145,10 @@ def place_of(item: Item, batch: Batch) -> str:
 def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
     checkpoint, options = item.source.open(), batch.options
+    if checkpoint.hub_repo and options.tokenizer is None:
+        from neox_bridge.hub.tokenizer import with_published_tokenizer
+
+        checkpoint = with_published_tokenizer(checkpoint)
     # a batch may hold runs of several forks: each is asked for the keys that it has
     there = ignorable(checkpoint)
     options = replace(options, ignore_keys=tuple(k for k in options.ignore_keys if k in there))

@@ -65,7 +65,8 @@ def convert(
         typer.Option(
             metavar="PATH",
             rich_help_panel=_WHAT,
-            help="A tokenizer.json, or a folder with one, in place of the source's.",
+            help="A tokenizer.json, a folder with one, or a model of the Hub (ORG/NAME), in place "
+            "of the source's.",
         ),
     ] = None,
     vocab_rows: Annotated[
@@ -325,6 +326,10 @@ def convert(
             gqa_order=gqa_order,  # type: ignore[arg-type]
             masters=asked.masters,
         )
+        if asked.options.tokenizer is None:
+            from neox_bridge.hub.tokenizer import with_published_tokenizer
+
+            checkpoint = with_published_tokenizer(checkpoint)
         check_options(checkpoint, asked.options, asked.given)
         plan = make_plan(checkpoint, asked.options, root_of(target))
         if asked.version is not None:

@@ -166,6 +166,7 @@ def reshard(
         "era": era,
     }
     with writing(target):
+        from neox_bridge.hub.tokenizer import with_published_tokenizer
         from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.layouts.optimizer_reader import read_optimizer
         from neox_bridge.planning.option_checks import check_gqa_order, check_layout
@@ -182,6 +183,7 @@ def reshard(
             gqa_order=gqa_order,  # type: ignore[arg-type]
         )
         check_gqa_order(gqa_order, checkpoint)
+        checkpoint = with_published_tokenizer(checkpoint)
         optimizer: Optimizer = read_optimizer(checkpoint)
         given: States | None = None
         if states is not None:

@@ -40,6 +40,10 @@ class HubSource:
     revision: str
     findings: tuple[Finding, ...] = ()
 
+    @property
+    def repo(self) -> str:
+        return self.revision.partition("@")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:

@@ -106,6 +106,7 @@ class Checkpoint:
     tokenizer_size: entries of the tokenizer, where one was found.
     missing_tokenizer: the path of the tokenizer as a run's yml names it, where that file is not
         there; see ``run_tokenizer.with_tokenizer``.
+    hub_repo: ``org/name`` where the user named a repository of the Hub; "" for a folder.
     inv_freq_mismatch: where a stored inv_freq is not what the config gives.
     unknown_keys: settings that no known version of the framework has.
     ignored_keys: those of them that a user said do not matter, now or when this tool wrote it.
@@ -136,6 +137,7 @@ class Checkpoint:
     tokenizer: tuple[str, ...] = ()
     tokenizer_size: int | None = None
     missing_tokenizer: str = ""
+    hub_repo: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""
     form: Form | None = None

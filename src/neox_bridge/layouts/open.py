@@ -117,13 +117,13 @@ def _opened(
     configs: Sequence[str],
     gqa_order: GqaOrder | None,
 ) -> Checkpoint:
-    named, findings = "", tuple[Finding, ...]()
+    named, repo, findings = "", "", tuple[Finding, ...]()
     if source.startswith("hf://"):
         from neox_bridge.hub.source import find_url_source
 
         place = find_url_source(source, revision)
         source, revision = place.path, None
-        named, findings = place.revision, place.findings
+        named, repo, findings = place.revision, place.repo, place.findings
     elif is_url(source) and not exists(source):
         raise BridgeError(f"{source}: no such folder in that store. Check its name.")
     elif exists(source):
@@ -134,9 +134,10 @@ def _opened(
         from neox_bridge.hub.source import find_source
 
         place = find_source(*_model_on_hub(source, revision))
-        source, named, findings = place.path, place.revision, place.findings
+        source, named = place.path, place.revision
+        repo, findings = place.repo, place.findings
     found = _open_folder(source, named, step, configs, gqa_order)
-    return replace(found, findings=(*found.findings, *findings)) if findings else found
+    return replace(found, hub_repo=repo, findings=(*found.findings, *findings)) if repo else found
 
 
 def _open_folder(

@@ -74,13 +74,23 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
     if state is None or not name:
         return None
     base = _base(name)
+    if checkpoint.hub_repo:
+        return Finding(
+            "tokenizer-missing",
+            "info",
+            f"the yml names the tokenizer {name}, which {checkpoint.hub_repo} does not hold",
+            "convert, batch and reshard look for it on the Hub; --tokenizer PATH names another",
+        )
+    remedy = f"copy {base} into {shlex.quote(state.root)}, or add --tokenizer PATH to convert"
+    if is_url(state.root):
+        remedy = "add --tokenizer PATH to convert"
     return Finding(
         "tokenizer-missing",
         "info",
         f"the yml names the tokenizer {name}, which is not on this machine, and {state.folder} has "
         f"no {base}: how many rows of the vocabulary are padding is not known, and what is written "
         "has no tokenizer",
-        f"copy {base} into {shlex.quote(state.root)}, or add --tokenizer PATH to convert",
+        remedy,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ NAMES = (
     "chat_template.jinja",
 )
 FOLDER = "tokenizer"  # in the root of a GPT-NeoX run that this tool wrote
+_MODEL = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 END_OF_TEXT = "<|endoftext|>"  # GPT-NeoX's end of a document (megatron/tokenizer/tokenizer.py)
 
 
@@ -58,7 +60,10 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
 
 
 def tokenizer_at(path: str) -> tuple[str, ...]:
-    """The tokenizer files of ``--tokenizer PATH``, a folder or a tokenizer.json of any name."""
+    """The tokenizer files of ``--tokenizer PATH``: a folder, or a tokenizer.json of any name.
+
+    ``org/name`` is a model of the Hub where there is no such path.
+    """
     path = paths.plain(path)
     if paths.isdir(path):
         found = tokenizer_files(path)
@@ -66,6 +71,10 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
             raise BridgeError(f"--tokenizer {path}: no tokenizer.json in this folder.")
         return found
     if not paths.isfile(path):
+        if _MODEL.fullmatch(path):
+            from neox_bridge.hub.tokenizer import published_tokenizer
+
+            return published_tokenizer(path)
         raise BridgeError(f"--tokenizer {path}: no such file or folder.")
     if "model" not in _read(path):
         raise BridgeError(f"--tokenizer {path}: not a tokenizer.json (it has no model).")
