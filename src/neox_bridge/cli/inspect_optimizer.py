@@ -57,7 +57,7 @@ def states_lines(
     where = "any number of data-parallel ranks" if by["data_parallel"] == "any" else ranks
     lines = [
         (
-            "states",
+            "saved as",
             f"{facts['kind']} ZeRO {facts['zero_stage']} states of {ranks}{parts}, as {writer} "
             "saves them",
         ),
@@ -82,7 +82,7 @@ def optimizer_lines(facts: dict[str, Any], masters: dict[str, Any] | None) -> li
     masters: of ``masters_facts``, or None where they were not compared.
     """
     ranks = plural(facts["data_parallel"], "data-parallel rank")
-    lines = [("optimizer", f"ZeRO {facts['zero_stage']}, {ranks}: {', '.join(facts['states'])}")]
+    lines = [("states", f"ZeRO {facts['zero_stage']}, {ranks}: {', '.join(facts['states'])}")]
     for group in facts["groups"]:
         named = {key: group.get(key) for key in ("lr", "weight_decay", "step")} | group["state"]
         numbers = [f"{k} {v:.4g}" for k, v in named.items() if isinstance(v, int | float)]
