@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from tiny import Inline, plan_of, tensors, write_hf
@@ -286,6 +287,54 @@ def test_what_is_done_is_skipped_and_what_changed_is_written_anew(
     assert finding.message == (
         f"{layer} was changed: written anew; kept as {tmp_path / 'out/step1.changed'}"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global_step1/configs/more.yml",
+        "global_step1/layer_09-model_00-model_states.pt",
+        "latest_universal",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_a_target_to_which_a_file_was_added_is_written_anew(
+    name: str, run: Path, tmp_path: Path
+) -> None:
+    """As verify has it: whoever loads the folder could read the file."""
+    convert(run, batch_of(tmp_path / "out"))
+    added = tmp_path / "out/step1" / name
+    added.parent.mkdir(exist_ok=True)
+    added.write_text("{}")
+    again = convert(run, batch_of(tmp_path / "out"))
+    assert again.status == "done"
+    assert not added.exists()
+    assert (tmp_path / "out/step1.changed" / name).read_text() == "{}"
+    (finding,) = [f for f in again.findings if f.code == "not-whole"]
+    assert finding.message.startswith(f"{added} was added: written anew; kept as ")
+    assert convert(run, batch_of(tmp_path / "out")).status == "skipped"
+
+
+def test_a_file_that_nothing_reads_changes_no_target(run: Path, tmp_path: Path) -> None:
+    convert(run, batch_of(tmp_path / "out"))
+    for place in ("notes.txt", "global_step1/notes.txt", "global_step1/.DS_Store"):
+        (tmp_path / "out/step1" / place).write_text("mine")
+    assert convert(run, batch_of(tmp_path / "out")).status == "skipped"
+
+
+def test_in_a_store_a_file_that_was_added_is_not_replaced_unasked(
+    run: Path, tmp_path: Path
+) -> None:
+    batch = Batch("memory://added-batch", Options(to="hf"), ahead=1)
+    assert convert(run, batch).status == "done"
+    assert convert(run, batch).status == "skipped"
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/added-batch/step1/pytorch_model.bin", b"mine")
+    row = convert(run, batch)
+    assert row.status == "failed"
+    assert "memory://added-batch/step1/pytorch_model.bin was added" in row.error
+    assert "--overwrite" in row.error
+    assert fs.cat_file("/added-batch/step1/pytorch_model.bin") == b"mine"
 
 
 def test_overwriting_keeps_no_changed_folder(run: Path, tmp_path: Path) -> None:

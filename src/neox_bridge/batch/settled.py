@@ -16,7 +16,7 @@ from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.objects import below
 from neox_bridge.stores.paths import is_url, isdir, listdir
 from neox_bridge.stores.uploads import WORK
-from neox_bridge.verification.sealed import find_record
+from neox_bridge.verification.sealed import find_record, unrecorded
 
 State = Literal["absent", "whole", "changed", "other"]
 Answer = Literal["skip", "refuse", "write"]
@@ -40,8 +40,10 @@ def state_of(
 
     "whole": made from these sources, with these options, and as it was written: sizes are compared,
     and hashes of the files that were touched after the record was written, or of all of them.
-    "changed": made so, but not whole any more. "other": made from something else, or not by this
-    tool. Paths don't matter, neither those of the sources nor the target's.
+    "changed": made so, but not whole any more, or with files beside it that whoever loads it could
+    read (``unrecorded``). "other": made from something else, or not by this tool, or in a store
+    with such files: there is no place to keep them. Paths don't matter, neither those of the
+    sources nor the target's.
     """
     if not isdir(target) or not (names := listdir(target)):
         return "absent", ""
@@ -74,7 +76,19 @@ def state_of(
             same = hash_file(file, hash_name) == digest
         if not same:
             return "changed", f"{file} was changed"
+    if added := _added(folder, files):
+        return "changed", f"{added} was added"
     return "whole", ""
+
+
+def _added(folder: str, files: list[tuple[str, int, str | None]]) -> str:
+    """The first file that somebody added and that a reader could take for a part; "" for none."""
+    for change in unrecorded(folder, {name for name, _, _ in files}):
+        if change.kind == "added":
+            above = change.path.startswith("../")  # stores have no ".."
+            home = os.path.dirname(folder) if above else folder
+            return f"{home}/{change.path.removeprefix('../')}"
+    return ""
 
 
 def _of_objects(
@@ -96,6 +110,8 @@ def _of_objects(
             same = hash_file(url, hash_name) == digest
         if not same:
             return "changed", f"{url} was changed"
+    if added := _added(folder, files):
+        return "other", f"{added} was added"
     return "whole", ""
 
 

@@ -107,7 +107,7 @@ def check_seal(
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         changes += filter(None, pool.map(one, sorted(files, key=lambda item: -item[1])))
-    changes += _added(folder, {path for path, _, _ in files})
+    changes += unrecorded(folder, {path for path, _, _ in files})
     return Seal(
         record,
         len(files) + 1,
@@ -117,8 +117,16 @@ def check_seal(
     )
 
 
-def _added(folder: str, recorded: Collection[str]) -> Iterator[Change]:
-    """The files that the record doesn't name, in its folder and, for a step, above it."""
+def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[Change]:
+    """The files that the record does not name, in its folder and, for a step, above it.
+
+    Args:
+        folder: The record's folder, a path or a URL.
+        recorded: The paths that the record names, relative to the folder.
+
+    Returns:
+        Changes of the kind "added" or "extra".
+    """
     for path in files_below(folder, recorded):
         if path not in recorded and path != RECORD:
             yield Change(path, "added" if is_read(path) else "extra")
