@@ -4,6 +4,9 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     yml: the settings, from which GPT-NeoX builds its tokenizer, its model and its engine
     drop: keys to leave out of them
     logits: where to write logits.npz, or null
+    tokens: a file with the tokens to compute them for, or left out
+    optimizer: the start of the names of files for what the optimizer holds after loading, one for
+        each model-parallel rank, or left out
     training: whether they are computed in training mode, as a Mamba's must; left out: not
     steps: steps to train before, with random tokens, or 0
     set: keys to change in them, or left out
@@ -129,6 +132,10 @@ def run(job) -> list[float]:
         model._backward_prologue = types.MethodType(
             averaging(type(model)._backward_prologue), model
         )
+    if job.get("optimizer"):
+        save_optimizer(model, job["optimizer"])
+    if job["logits"] and job.get("tokens"):
+        save_logits(args, model, stages, job["logits"], False, job["tokens"])
     for _ in range(job["steps"]):
         train(args, model)
     first = args.iteration or 0
@@ -138,7 +145,7 @@ def run(job) -> list[float]:
     if job.get("save"):
         args.save = job["save"]
         save_checkpoint(args, first + len(told) or 1, model, None, None)
-    if job["logits"]:
+    if job["logits"] and not job.get("tokens"):
         save_logits(args, model, stages, job["logits"], job.get("training", False))
     return told
 
@@ -169,7 +176,8 @@ def step(args, model, number, alike) -> float:
         return float(model.train_batch(data_iter=batches))
     total = torch.zeros(())
     for _ in range(passes):
-        loss = forward_step(batches, model, args, None, is_train=True)[0]
+        loss = forward_step(batches, model, args, None, is_train=True)
+        loss = loss[0] if isinstance(loss, tuple) else loss  # trees before 2024-10 return it alone
         model.backward(loss)
         model.step()
         total += loss.detach().float() / passes
@@ -186,12 +194,46 @@ def train(args, model) -> None:
     assert torch.isfinite(torch.as_tensor(float(loss)))
 
 
-def save_logits(args, model, stages, path, training) -> None:
+def save_optimizer(model, path) -> None:
+    """Every parameter's master weights, moments and step, as DeepSpeed's ZeRO optimizer has them.
+
+    The partitions of the data-parallel ranks are put together here.
+    """
+    zero, ranks = model.optimizer, mpu.get_data_parallel_world_size()
+    names = {id(parameter): name for name, parameter in model.module.named_parameters()}
+    values = {}
+    for index, parameters in enumerate(zero.round_robin_bit16_groups):
+        master = zero.single_partition_of_fp32_groups[index]
+        state = zero.optimizer.state[master]
+        parts = {"fp32": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        for key, part in parts.items():
+            flats = [torch.empty_like(part) for _ in range(ranks)]
+            torch.distributed.all_gather(flats, part.detach(), group=mpu.get_data_parallel_group())
+            flat, at = torch.cat(flats), 0
+            for parameter in parameters:
+                layer, _, rest = names[id(parameter)].removeprefix("sequential.").partition(".")
+                values[f"sequential.{layer}.{rest}/{key}"] = (
+                    flat[at : at + parameter.numel()].view(parameter.shape).numpy()
+                )
+                at += parameter.numel()
+        values[f"state_step/{index}"] = np.array(float(state["step"]))
+        group = zero.optimizer.param_groups[index]
+        values[f"group_step/{index}"] = np.array(float(group.get("step", -1)))
+    if mpu.get_data_parallel_rank() == 0:
+        np.savez(f"{path}-{RANK}.npz", **values)
+
+
+def save_logits(args, model, stages, path, training, given="") -> None:
+    was = model.module.training
     model.module.train(training)
     seed = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, args.tokenizer.vocab_size, (2, 24), generator=seed)
-    positions = torch.arange(24)[None].expand_as(tokens)
-    mask = get_attn_mask(24, tokens.device, args.sliding_window_width)
+    if given:
+        with np.load(given) as file:
+            tokens = torch.from_numpy(file["tokens"]).long()
+    length = tokens.shape[1]
+    positions = torch.arange(length)[None].expand_as(tokens)
+    mask = get_attn_mask(length, tokens.device, args.sliding_window_width)
     with torch.no_grad():
         out = (tokens, positions, mask)
         if args.is_pipe_parallel:
@@ -205,6 +247,7 @@ def save_logits(args, model, stages, path, training) -> None:
             out = mpu.gather_from_model_parallel_region(out)
     if RANK == 0:
         np.savez(path, tokens=tokens.numpy(), logits=out.float().numpy())
+    model.module.train(was)
 
 
 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)

@@ -33,6 +33,7 @@ class Era:
         activation" since then, as ParallelTransformerLayer.forward asserts that a swiglu has none
         and adds those of others without asking; "optional" since f5325805 (2024-11, #1325). Run in
         the trees of 2024-10 and 2026-05.
+    deepspeed: the version of DeeperSpeed that it requires (requirements/requirements.txt).
     keys: the yml keys that it takes, where they were read from a tree; see ``known_keys``.
     """
 
@@ -47,11 +48,22 @@ class Era:
     rms_eps: Literal["inside", "outside"] = "outside"
     inv_freq_either: bool = False
     gated_biases: GatedBiases = "none"
+    deepspeed: str = "0.16.5"
 
 
 ERAS: tuple[Era, ...] = (
-    Era("2024-03", "before e109bf5e of 2024-03-04", "dense", "store", False, True),
-    Era("2024-09", "from 2024-03 to before 0d4bdb96 of 2024-09", "dense", "omit", True, True),
+    Era(
+        "2024-03", "before e109bf5e of 2024-03-04", "dense", "store", False, True, deepspeed="0.9.3"
+    ),
+    Era(
+        "2024-09",
+        "from 2024-03 to before 0d4bdb96 of 2024-09",
+        "dense",
+        "omit",
+        True,
+        True,
+        deepspeed="0.12.4",
+    ),
     Era(
         "2024-10",
         "from 2024-09 to before 96c242eb of 2024-11",
@@ -60,6 +72,7 @@ ERAS: tuple[Era, ...] = (
         True,
         False,
         gated_biases="by activation",
+        deepspeed="0.12.4",
     ),
     Era(
         "today",

@@ -3,10 +3,12 @@
 import hashlib
 import random
 import struct
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from neox_bridge.formats.pickle_writer import numpy_array
+from neox_bridge.formats.tensor_ref import TensorRef
 
 _WORDS = 624
 _PHILOX = 16  # bytes: seed and offset
@@ -38,6 +40,23 @@ def torch_state(seed: int) -> bytes:
 def cuda_state(seed: int) -> bytes:
     """``torch.cuda.get_rng_state()``: seed and offset of a Philox generator, 16 bytes."""
     return struct.pack("<qq", seed, 0)
+
+
+def current_cuda_state(state: bytes) -> bytes:
+    """A GPU generator's state as torch 1.13 and later accept it: seed and offset, 16 bytes.
+
+    Older versions of torch save 800 bytes before them that mean nothing
+    (ATen/cuda/CUDAGeneratorImpl.cpp), and newer ones refuse such a state. Other states, such as
+    those of a CPU, are returned as they are.
+    """
+    return state[-_PHILOX:] if len(state) == _PHILOX + _BEFORE_1_13 else state
+
+
+def current_cuda_tensor(state: Any) -> Any:
+    """``current_cuda_state`` of a tensor in a file; what is no tensor is returned as it is."""
+    if isinstance(state, TensorRef) and state.shape == (_PHILOX + _BEFORE_1_13,):
+        return replace(state, offset=state.offset + _BEFORE_1_13, shape=(_PHILOX,))
+    return state
 
 
 def model_parallel_seed(seed: int, tp_rank: int) -> int:

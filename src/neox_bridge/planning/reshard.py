@@ -6,6 +6,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.layouts.head import decide_head
@@ -16,6 +17,7 @@ from neox_bridge.layouts.tokenizer import describe_tokenizer
 from neox_bridge.layouts.universal_folder import INFO, LATEST
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
 from neox_bridge.layouts.weights import INV_FREQ
+from neox_bridge.optimizer.current_form import in_current_form, is_current, writer_version
 from neox_bridge.optimizer.target_parameters import target_parameters
 from neox_bridge.planning.common import text_file, tokenizer_outputs
 from neox_bridge.planning.drifted import with_drifted_biases
@@ -54,12 +56,8 @@ def plan_reshard(
     checkpoint = ignoring(checkpoint, asked.ignore_keys)
     refuse_all(refusals(checkpoint, asked.ignore_keys), checkpoint.path)
     refuse_run_dtypes(checkpoint)
-    if asked.zero is not None:
-        optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
-    made = settle(checkpoint, optimizer, asked)
-    if made.rescaling is not None:
-        given = made.rescaling.states(given or states(checkpoint, optimizer))
-        optimizer = made.rescaling.optimizer(optimizer)
+    read = optimizer.findings
+    optimizer, given, made = _settled(checkpoint, optimizer, asked, given)
     weights = with_target_rows(checkpoint, made.config, checkpoint.tensors)
     moved = {
         key: with_target_rows(checkpoint, made.config, wholes)
@@ -113,6 +111,7 @@ def plan_reshard(
         *unnamed,
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
+        *read,
         *_findings(checkpoint, made, sources, changed),
     )
     rows = min(checkpoint.vocab_rows, made.config.dims["vocab"])
@@ -340,13 +339,36 @@ def target_states(
     given: Mapping[str, Mapping[str, Whole]] | None = None,
 ) -> tuple[Optimizer, Mapping[str, Mapping[str, Whole]] | None]:
     """What the target should hold, to check it: the optimizer, and states not as the source's."""
+    optimizer, given, _ = _settled(checkpoint, optimizer, asked, given)
+    return optimizer, given
+
+
+def _settled(
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    asked: Resharding,
+    given: Mapping[str, Mapping[str, Whole]] | None,
+) -> tuple[Optimizer, Mapping[str, Mapping[str, Whole]] | None, Target]:
+    """The optimizer as the target has it, its states where they are not the source's, the target.
+
+    Raises Refused where it can't be.
+    """
+    version = writer_version(optimizer)
+    if asked.era is not None:
+        optimizer = in_current_form(optimizer, checkpoint.raw, asked.era.deepspeed)
+    elif not is_current(optimizer):
+        raise Refused(
+            f"{checkpoint.path}: DeepSpeed {version or 'before 0.6'} wrote its optimizer states, "
+            "and this form is read but not written. Choose the GPT-NeoX that resumes the run: "
+            "--for today."
+        )
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
-    made = settle(checkpoint, optimizer, asked)
-    if made.rescaling is None:
-        return optimizer, given
-    given = made.rescaling.states(given or states(checkpoint, optimizer))
-    return made.rescaling.optimizer(optimizer), given
+    made = settle(checkpoint, optimizer, asked, version)
+    if made.rescaling is not None:
+        given = made.rescaling.states(given or states(checkpoint, optimizer))
+        optimizer = made.rescaling.optimizer(optimizer)
+    return optimizer, given, made
 
 
 def _findings(

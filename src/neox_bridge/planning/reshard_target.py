@@ -11,7 +11,7 @@ from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.eras import Era
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
-from neox_bridge.layouts.untrusted import text, whole
+from neox_bridge.layouts.untrusted import whole
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.batch import Batch, batch_of, spread
 from neox_bridge.planning.common import drop_vocabulary_rows
@@ -92,8 +92,21 @@ class Target:
         return "" if self.shape.layout == "layers" else "sequential."
 
 
-def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> Target:
-    """The target that was asked for. Raises BridgeError or Refused where it can't be."""
+def settle(
+    checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, version: str | None
+) -> Target:
+    """The target that was asked for.
+
+    Args:
+        checkpoint: The source.
+        optimizer: Its optimizer, in the form that the target has.
+        asked: What the user asks for.
+        version: The DeepSpeed that wrote the source; None where nothing tells it.
+
+    Raises:
+        BridgeError: The source's files contradict each other.
+        Refused: The model, the batch or DeepSpeed does not allow such a target.
+    """
     state, raw = checkpoint.neox, checkpoint.raw
     assert state is not None
     options = Options(
@@ -130,7 +143,6 @@ def settle(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding) -> T
     told = optimizer.metas[0].get("ds_config") or {}
     mp_rank = os.path.join(state.folder, "mp_rank_00_model_states.pt")
     source = batch_of(told, raw, optimizer.dp, mp_rank)
-    version = text(optimizer.metas[0], "ds_version") or None
     before, after = _sides(asked, version, checkpoint, shape, source)
     accumulation = kept_accumulation(before, after)
     batch = spread(source, dp, asked.micro_batch, accumulation)
@@ -209,7 +221,8 @@ def _sides(
     known = pipeline_accumulation(version)
     # GPT-NeoX has wanted DeeperSpeed 0.16.5, which sums, since 2025-03
     before = asked.source_engine or known or asked.engine or "sums"
-    after = asked.engine or known or before
+    resumes = pipeline_accumulation(asked.era.deepspeed) if asked.era is not None else known
+    after = asked.engine or resumes or before
     pipeline, stages = state.layout == "layers", max(1, state.pp)
     return (
         Side(before, pipeline, stages if pipeline else 1, batch.accumulation),

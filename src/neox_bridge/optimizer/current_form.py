@@ -1,0 +1,142 @@
+"""An optimizer that an old DeepSpeed saved, as DeepSpeed 0.6 and later hold and load it.
+
+Sources: deepspeed 0.16 runtime/zero/stage_1_and_2.py (state_dict, load_state_dict),
+runtime/fp16/loss_scaler.py, runtime/engine.py (_save_checkpoint, _save_zero_checkpoint).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.frameworks.deepspeed import PARTITIONS, SUB_PARTITIONS
+from neox_bridge.layouts.optimizer import Group, Optimizer
+from neox_bridge.layouts.untrusted import text
+from neox_bridge.planning.gradient_scale import CLIPPING
+from neox_bridge.planning.random_states import current_cuda_state
+
+_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
+# the keys of an mp_rank file in DeepSpeed's order, with what they are for a run without such things
+OLDEST_VERSION = "0.3.15"  # of DeeperSpeed, with GPT-NeoX until v1.0; its files do not say so
+_META: dict[str, Any] = {
+    "module": None,
+    "buffer_names": [],
+    "optimizer": None,
+    "param_shapes": None,
+    "frozen_param_shapes": None,
+    "shared_params": {},
+    "frozen_param_fragments": None,
+    "lr_scheduler": None,
+    "data_sampler": None,
+    "random_ltd": None,
+    "sparse_tensor_module_names": set(),
+    "skipped_steps": 0,
+    "global_steps": 0,
+    "global_samples": 0,
+    "dp_world_size": 1,
+    "mp_world_size": 1,
+    "ds_config": {},
+    "ds_version": "",
+}
+_OF_DEEPSPEED = ("ds_config", "ds_version")
+_OLD_SPARSE_NAMES = "csr_tensor_module_names"  # before DeepSpeed#1484, fcb3ca5e, 2021-10-27
+# what the optimizers that GPT-NeoX may take for Adam expect of a group: apex's FusedAdam,
+# DeepSpeed's, and torch's AdamW
+ADAM: Mapping[str, Any] = {
+    "bias_correction": True,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+DECAYING, STILL = "weight_decay_params", "no_weight_decay_params"
+
+
+def is_current(optimizer: Optimizer) -> bool:
+    """Whether DeepSpeed of 2022 and later loads the optimizer in the form that its files have."""
+    form = optimizer.form
+    return form is None or (form.kind == "rigid" and form.generation is PARTITIONS)
+
+
+def writer_version(optimizer: Optimizer) -> str | None:
+    """The DeepSpeed that wrote an optimizer's files, such as "0.16.5"; None if nothing tells it."""
+    version = text(optimizer.metas[0], "ds_version")
+    if not version and optimizer.form is not None and optimizer.form.generation is SUB_PARTITIONS:
+        return OLDEST_VERSION
+    return version or None
+
+
+def in_current_form(optimizer: Optimizer, raw: Mapping[str, Any], version: str) -> Optimizer:
+    """The same optimizer with the keys, scalars and settings that a later DeepSpeed loads.
+
+    Args:
+        optimizer: In any form; one that is current is returned as it is.
+        raw: The run's yml, in which the values stand that old files do not hold.
+        version: The DeepSpeed that loads it, such as "0.16.5".
+    """
+    if is_current(optimizer):
+        return optimizer
+    config = _config(raw)
+    outer = {"ds_config": config, "ds_version": version}
+    clipping = raw.get("gradient_clipping", raw.get("clip_grad", CLIPPING))
+    head = {
+        "loss_scaler": _scaler(optimizer.head.get("loss_scaler")),
+        "dynamic_loss_scale": bool(optimizer.head.get("dynamic_loss_scale")),
+        "overflow": bool(optimizer.head.get("overflow")),
+        "clip_grad": float(clipping),
+        "ds_version": version,
+        "outer": outer,
+    }
+    metas = tuple(_meta(meta, config, version) for meta in optimizer.metas)
+    return replace(
+        optimizer,
+        groups=tuple(map(_group, optimizer.groups)),
+        head=head,
+        metas=metas,
+        generators={name: current_cuda_state(data) for name, data in optimizer.generators.items()},
+        form=None,
+    )
+
+
+def _scaler(scaler: Any) -> Any:
+    """A loss scaler with the fields that it has had since DeepSpeed 0.9 (loss_scaler.py)."""
+    if not isinstance(scaler, Record) or not isinstance(scaler.state, dict):
+        return scaler
+    dynamic = "scale_window" in scaler.state
+    state = {"cur_scale": scaler.state.get("cur_scale", 1.0), "dynamic": dynamic}
+    state |= {key: value for key, value in scaler.state.items() if key not in state}
+    if dynamic:
+        state.setdefault("dtype", Global("torch", "float16"))
+    name = "DynamicLossScaler" if dynamic else "LossScaler"
+    return Record(Global(_SCALERS, name), state=state, new=True)
+
+
+def _group(group: Group) -> Group:
+    """A group with its step where each of the Adams looks for it, and with GPT-NeoX's name."""
+    step = group.settings.get("step", group.scalars.get("step"))
+    name = STILL if not group.settings.get("weight_decay") else DECAYING
+    settings = {**ADAM, **group.settings, "name": name}
+    if "betas" in settings:
+        settings["betas"] = tuple(settings["betas"])
+    return Group(settings, group.scalars if step is None else {**group.scalars, "step": step})
+
+
+def _meta(meta: Mapping[str, Any], config: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """An mp_rank file's value with DeepSpeed's keys in their order, then GPT-NeoX's."""
+    told = {key: value for key, value in meta.items() if key != _OLD_SPARSE_NAMES}
+    own = {**_META, "ds_config": dict(config), "ds_version": version}
+    if _OLD_SPARSE_NAMES in meta:
+        own["sparse_tensor_module_names"] = meta[_OLD_SPARSE_NAMES]
+    given = {
+        key: told[key] for key in own if key in told and key not in ("ds_config", "ds_version")
+    }
+    return {**own, **given, **{key: told[key] for key in told if key not in own}}
+
+
+def _config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What the yml says to DeepSpeed, as it is saved beside the states."""
+    keys = ("optimizer", "fp16", "bf16", "zero_optimization", "gradient_clipping")
+    return {key: dict(v) if isinstance(v := raw[key], dict) else v for key in keys if key in raw}
