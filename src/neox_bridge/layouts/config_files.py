@@ -16,6 +16,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.file_kinds import is_apple_double
 from neox_bridge.formats.yml import read_yml
 from neox_bridge.frameworks.keys import block_keys, neox_keys, removed_from_neox
+from neox_bridge.layouts.known_files import is_known
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.stores.paths import is_url, isdir, isfile, size
@@ -178,8 +179,15 @@ def _unread(folder: str, reason: str) -> Iterator[Skipped]:
 
 
 def _candidates(place: str) -> Sequence[str]:
-    names = [name for name in list_folder(place) if _named_config(name)][:_MOST_FILES]
+    """Files beside the weights that may hold settings; what is known to be others is not read."""
+    names = [name for name in list_folder(place) if _named_config(name) and not _is_other(name)]
+    names = names[:_MOST_FILES]
     return [path for name in names if isfile(path := os.path.join(place, name))]
+
+
+def _is_other(name: str) -> bool:
+    """Whether a JSON file of this name is one of a model, a tokenizer or of this tool."""
+    return name.endswith(".json") and (is_known(name) or name.endswith(".index.json"))
 
 
 def _named_config(name: str) -> bool:

@@ -82,10 +82,9 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    parts = checkpoint.path.rstrip("/").split("/")
+    if checkpoint.revision:
+        return checkpoint.revision.split("@")[0]
     if checkpoint.neox is not None:
         root = checkpoint.neox.root.rstrip("/").split("/")[-1]
         return f"{root}/{checkpoint.neox.step}"
-    if checkpoint.revision:
-        return checkpoint.revision.split("@")[0]
-    return parts[-1]
+    return checkpoint.path.rstrip("/").split("/")[-1]
