@@ -501,6 +501,15 @@ def test_a_snapshot_of_the_hub(tmp_path: Path, weights: dict[str, torch.Tensor])
     assert not any(path.is_symlink() for path in (tmp_path / "fix").rglob("*"))
 
 
+def test_a_snapshot_with_configs_reads_nothing_above(tmp_path: Path) -> None:
+    folder = snapshot(tmp_path, "main")
+    (folder / "configs").mkdir()
+    (folder / "configs" / "160M.yml").symlink_to(os.path.realpath(folder / "160M.yml"))
+    (folder.parent / "latest").write_text(COMMIT)
+    state = state_of(folder)
+    assert (state.root, state.configs) == (str(folder), (str(folder / "configs" / "160M.yml"),))
+
+
 def test_a_branch_that_holds_another_step(tmp_path: Path, flat: Path) -> None:
     checkpoint = open_checkpoint(str(snapshot(tmp_path, "step512")))
     (finding,) = [f for f in checkpoint.findings if f.code == "step-differs"]
