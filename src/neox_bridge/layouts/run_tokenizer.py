@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.suites import TOKENIZER_REPO
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.step_folder import StepFolder
 from neox_bridge.layouts.step_names import step_of
@@ -19,6 +20,7 @@ from neox_bridge.layouts.tokenizer import FOLDER, tokenizer_files, tokenizer_siz
 from neox_bridge.stores.paths import absolute, is_url, isfile
 
 _MAIN = "tokenizer.json"
+_NEOX_20B = "20B_tokenizer.json"  # the name that EleutherAI's ymls have for it
 _LONGEST_NAME = 4096  # characters of a path
 
 
@@ -81,15 +83,15 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
             f"the yml names the tokenizer {name}, which {checkpoint.hub_repo} does not hold",
             "convert, batch and reshard look for it on the Hub; --tokenizer PATH names another",
         )
-    remedy = f"copy {base} into {shlex.quote(state.root)}, or add --tokenizer PATH to convert"
-    if is_url(state.root):
-        remedy = "add --tokenizer PATH to convert"
+    option = f"--tokenizer {TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}"
+    remedy = f"add {option} to convert"
+    if not is_url(state.root):
+        remedy = f"copy {base} into {shlex.quote(state.root)}, or {remedy}"
     return Finding(
         "tokenizer-missing",
         "info",
         f"the yml names the tokenizer {name}, which is not on this machine, and {state.folder} has "
-        f"no {base}: how many rows of the vocabulary are padding is not known, and what is written "
-        "has no tokenizer",
+        f"no {base}, so that it is not known how many rows of the vocabulary are padding",
         remedy,
     )
 
