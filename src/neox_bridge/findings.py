@@ -10,6 +10,7 @@ Subject = Literal[
     "",
     "config sizes",
     "duplicate keys",
+    "fp32 masters",
     "GQA row order",
     "missing index",
     "RMSNorm epsilon",

@@ -148,7 +148,8 @@ def inspect(
         if stats and tensor is None:
             masters, differing = masters_facts(checkpoint, held, max_workers)
         facts["optimizer"] = {**scalars(checkpoint, held), "masters": masters}
-        doubts = [*differing, *unrepeated(held.findings, differing), *held.derived_findings]
+        others = unrepeated(held.findings, differing)
+        doubts = [*differing, *others, *held.derived_findings]
         facts["findings"] += map(finding_json, doubts)
         checkpoint = with_states(checkpoint, held)
     wanted = stats or plot or tensor

@@ -68,6 +68,7 @@ def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Findi
             f"{len(differing):,} of {len({pair.place for pair in pairs}):,} tensors: "
             f"{some(names, 3)}. Perhaps {why}",
             "copy all files of the step again, if they may be of several",
+            subject="fp32 masters",
         ),
     )
 

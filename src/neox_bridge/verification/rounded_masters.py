@@ -76,5 +76,6 @@ def master_findings(result: RoundedMasters, path: str) -> Sequence[Finding]:
             f"{path}: {len(result.differing):,} of {result.compared:,} weights are not the "
             f"optimizer's fp32 masters, rounded: {some(list(result.differing), 3)}",
             "copy all files of the step again, if they may be of several",
+            subject="fp32 masters",
         ),
     )
