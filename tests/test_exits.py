@@ -709,9 +709,10 @@ def audited(monkeypatch: Patch) -> Callable[..., dict[str, Any]]:
             asked.update(more, opened=opened)
             return Audit(tuple(steps), faults)
 
-        opened = [SimpleNamespace(size=100, states=7), SimpleNamespace(size=20, states=0)]
+        sizes = ((100, 7), (20, 0))
+        opened = [SimpleNamespace(size=a, states=b, checkpoint=None) for a, b in sizes]
         monkeypatch.setattr("neox_bridge.verification.runs.find_runs", lambda _f: (runs, faults))
-        monkeypatch.setattr("neox_bridge.verification.audit.open_places", lambda _r: opened)
+        monkeypatch.setattr("neox_bridge.verification.audit.open_places", lambda *_: opened)
         monkeypatch.setattr("neox_bridge.verification.audit.audit", look)
         monkeypatch.setattr(audit_module, "progress_bar", bar)
         return asked
