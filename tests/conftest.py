@@ -3,12 +3,17 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 import s3_server
 import stand_in_trees
 from s3_server import Store
 
 from neox_bridge.stores import retry
+
+# how long an example takes says nothing on a busy machine
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ A template's line that ends in a mark belongs to some dates alone: ``#@ until 20
 import re
 from pathlib import Path
 
+from neox_bridge.frameworks.deepspeed import DEEPERSPEED_VERSIONS
 from neox_bridge.frameworks.keys import neox_keys
+from neox_bridge.layouts.eras import era_named
 
 NAMES = ("2024-03", "2024-09", "2024-10", "today")
 _MARK = re.compile(r"(?P<code>.*?)  #@ (?P<word>until|since|only) (?P<name>\S+)")
@@ -269,6 +271,11 @@ def write_tree(name: str, folder: Path) -> Path:
         target = folder / "megatron" / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
+    requirements = folder / "requirements" / "requirements.txt"
+    requirements.parent.mkdir(exist_ok=True)
+    commit = next(c for c, v in DEEPERSPEED_VERSIONS.items() if v == era_named(name).deepspeed)
+    url = f"git+https://github.com/EleutherAI/DeeperSpeed.git@{commit}"
+    requirements.write_text(f"numpy\ndeepspeed @ {url}#egg=deepspeed\n")
     return folder
 
 

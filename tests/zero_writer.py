@@ -92,14 +92,17 @@ def made_up(
     rows = 32
     shapes: dict[Parameter, tuple[int, ...]] = {(0, "word_embeddings.weight"): (rows // tp, hidden)}
     for layer in range(2, layers + 2):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes |= {(layer, f"{norm}.{leaf}"): (hidden,) for leaf in ("weight", "bias")}
         for name, out, into, split in (
+            ("input_layernorm", hidden, 0, "norm"),
             ("attention.query_key_value", 3 * hidden, hidden, "rows"),
             ("attention.dense", hidden, hidden, "columns"),
+            ("post_attention_layernorm", hidden, 0, "norm"),
             ("mlp.dense_h_to_4h", 4 * hidden, hidden, "rows"),
             ("mlp.dense_4h_to_h", hidden, 4 * hidden, "columns"),
         ):
+            if split == "norm":
+                shapes |= {(layer, f"{name}.{leaf}"): (hidden,) for leaf in ("weight", "bias")}
+                continue
             out_here, in_here = (out // tp, into) if split == "rows" else (out, into // tp)
             shapes[layer, f"{name}.weight"] = (out_here, in_here)
             shapes[layer, f"{name}.bias"] = (out_here,)

@@ -16,7 +16,7 @@ from stand_in_trees import NAMES
 from neox_bridge.frameworks.collect_keys import TREES as COMMITS
 
 FOLDERS = {name: "gpt-neox" if name == "today" else f"neox-{name}" for name in NAMES}
-_PARTS = ("megatron", "configs")
+_PARTS = ("megatron", "configs", "requirements")
 
 
 class RealTrees(Mapping[str, Path]):
@@ -42,7 +42,7 @@ class RealTrees(Mapping[str, Path]):
 
 
 def copy_sources(name: str, target: Path) -> None:
-    """Copy megatron/ and configs/ of a date. Skips the test if that tree is not there."""
+    """Copy the parts of a tree. Skips the test if it is not there."""
     git = os.environ.get("GPT_NEOX_GIT")
     if git:
         _extract(git, COMMITS[name], target)

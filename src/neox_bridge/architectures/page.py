@@ -6,7 +6,7 @@ from pathlib import Path
 
 from neox_bridge.architectures import ARCHITECTURES, CANNOT
 from neox_bridge.architectures.base import Architecture
-from neox_bridge.layouts.eras import ERAS
+from neox_bridge.layouts.eras import LATER_ERAS
 
 _HEAD = """# Which models can be converted?
 
@@ -70,7 +70,7 @@ class Row:
 
 def _eras(architecture: Architecture) -> str:
     """Those whose trees can hold the family at all."""
-    return ", ".join(era.name for era in ERAS if not architecture.refuse_shape(1, era.name))
+    return ", ".join(era.name for era in LATER_ERAS if not architecture.refuse_shape(1, era.name))
 
 
 def rows() -> list[Row]:

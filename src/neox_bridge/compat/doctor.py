@@ -16,7 +16,7 @@ from neox_bridge.findings import Finding, Subject, unrepeated
 from neox_bridge.frameworks.writers import words_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder, way_out_of
 from neox_bridge.layouts.copies import copy_findings
-from neox_bridge.layouts.eras import ERAS, fitting
+from neox_bridge.layouts.eras import LATER_ERAS, fitting
 from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
 from neox_bridge.layouts.rank_biases import drifted_biases
@@ -27,7 +27,8 @@ from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 
 # what a folder is tried in where no target is named; transformers: one on each side of a change
-KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
+# without --for: the trees that resume in today's environments, which v1.0's is none of
+KNOWN_NEOX = tuple(f"neox@{era.name}" for era in LATER_ERAS)
 KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
 # what the judges decide for a target that reads the checkpoint, with no case where it does no harm
 _SETTLED: tuple[Subject, ...] = ("config sizes", "duplicate keys", "rotary settings")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from neox_bridge.frameworks.deepspeed import StatesForm
 from neox_bridge.layouts.eras import Era, GatedBiases, MlpNames
 
 # how a tree keeps attention.rotary_emb.inv_freq: always in the state dict, when
@@ -22,7 +23,7 @@ class TreeFacts:
     args_checked: keys of a checkpoint's args that are compared at load.
     keys: yml keys that the tree knows; it refuses others.
     places: what was found where, "file:line", for messages.
-    gated_biases: see ``Era``.
+    gated_biases, states: see ``Era``. deepspeed: also see there; "" where the tree does not tell.
     """
 
     path: str
@@ -37,6 +38,8 @@ class TreeFacts:
     keys: frozenset[str]
     places: dict[str, str] = field(default_factory=dict)
     gated_biases: GatedBiases = "optional"
+    states: StatesForm = "partitions"
+    deepspeed: str = ""
 
     @property
     def era(self) -> Era:
@@ -54,6 +57,8 @@ class TreeFacts:
             self.rms_eps,
             self.inv_freq == "either",
             self.gated_biases,
+            self.deepspeed,
+            self.states,
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from neox_bridge.compat.changes import CHANGES
 from neox_bridge.compat.messages import CONVERT, Diagnosis, Message, Older, read_message
 from neox_bridge.compat.recognise_keys import KEY_RULES
-from neox_bridge.layouts.eras import ERAS, known_keys
+from neox_bridge.layouts.eras import LATER_ERAS, known_keys
 
 _NO_ADJUSTMENT = r"Automatic adjustment|ZeRORuntimeException"
 __all__ = ["Diagnosis", "recognise"]
@@ -208,7 +208,7 @@ def _unknown_key(key: str) -> Diagnosis:
     pattern = f"unexpected keyword argument '{key}'"
     ids = [c.id for c in CHANGES if any(re.search(text, pattern) for text in c.in_error)]
     remedies = {change.id: change.remedy for change in CHANGES}
-    knows = [era for era in ERAS if key in known_keys(era)]
+    knows = [era for era in LATER_ERAS if key in known_keys(era)]
     cause = f"the GPT-NeoX tree doesn't know the yml key {key}, and refuses what it doesn't know"
     if knows:
         spans = ", ".join(f"neox@{era.name}" for era in knows)
@@ -218,7 +218,7 @@ def _unknown_key(key: str) -> Diagnosis:
         remedy += ", or use a GPT-NeoX that knows it"
     if ids and key != "rotary_save_freqs_buffer":
         remedy = remedies[ids[0]]
-    newer = bool(knows) and ERAS[-1] in knows
+    newer = bool(knows) and LATER_ERAS[-1] in knows
     older: Older = "framework" if newer else "checkpoint" if knows else ""
     code = ids[0] if ids else "unknown-yml-key"
     others = (remedy,) if knows else ()

@@ -9,7 +9,7 @@ from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.compat.facts import TransformersFacts, TreeFacts
 from neox_bridge.compat.tree import looks_like_tree, read_tree
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.eras import ERAS, known_keys
+from neox_bridge.layouts.eras import ERAS, era_named, known_keys
 
 Target = TreeFacts | TransformersFacts
 
@@ -38,8 +38,14 @@ _OLDEST = TreeFacts(
     transformer_engine=False,
     args_checked=ARGS,
     keys=frozenset(),
+    states="sub-partitions",
 )
 _CHANGES: tuple[tuple[str, str, dict[str, object]], ...] = (
+    (
+        "9610391ab319403cef079b438edd016a2443af54",
+        "2023-03-09",
+        {"states": "partitions"},
+    ),
     ("3bfedf47cc86679c305e6430b71f82ae99a2a265", "2023-09-25", {"rope_tables_fp32": True}),
     ("e109bf5e068bd64bfd08e5ade4191a7ba3e796e3", "2024-03-04", {"inv_freq": "flag"}),
     (
@@ -53,8 +59,17 @@ _CHANGES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("4c9f10816d15a8173fc8779a4c261c3f7dff5155", "2025-05-09", {"rms_eps": "inside"}),
     ("ea7aefd8f8e183256992d9fede4d7c71a46d67a5", "2026-05-19", {}),
 )
+# the DeeperSpeed that requirements/requirements.txt names, by the date of the commit: 9610391a (any
+# DeepSpeed, of which 0.8.3 was the newest), 9283effb, df8cf244, 62aded2e
+_DEEPSPEED = (
+    ("", "0.3.15"),
+    ("2023-03-09", "0.8.3"),
+    ("2023-12-20", "0.9.3"),
+    ("2024-03-04", "0.12.4"),
+    ("2025-03-06", "0.16.5"),
+)
 # the last state of each era: how many of the changes it has
-_ERA_STATE = {"2024-03": 1, "2024-09": 2, "2024-10": 3, "today": len(_CHANGES)}
+_ERA_STATE = {"v1.0": 0, "2024-03": 2, "2024-09": 3, "2024-10": 4, "today": len(_CHANGES)}
 _HEX = re.compile(r"[0-9a-f]{7,40}")
 _DATE = re.compile(r"(\d{4})-(\d\d)(?:-(\d\d))?")
 
@@ -76,11 +91,13 @@ def target_named(text: str) -> Target:
 
 def _neox(name: str, text: str) -> TreeFacts:
     if name in _ERA_STATE:
-        return _state(_ERA_STATE[name], f"neox@{name}")
+        return replace(
+            _state(_ERA_STATE[name], f"neox@{name}"), deepspeed=era_named(name).deepspeed
+        )
     if _HEX.fullmatch(name):
-        for count, (commit, _, _) in enumerate(_CHANGES, 1):
+        for count, (commit, date, _) in enumerate(_CHANGES, 1):
             if commit.startswith(name):
-                return _state(count, f"neox@{name}")
+                return replace(_state(count, f"neox@{name}"), deepspeed=_deepspeed_on(date))
         raise BridgeError(
             f"--for {text}: this commit isn't one of those known to change checkpoints, so its "
             "time can't be told. Name its date (neox@2024-05-01) or the tree (neox:FOLDER)."
@@ -96,12 +113,18 @@ def _neox(name: str, text: str) -> TreeFacts:
                 f"--for {text}: checkpoints changed then, by {commit[:8]} on {date}. Name a day "
                 f"before or after it, or neox@{commit[:8]} for the tree that has it."
             )
-        return _state(sum(date <= first for _, date, _ in _CHANGES), f"neox@{name}")
+        count = sum(date <= first for _, date, _ in _CHANGES)
+        return replace(_state(count, f"neox@{name}"), deepspeed=_deepspeed_on(first))
     known = ", ".join(f"neox@{era.name}" for era in ERAS)
     raise BridgeError(
         f"--for {text}: not known. Say neox:FOLDER for a source tree, {known}, a date "
         "(neox@2024-05-01), a commit, transformers@VERSION, or transformers for the installed one."
     )
+
+
+def _deepspeed_on(date: str) -> str:
+    """The version that GPT-NeoX required on a day."""
+    return next(version for since, version in reversed(_DEEPSPEED) if since <= date)
 
 
 def _is_date(text: str) -> bool:

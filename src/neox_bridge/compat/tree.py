@@ -13,6 +13,7 @@ from typing import Literal
 
 from neox_bridge.compat.facts import Buffer, TreeFacts
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.deepspeed import DEEPERSPEED_VERSIONS
 from neox_bridge.layouts.eras import GatedBiases, MlpNames
 
 POSITIONS = "megatron/model/positional_embeddings.py"
@@ -20,6 +21,8 @@ TRANSFORMER = "megatron/model/transformer.py"
 NORMS = "megatron/model/norms.py"
 CHECKPOINTING = "megatron/checkpointing.py"
 ARGUMENTS = ("megatron/neox_arguments/neox_args.py", "megatron/neox_arguments/deepspeed_args.py")
+REQUIREMENTS = "requirements/requirements.txt"
+_V1_DEEPSPEED = "0.3.15"
 FLAG = "rotary_save_freqs_buffer"
 _MOST = 4 << 20
 
@@ -59,6 +62,7 @@ def read_tree(path: str) -> TreeFacts:
     """
     tree = _Tree(os.path.abspath(path))
     keys = _keys(tree)
+    deepspeed = _deepspeed(tree)
     return TreeFacts(
         path=tree.path,
         inv_freq=_inv_freq(tree),
@@ -72,6 +76,8 @@ def read_tree(path: str) -> TreeFacts:
         args_checked=_args_checked(tree),
         keys=keys,
         places=tree.places,
+        states="sub-partitions" if deepspeed == _V1_DEEPSPEED else "partitions",
+        deepspeed=deepspeed,
     )
 
 
@@ -94,6 +100,19 @@ def _parse(root: str, name: str) -> ast.Module:
         raise BridgeError(
             f"{path}{line}: not valid Python, so the tree can't be read. Restore the file."
         ) from None
+
+
+def _deepspeed(tree: _Tree) -> str:
+    """The version of DeeperSpeed that the tree requires; "" where it names none that is known."""
+    path = os.path.join(tree.path, REQUIREMENTS)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MOST)
+    except OSError:
+        return ""
+    commits = re.findall(rb"DeeperSpeed(?:\.git)?@([0-9a-f]{40})", text)
+    versions = [DEEPERSPEED_VERSIONS.get(commit.decode(), "") for commit in commits]
+    return versions[0] if versions else ""
 
 
 def _keys(tree: _Tree) -> frozenset[str]:

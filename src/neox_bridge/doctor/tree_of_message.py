@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from neox_bridge.compat.messages import Message, short
 from neox_bridge.compat.tree import FLAG, looks_like_tree
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.eras import ERAS, TODAY, InvFreq, MlpNames, known_keys
+from neox_bridge.layouts.eras import LATER_ERAS, TODAY, InvFreq, MlpNames, known_keys
 
 _FRAME = re.compile(r'File "(/[^"\n]+?)/(?:megatron/|train\.py|generate\.py|deepy\.py)')
 _DENSE = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h|w[123])\.\w+"
@@ -68,8 +68,8 @@ def convert_options(expected: Expected, checkpoint: Checkpoint | None) -> dict[s
     state = checkpoint.neox if checkpoint is not None else None
     names, buffer = expected.names, expected.buffer
     if key := expected.unknown_key:
-        refusing = [era for era in ERAS if key not in known_keys(era)]
-        if len(refusing) == len(ERAS) or not refusing:
+        refusing = [era for era in LATER_ERAS if key not in known_keys(era)]
+        if len(refusing) == len(LATER_ERAS) or not refusing:
             return {}  # of a fork, or of no tree at all
         newest = refusing[-1]
         grouped = checkpoint is not None and checkpoint.config.grouped_query

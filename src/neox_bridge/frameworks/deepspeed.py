@@ -44,6 +44,16 @@ def pipeline_accumulation(version: str | None) -> PipelineAccumulation | None:
 
 NO_VERSION = "AssertionError: Empty ds_version in checkpoint, not clear how to proceed"
 
+# commits of EleutherAI/DeeperSpeed that GPT-NeoX's requirements/requirements.txt names, and the
+# version in their version.txt
+DEEPERSPEED_VERSIONS = {
+    "eb7f5cff36678625d23db8a8fe78b4a93e5d2c75": "0.3.15",
+    "b9260436e7da3e297fc6bedfd27d9e69fbba6f5c": "0.9.3",
+    "02e2ebf7dee6aaab3d89094ed470a4609763c742": "0.12.4",
+    "91d1c55ba037b5ada99ae14884dff87a4dc5b9ea": "0.16.5",
+}
+
+
 StatesForm = Literal["sub-partitions", "partitions"]
 """How ZeRO stages 1 and 2 cut a flat group of parameters over data-parallel ranks.
 

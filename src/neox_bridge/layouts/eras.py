@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.deepspeed import StatesForm
 from neox_bridge.frameworks.keys import neox_keys
 
 MlpNames = Literal["linear", "dense"]
@@ -33,6 +34,7 @@ class Era:
         activation" since then, as ParallelTransformerLayer.forward asserts that a swiglu has none
         and adds those of others without asking; "optional" since f5325805 (2024-11, #1325). Run in
         the trees of 2024-10 and 2026-05.
+    states: how its DeepSpeed cuts the optimizer's states over ranks: see ``StatesForm``.
     deepspeed: the version of DeeperSpeed that it requires (requirements/requirements.txt).
     keys: the yml keys that it takes, where they were read from a tree; see ``known_keys``.
     """
@@ -49,9 +51,25 @@ class Era:
     inv_freq_either: bool = False
     gated_biases: GatedBiases = "none"
     deepspeed: str = "0.16.5"
+    states: StatesForm = "partitions"
+
+    @property
+    def predates_deepspeed_06(self) -> bool:
+        """Whether its DeepSpeed knows neither ds_version nor states that are not elastic."""
+        return self.states == "sub-partitions"
 
 
 ERAS: tuple[Era, ...] = (
+    Era(
+        "v1.0",
+        "of release v1.0 (2023-03-07) and before",
+        "dense",
+        "store",
+        False,
+        True,
+        deepspeed="0.3.15",
+        states="sub-partitions",
+    ),
     Era(
         "2024-03", "before e109bf5e of 2024-03-04", "dense", "store", False, True, deepspeed="0.9.3"
     ),
@@ -87,6 +105,7 @@ ERAS: tuple[Era, ...] = (
     ),
 )
 TODAY = ERAS[-1]
+LATER_ERAS = tuple(era for era in ERAS if not era.predates_deepspeed_06)  # since v2.0
 DENSE = {
     "mlp.linear1.weight": "mlp.dense_h_to_4h.weight",
     "mlp.linear1.bias": "mlp.dense_h_to_4h.bias",
@@ -134,4 +153,4 @@ def fitting(mlp_names: MlpNames, inv_freq: InvFreq, raw: Mapping[str, object]) -
     if mlp_names == "linear":
         return TODAY
     oldest = inv_freq == "store" and "rotary_save_freqs_buffer" not in raw
-    return ERAS[0] if oldest else ERAS[1]
+    return era_named("2024-03" if oldest else "2024-09")

@@ -8,6 +8,7 @@ utils/mixed_precision_linkage.py (which parameters a partition touches).
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 from neox_bridge.formats.dtypes import itemsize
 from neox_bridge.formats.tensor_ref import TensorRef, row_major
@@ -27,6 +28,20 @@ class Fragment:
     start: int
     low: int
     numel: int
+
+
+class Partitions(Protocol):
+    """A flat group that is cut over data-parallel ranks."""
+
+    @property
+    def partition(self) -> int:
+        """Elements of each partition, padding included."""
+
+    def used(self, rank: int) -> int:
+        """Elements of a rank's partition that are not padding."""
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        """What a rank's partition holds, in order."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +68,8 @@ class Flat:
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
         """What a rank's partition holds, in order."""
-        first, end, at = rank * self.partition, (rank + 1) * self.partition, 0
-        for name, shape in self.shapes.items():
-            low, high = max(at, first), min(at + prod(shape), end)
-            if low < high:
-                yield Fragment(name, low - first, low - at, high - low)
-            at += prod(shape)
+        first = rank * self.partition
+        return fragments_between(self.shapes, first, first + self.partition)
 
     def wholes(self, parts: Sequence[TensorRef]) -> dict[str, Whole]:
         """The group's parameters, from the ranks' partitions: one dimension, padding or not."""
@@ -75,6 +86,16 @@ class Flat:
         return {
             name: Whole(dtype, self.shapes[name], tuple(found)) for name, found in pieces.items()
         }
+
+
+def fragments_between(shapes: Mapping[str, Shape], first: int, end: int) -> Iterator[Fragment]:
+    """What the elements of a flat group from ``first`` up to ``end`` hold, in order."""
+    at = 0
+    for name, shape in shapes.items():
+        low, high = max(at, first), min(at + prod(shape), end)
+        if low < high:
+            yield Fragment(name, low - first, low - at, high - low)
+        at += prod(shape)
 
 
 def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:

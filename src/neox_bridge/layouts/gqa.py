@@ -11,7 +11,7 @@ from typing import Any
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.eras import ERAS, TODAY, GqaOrder, MlpNames, known_keys
+from neox_bridge.layouts.eras import LATER_ERAS, TODAY, GqaOrder, MlpNames, known_keys
 from neox_bridge.layouts.weights import expand
 from neox_bridge.planning.fused import fusion_of, gather_again
 
@@ -28,7 +28,7 @@ def told_order(
         return "grouped" if record["gqa_order"] == "grouped" else "interleaved"
     if mlp_names == "dense":
         return "interleaved"
-    older = {key for era in ERAS if era is not TODAY for key in known_keys(era)}
+    older = {key for era in LATER_ERAS if era is not TODAY for key in known_keys(era)}
     return "grouped" if set(raw) & (known_keys(TODAY) - older) else None
 
 

@@ -13,7 +13,7 @@ from neox_bridge.frameworks.deepspeed import PARTITIONS, SUB_PARTITIONS
 from neox_bridge.layouts.optimizer import Group, Optimizer
 from neox_bridge.layouts.untrusted import text
 from neox_bridge.planning.gradient_scale import CLIPPING
-from neox_bridge.planning.random_states import current_cuda_state
+from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
 
 _SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 # the keys of an mp_rank file in DeepSpeed's order, with what they are for a run without such things
@@ -73,12 +73,14 @@ def in_current_form(optimizer: Optimizer, raw: Mapping[str, Any], version: str) 
     """The same optimizer with the keys, scalars and settings that a later DeepSpeed loads.
 
     Args:
-        optimizer: In any form; one that is current is returned as it is.
+        optimizer: In any form. Of a current one, only the states of GPU generators may change.
         raw: The run's yml, in which the values stand that old files do not hold.
         version: The DeepSpeed that loads it, such as "0.16.5".
     """
+    generators = {n: current_cuda_state(data) for n, data in optimizer.generators.items()}
     if is_current(optimizer):
-        return optimizer
+        metas = tuple(map(_with_current_random_states, optimizer.metas))
+        return replace(optimizer, metas=metas, generators=generators)
     config = _config(raw)
     outer = {"ds_config": config, "ds_version": version}
     clipping = raw.get("gradient_clipping", raw.get("clip_grad", CLIPPING))
@@ -96,7 +98,7 @@ def in_current_form(optimizer: Optimizer, raw: Mapping[str, Any], version: str) 
         groups=tuple(map(_group, optimizer.groups)),
         head=head,
         metas=metas,
-        generators={name: current_cuda_state(data) for name, data in optimizer.generators.items()},
+        generators=generators,
         form=None,
     )
 
@@ -130,10 +132,20 @@ def _meta(meta: Mapping[str, Any], config: Mapping[str, Any], version: str) -> d
     own = {**_META, "ds_config": dict(config), "ds_version": version}
     if _OLD_SPARSE_NAMES in meta:
         own["sparse_tensor_module_names"] = meta[_OLD_SPARSE_NAMES]
-    given = {
-        key: told[key] for key in own if key in told and key not in ("ds_config", "ds_version")
-    }
-    return {**own, **given, **{key: told[key] for key in told if key not in own}}
+    given = {key: told[key] for key in own if key in told and key not in _OF_DEEPSPEED}
+    others = {key: told[key] for key in told if key not in own}
+    return _with_current_random_states({**own, **given, **others})
+
+
+def _with_current_random_states(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """An mp_rank file's value with the states of GPU generators as torch 1.13 accepts them."""
+    changed = dict(meta)
+    if "cuda_rng_state" in meta:
+        changed["cuda_rng_state"] = current_cuda_tensor(meta["cuda_rng_state"])
+    tracked = meta.get("rng_tracker_states")
+    if isinstance(tracked, dict):
+        changed["rng_tracker_states"] = {k: current_cuda_tensor(v) for k, v in tracked.items()}
+    return changed
 
 
 def _config(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.frameworks.unknown_keys import effect_of
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.layouts.eras import Era, known_keys, mlp_biases
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
 from neox_bridge.planning.fused import fusion_of
@@ -14,10 +14,11 @@ from neox_bridge.planning.neox_yml import LAYOUT
 from neox_bridge.planning.options import Options
 
 
-def check_era(
-    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era, options: Options
-) -> list[Finding]:
+def check_era(checkpoint: Checkpoint, shape: Shape, era: Era, options: Options) -> list[Finding]:
+    """What to know of a model in trees of an era. Raises Refused where they have no such model."""
+    architecture, config, path = checkpoint.architecture, checkpoint.config, checkpoint.path
     found = []
+    refuse_all(_unknown_to_era(architecture, config, shape, era), path)
     ffn = config.dims["ffn"]
     if architecture.has_mlp:
         _check_mlp_biases(architecture, config, shape, era)
@@ -54,6 +55,23 @@ def check_era(
             "leave that option out",
         )
         for what in found
+    ]
+
+
+def _unknown_to_era(
+    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era
+) -> list[Refusal]:
+    """What says which model it is, and trees of the era have no key for."""
+    known = known_keys(era)
+    return [
+        Refusal(
+            key,
+            f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
+            f"({key}: {value!r})",
+            "name a GPT-NeoX that has it with --for",
+        )
+        for key, value in architecture.write_neox(config, shape.old_names).items()
+        if key not in known
     ]
 
 

@@ -13,6 +13,7 @@ from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
 from neox_bridge.formats.torch_zip import layout_pickled
+from neox_bridge.frameworks.deepspeed import StatesForm
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
@@ -24,6 +25,28 @@ from neox_bridge.planning.fused import fusion_of, scatter_parts
 from neox_bridge.planning.geometry import constant, scatter
 from neox_bridge.planning.pieces import OutputFile, OutputTensor, Whole
 
+_CSR = "csr_tensor_module_names"
+_ON_GPU = ("cuda_rng_state", "model-parallel-rng")
+# the keys of an mp_rank file of GPT-NeoX v1.0, in order (megatron/checkpointing.py and DeeperSpeed
+# 0.3.15 runtime/engine.py, _save_checkpoint)
+V1_KEYS = (
+    "module",
+    "optimizer",
+    "lr_scheduler",
+    _CSR,
+    "skipped_steps",
+    "global_steps",
+    "global_samples",
+    "dp_world_size",
+    "mp_world_size",
+    "iteration",
+    "args",
+    "random_rng_state",
+    "np_rng_state",
+    "torch_rng_state",
+    "cuda_rng_state",
+    "rng_tracker_states",
+)
 SEED = 1234  # GPT-NeoX's default
 # of an mp_rank file's number and module (None where layers have files of their own): its value,
 # and the tensors of it beside the module's
@@ -39,6 +62,7 @@ class Shape:
 
     stages: pipeline stages, 1 for the layout "ranks". inv_freq: whether the buffer is written.
     te: whether the blocks' modules are Transformer Engine's.
+    states: how the optimizer's states are cut over ranks: see ``StatesForm``.
     """
 
     layout: LayoutName
@@ -49,6 +73,12 @@ class Shape:
     row_bias: str
     gqa_order: GqaOrder = "grouped"
     te: bool = False
+    states: StatesForm = "partitions"
+
+    @property
+    def predates_deepspeed_06(self) -> bool:
+        """Whether the files are for GPT-NeoX v1.0 and its DeeperSpeed 0.3.15."""
+        return self.states == "sub-partitions"
 
     @property
     def old_names(self) -> bool:
@@ -88,7 +118,9 @@ def weight_files(
             for rank in range(shape.tp):
                 tensors = _with_biases(_tensors(own, config, wholes, shape, rank), config, shape)
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-                value = _state_dict(tensors, shape)
+                value: Mapping[str, TensorSlot | None] = _state_dict(tensors, shape)
+                # save_state_dict of deepspeed/runtime/pipe/module.py made a plain dict then
+                value = dict(value) if shape.predates_deepspeed_06 else value
                 yield _laid_out(path, value, value, tensors, dumped)
     else:
         modules = []
@@ -286,6 +318,9 @@ def start_of_run(
     }
     if optimizer is not None:
         value |= optimizer.more(number, shape.tp, iteration)
+    if shape.predates_deepspeed_06:
+        states |= {name: random_states.old_cuda_state(states[name]) for name in _ON_GPU}
+        value = {key: {**value, _CSR: set()}[key] for key in V1_KEYS}
     tensors = [
         OutputTensor(name, "uint8", (len(data),), inline=data) for name, data in states.items()
     ]

@@ -59,6 +59,14 @@ def current_cuda_tensor(state: Any) -> Any:
     return state
 
 
+def old_cuda_state(state: bytes) -> bytes:
+    """A GPU generator's state as torch before 1.13 requires it, with 800 bytes of -1 in front.
+
+    States of other sizes, such as those of a CPU, are returned as they are.
+    """
+    return b"\xff" * _BEFORE_1_13 + state if len(state) == _PHILOX else state
+
+
 def model_parallel_seed(seed: int, tp_rank: int) -> int:
     """The seed of GPT-NeoX's generator for tensor-parallel regions."""
     return seed + _MODEL_PARALLEL + tp_rank

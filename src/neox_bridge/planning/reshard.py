@@ -9,6 +9,7 @@ from typing import Any
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
+from neox_bridge.layouts.eras import era_named
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, Parameter, states
 from neox_bridge.layouts.origin import origin_settings
@@ -19,13 +20,21 @@ from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed,
 from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.optimizer.current_form import in_current_form, is_current, writer_version
 from neox_bridge.optimizer.target_parameters import target_parameters
+from neox_bridge.optimizer.v1_form import (
+    check_v1_run,
+    in_v1_form,
+    is_v1,
+    old_random_states,
+    step_lost,
+    v1_files,
+)
 from neox_bridge.planning.common import text_file, tokenizer_outputs
 from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.fragments import put
 from neox_bridge.planning.gradient_scale import gradient_findings
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name
-from neox_bridge.planning.neox_files import mp_rank_file, rank_parameters, weight_files
+from neox_bridge.planning.neox_files import Metadata, mp_rank_file, rank_parameters, weight_files
 from neox_bridge.planning.neox_yml import in_yml, resume_yml, unnameable, unnameable_finding
 from neox_bridge.planning.optimizer_files import RankGroup, param_shapes, zero_files
 from neox_bridge.planning.optimizer_stage0 import Stage0, stage0
@@ -36,6 +45,8 @@ from neox_bridge.planning.to_neox import checkpoint_args
 from neox_bridge.planning.universal import Universal, universal, universal_files
 from neox_bridge.planning.weight_dtypes import refuse_run_dtypes
 from neox_bridge.planning.zero_stage import at_stage
+
+_ELASTIC = "elastic_checkpoint"
 
 
 def plan_reshard(
@@ -56,7 +67,8 @@ def plan_reshard(
     checkpoint = ignoring(checkpoint, asked.ignore_keys)
     refuse_all(refusals(checkpoint, asked.ignore_keys), checkpoint.path)
     refuse_run_dtypes(checkpoint)
-    read = optimizer.findings
+    read, derived = optimizer.findings, optimizer.derived_findings
+    was_v1 = is_v1(optimizer)
     optimizer, given, made = _settled(checkpoint, optimizer, asked, given)
     weights = with_target_rows(checkpoint, made.config, checkpoint.tensors)
     moved = {
@@ -75,7 +87,9 @@ def plan_reshard(
         if optimizer.wrapper in ("plain", "fp16")
     }
     info = whole.info() if whole is not None else None
-    metadata = partial(_metadata, checkpoint, sources, made, groups, inside, info)
+    metadata: Metadata = partial(_metadata, checkpoint, sources, made, groups, inside, info)
+    if made.shape.predates_deepspeed_06:
+        metadata = partial(_v1_metadata, checkpoint, sources, made)
     parts = {
         f"{step}/mp_rank_{number:02d}_model_states.pt": found
         for number, (_, _, found) in inside.items()
@@ -87,7 +101,9 @@ def plan_reshard(
     else:
         found = weight_files(step, architecture, made.config, weights, made.shape, metadata)
         files = [put(file, parts.get(file.path, {})) for file in found]
-        if not inside:
+        if made.shape.predates_deepspeed_06:
+            files += _v1_files(step, optimizer, made, groups)
+        elif not inside:
             files += _optimizer_files(step, checkpoint, optimizer, made, groups)
     files += _small_files(checkpoint, made, changed, target)
     summary: dict[str, object] = {
@@ -112,6 +128,7 @@ def plan_reshard(
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
         *read,
+        *_step_findings(made, derived, was_v1),
         *_findings(checkpoint, made, sources, changed),
     )
     rows = min(checkpoint.vocab_rows, made.config.dims["vocab"])
@@ -160,7 +177,7 @@ def _rank_groups(
     by_state: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> Iterator[RankGroup]:
     """The groups that have parameters in these layers, which may be none in a stage."""
-    order = [p for p in optimizer.members if p[0] in layers or _tied_head(made, layers, p)]
+    order = _of_layers(optimizer, made, layers)
     for index, group in enumerate(optimizer.groups):
         mine = [p for p in order if optimizer.members[p] == index]
         if mine:
@@ -171,6 +188,11 @@ def _rank_groups(
                     for key, tensors in by_state.items()
                 },
             )
+
+
+def _of_layers(optimizer: Optimizer, made: Target, layers: range) -> list[Parameter]:
+    """The parameters of a stage with these layers, in order."""
+    return [p for p in optimizer.members if p[0] in layers or _tied_head(made, layers, p)]
 
 
 def with_target_names(checkpoint: Checkpoint, optimizer: Optimizer, made: Target) -> Optimizer:
@@ -203,7 +225,7 @@ def _named(made: Target, parameter: Parameter) -> str:
 def _changed(made: Target) -> dict[str, Any]:
     """The yml's keys that aren't as they were."""
     raw = made.settings.raw
-    zero = {**(raw.get("zero_optimization") or {}), "stage": made.zero}
+    zero = {**_zero(raw), "stage": made.zero}
     told = raw.get("checkpoint") or {}
     loading = {"checkpoint": {**told, "load_universal": made.universal}}
     return {
@@ -219,6 +241,13 @@ def _changed(made: Target) -> dict[str, Any]:
     }
 
 
+def _zero(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """ZeRO's settings without elastic_checkpoint, whose default is how the states are written."""
+    zero = dict(settings.get("zero_optimization") or {})
+    zero.pop(_ELASTIC, None)
+    return zero
+
+
 def _metadata(
     checkpoint: Checkpoint,
     sources: Sources,
@@ -230,10 +259,6 @@ def _metadata(
     module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
     stage, rank = divmod(number, made.shape.tp)
-    assert checkpoint.neox is not None
-    args = {**checkpoint.neox.args, **checkpoint_args(made.config, made.vocabulary, made.shape.tp)}
-    if "tokenizer_type" in checkpoint.neox.args:
-        args["tokenizer_type"] = checkpoint.neox.args["tokenizer_type"]
     new = {
         "module": module,
         "buffer_names": _buffer_names(checkpoint, sources, made, stage),
@@ -241,7 +266,7 @@ def _metadata(
         "dp_world_size": made.dp,
         "mp_world_size": made.shape.stages * made.shape.tp,
         "ds_config": _ds_config(sources.metas[0].get("ds_config"), made),
-        "args": args,
+        "args": _args(checkpoint, made),
         INFO: info,
     }
     frozen: dict[str, Any] | None = {} if made.zero == 2 else None  # engine.py, save_frozen_param
@@ -254,6 +279,30 @@ def _metadata(
     new["optimizer"], states, _ = inside[number]
     value, tensors = mp_rank(sources, stage, rank, new)
     return value, [*states, *tensors]
+
+
+def _v1_metadata(
+    checkpoint: Checkpoint, sources: Sources, made: Target, number: int, module: Any
+) -> tuple[dict[str, Any], list[OutputTensor]]:
+    """An mp_rank file of GPT-NeoX v1.0."""
+    stage, rank = divmod(number, made.shape.tp)
+    new = {
+        "module": module,
+        "dp_world_size": made.dp,
+        "mp_world_size": made.shape.stages * made.shape.tp,
+        "args": _args(checkpoint, made),
+    }
+    value, tensors = mp_rank(sources, stage, rank, new)
+    return value, old_random_states(tensors)
+
+
+def _args(checkpoint: Checkpoint, made: Target) -> dict[str, Any]:
+    """What GPT-NeoX compares at load."""
+    assert checkpoint.neox is not None
+    args = {**checkpoint.neox.args, **checkpoint_args(made.config, made.vocabulary, made.shape.tp)}
+    if "tokenizer_type" in checkpoint.neox.args:
+        args["tokenizer_type"] = checkpoint.neox.args["tokenizer_type"]
+    return args
 
 
 def _buffer_names(checkpoint: Checkpoint, sources: Sources, made: Target, stage: int) -> list[str]:
@@ -280,7 +329,7 @@ def _ds_config(told: Any, made: Target) -> dict[str, Any]:
     if made.batch.accumulation > 1 or "gradient_accumulation_steps" in config:
         config["gradient_accumulation_steps"] = made.batch.accumulation
     if "zero_optimization" in config:
-        config["zero_optimization"] = {**config["zero_optimization"], "stage": made.zero}
+        config["zero_optimization"] = {**_zero(config), "stage": made.zero}
     return made.rescaling.ds_config(config) if made.rescaling is not None else config
 
 
@@ -305,6 +354,34 @@ def _optimizer_files(
             outer,
             bf16=checkpoint.config.dtype == "bfloat16",
         )
+
+
+def _v1_files(
+    step: str,
+    optimizer: Optimizer,
+    made: Target,
+    groups: Mapping[tuple[int, int], list[RankGroup]],
+) -> Iterator[OutputFile]:
+    """The optimizer's own files for GPT-NeoX v1.0."""
+    raw = target_yml(made)
+    for (stage, rank), mine in groups.items():
+        layers = made.bounds[stage]
+        order = [_named(made, p) for p in _of_layers(optimizer, made, layers)]
+        number = stage * made.shape.tp + rank
+        yield from v1_files(step, optimizer, number, made.dp, mine, raw, order)
+
+
+def _step_findings(made: Target, derived: tuple[Finding, ...], was_v1: bool) -> Iterator[Finding]:
+    """What becomes of what the source's states, or the target's, do not hold."""
+    if not made.shape.predates_deepspeed_06:
+        yield from derived
+    elif not was_v1:
+        yield step_lost()
+
+
+def target_yml(made: Target) -> dict[str, Any]:
+    """The target's settings, as its configs have them."""
+    return {**made.settings.raw, **_changed(made)}
 
 
 def _small_files(
@@ -354,6 +431,8 @@ def _settled(
     Raises Refused where it can't be.
     """
     version = writer_version(optimizer)
+    if asked.era is None and is_v1(optimizer):
+        asked = replace(asked, era=era_named("v1.0"))
     if asked.era is not None:
         optimizer = in_current_form(optimizer, checkpoint.raw, asked.era.deepspeed)
     elif not is_current(optimizer):
@@ -368,6 +447,9 @@ def _settled(
     if made.rescaling is not None:
         given = made.rescaling.states(given or states(checkpoint, optimizer))
         optimizer = made.rescaling.optimizer(optimizer)
+    if made.shape.predates_deepspeed_06:
+        check_v1_run(optimizer, made.config.dtype, made.universal)
+        optimizer = in_v1_form(checkpoint, optimizer, target_yml(made))
     return optimizer, given, made
 
 
@@ -384,6 +466,14 @@ def _findings(
         f"{batch.accumulation}",
     )
     yield from gradient_findings(made.version, made.before, made.after, made.rescaling, changed)
+    elastic = (checkpoint.raw.get("zero_optimization") or {}).get(_ELASTIC)
+    if elastic is not None and bool(elastic) != made.shape.predates_deepspeed_06:
+        yield Finding(
+            "elastic-checkpoint",
+            "info",
+            f"zero_optimization.elastic_checkpoint: {str(bool(elastic)).lower()} is left out of "
+            "the yml: the states are written as DeepSpeed saves them without it",
+        )
     if made.universal:
         yield Finding(
             "load-universal",

@@ -119,7 +119,7 @@ def settle(
     )
     shape, era = target_shape(checkpoint, options)
     if asked.era is not None:
-        check_era(checkpoint.architecture, checkpoint.config, shape, era, options)
+        check_era(checkpoint, shape, era, options)
         refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
     settings = era_settings(checkpoint, shape, asked.era)
     rows = checkpoint.config.dims["vocab"]

@@ -55,7 +55,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     """
     architecture, config = checkpoint.architecture, checkpoint.config
     shape, era = target_shape(checkpoint, options)
-    findings = check_era(architecture, config, shape, era, options)
+    findings = check_era(checkpoint, shape, era, options)
     if shape.te:
         findings += check_target(checkpoint, shape.tp, era, options)
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
@@ -86,6 +86,11 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
     found = replace(found, origin=_origin(checkpoint, options, vocabulary))
     optimizer = None
     if options.optimizer == "fresh":
+        if shape.predates_deepspeed_06:
+            raise Refused(
+                "--optimizer fresh: the optimizer states of GPT-NeoX v1.0 are not made anew, only "
+                "converted. Leave the option out, and v1.0 starts a new optimizer itself."
+            )
         training, dp = found.training, options.dp
         from neox_bridge.planning.fresh import fresh
 
@@ -179,7 +184,8 @@ def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     te = options.te
     if te is None:
         te = state is not None and state.te == BOTH and era in (None, TODAY)
-    return Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te), fits
+    shape = Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te, fits.states)
+    return shape, fits
 
 
 def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:

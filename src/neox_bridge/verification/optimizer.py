@@ -157,9 +157,10 @@ def fresh_checker(
 
 
 def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
-    mine = {group.settings.get("name"): group for group in source.groups}
-    for group in target.groups:
-        want = mine.get(group.settings.get("name"))
+    # GPT-NeoX has named its groups since 2024; before, their order tells them apart
+    mine = {group.settings.get("name", n): group for n, group in enumerate(source.groups)}
+    for number, group in enumerate(target.groups):
+        want = mine.get(group.settings.get("name", number))
         if want is None or want.scalars != group.scalars:
             yield Difference("the optimizer's steps", "values", detail="they aren't the source's")
         if want is None or want.settings != group.settings:

@@ -1,0 +1,268 @@
+"""A run's optimizer as GPT-NeoX v1.0 with DeeperSpeed 0.3.15 saves and loads it.
+
+Sources: GPT-NeoX v1.0 megatron/checkpointing.py (save_ds_checkpoint); DeeperSpeed 0.3.15
+runtime/engine.py (_save_checkpoint, _save_zero_checkpoint) and runtime/zero/stage1.py
+(best_max_elems_per_comm, _elastic_state_dict).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from neox_bridge.errors import Refused
+from neox_bridge.findings import Finding
+from neox_bridge.formats.pickle_writer import TensorSlot
+from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.formats.torch_zip import layout_pt
+from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.flat import Fragment, fragments_between
+from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, SavedForm
+from neox_bridge.layouts.untrusted import mapping, whole
+from neox_bridge.optimizer.derived_settings import derived_settings
+from neox_bridge.optimizer.rank_states import INTERVALS, RANKS
+from neox_bridge.planning.fragments import Parts, partition, put, stand_in
+from neox_bridge.planning.neox_files import V1_KEYS
+from neox_bridge.planning.optimizer_files import RankGroup
+from neox_bridge.planning.pieces import OutputFile, OutputTensor, Shape
+from neox_bridge.planning.random_states import old_cuda_state
+from neox_bridge.stores.paths import read_at
+
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
+_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
+_SINCE_09 = ("dynamic", "dtype")  # fields of loss scalers that DeeperSpeed 0.3.15 has not
+_SIZE = Global("torch", "Size")
+_GPU_STATES = ("cuda_rng_state", "rng_tracker_states.", "model-parallel-rng")
+
+
+@dataclass(frozen=True)
+class SubPartitions:
+    """One flat group, cut into communication intervals, and each of them over the ranks.
+
+    Attributes:
+        shapes: The group's parameters in their order.
+        dp: Data-parallel ranks.
+        bucket: ``reduce_bucket_size``, in elements.
+    """
+
+    shapes: Mapping[str, Shape]
+    dp: int
+    bucket: int
+
+    @property
+    def numel(self) -> int:
+        """Elements without padding."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def intervals(self) -> int:
+        """How many communication intervals there are."""
+        return self._cut[0]
+
+    @property
+    def size(self) -> int:
+        """Elements of a part, padding included."""
+        return self._cut[1]
+
+    @property
+    def _cut(self) -> tuple[int, int]:
+        """stage1.py: best_max_elems_per_comm and get_data_parallel_sub_partitions."""
+        elements, bucket = self.numel, self.bucket
+        whole_buckets = elements // bucket
+        if whole_buckets >= 1:
+            extra = -(-elements // (self.dp * whole_buckets))
+            if bucket * -(-elements // bucket) - elements > extra:
+                bucket += extra
+        share, limit = -(-elements // self.dp), bucket // self.dp
+        if share <= limit:
+            return 1, share
+        if limit < 1:
+            raise Refused(
+                f"zero_optimization.reduce_bucket_size: {self.bucket} elements are fewer than the "
+                f"{self.dp} data-parallel ranks, and GPT-NeoX v1.0 divides by what is left. Choose "
+                "fewer ranks with --dp."
+            )
+        return -(-share // limit), limit
+
+    @property
+    def partition(self) -> int:
+        """Elements of a part, padding included."""
+        return self.size
+
+    def used(self, rank: int) -> int:
+        """Elements of a part that are not padding; rank: its number, interval x dp + rank."""
+        return max(0, min(self.size, self.numel - rank * self.size))
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        """What a part holds, in order; rank: its number, as in ``used``."""
+        return fragments_between(self.shapes, rank * self.size, (rank + 1) * self.size)
+
+
+def is_v1(optimizer: Optimizer) -> bool:
+    """Whether the files of an optimizer are GPT-NeoX v1.0's."""
+    return optimizer.form is not None and optimizer.form.generation is SUB_PARTITIONS
+
+
+def check_v1_run(optimizer: Optimizer, dtype: str, universal: bool) -> None:
+    """Raise Refused for a run that GPT-NeoX v1.0 cannot resume."""
+    if universal:
+        raise Refused(
+            "--universal: GPT-NeoX v1.0 does not load universal checkpoints. Leave it out."
+        )
+    if dtype != "float16" or optimizer.wrapper == "bf16":
+        raise Refused(
+            f"precision: the run is in {dtype}, and DeeperSpeed 0.3.15, which GPT-NeoX v1.0 "
+            "requires, has ZeRO for float16 only. Name a later GPT-NeoX with --for."
+        )
+    if optimizer.stage != 1:
+        raise Refused(
+            f"the optimizer is of ZeRO stage {optimizer.stage}, and for GPT-NeoX v1.0 only stage 1 "
+            "can be written. Say --zero 1."
+        )
+
+
+def in_v1_form(checkpoint: Checkpoint, optimizer: Optimizer, raw: Mapping[str, Any]) -> Optimizer:
+    """The same optimizer with the keys of v1.0's files.
+
+    Args:
+        checkpoint: The run.
+        optimizer: Of ZeRO stage 1 in float16, in any form.
+        raw: The yml of the target, from which v1.0 takes the hyperparameters.
+
+    Raises:
+        Refused: The optimizer is not Adam.
+    """
+    metas = tuple(map(_meta, optimizer.metas))
+    scaler = optimizer.head.get("loss_scaler")
+    head = {
+        "loss_scaler": _scaler(scaler),
+        "dynamic_loss_scale": bool(optimizer.head.get("dynamic_loss_scale")),
+        "overflow": bool(optimizer.head.get("overflow")),
+        "outer": {},
+    }
+    derived = derived_settings(
+        raw, metas[0], [{} for _ in optimizer.groups], "", f"{checkpoint.path}: mp_rank_00", ""
+    )
+    groups = tuple(Group(settings, {}) for settings in derived.groups)
+    return replace(
+        optimizer,
+        groups=groups,
+        head=head,
+        metas=metas,
+        generators={n: old_cuda_state(data) for n, data in optimizer.generators.items()},
+        form=SavedForm("elastic", SUB_PARTITIONS, optimizer.dp, ()),
+    )
+
+
+def step_lost() -> Finding:
+    return Finding(
+        "adam-step-lost",
+        "warning",
+        "GPT-NeoX v1.0 saves and loads no step of Adam: it starts to count from 1 again, so the "
+        "first updates are smaller or larger than the run's by the bias correction. Learning rate, "
+        "betas, eps and weight decay come from the yml there",
+    )
+
+
+def _scaler(scaler: Any) -> Any:
+    if not isinstance(scaler, Record) or not isinstance(scaler.state, dict):
+        return scaler
+    dynamic = "scale_window" in scaler.state
+    state = {key: value for key, value in scaler.state.items() if key not in _SINCE_09}
+    name = "DynamicLossScaler" if dynamic else "LossScaler"
+    return Record(Global(_SCALERS, name), state=state, new=True)
+
+
+def _meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    names = meta.get("csr_tensor_module_names", meta.get("sparse_tensor_module_names"))
+    values = {**meta, "csr_tensor_module_names": set() if names is None else names}
+    values["optimizer"] = None
+    return {key: values.get(key) for key in V1_KEYS}
+
+
+def old_random_states(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
+    """The tensors of an mp_rank file, with the states of GPU generators as old versions of torch
+    require them."""
+    changed = []
+    for tensor in tensors:
+        source = tensor.pieces[0].source if len(tensor.pieces) == 1 else None
+        if source is not None and tensor.name.startswith(_GPU_STATES):
+            data = old_cuda_state(read_at(source.file, source.offset, source.nbytes))
+            tensor = OutputTensor(tensor.name, "uint8", (len(data),), inline=data)
+        elif tensor.inline is not None and tensor.name.startswith(_GPU_STATES):
+            data = old_cuda_state(bytes(tensor.inline))
+            tensor = OutputTensor(tensor.name, "uint8", (len(data),), inline=data)
+        changed.append(tensor)
+    return changed
+
+
+def v1_parts(
+    raw: Mapping[str, Any], groups: Sequence[RankGroup], dp: int
+) -> tuple[SubPartitions, ...]:
+    """How v1.0 cuts the groups of a model-parallel rank with these settings."""
+    zero = mapping(raw, "zero_optimization", "the yml")
+    bucket = whole(zero, "reduce_bucket_size", "the yml") or BUCKET_ELEMENTS
+    return tuple(SubPartitions(group.shapes, dp, bucket) for group in groups)
+
+
+def v1_files(
+    folder: str,
+    optimizer: Optimizer,
+    number: int,
+    dp: int,
+    groups: Sequence[RankGroup],
+    raw: Mapping[str, Any],
+    order: Sequence[str],
+) -> Iterator[OutputFile]:
+    """The files of optimizer states of one model-parallel rank.
+
+    Args:
+        folder: Of the step, relative to the target.
+        optimizer: Whose scalars they have, in v1.0's form.
+        number: Of the mp_rank file.
+        dp: Data-parallel ranks.
+        groups: The states of the rank's parameters.
+        raw: The target's yml.
+        order: DeepSpeed's names of the rank's parameters, as the model registers them.
+    """
+    flats = v1_parts(raw, groups, dp)
+    shapes = {name: shape for group in groups for name, shape in group.shapes.items()}
+    param_shapes = OrderedDict(
+        (name, Record(_SIZE, (shapes[name],))) for name in order if name in shapes
+    )
+    head = {key: value for key, value in optimizer.head.items() if key != "outer"}
+    for rank in range(dp):
+        parts: dict[str, Parts] = {}
+        tensors: list[OutputTensor] = []
+        states: list[list[dict[str, TensorSlot]]] = []
+        masters: list[list[TensorSlot]] = []
+        for index, (group, flat) in enumerate(zip(groups, flats, strict=True)):
+            states.append([])
+            masters.append([])
+            for interval in range(flat.intervals):
+                part = interval * dp + rank
+                slots = {}
+                for key, named in group.states.items():
+                    slot = f"{key}.{index}.{interval}"
+                    dtype = next(iter(named.values())).dtype
+                    pieces = partition(slot, named, flat, part, padded=False)
+                    parts[slot] = pieces
+                    tensors.append(stand_in(slot, dtype, (flat.used(part),), pieces))
+                    slots[key] = TensorSlot(slot)
+                masters[-1].append(slots.pop(MASTER))
+                states[-1].append(slots)
+        value = {
+            "optimizer_state_dict": {
+                **head,
+                "base_optimizer_state": states,
+                "zero_stage": 1,
+                RANKS: dp,
+                INTERVALS: [flat.intervals for flat in flats],
+                SUB_PARTITIONS.masters: masters,
+            },
+            "param_shapes": param_shapes,
+        }
+        path = f"{folder}/zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
+        yield put(layout_pt(path, value, tensors), parts)
