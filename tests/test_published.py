@@ -31,7 +31,6 @@ from neox_bridge.layouts.tokenizer import Tokenizer
 
 FLAT = PUBLISHED / "v1_dp2" / "flat"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_FIX = "fix: neox-bridge doctor "
 TOKENIZER = {"model": {"vocab": {f"token{number}": number for number in range(250)}}}
 
 
@@ -160,10 +159,12 @@ def test_every_command_opens_it(flat: Path, tmp_path: Path) -> None:
         ("audit", flat, "--cache", "none"),
         ("batch", flat, out / "batch"),
         ("export-optimizer", flat, out / "states"),
+        ("reshard", flat, out / "resharded", "--dp", "1", "--for", "today"),
     ):
         done = run(*words)
         assert done.exit_code == 0, (words, done.output)
     assert (out / "neox" / "latest").read_text() == "global_step8"
+    assert (out / "resharded" / "latest").read_text() == "global_step8"
 
 
 @pytest.mark.parametrize("beside", [".git", "README.md", ".gitattributes", "config.json"])
@@ -350,6 +351,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify": ("SRC", "REF"),
     "diff": ("REF", "SRC"),
     "export-optimizer": ("SRC", "OUT"),
+    "reshard": ("SRC", "OUT", "--for", "today"),
 }
 
 
@@ -393,18 +395,22 @@ def test_a_yml_for_what_has_its_own_is_a_mistake(words: tuple[str, ...], flat: P
     assert "--config" in done.stderr
 
 
-def test_advice_repeats_the_yml(bare: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["neox@2024-03", "neox@2024-09", "neox@2024-10", "today"])
+def test_what_doctor_advises_works(target: str, bare: Path, tmp_path: Path) -> None:
+    """Every command, as printed, with the yml that the user named: to mend, and to reshard."""
     own = tmp_path / "elsewhere" / "own.yml"
-    done = run("doctor", bare, "--for", "neox@2024-03", "--config", own)
-    fixes = [
-        line.partition("fix: ")[2]
-        for line in done.stdout.splitlines()
-        if "fix: neox-bridge doctor" in line
-    ]
-    assert fixes
-    for command in set(fixes):
-        assert run_line(command).exit_code == 0, command
-        shutil.rmtree(f"{bare}-mended")
+    done = run("doctor", bare, "--for", target, "--config", own)
+    assert done.exit_code == 4
+    lines = done.stdout.splitlines()
+    fixes = {
+        way for line in lines if (way := line.partition("fix: ")[2]).startswith("neox-bridge ")
+    }
+    assert {command.split()[1] for command in fixes} == {"doctor", "reshard"}
+    for command in fixes:
+        made = run_line(command)
+        assert made.exit_code == 0, (command, made.output)
+        word = "mended" if " doctor " in command else "resharded"
+        assert run("doctor", f"{bare}-{word}", "--for", target).exit_code == 0, command
 
 
 def test_configs_of_the_step_come_first(flat: Path) -> None:

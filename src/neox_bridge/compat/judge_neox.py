@@ -44,7 +44,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
 
 
 def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
-    fix = fix_command(checkpoint, facts)
+    fix = _fix(checkpoint, facts)
     for duplicate in state.duplicate_keys:
         if not duplicate.refused:
             yield Case(replace(duplicate_finding(duplicate), severity="info"))
@@ -70,11 +70,25 @@ def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator
             "error",
             f"the yml has keys that this GPT-NeoX doesn't know, and it refuses them: "
             f"{', '.join(unknown)}" + (f" ({places})" if places else "") + why,
-            fix_command(checkpoint, facts, *flags)
+            _fix(checkpoint, facts, *flags)
             + (" removes it from the copy, which may be another model then" if flags else ""),
             f"TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
             f"'{next(key for key in checkpoint.raw if key in unknown)}'",
         )
+
+
+def _fix(checkpoint: Checkpoint, facts: TreeFacts, *flags: str) -> str:
+    """The command that mends a checkpoint for a tree, with what it cannot do without.
+
+    Optimizer states stay with parameters of the same names in the same files only; see ``mend``.
+    """
+    state = checkpoint.neox
+    assert state is not None
+    stored = stores_inv_freq(checkpoint, facts)
+    moved = stored is not None and stored != (state.inv_freq == "store")
+    parted = facts.mlp_names != state.mlp_names or (moved and state.layout == "ranks")
+    drop = ("--drop-optimizer",) if parted and checkpoint.has_optimizer else ()
+    return fix_command(checkpoint, facts, *drop, *flags)
 
 
 def _flat(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
@@ -87,7 +101,7 @@ def _flat(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterato
         f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
         f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
         "that, and trains from random weights",
-        fix_command(checkpoint, facts),
+        _fix(checkpoint, facts),
         f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
         "please ensure this file exists or pass an explicit checkpoint tag when loading a "
         "checkpoint.",
@@ -154,7 +168,7 @@ def _state_dicts(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> 
             f"the embeddings have {have} rows, and GPT-NeoX computes {rows} from the tokenizer's "
             f"{checkpoint.tokenizer_size} entries, make_vocab_size_divisible_by: {told} and TP "
             f"{_told(checkpoint, 'model_parallel_size')}",
-            fix_command(checkpoint, facts),
+            _fix(checkpoint, facts),
             _strict(state, "EmbeddingPipe", [], [], [line]),
         )
     missing, unexpected, codes = _key_drift(checkpoint, state, facts)
@@ -172,7 +186,7 @@ def _state_dicts(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> 
         ],
     )
     for code, message, remedy in codes:
-        yield case(code, "error", message, remedy or fix_command(checkpoint, facts), prints)
+        yield case(code, "error", message, remedy or _fix(checkpoint, facts), prints)
     if sizes:
         yield case("mlp-width", "error", *_width_words(checkpoint, facts), prints)
 
@@ -321,7 +335,7 @@ def _args(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterato
                 "error",
                 f"{key}: the checkpoint's args say {have}, the settings {told}, and GPT-NeoX "
                 "compares them when it loads",
-                fix_command(checkpoint, facts),
+                _fix(checkpoint, facts),
                 f"AssertionError: {key} value from checkpoint ({have}) is not equal to the "
                 f"currently set argument value ({told}).",
             )

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import suppress
 
-from neox_bridge.compat.targets import Target
+from neox_bridge.compat.facts import TreeFacts
+from neox_bridge.compat.targets import Target, name_of
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import NO_VERSION
@@ -60,7 +61,8 @@ def _old_states(checkpoint: Checkpoint, target: Target, states: SavedStates, cou
             f"are {states.form.kind} ZeRO {states.stage} states of {states.form.dp} data-parallel "
             f"ranks, as {states.form.generation.releases} saves them. They "
         )
-        fix = reshard_command(checkpoint.path, config_options(checkpoint))
+        era = name_of(target) if isinstance(target, TreeFacts) else "today"
+        fix = reshard_command(checkpoint.path, config_options(checkpoint), era)
         weights_only = fix_command(checkpoint, target, "--drop-optimizer")
         way_out = (
             "Resharding writes them anew. Its weights alone load with finetune: true, which starts "

@@ -46,12 +46,14 @@ class SavedStates:
         return "" if self.version else NO_VERSION
 
 
-def reshard_command(path: str, options: Sequence[str] = ()) -> str:
-    """The command that writes these states for today's GPT-NeoX, in a folder beside them.
+def reshard_command(path: str, options: Sequence[str] = (), era: str = "today") -> str:
+    """The command that writes these states for another GPT-NeoX, in a folder beside them.
 
-    options: those that open the checkpoint again, as of ``config_options``.
+    options: those that open the checkpoint again, as of ``config_options``. era: as ``--for`` takes
+        it.
     """
-    return shlex.join(["neox-bridge", "reshard", path, new_folder(path, "resharded"), *options])
+    words = ["neox-bridge", "reshard", path, new_folder(path, "resharded"), "--for", era]
+    return shlex.join([*words, *options])
 
 
 def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
