@@ -18,12 +18,13 @@ from batch_calls import die, die_once
 from common import convert, fixture, make_hf, step_of
 
 from neox_bridge.batch import run as running
-from neox_bridge.batch.items import Item, Source, chosen, find_items
+from neox_bridge.batch.items import Item, Source, find_items
 from neox_bridge.batch.row import Row
 from neox_bridge.batch.run import Batch, run_batch
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import Processes
 from neox_bridge.planning.options import Options
+from neox_bridge.verification.step_choice import chosen
 
 STEPS = (0, 1000, 2000)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tiny import Inline, plan_of, tensors, write_hf
 
-from neox_bridge.batch import items as choosing
+
 from neox_bridge.batch import run as running
-from neox_bridge.batch.items import Item, Source, check_steps, chosen, find_items
+from neox_bridge.batch.items import Item, Source, find_items
 from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import Row
 from neox_bridge.batch.run import Batch, Event, convert_one, default_ahead, run_batch, verify_part
@@ -26,7 +26,9 @@ from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.hub import revisions as hub_revisions
 from neox_bridge.hub.revisions import Revision
 from neox_bridge.planning.options import Options
+from neox_bridge.verification import runs
 from neox_bridge.verification.runs import Place
+from neox_bridge.verification.step_choice import check_steps, chosen
 
 # --- which steps
 
@@ -144,17 +146,19 @@ def test_steps_of_a_model_of_the_hub(monkeypatch: Any, tmp_path: Path) -> None:
     assert (only.name, only.number, only.source.path) == ("main", None, "hf://org/model@main")
 
 
-def test_a_source_is_of_the_hub_without_a_revision_and_where_no_folder_has_its_name(
+def test_a_source_is_of_the_hub_where_no_folder_has_its_name(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert choosing._repo("org/model") == "org/model"
-    assert choosing._repo("hf://org/model") == "org/model"
-    assert choosing._repo("org/model@step1") is None
-    assert choosing._repo("/org/model") is None
-    assert choosing._repo("model") is None
+    assert runs.model_on_hub("org/model") == ("org/model", "")
+    assert runs.model_on_hub("hf://org/model") == ("org/model", "")
+    assert runs.model_on_hub("org/model@step1") == ("org/model", "step1")
+    assert runs.model_on_hub("hf://org/model@step%2F1") == ("org/model", "step/1")
+    assert runs.model_on_hub("/org/model") is None
+    assert runs.model_on_hub("model") is None
     (tmp_path / "org/model").mkdir(parents=True)
-    assert choosing._repo("org/model") is None
+    assert runs.model_on_hub("org/model") is None
+    assert runs.model_on_hub("hf://org/model") == ("org/model", "")
 
 
 # --- watching

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neox_bridge.architectures import ARCHITECTURES, CANNOT
 from neox_bridge.architectures.base import Architecture
+from neox_bridge.frameworks.suites import SUITES
 from neox_bridge.layouts.eras import LATER_ERAS
 
 _HEAD = """# Which models can be converted?
@@ -56,6 +57,17 @@ Every family but Mamba also as
 """
 
 
+_HUB = "https://huggingface.co"
+_SUITES = """
+## Published suites
+
+EleutherAI publishes the files that its trainer wrote, with the optimizer's states. These
+repositories are known by name; others of the same form work as well. A number of steps is the one
+that the model card counts, each a branch `stepN`; without one, look at the branches of the
+repository.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A family for people: models that are of it, eras, how it is proved, what to know."""
@@ -95,6 +107,12 @@ def page() -> str:
     ]
     lines += [_TAIL, "Not convertible, since no GPT-NeoX can run them:", ""]
     lines += [f"- `{name}`: {reason}" for name, reason in CANNOT.items()]
+    lines += [_SUITES, "| GPT-NeoX checkpoints | steps | the same models for transformers |"]
+    lines.append("|---|---|---|")
+    for suite in SUITES:
+        twin = f"[{suite.twin}]({_HUB}/{suite.twin})" if suite.twin else "not known"
+        count = suite.checkpoints or ""
+        lines.append(f"| [{suite.repo}]({_HUB}/{suite.repo}) | {count} | {twin} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import plotting, values
+from neox_bridge.cli.asked import given
 from neox_bridge.cli.output import KINDS, human, plural, print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.errors import UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit
-    from neox_bridge.verification.runs import Fault
+    from neox_bridge.verification.runs import Fault, Run
     from neox_bridge.verification.steps import Step
 
 
@@ -19,10 +21,24 @@ def audit(
         list[str],
         typer.Argument(
             metavar="DIR...",
-            help="A run (a GPT-NeoX root, or a folder of step1000, step2000, …), or a parent of "
-            "several.",
+            help="A run (a GPT-NeoX root, a folder of step1000, step2000, …, or ORG/NAME of the "
+            "Hub with a branch for each step), or a parent of several.",
         ),
     ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TWIN",
+            help="Another run that should hold the same weights at each step, of either kind: a "
+            "folder, or ORG/NAME of the Hub.",
+        ),
+    ] = None,
+    steps: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST", help="Steps to look at: 1000,5000-9000,10000-143000:1000,last or all."
+        ),
+    ] = "all",
     same_init: Annotated[
         bool,
         typer.Option("--same-init", help="Runs of the same shapes must have the same step 0."),
@@ -57,28 +73,50 @@ def audit(
     they shouldn't, norms that jump, NaN, steps that are missing, half-written or another model's.
     Layouts, formats and tensor parallelism may differ from step to step. Writes nothing into DIR.
 
+    With --against it says instead whether two runs hold the same weights at each step, and where
+    else they are if not. Dtypes that differ are compared after the cast that keeps every value.
+    Checkpoints of the Hub are read there by ranges, over plain HTTP.
+
     \b
     Examples:
       neox-bridge audit checkpoints/
       neox-bridge audit suite/ --plot norms.svg
+      neox-bridge audit EleutherAI/neox-ckpt-pythia-160m --against EleutherAI/pythia-160m
 
-    Exit codes: 0 nothing is wrong, 3 there are warnings or errors, 1 there is nothing to audit.
+    Exit codes: 0 nothing is wrong, 3 there are warnings or errors (with --against: weights differ,
+    or cannot be read), 1 there is nothing to audit.
     """
-    from neox_bridge.errors import BridgeError
     from neox_bridge.layouts.open import check_configs_used
     from neox_bridge.verification.audit import audit as look
     from neox_bridge.verification.audit import open_places
     from neox_bridge.verification.hash_cache import default_folder
-    from neox_bridge.verification.runs import find_runs
+    from neox_bridge.verification.step_choice import check_ranges, with_steps
 
+    named = given(same_init=same_init, optimizer=optimizer, plot=plot)
+    if against is not None and named:
+        raise UsageError(named, "not with --against", "Leave it out, or audit the run alone.")
     plotting.prepare(plot)
-    runs, faults = find_runs(folders)
-    if not runs:
-        raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults))
+    runs, faults = _runs(folders)
+    check_ranges(steps, runs)
+    runs = [with_steps(run, steps) for run in runs]
+    folder = None if cache == "none" else cache or default_folder()
+    if against is not None:
+        from neox_bridge.cli.audit_against import audit_against
+
+        audit_against(
+            runs,
+            _runs([against])[0],
+            steps,
+            config or (),
+            cache=folder,
+            workers=max_workers,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
     opened = open_places(runs, config or ())
     checkpoints = [one.checkpoint for one in opened if one.checkpoint is not None]
     check_configs_used(config or (), *checkpoints)
-    folder = None if cache == "none" else cache or default_folder()
     size = sum(one.size + (one.states if optimizer else 0) for one in opened)
     with progress_bar(size, "reading", quiet) as progress:
         found = look(
@@ -100,6 +138,16 @@ def audit(
     tell_findings(found.faults, quiet or as_json)
     if not found.holds:
         raise typer.Exit(3)
+
+
+def _runs(paths: list[str]) -> "tuple[list[Run], list[Fault]]":
+    from neox_bridge.errors import BridgeError
+    from neox_bridge.verification.runs import find_runs
+
+    runs, faults = find_runs(paths)
+    if not runs:
+        raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults))
+    return runs, faults
 
 
 def _print(found: "Audit") -> None:

@@ -138,7 +138,7 @@ def batch(
 
 def _check_applies(own: dict[str, Any], given: frozenset[str]) -> None:
     """Raise UsageError for options of a batch that would be ignored, or that make no sense."""
-    from neox_bridge.batch.items import check_steps
+    from neox_bridge.verification.step_choice import check_steps
 
     check_steps(own["steps"])
     if "interval" in given and not own["watch"]:

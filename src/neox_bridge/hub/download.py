@@ -46,20 +46,35 @@ def cached_snapshot(repo: str, revision: str | None) -> str:
 
     Raises BridgeError where the cache has no such revision.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    root = os.path.join(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
-    named = _named(repo, revision)
-    way = (
-        "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or run where there is a "
-        f"network: {shlex.join(['hf', 'download', repo, *_options(revision)])}"
-    )
-    if not os.path.isdir(os.path.join(root, "snapshots")):
-        raise BridgeError(f"{named} isn't in the cache ({HF_HUB_CACHE}). {way}")
+    root = cached_repo(repo, revision)
     try:
         return snapshot_of(root, revision)
     except BridgeError as error:
-        raise BridgeError(f"{named} isn't in the cache: {error} {way}") from None
+        way = _way_online(repo, revision)
+        raise BridgeError(f"{_named(repo, revision)} isn't in the cache: {error} {way}") from None
+
+
+def cached_repo(repo: str, revision: str | None = None) -> str:
+    """The folder of a repository in huggingface_hub's cache, with ``refs`` and ``snapshots``.
+
+    Raises BridgeError where the cache has none. revision: for its words.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = os.path.join(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    if not os.path.isdir(os.path.join(root, "snapshots")):
+        raise BridgeError(
+            f"{_named(repo, revision)} isn't in the cache ({HF_HUB_CACHE}). "
+            f"{_way_online(repo, revision)}"
+        )
+    return root
+
+
+def _way_online(repo: str, revision: str | None) -> str:
+    return (
+        "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or run where there is a "
+        f"network: {shlex.join(['hf', 'download', repo, *_options(revision)])}"
+    )
 
 
 def _named(repo: str, revision: str | None) -> str:

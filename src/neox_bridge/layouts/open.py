@@ -133,7 +133,15 @@ def _opened(
     else:
         from neox_bridge.hub.source import find_source
 
-        place = find_source(*_model_on_hub(source, revision))
+        model = _model_on_hub(source, revision)
+        if step is not None:
+            raise UsageError(
+                ["step"],
+                f"{source} is a model of the Hub, whose steps are branches",
+                f"Name one with --revision: --revision step{step}. For a step's folder in a "
+                f"branch, name the folder: hf://{model[0]}/global_step{step}",
+            )
+        place = find_source(*model)
         source, named = place.path, place.revision
         repo, findings = place.repo, place.findings
     found = _open_folder(source, named, step, configs, gqa_order)

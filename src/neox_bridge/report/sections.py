@@ -8,6 +8,7 @@ from neox_bridge.cli.output import KINDS, human, plural, side
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import Cast, equality
+from neox_bridge.report.against import against_section
 from neox_bridge.report.audit import audit_section
 from neox_bridge.report.batch import batch_section
 from neox_bridge.report.figures import plot_of
@@ -40,6 +41,7 @@ def section_of(document: object, name: str, prefix: str) -> Section:
     for word, wanted, build in (
         ("verify", {"holds", "differences"}, _verification),
         ("audit", {"holds", "findings", "steps"}, audit_section),
+        ("audit", {"holds", "findings", "comparisons"}, against_section),
         ("batch", {"batch", "holds", "rows"}, batch_section),
         ("diff", {"equal", "tensors"}, _diff),
         ("convert", {"result", "summary", "target"}, _conversion),

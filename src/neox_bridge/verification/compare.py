@@ -30,6 +30,7 @@ _EXACT = {
     *((dtype, dtype) for dtype in FLOATING),
     *((small, dtype) for small in FLOAT8 for dtype in FLOATING),
 }
+_WIDER = ("float16", "bfloat16", "float32", "float64")
 MEASURED = 1 << 16  # elements at a time where they become float64, some times over
 
 
@@ -105,6 +106,18 @@ def _read(whole: Whole, context: Context) -> "Array":
     tensor = OutputTensor("", whole.dtype, whole.shape, whole.pieces, whole.reduce)
     parts = [part.reshape(-1) for part in blocks(tensor, context)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def common_dtype(dtypes: Iterable[str]) -> str | None:
+    """The smallest dtype to which tensors of all of these can be cast without losing a value.
+
+    None where there is no such dtype.
+    """
+    kinds = set(dtypes)
+    for wider in _WIDER:
+        if all((kind, wider) in _EXACT for kind in kinds):
+            return wider
+    return None
 
 
 def overflowed(first: Whole, second: Whole, context: Context) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -22,6 +22,9 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.pieces import Whole
 from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
+
+if TYPE_CHECKING:
+    from neox_bridge.stores.objects import Object
 
 Identity = tuple[int, int, int, int]
 _PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written
@@ -39,27 +42,24 @@ def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
 
     Raises BridgeError, naming the file, where one can't be looked at.
     """
+    files = {ref.file: None for whole in checkpoint.tensors.values() for ref in sources(whole)}
     found = {}
-    for whole in checkpoint.tensors.values():
-        for ref in sources(whole):
-            if ref.file not in found:
-                if is_url(ref.file):
-                    found[ref.file] = _of_object(ref.file)
-                    continue
-                try:
-                    status = os.stat(ref.file)
-                except OSError as error:
-                    raise unreadable(ref.file, error) from None
-                times = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
-                found[ref.file] = times
-    return found
+    for file in files:
+        if not is_url(file):
+            try:
+                status = os.stat(file)
+            except OSError as error:
+                raise unreadable(file, error) from None
+            found[file] = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+    if urls := [file for file in files if is_url(file)]:
+        from neox_bridge.stores.objects import look_all
+
+        found |= {url: _of_object(seen) for url, seen in look_all(urls).items()}
+    return {file: found[file] for file in files}
 
 
-def _of_object(url: str) -> Identity:
+def _of_object(seen: "Object") -> Identity:
     """Its tag in place of the times; stores name contents, so that no clock is too coarse."""
-    from neox_bridge.stores.objects import look
-
-    seen = look(url, again=True)
     return seen.size, 0, int(xxhash.xxh3_64(seen.tag.encode()).hexdigest(), 16), 0
 
 

@@ -4,13 +4,23 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from urllib.parse import quote, unquote
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import some
-from neox_bridge.layouts.step_names import NUMBERED, natural
+from neox_bridge.layouts.step_names import NUMBERED, natural, step_of
 from neox_bridge.layouts.text_files import read_text
-from neox_bridge.stores.paths import absolute, afresh, isdir, isfile, lexists, listdir, normal
+from neox_bridge.stores.paths import (
+    absolute,
+    afresh,
+    exists,
+    isdir,
+    isfile,
+    lexists,
+    listdir,
+    normal,
+)
 
 _NEOX = re.compile(r"global_step(\d+)")
 _DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk
@@ -46,16 +56,22 @@ class Run:
 
 
 def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
-    """Every run in these folders, and what is strange about the folders themselves.
+    """Every run in these places, and what is strange about the places themselves.
 
-    A folder may be a GPT-NeoX root with many ``global_stepN``, one that holds Hugging Face folders
-    ``stepN`` or ``checkpoint-N``, a model in Hugging Face's cache with a revision for each step, a
-    single checkpoint, or a parent of several of those. Links that point to the same folder count
-    once. Never raises for what a folder holds.
+    ``org/name`` is a model of the Hub, whose branches and tags ``stepN`` are the run's steps, where
+    there is no such folder. A folder may be a GPT-NeoX root with many ``global_stepN``, one that
+    holds folders ``stepN`` or ``checkpoint-N``, a model in Hugging Face's cache with a revision for
+    each step, a single checkpoint, or a parent of several of those. Links that point to the same
+    folder count once. Never raises for what a folder holds; raises BridgeError where the Hub can't
+    be asked.
     """
     found: dict[str, dict[str, Place]] = {}
     faults: list[Fault] = []
     for path in paths:
+        if (model := model_on_hub(path)) is not None:
+            run, places = _hub_places(*model)
+            found.setdefault(run, {}).update({place.path: place for place in places})
+            continue
         any_found = False
         for run, place in _explore(normal(afresh(path)), faults, 0):
             found.setdefault(run, {}).setdefault(absolute(place.path), place)
@@ -66,6 +82,37 @@ def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
             faults.append(Fault("no-checkpoint", "error", message, remedy, normal(path)))
     runs = [Run(name, tuple(sorted(places.values(), key=_order))) for name, places in found.items()]
     return sorted(runs, key=lambda run: natural(run.name)), faults
+
+
+def model_on_hub(path: str) -> tuple[str, str] | None:
+    """``org/name`` and the revision, "" for all, of a model of the Hub; None for other places."""
+    from neox_bridge.hub.names import model_id
+
+    if not path.startswith("hf://") and (path.startswith((".", "/", "~")) or exists(path)):
+        return None
+    return model_id(unquote(path.removeprefix("hf://").rstrip("/")))
+
+
+def _hub_places(repo: str, revision: str) -> tuple[str, tuple[Place, ...]]:
+    """The run's name and its steps; all of a model that has no steps. They are read by ranges."""
+    from neox_bridge.hub.download import cached_repo
+    from neox_bridge.hub.names import MAIN
+    from neox_bridge.hub.revisions import revisions
+    from neox_bridge.hub.source import is_offline
+
+    def place(name: str, number: int | None) -> Place:
+        label = name if number is None else str(number)
+        return Place(f"hf://{repo}@{quote(name, safe='')}", label, number)
+
+    if revision:
+        return repo, (place(revision, step_of(revision)),)
+    if is_offline():
+        return repo, tuple(one for _, one in _revisions(cached_repo(repo), []))
+    known = revisions(repo)
+    steps = {one.step: one for one in reversed(known) if one.step is not None}  # branch, or tag
+    named = [steps[number] for number in sorted(steps)]
+    named = named or [one for one in known if one.name == MAIN]
+    return repo, tuple(place(one.name, one.step) for one in named)
 
 
 def _order(place: Place) -> tuple[int, str]:

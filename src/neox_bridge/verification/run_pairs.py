@@ -1,0 +1,149 @@
+"""Two runs side by side: which of their steps belong together, opened."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.frameworks.suites import twin_of
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.open import open_with
+from neox_bridge.stores.paths import is_url
+from neox_bridge.verification.runs import Place, Run
+
+Side = Literal["source", "twin"]
+SIDES: tuple[Side, Side] = ("source", "twin")
+_OPENED_AT_ONCE = 4  # places in a store
+
+
+@dataclass(frozen=True)
+class OpenedStep:
+    """A place and the checkpoint that is there, or why it cannot be read."""
+
+    place: Place
+    checkpoint: Checkpoint | None = None
+    reason: str = ""
+
+    @property
+    def number(self) -> int | None:
+        """The step: by the place's name, else by the checkpoint's own files."""
+        if self.place.number is not None or self.checkpoint is None:
+            return self.place.number
+        state = self.checkpoint.neox
+        return None if state is None else state.iteration
+
+
+@dataclass(frozen=True)
+class OpenedPair:
+    """The steps of two runs.
+
+    Attributes:
+        source: The name of the run that is audited.
+        twin: The name of the run that it is compared with.
+        both: The steps that both have, opened, source first.
+        alone: The others, not opened, with the side that has them.
+        configs: As of ``open_pair``.
+    """
+
+    source: str
+    twin: str
+    both: tuple[tuple[OpenedStep, OpenedStep], ...] = ()
+    alone: tuple[tuple[Side, Place], ...] = ()
+    configs: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes to read."""
+        opened = (step.checkpoint for pair in self.both for step in pair)
+        return sum(checkpoint.size for checkpoint in opened if checkpoint is not None)
+
+    def name(self, side: Side) -> str:
+        return self.source if side == "source" else self.twin
+
+
+def pair_runs(sources: Sequence[Run], twins: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Which run is compared with which: the only two, or those of the same name.
+
+    A published suite also belongs to the twin that ``frameworks.suites`` knows.
+
+    Raises:
+        UsageError: a run has no partner.
+    """
+    if len(sources) == len(twins) == 1:
+        return [(sources[0], twins[0])]
+    by_name = {_base(run.name): run for run in twins}
+    pairs = []
+    for run in sources:
+        twin = by_name.get(_base(run.name)) or by_name.get(_base(twin_of(run.name) or ""))
+        if twin is None:
+            raise UsageError(
+                ["against"],
+                f"it holds {some(sorted(by_name))}, and no counterpart of the run {run.name}",
+                "Audit one run at a time, and name its counterpart.",
+            )
+        pairs.append((run, twin))
+    return pairs
+
+
+def open_pair(source: Run, twin: Run, configs: Sequence[str] = ()) -> OpenedPair:
+    """Open the steps that both runs have; reads headers only.
+
+    Steps that only one run has are not opened, unless nothing but their files tells their number. A
+    single checkpoint of an unknown step belongs to the other run's single one. A checkpoint that
+    cannot be opened is no error here: ``OpenedStep`` says why.
+
+    Args:
+        configs: yml files for GPT-NeoX checkpoints that have none of their own.
+    """
+    source_steps, twin_steps = _opened(source, twin, configs), _opened(twin, source, configs)
+    both = [
+        (step, twin_steps[number]) for number, step in source_steps.items() if number in twin_steps
+    ]
+    if len(source.places) == len(twin.places) == 1 and None in {*source_steps, *twin_steps}:
+        both = list(zip(source_steps.values(), twin_steps.values(), strict=True))
+    paired = {step.place.path for pair in both for step in pair}
+    alone = [
+        (side, place)
+        for side, run in zip(SIDES, (source, twin), strict=True)
+        for place in run.places
+        if place.path not in paired
+    ]
+    return OpenedPair(source.name, twin.name, tuple(both), tuple(alone), tuple(configs))
+
+
+def open_step(place: Place, configs: Sequence[str] = ()) -> OpenedStep:
+    """Open a checkpoint, or say why that fails."""
+    try:
+        return OpenedStep(place, open_with(place.path, configs))
+    except (BridgeError, OSError) as error:
+        return OpenedStep(place, None, reason_of(error, place))
+
+
+def reason_of(error: BridgeError | OSError, place: Place) -> str:
+    """Why a checkpoint cannot be read, with its path."""
+    if isinstance(error, OSError):
+        where = os.fsdecode(error.filename) if error.filename is not None else place.path
+        return f"{where} can't be read: {error.strerror or error}"
+    return str(error)
+
+
+def _opened(run: Run, other: Run, configs: Sequence[str]) -> dict[int | None, OpenedStep]:
+    """The steps of a run that the other run can have, by number."""
+    numbers = {place.number for place in other.places}
+    places = [
+        place
+        for place in run.places
+        if place.number is None or place.number in numbers or None in numbers
+    ]
+    if any(is_url(place.path) for place in places):  # most of the time is waiting for a network
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            opened = list(pool.map(lambda place: open_step(place, configs), places))
+    else:
+        opened = [open_step(place, configs) for place in places]
+    return {step.number: step for step in opened}
+
+
+def _base(name: str) -> str:
+    return os.path.basename(name.rstrip("/"))

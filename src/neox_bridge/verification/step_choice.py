@@ -1,0 +1,77 @@
+"""Which steps of a run ``--steps`` chooses."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from neox_bridge.errors import UsageError
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.verification.runs import Run
+
+_RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
+
+
+def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
+    """The step numbers of ``0,1000,5000-9000,10000-143000:1000,last``; None for ``all``.
+
+    there: the numbers that a run has, of which ``last`` is the largest; a range means those of
+    them that it holds. Raises UsageError for other words, and for a number that isn't there.
+    """
+    check_steps(steps)
+    if steps.strip() == "all":
+        return None
+    found: set[int] = set()
+    for part in (part.strip() for part in steps.split(",")):
+        if part == "last" and there:
+            found.add(max(there))
+        elif match := _RANGE.fullmatch(part):
+            low, high, every = int(match[1]), int(match[2]), int(match[3] or 1)
+            found |= {n for n in there if low <= n <= high and (n - low) % max(1, every) == 0}
+        elif part.isdigit():
+            if int(part) not in there:
+                have = some([str(n) for n in sorted(there)])
+                raise UsageError(["steps"], f"there is no step {part}. The steps are {have}")
+            found.add(int(part))
+    return found
+
+
+def check_steps(steps: str) -> None:
+    """Raise UsageError where a part of ``--steps`` is neither a number, a range nor `last`."""
+    if steps.strip() == "all":
+        return
+    for part in map(str.strip, steps.split(",")):
+        if part != "last" and not part.isdigit() and not _RANGE.fullmatch(part):
+            raise UsageError(
+                ["steps"],
+                f"{part!r} is not a step",
+                "Write numbers, ranges such as 1000-5000 or 0-143000:1000, `last` or `all`.",
+            )
+
+
+def check_ranges(steps: str, runs: Iterable[Run]) -> None:
+    """Raise UsageError for a range that holds no step of any run."""
+    if steps.strip() == "all":
+        return
+    there = sorted({n for run in runs for place in run.places if (n := place.number) is not None})
+    for part in map(str.strip, steps.split(",")):
+        if _RANGE.fullmatch(part) and not chosen(part, there):
+            have = some([str(number) for number in there])
+            raise UsageError(["steps"], f"{part} matches none of the steps, which are {have}")
+
+
+def within(run: Run, steps: str) -> Run:
+    """``with_steps`` of a counterpart, which need not have the numbers that are named."""
+    numbers = [place.number for place in run.places if place.number is not None]
+    parts = [part.strip() for part in steps.split(",")]
+    kept = [part for part in parts if not part.isdigit() or int(part) in numbers]
+    return with_steps(run, ",".join(kept)) if kept else Run(run.name, ())
+
+
+def with_steps(run: Run, steps: str) -> Run:
+    """The run with the chosen steps only. Raises UsageError, see ``chosen``."""
+    if steps.strip() == "all":
+        return run
+    numbers = [place.number for place in run.places if place.number is not None]
+    wanted = chosen(steps, numbers)
+    if wanted is None:
+        return run
+    return Run(run.name, tuple(place for place in run.places if place.number in wanted))
