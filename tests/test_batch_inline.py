@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from tiny import Inline, plan_of, tensors, write_hf
 
-
 from neox_bridge.batch import run as running
 from neox_bridge.batch.items import Item, Source, find_items
 from neox_bridge.batch.on_hub import HubModel
