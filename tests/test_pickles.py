@@ -406,3 +406,21 @@ def test_same_value_same_bytes() -> None:
     assert one is not other
     shared, apart = ({"s": {3, 1, "x"}, "t": [one, text]} for text in (one, other))
     assert dump(shared, {}) == dump(apart, {})
+
+
+def test_reading_stops_at_a_key_of_the_outermost_dictionary() -> None:
+    """What comes before it is the value, whatever follows; a nested key of that name is none."""
+    nested = "".join(("st", "op"))  # another object, so that it is no recalled one
+    value = {"first": {nested: 1, "more": [2]}, "stop": {"a": 1}, "last": 3}
+    assert load(io.BytesIO(pickle.dumps(value, 0)), until="stop") == value, "item by item"
+    for protocol in range(1, 6):
+        data = pickle.dumps(value, protocol)
+        assert load(io.BytesIO(data), until="stop") == {"first": value["first"]}
+        assert load(io.BytesIO(data), until="absent") == value
+        assert load(io.BytesIO(data)) == value
+        damaged = data[: data.rindex(b"last")] + b"\0" * 8
+        assert load(io.BytesIO(damaged), until="stop") == {"first": value["first"]}
+        with pytest.raises(PickleError):
+            load(io.BytesIO(damaged))
+        for other in (["stop", 1], ("stop",), "stop", {"x": "stop"}):
+            assert load(io.BytesIO(pickle.dumps(other, protocol)), until="stop") == other

@@ -90,6 +90,7 @@ def load(
     tensor: Callable[[PickledTensor], object] | None = None,
     size: int | None = None,
     context: Context | None = None,
+    until: str | None = None,
 ) -> object:
     """The value of the pickle at the stream's position, which is left right behind it.
 
@@ -97,20 +98,27 @@ def load(
     tensor: what to put in a tensor's place, by default the ``PickledTensor`` itself.
     size: bytes that are the pickle's, by default all up to the stream's end.
     context: in place of a new one, for pickles that share their steps; ``tensor`` isn't used then.
+    until: a key of the outermost dictionary. Where it comes, the items before it are the value, and
+        nothing after it is read. A pickle of another form is read as a whole.
     Raises PickleError for what is damaged, unknown or too large, and what the callbacks raise.
     """
     context = context or Context(tensor or (lambda pickled: pickled))
     machine = _Machine(persistent, context)
     bounded = _Bounded(stream, size, context)
+    codes = _CODES if until is None else {**_CODES, **_stopping(until)}
     try:
         while (code := bounded.read(1)) != _STOP:
             context.left -= 1  # as spend, which this loop has no time to call
             if context.left < 0:
                 context.spend(0)
-            if code not in _CODES:
+            if code not in codes:
                 raise PickleError(f"the pickle is damaged: {code!r} isn't one of its opcodes")
-            handler, argument = _CODES[code]
+            handler, argument = codes[code]
             handler(machine, argument(bounded) if argument else None)
+        return machine.stack.pop()
+    except _ReachedKey:
+        pairs = _take_mark(machine)
+        _set_items(machine, pairs)
         return machine.stack.pop()
     except IndexError:
         raise PickleError("the pickle takes more values than it gave") from None
@@ -118,6 +126,23 @@ def load(
         raise PickleError(f"the pickle is damaged: {str(error)[:200]}") from None
     except RecursionError:  # comparing keys
         raise PickleError("the pickle nests its keys too deeply") from None
+
+
+class _ReachedKey(Exception):
+    """The key at which reading stops."""
+
+
+def _stopping(until: str) -> "dict[bytes, _Code]":
+    """The opcodes of text, which stop where it is this key of the outermost dictionary."""
+
+    def push(machine: _Machine, arg: object) -> None:
+        if arg == until and len(machine.marks) == 1 and len(machine.stack) % 2 == 0:
+            (outermost,) = machine.marks
+            if len(outermost) == 1 and isinstance(outermost[0], dict):
+                raise _ReachedKey
+        machine.stack.append(arg)
+
+    return {code: (push, _CODES[code][1]) for code in _TEXT}
 
 
 def _take_mark(machine: _Machine) -> list[Any]:
@@ -392,7 +417,9 @@ _HANDLERS: dict[str, _Handler] = {
     "FRAME": _nothing,
 }
 _STOP = b"."
-_CODES: dict[bytes, tuple[_Handler, Callable[[Any], Any] | None]] = {
+_TEXT = (b"V", b"X", b"\x8c", b"\x8d")  # UNICODE and its binary forms
+_Code = tuple[_Handler, Callable[[Any], Any] | None]
+_CODES: dict[bytes, _Code] = {
     opcode.code.encode("latin-1"): (
         _HANDLERS[opcode.name],
         opcode.arg.reader if opcode.arg else None,

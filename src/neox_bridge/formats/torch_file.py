@@ -11,12 +11,13 @@ _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a record, or the end of an archive with
 _PICKLE = b"\x80"  # PROTO, with which every pickle of protocol 2 and later begins
 
 
-def read_torch(path: str, *, alike: bool = False) -> object:
+def read_torch(path: str, *, alike: bool = False, until: str | None = None) -> object:
     """The value of a ``.pt``, ``.pth`` or ``.bin`` file: a ``TensorRef`` in each tensor's place.
 
     Containers and scalars are Python's, an OrderedDict is a dict, every other object is an inert
-    ``pickles.Record`` or ``pickles.Global``. alike: see ``read_pt``. Raises BridgeError, naming
-    the file and the way out, for whatever isn't such a file or can't be read.
+    ``pickles.Record`` or ``pickles.Global``. alike, until: see ``read_pt``; files from before
+    torch 1.6 are read as a whole. Raises BridgeError, naming the file and the way out, for whatever
+    isn't such a file or can't be read.
     """
     try:
         with open_regular(path) as file:
@@ -27,7 +28,7 @@ def read_torch(path: str, *, alike: bool = False) -> object:
                 "torch.save it again."
             )
         if head.startswith(_ZIP):
-            return read_pt(path, alike=alike)
+            return read_pt(path, alike=alike, until=until)
         if head.startswith(_PICKLE):
             return read_legacy(path)
     except OSError as error:

@@ -81,10 +81,11 @@ class Claims:
         return ref
 
 
-def read_pt(path: str, *, alike: bool = False) -> object:
+def read_pt(path: str, *, alike: bool = False, until: str | None = None) -> object:
     """The value of a zip ``.pt`` file, with a ``TensorRef`` in each tensor's place.
 
     alike: whether other files may have the same pickle, which is then gone through once for all.
+    until: see ``pickles.load``.
     Nothing in the file is run: see ``pickles``. Raises BridgeError, naming the file and the way
     out, for one that is truncated, compressed, a TorchScript archive, big-endian, or whose
     records overlap or are too small for their tensors; OSError where it can't be read. Time and
@@ -92,7 +93,7 @@ def read_pt(path: str, *, alike: bool = False) -> object:
     """
     with open_file(path) as file:
         try:
-            return _value(path, file, _entries(file), alike)
+            return _value(path, file, _entries(file), alike, until)
         except PickleError as error:
             raise not_whole(path, str(error)) from None
         except NoDirectory:
@@ -146,7 +147,9 @@ def place(tensor: PickledTensor, path: str, start: int, size: int) -> TensorRef:
     return TensorRef(path, start + low, tensor.dtype, tensor.shape, strides)
 
 
-def _value(path: str, file: BinaryIO, entries: dict[str, _Entry], alike: bool) -> object:
+def _value(
+    path: str, file: BinaryIO, entries: dict[str, _Entry], alike: bool, until: str | None
+) -> object:
     if "data.pkl" not in entries:
         raise not_whole(path, "it has no data.pkl")
     if "byteorder" in entries:
@@ -173,7 +176,7 @@ def _value(path: str, file: BinaryIO, entries: dict[str, _Entry], alike: bool) -
         if found is not None:
             return {name: value and tensor(value) for name, value in found.items()}
         file.seek(pickled.offset)
-    return load(file, storage_ref, tensor, pickled.size)
+    return load(file, storage_ref, tensor, pickled.size, until=until)
 
 
 @lru_cache(64)

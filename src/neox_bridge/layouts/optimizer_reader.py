@@ -191,9 +191,12 @@ def _rank_files(
     ]
 
 
-def optimizer_states(path: str) -> Mapping[str, Any]:
-    """A file of ZeRO's, which has an ``optimizer_state_dict``. Raises BridgeError for others."""
-    value = read_torch(path)
+def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:
+    """A file of ZeRO's, which has an ``optimizer_state_dict``. Raises BridgeError for others.
+
+    until: the key behind it at which reading stops, see ``pickles.load``.
+    """
+    value = read_torch(path, until=until)
     inner = value.get("optimizer_state_dict") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(inner, dict):
         raise BridgeError(f"{path} holds no optimizer_state_dict: it isn't a file of DeepSpeed's.")
