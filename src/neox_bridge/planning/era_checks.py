@@ -18,7 +18,6 @@ def check_era(checkpoint: Checkpoint, shape: Shape, era: Era, options: Options) 
     """What to know of a model in trees of an era. Raises Refused where they have no such model."""
     architecture, config, path = checkpoint.architecture, checkpoint.config, checkpoint.path
     found = []
-    refuse_all(_unknown_to_era(architecture, config, shape, era), path)
     ffn = config.dims["ffn"]
     if architecture.has_mlp:
         _check_mlp_biases(architecture, config, shape, era)
@@ -39,6 +38,7 @@ def check_era(checkpoint: Checkpoint, shape: Shape, era: Era, options: Options) 
             f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
             "--for today."
         )
+    refuse_all(_unknown_to_era(architecture, config, shape, era), path)
     if options.era is None:
         return [_stored_by_flag()] if options.inv_freq == "store" and era.inv_freq_key else []
     if shape.mlp_names != era.mlp_names:
