@@ -146,6 +146,14 @@ def test_any_name_is_opened(
     assert_same(hf_tensors(tmp_path / "hf"), weights)
 
 
+def test_flat_files_above_a_step_are_not_read(flat: Path) -> None:
+    shutil.copytree(FLAT, flat / "global_step64")
+    checkpoint = open_checkpoint(str(flat))
+    assert checkpoint.neox is not None
+    assert checkpoint.neox.folder == str(flat / "global_step64")
+    assert said(checkpoint)["two-places"] == "warning"
+
+
 def test_every_command_opens_it(flat: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "made").mkdir(parents=True)
@@ -502,6 +510,8 @@ def test_a_snapshot_of_the_hub(tmp_path: Path, weights: dict[str, torch.Tensor])
     assert_same(hf_tensors(tmp_path / "hf"), weights)
     cache = folder.parents[1]
     assert state_of(cache, revision="step8").folder == str(folder)
+    found = json.loads(run("audit", cache, "--cache", "none", "--json").stdout)
+    assert [step["step"] for step in found["steps"]] == [8]
     done = run("doctor", folder, "--for", "today", "--fix", tmp_path / "fix", "--drop-optimizer")
     assert done.exit_code == 0, done.output
     assert not any(path.is_symlink() for path in (tmp_path / "fix").rglob("*"))

@@ -16,9 +16,7 @@ Step = Annotated[
 ]
 Configs = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="FILE", help="A yml for a GPT-NeoX folder that has no configs; may be repeated."
-    ),
+    typer.Option(metavar="FILE", help="A yml for a GPT-NeoX folder without one; may be repeated."),
 ]
 
 

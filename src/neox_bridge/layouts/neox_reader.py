@@ -41,6 +41,7 @@ from neox_bridge.layouts.step_folder import (
     step_finding,
     step_folder,
     step_in_name,
+    weights_above_finding,
 )
 from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder
@@ -170,6 +171,8 @@ def open_neox(
     findings = [*map(duplicate_finding, duplicates), *map(skipped_finding, chosen.skipped)]
     findings += [*plain.findings, *window.findings]
     if finding := step_finding(folder, revision, saved, step if named_step is None else named_step):
+        findings.append(finding)
+    if finding := weights_above_finding(place):
         findings.append(finding)
     findings += [mismatch_finding(mismatch)] if mismatch else []
     if config.grouped_query and not state.gqa_order_known:

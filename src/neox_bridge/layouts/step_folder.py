@@ -31,11 +31,13 @@ class StepFolder:
     root: of the run that the step belongs to; the same as ``folder`` where the files lie flat and
         nothing above them belongs to the checkpoint.
     named: whether the user named this folder itself, and not the run's.
+    weights_above: whether files of a step lie in the run's folder itself too, which are not read.
     """
 
     root: str
     folder: str
     named: bool
+    weights_above: bool = False
 
     @property
     def flat(self) -> bool:
@@ -57,7 +59,8 @@ def step_folder(path: str, step: int | None) -> StepFolder:
         return StepFolder(os.path.dirname(path), path, named=True)
     if is_flat(names):
         return StepFolder(path, path, named=True)
-    return StepFolder(path, os.path.join(path, _chosen(path, names, step)), named=False)
+    folder = os.path.join(path, _chosen(path, names, step))
+    return StepFolder(path, folder, named=False, weights_above=any(map(is_weights, names)))
 
 
 def _chosen(path: str, names: Sequence[str], step: int | None) -> str:
@@ -187,6 +190,19 @@ def check_step(asked: int | None, place: StepFolder, number: int | None) -> None
             f"{place.folder} is already another step than {asked}: it is step {number}",
             "Leave it out" + (", or name the folder above it." if not place.flat else "."),
         )
+
+
+def weights_above_finding(place: StepFolder) -> Finding | None:
+    """What is said where two steps could be meant: flat files, and a folder beside them."""
+    if not place.weights_above:
+        return None
+    return Finding(
+        "two-places",
+        "warning",
+        f"{place.root} holds files of a step itself, and {place.folder} holds those of another, "
+        "as GPT-NeoX writes them: the latter are read",
+        "move the others into a folder of their own if you want to read them",
+    )
 
 
 def step_finding(
