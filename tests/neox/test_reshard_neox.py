@@ -218,3 +218,17 @@ def test_a_fresh_optimizer_is_what_finetune_starts_with(
     assert all(apart(*pair) <= allowed for pair in zip(tuned, mine, strict=True))
     optimizer = read_optimizer(open_checkpoint(str(tmp_path / "own"), step=701))
     assert optimizer.metas[0]["lr_scheduler"]["num_iters"] == 701
+
+
+def test_a_fresh_optimizer_of_a_llama_with_biases(neox_python: str, tmp_path: Path) -> None:
+    """After the first step the weights are the masters: those of each bias are its own."""
+    biases = {"attention_bias": True, "mlp_bias": True}
+    hf = test_real_neox.with_tokenizer(make_hf(tmp_path / "hf", family="llama", **biases))
+    convert(hf, tmp_path / "tuned")
+    convert(hf, tmp_path / "fresh", optimizer="fresh")
+    jobs = [
+        {"yml": str(tmp_path / "tuned" / "finetune.yml"), "losses": 3},
+        {"yml": str(tmp_path / "fresh" / "resume.yml"), "losses": 3, "set": {"no_load_rng": True}},
+    ]
+    tuned, mine = losses(neox_python, Layout(1, 1, 1), jobs, tmp_path / "jobs")
+    assert all(apart(*pair) <= TOLERANCE["fp32"] for pair in zip(tuned, mine, strict=True))
