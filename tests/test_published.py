@@ -27,7 +27,6 @@ from neox_bridge.layouts.config_files import is_neox_config
 from neox_bridge.layouts.file_names import optimizer_files
 from neox_bridge.layouts.open import detect, open_checkpoint
 from neox_bridge.layouts.run_tokenizer import with_tokenizer
-from neox_bridge.layouts.tokenizer import Tokenizer
 
 FLAT = PUBLISHED / "v1_dp2" / "flat"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -235,7 +234,8 @@ def test_ranks_and_stages(
     convert(source, tmp_path / "hf", vocab_rows=256)
     assert_same(hf_tensors(tmp_path / "hf"), weights)
     convert(source, tmp_path / "again", to="neox", tp=1, pp=1, vocab_rows=256)
-    assert_same(neox_ranks(tmp_path / "again")[0], neox_ranks(tmp_path / "again")[0])
+    convert(FLAT, tmp_path / "once", to="neox", tp=1, pp=1, vocab_rows=256)
+    assert_same(neox_ranks(tmp_path / "again")[0], neox_ranks(tmp_path / "once")[0])
 
 
 def test_deepspeeds_files_of_another_program_stay_refused(flat: Path) -> None:
@@ -629,7 +629,6 @@ def test_another_kind_of_tokenizer_is_not_looked_for(flat: Path) -> None:
     path = flat / "160M.yml"
     path.write_text(path.read_text().replace("HFTokenizer", "GPT2BPETokenizer"))
     assert open_checkpoint(str(flat)).missing_tokenizer == ""
-    assert Tokenizer().files == ()
 
 
 # ---- the writer
