@@ -124,6 +124,29 @@ def test_every_form(form: str, dp: int, tmp_path: Path) -> None:
     assert [g.settings["weight_decay"] for g in optimizer.groups] == [0.1, 0.0]
 
 
+@pytest.mark.parametrize("dp", range(1, 18))
+@pytest.mark.parametrize("align", [1, 2])
+def test_partitions_of_every_number_of_ranks(align: int, dp: int, tmp_path: Path) -> None:
+    """Parts of an odd size, and whole parts of padding, which DeepSpeed did not count as such."""
+    model = made_up(layers=1, hidden=12, heads=3)
+    folder = write(model, Save(form="lean", dp=dp, align=align, version="0.5.8"), tmp_path / "x")
+    assert wrong(model, folder) == []
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_partition_that_is_too_short(rank: int, tmp_path: Path) -> None:
+    folder = write(made_up(layers=1), Save(form="lean", dp=3), tmp_path / "x")
+
+    def shorter(inner: dict[str, Any]) -> None:
+        inner[LEAN][0] = inner[LEAN][0][:-2]
+        for name, part in inner[BASE][0].items():
+            inner[BASE][0][name] = part[:-2]
+
+    change(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", shorter)
+    with pytest.raises(BridgeError, match=rf"{LEAN}\[0\]: its parts on all ranks have"):
+        read(folder)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("form", ["v1", "v1 rigid", "0.5.4", "0.5.10"])
 def test_two_tensor_parallel_ranks_in_two_stages(form: str, zipped: bool, tmp_path: Path) -> None:
@@ -514,6 +537,13 @@ def test_masters_of_another_step_are_a_warning(form: str, tmp_path: Path) -> Non
         assert codes(optimizer) == {}
     else:
         assert codes(optimizer)["masters-not-weights"] == "warning"
+    export = run("export-optimizer", folder, tmp_path / "export")
+    masters = run("convert", folder, tmp_path / "hf", "--weights", "masters")
+    warned = "fp32 masters are not the weights before rounding" in export
+    assert warned == (FORMS[form].form != "rigid")
+    assert ("fp32 masters are not the weights before rounding" in masters) == warned
+    assert ("do not hold Adam's step" in export) == (FORMS[form].form in ("v1", "lean"))
+    assert "do not hold Adam's step" not in masters
     report = json.loads(run("inspect", folder, "--optimizer", "--stats", "--json"))
     assert report["optimizer"]["masters"]["differing"] == ["layer 3: mlp.dense_4h_to_h.weight"]
     assert [f["severity"] for f in report["findings"] if f["code"] == "masters-not-weights"] == [
