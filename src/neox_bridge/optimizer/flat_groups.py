@@ -6,7 +6,7 @@ have one interval. Zeros pad the end of the group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from neox_bridge.errors import BridgeError
@@ -145,10 +145,10 @@ def _cut(
         count = min(size, left)
         left -= count
         if count:
-            used.append(replace(ref, shape=(count,)))
+            used.append(TensorRef(ref.file, ref.offset, ref.dtype, (count,)))
         if count < size:
             offset = ref.offset + count * itemsize(ref.dtype)
-            padding.append(replace(ref, offset=offset, shape=(size - count,)))
+            padding.append(TensorRef(ref.file, offset, ref.dtype, (size - count,)))
     return tuple(used), tuple(padding)
 
 
@@ -162,7 +162,7 @@ def _wholes(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[str
         for ref, low in found:
             offset = ref.offset
             for start, box in boxes_of(shape, low, low + ref.shape[0]):
-                piece = replace(ref, offset=offset, shape=box)
+                piece = TensorRef(ref.file, offset, ref.dtype, box)
                 pieces.append(Piece(piece, (0,) * len(box), start, box))
                 offset += prod(box) * itemsize(ref.dtype)
         wholes[name] = Whole(dtype, shape, tuple(pieces))
@@ -180,7 +180,7 @@ def _runs(
             part = parts[number]
             count = min(size - low, part.shape[0] - at)
             offset = part.offset + at * itemsize(part.dtype)
-            found.append((replace(part, offset=offset, shape=(count,)), low))
+            found.append((TensorRef(part.file, offset, part.dtype, (count,)), low))
             low, at = low + count, at + count
             if at == part.shape[0]:
                 number, at = number + 1, 0

@@ -5,7 +5,7 @@ the end of each step. What pads a flat group is zero, since its gradients are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
@@ -116,8 +116,7 @@ def _elements(ref: TensorRef) -> int:
 
 
 def _run(ref: TensorRef, low: int, count: int) -> TensorRef:
-    offset = ref.offset + low * itemsize(ref.dtype)
-    return replace(ref, offset=offset, shape=(count,), strides=None)
+    return TensorRef(ref.file, ref.offset + low * itemsize(ref.dtype), ref.dtype, (count,))
 
 
 def _differing(pairs: Sequence[_Pair]) -> Iterator[tuple[int, Parameter]]:
