@@ -481,7 +481,8 @@ class Stub:
         return Answer(
             302,
             b"",
-            Location=f"{self.url}/lfs/{blob.sha256}",
+            # another host, as on the Hub: huggingface_hub reads the headers of this answer then
+            Location=f"{self.url.replace('127.0.0.1', 'localhost')}/lfs/{blob.sha256}",
             X_Repo_Commit=oid,
             X_Linked_Etag=f'"{blob.sha256}"',
             X_Linked_Size=str(blob.size),
