@@ -332,10 +332,10 @@ def cut_short(value: Any) -> None:
 def moved(value: Any) -> None:
     """An element that is in the next part: the sum is right, the parts are not."""
     cut_short(value)
-    for holder in (value[MASTERS][0], *([i] for i in ())):
-        holder[1] = torch.cat([holder[1], holder[1][:1]])
-    for name, part in value[BASE][0][1].items():
-        value[BASE][0][1][name] = torch.cat([part, part[:1]])
+    first, second = value[MASTERS][0], value[BASE][0][1]
+    first[1] = torch.cat([first[1], first[1][:1]])
+    for name, part in second.items():
+        second[name] = torch.cat([part, part[:1]])
 
 
 HOSTILE: dict[str, tuple[Edit, str]] = {
@@ -509,6 +509,21 @@ def test_rigid_parts_of_another_model(tmp_path: Path) -> None:
         read(folder)
 
 
+def test_rigid_parts_have_one_size(tmp_path: Path) -> None:
+    """An element that is in the next part: the sum is right, the parts are not."""
+    folder = write(made_up(layers=1), Save(form="v1 rigid", bucket=1000), tmp_path / "x")
+
+    def shift(inner: dict[str, Any]) -> None:
+        masters, (one, two) = inner[MASTERS][0], (inner[BASE]["state"][n] for n in (0, 1))
+        for first, at, second, to in [(masters, 0, masters, 1), *((one, k, two, k) for k in one)]:
+            second[to] = torch.cat([first[at][-1:], second[to]])
+            first[at] = first[at][:-1]
+
+    change(folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt", shift)
+    with pytest.raises(BridgeError, match=r"\[0\]: its parts have different sizes"):
+        read(folder)
+
+
 def test_round_robin_is_refused(tmp_path: Path) -> None:
     folder = write(made_up(layers=1), FORMS["0.4.5"], tmp_path / "x")
     path = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -549,6 +564,24 @@ def test_masters_of_another_step_are_a_warning(form: str, tmp_path: Path) -> Non
     assert [f["severity"] for f in report["findings"] if f["code"] == "masters-not-weights"] == [
         "warning"
     ]
+
+
+def test_masters_decayed_before_training(tmp_path: Path) -> None:
+    """Without warmup the step on zero gradients decays the masters, and not yet the weights."""
+    model = made_up(layers=1)
+    save = Save(iteration=0, schedule={**LR_SCHEDULER, "warmup_iter": 0.0, "num_iters": 0})
+    folder = write(model, save, tmp_path / "x")
+    for (_, name), states in model.ranks[0].items():
+        if "norm" not in name and not name.endswith("bias"):
+            states["fp32"] = states["fp32"] * np.float32(1 - 0.01 * 0.1)
+    other = write(model, save, tmp_path / "other")
+    for path in other.glob("*optim_states.pt"):
+        shutil.copy(path, folder)
+    optimizer = read(folder)
+    assert differing(optimizer, model.ranks[0]) == []
+    assert (optimizer.groups[0].settings["step"], optimizer.groups[0].settings["lr"]) == (1, 0.01)
+    (finding,) = optimizer.findings
+    assert "no warmup, so that its first step on zero gradients decayed them" in finding.message
 
 
 @pytest.mark.parametrize("name", NAMES)

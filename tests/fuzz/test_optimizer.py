@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from published import run_folder
 from test_reshard import DATA, FP16, reshard
 from typer.testing import CliRunner
 
@@ -63,6 +64,11 @@ SOURCES = {
     "fp32_stage0": (DATA / "fp32_stage0", ["mp_rank_00_model"]),
     "fp16_stage0": (DATA / "fp16_stage0", ["mp_rank_00_model"]),
     "fp16": (FP16, ["zero_pp_rank_0_mp_rank_00_optim"]),
+}
+# of GPT-NeoX v1.0, in tests/data/published
+V1 = {
+    "v1_dp4_intervals": ["mp_rank_00_model", "zero_pp_rank_0_mp_rank_00_optim"],
+    "v1_dp2_rigid": ["zero_pp_rank_1_mp_rank_00_optim"],
 }
 UNIVERSAL = ["mp_rank_00_model_states.pt", "zero/optimizer_state.pt"]
 UNIVERSAL += [f"zero/2.attention.dense.weight/{name}.pt" for name in ("fp32", "exp_avg", "step")]
@@ -233,7 +239,12 @@ def run_one(root: Path, other: Path, number: int) -> None:
 
 def _copy(name: str) -> tuple[Path, Path, list[str]]:
     """A run to damage, as it was, and the files of it in which values are replaced."""
-    good, parts = SOURCES[name]
+    if name in V1:
+        good, parts = _TOP / f"{name}-good", V1[name]
+        if not good.exists():
+            run_folder(name, good)
+    else:
+        good, parts = SOURCES[name]
     root = _TOP / name
     if not root.exists():
         shutil.copytree(good, root)
@@ -282,7 +293,7 @@ def try_value(name: str, file: int, place: int, new: int, *, command: int | None
         shutil.copy(good, path)
 
 
-_NAMES = st.sampled_from([*SOURCES, "universal"])
+_NAMES = st.sampled_from([*SOURCES, *V1, "universal"])
 _NUMBER = st.integers(0, 2**16)
 
 
@@ -338,13 +349,13 @@ def try_setting(name: str, setting: int, new: int, *, command: int | None = None
             path.write_text(text)
 
 
-@given(st.sampled_from(sorted(SOURCES)), _NUMBER, _NUMBER)
+@given(st.sampled_from(sorted([*SOURCES, *V1])), _NUMBER, _NUMBER)
 @examples(25)
 def test_settings(name: str, setting: int, new: int) -> None:
     try_setting(name, setting, new)
 
 
-@given(st.sampled_from(sorted(SOURCES)), _NUMBER, _NUMBER, _NUMBER)
+@given(st.sampled_from(sorted([*SOURCES, *V1])), _NUMBER, _NUMBER, _NUMBER)
 @examples(20)
 def test_commands_with_settings(name: str, setting: int, new: int, command: int) -> None:
     try_setting(name, setting, new, command=command)
