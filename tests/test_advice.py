@@ -240,7 +240,15 @@ def test_a_conversion_script(key: str, script: str, to: str, hf: Path, tmp_path:
     ("text", "remedy"),
     [
         ("TypeError: 'NoneType' object is not subscriptable", "finetune: true"),
-        ("AssertionError: Empty ds_version in checkpoint, not clear how to proceed", "finetune"),
+        (
+            "AssertionError: Empty ds_version in checkpoint, not clear how to proceed",
+            "neox-bridge reshard CHECKPOINT NEW --for today",
+        ),
+        ("KeyError: 'csr_tensor_module_names'", "--to neox --for neox@v1.0"),
+        (
+            "TypeError: NeoXArgs.__init__() got an unexpected keyword argument 'gas'",
+            "rename gas to gradient_accumulation_steps",
+        ),
         ("Automatic adjustment of ZeRO's optimizer", "neox-bridge reshard CHECKPOINT NEW --dp N"),
         ("KeyError: 'module'", "--layout layers"),
     ],

@@ -34,6 +34,7 @@ OLD = TreeFacts(
     (),
     frozenset(),
     gated_biases="none",
+    states="sub-partitions",
 )
 _NEW_KEYS = frozenset({"moe_expert_interval", "num_kv_heads", "use_qk_layernorm", "gpt_j_tied"})
 NEW = TreeFacts("new", "flag", "linear", "grouped", "inside", False, True, True, (), _NEW_KEYS)
@@ -220,6 +221,16 @@ EXAMPLES: dict[str, Example] = {
     "neox-gpt-j-tied-fixed": Example(
         (neox(_parallel=True, gpt_j_tied=False), neox(_parallel=True))
     ),
+    "neox-gas-key": Example(
+        (neox(gas=1), neox(gradient_accumulation_steps=1)),
+        (NEW, with_key("gas")),
+        (unknown("gas"), unknown("gradient_accumulation_steps")),
+    ),
+    "neox-deepspeed-08": Example(
+        (neox(_ds_version=""), neox(_ds_version="0.16.5")),
+        (NEW, replace(NEW, states="sub-partitions")),
+        ("KeyError: 'csr_tensor_module_names'", "KeyError: 'sparse_tensor_module_names'"),
+    ),
     "neox-gpt-j-tied": Example(
         (neox(gpt_j_tied=True), neox(gpt_j_tied=False)),
         (NEW, without("gpt_j_tied")),
@@ -370,7 +381,8 @@ def made(bases: dict[str, Checkpoint], kind: str, edit: dict[str, Any]) -> Check
     if state is not None:
         layout, tp = edit.get("_layout", state.layout), edit.get("_tp", state.tp)
         optimizer = (edit["_optimizer"],) if "_optimizer" in edit else ()
-        state = replace(state, layout=layout, tp=tp, optimizer=optimizer)
+        version = edit.get("_ds_version", state.ds_version)
+        state = replace(state, layout=layout, tp=tp, optimizer=optimizer, ds_version=version)
     dropped = (Dropped(edit["_dropped"], "derived"),) if "_dropped" in edit else ()
     files = (f"/x/{edit['_file']}",) if "_file" in edit else base.files
     return replace(base, raw=raw, config=config, neox=state, dropped=dropped, files=files)

@@ -486,3 +486,19 @@ def test_settings_named_by_the_user_are_the_copys(tmp_path: Path) -> None:
     options = ["--config", tmp_path / "own.yml", "--for", "today", "--fix", tmp_path / "out"]
     doctor(root, *options)
     assert answer(tmp_path / "out", "today") == "loads"
+
+
+def test_a_key_that_is_called_otherwise_now_keeps_its_value(tmp_path: Path) -> None:
+    """``gas`` of GPT-NeoX v1.0 is gradient_accumulation_steps: 4 times the batch."""
+    flat = Path(__file__).parent / "data" / "published" / "v1_dp2" / "flat"
+    source = Path(shutil.copytree(flat, tmp_path / "run"))
+    yml = source / "160M.yml"
+    yml.write_text(yml.read_text().replace('"gas": 1', '"gas": 4'))
+    options = ["--for", "today", "--fix", str(tmp_path / "fixed"), "--drop-optimizer"]
+    done = CliRunner().invoke(app, ["doctor", str(source), *options])
+    assert done.exit_code == 0, done.output
+    assert "gas" not in done.output.partition("mended")[2]
+    for path in (tmp_path / "fixed").rglob("*.yml"):
+        settings = yaml.safe_load(path.read_text())
+        assert settings["gradient_accumulation_steps"] == 4
+        assert "gas" not in settings

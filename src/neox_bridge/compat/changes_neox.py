@@ -363,6 +363,35 @@ NEOX: tuple[Change, ...] = (
         in_checkpoint=neox(lambda c: c.config.parallel_residual and "gpt_j_tied" in c.raw),
     ),
     Change(
+        "neox-gas-key",
+        *("gpt-neox", "91c44bc3", "#1144", "2024-02-05", ""),
+        (*_DECODER, "mamba"),
+        "the yml key gas is gone; gradient_accumulation_steps is the same setting",
+        "TypeError: NeoXArgs.__init__() got an unexpected keyword argument 'gas'",
+        True,
+        "rename gas to gradient_accumulation_steps in the yml; without either, it is 1",
+        _pull(1144),
+        in_checkpoint=key("gas"),
+        in_tree=refuses("gas"),
+        in_error=(unknown("gas"),),
+    ),
+    Change(
+        "neox-deepspeed-08",
+        *("gpt-neox", "9610391a", "#818", "2023-03-09", ""),
+        ("gpt_neox",),
+        "GPT-NeoX v2.0 requires DeepSpeed (0.8.3 then) in place of DeeperSpeed 0.3.15: optimizer "
+        "states have another form and a ds_version, without which they are refused",
+        "AssertionError: Empty ds_version in checkpoint, not clear how to proceed; in v1.0 with a "
+        "newer checkpoint: KeyError: 'csr_tensor_module_names'",
+        True,
+        "neox-bridge reshard CHECKPOINT NEW --for today writes the states anew, --for neox@v1.0 "
+        "those of a newer run for v1.0; finetune: true in the yml loads the weights alone",
+        _pull(818),
+        in_checkpoint=neox(lambda c: c.neox is not None and not c.neox.ds_version),
+        in_tree=lambda t: t.states == "partitions",
+        in_error=(r"Empty ds_version in checkpoint", r"KeyError: 'csr_tensor_module_names'"),
+    ),
+    Change(
         "neox-gpt-j-tied",
         *("gpt-neox", "0accac61", "#481", "2022-12-06", ""),
         ("gpt_neox",),

@@ -151,8 +151,22 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
             "checkpoint",
             "the optimizer's states have no ds_version, like those of GPT-NeoX v1.0, and later "
             "trees cannot resume from them. The weights are not affected",
-            "in the yml: finetune: true",
+            "neox-bridge reshard CHECKPOINT NEW --for today",
             ("ds_version",),
+            others=("go on from the weights alone, in the yml: finetune: true",),
+            more="https://github.com/EleutherAI/gpt-neox/pull/818",
+        )
+    if re.search(r"KeyError: 'csr_tensor_module_names'", m.text):
+        yield Diagnosis(
+            "sparse-tensor-names",
+            "framework",
+            "this is GPT-NeoX v1.0 or older with DeeperSpeed 0.3.15, and a newer GPT-NeoX wrote "
+            "the checkpoint: csr_tensor_module_names is called sparse_tensor_module_names now",
+            f"{CONVERT} --for neox@v1.0",
+            ("csr_tensor_module_names",),
+            (("for", "neox@v1.0"),),
+            others=("with its optimizer: neox-bridge reshard CHECKPOINT NEW --for neox@v1.0",),
+            more="https://github.com/EleutherAI/gpt-neox/pull/818",
         )
     absent = r"'NoneType' object is not subscriptable"
     where = r"start_lr|lr_scheduler|learning_rates\.py|load_checkpoint|optimizer"

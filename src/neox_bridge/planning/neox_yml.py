@@ -185,7 +185,14 @@ def is_elsewhere(key: str) -> bool:
 def renamed_key(key: str, known: Container[str]) -> str:
     """The name that trees with these keys have for a key of the yml."""
     alias = _ALIASES.get(key, key)
-    return alias if alias in known else key
+    return alias if key not in known and alias in known else key
+
+
+def known_settings(raw: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """The settings that trees with these keys accept, under the names that they have there."""
+    renamed = {renamed_key(key, known): value for key, value in raw.items() if key not in known}
+    kept = {key: value for key, value in raw.items() if key in known}
+    return {**{key: value for key, value in renamed.items() if key in known}, **kept}
 
 
 def unnameable(path: str) -> bool:
