@@ -1,6 +1,7 @@
 """Optimizer states of DeepSpeed before 0.6, elastic and rigid, against the live optimizer's."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -726,6 +727,18 @@ def test_what_today_s_gpt_neox_says_of_them(form: str, refusal: str, tmp_path: P
     assert ("optimizer-version" in text) == bool(refusal)
     assert ("neox-bridge reshard" in text) == bool(refusal)
     assert refusal in text
+
+
+@pytest.mark.parametrize("form", ["v1", "v1 rigid", "0.4.5", "stage 2 of 0.3.16"])
+def test_the_command_that_inspect_prints(form: str, tmp_path: Path) -> None:
+    folder = write(made_up(layers=2), replace(FORMS[form], bucket=1500), tmp_path / "x")
+    (line,) = [line for line in run("inspect", folder).splitlines() if "write them for it" in line]
+    command = shlex.split(line.partition("write them for it: ")[2])
+    assert "verified bit by bit" in run(*command[1:])
+    resharded = command[3]
+    assert "112 tensors: 112 equal" in run("diff", folder, resharded, "--optimizer")
+    report = json.loads(run("inspect", resharded, "--json"))
+    assert report["neox"]["optimizer_states"]["resumed_by"]["today"] is True
 
 
 def test_inspect_opens_what_has_broken_states(tmp_path: Path) -> None:
