@@ -13,6 +13,7 @@ from common import convert, fixture, make_hf, plan_of, step_of
 from safetensors.torch import load_file, save_file
 
 from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.layouts.open import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +297,16 @@ def test_replicas_that_differ_are_reported_with_the_deviation(tmp_path: Path) ->
     got = hf_tensors(tmp_path / "out")["gpt_neox.final_layer_norm.weight"]
     assert got[3] == before[3] + 0.125
     assert torch.equal(got[:3], before[:3])
+
+
+def test_a_setting_of_a_yml_that_is_no_number_names_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(fixture("pythia_fp32_pp1_tp2"), root)
+    (step,) = root.glob("global_step*")
+    for path in (step / "configs").glob("*.yml"):
+        settings = {k: v for k, v in yaml.safe_load(path.read_text()).items() if "rotary" not in k}
+        path.write_text(yaml.safe_dump(settings))
+    (step / "configs" / "zz.yml").write_text("rotary_pct: null\n")
+    with pytest.raises(BridgeError) as caught:
+        open_checkpoint(str(root))
+    assert str(caught.value).startswith(f"{step}: rotary_pct: 'None' isn't a number.")

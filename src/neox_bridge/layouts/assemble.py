@@ -6,7 +6,7 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
 from neox_bridge.architectures.neox_config import number
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import refuse_all, some
 from neox_bridge.layouts.derived_check import InvFreqMismatch, check_inv_freq
@@ -106,7 +106,12 @@ def assemble(
     if missing:
         raise BridgeError(f"{folder}: tensors are missing: {some(missing)}. Copy it again.")
     presence = Presence(frozenset(presence_names), dtype, layers)
-    config = architecture.read_neox({**raw, "num_layers": layers}, dims, presence)
+    try:
+        config = architecture.read_neox({**raw, "num_layers": layers}, dims, presence)
+    except Refused:
+        raise
+    except BridgeError as error:  # names the key, and this the place
+        raise BridgeError(f"{folder}: {error}") from None
     want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
     if absent := sorted(want - set(shards)):
         raise BridgeError(
