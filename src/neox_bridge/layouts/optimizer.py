@@ -49,7 +49,8 @@ class SavedForm:
     """In which form files of ZeRO stage 1 or 2 hold an optimizer's states.
 
     kind: "elastic" or "rigid". generation: the versions of DeepSpeed that save this form.
-    dp: the data-parallel ranks that saved it. intervals: communication intervals of each group.
+    dp: the data-parallel ranks that saved it. intervals: communication intervals of each group, on
+    the first model-parallel rank.
     """
 
     kind: StatesKind

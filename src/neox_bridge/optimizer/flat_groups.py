@@ -100,7 +100,11 @@ def _check_rigid(sizes: Sequence[int], total: int, dp: int, where: str) -> None:
 
 
 def _check_sub_partitions(sizes: Sequence[int], total: int, where: str) -> None:
-    """Parts of one size up to the end of the group, where padding was cut off."""
+    """Parts of one size up to the end of the group, where padding was cut off.
+
+    DeepSpeed before 0.3.3 cut it off the wrong parts where there were several intervals (7752dc5e,
+    #531). Elements are lost in such files, and this refuses them.
+    """
     if sum(sizes) != total:
         raise _other_total(where, sum(sizes), total)
     left = total
