@@ -1,7 +1,7 @@
 """Fingerprints of logical tensors: the same for the same values, wherever their bytes lie."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.pieces import Whole, cut, whole_of
+from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.compare import each, settled, values
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def fingerprints(
     weights = by_name(checkpoint.architecture, checkpoint.config.layers)
     context = Context(progress)
     todo = [name for name in checkpoint.tensors if name not in known]
-    largest_first = sorted(todo, key=lambda name: -checkpoint.tensors[name].nbytes)
+    order = _reading_order(checkpoint, todo)
 
     def one(name: str) -> Fingerprint:
         weight, whole = weights.get(tensor_of(name)), checkpoint.tensors[name]
@@ -79,9 +80,25 @@ def fingerprints(
         context.wrote(whole.nbytes, "copied")
         return found
 
-    found = each(largest_first, one, context, workers or 2)
-    made = dict(zip(largest_first, found, strict=True))
+    found = each(order, one, context, workers or 2)
+    made = dict(zip(order, found, strict=True))
     return {name: made[name] if name in made else known[name] for name in checkpoint.tensors}
+
+
+def _reading_order(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+    """The largest first, so that threads end together; in a store in the order of their places.
+
+    A range of a store is fetched once where the tensors that it holds are read one after another.
+    """
+    tensors = checkpoint.tensors
+    if not is_url(checkpoint.path):
+        return sorted(names, key=lambda name: -tensors[name].nbytes)
+
+    def place(name: str) -> tuple[str, int]:
+        ref = next(iter(sources(tensors[name])), None)
+        return (ref.file, ref.offset) if ref is not None else ("", 0)
+
+    return sorted(names, key=place)
 
 
 def fingerprint(whole: Whole, context: Context, *, padded: bool = False) -> Fingerprint:
