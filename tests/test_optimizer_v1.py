@@ -1,6 +1,7 @@
 """Optimizer states of DeepSpeed before 0.6, elastic and rigid, against the live optimizer's."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 import zero_writer
 from published import NAMES, PUBLISHED, differing, facts, run_folder, truth
 from safetensors.numpy import load_file
@@ -727,6 +729,45 @@ def test_what_today_s_gpt_neox_says_of_them(form: str, refusal: str, tmp_path: P
     assert ("optimizer-version" in text) == bool(refusal)
     assert ("neox-bridge reshard" in text) == bool(refusal)
     assert refusal in text
+
+
+@pytest.mark.parametrize(
+    ("form", "zero", "refusal"),
+    [
+        ("v1", {}, None),
+        ("v1", {"elastic_checkpoint": False}, "asks for others"),
+        ("v1 rigid", {}, "KeyError: 0"),
+        ("v1 rigid", {"elastic_checkpoint": False}, None),
+        ("stage 2 of 0.3.16", {}, None),
+        ("0.4.5", {}, "a later DeepSpeed"),
+        ("0.5.10", {}, "KeyError: 'csr_tensor_module_names'"),
+    ],
+)
+def test_what_v1_says_of_them(
+    form: str, zero: dict[str, Any], refusal: str | None, tmp_path: Path
+) -> None:
+    """As a run of its own layout, so that nothing else keeps it from loading."""
+    step = write(made_up(layers=1), FORMS[form], tmp_path / "run" / "global_step8")
+    (step / "configs").mkdir()
+    settings = yaml.safe_load((step / "run.yml").read_text())
+    settings["zero_optimization"] |= zero
+    settings["tokenizer_type"] = "HFTokenizer"
+    (step / "run.yml").unlink()
+    (step / "configs" / "run.yml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "run" / "latest").write_text("global_step8")
+    done = json.loads(
+        run("doctor", step.parent, "--for", "neox@v1.0", "--json", code=4 if refusal else 0)
+    )
+    text = json.dumps(done)
+    assert ("optimizer-version" in text) == bool(refusal)
+    if refusal is None:
+        assert "this GPT-NeoX resumes from them" in text
+        return
+    assert refusal in text
+    (command,) = set(re.findall(r"neox-bridge reshard [^\"]*", text))
+    run(*shlex.split(command)[1:])
+    mended = shlex.split(command)[3]
+    run("doctor", mended, "--for", "neox@v1.0")
 
 
 @pytest.mark.parametrize("form", ["v1", "v1 rigid", "0.4.5", "stage 2 of 0.3.16"])

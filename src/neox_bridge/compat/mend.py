@@ -194,7 +194,7 @@ def _mend_neox(
     ]
     dropped += _unknown(checkpoint, era)
     notes = [f"rewritten: {file.path}" for file in files if file.copy_of is None]
-    if cannot_resume(checkpoint):
+    if cannot_resume(checkpoint, era.states):
         notes.append("set in the yml: finetune: true, since GPT-NeoX cannot resume from the states")
     return replace(
         plan,
@@ -268,7 +268,7 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
     for key, value in wanted.items():
         if mended.get(key, defaults.get(key)) != value:
             mended[key] = value
-    if cannot_resume(checkpoint):
+    if cannot_resume(checkpoint, era.states):
         mended["finetune"] = True
     if FLAG in known and (inv_freq == "store") != bool(mended.get(FLAG, False)):
         mended[FLAG] = inv_freq == "store"

@@ -7,13 +7,21 @@ from neox_bridge.compat.facts import TreeFacts
 from neox_bridge.compat.targets import Target, name_of
 from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.errors import BridgeError
-from neox_bridge.frameworks.deepspeed import NO_VERSION
+from neox_bridge.frameworks.deepspeed import NO_VERSION, SUB_PARTITIONS, StatesForm, release_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options
+from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states
 
+# GPT-NeoX v1.0 looks for a key of the mp_rank files that DeepSpeed renamed (fcb3ca5e, 0.5.5)
+_RENAMED_KEY = "KeyError: 'csr_tensor_module_names'"
+_RENAMED_SINCE = (0, 5, 5)
 
-def cannot_resume(checkpoint: Checkpoint) -> bool:
-    """Whether the yml asks GPT-NeoX to resume from states that it cannot resume from."""
+
+def cannot_resume(checkpoint: Checkpoint, form: StatesForm) -> bool:
+    """Whether the yml asks GPT-NeoX to resume from states that it cannot resume from.
+
+    form: that in which the tree's DeepSpeed saves its states.
+    """
     state, finetune = checkpoint.neox, checkpoint.raw.get("finetune")
     if state is None or finetune:
         return False
@@ -21,7 +29,7 @@ def cannot_resume(checkpoint: Checkpoint) -> bool:
         return finetune is False
     with suppress(BridgeError):  # a file that cannot be read stays as it is
         states = saved_states(checkpoint)
-        return states is not None and bool(states.refusal)
+        return states is not None and not _resumes(checkpoint, states, form)
     return False
 
 
@@ -39,8 +47,22 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     except BridgeError as error:
         yield case("optimizer-unreadable", "warning", f"its optimizer cannot be read: {error}")
         return
-    if states is not None and states.refusal:
-        yield _old_states(checkpoint, target, states, count)
+    form: StatesForm = target.states if isinstance(target, TreeFacts) else "partitions"
+    if states is not None and not _resumes(checkpoint, states, form):
+        if form == "sub-partitions":
+            yield _not_of_v1(checkpoint, target, states, count)
+        else:
+            yield _old_states(checkpoint, target, states, count)
+        return
+    if states is not None and states.resumption is not None and form == "sub-partitions":
+        ranks = "on any number of" if states.resumption.any_dp else "on the same number of"
+        yield case(
+            "optimizer-states",
+            "info",
+            f"it holds optimizer states ({count} files). Without finetune: true, this GPT-NeoX "
+            f"resumes from them {ranks} data-parallel ranks"
+            + ("" if states.resumption.keeps_step else ". Adam's step begins again at 1"),
+        )
         return
     yield case(
         "optimizer-states",
@@ -48,6 +70,47 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         f"it holds optimizer states ({count} files or entries). Without finetune: true, GPT-NeoX "
         "resumes from them, but only with the number of data-parallel ranks that saved them; with "
         "finetune: true it ignores them",
+    )
+
+
+def _resumes(checkpoint: Checkpoint, states: SavedStates, form: StatesForm) -> bool:
+    """Whether a tree resumes from states.
+
+    GPT-NeoX v1.0 loads elastic states unless elastic_checkpoint is false, and then rigid ones only
+    (DeeperSpeed 0.3.15, runtime/zero/stage1.py); those of stage 2 in any case.
+    """
+    if form == "partitions":
+        return not states.refusal
+    if states.form is None or states.form.generation is not SUB_PARTITIONS:
+        return states.form is not None and states.stage == 2 and not states.version
+    zero = mapping(checkpoint.raw, "zero_optimization", "the yml")
+    elastic = zero.get("elastic_checkpoint", True) is not False
+    return elastic == (states.form.kind == "elastic")
+
+
+def _not_of_v1(checkpoint: Checkpoint, target: Target, states: SavedStates, count: int) -> Case:
+    """The case of states that GPT-NeoX v1.0 does not load."""
+    if states.form is not None and states.form.generation is SUB_PARTITIONS:
+        what = (
+            f"are {states.form.kind}, and the yml's zero_optimization.elastic_checkpoint asks for "
+            "others"
+        )
+        prints = "KeyError: 0" if states.form.kind == "rigid" else ""
+    else:
+        what = "are those of a later DeepSpeed than 0.3.15, which it requires"
+        release = release_of(states.version) or (0, 0, 0)
+        prints = _RENAMED_KEY if release >= _RENAMED_SINCE else ""
+    message = f"its optimizer states ({count} files) {what}: this GPT-NeoX cannot resume from them"
+    if checkpoint.config.dtype != "float16":
+        message += f". Nor can it train in {checkpoint.config.dtype} with ZeRO"
+        return case("optimizer-version", "error", message, prints=prints)
+    options = [*config_options(checkpoint), *(() if states.stage == 1 else ("--zero", "1"))]
+    return case(
+        "optimizer-version",
+        "error",
+        f"{message}. Resharding writes them anew",
+        reshard_command(checkpoint.path, options, name_of(target)),
+        prints,
     )
 
 
