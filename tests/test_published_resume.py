@@ -102,6 +102,15 @@ def test_files_have_the_keys_of_todays_deepspeed(tmp_path: Path) -> None:
     assert states["clip_grad"] == 1.0
 
 
+def test_a_setting_that_is_null_is_the_default(tmp_path: Path) -> None:
+    source = write(made_up(layers=2), Save(), tmp_path / "source")
+    yml = source / "run.yml"
+    yml.write_text(yml.read_text() + "gradient-clipping: null\n")
+    reshard(source, tmp_path / "new", era=TODAY)
+    states = files(tmp_path / "new")["zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+    assert states["optimizer_state_dict"]["clip_grad"] == 1.0
+
+
 @pytest.mark.parametrize("name", ["2024-03", "2024-09", "today"])
 def test_the_yml_has_keys_that_the_tree_accepts(name: str, tmp_path: Path) -> None:
     era = era_named(name)

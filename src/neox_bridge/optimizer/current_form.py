@@ -11,7 +11,7 @@ from typing import Any
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.frameworks.deepspeed import PARTITIONS, SUB_PARTITIONS
 from neox_bridge.layouts.optimizer import Group, Optimizer
-from neox_bridge.layouts.untrusted import text
+from neox_bridge.layouts.untrusted import number, text
 from neox_bridge.planning.gradient_scale import CLIPPING
 from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
 
@@ -83,12 +83,12 @@ def in_current_form(optimizer: Optimizer, raw: Mapping[str, Any], version: str) 
         return replace(optimizer, metas=metas, generators=generators)
     config = _config(raw)
     outer = {"ds_config": config, "ds_version": version}
-    clipping = raw.get("gradient_clipping", raw.get("clip_grad", CLIPPING))
+    clipping = number(raw, "gradient_clipping", "the yml")
     head = {
         "loss_scaler": _scaler(optimizer.head.get("loss_scaler")),
         "dynamic_loss_scale": bool(optimizer.head.get("dynamic_loss_scale")),
         "overflow": bool(optimizer.head.get("overflow")),
-        "clip_grad": float(clipping),
+        "clip_grad": CLIPPING if clipping is None else float(clipping),
         "ds_version": version,
         "outer": outer,
     }
