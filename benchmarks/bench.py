@@ -24,6 +24,7 @@ import batches
 import cases
 import comparing
 import costs
+import published
 import resharding
 from measure import Failed, rounds
 from page import Results, Table, page, show
@@ -115,6 +116,9 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
     run = "pythia-70m" if options.quick else "pythia-160m"
     resharded = resharding.reshardings(place, run, runs)
     show(resharded, resharded[0])
+    _say("raw Pythia branches")
+    planned = published.plans(work, "160m" if options.quick else "12b")
+    taken = tuple(published.taken(work))
     _say("memory")
     memories, without = costs.memories(work, options.memory)
     # what makes many files is last: see ``measure.discard``
@@ -134,6 +138,8 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         tuple(tiny),
         tuple(memories),
         tuple(many),
+        tuple(planned),
+        taken,
         tuple(dict.fromkeys([*skipped, *without])),
     )
 

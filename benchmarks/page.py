@@ -16,6 +16,7 @@ from pathlib import Path
 from cases import EXPORTER, TO_HF
 from costs import Cost, Memory, Start, middle
 from measure import Row
+from published import Planned, Taken
 
 PAGE = """\
 # How fast is it?
@@ -100,6 +101,24 @@ RESHARDED = """
 """
 
 
+PLANNED = """
+## Raw Pythia branches
+
+Planning of a branch as EleutherAI publishes it (12B: 36 layers on 4 ranks, 256 files of optimizer
+states, sparse files of their full size on the disk):
+
+| | files | s | CPU s | anonymous |
+|---|---|---|---|---|
+"""
+TAKEN = """
+One step of a branch on the Hub, here a local stand-in for it; *needed* are the bytes of the files
+whose tensors are written:
+
+| | MB needed | MB fetched | requests | optimizer files asked for | s |
+|---|---|---|---|---|---|
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """The conversions of one shape in one place; the first two rows are of ``cp``.
@@ -131,6 +150,8 @@ class Results:
     costs: tuple[Cost, ...]
     memories: tuple[Memory, ...]
     batches: tuple[Row, ...]
+    planned: tuple[Planned, ...]
+    taken: tuple[Taken, ...]
     skipped: tuple[str, ...]
 
 
@@ -162,6 +183,27 @@ def page(results: Results, figure: str | None) -> str:
     shape, rows = results.resharded
     size = rows[0].middle("written") / 1e9
     text += RESHARDED.format(shape=shape, size=size) + _beside(rows)
+    text += PLANNED + _lines(
+        (
+            f"{one.branch}, `{one.title}`",
+            f"{one.files:,}",
+            f"{one.seconds:.1f}",
+            f"{one.cpu:.1f}",
+            _mb(one.memory),
+        )
+        for one in results.planned
+    )
+    text += TAKEN + _lines(
+        (
+            f"{one.branch}, `{one.title}`",
+            f"{one.needed / 1e6:,.1f}" if one.needed else "headers",
+            f"{one.fetched / 1e6:,.1f}",
+            f"{one.requests:,}",
+            f"{one.optimizer_files:,}",
+            f"{one.seconds:.1f}",
+        )
+        for one in results.taken
+    )
     if results.skipped:
         text += "\n## Not measured\n\n" + "".join(f"- {reason}\n" for reason in results.skipped)
     return text

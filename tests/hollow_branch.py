@@ -2,7 +2,8 @@
 
 Its files have the names, pickles and sizes of EleutherAI's neox-ckpt-pythia repositories: layers,
 mp_rank files, elastic ZeRO stage 1 states in communication intervals (DeeperSpeed 0.3.15,
-runtime/zero/stage1.py), and the yml beside them.
+runtime/zero/stage1.py), and the yml beside them. Only padding is left out: a part of a group has
+the bytes of its own elements, where the original also stores what is cut off of it.
 """
 
 from collections import OrderedDict
@@ -11,12 +12,10 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from sources import hollow
-
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan
+from neox_bridge.planning.pieces import OutputFile, OutputTensor
 
 STEP = 1000
 _RNG_BYTES = 5056  # torch's state of a generator
@@ -67,8 +66,13 @@ SIZES = {
 
 def hollow_branch(shape: Shape, folder: Path) -> Path:
     """The branch's files; only their headers take room on the disk."""
-    files = [*_layers(shape), *_metas(shape), *_states(shape)]
-    hollow(Plan({}, {}, tuple(files)), folder)
+    folder.mkdir(parents=True)
+    for file in (*_layers(shape), *_metas(shape), *_states(shape)):
+        with (folder / file.path).open("wb") as output:
+            output.truncate(file.size)
+            for offset, data in file.literals:
+                output.seek(offset)
+                output.write(data)
     (folder / "pythia.yml").write_text(_yml(shape))
     return folder
 
