@@ -11,6 +11,7 @@ Source: PKWARE's APPNOTE 6.3; torch's third_party/miniz-3.0.2/miniz.c (older rel
 and caffe2/serialize/inline_container.cc; CPython's Lib/zipfile.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _COMMENT_BYTES = 0xFFFF  # the longest comment that can follow an end record
 _REMOTE_TAIL_BYTES = 16 << 10  # what is fetched of an object's end anyway
 _MAX_DIRECTORY_BYTES = 8 << 20  # some 100,000 records, where GPT-NeoX's files have hundreds
 _HEADER_BYTES = 512  # a local header with its name and torch's padding
+_STRANGE = re.compile(r"[\x00-\x1f\\\x7f]")  # in names: control characters and backslashes
 _KNOWN_FLAGS = 0x6 | HAS_DESCRIPTOR | UTF8  # 0x6: how well a record is compressed
 _FOLDER = 0x10  # of the external attributes; torch reads nothing of such a record, silently
 _MAX_NAME_BYTES = 511  # miniz cuts longer names
@@ -223,7 +225,7 @@ def _name(raw: bytes, flags: int) -> str:
     except UnicodeDecodeError:
         raise ZipError(f"the name {raw[:80]!r} isn't text") from None
     # miniz ends a name at a NUL, and others take a backslash for a slash
-    if len(raw) > _MAX_NAME_BYTES or any(c in "\\\x7f" or c < " " for c in name):
+    if len(raw) > _MAX_NAME_BYTES or _STRANGE.search(name):
         raise ZipError(f"the name {name[:80]!r} isn't one that torch would write")
     return name
 

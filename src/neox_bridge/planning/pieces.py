@@ -172,7 +172,10 @@ class Plan:
 
 def scaled(whole: Whole, scale: float) -> Whole:
     """The tensor with every value multiplied by ``scale``. Its ``shards`` are left out."""
-    pieces = tuple(replace(piece, scale=piece.scale * scale) for piece in whole.pieces)
+    pieces = tuple(
+        Piece(piece.source, piece.start, piece.to, piece.shape, piece.fill, piece.scale * scale)
+        for piece in whole.pieces
+    )
     parts = tuple(scaled(part, scale) for part in whole.parts)
     return replace(whole, pieces=pieces, shards=(), parts=parts)
 
@@ -199,7 +202,10 @@ def cut(whole: Whole, start: Shape, shape: Shape, to: Shape) -> tuple[Piece, ...
 
 def _clip(pieces: Iterable[Piece], start: Shape, shape: Shape, to: Shape) -> Iterable[Piece]:
     end = tuple(map(add, start, shape))
+    above, below = (start[0], end[0]) if start else (0, 1)
     for piece in pieces:
+        if start and (piece.to[0] >= below or piece.to[0] + piece.shape[0] <= above):
+            continue  # most of the many pieces of a flat group, by one dimension
         low = tuple(map(max, piece.to, start))
         high = tuple(map(min, map(add, piece.to, piece.shape), end))
         size = tuple(map(sub, high, low))
