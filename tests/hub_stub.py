@@ -116,6 +116,7 @@ class Fault:
     """status: what is answered in place of the real answer; 0 drops the connection.
 
     after: whether the request is carried out first, so that only its answer is lost.
+    skip: how many such requests are answered as ever before.
     """
 
     method: str
@@ -125,6 +126,7 @@ class Fault:
     after: bool
     message: str
     headers: dict[str, str]
+    skip: int = 0
 
 
 def failed(fault: Fault) -> Answer:
@@ -135,13 +137,17 @@ def failed(fault: Fault) -> Answer:
 
 @dataclass(frozen=True)
 class Served:
-    """One answer. size: bytes of its body. time: when the request came, in seconds."""
+    """One answer. size: bytes of its body. time: when the request came, in seconds.
+
+    range: the header of the request, "" where it had none.
+    """
 
     method: str
     target: str
     status: int
     size: int
     time: float
+    range: str = ""
 
 
 class Stub:
@@ -175,11 +181,12 @@ class Stub:
         times: int = 1,
         after: bool = False,
         message: str = "made to fail",
+        skip: int = 0,
         **headers: str,
     ) -> None:
         """Answer the next requests of this form, "METHOD regex", with a status."""
         method, path = request.split(" ", 1)
-        self.faults.append(Fault(method, path, status, times, after, message, headers))
+        self.faults.append(Fault(method, path, status, times, after, message, headers, skip))
 
     def bytes_of_requests(self, request: str = "GET .") -> int:
         """Bytes of the bodies that were sent for requests of this form."""
@@ -259,6 +266,9 @@ class Stub:
         fault = next(
             (f for f in self.faults if f.method == method and re.search(f.path, target)), None
         )
+        if fault is not None and fault.skip:
+            fault.skip -= 1
+            fault = None
         if fault is not None:
             fault.times -= 1
             if fault.times == 0:
@@ -579,7 +589,8 @@ class _Handler(BaseHTTPRequestHandler):
             status = 206
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         sent = 0 if self.command == "HEAD" else end - start
-        self.stub.served.append(Served(self.command, self.path, status, sent, came))
+        asked = self.headers.get("Range") or ""
+        self.stub.served.append(Served(self.command, self.path, status, sent, came, asked))
         with suppress(ConnectionError):  # who asked is gone
             self.send_response(status)
             for key, value in headers.items():

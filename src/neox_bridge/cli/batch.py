@@ -120,6 +120,7 @@ def batch(
     Examples:
       neox-bridge batch checkpoints/ converted/ --steps 0-143000:1000
       neox-bridge batch run-a run-b converted/ --dtype float16 --dry-run
+      neox-bridge batch EleutherAI/neox-ckpt-pythia-160m converted/ --steps 0-143000:1000
       neox-bridge batch suite.yml --max-workers 8
 
     Exit codes: 0 all are done, 1 some failed or a source is missing, 2 usage, 130 interrupted.

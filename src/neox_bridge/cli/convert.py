@@ -297,12 +297,17 @@ def convert(
 ) -> None:
     """Convert a checkpoint between Hugging Face and GPT-NeoX, or between GPT-NeoX layouts.
 
-    What SRC is gets detected. DST appears whole or not at all.
+    The format of SRC is detected automatically. DST appears whole or not at all.
+
+    SRC may be ORG/NAME@REVISION of the Hub. GPT-NeoX's files are read there by ranges, over plain
+    HTTP, and those of the optimizer are not asked for. A model of transformers is downloaded as a
+    whole by huggingface_hub, which uses hf_xet where that is installed.
 
     \b
     Examples:
       neox-bridge convert EleutherAI/pythia-410m pythia-neox --tp 2
       neox-bridge convert pythia-neox pythia-hf
+      neox-bridge convert EleutherAI/neox-ckpt-pythia-160m@step1000 pythia-160m-step1000
       neox-bridge convert pythia-neox pythia-tp4 --to neox --tp 4 --dry-run
       neox-bridge convert pythia-neox hf://my-org/pythia@step3000 --private
 

@@ -43,6 +43,7 @@ def export_optimizer(
     Examples:
       neox-bridge export-optimizer run moments
       neox-bridge export-optimizer run moments --step 3000 --dry-run
+      neox-bridge export-optimizer EleutherAI/neox-ckpt-pythia-160m@step1000 moments
 
     Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused, 130 interrupted.
     """

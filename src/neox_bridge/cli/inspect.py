@@ -98,6 +98,7 @@ def inspect(
     Examples:
       neox-bridge inspect checkpoints/
       neox-bridge inspect EleutherAI/pythia-70m --revision step3000 --tensors
+      neox-bridge inspect EleutherAI/neox-ckpt-pythia-160m@step1000
       neox-bridge inspect checkpoints/ --stats --plot statistics.svg
       neox-bridge inspect downloaded.bin --security
     """

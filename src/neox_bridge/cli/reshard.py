@@ -147,6 +147,7 @@ def reshard(
       neox-bridge reshard run run-tp4 --tp 4 --pp 2
       neox-bridge reshard run run-one --tp 1 --pp 0 --dp 1 --dry-run
       neox-bridge reshard run run --universal
+      neox-bridge reshard EleutherAI/neox-ckpt-pythia-160m@step1000 run --dp 8 --for neox@today
 
     Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't be
     what was asked), 130 interrupted.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -13,6 +14,7 @@ from neox_bridge.layouts.head import ambiguity, as_stored
 from neox_bridge.layouts.open import open_with
 from neox_bridge.layouts.optimizer_reader import read_optimizer
 from neox_bridge.planning.weight_dtypes import odd_dtypes
+from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
 from neox_bridge.verification.audit_norms import norm_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
@@ -21,6 +23,7 @@ from neox_bridge.verification.runs import Fault, Place, Run
 from neox_bridge.verification.steps import Step, read_step
 
 _ORDER = ("error", "warning", "info")
+_OPENED_AT_ONCE = 4  # places in a store
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +65,18 @@ def open_places(runs: Iterable[Run], configs: Sequence[str] = ()) -> list[Opened
 
     configs: yml files for the GPT-NeoX checkpoints that have none of their own.
     """
-    opened = []
-    for run in runs:
-        for place in run.places:
-            try:
-                found, fault = open_with(place.path, configs), None
-            except (BridgeError, OSError) as error:
-                found, fault = None, _unreadable(run.name, place, error)
-            opened.append(Opened(run.name, place, found, fault))
-    return opened
+
+    def one(run: str, place: Place) -> Opened:
+        try:
+            return Opened(run, place, open_with(place.path, configs))
+        except (BridgeError, OSError) as error:
+            return Opened(run, place, None, _unreadable(run, place, error))
+
+    places = [(run.name, place) for run in runs for place in run.places]
+    if not any(is_url(place.path) for _, place in places):
+        return [one(*place) for place in places]
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for a network
+        return list(pool.map(lambda place: one(*place), places))
 
 
 def audit(
