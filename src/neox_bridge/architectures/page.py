@@ -18,7 +18,9 @@ This page is generated: `python -m neox_bridge.architectures.page docs/families.
 """
 _TAIL = """
 Directions: both, for every family, in both layouts and for any tensor-parallel size that divides
-the heads, the key-value heads and the MLP; Mamba has one rank only. Eras: those of `--for`.
+the heads, the key-value heads and the MLP; Mamba has one rank only. Eras: those of `--for`. Models
+of the family `gpt_neox` can be written for `neox@v1.0` too: the files were compared with those of
+v1.0, which was not run with them.
 
 Proof:
 
@@ -61,10 +63,10 @@ _HUB = "https://huggingface.co"
 _SUITES = """
 ## Published suites
 
-EleutherAI publishes the files that its trainer wrote, with the optimizer's states. These
-repositories are known by name; others of the same form work as well. A number of steps is the one
-that the model card counts, each a branch `stepN`; without one, look at the branches of the
-repository.
+EleutherAI publishes the files that its trainer wrote, with the optimizer states:
+[how to use them](pythia.md). `neox-bridge families` lists these repositories too; others of the
+same form work as well. Each step is a branch `stepN`. The number of steps is that of the model
+card; where it is empty, look at the branches of the repository.
 """
 
 
