@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _FAILS = 4
 _MEND = "Mending"
+_HUB = "hf://"
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
@@ -112,9 +113,9 @@ def doctor(
         raise typer.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
     from neox_bridge.stores.paths import is_url, plain
 
-    if urls := [path for path in paths if is_url(plain(path))]:
+    if urls := [path for path in paths if is_url(plain(path)) and not path.startswith(_HUB)]:
         raise typer.BadParameter(
-            f"{urls[0]}: doctor looks at folders of a disk; inspect takes URLs."
+            f"{urls[0]}: doctor reads folders and models of the Hub. Use inspect for other URLs."
         )
     paths = list(map(plain, paths))
     report: dict[str, Any] = {"schema_version": 1}
