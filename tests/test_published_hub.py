@@ -6,6 +6,7 @@ Commands are processes of their own, since huggingface_hub takes its settings wh
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.frameworks import suites
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.stores import fetched, objects, paths, retry
+from neox_bridge.stores import fetched, objects, paths, ranges, retry
 
 RAW = "EleutherAI/neox-ckpt-pythia-160m"
 TWIN = "EleutherAI/pythia-160m"
@@ -190,6 +191,32 @@ def test_runs_made_of_the_hub_are_those_made_of_the_same_files(hub: Stub, run: C
             assert (there / name).read_bytes() == (here / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("target", ["neox@v1.0", "neox@2024-03", "today"])
+def test_what_doctor_advises_works(target: str, hub: Stub, run: Commands) -> None:
+    """As it is printed: to mend it, and to reshard it."""
+    out, _ = run("doctor", f"{RAW}@step8", "--for", target, code=4)
+    fixes = {
+        way
+        for line in out.splitlines()
+        if (way := line.partition("fix: ")[2]).startswith("neox-bridge ")
+    }
+    assert {command.split()[1] for command in fixes} == (
+        {"doctor"} if target == "neox@v1.0" else {"doctor", "reshard"}
+    )
+    for command in fixes:
+        words = shlex.split(command)
+        run(*words[1:])
+        written = words[words.index("--fix") + 1] if "--fix" in words else words[3]
+        run("doctor", written, "--for", target)
+
+
+def test_in_place_names_the_command_that_writes_a_copy(run: Commands) -> None:
+    asked = ("doctor", f"hf://{RAW}@step8", "--for", "today", "--in-place", "--drop-optimizer")
+    _, err = run(*asked, code=4)
+    run(*shlex.split(err.partition("Write a copy here: neox-bridge ")[2]))
+    assert (run.folder / "neox-ckpt-pythia-160m-step8-mended" / "latest").is_file()
+
+
 def test_starts_are_fetched_at_the_same_time(hub: Stub, run: Commands, medium: Path) -> None:
     """A hundred files in a row would take a hundred times the way to the Hub."""
     many = hollow_branch(Shape(2, 64, 4, 512, 1, 48), run.folder.parent / "many")
@@ -261,6 +288,17 @@ def test_audit_and_batch_go_through_branches(hub: Stub, run: Commands, tmp_path:
     assert hub.count("GET /.*step16") == 0
     out, _ = run("batch", RAW, "out", "--steps", "0-143000:16", "--json")
     assert [row["name"] for row in json.loads(out)["rows"]] == ["step16"]
+
+
+def test_an_audit_fetches_each_byte_once(hub: Stub, run: Commands, tmp_path: Path) -> None:
+    """Of a model that is larger than the ranges that are kept in memory."""
+    branch = hollow_branch(Shape(8, 1024, 8, 8192, 1, 2), tmp_path / "large")
+    hub.put_files(RAW, f"step{STEP}", branch)
+    run("audit", RAW, "--steps", str(STEP), "--cache", "none", "-q")
+    needed = weight_bytes(branch)
+    assert needed > 2 * ranges.MEMORY
+    assert needed <= hub.bytes_of_requests() <= 1.01 * needed
+    assert optimizer_requests(hub) == []
 
 
 def test_a_branch_without_some_files_is_named(hub: Stub, run: Commands, tmp_path: Path) -> None:

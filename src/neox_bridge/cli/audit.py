@@ -29,14 +29,15 @@ def audit(
         str | None,
         typer.Option(
             metavar="TWIN",
-            help="Another run that should hold the same weights at each step, of either kind: a "
-            "folder, or ORG/NAME of the Hub.",
+            help="Compare each step with the same step of this run, which should hold the same "
+            "weights: a folder or ORG/NAME of the Hub, of either kind.",
         ),
     ] = None,
     steps: Annotated[
         str,
         typer.Option(
-            metavar="LIST", help="Steps to look at: 1000,5000-9000,10000-143000:1000,last or all."
+            metavar="LIST",
+            help="Steps to read: 1000,5000-9000,10000-143000:1000,last or all.",
         ),
     ] = "all",
     same_init: Annotated[
@@ -45,7 +46,7 @@ def audit(
     ] = False,
     optimizer: Annotated[
         bool,
-        typer.Option("--optimizer", help="Look at optimizer states too, where there are any."),
+        typer.Option("--optimizer", help="Audit the optimizer states too, if there are any."),
     ] = False,
     config: values.Configs = None,
     cache: Annotated[
@@ -73,9 +74,9 @@ def audit(
     they shouldn't, norms that jump, NaN, steps that are missing, half-written or another model's.
     Layouts, formats and tensor parallelism may differ from step to step. Writes nothing into DIR.
 
-    With --against it says instead whether two runs hold the same weights at each step, and where
-    else they are if not. Dtypes that differ are compared after the cast that keeps every value.
-    Checkpoints of the Hub are read there by ranges, over plain HTTP.
+    With --against, the runs are compared with another one instead: whether each step holds the
+    same weights, and if not, at which other step they are. Dtypes that differ are compared after
+    the cast that keeps every value. Models of the Hub are read by ranges, over plain HTTP.
 
     \b
     Examples:
@@ -83,7 +84,7 @@ def audit(
       neox-bridge audit suite/ --plot norms.svg
       neox-bridge audit EleutherAI/neox-ckpt-pythia-160m --against EleutherAI/pythia-160m
 
-    Exit codes: 0 nothing is wrong, 3 there are warnings or errors (with --against: weights differ,
+    Exit codes: 0 nothing is wrong, 3 there are warnings or errors (with --against: weights differ
     or cannot be read), 1 there is nothing to audit.
     """
     from neox_bridge.layouts.open import check_configs_used

@@ -34,9 +34,10 @@ def batch(
         list[str],
         typer.Argument(
             metavar="SRC... DST",
-            help="Runs (a GPT-NeoX root, a folder of step1000, step2000, …) or single checkpoints, "
-            "models of the Hub (org/name), URLs; and the folder that gets one for each, or "
-            "hf://org/name for a branch each. Or a FILE.yml that says all of it.",
+            help="Runs (a GPT-NeoX root, a folder of step1000, step2000, …, ORG/NAME of the Hub "
+            "with a branch for each step), single checkpoints, or URLs; then the folder to write, "
+            "with a folder for each, or hf://ORG/NAME for a branch each. Or a FILE.yml that says "
+            "all of it.",
         ),
     ],
     steps: Annotated[
@@ -110,11 +111,11 @@ def batch(
     ] = None,
     **given: Any,
 ) -> None:
-    """Convert many checkpoints; what is done already, and still whole, is skipped.
+    """Convert many checkpoints. Those that are already converted and still whole are skipped.
 
-    Each goes into DST/stepN (DST/RUN/stepN where there are several runs), whole or not at all, and
-    is verified. One that fails is tried again, and the others go on. The same command again goes on
-    where it stopped.
+    Each goes into DST/stepN (DST/RUN/stepN if there are several runs), whole or not at all, and is
+    verified. If one fails, it is tried again, and the others continue. Run the same command again
+    to continue after an interruption.
 
     \b
     Examples:

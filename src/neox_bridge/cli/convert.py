@@ -39,8 +39,8 @@ def convert(
         typer.Option(
             **values.one_of("hf", "neox"),
             rich_help_panel=_WHAT,
-            help="The kind to write; the other one than the source's, unless told. GPT-NeoX to "
-            "GPT-NeoX changes the layout.",
+            help="The format to write. Default: the other one than SRC's. From GPT-NeoX to "
+            "GPT-NeoX, the layout or the era changes.",
         ),
     ] = None,
     dtype: Annotated[
@@ -56,8 +56,7 @@ def convert(
         typer.Option(
             **values.one_of("stored", "masters"),
             rich_help_panel=_HF,
-            help="masters: the optimizer's fp32 weights, of which those of a run in 16 bits are "
-            "rounded.",
+            help="masters: the optimizer's fp32 master weights instead of the rounded 16-bit ones.",
         ),
     ] = "stored",
     tokenizer: Annotated[
@@ -85,7 +84,8 @@ def convert(
             "--format",
             **values.one_of("transformers", "mamba_ssm"),
             rich_help_panel=_HF,
-            help="Whose form the folder has: transformers' unless told; mamba_ssm's own for Mamba.",
+            help="The library whose format is written; mamba_ssm is for Mamba. Default: "
+            "transformers.",
         ),
     ] = None,
     shard_size: Annotated[
@@ -138,8 +138,9 @@ def convert(
             "--for",
             **values.era(),
             rich_help_panel=_WHAT,
-            help="What will load it: a GPT-NeoX source tree, one by its date or commit, or a "
-            "version of transformers. Decides names and buffers; what it can't hold is refused.",
+            help="What will load the result: a GPT-NeoX source tree, neox@v1.0, neox@2024-03 or "
+            "another date or commit, or a version of transformers. Decides names, buffers and "
+            "settings. A model that it does not have is refused.",
         ),
     ] = None,
     inv_freq: Annotated[
@@ -208,7 +209,7 @@ def convert(
             min=1,
             metavar="N",
             rich_help_panel=_NEOX,
-            help="Data-parallel ranks that --optimizer fresh is for; 1 unless told.",
+            help="Data-parallel ranks for --optimizer fresh. Default: 1.",
         ),
     ] = None,
     iteration: Annotated[
@@ -274,8 +275,9 @@ def convert(
             "--hash",
             **values.one_of("xxh3", "sha256", "none"),
             rich_help_panel=values.RUN,
-            help="Of every file, in neox_bridge.json: `verify DST` checks them. xxh3, unless told; "
-            "with --no-verify not of files whose blocks are shared, unless told.",
+            help="The hash of every file in neox_bridge.json, which `verify DST` checks. Default: "
+            "xxh3. With --no-verify, files that share blocks with SRC are not hashed unless --hash "
+            "is given.",
         ),
     ] = None,
     no_verify: values.NoVerify = False,
@@ -300,8 +302,8 @@ def convert(
     The format of SRC is detected automatically. DST appears whole or not at all.
 
     SRC may be ORG/NAME@REVISION of the Hub. GPT-NeoX's files are read there by ranges, over plain
-    HTTP, and those of the optimizer are not asked for. A model of transformers is downloaded as a
-    whole by huggingface_hub, which uses hf_xet where that is installed.
+    HTTP; the optimizer's only with --weights masters. A model for transformers is downloaded as a
+    whole by huggingface_hub, which uses hf_xet where it is installed.
 
     \b
     Examples:

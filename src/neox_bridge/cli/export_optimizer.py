@@ -12,7 +12,12 @@ from neox_bridge.cli.errors import writing
 
 def export_optimizer(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A GPT-NeoX folder with its optimizer states.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A GPT-NeoX checkpoint with its optimizer states: a folder, a URL, or "
+            "ORG/NAME@REVISION of the Hub.",
+        ),
     ],
     target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
     step: values.Step = None,

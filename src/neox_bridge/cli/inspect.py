@@ -41,7 +41,8 @@ def inspect(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A Hugging Face or GPT-NeoX folder, its URL (s3://…), or a Hub model.",
+            help="A Hugging Face or GPT-NeoX folder, its URL (s3://…), or ORG/NAME[@REVISION] of "
+            "the Hub.",
         ),
     ],
     tensors: Annotated[
@@ -78,7 +79,8 @@ def inspect(
         bool,
         typer.Option(
             "--optimizer",
-            help="The optimizer too; its states with --tensors and --stats as 'exp_avg: NAME'.",
+            help="Read the optimizer too: groups, step, learning rate. With --tensors or --stats, "
+            "its states are listed as 'exp_avg: NAME'.",
         ),
     ] = False,
     max_workers: Annotated[
@@ -91,8 +93,11 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is: kind, era, layout, sizes, and what would stop a conversion.
 
-    Reads no weights without --stats. Exit code 0 wherever the checkpoint can be opened, whatever
-    is found in it; but 1 with --security where a pickle isn't known to be harmless.
+    Of a GPT-NeoX checkpoint also which program wrote it, of what kind its optimizer states are, and
+    which GPT-NeoX can resume them.
+
+    Weights are read with --stats only. The exit code is 0 if the checkpoint can be opened, whatever
+    is found in it; with --security it is 1 if a pickle is not known to be harmless.
 
     \b
     Examples:

@@ -35,7 +35,9 @@ _HUB = "Targets on the Hub"
 Private = Annotated[
     bool,
     typer.Option(
-        "--private", rich_help_panel=_HUB, help="Make the repository private, where it lacks."
+        "--private",
+        rich_help_panel=_HUB,
+        help="Create the repository as private if it does not exist.",
     ),
 ]
 CreatePr = Annotated[

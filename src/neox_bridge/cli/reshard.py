@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from neox_bridge.layouts.optimizer import Optimizer
     from neox_bridge.planning.zero_stage import States
 
-_LAYOUT = "Where it goes on"
+_LAYOUT = "Where it continues"
 
 
 def reshard(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A GPT-NeoX folder with its optimizer states.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A GPT-NeoX checkpoint with its optimizer states: a folder, a URL, or "
+            "ORG/NAME@REVISION of the Hub.",
+        ),
     ],
     target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
     tp: Annotated[
@@ -27,8 +32,8 @@ def reshard(
             min=1,
             metavar="N",
             rich_help_panel=_LAYOUT,
-            help="Tensor-parallel ranks (model_parallel_size); the source's unless told, as for "
-            "all of these.",
+            help="Tensor-parallel ranks (model_parallel_size). Default: as in SRC, which is the "
+            "default of --pp, --dp and --zero too.",
         ),
     ] = None,
     pp: Annotated[
@@ -68,8 +73,8 @@ def reshard(
             min=1,
             metavar="N",
             rich_help_panel=_LAYOUT,
-            help="Sequences of a rank's forward pass; by default at most what it was. The global "
-            "batch stays.",
+            help="Sequences of a rank's forward pass (train_micro_batch_size_per_gpu). Default: at "
+            "most what it was. The global batch stays the same.",
         ),
     ] = None,
     engine: Annotated[
@@ -77,8 +82,9 @@ def reshard(
         typer.Option(
             **values.one_of("sums", "averages"),
             rich_help_panel=_LAYOUT,
-            help="What the pipeline engine of the DeepSpeed that the run goes on with does with "
-            "the gradients of micro-batches; by default what the run's own DeepSpeed does.",
+            help="What the pipeline engine of the DeepSpeed that resumes the run does with the "
+            "gradients of micro-batches. Default: what the version does that --for requires, or "
+            "without --for what the run's own version does.",
         ),
     ] = None,
     source_engine: Annotated[
@@ -86,18 +92,18 @@ def reshard(
         typer.Option(
             **values.one_of("sums", "averages"),
             rich_help_panel=_LAYOUT,
-            help="What the pipeline engine of the run's own DeepSpeed did; by default what its "
-            "version says (0.16.0 to 0.18.2 sum).",
+            help="What the pipeline engine of the run's own DeepSpeed did. Default: what its "
+            "version does (0.16.0 to 0.18.2 sum).",
         ),
     ] = None,
     era: Annotated[
         Any,
         typer.Option(
             "--for",
-            **values.era(),
+            **values.era(resumes=True),
             rich_help_panel=_LAYOUT,
-            help="The GPT-NeoX in which the run resumes: a source tree, neox@2024-03, another date "
-            "or a commit, today. Default: a GPT-NeoX like the one that wrote SRC.",
+            help="The GPT-NeoX in which the run resumes: a source tree, neox@v1.0, neox@2024-03 or "
+            "another date or commit, or today. Default: a GPT-NeoX like the one that wrote SRC.",
         ),
     ] = None,
     row_bias: Annotated[
@@ -121,8 +127,8 @@ def reshard(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="What export-optimizer wrote of this run: its masters, of which the weights are "
-            "then rounded, and moments in place of SRC's.",
+            help="A folder that export-optimizer wrote from this run. Its master weights and "
+            "moments are used instead of SRC's, and the weights are rounded from these masters.",
         ),
     ] = None,
     step: values.Step = None,
@@ -136,10 +142,13 @@ def reshard(
     as_json: values.AsJson = False,
     quiet: values.Quiet = False,
 ) -> None:
-    """Write a GPT-NeoX run's checkpoint for other ranks, with its optimizer, to go on training.
+    """Write a GPT-NeoX run for other ranks, or for another GPT-NeoX, to continue training there.
 
-    Weights, fp32 masters, moments, step, loss scaler, schedule and random states; DST/resume.yml
-    is the yml to go on with. Nothing needs GPT-NeoX or DeepSpeed.
+    Moves the weights, fp32 masters, moments, step, loss scaler, schedule and random states.
+    Continue with the settings in DST/resume.yml. GPT-NeoX and DeepSpeed are not needed.
+
+    Optimizer states of every DeepSpeed since 2021 are read, also those of EleutherAI's raw Pythia
+    checkpoints, which today's GPT-NeoX cannot resume without this.
 
     \b
     Examples:

@@ -12,7 +12,7 @@ Revision = Annotated[
 ]
 Step = Annotated[
     int | None,
-    typer.Option(min=0, metavar="N", help="global_stepN, in place of the one in `latest`."),
+    typer.Option(min=0, metavar="N", help="Read global_stepN instead of the step in `latest`."),
 ]
 Configs = Annotated[
     list[str] | None,
@@ -116,12 +116,16 @@ def size() -> Any:
     return {"parser": parse_size, "metavar": "SIZE"}
 
 
+_TREES = "neox:TREE|neox@DATE|today"
 _TARGETS = "neox:TREE|neox@2024-03|today|transformers@4.48"
 
 
-def era() -> Any:
-    """An option that takes what will load the result: an ``Era``, or ``TransformersFacts``."""
-    return {"parser": _parse_era, "metavar": _TARGETS}
+def era(*, resumes: bool = False) -> Any:
+    """An option that takes what will load the result: an ``Era``, or ``TransformersFacts``.
+
+    resumes: whether only a GPT-NeoX makes sense; it is for the caller to refuse others.
+    """
+    return {"parser": _parse_era, "metavar": _TREES if resumes else _TARGETS}
 
 
 def target() -> Any:

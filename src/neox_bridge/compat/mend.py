@@ -77,16 +77,16 @@ def mend_plan(
     facts = target if isinstance(target, TreeFacts) else None
     plan = _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
     state = checkpoint.neox
+    flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
+    flags += [word for key in ignore_keys for word in ("--ignore-key", key)]
     if plan is not None and in_place and is_url(checkpoint.path):
         raise Refused(
             f"{checkpoint.path} is in a store, where --in-place cannot replace it. Write a copy "
-            f"here: {fix_command(checkpoint, target)}"
+            f"here: {fix_command(checkpoint, target, *flags)}"
         )
     if plan is None or not in_place or state is None:
         return plan
     if state.flat or not _STEP.fullmatch(state.step):
-        flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
-        flags += [word for key in ignore_keys for word in ("--ignore-key", key)]
         raise Refused(
             f"{state.folder} holds the files of one step, and --in-place replaces only the folder "
             f"of a step that is named global_stepN, as GPT-NeoX names it. Write a run with such a "
