@@ -7,6 +7,7 @@ utils/mixed_precision_linkage.py (which parameters a partition touches).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Protocol
 
@@ -51,12 +52,12 @@ class Flat:
     shapes: Mapping[str, Shape]
     dp: int
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements without padding."""
         return sum(prod(shape) for shape in self.shapes.values())
 
-    @property
+    @cached_property
     def partition(self) -> int:
         """Elements of each partition, padding included."""
         step = _ALIGNMENT * self.dp

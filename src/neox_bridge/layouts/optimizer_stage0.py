@@ -56,6 +56,11 @@ def read_stage0(
             check_stage0_scaler(head, path)
         torch_state = head if inner is None else mapping(head, "optimizer_state_dict", path)
         told = parameter_groups(torch_state, path)
+        if len(told) not in (1, 2):
+            raise BridgeError(
+                f"{path}: param_groups of its optimizer has {len(told)} groups, and GPT-NeoX makes "
+                "one or two. The file is damaged; get it from its source again."
+            )
         for index, mine in enumerate(grouped(named, checkpoint.raw, len(told))):
             if inner is None:
                 scalars = _plain(torch_state, index, mine, rank, shards, path)

@@ -8,6 +8,7 @@ runtime/engine.py (_save_checkpoint, _save_zero_checkpoint) and runtime/zero/sta
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -51,7 +52,7 @@ class SubPartitions:
     dp: int
     bucket: int
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements without padding."""
         return sum(prod(shape) for shape in self.shapes.values())
@@ -66,7 +67,7 @@ class SubPartitions:
         """Elements of a part, padding included."""
         return self._cut[1]
 
-    @property
+    @cached_property
     def _cut(self) -> tuple[int, int]:
         """stage1.py: best_max_elems_per_comm and get_data_parallel_sub_partitions."""
         elements, bucket = self.numel, self.bucket
