@@ -696,6 +696,7 @@ def test_what_kind_of_states_and_what_resumes_them() -> None:
             "today": False,
             "keeps_step": False,
         },
+        "complete": True,
     }
     rigid = facts_of["v1_dp2_rigid"]
     assert (rigid["kind"], rigid["data_parallel"], rigid["intervals"]) == ("rigid", 2, [2, 1])

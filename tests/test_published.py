@@ -16,6 +16,7 @@ import yaml
 from common import assert_same, convert, hf_logits, hf_tensors, neox_ranks
 from published import PUBLISHED
 from typer.testing import CliRunner, Result
+from zero_writer import Save, made_up, write
 
 from neox_bridge.cli.app import app
 from neox_bridge.compat.doctor import judge
@@ -410,11 +411,11 @@ def test_what_doctor_advises_works(target: str, bare: Path, tmp_path: Path) -> N
     done = run("doctor", bare, "--for", target, "--config", own)
     assert done.exit_code == 4
     lines = done.stdout.splitlines()
-    fixes = {
-        way for line in lines if (way := line.partition("fix: ")[2]).startswith("neox-bridge ")
-    }
-    assert {command.split()[1] for command in fixes} == {"doctor", "reshard"}
-    for command in fixes:
+    fixes = {way for line in lines if "neox-bridge" in (way := line.partition("fix: ")[2])}
+    assert [command.split()[1] for command in fixes] == ["reshard"], "one command settles it all"
+    commands = {f"neox-bridge {word}" for line in lines for word in line.split("neox-bridge ")[1:]}
+    assert {command.split()[1] for command in commands} == {"doctor", "reshard"}
+    for command in commands:
         made = run_line(command)
         assert made.exit_code == 0, (command, made.output)
         word = "mended" if " doctor " in command else "resharded"
@@ -747,3 +748,97 @@ def test_in_place_and_the_name_of_a_step(name: str, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert run("doctor", root, "--for", "today").exit_code == 0
     assert (root / "latest").read_text() == {"step8": "global_step8"}.get(name, name)
+
+
+def test_transformers_has_nothing_to_say_of_the_optimizer(flat: Path, tmp_path: Path) -> None:
+    done = run("doctor", flat, "--for", "transformers@4.48")
+    commands = [c for line in done.stdout.splitlines() for c in line.split("fix: ")[1:]]
+    assert [c.split()[1] for c in commands if c.startswith("neox-bridge")] == ["convert"]
+    assert "optimizer states" not in done.stdout
+
+
+# ---- files that are missing
+
+
+def _without(folder: Path, *patterns: str) -> Path:
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("lost", ["mp_rank_00", "mp_rank_03"])
+def test_missing_mp_rank_files(lost: str, tmp_path: Path) -> None:
+    """They hold no weights, so that conversion goes on; what resumes a run is refused."""
+    stages = [range(3), range(3, 100)]
+    source = write(made_up(tp=2, layers=2), Save(stages=stages), tmp_path / "step8")
+    expected = state_of(source)
+    _without(source, f"{lost}_*")
+    state = state_of(source)
+    name = f"{lost}_model_states.pt"
+    assert (state.missing_ranks, state.pp) == ((name,), expected.pp)
+    done = run("convert", source, tmp_path / "hf")
+    assert done.exit_code == 0
+    assert f"{source} isn't whole: {name} missing" in done.stderr
+    for words in (
+        ("export-optimizer", source, tmp_path / "states"),
+        ("reshard", source, tmp_path / "new", "--for", "today"),
+        ("inspect", source, "--optimizer"),
+        ("doctor", source, "--for", "neox@2024-03", "--fix", tmp_path / "fixed"),
+    ):
+        done = run(*words)
+        assert done.exit_code == 1, (words, done.output)
+        assert f"{source} isn't whole: {name} missing" in done.stderr, words
+    assert not (tmp_path / "fixed").exists()
+    done = run("doctor", source)
+    assert done.exit_code == 4
+    assert "neox-bridge reshard" not in done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    assert sum(" mp_rank" in line for line in errors) == 1
+    assert "neox-bridge doctor" not in done.stdout
+
+
+def test_no_mp_rank_file_at_all(flat: Path) -> None:
+    _without(flat, "mp_rank_*")
+    assert state_of(flat).missing_ranks == ("mp_rank_00_model_states.pt",)
+    done = run("doctor", flat)
+    assert done.exit_code == 4
+    assert "neox-bridge reshard" not in done.stdout
+    assert "error: " + str(flat) + " isn't whole: mp_rank_00_model_states.pt missing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lost", "isn't whole: zero_pp_rank_1_mp_rank_00_optim_states.pt missing, of 2 data-par"),
+        ("added", "more ranks than the 2 that its mp_rank files tell: zero_pp_rank_2_mp_rank_00"),
+    ],
+)
+def test_optimizer_files_that_are_not_those_of_the_run(
+    change: str, message: str, flat: Path
+) -> None:
+    """inspect and doctor say so too, by the names alone, and advise nothing that fails."""
+    name = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+    if change == "lost":
+        (flat / name.format(1)).unlink()
+    else:
+        shutil.copy(flat / name.format(1), flat / name.format(2))
+    done = run("inspect", flat)
+    assert done.exit_code == 0
+    assert message in done.stdout
+    assert "states of 2 data-parallel ranks" in done.stdout
+    assert "neox-bridge reshard" not in done.stdout
+    done = run("doctor", flat)
+    assert done.exit_code == 4
+    assert message in done.stdout
+    assert "neox-bridge reshard" not in done.stdout
+    assert run("export-optimizer", flat, f"{flat}-states").exit_code == 1
+
+
+def test_files_of_another_layout_are_removed_by_the_command_as_printed(tmp_path: Path) -> None:
+    source = write(made_up(layers=2), Save(), tmp_path / "with space")
+    shutil.copy(source / "mp_rank_00_model_states.pt", source / "mp_rank_01_model_states.pt")
+    done = run("doctor", source)
+    command = next(line for line in done.stdout.splitlines() if "fix: rm " in line)
+    words = shlex.split(command.partition("fix: ")[2])
+    assert words == ["rm", str(source / "mp_rank_01_model_states.pt")]

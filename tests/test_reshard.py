@@ -719,7 +719,7 @@ OPTIM, META = "bf16_zero_pp_rank_1_mp_rank_00_optim", "mp_rank_00_model"
         (OPTIM, group_of_text, "param_groups[0] is 'x', not a mapping of names to values"),
         (META, shape_of_number, "param_shapes: 0.word_embeddings.weight is 3, not a shape"),
         (META, micro_batch_of_text, "ds_config.train_micro_batch_size_per_gpu is 'x', not a whole"),
-        (META, many_ranks, "1048575_mp_rank_00_optim_states.pt and others are missing"),
+        (META, many_ranks, r"more missing, of 1048576 data-parallel ranks (dp_world_size of the"),
         (OPTIM, state_of_integers, "exp_avg has the dtype int32, and only states in floating"),
         (META, other_batch, "ds_config.train_batch_size is 7, which train_micro_batch_size_per"),
     ],

@@ -13,6 +13,7 @@ Subject = Literal[
     "fp32 masters",
     "GQA row order",
     "missing index",
+    "mp_rank files",
     "RMSNorm epsilon",
     "rotary settings",
     "stored head",

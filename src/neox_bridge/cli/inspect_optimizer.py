@@ -25,8 +25,13 @@ def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list[
         states = saved_states(checkpoint)
     except BridgeError as error:
         return None, [Finding("optimizer-unreadable", "warning", str(error))]
-    if states is None or states.form is None or states.resumption is None:
+    if states is None:
         return None, []
+    findings = []
+    if states.incomplete and not (checkpoint.neox and checkpoint.neox.missing_ranks):
+        findings.append(Finding("optimizer-incomplete", "warning", states.incomplete))
+    if states.form is None or states.resumption is None:
+        return None, findings
     form, resumption = states.form, states.resumption
     return {
         "kind": form.kind,
@@ -42,7 +47,8 @@ def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list[
             "today": not states.refusal,
             "keeps_step": resumption.keeps_step,
         },
-    }, []
+        "complete": not states.incomplete,
+    }, findings
 
 
 def states_lines(
@@ -68,7 +74,7 @@ def states_lines(
             + ("" if by["keeps_step"] else "; Adam's step begins anew there"),
         ),
     ]
-    if not by["today"]:
+    if not by["today"] and facts["complete"]:
         from neox_bridge.optimizer.saved_states import reshard_command
 
         command = reshard_command(path, options)

@@ -10,7 +10,7 @@ from neox_bridge.compat.judge_neox import judge_neox
 from neox_bridge.compat.neox_folder import stray_cases
 from neox_bridge.compat.targets import Target, name_of, refuse_version, target_named
 from neox_bridge.compat.verdict import Case, Verdict, case, convert_command, verdict
-from neox_bridge.doctor.resuming import judge_resuming
+from neox_bridge.doctor.resuming import judge_resuming, resharding
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, Subject, unrepeated
 from neox_bridge.frameworks.writers import words_of
@@ -88,7 +88,7 @@ def _reads(target: Target, checkpoint: Checkpoint) -> bool:
 
 def _meeting(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     if isinstance(target, TreeFacts) and checkpoint.kind == "neox":
-        yield from judge_neox(checkpoint, target)
+        yield from judge_neox(checkpoint, target, resharding(checkpoint, target))
     elif isinstance(target, TransformersFacts) and checkpoint.kind == "hf":
         yield from judge_hf(checkpoint, target)
     else:

@@ -5,6 +5,7 @@ running it on CPU; their order is that in which GPT-NeoX and DeepSpeed come to t
 number of files, the kind of layout, each layer's state dict, ``args``.
 """
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from neox_bridge.compat.verdict import Case, case, fix_command
 from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.eras import GqaOrder, mlp_biases
+from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.layouts.weights import INV_FREQ, exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
@@ -30,21 +32,31 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def judge_neox(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """The cases of loading a checkpoint in a tree, in the order in which it meets them."""
+def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -> Iterator[Case]:
+    """The cases of loading a checkpoint in a tree, in the order in which it meets them.
+
+    Args:
+        checkpoint: of a GPT-NeoX run.
+        facts: what the tree expects.
+        resharding: the command that writes the run for the tree with its optimizer states, where
+            it cannot resume from them as they are; "" otherwise. It is the way out of the other
+            cases that it settles too, so that one command is enough.
+    """
     state = checkpoint.neox
     assert state is not None
-    yield from _yml(checkpoint, state, facts)
-    yield from _flat(checkpoint, state, facts)
-    yield from stray_cases(state.folder)
+    yield from _yml(checkpoint, state, facts, resharding)
+    yield from _flat(checkpoint, state, facts, resharding)
+    yield from _rank_files(state)
     yield from _layout_kind(checkpoint, state)
-    yield from _state_dicts(checkpoint, state, facts)
+    yield from _state_dicts(checkpoint, state, facts, resharding)
     yield from _args(checkpoint, state, facts)
     yield from _silent(checkpoint, state, facts)
 
 
-def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
-    fix = _fix(checkpoint, facts)
+def _yml(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
+) -> Iterator[Case]:
+    fix = resharding or _fix(checkpoint, facts)
     for duplicate in state.duplicate_keys:
         if not duplicate.refused:
             yield Case(replace(duplicate_finding(duplicate), severity="info"))
@@ -65,12 +77,15 @@ def _yml(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator
         risky = {key.name: key for key in checkpoint.unknown_keys if key.effect == "model"}
         flags = [w for key in unknown if key in risky for w in ("--ignore-key", key)]
         why = "".join(f". {reason_of(risky[key])}" for key in unknown if key in risky)
+        mending = _fix(checkpoint, facts, *flags)
+        if resharding:
+            mending = shlex.join([*shlex.split(resharding), *flags])
         yield case(
             "yml-key-unknown",
             "error",
             f"the yml has keys that this GPT-NeoX doesn't know, and it refuses them: "
             f"{', '.join(unknown)}" + (f" ({places})" if places else "") + why,
-            _fix(checkpoint, facts, *flags)
+            mending
             + (" removes it from the copy, which may be another model then" if flags else ""),
             f"TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
             f"'{next(key for key in checkpoint.raw if key in unknown)}'",
@@ -84,6 +99,8 @@ def _fix(checkpoint: Checkpoint, facts: TreeFacts, *flags: str) -> str:
     """
     state = checkpoint.neox
     assert state is not None
+    if state.missing_ranks:
+        return "copy the checkpoint again"  # a copy of it would not be whole either
     stored = stores_inv_freq(checkpoint, facts)
     moved = stored is not None and stored != (state.inv_freq == "store")
     parted = facts.mlp_names != state.mlp_names or (moved and state.layout == "ranks")
@@ -91,7 +108,9 @@ def _fix(checkpoint: Checkpoint, facts: TreeFacts, *flags: str) -> str:
     return fix_command(checkpoint, facts, *drop, *flags)
 
 
-def _flat(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+def _flat(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
+) -> Iterator[Case]:
     """A step without a run's folder around it (load_checkpoint in megatron/checkpointing.py)."""
     if not state.flat:
         return
@@ -101,11 +120,20 @@ def _flat(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterato
         f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
         f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
         "that, and trains from random weights",
-        _fix(checkpoint, facts),
+        resharding or _fix(checkpoint, facts),
         f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
         "please ensure this file exists or pass an explicit checkpoint tag when loading a "
         "checkpoint.",
     )
+
+
+def _rank_files(state: NeoxState) -> Iterator[Case]:
+    """The case of mp_rank files that are missing, or left over from another layout."""
+    strays = list(stray_cases(state.folder))
+    yield from strays
+    if state.missing_ranks and not strays:
+        finding = missing_ranks_finding(state.folder, state.missing_ranks)
+        yield Case(replace(finding, severity="error"))
 
 
 def _layout_kind(checkpoint: Checkpoint, state: NeoxState) -> Iterator[Case]:
@@ -151,7 +179,9 @@ def stores_inv_freq(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
     return facts.inv_freq == "always"
 
 
-def _state_dicts(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+def _state_dicts(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
+) -> Iterator[Case]:
     """What load_state_dict, which is strict, says of the embeddings and of the blocks."""
     rows = expected_rows(checkpoint)
     have = checkpoint.config.dims["vocab"]
@@ -186,7 +216,7 @@ def _state_dicts(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> 
         ],
     )
     for code, message, remedy in codes:
-        yield case(code, "error", message, remedy or _fix(checkpoint, facts), prints)
+        yield case(code, "error", message, remedy or resharding or _fix(checkpoint, facts), prints)
     if sizes:
         yield case("mlp-width", "error", *_width_words(checkpoint, facts), prints)
 

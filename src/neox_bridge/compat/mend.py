@@ -18,12 +18,13 @@ from neox_bridge.compat.neox_folder import stray_ranks
 from neox_bridge.compat.targets import Target, refuse_version
 from neox_bridge.compat.tree import FLAG
 from neox_bridge.compat.verdict import convert_command, fix_command
-from neox_bridge.doctor.resuming import cannot_resume
+from neox_bridge.doctor.resuming import cannot_resume, resharding
 from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.formats.yml import dump_yml
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState, some
 from neox_bridge.layouts.derived_check import mismatch_finding
 from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, fitting, known_keys
+from neox_bridge.layouts.missing_files import refuse_missing_ranks
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.seal import unsealed
@@ -151,6 +152,7 @@ def _mend_neox(
 ) -> Plan | None:
     state = checkpoint.neox
     assert state is not None
+    refuse_missing_ranks(state)
     era = facts.era if facts else fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
     inv_freq = _inv_freq(checkpoint, state, facts)
     names = facts.mlp_names if facts else state.mlp_names
@@ -176,7 +178,7 @@ def _mend_neox(
     remeta = any(state.args.get(key, value) != value for key, value in args.items())
     remeta = remeta or (rewrite and state.layout == "ranks")
     parted = remeta or names != state.mlp_names
-    if lost := _optimizer(checkpoint, parted, drop_optimizer):
+    if lost := _optimizer(checkpoint, facts, parted, drop_optimizer):
         remeta = True
     yml = _yml(checkpoint, era, plan, inv_freq)
     if not (rewrite or remeta or strays or state.flat or yml is not None):
@@ -290,7 +292,7 @@ def _unknown(checkpoint: Checkpoint, era: Era) -> list[Dropped]:
     return [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it", "setting") for key in gone]
 
 
-def _optimizer(checkpoint: Checkpoint, parted: bool, drop: bool) -> bool:
+def _optimizer(checkpoint: Checkpoint, facts: TreeFacts | None, parted: bool, drop: bool) -> bool:
     """Whether optimizer states go. Raises Refused where they would have to and nobody said so.
 
     They stay as they are where only buffers and settings change: ZeRO's partitions are the
@@ -300,10 +302,12 @@ def _optimizer(checkpoint: Checkpoint, parted: bool, drop: bool) -> bool:
     if not parted or not checkpoint.has_optimizer:
         return False
     if not drop:
+        command = resharding(checkpoint, facts) if facts is not None else ""
         raise Refused(
             f"{checkpoint.path} holds optimizer states, and they can't be kept with what has to "
             "change: names of parameters, or the files that hold the schedule beside them. Say "
-            "--drop-optimizer to go on from the weights alone (finetune: true)."
+            "--drop-optimizer to go on from the weights alone (finetune: true)"
+            + (f", or write the whole run anew: {command}" if command else ".")
         )
     return True
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 
 from neox_bridge.compat.verdict import Case, case
@@ -25,11 +26,12 @@ def stray_cases(folder: str) -> Iterator[Case]:
         "error",
         f"{folder} holds {len(names)} mp_rank files and they were saved by {wrong} processes: "
         f"{what}. DeepSpeed counts them before it loads anything",
-        "rm " + " ".join(os.path.join(folder, name) for name in strays)
+        shlex.join(["rm", *(os.path.join(folder, name) for name in strays)])
         if strays
         else "copy the checkpoint again, into an empty folder",
         f"AssertionError: checkpoint count {len(names)} is different from saved mp_world_size "
         f"{wrong}",
+        subject="mp_rank files",
     )
 
 

@@ -34,9 +34,12 @@ def cannot_resume(checkpoint: Checkpoint, form: StatesForm) -> bool:
 
 
 def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
-    """The cases of loading the optimizer, which GPT-NeoX does after the weights."""
+    """The cases of loading the optimizer, which GPT-NeoX does after the weights.
+
+    transformers loads none, so that there is nothing to say of it.
+    """
     state = checkpoint.neox
-    if state is None or bool(checkpoint.raw.get("finetune")):
+    if state is None or not isinstance(target, TreeFacts) or checkpoint.raw.get("finetune"):
         return
     if not checkpoint.has_optimizer:
         yield from _no_states(checkpoint, target)
@@ -47,7 +50,11 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     except BridgeError as error:
         yield case("optimizer-unreadable", "warning", f"its optimizer cannot be read: {error}")
         return
-    form: StatesForm = target.states if isinstance(target, TreeFacts) else "partitions"
+    if states is not None and states.incomplete:
+        if not state.missing_ranks:  # which has a case of its own
+            yield case("optimizer-incomplete", "error", states.incomplete)
+        return
+    form = target.states
     if states is not None and not _resumes(checkpoint, states, form):
         if form == "sub-partitions":
             yield _not_of_v1(checkpoint, target, states, count)
@@ -73,6 +80,36 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     )
 
 
+def resharding(checkpoint: Checkpoint, target: Target) -> str:
+    """The command that writes the run for a tree which does not resume from its states.
+
+    It also removes keys that the tree refuses, renames parameters, and makes a run of a flat
+    folder. "" where the tree resumes, and where the states cannot be read or the tree cannot train
+    such a run.
+    """
+    state = checkpoint.neox
+    if state is None or not isinstance(target, TreeFacts) or checkpoint.raw.get("finetune"):
+        return ""
+    with suppress(BridgeError):  # what cannot be read has a case of its own
+        states = saved_states(checkpoint) if checkpoint.has_optimizer else None
+        if states is not None and not states.incomplete:
+            resumes = _resumes(checkpoint, states, target.states)
+            return "" if resumes else _reshard_command(checkpoint, target, states)
+    return ""
+
+
+def _reshard_command(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates) -> str:
+    """The command that writes states anew for a tree; "" where none does."""
+    options = config_options(checkpoint)
+    if target.states == "sub-partitions":  # ZeRO of DeeperSpeed 0.3.15
+        if checkpoint.config.dtype != "float16":
+            return ""
+        options = [*options, *(() if states.stage == 1 else ("--zero", "1"))]
+    elif states.form is None:
+        return ""
+    return reshard_command(checkpoint.path, options, name_of(target))
+
+
 def _resumes(checkpoint: Checkpoint, states: SavedStates, form: StatesForm) -> bool:
     """Whether a tree resumes from states.
 
@@ -88,7 +125,7 @@ def _resumes(checkpoint: Checkpoint, states: SavedStates, form: StatesForm) -> b
     return elastic == (states.form.kind == "elastic")
 
 
-def _not_of_v1(checkpoint: Checkpoint, target: Target, states: SavedStates, count: int) -> Case:
+def _not_of_v1(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, count: int) -> Case:
     """The case of states that GPT-NeoX v1.0 does not load."""
     if states.form is not None and states.form.generation is SUB_PARTITIONS:
         what = (
@@ -101,21 +138,17 @@ def _not_of_v1(checkpoint: Checkpoint, target: Target, states: SavedStates, coun
         release = release_of(states.version) or (0, 0, 0)
         prints = _RENAMED_KEY if release >= _RENAMED_SINCE else ""
     message = f"its optimizer states ({count} files) {what}: this GPT-NeoX cannot resume from them"
-    if checkpoint.config.dtype != "float16":
+    command = _reshard_command(checkpoint, target, states)
+    if command:
+        message += ". Resharding writes them anew"
+    else:
         message += f". Nor can it train in {checkpoint.config.dtype} with ZeRO"
-        return case("optimizer-version", "error", message, prints=prints)
-    options = [*config_options(checkpoint), *(() if states.stage == 1 else ("--zero", "1"))]
-    return case(
-        "optimizer-version",
-        "error",
-        f"{message}. Resharding writes them anew",
-        reshard_command(checkpoint.path, options, name_of(target)),
-        prints,
-    )
+    return case("optimizer-version", "error", message, command, prints)
 
 
-def _old_states(checkpoint: Checkpoint, target: Target, states: SavedStates, count: int) -> Case:
+def _old_states(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, count: int) -> Case:
     """The case of states that the DeepSpeed of later trees refuses."""
+    fix = _reshard_command(checkpoint, target, states)
     if states.form is None:
         kind, fix = "", fix_command(checkpoint, target)
         way_out = "Its weights load with finetune: true, which starts a new optimizer"
@@ -124,8 +157,6 @@ def _old_states(checkpoint: Checkpoint, target: Target, states: SavedStates, cou
             f"are {states.form.kind} ZeRO {states.stage} states of {states.form.dp} data-parallel "
             f"ranks, as {states.form.generation.releases} saves them. They "
         )
-        era = name_of(target) if isinstance(target, TreeFacts) else "today"
-        fix = reshard_command(checkpoint.path, config_options(checkpoint), era)
         weights_only = fix_command(checkpoint, target, "--drop-optimizer")
         way_out = (
             "Resharding writes them anew. Its weights alone load with finetune: true, which starts "
@@ -146,7 +177,7 @@ def _old_states(checkpoint: Checkpoint, target: Target, states: SavedStates, cou
     )
 
 
-def _no_states(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
+def _no_states(checkpoint: Checkpoint, target: TreeFacts) -> Iterator[Case]:
     prints = "TypeError: 'NoneType' object is not subscriptable"
     if checkpoint.raw.get("finetune") is False:
         yield case(

@@ -63,6 +63,8 @@ class NeoxState:
     te: which modules of its blocks were Transformer Engine's, "attention" or "mlp".
     universal: whether it is DeepSpeed's universal checkpoint; ``ranks`` are then of its masters,
         one where they lie there whole.
+    dp: data-parallel ranks of the run, as the mp_rank files tell it; None where they do not.
+    missing_ranks: the mp_rank files that are missing; see ``missing_files.missing_ranks``.
     """
 
     root: str
@@ -88,6 +90,8 @@ class NeoxState:
     gqa_order_known: bool = True
     rms_eps: Literal["inside", "outside"] = "inside"
     duplicate_keys: tuple[DuplicateKey, ...] = ()
+    dp: int | None = None
+    missing_ranks: tuple[str, ...] = ()
 
     @property
     def flat(self) -> bool:

@@ -31,6 +31,7 @@ from neox_bridge.layouts.file_names import LAYER, RANK, ZERO3, optimizer_files
 from neox_bridge.layouts.folder_kinds import refuse_deepspeed
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.hub_cache import revision_of
+from neox_bridge.layouts.missing_files import missing_ranks, missing_ranks_finding, told_ranks
 from neox_bridge.layouts.origin import original_rows
 from neox_bridge.layouts.quantized import refuse_quantized
 from neox_bridge.layouts.record_file import read_record
@@ -159,6 +160,8 @@ def open_neox(
         gqa_order_known=told is not None or "attention" in plain.modules,
         rms_eps="outside" if told == "interleaved" or mlp_names == "dense" else "inside",
         duplicate_keys=tuple(duplicates),
+        dp=told_ranks(read.meta, "dp_world_size"),
+        missing_ranks=() if universal else missing_ranks(names, read.meta),
     )
     config, tensors, dropped, mismatch = checkpoint
     tied_head = tensors.pop(architecture.head, None) if config.tied_embeddings else None
@@ -174,6 +177,8 @@ def open_neox(
         findings.append(finding)
     if finding := weights_above_finding(place):
         findings.append(finding)
+    if state.missing_ranks:
+        findings.append(missing_ranks_finding(folder, state.missing_ranks))
     findings += [mismatch_finding(mismatch)] if mismatch else []
     if config.grouped_query and not state.gqa_order_known:
         findings.append(unknown_order())
@@ -331,7 +336,8 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
         ranks[rank][layer] = without_wrappers(_tensors(value, path), path)
         states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]
     files = [os.path.join(folder, name) for name in (*found.values(), *stage_files)]
-    stages = max(1, len(stage_files) // tp)
+    lost = missing_ranks(names, meta)
+    stages = max(1, (told_ranks(meta, "mp_world_size") or 1 if lost else len(stage_files)) // tp)
     return _Read("layers", ranks, meta, stages, tuple(sorted(files)), tuple(states))
 
 

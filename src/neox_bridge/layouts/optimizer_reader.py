@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from math import prod
 from typing import Any
 
@@ -13,9 +12,9 @@ from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.deepspeed import PARTITIONS
-from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState, some
-from neox_bridge.layouts.file_names import OPTIMIZER
+from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.flat import Flat
+from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks, told_ranks
 from neox_bridge.layouts.optimizer import (
     MASTER,
     Group,
@@ -42,7 +41,6 @@ from neox_bridge.stores.paths import ahead, read_at
 _NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d{1,9})\.(.+)")
 _TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 _MOST = 64  # bytes of a scalar
-_SHOWN = 7  # of the files that are missing, of which there may be any number
 _NOT_OUTER = ("optimizer_state_dict", "param_shapes")
 _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
 
@@ -53,6 +51,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
     if state is None:
         raise BridgeError(f"{checkpoint.path} isn't a GPT-NeoX checkpoint, so it has no optimizer.")
     folder = state.folder
+    refuse_missing_ranks(state)
     count = state.tp * max(1, state.pp)
     paths = [os.path.join(folder, f"mp_rank_{n:02d}_model_states.pt") for n in range(count)]
     check_settings(checkpoint.raw, folder)
@@ -103,7 +102,8 @@ def _read_files(
     assert state is not None
     from neox_bridge.optimizer.read_zero import is_handled, read_zero
 
-    files = _rank_files(state, folder, metas)
+    dp_recorded = told_ranks(metas[0], "dp_world_size")
+    files = rank_files(state, dp_recorded, len(metas))
     if is_handled(optimizer_states(files[0][0])["optimizer_state_dict"]):
         return read_zero(checkpoint, folder, metas, files)
     dp = len(files[0])
@@ -141,54 +141,6 @@ def _read_files(
     )  # fmt: skip
     check_weights(checkpoint, result, folder)
     return result
-
-
-def _rank_files(
-    state: NeoxState, folder: str, metas: tuple[Mapping[str, Any], ...]
-) -> list[list[str]]:
-    """The files of optimizer states by the number of their mp_rank file, then by rank.
-
-    Raises BridgeError where one is missing, or left over from another layout.
-    """
-    found: dict[tuple[int, int], str] = {}
-    for name in state.optimizer:
-        if match := OPTIMIZER.fullmatch(name):
-            place = int(match[2]), int(match[3])
-            if place in found:
-                raise Refused(
-                    f"{folder} holds two files of optimizer states of one rank, {found[place]} and "
-                    f"{name}. Move the wrong one out of the folder."
-                )
-            found[place] = name
-    if not found:
-        raise BridgeError(
-            f"{folder}: {some(list(state.optimizer))} isn't named as DeepSpeed names it."
-        )
-    most = max(rank for rank, _ in found) + 1
-    dp = int(metas[0].get("dp_world_size") or most)
-    if dp > most:
-        name = f"zero_pp_rank_{dp - 1}_mp_rank_00_optim_states.pt"
-        raise BridgeError(
-            f"{folder} isn't whole: {name} and others are missing, of {dp} data-parallel ranks "
-            "(dp_world_size of the mp_rank files). Copy the checkpoint again."
-        )
-    places = ((rank, number) for rank in range(dp) for number in range(len(metas)))
-    absent = (place for place in places if place not in found)
-    if missing := list(islice(absent, _SHOWN)):
-        names = [f"zero_pp_rank_{d}_mp_rank_{n:02d}_optim_states.pt" for d, n in missing]
-        raise BridgeError(
-            f"{folder} isn't whole: {some(names)} missing, of {dp} data-parallel ranks. Copy the "
-            "checkpoint again."
-        )
-    if extra := sorted(found[d, n] for d, n in found if d >= dp or n >= len(metas)):
-        raise BridgeError(
-            f"{folder} has optimizer states of more ranks than the {dp} that its mp_rank files "
-            f"tell: {some(extra)}. Remove those of another layout."
-        )
-    return [
-        [os.path.join(folder, found[rank, number]) for rank in range(dp)]
-        for number in range(len(metas))
-    ]
 
 
 def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:

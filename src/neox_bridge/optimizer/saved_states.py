@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import NO_VERSION, Resumption, resumption
-from neox_bridge.layouts.checkpoint import Checkpoint, new_folder
+from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState, new_folder
 from neox_bridge.layouts.file_names import OPTIMIZER
+from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks
 from neox_bridge.layouts.optimizer import SavedForm
 from neox_bridge.layouts.optimizer_reader import optimizer_states
 from neox_bridge.layouts.untrusted import text
@@ -31,12 +32,14 @@ class SavedStates:
     form: how they hold the states; None where the first file holds no masters in a known form.
     stage: ZeRO's. version: of DeepSpeed, "" where they name none.
     resumption: what resumes them; None where the form is not known.
+    incomplete: what is missing of the files, or left over among them; "" where they are whole.
     """
 
     form: SavedForm | None
     stage: int
     version: str
     resumption: Resumption | None
+    incomplete: str = ""
 
     @property
     def refusal(self) -> str:
@@ -69,15 +72,29 @@ def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
     value = optimizer_states(path)
     inner = value["optimizer_state_dict"]
     version = text(inner, "ds_version")
+    incomplete = _incomplete(state)
     try:
         intervals = interval_counts(inner, path)
     except BridgeError:
-        return SavedStates(None, zero_stage(value, checkpoint.raw, path), version, None)
-    dp = len({m[2] for name in state.optimizer if (m := OPTIMIZER.fullmatch(name))})
+        stage = zero_stage(value, checkpoint.raw, path)
+        return SavedStates(None, stage, version, None, incomplete)
+    present = len({m[2] for name in state.optimizer if (m := OPTIMIZER.fullmatch(name))})
+    dp = state.dp or present
     form = SavedForm(kind_of(inner), generation_of(inner), dp, intervals)
     return SavedStates(
         form,
         zero_stage(value, checkpoint.raw, path),
         version,
         resumption(form.generation, form.kind, version, has_step=inner.get(STEP) is not None),
+        incomplete,
     )
+
+
+def _incomplete(state: NeoxState) -> str:
+    """What is wrong with the files of the states, by their names alone; "" for nothing."""
+    try:
+        refuse_missing_ranks(state)
+        rank_files(state, state.dp, state.tp * max(1, state.pp))
+    except BridgeError as error:
+        return str(error)
+    return ""

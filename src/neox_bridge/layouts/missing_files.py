@@ -1,0 +1,116 @@
+"""The files of a step that its other files name, and that are missing or left over."""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import NeoxState, some
+from neox_bridge.layouts.file_names import OPTIMIZER, RANK
+
+_MOST_RANKS = 1 << 30
+_SHOWN = 7  # of the files that are missing, of which there may be any number
+_COPY_AGAIN = "Copy the checkpoint again."
+
+
+def told_ranks(meta: Mapping[str, Any], key: str) -> int | None:
+    """A number of ranks that an mp_rank file has; None where it has no such number."""
+    value = meta.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 1 <= value <= _MOST_RANKS else None
+
+
+def missing_ranks(names: Sequence[str], meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """The mp_rank files that are missing from a step, of which at most eight are listed.
+
+    DeepSpeed saves one for each model-parallel process, and their number in each of them
+    (mp_world_size; runtime/engine.py, _save_checkpoint). Where there is none at all, the names of
+    the optimizer's files tell how many there were.
+
+    Args:
+        names: of what lies in the folder.
+        meta: what the first mp_rank file holds; empty where there is none.
+    """
+    present = {int(match[1]) for name in names if (match := RANK.fullmatch(name))}
+    count = told_ranks(meta, "mp_world_size") or 0
+    if not present:
+        states = [int(match[3]) for name in names if (match := OPTIMIZER.fullmatch(name))]
+        count = max(states, default=-1) + 1
+    absent = (number for number in range(count) if number not in present)
+    return tuple(f"mp_rank_{n:02d}_model_states.pt" for n in islice(absent, _SHOWN + 1))
+
+
+def missing_ranks_finding(folder: str, missing: Sequence[str]) -> Finding:
+    """What is said where mp_rank files are missing beside layers that are whole."""
+    return Finding(
+        "mp-rank-missing",
+        "warning",
+        f"{folder} isn't whole: {some(list(missing))} missing. The weights are in other files, so "
+        "they can be converted, but no run can go on from this folder",
+        "copy the checkpoint again",
+        subject="mp_rank files",
+    )
+
+
+def refuse_missing_ranks(state: NeoxState) -> None:
+    """Raise BridgeError where mp_rank files are missing, without which no run goes on."""
+    if state.missing_ranks:
+        raise BridgeError(
+            f"{state.folder} isn't whole: {some(list(state.missing_ranks))} missing. {_COPY_AGAIN}"
+        )
+
+
+def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[list[str]]:
+    """The files of optimizer states by the number of their mp_rank file, then by rank.
+
+    Args:
+        state: of the checkpoint, with the names of these files.
+        dp: data-parallel ranks, as the mp_rank files tell it; None where they do not.
+        model_parallel: how many mp_rank files there are.
+
+    Raises:
+        BridgeError: one is missing, or left over from another layout.
+        Refused: two are of one rank.
+    """
+    folder = state.folder
+    by_rank: dict[tuple[int, int], str] = {}
+    for name in state.optimizer:
+        if match := OPTIMIZER.fullmatch(name):
+            place = int(match[2]), int(match[3])
+            if place in by_rank:
+                raise Refused(
+                    f"{folder} holds two files of optimizer states of one rank, {by_rank[place]} "
+                    f"and {name}. Move the wrong one out of the folder."
+                )
+            by_rank[place] = name
+    if not by_rank:
+        raise BridgeError(
+            f"{folder}: {some(list(state.optimizer))} isn't named as DeepSpeed names it."
+        )
+    most = max(rank for rank, _ in by_rank) + 1
+    dp = dp or most
+    places = ((rank, number) for rank in range(dp) for number in range(model_parallel))
+    absent = (place for place in places if place not in by_rank)
+    if missing := list(islice(absent, _SHOWN)):
+        names = [f"zero_pp_rank_{d}_mp_rank_{n:02d}_optim_states.pt" for d, n in missing]
+        count = dp * model_parallel - sum(d < dp and n < model_parallel for d, n in by_rank)
+        more = f" and {count - len(names)} more" if count > len(names) else ""
+        raise BridgeError(
+            f"{folder} isn't whole: {', '.join(names)}{more} missing, of {dp} data-parallel ranks"
+            f"{' (dp_world_size of the mp_rank files)' if dp > most else ''}. {_COPY_AGAIN}"
+        )
+    if extra := sorted(
+        (n, d, name) for (d, n), name in by_rank.items() if d >= dp or n >= model_parallel
+    ):
+        names = [name for _, _, name in extra]
+        raise BridgeError(
+            f"{folder} has optimizer states of more ranks than the {dp} that its mp_rank files "
+            f"tell: {some(names)}. Remove those of another layout."
+        )
+    return [
+        [os.path.join(folder, by_rank[rank, number]) for rank in range(dp)]
+        for number in range(model_parallel)
+    ]
