@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.optimizer_reader import read_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -310,3 +311,17 @@ def test_a_setting_of_a_yml_that_is_no_number_names_the_folder(tmp_path: Path) -
     with pytest.raises(BridgeError) as caught:
         open_checkpoint(str(root))
     assert str(caught.value).startswith(f"{step}: rotary_pct: 'None' isn't a number.")
+
+
+@pytest.mark.parametrize("groups", [None, [], [{}, {}, {}]])
+def test_an_optimizer_of_stage_0_with_groups_that_gpt_neox_does_not_make(
+    groups: Any, tmp_path: Path
+) -> None:
+    source = Path(__file__).parent / "data" / "reshard" / "fp16_stage0"
+    root = Path(shutil.copytree(source, tmp_path / "run"))
+    path = next(root.glob("global_step*/mp_rank_00*"))
+    value = torch.load(path, weights_only=False)
+    value["optimizer"]["optimizer_state_dict"]["param_groups"] = groups
+    torch.save(value, path)
+    with pytest.raises(BridgeError, match=r"mp_rank_00_model_states.pt: .*param_groups"):
+        read_optimizer(open_checkpoint(str(root)))
