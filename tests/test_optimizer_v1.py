@@ -643,6 +643,10 @@ def test_export_and_masters_are_the_live_optimizers(name: str, tmp_path: Path) -
         "1 + iteration - skipped_steps" if live["elastic_checkpoint"] else None
     )
     assert "as it was written" in run("verify", states)
+    text = run("inspect", states, code=1)
+    assert "holds optimizer states that export-optimizer wrote" in text
+    command = shlex.split(re.findall(r"neox-bridge verify .*?(?=\. )", text)[0])
+    assert "as it was written" in run(*command[1:])
     damaged = bytearray((states / "exp_avg.safetensors").read_bytes())
     damaged[-1] ^= 1
     (states / "exp_avg.safetensors").write_bytes(damaged)
@@ -789,3 +793,25 @@ def test_inspect_opens_what_has_broken_states(tmp_path: Path) -> None:
     report = json.loads(run("inspect", folder, "--json"))
     assert report["neox"]["optimizer_states"] is None
     assert "optimizer-unreadable" in {f["code"] for f in report["findings"]}
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float16"])
+def test_verify_compares_what_was_made_of_masters_with_the_masters(
+    dtype: str, tmp_path: Path
+) -> None:
+    source = write(made_up(tp=2, layers=1), Save(), tmp_path / "source")
+    hf = tmp_path / "hf"
+    run("convert", source, hf, "--weights", "masters", "--dtype", dtype)
+    text = run("verify", source, hf)
+    assert "converted with --weights masters, and is compared with the fp32 masters" in text
+    assert "equal" in text
+    run("report", hf, "--source", source, "-o", tmp_path / "page.html")
+    path = source / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    with zero_writer.scaler_module():
+        value = torch.load(path, weights_only=False)
+        value["optimizer_state_dict"]["local_sub_partitions_of_fp32_groups"][0][0][5] += 1
+        torch.save(value, path, _use_new_zipfile_serialization=False)
+    assert "NOT what the source says" in run("verify", source, hf, code=3)
+    for path in source.glob("zero_*"):
+        path.unlink()
+    assert f"{source} holds no optimizer states" in run("verify", source, hf, code=1)

@@ -842,3 +842,9 @@ def test_files_of_another_layout_are_removed_by_the_command_as_printed(tmp_path:
     command = next(line for line in done.stdout.splitlines() if "fix: rm " in line)
     words = shlex.split(command.partition("fix: ")[2])
     assert words == ["rm", str(source / "mp_rank_01_model_states.pt")]
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    done = run("inspect", tmp_path)
+    assert done.exit_code == 1
+    assert "no layer_*-model_*-model_states.pt). It is empty." in done.stderr

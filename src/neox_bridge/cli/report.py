@@ -1,5 +1,6 @@
 """``neox-bridge report``."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -99,19 +100,21 @@ def _checkpoint(
     path: str, source: str | None, number: int, workers: int | None, quiet: bool
 ) -> list["Section"]:
     from neox_bridge.cli.inspect import describe, summary_lines
+    from neox_bridge.layouts.masters import as_it_was_converted
     from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.report.sections import checkpoint_section, verification_section
     from neox_bridge.verification.statistics import findings, statistics
     from neox_bridge.verification.verify import verify
 
     checkpoint = open_checkpoint(path)
-    first = None if source is None else open_checkpoint(source)
-    total = checkpoint.size * (1 if first is None else 2)
+    total = checkpoint.size * (1 if source is None else 2)
     with progress_bar(total, "reading", quiet) as progress:
         stats = statistics(checkpoint, workers=workers, progress=progress)
-        compared = (
-            None if first is None else verify(first, checkpoint, workers=workers, progress=progress)
-        )
+        compared = None
+        if source is not None:
+            first, said = as_it_was_converted(open_checkpoint(source), checkpoint)
+            compared = verify(first, checkpoint, workers=workers, progress=progress)
+            compared = replace(compared, findings=(*said, *compared.findings))
     found = [*checkpoint.findings, *findings(stats, checkpoint)]
     told = summary_lines(describe(checkpoint))
     made = [checkpoint_section(path, told, checkpoint.record, stats, found, f"s{number}-")]

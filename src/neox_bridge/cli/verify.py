@@ -69,8 +69,9 @@ def verify(
 
     Exit codes: 0 it is, 3 it isn't or can't be compared, 1 error.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
+    from neox_bridge.layouts.masters import as_it_was_converted
     from neox_bridge.layouts.open import check_configs_used, open_with
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
     from neox_bridge.verification.verify import describe
@@ -93,6 +94,7 @@ def verify(
     check_configs_used(config or (), first, second)
     check_gqa_order(gqa_order, first)
     check_optimizer(optimizer, first, second)
+    first, said = as_it_was_converted(first, second)
     if optimizer:
         from neox_bridge.layouts.masters import with_states
 
@@ -100,6 +102,7 @@ def verify(
     inputs = _tokens(tokens, first, second) if logits else None
     with progress_bar(second.size, "verifying", quiet) as progress:
         found = compare(first, second, workers=max_workers, progress=progress)
+    found = replace(found, findings=(*said, *found.findings))
     agreements = _computed(first, second, inputs, device) if inputs else {}
     holds = found.holds and all(agreement.agrees for agreement in agreements.values())
     if as_json:

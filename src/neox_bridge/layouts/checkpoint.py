@@ -124,6 +124,7 @@ class Checkpoint:
     unindexed: whether a Hugging Face folder has shards without their index file.
     original_rows: the rows of the vocabulary before GPT-NeoX padded it, as the yml of a run tells
         that has trained the padding since.
+    from_masters: whether ``tensors`` are the optimizer's fp32 masters and not the stored weights.
     """
 
     kind: Kind
@@ -154,6 +155,7 @@ class Checkpoint:
     wrappers: tuple[str, ...] = ()
     original_rows: int | None = None
     unindexed: bool = False
+    from_masters: bool = False
 
     @property
     def has_optimizer(self) -> bool:

@@ -400,6 +400,19 @@ def _unfinished(folder: _Folder) -> tuple[str, str]:
     return "holds no complete model", unfinished_download(folder.path)
 
 
+def _is_optimizer_export(folder: _Folder) -> bool:
+    """Whether export-optimizer wrote it; see ``optimizer_export``."""
+    return {"optimizer.json", "exp_avg.safetensors"} <= set(folder.names)
+
+
+def _optimizer_export(folder: _Folder) -> tuple[str, str]:
+    return (
+        "holds optimizer states that export-optimizer wrote, and no weights",
+        f"To check its files: neox-bridge verify {folder.quoted}. To take the states back into "
+        f"their run, add them to reshard: --states {folder.quoted}",
+    )
+
+
 def _single_file(folder: _Folder) -> list[str]:
     return [
         name
@@ -455,6 +468,7 @@ _KINDS = (
     ),
     _Kind("cache", lambda f: cached_repos(list(f.names)), _cache),
     _Kind("parent", _step_models, _parent),
+    _Kind("optimizer-export", _is_optimizer_export, _optimizer_export),
     _Kind(
         "weights-only", lambda f: "config.json" not in f.names and _single_file(f), _weights_only
     ),

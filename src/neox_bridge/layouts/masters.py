@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from neox_bridge.errors import UsageError
+from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.optimizer import MASTER, Optimizer, states
 from neox_bridge.layouts.optimizer_reader import read_optimizer
@@ -36,11 +37,37 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint,
         config=replace(checkpoint.config, dtype="float32"),
         tensors=states(checkpoint, optimizer)[MASTER],
+        from_masters=True,
         dropped=(*dropped, Dropped("the weights in 16 bits", "rounded masters"))
         if checkpoint.config.dtype != "float32"
         else dropped,
         findings=(*checkpoint.findings, *optimizer.findings),
     )
+
+
+def as_it_was_converted(
+    source: Checkpoint, target: Checkpoint
+) -> tuple[Checkpoint, tuple[Finding, ...]]:
+    """The source with the weights that the target was made of, as the target's record tells.
+
+    Returns:
+        It, and what is said of it where these are the masters.
+
+    Raises:
+        BridgeError: the target was made of masters, and the source has none.
+    """
+    recorded = target.record.get("source")
+    of_masters = isinstance(recorded, dict) and recorded.get("weights") == "masters"
+    if not of_masters or source.neox is None or source.from_masters:
+        return source, ()
+    masters = with_masters(source)
+    finding = Finding(
+        "masters-compared",
+        "info",
+        f"{target.path} was converted with --weights masters, and is compared with the fp32 "
+        f"masters of {source.path}",
+    )
+    return masters, (finding, *masters.findings[len(source.findings) :])
 
 
 def with_states(checkpoint: Checkpoint, optimizer: Optimizer | None = None) -> Checkpoint:

@@ -54,7 +54,8 @@ def detect(path: str) -> Kind:
     refuse_foreign(path)
     raise BridgeError(
         f"{path} is neither a Hugging Face model (no config.json) nor a GPT-NeoX checkpoint "
-        "(no `latest`, no global_stepN). Is it the right folder?"
+        "(no `latest`, no global_stepN, no layer_*-model_*-model_states.pt). "
+        + ("Is it the right folder?" if list_folder(path) else "It is empty.")
     )
 
 

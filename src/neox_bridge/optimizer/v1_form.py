@@ -106,20 +106,24 @@ def is_v1(optimizer: Optimizer) -> bool:
     return optimizer.form is not None and optimizer.form.generation is SUB_PARTITIONS
 
 
-def check_v1_run(optimizer: Optimizer, dtype: str, universal: bool) -> None:
-    """Raise Refused for a run that GPT-NeoX v1.0 cannot resume."""
+def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) -> None:
+    """Raise Refused for a run that GPT-NeoX v1.0 cannot resume, or whose form is not written.
+
+    stage: ZeRO's in the target, whose files are those of the optimizer for 1 and for 2.
+    """
     if universal:
         raise Refused(
-            "--universal: GPT-NeoX v1.0 does not load universal checkpoints. Leave it out."
+            "--universal: GPT-NeoX v1.0 does not load universal checkpoints. Leave it out, or name "
+            "a later GPT-NeoX: --for today."
         )
     if dtype != "float16" or optimizer.wrapper == "bf16":
         raise Refused(
             f"precision: the run is in {dtype}, and DeeperSpeed 0.3.15, which GPT-NeoX v1.0 "
             "requires, has ZeRO for float16 only. Name a later GPT-NeoX with --for."
         )
-    if optimizer.stage != 1:
+    if stage != 1:
         raise Refused(
-            f"the optimizer is of ZeRO stage {optimizer.stage}, and for GPT-NeoX v1.0 only stage 1 "
+            f"the run is to go on at ZeRO stage {stage}, and for GPT-NeoX v1.0 only stage 1 "
             "can be written. Say --zero 1."
         )
 

@@ -60,6 +60,8 @@ def source_summary(checkpoint: Checkpoint) -> dict[str, Any]:
         found["tensor_parallel"] = checkpoint.neox.tp
         found["pipeline_stages"] = checkpoint.neox.pp
     found["dtype"] = checkpoint.config.dtype
+    if checkpoint.from_masters:
+        found["weights"] = "masters"
     return found
 
 
@@ -86,5 +88,5 @@ def _name(checkpoint: Checkpoint) -> str:
         return checkpoint.revision.split("@")[0]
     if checkpoint.neox is not None:
         root = checkpoint.neox.root.rstrip("/").split("/")[-1]
-        return f"{root}/{checkpoint.neox.step}"
+        return root if checkpoint.neox.flat else f"{root}/{checkpoint.neox.step}"
     return checkpoint.path.rstrip("/").split("/")[-1]

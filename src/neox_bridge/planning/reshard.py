@@ -448,7 +448,7 @@ def _settled(
         given = made.rescaling.states(given or states(checkpoint, optimizer))
         optimizer = made.rescaling.optimizer(optimizer)
     if made.shape.predates_deepspeed_06:
-        check_v1_run(optimizer, made.config.dtype, made.universal)
+        check_v1_run(optimizer, made.zero, made.config.dtype, made.universal)
         optimizer = in_v1_form(checkpoint, optimizer, target_yml(made))
     return optimizer, given, made
 
