@@ -332,7 +332,10 @@ def _sub_partitions(groups: list[dict[str, States]], save: Save, rank: int) -> d
 def _partitions(groups: list[dict[str, States]], save: Save, rank: int) -> dict[str, Any]:
     masters, base = [], []
     for group in groups:
-        flat = {k: np.concatenate([s[k].reshape(-1) for s in group.values()]) for k in KINDS}
+        members = list(group.values())
+        if save.version and (0, 3, 17) <= tuple(map(int, save.version.split("."))) < (0, 4, 4):
+            members = _round_robin(members, save.dp)
+        flat = {k: np.concatenate([s[k].reshape(-1) for s in members]) for k in KINDS}
         count, step = flat["fp32"].size, save.align * save.dp
         size = math.ceil(count / step) * step // save.dp
         # the padding that DeepSpeed subtracts: to a multiple of the ranks, of the last rank only
@@ -357,6 +360,14 @@ def _partitions(groups: list[dict[str, States]], save: Save, rank: int) -> dict[
         **({"ds_version": save.version} if save.version else {}),
         "single_partition_of_fp32_groups": masters,
     }
+
+
+def _round_robin(members: list[States], dp: int) -> list[States]:
+    """The order of 0.3.17 to 0.4.3 (runtime/zero/stage2.py, _round_robin_reorder)."""
+    by_rank: dict[int, list[States]] = {}
+    for number, member in enumerate(members):
+        by_rank.setdefault(number % dp, []).append(member)
+    return [member for rank in by_rank.values() for member in rank]
 
 
 class DynamicLossScaler:

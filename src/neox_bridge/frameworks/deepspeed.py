@@ -126,6 +126,18 @@ def makes_initial_step(version: str) -> bool:
     return (release_of(version) or (0, 0, 0)) < _WITHOUT_INITIAL_STEP
 
 
+# The parameters of a flat group were dealt out to the data-parallel ranks in turn, from ee4deabd
+# (#1067, 2021-05-15, stage 2) on, which stage 1 became four days later, until 4d420df5 (#1256,
+# 2021-07-28), since which only zero_optimization.round_robin_gradients asks for that.
+_DEALT_OUT = ((0, 3, 17), (0, 4, 4))
+
+
+def deals_out_parameters(version: str) -> bool:
+    """Whether a DeepSpeed version always has a flat group's parameters in round-robin order."""
+    first, until = _DEALT_OUT
+    return first <= (release_of(version) or (0, 0, 0)) < until
+
+
 @dataclass(frozen=True, slots=True)
 class Resumption:
     """Which versions of DeepSpeed resume from states, and how.

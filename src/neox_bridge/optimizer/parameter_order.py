@@ -88,6 +88,20 @@ def divided(named: Mapping[str, Shape], count: int, path: str) -> tuple[Mapping[
     )
 
 
+def dealt_out(named: Mapping[str, Shape], dp: int) -> Mapping[str, Shape]:
+    """A group's parameters in the order in which they lie where they were dealt out to the ranks.
+
+    Parameter i belongs to rank i % dp, and the parameters of a rank lie one behind the other
+    (DeepSpeed 0.4.2 runtime/zero/stage2.py, _round_robin_reorder).
+
+    Args:
+        named: in the order of the model.
+        dp: data-parallel ranks.
+    """
+    items = list(named.items())
+    return dict(item for rank in range(dp) for item in items[rank::dp])
+
+
 def is_without_decay(name: str) -> bool:
     """Whether GPT-NeoX exempts a parameter from weight decay: a bias, or any of a norm."""
     module, _, leaf = name.rpartition(".")

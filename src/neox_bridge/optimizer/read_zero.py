@@ -10,6 +10,7 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.deepspeed import deals_out_parameters
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.optimizer import Derived, Group, Optimizer, Parameter, SavedForm
 from neox_bridge.layouts.optimizer_reader import (
@@ -22,7 +23,7 @@ from neox_bridge.layouts.optimizer_reader import (
 from neox_bridge.layouts.untrusted import mapping, text
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.flat_groups import flat_group
-from neox_bridge.optimizer.parameter_order import ParameterOrder, parameter_order
+from neox_bridge.optimizer.parameter_order import ParameterOrder, dealt_out, parameter_order
 from neox_bridge.optimizer.rank_states import RankStates, is_handled, rank_states, zero_stage
 from neox_bridge.optimizer.spot_checks import check_padding, master_findings
 from neox_bridge.planning.pieces import Whole
@@ -98,6 +99,9 @@ def read_zero(
                 settings, derived = found.groups, found.derived
                 derived_findings = found.findings
             groups = [Group(*pair) for pair in zip(settings, first.scalars, strict=True)]
+        if _is_dealt_out(first):
+            groups_in_files = tuple(dealt_out(group, len(paths)) for group in order.groups)
+            order = replace(order, groups=groups_in_files)
         _check_names(order, paths[0])
         for index, shapes in enumerate(order.groups):
             flat = flat_group(ranks, index, shapes)
@@ -133,6 +137,12 @@ def read_zero(
     if order.source == "weights":
         findings.append(_order_finding(first.path))
     return replace(optimizer, findings=tuple(findings))
+
+
+def _is_dealt_out(states: RankStates) -> bool:
+    """Whether the parameters of a group lie in round-robin order; param_shapes do not say so."""
+    partitions = states.generation.form == "partitions"
+    return partitions and deals_out_parameters(text(states.head, "ds_version"))
 
 
 def _check_same_form(first: RankStates, other: RankStates) -> None:
