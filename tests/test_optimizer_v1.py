@@ -341,7 +341,16 @@ def moved(value: Any) -> None:
         second[name] = torch.cat([part, part[:1]])
 
 
+def one_tensor_for_many(value: Any) -> None:
+    """A small file with millions of parts, which a pickle can say in a few bytes."""
+    groups = 60
+    value[BASE] = [[value[BASE][0][0]] * 30_000] * groups
+    value[MASTERS] = [[value[MASTERS][0][0]] * 30_000] * groups
+    value["num_comm_intervals_per_group"] = [30_000] * groups
+
+
 HOSTILE: dict[str, tuple[Edit, str]] = {
+    "one tensor for many parts": (one_tensor_for_many, "1,800,000 parts, more than a file of this"),
     "no masters": (set_at(MASTERS, to=None), rf"{MASTERS} is empty"),
     "masters of another kind": (set_at(MASTERS, to={}), rf"{MASTERS} is a mapping"),
     "no group": (set_at(MASTERS, to=[]), rf"{MASTERS} is a list, not a list of 1 to 64"),

@@ -43,6 +43,7 @@ _NOT_IN_HEAD = (
 )
 _MOST_GROUPS = 64
 _MOST_INTERVALS = 1 << 16
+_LEAST_PART_BYTES = 128  # of a file for each part: its pickle describes at least three tensors
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,19 @@ def _masters(
         masters.append(
             [_part(part, _key(generation, index, n), path) for n, part in enumerate(parts)]
         )
+    _check_amount(masters, generation, path)
     return masters
+
+
+def _check_amount(masters: list[list[TensorRef]], generation: ZeroGeneration, path: str) -> None:
+    """Raise BridgeError where one tensor stands for many parts, which would fill the memory."""
+    end = max(part.offset + part.nbytes for group in masters for part in group)
+    parts = sum(map(len, masters))
+    if parts * _LEAST_PART_BYTES > end:
+        raise BridgeError(
+            f"{path}: {generation.masters} has {parts:,} parts, more than a file of this size "
+            "holds. The file is damaged or made to deceive; get it from its source again."
+        )
 
 
 def _key(generation: ZeroGeneration, index: int, interval: int) -> str:
