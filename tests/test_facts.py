@@ -248,9 +248,9 @@ def test_a_buffer_that_is_kept_was_not_dropped(tmp_path: Path) -> None:
     assert "nothing to mend" in text
     root = tmp_path / "old"
     convert(make_hf(tmp_path / "hf"), root, era=era_named("2024-03"))
-    (step_of(root) / "configs" / "z.yml").write_text("gas: 1\n")
+    (step_of(root) / "configs" / "z.yml").write_text("te_columnparallel: false\n")
     text = doctor(root, "--for", "neox@2024-03", "--fix", tmp_path / "kept")
-    assert "dropped: yml: gas" in text
+    assert "dropped: yml: te_columnparallel" in text
     assert "inv_freq" not in text
     text = doctor(root, "--for", "today", "--fix", tmp_path / "gone")
     assert "dropped: layer 2: attention.rotary_emb.inv_freq" in text

@@ -70,7 +70,8 @@ def scores(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_gpt_neox_scores_are_transformers_scores(name: str, tmp_path: Path) -> None:
     plan = convert(GENUINE / name / "checkpoints", tmp_path / "hf")
-    assert {f.code for f in plan.findings} - {"gqa-order-unknown"} == {"pad-token-unknown"}
+    known = {"gqa-order-unknown", "tokenizer-missing"}
+    assert {f.code for f in plan.findings} - known == {"pad-token-unknown"}
     with np.load(GENUINE / name / "logits.npz") as file:
         tokens, rewards = torch.from_numpy(file["tokens"]), torch.from_numpy(file["logits"])
     # with two ranks each had all of the reward, and the recorder put them side by side

@@ -55,7 +55,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_logits_agree_with_gpt_neox(tmp_path: Path) -> None:
     plan = convert(GENUINE, tmp_path / "hf")
-    assert list(plan.findings) == []
+    assert [finding.code for finding in plan.findings] == ["tokenizer-missing"]
     with np.load(GENUINE.parent / "logits.npz") as file:
         tokens, logits = torch.from_numpy(file["tokens"]), torch.from_numpy(file["logits"])
     assert float((hf_logits(tmp_path / "hf", tokens) - logits).abs().max()) <= 1e-5

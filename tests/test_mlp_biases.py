@@ -15,7 +15,7 @@ from neox_bridge.cli.app import app
 from neox_bridge.compat.doctor import judge
 from neox_bridge.compat.targets import target_named
 from neox_bridge.errors import Refused
-from neox_bridge.layouts.eras import ERAS, era_named, mlp_biases
+from neox_bridge.layouts.eras import LATER_ERAS, era_named, mlp_biases
 from neox_bridge.layouts.open import open_checkpoint
 
 # activation and biases of a Llama, and the eras that can run it
@@ -27,7 +27,7 @@ RUNS: dict[tuple[str, bool], set[str]] = {
 }
 
 
-@pytest.mark.parametrize("era", [era.name for era in ERAS])
+@pytest.mark.parametrize("era", [era.name for era in LATER_ERAS])
 @pytest.mark.parametrize(("activation", "biases"), RUNS)
 def test_written_where_it_runs(activation: str, biases: bool, era: str, tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", family="llama", hidden_act=activation, mlp_bias=biases)
@@ -79,7 +79,7 @@ def test_a_plain_mlp_without_biases_runs_nowhere(tmp_path: Path) -> None:
     kept = {k: v for k, v in whole.tensors.items() if ".mlp." not in k or "weight" in k}
     config = replace(whole.config, mlp_bias=False)
     bare = replace(whole, config=config, tensors=kept, raw={**whole.raw, "use_bias_in_mlp": False})
-    for era in ERAS:
+    for era in LATER_ERAS:
         found = judge(bare, target_named(f"neox@{era.name}"))
         assert found.answer == "fails"
     assert found.message == "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'"

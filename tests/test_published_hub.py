@@ -200,9 +200,9 @@ def test_what_doctor_advises_works(target: str, hub: Stub, run: Commands) -> Non
         for line in out.splitlines()
         if (way := line.partition("fix: ")[2]).startswith("neox-bridge ")
     }
-    assert {command.split()[1] for command in fixes} == (
-        {"doctor"} if target == "neox@v1.0" else {"doctor", "reshard"}
-    )
+    # resharding for a later tree settles the layout of the folder and the keys of the yml too
+    (way,) = {command.split()[1] for command in fixes}
+    assert way == ("doctor" if target == "neox@v1.0" else "reshard")
     for command in fixes:
         words = shlex.split(command)
         run(*words[1:])
