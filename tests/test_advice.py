@@ -247,7 +247,7 @@ def test_a_conversion_script(key: str, script: str, to: str, hf: Path, tmp_path:
         ("KeyError: 'csr_tensor_module_names'", "--to neox --for neox@v1.0"),
         (
             "TypeError: NeoXArgs.__init__() got an unexpected keyword argument 'gas'",
-            "rename gas to gradient_accumulation_steps",
+            "remove gas from the yml",
         ),
         ("Automatic adjustment of ZeRO's optimizer", "neox-bridge reshard CHECKPOINT NEW --dp N"),
         ("KeyError: 'module'", "--layout layers"),

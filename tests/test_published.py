@@ -848,3 +848,18 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     done = run("inspect", tmp_path)
     assert done.exit_code == 1
     assert "no layer_*-model_*-model_states.pt). It is empty." in done.stderr
+
+
+@pytest.mark.parametrize("told", ["row", None])
+def test_an_output_layer_divided_by_its_columns(told: str | None, tmp_path: Path) -> None:
+    """GPT-NeoX v1.0's default at several tensor-parallel ranks, which later trees refuse."""
+    source = write(made_up(tp=2, layers=1), Save(), tmp_path / "x")
+    for path in source.glob("layer_05-*"):
+        torch.save({"final_linear.weight": torch.zeros(32, 8).half()}, path)
+    if told:
+        with (source / "run.yml").open("a") as file:
+            file.write(f"output-layer-parallelism: {told}\n")
+    done = run("convert", source, tmp_path / "hf")
+    assert done.exit_code == 4
+    assert f"{source}: the columns of final_linear.weight are divided over 2" in done.stderr
+    assert ("output_layer_parallelism: row" if told else "row by default") in done.stderr

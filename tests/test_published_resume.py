@@ -4,6 +4,7 @@ tests/neox/test_published_neox.py resumes such runs in the real GPT-NeoX of four
 needs another torch, so what is written for it is held here against files that it wrote itself.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -314,3 +315,111 @@ def test_dates_before_v2_are_v1s(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "neox@2022-06"])
     assert done.exit_code == 0, done.output
     assert all_differences(tmp_path / "x", PUBLISHED / "v1_dp2" / "flat") == []
+
+
+# ---- settings that the yml leaves out, or that had no effect
+
+
+def _with_yml(source: Path, target: Path, drop: tuple[str, ...], **settings: Any) -> Path:
+    """A copy of a flat checkpoint whose yml leaves out some keys, and has others."""
+    shutil.copytree(source, target)
+    path = target / "160M.yml"
+    kept = yaml.safe_load(path.read_text())
+    for key in drop:
+        del kept[key]
+    path.write_text(yaml.safe_dump({**kept, **settings}))
+    return target
+
+
+LEFT_OUT = ("gradient_clipping", "weight-decay", "hidden-dropout", "attention-dropout")
+
+
+@pytest.mark.parametrize("era", ["2024-03", "today"])
+def test_defaults_of_v1_are_written_for_later_trees(era: str, tmp_path: Path) -> None:
+    """Values of GPT-NeoX v1.0's NeoXArgs; later trees clip at 1.0, decay 0.1, and drop nothing."""
+    source = _with_yml(PUBLISHED / "v1_dp2_rigid" / "flat", tmp_path / "run", LEFT_OUT)
+    plan, _ = reshard(source, tmp_path / "new", era=era_named(era))
+    expected = {
+        "gradient_clipping": 0.0, "weight_decay": 0.01, "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    }  # fmt: skip
+    for path in (tmp_path / "new" / "resume.yml", *tmp_path.glob("new/*/configs/*.yml")):
+        settings = yaml.safe_load(path.read_text())
+        assert {key: settings[key] for key in expected} == expected
+        assert "weighted_sampler_alpha" not in settings
+    (finding,) = (f for f in plan.findings if f.code == "defaults-kept")
+    assert "gradient_clipping: 0, hidden_dropout: 0.1" in finding.message
+    states = files(tmp_path / "new")["zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+    assert states["optimizer_state_dict"]["clip_grad"] == 0.0
+
+
+def test_defaults_stay_unsaid_where_they_are_the_same(tmp_path: Path) -> None:
+    source = _with_yml(PUBLISHED / "v1_dp2" / "flat", tmp_path / "run", LEFT_OUT)
+    reshard(source, tmp_path / "v1")
+    settings = yaml.safe_load((tmp_path / "v1" / "resume.yml").read_text())
+    assert "hidden_dropout" not in settings
+
+
+def test_defaults_of_later_trees_are_written_for_v1(tmp_path: Path) -> None:
+    """v1.0 takes the weight decay from the yml, and its default is another."""
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "pythia_fp16_pp1_tp1" / "checkpoints", source)
+    for path in source.rglob("*.yml"):
+        kept = yaml.safe_load(path.read_text())
+        gone = {key.replace("_", "-") for key in ("weight_decay", "gradient_clipping")}
+        gone |= {"weight_decay", "gradient_clipping"}
+        path.write_text(yaml.safe_dump({k: v for k, v in kept.items() if k not in gone}))
+    reshard(source, tmp_path / "old", era=V1)
+    settings = yaml.safe_load((tmp_path / "old" / "resume.yml").read_text())
+    assert (settings["weight_decay"], settings["gradient_clipping"]) == (0.1, 1.0)
+
+
+def test_gas_had_no_effect(tmp_path: Path) -> None:
+    source = _with_yml(PUBLISHED / "v1_dp2" / "flat", tmp_path / "run", ("gas",), gas=4)
+    plan, _ = reshard(source, tmp_path / "new", era=TODAY)
+    settings = yaml.safe_load((tmp_path / "new" / "resume.yml").read_text())
+    assert settings["gradient_accumulation_steps"] == 1
+    assert settings["train_micro_batch_size_per_gpu"] == 2
+    (finding,) = (f for f in plan.findings if f.code == "computed-key")
+    assert finding.message.startswith("gas: 4 in the yml had no effect")
+    optimizer = read_optimizer(open_checkpoint(str(tmp_path / "new")))
+    assert differing(optimizer, renamed(truth("v1_dp2"))) == []
+
+
+def test_a_batch_that_only_the_whole_is_known_of(tmp_path: Path) -> None:
+    source = _with_yml(
+        PUBLISHED / "v1_dp2" / "flat", tmp_path / "run",
+        ("train_micro_batch_size_per_gpu",), train_batch_size=4,
+    )  # fmt: skip
+    reshard(source, tmp_path / "new", era=TODAY)
+    settings = yaml.safe_load((tmp_path / "new" / "resume.yml").read_text())
+    assert settings["train_micro_batch_size_per_gpu"] == 2
+    assert settings["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("era", "told", "written"),
+    [
+        (V1, None, "column"),  # v1.0's default is row
+        (V1, "row", "column"),
+        (TODAY, "row", "column"),  # which ends a later GPT-NeoX
+        (TODAY, None, None),
+        (TODAY, "column", "column"),
+    ],
+)
+def test_the_output_layer_is_divided_by_columns(
+    era: Any, told: str | None, written: str | None, tmp_path: Path
+) -> None:
+    more = {} if told is None else {"output-layer-parallelism": told}
+    source = _with_yml(
+        PUBLISHED / "v1_dp2" / "flat", tmp_path / "run", ("output-layer-parallelism",), **more
+    )
+    reshard(source, tmp_path / "new", era=era, tp=3)
+    settings = yaml.safe_load((tmp_path / "new" / "resume.yml").read_text())
+    assert settings.get("output_layer_parallelism") == written
+    done = CliRunner().invoke(
+        app, ["convert", str(source), str(tmp_path / "finetune"), "--to", "neox", "--tp", "3"]
+    )
+    assert done.exit_code == 0, done.output
+    settings = yaml.safe_load((tmp_path / "finetune" / "finetune.yml").read_text())
+    assert settings["output_layer_parallelism"] == "column"

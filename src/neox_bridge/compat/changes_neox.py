@@ -366,10 +366,11 @@ NEOX: tuple[Change, ...] = (
         "neox-gas-key",
         *("gpt-neox", "91c44bc3", "#1144", "2024-02-05", ""),
         (*_DECODER, "mamba"),
-        "the yml key gas is gone; gradient_accumulation_steps is the same setting",
+        "the yml key gas is gone. GPT-NeoX had computed it from gradient_accumulation_steps, so "
+        "that its value in a yml had no effect",
         "TypeError: NeoXArgs.__init__() got an unexpected keyword argument 'gas'",
         True,
-        "rename gas to gradient_accumulation_steps in the yml; without either, it is 1",
+        "remove gas from the yml: gradient_accumulation_steps is what counted, and is 1 by default",
         _pull(1144),
         in_checkpoint=key("gas"),
         in_tree=refuses("gas"),

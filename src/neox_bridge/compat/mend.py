@@ -30,8 +30,8 @@ from neox_bridge.layouts.own_files import check_own
 from neox_bridge.layouts.seal import unsealed
 from neox_bridge.layouts.text_files import LARGE, read_bytes, read_json
 from neox_bridge.planning.common import text_file
+from neox_bridge.planning.era_settings import reason_dropped
 from neox_bridge.planning.make import make_plan
-from neox_bridge.planning.neox_yml import known_settings, renamed_key
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.pieces import Dropped, OutputFile, Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
@@ -184,7 +184,7 @@ def _mend_neox(
     if not (rewrite or remeta or strays or state.flat or yml is not None):
         return None
     if yml is None and (given_yml or not os.path.isdir(os.path.join(state.folder, "configs"))):
-        yml = known_settings(checkpoint.raw, known_keys(era))
+        yml = {key: value for key, value in checkpoint.raw.items() if key in known_keys(era)}
     gone = {*strays, *(state.optimizer if lost else ()), *_moved(checkpoint, state, yml)}
     if rows or _tells_another_order(checkpoint, plan, rewrite) or not checkpoint.record:
         gone.add(RECORD)
@@ -249,7 +249,7 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
     """The settings as one file; None where those that are there will do."""
     state, known = checkpoint.neox, known_keys(era)
     assert state is not None
-    mended = known_settings(checkpoint.raw, known)
+    mended = {key: value for key, value in checkpoint.raw.items() if key in known}
     if checkpoint.architecture.gated and plan.target["mlp_names"] != state.mlp_names:
         planned = _planned_yml(plan)
         mended = {k: v for k, v in mended.items() if k not in _GATED_KEYS}
@@ -287,9 +287,8 @@ def _planned_yml(plan: Plan) -> dict[str, Any]:
 
 
 def _unknown(checkpoint: Checkpoint, era: Era) -> list[Dropped]:
-    known = known_keys(era)
-    gone = sorted(key for key in checkpoint.raw if renamed_key(key, known) not in known)
-    return [Dropped(f"yml: {key}", f"GPT-NeoX of {era.name} refuses it", "setting") for key in gone]
+    gone = sorted(set(checkpoint.raw) - known_keys(era))
+    return [Dropped(f"yml: {key}", reason_dropped(key, era.name), "setting") for key in gone]
 
 
 def _optimizer(checkpoint: Checkpoint, facts: TreeFacts | None, parted: bool, drop: bool) -> bool:

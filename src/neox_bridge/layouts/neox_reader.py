@@ -15,6 +15,7 @@ from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
 from neox_bridge.frameworks.check_keys import unknown_in_yml
+from neox_bridge.frameworks.setting_defaults import OUTPUT_LAYER
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import writer_of
 from neox_bridge.layouts.assemble import assemble
@@ -115,6 +116,7 @@ def open_neox(
     _check_args(raw, args, read, folder)
     record = read_record(folder)
     _refuse_quantized(folder, raw, read)
+    _refuse_row_output(folder, raw, read)
     plain = to_plain(read.ranks, raw, folder)
     window = effective_window(plain.raw, read.layout)
     raw, read = dict(window.raw), replace(read, ranks=plain.ranks)
@@ -238,6 +240,29 @@ def _refuse_quantized(folder: str, raw: Mapping[str, Any], read: _Read) -> None:
         for name, ref in tensors.items()
     }
     refuse_quantized("neox", folder, raw, stored, read.files)
+
+
+def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None:
+    """Raise Refused for an output layer whose columns were divided over tensor-parallel ranks.
+
+    That is output_layer_parallelism: row, the default of GPT-NeoX v1.0 (megatron/model/
+    transformer.py, ParallelLinear). 25e1fb05 (2023-05-02) disabled it (#905).
+    """
+    rank, ranks = read.ranks[0], len(read.ranks)
+    output = rank.get(max(rank, default=0), {}).get("final_linear.weight")
+    embedding = rank.get(0, {}).get("word_embeddings.weight")
+    if ranks == 1 or output is None or embedding is None:
+        return
+    if len(output.shape) == len(embedding.shape) == 2 and (
+        output.shape[1] * ranks == embedding.shape[1]
+    ):
+        told = raw.get(OUTPUT_LAYER)
+        why = f"{OUTPUT_LAYER}: {told}" if told else f"{OUTPUT_LAYER} is row by default in v1.0"
+        raise Refused(
+            f"{folder}: the columns of final_linear.weight are divided over {ranks} "
+            f"tensor-parallel ranks ({why}), and only rows can be read. GPT-NeoX disabled this "
+            "division in 2023, since it was broken (#905)."
+        )
 
 
 def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> Architecture:

@@ -22,12 +22,16 @@ class Batch:
 def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int, path: str) -> Batch:
     """The batch of a run, as its ds_config says, else its yml. path: of the file with ds_config.
 
+    gradient_accumulation_steps is 1 by default, and the yml's ``gas`` has no effect; see
+    ``setting_defaults.COMPUTED_KEYS``.
+
     Raises BridgeError for numbers that contradict each other.
     """
-    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    micro, accumulation = (int(config.get(key) or raw.get(key) or 0) for key in keys)
-    micro, accumulation = micro or 1, accumulation or int(raw.get("gas") or 1)
-    total = int(config.get("train_batch_size") or micro * accumulation * dp)
+    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    micro, accumulation, total = (int(config.get(key) or raw.get(key) or 0) for key in keys)
+    accumulation = accumulation or 1
+    micro = micro or max(1, total // dp // accumulation)
+    total = total or micro * accumulation * dp
     if total % (micro * dp):
         raise BridgeError(
             f"{path}: ds_config.train_batch_size is {total}, which "

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neox_bridge.frameworks.setting_defaults import COMPUTED_KEYS
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.eras import Era, known_keys
 from neox_bridge.planning.neox_files import Shape
-from neox_bridge.planning.neox_yml import is_elsewhere, renamed_key
+from neox_bridge.planning.neox_yml import is_elsewhere
 from neox_bridge.planning.pieces import Dropped
 
 INV_FREQ_FLAG = "rotary_save_freqs_buffer"
@@ -18,7 +19,7 @@ class EraSettings:
     """The keys of a run's yml that GPT-NeoX of a date accepts.
 
     Attributes:
-        raw: The run's own keys, under the names that it accepts.
+        raw: The run's own keys that it accepts.
         changed: The keys that say the same in other words there, with their new values.
         dropped: The keys that it refuses. None of them changes the model.
     """
@@ -40,7 +41,7 @@ def era_settings(checkpoint: Checkpoint, shape: Shape, era: Era | None) -> EraSe
     if era is None:
         return EraSettings(raw, {}, ())
     known = known_keys(era)
-    renamed = {renamed_key(key, known): value for key, value in raw.items()}
+    kept = dict(raw)
     written = checkpoint.architecture.write_neox(checkpoint.config, shape.old_names)
     changed = {
         key: value
@@ -50,14 +51,20 @@ def era_settings(checkpoint: Checkpoint, shape: Shape, era: Era | None) -> EraSe
     if shape.inv_freq == "store" and era.inv_freq_key:
         changed[INV_FREQ_FLAG] = True
     else:
-        renamed.pop(INV_FREQ_FLAG, None)
-    reason = f"GPT-NeoX of {era.name} refuses it"
+        kept.pop(INV_FREQ_FLAG, None)
     return EraSettings(
-        {key: value for key, value in renamed.items() if key in known and key not in changed},
+        {key: value for key, value in kept.items() if key in known and key not in changed},
         changed,
         tuple(
-            Dropped(f"yml: {key}", reason, "setting")
-            for key in sorted(renamed)
+            Dropped(f"yml: {key}", reason_dropped(key, era.name), "setting")
+            for key in sorted(kept)
             if key not in known and not is_elsewhere(key)
         ),
     )
+
+
+def reason_dropped(key: str, era: str) -> str:
+    """Why a key is not in the yml for trees of an era."""
+    if source := COMPUTED_KEYS.get(key):
+        return f"GPT-NeoX computes it from {source}, so that it had no effect"
+    return f"GPT-NeoX of {era} refuses it"

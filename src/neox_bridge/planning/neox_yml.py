@@ -1,7 +1,7 @@
 """The settings with which GPT-NeoX loads a converted checkpoint and starts to fine-tune."""
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.findings import Finding
 from neox_bridge.formats.yml import dump_yml
+from neox_bridge.frameworks.setting_defaults import COLUMN, COMPUTED_KEYS, OUTPUT_LAYER
 from neox_bridge.layouts.eras import Era, InvFreq, known_keys
 from neox_bridge.layouts.origin import COMMENT as ORIGIN
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
@@ -32,7 +33,6 @@ _ELSEWHERE = re.compile(
     r"(train_)?batch_size|text_gen_type|sample_.*|eval_tasks|eval_results_prefix|params_dtype|"
     r"is_pipe_parallel|deepspeed|lr|optimizer_type|padded_vocab_size"
 )
-_ALIASES = {"gas": "gradient_accumulation_steps", "clip_grad": "gradient_clipping"}
 _HALF = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 12}
 _HALF |= {"hysteresis": 2, "min_loss_scale": 1}
 # how a run starts whose yml does not say otherwise
@@ -61,7 +61,7 @@ START: dict[str, Any] = {
     "data_impl": "mmap",
     "num_workers": 1,
     "distributed_backend": "nccl",
-    "output_layer_parallelism": "column",
+    OUTPUT_LAYER: COLUMN,
     "init_method": "small_init",
     "output_layer_init_method": "wang_init",
 }
@@ -119,13 +119,14 @@ def settings(
         placed["rotary_save_freqs_buffer"] = True
     kept = {key: value for key, value in raw.items() if key in _PRECISION}
     precision = kept if same_dtype and kept else _precision(config.dtype)
-    skipped = {*architecture.model_keys, *LAYOUT, *_PRECISION, *_FILES, *TE_KEYS, "seq_length"}
+    skipped = {*architecture.model_keys, *LAYOUT, *_PRECISION, *_FILES, *TE_KEYS, *COMPUTED_KEYS}
+    skipped.add("seq_length")
     training = {
         key: value
         for key, value in raw.items()
         if key not in skipped and not _ELSEWHERE.fullmatch(key)
     }
-    training = {**START, **{_ALIASES.get(key, key): value for key, value in training.items()}}
+    training = {**START, **training, OUTPUT_LAYER: COLUMN}
     unknown = sorted((set(model) | set(training)) - known)
     return Settings(
         {k: v for k, v in model.items() if k in known},
@@ -180,19 +181,6 @@ def start_yml(
 def is_elsewhere(key: str) -> bool:
     """Whether a key names something of another machine or another run, such as a host or a path."""
     return _ELSEWHERE.fullmatch(key) is not None
-
-
-def renamed_key(key: str, known: Container[str]) -> str:
-    """The name that trees with these keys have for a key of the yml."""
-    alias = _ALIASES.get(key, key)
-    return alias if key not in known and alias in known else key
-
-
-def known_settings(raw: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
-    """The settings that trees with these keys accept, under the names that they have there."""
-    renamed = {renamed_key(key, known): value for key, value in raw.items() if key not in known}
-    kept = {key: value for key, value in raw.items() if key in known}
-    return {**{key: value for key, value in renamed.items() if key in known}, **kept}
 
 
 def unnameable(path: str) -> bool:
@@ -258,10 +246,11 @@ def resume_yml(
 
     raw: the run's own settings. changed: the layout, the batch, and what else isn't as it was.
     """
+    left_out = {"load", "save", "finetune", *COMPUTED_KEYS}
     rest = {
-        _ALIASES.get(key, key): value
+        key: value
         for key, value in raw.items()
-        if not _ELSEWHERE.fullmatch(key) and key not in ("load", "save", "finetune")
+        if not _ELSEWHERE.fullmatch(key) and key not in left_out
     }
     data = {
         key: value

@@ -8,6 +8,7 @@ from typing import Any
 
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.setting_defaults import COLUMN, OUTPUT_LAYER
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.layouts.eras import era_named
 from neox_bridge.layouts.head import decide_head
@@ -29,6 +30,7 @@ from neox_bridge.optimizer.v1_form import (
     v1_files,
 )
 from neox_bridge.planning.common import text_file, tokenizer_outputs
+from neox_bridge.planning.default_settings import computed_findings, with_own_defaults
 from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.fragments import put
 from neox_bridge.planning.gradient_scale import gradient_findings
@@ -69,6 +71,7 @@ def plan_reshard(
     refuse_run_dtypes(checkpoint)
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
+    checkpoint, said = with_own_defaults(checkpoint, optimizer, asked.era)
     optimizer, given, made = _settled(checkpoint, optimizer, asked, given)
     weights = with_target_rows(checkpoint, made.config, checkpoint.tensors)
     moved = {
@@ -128,6 +131,7 @@ def plan_reshard(
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
         *read,
+        *said,
         *_step_findings(made, derived, was_v1),
         *_findings(checkpoint, made, sources, changed),
     )
@@ -236,9 +240,17 @@ def _changed(made: Target) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": made.batch.micro,
         "gradient_accumulation_steps": made.batch.accumulation,
         "zero_optimization": zero,
+        **_output_layer(made),
         **made.settings.changed,
         **(made.rescaling.yml(raw) if made.rescaling is not None else {}),
     }
+
+
+def _output_layer(made: Target) -> dict[str, Any]:
+    """How the output layer is divided over ranks, where GPT-NeoX would take it otherwise."""
+    told = made.settings.raw.get(OUTPUT_LAYER)
+    stays = told == COLUMN or (told is None and not made.shape.predates_deepspeed_06)
+    return {} if stays else {OUTPUT_LAYER: COLUMN}
 
 
 def _zero(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -416,6 +428,7 @@ def target_states(
     given: Mapping[str, Mapping[str, Whole]] | None = None,
 ) -> tuple[Optimizer, Mapping[str, Mapping[str, Whole]] | None]:
     """What the target should hold, to check it: the optimizer, and states not as the source's."""
+    checkpoint, _ = with_own_defaults(checkpoint, optimizer, asked.era)
     optimizer, given, _ = _settled(checkpoint, optimizer, asked, given)
     return optimizer, given
 
@@ -465,6 +478,10 @@ def _findings(
         f"train_micro_batch_size_per_gpu {batch.micro}, gradient_accumulation_steps "
         f"{batch.accumulation}",
     )
+    effective = {"gradient_accumulation_steps": made.source.accumulation}
+    if (clipping := checkpoint.raw.get("gradient_clipping")) is not None:
+        effective["gradient_clipping"] = clipping
+    yield from computed_findings(checkpoint.raw, effective)
     yield from gradient_findings(made.version, made.before, made.after, made.rescaling, changed)
     elastic = (checkpoint.raw.get("zero_optimization") or {}).get(_ELASTIC)
     if elastic is not None and bool(elastic) != made.shape.predates_deepspeed_06:
