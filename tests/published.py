@@ -51,10 +51,12 @@ def differing(optimizer: Optimizer, want: Truth, rank: int = 0) -> list[str]:
     """The states of a tensor-parallel rank that are not, bit for bit, those wanted."""
     held = {place: by_state for (at, place), by_state in optimizer.shards.items() if at == rank}
     wrong = [f"only one side has {place}" for place in set(held) ^ set(want)]
+    context = Context()  # keeps files open until it is closed
     for place in set(held) & set(want):
         for ours, theirs in STATES.items():
             whole, array = held[place][ours], want[place][theirs]
-            got = values(whole, whole.dtype, (0,) * len(whole.shape), whole.shape, Context())
+            got = values(whole, whole.dtype, (0,) * len(whole.shape), whole.shape, context)
             if got.dtype != array.dtype or got.reshape(whole.shape).tobytes() != array.tobytes():
                 wrong.append(f"{place}: {ours}")
+    context.files.close()
     return sorted(wrong)
