@@ -30,7 +30,7 @@ def audit_against(
     """
     from neox_bridge.errors import BridgeError
     from neox_bridge.layouts.open import check_configs_used
-    from neox_bridge.verification.against import compare_runs, faults_of
+    from neox_bridge.verification.against import compare_runs, settings_faults
     from neox_bridge.verification.run_pairs import open_pair, pair_runs
     from neox_bridge.verification.step_choice import within
 
@@ -54,8 +54,7 @@ def audit_against(
         for comparison in found:
             _print(comparison)
     for comparison in found:
-        told = (fault for fault in faults_of(comparison) if fault.code == "settings-differ")
-        tell_findings(told, quiet or as_json)
+        tell_findings(settings_faults(comparison), quiet or as_json)
     if not all(comparison.holds for comparison in found):
         raise typer.Exit(3)
 

@@ -6,7 +6,7 @@ time (requirements/requirements.txt).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_bridge.frameworks.deepspeed import release_of
@@ -107,23 +107,21 @@ def _versioned(version: str, meta: Mapping[str, Any]) -> Writer:
 def _unversioned(optimizer: Sequence[str]) -> Writer:
     """Files without DeepSpeed's version, which are those of 0.3.16 and older."""
     evidence = (f"no {_VERSION}", _CSR)
-    guessed = frozenset({"version", "deepspeed", "deepspeed_version"})
-    if old := [name for name in optimizer if not name.endswith("_optim_states.pt")]:
-        return Writer(
-            program="GPT-NeoX",
-            version="before v1.0",
-            span=f"{_FIRST_FORK} to {_NAMED_FILES}",
-            deepspeed=_FORK,
-            deepspeed_version="0.3.11",
-            evidence=(*evidence, f"files named like {old[0]}"),
-            guessed=guessed,
-        )
-    return Writer(
+    writer = Writer(
         program="GPT-NeoX",
         version="v1.0",
         span=f"{_NAMED_FILES} to {_LAST_FORK}",
         deepspeed=_FORK,
         deepspeed_version="0.3.15",
         evidence=evidence,
-        guessed=guessed,
+        guessed=frozenset({"version", "deepspeed", "deepspeed_version"}),
     )
+    if old := [name for name in optimizer if not name.endswith("_optim_states.pt")]:
+        return replace(
+            writer,
+            version="before v1.0",
+            span=f"{_FIRST_FORK} to {_NAMED_FILES}",
+            deepspeed_version="0.3.11",
+            evidence=(*evidence, f"files named like {old[0]}"),
+        )
+    return writer

@@ -64,15 +64,20 @@ def _unknown_to_era(
     """What says which model it is, and trees of the era have no key for."""
     known = known_keys(era)
     return [
-        Refusal(
-            key,
-            f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
-            f"({key}: {value!r})",
-            "name a GPT-NeoX that has it with --for",
-        )
+        _without(key, value, era)
         for key, value in architecture.write_neox(config, shape.old_names).items()
         if key not in known
     ]
+
+
+def _without(key: str, value: object, era: Era) -> Refusal:
+    """The refusal of a model that needs a setting which trees of the era do not have."""
+    return Refusal(
+        key,
+        f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
+        f"({key}: {value!r})",
+        "name a GPT-NeoX that has it with --for",
+    )
 
 
 def _check_mlp_biases(
@@ -113,12 +118,7 @@ def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
     settled = {*checkpoint.architecture.model_keys, *LAYOUT, *TE_KEYS, "rope_fusion"}
     dense = int(raw.get("moe_num_experts") or 1) <= 1
     return [
-        Refusal(
-            key,
-            f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
-            f"({key}: {value!r})",
-            "name a GPT-NeoX that has it with --for",
-        )
+        _without(key, value, era)
         for key, value in raw.items()
         if key in neox_keys() - known - settled
         and not (dense and key.startswith("moe_"))

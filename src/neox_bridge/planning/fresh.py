@@ -10,6 +10,7 @@ from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import Refused
 from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter
 from neox_bridge.layouts.optimizer_stage0 import grouped
+from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.planning.geometry import constant
 from neox_bridge.planning.mp_rank import parameter_name
 from neox_bridge.planning.neox_files import Shape, rank_parameters
@@ -19,18 +20,6 @@ from neox_bridge.planning.stages import DEFAULT, block_class, stage_bounds
 
 _DEEPSPEED = "0.16.5"  # whose files these are; it refuses what has no version
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# what the optimizers that GPT-NeoX may take for Adam want of a group: apex's and DeepSpeed's fused
-# one, and torch's AdamW
-_ADAM: dict[str, Any] = {
-    "bias_correction": True,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "decoupled_weight_decay": True,
-}
 
 
 @dataclass(frozen=True)
@@ -96,13 +85,13 @@ def fresh(
     bounds = _bounds(architecture, config, shape, training, by_rank[0][MASTER])
     decay = float(training.get("weight_decay", 0.1))
     settings = {
-        **_ADAM,
+        **ADAM,
         "lr": learning_rate(schedule),
         "betas": tuple(params.get("betas", (0.9, 0.999))),
         "eps": float(params.get("eps", 1e-8)),
     }
-    none = Group({**settings, "weight_decay": 0.0, "name": "no_weight_decay_params"}, {"step": 0})
-    some = Group({**settings, "weight_decay": decay, "name": "weight_decay_params"}, {"step": 0})
+    none = Group({**settings, "weight_decay": 0.0, "name": STILL}, {"step": 0})
+    some = Group({**settings, "weight_decay": decay, "name": DECAYING}, {"step": 0})
     groups = (some, none) if decay else (none,)
     data_types = training.get("data_types") or {}
     high = config.dtype == "bfloat16" and data_types.get("grad_accum_dtype") in ("fp32", "float32")

@@ -233,13 +233,18 @@ def compare_runs(
 
 def faults_of(comparison: Comparison) -> list[Fault]:
     """What a comparison says, as findings: one for each row that is not the same."""
-    found = [fault for row in comparison.rows if (fault := _fault(comparison, row)) is not None]
-    if comparison.settings:
-        names = some(list(comparison.settings))
-        message = f"{comparison.source} and {comparison.twin} differ in their settings: {names}"
-        remedy = "compare the yml with config.json; only weights are compared here"
-        found.append(Fault("settings-differ", "warning", message, remedy, comparison.source))
-    return found
+    rows = [fault for row in comparison.rows if (fault := _fault(comparison, row)) is not None]
+    return [*rows, *settings_faults(comparison)]
+
+
+def settings_faults(comparison: Comparison) -> list[Fault]:
+    """The finding for settings that differ between the two runs, if any do."""
+    if not comparison.settings:
+        return []
+    names = some(list(comparison.settings))
+    message = f"{comparison.source} and {comparison.twin} differ in their settings: {names}"
+    remedy = "compare the yml with config.json; only weights are compared here"
+    return [Fault("settings-differ", "warning", message, remedy, comparison.source)]
 
 
 def origin_words(row: StepRow, comparison: Comparison) -> str:
