@@ -16,8 +16,8 @@ from sources import hollow_hf, wide
 
 from neox_bridge import Options, make_plan, open_checkpoint
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.planning.coverage import check_plan
 from neox_bridge.planning.report import plan_hash
+from neox_bridge.tensors.coverage import check_plan
 
 SHAPES = {
     "Pythia-12B, TP 4": (wide(36, 40, 5120, 50688), Options(tp=4)),

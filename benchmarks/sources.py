@@ -12,7 +12,7 @@ from neox_bridge import Options, make_plan
 from neox_bridge.architectures.shapes import TOKENIZER_SIZE
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import model_weights
-from neox_bridge.planning.pieces import Plan, Whole
+from neox_bridge.tensors.pieces import Plan, Whole
 from neox_bridge.toy import plan_toy, toy_checkpoint
 
 TOOL = str(Path(sys.executable).parent / "neox-bridge")

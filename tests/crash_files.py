@@ -11,7 +11,7 @@ from pathlib import Path
 from crash_run import forked, tree
 from stand_in_trees import write_tree
 
-from neox_bridge.compat.patcher import KEPT, apply, plan_patch, revert
+from neox_bridge.patch.patcher import KEPT, apply, plan_patch, revert
 from neox_bridge.report.read import write_page
 
 PAGE = '<meta name="generator" content="neox-bridge 1">'

@@ -17,16 +17,16 @@ from typing import Any
 
 import yaml
 
-from neox_bridge.compat.mend import checker, in_place, mend_plan
-from neox_bridge.compat.targets import target_named
+from neox_bridge.doctor.fixes import checker, in_place, mend_plan
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import exchange, movers, output
 from neox_bridge.execution.run import execute
 from neox_bridge.execution.staging import sweep
+from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Plan
+from neox_bridge.tensors.pieces import Plan
 
 CHANGES = (
     "mkdir open write pwrite copy_file_range ftruncate fsync rename replace unlink rmdir"

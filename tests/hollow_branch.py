@@ -15,7 +15,7 @@ from typing import Any
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
-from neox_bridge.planning.pieces import OutputFile, OutputTensor
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 STEP = 1000
 _RNG_BYTES = 5056  # torch's state of a generator

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from neox_bridge.execution.context import Context
-from neox_bridge.layouts.optimizer import Optimizer
+from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.verification.compare import values
 
 PUBLISHED = Path(__file__).parent / "data" / "published"

@@ -1,6 +1,6 @@
 """Small source trees that stand in for GPT-NeoX's of four dates.
 
-They have the forms that the tree reader (compat/tree.py) and the patcher (compat/patcher.py) look
+They have the forms that the tree reader (frameworks/source_tree.py) and the patcher (patch/patcher.py) look
 at: names, signatures, calls and flags as in GPT-NeoX, with their neighbors that must not be
 mistaken for them. The bodies are our own. tests/neox/test_stand_ins_neox.py compares them with the
 real trees.
@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 
 from neox_bridge.frameworks.deepspeed import DEEPERSPEED_VERSIONS
+from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.keys import neox_keys
-from neox_bridge.layouts.eras import era_named
 
 NAMES = ("2024-03", "2024-09", "2024-10", "today")
 _MARK = re.compile(r"(?P<code>.*?)  #@ (?P<word>until|since|only) (?P<name>\S+)")

@@ -13,11 +13,11 @@ from common import convert, fixture, make_hf, step_of
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.compat.doctor import judge
-from neox_bridge.compat.targets import target_named
-from neox_bridge.compat.verdict import Verdict
 from neox_bridge.doctor.advice import Advice, advise
-from neox_bridge.layouts.eras import era_named
+from neox_bridge.doctor.diagnose import judge
+from neox_bridge.doctor.verdict import Verdict
+from neox_bridge.frameworks.eras import era_named
+from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.open import open_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -255,7 +255,7 @@ NAMES: dict[str, Make] = {
     "a name that is a number": named(b"K\x01"),
     "a name that is a tuple": named(b"K\x01K\x02\x86"),
     "a name of a megabyte": named(b"X\0\0\x10\0" + b"k" * (1 << 20)),
-    "a name that isn't printable": named(b"X\x03\0\0\0\xed\xb0\x80"),
+    "a name that isn't wording": named(b"X\x03\0\0\0\xed\xb0\x80"),
     "a long name without a tensor": named(b"X\0\0\x10\0" + b"k" * (1 << 20), b"N"),
 }
 

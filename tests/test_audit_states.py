@@ -12,10 +12,10 @@ from test_reshard import DATA, data, write
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.optimizer.read_files import read_optimizer
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 STEPS = (10, 20, 30, 40, 50, 60)
 MOMENT = "exp_avg_sq: gpt_neox.layers.0.attention.dense.bias"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.optimizer.read_files import read_optimizer
 
 
 @pytest.fixture(scope="module")

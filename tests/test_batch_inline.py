@@ -15,16 +15,16 @@ import pytest
 from tiny import Inline, plan_of, tensors, write_hf
 
 from neox_bridge.batch import run as running
+from neox_bridge.batch.done import State
 from neox_bridge.batch.items import Item, Source, find_items
 from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import Row
 from neox_bridge.batch.run import Batch, Event, convert_one, default_ahead, run_batch, verify_part
-from neox_bridge.batch.settled import State
 from neox_bridge.batch.watch import is_finished, rounds
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
-from neox_bridge.hub import revisions as hub_revisions
-from neox_bridge.hub.revisions import Revision
 from neox_bridge.planning.options import Options
+from neox_bridge.stores import hub_revisions
+from neox_bridge.stores.hub_revisions import Revision
 from neox_bridge.verification import runs
 from neox_bridge.verification.runs import Place
 from neox_bridge.verification.step_choice import check_steps, chosen

@@ -12,14 +12,14 @@ from common import GPT_NEOX, fixture, make_hf
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.compat.change import RELEASED, not_after, not_before, parse_moment
-from neox_bridge.compat.changes import CHANGES, change_named, select, touches
-from neox_bridge.compat.facts import TreeFacts
-from neox_bridge.compat.page import page
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.change import RELEASED, not_after, not_before, parse_moment
+from neox_bridge.frameworks.changes import CHANGES, change_named, select, touches
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.frameworks.page import page
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.pieces import Dropped
+from neox_bridge.tensors.pieces import Dropped
 
 RUNNER = CliRunner()
 OLD = TreeFacts(
@@ -454,7 +454,7 @@ def test_old_and_new_trees_differ_in_all_that_a_tree_tells() -> None:
 def test_the_page_is_up_to_date() -> None:
     written = Path(__file__).parents[1] / "docs" / "changes.md"
     assert written.read_text(encoding="utf-8") == page(), (
-        "python -m neox_bridge.compat.page docs/changes.md"
+        "python -m neox_bridge.frameworks.page docs/changes.md"
     )
 
 

@@ -81,7 +81,7 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = 'numpy ml_dtypes torch yaml rich transformers huggingface_hub'.split()\n"
         "print([m for m in heavy if m in sys.modules], file=sys.stderr)\n"
         "print([m for m in sys.modules if m.startswith('neox_bridge.')"
-        " and m.split('.')[1] not in ('cli', 'errors', 'printable')], file=sys.stderr)\n"
+        " and m.split('.')[1] not in ('cli', 'errors', 'wording')], file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines() == ["[]", "[]"]

@@ -12,7 +12,6 @@ import pytest
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.yml import (
     DuplicateKey,
     dump_yml,
@@ -21,7 +20,8 @@ from neox_bridge.formats.yml import (
     read_yml,
 )
 from neox_bridge.layouts.derived_check import check_inv_freq, is_zero, mismatch_finding
-from neox_bridge.planning.derived import inv_freq, inv_freq_bytes, inv_freq_error
+from neox_bridge.layouts.derived_values import inv_freq, inv_freq_bytes, inv_freq_error
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 DTYPES: dict[str, Any] = {
     "float64": np.float64,

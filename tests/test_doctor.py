@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 
 from neox_bridge.architectures.base import Refusal
 from neox_bridge.cli.app import app
-from neox_bridge.compat.compare import compare
-from neox_bridge.compat.doctor import diagnose, judge, judge_all, own_target
-from neox_bridge.compat.targets import Target, target_named
-from neox_bridge.compat.verdict import Verdict
+from neox_bridge.doctor.compare import compare
+from neox_bridge.doctor.diagnose import diagnose, judge, judge_all, own_target
+from neox_bridge.doctor.verdict import Verdict
+from neox_bridge.frameworks.eras import era_named
+from neox_bridge.frameworks.targets import Target, target_named
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.eras import era_named
+from neox_bridge.layouts.derived_values import inv_freq
 from neox_bridge.layouts.gqa import unknown_order
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.derived import inv_freq
 
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
 MISSING = 'Missing key(s) in state_dict: "attention.rotary_emb.inv_freq". '
@@ -161,7 +161,7 @@ def test_the_flag_of_the_yml_counts(hf: Path, tmp_path: Path, era: str) -> None:
 
 def test_a_patched_tree_takes_both(hf: Path, tmp_path: Path, trees: Mapping[str, Path]) -> None:
     pytest.importorskip("libcst")
-    from neox_bridge.compat import patcher
+    from neox_bridge.patch import patcher
 
     tree = Path(shutil.copytree(trees["2024-03"], tmp_path / "tree"))
     roots = [neox(hf, tmp_path / i, "2024-03", inv_freq=i) for i in ("omit", "store")]
@@ -591,7 +591,7 @@ def test_the_page_is_for_people(hf: Path, tmp_path: Path) -> None:
 
 
 def test_a_pasted_traceback() -> None:
-    pytest.importorskip("neox_bridge.compat.recognise")
+    pytest.importorskip("neox_bridge.doctor.explain")
     text = f"Traceback (most recent call last):\n{LAYER}{MISSING}\n"
     done = CliRunner().invoke(app, ["doctor", "--error", "-"], input=text)
     assert done.exit_code == 0, done.output

@@ -13,10 +13,10 @@ import pytest
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context, Stopped
-from neox_bridge.formats.dtypes import to_numpy
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.geometry import constant
-from neox_bridge.planning.pieces import Piece, Whole
+from neox_bridge.tensors.dtypes import to_numpy
+from neox_bridge.tensors.geometry import constant
+from neox_bridge.tensors.pieces import Piece, Whole
+from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification import equal as module
 from neox_bridge.verification.compare import compare, each
 from neox_bridge.verification.equal import equal

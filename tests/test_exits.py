@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import neox_bridge
 from neox_bridge.cli import app as app_module
 from neox_bridge.cli import audit as audit_module
-from neox_bridge.cli import carry_out as carry_out_module
+from neox_bridge.cli import run_plan as carry_out_module
 from neox_bridge.cli import streams, values
 from neox_bridge.cli import verify as verify_module
 from neox_bridge.cli.app import app
@@ -29,7 +29,6 @@ from neox_bridge.cli.asked import explicit, given, taking
 from neox_bridge.cli.errors import Interrupted, flag, guarded, writing
 from neox_bridge.errors import BridgeError, ChoiceNeeded, Refused, UsageError
 from neox_bridge.findings import Finding
-from neox_bridge.printable import one_line, plain, printable
 from neox_bridge.verification.audit import Audit
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.logits import Agreement, Cause
@@ -37,6 +36,7 @@ from neox_bridge.verification.non_finite import NonFinite
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.sealed import Change, Seal
 from neox_bridge.verification.verify import Verification
+from neox_bridge.wording import one_line, plain, wording
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 NEOX = str(FIXTURES / "pythia_fp32_pp1_tp2" / "checkpoints")
@@ -410,14 +410,14 @@ def test_why_stdout_failed(failure: OSError | None, said: str, monkeypatch: Patc
 )
 def test_both_ends_of_what_is_escaped(first: int, last: int) -> None:
     for number in (first, last):
-        assert printable(chr(number)) == plain(chr(number))
-        assert printable(chr(number)).startswith("\\")
+        assert wording(chr(number)) == plain(chr(number))
+        assert wording(chr(number)).startswith("\\")
     for number in {first - 1, last + 1} - {-1}:
-        assert printable(chr(number)) == chr(number)
+        assert wording(chr(number)) == chr(number)
 
 
 def test_tabs_and_line_ends_stay_on_stdout_and_not_in_a_name() -> None:
-    assert printable("a\tb\nc") == "a\tb\nc"
+    assert wording("a\tb\nc") == "a\tb\nc"
     assert plain("a\tb\nc") == "a\\tb\\nc"
     assert plain("\u202e\udc80\udcff") == "\\u202e\\x80\\xff"
     assert plain("\udc7f\ud800") == "\\udc7f\\ud800"
@@ -916,8 +916,8 @@ def test_what_was_asked_is_named_as_in_python() -> None:
 
     from neox_bridge.cli.asked import asked_of
     from neox_bridge.cli.convert import convert
-    from neox_bridge.compat.targets import target_named
-    from neox_bridge.layouts.eras import TODAY
+    from neox_bridge.frameworks.eras import TODAY
+    from neox_bridge.frameworks.targets import target_named
 
     defaults = {name: p.default for name, p in inspect.signature(convert).parameters.items()}
     named = frozenset({"tp", "form", "era", "crc"})

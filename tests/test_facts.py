@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 import neox_bridge
 from neox_bridge.cli.app import app
-from neox_bridge.compat.doctor import judge, written_by
-from neox_bridge.compat.targets import target_named
-from neox_bridge.compat.verdict import Verdict
+from neox_bridge.doctor.diagnose import judge, written_by
+from neox_bridge.doctor.verdict import Verdict
 from neox_bridge.formats.yml import merge_ymls
+from neox_bridge.frameworks.eras import era_named
+from neox_bridge.frameworks.targets import target_named
 from neox_bridge.frameworks.writers import UNKNOWN
-from neox_bridge.layouts.eras import era_named
 from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.open import open_checkpoint
 

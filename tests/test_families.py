@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.architectures.llama_like import gated_setting, gated_width
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.eras import LATER_ERAS, era_named
+from neox_bridge.frameworks.eras import LATER_ERAS, era_named
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.fused import Fusion
+from neox_bridge.tensors.fused import Fusion
 from neox_bridge.verification import reference
 from neox_bridge.verification.verify import verify
 
@@ -379,8 +379,8 @@ def test_the_option_on_the_command_line(tmp_path: Path) -> None:
 def test_the_doctor(
     family: str, config: dict[str, Any], version: str, code: str | None, tmp_path: Path
 ) -> None:
-    from neox_bridge.compat.doctor import judge
-    from neox_bridge.compat.targets import target_named
+    from neox_bridge.doctor.diagnose import judge
+    from neox_bridge.frameworks.targets import target_named
 
     hf = make_hf(tmp_path / "hf", family=family, **config)
     verdict = judge(open_checkpoint(str(hf)), target_named(f"transformers@{version}"))
@@ -402,8 +402,8 @@ def test_what_old_transformers_leave_out_of_a_llama(
     config: dict[str, Any], version: str, ignored: str | None, tmp_path: Path
 ) -> None:
     """Both spellings in config.json don't help where the version computes with a constant."""
-    from neox_bridge.compat.doctor import diagnose
-    from neox_bridge.compat.targets import refuse_version, target_named
+    from neox_bridge.doctor.diagnose import diagnose
+    from neox_bridge.frameworks.targets import refuse_version, target_named
 
     source = make_hf(tmp_path / "source", family="llama", **config)
     convert(source, tmp_path / "hf", to="hf")

@@ -34,13 +34,13 @@ from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import load
 from neox_bridge.formats.safetensors import layout_safetensors, read_safetensors
 from neox_bridge.formats.tar import is_tar
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.tensor_values import read_box
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_legacy import MAGIC
 from neox_bridge.formats.torch_zip import layout_pt, place
 from neox_bridge.formats.zip_directory import ZipError, data_places, read_directory
-from neox_bridge.planning.pieces import OutputFile, OutputTensor
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 # --- pickles: steps
 

@@ -31,15 +31,15 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer_reader import read_optimizer
-from neox_bridge.planning.batch import Batch, spread
-from neox_bridge.planning.gradient_scale import (
+from neox_bridge.optimizer.global_batch import Batch, spread
+from neox_bridge.optimizer.gradient_scale import (
     Rescaling,
     Side,
     change_of_scale,
     kept_accumulation,
 )
-from neox_bridge.planning.pieces import Plan
+from neox_bridge.optimizer.read_files import read_optimizer
+from neox_bridge.tensors.pieces import Plan
 
 POWERS = {"master": 0, "exp_avg": 1, "exp_avg_sq": 2}
 

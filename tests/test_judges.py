@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
-from neox_bridge.compat import detectors
-from neox_bridge.compat.doctor import cannot_open, judge, own_target, written_by
-from neox_bridge.compat.facts import TransformersFacts, TreeFacts
-from neox_bridge.compat.judge_hf import judge_hf, rope_as_read
-from neox_bridge.compat.judge_neox import expected_rows, judge_neox, mlp_width, stores_inv_freq
-from neox_bridge.compat.messages import read_message
-from neox_bridge.compat.targets import (
+from neox_bridge.doctor.diagnose import cannot_open, judge, own_target, written_by
+from neox_bridge.doctor.judge_hf import judge_hf, rope_as_read
+from neox_bridge.doctor.judge_neox import expected_rows, judge_neox, mlp_width, stores_inv_freq
+from neox_bridge.doctor.messages import read_message
+from neox_bridge.doctor.tree_of_message import Expected, convert_options, expected_by
+from neox_bridge.doctor.verdict import Case, case, convert_command, fix_command, verdict
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding
+from neox_bridge.formats.yml import DuplicateKey
+from neox_bridge.frameworks import detectors
+from neox_bridge.frameworks.eras import ERAS, LATER_ERAS, TODAY, fitting
+from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
+from neox_bridge.frameworks.targets import (
     ARGS,
     keeps_stored_head,
     knows_attention_bias,
@@ -23,17 +29,11 @@ from neox_bridge.compat.targets import (
     refuse_version,
     target_named,
 )
-from neox_bridge.compat.verdict import Case, case, convert_command, fix_command, verdict
-from neox_bridge.doctor.tree_of_message import Expected, convert_options, expected_by
-from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.findings import Finding
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.formats.yml import DuplicateKey
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, words_of, writer_of
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.eras import ERAS, LATER_ERAS, TODAY, fitting
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.eras import era_named
+from neox_bridge.frameworks.eras import era_named
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.verification.verify import verify
 

@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.compat.doctor import judge
-from neox_bridge.compat.targets import target_named
+from neox_bridge.doctor.diagnose import judge
 from neox_bridge.execution import exchange as swapping
-from neox_bridge.layouts.eras import LINEAR, era_named
+from neox_bridge.frameworks.eras import LINEAR, era_named
+from neox_bridge.frameworks.targets import target_named
+from neox_bridge.layouts.derived_values import inv_freq
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.derived import inv_freq
 
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
 

@@ -12,10 +12,10 @@ from common import assert_same, convert, fixture, hf_tensors, make_hf, neox_conf
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.compat.doctor import judge
-from neox_bridge.compat.targets import target_named
+from neox_bridge.doctor.diagnose import judge
 from neox_bridge.errors import Refused
-from neox_bridge.layouts.eras import LATER_ERAS, era_named, mlp_biases
+from neox_bridge.frameworks.eras import LATER_ERAS, era_named, mlp_biases
+from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.open import open_checkpoint
 
 # activation and biases of a Llama, and the eras that can run it

@@ -24,7 +24,7 @@ from stand_in_trees import NAMES
 from test_cli import run
 
 from neox_bridge import BridgeError, Refused
-from neox_bridge.compat.patcher import KEPT, apply, plan_patch, plan_revert, revert
+from neox_bridge.patch.patcher import KEPT, apply, plan_patch, plan_revert, revert
 
 PAGE = Path(__file__).parents[1] / "docs" / "patch.md"
 HOME = Path("megatron/model/positional_embeddings.py")

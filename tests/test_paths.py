@@ -9,7 +9,7 @@ import yaml
 from common import convert, fixture
 from test_printable import run_all
 
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 DATA = Path(__file__).parent / "data"
 NAME = os.fsdecode(b"caf\xe9")  # Latin-1

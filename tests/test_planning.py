@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neox_bridge.errors import Refused
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.eras import ERAS, known_keys
+from neox_bridge.frameworks.eras import ERAS, known_keys
 from neox_bridge.planning import random_states
-from neox_bridge.planning.coverage import CoverageError, check_plan, tiles
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Piece, Plan, box
 from neox_bridge.planning.vocabulary import fit, keep, padded_size
+from neox_bridge.tensors.coverage import CoverageError, check_plan, tiles
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, Plan, box
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 REF = TensorRef("/f", 0, "float32", (4, 6))
 FULL = OutputTensor("t", "float32", (4, 6), (box(REF),))

@@ -15,7 +15,7 @@ import torch
 from common import fixture, step_of
 
 import neox_bridge
-from neox_bridge.printable import markdown, one_line, plain, printable
+from neox_bridge.wording import markdown, one_line, plain, wording
 
 ESC = "\x1b[31mred\x1b]0;title\x07\x9b31m"
 HOSTILE = f"a{ESC}\u202egnp\u2066\u200b\u200f\u061c\u2028x\r\nFORGED[red]<img src=x>|`b"
@@ -38,19 +38,19 @@ def test_every_control_is_an_escape() -> None:
             assert plain(character).isascii()
             assert plain(character).isprintable()
         elif character.isprintable():
-            assert printable(character) == plain(character) == character
+            assert wording(character) == plain(character) == character
         if kind == "Cc" and character not in "\t\n":
-            assert printable(character).isprintable()
+            assert wording(character).isprintable()
     shown = [chr(n) for n in range(0x110000) if unicodedata.category(chr(n)) == "Cf"]
     # numbers of Arabic and hieroglyphs, which show and turn nothing, may stay
-    assert {c for c in shown if printable(c) == c} <= {
+    assert {c for c in shown if wording(c) == c} <= {
         *map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)),
         *map(chr, range(0x13430, 0x13440)),
     }
 
 
 def test_how_they_are_written() -> None:
-    assert printable("a\x1b\t\n\u202e\U000e0001") == "a\\x1b\t\n\\u202e\\U000e0001"
+    assert wording("a\x1b\t\n\u202e\U000e0001") == "a\\x1b\t\n\\u202e\\U000e0001"
     assert plain("a\t\n\x85\udcff") == "a\\t\\n\\x85\\xff"
     assert one_line("a\nb\r\nc\x1b") == "a b c\\x1b"
     assert one_line("k" * 9000) == "k" * 4000 + " …"

@@ -10,11 +10,11 @@ from hub_stub import PART, READ, WRITE, Stub, pointer, serving
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.hub.changes import compare
-from neox_bridge.hub.names import HubTarget, hub_target
 from neox_bridge.hub.publish import Published, publish
 from neox_bridge.hub.remote import look, published_plan
-from neox_bridge.hub.revisions import revisions
 from neox_bridge.layouts.seal import sealed
+from neox_bridge.stores.hub_names import HubTarget, hub_target
+from neox_bridge.stores.hub_revisions import revisions
 
 REPO = "org/model"
 # what the real client asks when a folder of four files, one of them in parts, becomes a new branch
@@ -360,7 +360,7 @@ def test_what_the_hub_refuses_is_explained(
 
 
 def test_addresses_that_are_signed_are_not_told() -> None:
-    from neox_bridge.hub.library import explanation
+    from neox_bridge.stores.hub_api import explanation
 
     error = OSError("no answer from https://s3.example/file?X-Amz-Signature=secret in time")
     assert explanation(error, REPO) == (

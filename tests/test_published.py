@@ -19,9 +19,9 @@ from typer.testing import CliRunner, Result
 from zero_writer import Save, made_up, write
 
 from neox_bridge.cli.app import app
-from neox_bridge.compat.doctor import judge
-from neox_bridge.compat.targets import target_named
+from neox_bridge.doctor.diagnose import judge
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
+from neox_bridge.frameworks.targets import target_named
 from neox_bridge.frameworks.writers import UNKNOWN, words_of, writer_of
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.config_files import is_neox_config

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.compat.changes import CHANGES
-from neox_bridge.compat.messages import read_message
-from neox_bridge.compat.recognise import Diagnosis, recognise
 from neox_bridge.doctor.advice import advise
+from neox_bridge.doctor.explain import Diagnosis, recognise
+from neox_bridge.doctor.messages import read_message
+from neox_bridge.frameworks.changes import CHANGES
 
 MESSAGES = Path(__file__).parent / "data" / "messages"
 CONVERT = "neox-bridge convert CHECKPOINT NEW --to neox"

@@ -9,9 +9,9 @@ import pytest
 from neox_bridge.execution import movers, reserving
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.output import begin_large
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.geometry import constant
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, box
+from neox_bridge.tensors.geometry import constant
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, box
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 MB = 1 << 20
 

@@ -21,22 +21,22 @@ from neox_bridge.execution.result import Result
 from neox_bridge.execution.run import execute
 from neox_bridge.execution.transform import blocks
 from neox_bridge.formats.pickles import Record
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt
-from neox_bridge.layouts.flat import Flat, boxes_of, segments
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer import Optimizer, Scalar, states
-from neox_bridge.layouts.optimizer_reader import read_optimizer
-from neox_bridge.layouts.optimizer_stage0 import read_stage0
-from neox_bridge.planning.batch import Batch, spread
-from neox_bridge.planning.mp_rank import buffer_names, with_slots
-from neox_bridge.planning.pieces import OutputTensor, Plan, Whole
+from neox_bridge.optimizer.global_batch import Batch, spread
+from neox_bridge.optimizer.mp_rank import buffer_names, with_slots
+from neox_bridge.optimizer.pipeline_stages import stage_bounds
+from neox_bridge.optimizer.read_files import read_optimizer
+from neox_bridge.optimizer.read_stage0 import read_stage0
+from neox_bridge.optimizer.reshard import plan_reshard
+from neox_bridge.optimizer.reshard_target import Resharding
+from neox_bridge.optimizer.states import Optimizer, Scalar, states
 from neox_bridge.planning.random_states import cuda_state, model_parallel_seed, of_rank
-from neox_bridge.planning.reshard import plan_reshard
-from neox_bridge.planning.reshard_target import Resharding
-from neox_bridge.planning.stages import stage_bounds
 from neox_bridge.planning.vocabulary import Vocabulary
+from neox_bridge.tensors.flat import Flat, boxes_of, segments
+from neox_bridge.tensors.pieces import OutputTensor, Plan, Whole
+from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification.optimizer import compare_states
 
 DATA = Path(__file__).parent / "data" / "reshard"
@@ -343,7 +343,7 @@ def test_moments_that_ranks_disagree_on_are_averaged_and_told(tmp_path: Path) ->
 def test_rows_of_padding_have_no_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the run's step of rows isn't a multiple of the new TP."""
     made = Vocabulary(48, 64, 32, None)
-    monkeypatch.setattr("neox_bridge.planning.reshard_target.keep", lambda *_: made)
+    monkeypatch.setattr("neox_bridge.optimizer.reshard_target.keep", lambda *_: made)
     plan, _ = reshard(DATA / "fp32", tmp_path / "new", tp=2)
     assert "padding-rows" in [finding.code for finding in plan.findings]
     old, new = logical(DATA / "fp32"), logical(tmp_path / "new")

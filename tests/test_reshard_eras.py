@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.eras import era_named, known_keys
+from neox_bridge.frameworks.eras import era_named, known_keys
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer_reader import read_optimizer
-from neox_bridge.planning.reshard import plan_reshard
-from neox_bridge.planning.reshard_target import Resharding
+from neox_bridge.optimizer.read_files import read_optimizer
+from neox_bridge.optimizer.reshard import plan_reshard
+from neox_bridge.optimizer.reshard_target import Resharding
 
 SOURCES = [DATA / name for name in ("bf16_tp2", "fp32_pp2", "fp32_pp0_dp2", "fp16_stage0")]
 

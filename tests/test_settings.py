@@ -12,16 +12,13 @@ from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.errors import Refused, UsageError
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.frameworks.check_keys import unknown_in_config
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
+from neox_bridge.frameworks.eras import ERAS, TODAY, era_named, known_keys
 from neox_bridge.frameworks.unknown_keys import UnknownKey, effect_of, is_off, neighbour_of
-from neox_bridge.layouts.eras import ERAS, TODAY, era_named, known_keys
-from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer
 from neox_bridge.layouts.unknown_keys import ignored_findings, listed, undecided, warned
 from neox_bridge.layouts.window import effective_window
-from neox_bridge.planning.common import drop_vocabulary_rows
-from neox_bridge.planning.gradient_scale import (
+from neox_bridge.optimizer.gradient_scale import (
     Rescaling,
     Side,
     change_of_scale,
@@ -29,11 +26,14 @@ from neox_bridge.planning.gradient_scale import (
     kept_accumulation,
     rescaling,
 )
-from neox_bridge.planning.mp_rank import Sources, buffer_names, mp_rank, parameter_name, with_slots
+from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name, with_slots
+from neox_bridge.optimizer.states import MASTER, Group, Optimizer
+from neox_bridge.planning.common import drop_vocabulary_rows
 from neox_bridge.planning.neox_yml import START, settings, start_yml, step_yml
 from neox_bridge.planning.option_checks import check_gqa_order, check_layout, check_optimizer
-from neox_bridge.planning.pieces import OutputTensor
 from neox_bridge.planning.vocabulary import fit, keep, padded_size, told_multiple
+from neox_bridge.tensors.pieces import OutputTensor
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 # --- the scale of gradients
 

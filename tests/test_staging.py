@@ -37,8 +37,8 @@ from neox_bridge.execution.staging import (
 )
 from neox_bridge.execution.units import Made, drive, grouped, read_of
 from neox_bridge.execution.work import Work, held, locked, remove, work_of
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Piece
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 
 def tree(folder: Path) -> list[str]:

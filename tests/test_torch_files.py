@@ -21,11 +21,11 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats import torch_zip
 from neox_bridge.formats.pickle_writer import TensorSlot, numpy_array
 from neox_bridge.formats.pickles import Record
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt, read_pt
-from neox_bridge.planning.coverage import check_plan
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Piece, Plan, box
+from neox_bridge.tensors.coverage import check_plan
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, Plan, box
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 FILES = sorted(FIXTURES.glob("*/checkpoints/*/*.pt"))

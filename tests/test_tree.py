@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from stand_in_trees import NAMES
 
-from neox_bridge.compat.facts import TransformersFacts, TreeFacts
-from neox_bridge.compat.targets import target_named
-from neox_bridge.compat.tree import (
+from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.eras import ERAS, known_keys
+from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
+from neox_bridge.frameworks.source_tree import (
     ARGUMENTS,
     CHECKPOINTING,
     NORMS,
@@ -22,8 +23,7 @@ from neox_bridge.compat.tree import (
     TRANSFORMER,
     read_tree,
 )
-from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.eras import ERAS, known_keys
+from neox_bridge.frameworks.targets import target_named
 
 # the yml keys of the real trees: how many, and sha256 of their names, sorted, a line each
 KEYS = {
@@ -100,7 +100,7 @@ def test_persistent_false_by_hand(tree: Path) -> None:
 @pytest.mark.parametrize("tree", NAMES, indirect=True)
 def test_the_patched_tree_takes_either(tree: Path) -> None:
     pytest.importorskip("libcst")
-    from neox_bridge.compat import patcher
+    from neox_bridge.patch import patcher
 
     patcher.apply(patcher.plan_patch(str(tree)))
     found = read_tree(str(tree))

@@ -13,12 +13,12 @@ from tiny import convert, tensors, write_hf
 from neox_bridge.architectures.base import Weight
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.execution.context import Context
-from neox_bridge.formats.dtypes import to_numpy
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.geometry import constant
-from neox_bridge.planning.pieces import Piece, Whole
-from neox_bridge.planning.sharing import WORTH
+from neox_bridge.tensors.dtypes import to_numpy
+from neox_bridge.tensors.geometry import constant
+from neox_bridge.tensors.pieces import Piece, Whole
+from neox_bridge.tensors.sharing import WORTH
+from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification import compare as comparing
 from neox_bridge.verification import equal as equality
 from neox_bridge.verification.compare import (

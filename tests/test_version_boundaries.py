@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from neox_bridge.compat.facts import TransformersFacts, TreeFacts
-from neox_bridge.compat.judge_hf import judge_hf
-from neox_bridge.compat.targets import refuse_version, target_named, version_number
+from neox_bridge.doctor.judge_hf import judge_hf
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.run import execute
+from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
+from neox_bridge.frameworks.targets import refuse_version, target_named, version_number
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options

@@ -14,7 +14,7 @@ from neox_bridge.execution.run import execute
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Plan
+from neox_bridge.tensors.pieces import Plan
 
 CONFIG: dict[str, Any] = {
     "architectures": ["GPTNeoXForCausalLM"],

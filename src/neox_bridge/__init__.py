@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from neox_bridge.layouts.quantized import QuantizedModel
     from neox_bridge.planning.make import make_plan
     from neox_bridge.planning.options import Options
-    from neox_bridge.planning.pieces import Plan
+    from neox_bridge.tensors.pieces import Plan
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,7 +12,7 @@ from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Plan, Whole
+from neox_bridge.tensors.pieces import Plan, Whole
 
 DTYPE = "float16"
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.dtypes import BY_SAFETENSORS
 from neox_bridge.formats.safetensors import read_safetensors
+from neox_bridge.tensors.dtypes import BY_SAFETENSORS
 
 _FOLDER = folder()
 _PATH = Path(_FOLDER.name) / "x.safetensors"

@@ -1,4 +1,4 @@
-"""Which trees run a gated MLP with biases and without, as layouts/eras.py says."""
+"""Which trees run a gated MLP with biases and without, as frameworks/eras.py says."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import test_real_neox
 from common import convert, make_hf
 
-from neox_bridge.layouts.eras import era_named, mlp_biases
+from neox_bridge.frameworks.eras import era_named, mlp_biases
 
 pytestmark = pytest.mark.neox
 TREES = {"2024-10": "neox-2024-10", "today": "gpt-neox"}

@@ -21,7 +21,7 @@ import test_real_neox
 from common import convert
 from conftest import results_in
 
-from neox_bridge.compat.patcher import apply, plan_patch
+from neox_bridge.patch.patcher import apply, plan_patch
 
 pytestmark = pytest.mark.neox
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ import pytest
 import test_real_neox
 from test_reshard import reshard
 
-from neox_bridge.layouts.eras import era_named
+from neox_bridge.frameworks.eras import era_named
 
 pytestmark = pytest.mark.neox
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"

@@ -139,7 +139,7 @@ def test_half_precision_trains(
 
 
 def era(tree: str) -> Any:
-    from neox_bridge.layouts.eras import era_named
+    from neox_bridge.frameworks.eras import era_named
 
     return era_named(tree)
 

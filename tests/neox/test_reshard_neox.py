@@ -18,7 +18,7 @@ from common import convert, make_hf
 from test_reshard import reshard, without_moments
 
 from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.optimizer.read_files import read_optimizer
 
 pytestmark = pytest.mark.neox
 

@@ -12,10 +12,10 @@ import pytest
 import stand_in_trees
 from stand_in_trees import NAMES
 
-from neox_bridge.compat.facts import TreeFacts
-from neox_bridge.compat.patcher import plan_patch
-from neox_bridge.compat.tree import read_tree
 from neox_bridge.frameworks import collect_keys
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.frameworks.source_tree import read_tree
+from neox_bridge.patch.patcher import plan_patch
 
 pytestmark = pytest.mark.neox
 

@@ -24,7 +24,7 @@ class Weight:
         the ranks. row: columns (dimension 1) are. replicated: every rank holds all of it.
         row_bias: a bias added to a row-parallel output, summed over ranks or replicated,
         depending on the model. fused, gated: Hugging Face's part of one GPT-NeoX tensor, q, k and v
-        or up and gate; a row of the table for each part, see planning/fused.py. zero: GPT-NeoX has
+        or up and gate; a row of the table for each part, see tensors/fused.py. zero: GPT-NeoX has
         it and Hugging Face hasn't: written as zeros, and refused where it is anything else; hf is
         then only the name for messages. derived: no weight, computed from the config.
     shape: the names of its dimensions, Hugging Face's side; ``ModelConfig.dims`` has their sizes.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from neox_bridge.architectures import ARCHITECTURES, CANNOT
 from neox_bridge.architectures.base import Architecture
+from neox_bridge.frameworks.eras import LATER_ERAS
 from neox_bridge.frameworks.suites import SUITES
-from neox_bridge.layouts.eras import LATER_ERAS
 
 _HEAD = """# Which models can be converted?
 

@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from neox_bridge.batch.done import answer
 from neox_bridge.batch.estimate import rate_of
 from neox_bridge.batch.items import Item
 from neox_bridge.batch.row import Row
 from neox_bridge.batch.run import Batch, place_of, plan_one
-from neox_bridge.batch.settled import answer
 from neox_bridge.errors import BridgeError
-from neox_bridge.planning.pieces import Plan
+from neox_bridge.tensors.pieces import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.batch import on_hub
+from neox_bridge.batch.done import State, answer, state_of
 from neox_bridge.batch.items import Item, Source
 from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import Row
-from neox_bridge.batch.settled import State, answer, state_of
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
@@ -24,13 +24,13 @@ from neox_bridge.layouts.unknown_keys import ignorable
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Plan
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.stores.objects import pending, pending_now
 from neox_bridge.stores.paths import absolute, is_url
+from neox_bridge.tensors.pieces import Plan
 
 if TYPE_CHECKING:
-    from neox_bridge.compat.facts import TransformersFacts
+    from neox_bridge.frameworks.facts import TransformersFacts
 
 _MOST_AHEAD = 32  # threads that plan, which is Python's work and so one after another's
 _PART = 1 << 30  # bytes of a checkpoint that one process verifies
@@ -146,14 +146,14 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
     checkpoint, options = item.source.open(), batch.options
     if checkpoint.hub_repo and options.tokenizer is None:
-        from neox_bridge.hub.tokenizer import with_published_tokenizer
+        from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
 
         checkpoint = with_published_tokenizer(checkpoint)
     # a batch may hold runs of several forks: each is asked for the keys that it has
     there = ignorable(checkpoint)
     options = replace(options, ignore_keys=tuple(k for k in options.ignore_keys if k in there))
     if batch.version is not None:
-        from neox_bridge.compat.targets import refuse_version
+        from neox_bridge.frameworks.targets import refuse_version
 
         refuse_version(checkpoint.architecture.name, checkpoint.config, batch.version)
     made = kind_of(checkpoint, options)

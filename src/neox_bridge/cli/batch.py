@@ -13,7 +13,7 @@ from neox_bridge.cli.convert import convert
 from neox_bridge.cli.output import print_json, say, tell_findings
 from neox_bridge.cli.publish import Upload
 from neox_bridge.errors import UsageError
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 if TYPE_CHECKING:
     from neox_bridge.batch.items import Item
@@ -232,7 +232,7 @@ def _check_library(target: str, on_hub: bool) -> None:
     from neox_bridge.stores.paths import is_url
 
     if on_hub:
-        from neox_bridge.hub.library import hub_api
+        from neox_bridge.stores.hub_api import hub_api
 
         hub_api(f"{target} is on the Hub")
     elif is_url(target):
@@ -247,7 +247,7 @@ def _hub(target: str, own: dict[str, Any]) -> "HubModel | None":
         return None
     from neox_bridge.batch.on_hub import HubModel
     from neox_bridge.cli.publish import work_base
-    from neox_bridge.hub.names import hub_target
+    from neox_bridge.stores.hub_names import hub_target
 
     if "@" in target:
         raise typer.BadParameter(f"{target}: a batch writes a branch for each step; leave it out.")

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import human, plural, print_line, say, with_remedy
 from neox_bridge.cli.streams import for_progress
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 if TYPE_CHECKING:
     from neox_bridge.batch.dry_run import DryRun

@@ -8,7 +8,7 @@ from neox_bridge.cli import values
 from neox_bridge.cli.output import print_json, print_line
 
 if TYPE_CHECKING:
-    from neox_bridge.compat.change import Change, Moment
+    from neox_bridge.frameworks.change import Change, Moment
 
 
 def changes(
@@ -40,7 +40,7 @@ def changes(
       neox-bridge changes --framework transformers --since 4.30 --until 5.23
       neox-bridge changes --for checkpoints/
     """
-    from neox_bridge.compat.changes import select
+    from neox_bridge.frameworks.changes import select
 
     checkpoint = None
     start, end = _moment(since), _moment(until)
@@ -78,8 +78,8 @@ def describe(change: "Change") -> dict[str, Any]:
 
 
 def _moment(text: str | None) -> "Moment | None":
-    from neox_bridge.compat.change import parse_moment
     from neox_bridge.errors import BridgeError
+    from neox_bridge.frameworks.change import parse_moment
 
     try:
         return None if text is None else parse_moment(text)
@@ -88,7 +88,7 @@ def _moment(text: str | None) -> "Moment | None":
 
 
 def _lines(change: "Change") -> list[str]:
-    from neox_bridge.compat.page import where
+    from neox_bridge.frameworks.page import where
 
     return [
         f"{change.date}  {where(change)}  {change.id}",

@@ -7,9 +7,9 @@ import typer
 
 from neox_bridge.cli import values
 from neox_bridge.cli.asked import asked_of
-from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
 from neox_bridge.cli.publish import CreatePr, Private, Upload, WorkIn, publish_plan, root_of
+from neox_bridge.cli.run_plan import How, Progress, carry_out
 
 _SOURCE = "Where it comes from"
 _WHAT = "What is written"
@@ -334,13 +334,13 @@ def convert(
             masters=asked.masters,
         )
         if asked.options.tokenizer is None:
-            from neox_bridge.hub.tokenizer import with_published_tokenizer
+            from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
 
             checkpoint = with_published_tokenizer(checkpoint)
         check_options(checkpoint, asked.options, asked.given)
         plan = make_plan(checkpoint, asked.options, root_of(target))
         if asked.version is not None:
-            from neox_bridge.compat.targets import refuse_version
+            from neox_bridge.frameworks.targets import refuse_version
 
             refuse_version(checkpoint.architecture.name, checkpoint.config, asked.version)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)

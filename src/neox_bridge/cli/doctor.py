@@ -15,9 +15,9 @@ from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.errors import BridgeError, UsageError
 
 if TYPE_CHECKING:
-    from neox_bridge.compat.targets import Target
-    from neox_bridge.compat.verdict import Verdict
     from neox_bridge.doctor.advice import Advice
+    from neox_bridge.doctor.verdict import Verdict
+    from neox_bridge.frameworks.targets import Target
     from neox_bridge.layouts.checkpoint import Checkpoint
 
 _FAILS = 4
@@ -201,9 +201,9 @@ def _examine(
     path: str, target: "Target | None", opened: "Callable[[], Checkpoint]", side: bool
 ) -> dict[str, Any]:
     """Everything about one checkpoint, as plain data."""
-    from neox_bridge.compat.doctor import cannot_open, judge, judge_all, own_target
-    from neox_bridge.compat.targets import name_of
-    from neox_bridge.compat.verdict import verdict
+    from neox_bridge.doctor.diagnose import cannot_open, judge, judge_all, own_target
+    from neox_bridge.doctor.verdict import verdict
+    from neox_bridge.frameworks.targets import name_of
     from neox_bridge.layouts.head import drop_equal_head
 
     try:
@@ -236,7 +236,7 @@ def _examine(
     if side:
         from dataclasses import asdict
 
-        from neox_bridge.compat.compare import compare
+        from neox_bridge.doctor.compare import compare
 
         facts["comparison"] = [asdict(row) for row in compare(checkpoint)]
     return facts
@@ -348,7 +348,7 @@ def _mend(
     flags: dict[str, Any],
     as_json: bool,
 ) -> dict[str, Any] | None:
-    from neox_bridge.compat import mend
+    from neox_bridge.doctor import fixes as mend
     from neox_bridge.execution.run import execute
     from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.report import remarks

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
+from neox_bridge.cli.run_plan import How, Progress, carry_out
 
 
 def export_optimizer(
@@ -54,8 +54,8 @@ def export_optimizer(
     """
     with writing(target):
         from neox_bridge.layouts.open import open_checkpoint
-        from neox_bridge.layouts.optimizer_reader import read_optimizer
-        from neox_bridge.planning.optimizer_export import plan_export
+        from neox_bridge.optimizer.read_files import read_optimizer
+        from neox_bridge.optimizer.write_export import plan_export
         from neox_bridge.planning.option_checks import check_gqa_order
 
         checkpoint = open_checkpoint(

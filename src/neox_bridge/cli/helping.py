@@ -8,7 +8,7 @@ from typing import Any
 from typer import BadParameter
 from typer.core import TyperCommand
 
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,13 @@ from neox_bridge.cli.output import (
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 from neox_bridge.errors import UsageError
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 if TYPE_CHECKING:
     from neox_bridge.findings import Finding
-    from neox_bridge.formats.tensor_ref import TensorRef
     from neox_bridge.layouts.checkpoint import Checkpoint
-    from neox_bridge.planning.pieces import Whole
+    from neox_bridge.tensors.pieces import Whole
+    from neox_bridge.tensors.tensor_ref import TensorRef
 
 PEEK_BYTES = 4 << 20  # of tensors that are stored twice, which are compared so far and no further
 
@@ -144,9 +144,9 @@ def inspect(
     masters: dict[str, Any] | None = None
     if optimizer:
         from neox_bridge.findings import unrepeated
-        from neox_bridge.layouts.masters import with_states
-        from neox_bridge.layouts.optimizer_export import scalars
-        from neox_bridge.layouts.optimizer_reader import read_optimizer
+        from neox_bridge.optimizer.masters import with_states
+        from neox_bridge.optimizer.read_export import scalars
+        from neox_bridge.optimizer.read_files import read_optimizer
         from neox_bridge.planning.report import finding_json
 
         held = read_optimizer(checkpoint)
@@ -275,8 +275,8 @@ def _refusals(checkpoint: "Checkpoint") -> list[dict[str, str]]:
 def _neox(checkpoint: "Checkpoint", states: dict[str, Any] | None) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from neox_bridge.frameworks.eras import fitting
     from neox_bridge.frameworks.writers import words_of
-    from neox_bridge.layouts.eras import fitting
 
     state = checkpoint.neox
     assert state is not None

@@ -8,7 +8,7 @@ from neox_bridge.cli.output import plural
 if TYPE_CHECKING:
     from neox_bridge.findings import Finding
     from neox_bridge.layouts.checkpoint import Checkpoint
-    from neox_bridge.layouts.optimizer import Optimizer
+    from neox_bridge.optimizer.states import Optimizer
 
 
 def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list["Finding"]]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import KINDS, human, plural, print_json
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.quantized import QuantizedFolder

@@ -9,12 +9,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.streams import write_color
-from neox_bridge.printable import one_line, plain
+from neox_bridge.wording import one_line, plain
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Finding
-    from neox_bridge.planning.pieces import Plan
+    from neox_bridge.tensors.pieces import Plan
 
 _COLORS = {"error": 31, "interrupted": 31, "warning": 33, "info": 36, "dropped": 36, "note": 36}
 KINDS = {"hf": "Hugging Face", "neox": "GPT-NeoX"}

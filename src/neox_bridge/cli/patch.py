@@ -9,7 +9,7 @@ from neox_bridge.cli import values
 from neox_bridge.cli.output import plural, print_json, print_line
 
 if TYPE_CHECKING:
-    from neox_bridge.compat.patcher import Patch
+    from neox_bridge.patch.patcher import Patch
 
 
 def patch(
@@ -36,7 +36,7 @@ def patch(
       neox-bridge patch ~/gpt-neox
       neox-bridge patch ~/gpt-neox --revert
     """
-    from neox_bridge.compat import patcher
+    from neox_bridge.patch import patcher
 
     if revert:
         plan = patcher.plan_revert(tree) if dry_run else patcher.revert(tree)

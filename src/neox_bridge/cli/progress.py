@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from neox_bridge.cli.streams import for_progress
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 
 @contextmanager

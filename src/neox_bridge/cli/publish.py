@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neox_bridge.cli.carry_out import How, Progress, perform
 from neox_bridge.cli.output import (
     blanks,
     human,
@@ -21,15 +20,16 @@ from neox_bridge.cli.output import (
     side,
 )
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.cli.run_plan import How, Progress, perform
 from neox_bridge.errors import BridgeError, Unverified, UsageError
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.execution.work import Work
-    from neox_bridge.hub.names import HubTarget
-    from neox_bridge.hub.outlook import Outlook
+    from neox_bridge.hub.preview import Outlook
     from neox_bridge.hub.publish import Published
-    from neox_bridge.planning.pieces import Plan
+    from neox_bridge.stores.hub_names import HubTarget
+    from neox_bridge.tensors.pieces import Plan
 
 _HUB = "Targets on the Hub"
 Private = Annotated[
@@ -79,7 +79,7 @@ class Upload:
 
 def root_of(target: str) -> str:
     """The folder that a GPT-NeoX target's yml names: of the Hub, the reader's copy."""
-    from neox_bridge.hub.names import hub_target, is_hub, reader_folder
+    from neox_bridge.stores.hub_names import hub_target, is_hub, reader_folder
 
     return reader_folder(hub_target(target).repo) if is_hub(target) else target
 
@@ -98,10 +98,10 @@ def publish_plan(
     is kept then, where it is worth it, and the message says where.
     """
     from neox_bridge.execution.work import held
-    from neox_bridge.hub.library import check_writer
-    from neox_bridge.hub.names import hub_target
-    from neox_bridge.hub.outlook import plan_publish
+    from neox_bridge.hub.preview import plan_publish
     from neox_bridge.hub.publish import check_base, conflict_message
+    from neox_bridge.stores.hub_api import check_writer
+    from neox_bridge.stores.hub_names import hub_target
 
     place = hub_target(target)
     plan = _with_paths_blank(plan)
@@ -180,7 +180,7 @@ def _finished(
 def _published(
     plan: "Plan", place: "HubTarget", work: "Work", how: How, upload: Upload
 ) -> "Published":
-    from neox_bridge.hub.outlook import message_of, step_of_plan
+    from neox_bridge.hub.preview import message_of, step_of_plan
     from neox_bridge.hub.publish import publish
 
     kept = (

@@ -100,8 +100,8 @@ def _checkpoint(
     path: str, source: str | None, number: int, workers: int | None, quiet: bool
 ) -> list["Section"]:
     from neox_bridge.cli.inspect import describe, summary_lines
-    from neox_bridge.layouts.masters import as_it_was_converted
     from neox_bridge.layouts.open import open_checkpoint
+    from neox_bridge.optimizer.masters import as_it_was_converted
     from neox_bridge.report.sections import checkpoint_section, verification_section
     from neox_bridge.verification.statistics import findings, statistics
     from neox_bridge.verification.verify import verify

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.carry_out import How, Progress, carry_out
 from neox_bridge.cli.errors import writing
+from neox_bridge.cli.run_plan import How, Progress, carry_out
 
 if TYPE_CHECKING:
-    from neox_bridge.layouts.optimizer import Optimizer
-    from neox_bridge.planning.zero_stage import States
+    from neox_bridge.optimizer.states import Optimizer
+    from neox_bridge.optimizer.zero_stage import States
 
 _LAYOUT = "Where it continues"
 
@@ -176,12 +176,12 @@ def reshard(
         "era": era,
     }
     with writing(target):
-        from neox_bridge.hub.tokenizer import with_published_tokenizer
+        from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
         from neox_bridge.layouts.open import open_checkpoint
-        from neox_bridge.layouts.optimizer_reader import read_optimizer
+        from neox_bridge.optimizer.read_files import read_optimizer
+        from neox_bridge.optimizer.reshard import plan_reshard, target_states
+        from neox_bridge.optimizer.reshard_target import Resharding, check_row_bias
         from neox_bridge.planning.option_checks import check_gqa_order, check_layout
-        from neox_bridge.planning.reshard import plan_reshard, target_states
-        from neox_bridge.planning.reshard_target import Resharding, check_row_bias
         from neox_bridge.stores.paths import absolute
 
         check_layout(layout, pp)
@@ -197,7 +197,7 @@ def reshard(
         optimizer: Optimizer = read_optimizer(checkpoint)
         given: States | None = None
         if states is not None:
-            from neox_bridge.layouts.optimizer_export import with_export
+            from neox_bridge.optimizer.read_export import with_export
 
             checkpoint, given = with_export(checkpoint, optimizer, states)
         if row_bias is not None:
@@ -219,10 +219,10 @@ def reshard(
 def _check_era(era: object) -> None:
     """Raise UsageError where --for names what is no GPT-NeoX."""
     from neox_bridge.errors import UsageError
-    from neox_bridge.layouts.eras import Era
+    from neox_bridge.frameworks.eras import Era
 
     if era is not None and not isinstance(era, Era):
-        from neox_bridge.compat.targets import name_of
+        from neox_bridge.frameworks.targets import name_of
 
         raise UsageError(
             ["era"],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from neox_bridge.cli.output import plural, print_json, print_line, say
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 if TYPE_CHECKING:
     from neox_bridge.formats.pickle_security import Report, Use

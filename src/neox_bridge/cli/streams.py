@@ -1,6 +1,6 @@
 """The process's stdout and stderr: no text of a file controls a terminal, and no failure surprises.
 
-Whatever is written to them is escaped (``printable``). A reader that went away (``| head``) or a
+Whatever is written to them is escaped (``wording``). A reader that went away (``| head``) or a
 full disk doesn't stop the work: the rest of the output is dropped, the command ends as it would
 have, and then says so where it matters.
 """
@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, TextIO, cast
 
-from neox_bridge.printable import printable
+from neox_bridge.wording import wording
 
 
 class _Stream(io.TextIOWrapper):
@@ -20,7 +20,7 @@ class _Stream(io.TextIOWrapper):
     failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        return self.write_as_is(printable(text))
+        return self.write_as_is(wording(text))
 
     def write_as_is(self, text: str) -> int:
         """Write what is no text of a file: colors and progress bars."""

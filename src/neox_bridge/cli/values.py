@@ -146,7 +146,7 @@ def parse_size(text: str | int) -> int:
 
 def _parse_era(text: str) -> Any:
     from neox_bridge.errors import BridgeError
-    from neox_bridge.layouts.eras import era_named
+    from neox_bridge.frameworks.eras import era_named
 
     try:
         return era_named(text)
@@ -156,8 +156,8 @@ def _parse_era(text: str) -> Any:
 
 
 def _parse_target(text: str) -> Any:
-    from neox_bridge.compat.targets import target_named
     from neox_bridge.errors import BridgeError
+    from neox_bridge.frameworks.targets import target_named
 
     try:
         return target_named(text)

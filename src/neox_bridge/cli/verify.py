@@ -71,8 +71,8 @@ def verify(
     """
     from dataclasses import asdict, replace
 
-    from neox_bridge.layouts.masters import as_it_was_converted
     from neox_bridge.layouts.open import check_configs_used, open_with
+    from neox_bridge.optimizer.masters import as_it_was_converted
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
     from neox_bridge.verification.verify import describe
     from neox_bridge.verification.verify import verify as compare
@@ -96,7 +96,7 @@ def verify(
     check_optimizer(optimizer, first, second)
     first, said = as_it_was_converted(first, second)
     if optimizer:
-        from neox_bridge.layouts.masters import with_states
+        from neox_bridge.optimizer.masters import with_states
 
         first, second = with_states(first), with_states(second)
     inputs = _tokens(tokens, first, second) if logits else None
@@ -278,7 +278,7 @@ def diff(
     check_gqa_order(gqa_order, a, b)
     check_optimizer(optimizer, a, b)
     if optimizer:
-        from neox_bridge.layouts.masters import with_states
+        from neox_bridge.optimizer.masters import with_states
 
         a, b = with_states(a), with_states(b)
     with progress_bar(a.size + b.size, "comparing", quiet) as progress:

@@ -1,4 +1,4 @@
-"""What compat/patcher.py does to a tree, done to its classes at run time."""
+"""What patch/patcher.py does to a tree, done to its classes at run time."""
 
 import sys
 import warnings
@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from neox_bridge.compat.patch_forms import BUFFERS
+from neox_bridge.patch.buffer_forms import BUFFERS
 
 _MODULE = "megatron.model.positional_embeddings"
 
@@ -83,7 +83,7 @@ def _patch(module: ModuleType) -> None:
 def _patch_class(owner: Any) -> None:
     import torch
 
-    from neox_bridge.compat import load_hook
+    from neox_bridge.patch import load_hook
 
     vars(load_hook).setdefault("torch", torch)
 

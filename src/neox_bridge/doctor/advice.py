@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from neox_bridge.compat.facts import TreeFacts
-from neox_bridge.compat.messages import Diagnosis, Message, read_message
-from neox_bridge.compat.recognise import recognise
-from neox_bridge.compat.targets import Target, name_of
+from neox_bridge.doctor.explain import recognise
+from neox_bridge.doctor.messages import Diagnosis, Message, read_message
 from neox_bridge.doctor.tree_of_message import ANY_TREE, convert_options, expected_by, tree_in
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.frameworks.targets import Target, name_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 
 # how a plain text of a diagnosis names what the user has to fill in

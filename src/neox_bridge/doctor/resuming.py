@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import suppress
 
-from neox_bridge.compat.facts import TreeFacts
-from neox_bridge.compat.targets import Target, name_of
-from neox_bridge.compat.verdict import Case, case, fix_command
+from neox_bridge.doctor.verdict import Case, case, fix_command
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import NO_VERSION, SUB_PARTITIONS, StatesForm, release_of
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.frameworks.targets import Target, name_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options
 from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states

@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from neox_bridge.compat.messages import Message, short
-from neox_bridge.compat.tree import FLAG, looks_like_tree
+from neox_bridge.doctor.messages import Message, short
+from neox_bridge.frameworks.eras import LATER_ERAS, TODAY, InvFreq, MlpNames, known_keys
+from neox_bridge.frameworks.source_tree import FLAG, looks_like_tree
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.eras import LATER_ERAS, TODAY, InvFreq, MlpNames, known_keys
 
 _FRAME = re.compile(r'File "(/[^"\n]+?)/(?:megatron/|train\.py|generate\.py|deepy\.py)')
 _DENSE = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h|w[123])\.\w+"

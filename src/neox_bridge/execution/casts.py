@@ -3,7 +3,7 @@
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.formats.dtypes import to_numpy
+from neox_bridge.tensors.dtypes import to_numpy
 
 if TYPE_CHECKING:
     import numpy as np

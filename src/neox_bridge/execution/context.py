@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from neox_bridge.execution.files import Files
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.pieces import OutputTensor
+from neox_bridge.tensors.pieces import OutputTensor
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 Disks = tuple[int, int]  # st_dev of a source and of a target
 How = Literal["shared", "copied", "transformed", "kept"]

@@ -12,7 +12,7 @@ from zlib_ng.zlib_ng import crc32
 from neox_bridge.execution import buffers
 from neox_bridge.execution.context import Context, Disks, Shared
 from neox_bridge.execution.files import ended_early, unreadable
-from neox_bridge.planning.sharing import BLOCK, WORTH, whole_blocks
+from neox_bridge.tensors.sharing import BLOCK, WORTH, whole_blocks
 
 if TYPE_CHECKING:
     from neox_bridge.execution.streams import Stream

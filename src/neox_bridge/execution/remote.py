@@ -31,11 +31,11 @@ from neox_bridge.execution.staging import kept_files
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.tensors import fill_tensor
 from neox_bridge.findings import Finding
-from neox_bridge.planning.coverage import check_plan
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Plan
 from neox_bridge.planning.report import plan_hash
 from neox_bridge.stores.objects import pending, remove
 from neox_bridge.stores.uploads import WORK, Sender, start_upload
+from neox_bridge.tensors.coverage import check_plan
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Plan
 
 if TYPE_CHECKING:
     from neox_bridge.execution.executors import Pool

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import can_share
-from neox_bridge.planning.pieces import OutputFile, OutputTensor
-from neox_bridge.planning.sharing import residue
 from neox_bridge.stores.paths import is_url
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+from neox_bridge.tensors.sharing import residue
 
 _LEAST = 1 << 20  # bytes in a row
 

@@ -20,8 +20,8 @@ from neox_bridge.layouts.record_file import Entry, written_above
 from neox_bridge.layouts.text_files import LARGE, list_folder, read_bytes, read_text
 from neox_bridge.layouts.tokenizer import FOLDER as TOKENIZER
 from neox_bridge.planning.model_identity import differences, identity_of
-from neox_bridge.planning.pieces import OutputFile, Plan
 from neox_bridge.stores.paths import isdir, isfile, size
+from neox_bridge.tensors.pieces import OutputFile, Plan
 
 _STARTS = ("finetune.yml", "resume.yml", "resume_universal.yml")
 _UNIVERSAL = ("resume_universal.yml",)  # started by latest_universal

@@ -13,8 +13,8 @@ from zlib_ng.zlib_ng import crc32
 from neox_bridge.execution.context import Context, How
 from neox_bridge.execution.movers import BUFFER, Target, move, send, write
 from neox_bridge.execution.transform import blocks, element, replica
-from neox_bridge.formats.dtypes import itemsize
-from neox_bridge.planning.pieces import OutputTensor, Piece, Whole, byte_range, cut
+from neox_bridge.tensors.dtypes import itemsize
+from neox_bridge.tensors.pieces import OutputTensor, Piece, Whole, byte_range, cut
 
 _TOGETHER = 8 << 20  # bytes
 Run = tuple[str, int, int, int]  # file, offset in it, offset in the tensor, bytes

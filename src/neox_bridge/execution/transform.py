@@ -17,9 +17,9 @@ from neox_bridge.execution.buffers import room
 from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import ended_early, unreadable
-from neox_bridge.formats.dtypes import itemsize, to_numpy
-from neox_bridge.formats.tensor_ref import TensorRef, row_major
-from neox_bridge.planning.pieces import OutputTensor, Piece, Shape, Whole, byte_range, cut
+from neox_bridge.tensors.dtypes import itemsize, to_numpy
+from neox_bridge.tensors.pieces import OutputTensor, Piece, Shape, Whole, byte_range, cut
+from neox_bridge.tensors.tensor_ref import TensorRef, row_major
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,11 +29,11 @@ from neox_bridge.execution.output import (
     write_small,
 )
 from neox_bridge.execution.placement import Places, reaches
-from neox_bridge.formats.dtypes import itemsize
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.pieces import OutputFile
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.stores.paths import is_url
+from neox_bridge.tensors.dtypes import itemsize
+from neox_bridge.tensors.pieces import OutputFile
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _T = TypeVar("_T")
 _BYTES = 128 << 20  # of files that are made, and flushed, together

@@ -205,7 +205,7 @@ def _folder(path: str) -> str:
 
 
 def _quoted(text: bytes) -> str:
-    """Text of a file, short and printable, for a message."""
+    """Text of a file, short and wording, for a message."""
     words = " ".join(text.decode("utf-8", "replace").split())
     plain = "".join(c if c.isprintable() else "?" for c in words)
     return repr(plain[:_SHOWN] + ("…" if len(plain) > _SHOWN else ""))

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.dtypes import BY_STORAGE
+from neox_bridge.tensors.dtypes import BY_STORAGE
 
 MAX_STEPS = 1_000_000  # a step is about a microsecond or 128 bytes; a tensor takes some 50
 MAX_KEY_NODES = 500  # values inside one tuple used as a key: hashing is recursive, so bounded

@@ -9,8 +9,8 @@ none of its arguments but those in ``_CALLS``.
 
 from typing import Any
 
-from neox_bridge.formats.dtypes import BY_NAME, BY_STORAGE
 from neox_bridge.formats.pickle_folds import Global
+from neox_bridge.tensors.dtypes import BY_NAME, BY_STORAGE
 
 _PYTHON = {
     "builtins": "bytearray bytes complex dict float frozenset int list object set slice str tuple",

@@ -13,9 +13,9 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickles import Global, PickleError, Record
-from neox_bridge.formats.tensor_ref import row_major
+from neox_bridge.tensors.dtypes import BY_NAME
+from neox_bridge.tensors.tensor_ref import row_major
 
 _BATCH = 1000  # CPython's, items set or appended by one opcode
 _LINE = re.compile("[!-~]+")  # names that protocol 2 can hold

@@ -10,13 +10,13 @@ from math import prod
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.bounded_json import parse_json
-from neox_bridge.formats.dtypes import BY_NAME, BY_SAFETENSORS, PACKED_SAFETENSORS
 from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
 from neox_bridge.formats.regular import open_regular
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.pieces import OutputFile, OutputTensor
-from neox_bridge.planning.sharing import BLOCK
 from neox_bridge.stores.paths import size_of
+from neox_bridge.tensors.dtypes import BY_NAME, BY_SAFETENSORS, PACKED_SAFETENSORS
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+from neox_bridge.tensors.sharing import BLOCK
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _MAX_HEADER = 32 << 20  # bytes; the library takes 100 MB, of which no model has a hundredth
 _MAX_DIMENSIONS = 64

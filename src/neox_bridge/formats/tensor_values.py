@@ -4,8 +4,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.dtypes import itemsize, to_numpy
-from neox_bridge.formats.tensor_ref import TensorRef, row_major
+from neox_bridge.tensors.dtypes import itemsize, to_numpy
+from neox_bridge.tensors.tensor_ref import TensorRef, row_major
 
 if TYPE_CHECKING:
     import numpy as np

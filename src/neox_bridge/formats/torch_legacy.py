@@ -9,7 +9,6 @@ import struct
 from typing import BinaryIO
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickles import (
     Context,
     Global,
@@ -19,9 +18,10 @@ from neox_bridge.formats.pickles import (
     load,
     storage_ref,
 )
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_zip import Claims, not_whole, place
 from neox_bridge.stores.paths import open_file, size_of
+from neox_bridge.tensors.dtypes import BY_NAME
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

@@ -15,10 +15,8 @@ from functools import lru_cache
 from typing import Any, BinaryIO
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.dtypes import BY_NAME
 from neox_bridge.formats.pickle_writer import dump
 from neox_bridge.formats.pickles import PickledTensor, PickleError, load, storage_ref
-from neox_bridge.formats.tensor_ref import TensorRef, is_contiguous
 from neox_bridge.formats.zip_directory import (
     ALIGNMENT,
     CENTRAL,
@@ -36,9 +34,11 @@ from neox_bridge.formats.zip_directory import (
     folded,
     read_directory,
 )
-from neox_bridge.planning.pieces import OutputFile, OutputTensor
-from neox_bridge.planning.sharing import BLOCK, residue
 from neox_bridge.stores.paths import open_file, size_of
+from neox_bridge.tensors.dtypes import BY_NAME
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+from neox_bridge.tensors.sharing import BLOCK, residue
+from neox_bridge.tensors.tensor_ref import TensorRef, is_contiguous
 
 _CRC_IN_CENTRAL = 16  # bytes into the header
 _PADDING = 0x4246  # "FB", the extra field that torch fills up with

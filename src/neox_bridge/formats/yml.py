@@ -114,7 +114,7 @@ def _is_long_number(event: "yaml.ScalarEvent") -> bool:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """A value of JSON's kinds, with text for a date; its keys are printable text.
+    """A value of JSON's kinds, with text for a date; its keys are wording text.
 
     Raises BridgeError for bytes, sets and pairs, and for keys of such kinds.
     """

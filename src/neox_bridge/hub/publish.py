@@ -13,8 +13,6 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.hub.changes import Changes, compare
-from neox_bridge.hub.library import bars, explained, hub_api, is_transient, status_of
-from neox_bridge.hub.names import MAIN
 from neox_bridge.hub.remote import (
     Remote,
     RemoteFile,
@@ -24,6 +22,8 @@ from neox_bridge.hub.remote import (
     is_untouched,
     look,
 )
+from neox_bridge.stores.hub_api import bars, explained, hub_api, is_transient, status_of
+from neox_bridge.stores.hub_names import MAIN
 
 _BLOCK = 1 << 20
 _CONFLICT = 412  # the branch isn't at the commit that ours was made for

@@ -7,14 +7,14 @@ from typing import Any, Literal
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Refusal
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.yml import DuplicateKey
+from neox_bridge.frameworks.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, Writer
 from neox_bridge.layouts.derived_check import InvFreqMismatch
-from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
-from neox_bridge.planning.pieces import Dropped, Whole
 from neox_bridge.stores.paths import is_url
+from neox_bridge.tensors.pieces import Dropped, Whole
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 Kind = Literal["hf", "neox"]
 LayoutName = Literal["layers", "ranks"]

@@ -17,7 +17,7 @@ from neox_bridge.formats.file_kinds import is_apple_double
 from neox_bridge.formats.yml import read_yml
 from neox_bridge.frameworks.keys import block_keys, neox_keys, removed_from_neox
 from neox_bridge.layouts.known_files import is_known
-from neox_bridge.layouts.own_files import check_own
+from neox_bridge.layouts.linked_files import check_own
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.stores.paths import is_url, isdir, isfile, size
 

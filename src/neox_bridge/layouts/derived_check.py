@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.findings import Finding
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.stores.paths import read_pieces
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 # the rounding of a stored value, twice: once stored, once computed on another machine
 _ROUNDING = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -35,7 +35,7 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> InvF
     """
     if not stored:
         return None
-    from neox_bridge.planning.derived import inv_freq_error
+    from neox_bridge.layouts.derived_values import inv_freq_error
 
     worst, where = 0.0, ""
     known = {n: r for n, r in stored.items() if r.dtype in _ROUNDING and r.strides is None}
@@ -68,7 +68,7 @@ def is_zero(ref: TensorRef) -> bool:
     """Whether a small tensor holds nothing but zeros of either sign."""
     import numpy as np
 
-    from neox_bridge.formats.dtypes import to_numpy
+    from neox_bridge.tensors.dtypes import to_numpy
 
     if ref.strides is not None or ref.nbytes > _MOST:
         return False

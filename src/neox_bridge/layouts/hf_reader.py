@@ -14,7 +14,6 @@ from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.safetensors import read_safetensors
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamba_ssm
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint, Copy, some
@@ -28,7 +27,7 @@ from neox_bridge.layouts.folder_kinds import (
     unfinished_download,
 )
 from neox_bridge.layouts.head import embeddings_of
-from neox_bridge.layouts.own_files import brought_along, check_own
+from neox_bridge.layouts.linked_files import brought_along, check_own
 from neox_bridge.layouts.quantized import original_of, quantized_class, refuse_quantized
 from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.same_values import same_place
@@ -38,8 +37,9 @@ from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
 from neox_bridge.layouts.wrapped_names import Unwrapped, unwrap
-from neox_bridge.planning.pieces import Dropped, Whole, whole_of
 from neox_bridge.stores.paths import ahead, lexists
+from neox_bridge.tensors.pieces import Dropped, Whole, whole_of
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 # of transformers' classes for other tasks, and of TRL's value head

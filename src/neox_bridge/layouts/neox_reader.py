@@ -11,10 +11,10 @@ from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused, SettingsMissing
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
 from neox_bridge.frameworks.check_keys import unknown_in_yml
+from neox_bridge.frameworks.eras import GqaOrder, MlpNames
 from neox_bridge.frameworks.setting_defaults import OUTPUT_LAYER
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import writer_of
@@ -27,7 +27,6 @@ from neox_bridge.layouts.config_files import (
     skipped_finding,
 )
 from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
-from neox_bridge.layouts.eras import GqaOrder, MlpNames
 from neox_bridge.layouts.file_names import LAYER, RANK, ZERO3, optimizer_files
 from neox_bridge.layouts.folder_kinds import refuse_deepspeed
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
@@ -54,8 +53,9 @@ from neox_bridge.layouts.untrusted import settings, text, whole
 from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.layouts.wrapped_names import without_wrappers
-from neox_bridge.planning.pieces import Dropped
 from neox_bridge.stores.paths import absolute, ahead
+from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
 _SHOWN = 7  # of the files that are missing, of which there may be any number
@@ -405,7 +405,7 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
 
 def _read_universal(folder: str, names: Sequence[str]) -> _Read:
     """The masters of a universal checkpoint for its weights; see ``universal``."""
-    from neox_bridge.layouts.optimizer_values import check_meta
+    from neox_bridge.layouts.deepspeed_values import check_meta
     from neox_bridge.layouts.universal import masters
 
     paths = [os.path.join(folder, name) for name in names if RANK.fullmatch(name)]

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.regular import missing_message
+from neox_bridge.frameworks.eras import GqaOrder
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
-from neox_bridge.layouts.eras import GqaOrder
 from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.text_files import list_folder
@@ -77,7 +77,7 @@ def open_checkpoint(
     """
     found = _opened(afresh(source), revision, step, configs, gqa_order)
     if masters:
-        from neox_bridge.layouts.masters import with_masters
+        from neox_bridge.optimizer.masters import with_masters
 
         found = with_masters(found)
     if found.missing_tokenizer:
@@ -120,7 +120,7 @@ def _opened(
 ) -> Checkpoint:
     named, repo, findings = "", "", tuple[Finding, ...]()
     if source.startswith("hf://"):
-        from neox_bridge.hub.source import find_url_source
+        from neox_bridge.layouts.hub_source import find_url_source
 
         place = find_url_source(source, revision)
         source, revision = place.path, None
@@ -132,7 +132,7 @@ def _opened(
         if revision is not None:
             raise UsageError(["revision"], f"only for models of the Hub, and {source} is a folder")
     else:
-        from neox_bridge.hub.source import find_source
+        from neox_bridge.layouts.hub_source import find_source
 
         model = _model_on_hub(source, revision)
         if step is not None:
@@ -175,7 +175,7 @@ def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
     Raises BridgeError for what is no name of a model.
     """
     from neox_bridge.frameworks.suites import full_id
-    from neox_bridge.hub.names import model_id
+    from neox_bridge.stores.hub_names import model_id
 
     if os.path.islink(source):
         raise BridgeError(missing_message(source))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.findings import Finding
 from neox_bridge.formats.regular import open_regular
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.tensor_values import read_box
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import model_weights
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 REMEDY = (
     "compare both on your data before you rely on the result; go on training with "

@@ -13,7 +13,7 @@ from neox_bridge.architectures.setting_types import check_hf, check_neox, is_cou
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.checkpoint import RECORD
-from neox_bridge.layouts.own_files import brought_along
+from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_bytes, read_json
 from neox_bridge.stores.paths import isfile
 

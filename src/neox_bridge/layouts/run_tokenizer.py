@@ -15,9 +15,9 @@ from neox_bridge.findings import Finding
 from neox_bridge.frameworks.suites import TOKENIZER_REPO
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.step_folder import StepFolder
-from neox_bridge.layouts.step_names import step_of
 from neox_bridge.layouts.tokenizer import FOLDER, tokenizer_files, tokenizer_size
 from neox_bridge.stores.paths import absolute, is_url, isfile
+from neox_bridge.stores.step_names import step_of
 
 _MAIN = "tokenizer.json"
 _NEOX_20B = "20B_tokenizer.json"  # the name that EleutherAI's ymls have for it

@@ -5,12 +5,12 @@ from contextlib import ExitStack
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from neox_bridge.formats.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
 from neox_bridge.formats.regular import open_regular
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.tensor_values import read_box
-from neox_bridge.planning.pieces import Whole, cut, whole_of
 from neox_bridge.stores.paths import is_url
+from neox_bridge.tensors.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
+from neox_bridge.tensors.pieces import Whole, cut, whole_of
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,9 +6,9 @@ from math import prod
 
 from neox_bridge.architectures.base import ModelConfig, Weight
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.dtypes import FLOATING
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.pieces import Shape, Whole
+from neox_bridge.tensors.dtypes import FLOATING
+from neox_bridge.tensors.pieces import Shape, Whole
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 
 def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _LONGEST = 500  # characters
 
 
 def check_names(names: Iterable[object], file: str) -> None:
-    """Raise BridgeError for a name that isn't short printable text, as that of every weight is.
+    """Raise BridgeError for a name that isn't short wording text, as that of every weight is.
 
     Control characters could move a terminal's cursor, line ends forge a line of a report.
     """
@@ -23,7 +23,7 @@ def check_names(names: Iterable[object], file: str) -> None:
         if not name.isprintable() or len(name) > _LONGEST:
             raise BridgeError(
                 f"{file} has a tensor of the name {name[:60]!r}, which no model has: it isn't "
-                "short printable text. Don't use this file."
+                "short wording text. Don't use this file."
             )
 
 

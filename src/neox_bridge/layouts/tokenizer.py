@@ -10,7 +10,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
 from neox_bridge.formats.regular import open_regular
-from neox_bridge.layouts.own_files import brought_along
+from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.stores import paths
 
@@ -72,7 +72,7 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
         return found
     if not paths.isfile(path):
         if _MODEL.fullmatch(path):
-            from neox_bridge.hub.tokenizer import published_tokenizer
+            from neox_bridge.layouts.hub_tokenizer import published_tokenizer
 
             return published_tokenizer(path)
         raise BridgeError(f"--tokenizer {path}: no such file or folder.")

@@ -4,7 +4,7 @@ With ``te_mha`` and ``te_layernorm_mlp`` the attention and the MLP of a block ar
 (GPT-NeoX megatron/model/transformer_engine.py; TransformerEngine 1.12, module/layernorm_mlp.py and
 attention.py). They hold the same weights under other names; the MLP's holds the norm before it
 too. A checkpoint is translated as it is opened, so that nothing behind this file knows of them but
-the row maps of planning/fused.py.
+the row maps of tensors/fused.py.
 """
 
 import re
@@ -15,9 +15,9 @@ from typing import Any, Literal
 from neox_bridge.architectures.neox_config import GATED, number
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.derived_check import is_zero
-from neox_bridge.planning.pieces import Dropped
+from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 Module = Literal["attention", "mlp"]
 BOTH: frozenset[Module] = frozenset({"attention", "mlp"})

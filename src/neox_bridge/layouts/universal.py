@@ -16,18 +16,9 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint, some
-from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, Parameter
-from neox_bridge.layouts.optimizer_reader import (
-    check_weights,
-    generators,
-    parameter,
-    scalar,
-    stage_of,
-)
-from neox_bridge.layouts.optimizer_values import (
+from neox_bridge.layouts.deepspeed_values import (
     check_head,
     check_tensor,
     parameter_groups,
@@ -37,8 +28,17 @@ from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import STATE, STEP, ZERO, file_name
 from neox_bridge.layouts.weights import model_weights
-from neox_bridge.planning.pieces import Whole, box, whole_of
+from neox_bridge.optimizer.read_files import (
+    check_weights,
+    generators,
+    parameter,
+    scalar,
+    stage_of,
+)
+from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Parameter
 from neox_bridge.stores.paths import isfile
+from neox_bridge.tensors.pieces import Whole, box, whole_of
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 Shards = list[dict[int, dict[str, TensorRef]]]  # by rank, by layer, by name
 

@@ -18,6 +18,6 @@ def is_universal(folder: str) -> bool:
 
 def file_name(key: str) -> str:
     """The file of a state in a parameter's folder."""
-    from neox_bridge.layouts.optimizer import MASTER  # every command opens, few have an optimizer
+    from neox_bridge.optimizer.states import MASTER  # every command opens, few have an optimizer
 
     return f"{'fp32' if key == MASTER else key}.pt"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _INSIDE = frozenset(
     "_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module _fpw_module".split()

@@ -10,9 +10,9 @@ from typing import Any
 
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.frameworks.deepspeed import PARTITIONS, SUB_PARTITIONS
-from neox_bridge.layouts.optimizer import Group, Optimizer
 from neox_bridge.layouts.untrusted import number, text
-from neox_bridge.planning.gradient_scale import CLIPPING
+from neox_bridge.optimizer.gradient_scale import CLIPPING
+from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
 
 _SCALERS = "deepspeed.runtime.fp16.loss_scaler"

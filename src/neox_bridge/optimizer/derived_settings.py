@@ -13,9 +13,9 @@ from typing import Any
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.deepspeed import makes_initial_step
-from neox_bridge.layouts.optimizer import Derived
-from neox_bridge.layouts.optimizer_values import MOST_NUMBER, check_betas
+from neox_bridge.layouts.deepspeed_values import MOST_NUMBER, check_betas
 from neox_bridge.layouts.untrusted import CONFIGS, mapping, number, unexpected, whole
+from neox_bridge.optimizer.states import Derived
 
 _ADAM = ("adam", "cpu_adam", "cpu_torch_adam")
 _LR = 0.001  # OPT_PARAMS_DEFAULTS of neox_arguments/arguments.py

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from math import prod
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.dtypes import itemsize
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.layouts.flat import boxes_of
-from neox_bridge.layouts.optimizer import MASTER
 from neox_bridge.optimizer.rank_states import INTERVALS, RankStates
-from neox_bridge.planning.pieces import Piece, Shape, Whole
+from neox_bridge.optimizer.states import MASTER
+from neox_bridge.tensors.dtypes import itemsize
+from neox_bridge.tensors.flat import boxes_of
+from neox_bridge.tensors.pieces import Piece, Shape, Whole
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _OTHER_SAVE = "The files are of another model or save: copy the checkpoint again."
 _ALIGNMENT = 2  # elements, times the ranks, since DeepSpeed 0.5.2 (#1328)

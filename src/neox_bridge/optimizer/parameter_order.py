@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
-from neox_bridge.layouts.optimizer_stage0 import source_bounds, stored_parameters
-from neox_bridge.layouts.optimizer_values import shapes
-from neox_bridge.planning.pieces import Shape
+from neox_bridge.layouts.deepspeed_values import shapes
+from neox_bridge.optimizer.read_stage0 import source_bounds, stored_parameters
+from neox_bridge.tensors.pieces import Shape
 
 OrderSource = Literal["groups", "parameters", "weights"]
 """Where the order of the parameters is from.

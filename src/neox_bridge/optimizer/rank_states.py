@@ -12,7 +12,6 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.pickles import Record
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.frameworks.deepspeed import (
     LEAN_PARTITIONS,
     PARTITIONS,
@@ -21,9 +20,7 @@ from neox_bridge.frameworks.deepspeed import (
     ZeroGeneration,
     release_of,
 )
-from neox_bridge.layouts.optimizer import MASTER
-from neox_bridge.layouts.optimizer_reader import scalar, stage_of
-from neox_bridge.layouts.optimizer_values import (
+from neox_bridge.layouts.deepspeed_values import (
     check_config,
     check_head,
     check_tensor,
@@ -32,6 +29,9 @@ from neox_bridge.layouts.optimizer_values import (
     states_of,
 )
 from neox_bridge.layouts.untrusted import count, mapping, unexpected, whole
+from neox_bridge.optimizer.read_files import scalar, stage_of
+from neox_bridge.optimizer.states import MASTER
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later

@@ -13,8 +13,6 @@ from neox_bridge.frameworks.deepspeed import NO_VERSION, Resumption, resumption
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState, new_folder
 from neox_bridge.layouts.file_names import OPTIMIZER
 from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks
-from neox_bridge.layouts.optimizer import SavedForm
-from neox_bridge.layouts.optimizer_reader import optimizer_states
 from neox_bridge.layouts.untrusted import text
 from neox_bridge.optimizer.rank_states import (
     STEP,
@@ -23,6 +21,8 @@ from neox_bridge.optimizer.rank_states import (
     kind_of,
     zero_stage,
 )
+from neox_bridge.optimizer.read_files import optimizer_states
+from neox_bridge.optimizer.states import SavedForm
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.flat import Fragment, fragments_between
-from neox_bridge.layouts.optimizer import MASTER, Group, Optimizer, SavedForm
 from neox_bridge.layouts.untrusted import mapping, whole
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.rank_states import INTERVALS, RANKS
-from neox_bridge.planning.fragments import Parts, partition, put, stand_in
+from neox_bridge.optimizer.states import MASTER, Group, Optimizer, SavedForm
+from neox_bridge.optimizer.write_zero import RankGroup
 from neox_bridge.planning.neox_files import V1_KEYS
-from neox_bridge.planning.optimizer_files import RankGroup
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Shape
 from neox_bridge.planning.random_states import old_cuda_state
 from neox_bridge.stores.paths import read_at
+from neox_bridge.tensors.flat import Fragment, fragments_between
+from neox_bridge.tensors.fragments import Parts, partition, put, stand_in
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Shape
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
 _SCALERS = "deepspeed.runtime.fp16.loss_scaler"

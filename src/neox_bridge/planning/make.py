@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.eras import known_keys
 from neox_bridge.layouts import unknown_keys
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.layouts.copies import check_copies
-from neox_bridge.layouts.eras import known_keys
 from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
@@ -15,14 +15,14 @@ from neox_bridge.layouts.unknown_keys import ignoring
 from neox_bridge.planning.casts import count_casts
 from neox_bridge.planning.common import cast
 from neox_bridge.planning.drifted import with_drifted_biases
-from neox_bridge.planning.fragments import cut_reductions
 from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import source_summary
 from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.planning.weight_dtypes import check_dtypes
 from neox_bridge.stores.paths import absolute
+from neox_bridge.tensors.fragments import cut_reductions
+from neox_bridge.tensors.pieces import Dropped, Plan
 
 
 def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:

@@ -6,9 +6,9 @@ from typing import Any
 from neox_bridge import __version__
 from neox_bridge.architectures.base import Form
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.planning.pieces import Dropped
 from neox_bridge.planning.record import source_summary
-from neox_bridge.printable import markdown
+from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.wording import markdown
 
 
 def model_card(

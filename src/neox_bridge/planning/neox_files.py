@@ -14,16 +14,16 @@ from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
 from neox_bridge.formats.torch_zip import layout_pickled
 from neox_bridge.frameworks.deepspeed import StatesForm
+from neox_bridge.frameworks.eras import GqaOrder, InvFreq, MlpNames
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import LayoutName
-from neox_bridge.layouts.eras import GqaOrder, InvFreq, MlpNames
+from neox_bridge.layouts.derived_values import inv_freq_bytes
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
 from neox_bridge.layouts.weights import exists, expand, layer_of, model_weights
 from neox_bridge.planning import random_states, transformer_engine
-from neox_bridge.planning.derived import inv_freq_bytes
-from neox_bridge.planning.fused import fusion_of, scatter_parts
-from neox_bridge.planning.geometry import constant, scatter
-from neox_bridge.planning.pieces import OutputFile, OutputTensor, Whole
+from neox_bridge.tensors.fused import fusion_of, scatter_parts
+from neox_bridge.tensors.geometry import constant, scatter
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 
 _CSR = "csr_tensor_module_names"
 _ON_GPU = ("cuda_rng_state", "model-parallel-rng")

@@ -9,11 +9,11 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.findings import Finding
 from neox_bridge.formats.yml import dump_yml
+from neox_bridge.frameworks.eras import Era, InvFreq, known_keys
 from neox_bridge.frameworks.setting_defaults import COLUMN, COMPUTED_KEYS, OUTPUT_LAYER
-from neox_bridge.layouts.eras import Era, InvFreq, known_keys
 from neox_bridge.layouts.origin import COMMENT as ORIGIN
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
-from neox_bridge.printable import plain
+from neox_bridge.wording import plain
 
 LAYOUT = (
     "pipe_parallel_size",

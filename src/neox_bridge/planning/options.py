@@ -4,8 +4,8 @@ from dataclasses import dataclass, fields
 from os.path import basename
 from typing import Literal
 
+from neox_bridge.frameworks.eras import Era, GqaOrder, InvFreq, MlpNames
 from neox_bridge.layouts.checkpoint import HeadChoice, Kind, LayoutName
-from neox_bridge.layouts.eras import Era, GqaOrder, InvFreq, MlpNames
 
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]

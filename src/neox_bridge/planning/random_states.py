@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from neox_bridge.formats.pickle_writer import numpy_array
-from neox_bridge.formats.tensor_ref import TensorRef
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 _WORDS = 624
 _PHILOX = 16  # bytes: seed and offset

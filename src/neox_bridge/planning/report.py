@@ -6,9 +6,8 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
-from neox_bridge.formats.dtypes import itemsize
-from neox_bridge.formats.tensor_ref import TensorRef
-from neox_bridge.planning.pieces import (
+from neox_bridge.tensors.dtypes import itemsize
+from neox_bridge.tensors.pieces import (
     Dropped,
     OutputFile,
     OutputTensor,
@@ -16,6 +15,7 @@ from neox_bridge.planning.pieces import (
     Plan,
     byte_range,
 )
+from neox_bridge.tensors.tensor_ref import TensorRef
 
 SCHEMA_VERSION = 1
 # for the estimate of memory: bytes of a block and threads at most, as execution has them, and

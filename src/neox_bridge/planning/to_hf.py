@@ -20,13 +20,13 @@ from neox_bridge.planning.common import (
     text_file,
     tokenizer_outputs,
 )
-from neox_bridge.planning.forms import WEIGHTS, form_asked, form_settings, form_weights
-from neox_bridge.planning.geometry import constant
+from neox_bridge.planning.library_forms import WEIGHTS, form_asked, form_settings, form_weights
 from neox_bridge.planning.model_card import model_card
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Dropped, OutputFile, OutputTensor, Plan, Whole, cut
 from neox_bridge.planning.record import hf_record
-from neox_bridge.planning.sharing import arranged, shared_together
+from neox_bridge.tensors.geometry import constant
+from neox_bridge.tensors.pieces import Dropped, OutputFile, OutputTensor, Plan, Whole, cut
+from neox_bridge.tensors.sharing import arranged, shared_together
 
 
 def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:

@@ -10,9 +10,9 @@ from typing import Any
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.eras import TODAY, Era, fitting
 from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
-from neox_bridge.layouts.eras import TODAY, Era, fitting
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.origin import origin_settings
 from neox_bridge.layouts.text_files import dump_json
@@ -41,10 +41,10 @@ from neox_bridge.planning.neox_yml import (
 )
 from neox_bridge.planning.option_checks import check_layout
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import Dropped, Plan
 from neox_bridge.planning.record import neox_record
 from neox_bridge.planning.transformer_engine import check_target, settings_of
 from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
+from neox_bridge.tensors.pieces import Dropped, Plan
 
 
 def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, target: str) -> Plan:
@@ -92,7 +92,7 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
                 "converted. Leave the option out, and v1.0 starts a new optimizer itself."
             )
         training, dp = found.training, options.dp
-        from neox_bridge.planning.fresh import fresh
+        from neox_bridge.optimizer.fresh import fresh
 
         optimizer = fresh(architecture, config, unrounded, shape, training, iteration, dp)
         found.training["zero_optimization"] = {

@@ -10,8 +10,8 @@ from typing import Any
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused, UsageError
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.eras import Era, known_keys
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.eras import Era, known_keys
 from neox_bridge.layouts.transformer_engine import (
     BIASES,
     STATE,
@@ -20,9 +20,9 @@ from neox_bridge.layouts.transformer_engine import (
     epsilon,
     te_name,
 )
-from neox_bridge.planning.geometry import constant
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.pieces import OutputTensor
+from neox_bridge.tensors.geometry import constant
+from neox_bridge.tensors.pieces import OutputTensor
 
 # what both GPT-NeoX's own MLP and Transformer Engine's compute: gated, plain
 _SAME = {True: ("silu",), False: ("gelu_tanh", "relu")}

@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from neox_bridge.printable import printable
 from neox_bridge.report.parts import Plot
+from neox_bridge.wording import wording
 
 _INK, _GRID = "#123456", "#dddddd"  # text and axes, told apart from black on a coloured cell
 _RC = {
@@ -46,7 +46,7 @@ def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
         svg = svg_of(draw(), prefix)
     head = _HEAD.match(svg)
     assert head is not None
-    return Plot(printable(_themed(_bare(svg, head))), caption, round(float(head[1]) * 4 / 3))
+    return Plot(wording(_themed(_bare(svg, head))), caption, round(float(head[1]) * 4 / 3))
 
 
 def _bare(svg: str, head: re.Match[str]) -> str:

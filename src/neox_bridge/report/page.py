@@ -6,8 +6,8 @@ from importlib.resources import files
 from neox_bridge import __version__
 from neox_bridge.cli.output import plural
 from neox_bridge.errors import BridgeError
-from neox_bridge.printable import printable
 from neox_bridge.report.parts import Facts, Section, Verdict, worst
+from neox_bridge.wording import wording
 
 # a sign beside the colour, for those who see no colour and for paper
 SIGNS = {"good": "✓", "neutral": "i", "warning": "!", "differs": "≠", "bad": "✗"}
@@ -48,7 +48,7 @@ def verdict_of(sections: Sequence[Section]) -> Verdict:
 
 def _shown(value: object) -> object:
     """A value of the template: names can't turn the direction of what follows them."""
-    return printable(value) if type(value) is str else value  # plots are Markup
+    return wording(value) if type(value) is str else value  # plots are Markup
 
 
 def render(title: str, sections: Sequence[Section], read: Facts, date: str) -> str:

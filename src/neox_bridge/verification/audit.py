@@ -12,7 +12,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import ambiguity, as_stored
 from neox_bridge.layouts.open import open_with
-from neox_bridge.layouts.optimizer_reader import read_optimizer
+from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.audit_identity import across_runs, identity_faults

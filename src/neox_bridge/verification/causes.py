@@ -88,7 +88,7 @@ def _by_config(neox: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
 
 
 def _residual(parallel: bool) -> dict[str, Any]:
-    """The other residual, with the biases meaning what they did (see planning/geometry.gather)."""
+    """The other residual, with the biases meaning what they did (see tensors/geometry.gather)."""
     return {"gpt_j_residual": parallel, "row_biases": "first" if parallel else "sum"}
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
-from neox_bridge.formats.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
-from neox_bridge.layouts.flat import placed_segments
-from neox_bridge.planning.pieces import OutputTensor, Shape, Whole, cut
+from neox_bridge.tensors.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
+from neox_bridge.tensors.flat import placed_segments
+from neox_bridge.tensors.pieces import OutputTensor, Shape, Whole, cut
 from neox_bridge.verification.equal import equal
 
 if TYPE_CHECKING:

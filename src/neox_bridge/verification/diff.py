@@ -10,8 +10,8 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.layouts.weights import by_name, tensor_of
-from neox_bridge.planning.geometry import with_rows
-from neox_bridge.planning.pieces import Whole
+from neox_bridge.tensors.geometry import with_rows
+from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
 from neox_bridge.verification.name_pattern import matching
 

@@ -15,9 +15,9 @@ from neox_bridge.execution.casts import cast
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.extents import same_blocks
 from neox_bridge.execution.transform import boxes, piece_values
-from neox_bridge.formats.dtypes import itemsize, to_numpy
-from neox_bridge.planning.pieces import Piece, Shape, Whole, byte_range, cut
-from neox_bridge.planning.sharing import WORTH, whole_blocks
+from neox_bridge.tensors.dtypes import itemsize, to_numpy
+from neox_bridge.tensors.pieces import Piece, Shape, Whole, byte_range, cut
+from neox_bridge.tensors.sharing import WORTH, whole_blocks
 
 if TYPE_CHECKING:
     import numpy as np

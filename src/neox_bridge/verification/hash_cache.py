@@ -19,8 +19,8 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.files import unreadable
 from neox_bridge.execution.lock import locked
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.planning.pieces import Whole
 from neox_bridge.stores.paths import is_url
+from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import xxhash
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes, load
-from neox_bridge.formats.dtypes import FLOATING, itemsize, to_numpy
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import by_name, tensor_of
-from neox_bridge.planning.pieces import Whole, cut, whole_of
 from neox_bridge.stores.paths import is_url
+from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
+from neox_bridge.tensors.pieces import Whole, cut, whole_of
+from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification.compare import each, settled, values
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import by_name
-from neox_bridge.planning.pieces import Whole
+from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.compare import MEASURED, values
 
 

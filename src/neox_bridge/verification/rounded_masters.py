@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, some
-from neox_bridge.layouts.optimizer import MASTER, Optimizer
-from neox_bridge.planning.pieces import Whole, whole_of
+from neox_bridge.optimizer.states import MASTER, Optimizer
+from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.verification.compare import compare, each
 
 

@@ -9,7 +9,6 @@ from urllib.parse import quote, unquote
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import some
-from neox_bridge.layouts.step_names import NUMBERED, natural, step_of
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.paths import (
     absolute,
@@ -21,6 +20,7 @@ from neox_bridge.stores.paths import (
     listdir,
     normal,
 )
+from neox_bridge.stores.step_names import NUMBERED, natural, step_of
 
 _NEOX = re.compile(r"global_step(\d+)")
 _DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk
@@ -86,7 +86,7 @@ def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
 
 def model_on_hub(path: str) -> tuple[str, str] | None:
     """``org/name`` and the revision, "" for all, of a model of the Hub; None for other places."""
-    from neox_bridge.hub.names import model_id
+    from neox_bridge.stores.hub_names import model_id
 
     if not path.startswith("hf://") and (path.startswith((".", "/", "~")) or exists(path)):
         return None
@@ -95,10 +95,10 @@ def model_on_hub(path: str) -> tuple[str, str] | None:
 
 def _hub_places(repo: str, revision: str) -> tuple[str, tuple[Place, ...]]:
     """The run's name and its steps; all of a model that has no steps. They are read by ranges."""
-    from neox_bridge.hub.download import cached_repo
-    from neox_bridge.hub.names import MAIN
-    from neox_bridge.hub.revisions import revisions
-    from neox_bridge.hub.source import is_offline
+    from neox_bridge.layouts.hub_download import cached_repo
+    from neox_bridge.layouts.hub_source import is_offline
+    from neox_bridge.stores.hub_names import MAIN
+    from neox_bridge.stores.hub_revisions import revisions
 
     def place(name: str, number: int | None) -> Place:
         label = name if number is None else str(number)

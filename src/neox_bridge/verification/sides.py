@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from neox_bridge.architectures.base import Weight
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
-from neox_bridge.formats.tensor_ref import TensorRef
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.unknown_keys import without_ignored
 from neox_bridge.layouts.weights import by_name
-from neox_bridge.planning.geometry import gather
-from neox_bridge.planning.pieces import Whole
+from neox_bridge.tensors.geometry import gather
+from neox_bridge.tensors.pieces import Whole
+from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification import reference
 from neox_bridge.verification.compare import values
 from neox_bridge.verification.reference import Stage

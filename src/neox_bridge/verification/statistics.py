@@ -12,7 +12,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
-from neox_bridge.planning.pieces import Shape, Whole
+from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.verification.compare import each, values
 from neox_bridge.verification.name_pattern import matching
 

@@ -12,8 +12,8 @@ import xxhash
 
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.optimizer import Optimizer
-from neox_bridge.layouts.optimizer_export import number_in
+from neox_bridge.optimizer.read_export import number_in
+from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.optimizer import named

@@ -8,7 +8,6 @@ from neox_bridge.architectures.base import ModelConfig, Weight
 from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
-from neox_bridge.formats.dtypes import FLOAT8, FLOATING
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.derived_check import mismatch_finding
@@ -18,9 +17,10 @@ from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.layouts.unknown_keys import undecided
 from neox_bridge.layouts.weights import by_name, tensor_of
 from neox_bridge.planning.casts import Cast, count_casts, equality, overflow_finding
-from neox_bridge.planning.geometry import with_rows
-from neox_bridge.planning.pieces import Whole, whole_of
 from neox_bridge.planning.to_hf import hf_model
+from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
+from neox_bridge.tensors.geometry import with_rows
+from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.verification.compare import (
     Difference,
     compare,

@@ -1,0 +1,215 @@
+"""Diagnosis: what wrote a checkpoint, what is wrong with it, and where it loads."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+
+from neox_bridge.doctor.judge_hf import judge_hf
+from neox_bridge.doctor.judge_neox import judge_neox
+from neox_bridge.doctor.neox_folder import stray_cases
+from neox_bridge.doctor.resuming import judge_resuming, resharding
+from neox_bridge.doctor.verdict import Case, Verdict, case, convert_command, verdict
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.findings import Finding, Subject, unrepeated
+from neox_bridge.frameworks.eras import LATER_ERAS, fitting
+from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
+from neox_bridge.frameworks.targets import Target, name_of, refuse_version, target_named
+from neox_bridge.frameworks.writers import words_of
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder, way_out_of
+from neox_bridge.layouts.copies import copy_findings
+from neox_bridge.layouts.head import head_findings
+from neox_bridge.layouts.open import detect
+from neox_bridge.layouts.rank_biases import drifted_biases
+from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
+from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.relayout import relayout_command
+from neox_bridge.planning.weight_dtypes import odd_dtypes
+
+# what a folder is tried in where no target is named; transformers: one on each side of a change
+# without --for: the trees that resume in today's environments, which v1.0's is none of
+KNOWN_NEOX = tuple(f"neox@{era.name}" for era in LATER_ERAS)
+KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
+# what the judges decide for a target that reads the checkpoint, with no case where it does no harm
+_SETTLED: tuple[Subject, ...] = ("config sizes", "duplicate keys", "rotary settings")
+
+
+def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Finding]:
+    """Everything worth knowing of a checkpoint, for the target, or for those that it was made for.
+
+    Findings of severity "error" mean that it won't load, or loads as another model.
+    """
+    return [case.finding for case in judge(checkpoint, target or own_target(checkpoint)).cases]
+
+
+def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
+    """Whether the target loads the checkpoint: the verdict, and every case behind it."""
+    meeting = list(_meeting(checkpoint, target))
+    noticed = unrepeated(
+        [*checkpoint.findings, *_about(checkpoint)],
+        [case.finding for case in meeting],
+        _SETTLED if _reads(target, checkpoint) else (),
+    )
+    written = case("written-by", "info", f"written by {written_by(checkpoint)}")
+    resuming = judge_resuming(checkpoint, target)  # loaded after the weights
+    return verdict(name_of(target), [written, *map(Case, noticed), *meeting, *resuming])
+
+
+def judge_all(checkpoint: Checkpoint) -> list[Verdict]:
+    """The verdicts of the known targets of the checkpoint's own kind."""
+    names = KNOWN_NEOX if checkpoint.kind == "neox" else KNOWN_HF
+    return [judge(checkpoint, target_named(name)) for name in names]
+
+
+def own_target(checkpoint: Checkpoint) -> Target:
+    """What the checkpoint looks made for: the GPT-NeoX of its era, or transformers as it is now."""
+    state = checkpoint.neox
+    if state is None:
+        return target_named(KNOWN_HF[-1])
+    return target_named(f"neox@{fitting(state.mlp_names, state.inv_freq, checkpoint.raw).name}")
+
+
+def cannot_open(path: str) -> Case | None:
+    """What is behind a failure to open, where it is files of two layouts in one folder."""
+    try:
+        if detect(path) != "neox":
+            return None
+        from neox_bridge.layouts.step_folder import step_folder
+
+        return next(stray_cases(step_folder(path, None).folder), None)
+    except BridgeError:
+        return None
+
+
+def _reads(target: Target, checkpoint: Checkpoint) -> bool:
+    """Whether the target and the checkpoint are of the same framework."""
+    return isinstance(target, TreeFacts) == (checkpoint.kind == "neox")
+
+
+def _meeting(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
+    if isinstance(target, TreeFacts) and checkpoint.kind == "neox":
+        yield from judge_neox(checkpoint, target, resharding(checkpoint, target))
+    elif isinstance(target, TransformersFacts) and checkpoint.kind == "hf":
+        yield from judge_hf(checkpoint, target)
+    else:
+        yield from _other_kind(checkpoint, target)
+
+
+def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
+    """A target of the other kind reads none of the files: convert, if nothing refuses it."""
+    path = checkpoint.path
+    prints = (
+        f"Unable to find latest file at {path}/latest, if trying to load latest checkpoint please "
+        "ensure this file exists or pass an explicit checkpoint tag when loading a checkpoint."
+    )
+    if isinstance(target, TransformersFacts):
+        prints = f"OSError: {path} does not appear to have a file named config.json."
+    refused = _refused(checkpoint, target)
+    yield case(
+        "other-kind",
+        "error",
+        "this is a checkpoint of the other framework, and has to be converted",
+        "" if refused else convert_command(checkpoint, target),
+        prints,
+    )
+    yield from refused
+
+
+def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
+    """Why the checkpoint cannot be converted for a target of the other kind."""
+    if checkpoint.refusals:
+        relayout = relayout_command(checkpoint, new_folder(checkpoint.path, "neox"))
+        return [
+            case(f"refused-{refusal.key}", "error", refusal.reason, way_out_of(refusal, relayout))
+            for refusal in checkpoint.refusals
+        ]
+    try:
+        if isinstance(target, TransformersFacts):
+            refuse_version(checkpoint.architecture.name, checkpoint.config, target)
+            make_plan(checkpoint, Options(to="hf"), "converted")
+        else:
+            make_plan(checkpoint, Options(to="neox", era=target.era), "converted")
+    except Refused as error:
+        return [case("refused", "error", str(error))]
+    return []
+
+
+def _cast_command(checkpoint: Checkpoint) -> str:
+    """The command that writes the same kind of checkpoint in a dtype that is trained in."""
+    home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
+    written = new_folder(home, "bfloat16")
+    words, given = ["neox-bridge", "convert", checkpoint.path, written], config_options(checkpoint)
+    return shlex.join([*words, "--to", checkpoint.kind, "--dtype", "bfloat16", *given])
+
+
+def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Weights of dtypes that the frameworks convert as they load, without a word."""
+    for odd in odd_dtypes(checkpoint):
+        if odd.castable:
+            yield Finding(
+                "weight-dtype",
+                "warning",
+                f"{odd.reason}; both frameworks cast them to the dtype of the run without a word",
+                _cast_command(checkpoint),
+            )
+        else:
+            yield Finding(
+                "weight-dtype",
+                "error",
+                f"{odd.reason}. Both frameworks load the integers as if they were the weights",
+                odd.way_out,
+            )
+
+
+def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What holds whatever loads it."""
+    yield from _dtypes(checkpoint)
+    yield from head_findings(checkpoint)
+    yield from copy_findings(checkpoint)
+    if drifted := drifted_biases(checkpoint):
+        yield drifted.finding("convert writes the mean of the ranks, which is near to it")
+    if checkpoint.kind == "hf":
+        for finding in listed(checkpoint.unknown_keys):  # which keep nothing from loading
+            yield replace(finding, severity="info")
+        for key in checkpoint.unknown_keys:
+            if key.effect == "model":
+                yield Finding("unknown-key", "warning", reason_of(key), remedy_of(key))
+    if checkpoint.missing_tokenizer:
+        return  # the finding of the checkpoint says it
+    if checkpoint.tokenizer_size is None:
+        message = "no tokenizer lies in the folder, so AutoTokenizer fails there"
+        if checkpoint.kind == "neox":
+            message = "the tokenizer isn't known, so the number of rows can't be checked"
+        way = "name one when you convert: --tokenizer PATH"
+        yield Finding("no-tokenizer", "info", message, way)
+    elif checkpoint.tokenizer_size > checkpoint.config.dims["vocab"]:
+        yield Finding(
+            "tokenizer-larger",
+            "warning",
+            f"the tokenizer has {checkpoint.tokenizer_size} entries and the model "
+            f"{checkpoint.config.dims['vocab']} rows: the last entries have no embedding",
+            "check that it is this model's tokenizer",
+        )
+
+
+def written_by(checkpoint: Checkpoint) -> str:
+    """Which tools and versions wrote a checkpoint, as far as its contents tell."""
+    words = []
+    if tool := checkpoint.record.get("written_by"):
+        source = checkpoint.record.get("source")
+        name = source.get("name") if isinstance(source, dict) else None
+        words.append(f"{tool}" + (f" from {name}" if name else ""))
+    state = checkpoint.neox
+    if state is None:
+        version = checkpoint.raw.get("transformers_version")
+        words += [f"transformers {version} (config.json)"] if version else []
+        if any(file.endswith(".bin") for file in checkpoint.files):
+            words.append("torch (pytorch_model*.bin)")
+        return ", ".join(words) or "a tool that left no name"
+    era = fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
+    words = words or [words_of(state.writer)]
+    stored = "stored" if state.inv_freq == "store" else "not stored"
+    words.append(
+        f"in the form of GPT-NeoX {era.until} ({state.mlp_names} names, inv_freq {stored})"
+    )
+    return ", ".join(words)

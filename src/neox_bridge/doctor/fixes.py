@@ -1,0 +1,475 @@
+"""Mends a checkpoint for a target: recomputable values, names of an era, spellings of a config.
+
+The plans are those of a conversion to the same kind and layout; what need not change is taken over
+as it is, file by file. Learned values are never touched. Stored values that deviate from what the
+config gives are neither dropped nor replaced unless that is asked for.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.doctor.judge_hf import stored_names
+from neox_bridge.doctor.judge_neox import stores_inv_freq
+from neox_bridge.doctor.neox_folder import stray_ranks
+from neox_bridge.doctor.resuming import cannot_resume, resharding
+from neox_bridge.doctor.verdict import convert_command, fix_command
+from neox_bridge.errors import BridgeError, Refused, Unverified
+from neox_bridge.formats.yml import dump_yml
+from neox_bridge.frameworks.eras import Era, GqaOrder, InvFreq, fitting, known_keys
+from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
+from neox_bridge.frameworks.source_tree import FLAG
+from neox_bridge.frameworks.targets import Target, refuse_version
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState, some
+from neox_bridge.layouts.derived_check import mismatch_finding
+from neox_bridge.layouts.linked_files import check_own
+from neox_bridge.layouts.missing_files import refuse_missing_ranks
+from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.seal import unsealed
+from neox_bridge.layouts.text_files import LARGE, read_bytes, read_json
+from neox_bridge.planning.common import text_file
+from neox_bridge.planning.era_settings import reason_dropped
+from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
+from neox_bridge.stores.paths import is_url, listdir, size, walk
+from neox_bridge.tensors.pieces import Dropped, OutputFile, Plan
+from neox_bridge.verification.sealed import check_seal, find_record
+from neox_bridge.verification.verify import summary, verify
+
+# with other names GPT-NeoX also asks for its gated MLP in another way (0d4bdb96, adbf5d6f)
+_GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
+_STEP = re.compile(r"global_step\d+")
+_WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+
+
+def mend_plan(
+    checkpoint: Checkpoint,
+    target: Target | None,
+    folder: str,
+    *,
+    recompute: bool = False,
+    drop_optimizer: bool = False,
+    ignore_keys: tuple[str, ...] = (),
+    given_yml: bool = False,
+    in_place: bool = False,
+) -> Plan | None:
+    """What a mended copy is, below ``folder``; None where nothing has to change.
+
+    The files of a GPT-NeoX plan are those of the root, with one global_stepN.
+    in_place: the copy shall take the checkpoint's place, so that its step keeps its name.
+    recompute: drop or replace stored values that deviate. drop_optimizer: go on without optimizer
+    states where they can't be kept. ignore_keys: see ``Options``; a yml goes on without them.
+    given_yml: whether the settings are those of ymls that the user named; they become the copy's.
+    Raises Refused for what the target can't hold, BridgeError for a target of the other kind.
+    """
+    other = TransformersFacts if checkpoint.kind == "neox" else TreeFacts
+    if isinstance(target, other):
+        raise BridgeError(
+            f"{checkpoint.path} is of the other framework, so that mending it isn't enough: "
+            f"{convert_command(checkpoint, target)}"
+        )
+    if checkpoint.kind == "hf":
+        if isinstance(target, TransformersFacts):
+            refuse_version(checkpoint.architecture.name, checkpoint.config, target)
+        return _mend_hf(checkpoint, folder, recompute, ignore_keys)
+    facts = target if isinstance(target, TreeFacts) else None
+    plan = _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
+    state = checkpoint.neox
+    flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
+    flags += [word for key in ignore_keys for word in ("--ignore-key", key)]
+    if plan is not None and in_place and is_url(checkpoint.path):
+        raise Refused(
+            f"{checkpoint.path} is in a store, where --in-place cannot replace it. Write a copy "
+            f"here: {fix_command(checkpoint, target, *flags)}"
+        )
+    if plan is None or not in_place or state is None:
+        return plan
+    if state.flat or not _STEP.fullmatch(state.step):
+        raise Refused(
+            f"{state.folder} holds the files of one step, and --in-place replaces only the folder "
+            f"of a step that is named global_stepN, as GPT-NeoX names it. Write a run with such a "
+            f"folder beside it: {fix_command(checkpoint, target, *flags)}"
+        )
+    return _with_name_kept(plan, state)
+
+
+def _mend_hf(
+    checkpoint: Checkpoint, folder: str, recompute: bool, ignore_keys: tuple[str, ...]
+) -> Plan | None:
+    plan = make_plan(checkpoint, Options(to="hf", ignore_keys=ignore_keys), folder)
+    new = {file.path: file for file in plan.files}
+    config = new["config.json"]
+    old = read_json(os.path.join(checkpoint.path, "config.json"))
+    planned = {tensor.name for file in plan.files for tensor in file.tensors}
+    stored = stored_names(checkpoint)
+    rewrite = set(stored) != planned or checkpoint.unindexed
+    if not rewrite and _json(config) == old:
+        return None
+    if any(name.endswith("inv_freq") for name in stored):
+        _refuse_deviating(checkpoint, recompute)
+    kept = [config] if _json(config) != old else []
+    skipped = {"config.json"} if kept else set()
+    if rewrite:
+        kept += [file for file in plan.files if file.path.endswith(_WEIGHTS)]
+        held = {os.path.basename(path) for path in checkpoint.files}
+        skipped |= held | {
+            f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
+        }
+    changed = tuple(f"rewritten: {file.path}" for file in kept)
+    if not checkpoint.record:
+        kept.append(new[RECORD])
+        skipped.add(RECORD)
+    files = [*kept, *_others(checkpoint.path, lambda path: path in skipped)]
+    return replace(plan, files=tuple(files), notes=changed)
+
+
+def _json(file: OutputFile) -> Any:
+    import json
+
+    return json.loads(b"".join(data for _, data in file.literals))
+
+
+def _refuse_deviating(checkpoint: Checkpoint, recompute: bool) -> None:
+    if checkpoint.inv_freq_mismatch is not None and not recompute:
+        what = mismatch_finding(checkpoint.inv_freq_mismatch).message
+        raise Refused(
+            f"{what}. It would be lost, and transformers before 4.35 computed with it. If the "
+            "config is right, add --recompute."
+        )
+
+
+def _mend_neox(
+    checkpoint: Checkpoint,
+    facts: TreeFacts | None,
+    folder: str,
+    recompute: bool,
+    drop_optimizer: bool,
+    ignore_keys: tuple[str, ...],
+    given_yml: bool,
+) -> Plan | None:
+    state = checkpoint.neox
+    assert state is not None
+    refuse_missing_ranks(state)
+    era = facts.era if facts else fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
+    inv_freq = _inv_freq(checkpoint, state, facts)
+    names = facts.mlp_names if facts else state.mlp_names
+    strays = stray_ranks(state.folder)
+    options = Options(
+        to="neox",
+        era=era,
+        inv_freq=inv_freq,
+        mlp_names=names,
+        vocab_multiple=_multiple(checkpoint, state),
+        pp=_stages(state, strays),
+        ignore_keys=ignore_keys,
+    )
+    plan = make_plan(checkpoint, options, folder)
+    deviates = checkpoint.inv_freq_mismatch is not None
+    rows = plan.target["vocab_rows"] != checkpoint.config.dims["vocab"]
+    rewrite = names != state.mlp_names or inv_freq != state.inv_freq or rows
+    if state.inv_freq == "store" and deviates:
+        if rewrite:
+            _refuse_deviating(checkpoint, recompute)
+        rewrite = rewrite or recompute
+    args = _planned_args(plan, state)
+    remeta = any(state.args.get(key, value) != value for key, value in args.items())
+    remeta = remeta or (rewrite and state.layout == "ranks")
+    parted = remeta or names != state.mlp_names
+    if lost := _optimizer(checkpoint, facts, parted, drop_optimizer):
+        remeta = True
+    yml = _yml(checkpoint, era, plan, inv_freq)
+    if not (rewrite or remeta or strays or state.flat or yml is not None):
+        return None
+    if yml is None and (given_yml or not os.path.isdir(os.path.join(state.folder, "configs"))):
+        yml = {key: value for key, value in checkpoint.raw.items() if key in known_keys(era)}
+    gone = {*strays, *(state.optimizer if lost else ()), *_moved(checkpoint, state, yml)}
+    if rows or _tells_another_order(checkpoint, plan, rewrite) or not checkpoint.record:
+        gone.add(RECORD)
+    files = _neox_files(state, plan, rewrite, remeta, yml, gone)
+    dropped = [d for d in plan.dropped if d.kind != "optimizer" or lost]
+    below = "" if state.flat else f"{state.step}/"
+    dropped += [
+        Dropped(f"{below}{name}", "left over from another layout", "stray") for name in strays
+    ]
+    dropped += _unknown(checkpoint, era)
+    notes = [f"rewritten: {file.path}" for file in files if file.copy_of is None]
+    if cannot_resume(checkpoint, era.states):
+        notes.append("set in the yml: finetune: true, since GPT-NeoX cannot resume from the states")
+    return replace(
+        plan,
+        files=tuple(files),
+        dropped=tuple(dict.fromkeys(dropped)),
+        notes=tuple(notes),
+    )
+
+
+def _tells_another_order(checkpoint: Checkpoint, plan: Plan, rewrite: bool) -> bool:
+    """Whether the record would tell another order of grouped-query rows than the new files'."""
+    told, order = checkpoint.record.get("gqa_order"), plan.target.get("gqa_order")
+    return rewrite and told is not None and told != order
+
+
+def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None) -> InvFreq:
+    """As the target wants it; where a flag decides, as the checkpoint's yml says it already."""
+    wanted = None if facts is None else stores_inv_freq(checkpoint, facts)
+    if wanted is None:
+        return state.inv_freq
+    if facts is not None and facts.inv_freq == "flag" and wanted != (state.inv_freq == "store"):
+        return "omit"
+    return "store" if wanted else "omit"
+
+
+def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
+    """The checkpoint's own multiple where it gives its own rows; else it has to change."""
+    told = told_multiple(state.args, checkpoint.raw)
+    size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
+    return told if padded_size(size, told, state.tp) == checkpoint.config.dims["vocab"] else None
+
+
+def _stages(state: NeoxState, strays: tuple[str, ...]) -> int:
+    """Pipeline stages by the files that count."""
+    if state.layout == "ranks":
+        return 0
+    return max(1, state.pp - len(strays) // state.tp)
+
+
+def _planned_args(plan: Plan, state: NeoxState) -> dict[str, Any]:
+    """What the plan writes of ``args`` that may differ from what the checkpoint has."""
+    return {
+        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
+        "padded_vocab_size": plan.target["vocab_rows"],
+        "model_parallel_size": state.tp,
+    }
+
+
+def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dict[str, Any] | None:
+    """The settings as one file; None where those that are there will do."""
+    state, known = checkpoint.neox, known_keys(era)
+    assert state is not None
+    mended = {key: value for key, value in checkpoint.raw.items() if key in known}
+    if checkpoint.architecture.gated and plan.target["mlp_names"] != state.mlp_names:
+        planned = _planned_yml(plan)
+        mended = {k: v for k, v in mended.items() if k not in _GATED_KEYS}
+        mended |= {key: planned[key] for key in _GATED_KEYS if key in planned}
+    wanted: dict[str, Any] = {
+        "pipe_parallel_size": plan.target["pipeline_stages"],
+        "model_parallel_size": state.tp,
+        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
+        "tokenizer_type": state.args.get("tokenizer_type", "HFTokenizer"),
+    }
+    defaults: dict[str, Any] = {"pipe_parallel_size": 0, "model_parallel_size": 1}
+    defaults |= {
+        "make_vocab_size_divisible_by": FIRST_MULTIPLE,
+        "tokenizer_type": "GPT2BPETokenizer",
+    }
+    if int(mended.get("pipe_parallel_size") or 0) > 0 and state.layout == "layers":
+        del wanted["pipe_parallel_size"]  # any number of stages loads it
+    for key, value in wanted.items():
+        if mended.get(key, defaults.get(key)) != value:
+            mended[key] = value
+    if cannot_resume(checkpoint, era.states):
+        mended["finetune"] = True
+    if FLAG in known and (inv_freq == "store") != bool(mended.get(FLAG, False)):
+        mended[FLAG] = inv_freq == "store"
+    return mended if state.duplicate_keys or mended != dict(checkpoint.raw) else None
+
+
+def _planned_yml(plan: Plan) -> dict[str, Any]:
+    """The settings that the plan of a conversion writes into the step."""
+    import yaml
+
+    (file,) = (f for f in plan.files if f.path.endswith("/configs/neox_bridge.yml"))
+    settings: dict[str, Any] = yaml.safe_load(b"".join(data for _, data in file.literals))
+    return settings
+
+
+def _unknown(checkpoint: Checkpoint, era: Era) -> list[Dropped]:
+    gone = sorted(set(checkpoint.raw) - known_keys(era))
+    return [Dropped(f"yml: {key}", reason_dropped(key, era.name), "setting") for key in gone]
+
+
+def _optimizer(checkpoint: Checkpoint, facts: TreeFacts | None, parted: bool, drop: bool) -> bool:
+    """Whether optimizer states go. Raises Refused where they would have to and nobody said so.
+
+    They stay as they are where only buffers and settings change: ZeRO's partitions are the
+    parameters in the order of the modules, and buffers aren't among them. Renamed parameters, other
+    rows or new metadata (learning rate schedule, data-parallel size) part them from the weights.
+    """
+    if not parted or not checkpoint.has_optimizer:
+        return False
+    if not drop:
+        command = resharding(checkpoint, facts) if facts is not None else ""
+        raise Refused(
+            f"{checkpoint.path} holds optimizer states, and they can't be kept with what has to "
+            "change: names of parameters, or the files that hold the schedule beside them. Say "
+            "--drop-optimizer to go on from the weights alone (finetune: true)"
+            + (f", or write the whole run anew: {command}" if command else ".")
+        )
+    return True
+
+
+def _neox_files(
+    state: NeoxState,
+    plan: Plan,
+    rewrite: bool,
+    remeta: bool,
+    yml: dict[str, Any] | None,
+    gone: set[str],
+) -> list[OutputFile]:
+    """The plan's files where something changes, the checkpoint's own where nothing does."""
+    folder = state.folder
+    name = f"global_step{state.iteration}"
+    new = {file.path: file for file in plan.files}
+    layers = {p for p in new if "/layer_" in p}
+    ranks = {p for p in new if "/mp_rank_" in p}
+    step = (layers if rewrite else set()) | (ranks if remeta else set())
+    files = [file for path, file in new.items() if path in step]
+    configs = f"{name}/configs/"
+    if yml is not None:
+        text = dump_yml([("the settings of the run, mended by neox-bridge doctor", yml)])
+        files.append(text_file(f"{configs}neox_bridge.yml", text))
+
+    def replaced(path: str) -> bool:
+        changed = {"layer_": rewrite, "mp_rank_": remeta, "configs/": yml is not None}
+        return path in gone or any(path.startswith(k) and v for k, v in changed.items())
+
+    old = _others(folder, replaced)
+    files += [replace(file, path=f"{name}/{file.path}") for file in old]
+    record = [f"{name}/{RECORD}"] if RECORD in gone else []
+    above = [path for path in new if not path.startswith(f"{name}/")]
+    return [*files, *(new[path] for path in (*record, *above))]
+
+
+def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None) -> Iterator[str]:
+    """Files in the step's folder that the copy holds in another place: its yml, its tokenizer."""
+    above = checkpoint.tokenizer if state.flat else ()
+    for path in (*above, *(state.configs if yml is not None else ())):
+        if os.path.dirname(path) == state.folder:
+            yield os.path.basename(path)
+    if state.flat:
+        yield from (name for name in listdir(state.folder) if name.startswith(".git"))
+
+
+def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
+    """The plan with the step's own name in place of the one that its number gives."""
+    planned = f"global_step{state.iteration}/"
+
+    def kept(path: str) -> str:
+        inside = path.removeprefix(planned)
+        return path if inside == path else f"{state.step}/{inside}"
+
+    files = tuple(replace(file, path=kept(file.path)) for file in plan.files)
+    return replace(plan, files=files, target={**plan.target, "step": state.step})
+
+
+def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
+    """Copies of all files below a folder, but those to skip (by their path in it)."""
+    if is_url(folder):
+        for url in walk(folder):
+            inside = url[len(folder) + 1 :]
+            if not skip(inside) and not inside.startswith(".git"):
+                record = os.path.basename(inside) == RECORD
+                yield _record(url, inside) if record else OutputFile(inside, size(url), copy_of=url)
+        return
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != ".git")
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            inside = os.path.relpath(path, folder)
+            if skip(inside) or not os.path.isfile(path):
+                continue
+            check_own(path, folder)
+            if name == RECORD:
+                yield _record(path, inside)
+            else:
+                yield OutputFile(inside, os.path.getsize(path), copy_of=os.path.realpath(path))
+
+
+def _record(path: str, inside: str) -> OutputFile:
+    """The record, which is sealed again, for other files; a copy where it can't be read."""
+    data = read_bytes(path, LARGE)
+    try:
+        return text_file(inside, unsealed(data), seals=True)
+    except (ValueError, TypeError):
+        source = path if is_url(path) else os.path.realpath(path)
+        return OutputFile(inside, len(data), copy_of=source)
+
+
+def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """The part of a plan that replaces the checkpoint: all of a Hugging Face folder, or one step.
+
+    Raises Refused where the folder holds what the plan hasn't and what would be deleted with it.
+    """
+    state = checkpoint.neox
+    folder = replaced(checkpoint)
+    prefix = f"{state.step}/" if state is not None else ""
+    files = tuple(file for file in plan.files if file.path.startswith(prefix))
+    if lost := list(_not_copied(folder)):
+        raise Refused(
+            f"{folder} holds what the mended copy wouldn't have, so it isn't replaced: "
+            f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with --fix."
+        )
+    return replace(plan, files=files)
+
+
+def replaced(checkpoint: Checkpoint) -> str:
+    """The folder that --in-place replaces."""
+    state = checkpoint.neox
+    path = checkpoint.path if state is None else state.folder
+    return os.path.realpath(path)
+
+
+def _not_copied(folder: str) -> Iterator[str]:
+    """What ``_others`` leaves out: links to folders, empty folders, .git and what isn't a file."""
+    for parent, folders, names in os.walk(folder):
+        inside = [os.path.relpath(os.path.join(parent, name), folder) for name in folders]
+        yield from (
+            f"{path}/"
+            for path in inside
+            if os.path.basename(path) == ".git" or _is_empty_or_link(os.path.join(folder, path))
+        )
+        folders[:] = [name for name in folders if name != ".git"]
+        for name in names:
+            path = os.path.join(parent, name)
+            if not os.path.isfile(path):
+                yield os.path.relpath(path, folder)
+
+
+def _is_empty_or_link(folder: str) -> bool:
+    return os.path.islink(folder) or not os.listdir(folder)
+
+
+def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
+    """For ``execute``: raises Unverified where a mended folder isn't what it should be.
+
+    Every file has the hash that the record says, and the copy opens as the same model with the same
+    weights.
+    """
+
+    def check(folder: str) -> None:
+        try:
+            seal = check_seal(find_record(folder))
+            made = open_checkpoint(folder, gqa_order=_order(checkpoint, plan))
+            found = verify(checkpoint, made)
+        except BridgeError as error:
+            raise Unverified(f"The mended copy can't be opened: {error}") from None
+        if seal.changes:
+            names = some([change.path for change in seal.changes])
+            raise Unverified(f"The mended copy isn't what was written: {names}.")
+        if not found.holds:
+            raise Unverified(f"The mended copy isn't {checkpoint.path}: {summary(found)}.")
+
+    return check
+
+
+def _order(checkpoint: Checkpoint, plan: Plan) -> GqaOrder | None:
+    """The order of grouped-query rows in the copy, where its files don't tell."""
+    state = checkpoint.neox
+    if state is None:
+        return None
+    rewritten = any(file.tensors for file in plan.files if "_states" in file.path)
+    order = plan.target.get("gqa_order") if rewritten else None
+    return order or state.gqa_order  # type: ignore[return-value]

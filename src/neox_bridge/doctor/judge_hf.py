@@ -1,0 +1,327 @@
+"""Whether a version of transformers loads a Hugging Face folder, and as which model.
+
+Rules from {configuration,modeling}_gpt_neox.py and modeling_utils.py of transformers 4.30 to 5.24.
+Most of what goes wrong there is silent: keys that a version doesn't know are skipped, weights that
+it doesn't find are made up with a warning. A model that would compute something else counts as one
+that fails.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
+from neox_bridge.architectures.gpt_neox import rope_of
+from neox_bridge.doctor.verdict import Case, case, fix_command
+from neox_bridge.formats.safetensors import read_safetensors
+from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.frameworks.facts import TransformersFacts
+from neox_bridge.frameworks.targets import (
+    keeps_stored_head,
+    knows_attention_bias,
+    llama_ignores,
+    version_number,
+)
+from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, some
+from neox_bridge.layouts.head import embeddings_of, head_relation
+from neox_bridge.layouts.tensor_names import state_dict_of, tensors_of
+from neox_bridge.layouts.weights import expand
+from neox_bridge.tensors.tensor_ref import TensorRef
+
+_MASKS = re.compile(r"attention\.(bias|masked_bias)$")
+_SIZES = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
+_OLD, _NEW = ("rotary_pct", "rotary_emb_base"), ("partial_rotary_factor", "rope_theta")
+_DEFAULTS = (0.25, 10000.0)  # GPTNeoXConfig's
+
+
+def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """The cases of loading a folder with a version of transformers."""
+    if (form := checkpoint.form) is not None:
+        words = ["neox-bridge", "convert", checkpoint.path, f"{checkpoint.path}-transformers"]
+        yield case(
+            "other-form",
+            "error",
+            f"config.json and the names are {form.name}'s, which transformers doesn't read",
+            shlex.join([*words, "--format", "transformers"]),
+        )
+        return
+    yield from _names(checkpoint, facts)
+    yield from _sizes(checkpoint, facts)
+    yield from _two_heads(checkpoint, facts)
+    own = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
+    if own:
+        yield from _rope(checkpoint, facts)
+        yield from _made_up(checkpoint, facts)
+    else:
+        yield from _relatives_of_llama(checkpoint, facts)
+    yield from _buffers(checkpoint, facts)
+    yield from _dtype(checkpoint, facts)
+    if own and facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
+        yield case(
+            "rotary-pct-lost",
+            "warning",
+            f"transformers {facts.version} writes rotary_pct 0.25 when it saves this model, whose "
+            f"fraction is {checkpoint.config.rotary_pct:g} (5.0 to 5.4)",
+            "save with 5.5 or newer, or correct config.json after saving",
+        )
+
+
+def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """A tied config beside a head of its own: each version computes one of two models."""
+    if head_relation(checkpoint) != "differs":
+        return
+    head, embeddings = checkpoint.architecture.head, embeddings_of(checkpoint.architecture)
+    keeps = keeps_stored_head(facts)
+    computes = "both, as an untied model" if keeps else f"{embeddings} alone, and ignores {head}"
+    target = new_folder(checkpoint.path, "one-head")
+    words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "hf", "--head"]
+    yield case(
+        "head-differs",
+        "warning",
+        f"config.json ties the embeddings, and the files hold {head} with other values than "
+        f"{embeddings}: two models. transformers {facts.version} computes with {computes}; 5.0 and "
+        "newer keep both, 4.x ties them",
+        f"{shlex.join([*words, 'keep'])} for the untied model, or {shlex.join([*words, 'tie'])} "
+        "for the tied one",
+        subject="stored head",
+    )
+
+
+def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """Names and files that transformers does not find."""
+    if checkpoint.wrappers:
+        wrappers = ", ".join(f"`{wrapper}`" for wrapper in checkpoint.wrappers)
+        yield case(
+            "wrapped-names",
+            "error",
+            f"the names of the tensors contain {wrappers}, which is no part of the model: "
+            "transformers finds none of its weights and makes up random ones",
+            fix_command(checkpoint, facts),
+            subject="wrapped names",
+        )
+    if checkpoint.unindexed:
+        yield case(
+            "no-index",
+            "error",
+            f"{len(checkpoint.files)} shards have no index file beside them",
+            fix_command(checkpoint, facts),
+            f"OSError: Error no file named model.safetensors, or pytorch_model.bin, found in "
+            f"directory {checkpoint.path}.",
+            subject="missing index",
+        )
+
+
+def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:
+    """Every tensor of the files under the name that it has there."""
+    found: dict[str, TensorRef] = {}
+    for path in checkpoint.files:
+        if path.endswith(".safetensors"):
+            found.update(read_safetensors(path))
+            continue
+        found.update(tensors_of(state_dict_of(read_torch(path), path), path))
+    return found
+
+
+def rope_as_read(raw: dict[str, Any], rope_parameters: bool) -> tuple[float, float]:
+    """(fraction, base) as a version reads them: 4.x knows the old keys only, 5.x both."""
+    if rope_parameters:
+        return rope_of(raw)
+    return rope_of({key: raw[key] for key in _OLD if key in raw})
+
+
+def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    raw, config = dict(checkpoint.raw), checkpoint.config
+    read = rope_as_read(raw, facts.rope_parameters)
+    meant = (config.rotary_pct, config.rotary_base)
+    both = any(key in raw for key in _OLD) and bool(raw.get("rope_parameters"))
+    for old, new, got, want in zip(_OLD, _NEW, read, meant, strict=True):
+        if got == want:
+            continue
+        why = f"{old} isn't there, and rope_parameters.{new} isn't read before 5.0"
+        if old in raw:
+            why = f"its {old} contradicts rope_parameters.{new}, which isn't read before 5.0"
+        yield case(
+            "rope-spelling",
+            "error",
+            f"transformers {facts.version} computes with {old} {got:g} where the model has "
+            f"{want:g}: in config.json {why}. Nothing is printed",
+            fix_command(checkpoint, facts),
+            subject="rotary settings",
+        )
+    only = "new" if not any(key in raw for key in _OLD) else "old"
+    if not both and read == meant and meant != _DEFAULTS:
+        yield case(
+            "rope-one-spelling",
+            "info",
+            f"config.json has the {only} spelling of the rotary settings only",
+            fix_command(checkpoint, facts),
+        )
+
+
+# the version that brought each class, and grouped-query attention to Llama
+_SINCE = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37), "mamba": (4, 39)}
+_GROUPED_LLAMA = (4, 31)
+
+
+def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """Whether the class is there, and RoPE's base: 4.x reads rope_theta only."""
+    config, name = checkpoint.config, checkpoint.architecture.name
+    since = _SINCE.get(name, (0, 0))
+    if name == "llama" and config.grouped_query:
+        since = _GROUPED_LLAMA
+    if version_number(facts.version) < since:
+        yield case(
+            "class-unknown",
+            "error",
+            f"this model of {checkpoint.architecture.hf_class} needs transformers "
+            f"{since[0]}.{since[1]} or newer",
+            f"use transformers {since[0]}.{since[1]} or newer",
+        )
+    ignored = llama_ignores(name, config, facts)
+    for what in ignored:
+        yield case(
+            "llama-ignored",
+            "error",
+            f"transformers {facts.version} leaves out {what}. Nothing is printed",
+            "use a newer transformers",
+        )
+    base = float(checkpoint.raw.get("rope_theta") or 10000.0)
+    if ignored:
+        return
+    if not facts.rope_parameters and base != config.rotary_base:
+        yield case(
+            "rope-spelling",
+            "error",
+            f"transformers {facts.version} computes with rope_theta {base:g} where the model has "
+            f"{config.rotary_base:g}: it doesn't read rope_parameters. Nothing is printed",
+            fix_command(checkpoint, facts),
+        )
+
+
+def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """A size of config.json that the tensors deny is an error of load_state_dict."""
+    dims, raw = checkpoint.config.dims, checkpoint.raw
+    for key, dim in _SIZES.items():
+        told = raw.get(key)
+        if told is None or told == dims[dim]:
+            continue
+        weight, block = next(
+            (w, b) for w, b in expand(checkpoint.architecture, 1) if dim in w.shape
+        )
+        name = weight.hf.format(i=block)
+        have = [dims[d] for d in weight.shape]
+        want = [told if d == dim else dims[d] for d in weight.shape]
+        yield case(
+            "config-size",
+            "error",
+            f"config.json says {key}: {told}, and the tensors say {dims[dim]}",
+            fix_command(checkpoint, facts),
+            f"RuntimeError: Error(s) in loading state_dict for {checkpoint.architecture.hf_class}:"
+            f"\n\tsize mismatch for {name}: copying a param with shape torch.Size({have}) from "
+            f"checkpoint, the shape in current model is torch.Size({want}).",
+            subject="config sizes",
+        )
+
+
+def _made_up(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    """Weights that transformers doesn't find: it makes them up, with a warning."""
+    config, found = checkpoint.config, stored_names(checkpoint)
+    renamed = "lm_head.weight" in found and "embed_out.weight" not in found
+    if renamed and not config.tied_embeddings and version_number(facts.version) < (5, 0):
+        why = "only 5.0 and newer know lm_head.weight"
+        yield _newly(checkpoint, facts, ["embed_out.weight"], why, "head-name")
+    told = checkpoint.raw.get("attention_bias", True) is not False
+    if not config.attention_bias and not knows_attention_bias(facts):
+        why = "transformers learned attention_bias: false in 4.37"
+        newer = "use transformers 4.37 or newer"
+        yield _newly(checkpoint, facts, _biases(checkpoint, "attention_bias"), why, "biases", newer)
+    elif told and not config.attention_bias:
+        why = "config.json doesn't say attention_bias: false"
+        yield _newly(checkpoint, facts, _biases(checkpoint, "attention_bias"), why, "biases")
+    for flag, there in (("mlp_bias", config.mlp_bias), ("norm_bias", config.norm_bias)):
+        if not there:
+            why, names = "gpt_neox always has them", _biases(checkpoint, flag)
+            yield _newly(checkpoint, facts, names, why, "biases", "add them as zeros")
+
+
+def _biases(checkpoint: Checkpoint, flag: str) -> list[str]:
+    pairs = expand(checkpoint.architecture, checkpoint.config.layers)
+    return sorted(w.hf.format(i=b) for w, b in pairs if w.flag == flag)
+
+
+def _newly(
+    checkpoint: Checkpoint,
+    facts: TransformersFacts,
+    names: list[str],
+    why: str,
+    code: str,
+    remedy: str = "",
+) -> Case:
+    return case(
+        code,
+        "error",
+        f"transformers {facts.version} finds no {some(names, 2)} ({why}) and makes them up",
+        remedy or fix_command(checkpoint, facts),
+        f"Some weights of {checkpoint.architecture.hf_class} were not initialized from the model "
+        f"checkpoint at {checkpoint.path} and are newly initialized: {names}",
+    )
+
+
+def buffers(checkpoint: Checkpoint) -> dict[str, TensorRef]:
+    """Stored buffers that are computed: masks and inv_freq."""
+    names = stored_names(checkpoint).items()
+    return {k: v for k, v in names if _MASKS.search(k) or k.endswith("inv_freq")}
+
+
+def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    stored = buffers(checkpoint)
+    masks = [name for name in stored if _MASKS.search(name)]
+    if masks:
+        size = sum(stored[name].nbytes for name in masks)
+        yield case(
+            "mask-buffers",
+            "info",
+            f"{len(masks)} causal masks are stored ({size:,} bytes), as transformers did until "
+            "4.30; since then they are computed",
+            fix_command(checkpoint, facts),
+        )
+    if len(stored) > len(masks):
+        uses = facts.persistent_inv_freq
+        deviates = checkpoint.inv_freq_mismatch is not None
+        how = "is read" if uses else "is left unread, and computed"
+        yield case(
+            "inv-freq-stored",
+            "warning" if uses and deviates else "info",
+            f"inv_freq is stored, as transformers did until 4.34; by {facts.version} it {how}"
+            + (
+                ". It isn't what config.json gives, so versions on both sides of 4.35 compute "
+                "different models"
+                if deviates
+                else ""
+            ),
+            fix_command(checkpoint, facts, *(["--recompute"] if deviates else [])),
+        )
+
+
+def _dtype(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
+    raw, dtype = checkpoint.raw, checkpoint.config.dtype
+    told = raw.get("dtype") or raw.get("torch_dtype")
+    if told is None:
+        return
+    if told != dtype:
+        yield case(
+            "config-dtype",
+            "warning",
+            f"config.json says dtype {told}, and the tensors are {dtype}: they are cast where "
+            'dtype="auto" is asked for',
+            fix_command(checkpoint, facts),
+        )
+    elif "torch_dtype" not in raw and version_number(facts.version) < (4, 56):
+        yield case(
+            "dtype-one-spelling",
+            "info",
+            f"config.json says dtype, which transformers {facts.version} doesn't read: it takes "
+            "that of the tensors",
+            fix_command(checkpoint, facts),
+        )

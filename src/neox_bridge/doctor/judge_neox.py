@@ -1,0 +1,498 @@
+"""Whether a GPT-NeoX tree loads a GPT-NeoX checkpoint, and what it prints if it doesn't.
+
+The settings are those in the checkpoint's configs. The messages are those of the real code, seen by
+running it on CPU; their order is that in which GPT-NeoX and DeepSpeed come to them: the yml, the
+number of files, the kind of layout, each layer's state dict, ``args``.
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
+from neox_bridge.architectures.neox_config import number, round_up
+from neox_bridge.doctor.neox_folder import stray_cases
+from neox_bridge.doctor.verdict import Case, case, fix_command
+from neox_bridge.formats.yml import duplicate_finding
+from neox_bridge.frameworks.eras import GqaOrder, mlp_biases
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.frameworks.source_tree import FLAG
+from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
+from neox_bridge.layouts.missing_files import missing_ranks_finding
+from neox_bridge.layouts.unknown_keys import reason_of
+from neox_bridge.layouts.weights import INV_FREQ, exists, expand
+from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
+
+# what stands in for a key that the yml lacks (megatron/neox_arguments/neox_args.py)
+_DEFAULTS: dict[str, Any] = {
+    "make_vocab_size_divisible_by": FIRST_MULTIPLE,
+    "model_parallel_size": 1,
+    "tokenizer_type": "GPT2BPETokenizer",
+}
+
+
+def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -> Iterator[Case]:
+    """The cases of loading a checkpoint in a tree, in the order in which it meets them.
+
+    Args:
+        checkpoint: of a GPT-NeoX run.
+        facts: what the tree expects.
+        resharding: the command that writes the run for the tree with its optimizer states, where
+            it cannot resume from them as they are; "" otherwise. It is the way out of the other
+            cases that it settles too, so that one command is enough.
+    """
+    state = checkpoint.neox
+    assert state is not None
+    yield from _yml(checkpoint, state, facts, resharding)
+    yield from _flat(checkpoint, state, facts, resharding)
+    yield from _rank_files(state)
+    yield from _layout_kind(checkpoint, state)
+    yield from _state_dicts(checkpoint, state, facts, resharding)
+    yield from _args(checkpoint, state, facts)
+    yield from _silent(checkpoint, state, facts)
+
+
+def _yml(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
+) -> Iterator[Case]:
+    fix = resharding or _fix(checkpoint, facts)
+    for duplicate in state.duplicate_keys:
+        if not duplicate.refused:
+            yield Case(replace(duplicate_finding(duplicate), severity="info"))
+            continue
+        yield case(
+            "yml-key-twice",
+            "error",
+            f"{duplicate.key} stands in {duplicate.first} and {duplicate.second}; GPT-NeoX refuses "
+            "that, whatever their values",
+            fix,
+            f"ValueError: Conf file {duplicate.second} has the following duplicate keys with "
+            f"previously loaded file: {duplicate.key}",
+            subject="duplicate keys",
+        )
+    unknown = sorted(set(checkpoint.raw) - facts.keys)
+    if unknown:
+        places = facts.places.get("keys", "")
+        risky = {key.name: key for key in checkpoint.unknown_keys if key.effect == "model"}
+        flags = [w for key in unknown if key in risky for w in ("--ignore-key", key)]
+        why = "".join(f". {reason_of(risky[key])}" for key in unknown if key in risky)
+        mending = _fix(checkpoint, facts, *flags)
+        if resharding:
+            mending = shlex.join([*shlex.split(resharding), *flags])
+        yield case(
+            "yml-key-unknown",
+            "error",
+            f"the yml has keys that this GPT-NeoX doesn't know, and it refuses them: "
+            f"{', '.join(unknown)}" + (f" ({places})" if places else "") + why,
+            mending
+            + (" removes it from the copy, which may be another model then" if flags else ""),
+            f"TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
+            f"'{next(key for key in checkpoint.raw if key in unknown)}'",
+        )
+
+
+def _fix(checkpoint: Checkpoint, facts: TreeFacts, *flags: str) -> str:
+    """The command that mends a checkpoint for a tree, with what it cannot do without.
+
+    Optimizer states stay with parameters of the same names in the same files only; see ``mend``.
+    """
+    state = checkpoint.neox
+    assert state is not None
+    if state.missing_ranks:
+        return "copy the checkpoint again"  # a copy of it would not be whole either
+    stored = stores_inv_freq(checkpoint, facts)
+    moved = stored is not None and stored != (state.inv_freq == "store")
+    parted = facts.mlp_names != state.mlp_names or (moved and state.layout == "ranks")
+    drop = ("--drop-optimizer",) if parted and checkpoint.has_optimizer else ()
+    return fix_command(checkpoint, facts, *drop, *flags)
+
+
+def _flat(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
+) -> Iterator[Case]:
+    """A step without a run's folder around it (load_checkpoint in megatron/checkpointing.py)."""
+    if not state.flat:
+        return
+    yield case(
+        "flat-folder",
+        "error",
+        f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
+        f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
+        "that, and trains from random weights",
+        resharding or _fix(checkpoint, facts),
+        f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
+        "please ensure this file exists or pass an explicit checkpoint tag when loading a "
+        "checkpoint.",
+    )
+
+
+def _rank_files(state: NeoxState) -> Iterator[Case]:
+    """The case of mp_rank files that are missing, or left over from another layout."""
+    strays = list(stray_cases(state.folder))
+    yield from strays
+    if state.missing_ranks and not strays:
+        finding = missing_ranks_finding(state.folder, state.missing_ranks)
+        yield Case(replace(finding, severity="error"))
+
+
+def _layout_kind(checkpoint: Checkpoint, state: NeoxState) -> Iterator[Case]:
+    told = checkpoint.raw.get("pipe_parallel_size", 0) or 0
+    stages = number("pipe_parallel_size", told, int)
+    if (stages > 0) == (state.layout == "layers"):
+        return
+    held = "a file a layer" if state.layout == "layers" else "a file a rank"
+    error = "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>."
+    yield case(
+        "layout-kind",
+        "error",
+        f"the yml says pipe_parallel_size: {stages}, and the checkpoint has {held}, which "
+        f"GPT-NeoX reads with {'1 or more' if state.layout == 'layers' else '0'} only",
+        f"set pipe_parallel_size: {max(1, state.pp) if state.layout == 'layers' else 0} in the yml",
+        error if state.layout == "layers" else "KeyError: 'module'",
+    )
+
+
+def expected_rows(checkpoint: Checkpoint) -> int | None:
+    """The rows that GPT-NeoX computes at start; None where the tokenizer isn't known."""
+    if checkpoint.tokenizer_size is None:
+        return None
+    multiple = _told(checkpoint, "make_vocab_size_divisible_by")
+    return padded_size(
+        checkpoint.tokenizer_size, multiple, _told(checkpoint, "model_parallel_size")
+    )
+
+
+def _told(checkpoint: Checkpoint, key: str) -> int:
+    value = checkpoint.raw.get(key)
+    return max(1, number(key, _DEFAULTS[key] if value is None else value, int))
+
+
+def stores_inv_freq(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
+    """Whether the tree, with the checkpoint's yml, wants the buffer; None: either will do."""
+    if facts.inv_freq == "either":
+        return None
+    if checkpoint.raw.get("pos_emb") != "rotary":
+        return False
+    if facts.inv_freq == "flag":
+        return bool(checkpoint.raw.get(FLAG, False))
+    return facts.inv_freq == "always"
+
+
+def _state_dicts(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
+) -> Iterator[Case]:
+    """What load_state_dict, which is strict, says of the embeddings and of the blocks."""
+    rows = expected_rows(checkpoint)
+    have = checkpoint.config.dims["vocab"]
+    sizes = _sizes(checkpoint, state, facts)
+    if rows is not None and rows != have:
+        hidden, tp = checkpoint.config.hidden, state.tp
+        told = _told(checkpoint, "make_vocab_size_divisible_by")
+        line = _mismatch(
+            _key(state, 0, "word_embeddings.weight"), [have // tp, hidden], [rows // tp, hidden]
+        )
+        yield case(
+            "vocabulary-rows",
+            "error",
+            f"the embeddings have {have} rows, and GPT-NeoX computes {rows} from the tokenizer's "
+            f"{checkpoint.tokenizer_size} entries, make_vocab_size_divisible_by: {told} and TP "
+            f"{_told(checkpoint, 'model_parallel_size')}",
+            _fix(checkpoint, facts),
+            _strict(state, "EmbeddingPipe", [], [], [line]),
+        )
+    missing, unexpected, codes = _key_drift(checkpoint, state, facts)
+    if not (missing or unexpected or sizes):
+        return
+    prints = _strict(
+        state,
+        "ParallelTransformerLayerPipe",
+        [_key(state, n, k) for n in _numbers(checkpoint, state) for k in missing],
+        [_key(state, n, k) for n in _numbers(checkpoint, state) for k in unexpected],
+        [
+            _mismatch(_key(state, n, key), *shapes)
+            for n in _numbers(checkpoint, state)
+            for key, shapes in sizes.items()
+        ],
+    )
+    for code, message, remedy in codes:
+        yield case(code, "error", message, remedy or resharding or _fix(checkpoint, facts), prints)
+    if sizes:
+        yield case("mlp-width", "error", *_width_words(checkpoint, facts), prints)
+
+
+def _key_drift(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts
+) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
+    """A block's keys that are missing and unexpected, and (code, message, remedy) of each cause."""
+    want, have = _block_keys(checkpoint, facts, wanted=True), _block_keys(checkpoint, facts)
+    missing = [key for key in want if key not in have]
+    unexpected = [key for key in have if key not in want]
+    codes = []
+    place = f" ({facts.places['inv_freq']})" if "inv_freq" in facts.places else ""
+    if INV_FREQ in missing:
+        text = f"this GPT-NeoX stores inv_freq{place} and the checkpoint doesn't hold it"
+        if facts.inv_freq == "flag":
+            text = f"the yml's {FLAG}: true asks for inv_freq, and the checkpoint doesn't hold it"
+        codes.append(("inv-freq-missing", f"{text}: loading is strict", ""))
+    if INV_FREQ in unexpected:
+        text = f"the checkpoint holds inv_freq, and this GPT-NeoX doesn't store it{place}"
+        flag = f" (unless the yml says {FLAG}: true)" if facts.inv_freq == "flag" else ""
+        codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", ""))
+    if facts.mlp_names != state.mlp_names:
+        names = {"linear": "linear1 and linear2", "dense": "dense_h_to_4h and dense_4h_to_h"}
+        if checkpoint.architecture.gated:
+            names["dense"] = "w1, w2 and w3"
+        codes.append(
+            (
+                "mlp-names",
+                f"this GPT-NeoX names the MLP {names[facts.mlp_names]}, the checkpoint "
+                f"{names[state.mlp_names]} (changed by 0d4bdb96, 2024-09)",
+                "",
+            )
+        )
+    rest = [k for k in (*missing, *unexpected) if k.endswith(".bias")]
+    same = facts.mlp_names == state.mlp_names
+    rest = [k for k in rest if same or not k.startswith("mlp.")]
+    if rest or (facts.mlp_names != state.mlp_names and _mlp_bias(checkpoint, facts) is None):
+        way = (
+            "name a GPT-NeoX since 2024-10 with --for" if "mlp" in str(rest) else "correct the yml"
+        )
+        codes.append(
+            (
+                "biases",
+                f"the biases are not those that the yml and this GPT-NeoX give: "
+                f"{', '.join(rest) or 'the MLP has none'}",
+                way,
+            )
+        )
+    return missing, unexpected, codes
+
+
+def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
+    """Whether the tree's MLP has biases; None where it always has and the checkpoint hasn't.
+
+    use_bias_in_mlp came with adbf5d6f (2024-09-10, #1276); LLaMAParallelMLP had none before.
+    """
+    if checkpoint.architecture.gated and facts.gated_biases == "none":
+        return False
+    if "use_bias_in_mlp" in facts.keys:
+        return checkpoint.raw.get("use_bias_in_mlp", True) is not False
+    return True if checkpoint.config.mlp_bias else None
+
+
+def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) -> list[str]:
+    """A block's keys in the order of its modules: as the tree wants them, or as they are."""
+    config, state = checkpoint.config, checkpoint.neox
+    assert state is not None
+    dense, inv_freq = state.mlp_names == "dense", state.inv_freq == "store"
+    if wanted:
+        config = replace(
+            config,
+            norm_bias=True,
+            mlp_bias=_mlp_bias(checkpoint, facts) is not False,
+            attention_bias=checkpoint.raw.get("use_bias_in_attn_linear", True) is not False,
+        )
+        dense = facts.mlp_names == "dense"
+        stored = stores_inv_freq(checkpoint, facts)
+        inv_freq = inv_freq if stored is None else stored
+    names = [
+        weight.named(dense)
+        for weight, block in expand(checkpoint.architecture, 1)
+        if weight.place == "block" and block == 0
+        if exists(weight, config) and (weight.split != "derived" or inv_freq)
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _sizes(
+    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts
+) -> dict[str, tuple[list[int], list[int]]]:
+    """(the checkpoint's shape, the tree's) of an MLP of another width, where its names fit."""
+    have, want = checkpoint.config.dims["ffn"], mlp_width(checkpoint, facts)
+    if have == want or checkpoint.architecture is not GPT_NEOX:
+        return {}
+    if facts.mlp_names != state.mlp_names:
+        return {}  # the names already fail
+    hidden, tp = checkpoint.config.hidden, state.tp
+    first, second = ("linear1", "linear2")
+    if facts.mlp_names == "dense":
+        first, second = ("dense_h_to_4h", "dense_4h_to_h")
+    found = {f"mlp.{first}.weight": ([have // tp, hidden], [want // tp, hidden])}
+    if checkpoint.config.mlp_bias:
+        found[f"mlp.{first}.bias"] = ([have // tp], [want // tp])
+    found[f"mlp.{second}.weight"] = ([hidden, have // tp], [hidden, want // tp])
+    return found
+
+
+def mlp_width(checkpoint: Checkpoint, facts: TreeFacts) -> int:
+    """How wide the tree builds a plain MLP (megatron/model/transformer.py, ParallelMLP)."""
+    hidden, raw = checkpoint.config.hidden, checkpoint.raw
+    if facts.plain_mlp_4h:
+        return 4 * hidden
+    width = 4 * hidden
+    if raw.get("intermediate_size"):
+        width = number("intermediate_size", raw["intermediate_size"], int)
+    elif raw.get("expansion_factor"):
+        width = int(number("expansion_factor", raw["expansion_factor"], float) * hidden)
+    step = 2 * number("mlp_multiple_of", raw.get("mlp_multiple_of") or 1, int)
+    return round_up(width, step)
+
+
+def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:
+    have, want = checkpoint.config.dims["ffn"], mlp_width(checkpoint, facts)
+    if facts.plain_mlp_4h:
+        return (
+            f"the MLP is {have} wide, and this GPT-NeoX builds plain MLPs four times as wide as "
+            f"the model, {want}, whatever the yml says (until 0d4bdb96, 2024-09)",
+            "name a GPT-NeoX since 2024-10 with --for: this one can't hold the model",
+        )
+    return (
+        f"the MLP is {have} wide, and the yml makes it {want}",
+        f"set intermediate_size: {have} in the yml",
+    )
+
+
+def _args(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+    """check_checkpoint_args: every key of ``args`` against the settings, after the weights."""
+    for key, have in state.args.items():
+        told = checkpoint.raw.get(key, _DEFAULTS.get(key, have))
+        if key == "padded_vocab_size":
+            told = expected_rows(checkpoint) or have
+        if told != have and key in facts.args_checked:
+            yield case(
+                "args-differ",
+                "error",
+                f"{key}: the checkpoint's args say {have}, the settings {told}, and GPT-NeoX "
+                "compares them when it loads",
+                _fix(checkpoint, facts),
+                f"AssertionError: {key} value from checkpoint ({have}) is not equal to the "
+                f"currently set argument value ({told}).",
+            )
+
+
+def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+    """What no framework says a word about."""
+    raw = checkpoint.raw
+    if raw.get("norm") == "rmsnorm" and facts.rms_eps == "outside":
+        yield case(
+            "rms-epsilon",
+            "warning",
+            "this GPT-NeoX adds RMSNorm's epsilon to the root, x / (rms + eps); since 4c9f1081 "
+            "(2025-05) it is inside, sqrt(var + eps): a model of the other kind differs by some "
+            "1e-4 in its logits, and no conversion removes that",
+            subject="RMSNorm epsilon",
+        )
+    heads = raw.get("num_attention_heads")
+    if raw.get("num_kv_heads") not in (None, heads):
+        told = state.gqa_order if state.gqa_order_known else None
+        yield from _gqa(state, facts, told)
+    yield from _mlp_biases(checkpoint, facts)
+    if not facts.rope_tables_fp32 and raw.get("pos_emb") == "rotary":
+        yield case(
+            "rope-tables",
+            "info",
+            "this GPT-NeoX computes its rotary tables from the rounded inv_freq; since 3bfedf47 "
+            "(2023-09) they are computed in fp32",
+        )
+
+
+def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
+    """What loads, and then ends in the first forward pass (Era.gated_biases)."""
+    config, gated = checkpoint.config, checkpoint.architecture.gated
+    assert checkpoint.neox is not None
+    if not checkpoint.architecture.has_mlp or "mlp" in checkpoint.neox.te:
+        return
+    activation = str(checkpoint.architecture.write_neox(config, False)["activation"])
+    wanted = mlp_biases(
+        facts.gated_biases, activation, gated=gated, parallel=config.parallel_residual
+    )
+    newer = "name a GPT-NeoX since f5325805 (2024-11-27) with --for"
+    if wanted == "required" and not config.mlp_bias:
+        error = "AttributeError: 'NoneType' object has no attribute 'expand_as'"
+        if not gated:
+            newer, error = (
+                "",
+                "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'",
+            )
+        yield case(
+            "mlp-biases",
+            "error",
+            f"the MLP has no biases, and with activation: {activation} this GPT-NeoX adds them "
+            "without asking: it loads, and ends in the first forward pass",
+            newer,
+            error,
+        )
+    elif wanted == "none" and config.mlp_bias and facts.gated_biases != "none":
+        yield case(
+            "mlp-biases",
+            "error",
+            f"the MLP has biases, and with activation: {activation} this GPT-NeoX asserts that it "
+            "has none: it loads, and ends in the first forward pass",
+            newer,
+            "AssertionError",
+        )
+
+
+def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[Case]:
+    check = "compare the logits, or the loss on some text, with those of the run that wrote it"
+    if state.mlp_names == "dense" and facts.gqa_order == "grouped":
+        yield case(
+            "gqa-order",
+            "error",
+            "the checkpoint is from before 2024-09, when the rows of grouped-query attention lay "
+            "by query head, and this GPT-NeoX reads them as all q, all k, all v (since 96c242eb, "
+            "2024-11): the shapes are the same, so it loads as another model",
+            "load it in a GPT-NeoX of neox@2024-10 or older",
+            subject="GQA row order",
+        )
+    elif told is not None and told != facts.gqa_order:
+        yield case(
+            "gqa-order",
+            "error",
+            f"the rows of grouped-query attention are {told}, and this GPT-NeoX reads them "
+            f"{facts.gqa_order} (changed in 96c242eb, 2024-11): the shapes are the same, so it "
+            "loads as another model",
+            "convert it with --to neox and --for this GPT-NeoX",
+            subject="GQA row order",
+        )
+    elif told is None:
+        yield case(
+            "gqa-order-unknown",
+            "warning",
+            "grouped-query attention: the order of its rows changed in 96c242eb (2024-11) with the "
+            f"shapes the same, so this checkpoint doesn't tell its own; this GPT-NeoX reads them "
+            f"{'by query head' if facts.gqa_order == 'interleaved' else 'as all q, all k, all v'}, "
+            "and the wrong order computes another model without a word",
+            check,
+            subject="GQA row order",
+        )
+
+
+def _numbers(checkpoint: Checkpoint, state: NeoxState) -> range:
+    """The layers whose keys one message names: one file's, or the whole rank's."""
+    return range(2, 3 if state.layout == "layers" else checkpoint.config.layers + 2)
+
+
+def _key(state: NeoxState, number: int, key: str) -> str:
+    return key if state.layout == "layers" else f"sequential.{number}.{key}"
+
+
+def _strict(
+    state: NeoxState, module: str, missing: list[str], unexpected: list[str], sizes: list[str]
+) -> str:
+    """torch's message of a strict load (torch/nn/modules/module.py, load_state_dict)."""
+    name = module if state.layout == "layers" else "SequentialWrapper"
+    lines = [f"RuntimeError: Error(s) in loading state_dict for {name}:"]
+    for word, keys in (("Missing", missing), ("Unexpected", unexpected)):
+        if keys:
+            quoted = ", ".join(f'"{key}"' for key in keys)
+            lines.append(f"{word} key(s) in state_dict: {quoted}. ")
+    return "\n\t".join([*lines, *sizes])
+
+
+def _mismatch(key: str, have: list[int], want: list[int]) -> str:
+    return (
+        f"size mismatch for {key}: copying a param with shape torch.Size({have}) from checkpoint, "
+        f"the shape in current model is torch.Size({want})."
+    )

@@ -1,0 +1,57 @@
+"""What a GPT-NeoX folder itself gives away: files of two layouts, keys in two ymls."""
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+
+from neox_bridge.doctor.verdict import Case, case
+from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.stores.paths import listdir
+
+_RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
+
+
+def stray_cases(folder: str) -> Iterator[Case]:
+    """The case of mp_rank files that another layout left behind, or that were lost."""
+    names, sizes = _rank_files(folder)
+    told = next((size for size in sizes.values() if size), None)
+    if told is None or all(size in (None, len(names)) for size in sizes.values()):
+        return
+    strays = stray_ranks(folder)
+    wrong = next(s for s in sizes.values() if s is not None and s != len(names))
+    what = f"left over from another layout: {', '.join(strays)}" if strays else "not all of one"
+    yield case(
+        "mp-rank-files",
+        "error",
+        f"{folder} holds {len(names)} mp_rank files and they were saved by {wrong} processes: "
+        f"{what}. DeepSpeed counts them before it loads anything",
+        shlex.join(["rm", *(os.path.join(folder, name) for name in strays)])
+        if strays
+        else "copy the checkpoint again, into an empty folder",
+        f"AssertionError: checkpoint count {len(names)} is different from saved mp_world_size "
+        f"{wrong}",
+        subject="mp_rank files",
+    )
+
+
+def stray_ranks(folder: str) -> tuple[str, ...]:
+    """The mp_rank files that don't belong to the one complete set, if there is one.
+
+    A set is complete where files 0 to W-1 all say mp_world_size W.
+    """
+    names, sizes = _rank_files(folder)
+    for count in {size for size in sizes.values() if size}:
+        if all(sizes[name] == count for name in names[:count]) and len(names) >= count:
+            return tuple(names[count:])
+    return ()
+
+
+def _rank_files(folder: str) -> tuple[list[str], dict[str, int | None]]:
+    names = sorted(name for name in listdir(folder) if _RANK.fullmatch(name))
+    sizes: dict[str, int | None] = {}
+    for name in names:
+        value = read_torch(os.path.join(folder, name))
+        told = value.get("mp_world_size") if isinstance(value, dict) else None
+        sizes[name] = int(told) if isinstance(told, int) else None
+    return names, sizes

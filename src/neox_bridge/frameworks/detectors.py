@@ -1,0 +1,81 @@
+"""Small tests of checkpoints and trees, from which the known changes are put together."""
+
+from collections.abc import Callable
+
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.layouts.checkpoint import Checkpoint
+
+GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
+HALF = ("float16", "bfloat16")
+# keys of mixtures of experts that d11df961 took away
+MOE_KEYS = frozenset(
+    """create_moe_param_group enable_expert_tensor_parallelism expert_interval
+    moe_eval_capacity_factor moe_expert_parallel_size moe_glu moe_loss_coeff moe_min_capacity
+    moe_token_dropping moe_train_capacity_factor moe_type moe_use_residual""".split()
+)
+
+
+def neox(test: Callable[[Checkpoint], bool]) -> Callable[[Checkpoint], bool]:
+    """The test, for GPT-NeoX checkpoints only."""
+    return lambda c: c.neox is not None and test(c)
+
+
+def key(name: str) -> Callable[[Checkpoint], bool]:
+    """The yml names this key."""
+    return neox(lambda c: name in c.raw)
+
+
+def on(name: str) -> Callable[[Checkpoint], bool]:
+    """The yml switches this key on."""
+    return neox(lambda c: bool(c.raw.get(name)))
+
+
+def knows(name: str) -> Callable[[TreeFacts], bool]:
+    return lambda t: name in t.keys
+
+
+def refuses(name: str) -> Callable[[TreeFacts], bool]:
+    return lambda t: name not in t.keys
+
+
+def unknown(name: str) -> str:
+    return rf"unexpected keyword argument '{name}'"
+
+
+def is_gated(c: Checkpoint) -> bool:
+    return c.raw.get("activation") in GATED or c.raw.get("mlp_type") == "llama"
+
+
+def is_te(c: Checkpoint) -> bool:
+    keys = ("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha")
+    return any(c.raw.get(key) for key in keys)
+
+
+def is_grouped(c: Checkpoint) -> bool:
+    return c.raw.get("num_kv_heads") not in (None, c.raw.get("num_attention_heads"))
+
+
+def is_wide(c: Checkpoint) -> bool:
+    return not is_gated(c) and c.config.dims["ffn"] != 4 * c.config.hidden
+
+
+def one_stage_ranks(c: Checkpoint) -> bool:
+    """All in mp_rank files, though the yml says one pipeline stage."""
+    return c.neox is not None and c.neox.layout == "ranks" and c.raw.get("pipe_parallel_size") == 1
+
+
+def sums(c: Checkpoint) -> bool:
+    return c.neox is not None and c.neox.tp > 1 and (c.config.attention_bias or c.config.mlp_bias)
+
+
+def hf(family: str, test: Callable[[Checkpoint], bool]) -> Callable[[Checkpoint], bool]:
+    """The test, for Hugging Face folders of a model_type only ("": of any)."""
+    return lambda c: c.kind == "hf" and family in ("", c.raw.get("model_type")) and test(c)
+
+
+def stores_bf16(c: Checkpoint) -> bool:
+    """Of a GPT-NeoX run in bfloat16, in the newer spelling."""
+    if c.neox is None:
+        return False
+    named = "bf16" in c.raw or c.raw.get("precision") == "bfloat16"
+    return named or any(name.startswith("bf16_") for name in c.neox.optimizer)

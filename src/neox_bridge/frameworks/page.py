@@ -1,0 +1,47 @@
+"""Writes docs/changes.md: ``python -m neox_bridge.frameworks.page docs/changes.md``."""
+
+import sys
+from pathlib import Path
+
+from neox_bridge.frameworks.change import Change
+from neox_bridge.frameworks.changes import CHANGES
+
+_HEAD = """# Changes that break checkpoints
+
+Every change of GPT-NeoX and of transformers, known here, that alters what a checkpoint holds or
+means, newest first. `neox-bridge changes --for PATH` lists those that touch a checkpoint;
+`--since 4.30 --until 2024-03` those of a span. A loud one fails or warns, a silent one doesn't.
+
+This page is generated: `python -m neox_bridge.frameworks.page docs/changes.md`.
+"""
+
+
+def page() -> str:
+    """The page, from CHANGES alone."""
+    lines = [_HEAD, "| date | where | what | |", "|---|---|---|---|"]
+    for change in CHANGES:
+        loud = "loud" if change.loud else "silent"
+        what = f"[{change.id}](#{change.id})"
+        lines.append(f"| {change.date} | {where(change)} | {what} | {loud} |")
+    for change in CHANGES:
+        lines += ["", f"## {change.id}", "", f"{change.title[0].upper()}{change.title[1:]}."]
+        lines += ["", f"- {where(change)}, {change.date}: [{_name(change)}]({change.link})"]
+        lines += [f"- Models: {', '.join(change.families)}"]
+        lines += [f"- {'Loud' if change.loud else 'Silent'}: {change.symptom}"]
+        lines += [f"- What to do: {change.remedy}"]
+    return "\n".join(lines) + "\n"
+
+
+def where(change: Change) -> str:
+    """The framework, and its version or commit."""
+    if change.framework == "transformers":
+        return f"transformers {change.version}"
+    return f"GPT-NeoX {change.commit}"
+
+
+def _name(change: Change) -> str:
+    return change.pull or change.commit or "source"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -1,0 +1,80 @@
+"""What publishing would do, told before anything is written."""
+
+from dataclasses import dataclass
+
+from neox_bridge import __version__
+from neox_bridge.hub.changes import compare
+from neox_bridge.hub.remote import check_private, is_published, is_untouched, look
+from neox_bridge.stores.hub_api import explained, hub_api
+from neox_bridge.stores.hub_names import MAIN
+from neox_bridge.tensors.pieces import Plan
+from neox_bridge.wording import plain
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What publishing would do, before there is a folder.
+
+    private: whether the repository is, or would be. done: whether the branch holds just this
+    already. new: files that aren't there. other: there with other bytes, since of another size.
+    unknown: there in the same size; only equal bytes won't be uploaded. leave: the branch's own.
+    conflicts: what --overwrite is needed for. size: bytes of new, other and unknown at most.
+    """
+
+    repo: str
+    branch: str
+    repo_exists: bool
+    branch_exists: bool
+    private: bool
+    done: bool
+    new: tuple[str, ...]
+    other: tuple[str, ...]
+    unknown: tuple[str, ...]
+    leave: tuple[str, ...]
+    conflicts: tuple[str, ...]
+    size: int
+
+
+def plan_publish(plan: Plan, repo: str, branch: str = MAIN, *, private: bool = False) -> Outlook:
+    """What ``publish`` would do with a plan's files; only reads.
+
+    Raises BridgeError where the Hub can't be asked, or a repository is public that shouldn't be.
+    """
+    sizes = {file.path: file.size for file in plan.files}
+    remote = look(repo, branch)
+    seen = check_private(repo, private) if remote.exists else private
+    alike = {p for p in sizes if p in remote.files and remote.files[p].size == sizes[p]}
+    found = compare(sizes, remote.files, alike, step_of_plan(plan))
+    done = remote.commit is not None and is_published(plan, repo, branch)
+    conflicts = () if done else found.conflicts
+    if conflicts:
+        api = hub_api(f"hf://{repo} is on the Hub")
+        with explained(repo):
+            conflicts = () if is_untouched(api, repo, branch, remote) else conflicts
+    moved = () if done else (*found.add, *found.replace, *found.same)
+    return Outlook(
+        repo,
+        branch,
+        remote.exists,
+        remote.commit is not None,
+        seen,
+        done,
+        found.add,
+        found.replace,
+        found.same,
+        found.leave,
+        conflicts,
+        sum(sizes[path] for path in moved),
+    )
+
+
+def step_of_plan(plan: Plan) -> str | None:
+    """The folder ``global_stepN`` that a plan for GPT-NeoX writes."""
+    found = plan.target.get("step")
+    return found if isinstance(found, str) else None
+
+
+def message_of(plan: Plan) -> str:
+    """The title of the commit that publishes a plan's files."""
+    source = plan.source.get("revision") or plan.source.get("name")
+    return f"Convert {plain(str(source))} with neox-bridge {__version__}"

@@ -1,0 +1,234 @@
+"""Where a checkpoint of the Hub is read from: by ranges there, or from the cache.
+
+A model of transformers goes through huggingface_hub into its cache, as everywhere. A revision that
+holds GPT-NeoX's files is read by ranges, since most of its bytes are the optimizer's, which few
+commands need. Ranges go over plain HTTP; where hf_xet is installed, huggingface_hub uses it for
+whole files only. With HF_HUB_OFFLINE both are taken from the cache.
+"""
+
+import os
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from neox_bridge.errors import BridgeError, Unreachable
+from neox_bridge.findings import Finding
+from neox_bridge.frameworks.suites import nearest
+from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.file_names import is_step_file
+from neox_bridge.layouts.hub_download import at_revision, cached_snapshot, download
+from neox_bridge.stores.hub_api import explanation, hub_api, is_missing_repo, is_network, status_of
+from neox_bridge.stores.hub_names import MAIN
+from neox_bridge.stores.objects import pin
+from neox_bridge.stores.retry import is_passing, steadily
+from neox_bridge.stores.step_names import step_of
+
+_TRIES_UNANSWERED = 3  # before the cache is used instead
+_NEAREST_STEPS = 4  # that an error names
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """Where the files are.
+
+    Attributes:
+        path: A local folder, or ``hf://org/name@revision``.
+        revision: ``org/name@revision``, with the name that the repository has now.
+        findings: What is worth knowing about the repository.
+    """
+
+    path: str
+    revision: str
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def repo(self) -> str:
+        return self.revision.partition("@")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a revision of a repository holds.
+
+    Attributes:
+        repo: ``org/name``, as the repository is called now.
+        commit: 40 hexadecimal digits.
+        files: The paths of all files.
+    """
+
+    repo: str
+    commit: str
+    files: tuple[str, ...]
+
+    @property
+    def is_neox(self) -> bool:
+        """Whether it holds GPT-NeoX's files, and no model for transformers beside them."""
+        return "config.json" not in self.files and any(
+            is_step_file(path.rpartition("/")[2]) for path in self.files
+        )
+
+
+def find_source(repo: str, revision: str | None) -> HubSource:
+    """Where to read ``org/name`` at a revision, by default ``main``.
+
+    Raises BridgeError, with the way out, where it cannot be had: missing, gated, no such branch,
+    offline and not in the cache.
+    """
+    name = f"{repo}@{revision or MAIN}"
+    if is_offline():
+        return HubSource(cached_snapshot(repo, revision), name)
+    try:
+        listing = look_up(repo, revision)
+    except Unreachable:
+        try:
+            folder = cached_snapshot(repo, revision)
+        except BridgeError:
+            folder = None
+        if folder is None:
+            raise
+        return HubSource(folder, name, (_from_cache(name),))
+    findings = _renamed(repo, listing)
+    if not listing.is_neox:
+        _check_holds_model(listing, revision)
+        folder = download(listing.repo, revision)
+        return HubSource(folder, f"{listing.repo}@{revision or MAIN}", findings)
+    folder = _whole_in_cache(listing)
+    if folder is not None:
+        return HubSource(folder, f"{listing.repo}@{revision or MAIN}", findings)
+    return _by_ranges(listing, revision, "", findings)
+
+
+def find_url_source(url: str, revision: str | None) -> HubSource:
+    """The same for ``hf://org/name[@revision][/folder]``, which is read by ranges in any case."""
+    place, name = at_revision(url, revision)
+    repo, _, named = name.partition("@")
+    below = "/".join(place.removeprefix("hf://").split("/")[2:])
+    if is_offline():
+        folder = cached_snapshot(repo, None if named == MAIN else named)
+        return HubSource(os.path.join(folder, below) if below else folder, name)
+    explicit = named if "@" in place else None
+    listing = look_up(repo, explicit)
+    return _by_ranges(listing, explicit, below, _renamed(repo, listing))
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE tells huggingface_hub not to ask the Hub."""
+    try:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+    except ImportError:
+        return False
+    return bool(HF_HUB_OFFLINE)
+
+
+def look_up(repo: str, revision: str | None) -> Listing:
+    """What a revision holds; one request.
+
+    Raises:
+        Unreachable: Nobody answers.
+        BridgeError: There is no such repository or revision, or it may not be read.
+    """
+    api = hub_api(f"{repo} is on the Hub")
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    tries = 0
+
+    def ask() -> Listing:
+        nonlocal tries
+        tries += 1
+        try:
+            info = api.model_info(repo, revision=revision)
+        except Exception as error:  # the library raises many kinds
+            unanswered = status_of(error) is None and is_network(error)
+            if is_passing(error) and not (unanswered and tries >= _TRIES_UNANSWERED):
+                raise
+            if isinstance(error, RevisionNotFoundError):
+                raise BridgeError(_no_revision(repo, revision or MAIN)) from None
+            words = explanation(error, repo)
+            if is_missing_repo(error) or status_of(error) == 401:
+                words += _suggestion(repo)
+            raise (Unreachable if unanswered else BridgeError)(words) from None
+        files = tuple(sorted(str(file.rfilename) for file in info.siblings or ()))
+        return Listing(str(info.id), str(info.sha), files)
+
+    return steadily(f"hf://{repo}", "looked up", ask)
+
+
+def _by_ranges(
+    listing: Listing, revision: str | None, below: str, findings: tuple[Finding, ...]
+) -> HubSource:
+    """The URL to read, pinned to the commit that the revision is at now."""
+    url = f"hf://{listing.repo}" + (f"@{quote(revision, safe='')}" if revision else "")
+    pin(url, f"hf://{listing.repo}@{listing.commit}")
+    path = f"{url}/{below}" if below else url
+    if not below and not any(map(is_step_file, listing.files)):
+        _check_holds_model(listing, revision)
+    elif below and not any(file.startswith(f"{below}/") for file in listing.files):
+        raise BridgeError(
+            f"{path}: no such folder in that store. The repository holds "
+            f"{some(sorted({file.partition('/')[0] for file in listing.files}))}."
+        )
+    return HubSource(path, f"{listing.repo}@{unquote(revision or MAIN)}", findings)
+
+
+def _check_holds_model(listing: Listing, revision: str | None) -> None:
+    """Raise BridgeError where a revision holds nothing but notes, and the steps are elsewhere."""
+    names = {path.rpartition("/")[2] for path in listing.files}
+    if any(not name.startswith(".") and not name.endswith(".md") for name in names):
+        return
+    what = f"{listing.repo}@{revision or MAIN} holds no checkpoint"
+    steps = _steps(listing.repo)
+    if not steps:
+        raise BridgeError(f"{what}. Check the name and the revision.")
+    raise BridgeError(
+        f"{what}: its {len(steps)} steps are branches, from {steps[0]} to {steps[-1]}. Name one: "
+        f"{listing.repo}@{steps[-1]}"
+    )
+
+
+def _whole_in_cache(listing: Listing) -> str | None:
+    """The snapshot of the listing's commit, where every file of it is in the cache."""
+    try:
+        folder = cached_snapshot(listing.repo, listing.commit)
+    except BridgeError:
+        return None
+    whole = all(os.path.isfile(os.path.join(folder, path)) for path in listing.files)
+    return folder if whole else None
+
+
+def _no_revision(repo: str, revision: str) -> str:
+    """What to say where a repository has no such revision, with the nearest steps that it has."""
+    steps = _steps(repo)
+    if not steps:
+        return f"{repo} has no branch, tag or commit {revision}. Check its name."
+    wanted = step_of(revision)
+    if wanted is None:
+        return f"{repo} has no branch, tag or commit {revision}. It has {some(steps)}."
+    by_distance = sorted(steps, key=lambda name: abs((step_of(name) or 0) - wanted))
+    near = sorted(by_distance[:_NEAREST_STEPS], key=lambda name: step_of(name) or 0)
+    return f"{repo} has no {revision}. The nearest of its {len(steps)} steps are {some(near)}."
+
+
+def _steps(repo: str) -> list[str]:
+    """The names of the branches and tags that are steps, in order; none where that fails."""
+    from neox_bridge.stores.hub_revisions import revisions
+
+    try:
+        return [one.name for one in revisions(repo) if one.step is not None]
+    except BridgeError:
+        return []
+
+
+def _suggestion(repo: str) -> str:
+    near = nearest(repo)
+    return f" Did you mean {near}?" if near else ""
+
+
+def _renamed(repo: str, listing: Listing) -> tuple[Finding, ...]:
+    if listing.repo.lower() == repo.lower():
+        return ()
+    message = f"{repo} is called {listing.repo} now, which the Hub redirects to"
+    return (Finding("renamed-repository", "info", message, f"use {listing.repo}"),)
+
+
+def _from_cache(name: str) -> Finding:
+    message = f"the Hub cannot be reached, so what the cache has of {name} is read"
+    return Finding("read-from-cache", "warning", message, "check the network")

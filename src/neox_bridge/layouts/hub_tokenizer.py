@@ -1,0 +1,94 @@
+"""The tokenizer of a published run, which its yml names by a path of the cluster that trained it.
+
+The twin for transformers has it, and EleutherAI/gpt-neox-20b has the file that Pythia's yml calls
+``20B_tokenizer.json``. Only a source on the Hub is a reason to ask the Hub.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
+from neox_bridge.frameworks.suites import TOKENIZER_REPO, twin_of
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.hub_download import cached_snapshot
+from neox_bridge.layouts.hub_source import is_offline, look_up
+from neox_bridge.layouts.run_tokenizer import with_tokenizer
+from neox_bridge.layouts.tokenizer import NAMES, tokenizer_files, tokenizer_size
+from neox_bridge.stores.hub_api import explained, hub_api
+
+_MAIN = "tokenizer.json"
+_NEOX_20B = "20B_tokenizer.json"
+
+
+def with_published_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tokenizer of its run, where the Hub or the cache has it.
+
+    A finding says where it comes from, or why there is none; nothing else depends on it. Nobody is
+    asked about checkpoints in folders, and about those that have a tokenizer.
+    """
+    if not checkpoint.missing_tokenizer or not checkpoint.hub_repo:
+        return checkpoint
+    reasons = []
+    for repo in _repos(checkpoint):
+        try:
+            files = published_tokenizer(repo)
+            _check_size(checkpoint, files, repo)
+        except BridgeError as error:
+            reasons.append(str(error))
+            continue
+        message = f"the tokenizer is that of {repo}; the yml names {checkpoint.missing_tokenizer}"
+        finding = Finding("tokenizer-from-hub", "info", message)
+        named = with_tokenizer(checkpoint, files)
+        return replace(named, findings=(*named.findings, finding))
+    if not reasons:
+        return checkpoint
+    message = f"no tokenizer was found on the Hub: {' '.join(reasons)}"
+    finding = Finding("tokenizer-not-on-hub", "info", message)
+    return replace(checkpoint, findings=(*checkpoint.findings, finding))
+
+
+@lru_cache(16)
+def published_tokenizer(repo: str) -> tuple[str, ...]:
+    """The tokenizer files of ``org/name``, in huggingface_hub's cache.
+
+    Raises:
+        BridgeError: There is no such repository, it has no tokenizer.json, or nobody answers.
+    """
+    if is_offline():
+        folder = cached_snapshot(repo, None)
+    else:
+        listing = look_up(repo, None)
+        names = [name for name in NAMES if name in listing.files]
+        if _MAIN not in names:
+            raise BridgeError(f"{repo} has no {_MAIN}.")
+        api = hub_api(f"The tokenizer of {repo} is on the Hub")
+        with explained(repo):
+            places = [
+                str(api.hf_hub_download(repo, name, revision=listing.commit)) for name in names
+            ]
+        folder = os.path.dirname(places[0])
+    files = tokenizer_files(folder)
+    if not any(os.path.basename(file) == _MAIN for file in files):
+        raise BridgeError(f"{repo} has no {_MAIN} in the cache.")
+    return files
+
+
+def _repos(checkpoint: Checkpoint) -> Iterator[str]:
+    """Where the tokenizer may be: with the twin first, whose files a conversion shall equal."""
+    if (twin := twin_of(checkpoint.hub_repo)) is not None:
+        yield twin
+    if re.split(r"[/\\]", checkpoint.missing_tokenizer)[-1] == _NEOX_20B:
+        yield TOKENIZER_REPO
+
+
+def _check_size(checkpoint: Checkpoint, files: tuple[str, ...], repo: str) -> None:
+    """Raise BridgeError for a tokenizer with more entries than the model has rows."""
+    entries, rows = tokenizer_size(files), checkpoint.config.dims["vocab"]
+    if entries is not None and entries > rows:
+        raise BridgeError(
+            f"the tokenizer of {repo} has {entries:,} entries, and this model has {rows:,} rows."
+        )

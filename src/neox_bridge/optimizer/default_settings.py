@@ -1,0 +1,82 @@
+"""Defaults of the GPT-NeoX that a run comes from, in the yml with which it goes on elsewhere."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.findings import Finding
+from neox_bridge.frameworks.deepspeed import release_of
+from neox_bridge.frameworks.eras import Era, known_keys
+from neox_bridge.frameworks.setting_defaults import (
+    COMPUTED_KEYS,
+    defaults_left_out,
+    predates_changes,
+)
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.optimizer.current_form import writer_version
+from neox_bridge.optimizer.states import Optimizer
+
+
+def with_own_defaults(
+    checkpoint: Checkpoint, optimizer: Optimizer, era: Era | None
+) -> tuple[Checkpoint, tuple[Finding, ...]]:
+    """The run with the defaults that it trained with among its settings, where another GPT-NeoX's
+    are others.
+
+    Args:
+        checkpoint: The source.
+        optimizer: Its optimizer, as it was read.
+        era: The target's; None for one like the source's.
+
+    Returns:
+        The checkpoint, and what is said of these settings.
+    """
+    if era is None:
+        return checkpoint, ()
+    version = writer_version(optimizer) or ""
+    old = predates_changes(release_of(version))
+    if old == era.predates_deepspeed_06:
+        return checkpoint, ()
+    left_out = defaults_left_out(checkpoint.raw, old=bool(old))
+    settings = {key: value for key, value in left_out.items() if key in known_keys(era)}
+    if not settings:
+        return checkpoint, ()
+    listed = ", ".join(f"{key}: {value:g}" for key, value in settings.items())
+    if old is None:
+        return replace(checkpoint, raw={**settings, **checkpoint.raw}), (_unknown(version, listed),)
+    finding = Finding(
+        "defaults-kept",
+        "info",
+        f"the yml leaves settings to GPT-NeoX whose defaults changed in 2023. Those of the run's "
+        f"own GPT-NeoX are written into the new yml: {listed}",
+    )
+    return replace(checkpoint, raw={**settings, **checkpoint.raw}), (finding,)
+
+
+def _unknown(version: str, listed: str) -> Finding:
+    return Finding(
+        "defaults-unknown",
+        "warning",
+        "the yml leaves settings to GPT-NeoX whose defaults changed from 2023-03-26 to 2023-12-26, "
+        f"and DeepSpeed {version} does not tell of which date the run's GPT-NeoX was. The later "
+        f"defaults are written into the new yml: {listed}",
+        "correct them there if the run's GPT-NeoX was older",
+    )
+
+
+def computed_findings(raw: Mapping[str, Any], effective: Mapping[str, Any]) -> Iterator[Finding]:
+    """A warning for each key of the yml that says something else than GPT-NeoX did.
+
+    Args:
+        raw: The merged yml.
+        effective: What counted, by the keys that GPT-NeoX reads.
+    """
+    for key, source in COMPUTED_KEYS.items():
+        value = raw.get(key)
+        if value is not None and source in effective and value != effective[source]:
+            yield Finding(
+                "computed-key",
+                "warning",
+                f"{key}: {value} in the yml had no effect: GPT-NeoX computes it from {source}, "
+                f"which is {effective[source]}",
+            )

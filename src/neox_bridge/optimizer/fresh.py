@@ -1,0 +1,212 @@
+"""A new optimizer: masters from the weights, no moments, a schedule that is at some step."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.errors import Refused
+from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
+from neox_bridge.optimizer.mp_rank import parameter_name
+from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.read_stage0 import grouped
+from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Parameter
+from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
+from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.tensors.geometry import constant
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
+
+_DEEPSPEED = "0.16.5"  # whose files these are; it refuses what has no version
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A new optimizer over a model's ranks. groups: by stage and tensor-parallel rank."""
+
+    optimizer: Optimizer
+    groups: Mapping[tuple[int, int], list[RankGroup]]
+    stage: int
+    dp: int
+    batch: Mapping[str, int]
+    schedule: Mapping[str, Any]
+
+    def more(self, number: int, tp: int, iteration: int) -> dict[str, Any]:
+        """What an mp_rank file says of it."""
+        return {
+            "param_shapes": param_shapes(self.groups[divmod(number, tp)]),
+            "lr_scheduler": dict(self.schedule),
+            "global_samples": iteration * self.batch["train_batch_size"],
+            "dp_world_size": self.dp,
+            "ds_config": {**self.batch, "zero_optimization": {"stage": self.stage}},
+        }
+
+    def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]:
+        """The optimizer's own files."""
+        outer = {"ds_config": self.more(0, tp, 0)["ds_config"], "ds_version": _DEEPSPEED}
+        for (stage, rank), groups in self.groups.items():
+            number = stage * tp + rank
+            yield from zero_files(
+                step, self.optimizer, number, self.dp, self.stage, groups, outer, bf16=bf16
+            )
+
+
+def fresh(
+    architecture: Architecture,
+    config: ModelConfig,
+    wholes: Mapping[str, Whole],
+    shape: Shape,
+    training: Mapping[str, Any],
+    iteration: int,
+    dp: int,
+) -> Fresh:
+    """The optimizer for a target. wholes: its tensors, in the source's dtype.
+
+    training: the yml's keys. Raises Refused for an optimizer that isn't Adam, and for what has
+    another order of parameters.
+    """
+    told = training.get("optimizer") or {}
+    if str(told.get("type", "adam")).lower() not in ("adam", "cpu_adam", "cpu_torch_adam"):
+        raise Refused(
+            f"--optimizer fresh: the settings' optimizer is {told['type']}, and only Adam's states "
+            "are known. Leave the option out."
+        )
+    if shape.te or (shape.old_names and architecture.gated):
+        raise Refused(
+            "--optimizer fresh: not for Transformer Engine's modules, nor for gated MLPs of trees "
+            "before 2024-09. Leave out --te, use --for today."
+        )
+    params = told.get("params") or {}
+    schedule = schedule_of(training, float(params.get("lr", 1e-5)), iteration)
+    plain = replace(config, dtype="float32")
+    by_rank = [_states(architecture, plain, wholes, shape, rank) for rank in range(shape.tp)]
+    bounds = _bounds(architecture, config, shape, training, by_rank[0][MASTER])
+    decay = float(training.get("weight_decay", 0.1))
+    settings = {
+        **ADAM,
+        "lr": learning_rate(schedule),
+        "betas": tuple(params.get("betas", (0.9, 0.999))),
+        "eps": float(params.get("eps", 1e-8)),
+    }
+    none = Group({**settings, "weight_decay": 0.0, "name": STILL}, {"step": 0})
+    some = Group({**settings, "weight_decay": decay, "name": DECAYING}, {"step": 0})
+    groups = (some, none) if decay else (none,)
+    data_types = training.get("data_types") or {}
+    high = config.dtype == "bfloat16" and data_types.get("grad_accum_dtype") in ("fp32", "float32")
+    head = {"clip_grad": float(training.get("gradient_clipping", 1.0)), "ds_version": _DEEPSPEED}
+    optimizer = Optimizer(
+        "bf16" if high else "zero", 1, dp, (MASTER, *_MOMENTS), groups, {}, {}, head, (), (), {}
+    )  # fmt: skip
+    found = {
+        (stage, rank): _groups(config, shape, layers, groups, states)
+        for stage, layers in enumerate(bounds)
+        for rank, states in enumerate(by_rank)
+    }
+    micro = int(training.get("train_micro_batch_size_per_gpu", 4))
+    passes = int(training.get("gradient_accumulation_steps", 1))
+    batch = {
+        "train_batch_size": micro * passes * dp,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": passes,
+    }
+    stage = (training.get("zero_optimization") or {}).get("stage")
+    return Fresh(
+        optimizer, found, 2 if stage == 2 and shape.layout == "ranks" else 1, dp, batch, schedule
+    )
+
+
+def schedule_of(training: Mapping[str, Any], lr: float, iteration: int) -> dict[str, Any]:
+    """The state of GPT-NeoX's AnnealingLR at a step (megatron/training.py, learning_rates.py)."""
+    last = training.get("lr_decay_iters")
+    total = int(training.get("train_iters") or 1)
+    if last is None:
+        last = math.floor(total * float(training.get("lr_decay_fraction") or 1.0))
+    last = max(1, int(last))
+    return {
+        "start_lr": lr,
+        "warmup_iter": float(training.get("warmup", 0.01)) * last,
+        "num_iters": iteration,
+        "decay_style": str(training.get("lr_decay_style", "linear")),
+        "end_iter": last,
+        "min_lr": float(training.get("min_lr", 0.0)),
+    }
+
+
+def learning_rate(schedule: Mapping[str, Any]) -> float:
+    """The rate at the schedule's step, as AnnealingLR.get_lr computes it."""
+    start, low = float(schedule["start_lr"]), float(schedule["min_lr"])
+    at, warmup = float(schedule["num_iters"]), float(schedule["warmup_iter"])
+    style = schedule["decay_style"]
+    if warmup > 0 and at <= warmup:
+        return start * max(1, at) / warmup
+    at, end = at - warmup, float(schedule["end_iter"]) - warmup
+    if style == "linear":
+        rate = start * (end - at) / end
+    elif style == "cosine":
+        rate = low + (start - low) / 2.0 * (math.cos(math.pi * at / end) + 1)
+    elif style == "exponential":
+        rate = start * math.exp(-0.693 * at / float(schedule["end_iter"]))
+    else:
+        rate = start
+    return max(rate, low)
+
+
+def _states(
+    architecture: Architecture,
+    config: ModelConfig,
+    wholes: Mapping[str, Whole],
+    shape: Shape,
+    rank: int,
+) -> dict[str, dict[Parameter, OutputTensor]]:
+    """One rank's masters and moments."""
+    masters = {name: replace(whole, dtype="float32") for name, whole in wholes.items()}
+    mine = rank_parameters(architecture, config, masters, shape, rank)
+    zeros = {
+        place: OutputTensor(t.name, "float32", t.shape, (constant(t.shape, 0.0),))
+        for place, t in mine.items()
+    }
+    return {MASTER: mine, **dict.fromkeys(_MOMENTS, zeros)}
+
+
+def _bounds(
+    architecture: Architecture,
+    config: ModelConfig,
+    shape: Shape,
+    training: Mapping[str, Any],
+    parameters: Mapping[Parameter, OutputTensor],
+) -> list[range]:
+    if shape.stages == 1:
+        return [range(config.layers + 5)]
+    counts: dict[int, int] = {}
+    for (layer, _), tensor in parameters.items():
+        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
+    method = str(training.get("pipe_partition_method") or DEFAULT)
+    block, tied = block_class(architecture.name), config.tied_embeddings
+    return stage_bounds(method, config.layers, shape.stages, counts, tied=tied, block=block)
+
+
+def _groups(
+    config: ModelConfig,
+    shape: Shape,
+    layers: range,
+    groups: tuple[Group, ...],
+    states: Mapping[str, Mapping[Parameter, OutputTensor]],
+) -> list[RankGroup]:
+    tied = config.tied_embeddings
+    head = tied and config.layers + 4 in layers
+    mine = {
+        place: tensor.shape
+        for place, tensor in sorted(states[MASTER].items(), key=lambda item: item[0][0])
+        if place[0] in layers or (head and place[0] == 0)
+    }
+    named = {p: parameter_name(p, layout=shape.layout, tied=tied) for p in mine}
+    raw = {"weight_decay": 0 if len(groups) == 1 else 1}
+    return [
+        RankGroup(
+            group, {key: {named[p]: tensors[p] for p in part} for key, tensors in states.items()}
+        )
+        for group, part in zip(groups, grouped(mine, raw, len(groups)), strict=True)
+        if part
+    ]

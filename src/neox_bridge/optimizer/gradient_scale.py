@@ -1,0 +1,334 @@
+"""The scale of a run's gradients, and an optimizer whose gradients come in another scale.
+
+DeepSpeed's pipeline engine sums the gradients of a step's micro-batches in some versions
+(``frameworks/deepspeed``). There a gradient is ``gradient_accumulation_steps`` times the mean, so
+that another accumulation is another scale: of Adam's moments, and of what the gradient's norm is
+clipped at. With k the new scale divided by the old one, the same run has k times the first moments,
+k**2 times the second ones, k times ``gradient_clipping`` and k times Adam's ``eps``:
+the update, k m / (sqrt(k**2 v) + k eps), is what it was.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+from neox_bridge.errors import Refused
+from neox_bridge.findings import Finding
+from neox_bridge.formats.pickles import Record
+from neox_bridge.frameworks.deepspeed import PipelineAccumulation
+from neox_bridge.layouts.untrusted import FLOAT
+from neox_bridge.optimizer.states import MASTER, Group, Optimizer
+from neox_bridge.tensors.pieces import Whole, scaled
+
+Engine = Literal["sums", "averages"]
+States = Mapping[str, Mapping[str, Whole]]
+
+CLIPPING = 1.0  # GPT-NeoX's default of gradient_clipping
+_WEIGHT_DECAY = 0.1  # and of weight_decay
+_EPS = 1e-8  # the default of apex's, DeepSpeed's and torch's Adam
+
+# The power of k with which each state grows, by the optimizer's name in GPT-NeoX
+# (megatron/training.py, get_optimizer). No other optimizer's update stays the same.
+_ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+_POWERS: dict[str, dict[str, int]] = {
+    "adam": _ADAM,
+    "cpu_adam": _ADAM,
+    "cpu_torch_adam": _ADAM,
+    "lion": {"exp_avg": 1},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rescaling:
+    """An optimizer's way to gradients of another scale.
+
+    factor: the new scale divided by the old one. powers: of the factor, by the states there are.
+    decays: whether weight_decay is scaled, since it is added to the gradient (L2 mode).
+    has_eps: whether the optimizer has an ``eps``. half: whether the run is in float16.
+    """
+
+    factor: Fraction
+    powers: Mapping[str, int]
+    decays: bool
+    has_eps: bool
+    half: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether states keep every digit: the factor is a power of two."""
+        return math.frexp(self.factor)[0] == 0.5
+
+    @property
+    def loss_scale(self) -> float:
+        """By what a loss scale is divided: the power of two that is as large as the factor.
+
+        So scaled gradients are at most as large as they were, and none overflows that did not.
+        """
+        return 2.0 ** math.ceil(math.log2(self.factor))
+
+    def times(self, value: Any) -> Any:
+        """A hyperparameter, scaled; what is no number stays.
+
+        YAML 1.1 reads 1e-08, which has no point, as text.
+        """
+        if isinstance(value, str) and FLOAT.fullmatch(value):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        return _as_given(value, value * self.factor.numerator / self.factor.denominator)
+
+    def states(self, states: States) -> States:
+        """The states, scaled."""
+        return {
+            key: {
+                name: scaled(whole, float(self.factor ** self.powers[key]))
+                for name, whole in wholes.items()
+            }
+            if key in self.powers
+            else wholes
+            for key, wholes in states.items()
+        }
+
+    def optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer with hyperparameters, clipping and loss scale scaled; not its states."""
+        head = dict(optimizer.head)
+        if "clip_grad" in head:
+            head["clip_grad"] = self.times(head["clip_grad"])
+        if self.half and optimizer.wrapper == "fp16" and "cur_scale" in head:
+            head["cur_scale"] = self._divided(head["cur_scale"], head.get("min_loss_scale"))
+        scaler = head.get("loss_scaler")
+        if self.half and isinstance(scaler, Record) and isinstance(scaler.state, dict):
+            state = dict(scaler.state)
+            state["cur_scale"] = self._divided(state.get("cur_scale"), state.get("min_scale"))
+            head["loss_scaler"] = replace(scaler, state=state)
+        groups = tuple(
+            Group(self._settings(group.settings), group.scalars) for group in optimizer.groups
+        )
+        return replace(optimizer, head=head, groups=groups)
+
+    def ds_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """DeepSpeed's settings in an mp_rank file, scaled."""
+        changed = dict(config)
+        if "gradient_clipping" in config:
+            changed["gradient_clipping"] = self.times(config["gradient_clipping"])
+        told = config.get("optimizer")
+        if isinstance(told, dict) and isinstance(told.get("params"), dict):
+            changed["optimizer"] = {**told, "params": self._settings(told["params"])}
+        return {**changed, **self._static_scale(config)}
+
+    def yml(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of GPT-NeoX's settings that change, with their new values."""
+        changed: dict[str, Any] = {
+            "gradient_clipping": self.times(raw.get("gradient_clipping", CLIPPING))
+        }
+        if self.has_eps:
+            optimizer = raw.get("optimizer") or {}
+            params = {"eps": _EPS, **(optimizer.get("params") or {})}
+            changed["optimizer"] = {**optimizer, "params": {**params, **self._settings(params)}}
+        if self.decays:
+            changed["weight_decay"] = self.times(raw.get("weight_decay", _WEIGHT_DECAY))
+        return {**changed, **self._static_scale(raw)}
+
+    def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        keys = {"eps"} if self.has_eps else set()
+        keys |= {"weight_decay"} if self.decays else set()
+        return {k: self.times(v) if k in keys else v for k, v in settings.items()}
+
+    def _static_scale(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        half = settings.get("fp16")
+        if not self.half or not isinstance(half, dict) or not half.get("loss_scale"):
+            return {}
+        return {"fp16": {**half, "loss_scale": self._divided(half["loss_scale"], None)}}
+
+    def _divided(self, value: Any, least: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        lowest = least if isinstance(least, int | float) else 0.0
+        return _as_given(value, max(value / self.loss_scale, lowest))
+
+
+def _as_given(value: float, result: float) -> float:
+    """A whole number where one was given and one comes out."""
+    return int(result) if isinstance(value, int) and result == int(result) else result
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What a run's gradients depend on.
+
+    engine: what its pipeline engine does. pipeline: whether it has one (pipe_parallel_size >= 1).
+    """
+
+    engine: PipelineAccumulation
+    pipeline: bool
+    stages: int
+    accumulation: int
+
+    @property
+    def scale(self) -> int | None:
+        """How many times the mean gradient its gradients are; None where stages differ in it."""
+        if not self.pipeline or self.engine == "averages" or self.accumulation == 1:
+            return 1
+        if self.engine == "once a stage":
+            return None if self.stages > 1 else 1
+        return self.accumulation
+
+
+def kept_accumulation(source: Side, target: Side) -> int | None:
+    """The accumulation with which the target's gradients have the source's scale.
+
+    None where every accumulation, or none, does that. The target's own is not looked at.
+    """
+    if not target.pipeline or target.engine == "averages":
+        return None
+    if target.engine == "once a stage" and target.stages == 1:
+        return None
+    if source.scale is None:
+        return source.accumulation
+    return source.scale if target.engine == "sums" else 1
+
+
+def change_of_scale(source: Side, target: Side, way_out: str) -> Fraction:
+    """By what the gradients of the target are larger.
+
+    Raises:
+        Refused: where they are not one number of times as large. way_out: what to do then.
+    """
+    if source == target:
+        return Fraction(1)
+    if source.scale is None or target.scale is None:
+        raise Refused(
+            "DeepSpeed 0.18.3 to 0.19.2 divides the gradients by gradient_accumulation_steps once "
+            "in each pipeline stage (DeepSpeed#8152), so that no scaling makes this the same run. "
+            f"{way_out} If the run's DeepSpeed has the fix, say so: --source-engine averages."
+        )
+    return Fraction(target.scale, source.scale)
+
+
+def rescaling(
+    optimizer: Optimizer, raw: Mapping[str, Any], factor: Fraction, dtype: str, way_out: str
+) -> Rescaling:
+    """How this optimizer's run goes on with gradients of another scale.
+
+    Args:
+        optimizer: the source's.
+        raw: GPT-NeoX's settings of the run.
+        factor: the new scale divided by the old one.
+        dtype: in which the run computes.
+        way_out: what a user can do where no rescaling is the same run.
+
+    Raises:
+        Refused: for an optimizer whose update would not stay the same.
+    """
+    told = raw.get("optimizer") or {}
+    name = str(told.get("type") or "adam").lower()
+    keys = {key for key in optimizer.keys if key != MASTER}
+    powers = _POWERS.get(name)
+    if powers is None or not keys <= set(powers) or raw.get("use_bnb_optimizer"):
+        what = (
+            "use_bnb_optimizer: true" if raw.get("use_bnb_optimizer") else f"optimizer.type {name}"
+        )
+        raise Refused(
+            f"The gradients of the resharded run would be {factor} x what they were, and with "
+            f"{what} (states {', '.join(sorted(keys)) or 'none'}) no scaling of its states makes "
+            f"that the same run; it is known for Adam and Lion. {way_out}"
+        )
+    decays = powers is _ADAM and _is_l2(optimizer, raw, told.get("params") or {})
+    used = {key: powers[key] for key in optimizer.keys if key in powers}
+    return Rescaling(factor, used, decays, powers is _ADAM, dtype == "float16")
+
+
+def _is_l2(optimizer: Optimizer, raw: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
+    """Whether Adam adds a weight decay to the gradient.
+
+    apex's and DeepSpeed's do with ``adam_w_mode`` or ``adamw_mode`` false, mup's MuAdam always
+    does; by default the decay is decoupled, in every GPT-NeoX since 2023.
+    """
+    if not any(group.settings.get("weight_decay") for group in optimizer.groups):
+        return False
+    coupled = any(params.get(key) is False for key in ("adam_w_mode", "adamw_mode"))
+    groups = any(g.settings.get("decoupled_weight_decay") is False for g in optimizer.groups)
+    return coupled or groups or bool(raw.get("use_mup"))
+
+
+def _division(divisor: float) -> str:
+    if divisor < 1:
+        return f"multiplied by {1 / divisor:g}"
+    return f"divided by {divisor:g} (no further than min_loss_scale)"
+
+
+_DOES: dict[str, str] = {
+    "sums": "sums micro-batches' gradients",
+    "averages": "averages micro-batches' gradients",
+    "once a stage": "divides micro-batches' gradients once in each stage",
+}
+
+
+def gradient_findings(
+    version: str | None,
+    before: Side,
+    after: Side,
+    changes: Rescaling | None,
+    settings: Mapping[str, Any],
+) -> Iterator[Finding]:
+    """What is assumed of the engines, where that matters, and what was scaled.
+
+    Args:
+        version: of the source's DeepSpeed.
+        before: what the source's gradients depend on.
+        after: and the target's.
+        changes: how the optimizer goes on with gradients of another scale.
+        settings: the keys of the target's yml that are not the source's, with their values.
+    """
+    if not any(side.pipeline and side.accumulation > 1 for side in (before, after)):
+        return
+    name = f"DeepSpeed {version}" if version else "a DeepSpeed that names no version"
+    assumed = (
+        f"assuming that the pipeline engine of the run ({name}) {_DOES[before.engine]}, and that "
+        f"the one it goes on with {_DOES[after.engine]}"
+    )
+    other = "averages" if after.engine == "sums" else "sums"
+    remedy = (
+        f"to go on with an engine that {other} them, say --engine {other}; if the run's own did "
+        f"not do what its version says, --source-engine"
+    )
+    steps = f"gradient_accumulation_steps {before.accumulation} -> {after.accumulation}"
+    if changes is None:
+        text = f"the gradients keep their scale ({steps}), {assumed}"
+        yield Finding("gradient-scale", "info", text, remedy)
+        return
+    k = f"{float(changes.factor):g}"
+    states = ", ".join(
+        f"{key} x {float(changes.factor**power):g}" for key, power in changes.powers.items()
+    )
+    keys = [f"gradient_clipping: {settings['gradient_clipping']}"]
+    if changes.has_eps:
+        keys.append(f"optimizer.params.eps: {settings['optimizer']['params']['eps']}")
+    if changes.decays:
+        keys.append(f"weight_decay: {settings['weight_decay']}")
+    rounding = "" if changes.exact else " (rounded, since it is no power of two)"
+    yield Finding(
+        "gradient-scale",
+        "warning",
+        f"the gradients are {k} x what they were ({steps}), {assumed}; so that the run stays the "
+        f"same, its states are scaled ({states}{rounding}) and resume.yml has "
+        f"{', '.join(keys)}. Go on with these settings, not with the run's old ones",
+        remedy,
+    )
+    if changes.half and changes.loss_scale != 1:
+        yield Finding(
+            "loss-scale",
+            "info",
+            f"fp16: the loss scale is {_division(changes.loss_scale)}, so that no scaled gradient "
+            "overflows that did not before",
+        )
+    if changes.decays:
+        yield Finding(
+            "coupled-weight-decay",
+            "warning",
+            "weight_decay is added to the gradient (L2 mode: adam_w_mode or adamw_mode false, or "
+            f"use_mup), so that it is scaled too: weight_decay x {k} in resume.yml and in the "
+            "optimizer's states",
+        )

@@ -1,0 +1,89 @@
+"""A checkpoint with its optimizer's states: the masters for weights, or all beside them."""
+
+from dataclasses import replace
+
+from neox_bridge.errors import UsageError
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.weights import STATE_OF
+from neox_bridge.optimizer.read_files import read_optimizer
+from neox_bridge.optimizer.states import MASTER, Optimizer, states
+from neox_bridge.tensors.pieces import Dropped
+
+
+def with_masters(checkpoint: Checkpoint) -> Checkpoint:
+    """The model in the precision in which it is trained.
+
+    A run in 16 bits rounds its weights from fp32 masters at each step; one in fp32 has no others
+    than its weights. Raises BridgeError for a checkpoint without an optimizer.
+    """
+    if checkpoint.neox is None:
+        raise UsageError(
+            ["weights"],
+            f"{checkpoint.path} is a Hugging Face model, and only the optimizer states of a "
+            "GPT-NeoX run hold master weights",
+            "Leave it out.",
+        )
+    optimizer = read_optimizer(checkpoint)
+    dropped = tuple(
+        replace(drop, reason="optimizer states, but for the masters", kind="other")
+        if drop.kind == "optimizer"
+        else drop
+        for drop in checkpoint.dropped
+    )
+    if MASTER not in optimizer.keys:  # fp32 of ZeRO stage 0
+        return checkpoint
+    return replace(
+        checkpoint,
+        config=replace(checkpoint.config, dtype="float32"),
+        tensors=states(checkpoint, optimizer)[MASTER],
+        from_masters=True,
+        dropped=(*dropped, Dropped("the weights in 16 bits", "rounded masters"))
+        if checkpoint.config.dtype != "float32"
+        else dropped,
+        findings=(*checkpoint.findings, *optimizer.findings),
+    )
+
+
+def as_it_was_converted(
+    source: Checkpoint, target: Checkpoint
+) -> tuple[Checkpoint, tuple[Finding, ...]]:
+    """The source with the weights that the target was made of, as the target's record tells.
+
+    Returns:
+        It, and what is said of it where these are the masters.
+
+    Raises:
+        BridgeError: the target was made of masters, and the source has none.
+    """
+    recorded = target.record.get("source")
+    of_masters = isinstance(recorded, dict) and recorded.get("weights") == "masters"
+    if not of_masters or source.neox is None or source.from_masters:
+        return source, ()
+    masters = with_masters(source)
+    finding = Finding(
+        "masters-compared",
+        "info",
+        f"{target.path} was converted with --weights masters, and is compared with the fp32 "
+        f"masters of {source.path}",
+    )
+    return masters, (finding, *masters.findings[len(source.findings) :])
+
+
+def with_states(checkpoint: Checkpoint, optimizer: Optimizer | None = None) -> Checkpoint:
+    """The model's tensors and, as "exp_avg: name", the optimizer's states of each.
+
+    optimizer: the checkpoint's, where it was read already.
+    Raises BridgeError for a checkpoint without an optimizer.
+    """
+    optimizer = optimizer or read_optimizer(checkpoint)
+    more = {
+        f"{key}{STATE_OF}{name}": whole
+        for key, wholes in states(checkpoint, optimizer).items()
+        for name, whole in wholes.items()
+    }
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, **more},
+        dropped=tuple(d for d in checkpoint.dropped if d.kind != "optimizer"),
+    )

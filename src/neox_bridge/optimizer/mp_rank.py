@@ -1,0 +1,88 @@
+"""The mp_rank files of a run that goes on: what the source's say, for other ranks."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neox_bridge.formats.pickle_writer import TensorSlot
+from neox_bridge.formats.pickles import Record
+from neox_bridge.layouts.universal_folder import INFO
+from neox_bridge.planning.random_states import of_rank
+from neox_bridge.tensors.pieces import OutputTensor, box
+from neox_bridge.tensors.tensor_ref import TensorRef
+
+_TRACKER = "model-parallel-rng"
+_LAYER = re.compile(r"(?:sequential\.)?(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The source's mp_rank values by number, and how many tensor-parallel ranks they are of.
+
+    generators: rank 0's state of each tracked generator, by name.
+    """
+
+    metas: Sequence[Mapping[str, Any]]
+    tp: int
+    generators: Mapping[str, bytes]
+
+    def of(self, stage: int, rank: int) -> Mapping[str, Any]:
+        """The one that is nearest to a stage and rank; a rank that isn't there is as rank 0."""
+        stages = len(self.metas) // self.tp
+        return self.metas[min(stage, stages - 1) * self.tp + (rank if rank < self.tp else 0)]
+
+    def derived(self, tp: int) -> tuple[int, ...]:
+        """The ranks of ``tp`` whose generators have to be made up."""
+        return tuple(range(self.tp, tp)) if self.generators else ()
+
+
+def mp_rank(
+    sources: Sources, stage: int, rank: int, new: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[OutputTensor]]:
+    """One file's value and its tensors. new: what isn't as in the source."""
+    tensors: list[OutputTensor] = []
+    value = {**sources.of(stage, rank), **new}
+    if value.get(INFO) is None:
+        value.pop(INFO, None)
+    states = value.get("rng_tracker_states")
+    if rank >= sources.tp and isinstance(states, dict):
+        made = {}
+        for name in states:
+            data, _ = of_rank(sources.generators[name], rank)
+            slot = f"rng_tracker_states.{name}"
+            tensors.append(OutputTensor(slot, "uint8", (len(data),), inline=data))
+            made[name] = TensorSlot(slot)
+        value["rng_tracker_states"] = made
+    return {key: with_slots(entry, key, tensors) for key, entry in value.items()}, tensors
+
+
+def with_slots(value: Any, name: str, tensors: list[OutputTensor]) -> Any:
+    """A value that was read, to be written again: its tensors as slots, added to ``tensors``."""
+    if isinstance(value, TensorRef):
+        tensors.append(OutputTensor(name, value.dtype, value.shape, (box(value),)))
+        return TensorSlot(name)
+    if isinstance(value, dict):
+        made = {key: with_slots(entry, f"{name}.{key}", tensors) for key, entry in value.items()}
+        return type(value)(made)
+    if isinstance(value, list | tuple):
+        entries = [with_slots(entry, f"{name}.{n}", tensors) for n, entry in enumerate(value)]
+        return type(value)(entries)
+    if isinstance(value, Record) and not isinstance(value.state, tuple):
+        return replace(value, state=with_slots(value.state, name, tensors))
+    return value
+
+
+def buffer_names(metas: Sequence[Mapping[str, Any]], layers: range, prefix: str) -> list[str]:
+    """The buffers that a stage of these layers stores; prefix: of its names."""
+    named = {name for meta in metas for name in meta.get("buffer_names") or ()}
+    found = [(int(m[1]), m[2]) for name in named if (m := _LAYER.fullmatch(name))]
+    return [f"{prefix}{layer}.{name}" for layer, name in sorted(found) if layer in layers]
+
+
+def parameter_name(parameter: tuple[int, str], *, layout: str, tied: bool) -> str:
+    """DeepSpeed's name of a parameter. tied: whether the head is the embeddings."""
+    layer, name = parameter
+    if layout == "ranks":
+        return f"sequential.{layer}.{name}"
+    return f"tied_modules.embed.{name}" if layer == 0 and tied else f"{layer}.{name}"

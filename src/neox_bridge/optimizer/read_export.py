@@ -1,0 +1,141 @@
+"""Optimizer states in safetensors under Hugging Face names, and what goes with them as JSON."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.formats.pickles import Record
+from neox_bridge.formats.safetensors import read_safetensors
+from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.text_files import read_json
+from neox_bridge.optimizer.states import MASTER, Optimizer, Scalar
+from neox_bridge.stores.paths import isfile
+from neox_bridge.tensors.pieces import Whole, whole_of
+from neox_bridge.tensors.tensor_ref import TensorRef
+
+SCALARS = "optimizer.json"
+FORMAT = 1
+
+
+def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimizer has beside tensors, as plain data; what JSON can't say is left out."""
+    assert checkpoint.neox is not None
+    meta = optimizer.metas[0]
+    members = _members(checkpoint, optimizer)
+    scaler = optimizer.head.get("loss_scaler")
+    found = {
+        "format": FORMAT,
+        "states": list(optimizer.keys),
+        "iteration": checkpoint.neox.iteration,
+        "groups": [
+            {
+                **group.settings,
+                "state": {key: number_in(entry) for key, entry in group.scalars.items()},
+                "tensors": [name for name, number in members.items() if number == index],
+            }
+            for index, group in enumerate(optimizer.groups)
+        ],
+        "loss_scaler": scaler.state if isinstance(scaler, Record) else dict(optimizer.head),
+        **{
+            key: meta.get(key)
+            for key in ("lr_scheduler", "global_steps", "global_samples", "skipped_steps")
+        },
+        "ds_config": meta.get("ds_config"),
+        "data_parallel": optimizer.dp,
+        "zero_stage": optimizer.stage,
+        "derived": {derived.key: derived.source for derived in optimizer.derived},
+    }
+    plain: dict[str, Any] = _plain(found)
+    return plain
+
+
+def read_export(folder: str, checkpoint: Checkpoint) -> dict[str, dict[str, Whole]]:
+    """The states of an export by name, each with the tensors of this very model.
+
+    Raises BridgeError for one that lacks a tensor, or has one of another shape.
+    """
+    path = os.path.join(folder, SCALARS)
+    told = read_json(path)
+    names = told.get("states")
+    known = isinstance(names, list) and all(re.fullmatch(r"\w+", str(name)) for name in names)
+    if told.get("format") != FORMAT or not isinstance(names, list) or not known:
+        raise BridgeError(f"{path} isn't what export-optimizer writes: no states, or a new format.")
+    return {
+        str(key): _read(os.path.join(folder, f"{key}.safetensors"), checkpoint) for key in names
+    }
+
+
+def with_export(
+    checkpoint: Checkpoint, optimizer: Optimizer, folder: str
+) -> tuple[Checkpoint, dict[str, dict[str, Whole]]]:
+    """The states of an export for this run, and the run with the weights that are its masters'.
+
+    Raises BridgeError where the states aren't those that the run's optimizer has.
+    """
+    found = read_export(folder, checkpoint)
+    if sorted(found) != sorted(optimizer.keys):
+        raise BridgeError(
+            f"{folder} has the states {', '.join(found)}, and the optimizer of {checkpoint.path} "
+            f"{', '.join(optimizer.keys)}."
+        )
+    found = {key: found[key] for key in optimizer.keys}
+    if MASTER in found:
+        dtypes = {name: whole.dtype for name, whole in checkpoint.tensors.items()}
+        rounded = {n: replace(w, dtype=dtypes[n]) for n, w in found[MASTER].items()}
+        checkpoint = replace(checkpoint, tensors=rounded)
+    return checkpoint, found
+
+
+def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
+    if not isfile(path):
+        raise BridgeError(f"{path} is missing. Export the optimizer again.")
+    refs = read_safetensors(path)
+    if odd := sorted(set(refs) ^ set(checkpoint.tensors)):
+        raise BridgeError(f"{path}: {some(odd)} isn't in both it and {checkpoint.path}.")
+    for name, ref in refs.items():
+        if ref.shape != checkpoint.tensors[name].shape:
+            raise BridgeError(
+                f"{path}: {name} has the shape {list(ref.shape)}, and in {checkpoint.path} "
+                f"{list(checkpoint.tensors[name].shape)}. It is of another model."
+            )
+    return {name: whole_of(ref) for name, ref in refs.items()}
+
+
+def _members(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, int]:
+    """The group of each tensor of the model."""
+    assert checkpoint.neox is not None
+    places: dict[TensorRef, tuple[int, str]] = {
+        ref: (layer, name)
+        for layer, tensors in checkpoint.neox.ranks[0].items()
+        for name, ref in tensors.items()
+    }
+    return {
+        name: optimizer.members[places[piece.source]]
+        for name, whole in checkpoint.tensors.items()
+        for piece in whole.pieces[:1]
+        if piece.source is not None
+    }
+
+
+def number_in(entry: Any) -> Any:
+    """A scalar as Python has it."""
+    if not isinstance(entry, Scalar):
+        return entry
+    import numpy as np
+
+    from neox_bridge.tensors.dtypes import to_numpy
+
+    values = np.frombuffer(entry.data, to_numpy(entry.dtype)).reshape(entry.shape)
+    return values.astype(np.float64).tolist() if values.dtype.kind in "Vf" else values.tolist()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {str(key): _plain(entry) for key, entry in value.items()}
+        return {key: entry for key, entry in kept.items() if entry is not NotImplemented}
+    if isinstance(value, list | tuple):
+        return [entry for entry in map(_plain, value) if entry is not NotImplemented]
+    return value if value is None or isinstance(value, str | int | float | bool) else NotImplemented

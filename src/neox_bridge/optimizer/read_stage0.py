@@ -1,0 +1,201 @@
+"""Reads the optimizer of ZeRO stage 0, which lies in the mp_rank files without parameters' names.
+
+fp32: torch's own state dict, a state a parameter. fp16: deepspeed 0.16
+runtime/fp16/fused_optimizer.py, FP16_Optimizer, a flat tensor a group, without padding.
+The order of parameters is that of GPT-NeoX's modules; megatron/model/utils.py,
+get_params_for_weight_decay_optimization, divides them into groups.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.deepspeed_values import (
+    check_stage0_scaler,
+    check_tensor,
+    numbers_of,
+    parameter_groups,
+    states_of,
+)
+from neox_bridge.layouts.untrusted import mapping, sequence
+from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.read_files import check_weights, generators, scalar
+from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Parameter
+from neox_bridge.tensors.flat import Flat
+from neox_bridge.tensors.pieces import Shape, Whole, whole_of
+from neox_bridge.tensors.tensor_ref import TensorRef
+
+_WITHOUT_DECAY = ("mixer.A_log",)  # _no_weight_decay of megatron/model/mamba/mamba.py
+
+
+def read_stage0(
+    checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
+) -> Optimizer:
+    """The states of a stage 0 source. Raises BridgeError where they aren't the model's."""
+    state = checkpoint.neox
+    assert state is not None
+    members: dict[Parameter, int] = {}
+    shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
+    groups: dict[int, Group] = {}
+    bounds = source_bounds(checkpoint)
+    for number, meta in enumerate(metas):
+        stage, rank = divmod(number, state.tp)
+        path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
+        named = stored_parameters(checkpoint, bounds[stage], rank)
+        head = mapping(meta, "optimizer", path)
+        inner = head.get("optimizer_state_dict")
+        if inner is not None and "fp32_groups_flat" not in head:
+            raise Refused(
+                f"{path}: its optimizer is DeepSpeed's FP16_UnfusedOptimizer, or another that "
+                "can't be read. Resume the run with a fused Adam or with ZeRO stage 1, and save it."
+            )
+        if inner is not None:
+            check_stage0_scaler(head, path)
+        torch_state = head if inner is None else mapping(head, "optimizer_state_dict", path)
+        told = parameter_groups(torch_state, path)
+        if len(told) not in (1, 2):
+            raise BridgeError(
+                f"{path}: param_groups of its optimizer has {len(told)} groups, and GPT-NeoX makes "
+                "one or two. The file is damaged; get it from its source again."
+            )
+        for index, mine in enumerate(grouped(named, checkpoint.raw, len(told))):
+            if inner is None:
+                scalars = _plain(torch_state, index, mine, rank, shards, path)
+            else:
+                scalars = _flat(head, index, mine, rank, shards, path)
+            settings = {k: v for k, v in told[index].items() if k != "params"}
+            groups.setdefault(index, Group(settings, scalars))
+            members |= dict.fromkeys(mine, index)
+    head = metas[0]["optimizer"]
+    flat = "fp32_groups_flat" in head
+    kept = {k: v for k, v in head.items() if k not in ("optimizer_state_dict", "fp32_groups_flat")}
+    keys = list(dict.fromkeys(key for states in shards.values() for key in states))
+    result = Optimizer(
+        "fp16" if flat else "plain",
+        0,
+        int(metas[0].get("dp_world_size") or 1),
+        tuple(keys),
+        tuple(groups[index] for index in sorted(groups)),
+        members,
+        shards,
+        kept if flat else {},
+        metas,
+        (),
+        generators(metas[0]),
+    )
+    check_weights(checkpoint, result, folder)
+    return result
+
+
+def source_bounds(checkpoint: Checkpoint) -> list[range]:
+    """The layers of each of the source's stages, or all of them in one."""
+    state, config = checkpoint.neox, checkpoint.config
+    assert state is not None
+    if state.pp < 2:
+        return [range(config.layers + 5)]
+    counts = {
+        layer: sum(prod(ref.shape) for ref in tensors.values())
+        for layer, tensors in state.ranks[0].items()
+    }
+    method = str(checkpoint.raw.get("pipe_partition_method") or DEFAULT)
+    block, tied = block_class(checkpoint.architecture.name), config.tied_embeddings
+    return stage_bounds(method, config.layers, state.pp, counts, tied=tied, block=block)
+
+
+def grouped(
+    named: Mapping[Parameter, Shape], raw: Mapping[str, Any], count: int
+) -> list[dict[Parameter, Shape]]:
+    """The parameters by group: those that decay, then biases, norms and their like.
+
+    count: the groups that there are; all parameters are in one where weight_decay is 0.
+    """
+    if raw.get("weight_decay") == 0 or count == 1:
+        return [dict(named)]
+    still = {p for p, shape in named.items() if len(shape) == 1 or p[1] in _WITHOUT_DECAY}
+    return [
+        {p: shape for p, shape in named.items() if p not in still},
+        {p: shape for p, shape in named.items() if p in still},
+    ]
+
+
+def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
+    """A tensor-parallel rank's parameters in a stage, in order, with their shapes there."""
+    assert checkpoint.neox is not None
+    used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
+    stored = checkpoint.neox.ranks[rank]
+    head = checkpoint.config.layers + 4
+    tied = checkpoint.config.tied_embeddings and head in layers
+    return {
+        (layer, name): ref.shape
+        for layer in sorted(stored)
+        if layer in layers or (tied and layer == 0)
+        for name, ref in stored[layer].items()
+        if ref in used
+    }
+
+
+def _plain(
+    state: Mapping[str, Any],
+    index: int,
+    mine: Mapping[Parameter, Shape],
+    rank: int,
+    shards: dict[tuple[int, Parameter], dict[str, Whole]],
+    path: str,
+) -> dict[str, Any]:
+    """Fills ``shards`` from states of their own; returns what else the group's states have."""
+    numbers = numbers_of(state["param_groups"][index], index, path)
+    if len(numbers) != len(mine):
+        raise BridgeError(
+            f"{path}: group {index} of its optimizer has {len(numbers)} parameters, and by the "
+            f"model it should have {len(mine)}. Was part of the model frozen?"
+        )
+    scalars: dict[str, Any] = {}
+    for number, (place, shape) in zip(numbers, mine.items(), strict=True):
+        for key, entry in states_of(state, number, path).items():
+            if isinstance(entry, TensorRef) and entry.shape:
+                check_tensor(key, entry, path)
+                if entry.shape != shape:
+                    raise BridgeError(
+                        f"{path}: {key} of parameter {number} has the shape {list(entry.shape)}, "
+                        f"and layer {place[0]}: {place[1]} has {list(shape)}."
+                    )
+                shards.setdefault((rank, place), {})[key] = whole_of(entry)
+            else:
+                # DeepSpeed's FusedAdam counts the steps at a group's last parameter alone
+                scalars[key] = scalar(entry)
+    return scalars
+
+
+def _flat(
+    value: Mapping[str, Any],
+    index: int,
+    mine: Mapping[Parameter, Shape],
+    rank: int,
+    shards: dict[tuple[int, Parameter], dict[str, Whole]],
+    path: str,
+) -> dict[str, Any]:
+    """The same from flat tensors, the masters among them."""
+    flat = Flat({f"{layer}.{name}": shape for (layer, name), shape in mine.items()}, 1)
+    masters = sequence(value, "fp32_groups_flat", path)
+    if index >= len(masters):
+        raise BridgeError(f"{path}: fp32_groups_flat lacks group {index}. Copy it again.")
+    entries: dict[str, Any] = {MASTER: check_tensor(MASTER, masters[index], path)}
+    entries |= states_of(value["optimizer_state_dict"], index, path)
+    scalars: dict[str, Any] = {}
+    for key, entry in entries.items():
+        if not isinstance(entry, TensorRef) or not entry.shape:
+            scalars[key] = scalar(entry)
+            continue
+        check_tensor(key, entry, path)
+        if prod(entry.shape) != flat.numel:
+            raise BridgeError(
+                f"{path}: {key} of group {index} has {prod(entry.shape):,} elements, and by the "
+                f"model it should have {flat.numel:,}. Was part of the model frozen?"
+            )
+        wholes = flat.wholes([replace(entry, shape=(flat.numel,))])
+        for place, whole in zip(mine, wholes.values(), strict=True):
+            shards.setdefault((rank, place), {})[key] = whole
+    return scalars

@@ -1,0 +1,274 @@
+"""Where a resharded run goes on: what a user asks for, settled against the model and the batch."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.errors import Refused, UsageError
+from neox_bridge.frameworks.deepspeed import pipeline_accumulation
+from neox_bridge.frameworks.eras import Era
+from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, refuse_all
+from neox_bridge.layouts.untrusted import whole
+from neox_bridge.layouts.weights import model_weights
+from neox_bridge.optimizer.global_batch import Batch, batch_of, spread
+from neox_bridge.optimizer.gradient_scale import (
+    Engine,
+    Rescaling,
+    Side,
+    change_of_scale,
+    kept_accumulation,
+    rescaling,
+)
+from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.states import MASTER, Optimizer, states
+from neox_bridge.planning.common import drop_vocabulary_rows
+from neox_bridge.planning.era_checks import check_era, lost_in_era
+from neox_bridge.planning.era_settings import EraSettings, era_settings
+from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.planning.options import Options, RowBias
+from neox_bridge.planning.to_neox import target_shape
+from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
+from neox_bridge.tensors.pieces import Whole
+
+
+@dataclass(frozen=True, slots=True)
+class Resharding:
+    """What a user asks for; None means: as the source has it.
+
+    zero: ZeRO's stage. micro_batch: sequences of a rank's forward pass.
+    row_bias: see ``geometry.scatter``. universal: write DeepSpeed's universal checkpoint.
+    ignore_keys: see ``Options``.
+    engine: what the pipeline engine that the run goes on with does with micro-batches' gradients;
+        by default what that of the source's DeepSpeed does. source_engine: what the source's did;
+        by default what its version says.
+    era: the dates of the GPT-NeoX trees in which the run goes on; by default those of the source.
+    """
+
+    tp: int | None = None
+    pp: int | None = None
+    layout: LayoutName | None = None
+    dp: int | None = None
+    zero: int | None = None
+    micro_batch: int | None = None
+    row_bias: RowBias = "whole"
+    universal: bool = False
+    ignore_keys: tuple[str, ...] = ()
+    engine: Engine | None = None
+    source_engine: Engine | None = None
+    era: Era | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target, settled.
+
+    config: with the target's rows of the vocabulary. step: its folder. source: the batch that it
+    had. version: of the source's DeepSpeed. before, after: what the gradients depend on.
+    rescaling: how the optimizer goes on with gradients of another scale; None where they have the
+    same. settings: the run's yml for the target's trees.
+    """
+
+    shape: Shape
+    config: ModelConfig
+    vocabulary: Vocabulary
+    dp: int
+    zero: int
+    batch: Batch
+    bounds: tuple[range, ...]
+    step: str
+    universal: bool
+    source: Batch
+    version: str | None
+    before: Side
+    after: Side
+    rescaling: Rescaling | None
+    settings: EraSettings
+
+    @property
+    def prefix(self) -> str:
+        """What precedes the layer's number in DeepSpeed's names."""
+        return "" if self.shape.layout == "layers" else "sequential."
+
+
+def settle(
+    checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, version: str | None
+) -> Target:
+    """The target that was asked for.
+
+    Args:
+        checkpoint: The source.
+        optimizer: Its optimizer, in the form that the target has.
+        asked: What the user asks for.
+        version: The DeepSpeed that wrote the source; None where nothing tells it.
+
+    Raises:
+        BridgeError: The source's files contradict each other.
+        Refused: The model, the batch or DeepSpeed does not allow such a target.
+    """
+    state, raw = checkpoint.neox, checkpoint.raw
+    assert state is not None
+    options = Options(
+        to="neox",
+        tp=asked.tp,
+        pp=asked.pp,
+        layout=asked.layout,
+        row_bias=asked.row_bias,
+        era=asked.era,
+    )
+    shape, era = target_shape(checkpoint, options)
+    if asked.era is not None:
+        check_era(checkpoint, shape, era, options)
+        refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
+    settings = era_settings(checkpoint, shape, asked.era)
+    rows = checkpoint.config.dims["vocab"]
+    if state.universal:  # it may be without the rows of padding, which come back as zeros
+        folder = state.folder
+        rows = max(rows, whole(state.args, "padded_vocab_size", folder) or 0)
+    vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, shape.tp)
+    config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
+    dp = asked.dp or optimizer.dp
+    zero = optimizer.stage if asked.zero is None else asked.zero
+    if zero == 2 and shape.layout == "layers":
+        raise Refused(
+            "ZeRO stage 2 doesn't go with pipe_parallel_size 1 or more: DeepSpeed refuses it. "
+            "Use --zero 1, or --pp 0."
+        )
+    if zero == 0 and asked.universal:
+        raise Refused(
+            "--universal: DeepSpeed loads universal checkpoints at ZeRO stages 1 and 2 only. Say "
+            "--zero 1."
+        )
+    told = optimizer.metas[0].get("ds_config") or {}
+    mp_rank = os.path.join(state.folder, "mp_rank_00_model_states.pt")
+    source = batch_of(told, raw, optimizer.dp, mp_rank)
+    before, after = _sides(asked, version, checkpoint, shape, source)
+    accumulation = kept_accumulation(before, after)
+    batch = spread(source, dp, asked.micro_batch, accumulation)
+    after = replace(after, accumulation=batch.accumulation)
+    way_out = _way_out(batch.total // dp, accumulation)
+    factor = change_of_scale(before, after, way_out)
+    rescaled = None
+    if factor != 1:
+        rescaled = rescaling(optimizer, raw, factor, checkpoint.config.dtype, way_out)
+    bounds = tuple(_bounds(checkpoint, shape, config))
+    step = f"global_step{state.iteration}{'_universal' if asked.universal else ''}"
+    return Target(
+        shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
+        before, after, rescaled, settings,
+    )  # fmt: skip
+
+
+def check_row_bias(
+    checkpoint: Checkpoint,
+    optimizer: Optimizer,
+    given: Mapping[str, Mapping[str, Whole]] | None,
+    *,
+    tp: int | None,
+    universal: bool,
+) -> None:
+    """Raise UsageError where it makes no difference to ``reshard`` how row biases are written.
+
+    Args:
+        checkpoint: The source, which is a GPT-NeoX checkpoint.
+        optimizer: Its optimizer.
+        given: States that replace those of the source, by state and Hugging Face name.
+        tp: The tensor-parallel size of the target; None means that of the source.
+        universal: Whether the target is a universal checkpoint.
+    """
+    assert checkpoint.neox is not None
+    ranks = tp or checkpoint.neox.tp
+    names = [
+        weight.hf.format(i=block)
+        for weight, block in model_weights(checkpoint.architecture, checkpoint.config)
+        if weight.split == "row_bias"
+    ]
+    if not (checkpoint.config.parallel_residual and names):
+        raise UsageError(
+            ["row_bias"],
+            "this model has no biases that the ranks add up (those of a run with gpt_j_residual)",
+            "Leave it out.",
+        )
+    if universal:
+        raise UsageError(
+            ["row_bias", "universal"],
+            "a universal checkpoint always stores the part that each rank gets",
+            "Leave row_bias out.",
+        )
+    if ranks == 1:
+        raise UsageError(
+            ["row_bias"], "with one tensor-parallel rank, that rank holds the sum", "Leave it out."
+        )
+    masters = (given or states(checkpoint, optimizer)).get(MASTER, {})
+    places = (checkpoint.tensors, masters)
+    wholes = [tensors[name] for tensors in places for name in names if name in tensors]
+    if all(ranks in (len(whole.shards), len(whole.parts)) for whole in wholes):
+        raise UsageError(
+            ["row_bias"],
+            f"there are {ranks} tensor-parallel ranks before and after, and each keeps the biases "
+            "that it trained",
+            "Leave it out, or choose another tensor-parallel size.",
+        )
+
+
+def _sides(
+    asked: Resharding, version: str | None, checkpoint: Checkpoint, shape: Shape, batch: Batch
+) -> tuple[Side, Side]:
+    """What the gradients of the source, and of the target with the source's batch, depend on."""
+    state = checkpoint.neox
+    assert state is not None
+    known = pipeline_accumulation(version)
+    # GPT-NeoX has wanted DeeperSpeed 0.16.5, which sums, since 2025-03
+    before = asked.source_engine or known or asked.engine or "sums"
+    resumes = pipeline_accumulation(asked.era.deepspeed) if asked.era is not None else known
+    after = asked.engine or resumes or before
+    pipeline, stages = state.layout == "layers", max(1, state.pp)
+    return (
+        Side(before, pipeline, stages if pipeline else 1, batch.accumulation),
+        Side(after, shape.layout == "layers", shape.stages, batch.accumulation),
+    )
+
+
+def _way_out(share: int, accumulation: int | None) -> str:
+    """How the gradients keep their scale. share: sequences of a rank's step."""
+    if accumulation and share % accumulation == 0:
+        return (
+            f"--micro-batch {share // accumulation} keeps gradient_accumulation_steps "
+            f"{accumulation}, which needs no scaling."
+        )
+    return "Keep --pp and --dp as they are."
+
+
+def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[range]:
+    """The layers of each stage; all of them in one where there are no stages."""
+    if shape.stages == 1:
+        return [range(config.layers + 5)]
+    counts: dict[int, int] = {}
+    for (layer, _), tensor in rank_parameters(
+        checkpoint.architecture,
+        config,
+        with_target_rows(checkpoint, config, checkpoint.tensors),
+        shape,
+        0,
+    ).items():
+        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
+    return stage_bounds(
+        str(checkpoint.raw.get("pipe_partition_method") or DEFAULT),
+        config.layers,
+        shape.stages,
+        counts,
+        tied=config.tied_embeddings,
+        block=block_class(checkpoint.architecture.name),
+    )
+
+
+def with_target_rows(
+    checkpoint: Checkpoint, config: ModelConfig, wholes: Mapping[str, Whole]
+) -> dict[str, Whole]:
+    """The tensors with the target's rows of the vocabulary; rows that are added are zeros."""
+    return {
+        name: drop_vocabulary_rows(wholes[name], weight, config.dims["vocab"])
+        for weight, block in model_weights(checkpoint.architecture, config)
+        for name in [weight.hf.format(i=block)]
+    }

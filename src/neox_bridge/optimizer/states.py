@@ -1,0 +1,128 @@
+"""The optimizer of a GPT-NeoX checkpoint: what DeepSpeed saved of it, by parameter and by rank.
+
+Four wrappers keep it in different ways (deepspeed 0.16): "zero", DeepSpeedZeroOptimizer of ZeRO
+stages 1 and 2 (runtime/zero/stage_1_and_2.py); "bf16", BF16_Optimizer (runtime/bf16_optimizer.py);
+"fp16", FP16_Optimizer of stage 0 (runtime/fp16/fused_optimizer.py); "plain", none, for fp32 of
+stage 0. The first two have files of their own, one for each data-parallel rank; the others lie in
+the mp_rank files. runtime/engine.py, _do_optimizer_sanity_check, chooses.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neox_bridge.findings import Finding
+from neox_bridge.frameworks.deepspeed import StatesKind, ZeroGeneration
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.tensors.flat import in_place_of
+from neox_bridge.tensors.pieces import Whole
+from neox_bridge.tensors.tensor_ref import TensorRef
+
+Wrapper = Literal["zero", "bf16", "fp16", "plain"]
+Parameter = tuple[int, str]  # GPT-NeoX's number of the layer, and the name in it
+MASTER = "master"  # our key for the fp32 weights; all others are the optimizer's own
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A small tensor, such as a step, by its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of the optimizer's parameter groups.
+
+    settings: its hyperparameters, as torch's param_groups has them, without the parameters.
+    scalars: what its state has beside the tensors of a parameter's size: Python's or ``Scalar``.
+    """
+
+    settings: Mapping[str, Any]
+    scalars: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SavedForm:
+    """In which form files of ZeRO stage 1 or 2 hold an optimizer's states.
+
+    kind: "elastic" or "rigid". generation: the versions of DeepSpeed that save this form.
+    dp: the data-parallel ranks that saved it. intervals: communication intervals of each group, on
+    the first model-parallel rank.
+    """
+
+    kind: StatesKind
+    generation: ZeroGeneration
+    dp: int
+    intervals: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value of the optimizer that its files do not hold.
+
+    key: its name in ``Group.settings``. value: what it must have been. source: what it was derived
+    from, such as "lr_scheduler" or "1 + iteration - skipped_steps".
+    """
+
+    key: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Every state of every parameter, in its place.
+
+    stage: ZeRO's. dp: data-parallel ranks. keys: the states of a parameter, in their order.
+    groups: those that any rank has. members: which group a parameter is of.
+    shards: what a tensor-parallel rank holds of a parameter, by state.
+    head: the optimizer's own dictionary without what is here by parameter.
+    metas: the mp_rank files' values by their number, stage x TP + rank.
+    generators: the states of the generators that differ by tensor-parallel rank, rank 0's, by name.
+    files: absolute paths of those that hold nothing but optimizer states.
+    form: how files of ZeRO stages 1 and 2 hold the states; None for all others.
+    derived: the settings of ``groups`` that no file holds, and derived_findings: that they were
+    derived. findings: what is in doubt of the states' values.
+    """
+
+    wrapper: Wrapper
+    stage: int
+    dp: int
+    keys: tuple[str, ...]
+    groups: tuple[Group, ...]
+    members: Mapping[Parameter, int]
+    shards: Mapping[tuple[int, Parameter], Mapping[str, Whole]]
+    head: Mapping[str, Any]
+    metas: tuple[Mapping[str, Any], ...]
+    files: tuple[str, ...]
+    generators: Mapping[str, bytes]
+    form: SavedForm | None = None
+    derived: tuple[Derived, ...] = ()
+    derived_findings: tuple[Finding, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, Whole]]:
+    """The model's tensors, under their Hugging Face names, for each of the optimizer's states."""
+    assert checkpoint.neox is not None
+    stored: dict[TensorRef, tuple[int, Parameter]] = {
+        ref: (rank, (layer, name))
+        for rank, layers in enumerate(checkpoint.neox.ranks)
+        for layer, tensors in layers.items()
+        for name, ref in tensors.items()
+    }
+    found: dict[str, dict[str, Whole]] = {}
+    for key in optimizer.keys:
+        shards = {
+            ref: optimizer.shards[place][key]
+            for ref, place in stored.items()
+            if place in optimizer.shards
+        }
+        found[key] = {
+            name: in_place_of(whole, shards, sums=key == MASTER)
+            for name, whole in checkpoint.tensors.items()
+        }
+    return found

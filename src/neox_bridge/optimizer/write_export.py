@@ -1,0 +1,41 @@
+"""Plans a folder of optimizer states for people: a safetensors file a state, and a JSON file."""
+
+from math import prod
+
+from neox_bridge.formats.safetensors import layout_safetensors
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
+from neox_bridge.layouts.text_files import dump_json
+from neox_bridge.layouts.unknown_keys import listed, warned
+from neox_bridge.optimizer.read_export import SCALARS, scalars
+from neox_bridge.optimizer.states import Optimizer, states
+from neox_bridge.planning.common import text_file
+from neox_bridge.planning.record import hf_record, source_summary
+from neox_bridge.tensors.fragments import cut_reductions
+from neox_bridge.tensors.pieces import OutputTensor, Plan
+
+
+def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
+    """``master.safetensors``, ``exp_avg.safetensors`` and so on, the scalars, and the record."""
+    found = states(checkpoint, optimizer)
+    files = []
+    for key, wholes in found.items():
+        tensors = [
+            OutputTensor(name, whole.dtype, whole.shape, whole.pieces, whole.reduce)
+            for name, whole in wholes.items()
+        ]
+        files.append(cut_reductions(layout_safetensors(f"{key}.safetensors", tensors)))
+    files.append(text_file(SCALARS, dump_json(scalars(checkpoint, optimizer))))
+    record = {**hf_record(checkpoint), "optimizer": list(found)}
+    files.append(text_file(RECORD, dump_json(record), seals=True))
+    summary: dict[str, object] = {
+        "kind": "hf",
+        "architecture": checkpoint.architecture.name,
+        "layout": f"{len(found)} optimizer states",
+        "dtype": next(iter(next(iter(found.values())).values())).dtype,
+        "vocab_rows": checkpoint.config.dims["vocab"],
+        "optimizer": list(found),
+        "parameters": sum(prod(whole.shape) for whole in checkpoint.tensors.values()),
+    }
+    unknown = (*listed(checkpoint.unknown_keys), *warned(checkpoint.unknown_keys))
+    findings = (*unknown, *optimizer.findings, *optimizer.derived_findings)
+    return Plan(source_summary(checkpoint), summary, tuple(files), findings=findings)

@@ -1,0 +1,175 @@
+"""The files of DeepSpeed's universal checkpoints: a folder a parameter, a file a state.
+
+Keys and their order as deepspeed 0.16 writes them (checkpoint/ds_to_universal.py). How ranks share
+a parameter stands in its files, from where DeepSpeed takes it at load, and, as patterns of names,
+in the mp_rank files, from where ds_to_universal.py takes it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neox_bridge.architectures.base import Architecture, ModelConfig, Split
+from neox_bridge.formats.pickle_writer import TensorSlot
+from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.formats.torch_zip import layout_pt
+from neox_bridge.layouts.universal_folder import STATE, STEP, ZERO, file_name
+from neox_bridge.layouts.weights import exists, expand, layer_of
+from neox_bridge.optimizer.states import MASTER, Optimizer, Parameter, Scalar
+from neox_bridge.optimizer.write_zero import whole_head
+from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.tensors.fragments import cut_reductions
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
+
+_VERSION = 0.2
+_SUBPARAM = Global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape")
+_NUMBER = re.compile(r"(\d+)\\\.")
+
+
+@dataclass(frozen=True)
+class Universal:
+    """A model's parameters, whole, for universal files.
+
+    states: by state and parameter. splits: how ranks share a parameter. names: DeepSpeed's, in the
+    order of GPT-NeoX's modules. config, shape: of the target.
+    """
+
+    states: Mapping[str, Mapping[Parameter, OutputTensor]]
+    splits: Mapping[Parameter, Split]
+    names: Mapping[Parameter, str]
+    config: ModelConfig
+    shape: Shape
+
+    def info(self) -> dict[str, Any]:
+        """``universal_checkpoint_info`` of an mp_rank file."""
+        by_kind: dict[str, list[str]] = {}
+        shapes = []
+        for parameter, name in self.names.items():
+            pattern = _pattern(name)
+            kind, sub = _kind(self.splits[parameter], self.shape, self.config), None
+            if kind == "sub_params":
+                sub = self._heads(self.states[MASTER][parameter])
+                entry = {"patterns": [pattern], "shape": sub[0], "partition_dim": sub[1]}
+                shapes += [entry] if entry not in shapes else []
+            elif kind in _PATTERNS and pattern not in by_kind.setdefault(_PATTERNS[kind], []):
+                by_kind[_PATTERNS[kind]].append(pattern)
+            if name.startswith("tied_modules."):
+                by_kind.setdefault("pipeline_replicated_parameter_patterns", []).append(pattern)
+        return {
+            "universal_checkpoint_version": _VERSION,
+            "original_vocab_size": self.config.dims["vocab"],
+            "padded_vocab_size": self.config.dims["vocab"],
+            **by_kind,
+            **({"parameter_with_sub_params": shapes} if shapes else {}),
+        }
+
+    def marks(self, parameter: Parameter) -> dict[str, Any]:
+        """What stands beside a parameter's tensor in its files."""
+        kind = _kind(self.splits[parameter], self.shape, self.config)
+        if kind == "sub_params":
+            shape, dim = self._heads(self.states[MASTER][parameter])
+            pattern = _pattern(self.names[parameter])
+            state = {"patterns": [pattern], "shape": shape, "partition_dim": dim}
+            return {"sub_param_shape": Record(_SUBPARAM, state=state, new=True)}
+        return dict(_MARKS[kind])
+
+    def _heads(self, tensor: OutputTensor) -> tuple[tuple[Any, ...], int]:
+        """The rows of q, k and v in a tensor of all three, as SubparamShape has them."""
+        heads, kv_heads = self.config.heads, self.config.key_value_heads
+        width = tensor.shape[0] // (heads + 2 * kv_heads)
+        rows = (heads * width, kv_heads * width, kv_heads * width)
+        return (rows, *tensor.shape[1:]), 0
+
+
+_MARKS: dict[str, dict[str, Any]] = {
+    "column": {"cat_dim": 0},
+    "row": {"cat_dim": 1},
+    "vocab": {"cat_dim": 0, "vocab_tensor": True},
+    "replicated": {},
+    "average": {},
+    "gated": {"cat_dim": 0, "param_n_sub_params": 2},
+}
+_PATTERNS = {
+    "replicated": "tp_replicated_parameter_patterns",
+    "average": "parameter_to_average_patterns",
+    "row": "parameter_with_row_parallelism_patterns",
+    "vocab": "vocabulary_parameter_patterns",
+    "gated": "parameter_with_2_sub_params_cat_dim_0",
+}
+
+
+def universal(
+    architecture: Architecture,
+    config: ModelConfig,
+    wholes: Mapping[str, Mapping[str, Whole]],
+    shape: Shape,
+    names: Mapping[Parameter, str],
+) -> Universal:
+    """The parameters whole. wholes: the model's tensors by state, and by Hugging Face name.
+
+    A bias that ranks add up is a part of the sum, the same for each of the target's ranks: at load
+    DeepSpeed gives every rank what is stored.
+    """
+    plain = replace(config, dtype="float32")
+    one, splits = replace(shape, tp=1), splits_of(architecture, config, shape)
+    states = {}
+    for key, tensors in wholes.items():
+        found = rank_parameters(architecture, plain, tensors, one, 0)
+        if key == MASTER:
+            bare = {name: replace(whole, shards=(), parts=()) for name, whole in tensors.items()}
+            each = replace(shape, row_bias="split" if config.parallel_residual else "replicated")
+            parts = rank_parameters(architecture, plain, bare, each, 0)
+            found |= {p: parts[p] for p in names if splits[p] == "row_bias"}
+        states[key] = {p: found[p] for p in names}
+    return Universal(states, {p: splits[p] for p in names}, names, config, shape)
+
+
+def splits_of(
+    architecture: Architecture, config: ModelConfig, shape: Shape
+) -> dict[Parameter, Split]:
+    """How ranks share each parameter."""
+    found: dict[Parameter, Split] = {}
+    for weight, block in expand(architecture, config.layers):
+        if weight.split != "derived" and exists(weight, config):
+            name = weight.named(shape.old_names)
+            found.setdefault((layer_of(weight, block, config.layers), name), weight.split_as(name))
+    return found
+
+
+def universal_files(
+    folder: str, made: Universal, optimizer: Optimizer, dp: int, stage: int
+) -> Iterator[OutputFile]:
+    """Every file of ``zero``. dp: data-parallel ranks, which it is of no more. stage: ZeRO's."""
+    for parameter, name in made.names.items():
+        place, marks = f"{folder}/{ZERO}/{name}", made.marks(parameter)
+        for key, tensors in made.states.items():
+            tensor = replace(tensors[parameter], name="param")
+            value = {**marks, "param": TensorSlot("param")}
+            yield cut_reductions(layout_pt(f"{place}/{file_name(key)}", value, [tensor]))
+        scalars = optimizer.groups[optimizer.members[parameter]].scalars
+        if STEP in scalars:
+            yield _step(f"{place}/{STEP}.pt", scalars[STEP])
+    value = whole_head(optimizer, stage, dp)
+    yield layout_pt(f"{folder}/{ZERO}/{STATE}", value, [])
+
+
+def _step(path: str, step: Any) -> OutputFile:
+    if not isinstance(step, Scalar):
+        return layout_pt(path, step, [])
+    tensor = OutputTensor(STEP, step.dtype, step.shape, inline=step.data)
+    return layout_pt(path, TensorSlot(STEP), [tensor])
+
+
+def _kind(split: Split, shape: Shape, config: ModelConfig) -> str:
+    """The split in ds_to_universal.py's words."""
+    if split == "fused":
+        return "sub_params" if config.grouped_query and shape.gqa_order == "grouped" else "column"
+    if split == "row_bias":
+        return "average" if config.parallel_residual else "replicated"
+    return "replicated" if split == "zero" else split
+
+
+def _pattern(name: str) -> str:
+    """A name as a pattern for re.match, whatever its layer's number."""
+    return _NUMBER.sub(r"\\d+\\.", re.escape(name), count=1) + "$"

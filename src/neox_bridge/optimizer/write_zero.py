@@ -1,0 +1,160 @@
+"""The files of DeepSpeed's ZeRO stages 1 and 2: one a data-parallel and model-parallel rank.
+
+Keys and their order as deepspeed 0.16 writes them (runtime/engine.py, _save_zero_checkpoint;
+runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py, state_dict).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from neox_bridge.formats.pickle_writer import TensorSlot
+from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.formats.torch_zip import layout_pt
+from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Scalar
+from neox_bridge.tensors.flat import Flat
+from neox_bridge.tensors.fragments import Parts, partition, put, stand_in
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Shape
+
+_ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
+_STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
+_SIZE = Global("torch", "Size")
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """What a model-parallel rank has of one parameter group.
+
+    states: by state, the parameters by DeepSpeed's names in their order.
+    """
+
+    group: Group
+    states: Mapping[str, Mapping[str, OutputTensor]]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The parameters' shapes on this rank."""
+        first = next(iter(self.states.values()))
+        return {name: tensor.shape for name, tensor in first.items()}
+
+
+def param_shapes(groups: Sequence[RankGroup]) -> list[Any]:
+    """``param_shapes`` of an mp_rank file."""
+    return [
+        OrderedDict((name, Record(_SIZE, (shape,))) for name, shape in group.shapes.items())
+        for group in groups
+    ]
+
+
+def zero_files(
+    folder: str,
+    optimizer: Optimizer,
+    number: int,
+    dp: int,
+    stage: int,
+    groups: Sequence[RankGroup],
+    outer: Mapping[str, Any],
+    *,
+    bf16: bool,
+) -> Iterator[OutputFile]:
+    """The files of one model-parallel rank.
+
+    optimizer: whose wrapper and scalars they have. stage: ZeRO's. bf16: whether the model is.
+    outer: what the file holds beside the optimizer's own dictionary.
+    """
+    flats = [Flat(group.shapes, dp) for group in groups]
+    prefix = "bf16_" if bf16 else ""
+    for rank in range(dp):
+        parts: dict[str, Parts] = {}
+        tensors: list[OutputTensor] = []
+        state: dict[int, Any] = {}
+        masters = []
+        for index, (group, flat) in enumerate(zip(groups, flats, strict=True)):
+            slots = {}
+            for key, named in group.states.items():
+                slot = f"{key}.{index}"
+                padded = key != MASTER or optimizer.wrapper == "bf16"
+                found = partition(slot, named, flat, rank, padded=padded)
+                size = flat.partition if padded else flat.used(rank)
+                parts[slot] = found
+                dtype = next(iter(named.values())).dtype
+                tensors.append(stand_in(slot, dtype, (size,), found))
+                slots[key] = TensorSlot(slot)
+            masters.append(slots.pop(MASTER))
+            scalars = scalar_slots(group.group, f"{index}", tensors)
+            state[index] = {**scalars, **slots}
+        base = {
+            "state": state,
+            "param_groups": [
+                {**group.group.settings, "params": [index]} for index, group in enumerate(groups)
+            ],
+        }
+        mappings = [_mapping(flat, rank) for flat in flats]
+        paddings = [_padding(optimizer, flat, rank) for flat in flats]
+        value = {
+            "optimizer_state_dict": _head(optimizer, stage, base, masters, paddings, mappings, dp),
+            **outer,
+        }
+        path = f"{folder}/{prefix}zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
+        yield put(layout_pt(path, value, tensors), parts)
+
+
+def scalar_slots(group: Group, name: str, tensors: list[OutputTensor]) -> dict[str, Any]:
+    """What a group's state has beside parameters; small tensors are added to ``tensors``."""
+    found: dict[str, Any] = {}
+    for key, entry in group.scalars.items():
+        found[key] = entry
+        if isinstance(entry, Scalar):
+            slot = f"{key}.{name}"
+            tensors.append(OutputTensor(slot, entry.dtype, entry.shape, inline=entry.data))
+            found[key] = TensorSlot(slot)
+    return found
+
+
+def _padding(optimizer: Optimizer, flat: Flat, rank: int) -> int:
+    """DeepSpeed's group_paddings; BF16_Optimizer tells them of the last rank only, and in all."""
+    if optimizer.wrapper == "bf16":
+        return flat.partition * flat.dp - flat.numel if rank == flat.dp - 1 else 0
+    return flat.partition - flat.used(rank)
+
+
+def _mapping(flat: Flat, rank: int) -> "OrderedDict[str, Record]":
+    return OrderedDict(
+        (part.name, Record(_ADDRESS, state={"numel": part.numel, "start": part.start}, new=True))
+        for part in flat.fragments(rank)
+    )
+
+
+def _head(
+    optimizer: Optimizer,
+    stage: int,
+    base: Mapping[str, Any],
+    masters: Sequence[TensorSlot],
+    paddings: Sequence[int],
+    mappings: Sequence[Any],
+    dp: int,
+) -> dict[str, Any]:
+    head = {key: value for key, value in optimizer.head.items() if key != "outer"}
+    own: dict[str, Any] = {
+        "base_optimizer_state": base,
+        "single_partition_of_fp32_groups": list(masters),
+        "zero_stage": Record(_STAGE, (stage,)),
+        "group_paddings": list(paddings),
+        "partition_count": [dp] * len(paddings),
+        "ds_version": head.get("ds_version"),
+        "param_slice_mappings": list(mappings),
+    }
+    if optimizer.wrapper == "bf16":
+        del own["zero_stage"]
+    before = {key: value for key, value in head.items() if key not in own}
+    return {**before, **own}
+
+
+def whole_head(optimizer: Optimizer, stage: int, dp: int) -> dict[str, Any]:
+    """What of it a universal checkpoint keeps: all but what is by parameter; no paddings."""
+    head = _head(optimizer, stage, {}, [], [0] * len(optimizer.groups), [], dp)
+    for key in ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings"):
+        del head[key]
+    groups = [{**g.settings, "params": [n]} for n, g in enumerate(optimizer.groups)]
+    return {**head, "param_groups": groups}

@@ -1,0 +1,103 @@
+"""An optimizer of ZeRO stage 0 as one of stages 1 and 2, and back.
+
+Stage 0 has masters of its own in fp16 only, since in fp32 the weights are; its loss scaler stands
+in the dictionary itself and not in an object. In bf16 it is another optimizer, BF16_Optimizer.
+Sources: deepspeed 0.16 runtime/fp16/fused_optimizer.py and loss_scaler.py,
+runtime/zero/stage_1_and_2.py, runtime/engine.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from neox_bridge.errors import Refused
+from neox_bridge.formats.pickles import Global, Record
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.optimizer.states import MASTER, Optimizer, states
+from neox_bridge.tensors.pieces import Whole
+
+_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
+_DEEPSPEED = "0.16.5"  # whose files these are; it refuses what has no version
+_TOLD = ("last_overflow_iter", "scale_factor", "scale_window")
+
+States = Mapping[str, Mapping[str, Whole]]
+
+
+def at_stage(
+    checkpoint: Checkpoint, optimizer: Optimizer, stage: int, given: States | None = None
+) -> tuple[Optimizer, States | None]:
+    """The optimizer as it is at ZeRO's stage, and its states where they aren't the source's own.
+
+    given: states to take in place of the source's. Raises Refused where DeepSpeed has none such.
+    """
+    if (stage == 0) == (optimizer.stage == 0):
+        return optimizer, given
+    dtype = checkpoint.config.dtype
+    if optimizer.wrapper == "bf16" or dtype == "bfloat16":
+        raise Refused(
+            f"--zero {stage}: the source is a bfloat16 run of stage {optimizer.stage}, and in "
+            "bfloat16 only stages 1 and 2 become each other. Leave --zero out."
+        )
+    found = dict(given if given is not None else states(checkpoint, optimizer))
+    fp16 = dtype == "float16"
+    if stage and MASTER not in found:
+        found = {MASTER: checkpoint.tensors, **found}
+    elif not stage and not fp16:
+        del found[MASTER]
+    meta = optimizer.metas[0]
+    if stage:
+        head = _object(optimizer, meta, fp16=fp16)
+    else:
+        head = _plain(optimizer.head, meta) if fp16 else {}
+    made = replace(
+        optimizer,
+        wrapper="zero" if stage else "fp16" if fp16 else "plain",
+        stage=stage,
+        keys=tuple(found),
+        head=head,
+    )
+    return made, found
+
+
+def _object(optimizer: Optimizer, meta: Mapping[str, Any], *, fp16: bool) -> dict[str, Any]:
+    """The head of stages 1 and 2, with the loss scaler as an object."""
+    told, config = optimizer.head, meta.get("ds_config") or {}
+    dynamic = bool(told.get("dynamic_loss_scale"))
+    state: dict[str, Any] = {"cur_scale": told.get("cur_scale", 1.0), "dynamic": dynamic}
+    if dynamic:
+        settings = config.get("fp16") or {}
+        shift = settings.get("hysteresis", 2)
+        state |= {
+            "cur_iter": told["cur_iter"],
+            **{key: told[key] for key in _TOLD},
+            "min_scale": settings.get("min_loss_scale", 1),
+            "delayed_shift": shift,
+            "cur_hysteresis": shift,
+            "consecutive_hysteresis": settings.get("consecutive_hysteresis", False),
+            "raise_error_at_min_scale": True,
+            "dtype": Global("torch", "float16"),
+        }
+    name = "DynamicLossScaler" if dynamic else "LossScaler"
+    return {
+        "loss_scaler": Record(Global(_SCALERS, name), state=state, new=True),
+        "dynamic_loss_scale": dynamic if fp16 else False,
+        "overflow": False,
+        "clip_grad": told.get("clip_grad", config.get("gradient_clipping", 0.0)),
+        "ds_version": meta.get("ds_version") or _DEEPSPEED,
+        "outer": {key: meta.get(key) for key in ("ds_config", "ds_version")},
+    }
+
+
+def _plain(head: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The head of stage 0 in fp16."""
+    scaler = head.get("loss_scaler")
+    state = scaler.state if isinstance(scaler, Record) else None
+    state = state if isinstance(state, dict) else {}
+    dynamic = bool(head.get("dynamic_loss_scale"))
+    return {
+        "dynamic_loss_scale": dynamic,
+        "cur_scale": state.get("cur_scale", 1.0),
+        "cur_iter": state.get("cur_iter", meta.get("global_steps", 0)),
+        **({key: state[key] for key in _TOLD if key in state} if dynamic else {}),
+        "clip_grad": head.get("clip_grad", 0.0),
+    }

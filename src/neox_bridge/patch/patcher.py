@@ -1,0 +1,308 @@
+"""Lets a GPT-NeoX tree load checkpoints with and without the buffers that it computes.
+
+Two changes, in every class that registers ``inv_freq`` or ``slopes`` (patch/buffer_forms.py):
+``persistent=False`` where there is no such argument, and a load hook (patch/load_hook.py). Why:
+transformers 253f9a3f and GPT-NeoX e109bf5e stopped storing ``inv_freq``, so that each side refuses
+what the other wrote, ``Missing key(s)`` or ``Unexpected key(s) in state_dict``.
+
+The originals stay in ``.neox-bridge.orig`` in the tree, with hashes of both states of each file.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.execution.flushing import flush
+from neox_bridge.execution.lock import locked_folder
+from neox_bridge.patch.buffer_forms import HOME, HOOK, Place, concerned, find_places, parse
+from neox_bridge.patch.edits import MARK, Change, changes_for, edited
+
+KEPT = ".neox-bridge.orig"
+_RECORD = "patch.json"
+_TEMPORARY = ".neox-bridge-tmp"  # the end of a temporary file's name
+
+
+@dataclass(frozen=True, slots=True)
+class FilePatch:
+    """One file: its bytes before and after, and what the changes are."""
+
+    path: str
+    old: bytes
+    new: bytes
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def diff(self) -> str:
+        """As a unified diff, which ``git apply`` takes."""
+        before, after = (_lines(text) for text in (self.old, self.new))
+        names = (f"a/{self.path}", f"b/{self.path}")
+        lines = difflib.unified_diff(before, after, *names)
+        whole = (line if line.endswith("\n") else f"{line}\n{_NO_NEWLINE}" for line in lines)
+        return "".join(whole)
+
+
+_NO_NEWLINE = "\\ No newline at end of file\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """What a patch of a tree, or taking it out, changes: nothing where there are no files."""
+
+    tree: str
+    files: tuple[FilePatch, ...]
+    places: tuple[Place, ...] = ()
+
+    @property
+    def diff(self) -> str:
+        """All files' diffs."""
+        return "".join(file.diff for file in self.files)
+
+
+def plan_patch(tree: str | os.PathLike[str]) -> Patch:
+    """The patch of a GPT-NeoX tree; no files where it has it already. Writes nothing.
+
+    Raises Refused where a place isn't of a known form: none is changed then.
+    """
+    root = _root(tree)
+    parsed = {path: (text, parse(path, text)) for path, text in _sources(root) if concerned(text)}
+    places = {path: find_places(path, module) for path, (_, module) in parsed.items()}
+    every = [place for found in places.values() for place in found]
+    bare = {path: found for path, found in places.items() if not all(p.hooked for p in found)}
+    for path in bare:
+        if _has_patch(parsed[path][0]):
+            raise Refused(
+                f"{path} has a part of the patch: it was edited since. Restore it from {KEPT}, or "
+                f"take the patch's lines out by hand, and run this again."
+            )
+    _refuse_unknown(root, every)
+    files = []
+    for path, found in bare.items():
+        text, module = parsed[path]
+        new = edited(module, found)
+        compile(new, path, "exec", dont_inherit=True)
+        files.append(FilePatch(path, text, new, tuple(changes_for(found))))
+    return Patch(str(root), tuple(files), tuple(every))
+
+
+def plan_revert(tree: str | os.PathLike[str]) -> Patch:
+    """What brings the originals back, byte for byte. Raises Refused where a file was edited since.
+
+    Needs no libcst.
+    """
+    root = _root(tree)
+    files, edited_since = [], []
+    for path, hashes in _record(root).items():
+        original, current = _read(root / KEPT / path), _read(root / path)
+        if current is not None and not _has_patch(current):
+            continue  # brought back, or replaced by another version, without this tool
+        if current is None or _hash(current) != hashes["patched"]:
+            edited_since.append(path)
+        elif original is None or _hash(original) != hashes["original"]:
+            raise Refused(f"{root / KEPT / path} is missing or was edited: nothing was reverted.")
+        else:
+            files.append(FilePatch(path, current, original))
+    if edited_since:
+        raise Refused(
+            f"{', '.join(edited_since)}: edited since it was patched, so nothing was reverted. The "
+            f"original is in {root / KEPT}: bring it back by hand, or undo the edit."
+        )
+    return Patch(str(root), tuple(files))
+
+
+def apply(patch: Patch) -> None:
+    """Writes a patch: all files or none. The originals are kept first.
+
+    What an earlier run left that was killed is removed, also where there is nothing to patch.
+    """
+    root = Path(patch.tree)
+    with locked_folder(patch.tree):
+        _remove_left_over(root)
+        if patch.files:
+            _apply(root, patch)
+
+
+def _apply(root: Path, patch: Patch) -> None:
+    _check_unchanged(root, patch)
+    kept = root / KEPT
+    record = _record(root)
+    record |= {f.path: {"original": _hash(f.old), "patched": _hash(f.new)} for f in patch.files}
+    fresh = not kept.exists()
+    try:
+        text = json.dumps({"version": 1, "files": record}, indent=2) + "\n"
+        _replace_all(
+            {
+                kept / ".gitignore": b"*\n",
+                **{kept / file.path: file.old for file in patch.files},
+                kept / _RECORD: text.encode(),
+            }
+        )
+        _replace_all({root / file.path: file.new for file in patch.files})
+    except BaseException:
+        if fresh:
+            shutil.rmtree(kept, ignore_errors=True)
+        raise
+
+
+def revert(tree: str | os.PathLike[str]) -> Patch:
+    """Brings the originals back, all or none, and removes what was kept; returns what it did."""
+    patch = plan_revert(tree)
+    root = Path(patch.tree)
+    with locked_folder(patch.tree):
+        _remove_left_over(root)
+        _check_unchanged(root, patch)
+        _replace_all({root / file.path: file.new for file in patch.files})
+        kept = root / KEPT
+        unpatched = not any(_has_patch(text) for _, text in _sources(root))
+        if (kept / _RECORD).is_file() or (kept.is_dir() and unpatched):
+            for path in kept.iterdir():  # the record last: a run that is killed is gone on with
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != _RECORD:
+                    path.unlink()
+            shutil.rmtree(kept)
+    return patch
+
+
+def _remove_left_over(root: Path) -> None:
+    """Temporary files of a run that was killed."""
+    for folder in (root / "megatron", root / KEPT):
+        for path in folder.rglob(f".*{_TEMPORARY}"):
+            path.unlink(missing_ok=True)
+
+
+def _root(tree: str | os.PathLike[str]) -> Path:
+    root = Path(tree)
+    if not root.is_dir():
+        raise BridgeError(f"{root}: no such folder. Name the root of a GPT-NeoX tree.")
+    if not (root / HOME).is_file():
+        raise Refused(f"{root} isn't the root of a GPT-NeoX tree: it has no {HOME}.")
+    return root
+
+
+def _sources(root: Path) -> Iterator[tuple[str, bytes]]:
+    """The Python files of megatron/, as paths from the tree's root."""
+    for path in sorted((root / "megatron").rglob("*.py")):
+        text = _read(path)
+        if text is not None:
+            yield str(PurePosixPath(path.relative_to(root))), text
+
+
+def _refuse_unknown(root: Path, places: list[Place]) -> None:
+    named = "; ".join(str(place) for place in places) or "none"
+    reason = ""
+    if any(place.unknown for place in places):
+        reason = "stores these buffers in a way that isn't known"
+    elif len({(p.path, p.owner) for p in places}) != len(
+        {(p.path, p.owner, p.buffer) for p in places}
+    ):
+        reason = "has a class that stores both inv_freq and slopes"
+    elif not any(p.path == HOME and p.owner == "RotaryEmbedding" for p in places):
+        reason = f"has no RotaryEmbedding that stores inv_freq in {HOME}"
+    if reason:
+        raise Refused(
+            f"{root} {reason}, so nothing was patched. Places found: {named}. docs/patch.md shows "
+            f"what to change by hand."
+        )
+    for place in places:
+        if (root / place.path).is_symlink():
+            raise Refused(f"{root / place.path} is a link: patch the tree that holds the file.")
+
+
+def _check_unchanged(root: Path, patch: Patch) -> None:
+    for file in patch.files:
+        if _read(root / file.path) != file.old:
+            raise BridgeError(f"{root / file.path} changed meanwhile: nothing was written.")
+
+
+def _record(root: Path) -> dict[str, dict[str, str]]:
+    """The hashes of the files that were patched, by path."""
+    text = _read(root / KEPT / _RECORD)
+    if text is None:
+        return {}
+    try:
+        files = json.loads(text)["files"]
+        found = {str(p): {k: str(h[k]) for k in ("original", "patched")} for p, h in files.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Refused(f"{root / KEPT / _RECORD} can't be read: nothing was changed.") from None
+    for path in found:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or not path.startswith("megatron/"):
+            raise Refused(f"{root / KEPT / _RECORD} names {path}: nothing was changed.")
+    return found
+
+
+def _replace_all(contents: Mapping[Path, bytes]) -> None:
+    """Writes all files or none: each to a temporary name, flushed, then renamed."""
+    waiting: dict[Path, Path] = {}
+    before = {path: _read(path) for path in contents}
+    done: list[Path] = []
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            waiting[path] = _temporary(path, content)
+        for path, temporary in waiting.items():
+            os.replace(temporary, path)
+            done.append(path)
+        for folder in {path.parent for path in contents}:
+            _flush_folder(folder)
+    except BaseException:
+        for path in done:
+            old = before[path]
+            if old is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.replace(_temporary(path, old), path)
+        for temporary in waiting.values():
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(path: Path, content: bytes) -> Path:
+    """A flushed file beside ``path``, with its permissions."""
+    name = path.parent / f".{path.name}{_TEMPORARY}"
+    number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, name)
+        else:
+            os.chmod(name, 0o644)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return name
+
+
+def _flush_folder(folder: Path) -> None:
+    with suppress(OSError):
+        flush(str(folder))
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+
+
+def _has_patch(text: bytes) -> bool:
+    return HOOK.encode() in text or MARK.encode() in text
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _lines(content: bytes) -> list[str]:
+    text = content.decode("utf-8", "surrogateescape")
+    return [line for line in text.replace("\n", "\n\0").split("\0") if line]

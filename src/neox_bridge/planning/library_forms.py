@@ -1,0 +1,66 @@
+"""A Hugging Face folder in another library's form: see ``Form``."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from neox_bridge.architectures.base import Architecture, Form, ModelConfig
+from neox_bridge.errors import Refused, UsageError
+from neox_bridge.formats.pickle_writer import TensorSlot
+from neox_bridge.formats.torch_zip import layout_pt
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
+from neox_bridge.planning.options import SHARD_SIZE, Options
+from neox_bridge.tensors.pieces import Dropped, OutputFile, OutputTensor
+
+WEIGHTS = "pytorch_model.bin"
+_TRANSFORMERS = "transformers"
+
+
+def form_asked(architecture: Architecture, options: Options) -> Form | None:
+    """What ``--format`` names; None for transformers'. Raises Refused where the family lacks it."""
+    if options.format in (None, _TRANSFORMERS):
+        return None
+    names = ", ".join([_TRANSFORMERS, *(form.name for form in architecture.forms)])
+    for form in architecture.forms:
+        if form.name == options.format:
+            if options.shard_size != SHARD_SIZE or options.shards != "size":
+                raise UsageError(
+                    ["shard_size", "shards"], f"{form.name} reads only one file", "Leave them out."
+                )
+            return form
+    raise Refused(
+        f"--format {options.format}: {architecture.name} has no such form. Its forms: {names}."
+    )
+
+
+def form_weights(
+    form: Form, architecture: Architecture, config: ModelConfig, tensors: Sequence[OutputTensor]
+) -> OutputFile:
+    """The state dict. A tied head is the tensor of the embeddings, there once and named twice."""
+    named = OrderedDict((form.names.get(t.name, t.name), TensorSlot(t.name)) for t in tensors)
+    if config.tied_embeddings:
+        embeddings = next(w.hf for w in architecture.weights if w.place == "embed")
+        named[form.names.get(architecture.head, architecture.head)] = TensorSlot(embeddings)
+    return layout_pt(WEIGHTS, named, tensors)
+
+
+def form_settings(
+    form: Form,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    told: Mapping[str, Any],
+    own: Mapping[str, Any],
+    entries: int | None,
+) -> tuple[dict[str, Any], list[Dropped]]:
+    """Its config.json, and what of the source's settings isn't in it.
+
+    told: transformers' config.json. own: its own of this model, {} where there was none.
+    entries: of the tokenizer, where they are known.
+    Raises Refused for what it can't express.
+    """
+    refuse_all(form.refuse(config, told), checkpoint.path)
+    why = f"{form.name} has no word for it; {RECORD} keeps it"
+    had = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config") or {}
+    lost = [Dropped(f"config.json: {key}", why) for key in form.lost if had.get(key) is not None]
+    rows = config.dims["vocab"]
+    return form.write(config, told, own, min(rows, entries or rows)), lost

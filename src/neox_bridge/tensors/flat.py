@@ -1,0 +1,171 @@
+"""DeepSpeed's flat partitions: parameters one behind the other, padded, cut into equal parts.
+
+Source: deepspeed 0.16 runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py (a group is padded
+to a multiple of twice the data-parallel size, ``nccl_start_alignment_factor``), and
+utils/mixed_precision_linkage.py (which parameters a partition touches).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Protocol
+
+from neox_bridge.tensors.dtypes import itemsize
+from neox_bridge.tensors.pieces import Piece, Shape, Whole, cut
+from neox_bridge.tensors.tensor_ref import TensorRef, row_major
+
+_ALIGNMENT = 2  # elements, times the data-parallel size
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """What a partition has of a parameter.
+
+    name: the parameter's. start: in the partition. low: in the parameter. numel: elements.
+    """
+
+    name: str
+    start: int
+    low: int
+    numel: int
+
+
+class Partitions(Protocol):
+    """A flat group that is cut over data-parallel ranks."""
+
+    @property
+    def partition(self) -> int:
+        """Elements of each partition, padding included."""
+
+    def used(self, rank: int) -> int:
+        """Elements of a rank's partition that are not padding."""
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        """What a rank's partition holds, in order."""
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One group of parameters on one model-parallel rank, over ``dp`` data-parallel ranks."""
+
+    shapes: Mapping[str, Shape]
+    dp: int
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements without padding."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def partition(self) -> int:
+        """Elements of each partition, padding included."""
+        step = _ALIGNMENT * self.dp
+        return -(-self.numel // step) * step // self.dp
+
+    def used(self, rank: int) -> int:
+        """Elements of a rank's partition that aren't padding."""
+        return max(0, min(self.partition, self.numel - rank * self.partition))
+
+    def fragments(self, rank: int) -> Iterator[Fragment]:
+        """What a rank's partition holds, in order."""
+        first = rank * self.partition
+        return fragments_between(self.shapes, first, first + self.partition)
+
+    def wholes(self, parts: Sequence[TensorRef]) -> dict[str, Whole]:
+        """The group's parameters, from the ranks' partitions: one dimension, padding or not."""
+        pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+        for rank, part in enumerate(parts):
+            size = itemsize(part.dtype)
+            for fragment in self.fragments(rank):
+                shape, at = self.shapes[fragment.name], part.offset + fragment.start * size
+                for start, box in boxes_of(shape, fragment.low, fragment.low + fragment.numel):
+                    ref = replace(part, offset=at, shape=box)
+                    pieces[fragment.name].append(Piece(ref, (0,) * len(box), start, box))
+                    at += prod(box) * size
+        dtype = parts[0].dtype
+        return {
+            name: Whole(dtype, self.shapes[name], tuple(found)) for name, found in pieces.items()
+        }
+
+
+def fragments_between(shapes: Mapping[str, Shape], first: int, end: int) -> Iterator[Fragment]:
+    """What the elements of a flat group from ``first`` up to ``end`` hold, in order."""
+    at = 0
+    for name, shape in shapes.items():
+        low, high = max(at, first), min(at + prod(shape), end)
+        if low < high:
+            yield Fragment(name, low - first, low - at, high - low)
+        at += prod(shape)
+
+
+def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:
+    """(start, shape) of boxes that are, one behind the other, a range of a row-major tensor."""
+    if low >= high:
+        return []
+    if not shape:
+        return [((), ())]
+    inner = row_major(shape)[0]
+    first, last = -(-low // inner), high // inner  # whole rows
+    found = []
+    if first > last:  # all within one row
+        row, at = divmod(low, inner)
+        rest = boxes_of(shape[1:], at, high - row * inner)
+        return [((row, *start), (1, *box)) for start, box in rest]
+    if low < first * inner:
+        rest = boxes_of(shape[1:], low - (first - 1) * inner, inner)
+        found += [((first - 1, *start), (1, *box)) for start, box in rest]
+    if first < last:
+        found.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    if last * inner < high:
+        rest = boxes_of(shape[1:], 0, high - last * inner)
+        found += [((last, *start), (1, *box)) for start, box in rest]
+    return found
+
+
+def in_place_of(whole: Whole, shards: Mapping[TensorRef, Whole], *, sums: bool = True) -> Whole:
+    """The tensor with other data: each stored tensor of a weight replaced by another whole.
+
+    sums: whether what ranks add up is still added up. The moments of such a bias are the same on
+    every rank, since each sees all of its gradient.
+    """
+    pieces: list[Piece] = []
+    for piece in whole.pieces:
+        if piece.source is None:
+            pieces.append(piece)
+        else:
+            pieces += cut(shards[piece.source], piece.start, piece.shape, piece.to)
+    parts = tuple(shards[ref] for ref in whole.shards)
+    dtype = next((shards[p.source].dtype for p in whole.pieces if p.source), whole.dtype)
+    reduce = "replica" if whole.reduce == "sum" and not sums else whole.reduce
+    return Whole(dtype, whole.shape, tuple(pieces), reduce, parts=parts)
+
+
+def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
+    """A tensor as tensors whose reductions have one piece a rank, each with where it begins.
+
+    Where ranks all hold a tensor, and their data-parallel partitions cut it, each hold the same
+    parts of it. In row-major order; without a reduction it is one.
+    """
+    if whole.reduce == "none":
+        return [((0,) * len(whole.shape), whole)]
+    found: dict[tuple[Shape, Shape], list[Piece]] = {}
+    for piece in whole.pieces:
+        found.setdefault((piece.to, piece.shape), []).append(piece)
+    return [
+        (
+            to,
+            Whole(
+                whole.dtype,
+                shape,
+                tuple(replace(piece, to=(0,) * len(to)) for piece in group),
+                whole.reduce,
+            ),
+        )
+        for (to, shape), group in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def segments(whole: Whole) -> list[Whole]:
+    """``placed_segments`` without the places."""
+    return [segment for _, segment in placed_segments(whole)]

@@ -1,0 +1,172 @@
+"""Tensors of an output file cut into parts that the executor can write: flat partitions, mostly.
+
+A flat partition is one tensor of its file, and in it parameters lie one behind the other, each
+split or joined in its own way. So its place in the file is taken by a tensor for each part, at the
+byte where that begins. Parts whose bytes lie one behind the other in the source as well become one.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from math import prod
+
+from neox_bridge.tensors.dtypes import itemsize
+from neox_bridge.tensors.flat import Partitions, boxes_of, segments
+from neox_bridge.tensors.geometry import constant
+from neox_bridge.tensors.pieces import (
+    OutputFile,
+    OutputTensor,
+    Piece,
+    Shape,
+    Whole,
+    byte_range,
+    cut,
+)
+from neox_bridge.tensors.tensor_ref import TensorRef, row_major
+
+Parts = Sequence[OutputTensor]  # their offsets in bytes from the place's first
+
+
+def partition(
+    name: str, tensors: Mapping[str, OutputTensor], flat: Partitions, rank: int, *, padded: bool
+) -> list[OutputTensor]:
+    """A rank's partition of a group, as parts. padded: whether its zeros at the end are there."""
+    dtype = next(iter(tensors.values())).dtype
+    found: list[OutputTensor] = []
+    for fragment in flat.fragments(rank):
+        at = fragment.start * itemsize(dtype)
+        tensor, end = tensors[fragment.name], fragment.low + fragment.numel
+        found += [
+            replace(part, offset=at + part.offset) for part in cut_out(tensor, fragment.low, end)
+        ]
+    used, zeros = flat.used(rank), flat.partition - flat.used(rank)
+    if padded and zeros:
+        fill = OutputTensor("padding", dtype, (zeros,), (constant((zeros,), 0.0),))
+        found.append(replace(fill, offset=used * itemsize(dtype)))
+    return [replace(part, name=f"{name}#{n}") for n, part in enumerate(joined(found))]
+
+
+def cut_out(tensor: OutputTensor, low: int, high: int) -> Iterator[OutputTensor]:
+    """The elements from ``low`` to ``high`` of a tensor in row-major order, as parts in order."""
+    inner, size = row_major(tensor.shape), itemsize(tensor.dtype)
+    for start, shape in boxes_of(tensor.shape, low, high):
+        at = sum(a * b for a, b in zip(start, inner, strict=True)) - low
+        whole = Whole(tensor.dtype, tensor.shape, tensor.pieces, tensor.reduce)
+        pieces = cut(whole, start, shape, (0,) * len(shape))
+        box = replace(tensor, shape=shape, pieces=pieces, offset=at * size)
+        yield from _readable(box)
+
+
+def _readable(box: OutputTensor) -> Iterator[OutputTensor]:
+    """A box as boxes whose reductions have one piece a rank, or as runs of bytes where it is."""
+    strides, size = row_major(box.shape), itemsize(box.dtype)
+    if box.reduce != "none":
+        boxes: dict[tuple[Shape, Shape], list[Piece]] = {}
+        for piece in box.pieces:
+            boxes.setdefault((piece.to, piece.shape), []).append(piece)
+        for (to, shape), pieces in sorted(boxes.items(), key=lambda item: item[0]):
+            at = sum(a * b for a, b in zip(to, strides, strict=True)) * size
+            moved = tuple(replace(piece, to=(0,) * len(to)) for piece in pieces)
+            yield replace(box, shape=shape, pieces=moved, offset=box.offset + at)
+        return
+    runs = [_run(piece, box) for piece in box.pieces]
+    if any(run is None for run in runs):
+        yield box
+        return
+    yield from sorted(filter(None, runs), key=lambda run: run.offset)
+
+
+def _run(piece: Piece, box: OutputTensor) -> OutputTensor | None:
+    """The part that a piece is, in one dimension, where it is a run of its source's bytes."""
+    source, place = piece.source, byte_range(piece, box.shape)
+    if source is None or place is None or source.dtype != box.dtype or box.divisor != 1:
+        return None
+    start, to, size = place
+    numel = size // itemsize(box.dtype)
+    ref = TensorRef(source.file, start, box.dtype, (numel,))
+    pieces = (Piece(ref, (0,), (0,), (numel,)),)
+    return OutputTensor(box.name, box.dtype, (numel,), pieces, offset=box.offset + to)
+
+
+def joined(parts: Iterable[OutputTensor]) -> Iterator[OutputTensor]:
+    """The parts, in order, those that follow each other in one source made one."""
+    last: OutputTensor | None = None
+    for part in parts:
+        if last is not None and (both := _both(last, part)) is not None:
+            last = both
+            continue
+        if last is not None:
+            yield last
+        last = part
+    if last is not None:
+        yield last
+
+
+def _both(first: OutputTensor, second: OutputTensor) -> OutputTensor | None:
+    if not (_is_run(first) and _is_run(second)) or first.dtype != second.dtype:
+        return None
+    a, b = first.pieces[0].source, second.pieces[0].source
+    assert a is not None
+    assert b is not None
+    if a.file != b.file or a.offset + a.nbytes != b.offset:
+        return None
+    if first.offset + first.nbytes != second.offset:
+        return None
+    numel = (first.shape[0] + second.shape[0],)
+    pieces = (Piece(replace(a, shape=numel), (0,), (0,), numel),)
+    return replace(first, shape=numel, pieces=pieces)
+
+
+def _is_run(tensor: OutputTensor) -> bool:
+    return (
+        tensor.reduce == "none"
+        and tensor.divisor == 1
+        and len(tensor.shape) == len(tensor.pieces) == 1
+        and tensor.pieces[0].source is not None
+        and tensor.pieces[0].scale == 1
+        and tensor.pieces[0].shape == tensor.shape == tensor.pieces[0].source.shape
+    )
+
+
+def stand_in(name: str, dtype: str, shape: Shape, parts: Parts) -> OutputTensor:
+    """What a format lays out in the parts' stead: of their size, and lying as the first does."""
+    first = next(iter(parts), None)
+    piece = constant(shape, 0.0)
+    if first is not None and _is_run(first) and len(shape) == 1:
+        piece = first.pieces[0]
+    return OutputTensor(name, dtype, shape, (piece,))
+
+
+def put(file: OutputFile, parts: Mapping[str, Parts]) -> OutputFile:
+    """The file with these tensors in parts, by the tensors' names."""
+    return replace(
+        file,
+        tensors=tuple(
+            chain.from_iterable(
+                (
+                    [
+                        replace(part, offset=tensor.offset + part.offset)
+                        for part in parts[tensor.name]
+                    ]
+                    if tensor.name in parts
+                    else [tensor]
+                )
+                for tensor in file.tensors
+            )
+        ),
+    )
+
+
+def cut_reductions(file: OutputFile) -> OutputFile:
+    """The file with each tensor that ranks hold in several parts written part by part."""
+    parts: dict[str, Parts] = {}
+    for tensor in file.tensors:
+        whole = Whole(tensor.dtype, tensor.shape, tensor.pieces, tensor.reduce)
+        if tensor.reduce == "none" or len(segments(whole)) == 1:
+            continue
+        place = replace(tensor, offset=0, crc_at=())
+        parts[tensor.name] = [
+            replace(part, name=f"{tensor.name}#{n}")
+            for n, part in enumerate(cut_out(place, 0, prod(tensor.shape)))
+        ]
+    return put(file, parts) if parts else file

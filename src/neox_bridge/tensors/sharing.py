@@ -1,0 +1,140 @@
+"""Where a tensor should lie so that a file system can share its blocks with the source's file.
+
+A reflink (FICLONERANGE, man 2 ioctl_ficlonerange) takes whole blocks, at the same place within a
+block in both files.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+
+from neox_bridge.tensors.pieces import OutputTensor, byte_range
+
+BLOCK = 4096  # bytes; of XFS, btrfs and bcachefs, unless made otherwise
+WORTH = 64 << 10  # bytes; below, a clone costs more than a copy
+_ELEMENT = 8  # bytes; torch and safetensors map tensors in place: aligned for every dtype
+
+Groups = dict[int, deque[OutputTensor]]
+
+
+def residue(tensor: OutputTensor) -> int | None:
+    """The offset modulo 4096 at which most of the tensor's bytes can be shared; None for none.
+
+    Only offsets at which every dtype's elements are aligned; of two that are as good, the first
+    piece's.
+    """
+    if tensor.nbytes < WORTH or tensor.reduce == "sum" or tensor.divisor != 1:
+        return None
+    votes: Counter[int] = Counter()
+    # of replicas, which hold the same, the first is taken
+    for piece in tensor.pieces[:1] if tensor.reduce == "replica" else tensor.pieces:
+        if piece.source is None or piece.source.dtype != tensor.dtype:
+            continue
+        run = byte_range(piece, tensor.shape)
+        if run is not None and run[2] >= WORTH and (run[0] - run[1]) % _ELEMENT == 0:
+            votes[(run[0] - run[1]) % BLOCK] += run[2]
+    return max(votes, key=votes.__getitem__) if votes else None
+
+
+def whole_blocks(start: int, to: int, size: int) -> tuple[int, int]:
+    """(begin, end) of the part of a run that is whole blocks in both files, counted from its start.
+
+    start, to: its offsets in the two; all numbers are bytes. (0, 0) where there is none.
+    """
+    low = -start % BLOCK
+    high = low + (size - low) // BLOCK * BLOCK
+    return (0, 0) if (start - to) % BLOCK or low >= high else (low, high)
+
+
+def by_residue(tensors: Iterable[OutputTensor]) -> dict[int | None, list[OutputTensor]]:
+    """The tensors by their ``residue``, in their order."""
+    groups: dict[int | None, list[OutputTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(residue(tensor), []).append(tensor)
+    return groups
+
+
+def shared_together(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
+    """The tensors in groups of one ``residue``, each of which can be shared whole in a file.
+
+    The largest group takes in what can't be shared, and groups of less than a hundredth of it all.
+    """
+    groups = by_residue(tensors)
+    rest = groups.pop(None, [])
+    sizes = {at: sum(tensor.nbytes for tensor in group) for at, group in groups.items()}
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    limit = sum(sizes.values()) // 100
+    for at in [at for at, size in sizes.items() if size < limit]:
+        rest += groups.pop(at)
+    groups.setdefault(most, []).extend(rest)
+    return list(groups.values())
+
+
+def arranged(tensors: Sequence[OutputTensor]) -> tuple[int | None, list[OutputTensor]]:
+    """An order of tensors that follow each other without holes, in which most can be shared.
+
+    Returns the offset modulo 4096 of the first, None for any, and all of them. A tensor that
+    isn't whole blocks moves all that follow: it goes last of its kind, and small ones stand where
+    they bring others to their place. The order stays where that shares as much.
+    """
+    groups = by_residue(tensors)
+    places = {id(tensor): at for at, group in groups.items() for tensor in group}
+    small: Groups = {}
+    for tensor in groups.pop(None, ()):
+        small.setdefault(tensor.nbytes % BLOCK, deque()).append(tensor)
+    if not groups:
+        return None, list(tensors)
+    left = {at: sum(t.nbytes for t in group) for at, group in groups.items() if at is not None}
+    waiting: Groups = {
+        at: deque(sorted(group, key=lambda tensor: tensor.nbytes % BLOCK != 0))
+        for at, group in groups.items()
+        if at is not None
+    }
+    start = at = max(left, key=left.__getitem__)
+    order: list[OutputTensor] = []
+    while waiting or small:
+        home, key = (waiting, at) if at in waiting else _next(at, left, waiting, small)
+        tensor = home[key].popleft()
+        if not home[key]:
+            del home[key]
+        if home is waiting:
+            left[key] -= tensor.nbytes
+        order.append(tensor)
+        at = (at + tensor.nbytes) % BLOCK
+    as_they_are = _as_they_are(tensors, places)
+    if as_they_are is not None and _shared(tensors, places, as_they_are) >= _shared(
+        order, places, start
+    ):
+        return as_they_are, list(tensors)
+    return start, order
+
+
+def _as_they_are(tensors: Sequence[OutputTensor], places: Mapping[int, int | None]) -> int | None:
+    """Where the first must lie so that the first that can be shared is, in the order given."""
+    before = 0
+    for tensor in tensors:
+        place = places[id(tensor)]
+        if place is not None:
+            start = (place - before) % BLOCK
+            return start if start % _ELEMENT == 0 else None
+        before += tensor.nbytes
+    return None
+
+
+def _shared(order: Sequence[OutputTensor], places: Mapping[int, int | None], at: int) -> int:
+    """The bytes that lie where they can be shared, the first tensor at this offset."""
+    found = 0
+    for tensor in order:
+        found += tensor.nbytes if places[id(tensor)] == at % BLOCK else 0
+        at += tensor.nbytes
+    return found
+
+
+def _next(at: int, left: dict[int, int], waiting: Groups, small: Groups) -> tuple[Groups, int]:
+    """What to put where nothing can be shared: what leads to most bytes, or else the least lost."""
+    leading = max(small, key=lambda size: left.get((at + size) % BLOCK, 0), default=None)
+    if leading is not None and (left.get((at + leading) % BLOCK) or not waiting):
+        return small, leading
+    moving = [size for size in small if size]
+    if moving:
+        return small, moving[0]
+    return waiting, min(waiting, key=left.__getitem__)

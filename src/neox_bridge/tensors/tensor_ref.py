@@ -1,0 +1,45 @@
+"""Where a tensor lies: a file, an offset, a dtype, a shape. Never its data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from neox_bridge.tensors.dtypes import itemsize
+from neox_bridge.tensors.packed import packed
+
+
+@packed
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor inside a file.
+
+    offset: bytes from the file's start to the first element.
+    dtype: a name of ``dtypes.BY_NAME``.
+    strides: in elements, for tensors that aren't contiguous in row-major order; else None.
+    """
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the elements take, without gaps."""
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor of this shape."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these strides (in elements) leave no gap; a dimension of size 1 has any."""
+    dense = zip(shape, strides, row_major(shape), strict=True)
+    return 0 in shape or all(size == 1 or stride == want for size, stride, want in dense)

@@ -1,0 +1,53 @@
+"""Text that came from files or from a store, made fit to be shown.
+
+The names of folders, tensors, keys and files are chosen by whoever made a checkpoint. Shown as they
+are, they could move a terminal's cursor, forge a line, turn the direction of writing, or put markup
+into a page. Everything that shows such text uses one of these functions.
+"""
+
+import re
+
+_MAX_MESSAGE_CHARACTERS = 4000
+# C0 and C1 controls but for tabs and line ends; characters without a width, which hide differences;
+# separators of lines; what turns the direction of writing; tags
+_RANGES = (
+    *((0x00, 0x08), (0x0B, 0x1F), (0x7F, 0x9F), (0xAD, 0xAD), (0x61C, 0x61C), (0x180E, 0x180E)),
+    *((0x200B, 0x200F), (0x2028, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xFFF9, 0xFFFB)),
+    *((0xD800, 0xDFFF), (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE007F)),
+)
+_CONTROLS = re.compile("[" + "".join(f"{chr(a)}-{chr(b)}" for a, b in _RANGES) + "]")
+_MARKUP = re.compile(r"[\\`*\[\]<>|&~$]")
+
+
+def wording(text: str) -> str:
+    """The text with every control as an escape that can be read; tabs and line ends stay."""
+    return _CONTROLS.sub(_escape, text)
+
+
+def plain(text: str) -> str:
+    """A name or a line: whatever isn't wording is an escape, line ends and tabs too."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def one_line(message: str) -> str:
+    """A message as one line, cut where it is longer than anybody reads."""
+    text = " ".join(message[: 2 * _MAX_MESSAGE_CHARACTERS].splitlines())
+    cut = len(text) > _MAX_MESSAGE_CHARACTERS
+    return plain(f"{text[:_MAX_MESSAGE_CHARACTERS]} …" if cut else text)
+
+
+def markdown(text: str) -> str:
+    """The text as it reads in Markdown: none of it is markup, HTML or a link."""
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", plain(text))
+
+
+def _escape(match: "re.Match[str]") -> str:
+    return _escaped(match[0])
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a path that isn't UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
