@@ -24,6 +24,7 @@ lint: $(DEV)/.ready
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports
 
 # The real GPT-NeoX. NEOX_HOME is a folder with its trees and a venv in which they run. If it does not
 # exist yet, NEOX_SETUP creates it from GPT_NEOX_GIT, a git directory of EleutherAI/gpt-neox (a clone's

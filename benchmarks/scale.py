@@ -14,10 +14,11 @@ from typing import Any
 from simulate import anonymous
 from sources import hollow_hf, wide
 
-from neox_bridge import Options, make_plan, open_checkpoint
+from neox_bridge import Options, open_checkpoint
+from neox_bridge import plan as make_plan
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.report import plan_hash
-from neox_bridge.tensors.coverage import check_plan
+from neox_bridge.tensors.coverage import check_files
 
 SHAPES = {
     "Pythia-12B, TP 4": (wide(36, 40, 5120, 50688), Options(tp=4)),
@@ -33,7 +34,7 @@ def measured(checkpoint: Checkpoint, options: Options, folder: Path) -> dict[str
     read = time.perf_counter()
     plan = make_plan(opened, options, str(folder / "out"))
     planned = time.perf_counter()
-    check_plan(plan)
+    check_files(plan.files)
     plan_hash(plan)
     checked = time.perf_counter()
     return {

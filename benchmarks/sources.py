@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from neox_bridge import Options, make_plan
+from neox_bridge import Options
+from neox_bridge import plan as make_plan
 from neox_bridge.architectures.shapes import TOKENIZER_SIZE
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import model_weights
-from neox_bridge.tensors.pieces import Plan, Whole
+from neox_bridge.planning.plan import Plan
+from neox_bridge.tensors.pieces import Whole
 from neox_bridge.toy import plan_toy, toy_checkpoint
 
 TOOL = str(Path(sys.executable).parent / "neox-bridge")

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from neox_bridge.execution.run import execute
-from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.make import make_plan
+from neox_bridge.api import open_checkpoint
+from neox_bridge.api import plan as make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.planning.plan import Plan
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 GPT_NEOX = sorted(path.name for path in FIXTURES.iterdir() if not path.name.startswith("llama"))

@@ -23,10 +23,10 @@ from neox_bridge.execution import exchange, movers, output
 from neox_bridge.execution.run import execute
 from neox_bridge.execution.staging import sweep
 from neox_bridge.frameworks.targets import target_named
-from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.make import make_plan
+from neox_bridge.api import open_checkpoint
+from neox_bridge.api import plan as make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.planning.plan import Plan
 
 CHANGES = (
     "mkdir open write pwrite copy_file_range ftruncate fsync rename replace unlink rmdir"

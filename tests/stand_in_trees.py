@@ -1,12 +1,12 @@
 """Small source trees that stand in for GPT-NeoX's of four dates.
 
-They have the forms that the tree reader (frameworks/source_tree.py) and the patcher (patch/patcher.py) look
-at: names, signatures, calls and flags as in GPT-NeoX, with their neighbors that must not be
-mistaken for them. The bodies are our own. tests/neox/test_stand_ins_neox.py compares them with the
-real trees.
+They have the forms that the tree reader (frameworks/source_tree.py) and the patcher
+(patch/patcher.py) look at: names, signatures, calls and flags as in GPT-NeoX, with their neighbors
+that must not be mistaken for them. The bodies are our own. tests/neox/test_stand_ins_neox.py
+compares them with the real trees.
 
-A template's line that ends in a mark belongs to some dates alone: ``#@ until 2024-03``,
-``#@ since 2024-10`` or ``#@ only 2024-09``, each inclusive.
+A template's line that ends in a mark belongs to some dates alone: ``#@ until 2024-03``, ``#@ since
+2024-10`` or ``#@ only 2024-09``, each inclusive.
 """
 
 import re

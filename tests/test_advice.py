@@ -18,7 +18,7 @@ from neox_bridge.doctor.diagnose import judge
 from neox_bridge.doctor.verdict import Verdict
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 ERAS = ("2024-03", "2024-09", "2024-10", "today")

@@ -18,7 +18,7 @@ from common import convert, fixture, make_hf, neox_config, plan_of, step_of
 import neox_bridge
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.safetensors import read_safetensors
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 PACKAGE = str(Path(neox_bridge.__file__).parents[1])
 NEOX = "pythia_fp32_pp1_tp2"

@@ -11,8 +11,8 @@ import pytest
 from tiny import convert, tensors, write_hf
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.findings import Dropped
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification import audit as auditing
 from neox_bridge.verification import steps as reading
 from neox_bridge.verification.audit import Audit, Opened, audit, open_places

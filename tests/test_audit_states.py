@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.tensors.tensor_ref import TensorRef
 

@@ -13,7 +13,7 @@ from common import convert, fixture, make_hf, plan_of, step_of
 from safetensors.torch import load_file, save_file
 
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 
 

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.change import RELEASED, not_after, not_before, parse_moment
 from neox_bridge.frameworks.changes import CHANGES, change_named, select, touches
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.page import page
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.api import open_checkpoint
 
 RUNNER = CliRunner()
 OLD = TreeFacts(

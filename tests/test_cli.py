@@ -23,10 +23,10 @@ import neox_bridge
 from neox_bridge import BridgeError, Finding, Refused
 from neox_bridge.architectures import shapes
 from neox_bridge.cli.app import app
-from neox_bridge.cli.output import human
 from neox_bridge.cli.values import parse_size
 from neox_bridge.execution.result import Result
 from neox_bridge.planning.report import plan_schema
+from neox_bridge.wording import human
 
 RUNNER = CliRunner()
 TINY = shapes.Shape(2, 32, 4, 128)

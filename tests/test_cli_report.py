@@ -6,9 +6,11 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
 from neox_bridge.execution import transform
+from neox_bridge.findings import Dropped
 from neox_bridge.planning import report
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash, plan_schema, summary, to_json
-from neox_bridge.tensors.pieces import Dropped, OutputFile, OutputTensor, Piece, Plan, box
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, box
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 REF = TensorRef("/source", 100, "float16", (4, 6))

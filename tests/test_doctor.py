@@ -25,7 +25,7 @@ from neox_bridge.frameworks.targets import Target, target_named
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.derived_values import inv_freq
 from neox_bridge.layouts.gqa import unknown_order
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
 MISSING = 'Missing key(s) in state_dict: "attention.rotary_emb.inv_freq". '
@@ -648,7 +648,7 @@ def test_convert_refuses_what_a_tree_can_t_hold(
 
 def test_convert_refuses_a_plain_mlp_without_biases(hf: Path, tmp_path: Path) -> None:
     from neox_bridge.errors import Refused
-    from neox_bridge.planning.make import make_plan
+    from neox_bridge.api import plan as make_plan
     from neox_bridge.planning.options import Options
 
     whole = opened(neox(hf, tmp_path))

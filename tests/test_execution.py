@@ -35,9 +35,10 @@ from neox_bridge.execution import (
 )
 from neox_bridge.execution.context import Context, Shared
 from neox_bridge.execution.run import execute
+from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors import sharing
 from neox_bridge.tensors.geometry import constant
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, Plan, box
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, box
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 
 

@@ -21,7 +21,7 @@ from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.frameworks.writers import UNKNOWN
 from neox_bridge.layouts.gqa import with_gqa_order
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 PACKAGE = Path(neox_bridge.__file__).parent
 # what shows findings to people; nothing else reads their words

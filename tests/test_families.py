@@ -29,7 +29,7 @@ from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.architectures.llama_like import gated_setting, gated_width
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import LATER_ERAS, era_named
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.tensors.fused import Fusion
 from neox_bridge.verification import reference
 from neox_bridge.verification.verify import verify
@@ -402,8 +402,9 @@ def test_what_old_transformers_leave_out_of_a_llama(
     config: dict[str, Any], version: str, ignored: str | None, tmp_path: Path
 ) -> None:
     """Both spellings in config.json don't help where the version computes with a constant."""
+    from neox_bridge.architectures.transformers_limits import refuse_version
     from neox_bridge.doctor.diagnose import diagnose
-    from neox_bridge.frameworks.targets import refuse_version, target_named
+    from neox_bridge.frameworks.targets import target_named
 
     source = make_hf(tmp_path / "source", family="llama", **config)
     convert(source, tmp_path / "hf", to="hf")

@@ -18,7 +18,7 @@ from common import (
     same_bits,
 )
 
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 
 def source_dtype(name: str) -> torch.dtype:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.folder_kinds import ForeignFolder
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 166\n"

@@ -15,10 +15,10 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.fresh import learning_rate, schedule_of
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.planning.make import make_plan
+from neox_bridge.api import plan as make_plan
 from neox_bridge.planning.options import Options
 
 

@@ -30,7 +30,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.global_batch import Batch, spread
 from neox_bridge.optimizer.gradient_scale import (
     Rescaling,
@@ -39,7 +39,7 @@ from neox_bridge.optimizer.gradient_scale import (
     kept_accumulation,
 )
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.planning.plan import Plan
 
 POWERS = {"master": 0, "exp_avg": 1, "exp_avg_sq": 2}
 

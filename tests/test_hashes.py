@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.lock import locked
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification import hash_cache, hashes
 from neox_bridge.verification.hashes import Fingerprint, fingerprints
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from neox_bridge.errors import Refused
 from neox_bridge.frameworks.eras import era_named
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification import reference
 from neox_bridge.verification.verify import verify
 

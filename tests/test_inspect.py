@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
 RUNNER = CliRunner()

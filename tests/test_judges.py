@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from neox_bridge.architectures.transformers_limits import llama_ignores, refuse_version
 from neox_bridge.doctor.diagnose import cannot_open, judge, own_target, written_by
 from neox_bridge.doctor.judge_hf import judge_hf, rope_as_read
 from neox_bridge.doctor.judge_neox import expected_rows, judge_neox, mlp_width, stores_inv_freq
@@ -24,15 +25,13 @@ from neox_bridge.frameworks.targets import (
     ARGS,
     keeps_stored_head,
     knows_attention_bias,
-    llama_ignores,
     name_of,
-    refuse_version,
     target_named,
 )
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, words_of, writer_of
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
@@ -454,7 +453,7 @@ def test_biases_of_a_gated_mlp(
 def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """A folder of each family, as the conversion writes it."""
     from neox_bridge.execution.run import execute
-    from neox_bridge.planning.make import make_plan
+    from neox_bridge.api import plan as make_plan
     from neox_bridge.planning.options import Options
 
     home, opened = tmp_path_factory.mktemp("hf"), {}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification import sides
 from neox_bridge.verification.logits import Agreement, compare_logits, compare_recorded
 from neox_bridge.verification.tokens import read_tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification import causes as guessing
 from neox_bridge.verification import logits as comparing
 from neox_bridge.verification.causes import Hypothesis, hypotheses

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import era_named
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.verify import verify
 
 GENUINE = Path(__file__).parent / "data" / "mamba" / "checkpoints"  # the real GPT-NeoX's

@@ -30,9 +30,9 @@ from typer.testing import CliRunner
 from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_schema, to_json
-from neox_bridge.tensors.pieces import Plan
 from neox_bridge.verification.diff import diff
 from neox_bridge.verification.verify import verify
 

@@ -32,7 +32,7 @@ from neox_bridge.execution import exchange as swapping
 from neox_bridge.frameworks.eras import LINEAR, era_named
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.derived_values import inv_freq
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
 

@@ -16,7 +16,7 @@ from neox_bridge.doctor.diagnose import judge
 from neox_bridge.errors import Refused
 from neox_bridge.frameworks.eras import LATER_ERAS, era_named, mlp_biases
 from neox_bridge.frameworks.targets import target_named
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 
 # activation and biases of a Llama, and the eras that can run it
 RUNS: dict[tuple[str, bool], set[str]] = {

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.logits import Agreement, compare_logits
 from neox_bridge.verification.tokens import read_tokens
 from neox_bridge.verification.verify import verify

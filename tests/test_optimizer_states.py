@@ -11,7 +11,7 @@ from test_reshard import DATA, reshard, write
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 
 MOMENT = "exp_avg_sq: gpt_neox.layers.0.post_attention_layernorm.weight"

@@ -21,7 +21,7 @@ from zero_writer import LR_SCHEDULER, Model, Save, made_up, write
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.derived_settings import annealed
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.saved_states import saved_states

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from neox_bridge.errors import Refused
 from neox_bridge.frameworks.eras import ERAS, known_keys
 from neox_bridge.planning import random_states
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import fit, keep, padded_size
-from neox_bridge.tensors.coverage import CoverageError, check_plan, tiles
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, Plan, box
+from neox_bridge.tensors.coverage import CoverageError, check_files, tiles
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, box
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 REF = TensorRef("/f", 0, "float32", (4, 6))
@@ -31,7 +32,7 @@ def part(start: tuple[int, int], to: tuple[int, int], shape: tuple[int, int]) ->
 
 
 def test_a_whole_plan_passes() -> None:
-    check_plan(plan(FULL))
+    check_files(plan(FULL).files)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_whole_plan_passes() -> None:
 )
 def test_gaps_and_overlaps_are_seen(broken: Plan) -> None:
     with pytest.raises(CoverageError):
-        check_plan(broken)
+        check_files(broken.files)
 
 
 @given(st.data())

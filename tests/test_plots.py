@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.diff import diff
 from neox_bridge.verification.drawing import place_of, ticks

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.frameworks import suites
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.stores import fetched, objects, paths, ranges, retry
 
 RAW = "EleutherAI/neox-ckpt-pythia-160m"

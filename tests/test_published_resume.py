@@ -26,7 +26,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.eras import era_named, known_keys
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.v1_form import SubPartitions
 from neox_bridge.planning.random_states import cuda_state

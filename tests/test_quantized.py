@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.layouts.quantized import QuantizedModel
 
 Tensors = dict[str, torch.Tensor]

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.verification import reference
 from neox_bridge.verification.logits import compare_logits

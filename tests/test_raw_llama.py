@@ -10,7 +10,7 @@ from common import convert, hf_logits, hf_tensors, make_hf, neox_ranks, same_bit
 from safetensors.torch import save_file
 
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.verify import verify
 
 SPLIT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from common import assert_same, convert, hf_tensors, make_hf, neox_config
 
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.logits import compare_logits
 from neox_bridge.verification.tokens import read_tokens
 from neox_bridge.verification.verify import verify

@@ -23,7 +23,7 @@ from neox_bridge.execution.transform import blocks
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.global_batch import Batch, spread
 from neox_bridge.optimizer.mp_rank import buffer_names, with_slots
 from neox_bridge.optimizer.pipeline_stages import stage_bounds
@@ -32,10 +32,11 @@ from neox_bridge.optimizer.read_stage0 import read_stage0
 from neox_bridge.optimizer.reshard import plan_reshard
 from neox_bridge.optimizer.reshard_target import Resharding
 from neox_bridge.optimizer.states import Optimizer, Scalar, states
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.random_states import cuda_state, model_parallel_seed, of_rank
 from neox_bridge.planning.vocabulary import Vocabulary
 from neox_bridge.tensors.flat import Flat, boxes_of, segments
-from neox_bridge.tensors.pieces import OutputTensor, Plan, Whole
+from neox_bridge.tensors.pieces import OutputTensor, Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification.optimizer import compare_states
 

@@ -13,7 +13,7 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.eras import era_named, known_keys
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.reshard import plan_reshard
 from neox_bridge.optimizer.reshard_target import Resharding

@@ -23,7 +23,7 @@ from common import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification import reference
 
 LAYOUTS = [("ranks", None), ("layers", 1), ("layers", 2)]

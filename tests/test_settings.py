@@ -16,6 +16,7 @@ from neox_bridge.frameworks.check_keys import unknown_in_config
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.frameworks.eras import ERAS, TODAY, era_named, known_keys
 from neox_bridge.frameworks.unknown_keys import UnknownKey, effect_of, is_off, neighbour_of
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.unknown_keys import ignored_findings, listed, undecided, warned
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.optimizer.gradient_scale import (
@@ -27,7 +28,7 @@ from neox_bridge.optimizer.gradient_scale import (
     rescaling,
 )
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name, with_slots
-from neox_bridge.optimizer.states import MASTER, Group, Optimizer
+from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.planning.common import drop_vocabulary_rows
 from neox_bridge.planning.neox_yml import START, settings, start_yml, step_yml
 from neox_bridge.planning.option_checks import check_gqa_order, check_layout, check_optimizer

@@ -229,7 +229,7 @@ def disk(mount: Path) -> Iterator[Path]:
 
 def convert(source: Path, target: Path, every_crc: bool = False, **options: object) -> Result:
     checkpoint = neox_bridge.open_checkpoint(str(source))
-    plan = neox_bridge.make_plan(checkpoint, neox_bridge.Options(**options), str(target))  # type: ignore[arg-type]
+    plan = neox_bridge.plan(checkpoint, neox_bridge.Options(**options), str(target))  # type: ignore[arg-type]
     return neox_bridge.execute(plan, str(target), every_crc=every_crc)
 
 
@@ -320,7 +320,7 @@ def test_shared_blocks_are_verified_unread(disk: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(movers, "read", counted)
     for source, target in (("hf", "neox"), ("neox", "back")):
         checkpoint = neox_bridge.open_checkpoint(str(disk / source))
-        plan = neox_bridge.make_plan(checkpoint, neox_bridge.Options(), str(disk / target))
+        plan = neox_bridge.plan(checkpoint, neox_bridge.Options(), str(disk / target))
         neox_bridge.execute(plan, str(disk / target), hash_shared=True)
         seal = check_seal(find_record(str(disk / target)))
         assert seal.holds

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification import statistics as module
 from neox_bridge.verification.statistics import Statistics, findings, statistics
 

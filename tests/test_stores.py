@@ -37,8 +37,8 @@ from neox_bridge.execution.run import execute
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.transform import load
 from neox_bridge.formats.torch_zip import read_pt
-from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.make import make_plan
+from neox_bridge.api import open_checkpoint
+from neox_bridge.api import plan as make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import objects, paths, ranges, uploads
 from neox_bridge.tensors.tensor_ref import TensorRef

@@ -29,7 +29,7 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import ChoiceNeeded, UsageError
 from neox_bridge.layouts import same_values
 from neox_bridge.layouts.head import decide_head, head_relation
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.diff import diff
 from neox_bridge.verification.verify import verify
 

@@ -23,8 +23,8 @@ from neox_bridge.formats.pickle_writer import TensorSlot, numpy_array
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt, read_pt
-from neox_bridge.tensors.coverage import check_plan
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, Plan, box
+from neox_bridge.tensors.coverage import check_files
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, box
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
@@ -424,7 +424,7 @@ def outputs(tensors: dict[str, torch.Tensor]) -> list[OutputTensor]:
 
 def write(file: OutputFile, path: Path, tensors: dict[str, torch.Tensor], crc: bool = True) -> Path:
     """What an execution does with a planned file."""
-    check_plan(Plan({}, {}, (file,)))
+    check_files([file])
     raw = bytearray(file.size)
     for offset, data in file.literals:
         raw[offset : offset + len(data)] = data
@@ -666,7 +666,7 @@ def test_more_than_4_gib(tmp_path: Path) -> None:
         {name: TensorSlot(name) for name in ("big", "small", "none")},
         [big, *outputs({"small": BASE, "none": torch.zeros(0)})],
     )
-    check_plan(Plan({}, {}, (file,)))
+    check_files([file])
     path = tmp_path / "x.pt"
     with open(path, "wb") as out:
         for offset, data in file.literals:

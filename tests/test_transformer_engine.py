@@ -23,7 +23,7 @@ from common import (
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import era_named
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.layouts.transformer_engine import KEYS
 from neox_bridge.verification.verify import verify
 

@@ -20,7 +20,7 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import journal, output
 from neox_bridge.execution.run import execute
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.planning.plan import Plan
 
 SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 300}
 

@@ -21,9 +21,9 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.optimizer.states import MASTER
 from neox_bridge.planning.report import plan_schema
 from neox_bridge.verification.optimizer import compare_states
 

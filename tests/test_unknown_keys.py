@@ -23,7 +23,7 @@ from neox_bridge.frameworks.check_keys import (
 )
 from neox_bridge.frameworks.keys import has_keys_of, neox_keys, transformers_keys
 from neox_bridge.frameworks.unknown_keys import UnknownKey, effect_of, neighbour_of
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.verify import verify
 
 PYTHIA = "pythia_fp32_pp1_tp2"

@@ -213,6 +213,6 @@ def test_in_python() -> None:
     assert (str(again), again.parameters) == (str(error), error.parameters)
     checkpoint = neox_bridge.open_checkpoint(NEOX)
     with pytest.raises(UsageError) as raised:
-        neox_bridge.make_plan(checkpoint, Options(tp=2), "out")
+        neox_bridge.plan(checkpoint, Options(tp=2), "out")
     assert raised.value.parameters == ("tp",)
     assert isinstance(raised.value, neox_bridge.BridgeError)

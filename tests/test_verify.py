@@ -13,7 +13,7 @@ import torch
 from common import GPT_NEOX, convert, fixture, make_hf, plan_of, step_of
 from safetensors.torch import load_file, save_file
 
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.verification.diff import diff
 from neox_bridge.verification.verify import Verification, verify
 

@@ -13,7 +13,7 @@ from tiny import convert, tensors, write_hf
 from neox_bridge.architectures.base import Weight
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.execution.context import Context
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.tensors.dtypes import to_numpy
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import Piece, Whole

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused, UsageError
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.planning.vocabulary import fit, padded_size
 from neox_bridge.verification.verify import verify
 

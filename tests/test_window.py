@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.layouts.window import windowed_layers
 from neox_bridge.verification.logits import compare_logits
 from neox_bridge.verification.tokens import read_tokens

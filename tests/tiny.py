@@ -11,10 +11,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from neox_bridge.execution.run import execute
-from neox_bridge.layouts.open import open_checkpoint
-from neox_bridge.planning.make import make_plan
+from neox_bridge.api import open_checkpoint
+from neox_bridge.api import plan as make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.planning.plan import Plan
 
 CONFIG: dict[str, Any] = {
     "architectures": ["GPTNeoXForCausalLM"],

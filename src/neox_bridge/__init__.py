@@ -5,7 +5,7 @@ The command line's verbs, for Python::
     import neox_bridge
 
     checkpoint = neox_bridge.open_checkpoint("pythia-410m")
-    plan = neox_bridge.make_plan(checkpoint, neox_bridge.Options(tp=2), "out")
+    plan = neox_bridge.plan(checkpoint, neox_bridge.Options(tp=2), "out")
     result = neox_bridge.execute(plan, "out")
 
 Every error that a user can fix is a ``BridgeError``. The others are its kinds: catch ``Refused``
@@ -14,8 +14,11 @@ where the target cannot express the source, ``UsageError`` where options do not 
 
 from importlib import import_module
 
+from neox_bridge.version import __version__
+
 TYPE_CHECKING = False  # type checkers take it as true; importing typing would double the time
 if TYPE_CHECKING:
+    from neox_bridge.api import open_checkpoint, plan
     from neox_bridge.errors import (
         BridgeError,
         ChoiceNeeded,
@@ -30,13 +33,10 @@ if TYPE_CHECKING:
     from neox_bridge.findings import Finding
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.layouts.folder_kinds import ForeignFolder
-    from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.layouts.quantized import QuantizedModel
-    from neox_bridge.planning.make import make_plan
     from neox_bridge.planning.options import Options
-    from neox_bridge.tensors.pieces import Plan
+    from neox_bridge.planning.plan import Plan
 
-__version__ = "0.1.0"
 __all__ = [
     "BridgeError",
     "Checkpoint",
@@ -52,9 +52,10 @@ __all__ = [
     "Unreachable",
     "Unverified",
     "UsageError",
+    "__version__",
     "execute",
-    "make_plan",
     "open_checkpoint",
+    "plan",
 ]
 
 _HOMES = {
@@ -64,7 +65,7 @@ _HOMES = {
     "Finding": "findings",
     "ForeignFolder": "layouts.folder_kinds",
     "Options": "planning.options",
-    "Plan": "planning.pieces",
+    "Plan": "planning.plan",
     "QuantizedModel": "layouts.quantized",
     "Refused": "errors",
     "Result": "execution.result",
@@ -73,8 +74,8 @@ _HOMES = {
     "Unverified": "errors",
     "UsageError": "errors",
     "execute": "execution.run",
-    "make_plan": "planning.make",
-    "open_checkpoint": "layouts.open",
+    "open_checkpoint": "api",
+    "plan": "api",
 }
 
 

@@ -52,3 +52,18 @@ def unrepeated(
     """
     subjects = ({finding.subject for finding in others} | set(settled)) - {""}
     return [finding for finding in findings if finding.subject not in subjects]
+
+
+DroppedKind = Literal["optimizer", "inv_freq", "setting", "stray", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Something of the source that isn't in the target, and why.
+
+    kind: what it is, for code; the reason is for people.
+    """
+
+    name: str
+    reason: str
+    kind: DroppedKind = "other"

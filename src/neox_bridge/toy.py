@@ -3,6 +3,7 @@
 from dataclasses import replace
 from hashlib import sha256
 
+from neox_bridge.api import plan as make_plan
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE
 from neox_bridge.architectures.shapes import PYTHIA, TOKENIZER_SIZE, Shape
@@ -10,9 +11,9 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.common import text_file
-from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
-from neox_bridge.tensors.pieces import Plan, Whole
+from neox_bridge.planning.plan import Plan
+from neox_bridge.tensors.pieces import Whole
 
 DTYPE = "float16"
 

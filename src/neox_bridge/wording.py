@@ -6,6 +6,7 @@ into a page. Everything that shows such text uses one of these functions.
 """
 
 import re
+from collections.abc import Mapping
 
 _MAX_MESSAGE_CHARACTERS = 4000
 # C0 and C1 controls but for tabs and line ends; characters without a width, which hide differences;
@@ -51,3 +52,48 @@ def _escaped(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte of a path that isn't UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
+
+
+KINDS = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
+
+
+def side(facts: Mapping[str, object]) -> str:
+    """A source or target in a few words."""
+    kind, family = KINDS[str(facts["kind"])], str(facts.get("architecture", ""))
+    words = [f"{kind} {family}".strip()]
+    if "format" in facts:
+        words.append(f"{facts['format']}'s form")
+    if "layout" in facts:
+        words.append(str(facts["layout"]))
+    if "tensor_parallel" in facts:
+        words += [f"TP {facts['tensor_parallel']}", f"PP {facts['pipeline_stages']}"]
+    words.append(str(facts["dtype"]))
+    return ", ".join(words)
+
+
+def human(count: float) -> str:
+    """Bytes in units of a thousand: 1.23 GB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        if count < 999.5 or unit == "TB":
+            break
+    return f"{count:.3g} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def some(names: list[str], most: int = 6) -> str:
+    """A short list of names for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, with the numbers in them as numbers."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if n % 2 else (0, part) for n, part in enumerate(parts)]

@@ -32,7 +32,7 @@ from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.masters import with_masters, with_states
 from neox_bridge.optimizer.mp_rank import with_slots
 from neox_bridge.optimizer.read_export import scalars
@@ -41,8 +41,9 @@ from neox_bridge.optimizer.reshard import plan_reshard
 from neox_bridge.optimizer.reshard_target import Resharding
 from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.optimizer.write_export import plan_export
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import to_json
-from neox_bridge.tensors.pieces import OutputTensor, Plan
+from neox_bridge.tensors.pieces import OutputTensor
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 _FOLDER = folder()

@@ -9,7 +9,7 @@ from test_reshard_neox import PRECISION, Layout, losses, start
 
 from common import neox_config, neox_ranks  # isort: skip
 
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.verification import reference
 

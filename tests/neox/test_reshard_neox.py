@@ -17,7 +17,7 @@ import yaml
 from common import convert, make_hf
 from test_reshard import reshard, without_moments
 
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 
 pytestmark = pytest.mark.neox

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from neox_bridge.findings import Finding
+from neox_bridge.tensors.fused import Part
+from neox_bridge.tensors.geometry import Split
 
-Split = Literal[
-    "column", "row", "vocab", "replicated", "row_bias", "fused", "gated", "zero", "derived"
-]
-Part = Literal["", "q", "k", "v", "up", "gate"]
 Place = Literal["embed", "block", "norm", "head"]
 
 

@@ -9,7 +9,6 @@ from neox_bridge.architectures.base import (
     ModelConfig,
     Presence,
     Refusal,
-    Split,
     Weight,
 )
 from neox_bridge.architectures.heads import REWARD, RM_LINEAR, SCORE, head_config, refuse_tied
@@ -24,6 +23,7 @@ from neox_bridge.architectures.neox_config import (
     window_of,
 )
 from neox_bridge.findings import Finding
+from neox_bridge.tensors.geometry import Split
 
 _LAYER = "gpt_neox.layers.{i}."
 

@@ -3,8 +3,10 @@
 from functools import partial
 from typing import Literal
 
-from neox_bridge.architectures.base import Part, Split, Weight
+from neox_bridge.architectures.base import Weight
 from neox_bridge.architectures.heads import REWARD
+from neox_bridge.tensors.fused import Part
+from neox_bridge.tensors.geometry import Split
 
 # of attention and MLP: a choice of config.json; always those of q, k and v; never any
 Biases = Literal["optional", "qkv", "none"]

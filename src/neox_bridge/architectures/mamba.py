@@ -15,7 +15,6 @@ from neox_bridge.architectures.base import (
     ModelConfig,
     Presence,
     Refusal,
-    Split,
     Weight,
 )
 from neox_bridge.architectures.hf_config import refuse_hf_common
@@ -28,6 +27,7 @@ from neox_bridge.architectures.neox_config import (
     refuse_common,
 )
 from neox_bridge.errors import BridgeError
+from neox_bridge.tensors.geometry import Split
 
 _LAYER = "backbone.layers.{i}."
 _CONV_BIAS = "mixer.conv1d.bias"

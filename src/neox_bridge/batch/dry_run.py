@@ -10,7 +10,7 @@ from neox_bridge.batch.items import Item
 from neox_bridge.batch.row import Row
 from neox_bridge.batch.run import Batch, place_of, plan_one
 from neox_bridge.errors import BridgeError
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

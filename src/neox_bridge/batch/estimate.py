@@ -6,8 +6,8 @@ import time
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import BUFFER, move, read
+from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.paths import is_url
-from neox_bridge.tensors.pieces import Plan
 
 _SAMPLE = 128 << 20  # bytes
 

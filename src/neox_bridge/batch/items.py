@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from neox_bridge.api import open_checkpoint
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
-from neox_bridge.frameworks.eras import GqaOrder
-from neox_bridge.layouts.checkpoint import Checkpoint, some
-from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.verification.runs import Place, Run, find_runs
 from neox_bridge.verification.step_choice import check_ranges, check_steps, with_steps
+from neox_bridge.wording import some
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from neox_bridge.api import plan as make_plan
 from neox_bridge.batch import on_hub
 from neox_bridge.batch.done import State, answer, state_of
 from neox_bridge.batch.items import Item, Source
@@ -21,13 +22,12 @@ from neox_bridge.execution.run import execute, sources_of
 from neox_bridge.execution.staging import set_aside, sweep
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.unknown_keys import ignorable
-from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options
+from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.stores.objects import pending, pending_now
 from neox_bridge.stores.paths import absolute, is_url
-from neox_bridge.tensors.pieces import Plan
 
 if TYPE_CHECKING:
     from neox_bridge.frameworks.facts import TransformersFacts
@@ -153,7 +153,7 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
     there = ignorable(checkpoint)
     options = replace(options, ignore_keys=tuple(k for k in options.ignore_keys if k in there))
     if batch.version is not None:
-        from neox_bridge.frameworks.targets import refuse_version
+        from neox_bridge.architectures.transformers_limits import refuse_version
 
         refuse_version(checkpoint.architecture.name, checkpoint.config, batch.version)
     made = kind_of(checkpoint, options)

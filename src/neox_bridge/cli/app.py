@@ -34,7 +34,7 @@ _COMMANDS = (
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from neox_bridge import __version__
+        from neox_bridge.version import __version__
 
         print(f"neox-bridge {__version__}")
         raise typer.Exit

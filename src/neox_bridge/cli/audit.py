@@ -6,9 +6,10 @@ import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.asked import given
-from neox_bridge.cli.output import KINDS, human, plural, print_json, print_line, tell_findings
+from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.errors import UsageError
+from neox_bridge.wording import KINDS, human, plural
 
 if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit

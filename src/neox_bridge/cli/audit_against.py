@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from neox_bridge.cli.output import plural, print_json, print_line, tell_findings
+from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.wording import plural
 
 if TYPE_CHECKING:
     from neox_bridge.verification.against import Comparison, StepRow

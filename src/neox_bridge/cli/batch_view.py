@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from neox_bridge.cli.output import human, plural, print_line, say, with_remedy
+from neox_bridge.cli.output import print_line, say, with_remedy
 from neox_bridge.cli.streams import for_progress
-from neox_bridge.wording import plain
+from neox_bridge.wording import human, plain, plural
 
 if TYPE_CHECKING:
     from neox_bridge.batch.dry_run import DryRun

@@ -321,8 +321,8 @@ def convert(
     on_hub = target.startswith("hf://")
     upload.check(target)
     with writing(target):
-        from neox_bridge.layouts.open import open_checkpoint
-        from neox_bridge.planning.make import make_plan
+        from neox_bridge.api import open_checkpoint
+        from neox_bridge.api import plan as make_plan
         from neox_bridge.planning.option_checks import check_options
 
         checkpoint = open_checkpoint(
@@ -340,7 +340,7 @@ def convert(
         check_options(checkpoint, asked.options, asked.given)
         plan = make_plan(checkpoint, asked.options, root_of(target))
         if asked.version is not None:
-            from neox_bridge.frameworks.targets import refuse_version
+            from neox_bridge.architectures.transformers_limits import refuse_version
 
             refuse_version(checkpoint.architecture.name, checkpoint.config, asked.version)
         how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)

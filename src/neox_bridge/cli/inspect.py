@@ -13,19 +13,11 @@ from neox_bridge.cli.inspect_optimizer import (
     states_facts,
     states_lines,
 )
-from neox_bridge.cli.output import (
-    KINDS,
-    human,
-    plural,
-    print_json,
-    print_line,
-    tell_findings,
-    with_remedy,
-)
+from neox_bridge.cli.output import print_json, print_line, tell_findings, with_remedy
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 from neox_bridge.errors import UsageError
-from neox_bridge.wording import plain
+from neox_bridge.wording import KINDS, human, plain, plural
 
 if TYPE_CHECKING:
     from neox_bridge.findings import Finding

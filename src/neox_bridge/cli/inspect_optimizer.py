@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.cli.output import plural
+from neox_bridge.wording import plural
 
 if TYPE_CHECKING:
     from neox_bridge.findings import Finding

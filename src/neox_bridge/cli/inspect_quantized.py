@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.cli.output import KINDS, human, plural, print_json
-from neox_bridge.wording import plain
+from neox_bridge.cli.output import print_json
+from neox_bridge.wording import KINDS, human, plain, plural
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.quantized import QuantizedFolder

@@ -4,20 +4,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.streams import write_color
-from neox_bridge.wording import one_line, plain
+from neox_bridge.wording import human, one_line, plain, plural, side
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Finding
-    from neox_bridge.tensors.pieces import Plan
+    from neox_bridge.planning.plan import Plan
 
 _COLORS = {"error": 31, "interrupted": 31, "warning": 33, "info": 36, "dropped": 36, "note": 36}
-KINDS = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
 
 
 def say(word: str, *texts: str) -> None:
@@ -141,36 +140,6 @@ def blanks(plan: "Plan", target: str) -> list[str]:
     for file, key in plan.blanks:
         keys.setdefault(file, []).append(key)
     return [f"fill in: {' and '.join(k)} in {os.path.join(target, f)}" for f, k in keys.items()]
-
-
-def side(facts: Mapping[str, object]) -> str:
-    """A source or target in a few words."""
-    kind, family = KINDS[str(facts["kind"])], str(facts.get("architecture", ""))
-    words = [f"{kind} {family}".strip()]
-    if "format" in facts:
-        words.append(f"{facts['format']}'s form")
-    if "layout" in facts:
-        words.append(str(facts["layout"]))
-    if "tensor_parallel" in facts:
-        words += [f"TP {facts['tensor_parallel']}", f"PP {facts['pipeline_stages']}"]
-    words.append(str(facts["dtype"]))
-    return ", ".join(words)
-
-
-def human(count: float) -> str:
-    """Bytes in units of a thousand: 1.23 GB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        count /= 1000
-        if count < 999.5 or unit == "TB":
-            break
-    return f"{count:.3g} {unit}"
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 file``, ``2 files``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def with_remedy(finding: "Finding") -> str:

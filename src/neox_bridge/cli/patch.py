@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.output import plural, print_json, print_line
+from neox_bridge.cli.output import print_json, print_line
+from neox_bridge.wording import plural
 
 if TYPE_CHECKING:
     from neox_bridge.patch.patcher import Patch

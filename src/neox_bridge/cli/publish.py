@@ -8,28 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neox_bridge.cli.output import (
-    blanks,
-    human,
-    plural,
-    print_json,
-    print_line,
-    print_plan,
-    result_json,
-    say,
-    side,
-)
+from neox_bridge.cli.output import blanks, print_json, print_line, print_plan, result_json, say
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.cli.run_plan import How, Progress, perform
 from neox_bridge.errors import BridgeError, Unverified, UsageError
+from neox_bridge.wording import human, plural, side
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.execution.work import Work
     from neox_bridge.hub.preview import Outlook
     from neox_bridge.hub.publish import Published
+    from neox_bridge.planning.plan import Plan
     from neox_bridge.stores.hub_names import HubTarget
-    from neox_bridge.tensors.pieces import Plan
 
 _HUB = "Targets on the Hub"
 Private = Annotated[

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neox_bridge.cli import values
-from neox_bridge.cli.output import human, print_json, print_line
+from neox_bridge.cli.output import print_json, print_line
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.wording import human
 
 if TYPE_CHECKING:
     from neox_bridge.report.parts import Section

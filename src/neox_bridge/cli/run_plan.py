@@ -9,7 +9,7 @@ from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
-    from neox_bridge.tensors.pieces import Plan
+    from neox_bridge.planning.plan import Plan
 
 Progress = Callable[[int], None] | None
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from neox_bridge.cli.output import plural, print_json, print_line, say
-from neox_bridge.wording import plain
+from neox_bridge.cli.output import print_json, print_line, say
+from neox_bridge.wording import plain, plural
 
 if TYPE_CHECKING:
     from neox_bridge.formats.pickle_security import Report, Use

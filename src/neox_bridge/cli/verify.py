@@ -7,9 +7,10 @@ import typer
 
 from neox_bridge.cli import plotting, values
 from neox_bridge.cli.asked import given
-from neox_bridge.cli.output import human, plural, print_json, print_line, tell_findings
+from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.wording import human, plural
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
+from neox_bridge.architectures.transformers_limits import refuse_version
 from neox_bridge.doctor.judge_hf import judge_hf
 from neox_bridge.doctor.judge_neox import judge_neox
 from neox_bridge.doctor.neox_folder import stray_cases
@@ -13,7 +14,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, Subject, unrepeated
 from neox_bridge.frameworks.eras import LATER_ERAS, fitting
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
-from neox_bridge.frameworks.targets import Target, name_of, refuse_version, target_named
+from neox_bridge.frameworks.targets import Target, name_of, target_named
 from neox_bridge.frameworks.writers import words_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder, way_out_of
 from neox_bridge.layouts.copies import copy_findings

@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from neox_bridge.architectures.transformers_limits import refuse_version
 from neox_bridge.doctor.judge_hf import stored_names
 from neox_bridge.doctor.judge_neox import stores_inv_freq
 from neox_bridge.doctor.neox_folder import stray_ranks
 from neox_bridge.doctor.resuming import cannot_resume, resharding
 from neox_bridge.doctor.verdict import convert_command, fix_command
 from neox_bridge.errors import BridgeError, Refused, Unverified
+from neox_bridge.findings import Dropped
 from neox_bridge.formats.yml import dump_yml
-from neox_bridge.frameworks.eras import Era, GqaOrder, InvFreq, fitting, known_keys
+from neox_bridge.frameworks.eras import Era, InvFreq, fitting, known_keys
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
 from neox_bridge.frameworks.source_tree import FLAG
-from neox_bridge.frameworks.targets import Target, refuse_version
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState, some
+from neox_bridge.frameworks.targets import Target
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
 from neox_bridge.layouts.derived_check import mismatch_finding
 from neox_bridge.layouts.linked_files import check_own
 from neox_bridge.layouts.missing_files import refuse_missing_ranks
@@ -33,11 +35,14 @@ from neox_bridge.planning.common import text_file
 from neox_bridge.planning.era_settings import reason_dropped
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
 from neox_bridge.stores.paths import is_url, listdir, size, walk
-from neox_bridge.tensors.pieces import Dropped, OutputFile, Plan
+from neox_bridge.tensors.fused import GqaOrder
+from neox_bridge.tensors.pieces import OutputFile
 from neox_bridge.verification.sealed import check_seal, find_record
 from neox_bridge.verification.verify import summary, verify
+from neox_bridge.wording import some
 
 # with other names GPT-NeoX also asks for its gated MLP in another way (0d4bdb96, adbf5d6f)
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")

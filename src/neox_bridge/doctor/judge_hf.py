@@ -13,21 +13,18 @@ from typing import Any
 
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
+from neox_bridge.architectures.transformers_limits import llama_ignores
 from neox_bridge.doctor.verdict import Case, case, fix_command
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.facts import TransformersFacts
-from neox_bridge.frameworks.targets import (
-    keeps_stored_head,
-    knows_attention_bias,
-    llama_ignores,
-    version_number,
-)
-from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, some
+from neox_bridge.frameworks.targets import keeps_stored_head, knows_attention_bias, version_number
+from neox_bridge.layouts.checkpoint import Checkpoint, new_folder
 from neox_bridge.layouts.head import embeddings_of, head_relation
 from neox_bridge.layouts.tensor_names import state_dict_of, tensors_of
 from neox_bridge.layouts.weights import expand
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 _MASKS = re.compile(r"attention\.(bias|masked_bias)$")
 _SIZES = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}

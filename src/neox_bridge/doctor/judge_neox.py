@@ -15,7 +15,7 @@ from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.doctor.neox_folder import stray_cases
 from neox_bridge.doctor.verdict import Case, case, fix_command
 from neox_bridge.formats.yml import duplicate_finding
-from neox_bridge.frameworks.eras import GqaOrder, mlp_biases
+from neox_bridge.frameworks.eras import mlp_biases
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.source_tree import FLAG
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
@@ -23,6 +23,7 @@ from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.layouts.weights import INV_FREQ, exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
+from neox_bridge.tensors.fused import GqaOrder
 
 # what stands in for a key that the yml lacks (megatron/neox_arguments/neox_args.py)
 _DEFAULTS: dict[str, Any] = {

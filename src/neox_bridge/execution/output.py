@@ -18,7 +18,8 @@ from neox_bridge.execution.tensors import fill_tensor, write_tensor
 from neox_bridge.execution.trailing_hashes import Trail
 from neox_bridge.execution.work import Work
 from neox_bridge.layouts.seal import entries, sealed
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Plan
+from neox_bridge.planning.plan import Plan
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 SMALL = 1 << 20  # bytes of a file that is put together in memory
 _GROUP = 128 << 20  # bytes that are flushed together

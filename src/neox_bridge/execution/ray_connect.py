@@ -6,11 +6,11 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from neox_bridge import __version__
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import default_slots
 from neox_bridge.execution.ray_guard import guard
 from neox_bridge.execution.ray_node import asker
+from neox_bridge.version import __version__
 
 _ANSWER = 60.0  # seconds in which a node is to say which code it has
 _STORE = 128 << 20  # bytes of the object store of a Ray that is started here; units are small

@@ -87,12 +87,12 @@ def asker() -> Callable[[], tuple[str | None, str]]:
         import os
 
         try:
-            import neox_bridge
             import neox_bridge.execution.units
+            from neox_bridge import version
         except ImportError as error:
             return None, str(error)
         state = hashlib.sha256()
-        home = os.path.dirname(os.path.abspath(neox_bridge.__file__))
+        home = os.path.dirname(os.path.abspath(version.__file__))
         for folder, folders, names in os.walk(home):
             folders.sort()
             for name in sorted(names):
@@ -101,7 +101,7 @@ def asker() -> Callable[[], tuple[str | None, str]]:
                     state.update(os.path.relpath(path, home).encode())
                     with open(path, "rb") as file:
                         state.update(file.read())
-        return state.hexdigest(), neox_bridge.__version__
+        return state.hexdigest(), version.__version__
 
     return ask
 

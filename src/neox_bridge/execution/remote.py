@@ -31,11 +31,12 @@ from neox_bridge.execution.staging import kept_files
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.tensors import fill_tensor
 from neox_bridge.findings import Finding
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash
 from neox_bridge.stores.objects import pending, remove
 from neox_bridge.stores.uploads import WORK, Sender, start_upload
-from neox_bridge.tensors.coverage import check_plan
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Plan
+from neox_bridge.tensors.coverage import check_files
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 if TYPE_CHECKING:
     from neox_bridge.execution.executors import Pool
@@ -64,7 +65,7 @@ def execute_remote(
     record then.
     """
     start = time.perf_counter()
-    check_plan(plan)
+    check_files(plan.files)
     sources = sources_of(plan)
     before = identities(sources)
     check_copies(plan, before)

@@ -17,6 +17,7 @@ from neox_bridge.execution.journal import Key, Written
 from neox_bridge.execution.staging import check_objects
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.objects import (
     Object,
     below,
@@ -30,7 +31,7 @@ from neox_bridge.stores.objects import (
 )
 from neox_bridge.stores.paths import isfile
 from neox_bridge.stores.uploads import WORK, abort_left_over
-from neox_bridge.tensors.pieces import OutputFile, Plan
+from neox_bridge.tensors.pieces import OutputFile
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 _AT_ONCE = 16

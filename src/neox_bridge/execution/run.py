@@ -30,11 +30,11 @@ from neox_bridge.execution.staging import (
 from neox_bridge.execution.work import Work
 from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import overflow_finding
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import copied, plan_hash
 from neox_bridge.stores.fetched import folder_of, keeping
 from neox_bridge.stores.paths import is_url, plain
-from neox_bridge.tensors.coverage import check_plan
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.tensors.coverage import check_files
 
 if TYPE_CHECKING:
     from neox_bridge.execution.executors import Pool
@@ -82,7 +82,7 @@ def execute(
 
         return execute_remote(plan, target, overwrite, workers, hash_name, progress, check, pool)
     begin = time.perf_counter()
-    check_plan(plan)
+    check_files(plan.files)
     sources = sources_of(plan)
     step = step_of(plan)
     check_target(target, sources, step, in_place=in_place)

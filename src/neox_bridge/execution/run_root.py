@@ -14,14 +14,16 @@ from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.install import LATEST, RootFiles
 from neox_bridge.findings import Finding
 from neox_bridge.formats.yml import parse_yml, read_yml
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.record_file import Entry, written_above
 from neox_bridge.layouts.text_files import LARGE, list_folder, read_bytes, read_text
 from neox_bridge.layouts.tokenizer import FOLDER as TOKENIZER
 from neox_bridge.planning.model_identity import differences, identity_of
+from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.paths import isdir, isfile, size
-from neox_bridge.tensors.pieces import OutputFile, Plan
+from neox_bridge.tensors.pieces import OutputFile
+from neox_bridge.wording import some
 
 _STARTS = ("finetune.yml", "resume.yml", "resume_universal.yml")
 _UNIVERSAL = ("resume_universal.yml",)  # started by latest_universal

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.described import Described
 from neox_bridge.frameworks.facts import TreeFacts
-from neox_bridge.layouts.checkpoint import Checkpoint
 
 Framework = Literal["gpt-neox", "transformers"]
 
@@ -39,7 +39,7 @@ class Change:
     loud: bool
     remedy: str
     link: str
-    in_checkpoint: Callable[[Checkpoint], bool] | None = None
+    in_checkpoint: Callable[[Described], bool] | None = None
     in_tree: Callable[[TreeFacts], bool] | None = None
     in_error: tuple[str, ...] = ()
 

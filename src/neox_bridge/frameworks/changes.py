@@ -15,7 +15,7 @@ from neox_bridge.frameworks.change import (
 )
 from neox_bridge.frameworks.changes_neox import NEOX
 from neox_bridge.frameworks.changes_transformers import TRANSFORMERS
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.frameworks.described import Described
 
 
 def _age(change: Change) -> tuple[str, tuple[int, ...], str]:
@@ -34,7 +34,7 @@ def select(
     framework: Framework | None = None,
     since: Moment | None = None,
     until: Moment | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Described | None = None,
 ) -> list[Change]:
     """The changes of a framework, of a span (both ends included), that touch a checkpoint."""
     return [
@@ -47,6 +47,6 @@ def select(
     ]
 
 
-def touches(change: Change, checkpoint: Checkpoint) -> bool:
+def touches(change: Change, checkpoint: Described) -> bool:
     """Whether a change matters for this checkpoint, as far as its contents tell."""
     return change.in_checkpoint is not None and change.in_checkpoint(checkpoint)

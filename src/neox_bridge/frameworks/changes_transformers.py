@@ -5,8 +5,8 @@ the first version that has the change.
 """
 
 from neox_bridge.frameworks.change import RELEASED, Change
+from neox_bridge.frameworks.described import Described
 from neox_bridge.frameworks.detectors import HALF, hf
-from neox_bridge.layouts.checkpoint import Checkpoint
 
 
 def _pull(number: int) -> str:
@@ -21,16 +21,16 @@ def _of(version: str) -> str:
     return RELEASED[version.rpartition(".")[0]]
 
 
-def _holds(c: Checkpoint, *endings: str) -> bool:
+def _holds(c: Described, *endings: str) -> bool:
     """Whether the files hold tensors that are no weights, with such names."""
     return any(drop.name.endswith(endings) for drop in c.dropped)
 
 
-def _rope(c: Checkpoint) -> dict[str, object]:
+def _rope(c: Described) -> dict[str, object]:
     return dict(c.raw.get("rope_parameters") or {})
 
 
-def _loses_pct(c: Checkpoint) -> bool:
+def _loses_pct(c: Described) -> bool:
     """5.0 to 5.4 would read another fraction than this config says, or have written it."""
     factor = _rope(c).get("partial_rotary_factor")
     if factor is None or "rotary_pct" in c.raw:
@@ -39,7 +39,7 @@ def _loses_pct(c: Checkpoint) -> bool:
     return factor != 0.25 or writer.startswith(("5.0.", "5.1.", "5.2.", "5.3.", "5.4."))
 
 
-def _one_spelling(c: Checkpoint) -> bool:
+def _one_spelling(c: Described) -> bool:
     """RoPE is spelled in the old way only, or in the new one only."""
     old = {"rotary_pct", "rotary_emb_base", "rope_theta"} & set(c.raw)
     return bool(old) != ("rope_parameters" in c.raw)

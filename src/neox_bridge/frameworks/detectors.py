@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from neox_bridge.frameworks.described import Described
 from neox_bridge.frameworks.facts import TreeFacts
-from neox_bridge.layouts.checkpoint import Checkpoint
 
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 HALF = ("float16", "bfloat16")
@@ -15,17 +15,17 @@ MOE_KEYS = frozenset(
 )
 
 
-def neox(test: Callable[[Checkpoint], bool]) -> Callable[[Checkpoint], bool]:
+def neox(test: Callable[[Described], bool]) -> Callable[[Described], bool]:
     """The test, for GPT-NeoX checkpoints only."""
     return lambda c: c.neox is not None and test(c)
 
 
-def key(name: str) -> Callable[[Checkpoint], bool]:
+def key(name: str) -> Callable[[Described], bool]:
     """The yml names this key."""
     return neox(lambda c: name in c.raw)
 
 
-def on(name: str) -> Callable[[Checkpoint], bool]:
+def on(name: str) -> Callable[[Described], bool]:
     """The yml switches this key on."""
     return neox(lambda c: bool(c.raw.get(name)))
 
@@ -42,38 +42,38 @@ def unknown(name: str) -> str:
     return rf"unexpected keyword argument '{name}'"
 
 
-def is_gated(c: Checkpoint) -> bool:
+def is_gated(c: Described) -> bool:
     return c.raw.get("activation") in GATED or c.raw.get("mlp_type") == "llama"
 
 
-def is_te(c: Checkpoint) -> bool:
+def is_te(c: Described) -> bool:
     keys = ("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha")
     return any(c.raw.get(key) for key in keys)
 
 
-def is_grouped(c: Checkpoint) -> bool:
+def is_grouped(c: Described) -> bool:
     return c.raw.get("num_kv_heads") not in (None, c.raw.get("num_attention_heads"))
 
 
-def is_wide(c: Checkpoint) -> bool:
+def is_wide(c: Described) -> bool:
     return not is_gated(c) and c.config.dims["ffn"] != 4 * c.config.hidden
 
 
-def one_stage_ranks(c: Checkpoint) -> bool:
+def one_stage_ranks(c: Described) -> bool:
     """All in mp_rank files, though the yml says one pipeline stage."""
     return c.neox is not None and c.neox.layout == "ranks" and c.raw.get("pipe_parallel_size") == 1
 
 
-def sums(c: Checkpoint) -> bool:
+def sums(c: Described) -> bool:
     return c.neox is not None and c.neox.tp > 1 and (c.config.attention_bias or c.config.mlp_bias)
 
 
-def hf(family: str, test: Callable[[Checkpoint], bool]) -> Callable[[Checkpoint], bool]:
+def hf(family: str, test: Callable[[Described], bool]) -> Callable[[Described], bool]:
     """The test, for Hugging Face folders of a model_type only ("": of any)."""
     return lambda c: c.kind == "hf" and family in ("", c.raw.get("model_type")) and test(c)
 
 
-def stores_bf16(c: Checkpoint) -> bool:
+def stores_bf16(c: Described) -> bool:
     """Of a GPT-NeoX run in bfloat16, in the newer spelling."""
     if c.neox is None:
         return False

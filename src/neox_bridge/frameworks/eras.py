@@ -7,10 +7,10 @@ from typing import Literal
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import StatesForm
 from neox_bridge.frameworks.keys import neox_keys
+from neox_bridge.tensors.fused import GqaOrder
 
 MlpNames = Literal["linear", "dense"]
 InvFreq = Literal["omit", "store"]
-GqaOrder = Literal["grouped", "interleaved"]
 # biases of a gated MLP in a tree: it has none; swiglu has none and every other activation must have
 # them; the yml's use_bias_in_mlp decides
 GatedBiases = Literal["none", "by activation", "optional"]

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from neox_bridge import __version__
 from neox_bridge.hub.changes import compare
 from neox_bridge.hub.remote import check_private, is_published, is_untouched, look
+from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.hub_api import explained, hub_api
 from neox_bridge.stores.hub_names import MAIN
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.version import __version__
 from neox_bridge.wording import plain
 
 

@@ -10,10 +10,10 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import LARGE, read_bytes
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash
 from neox_bridge.stores.hub_api import explained, hub_api, is_missing_repo
 from neox_bridge.stores.hub_names import MAIN
-from neox_bridge.tensors.pieces import Plan
 
 _WHY = "What is on the Hub is asked of it"
 

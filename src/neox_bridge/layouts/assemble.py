@@ -5,17 +5,20 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
+from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.architectures.neox_config import number
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.frameworks.eras import TODAY, GqaOrder
-from neox_bridge.layouts.checkpoint import refuse_all, some
+from neox_bridge.findings import Dropped
+from neox_bridge.frameworks.eras import TODAY
+from neox_bridge.layouts.checkpoint import refuse_all
 from neox_bridge.layouts.derived_check import InvFreqMismatch, check_inv_freq
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.weights import by_name, expand, lacking, layer_of, model_weights
-from neox_bridge.tensors.fused import Fusion, fusion_of, gather_part
+from neox_bridge.tensors.fused import Fusion, GqaOrder, gather_part
 from neox_bridge.tensors.geometry import gather, whole_shape
-from neox_bridge.tensors.pieces import Dropped, Whole
+from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 RankTensors = Mapping[int, Mapping[str, TensorRef]]
 Assembled = tuple[ModelConfig, dict[str, Whole], list[Dropped], InvFreqMismatch | None]

@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Refusal
 from neox_bridge.errors import Refused
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.yml import DuplicateKey
-from neox_bridge.frameworks.eras import GqaOrder, InvFreq, MlpNames
+from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, Writer
 from neox_bridge.layouts.derived_check import InvFreqMismatch
 from neox_bridge.stores.paths import is_url
-from neox_bridge.tensors.pieces import Dropped, Whole
+from neox_bridge.tensors.fused import GqaOrder
+from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 Kind = Literal["hf", "neox"]
@@ -195,12 +196,6 @@ def new_folder(path: str, ending: str) -> str:
     if is_url(path):
         path = path.rpartition("/")[2].replace("@", "-").replace("%2F", "-")
     return f"{path}-{ending}"
-
-
-def some(names: list[str], most: int = 6) -> str:
-    """A short list of names for a message."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def refuse_all(refusals: Iterable[Refusal], path: str, relayout: str = "") -> None:

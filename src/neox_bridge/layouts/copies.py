@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import Checkpoint, Copy, some
+from neox_bridge.layouts.checkpoint import Checkpoint, Copy
 from neox_bridge.layouts.same_values import Relation, same_bytes
+from neox_bridge.wording import some
 
 _SHOWN = 3
 

@@ -19,13 +19,13 @@ from neox_bridge.formats.file_kinds import (
     misplaced,
     refuse_misplaced,
 )
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.config_files import has_config_beside
 from neox_bridge.layouts.hub_cache import cached_repos
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_json
 from neox_bridge.stores.paths import absolute, is_url, isdir, isfile, lexists, read_at, size
 from neox_bridge.stores.step_names import step_of
+from neox_bridge.wording import some
 
 # of a tensor of an adapter that is not merged, as peft names them
 ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\b")

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Finding
-from neox_bridge.frameworks.eras import LATER_ERAS, TODAY, GqaOrder, MlpNames, known_keys
+from neox_bridge.frameworks.eras import LATER_ERAS, TODAY, MlpNames, known_keys
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.weights import expand
-from neox_bridge.tensors.fused import fusion_of, gather_again
+from neox_bridge.tensors.fused import GqaOrder, gather_again
 
 
 def told_order(

@@ -11,11 +11,11 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.errors import ChoiceNeeded, UsageError
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, HeadChoice
 from neox_bridge.layouts.same_values import Relation, relation
 from neox_bridge.tensors.geometry import with_rows
-from neox_bridge.tensors.pieces import Dropped, Whole
+from neox_bridge.tensors.pieces import Whole
 
 OPTION = "--head"
 

@@ -12,11 +12,11 @@ from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Pres
 from neox_bridge.architectures.heads import SCORE, refuse_labels
 from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
 from neox_bridge.errors import BridgeError
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamba_ssm
 from neox_bridge.frameworks.unknown_keys import UnknownKey
-from neox_bridge.layouts.checkpoint import Checkpoint, Copy, some
+from neox_bridge.layouts.checkpoint import Checkpoint, Copy
 from neox_bridge.layouts.derived_check import check_inv_freq, mismatch_finding
 from neox_bridge.layouts.folder_kinds import (
     ADAPTER_NAME,
@@ -38,8 +38,9 @@ from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
 from neox_bridge.layouts.wrapped_names import Unwrapped, unwrap
 from neox_bridge.stores.paths import ahead, lexists
-from neox_bridge.tensors.pieces import Dropped, Whole, whole_of
+from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 # of transformers' classes for other tasks, and of TRL's value head

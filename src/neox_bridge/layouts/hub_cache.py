@@ -9,10 +9,10 @@ import re
 import shlex
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.stores.paths import absolute, is_url, isdir, isfile
 from neox_bridge.stores.step_names import step_of
+from neox_bridge.wording import some
 
 _ROOT = re.compile(r"(models|datasets|spaces)--(.+)")
 _LONGEST_REF = 256  # bytes

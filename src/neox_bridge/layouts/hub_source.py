@@ -13,7 +13,6 @@ from urllib.parse import quote, unquote
 from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.suites import nearest
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.hub_download import at_revision, cached_snapshot, download
 from neox_bridge.stores.hub_api import explanation, hub_api, is_missing_repo, is_network, status_of
@@ -21,6 +20,7 @@ from neox_bridge.stores.hub_names import MAIN
 from neox_bridge.stores.objects import pin
 from neox_bridge.stores.retry import is_passing, steadily
 from neox_bridge.stores.step_names import step_of
+from neox_bridge.wording import some
 
 _TRIES_UNANSWERED = 3  # before the cache is used instead
 _NEAREST_STEPS = 4  # that an error names

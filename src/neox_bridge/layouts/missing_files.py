@@ -7,8 +7,9 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import NeoxState, some
+from neox_bridge.layouts.checkpoint import NeoxState
 from neox_bridge.layouts.file_names import OPTIMIZER, RANK
+from neox_bridge.wording import some
 
 _MOST_RANKS = 1 << 30
 _SHOWN = 7  # of the files that are missing, of which there may be any number

@@ -11,15 +11,16 @@ from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused, SettingsMissing
+from neox_bridge.findings import Dropped
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
 from neox_bridge.frameworks.check_keys import unknown_in_yml
-from neox_bridge.frameworks.eras import GqaOrder, MlpNames
+from neox_bridge.frameworks.eras import MlpNames
 from neox_bridge.frameworks.setting_defaults import OUTPUT_LAYER
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import writer_of
 from neox_bridge.layouts.assemble import assemble
-from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState, some
+from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState
 from neox_bridge.layouts.config_files import (
     ConfigFiles,
     config_files,
@@ -54,8 +55,9 @@ from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.layouts.wrapped_names import without_wrappers
 from neox_bridge.stores.paths import absolute, ahead
-from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 _MOST_FILES = 100_000  # of one step: larger models than any have fewer
 _SHOWN = 7  # of the files that are missing, of which there may be any number

@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.regular import missing_message
-from neox_bridge.frameworks.eras import GqaOrder
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir, lexists
+from neox_bridge.tensors.fused import GqaOrder
 
 _STEP = re.compile(r"global_step\d+")
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
@@ -66,20 +66,15 @@ def open_checkpoint(
     step: int | None = None,
     configs: Sequence[str] = (),
     gqa_order: GqaOrder | None = None,
-    masters: bool = False,
 ) -> Checkpoint:
     """Open a folder of either kind, by its path or URL, or a model of the Hugging Face Hub by its
     id, which downloads it; ``hf://`` before the id reads what is needed from there.
 
     gqa_order: how a GPT-NeoX source has the rows of grouped-query attention, where its files don't
-    tell. masters: whether its weights are the optimizer's. Raises BridgeError or Refused; nothing
+    tell. Raises BridgeError or Refused; nothing
     in the checkpoint is executed.
     """
     found = _opened(afresh(source), revision, step, configs, gqa_order)
-    if masters:
-        from neox_bridge.optimizer.masters import with_masters
-
-        found = with_masters(found)
     if found.missing_tokenizer:
         from neox_bridge.layouts.run_tokenizer import missing_finding
 

@@ -17,12 +17,13 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.pickle_folds import Global, Record
-from neox_bridge.layouts.checkpoint import Kind, some
+from neox_bridge.layouts.checkpoint import Kind
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_json, read_text
 from neox_bridge.stores.paths import isdir, isfile
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 # keys of config.json that hold settings of a quantization
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")

@@ -12,15 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from neox_bridge.architectures.base import Split
 from neox_bridge.architectures.neox_config import number
 from neox_bridge.architectures.setting_types import check_hf
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.check_keys import unknown_in_params
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.hf_reader import checkpoint_of
 from neox_bridge.layouts.linked_files import check_own
 from neox_bridge.layouts.quantized import refuse_quantized
@@ -28,9 +27,10 @@ from neox_bridge.layouts.tensor_names import check_names, tensors_of
 from neox_bridge.layouts.text_files import list_folder, read_json
 from neox_bridge.stores.paths import ahead
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.geometry import gather
-from neox_bridge.tensors.pieces import Dropped, Piece, Whole
+from neox_bridge.tensors.geometry import Split, gather
+from neox_bridge.tensors.pieces import Piece, Whole
 from neox_bridge.tensors.tensor_ref import TensorRef, row_major
+from neox_bridge.wording import some
 
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")

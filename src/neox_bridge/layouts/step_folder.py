@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.config_files import FOLDER as CONFIGS
 from neox_bridge.layouts.config_files import has_config_beside
 from neox_bridge.layouts.file_names import is_step_file, is_weights
@@ -17,6 +16,7 @@ from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.paths import absolute, is_url, isdir, isfile
 from neox_bridge.stores.step_names import step_of
+from neox_bridge.wording import some
 
 _STEP = re.compile(r"global_step(\d+)")
 _LONGEST_TAG = 1024  # bytes

@@ -17,28 +17,24 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.checkpoint import Checkpoint, some
 from neox_bridge.layouts.deepspeed_values import (
-    check_head,
     check_tensor,
-    parameter_groups,
     shapes,
 )
 from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder
-from neox_bridge.layouts.universal_folder import STATE, STEP, ZERO, file_name
-from neox_bridge.layouts.weights import model_weights
-from neox_bridge.optimizer.read_files import (
-    check_weights,
-    generators,
+from neox_bridge.layouts.universal_folder import (
+    MASTER,
+    STATE,
+    ZERO,
+    file_name,
     parameter,
-    scalar,
-    stage_of,
 )
-from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Parameter
+from neox_bridge.layouts.weights import model_weights
 from neox_bridge.stores.paths import isfile
-from neox_bridge.tensors.pieces import Whole, box, whole_of
+from neox_bridge.tensors.pieces import Whole, box
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 Shards = list[dict[int, dict[str, TensorRef]]]  # by rank, by layer, by name
 
@@ -56,7 +52,7 @@ class Masters:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class Stored:
     """One state of one parameter. joined: the ranks' parts lie one behind the other, in rows."""
 
     ref: TensorRef
@@ -69,8 +65,8 @@ def masters(folder: str, metas: Sequence[Mapping[str, Any]], tp: int) -> Masters
     metas: the mp_rank files' values. tp: the ranks that they are of.
     Raises BridgeError for files that are missing or aren't such a checkpoint's.
     """
-    found = _read(folder, MASTER)
-    order = [name for meta in metas for group in _shapes(meta, folder) for name in group]
+    found = stored_states(folder, MASTER)
+    order = [name for meta in metas for group in parameter_shapes(meta, folder) for name in group]
     if odd := sorted(set(order) ^ set(found)):
         raise BridgeError(
             f"{folder}: {some(odd)} isn't in both {ZERO} and the param_shapes of the mp_rank files."
@@ -78,7 +74,7 @@ def masters(folder: str, metas: Sequence[Mapping[str, Any]], tp: int) -> Masters
         )
     files = tuple(stored.ref.file for stored in found.values())
     numbered = all(name.startswith("sequential.") for name in found)
-    return Masters(_ranks({name: found[name] for name in order}, tp), files, numbered)
+    return Masters(by_rank({name: found[name] for name in order}, tp), files, numbered)
 
 
 def dtype_of(meta: Mapping[str, Any]) -> str:
@@ -115,62 +111,7 @@ def as_computed(
     return replace(config, dtype=dtype), found
 
 
-def read_universal(
-    checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
-) -> Optimizer:
-    """The states of a universal source. Raises BridgeError where they aren't the model's."""
-    state = checkpoint.neox
-    assert state is not None
-    path = os.path.join(folder, ZERO, STATE)
-    told = read_torch(path)
-    groups = told.get("param_groups") if isinstance(told, dict) else None
-    if not isinstance(told, dict) or not isinstance(groups, list) or not groups:
-        raise BridgeError(f"{path} holds no param_groups: it isn't a universal checkpoint's.")
-    parameter_groups(told, path)
-    check_head(told, path)
-    members: dict[str, int] = {}
-    for number, meta in enumerate(metas):
-        shapes = _shapes(meta, folder)
-        if len(shapes) != len(groups):
-            raise BridgeError(
-                f"{folder}/mp_rank_{number:02d}_model_states.pt has {len(shapes)} parameter groups "
-                f"and {path} {len(groups)}. Are they of one save?"
-            )
-        members |= {name: index for index, group in enumerate(shapes) for name in group}
-    shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
-    keys = _keys(folder, next(iter(members)))
-    for key in keys:
-        for rank, layers in enumerate(_ranks(_read(folder, key), state.tp)):
-            for layer, tensors in layers.items():
-                for name, ref in tensors.items():
-                    shards.setdefault((rank, (layer, name)), {})[key] = whole_of(ref)
-    found = [
-        Group(
-            {key: value for key, value in group.items() if key != "params"},
-            _step(folder, [name for name, at in members.items() if at == index]),
-        )
-        for index, group in enumerate(groups)
-    ]
-    head = {key: value for key, value in told.items() if key != "param_groups"}
-    outer = {key: metas[0].get(key) for key in ("ds_config", "ds_version")}
-    result = Optimizer(
-        "zero" if "zero_stage" in head else "bf16",
-        stage_of(head, metas[0]),
-        int(metas[0].get("dp_world_size") or 1),
-        keys,
-        tuple(found),
-        {parameter(name, path): index for name, index in members.items()},
-        shards,
-        {**head, "outer": outer},
-        metas,
-        (),
-        generators(metas[0]),
-    )
-    check_weights(checkpoint, result, folder)
-    return result
-
-
-def _shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, Any]]:
+def parameter_shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, Any]]:
     if not isinstance(meta.get("param_shapes"), list):
         raise BridgeError(f"{folder}: an mp_rank file lacks param_shapes. Copy it again.")
     return shapes(meta, f"{folder}/mp_rank_*_model_states.pt")
@@ -182,14 +123,7 @@ def _names(folder: str) -> list[str]:
     return names
 
 
-def _keys(folder: str, name: str) -> tuple[str, ...]:
-    """A parameter's states: the masters first."""
-    files = list_folder(os.path.join(folder, ZERO, name))
-    keys = sorted(file[:-3] for file in files if file.endswith(".pt"))
-    return (MASTER, *(key for key in keys if key not in ("fp32", STEP)))
-
-
-def _read(folder: str, key: str) -> dict[str, _Stored]:
+def stored_states(folder: str, key: str) -> dict[str, Stored]:
     """A state of every parameter, by DeepSpeed's name of it."""
     found = {}
     for name in _names(folder):
@@ -201,11 +135,11 @@ def _read(folder: str, key: str) -> dict[str, _Stored]:
         if not isinstance(value, dict) or not isinstance(ref, TensorRef):
             raise BridgeError(f"{path} holds no param: it isn't a universal checkpoint's.")
         check_tensor("param", ref, path)
-        found[name] = _Stored(ref, value.get("cat_dim") == 0 and set(value) == {"cat_dim", "param"})
+        found[name] = Stored(ref, value.get("cat_dim") == 0 and set(value) == {"cat_dim", "param"})
     return found
 
 
-def _ranks(found: Mapping[str, _Stored], tp: int) -> Shards:
+def by_rank(found: Mapping[str, Stored], tp: int) -> Shards:
     """The ranks' parts where all are joined, as ds_to_universal.py does that was told of none."""
     count = tp if all(stored.joined for stored in found.values()) else 1
     ranks: Shards = [{} for _ in range(count)]
@@ -226,17 +160,3 @@ def _rows(ref: TensorRef, count: int, rank: int) -> TensorRef:
         )
     shape = (ref.shape[0] // count, *ref.shape[1:])
     return replace(ref, offset=ref.offset + rank * (ref.nbytes // count), shape=shape)
-
-
-def _step(folder: str, names: Sequence[str]) -> dict[str, Any]:
-    """The step of a group's parameters, which DeepSpeed wants to be one."""
-    paths = [os.path.join(folder, ZERO, name, f"{STEP}.pt") for name in names]
-    steps = [scalar(read_torch(path)) for path in paths if isfile(path)]
-    if not steps:
-        return {}
-    for path, step in zip(paths, steps, strict=False):
-        if step != steps[0] or len(steps) < len(paths):
-            raise BridgeError(
-                f"{path}: not all parameters have the same step. Copy the checkpoint again."
-            )
-    return {STEP: steps[0]}

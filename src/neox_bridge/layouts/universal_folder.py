@@ -1,7 +1,9 @@
 """What is where in DeepSpeed's universal checkpoints; see ``universal``, which reads them."""
 
 import os
+import re
 
+from neox_bridge.errors import BridgeError
 from neox_bridge.stores.paths import isfile
 
 LATEST = "latest_universal"  # in the root: the folder's name
@@ -9,6 +11,10 @@ ZERO = "zero"  # in the folder: one for each parameter, and
 STATE = "optimizer_state.pt"  # what isn't by parameter
 STEP = "step"
 INFO = "universal_checkpoint_info"  # in the mp_rank files: how ranks share parameters
+Parameter = tuple[int, str]  # GPT-NeoX's number of the layer, and the name in it
+MASTER = "master"  # our key for the fp32 weights; all others are the optimizer's own
+_NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d{1,9})\.(.+)")
+_TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 
 
 def is_universal(folder: str) -> bool:
@@ -18,6 +24,14 @@ def is_universal(folder: str) -> bool:
 
 def file_name(key: str) -> str:
     """The file of a state in a parameter's folder."""
-    from neox_bridge.optimizer.states import MASTER  # every command opens, few have an optimizer
-
     return f"{'fp32' if key == MASTER else key}.pt"
+
+
+def parameter(name: str, path: str) -> Parameter:
+    """The layer and the name in it of a parameter as DeepSpeed names it."""
+    if name.startswith(_TIED):
+        return 0, name.removeprefix(_TIED)
+    match = _NAMED.fullmatch(name)
+    if match is None:
+        raise BridgeError(f"{path}: {name} isn't named as GPT-NeoX names parameters.")
+    return int(match[1]), match[2]

@@ -9,7 +9,8 @@ from neox_bridge.architectures.hf_config import rope_kind
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.unknown_keys import UnknownKey
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.wording import some
 
 ROPE_SCALING = "rope_scaling"  # known to transformers, and refused; it may be ignored all the same
 

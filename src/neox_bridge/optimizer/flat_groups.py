@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import prod
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.rank_states import INTERVALS, RankStates
-from neox_bridge.optimizer.states import MASTER
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.flat import boxes_of
 from neox_bridge.tensors.pieces import Piece, Shape, Whole

@@ -8,11 +8,12 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import Refused
+from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.optimizer.mp_rank import parameter_name
 from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
 from neox_bridge.optimizer.read_stage0 import grouped
-from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Parameter
+from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
 from neox_bridge.planning.neox_files import Shape, rank_parameters
 from neox_bridge.tensors.geometry import constant

@@ -18,8 +18,9 @@ from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.pickles import Record
 from neox_bridge.frameworks.deepspeed import PipelineAccumulation
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import FLOAT
-from neox_bridge.optimizer.states import MASTER, Group, Optimizer
+from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.tensors.pieces import Whole, scaled
 
 Engine = Literal["sums", "averages"]

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from neox_bridge.errors import UsageError
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.weights import STATE_OF
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.optimizer.states import MASTER, Optimizer, states
-from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.optimizer.states import Optimizer, states
 
 
 def with_masters(checkpoint: Checkpoint) -> Checkpoint:

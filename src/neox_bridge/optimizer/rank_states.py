@@ -28,9 +28,9 @@ from neox_bridge.layouts.deepspeed_values import (
     parameter_groups,
     states_of,
 )
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import count, mapping, unexpected, whole
 from neox_bridge.optimizer.read_files import scalar, stage_of
-from neox_bridge.optimizer.states import MASTER
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 BASE = "base_optimizer_state"

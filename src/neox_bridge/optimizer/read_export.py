@@ -9,12 +9,14 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.safetensors import read_safetensors
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.text_files import read_json
-from neox_bridge.optimizer.states import MASTER, Optimizer, Scalar
+from neox_bridge.layouts.universal_folder import MASTER
+from neox_bridge.optimizer.states import Optimizer, Scalar
 from neox_bridge.stores.paths import isfile
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 SCALARS = "optimizer.json"
 FORMAT = 1

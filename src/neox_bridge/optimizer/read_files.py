@@ -11,7 +11,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.deepspeed import PARTITIONS
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.deepspeed_values import (
     check_config,
     check_head,
@@ -23,23 +23,15 @@ from neox_bridge.layouts.deepspeed_values import (
     states_of,
 )
 from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks, told_ranks
+from neox_bridge.layouts.universal_folder import MASTER, Parameter, parameter
 from neox_bridge.layouts.untrusted import mapping, unexpected
-from neox_bridge.optimizer.states import (
-    MASTER,
-    Group,
-    Optimizer,
-    Parameter,
-    SavedForm,
-    Scalar,
-    Wrapper,
-)
+from neox_bridge.optimizer.states import Group, Optimizer, SavedForm, Scalar, Wrapper
 from neox_bridge.stores.paths import ahead, read_at
 from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
-_NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d{1,9})\.(.+)")
-_TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 _MOST = 64  # bytes of a scalar
 _NOT_OUTER = ("optimizer_state_dict", "param_shapes")
 _SHARDED = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
@@ -62,7 +54,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
             "read yet. Convert the weights alone."
         )
     if state.universal:
-        from neox_bridge.layouts.universal import read_universal
+        from neox_bridge.optimizer.read_universal import read_universal
 
         return read_universal(checkpoint, folder, metas)
     if state.optimizer:
@@ -75,16 +67,6 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
         f"{folder} holds no optimizer states: neither *zero_pp_rank_*_optim_states.pt nor an "
         "optimizer in the mp_rank files. Use convert for its weights."
     )
-
-
-def parameter(name: str, path: str) -> Parameter:
-    """The layer and the name in it of a parameter as DeepSpeed names it."""
-    if name.startswith(_TIED):
-        return 0, name.removeprefix(_TIED)
-    match = _NAMED.fullmatch(name)
-    if match is None:
-        raise BridgeError(f"{path}: {name} isn't named as GPT-NeoX names parameters.")
-    return int(match[1]), match[2]
 
 
 def _meta(path: str) -> Mapping[str, Any]:

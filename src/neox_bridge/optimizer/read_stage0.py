@@ -20,10 +20,11 @@ from neox_bridge.layouts.deepspeed_values import (
     parameter_groups,
     states_of,
 )
+from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.layouts.untrusted import mapping, sequence
 from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
 from neox_bridge.optimizer.read_files import check_weights, generators, scalar
-from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Parameter
+from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.pieces import Shape, Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef

@@ -12,20 +12,15 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.deepspeed import deals_out_parameters
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.universal_folder import Parameter, parameter
 from neox_bridge.layouts.untrusted import mapping, text
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.flat_groups import flat_group
 from neox_bridge.optimizer.parameter_order import ParameterOrder, dealt_out, parameter_order
 from neox_bridge.optimizer.rank_states import RankStates, is_handled, rank_states, zero_stage
-from neox_bridge.optimizer.read_files import (
-    check_weights,
-    generators,
-    optimizer_states,
-    parameter,
-    same_group,
-)
+from neox_bridge.optimizer.read_files import check_weights, generators, optimizer_states, same_group
 from neox_bridge.optimizer.spot_checks import check_padding, master_findings
-from neox_bridge.optimizer.states import Derived, Group, Optimizer, Parameter, SavedForm
+from neox_bridge.optimizer.states import Derived, Group, Optimizer, SavedForm
 from neox_bridge.stores.paths import ahead
 from neox_bridge.tensors.pieces import Whole
 

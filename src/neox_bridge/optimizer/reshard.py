@@ -15,7 +15,7 @@ from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.origin import origin_settings
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import describe_tokenizer
-from neox_bridge.layouts.universal_folder import INFO, LATEST
+from neox_bridge.layouts.universal_folder import INFO, LATEST, MASTER, Parameter
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
 from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.optimizer.current_form import in_current_form, is_current, writer_version
@@ -23,7 +23,7 @@ from neox_bridge.optimizer.default_settings import computed_findings, with_own_d
 from neox_bridge.optimizer.gradient_scale import gradient_findings
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.optimizer.reshard_target import Resharding, Target, settle, with_target_rows
-from neox_bridge.optimizer.states import MASTER, Optimizer, Parameter, states
+from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.optimizer.target_parameters import target_parameters
 from neox_bridge.optimizer.v1_form import (
     check_v1_run,
@@ -42,11 +42,12 @@ from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import Metadata, mp_rank_file, rank_parameters, weight_files
 from neox_bridge.planning.neox_yml import in_yml, resume_yml, unnameable, unnameable_finding
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record, source_summary
 from neox_bridge.planning.to_neox import checkpoint_args
 from neox_bridge.planning.weight_dtypes import refuse_run_dtypes
 from neox_bridge.tensors.fragments import put
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Plan, Whole
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 
 _ELASTIC = "elastic_checkpoint"
 

@@ -10,6 +10,7 @@ from neox_bridge.errors import Refused, UsageError
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.frameworks.eras import Era
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, refuse_all
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import whole
 from neox_bridge.layouts.weights import model_weights
 from neox_bridge.optimizer.global_batch import Batch, batch_of, spread
@@ -22,7 +23,7 @@ from neox_bridge.optimizer.gradient_scale import (
     rescaling,
 )
 from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
-from neox_bridge.optimizer.states import MASTER, Optimizer, states
+from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.planning.common import drop_vocabulary_rows
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.era_settings import EraSettings, era_settings

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.regular import open_regular
-from neox_bridge.layouts.checkpoint import Checkpoint, some
-from neox_bridge.optimizer.states import MASTER, Optimizer, Parameter
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.universal_folder import MASTER, Parameter
+from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.stores.paths import is_url
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.wording import some
 
 if TYPE_CHECKING:
     import numpy as np

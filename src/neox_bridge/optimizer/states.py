@@ -14,13 +14,12 @@ from typing import Any, Literal
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.deepspeed import StatesKind, ZeroGeneration
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.tensors.flat import in_place_of
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 Wrapper = Literal["zero", "bf16", "fp16", "plain"]
-Parameter = tuple[int, str]  # GPT-NeoX's number of the layer, and the name in it
-MASTER = "master"  # our key for the fp32 weights; all others are the optimizer's own
 
 
 @dataclass(frozen=True)

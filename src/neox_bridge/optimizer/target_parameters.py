@@ -3,8 +3,9 @@
 from neox_bridge.architectures.base import Weight
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.universal_folder import Parameter
 from neox_bridge.layouts.weights import layer_of
-from neox_bridge.optimizer.states import Optimizer, Parameter
+from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.planning.neox_files import Shape, parameter_rows
 
 

@@ -19,10 +19,11 @@ from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import mapping, whole
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.rank_states import INTERVALS, RANKS
-from neox_bridge.optimizer.states import MASTER, Group, Optimizer, SavedForm
+from neox_bridge.optimizer.states import Group, Optimizer, SavedForm
 from neox_bridge.optimizer.write_zero import RankGroup
 from neox_bridge.planning.neox_files import V1_KEYS
 from neox_bridge.planning.random_states import old_cuda_state

@@ -9,9 +9,10 @@ from neox_bridge.layouts.unknown_keys import listed, warned
 from neox_bridge.optimizer.read_export import SCALARS, scalars
 from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.planning.common import text_file
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import hf_record, source_summary
 from neox_bridge.tensors.fragments import cut_reductions
-from neox_bridge.tensors.pieces import OutputTensor, Plan
+from neox_bridge.tensors.pieces import OutputTensor
 
 
 def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:

@@ -6,7 +6,8 @@ from math import prod
 from typing import Any
 
 from neox_bridge.formats.pickle_writer import TensorSlot
-from neox_bridge.optimizer.states import MASTER, Optimizer
+from neox_bridge.layouts.universal_folder import MASTER
+from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, scalar_slots
 from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.fragments import Parts, cut_out, joined, partition, stand_in

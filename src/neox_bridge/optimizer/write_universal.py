@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture, ModelConfig, Split
+from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
-from neox_bridge.layouts.universal_folder import STATE, STEP, ZERO, file_name
+from neox_bridge.layouts.universal_folder import MASTER, STATE, STEP, ZERO, Parameter, file_name
 from neox_bridge.layouts.weights import exists, expand, layer_of
-from neox_bridge.optimizer.states import MASTER, Optimizer, Parameter, Scalar
+from neox_bridge.optimizer.states import Optimizer, Scalar
 from neox_bridge.optimizer.write_zero import whole_head
 from neox_bridge.planning.neox_files import Shape, rank_parameters
 from neox_bridge.tensors.fragments import cut_reductions
+from neox_bridge.tensors.geometry import Split
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 
 _VERSION = 0.2

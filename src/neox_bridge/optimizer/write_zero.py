@@ -12,7 +12,8 @@ from typing import Any
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
-from neox_bridge.optimizer.states import MASTER, Group, Optimizer, Scalar
+from neox_bridge.layouts.universal_folder import MASTER
+from neox_bridge.optimizer.states import Group, Optimizer, Scalar
 from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.fragments import Parts, partition, put, stand_in
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Shape

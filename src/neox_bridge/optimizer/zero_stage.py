@@ -13,7 +13,8 @@ from typing import Any
 from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.optimizer.states import MASTER, Optimizer, states
+from neox_bridge.layouts.universal_folder import MASTER
+from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.tensors.pieces import Whole
 
 _SCALERS = "deepspeed.runtime.fp16.loss_scaler"

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 from neox_bridge.architectures.base import Weight
 from neox_bridge.errors import UsageError
+from neox_bridge.findings import Dropped
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.planning.options import DTypeChoice, Options
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
 from neox_bridge.tensors.geometry import with_rows
-from neox_bridge.tensors.pieces import Dropped, OutputFile, Whole
+from neox_bridge.tensors.pieces import OutputFile, Whole
 
 
 def cast(whole: Whole, dtype: DTypeChoice) -> Whole:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases, row_bias_names
-from neox_bridge.tensors.pieces import Plan
+from neox_bridge.planning.plan import Plan
 
 
 def with_drifted_biases(plan: Plan, checkpoint: Checkpoint) -> Plan:

@@ -1,6 +1,7 @@
 """What a model needs of the GPT-NeoX trees that a target is for."""
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
+from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.eras import Era, known_keys, mlp_biases
@@ -11,7 +12,6 @@ from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
 from neox_bridge.planning.neox_files import Shape
 from neox_bridge.planning.neox_yml import LAYOUT
 from neox_bridge.planning.options import Options
-from neox_bridge.tensors.fused import fusion_of
 
 
 def check_era(checkpoint: Checkpoint, shape: Shape, era: Era, options: Options) -> list[Finding]:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.eras import Era, known_keys
 from neox_bridge.frameworks.setting_defaults import COMPUTED_KEYS
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.neox_files import Shape
 from neox_bridge.planning.neox_yml import is_elsewhere
-from neox_bridge.tensors.pieces import Dropped
 
 INV_FREQ_FLAG = "rotary_save_freqs_buffer"
 

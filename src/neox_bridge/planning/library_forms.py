@@ -6,11 +6,12 @@ from typing import Any
 
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig
 from neox_bridge.errors import Refused, UsageError
+from neox_bridge.findings import Dropped
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.planning.options import SHARD_SIZE, Options
-from neox_bridge.tensors.pieces import Dropped, OutputFile, OutputTensor
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 WEIGHTS = "pytorch_model.bin"
 _TRANSFORMERS = "transformers"

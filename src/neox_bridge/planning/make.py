@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.eras import known_keys
 from neox_bridge.layouts import unknown_keys
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
@@ -15,20 +16,27 @@ from neox_bridge.layouts.unknown_keys import ignoring
 from neox_bridge.planning.casts import count_casts
 from neox_bridge.planning.common import cast
 from neox_bridge.planning.drifted import with_drifted_biases
+from neox_bridge.planning.neox_files import MakeOptimizer
 from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import source_summary
 from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.planning.weight_dtypes import check_dtypes
 from neox_bridge.stores.paths import absolute
 from neox_bridge.tensors.fragments import cut_reductions
-from neox_bridge.tensors.pieces import Dropped, Plan
 
 
-def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    options: Options,
+    target: str,
+    make_optimizer: MakeOptimizer | None = None,
+) -> Plan:
     """Everything that a conversion will write, before a byte is written.
 
-    target: where it goes; the yml of a GPT-NeoX target names it.
+    target: where it goes; the yml of a GPT-NeoX target names it. make_optimizer: makes the
+        optimizer that ``options.optimizer`` "fresh" asks for; ``api.plan`` passes it.
     Raises Refused, with every reason, for what the target can't express, UsageError for options
     that do not apply.
     """
@@ -68,7 +76,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     else:
         from neox_bridge.planning.to_neox import plan_neox
 
-        plan = plan_neox(checkpoint, options, tokenizer, absolute(target))
+        plan = plan_neox(checkpoint, options, tokenizer, absolute(target), make_optimizer)
     plan = with_drifted_biases(plan, checkpoint)
     return replace(
         plan,

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neox_bridge import __version__
 from neox_bridge.architectures.base import Form
+from neox_bridge.findings import Dropped
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.record import source_summary
-from neox_bridge.tensors.pieces import Dropped
+from neox_bridge.version import __version__
 from neox_bridge.wording import markdown
 
 

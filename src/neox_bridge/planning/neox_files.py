@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from neox_bridge import __version__
 from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
+from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
 from neox_bridge.formats.torch_zip import layout_pickled
 from neox_bridge.frameworks.deepspeed import StatesForm
-from neox_bridge.frameworks.eras import GqaOrder, InvFreq, MlpNames
+from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.derived_values import inv_freq_bytes
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
 from neox_bridge.layouts.weights import exists, expand, layer_of, model_weights
 from neox_bridge.planning import random_states, transformer_engine
-from neox_bridge.tensors.fused import fusion_of, scatter_parts
+from neox_bridge.tensors.fused import GqaOrder, scatter_parts
 from neox_bridge.tensors.geometry import constant, scatter
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
+from neox_bridge.version import __version__
 
 _CSR = "csr_tensor_module_names"
 _ON_GPU = ("cuda_rng_state", "model-parallel-rng")
@@ -268,17 +269,29 @@ def _state_dict(
     return named
 
 
-class HasMetadata(Protocol):
-    """An optimizer that comes with the weights; see ``fresh.Fresh``."""
+class NewOptimizer(Protocol):
+    """An optimizer that is written with the weights; see ``optimizer.fresh.Fresh``."""
+
+    @property
+    def stage(self) -> int: ...
 
     def more(self, number: int, tp: int, iteration: int) -> dict[str, Any]: ...
+
+    def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]: ...
+
+
+# (architecture, config, tensors in the source's dtype, shape, keys of the yml, iteration, dp)
+MakeOptimizer = Callable[
+    [Architecture, ModelConfig, Mapping[str, Whole], Shape, Mapping[str, Any], int, int],
+    NewOptimizer,
+]
 
 
 def start_of_run(
     shape: Shape,
     args: Mapping[str, Any],
     iteration: int,
-    optimizer: HasMetadata | None,
+    optimizer: NewOptimizer | None,
     number: int,
     module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, fields
 from os.path import basename
 from typing import Literal
 
-from neox_bridge.frameworks.eras import Era, GqaOrder, InvFreq, MlpNames
+from neox_bridge.frameworks.eras import Era, InvFreq, MlpNames
 from neox_bridge.layouts.checkpoint import HeadChoice, Kind, LayoutName
+from neox_bridge.tensors.fused import GqaOrder
 
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]

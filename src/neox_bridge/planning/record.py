@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from neox_bridge import __version__
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.version import __version__
 
 FORMAT = 1
 # where a run was, not what it was: paths, hosts and accounts stay at home

@@ -6,15 +6,10 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
+from neox_bridge.findings import Dropped
+from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.pieces import (
-    Dropped,
-    OutputFile,
-    OutputTensor,
-    Piece,
-    Plan,
-    byte_range,
-)
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, byte_range
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 SCHEMA_VERSION = 1

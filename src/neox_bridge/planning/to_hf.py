@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import layout_safetensors
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.same_values import relation
@@ -23,9 +23,10 @@ from neox_bridge.planning.common import (
 from neox_bridge.planning.library_forms import WEIGHTS, form_asked, form_settings, form_weights
 from neox_bridge.planning.model_card import model_card
 from neox_bridge.planning.options import Options
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import hf_record
 from neox_bridge.tensors.geometry import constant
-from neox_bridge.tensors.pieces import Dropped, OutputFile, OutputTensor, Plan, Whole, cut
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole, cut
 from neox_bridge.tensors.sharing import arranged, shared_together
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.eras import TODAY, Era, fitting
 from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
@@ -30,7 +30,7 @@ from neox_bridge.planning.common import (
 )
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
-from neox_bridge.planning.neox_files import Shape, start_of_run, weight_files
+from neox_bridge.planning.neox_files import MakeOptimizer, Shape, start_of_run, weight_files
 from neox_bridge.planning.neox_yml import (
     Settings,
     settings,
@@ -41,16 +41,22 @@ from neox_bridge.planning.neox_yml import (
 )
 from neox_bridge.planning.option_checks import check_layout
 from neox_bridge.planning.options import Options
+from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record
 from neox_bridge.planning.transformer_engine import check_target, settings_of
 from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
-from neox_bridge.tensors.pieces import Dropped, Plan
 
 
-def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, target: str) -> Plan:
+def plan_neox(
+    checkpoint: Checkpoint,
+    options: Options,
+    tokenizer: Tokenizer,
+    target: str,
+    make_optimizer: MakeOptimizer | None,
+) -> Plan:
     """Everything of a GPT-NeoX root that holds this model.
 
-    target: its absolute path, which the yml names.
+    target: its absolute path, which the yml names. make_optimizer: see ``make_plan``.
     Raises Refused for a layout that the model doesn't fit.
     """
     architecture, config = checkpoint.architecture, checkpoint.config
@@ -92,9 +98,8 @@ def plan_neox(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, ta
                 "converted. Leave the option out, and v1.0 starts a new optimizer itself."
             )
         training, dp = found.training, options.dp
-        from neox_bridge.optimizer.fresh import fresh
-
-        optimizer = fresh(architecture, config, unrounded, shape, training, iteration, dp)
+        assert make_optimizer is not None
+        optimizer = make_optimizer(architecture, config, unrounded, shape, training, iteration, dp)
         found.training["zero_optimization"] = {
             **(training.get("zero_optimization") or {}),
             "stage": optimizer.stage,

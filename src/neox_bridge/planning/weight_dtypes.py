@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from neox_bridge.architectures.base import Refusal
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all, some
+from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.tensors.dtypes import FLOAT8
 from neox_bridge.tensors.pieces import Whole
+from neox_bridge.wording import some
 
 PLAIN = ("float32", "float16", "bfloat16")
 _CAST = (*FLOAT8, "float64")

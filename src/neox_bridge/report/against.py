@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neox_bridge.cli.output import plural
 from neox_bridge.report.parts import Section, State, Table, Verdict, findings_of
+from neox_bridge.wording import plural
 
 _OPEN = 24  # rows of a table that needn't be folded
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from neox_bridge.cli.output import KINDS, human, plural
 from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import Plot, Section, Table, Verdict, findings_of, state_of
 from neox_bridge.verification.norm_lines import Points, marks, run_lines, suspects, tensor_lines
+from neox_bridge.wording import KINDS, human, plural
 
 _OPEN = 24  # rows of a table that needn't be folded
 _RUNS = 8  # runs with a plot of their own

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from neox_bridge.cli.output import human, plural
 from neox_bridge.findings import Finding
 from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import Plot, Section, Table, Verdict, findings_of, state_of
 from neox_bridge.verification.norm_lines import Points, tensor_lines
+from neox_bridge.wording import human, plural
 
 _OPEN = 24  # rows of a table that needn't be folded
 _RUNS = 8  # runs with a plot of their own

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from importlib.resources import files
 
-from neox_bridge import __version__
-from neox_bridge.cli.output import plural
 from neox_bridge.errors import BridgeError
 from neox_bridge.report.parts import Facts, Section, Verdict, worst
-from neox_bridge.wording import wording
+from neox_bridge.version import __version__
+from neox_bridge.wording import plural, wording
 
 # a sign beside the colour, for those who see no colour and for paper
 SIGNS = {"good": "✓", "neutral": "i", "warning": "!", "differs": "≠", "bad": "✗"}

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from neox_bridge.cli.output import KINDS, human, plural, side
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import Cast, equality
@@ -25,6 +24,7 @@ from neox_bridge.report.parts import (
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.statistics import Statistics
 from neox_bridge.verification.verify import Verification, describe
+from neox_bridge.wording import KINDS, human, plural, side
 
 Document = Mapping[str, Any]
 # lines of ``inspect`` that stand as title, findings and provenance

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.stores.hub_api import explained, hub_api
-from neox_bridge.stores.step_names import natural, step_of
+from neox_bridge.stores.step_names import step_of
+from neox_bridge.wording import natural
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,3 @@ def step_of(name: str) -> int | None:
     """The step in ``global_step1000``, ``step1000``, ``checkpoint-1000``; None in other names."""
     match = NUMBERED.fullmatch(name)
     return int(match["number"]) if match else None
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key to sort names by, with the numbers in them as numbers."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if n % 2 else (0, part) for n, part in enumerate(parts)]

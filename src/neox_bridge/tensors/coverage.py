@@ -4,19 +4,19 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from operator import add, le
 
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, Plan
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece
 
 
 class CoverageError(AssertionError):
     """A plan that leaves a gap or writes twice: a fault of this program, never of the user."""
 
 
-def check_plan(plan: Plan) -> None:
+def check_files(files: Sequence[OutputFile]) -> None:
     """Raise CoverageError unless every output byte is written exactly once."""
-    paths = [file.path for file in plan.files]
+    paths = [file.path for file in files]
     if len(set(paths)) != len(paths):
         raise CoverageError(f"a file is planned twice: {sorted(paths)}")
-    for file in plan.files:
+    for file in files:
         if file.copy_of is None:
             _check_file(file)
         for tensor in file.tensors:

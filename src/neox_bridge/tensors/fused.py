@@ -6,12 +6,15 @@ the rank's share of one part. Only rows are moved, so that biases are the case o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from neox_bridge.architectures.base import ModelConfig, Part
-from neox_bridge.errors import Refused
-from neox_bridge.frameworks.eras import GqaOrder
 from neox_bridge.tensors.pieces import OutputTensor, Piece, Shape, Whole, cut
 from neox_bridge.tensors.tensor_ref import TensorRef
+
+GqaOrder = Literal["grouped", "interleaved"]
+
+
+Part = Literal["", "q", "k", "v", "up", "gate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +75,6 @@ class Fusion:
         begin = {"q": 0, "k": width, "v": width + piece}[part]
         step = width + 2 * piece
         return tuple(Run(begin + head * step, head * size, size) for head in range(heads))
-
-
-def fusion_of(config: ModelConfig, order: GqaOrder, te: frozenset[str] = frozenset()) -> Fusion:
-    """The row maps of a model. Raises Refused where query heads can't share k and v evenly."""
-    heads, kv_heads = config.heads, config.key_value_heads
-    head_dim = config.hidden // heads
-    if order == "interleaved" and "attention" not in te and head_dim * kv_heads % heads:
-        raise Refused(
-            f"num_kv_heads: {kv_heads} key-value heads of {head_dim} rows can't be shared by "
-            f"{heads} query heads in the interleaved order. Use --gqa-order grouped, with a "
-            "GPT-NeoX since 2024-11 (--for today)."
-        )
-    return Fusion(heads, kv_heads, order, te)
 
 
 def gather_part(fusion: Fusion, part: Part, shards: Sequence[TensorRef]) -> Whole:

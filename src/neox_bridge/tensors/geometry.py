@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Literal
 
-from neox_bridge.architectures.base import Split
 from neox_bridge.tensors.pieces import (
     OutputTensor,
     Piece,
@@ -15,6 +15,11 @@ from neox_bridge.tensors.pieces import (
     cut,
 )
 from neox_bridge.tensors.tensor_ref import TensorRef
+
+Split = Literal[
+    "column", "row", "vocab", "replicated", "row_bias", "fused", "gated", "zero", "derived"
+]
+
 
 _SPLIT_DIM: dict[str, int] = {"column": 0, "vocab": 0, "row": 1}
 

@@ -1,14 +1,11 @@
 """The plan as plain data: boxes of source tensors, output tensors, output files."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from operator import add, sub
 from typing import Literal
 
-from neox_bridge.findings import Finding
-from neox_bridge.planning.casts import Cast
-from neox_bridge.planning.model_identity import ModelIdentity
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.packed import packed
 from neox_bridge.tensors.tensor_ref import TensorRef, is_contiguous, row_major
@@ -121,53 +118,6 @@ class OutputFile:
     tensors: tuple[OutputTensor, ...] = ()
     copy_of: str | None = None
     seals: bool = False
-
-
-DroppedKind = Literal["optimizer", "inv_freq", "setting", "stray", "other"]
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """Something of the source that isn't in the target, and why.
-
-    kind: what it is, for code; the reason is for people.
-    """
-
-    name: str
-    reason: str
-    kind: DroppedKind = "other"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a conversion writes, before a byte is written.
-
-    source, target: what they are, in words and numbers (see ``plan.schema.json``).
-    blanks: what the user has still to fill in, as (file, key).
-    asked: the options that aren't the default (``Options.asked``).
-    casts: the dtypes that the source's weights are cast to.
-    model: what tells the model of a GPT-NeoX target from another; None where nobody asks.
-    fixed: keys of a start-up yml that must stay as they are in the plan's.
-    known_deviations: how the names of tensors end whose ranks differ, as a finding says already.
-    """
-
-    source: dict[str, object]
-    target: dict[str, object]
-    files: tuple[OutputFile, ...]
-    dropped: tuple[Dropped, ...] = ()
-    findings: tuple[Finding, ...] = ()
-    blanks: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
-    asked: dict[str, object] = field(default_factory=dict)
-    casts: tuple[Cast, ...] = ()
-    model: ModelIdentity | None = None
-    fixed: tuple[str, ...] = ()
-    known_deviations: tuple[str, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """Bytes of all output files."""
-        return sum(file.size for file in self.files)
 
 
 def scaled(whole: Whole, scale: float) -> Whole:

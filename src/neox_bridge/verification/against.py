@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.verification.compare import common_dtype
@@ -30,6 +30,7 @@ from neox_bridge.verification.run_pairs import (
 )
 from neox_bridge.verification.runs import Fault, Place
 from neox_bridge.verification.steps import Step, read_step
+from neox_bridge.wording import some
 
 SCHEMA_VERSION = 1
 Status = Literal["same", "differs", "no counterpart", "unreadable"]

@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
+from neox_bridge.wording import some
 
 Steps = Sequence[Step]
 Unit = tuple[str, int]  # a tensor's name, and the rank that holds the shard

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
+from neox_bridge.wording import some
 
 LEAST = 0.05  # of a norm: smaller jumps are left to the hashes
 SPIKE = 4.0  # times as large as what is beside it explains: training doesn't do this at all,

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 from neox_bridge.findings import Severity
 from neox_bridge.frameworks.unknown_keys import UnknownKey
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.unknown_keys import reason_of, remedy_of
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
+from neox_bridge.wording import some
 
 Steps = Sequence[Step]
 _REGULAR = 2  # equal distances on both sides of a gap, for a step to count as missing

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from neox_bridge.layouts.checkpoint import some
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.weights import STATE_OF, tensor_of
-from neox_bridge.optimizer.states import MASTER
 from neox_bridge.verification.audit_identity import identity_faults
 from neox_bridge.verification.audit_norms import broken_faults, jump_faults
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
+from neox_bridge.wording import some
 
 _ROUNDED = 0.01  # of a norm: more than rounding to 16 bits makes of it
 _MASTERS = f"{MASTER}{STATE_OF}"

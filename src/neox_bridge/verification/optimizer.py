@@ -7,11 +7,12 @@ from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
 from neox_bridge.optimizer.masters import with_masters
 from neox_bridge.optimizer.read_export import read_export
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.optimizer.states import MASTER, Optimizer, states
+from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.tensors.flat import segments
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole

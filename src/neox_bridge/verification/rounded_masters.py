@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import Checkpoint, some
-from neox_bridge.optimizer.states import MASTER, Optimizer
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.universal_folder import MASTER
+from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.verification.compare import compare, each
+from neox_bridge.wording import some
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ from typing import Literal
 
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.frameworks.suites import twin_of
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_with
 from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.runs import Place, Run
+from neox_bridge.wording import some
 
 Side = Literal["source", "twin"]
 SIDES: tuple[Side, Side] = ("source", "twin")

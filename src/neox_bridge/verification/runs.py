@@ -8,7 +8,6 @@ from urllib.parse import quote, unquote
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.paths import (
     absolute,
@@ -20,7 +19,8 @@ from neox_bridge.stores.paths import (
     listdir,
     normal,
 )
-from neox_bridge.stores.step_names import NUMBERED, natural, step_of
+from neox_bridge.stores.step_names import NUMBERED, step_of
+from neox_bridge.wording import natural, some
 
 _NEOX = re.compile(r"global_step(\d+)")
 _DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk

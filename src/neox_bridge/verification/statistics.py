@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.checkpoint import Checkpoint, some
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
 from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.verification.compare import each, values
 from neox_bridge.verification.name_pattern import matching
+from neox_bridge.wording import some
 
 if TYPE_CHECKING:
     import numpy as np

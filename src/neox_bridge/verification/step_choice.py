@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from neox_bridge.errors import UsageError
-from neox_bridge.layouts.checkpoint import some
 from neox_bridge.verification.runs import Run
+from neox_bridge.wording import some
 
 _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
 

@@ -1,0 +1,1 @@
+"""The patcher of GPT-NeoX source trees."""

@@ -1,0 +1,40 @@
+"""Everything that a conversion writes, as plain data."""
+
+from dataclasses import dataclass, field
+
+from neox_bridge.findings import Dropped, Finding
+from neox_bridge.planning.casts import Cast
+from neox_bridge.planning.model_identity import ModelIdentity
+from neox_bridge.tensors.pieces import OutputFile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion writes, before a byte is written.
+
+    source, target: what they are, in words and numbers (see ``plan.schema.json``).
+    blanks: what the user has still to fill in, as (file, key).
+    asked: the options that aren't the default (``Options.asked``).
+    casts: the dtypes that the source's weights are cast to.
+    model: what tells the model of a GPT-NeoX target from another; None where nobody asks.
+    fixed: keys of a start-up yml that must stay as they are in the plan's.
+    known_deviations: how the names of tensors end whose ranks differ, as a finding says already.
+    """
+
+    source: dict[str, object]
+    target: dict[str, object]
+    files: tuple[OutputFile, ...]
+    dropped: tuple[Dropped, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    blanks: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    asked: dict[str, object] = field(default_factory=dict)
+    casts: tuple[Cast, ...] = ()
+    model: ModelIdentity | None = None
+    fixed: tuple[str, ...] = ()
+    known_deviations: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all output files."""
+        return sum(file.size for file in self.files)

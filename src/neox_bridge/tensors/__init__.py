@@ -1,0 +1,1 @@
+"""Where tensors lie, how they are cut, put together and shared among ranks, as plain data."""
