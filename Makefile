@@ -16,7 +16,7 @@ demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
 
 test: lint
-	-$(DEV)/bin/python tests/chromium.py
+	-$(DEV)/bin/python tests/helpers/chromium.py
 	$(DEV)/bin/python -m pytest -n $(JOBS)
 	TRANSFORMERS=4.48 $(DEV)/bin/python -m pytest -m versions tests/versions
 

@@ -13,6 +13,7 @@ from common import convert, fixture, make_hf, step_of
 from typer.testing import CliRunner
 
 import neox_bridge
+from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.doctor.diagnose import judge, written_by
 from neox_bridge.doctor.verdict import Verdict
@@ -21,7 +22,6 @@ from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.frameworks.writers import UNKNOWN
 from neox_bridge.layouts.gqa import with_gqa_order
-from neox_bridge.api import open_checkpoint
 
 PACKAGE = Path(neox_bridge.__file__).parent
 # what shows findings to people; nothing else reads their words

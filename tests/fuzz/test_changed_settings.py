@@ -18,7 +18,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.yml import merge_ymls
 from neox_bridge.planning.report import to_json
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from common import convert, fixture, plan_of, step_of
 
 _FOLDER = folder()

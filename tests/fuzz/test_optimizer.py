@@ -20,11 +20,12 @@ from bounds import ends, examples, folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from published import run_folder
 from test_reshard import DATA, FP16, reshard
 from typer.testing import CliRunner
 
+from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.run import execute
@@ -32,7 +33,6 @@ from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.masters import with_masters, with_states
 from neox_bridge.optimizer.mp_rank import with_slots
 from neox_bridge.optimizer.read_export import scalars

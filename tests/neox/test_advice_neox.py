@@ -14,12 +14,12 @@ from common import convert
 from test_patched import TREES, run, tree_of
 from typer.testing import CliRunner
 
+from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.doctor.advice import ANY_TREE, advise
 from neox_bridge.doctor.diagnose import judge
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
-from neox_bridge.api import open_checkpoint
 
 pytestmark = pytest.mark.neox
 hf = test_real_neox.hf

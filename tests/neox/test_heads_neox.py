@@ -9,7 +9,7 @@ import pytest
 import test_real_neox
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from common import convert
 from test_heads import make_scorer, scores
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import test_real_neox
 from common import convert
 from conftest import results_in

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from common import convert, hf_logits, make_hf
 from conftest import CELLS, VERSIONS, results_in
 

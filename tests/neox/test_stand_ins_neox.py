@@ -1,4 +1,4 @@
-"""The stand-ins of tests/stand_in_trees.py are like the real GPT-NeoX of their dates."""
+"""The stand-ins of tests/helpers/stand_in_trees.py are like the real GPT-NeoX of their dates."""
 
 import ast
 import json

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from common import GPT_NEOX, convert, fixture, hf_logits, make_hf, recorded
 
 pytestmark = pytest.mark.versions

@@ -25,29 +25,29 @@ v1.0, which was not run with them.
 Proof:
 
 - *fixture*: checkpoints that GPT-NeoX itself wrote, converted; transformers computes the logits
-  that GPT-NeoX had computed (`tests/test_fixtures.py`, `tests/test_families.py`).
+  that GPT-NeoX had computed (`tests/test_fixtures.py`, `tests/architectures/test_families.py`).
 - *random*: models made by transformers go to GPT-NeoX and back as the same bits, and a reference of
   GPT-NeoX's forward computes transformers' logits from the ranks (`tests/test_roundtrip.py`,
-  `tests/test_families.py`). Of Mamba the bits alone: the reference doesn't cover it, and neither
-  does `verify --logits`.
+  `tests/architectures/test_families.py`). Of Mamba the bits alone: the reference doesn't cover it,
+  and neither does `verify --logits`.
 - *GPT-NeoX*: the real one, of each of its eras, loads what was written, strictly, and computes the
   same logits, but for RMSNorm's epsilon before 4c9f1081 (`tests/neox`).
 
 Mamba, fixture and real GPT-NeoX, **without mamba_ssm's kernels**, which want a GPU: around a plain
-torch stand-in for its `selective_scan_ref`, and without fusions (`tests/test_mamba.py`,
-`tests/neox`). Checkpoints of `mamba_ssm` itself are read as well, and `--format mamba_ssm` writes
+torch stand-in for its `selective_scan_ref`, and without fusions
+(`tests/architectures/test_mamba.py`, `tests/neox`). Checkpoints of `mamba_ssm` itself are read as well, and `--format mamba_ssm` writes
 them: its names, its `config.json`, one `pytorch_model.bin`. What it has no words for (ids of
 tokens, heads, positions) stays in `neox_bridge.json`, for the way back. Proof: a stand-in with its
 names, shapes and arithmetic loads what was written, strictly, and computes GPT-NeoX's logits to
 1e-5; so did its own code (2.3.2), with its references in place of its kernels
-(`tests/test_mamba_ssm.py`).
+(`tests/architectures/test_mamba_ssm.py`).
 
 Every family but Mamba also as
 
 - a reward model: `train_impl: rm` there, `...ForSequenceClassification` with one label here. Models
   with more labels are refused: GPT-NeoX's head scores with one number. Eras: 2024-10 and today.
   Proof: transformers and the real GPT-NeoX compute the same rewards, of checkpoints that either
-  wrote (`tests/test_heads.py`, `tests/neox`).
+  wrote (`tests/architectures/test_heads.py`, `tests/neox`).
 - one with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`: `--te` writes them, and
   they are read by their names; `_extra_state` is left out, by name. Era: today. Refused is what
   they don't compute: the exact gelu, silu or mish in a plain MLP, a gated gelu, a sliding window,
@@ -55,7 +55,8 @@ Every family but Mamba also as
   Proof: **without Transformer Engine**, which wants a GPU. The real GPT-NeoX loads what was written
   strictly, around a stand-in whose names, states, row orders and arithmetic follow Transformer
   Engine's source (1.12, which GPT-NeoX asks for), and computes transformers' logits to 1e-5; what
-  it then saves comes back as the same bits (`tests/neox`, `tests/test_transformer_engine.py`).
+  it then saves comes back as the same bits (`tests/neox`,
+  `tests/layouts/test_transformer_engine.py`).
 """
 
 

@@ -87,7 +87,7 @@ def asker() -> Callable[[], tuple[str | None, str]]:
         import os
 
         try:
-            import neox_bridge.execution.units
+            import neox_bridge.execution.units  # noqa: F401 (what a node will run)
             from neox_bridge import version
         except ImportError as error:
             return None, str(error)

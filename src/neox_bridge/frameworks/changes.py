@@ -1,7 +1,7 @@
 """Every known change of GPT-NeoX and transformers that alters what a checkpoint holds or means.
 
 Adding one is adding one entry to ``changes_neox.py`` or ``changes_transformers.py``, with an
-example in ``tests/test_changes.py``, and writing ``docs/changes.md`` anew:
+example in ``tests/frameworks/test_changes.py``, and writing ``docs/changes.md`` anew:
 ``python -m neox_bridge.frameworks.page docs/changes.md``.
 """
 

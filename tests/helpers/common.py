@@ -1,0 +1,141 @@
+"""Models, conversions and readings that several tests share."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from neox_bridge.api import open_checkpoint
+from neox_bridge.api import plan as make_plan
+from neox_bridge.execution.run import execute
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.plan import Plan
+
+HELPERS = Path(__file__).parent
+TESTS = HELPERS.parent
+FIXTURES = TESTS / "data" / "fixtures"
+GPT_NEOX = sorted(path.name for path in FIXTURES.iterdir() if not path.name.startswith("llama"))
+LLAMA = sorted(path.name for path in FIXTURES.iterdir() if path.name.startswith("llama"))
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 32,
+    "rotary_pct": 0.5,
+    "hidden_act": "gelu",
+}
+TINY_LLAMA: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32,
+}
+TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_layers": 2}
+
+
+def make_hf(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    family: str = "gpt_neox",
+    **config: Any,
+) -> Path:
+    """A model made and saved by transformers, with every tensor random."""
+    torch.manual_seed(seed)
+    tiny = {"gpt_neox": TINY, "mamba": TINY_MAMBA}.get(family, TINY_LLAMA)
+    made = AutoConfig.for_model(family, **{**tiny, **config})
+    model = AutoModelForCausalLM.from_config(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def plan_of(source: Path, target: Path, **options: Any) -> Plan:
+    return make_plan(open_checkpoint(str(source)), Options(**options), str(target))
+
+
+def convert(source: Path, target: Path, **options: Any) -> Plan:
+    plan = plan_of(source, target, **options)
+    execute(plan, str(target))
+    return plan
+
+
+def fixture(name: str) -> Path:
+    return FIXTURES / name / "checkpoints"
+
+
+def recorded(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and logits of the real GPT-NeoX."""
+    with np.load(FIXTURES / name / "logits.npz") as file:
+        return torch.from_numpy(file["tokens"]), torch.from_numpy(file["logits"])
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
+    with torch.no_grad():
+        return model.eval()(tokens).logits.float()
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(
+        a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
+    )
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert sorted(a) == sorted(b)
+    assert [name for name in a if not same_bits(a[name], b[name])] == []
+
+
+def step_of(root: Path) -> Path:
+    return root / (root / "latest").read_text().strip()
+
+
+def neox_config(root: Path) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for path in sorted((step_of(root) / "configs").glob("*.yml")):
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        merged.update({key.replace("-", "_"): value for key, value in loaded.items()})
+    return merged
+
+
+def neox_files(root: Path) -> dict[str, Any]:
+    """Every .pt file of the latest step by name, as torch reads it."""
+    files = sorted(step_of(root).glob("*model_states.pt"))
+    return {path.name: torch.load(path, weights_only=False) for path in files}
+
+
+def neox_ranks(root: Path) -> list[dict[str, torch.Tensor]]:
+    """Either layout as one mapping a tensor-parallel rank: "<layer>.<name>" to tensor."""
+    ranks: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in neox_files(root).items():
+        parts = name.replace("-", "_").split("_")
+        if name.startswith("layer"):
+            assert isinstance(value, OrderedDict)
+            mine = ranks.setdefault(int(parts[3]), {})
+            mine.update({f"{int(parts[1])}.{key}": tensor for key, tensor in value.items()})
+        elif value["module"] is not None:
+            named = {k.removeprefix("sequential."): v for k, v in value["module"].items()}
+            ranks[int(parts[2])] = named
+    return [ranks[rank] for rank in sorted(ranks)]
