@@ -35,12 +35,12 @@ Proof:
 
 Mamba, fixture and real GPT-NeoX, **without mamba_ssm's kernels**, which want a GPU: around a plain
 torch stand-in for its `selective_scan_ref`, and without fusions
-(`tests/architectures/test_mamba.py`, `tests/neox`). Checkpoints of `mamba_ssm` itself are read as well, and `--format mamba_ssm` writes
-them: its names, its `config.json`, one `pytorch_model.bin`. What it has no words for (ids of
-tokens, heads, positions) stays in `neox_bridge.json`, for the way back. Proof: a stand-in with its
-names, shapes and arithmetic loads what was written, strictly, and computes GPT-NeoX's logits to
-1e-5; so did its own code (2.3.2), with its references in place of its kernels
-(`tests/architectures/test_mamba_ssm.py`).
+(`tests/architectures/test_mamba.py`, `tests/neox`). Checkpoints of `mamba_ssm` itself are read as
+well, and `--format mamba_ssm` writes them: its names, its `config.json`, one `pytorch_model.bin`.
+What it has no words for (ids of tokens, heads, positions) stays in `neox_bridge.json`, for the way
+back. Proof: a stand-in with its names, shapes and arithmetic loads what was written, strictly, and
+computes GPT-NeoX's logits to 1e-5; so did its own code (2.3.2), with its references in place of its
+kernels (`tests/architectures/test_mamba_ssm.py`).
 
 Every family but Mamba also as
 
