@@ -6,7 +6,8 @@ The command line's verbs, for Python::
 
     checkpoint = neox_bridge.open_checkpoint("pythia-410m")
     plan = neox_bridge.plan(checkpoint, neox_bridge.Options(tp=2), "out")
-    result = neox_bridge.execute(plan, "out")
+    result = neox_bridge.execute(plan, "out")  # verified before it appears
+    neox_bridge.convert("pythia-410m", "out")  # the same in one call
 
 Every error that a user can fix is a ``BridgeError``. The others are its kinds: catch ``Refused``
 where the target cannot express the source, ``UsageError`` where options do not fit, and so on.
@@ -18,7 +19,17 @@ from neox_bridge.version import __version__
 
 TYPE_CHECKING = False  # type checkers take it as true; importing typing would double the time
 if TYPE_CHECKING:
-    from neox_bridge.api import open_checkpoint, plan
+    from neox_bridge.api import (
+        audit,
+        convert,
+        diagnose,
+        diff,
+        execute,
+        open_checkpoint,
+        plan,
+        reshard,
+        verify,
+    )
     from neox_bridge.errors import (
         BridgeError,
         ChoiceNeeded,
@@ -29,54 +40,69 @@ if TYPE_CHECKING:
         UsageError,
     )
     from neox_bridge.execution.result import Result
-    from neox_bridge.execution.run import execute
-    from neox_bridge.findings import Finding
+    from neox_bridge.findings import Dropped, Finding
+    from neox_bridge.frameworks.eras import Era, era_named
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.layouts.folder_kinds import ForeignFolder
     from neox_bridge.layouts.quantized import QuantizedModel
+    from neox_bridge.optimizer.reshard_target import Resharding
     from neox_bridge.planning.options import Options
     from neox_bridge.planning.plan import Plan
+    from neox_bridge.verification.audit import Audit
+    from neox_bridge.verification.compare import Difference
+    from neox_bridge.verification.verify import Verification
 
 __all__ = [
+    "Audit",
     "BridgeError",
     "Checkpoint",
     "ChoiceNeeded",
+    "Difference",
+    "Dropped",
+    "Era",
     "Finding",
     "ForeignFolder",
     "Options",
     "Plan",
     "QuantizedModel",
     "Refused",
+    "Resharding",
     "Result",
     "SettingsMissing",
     "Unreachable",
     "Unverified",
     "UsageError",
+    "Verification",
     "__version__",
+    "audit",
+    "convert",
+    "diagnose",
+    "diff",
+    "era_named",
     "execute",
     "open_checkpoint",
     "plan",
+    "reshard",
+    "verify",
 ]
 
-_HOMES = {
-    "BridgeError": "errors",
-    "Checkpoint": "layouts.checkpoint",
-    "ChoiceNeeded": "errors",
-    "Finding": "findings",
-    "ForeignFolder": "layouts.folder_kinds",
-    "Options": "planning.options",
-    "Plan": "planning.plan",
-    "QuantizedModel": "layouts.quantized",
-    "Refused": "errors",
-    "Result": "execution.result",
-    "SettingsMissing": "errors",
-    "Unreachable": "errors",
-    "Unverified": "errors",
-    "UsageError": "errors",
-    "execute": "execution.run",
-    "open_checkpoint": "api",
-    "plan": "api",
+_NAMES_BY_MODULE = {
+    "api": "audit convert diagnose diff execute open_checkpoint plan reshard verify",
+    "errors": "BridgeError ChoiceNeeded Refused SettingsMissing Unreachable Unverified UsageError",
+    "execution.result": "Result",
+    "findings": "Dropped Finding",
+    "frameworks.eras": "Era era_named",
+    "layouts.checkpoint": "Checkpoint",
+    "layouts.folder_kinds": "ForeignFolder",
+    "layouts.quantized": "QuantizedModel",
+    "optimizer.reshard_target": "Resharding",
+    "planning.options": "Options",
+    "planning.plan": "Plan",
+    "verification.audit": "Audit",
+    "verification.compare": "Difference",
+    "verification.verify": "Verification",
 }
+_HOMES = {name: home for home, names in _NAMES_BY_MODULE.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:

@@ -19,6 +19,7 @@ from neox_bridge import BridgeError
 from neox_bridge.execution import extents, movers
 from neox_bridge.execution.extents import same_blocks
 from neox_bridge.execution.result import Result
+from neox_bridge.execution.run import execute
 from neox_bridge.formats.safetensors import layout_safetensors, read_safetensors
 from neox_bridge.tensors.pieces import OutputTensor, Piece, box
 from neox_bridge.tensors.sharing import BLOCK, arranged, residue, shared_together, whole_blocks
@@ -221,7 +222,7 @@ def disk(mount: Path) -> Iterator[Path]:
     folder = mount / "folder"
     hf = str(folder / "hf")
     try:
-        neox_bridge.execute(plan_toy("pythia-70m", hf, "hf", layers=1), hf)
+        execute(plan_toy("pythia-70m", hf, "hf", layers=1), hf)
         yield folder
     finally:
         shutil.rmtree(folder)
@@ -230,7 +231,7 @@ def disk(mount: Path) -> Iterator[Path]:
 def convert(source: Path, target: Path, every_crc: bool = False, **options: object) -> Result:
     checkpoint = neox_bridge.open_checkpoint(str(source))
     plan = neox_bridge.plan(checkpoint, neox_bridge.Options(**options), str(target))  # type: ignore[arg-type]
-    return neox_bridge.execute(plan, str(target), every_crc=every_crc)
+    return execute(plan, str(target), every_crc=every_crc)
 
 
 def used(mount: Path) -> int:
@@ -321,7 +322,7 @@ def test_shared_blocks_are_verified_unread(disk: Path, monkeypatch: pytest.Monke
     for source, target in (("hf", "neox"), ("neox", "back")):
         checkpoint = neox_bridge.open_checkpoint(str(disk / source))
         plan = neox_bridge.plan(checkpoint, neox_bridge.Options(), str(disk / target))
-        neox_bridge.execute(plan, str(disk / target), hash_shared=True)
+        execute(plan, str(disk / target), hash_shared=True)
         seal = check_seal(find_record(str(disk / target)))
         assert seal.holds
         assert not seal.unhashed

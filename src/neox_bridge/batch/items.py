@@ -10,7 +10,7 @@ from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.tensors.fused import GqaOrder
-from neox_bridge.verification.runs import Place, Run, find_runs
+from neox_bridge.verification.runs import Place, Run, known_runs
 from neox_bridge.verification.step_choice import check_ranges, check_steps, with_steps
 from neox_bridge.wording import some
 
@@ -56,9 +56,7 @@ def find_items(
     Raises BridgeError where there are none, or two would have one name.
     """
     check_steps(steps)
-    runs, faults = find_runs(sources)
-    if not runs:
-        raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults) or "No sources.")
+    runs, faults = known_runs(sources)
     found: list[Item] = []
     for run in runs:
         for place in with_steps(run, steps).places:

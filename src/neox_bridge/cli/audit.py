@@ -13,7 +13,7 @@ from neox_bridge.wording import KINDS, human, plural
 
 if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit
-    from neox_bridge.verification.runs import Fault, Run
+    from neox_bridge.verification.runs import Fault
     from neox_bridge.verification.steps import Step
 
 
@@ -92,13 +92,14 @@ def audit(
     from neox_bridge.verification.audit import audit as look
     from neox_bridge.verification.audit import open_places
     from neox_bridge.verification.hash_cache import default_folder
+    from neox_bridge.verification.runs import known_runs
     from neox_bridge.verification.step_choice import check_ranges, with_steps
 
     named = given(same_init=same_init, optimizer=optimizer, plot=plot)
     if against is not None and named:
         raise UsageError(named, "not with --against", "Leave it out, or audit the run alone.")
     plotting.prepare(plot)
-    runs, faults = _runs(folders)
+    runs, faults = known_runs(folders)
     check_ranges(steps, runs)
     runs = [with_steps(run, steps) for run in runs]
     folder = None if cache == "none" else cache or default_folder()
@@ -107,7 +108,7 @@ def audit(
 
         audit_against(
             runs,
-            _runs([against])[0],
+            known_runs([against])[0],
             steps,
             config or (),
             cache=folder,
@@ -140,16 +141,6 @@ def audit(
     tell_findings(found.faults, quiet or as_json)
     if not found.holds:
         raise typer.Exit(3)
-
-
-def _runs(paths: list[str]) -> "tuple[list[Run], list[Fault]]":
-    from neox_bridge.errors import BridgeError
-    from neox_bridge.verification.runs import find_runs
-
-    runs, faults = find_runs(paths)
-    if not runs:
-        raise BridgeError("; ".join(f"{f.message} ({f.remedy})" for f in faults))
-    return runs, faults
 
 
 def _print(found: "Audit") -> None:

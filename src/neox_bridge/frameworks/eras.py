@@ -116,7 +116,14 @@ LINEAR = {old: new for new, old in DENSE.items()}
 
 
 def era_named(name: str) -> Era:
-    """The era of ``neox@2024-03`` or ``2024-03``. Raises BridgeError naming the known ones."""
+    """A span of GPT-NeoX's history, for ``Options.era`` and ``Resharding.era``.
+
+    Args:
+        name: Such as ``neox@2024-03``, ``2024-03``, ``v1.0`` or ``today``.
+
+    Raises:
+        BridgeError: There is no such era; the message names those that there are.
+    """
     short = name.removeprefix("neox@")
     for era in ERAS:
         if era.name == short:

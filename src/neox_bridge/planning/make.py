@@ -91,6 +91,7 @@ def make_plan(
             *plan.findings,
         ),
         asked=options.asked(),
+        checkpoint=checkpoint,
         casts=count_casts(
             (whole.dtype, cast(whole, options.dtype).dtype) for whole in checkpoint.tensors.values()
         ),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from neox_bridge.findings import Dropped, Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.casts import Cast
 from neox_bridge.planning.model_identity import ModelIdentity
 from neox_bridge.tensors.pieces import OutputFile
@@ -19,6 +20,8 @@ class Plan:
     model: what tells the model of a GPT-NeoX target from another; None where nobody asks.
     fixed: keys of a start-up yml that must stay as they are in the plan's.
     known_deviations: how the names of tensors end whose ranks differ, as a finding says already.
+    checkpoint: the source as it was opened, to compare the result with; None for a plan that has no
+        checkpoint for its source. It is neither printed nor part of the plan's hash.
     """
 
     source: dict[str, object]
@@ -33,6 +36,7 @@ class Plan:
     model: ModelIdentity | None = None
     fixed: tuple[str, ...] = ()
     known_deviations: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:

@@ -55,6 +55,15 @@ class Run:
     places: tuple[Place, ...]
 
 
+def known_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
+    """``find_runs``, where there must be a run. Raises BridgeError, with the faults, if not."""
+    runs, faults = find_runs(paths)
+    if not runs:
+        reasons = "; ".join(f"{fault.message} ({fault.remedy})" for fault in faults)
+        raise BridgeError(reasons or "No sources.")
+    return runs, faults
+
+
 def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
     """Every run in these places, and what is strange about the places themselves.
 

@@ -1,0 +1,137 @@
+"""The public face: each verb works, is documented, and verifies what it writes."""
+
+import ast
+import inspect
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from common import fixture, make_hf
+
+import neox_bridge
+from neox_bridge import Options, Resharding, Unverified
+
+ROOT = Path(__file__).parents[1]
+VERBS = ("audit", "convert", "diagnose", "diff", "execute", "open_checkpoint", "plan", "reshard")
+NEOX = str(fixture("pythia_fp32_pp1_tp2"))
+RUN = str(Path(__file__).parent / "data" / "reshard" / "bf16_tp2_dp2")
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_hf(tmp_path_factory.mktemp("api") / "hf"))
+
+
+def test_convert_verify_and_back(hf: str, tmp_path: Path) -> None:
+    result = neox_bridge.convert(hf, str(tmp_path / "neox"), Options(tp=2))
+    assert result.files > 0
+    assert neox_bridge.verify(hf, str(tmp_path / "neox")).holds
+    neox_bridge.convert(str(tmp_path / "neox"), str(tmp_path / "back"))
+    differences = neox_bridge.diff(hf, str(tmp_path / "back"))
+    assert {difference.kind for difference in differences} == {"equal"}
+
+
+def swapped(plan: neox_bridge.Plan) -> neox_bridge.Plan:
+    """The plan with the sources of two tensors of one shape exchanged: whole, and wrong."""
+    for number, file in enumerate(plan.files):
+        for i, first in enumerate(file.tensors):
+            for j, second in enumerate(file.tensors[:i]):
+                if first.shape == second.shape and first.pieces and second.pieces:
+                    tensors = list(file.tensors)
+                    tensors[i] = replace(first, pieces=second.pieces)
+                    tensors[j] = replace(second, pieces=first.pieces)
+                    files = list(plan.files)
+                    files[number] = replace(file, tensors=tuple(tensors))
+                    return replace(plan, files=tuple(files))
+    raise AssertionError("no two tensors of one shape")
+
+
+def test_execute_verifies_by_default(hf: str, tmp_path: Path) -> None:
+    checkpoint = neox_bridge.open_checkpoint(hf)
+    wrong = swapped(neox_bridge.plan(checkpoint, Options(), str(tmp_path / "out")))
+    with pytest.raises(Unverified, match="isn't what"):
+        neox_bridge.execute(wrong, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    neox_bridge.execute(wrong, str(tmp_path / "unchecked"), verify=False)
+    assert not neox_bridge.verify(hf, str(tmp_path / "unchecked")).holds
+
+
+def test_a_fresh_optimizer_is_verified_too(hf: str, tmp_path: Path) -> None:
+    options = Options(optimizer="fresh")
+    checkpoint = neox_bridge.open_checkpoint(hf)
+    plan = neox_bridge.plan(checkpoint, options, str(tmp_path / "out"))
+    states = [file for file in plan.files if "optim_states" in file.path]
+    wrong = [file if file not in states else swapped_moments(file) for file in plan.files]
+    with pytest.raises(Unverified):
+        neox_bridge.execute(replace(plan, files=tuple(wrong)), str(tmp_path / "out"))
+    neox_bridge.execute(plan, str(tmp_path / "out"))
+
+
+def swapped_moments(file: typing.Any) -> typing.Any:
+    """The masters of an optimizer's file written in place of its first moments."""
+    masters = next(t for t in file.tensors if any(p.source for p in t.pieces))
+    wrong = [
+        replace(t, pieces=masters.pieces) if t.shape == masters.shape else t for t in file.tensors
+    ]
+    return replace(file, tensors=tuple(wrong))
+
+
+def test_reshard_diagnose_and_audit(tmp_path: Path) -> None:
+    result = neox_bridge.reshard(RUN, str(tmp_path / "run"), Resharding(dp=1))
+    assert result.files > 0
+    findings = neox_bridge.diagnose(str(tmp_path / "run"), "today")
+    assert all(finding.severity != "error" for finding in findings)
+    assert neox_bridge.audit([str(tmp_path / "run")], optimizer=True).holds
+
+
+def test_the_exports_are_the_same_everywhere() -> None:
+    tree = ast.parse(inspect.getsource(neox_bridge))
+    typed = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+        for part in ast.walk(node)
+        if isinstance(part, ast.ImportFrom)
+        for alias in part.names
+    }
+    assert typed | {"__version__"} == set(neox_bridge.__all__)
+    assert set(neox_bridge._HOMES) == typed
+    for name in neox_bridge.__all__:
+        assert getattr(neox_bridge, name) is not None, name
+    assert set(VERBS) < set(neox_bridge.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(set(neox_bridge.__all__) - {"__version__"}))
+def test_every_export_is_documented(name: str) -> None:
+    exported = getattr(neox_bridge, name)
+    assert exported.__doc__, name
+    assert not exported.__doc__.startswith(f"{name}("), "the docstring that dataclasses make"
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in page, f"docs/python.md does not name {name}"
+    if inspect.isfunction(exported):
+        hints = typing.get_type_hints(exported, vars(neox_bridge) | forward(exported))
+        assert "return" in hints, name
+        for parameter in inspect.signature(exported).parameters:
+            assert f"    {parameter}: " in exported.__doc__, (name, parameter)
+
+
+def forward(function: typing.Any) -> dict[str, typing.Any]:
+    from neox_bridge.execution.digests import HashName
+
+    return vars(inspect.getmodule(function)) | {"HashName": HashName}
+
+
+def test_the_blocks_of_the_page_run(
+    hf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of docs/python.md, one after the other, in a folder with the models it names."""
+    monkeypatch.chdir(tmp_path)
+    Path("pythia-410m").symlink_to(hf)
+    Path("run").symlink_to(RUN)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = page.split("```python\n")[1:]
+    assert len(blocks) >= 4
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block.partition("```")[0], names)
