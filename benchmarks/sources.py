@@ -10,9 +10,9 @@ from pathlib import Path
 
 from neox_bridge import Options
 from neox_bridge import plan as make_plan
+from neox_bridge.architectures.rows import model_rows
 from neox_bridge.architectures.shapes import TOKENIZER_SIZE
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.toy import plan_toy, toy_checkpoint
@@ -101,9 +101,9 @@ def shaped(layers: int, heads: int, dims: dict[str, int]) -> Checkpoint:
     toy = toy_checkpoint("pythia-70m", layers=layers)
     config = replace(toy.config, heads=heads, dims=dims, rotary_pct=1.0)
     tensors = {}
-    for weight, block in model_weights(toy.architecture, config):
-        size = tuple(dims[dim] for dim in weight.shape)
-        tensors[weight.hf.format(i=block)] = Whole(toy.config.dtype, size, random=0)
+    for row in model_rows(toy.architecture, config):
+        size = tuple(dims[dim] for dim in row.weight.shape)
+        tensors[row.hf] = Whole(toy.config.dtype, size, random=0)
     raw = toy.architecture.write_hf(config)
     return replace(toy, config=config, raw=raw, tensors=tensors, tokenizer_size=None)
 

@@ -6,10 +6,10 @@ from hashlib import sha256
 from neox_bridge.api import plan as make_plan
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE
+from neox_bridge.architectures.rows import model_rows
 from neox_bridge.architectures.shapes import PYTHIA, TOKENIZER_SIZE, Shape
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
-from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
@@ -29,10 +29,9 @@ def toy_checkpoint(name: str, seed: int = 0, layers: int | None = None) -> Check
     shape = PYTHIA[name]
     config = _config(replace(shape, layers=layers or shape.layers))
     tensors = {}
-    for weight, block in model_weights(ARCHITECTURE, config):
-        full = weight.hf.format(i=block)
-        size = tuple(config.dims[dim] for dim in weight.shape)
-        tensors[full] = Whole(DTYPE, size, random=_seed(seed, full))
+    for row in model_rows(ARCHITECTURE, config):
+        size = tuple(config.dims[dim] for dim in row.weight.shape)
+        tensors[row.hf] = Whole(DTYPE, size, random=_seed(seed, row.hf))
     return Checkpoint(
         kind="hf",
         path=f"{name}-toy",

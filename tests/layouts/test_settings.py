@@ -9,6 +9,7 @@ import pytest
 from test_derived_boundaries import config
 
 from neox_bridge.architectures import ARCHITECTURES
+from neox_bridge.architectures.rows import model_rows
 from neox_bridge.errors import Refused, UsageError
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
@@ -29,7 +30,7 @@ from neox_bridge.optimizer.gradient_scale import (
 )
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name, with_slots
 from neox_bridge.optimizer.states import Group, Optimizer
-from neox_bridge.planning.common import drop_vocabulary_rows
+from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.neox_yml import START, settings, start_yml, step_yml
 from neox_bridge.planning.option_checks import check_gqa_order, check_layout, check_optimizer
 from neox_bridge.planning.vocabulary import fit, keep, padded_size, told_multiple
@@ -501,11 +502,16 @@ def test_rows_of_a_known_tokenizer() -> None:
 
 def test_only_rows_of_the_vocabulary_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neox_bridge.planning.common.with_rows", lambda whole, rows: (whole, rows))
-    weights = [w for architecture in ARCHITECTURES for w in architecture.weights]
-    assert {w.split for w in weights} > {"vocab"}
-    for weight in weights:
-        cut: Any = drop_vocabulary_rows("whole", weight, 5)  # type: ignore[arg-type]
-        assert cut == (("whole", 5) if weight.split == "vocab" else "whole")
+    for architecture in ARCHITECTURES:
+        flags = {weight.flag: True for weight in architecture.weights if weight.flag}
+        config: Any = SimpleNamespace(layers=2, dims={"vocab": 5}, **flags)
+        rows = model_rows(architecture, config)
+        assert {row.weight.split for row in rows} > {"vocab"}
+        wholes: Any = {row.hf: "whole" for row in rows}
+        cut: Any = with_vocabulary_rows(architecture, config, wholes)
+        for row in rows:
+            assert cut[row.hf] == (("whole", 5) if row.weight.split == "vocab" else "whole")
+        assert cut == with_vocabulary_rows(architecture, config, wholes, 5)
 
 
 # --- the files of other ranks

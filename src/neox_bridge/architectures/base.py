@@ -9,6 +9,7 @@ from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
 
 Place = Literal["embed", "block", "norm", "head"]
+INV_FREQ = "attention.rotary_emb.inv_freq"  # GPT-NeoX's name of the rotary buffer in a block
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Weight:
         it and Hugging Face hasn't: written as zeros, and refused where it is anything else; hf is
         then only the name for messages. derived: no weight, computed from the config.
     shape: the names of its dimensions, Hugging Face's side; ``ModelConfig.dims`` has their sizes.
-    flag: the config's field that says whether it exists; "" where it always does.
+    flag: the field of ``ModelConfig`` that says whether it exists; "" where it always does.
     part: which part of a fused or gated tensor it is.
     old: its name in trees before 0d4bdb96 (2024-09), where it is another; the parts of a gated MLP
         were tensors of their own there.
@@ -50,6 +51,20 @@ class Weight:
     def split_as(self, name: str) -> Split:
         """How ranks share it under one of its names: w1 and w3 were column-parallel each."""
         return "column" if self.split == "gated" and name == self.old else self.split
+
+    @property
+    def neox_only(self) -> bool:
+        """Whether GPT-NeoX's files hold it and Hugging Face's do not."""
+        return self.split in ("derived", "zero")
+
+    @property
+    def required(self) -> bool:
+        """Whether the files of every model hold it, on both sides."""
+        return not self.flag and not self.neox_only
+
+    def is_in(self, config: "ModelConfig") -> bool:
+        """Whether a model of this config has it."""
+        return not self.flag or bool(getattr(config, self.flag))
 
 
 # what doesn't change what the model computes, or follows from the way it is written
@@ -100,6 +115,16 @@ class ModelConfig:
         """What decides what the model computes: no sizes, dtypes, nor what only trains it."""
         without = _NO_MEANING | self.idle
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
+
+    @property
+    def untied(self) -> bool:
+        """Whether it has an output layer of its own."""
+        return not self.tied_embeddings and not self.reward
+
+    @property
+    def head_layer(self) -> int:
+        """GPT-NeoX's number of the last layer, the output (megatron/model/gpt2_model.py)."""
+        return self.layers + 4
 
     @property
     def key_value_heads(self) -> int:
@@ -175,7 +200,7 @@ class Form:
     refuse: Callable[[ModelConfig, Mapping[str, Any]], list[Refusal]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """One family of models, used in both directions.
 
@@ -231,6 +256,11 @@ class Architecture:
     @property
     def has_mlp(self) -> bool:
         return any(weight.neox.startswith("mlp.") for weight in self.weights)
+
+    @property
+    def embeddings(self) -> str:
+        """Hugging Face's name of the input embeddings."""
+        return next(weight.hf for weight in self.weights if weight.place == "embed")
 
     @property
     def head(self) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import model_weights
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.vocabulary import fit
 
@@ -157,7 +156,7 @@ def _biases(checkpoint: Checkpoint) -> Iterator[Row]:
         else:
             note = "written as zeros"
             yield Row(f"biases of {name}", "no", "always", "translated", note)
-    if any(w.split == "row_bias" for w, _ in model_weights(checkpoint.architecture, config)):
+    if any(row.weight.split == "row_bias" for row in checkpoint.rows):
         note = "GPT-NeoX's TP ranks add theirs up" if config.parallel_residual else ""
         held = "sum over TP ranks" if config.parallel_residual else "whole on every TP rank"
         yield Row("row-parallel biases", held, "one", "translated", note)

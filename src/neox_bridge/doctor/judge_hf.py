@@ -20,9 +20,8 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.facts import TransformersFacts
 from neox_bridge.frameworks.targets import keeps_stored_head, knows_attention_bias, version_number
 from neox_bridge.layouts.checkpoint import Checkpoint, new_folder
-from neox_bridge.layouts.head import embeddings_of, head_relation
+from neox_bridge.layouts.head import head_relation
 from neox_bridge.layouts.tensor_names import state_dict_of, tensors_of
-from neox_bridge.layouts.weights import expand
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
@@ -68,7 +67,7 @@ def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Cas
     """A tied config beside a head of its own: each version computes one of two models."""
     if head_relation(checkpoint) != "differs":
         return
-    head, embeddings = checkpoint.architecture.head, embeddings_of(checkpoint.architecture)
+    head, embeddings = checkpoint.architecture.head, checkpoint.architecture.embeddings
     keeps = keeps_stored_head(facts)
     computes = "both, as an untied model" if keeps else f"{embeddings} alone, and ignores {head}"
     target = new_folder(checkpoint.path, "one-head")
@@ -203,19 +202,16 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         told = raw.get(key)
         if told is None or told == dims[dim]:
             continue
-        weight, block = next(
-            (w, b) for w, b in expand(checkpoint.architecture, 1) if dim in w.shape
-        )
-        name = weight.hf.format(i=block)
-        have = [dims[d] for d in weight.shape]
-        want = [told if d == dim else dims[d] for d in weight.shape]
+        row = next(row for row in checkpoint.table if dim in row.weight.shape)
+        have = [dims[d] for d in row.weight.shape]
+        want = [told if d == dim else dims[d] for d in row.weight.shape]
         yield case(
             "config-size",
             "error",
             f"config.json says {key}: {told}, and the tensors say {dims[dim]}",
             fix_command(checkpoint, facts),
             f"RuntimeError: Error(s) in loading state_dict for {checkpoint.architecture.hf_class}:"
-            f"\n\tsize mismatch for {name}: copying a param with shape torch.Size({have}) from "
+            f"\n\tsize mismatch for {row.hf}: copying a param with shape torch.Size({have}) from "
             f"checkpoint, the shape in current model is torch.Size({want}).",
             subject="config sizes",
         )
@@ -243,8 +239,7 @@ def _made_up(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
 
 
 def _biases(checkpoint: Checkpoint, flag: str) -> list[str]:
-    pairs = expand(checkpoint.architecture, checkpoint.config.layers)
-    return sorted(w.hf.format(i=b) for w, b in pairs if w.flag == flag)
+    return sorted(row.hf for row in checkpoint.table if row.weight.flag == flag)
 
 
 def _newly(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from neox_bridge.architectures.base import INV_FREQ
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.doctor.neox_folder import stray_cases
@@ -21,7 +22,6 @@ from neox_bridge.frameworks.source_tree import FLAG
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
-from neox_bridge.layouts.weights import INV_FREQ, exists, expand
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 from neox_bridge.tensors.fused import GqaOrder
 
@@ -299,9 +299,9 @@ def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) 
         inv_freq = inv_freq if stored is None else stored
     names = [
         weight.named(dense)
-        for weight, block in expand(checkpoint.architecture, 1)
-        if weight.place == "block" and block == 0
-        if exists(weight, config) and (weight.split != "derived" or inv_freq)
+        for weight in checkpoint.architecture.weights
+        if weight.place == "block" and weight.is_in(config)
+        if weight.split != "derived" or inv_freq
     ]
     return list(dict.fromkeys(names))
 

@@ -7,13 +7,13 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
 from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.architectures.neox_config import number
+from neox_bridge.architectures.rows import model_rows, rows_by_name, table_rows
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.eras import TODAY
 from neox_bridge.layouts.checkpoint import refuse_all
 from neox_bridge.layouts.derived_check import InvFreqMismatch, check_inv_freq
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
-from neox_bridge.layouts.weights import by_name, expand, lacking, layer_of, model_weights
 from neox_bridge.tensors.fused import Fusion, GqaOrder, gather_part
 from neox_bridge.tensors.geometry import gather, whole_shape
 from neox_bridge.tensors.pieces import Whole
@@ -51,12 +51,12 @@ def assemble(
     found, presence_names = {}, set()
     fusion = _fusion(raw)
     splits = {}
-    for weight, block in expand(architecture, layers):
-        number = layer_of(weight, block, layers)
+    table = table_rows(architecture, layers)
+    for row in table:
+        weight, number, name = row.weight, row.layer, row.hf
         key = _key_of(ranks[0].get(number, {}), weight)
         if key is None:
             continue
-        name = weight.hf.format(i=block)
         refs = []
         for rank in range(tp):
             ref = ranks[rank].get(number, {}).get(key)
@@ -84,7 +84,7 @@ def assemble(
             continue
         shards[name], names[name] = refs, f"layer {number}: {key}"
         splits[name] = weight.split_as(key)
-        presence_names.add(weight.neox if block == 0 else name)
+        presence_names.add(weight.neox if row.block == 0 else name)
         shape = refs[0].shape
         if len(shape) == len(weight.shape):
             if splits[name] in ("fused", "gated"):
@@ -103,8 +103,9 @@ def assemble(
     dims = solve_dims(found, folder)
     dtype = dtype_of_most(refs[0] for refs in shards.values())
     missing = [
-        f"layer {layer_of(weight, block, layers)}: {weight.neox}"
-        for weight, block, _ in lacking(architecture, layers, shards)
+        f"layer {row.layer}: {row.weight.neox}"
+        for row in table
+        if row.weight.required and row.hf not in shards
     ]
     if missing:
         raise BridgeError(f"{folder}: tensors are missing: {some(missing)}. Copy it again.")
@@ -115,7 +116,7 @@ def assemble(
         raise
     except BridgeError as error:  # names the key, and this the place
         raise BridgeError(f"{folder}: {error}") from None
-    want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
+    want = {row.hf for row in model_rows(architecture, config)}
     if absent := sorted(want - set(shards)):
         raise BridgeError(
             f"{folder}: tensors are missing, in Hugging Face's words: {some(absent)}."
@@ -129,9 +130,9 @@ def assemble(
         refuse_all(architecture.refuse_neox_source(raw), folder)
     check_heads(config, dims, f"{folder}/configs: num_attention_heads")
     fusion = fusion_of(config, order, te)
-    weights = by_name(architecture, layers)
+    rows = rows_by_name(architecture, layers)
     tensors = {
-        name: gather_part(fusion, weights[name].part, refs)
+        name: gather_part(fusion, rows[name].weight.part, refs)
         if splits[name] in ("fused", "gated")
         else gather(splits[name], refs, config.parallel_residual)
         for name, refs in shards.items()

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Refusal
+from neox_bridge.architectures.rows import Row, model_rows, rows_by_name, table_rows
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.yml import DuplicateKey
@@ -157,6 +159,21 @@ class Checkpoint:
     original_rows: int | None = None
     unindexed: bool = False
     from_masters: bool = False
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Its weights, each with its name on both sides, in the order of GPT-NeoX's layers."""
+        return model_rows(self.architecture, self.config)
+
+    @property
+    def table(self) -> tuple[Row, ...]:
+        """Every row of the family's table, also of weights and buffers that it does not have."""
+        return table_rows(self.architecture, self.config.layers)
+
+    @property
+    def by_name(self) -> Mapping[str, Row]:
+        """The rows of ``table`` by their Hugging Face names."""
+        return rows_by_name(self.architecture, self.config.layers)
 
     @property
     def has_optimizer(self) -> bool:

@@ -13,7 +13,6 @@ from neox_bridge.errors import UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.eras import LATER_ERAS, TODAY, MlpNames, known_keys
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import expand
 from neox_bridge.tensors.fused import GqaOrder, gather_again
 
 
@@ -77,10 +76,9 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
         findings = (*findings, rms_epsilon())
     tensors = dict(checkpoint.tensors)
     fusion = fusion_of(config, order)
-    for weight, block in expand(checkpoint.architecture, config.layers):
-        name = weight.hf.format(i=block)
-        if weight.split == "fused" and name in tensors:
-            tensors[name] = gather_again(fusion, weight.part, tensors[name])
+    for row in checkpoint.rows:
+        if row.weight.split == "fused":
+            tensors[row.hf] = gather_again(fusion, row.weight.part, tensors[row.hf])
     known = replace(
         state, gqa_order=order, gqa_order_known=True, rms_eps="outside" if older else state.rms_eps
     )

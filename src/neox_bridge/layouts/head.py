@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture
 from neox_bridge.errors import ChoiceNeeded, UsageError
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, HeadChoice
@@ -160,13 +159,8 @@ def head_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list
     return []
 
 
-def embeddings_of(architecture: Architecture) -> str:
-    """Hugging Face's name of the input embeddings."""
-    return next(weight.hf for weight in architecture.weights if weight.place == "embed")
-
-
 def _embeddings(checkpoint: Checkpoint) -> Whole:
-    return checkpoint.tensors[embeddings_of(checkpoint.architecture)]
+    return checkpoint.tensors[checkpoint.architecture.embeddings]
 
 
 def _check_sizes(checkpoint: Checkpoint, head: Whole) -> None:
@@ -187,7 +181,7 @@ def ambiguity(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def _two_models(checkpoint: Checkpoint) -> str:
-    name, other = checkpoint.architecture.head, embeddings_of(checkpoint.architecture)
+    name, other = checkpoint.architecture.head, checkpoint.architecture.embeddings
     start = f"{_key(checkpoint)}, and the files hold {name} with other values than {other}."
     if checkpoint.kind == "neox":
         return (

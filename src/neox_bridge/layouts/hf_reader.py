@@ -10,6 +10,7 @@ from typing import Any
 from neox_bridge.architectures import complete, for_hf, form_of
 from neox_bridge.architectures.base import Architecture, Form, ModelConfig, Presence
 from neox_bridge.architectures.heads import SCORE, refuse_labels
+from neox_bridge.architectures.rows import model_rows, table_rows
 from neox_bridge.architectures.setting_types import MOST_LAYERS, check_hf
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Dropped, Finding
@@ -26,7 +27,6 @@ from neox_bridge.layouts.folder_kinds import (
     shards_without_index,
     unfinished_download,
 )
-from neox_bridge.layouts.head import embeddings_of
 from neox_bridge.layouts.linked_files import brought_along, check_own
 from neox_bridge.layouts.quantized import original_of, quantized_class, refuse_quantized
 from neox_bridge.layouts.record_file import read_record
@@ -35,7 +35,6 @@ from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
 from neox_bridge.layouts.text_files import LARGE, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
-from neox_bridge.layouts.weights import NEOX_ONLY, expand, lacking, model_weights
 from neox_bridge.layouts.wrapped_names import Unwrapped, unwrap
 from neox_bridge.stores.paths import ahead, lexists
 from neox_bridge.tensors.pieces import Whole, whole_of
@@ -103,7 +102,7 @@ def _tied_head(
     Returns it, where it may differ from the embeddings, and what is dropped. A head alone stands
     for both, as in every transformers (shared tensors that safetensors saved under one name).
     """
-    name, embeddings = architecture.head, embeddings_of(architecture)
+    name, embeddings = architecture.head, architecture.embeddings
     if not raw.get("tie_word_embeddings") or name not in named:
         return None, []
     head = named.pop(name)
@@ -134,9 +133,9 @@ def checkpoint_of(
     architecture = for_hf(raw)
     layers = _count_layers(tensors, path, raw)
     found = {
-        name: (weight, tensors[name].shape)
-        for weight, block in expand(architecture, layers)
-        if (name := weight.hf.format(i=block)) in tensors and weight.split not in NEOX_ONLY
+        row.hf: (row.weight, tensors[row.hf].shape)
+        for row in table_rows(architecture, layers)
+        if row.hf in tensors and not row.weight.neox_only
     }
     presence = Presence(frozenset(tensors), dtype_of_most(tensors.values()), layers)
     _require(architecture, presence, tensors, path, raw)
@@ -458,7 +457,8 @@ def _require(
     raw: Mapping[str, Any],
 ) -> None:
     """The weights that every model has are there; the optional ones are checked later."""
-    missing = [name for _, _, name in lacking(architecture, presence.layers, named)]
+    rows = table_rows(architecture, presence.layers)
+    missing = [row.hf for row in rows if row.weight.required and row.hf not in named]
     if missing:
         raise BridgeError(
             f"{path}: tensors are missing: {some(missing)}. "
@@ -495,7 +495,7 @@ def _no_head(architecture: Architecture, path: str, raw: Mapping[str, Any]) -> s
 def _check_names(
     architecture: Architecture, config: ModelConfig, named: Collection[str], path: str
 ) -> None:
-    want = {w.hf.format(i=b) for w, b in model_weights(architecture, config)}
+    want = {row.hf for row in model_rows(architecture, config)}
     if missing := sorted(want - set(named)):
         raise BridgeError(
             f"{path}: tensors are missing: {some(missing)}. Download the files again."

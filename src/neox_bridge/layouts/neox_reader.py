@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from neox_bridge.architectures import for_neox
-from neox_bridge.architectures.base import Architecture
+from neox_bridge.architectures.base import INV_FREQ, Architecture
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused, SettingsMissing
 from neox_bridge.findings import Dropped
@@ -51,7 +51,6 @@ from neox_bridge.layouts.tokenizer import tokenizer_size
 from neox_bridge.layouts.transformer_engine import STATE, Ranks, to_plain
 from neox_bridge.layouts.universal_folder import ZERO, is_universal
 from neox_bridge.layouts.untrusted import settings, text, whole
-from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.layouts.wrapped_names import without_wrappers
 from neox_bridge.stores.paths import absolute, ahead

@@ -15,7 +15,6 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_values import read_box
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import model_weights
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 REMEDY = (
@@ -91,12 +90,11 @@ def _deviations(checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:
     state = checkpoint.neox
     if state is None or state.tp == 1 or checkpoint.config.parallel_residual:
         return
-    for weight, block in model_weights(checkpoint.architecture, checkpoint.config):
-        name = weight.hf.format(i=block)
-        whole = checkpoint.tensors.get(name) if weight.split == "row_bias" else None
+    for row in checkpoint.rows:
+        whole = checkpoint.tensors.get(row.hf) if row.weight.split == "row_bias" else None
         shards = whole.shards if whole is not None and whole.reduce == "replica" else ()
         if shards and (largest := _largest_deviation(shards)):
-            yield name, largest
+            yield row.hf, largest
 
 
 def _largest_deviation(shards: tuple[TensorRef, ...]) -> float:

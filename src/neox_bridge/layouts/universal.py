@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.architectures.rows import model_rows
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.deepspeed_values import (
@@ -30,7 +31,6 @@ from neox_bridge.layouts.universal_folder import (
     file_name,
     parameter,
 )
-from neox_bridge.layouts.weights import model_weights
 from neox_bridge.stores.paths import isfile
 from neox_bridge.tensors.pieces import Whole, box
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -96,9 +96,9 @@ def as_computed(
     copies: ranks of which each had a bias that is stored once, their mean.
     """
     summed = {
-        weight.hf.format(i=block)
-        for weight, block in model_weights(architecture, config)
-        if weight.split == "row_bias" and config.parallel_residual and copies > 1
+        row.hf
+        for row in model_rows(architecture, config)
+        if row.weight.split == "row_bias" and config.parallel_residual and copies > 1
     }
     found = {}
     for name, whole in tensors.items():

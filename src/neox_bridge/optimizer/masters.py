@@ -6,9 +6,8 @@ from neox_bridge.errors import UsageError
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.layouts.weights import STATE_OF
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.optimizer.states import Optimizer, states
+from neox_bridge.optimizer.states import STATE_OF, Optimizer, states
 
 
 def with_masters(checkpoint: Checkpoint) -> Checkpoint:

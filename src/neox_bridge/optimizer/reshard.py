@@ -6,6 +6,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from neox_bridge.architectures.base import INV_FREQ
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.eras import era_named
@@ -17,12 +18,11 @@ from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import describe_tokenizer
 from neox_bridge.layouts.universal_folder import INFO, LATEST, MASTER, Parameter
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
-from neox_bridge.layouts.weights import INV_FREQ
 from neox_bridge.optimizer.current_form import in_current_form, is_current, writer_version
 from neox_bridge.optimizer.default_settings import computed_findings, with_own_defaults
 from neox_bridge.optimizer.gradient_scale import gradient_findings
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name
-from neox_bridge.optimizer.reshard_target import Resharding, Target, settle, with_target_rows
+from neox_bridge.optimizer.reshard_target import Resharding, Target, settle
 from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.optimizer.target_parameters import target_parameters
 from neox_bridge.optimizer.v1_form import (
@@ -37,7 +37,7 @@ from neox_bridge.optimizer.write_stage0 import Stage0, stage0
 from neox_bridge.optimizer.write_universal import Universal, universal, universal_files
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
 from neox_bridge.optimizer.zero_stage import at_stage
-from neox_bridge.planning.common import text_file, tokenizer_outputs
+from neox_bridge.planning.common import text_file, tokenizer_outputs, with_vocabulary_rows
 from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import Metadata, mp_rank_file, rank_parameters, weight_files
@@ -74,9 +74,9 @@ def plan_reshard(
     was_v1 = is_v1(optimizer)
     checkpoint, said = with_own_defaults(checkpoint, optimizer, asked.era)
     optimizer, given, made = _settled(checkpoint, optimizer, asked, given)
-    weights = with_target_rows(checkpoint, made.config, checkpoint.tensors)
+    weights = with_vocabulary_rows(checkpoint.architecture, made.config, checkpoint.tensors)
     moved = {
-        key: with_target_rows(checkpoint, made.config, wholes)
+        key: with_vocabulary_rows(checkpoint.architecture, made.config, wholes)
         for key, wholes in (given or states(checkpoint, optimizer)).items()
     }
     optimizer = with_target_names(checkpoint, optimizer, made)

@@ -12,7 +12,6 @@ from neox_bridge.frameworks.eras import Era
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import whole
-from neox_bridge.layouts.weights import model_weights
 from neox_bridge.optimizer.global_batch import Batch, batch_of, spread
 from neox_bridge.optimizer.gradient_scale import (
     Engine,
@@ -24,7 +23,7 @@ from neox_bridge.optimizer.gradient_scale import (
 )
 from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
 from neox_bridge.optimizer.states import Optimizer, states
-from neox_bridge.planning.common import drop_vocabulary_rows
+from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.era_settings import EraSettings, era_settings
 from neox_bridge.planning.neox_files import Shape, rank_parameters
@@ -180,11 +179,7 @@ def check_row_bias(
     """
     assert checkpoint.neox is not None
     ranks = tp or checkpoint.neox.tp
-    names = [
-        weight.hf.format(i=block)
-        for weight, block in model_weights(checkpoint.architecture, checkpoint.config)
-        if weight.split == "row_bias"
-    ]
+    names = [row.hf for row in checkpoint.rows if row.weight.split == "row_bias"]
     if not (checkpoint.config.parallel_residual and names):
         raise UsageError(
             ["row_bias"],
@@ -249,7 +244,7 @@ def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[r
     for (layer, _), tensor in rank_parameters(
         checkpoint.architecture,
         config,
-        with_target_rows(checkpoint, config, checkpoint.tensors),
+        with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors),
         shape,
         0,
     ).items():
@@ -262,14 +257,3 @@ def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[r
         tied=config.tied_embeddings,
         block=block_class(checkpoint.architecture.name),
     )
-
-
-def with_target_rows(
-    checkpoint: Checkpoint, config: ModelConfig, wholes: Mapping[str, Whole]
-) -> dict[str, Whole]:
-    """The tensors with the target's rows of the vocabulary; rows that are added are zeros."""
-    return {
-        name: drop_vocabulary_rows(wholes[name], weight, config.dims["vocab"])
-        for weight, block in model_weights(checkpoint.architecture, config)
-        for name in [weight.hf.format(i=block)]
-    }

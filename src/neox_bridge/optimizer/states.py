@@ -19,6 +19,7 @@ from neox_bridge.tensors.flat import in_place_of
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 
+STATE_OF = ": "  # between the name of a state and the tensor's, where both make one name
 Wrapper = Literal["zero", "bf16", "fp16", "plain"]
 
 
@@ -125,3 +126,8 @@ def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, 
             for name, whole in checkpoint.tensors.items()
         }
     return found
+
+
+def tensor_of(name: str) -> str:
+    """The tensor that an optimizer's state is of; any other name is its own."""
+    return name.rpartition(STATE_OF)[2]

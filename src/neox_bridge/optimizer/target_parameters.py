@@ -4,7 +4,6 @@ from neox_bridge.architectures.base import Weight
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import Parameter
-from neox_bridge.layouts.weights import layer_of
 from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.planning.neox_files import Shape, parameter_rows
 
@@ -31,11 +30,10 @@ def target_parameters(
     stored = {(layer, name): None for layer, names in state.ranks[0].items() for name in names}
     place = {parameter: index for index, parameter in enumerate(in_module_order(stored))}
     sources: dict[Parameter, Parameter] = {}
-    for weight, block in parameter_rows(checkpoint.architecture, checkpoint.config):
-        layer = layer_of(weight, block, checkpoint.config.layers)
-        target = layer, weight.named(shape.old_names)
-        names = _names(weight, old=state.mlp_names == "dense")
-        source = next((p for n in names if (p := (layer, n)) in optimizer.members), None)
+    for row in parameter_rows(checkpoint.architecture, checkpoint.config):
+        target = row.layer, row.weight.named(shape.old_names)
+        names = _names(row.weight, old=state.mlp_names == "dense")
+        source = next((p for n in names if (p := (row.layer, n)) in optimizer.members), None)
         if source is not None:
             sources.setdefault(target, source)
     ordered = in_module_order(dict(sorted(sources.items(), key=lambda item: item[0][0])))

@@ -15,10 +15,9 @@ from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.universal_folder import MASTER, STATE, STEP, ZERO, Parameter, file_name
-from neox_bridge.layouts.weights import exists, expand, layer_of
 from neox_bridge.optimizer.states import Optimizer, Scalar
 from neox_bridge.optimizer.write_zero import whole_head
-from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.planning.neox_files import Shape, parameter_rows, rank_parameters
 from neox_bridge.tensors.fragments import cut_reductions
 from neox_bridge.tensors.geometry import Split
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
@@ -131,10 +130,9 @@ def splits_of(
 ) -> dict[Parameter, Split]:
     """How ranks share each parameter."""
     found: dict[Parameter, Split] = {}
-    for weight, block in expand(architecture, config.layers):
-        if weight.split != "derived" and exists(weight, config):
-            name = weight.named(shape.old_names)
-            found.setdefault((layer_of(weight, block, config.layers), name), weight.split_as(name))
+    for row in parameter_rows(architecture, config):
+        name = row.weight.named(shape.old_names)
+        found.setdefault((row.layer, name), row.weight.split_as(name))
     return found
 
 

@@ -1,8 +1,10 @@
 """What plans of both kinds need: casts, vocabulary rows, small files, the tokenizer."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from neox_bridge.architectures.base import Weight
+from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.architectures.rows import model_rows
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Dropped
 from neox_bridge.layouts.tokenizer import Tokenizer
@@ -19,9 +21,25 @@ def cast(whole: Whole, dtype: DTypeChoice) -> Whole:
     return replace(whole, dtype=dtype)
 
 
-def drop_vocabulary_rows(whole: Whole, weight: Weight, rows: int) -> Whole:
-    """The tensor with this many vocabulary rows, if it has such rows at all."""
-    return with_rows(whole, rows) if weight.split == "vocab" else whole
+def with_vocabulary_rows(
+    architecture: Architecture,
+    config: ModelConfig,
+    wholes: Mapping[str, Whole],
+    count: int | None = None,
+) -> dict[str, Whole]:
+    """The weights of a model with another number of vocabulary rows, by Hugging Face name.
+
+    Args:
+        architecture: Of the model.
+        config: Of the model; other tensors than its own are left out.
+        wholes: By Hugging Face name.
+        count: Of the rows; by default as many as the config has. Rows that are added are zeros.
+    """
+    rows = config.dims["vocab"] if count is None else count
+    return {
+        row.hf: with_rows(wholes[row.hf], rows) if row.weight.split == "vocab" else wholes[row.hf]
+        for row in model_rows(architecture, config)
+    }
 
 
 def cut_rows(

@@ -40,8 +40,8 @@ def form_weights(
     """The state dict. A tied head is the tensor of the embeddings, there once and named twice."""
     named = OrderedDict((form.names.get(t.name, t.name), TensorSlot(t.name)) for t in tensors)
     if config.tied_embeddings:
-        embeddings = next(w.hf for w in architecture.weights if w.place == "embed")
-        named[form.names.get(architecture.head, architecture.head)] = TensorSlot(embeddings)
+        head = form.names.get(architecture.head, architecture.head)
+        named[head] = TensorSlot(architecture.embeddings)
     return layout_pt(WEIGHTS, named, tensors)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
+from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.architectures.fusion import fusion_of
+from neox_bridge.architectures.rows import Row, table_rows
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
 from neox_bridge.formats.torch_zip import layout_pickled
 from neox_bridge.frameworks.deepspeed import StatesForm
@@ -19,7 +20,6 @@ from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.derived_values import inv_freq_bytes
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
-from neox_bridge.layouts.weights import exists, expand, layer_of, model_weights
 from neox_bridge.planning import random_states, transformer_engine
 from neox_bridge.tensors.fused import GqaOrder, scatter_parts
 from neox_bridge.tensors.geometry import constant, scatter
@@ -52,7 +52,6 @@ SEED = 1234  # GPT-NeoX's default
 # of an mp_rank file's number and module (None where layers have files of their own): its value,
 # and the tensors of it beside the module's
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
-Row = tuple[Weight, int]  # of the table, for one block
 Groups = dict[tuple[int, str], list[Row]]  # by GPT-NeoX's number of the layer and name in it
 Pickles = dict[object, tuple[bytes, Sequence[str]]]
 
@@ -103,11 +102,12 @@ def weight_files(
     alike: whether the metadata of all numbers is the same value, but for its module.
     """
     present = [
-        (weight, block)
-        for weight, block in _ordered(architecture, config)
-        if weight.split != "derived" or shape.inv_freq == "store"
+        row
+        for row in table_rows(architecture, config.layers)
+        if row.weight.is_in(config)
+        if row.weight.split != "derived" or shape.inv_freq == "store"
     ]
-    groups = _grouped(present, config, shape)
+    groups = _grouped(present, shape)
     dumped: Pickles = {}
     count = shape.stages * shape.tp
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * count
@@ -179,13 +179,14 @@ def rank_parameters(
     rank: int,
 ) -> dict[tuple[int, str], OutputTensor]:
     """One tensor-parallel rank's parameters, by GPT-NeoX's number of the layer and name in it."""
-    groups = _grouped(parameter_rows(architecture, config), config, shape)
+    groups = _grouped(parameter_rows(architecture, config), shape)
     return dict(zip(groups, _tensors(groups, config, wholes, shape, rank), strict=True))
 
 
 def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]:
-    """The rows of the table that GPT-NeoX trains, with their blocks: all but derived buffers."""
-    return [(w, b) for w, b in _ordered(architecture, config) if w.split != "derived"]
+    """The rows of the weights that GPT-NeoX trains: all but derived buffers."""
+    rows = table_rows(architecture, config.layers)
+    return [row for row in rows if row.weight.split != "derived" and row.weight.is_in(config)]
 
 
 def _with_biases(
@@ -198,23 +199,13 @@ def _with_biases(
     return found
 
 
-def _ordered(architecture: Architecture, config: ModelConfig) -> Iterator[Row]:
-    """The model's weights and derived buffers in the order of GPT-NeoX's modules."""
-    real = {(weight.neox, block) for weight, block in model_weights(architecture, config)}
-    for weight, block in expand(architecture, config.layers):
-        zero = weight.split == "zero" and exists(weight, config)
-        if weight.split == "derived" or zero or (weight.neox, block) in real:
-            yield weight, block
-
-
-def _grouped(present: Sequence[Row], config: ModelConfig, shape: Shape) -> Groups:
+def _grouped(present: Sequence[Row], shape: Shape) -> Groups:
     """The rows by layer and name; those that share both are parts of one tensor."""
     groups: Groups = {}
-    for weight, block in present:
-        layer = layer_of(weight, block, config.layers)
-        name = weight.named(shape.old_names)
+    for row in present:
+        name = row.weight.named(shape.old_names)
         name = te_name(name) if shape.te else name
-        groups.setdefault((layer, name), []).append((weight, block))
+        groups.setdefault((row.layer, name), []).append(row)
     return in_module_order(groups)
 
 
@@ -241,7 +232,7 @@ def _tensor(
     shape: Shape,
     rank: int,
 ) -> OutputTensor:
-    weight, block = rows[0]
+    weight = rows[0].weight
     split = weight.split_as(name)
     if split == "derived":
         data = inv_freq_bytes(config, config.dtype)
@@ -251,11 +242,10 @@ def _tensor(
         size = config.dims[weight.shape[0]]
         return OutputTensor(full, config.dtype, (size,), (constant((size,), -0.0),))
     if split in ("fused", "gated"):
-        parts = {w.part: wholes[w.hf.format(i=b)] for w, b in rows}
+        parts = {row.weight.part: wholes[row.hf] for row in rows}
         fusion = fusion_of(config, shape.gqa_order, frozenset(BOTH if shape.te else ()))
         return scatter_parts(full, fusion, parts, shape.tp, rank)
-    whole = wholes[weight.hf.format(i=block)]
-    return scatter(full, split, whole, shape.tp, rank, row_bias=shape.row_bias)
+    return scatter(full, split, wholes[rows[0].hf], shape.tp, rank, row_bias=shape.row_bias)
 
 
 def _state_dict(

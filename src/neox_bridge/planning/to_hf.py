@@ -6,19 +6,19 @@ from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
+from neox_bridge.architectures.rows import model_rows
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import layout_safetensors
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.same_values import relation
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
-from neox_bridge.layouts.weights import expand, model_weights
 from neox_bridge.planning.common import (
     cast,
     cut_rows,
-    drop_vocabulary_rows,
     text_file,
     tokenizer_outputs,
+    with_vocabulary_rows,
 )
 from neox_bridge.planning.library_forms import WEIGHTS, form_asked, form_settings, form_weights
 from neox_bridge.planning.model_card import model_card
@@ -41,11 +41,10 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
     config = replace(config, dims={**config.dims, "vocab": rows})
     if options.dtype != "keep":
         config = replace(config, dtype=options.dtype)
-    tensors = []
-    for weight, block in model_weights(architecture, config):
-        name = weight.hf.format(i=block)
-        whole = drop_vocabulary_rows(wholes[name], weight, rows)
-        tensors.append(_output(name, cast(whole, options.dtype)))
+    tensors = [
+        _output(name, cast(whole, options.dtype))
+        for name, whole in with_vocabulary_rows(architecture, config, wholes).items()
+    ]
     if form is None:
         files, layout = _safetensors(tensors, options)
     else:
@@ -94,20 +93,19 @@ def hf_model(
     dropped: list[Dropped] = []
     findings: list[Finding] = []
     if config.tied_norms:
-        for weight, block in expand(checkpoint.architecture, config.layers):
-            if weight.neox.startswith("post_attention_layernorm"):
-                name = weight.hf.format(i=block)
-                if name in wholes:
-                    dropped.append(Dropped(name, "unused with gpt_j_tied: true"))
-                wholes[name] = wholes[name.replace("post_attention", "input")]
+        for row in checkpoint.table:
+            if row.weight.neox.startswith("post_attention_layernorm"):
+                if row.hf in wholes:
+                    dropped.append(Dropped(row.hf, "unused with gpt_j_tied: true"))
+                wholes[row.hf] = wholes[row.hf.replace("post_attention", "input")]
         config = replace(config, tied_norms=False)
     tp = checkpoint.neox.tp if checkpoint.neox is not None else 1
     # what this tool wrote is whole on rank 0
     if tp > 1 and config.parallel_residual and not checkpoint.record:
         spread = {
-            f"how {weight.neox} was spread over {tp} ranks"
-            for weight, _ in model_weights(checkpoint.architecture, config)
-            if weight.split == "row_bias"
+            f"how {row.weight.neox} was spread over {tp} ranks"
+            for row in checkpoint.rows
+            if row.weight.split == "row_bias"
         }
         dropped += [Dropped(name, "the ranks' sum is written") for name in sorted(spread)]
     lacking = {flag: True for flag in checkpoint.architecture.always if not getattr(config, flag)}
@@ -127,11 +125,10 @@ def hf_model(
 
 def _add_biases(architecture: Architecture, config: ModelConfig, wholes: dict[str, Whole]) -> int:
     added = 0
-    for weight, block in model_weights(architecture, config):
-        name = weight.hf.format(i=block)
-        if name not in wholes:
-            shape = tuple(config.dims[dim] for dim in weight.shape)
-            wholes[name] = Whole(config.dtype, shape, (constant(shape, -0.0),))
+    for row in model_rows(architecture, config):
+        if row.hf not in wholes:
+            shape = tuple(config.dims[dim] for dim in row.weight.shape)
+            wholes[row.hf] = Whole(config.dtype, shape, (constant(shape, -0.0),))
             added += 1
     return added
 
@@ -158,10 +155,9 @@ def _rows_to_keep(
 def _trained_padding(checkpoint: Checkpoint, rows: int, have: int) -> list[Finding]:
     """That rows of padding, which were written as zeros, are none any more."""
     trained = [
-        name
-        for weight, block in model_weights(checkpoint.architecture, checkpoint.config)
-        for name in [weight.hf.format(i=block)]
-        if weight.split == "vocab" and not _zero_from(checkpoint.tensors[name], rows)
+        row.hf
+        for row in checkpoint.rows
+        if row.weight.split == "vocab" and not _zero_from(checkpoint.tensors[row.hf], rows)
     ]
     if not trained:
         return []
@@ -260,7 +256,7 @@ def _config_json(
     original = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config")
     if not isinstance(original, Mapping) or original.get("model_type") != architecture.model_type:
         return written, {}
-    names = frozenset(w.hf.format(i=b) for w, b in model_weights(architecture, config))
+    names = frozenset(row.hf for row in model_rows(architecture, config))
     presence = Presence(names, config.dtype, config.layers)
     then = architecture.read_hf(original, config.dims, presence)
     same = replace(

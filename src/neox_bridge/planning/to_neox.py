@@ -19,14 +19,13 @@ from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.transformer_engine import BOTH
 from neox_bridge.layouts.unknown_keys import lost_on_the_way
-from neox_bridge.layouts.weights import model_weights
 from neox_bridge.layouts.window import check_window
 from neox_bridge.planning.common import (
     cast,
     cut_rows,
-    drop_vocabulary_rows,
     text_file,
     tokenizer_outputs,
+    with_vocabulary_rows,
 )
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
@@ -79,12 +78,9 @@ def plan_neox(
     if checkpoint.kind == "hf":
         told = architecture.findings_to_neox(checkpoint.raw, config)
         findings += [Finding(code, "warning", message, remedy) for code, message, remedy in told]
-    wholes, unrounded = {}, {}
-    for weight, block in model_weights(architecture, config):
-        name = weight.hf.format(i=block)
-        whole = drop_vocabulary_rows(checkpoint.tensors[name], weight, vocabulary.rows)
-        whole = drop_vocabulary_rows(whole, weight, vocabulary.padded)
-        wholes[name], unrounded[name] = cast(whole, options.dtype), whole
+    kept = with_vocabulary_rows(architecture, config, checkpoint.tensors, vocabulary.rows)
+    unrounded = with_vocabulary_rows(architecture, config, kept)
+    wholes = {name: cast(whole, options.dtype) for name, whole in unrounded.items()}
     iteration = _iteration(checkpoint) if options.iteration is None else options.iteration
     step = f"global_step{iteration}"
     args = checkpoint_args(config, vocabulary, shape.tp)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.layouts.weights import STATE_OF, tensor_of
+from neox_bridge.optimizer.states import STATE_OF, tensor_of
 from neox_bridge.verification.audit_identity import identity_faults
 from neox_bridge.verification.audit_norms import broken_faults, jump_faults
 from neox_bridge.verification.runs import Fault

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
-from neox_bridge.architectures.base import Weight
+from neox_bridge.architectures.rows import Row
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
-from neox_bridge.layouts.weights import by_name, tensor_of
+from neox_bridge.optimizer.states import tensor_of
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
@@ -31,14 +31,13 @@ def diff(
     pattern: a glob of names. Raises Refused where a checkpoint stores two values of one tensor.
     """
     first, second = (as_stored(check_copies(one)) for one in (first, second))
-    layers = max(first.config.layers, second.config.layers)
-    weights = by_name(first.architecture, layers)
+    table = max(first, second, key=lambda one: one.config.layers).by_name
     names = sorted({*first.tensors, *second.tensors})
     context = Context(progress)
 
     def one(name: str) -> Difference:
         a, b = first.tensors.get(name), second.tensors.get(name)
-        found = _one(name, a, b, weights.get(tensor_of(name)), context)
+        found = _one(name, a, b, table.get(tensor_of(name)), context)
         context.wrote(sum(whole.nbytes for whole in (a, b) if whole), "copied")
         return found
 
@@ -51,7 +50,7 @@ def _weight(difference: Difference) -> tuple[int, float, str]:
 
 
 def _one(
-    name: str, a: Whole | None, b: Whole | None, weight: Weight | None, context: Context
+    name: str, a: Whole | None, b: Whole | None, row: Row | None, context: Context
 ) -> Difference:
     if a is None or b is None:
         there = a or b
@@ -59,7 +58,7 @@ def _one(
         kind: Kind = "only-first" if b is None else "only-second"
         return Difference(name, kind, prod(there.shape), detail=f"{kind}, {list(there.shape)}")
     rows = min(a.shape[0], b.shape[0]) if a.shape and b.shape else 0
-    padded = weight is not None and weight.split == "vocab" and a.shape[0] != b.shape[0]
+    padded = row is not None and row.weight.split == "vocab" and a.shape[0] != b.shape[0]
     if padded and all(zero_beyond(whole, rows, context) for whole in (a, b)):
         a, b = with_rows(a, rows), with_rows(b, rows)
     found = compare(name, a, b, context)

@@ -11,7 +11,7 @@ import xxhash
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes, load
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import by_name, tensor_of
+from neox_bridge.optimizer.states import tensor_of
 from neox_bridge.stores.paths import is_url
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole, cut, whole_of
@@ -69,14 +69,14 @@ def fingerprints(
     that needn't be read. Raises BridgeError, naming the file, where one can't be read.
     """
     known = known or {}
-    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
     context = Context(progress)
     todo = [name for name in checkpoint.tensors if name not in known]
     order = _reading_order(checkpoint, todo)
 
     def one(name: str) -> Fingerprint:
-        weight, whole = weights.get(tensor_of(name)), checkpoint.tensors[name]
-        found = fingerprint(whole, context, padded=weight is not None and weight.split == "vocab")
+        row, whole = checkpoint.by_name.get(tensor_of(name)), checkpoint.tensors[name]
+        vocabulary = row is not None and row.weight.split == "vocab"
+        found = fingerprint(whole, context, padded=vocabulary)
         context.wrote(whole.nbytes, "copied")
         return found
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.weights import by_name
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.compare import MEASURED, values
 
@@ -77,9 +76,8 @@ def _first_weight(checkpoints: tuple[Checkpoint, ...], same: bool) -> tuple[str,
     """The first weight that is not finite, and how many of its values are not on each side."""
     context = Context()
     fallback: tuple[str, tuple[int, int]] = ("", (0, 0))
-    architecture, layers = checkpoints[0].architecture, checkpoints[0].config.layers
     try:
-        for name in by_name(architecture, layers):
+        for name in checkpoints[0].by_name:
             counts = [
                 count_non_finite(one.tensors[name], context) if name in one.tensors else 0
                 for one in checkpoints

@@ -8,11 +8,10 @@ from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
 from neox_bridge.optimizer.masters import with_masters
 from neox_bridge.optimizer.read_export import read_export
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.optimizer.states import Optimizer, states
+from neox_bridge.optimizer.states import STATE_OF, Optimizer, states, tensor_of
 from neox_bridge.tensors.flat import segments
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole
@@ -58,21 +57,20 @@ def compare_named(
 
     Rows of padding that the second has more are compared with zeros.
     """
-    weights = by_name(source.architecture, source.config.layers)
     context = Context(progress)
 
     def one(name: str) -> Difference:
         if name not in first or name not in second:
             kind: Kind = "only-first" if name in first else "only-second"
             return Difference(name, kind, prod({**first, **second}[name].shape))
-        a, b = first[name], second[name]
+        a, b, weight = first[name], second[name], source.by_name[tensor_of(name)].weight
         rows = min(a.shape[0], b.shape[0])
-        if weights[tensor_of(name)].split == "vocab" and a.shape != b.shape:
+        if weight.split == "vocab" and a.shape != b.shape:
             if not zero_beyond(b, rows, context):
                 detail = f"rows {rows} to {b.shape[0] - 1} are padding, and not zero"
                 return Difference(name, "values", prod(b.shape), detail=detail)
             a, b = with_rows(a, rows), with_rows(b, rows)
-        found = divided(compare(name, a, b, context), weights[tensor_of(name)], b)
+        found = divided(compare(name, a, b, context), weight, b)
         context.wrote(b.nbytes, "copied")
         return found
 

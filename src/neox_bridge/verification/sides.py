@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neox_bridge.architectures.base import Weight
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.unknown_keys import without_ignored
-from neox_bridge.layouts.weights import by_name
 from neox_bridge.tensors.geometry import gather
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -158,7 +156,6 @@ def _weights_on_meta() -> Iterator[None]:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stages:
-    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
     names = {id(module): name for name, module in model.named_modules()}
 
     @contextmanager
@@ -170,7 +167,7 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
                 if owner._parameters[leaf] is None:
                     continue
                 name = ".".join(part for part in (names[id(module)], inner, leaf) if part)
-                value = read(_stored(checkpoint, weights, name), device)
+                value = read(_stored(checkpoint, name), device)
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         try:
             yield module
@@ -207,12 +204,12 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
     yield Stage("logits", x.float())
 
 
-def _stored(checkpoint: Checkpoint, weights: Mapping[str, Weight], name: str) -> Whole:
+def _stored(checkpoint: Checkpoint, name: str) -> Whole:
     """The tensor that transformers calls by this name."""
-    name = checkpoint.architecture.aliases.get(name, name)
-    tied = checkpoint.config.tied_embeddings
-    if tied and name in weights and weights[name].place == "head":
-        name = next(key for key, weight in weights.items() if weight.place == "embed")
+    architecture = checkpoint.architecture
+    name = architecture.aliases.get(name, name)
+    if checkpoint.config.tied_embeddings and name == architecture.head:
+        name = architecture.embeddings
     if name not in checkpoint.tensors:
         raise BridgeError(f"{checkpoint.path} lacks {name}: transformers would make it up.")
     return checkpoint.tensors[name]

@@ -11,7 +11,7 @@ from neox_bridge.execution.transform import boxes
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.head import as_stored
-from neox_bridge.layouts.weights import STATE_OF, by_name, tensor_of
+from neox_bridge.optimizer.states import STATE_OF, tensor_of
 from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.verification.compare import each, values
 from neox_bridge.verification.name_pattern import matching
@@ -68,16 +68,16 @@ def statistics(
     bytes of each tensor. Raises BridgeError, naming the file, where one can't be read.
     """
     checkpoint = as_stored(checkpoint)
-    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
-    order = {name: place for place, name in enumerate(weights)}
+    table = checkpoint.by_name
+    order = {name: place for place, name in enumerate(table)}
     chosen = matching(pattern, checkpoint.tensors)
     names = sorted(chosen, key=lambda name: (order.get(name, len(order)), name))
     context = Context(progress)
 
     def one(name: str) -> Statistics:
         whole = checkpoint.tensors[name]
-        weight = weights.get(tensor_of(name))
-        vocabulary = weight is not None and weight.split == "vocab"
+        row = table.get(tensor_of(name))
+        vocabulary = row is not None and row.weight.split == "vocab"
         rows = checkpoint.vocab_rows if vocabulary else None
         found = _measure(name, whole, rows, context)
         context.wrote(whole.nbytes, "copied")
@@ -108,7 +108,7 @@ def _broken(stats: Sequence[Statistics]) -> Iterator[Finding]:
 
 
 def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint) -> Iterator[Finding]:
-    weights = by_name(checkpoint.architecture, checkpoint.config.layers)
+    table = checkpoint.by_name
     stats = [s for s in stats if STATE_OF not in s.name]  # a moment of zero is a start like others
     equal = [s for s in stats if s.constant]
     matrices = [s for s in equal if len(s.shape) > 1]
@@ -125,7 +125,7 @@ def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint) -> Iterator[Findi
     dead = [s for s in stats if s.dead_rows and s.name not in zero]
     if dead:
         names = [f"{s.name} ({s.dead_rows:,} of {s.shape[0]:,})" for s in dead]
-        inner = any(weights[s.name].split != "vocab" for s in dead if s.name in weights)
+        inner = any(table[s.name].weight.split != "vocab" for s in dead if s.name in table)
         remedy = "such units compute nothing" if inner else "such tokens were never trained"
         yield Finding("dead-rows", "warning", f"rows of zeros: {some(names)}", remedy)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from neox_bridge.architectures.base import ModelConfig, Weight
+from neox_bridge.architectures.rows import Row
 from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
@@ -15,7 +16,7 @@ from neox_bridge.layouts.head import as_stored, head_as_in
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.layouts.unknown_keys import undecided
-from neox_bridge.layouts.weights import by_name, tensor_of
+from neox_bridge.optimizer.states import tensor_of
 from neox_bridge.planning.casts import Cast, count_casts, equality, overflow_finding
 from neox_bridge.planning.to_hf import hf_model
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
@@ -85,7 +86,6 @@ def verify(
     said = source.findings
     source, target = as_one_model(source, target)
     wholes, config = _as_the_target_has_it(source, target)
-    weights = by_name(source.architecture, config.layers)
     rows = min(source.vocab_rows, target.vocab_rows)
     findings = [finding for finding in source.findings if finding not in said]
     findings += undecided(source, target)
@@ -107,7 +107,7 @@ def verify(
     overflows: dict[str, int] = {}
 
     def one(name: str) -> Difference:
-        found = _compare(name, wholes, target, weights, rows, context)
+        found = _compare(name, wholes, target, source.by_name, rows, context)
         cast_here = name in casting and found.kind == "equal" and count_overflows
         if cast_here and (count := _overflow(wholes[name], target.tensors[name], context)):
             overflows[name] = count
@@ -212,7 +212,7 @@ def _compare(
     name: str,
     wholes: Mapping[str, Whole],
     target: Checkpoint,
-    weights: Mapping[str, Weight],
+    table: Mapping[str, Row],
     rows: int,
     context: Context,
 ) -> Difference:
@@ -221,7 +221,7 @@ def _compare(
     second = target.tensors[name]
     if name not in wholes:
         return Difference(name, "only-second", prod(second.shape))
-    first, weight = wholes[name], weights[tensor_of(name)]
+    first, weight = wholes[name], table[tensor_of(name)].weight
     dtypes = {first.dtype, second.dtype}
     if len(dtypes) > 1 and not dtypes <= {*FLOATING, *FLOAT8}:
         detail = f"{first.dtype} and {second.dtype}: only floating-point numbers are cast"
