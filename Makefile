@@ -47,7 +47,7 @@ test-neox: $(DEV)/.ready
 	    echo "  make test-neox GPT_NEOX_GIT=gpt-neox.git"; exit 1; fi; fi
 	NEOX_HOME="$(abspath $(NEOX_HOME))" NEOX_TREE="$(NEOX_TREE)" \
 	  GPT_NEOX_GIT="$(if $(GPT_NEOX_GIT),$(abspath $(GPT_NEOX_GIT)))" \
-	  $(DEV)/bin/python -m pytest -m neox tests/neox $(ARGS)
+	  $(DEV)/bin/python -m pytest -m neox tests $(ARGS)
 
 # each version of transformers in an environment of its own: TRANSFORMERS="4.30 5.4" for some
 test-versions: $(DEV)/.ready

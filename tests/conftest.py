@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import real_trees
 import s3_server
 import stand_in_trees
 from s3_server import Store
@@ -33,11 +34,15 @@ def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     server.spoil = lambda method, key, query: ""
 
 
-@pytest.fixture(scope="session")
-def trees(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+@pytest.fixture(scope="session", params=["stand-in", pytest.param("real", marks=pytest.mark.neox)])
+def trees(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Path]:
     """GPT-NeoX's source trees by date; a test that edits one copies it first.
 
-    Here they are stand-ins. tests/neox/conftest.py replaces this fixture by the real trees.
+    Every test of them runs on small stand-ins, and by ``make test-neox`` also on the real sources.
     """
     folder = tmp_path_factory.mktemp("trees")
+    if request.param == "real":
+        return real_trees.RealTrees(folder)
     return {name: stand_in_trees.write_tree(name, folder / name) for name in stand_in_trees.NAMES}

@@ -304,7 +304,7 @@ def test_refused(
 def test_what_transformers_has_not_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     import shutil
 
-    from test_bad_input import edit_yml
+    from checkpoint_edits import edit_yml
 
     shutil.copytree(fixture("llama_fp32_tp2"), tmp_path / "neox")
     edit_yml(**changes)(step_of(tmp_path / "neox"))

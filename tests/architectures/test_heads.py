@@ -9,8 +9,6 @@ import pytest
 import torch
 import yaml
 from common import (
-    TINY,
-    TINY_LLAMA,
     assert_same,
     convert,
     hf_tensors,
@@ -20,7 +18,7 @@ from common import (
     plan_of,
     step_of,
 )
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from scorers import make_scorer, scores
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.errors import Refused
@@ -38,33 +36,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 IDS = [family for family, _ in CASES]
 TOKENS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-def make_scorer(folder: Path, family: str = "gpt_neox", labels: int = 1, **config: Any) -> Path:
-    """A classification model made and saved by transformers, with every tensor random."""
-    torch.manual_seed(0)
-    tiny = TINY if family == "gpt_neox" else TINY_LLAMA
-    made = {**tiny, "num_labels": labels, "pad_token_id": 0, **config}
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(family, **made))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    return folder
-
-
-def scores(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """[b, s, 1]: the model's score of every beginning of every text, text by text."""
-    model, told = AutoModelForSequenceClassification.from_pretrained(
-        folder, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        rows = [
-            [model.eval()(row[None, : end + 1]).logits[0] for end in range(len(row))]
-            for row in tokens
-        ]
-    return torch.stack([torch.stack(row) for row in rows])
 
 
 @pytest.mark.parametrize("name", NAMES)

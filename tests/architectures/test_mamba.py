@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from common import (
     assert_same,
     convert,
@@ -22,6 +21,7 @@ from common import (
     plan_of,
     step_of,
 )
+from mamba_checkpoints import CASES, GENUINE, edit
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -30,27 +30,6 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.verification.verify import verify
-
-GENUINE = Path(__file__).parents[1] / "data" / "mamba" / "checkpoints"  # the real GPT-NeoX's
-# the last: an inner width of three times the hidden size
-CASES: list[dict[str, Any]] = [
-    {},
-    {"tie_word_embeddings": False, "use_conv_bias": False},
-    {"expand": 3, "layer_norm_epsilon": 1e-6, "hidden_size": 48},
-]
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Keys of a config.json, or of a folder's merged yml, set or with None removed."""
-    if path.is_file():
-        told = json.loads(path.read_text())
-    else:
-        told = neox_config(path)
-        for file in (step_of(path) / "configs").iterdir():
-            file.unlink()
-        path = step_of(path) / "configs" / "all.yml"
-    told = {key: value for key, value in {**told, **changes}.items() if value is not None}
-    path.write_text(json.dumps(told) if path.suffix == ".json" else yaml.safe_dump(told))
 
 
 def test_logits_agree_with_gpt_neox(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_edits import tokenizer
 from common import (
     HELPERS,
     assert_same,
@@ -23,9 +24,8 @@ from common import (
     plan_of,
 )
 from jsonschema import Draft202012Validator
+from mamba_checkpoints import CASES, GENUINE, edit
 from mamba_ssm_model import load, save
-from test_mamba import CASES, GENUINE, edit
-from test_tokenizers import tokenizer
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

@@ -1,6 +1,5 @@
 """A batch: what it finds, skips, mends, tries again; and how it outlives being killed."""
 
-import filecmp
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import pytest
 import torch
 from batch_calls import die, die_once
 from common import convert, fixture, make_hf, step_of
+from file_trees import same_tree
 
 from neox_bridge.batch import run as running
 from neox_bridge.batch.items import Item, Source, find_items
@@ -60,17 +60,6 @@ def rows_of(*args: object) -> dict[str, dict[str, Any]]:
     done = spawn(*args, "--json")
     assert "Traceback" not in done.stderr, done.stderr
     return {row["name"]: row for row in json.loads(done.stdout)["rows"]}
-
-
-def same_tree(first: Path, second: Path, but: tuple[str, ...] = ()) -> None:
-    names = [
-        sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-        for root in (first, second)
-    ]
-    assert names[0] == names[1]
-    for name in names[0]:
-        if not name.endswith(but or ("\0",)):
-            assert filecmp.cmp(first / name, second / name, shallow=False), name
 
 
 def statuses(rows: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Run
 from common import make_hf
+from file_trees import same_tree
 from hub_stub import Stub, serving
-from test_batch import same_tree
-from test_publish_cli import Run
 
 STEPS = ("step0", "step1000")
 REPO = "org/model"

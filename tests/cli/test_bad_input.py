@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoint_edits import edit_yml
 from common import convert, fixture, make_hf, plan_of, step_of
 from safetensors.torch import load_file, save_file
 
@@ -40,22 +41,6 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return edit
-
-
-def edit_yml(**changes: Any) -> Callable[[Path], None]:
-    """Change keys where they stand; yml files are refused a key that stands in two."""
-
-    def edit(step: Path) -> None:
-        left = dict(changes)
-        for path in sorted((step / "configs").glob("*.yml")):
-            loaded = yaml.safe_load(path.read_text())
-            for key in loaded:
-                if key.replace("-", "_") in left:
-                    loaded[key] = left.pop(key.replace("-", "_"))
-            path.write_text(json.dumps(loaded))
-        (step / "configs" / "zz.yml").write_text(json.dumps(left))
 
     return edit
 

@@ -15,25 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from commands import run
 from common import make_hf
 from jsonschema import Draft202012Validator
-from typer.testing import CliRunner
 
 import neox_bridge
 from neox_bridge import BridgeError, Finding, Refused
 from neox_bridge.architectures import shapes
-from neox_bridge.cli.app import app
 from neox_bridge.cli.values import parse_size
 from neox_bridge.execution.result import Result
 from neox_bridge.planning.report import plan_schema
 from neox_bridge.wording import human
 
-RUNNER = CliRunner()
 TINY = shapes.Shape(2, 32, 4, 128)
-
-
-def run(*args: object) -> "typer.testing.Result":
-    return RUNNER.invoke(app, [str(arg) for arg in args])
 
 
 def spawn(*args: object, **env: str) -> "subprocess.CompletedProcess[str]":

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from test_audit_boundaries import step
+from audit_steps import step
 from typer.testing import CliRunner
 
 import neox_bridge

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_all
 from common import convert, fixture
-from test_printable import run_all
 
 from neox_bridge.wording import plain
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import HELPERS, fixture, step_of
+from commands import Job, run_all
+from common import fixture, step_of
 
 import neox_bridge
 from neox_bridge.wording import markdown, one_line, plain, wording
@@ -23,7 +24,6 @@ SHORT = "\x1b[2J\u202e\nFORGED"
 # what a terminal or a reader of text obeys
 BAD = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u200b-\u200f\u061c\u2028-\u202e\u2060-\u206f]")
 FORGED = re.compile(r"^FORGED", re.MULTILINE)
-Job = list[str]
 
 
 # --- the functions --------------------------------------------------------------------------
@@ -65,18 +65,6 @@ def test_how_they_are_written() -> None:
 def copied(source: Path, target: Path) -> Path:
     shutil.copytree(source, target, copy_function=os.link)
     return target
-
-
-def run_all(jobs: list[Job], cwd: Path) -> list[tuple[int, str, str]]:
-    """Each through ``main`` in a process of its own: exit code, stdout, stderr."""
-    script = HELPERS / "run_attacks.py"
-    environment = os.environ | {"PYTHONPATH": str(Path(neox_bridge.__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, str(script), "4000", "60"],
-        input=json.dumps(jobs), capture_output=True, text=True, cwd=cwd, env=environment,
-        check=True,
-    )  # fmt: skip
-    return [(code, out, err) for code, out, err in json.loads(done.stdout)]
 
 
 def check(jobs: list[Job], cwd: Path) -> list[tuple[int, str, str]]:

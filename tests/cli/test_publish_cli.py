@@ -1,17 +1,15 @@
 """``convert`` to a place on the Hub, as a process of its own."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import Run
 from common import make_hf
-from hub_stub import READ, WRITE, Stub, serving
+from hub_stub import READ, Stub, serving
 
 REPO = "org/model"
 PLACE = "hf://org/model@step3"
@@ -27,35 +25,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub() -> Iterator[Stub]:
     with serving(Stub()) as stub:
         yield stub
-
-
-class Run:
-    """Commands in a folder, with a Hub. environment: what else they see."""
-
-    def __init__(self, hub: Stub, folder: Path) -> None:
-        self.folder = folder
-        home = str(folder.parent / "home")
-        own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "1"}
-        self.environment = {**os.environ, **own, "HF_HOME": home, "HOME": home}
-        for name in ("TMPDIR", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
-            self.environment.pop(name, None)
-
-    def start(self, *arguments: object) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "neox_bridge", *map(str, arguments)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True
-        )
-
-    def __call__(self, *arguments: object, code: int = 0) -> tuple[str, str]:
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == code, err
-        assert "Traceback" not in err
-        return out, err
-
-    def json(self, *arguments: object) -> Any:
-        return json.loads(self(*arguments, "--json", "-q")[0])
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from attack_checkpoints import LAYER, ONE_RANK, RANK, TWO_RANKS, checkpoint_with
 from attack_pickles import DEEP, HEAVY, RECORDS, REFUSED, WORK, running
 from attack_torch import PICKLE, STREAMS, TENSORS, ZIPS, legacy, stored, tensor, zipped
 from common import HELPERS, convert, fixture, hf_tensors, step_of
@@ -214,8 +215,6 @@ def test_security_itself_is_safe(group: str, tmp_path: Path) -> None:
 
 # --- in a checkpoint ------------------------------------------------------------------------
 
-TWO_RANKS, ONE_RANK = "pythia_fp32_pp1_tp2", "pythia_fp32_fused_gelu_tp1"
-LAYER, RANK = "layer_02-model_00-model_states.pt", "mp_rank_00_model_states.pt"
 LAUGH: Any = ()
 for _ in range(100):
     LAUGH = (LAUGH, LAUGH)
@@ -265,21 +264,6 @@ NAMES: dict[str, Make] = {
     "a name that isn't wording": named(b"X\x03\0\0\0\xed\xb0\x80"),
     "a long name without a tensor": named(b"X\0\0\x10\0" + b"k" * (1 << 20), b"N"),
 }
-
-
-def checkpoint_with(folder: Path, file: str, data: bytes, name: str = TWO_RANKS) -> Path:
-    """A genuine checkpoint in which one file is hostile."""
-    source, copy = fixture(name), folder / "run"
-    for path in source.rglob("*"):
-        to = copy / path.relative_to(source)
-        to.mkdir(parents=True) if path.is_dir() else (
-            to.parent.mkdir(parents=True, exist_ok=True),
-            os.link(path, to),
-        )
-    target = step_of(copy) / file
-    target.unlink()
-    target.write_bytes(data)
-    return copy
 
 
 def layer_with(name: str, hostile: bytes, file: str = LAYER) -> bytes:

@@ -15,7 +15,7 @@ import torch
 from attack_pickles import REFUSED, WORK, running
 from attack_torch import GOOD, MAGIC, PICKLE, STREAMS, ZIPS, legacy, stored, zipped
 from common import FIXTURES
-from test_torch_files import tar_header
+from pt_files import tar_header
 from typer.testing import CliRunner
 
 import neox_bridge

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from attack_checkpoints import LAYER, checkpoint_with
 from attack_zip import CANARY, DISAGREED, EVIL, SOUND, built, parts
 from common import FIXTURES, fixture, step_of
-from test_attacks_pt import LAYER, checkpoint_with
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app

@@ -1,6 +1,6 @@
 """GPT-NeoX source trees read by their syntax, and the names of targets.
 
-On stand-ins for four trees here, and on the real ones in tests/neox/test_tree_neox.py.
+On stand-ins for four trees, and by ``make test-neox`` on the real ones.
 """
 
 import hashlib

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from published import run_folder
-from test_reshard import DATA, FP16, reshard
+from resharding import DATA, FP16, reshard
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

@@ -19,7 +19,7 @@ from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-from test_torch_files import tensor_of
+from pt_files import tensor_of
 
 _BASE = torch.arange(24, dtype=torch.float32)
 _VALUES: tuple[Any, ...] = (

@@ -394,3 +394,18 @@ def scaler_module() -> Iterator[None]:
 def _save(path: Path, save: Save, value: Any) -> None:
     with scaler_module():
         torch.save(value, path, _use_new_zipfile_serialization=save.zipped)
+
+
+STAGES = [range(4), range(4, 100)]
+FORMS = {
+    "v1": Save(),
+    "v1 rigid": Save(form="v1 rigid"),
+    "0.4.0": Save(form="lean", version="0.4.0"),
+    "0.4.5": Save(form="lean", version="0.4.5"),
+    "0.5.4": Save(form="lean", version="0.5.4", shapes="groups", align=2),
+    "stage 2 of 0.3.16": Save(form="lean", stage=2, stages=[]),
+    "stage 2 of 0.5.8": Save(form="lean", version="0.5.8", stage=2, stages=[], shapes="groups"),
+    "0.5.10": Save(form="rigid", version="0.5.10", shapes="groups", align=2),
+    "0.5.10 elastic": Save(form="lean", version="0.5.10", shapes="groups", align=2),
+    "legacy_stage1 of 0.4.5": Save(form="v1", version="0.4.5"),
+}

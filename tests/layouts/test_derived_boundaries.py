@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from model_configs import config
 
-from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.yml import (
     DuplicateKey,
@@ -29,26 +29,6 @@ DTYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
-
-
-def config(head: int = 64, fraction: float = 0.25, base: float = 10000.0) -> ModelConfig:
-    return ModelConfig(
-        layers=1,
-        heads=2,
-        dims={"hidden": 2 * head},
-        max_positions=32,
-        norm_eps=1e-5,
-        rotary_pct=fraction,
-        rotary_base=base,
-        activation="gelu",
-        parallel_residual=True,
-        tied_norms=False,
-        tied_embeddings=False,
-        attention_bias=True,
-        mlp_bias=True,
-        norm_bias=True,
-        dtype="float32",
-    )
 
 
 def exactly(dim: int, base: float) -> list[np.float32]:

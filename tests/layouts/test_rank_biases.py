@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_edits import edit_yml, set_keys
 from common import (
     convert,
     fixture,
@@ -20,9 +21,7 @@ from common import (
     neox_ranks,
     step_of,
 )
-from test_bad_input import edit_yml
-from test_reshard import DATA, reshard
-from test_window import set_keys
+from resharding import DATA, reshard
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

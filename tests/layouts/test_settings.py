@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_derived_boundaries import config
+from model_configs import config
 
 from neox_bridge.architectures import ARCHITECTURES
 from neox_bridge.architectures.rows import model_rows

@@ -2,26 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from checkpoint_edits import tokenizer
 from common import convert, fixture, hf_tensors, make_hf, neox_config, plan_of, step_of
 from transformers import AutoTokenizer
-
-
-def tokenizer(path: Path, entries: int = 290) -> Path:
-    """A tokenizer.json of words t1, t2, …, whose first entry ends a text."""
-    vocabulary = {"<|endoftext|>": 0, **{f"t{i}": i for i in range(1, entries)}}
-    added = {"id": 0, "content": "<|endoftext|>", "special": True, "normalized": False}
-    added |= {"single_word": False, "lstrip": False, "rstrip": False}
-    value: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "decoder"))
-    value |= {"version": "1.0", "post_processor": None, "added_tokens": [added]}
-    value["pre_tokenizer"] = {"type": "Whitespace"}
-    value["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<|endoftext|>"}
-    path.write_text(json.dumps(value))
-    return path
 
 
 def test_there_and_back(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoint_edits import set_keys
 from common import FIXTURES, convert, fixture, hf_logits, make_hf, neox_config, plan_of, step_of
-from test_reshard import DATA, reshard
+from resharding import DATA, reshard
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
@@ -35,12 +36,6 @@ def run_with(tmp_path: Path, layout: str, family: str = "llama", **settings: Any
     convert(make_hf(tmp_path / "source", family=family), tmp_path / "run", layout=layout)
     set_keys(step_of(tmp_path / "run"), **settings)
     return tmp_path / "run"
-
-
-def set_keys(step: Path, **settings: Any) -> None:
-    """Add keys that no yml of the step has yet."""
-    name = "_".join(settings)
-    (step / "configs" / f"zz_{name}.yml").write_text(json.dumps(settings))
 
 
 def codes(root: Path) -> set[str]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_real_neox
 from common import convert
-from test_patched import TREES, run, tree_of
+from real_neox import ALL_TREES, run_alone, tree_of
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
@@ -22,7 +21,6 @@ from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
 
 pytestmark = pytest.mark.neox
-hf = test_real_neox.hf
 SOURCES: dict[str, dict[str, Any]] = {
     "2024-03": {"era": era_named("2024-03")},
     "2024-09 in ranks": {"era": era_named("2024-09"), "pp": 0},
@@ -51,14 +49,14 @@ def advised(root: Path, error: str, tree: Path, target: str) -> set[str]:
     return commands
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", ALL_TREES)
 def test_every_advised_command(name: str, hf: Path, neox_python: str, tmp_path: Path) -> None:
     tree, target = tree_of(name), "today" if name == "today" else f"neox@{name}"
     roots = {source: tmp_path / source for source in SOURCES}
     for source, options in SOURCES.items():
         convert(hf, roots[source], **options)
     jobs = [{"yml": str(root / "finetune.yml")} for root in roots.values()]
-    before = run(neox_python, tree, jobs, tmp_path / "before")
+    before = run_alone(neox_python, tree, jobs, tmp_path / "before")
     commands: dict[Path, str] = {}
     for source, error in zip(SOURCES, before.errors, strict=True):
         if error is None:
@@ -74,7 +72,7 @@ def test_every_advised_command(name: str, hf: Path, neox_python: str, tmp_path: 
             commands[Path(words[place])] = command
     assert commands
     jobs = [{"yml": str(root / "finetune.yml")} for root in commands]
-    after = run(neox_python, tree, jobs, tmp_path / "after")
+    after = run_alone(neox_python, tree, jobs, tmp_path / "after")
     failed = {
         command: error
         for command, error in zip(commands.values(), after.errors, strict=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_real_neox
+import real_neox
 from common import convert, make_hf
 
 pytestmark = pytest.mark.neox
@@ -31,19 +31,19 @@ def layouts(config: dict[str, Any]) -> tuple[int, ...]:
 @pytest.mark.parametrize("tree", TREES)
 def test_loads(tree: str, tp: int, neox_python: str, tmp_path: Path) -> None:
     jobs, sources = [], []
-    era = test_real_neox.era(tree)
+    era = real_neox.era(tree)
     for number, (family, config) in enumerate(CASES):
         if config.get("mlp_bias") and era.name != "today":
             continue  # refused
         hf = make_hf(tmp_path / f"hf{number}", family=family, **config)
-        sources.append((test_real_neox.with_tokenizer(hf), number))
+        sources.append((real_neox.with_tokenizer(hf), number))
         for pp in layouts(config):
             target = tmp_path / f"neox{number}-{pp}"
             convert(hf, target, tp=tp, pp=pp, era=era)
             logits = str(tmp_path / f"{number}-{pp}.npz")
             jobs.append({"yml": str(target / "finetune.yml"), "logits": logits})
     folder, allowed = TREES[tree]
-    assert test_real_neox.run(neox_python, folder, tp, jobs, tmp_path) == [None] * len(jobs)
+    assert real_neox.run(neox_python, folder, tp, jobs, tmp_path) == [None] * len(jobs)
     for hf, number in sources:
         for pp in layouts(CASES[number][1]):
-            assert test_real_neox.agree(tmp_path / f"{number}-{pp}.npz", hf) <= allowed
+            assert real_neox.agree(tmp_path / f"{number}-{pp}.npz", hf) <= allowed

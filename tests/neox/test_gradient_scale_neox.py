@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_reshard import reshard
-from test_reshard_neox import PRECISION, Layout, apart, losses, start
+from real_training import PRECISION, Layout, apart, losses, start
+from resharding import reshard
 
 pytestmark = pytest.mark.neox
 

@@ -1,17 +1,14 @@
 """Reward models load strictly in the real GPT-NeoX, which computes the same scores."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import test_real_neox
+import real_neox
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from common import convert
-from test_heads import make_scorer, scores
+from scorers import make_scorer, scores
 
 pytestmark = pytest.mark.neox
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -27,7 +24,7 @@ def test_loads(tp: int, neox_python: str, tmp_path: Path) -> None:
     for number, (family, config) in enumerate(CASES):
         # its tokens are 0 to 290, so that none is taken for padding
         hf = make_scorer(tmp_path / f"hf{number}", family, **{"pad_token_id": 299, **config})
-        sources.append(test_real_neox.with_tokenizer(hf))
+        sources.append(real_neox.with_tokenizer(hf))
         for layout in ("ranks", "layers"):
             target = tmp_path / f"neox{number}-{layout}"
             convert(hf, target, tp=tp, layout=layout)
@@ -37,7 +34,7 @@ def test_loads(tp: int, neox_python: str, tmp_path: Path) -> None:
                     "logits": str(tmp_path / f"{number}-{layout}.npz"),
                 }
             )
-    found = test_real_neox.run(neox_python, "gpt-neox", tp, jobs, tmp_path)
+    found = real_neox.run(neox_python, "gpt-neox", tp, jobs, tmp_path)
     assert found == [None] * len(jobs)
     for job, hf in zip(jobs, [hf for hf in sources for _ in range(2)], strict=True):
         with np.load(job["logits"]) as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_real_neox
+import real_neox
 from common import assert_same, convert, hf_tensors, make_hf
 
 pytestmark = pytest.mark.neox
@@ -28,7 +28,7 @@ def test_loads(neox_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     jobs, sources = [], []
     for number, config in enumerate(CASES):
         hf = make_hf(tmp_path / f"hf{number}", family="mamba", **config)
-        sources.append(test_real_neox.with_tokenizer(hf))
+        sources.append(real_neox.with_tokenizer(hf))
         for layout in ("ranks", "layers"):
             target = tmp_path / f"neox{number}-{layout}"
             convert(hf, target, layout=layout)
@@ -40,10 +40,10 @@ def test_loads(neox_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                     "save": str(tmp_path / f"own{number}-{layout}"),
                 }
             )
-    found = test_real_neox.run(neox_python, "gpt-neox", 1, jobs, tmp_path)
+    found = real_neox.run(neox_python, "gpt-neox", 1, jobs, tmp_path)
     assert found == [None] * len(jobs)
     for job, hf in zip(jobs, [hf for hf in sources for _ in range(2)], strict=True):
-        assert test_real_neox.agree(Path(str(job["logits"])), hf) <= 1e-5
+        assert real_neox.agree(Path(str(job["logits"])), hf) <= 1e-5
         # what GPT-NeoX itself then saved is the model
         back = Path(str(job["save"]) + "-back")
         convert(Path(str(job["save"])), back)

@@ -3,70 +3,22 @@
 On copies of its trees, one process a test: layers (PP 1) and one file (PP 0) alternate in it.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+import real_neox
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-import test_real_neox
 from common import convert
-from conftest import results_in
+from real_neox import ALL_TREES, HOME, agree, era, run_alone, tree_of
 
 from neox_bridge.patch.patcher import apply, plan_patch
 
 pytestmark = pytest.mark.neox
-HERE = Path(__file__).parent
-HOME = os.environ.get("NEOX_HOME", ".")
-TREES = {**test_real_neox.TREES, "2024-10": "neox-2024-10"}
-if os.environ.get("NEOX_TREE"):
-    TREES = test_real_neox.TREES
 LAYOUTS = (0, 1)
-INSTALLED = """\
-import runpy, sys
-sys.path.insert(0, {src!r})
-from neox_bridge.compat import install
-install()
-sys.argv = sys.argv[1:]
-runpy.run_path({script!r}, run_name="__main__")
-"""
-hf = test_real_neox.hf
-
-
-class Done(NamedTuple):
-    """What a process said: each job's error, and all of its text."""
-
-    errors: list[str | None]
-    text: str
-
-
-def run(python: str, tree: Path, jobs: list[dict[str, Any]], folder: Path, **how: bool) -> Done:
-    """Jobs in one process of a tree; installed: with install() and no patch."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, script = folder / "jobs.json", str(HERE / "run_cpu.py")
-    path.write_text(json.dumps([{"drop": [], "logits": None, "steps": 0, **job} for job in jobs]))
-    command = [python, script, str(tree), str(path)]
-    if how.get("installed"):
-        src = str(HERE.parents[1] / "src")
-        code = INSTALLED.format(src=src, script=script)
-        command = [python, "-c", code, "run_cpu", str(tree), str(path)]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    alone["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1200, env={**os.environ, **alone}
-    )
-    results = results_in(done.stdout)
-    text = done.stdout + done.stderr
-    assert len(results) == len(jobs), text[-5000:]
-    return Done([result["error"] for result in results], text)
 
 
 def settings(written: Path, name: str, **changes: Any) -> str:
@@ -97,20 +49,13 @@ def first_block(pp: int) -> str:
     return f"{'' if pp else 'sequential.2.'}attention.rotary_emb.inv_freq"
 
 
-def tree_of(name: str) -> Path:
-    path = Path(HOME) / TREES[name]
-    if not path.is_dir():
-        pytest.skip(f"no tree {path}")
-    return path
-
-
 @pytest.fixture(scope="session")
 def patched_trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
-    for name in TREES:
-        if (Path(HOME) / TREES[name]).is_dir():
+    for name in ALL_TREES:
+        if (Path(HOME) / ALL_TREES[name]).is_dir():
             folder = tmp_path_factory.mktemp("patched") / name
-            shutil.copytree(Path(HOME) / TREES[name], folder, symlinks=True)
+            shutil.copytree(Path(HOME) / ALL_TREES[name], folder, symlinks=True)
             apply(plan_patch(folder))
             found[name] = folder
     return found
@@ -122,7 +67,7 @@ def written(hf: Path, name: str, folder: Path) -> dict[tuple[str, int], Path]:
     for pp in LAYOUTS:
         for kind in ("omit", "store"):
             target = found[kind, pp] = folder / f"{kind}-{pp}"
-            convert(hf, target, pp=pp, inv_freq=kind, era=test_real_neox.era(name))
+            convert(hf, target, pp=pp, inv_freq=kind, era=era(name))
     return found
 
 
@@ -138,7 +83,7 @@ def jobs_for(kinds: dict[tuple[str, int], Path], out: Path) -> list[dict[str, An
     ]
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", ALL_TREES)
 def test_both_kinds_load(
     name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -148,7 +93,7 @@ def test_both_kinds_load(
     if name == "2024-03":
         own, other, word = ("store", "omit", "Missing")
 
-    before = run(neox_python, tree, jobs_for(kinds, tmp_path / "before"), tmp_path / "a")
+    before = run_alone(neox_python, tree, jobs_for(kinds, tmp_path / "before"), tmp_path / "a")
     for (kind, pp), error in zip(kinds, before.errors, strict=True):
         if kind == own:
             assert error is None
@@ -157,7 +102,9 @@ def test_both_kinds_load(
 
     for how, place in (("patched", patched_trees[name]), ("installed", tree)):
         jobs = jobs_for(kinds, tmp_path / how)
-        done = run(neox_python, place, jobs, tmp_path / f"b-{how}", installed=how == "installed")
+        done = run_alone(
+            neox_python, place, jobs, tmp_path / f"b-{how}", installed=how == "installed"
+        )
         assert done.errors == [None] * 4
         assert "isn't what this model computes" not in done.text
         note = "neox-bridge: RotaryEmbedding's inv_freq is in the checkpoint: left out"
@@ -166,10 +113,10 @@ def test_both_kinds_load(
             known = tmp_path / "before" / f"{own}-{pp}.npz"
             for kind in (own, other):
                 assert same(known, tmp_path / how / f"{kind}-{pp}.npz")
-    assert test_real_neox.agree(tmp_path / "patched" / "omit-1.npz", hf) <= 1e-5
+    assert agree(tmp_path / "patched" / "omit-1.npz", hf) <= 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name != "2024-03"])
+@pytest.mark.parametrize("name", [name for name in ALL_TREES if name != "2024-03"])
 def test_the_flag(
     name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -179,7 +126,7 @@ def test_the_flag(
     for jobs in out.values():
         for job, path in zip(jobs, kinds.values(), strict=True):
             job["yml"] = settings(path, "flag", rotary_save_freqs_buffer=True)
-    before = run(neox_python, tree_of(name), out["before"], tmp_path / "a")
+    before = run_alone(neox_python, tree_of(name), out["before"], tmp_path / "a")
     for (kind, pp), error in zip(kinds, before.errors, strict=True):
         if kind == "store":
             assert error is None
@@ -187,7 +134,7 @@ def test_the_flag(
             assert first_key(error, "Missing") == first_block(pp)
     for kind_and_pp, job in zip(kinds, out["after"], strict=True):
         job["save"] = str(tmp_path / f"saved-{kind_and_pp[0]}-{kind_and_pp[1]}")
-    done = run(neox_python, patched_trees[name], out["after"], tmp_path / "b")
+    done = run_alone(neox_python, patched_trees[name], out["after"], tmp_path / "b")
     assert done.errors == [None] * 4
     note = "neox-bridge: RotaryEmbedding's inv_freq isn't in the checkpoint: computed"
     assert done.text.count(note) == 1
@@ -195,14 +142,14 @@ def test_the_flag(
         known = tmp_path / "before" / f"store-{pp}.npz"
         assert same(known, tmp_path / "after" / f"{kind}-{pp}.npz")
         assert stores(tmp_path / f"saved-{kind}-{pp}", "inv_freq")
-    if name == "2024-09" and "2024-03" in TREES:  # the tree before it, which has the same names
+    if name == "2024-09" and "2024-03" in ALL_TREES:  # the tree before it, which has the same names
         jobs = []
         for pp in LAYOUTS:
-            convert(hf, tmp_path / f"yml-{pp}", pp=pp, era=test_real_neox.era("2024-03"))
+            convert(hf, tmp_path / f"yml-{pp}", pp=pp, era=era("2024-03"))
             load = str(tmp_path / f"saved-omit-{pp}")
             yml = settings(tmp_path / f"yml-{pp}", "flag", rotary_save_freqs_buffer=None, load=load)
             jobs.append({"yml": yml})
-        older = run(neox_python, tree_of("2024-03"), jobs, tmp_path / "c")
+        older = run_alone(neox_python, tree_of("2024-03"), jobs, tmp_path / "c")
         assert older.errors == [None] * 2
 
 
@@ -211,15 +158,15 @@ def test_ranks_and_stages(
     name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
 ) -> None:
     """TP 2 and PP 2: four processes."""
-    if name not in TREES:
+    if name not in ALL_TREES:
         pytest.skip(f"no tree {name}")
     jobs = []
     for kind in ("omit", "store"):
         target = tmp_path / kind
-        convert(hf, target, tp=2, pp=2, inv_freq=kind, era=test_real_neox.era(name))
+        convert(hf, target, tp=2, pp=2, inv_freq=kind, era=era(name))
         jobs.append({"yml": settings(target, "plain", rotary_save_freqs_buffer=None)})
     place = str(patched_trees[name])
-    assert test_real_neox.run(neox_python, place, 4, jobs, tmp_path) == [None, None]
+    assert real_neox.run(neox_python, place, 4, jobs, tmp_path) == [None, None]
 
 
 def stores(saved: Path, buffer: str) -> bool:
@@ -240,7 +187,7 @@ LOADS_IN = {  # a checkpoint saved by the patched tree, in unpatched ones: those
 }
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", ALL_TREES)
 def test_what_the_patched_tree_saves(
     name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -249,7 +196,7 @@ def test_what_the_patched_tree_saves(
     jobs = jobs_for(kinds, tmp_path / "saving")
     for (kind, pp), job in zip(kinds, jobs, strict=True):
         job["save"] = str(tmp_path / f"saved-{kind}-{pp}")
-    assert run(neox_python, patched_trees[name], jobs, tmp_path / "a").errors == [None] * 4
+    assert run_alone(neox_python, patched_trees[name], jobs, tmp_path / "a").errors == [None] * 4
     for kind, pp in kinds:
         assert not stores(tmp_path / f"saved-{kind}-{pp}", "inv_freq")
     for other, loads in LOADS_IN[name].items():
@@ -258,10 +205,10 @@ def test_what_the_patched_tree_saves(
             for pp in LAYOUTS:
                 saved = {"load": str(tmp_path / f"saved-store-{pp}")}
                 folder = tmp_path / f"yml-{other}-{where}-{pp}"
-                convert(hf, folder, pp=pp, era=test_real_neox.era(other))
+                convert(hf, folder, pp=pp, era=era(other))
                 yml = settings(folder, "again", rotary_save_freqs_buffer=None, **saved)
                 again.append({"yml": yml, "logits": str(folder / "logits.npz")})
-            done = run(neox_python, tree, again, tmp_path / f"b-{other}-{where}")
+            done = run_alone(neox_python, tree, again, tmp_path / f"b-{other}-{where}")
             for pp, error in zip(LAYOUTS, done.errors, strict=True):
                 if loads or where == "patched":
                     assert error is None
@@ -278,13 +225,13 @@ def test_other_positions(
     name: str, hf: Path, neox_python: str, patched_trees: dict[str, Path], tmp_path: Path
 ) -> None:
     """ALiBi's slopes and the sinusoidal inv_freq: the unpatched tree always stores them."""
-    if name not in TREES:
+    if name not in ALL_TREES:
         pytest.skip(f"no tree {name}")
     cases = [(kind, pp) for kind in ("alibi", "sinusoidal") for pp in LAYOUTS]
     ymls = {}
     for kind, pp in cases:
         folder = tmp_path / f"{kind}-{pp}"
-        convert(hf, folder, pp=pp, era=test_real_neox.era(name))
+        convert(hf, folder, pp=pp, era=era(name))
         changes = {"pos_emb": kind, "rotary_save_freqs_buffer": None}
         for where, load in (("fresh", None), ("old", folder / "old"), ("new", folder / "new")):
             loading = {"load": str(load) if load else None}
@@ -300,9 +247,9 @@ def test_other_positions(
 
     tree, patched = tree_of(name), patched_trees[name]
     making = [*jobs("fresh", "made", "old"), *jobs("old", "own")]
-    assert run(neox_python, tree, making, tmp_path / "a").errors == [None] * 8
+    assert run_alone(neox_python, tree, making, tmp_path / "a").errors == [None] * 8
     loading = [*jobs("old", "loaded", "new"), *jobs("new", "again")]
-    assert run(neox_python, patched, loading, tmp_path / "b").errors == [None] * 8
+    assert run_alone(neox_python, patched, loading, tmp_path / "b").errors == [None] * 8
     for kind, pp in cases:
         folder = tmp_path / f"{kind}-{pp}"
         buffer = "slopes" if kind == "alibi" else "inv_freq"
@@ -310,6 +257,6 @@ def test_other_positions(
         assert not stores(folder / "new", buffer)
         assert same(folder / "own.npz", folder / "loaded.npz")
         assert same(folder / "own.npz", folder / "again.npz")
-    for error in run(neox_python, tree, jobs("new", "failed"), tmp_path / "c").errors:
+    for error in run_alone(neox_python, tree, jobs("new", "failed"), tmp_path / "c").errors:
         assert error is not None
         assert "Missing key(s) in state_dict" in error

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_real_neox
-from test_reshard import reshard
+import real_neox
+from resharding import reshard
 
 from neox_bridge.frameworks.eras import era_named
 
@@ -93,7 +93,7 @@ def test_it_resumes(
     if stages == 1:
         job |= {"logits": str(tmp_path / "logits.npz"), "tokens": str(logits_file(name))}
     processes = layout["tp"] * stages * layout["dp"]
-    (result,) = test_real_neox.results(neox_python, tree, processes, [job], tmp_path)
+    (result,) = real_neox.results(neox_python, tree, processes, [job], tmp_path)
     assert result["error"] is None
     assert len(result["losses"]) == 3
     assert np.isfinite(result["losses"]).all()

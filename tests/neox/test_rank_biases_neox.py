@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_reshard_neox import PRECISION, Layout, losses, start
+from real_training import PRECISION, Layout, losses, start
 
 from common import neox_config, neox_ranks  # isort: skip
 

@@ -7,129 +7,18 @@ that their gradients' mean is exact; each its share of the batch, as the written
 step more.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import test_real_neox
-import yaml
+import real_neox
 from common import convert, make_hf
-from test_reshard import reshard, without_moments
+from real_training import BATCH, LAYOUTS, PRECISION, TOLERANCE, Layout, apart, asked, losses, start
+from resharding import reshard, without_moments
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.optimizer.read_files import read_optimizer
 
 pytestmark = pytest.mark.neox
-
-
-@dataclass(frozen=True)
-class Layout:
-    tp: int
-    pp: int
-    dp: int
-
-    def __str__(self) -> str:
-        return f"TP{self.tp} PP{self.pp} DP{self.dp}"
-
-    @property
-    def processes(self) -> int:
-        return self.tp * max(1, self.pp) * self.dp
-
-
-LAYOUTS = [
-    Layout(1, 1, 1),
-    Layout(2, 1, 1),
-    Layout(2, 1, 2),
-    Layout(1, 2, 1),
-    Layout(1, 0, 2),
-    Layout(4, 0, 1),
-    Layout(2, 2, 1),
-]
-PRECISION: dict[str, dict[str, Any]] = {
-    "fp32": {"precision": "fp32", "fp32_allreduce": True},
-    "bf16": {"precision": "bfloat16"},
-    "fp16": {
-        "fp16": {
-            "enabled": True,
-            "loss_scale": 0,
-            "loss_scale_window": 1000,
-            "initial_scale_power": 8,
-            "hysteresis": 2,
-            "min_loss_scale": 1,
-        }
-    },
-}
-TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 2e-3}
-BATCH = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
-BASE: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "seq_length": 16,
-    "max_position_embeddings": 16,
-    "pos_emb": "rotary",
-    "rotary_pct": 0.5,
-    "no_weight_tying": True,
-    "output_layer_parallelism": "column",
-    "norm": "layernorm",
-    "scaled_upper_triang_masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "attention_dropout": 0,
-    "hidden_dropout": 0,
-    "init_method": "small_init",
-    "output_layer_init_method": "wang_init",
-    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1.0e-8}},
-    "min_lr": 0.0001,
-    "lr_decay_style": "cosine",
-    "warmup": 0.1,
-    "weight_decay": 0.1,
-    "gradient_clipping": 1.0,
-    "zero_optimization": {"stage": 1},
-    "data_impl": "mmap",
-    "train_iters": 30,
-    "lr_decay_iters": 30,
-    "checkpoint_factor": 1000,
-    "tokenizer_type": "HFTokenizer",
-    "checkpoint_activations": False,
-}
-
-
-def start(folder: Path, layout: Layout, settings: dict[str, Any]) -> Path:
-    """A yml to start a run with, whose checkpoint will be in ``folder / "run"``."""
-    folder.mkdir(parents=True)
-    words = test_real_neox.with_tokenizer(folder) / "tokenizer.json"
-    made = {
-        **BASE,
-        "pipe_parallel_size": layout.pp,
-        "model_parallel_size": layout.tp,
-        "make_vocab_size_divisible_by": 64 // layout.tp,
-        **BATCH,
-        "vocab_file": str(words),
-        **settings,
-    }
-    path = folder / "start.yml"
-    path.write_text(yaml.safe_dump(made))
-    return path
-
-
-def losses(
-    python: str, layout: Layout, jobs: list[dict[str, Any]], folder: Path
-) -> list[list[float]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    found = test_real_neox.results(python, "gpt-neox", layout.processes, jobs, folder)
-    assert [result["error"] for result in found] == [None] * len(jobs)
-    return [result["losses"] for result in found]
-
-
-def asked(source: Layout, target: Layout) -> dict[str, int]:
-    """A target with the source's accumulation, which the jobs set, so that nothing is scaled."""
-    micro = BATCH["train_micro_batch_size_per_gpu"] * source.dp // target.dp
-    return {"tp": target.tp, "pp": target.pp, "dp": target.dp, "micro_batch": micro}
-
-
-def apart(a: float, b: float) -> float:
-    return abs(a - b) / abs(a)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +86,7 @@ def test_a_fresh_optimizer_is_what_finetune_starts_with(
     precision: str, neox_python: str, tmp_path: Path
 ) -> None:
     """The same three losses; and at a later step GPT-NeoX goes on from there."""
-    hf = test_real_neox.with_tokenizer(make_hf(tmp_path / "hf"))
+    hf = real_neox.with_tokenizer(make_hf(tmp_path / "hf"))
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
     shape = {"tp": 2, "pp": 2, "dtype": dtype}
     convert(hf, tmp_path / "tuned", **shape)
@@ -223,7 +112,7 @@ def test_a_fresh_optimizer_is_what_finetune_starts_with(
 def test_a_fresh_optimizer_of_a_llama_with_biases(neox_python: str, tmp_path: Path) -> None:
     """After the first step the weights are the masters: those of each bias are its own."""
     biases = {"attention_bias": True, "mlp_bias": True}
-    hf = test_real_neox.with_tokenizer(make_hf(tmp_path / "hf", family="llama", **biases))
+    hf = real_neox.with_tokenizer(make_hf(tmp_path / "hf", family="llama", **biases))
     convert(hf, tmp_path / "tuned")
     convert(hf, tmp_path / "fresh", optimizer="fresh")
     jobs = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_real_neox
+import real_neox
 from common import assert_same, convert, hf_tensors, make_hf
 
 pytestmark = pytest.mark.neox
@@ -32,7 +32,7 @@ def test_loads(tp: int, neox_python: str, tmp_path: Path, monkeypatch: pytest.Mo
         if tp > 1 and family == "gpt_neox" and "use_parallel_residual" not in config:
             continue  # refused
         hf = make_hf(tmp_path / f"hf{number}", family=family, **config)
-        sources.append(test_real_neox.with_tokenizer(hf))
+        sources.append(real_neox.with_tokenizer(hf))
         convert(hf, tmp_path / f"te{number}", tp=tp, te=True)
         job = {"yml": str(tmp_path / f"te{number}" / "finetune.yml")}
         jobs.append(
@@ -42,10 +42,10 @@ def test_loads(tp: int, neox_python: str, tmp_path: Path, monkeypatch: pytest.Mo
                 "save": str(tmp_path / f"own{number}"),
             }
         )
-    found = test_real_neox.run(neox_python, "gpt-neox", tp, jobs, tmp_path)
+    found = real_neox.run(neox_python, "gpt-neox", tp, jobs, tmp_path)
     assert found == [None] * len(jobs)
     for job, hf in zip(jobs, sources, strict=True):
-        assert test_real_neox.agree(Path(job["logits"]), hf) <= 1e-5
+        assert real_neox.agree(Path(job["logits"]), hf) <= 1e-5
         # what GPT-NeoX itself then saved, states and all, is the model
         back = Path(job["save"]).with_name("back" + hf.name)
         convert(Path(job["save"]), back)

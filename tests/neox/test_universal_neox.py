@@ -5,21 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_real_neox
+import real_neox
 from common import convert, make_hf
-from test_reshard import differences, reshard
-from test_reshard_neox import (
-    BATCH,
-    LAYOUTS,
-    PRECISION,
-    TOLERANCE,
-    Layout,
-    apart,
-    asked,
-    losses,
-    start,
-)
-from test_universal import ZERO, inside
+from real_training import BATCH, LAYOUTS, PRECISION, TOLERANCE, Layout, apart, asked, losses, start
+from resharding import ZERO, differences, inside, reshard
 
 from neox_bridge.formats.torch_file import read_torch
 
@@ -58,7 +47,7 @@ def test_the_files_are_deepspeeds(source: Path, neox_python: str, tmp_path: Path
 def test_fused_ones_are_deepspeeds(heads: int, neox_python: str, tmp_path: Path) -> None:
     """Gated MLPs and grouped-query attention, whose tensors are several in one."""
     made = make_hf(tmp_path / "hf", family="llama", num_key_value_heads=heads)
-    hf = test_real_neox.with_tokenizer(made)
+    hf = real_neox.with_tokenizer(made)
     convert(hf, tmp_path / "run", tp=2, optimizer="fresh")
     assert held_against_deepspeeds(neox_python, tmp_path / "run", tmp_path) == []
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import test_real_neox
+import real_neox
 import yaml
 from common import convert, hf_tensors, make_hf, plan_of
 
@@ -18,12 +18,12 @@ def test_the_rows_come_back(
     tree: str, rows: int, padded: int, neox_python: str, tmp_path: Path
 ) -> None:
     """GPT-NeoX takes the yml, and copies it into its step: what stands there tells the rows."""
-    hf = test_real_neox.with_tokenizer(make_hf(tmp_path / "hf", vocab_size=rows))
-    plan = convert(hf, tmp_path / "run", tp=2, era=test_real_neox.era(tree))
+    hf = real_neox.with_tokenizer(make_hf(tmp_path / "hf", vocab_size=rows))
+    plan = convert(hf, tmp_path / "run", tp=2, era=real_neox.era(tree))
     assert plan.target["vocab_rows"] == padded
     saved = tmp_path / "saved"
     job = {"yml": str(tmp_path / "run" / "finetune.yml"), "losses": 3, "save": str(saved)}
-    assert test_real_neox.run(neox_python, TREES[tree], 2, [job], tmp_path) == [None]
+    assert real_neox.run(neox_python, TREES[tree], 2, [job], tmp_path) == [None]
     (written,) = (saved / (saved / "latest").read_text().strip() / "configs").iterdir()
     settings = yaml.safe_load(written.read_text())
     origin = {"neox_bridge": {"vocab_size": rows}} if padded > rows else None

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_reshard_neox import PRECISION, TOLERANCE, Layout, apart, losses, reshard, start
+from real_training import PRECISION, TOLERANCE, Layout, apart, losses, start
+from resharding import reshard
 
 pytestmark = pytest.mark.neox
 RANKS, LAYERS = Layout(1, 0, 1), Layout(1, 1, 1)

@@ -9,8 +9,8 @@ from typing import Any
 import jsonschema
 import pytest
 from common import FIXTURES, assert_same
+from resharding import DATA, SOURCES, compared, logical, rewritten
 from safetensors.torch import load_file, save_file
-from test_reshard import DATA, SOURCES, compared, logical, rewritten
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from common import FIXTURES, hf_tensors, make_hf, same_bits
-from test_reshard import DATA, compared, differences, files, logical
+from resharding import DATA, compared, differences, files, logical
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from common import FIXTURES, same_bits
-from test_reshard import (
+from resharding import (
     DATA,
     FP16,
     RANDOM,

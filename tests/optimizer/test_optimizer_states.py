@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from common import FIXTURES
-from test_reshard import DATA, reshard, write
+from resharding import DATA, reshard, write
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

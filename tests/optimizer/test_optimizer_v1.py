@@ -17,7 +17,7 @@ import zero_writer
 from published import NAMES, PUBLISHED, differing, facts, run_folder, truth
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
-from zero_writer import LR_SCHEDULER, Model, Save, made_up, write
+from zero_writer import FORMS, LR_SCHEDULER, STAGES, Model, Save, made_up, write
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
@@ -26,20 +26,6 @@ from neox_bridge.optimizer.derived_settings import annealed
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.saved_states import saved_states
 from neox_bridge.optimizer.states import Optimizer
-
-STAGES = [range(4), range(4, 100)]
-FORMS = {
-    "v1": Save(),
-    "v1 rigid": Save(form="v1 rigid"),
-    "0.4.0": Save(form="lean", version="0.4.0"),
-    "0.4.5": Save(form="lean", version="0.4.5"),
-    "0.5.4": Save(form="lean", version="0.5.4", shapes="groups", align=2),
-    "stage 2 of 0.3.16": Save(form="lean", stage=2, stages=[]),
-    "stage 2 of 0.5.8": Save(form="lean", version="0.5.8", stage=2, stages=[], shapes="groups"),
-    "0.5.10": Save(form="rigid", version="0.5.10", shapes="groups", align=2),
-    "0.5.10 elastic": Save(form="lean", version="0.5.10", shapes="groups", align=2),
-    "legacy_stage1 of 0.4.5": Save(form="v1", version="0.4.5"),
-}
 
 
 def read(folder: Path) -> Optimizer:

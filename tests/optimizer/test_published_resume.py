@@ -16,10 +16,9 @@ import torch
 import yaml
 from common import FIXTURES, hf_tensors, make_hf
 from published import PUBLISHED, differing, truth
-from test_optimizer_v1 import FORMS, STAGES
-from test_reshard import DATA, differences, reshard
+from resharding import DATA, differences, reshard
 from typer.testing import CliRunner
-from zero_writer import Save, bucket_rule, made_up, write
+from zero_writer import FORMS, STAGES, Save, bucket_rule, made_up, write
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

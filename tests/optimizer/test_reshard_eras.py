@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from common import FIXTURES
-from test_reshard import DATA, compared, differences, files, logical, reshard
+from resharding import DATA, compared, differences, files, logical, reshard
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

@@ -14,7 +14,17 @@ import torch
 import yaml
 from common import convert, hf_tensors, make_hf, same_bits
 from jsonschema import Draft202012Validator
-from test_reshard import DATA, RANDOM, SOURCES, compared, differences, logical, reshard, tensor
+from resharding import (
+    DATA,
+    RANDOM,
+    ZERO,
+    compared,
+    differences,
+    inside,
+    logical,
+    reshard,
+    tensor,
+)
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
@@ -28,7 +38,6 @@ from neox_bridge.planning.report import plan_schema
 from neox_bridge.verification.optimizer import compare_states
 
 GENUINE = DATA.parent / "universal"
-ZERO = [path for path in SOURCES if "stage0" not in path.name]
 BIASES = ("attention.dense.bias", "mlp.linear2.bias")
 
 
@@ -36,10 +45,6 @@ def run(*command: str, code: int = 0) -> str:
     done = CliRunner().invoke(app, list(map(str, command)))
     assert done.exit_code == code, done.output
     return done.stdout if code == 0 else done.output
-
-
-def inside(root: Path) -> Path:
-    return root / (root / "latest_universal").read_text()
 
 
 def genuine(name: str, folder: Path) -> Path:

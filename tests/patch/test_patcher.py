@@ -1,6 +1,6 @@
 """The patch of GPT-NeoX trees, and install() at run time.
 
-On stand-ins for four trees here, and on the real ones in tests/neox/test_patcher_neox.py.
+On stand-ins for four trees, and by ``make test-neox`` on the real ones.
 """
 
 import ast
@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from stand_in_trees import NAMES
-from test_cli import run
 
 from neox_bridge import BridgeError, Refused
 from neox_bridge.patch.patcher import KEPT, apply, plan_patch, plan_revert, revert
@@ -605,13 +605,20 @@ def test_command_without_libcst(today: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_page_shows_what_happens(today: Path) -> None:
-    """But for the numbers of lines, which are those of the real tree: see tests/neox."""
+    """But for the numbers of lines, which are those of the real tree: see the next test."""
     texts = blocks_of_the_page()
     assert texts["diff"] in plan_patch(today).diff
     changes = shown_changes(run("patch", today).stdout)
     assert [(file, what) for file, _, what in shown_changes(texts["console"])] == [
         (file, what) for file, _, what in changes
     ]
+
+
+@pytest.mark.neox
+@pytest.mark.parametrize("trees", ["real"], indirect=True)
+def test_the_page_shows_what_happens_line_by_line(today: Path) -> None:
+    shown = shown_changes(blocks_of_the_page()["console"])
+    assert shown == shown_changes(run("patch", today).stdout)
 
 
 def blocks_of_the_page() -> dict[str, str]:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoint_edits import tokenizer
 from common import convert, fixture, hf_tensors, make_hf, neox_config, plan_of, step_of
-from test_reshard import reshard
-from test_tokenizers import tokenizer
+from resharding import reshard
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_edits import edit_yml, set_keys, tokenizer
 from common import convert, fixture, make_hf, step_of
-from test_bad_input import edit_yml
-from test_tokenizers import tokenizer
-from test_window import set_keys
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app

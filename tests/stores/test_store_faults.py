@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from common import make_hf, plan_of
 from s3_server import Store
-from test_stores import WIDE, assert_same, contents, files, run, s3, unfinished_uploads, upload
+from store_files import WIDE, assert_same, contents, files, run, s3, unfinished_uploads, upload
 from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app

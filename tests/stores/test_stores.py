@@ -23,7 +23,8 @@ import torch
 import xxhash
 from attack_zip import DISAGREED
 from common import fixture, make_hf, plan_of
-from s3_server import BUCKET, Store
+from s3_server import Store
+from store_files import WIDE, assert_same, contents, files, run, s3, unfinished_uploads, upload
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
@@ -34,7 +35,6 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.executors import Processes
 from neox_bridge.execution.remote import write_object
-from neox_bridge.execution.result import Result
 from neox_bridge.execution.run import execute
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.transform import load
@@ -44,8 +44,6 @@ from neox_bridge.stores import objects, paths, ranges, uploads
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification.verify import checker, verify
 
-# embeddings of 9 MB in float32, two parts of an upload, and little else
-WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 18000}
 RUNNER = CliRunner()
 
 
@@ -66,54 +64,6 @@ def neox(hf: Path) -> Path:
     """The same in GPT-NeoX's files, written to a disk with every CRC."""
     run(hf, hf.parent / "neox", tp=2)
     return hf.parent / "neox"
-
-
-def run(source: object, target: object, overwrite: bool = False, **options: Any) -> Result:
-    """As ``convert --crc`` does it, verification included."""
-    checkpoint = open_checkpoint(str(source))
-    plan = make_plan(checkpoint, Options(**options), str(target))
-    check = checker(checkpoint)
-    return execute(plan, str(target), overwrite=overwrite, every_crc=True, check=check)
-
-
-def s3(path: str) -> str:
-    return f"s3://{BUCKET}/{path}"
-
-
-def contents(url: str) -> dict[str, bytes]:
-    """Every object below a URL, read by fsspec alone."""
-    fs, root = fsspec.core.url_to_fs(url)
-    fs.invalidate_cache()
-    return {name[len(root) + 1 :]: fs.cat_file(name) for name in fs.find(root)}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def upload(folder: Path, url: str) -> str:
-    fs, root = fsspec.core.url_to_fs(url)
-    for name, data in files(folder).items():
-        fs.pipe_file(f"{root}/{name}", data)
-    return url
-
-
-def assert_same(store: dict[str, bytes], disk: dict[str, bytes]) -> None:
-    """But for the record's hash of the plan, which names the sources, and a yml's own path."""
-    told = ("neox_bridge.json", "finetune.yml")
-    assert set(store) == set(disk)
-    plain = [name for name in disk if not name.endswith(told)]
-    assert [name for name in plain if store[name] != disk[name]] == []
-    for name in disk:
-        if name.endswith("neox_bridge.json"):
-            a, b = (json.loads(side[name])["written"] for side in (store, disk))
-            a["files"].pop("../finetune.yml", None)
-            b["files"].pop("../finetune.yml", None)
-            assert a["files"] == b["files"]
 
 
 def test_both_directions_are_those_of_a_disk(
@@ -394,11 +344,6 @@ class Test_stopped:  # noqa: N801
         assert done.returncode == 0, done.stderr
         assert not unfinished_uploads()
         assert_same(contents(url), files(tmp_path / "neox"))
-
-
-def unfinished_uploads() -> list[Any]:
-    fs = objects.filesystem(s3("x"))[0]
-    return list(fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads") or ())
 
 
 def test_large_objects_go_in_parts(store: Store, wide: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_reshard import DATA, data, write
+from resharding import DATA, data, write
 from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint

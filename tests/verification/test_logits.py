@@ -352,7 +352,7 @@ def test_missing_tensors_are_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_transformer_engine_and_reward_models(family: str, tmp_path: Path) -> None:
-    from test_heads import make_scorer
+    from scorers import make_scorer
 
     more = {"num_key_value_heads": 2} if family == "llama" else {"hidden_act": "gelu_fast"}
     hf = make_hf(tmp_path / "hf", family=family, **more)
