@@ -22,7 +22,7 @@ from neox_bridge.execution.placement import (
     Places,
     View,
     choose,
-    own_bytes,
+    local_bytes,
     places_of,
     reaches,
     unseen,
@@ -62,7 +62,7 @@ def test_who_sees_all_is_chosen_and_of_those_who_has_most() -> None:
         "some": [],
         "most": [],
     }
-    assert own_bytes(places, views["most"]) == 30
+    assert local_bytes(places, views["most"]) == 30
 
 
 def test_of_equals_the_least_busy_is_chosen() -> None:
@@ -131,17 +131,17 @@ def test_a_look_finds_what_is_another_file_or_none(tmp_path: Path) -> None:
     ray_node.os.utime(tmp_path / "older", (1, 1))
     (tmp_path / "more").touch()
     found = ray_node.look(wanted)
-    assert found[str(tmp_path)].lacks == {"longer", "older", "gone"}
+    assert found[str(tmp_path)].missing == {"longer", "older", "gone"}
     assert found["/no/such"] == View(None)
 
 
 def test_a_disk_is_a_nodes_own_unless_its_mount_is_a_networks() -> None:
     mounts = {"/": "overlay", "/data": "xfs", "/data/nfs": "nfs4", "/s3": "fuse.rclone"}
-    own = {path: ray_node._own(path, mounts) for path in ("/home/x", "/data/a", "/database")}
+    own = {path: ray_node._is_local(path, mounts) for path in ("/home/x", "/data/a", "/database")}
     assert own == {"/home/x": True, "/data/a": True, "/database": True}
-    assert not ray_node._own("/data/nfs/a/b", mounts)
-    assert not ray_node._own("/s3/bucket", mounts)
-    assert not ray_node._own("/s3/bucket", {})  # where the system doesn't tell
+    assert not ray_node._is_local("/data/nfs/a/b", mounts)
+    assert not ray_node._is_local("/s3/bucket", mounts)
+    assert not ray_node._is_local("/s3/bucket", {})  # where the system doesn't tell
 
 
 def test_the_code_of_a_node() -> None:
@@ -161,7 +161,8 @@ def test_the_code_of_a_node() -> None:
 class Fake:
     """A Ray of some nodes. sees: by node, what it answers to a look; all where it isn't there.
 
-    fail: by node, the exceptions that its next tasks end with. hold: tasks wait for it.
+    fail: by node, the exceptions that its next tasks end with, and are repeated after as Ray does.
+    hold: tasks wait for it. cancelled: whether tasks were, which are not repeated then.
     """
 
     cpus: dict[str, int]
@@ -173,6 +174,7 @@ class Fake:
     most: int = 0
     running: int = 0
     lost: Exception | None = None
+    cancelled: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -193,7 +195,10 @@ class Fake:
         ]
 
     def remote(self, call: Callable[..., Any]) -> "Task":
-        return Task(self, call, "")
+        return Task(self, call, "", 0)
+
+    def cancel(self, _: "Task") -> None:
+        self.cancelled = True
 
 
 @dataclass
@@ -201,10 +206,11 @@ class Task:
     ray: Fake
     call: Callable[..., Any]
     node: str
+    retries: int
 
     def options(self, **options: Any) -> "Task":
         name = bytes.fromhex(options["scheduling_strategy"].node_id).rstrip(b"\0").decode()
-        return Task(self.ray, self.call, name)
+        return Task(self.ray, self.call, name, options["max_retries"])
 
     def remote(self, *args: Any) -> "Task":
         self.inner: Future[Any] = Future()
@@ -230,6 +236,10 @@ class Task:
         result = error or ray_node.perform(*args)
         with own.lock:
             own.running -= 1
+        died = isinstance(error, ray.exceptions.NodeDiedError)
+        if error and self.retries and not died and not own.cancelled:
+            self.retries -= 1
+            return self._run(*args)
         if error:
             return self.inner.set_exception(error)
         return self.inner.set_result(result)
@@ -249,7 +259,7 @@ def joined(
     monkeypatch.setattr(
         ray_cluster, "connect", lambda *_: (False, {node["NodeID"] for node in fake.nodes()})
     )
-    monkeypatch.setattr(ray_cluster, "_LISTEN", 0.05)
+    monkeypatch.setattr(ray_cluster, "_LISTEN_SECONDS", 0.05)
     pool = RayCluster("auto", workers, words.append)
     try:
         yield pool, words
@@ -361,9 +371,11 @@ def test_who_stops_waits_for_none_to_be_made_again(monkeypatch: pytest.MonkeyPat
         future = pool.submit(name_of, "/x")
         until(lambda: fake.running == 1)
         pool.stopped.set()
+        until(lambda: fake.cancelled)
         fake.hold.set()
-        with pytest.raises(BridgeError, match="was lost once"):
+        with pytest.raises(BridgeError, match="was stopped"):
             future.result(20)
+    assert fake.ran == ["one"]
 
 
 @needs_ray
@@ -392,7 +404,7 @@ def test_without_a_node_calls_wait_a_while_and_fail(monkeypatch: pytest.MonkeyPa
         assert ended(future) == [("/x", 0)]
         fake.cpus.clear()
         until(lambda: not pool._members)
-        monkeypatch.setattr(ray_cluster, "_PATIENCE", 0.1)
+        monkeypatch.setattr(ray_cluster, "_PATIENCE_SECONDS", 0.1)
         with pytest.raises(BridgeError, match="no node left"):
             pool.submit(name_of, "/x").result(20)
 
@@ -441,8 +453,6 @@ def test_a_cluster_that_ran_here_once(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # whatever other tests have running just now
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
     with pytest.raises(BridgeError, match=r"There is no Ray cluster at [\d.]+:1 "):
         ray_connect.connect("auto", None)
 

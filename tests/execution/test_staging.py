@@ -21,7 +21,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.install import LATEST, RootFiles, clear, install, is_begun, settle
 from neox_bridge.execution.journal import Key, Written, append, begun, finished, resume
 from neox_bridge.execution.movers import SEND
-from neox_bridge.execution.placement import Places, View, asked, choose, own_bytes, unseen
+from neox_bridge.execution.placement import Places, View, choose, local_bytes, unasked, unseen
 from neox_bridge.execution.run import execute
 from neox_bridge.execution.staging import (
     check_free,
@@ -1044,15 +1044,15 @@ def test_a_machine_must_see_what_is_read_and_written() -> None:
 
 def test_the_machine_with_most_of_the_bytes_is_chosen_then_the_one_with_most_free() -> None:
     places = Places({"/a/x": 5, "/b/y": 7})
-    shared, own = View(frozenset()), View(frozenset(), own=True)
+    shared, own = View(frozenset()), View(frozenset(), local=True)
     views = {
         "one": {"/a": own, "/b": shared},
         "two": {"/a": shared, "/b": own},
         "three": {"/a": shared, "/b": own},
-        "blind": {"/a": own, "/b": View(None, own=True)},
+        "blind": {"/a": own, "/b": View(None, local=True)},
     }
-    assert own_bytes(places, views["one"]) == 5
-    assert own_bytes(places, views["two"]) == 7
+    assert local_bytes(places, views["one"]) == 5
+    assert local_bytes(places, views["two"]) == 7
     free = {"one": 9, "two": 1, "three": 2, "blind": 9}
     assert choose(places, views, free) == "three"
     assert choose(places, views, {**free, "two": 0, "three": 0}) == "one"
@@ -1060,7 +1060,7 @@ def test_the_machine_with_most_of_the_bytes_is_chosen_then_the_one_with_most_fre
 
 
 def test_a_machine_is_asked_once() -> None:
-    assert asked(["/a", "/b", "/c"], {"/a": View(None)}, ["/c"]) == ["/b"]
+    assert unasked(["/a", "/b", "/c"], {"/a": View(None)}, ["/c"]) == ["/b"]
 
 
 def test_the_lock_goes_last(tmp_path: Path) -> None:

@@ -32,12 +32,12 @@ class Places:
 class View:
     """What a machine sees of a folder.
 
-    lacks: the files in it that aren't there as they are elsewhere; None where the folder isn't.
-    own: whether its disk is the machine's own, no network's.
+    missing: the files that are not there as the caller has them; None where the folder is not.
+    local: whether its disk is the machine's own, not a network's.
     """
 
-    lacks: frozenset[str] | None
-    own: bool = False
+    missing: frozenset[str] | None
+    local: bool = False
 
 
 Views = Mapping[str, View]  # by folder
@@ -55,27 +55,26 @@ def reaches(places: Callable[..., Places]) -> Callable[[_Call], _Call]:
 
 def places_of(call: Callable[..., Any], args: tuple[Any, ...]) -> Places:
     """What a call reads and writes; nothing where nobody said."""
-    found = _places.get(call)
-    return found(*args) if found is not None else Places()
+    return _places[call](*args) if call in _places else Places()
 
 
 def unseen(places: Places, views: Views) -> list[str]:
     """The paths that a machine would need and doesn't see, sorted."""
-    found = {folder for folder in places.writes if views[folder].lacks is None}
+    paths = {folder for folder in places.writes if views[folder].missing is None}
     for folder in places.folders:
-        lacks = views[folder].lacks
-        found |= {folder} if lacks is None else {f"{folder}/{name}" for name in lacks}
+        missing = views[folder].missing
+        paths |= {folder} if missing is None else {f"{folder}/{name}" for name in missing}
     for path in places.files:
-        folder = _folder(path)
-        lacks = views[folder].lacks
-        if lacks is None or path[len(folder) + 1 :] in lacks:
-            found.add(path)
-    return sorted(found)
+        folder, _, name = path.rpartition("/")
+        missing = views[folder].missing
+        if missing is None or name in missing:
+            paths.add(path)
+    return sorted(paths)
 
 
-def own_bytes(places: Places, views: Views) -> int:
+def local_bytes(places: Places, views: Views) -> int:
     """How many of the bytes that are read lie on disks of the machine itself."""
-    return sum(size for path, size in places.files.items() if views[_folder(path)].own)
+    return sum(size for path, size in places.files.items() if views[_folder(path)].local)
 
 
 def choose(places: Places, views: Mapping[str, Views], free: Mapping[str, int]) -> str | None:
@@ -85,12 +84,12 @@ def choose(places: Places, views: Mapping[str, Views], free: Mapping[str, int]) 
     None where all who see it are busy, or nobody does.
     """
     able = [name for name, count in free.items() if count > 0 and not unseen(places, views[name])]
-    return max(able, key=lambda name: (own_bytes(places, views[name]), free[name]), default=None)
+    return max(able, key=lambda name: (local_bytes(places, views[name]), free[name]), default=None)
 
 
-def asked(wanted: Iterable[str], views: Views, already: Collection[str]) -> list[str]:
-    """The folders that a machine has still to be asked about."""
-    return [folder for folder in wanted if folder not in views and folder not in already]
+def unasked(wanted: Iterable[str], views: Views, pending: Collection[str]) -> list[str]:
+    """The folders that a machine has still to be asked about; it is being asked about pending."""
+    return [folder for folder in wanted if folder not in views and folder not in pending]
 
 
 def _folder(path: str) -> str:

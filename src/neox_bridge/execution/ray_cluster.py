@@ -1,8 +1,10 @@
-"""A pool of the CPUs of a Ray cluster, that outlives the loss of workers and nodes.
+"""A pool of the CPUs of a Ray cluster that survives the loss of workers and nodes.
 
-Calls wait here, in order, and go to a node when it has a CPU free: never more than ``slots`` are
-with Ray, what waits can be cancelled, and a node that joins or dies changes nothing for it. One
-thread does all of that; others only put something into its queue.
+Ray runs the calls, and repeats one whose worker is lost. What Ray cannot know is which node sees
+which folder: so calls wait here, in order, until a node that sees their files has a CPU free, and
+move to another one where their node is lost. Never more than ``slots`` calls are with Ray, what
+waits can be cancelled, and nodes may join or leave at any time. One thread does all of that; other
+threads only put events into its queue.
 """
 
 import contextlib
@@ -20,53 +22,61 @@ from typing import Any, TypeVar
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import LOSSES
-from neox_bridge.execution.placement import Places, View, asked, choose, places_of, unseen
+from neox_bridge.execution.placement import Places, View, choose, places_of, unasked, unseen
 from neox_bridge.execution.ray_connect import (
     Node,
     connect,
     difference,
-    living,
+    first_words,
+    living_nodes,
+    on_node,
     ray_module,
-    said,
-    there,
 )
 from neox_bridge.execution.ray_node import asker, listed, look, packed, perform
 
 _T = TypeVar("_T")
-_LISTEN = 1.0  # seconds after which it is looked which nodes there are
-_PATIENCE = 60.0  # seconds that calls wait for a node where there is none
-_LOOK = 200  # waiting calls that are looked at for one that a free node can do
+_LISTEN_SECONDS = 1.0  # between two looks at which nodes there are
+_PATIENCE_SECONDS = 60.0  # that calls wait where there is no node
+_SCANNED_CALLS = 200  # waiting calls that are tried for a free node
+_LOST = "was lost; what it did is done again"
+_AGAIN = "What is finished stays, and the same command goes on."
 
 
 def _nobody(_: str) -> None:
-    """For who wants no words."""
+    """The default of ``tell``."""
+
+
+class _Call(Future[Any]):
+    """A call that waits, runs or has ended. data: for ``perform``."""
+
+    def __init__(self, data: bytes, places: Places) -> None:
+        super().__init__()
+        self.data, self.places, self.folders = data, places, frozenset(places.all_folders())
+        self._lock = threading.Lock()
+
+    def begin(self) -> bool:
+        """Whether the call is still wanted; from now on it cannot be cancelled."""
+        with self._lock:
+            return self.running() or (not self.done() and self.set_running_or_notify_cancel())
+
+    def cancel(self) -> bool:
+        """Cancel a call that waits, and wake those who wait for it."""
+        with self._lock:
+            if not self.done() and super().cancel():
+                self.set_running_or_notify_cancel()
+            return self.cancelled()
 
 
 @dataclass(eq=False)
-class _Call:
-    """losses: workers that were lost with it. sent, settled: whether its future is beyond that."""
-
-    data: bytes
-    places: Places
-    folders: frozenset[str]
-    future: "Future[Any]" = field(default_factory=Future)
-    losses: int = 0
-    sent: bool = False
-    settled: bool = False
-
-
-@dataclass
 class _Member:
-    """A node as it is known here. code: whether it has this code; None until it answers.
+    """A node of the cluster.
 
-    running: calls. views: of the folders that calls need now. asked: folders, and asking: its
-    code, until it answers.
+    code: whether it has this process's code; None until it answers. running: calls. views: of the
+    folders that calls need now. asked: folders that it was asked about and has not answered yet.
     """
 
     node: Node
     code: bool | None = None
-    asking: bool = False
-    faults: int = 0
     running: int = 0
     views: dict[str, View] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
@@ -83,11 +93,11 @@ class RayCluster:
     ) -> None:
         """Join or start a cluster; see ``connect`` for the address and what is raised.
 
-        workers: calls at a time; as many as the cluster has CPUs where it is None. tell: hears, in
-        words, of nodes that are lost or left out.
+        workers: calls at a time; None for as many as the cluster has CPUs. tell: is called with a
+        sentence for each node that is lost or left out.
         """
         self._ray = ray_module()
-        self._own, same = connect(address, workers)
+        self._leaves, same = connect(address, workers)
         self._workers, self._tell = workers, tell
         self.stopped = threading.Event()
         self.slots = 1
@@ -95,38 +105,38 @@ class RayCluster:
         self._open: set[_Call] = set()
         self._waiting: deque[_Call] = deque()
         self._members: dict[str, _Member] = {}
-        self._gone: set[str] = set()  # nodes that are left out for good
+        self._excluded: set[str] = set()  # ids of nodes that get no more work
         self._needed: Counter[str] = Counter()  # calls by the folders that they need
-        self._running = 0
+        self._running: dict[_Call, Any] = {}  # what Ray knows them by
         self._alone_since: float | None = None
         self._looked = 0.0
         self._closing = False
-        self._failed: BridgeError | None = None  # what all calls end with from now on
+        self._failure: BridgeError | None = None  # what all calls end with from now on
         self._lock = threading.Lock()  # of that
         self._folder = os.path.abspath(os.curdir)
-        self._ask, self._mine = asker(), asker()()
+        self._ask = asker()
+        self._code = self._ask()
         self._tasks = {call: self._ray.remote(call) for call in (self._ask, look, perform)}
-        self._meet(same)
+        self._update_nodes(same)
         self._thread = threading.Thread(target=self._serve, name="ray-cluster", daemon=True)
         self._thread.start()
 
     def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]":
         """Have a call made on a node that sees what it needs, again where that is lost."""
-        places = places_of(call, args)
-        made = _Call(packed(call, args), places, frozenset(places.all_folders()))
-        made.future.add_done_callback(lambda _: self._events.put(partial(self._begin, made)))
+        future = _Call(packed(call, args), places_of(call, args))
+        future.add_done_callback(lambda _: self._events.put(partial(self._release, future)))
         with self._lock:
-            if self._failed is not None:
-                raise self._failed
-            self._events.put(partial(self._add, made))
-        return made.future
+            if self._failure is not None:
+                raise self._failure
+            self._events.put(partial(self._add, future))
+        return future
 
     def close(self) -> None:
         """Leave the cluster when what runs is done, or end it where it was started here."""
         self._closing = True
         self._events.put(lambda: None)
         self._thread.join()
-        if self._own:
+        if self._leaves:
             self._ray.shutdown()
 
     # all that follows is the thread's
@@ -134,40 +144,50 @@ class RayCluster:
     def _serve(self) -> None:
         try:
             while not (self._closing and not self._running):
-                self._hear()
-                if time.monotonic() - self._looked > _LISTEN:
-                    self._meet()
+                self._handle_events()
+                if time.monotonic() - self._looked > _LISTEN_SECONDS:
+                    self._update_nodes()
+                if self._is_ending():
+                    self._cancel_retries()
                 self._dispatch()
             self._fail(BridgeError("The pool was closed."))
         except Exception as error:  # Ray raises many kinds where its head is gone
-            self._fail(BridgeError(f"The Ray cluster is lost: {said(error)}. {_AGAIN}"))
+            words = f"The Ray cluster is lost: {first_words(error)}. {_AGAIN}"
+            self._fail(BridgeError(words))
 
-    def _hear(self) -> None:
+    def _handle_events(self) -> None:
         """Wait for an event, and take all that are there before one look at what waits."""
         with contextlib.suppress(Empty):
-            self._events.get(timeout=_LISTEN)()
+            self._events.get(timeout=_LISTEN_SECONDS)()
             while True:
                 self._events.get_nowait()()
 
     def _fail(self, error: BridgeError) -> None:
         with self._lock:
-            self._failed = error
+            self._failure = error
         while not self._events.empty():
             self._events.get()()
         for call in list(self._open):
-            self._finish(call, error=error)
+            _end(call, error=error)
 
-    def _meet(self, same: Container[str] = ()) -> None:
+    def _is_ending(self) -> bool:
+        return self._closing or self.stopped.is_set()
+
+    def _cancel_retries(self) -> None:
+        """What runs goes on to its end (see ``perform``); what has not begun never begins."""
+        for ref in self._running.values():
+            self._ray.cancel(ref)
+
+    def _update_nodes(self, same: Container[str] = ()) -> None:
         """Ask Ray which nodes there are. same: those that are known to have this code."""
-        nodes = {node.id: node for node in living(self._ray) if node.id not in self._gone}
+        nodes = {n.id: n for n in living_nodes(self._ray) if n.id not in self._excluded}
         for name in self._members.keys() - nodes.keys():
-            self._drop(name, "was lost; what it did is done again")
+            self._exclude(name, _LOST)
         for name in nodes.keys() - self._members.keys():
-            self._members[name] = _Member(nodes[name], name in same or None)
+            member = self._members[name] = _Member(nodes[name], name in same or None)
+            if not member.code:
+                self._task(member, 0, self._ask, (), partial(self._code_answered, member))
         self._looked = time.monotonic()
-        for member in self._members.values():
-            if member.code is None:
-                self._ask_code(member)
         self._count()
 
     def _count(self) -> None:
@@ -175,8 +195,8 @@ class RayCluster:
         self.slots = max(1, min(cpus, self._workers or cpus))
         self._alone_since = None if cpus else (self._alone_since or time.monotonic())
 
-    def _drop(self, name: str, words: str) -> None:
-        self._gone.add(name)
+    def _exclude(self, name: str, words: str) -> None:
+        self._excluded.add(name)
         if (member := self._members.pop(name, None)) is not None:
             self._tell(f"Ray: node {member.node.name} {words}")
             self._count()
@@ -186,20 +206,8 @@ class RayCluster:
         self._needed.update(call.folders)
         self._waiting.append(call)
 
-    def _begin(self, call: _Call) -> bool:
-        """Whether somebody still wants it: from now on it can't be cancelled.
-
-        Those who wait for a future that its owner cancelled are told by this.
-        """
-        if not call.sent and not call.settled:
-            call.sent = call.future.set_running_or_notify_cancel()
-            if not call.sent:
-                call.settled = True
-                self._release(call)
-        return not call.settled
-
     def _release(self, call: _Call) -> None:
-        """What nodes see is forgotten when no call needs it: it is asked anew for the next."""
+        """Forget what nodes see of folders that no call needs: the next one asks again."""
         self._open.discard(call)
         self._needed.subtract(call.folders)
         for folder in call.folders:
@@ -208,30 +216,20 @@ class RayCluster:
                 for member in self._members.values():
                     member.views.pop(folder, None)
 
-    def _finish(self, call: _Call, result: Any = None, error: BaseException | None = None) -> None:
-        if not self._begin(call):
-            return
-        call.settled = True
-        self._release(call)
-        if error is not None:
-            call.future.set_exception(error)
-        else:
-            call.future.set_result(result)
-
     def _dispatch(self) -> None:
-        if self._alone_since is not None and time.monotonic() - self._alone_since > _PATIENCE:
-            lone = BridgeError(f"The Ray cluster has no node left that can be used. {_AGAIN}")
+        if self._alone_since and time.monotonic() - self._alone_since > _PATIENCE_SECONDS:
+            alone = BridgeError(f"The Ray cluster has no node left that can be used. {_AGAIN}")
             while self._waiting:
-                self._finish(self._waiting.popleft(), error=lone)
+                _end(self._waiting.popleft(), error=alone)
         kept: list[_Call] = []
         unknown: set[frozenset[str]] = set()
-        looks = 0
-        while self._waiting and looks < _LOOK and self._running < self.slots:
+        scanned = 0
+        while self._waiting and scanned < _SCANNED_CALLS and len(self._running) < self.slots:
             call = self._waiting.popleft()
-            if call.settled:
+            if call.done():
                 continue
             if call.folders not in unknown:
-                looks += 1
+                scanned += 1
                 if self._start(call, unknown):
                     continue
             kept.append(call)
@@ -242,15 +240,12 @@ class RayCluster:
 
         unknown: gets the call's folders where no node has said yet what it sees of them.
         """
-        known = {}
-        waiting = False
-        for name, member in self._members.items():
+        for member in self._members.values():
             if member.code:
-                if new := asked(call.folders, member.views, member.asked):
-                    self._ask_views(member, new)
-                if call.folders <= member.views.keys():
-                    known[name] = member
-            waiting |= name not in known and member.code is not False
+                self._ask_views(member, unasked(call.folders, member.views, member.asked))
+        known = {
+            n: m for n, m in self._members.items() if call.folders <= m.views.keys() and m.code
+        }
         if not known:
             unknown.add(call.folders)
             return False
@@ -258,107 +253,98 @@ class RayCluster:
         free = {name: member.node.cpus - member.running for name, member in known.items()}
         chosen = choose(call.places, views, free)
         if chosen is None:
-            lacking = {name: unseen(call.places, seen) for name, seen in views.items()}
-            if not waiting and all(lacking.values()):
-                self._finish(call, error=self._blind(lacking))
+            missing = {name: unseen(call.places, seen) for name, seen in views.items()}
+            undecided = self._members.keys() - known.keys()
+            if all(missing.values()) and all(self._members[n].code is False for n in undecided):
+                _end(call, error=self._unseen_error(missing))
                 return True
             return False
-        if not self._begin(call):
-            return True
-        member = known[chosen]
-        member.running += 1
-        self._running += 1
-        task = (call.data, self._folder)
-        self._task(member, 1, perform, task, partial(self._ended, call, member))
+        if call.begin():
+            member = known[chosen]
+            member.running += 1
+            ended = partial(self._ended, call, member)
+            self._running[call] = self._task(member, 1, perform, (call.data, self._folder), ended)
         return True
 
-    def _task(
-        self, member: _Member, cpus: int, call: Any, args: tuple[Any, ...], then: Any
-    ) -> None:
+    def _task(self, member: _Member, cpus: int, call: Any, args: tuple[Any, ...], then: Any) -> Any:
         """A task of Ray's on a node; ``then`` is called with its future, in this thread."""
-        options = there(member.node, cpus)
-        ref = self._tasks[call].options(**options).remote(*args)
-        ref.future().add_done_callback(lambda inner: self._events.put(partial(then, inner)))
+        ref = self._tasks[call].options(**on_node(member.node, cpus)).remote(*args)
+        ref.future().add_done_callback(lambda answer: self._events.put(partial(then, answer)))
+        return ref
 
-    def _ended(self, call: _Call, member: _Member, inner: "Future[bytes]") -> None:
+    def _ended(self, call: _Call, member: _Member, answer: "Future[bytes]") -> None:
         member.running -= 1
-        self._running -= 1
-        error = inner.exception()
+        del self._running[call]
+        error, kinds = answer.exception(), self._ray.exceptions
         if error is None:
-            good, found = pickle.loads(inner.result())
-            self._finish(call, *((found, None) if good else (None, found)))
-            return
-        kinds = self._ray.exceptions
-        if isinstance(error, kinds.RayTaskError):  # of this code itself: it can't be read there
-            self._finish(call, error=BridgeError(f"{member.node.name}: {said(error)}"))
-            return
-        if isinstance(error, (kinds.NodeDiedError, kinds.TaskUnschedulableError)):
-            self._drop(member.node.id, "was lost; what it did is done again")
+            good, outcome = pickle.loads(answer.result())
+            _end(call, **{"result" if good else "error": outcome})
+        elif isinstance(error, kinds.RayTaskError):  # of this code itself: it can't be read there
+            _end(call, error=BridgeError(f"{member.node.name}: {first_words(error)}"))
+        elif self._is_ending():
+            _end(call, error=BridgeError(f"A call was stopped: {first_words(error)}. {_AGAIN}"))
+        elif not isinstance(error, (kinds.NodeDiedError, kinds.TaskUnschedulableError)):
+            _end(call, error=_lost_error(member.node.name, error, kinds.OutOfMemoryError))
         else:
-            call.losses += 1
-        if call.losses >= LOSSES or self._closing or self.stopped.is_set():
-            self._finish(call, error=_lost(member.node.name, call.losses, error))
-        else:
+            self._exclude(member.node.id, _LOST)
             self._waiting.appendleft(call)
 
-    def _ask_code(self, member: _Member) -> None:
-        if not member.asking:
-            member.asking = True
-            self._task(member, 0, self._ask, (), partial(self._told_code, member))
-
-    def _told_code(self, member: _Member, inner: "Future[Any]") -> None:
-        member.asking = False
-        if self._answered(member, inner):
-            words = difference(inner.result(), self._mine)
+    def _code_answered(self, member: _Member, answer: "Future[Any]") -> None:
+        if self._has_answer(member, answer):
+            words = difference(answer.result(), self._code)
             member.code = not words
             self._count()
             if words:
                 self._tell(f"Ray: node {member.node.name} {words}; it is left out")
 
     def _ask_views(self, member: _Member, folders: list[str]) -> None:
-        wanted = {}
-        for folder in folders:
-            with contextlib.suppress(OSError):
-                wanted[folder] = listed(folder)
-        member.asked.update(folders)
-        told = partial(self._told_views, member, folders)
-        self._task(member, 0, look, (wanted,), told)
+        if folders:
+            wanted = {}
+            for folder in folders:
+                with contextlib.suppress(OSError):
+                    wanted[folder] = listed(folder)
+            member.asked.update(folders)
+            then = partial(self._views_answered, member, folders)
+            self._task(member, 0, look, (wanted,), then)
 
-    def _told_views(self, member: _Member, folders: list[str], inner: "Future[Any]") -> None:
+    def _views_answered(self, member: _Member, folders: list[str], answer: "Future[Any]") -> None:
         member.asked.difference_update(folders)
-        if self._answered(member, inner):
+        if self._has_answer(member, answer):
             # one that is gone here too isn't the node's fault: the call says so itself
-            gone = {folder: View(frozenset()) for folder in folders}
-            member.views |= {f: v for f, v in (gone | inner.result()).items() if self._needed[f]}
+            gone = dict.fromkeys(folders, View(frozenset()))
+            views = {**gone, **answer.result()}
+            member.views |= {folder: v for folder, v in views.items() if self._needed[folder]}
 
-    def _answered(self, member: _Member, inner: "Future[Any]") -> bool:
-        """Whether a node answered; one that can't, again and again, is left out."""
-        error = inner.exception()
-        if error is None:
-            return True
-        member.faults += 1
-        if member.faults >= LOSSES or isinstance(error, self._ray.exceptions.NodeDiedError):
-            self._drop(member.node.id, f"is left out: {said(error)}")
-        return False
+    def _has_answer(self, member: _Member, answer: "Future[Any]") -> bool:
+        """Whether a node answered. One that cannot, however often Ray tries, is left out."""
+        error = answer.exception()
+        if error is not None:
+            self._exclude(member.node.id, f"is left out: {first_words(error)}")
+        return error is None
 
-    def _blind(self, lacking: dict[str, list[str]]) -> BridgeError:
-        told = []
-        for name, paths in sorted(lacking.items(), key=lambda item: len(item[1]))[:3]:
+    def _unseen_error(self, missing: dict[str, list[str]]) -> BridgeError:
+        words = []
+        for name, paths in sorted(missing.items(), key=lambda item: len(item[1]))[:3]:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            told.append(f"node {self._members[name].node.name} doesn't see {paths[0]}{more}")
+            words.append(f"node {self._members[name].node.name} doesn't see {paths[0]}{more}")
         return BridgeError(
-            f"No node of the Ray cluster sees all that is needed: {'; '.join(told)}. Put source "
+            f"No node of the Ray cluster sees all that is needed: {'; '.join(words)}. Put source "
             "and target on disks that the nodes share, or copy the source to the same path with "
             "its times (rsync -a)."
         )
 
 
-_AGAIN = "What is finished stays, and the same command goes on."
+def _end(call: _Call, result: Any = None, error: BaseException | None = None) -> None:
+    if call.begin():
+        if error is not None:
+            call.set_exception(error)
+        else:
+            call.set_result(result)
 
 
-def _lost(node: str, losses: int, error: BaseException) -> BridgeError:
-    times = f"{losses} times" if losses > 1 else "once"
+def _lost_error(node: str, error: BaseException, out_of_memory: type) -> BridgeError:
+    times = "" if isinstance(error, out_of_memory) else f" {LOSSES} times, the last"
     return BridgeError(
-        f"A worker of Ray that wrote files was lost {times}, the last on node {node}: "
-        f"{said(error)} Is memory short? Choose fewer with --max-workers. {_AGAIN}"
+        f"A worker of Ray that wrote files was lost{times} on node {node}: {first_words(error)} Is "
+        f"memory short? Choose fewer with --max-workers. {_AGAIN}"
     )

@@ -1,20 +1,21 @@
-"""The way to a Ray cluster: found or started, quiet, with the same code on every node."""
+"""Joins or starts a Ray cluster, quietly, with the same code on every node."""
 
 import contextlib
 import os
 import socket
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.executors import default_slots
+from neox_bridge.execution.executors import LOSSES, default_slots
 from neox_bridge.execution.ray_guard import guard
 from neox_bridge.execution.ray_node import asker
 from neox_bridge.version import __version__
 
-_ANSWER = 60.0  # seconds in which a node is to say which code it has
-_STORE = 128 << 20  # bytes of the object store of a Ray that is started here; units are small
-_REACH = 5.0  # seconds in which a cluster is to answer
+_ANSWER_SECONDS = 60.0  # in which a node is to say which code it has
+_REACH_SECONDS = 5.0  # in which a cluster is to answer
+_STORE_BYTES = 128 << 20  # the object store of a Ray that is started here; units are small
 _START = (
     "Start one with `ray start --head`, name its --address HOST:PORT, or say --address local for "
     "this machine alone."
@@ -68,7 +69,7 @@ def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
     return True, same
 
 
-def living(ray: Any) -> list[Node]:
+def living_nodes(ray: Any) -> list[Node]:
     """The nodes that have CPUs. Raises what Ray does where the cluster can't be asked."""
     return [
         Node(node["NodeID"], _name(node), int(node["Resources"]["CPU"]))
@@ -77,16 +78,16 @@ def living(ray: Any) -> list[Node]:
     ]
 
 
-def there(node: Node, cpus: int) -> dict[str, Any]:
-    """Options of a task for one node, on no other: whether it sees the files was found out."""
+def on_node(node: Node, cpus: int) -> dict[str, Any]:
+    """The options of a task for this node alone, which sees its files; Ray repeats lost ones."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    return {"num_cpus": cpus, "max_retries": 0, "scheduling_strategy": strategy}
+    return {"num_cpus": cpus, "max_retries": LOSSES - 1, "scheduling_strategy": strategy}
 
 
-def said(error: BaseException) -> str:
-    """What to quote of an exception of Ray, which tells much: of a traceback its end."""
+def first_words(error: BaseException) -> str:
+    """The line to quote of a long exception of Ray: the first, or the last of a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return lines[-1] if "Traceback" in str(error) else lines[0]
 
@@ -99,7 +100,7 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
     own: dict[str, Any] = {}
     if address == "local":
         guard()
-        own = {"num_cpus": workers or default_slots(), "object_store_memory": _STORE}
+        own = {"num_cpus": workers or default_slots(), "object_store_memory": _STORE_BYTES}
         own["include_dashboard"] = False
     try:
         ray.init(
@@ -107,24 +108,18 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
         )
     except Exception as error:  # Ray raises many kinds
         if address == "auto":
-            words = "no Ray cluster is running here"
+            words = "No Ray cluster is running here"
         elif address == "local":
             words = "Ray can't be started here"
         else:
-            words = f"there is no Ray cluster at {address}"
-        told = " ".join(str(error).split())[:300]
-        raise BridgeError(f"{words[0].upper()}{words[1:]} ({told}). {_START}") from None
+            words = f"There is no Ray cluster at {address}"
+        raise BridgeError(f"{words} ({' '.join(str(error).split())[:300]}). {_START}") from None
 
 
 def _check(address: str) -> None:
-    """Ray itself would try for minutes to reach what isn't there, or any more."""
+    """Ray itself would try for minutes to reach a cluster that is gone."""
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", address)
-    if address == "auto":
-        with contextlib.suppress(Exception):  # not public; and where there is none, Ray will say it
-            from ray._private.services import canonicalize_bootstrap_address
-
-            address = canonicalize_bootstrap_address(address) or address
+        address = os.environ.get("RAY_ADDRESS") or _last_started() or address
     host, colon, port = address.rpartition(":")
     if address.startswith("ray://"):
         raise BridgeError(
@@ -135,15 +130,25 @@ def _check(address: str) -> None:
         raise BridgeError(f"{address} isn't HOST:PORT. {_START}")
     if colon:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _REACH).close()
+            socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise BridgeError(f"There is no Ray cluster at {address} ({error}). {_START}") from None
 
 
-def _same_code(ray: Any, mend: str) -> set[str]:
+def _last_started() -> str:
+    """The address that the last ``ray start`` on this machine wrote down, "" for none."""
+    path = os.path.join(
+        os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster"
+    )
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+        return file.read().strip()
+    return ""
+
+
+def _same_code(ray: Any, remedy: str) -> set[str]:
     same, others = _codes(ray)
     if others:
-        raise BridgeError(f"Ray's {'; '.join(others)}. Install the same on every node: {mend}.")
+        raise BridgeError(f"Ray's {'; '.join(others)}. Install the same on every node: {remedy}.")
     return same
 
 
@@ -154,10 +159,12 @@ def _codes(ray: Any) -> tuple[set[str], list[str]]:
     """
     ask = asker()
     mine = ask()
-    nodes = living(ray)
+    nodes = living_nodes(ray)
     task = ray.remote(ask)
-    tasks = {task.options(**there(node, 0)).remote(): node for node in nodes}
-    answered = ray.wait(list(tasks), num_returns=len(nodes), timeout=_ANSWER)[0] if nodes else []
+    tasks = {task.options(**on_node(node, 0)).remote(): node for node in nodes}
+    answered = (
+        ray.wait(list(tasks), num_returns=len(nodes), timeout=_ANSWER_SECONDS)[0] if nodes else []
+    )
     same, others = set(), []
     for ref in answered:
         with contextlib.suppress(ray.exceptions.RayError):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,17 +24,19 @@ def packed(call: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
 
 
 def perform(data: bytes, folder: str) -> bytes:
-    """Make a call; gives, pickled, (True, its result) or (False, what it raised).
+    """Make a call; returns, pickled, (True, its result) or (False, what it raised).
 
     As a value, since Ray puts a traceback into the words of what a task raises. folder: the
-    present one of who asked, which relative paths start from.
+    caller's current folder, which relative paths start from.
     """
+    with contextlib.suppress(ValueError):  # not the main thread
+        # how Ray cancels a task: what has begun goes on to its end, but is not repeated
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with contextlib.suppress(OSError):
             os.chdir(folder)
         call, args = pickle.loads(data)
-        found = (True, call(*args))
-        return pickle.dumps(found, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps((True, call(*args)), pickle.HIGHEST_PROTOCOL)
     except Exception as error:
         return _raised(error)
 
@@ -51,29 +54,29 @@ def listed(folder: str) -> dict[str, tuple[int, int]]:
 
     Whole seconds, since not every file system keeps or tells more.
     """
-    found = {}
+    files = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):  # a link to nowhere, or one that is gone meanwhile
                 if entry.is_file():
                     status = entry.stat()
-                    found[entry.name] = status.st_size, int(status.st_mtime)
-    return found
+                    files[entry.name] = status.st_size, int(status.st_mtime)
+    return files
 
 
 def look(wanted: Looks) -> dict[str, View]:
     """What this node sees of folders, where another sees ``wanted``."""
     mounts = _mounts()
-    found = {}
+    views = {}
     for folder, files in wanted.items():
         try:
             here = listed(folder)
         except OSError:
-            found[folder] = View(None)
+            views[folder] = View(None)
             continue
-        lacks = frozenset(name for name, facts in files.items() if here.get(name) != facts)
-        found[folder] = View(lacks, _own(os.path.realpath(folder), mounts))
-    return found
+        missing = frozenset(name for name, facts in files.items() if here.get(name) != facts)
+        views[folder] = View(missing, _is_local(os.path.realpath(folder), mounts))
+    return views
 
 
 def asker() -> Callable[[], tuple[str | None, str]]:
@@ -108,15 +111,15 @@ def asker() -> Callable[[], tuple[str | None, str]]:
 
 def _mounts() -> dict[str, str]:
     """The kind of the file system at each mount point; none where the system doesn't tell."""
-    found = {}
+    kinds = {}
     with contextlib.suppress(OSError), open(_MOUNTS, encoding="utf-8", errors="replace") as file:
         for line in file:
             before, _, after = line.partition(" - ")
-            found[before.split()[4].replace("\\040", " ")] = after.split()[0]
-    return found
+            kinds[before.split()[4].replace("\\040", " ")] = after.split()[0]
+    return kinds
 
 
-def _own(path: str, mounts: Mapping[str, str]) -> bool:
+def _is_local(path: str, mounts: Mapping[str, str]) -> bool:
     while path not in mounts and path != os.path.dirname(path):
         path = os.path.dirname(path)
     kind = mounts.get(path, "nfs")
