@@ -466,7 +466,7 @@ def test_what_was_written_is_read_back(
             data[-40] ^= 1
             path.write_bytes(data)
 
-    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", damage)
+    monkeypatch.setattr("neox_bridge.execution.disk.flush_folders", damage)
     for how in (["--fix", tmp_path / "out"], ["--in-place"]):
         done = CliRunner().invoke(
             app, ["doctor", str(folder), "--for", "transformers@4.48", *map(str, how)]

@@ -453,7 +453,7 @@ def test_biases_of_a_gated_mlp(
 def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """A folder of each family, as the conversion writes it."""
     from neox_bridge.api import plan as make_plan
-    from neox_bridge.execution.run import execute
+    from neox_bridge.execution.execute import execute
     from neox_bridge.planning.options import Options
 
     home, opened = tmp_path_factory.mktemp("hf"), {}

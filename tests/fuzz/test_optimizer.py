@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt

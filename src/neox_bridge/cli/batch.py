@@ -148,6 +148,10 @@ def _check_applies(own: dict[str, Any], given: frozenset[str]) -> None:
     if "address" in given and own["executor"] != "ray":
         raise UsageError(["address"], "only for --executor ray", "Add it, or leave this out.")
     Upload(own["private"], own["create_pr"], own["work"]).check(own["paths"][-1])
+    if not own["paths"][-1].startswith("hf://"):  # for which files are written on a disk first
+        from neox_bridge.execution.execute import check_options
+
+        check_options(own["paths"][-1], every_crc=own["crc"])
 
 
 def _check_first(items: "list[Item]", asked: Asked) -> None:

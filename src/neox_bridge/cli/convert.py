@@ -324,6 +324,7 @@ def convert(
         from neox_bridge.api import open_checkpoint
         from neox_bridge.api import plan as make_plan
         from neox_bridge.planning.option_checks import check_options
+        from neox_bridge.stores.paths import is_url
 
         checkpoint = open_checkpoint(
             source,
@@ -358,7 +359,8 @@ def convert(
         more: dict[str, Any] = {
             "every_crc": asked.every_crc,
             "hash_name": asked.hash_name,
-            "hash_shared": asked.hash_shared,
+            # in an object store no file shares blocks with the source: all are hashed
+            "hash_shared": asked.hash_shared and (on_hub or not is_url(target)),
         }
         if on_hub:
             publish_plan(plan, target, how, check, upload, **more)

@@ -349,7 +349,7 @@ def _mend(
     as_json: bool,
 ) -> dict[str, Any] | None:
     from neox_bridge.doctor import fixes as mend
-    from neox_bridge.execution.run import execute
+    from neox_bridge.execution.execute import execute
     from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.report import remarks
 

@@ -61,7 +61,10 @@ def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
 
 def flag(parameter: str) -> str:
     """The option of the command line that sets a parameter of the library."""
-    renamed = {"era": "for", "hash_name": "hash", "configs": "config", "ignore_keys": "ignore-key"}
+    renamed = {
+        **{"era": "for", "hash_name": "hash", "configs": "config", "ignore_keys": "ignore-key"},
+        **{"every_crc": "crc", "hash_shared": "hash"},
+    }
     return f"--{renamed.get(parameter, parameter).replace('_', '-')}"
 
 

@@ -40,6 +40,9 @@ def carry_out(
     ``execute``'s. Raises what that raises.
     """
     if how.dry_run:
+        from neox_bridge.execution.execute import check_options
+
+        check_options(target, every_crc=options.get("every_crc", False))
         if how.as_json:
             from neox_bridge.planning.report import to_json
 
@@ -60,7 +63,7 @@ def perform(
     **options: Any,
 ) -> "Result":
     """Execute a plan, and say on stderr what was noticed. Arguments: see ``carry_out``."""
-    from neox_bridge.execution.run import execute
+    from neox_bridge.execution.execute import execute
 
     tell(plan, how.quiet)
     total = plan.size if how.no_verify else 2 * plan.size

@@ -61,7 +61,7 @@ def toy(
       neox-bridge toy pythia-410m toy-neox --as neox
     """
     with writing(folder):
-        from neox_bridge.execution.run import execute
+        from neox_bridge.execution.execute import execute
         from neox_bridge.toy import plan_toy
 
         plan = plan_toy(name, folder, "hf" if kind == "hf" else "neox", seed, layers)
