@@ -329,7 +329,7 @@ class Test_stopped:  # noqa: N801
             return ""
 
         store.spoil = spoil
-        command = [sys.executable, "-m", "neox_bridge", "convert", str(wide), url, "--crc"]
+        command = [sys.executable, "-m", "neox_bridge", "convert", str(wide), url]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 30
         while not held and time.monotonic() < deadline:
