@@ -10,7 +10,7 @@ from typing import Any
 
 from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.errors import UsageError
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Finding, unrepeated
 from neox_bridge.frameworks.eras import LATER_ERAS, TODAY, MlpNames, known_keys
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.tensors.fused import GqaOrder, gather_again
@@ -69,8 +69,7 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
             "the attention of this checkpoint is Transformer Engine's, which has only one order",
             "Leave it out.",
         )
-    assumed = unknown_order()
-    findings = tuple(finding for finding in checkpoint.findings if finding != assumed)
+    findings = tuple(unrepeated(checkpoint.findings, (), ["GQA row order"]))
     older = order == "interleaved" or state.mlp_names == "dense"
     if older and state.rms_eps == "inside" and checkpoint.raw.get("norm") == "rmsnorm":
         findings = (*findings, rms_epsilon())

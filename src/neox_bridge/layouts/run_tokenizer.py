@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Finding, unrepeated
 from neox_bridge.frameworks.suites import TOKENIZER_REPO
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.step_folder import StepFolder
@@ -65,8 +65,7 @@ def with_tokenizer(checkpoint: Checkpoint, files: Sequence[str]) -> Checkpoint:
 
 def not_missing(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint where nothing is said of the tokenizer, since there is one."""
-    finding = missing_finding(checkpoint)
-    findings = tuple(one for one in checkpoint.findings if one != finding)
+    findings = tuple(unrepeated(checkpoint.findings, (), ["tokenizer"]))
     return replace(checkpoint, missing_tokenizer="", findings=findings)
 
 
@@ -82,6 +81,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
             "info",
             f"the yml names the tokenizer {name}, which {checkpoint.hub_repo} does not hold",
             "convert, batch and reshard look for it on the Hub; --tokenizer PATH names another",
+            subject="tokenizer",
         )
     option = f"--tokenizer {TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}"
     remedy = f"add {option} to convert"
@@ -93,6 +93,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
         f"the yml names the tokenizer {name}, which is not on this machine, and {state.folder} has "
         f"no {base}, so that it is not known how many rows of the vocabulary are padding",
         remedy,
+        subject="tokenizer",
     )
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
@@ -11,7 +10,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.optimizer.mp_rank import parameter_name
-from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.read_stage0 import grouped
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
@@ -83,7 +82,14 @@ def fresh(
     schedule = schedule_of(training, float(params.get("lr", 1e-5)), iteration)
     plain = replace(config, dtype="float32")
     by_rank = [_states(architecture, plain, wholes, shape, rank) for rank in range(shape.tp)]
-    bounds = _bounds(architecture, config, shape, training, by_rank[0][MASTER])
+    parameters = by_rank[0][MASTER].items()
+    bounds = stages_of(
+        architecture,
+        config,
+        training,
+        shape.stages,
+        lambda: ((layer, tensor.shape) for (layer, _), tensor in parameters),
+    )
     decay = float(training.get("weight_decay", 0.1))
     settings = {
         **ADAM,
@@ -171,23 +177,6 @@ def _states(
     return {MASTER: mine, **dict.fromkeys(_MOMENTS, zeros)}
 
 
-def _bounds(
-    architecture: Architecture,
-    config: ModelConfig,
-    shape: Shape,
-    training: Mapping[str, Any],
-    parameters: Mapping[Parameter, OutputTensor],
-) -> list[range]:
-    if shape.stages == 1:
-        return [range(config.layers + 5)]
-    counts: dict[int, int] = {}
-    for (layer, _), tensor in parameters.items():
-        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
-    method = str(training.get("pipe_partition_method") or DEFAULT)
-    block, tied = block_class(architecture.name), config.tied_embeddings
-    return stage_bounds(method, config.layers, shape.stages, counts, tied=tied, block=block)
-
-
 def _groups(
     config: ModelConfig,
     shape: Shape,
@@ -196,7 +185,7 @@ def _groups(
     states: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> list[RankGroup]:
     tied = config.tied_embeddings
-    head = tied and config.layers + 4 in layers
+    head = tied and config.head_layer in layers
     mine = {
         place: tensor.shape
         for place, tensor in sorted(states[MASTER].items(), key=lambda item: item[0][0])

@@ -22,7 +22,7 @@ from neox_bridge.layouts.deepspeed_values import (
 )
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.layouts.untrusted import mapping, sequence
-from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.read_files import check_weights, generators, scalar
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.tensors.flat import Flat
@@ -93,17 +93,16 @@ def read_stage0(
 
 def source_bounds(checkpoint: Checkpoint) -> list[range]:
     """The layers of each of the source's stages, or all of them in one."""
-    state, config = checkpoint.neox, checkpoint.config
+    state = checkpoint.neox
     assert state is not None
-    if state.pp < 2:
-        return [range(config.layers + 5)]
-    counts = {
-        layer: sum(prod(ref.shape) for ref in tensors.values())
-        for layer, tensors in state.ranks[0].items()
-    }
-    method = str(checkpoint.raw.get("pipe_partition_method") or DEFAULT)
-    block, tied = block_class(checkpoint.architecture.name), config.tied_embeddings
-    return stage_bounds(method, config.layers, state.pp, counts, tied=tied, block=block)
+    layers = state.ranks[0].items()
+    return stages_of(
+        checkpoint.architecture,
+        checkpoint.config,
+        checkpoint.raw,
+        state.pp,
+        lambda: ((layer, ref.shape) for layer, tensors in layers for ref in tensors.values()),
+    )
 
 
 def grouped(
@@ -127,8 +126,8 @@ def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[
     assert checkpoint.neox is not None
     used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
     stored = checkpoint.neox.ranks[rank]
-    head = checkpoint.config.layers + 4
-    tied = checkpoint.config.tied_embeddings and head in layers
+    config = checkpoint.config
+    tied = config.tied_embeddings and config.head_layer in layers
     return {
         (layer, name): ref.shape
         for layer in sorted(stored)

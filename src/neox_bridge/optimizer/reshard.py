@@ -219,7 +219,7 @@ def _universal(
 
 def _tied_head(made: Target, layers: range, parameter: Parameter) -> bool:
     """Whether it is of the embeddings, and these layers end with the head that is tied to them."""
-    return made.config.tied_embeddings and parameter[0] == 0 and made.config.layers + 4 in layers
+    return made.config.tied_embeddings and parameter[0] == 0 and made.config.head_layer in layers
 
 
 def _named(made: Target, parameter: Parameter) -> str:

@@ -1,9 +1,8 @@
 """Where a resharded run goes on: what a user asks for, settled against the model and the batch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused, UsageError
@@ -21,7 +20,7 @@ from neox_bridge.optimizer.gradient_scale import (
     kept_accumulation,
     rescaling,
 )
-from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.era_checks import check_era, lost_in_era
@@ -152,7 +151,7 @@ def settle(
     rescaled = None
     if factor != 1:
         rescaled = rescaling(optimizer, raw, factor, checkpoint.config.dtype, way_out)
-    bounds = tuple(_bounds(checkpoint, shape, config))
+    bounds = tuple(_stages(checkpoint, shape, config))
     step = f"global_step{state.iteration}{'_universal' if asked.universal else ''}"
     return Target(
         shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
@@ -236,24 +235,12 @@ def _way_out(share: int, accumulation: int | None) -> str:
     return "Keep --pp and --dp as they are."
 
 
-def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[range]:
+def _stages(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[range]:
     """The layers of each stage; all of them in one where there are no stages."""
-    if shape.stages == 1:
-        return [range(config.layers + 5)]
-    counts: dict[int, int] = {}
-    for (layer, _), tensor in rank_parameters(
-        checkpoint.architecture,
-        config,
-        with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors),
-        shape,
-        0,
-    ).items():
-        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
-    return stage_bounds(
-        str(checkpoint.raw.get("pipe_partition_method") or DEFAULT),
-        config.layers,
-        shape.stages,
-        counts,
-        tied=config.tied_embeddings,
-        block=block_class(checkpoint.architecture.name),
-    )
+
+    def shapes() -> Iterator[tuple[int, tuple[int, ...]]]:
+        wholes = with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors)
+        parameters = rank_parameters(checkpoint.architecture, config, wholes, shape, 0)
+        return ((layer, tensor.shape) for (layer, _), tensor in parameters.items())
+
+    return stages_of(checkpoint.architecture, config, checkpoint.raw, shape.stages, shapes)

@@ -25,7 +25,7 @@ from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.rank_states import INTERVALS, RANKS
 from neox_bridge.optimizer.states import Group, Optimizer, SavedForm
 from neox_bridge.optimizer.write_zero import RankGroup
-from neox_bridge.planning.neox_files import V1_KEYS
+from neox_bridge.planning.neox_files import OLD_SPARSE_NAMES, V1_KEYS
 from neox_bridge.planning.random_states import old_cuda_state
 from neox_bridge.stores.paths import read_at
 from neox_bridge.tensors.flat import Fragment, fragments_between
@@ -182,8 +182,8 @@ def _scaler(scaler: Any) -> Any:
 
 
 def _meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    names = meta.get("csr_tensor_module_names", meta.get("sparse_tensor_module_names"))
-    values = {**meta, "csr_tensor_module_names": set() if names is None else names}
+    names = meta.get(OLD_SPARSE_NAMES, meta.get("sparse_tensor_module_names"))
+    values = {**meta, OLD_SPARSE_NAMES: set() if names is None else names}
     values["optimizer"] = None
     return {key: values.get(key) for key in V1_KEYS}
 

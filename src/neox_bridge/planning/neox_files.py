@@ -26,7 +26,29 @@ from neox_bridge.tensors.geometry import constant, scatter
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 from neox_bridge.version import __version__
 
-_CSR = "csr_tensor_module_names"
+# the keys of an mp_rank file in DeepSpeed's order, with what they are for a run without such things
+MP_RANK: Mapping[str, Any] = {
+    "module": None,
+    "buffer_names": [],
+    "optimizer": None,
+    "param_shapes": None,
+    "frozen_param_shapes": None,
+    "shared_params": {},
+    "frozen_param_fragments": None,
+    "lr_scheduler": None,
+    "data_sampler": None,
+    "random_ltd": None,
+    "sparse_tensor_module_names": set(),
+    "skipped_steps": 0,
+    "global_steps": 0,
+    "global_samples": 0,
+    "dp_world_size": 1,
+    "mp_world_size": 1,
+    "ds_config": {},
+    "ds_version": "",
+}
+_NOT_AT_START = ("shared_params", "frozen_param_fragments")
+OLD_SPARSE_NAMES = "csr_tensor_module_names"  # see frameworks.writers
 _ON_GPU = ("cuda_rng_state", "model-parallel-rng")
 # the keys of an mp_rank file of GPT-NeoX v1.0, in order (megatron/checkpointing.py and DeeperSpeed
 # 0.3.15 runtime/engine.py, _save_checkpoint)
@@ -34,7 +56,7 @@ V1_KEYS = (
     "module",
     "optimizer",
     "lr_scheduler",
-    _CSR,
+    OLD_SPARSE_NAMES,
     "skipped_steps",
     "global_steps",
     "global_samples",
@@ -295,21 +317,10 @@ def start_of_run(
         ),
     }
     value = {
+        **{key: value for key, value in MP_RANK.items() if key not in _NOT_AT_START},
         "module": module,
-        "buffer_names": [],
-        "optimizer": None,
-        "param_shapes": None,
-        "frozen_param_shapes": None,
-        "lr_scheduler": None,
-        "data_sampler": None,
-        "random_ltd": None,
-        "sparse_tensor_module_names": set(),
-        "skipped_steps": 0,
         "global_steps": iteration,
-        "global_samples": 0,
-        "dp_world_size": 1,
         "mp_world_size": count,
-        "ds_config": {},
         "ds_version": f"neox-bridge {__version__}",
         "iteration": iteration,
         "args": dict(args),
@@ -323,7 +334,7 @@ def start_of_run(
         value |= optimizer.more(number, shape.tp, iteration)
     if shape.predates_deepspeed_06:
         states |= {name: random_states.old_cuda_state(states[name]) for name in _ON_GPU}
-        value = {key: {**value, _CSR: set()}[key] for key in V1_KEYS}
+        value = {key: {**value, OLD_SPARSE_NAMES: set()}[key] for key in V1_KEYS}
     tensors = [
         OutputTensor(name, "uint8", (len(data),), inline=data) for name, data in states.items()
     ]
