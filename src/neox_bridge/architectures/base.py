@@ -8,7 +8,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
 
-Place = Literal["embed", "block", "norm", "head"]
+LayerKind = Literal["embed", "block", "norm", "head"]
 INV_FREQ = "attention.rotary_emb.inv_freq"  # GPT-NeoX's name of the rotary buffer in a block
 
 
@@ -34,7 +34,7 @@ class Weight:
     also: a name that files may have in place of ``neox``.
     """
 
-    place: Place
+    place: LayerKind
     neox: str
     hf: str
     split: Split

@@ -262,10 +262,10 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What the real GPT-NeoX computes and no GPTNeoXForCausalLM does (megatron/model/)."""
-    found = refuse_common(raw) + refuse_tied(raw)
+    refusals = refuse_common(raw) + refuse_tied(raw)
     pos = raw.get("pos_emb") or "learned"
     if pos != "rotary":
-        found.append(
+        refusals.append(
             Refusal(
                 "pos_emb",
                 f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
@@ -274,7 +274,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
         )
     norm = raw.get("norm") or "layernorm"
     if norm not in ("layernorm",):
-        found.append(
+        refusals.append(
             Refusal(
                 "norm",
                 f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
@@ -283,7 +283,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
         )
     kind = raw.get("activation") or "gelu"
     if kind not in [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]:
-        found.append(
+        refusals.append(
             Refusal(
                 "activation",
                 f"transformers' gpt_neox has no {kind!r}",
@@ -292,7 +292,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
         )
     heads = raw.get("num_attention_heads")
     if raw.get("num_kv_heads") not in (None, heads):
-        found.append(
+        refusals.append(
             Refusal(
                 "num_kv_heads",
                 "transformers' gpt_neox has no grouped-query attention",
@@ -300,7 +300,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             )
         )
     if raw.get("gpt_j_residual") and raw.get("use_bias_in_mlp") is False:
-        found.append(
+        refusals.append(
             Refusal(
                 "use_bias_in_mlp",
                 "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
@@ -310,14 +310,14 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
         )
     kinds = attention_kinds(raw) - {"global", "flash"}
     if kinds:
-        found.append(
+        refusals.append(
             Refusal(
                 "attention_config",
                 f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
                 neox_only=True,
             )
         )
-    return found
+    return refusals
 
 
 def _matches_neox(raw: Mapping[str, Any]) -> bool:
@@ -328,12 +328,12 @@ def _matches_neox(raw: Mapping[str, Any]) -> bool:
 
 def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
     """Where config.json contradicts itself or what is known."""
-    found = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
+    findings = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
         both = raw.get(old) is not None and rope.get(new) is not None
         if both and float(raw[old]) != float(rope[new]):
-            found.append(
+            findings.append(
                 Finding(
                     "rope-spellings-differ",
                     "warning",
@@ -344,7 +344,7 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
                 )
             )
     if config.activation == "gelu" and _looks_like_pythia(config):
-        found.append(
+        findings.append(
             Finding(
                 "pythia-gelu",
                 "warning",
@@ -354,7 +354,7 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
                 'for the trained form set hidden_act: "gelu_fast" in config.json and convert again',
             )
         )
-    return found
+    return findings
 
 
 def _looks_like_pythia(config: ModelConfig) -> bool:

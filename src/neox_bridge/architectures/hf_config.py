@@ -23,9 +23,9 @@ def refuse_hf_common(
     GPT-NeoX's RotaryEmbedding takes a base and a number of dimensions, nothing else
     (megatron/model/positional_embeddings.py); the base is an int (neox_arguments/neox_args.py).
     """
-    found = []
+    refusals = []
     if (name := rope_kind(raw)) != "default":
-        found.append(
+        refusals.append(
             Refusal(
                 "rope_scaling",
                 f"GPT-NeoX has no RoPE scaling, and this model uses {name!r}",
@@ -35,14 +35,14 @@ def refuse_hf_common(
         )
     known = list(activations)
     if raw.get("hidden_act", known[0]) not in known:
-        found.append(
+        refusals.append(
             Refusal(
                 "hidden_act",
                 f"GPT-NeoX has no activation {raw['hidden_act']!r}, only {', '.join(known)}",
             )
         )
     if not base.is_integer():
-        found.append(
+        refusals.append(
             Refusal(
                 base_key,
                 f"GPT-NeoX takes whole numbers only, and this is {base}",
@@ -50,14 +50,14 @@ def refuse_hf_common(
             )
         )
     if raw.get("quantization_config"):
-        found.append(
+        refusals.append(
             Refusal(
                 "quantization_config",
                 "GPT-NeoX has no quantized weights",
                 "convert the original, unquantized model",
             )
         )
-    return found
+    return refusals
 
 
 def stored_biases(raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]]) -> list[Finding]:

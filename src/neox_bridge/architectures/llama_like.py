@@ -77,8 +77,8 @@ class Family:
 
 
 def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
-    told = number(key, raw.get(key) or heads, int)
-    return None if told == heads else told
+    count = number(key, raw.get(key) or heads, int)
+    return None if count == heads else count
 
 
 def rope_base(raw: Mapping[str, Any]) -> float:
@@ -168,21 +168,21 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
     )
 
 
-def gated_width(told: int, multiple: int = 1) -> int | None:
+def gated_width(setting: int, multiple: int = 1) -> int | None:
     """The width of a gated MLP that GPT-NeoX makes of a yml's intermediate_size.
 
     None where its two matrices wouldn't fit (megatron/model/transformer.py, ParallelMLP).
     """
-    both = int(told * 2 / 3)
+    both = int(setting * 2 / 3)
     width = round_up(both // 2, multiple)
     return width if round_up(both, 2 * multiple) == 2 * width else None
 
 
 def gated_setting(width: int) -> int:
     """The intermediate_size that gives this width with mlp_multiple_of: 1. Raises Refused."""
-    for told in (3 * width, 3 * width + 1, 3 * width - 1):
-        if gated_width(told) == width:
-            return told
+    for setting in (3 * width, 3 * width + 1, 3 * width - 1):
+        if gated_width(setting) == width:
+            return setting
     raise Refused(
         f"intermediate_size: no value of the yml makes GPT-NeoX's gated MLP {width} wide. Use "
         "--for neox@2024-09, whose trees take the width itself."
@@ -221,10 +221,10 @@ def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
 
 
 def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
-    found = refuse_hf_common(raw, rope_base(raw), "rope_theta", ("silu", "swish", "gelu"))
+    refusals = refuse_hf_common(raw, rope_base(raw), "rope_theta", ("silu", "swish", "gelu"))
     hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if raw.get("head_dim") and hidden and heads and raw["head_dim"] * heads != hidden:
-        found.append(
+        refusals.append(
             Refusal(
                 "head_dim",
                 f"GPT-NeoX's heads have hidden_size / num_attention_heads = {hidden / heads:g} "
@@ -234,14 +234,14 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
     rope = raw.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if share != 1.0:
-        found.append(
+        refusals.append(
             Refusal(
                 "partial_rotary_factor",
                 f"transformers' {family.name} rotates whole heads, and this config says {share}",
                 "set it to 1.0 if the model rotates whole heads",
             )
         )
-    return found + family.refuse(raw)
+    return refusals + family.refuse(raw)
 
 
 def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:

@@ -119,9 +119,9 @@ def _complete(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
     hidden = dims["hidden"]
-    told = {"state_size": ("states", STATES), "conv_kernel": ("conv", CONV)}
-    told["time_step_rank"] = ("dt", dt_rank(hidden))
-    for key, (dim, default) in told.items():
+    fixed = {"state_size": ("states", STATES), "conv_kernel": ("conv", CONV)}
+    fixed["time_step_rank"] = ("dt", dt_rank(hidden))
+    for key, (dim, default) in fixed.items():
         value = raw.get(key, default)
         value = default if value == "auto" else value
         if number(key, value, int) != dims[dim]:
@@ -191,18 +191,18 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
 
 def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What is fixed in GPT-NeoX's ParallelMambaBlock."""
-    found = refuse_hf_common(raw, 10000.0, "", ("silu", "swish"))
+    refusals = refuse_hf_common(raw, 10000.0, "", ("silu", "swish"))
     fixed: dict[str, Any] = {"state_size": STATES, "conv_kernel": CONV, "use_bias": False}
     if raw.get("hidden_size") and raw.get("time_step_rank", "auto") != "auto":
         fixed["time_step_rank"] = dt_rank(number("hidden_size", raw["hidden_size"], int))
     if raw.get("rms_norm") is False:
-        found.append(
+        refusals.append(
             Refusal(
                 "rms_norm",
                 "this Mamba has layernorm, and transformers' rmsnorm only",
             )
         )
-    return found + [
+    return refusals + [
         Refusal(
             key,
             f"GPT-NeoX's Mamba has {want} only, and this model {raw[key]}",
@@ -248,9 +248,9 @@ def _refuse_shape(tp: int, era: str) -> list[Refusal]:
 
     Its partial sums are never added up, so that each rank goes on with a dt, B and C of its own.
     """
-    found = []
+    refusals = []
     if tp > 1:
-        found.append(
+        refusals.append(
             Refusal(
                 "model_parallel_size",
                 f"on {tp} tensor-parallel ranks GPT-NeoX's Mamba doesn't sum x_proj over the ranks "
@@ -259,14 +259,14 @@ def _refuse_shape(tp: int, era: str) -> list[Refusal]:
             )
         )
     if era != "today":
-        found.append(
+        refusals.append(
             Refusal(
                 "attention_config",
                 f"only today's GPT-NeoX has been seen to run this Mamba, none of {era}",
                 "use --for today",
             )
         )
-    return found
+    return refusals
 
 
 def _findings(raw: Mapping[str, Any], config: ModelConfig) -> list[tuple[str, str, str]]:

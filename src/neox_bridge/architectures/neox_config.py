@@ -20,10 +20,10 @@ def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
     No NaN, no infinity, and an int of a whole number only.
     """
     try:
-        found = kind(value)
-        if not isfinite(found) or (kind is int and found != float(value)):
+        result = kind(value)
+        if not isfinite(result) or (kind is int and result != float(value)):
             raise ValueError
-        return found
+        return result
     except (TypeError, ValueError, OverflowError):
         shown = str(value)[:60]
         raise BridgeError(f"{key}: {shown!r} isn't a number. Correct it in the config.") from None
@@ -31,7 +31,7 @@ def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
 
 def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
     """The fields of a table, from a config.json or a yml. BridgeError names a key that lacks."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, kind, hf_key, hf_default, neox_key, neox_default in keys:
         key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
         value = default if raw.get(key) is None else raw[key]
@@ -40,8 +40,8 @@ def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
             raise BridgeError(
                 f"{where} has no {key}, which can't be told from the tensors: add it."
             )
-        found[name] = number(key, value, kind)
-    return found
+        values[name] = number(key, value, kind)
+    return values
 
 
 def round_up(size: int, step: int) -> int:

@@ -72,7 +72,7 @@ card; where it is empty, look at the branches of the repository.
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FamilyRow:
     """A family for people: models that are of it, eras, how it is proved, what to know."""
 
     family: str
@@ -88,10 +88,10 @@ def _eras(architecture: Architecture) -> str:
     return ", ".join(era.name for era in LATER_ERAS if not architecture.refuse_shape(1, era.name))
 
 
-def rows() -> list[Row]:
+def rows() -> list[FamilyRow]:
     """The families that are converted, in the order in which they are tried."""
     return [
-        Row(a.name, a.hf_class, a.about.models, _eras(a), a.about.proof, a.about.note)
+        FamilyRow(a.name, a.hf_class, a.about.models, _eras(a), a.about.proof, a.about.note)
         for a in ARCHITECTURES
     ]
 

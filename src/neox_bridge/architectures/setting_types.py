@@ -17,9 +17,9 @@ _LONGEST = 200  # characters of a name
 _Kind = tuple[str, Callable[[Any], bool]]
 
 
-def _whole(most: int, told: str = "") -> _Kind:
+def _whole(most: int, shown: str = "") -> _Kind:
     return (
-        f"a whole number from 0 to {told or most}",
+        f"a whole number from 0 to {shown or most}",
         lambda v: _is_number(v) and float(v).is_integer() and 0 <= v <= most,
     )
 

@@ -154,19 +154,19 @@ def refuse_quantized(
     weights: the names among them that the family has as weights.
     classes: see ``quantized_class``, by the names of what is no plain tensor.
     """
-    told = quantization_of(path, config, tensors, frozenset(weights), classes)
-    if told is not None:
+    quantization = quantization_of(path, config, tensors, frozenset(weights), classes)
+    if quantization is not None:
         raise QuantizedModel(
-            f"{path} is quantized ({told.label}: {'; '.join(told.evidence)}): it holds packed or "
-            "scaled numbers in the place of weights, and removing the scales would leave another "
-            f"model. Way out: {way_out(told)}.",
-            QuantizedFolder(kind, path, told, config, tensors, files),
+            f"{path} is quantized ({quantization.label}: {'; '.join(quantization.evidence)}): it "
+            "holds packed or scaled numbers in the place of weights, and removing the scales would "
+            f"leave another model. Way out: {way_out(quantization)}.",
+            QuantizedFolder(kind, path, quantization, config, tensors, files),
         )
 
 
-def way_out(told: Quantization) -> str:
+def way_out(quantization: Quantization) -> str:
     """What to do about a quantized model."""
-    named = f", {told.original}" if told.original else ""
+    named = f", {quantization.original}" if quantization.original else ""
     return f"convert the original, unquantized model{named}"
 
 

@@ -107,13 +107,13 @@ def _group(group: Group) -> Group:
 
 def _meta(meta: Mapping[str, Any], config: Mapping[str, Any], version: str) -> dict[str, Any]:
     """An mp_rank file's value with DeepSpeed's keys in their order, then GPT-NeoX's."""
-    told = {key: value for key, value in meta.items() if key != OLD_SPARSE_NAMES}
-    own = {**MP_RANK, "ds_config": dict(config), "ds_version": version}
+    kept = {key: value for key, value in meta.items() if key != OLD_SPARSE_NAMES}
+    defaults = {**MP_RANK, "ds_config": dict(config), "ds_version": version}
     if OLD_SPARSE_NAMES in meta:
-        own["sparse_tensor_module_names"] = meta[OLD_SPARSE_NAMES]
-    given = {key: told[key] for key in own if key in told and key not in _OF_DEEPSPEED}
-    others = {key: told[key] for key in told if key not in own}
-    return _with_current_random_states({**own, **given, **others})
+        defaults["sparse_tensor_module_names"] = meta[OLD_SPARSE_NAMES]
+    given = {key: kept[key] for key in defaults if key in kept and key not in _OF_DEEPSPEED}
+    others = {key: kept[key] for key in kept if key not in defaults}
+    return _with_current_random_states({**defaults, **given, **others})
 
 
 def _with_current_random_states(meta: Mapping[str, Any]) -> dict[str, Any]:

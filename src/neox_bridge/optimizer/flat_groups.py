@@ -65,7 +65,11 @@ def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Sha
     keys = list(ordered[0][1])
     for path, tensors in ordered:
         for key in {*keys, *tensors}:
-            dtypes = [found[key].dtype for found in (ordered[0][1], tensors) if key in found]
+            dtypes = [
+                states_of_part[key].dtype
+                for states_of_part in (ordered[0][1], tensors)
+                if key in states_of_part
+            ]
             if len(dtypes) < 2 or dtypes[0] != dtypes[1]:
                 raise BridgeError(
                     f"{path}: group {index} has {key} in another dtype than {first.path}, or only "
@@ -161,9 +165,9 @@ def _wholes(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[str
     runs = _runs([prod(shape) for shape in shapes.values()], parts)
     dtype = parts[0].dtype if parts else "float32"
     wholes = {}
-    for (name, shape), found in zip(shapes.items(), runs, strict=True):
+    for (name, shape), parameter_runs in zip(shapes.items(), runs, strict=True):
         pieces = []
-        for ref, low in found:
+        for ref, low in parameter_runs:
             offset = ref.offset
             for start, box in boxes_of(shape, low, low + ref.shape[0]):
                 piece = TensorRef(ref.file, offset, ref.dtype, box)
@@ -179,13 +183,13 @@ def _runs(
     """For each parameter, its runs of elements in the parts, and where in it each run begins."""
     number, at = 0, 0  # the part, and the next element of it
     for size in sizes:
-        found, low = [], 0
+        parameter_runs, low = [], 0
         while low < size:
             part = parts[number]
             count = min(size - low, part.shape[0] - at)
             offset = part.offset + at * itemsize(part.dtype)
-            found.append((TensorRef(part.file, offset, part.dtype, (count,)), low))
+            parameter_runs.append((TensorRef(part.file, offset, part.dtype, (count,)), low))
             low, at = low + count, at + count
             if at == part.shape[0]:
                 number, at = number + 1, 0
-        yield found
+        yield parameter_runs

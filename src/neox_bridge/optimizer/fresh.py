@@ -14,7 +14,7 @@ from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.read_stage0 import grouped
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
-from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.planning.neox_files import RankLayout, rank_parameters
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 
@@ -57,7 +57,7 @@ def fresh(
     architecture: Architecture,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     training: Mapping[str, Any],
     iteration: int,
     dp: int,
@@ -67,27 +67,27 @@ def fresh(
     training: the yml's keys. Raises Refused for an optimizer that isn't Adam, and for what has
     another order of parameters.
     """
-    told = training.get("optimizer") or {}
-    if str(told.get("type", "adam")).lower() not in ("adam", "cpu_adam", "cpu_torch_adam"):
+    adam = training.get("optimizer") or {}
+    if str(adam.get("type", "adam")).lower() not in ("adam", "cpu_adam", "cpu_torch_adam"):
         raise Refused(
-            f"--optimizer fresh: the settings' optimizer is {told['type']}, and only Adam's states "
+            f"--optimizer fresh: the settings' optimizer is {adam['type']}, and only Adam's states "
             "are known. Leave the option out."
         )
-    if shape.te or (shape.old_names and architecture.gated):
+    if layout.te or (layout.old_names and architecture.gated):
         raise Refused(
             "--optimizer fresh: not for Transformer Engine's modules, nor for gated MLPs of trees "
             "before 2024-09. Leave out --te, use --for today."
         )
-    params = told.get("params") or {}
+    params = adam.get("params") or {}
     schedule = schedule_of(training, float(params.get("lr", 1e-5)), iteration)
     plain = replace(config, dtype="float32")
-    by_rank = [_states(architecture, plain, wholes, shape, rank) for rank in range(shape.tp)]
+    by_rank = [_states(architecture, plain, wholes, layout, rank) for rank in range(layout.tp)]
     parameters = by_rank[0][MASTER].items()
     bounds = stages_of(
         architecture,
         config,
         training,
-        shape.stages,
+        layout.stages,
         lambda: ((layer, tensor.shape) for (layer, _), tensor in parameters),
     )
     decay = float(training.get("weight_decay", 0.1))
@@ -106,8 +106,8 @@ def fresh(
     optimizer = Optimizer(
         "bf16" if high else "zero", 1, dp, (MASTER, *_MOMENTS), groups, {}, {}, head, (), (), {}
     )  # fmt: skip
-    found = {
-        (stage, rank): _groups(config, shape, layers, groups, states)
+    rank_groups = {
+        (stage, rank): _groups(config, layout, layers, groups, states)
         for stage, layers in enumerate(bounds)
         for rank, states in enumerate(by_rank)
     }
@@ -120,7 +120,12 @@ def fresh(
     }
     stage = (training.get("zero_optimization") or {}).get("stage")
     return Fresh(
-        optimizer, found, 2 if stage == 2 and shape.layout == "ranks" else 1, dp, batch, schedule
+        optimizer,
+        rank_groups,
+        2 if stage == 2 and layout.name == "ranks" else 1,
+        dp,
+        batch,
+        schedule,
     )
 
 
@@ -164,39 +169,39 @@ def _states(
     architecture: Architecture,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     rank: int,
 ) -> dict[str, dict[Parameter, OutputTensor]]:
     """One rank's masters and moments."""
     masters = {name: replace(whole, dtype="float32") for name, whole in wholes.items()}
-    mine = rank_parameters(architecture, config, masters, shape, rank)
+    rank_masters = rank_parameters(architecture, config, masters, layout, rank)
     zeros = {
         place: OutputTensor(t.name, "float32", t.shape, (constant(t.shape, 0.0),))
-        for place, t in mine.items()
+        for place, t in rank_masters.items()
     }
-    return {MASTER: mine, **dict.fromkeys(_MOMENTS, zeros)}
+    return {MASTER: rank_masters, **dict.fromkeys(_MOMENTS, zeros)}
 
 
 def _groups(
     config: ModelConfig,
-    shape: Shape,
+    layout: RankLayout,
     layers: range,
     groups: tuple[Group, ...],
     states: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> list[RankGroup]:
     tied = config.tied_embeddings
     head = tied and config.head_layer in layers
-    mine = {
+    stage_shapes = {
         place: tensor.shape
         for place, tensor in sorted(states[MASTER].items(), key=lambda item: item[0][0])
         if place[0] in layers or (head and place[0] == 0)
     }
-    named = {p: parameter_name(p, layout=shape.layout, tied=tied) for p in mine}
+    named = {p: parameter_name(p, layout=layout.name, tied=tied) for p in stage_shapes}
     raw = {"weight_decay": 0 if len(groups) == 1 else 1}
     return [
         RankGroup(
             group, {key: {named[p]: tensors[p] for p in part} for key, tensors in states.items()}
         )
-        for group, part in zip(groups, grouped(mine, raw, len(groups)), strict=True)
+        for group, part in zip(groups, grouped(stage_shapes, raw, len(groups)), strict=True)
         if part
     ]

@@ -96,21 +96,21 @@ def _read_files(
     paths: list[str] = []
     head: dict[str, Any] = {}
     for number, meta in enumerate(metas):
-        mine = files[number]
-        paths += mine
-        values = [_states(path) for path in ahead(mine)]
+        rank_paths = files[number]
+        paths += rank_paths
+        values = [_states(path) for path in ahead(rank_paths)]
         head = head or {k: v for k, v in values[0].items() if k not in _SHARDED}
-        shapes = _shapes(meta, mine[0], number)
+        shapes = _shapes(meta, rank_paths[0], number)
         for index, flats in enumerate(shapes):
             flat = Flat(flats, dp)
-            group, tensors = _group(values, mine, index, flat)
+            group, tensors = _group(values, rank_paths, index, flat)
             label = str(group.settings.get("name", index))
             known = groups.setdefault(label, group)
-            same_group(known, group, mine[0])
+            same_group(known, group, rank_paths[0])
             keys += [key for key in tensors if key not in keys]
             for key, parts in tensors.items():
                 for name, whole in flat.wholes(parts).items():
-                    place = parameter(name, mine[0])
+                    place = parameter(name, rank_paths[0])
                     # tied embeddings are in the first and the last stage, kept alike by DeepSpeed
                     shards.setdefault((number % state.tp, place), {}).setdefault(key, whole)
                     members[place] = list(groups).index(label)
@@ -234,14 +234,14 @@ def _add(
 
 def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int, path: str) -> None:
     """DeepSpeed's own words for where parameters lie in a partition, held against ours."""
-    told = value.get("param_slice_mappings")
-    if not isinstance(told, list) or index >= len(told):
+    mappings = value.get("param_slice_mappings")
+    if not isinstance(mappings, list) or index >= len(mappings):
         return
-    if not isinstance(told[index], dict):
-        raise unexpected(path, f"param_slice_mappings[{index}]", told[index], "a mapping")
+    if not isinstance(mappings[index], dict):
+        raise unexpected(path, f"param_slice_mappings[{index}]", mappings[index], "a mapping")
     theirs = {
         name: (entry.state.get("start"), entry.state.get("numel"))
-        for name, entry in told[index].items()
+        for name, entry in mappings[index].items()
         if isinstance(entry, Record) and isinstance(entry.state, dict)
     }
     ours = {part.name: (part.start, part.numel) for part in flat.fragments(rank)}
@@ -304,14 +304,14 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
     for rank, layers in enumerate(checkpoint.neox.ranks):
         for layer, tensors in layers.items():
             for name, ref in tensors.items():
-                mine = optimizer.shards.get((rank, (layer, name)), {})
-                lacking = [key for key in optimizer.keys if key not in mine]
+                rank_states = optimizer.shards.get((rank, (layer, name)), {})
+                lacking = [key for key in optimizer.keys if key not in rank_states]
                 if ref in used and lacking:
                     raise BridgeError(
                         f"{folder}: the optimizer has no {lacking[0]} of layer {layer}: {name}. "
                         "Was that parameter frozen? Only runs that train all can be read."
                     )
-                if any(whole.shape != ref.shape for whole in mine.values()):
+                if any(whole.shape != ref.shape for whole in rank_states.values()):
                     raise BridgeError(
                         f"{folder}: layer {layer}: {name} has the shape {list(ref.shape)}, and its "
                         "optimizer states another. Are all files of one save?"
@@ -320,8 +320,8 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
 
 def generators(meta: Mapping[str, Any]) -> dict[str, bytes]:
     """The states in ``rng_tracker_states``, by name."""
-    found = {}
+    states = {}
     for name, ref in (meta.get("rng_tracker_states") or {}).items():
         if isinstance(ref, TensorRef) and ref.nbytes < 1 << 16:
-            found[str(name)] = read_at(ref.file, ref.offset, ref.nbytes)
-    return found
+            states[str(name)] = read_at(ref.file, ref.offset, ref.nbytes)
+    return states

@@ -88,11 +88,11 @@ def read_zero(
             settings = first.settings
             if settings is None:
                 version = text(first.head, "ds_version")
-                found = derived_settings(
+                derivation = derived_settings(
                     checkpoint.raw, meta, first.scalars, folder, meta_path, version
                 )
-                settings, derived = found.groups, found.derived
-                derived_findings = found.findings
+                settings, derived = derivation.groups, derivation.derived
+                derived_findings = derivation.findings
             groups = [Group(*pair) for pair in zip(settings, first.scalars, strict=True)]
         if _is_dealt_out(first):
             groups_in_files = tuple(dealt_out(group, len(paths)) for group in order.groups)

@@ -87,8 +87,8 @@ def check_padding(parts: Iterable[TensorRef], key: str) -> None:
     for ref in local[-1:]:
         count = min(_PADDING, ref.shape[0])
         runs.append(_run(ref, ref.shape[0] - count, count))
-    for ref, found in _read(runs):
-        if found.any():
+    for ref, values in _read(runs):
+        if values.any():
             raise BridgeError(
                 f"{ref.file}: {key} holds values behind the last parameter of the group, where "
                 "zeros should be. The files are of another model or save: copy the checkpoint "

@@ -114,18 +114,18 @@ def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, 
         for layer, tensors in layers.items()
         for name, ref in tensors.items()
     }
-    found: dict[str, dict[str, Whole]] = {}
+    by_state: dict[str, dict[str, Whole]] = {}
     for key in optimizer.keys:
         shards = {
             ref: optimizer.shards[place][key]
             for ref, place in stored.items()
             if place in optimizer.shards
         }
-        found[key] = {
+        by_state[key] = {
             name: in_place_of(whole, shards, sums=key == MASTER)
             for name, whole in checkpoint.tensors.items()
         }
-    return found
+    return by_state
 
 
 def tensor_of(name: str) -> str:

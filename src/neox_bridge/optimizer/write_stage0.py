@@ -37,8 +37,8 @@ def _plain(groups: Sequence[RankGroup]) -> Stage0:
             entry = scalar_slots(group.group, f"optimizer.{number}", tensors)
             for key, named in group.states.items():
                 slot, tensor = f"optimizer.{number}.{key}", named[name]
-                found = joined(cut_out(tensor, 0, prod(tensor.shape)))
-                parts[slot] = [replace(p, name=f"{slot}#{n}") for n, p in enumerate(found)]
+                runs = joined(cut_out(tensor, 0, prod(tensor.shape)))
+                parts[slot] = [replace(p, name=f"{slot}#{n}") for n, p in enumerate(runs)]
                 tensors.append(stand_in(slot, tensor.dtype, tensor.shape, parts[slot]))
                 entry[key] = TensorSlot(slot)
             state[number] = entry

@@ -76,11 +76,11 @@ def zero_files(
             for key, named in group.states.items():
                 slot = f"{key}.{index}"
                 padded = key != MASTER or optimizer.wrapper == "bf16"
-                found = partition(slot, named, flat, rank, padded=padded)
+                fragments = partition(slot, named, flat, rank, padded=padded)
                 size = flat.partition if padded else flat.used(rank)
-                parts[slot] = found
+                parts[slot] = fragments
                 dtype = next(iter(named.values())).dtype
-                tensors.append(stand_in(slot, dtype, (size,), found))
+                tensors.append(stand_in(slot, dtype, (size,), fragments))
                 slots[key] = TensorSlot(slot)
             masters.append(slots.pop(MASTER))
             scalars = scalar_slots(group.group, f"{index}", tensors)
@@ -103,14 +103,14 @@ def zero_files(
 
 def scalar_slots(group: Group, name: str, tensors: list[OutputTensor]) -> dict[str, Any]:
     """What a group's state has beside parameters; small tensors are added to ``tensors``."""
-    found: dict[str, Any] = {}
+    slots: dict[str, Any] = {}
     for key, entry in group.scalars.items():
-        found[key] = entry
+        slots[key] = entry
         if isinstance(entry, Scalar):
             slot = f"{key}.{name}"
             tensors.append(OutputTensor(slot, entry.dtype, entry.shape, inline=entry.data))
-            found[key] = TensorSlot(slot)
-    return found
+            slots[key] = TensorSlot(slot)
+    return slots
 
 
 def _padding(optimizer: Optimizer, flat: Flat, rank: int) -> int:
@@ -137,7 +137,7 @@ def _head(
     dp: int,
 ) -> dict[str, Any]:
     head = {key: value for key, value in optimizer.head.items() if key != "outer"}
-    own: dict[str, Any] = {
+    written: dict[str, Any] = {
         "base_optimizer_state": base,
         "single_partition_of_fp32_groups": list(masters),
         "zero_stage": Record(_STAGE, (stage,)),
@@ -147,9 +147,9 @@ def _head(
         "param_slice_mappings": list(mappings),
     }
     if optimizer.wrapper == "bf16":
-        del own["zero_stage"]
-    before = {key: value for key, value in head.items() if key not in own}
-    return {**before, **own}
+        del written["zero_stage"]
+    before = {key: value for key, value in head.items() if key not in written}
+    return {**before, **written}
 
 
 def whole_head(optimizer: Optimizer, stage: int, dp: int) -> dict[str, Any]:

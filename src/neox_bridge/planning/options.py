@@ -66,16 +66,16 @@ class Options:
 
     def asked(self) -> dict[str, object]:
         """What isn't the default, in plain words, without paths of the machine."""
-        found = {
+        chosen = {
             field.name: value
             for field in fields(self)
             if (value := getattr(self, field.name)) != field.default
         }
         if self.era is not None:
-            found["era"] = self.era.name
+            chosen["era"] = self.era.name
         if self.tokenizer is not None:
-            found["tokenizer"] = basename(self.tokenizer.rstrip("/"))
-        return found
+            chosen["tokenizer"] = basename(self.tokenizer.rstrip("/"))
+        return chosen
 
 
 # the options that apply to targets of one kind only

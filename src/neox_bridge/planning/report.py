@@ -85,16 +85,16 @@ def plan_hash(plan: Plan) -> str:
 
     The same for the same files, whatever words of explanation go with them.
     """
-    found = sha256(str(SCHEMA_VERSION).encode())
+    digest = sha256(str(SCHEMA_VERSION).encode())
     for file in plan.files:
-        found.update(repr((file.path, file.size, file.copy_of, file.seals)).encode())
+        digest.update(repr((file.path, file.size, file.copy_of, file.seals)).encode())
         for at, data in file.literals:
-            found.update(repr((at, len(data))).encode() + data)
+            digest.update(repr((at, len(data))).encode() + data)
         for t in file.tensors:
             pieces = [_piece_facts(p) for p in t.pieces]
-            told = (t.name, t.dtype, t.shape, t.reduce, t.divisor, t.random, t.offset, t.crc_at)
-            found.update(repr((told, t.inline, pieces)).encode())
-    return found.hexdigest()
+            facts = (t.name, t.dtype, t.shape, t.reduce, t.divisor, t.random, t.offset, t.crc_at)
+            digest.update(repr((facts, t.inline, pieces)).encode())
+    return digest.hexdigest()
 
 
 def _piece_facts(piece: Piece) -> tuple[object, ...]:
@@ -119,10 +119,10 @@ def plan_schema() -> dict[str, Any]:
 
 def by_reason(dropped: Iterable[Dropped]) -> Mapping[str, list[str]]:
     """Names of what was dropped, by the reason, in the order of their first appearance."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for drop in dropped:
-        found.setdefault(drop.reason, []).append(drop.name)
-    return found
+        names.setdefault(drop.reason, []).append(drop.name)
+    return names
 
 
 def is_plain(tensor: OutputTensor) -> bool:

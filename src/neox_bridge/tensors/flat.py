@@ -85,7 +85,8 @@ class Flat:
                     at += prod(box) * size
         dtype = parts[0].dtype
         return {
-            name: Whole(dtype, self.shapes[name], tuple(found)) for name, found in pieces.items()
+            name: Whole(dtype, self.shapes[name], tuple(parts_of_name))
+            for name, parts_of_name in pieces.items()
         }
 
 
@@ -107,20 +108,20 @@ def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:
         return [((), ())]
     inner = row_major(shape)[0]
     first, last = -(-low // inner), high // inner  # whole rows
-    found = []
+    boxes = []
     if first > last:  # all within one row
         row, at = divmod(low, inner)
         rest = boxes_of(shape[1:], at, high - row * inner)
         return [((row, *start), (1, *box)) for start, box in rest]
     if low < first * inner:
         rest = boxes_of(shape[1:], low - (first - 1) * inner, inner)
-        found += [((first - 1, *start), (1, *box)) for start, box in rest]
+        boxes += [((first - 1, *start), (1, *box)) for start, box in rest]
     if first < last:
-        found.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+        boxes.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
     if last * inner < high:
         rest = boxes_of(shape[1:], 0, high - last * inner)
-        found += [((last, *start), (1, *box)) for start, box in rest]
-    return found
+        boxes += [((last, *start), (1, *box)) for start, box in rest]
+    return boxes
 
 
 def in_place_of(whole: Whole, shards: Mapping[TensorRef, Whole], *, sums: bool = True) -> Whole:
@@ -149,9 +150,9 @@ def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
     """
     if whole.reduce == "none":
         return [((0,) * len(whole.shape), whole)]
-    found: dict[tuple[Shape, Shape], list[Piece]] = {}
+    groups: dict[tuple[Shape, Shape], list[Piece]] = {}
     for piece in whole.pieces:
-        found.setdefault((piece.to, piece.shape), []).append(piece)
+        groups.setdefault((piece.to, piece.shape), []).append(piece)
     return [
         (
             to,
@@ -162,7 +163,7 @@ def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
                 whole.reduce,
             ),
         )
-        for (to, shape), group in sorted(found.items(), key=lambda item: item[0])
+        for (to, shape), group in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -122,11 +122,11 @@ def _as_they_are(tensors: Sequence[OutputTensor], places: Mapping[int, int | Non
 
 def _shared(order: Sequence[OutputTensor], places: Mapping[int, int | None], at: int) -> int:
     """The bytes that lie where they can be shared, the first tensor at this offset."""
-    found = 0
+    shared = 0
     for tensor in order:
-        found += tensor.nbytes if places[id(tensor)] == at % BLOCK else 0
+        shared += tensor.nbytes if places[id(tensor)] == at % BLOCK else 0
         at += tensor.nbytes
-    return found
+    return shared
 
 
 def _next(at: int, left: dict[int, int], waiting: Groups, small: Groups) -> tuple[Groups, int]:
