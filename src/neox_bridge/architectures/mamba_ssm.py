@@ -40,10 +40,10 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm": raw.get("rms_norm", True),
         "layer_norm_epsilon": _EPSILON,
     }
-    for key, own in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
-        config |= {key: raw[own]} if own in raw else {}
+    for key, name in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
+        config |= {key: raw[name]} if name in raw else {}
     block = raw["ssm_cfg"] if isinstance(raw["ssm_cfg"], dict) else {}
-    config |= {word: block[own] for own, word in _BLOCK.items() if own in block}
+    config |= {word: block[name] for name, word in _BLOCK.items() if name in block}
     if block.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
         config["model_type"] = str(block.get("layer", "mamba with attention")).lower()
     return config

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.formats.pickles import Global, Record
-from neox_bridge.frameworks.deepspeed import PARTITIONS, SUB_PARTITIONS
+from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
 from neox_bridge.layouts.untrusted import number, text
 from neox_bridge.optimizer.gradient_scale import CLIPPING
+from neox_bridge.optimizer.rank_states import is_current as current_states
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.planning.neox_files import MP_RANK, OLD_SPARSE_NAMES
 from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
@@ -37,7 +38,7 @@ DECAYING, STILL = "weight_decay_params", "no_weight_decay_params"
 def is_current(optimizer: Optimizer) -> bool:
     """Whether DeepSpeed of 2022 and later loads the optimizer in the form that its files have."""
     form = optimizer.form
-    return form is None or (form.kind == "rigid" and form.generation is PARTITIONS)
+    return form is None or current_states(form.kind, form.generation)
 
 
 def writer_version(optimizer: Optimizer) -> str | None:

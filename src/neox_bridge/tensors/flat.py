@@ -74,20 +74,43 @@ class Flat:
 
     def wholes(self, parts: Sequence[TensorRef]) -> dict[str, Whole]:
         """The group's parameters, from the ranks' partitions: one dimension, padding or not."""
-        pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
-        for rank, part in enumerate(parts):
-            size = itemsize(part.dtype)
-            for fragment in self.fragments(rank):
-                shape, at = self.shapes[fragment.name], part.offset + fragment.start * size
-                for start, box in boxes_of(shape, fragment.low, fragment.low + fragment.numel):
-                    ref = replace(part, offset=at, shape=box)
-                    pieces[fragment.name].append(Piece(ref, (0,) * len(box), start, box))
-                    at += prod(box) * size
-        dtype = parts[0].dtype
-        return {
-            name: Whole(dtype, self.shapes[name], tuple(parts_of_name))
-            for name, parts_of_name in pieces.items()
-        }
+        used = [replace(part, shape=(self.used(rank),)) for rank, part in enumerate(parts)]
+        return wholes_of(self.shapes, [part for part in used if part.nbytes] or used)
+
+
+def wholes_of(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[str, Whole]:
+    """The parameters, which lie one behind the other in parts without padding."""
+    runs = _runs([prod(shape) for shape in shapes.values()], parts)
+    dtype = parts[0].dtype if parts else "float32"
+    wholes = {}
+    for (name, shape), parameter_runs in zip(shapes.items(), runs, strict=True):
+        pieces = []
+        for ref, low in parameter_runs:
+            offset = ref.offset
+            for start, box in boxes_of(shape, low, low + ref.shape[0]):
+                piece = TensorRef(ref.file, offset, ref.dtype, box)
+                pieces.append(Piece(piece, (0,) * len(box), start, box))
+                offset += prod(box) * itemsize(ref.dtype)
+        wholes[name] = Whole(dtype, shape, tuple(pieces))
+    return wholes
+
+
+def _runs(
+    sizes: Sequence[int], parts: Sequence[TensorRef]
+) -> Iterator[list[tuple[TensorRef, int]]]:
+    """For each parameter, its runs of elements in the parts, and where in it each run begins."""
+    number, at = 0, 0  # the part, and the next element of it
+    for size in sizes:
+        parameter_runs, low = [], 0
+        while low < size:
+            part = parts[number]
+            count = min(size - low, part.shape[0] - at)
+            offset = part.offset + at * itemsize(part.dtype)
+            parameter_runs.append((TensorRef(part.file, offset, part.dtype, (count,)), low))
+            low, at = low + count, at + count
+            if at == part.shape[0]:
+                number, at = number + 1, 0
+        yield parameter_runs
 
 
 def fragments_between(shapes: Mapping[str, Shape], first: int, end: int) -> Iterator[Fragment]:
