@@ -13,11 +13,10 @@ from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
 from neox_bridge.layouts.untrusted import number, text
 from neox_bridge.optimizer.gradient_scale import CLIPPING
 from neox_bridge.optimizer.rank_states import is_current as current_states
-from neox_bridge.optimizer.states import Group, Optimizer
+from neox_bridge.optimizer.states import Group, Optimizer, loss_scaler
 from neox_bridge.planning.neox_files import MP_RANK, OLD_SPARSE_NAMES
 from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
 
-_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 OLDEST_VERSION = "0.3.15"  # of DeeperSpeed, with GPT-NeoX until v1.0; its files do not say so
 _OF_DEEPSPEED = ("ds_config", "ds_version")
 # what the optimizers that GPT-NeoX may take for Adam expect of a group: apex's FusedAdam,
@@ -92,8 +91,7 @@ def _scaler(scaler: Any) -> Any:
     state |= {key: value for key, value in scaler.state.items() if key not in state}
     if dynamic:
         state.setdefault("dtype", Global("torch", "float16"))
-    name = "DynamicLossScaler" if dynamic else "LossScaler"
-    return Record(Global(_SCALERS, name), state=state, new=True)
+    return loss_scaler(state, dynamic=dynamic)
 
 
 def _group(group: Group) -> Group:

@@ -12,13 +12,12 @@ from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.optimizer.mp_rank import parameter_name
 from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.read_stage0 import grouped
-from neox_bridge.optimizer.states import Group, Optimizer
+from neox_bridge.optimizer.states import DEEPSPEED, Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
 from neox_bridge.planning.neox_files import RankLayout, rank_parameters
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 
-_DEEPSPEED = "0.16.5"  # whose files these are; it refuses what has no version
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -45,7 +44,7 @@ class Fresh:
 
     def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]:
         """The optimizer's own files."""
-        outer = {"ds_config": self.more(0, tp, 0)["ds_config"], "ds_version": _DEEPSPEED}
+        outer = {"ds_config": self.more(0, tp, 0)["ds_config"], "ds_version": DEEPSPEED}
         for (stage, rank), groups in self.groups.items():
             number = stage * tp + rank
             yield from zero_files(
@@ -102,7 +101,7 @@ def fresh(
     groups = (some, none) if decay else (none,)
     data_types = training.get("data_types") or {}
     high = config.dtype == "bfloat16" and data_types.get("grad_accum_dtype") in ("fp32", "float32")
-    head = {"clip_grad": float(training.get("gradient_clipping", 1.0)), "ds_version": _DEEPSPEED}
+    head = {"clip_grad": float(training.get("gradient_clipping", 1.0)), "ds_version": DEEPSPEED}
     optimizer = Optimizer(
         "bf16" if high else "zero", 1, dp, (MASTER, *_MOMENTS), groups, {}, {}, head, (), (), {}
     )  # fmt: skip

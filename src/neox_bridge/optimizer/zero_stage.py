@@ -14,11 +14,9 @@ from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.optimizer.states import Optimizer, states
+from neox_bridge.optimizer.states import DEEPSPEED, Optimizer, loss_scaler, states
 from neox_bridge.tensors.pieces import Whole
 
-_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
-_DEEPSPEED = "0.16.5"  # whose files these are; it refuses what has no version
 _TOLD = ("last_overflow_iter", "scale_factor", "scale_window")
 
 States = Mapping[str, Mapping[str, Whole]]
@@ -78,13 +76,12 @@ def _object(optimizer: Optimizer, meta: Mapping[str, Any], *, fp16: bool) -> dic
             "raise_error_at_min_scale": True,
             "dtype": Global("torch", "float16"),
         }
-    name = "DynamicLossScaler" if dynamic else "LossScaler"
     return {
-        "loss_scaler": Record(Global(_SCALERS, name), state=state, new=True),
+        "loss_scaler": loss_scaler(state, dynamic=dynamic),
         "dynamic_loss_scale": dynamic if fp16 else False,
         "overflow": False,
         "clip_grad": scaler.get("clip_grad", config.get("gradient_clipping", 0.0)),
-        "ds_version": meta.get("ds_version") or _DEEPSPEED,
+        "ds_version": meta.get("ds_version") or DEEPSPEED,
         "outer": {key: meta.get(key) for key in ("ds_config", "ds_version")},
     }
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Protocol
 
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import Piece, Shape, Whole, cut
@@ -29,20 +28,6 @@ class Fragment:
     start: int
     low: int
     numel: int
-
-
-class Partitions(Protocol):
-    """A flat group that is cut over data-parallel ranks."""
-
-    @property
-    def partition(self) -> int:
-        """Elements of each partition, padding included."""
-
-    def used(self, rank: int) -> int:
-        """Elements of a rank's partition that are not padding."""
-
-    def fragments(self, rank: int) -> Iterator[Fragment]:
-        """What a rank's partition holds, in order."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +54,12 @@ class Flat:
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
         """What a rank's partition holds, in order."""
-        first = rank * self.partition
-        return fragments_between(self.shapes, first, first + self.partition)
+        first, at = rank * self.partition, 0
+        for name, shape in self.shapes.items():
+            low, high = max(at, first), min(at + prod(shape), first + self.partition)
+            if low < high:
+                yield Fragment(name, low - first, low - at, high - low)
+            at += prod(shape)
 
     def wholes(self, parts: Sequence[TensorRef]) -> dict[str, Whole]:
         """The group's parameters, from the ranks' partitions: one dimension, padding or not."""
@@ -111,16 +100,6 @@ def _runs(
             if at == part.shape[0]:
                 number, at = number + 1, 0
         yield parameter_runs
-
-
-def fragments_between(shapes: Mapping[str, Shape], first: int, end: int) -> Iterator[Fragment]:
-    """What the elements of a flat group from ``first`` up to ``end`` hold, in order."""
-    at = 0
-    for name, shape in shapes.items():
-        low, high = max(at, first), min(at + prod(shape), end)
-        if low < high:
-            yield Fragment(name, low - first, low - at, high - low)
-        at += prod(shape)
 
 
 def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:

@@ -11,7 +11,7 @@ from itertools import chain
 from math import prod
 
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.flat import Partitions, boxes_of, segments
+from neox_bridge.tensors.flat import Flat, boxes_of, segments
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import (
     OutputFile,
@@ -28,7 +28,7 @@ Parts = Sequence[OutputTensor]  # their offsets in bytes from the place's first
 
 
 def partition(
-    name: str, tensors: Mapping[str, OutputTensor], flat: Partitions, rank: int, *, padded: bool
+    name: str, tensors: Mapping[str, OutputTensor], flat: Flat, rank: int, *, padded: bool
 ) -> list[OutputTensor]:
     """A rank's partition of a group, as parts. padded: whether its zeros at the end are there."""
     dtype = next(iter(tensors.values())).dtype
