@@ -21,7 +21,7 @@ from neox_bridge.stores.step_names import step_of
 
 _MAIN = "tokenizer.json"
 _NEOX_20B = "20B_tokenizer.json"  # the name that EleutherAI's ymls have for it
-_LONGEST_NAME = 4096  # characters of a path
+_PATH_CHARACTERS = 4096  # of a path
 
 
 def named_tokenizer(raw: Mapping[str, Any]) -> str:
@@ -32,7 +32,7 @@ def named_tokenizer(raw: Mapping[str, Any]) -> str:
     kind, name = raw.get("tokenizer_type") or "HFTokenizer", raw.get("vocab_file")
     if not isinstance(name, str) or str(kind).lower() != "hftokenizer":
         return ""
-    return name if name.endswith(".json") and len(name) <= _LONGEST_NAME else ""
+    return name if name.endswith(".json") and len(name) <= _PATH_CHARACTERS else ""
 
 
 def local_tokenizer(place: StepFolder, raw: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from neox_bridge.stores.paths import ahead, read_at
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
-_MOST = 64  # bytes of a scalar
+_SCALAR_BYTES = 64  # of a scalar
 
 
 def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
@@ -83,7 +83,7 @@ def scalar(entry: Any) -> Any:
     """A state that isn't of a parameter's size: a number as it is, a small tensor as bytes."""
     if not isinstance(entry, TensorRef):
         return entry
-    if entry.nbytes > _MOST:
+    if entry.nbytes > _SCALAR_BYTES:
         raise Refused(
             f"{entry.file}: the optimizer has a tensor of the shape {list(entry.shape)}, none of a "
             "parameter's: only optimizers like Adam can be read."
