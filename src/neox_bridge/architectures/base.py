@@ -1,6 +1,6 @@
 """What a model is, as data: its weights, how ranks split them, and its config in neutral words."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -158,6 +158,13 @@ class Refusal:
     reason: str
     way_out: str = ""
     neox_only: bool = False
+
+
+def refusals(
+    checks: Iterable[tuple[str, bool, str]], *, way_out: str = "", neox_only: bool = False
+) -> list[Refusal]:
+    """The refusals of the checks that apply: the setting's key, whether it applies, and why."""
+    return [Refusal(key, why, way_out, neox_only) for key, applies, why in checks if applies]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,19 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any, TypeVar
 
-from neox_bridge.architectures.base import Refusal
+from neox_bridge.architectures.base import Presence, Refusal, refusals
+from neox_bridge.architectures.heads import RM_LINEAR
 from neox_bridge.errors import BridgeError
 
 Number = TypeVar("Number", int, float)
 # neutral field, its kind, Hugging Face's key and default, GPT-NeoX's key and default
 Keys = tuple[tuple[str, Callable[[Any], Any], str, Any, str, Any], ...]
+# of every family that attends
+SIZE_KEYS: Keys = (
+    ("layers", int, "num_hidden_layers", None, "num_layers", None),
+    ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
+    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
+)
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activations.py
 
 
@@ -42,6 +49,21 @@ def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
             )
         values[name] = number(key, value, kind)
     return values
+
+
+def neox_fields(
+    raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
+) -> dict[str, Any]:
+    """The fields of ``ModelConfig`` that every family that attends reads alike from a yml."""
+    return {
+        "dims": dict(dims),
+        "rotary_pct": number("rotary_pct", raw.get("rotary_pct", 1.0), float),
+        "rotary_base": number("rotary_emb_base", raw.get("rotary_emb_base", 10000), float),
+        "tied_embeddings": not raw.get("no_weight_tying", False),
+        "reward": presence.has(RM_LINEAR),
+        "dtype": presence.dtype,
+        "window": window_of(raw),
+    }
 
 
 def round_up(size: int, step: int) -> int:
@@ -98,4 +120,4 @@ def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]
             "layers that share weights have no form in transformers",
         ),
     )
-    return [Refusal(key, reason, neox_only=True) for key, hit, reason in checks if hit]
+    return refusals(checks, neox_only=True)
