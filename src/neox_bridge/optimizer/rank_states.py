@@ -37,10 +37,9 @@ BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
 INTERVALS = "num_comm_intervals_per_group"
 RANKS = "partition_count"
-_NOT_IN_HEAD = (
-    *(BASE, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, PARTITIONS.masters),
-    *("group_paddings", "param_slice_mappings"),
-)
+# by the rank's parts; older forms say more of them
+_OF_PARTS = (BASE, PARTITIONS.masters, "param_slice_mappings")
+_OF_OLD_PARTS = (*_OF_PARTS, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, "group_paddings")
 _NOT_OUTER = ("optimizer_state_dict", "param_shapes")
 _MOST_GROUPS = 64
 _MOST_INTERVALS = 1 << 16
@@ -144,6 +143,7 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
     else:
         entries, settings = _rigid_entries(inner, masters, path)
     padded = is_current(kind_of(inner), generation)
+    of_parts = _OF_PARTS if padded else _OF_OLD_PARTS
     parts, scalars = [], []
     for index, group in enumerate(masters):
         group_parts, group_scalars = [], None
@@ -166,7 +166,7 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
         tuple(parts),
         tuple(scalars),
         settings,
-        {key: entry for key, entry in inner.items() if key not in _NOT_IN_HEAD},
+        {key: entry for key, entry in inner.items() if key not in of_parts},
         {key: entry for key, entry in value.items() if key not in _NOT_OUTER},
     )
 
