@@ -20,9 +20,8 @@ from neox_bridge.doctor.verdict import convert_command, fix_command
 from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.findings import Dropped
 from neox_bridge.formats.yml import dump_yml
-from neox_bridge.frameworks.eras import Era, InvFreq, fitting, known_keys
+from neox_bridge.frameworks.eras import FLAG, Era, InvFreq, fitting, known_keys
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
-from neox_bridge.frameworks.source_tree import FLAG
 from neox_bridge.frameworks.targets import Target
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
 from neox_bridge.layouts.derived_check import mismatch_finding

@@ -16,9 +16,8 @@ from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.doctor.neox_folder import stray_cases
 from neox_bridge.doctor.verdict import Case, case, fix_command
 from neox_bridge.formats.yml import duplicate_finding
-from neox_bridge.frameworks.eras import mlp_biases
+from neox_bridge.frameworks.eras import FLAG, mlp_biases
 from neox_bridge.frameworks.facts import TreeFacts
-from neox_bridge.frameworks.source_tree import FLAG
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
