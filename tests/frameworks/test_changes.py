@@ -11,14 +11,23 @@ import torch
 from common import GPT_NEOX, fixture, make_hf
 from typer.testing import CliRunner
 
+import neox_bridge
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Dropped
-from neox_bridge.frameworks.change import RELEASED, not_after, not_before, parse_moment
-from neox_bridge.frameworks.changes import CHANGES, change_named, select, touches
+from neox_bridge.frameworks.change import (
+    RELEASED,
+    Change,
+    Commit,
+    not_after,
+    not_before,
+    parse_moment,
+)
+from neox_bridge.frameworks.changes import CHANGES, HISTORY, change_named, select, touches
+from neox_bridge.frameworks.eras import merged
 from neox_bridge.frameworks.facts import TreeFacts
-from neox_bridge.frameworks.page import page
+from neox_bridge.frameworks.page import page, where
 from neox_bridge.frameworks.targets import has_change
 from neox_bridge.layouts.checkpoint import Checkpoint
 
@@ -576,3 +585,29 @@ def test_changes_of_one_side_touch_its_checkpoints_only(bases: dict[str, Checkpo
                 checkpoint = made(bases, kind, edit)
                 found = {c.id for c in select(None, checkpoint=checkpoint)} - both
                 assert all(name.startswith(prefix) for name in found), (kind, wanted, edit)
+
+
+def test_a_commit_stands_in_one_source_file() -> None:
+    """Other modules name a change by its id."""
+    commits = {change.commit for change in HISTORY if change.commit}
+    stand = {
+        (commit, path.name)
+        for path in Path(neox_bridge.__file__).parent.rglob("*.py")
+        for commit in set(re.findall(r"[0-9a-f]{8}", path.read_text(encoding="utf-8")))
+        if commit in commits
+    }
+    assert {commit for commit, _ in stand} == commits
+    assert {name for _, name in stand} == {"changes_neox.py", "changes_transformers.py"}
+    assert len(stand) == len(commits)
+
+
+def test_a_proposed_change_is_marked_and_no_tree_has_it() -> None:
+    proposed = Change(
+        "neox-proposed",
+        Commit("f" * 40, 1, "2026-06-01", proposed=True),
+        ("gpt_neox",),
+        "a title",
+        sets={"rms_eps": "outside"},
+    )
+    assert where(proposed) == "GPT-NeoX ffffffff (proposed)"
+    assert merged((proposed, *CHANGES)) == merged(CHANGES)

@@ -29,7 +29,7 @@ class Weight:
     shape: the names of its dimensions, Hugging Face's side; ``ModelConfig.dims`` has their sizes.
     flag: the field of ``ModelConfig`` that says whether it exists; "" where it always does.
     part: which part of a fused or gated tensor it is.
-    old: its name in trees before 0d4bdb96 (2024-09), where it is another; the parts of a gated MLP
+    old: its name in trees before neox-mlp-names, where it is another; the parts of a gated MLP
         were tensors of their own there.
     also: a name that files may have in place of ``neox``.
     """
@@ -217,7 +217,7 @@ class Architecture:
     model_keys: the keys of a GPT-NeoX yml that say which model it is, not how it is trained.
     prefix: what precedes most names in files of the whole model, and isn't there in those of the
         bare one.
-    write_neox: the yml's keys for the model; True for a tree before 0d4bdb96 (2024-09).
+    write_neox: the yml's keys for the model; True for a tree before neox-mlp-names.
     era_keys: those of them that mean something else in trees of another time.
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.

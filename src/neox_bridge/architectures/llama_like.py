@@ -1,9 +1,9 @@
 """What Llama and its relatives share: RMSNorm, separate q, k and v, a gated MLP.
 
-GPT-NeoX's side: megatron/model/transformer.py (ParallelMLP and Gated_Activation since 0d4bdb96 of
-2024-09; LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py. Hugging Face's side:
-transformers models/{llama,mistral,qwen2}/{configuration,modeling}_*.py. Both rotate halves, so that
-no row of q and k is moved within its head.
+GPT-NeoX's side: megatron/model/transformer.py (ParallelMLP and Gated_Activation since the change
+neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py. Hugging Face's
+side: transformers models/{llama,mistral,qwen2}/{configuration,modeling}_*.py. Both rotate halves,
+so that no row of q and k is moved within its head.
 """
 
 from collections.abc import Callable, Mapping

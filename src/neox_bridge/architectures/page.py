@@ -31,7 +31,7 @@ Proof:
   `tests/architectures/test_families.py`). Of Mamba the bits alone: the reference doesn't cover it,
   and neither does `verify --logits`.
 - *GPT-NeoX*: the real one, of each of its eras, loads what was written, strictly, and computes the
-  same logits, but for RMSNorm's epsilon before 4c9f1081 (`tests/neox`).
+  same logits, but for RMSNorm's epsilon before 2025-05-09 (`tests/neox`).
 
 Mamba, fixture and real GPT-NeoX, **without mamba_ssm's kernels**, which want a GPU: around a plain
 torch stand-in for its `selective_scan_ref`, and without fusions

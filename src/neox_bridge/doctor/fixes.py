@@ -43,7 +43,7 @@ from neox_bridge.verification.sealed import check_seal, find_record
 from neox_bridge.verification.verify import summary, verify
 from neox_bridge.wording import some
 
-# with other names GPT-NeoX also asks for its gated MLP in another way (0d4bdb96, adbf5d6f)
+# with other names GPT-NeoX also asks for its gated MLP in another way (neox-gated-mlp)
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
 _STEP = re.compile(r"global_step\d+")
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")

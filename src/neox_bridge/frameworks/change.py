@@ -176,7 +176,7 @@ class Change:
 
     @property
     def since(self) -> str:
-        """For sentences: "0d4bdb96 (2024-09-07)" or "transformers 4.37"."""
+        """For sentences: a hash with its date or "transformers 4.37"."""
         if isinstance(self.origin, Release):
             return f"transformers {self.version.removesuffix('.0')}"
         return f"{self.commit} ({self.date})"

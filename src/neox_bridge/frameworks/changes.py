@@ -34,6 +34,11 @@ def change_named(change_id: str) -> Change:
     return _BY_ID[change_id]
 
 
+def since(change_id: str) -> str:
+    """When a change came, for sentences: a commit with its date, or a version."""
+    return change_named(change_id).since
+
+
 def select(
     framework: Framework | None = None,
     since: Moment | None = None,

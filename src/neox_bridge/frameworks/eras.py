@@ -96,10 +96,14 @@ _BEFORE_ALL: Mapping[str, Any] = {
     "states": "sub-partitions",
     "deepspeed": "0.3.15",
 }
-# the commits of GPT-NeoX, oldest first
-MERGED: tuple[Change, ...] = tuple(
-    change for change in reversed(HISTORY) if change.framework == "gpt-neox" and not change.proposed
-)
+
+
+def merged(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """Those of GPT-NeoX that are not only proposed."""
+    return tuple(c for c in changes if c.framework == "gpt-neox" and not c.proposed)
+
+
+MERGED = merged(reversed(HISTORY))  # oldest first
 _ENDS = tuple(change for change in MERGED if change.ends_era)
 _NEWEST_ERA = "today"
 

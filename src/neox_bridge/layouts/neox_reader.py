@@ -247,7 +247,7 @@ def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None
     """Raise Refused for an output layer whose columns were divided over tensor-parallel ranks.
 
     That is output_layer_parallelism: row, the default of GPT-NeoX v1.0 (megatron/model/
-    transformer.py, ParallelLinear). 25e1fb05 (2023-05-02) disabled it (#905).
+    transformer.py, ParallelLinear). #905 disabled it (2023-05-02).
     """
     rank, ranks = read.ranks[0], len(read.ranks)
     output = rank.get(max(rank, default=0), {}).get("final_linear.weight")

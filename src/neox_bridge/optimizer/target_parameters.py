@@ -13,7 +13,7 @@ def target_parameters(
 ) -> dict[Parameter, Parameter]:
     """Maps each parameter of the target to one of the source that holds the same weights.
 
-    Trees before 0d4bdb96 (2024-09) name the layers of the MLP otherwise, and hold the two halves of
+    Trees before neox-mlp-names name the layers of the MLP otherwise, and hold the two halves of
     a gated MLP as two parameters, so a parameter of one side may belong to two of the other. Both
     are in one parameter group.
 

@@ -50,11 +50,11 @@ class Fusion:
         """The runs of a part that has this many rows on one of ``tp`` ranks.
 
         gated: [up | gate], GPT-NeoX megatron/model/transformer.py, Gated_Activation.
-        full attention: head by head [q k v]. grouped-query: [all q | all k | all v] since 96c242eb
-        (2024-11); before, for each query head [q | slice of k | slice of v], all slices together
-        being all of k and v (ParallelSelfAttention.forward, gqa_project). Transformer Engine 1.12:
-        [gate | up] (common/util/vectorized_pointwise.h, gated_act_kernel), and for each head of k
-        and v [its q heads | k | v] (attention.py, qkv_weight_interleaved).
+        full attention: head by head [q k v]. grouped-query: [all q | all k | all v] since
+        neox-gqa-order; before, for each query head [q | slice of k | slice of v], all slices
+        together being all of k and v (ParallelSelfAttention.forward, gqa_project). Transformer
+        Engine 1.12: [gate | up] (common/util/vectorized_pointwise.h, gated_act_kernel), and for
+        each head of k and v [its q heads | k | v] (attention.py, qkv_weight_interleaved).
         """
         if part in ("up", "gate"):
             first = "gate" if "mlp" in self.te else "up"
