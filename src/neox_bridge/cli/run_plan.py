@@ -44,11 +44,12 @@ def carry_out(
 
         check_options(target, every_crc=options.get("every_crc", False))
         if how.as_json:
+            from neox_bridge.execution.memory import peak_memory
             from neox_bridge.planning.report import to_json
 
-            print_json(to_json(plan))
+            print_json(to_json(plan, peak_memory(plan, target, how.max_workers)))
         else:
-            print_plan(plan, target)
+            print_plan(plan, target, how.max_workers)
         return
     result = perform(plan, target, doing, how, checker, **options)
     print_result(plan, result, target, how.as_json, how.quiet, verified=not how.no_verify)
