@@ -1,9 +1,10 @@
-"""Fixtures that several files of tests share."""
+"""Fixtures that several files of tests share, and markers by what a test needs."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
+import needs
 import pytest
 import real_trees
 import s3_server
@@ -15,6 +16,38 @@ from neox_bridge.stores import retry
 # how long an example takes says nothing on a busy machine
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = f"only tests that need none of: {', '.join(needs.MARKERS)}"
+    parser.addoption("--quick", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in needs.MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --quick a file is not even imported if all of its tests are left out."""
+    if config.getoption("quick") and collection_path.suffix == ".py":
+        return needs.all_tests_need(collection_path) or None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks each test by what it needs, and with --quick leaves out those that need anything."""
+    left_out = []
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for marker in sorted(needs.needs(item.path, item.originalname)):
+                item.add_marker(marker)
+        if any(item.get_closest_marker(name) for name in needs.MARKERS):
+            left_out.append(item)
+    if config.getoption("quick"):
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,25 @@
-"""Models, conversions and readings that several tests share."""
+"""Models, conversions and readings that several tests share.
+
+torch and transformers are imported by the functions that need them: other tests start without.
+"""
+
+from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.api import plan as make_plan
 from neox_bridge.execution.execute import execute
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 HELPERS = Path(__file__).parent
 TESTS = HELPERS.parent
@@ -45,12 +50,15 @@ TINY_MAMBA: dict[str, Any] = {"vocab_size": 300, "hidden_size": 40, "num_hidden_
 
 def make_hf(
     folder: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     family: str = "gpt_neox",
     **config: Any,
 ) -> Path:
-    """A model made and saved by transformers, with every tensor random."""
+    """A model made and saved by transformers, with every tensor random; float32 by default."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
     tiny = {"gpt_neox": TINY, "mamba": TINY_MAMBA}.get(family, TINY_LLAMA)
     made = AutoConfig.for_model(family, **{**tiny, **config})
@@ -58,7 +66,7 @@ def make_hf(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype or torch.float32).save_pretrained(folder)
     return folder
 
 
@@ -78,11 +86,15 @@ def fixture(name: str) -> Path:
 
 def recorded(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and logits of the real GPT-NeoX."""
+    import torch
+
     with np.load(FIXTURES / name / "logits.npz") as file:
         return torch.from_numpy(file["tokens"]), torch.from_numpy(file["logits"])
 
 
 def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found.update(load_file(path))
@@ -90,12 +102,17 @@ def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
     with torch.no_grad():
         return model.eval()(tokens).logits.float()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(
@@ -122,6 +139,8 @@ def neox_config(root: Path) -> dict[str, Any]:
 
 def neox_files(root: Path) -> dict[str, Any]:
     """Every .pt file of the latest step by name, as torch reads it."""
+    import torch
+
     files = sorted(step_of(root).glob("*model_states.pt"))
     return {path.name: torch.load(path, weights_only=False) for path in files}
 

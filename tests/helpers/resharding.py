@@ -1,12 +1,16 @@
-"""Resharding a run with its optimizer, and comparing its files and tensors bit by bit."""
+"""Resharding a run with its optimizer, and comparing its files and tensors bit by bit.
+
+torch is imported by the functions that need it: other tests start without.
+"""
+
+from __future__ import annotations
 
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from common import FIXTURES
 
 from neox_bridge.api import open_checkpoint
@@ -26,6 +30,9 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.flat import Flat, segments
 from neox_bridge.tensors.pieces import OutputTensor, Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
+
+if TYPE_CHECKING:
+    import torch
 
 DATA = Path(__file__).parents[1] / "data" / "reshard"
 FP16 = FIXTURES / "pythia_fp16_pp1_tp1" / "checkpoints"
@@ -108,6 +115,8 @@ def compared(a: Path, b: Path, leave: tuple[str, ...] = (), values: bool = True)
 
 def tensor(whole: Whole) -> torch.Tensor:
     """A logical tensor in memory, reductions done."""
+    import torch
+
     context = Context()
     parts = [
         torch.from_numpy(block.copy().reshape(-1))
@@ -127,6 +136,8 @@ def logical(root: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def step_of(group: Any) -> float:
+    import torch
+
     step = group.scalars["step"]
     assert isinstance(step, Scalar)
     return float(torch.frombuffer(bytearray(step.data), dtype=torch.float32))
@@ -135,6 +146,8 @@ def step_of(group: Any) -> float:
 def adam(
     group: Any, parameters: list[torch.Tensor], moments: list[Mapping[str, torch.Tensor]]
 ) -> Any:
+    import torch
+
     kept = ("lr", "betas", "eps", "weight_decay")
     made = torch.optim.AdamW(parameters, **{key: group.settings[key] for key in kept})
     for parameter, mine in zip(parameters, moments, strict=True):
@@ -144,6 +157,8 @@ def adam(
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
+    import torch
+
     seed = torch.Generator().manual_seed(sum(map(ord, name)) * 7 + step)
     return torch.randn(shape, generator=seed)
 
@@ -154,6 +169,8 @@ def go_on(root: Path, scale: float = 1) -> dict[str, torch.Tensor]:
     As DeepSpeed does it: each data-parallel rank and stage has an optimizer of its own over flat
     tensors, padding included, with whatever state the files say. scale: of the gradients.
     """
+    import torch
+
     checkpoint = open_checkpoint(str(root))
     optimizer, state = read_optimizer(checkpoint), checkpoint.neox
     assert state is not None
@@ -192,6 +209,8 @@ def go_on(root: Path, scale: float = 1) -> dict[str, torch.Tensor]:
 
 
 def numbers(ref: TensorRef) -> torch.Tensor:
+    import torch
+
     return torch.frombuffer(bytearray(data(ref)), dtype=torch.float32).reshape(ref.shape)
 
 
