@@ -13,7 +13,7 @@ from neox_bridge.cli.app import app
 from neox_bridge.cli.toy import NAMES
 from neox_bridge.toy import plan_toy, toy_checkpoint
 
-TINY = shapes.Shape(2, 32, 4, 128)
+TINY = shapes.ModelSize(2, 32, 4, 128)
 # parameters as Pythia's paper has them (arXiv 2304.01373, table 1: all, and without embeddings)
 PAPER = {
     "pythia-70m": (70_426_624, 18_915_328),

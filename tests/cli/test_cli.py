@@ -27,7 +27,7 @@ from neox_bridge.execution.result import Result
 from neox_bridge.planning.report import plan_schema
 from neox_bridge.wording import human
 
-TINY = shapes.Shape(2, 32, 4, 128)
+TINY = shapes.ModelSize(2, 32, 4, 128)
 
 
 def spawn(*args: object, **env: str) -> "subprocess.CompletedProcess[str]":

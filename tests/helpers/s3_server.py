@@ -15,8 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from s3fs import S3FileSystem
-
 BUCKET = "bucket"
 _DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 _SLOW_DOWN = (
@@ -100,6 +98,8 @@ def server() -> Iterator[Store]:
             os.environ.pop(key, None)
             if value is not None:
                 os.environ[key] = value
+        from s3fs import S3FileSystem  # takes a second: not for every test
+
         # fsspec keeps clients, and this one's endpoint is of a server that is gone
         S3FileSystem.clear_instance_cache()
         proxy.shutdown()

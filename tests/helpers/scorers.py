@@ -1,18 +1,21 @@
 """Classification models made by transformers, and the scores that they give."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
-from common import (
-    TINY,
-    TINY_LLAMA,
-)
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import TINY, TINY_LLAMA
+
+if TYPE_CHECKING:
+    import torch
 
 
 def make_scorer(folder: Path, family: str = "gpt_neox", labels: int = 1, **config: Any) -> Path:
     """A classification model made and saved by transformers, with every tensor random."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
     torch.manual_seed(0)
     tiny = TINY if family == "gpt_neox" else TINY_LLAMA
     made = {**tiny, "num_labels": labels, "pad_token_id": 0, **config}
@@ -26,6 +29,9 @@ def make_scorer(folder: Path, family: str = "gpt_neox", labels: int = 1, **confi
 
 def scores(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """[b, s, 1]: the model's score of every beginning of every text, text by text."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
     model, told = AutoModelForSequenceClassification.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
