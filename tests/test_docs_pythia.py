@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from hub_stub import Stub, serving
 from published import PUBLISHED
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 

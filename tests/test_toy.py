@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from neox_bridge import BridgeError, open_checkpoint
 from neox_bridge.architectures import shapes

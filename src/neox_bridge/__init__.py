@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.layouts.folder_kinds import ForeignFolder
     from neox_bridge.layouts.quantized import QuantizedModel
-    from neox_bridge.optimizer.reshard_target import Resharding
+    from neox_bridge.optimizer.options import Resharding
     from neox_bridge.planning.options import Options
     from neox_bridge.planning.plan import Plan
     from neox_bridge.verification.audit import Audit
@@ -95,7 +95,7 @@ _NAMES_BY_MODULE = {
     "layouts.checkpoint": "Checkpoint",
     "layouts.folder_kinds": "ForeignFolder",
     "layouts.quantized": "QuantizedModel",
-    "optimizer.reshard_target": "Resharding",
+    "optimizer.options": "Resharding",
     "planning.options": "Options",
     "planning.plan": "Plan",
     "verification.audit": "Audit",

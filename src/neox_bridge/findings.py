@@ -17,7 +17,6 @@ Subject = Literal[
     "RMSNorm epsilon",
     "rotary settings",
     "stored head",
-    "tokenizer",
     "wrapped names",
 ]
 

@@ -329,11 +329,12 @@ def test_the_page_is_that_of_the_tables() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     from neox_bridge.cli.families import families
+    from neox_bridge.cli.options import Output
 
-    families(as_json=True)
+    families.function(Output(as_json=True))
     told = json.loads(capsys.readouterr().out)
     assert [row["family"] for row in told["families"]] == [a.name for a in ARCHITECTURES]
-    families(as_json=False)
+    families.function(Output())
     assert "Qwen2ForCausalLM" in capsys.readouterr().out
 
 

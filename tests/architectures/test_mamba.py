@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from common import (
     assert_same,
     convert,
@@ -23,7 +24,6 @@ from common import (
 )
 from mamba_checkpoints import CASES, GENUINE, edit
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_edits import tokenizer
+from click.testing import CliRunner
 from common import (
     HELPERS,
     assert_same,
@@ -26,7 +27,6 @@ from common import (
 from jsonschema import Draft202012Validator
 from mamba_checkpoints import CASES, GENUINE, edit
 from mamba_ssm_model import load, save
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures import ARCHITECTURES
@@ -244,7 +244,7 @@ def test_plans_of_and_to_it_follow_the_schema(tmp_path: Path) -> None:
     plan = to_ssm(GENUINE, tmp_path / "ssm")
     again = plan_of(tmp_path / "ssm", tmp_path / "neox")
     for found in (plan, again):
-        Draft202012Validator(plan_schema()).validate(to_json(found, 0))
+        Draft202012Validator(plan_schema()).validate(to_json(found))
     assert (plan.target["format"], again.source["format"]) == ("mamba_ssm", "mamba_ssm")
 
 

@@ -442,7 +442,7 @@ def test_it_goes_on_after_it_was_stopped(large: Path, tmp_path: Path, number: in
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on" in stderr
+        assert "Run the same command again" in stderr
     finished = {path.name for path in out.glob("step*")}
     assert finished < {f"step{step}" for step in range(6)}, "it was stopped too late"
     rows = rows_of(large, out, "--max-workers", 2, "--dtype", "float32")

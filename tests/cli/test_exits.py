@@ -3,32 +3,36 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Any
 
+import click
 import pytest
-import typer
 from audit_steps import step
-from typer.testing import CliRunner
+from click.exceptions import Exit
+from click.testing import CliRunner
 
 import neox_bridge
 from neox_bridge.cli import app as app_module
 from neox_bridge.cli import audit as audit_module
-from neox_bridge.cli import run_plan as carry_out_module
+from neox_bridge.cli import execution as execution_module
 from neox_bridge.cli import streams, values
 from neox_bridge.cli import verify as verify_module
 from neox_bridge.cli.app import app
-from neox_bridge.cli.asked import explicit, given, taking
-from neox_bridge.cli.errors import Interrupted, flag, guarded, writing
+from neox_bridge.cli.command import Argument, command, given, only
+from neox_bridge.cli.errors import ARGUMENTS, Interrupted, flag, reported, writing
+from neox_bridge.cli.options import Details, Execution, Output
 from neox_bridge.errors import BridgeError, ChoiceNeeded, Refused, UsageError
 from neox_bridge.findings import Finding
+from neox_bridge.option import option
 from neox_bridge.verification.audit import Audit
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.logits import Agreement, Cause
@@ -92,11 +96,11 @@ def called(*words: object) -> tuple[int, Any]:
 def test_every_exception_has_its_exit_code(
     error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @guarded
+    @reported()
     def command() -> None:
         raise error
 
-    with pytest.raises(typer.Exit) as end:
+    with pytest.raises(Exit) as end:
         command()
     assert end.value.exit_code == code
     assert capsys.readouterr() == ("", line)
@@ -106,12 +110,12 @@ def test_every_exception_has_its_exit_code(
 def test_a_bug_ends_with_1_and_names_its_place(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: Patch
 ) -> None:
-    @guarded
+    @reported()
     def command() -> None:
         raise error
 
     monkeypatch.delenv("NEOX_BRIDGE_DEBUG", raising=False)
-    with pytest.raises(typer.Exit) as end:
+    with pytest.raises(Exit) as end:
         command()
     assert end.value.exit_code == 1
     text = capsys.readouterr().err
@@ -123,9 +127,11 @@ def test_a_bug_ends_with_1_and_names_its_place(
         command()
 
 
-@pytest.mark.parametrize("error", [typer.Exit(3), typer.Exit(0), typer.BadParameter("x")])
+@pytest.mark.parametrize(
+    "error", [click.exceptions.Exit(3), click.exceptions.Exit(0), click.BadParameter("x")]
+)
 def test_an_end_that_was_chosen_stays(error: Exception) -> None:
-    @guarded
+    @reported()
     def command() -> None:
         raise error
 
@@ -136,7 +142,7 @@ def test_an_end_that_was_chosen_stays(error: Exception) -> None:
 
 def test_a_command_that_works_returns() -> None:
     seen = []
-    guarded(lambda word: seen.append(word))("x")
+    reported()(lambda word: seen.append(word))("x")
     assert seen == ["x"]
 
 
@@ -182,8 +188,6 @@ def test_an_interruption_says_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_choice_names_the_typed_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from neox_bridge.cli.helping import Typed, typed
-
     error = ChoiceNeeded(
         "Two heads.",
         source="a b/",
@@ -192,24 +196,24 @@ def test_a_choice_names_the_typed_command(capsys: pytest.CaptureFixture[str]) ->
         effects={"keep": "keeps", "tie": "ties"},
     )
 
-    @guarded
-    def command() -> None:
-        raise error
-
     def text() -> str:
-        with pytest.raises(typer.Exit) as end:
-            command()
+        with pytest.raises(Exit) as end, reported():
+            raise error
         assert end.value.exit_code == 4
         return capsys.readouterr().err
 
+    def running(name: str, *words: str) -> Any:
+        """Within a command that was typed with these words."""
+        context = click.Context(app.get_command(click.Context(app), name), info_name=name)
+        context.meta[ARGUMENTS] = words
+        return context.scope(cleanup=False)
+
     tail = "--head keep` keeps; `neox-bridge"
-    token = typed.set(None)
     assert f"`neox-bridge convert 'a b/' 'a b-converted' --to hf {tail}" in text()
-    typed.set(Typed("reshard", ("x", "y z"), frozenset({"--head"})))
-    assert f"Two heads. `neox-bridge reshard x 'y z' {tail}" in text()
-    typed.set(Typed("verify", ("x", "y"), frozenset({"--tp"})))
-    assert f"`neox-bridge convert 'a b/' 'a b-converted' --to hf {tail}" in text()
-    typed.reset(token)
+    with running("batch", "x", "y z"):
+        assert f"Two heads. `neox-bridge batch x 'y z' {tail}" in text()
+    with running("verify", "x", "y"):
+        assert f"`neox-bridge convert 'a b/' 'a b-converted' --to hf {tail}" in text()
 
 
 # --- main
@@ -224,18 +228,15 @@ def main(monkeypatch: Patch) -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:
         seen: dict[str, Any] = {"signals": {}, "protected": 0}
 
-        def build(only: str | None = None) -> Callable[..., None]:
-            def command(**more: Any) -> None:
-                seen.update(only=only, more=more)
-                raise SystemExit(ends)
-
-            return command
+        def command(**more: Any) -> None:
+            seen.update(more=more)
+            raise SystemExit(ends)
 
         def protect() -> None:
             seen["protected"] += 1
 
         monkeypatch.setattr(sys, "argv", ["neox-bridge", *words])
-        monkeypatch.setattr(app_module, "build", build)
+        monkeypatch.setattr(app_module, "app", command)
         monkeypatch.setattr(app_module, "protect_streams", protect)
         monkeypatch.setattr(app_module, "stdout_failure", lambda: failure)
         old = signal.SIG_IGN if ignored else signal.SIG_DFL
@@ -250,12 +251,33 @@ def main(monkeypatch: Patch) -> Callable[..., dict[str, Any]]:
     return run
 
 
-def test_one_command_is_set_up(main: Callable[..., dict[str, Any]]) -> None:
-    assert main("convert", "x")["only"] == "convert"
-    assert main("export-optimizer")["only"] == "export-optimizer"
-    assert main("konvert")["only"] is None
-    assert main("--help")["only"] is None
-    assert main()["only"] is None
+@pytest.mark.parametrize(
+    ("words", "modules"),
+    [
+        (["convert", "--help"], {"convert"}),
+        (["export-optimizer", "-h"], {"export_optimizer"}),
+        (["konvert"], set()),
+        (["--help"], set()),
+        (["-h"], set()),
+        ([], set()),
+    ],
+)
+def test_only_the_command_that_runs_is_imported(words: list[str], modules: set[str]) -> None:
+    code = (
+        f"import sys; sys.argv[1:] = {words!r}\n"
+        "from neox_bridge.cli.app import COMMANDS, main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "names = [name.replace('-', '_') for name in COMMANDS]\n"
+        "print(*(n for n in names if f'neox_bridge.cli.{n}' in sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert set(done.stderr.splitlines()[-1].split()) == modules
+
+
+def test_main_runs_the_commands_by_the_name_of_the_script(
+    main: Callable[..., dict[str, Any]],
+) -> None:
     assert main()["more"] == {"prog_name": "neox-bridge"}
     assert main()["protected"] == 1
 
@@ -278,15 +300,19 @@ def test_output_that_did_not_arrive_is_an_error(
     assert ("stdout can't be written: disk full." in text) is bool(failure)
 
 
+def every_command() -> dict[str, click.Command]:
+    context = click.Context(app)
+    return {name: app.get_command(context, name) for name in app.list_commands(context)}
+
+
 def test_every_command_is_there() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert list(commands) == [name for name, _, _ in app_module._COMMANDS]
-    for name, _, short in app_module._COMMANDS:
-        alone = typer.main.get_command(app_module.build(name))
-        assert list(alone.commands) == [name]  # type: ignore[attr-defined]
-        assert commands[name].short_help == short
-    with pytest.raises(AttributeError, match="has no attribute 'other'"):
-        app_module.other  # noqa: B018
+    shown = call("--help")[1]
+    for name, known in every_command().items():
+        assert known.name == name
+        assert known.help
+        assert re.search(rf"^  {name} +\S", shown, re.MULTILINE)
+    assert list(every_command()) == list(app_module.COMMANDS)
+    assert app.get_command(click.Context(app), "other") is None
 
 
 def test_without_a_command_there_is_help_and_usage_is_2() -> None:
@@ -302,13 +328,13 @@ def test_without_a_command_there_is_help_and_usage_is_2() -> None:
 
 
 def test_every_option_says_what_it_takes() -> None:
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        for param in command.params:
+    for name, known in every_command().items():
+        for param in known.params:
             assert param.help, (name, param.name)
-            if param.param_type_name == "option" and not param.is_flag:
-                taken = param.make_metavar(typer.Context(command))
+            if isinstance(param, click.Option) and not param.is_flag:
+                taken = param.make_metavar(click.Context(known))
                 assert taken not in ("TEXT", "INTEGER", "INTEGER RANGE"), (name, param.name)
-                assert not taken.startswith("<"), (name, param.name)  # as newer ones write these
+                assert not taken.startswith(("<", "[")), (name, param.name)
 
 
 # --- streams
@@ -655,7 +681,7 @@ def test_diff_ends_with_3_where_anything_differs(monkeypatch: Patch) -> None:
 
         monkeypatch.setattr("neox_bridge.verification.diff.diff", compare)
 
-    monkeypatch.setattr(verify_module, "progress_bar", bar)
+    monkeypatch.setattr("neox_bridge.cli.diff.progress_bar", bar)
     found(equal)
     assert call("diff", NEOX, OTHER, "--tensor", "x*", "--max-workers", 2) == (
         0,
@@ -833,65 +859,57 @@ def test_sizes(text: Any, size: int) -> None:
     "text", ["0", "0.9", "0.0009KB", "", "B", "x1", "1 1", "-1", "1e3", "1PB", "1K", "nan"]
 )
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="isn't a size"):
+    with pytest.raises(click.BadParameter, match="isn't a size"):
         values.parse_size(text)
 
 
+@dataclass(frozen=True)
+class Some:
+    """Options of a made-up command."""
+
+    word: str = option("one", "Says one.", choices=("one", "two"), aliases={"uno": "one"})
+    number: int = option(2, "Counts.", "-n", minimum=1, maximum=9)
+    many: tuple[str, ...] = option((), "Any.", metavar="X")
+    switch: bool | None = option(None, "Turns.", "--on/--off")
+    flag: bool = option(False, "Waves.")
+
+
+def parsed(*words: str) -> tuple[Some, list[str]]:
+    """What a command with these options gets, and which of them were given."""
+    seen: list[Any] = []
+
+    @command("some", Argument("path", "PATH", "A path."), Some, only(Output, "quiet"))
+    def some(path: str, options: Some, output: Output) -> None:
+        assert path == "p"
+        assert output == Output(quiet="-q" in words)
+        seen.append((options, given("word", "number", "many", "switch", "flag")))
+
+    done = CliRunner().invoke(some, ["p", *words])
+    if done.exit_code:
+        raise click.BadParameter(done.stderr)
+    [result] = seen
+    return result
+
+
 def test_words_of_an_option() -> None:
-    option = values.one_of("one", "two")
-    assert option["metavar"] == "one|two"
-    assert option["parser"]("two") == "two"
-    with pytest.raises(typer.BadParameter, match="'three' isn't one of one, two"):
-        option["parser"]("three")
-    names = [values.dtype()["parser"](name) for name in ("fp32", "bf16", "fp16", "keep", "float16")]
-    assert names == ["float32", "bfloat16", "float16", "keep", "float16"]
+    assert parsed("--word", "two")[0].word == "two"
+    assert parsed("--word", "uno")[0].word == "one"
+    with pytest.raises(click.BadParameter, match="'three' is not one of 'one', 'two', 'uno'"):
+        parsed("--word", "three")
+    for number in ("0", "10", "x"):
+        with pytest.raises(click.BadParameter, match=r"'-n'"):
+            parsed("-n", number)
 
 
 def test_which_options_were_given() -> None:
-    assert given(a=None, b=False, c=[], d=0, e="", f=True, g=["x"], h="y") == [
-        "d",
-        "e",
-        "f",
-        "g",
-        "h",
-    ]
-
-
-def test_options_on_the_command_line() -> None:
-    seen = []
-    one = typer.Typer()
-
-    @one.command()
-    def command(
-        ctx: typer.Context,
-        a: Annotated[int, typer.Option()] = 1,
-        b: Annotated[int, typer.Option(envvar="B_OF_TEST")] = 2,
-    ) -> None:
-        seen.append((explicit(ctx), a, b))
-
-    runner = CliRunner()
-    assert runner.invoke(one, ["--a", "1"], env={"B_OF_TEST": "3"}).exit_code == 0
-    assert runner.invoke(one, []).exit_code == 0
-    assert seen == [(frozenset({"a"}), 1, 3), (frozenset(), 1, 2)]
-
-
-def test_a_command_takes_the_options_of_another() -> None:
-    import inspect
-
-    def other(a: int, b: int = 2, c: int = 3) -> None:
-        pass
-
-    @taking(other, without=["b"])
-    def own(d: int, c: int = 9, **_more: Any) -> None:
-        pass
-
-    signature = inspect.signature(own)
-    assert [(name, p.default) for name, p in signature.parameters.items()] == [
-        ("d", inspect.Parameter.empty),
-        ("a", inspect.Parameter.empty),
-        ("c", 9),
-    ]
-    assert own.__annotations__ == {"d": int, "a": int, "c": int, "return": None}
+    assert parsed() == (Some(), [])
+    assert parsed("-q") == (Some(), [])
+    assert parsed("-n", "2", "--word", "one") == (Some(), ["word", "number"])
+    words = ("--flag", "--many", "a", "--off", "--many", "b")
+    assert parsed(*words) == (
+        Some(many=("a", "b"), switch=False, flag=True),
+        ["many", "switch", "flag"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -911,19 +929,18 @@ def test_options_of_convert_that_do_not_go_together(words: list[str], match: str
     assert match in err
 
 
-def test_what_was_asked_is_named_as_in_python() -> None:
-    import inspect
-
-    from neox_bridge.cli.asked import asked_of
-    from neox_bridge.cli.convert import convert
+def test_what_was_asked_is_named_as_in_python(monkeypatch: Patch) -> None:
+    from neox_bridge.cli import conversion as conversion_module
+    from neox_bridge.cli.conversion import conversion_of
     from neox_bridge.frameworks.eras import TODAY
     from neox_bridge.frameworks.targets import target_named
+    from neox_bridge.planning.options import Options
 
-    defaults = {name: p.default for name, p in inspect.signature(convert).parameters.items()}
-    named = frozenset({"tp", "form", "era", "crc"})
+    named = ["tp", "format", "era", "crc"]
+    monkeypatch.setattr(conversion_module, "given", lambda: named)
 
-    def asked(**changes: Any) -> Any:
-        return asked_of({**defaults, "explicit": named, **changes})
+    def asked(details: Details = Details(), **changes: Any) -> Any:  # noqa: B008
+        return conversion_of(Options(**changes), details)
 
     plain = asked(era=TODAY)
     assert plain.given == {"tp", "format", "era", "crc"}
@@ -932,20 +949,45 @@ def test_what_was_asked_is_named_as_in_python() -> None:
     newer = asked(era=version)
     assert newer.given == {"tp", "format", "crc"}
     assert (newer.version, newer.options.era, newer.options.to) == (version, None, "hf")
-    assert asked(era=version, form="transformers").options.format == "transformers"
-    assert (plain.options.dp, asked(dp=3).options.dp) == (1, 3)
-    assert asked(ignore_key=["a", "b"]).options.ignore_keys == ("a", "b")
-    assert (plain.masters, asked(weights="masters").masters) == (False, True)
-    assert (plain.verify, asked(no_verify=True).verify) == (True, False)
-    for name, no_verify, hashed, shared in (
-        (None, False, "xxh3_128", True),
-        (None, True, "xxh3_128", False),
-        ("xxh3", True, "xxh3_128", True),
-        ("sha256", False, "sha256", True),
-        ("none", True, None, True),
+    assert asked(era=version, format="transformers").options.format == "transformers"
+    assert (plain.masters, asked(Details(weights="masters")).masters) == (False, True)
+    for name, hashed in (
+        (None, "xxh3_128"),
+        ("xxh3", "xxh3_128"),
+        ("sha256", "sha256"),
+        ("none", None),
     ):
-        one = asked(hash_name=name, no_verify=no_verify)
-        assert (one.hash_name, one.hash_shared) == (hashed, shared)
+        assert asked(Details(hash_name=name)).hash_name == hashed  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "hashed", "shared", "crc"),
+    [
+        ([], "xxh3_128", True, False),
+        (["--no-verify"], "xxh3_128", False, False),
+        (["--hash", "xxh3", "--no-verify"], "xxh3_128", True, False),
+        (["--hash", "sha256", "--crc"], "sha256", True, True),
+        (["--hash", "none", "--no-verify"], None, True, False),
+    ],
+)
+def test_what_the_executor_is_asked(
+    words: list[str], hashed: str | None, shared: bool, crc: bool, monkeypatch: Patch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_plan(
+        _plan: Any, _target: str, _doing: str, execution: Any, *_: Any, **more: Any
+    ) -> None:
+        seen.update(more, verify=not execution.no_verify)
+
+    monkeypatch.setattr("neox_bridge.cli.convert.run_plan", run_plan)
+    assert call("convert", NEOX, "out", "--to", "neox", *words)[0] == 0
+    assert seen == {
+        "hash_name": hashed,
+        "hash_shared": shared,
+        "every_crc": crc,
+        "verify": "--no-verify" not in words,
+    }
 
 
 # --- batch, and failures of every command
@@ -992,7 +1034,7 @@ def test_a_missing_source_is_one_line_and_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
-    assert {*FAILURES, "families"} == {name for name, _, _ in app_module._COMMANDS}
+    assert {*FAILURES, "families"} == set(app_module.COMMANDS)
     for name, words in FAILURES.items():
         code, out, err = call(name, *words, *more)
         assert (name, code, out) == (name, 1, "")
@@ -1061,12 +1103,12 @@ def test_a_plan_is_carried_out(
         asked.update(more, target=target)
         return SimpleNamespace(findings=(Finding("x", "warning", "late"),))
 
-    monkeypatch.setattr(carry_out_module, "progress_bar", bar)
-    monkeypatch.setattr("neox_bridge.execution.execute.execute", execute)
+    monkeypatch.setattr(execution_module, "progress_bar", bar)
+    monkeypatch.setattr("neox_bridge.execution.run.execute", execute)
     finding = Finding("y", "info", "early")
     plan: Any = SimpleNamespace(size=50, findings=(finding,), dropped=(), notes=())
-    how = carry_out_module.How(False, True, 3, no_verify, False, quiet)
-    carry_out_module.perform(plan, "t", "writing", how, lambda p: f"check {p}", hash_name="h")  # type: ignore[arg-type, return-value]
+    execution = Execution(overwrite=True, max_workers=3, no_verify=no_verify, quiet=quiet)
+    execution_module.perform(plan, "t", "writing", execution, lambda p: f"check {p}", hash_name="h")  # type: ignore[arg-type, return-value]
     assert asked == {
         "total": 50 if no_verify else 100,
         "what": "writing",

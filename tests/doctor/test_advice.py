@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from common import convert, fixture, make_hf, step_of
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

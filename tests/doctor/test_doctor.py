@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from common import GPT_NEOX, convert, fixture, make_hf, neox_config, neox_files, step_of
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures.base import Refusal

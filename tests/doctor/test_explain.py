@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.doctor.advice import advise

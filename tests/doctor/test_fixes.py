@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from common import (
     GPT_NEOX,
     assert_same,
@@ -24,23 +25,16 @@ from common import (
     step_of,
 )
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.doctor.diagnose import judge
 from neox_bridge.execution import exchange as swapping
-from neox_bridge.frameworks.changes import change_named
-from neox_bridge.frameworks.eras import era_named
+from neox_bridge.frameworks.eras import LINEAR, era_named
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.derived_values import inv_freq
 
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
-LINEAR = {
-    f"{old}.{part}": f"{new}.{part}"
-    for old, new in change_named("neox-mlp-names").renames.items()
-    for part in ("weight", "bias")
-}
 
 
 def doctor(*args: object, code: int = 0) -> str:
@@ -99,13 +93,13 @@ def test_every_fixture_for_every_tree(
     text = doctor(source, "--for", target, "--fix", tmp_path / "out", *flags)
     assert digests(source) == before
     if loaded:
-        assert text.startswith("nothing to mend")
+        assert text.startswith("nothing to fix")
         return
     out = tmp_path / "out"
     assert answer(out, target) == "loads"
     for ours, theirs in zip(weights(out), weights(source), strict=True):
         assert_same(ours, theirs)
-    assert doctor(out, "--for", target, "--fix", tmp_path / "again").startswith("nothing to mend")
+    assert doctor(out, "--for", target, "--fix", tmp_path / "again").startswith("nothing to fix")
 
 
 def test_there_and_back_is_the_same_checkpoint(tmp_path: Path) -> None:
@@ -200,7 +194,7 @@ def test_a_deviating_buffer_isn_t_lost_in_silence(tmp_path: Path, pp: int) -> No
         assert "inv_freq" in error
         assert not (tmp_path / "out").exists()
     same = doctor(root, "--for", "neox@2024-03", "--fix", tmp_path / "out")
-    assert same.startswith("nothing to mend")
+    assert same.startswith("nothing to fix")
     doctor(root, "--for", "today", "--fix", tmp_path / "new", "--recompute")
     assert answer(tmp_path / "new", "today") == "loads"
     doctor(root, "--for", "neox@2024-03", "--fix", tmp_path / "out", "--recompute")
@@ -299,7 +293,7 @@ def test_an_old_folder_loses_buffers_and_gains_spellings(tmp_path: Path) -> None
     assert raw["dtype"] == raw["torch_dtype"] == "float32"
     assert (out / "sub" / "notes.txt").read_text() == "mine"
     assert not (out / "pytorch_model.bin").exists()
-    assert doctor(out, "--fix", tmp_path / "again").startswith("nothing to mend")
+    assert doctor(out, "--fix", tmp_path / "again").startswith("nothing to fix")
 
 
 def test_one_spelling_only_rewrites_config_json(tmp_path: Path) -> None:
@@ -363,7 +357,7 @@ def test_in_place_replaces_one_step_and_nothing_else(tmp_path: Path) -> None:
     assert answer(root, "today") == "loads"
     for ours, theirs in zip(weights(root), old, strict=True):
         assert_same(ours, theirs)
-    assert doctor(root, "--for", "today", "--in-place").startswith("nothing to mend")
+    assert doctor(root, "--for", "today", "--in-place").startswith("nothing to fix")
 
 
 def test_in_place_of_a_hugging_face_folder(tmp_path: Path) -> None:
@@ -451,7 +445,7 @@ def test_old_files_that_cannot_be_removed_are_named(
     done = CliRunner().invoke(app, ["doctor", *map(str, command)])
     assert done.exit_code == 0
     assert not work.exists()
-    assert done.stdout.startswith("nothing to mend")
+    assert done.stdout.startswith("nothing to fix")
 
 
 @pytest.mark.parametrize("spoil", ["record", "config", "weights", "missing"])
@@ -472,13 +466,13 @@ def test_what_was_written_is_read_back(
             data[-40] ^= 1
             path.write_bytes(data)
 
-    monkeypatch.setattr("neox_bridge.execution.disk.flush_folders", damage)
+    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", damage)
     for how in (["--fix", tmp_path / "out"], ["--in-place"]):
         done = CliRunner().invoke(
             app, ["doctor", str(folder), "--for", "transformers@4.48", *map(str, how)]
         )
         assert done.exit_code == 3, done.output
-        assert "mended" not in done.stdout
+        assert "fixed" not in done.stdout
         assert digests(folder) == before
     assert not (tmp_path / "out").exists()
 

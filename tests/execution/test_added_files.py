@@ -6,8 +6,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from click.testing import CliRunner
 from common import convert, make_hf
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 

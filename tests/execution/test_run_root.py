@@ -8,12 +8,12 @@ from typing import Any
 import fsspec
 import pytest
 import yaml
+from click.testing import CliRunner
 from common import convert, fixture, make_hf, plan_of
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.execute import execute
+from neox_bridge.execution.run import execute
 
 OTHER = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 96}
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from attack_pickles import REFUSED, WORK, running
 from attack_torch import GOOD, MAGIC, PICKLE, STREAMS, ZIPS, legacy, stored, zipped
+from click.testing import CliRunner
 from common import FIXTURES
 from pt_files import tar_header
-from typer.testing import CliRunner
 
 import neox_bridge
 from neox_bridge.cli.app import app

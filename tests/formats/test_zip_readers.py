@@ -10,8 +10,8 @@ import pytest
 import torch
 from attack_checkpoints import LAYER, checkpoint_with
 from attack_zip import CANARY, DISAGREED, EVIL, SOUND, built, parts
+from click.testing import CliRunner
 from common import FIXTURES, fixture, step_of
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError

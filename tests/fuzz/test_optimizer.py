@@ -21,24 +21,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from click.testing import CliRunner
 from published import run_folder
 from resharding import DATA, FP16, reshard
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.execute import execute
+from neox_bridge.execution.run import execute
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.optimizer.masters import with_masters, with_states
 from neox_bridge.optimizer.mp_rank import with_slots
+from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.read_export import scalars
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.reshard import plan_reshard
-from neox_bridge.optimizer.reshard_target import Resharding
 from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.optimizer.write_export import plan_export
 from neox_bridge.planning.plan import Plan
@@ -172,7 +172,7 @@ def _plans(root: str) -> None:
 
 def _plan(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, root: str) -> None:
     try:
-        json.dumps(to_json(plan_reshard(checkpoint, optimizer, asked, f"{_TOP}/new"), 0))
+        json.dumps(to_json(plan_reshard(checkpoint, optimizer, asked, f"{_TOP}/new")))
     except BridgeError as error:
         _for_users(error, root)
 
@@ -188,7 +188,7 @@ def _for_users(error: BridgeError, root: str) -> None:
 def _export(root: str) -> None:
     checkpoint = open_checkpoint(root)
     optimizer = read_optimizer(checkpoint)
-    json.dumps(to_json(plan_export(checkpoint, optimizer), 0), allow_nan=False)
+    json.dumps(to_json(plan_export(checkpoint, optimizer)), allow_nan=False)
     json.dumps(scalars(checkpoint, optimizer))
 
 

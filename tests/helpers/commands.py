@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer
+import click.testing
+from click.testing import CliRunner
 from common import HELPERS
 from hub_stub import WRITE, Stub
-from typer.testing import CliRunner
 
 import neox_bridge
 from neox_bridge.cli.app import app
@@ -18,7 +18,7 @@ from neox_bridge.cli.app import app
 RUNNER = CliRunner()
 
 
-def run(*args: object) -> "typer.testing.Result":
+def run(*args: object) -> "click.testing.Result":
     return RUNNER.invoke(app, [str(arg) for arg in args])
 
 

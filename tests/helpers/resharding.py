@@ -15,16 +15,16 @@ from common import FIXTURES
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.execute import execute
 from neox_bridge.execution.result import Result
+from neox_bridge.execution.run import execute
 from neox_bridge.execution.transform import blocks
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.optimizer.mp_rank import with_slots
+from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.reshard import plan_reshard
-from neox_bridge.optimizer.reshard_target import Resharding
 from neox_bridge.optimizer.states import Scalar, states
 from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.flat import Flat, segments

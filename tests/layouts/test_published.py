@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner, Result
 from common import assert_same, convert, hf_logits, hf_tensors, neox_ranks
 from published import PUBLISHED
-from typer.testing import CliRunner, Result
 from zero_writer import Save, made_up, write
 
 from neox_bridge.cli.app import app

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hollow_branch import STEP, Shape, hollow_branch, weight_bytes
 from hub_stub import READ, WRITE, Stub, serving
 from published import PUBLISHED
 from tiny import convert
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_edits import edit_yml, set_keys
+from click.testing import CliRunner
 from common import (
     convert,
     fixture,
@@ -22,7 +23,6 @@ from common import (
     step_of,
 )
 from resharding import DATA, reshard
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

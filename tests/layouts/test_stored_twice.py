@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from common import convert, hf_tensors, make_hf, plan_of
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

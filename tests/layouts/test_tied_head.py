@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from common import (
     convert,
     fixture,
@@ -22,7 +23,6 @@ from common import (
 )
 from mamba_ssm_model import save as save_mamba_ssm
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures import ARCHITECTURES, complete

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from common import FIXTURES, convert, fixture, make_hf, neox_config, plan_of, step_of
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures import ARCHITECTURES

@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from checkpoint_edits import set_keys
+from click.testing import CliRunner
 from common import FIXTURES, convert, fixture, hf_logits, make_hf, neox_config, plan_of, step_of
 from resharding import DATA, reshard
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

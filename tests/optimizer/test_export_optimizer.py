@@ -8,10 +8,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+from click.testing import CliRunner
 from common import FIXTURES, assert_same
 from resharding import DATA, SOURCES, compared, logical, rewritten
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

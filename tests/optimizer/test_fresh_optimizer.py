@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from common import FIXTURES, hf_tensors, make_hf, same_bits
 from resharding import DATA, compared, differences, files, logical
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.api import plan as make_plan

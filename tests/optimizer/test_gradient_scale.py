@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from common import FIXTURES, same_bits
 from resharding import (
     DATA,
@@ -23,7 +24,6 @@ from resharding import (
     rewritten,
     write,
 )
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from common import FIXTURES
 from resharding import DATA, reshard, write
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

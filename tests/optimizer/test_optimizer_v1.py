@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 import zero_writer
+from click.testing import CliRunner
 from published import NAMES, PUBLISHED, differing, facts, run_folder, truth
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
 from zero_writer import FORMS, LR_SCHEDULER, STAGES, Model, Save, made_up, write
 
 from neox_bridge.api import open_checkpoint

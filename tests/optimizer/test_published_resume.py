@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from common import FIXTURES, hf_tensors, make_hf
 from published import PUBLISHED, differing, truth
 from resharding import DATA, differences, reshard
-from typer.testing import CliRunner
 from zero_writer import FORMS, STAGES, Save, bucket_rule, made_up, write
 
 from neox_bridge.api import open_checkpoint
@@ -200,7 +200,7 @@ def test_every_layout_of_v1(bucket: int, stages: list[range], zipped: bool, tmp_
 @pytest.mark.parametrize("dp", [1, 2, 7, 16])
 def test_parts_are_cut_as_deepspeed_cuts_them(count: int, bucket: int, dp: int) -> None:
     group = SubPartitions({"a": (count,)}, dp, bucket)
-    assert (group.intervals, group.partition) == bucket_rule(count, dp, bucket)
+    assert (group.intervals, group.size) == bucket_rule(count, dp, bucket)
     parts = range(group.intervals * dp)
     assert sum(map(group.used, parts)) == count
     assert sum(f.numel for part in parts for f in group.fragments(part)) == count

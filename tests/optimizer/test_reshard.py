@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from common import FIXTURES, assert_same, hf_tensors, same_bits
 from resharding import (
     DATA,
@@ -28,7 +29,6 @@ from resharding import (
     without_moments,
     write,
 )
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
@@ -37,11 +37,11 @@ from neox_bridge.execution.context import Context
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.optimizer.global_batch import Batch, spread
 from neox_bridge.optimizer.mp_rank import buffer_names
+from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.pipeline_stages import stage_bounds
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.read_stage0 import read_stage0
 from neox_bridge.optimizer.reshard import plan_reshard
-from neox_bridge.optimizer.reshard_target import Resharding
 from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.planning.random_states import cuda_state, model_parallel_seed, of_rank
 from neox_bridge.planning.vocabulary import Vocabulary

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from common import FIXTURES
 from resharding import DATA, compared, differences, files, logical, reshard
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.eras import era_named, known_keys
+from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.reshard import plan_reshard
-from neox_bridge.optimizer.reshard_target import Resharding
 
 SOURCES = [DATA / name for name in ("bf16_tp2", "fp32_pp2", "fp32_pp0_dp2", "fp16_stage0")]
 

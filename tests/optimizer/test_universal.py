@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from common import convert, hf_tensors, make_hf, same_bits
 from jsonschema import Draft202012Validator
 from resharding import (
@@ -25,7 +26,6 @@ from resharding import (
     reshard,
     tensor,
 )
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

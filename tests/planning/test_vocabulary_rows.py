@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 from checkpoint_edits import tokenizer
+from click.testing import CliRunner
 from common import convert, fixture, hf_tensors, make_hf, neox_config, plan_of, step_of
 from resharding import reshard
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_edits import edit_yml, set_keys, tokenizer
+from click.testing import CliRunner
 from common import convert, fixture, make_hf, step_of
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from common import convert, fixture, make_hf
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.findings import Finding

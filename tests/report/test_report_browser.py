@@ -43,7 +43,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a genuine checkpoint's conversion and verification look like."""
-    from typer.testing import CliRunner
+    from click.testing import CliRunner
 
     folder = tmp_path_factory.mktemp("report")
     source = fixture("pythia_fp32_2024_09_old_mlp_pp0_tp2")

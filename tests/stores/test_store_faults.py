@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from common import make_hf, plan_of
 from s3_server import Store
 from store_files import WIDE, assert_same, contents, files, run, s3, unfinished_uploads, upload
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Unreachable
-from neox_bridge.execution.execute import execute
+from neox_bridge.execution.run import execute
 from neox_bridge.stores import objects
 
 RUNNER = CliRunner()

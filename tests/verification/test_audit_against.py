@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 from published import PUBLISHED
 from safetensors.numpy import load_file, save_file
 from tiny import convert, tensors, write_hf
-from typer.testing import CliRunner
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import UsageError

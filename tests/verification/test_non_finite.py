@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from common import FIXTURES, convert, fixture, hf_tensors, make_hf
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

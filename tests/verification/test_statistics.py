@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from common import GPT_NEOX, LLAMA, convert, fixture, hf_tensors, make_hf
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app

@@ -10,25 +10,17 @@ from neox_bridge.architectures.base import (
     Presence,
     Refusal,
     Weight,
-    refusals,
 )
-from neox_bridge.architectures.heads import REWARD, head_config, refuse_tied
-from neox_bridge.architectures.hf_config import (
-    hf_fields,
-    hf_settings,
-    refuse_hf_common,
-    stored_biases,
-    whole_number,
-)
+from neox_bridge.architectures.heads import REWARD, RM_LINEAR, SCORE, head_config, refuse_tied
+from neox_bridge.architectures.hf_config import refuse_hf_common, stored_biases, whole_number
 from neox_bridge.architectures.neox_config import (
     GATED,
-    SIZE_KEYS,
     Keys,
     attention_kinds,
-    neox_fields,
     number,
     read_keys,
     refuse_common,
+    window_of,
 )
 from neox_bridge.findings import Finding
 from neox_bridge.tensors.geometry import Split
@@ -124,7 +116,9 @@ _ACTIVATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
 }
 
 _KEYS: Keys = (
-    *SIZE_KEYS,
+    ("layers", int, "num_hidden_layers", None, "num_layers", None),
+    ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
+    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
     ("norm_eps", float, "layer_norm_eps", 1e-5, "layernorm_epsilon", 1e-5),
     ("parallel_residual", bool, "use_parallel_residual", True, "gpt_j_residual", False),
     ("hidden_dropout", float, "hidden_dropout", 0.0, "hidden_dropout", 0.0),
@@ -158,14 +152,20 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
     first = _LAYER.format(i=0)
     return ModelConfig(
         **read_keys(_KEYS, raw, hf=True),
-        **hf_fields(raw, dims, presence, first_id=0),
+        dims=dict(dims),
         rotary_pct=pct,
         rotary_base=base,
         activation=activation,
         tied_norms=False,
+        tied_embeddings=bool(raw.get("tie_word_embeddings")) and not presence.has(SCORE),
+        reward=presence.has(SCORE),
         attention_bias=presence.has(f"{first}attention.query_key_value.bias"),
         mlp_bias=presence.has(f"{first}mlp.dense_h_to_4h.bias"),
         norm_bias=presence.has(f"{first}input_layernorm.bias"),
+        dtype=presence.dtype,
+        bos_token_id=raw.get("bos_token_id", 0),
+        eos_token_id=raw.get("eos_token_id", 2),
+        initializer_range=raw.get("initializer_range", 0.02),
     )
 
 
@@ -174,11 +174,18 @@ def _write_hf(config: ModelConfig) -> dict[str, Any]:
     names = _ACTIVATIONS.get(config.activation, ((config.activation,),))[0]
     return {
         **head_config("GPTNeoXForCausalLM", config),
-        **hf_settings(_KEYS, config),
         "model_type": "gpt_neox",
+        "vocab_size": config.dims["vocab"],
+        "hidden_size": config.hidden,
+        "intermediate_size": config.dims["ffn"],
+        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
         "hidden_act": names[0],
         "attention_bias": config.attention_bias,
+        "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "use_cache": True,
         # both spellings: transformers 4 knows only the first, 5 writes only the second
         "rotary_pct": config.rotary_pct,
         "rotary_emb_base": base,
@@ -187,6 +194,8 @@ def _write_hf(config: ModelConfig) -> dict[str, Any]:
             "rope_theta": base,
             "partial_rotary_factor": config.rotary_pct,
         },
+        "torch_dtype": config.dtype,
+        "dtype": config.dtype,
     }
 
 
@@ -199,12 +208,18 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
     keys = read_keys(_KEYS, raw, hf=False)
     return ModelConfig(
         **keys,
-        **neox_fields(raw, dims, presence),
+        dims=dict(dims),
+        rotary_pct=number("rotary_pct", raw.get("rotary_pct", 1.0), float),
+        rotary_base=number("rotary_emb_base", raw.get("rotary_emb_base", 10000), float),
         activation=activation,
         tied_norms=bool(raw.get("gpt_j_tied")) and bool(keys["parallel_residual"]),
+        tied_embeddings=not raw.get("no_weight_tying", False),
+        reward=presence.has(RM_LINEAR),
         attention_bias=presence.has("attention.query_key_value.bias"),
         mlp_bias=presence.has("mlp.linear1.bias"),
         norm_bias=presence.has("input_layernorm.bias"),
+        dtype=presence.dtype,
+        window=window_of(raw),
     )
 
 
@@ -247,40 +262,62 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What the real GPT-NeoX computes and no GPTNeoXForCausalLM does (megatron/model/)."""
-    pos, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
+    found = refuse_common(raw) + refuse_tied(raw)
+    pos = raw.get("pos_emb") or "learned"
+    if pos != "rotary":
+        found.append(
+            Refusal(
+                "pos_emb",
+                f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
+                neox_only=True,
+            )
+        )
+    norm = raw.get("norm") or "layernorm"
+    if norm not in ("layernorm",):
+        found.append(
+            Refusal(
+                "norm",
+                f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
+                neox_only=True,
+            )
+        )
     kind = raw.get("activation") or "gelu"
-    activations = [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]
+    if kind not in [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]:
+        found.append(
+            Refusal(
+                "activation",
+                f"transformers' gpt_neox has no {kind!r}",
+                neox_only=True,
+            )
+        )
+    heads = raw.get("num_attention_heads")
+    if raw.get("num_kv_heads") not in (None, heads):
+        found.append(
+            Refusal(
+                "num_kv_heads",
+                "transformers' gpt_neox has no grouped-query attention",
+                neox_only=True,
+            )
+        )
+    if raw.get("gpt_j_residual") and raw.get("use_bias_in_mlp") is False:
+        found.append(
+            Refusal(
+                "use_bias_in_mlp",
+                "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
+                "without their attention, which nothing in transformers does",
+                neox_only=True,
+            )
+        )
     kinds = attention_kinds(raw) - {"global", "flash"}
-    checks: tuple[tuple[str, bool, str], ...] = (
-        (
-            "pos_emb",
-            pos != "rotary",
-            f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
-        ),
-        (
-            "norm",
-            norm != "layernorm",
-            f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
-        ),
-        ("activation", kind not in activations, f"transformers' gpt_neox has no {kind!r}"),
-        (
-            "num_kv_heads",
-            raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads")),
-            "transformers' gpt_neox has no grouped-query attention",
-        ),
-        (
-            "use_bias_in_mlp",
-            bool(raw.get("gpt_j_residual")) and raw.get("use_bias_in_mlp") is False,
-            "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
-            "without their attention, which nothing in transformers does",
-        ),
-        (
-            "attention_config",
-            bool(kinds),
-            f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
-        ),
-    )
-    return refuse_common(raw) + refuse_tied(raw) + refusals(checks, neox_only=True)
+    if kinds:
+        found.append(
+            Refusal(
+                "attention_config",
+                f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
+                neox_only=True,
+            )
+        )
+    return found
 
 
 def _matches_neox(raw: Mapping[str, Any]) -> bool:
@@ -291,12 +328,12 @@ def _matches_neox(raw: Mapping[str, Any]) -> bool:
 
 def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
     """Where config.json contradicts itself or what is known."""
-    findings = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
+    found = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
         both = raw.get(old) is not None and rope.get(new) is not None
         if both and float(raw[old]) != float(rope[new]):
-            findings.append(
+            found.append(
                 Finding(
                     "rope-spellings-differ",
                     "warning",
@@ -307,7 +344,7 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
                 )
             )
     if config.activation == "gelu" and _looks_like_pythia(config):
-        findings.append(
+        found.append(
             Finding(
                 "pythia-gelu",
                 "warning",
@@ -317,7 +354,7 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
                 'for the trained form set hidden_act: "gelu_fast" in config.json and convert again',
             )
         )
-    return findings
+    return found
 
 
 def _looks_like_pythia(config: ModelConfig) -> bool:

@@ -1,1 +1,1 @@
-"""The command line; the only room that imports typer and rich."""
+"""The command line; the only room that imports click and rich."""

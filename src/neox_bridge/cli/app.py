@@ -3,82 +3,121 @@
 import signal
 import sys
 from importlib import import_module
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 
-from neox_bridge.cli.errors import guarded
-from neox_bridge.cli.helping import GroupedCommand
+from neox_bridge.cli.command import HELP_WIDTH, Helped
 from neox_bridge.cli.output import say
 from neox_bridge.cli.streams import protect_streams, stdout_failure
 
-_EPILOG = "`neox-bridge COMMAND --help` explains a command and shows examples."
-# each with its module in cli/, where that has another name
-_COMMANDS = (
-    ("convert", "", "Convert a checkpoint, or change its layout."),
-    ("batch", "", "Convert the many checkpoints of a run."),
-    ("inspect", "", "Say what a checkpoint is."),
-    ("patch", "", "Let a GPT-NeoX tree load checkpoints with and without inv_freq."),
-    ("doctor", "", "Say what is wrong with a checkpoint and where it loads, and mend it."),
-    ("changes", "", "List the changes of both frameworks that break checkpoints."),
-    ("families", "", "List the families of models that are converted."),
-    ("verify", "", "Say whether what was made of a checkpoint is that checkpoint."),
-    ("diff", "verify", "Compare two checkpoints, tensor by tensor."),
-    ("audit", "", "Look through the checkpoints of a run or a suite for what is wrong."),
-    ("reshard", "", "Write a run for other ranks, with its optimizer."),
-    ("export-optimizer", "", "Write a run's optimizer states under model names."),
-    ("report", "", "Make one HTML page of checkpoints and results."),
-    ("toy", "", "Write a random checkpoint of a Pythia's shape."),
-)
+# each in the module of its name
+COMMANDS = {
+    "convert": "Convert a checkpoint, or change its layout.",
+    "batch": "Convert many checkpoints of a run.",
+    "inspect": "Show what a checkpoint contains.",
+    "patch": "Let a GPT-NeoX tree load checkpoints with and without inv_freq.",
+    "doctor": "Find out what is wrong with a checkpoint and where it loads, and fix it.",
+    "changes": "List the changes of both frameworks that break checkpoints.",
+    "families": "List the model families that can be converted.",
+    "verify": "Check that a converted checkpoint equals its source.",
+    "diff": "Compare two checkpoints, tensor by tensor.",
+    "audit": "Check all checkpoints of a run or a suite.",
+    "reshard": "Write a run, with its optimizer, for another number of ranks.",
+    "export-optimizer": "Write a run's optimizer states under the model's names.",
+    "report": "Make an HTML page of checkpoints and results.",
+    "toy": "Write a random checkpoint of a Pythia's shape.",
+}
+SHELLS = ("bash", "zsh", "fish")
+_EPILOG = """
+`neox-bridge COMMAND --help` explains a command and all its options, with examples.
+`neox-bridge COMMAND -h` shows the common options.
+
+\b
+Exit codes of all commands:
+  0    done
+  1    error
+  2    wrong usage
+  3    differences were found
+  4    refused, or the checkpoint will not load
+  130  interrupted
+
+\b
+Completion in the shell, for bash, zsh and fish:
+  eval "$(neox-bridge --completion bash)"     in ~/.bashrc
+  eval "$(neox-bridge --completion zsh)"      in ~/.zshrc
+  neox-bridge --completion fish | source      in ~/.config/fish/config.fish
+"""
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+class App(Helped, click.Group):
+    """All commands. Only the module of the command that runs is imported."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name, imported."""
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"neox_bridge.cli.{name}"), name)
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def write_short(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands."""
+        self.format_commands(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text("`neox-bridge COMMAND -h` shows the common options of a command.")
+
+
+def _show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
         from neox_bridge.version import __version__
 
-        print(f"neox-bridge {__version__}")
-        raise typer.Exit
+        click.echo(f"neox-bridge {__version__}")
+        ctx.exit()
 
 
-def _common(
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", is_eager=True, callback=_show_version, help="Print the version and exit."
+def _print_completion(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    if value is None or ctx.resilient_parsing:
+        return
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(value)
+    assert kind is not None
+    click.echo(kind(ctx.command, {}, "neox-bridge", "_NEOX_BRIDGE_COMPLETE").source())
+    ctx.exit()
+
+
+def _eager(*words: str, **more: Any) -> click.Option:
+    return click.Option(words, is_eager=True, expose_value=False, **more)
+
+
+app = App(
+    "neox-bridge",
+    commands=dict.fromkeys(COMMANDS),  # type: ignore[arg-type]  # names, for "Did you mean"
+    params=[
+        _eager("--version", is_flag=True, callback=_show_version, help="Print the version."),
+        _eager(
+            "--completion",
+            type=click.Choice(SHELLS),
+            metavar="|".join(SHELLS),
+            callback=_print_completion,
+            help="Print the script that completes commands and options in this shell.",
         ),
-    ] = False,
-) -> None:
-    pass
-
-
-def build(only: str | None = None) -> typer.Typer:
-    """All commands, or the one that is wanted, which takes half the time of all to set up."""
-    # rich's help and tracebacks would more than double the time of --help
-    made = typer.Typer(
-        name="neox-bridge",
-        help="Moves language-model checkpoints between Hugging Face and GPT-NeoX.",
-        epilog=_EPILOG,
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    )
-    made.callback()(_common)
-    for name, module, short in _COMMANDS:
-        if only in (None, name):
-            home = import_module(f"neox_bridge.cli.{module or name.replace('-', '_')}")
-            command = guarded(getattr(home, name.replace("-", "_")))
-            made.command(name, cls=GroupedCommand, short_help=short)(command)
-    return made
-
-
-def __getattr__(name: str) -> typer.Typer:
-    """``app``: all commands, for who runs them in a process of theirs."""
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()["app"] = made = build()
-    return made
+    ],
+    help="Converts language-model checkpoints between Hugging Face and GPT-NeoX.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    context_settings={"max_content_width": HELP_WIDTH},
+)
 
 
 def main() -> None:
@@ -89,10 +128,8 @@ def main() -> None:
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     protect_streams()
-    first = sys.argv[1] if len(sys.argv) > 1 else ""
-    known = any(first == name for name, _, _ in _COMMANDS)
     try:
-        build(first if known else None)(prog_name="neox-bridge")
+        app(prog_name="neox-bridge")
     except SystemExit as end:
         if problem := stdout_failure():
             say("error", f"stdout can't be written: {problem}. Files that were written stay.")

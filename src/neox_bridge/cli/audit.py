@@ -1,14 +1,19 @@
 """``neox-bridge audit``."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from __future__ import annotations
 
-import typer
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from neox_bridge.cli import plotting, values
-from neox_bridge.cli.asked import given
+import click
+
+from neox_bridge.cli import plotting
+from neox_bridge.cli.command import Argument, command, given, only
+from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.errors import UsageError
+from neox_bridge.option import inherited, option
 from neox_bridge.wording import KINDS, human, plural
 
 if TYPE_CHECKING:
@@ -17,63 +22,64 @@ if TYPE_CHECKING:
     from neox_bridge.verification.steps import Step
 
 
-def audit(
-    folders: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DIR...",
-            help="A run (a GPT-NeoX root, a folder of step1000, step2000, …, or ORG/NAME of the "
-            "Hub with a branch for each step), or a parent of several.",
-        ),
-    ],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TWIN",
-            help="Compare each step with the same step of this run, which should hold the same "
-            "weights: a folder or ORG/NAME of the Hub, of either kind.",
-        ),
-    ] = None,
-    steps: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            help="Steps to read: 1000,5000-9000,10000-143000:1000,last or all.",
-        ),
-    ] = "all",
-    same_init: Annotated[
-        bool,
-        typer.Option("--same-init", help="Runs of the same shapes must have the same step 0."),
-    ] = False,
-    optimizer: Annotated[
-        bool,
-        typer.Option("--optimizer", help="Audit the optimizer states too, if there are any."),
-    ] = False,
-    config: values.Configs = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR|none",
-            help="Where hashes are kept, so that what hasn't changed isn't read again; by default "
-            "neox-bridge/audit in the user's cache folder.",
-        ),
-    ] = None,
-    plot: Annotated[
-        str | None,
-        typer.Option(**plotting.plot_file(), help="Draw the norms over the steps (extra [plot])."),
-    ] = None,
-    max_workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads that read; 2 by default.")
-    ] = None,
-    as_json: values.AsJson = False,
-    quiet: values.Quiet = False,
-) -> None:
-    """Look through the many checkpoints of a run, or of a suite of runs, for what is wrong.
+@dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """What is looked for, and where."""
+
+    against: str | None = option(
+        None,
+        "Compare each step with the same step of this run, which should hold the same weights. A "
+        "folder or ORG/NAME of the Hub, of either kind.",
+        common=True,
+        value="path",
+        metavar="TWIN",
+    )
+    steps: str = option(
+        "all",
+        "Steps to read: 1000,5000-9000,10000-143000:1000,last or all.",
+        common=True,
+        metavar="LIST",
+    )
+    same_init: bool = option(
+        False, "Report runs of the same shapes whose steps 0 differ.", common=True
+    )
+    optimizer: bool = option(False, "Audit the optimizer states too, if there are any.")
+    cache: str | None = option(
+        None,
+        "Where hashes are kept, so that unchanged files are not read again. Default: "
+        "neox-bridge/audit in the user's cache folder.",
+        value="path",
+        metavar="DIR|none",
+    )
+    plot: str | None = option(
+        None, "Draw the norms over the steps (extra [plot]).", common=True, value="picture"
+    )
+    max_workers: int | None = inherited(
+        Execution, "max_workers", text="Threads that read. Default: 2."
+    )
+
+
+@command(
+    "audit",
+    Argument(
+        "folders",
+        "DIR...",
+        "A run (a GPT-NeoX root, a folder of step1000, step2000, …, or ORG/NAME of the Hub with a "
+        "branch for each step), or a parent of several.",
+        many=True,
+        required=True,
+    ),
+    AuditOptions,
+    only(Source, "configs"),
+    Output,
+)
+def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, output: Output) -> None:
+    """Check all checkpoints of a run, or of a suite of runs.
 
     Finds steps that are identical, weights that belong to another step (down to one rank's shard
-    of one layer), runs whose initial weights differ where they shouldn't or are the same where
-    they shouldn't, norms that jump, NaN, steps that are missing, half-written or another model's.
-    Layouts, formats and tensor parallelism may differ from step to step. Writes nothing into DIR.
+    of one layer), runs whose initial weights differ where they should not or are the same where
+    they should not, norms that jump, NaN, and steps that are missing, incomplete or of another
+    model. Layouts, formats and tensor parallelism may differ from step to step. DIR is read-only.
 
     With --against, the runs are compared with another one instead: whether each step holds the
     same weights, and if not, at which other step they are. Dtypes that differ are compared after
@@ -95,59 +101,59 @@ def audit(
     from neox_bridge.verification.runs import known_runs
     from neox_bridge.verification.step_choice import check_ranges, with_steps
 
-    named = given(same_init=same_init, optimizer=optimizer, plot=plot)
-    if against is not None and named:
+    named = given("same_init", "optimizer", "plot")
+    if options.against is not None and named:
         raise UsageError(named, "not with --against", "Leave it out, or audit the run alone.")
-    plotting.prepare(plot)
+    plotting.prepare(options.plot)
     runs, faults = known_runs(folders)
-    check_ranges(steps, runs)
-    runs = [with_steps(run, steps) for run in runs]
-    folder = None if cache == "none" else cache or default_folder()
-    if against is not None:
+    check_ranges(options.steps, runs)
+    runs = [with_steps(run, options.steps) for run in runs]
+    cache = None if options.cache == "none" else options.cache or default_folder()
+    if options.against is not None:
         from neox_bridge.cli.audit_against import audit_against
 
+        twins, _ = known_runs([options.against])
         audit_against(
             runs,
-            known_runs([against])[0],
-            steps,
-            config or (),
-            cache=folder,
-            workers=max_workers,
-            as_json=as_json,
-            quiet=quiet,
+            twins,
+            options.steps,
+            reading.configs,
+            cache=cache,
+            workers=options.max_workers,
+            output=output,
         )
         return
-    opened = open_places(runs, config or ())
-    checkpoints = [one.checkpoint for one in opened if one.checkpoint is not None]
-    check_configs_used(config or (), *checkpoints)
-    size = sum(one.size + (one.states if optimizer else 0) for one in opened)
-    with progress_bar(size, "reading", quiet) as progress:
-        found = look(
+    opened = open_places(runs, reading.configs)
+    checkpoints = [place.checkpoint for place in opened if place.checkpoint is not None]
+    check_configs_used(reading.configs, *checkpoints)
+    size = sum(place.size + (place.states if options.optimizer else 0) for place in opened)
+    with progress_bar(size, "reading", output.quiet) as progress:
+        result = look(
             opened,
             faults=faults,
-            same_init=same_init,
-            optimizer=optimizer,
-            cache=folder,
-            workers=max_workers,
+            same_init=options.same_init,
+            optimizer=options.optimizer,
+            cache=cache,
+            workers=options.max_workers,
             progress=progress,
         )
-    told = _json(found) if plot or as_json else {}
-    if plot:
-        _plot(told, plot)
-    if as_json:
-        print_json(told)
-    elif not quiet:
-        _print(found)
-    tell_findings(found.faults, quiet or as_json)
-    if not found.holds:
-        raise typer.Exit(3)
+    document = _json(result) if options.plot or output.as_json else {}
+    if options.plot:
+        _plot(document, options.plot)
+    if output.as_json:
+        print_json(document)
+    elif not output.quiet:
+        _print(result)
+    tell_findings(result.faults, output.quiet or output.as_json)
+    if not result.holds:
+        raise click.exceptions.Exit(3)
 
 
-def _print(found: "Audit") -> None:
+def _print(result: Audit) -> None:
     from neox_bridge.verification.audit import verdict
 
     run = None
-    for step in found.steps:
+    for step in result.steps:
         if step.run != run:
             run = step.run
             print_line(run)
@@ -156,30 +162,28 @@ def _print(found: "Audit") -> None:
         print_line(
             f"  {step.label:>10}  {f'{what}, {step.dtype}':<28}{human(step.size):>9}  "
             f"{len(step.tensors):>7,}  {step.read:>5,}  {step.norm:>10.5g}  "
-            f"{verdict(step, found.faults)}"
+            f"{verdict(step, result.faults)}"
         )
-    runs = len({step.run for step in found.steps})
-    counts = [sum(f.severity == word for f in found.faults) for word in ("error", "warning")]
+    runs = len({step.run for step in result.steps})
+    counts = [sum(f.severity == word for f in result.faults) for word in ("error", "warning")]
     print_line(
-        f"{plural(len(found.steps), 'step')} of {plural(runs, 'run')}: "
+        f"{plural(len(result.steps), 'step')} of {plural(runs, 'run')}: "
         f"{plural(counts[0], 'error')}, {plural(counts[1], 'warning')}"
     )
 
 
-def _finding(fault: "Fault") -> dict[str, Any]:
+def _finding(fault: Fault) -> dict[str, Any]:
     """A fault as JSON. ``subject`` only decides which findings are shown, so it is left out."""
-    from dataclasses import asdict
-
     return {key: value for key, value in asdict(fault).items() if key != "subject"}
 
 
-def _json(found: "Audit") -> dict[str, Any]:
+def _json(result: Audit) -> dict[str, Any]:
     from neox_bridge.verification.audit import verdict
 
     return {
         "schema_version": 1,
-        "holds": found.holds,
-        "findings": [_finding(fault) for fault in found.faults],
+        "holds": result.holds,
+        "findings": [_finding(fault) for fault in result.faults],
         "steps": [
             {
                 "run": step.run,
@@ -194,18 +198,18 @@ def _json(found: "Audit") -> dict[str, Any]:
                 "norm": step.norm,
                 "read": step.read,
                 **({"optimizer": _states(step)} if step.states else {}),
-                "verdict": verdict(step, found.faults),
+                "verdict": verdict(step, result.faults),
                 "tensors": {
                     name: {"hash": p.hash, "norm": p.norm, "shape": list(p.shape), "bad": p.bad}
                     for name, p in step.tensors.items()
                 },
             }
-            for step in found.steps
+            for step in result.steps
         ],
     }
 
 
-def _states(step: "Step") -> dict[str, Any]:
+def _states(step: Step) -> dict[str, Any]:
     return {
         "updates": list(step.updates),
         "states": {
@@ -214,15 +218,15 @@ def _states(step: "Step") -> dict[str, Any]:
     }
 
 
-def _plot(told: dict[str, Any], path: str) -> None:
+def _plot(document: dict[str, Any], path: str) -> None:
     """Of one run, the tensors with findings or else the kinds of weights; of several, the runs."""
     from neox_bridge.verification.norm_lines import marks, run_lines, suspects, tensor_lines
     from neox_bridge.verification.plots import plot_lines
 
-    steps = [step for step in told["steps"] if step["step"] is not None]
+    steps = [step for step in document["steps"] if step["step"] is not None]
     runs = list(dict.fromkeys(step["run"] for step in steps))
     several = len(runs) > 1
-    lines = run_lines(steps) if several else tensor_lines(steps, suspects(told["findings"]))
+    lines = run_lines(steps) if several else tensor_lines(steps, suspects(document["findings"]))
     title = f"Norms of {runs[0]}" if len(runs) == 1 else "Norms of the runs"
-    shown = marks(told["findings"])
+    shown = marks(document["findings"])
     plot_lines(title, lines, path, x_label="step", y_label="L2 norm", log=True, marks=shown)

@@ -1,67 +1,66 @@
-"""A batch that a yml describes by the command's options; the command line's go before."""
+"""A batch that a yml describes by the command's options. The command line takes precedence."""
 
 from collections.abc import Iterator
 from typing import Any
 
-import typer
+import click
 
 from neox_bridge.errors import BridgeError
 
 
-def merged(ctx: typer.Context, path: str) -> dict[str, Any]:
-    """The command's arguments from ``sources``, ``target`` and options in a file.
+def read_batch_file(ctx: click.Context) -> None:
+    """Replace the one path FILE.yml by its ``sources`` and ``target``, and take its options.
 
-    What the command line has goes before. Raises BridgeError, naming the key, for what isn't one.
+    Raises BridgeError, naming the key, for a key that is no option.
     """
-    words = list(_words(ctx, path))
+    paths = ctx.params["paths"]
+    if len(paths) != 1 or not paths[0].endswith((".yml", ".yaml")):
+        return
     # a context of its own: the same parsing, and the same usage errors, as of the command line
-    found = ctx.command.make_context(ctx.info_name, words, parent=ctx.parent)
-    explicit = {
-        name: value
-        for name, value in ctx.params.items()
-        if name != "paths" and getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
-    named = {
-        name
-        for name in found.params
-        if getattr(found.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
-    return {**found.params, **explicit, "explicit": frozenset(named | set(explicit))}
+    words = list(_words(ctx, paths[0]))
+    file = ctx.command.make_context(ctx.info_name, words, parent=ctx.parent)
+    on_line = click.core.ParameterSource.COMMANDLINE
+    for name, value in file.params.items():
+        if name == "paths" or ctx.get_parameter_source(name) is not on_line:
+            ctx.params[name] = value
+            ctx.set_parameter_source(name, file.get_parameter_source(name) or on_line)
 
 
-def _words(ctx: typer.Context, path: str) -> Iterator[str]:
+def _words(ctx: click.Context, path: str) -> Iterator[str]:
     from neox_bridge.formats.yml import read_yml
 
-    told = read_yml(path)
+    settings = read_yml(path)
     options = {
-        word.lstrip("-"): p for p in ctx.command.params for word in p.opts if word[:2] == "--"
+        word.lstrip("-"): param
+        for param in ctx.command.params
+        for word in param.opts
+        if word.startswith("--")
     }
-    sources = told.pop("sources", None) or told.pop("source", None)
-    target = told.pop("target", None)
+    sources = settings.pop("sources", None) or settings.pop("source", None)
+    target = settings.pop("target", None)
     if not sources or not isinstance(target, str):
         raise BridgeError(f"{path}: it needs `sources`, a list of paths, and `target`, a path.")
-    for key, value in told.items():
+    for key, value in settings.items():
         name = str(key).replace("_", "-")
         if name not in options:
             raise BridgeError(
                 f"{path}: {key}: no such option. Known: {', '.join(sorted(options))}."
             )
-        yield from _option(name, value, bool(getattr(options[name], "is_flag", False)), path)
+        yield from _option(options[name], name, value, path)
     yield "--"
     yield from map(str, [sources] if isinstance(sources, str) else sources)
     yield target
 
 
-def _option(name: str, value: object, flag: bool, path: str) -> Iterator[str]:
-    if flag:
+def _option(param: click.Parameter, name: str, value: Any, path: str) -> Iterator[str]:
+    if isinstance(param, click.Option) and param.is_flag:
         if not isinstance(value, bool):
             raise BridgeError(f"{path}: {name}: {value!r} isn't true or false.")
-        if value:
-            yield f"--{name}"
-    elif isinstance(value, list) and name == "steps":
+        yield from [f"--{name}"] if value else param.secondary_opts
+    elif isinstance(value, list) and not param.multiple:
         yield from (f"--{name}", ",".join(map(str, value)))
     elif isinstance(value, list):
-        for one in value:
-            yield from (f"--{name}", str(one))
+        for entry in value:
+            yield from (f"--{name}", str(entry))
     elif value is not None:
         yield from (f"--{name}", str(value))

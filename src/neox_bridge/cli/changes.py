@@ -1,38 +1,52 @@
 """``neox-bridge changes``."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from __future__ import annotations
 
-import typer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from neox_bridge.cli import values
+from neox_bridge.cli.command import command, only
+from neox_bridge.cli.options import Output
 from neox_bridge.cli.output import print_json, print_line
+from neox_bridge.option import option
 
 if TYPE_CHECKING:
-    from neox_bridge.frameworks.change import Change, Moment
+    from neox_bridge.frameworks.change import Change, Framework, Moment
 
 
-def changes(
-    framework: Annotated[
-        str | None,
-        typer.Option(**values.one_of("gpt-neox", "transformers"), help="Those of one only."),
-    ] = None,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X", help="From this on: a transformers version (4.30) or a date (2024-03)."
-        ),
-    ] = None,
-    until: Annotated[
-        str | None, typer.Option(metavar="Y", help="Up to this, in the same words; included.")
-    ] = None,
-    path: Annotated[
-        str | None,
-        typer.Option(
-            "--for", metavar="PATH", help="Those that touch this checkpoint or Hub model only."
-        ),
-    ] = None,
-    as_json: values.AsJson = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class ChangesOptions:
+    """Which changes are listed."""
+
+    framework: Framework | None = option(
+        None,
+        "Only the changes of one framework.",
+        common=True,
+        choices=("gpt-neox", "transformers"),
+    )
+    since: Moment | None = option(
+        None,
+        "Only changes from this transformers version (4.30) or date (2024-03) on.",
+        common=True,
+        value="moment",
+    )
+    until: Moment | None = option(
+        None,
+        "Only changes up to this transformers version or date, inclusive.",
+        common=True,
+        value="moment",
+    )
+    path: str | None = option(
+        None,
+        "Only changes that affect this checkpoint or model of the Hub.",
+        "--for",
+        common=True,
+        value="path",
+    )
+
+
+@command("changes", ChangesOptions, only(Output, "as_json"))
+def changes(choice: ChangesOptions, output: Output) -> None:
     """List the changes of GPT-NeoX and transformers that break checkpoints, newest first.
 
     \b
@@ -43,23 +57,22 @@ def changes(
     from neox_bridge.frameworks.changes import select
 
     checkpoint = None
-    start, end = _moment(since), _moment(until)
-    if path is not None:
+    if choice.path is not None:
         from neox_bridge.layouts.open import open_checkpoint
 
-        checkpoint = open_checkpoint(path)
-    found = select(framework, start, end, checkpoint)  # type: ignore[arg-type]
-    if as_json:
-        print_json({"schema_version": 1, "changes": [describe(change) for change in found]})
+        checkpoint = open_checkpoint(choice.path)
+    selected = select(choice.framework, choice.since, choice.until, checkpoint)
+    if output.as_json:
+        print_json({"schema_version": 1, "changes": [describe(change) for change in selected]})
         return
-    for change in found:
+    for change in selected:
         for line in _lines(change):
             print_line(line)
-    if not found:
-        print_line("no known change fits")
+    if not selected:
+        print_line("no known change matches")
 
 
-def describe(change: "Change") -> dict[str, Any]:
+def describe(change: Change) -> dict[str, Any]:
     """A change as plain data, without its detectors."""
     return {
         "id": change.id,
@@ -77,17 +90,7 @@ def describe(change: "Change") -> dict[str, Any]:
     }
 
 
-def _moment(text: str | None) -> "Moment | None":
-    from neox_bridge.errors import BridgeError
-    from neox_bridge.frameworks.change import parse_moment
-
-    try:
-        return None if text is None else parse_moment(text)
-    except BridgeError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _lines(change: "Change") -> list[str]:
+def _lines(change: Change) -> list[str]:
     from neox_bridge.frameworks.page import where
 
     return [

@@ -1,213 +1,197 @@
 """``neox-bridge doctor``."""
 
+from __future__ import annotations
+
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
-from neox_bridge.cli import values
-from neox_bridge.cli.asked import given
+from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.errors import writing
+from neox_bridge.cli.options import Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.option import FIX, inherited, option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from neox_bridge.doctor.advice import Advice
     from neox_bridge.doctor.verdict import Verdict
     from neox_bridge.frameworks.targets import Target
     from neox_bridge.layouts.checkpoint import Checkpoint
 
 _FAILS = 4
-_MEND = "Mending"
 _HUB = "hf://"
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
-def doctor(
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PATH...", help="Checkpoints of either kind."),
-    ] = None,
-    target: Annotated[
-        Any,
-        typer.Option(
-            "--for",
-            **values.target(),
-            help="What shall load it: a GPT-NeoX source tree, one by its date or commit, or a "
-            "version of transformers (transformers: the installed one).",
-        ),
-    ] = None,
-    error: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="A traceback that a framework printed; - reads it from stdin."
-        ),
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Both frameworks side by side, for this model."),
-    ] = False,
-    step: values.Step = None,
-    config: values.Configs = None,
-    gqa_order: values.GqaOrder = None,
-    fix: Annotated[
-        str | None,
-        typer.Option(metavar="DST", rich_help_panel=_MEND, help="Write a mended copy to DST."),
-    ] = None,
-    in_place: Annotated[
-        bool,
-        typer.Option(
-            "--in-place",
-            rich_help_panel=_MEND,
-            help="Replace the checkpoint by the mended one, when that is whole.",
-        ),
-    ] = False,
-    recompute: Annotated[
-        bool,
-        typer.Option(
-            "--recompute",
-            rich_help_panel=_MEND,
-            help="Drop or replace stored inv_freq that isn't what the config gives.",
-        ),
-    ] = False,
-    drop_optimizer: Annotated[
-        bool,
-        typer.Option(
-            "--drop-optimizer",
-            rich_help_panel=_MEND,
-            help="Leave out optimizer states where they can't be kept.",
-        ),
-    ] = False,
-    ignore_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--ignore-key",
-            metavar="NAME",
-            rich_help_panel=_MEND,
-            help="An unknown setting that does not matter; may be repeated. A fixed yml is without "
-            "it, since GPT-NeoX refuses it.",
-        ),
-    ] = None,
-    as_json: values.AsJson = False,
-) -> None:
-    """Say what is wrong with a checkpoint, where it loads, and how to mend it.
+@dataclass(frozen=True, slots=True)
+class DoctorOptions:
+    """What is diagnosed, and whether it is fixed."""
 
-    Without --for every known GPT-NeoX or transformers is tried. Nothing is loaded.
+    target: Target | None = option(
+        None,
+        "What should load it. A GPT-NeoX source tree, its date or commit, or a version of "
+        "transformers (transformers: the installed one).",
+        "--for",
+        common=True,
+        value="target",
+    )
+    error: str | None = option(
+        None,
+        "A traceback that a framework printed. - reads it from stdin.",
+        common=True,
+        value="path",
+        metavar="FILE",
+    )
+    compare: bool = option(
+        False, "Show how both frameworks compute this model, side by side.", common=True
+    )
+    fix: str | None = option(
+        None,
+        "Write a fixed copy to DST.",
+        group=FIX,
+        common=True,
+        value="path",
+        metavar="DST",
+    )
+    in_place: bool = option(
+        False,
+        "Replace the checkpoint by the fixed one as soon as that is complete.",
+        group=FIX,
+        common=True,
+    )
+    recompute: bool = option(
+        False, "Drop or replace stored inv_freq that differs from what the config gives.", group=FIX
+    )
+    drop_optimizer: bool = option(
+        False, "Leave out optimizer states where they cannot be kept.", group=FIX
+    )
+    ignore_keys: tuple[str, ...] = inherited(
+        Source,
+        "ignore_keys",
+        (),
+        text="An unknown key of the settings that does not matter. A fixed yml is written without "
+        "it, since GPT-NeoX refuses it. May be repeated.",
+        group=FIX,
+    )
+
+    @property
+    def fixes(self) -> bool:
+        """Whether anything is written."""
+        return self.fix is not None or self.in_place
+
+
+@command(
+    "doctor",
+    Argument("paths", "PATH...", "Checkpoints of either kind.", many=True, required=False),
+    DoctorOptions,
+    only(Source, "step", "configs", "gqa_order"),
+    only(Output, "as_json"),
+)
+def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, output: Output) -> None:
+    """Find out what is wrong with a checkpoint, where it loads, and how to fix it.
+
+    Without --for, every known GPT-NeoX or transformers is checked. No checkpoint is executed.
 
     \b
     Examples:
       neox-bridge doctor pythia-neox --for neox:~/gpt-neox
-      neox-bridge doctor pythia-neox --for today --fix pythia-mended
+      neox-bridge doctor pythia-neox --for today --fix pythia-fixed
       neox-bridge doctor pythia-410m --for transformers@4.48
       neox-bridge doctor pythia-neox --error traceback.txt
 
-    Exit codes: 0 nothing or warnings only, 1 error, 2 usage, 4 will not load.
+    Exit codes: 0 nothing or warnings only, 1 error, 2 wrong usage, 4 will not load.
     """
-    paths = paths or []
-    mending = fix is not None or in_place
-    _check_applies(locals())
-    if not paths and error is None:
-        raise typer.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
+    as_json = output.as_json
+    _check_applies(paths, options)
+    if not paths and options.error is None:
+        raise click.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
     from neox_bridge.stores.paths import is_url, plain
 
     if urls := [path for path in paths if is_url(plain(path)) and not path.startswith(_HUB)]:
-        raise typer.BadParameter(
+        raise click.BadParameter(
             f"{urls[0]}: doctor reads folders and models of the Hub. Use inspect for other URLs."
         )
-    paths = list(map(plain, paths))
+    paths = tuple(map(plain, paths))
     report: dict[str, Any] = {"schema_version": 1}
-    if error is not None:
-        report |= _advise(error, paths, target, as_json)
-    if mending:
-        opened = _open(paths[0], step, config, gqa_order)
-        flags: dict[str, Any] = {"recompute": recompute, "drop_optimizer": drop_optimizer}
-        flags["ignore_keys"] = tuple(ignore_key or ())
-        flags["given_yml"] = bool(config)
-        report["mended"] = _mend(opened, target, fix, flags, as_json)
+    if options.error is not None:
+        report |= _advise(options.error, paths, options.target, as_json)
+    if options.fixes:
+        report["mended"] = _fix(_open(paths[0], reading), options, bool(reading.configs), as_json)
         if as_json:
             print_json(report)
         return
-    failed = False
-    found = report.setdefault("checkpoints", [])
+    report.setdefault("checkpoints", [])
     for number, path in enumerate(paths):
-        facts = _examine(path, target, partial(_open, path, step, config, gqa_order), compare)
-        failed = failed or not facts["loads"]
-        found.append(facts)
+        facts = _examine(path, reading, options)
+        report["checkpoints"].append(facts)
         if not as_json:
-            if number or error is not None:
+            if number or options.error is not None:
                 print()
             _print(facts)
     if as_json:
         print_json(report)
-    if failed:
+    if not all(facts["loads"] for facts in report["checkpoints"]):
         sys.stdout.flush()
-        raise typer.Exit(_FAILS)
+        raise click.exceptions.Exit(_FAILS)
 
 
-def _check_applies(options: dict[str, Any]) -> None:
+def _check_applies(paths: Sequence[str], options: DoctorOptions) -> None:
     """Raise UsageError for options that would be ignored, or that contradict each other."""
-    paths, fix, in_place = options["paths"], options["fix"], options["in_place"]
-    if fix is not None and in_place:
+    if options.fix is not None and options.in_place:
         raise UsageError(
             ["fix", "in_place"],
             "--fix DST writes a copy, and --in-place replaces PATH itself",
             "Leave one of them out.",
         )
-    mending = fix is not None or in_place
-    if mending and len(paths) > 1:
+    if options.fixes and len(paths) > 1:
         raise UsageError(
-            ["fix" if fix is not None else "in_place"],
+            ["fix" if options.fix is not None else "in_place"],
             f"it takes one PATH, and there are {len(paths)}",
             "Run the command once for each.",
         )
-    more = given(**{name: options[name] for name in ("recompute", "drop_optimizer", "ignore_key")})
-    if more and not mending:
+    more = given("recompute", "drop_optimizer", "ignore_keys")
+    if more and not options.fixes:
         raise UsageError(more, "only for --fix and --in-place", "Add one of them.")
-    if mending and options["compare"]:
+    if options.fixes and options.compare:
         raise UsageError(
             ["compare"], "it prints a table, and --fix writes", "Leave one of them out."
         )
-    names = ("compare", "step", "config", "gqa_order", "fix", "in_place")
-    named = given(**{name: options[name] for name in names})
-    if not paths and options["error"] is not None and named:
+    named = given("compare", "step", "configs", "gqa_order", "fix", "in_place")
+    if not paths and options.error is not None and named:
         raise UsageError(named, "only for a checkpoint", "Name the checkpoint as well: PATH.")
 
 
-def _open(path: str, step: int | None, config: list[str] | None, order: str | None) -> "Checkpoint":
+def _open(path: str, reading: Source) -> Checkpoint:
     from neox_bridge.errors import Refused
-    from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.planning.option_checks import check_gqa_order
 
-    found = open_checkpoint(
-        path,
-        step=step,
-        configs=config or (),
-        gqa_order=order,  # type: ignore[arg-type]
-    )
-    check_gqa_order(order, found)
-    if found.neox is not None and found.neox.universal:
+    checkpoint = reading.open(path)
+    check_gqa_order(reading.gqa_order, checkpoint)
+    if checkpoint.neox is not None and checkpoint.neox.universal:
         raise Refused(
             f"{path} is a universal checkpoint of DeepSpeed, which GPT-NeoX loads with checkpoint: "
-            '{"load_universal": true} in its yml, and whose files doctor doesn\'t know. Make an '
-            "ordinary one of it with reshard."
+            '{"load_universal": true} in its yml. doctor does not know its files. Convert it into '
+            "an ordinary checkpoint with reshard."
         )
-    return found
+    return checkpoint
 
 
-def _examine(
-    path: str, target: "Target | None", opened: "Callable[[], Checkpoint]", side: bool
-) -> dict[str, Any]:
+def _examine(path: str, reading: Source, options: DoctorOptions) -> dict[str, Any]:
     """Everything about one checkpoint, as plain data."""
     from neox_bridge.doctor.diagnose import cannot_open, judge, judge_all, own_target
     from neox_bridge.doctor.verdict import verdict
     from neox_bridge.frameworks.targets import name_of
     from neox_bridge.layouts.head import drop_equal_head
 
+    target = options.target
     try:
-        checkpoint = opened()
+        checkpoint = _open(path, reading)
     except BridgeError:
         case = cannot_open(path)
         if case is None:
@@ -233,16 +217,14 @@ def _examine(
     }
     for entry in facts["verdicts"] if target is not None else ():
         entry.pop("findings")
-    if side:
-        from dataclasses import asdict
-
+    if options.compare:
         from neox_bridge.doctor.compare import compare
 
         facts["comparison"] = [asdict(row) for row in compare(checkpoint)]
     return facts
 
 
-def _verdict(verdict: "Verdict") -> dict[str, Any]:
+def _verdict(verdict: Verdict) -> dict[str, Any]:
     from neox_bridge.planning.report import finding_json
 
     cases = sorted(verdict.cases, key=lambda case: _ORDER[case.finding.severity])
@@ -285,10 +267,8 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
         print_line(f"{cells}  {row['note']}".rstrip())
 
 
-def _advise(source: str, paths: list[str], target: Any, as_json: bool) -> dict[str, Any]:
+def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> dict[str, Any]:
     """What a pasted traceback tells, and the command that fixes it."""
-    from dataclasses import asdict
-
     from neox_bridge.doctor.advice import advise
     from neox_bridge.layouts.text_files import LARGE, read_text
 
@@ -303,7 +283,7 @@ def _advise(source: str, paths: list[str], target: Any, as_json: bool) -> dict[s
     return {"error": facts.pop("causes"), "advice": facts}
 
 
-def _opened(path: str) -> "Checkpoint | None":
+def _opened(path: str) -> Checkpoint | None:
     """The checkpoint that a message is about, where it can be opened."""
     from neox_bridge.layouts.open import open_checkpoint
 
@@ -313,7 +293,7 @@ def _opened(path: str) -> "Checkpoint | None":
         return None
 
 
-def _print_advice(advice: "Advice", path: str) -> None:
+def _print_advice(advice: Advice, path: str) -> None:
     """What is wrong, why, the one command, other ways and links."""
     first = advice.causes[0]
     shown = f"{path or 'the checkpoint'} does not load"
@@ -341,32 +321,37 @@ def _some(keys: Sequence[str], most: int = 6) -> str:
     return ", ".join(keys[:most]) + more
 
 
-def _mend(
-    checkpoint: "Checkpoint",
-    target: "Target | None",
-    folder: str | None,
-    flags: dict[str, Any],
-    as_json: bool,
+def _fix(
+    checkpoint: Checkpoint, options: DoctorOptions, given_yml: bool, as_json: bool
 ) -> dict[str, Any] | None:
-    from neox_bridge.doctor import fixes as mend
-    from neox_bridge.execution.execute import execute
+    from neox_bridge.doctor import fixes
+    from neox_bridge.execution.run import execute
     from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.report import remarks
 
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     if finding := sweep(home):
         tell_findings([finding], quiet=False)
-    plan = mend.mend_plan(checkpoint, target, folder or home, in_place=folder is None, **flags)
+    plan = fixes.mend_plan(
+        checkpoint,
+        options.target,
+        options.fix or home,
+        in_place=options.in_place,
+        recompute=options.recompute,
+        drop_optimizer=options.drop_optimizer,
+        ignore_keys=options.ignore_keys,
+        given_yml=given_yml,
+    )
     if plan is None:
         if not as_json:
-            print_line(f"nothing to mend: {checkpoint.path}")
+            print_line(f"nothing to fix: {checkpoint.path}")
         return None
-    where = folder or mend.replaced(checkpoint)
-    if folder is None:
-        plan = mend.in_place(checkpoint, plan)
+    where = options.fix or fixes.replaced(checkpoint)
+    if options.in_place:
+        plan = fixes.in_place(checkpoint, plan)
     with writing(where):
-        check = mend.checker(checkpoint, plan)
-        result = execute(plan, folder or home, check=check, in_place=folder is None)
+        check = fixes.checker(checkpoint, plan)
+        result = execute(plan, options.fix or home, check=check, in_place=options.in_place)
     tell_findings(result.findings, quiet=False)
     if not as_json:
         for drop in plan.dropped:
@@ -374,5 +359,5 @@ def _mend(
         for note in plan.notes:
             print_line(note)
         count = sum(file.copy_of is None for file in plan.files)
-        print_line(f"mended {where}: {count} of {len(plan.files)} files rewritten")
+        print_line(f"fixed {where}: {count} of {len(plan.files)} files rewritten")
     return {"path": os.path.abspath(where), "files": len(plan.files), **remarks(plan)}

@@ -3,20 +3,18 @@
 import errno
 import os
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import NoReturn, ParamSpec
+from typing import NoReturn
 
-import typer
+import click
 
-from neox_bridge.cli.helping import typed
+from neox_bridge.cli.options import FLAGS
 from neox_bridge.cli.output import say
 from neox_bridge.errors import BridgeError, ChoiceNeeded, SettingsMissing, UsageError
 
-_P = ParamSpec("_P")
 INTERRUPTED = 130
+ARGUMENTS = "neox_bridge.arguments"  # the key of a context's ``meta`` with the words typed
 DEBUG = "NEOX_BRIDGE_DEBUG"
 
 
@@ -24,48 +22,39 @@ class Interrupted(Exception):
     """The user stopped a command; says what is on disk now."""
 
 
-def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
-    """The command with its exceptions turned into a message and an exit code."""
-
-    @wraps(command)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
-        except (typer.Exit, typer.BadParameter):
+@contextmanager
+def reported() -> Iterator[None]:
+    """A block, or a function, whose exceptions become a message and an exit code."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except UsageError as error:
+        _fail(error.spelled(flag), error.exit_code)
+    except ChoiceNeeded as error:
+        _fail(_with_commands(error), error.exit_code)
+    except SettingsMissing as error:
+        _fail(_with_config(error), error.exit_code)
+    except BridgeError as error:
+        _fail(str(error), error.exit_code)
+    except (Interrupted, KeyboardInterrupt) as error:
+        say("interrupted", str(error) or "nothing was written")
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # `| head` has seen enough
+        raise click.exceptions.Exit(1) from None
+    except OSError as error:
+        _fail(_os_message(error), 1)
+    except MemoryError:
+        _fail("out of memory. --max-workers 1 needs the least.", 1)
+    except Exception as error:
+        if os.environ.get(DEBUG):
             raise
-        except UsageError as error:
-            _fail(error.spelled(flag), error.exit_code)
-        except ChoiceNeeded as error:
-            _fail(_with_commands(error), error.exit_code)
-        except SettingsMissing as error:
-            _fail(_with_config(error), error.exit_code)
-        except BridgeError as error:
-            _fail(str(error), error.exit_code)
-        except (Interrupted, KeyboardInterrupt) as error:
-            say("interrupted", str(error) or "nothing was written")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:  # `| head` has seen enough
-            raise typer.Exit(1) from None
-        except OSError as error:
-            _fail(_os_message(error), 1)
-        except MemoryError:
-            _fail("out of memory. --max-workers 1 needs the least.", 1)
-        except Exception as error:
-            if os.environ.get(DEBUG):
-                raise
-            _fail(_bug(error), 1)
-
-    return run
+        _fail(_bug(error), 1)
 
 
 def flag(parameter: str) -> str:
     """The option of the command line that sets a parameter of the library."""
-    renamed = {
-        **{"era": "for", "hash_name": "hash", "configs": "config", "ignore_keys": "ignore-key"},
-        **{"every_crc": "crc", "hash_shared": "hash"},
-    }
-    return f"--{renamed.get(parameter, parameter).replace('_', '-')}"
+    return FLAGS.get(parameter, f"--{parameter.replace('_', '-')}")
 
 
 @contextmanager
@@ -87,23 +76,23 @@ def writing(target: str) -> Iterator[None]:
 
 def _identity(path: str) -> tuple[int, int] | None:
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _fail(message: str, code: int) -> NoReturn:
     say("error", message)
-    raise typer.Exit(code) from None
+    raise click.exceptions.Exit(code) from None
 
 
 def _with_commands(error: ChoiceNeeded) -> str:
     """The reason, and a command for each choice: the typed one, where it has the option."""
-    command = typed.get()
-    words = ["convert", error.source, f"{error.source.rstrip('/')}-converted", "--to", error.kind]
-    if command is not None and error.option in command.options:
-        words = [command.name, *command.arguments]
+    words = _typed_words(error.option)
+    if words is None:
+        target = f"{error.source.rstrip('/')}-converted"
+        words = ["convert", error.source, target, "--to", error.kind]
     ways = [
         f"`{shlex.join(['neox-bridge', *words, error.option, value])}` {effect}"
         for value, effect in error.effects.items()
@@ -113,10 +102,16 @@ def _with_commands(error: ChoiceNeeded) -> str:
 
 def _with_config(error: SettingsMissing) -> str:
     """The reason, and the typed command with the option that names the yml, where it has it."""
-    command = typed.get()
-    if command is None or error.option not in command.options:
-        return str(error)
-    return error.with_command([command.name, *command.arguments])
+    words = _typed_words(error.option)
+    return str(error) if words is None else error.with_command(words)
+
+
+def _typed_words(option: str) -> list[str] | None:
+    """The running command with what was typed after it; None if it does not have the option."""
+    context = click.get_current_context(silent=True)
+    if context is None or not any(option in param.opts for param in context.command.params):
+        return None
+    return [str(context.info_name), *context.meta[ARGUMENTS]]
 
 
 def _os_message(error: OSError) -> str:

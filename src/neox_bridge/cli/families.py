@@ -1,18 +1,15 @@
 """``neox-bridge families``."""
 
-from typing import Annotated
-
-import typer
-
+from neox_bridge.cli.command import command, only
+from neox_bridge.cli.options import Output
 from neox_bridge.cli.output import print_json
 
 
-def families(
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
-) -> None:
-    """List the families of models that are converted, how each is proved, and published suites.
+@command("families", only(Output, "as_json"))
+def families(output: Output) -> None:
+    """List the model families that can be converted, how each is tested, and published suites.
 
-    The suites are published training runs in GPT-NeoX's own files, which every command takes by
+    The suites are published training runs in GPT-NeoX's own files. Every command takes them by
     their names on the Hub.
 
     \b
@@ -25,10 +22,15 @@ def families(
     from neox_bridge.architectures.page import rows
     from neox_bridge.frameworks.suites import SUITES
 
-    if as_json:
-        found = [asdict(row) for row in rows()]
-        suites = [asdict(suite) for suite in SUITES]
-        print_json({"schema_version": 1, "families": found, "refused": CANNOT, "suites": suites})
+    if output.as_json:
+        print_json(
+            {
+                "schema_version": 1,
+                "families": [asdict(row) for row in rows()],
+                "refused": CANNOT,
+                "suites": [asdict(suite) for suite in SUITES],
+            }
+        )
         return
     for row in rows():
         print(f"{row.family}  {row.hf_class}")

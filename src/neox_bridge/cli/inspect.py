@@ -1,22 +1,25 @@
 """``neox-bridge inspect``."""
 
+from __future__ import annotations
+
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from neox_bridge.cli import plotting, values
-from neox_bridge.cli.asked import given
+from neox_bridge.cli import plotting
+from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.inspect_optimizer import (
     masters_facts,
     optimizer_lines,
     states_facts,
     states_lines,
 )
+from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings, with_remedy
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 from neox_bridge.errors import UsageError
+from neox_bridge.option import inherited, option, options_of
 from neox_bridge.wording import KINDS, human, plain, plural
 
 if TYPE_CHECKING:
@@ -24,72 +27,65 @@ if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.tensors.pieces import Whole
     from neox_bridge.tensors.tensor_ref import TensorRef
+    from neox_bridge.verification.statistics import Statistics
 
 PEEK_BYTES = 4 << 20  # of tensors that are stored twice, which are compared so far and no further
 
 
-def inspect(
-    path: Annotated[
-        str,
-        typer.Argument(
-            metavar="PATH",
-            help="A Hugging Face or GPT-NeoX folder, its URL (s3://…), or ORG/NAME[@REVISION] of "
-            "the Hub.",
-        ),
-    ],
-    tensors: Annotated[
-        bool,
-        typer.Option("--tensors", help="Every tensor too: name, shape, dtype, and where it lies."),
-    ] = False,
-    stats: Annotated[
-        bool,
-        typer.Option(
-            "--stats",
-            help="Read the weights too: each tensor's range, mean, std, norm, zeros, NaN and Inf.",
-        ),
-    ] = False,
-    plot: Annotated[
-        str | None,
-        typer.Option(
-            **plotting.plot_file(), help="Draw the statistics, block by block; implies --stats."
-        ),
-    ] = None,
-    tensor: Annotated[
-        str | None,
-        typer.Option(
-            metavar="GLOB", help="Statistics of such names only, quoted: '*.bias'; implies --stats."
-        ),
-    ] = None,
-    security: Annotated[
-        bool,
-        typer.Option(
-            "--security",
-            help="What the pickles in PATH, a file or a folder, would run if they were loaded.",
-        ),
-    ] = False,
-    optimizer: Annotated[
-        bool,
-        typer.Option(
-            "--optimizer",
-            help="Read the optimizer too: groups, step, learning rate. With --tensors or --stats, "
-            "its states are listed as 'exp_avg: NAME'.",
-        ),
-    ] = False,
-    max_workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads that read weights.")
-    ] = None,
-    revision: values.Revision = None,
-    step: values.Step = None,
-    config: values.Configs = None,
-    as_json: values.AsJson = False,
-) -> None:
-    """Say what a checkpoint is: kind, era, layout, sizes, and what would stop a conversion.
+@dataclass(frozen=True, slots=True)
+class InspectOptions:
+    """What is read and printed."""
 
-    Of a GPT-NeoX checkpoint also which program wrote it, of what kind its optimizer states are, and
+    tensors: bool = option(
+        False, "List every tensor: name, shape, dtype, and where it is stored.", common=True
+    )
+    stats: bool = option(
+        False,
+        "Read the weights and print statistics. Each tensor's range, mean, std, norm, zeros, NaN "
+        "and Inf.",
+        common=True,
+    )
+    plot: str | None = option(
+        None, "Draw the statistics, block by block. Implies --stats.", value="picture"
+    )
+    tensor: str | None = option(
+        None,
+        "Print statistics of tensors whose names match, quoted: '*.bias'. Implies --stats.",
+        metavar="GLOB",
+    )
+    security: bool = option(
+        False,
+        "List what the pickles in PATH, a file or a folder, would run if they were loaded.",
+        common=True,
+    )
+    optimizer: bool = option(
+        False,
+        "Read the optimizer too: groups, step, learning rate. With --tensors or --stats, its "
+        "states are listed as 'exp_avg: NAME'.",
+        common=True,
+    )
+    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that read weights.")
+
+
+@command(
+    "inspect",
+    Argument(
+        "path",
+        "PATH",
+        "A Hugging Face or GPT-NeoX folder, its URL (s3://…), or ORG/NAME[@REVISION] of the Hub.",
+    ),
+    InspectOptions,
+    only(Source, "revision", "step", "configs"),
+    only(Output, "as_json"),
+)
+def inspect(path: str, options: InspectOptions, reading: Source, output: Output) -> None:
+    """Show what a checkpoint contains: kind, era, layout, sizes, and what would stop a conversion.
+
+    For a GPT-NeoX checkpoint also which program wrote it, the kind of its optimizer states, and
     which GPT-NeoX can resume them.
 
     Weights are read with --stats only. The exit code is 0 if the checkpoint can be opened, whatever
-    is found in it; with --security it is 1 if a pickle is not known to be harmless.
+    its contents. With --security it is 1 if a pickle is not known to be harmless.
 
     \b
     Examples:
@@ -99,86 +95,85 @@ def inspect(
       neox-bridge inspect checkpoints/ --stats --plot statistics.svg
       neox-bridge inspect downloaded.bin --security
     """
-    if security:
-        if named := given(
-            tensors=tensors,
-            stats=stats,
-            plot=plot,
-            tensor=tensor,
-            optimizer=optimizer,
-            max_workers=max_workers,
-            revision=revision,
-            step=step,
-            configs=config,
-        ):
+    if options.security:
+        others = [name for name in options_of(InspectOptions) if name != "security"]
+        if named := given(*others, "revision", "step", "configs"):
             raise UsageError(
                 named, "--security looks at files as they are", "Only --json goes with it."
             )
-        print_security(path, as_json)
+        print_security(path, output.as_json)
         return
-    if max_workers is not None and not (stats or plot or tensor):
+    measured = bool(options.stats or options.plot or options.tensor)
+    if options.max_workers is not None and not measured:
         raise UsageError(["max_workers"], "only for --stats", "Add --stats, or leave it out.")
     from neox_bridge.cli.inspect_quantized import print_quantized
-    from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.layouts.quantized import QuantizedModel
     from neox_bridge.planning.option_checks import check_optimizer
+    from neox_bridge.planning.report import finding_json
 
-    plotting.prepare(plot)
+    plotting.prepare(options.plot)
     try:
-        checkpoint = open_checkpoint(path, revision=revision, step=step, configs=config or ())
+        checkpoint = reading.open(path)
     except QuantizedModel as error:
-        if error.model is None or stats or plot or tensor or optimizer:
+        if error.model is None or measured or options.optimizer:
             raise
-        print_quantized(error.model, as_json=as_json, tensors=tensors)
+        print_quantized(error.model, as_json=output.as_json, tensors=options.tensors)
         return
-    check_optimizer(optimizer, checkpoint)
+    check_optimizer(options.optimizer, checkpoint)
     facts = describe(checkpoint)
-    masters: dict[str, Any] | None = None
-    if optimizer:
-        from neox_bridge.findings import unrepeated
-        from neox_bridge.optimizer.masters import with_states
-        from neox_bridge.optimizer.read_export import scalars
-        from neox_bridge.optimizer.read_files import read_optimizer
-        from neox_bridge.planning.report import finding_json
-
-        held = read_optimizer(checkpoint)
-        differing: list[Finding] = []
-        if stats and tensor is None:
-            masters, differing = masters_facts(checkpoint, held, max_workers)
-        facts["optimizer"] = {**scalars(checkpoint, held), "masters": masters}
-        others = unrepeated(held.findings, differing)
-        doubts = [*differing, *others, *held.derived_findings]
+    if options.optimizer:
+        checkpoint, doubts = _with_optimizer(checkpoint, facts, options)
         facts["findings"] += map(finding_json, doubts)
-        checkpoint = with_states(checkpoint, held)
-    wanted = stats or plot or tensor
-    found, told = measure(checkpoint, tensor or "*", max_workers) if wanted else (None, [])
-    if plot and found is not None:
-        from neox_bridge.verification.plots import plot_statistics
+    statistics: list[Statistics] | None = None
+    faults: list[Finding] = []
+    if measured:
+        statistics, faults = measure(checkpoint, options.tensor or "*", options.max_workers)
+        if options.plot:
+            from neox_bridge.verification.plots import plot_statistics
 
-        plot_statistics(found, plot)
-    if as_json:
-        from neox_bridge.planning.report import finding_json
-
-        facts["findings"] += map(finding_json, told)
-        more = {"tensors": _tensors(checkpoint)} if tensors else {}
-        more |= {} if found is None else {"stats": stats_json(found)}
-        print_json({**facts, **more})
+            plot_statistics(statistics, options.plot)
+    if output.as_json:
+        facts["findings"] += map(finding_json, faults)
+        if options.tensors:
+            facts["tensors"] = _tensors(checkpoint)
+        if statistics is not None:
+            facts["stats"] = stats_json(statistics)
+        print_json(facts)
         return
     lines = summary_lines(facts)
-    lines += optimizer_lines(facts["optimizer"], masters) if optimizer else []
+    if options.optimizer:
+        lines += optimizer_lines(facts["optimizer"], facts["optimizer"]["masters"])
     for key, text in lines:
         print_line(f"{key:<12}{text}")
-    if tensors:
+    if options.tensors:
         _print_tensors(checkpoint)
-    if found is not None:
-        print_stats(found)
-    tell_findings(told, quiet=False)
+    if statistics is not None:
+        print_stats(statistics)
+    tell_findings(faults, quiet=False)
 
 
-def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
+def _with_optimizer(
+    checkpoint: Checkpoint, facts: dict[str, Any], options: InspectOptions
+) -> tuple[Checkpoint, list[Finding]]:
+    """The checkpoint with its states as tensors, and findings. Adds the optimizer to the facts."""
+    from neox_bridge.findings import unrepeated
+    from neox_bridge.optimizer.masters import with_states
+    from neox_bridge.optimizer.read_export import scalars
+    from neox_bridge.optimizer.read_files import read_optimizer
+
+    optimizer = read_optimizer(checkpoint)
+    masters: dict[str, Any] | None = None
+    differing: list[Finding] = []
+    if options.stats and options.tensor is None:
+        masters, differing = masters_facts(checkpoint, optimizer, options.max_workers)
+    facts["optimizer"] = {**scalars(checkpoint, optimizer), "masters": masters}
+    others = unrepeated(optimizer.findings, differing)
+    findings = [*differing, *others, *optimizer.derived_findings]
+    return with_states(checkpoint, optimizer), findings
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint is, as plain data."""
-    from dataclasses import asdict
-
     from neox_bridge.layouts.copies import copy_findings
     from neox_bridge.layouts.head import head_findings, head_relation
     from neox_bridge.layouts.rank_biases import drifted_biases
@@ -251,7 +246,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
     }
 
 
-def _refusals(checkpoint: "Checkpoint") -> list[dict[str, str]]:
+def _refusals(checkpoint: Checkpoint) -> list[dict[str, str]]:
     if not checkpoint.refusals:
         return []
     from neox_bridge.layouts.checkpoint import new_folder, way_out_of
@@ -264,9 +259,7 @@ def _refusals(checkpoint: "Checkpoint") -> list[dict[str, str]]:
     ]
 
 
-def _neox(checkpoint: "Checkpoint", states: dict[str, Any] | None) -> dict[str, Any]:
-    from dataclasses import asdict
-
+def _neox(checkpoint: Checkpoint, states: dict[str, Any] | None) -> dict[str, Any]:
     from neox_bridge.frameworks.eras import fitting
     from neox_bridge.frameworks.writers import words_of
 
@@ -405,14 +398,14 @@ def _embeddings(facts: dict[str, Any]) -> str:
     return "tied" if facts["tied_embeddings"] else "untied"
 
 
-def _refs(whole: "Whole") -> list["TensorRef"]:
+def _refs(whole: Whole) -> list[TensorRef]:
     """Where a tensor lies: its shards, or its one piece."""
     return list(whole.shards) or list(
         dict.fromkeys(p.source for p in whole.pieces if p.source is not None)
     )
 
 
-def _tensors(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
+def _tensors(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
@@ -428,7 +421,7 @@ def _tensors(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
     ]
 
 
-def _print_tensors(checkpoint: "Checkpoint") -> None:
+def _print_tensors(checkpoint: Checkpoint) -> None:
     rows = []
     for name, whole in checkpoint.tensors.items():
         refs = _refs(whole)

@@ -12,6 +12,7 @@ from neox_bridge.cli.streams import write_color
 from neox_bridge.wording import human, one_line, plain, plural, side
 
 if TYPE_CHECKING:
+    from neox_bridge.cli.options import Output
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Finding
     from neox_bridge.planning.plan import Plan
@@ -72,12 +73,11 @@ def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
         say(finding.severity, with_remedy(finding))
 
 
-def print_plan(plan: "Plan", target: str, workers: int | None = None) -> None:
+def print_plan(plan: "Plan", target: str) -> None:
     """A plan for people, on stdout."""
-    from neox_bridge.execution.memory import peak_memory
     from neox_bridge.planning.report import summary
 
-    numbers = summary(plan, peak_memory(plan, target, workers))
+    numbers = summary(plan)
     print_line(f"source   {side(plan.source)}: {plan.source.get('name', '')}")
     print_line(f"target   {side(plan.target)}, {plan.target['parameters']:,} parameters: {target}")
     print_line(f"files    {numbers['files']}")
@@ -102,16 +102,15 @@ def print_result(
     plan: "Plan",
     result: "Result",
     target: str,
-    as_json: bool,
-    quiet: bool,
+    output: "Output",
     verified: bool | None = None,
 ) -> None:
     """The one line that says what was written, and the blanks that are left; or both as JSON."""
     from neox_bridge.planning.casts import verified as in_words
 
-    if as_json:
+    if output.as_json:
         print_json(result_json(plan, result) | {"verified": verified})
-    elif not quiet:
+    elif not output.quiet:
         words = {True: f"; {in_words(plan.casts)}", False: "; not verified", None: ""}
         print_line(_summary_line(plan, result, target) + words[verified])
         for line in blanks(plan, target):
@@ -122,7 +121,6 @@ def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
     """What a conversion did, as plain data."""
     from dataclasses import asdict
 
-    from neox_bridge.execution.memory import peak_memory
     from neox_bridge.planning.report import SCHEMA_VERSION, casts_json, remarks, summary
 
     return {
@@ -130,7 +128,7 @@ def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
         "source": dict(plan.source),
         "target": dict(plan.target),
         "result": asdict(result),
-        "summary": summary(plan, peak_memory(plan, result.target)),
+        "summary": summary(plan),
         "casts": casts_json(plan),
         **remarks(plan),
     }

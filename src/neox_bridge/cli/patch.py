@@ -1,35 +1,41 @@
 """``neox-bridge patch``."""
 
+from __future__ import annotations
+
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from neox_bridge.cli import values
+from neox_bridge.cli.command import Argument, command, only
+from neox_bridge.cli.options import Output
 from neox_bridge.cli.output import print_json, print_line
+from neox_bridge.option import option
 from neox_bridge.wording import plural
 
 if TYPE_CHECKING:
     from neox_bridge.patch.patcher import Patch
 
 
-def patch(
-    tree: Annotated[
-        str, typer.Argument(metavar="TREE", help="The root of a GPT-NeoX source tree.")
-    ],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would change as a diff; write nothing.")
-    ] = False,
-    revert: Annotated[
-        bool, typer.Option("--revert", help="Bring the original files back, byte for byte.")
-    ] = False,
-    as_json: values.AsJson = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class PatchOptions:
+    """What is done to the tree."""
+
+    dry_run: bool = option(False, "Print the changes as a diff and write nothing.", common=True)
+    revert: bool = option(False, "Restore the original files, byte for byte.", common=True)
+
+
+@command(
+    "patch",
+    Argument("tree", "TREE", "The root of a GPT-NeoX source tree."),
+    PatchOptions,
+    only(Output, "as_json"),
+)
+def patch(tree: str, options: PatchOptions, output: Output) -> None:
     """Let a GPT-NeoX tree load checkpoints with and without inv_freq, strictly.
 
-    Classes that compute inv_freq (or ALiBi's slopes) stop storing it, unless a flag says
-    otherwise, and get a load hook that takes it from checkpoints or fills it in. Patches
-    every file or none; a tree whose source isn't of a known form is refused (exit code 4).
+    Classes that compute inv_freq (or ALiBi's slopes) no longer store it, unless a flag says
+    otherwise, and get a load hook that reads it from checkpoints or fills it in. Patches all files
+    or none. A tree whose source is not of a known form is refused (exit code 4).
 
     \b
     Examples:
@@ -39,13 +45,14 @@ def patch(
     """
     from neox_bridge.patch import patcher
 
+    dry_run, revert = options.dry_run, options.revert
     if revert:
         plan = patcher.plan_revert(tree) if dry_run else patcher.revert(tree)
     else:
         plan = patcher.plan_patch(tree)
         if not dry_run:
             patcher.apply(plan)
-    if as_json:
+    if output.as_json:
         print_json(_facts(plan, revert, dry_run))
     elif not plan.files:
         print_line(f"nothing to do: {tree} {'is not patched' if revert else 'is patched already'}")
@@ -60,7 +67,7 @@ def patch(
         print_line(f"reverted {tree}: {count}" if revert else f"patched {tree}: {count}{undo}")
 
 
-def _facts(plan: "Patch", revert: bool, dry_run: bool) -> dict[str, Any]:
+def _facts(plan: Patch, revert: bool, dry_run: bool) -> dict[str, Any]:
     """What was done or would be, as plain data."""
     return {
         "schema_version": 1,

@@ -1,14 +1,6 @@
-"""``--plot FILE``: the option that several commands have."""
+"""``--plot FILE``: what several commands do with it."""
 
 import os
-from typing import Any
-
-import typer
-
-
-def plot_file() -> Any:
-    """An option that takes a picture's file name: the arguments of ``typer.Option``."""
-    return {"parser": _parse, "metavar": "FILE.png|svg"}
 
 
 def prepare(path: str | None) -> None:
@@ -21,12 +13,4 @@ def prepare(path: str | None) -> None:
     require()
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise BridgeError(f"{path}: the folder {folder} isn't there. Make it first.")
-
-
-def _parse(text: str) -> str:
-    from neox_bridge.verification.plots import SUFFIXES
-
-    if not text.lower().endswith(SUFFIXES):
-        raise typer.BadParameter(f"{text!r} is neither a .png nor an .svg file.")
-    return text
+        raise BridgeError(f"{path}: the folder {folder} does not exist. Create it first.")

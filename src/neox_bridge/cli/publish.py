@@ -2,16 +2,15 @@
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from neox_bridge.cli.execution import Checker, perform
+from neox_bridge.cli.options import Execution, Upload
 from neox_bridge.cli.output import blanks, print_json, print_line, print_plan, result_json, say
 from neox_bridge.cli.progress import progress_bar
-from neox_bridge.cli.run_plan import How, Progress, perform
 from neox_bridge.errors import BridgeError, Unverified, UsageError
+from neox_bridge.option import options_of
 from neox_bridge.wording import human, plural, side
 
 if TYPE_CHECKING:
@@ -22,50 +21,13 @@ if TYPE_CHECKING:
     from neox_bridge.planning.plan import Plan
     from neox_bridge.stores.hub_names import HubTarget
 
-_HUB = "Targets on the Hub"
-Private = Annotated[
-    bool,
-    typer.Option(
-        "--private",
-        rich_help_panel=_HUB,
-        help="Create the repository as private if it does not exist.",
-    ),
-]
-CreatePr = Annotated[
-    bool,
-    typer.Option(
-        "--create-pr",
-        rich_help_panel=_HUB,
-        help="Propose the files as a pull request to the branch, which must be there.",
-    ),
-]
-WorkIn = Annotated[
-    str | None,
-    typer.Option(
-        "--work",
-        metavar="DIR",
-        rich_help_panel=_HUB,
-        help="Where the files are made before they are uploaded; $TMPDIR, else this folder.",
-    ),
-]
 
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """The options of targets on the Hub."""
-
-    private: bool
-    create_pr: bool
-    work: str | None
-
-    def check(self, target: str) -> None:
-        """Raise UsageError where one of them is given, and the target is not on the Hub."""
-        values = {"private": self.private, "create_pr": self.create_pr, "work": self.work}
-        named = [name for name, value in values.items() if value not in (False, None)]
-        if named and not target.startswith("hf://"):
-            raise UsageError(
-                named, f"only for targets on the Hub, and {target} is not hf://ORG/NAME"
-            )
+def check_upload(upload: Upload, target: str) -> None:
+    """Raise UsageError where one of the options is given, and the target is not on the Hub."""
+    values = {name: getattr(upload, name) for name in options_of(Upload)}
+    named = [name for name, value in values.items() if value not in (False, None)]
+    if named and not target.startswith("hf://"):
+        raise UsageError(named, f"only for targets on the Hub, and {target} is not hf://ORG/NAME")
 
 
 def root_of(target: str) -> str:
@@ -78,8 +40,8 @@ def root_of(target: str) -> str:
 def publish_plan(
     plan: "Plan",
     target: str,
-    how: How,
-    checker: Callable[[Progress], Callable[[str], None]],
+    execution: Execution,
+    checker: Checker,
     upload: Upload,
     **options: Any,
 ) -> None:
@@ -97,29 +59,29 @@ def publish_plan(
     place = hub_target(target)
     plan = _with_paths_blank(plan)
     outlook = plan_publish(plan, place.repo, place.branch, private=upload.private)
-    if how.dry_run:
-        _print_outlook(plan, place, outlook, how.as_json)
+    if execution.dry_run:
+        _print_outlook(plan, place, outlook, execution.as_json)
         return
-    if outlook.done and not how.overwrite:
-        _say_done(place, outlook, how)
+    if outlook.done and not execution.overwrite:
+        _say_done(place, outlook, execution)
         return
-    if outlook.conflicts and not how.overwrite:
+    if outlook.conflicts and not execution.overwrite:
         raise BridgeError(conflict_message(place.repo, place.branch, outlook.conflicts))
     if upload.create_pr:
         there = outlook.branch_exists
         check_base(place.repo, place.branch, repo_exists=outlook.repo_exists, branch_exists=there)
     check_writer(place.repo)
-    work = _work(place, upload.work, how.quiet)
+    work = _work(place, upload.work, execution.quiet)
     with held(work, str(place)):
-        result = _finished(plan, work, how, checker) or perform(
-            plan, work.files, "converting", replace(how, overwrite=True), checker, **options
+        result = _finished(plan, work, execution, checker) or perform(
+            plan, work.files, "converting", replace(execution, overwrite=True), checker, **options
         )
-        published = _published(plan, place, work, how, upload)
-    if how.as_json:
-        told = {"published": asdict(published), "verified": not how.no_verify}
+        published = _published(plan, place, work, execution, upload)
+    if execution.as_json:
+        told = {"published": asdict(published), "verified": not execution.no_verify}
         print_json(result_json(plan, replace(result, target=str(place))) | told)
-    elif not how.quiet:
-        print_line(_line(plan, place, published, how))
+    elif not execution.quiet:
+        print_line(_line(plan, place, published, execution))
         for line in blanks(plan, str(place)):
             print_line(line)
 
@@ -144,7 +106,7 @@ def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
 
 
 def _finished(
-    plan: "Plan", work: "Work", how: How, checker: Callable[[Progress], Callable[[str], None]]
+    plan: "Plan", work: "Work", execution: Execution, checker: Checker
 ) -> "Result | None":
     """What an earlier run made, which was stopped while it uploaded; None where it isn't whole."""
     from neox_bridge.execution.result import Result
@@ -156,9 +118,9 @@ def _finished(
     record = os.path.join(work.files, record_path(plan))
     if not os.path.isfile(record) or plan_in(read_bytes(record, LARGE)) != plan_hash(plan):
         return None
-    with progress_bar(plan.size, "checking", how.quiet) as progress:
-        if how.no_verify:
-            if not check_seal(record, progress, how.max_workers).holds:
+    with progress_bar(plan.size, "checking", execution.quiet) as progress:
+        if execution.no_verify:
+            if not check_seal(record, progress, execution.max_workers).holds:
                 return None
         else:
             try:
@@ -169,7 +131,7 @@ def _finished(
 
 
 def _published(
-    plan: "Plan", place: "HubTarget", work: "Work", how: How, upload: Upload
+    plan: "Plan", place: "HubTarget", work: "Work", execution: Execution, upload: Upload
 ) -> "Published":
     from neox_bridge.hub.preview import message_of, step_of_plan
     from neox_bridge.hub.publish import publish
@@ -185,10 +147,10 @@ def _published(
             place.branch,
             private=upload.private,
             create_pr=upload.create_pr,
-            overwrite=how.overwrite,
+            overwrite=execution.overwrite,
             message=message_of(plan),
             step=step_of_plan(plan),
-            progress=not how.quiet and sys.stderr.isatty(),
+            progress=not execution.quiet and sys.stderr.isatty(),
         )
     except BridgeError as error:
         raise BridgeError(f"{error} {kept}") from error
@@ -203,7 +165,7 @@ def _with_paths_blank(plan: "Plan") -> "Plan":
     return replace(plan, blanks=tuple(dict.fromkeys((*plan.blanks, *told))))
 
 
-def _line(plan: "Plan", place: "HubTarget", published: "Published", how: How) -> str:
+def _line(plan: "Plan", place: "HubTarget", published: "Published", execution: Execution) -> str:
     from neox_bridge.planning.casts import verified as in_words
 
     if not published.changed:
@@ -214,26 +176,25 @@ def _line(plan: "Plan", place: "HubTarget", published: "Published", how: How) ->
     if published.removed:
         parts.append(f"{len(published.removed)} removed")
     what = f"proposed for {place}" if published.pull_request else f"published {place}"
-    verified = "not verified" if how.no_verify else in_words(plan.casts)
+    verified = "not verified" if execution.no_verify else in_words(plan.casts)
     return (
         f"{what}: {side(plan.target)}, {plan.target['parameters']:,} parameters, "
         f"{', '.join(parts)}, commit {published.commit[:12]}; {verified}: {published.url}"
     )
 
 
-def _say_done(place: "HubTarget", outlook: "Outlook", how: How) -> None:
-    if how.as_json:
+def _say_done(place: "HubTarget", outlook: "Outlook", execution: Execution) -> None:
+    if execution.as_json:
         print_json({"schema_version": 1, "hub": asdict(outlook), "published": None})
-    elif not how.quiet:
+    elif not execution.quiet:
         print_line(f"{place} holds what this makes already: nothing was done")
 
 
 def _print_outlook(plan: "Plan", place: "HubTarget", outlook: "Outlook", as_json: bool) -> None:
     if as_json:
-        from neox_bridge.execution.memory import peak_memory
         from neox_bridge.planning.report import to_json
 
-        print_json(to_json(plan, peak_memory(plan, "")) | {"hub": asdict(outlook)})
+        print_json(to_json(plan) | {"hub": asdict(outlook)})
         return
     print_plan(plan, str(place))
     there = "is there" if outlook.repo_exists else "will be made"

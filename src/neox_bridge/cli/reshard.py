@@ -1,146 +1,55 @@
 """``neox-bridge reshard``."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from __future__ import annotations
 
-import typer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from neox_bridge.cli import values
+from neox_bridge.cli.command import command, given, only
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.run_plan import How, Progress, carry_out
+from neox_bridge.cli.execution import Progress, run_plan
+from neox_bridge.cli.export_optimizer import FOLDER, RUN_WITH_STATES
+from neox_bridge.cli.options import Execution, Source
+from neox_bridge.optimizer.options import Resharding
+from neox_bridge.option import RESUME, option
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from neox_bridge.optimizer.states import Optimizer
-    from neox_bridge.optimizer.zero_stage import States
-
-_LAYOUT = "Where it continues"
+    from neox_bridge.optimizer.zero_stage import States as EditedStates
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """Where the optimizer states come from."""
+
+    path: str | None = option(
+        None,
+        "A folder that export-optimizer wrote from this run. Its master weights and moments are "
+        "used instead of SRC's, and the weights are rounded from these masters.",
+        "--states",
+        group=RESUME,
+        value="path",
+    )
+
+
+@command(
+    "reshard",
+    RUN_WITH_STATES,
+    FOLDER,
+    Resharding,
+    States,
+    only(Source, "step", "configs", "gqa_order"),
+    Execution,
+)
 def reshard(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="A GPT-NeoX checkpoint with its optimizer states: a folder, a URL, or "
-            "ORG/NAME@REVISION of the Hub.",
-        ),
-    ],
-    target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write.")],
-    tp: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            rich_help_panel=_LAYOUT,
-            help="Tensor-parallel ranks (model_parallel_size). Default: as in SRC, which is the "
-            "default of --pp, --dp and --zero too.",
-        ),
-    ] = None,
-    pp: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            rich_help_panel=_LAYOUT,
-            help="Pipeline stages (pipe_parallel_size); 0 is the same as --layout ranks.",
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            **values.one_of("layers", "ranks"),
-            rich_help_panel=_LAYOUT,
-            help="One file a layer and rank (pipe_parallel_size 1 or more), or one a rank (0).",
-        ),
-    ] = None,
-    dp: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", rich_help_panel=_LAYOUT, help="Data-parallel ranks."),
-    ] = None,
-    zero: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2,
-            metavar="N",
-            rich_help_panel=_LAYOUT,
-            help="ZeRO's stage; in bfloat16 1 and 2 become each other only.",
-        ),
-    ] = None,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            rich_help_panel=_LAYOUT,
-            help="Sequences of a rank's forward pass (train_micro_batch_size_per_gpu). Default: at "
-            "most what it was. The global batch stays the same.",
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            **values.one_of("sums", "averages"),
-            rich_help_panel=_LAYOUT,
-            help="What the pipeline engine of the DeepSpeed that resumes the run does with the "
-            "gradients of micro-batches. Default: what the version does that --for requires, or "
-            "without --for what the run's own version does.",
-        ),
-    ] = None,
-    source_engine: Annotated[
-        str | None,
-        typer.Option(
-            **values.one_of("sums", "averages"),
-            rich_help_panel=_LAYOUT,
-            help="What the pipeline engine of the run's own DeepSpeed did. Default: what its "
-            "version does (0.16.0 to 0.18.2 sum).",
-        ),
-    ] = None,
-    era: Annotated[
-        Any,
-        typer.Option(
-            "--for",
-            **values.era(resumes=True),
-            rich_help_panel=_LAYOUT,
-            help="The GPT-NeoX in which the run resumes: a source tree, neox@v1.0, neox@2024-03 or "
-            "another date or commit, or today. Default: a GPT-NeoX like the one that wrote SRC.",
-        ),
-    ] = None,
-    row_bias: Annotated[
-        str | None,
-        typer.Option(
-            **values.one_of("whole", "split"),
-            rich_help_panel=_LAYOUT,
-            help="How biases that the ranks add up are written at another --tp: `whole` on rank 0, "
-            "which is exact, or `split` into an equal part for each rank. Default: whole.",
-        ),
-    ] = None,
-    universal: Annotated[
-        bool,
-        typer.Option(
-            "--universal",
-            help="Write DeepSpeed's universal checkpoint: a file for each state of each parameter. "
-            "It loads on any number of data-parallel ranks.",
-        ),
-    ] = False,
-    states: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="A folder that export-optimizer wrote from this run. Its master weights and "
-            "moments are used instead of SRC's, and the weights are rounded from these masters.",
-        ),
-    ] = None,
-    step: values.Step = None,
-    config: values.Configs = None,
-    gqa_order: values.GqaOrder = None,
-    ignore_key: values.IgnoreKeys = None,
-    dry_run: values.DryRun = False,
-    overwrite: values.Overwrite = False,
-    max_workers: values.Movers = None,
-    no_verify: values.NoVerify = False,
-    as_json: values.AsJson = False,
-    quiet: values.Quiet = False,
+    source: str,
+    target: str,
+    resharding: Resharding,
+    states: States,
+    reading: Source,
+    execution: Execution,
 ) -> None:
     """Write a GPT-NeoX run for other ranks, or for another GPT-NeoX, to continue training there.
 
@@ -161,59 +70,43 @@ def reshard(
     Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't be
     what was asked), 130 interrupted.
     """
-    chosen: dict[str, Any] = {
-        "tp": tp,
-        "pp": pp,
-        "layout": layout,
-        "dp": dp,
-        "zero": zero,
-        "micro_batch": micro_batch,
-        "row_bias": row_bias or "whole",
-        "universal": universal,
-        "ignore_keys": tuple(ignore_key or ()),
-        "engine": engine,
-        "source_engine": source_engine,
-        "era": era,
-    }
     with writing(target):
         from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
-        from neox_bridge.layouts.open import open_checkpoint
         from neox_bridge.optimizer.read_files import read_optimizer
         from neox_bridge.optimizer.reshard import plan_reshard, target_states
-        from neox_bridge.optimizer.reshard_target import Resharding, check_row_bias
+        from neox_bridge.optimizer.reshard_target import check_row_bias
         from neox_bridge.planning.option_checks import check_gqa_order, check_layout
         from neox_bridge.stores.paths import absolute
 
-        check_layout(layout, pp)
-        _check_era(era)
-        checkpoint = open_checkpoint(
-            source,
-            step=step,
-            configs=config or (),
-            gqa_order=gqa_order,  # type: ignore[arg-type]
-        )
-        check_gqa_order(gqa_order, checkpoint)
+        check_layout(resharding.layout, resharding.pp)
+        _check_era(resharding.era)
+        checkpoint = reading.open(source)
+        check_gqa_order(reading.gqa_order, checkpoint)
         checkpoint = with_published_tokenizer(checkpoint)
         optimizer: Optimizer = read_optimizer(checkpoint)
-        given: States | None = None
-        if states is not None:
+        edited: EditedStates | None = None
+        if states.path is not None:
             from neox_bridge.optimizer.read_export import with_export
 
-            checkpoint, given = with_export(checkpoint, optimizer, states)
-        if row_bias is not None:
-            check_row_bias(checkpoint, optimizer, given, tp=tp, universal=universal)
-        made = absolute(target)
-        asked = Resharding(**chosen)
-        plan = plan_reshard(checkpoint, optimizer, asked, made, given)
-        how = How(dry_run, overwrite, max_workers, no_verify, as_json, quiet)
+            checkpoint, edited = with_export(checkpoint, optimizer, states.path)
+        if given("row_bias"):
+            check_row_bias(
+                checkpoint,
+                optimizer,
+                edited,
+                tp=resharding.tp,
+                universal=resharding.universal,
+            )
+        plan = plan_reshard(checkpoint, optimizer, resharding, absolute(target), edited)
 
-        def check(progress: Progress) -> Callable[[str], None]:
+        def checker(progress: Progress) -> Callable[[str], None]:
             from neox_bridge.verification.optimizer import checker
 
-            held = target_states(checkpoint, optimizer, asked, given)
-            return checker(checkpoint, *held, workers=max_workers, progress=progress)
+            parts = target_states(checkpoint, optimizer, resharding, edited)
+            workers = execution.max_workers
+            return checker(checkpoint, *parts, workers=workers, progress=progress)
 
-        carry_out(plan, target, "resharding", how, check)
+        run_plan(plan, target, "resharding", execution, checker)
 
 
 def _check_era(era: object) -> None:

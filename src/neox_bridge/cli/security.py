@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from neox_bridge.cli.output import print_json, print_line, say
 from neox_bridge.wording import plain, plural
@@ -35,7 +35,7 @@ def print_security(path: str, as_json: bool) -> None:
     if bad or not as_json:
         say(*_verdict(reports, bad))
     if bad:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _json(report: "Report", path: str) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """``neox-bridge toy``."""
 
-from typing import Annotated
+from __future__ import annotations
 
-import typer
+from dataclasses import dataclass
+from typing import Literal
 
-from neox_bridge.cli import values
+import click
+
+from neox_bridge.cli.command import Argument, command
 from neox_bridge.cli.errors import writing
+from neox_bridge.cli.options import Execution, Output
 from neox_bridge.cli.output import print_result, tell
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.option import WRITTEN, inherited, option
 
 # those of architectures.shapes.PYTHIA, which isn't imported for --help; a test compares them
 NAMES = (
@@ -22,37 +27,42 @@ NAMES = (
 )
 
 
-def toy(
-    name: Annotated[
-        str,
-        typer.Argument(
-            parser=values.one_of(*NAMES)["parser"],
-            metavar="NAME",
-            help=f"Whose shape: {', '.join(NAMES)}.",
-        ),
-    ],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder to write.")],
-    kind: Annotated[
-        str, typer.Option("--as", **values.one_of("hf", "neox"), help="The kind to write.")
-    ],
-    seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="The same seed gives the same bytes.")
-    ] = 0,
-    layers: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Fewer (or more) blocks, for quick trials."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace DIR where it exists.")
-    ] = False,
-    max_workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads that write.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what was written as JSON on stdout.")
-    ] = False,
-    quiet: values.Quiet = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class ToyOptions:
+    """A made-up checkpoint."""
+
+    kind: Literal["hf", "neox"] = option(
+        None,
+        "The format to write.",
+        "--as",
+        group=WRITTEN,
+        common=True,
+        choices=("hf", "neox"),
+        required=True,
+    )
+    seed: int = option(
+        0, "The same seed gives the same bytes.", group=WRITTEN, common=True, minimum=0
+    )
+    layers: int | None = option(
+        None, "Fewer (or more) blocks, for quick trials.", group=WRITTEN, common=True, minimum=1
+    )
+    overwrite: bool = inherited(Execution, "overwrite", False, text="Replace DIR if it exists.")
+    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that write.")
+
+
+@command(
+    "toy",
+    Argument(
+        "name",
+        "NAME",
+        f"The model whose shape it has: {', '.join(NAMES)}.",
+        type=click.Choice(NAMES),
+    ),
+    Argument("folder", "DIR", "The folder to write."),
+    ToyOptions,
+    Output,
+)
+def toy(name: str, folder: str, options: ToyOptions, output: Output) -> None:
     """Write a random fp16 checkpoint of exactly a Pythia's shape, for trials and benchmarks.
 
     \b
@@ -61,13 +71,17 @@ def toy(
       neox-bridge toy pythia-410m toy-neox --as neox
     """
     with writing(folder):
-        from neox_bridge.execution.execute import execute
+        from neox_bridge.execution.run import execute
         from neox_bridge.toy import plan_toy
 
-        plan = plan_toy(name, folder, "hf" if kind == "hf" else "neox", seed, layers)
-        tell(plan, quiet)
-        with progress_bar(plan.size, "writing", quiet) as progress:
+        plan = plan_toy(name, folder, options.kind, options.seed, options.layers)
+        tell(plan, output.quiet)
+        with progress_bar(plan.size, "writing", output.quiet) as progress:
             result = execute(
-                plan, folder, overwrite=overwrite, workers=max_workers, progress=progress
+                plan,
+                folder,
+                overwrite=options.overwrite,
+                workers=options.max_workers,
+                progress=progress,
             )
-    print_result(plan, result, folder, as_json, quiet)
+    print_result(plan, result, folder, output)

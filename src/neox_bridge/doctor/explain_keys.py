@@ -4,13 +4,12 @@ import re
 from collections.abc import Callable, Iterator
 
 from neox_bridge.doctor.messages import CONVERT, Diagnosis, Message, Older, Sizes, short
-from neox_bridge.frameworks.changes import change_named, since
 
 _VOCABULARY = re.compile(
     r"(word_embeddings|final_linear|embed_in|embed_out|lm_head|embed_tokens)\."
 )
 
-# grouped-query rows changed their order (neox-gqa-order)
+# grouped-query rows changed their order in 96c242eb
 _BEFORE_NOVEMBER = (
     "for a GPT-NeoX from before 2024-11-13 and with num_kv_heads: the same with --for neox@2024-10",
 )
@@ -43,14 +42,14 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
                 "remove rotary_save_freqs_buffer: true from the yml, if it is there",
                 "neox-bridge patch TREE   # lets the tree load both kinds",
             ),
-            more=change_named("neox-inv-freq").link,
+            more="https://github.com/EleutherAI/gpt-neox/pull/1168",
         )
     elif unexpected:
         yield Diagnosis(
             "neox-inv-freq",
             "checkpoint",
             "the checkpoint holds the rotary buffer, and this GPT-NeoX does not store it (since "
-            f"{since('neox-inv-freq')})",
+            "e109bf5e of 2024-03-04)",
             f"{CONVERT} --inv-freq omit",
             unexpected,
             by_convert=True,
@@ -58,15 +57,14 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
                 "in the yml: rotary_save_freqs_buffer: true",
                 "neox-bridge patch TREE   # lets the tree load both kinds",
             ),
-            more=change_named("neox-inv-freq").link,
+            more="https://github.com/EleutherAI/gpt-neox/pull/1168",
         )
 
 
 def _mlp(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = m.keys
     plain, gated = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h)\.\w+", r"mlp\.w[123]\.weight"
-    change = change_named("neox-mlp-names")
-    when, more = change.since, change.link
+    more = "https://github.com/EleutherAI/gpt-neox/pull/1212"
     if m.by_transformers:
         if keys := short(unexpected, r"mlp\.linear[12]\.\w+"):
             yield Diagnosis(
@@ -82,7 +80,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-gated-mlp",
             "checkpoint",
-            f"the checkpoint's gated MLPs are w1, w2, w3, as before {when}; the "
+            "the checkpoint's gated MLPs are w1, w2, w3, as before 0d4bdb96 of 2024-09-07; the "
             "tree has linear1 = [w3 | w1] and linear2",
             f"{CONVERT} --for today",
             keys,
@@ -94,7 +92,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-gated-mlp",
             "framework",
-            f"the tree's gated MLPs are w1, w2, w3, as before {when}; the "
+            "the tree's gated MLPs are w1, w2, w3, as before 0d4bdb96 of 2024-09-07; the "
             "checkpoint has linear1 and linear2",
             f"{CONVERT} --for neox@2024-09",
             keys,
@@ -105,7 +103,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-mlp-names",
             "checkpoint",
-            f"the checkpoint has mlp.dense_h_to_4h, as trees before {when}; the "
+            "the checkpoint has mlp.dense_h_to_4h, as trees before 0d4bdb96 of 2024-09-07; the "
             "tree has mlp.linear1",
             f"{CONVERT} --for today",
             keys,
@@ -117,7 +115,8 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-mlp-names",
             "framework",
-            f"the tree has mlp.dense_h_to_4h, as before {when}; the checkpoint has mlp.linear1",
+            "the tree has mlp.dense_h_to_4h, as before 0d4bdb96 of 2024-09-07; the checkpoint has "
+            "mlp.linear1",
             f"{CONVERT} --for neox@2024-09",
             keys,
             by_convert=True,
@@ -127,7 +126,8 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-mlp-names",
             "checkpoint",
-            f"the tree has mlp.linear1 and linear2, as since {when}, and the checkpoint does not",
+            "the tree has mlp.linear1 and linear2, as since 0d4bdb96 of 2024-09-07, and the "
+            "checkpoint does not",
             f"{CONVERT} --for today",
             keys,
             needs=(("for", "today"),),

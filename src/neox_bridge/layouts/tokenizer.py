@@ -52,11 +52,11 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
     Raises BridgeError for what isn't a file or leads out of it: they are copied as they are.
     """
     places = [os.path.join(folder, name) for name in NAMES]
-    files = tuple(path for path in places if brought_along(path, root or folder))
-    for path in files:
+    found = tuple(path for path in places if brought_along(path, root or folder))
+    for path in found:
         with open_regular(path) as file:
             refuse_misplaced(path, file.read(HEAD_BYTES))
-    return files
+    return found
 
 
 def tokenizer_at(path: str) -> tuple[str, ...]:
@@ -66,10 +66,10 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
     """
     path = paths.plain(path)
     if paths.isdir(path):
-        files = tokenizer_files(path)
-        if not any(os.path.basename(file) == "tokenizer.json" for file in files):
+        found = tokenizer_files(path)
+        if not any(os.path.basename(file) == "tokenizer.json" for file in found):
             raise BridgeError(f"--tokenizer {path}: no tokenizer.json in this folder.")
-        return files
+        return found
     if not paths.isfile(path):
         if _MODEL.fullmatch(path):
             from neox_bridge.layouts.hub_tokenizer import published_tokenizer

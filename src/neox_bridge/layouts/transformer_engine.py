@@ -85,10 +85,8 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
     what judges it, and no target takes them over. Raises Refused where GPT-NeoX computes something
     with them that its own modules don't.
     """
-    te_modules = {
-        m for rank in ranks for t in rank.values() for key in t if (m := plain_name(key)[1])
-    }
-    modules = frozenset(te_modules)
+    found = {m for rank in ranks for t in rank.values() for key in t if (m := plain_name(key)[1])}
+    modules = frozenset(found)
     _refuse(raw, modules, len(ranks), folder)
     dropped: list[Dropped] = []
     renamed: list[dict[int, dict[str, TensorRef]]] = []
@@ -111,8 +109,8 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
     findings: tuple[Finding, ...] = ()
     if "mlp" in modules:
         settings |= _mlp_settings(settings)
-        eps_key = epsilon_key(settings.get("norm"))
-        eps = number(eps_key, settings.get(eps_key, fixed_epsilon(settings.get("norm"))), float)
+        told = epsilon_key(settings.get("norm"))
+        eps = number(told, settings.get(told, fixed_epsilon(settings.get("norm"))), float)
         findings = tuple(epsilon(eps, settings.get("norm")))
     return Plain(renamed, settings, modules, tuple(dropped), findings)
 
@@ -164,12 +162,12 @@ def _drop_zeros(
 
 def _mlp_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What LayerNormMLP computes: tanh-gelu always; its norm is never that of the attention."""
-    settings: dict[str, Any] = {"gpt_j_tied": False} if raw.get("gpt_j_tied") else {}
+    found: dict[str, Any] = {"gpt_j_tied": False} if raw.get("gpt_j_tied") else {}
     if (raw.get("activation") or "gelu") == "gelu":
-        settings["bias_gelu_fusion"] = True
+        found["bias_gelu_fusion"] = True
     if raw.get("activation") in GATED:
-        settings["mlp_type"] = "regular"
-    return settings
+        found["mlp_type"] = "regular"
+    return found
 
 
 def epsilon_key(norm: object) -> str:
@@ -182,17 +180,17 @@ def fixed_epsilon(norm: object) -> float:
     return 1e-8 if norm == "rmsnorm" else 1e-5
 
 
-def epsilon(eps: float, norm: object) -> list[Finding]:
+def epsilon(told: float, norm: object) -> list[Finding]:
     """A finding where the two norms of a block don't have the same epsilon."""
     fixed = fixed_epsilon(norm)
-    if eps == fixed:
+    if told == fixed:
         return []
     return [
         Finding(
             "te-epsilon",
             "warning",
             f"te_layernorm_mlp: the norm in front of the MLP takes {fixed:g} as its epsilon, "
-            f"whatever {epsilon_key(norm)} says, and the others take {eps:g}: the logits differ a "
+            f"whatever {epsilon_key(norm)} says, and the others take {told:g}: the logits differ a "
             "little from those of a model with one epsilon",
         )
     ]

@@ -1,12 +1,17 @@
-"""What a user asks of a conversion, as data."""
+"""What a user asks of a conversion, as data, and how the command line spells and explains it."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from os.path import basename
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from neox_bridge.frameworks.eras import Era, InvFreq, MlpNames
-from neox_bridge.layouts.checkpoint import HeadChoice, Kind, LayoutName
-from neox_bridge.tensors.fused import GqaOrder
+from neox_bridge.option import GPT_NEOX, SOURCE, WRITTEN, Side, option, options_of
+
+if TYPE_CHECKING:
+    from neox_bridge.frameworks.eras import Era, InvFreq, MlpNames
+    from neox_bridge.layouts.checkpoint import HeadChoice, Kind, LayoutName
+    from neox_bridge.tensors.fused import GqaOrder
 
 DTypeChoice = Literal["keep", "float32", "float16", "bfloat16"]
 RowBias = Literal["whole", "split"]
@@ -17,59 +22,188 @@ SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """None means: as the source has it, where it is a GPT-NeoX checkpoint, else the default.
+    """What a conversion writes.
 
-    to: the kind to write; by default the other one than the source's.
-    Some apply to targets of one kind only: see ``SIDES``.
-    pp: pipeline stages; 0 is the same as the layout "ranks".
-    vocab_multiple: make_vocab_size_divisible_by.
-    vocab_rows: "keep" leaves out padding that a conversion added, "all" nothing; "tokenizer" cuts
-        the rows that no entry of the tokenizer has; a number keeps as many of the first rows.
-    shard_size: bytes of a Hugging Face shard at most, unless one tensor is larger.
-    shards: "clone" puts into each Hugging Face shard what can share blocks with the source's files.
-    tokenizer: a folder with tokenizer files, or a tokenizer.json.
-    gqa_order: how the GPT-NeoX side has the rows of grouped-query attention: the source where it is
-        one (the target's order is then its era's), else the target.
-    te: Transformer Engine's names, for GPT-NeoX targets.
-    format: whose form a Hugging Face target has: "transformers", or another library's by the name
-        that its ``Form`` has. It makes the target Hugging Face's.
-    optimizer: "fresh" adds one to a GPT-NeoX target, so that a run goes on without ``finetune``.
-    dp: the data-parallel ranks that it is for.
-    ignore_keys: unknown settings of the source that do not stop the conversion, by their names.
-    iteration: the step of a GPT-NeoX target, in place of the source's.
-    head: for a tied source whose files hold an output head that differs from the embeddings:
-        "keep" writes an untied model with both, "tie" leaves the head out.
+    Each field is declared here only: its default, what it does, how the command line spells it,
+    and the kind of target that it applies to. ``None`` means: as in the source if that is a
+    GPT-NeoX checkpoint, otherwise the default.
+
+    Attributes:
+        era: The GPT-NeoX that loads the target; on the command line also a version of transformers.
+        gqa_order: How the GPT-NeoX side stores the rows of grouped-query attention. With two
+            GPT-NeoX sides it describes the source; the era decides for the target.
+        tokenizer: A folder with tokenizer files, or a ``tokenizer.json``.
+        vocab_rows: ``"keep"`` drops padding that a conversion added, ``"all"`` drops nothing,
+            ``"tokenizer"`` drops rows that no entry of the tokenizer has, and a number keeps as
+            many of the first rows.
     """
 
-    to: Kind | None = None
-    dtype: DTypeChoice = "keep"
-    tp: int | None = None
-    pp: int | None = None
-    layout: LayoutName | None = None
-    inv_freq: InvFreq | None = None
-    mlp_names: MlpNames | None = None
-    era: Era | None = None
-    row_bias: RowBias = "whole"
-    vocab_multiple: int | None = None
-    vocab_rows: VocabRows = "keep"
-    shard_size: int = SHARD_SIZE
-    shards: Shards = "size"
-    tokenizer: str | None = None
-    gqa_order: GqaOrder | None = None
-    te: bool | None = None
-    format: str | None = None
-    optimizer: Literal["none", "fresh"] = "none"
-    dp: int = 1
-    iteration: int | None = None
-    head: HeadChoice | None = None
-    ignore_keys: tuple[str, ...] = ()
+    to: Kind | None = option(
+        None,
+        "The format to write. Default: the other one than the source's. From GPT-NeoX to GPT-NeoX, "
+        "the layout or the GPT-NeoX version changes.",
+        group=WRITTEN,
+        common=True,
+        choices=("hf", "neox"),
+    )
+    dtype: DTypeChoice = option(
+        "keep",
+        "Cast the weights. fp32, fp16 and bf16 are accepted too.",
+        group=WRITTEN,
+        common=True,
+        choices=("keep", "float32", "float16", "bfloat16"),
+        aliases={"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"},
+    )
+    tp: int | None = option(
+        None,
+        "Tensor-parallel ranks (model_parallel_size). Default: as in a GPT-NeoX source, else 1.",
+        side="neox",
+        common=True,
+        minimum=1,
+    )
+    pp: int | None = option(
+        None,
+        "Pipeline stages (pipe_parallel_size). 0 is the same as --layout ranks.",
+        side="neox",
+        common=True,
+        minimum=0,
+    )
+    layout: LayoutName | None = option(
+        None,
+        "One file per layer and rank (pipe_parallel_size 1 or more), or one file per rank (0).",
+        side="neox",
+        choices=("layers", "ranks"),
+    )
+    inv_freq: InvFreq | None = option(
+        None,
+        "Whether the files contain the rotary buffer inv_freq.",
+        side="neox",
+        choices=("omit", "store"),
+    )
+    mlp_names: MlpNames | None = option(
+        None,
+        "Names of the MLP's weights. linear: mlp.linear1 (since 2024-09); dense: "
+        "mlp.dense_h_to_4h; for Llama w1, w2, w3.",
+        side="neox",
+        choices=("linear", "dense"),
+    )
+    era: Era | None = option(
+        None,
+        "What will load the result. A GPT-NeoX source tree, neox@v1.0, neox@2024-03 or another "
+        "date or commit, or a version of transformers. Decides names, buffers and settings. A "
+        "model that this version does not support is refused.",
+        "--for",
+        side="neox",
+        group=WRITTEN,
+        common=True,
+        value="framework",
+    )
+    row_bias: RowBias = option(
+        "whole",
+        "How biases that the ranks add up are written. whole: on rank 0, which is exact; split: an "
+        "equal part on each rank.",
+        side="neox",
+        choices=("whole", "split"),
+    )
+    vocab_multiple: int | None = option(
+        None,
+        "make_vocab_size_divisible_by. Default: 128, doubled until every row has room.",
+        side="neox",
+        minimum=1,
+    )
+    vocab_rows: VocabRows = option(
+        "keep",
+        "Which rows of the vocabulary are written. keep: all but padding that a conversion is "
+        "known to have added; all: every row; tokenizer: the rows that an entry of the tokenizer "
+        "has; N: the first N.",
+        group=WRITTEN,
+        value="rows",
+    )
+    shard_size: int = option(
+        SHARD_SIZE,
+        "The largest size of a safetensors file, such as 500MB, 2GiB or a number of bytes. "
+        "Default: 5GB.",
+        side="hf",
+        common=True,
+        value="size",
+    )
+    shards: Shards = option(
+        "size",
+        "How tensors are distributed over safetensors files. clone: each file holds what can share "
+        "blocks with SRC's files, on file systems that support it (XFS, btrfs). DST is then "
+        "written at once and takes no space.",
+        side="hf",
+        choices=("size", "clone"),
+    )
+    tokenizer: str | None = option(
+        None,
+        "A tokenizer to write instead of the source's. A tokenizer.json, a folder with one, or a "
+        "model of the Hub (ORG/NAME).",
+        group=WRITTEN,
+        common=True,
+        value="path",
+    )
+    gqa_order: GqaOrder | None = option(
+        None,
+        "Order of the rows of grouped-query attention in a GPT-NeoX checkpoint. grouped since "
+        "2024-11, interleaved before; the files do not say which. With two GPT-NeoX sides it "
+        "describes SRC.",
+        group=GPT_NEOX,
+        choices=("grouped", "interleaved"),
+    )
+    te: bool | None = option(
+        None,
+        "Use Transformer Engine's names (te_mha, te_layernorm_mlp). Default: as in SRC.",
+        "--te/--no-te",
+        side="neox",
+    )
+    format: str | None = option(
+        None,
+        "The library whose format is written. mamba_ssm is for Mamba. Default: transformers.",
+        side="hf",
+        choices=("transformers", "mamba_ssm"),
+    )
+    optimizer: Literal["none", "fresh"] = option(
+        "none",
+        "Optimizer states to write. fresh: master weights from the weights, and zero moments, so "
+        "that training continues at a step without finetune.",
+        side="neox",
+        choices=("none", "fresh"),
+    )
+    dp: int = option(
+        1,
+        "Data-parallel ranks for --optimizer fresh.",
+        side="neox",
+        minimum=1,
+    )
+    iteration: int | None = option(
+        None,
+        "The step to write DST as. Default: the source's, else 0.",
+        side="neox",
+        minimum=0,
+    )
+    head: HeadChoice | None = option(
+        None,
+        "Which output head of a tied SRC is written if its files hold one that differs from the "
+        "embeddings. keep: write both, untied; tie: leave the head out.",
+        group=SOURCE,
+        choices=("keep", "tie"),
+    )
+    ignore_keys: tuple[str, ...] = option(
+        (),
+        "An unknown key of the source's settings that does not matter. A key that could change the "
+        "model stops the conversion without this. May be repeated.",
+        "--ignore-key",
+        group=SOURCE,
+        metavar="NAME",
+    )
 
     def asked(self) -> dict[str, object]:
-        """What isn't the default, in plain words, without paths of the machine."""
+        """The options that are not the default, in plain words, without paths of the machine."""
         chosen = {
-            field.name: value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) != field.default
+            entry.name: value
+            for entry in fields(self)
+            if (value := getattr(self, entry.name)) != entry.default
         }
         if self.era is not None:
             chosen["era"] = self.era.name
@@ -79,20 +213,6 @@ class Options:
 
 
 # the options that apply to targets of one kind only
-SIDES: dict[str, Kind] = {
-    "tp": "neox",
-    "pp": "neox",
-    "layout": "neox",
-    "inv_freq": "neox",
-    "mlp_names": "neox",
-    "era": "neox",
-    "row_bias": "neox",
-    "vocab_multiple": "neox",
-    "te": "neox",
-    "optimizer": "neox",
-    "dp": "neox",
-    "iteration": "neox",
-    "shard_size": "hf",
-    "shards": "hf",
-    "format": "hf",
+SIDES: dict[str, Side] = {
+    name: declared.side for name, declared in options_of(Options).items() if declared.side
 }

@@ -49,20 +49,20 @@ def neox_record(checkpoint: Checkpoint, rows: int, tokenizer_size: int | None) -
 
 def source_summary(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where a checkpoint comes from, without the paths of the machine."""
-    summary: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
+    found: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
     if checkpoint.revision:
-        summary["revision"] = checkpoint.revision
+        found["revision"] = checkpoint.revision
     if checkpoint.form is not None:
-        summary["format"] = checkpoint.form.name
+        found["format"] = checkpoint.form.name
     if checkpoint.neox is not None:
-        summary["iteration"] = checkpoint.neox.iteration
-        summary["layout"] = checkpoint.neox.layout
-        summary["tensor_parallel"] = checkpoint.neox.tp
-        summary["pipeline_stages"] = checkpoint.neox.pp
-    summary["dtype"] = checkpoint.config.dtype
+        found["iteration"] = checkpoint.neox.iteration
+        found["layout"] = checkpoint.neox.layout
+        found["tensor_parallel"] = checkpoint.neox.tp
+        found["pipeline_stages"] = checkpoint.neox.pp
+    found["dtype"] = checkpoint.config.dtype
     if checkpoint.from_masters:
-        summary["weights"] = "masters"
-    return summary
+        found["weights"] = "masters"
+    return found
 
 
 def public_settings(raw: Mapping[str, Any]) -> dict[str, Any]:

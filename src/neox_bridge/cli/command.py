@@ -1,0 +1,262 @@
+"""Commands made of declared options: ``-h`` is short, ``--help`` long, both in named groups.
+
+Without rich, which takes longer to import than all the rest.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import click
+
+from neox_bridge.cli.errors import ARGUMENTS, reported
+from neox_bridge.cli.values import PathName, type_of
+from neox_bridge.option import GROUPS, OTHER, Option, flag_of, options_of
+from neox_bridge.wording import plain
+
+HELP_WIDTH = 100
+
+
+class Argument(click.Argument):
+    """An argument with a line in the help. many: whether it takes one word or more."""
+
+    def __init__(
+        self, name: str, metavar: str, text: str, *, many: bool = False, **more: Any
+    ) -> None:
+        more.setdefault("type", PathName())
+        super().__init__([name], metavar=metavar, nargs=-1 if many else 1, **more)
+        self.help = text
+
+    def make_metavar(self, *_context: click.Context) -> str:
+        """As it is declared."""
+        return self.metavar or ""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """The argument's line in the help."""
+        return self.make_metavar(ctx), self.help or ""
+
+
+class Parameter(click.Option):
+    """A declared option as one of click's."""
+
+    def __init__(self, name: str, declared: Option, default: Any) -> None:
+        flag = isinstance(default, bool)
+        silent = flag or default in (None, ()) or "Default:" in declared.text
+        flags = declared.flags or (flag_of(name, declared),)
+        more = {} if flag or "/" in flags[0] else type_of(declared)
+        if not declared.required:
+            more["default"] = default
+        super().__init__(
+            [name, *flags],
+            help=declared.text,
+            show_default=not silent,
+            is_flag=flag or None,
+            multiple=isinstance(default, tuple),
+            required=declared.required,
+            **more,
+        )
+        self.declared = declared
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """As click's; a word that stands for another becomes that one."""
+        value = super().type_cast_value(ctx, value)
+        return self.declared.aliases.get(value, value) if self.declared.aliases else value
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Some options of a group; the others have their defaults."""
+
+    group: type
+    names: tuple[str, ...]
+
+
+def only(group: type, *names: str) -> Only:
+    """These options of a group."""
+    return Only(group, names)
+
+
+Part = click.Argument | type | Only
+
+
+class Helped(click.Command):
+    """A command with ``-h`` for the common options and ``--help`` for all."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """As click's, and ``-h``."""
+        *own, full = super().get_params(ctx)
+        return [*own, _SHORT_HELP, full]
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing: ``format_options`` writes the arguments too, as older clicks do not."""
+
+    def get_help_option(self, ctx: click.Context) -> click.Option | None:
+        """``--help``, explained."""
+        declared = super().get_help_option(ctx)
+        if declared is not None:
+            declared.help = "Show all options."
+        return declared
+
+    def short_help_of(self, ctx: click.Context) -> str:
+        """What ``-h`` prints."""
+        formatter = ctx.make_formatter()
+        self.format_usage(ctx, formatter)
+        with formatter.indentation():
+            formatter.write_paragraph()
+            formatter.write_text((self.help or "").split("\n\n")[0])
+        self.write_short(ctx, formatter)
+        return formatter.getvalue().rstrip("\n")
+
+    def write_short(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What ``-h`` prints below the description."""
+        raise NotImplementedError
+
+
+def _show_short_help(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        assert isinstance(ctx.command, Helped)
+        click.echo(ctx.command.short_help_of(ctx))
+        ctx.exit()
+
+
+_SHORT_HELP = click.Option(
+    ["-h"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_short_help,
+    help="Show the common options.",
+)
+
+
+class Command(Helped):
+    """A command whose function takes its arguments and its groups of options, in their order.
+
+    prepare: called with the context before the function, and may change the values in it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., None],
+        parts: Sequence[Part],
+        prepare: Callable[[click.Context], None] | None,
+    ) -> None:
+        super().__init__(
+            name,
+            params=[parameter for part in parts for parameter in _parameters(part)],
+            help=function.__doc__,
+            context_settings={"max_content_width": HELP_WIDTH},
+        )
+        self.function = function
+        self.parts = parts
+        self.prepare = prepare
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """As click's; a word of the user's that its message quotes can't forge a line."""
+        try:
+            return super().make_context(*args, **more)
+        except click.BadParameter as error:
+            text = plain(error.message)
+            raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, but do not take an option's name for the value of the option before it.
+
+        ``--fix --in-place run`` would otherwise write into a folder named ``--in-place``. A file
+        of such a name can be given as ``--fix=--in-place`` or ``./--in-place``.
+        """
+        options = {
+            word: param
+            for param in self.get_params(ctx)
+            for word in (*param.opts, *param.secondary_opts)
+        }
+        for word, value in pairwise(args):
+            if word == "--":
+                break
+            param = options.get(word)
+            takes_value = isinstance(param, click.Option) and not param.is_flag
+            if takes_value and word.startswith("-") and value in options:
+                ctx.fail(f"Option {word!r} needs a value, and {value!r} is another option.")
+        ctx.meta[ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Call the function; an exception becomes a message and an exit code."""
+        with reported():
+            if self.prepare is not None:
+                self.prepare(ctx)
+            self.function(*(_value(part, ctx.params) for part in self.parts))
+            sys.stdout.flush()
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the arguments, then the options in their groups."""
+        self._write_groups(ctx, formatter, common_only=False)
+
+    def write_short(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the common options of each group."""
+        self._write_groups(ctx, formatter, common_only=True)
+        count = sum(isinstance(param, Parameter) for param in self.params)
+        formatter.write_paragraph()
+        formatter.write_text(f"`{ctx.command_path} --help` explains all {count} options.")
+
+    def _write_groups(
+        self, ctx: click.Context, formatter: click.HelpFormatter, *, common_only: bool
+    ) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{g: [] for g in GROUPS}}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            assert record is not None
+            words, text = record
+            if isinstance(param, Parameter):
+                group = param.declared.heading
+                if common_only and not param.declared.common:
+                    continue
+            else:
+                group = "Arguments" if isinstance(param, Argument) else OTHER
+            if common_only and not isinstance(param, Argument):
+                text = text.split(". ")[0].rstrip(".") + "."
+            groups.setdefault(group, []).append((words, text))
+        for group, records in groups.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
+
+
+def command(
+    name: str, *parts: Part, prepare: Callable[[click.Context], None] | None = None
+) -> Callable[[Callable[..., None]], Command]:
+    """A decorator: the command of a function that takes these arguments and groups of options."""
+    return lambda function: Command(name, function, parts, prepare)
+
+
+def given(*names: str) -> list[str]:
+    """Which of these parameters, or of all, stand on the running command's line."""
+    context = click.get_current_context()
+    return [
+        name
+        for name in names or context.params
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+
+
+def _parameters(part: Part) -> list[click.Parameter]:
+    if isinstance(part, click.Argument):
+        return [part]
+    group, names = (part.group, part.names) if isinstance(part, Only) else (part, ())
+    defaults = {entry.name: entry.default for entry in fields(group)}
+    return [
+        Parameter(name, declared, defaults[name])
+        for name, declared in options_of(group).items()
+        if name in names or not names
+    ]
+
+
+def _value(part: Part, values: dict[str, Any]) -> Any:
+    """What the command's function gets for a part."""
+    if isinstance(part, click.Argument):
+        return values[str(part.name)]
+    group, names = (part.group, part.names) if isinstance(part, Only) else (part, ())
+    return group(**{name: values[name] for name in names or options_of(group)})

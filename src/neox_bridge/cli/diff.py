@@ -1,0 +1,94 @@
+"""``neox-bridge diff``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import click
+
+from neox_bridge.cli import plotting
+from neox_bridge.cli.command import Argument, command, only
+from neox_bridge.cli.options import Execution, Output, Source
+from neox_bridge.cli.output import print_json, print_line, tell_findings
+from neox_bridge.cli.progress import progress_bar
+from neox_bridge.option import inherited, option
+from neox_bridge.wording import plural
+
+
+@dataclass(frozen=True, slots=True)
+class DiffOptions:
+    """What is compared, and how much of it is printed."""
+
+    tensor: str = option(
+        "*", "Only tensors whose names match, quoted: '*.bias'.", common=True, metavar="GLOB"
+    )
+    optimizer: bool = option(
+        False, "Compare the optimizer states too, as 'exp_avg: NAME'.", common=True
+    )
+    stat: bool = option(False, "Print only how many differ.", common=True)
+    plot: str | None = option(
+        None, "Draw the relative differences, block by block.", value="picture"
+    )
+    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that compare.")
+
+
+@command(
+    "diff",
+    Argument("first", "A", "A checkpoint of any kind."),
+    Argument("second", "B", "Another one."),
+    DiffOptions,
+    only(Source, "configs", "gqa_order"),
+    Output,
+)
+def diff(first: str, second: str, options: DiffOptions, reading: Source, output: Output) -> None:
+    """Compare two checkpoints in the model's own tensors, whatever their kinds and layouts.
+
+    Largest relative difference first. Names are those of Hugging Face.
+
+    \b
+    Examples:
+      neox-bridge diff run/global_step1000 run/global_step2000 --tensor '*layernorm*'
+      neox-bridge diff pythia-410m pythia-neox --stat --plot differences.svg
+
+    Exit codes: 0 equal, 3 different, 1 error.
+    """
+    from neox_bridge.layouts.open import check_configs_used, open_with
+    from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
+    from neox_bridge.verification.diff import diff as compare
+    from neox_bridge.verification.verify import describe
+
+    plotting.prepare(options.plot)
+    a, b = (
+        open_with(path, reading.configs, gqa_order=reading.gqa_order) for path in (first, second)
+    )
+    check_configs_used(reading.configs, a, b)
+    check_gqa_order(reading.gqa_order, a, b)
+    check_optimizer(options.optimizer, a, b)
+    if options.optimizer:
+        from neox_bridge.optimizer.masters import with_states
+
+        a, b = with_states(a), with_states(b)
+    with progress_bar(a.size + b.size, "comparing", output.quiet) as progress:
+        differences = compare(
+            a, b, pattern=options.tensor, workers=options.max_workers, progress=progress
+        )
+    if options.plot:
+        from neox_bridge.verification.plots import plot_differences
+
+        plot_differences(differences, options.plot)
+    apart = [difference for difference in differences if difference.kind != "equal"]
+    if output.as_json:
+        print_json(
+            {"equal": not apart, "tensors": [asdict(difference) for difference in differences]}
+        )
+    elif not output.quiet:
+        from neox_bridge.layouts.unknown_keys import undecided
+
+        # only tensors are compared here, so these change no verdict
+        tell_findings((replace(f, severity="warning") for f in undecided(a, b)), output.quiet)
+        for difference in () if options.stat else apart:
+            print_line(describe(difference))
+        equal = len(differences) - len(apart)
+        print_line(f"{plural(len(differences), 'tensor')}: {equal} equal, {len(apart)} not")
+    if apart:
+        raise click.exceptions.Exit(3)

@@ -1,0 +1,70 @@
+"""What every command with a plan does: print it, or execute it, compare and print the result."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from neox_bridge.cli.options import Execution
+from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
+from neox_bridge.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from neox_bridge.execution.result import Result
+    from neox_bridge.planning.plan import Plan
+
+Progress = Callable[[int], None] | None
+Checker = Callable[[Progress], Callable[[str], None]]
+
+
+def run_plan(
+    plan: "Plan",
+    target: str,
+    activity: str,
+    execution: Execution,
+    checker: Checker,
+    **options: Any,
+) -> None:
+    """Print the plan for --dry-run; else execute it, and print the result.
+
+    Args:
+        activity: The word of the progress bar.
+        checker: Makes ``execute``'s ``check``.
+        options: More of ``execute``'s.
+    """
+    if execution.dry_run:
+        if execution.as_json:
+            from neox_bridge.planning.report import to_json
+
+            print_json(to_json(plan))
+        else:
+            print_plan(plan, target)
+        return
+    result = perform(plan, target, activity, execution, checker, **options)
+    verified = not execution.no_verify
+    print_result(plan, result, target, execution, verified=verified)
+
+
+def perform(
+    plan: "Plan",
+    target: str,
+    activity: str,
+    execution: Execution,
+    checker: Checker,
+    **options: Any,
+) -> "Result":
+    """Execute a plan, and say on stderr what was noticed. Arguments: see ``run_plan``."""
+    from neox_bridge.execution.run import execute
+
+    tell(plan, execution.quiet)
+    total = plan.size if execution.no_verify else 2 * plan.size
+    with progress_bar(total, activity, execution.quiet) as progress:
+        result = execute(
+            plan,
+            target,
+            overwrite=execution.overwrite,
+            workers=execution.max_workers,
+            progress=progress,
+            check=None if execution.no_verify else checker(progress),
+            **options,
+        )
+    tell_findings(result.findings, execution.quiet)
+    return result

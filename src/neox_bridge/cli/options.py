@@ -1,0 +1,161 @@
+"""Groups of options that several commands have. Each option is declared here only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from neox_bridge.option import (
+    HUB,
+    HUGGING_FACE,
+    PRINTED,
+    RUN,
+    SOURCE,
+    flag_of,
+    inherited,
+    option,
+    options_of,
+)
+from neox_bridge.planning.options import Options
+
+if TYPE_CHECKING:
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.tensors.fused import GqaOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How a checkpoint is opened."""
+
+    revision: str | None = option(
+        None,
+        "Branch, tag or commit of a Hub model.",
+        group=SOURCE,
+        common=True,
+        metavar="REV",
+    )
+    step: int | None = option(
+        None,
+        "Read global_stepN instead of the step that the file `latest` names.",
+        group=SOURCE,
+        common=True,
+        minimum=0,
+    )
+    configs: tuple[str, ...] = option(
+        (),
+        "A yml of a GPT-NeoX checkpoint that has none. May be repeated.",
+        "--config",
+        group=SOURCE,
+        value="path",
+        metavar="FILE",
+    )
+    gqa_order: GqaOrder | None = inherited(
+        Options,
+        "gqa_order",
+        text="Order of the rows of grouped-query attention in a GPT-NeoX checkpoint. grouped since "
+        "2024-11, interleaved before; the files do not say which.",
+        group=SOURCE,
+    )
+    ignore_keys: tuple[str, ...] = inherited(Options, "ignore_keys", ())
+
+    def open(self, path: str, **more: bool) -> Checkpoint:
+        """Open the checkpoint. more: of ``open_checkpoint``."""
+        from neox_bridge.layouts.open import open_checkpoint
+
+        return open_checkpoint(
+            path,
+            revision=self.revision,
+            step=self.step,
+            configs=self.configs,
+            gqa_order=self.gqa_order,
+            **more,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """How files are published on the Hub."""
+
+    private: bool = option(
+        False, "Create the repository as private if it does not exist.", group=HUB
+    )
+    create_pr: bool = option(
+        False, "Propose the files as a pull request to the branch, which must exist.", group=HUB
+    )
+    work: str | None = option(
+        None,
+        "Where the files are written before they are uploaded. Default: $TMPDIR, else the current "
+        "folder.",
+        group=HUB,
+        value="path",
+        metavar="DIR",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What ``convert`` and ``batch`` take beside ``Options``."""
+
+    weights: Literal["stored", "masters"] = option(
+        "stored",
+        "Which weights of a GPT-NeoX source are read. masters: the optimizer's fp32 master weights "
+        "instead of the rounded 16-bit ones.",
+        group=HUGGING_FACE,
+        choices=("stored", "masters"),
+    )
+    crc: bool = option(
+        False,
+        "Compute the CRC-32 of every tensor in a .pt file. Without this, tensors that the kernel "
+        "moves have none. torch does not check it; unzip does.",
+        group=RUN,
+    )
+    hash_name: Literal["xxh3", "sha256", "none"] | None = option(
+        None,
+        "The hash of every file in neox_bridge.json, which `verify DST` checks. Default: xxh3. "
+        "With --no-verify, files that share blocks with SRC are not hashed unless --hash is given.",
+        "--hash",
+        group=RUN,
+        choices=("xxh3", "sha256", "none"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is printed."""
+
+    as_json: bool = option(
+        False,
+        "Print the result as JSON on stdout. With --dry-run, print the plan. Errors stay on "
+        "stderr.",
+        "--json",
+        group=PRINTED,
+        common=True,
+    )
+    quiet: bool = option(
+        False,
+        "Print only errors, and the document of --json.",
+        "--quiet",
+        "-q",
+        group=PRINTED,
+        common=True,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Execution(Output):
+    """How a plan is executed, and what is printed."""
+
+    dry_run: bool = option(False, "Print the plan and write nothing.", group=RUN, common=True)
+    overwrite: bool = option(False, "Replace DST if it exists.", group=RUN, common=True)
+    max_workers: int | None = option(None, "Threads that move bytes.", group=RUN, minimum=1)
+    no_verify: bool = option(
+        False, "Do not read the result back to compare it with the source.", group=RUN
+    )
+
+
+# how the command line spells what library errors name
+FLAGS = {
+    name: flag_of(name, declared)
+    for group in (Options, Source, Upload, Details, Execution)
+    for name, declared in options_of(group).items()
+}
