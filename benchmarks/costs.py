@@ -29,7 +29,7 @@ class Start:
 
 
 def starts(folder: Path, runs: int) -> list[Start]:
-    """Bare Python, Python with typer, ``--help`` and ``inspect``, taking turns."""
+    """Bare Python, Python with click, ``--help`` and ``inspect``, taking turns."""
     # 73 blocks, the embedding and two more layers, and one of metadata: 77 files for each rank
     many = hollow_neox(toy_checkpoint("pythia-70m", layers=73), folder / "many", Options(tp=2))
     count = len(list(many.rglob("*.pt")))
@@ -37,7 +37,7 @@ def starts(folder: Path, runs: int) -> list[Start]:
         sys.exit(f"{many} has {count} files and not {MANY}")
     commands = {
         "`python -c pass`": (sys.executable, "-c", "pass"),
-        "`python -c 'import typer'`": (sys.executable, "-c", "import typer"),
+        "`python -c 'import click'`": (sys.executable, "-c", "import click"),
         "`neox-bridge --help`": (TOOL, "--help"),
         f"`neox-bridge inspect`, {MANY} files": (TOOL, "inspect", str(many)),
     }
