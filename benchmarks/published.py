@@ -1,7 +1,8 @@
 """A raw Pythia branch: how long planning takes, and what a step costs that is taken from the Hub.
 
 ``python benchmarks/published.py`` prints a line of JSON for each. The branches are sparse files of
-their full size (tests/hollow_branch.py), the Hub is tests/hub_stub.py on this machine.
+their full size (tests/helpers/hollow_branch.py), the Hub is tests/helpers/hub_stub.py on this
+machine.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from measure import run
 from sources import TOOL
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from hollow_branch import SIZES, STEP, hollow_branch, weight_bytes
 from hub_stub import Stub, serving

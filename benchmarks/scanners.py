@@ -3,7 +3,7 @@
     python benchmarks/scanners.py PYTHON
 
 PYTHON: one of an environment with picklescan, fickling and typing_extensions. Files are made by
-``tests/attack_*.py``; genuine ones are those of ``tests/data/fixtures``.
+``tests/helpers/attack_*.py``; genuine ones are those of ``tests/data/fixtures``.
 """
 
 import os
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 from attack_pickles import DEEP, WORK, running  # noqa: E402
 from attack_torch import TENSORS, ZIPS, zipped  # noqa: E402

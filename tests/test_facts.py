@@ -21,7 +21,8 @@ from neox_bridge.formats.yml import merge_ymls
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.frameworks.writers import UNKNOWN
-from neox_bridge.layouts.gqa import with_gqa_order
+from neox_bridge.layouts.gqa import unknown_order, with_gqa_order
+from neox_bridge.layouts.run_tokenizer import missing_finding, not_missing
 
 PACKAGE = Path(neox_bridge.__file__).parent
 # what shows findings to people; nothing else reads their words
@@ -34,6 +35,7 @@ OTHERS = {
     ("formats/pickle_security.py", "opcode"),
     ("formats/pickles.py", "opcode"),
     ("execution/ray_cluster.py", "member"),
+    ("execution/ray_cluster.py", "self._members[n]"),
 }
 
 
@@ -290,3 +292,17 @@ def test_what_is_known_of_its_rows(tmp_path: Path) -> None:
         assert known.neox is not None
         assert (known.neox.gqa_order_known, known.neox.rms_eps) == (True, eps)
         assert not any(f.code == "gqa-order-unknown" for f in known.findings)
+
+
+def test_what_is_settled_goes_whatever_its_words(tmp_path: Path) -> None:
+    """A finding is taken back by what it is about, not by its sentence."""
+    convert(make_hf(tmp_path / "hf", family="llama", num_key_value_heads=2), tmp_path / "neox")
+    whole = open_checkpoint(str(tmp_path / "neox"))
+    order = replace(unknown_order(), message="in other words")
+    unsettled = replace(whole, findings=(*whole.findings, order))
+    assert with_gqa_order(unsettled, "grouped").findings == whole.findings
+    named = replace(whole, missing_tokenizer="/fsx/tokenizer.json")
+    missing = missing_finding(named)
+    assert missing is not None
+    reworded = replace(missing, message="in other words")
+    assert not_missing(replace(named, findings=(*named.findings, reworded))) == whole

@@ -262,7 +262,7 @@ def test_reading_needs_no_torch() -> None:
     source = str(fixture("pythia_fp32_pp1_tp2"))
     code = (
         "import sys; from neox_bridge.layouts.open import open_checkpoint; "
-        "import neox_bridge.planning.make, neox_bridge.execution.run; "
+        "import neox_bridge.planning.make, neox_bridge.execution.execute; "
         f"open_checkpoint({source!r}); "
         "print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
     )

@@ -107,7 +107,7 @@ def execute(
         Unverified: The result is not what the source says. It is kept for inspection.
         BridgeError: The target exists, the disk is full, or the source is damaged or changed.
     """
-    from neox_bridge.execution.run import execute as write
+    from neox_bridge.execution.execute import execute as write
 
     check = None
     if verify and plan.checkpoint is not None:
@@ -213,7 +213,7 @@ def reshard(
         Refused: The model or the batch does not fit these ranks.
         BridgeError: The source has no optimizer states, or see ``execute``.
     """
-    from neox_bridge.execution.run import execute as write
+    from neox_bridge.execution.execute import execute as write
     from neox_bridge.optimizer.options import Resharding
     from neox_bridge.optimizer.read_files import read_optimizer
     from neox_bridge.optimizer.reshard import plan_reshard, target_states

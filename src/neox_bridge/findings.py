@@ -17,6 +17,7 @@ Subject = Literal[
     "RMSNorm epsilon",
     "rotary settings",
     "stored head",
+    "tokenizer",
     "wrapped names",
 ]
 

@@ -7,7 +7,7 @@ from neox_bridge.api import plan as make_plan
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE
 from neox_bridge.architectures.rows import model_rows
-from neox_bridge.architectures.shapes import PYTHIA, TOKENIZER_SIZE, Shape
+from neox_bridge.architectures.shapes import PYTHIA, TOKENIZER_SIZE, ModelSize
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.planning.common import text_file
@@ -52,7 +52,7 @@ def plan_toy(name: str, target: str, kind: Kind, seed: int = 0, layers: int | No
     return replace(plan, files=files, notes=())
 
 
-def _config(shape: Shape) -> ModelConfig:
+def _config(shape: ModelSize) -> ModelConfig:
     dims = {
         "vocab": shape.rows,
         "hidden": shape.hidden,

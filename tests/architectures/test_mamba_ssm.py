@@ -244,7 +244,7 @@ def test_plans_of_and_to_it_follow_the_schema(tmp_path: Path) -> None:
     plan = to_ssm(GENUINE, tmp_path / "ssm")
     again = plan_of(tmp_path / "ssm", tmp_path / "neox")
     for found in (plan, again):
-        Draft202012Validator(plan_schema()).validate(to_json(found))
+        Draft202012Validator(plan_schema()).validate(to_json(found, 0))
     assert (plan.target["format"], again.source["format"]) == ("mamba_ssm", "mamba_ssm")
 
 

@@ -267,7 +267,7 @@ def test_a_stored_inv_freq_of_another_base_is_reported(tmp_path: Path) -> None:
 def test_replicas_that_differ_are_reported_with_the_deviation(tmp_path: Path) -> None:
     from common import hf_tensors
 
-    from neox_bridge.execution.run import execute
+    from neox_bridge.execution.execute import execute
 
     def spoil(step: Path) -> None:
         path = step / "layer_05-model_01-model_states.pt"

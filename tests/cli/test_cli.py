@@ -300,7 +300,7 @@ def test_interrupted_after_the_rename(
         os.mkdir(target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neox_bridge.execution.run.execute", execute)
+    monkeypatch.setattr("neox_bridge.execution.execute.execute", execute)
     done = run("convert", source, tmp_path / "out")
     assert done.exit_code == 130
     assert "was already written" in done.stderr
@@ -377,7 +377,7 @@ def test_findings_drops_and_notes_go_to_stderr(
         found = Finding("replicas-differ", "warning", "ranks differ", "")
         return Result(target, len(plan.files), plan.size, 0, plan.size, 0, 0, 2.0, (found,))
 
-    monkeypatch.setattr("neox_bridge.execution.run.execute", execute)
+    monkeypatch.setattr("neox_bridge.execution.execute.execute", execute)
     contradict(source)
     args = ("convert", source, tmp_path / "out", "--to", "hf")
     done = run(*args)

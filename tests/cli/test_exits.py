@@ -1104,7 +1104,7 @@ def test_a_plan_is_carried_out(
         return SimpleNamespace(findings=(Finding("x", "warning", "late"),))
 
     monkeypatch.setattr(execution_module, "progress_bar", bar)
-    monkeypatch.setattr("neox_bridge.execution.run.execute", execute)
+    monkeypatch.setattr("neox_bridge.execution.execute.execute", execute)
     finding = Finding("y", "info", "early")
     plan: Any = SimpleNamespace(size=50, findings=(finding,), dropped=(), notes=())
     execution = Execution(overwrite=True, max_workers=3, no_verify=no_verify, quiet=quiet)

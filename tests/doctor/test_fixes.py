@@ -30,11 +30,17 @@ from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.doctor.diagnose import judge
 from neox_bridge.execution import exchange as swapping
-from neox_bridge.frameworks.eras import LINEAR, era_named
+from neox_bridge.frameworks.changes import change_named
+from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.derived_values import inv_freq
 
 ERA_NAMES = ("2024-03", "2024-09", "2024-10", "today")
+LINEAR = {
+    f"{old}.{part}": f"{new}.{part}"
+    for old, new in change_named("neox-mlp-names").renames.items()
+    for part in ("weight", "bias")
+}
 
 
 def doctor(*args: object, code: int = 0) -> str:
@@ -466,7 +472,7 @@ def test_what_was_written_is_read_back(
             data[-40] ^= 1
             path.write_bytes(data)
 
-    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", damage)
+    monkeypatch.setattr("neox_bridge.execution.disk.flush_folders", damage)
     for how in (["--fix", tmp_path / "out"], ["--in-place"]):
         done = CliRunner().invoke(
             app, ["doctor", str(folder), "--for", "transformers@4.48", *map(str, how)]

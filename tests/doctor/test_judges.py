@@ -20,10 +20,13 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.formats.yml import DuplicateKey
 from neox_bridge.frameworks import detectors
+from neox_bridge.frameworks.change import Change, Commit
+from neox_bridge.frameworks.changes import touches
 from neox_bridge.frameworks.eras import ERAS, LATER_ERAS, TODAY, fitting
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
 from neox_bridge.frameworks.targets import (
     ARGS,
+    has_change,
     keeps_stored_head,
     knows_attention_bias,
     name_of,
@@ -453,7 +456,7 @@ def test_biases_of_a_gated_mlp(
 def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """A folder of each family, as the conversion writes it."""
     from neox_bridge.api import plan as make_plan
-    from neox_bridge.execution.run import execute
+    from neox_bridge.execution.execute import execute
     from neox_bridge.planning.options import Options
 
     home, opened = tmp_path_factory.mktemp("hf"), {}
@@ -969,9 +972,10 @@ def one_of(kind: str = "neox", **raw: Any) -> Any:
 
 
 def test_detectors() -> None:
-    assert detectors.key("a")(one_of(a=None))
-    assert not detectors.key("a")(one_of(b=1))
-    assert not detectors.key("a")(one_of("hf", a=1))
+    for change in (keys("adds_keys"), keys("removes_keys")):
+        assert touches(change, one_of(a=None))
+        assert not touches(change, one_of(b=1))
+        assert not touches(change, one_of("hf", a=1))
     assert detectors.on("a")(one_of(a=1))
     assert not detectors.on("a")(one_of(a=0))
     assert detectors.is_gated(one_of(activation="swiglu"))
@@ -1015,12 +1019,17 @@ def test_runs_in_bfloat16() -> None:
     assert detectors.stores_bf16(run)
 
 
+def keys(field: str, name: str = "a") -> Change:
+    return Change("a-key", Commit("0" * 40, 1, "2024-01-01"), **{field: (name,)})
+
+
 def test_facts_of_keys() -> None:
     facts = tree("today", keys=frozenset({"a"}))
-    assert detectors.knows("a")(facts)
-    assert not detectors.knows("b")(facts)
-    assert detectors.refuses("b")(facts)
-    assert not detectors.refuses("a")(facts)
+    assert has_change(facts, keys("adds_keys"))
+    assert not has_change(facts, keys("adds_keys", "b"))
+    assert has_change(facts, keys("removes_keys", "b"))
+    assert not has_change(facts, keys("removes_keys"))
+    assert keys("adds_keys").in_error == ("unexpected keyword argument 'a'",)
 
 
 def test_buffers_that_are_stored(hf: dict[str, Checkpoint], tmp_path: Path) -> None:

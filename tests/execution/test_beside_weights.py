@@ -10,7 +10,7 @@ import yaml
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.api import plan as make_plan
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.frameworks.eras import TODAY, era_named
 from neox_bridge.planning.options import Options
 from neox_bridge.tensors.flat import Flat

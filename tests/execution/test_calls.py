@@ -15,7 +15,7 @@ import torch
 from common import make_hf, plan_of
 
 from neox_bridge.execution import output
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 1024}
 BLOCKS = 3

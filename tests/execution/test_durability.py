@@ -13,7 +13,7 @@ from tiny import Inline
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import exchange, movers, output, units
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 
 SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 300}
 

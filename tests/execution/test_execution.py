@@ -34,7 +34,7 @@ from neox_bridge.execution import (
     transform,
 )
 from neox_bridge.execution.context import Context, Shared
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors import sharing
 from neox_bridge.tensors.geometry import constant
@@ -705,7 +705,7 @@ def test_a_target_that_appears_meanwhile_is_not_touched(
         monkeypatch.context() as patch,
         pytest.raises(BridgeError, match=r"exists.* kept in"),
     ):
-        patch.setattr("neox_bridge.execution.run.flush_folders", appear)
+        patch.setattr("neox_bridge.execution.disk.flush_folders", appear)
         execute(plan, str(tmp_path / "out"))
     assert (tmp_path / "out" / "other").read_text() == "other"
     with pytest.raises(Refused, match=r"no part of a checkpoint.*: other\."):
@@ -737,7 +737,7 @@ def test_a_source_that_changes_is_an_error(tmp_path: Path, monkeypatch: pytest.M
         real(folder)
         os.utime(tmp_path / "s3", ns=(2, 2))
 
-    monkeypatch.setattr("neox_bridge.execution.run.flush_folders", touch)
+    monkeypatch.setattr("neox_bridge.execution.disk.flush_folders", touch)
     with pytest.raises(BridgeError, match="s3 changed"):
         execute(plan, str(tmp_path / "out"))
     assert left(tmp_path) == []
@@ -877,7 +877,7 @@ def test_nothing_heavy_is_imported() -> None:
     import subprocess
     import sys
 
-    code = "import neox_bridge.execution.run, sys; print('numpy' in sys.modules)"
+    code = "import neox_bridge.execution.execute, sys; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

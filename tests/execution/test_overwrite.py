@@ -12,7 +12,7 @@ from common import convert, make_hf, plan_of
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.layouts import known_files
 
 

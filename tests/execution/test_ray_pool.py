@@ -18,6 +18,7 @@ from common import make_hf, plan_of
 
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.execution import ray_cluster, ray_connect, ray_node
+from neox_bridge.execution.output import DiskWriter
 from neox_bridge.execution.placement import (
     Places,
     View,
@@ -82,7 +83,7 @@ def test_a_unit_reaches_the_sources_of_its_files_and_no_others(tmp_path: Path) -
     plan = plan_of(source, tmp_path / "neox", dtype="float16")
     total: Counter[str] = Counter()
     for file in plan.files:
-        unit = Unit((file,), "/files", "/attempts", False, None, False)
+        unit = Unit((file,), DiskWriter("/files", "/attempts", False, None, False))
         places = places_of(make, (unit,))
         assert (places.folders, places.writes) == ((), ("/attempts",))
         total.update(places.files)

@@ -13,7 +13,7 @@ from common import convert, fixture, make_hf, plan_of
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 
 OTHER = {"hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 96}
 

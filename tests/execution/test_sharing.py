@@ -17,9 +17,9 @@ from common import assert_same, hf_tensors, step_of
 import neox_bridge
 from neox_bridge import BridgeError
 from neox_bridge.execution import extents, movers
+from neox_bridge.execution.execute import execute
 from neox_bridge.execution.extents import same_blocks
 from neox_bridge.execution.result import Result
-from neox_bridge.execution.run import execute
 from neox_bridge.formats.safetensors import layout_safetensors, read_safetensors
 from neox_bridge.tensors.pieces import OutputTensor, Piece, box
 from neox_bridge.tensors.sharing import BLOCK, arranged, residue, shared_together, whole_blocks

@@ -16,13 +16,13 @@ import xxhash
 from tiny import Inline, convert, plan_of, write_hf
 
 from neox_bridge.errors import BridgeError, Refused, Unreachable, Unverified
-from neox_bridge.execution import exchange, output, units
+from neox_bridge.execution import disk, exchange, output, units
 from neox_bridge.execution.context import Context
+from neox_bridge.execution.execute import execute
 from neox_bridge.execution.install import LATEST, RootFiles, clear, install, is_begun, settle
 from neox_bridge.execution.journal import Key, Written, append, begun, finished, resume
 from neox_bridge.execution.movers import SEND
 from neox_bridge.execution.placement import Places, View, choose, local_bytes, unasked, unseen
-from neox_bridge.execution.run import execute
 from neox_bridge.execution.staging import (
     check_free,
     check_replaceable,
@@ -818,7 +818,7 @@ def test_a_conversion_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     hf = write_hf(tmp_path / "hf")
     plan = plan_of(hf, tmp_path / "out", tp=2)
     convert(hf, tmp_path / "whole", tp=2)
-    real, calls = output.append, []
+    real, calls = disk.append, []
 
     def interrupted(*args: Any) -> None:
         real(*args)
@@ -826,7 +826,7 @@ def test_a_conversion_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(output, "append", interrupted)
+        patch.setattr(disk, "append", interrupted)
         execute(plan, str(tmp_path / "out"), workers=1)
     assert calls
     counted: list[int] = []

@@ -18,8 +18,8 @@ from common import assert_same, hf_tensors, make_hf, plan_of, step_of
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution import journal, output
-from neox_bridge.execution.run import execute
+from neox_bridge.execution import disk, journal
+from neox_bridge.execution.execute import execute
 from neox_bridge.planning.plan import Plan
 
 SHAPE = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 300}
@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopped(plan: Plan, target: Path, error: BaseException, after: int = 3) -> BaseException:
     """The error that an execution ends with, when that error comes after some finished files."""
-    real, count = output.append, []
+    real, count = disk.append, []
 
     def append(*args: Any) -> None:
         real(*args)
@@ -41,7 +41,7 @@ def stopped(plan: Plan, target: Path, error: BaseException, after: int = 3) -> B
             raise error
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(BaseException) as caught:
-        patch.setattr(output, "append", append)
+        patch.setattr(disk, "append", append)
         execute(plan, str(target), workers=1)
     return caught.value
 

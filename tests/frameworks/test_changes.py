@@ -11,14 +11,24 @@ import torch
 from click.testing import CliRunner
 from common import GPT_NEOX, fixture, make_hf
 
+import neox_bridge
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Dropped
-from neox_bridge.frameworks.change import RELEASED, not_after, not_before, parse_moment
-from neox_bridge.frameworks.changes import CHANGES, change_named, select, touches
+from neox_bridge.frameworks.change import (
+    RELEASED,
+    Change,
+    Commit,
+    not_after,
+    not_before,
+    parse_moment,
+)
+from neox_bridge.frameworks.changes import CHANGES, HISTORY, change_named, select, touches
+from neox_bridge.frameworks.eras import merged
 from neox_bridge.frameworks.facts import TreeFacts
-from neox_bridge.frameworks.page import page
+from neox_bridge.frameworks.page import page, where
+from neox_bridge.frameworks.targets import has_change
 from neox_bridge.layouts.checkpoint import Checkpoint
 
 RUNNER = CliRunner()
@@ -36,7 +46,10 @@ OLD = TreeFacts(
     gated_biases="none",
     states="sub-partitions",
 )
-_NEW_KEYS = frozenset({"moe_expert_interval", "num_kv_heads", "use_qk_layernorm", "gpt_j_tied"})
+_NEW_KEYS = frozenset(
+    """moe_expert_interval num_kv_heads use_qk_layernorm gpt_j_tied use_bias_in_mlp
+    mlp_multiple_of""".split()
+)
 NEW = TreeFacts("new", "flag", "linear", "grouped", "inside", False, True, True, (), _NEW_KEYS)
 
 
@@ -393,7 +406,8 @@ def test_every_change_has_an_example_of_each_of_its_detectors() -> None:
     for change in CHANGES:
         example = EXAMPLES[change.id]
         assert (change.in_checkpoint is None) == (example.checkpoint is None), change.id
-        assert (change.in_tree is None) == (example.tree is None), change.id
+        told = has_change(NEW, change) if change.framework == "gpt-neox" else None
+        assert (told is None) == (example.tree is None), change.id
         assert bool(change.in_error) == (example.error is not None), change.id
 
 
@@ -406,8 +420,8 @@ def test_detectors_see_the_one_and_not_the_other(change: Any, bases: dict[str, C
         assert not touches(change, no)
     if example.tree is not None:
         yes_tree, no_tree = example.tree
-        assert change.in_tree(yes_tree)
-        assert not change.in_tree(no_tree)
+        assert has_change(yes_tree, change)
+        assert not has_change(no_tree, change)
     if example.error is not None:
         yes_text, no_text = example.error
         assert matches(change, yes_text)
@@ -420,7 +434,7 @@ def matches(change: Any, text: str) -> bool:
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.id)
 def test_entries_are_whole(change: Any) -> None:
-    assert change.in_checkpoint or change.in_tree or change.in_error
+    assert change.in_checkpoint or change.sets or change.in_error
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", change.id)
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", change.date)
     assert re.fullmatch(r"(#\d+)?", change.pull)
@@ -446,9 +460,11 @@ def test_ids_are_unique_and_the_newest_comes_first() -> None:
 
 def test_old_and_new_trees_differ_in_all_that_a_tree_tells() -> None:
     for change in CHANGES:
-        if change.in_tree is not None and "key" not in change.id and change.id != "neox-mlp-type":
-            assert change.in_tree(NEW), change.id
-            assert not change.in_tree(OLD), change.id
+        if change.framework != "gpt-neox" or has_change(NEW, change) is None:
+            continue
+        if "key" not in change.id and change.id != "neox-mlp-type":
+            assert has_change(NEW, change), change.id
+            assert not has_change(OLD, change), change.id
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -569,3 +585,29 @@ def test_changes_of_one_side_touch_its_checkpoints_only(bases: dict[str, Checkpo
                 checkpoint = made(bases, kind, edit)
                 found = {c.id for c in select(None, checkpoint=checkpoint)} - both
                 assert all(name.startswith(prefix) for name in found), (kind, wanted, edit)
+
+
+def test_a_commit_stands_in_one_source_file() -> None:
+    """Other modules name a change by its id."""
+    commits = {change.commit for change in HISTORY if change.commit}
+    stand = {
+        (commit, path.name)
+        for path in Path(neox_bridge.__file__).parent.rglob("*.py")
+        for commit in set(re.findall(r"[0-9a-f]{8}", path.read_text(encoding="utf-8")))
+        if commit in commits
+    }
+    assert {commit for commit, _ in stand} == commits
+    assert {name for _, name in stand} == {"changes_neox.py", "changes_transformers.py"}
+    assert len(stand) == len(commits)
+
+
+def test_a_proposed_change_is_marked_and_no_tree_has_it() -> None:
+    proposed = Change(
+        "neox-proposed",
+        Commit("f" * 40, 1, "2026-06-01", proposed=True),
+        ("gpt_neox",),
+        "a title",
+        sets={"rms_eps": "outside"},
+    )
+    assert where(proposed) == "GPT-NeoX ffffffff (proposed)"
+    assert merged((proposed, *CHANGES)) == merged(CHANGES)

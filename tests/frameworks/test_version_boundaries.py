@@ -17,7 +17,7 @@ from neox_bridge.api import plan as make_plan
 from neox_bridge.architectures.transformers_limits import refuse_version
 from neox_bridge.doctor.judge_hf import judge_hf
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
 from neox_bridge.frameworks.targets import target_named, version_number
 from neox_bridge.planning.options import Options

@@ -32,7 +32,7 @@ def _planned(source: Path, to: str) -> dict[str, Any] | None:
     with ends():
         try:
             plan = plan_of(source, _TOP / "out", to=to)
-            text = json.dumps(to_json(plan))
+            text = json.dumps(to_json(plan, 0))
         except BridgeError as error:
             assert 0 < len(str(error)) < 2000  # noqa: PT017
             return None

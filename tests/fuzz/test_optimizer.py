@@ -28,7 +28,7 @@ from resharding import DATA, FP16, reshard
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.torch_zip import layout_pt
@@ -172,7 +172,7 @@ def _plans(root: str) -> None:
 
 def _plan(checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, root: str) -> None:
     try:
-        json.dumps(to_json(plan_reshard(checkpoint, optimizer, asked, f"{_TOP}/new")))
+        json.dumps(to_json(plan_reshard(checkpoint, optimizer, asked, f"{_TOP}/new"), 0))
     except BridgeError as error:
         _for_users(error, root)
 
@@ -188,7 +188,7 @@ def _for_users(error: BridgeError, root: str) -> None:
 def _export(root: str) -> None:
     checkpoint = open_checkpoint(root)
     optimizer = read_optimizer(checkpoint)
-    json.dumps(to_json(plan_export(checkpoint, optimizer)), allow_nan=False)
+    json.dumps(to_json(plan_export(checkpoint, optimizer), 0), allow_nan=False)
     json.dumps(scalars(checkpoint, optimizer))
 
 

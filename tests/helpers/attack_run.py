@@ -138,7 +138,7 @@ def main() -> None:
         *("bz2", "lzma", "zipfile", "numpy", "ml_dtypes", "yaml", "neox_bridge.cli.app"),
         *("neox_bridge.formats.pickle_security", "neox_bridge.layouts.security"),
         *("neox_bridge.layouts.open", "neox_bridge.layouts.neox_reader"),
-        *("neox_bridge.planning.make", "neox_bridge.execution.run"),
+        *("neox_bridge.planning.make", "neox_bridge.execution.execute"),
     ):
         importlib.import_module(name)
     with open(sys.argv[1]) as file:

@@ -22,7 +22,7 @@ from neox_bridge.api import plan as make_plan
 from neox_bridge.doctor.fixes import checker, in_place, mend_plan
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import exchange, movers, output
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.execution.staging import sweep
 from neox_bridge.frameworks.targets import target_named
 from neox_bridge.planning.options import Options

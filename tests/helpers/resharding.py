@@ -15,8 +15,8 @@ from common import FIXTURES
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.execution.context import Context
+from neox_bridge.execution.execute import execute
 from neox_bridge.execution.result import Result
-from neox_bridge.execution.run import execute
 from neox_bridge.execution.transform import blocks
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch

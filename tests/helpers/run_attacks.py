@@ -18,7 +18,7 @@ import numpy as np  # noqa: F401
 import yaml  # noqa: F401
 
 from neox_bridge.cli import app
-from neox_bridge.execution import run  # noqa: F401
+from neox_bridge.execution import execute  # noqa: F401
 from neox_bridge.layouts import hf_reader, neox_reader, raw_llama  # noqa: F401 (all at once, here)
 from neox_bridge.planning import make  # noqa: F401
 

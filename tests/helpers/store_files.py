@@ -9,10 +9,11 @@ from s3_server import BUCKET
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.api import plan as make_plan
+from neox_bridge.execution.execute import execute
 from neox_bridge.execution.result import Result
-from neox_bridge.execution.run import execute
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import objects
+from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.verify import checker
 
 # embeddings of 9 MB in float32, two parts of an upload, and little else
@@ -24,7 +25,8 @@ def run(source: object, target: object, overwrite: bool = False, **options: Any)
     checkpoint = open_checkpoint(str(source))
     plan = make_plan(checkpoint, Options(**options), str(target))
     check = checker(checkpoint)
-    return execute(plan, str(target), overwrite=overwrite, every_crc=True, check=check)
+    every_crc = not is_url(str(target)) or str(target).startswith("file://")
+    return execute(plan, str(target), overwrite=overwrite, every_crc=every_crc, check=check)
 
 
 def s3(path: str) -> str:

@@ -200,7 +200,7 @@ def test_every_layout_of_v1(bucket: int, stages: list[range], zipped: bool, tmp_
 @pytest.mark.parametrize("dp", [1, 2, 7, 16])
 def test_parts_are_cut_as_deepspeed_cuts_them(count: int, bucket: int, dp: int) -> None:
     group = SubPartitions({"a": (count,)}, dp, bucket)
-    assert (group.intervals, group.size) == bucket_rule(count, dp, bucket)
+    assert (group.intervals, group.partition) == bucket_rule(count, dp, bucket)
     parts = range(group.intervals * dp)
     assert sum(map(group.used, parts)) == count
     assert sum(f.numel for part in parts for f in group.fragments(part)) == count

@@ -12,7 +12,7 @@ from store_files import WIDE, assert_same, contents, files, run, s3, unfinished_
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, Unreachable
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.execute import execute
 from neox_bridge.stores import objects
 
 RUNNER = CliRunner()

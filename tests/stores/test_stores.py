@@ -33,11 +33,12 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError, ChoiceNeeded, Unreachable, Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import hash_file
+from neox_bridge.execution.execute import execute
 from neox_bridge.execution.executors import Processes
-from neox_bridge.execution.remote import write_object
-from neox_bridge.execution.run import execute
+from neox_bridge.execution.object_store import ObjectWriter
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.transform import load
+from neox_bridge.execution.units import Unit, make
 from neox_bridge.formats.torch_zip import read_pt
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import objects, paths, ranges, uploads
@@ -328,7 +329,7 @@ class Test_stopped:  # noqa: N801
             return ""
 
         store.spoil = spoil
-        command = [sys.executable, "-m", "neox_bridge", "convert", str(wide), url, "--crc"]
+        command = [sys.executable, "-m", "neox_bridge", "convert", str(wide), url]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 30
         while not held and time.monotonic() < deadline:
@@ -427,12 +428,14 @@ def test_another_process_writes_an_object(store: Store, neox: Path, tmp_path: Pa
     execute(plan, str(tmp_path / "hf"))
     file = max(plan.files, key=lambda file: file.size)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        made = pool.submit(write_object, file, s3("process/model.safetensors")).result()
+        writer = ObjectWriter(s3("process"), s3("marks"), "xxh3_128")
+        ((path, written),) = pool.submit(make, Unit((file,), writer)).result().written
     assert contents(s3("process")) == {
         "model.safetensors": (tmp_path / "hf" / file.path).read_bytes()
     }
-    assert made.hash == hash_file(str(tmp_path / "hf" / file.path), "xxh3_128")
-    assert hash_file(s3("process/model.safetensors"), "xxh3_128") == made.hash
+    assert path == file.path == "model.safetensors"
+    assert written.hash == hash_file(str(tmp_path / "hf" / file.path), "xxh3_128")
+    assert hash_file(s3("process/model.safetensors"), "xxh3_128") == written.hash
 
 
 def test_the_hub_is_read_by_ranges(hf: Path, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_convert_keeps_a_bad_result_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that loses a bit: exit 3, the target untouched, the folder kept to look at."""
     from neox_bridge.errors import Unverified
-    from neox_bridge.execution import run as execution
+    from neox_bridge.execution import disk as execution
     from neox_bridge.verification.verify import checker
 
     hf = make_hf(tmp_path / "hf")

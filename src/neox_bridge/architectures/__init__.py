@@ -14,7 +14,7 @@ from neox_bridge.errors import Refused
 
 # Mamba first: its blocks ignore the settings of MLPs by which the others are told
 ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2)
-# families that GPT-NeoX (ea7aefd8) can't run, and why (megatron/model/transformer.py)
+# families that today's GPT-NeoX can't run, and why (megatron/model/transformer.py)
 CANNOT = {
     "qwen3": "it has norms of its own for q and k, and GPT-NeoX's use_qk_layernorm is one for both",
 }

@@ -1,6 +1,6 @@
 """What a model is, as data: its weights, how ranks split them, and its config in neutral words."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
 
-Place = Literal["embed", "block", "norm", "head"]
+LayerKind = Literal["embed", "block", "norm", "head"]
 INV_FREQ = "attention.rotary_emb.inv_freq"  # GPT-NeoX's name of the rotary buffer in a block
 
 
@@ -29,12 +29,12 @@ class Weight:
     shape: the names of its dimensions, Hugging Face's side; ``ModelConfig.dims`` has their sizes.
     flag: the field of ``ModelConfig`` that says whether it exists; "" where it always does.
     part: which part of a fused or gated tensor it is.
-    old: its name in trees before 0d4bdb96 (2024-09), where it is another; the parts of a gated MLP
+    old: its name in trees before neox-mlp-names, where it is another; the parts of a gated MLP
         were tensors of their own there.
     also: a name that files may have in place of ``neox``.
     """
 
-    place: Place
+    place: LayerKind
     neox: str
     hf: str
     split: Split
@@ -160,6 +160,13 @@ class Refusal:
     neox_only: bool = False
 
 
+def refusals(
+    checks: Iterable[tuple[str, bool, str]], *, way_out: str = "", neox_only: bool = False
+) -> list[Refusal]:
+    """The refusals of the checks that apply: the setting's key, whether it applies, and why."""
+    return [Refusal(key, why, way_out, neox_only) for key, applies, why in checks if applies]
+
+
 @dataclass(frozen=True, slots=True)
 class About:
     """A family for people: what ``neox-bridge families`` and its page say.
@@ -210,7 +217,7 @@ class Architecture:
     model_keys: the keys of a GPT-NeoX yml that say which model it is, not how it is trained.
     prefix: what precedes most names in files of the whole model, and isn't there in those of the
         bare one.
-    write_neox: the yml's keys for the model; True for a tree before 0d4bdb96 (2024-09).
+    write_neox: the yml's keys for the model; True for a tree before neox-mlp-names.
     era_keys: those of them that mean something else in trees of another time.
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.

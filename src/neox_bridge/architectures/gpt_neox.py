@@ -10,17 +10,25 @@ from neox_bridge.architectures.base import (
     Presence,
     Refusal,
     Weight,
+    refusals,
 )
-from neox_bridge.architectures.heads import REWARD, RM_LINEAR, SCORE, head_config, refuse_tied
-from neox_bridge.architectures.hf_config import refuse_hf_common, stored_biases, whole_number
+from neox_bridge.architectures.heads import REWARD, head_config, refuse_tied
+from neox_bridge.architectures.hf_config import (
+    hf_fields,
+    hf_settings,
+    refuse_hf_common,
+    stored_biases,
+    whole_number,
+)
 from neox_bridge.architectures.neox_config import (
     GATED,
+    SIZE_KEYS,
     Keys,
     attention_kinds,
+    neox_fields,
     number,
     read_keys,
     refuse_common,
-    window_of,
 )
 from neox_bridge.findings import Finding
 from neox_bridge.tensors.geometry import Split
@@ -116,9 +124,7 @@ _ACTIVATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
 }
 
 _KEYS: Keys = (
-    ("layers", int, "num_hidden_layers", None, "num_layers", None),
-    ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
-    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
+    *SIZE_KEYS,
     ("norm_eps", float, "layer_norm_eps", 1e-5, "layernorm_epsilon", 1e-5),
     ("parallel_residual", bool, "use_parallel_residual", True, "gpt_j_residual", False),
     ("hidden_dropout", float, "hidden_dropout", 0.0, "hidden_dropout", 0.0),
@@ -152,20 +158,14 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
     first = _LAYER.format(i=0)
     return ModelConfig(
         **read_keys(_KEYS, raw, hf=True),
-        dims=dict(dims),
+        **hf_fields(raw, dims, presence, first_id=0),
         rotary_pct=pct,
         rotary_base=base,
         activation=activation,
         tied_norms=False,
-        tied_embeddings=bool(raw.get("tie_word_embeddings")) and not presence.has(SCORE),
-        reward=presence.has(SCORE),
         attention_bias=presence.has(f"{first}attention.query_key_value.bias"),
         mlp_bias=presence.has(f"{first}mlp.dense_h_to_4h.bias"),
         norm_bias=presence.has(f"{first}input_layernorm.bias"),
-        dtype=presence.dtype,
-        bos_token_id=raw.get("bos_token_id", 0),
-        eos_token_id=raw.get("eos_token_id", 2),
-        initializer_range=raw.get("initializer_range", 0.02),
     )
 
 
@@ -174,18 +174,11 @@ def _write_hf(config: ModelConfig) -> dict[str, Any]:
     names = _ACTIVATIONS.get(config.activation, ((config.activation,),))[0]
     return {
         **head_config("GPTNeoXForCausalLM", config),
+        **hf_settings(_KEYS, config),
         "model_type": "gpt_neox",
-        "vocab_size": config.dims["vocab"],
-        "hidden_size": config.hidden,
-        "intermediate_size": config.dims["ffn"],
-        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
         "hidden_act": names[0],
         "attention_bias": config.attention_bias,
-        "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "use_cache": True,
         # both spellings: transformers 4 knows only the first, 5 writes only the second
         "rotary_pct": config.rotary_pct,
         "rotary_emb_base": base,
@@ -194,8 +187,6 @@ def _write_hf(config: ModelConfig) -> dict[str, Any]:
             "rope_theta": base,
             "partial_rotary_factor": config.rotary_pct,
         },
-        "torch_dtype": config.dtype,
-        "dtype": config.dtype,
     }
 
 
@@ -208,18 +199,12 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
     keys = read_keys(_KEYS, raw, hf=False)
     return ModelConfig(
         **keys,
-        dims=dict(dims),
-        rotary_pct=number("rotary_pct", raw.get("rotary_pct", 1.0), float),
-        rotary_base=number("rotary_emb_base", raw.get("rotary_emb_base", 10000), float),
+        **neox_fields(raw, dims, presence),
         activation=activation,
         tied_norms=bool(raw.get("gpt_j_tied")) and bool(keys["parallel_residual"]),
-        tied_embeddings=not raw.get("no_weight_tying", False),
-        reward=presence.has(RM_LINEAR),
         attention_bias=presence.has("attention.query_key_value.bias"),
         mlp_bias=presence.has("mlp.linear1.bias"),
         norm_bias=presence.has("input_layernorm.bias"),
-        dtype=presence.dtype,
-        window=window_of(raw),
     )
 
 
@@ -262,62 +247,40 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What the real GPT-NeoX computes and no GPTNeoXForCausalLM does (megatron/model/)."""
-    found = refuse_common(raw) + refuse_tied(raw)
-    pos = raw.get("pos_emb") or "learned"
-    if pos != "rotary":
-        found.append(
-            Refusal(
-                "pos_emb",
-                f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
-                neox_only=True,
-            )
-        )
-    norm = raw.get("norm") or "layernorm"
-    if norm not in ("layernorm",):
-        found.append(
-            Refusal(
-                "norm",
-                f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
-                neox_only=True,
-            )
-        )
+    pos, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
     kind = raw.get("activation") or "gelu"
-    if kind not in [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]:
-        found.append(
-            Refusal(
-                "activation",
-                f"transformers' gpt_neox has no {kind!r}",
-                neox_only=True,
-            )
-        )
-    heads = raw.get("num_attention_heads")
-    if raw.get("num_kv_heads") not in (None, heads):
-        found.append(
-            Refusal(
-                "num_kv_heads",
-                "transformers' gpt_neox has no grouped-query attention",
-                neox_only=True,
-            )
-        )
-    if raw.get("gpt_j_residual") and raw.get("use_bias_in_mlp") is False:
-        found.append(
-            Refusal(
-                "use_bias_in_mlp",
-                "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
-                "without their attention, which nothing in transformers does",
-                neox_only=True,
-            )
-        )
+    activations = [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]
     kinds = attention_kinds(raw) - {"global", "flash"}
-    if kinds:
-        found.append(
-            Refusal(
-                "attention_config",
-                f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
-                neox_only=True,
-            )
-        )
-    return found
+    checks: tuple[tuple[str, bool, str], ...] = (
+        (
+            "pos_emb",
+            pos != "rotary",
+            f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
+        ),
+        (
+            "norm",
+            norm != "layernorm",
+            f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
+        ),
+        ("activation", kind not in activations, f"transformers' gpt_neox has no {kind!r}"),
+        (
+            "num_kv_heads",
+            raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads")),
+            "transformers' gpt_neox has no grouped-query attention",
+        ),
+        (
+            "use_bias_in_mlp",
+            bool(raw.get("gpt_j_residual")) and raw.get("use_bias_in_mlp") is False,
+            "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
+            "without their attention, which nothing in transformers does",
+        ),
+        (
+            "attention_config",
+            bool(kinds),
+            f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
+        ),
+    )
+    return refuse_common(raw) + refuse_tied(raw) + refusals(checks, neox_only=True)
 
 
 def _matches_neox(raw: Mapping[str, Any]) -> bool:
@@ -328,12 +291,12 @@ def _matches_neox(raw: Mapping[str, Any]) -> bool:
 
 def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
     """Where config.json contradicts itself or what is known."""
-    found = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
+    findings = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):
         both = raw.get(old) is not None and rope.get(new) is not None
         if both and float(raw[old]) != float(rope[new]):
-            found.append(
+            findings.append(
                 Finding(
                     "rope-spellings-differ",
                     "warning",
@@ -344,7 +307,7 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
                 )
             )
     if config.activation == "gelu" and _looks_like_pythia(config):
-        found.append(
+        findings.append(
             Finding(
                 "pythia-gelu",
                 "warning",
@@ -354,7 +317,7 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
                 'for the trained form set hidden_act: "gelu_fast" in config.json and convert again',
             )
         )
-    return found
+    return findings
 
 
 def _looks_like_pythia(config: ModelConfig) -> bool:

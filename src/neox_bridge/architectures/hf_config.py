@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from neox_bridge.architectures.base import Refusal
+from neox_bridge.architectures.base import ModelConfig, Presence, Refusal
+from neox_bridge.architectures.heads import SCORE
+from neox_bridge.architectures.neox_config import Keys
 from neox_bridge.findings import Finding
 
 
@@ -23,9 +25,9 @@ def refuse_hf_common(
     GPT-NeoX's RotaryEmbedding takes a base and a number of dimensions, nothing else
     (megatron/model/positional_embeddings.py); the base is an int (neox_arguments/neox_args.py).
     """
-    found = []
+    refusals = []
     if (name := rope_kind(raw)) != "default":
-        found.append(
+        refusals.append(
             Refusal(
                 "rope_scaling",
                 f"GPT-NeoX has no RoPE scaling, and this model uses {name!r}",
@@ -35,14 +37,14 @@ def refuse_hf_common(
         )
     known = list(activations)
     if raw.get("hidden_act", known[0]) not in known:
-        found.append(
+        refusals.append(
             Refusal(
                 "hidden_act",
                 f"GPT-NeoX has no activation {raw['hidden_act']!r}, only {', '.join(known)}",
             )
         )
     if not base.is_integer():
-        found.append(
+        refusals.append(
             Refusal(
                 base_key,
                 f"GPT-NeoX takes whole numbers only, and this is {base}",
@@ -50,14 +52,48 @@ def refuse_hf_common(
             )
         )
     if raw.get("quantization_config"):
-        found.append(
+        refusals.append(
             Refusal(
                 "quantization_config",
                 "GPT-NeoX has no quantized weights",
                 "convert the original, unquantized model",
             )
         )
-    return found
+    return refusals
+
+
+def hf_fields(
+    raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence, first_id: int
+) -> dict[str, Any]:
+    """The fields of ``ModelConfig`` that every family that attends reads alike from config.json.
+
+    first_id: of the token that begins a text, by default; the one that ends it is 2.
+    """
+    return {
+        "dims": dict(dims),
+        "tied_embeddings": bool(raw.get("tie_word_embeddings")) and not presence.has(SCORE),
+        "reward": presence.has(SCORE),
+        "dtype": presence.dtype,
+        "bos_token_id": raw.get("bos_token_id", first_id),
+        "eos_token_id": raw.get("eos_token_id", 2),
+        "initializer_range": raw.get("initializer_range", 0.02),
+    }
+
+
+def hf_settings(keys: Keys, config: ModelConfig) -> dict[str, Any]:
+    """What config.json says of every family. keys: the family's own table."""
+    return {
+        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in keys},
+        "vocab_size": config.dims["vocab"],
+        "hidden_size": config.hidden,
+        "intermediate_size": config.dims["ffn"],
+        "tie_word_embeddings": config.tied_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "use_cache": True,
+        "torch_dtype": config.dtype,
+        "dtype": config.dtype,
+    }
 
 
 def stored_biases(raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]]) -> list[Finding]:

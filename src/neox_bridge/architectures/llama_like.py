@@ -1,9 +1,9 @@
 """What Llama and its relatives share: RMSNorm, separate q, k and v, a gated MLP.
 
-GPT-NeoX's side: megatron/model/transformer.py (ParallelMLP and Gated_Activation since 0d4bdb96 of
-2024-09; LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py. Hugging Face's side:
-transformers models/{llama,mistral,qwen2}/{configuration,modeling}_*.py. Both rotate halves, so that
-no row of q and k is moved within its head.
+GPT-NeoX's side: megatron/model/transformer.py (ParallelMLP and Gated_Activation since the change
+neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py. Hugging Face's
+side: transformers models/{llama,mistral,qwen2}/{configuration,modeling}_*.py. Both rotate halves,
+so that no row of q and k is moved within its head.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,19 +17,27 @@ from neox_bridge.architectures.base import (
     ModelConfig,
     Presence,
     Refusal,
+    refusals,
 )
-from neox_bridge.architectures.heads import RM_LINEAR, SCORE, head_config, refuse_tied
-from neox_bridge.architectures.hf_config import refuse_hf_common, stored_biases, whole_number
+from neox_bridge.architectures.heads import head_config, refuse_tied
+from neox_bridge.architectures.hf_config import (
+    hf_fields,
+    hf_settings,
+    refuse_hf_common,
+    stored_biases,
+    whole_number,
+)
 from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, weights
 from neox_bridge.architectures.neox_config import (
     GATED,
+    SIZE_KEYS,
     Keys,
     attention_kinds,
+    neox_fields,
     number,
     read_keys,
     refuse_common,
     round_up,
-    window_of,
 )
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
@@ -38,9 +46,7 @@ from neox_bridge.findings import Finding
 ACTIVATIONS = {"silu": ("swiglu", ("silu", "swish")), "gelu": ("geglu", ("gelu",))}
 
 _KEYS: Keys = (
-    ("layers", int, "num_hidden_layers", None, "num_layers", None),
-    ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
-    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
+    *SIZE_KEYS,
     ("norm_eps", float, "rms_norm_eps", 1e-6, "rms_norm_epsilon", 1e-8),
     ("attention_dropout", float, "attention_dropout", 0.0, "attention_dropout", 0.0),
 )
@@ -77,8 +83,8 @@ class Family:
 
 
 def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
-    told = number(key, raw.get(key) or heads, int)
-    return None if told == heads else told
+    count = number(key, raw.get(key) or heads, int)
+    return None if count == heads else count
 
 
 def rope_base(raw: Mapping[str, Any]) -> float:
@@ -96,21 +102,15 @@ def _read_hf(
     act = str(raw.get("hidden_act") or "silu")
     return ModelConfig(
         **keys,
-        dims=dict(dims),
+        **hf_fields(raw, dims, presence, first_id=1),
         rotary_pct=1.0,
         rotary_base=rope_base(raw),
         activation="silu" if act == "swish" else act,
         parallel_residual=False,
         tied_norms=False,
-        tied_embeddings=bool(raw.get("tie_word_embeddings")) and not presence.has(SCORE),
-        reward=presence.has(SCORE),
         attention_bias=presence.has(f"{first}self_attn.q_proj.bias"),
         mlp_bias=presence.has(f"{first}mlp.up_proj.bias"),
         norm_bias=False,
-        dtype=presence.dtype,
-        bos_token_id=raw.get("bos_token_id", 1),
-        eos_token_id=raw.get("eos_token_id", 2),
-        initializer_range=raw.get("initializer_range", 0.02),
         kv_heads=_kv_heads(raw, "num_key_value_heads", keys["heads"]),
         window=None if window is None else number("sliding_window", window, int),
     )
@@ -120,24 +120,15 @@ def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     base = whole_number(config.rotary_base)
     return {
         **head_config(family.hf_class, config),
+        **hf_settings(_KEYS, config),
         "model_type": family.name,
-        "vocab_size": config.dims["vocab"],
-        "hidden_size": config.hidden,
-        "intermediate_size": config.dims["ffn"],
-        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
         "num_key_value_heads": config.key_value_heads,
         "head_dim": config.hidden // config.heads,
         "hidden_act": config.activation,
-        "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "use_cache": True,
         # both spellings: transformers 4 knows only the first, 5 writes only the second
         "rope_theta": base,
         "rope_parameters": {"rope_type": "default", "rope_theta": base},
-        "torch_dtype": config.dtype,
-        "dtype": config.dtype,
         **family.write(config),
     }
 
@@ -148,41 +139,35 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
     activation = next((k for k, (new, old) in ACTIVATIONS.items() if kind in (new, *old)), kind)
     return ModelConfig(
         **keys,
-        dims=dict(dims),
-        rotary_pct=number("rotary_pct", raw.get("rotary_pct", 1.0), float),
-        rotary_base=number("rotary_emb_base", raw.get("rotary_emb_base", 10000), float),
+        **neox_fields(raw, dims, presence),
         activation=activation,
         parallel_residual=bool(raw.get("gpt_j_residual", False)),
         tied_norms=False,
-        tied_embeddings=not raw.get("no_weight_tying", False),
-        reward=presence.has(RM_LINEAR),
         attention_bias=presence.has(f"{QKV}.bias"),
         mlp_bias=presence.has(f"{UP}.bias"),
         norm_bias=False,
-        dtype=presence.dtype,
         hidden_dropout=number("hidden_dropout", raw.get("hidden_dropout") or 0.0, float),
         bos_token_id=1,
         eos_token_id=2,
         kv_heads=_kv_heads(raw, "num_kv_heads", keys["heads"]),
-        window=window_of(raw),
     )
 
 
-def gated_width(told: int, multiple: int = 1) -> int | None:
+def gated_width(setting: int, multiple: int = 1) -> int | None:
     """The width of a gated MLP that GPT-NeoX makes of a yml's intermediate_size.
 
     None where its two matrices wouldn't fit (megatron/model/transformer.py, ParallelMLP).
     """
-    both = int(told * 2 / 3)
+    both = int(setting * 2 / 3)
     width = round_up(both // 2, multiple)
     return width if round_up(both, 2 * multiple) == 2 * width else None
 
 
 def gated_setting(width: int) -> int:
     """The intermediate_size that gives this width with mlp_multiple_of: 1. Raises Refused."""
-    for told in (3 * width, 3 * width + 1, 3 * width - 1):
-        if gated_width(told) == width:
-            return told
+    for setting in (3 * width, 3 * width + 1, 3 * width - 1):
+        if gated_width(setting) == width:
+            return setting
     raise Refused(
         f"intermediate_size: no value of the yml makes GPT-NeoX's gated MLP {width} wide. Use "
         "--for neox@2024-09, whose trees take the width itself."
@@ -221,10 +206,10 @@ def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
 
 
 def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
-    found = refuse_hf_common(raw, rope_base(raw), "rope_theta", ("silu", "swish", "gelu"))
+    reasons = refuse_hf_common(raw, rope_base(raw), "rope_theta", ("silu", "swish", "gelu"))
     hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if raw.get("head_dim") and hidden and heads and raw["head_dim"] * heads != hidden:
-        found.append(
+        reasons.append(
             Refusal(
                 "head_dim",
                 f"GPT-NeoX's heads have hidden_size / num_attention_heads = {hidden / heads:g} "
@@ -234,14 +219,14 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
     rope = raw.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if share != 1.0:
-        found.append(
+        reasons.append(
             Refusal(
                 "partial_rotary_factor",
                 f"transformers' {family.name} rotates whole heads, and this config says {share}",
                 "set it to 1.0 if the model rotates whole heads",
             )
         )
-    return found + family.refuse(raw)
+    return reasons + family.refuse(raw)
 
 
 def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
@@ -271,11 +256,7 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
         ),
         ("attention_config", bool(kinds), f"{name} attends globally, this model {sorted(kinds)}"),
     )
-    return (
-        refuse_common(raw, family.window)
-        + refuse_tied(raw)
-        + [Refusal(k, why, neox_only=True) for k, hit, why in checks if hit]
-    )
+    return refuse_common(raw, family.window) + refuse_tied(raw) + refusals(checks, neox_only=True)
 
 
 def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:

@@ -71,7 +71,7 @@ def _biases(biases: Biases) -> tuple[Weight, ...]:
     """GPT-NeoX has those of query_key_value and dense together (use_bias_in_attn_linear)."""
     if biases == "none":
         return ()
-    found = [
+    bias_rows = [
         _block(
             f"{neox}.bias",
             f"{LAYER}{hf}.bias",
@@ -85,8 +85,8 @@ def _biases(biases: Biases) -> tuple[Weight, ...]:
     ]
     dense, name = "attention.dense.bias", f"{LAYER}self_attn.o_proj.bias"
     split: Split = "zero" if biases == "qkv" else "row_bias"
-    found.append(_block(dense, name, split, _H, "attention_bias"))
+    bias_rows.append(_block(dense, name, split, _H, "attention_bias"))
     if biases == "optional":
         down = f"{LAYER}mlp.down_proj.bias"
-        found.append(_block("mlp.linear2.bias", down, "row_bias", _H, "mlp_bias"))
-    return tuple(found)
+        bias_rows.append(_block("mlp.linear2.bias", down, "row_bias", _H, "mlp_bias"))
+    return tuple(bias_rows)

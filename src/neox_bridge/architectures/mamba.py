@@ -16,8 +16,9 @@ from neox_bridge.architectures.base import (
     Presence,
     Refusal,
     Weight,
+    refusals,
 )
-from neox_bridge.architectures.hf_config import refuse_hf_common
+from neox_bridge.architectures.hf_config import hf_settings, refuse_hf_common
 from neox_bridge.architectures.mamba_ssm import CONV, MAMBA_SSM, STATES, dt_rank
 from neox_bridge.architectures.neox_config import (
     Keys,
@@ -119,9 +120,9 @@ def _complete(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
     hidden = dims["hidden"]
-    told = {"state_size": ("states", STATES), "conv_kernel": ("conv", CONV)}
-    told["time_step_rank"] = ("dt", dt_rank(hidden))
-    for key, (dim, default) in told.items():
+    fixed = {"state_size": ("states", STATES), "conv_kernel": ("conv", CONV)}
+    fixed["time_step_rank"] = ("dt", dt_rank(hidden))
+    for key, (dim, default) in fixed.items():
         value = raw.get(key, default)
         value = default if value == "auto" else value
         if number(key, value, int) != dims[dim]:
@@ -140,27 +141,18 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 
 def _write_hf(config: ModelConfig) -> dict[str, Any]:
     return {
+        **hf_settings(_KEYS, config),
         "architectures": ["MambaForCausalLM"],
         "model_type": "mamba",
-        "vocab_size": config.dims["vocab"],
-        "hidden_size": config.hidden,
-        "intermediate_size": config.dims["ffn"],
         "expand": config.dims["ffn"] // config.hidden,
         "state_size": config.dims["states"],
         "conv_kernel": config.dims["conv"],
         "time_step_rank": config.dims["dt"],
-        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in _KEYS},
         "hidden_act": "silu",
         "use_bias": False,
         "use_conv_bias": config.conv_bias,
         # GPT-NeoX adds in the parameters' dtype (ParallelMambaResidualLayer.forward)
         "residual_in_fp32": False,
-        "tie_word_embeddings": config.tied_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "use_cache": True,
-        "torch_dtype": config.dtype,
-        "dtype": config.dtype,
     }
 
 
@@ -191,25 +183,20 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
 
 def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
     """What is fixed in GPT-NeoX's ParallelMambaBlock."""
-    found = refuse_hf_common(raw, 10000.0, "", ("silu", "swish"))
+    common = refuse_hf_common(raw, 10000.0, "", ("silu", "swish"))
     fixed: dict[str, Any] = {"state_size": STATES, "conv_kernel": CONV, "use_bias": False}
     if raw.get("hidden_size") and raw.get("time_step_rank", "auto") != "auto":
         fixed["time_step_rank"] = dt_rank(number("hidden_size", raw["hidden_size"], int))
-    if raw.get("rms_norm") is False:
-        found.append(
-            Refusal(
-                "rms_norm",
-                "this Mamba has layernorm, and transformers' rmsnorm only",
-            )
-        )
-    return found + [
-        Refusal(
+    checks = [
+        (
             key,
-            f"GPT-NeoX's Mamba has {want} only, and this model {raw[key]}",
+            raw.get(key, want) != want,
+            f"GPT-NeoX's Mamba has {want} only, and this model {raw.get(key)}",
         )
         for key, want in fixed.items()
-        if raw.get(key, want) != want
     ]
+    layernorm = "this Mamba has layernorm, and transformers' rmsnorm only"
+    return common + refusals([("rms_norm", raw.get("rms_norm") is False, layernorm), *checks])
 
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
@@ -240,7 +227,7 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
             "transformers' mamba has no class with a reward head",
         ),
     )
-    return refuse_common(raw) + [Refusal(k, why, neox_only=True) for k, hit, why in checks if hit]
+    return refuse_common(raw) + refusals(checks, neox_only=True)
 
 
 def _refuse_shape(tp: int, era: str) -> list[Refusal]:
@@ -248,25 +235,16 @@ def _refuse_shape(tp: int, era: str) -> list[Refusal]:
 
     Its partial sums are never added up, so that each rank goes on with a dt, B and C of its own.
     """
-    found = []
-    if tp > 1:
-        found.append(
-            Refusal(
-                "model_parallel_size",
-                f"on {tp} tensor-parallel ranks GPT-NeoX's Mamba doesn't sum x_proj over the ranks "
-                "and computes another model, which no Mamba on one rank is",
-                "use one tensor-parallel rank (--tp 1)",
-            )
-        )
-    if era != "today":
-        found.append(
-            Refusal(
-                "attention_config",
-                f"only today's GPT-NeoX has been seen to run this Mamba, none of {era}",
-                "use --for today",
-            )
-        )
-    return found
+    summed = (
+        f"on {tp} tensor-parallel ranks GPT-NeoX's Mamba doesn't sum x_proj over the ranks and "
+        "computes another model, which no Mamba on one rank is"
+    )
+    unseen = f"only today's GPT-NeoX has been seen to run this Mamba, none of {era}"
+    one_rank = "use one tensor-parallel rank (--tp 1)"
+    return [
+        *refusals([("model_parallel_size", tp > 1, summed)], way_out=one_rank),
+        *refusals([("attention_config", era != "today", unseen)], way_out="use --for today"),
+    ]
 
 
 def _findings(raw: Mapping[str, Any], config: ModelConfig) -> list[tuple[str, str, str]]:
@@ -295,7 +273,7 @@ ARCHITECTURE = Architecture(
     prefix="backbone.",
     weights=_WEIGHTS,
     dropped={},
-    aliases={own: name for name, own in MAMBA_SSM.names.items()},
+    aliases={its_name: name for name, its_name in MAMBA_SSM.names.items()},
     read_hf=_read_hf,
     write_hf=_write_hf,
     read_neox=_read_neox,

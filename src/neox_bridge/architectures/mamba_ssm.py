@@ -33,24 +33,24 @@ def dt_rank(hidden: int) -> int:
 
 
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "model_type": "mamba",
         "tie_word_embeddings": raw.get("tie_embeddings", True),
         "residual_in_fp32": raw.get("residual_in_fp32", True),
         "rms_norm": raw.get("rms_norm", True),
         "layer_norm_epsilon": _EPSILON,
     }
-    for key, own in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
-        found |= {key: raw[own]} if own in raw else {}
+    for key, name in {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}.items():
+        config |= {key: raw[name]} if name in raw else {}
     block = raw["ssm_cfg"] if isinstance(raw["ssm_cfg"], dict) else {}
-    found |= {word: block[own] for own, word in _BLOCK.items() if own in block}
+    config |= {word: block[name] for name, word in _BLOCK.items() if name in block}
     if block.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
-        found["model_type"] = str(block.get("layer", "mamba with attention")).lower()
-    return found
+        config["model_type"] = str(block.get("layer", "mamba with attention")).lower()
+    return config
 
 
 def _write(
-    config: ModelConfig, told: Mapping[str, Any], own: Mapping[str, Any], entries: int
+    config: ModelConfig, hf_config: Mapping[str, Any], original: Mapping[str, Any], entries: int
 ) -> dict[str, Any]:
     """The keys of every version; those of younger ones where they say anything.
 
@@ -62,14 +62,14 @@ def _write(
         "n_layer": config.layers,
         "ssm_cfg": _block(config),
         "rms_norm": True,
-        "residual_in_fp32": bool(told.get("residual_in_fp32", True)),
+        "residual_in_fp32": bool(hf_config.get("residual_in_fp32", True)),
         "fused_add_norm": True,
     }
     if not config.tied_embeddings:
         written["tie_embeddings"] = False
-    vocabulary = {} if _has_rows(own, rows) else _vocabulary(entries, rows)
-    tied = {"tie_embeddings": config.tied_embeddings} if "tie_embeddings" in own else {}
-    return {**written, **own, **vocabulary, **tied}
+    vocabulary = {} if _has_rows(original, rows) else _vocabulary(entries, rows)
+    tied = {"tie_embeddings": config.tied_embeddings} if "tie_embeddings" in original else {}
+    return {**written, **original, **vocabulary, **tied}
 
 
 def _block(config: ModelConfig) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def _block(config: ModelConfig) -> dict[str, Any]:
     dims = config.dims
     usual = {"d_state": STATES, "d_conv": CONV, "dt_rank": dt_rank(config.hidden), "expand": 2}
     sizes = {"d_state": dims["states"], "d_conv": dims["conv"], "dt_rank": dims["dt"]}
-    found: dict[str, Any] = {**sizes, "expand": whole_number(dims["ffn"] / config.hidden)}
-    found = {key: value for key, value in found.items() if value != usual[key]}
-    return found if config.conv_bias else {**found, "conv_bias": False}
+    settings: dict[str, Any] = {**sizes, "expand": whole_number(dims["ffn"] / config.hidden)}
+    settings = {key: value for key, value in settings.items() if value != usual[key]}
+    return settings if config.conv_bias else {**settings, "conv_bias": False}
 
 
 def _vocabulary(entries: int, rows: int) -> dict[str, int]:
@@ -91,29 +91,29 @@ def _vocabulary(entries: int, rows: int) -> dict[str, int]:
     return {"vocab_size": entries, "pad_vocab_size_multiple": multiple}
 
 
-def _has_rows(own: Mapping[str, Any], rows: int) -> bool:
+def _has_rows(original: Mapping[str, Any], rows: int) -> bool:
     """Whether these words make embeddings of so many rows."""
-    size, multiple = own.get("vocab_size"), own.get("pad_vocab_size_multiple", _MULTIPLE)
+    size, multiple = original.get("vocab_size"), original.get("pad_vocab_size_multiple", _MULTIPLE)
     if not (isinstance(size, int) and isinstance(multiple, int)) or multiple < 1:
         return False
     return round_up(size, multiple) == rows
 
 
-def _refuse(config: ModelConfig, told: Mapping[str, Any]) -> list[Refusal]:
+def _refuse(config: ModelConfig, hf_config: Mapping[str, Any]) -> list[Refusal]:
     way_out = "write the form of transformers (--format transformers)"
-    found = []
+    refusals = []
     if config.norm_eps != _EPSILON:
-        found.append(
+        refusals.append(
             Refusal(
                 "layer_norm_epsilon (rms_norm_epsilon in GPT-NeoX)",
                 f"mamba_ssm has {_EPSILON:g} only, and this model {config.norm_eps:g}",
                 way_out,
             )
         )
-    if told.get("hidden_act", "silu") not in ("silu", "swish"):
-        reason = f"mamba_ssm has silu only, and this model {told['hidden_act']!r}"
-        found.append(Refusal("hidden_act", reason, way_out))
-    return found
+    if hf_config.get("hidden_act", "silu") not in ("silu", "swish"):
+        reason = f"mamba_ssm has silu only, and this model {hf_config['hidden_act']!r}"
+        refusals.append(Refusal("hidden_act", reason, way_out))
+    return refusals
 
 
 MAMBA_SSM = Form(

@@ -5,12 +5,19 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import Any, TypeVar
 
-from neox_bridge.architectures.base import Refusal
+from neox_bridge.architectures.base import Presence, Refusal, refusals
+from neox_bridge.architectures.heads import RM_LINEAR
 from neox_bridge.errors import BridgeError
 
 Number = TypeVar("Number", int, float)
 # neutral field, its kind, Hugging Face's key and default, GPT-NeoX's key and default
 Keys = tuple[tuple[str, Callable[[Any], Any], str, Any, str, Any], ...]
+# of every family that attends
+SIZE_KEYS: Keys = (
+    ("layers", int, "num_hidden_layers", None, "num_layers", None),
+    ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
+    ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
+)
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activations.py
 
 
@@ -20,10 +27,10 @@ def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
     No NaN, no infinity, and an int of a whole number only.
     """
     try:
-        found = kind(value)
-        if not isfinite(found) or (kind is int and found != float(value)):
+        result = kind(value)
+        if not isfinite(result) or (kind is int and result != float(value)):
             raise ValueError
-        return found
+        return result
     except (TypeError, ValueError, OverflowError):
         shown = str(value)[:60]
         raise BridgeError(f"{key}: {shown!r} isn't a number. Correct it in the config.") from None
@@ -31,7 +38,7 @@ def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
 
 def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
     """The fields of a table, from a config.json or a yml. BridgeError names a key that lacks."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, kind, hf_key, hf_default, neox_key, neox_default in keys:
         key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
         value = default if raw.get(key) is None else raw[key]
@@ -40,8 +47,23 @@ def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
             raise BridgeError(
                 f"{where} has no {key}, which can't be told from the tensors: add it."
             )
-        found[name] = number(key, value, kind)
-    return found
+        values[name] = number(key, value, kind)
+    return values
+
+
+def neox_fields(
+    raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
+) -> dict[str, Any]:
+    """The fields of ``ModelConfig`` that every family that attends reads alike from a yml."""
+    return {
+        "dims": dict(dims),
+        "rotary_pct": number("rotary_pct", raw.get("rotary_pct", 1.0), float),
+        "rotary_base": number("rotary_emb_base", raw.get("rotary_emb_base", 10000), float),
+        "tied_embeddings": not raw.get("no_weight_tying", False),
+        "reward": presence.has(RM_LINEAR),
+        "dtype": presence.dtype,
+        "window": window_of(raw),
+    }
 
 
 def round_up(size: int, step: int) -> int:
@@ -98,4 +120,4 @@ def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]
             "layers that share weights have no form in transformers",
         ),
     )
-    return [Refusal(key, reason, neox_only=True) for key, hit, reason in checks if hit]
+    return refusals(checks, neox_only=True)

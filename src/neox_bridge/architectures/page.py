@@ -31,7 +31,7 @@ Proof:
   `tests/architectures/test_families.py`). Of Mamba the bits alone: the reference doesn't cover it,
   and neither does `verify --logits`.
 - *GPT-NeoX*: the real one, of each of its eras, loads what was written, strictly, and computes the
-  same logits, but for RMSNorm's epsilon before 4c9f1081 (`tests/neox`).
+  same logits, but for RMSNorm's epsilon before 2025-05-09 (`tests/neox`).
 
 Mamba, fixture and real GPT-NeoX, **without mamba_ssm's kernels**, which want a GPU: around a plain
 torch stand-in for its `selective_scan_ref`, and without fusions
@@ -72,7 +72,7 @@ card; where it is empty, look at the branches of the repository.
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FamilyRow:
     """A family for people: models that are of it, eras, how it is proved, what to know."""
 
     family: str
@@ -88,10 +88,10 @@ def _eras(architecture: Architecture) -> str:
     return ", ".join(era.name for era in LATER_ERAS if not architecture.refuse_shape(1, era.name))
 
 
-def rows() -> list[Row]:
+def rows() -> list[FamilyRow]:
     """The families that are converted, in the order in which they are tried."""
     return [
-        Row(a.name, a.hf_class, a.about.models, _eras(a), a.about.proof, a.about.note)
+        FamilyRow(a.name, a.hf_class, a.about.models, _eras(a), a.about.proof, a.about.note)
         for a in ARCHITECTURES
     ]
 

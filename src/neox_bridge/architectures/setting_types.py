@@ -11,25 +11,25 @@ from neox_bridge.errors import BridgeError
 
 MOST_LAYERS = 4096
 _MOST_HEADS = 4096
-_MOST = 2**53
-_LONGEST = 200  # characters of a name
+_MOST_COUNT = 2**53
+_NAME_CHARACTERS = 200  # of a name
 
 _Kind = tuple[str, Callable[[Any], bool]]
 
 
-def _whole(most: int, told: str = "") -> _Kind:
+def _whole(most: int, shown: str = "") -> _Kind:
     return (
-        f"a whole number from 0 to {told or most}",
+        f"a whole number from 0 to {shown or most}",
         lambda v: _is_number(v) and float(v).is_integer() and 0 <= v <= most,
     )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FLOATS
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-_FLOATS = 1e300  # the largest number that is taken; NaN and infinities aren't below it
-_COUNT, _LAYERS, _HEADS = _whole(_MOST, "2**53"), _whole(MOST_LAYERS), _whole(_MOST_HEADS)
+_LARGEST = 1e300  # the largest number that is taken; NaN and infinities aren't below it
+_COUNT, _LAYERS, _HEADS = _whole(_MOST_COUNT, "2**53"), _whole(MOST_LAYERS), _whole(_MOST_HEADS)
 _NUMBER: _Kind = ("a finite number", _is_number)
 _SHARE: _Kind = ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
 _BASE: _Kind = ("a number above 0", lambda v: _is_number(v) and v > 0)
@@ -38,7 +38,7 @@ _MAPPING: _Kind = ("keys and values", lambda v: isinstance(v, dict))
 _LIST: _Kind = ("a list", lambda v: isinstance(v, list))
 _NAME: _Kind = (
     "a name",
-    lambda v: isinstance(v, str) and len(v) <= _LONGEST and v.isprintable(),
+    lambda v: isinstance(v, str) and len(v) <= _NAME_CHARACTERS and v.isprintable(),
 )
 
 
@@ -126,7 +126,7 @@ def _as_number(value: Any) -> Any:
 
 def is_count(value: object) -> bool:
     """Whether this is a whole number of things, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_COUNT
 
 
 def is_name(value: object) -> bool:

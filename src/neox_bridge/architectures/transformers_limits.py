@@ -11,14 +11,14 @@ def llama_ignores(family: str, config: ModelConfig, facts: TransformersFacts) ->
 
     rope_theta: huggingface/transformers #25740; attention_bias: configuration_llama.py of 4.34.
     """
-    found, version = [], version_number(facts.version)
+    ignored, version = [], version_number(facts.version)
     if family == "llama" and config.rotary_base != 10000 and version < (4, 33):
-        found.append(
+        ignored.append(
             f"rope_theta {config.rotary_base:g}: it computes with 10000 (obeyed since 4.33)"
         )
     if family == "llama" and config.attention_bias and version < (4, 34):
-        found.append("the biases of the attention (attention_bias is known since 4.34)")
-    return found
+        ignored.append("the biases of the attention (attention_bias is known since 4.34)")
+    return ignored
 
 
 def refuse_version(family: str, config: ModelConfig, facts: TransformersFacts) -> None:

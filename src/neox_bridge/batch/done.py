@@ -8,7 +8,7 @@ from typing import Any, Literal
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.digests import HashName, hash_file
 from neox_bridge.execution.files import Identity
-from neox_bridge.execution.output import sources_told
+from neox_bridge.execution.sink import recorded_sources
 from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole
@@ -122,4 +122,4 @@ def is_of(record: bytes, asked: Mapping[str, object], sources: Mapping[str, Iden
         made = written["asked"], written["sources"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return made == (json.loads(json.dumps(asked)), sources_told(sources))
+    return made == (json.loads(json.dumps(asked)), recorded_sources(sources))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from neox_bridge.api import plan as make_plan
 from neox_bridge.batch.done import State, is_of
 from neox_bridge.errors import BridgeError
+from neox_bridge.execution.execute import sources_of
 from neox_bridge.execution.files import identities
-from neox_bridge.execution.run import sources_of
 from neox_bridge.execution.work import held, work_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.options import Options

@@ -15,10 +15,10 @@ from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import Row
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.execution.digests import HashName
+from neox_bridge.execution.execute import execute, sources_of
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.placement import Places, reaches
-from neox_bridge.execution.run import execute, sources_of
 from neox_bridge.execution.staging import set_aside, sweep
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.unknown_keys import ignorable
@@ -244,7 +244,7 @@ def _written(
         overwrite=overwrite,
         every_crc=batch.every_crc,
         hash_name=batch.hash_name,
-        hash_shared=batch.verify,
+        hash_shared=batch.verify and not is_url(target),
         progress=progress,
         check=check if batch.verify else None,
         pool=pool,

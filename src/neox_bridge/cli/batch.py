@@ -131,7 +131,7 @@ def batch(
     from neox_bridge.batch.run import Batch, default_ahead
 
     *sources, target = paths
-    _check_applies(choice, upload, target)
+    _check_applies(choice, details, upload, target)
     if not sources:
         raise click.BadParameter("Name at least one SRC, and DST.", param_hint="SRC... DST")
     conversion = conversion_of(options, details)
@@ -177,7 +177,7 @@ def batch(
     _end(rows, target, execution, is_lost)
 
 
-def _check_applies(choice: BatchOptions, upload: Upload, target: str) -> None:
+def _check_applies(choice: BatchOptions, details: Details, upload: Upload, target: str) -> None:
     """Raise UsageError for options of a batch that would be ignored, or that make no sense."""
     from neox_bridge.verification.step_choice import check_steps
 
@@ -187,6 +187,10 @@ def _check_applies(choice: BatchOptions, upload: Upload, target: str) -> None:
     if given("address") and choice.executor != "ray":
         raise UsageError(["address"], "only for --executor ray", "Add it, or leave this out.")
     check_upload(upload, target)
+    if not target.startswith("hf://"):  # for which files are written on a disk first
+        from neox_bridge.execution.execute import check_options
+
+        check_options(target, every_crc=details.crc)
 
 
 def _check_first(items: list[Item], conversion: Conversion) -> None:

@@ -64,6 +64,7 @@ def convert(
         from neox_bridge.api import conversion_check, open_checkpoint
         from neox_bridge.api import plan as make_plan
         from neox_bridge.planning.option_checks import check_options
+        from neox_bridge.stores.paths import is_url
 
         checkpoint = open_checkpoint(
             source,
@@ -87,10 +88,13 @@ def convert(
         def checker(progress: Progress) -> Callable[[str], None]:
             return conversion_check(plan, workers=execution.max_workers, progress=progress)
 
+        asked_hash = details.hash_name is not None or not execution.no_verify
+        # in an object store no file shares blocks with the source: all are hashed
+        in_store = is_url(target) and not target.startswith("hf://")
         hashing = {
             "every_crc": details.crc,
             "hash_name": conversion.hash_name,
-            "hash_shared": details.hash_name is not None or not execution.no_verify,
+            "hash_shared": asked_hash and not in_store,
         }
         if target.startswith("hf://"):
             publish_plan(plan, target, execution, checker, upload, **hashing)

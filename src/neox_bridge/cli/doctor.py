@@ -325,7 +325,7 @@ def _fix(
     checkpoint: Checkpoint, options: DoctorOptions, given_yml: bool, as_json: bool
 ) -> dict[str, Any] | None:
     from neox_bridge.doctor import fixes
-    from neox_bridge.execution.run import execute
+    from neox_bridge.execution.execute import execute
     from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.report import remarks
 

@@ -31,12 +31,16 @@ def run_plan(
         options: More of ``execute``'s.
     """
     if execution.dry_run:
+        from neox_bridge.execution.execute import check_options
+
+        check_options(target, every_crc=options.get("every_crc", False))
         if execution.as_json:
+            from neox_bridge.execution.memory import peak_memory
             from neox_bridge.planning.report import to_json
 
-            print_json(to_json(plan))
+            print_json(to_json(plan, peak_memory(plan, target, execution.max_workers)))
         else:
-            print_plan(plan, target)
+            print_plan(plan, target, execution.max_workers)
         return
     result = perform(plan, target, activity, execution, checker, **options)
     verified = not execution.no_verify
@@ -52,7 +56,7 @@ def perform(
     **options: Any,
 ) -> "Result":
     """Execute a plan, and say on stderr what was noticed. Arguments: see ``run_plan``."""
-    from neox_bridge.execution.run import execute
+    from neox_bridge.execution.execute import execute
 
     tell(plan, execution.quiet)
     total = plan.size if execution.no_verify else 2 * plan.size

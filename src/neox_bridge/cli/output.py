@@ -73,11 +73,12 @@ def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
         say(finding.severity, with_remedy(finding))
 
 
-def print_plan(plan: "Plan", target: str) -> None:
+def print_plan(plan: "Plan", target: str, workers: int | None = None) -> None:
     """A plan for people, on stdout."""
+    from neox_bridge.execution.memory import peak_memory
     from neox_bridge.planning.report import summary
 
-    numbers = summary(plan)
+    numbers = summary(plan, peak_memory(plan, target, workers))
     print_line(f"source   {side(plan.source)}: {plan.source.get('name', '')}")
     print_line(f"target   {side(plan.target)}, {plan.target['parameters']:,} parameters: {target}")
     print_line(f"files    {numbers['files']}")
@@ -121,6 +122,7 @@ def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
     """What a conversion did, as plain data."""
     from dataclasses import asdict
 
+    from neox_bridge.execution.memory import peak_memory
     from neox_bridge.planning.report import SCHEMA_VERSION, casts_json, remarks, summary
 
     return {
@@ -128,7 +130,7 @@ def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
         "source": dict(plan.source),
         "target": dict(plan.target),
         "result": asdict(result),
-        "summary": summary(plan),
+        "summary": summary(plan, peak_memory(plan, result.target)),
         "casts": casts_json(plan),
         **remarks(plan),
     }

@@ -192,9 +192,10 @@ def _say_done(place: "HubTarget", outlook: "Outlook", execution: Execution) -> N
 
 def _print_outlook(plan: "Plan", place: "HubTarget", outlook: "Outlook", as_json: bool) -> None:
     if as_json:
+        from neox_bridge.execution.memory import peak_memory
         from neox_bridge.planning.report import to_json
 
-        print_json(to_json(plan) | {"hub": asdict(outlook)})
+        print_json(to_json(plan, peak_memory(plan, "")) | {"hub": asdict(outlook)})
         return
     print_plan(plan, str(place))
     there = "is there" if outlook.repo_exists else "will be made"

@@ -71,7 +71,7 @@ def toy(name: str, folder: str, options: ToyOptions, output: Output) -> None:
       neox-bridge toy pythia-410m toy-neox --as neox
     """
     with writing(folder):
-        from neox_bridge.execution.run import execute
+        from neox_bridge.execution.execute import execute
         from neox_bridge.toy import plan_toy
 
         plan = plan_toy(name, folder, options.kind, options.seed, options.layers)

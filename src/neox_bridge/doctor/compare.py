@@ -2,13 +2,14 @@
 
 What can't be is what ``convert`` refuses: both take the architecture's own refusals, which the
 opened checkpoint carries. Formulas: GPT-NeoX's megatron/model/{transformer,norms,activations,
-positional_embeddings}.py at ea7aefd8, transformers' models/gpt_neox/modeling_gpt_neox.py at 5.24.
+positional_embeddings}.py of 2026-05, transformers' models/gpt_neox/modeling_gpt_neox.py at 5.24.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from neox_bridge.frameworks.changes import since
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.vocabulary import fit
@@ -69,7 +70,7 @@ def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
     yield _inv_freq(checkpoint)
     gated = checkpoint.architecture.gated
     norm = "layernorm: (x - mean) / sqrt(var + eps)"
-    older = "until 4c9f1081 (2025-05) GPT-NeoX had x / (rms + eps)"
+    older = f"until {since('neox-rms-epsilon')} GPT-NeoX had x / (rms + eps)"
     yield _equal("norm", "rmsnorm: x / sqrt(var + eps)", older) if gated else _equal("norm", norm)
     yield _equal("norm epsilon", f"{config.norm_eps:g}")
     yield _activation(checkpoint)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from neox_bridge.doctor.explain_keys import KEY_RULES
 from neox_bridge.doctor.messages import CONVERT, Diagnosis, Message, Older, read_message
-from neox_bridge.frameworks.changes import CHANGES
+from neox_bridge.frameworks.changes import CHANGES, change_named
 from neox_bridge.frameworks.eras import LATER_ERAS, known_keys
 
 _NO_ADJUSTMENT = r"Automatic adjustment|ZeRORuntimeException"
@@ -154,7 +154,7 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
             "neox-bridge reshard CHECKPOINT NEW --for today",
             ("ds_version",),
             others=("go on from the weights alone, in the yml: finetune: true",),
-            more="https://github.com/EleutherAI/gpt-neox/pull/818",
+            more=change_named("neox-deepspeed-08").link,
         )
     if re.search(r"KeyError: 'csr_tensor_module_names'", m.text):
         yield Diagnosis(
@@ -166,7 +166,7 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
             ("csr_tensor_module_names",),
             (("for", "neox@v1.0"),),
             others=("with its optimizer: neox-bridge reshard CHECKPOINT NEW --for neox@v1.0",),
-            more="https://github.com/EleutherAI/gpt-neox/pull/818",
+            more=change_named("neox-deepspeed-08").link,
         )
     absent = r"'NoneType' object is not subscriptable"
     where = r"start_lr|lr_scheduler|learning_rates\.py|load_checkpoint|optimizer"

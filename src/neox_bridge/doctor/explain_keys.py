@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Iterator
 
 from neox_bridge.doctor.messages import CONVERT, Diagnosis, Message, Older, Sizes, short
+from neox_bridge.frameworks.changes import change_named, since
 
 _VOCABULARY = re.compile(
     r"(word_embeddings|final_linear|embed_in|embed_out|lm_head|embed_tokens)\."
 )
 
-# grouped-query rows changed their order in 96c242eb
+# grouped-query rows changed their order (neox-gqa-order)
 _BEFORE_NOVEMBER = (
     "for a GPT-NeoX from before 2024-11-13 and with num_kv_heads: the same with --for neox@2024-10",
 )
@@ -42,14 +43,14 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
                 "remove rotary_save_freqs_buffer: true from the yml, if it is there",
                 "neox-bridge patch TREE   # lets the tree load both kinds",
             ),
-            more="https://github.com/EleutherAI/gpt-neox/pull/1168",
+            more=change_named("neox-inv-freq").link,
         )
     elif unexpected:
         yield Diagnosis(
             "neox-inv-freq",
             "checkpoint",
             "the checkpoint holds the rotary buffer, and this GPT-NeoX does not store it (since "
-            "e109bf5e of 2024-03-04)",
+            f"{since('neox-inv-freq')})",
             f"{CONVERT} --inv-freq omit",
             unexpected,
             by_convert=True,
@@ -57,14 +58,15 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
                 "in the yml: rotary_save_freqs_buffer: true",
                 "neox-bridge patch TREE   # lets the tree load both kinds",
             ),
-            more="https://github.com/EleutherAI/gpt-neox/pull/1168",
+            more=change_named("neox-inv-freq").link,
         )
 
 
 def _mlp(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = m.keys
     plain, gated = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h)\.\w+", r"mlp\.w[123]\.weight"
-    more = "https://github.com/EleutherAI/gpt-neox/pull/1212"
+    change = change_named("neox-mlp-names")
+    when, more = change.since, change.link
     if m.by_transformers:
         if keys := short(unexpected, r"mlp\.linear[12]\.\w+"):
             yield Diagnosis(
@@ -80,7 +82,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-gated-mlp",
             "checkpoint",
-            "the checkpoint's gated MLPs are w1, w2, w3, as before 0d4bdb96 of 2024-09-07; the "
+            f"the checkpoint's gated MLPs are w1, w2, w3, as before {when}; the "
             "tree has linear1 = [w3 | w1] and linear2",
             f"{CONVERT} --for today",
             keys,
@@ -92,7 +94,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-gated-mlp",
             "framework",
-            "the tree's gated MLPs are w1, w2, w3, as before 0d4bdb96 of 2024-09-07; the "
+            f"the tree's gated MLPs are w1, w2, w3, as before {when}; the "
             "checkpoint has linear1 and linear2",
             f"{CONVERT} --for neox@2024-09",
             keys,
@@ -103,7 +105,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-mlp-names",
             "checkpoint",
-            "the checkpoint has mlp.dense_h_to_4h, as trees before 0d4bdb96 of 2024-09-07; the "
+            f"the checkpoint has mlp.dense_h_to_4h, as trees before {when}; the "
             "tree has mlp.linear1",
             f"{CONVERT} --for today",
             keys,
@@ -115,8 +117,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-mlp-names",
             "framework",
-            "the tree has mlp.dense_h_to_4h, as before 0d4bdb96 of 2024-09-07; the checkpoint has "
-            "mlp.linear1",
+            f"the tree has mlp.dense_h_to_4h, as before {when}; the checkpoint has mlp.linear1",
             f"{CONVERT} --for neox@2024-09",
             keys,
             by_convert=True,
@@ -126,8 +127,7 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "neox-mlp-names",
             "checkpoint",
-            "the tree has mlp.linear1 and linear2, as since 0d4bdb96 of 2024-09-07, and the "
-            "checkpoint does not",
+            f"the tree has mlp.linear1 and linear2, as since {when}, and the checkpoint does not",
             f"{CONVERT} --for today",
             keys,
             needs=(("for", "today"),),

@@ -20,9 +20,8 @@ from neox_bridge.doctor.verdict import convert_command, fix_command
 from neox_bridge.errors import BridgeError, Refused, Unverified
 from neox_bridge.findings import Dropped
 from neox_bridge.formats.yml import dump_yml
-from neox_bridge.frameworks.eras import Era, InvFreq, fitting, known_keys
+from neox_bridge.frameworks.eras import FLAG, Era, InvFreq, fitting, known_keys
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
-from neox_bridge.frameworks.source_tree import FLAG
 from neox_bridge.frameworks.targets import Target
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
 from neox_bridge.layouts.derived_check import mismatch_finding
@@ -44,7 +43,7 @@ from neox_bridge.verification.sealed import check_seal, find_record
 from neox_bridge.verification.verify import summary, verify
 from neox_bridge.wording import some
 
-# with other names GPT-NeoX also asks for its gated MLP in another way (0d4bdb96, adbf5d6f)
+# with other names GPT-NeoX also asks for its gated MLP in another way (neox-gated-mlp)
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
 _STEP = re.compile(r"global_step\d+")
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")

@@ -16,9 +16,9 @@ from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.doctor.neox_folder import stray_cases
 from neox_bridge.doctor.verdict import Case, case, fix_command
 from neox_bridge.formats.yml import duplicate_finding
-from neox_bridge.frameworks.eras import mlp_biases
+from neox_bridge.frameworks.changes import since
+from neox_bridge.frameworks.eras import FLAG, mlp_biases
 from neox_bridge.frameworks.facts import TreeFacts
-from neox_bridge.frameworks.source_tree import FLAG
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
@@ -248,7 +248,7 @@ def _key_drift(
             (
                 "mlp-names",
                 f"this GPT-NeoX names the MLP {names[facts.mlp_names]}, the checkpoint "
-                f"{names[state.mlp_names]} (changed by 0d4bdb96, 2024-09)",
+                f"{names[state.mlp_names]} (changed by {since('neox-mlp-names')})",
                 "",
             )
         )
@@ -273,7 +273,7 @@ def _key_drift(
 def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
     """Whether the tree's MLP has biases; None where it always has and the checkpoint hasn't.
 
-    use_bias_in_mlp came with adbf5d6f (2024-09-10, #1276); LLaMAParallelMLP had none before.
+    use_bias_in_mlp came with neox-mlp-type; LLaMAParallelMLP had none before.
     """
     if checkpoint.architecture.gated and facts.gated_biases == "none":
         return False
@@ -345,7 +345,7 @@ def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:
     if facts.plain_mlp_4h:
         return (
             f"the MLP is {have} wide, and this GPT-NeoX builds plain MLPs four times as wide as "
-            f"the model, {want}, whatever the yml says (until 0d4bdb96, 2024-09)",
+            f"the model, {want}, whatever the yml says (until {since('neox-mlp-width')})",
             "name a GPT-NeoX since 2024-10 with --for: this one can't hold the model",
         )
     return (
@@ -379,9 +379,9 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
         yield case(
             "rms-epsilon",
             "warning",
-            "this GPT-NeoX adds RMSNorm's epsilon to the root, x / (rms + eps); since 4c9f1081 "
-            "(2025-05) it is inside, sqrt(var + eps): a model of the other kind differs by some "
-            "1e-4 in its logits, and no conversion removes that",
+            "this GPT-NeoX adds RMSNorm's epsilon to the root, x / (rms + eps); since "
+            f"{since('neox-rms-epsilon')} it is inside, sqrt(var + eps): a model of the other "
+            "kind differs by some 1e-4 in its logits, and no conversion removes that",
             subject="RMSNorm epsilon",
         )
     heads = raw.get("num_attention_heads")
@@ -393,8 +393,8 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
         yield case(
             "rope-tables",
             "info",
-            "this GPT-NeoX computes its rotary tables from the rounded inv_freq; since 3bfedf47 "
-            "(2023-09) they are computed in fp32",
+            "this GPT-NeoX computes its rotary tables from the rounded inv_freq; since "
+            f"{since('neox-rope-fp32')} they are computed in fp32",
         )
 
 
@@ -408,7 +408,7 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     wanted = mlp_biases(
         facts.gated_biases, activation, gated=gated, parallel=config.parallel_residual
     )
-    newer = "name a GPT-NeoX since f5325805 (2024-11-27) with --for"
+    newer = f"name a GPT-NeoX since {since('neox-gated-biases')} with --for"
     if wanted == "required" and not config.mlp_bias:
         error = "AttributeError: 'NoneType' object has no attribute 'expand_as'"
         if not gated:
@@ -442,8 +442,8 @@ def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[
             "gqa-order",
             "error",
             "the checkpoint is from before 2024-09, when the rows of grouped-query attention lay "
-            "by query head, and this GPT-NeoX reads them as all q, all k, all v (since 96c242eb, "
-            "2024-11): the shapes are the same, so it loads as another model",
+            "by query head, and this GPT-NeoX reads them as all q, all k, all v (since "
+            f"{since('neox-gqa-order')}): the shapes are the same, so it loads as another model",
             "load it in a GPT-NeoX of neox@2024-10 or older",
             subject="GQA row order",
         )
@@ -452,8 +452,8 @@ def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[
             "gqa-order",
             "error",
             f"the rows of grouped-query attention are {told}, and this GPT-NeoX reads them "
-            f"{facts.gqa_order} (changed in 96c242eb, 2024-11): the shapes are the same, so it "
-            "loads as another model",
+            f"{facts.gqa_order} (changed in {since('neox-gqa-order')}): the shapes are the same, "
+            "so it loads as another model",
             "convert it with --to neox and --for this GPT-NeoX",
             subject="GQA row order",
         )
@@ -461,8 +461,9 @@ def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[
         yield case(
             "gqa-order-unknown",
             "warning",
-            "grouped-query attention: the order of its rows changed in 96c242eb (2024-11) with the "
-            f"shapes the same, so this checkpoint doesn't tell its own; this GPT-NeoX reads them "
+            f"grouped-query attention: the order of its rows changed in {since('neox-gqa-order')} "
+            "with the shapes the same, so this checkpoint doesn't tell its own; this GPT-NeoX "
+            "reads them "
             f"{'by query head' if facts.gqa_order == 'interleaved' else 'as all q, all k, all v'}, "
             "and the wrong order computes another model without a word",
             check,

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 
 from neox_bridge.doctor.messages import Message, short
-from neox_bridge.frameworks.eras import LATER_ERAS, TODAY, InvFreq, MlpNames, known_keys
-from neox_bridge.frameworks.source_tree import FLAG, looks_like_tree
+from neox_bridge.frameworks.eras import FLAG, LATER_ERAS, TODAY, InvFreq, MlpNames, known_keys
+from neox_bridge.frameworks.source_tree import looks_like_tree
 from neox_bridge.layouts.checkpoint import Checkpoint
 
 _FRAME = re.compile(r'File "(/[^"\n]+?)/(?:megatron/|train\.py|generate\.py|deepy\.py)')

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _PRELOAD = (  # what nearly every call needs, read once for all processes
     *("xxhash", "yaml"),  # numpy only where it is used: one waits for the disk meanwhile
-    *("neox_bridge.execution.units", "neox_bridge.verification.verify"),
+    *("neox_bridge.execution.units", "neox_bridge.execution.output"),
+    "neox_bridge.verification.verify",
     *("neox_bridge.layouts.hf_reader", "neox_bridge.layouts.neox_reader"),
     "neox_bridge.formats.torch_file",
 )

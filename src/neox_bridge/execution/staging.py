@@ -12,7 +12,7 @@ from neox_bridge.execution.install import LATEST, clear, is_begun, settle
 from neox_bridge.execution.journal import finished
 from neox_bridge.execution.work import Work, locked, remove, work_of
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.known_files import foreign, foreign_objects
+from neox_bridge.layouts.known_files import foreign
 from neox_bridge.layouts.record_file import recorded_files
 from neox_bridge.stores.fetched import kept_bytes
 
@@ -75,12 +75,6 @@ def check_replaceable(target: str, step: str | None, planned: Collection[str]) -
     names = list(foreign(replaced, {*planned, *recorded_files(replaced)}))
     if names:
         raise holds_others(target if replaced == real else replaced, names)
-
-
-def check_objects(url: str, paths: Collection[str], planned: Collection[str]) -> None:
-    """The same of a folder of a store that holds these paths; planned: those that are written."""
-    if names := foreign_objects(paths, {*planned, *recorded_files(url)}):
-        raise holds_others(url, names)
 
 
 def holds_others(target: str, names: list[str]) -> Refused:

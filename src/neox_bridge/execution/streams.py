@@ -6,6 +6,7 @@ from typing import Any
 from neox_bridge.execution.digests import HashName, hasher
 from neox_bridge.stores.uploads import Sender, Upload, part_size
 
+PARTS_IN_MEMORY = 4  # of an object at most: the one that is filled, and those on their way, copied
 _ZEROS = bytes(1 << 20)
 
 

@@ -197,6 +197,14 @@ def boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:
             yield (*index, low, *(0 for _ in rest)), (*(1 for _ in ahead), count, *rest)
 
 
+def block_elements(tensor: OutputTensor) -> int:
+    """How many elements of a tensor are made at a time."""
+    dtypes = {piece.source.dtype for piece in tensor.pieces if piece.source is not None}
+    is_plain = dtypes == {tensor.dtype} and tensor.divisor == 1 and tensor.reduce == "none"
+    is_changed = not is_plain or any(piece.scale != 1 for piece in tensor.pieces)
+    return max(1, STEP // (WIDE if is_changed else itemsize(tensor.dtype)))
+
+
 def _assembled(
     tensor: OutputTensor, context: Context, lost: list[int], reuse: bool
 ) -> "Iterator[Array]":
@@ -206,10 +214,8 @@ def _assembled(
     dtypes = {piece.source.dtype for piece in tensor.pieces if piece.source is not None}
     scaled = any(piece.scale != 1 for piece in tensor.pieces)
     mixed = "float64" if scaled or tensor.divisor != 1 else tensor.dtype
-    name = next(iter(dtypes)) if len(dtypes) == 1 and not scaled else mixed
-    dtype = to_numpy(name)
-    changed = dtypes != {tensor.dtype} or scaled or tensor.divisor != 1
-    limit = max(1, STEP // (WIDE if changed else itemsize(name)))
+    dtype = to_numpy(next(iter(dtypes)) if len(dtypes) == 1 and not scaled else mixed)
+    limit = block_elements(tensor)
     whole = Whole(tensor.dtype, tensor.shape, tensor.pieces)
     for start, shape in boxes(tensor.shape, limit):
         context.check()
@@ -233,7 +239,7 @@ def _values(tensor: OutputTensor, piece: Piece, context: Context) -> "Iterator[A
     """A reduction's piece, which holds the whole tensor, in small blocks of the tensor."""
     import numpy as np
 
-    for start, shape in boxes(tensor.shape, max(1, STEP // WIDE)):
+    for start, shape in boxes(tensor.shape, block_elements(tensor)):
         context.check()
         if piece.source is None:
             yield np.full(shape, piece.fill, to_numpy(tensor.dtype))

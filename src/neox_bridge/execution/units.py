@@ -1,12 +1,8 @@
-"""Output files made in other processes, on this machine or another: a unit is some whole files.
+"""Output files written by a pool, in processes of this machine or another: a unit is some of them.
 
-A unit may be made twice, even at the same time, where its process or machine is lost: each attempt
-writes names of its own, and gives a file its name when it is whole and on the disk.
+A unit may be written twice, even at the same time, where its process or machine is lost.
 """
 
-import os
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -15,44 +11,27 @@ from math import prod
 from typing import TypeVar
 
 from neox_bridge.execution.context import Context, How, Overflow
-from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.journal import Written
-from neox_bridge.execution.output import (
-    Job,
-    begin_flush,
-    begin_large,
-    enter,
-    flush_file,
-    is_small,
-    to_make,
-    write_small,
-)
 from neox_bridge.execution.placement import Places, reaches
-from neox_bridge.stores.fetched import folder_beside, keeping
+from neox_bridge.execution.sink import Sink, Writer
 from neox_bridge.stores.paths import is_url
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputFile
-from neox_bridge.tensors.tensor_ref import TensorRef
 
 _T = TypeVar("_T")
 _BYTES = 128 << 20  # of files that are made, and flushed, together
 _FILES = 64
 _LISTEN = 0.5  # seconds after which somebody who wants all to stop is heard
-_ATTEMPTS = "attempts-"  # one for each run: what an earlier one left running has none any more
 _AHEAD = 2  # units that wait for each process
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Files to make. files: the folder that they belong to. attempts: where they are begun."""
+    """Files to write, and what writes them."""
 
     outputs: tuple[OutputFile, ...]
-    files: str
-    attempts: str
-    every_crc: bool
-    hash_name: HashName | None
-    hash_shared: bool
+    writer: Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,69 +58,31 @@ def read_of(outputs: Iterable[OutputFile]) -> dict[str, int]:
     return {path: size for path, size in files.items() if not is_url(path)}
 
 
-def _refs(file: OutputFile) -> Iterator[TensorRef]:
-    """The tensors that a file is made of."""
-    for tensor in file.tensors:
-        for piece in tensor.pieces:
-            if piece.source is not None:
-                yield piece.source
-
-
-@reaches(lambda unit: Places(read_of(unit.outputs), writes=(unit.attempts,)))
+@reaches(lambda unit: Places(read_of(unit.outputs), writes=unit.writer.folders))
 def make(unit: Unit) -> Made:
-    """Make a unit's files, in this process. Raises what ``execute`` does for sources and disks."""
-    context = Context(every_crc=unit.every_crc)
-    begun: list[tuple[OutputFile, str, str | None]] = []
-    attempt = os.path.join(unit.attempts, uuid.uuid4().hex)
-    urls = {ref.file for file in unit.outputs for ref in _refs(file)}
+    """Write a unit's files, in this process. Raises what ``execute`` does."""
+    context = Context(every_crc=unit.writer.every_crc)
     try:
-        with keeping(folder_beside(unit.files), urls):
-            for number, file in enumerate(unit.outputs):
-                path = f"{attempt}-{number}"
-                if is_small(file):
-                    found = write_small(file, path, context, unit.hash_name)
-                else:
-                    hashing = unit.hash_name, unit.hash_shared
-                    its, trail = begin_large(file, path, context, *hashing)
-                    for _, task in its:
-                        task()
-                    found = trail.digest()
-                begun.append((file, path, found))
-        for file, path, _ in begun:
-            begin_flush(path, file.size, context)
-        for file, path, _ in begun:
-            flush_file(path, context)
-            os.replace(path, os.path.join(unit.files, file.path))
+        written = unit.writer.write(unit.outputs, context)
     finally:
         context.files.close()
-    return made_of([(file.path, Written(file.size, found)) for file, _, found in begun], context)
+    noticed = tuple(context.overflows), tuple(context.deviations), tuple(context.roundings)
+    return Made(tuple(written), dict(context.written), *noticed)
 
 
-def made_of(written: Iterable[tuple[str, Written]], context: Context) -> Made:
-    """What became of a unit that wrote these files."""
-    found = tuple(context.overflows), tuple(context.deviations), tuple(context.roundings)
-    return Made(tuple(written), dict(context.written), *found)
-
-
-def run_units(job: Job, pool: Pool) -> None:
-    """Have a pool make the files of a job; few wait there at a time, and the first failure stops.
-
-    Raises KeyboardInterrupt where the pool was told to stop, else what ``make`` raises, BridgeError
-    where processes are lost again and again.
-    """
-    for name in os.listdir(job.work.folder):
-        if name.startswith(_ATTEMPTS):  # of a run that was killed
-            shutil.rmtree(os.path.join(job.work.folder, name), ignore_errors=True)
-    attempts = os.path.join(job.work.folder, f"{_ATTEMPTS}{uuid.uuid4().hex}")
-    os.mkdir(attempts)
+def run_units(sink: Sink, files: Iterable[OutputFile], pool: Pool) -> None:
+    """Have a pool write files, the largest of which come first. Raises as ``drive``."""
+    writer, context = sink.writer(), sink.job.context
 
     def take(made: Made) -> None:
-        enter(job, made.written)
-        count(made, job.context)
+        sink.enter(made.written)
+        for how, size in made.counts.items():
+            context.wrote(size, how)
+        context.overflows.extend(made.overflows)
+        context.roundings.extend(made.roundings)
+        context.deviations.extend(made.deviations)
 
-    groups = grouped(to_make(job))
-    more = (job.context.every_crc, job.hash_name, job.hash_shared)
-    drive(pool, make, (Unit(group, job.work.files, attempts, *more) for group in groups), take)
+    drive(pool, make, (Unit(group, writer) for group in grouped(files)), take)
 
 
 def drive(
@@ -149,7 +90,9 @@ def drive(
 ) -> None:
     """Have a pool call ``call`` with every unit, and ``take`` what comes of it.
 
-    Few wait in the pool at a time, and the first failure stops all; raises as ``run_units``.
+    Few wait in the pool at a time, and the first failure stops all. Raises KeyboardInterrupt where
+    the pool was stopped, else what the call raises, BridgeError where processes are lost again and
+    again.
     """
     waiting: set[Future[Made]] = set()
     try:
@@ -181,15 +124,6 @@ def _taken(future: "Future[Made]", take: Callable[[Made], None]) -> BaseExceptio
     if error is None:
         take(future.result())
     return error
-
-
-def count(made: Made, context: Context) -> None:
-    """Add what a unit did and noticed to what all did."""
-    for how, size in made.counts.items():
-        context.wrote(size, how)
-    context.overflows.extend(made.overflows)
-    context.roundings.extend(made.roundings)
-    context.deviations.extend(made.deviations)
 
 
 def grouped(files: Iterable[OutputFile]) -> Iterator[tuple[OutputFile, ...]]:

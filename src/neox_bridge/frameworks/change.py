@@ -1,48 +1,19 @@
-"""One known change of a framework, as data, and the dates of transformers' releases."""
+"""One dated change of a framework, as data: the form of the entries of the one list.
+
+The list is ``changes_neox.py`` and ``changes_transformers.py``, joined in ``changes.py``. Eras, the
+facts of a tree or of a version, the ``changes`` command with its page, and the doctor derive from
+it. A commit of GPT-NeoX stands in no other module: others name a change by its id.
+"""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.described import Described
-from neox_bridge.frameworks.facts import TreeFacts
 
 Framework = Literal["gpt-neox", "transformers"]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A change that alters what a checkpoint holds or means.
-
-    commit: of the framework's repository; "" where only the release is known.
-    date: of the commit for GPT-NeoX, of the release for transformers; ISO, UTC.
-    version: the first release of transformers that has it; "" for GPT-NeoX, which has none.
-    families: the architectures that it is about.
-    symptom: what a user sees. loud: something fails or warns.
-    remedy: the command or the step that mends it.
-    in_checkpoint: whether it matters for this opened checkpoint. Pure.
-    in_tree: whether a GPT-NeoX tree has it.
-    in_error: regular expressions of the messages that it causes.
-    """
-
-    id: str
-    framework: Framework
-    commit: str
-    pull: str
-    date: str
-    version: str
-    families: tuple[str, ...]
-    title: str
-    symptom: str
-    loud: bool
-    remedy: str
-    link: str
-    in_checkpoint: Callable[[Described], bool] | None = None
-    in_tree: Callable[[TreeFacts], bool] | None = None
-    in_error: tuple[str, ...] = ()
-
 
 # the day each minor version was uploaded to PyPI; GPT-NeoX has been in it since 4.20
 _RELEASES = """4.20 2022-06-16 4.21 2022-07-27 4.22 2022-09-14 4.23 2022-10-10 4.24 2022-11-01
@@ -58,6 +29,157 @@ _RELEASES = """4.20 2022-06-16 4.21 2022-07-27 4.22 2022-09-14 4.23 2022-10-10 4
 5.21 2026-10-26 5.22 2026-10-29 5.23 2026-11-13 5.24 2026-11-21"""
 _words = _RELEASES.split()
 RELEASED: dict[str, str] = dict(zip(_words[::2], _words[1::2], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Where GPT-NeoX changed.
+
+    Attributes:
+        sha: The whole hash.
+        pull: The number of the pull request, 0 for none.
+        date: In UTC.
+        git_date: As ``git log`` prints it, where that is another day than in UTC.
+        proposed: Whether it is not merged: ``date`` is then that of the proposal.
+    """
+
+    sha: str
+    pull: int
+    date: str
+    git_date: str = ""
+    proposed: bool = False
+
+    @property
+    def link(self) -> str:
+        place = f"pull/{self.pull}" if self.pull else f"commit/{self.sha[:8]}"
+        return f"https://github.com/EleutherAI/gpt-neox/{place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The first version of transformers that has a change.
+
+    Attributes:
+        version: All three numbers.
+        pull: The number of the pull request, 0 where it is not known.
+        file: The source file, below src/transformers, where no pull request is known.
+        date: Of the release; that of its minor version by default.
+        sha: Of the commit, where it is known.
+    """
+
+    version: str
+    pull: int = 0
+    file: str = ""
+    date: str = ""
+    sha: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.date:
+            object.__setattr__(self, "date", RELEASED[self.version.rpartition(".")[0]])
+
+    @property
+    def link(self) -> str:
+        source = f"blob/v{self.version}/src/transformers/{self.file}"
+        place = f"pull/{self.pull}" if self.pull else source
+        return f"https://github.com/huggingface/transformers/{place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change that alters what a framework expects or what a checkpoint holds or means.
+
+    Attributes:
+        id: Its name, in the command, the page and the findings.
+        origin: The commit, or the release.
+        families: The architectures that it is about.
+        title: What changed. Empty for a change that only sets facts, which nobody is told of.
+        symptom: What a user sees.
+        remedy: The command or the step that fixes it.
+        loud: Whether something fails or warns.
+        sets: The fields of ``TreeFacts`` that it gives another value. ``deepspeed`` is the version
+            that GPT-NeoX requires since then.
+        ends_era: The era whose last tree is the one before this commit.
+        renames: Modules of a block by their old names, with the new ones.
+        adds_keys: Keys of the yml that trees take since then.
+        removes_keys: Keys of the yml that trees refuse since then.
+        defaults: Settings whose default it changed, each with the old and the new one.
+        in_checkpoint: Whether it matters for an opened checkpoint. By default: whether the yml has
+            one of the removed keys, or of the added ones where none is removed.
+        in_error: Regular expressions of the messages that it causes. Those about one of the keys,
+            or about an old name, are among them by themselves.
+    """
+
+    id: str
+    origin: Commit | Release
+    families: tuple[str, ...] = ()
+    title: str = ""
+    symptom: str = ""
+    remedy: str = ""
+    loud: bool = field(default=True, kw_only=True)
+    sets: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    ends_era: str = field(default="", kw_only=True)
+    renames: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    adds_keys: tuple[str, ...] = field(default=(), kw_only=True)
+    removes_keys: tuple[str, ...] = field(default=(), kw_only=True)
+    defaults: Mapping[str, tuple[float, float]] = field(default_factory=dict, kw_only=True)
+    in_checkpoint: Callable[[Described], bool] | None = field(default=None, kw_only=True)
+    in_error: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        keys = set(self.removes_keys or self.adds_keys)
+        if keys and self.in_checkpoint is None:
+            object.__setattr__(
+                self, "in_checkpoint", lambda c: c.neox is not None and not keys.isdisjoint(c.raw)
+            )
+        unknown = (
+            rf"unexpected keyword argument '{key}'" for key in (*self.adds_keys, *self.removes_keys)
+        )
+        names = (rf'"[\w.]*{re.escape(name)}\.\w+"' for name in self.renames)
+        object.__setattr__(self, "in_error", (*self.in_error, *unknown, *names))
+
+    @property
+    def framework(self) -> Framework:
+        return "gpt-neox" if isinstance(self.origin, Commit) else "transformers"
+
+    @property
+    def proposed(self) -> bool:
+        """Whether it is not merged."""
+        return isinstance(self.origin, Commit) and self.origin.proposed
+
+    @property
+    def commit(self) -> str:
+        """The first characters of the hash; "" where only the release is known."""
+        return self.origin.sha[:8]
+
+    @property
+    def pull(self) -> str:
+        """As "#1212"; "" where it is not known."""
+        return f"#{self.origin.pull}" if self.origin.pull else ""
+
+    @property
+    def date(self) -> str:
+        return self.origin.date
+
+    @property
+    def day(self) -> str:
+        """The day on which a user looks for it: that of ``git log`` for GPT-NeoX."""
+        return self.origin.git_date or self.date if isinstance(self.origin, Commit) else self.date
+
+    @property
+    def version(self) -> str:
+        """Of transformers; "" for GPT-NeoX, which has none."""
+        return self.origin.version if isinstance(self.origin, Release) else ""
+
+    @property
+    def link(self) -> str:
+        return self.origin.link
+
+    @property
+    def since(self) -> str:
+        """For sentences: a hash with its date or "transformers 4.37"."""
+        if isinstance(self.origin, Release):
+            return f"transformers {self.version.removesuffix('.0')}"
+        return f"{self.commit} ({self.date})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Every known change of GPT-NeoX and transformers that alters what a checkpoint holds or means.
+"""The one list of changes of GPT-NeoX and transformers.
 
-Adding one is adding one entry to ``changes_neox.py`` or ``changes_transformers.py``, with an
-example in ``tests/frameworks/test_changes.py``, and writing ``docs/changes.md`` anew:
+To add a change, add an entry to ``changes_neox.py`` or ``changes_transformers.py`` with an example
+in ``tests/frameworks/test_changes.py``, and write the page anew:
 ``python -m neox_bridge.frameworks.page docs/changes.md``.
 """
 
@@ -22,12 +22,21 @@ def _age(change: Change) -> tuple[str, tuple[int, ...], str]:
     return change.date, version_key(change.version) if change.version else (), change.id
 
 
-CHANGES: tuple[Change, ...] = tuple(sorted((*NEOX, *TRANSFORMERS), key=_age, reverse=True))
+HISTORY: tuple[Change, ...] = tuple(sorted((*NEOX, *TRANSFORMERS), key=_age, reverse=True))
+"""Every change, newest first."""
+CHANGES: tuple[Change, ...] = tuple(change for change in HISTORY if change.title)
+"""Those that users are told of."""
+_BY_ID = {change.id: change for change in HISTORY}
 
 
 def change_named(change_id: str) -> Change:
     """The entry with this id. Raises KeyError."""
-    return {change.id: change for change in CHANGES}[change_id]
+    return _BY_ID[change_id]
+
+
+def since(change_id: str) -> str:
+    """When a change came, for sentences: a commit with its date, or a version."""
+    return change_named(change_id).since
 
 
 def select(

@@ -4,21 +4,9 @@ The date is that of the release. Where no pull request is named, the link leads 
 the first version that has the change.
 """
 
-from neox_bridge.frameworks.change import RELEASED, Change
+from neox_bridge.frameworks.change import Change, Release
 from neox_bridge.frameworks.described import Described
 from neox_bridge.frameworks.detectors import HALF, hf
-
-
-def _pull(number: int) -> str:
-    return f"https://github.com/huggingface/transformers/pull/{number}"
-
-
-def _source(version: str, path: str) -> str:
-    return f"https://github.com/huggingface/transformers/blob/v{version}/src/transformers/{path}"
-
-
-def _of(version: str) -> str:
-    return RELEASED[version.rpartition(".")[0]]
 
 
 def _holds(c: Described, *endings: str) -> bool:
@@ -50,16 +38,14 @@ _LLAMA = ("llama", "mistral", "qwen2")
 TRANSFORMERS: tuple[Change, ...] = (
     Change(
         "hf-lm-head",
-        *("transformers", "", "#47198", _of("5.14.0"), "5.14.0"),
+        Release("5.14.0", 47198),
         ("gpt_neox",),
         "GPTNeoXForCausalLM's output layer is lm_head in memory; files go on saying embed_out, "
         "and both names are read. Before, only embed_out was",
         "4.x and 5.0 to 5.13: “Some weights … newly initialized: ['embed_out.weight']” where a "
         "file says lm_head; state dicts taken from memory have the other name",
-        True,
         "neox-bridge convert reads both names and writes embed_out.weight, which every version "
         "reads",
-        _pull(47198),
         in_checkpoint=hf("gpt_neox", lambda c: not c.config.tied_embeddings),
         in_error=(
             r"newly initialized: \[[^\]]*'embed_out\.weight'",
@@ -70,121 +56,107 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-rotary-pct-kept",
-        *("transformers", "", "#44985", _of("5.5.0"), "5.5.0"),
+        Release("5.5.0", 44985),
         ("gpt_neox",),
         "rope_parameters.partial_rotary_factor is read; 5.0 to 5.4 overwrite it with rotary_pct, "
         "or with 0.25 where that is missing, on every load and so on every save",
         "a model with another fraction than 0.25 talks nonsense after save and load",
-        False,
         "write both spellings: neox-bridge convert does; or set rotary_pct in config.json by hand",
-        _pull(44985),
+        loud=False,
         in_checkpoint=hf("gpt_neox", _loses_pct),
     ),
     Change(
         "hf-rope-parameters",
-        *("transformers", "", "#39847", _of("5.0.0"), "5.0.0"),
+        Release("5.0.0", 39847),
         ("gpt_neox", *_LLAMA),
         "config.json spells RoPE as rope_parameters {rope_theta, partial_rotary_factor, "
         "rope_type}; 4.x knows only rotary_pct, rotary_emb_base, rope_theta, rope_scaling",
         "4.x reads a config.json of 5.x with the base 10000 and, for gpt_neox, the fraction 0.25, "
         "without a word",
-        False,
         "write both spellings: neox-bridge convert does, and every version reads them",
-        _pull(39847),
+        loud=False,
         in_checkpoint=hf("", _one_spelling),
     ),
     Change(
         "hf-dtype-auto",
-        *("transformers", "", "#42805", _of("5.0.0"), "5.0.0"),
+        Release("5.0.0", 42805),
         ("gpt_neox", *_LLAMA),
         "from_pretrained loads in the dtype that the checkpoint has; before, in float32",
         "half the memory, logits rounded, training in half precision unasked",
-        False,
         "say dtype=torch.float32 to from_pretrained for the old behaviour",
-        _pull(42805),
+        loud=False,
         in_checkpoint=hf("", lambda c: c.config.dtype in HALF),
     ),
     Change(
         "hf-no-bin",
-        *("transformers", "", "#42734", _of("5.0.0"), "5.0.0"),
+        Release("5.0.0", 42734),
         ("gpt_neox", *_LLAMA),
         "save_pretrained writes safetensors only, in shards of up to 50 GB (5 GB before)",
         "safe_serialization=False is ignored without a word; tools that want pytorch_model.bin "
         "find none",
-        False,
         "read safetensors; neox-bridge does. --shard-size 5GB cuts as 4.x does",
-        _pull(42734),
+        loud=False,
         in_checkpoint=hf("", lambda c: any(file.endswith(".bin") for file in c.files)),
     ),
     Change(
         "hf-dtype-key",
-        *("transformers", "", "#39782", _of("4.56.0"), "4.56.0"),
+        Release("4.56.0", 39782),
         ("gpt_neox", *_LLAMA),
         "config.json says dtype; before, torch_dtype. Both are read since; older versions know "
         "only torch_dtype",
         "older versions with torch_dtype='auto' take the dtype of the first weight instead",
-        False,
         "write both keys: neox-bridge convert does",
-        _pull(39782),
+        loud=False,
         in_checkpoint=hf("", lambda c: "dtype" in c.raw and "torch_dtype" not in c.raw),
     ),
     Change(
         "hf-qwen2-layer-types",
-        *("transformers", "", "", _of("4.53.0"), "4.53.0"),
+        Release("4.53.0", file="models/qwen2/configuration_qwen2.py"),
         ("qwen2",),
         "config.json lists layer_types (full or sliding attention) for every layer; before, "
         "use_sliding_window and max_window_layers said it",
         "older versions ignore layer_types",
-        False,
         "keep use_sliding_window and max_window_layers in config.json too",
-        _source("4.53.0", "models/qwen2/configuration_qwen2.py"),
+        loud=False,
         in_checkpoint=hf("qwen2", lambda c: "layer_types" in c.raw),
     ),
     Change(
         "hf-torch-load",
-        *("transformers", "", "#37785", _of("4.52.0"), "4.52.0"),
+        Release("4.52.0", 37785),
         ("gpt_neox", *_LLAMA),
         "pytorch_model.bin is read with torch 2.6 and newer only (CVE-2025-32434)",
         "ValueError: Due to a serious vulnerability issue in `torch.load` …",
-        True,
         "convert it to safetensors, without torch: neox-bridge convert CHECKPOINT NEW --to hf",
-        _pull(37785),
         in_checkpoint=hf("", lambda c: any(file.endswith(".bin") for file in c.files)),
         in_error=(r"Due to a serious vulnerability issue in `torch\.load`",),
     ),
     Change(
         "hf-llama-head-dim",
-        *("transformers", "", "", _of("4.45.0"), "4.45.0"),
+        Release("4.45.0", file="models/llama/configuration_llama.py"),
         ("llama",),
         "head_dim in config.json is obeyed; before, it was hidden_size / num_attention_heads",
         "older versions: size mismatch for self_attn.q_proj.weight",
-        True,
         "load it with transformers 4.45 or newer",
-        _source("4.45.0", "models/llama/configuration_llama.py"),
         in_checkpoint=hf("llama", lambda c: c.raw.get("head_dim") is not None),
         in_error=(r"size mismatch for model\.layers\.\d+\.self_attn\.[qkvo]_proj\.weight",),
     ),
     Change(
         "hf-mistral-head-dim",
-        *("transformers", "", "", _of("4.43.0"), "4.43.0"),
+        Release("4.43.0", file="models/mistral/configuration_mistral.py"),
         ("mistral",),
         "head_dim in config.json is obeyed; before, it was hidden_size / num_attention_heads",
         "older versions: size mismatch for self_attn.q_proj.weight",
-        True,
         "load it with transformers 4.43 or newer",
-        _source("4.43.0", "models/mistral/configuration_mistral.py"),
         in_checkpoint=hf("mistral", lambda c: c.raw.get("head_dim") is not None),
         in_error=(r"size mismatch for model\.layers\.\d+\.self_attn\.[qkvo]_proj\.weight",),
     ),
     Change(
         "hf-llama3-rope",
-        *("transformers", "", "", _of("4.43.0"), "4.43.0"),
+        Release("4.43.0", file="modeling_rope_utils.py"),
         ("llama",),
         "RoPE scaling of Llama 3.1, rope_type: llama3, with four parameters",
         "older versions: ValueError: `rope_scaling` must be a dictionary with two fields",
-        True,
         "load it with transformers 4.43 or newer; GPT-NeoX has no RoPE scaling",
-        _source("4.43.0", "modeling_rope_utils.py"),
         in_checkpoint=hf(
             "llama",
             lambda c: (
@@ -196,38 +168,33 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-llama-mlp-bias",
-        *("transformers", "", "", _of("4.41.0"), "4.41.0"),
+        Release("4.41.0", file="models/llama/configuration_llama.py"),
         ("llama",),
         "mlp_bias in config.json: biases in the MLP",
         "older versions leave mlp.gate_proj.bias and its like unused, with a warning",
-        True,
         "load it with transformers 4.41 or newer",
-        _source("4.41.0", "models/llama/configuration_llama.py"),
         in_checkpoint=hf("llama", lambda c: bool(c.raw.get("mlp_bias"))),
         in_error=(r"not used when initializing Llama\w+: [^\n]*mlp\.(?:gate|up|down)_proj\.bias",),
     ),
     Change(
         "hf-llama-rope-fp32",
-        *("transformers", "", "#29285", "2024-03-01", "4.38.2"),
+        Release("4.38.2", 29285, date="2024-03-01"),
         ("llama",),
         "the angles of RoPE are computed in fp32 under autocast too; before, bfloat16 rounded them",
         "logits in bfloat16 differ between versions, more at long positions",
-        False,
         "compare in float32",
-        _pull(29285),
+        loud=False,
         in_checkpoint=hf("llama", lambda c: c.config.dtype == "bfloat16"),
     ),
     Change(
         "hf-attention-bias",
-        *("transformers", "", "#28126", _of("4.37.0"), "4.37.0"),
+        Release("4.37.0", 28126),
         ("gpt_neox",),
         "gpt_neox takes attention_bias: false; before, attention always had biases",
         "older versions: “Some weights … newly initialized: […attention.query_key_value.bias…]”: "
         "random biases",
-        True,
         "load it with transformers 4.37 or newer, with attention_bias: false in config.json, "
         "which neox-bridge convert writes",
-        _pull(28126),
         in_checkpoint=hf("gpt_neox", lambda c: not c.config.attention_bias),
         in_error=(
             r"newly initialized: \[[^\]]*gpt_neox\.layers\.\d+\.attention\.query_key_value\.bias",
@@ -236,15 +203,13 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-neox-inv-freq",
-        *("transformers", "253f9a3f", "#25830", _of("4.35.0"), "4.35.0"),
+        Release("4.35.0", 25830, sha="253f9a3f"),
         ("gpt_neox",),
         "gpt_neox no longer stores attention.rotary_emb.inv_freq: the buffer isn't persistent",
         "a converted Pythia lacks the key that older GPT-NeoX trees want: Missing key(s) in "
         'state_dict: "attention.rotary_emb.inv_freq"',
-        True,
         "neox-bridge convert CHECKPOINT NEW --to neox --for neox@2024-03 for a GPT-NeoX before "
         "2024-03-04; the values are recomputed from rotary_emb_base",
-        _pull(25830),
         in_checkpoint=hf("gpt_neox", lambda c: _holds(c, "rotary_emb.inv_freq")),
         in_error=(
             r"not used when initializing GPTNeoX\w+: [^\n]*rotary_emb\.inv_freq",
@@ -253,50 +218,44 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-neox-rope-rounded",
-        *("transformers", "253f9a3f", "#25830", _of("4.35.0"), "4.35.0"),
+        Release("4.35.0", 25830, sha="253f9a3f"),
         ("gpt_neox",),
         "the sines and cosines of gpt_neox's RoPE are rounded to the model's dtype; before, they "
         "stayed fp32",
         "logits in half precision differ a little between versions",
-        False,
         "compare in float32",
-        _pull(25830),
+        loud=False,
         in_checkpoint=hf("gpt_neox", lambda c: c.config.dtype in HALF),
     ),
     Change(
         "hf-safetensors-default",
-        *("transformers", "", "", _of("4.35.0"), "4.35.0"),
+        Release("4.35.0", file="modeling_utils.py"),
         ("gpt_neox", *_LLAMA),
         "save_pretrained writes model.safetensors; before, pytorch_model.bin",
         "tools that look for pytorch_model.bin: OSError … does not appear to have a file named "
         "pytorch_model.bin",
-        True,
         "read safetensors (transformers 4.30 and newer always can)",
-        _source("4.35.0", "modeling_utils.py"),
         in_checkpoint=hf("", lambda c: any(file.endswith(".safetensors") for file in c.files)),
         in_error=(r"does not appear to have a file named pytorch_model\.bin",),
     ),
     Change(
         "hf-llama-attention-bias",
-        *("transformers", "", "", _of("4.34.0"), "4.34.0"),
+        Release("4.34.0", file="models/llama/configuration_llama.py"),
         ("llama",),
         "attention_bias in config.json: biases in attention",
         "older versions leave self_attn.q_proj.bias and its like unused, with a warning",
-        True,
         "load it with transformers 4.34 or newer",
-        _source("4.34.0", "models/llama/configuration_llama.py"),
         in_checkpoint=hf("llama", lambda c: bool(c.raw.get("attention_bias"))),
         in_error=(r"not used when initializing Llama\w+: [^\n]*self_attn\.[qkvo]_proj\.bias",),
     ),
     Change(
         "hf-llama-rope-theta",
-        *("transformers", "", "#25740", _of("4.33.0"), "4.33.0"),
+        Release("4.33.0", 25740),
         ("llama",),
         "rope_theta in config.json is obeyed; before, the base was 10000 whatever it said",
         "older versions: a Code Llama or a Llama 3 talks nonsense",
-        False,
         "load it with transformers 4.33 or newer",
-        _pull(25740),
+        loud=False,
         in_checkpoint=hf(
             "llama",
             lambda c: c.raw.get("rope_theta", _rope(c).get("rope_theta", 10000)) != 10000,
@@ -304,14 +263,12 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-llama-inv-freq",
-        *("transformers", "95f96b45", "#24998", _of("4.32.0"), "4.32.0"),
+        Release("4.32.0", 24998, sha="95f96b45"),
         ("llama",),
         "llama no longer stores self_attn.rotary_emb.inv_freq: the buffer isn't persistent",
         "converters and trees that want the key: Missing key(s) in state_dict: "
         '"…rotary_emb.inv_freq"',
-        True,
         "neox-bridge drops it where it is stored, and recomputes it where a target wants it",
-        _pull(24998),
         in_checkpoint=hf("llama", lambda c: _holds(c, "rotary_emb.inv_freq")),
         in_error=(
             r"(?:not used when initializing Llama|newly initialized: )[^\n]*"
@@ -320,14 +277,12 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-masks",
-        *("transformers", "", "", _of("4.31.0"), "4.31.0"),
+        Release("4.31.0", file="models/gpt_neox/modeling_gpt_neox.py"),
         ("gpt_neox",),
         "gpt_neox no longer stores its causal masks, attention.bias and attention.masked_bias",
         'strict loads: Unexpected key(s) in state_dict: "gpt_neox.layers.0.attention.bias", '
         '"gpt_neox.layers.0.attention.masked_bias"',
-        True,
         "neox-bridge convert CHECKPOINT NEW --to hf drops them; they hold nothing that was learned",
-        _source("4.31.0", "models/gpt_neox/modeling_gpt_neox.py"),
         in_checkpoint=hf(
             "gpt_neox", lambda c: _holds(c, "attention.bias", "attention.masked_bias")
         ),
@@ -335,24 +290,21 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-rope-scaling",
-        *("transformers", "", "", _of("4.31.0"), "4.31.0"),
+        Release("4.31.0", file="models/gpt_neox/configuration_gpt_neox.py"),
         ("gpt_neox", "llama"),
         "rope_scaling in config.json (linear, dynamic) is obeyed; before, it was ignored",
         "older versions talk nonsense beyond the original length",
-        False,
         "load it with transformers 4.31 or newer; GPT-NeoX has no RoPE scaling",
-        _source("4.31.0", "models/gpt_neox/configuration_gpt_neox.py"),
+        loud=False,
         in_checkpoint=hf("", lambda c: bool(c.raw.get("rope_scaling"))),
     ),
     Change(
         "hf-llama-grouped",
-        *("transformers", "", "", _of("4.31.0"), "4.31.0"),
+        Release("4.31.0", file="models/llama/configuration_llama.py"),
         ("llama",),
         "num_key_value_heads in config.json: grouped-query attention",
         "older versions: size mismatch for self_attn.k_proj.weight",
-        True,
         "load it with transformers 4.31 or newer",
-        _source("4.31.0", "models/llama/configuration_llama.py"),
         in_checkpoint=hf(
             "llama",
             lambda c: (
@@ -363,13 +315,22 @@ TRANSFORMERS: tuple[Change, ...] = (
     ),
     Change(
         "hf-parallel-residual",
-        *("transformers", "", "", _of("4.23.0"), "4.23.0"),
+        Release("4.23.0", file="models/gpt_neox/configuration_gpt_neox.py"),
         ("gpt_neox",),
         "use_parallel_residual: false is obeyed; before, every block was parallel",
         "older versions: a model with sequential residuals talks nonsense",
-        False,
         "load it with transformers 4.23 or newer",
-        _source("4.23.0", "models/gpt_neox/configuration_gpt_neox.py"),
+        loud=False,
         in_checkpoint=hf("gpt_neox", lambda c: not c.config.parallel_residual),
     ),
+    # a tied config beside a head of its own in the files (modeling_utils.py, tie_weights)
+    Change("hf-stored-head-kept", Release("5.0.0"), ("gpt_neox", *_LLAMA)),
 )
+# the version that brought each class
+CLASS_SINCE = {
+    "gpt_neox": "4.20",
+    "llama": "4.28",
+    "mistral": "4.34",
+    "qwen2": "4.37",
+    "mamba": "4.39",
+}

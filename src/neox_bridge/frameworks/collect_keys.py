@@ -18,16 +18,17 @@ from typing import Any
 
 import yaml
 
+from neox_bridge.frameworks.eras import MERGED
+
 ARGUMENTS = ("megatron/neox_arguments/neox_args.py", "megatron/neox_arguments/deepspeed_args.py")
-# the last tree before each change of the checkpoint format, and the two tagged releases
-TREES = {
-    "v1.0": "v1.0",
-    "v2.0": "v2.0",
-    "2024-03": "e109bf5e~1",
-    "2024-09": "0d4bdb96~1",
-    "2024-10": "96c242eb~1",
-    "today": "ea7aefd8",
+# the two tagged releases, the last tree of each later era, and the newest
+TREES = {"v1.0": "v1.0", "v2.0": "v2.0"}
+TREES |= {
+    change.ends_era: f"{change.commit}~1"
+    for change in MERGED
+    if change.ends_era not in ("", "v1.0")
 }
+TREES["today"] = MERGED[-1].commit
 FAMILIES = ("gpt_neox", "llama", "mistral", "qwen2", "mamba")
 # the parts of DeepSpeed that GPT-NeoX's yml can configure
 _CONFIGURED = ("runtime", "monitor", "profiling", "comm", "elasticity", "autotuning", "compression")

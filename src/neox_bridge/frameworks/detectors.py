@@ -1,14 +1,13 @@
-"""Small tests of checkpoints and trees, from which the known changes are put together."""
+"""Small tests of checkpoints, from which the known changes are put together."""
 
 from collections.abc import Callable
 
 from neox_bridge.frameworks.described import Described
-from neox_bridge.frameworks.facts import TreeFacts
 
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 HALF = ("float16", "bfloat16")
-# keys of mixtures of experts that d11df961 took away
-MOE_KEYS = frozenset(
+# keys of mixtures of experts that GPT-NeoX took away
+MOE_KEYS = tuple(
     """create_moe_param_group enable_expert_tensor_parallelism expert_interval
     moe_eval_capacity_factor moe_expert_parallel_size moe_glu moe_loss_coeff moe_min_capacity
     moe_token_dropping moe_train_capacity_factor moe_type moe_use_residual""".split()
@@ -20,26 +19,9 @@ def neox(test: Callable[[Described], bool]) -> Callable[[Described], bool]:
     return lambda c: c.neox is not None and test(c)
 
 
-def key(name: str) -> Callable[[Described], bool]:
-    """The yml names this key."""
-    return neox(lambda c: name in c.raw)
-
-
 def on(name: str) -> Callable[[Described], bool]:
     """The yml switches this key on."""
     return neox(lambda c: bool(c.raw.get(name)))
-
-
-def knows(name: str) -> Callable[[TreeFacts], bool]:
-    return lambda t: name in t.keys
-
-
-def refuses(name: str) -> Callable[[TreeFacts], bool]:
-    return lambda t: name not in t.keys
-
-
-def unknown(name: str) -> str:
-    return rf"unexpected keyword argument '{name}'"
 
 
 def is_gated(c: Described) -> bool:

@@ -1,57 +1,82 @@
 """How GPT-NeoX trees of some time name, store and order things."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.change import Change
+from neox_bridge.frameworks.changes import HISTORY
 from neox_bridge.frameworks.deepspeed import StatesForm
 from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.tensors.fused import GqaOrder
 
 MlpNames = Literal["linear", "dense"]
 InvFreq = Literal["omit", "store"]
+# how a tree keeps attention.rotary_emb.inv_freq: always in the state dict, when
+# rotary_save_freqs_buffer says so, never; "either": a load hook accepts both kinds
+Buffer = Literal["always", "flag", "never", "either"]
+RmsEps = Literal["inside", "outside"]
 # biases of a gated MLP in a tree: it has none; swiglu has none and every other activation must have
 # them; the yml's use_bias_in_mlp decides
 GatedBiases = Literal["none", "by activation", "optional"]
+FLAG = "rotary_save_freqs_buffer"
 
 
 @dataclass(frozen=True, slots=True)
 class Era:
-    """A span of GPT-NeoX's history.
+    """A span of GPT-NeoX's history, as plans need it. The changes are in ``changes_neox.py``.
 
-    mlp_names: mlp.linear1/linear2 since 0d4bdb96 (2024-09, #1212), before it
-        mlp.dense_h_to_4h/dense_4h_to_h.
-    inv_freq: whether the tree expects the buffer: always before e109bf5e (2024-03, #1168), later
-        only with rotary_save_freqs_buffer.
-    inv_freq_key: whether the tree knows rotary_save_freqs_buffer (unknown keys are refused).
-    plain_mlp_4h: the plain MLP is always 4 times as wide as the model.
-    gqa_order: a rank's rows of grouped-query attention: "grouped", all q, all k, all v, since
-        96c242eb (2024-11, #1315); "interleaved" by query head before. The shapes are the same.
-    inv_freq_either: a load hook accepts checkpoints with and without the buffer.
-    rms_eps: RMSNorm's epsilon is added "inside" the root since 4c9f1081 (2025-05, #1345).
-    gated_biases: "none" with LLaMAParallelMLP, which 0d4bdb96 (2024-09, #1212) removed; "by
-        activation" since then, as ParallelTransformerLayer.forward asserts that a swiglu has none
-        and adds those of others without asking; "optional" since f5325805 (2024-11, #1325). Run in
-        the trees of 2024-10 and 2026-05.
-    states: how its DeepSpeed cuts the optimizer's states over ranks: see ``StatesForm``.
-    deepspeed: the version of DeeperSpeed that it requires (requirements/requirements.txt).
-    keys: the yml keys that it takes, where they were read from a tree; see ``known_keys``.
+    Attributes:
+        name: Such as "2024-03", or the path of a tree.
+        until: When such trees were there, for sentences.
+        buffer: How the trees keep inv_freq.
+        mlp_names: "linear" are mlp.linear1 and linear2, "dense" mlp.dense_h_to_4h and
+            dense_4h_to_h, and for a gated MLP w1, w2 and w3 (neox-mlp-names).
+        gqa_order: A rank's rows of grouped-query attention: "grouped", all q, all k, all v, or
+            "interleaved" by query head. The shapes are the same (neox-gqa-order).
+        rms_eps: Where RMSNorm adds its epsilon (neox-rms-epsilon).
+        plain_mlp_4h: Whether a plain MLP is always 4 times as wide as the model (neox-mlp-width).
+        gated_biases: "none" with LLaMAParallelMLP; "by activation" where
+            ParallelTransformerLayer.forward asserts that a swiglu has none and adds those of others
+            without asking (neox-mlp-names, neox-gated-biases). Run in the trees of 2024-10 and
+            2026-05.
+        states: How its DeepSpeed cuts the optimizer's states over ranks: see ``StatesForm``.
+        rope_tables_fp32: Whether the tables of RoPE are computed in fp32 (neox-rope-fp32).
+        transformer_engine: Whether layers may be Transformer Engine's (neox-transformer-engine).
+        deepspeed: The version of DeeperSpeed that it requires (requirements/requirements.txt).
+        keys: The yml keys that it takes, where they were read from a tree; see ``known_keys``.
     """
 
     name: str
     until: str
+    buffer: Buffer
     mlp_names: MlpNames
-    inv_freq: InvFreq
-    inv_freq_key: bool
+    gqa_order: GqaOrder
+    rms_eps: RmsEps
     plain_mlp_4h: bool
+    gated_biases: GatedBiases
+    rope_tables_fp32: bool
+    transformer_engine: bool
+    states: StatesForm
+    deepspeed: str
     keys: frozenset[str] | None = None
-    gqa_order: GqaOrder = "interleaved"
-    rms_eps: Literal["inside", "outside"] = "outside"
-    inv_freq_either: bool = False
-    gated_biases: GatedBiases = "none"
-    deepspeed: str = "0.16.5"
-    states: StatesForm = "partitions"
+
+    @property
+    def inv_freq(self) -> InvFreq:
+        """What the trees expect where no yml says otherwise."""
+        return "store" if self.buffer == "always" else "omit"
+
+    @property
+    def inv_freq_key(self) -> bool:
+        """Whether the trees know rotary_save_freqs_buffer; they refuse unknown keys."""
+        return self.buffer in ("flag", "either") and FLAG in known_keys(self)
+
+    @property
+    def inv_freq_either(self) -> bool:
+        """Whether a load hook accepts checkpoints with and without the buffer."""
+        return self.buffer == "either"
 
     @property
     def predates_deepspeed_06(self) -> bool:
@@ -59,60 +84,66 @@ class Era:
         return self.states == "sub-partitions"
 
 
-ERAS: tuple[Era, ...] = (
-    Era(
-        "v1.0",
-        "of release v1.0 (2023-03-07) and before",
-        "dense",
-        "store",
-        False,
-        True,
-        deepspeed="0.3.15",
-        states="sub-partitions",
-    ),
-    Era(
-        "2024-03", "before e109bf5e of 2024-03-04", "dense", "store", False, True, deepspeed="0.9.3"
-    ),
-    Era(
-        "2024-09",
-        "from 2024-03 to before 0d4bdb96 of 2024-09",
-        "dense",
-        "omit",
-        True,
-        True,
-        deepspeed="0.12.4",
-    ),
-    Era(
-        "2024-10",
-        "from 2024-09 to before 96c242eb of 2024-11",
-        "linear",
-        "omit",
-        True,
-        False,
-        gated_biases="by activation",
-        deepspeed="0.12.4",
-    ),
-    Era(
-        "today",
-        "since 2024-11",
-        "linear",
-        "omit",
-        True,
-        False,
-        gqa_order="grouped",
-        rms_eps="inside",
-        gated_biases="optional",
-    ),
-)
+_BEFORE_ALL: Mapping[str, Any] = {
+    "inv_freq": "always",
+    "mlp_names": "dense",
+    "gqa_order": "interleaved",
+    "rms_eps": "outside",
+    "plain_mlp_4h": True,
+    "gated_biases": "none",
+    "rope_tables_fp32": False,
+    "transformer_engine": False,
+    "states": "sub-partitions",
+    "deepspeed": "0.3.15",
+}
+
+
+def merged(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """Those of GPT-NeoX that are not only proposed."""
+    return tuple(c for c in changes if c.framework == "gpt-neox" and not c.proposed)
+
+
+MERGED = merged(reversed(HISTORY))  # oldest first
+_ENDS = tuple(change for change in MERGED if change.ends_era)
+_NEWEST_ERA = "today"
+
+
+def facts_after(changes: Iterable[Change]) -> dict[str, Any]:
+    """The fields of ``TreeFacts`` in a tree that has these changes, and none of the others."""
+    facts = dict(_BEFORE_ALL)
+    for change in changes:
+        facts |= change.sets
+    return facts
+
+
+def era_after(changes: Iterable[Change]) -> str:
+    """The name of the era in which the newest tree has these changes."""
+    ended = {change.ends_era for change in changes}
+    return next((end.ends_era for end in _ENDS if end.ends_era not in ended), _NEWEST_ERA)
+
+
+def changes_of(era: str) -> tuple[Change, ...]:
+    """The changes that the last tree of an era has."""
+    end = next((change.date for change in _ENDS if change.ends_era == era), "")
+    return tuple(change for change in MERGED if not end or change.date < end)
+
+
+def _eras() -> Iterator[Era]:
+    untils = ["of release v1.0 (2023-03-07) and before"]
+    for before, end in pairwise(_ENDS):
+        since = "" if len(untils) == 1 else f"from {before.date[:7]} to "
+        day = end.date[: 7 if since else 10]
+        untils.append(f"{since}before {end.commit} of {day}")
+    untils.append(f"since {_ENDS[-1].date[:7]}")
+    names = (*(end.ends_era for end in _ENDS), _NEWEST_ERA)
+    for name, until in zip(names, untils, strict=True):
+        facts = facts_after(changes_of(name))
+        yield Era(name, until, buffer=facts.pop("inv_freq"), **facts)
+
+
+ERAS: tuple[Era, ...] = tuple(_eras())
 TODAY = ERAS[-1]
 LATER_ERAS = tuple(era for era in ERAS if not era.predates_deepspeed_06)  # since v2.0
-DENSE = {
-    "mlp.linear1.weight": "mlp.dense_h_to_4h.weight",
-    "mlp.linear1.bias": "mlp.dense_h_to_4h.bias",
-    "mlp.linear2.weight": "mlp.dense_4h_to_h.weight",
-    "mlp.linear2.bias": "mlp.dense_4h_to_h.bias",
-}
-LINEAR = {old: new for new, old in DENSE.items()}
 
 
 def era_named(name: str) -> Era:
@@ -143,7 +174,7 @@ def mlp_biases(
     """Whether a tree can run an MLP with biases, and without them.
 
     rule: the tree's ``gated_biases``. activation: as the yml of a tree since 2024-09 spells it.
-    parallel: with gpt_j_residual, whose branch asks whether there is a bias (e37ad2f0, 2024-09).
+    parallel: with gpt_j_residual, whose branch asks for a bias first (neox-gpt-j-no-mlp-bias).
     A plain MLP adds its bias without asking in every tree (ParallelMLP.forward).
     """
     if not gated:
@@ -159,5 +190,5 @@ def fitting(mlp_names: MlpNames, inv_freq: InvFreq, raw: Mapping[str, object]) -
     """The era whose trees write such names and buffers; raw: the yml of the run, or nothing."""
     if mlp_names == "linear":
         return TODAY
-    oldest = inv_freq == "store" and "rotary_save_freqs_buffer" not in raw
+    oldest = inv_freq == "store" and FLAG not in raw
     return era_named("2024-03" if oldest else "2024-09")

@@ -36,7 +36,7 @@ def where(change: Change) -> str:
     """The framework, and its version or commit."""
     if change.framework == "transformers":
         return f"transformers {change.version}"
-    return f"GPT-NeoX {change.commit}"
+    return f"GPT-NeoX {change.commit}{' (proposed)' if change.proposed else ''}"
 
 
 def _name(change: Change) -> str:

@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import DEEPERSPEED_VERSIONS
-from neox_bridge.frameworks.eras import GatedBiases, MlpNames
-from neox_bridge.frameworks.facts import Buffer, TreeFacts
+from neox_bridge.frameworks.eras import FLAG, Buffer, GatedBiases, MlpNames, RmsEps
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.tensors.fused import GqaOrder
 
 POSITIONS = "megatron/model/positional_embeddings.py"
 TRANSFORMER = "megatron/model/transformer.py"
@@ -23,7 +23,6 @@ CHECKPOINTING = "megatron/checkpointing.py"
 ARGUMENTS = ("megatron/neox_arguments/neox_args.py", "megatron/neox_arguments/deepspeed_args.py")
 REQUIREMENTS = "requirements/requirements.txt"
 _V1_DEEPSPEED = "0.3.15"
-FLAG = "rotary_save_freqs_buffer"
 _MOST = 4 << 20
 
 
@@ -137,7 +136,7 @@ def _keys(tree: _Tree) -> frozenset[str]:
 def _inv_freq(tree: _Tree) -> Buffer:
     """Persistent always, by a flag, or never; either where a load hook takes both kinds.
 
-    Before e109bf5e ``register_buffer("inv_freq", inv_freq)``, since then with
+    Before neox-inv-freq ``register_buffer("inv_freq", inv_freq)``, since then with
     ``persistent=save_inv_freqs``, which transformer.py takes from rotary_save_freqs_buffer.
     """
     rotary = _class(tree, POSITIONS, "RotaryEmbedding")
@@ -217,7 +216,7 @@ def _mentions_inv_freq(node: ast.AST) -> bool:
 
 
 def _mlp_names(tree: _Tree) -> MlpNames:
-    """linear1/linear2 since 0d4bdb96 (#1212), before it dense_h_to_4h/dense_4h_to_h."""
+    """linear1/linear2 since neox-mlp-names, before it dense_h_to_4h/dense_4h_to_h."""
     mlp = _class(tree, TRANSFORMER, "ParallelMLP")
     names: dict[str, MlpNames] = {"linear1": "linear", "dense_h_to_4h": "dense"}
     for name, target in _self_assigned(mlp):
@@ -228,7 +227,7 @@ def _mlp_names(tree: _Tree) -> MlpNames:
 
 
 def _plain_mlp_4h(tree: _Tree) -> bool:
-    """Since 0d4bdb96 (#1212) the plain MLP takes its width from intermediate_size."""
+    """Since neox-mlp-width the plain MLP takes its width from intermediate_size."""
     mlp = _class(tree, TRANSFORMER, "ParallelMLP")
     for node in ast.walk(mlp):
         if isinstance(node, ast.Attribute) and node.attr == "intermediate_size":
@@ -241,7 +240,7 @@ def _plain_mlp_4h(tree: _Tree) -> bool:
 def _gated_biases(tree: _Tree) -> GatedBiases:
     """What ParallelTransformerLayer.forward asks before it asserts that ``mlp_bias is None``.
 
-    The kind of MLP until 0d4bdb96 (#1212), the activation until f5325805 (#1325), then the bias.
+    The kind of MLP until neox-mlp-names, the activation until neox-gated-biases, then the bias.
     Trees before LLaMAParallelMLP (2023) assert nothing.
     """
     rules: dict[str, GatedBiases] = {"mlp_type": "none", "activation": "by activation"}
@@ -264,10 +263,10 @@ def _asserts_no_mlp_bias(node: ast.AST) -> bool:
     return isinstance(test, ast.Compare) and _name(test.left) == "mlp_bias"
 
 
-def _gqa_order(tree: _Tree) -> Literal["grouped", "interleaved"]:
-    """How gqa_project splits a rank's rows; by query head before 96c242eb (#1315).
+def _gqa_order(tree: _Tree) -> GqaOrder:
+    """How gqa_project splits a rank's rows; by query head before neox-gqa-order.
 
-    Trees before f36aed7f (2024-02, #1131) have no grouped-query attention at all.
+    Trees before neox-num-kv-heads have no grouped-query attention at all.
     """
     module = tree.module(TRANSFORMER)
     function = _function(module, "gqa_project")
@@ -287,8 +286,8 @@ def _gqa_order(tree: _Tree) -> Literal["grouped", "interleaved"]:
     raise tree.unknown(TRANSFORMER, "gqa_project's split_sizes")
 
 
-def _rms_eps(tree: _Tree) -> Literal["inside", "outside"]:
-    """``rsqrt(var + eps)`` since 4c9f1081 (#1345), before it ``x / (rms + eps)``."""
+def _rms_eps(tree: _Tree) -> RmsEps:
+    """``rsqrt(var + eps)`` since neox-rms-epsilon, before it ``x / (rms + eps)``."""
     forward = _function(_class(tree, NORMS, "RMSNorm"), "forward")
     for node in ast.walk(forward) if forward else ():
         root = isinstance(node, ast.Call) and _name(node.func) in ("rsqrt", "sqrt")
@@ -310,7 +309,7 @@ def _adds_eps(node: ast.AST) -> bool:
 
 
 def _rope_tables_fp32(tree: _Tree) -> bool:
-    """Since 3bfedf47 (2023-09, #1041) _prepare_cache computes the tables in fp32."""
+    """Since neox-rope-fp32 _prepare_cache computes the tables in fp32."""
     prepare = _function(_class(tree, POSITIONS, "RotaryEmbedding"), "_prepare_cache")
     if prepare is not None:
         tree.found("rope_tables_fp32", POSITIONS, prepare)
@@ -318,7 +317,7 @@ def _rope_tables_fp32(tree: _Tree) -> bool:
 
 
 def _transformer_engine(tree: _Tree) -> bool:
-    """Since 8900d05c (2024-12, #1282) layers may be Transformer Engine's."""
+    """Since neox-transformer-engine layers may be Transformer Engine's."""
     for node in ast.walk(tree.module(TRANSFORMER)):
         if isinstance(node, ast.ImportFrom) and node.module == "megatron.model.transformer_engine":
             tree.found("transformer_engine", TRANSFORMER, node)

@@ -20,7 +20,7 @@ _LONGEST_VERSION = 100  # characters
 _FORK = "DeeperSpeed"
 _FIRST_FORK = "2021-02"
 _NAMED_FILES = "2021-04"  # DeeperSpeed 0.3.13, by 81bf16d5; 0.3.15 three weeks later, by 3acce483
-_LAST_FORK = "2023-03"  # v1.0 (71df4d50) is of the 7th, v2.0 (9610391a) of the 9th
+_LAST_FORK = "2023-03"  # v1.0 is of the 7th, v2.0 (neox-deepspeed-08) of the 9th
 _SINCE_V2 = (0, 8, 0)  # the release of DeepSpeed that v2.0 came with is 0.8.3
 
 

@@ -48,7 +48,7 @@ def assemble(
     names: dict[str, str] = {}
     stored: dict[str, TensorRef] = {}
     left = {(rank, n, key) for rank in range(tp) for n, t in ranks[rank].items() for key in t}
-    found, presence_names = {}, set()
+    shapes, presence_names = {}, set()
     fusion = _fusion(raw)
     splits = {}
     table = table_rows(architecture, layers)
@@ -92,7 +92,7 @@ def assemble(
             else:
                 shape = whole_shape(splits[name], shape, tp)
         label = f"{names[name]} ({weight.part})" if weight.part else names[name]
-        found[label] = (weight, shape)
+        shapes[label] = (weight, shape)
     if left:
         refuse_all(architecture.refuse_neox_source(raw), folder)
         strange = sorted(f"layer {n}: {key}" for _, n, key in left)
@@ -100,7 +100,7 @@ def assemble(
             f"{folder} holds tensors that no {architecture.name} model has: {some(strange)}. "
             "They would be lost, so nothing is converted."
         )
-    dims = solve_dims(found, folder)
+    dims = solve_dims(shapes, folder)
     dtype = dtype_of_most(refs[0] for refs in shards.values())
     missing = [
         f"layer {row.layer}: {row.weight.neox}"

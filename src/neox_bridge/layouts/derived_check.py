@@ -11,7 +11,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 # the rounding of a stored value, twice: once stored, once computed on another machine
 _ROUNDING = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 _SUBNORMAL = {"float16": 6e-8}
-_MOST = 4 << 20  # bytes of a bias or a buffer; what is larger is neither
+_MOST_BYTES = 4 << 20  # of a bias or a buffer; what is larger is neither
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> InvF
 
     worst, where = 0.0, ""
     known = {n: r for n, r in stored.items() if r.dtype in _ROUNDING and r.strides is None}
-    small = {name: ref for name, ref in known.items() if ref.nbytes <= _MOST}
+    small = {name: ref for name, ref in known.items() if ref.nbytes <= _MOST_BYTES}
     values = dict(zip(small, _read_all(small.values()), strict=True))
     for name, ref in known.items():
         error = inv_freq_error(config, values[name], ref.dtype) if name in small else float("inf")
@@ -70,13 +70,13 @@ def is_zero(ref: TensorRef) -> bool:
 
     from neox_bridge.tensors.dtypes import to_numpy
 
-    if ref.strides is not None or ref.nbytes > _MOST:
+    if ref.strides is not None or ref.nbytes > _MOST_BYTES:
         return False
     return not np.any(np.frombuffer(_read_all([ref])[0], to_numpy(ref.dtype)) != 0)
 
 
 def _read_all(refs: Iterable[TensorRef]) -> list[bytes]:
-    """All of each tensor, of up to ``_MOST`` bytes."""
+    """All of each tensor, of up to ``_MOST_BYTES`` bytes."""
     return read_pieces([(ref.file, ref.offset, ref.nbytes) for ref in refs])
 
 

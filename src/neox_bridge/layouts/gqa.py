@@ -1,6 +1,6 @@
 """Which order the rows of grouped-query attention have in a GPT-NeoX checkpoint.
 
-The two orders have the same shapes (GPT-NeoX 96c242eb, 2024-11, #1315), so the tensors alone never
+The two orders have the same shapes (neox-gqa-order), so the tensors alone never
 tell.
 """
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.errors import UsageError
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Finding, unrepeated
+from neox_bridge.frameworks.changes import since
 from neox_bridge.frameworks.eras import LATER_ERAS, TODAY, MlpNames, known_keys
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.tensors.fused import GqaOrder, gather_again
@@ -37,9 +38,9 @@ def unknown_order() -> Finding:
     return Finding(
         "gqa-order-unknown",
         "warning",
-        "grouped-query attention: GPT-NeoX changed the order of its rows in 96c242eb (2024-11) "
-        "with the shapes the same, so the files don't tell theirs; today's (grouped) is assumed, "
-        "and the wrong one is another model",
+        "grouped-query attention: GPT-NeoX changed the order of its rows in "
+        f"{since('neox-gqa-order')} with the shapes the same, so the files don't tell theirs; "
+        "today's (grouped) is assumed, and the wrong one is another model",
         "say --gqa-order interleaved for a run of an older GPT-NeoX, --gqa-order grouped to "
         "confirm; `verify --logits --tokens FILE.npz` decides, with logits that the run computed",
         subject="GQA row order",
@@ -52,7 +53,8 @@ def rms_epsilon() -> Finding:
         "rms-epsilon",
         "warning",
         "the GPT-NeoX of that time adds RMSNorm's epsilon to the root, x / (rms + eps); "
-        "transformers, and GPT-NeoX since 4c9f1081 (2025-05), have it inside, sqrt(var + eps): "
+        f"transformers, and GPT-NeoX since {since('neox-rms-epsilon')}, have it inside, "
+        "sqrt(var + eps): "
         "the logits differ by some 1e-4, and no conversion removes that",
         subject="RMSNorm epsilon",
     )
@@ -69,8 +71,7 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
             "the attention of this checkpoint is Transformer Engine's, which has only one order",
             "Leave it out.",
         )
-    assumed = unknown_order()
-    findings = tuple(finding for finding in checkpoint.findings if finding != assumed)
+    findings = tuple(unrepeated(checkpoint.findings, (), ["GQA row order"]))
     older = order == "interleaved" or state.mlp_names == "dense"
     if older and state.rms_eps == "inside" and checkpoint.raw.get("norm") == "rmsnorm":
         findings = (*findings, rms_epsilon())

@@ -142,11 +142,11 @@ def without_head(checkpoint: Checkpoint, findings: Sequence[Finding] = ()) -> Ch
 
 def head_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list[Finding]:
     """What to say of a stored head before anybody has decided."""
-    found = head_relation(checkpoint, most_bytes)
-    if found == "differs":
+    relation = head_relation(checkpoint, most_bytes)
+    if relation == "differs":
         message, remedy = ambiguity(checkpoint)
         return [Finding("head-differs", "warning", message, remedy, subject="stored head")]
-    if found == "unknown":
+    if relation == "unknown":
         name, key = checkpoint.architecture.head, _key(checkpoint)
         return [
             Finding(

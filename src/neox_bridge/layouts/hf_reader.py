@@ -53,9 +53,9 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     """
     config = os.path.join(path, "config.json")
     check_own(config, path)
-    told = read_json(config)
-    check_hf(told)
-    raw, form = dict(complete(told)), form_of(told)
+    original = read_json(config)
+    check_hf(original)
+    raw, form = dict(complete(original)), form_of(original)
     if form is not None:
         kept = read_record(path).get("config")
         if isinstance(kept, dict) and kept.get("model_type") == raw["model_type"]:
@@ -74,7 +74,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     wholes = {name: whole_of(ref) for name, ref in named.items()}
     forms = frozenset(form.name for form in architecture.forms)
     unknown = (
-        unknown_in_mamba_ssm(told)
+        unknown_in_mamba_ssm(original)
         if form is not None
         else unknown_in_config(raw, architecture.model_type, forms)
     )
@@ -132,14 +132,14 @@ def checkpoint_of(
     """
     architecture = for_hf(raw)
     layers = _count_layers(tensors, path, raw)
-    found = {
+    shapes = {
         row.hf: (row.weight, tensors[row.hf].shape)
         for row in table_rows(architecture, layers)
         if row.hf in tensors and not row.weight.neox_only
     }
     presence = Presence(frozenset(tensors), dtype_of_most(tensors.values()), layers)
     _require(architecture, presence, tensors, path, raw)
-    dims = solve_dims(found, path)
+    dims = solve_dims(shapes, path)
     config = architecture.read_hf(raw, dims, presence)
     _check_names(architecture, config, tensors, path)
     check_heads(config, dims, "config.json: num_attention_heads")
@@ -436,14 +436,14 @@ def _renamed(table: _Table, copies: Iterable[Copy], unwrapped: Unwrapped) -> lis
 
 
 def _count_layers(named: Iterable[str], path: str, raw: Mapping[str, Any]) -> int:
-    found = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in named)
-    layers = max((int(match[1]) for match in found if match), default=-1) + 1
+    matches = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in named)
+    layers = max((int(match[1]) for match in matches if match), default=-1) + 1
     if layers > MOST_LAYERS:
         raise BridgeError(f"{path} holds tensors of a layer {layers - 1}, which no model has.")
-    told = raw.get("num_hidden_layers")
-    if told is not None and told != layers:
+    stated = raw.get("num_hidden_layers")
+    if stated is not None and stated != layers:
         raise BridgeError(
-            f"{path}: config.json says num_hidden_layers: {told}, and the files hold {layers}. "
+            f"{path}: config.json says num_hidden_layers: {stated}, and the files hold {layers}. "
             "A file is missing, or the config is another model's."
         )
     return layers
@@ -505,11 +505,11 @@ def _check_names(
 
 
 def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> list[Finding]:
-    found = []
-    told = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
-    for key, dim in told.items():
+    findings = []
+    sizes = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
+    for key, dim in sizes.items():
         if key in raw and raw[key] != dims[dim]:
-            found.append(
+            findings.append(
                 Finding(
                     "config-size",
                     "warning",
@@ -518,4 +518,4 @@ def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> list[Findin
                     subject="config sizes",
                 )
             )
-    return found
+    return findings

@@ -15,7 +15,7 @@ from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
 _ROOT = re.compile(r"(models|datasets|spaces)--(.+)")
-_LONGEST_REF = 256  # bytes
+_REF_BYTES = 256
 _MOST_REFS = 10_000
 _MAIN = "main"
 
@@ -94,4 +94,4 @@ def _commit(root: str, revision: str) -> str | None:
     ref = os.path.join(root, "refs", *revision.split("/"))
     if ".." in revision.split("/") or not isfile(ref):
         return None
-    return os.path.basename(read_text(ref, _LONGEST_REF).strip())
+    return os.path.basename(read_text(ref, _REF_BYTES).strip())

@@ -97,9 +97,9 @@ def at_revision(url: str, revision: str | None) -> tuple[str, str]:
         raise BridgeError(
             f"{url} isn't hf://ORG/NAME, with @REVISION if need be (a slash in it is %2F)."
         )
-    name, told, below = match[1], match[2], match[3] or ""
-    if told and revision is not None:
+    name, named, below = match[1], match[2], match[3] or ""
+    if named and revision is not None:
         raise UsageError(["revision"], f"{url} already names a revision", "Leave it out.")
-    told = told or (quote(revision, safe="") if revision else None)
-    place = f"hf://{name}@{told}{below}" if told else url
-    return place, f"{name}@{unquote(told or 'main')}"
+    named = named or (quote(revision, safe="") if revision else None)
+    place = f"hf://{name}@{named}{below}" if named else url
+    return place, f"{name}@{unquote(named or 'main')}"

@@ -125,8 +125,8 @@ def open_neox(
     layers = _layers(raw, args, folder)
     old = {weight.old for weight in architecture.weights if weight.old}
     mlp_names: MlpNames = "dense" if any(_has(read, name) for name in old) else "linear"
-    told = gqa_order or told_order(raw, record, mlp_names)
-    order = told or "grouped"
+    known_order = gqa_order or told_order(raw, record, mlp_names)
+    order = known_order or "grouped"
     checkpoint = assemble(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
@@ -160,8 +160,8 @@ def open_neox(
         te=frozenset(plain.modules),
         ranks=tuple(read.ranks),
         universal=universal,
-        gqa_order_known=told is not None or "attention" in plain.modules,
-        rms_eps="outside" if told == "interleaved" or mlp_names == "dense" else "inside",
+        gqa_order_known=known_order is not None or "attention" in plain.modules,
+        rms_eps="outside" if known_order == "interleaved" or mlp_names == "dense" else "inside",
         duplicate_keys=tuple(duplicates),
         dp=told_ranks(read.meta, "dp_world_size"),
         missing_ranks=() if universal else missing_ranks(names, read.meta),
@@ -247,7 +247,7 @@ def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None
     """Raise Refused for an output layer whose columns were divided over tensor-parallel ranks.
 
     That is output_layer_parallelism: row, the default of GPT-NeoX v1.0 (megatron/model/
-    transformer.py, ParallelLinear). 25e1fb05 (2023-05-02) disabled it (#905).
+    transformer.py, ParallelLinear). #905 disabled it (2023-05-02).
     """
     rank, ranks = read.ranks[0], len(read.ranks)
     output = rank.get(max(rank, default=0), {}).get("final_linear.weight")
@@ -257,8 +257,10 @@ def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None
     if len(output.shape) == len(embedding.shape) == 2 and (
         output.shape[1] * ranks == embedding.shape[1]
     ):
-        told = raw.get(OUTPUT_LAYER)
-        why = f"{OUTPUT_LAYER}: {told}" if told else f"{OUTPUT_LAYER} is row by default in v1.0"
+        setting = raw.get(OUTPUT_LAYER)
+        why = (
+            f"{OUTPUT_LAYER}: {setting}" if setting else f"{OUTPUT_LAYER} is row by default in v1.0"
+        )
         raise Refused(
             f"{folder}: the columns of final_linear.weight are divided over {ranks} "
             f"tensor-parallel ranks ({why}), and only rows can be read. GPT-NeoX disabled this "
@@ -320,13 +322,13 @@ def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int
 
 
 def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
-    found = {(int(m[1]), int(m[2])): m[0] for n in names if (m := LAYER.fullmatch(n))}
-    _check_one_each(folder, [n for n in names if LAYER.fullmatch(n)], found.values())
-    tp = max(rank for _, rank in found) + 1
+    layer_files = {(int(m[1]), int(m[2])): m[0] for n in names if (m := LAYER.fullmatch(n))}
+    _check_one_each(folder, [n for n in names if LAYER.fullmatch(n)], layer_files.values())
+    tp = max(rank for _, rank in layer_files) + 1
     stage_files = [name for name in names if RANK.fullmatch(name)]
-    order = sorted(found)
+    order = sorted(layer_files)
     first = [os.path.join(folder, name) for name in stage_files[:1]]
-    started = ahead([*first, *(os.path.join(folder, found[place]) for place in order)])
+    started = ahead([*first, *(os.path.join(folder, layer_files[place]) for place in order)])
     meta = _read_meta(next(started)) if first else {}
     if isinstance(meta.get("module"), dict) and meta["module"]:
         raise Refused(
@@ -337,18 +339,18 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
         )
     args = settings(meta, folder)
     tp = max(tp, whole(args, "model_parallel_size", folder) or 1)
-    told = whole({**raw, **args}, "num_layers", folder)
-    last = max(layer for layer, _ in found)
-    layers = told if told is not None else last - (4 if raw.get("no_weight_tying") else 3)
-    _check_count(folder, f"{layers} layers on {tp} ranks", layers * tp, len(found))
-    want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in found}
+    stated = whole({**raw, **args}, "num_layers", folder)
+    last = max(layer for layer, _ in layer_files)
+    layers = stated if stated is not None else last - (4 if raw.get("no_weight_tying") else 3)
+    _check_count(folder, f"{layers} layers on {tp} ranks", layers * tp, len(layer_files))
+    want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in layer_files}
     if raw.get("no_weight_tying"):
         want.add(layers + 4)
     lacking = (
         f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
         for layer in sorted(want)
         for rank in range(tp)
-        if (layer, rank) not in found
+        if (layer, rank) not in layer_files
     )
     if missing := list(islice(lacking, _SHOWN)):
         raise BridgeError(
@@ -361,37 +363,37 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
         value = read_torch(path, alike=True)
         ranks[rank][layer] = without_wrappers(_tensors(value, path), path)
         states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]
-    files = [os.path.join(folder, name) for name in (*found.values(), *stage_files)]
+    files = [os.path.join(folder, name) for name in (*layer_files.values(), *stage_files)]
     lost = missing_ranks(names, meta)
     stages = max(1, (told_ranks(meta, "mp_world_size") or 1 if lost else len(stage_files)) // tp)
     return _Read("layers", ranks, meta, stages, tuple(sorted(files)), tuple(states))
 
 
 def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
-    found = {int(m[1]): m[0] for name in names if (m := RANK.fullmatch(name))}
-    if not found:
+    rank_files = {int(m[1]): m[0] for name in names if (m := RANK.fullmatch(name))}
+    if not rank_files:
         raise BridgeError(
             f"{folder} holds neither layer_*-model_*-model_states.pt nor "
             "mp_rank_*_model_states.pt: it isn't a GPT-NeoX checkpoint, or only part of one."
         )
-    _check_one_each(folder, [n for n in names if RANK.fullmatch(n)], found.values())
+    _check_one_each(folder, [n for n in names if RANK.fullmatch(n)], rank_files.values())
     values = {}
-    ordered = sorted(found)
-    paths = (os.path.join(folder, found[rank]) for rank in ordered)
+    ordered = sorted(rank_files)
+    paths = (os.path.join(folder, rank_files[rank]) for rank in ordered)
     for rank, path in zip(ordered, ahead(paths), strict=True):
         values[rank] = _read_meta(path)
     first = values[min(values)]
     args = settings(first, folder)
-    tp = max(max(found) + 1, whole(args, "model_parallel_size", folder) or 1)
-    _check_count(folder, f"{tp} ranks", tp, len(found))
-    if missing := [f"mp_rank_{r:02d}_model_states.pt" for r in range(tp) if r not in found]:
+    tp = max(max(rank_files) + 1, whole(args, "model_parallel_size", folder) or 1)
+    _check_count(folder, f"{tp} ranks", tp, len(rank_files))
+    if missing := [f"mp_rank_{r:02d}_model_states.pt" for r in range(tp) if r not in rank_files]:
         raise BridgeError(
             f"{folder} isn't whole: {some(missing)} missing, of {tp} tensor-parallel ranks. "
             "Copy the checkpoint again."
         )
     ranks = []
     for rank in range(tp):
-        path = os.path.join(folder, found[rank])
+        path = os.path.join(folder, rank_files[rank])
         module = values[rank].get("module")
         if not isinstance(module, dict):
             raise BridgeError(
@@ -399,7 +401,7 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
                 "beside it. Copy the checkpoint again."
             )
         ranks.append(_by_layer(_tensors(module, path), path))
-    files = tuple(os.path.join(folder, name) for _, name in sorted(found.items()))
+    files = tuple(os.path.join(folder, name) for _, name in sorted(rank_files.items()))
     states = tuple(_states(first.get("module")))
     return _Read("ranks", ranks, first, 1, files, states)
 
@@ -421,14 +423,14 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
             f"{folder} isn't whole: it has {len(paths)} mp_rank files, of {tp} tensor-parallel "
             "ranks. Copy the checkpoint again."
         )
-    found = masters(folder, metas, tp)
+    stored = masters(folder, metas, tp)
     buffers = [str(name) for meta in metas for name in meta.get("buffer_names") or ()]
     return _Read(
-        "ranks" if found.numbered else "layers",
-        found.ranks,
+        "ranks" if stored.numbered else "layers",
+        stored.ranks,
         metas[0],
         len(paths) // tp,
-        (*sorted(found.files), *paths),
+        (*sorted(stored.files), *paths),
         tp=tp,
         stores_buffers=any(name.endswith(INV_FREQ) for name in buffers),
     )
@@ -443,11 +445,11 @@ def _check_one_each(folder: str, names: Sequence[str], read: Collection[str]) ->
         )
 
 
-def _check_count(folder: str, what: str, count: int, found: int) -> None:
+def _check_count(folder: str, what: str, count: int, present: int) -> None:
     """BridgeError where so many files are missing that their names can't be listed."""
     if count > _MOST_FILES:
         raise BridgeError(
-            f"{folder} isn't whole: it says {what}, and holds {found} files. "
+            f"{folder} isn't whole: it says {what}, and holds {present} files. "
             "Copy the checkpoint again."
         )
 
@@ -476,12 +478,12 @@ def _tensors(value: object, path: str) -> dict[str, TensorRef]:
     if not isinstance(value, dict):
         raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no state dict.")
     check_names(value, path)
-    own = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
-    if strange := [str(k)[:100] for k, v in own.items() if not isinstance(v, TensorRef)]:
+    weights = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
+    if strange := [str(k)[:100] for k, v in weights.items() if not isinstance(v, TensorRef)]:
         raise BridgeError(
             f"{path}: not a tensor: {some(strange)}. This isn't known to be of a model."
         )
-    return own
+    return weights
 
 
 def _states(value: object) -> list[str]:
@@ -497,11 +499,11 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
                 f"{folder}: the yml says {key}: {raw[key]}, and the checkpoint's own args say "
                 f"{args[key]}. The yml is another model's; name the right one with --config."
             )
-    told = whole(args, "model_parallel_size", folder)
-    if told is not None and told != (read.tp or len(read.ranks)):
+    ranks = whole(args, "model_parallel_size", folder)
+    if ranks is not None and ranks != (read.tp or len(read.ranks)):
         raise BridgeError(
             f"{folder} holds files of {len(read.ranks)} tensor-parallel ranks, and its args say "
-            f"{told}: left-over files of another layout? Keep only one layout's."
+            f"{ranks}: left-over files of another layout? Keep only one layout's."
         )
 
 

@@ -74,14 +74,14 @@ def open_checkpoint(
     tell. Raises BridgeError or Refused; nothing
     in the checkpoint is executed.
     """
-    found = _opened(afresh(source), revision, step, configs, gqa_order)
-    if found.missing_tokenizer:
+    checkpoint = _opened(afresh(source), revision, step, configs, gqa_order)
+    if checkpoint.missing_tokenizer:
         from neox_bridge.layouts.run_tokenizer import missing_finding
 
-        if finding := missing_finding(found):
-            found = replace(found, findings=(*found.findings, finding))
-    home = found.neox.root if found.neox is not None else found.path
-    return replace(found, findings=(*found.findings, *interrupted(home)))
+        if finding := missing_finding(checkpoint):
+            checkpoint = replace(checkpoint, findings=(*checkpoint.findings, finding))
+    home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
+    return replace(checkpoint, findings=(*checkpoint.findings, *interrupted(home)))
 
 
 def open_with(source: str, configs: Sequence[str], **options: Any) -> Checkpoint:
@@ -140,8 +140,12 @@ def _opened(
         place = find_source(*model)
         source, named = place.path, place.revision
         repo, findings = place.repo, place.findings
-    found = _open_folder(source, named, step, configs, gqa_order)
-    return replace(found, hub_repo=repo, findings=(*found.findings, *findings)) if repo else found
+    checkpoint = _open_folder(source, named, step, configs, gqa_order)
+    return (
+        replace(checkpoint, hub_repo=repo, findings=(*checkpoint.findings, *findings))
+        if repo
+        else checkpoint
+    )
 
 
 def _open_folder(
@@ -174,16 +178,16 @@ def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
 
     if os.path.islink(source):
         raise BridgeError(missing_message(source))
-    found = model_id(source)
-    if found is None or source.startswith((".", "/", "~")):
+    model = model_id(source)
+    if model is None or source.startswith((".", "/", "~")):
         name, at, branch = source.partition("@")
         known = full_id(name)
         hint = f" Did you mean {known}{at}{branch}, on the Hub?" if known else ""
         raise BridgeError(f"{source}: no such folder.{hint}")
-    repo, own = found
-    if own and revision is not None:
+    repo, branch_in_name = model
+    if branch_in_name and revision is not None:
         raise UsageError(["revision"], f"{source} already names a revision", "Leave it out.")
-    return repo, own or revision
+    return repo, branch_in_name or revision
 
 
 def _refuse_neox_options(source: str, step: int | None, configs: Sequence[str]) -> NoReturn:

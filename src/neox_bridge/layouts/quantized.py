@@ -30,8 +30,8 @@ CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 # files beside the weights that do
 _FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _README = "README.md"
-_MOST_README = 1 << 20  # bytes
-_LONGEST_NAME = 200  # characters
+_README_BYTES = 1 << 20
+_NAME_CHARACTERS = 200
 
 # method: the ends of names of which one is proof, the first that fits is taken
 _PROOF: tuple[tuple[str, str], ...] = (
@@ -154,19 +154,19 @@ def refuse_quantized(
     weights: the names among them that the family has as weights.
     classes: see ``quantized_class``, by the names of what is no plain tensor.
     """
-    told = quantization_of(path, config, tensors, frozenset(weights), classes)
-    if told is not None:
+    quantization = quantization_of(path, config, tensors, frozenset(weights), classes)
+    if quantization is not None:
         raise QuantizedModel(
-            f"{path} is quantized ({told.label}: {'; '.join(told.evidence)}): it holds packed or "
-            "scaled numbers in the place of weights, and removing the scales would leave another "
-            f"model. Way out: {way_out(told)}.",
-            QuantizedFolder(kind, path, told, config, tensors, files),
+            f"{path} is quantized ({quantization.label}: {'; '.join(quantization.evidence)}): it "
+            "holds packed or scaled numbers in the place of weights, and removing the scales would "
+            f"leave another model. Way out: {way_out(quantization)}.",
+            QuantizedFolder(kind, path, quantization, config, tensors, files),
         )
 
 
-def way_out(told: Quantization) -> str:
+def way_out(quantization: Quantization) -> str:
     """What to do about a quantized model."""
-    named = f", {told.original}" if told.original else ""
+    named = f", {quantization.original}" if quantization.original else ""
     return f"convert the original, unquantized model{named}"
 
 
@@ -209,7 +209,7 @@ def quantized_class(value: object) -> str:
         if isinstance(part, Global) and (
             part.module.split(".")[0] in _LIBRARIES or part.name in _QUANTIZED_TORCH
         ):
-            return f"{part.module}.{part.name}"[:_LONGEST_NAME]
+            return f"{part.module}.{part.name}"[:_NAME_CHARACTERS]
     return ""
 
 
@@ -227,7 +227,7 @@ def original_of(path: str, config: Mapping[str, Any]) -> str:
     """The unquantized model that a folder names: README's base_model, or ``_name_or_path``."""
     inside = [_read(path, name).get("model_name_or_path") for name in _FILES]
     for word in (_base_model(path), config.get("_name_or_path"), *inside):
-        if isinstance(word, str) and 0 < len(word) <= _LONGEST_NAME and word.isprintable():
+        if isinstance(word, str) and 0 < len(word) <= _NAME_CHARACTERS and word.isprintable():
             local = os.path.abspath(word) == os.path.abspath(path)
             if not local and (isdir(word) or re.fullmatch(r"[\w.-]+/[\w.-]+", word)):
                 return word
@@ -293,7 +293,7 @@ def _base_model(path: str) -> str | None:
         if not isdir(path) or _README not in list_folder(path):
             return None
         file = os.path.join(path, _README)
-        text = read_text(file, _MOST_README) if brought_along(file, path) else ""
+        text = read_text(file, _README_BYTES) if brought_along(file, path) else ""
     except BridgeError:
         return None
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)

@@ -79,47 +79,49 @@ def open_raw_llama(path: str) -> Checkpoint:
     Raises BridgeError or Refused, naming the file or the key.
     """
     check_own(os.path.join(path, PARAMS), path)
-    told = read_json(os.path.join(path, PARAMS))
-    params = _read_params(told, os.path.join(path, PARAMS))
+    settings = read_json(os.path.join(path, PARAMS))
+    params = _read_params(settings, os.path.join(path, PARAMS))
     files, shards = _shards(path)
     for shard in shards:
-        refuse_quantized("hf", path, told, shard, files)
+        refuse_quantized("hf", path, settings, shard, files)
     tensors, dropped = _gathered(shards, params, path)
-    positions, guessed = _positions(told, params, of_mistral=files[0].endswith(".safetensors"))
-    window = told.get("sliding_window")
+    positions, guessed = _positions(settings, params, of_mistral=files[0].endswith(".safetensors"))
+    window = settings.get("sliding_window")
     config = {
         "architectures": ["LlamaForCausalLM" if window is None else "MistralForCausalLM"],
         "model_type": "llama" if window is None else "mistral",
         **({} if window is None else {"sliding_window": window}),
-        **({} if told.get("head_dim") is None else {"head_dim": told["head_dim"]}),
+        **({} if settings.get("head_dim") is None else {"head_dim": settings["head_dim"]}),
         "hidden_size": params.hidden,
-        "num_hidden_layers": told.get("n_layers"),
+        "num_hidden_layers": settings.get("n_layers"),
         "num_attention_heads": params.heads,
         "num_key_value_heads": params.kv_heads,
         "rms_norm_eps": params.eps,
         "rope_theta": params.base,
         "max_position_embeddings": positions,
         "hidden_act": "silu",
-        "tie_word_embeddings": bool(told.get("tied_embeddings")),
+        "tie_word_embeddings": bool(settings.get("tied_embeddings")),
     }
     check_hf(config, os.path.join(path, PARAMS))
-    unknown = unknown_in_params(told)
+    unknown = unknown_in_params(settings)
     checkpoint = checkpoint_of(path, config, tensors, files, dropped, unknown=unknown)
     return replace(checkpoint, findings=(*checkpoint.findings, *guessed))
 
 
-def _read_params(told: Mapping[str, Any], path: str) -> _Params:
-    if lacking := [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in told]:
+def _read_params(settings: Mapping[str, Any], path: str) -> _Params:
+    if lacking := [
+        key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in settings
+    ]:
         raise BridgeError(f"{path} lacks {some(lacking)}: it isn't that of a Llama.")
-    if told.get("use_scaled_rope"):
+    if settings.get("use_scaled_rope"):
         raise Refused(
             f"{path}: use_scaled_rope: GPT-NeoX can't scale its rotary frequencies, and without "
             "that it is another model. Way out: a Llama before 3.1."
         )
-    if told.get("moe") is not None:
+    if settings.get("moe") is not None:
         raise Refused(f"{path}: moe: the model has experts, which this version does not convert.")
     for key in ("quantization", "quantization_args"):
-        if told.get(key):
+        if settings.get(key):
             raise Refused(
                 f"{path}: {key}: the weights are quantized. Way out: convert the original, "
                 "unquantized model."
@@ -127,15 +129,15 @@ def _read_params(told: Mapping[str, Any], path: str) -> _Params:
     names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "norm_eps": "rms_norm_eps"}
     names |= {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
     names |= {"rope_theta": "rope_theta", "max_seq_len": "max_position_embeddings"}
-    for own, name in names.items():
-        check_hf({name: told.get(own)}, f"{path}: {own}")
-    heads = number("n_heads", told["n_heads"], int)
+    for word, name in names.items():
+        check_hf({name: settings.get(word)}, f"{path}: {word}")
+    heads = number("n_heads", settings["n_heads"], int)
     return _Params(
-        number("dim", told["dim"], int),
+        number("dim", settings["dim"], int),
         heads,
-        number("n_kv_heads", told.get("n_kv_heads") or heads, int),
-        number("norm_eps", told["norm_eps"], float),
-        number("rope_theta", told.get("rope_theta") or 10000.0, float),
+        number("n_kv_heads", settings.get("n_kv_heads") or heads, int),
+        number("norm_eps", settings["norm_eps"], float),
+        number("rope_theta", settings.get("rope_theta") or 10000.0, float),
     )
 
 
@@ -167,8 +169,8 @@ def _shards(path: str) -> tuple[tuple[str, ...], list[Mapping[str, TensorRef]]]:
     return files, [tensors]
 
 
-def _check_count(path: str, found: Mapping[int, str], wanted: range, name: str) -> None:
-    missing = next((n for n in wanted if n not in found), None)
+def _check_count(path: str, present: Mapping[int, str], wanted: range, name: str) -> None:
+    missing = next((n for n in wanted if n not in present), None)
     if missing is not None:
         raise BridgeError(
             f"{path} isn't whole: {name.format(missing)} is missing. Download it again."
@@ -248,21 +250,22 @@ def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
 
 
 def _positions(
-    told: Mapping[str, Any], params: _Params, *, of_mistral: bool
+    settings: Mapping[str, Any], params: _Params, *, of_mistral: bool
 ) -> tuple[int, list[Finding]]:
     """max_position_embeddings, which the files mostly don't say (the released models' own)."""
     for key in ("max_seq_len", "max_position_embeddings"):
-        if told.get(key) is not None:
-            return number(key, told[key], int), []
+        if settings.get(key) is not None:
+            return number(key, settings[key], int), []
     by_base = {500000.0: 8192, 1000000.0: 16384}  # Llama 3, CodeLlama
     by_eps = 2048 if params.eps < 5e-6 else 4096  # Llama 1, Llama 2
-    found = 32768 if of_mistral else by_base.get(params.base, by_eps)
-    return found, [
+    positions = 32768 if of_mistral else by_base.get(params.base, by_eps)
+    models = "Mistral" if of_mistral else "Llama with this base and epsilon"
+    return positions, [
         Finding(
             "positions-assumed",
             "warning",
-            f"{PARAMS} doesn't say how many positions the model has; {found} are assumed, those "
-            f"of the released {'Mistral' if of_mistral else 'Llama with this base and epsilon'}",
+            f"{PARAMS} doesn't say how many positions the model has; {positions} are assumed, "
+            f"those of the released {models}",
             f'add "max_seq_len" to {PARAMS} if that is wrong',
         )
     ]

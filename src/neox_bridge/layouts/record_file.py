@@ -61,9 +61,9 @@ def read_record(folder: str) -> dict[str, Any]:
         return {}
     record = read_json(path)
     _check(record, _KINDS, path, "")
-    told = record.get("neox") or {}
-    _check(told, _NEOX, path, "neox.")
-    check_neox(told.get("yml") or {}, f"{path}: neox.yml")
+    neox = record.get("neox") or {}
+    _check(neox, _NEOX, path, "neox.")
+    check_neox(neox.get("yml") or {}, f"{path}: neox.yml")
     check_hf(record.get("config") or {}, f"{path}: config")
     return record
 

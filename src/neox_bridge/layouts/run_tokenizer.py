@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Finding, unrepeated
 from neox_bridge.frameworks.suites import TOKENIZER_REPO
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.step_folder import StepFolder
@@ -21,7 +21,7 @@ from neox_bridge.stores.step_names import step_of
 
 _MAIN = "tokenizer.json"
 _NEOX_20B = "20B_tokenizer.json"  # the name that EleutherAI's ymls have for it
-_LONGEST_NAME = 4096  # characters of a path
+_PATH_CHARACTERS = 4096  # of a path
 
 
 def named_tokenizer(raw: Mapping[str, Any]) -> str:
@@ -32,7 +32,7 @@ def named_tokenizer(raw: Mapping[str, Any]) -> str:
     kind, name = raw.get("tokenizer_type") or "HFTokenizer", raw.get("vocab_file")
     if not isinstance(name, str) or str(kind).lower() != "hftokenizer":
         return ""
-    return name if name.endswith(".json") and len(name) <= _LONGEST_NAME else ""
+    return name if name.endswith(".json") and len(name) <= _PATH_CHARACTERS else ""
 
 
 def local_tokenizer(place: StepFolder, raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -65,8 +65,7 @@ def with_tokenizer(checkpoint: Checkpoint, files: Sequence[str]) -> Checkpoint:
 
 def not_missing(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint where nothing is said of the tokenizer, since there is one."""
-    finding = missing_finding(checkpoint)
-    findings = tuple(one for one in checkpoint.findings if one != finding)
+    findings = tuple(unrepeated(checkpoint.findings, (), ["tokenizer"]))
     return replace(checkpoint, missing_tokenizer="", findings=findings)
 
 
@@ -82,6 +81,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
             "info",
             f"the yml names the tokenizer {name}, which {checkpoint.hub_repo} does not hold",
             "convert, batch and reshard look for it on the Hub; --tokenizer PATH names another",
+            subject="tokenizer",
         )
     option = f"--tokenizer {TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}"
     remedy = f"add {option} to convert"
@@ -93,6 +93,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
         f"the yml names the tokenizer {name}, which is not on this machine, and {state.folder} has "
         f"no {base}, so that it is not known how many rows of the vocabulary are padding",
         remedy,
+        subject="tokenizer",
     )
 
 

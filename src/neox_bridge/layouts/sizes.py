@@ -11,13 +11,13 @@ from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 
-def solve_dims(found: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:
+def solve_dims(shapes: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:
     """The size of each named dimension, from tensors' whole shapes by name.
 
     Raises BridgeError naming both tensors where two contradict each other.
     """
     dims: dict[str, tuple[int, str]] = {}
-    for name, (weight, shape) in found.items():
+    for name, (weight, shape) in shapes.items():
         if len(shape) != len(weight.shape):
             raise BridgeError(
                 f"{path}: {name} has the shape {list(shape)}; {len(weight.shape)} dimensions "

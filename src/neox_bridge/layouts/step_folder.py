@@ -19,7 +19,7 @@ from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
 _STEP = re.compile(r"global_step(\d+)")
-_LONGEST_TAG = 1024  # bytes
+_TAG_BYTES = 1024
 _HUB_OWNER = re.compile(r"hf:/?/?[^/]*")  # above hf://ORG/NAME
 _SNAPSHOTS = re.compile(r".*/(models|datasets|spaces)--[^/]+/snapshots", re.DOTALL)
 
@@ -75,7 +75,7 @@ def _chosen(path: str, names: Sequence[str], step: int | None) -> str:
             if len(renamed) == 1:
                 return renamed[0]
     elif brought_along(latest := os.path.join(path, "latest"), path):
-        tag = read_text(latest, _LONGEST_TAG).strip()
+        tag = read_text(latest, _TAG_BYTES).strip()
         if tag in steps:
             return tag
         if tag in names and holds_weights(os.path.join(path, tag)):
@@ -83,7 +83,7 @@ def _chosen(path: str, names: Sequence[str], step: int | None) -> str:
     elif len(steps) == 1:
         tag = steps[0]
     elif brought_along(latest := os.path.join(path, LATEST), path):
-        tag = os.path.basename(read_text(latest, _LONGEST_TAG).strip())
+        tag = os.path.basename(read_text(latest, _TAG_BYTES).strip())
         if is_universal(os.path.join(path, tag)):
             return tag
     else:
@@ -174,7 +174,7 @@ def _git_branch(folder: str) -> str:
     if is_url(folder) or not isfile(head):
         return ""
     with suppress(BridgeError):
-        _, ref, branch = read_text(head, _LONGEST_TAG).strip().partition("refs/heads/")
+        _, ref, branch = read_text(head, _TAG_BYTES).strip().partition("refs/heads/")
         return branch if ref else ""
     return ""
 

@@ -6,7 +6,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-_LONGEST = 500  # characters
+_NAME_CHARACTERS = 500
 
 
 def check_names(names: Iterable[object], file: str) -> None:
@@ -20,7 +20,7 @@ def check_names(names: Iterable[object], file: str) -> None:
                 f"{file} has a {type(name).__name__} where the name of a tensor should be. It "
                 "isn't a state dict."
             )
-        if not name.isprintable() or len(name) > _LONGEST:
+        if not name.isprintable() or len(name) > _NAME_CHARACTERS:
             raise BridgeError(
                 f"{file} has a tensor of the name {name[:60]!r}, which no model has: it isn't "
                 "short wording text. Don't use this file."

@@ -9,11 +9,11 @@ from neox_bridge.formats.file_kinds import refuse_misplaced
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.stores.paths import listdir
 
-_MOST = 4 << 20  # bytes of a config
+_CONFIG_BYTES = 4 << 20  # of a config
 LARGE = 48 << 20  # of a tokenizer or an index
 
 
-def read_text(path: str, most: int = _MOST) -> str:
+def read_text(path: str, most: int = _CONFIG_BYTES) -> str:
     """The text of a small file. Raises BridgeError for one that isn't UTF-8 or is too large."""
     raw = read_bytes(path, most)
     refuse_misplaced(path, raw)
@@ -23,7 +23,7 @@ def read_text(path: str, most: int = _MOST) -> str:
         raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
 
 
-def read_json(path: str, most: int = _MOST, depth: int | None = DEPTH) -> dict[str, Any]:
+def read_json(path: str, most: int = _CONFIG_BYTES, depth: int | None = DEPTH) -> dict[str, Any]:
     """A JSON object from a file. Raises BridgeError, with the line, for anything else.
 
     most: bytes. depth: see ``parse_json``.
@@ -44,7 +44,7 @@ def read_json(path: str, most: int = _MOST, depth: int | None = DEPTH) -> dict[s
     return value
 
 
-def read_bytes(path: str, most: int = _MOST) -> bytes:
+def read_bytes(path: str, most: int = _CONFIG_BYTES) -> bytes:
     """All of a small file. Raises BridgeError for one that is too large or isn't a file."""
     with open_regular(path) as file:
         raw = file.read(most + 1)

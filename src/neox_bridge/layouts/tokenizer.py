@@ -52,11 +52,11 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
     Raises BridgeError for what isn't a file or leads out of it: they are copied as they are.
     """
     places = [os.path.join(folder, name) for name in NAMES]
-    found = tuple(path for path in places if brought_along(path, root or folder))
-    for path in found:
+    files = tuple(path for path in places if brought_along(path, root or folder))
+    for path in files:
         with open_regular(path) as file:
             refuse_misplaced(path, file.read(HEAD_BYTES))
-    return found
+    return files
 
 
 def tokenizer_at(path: str) -> tuple[str, ...]:
@@ -66,10 +66,10 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
     """
     path = paths.plain(path)
     if paths.isdir(path):
-        found = tokenizer_files(path)
-        if not any(os.path.basename(file) == "tokenizer.json" for file in found):
+        files = tokenizer_files(path)
+        if not any(os.path.basename(file) == "tokenizer.json" for file in files):
             raise BridgeError(f"--tokenizer {path}: no tokenizer.json in this folder.")
-        return found
+        return files
     if not paths.isfile(path):
         if _MODEL.fullmatch(path):
             from neox_bridge.layouts.hub_tokenizer import published_tokenizer

@@ -85,8 +85,10 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
     what judges it, and no target takes them over. Raises Refused where GPT-NeoX computes something
     with them that its own modules don't.
     """
-    found = {m for rank in ranks for t in rank.values() for key in t if (m := plain_name(key)[1])}
-    modules = frozenset(found)
+    te_modules = {
+        m for rank in ranks for t in rank.values() for key in t if (m := plain_name(key)[1])
+    }
+    modules = frozenset(te_modules)
     _refuse(raw, modules, len(ranks), folder)
     dropped: list[Dropped] = []
     renamed: list[dict[int, dict[str, TensorRef]]] = []
@@ -109,8 +111,8 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
     findings: tuple[Finding, ...] = ()
     if "mlp" in modules:
         settings |= _mlp_settings(settings)
-        told = epsilon_key(settings.get("norm"))
-        eps = number(told, settings.get(told, fixed_epsilon(settings.get("norm"))), float)
+        eps_key = epsilon_key(settings.get("norm"))
+        eps = number(eps_key, settings.get(eps_key, fixed_epsilon(settings.get("norm"))), float)
         findings = tuple(epsilon(eps, settings.get("norm")))
     return Plain(renamed, settings, modules, tuple(dropped), findings)
 
@@ -162,12 +164,12 @@ def _drop_zeros(
 
 def _mlp_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What LayerNormMLP computes: tanh-gelu always; its norm is never that of the attention."""
-    found: dict[str, Any] = {"gpt_j_tied": False} if raw.get("gpt_j_tied") else {}
+    settings: dict[str, Any] = {"gpt_j_tied": False} if raw.get("gpt_j_tied") else {}
     if (raw.get("activation") or "gelu") == "gelu":
-        found["bias_gelu_fusion"] = True
+        settings["bias_gelu_fusion"] = True
     if raw.get("activation") in GATED:
-        found["mlp_type"] = "regular"
-    return found
+        settings["mlp_type"] = "regular"
+    return settings
 
 
 def epsilon_key(norm: object) -> str:
@@ -180,17 +182,17 @@ def fixed_epsilon(norm: object) -> float:
     return 1e-8 if norm == "rmsnorm" else 1e-5
 
 
-def epsilon(told: float, norm: object) -> list[Finding]:
+def epsilon(eps: float, norm: object) -> list[Finding]:
     """A finding where the two norms of a block don't have the same epsilon."""
     fixed = fixed_epsilon(norm)
-    if told == fixed:
+    if eps == fixed:
         return []
     return [
         Finding(
             "te-epsilon",
             "warning",
             f"te_layernorm_mlp: the norm in front of the MLP takes {fixed:g} as its epsilon, "
-            f"whatever {epsilon_key(norm)} says, and the others take {told:g}: the logits differ a "
+            f"whatever {epsilon_key(norm)} says, and the others take {eps:g}: the logits differ a "
             "little from those of a model with one epsilon",
         )
     ]

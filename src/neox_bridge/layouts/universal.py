@@ -65,23 +65,25 @@ def masters(folder: str, metas: Sequence[Mapping[str, Any]], tp: int) -> Masters
     metas: the mp_rank files' values. tp: the ranks that they are of.
     Raises BridgeError for files that are missing or aren't such a checkpoint's.
     """
-    found = stored_states(folder, MASTER)
+    states = stored_states(folder, MASTER)
     order = [name for meta in metas for group in parameter_shapes(meta, folder) for name in group]
-    if odd := sorted(set(order) ^ set(found)):
+    if odd := sorted(set(order) ^ set(states)):
         raise BridgeError(
             f"{folder}: {some(odd)} isn't in both {ZERO} and the param_shapes of the mp_rank files."
             " Copy the checkpoint again."
         )
-    files = tuple(stored.ref.file for stored in found.values())
-    numbered = all(name.startswith("sequential.") for name in found)
-    return Masters(by_rank({name: found[name] for name in order}, tp), files, numbered)
+    files = tuple(stored.ref.file for stored in states.values())
+    numbered = all(name.startswith("sequential.") for name in states)
+    return Masters(by_rank({name: states[name] for name in order}, tp), files, numbered)
 
 
 def dtype_of(meta: Mapping[str, Any]) -> str:
     """In which dtype the run computes, as its mp_rank files' ds_config says."""
-    told = meta.get("ds_config") or {}
+    config = meta.get("ds_config") or {}
     kinds = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
-    return next((d for key, d in kinds.items() if (told.get(key) or {}).get("enabled")), "float32")
+    return next(
+        (d for key, d in kinds.items() if (config.get(key) or {}).get("enabled")), "float32"
+    )
 
 
 def as_computed(
@@ -100,15 +102,15 @@ def as_computed(
         for row in model_rows(architecture, config)
         if row.weight.split == "row_bias" and config.parallel_residual and copies > 1
     }
-    found = {}
+    computed = {}
     for name, whole in tensors.items():
         rounded = replace(whole, dtype=dtype)
         if name in summed:
             ref = next(piece.source for piece in whole.pieces)
             assert ref is not None
             rounded = Whole(dtype, whole.shape, (box(ref),) * copies, "sum")
-        found[name] = rounded
-    return replace(config, dtype=dtype), found
+        computed[name] = rounded
+    return replace(config, dtype=dtype), computed
 
 
 def parameter_shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, Any]]:
@@ -125,7 +127,7 @@ def _names(folder: str) -> list[str]:
 
 def stored_states(folder: str, key: str) -> dict[str, Stored]:
     """A state of every parameter, by DeepSpeed's name of it."""
-    found = {}
+    states = {}
     for name in _names(folder):
         path = os.path.join(folder, ZERO, name, file_name(key))
         if not isfile(path):
@@ -135,15 +137,15 @@ def stored_states(folder: str, key: str) -> dict[str, Stored]:
         if not isinstance(value, dict) or not isinstance(ref, TensorRef):
             raise BridgeError(f"{path} holds no param: it isn't a universal checkpoint's.")
         check_tensor("param", ref, path)
-        found[name] = Stored(ref, value.get("cat_dim") == 0 and set(value) == {"cat_dim", "param"})
-    return found
+        states[name] = Stored(ref, value.get("cat_dim") == 0 and set(value) == {"cat_dim", "param"})
+    return states
 
 
-def by_rank(found: Mapping[str, Stored], tp: int) -> Shards:
+def by_rank(states: Mapping[str, Stored], tp: int) -> Shards:
     """The ranks' parts where all are joined, as ds_to_universal.py does that was told of none."""
-    count = tp if all(stored.joined for stored in found.values()) else 1
+    count = tp if all(stored.joined for stored in states.values()) else 1
     ranks: Shards = [{} for _ in range(count)]
-    for name, stored in sorted(found.items(), key=lambda item: parameter(item[0], ZERO)[0]):
+    for name, stored in sorted(states.items(), key=lambda item: parameter(item[0], ZERO)[0]):
         layer, short = parameter(name, stored.ref.file)
         for rank in range(count):
             ranks[rank].setdefault(layer, {})[short] = _rows(stored.ref, count, rank)

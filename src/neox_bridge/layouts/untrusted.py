@@ -13,8 +13,8 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.pickles import Global, Record
 
 _MOST_VALUES = 100_000  # of a run's args, with those inside them
-_MOST_TEXT = 1 << 20  # characters of them
-_LONGEST_NAME = 500  # characters
+_TEXT_CHARACTERS = 1 << 20  # of them
+_NAME_CHARACTERS = 500
 _INT64 = 1 << 63
 _MOST_COUNT = 1 << 30  # sequences of a step, ranks
 _LARGEST = 1e300  # of a hyperparameter
@@ -127,7 +127,7 @@ def _kind(value: object) -> str:
 def text(values: Mapping[str, Any], key: str) -> str:
     """A short text; empty where there is none."""
     value = values.get(key)
-    return value if isinstance(value, str) and len(value) <= _LONGEST_NAME else ""
+    return value if isinstance(value, str) and len(value) <= _NAME_CHARACTERS else ""
 
 
 CONFIGS = "/configs"  # the folder of a run's yml files, which users write
@@ -152,6 +152,6 @@ def _small(value: object) -> bool:
             texts += len(item)
         elif isinstance(item, int) and abs(item) > _INT64:
             return False
-        if texts > _MOST_TEXT or seen + len(todo) > 2 * _MOST_VALUES:
+        if texts > _TEXT_CHARACTERS or seen + len(todo) > 2 * _MOST_VALUES:
             return False
     return True

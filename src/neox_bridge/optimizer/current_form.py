@@ -9,37 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.formats.pickles import Global, Record
-from neox_bridge.frameworks.deepspeed import PARTITIONS, SUB_PARTITIONS
+from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
 from neox_bridge.layouts.untrusted import number, text
 from neox_bridge.optimizer.gradient_scale import CLIPPING
-from neox_bridge.optimizer.states import Group, Optimizer
+from neox_bridge.optimizer.rank_states import is_current as current_states
+from neox_bridge.optimizer.states import Group, Optimizer, loss_scaler
+from neox_bridge.planning.neox_files import MP_RANK, OLD_SPARSE_NAMES
 from neox_bridge.planning.random_states import current_cuda_state, current_cuda_tensor
 
-_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
-# the keys of an mp_rank file in DeepSpeed's order, with what they are for a run without such things
 OLDEST_VERSION = "0.3.15"  # of DeeperSpeed, with GPT-NeoX until v1.0; its files do not say so
-_META: dict[str, Any] = {
-    "module": None,
-    "buffer_names": [],
-    "optimizer": None,
-    "param_shapes": None,
-    "frozen_param_shapes": None,
-    "shared_params": {},
-    "frozen_param_fragments": None,
-    "lr_scheduler": None,
-    "data_sampler": None,
-    "random_ltd": None,
-    "sparse_tensor_module_names": set(),
-    "skipped_steps": 0,
-    "global_steps": 0,
-    "global_samples": 0,
-    "dp_world_size": 1,
-    "mp_world_size": 1,
-    "ds_config": {},
-    "ds_version": "",
-}
 _OF_DEEPSPEED = ("ds_config", "ds_version")
-_OLD_SPARSE_NAMES = "csr_tensor_module_names"  # before DeepSpeed#1484, fcb3ca5e, 2021-10-27
 # what the optimizers that GPT-NeoX may take for Adam expect of a group: apex's FusedAdam,
 # DeepSpeed's, and torch's AdamW
 ADAM: Mapping[str, Any] = {
@@ -58,7 +37,7 @@ DECAYING, STILL = "weight_decay_params", "no_weight_decay_params"
 def is_current(optimizer: Optimizer) -> bool:
     """Whether DeepSpeed of 2022 and later loads the optimizer in the form that its files have."""
     form = optimizer.form
-    return form is None or (form.kind == "rigid" and form.generation is PARTITIONS)
+    return form is None or current_states(form.kind, form.generation)
 
 
 def writer_version(optimizer: Optimizer) -> str | None:
@@ -112,8 +91,7 @@ def _scaler(scaler: Any) -> Any:
     state |= {key: value for key, value in scaler.state.items() if key not in state}
     if dynamic:
         state.setdefault("dtype", Global("torch", "float16"))
-    name = "DynamicLossScaler" if dynamic else "LossScaler"
-    return Record(Global(_SCALERS, name), state=state, new=True)
+    return loss_scaler(state, dynamic=dynamic)
 
 
 def _group(group: Group) -> Group:
@@ -128,13 +106,13 @@ def _group(group: Group) -> Group:
 
 def _meta(meta: Mapping[str, Any], config: Mapping[str, Any], version: str) -> dict[str, Any]:
     """An mp_rank file's value with DeepSpeed's keys in their order, then GPT-NeoX's."""
-    told = {key: value for key, value in meta.items() if key != _OLD_SPARSE_NAMES}
-    own = {**_META, "ds_config": dict(config), "ds_version": version}
-    if _OLD_SPARSE_NAMES in meta:
-        own["sparse_tensor_module_names"] = meta[_OLD_SPARSE_NAMES]
-    given = {key: told[key] for key in own if key in told and key not in _OF_DEEPSPEED}
-    others = {key: told[key] for key in told if key not in own}
-    return _with_current_random_states({**own, **given, **others})
+    kept = {key: value for key, value in meta.items() if key != OLD_SPARSE_NAMES}
+    defaults = {**MP_RANK, "ds_config": dict(config), "ds_version": version}
+    if OLD_SPARSE_NAMES in meta:
+        defaults["sparse_tensor_module_names"] = meta[OLD_SPARSE_NAMES]
+    given = {key: kept[key] for key in defaults if key in kept and key not in _OF_DEEPSPEED}
+    others = {key: kept[key] for key in kept if key not in defaults}
+    return _with_current_random_states({**defaults, **given, **others})
 
 
 def _with_current_random_states(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ over the ranks: part i of the group is of rank i % ranks and interval i // ranks
 have one interval. Zeros pad the end of the group.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,11 +13,11 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.rank_states import INTERVALS, RankStates
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.flat import boxes_of
-from neox_bridge.tensors.pieces import Piece, Shape, Whole
+from neox_bridge.tensors.flat import Flat, wholes_of
+from neox_bridge.tensors.pieces import Shape, Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-_OTHER_SAVE = "The files are of another model or save: copy the checkpoint again."
+_OTHER_SAVE = "The files are of another model, layout or save: copy the checkpoint again."
 _ALIGNMENT = 2  # elements, times the ranks, since DeepSpeed 0.5.2 (#1328)
 
 
@@ -35,7 +35,7 @@ class FlatGroup:
 
     def wholes(self, key: str) -> dict[str, Whole]:
         """Every parameter's state of this name."""
-        return _wholes(self.shapes, self.parts[key])
+        return wholes_of(self.shapes, self.parts[key])
 
 
 def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Shape]) -> FlatGroup:
@@ -65,7 +65,11 @@ def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Sha
     keys = list(ordered[0][1])
     for path, tensors in ordered:
         for key in {*keys, *tensors}:
-            dtypes = [found[key].dtype for found in (ordered[0][1], tensors) if key in found]
+            dtypes = [
+                states_of_part[key].dtype
+                for states_of_part in (ordered[0][1], tensors)
+                if key in states_of_part
+            ]
             if len(dtypes) < 2 or dtypes[0] != dtypes[1]:
                 raise BridgeError(
                     f"{path}: group {index} has {key} in another dtype than {first.path}, or only "
@@ -74,7 +78,9 @@ def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Sha
     sizes = [tensors[MASTER].shape[0] for _, tensors in ordered]
     total = sum(map(prod, shapes.values()))
     where = f"{first.path}: {first.generation.masters}[{index}]"
-    if first.kind == "rigid":
+    if first.is_current:
+        _check_padded(ordered, keys, Flat(shapes, len(ranks)))
+    elif first.kind == "rigid":
         _check_rigid(sizes, total, len(ranks), where)
     elif first.generation.form == "sub-partitions":
         _check_sub_partitions(sizes, total, where)
@@ -85,6 +91,23 @@ def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Sha
         refs = [tensors[key] for _, tensors in ordered]
         parts[key], padding[key] = _cut(refs, total)
     return FlatGroup(shapes, parts, padding)
+
+
+def _check_padded(
+    parts: Sequence[tuple[str, Mapping[str, TensorRef]]], keys: Sequence[str], flat: Flat
+) -> None:
+    """A part for each rank, of which every state may be with or without its padding.
+
+    parts: by rank, each with its file.
+    """
+    for rank, (path, tensors) in enumerate(parts):
+        for key in keys:
+            size = tensors[key].shape[0]
+            if not flat.used(rank) <= size <= flat.partition:
+                raise BridgeError(
+                    f"{path}: the partition of {key} has {size:,} elements, and by the model's "
+                    f"shapes it should have {flat.partition:,}. {_OTHER_SAVE}"
+                )
 
 
 def _check_rigid(sizes: Sequence[int], total: int, dp: int, where: str) -> None:
@@ -154,38 +177,3 @@ def _cut(
             offset = ref.offset + count * itemsize(ref.dtype)
             padding.append(TensorRef(ref.file, offset, ref.dtype, (size - count,)))
     return tuple(used), tuple(padding)
-
-
-def _wholes(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[str, Whole]:
-    """The parameters, which lie one behind the other in the parts."""
-    runs = _runs([prod(shape) for shape in shapes.values()], parts)
-    dtype = parts[0].dtype if parts else "float32"
-    wholes = {}
-    for (name, shape), found in zip(shapes.items(), runs, strict=True):
-        pieces = []
-        for ref, low in found:
-            offset = ref.offset
-            for start, box in boxes_of(shape, low, low + ref.shape[0]):
-                piece = TensorRef(ref.file, offset, ref.dtype, box)
-                pieces.append(Piece(piece, (0,) * len(box), start, box))
-                offset += prod(box) * itemsize(ref.dtype)
-        wholes[name] = Whole(dtype, shape, tuple(pieces))
-    return wholes
-
-
-def _runs(
-    sizes: Sequence[int], parts: Sequence[TensorRef]
-) -> Iterator[list[tuple[TensorRef, int]]]:
-    """For each parameter, its runs of elements in the parts, and where in it each run begins."""
-    number, at = 0, 0  # the part, and the next element of it
-    for size in sizes:
-        found, low = [], 0
-        while low < size:
-            part = parts[number]
-            count = min(size - low, part.shape[0] - at)
-            offset = part.offset + at * itemsize(part.dtype)
-            found.append((TensorRef(part.file, offset, part.dtype, (count,)), low))
-            low, at = low + count, at + count
-            if at == part.shape[0]:
-                number, at = number + 1, 0
-        yield found

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
@@ -11,15 +10,14 @@ from neox_bridge.errors import Refused
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.optimizer.mp_rank import parameter_name
-from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.read_stage0 import grouped
-from neox_bridge.optimizer.states import Group, Optimizer
+from neox_bridge.optimizer.states import DEEPSPEED, Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
-from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.planning.neox_files import RankLayout, rank_parameters
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 
-_DEEPSPEED = "0.16.5"  # whose files these are; it refuses what has no version
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,7 +44,7 @@ class Fresh:
 
     def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]:
         """The optimizer's own files."""
-        outer = {"ds_config": self.more(0, tp, 0)["ds_config"], "ds_version": _DEEPSPEED}
+        outer = {"ds_config": self.more(0, tp, 0)["ds_config"], "ds_version": DEEPSPEED}
         for (stage, rank), groups in self.groups.items():
             number = stage * tp + rank
             yield from zero_files(
@@ -58,7 +56,7 @@ def fresh(
     architecture: Architecture,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     training: Mapping[str, Any],
     iteration: int,
     dp: int,
@@ -68,22 +66,29 @@ def fresh(
     training: the yml's keys. Raises Refused for an optimizer that isn't Adam, and for what has
     another order of parameters.
     """
-    told = training.get("optimizer") or {}
-    if str(told.get("type", "adam")).lower() not in ("adam", "cpu_adam", "cpu_torch_adam"):
+    adam = training.get("optimizer") or {}
+    if str(adam.get("type", "adam")).lower() not in ("adam", "cpu_adam", "cpu_torch_adam"):
         raise Refused(
-            f"--optimizer fresh: the settings' optimizer is {told['type']}, and only Adam's states "
+            f"--optimizer fresh: the settings' optimizer is {adam['type']}, and only Adam's states "
             "are known. Leave the option out."
         )
-    if shape.te or (shape.old_names and architecture.gated):
+    if layout.te or (layout.old_names and architecture.gated):
         raise Refused(
             "--optimizer fresh: not for Transformer Engine's modules, nor for gated MLPs of trees "
             "before 2024-09. Leave out --te, use --for today."
         )
-    params = told.get("params") or {}
+    params = adam.get("params") or {}
     schedule = schedule_of(training, float(params.get("lr", 1e-5)), iteration)
     plain = replace(config, dtype="float32")
-    by_rank = [_states(architecture, plain, wholes, shape, rank) for rank in range(shape.tp)]
-    bounds = _bounds(architecture, config, shape, training, by_rank[0][MASTER])
+    by_rank = [_states(architecture, plain, wholes, layout, rank) for rank in range(layout.tp)]
+    parameters = by_rank[0][MASTER].items()
+    bounds = stages_of(
+        architecture,
+        config,
+        training,
+        layout.stages,
+        lambda: ((layer, tensor.shape) for (layer, _), tensor in parameters),
+    )
     decay = float(training.get("weight_decay", 0.1))
     settings = {
         **ADAM,
@@ -96,12 +101,12 @@ def fresh(
     groups = (some, none) if decay else (none,)
     data_types = training.get("data_types") or {}
     high = config.dtype == "bfloat16" and data_types.get("grad_accum_dtype") in ("fp32", "float32")
-    head = {"clip_grad": float(training.get("gradient_clipping", 1.0)), "ds_version": _DEEPSPEED}
+    head = {"clip_grad": float(training.get("gradient_clipping", 1.0)), "ds_version": DEEPSPEED}
     optimizer = Optimizer(
         "bf16" if high else "zero", 1, dp, (MASTER, *_MOMENTS), groups, {}, {}, head, (), (), {}
     )  # fmt: skip
-    found = {
-        (stage, rank): _groups(config, shape, layers, groups, states)
+    rank_groups = {
+        (stage, rank): _groups(config, layout, layers, groups, states)
         for stage, layers in enumerate(bounds)
         for rank, states in enumerate(by_rank)
     }
@@ -114,7 +119,12 @@ def fresh(
     }
     stage = (training.get("zero_optimization") or {}).get("stage")
     return Fresh(
-        optimizer, found, 2 if stage == 2 and shape.layout == "ranks" else 1, dp, batch, schedule
+        optimizer,
+        rank_groups,
+        2 if stage == 2 and layout.name == "ranks" else 1,
+        dp,
+        batch,
+        schedule,
     )
 
 
@@ -158,56 +168,39 @@ def _states(
     architecture: Architecture,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     rank: int,
 ) -> dict[str, dict[Parameter, OutputTensor]]:
     """One rank's masters and moments."""
     masters = {name: replace(whole, dtype="float32") for name, whole in wholes.items()}
-    mine = rank_parameters(architecture, config, masters, shape, rank)
+    rank_masters = rank_parameters(architecture, config, masters, layout, rank)
     zeros = {
         place: OutputTensor(t.name, "float32", t.shape, (constant(t.shape, 0.0),))
-        for place, t in mine.items()
+        for place, t in rank_masters.items()
     }
-    return {MASTER: mine, **dict.fromkeys(_MOMENTS, zeros)}
-
-
-def _bounds(
-    architecture: Architecture,
-    config: ModelConfig,
-    shape: Shape,
-    training: Mapping[str, Any],
-    parameters: Mapping[Parameter, OutputTensor],
-) -> list[range]:
-    if shape.stages == 1:
-        return [range(config.layers + 5)]
-    counts: dict[int, int] = {}
-    for (layer, _), tensor in parameters.items():
-        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
-    method = str(training.get("pipe_partition_method") or DEFAULT)
-    block, tied = block_class(architecture.name), config.tied_embeddings
-    return stage_bounds(method, config.layers, shape.stages, counts, tied=tied, block=block)
+    return {MASTER: rank_masters, **dict.fromkeys(_MOMENTS, zeros)}
 
 
 def _groups(
     config: ModelConfig,
-    shape: Shape,
+    layout: RankLayout,
     layers: range,
     groups: tuple[Group, ...],
     states: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> list[RankGroup]:
     tied = config.tied_embeddings
-    head = tied and config.layers + 4 in layers
-    mine = {
+    head = tied and config.head_layer in layers
+    stage_shapes = {
         place: tensor.shape
         for place, tensor in sorted(states[MASTER].items(), key=lambda item: item[0][0])
         if place[0] in layers or (head and place[0] == 0)
     }
-    named = {p: parameter_name(p, layout=shape.layout, tied=tied) for p in mine}
+    named = {p: parameter_name(p, layout=layout.name, tied=tied) for p in stage_shapes}
     raw = {"weight_decay": 0 if len(groups) == 1 else 1}
     return [
         RankGroup(
             group, {key: {named[p]: tensors[p] for p in part} for key, tensors in states.items()}
         )
-        for group, part in zip(groups, grouped(mine, raw, len(groups)), strict=True)
+        for group, part in zip(groups, grouped(stage_shapes, raw, len(groups)), strict=True)
         if part
     ]

@@ -114,9 +114,9 @@ class Rescaling:
         changed = dict(config)
         if "gradient_clipping" in config:
             changed["gradient_clipping"] = self.times(config["gradient_clipping"])
-        told = config.get("optimizer")
-        if isinstance(told, dict) and isinstance(told.get("params"), dict):
-            changed["optimizer"] = {**told, "params": self._settings(told["params"])}
+        optimizer = config.get("optimizer")
+        if isinstance(optimizer, dict) and isinstance(optimizer.get("params"), dict):
+            changed["optimizer"] = {**optimizer, "params": self._settings(optimizer["params"])}
         return {**changed, **self._static_scale(config)}
 
     def yml(self, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,8 +223,8 @@ def rescaling(
     Raises:
         Refused: for an optimizer whose update would not stay the same.
     """
-    told = raw.get("optimizer") or {}
-    name = str(told.get("type") or "adam").lower()
+    setting = raw.get("optimizer") or {}
+    name = str(setting.get("type") or "adam").lower()
     keys = {key for key in optimizer.keys if key != MASTER}
     powers = _POWERS.get(name)
     if powers is None or not keys <= set(powers) or raw.get("use_bnb_optimizer"):
@@ -236,7 +236,7 @@ def rescaling(
             f"{what} (states {', '.join(sorted(keys)) or 'none'}) no scaling of its states makes "
             f"that the same run; it is known for Adam and Lion. {way_out}"
         )
-    decays = powers is _ADAM and _is_l2(optimizer, raw, told.get("params") or {})
+    decays = powers is _ADAM and _is_l2(optimizer, raw, setting.get("params") or {})
     used = {key: powers[key] for key in optimizer.keys if key in powers}
     return Rescaling(factor, used, decays, powers is _ADAM, dtype == "float16")
 

@@ -47,13 +47,13 @@ def mp_rank(
         value.pop(INFO, None)
     states = value.get("rng_tracker_states")
     if rank >= sources.tp and isinstance(states, dict):
-        made = {}
+        generators = {}
         for name in states:
             data, _ = of_rank(sources.generators[name], rank)
             slot = f"rng_tracker_states.{name}"
             tensors.append(OutputTensor(slot, "uint8", (len(data),), inline=data))
-            made[name] = TensorSlot(slot)
-        value["rng_tracker_states"] = made
+            generators[name] = TensorSlot(slot)
+        value["rng_tracker_states"] = generators
     return {key: with_slots(entry, key, tensors) for key, entry in value.items()}, tensors
 
 
@@ -63,8 +63,8 @@ def with_slots(value: Any, name: str, tensors: list[OutputTensor]) -> Any:
         tensors.append(OutputTensor(name, value.dtype, value.shape, (box(value),)))
         return TensorSlot(name)
     if isinstance(value, dict):
-        made = {key: with_slots(entry, f"{name}.{key}", tensors) for key, entry in value.items()}
-        return type(value)(made)
+        slots = {key: with_slots(entry, f"{name}.{key}", tensors) for key, entry in value.items()}
+        return type(value)(slots)
     if isinstance(value, list | tuple):
         entries = [with_slots(entry, f"{name}.{n}", tensors) for n, entry in enumerate(value)]
         return type(value)(entries)
@@ -76,8 +76,8 @@ def with_slots(value: Any, name: str, tensors: list[OutputTensor]) -> Any:
 def buffer_names(metas: Sequence[Mapping[str, Any]], layers: range, prefix: str) -> list[str]:
     """The buffers that a stage of these layers stores; prefix: of its names."""
     named = {name for meta in metas for name in meta.get("buffer_names") or ()}
-    found = [(int(m[1]), m[2]) for name in named if (m := _LAYER.fullmatch(name))]
-    return [f"{prefix}{layer}.{name}" for layer, name in sorted(found) if layer in layers]
+    buffers = [(int(m[1]), m[2]) for name in named if (m := _LAYER.fullmatch(name))]
+    return [f"{prefix}{layer}.{name}" for layer, name in sorted(buffers) if layer in layers]
 
 
 def parameter_name(parameter: tuple[int, str], *, layout: str, tied: bool) -> str:

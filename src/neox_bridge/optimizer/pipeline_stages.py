@@ -7,18 +7,49 @@ runtime/utils.py (partition_uniform, partition_balanced); GPT-NeoX megatron/mode
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import prod
+from typing import Any
 
+from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.errors import Refused
+from neox_bridge.tensors.pieces import Shape
 
 DEFAULT = "type:transformer|mlp"  # pipe_partition_method of megatron/neox_arguments/neox_args.py
 
 
-def block_class(architecture: str) -> str:
-    """The class of a family's blocks in GPT-NeoX."""
-    mamba = architecture == "mamba"
-    return "ParallelMambaResidualLayerPipe" if mamba else "ParallelTransformerLayerPipe"
+def stages_of(
+    architecture: Architecture,
+    config: ModelConfig,
+    settings: Mapping[str, Any],
+    stages: int,
+    shapes: Callable[[], Iterable[tuple[int, Shape]]],
+) -> list[range]:
+    """The layers of each stage, or all of them in one.
+
+    Args:
+        architecture: Of the model.
+        config: Of the model.
+        settings: The yml of the run.
+        stages: How many there are.
+        shapes: Of a rank's parameters, each with its layer. Asked only if there are stages.
+    """
+    if stages < 2:
+        return [range(config.head_layer + 1)]
+    elements: Counter[int] = Counter()
+    for layer, shape in shapes():
+        elements[layer] += prod(shape)
+    mamba = architecture.name == "mamba"
+    return stage_bounds(
+        str(settings.get("pipe_partition_method") or DEFAULT),
+        config.layers,
+        stages,
+        elements,
+        tied=config.tied_embeddings,
+        block="ParallelMambaResidualLayerPipe" if mamba else "ParallelTransformerLayerPipe",
+    )
 
 
 def stage_bounds(

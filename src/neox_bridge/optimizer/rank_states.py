@@ -1,8 +1,8 @@
-"""What one file of ZeRO's states holds, in the forms before DeepSpeed 0.5.10 and the elastic one.
+"""What one file of ZeRO's states holds, in each form that DeepSpeed has had for it.
 
 Sources: DeepSpeed 0.3.16 runtime/zero/stage1.py (_elastic_state_dict, _rigid_state_dict) and
 runtime/zero/stage2.py; DeepSpeed 0.4.5 and 0.5.8 runtime/zero/stage2.py (state_dict); DeepSpeed
-0.5.10 to 0.16 runtime/zero/stage_1_and_2.py with elastic_checkpoint: true.
+0.5.10 to 0.16 runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py.
 """
 
 from collections.abc import Mapping
@@ -37,10 +37,10 @@ BASE = "base_optimizer_state"
 STEP = "base_optimizer_state_step"  # in elastic states of DeepSpeed 0.10 and later
 INTERVALS = "num_comm_intervals_per_group"
 RANKS = "partition_count"
-_NOT_IN_HEAD = (
-    *(BASE, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, PARTITIONS.masters),
-    *("group_paddings", "param_slice_mappings"),
-)
+# by the rank's parts; older forms say more of them
+_OF_PARTS = (BASE, PARTITIONS.masters, "param_slice_mappings")
+_OF_OLD_PARTS = (*_OF_PARTS, STEP, INTERVALS, RANKS, SUB_PARTITIONS.masters, "group_paddings")
+_NOT_OUTER = ("optimizer_state_dict", "param_shapes")
 _MOST_GROUPS = 64
 _MOST_INTERVALS = 1 << 16
 _LEAST_PART_BYTES = 128  # of a file for each part: its pickle describes at least three tensors
@@ -51,10 +51,10 @@ class RankStates:
     """One data-parallel rank's states on one model-parallel rank.
 
     parts: by group, by communication interval: the states by name, the masters first. All are of
-        one dimension.
+        one dimension. In the current form each may have padding at its end, in others all or none.
     scalars: by group, what the states have beside tensors.
     settings: ``param_groups`` without their parameters; None for elastic states, which have none.
-    head: the rest of ``optimizer_state_dict``, and as "outer" what stands beside it.
+    head: the rest of ``optimizer_state_dict``. outer: what stands beside it in the file.
     """
 
     path: str
@@ -66,10 +66,15 @@ class RankStates:
     head: Mapping[str, Any]
     outer: Mapping[str, Any]
 
+    @property
+    def is_current(self) -> bool:
+        """Whether DeepSpeed 0.5.10 and later saves this form by default."""
+        return is_current(self.kind, self.generation)
 
-def is_handled(inner: Mapping[str, Any]) -> bool:
-    """Whether an ``optimizer_state_dict`` is of one of the forms that this module reads."""
-    return SUB_PARTITIONS.masters in inner or isinstance(inner.get(BASE), list)
+
+def is_current(kind: StatesKind, generation: ZeroGeneration) -> bool:
+    """Whether DeepSpeed 0.5.10 and later saves this form by default."""
+    return kind == "rigid" and generation is PARTITIONS
 
 
 def generation_of(inner: Mapping[str, Any]) -> ZeroGeneration:
@@ -137,12 +142,14 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
         entries, settings = _elastic_entries(inner, masters, generation, path), None
     else:
         entries, settings = _rigid_entries(inner, masters, path)
+    padded = is_current(kind_of(inner), generation)
+    of_parts = _OF_PARTS if padded else _OF_OLD_PARTS
     parts, scalars = [], []
     for index, group in enumerate(masters):
         group_parts, group_scalars = [], None
         for interval, master in enumerate(group):
             key = _key(generation, index, interval)
-            tensors, others = _split(master, entries[index][interval], key, path)
+            tensors, others = _split(master, entries[index][interval], key, path, padded=padded)
             if group_scalars not in (None, others):
                 raise BridgeError(
                     f"{path}: {BASE}[{index}] has other values in interval {interval} than in the "
@@ -159,8 +166,8 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
         tuple(parts),
         tuple(scalars),
         settings,
-        {key: entry for key, entry in inner.items() if key not in _NOT_IN_HEAD},
-        {key: entry for key, entry in value.items() if key in ("ds_config", "ds_version")},
+        {key: entry for key, entry in inner.items() if key not in of_parts},
+        {key: entry for key, entry in value.items() if key not in _NOT_OUTER},
     )
 
 
@@ -284,22 +291,26 @@ def _rigid_entries(
 
 
 def _split(
-    master: TensorRef, entry: Mapping[str, Any], key: str, path: str
+    master: TensorRef, entry: Mapping[str, Any], key: str, path: str, *, padded: bool
 ) -> tuple[dict[str, TensorRef], dict[str, Any]]:
-    """The tensors of a part, which all have its size, and its other values."""
+    """The tensors of a part and its other values.
+
+    padded: whether tensors may be larger than the masters; otherwise they all have one size.
+    """
     tensors, others = {MASTER: master}, {}
+    least = max(2, prod(master.shape)) if padded else 0  # smaller tensors are scalars
     for name, value in entry.items():
-        if not isinstance(value, TensorRef) or not value.shape:
+        if not isinstance(value, TensorRef) or not value.shape or prod(value.shape) < least:
             others[name] = _scalar(value, f"{name} beside {key}", path)
             continue
         part = _part(value, f"{name} beside {key}", path)
-        if part.shape != master.shape:
+        if part.shape != master.shape and not padded:
             raise BridgeError(
                 f"{path}: {name} beside {key} has {prod(part.shape):,} elements, and the masters "
                 f"have {prod(master.shape):,}. The file is damaged; get it from its source again."
             )
         tensors[name] = part
-    if len(tensors) == 1:
+    if len(tensors) == 1 and not padded:
         raise Refused(
             f"{path}: the states beside {key} hold no tensors, so they are not those of an "
             "optimizer like Adam. Convert the weights alone."

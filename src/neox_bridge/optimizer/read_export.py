@@ -28,7 +28,7 @@ def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
     meta = optimizer.metas[0]
     members = _members(checkpoint, optimizer)
     scaler = optimizer.head.get("loss_scaler")
-    found = {
+    values = {
         "format": FORMAT,
         "states": list(optimizer.keys),
         "iteration": checkpoint.neox.iteration,
@@ -50,7 +50,7 @@ def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
         "zero_stage": optimizer.stage,
         "derived": {derived.key: derived.source for derived in optimizer.derived},
     }
-    plain: dict[str, Any] = _plain(found)
+    plain: dict[str, Any] = _plain(values)
     return plain
 
 
@@ -60,10 +60,10 @@ def read_export(folder: str, checkpoint: Checkpoint) -> dict[str, dict[str, Whol
     Raises BridgeError for one that lacks a tensor, or has one of another shape.
     """
     path = os.path.join(folder, SCALARS)
-    told = read_json(path)
-    names = told.get("states")
+    exported = read_json(path)
+    names = exported.get("states")
     known = isinstance(names, list) and all(re.fullmatch(r"\w+", str(name)) for name in names)
-    if told.get("format") != FORMAT or not isinstance(names, list) or not known:
+    if exported.get("format") != FORMAT or not isinstance(names, list) or not known:
         raise BridgeError(f"{path} isn't what export-optimizer writes: no states, or a new format.")
     return {
         str(key): _read(os.path.join(folder, f"{key}.safetensors"), checkpoint) for key in names
@@ -77,18 +77,18 @@ def with_export(
 
     Raises BridgeError where the states aren't those that the run's optimizer has.
     """
-    found = read_export(folder, checkpoint)
-    if sorted(found) != sorted(optimizer.keys):
+    exported = read_export(folder, checkpoint)
+    if sorted(exported) != sorted(optimizer.keys):
         raise BridgeError(
-            f"{folder} has the states {', '.join(found)}, and the optimizer of {checkpoint.path} "
-            f"{', '.join(optimizer.keys)}."
+            f"{folder} has the states {', '.join(exported)}, and the optimizer of "
+            f"{checkpoint.path} {', '.join(optimizer.keys)}."
         )
-    found = {key: found[key] for key in optimizer.keys}
-    if MASTER in found:
+    exported = {key: exported[key] for key in optimizer.keys}
+    if MASTER in exported:
         dtypes = {name: whole.dtype for name, whole in checkpoint.tensors.items()}
-        rounded = {n: replace(w, dtype=dtypes[n]) for n, w in found[MASTER].items()}
+        rounded = {n: replace(w, dtype=dtypes[n]) for n, w in exported[MASTER].items()}
         checkpoint = replace(checkpoint, tensors=rounded)
-    return checkpoint, found
+    return checkpoint, exported
 
 
 def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:

@@ -22,7 +22,7 @@ from neox_bridge.layouts.deepspeed_values import (
 )
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.layouts.untrusted import mapping, sequence
-from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.read_files import check_weights, generators, scalar
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.tensors.flat import Flat
@@ -56,20 +56,20 @@ def read_stage0(
         if inner is not None:
             check_stage0_scaler(head, path)
         torch_state = head if inner is None else mapping(head, "optimizer_state_dict", path)
-        told = parameter_groups(torch_state, path)
-        if len(told) not in (1, 2):
+        param_groups = parameter_groups(torch_state, path)
+        if len(param_groups) not in (1, 2):
             raise BridgeError(
-                f"{path}: param_groups of its optimizer has {len(told)} groups, and GPT-NeoX makes "
-                "one or two. The file is damaged; get it from its source again."
+                f"{path}: param_groups of its optimizer has {len(param_groups)} groups, and "
+                "GPT-NeoX makes one or two. The file is damaged; get it from its source again."
             )
-        for index, mine in enumerate(grouped(named, checkpoint.raw, len(told))):
+        for index, group_shapes in enumerate(grouped(named, checkpoint.raw, len(param_groups))):
             if inner is None:
-                scalars = _plain(torch_state, index, mine, rank, shards, path)
+                scalars = _plain(torch_state, index, group_shapes, rank, shards, path)
             else:
-                scalars = _flat(head, index, mine, rank, shards, path)
-            settings = {k: v for k, v in told[index].items() if k != "params"}
+                scalars = _flat(head, index, group_shapes, rank, shards, path)
+            settings = {k: v for k, v in param_groups[index].items() if k != "params"}
             groups.setdefault(index, Group(settings, scalars))
-            members |= dict.fromkeys(mine, index)
+            members |= dict.fromkeys(group_shapes, index)
     head = metas[0]["optimizer"]
     flat = "fp32_groups_flat" in head
     kept = {k: v for k, v in head.items() if k not in ("optimizer_state_dict", "fp32_groups_flat")}
@@ -93,17 +93,16 @@ def read_stage0(
 
 def source_bounds(checkpoint: Checkpoint) -> list[range]:
     """The layers of each of the source's stages, or all of them in one."""
-    state, config = checkpoint.neox, checkpoint.config
+    state = checkpoint.neox
     assert state is not None
-    if state.pp < 2:
-        return [range(config.layers + 5)]
-    counts = {
-        layer: sum(prod(ref.shape) for ref in tensors.values())
-        for layer, tensors in state.ranks[0].items()
-    }
-    method = str(checkpoint.raw.get("pipe_partition_method") or DEFAULT)
-    block, tied = block_class(checkpoint.architecture.name), config.tied_embeddings
-    return stage_bounds(method, config.layers, state.pp, counts, tied=tied, block=block)
+    layers = state.ranks[0].items()
+    return stages_of(
+        checkpoint.architecture,
+        checkpoint.config,
+        checkpoint.raw,
+        state.pp,
+        lambda: ((layer, ref.shape) for layer, tensors in layers for ref in tensors.values()),
+    )
 
 
 def grouped(
@@ -127,8 +126,8 @@ def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[
     assert checkpoint.neox is not None
     used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
     stored = checkpoint.neox.ranks[rank]
-    head = checkpoint.config.layers + 4
-    tied = checkpoint.config.tied_embeddings and head in layers
+    config = checkpoint.config
+    tied = config.tied_embeddings and config.head_layer in layers
     return {
         (layer, name): ref.shape
         for layer in sorted(stored)
@@ -141,20 +140,20 @@ def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[
 def _plain(
     state: Mapping[str, Any],
     index: int,
-    mine: Mapping[Parameter, Shape],
+    group_shapes: Mapping[Parameter, Shape],
     rank: int,
     shards: dict[tuple[int, Parameter], dict[str, Whole]],
     path: str,
 ) -> dict[str, Any]:
     """Fills ``shards`` from states of their own; returns what else the group's states have."""
     numbers = numbers_of(state["param_groups"][index], index, path)
-    if len(numbers) != len(mine):
+    if len(numbers) != len(group_shapes):
         raise BridgeError(
             f"{path}: group {index} of its optimizer has {len(numbers)} parameters, and by the "
-            f"model it should have {len(mine)}. Was part of the model frozen?"
+            f"model it should have {len(group_shapes)}. Was part of the model frozen?"
         )
     scalars: dict[str, Any] = {}
-    for number, (place, shape) in zip(numbers, mine.items(), strict=True):
+    for number, (place, shape) in zip(numbers, group_shapes.items(), strict=True):
         for key, entry in states_of(state, number, path).items():
             if isinstance(entry, TensorRef) and entry.shape:
                 check_tensor(key, entry, path)
@@ -173,13 +172,13 @@ def _plain(
 def _flat(
     value: Mapping[str, Any],
     index: int,
-    mine: Mapping[Parameter, Shape],
+    group_shapes: Mapping[Parameter, Shape],
     rank: int,
     shards: dict[tuple[int, Parameter], dict[str, Whole]],
     path: str,
 ) -> dict[str, Any]:
     """The same from flat tensors, the masters among them."""
-    flat = Flat({f"{layer}.{name}": shape for (layer, name), shape in mine.items()}, 1)
+    flat = Flat({f"{layer}.{name}": shape for (layer, name), shape in group_shapes.items()}, 1)
     masters = sequence(value, "fp32_groups_flat", path)
     if index >= len(masters):
         raise BridgeError(f"{path}: fp32_groups_flat lacks group {index}. Copy it again.")
@@ -197,6 +196,6 @@ def _flat(
                 f"model it should have {flat.numel:,}. Was part of the model frozen?"
             )
         wholes = flat.wholes([replace(entry, shape=(flat.numel,))])
-        for place, whole in zip(mine, wholes.values(), strict=True):
+        for place, whole in zip(group_shapes, wholes.values(), strict=True):
             shards.setdefault((rank, place), {})[key] = whole
     return scalars

@@ -24,12 +24,12 @@ def read_universal(
     state = checkpoint.neox
     assert state is not None
     path = os.path.join(folder, ZERO, STATE)
-    told = read_torch(path)
-    groups = told.get("param_groups") if isinstance(told, dict) else None
-    if not isinstance(told, dict) or not isinstance(groups, list) or not groups:
+    state_file = read_torch(path)
+    groups = state_file.get("param_groups") if isinstance(state_file, dict) else None
+    if not isinstance(state_file, dict) or not isinstance(groups, list) or not groups:
         raise BridgeError(f"{path} holds no param_groups: it isn't a universal checkpoint's.")
-    parameter_groups(told, path)
-    check_head(told, path)
+    parameter_groups(state_file, path)
+    check_head(state_file, path)
     members: dict[str, int] = {}
     for number, meta in enumerate(metas):
         shapes = parameter_shapes(meta, folder)
@@ -46,21 +46,21 @@ def read_universal(
             for layer, tensors in layers.items():
                 for name, ref in tensors.items():
                     shards.setdefault((rank, (layer, name)), {})[key] = whole_of(ref)
-    found = [
+    parameter_groups_ = [
         Group(
             {key: value for key, value in group.items() if key != "params"},
             _step(folder, [name for name, at in members.items() if at == index]),
         )
         for index, group in enumerate(groups)
     ]
-    head = {key: value for key, value in told.items() if key != "param_groups"}
+    head = {key: value for key, value in state_file.items() if key != "param_groups"}
     outer = {key: metas[0].get(key) for key in ("ds_config", "ds_version")}
     result = Optimizer(
         "zero" if "zero_stage" in head else "bf16",
         stage_of(head, metas[0]),
         int(metas[0].get("dp_world_size") or 1),
         keys,
-        tuple(found),
+        tuple(parameter_groups_),
         {parameter(name, path): index for name, index in members.items()},
         shards,
         {**head, "outer": outer},

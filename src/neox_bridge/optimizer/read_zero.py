@@ -1,7 +1,7 @@
-"""Reads ZeRO states that are elastic, or cut into communication intervals, or both.
+"""Reads the optimizer states of ZeRO stages 1 and 2, in every form that DeepSpeed has had for them.
 
-These are what DeeperSpeed 0.3.15 wrote for GPT-NeoX until v1.0, DeepSpeed 0.3.17 to 0.5.9, and
-later versions with zero_optimization.elastic_checkpoint: true.
+Beside the current form these are what DeeperSpeed 0.3.15 wrote for GPT-NeoX until v1.0, DeepSpeed
+0.3.17 to 0.5.9, and later versions with zero_optimization.elastic_checkpoint: true.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,23 +10,23 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
+from neox_bridge.formats.pickles import Record
 from neox_bridge.frameworks.deepspeed import deals_out_parameters
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import Parameter, parameter
-from neox_bridge.layouts.untrusted import mapping, text
-from neox_bridge.optimizer.derived_settings import derived_settings
+from neox_bridge.layouts.untrusted import mapping, text, unexpected
+from neox_bridge.optimizer.derived_settings import DerivedSettings, derived_settings
 from neox_bridge.optimizer.flat_groups import flat_group
 from neox_bridge.optimizer.parameter_order import ParameterOrder, dealt_out, parameter_order
-from neox_bridge.optimizer.rank_states import RankStates, is_handled, rank_states, zero_stage
+from neox_bridge.optimizer.rank_states import RankStates, rank_states, zero_stage
 from neox_bridge.optimizer.read_files import check_weights, generators, optimizer_states, same_group
 from neox_bridge.optimizer.spot_checks import check_padding, master_findings
-from neox_bridge.optimizer.states import Derived, Group, Optimizer, SavedForm
+from neox_bridge.optimizer.states import Group, Optimizer, SavedForm
 from neox_bridge.stores.paths import ahead
+from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.pieces import Whole
 
 _SHAPES = "param_shapes"
-
-__all__ = ["is_handled", "read_zero"]
 
 
 def _read_ranks(paths: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -65,13 +65,12 @@ def read_zero(
     assert state is not None
     members: dict[Parameter, int] = {}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
-    groups: list[Group] = []
+    groups: dict[str, Group] = {}
     keys: list[str] = []
     first: RankStates | None = None
     stage = 1
     order: ParameterOrder | None = None
-    derived: tuple[Derived, ...] = ()
-    derived_findings: tuple[Finding, ...] = ()
+    derivation: DerivedSettings | None = None
     for number, (meta, paths) in enumerate(zip(metas, files, strict=True)):
         meta_path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
         values = _read_ranks(paths)
@@ -80,43 +79,50 @@ def read_zero(
             stage = zero_stage(values[0][1], checkpoint.raw, paths[0])
         first = first or ranks[0]
         for states in ranks:
-            _check_same_form(first, states)
+            _check_same_form(first, ranks[0], states)
         recorded = [(paths[0], values[0][1]), (meta_path, meta)]
         _refuse_round_robin(checkpoint.raw, recorded)
-        order = parameter_order(checkpoint, number, recorded, len(first.parts), paths[0])
-        if not groups:
-            settings = first.settings
-            if settings is None:
-                version = text(first.head, "ds_version")
-                found = derived_settings(
-                    checkpoint.raw, meta, first.scalars, folder, meta_path, version
-                )
-                settings, derived = found.groups, found.derived
-                derived_findings = found.findings
-            groups = [Group(*pair) for pair in zip(settings, first.scalars, strict=True)]
+        order = parameter_order(checkpoint, number, recorded, len(ranks[0].parts), paths[0])
+        if first.is_current and order.source != "groups":
+            raise _no_list(paths[0], number)
+        settings = ranks[0].settings
+        if settings is None:
+            version = text(first.head, "ds_version")
+            derivation = derivation or derived_settings(
+                checkpoint.raw, meta, first.scalars, folder, meta_path, version
+            )
+            settings = derivation.groups
         if _is_dealt_out(first):
             groups_in_files = tuple(dealt_out(group, len(paths)) for group in order.groups)
             order = replace(order, groups=groups_in_files)
         _check_names(order, paths[0])
         for index, shapes in enumerate(order.groups):
+            # a pipeline stage may have no parameter of a group
+            label = str(settings[index].get("name", index))
+            group = Group(settings[index], ranks[0].scalars[index])
+            same_group(groups.setdefault(label, group), group, paths[0])
             flat = flat_group(ranks, index, shapes)
+            if first.is_current:
+                for rank, (path, value) in enumerate(values):
+                    _check_mappings(value, index, Flat(shapes, len(paths)), rank, path)
+            else:
+                for padding in flat.padding.values():
+                    check_padding(padding, f"{first.generation.masters}[{index}]")
             keys += [key for key in flat.parts if key not in keys]
-            for padding in flat.padding.values():
-                check_padding(padding, f"{first.generation.masters}[{index}]")
             for key in flat.parts:
                 for name, tensor in flat.wholes(key).items():
                     place = parameter(name, paths[0])
                     # tied embeddings are in the first and the last stage, kept alike by DeepSpeed
                     shards.setdefault((number % state.tp, place), {}).setdefault(key, tensor)
-                    members[place] = index
+                    members[place] = list(groups).index(label)
     assert first is not None
     assert order is not None
     optimizer = Optimizer(
-        wrapper="zero",
+        wrapper="zero" if "zero_stage" in first.head or not first.is_current else "bf16",
         stage=stage,
         dp=len(files[0]),
         keys=tuple(keys),
-        groups=tuple(groups),
+        groups=tuple(groups.values()),
         members=members,
         shards=shards,
         head={**first.head, "outer": first.outer},
@@ -124,10 +130,12 @@ def read_zero(
         files=tuple(path for paths in files for path in paths),
         generators=generators(metas[0]),
         form=SavedForm(first.kind, first.generation, len(files[0]), tuple(map(len, first.parts))),
-        derived=derived,
-        derived_findings=derived_findings,
+        derived=derivation.derived if derivation is not None else (),
+        derived_findings=derivation.findings if derivation is not None else (),
     )
     check_weights(checkpoint, optimizer, folder)
+    if first.is_current:
+        return optimizer
     findings = [*master_findings(checkpoint, optimizer)]
     if order.source == "weights":
         findings.append(_order_finding(first.path))
@@ -136,24 +144,57 @@ def read_zero(
 
 def _is_dealt_out(states: RankStates) -> bool:
     """Whether the parameters of a group lie in round-robin order; param_shapes do not say so."""
-    partitions = states.generation.form == "partitions"
-    return partitions and deals_out_parameters(text(states.head, "ds_version"))
+    older = states.generation.form == "partitions" and not states.is_current
+    return older and deals_out_parameters(text(states.head, "ds_version"))
 
 
-def _check_same_form(first: RankStates, other: RankStates) -> None:
-    """Raise BridgeError where two ranks' files cannot be of one save."""
-    forms = [(s.kind, s.generation, len(s.parts)) for s in (first, other)]
-    if forms[0] != forms[1]:
+def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) -> None:
+    """Raise BridgeError where two ranks' files cannot be of one save.
+
+    begin: of the first data-parallel rank on the same model-parallel rank.
+    """
+    same = (first.kind, first.generation) == (other.kind, other.generation)
+    if not same or len(begin.parts) != len(other.parts):
         raise BridgeError(
             f"{other.path} holds {other.kind} states of {len(other.parts)} groups "
             f"({other.generation.masters}), and {first.path} {first.kind} states of "
             f"{len(first.parts)} groups ({first.generation.masters}). They are of different saves: "
             "copy the checkpoint again."
         )
-    for index, scalars in enumerate(first.scalars):
-        settings = [{} if s.settings is None else s.settings[index] for s in (first, other)]
+    for index, scalars in enumerate(begin.scalars):
+        settings = [{} if s.settings is None else s.settings[index] for s in (begin, other)]
         same_group(
             Group(settings[0], scalars), Group(settings[1], other.scalars[index]), other.path
+        )
+
+
+def _no_list(path: str, number: int) -> Refused:
+    """DeepSpeed 0.5.4 to 0.5.10 kept ``param_shapes`` beside the states (dd0c8fa7, 135a6256)."""
+    return Refused(
+        f"{path} and mp_rank_{number:02d}_model_states.pt beside it hold no list param_shapes, so "
+        "its flat partitions cannot be divided into parameters. DeepSpeed saves the list since "
+        "0.5.4 (2021): copy the checkpoint again."
+    )
+
+
+def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int, path: str) -> None:
+    """Hold where DeepSpeed says that parameters lie in a partition against where they must lie."""
+    mappings = value["optimizer_state_dict"].get("param_slice_mappings")
+    if not isinstance(mappings, list) or index >= len(mappings):
+        return
+    if not isinstance(mappings[index], dict):
+        raise unexpected(path, f"param_slice_mappings[{index}]", mappings[index], "a mapping")
+    theirs = {
+        name: (entry.state.get("start"), entry.state.get("numel"))
+        for name, entry in mappings[index].items()
+        if isinstance(entry, Record) and isinstance(entry.state, dict)
+    }
+    ours = {part.name: (part.start, part.numel) for part in flat.fragments(rank)}
+    if theirs != ours:
+        name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
+        raise BridgeError(
+            f"{path}: its param_slice_mappings put {name} at {theirs.get(name)}, and by the "
+            f"param_shapes it lies at {ours.get(name)} (start, elements). Are they of one save?"
         )
 
 

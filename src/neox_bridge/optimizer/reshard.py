@@ -57,10 +57,10 @@ def plan_reshard(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
     asked: Resharding,
-    target: str,
+    path: str,
     given: Mapping[str, Mapping[str, Whole]] | None = None,
 ) -> Plan:
-    """Every file of the target. target: its absolute path, which the yml names.
+    """Every file of the target. path: its absolute path, which the yml names.
 
     given: states to take in place of the source's, by state and Hugging Face name.
     Raises Refused for ranks that the model or the batch doesn't fit.
@@ -74,77 +74,77 @@ def plan_reshard(
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
     checkpoint, said = with_own_defaults(checkpoint, optimizer, asked.era)
-    optimizer, given, made = _settled(checkpoint, optimizer, asked, given)
-    weights = with_vocabulary_rows(checkpoint.architecture, made.config, checkpoint.tensors)
+    optimizer, given, target = _settled(checkpoint, optimizer, asked, given)
+    weights = with_vocabulary_rows(checkpoint.architecture, target.config, checkpoint.tensors)
     moved = {
-        key: with_vocabulary_rows(checkpoint.architecture, made.config, wholes)
+        key: with_vocabulary_rows(checkpoint.architecture, target.config, wholes)
         for key, wholes in (given or states(checkpoint, optimizer)).items()
     }
-    optimizer = with_target_names(checkpoint, optimizer, made)
-    groups = _groups(checkpoint, optimizer, made, moved)
+    optimizer = with_target_names(checkpoint, optimizer, target)
+    groups = _groups(checkpoint, optimizer, target, moved)
     sources = Sources(optimizer.metas, state.tp, optimizer.generators)
-    architecture, step = checkpoint.architecture, made.step
-    changed = _changed(made)
-    whole = _universal(checkpoint, optimizer, made, moved) if made.universal else None
+    architecture, step = checkpoint.architecture, target.step
+    changed = _changed(target)
+    whole = _universal(checkpoint, optimizer, target, moved) if target.universal else None
     inside = {
-        stage * made.shape.tp + rank: stage0(optimizer, mine)
-        for (stage, rank), mine in groups.items()
+        stage * target.layout.tp + rank: stage0(optimizer, rank_groups)
+        for (stage, rank), rank_groups in groups.items()
         if optimizer.wrapper in ("plain", "fp16")
     }
     info = whole.info() if whole is not None else None
-    metadata: Metadata = partial(_metadata, checkpoint, sources, made, groups, inside, info)
-    if made.shape.predates_deepspeed_06:
-        metadata = partial(_v1_metadata, checkpoint, sources, made)
+    metadata: Metadata = partial(_metadata, checkpoint, sources, target, groups, inside, info)
+    if target.layout.predates_deepspeed_06:
+        metadata = partial(_v1_metadata, checkpoint, sources, target)
     parts = {
-        f"{step}/mp_rank_{number:02d}_model_states.pt": found
-        for number, (_, _, found) in inside.items()
+        f"{step}/mp_rank_{number:02d}_model_states.pt": tensor_parts
+        for number, (_, _, tensor_parts) in inside.items()
     }
     if whole is not None:
-        count = made.shape.stages * made.shape.tp
+        count = target.layout.stages * target.layout.tp
         files = [mp_rank_file(step, number, metadata) for number in range(count)]
-        files += universal_files(step, whole, optimizer, made.dp, made.zero)
+        files += universal_files(step, whole, optimizer, target.dp, target.zero)
     else:
-        found = weight_files(step, architecture, made.config, weights, made.shape, metadata)
-        files = [put(file, parts.get(file.path, {})) for file in found]
-        if made.shape.predates_deepspeed_06:
-            files += _v1_files(step, optimizer, made, groups)
+        planned = weight_files(step, architecture, target.config, weights, target.layout, metadata)
+        files = [put(file, parts.get(file.path, {})) for file in planned]
+        if target.layout.predates_deepspeed_06:
+            files += _v1_files(step, optimizer, target, groups)
         elif not inside:
-            files += _optimizer_files(step, checkpoint, optimizer, made, groups)
-    files += _small_files(checkpoint, made, changed, target)
+            files += _optimizer_files(step, checkpoint, optimizer, target, groups)
+    files += _small_files(checkpoint, target, changed, path)
     summary: dict[str, object] = {
         "kind": "neox",
         "architecture": architecture.name,
-        "layout": made.shape.layout,
-        "tensor_parallel": made.shape.tp,
-        "pipeline_stages": made.shape.stages if made.shape.layout == "layers" else 0,
-        "data_parallel": made.dp,
-        "zero_stage": made.zero,
-        "dtype": made.config.dtype,
+        "layout": target.layout.name,
+        "tensor_parallel": target.layout.tp,
+        "pipeline_stages": target.layout.pipe_parallel_size,
+        "data_parallel": target.dp,
+        "zero_stage": target.zero,
+        "dtype": target.config.dtype,
         "step": step,
-        "vocab_rows": made.vocabulary.padded,
+        "vocab_rows": target.vocabulary.padded,
         "parameters": sum(prod(whole.shape) for whole in weights.values()),
         "optimizer": list(optimizer.keys),
-        **({"universal": True} if made.universal else {}),
+        **({"universal": True} if target.universal else {}),
     }
-    start = "resume_universal.yml" if made.universal else "resume.yml"
-    unnamed = [unnameable_finding(start, ("load", "save"))] if unnameable(target) else []
+    start = "resume_universal.yml" if target.universal else "resume.yml"
+    unnamed = [unnameable_finding(start, ("load", "save"))] if unnameable(path) else []
     findings = (
         *unnamed,
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
         *read,
         *said,
-        *_step_findings(made, derived, was_v1),
-        *_findings(checkpoint, made, sources, changed),
+        *_step_findings(target, derived, was_v1),
+        *_findings(checkpoint, target, sources, changed),
     )
-    rows = min(checkpoint.vocab_rows, made.config.dims["vocab"])
+    rows = min(checkpoint.vocab_rows, target.config.dims["vocab"])
     plan = Plan(
         source_summary(checkpoint),
         summary,
         tuple(files),
-        made.settings.dropped,
+        target.settings.dropped,
         findings,
-        model=identity_of(architecture.name, made.config, rows),
+        model=identity_of(architecture.name, target.config, rows),
         fixed=(*changed, *sorted(architecture.model_keys), "precision"),
     )
     return with_drifted_biases(plan, checkpoint)
@@ -153,105 +153,107 @@ def plan_reshard(
 def _groups(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    made: Target,
+    target: Target,
     moved: Mapping[str, Mapping[str, Whole]],
 ) -> dict[tuple[int, int], list[RankGroup]]:
     """What each stage and tensor-parallel rank has of each parameter group."""
-    found = {}
-    config = replace(made.config, dtype="float32")
-    for rank in range(made.shape.tp):
+    rank_groups = {}
+    config = replace(target.config, dtype="float32")
+    for rank in range(target.layout.tp):
         by_state = {
             key: rank_parameters(
                 checkpoint.architecture,
                 config,
                 wholes,
                 # the moments of a bias that ranks add up are the same on every rank
-                made.shape if key == MASTER else replace(made.shape, row_bias="replicated"),
+                target.layout if key == MASTER else replace(target.layout, row_bias="replicated"),
                 rank,
             )
             for key, wholes in moved.items()
         }
-        for stage, layers in enumerate(made.bounds):
-            found[stage, rank] = list(_rank_groups(optimizer, made, layers, by_state))
-    return found
+        for stage, layers in enumerate(target.bounds):
+            rank_groups[stage, rank] = list(_rank_groups(optimizer, target, layers, by_state))
+    return rank_groups
 
 
 def _rank_groups(
     optimizer: Optimizer,
-    made: Target,
+    target: Target,
     layers: range,
     by_state: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> Iterator[RankGroup]:
     """The groups that have parameters in these layers, which may be none in a stage."""
-    order = _of_layers(optimizer, made, layers)
+    order = _of_layers(optimizer, target, layers)
     for index, group in enumerate(optimizer.groups):
-        mine = [p for p in order if optimizer.members[p] == index]
-        if mine:
+        members = [p for p in order if optimizer.members[p] == index]
+        if members:
             yield RankGroup(
                 group,
                 {
-                    key: {_named(made, p): tensors[p] for p in mine}
+                    key: {_named(target, p): tensors[p] for p in members}
                     for key, tensors in by_state.items()
                 },
             )
 
 
-def _of_layers(optimizer: Optimizer, made: Target, layers: range) -> list[Parameter]:
+def _of_layers(optimizer: Optimizer, target: Target, layers: range) -> list[Parameter]:
     """The parameters of a stage with these layers, in order."""
-    return [p for p in optimizer.members if p[0] in layers or _tied_head(made, layers, p)]
+    return [p for p in optimizer.members if p[0] in layers or _tied_head(target, layers, p)]
 
 
-def with_target_names(checkpoint: Checkpoint, optimizer: Optimizer, made: Target) -> Optimizer:
+def with_target_names(checkpoint: Checkpoint, optimizer: Optimizer, target: Target) -> Optimizer:
     """The optimizer with its parameters as the target names and orders them."""
-    sources = target_parameters(checkpoint, optimizer, made.shape)
-    members = {target: optimizer.members[source] for target, source in sources.items()}
+    sources = target_parameters(checkpoint, optimizer, target.layout)
+    members = {name: optimizer.members[source] for name, source in sources.items()}
     return replace(optimizer, members=members)
 
 
 def _universal(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    made: Target,
+    target: Target,
     moved: Mapping[str, Mapping[str, Whole]],
 ) -> Universal:
-    names = {p: _named(made, p) for p in optimizer.members}
-    return universal(checkpoint.architecture, made.config, moved, made.shape, names)
+    names = {p: _named(target, p) for p in optimizer.members}
+    return universal(checkpoint.architecture, target.config, moved, target.layout, names)
 
 
-def _tied_head(made: Target, layers: range, parameter: Parameter) -> bool:
+def _tied_head(target: Target, layers: range, parameter: Parameter) -> bool:
     """Whether it is of the embeddings, and these layers end with the head that is tied to them."""
-    return made.config.tied_embeddings and parameter[0] == 0 and made.config.layers + 4 in layers
+    return (
+        target.config.tied_embeddings and parameter[0] == 0 and target.config.head_layer in layers
+    )
 
 
-def _named(made: Target, parameter: Parameter) -> str:
-    layout, tied = made.shape.layout, made.config.tied_embeddings
+def _named(target: Target, parameter: Parameter) -> str:
+    layout, tied = target.layout.name, target.config.tied_embeddings
     return parameter_name(parameter, layout=layout, tied=tied)
 
 
-def _changed(made: Target) -> dict[str, Any]:
+def _changed(target: Target) -> dict[str, Any]:
     """The yml's keys that aren't as they were."""
-    raw = made.settings.raw
-    zero = {**_zero(raw), "stage": made.zero}
-    told = raw.get("checkpoint") or {}
-    loading = {"checkpoint": {**told, "load_universal": made.universal}}
+    raw = target.settings.raw
+    zero = {**_zero(raw), "stage": target.zero}
+    checkpoint_settings = raw.get("checkpoint") or {}
+    loading = {"checkpoint": {**checkpoint_settings, "load_universal": target.universal}}
     return {
-        **(loading if made.universal or told else {}),
-        "pipe_parallel_size": made.shape.stages if made.shape.layout == "layers" else 0,
-        "model_parallel_size": made.shape.tp,
-        "make_vocab_size_divisible_by": made.vocabulary.multiple,
-        "train_micro_batch_size_per_gpu": made.batch.micro,
-        "gradient_accumulation_steps": made.batch.accumulation,
+        **(loading if target.universal or checkpoint_settings else {}),
+        "pipe_parallel_size": target.layout.pipe_parallel_size,
+        "model_parallel_size": target.layout.tp,
+        "make_vocab_size_divisible_by": target.vocabulary.multiple,
+        "train_micro_batch_size_per_gpu": target.batch.micro,
+        "gradient_accumulation_steps": target.batch.accumulation,
         "zero_optimization": zero,
-        **_output_layer(made),
-        **made.settings.changed,
-        **(made.rescaling.yml(raw) if made.rescaling is not None else {}),
+        **_output_layer(target),
+        **target.settings.changed,
+        **(target.rescaling.yml(raw) if target.rescaling is not None else {}),
     }
 
 
-def _output_layer(made: Target) -> dict[str, Any]:
+def _output_layer(target: Target) -> dict[str, Any]:
     """How the output layer is divided over ranks, where GPT-NeoX would take it otherwise."""
-    told = made.settings.raw.get(OUTPUT_LAYER)
-    stays = told == COLUMN or (told is None and not made.shape.predates_deepspeed_06)
+    division = target.settings.raw.get(OUTPUT_LAYER)
+    stays = division == COLUMN or (division is None and not target.layout.predates_deepspeed_06)
     return {} if stays else {OUTPUT_LAYER: COLUMN}
 
 
@@ -265,29 +267,29 @@ def _zero(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _metadata(
     checkpoint: Checkpoint,
     sources: Sources,
-    made: Target,
+    target: Target,
     groups: Mapping[tuple[int, int], list[RankGroup]],
     inside: Mapping[int, Stage0],
     info: Mapping[str, Any] | None,
     number: int,
     module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
-    stage, rank = divmod(number, made.shape.tp)
+    stage, rank = divmod(number, target.layout.tp)
     new = {
         "module": module,
-        "buffer_names": _buffer_names(checkpoint, sources, made, stage),
+        "buffer_names": _buffer_names(checkpoint, sources, target, stage),
         "param_shapes": None if inside else param_shapes(groups[stage, rank]),
-        "dp_world_size": made.dp,
-        "mp_world_size": made.shape.stages * made.shape.tp,
-        "ds_config": _ds_config(sources.metas[0].get("ds_config"), made),
-        "args": _args(checkpoint, made),
+        "dp_world_size": target.dp,
+        "mp_world_size": target.layout.stages * target.layout.tp,
+        "ds_config": _ds_config(sources.metas[0].get("ds_config"), target),
+        "args": _args(checkpoint, target),
         INFO: info,
     }
-    frozen: dict[str, Any] | None = {} if made.zero == 2 else None  # engine.py, save_frozen_param
-    told = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
-    if (made.zero == 0) != (sources.metas[0].get("param_shapes") is None):
-        told |= {"shared_params": None if inside else {}, "optimizer": None}
-    new |= {key: value for key, value in told.items() if key in sources.metas[0]}
+    frozen: dict[str, Any] | None = {} if target.zero == 2 else None  # engine.py, save_frozen_param
+    more = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
+    if (target.zero == 0) != (sources.metas[0].get("param_shapes") is None):
+        more |= {"shared_params": None if inside else {}, "optimizer": None}
+    new |= {key: value for key, value in more.items() if key in sources.metas[0]}
     if not inside:
         return mp_rank(sources, stage, rank, new)
     new["optimizer"], states, _ = inside[number]
@@ -296,75 +298,80 @@ def _metadata(
 
 
 def _v1_metadata(
-    checkpoint: Checkpoint, sources: Sources, made: Target, number: int, module: Any
+    checkpoint: Checkpoint, sources: Sources, target: Target, number: int, module: Any
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
     """An mp_rank file of GPT-NeoX v1.0."""
-    stage, rank = divmod(number, made.shape.tp)
+    stage, rank = divmod(number, target.layout.tp)
     new = {
         "module": module,
-        "dp_world_size": made.dp,
-        "mp_world_size": made.shape.stages * made.shape.tp,
-        "args": _args(checkpoint, made),
+        "dp_world_size": target.dp,
+        "mp_world_size": target.layout.stages * target.layout.tp,
+        "args": _args(checkpoint, target),
     }
     value, tensors = mp_rank(sources, stage, rank, new)
     return value, old_random_states(tensors)
 
 
-def _args(checkpoint: Checkpoint, made: Target) -> dict[str, Any]:
+def _args(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     """What GPT-NeoX compares at load."""
     assert checkpoint.neox is not None
-    args = {**checkpoint.neox.args, **checkpoint_args(made.config, made.vocabulary, made.shape.tp)}
+    args = {
+        **checkpoint.neox.args,
+        **checkpoint_args(target.config, target.vocabulary, target.layout.tp),
+    }
     if "tokenizer_type" in checkpoint.neox.args:
         args["tokenizer_type"] = checkpoint.neox.args["tokenizer_type"]
     return args
 
 
-def _buffer_names(checkpoint: Checkpoint, sources: Sources, made: Target, stage: int) -> list[str]:
+def _buffer_names(
+    checkpoint: Checkpoint, sources: Sources, target: Target, stage: int
+) -> list[str]:
     """The buffers in a stage's weights: the source's, and inv_freq where the target stores it."""
-    state, layers = checkpoint.neox, made.bounds[stage]
+    state, layers = checkpoint.neox, target.bounds[stage]
     assert state is not None
-    names = buffer_names(sources.metas, layers, made.prefix)
-    if made.shape.inv_freq == state.inv_freq:
+    names = buffer_names(sources.metas, layers, target.prefix)
+    if target.layout.inv_freq == state.inv_freq:
         return names
     names = [name for name in names if not name.endswith(INV_FREQ)]
-    if made.shape.inv_freq == "omit":
+    if target.layout.inv_freq == "omit":
         return names
     blocks = [layer for layer in layers if 2 <= layer < checkpoint.config.layers + 2]
     return sorted(
-        [*names, *(f"{made.prefix}{layer}.{INV_FREQ}" for layer in blocks)],
-        key=lambda name: int(name.removeprefix(made.prefix).partition(".")[0]),
+        [*names, *(f"{target.prefix}{layer}.{INV_FREQ}" for layer in blocks)],
+        key=lambda name: int(name.removeprefix(target.prefix).partition(".")[0]),
     )
 
 
-def _ds_config(told: Any, made: Target) -> dict[str, Any]:
-    config = dict(told) if isinstance(told, dict) else {}
-    config["train_batch_size"] = made.batch.total
-    config["train_micro_batch_size_per_gpu"] = made.batch.micro
-    if made.batch.accumulation > 1 or "gradient_accumulation_steps" in config:
-        config["gradient_accumulation_steps"] = made.batch.accumulation
+def _ds_config(original: Any, target: Target) -> dict[str, Any]:
+    config = dict(original) if isinstance(original, dict) else {}
+    config["train_batch_size"] = target.batch.total
+    config["train_micro_batch_size_per_gpu"] = target.batch.micro
+    if target.batch.accumulation > 1 or "gradient_accumulation_steps" in config:
+        config["gradient_accumulation_steps"] = target.batch.accumulation
     if "zero_optimization" in config:
-        config["zero_optimization"] = {**_zero(config), "stage": made.zero}
-    return made.rescaling.ds_config(config) if made.rescaling is not None else config
+        config["zero_optimization"] = {**_zero(config), "stage": target.zero}
+    return target.rescaling.ds_config(config) if target.rescaling is not None else config
 
 
 def _optimizer_files(
     step: str,
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    made: Target,
+    target: Target,
     groups: Mapping[tuple[int, int], list[RankGroup]],
 ) -> Iterator[OutputFile]:
     outer = dict(optimizer.head.get("outer") or {})
     if "ds_config" in outer:
-        outer["ds_config"] = _ds_config(outer["ds_config"], made)
-    for (stage, rank), mine in groups.items():
+        outer["ds_config"] = _ds_config(outer["ds_config"], target)
+    for (stage, rank), rank_groups in groups.items():
         yield from zero_files(
             step,
             optimizer,
-            stage * made.shape.tp + rank,
-            made.dp,
-            made.zero,
-            mine,
+            stage * target.layout.tp + rank,
+            target.dp,
+            target.zero,
+            rank_groups,
             outer,
             bf16=checkpoint.config.dtype == "bfloat16",
         )
@@ -373,53 +380,53 @@ def _optimizer_files(
 def _v1_files(
     step: str,
     optimizer: Optimizer,
-    made: Target,
+    target: Target,
     groups: Mapping[tuple[int, int], list[RankGroup]],
 ) -> Iterator[OutputFile]:
     """The optimizer's own files for GPT-NeoX v1.0."""
-    raw = target_yml(made)
-    for (stage, rank), mine in groups.items():
-        layers = made.bounds[stage]
-        order = [_named(made, p) for p in _of_layers(optimizer, made, layers)]
-        number = stage * made.shape.tp + rank
-        yield from v1_files(step, optimizer, number, made.dp, mine, raw, order)
+    raw = target_yml(target)
+    for (stage, rank), rank_groups in groups.items():
+        layers = target.bounds[stage]
+        order = [_named(target, p) for p in _of_layers(optimizer, target, layers)]
+        number = stage * target.layout.tp + rank
+        yield from v1_files(step, optimizer, number, target.dp, rank_groups, raw, order)
 
 
-def _step_findings(made: Target, derived: tuple[Finding, ...], was_v1: bool) -> Iterator[Finding]:
+def _step_findings(target: Target, derived: tuple[Finding, ...], was_v1: bool) -> Iterator[Finding]:
     """What becomes of what the source's states, or the target's, do not hold."""
-    if not made.shape.predates_deepspeed_06:
+    if not target.layout.predates_deepspeed_06:
         yield from derived
     elif not was_v1:
         yield step_lost()
 
 
-def target_yml(made: Target) -> dict[str, Any]:
+def target_yml(target: Target) -> dict[str, Any]:
     """The target's settings, as its configs have them."""
-    return {**made.settings.raw, **_changed(made)}
+    return {**target.settings.raw, **_changed(target)}
 
 
 def _small_files(
-    checkpoint: Checkpoint, made: Target, changed: Mapping[str, Any], target: str
+    checkpoint: Checkpoint, target: Target, changed: Mapping[str, Any], path: str
 ) -> list[OutputFile]:
     state = checkpoint.neox
     assert state is not None
     tokenizer = describe_tokenizer(checkpoint.tokenizer)
-    told = dict(changed)
-    if checkpoint.unpadded_rows < made.vocabulary.padded:
-        told |= origin_settings(checkpoint.unpadded_rows)
+    settings = dict(changed)
+    if checkpoint.unpadded_rows < target.vocabulary.padded:
+        settings |= origin_settings(checkpoint.unpadded_rows)
     if tokenizer.main:
-        told["vocab_file"] = in_yml(f"{target}/tokenizer/{tokenizer.main}")
+        settings["vocab_file"] = in_yml(f"{path}/tokenizer/{tokenizer.main}")
     record = neox_record(checkpoint, checkpoint.vocab_rows, checkpoint.tokenizer_size)
     if checkpoint.config.grouped_query:
-        record["gqa_order"] = made.shape.gqa_order
-    yml, configs = resume_yml(made.settings.raw, told, target)
+        record["gqa_order"] = target.layout.gqa_order
+    yml, configs = resume_yml(target.settings.raw, settings, path)
     return [
-        text_file(f"{made.step}/{RECORD}", dump_json(record), seals=True),
-        text_file(f"{made.step}/configs/neox_bridge.yml", configs),
+        text_file(f"{target.step}/{RECORD}", dump_json(record), seals=True),
+        text_file(f"{target.step}/configs/neox_bridge.yml", configs),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
         # a name of its own, since it may come into a run that has the other
-        text_file("resume_universal.yml" if made.universal else "resume.yml", yml),
-        text_file(LATEST if made.universal else "latest", made.step.encode()),
+        text_file("resume_universal.yml" if target.universal else "resume.yml", yml),
+        text_file(LATEST if target.universal else "latest", target.step.encode()),
     ]
 
 
@@ -458,42 +465,44 @@ def _settled(
         )
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
-    made = settle(checkpoint, optimizer, asked, version)
-    if made.rescaling is not None:
-        given = made.rescaling.states(given or states(checkpoint, optimizer))
-        optimizer = made.rescaling.optimizer(optimizer)
-    if made.shape.predates_deepspeed_06:
-        check_v1_run(optimizer, made.zero, made.config.dtype, made.universal)
-        optimizer = in_v1_form(checkpoint, optimizer, target_yml(made))
-    return optimizer, given, made
+    target = settle(checkpoint, optimizer, asked, version)
+    if target.rescaling is not None:
+        given = target.rescaling.states(given or states(checkpoint, optimizer))
+        optimizer = target.rescaling.optimizer(optimizer)
+    if target.layout.predates_deepspeed_06:
+        check_v1_run(optimizer, target.zero, target.config.dtype, target.universal)
+        optimizer = in_v1_form(checkpoint, optimizer, target_yml(target))
+    return optimizer, given, target
 
 
 def _findings(
-    checkpoint: Checkpoint, made: Target, sources: Sources, changed: Mapping[str, Any]
+    checkpoint: Checkpoint, target: Target, sources: Sources, changed: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    state, batch = checkpoint.neox, made.batch
+    state, batch = checkpoint.neox, target.batch
     assert state is not None
     yield Finding(
         "batch",
         "info",
-        f"the global batch stays {batch.total}: {made.dp} data-parallel ranks, "
+        f"the global batch stays {batch.total}: {target.dp} data-parallel ranks, "
         f"train_micro_batch_size_per_gpu {batch.micro}, gradient_accumulation_steps "
         f"{batch.accumulation}",
     )
-    effective = {"gradient_accumulation_steps": made.source.accumulation}
+    effective = {"gradient_accumulation_steps": target.source.accumulation}
     if (clipping := checkpoint.raw.get("gradient_clipping")) is not None:
         effective["gradient_clipping"] = clipping
     yield from computed_findings(checkpoint.raw, effective)
-    yield from gradient_findings(made.version, made.before, made.after, made.rescaling, changed)
+    yield from gradient_findings(
+        target.version, target.before, target.after, target.rescaling, changed
+    )
     elastic = (checkpoint.raw.get("zero_optimization") or {}).get(_ELASTIC)
-    if elastic is not None and bool(elastic) != made.shape.predates_deepspeed_06:
+    if elastic is not None and bool(elastic) != target.layout.predates_deepspeed_06:
         yield Finding(
             "elastic-checkpoint",
             "info",
             f"zero_optimization.elastic_checkpoint: {str(bool(elastic)).lower()} is left out of "
             "the yml: the states are written as DeepSpeed saves them without it",
         )
-    if made.universal:
+    if target.universal:
         yield Finding(
             "load-universal",
             "info",
@@ -501,7 +510,7 @@ def _findings(
             "folder each time",
             "set it to false once the run has saved a checkpoint of its own",
         )
-    if ranks := sources.derived(made.shape.tp):
+    if ranks := sources.derived(target.layout.tp):
         several = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         yield Finding(
             "random-states",
@@ -510,28 +519,28 @@ def _findings(
             "derived from rank 0's",
         )
     rows = checkpoint.config.dims["vocab"]
-    if state.universal and made.vocabulary.padded != rows:
+    if state.universal and target.vocabulary.padded != rows:
         yield Finding(
             "padding-lost",
             "warning",
-            f"the universal checkpoint is without {made.vocabulary.padded - rows} rows of padding, "
-            "which GPT-NeoX trains too and counts in its loss: they are zeros now",
+            f"the universal checkpoint is without {target.vocabulary.padded - rows} rows of "
+            "padding, which GPT-NeoX trains too and counts in its loss: they are zeros now",
             "write it with original_vocab_size as large as padded_vocab_size",
         )
-    elif made.vocabulary.padded != rows:
+    elif target.vocabulary.padded != rows:
         yield Finding(
             "padding-rows",
             "warning",
-            f"TP {made.shape.tp} needs {made.vocabulary.padded} vocabulary rows where the run had "
-            f"{rows}: zero rows are added, and they count in the loss, "
+            f"TP {target.layout.tp} needs {target.vocabulary.padded} vocabulary rows where the run "
+            f"had {rows}: zero rows are added, and they count in the loss, "
             "since GPT-NeoX's softmax sees them",
             "choose a TP that divides the run's rows",
         )
-    if made.shape.tp != state.tp and checkpoint.config.parallel_residual:
+    if target.layout.tp != state.tp and checkpoint.config.parallel_residual:
         yield Finding(
             "row-bias",
             "info",
             "with gpt_j_residual each rank trains a bias of its own after attention and MLP, and "
-            f"their sum moved {state.tp} x and will move {made.shape.tp} x what it does at TP 1: "
-            "from its second step on this isn't bit for bit the run that it was",
+            f"their sum moved {state.tp} x and will move {target.layout.tp} x what it does at TP "
+            "1: from its second step on this isn't bit for bit the run that it was",
         )

@@ -1,9 +1,8 @@
 """Where a resharded run goes on: what a user asks for, settled against the model and the batch."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused, UsageError
@@ -20,14 +19,14 @@ from neox_bridge.optimizer.gradient_scale import (
     rescaling,
 )
 from neox_bridge.optimizer.options import Resharding
-from neox_bridge.optimizer.pipeline_stages import DEFAULT, block_class, stage_bounds
+from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.era_settings import EraSettings, era_settings
-from neox_bridge.planning.neox_files import Shape, rank_parameters
+from neox_bridge.planning.neox_files import RankLayout, rank_parameters
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.to_neox import target_shape
+from neox_bridge.planning.to_neox import target_layout
 from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
 from neox_bridge.tensors.pieces import Whole
 
@@ -42,7 +41,7 @@ class Target:
     same. settings: the run's yml for the target's trees.
     """
 
-    shape: Shape
+    layout: RankLayout
     config: ModelConfig
     vocabulary: Vocabulary
     dp: int
@@ -61,7 +60,7 @@ class Target:
     @property
     def prefix(self) -> str:
         """What precedes the layer's number in DeepSpeed's names."""
-        return "" if self.shape.layout == "layers" else "sequential."
+        return "" if self.layout.name == "layers" else "sequential."
 
 
 def settle(
@@ -89,20 +88,20 @@ def settle(
         row_bias=asked.row_bias,
         era=asked.era,
     )
-    shape, era = target_shape(checkpoint, options)
+    layout, era = target_layout(checkpoint, options)
     if asked.era is not None:
-        check_era(checkpoint, shape, era, options)
+        check_era(checkpoint, layout, era, options)
         refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
-    settings = era_settings(checkpoint, shape, asked.era)
+    settings = era_settings(checkpoint, layout, asked.era)
     rows = checkpoint.config.dims["vocab"]
     if state.universal:  # it may be without the rows of padding, which come back as zeros
         folder = state.folder
         rows = max(rows, whole(state.args, "padded_vocab_size", folder) or 0)
-    vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, shape.tp)
+    vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, layout.tp)
     config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
     dp = asked.dp or optimizer.dp
     zero = optimizer.stage if asked.zero is None else asked.zero
-    if zero == 2 and shape.layout == "layers":
+    if zero == 2 and layout.name == "layers":
         raise Refused(
             "ZeRO stage 2 doesn't go with pipe_parallel_size 1 or more: DeepSpeed refuses it. "
             "Use --zero 1, or --pp 0."
@@ -112,10 +111,10 @@ def settle(
             "--universal: DeepSpeed loads universal checkpoints at ZeRO stages 1 and 2 only. Say "
             "--zero 1."
         )
-    told = optimizer.metas[0].get("ds_config") or {}
+    ds_config = optimizer.metas[0].get("ds_config") or {}
     mp_rank = os.path.join(state.folder, "mp_rank_00_model_states.pt")
-    source = batch_of(told, raw, optimizer.dp, mp_rank)
-    before, after = _sides(asked, version, checkpoint, shape, source)
+    source = batch_of(ds_config, raw, optimizer.dp, mp_rank)
+    before, after = _sides(asked, version, checkpoint, layout, source)
     accumulation = kept_accumulation(before, after)
     batch = spread(source, dp, asked.micro_batch, accumulation)
     after = replace(after, accumulation=batch.accumulation)
@@ -124,10 +123,10 @@ def settle(
     rescaled = None
     if factor != 1:
         rescaled = rescaling(optimizer, raw, factor, checkpoint.config.dtype, way_out)
-    bounds = tuple(_bounds(checkpoint, shape, config))
+    bounds = tuple(_stages(checkpoint, layout, config))
     step = f"global_step{state.iteration}{'_universal' if asked.universal else ''}"
     return Target(
-        shape, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
+        layout, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
         before, after, rescaled, settings,
     )  # fmt: skip
 
@@ -181,7 +180,7 @@ def check_row_bias(
 
 
 def _sides(
-    asked: Resharding, version: str | None, checkpoint: Checkpoint, shape: Shape, batch: Batch
+    asked: Resharding, version: str | None, checkpoint: Checkpoint, layout: RankLayout, batch: Batch
 ) -> tuple[Side, Side]:
     """What the gradients of the source, and of the target with the source's batch, depend on."""
     state = checkpoint.neox
@@ -194,7 +193,7 @@ def _sides(
     pipeline, stages = state.layout == "layers", max(1, state.pp)
     return (
         Side(before, pipeline, stages if pipeline else 1, batch.accumulation),
-        Side(after, shape.layout == "layers", shape.stages, batch.accumulation),
+        Side(after, layout.name == "layers", layout.stages, batch.accumulation),
     )
 
 
@@ -208,24 +207,12 @@ def _way_out(share: int, accumulation: int | None) -> str:
     return "Keep --pp and --dp as they are."
 
 
-def _bounds(checkpoint: Checkpoint, shape: Shape, config: ModelConfig) -> list[range]:
+def _stages(checkpoint: Checkpoint, layout: RankLayout, config: ModelConfig) -> list[range]:
     """The layers of each stage; all of them in one where there are no stages."""
-    if shape.stages == 1:
-        return [range(config.layers + 5)]
-    counts: dict[int, int] = {}
-    for (layer, _), tensor in rank_parameters(
-        checkpoint.architecture,
-        config,
-        with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors),
-        shape,
-        0,
-    ).items():
-        counts[layer] = counts.get(layer, 0) + prod(tensor.shape)
-    return stage_bounds(
-        str(checkpoint.raw.get("pipe_partition_method") or DEFAULT),
-        config.layers,
-        shape.stages,
-        counts,
-        tied=config.tied_embeddings,
-        block=block_class(checkpoint.architecture.name),
-    )
+
+    def shapes() -> Iterator[tuple[int, tuple[int, ...]]]:
+        wholes = with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors)
+        parameters = rank_parameters(checkpoint.architecture, config, wholes, layout, 0)
+        return ((layer, tensor.shape) for (layer, _), tensor in parameters.items())
+
+    return stages_of(checkpoint.architecture, config, checkpoint.raw, layout.stages, shapes)

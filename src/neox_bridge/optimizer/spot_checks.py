@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-_COUNT = 8  # elements at the start of a parameter, and at its end
-_PADDING = 64  # elements at the start of each run of padding, and at the end of the last
+_END_ELEMENTS = 8  # elements at the start of a parameter, and at its end
+_PADDING_ELEMENTS = 64  # elements at the start of each run of padding, and at the end of the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +83,12 @@ def check_padding(parts: Iterable[TensorRef], key: str) -> None:
         key: of the group's masters, for the message.
     """
     local = [ref for ref in parts if not is_url(ref.file)]
-    runs = [_run(ref, 0, min(_PADDING, ref.shape[0])) for ref in local]
+    runs = [_run(ref, 0, min(_PADDING_ELEMENTS, ref.shape[0])) for ref in local]
     for ref in local[-1:]:
-        count = min(_PADDING, ref.shape[0])
+        count = min(_PADDING_ELEMENTS, ref.shape[0])
         runs.append(_run(ref, ref.shape[0] - count, count))
-    for ref, found in _read(runs):
-        if found.any():
+    for ref, values in _read(runs):
+        if values.any():
             raise BridgeError(
                 f"{ref.file}: {key} holds values behind the last parameter of the group, where "
                 "zeros should be. The files are of another model or save: copy the checkpoint "
@@ -103,9 +103,9 @@ def _pairs(place: tuple[int, Parameter], weight: TensorRef, master: Whole) -> It
     if not plain or not sources or is_url(weight.file) or is_url(sources[0].file):
         return
     first, last = sources[0], sources[-1]
-    count = min(_COUNT, _elements(first))
+    count = min(_END_ELEMENTS, _elements(first))
     yield _Pair(place, _run(weight, 0, count), _run(first, 0, count))
-    count = min(_COUNT, _elements(last))
+    count = min(_END_ELEMENTS, _elements(last))
     yield _Pair(
         place,
         _run(weight, _elements(weight) - count, count),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neox_bridge.findings import Finding
+from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.frameworks.deepspeed import StatesKind, ZeroGeneration
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
@@ -20,6 +21,7 @@ from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 STATE_OF = ": "  # between the name of a state and the tensor's, where both make one name
+DEEPSPEED = "0.16.5"  # whose files are written; it refuses what has no version
 Wrapper = Literal["zero", "bf16", "fp16", "plain"]
 
 
@@ -114,18 +116,24 @@ def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, 
         for layer, tensors in layers.items()
         for name, ref in tensors.items()
     }
-    found: dict[str, dict[str, Whole]] = {}
+    by_state: dict[str, dict[str, Whole]] = {}
     for key in optimizer.keys:
         shards = {
             ref: optimizer.shards[place][key]
             for ref, place in stored.items()
             if place in optimizer.shards
         }
-        found[key] = {
+        by_state[key] = {
             name: in_place_of(whole, shards, sums=key == MASTER)
             for name, whole in checkpoint.tensors.items()
         }
-    return found
+    return by_state
+
+
+def loss_scaler(state: Mapping[str, Any], *, dynamic: bool) -> Record:
+    """DeepSpeed's object for a loss scale (runtime/fp16/loss_scaler.py)."""
+    name = "DynamicLossScaler" if dynamic else "LossScaler"
+    return Record(Global("deepspeed.runtime.fp16.loss_scaler", name), state=dict(state), new=True)
 
 
 def tensor_of(name: str) -> str:

@@ -5,15 +5,15 @@ from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import Parameter
 from neox_bridge.optimizer.states import Optimizer
-from neox_bridge.planning.neox_files import Shape, parameter_rows
+from neox_bridge.planning.neox_files import RankLayout, parameter_rows
 
 
 def target_parameters(
-    checkpoint: Checkpoint, optimizer: Optimizer, shape: Shape
+    checkpoint: Checkpoint, optimizer: Optimizer, layout: RankLayout
 ) -> dict[Parameter, Parameter]:
     """Maps each parameter of the target to one of the source that holds the same weights.
 
-    Trees before 0d4bdb96 (2024-09) name the layers of the MLP otherwise, and hold the two halves of
+    Trees before neox-mlp-names name the layers of the MLP otherwise, and hold the two halves of
     a gated MLP as two parameters, so a parameter of one side may belong to two of the other. Both
     are in one parameter group.
 
@@ -31,7 +31,7 @@ def target_parameters(
     place = {parameter: index for index, parameter in enumerate(in_module_order(stored))}
     sources: dict[Parameter, Parameter] = {}
     for row in parameter_rows(checkpoint.architecture, checkpoint.config):
-        target = row.layer, row.weight.named(shape.old_names)
+        target = row.layer, row.weight.named(layout.old_names)
         names = _names(row.weight, old=state.mlp_names == "dense")
         source = next((p for n in names if (p := (row.layer, n)) in optimizer.members), None)
         if source is not None:

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 from neox_bridge.errors import Refused
@@ -23,48 +22,40 @@ from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import mapping, whole
 from neox_bridge.optimizer.derived_settings import derived_settings
 from neox_bridge.optimizer.rank_states import INTERVALS, RANKS
-from neox_bridge.optimizer.states import Group, Optimizer, SavedForm
-from neox_bridge.optimizer.write_zero import RankGroup
-from neox_bridge.planning.neox_files import V1_KEYS
+from neox_bridge.optimizer.states import Group, Optimizer, SavedForm, loss_scaler
+from neox_bridge.optimizer.write_zero import RankGroup, flat_slots
+from neox_bridge.planning.neox_files import OLD_SPARSE_NAMES, V1_KEYS
 from neox_bridge.planning.random_states import old_cuda_state
 from neox_bridge.stores.paths import read_at
-from neox_bridge.tensors.flat import Fragment, fragments_between
-from neox_bridge.tensors.fragments import Parts, partition, put, stand_in
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Shape
+from neox_bridge.tensors.flat import Flat
+from neox_bridge.tensors.fragments import Parts, put
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
-_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 _SINCE_09 = ("dynamic", "dtype")  # fields of loss scalers that DeeperSpeed 0.3.15 has not
 _SIZE = Global("torch", "Size")
 _GPU_STATES = ("cuda_rng_state", "rng_tracker_states.", "model-parallel-rng")
 
 
 @dataclass(frozen=True)
-class SubPartitions:
+class SubPartitions(Flat):
     """One flat group, cut into communication intervals, and each of them over the ranks.
 
+    Part interval x dp + rank of the group is the rank's in that interval.
+
     Attributes:
-        shapes: The group's parameters in their order.
-        dp: Data-parallel ranks.
         bucket: ``reduce_bucket_size``, in elements.
     """
 
-    shapes: Mapping[str, Shape]
-    dp: int
     bucket: int
-
-    @cached_property
-    def numel(self) -> int:
-        """Elements without padding."""
-        return sum(prod(shape) for shape in self.shapes.values())
 
     @property
     def intervals(self) -> int:
         """How many communication intervals there are."""
         return self._cut[0]
 
-    @property
-    def size(self) -> int:
+    @cached_property
+    def partition(self) -> int:
         """Elements of a part, padding included."""
         return self._cut[1]
 
@@ -87,19 +78,6 @@ class SubPartitions:
                 "fewer ranks with --dp."
             )
         return -(-share // limit), limit
-
-    @property
-    def partition(self) -> int:
-        """Elements of a part, padding included."""
-        return self.size
-
-    def used(self, rank: int) -> int:
-        """Elements of a part that are not padding; rank: its number, interval x dp + rank."""
-        return max(0, min(self.size, self.numel - rank * self.size))
-
-    def fragments(self, rank: int) -> Iterator[Fragment]:
-        """What a part holds, in order; rank: its number, as in ``used``."""
-        return fragments_between(self.shapes, rank * self.size, (rank + 1) * self.size)
 
 
 def is_v1(optimizer: Optimizer) -> bool:
@@ -177,13 +155,12 @@ def _scaler(scaler: Any) -> Any:
         return scaler
     dynamic = "scale_window" in scaler.state
     state = {key: value for key, value in scaler.state.items() if key not in _SINCE_09}
-    name = "DynamicLossScaler" if dynamic else "LossScaler"
-    return Record(Global(_SCALERS, name), state=state, new=True)
+    return loss_scaler(state, dynamic=dynamic)
 
 
 def _meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    names = meta.get("csr_tensor_module_names", meta.get("sparse_tensor_module_names"))
-    values = {**meta, "csr_tensor_module_names": set() if names is None else names}
+    names = meta.get(OLD_SPARSE_NAMES, meta.get("sparse_tensor_module_names"))
+    values = {**meta, OLD_SPARSE_NAMES: set() if names is None else names}
     values["optimizer"] = None
     return {key: values.get(key) for key in V1_KEYS}
 
@@ -248,15 +225,9 @@ def v1_files(
             states.append([])
             masters.append([])
             for interval in range(flat.intervals):
-                part = interval * dp + rank
-                slots = {}
-                for key, named in group.states.items():
-                    slot = f"{key}.{index}.{interval}"
-                    dtype = next(iter(named.values())).dtype
-                    pieces = partition(slot, named, flat, part, padded=False)
-                    parts[slot] = pieces
-                    tensors.append(stand_in(slot, dtype, (flat.used(part),), pieces))
-                    slots[key] = TensorSlot(slot)
+                number_of_part = interval * dp + rank
+                name = f"{{}}.{index}.{interval}"
+                slots = flat_slots(group, flat, number_of_part, name, tensors, parts)
                 masters[-1].append(slots.pop(MASTER))
                 states[-1].append(slots)
         value = {

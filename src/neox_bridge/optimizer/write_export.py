@@ -17,24 +17,24 @@ from neox_bridge.tensors.pieces import OutputTensor
 
 def plan_export(checkpoint: Checkpoint, optimizer: Optimizer) -> Plan:
     """``master.safetensors``, ``exp_avg.safetensors`` and so on, the scalars, and the record."""
-    found = states(checkpoint, optimizer)
+    by_state = states(checkpoint, optimizer)
     files = []
-    for key, wholes in found.items():
+    for key, wholes in by_state.items():
         tensors = [
             OutputTensor(name, whole.dtype, whole.shape, whole.pieces, whole.reduce)
             for name, whole in wholes.items()
         ]
         files.append(cut_reductions(layout_safetensors(f"{key}.safetensors", tensors)))
     files.append(text_file(SCALARS, dump_json(scalars(checkpoint, optimizer))))
-    record = {**hf_record(checkpoint), "optimizer": list(found)}
+    record = {**hf_record(checkpoint), "optimizer": list(by_state)}
     files.append(text_file(RECORD, dump_json(record), seals=True))
     summary: dict[str, object] = {
         "kind": "hf",
         "architecture": checkpoint.architecture.name,
-        "layout": f"{len(found)} optimizer states",
-        "dtype": next(iter(next(iter(found.values())).values())).dtype,
+        "layout": f"{len(by_state)} optimizer states",
+        "dtype": next(iter(next(iter(by_state.values())).values())).dtype,
         "vocab_rows": checkpoint.config.dims["vocab"],
-        "optimizer": list(found),
+        "optimizer": list(by_state),
         "parameters": sum(prod(whole.shape) for whole in checkpoint.tensors.values()),
     }
     unknown = (*listed(checkpoint.unknown_keys), *warned(checkpoint.unknown_keys))

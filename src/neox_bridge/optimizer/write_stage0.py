@@ -8,9 +8,9 @@ from typing import Any
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.states import Optimizer
-from neox_bridge.optimizer.write_zero import RankGroup, scalar_slots
+from neox_bridge.optimizer.write_zero import RankGroup, flat_slots, scalar_slots
 from neox_bridge.tensors.flat import Flat
-from neox_bridge.tensors.fragments import Parts, cut_out, joined, partition, stand_in
+from neox_bridge.tensors.fragments import Parts, cut_out, joined, stand_in
 from neox_bridge.tensors.pieces import OutputTensor
 
 Stage0 = tuple[dict[str, Any], list[OutputTensor], dict[str, Parts]]
@@ -37,8 +37,8 @@ def _plain(groups: Sequence[RankGroup]) -> Stage0:
             entry = scalar_slots(group.group, f"optimizer.{number}", tensors)
             for key, named in group.states.items():
                 slot, tensor = f"optimizer.{number}.{key}", named[name]
-                found = joined(cut_out(tensor, 0, prod(tensor.shape)))
-                parts[slot] = [replace(p, name=f"{slot}#{n}") for n, p in enumerate(found)]
+                runs = joined(cut_out(tensor, 0, prod(tensor.shape)))
+                parts[slot] = [replace(p, name=f"{slot}#{n}") for n, p in enumerate(runs)]
                 tensors.append(stand_in(slot, tensor.dtype, tensor.shape, parts[slot]))
                 entry[key] = TensorSlot(slot)
             state[number] = entry
@@ -54,12 +54,7 @@ def _fp16(head: Mapping[str, Any], groups: Sequence[RankGroup]) -> Stage0:
     for index, group in enumerate(groups):
         flat = Flat(group.shapes, 1)
         entry = scalar_slots(group.group, f"optimizer.{index}", tensors)
-        for key, named in group.states.items():
-            slot = f"optimizer.{index}.{key}"
-            parts[slot] = partition(slot, named, flat, 0, padded=False)
-            dtype = next(iter(named.values())).dtype
-            tensors.append(stand_in(slot, dtype, (flat.numel,), parts[slot]))
-            entry[key] = TensorSlot(slot)
+        entry |= flat_slots(group, flat, 0, f"optimizer.{index}.{{}}", tensors, parts)
         masters.append(entry.pop(MASTER))
         state[index] = entry
         settings.append({**group.group.settings, "params": [index]})

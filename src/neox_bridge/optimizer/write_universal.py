@@ -17,7 +17,7 @@ from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.universal_folder import MASTER, STATE, STEP, ZERO, Parameter, file_name
 from neox_bridge.optimizer.states import Optimizer, Scalar
 from neox_bridge.optimizer.write_zero import whole_head
-from neox_bridge.planning.neox_files import Shape, parameter_rows, rank_parameters
+from neox_bridge.planning.neox_files import RankLayout, parameter_rows, rank_parameters
 from neox_bridge.tensors.fragments import cut_reductions
 from neox_bridge.tensors.geometry import Split
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
@@ -39,7 +39,7 @@ class Universal:
     splits: Mapping[Parameter, Split]
     names: Mapping[Parameter, str]
     config: ModelConfig
-    shape: Shape
+    layout: RankLayout
 
     def info(self) -> dict[str, Any]:
         """``universal_checkpoint_info`` of an mp_rank file."""
@@ -47,7 +47,7 @@ class Universal:
         shapes = []
         for parameter, name in self.names.items():
             pattern = _pattern(name)
-            kind, sub = _kind(self.splits[parameter], self.shape, self.config), None
+            kind, sub = _kind(self.splits[parameter], self.layout, self.config), None
             if kind == "sub_params":
                 sub = self._heads(self.states[MASTER][parameter])
                 entry = {"patterns": [pattern], "shape": sub[0], "partition_dim": sub[1]}
@@ -66,7 +66,7 @@ class Universal:
 
     def marks(self, parameter: Parameter) -> dict[str, Any]:
         """What stands beside a parameter's tensor in its files."""
-        kind = _kind(self.splits[parameter], self.shape, self.config)
+        kind = _kind(self.splits[parameter], self.layout, self.config)
         if kind == "sub_params":
             shape, dim = self._heads(self.states[MASTER][parameter])
             pattern = _pattern(self.names[parameter])
@@ -103,7 +103,7 @@ def universal(
     architecture: Architecture,
     config: ModelConfig,
     wholes: Mapping[str, Mapping[str, Whole]],
-    shape: Shape,
+    layout: RankLayout,
     names: Mapping[Parameter, str],
 ) -> Universal:
     """The parameters whole. wholes: the model's tensors by state, and by Hugging Face name.
@@ -112,37 +112,37 @@ def universal(
     DeepSpeed gives every rank what is stored.
     """
     plain = replace(config, dtype="float32")
-    one, splits = replace(shape, tp=1), splits_of(architecture, config, shape)
+    one, splits = replace(layout, tp=1), splits_of(architecture, config, layout)
     states = {}
     for key, tensors in wholes.items():
-        found = rank_parameters(architecture, plain, tensors, one, 0)
+        parameters = rank_parameters(architecture, plain, tensors, one, 0)
         if key == MASTER:
             bare = {name: replace(whole, shards=(), parts=()) for name, whole in tensors.items()}
-            each = replace(shape, row_bias="split" if config.parallel_residual else "replicated")
+            each = replace(layout, row_bias="split" if config.parallel_residual else "replicated")
             parts = rank_parameters(architecture, plain, bare, each, 0)
-            found |= {p: parts[p] for p in names if splits[p] == "row_bias"}
-        states[key] = {p: found[p] for p in names}
-    return Universal(states, {p: splits[p] for p in names}, names, config, shape)
+            parameters |= {p: parts[p] for p in names if splits[p] == "row_bias"}
+        states[key] = {p: parameters[p] for p in names}
+    return Universal(states, {p: splits[p] for p in names}, names, config, layout)
 
 
 def splits_of(
-    architecture: Architecture, config: ModelConfig, shape: Shape
+    architecture: Architecture, config: ModelConfig, layout: RankLayout
 ) -> dict[Parameter, Split]:
     """How ranks share each parameter."""
-    found: dict[Parameter, Split] = {}
+    splits: dict[Parameter, Split] = {}
     for row in parameter_rows(architecture, config):
-        name = row.weight.named(shape.old_names)
-        found.setdefault((row.layer, name), row.weight.split_as(name))
-    return found
+        name = row.weight.named(layout.old_names)
+        splits.setdefault((row.layer, name), row.weight.split_as(name))
+    return splits
 
 
 def universal_files(
-    folder: str, made: Universal, optimizer: Optimizer, dp: int, stage: int
+    folder: str, model: Universal, optimizer: Optimizer, dp: int, stage: int
 ) -> Iterator[OutputFile]:
     """Every file of ``zero``. dp: data-parallel ranks, which it is of no more. stage: ZeRO's."""
-    for parameter, name in made.names.items():
-        place, marks = f"{folder}/{ZERO}/{name}", made.marks(parameter)
-        for key, tensors in made.states.items():
+    for parameter, name in model.names.items():
+        place, marks = f"{folder}/{ZERO}/{name}", model.marks(parameter)
+        for key, tensors in model.states.items():
             tensor = replace(tensors[parameter], name="param")
             value = {**marks, "param": TensorSlot("param")}
             yield cut_reductions(layout_pt(f"{place}/{file_name(key)}", value, [tensor]))
@@ -160,10 +160,10 @@ def _step(path: str, step: Any) -> OutputFile:
     return layout_pt(path, TensorSlot(STEP), [tensor])
 
 
-def _kind(split: Split, shape: Shape, config: ModelConfig) -> str:
+def _kind(split: Split, layout: RankLayout, config: ModelConfig) -> str:
     """The split in ds_to_universal.py's words."""
     if split == "fused":
-        return "sub_params" if config.grouped_query and shape.gqa_order == "grouped" else "column"
+        return "sub_params" if config.grouped_query and layout.gqa_order == "grouped" else "column"
     if split == "row_bias":
         return "average" if config.parallel_residual else "replicated"
     return "replicated" if split == "zero" else split

@@ -5,7 +5,7 @@ runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py, state_dict).
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +72,8 @@ def zero_files(
         state: dict[int, Any] = {}
         masters = []
         for index, (group, flat) in enumerate(zip(groups, flats, strict=True)):
-            slots = {}
-            for key, named in group.states.items():
-                slot = f"{key}.{index}"
-                padded = key != MASTER or optimizer.wrapper == "bf16"
-                found = partition(slot, named, flat, rank, padded=padded)
-                size = flat.partition if padded else flat.used(rank)
-                parts[slot] = found
-                dtype = next(iter(named.values())).dtype
-                tensors.append(stand_in(slot, dtype, (size,), found))
-                slots[key] = TensorSlot(slot)
+            padded = {key for key in group.states if key != MASTER or optimizer.wrapper == "bf16"}
+            slots = flat_slots(group, flat, rank, f"{{}}.{index}", tensors, parts, padded)
             masters.append(slots.pop(MASTER))
             scalars = scalar_slots(group.group, f"{index}", tensors)
             state[index] = {**scalars, **slots}
@@ -101,16 +93,47 @@ def zero_files(
         yield put(layout_pt(path, value, tensors), parts)
 
 
+def flat_slots(
+    group: RankGroup,
+    flat: Flat,
+    number: int,
+    name: str,
+    tensors: list[OutputTensor],
+    parts: dict[str, Parts],
+    padded: Collection[str] = (),
+) -> dict[str, TensorSlot]:
+    """A part of a flat group, for each state.
+
+    Args:
+        group: What the rank has of the group.
+        flat: How it is cut.
+        number: Of the part.
+        name: Of the slots, with ``{}`` for the state.
+        tensors: The tensors of the file, to which those of the slots are added.
+        parts: What is written in their place, by name; also added to.
+        padded: The states that have zeros up to the size of a partition.
+    """
+    slots = {}
+    for key, named in group.states.items():
+        slot = name.format(key)
+        parts[slot] = partition(slot, named, flat, number, padded=key in padded)
+        size = flat.partition if key in padded else flat.used(number)
+        dtype = next(iter(named.values())).dtype
+        tensors.append(stand_in(slot, dtype, (size,), parts[slot]))
+        slots[key] = TensorSlot(slot)
+    return slots
+
+
 def scalar_slots(group: Group, name: str, tensors: list[OutputTensor]) -> dict[str, Any]:
     """What a group's state has beside parameters; small tensors are added to ``tensors``."""
-    found: dict[str, Any] = {}
+    slots: dict[str, Any] = {}
     for key, entry in group.scalars.items():
-        found[key] = entry
+        slots[key] = entry
         if isinstance(entry, Scalar):
             slot = f"{key}.{name}"
             tensors.append(OutputTensor(slot, entry.dtype, entry.shape, inline=entry.data))
-            found[key] = TensorSlot(slot)
-    return found
+            slots[key] = TensorSlot(slot)
+    return slots
 
 
 def _padding(optimizer: Optimizer, flat: Flat, rank: int) -> int:
@@ -137,7 +160,7 @@ def _head(
     dp: int,
 ) -> dict[str, Any]:
     head = {key: value for key, value in optimizer.head.items() if key != "outer"}
-    own: dict[str, Any] = {
+    written: dict[str, Any] = {
         "base_optimizer_state": base,
         "single_partition_of_fp32_groups": list(masters),
         "zero_stage": Record(_STAGE, (stage,)),
@@ -147,9 +170,9 @@ def _head(
         "param_slice_mappings": list(mappings),
     }
     if optimizer.wrapper == "bf16":
-        del own["zero_stage"]
-    before = {key: value for key, value in head.items() if key not in own}
-    return {**before, **own}
+        del written["zero_stage"]
+    before = {key: value for key, value in head.items() if key not in written}
+    return {**before, **written}
 
 
 def whole_head(optimizer: Optimizer, stage: int, dp: int) -> dict[str, Any]:

@@ -14,11 +14,9 @@ from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.optimizer.states import Optimizer, states
+from neox_bridge.optimizer.states import DEEPSPEED, Optimizer, loss_scaler, states
 from neox_bridge.tensors.pieces import Whole
 
-_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
-_DEEPSPEED = "0.16.5"  # whose files these are; it refuses what has no version
 _TOLD = ("last_overflow_iter", "scale_factor", "scale_window")
 
 States = Mapping[str, Mapping[str, Whole]]
@@ -39,38 +37,38 @@ def at_stage(
             f"--zero {stage}: the source is a bfloat16 run of stage {optimizer.stage}, and in "
             "bfloat16 only stages 1 and 2 become each other. Leave --zero out."
         )
-    found = dict(given if given is not None else states(checkpoint, optimizer))
+    by_state = dict(given if given is not None else states(checkpoint, optimizer))
     fp16 = dtype == "float16"
-    if stage and MASTER not in found:
-        found = {MASTER: checkpoint.tensors, **found}
+    if stage and MASTER not in by_state:
+        by_state = {MASTER: checkpoint.tensors, **by_state}
     elif not stage and not fp16:
-        del found[MASTER]
+        del by_state[MASTER]
     meta = optimizer.metas[0]
     if stage:
         head = _object(optimizer, meta, fp16=fp16)
     else:
         head = _plain(optimizer.head, meta) if fp16 else {}
-    made = replace(
+    converted = replace(
         optimizer,
         wrapper="zero" if stage else "fp16" if fp16 else "plain",
         stage=stage,
-        keys=tuple(found),
+        keys=tuple(by_state),
         head=head,
     )
-    return made, found
+    return converted, by_state
 
 
 def _object(optimizer: Optimizer, meta: Mapping[str, Any], *, fp16: bool) -> dict[str, Any]:
     """The head of stages 1 and 2, with the loss scaler as an object."""
-    told, config = optimizer.head, meta.get("ds_config") or {}
-    dynamic = bool(told.get("dynamic_loss_scale"))
-    state: dict[str, Any] = {"cur_scale": told.get("cur_scale", 1.0), "dynamic": dynamic}
+    scaler, config = optimizer.head, meta.get("ds_config") or {}
+    dynamic = bool(scaler.get("dynamic_loss_scale"))
+    state: dict[str, Any] = {"cur_scale": scaler.get("cur_scale", 1.0), "dynamic": dynamic}
     if dynamic:
         settings = config.get("fp16") or {}
         shift = settings.get("hysteresis", 2)
         state |= {
-            "cur_iter": told["cur_iter"],
-            **{key: told[key] for key in _TOLD},
+            "cur_iter": scaler["cur_iter"],
+            **{key: scaler[key] for key in _TOLD},
             "min_scale": settings.get("min_loss_scale", 1),
             "delayed_shift": shift,
             "cur_hysteresis": shift,
@@ -78,13 +76,12 @@ def _object(optimizer: Optimizer, meta: Mapping[str, Any], *, fp16: bool) -> dic
             "raise_error_at_min_scale": True,
             "dtype": Global("torch", "float16"),
         }
-    name = "DynamicLossScaler" if dynamic else "LossScaler"
     return {
-        "loss_scaler": Record(Global(_SCALERS, name), state=state, new=True),
+        "loss_scaler": loss_scaler(state, dynamic=dynamic),
         "dynamic_loss_scale": dynamic if fp16 else False,
         "overflow": False,
-        "clip_grad": told.get("clip_grad", config.get("gradient_clipping", 0.0)),
-        "ds_version": meta.get("ds_version") or _DEEPSPEED,
+        "clip_grad": scaler.get("clip_grad", config.get("gradient_clipping", 0.0)),
+        "ds_version": meta.get("ds_version") or DEEPSPEED,
         "outer": {key: meta.get(key) for key in ("ds_config", "ds_version")},
     }
 

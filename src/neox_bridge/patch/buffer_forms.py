@@ -1,8 +1,8 @@
 """Where a GPT-NeoX source stores buffers that it computes, and whether the form is a known one.
 
-Known from every version of megatron/model/positional_embeddings.py between 2021-04 (889c92c9) and
-2026-05 (ea7aefd8): ``__init__`` of a module computes ``inv_freq`` or ``slopes`` and registers it by
-``self.register_buffer("inv_freq", inv_freq)``, in RotaryEmbedding since e109bf5e with
+Known from every version of megatron/model/positional_embeddings.py between 2021-04 and
+2026-05: ``__init__`` of a module computes ``inv_freq`` or ``slopes`` and registers it by
+``self.register_buffer("inv_freq", inv_freq)``, in RotaryEmbedding since neox-inv-freq with
 ``persistent=save_inv_freqs``.
 """
 

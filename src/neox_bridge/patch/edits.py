@@ -42,7 +42,7 @@ def changes_for(places: list[Place]) -> list[Change]:
 
 def hook_source() -> str:
     """The functions that go into the file: patch/load_hook.py below its marker."""
-    text = files("neox_bridge.compat").joinpath("load_hook.py").read_text(encoding="utf-8")
+    text = files("neox_bridge.patch").joinpath("load_hook.py").read_text(encoding="utf-8")
     return text[text.index(f"{MARK} put this here") :]
 
 

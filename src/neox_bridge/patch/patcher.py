@@ -2,8 +2,8 @@
 
 Two changes, in every class that registers ``inv_freq`` or ``slopes`` (patch/buffer_forms.py):
 ``persistent=False`` where there is no such argument, and a load hook (patch/load_hook.py). Why:
-transformers 253f9a3f and GPT-NeoX e109bf5e stopped storing ``inv_freq``, so that each side refuses
-what the other wrote, ``Missing key(s)`` or ``Unexpected key(s) in state_dict``.
+transformers (hf-neox-inv-freq) and GPT-NeoX (neox-inv-freq) stopped storing ``inv_freq``, so that
+each side refuses what the other wrote, ``Missing key(s)`` or ``Unexpected key(s) in state_dict``.
 
 The originals stay in ``.neox-bridge.orig`` in the tree, with hashes of both states of each file.
 """

@@ -9,20 +9,22 @@ from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.frameworks.unknown_keys import effect_of
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
-from neox_bridge.planning.neox_files import Shape
+from neox_bridge.planning.neox_files import RankLayout
 from neox_bridge.planning.neox_yml import LAYOUT
 from neox_bridge.planning.options import Options
 
 
-def check_era(checkpoint: Checkpoint, shape: Shape, era: Era, options: Options) -> list[Finding]:
+def check_era(
+    checkpoint: Checkpoint, layout: RankLayout, era: Era, options: Options
+) -> list[Finding]:
     """What to know of a model in trees of an era. Raises Refused where they have no such model."""
     architecture, config, path = checkpoint.architecture, checkpoint.config, checkpoint.path
-    found = []
+    mismatches = []
     ffn = config.dims["ffn"]
     if architecture.has_mlp:
-        _check_mlp_biases(architecture, config, shape, era)
+        _check_mlp_biases(architecture, config, layout, era)
     if architecture.gated:
-        fusion_of(config, shape.gqa_order)
+        fusion_of(config, layout.gqa_order)
     elif ffn != 4 * config.hidden and ffn % 2:
         raise Refused(
             f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
@@ -38,15 +40,17 @@ def check_era(checkpoint: Checkpoint, shape: Shape, era: Era, options: Options) 
             f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
             "--for today."
         )
-    refuse_all(_unknown_to_era(architecture, config, shape, era), path)
+    refuse_all(_unknown_to_era(architecture, config, layout, era), path)
     if options.era is None:
         return [_stored_by_flag()] if options.inv_freq == "store" and era.inv_freq_key else []
-    if shape.mlp_names != era.mlp_names:
-        found.append(f"--mlp-names {shape.mlp_names}, and it expects {era.mlp_names}")
-    if shape.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
-        found.append(f"--inv-freq {shape.inv_freq}, and it can only {era.inv_freq} the buffer")
-    if config.grouped_query and shape.gqa_order != era.gqa_order:
-        found.append(f"--gqa-order {shape.gqa_order}, and it reads them {era.gqa_order}")
+    if layout.mlp_names != era.mlp_names:
+        mismatches.append(f"--mlp-names {layout.mlp_names}, and it expects {era.mlp_names}")
+    if layout.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
+        mismatches.append(
+            f"--inv-freq {layout.inv_freq}, and it can only {era.inv_freq} the buffer"
+        )
+    if config.grouped_query and layout.gqa_order != era.gqa_order:
+        mismatches.append(f"--gqa-order {layout.gqa_order}, and it reads them {era.gqa_order}")
     return [
         Finding(
             "era-mismatch",
@@ -54,18 +58,18 @@ def check_era(checkpoint: Checkpoint, shape: Shape, era: Era, options: Options) 
             f"a GPT-NeoX of {era.name} won't load the result as this model: {what}",
             "leave that option out",
         )
-        for what in found
+        for what in mismatches
     ]
 
 
 def _unknown_to_era(
-    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era
+    architecture: Architecture, config: ModelConfig, layout: RankLayout, era: Era
 ) -> list[Refusal]:
     """What says which model it is, and trees of the era have no key for."""
     known = known_keys(era)
     return [
         _without(key, value, era)
-        for key, value in architecture.write_neox(config, shape.old_names).items()
+        for key, value in architecture.write_neox(config, layout.old_names).items()
         if key not in known
     ]
 
@@ -81,13 +85,13 @@ def _without(key: str, value: object, era: Era) -> Refusal:
 
 
 def _check_mlp_biases(
-    architecture: Architecture, config: ModelConfig, shape: Shape, era: Era
+    architecture: Architecture, config: ModelConfig, layout: RankLayout, era: Era
 ) -> None:
     """Raise Refused where trees of the era cannot run an MLP with or without these biases."""
-    if shape.te:
+    if layout.te:
         return  # such modules always have biases, and zeros are written for those that are missing
     activation = str(architecture.write_neox(config, False)["activation"])
-    rule = "none" if shape.old_names else era.gated_biases
+    rule = "none" if layout.old_names else era.gated_biases
     wanted = mlp_biases(
         rule, activation, gated=architecture.gated, parallel=config.parallel_residual
     )

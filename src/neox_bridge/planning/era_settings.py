@@ -8,7 +8,7 @@ from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.eras import Era, known_keys
 from neox_bridge.frameworks.setting_defaults import COMPUTED_KEYS
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.planning.neox_files import Shape
+from neox_bridge.planning.neox_files import RankLayout
 from neox_bridge.planning.neox_yml import is_elsewhere
 
 INV_FREQ_FLAG = "rotary_save_freqs_buffer"
@@ -29,7 +29,7 @@ class EraSettings:
     dropped: tuple[Dropped, ...]
 
 
-def era_settings(checkpoint: Checkpoint, shape: Shape, era: Era | None) -> EraSettings:
+def era_settings(checkpoint: Checkpoint, layout: RankLayout, era: Era | None) -> EraSettings:
     """Rewrites the yml of a GPT-NeoX source for trees of an era.
 
     Args:
@@ -42,13 +42,13 @@ def era_settings(checkpoint: Checkpoint, shape: Shape, era: Era | None) -> EraSe
         return EraSettings(raw, {}, ())
     known = known_keys(era)
     kept = dict(raw)
-    written = checkpoint.architecture.write_neox(checkpoint.config, shape.old_names)
+    written = checkpoint.architecture.write_neox(checkpoint.config, layout.old_names)
     changed = {
         key: value
         for key, value in written.items()
         if key in checkpoint.architecture.era_keys and key in known
     }
-    if shape.inv_freq == "store" and era.inv_freq_key:
+    if layout.inv_freq == "store" and era.inv_freq_key:
         changed[INV_FREQ_FLAG] = True
     else:
         kept.pop(INV_FREQ_FLAG, None)

@@ -49,19 +49,19 @@ def form_settings(
     form: Form,
     checkpoint: Checkpoint,
     config: ModelConfig,
-    told: Mapping[str, Any],
-    own: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
+    original: Mapping[str, Any],
     entries: int | None,
 ) -> tuple[dict[str, Any], list[Dropped]]:
     """Its config.json, and what of the source's settings isn't in it.
 
-    told: transformers' config.json. own: its own of this model, {} where there was none.
+    hf_config: transformers' config.json. original: its own of this model, {} where there was none.
     entries: of the tokenizer, where they are known.
     Raises Refused for what it can't express.
     """
-    refuse_all(form.refuse(config, told), checkpoint.path)
+    refuse_all(form.refuse(config, hf_config), checkpoint.path)
     why = f"{form.name} has no word for it; {RECORD} keeps it"
     had = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config") or {}
     lost = [Dropped(f"config.json: {key}", why) for key in form.lost if had.get(key) is not None]
     rows = config.dims["vocab"]
-    return form.write(config, told, own, min(rows, entries or rows)), lost
+    return form.write(config, hf_config, original, min(rows, entries or rows)), lost

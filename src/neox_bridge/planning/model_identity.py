@@ -33,11 +33,11 @@ def differences(old: ModelIdentity, new: ModelIdentity) -> list[str]:
     the other one's rows is another.
     """
     keys = sorted({*old.settings, *new.settings})
-    found = [
+    lines = [
         f"{key}: {old.settings.get(key)} there, {new.settings.get(key)} here"
         for key in keys
         if old.settings.get(key) != new.settings.get(key)
     ]
     if max(old.rows, new.rows) > min(old.padded, new.padded):
-        found.append(f"vocabulary rows: {old.rows} there, {new.rows} here")
-    return found
+        lines.append(f"vocabulary rows: {old.rows} there, {new.rows} here")
+    return lines

@@ -26,7 +26,29 @@ from neox_bridge.tensors.geometry import constant, scatter
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 from neox_bridge.version import __version__
 
-_CSR = "csr_tensor_module_names"
+# the keys of an mp_rank file in DeepSpeed's order, with what they are for a run without such things
+MP_RANK: Mapping[str, Any] = {
+    "module": None,
+    "buffer_names": [],
+    "optimizer": None,
+    "param_shapes": None,
+    "frozen_param_shapes": None,
+    "shared_params": {},
+    "frozen_param_fragments": None,
+    "lr_scheduler": None,
+    "data_sampler": None,
+    "random_ltd": None,
+    "sparse_tensor_module_names": set(),
+    "skipped_steps": 0,
+    "global_steps": 0,
+    "global_samples": 0,
+    "dp_world_size": 1,
+    "mp_world_size": 1,
+    "ds_config": {},
+    "ds_version": "",
+}
+_NOT_AT_START = ("shared_params", "frozen_param_fragments")
+OLD_SPARSE_NAMES = "csr_tensor_module_names"  # see frameworks.writers
 _ON_GPU = ("cuda_rng_state", "model-parallel-rng")
 # the keys of an mp_rank file of GPT-NeoX v1.0, in order (megatron/checkpointing.py and DeeperSpeed
 # 0.3.15 runtime/engine.py, _save_checkpoint)
@@ -34,7 +56,7 @@ V1_KEYS = (
     "module",
     "optimizer",
     "lr_scheduler",
-    _CSR,
+    OLD_SPARSE_NAMES,
     "skipped_steps",
     "global_steps",
     "global_samples",
@@ -57,15 +79,16 @@ Pickles = dict[object, tuple[bytes, Sequence[str]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """How a target is laid out. row_bias: see ``geometry.scatter``.
+class RankLayout:
+    """How a target is laid out over ranks.
 
+    row_bias: see ``geometry.scatter``.
     stages: pipeline stages, 1 for the layout "ranks". inv_freq: whether the buffer is written.
     te: whether the blocks' modules are Transformer Engine's.
     states: how the optimizer's states are cut over ranks: see ``StatesForm``.
     """
 
-    layout: LayoutName
+    name: LayoutName
     tp: int
     stages: int
     mlp_names: MlpNames
@@ -74,6 +97,11 @@ class Shape:
     gqa_order: GqaOrder = "grouped"
     te: bool = False
     states: StatesForm = "partitions"
+
+    @property
+    def pipe_parallel_size(self) -> int:
+        """GPT-NeoX's setting: 0 where there are no stages."""
+        return self.stages if self.name == "layers" else 0
 
     @property
     def predates_deepspeed_06(self) -> bool:
@@ -91,7 +119,7 @@ def weight_files(
     architecture: Architecture,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     metadata: Metadata,
     *,
     alike: bool = False,
@@ -105,30 +133,32 @@ def weight_files(
         row
         for row in table_rows(architecture, config.layers)
         if row.weight.is_in(config)
-        if row.weight.split != "derived" or shape.inv_freq == "store"
+        if row.weight.split != "derived" or layout.inv_freq == "store"
     ]
-    groups = _grouped(present, shape)
+    groups = _grouped(present, layout)
     dumped: Pickles = {}
-    count = shape.stages * shape.tp
+    count = layout.stages * layout.tp
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * count
-    if shape.layout == "layers":
+    if layout.name == "layers":
         layers: dict[int, Groups] = {}
         for (layer, name), rows in groups.items():
             layers.setdefault(layer, {})[layer, name] = rows
-        for layer, own in sorted(layers.items()):
-            for rank in range(shape.tp):
-                tensors = _with_biases(_tensors(own, config, wholes, shape, rank), config, shape)
+        for layer, layer_groups in sorted(layers.items()):
+            for rank in range(layout.tp):
+                tensors = _with_biases(
+                    _tensors(layer_groups, config, wholes, layout, rank), config, layout
+                )
                 path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-                value: Mapping[str, TensorSlot | None] = _state_dict(tensors, shape)
+                value: Mapping[str, TensorSlot | None] = _state_dict(tensors, layout)
                 # save_state_dict of deepspeed/runtime/pipe/module.py made a plain dict then
-                value = dict(value) if shape.predates_deepspeed_06 else value
+                value = dict(value) if layout.predates_deepspeed_06 else value
                 yield _laid_out(path, value, value, tensors, dumped)
     else:
         modules = []
-        for rank in range(shape.tp):
-            found = _tensors(groups, config, wholes, shape, rank, numbered=True)
-            tensors = _with_biases(found, config, shape)
-            modules.append((_state_dict(tensors, shape), tensors))
+        for rank in range(layout.tp):
+            rank_tensors = _tensors(groups, config, wholes, layout, rank, numbered=True)
+            tensors = _with_biases(rank_tensors, config, layout)
+            modules.append((_state_dict(tensors, layout), tensors))
     metas: Pickles | None = {} if alike else None
     for number, (module, tensors) in enumerate(modules):
         yield mp_rank_file(folder, number, metadata, module, tensors, metas)
@@ -175,12 +205,12 @@ def rank_parameters(
     architecture: Architecture,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     rank: int,
 ) -> dict[tuple[int, str], OutputTensor]:
     """One tensor-parallel rank's parameters, by GPT-NeoX's number of the layer and name in it."""
-    groups = _grouped(parameter_rows(architecture, config), shape)
-    return dict(zip(groups, _tensors(groups, config, wholes, shape, rank), strict=True))
+    groups = _grouped(parameter_rows(architecture, config), layout)
+    return dict(zip(groups, _tensors(groups, config, wholes, layout, rank), strict=True))
 
 
 def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]:
@@ -190,21 +220,21 @@ def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]
 
 
 def _with_biases(
-    tensors: Iterable[OutputTensor], config: ModelConfig, shape: Shape
+    tensors: Iterable[OutputTensor], config: ModelConfig, layout: RankLayout
 ) -> list[OutputTensor]:
     """A rank's tensors, with the biases that Transformer Engine's modules always have."""
-    found = list(tensors)
-    if shape.te:
-        found += list(transformer_engine.lacking_biases(found, config.dtype))
-    return found
+    present = list(tensors)
+    if layout.te:
+        present += list(transformer_engine.lacking_biases(present, config.dtype))
+    return present
 
 
-def _grouped(present: Sequence[Row], shape: Shape) -> Groups:
+def _grouped(present: Sequence[Row], layout: RankLayout) -> Groups:
     """The rows by layer and name; those that share both are parts of one tensor."""
     groups: Groups = {}
     for row in present:
-        name = row.weight.named(shape.old_names)
-        name = te_name(name) if shape.te else name
+        name = row.weight.named(layout.old_names)
+        name = te_name(name) if layout.te else name
         groups.setdefault((row.layer, name), []).append(row)
     return in_module_order(groups)
 
@@ -213,14 +243,14 @@ def _tensors(
     groups: Groups,
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     rank: int,
     numbered: bool = False,
 ) -> Iterator[OutputTensor]:
     """One rank's tensors, in the groups' order. numbered: whether their names have the layer."""
     for (layer, name), rows in groups.items():
         full = f"sequential.{layer}.{name}" if numbered else name
-        yield _tensor(full, name, rows, config, wholes, shape, rank)
+        yield _tensor(full, name, rows, config, wholes, layout, rank)
 
 
 def _tensor(
@@ -229,7 +259,7 @@ def _tensor(
     rows: Sequence[Row],
     config: ModelConfig,
     wholes: Mapping[str, Whole],
-    shape: Shape,
+    layout: RankLayout,
     rank: int,
 ) -> OutputTensor:
     weight = rows[0].weight
@@ -243,18 +273,18 @@ def _tensor(
         return OutputTensor(full, config.dtype, (size,), (constant((size,), -0.0),))
     if split in ("fused", "gated"):
         parts = {row.weight.part: wholes[row.hf] for row in rows}
-        fusion = fusion_of(config, shape.gqa_order, frozenset(BOTH if shape.te else ()))
-        return scatter_parts(full, fusion, parts, shape.tp, rank)
-    return scatter(full, split, wholes[rows[0].hf], shape.tp, rank, row_bias=shape.row_bias)
+        fusion = fusion_of(config, layout.gqa_order, frozenset(BOTH if layout.te else ()))
+        return scatter_parts(full, fusion, parts, layout.tp, rank)
+    return scatter(full, split, wholes[rows[0].hf], layout.tp, rank, row_bias=layout.row_bias)
 
 
 def _state_dict(
-    tensors: Sequence[OutputTensor], shape: Shape
+    tensors: Sequence[OutputTensor], layout: RankLayout
 ) -> "OrderedDict[str, TensorSlot | None]":
     named: OrderedDict[str, TensorSlot | None] = OrderedDict(
         (tensor.name, TensorSlot(tensor.name)) for tensor in tensors
     )
-    if shape.te:
+    if layout.te:
         named.update(dict.fromkeys(transformer_engine.states(tensors)))
     return named
 
@@ -270,15 +300,15 @@ class NewOptimizer(Protocol):
     def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]: ...
 
 
-# (architecture, config, tensors in the source's dtype, shape, keys of the yml, iteration, dp)
+# (architecture, config, tensors in the source's dtype, layout, keys of the yml, iteration, dp)
 MakeOptimizer = Callable[
-    [Architecture, ModelConfig, Mapping[str, Whole], Shape, Mapping[str, Any], int, int],
+    [Architecture, ModelConfig, Mapping[str, Whole], RankLayout, Mapping[str, Any], int, int],
     NewOptimizer,
 ]
 
 
 def start_of_run(
-    shape: Shape,
+    layout: RankLayout,
     args: Mapping[str, Any],
     iteration: int,
     optimizer: NewOptimizer | None,
@@ -286,7 +316,7 @@ def start_of_run(
     module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
     """The dictionary of an mp_rank file to start from, and its tensors: random states as bytes."""
-    count, tp_rank = shape.stages * shape.tp, number % shape.tp
+    count, tp_rank = layout.stages * layout.tp, number % layout.tp
     states = {
         "torch_rng_state": random_states.torch_state(SEED),
         "cuda_rng_state": random_states.cuda_state(SEED),
@@ -295,21 +325,10 @@ def start_of_run(
         ),
     }
     value = {
+        **{key: value for key, value in MP_RANK.items() if key not in _NOT_AT_START},
         "module": module,
-        "buffer_names": [],
-        "optimizer": None,
-        "param_shapes": None,
-        "frozen_param_shapes": None,
-        "lr_scheduler": None,
-        "data_sampler": None,
-        "random_ltd": None,
-        "sparse_tensor_module_names": set(),
-        "skipped_steps": 0,
         "global_steps": iteration,
-        "global_samples": 0,
-        "dp_world_size": 1,
         "mp_world_size": count,
-        "ds_config": {},
         "ds_version": f"neox-bridge {__version__}",
         "iteration": iteration,
         "args": dict(args),
@@ -320,10 +339,10 @@ def start_of_run(
         "rng_tracker_states": {"model-parallel-rng": TensorSlot("model-parallel-rng")},
     }
     if optimizer is not None:
-        value |= optimizer.more(number, shape.tp, iteration)
-    if shape.predates_deepspeed_06:
+        value |= optimizer.more(number, layout.tp, iteration)
+    if layout.predates_deepspeed_06:
         states |= {name: random_states.old_cuda_state(states[name]) for name in _ON_GPU}
-        value = {key: {**value, _CSR: set()}[key] for key in V1_KEYS}
+        value = {key: {**value, OLD_SPARSE_NAMES: set()}[key] for key in V1_KEYS}
     tensors = [
         OutputTensor(name, "uint8", (len(data),), inline=data) for name, data in states.items()
     ]

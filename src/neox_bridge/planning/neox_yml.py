@@ -111,8 +111,8 @@ def settings(
     model = architecture.write_neox(config, old_names)
     if same_model:
         again = {k: v for k, v in model.items() if k in architecture.era_keys}
-        own = architecture.model_keys - architecture.era_keys
-        model = {**{k: v for k, v in raw.items() if k in own}, **again}
+        kept_keys = architecture.model_keys - architecture.era_keys
+        model = {**{k: v for k, v in raw.items() if k in kept_keys}, **again}
     model.setdefault("seq_length", raw.get("seq_length", config.max_positions))
     placed: dict[str, Any] = dict(layout)
     if inv_freq == "store" and era.inv_freq_key:
@@ -139,7 +139,7 @@ def settings(
 
 
 def start_yml(
-    found: Settings, root: str, tokenizer_file: str | None, *, fresh: bool
+    settings: Settings, root: str, tokenizer_file: str | None, *, fresh: bool
 ) -> tuple[str, bytes, tuple[str, ...]]:
     """The yml in the target's root, its name, and the keys that the user has still to fill in.
 
@@ -169,11 +169,11 @@ def start_yml(
                 "vocab_file": vocab_file,
             },
         ),
-        ("its layout: must stay as it is", found.layout),
-        ("the model: must stay as it is", found.model),
-        ("precision", found.precision),
-        ("training: yours to choose", found.training),
-        *_carried(found),
+        ("its layout: must stay as it is", settings.layout),
+        ("the model: must stay as it is", settings.model),
+        ("precision", settings.precision),
+        ("training: yours to choose", settings.training),
+        *_carried(settings),
     ]
     return name, dump_yml(sections), tuple(blanks)
 
@@ -211,23 +211,23 @@ def unnameable_finding(file: str, keys: Sequence[str]) -> Finding:
     )
 
 
-def step_yml(found: Settings) -> bytes:
+def step_yml(settings: Settings) -> bytes:
     """The yml in global_stepN/configs: the same settings without files and paths."""
     return dump_yml(
         [
-            ("layout", {**found.layout, "tokenizer_type": "HFTokenizer"}),
-            ("model", found.model),
-            ("precision", found.precision),
-            ("training", found.training),
-            *_carried(found),
+            ("layout", {**settings.layout, "tokenizer_type": "HFTokenizer"}),
+            ("model", settings.model),
+            ("precision", settings.precision),
+            ("training", settings.training),
+            *_carried(settings),
         ]
     )
 
 
-def _carried(found: Settings) -> list[tuple[str, Mapping[str, Any]]]:
+def _carried(settings: Settings) -> list[tuple[str, Mapping[str, Any]]]:
     """The keys of a fork, which are written as they were, and what the model was."""
     comment = "keys of the source that neox-bridge does not know, unchanged"
-    sections = ((comment, found.carried), (ORIGIN, found.origin))
+    sections = ((comment, settings.carried), (ORIGIN, settings.origin))
     return [(comment, keys) for comment, keys in sections if keys]
 
 

@@ -11,8 +11,8 @@ from neox_bridge.formats.pickle_writer import numpy_array
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 _WORDS = 624
-_PHILOX = 16  # bytes: seed and offset
-_BEFORE_1_13 = 800  # bytes
+_PHILOX_BYTES = 16  # seed and offset
+_OLD_PREFIX_BYTES = 800
 _MODEL_PARALLEL = 2718  # megatron/mpu/random.py, model_parallel_cuda_manual_seed
 
 
@@ -49,13 +49,13 @@ def current_cuda_state(state: bytes) -> bytes:
     (ATen/cuda/CUDAGeneratorImpl.cpp), and newer ones refuse such a state. Other states, such as
     those of a CPU, are returned as they are.
     """
-    return state[-_PHILOX:] if len(state) == _PHILOX + _BEFORE_1_13 else state
+    return state[-_PHILOX_BYTES:] if len(state) == _PHILOX_BYTES + _OLD_PREFIX_BYTES else state
 
 
 def current_cuda_tensor(state: Any) -> Any:
     """``current_cuda_state`` of a tensor in a file; what is no tensor is returned as it is."""
-    if isinstance(state, TensorRef) and state.shape == (_PHILOX + _BEFORE_1_13,):
-        return replace(state, offset=state.offset + _BEFORE_1_13, shape=(_PHILOX,))
+    if isinstance(state, TensorRef) and state.shape == (_PHILOX_BYTES + _OLD_PREFIX_BYTES,):
+        return replace(state, offset=state.offset + _OLD_PREFIX_BYTES, shape=(_PHILOX_BYTES,))
     return state
 
 
@@ -64,7 +64,7 @@ def old_cuda_state(state: bytes) -> bytes:
 
     States of other sizes, such as those of a CPU, are returned as they are.
     """
-    return b"\xff" * _BEFORE_1_13 + state if len(state) == _PHILOX else state
+    return b"\xff" * _OLD_PREFIX_BYTES + state if len(state) == _PHILOX_BYTES else state
 
 
 def model_parallel_seed(seed: int, tp_rank: int) -> int:
@@ -92,9 +92,9 @@ def of_rank(state: bytes, tp_rank: int) -> tuple[bytes, bool]:
     """
     if tp_rank == 0:
         return state, True
-    if len(state) in (_PHILOX, _PHILOX + _BEFORE_1_13):
-        seed, offset = struct.unpack("<Qq", state[-_PHILOX:])
+    if len(state) in (_PHILOX_BYTES, _PHILOX_BYTES + _OLD_PREFIX_BYTES):
+        seed, offset = struct.unpack("<Qq", state[-_PHILOX_BYTES:])
         new = struct.pack("<Qq", (seed + tp_rank) % 2**64, offset)
-        return state[:-_PHILOX] + new, True
+        return state[:-_PHILOX_BYTES] + new, True
     digest = hashlib.sha256(state + struct.pack("<I", tp_rank)).digest()
     return torch_state(int.from_bytes(digest[:4], "little")), False

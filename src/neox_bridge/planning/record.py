@@ -49,20 +49,20 @@ def neox_record(checkpoint: Checkpoint, rows: int, tokenizer_size: int | None) -
 
 def source_summary(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where a checkpoint comes from, without the paths of the machine."""
-    found: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
+    summary: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
     if checkpoint.revision:
-        found["revision"] = checkpoint.revision
+        summary["revision"] = checkpoint.revision
     if checkpoint.form is not None:
-        found["format"] = checkpoint.form.name
+        summary["format"] = checkpoint.form.name
     if checkpoint.neox is not None:
-        found["iteration"] = checkpoint.neox.iteration
-        found["layout"] = checkpoint.neox.layout
-        found["tensor_parallel"] = checkpoint.neox.tp
-        found["pipeline_stages"] = checkpoint.neox.pp
-    found["dtype"] = checkpoint.config.dtype
+        summary["iteration"] = checkpoint.neox.iteration
+        summary["layout"] = checkpoint.neox.layout
+        summary["tensor_parallel"] = checkpoint.neox.tp
+        summary["pipeline_stages"] = checkpoint.neox.pp
+    summary["dtype"] = checkpoint.config.dtype
     if checkpoint.from_masters:
-        found["weights"] = "masters"
-    return found
+        summary["weights"] = "masters"
+    return summary
 
 
 def public_settings(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,31 +8,24 @@ from typing import Any
 
 from neox_bridge.findings import Dropped
 from neox_bridge.planning.plan import Plan
-from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, byte_range
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 SCHEMA_VERSION = 1
-# for the estimate of memory: bytes of a block and threads at most, as execution has them, and
-# what Python and numpy take (measured)
-BLOCK = 4 << 20
-WORKERS = 4
-RUNTIME = 50_000_000
 
 
-def summary(plan: Plan) -> dict[str, Any]:
+def summary(plan: Plan, peak_memory: int) -> dict[str, Any]:
     """The plan in numbers.
 
     bytes_copied: move unchanged, as runs of bytes. bytes_transformed: are cast, strided, summed,
     filled or made up. bytes_from_plan: are in the plan itself: headers, pickles, small text files.
-    peak_memory: an estimate, in bytes, Python itself included; mapped files don't count.
+    peak_memory: see ``execution.memory``, which knows how the plan would be executed.
     """
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     unchanged = sum(copied(tensor) for tensor in tensors)
     inline = sum(len(tensor.inline) for tensor in tensors if tensor.inline is not None)
     transformed = sum(tensor.nbytes for tensor in tensors) - unchanged - inline
     taken_over = sum(file.size for file in plan.files if file.copy_of is not None)
-    held = sum(len(data) for file in plan.files for _, data in file.literals) + inline
     return {
         "files": len(plan.files),
         "tensors": len(tensors),
@@ -41,19 +34,19 @@ def summary(plan: Plan) -> dict[str, Any]:
         "bytes_copied": unchanged + taken_over,
         "bytes_transformed": transformed,
         "bytes_from_plan": plan.size - unchanged - taken_over - transformed,
-        "peak_memory": RUNTIME + held + WORKERS * _largest_block(tensors),
+        "peak_memory": peak_memory,
         "dropped": {reason: len(names) for reason, names in by_reason(plan.dropped).items()},
     }
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: Plan, peak_memory: int) -> dict[str, Any]:
     """All of the plan but the literal bytes, of which it tells place and length."""
     return {
         "schema_version": SCHEMA_VERSION,
         "hash": plan_hash(plan),
         "source": dict(plan.source),
         "target": dict(plan.target),
-        "summary": summary(plan),
+        "summary": summary(plan, peak_memory),
         "files": [_file(file) for file in plan.files],
         "casts": casts_json(plan),
         **remarks(plan),
@@ -85,16 +78,16 @@ def plan_hash(plan: Plan) -> str:
 
     The same for the same files, whatever words of explanation go with them.
     """
-    found = sha256(str(SCHEMA_VERSION).encode())
+    digest = sha256(str(SCHEMA_VERSION).encode())
     for file in plan.files:
-        found.update(repr((file.path, file.size, file.copy_of, file.seals)).encode())
+        digest.update(repr((file.path, file.size, file.copy_of, file.seals)).encode())
         for at, data in file.literals:
-            found.update(repr((at, len(data))).encode() + data)
+            digest.update(repr((at, len(data))).encode() + data)
         for t in file.tensors:
             pieces = [_piece_facts(p) for p in t.pieces]
-            told = (t.name, t.dtype, t.shape, t.reduce, t.divisor, t.random, t.offset, t.crc_at)
-            found.update(repr((told, t.inline, pieces)).encode())
-    return found.hexdigest()
+            facts = (t.name, t.dtype, t.shape, t.reduce, t.divisor, t.random, t.offset, t.crc_at)
+            digest.update(repr((facts, t.inline, pieces)).encode())
+    return digest.hexdigest()
 
 
 def _piece_facts(piece: Piece) -> tuple[object, ...]:
@@ -119,10 +112,10 @@ def plan_schema() -> dict[str, Any]:
 
 def by_reason(dropped: Iterable[Dropped]) -> Mapping[str, list[str]]:
     """Names of what was dropped, by the reason, in the order of their first appearance."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for drop in dropped:
-        found.setdefault(drop.reason, []).append(drop.name)
-    return found
+        names.setdefault(drop.reason, []).append(drop.name)
+    return names
 
 
 def is_plain(tensor: OutputTensor) -> bool:
@@ -145,23 +138,6 @@ def copied(tensor: OutputTensor) -> int:
         if piece.source is not None and piece.source.dtype == tensor.dtype
     )
     return sum(run[2] for run in runs if run is not None)
-
-
-def _largest_block(tensors: Iterable[OutputTensor]) -> int:
-    """What a thread allocates at most for a block of a transformed tensor.
-
-    The block itself and a second one to cast or move it; sums go through three of float64.
-    """
-    most = 0
-    for tensor in tensors:
-        size = itemsize(tensor.dtype)
-        row = tensor.nbytes // max(1, tensor.shape[0]) if tensor.shape else size
-        block = min(tensor.nbytes, max(BLOCK, row))
-        plain = is_plain(tensor) or tensor.random is not None
-        copies = 2 if plain else 2 + 3 * 8 // size
-        if copied(tensor) != tensor.nbytes and tensor.inline is None:
-            most = max(most, copies * block)
-    return most
 
 
 def _file(file: OutputFile) -> dict[str, Any]:

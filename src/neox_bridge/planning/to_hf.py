@@ -52,10 +52,10 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
     eos = tokenizer.end_of_text
     if eos is not None and checkpoint.kind == "neox":
         config = replace(config, bos_token_id=eos, eos_token_id=eos)
-    raw, own = _config_json(architecture, checkpoint, config)
+    raw, originals = _config_json(architecture, checkpoint, config)
     record = hf_record(checkpoint)
     if form is not None:
-        was = own.get(form.name) or {}
+        was = originals.get(form.name) or {}
         written, lost = form_settings(form, checkpoint, config, raw, was, tokenizer.size)
         dropped += lost
         files.append(text_file("config.json", dump_json(written)))
@@ -265,7 +265,7 @@ def _config_json(
     if not same:
         return written, {}
     forms = {form.name for form in architecture.forms}
-    own = {key: original[key] for key in forms & set(original)}
+    originals = {key: original[key] for key in forms & set(original)}
     original = {key: value for key, value in original.items() if key not in forms}
     # what follows from this writing, not from the model
     again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
@@ -275,7 +275,7 @@ def _config_json(
         ("architectures", "id2label", "label2id") if config.reward and not _scored(original) else ()
     )
     fresh = {key: written[key] for key in (*again, *rope, *head) if key in written}
-    return {**written, **original, **fresh}, own
+    return {**written, **original, **fresh}, originals
 
 
 def _scored(raw: Mapping[str, Any]) -> bool:

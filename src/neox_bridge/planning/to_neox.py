@@ -29,7 +29,7 @@ from neox_bridge.planning.common import (
 )
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
-from neox_bridge.planning.neox_files import MakeOptimizer, Shape, start_of_run, weight_files
+from neox_bridge.planning.neox_files import MakeOptimizer, RankLayout, start_of_run, weight_files
 from neox_bridge.planning.neox_yml import (
     Settings,
     settings,
@@ -59,11 +59,11 @@ def plan_neox(
     Raises Refused for a layout that the model doesn't fit.
     """
     architecture, config = checkpoint.architecture, checkpoint.config
-    shape, era = target_shape(checkpoint, options)
-    findings = check_era(checkpoint, shape, era, options)
-    if shape.te:
-        findings += check_target(checkpoint, shape.tp, era, options)
-    vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, shape.tp)
+    layout, era = target_layout(checkpoint, options)
+    findings = check_era(checkpoint, layout, era, options)
+    if layout.te:
+        findings += check_target(checkpoint, layout.tp, era, options)
+    vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, layout.tp)
     if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
         findings.append(rms_epsilon())
     findings += lost_on_the_way(checkpoint)
@@ -71,54 +71,56 @@ def plan_neox(
     if vocabulary.size is not None and vocabulary.size > vocabulary.rows:
         findings.append(_larger_tokenizer(vocabulary))
     elif vocabulary.padded > vocabulary.rows and options.vocab_multiple is None:
-        findings.append(_padded(vocabulary, shape.tp))
+        findings.append(_padded(vocabulary, layout.tp))
     config = replace(config, dims={**config.dims, "vocab": vocabulary.padded})
     if options.dtype != "keep":
         config = replace(config, dtype=options.dtype)
     if checkpoint.kind == "hf":
-        told = architecture.findings_to_neox(checkpoint.raw, config)
-        findings += [Finding(code, "warning", message, remedy) for code, message, remedy in told]
+        warnings = architecture.findings_to_neox(checkpoint.raw, config)
+        findings += [
+            Finding(code, "warning", message, remedy) for code, message, remedy in warnings
+        ]
     kept = with_vocabulary_rows(architecture, config, checkpoint.tensors, vocabulary.rows)
     unrounded = with_vocabulary_rows(architecture, config, kept)
     wholes = {name: cast(whole, options.dtype) for name, whole in unrounded.items()}
     iteration = _iteration(checkpoint) if options.iteration is None else options.iteration
     step = f"global_step{iteration}"
-    args = checkpoint_args(config, vocabulary, shape.tp)
-    found = _settings(checkpoint, config, shape, era, vocabulary, options)
-    found = replace(found, origin=_origin(checkpoint, options, vocabulary))
+    args = checkpoint_args(config, vocabulary, layout.tp)
+    yml_settings = _settings(checkpoint, config, layout, era, vocabulary, options)
+    yml_settings = replace(yml_settings, origin=_origin(checkpoint, options, vocabulary))
     optimizer = None
     if options.optimizer == "fresh":
-        if shape.predates_deepspeed_06:
+        if layout.predates_deepspeed_06:
             raise Refused(
                 "--optimizer fresh: the optimizer states of GPT-NeoX v1.0 are not made anew, only "
                 "converted. Leave the option out, and v1.0 starts a new optimizer itself."
             )
-        training, dp = found.training, options.dp
+        training, dp = yml_settings.training, options.dp
         assert make_optimizer is not None
-        optimizer = make_optimizer(architecture, config, unrounded, shape, training, iteration, dp)
-        found.training["zero_optimization"] = {
+        optimizer = make_optimizer(architecture, config, unrounded, layout, training, iteration, dp)
+        yml_settings.training["zero_optimization"] = {
             **(training.get("zero_optimization") or {}),
             "stage": optimizer.stage,
         }
         findings.append(_schedule())
-    metadata = partial(start_of_run, shape, args, iteration, optimizer)
+    metadata = partial(start_of_run, layout, args, iteration, optimizer)
     alike = optimizer is None
-    files = list(weight_files(step, architecture, config, wholes, shape, metadata, alike=alike))
+    files = list(weight_files(step, architecture, config, wholes, layout, metadata, alike=alike))
     if optimizer is not None:
-        files += optimizer.files(step, shape.tp, bf16=config.dtype == "bfloat16")
-    own = {key for key in found.unknown if checkpoint.kind == "neox"}
+        files += optimizer.files(step, layout.tp, bf16=config.dtype == "bfloat16")
+    refused_keys = {key for key in yml_settings.unknown if checkpoint.kind == "neox"}
     why = f"GPT-NeoX of {era.name} refuses it"
-    dropped += [Dropped(f"yml: {key}", why, "setting") for key in sorted(own)]
+    dropped += [Dropped(f"yml: {key}", why, "setting") for key in sorted(refused_keys)]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
-    start, yml, blanks = start_yml(found, target, main, fresh=optimizer is not None)
+    start, yml, blanks = start_yml(yml_settings, target, main, fresh=optimizer is not None)
     if unnameable(target):
         findings.append(unnameable_finding(start, blanks[1:]))
     record = neox_record(checkpoint, vocabulary.rows, tokenizer.size)
-    if config.grouped_query and not shape.te:
-        record["gqa_order"] = shape.gqa_order
+    if config.grouped_query and not layout.te:
+        record["gqa_order"] = layout.gqa_order
     files += [
         text_file(f"{step}/{RECORD}", dump_json(record), seals=True),
-        text_file(f"{step}/configs/neox_bridge.yml", step_yml(found)),
+        text_file(f"{step}/configs/neox_bridge.yml", step_yml(yml_settings)),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
         text_file(start, yml),
         text_file("latest", step.encode()),
@@ -126,14 +128,14 @@ def plan_neox(
     summary: dict[str, object] = {
         "kind": "neox",
         "architecture": architecture.name,
-        "layout": shape.layout,
-        "tensor_parallel": shape.tp,
-        "pipeline_stages": shape.stages if shape.layout == "layers" else 0,
-        "mlp_names": shape.mlp_names,
-        "inv_freq": shape.inv_freq,
-        **({"transformer_engine": True} if shape.te else {}),
+        "layout": layout.name,
+        "tensor_parallel": layout.tp,
+        "pipeline_stages": layout.pipe_parallel_size,
+        "mlp_names": layout.mlp_names,
+        "inv_freq": layout.inv_freq,
+        **({"transformer_engine": True} if layout.te else {}),
         "era": era.name,
-        **({"gqa_order": shape.gqa_order} if config.grouped_query and not shape.te else {}),
+        **({"gqa_order": layout.gqa_order} if config.grouped_query and not layout.te else {}),
         "dtype": config.dtype,
         "vocab_rows": vocabulary.padded,
         "vocab_multiple": vocabulary.multiple,
@@ -148,19 +150,19 @@ def plan_neox(
         tuple(findings),
         tuple((start, key) for key in blanks),
         model=identity_of(architecture.name, config, vocabulary.rows),
-        fixed=(*found.layout, *found.model, "precision"),
+        fixed=(*yml_settings.layout, *yml_settings.model, "precision"),
     )
 
 
-def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
+def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout, Era]:
     """How the target is laid out, and which trees it fits. Raises BridgeError and Refused."""
     state, era = checkpoint.neox, options.era
-    layout = options.layout or ("ranks" if options.pp == 0 else None)
-    if layout is None and options.pp:
-        layout = "layers"
+    name = options.layout or ("ranks" if options.pp == 0 else None)
+    if name is None and options.pp:
+        name = "layers"
     # GPT-NeoX trains reward models without pipeline stages only (training.py, get_batch_pipe)
     usual: LayoutName = "ranks" if checkpoint.config.reward else "layers"
-    layout = layout or (state.layout if state else usual)
+    name = name or (state.layout if state else usual)
     check_layout(options.layout, options.pp)
     stages = options.pp or (state.pp if state else 0) or 1
     tp = options.tp or (state.tp if state else 1)
@@ -172,11 +174,11 @@ def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     raw = checkpoint.raw if state else {}
     fits = era or fitting(mlp_names, inv_freq, raw)
     refuse_all(checkpoint.architecture.refuse_shape(tp, fits.name), checkpoint.path)
-    check_window(checkpoint, layout, _run_yml(checkpoint))
+    check_window(checkpoint, name, _run_yml(checkpoint))
     _check_parallel(checkpoint.config, tp, stages)
     sums = checkpoint.config.parallel_residual
     row_bias = options.row_bias if sums else "replicated"
-    stages = stages if layout == "layers" else 1
+    stages = stages if name == "layers" else 1
     gqa_order = fits.gqa_order
     if state is not None and era is None:
         gqa_order = state.gqa_order
@@ -185,8 +187,8 @@ def target_shape(checkpoint: Checkpoint, options: Options) -> tuple[Shape, Era]:
     te = options.te
     if te is None:
         te = state is not None and state.te == BOTH and era in (None, TODAY)
-    shape = Shape(layout, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te, fits.states)
-    return shape, fits
+    layout = RankLayout(name, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te, fits.states)
+    return layout, fits
 
 
 def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -221,8 +223,8 @@ def _vocabulary(
     checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer, tp: int
 ) -> tuple[Vocabulary, list[Dropped]]:
     everything = options.vocab_rows == "all"
-    own = checkpoint.config.dims["vocab"] if everything else checkpoint.vocab_rows
-    rows, dropped = cut_rows(own, own, options, tokenizer)
+    have = checkpoint.config.dims["vocab"] if everything else checkpoint.vocab_rows
+    rows, dropped = cut_rows(have, have, options, tokenizer)
     size = tokenizer.size
     state = checkpoint.neox
     unknown = size is None and not checkpoint.record.get("vocab_size")
@@ -277,9 +279,9 @@ def _iteration(checkpoint: Checkpoint) -> int:
     """The step: GPT-NeoX's own, that of the record, or that in a revision such as step143000."""
     if checkpoint.neox is not None:
         return checkpoint.neox.iteration
-    told = checkpoint.record.get("neox")
-    if isinstance(told, dict) and isinstance(told.get("iteration"), int):
-        return int(told["iteration"])
+    recorded = checkpoint.record.get("neox")
+    if isinstance(recorded, dict) and isinstance(recorded.get("iteration"), int):
+        return int(recorded["iteration"])
     match = re.search(r"@step(\d+)$", checkpoint.revision)
     return int(match[1]) if match else 0
 
@@ -313,32 +315,32 @@ def _carried(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
 def _settings(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    shape: Shape,
+    layout: RankLayout,
     era: Era,
     vocabulary: Vocabulary,
     options: Options,
 ) -> Settings:
-    layout = {
-        "pipe_parallel_size": shape.stages if shape.layout == "layers" else 0,
-        "model_parallel_size": shape.tp,
+    parallel = {
+        "pipe_parallel_size": layout.pipe_parallel_size,
+        "model_parallel_size": layout.tp,
         "make_vocab_size_divisible_by": vocabulary.multiple,
     }
-    found = settings(
+    written = settings(
         checkpoint.architecture,
         config,
         era,
-        shape.inv_freq,
-        layout,
+        layout.inv_freq,
+        parallel,
         _run_yml(checkpoint),
         same_model=checkpoint.kind == "neox",
         same_dtype=options.dtype in ("keep", checkpoint.config.dtype),
-        old_names=shape.old_names,
+        old_names=layout.old_names,
         carried=_carried(checkpoint, options),
     )
-    found.training.pop("train_impl" if found.training.get("train_impl") == "rm" else "", None)
+    written.training.pop("train_impl" if written.training.get("train_impl") == "rm" else "", None)
     if config.reward:
-        found.model["train_impl"] = "rm"
-    if shape.te:
+        written.model["train_impl"] = "rm"
+    if layout.te:
         gated = checkpoint.architecture.gated
-        found = replace(found, model=settings_of(found.model, config, gated))
-    return found
+        written = replace(written, model=settings_of(written.model, config, gated))
+    return written

@@ -10,6 +10,7 @@ from typing import Any
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused, UsageError
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.changes import since
 from neox_bridge.frameworks.eras import Era, known_keys
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.transformer_engine import (
@@ -44,8 +45,8 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
     checks: tuple[tuple[bool, str], ...] = (
         (
             "te_mha" not in known_keys(era) or options.mlp_names == "dense",
-            "GPT-NeoX has had Transformer Engine's modules since 2024-12 (8900d05c); use --for "
-            "today and no --mlp-names",
+            "GPT-NeoX has had Transformer Engine's modules since "
+            f"{since('neox-transformer-engine')}; use --for today and no --mlp-names",
         ),
         (tp > 1 and config.parallel_residual, f"gpt_j_residual: {SUMS_TWICE} Use --tp 1"),
         (

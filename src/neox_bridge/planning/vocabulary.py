@@ -37,8 +37,8 @@ def padded_size(size: int, multiple: int, tp: int) -> int:
 
 def told_multiple(*settings: Mapping[str, Any]) -> int:
     """make_vocab_size_divisible_by, from the first of args and yml that says it."""
-    told = (found.get("make_vocab_size_divisible_by") for found in settings)
-    return int(next(filter(None, told), FIRST_MULTIPLE))
+    values = (one.get("make_vocab_size_divisible_by") for one in settings)
+    return int(next(filter(None, values), FIRST_MULTIPLE))
 
 
 def fit(rows: int, size: int, tp: int, multiple: int | None, *, known: bool = True) -> Vocabulary:

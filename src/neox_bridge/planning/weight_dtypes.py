@@ -37,7 +37,7 @@ class OddWeights:
 def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
     """The weights that need a cast, or cannot be converted at all."""
     groups = _by_dtype(checkpoint.tensors)
-    found = []
+    odd_weights = []
     odd = {name: held for name, held in groups.items() if name not in (*PLAIN, *_CAST)}
     if odd:
         names = [name for held in odd.values() for name in held]
@@ -46,7 +46,7 @@ def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
             "floating-point numbers, and these are quantized, without their scales"
         )
         way_out = "convert the original, unquantized model"
-        found.append(OddWeights(tuple(names), False, reason, way_out))
+        odd_weights.append(OddWeights(tuple(names), False, reason, way_out))
     for kind in _CAST:
         if held := groups.get(kind):
             reason = f"{len(held)} weights are {kind}, such as {held[0]}"
@@ -54,8 +54,8 @@ def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
             if kind in FLOAT8:
                 reason += "; if scales belonged to them, these values alone are another model"
                 way_out += ", if no scales belong to them"
-            found.append(OddWeights(tuple(held), True, reason, way_out))
-    return found
+            odd_weights.append(OddWeights(tuple(held), True, reason, way_out))
+    return odd_weights
 
 
 def dtype_refusals(checkpoint: Checkpoint, dtype: str = "keep") -> list[Refusal]:

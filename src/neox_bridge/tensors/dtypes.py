@@ -66,5 +66,5 @@ def to_numpy(name: str) -> "np.dtype[Any]":
     import numpy as np
 
     extra = name == "bfloat16" or name.startswith("float8")
-    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name) if extra else name)
-    return found
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name) if extra else name)
+    return dtype

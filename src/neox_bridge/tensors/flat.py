@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Protocol
 
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import Piece, Shape, Whole, cut
@@ -29,20 +28,6 @@ class Fragment:
     start: int
     low: int
     numel: int
-
-
-class Partitions(Protocol):
-    """A flat group that is cut over data-parallel ranks."""
-
-    @property
-    def partition(self) -> int:
-        """Elements of each partition, padding included."""
-
-    def used(self, rank: int) -> int:
-        """Elements of a rank's partition that are not padding."""
-
-    def fragments(self, rank: int) -> Iterator[Fragment]:
-        """What a rank's partition holds, in order."""
 
 
 @dataclass(frozen=True)
@@ -69,34 +54,52 @@ class Flat:
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
         """What a rank's partition holds, in order."""
-        first = rank * self.partition
-        return fragments_between(self.shapes, first, first + self.partition)
+        first, at = rank * self.partition, 0
+        for name, shape in self.shapes.items():
+            low, high = max(at, first), min(at + prod(shape), first + self.partition)
+            if low < high:
+                yield Fragment(name, low - first, low - at, high - low)
+            at += prod(shape)
 
     def wholes(self, parts: Sequence[TensorRef]) -> dict[str, Whole]:
         """The group's parameters, from the ranks' partitions: one dimension, padding or not."""
-        pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
-        for rank, part in enumerate(parts):
-            size = itemsize(part.dtype)
-            for fragment in self.fragments(rank):
-                shape, at = self.shapes[fragment.name], part.offset + fragment.start * size
-                for start, box in boxes_of(shape, fragment.low, fragment.low + fragment.numel):
-                    ref = replace(part, offset=at, shape=box)
-                    pieces[fragment.name].append(Piece(ref, (0,) * len(box), start, box))
-                    at += prod(box) * size
-        dtype = parts[0].dtype
-        return {
-            name: Whole(dtype, self.shapes[name], tuple(found)) for name, found in pieces.items()
-        }
+        used = [replace(part, shape=(self.used(rank),)) for rank, part in enumerate(parts)]
+        return wholes_of(self.shapes, [part for part in used if part.nbytes] or used)
 
 
-def fragments_between(shapes: Mapping[str, Shape], first: int, end: int) -> Iterator[Fragment]:
-    """What the elements of a flat group from ``first`` up to ``end`` hold, in order."""
-    at = 0
-    for name, shape in shapes.items():
-        low, high = max(at, first), min(at + prod(shape), end)
-        if low < high:
-            yield Fragment(name, low - first, low - at, high - low)
-        at += prod(shape)
+def wholes_of(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[str, Whole]:
+    """The parameters, which lie one behind the other in parts without padding."""
+    runs = _runs([prod(shape) for shape in shapes.values()], parts)
+    dtype = parts[0].dtype if parts else "float32"
+    wholes = {}
+    for (name, shape), parameter_runs in zip(shapes.items(), runs, strict=True):
+        pieces = []
+        for ref, low in parameter_runs:
+            offset = ref.offset
+            for start, box in boxes_of(shape, low, low + ref.shape[0]):
+                piece = TensorRef(ref.file, offset, ref.dtype, box)
+                pieces.append(Piece(piece, (0,) * len(box), start, box))
+                offset += prod(box) * itemsize(ref.dtype)
+        wholes[name] = Whole(dtype, shape, tuple(pieces))
+    return wholes
+
+
+def _runs(
+    sizes: Sequence[int], parts: Sequence[TensorRef]
+) -> Iterator[list[tuple[TensorRef, int]]]:
+    """For each parameter, its runs of elements in the parts, and where in it each run begins."""
+    number, at = 0, 0  # the part, and the next element of it
+    for size in sizes:
+        parameter_runs, low = [], 0
+        while low < size:
+            part = parts[number]
+            count = min(size - low, part.shape[0] - at)
+            offset = part.offset + at * itemsize(part.dtype)
+            parameter_runs.append((TensorRef(part.file, offset, part.dtype, (count,)), low))
+            low, at = low + count, at + count
+            if at == part.shape[0]:
+                number, at = number + 1, 0
+        yield parameter_runs
 
 
 def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:
@@ -107,20 +110,20 @@ def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:
         return [((), ())]
     inner = row_major(shape)[0]
     first, last = -(-low // inner), high // inner  # whole rows
-    found = []
+    boxes = []
     if first > last:  # all within one row
         row, at = divmod(low, inner)
         rest = boxes_of(shape[1:], at, high - row * inner)
         return [((row, *start), (1, *box)) for start, box in rest]
     if low < first * inner:
         rest = boxes_of(shape[1:], low - (first - 1) * inner, inner)
-        found += [((first - 1, *start), (1, *box)) for start, box in rest]
+        boxes += [((first - 1, *start), (1, *box)) for start, box in rest]
     if first < last:
-        found.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+        boxes.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
     if last * inner < high:
         rest = boxes_of(shape[1:], 0, high - last * inner)
-        found += [((last, *start), (1, *box)) for start, box in rest]
-    return found
+        boxes += [((last, *start), (1, *box)) for start, box in rest]
+    return boxes
 
 
 def in_place_of(whole: Whole, shards: Mapping[TensorRef, Whole], *, sums: bool = True) -> Whole:
@@ -149,9 +152,9 @@ def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
     """
     if whole.reduce == "none":
         return [((0,) * len(whole.shape), whole)]
-    found: dict[tuple[Shape, Shape], list[Piece]] = {}
+    groups: dict[tuple[Shape, Shape], list[Piece]] = {}
     for piece in whole.pieces:
-        found.setdefault((piece.to, piece.shape), []).append(piece)
+        groups.setdefault((piece.to, piece.shape), []).append(piece)
     return [
         (
             to,
@@ -162,7 +165,7 @@ def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
                 whole.reduce,
             ),
         )
-        for (to, shape), group in sorted(found.items(), key=lambda item: item[0])
+        for (to, shape), group in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -11,7 +11,7 @@ from itertools import chain
 from math import prod
 
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.flat import Partitions, boxes_of, segments
+from neox_bridge.tensors.flat import Flat, boxes_of, segments
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import (
     OutputFile,
@@ -28,22 +28,22 @@ Parts = Sequence[OutputTensor]  # their offsets in bytes from the place's first
 
 
 def partition(
-    name: str, tensors: Mapping[str, OutputTensor], flat: Partitions, rank: int, *, padded: bool
+    name: str, tensors: Mapping[str, OutputTensor], flat: Flat, rank: int, *, padded: bool
 ) -> list[OutputTensor]:
     """A rank's partition of a group, as parts. padded: whether its zeros at the end are there."""
     dtype = next(iter(tensors.values())).dtype
-    found: list[OutputTensor] = []
+    parts: list[OutputTensor] = []
     for fragment in flat.fragments(rank):
         at = fragment.start * itemsize(dtype)
         tensor, end = tensors[fragment.name], fragment.low + fragment.numel
-        found += [
+        parts += [
             replace(part, offset=at + part.offset) for part in cut_out(tensor, fragment.low, end)
         ]
     used, zeros = flat.used(rank), flat.partition - flat.used(rank)
     if padded and zeros:
         fill = OutputTensor("padding", dtype, (zeros,), (constant((zeros,), 0.0),))
-        found.append(replace(fill, offset=used * itemsize(dtype)))
-    return [replace(part, name=f"{name}#{n}") for n, part in enumerate(joined(found))]
+        parts.append(replace(fill, offset=used * itemsize(dtype)))
+    return [replace(part, name=f"{name}#{n}") for n, part in enumerate(joined(parts))]
 
 
 def cut_out(tensor: OutputTensor, low: int, high: int) -> Iterator[OutputTensor]:

@@ -1,7 +1,7 @@
 """Where the rows of q, k, v or of up and gate lie in a rank's fused tensor.
 
-One description, used in both directions: a ``Run`` of rows lies in the rank's fused tensor and in
-the rank's share of one part. Only rows are moved, so that biases are the case of one dimension.
+One description, used in both directions: a ``RowSpan`` lies in the rank's fused tensor and in the
+rank's share of one part. Only rows are moved, so that biases are the case of one dimension.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Part = Literal["", "q", "k", "v", "up", "gate"]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RowSpan:
     """Rows of a part: where they start in a rank's fused tensor, in the rank's part; how many."""
 
     fused: int
@@ -46,19 +46,19 @@ class Fusion:
         heads = self.heads if part == "q" else self.kv_heads
         return fused * heads // (self.heads + 2 * self.kv_heads)
 
-    def runs(self, part: Part, rows: int, tp: int) -> tuple[Run, ...]:
+    def runs(self, part: Part, rows: int, tp: int) -> tuple[RowSpan, ...]:
         """The runs of a part that has this many rows on one of ``tp`` ranks.
 
         gated: [up | gate], GPT-NeoX megatron/model/transformer.py, Gated_Activation.
-        full attention: head by head [q k v]. grouped-query: [all q | all k | all v] since 96c242eb
-        (2024-11); before, for each query head [q | slice of k | slice of v], all slices together
-        being all of k and v (ParallelSelfAttention.forward, gqa_project). Transformer Engine 1.12:
-        [gate | up] (common/util/vectorized_pointwise.h, gated_act_kernel), and for each head of k
-        and v [its q heads | k | v] (attention.py, qkv_weight_interleaved).
+        full attention: head by head [q k v]. grouped-query: [all q | all k | all v] since
+        neox-gqa-order; before, for each query head [q | slice of k | slice of v], all slices
+        together being all of k and v (ParallelSelfAttention.forward, gqa_project). Transformer
+        Engine 1.12: [gate | up] (common/util/vectorized_pointwise.h, gated_act_kernel), and for
+        each head of k and v [its q heads | k | v] (attention.py, qkv_weight_interleaved).
         """
         if part in ("up", "gate"):
             first = "gate" if "mlp" in self.te else "up"
-            return (Run(0 if part == first else rows, 0, rows),)
+            return (RowSpan(0 if part == first else rows, 0, rows),)
         heads, kv_heads = self.heads // tp, self.kv_heads // tp
         width = rows // (heads if part == "q" else kv_heads)
         if "attention" in self.te:
@@ -66,15 +66,15 @@ class Fusion:
             size = shared if part == "q" else width
             at = {"q": 0, "k": shared, "v": shared + width}[part]
             step = shared + 2 * width
-            return tuple(Run(at + n * step, n * size, size) for n in range(kv_heads))
+            return tuple(RowSpan(at + n * step, n * size, size) for n in range(kv_heads))
         if self.order == "grouped" and heads != kv_heads:
             starts = {"q": 0, "k": heads * width, "v": (heads + kv_heads) * width}
-            return (Run(starts[part], 0, rows),)
+            return (RowSpan(starts[part], 0, rows),)
         piece = width * kv_heads // heads
         size = width if part == "q" else piece
         begin = {"q": 0, "k": width, "v": width + piece}[part]
         step = width + 2 * piece
-        return tuple(Run(begin + head * step, head * size, size) for head in range(heads))
+        return tuple(RowSpan(begin + head * step, head * size, size) for head in range(heads))
 
 
 def gather_part(fusion: Fusion, part: Part, shards: Sequence[TensorRef]) -> Whole:

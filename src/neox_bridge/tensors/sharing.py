@@ -11,7 +11,7 @@ from neox_bridge.tensors.pieces import OutputTensor, byte_range
 
 BLOCK = 4096  # bytes; of XFS, btrfs and bcachefs, unless made otherwise
 WORTH = 64 << 10  # bytes; below, a clone costs more than a copy
-_ELEMENT = 8  # bytes; torch and safetensors map tensors in place: aligned for every dtype
+_ALIGNMENT_BYTES = 8  # torch and safetensors map tensors in place: aligned for every dtype
 
 Groups = dict[int, deque[OutputTensor]]
 
@@ -30,7 +30,7 @@ def residue(tensor: OutputTensor) -> int | None:
         if piece.source is None or piece.source.dtype != tensor.dtype:
             continue
         run = byte_range(piece, tensor.shape)
-        if run is not None and run[2] >= WORTH and (run[0] - run[1]) % _ELEMENT == 0:
+        if run is not None and run[2] >= WORTH and (run[0] - run[1]) % _ALIGNMENT_BYTES == 0:
             votes[(run[0] - run[1]) % BLOCK] += run[2]
     return max(votes, key=votes.__getitem__) if votes else None
 
@@ -115,18 +115,18 @@ def _as_they_are(tensors: Sequence[OutputTensor], places: Mapping[int, int | Non
         place = places[id(tensor)]
         if place is not None:
             start = (place - before) % BLOCK
-            return start if start % _ELEMENT == 0 else None
+            return start if start % _ALIGNMENT_BYTES == 0 else None
         before += tensor.nbytes
     return None
 
 
 def _shared(order: Sequence[OutputTensor], places: Mapping[int, int | None], at: int) -> int:
     """The bytes that lie where they can be shared, the first tensor at this offset."""
-    found = 0
+    shared = 0
     for tensor in order:
-        found += tensor.nbytes if places[id(tensor)] == at % BLOCK else 0
+        shared += tensor.nbytes if places[id(tensor)] == at % BLOCK else 0
         at += tensor.nbytes
-    return found
+    return shared
 
 
 def _next(at: int, left: dict[int, int], waiting: Groups, small: Groups) -> tuple[Groups, int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neox_bridge.frameworks.changes import since
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.verification.sides import neox_settings
@@ -101,8 +102,8 @@ def _by_era(neox: Checkpoint) -> Iterator[Hypothesis]:
         yield Hypothesis(
             "epsilon form",
             {"rms_eps": "inside" if older else "outside"},
-            f"RMSNorm is {ways[not older]} in this GPT-NeoX (4c9f1081, 2025-05, changed it), and "
-            f"{ways[older]} on the other side",
+            f"RMSNorm is {ways[not older]} in this GPT-NeoX, and {ways[older]} on the other side "
+            f"(changed by {since('neox-rms-epsilon')})",
             inherent=True,
         )
     if neox.config.dtype in ("float16", "bfloat16"):
@@ -110,7 +111,7 @@ def _by_era(neox: Checkpoint) -> Iterator[Hypothesis]:
             "rounded rotary tables",
             {"rope_tables": neox.config.dtype},
             f"the other side rounds its rotary tables to {neox.config.dtype}, as GPT-NeoX did "
-            "before 3bfedf47 (2023-09)",
+            f"before {since('neox-rope-fp32')}",
             inherent=True,
         )
 

@@ -118,7 +118,7 @@ def stages(
         that of the first rank alone, the ranks' sum or mean, twice or half of what GPT-NeoX adds;
         "gate":
         which half of a gated MLP's projection it is; "rope_tables": the dtype that positions,
-        frequencies and angles are rounded to (the parameters' before 3bfedf47, 2023-09, #1041).
+        frequencies and angles are rounded to (the parameters' before neox-rope-fp32).
     """
     if not ranks:
         raise ValueError("ranks: at least one tensor-parallel rank is needed")

@@ -1,0 +1,209 @@
+"""Executes a plan: every file written, checked and sealed, then the target put in place."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.execution.context import Context, Overflow
+from neox_bridge.execution.digests import HashName
+from neox_bridge.execution.disk import DiskSink
+from neox_bridge.execution.files import Identity, check_same, identities
+from neox_bridge.execution.journal import Key
+from neox_bridge.execution.result import Result
+from neox_bridge.execution.sink import Check, Job, Sink
+from neox_bridge.findings import Finding
+from neox_bridge.planning.casts import overflow_finding
+from neox_bridge.planning.plan import Plan
+from neox_bridge.planning.report import plan_hash
+from neox_bridge.stores.paths import is_url, plain
+from neox_bridge.tensors.coverage import check_files
+
+if TYPE_CHECKING:
+    from neox_bridge.execution.executors import Pool
+
+
+def execute(
+    plan: Plan,
+    target: str,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    every_crc: bool = False,
+    hash_name: HashName | None = "xxh3_128",
+    hash_shared: bool = False,
+    progress: Callable[[int], None] | None = None,
+    check: Check | None = None,
+    pool: "Pool | None" = None,
+    in_place: bool = False,
+) -> Result:
+    """Write what the plan says into the folder ``target``, whole or not at all.
+
+    A folder on a disk appears by a rename. A folder of an object store is whole as soon as its
+    ``neox_bridge.json`` is there, which is written last. Where the target is the root of a GPT-NeoX
+    run, the plan's step is added to it. A run that was killed, interrupted or had no room is
+    resumed when the same plan is executed again.
+
+    Args:
+        plan: What is written.
+        target: A path, or the URL of a folder in an object store.
+        overwrite: Replace what is there, if it is a checkpoint.
+        workers: Threads. The pool decides where there is one.
+        every_crc: Read also what the kernel moves, so that every tensor of a ``.pt`` file has its
+            CRC-32. By default it stays 0 for tensors that this process did not see. On a disk only:
+            in an object store every tensor has it.
+        hash_name: The hash of the files in ``neox_bridge.json``. None for no hashes.
+        hash_shared: Also hash files that share blocks with the sources, which takes far longer than
+            to write them. On a disk only: in an object store no file does.
+        progress: Called, by one thread at a time, with the number of bytes just written.
+        check: Called with the finished folder before it gets its name. Where it raises Unverified,
+            a folder on a disk is kept as ``target`` + ".unverified", and one in an object store
+            stays without its record.
+        pool: Writes the files, in place of threads of this process. Progress comes by files then.
+        in_place: The target is what the plan's sources belong to, and is replaced, whatever it
+            holds: the plan must have all of it. On a disk only.
+
+    Returns:
+        What was done, and what was noticed.
+
+    Raises:
+        UsageError: An option does not apply to this kind of target. Nothing was written.
+        BridgeError: The target exists, another process writes it, there is no space, or a source is
+            damaged or changes. Nothing was replaced then, nor on KeyboardInterrupt.
+    """
+    start = time.perf_counter()
+    target = plain(target)
+    check_options(target, every_crc=every_crc, hash_shared=hash_shared, in_place=in_place)
+    check_files(plan.files)
+    sources = identities(sources_of(plan))
+    _check_copies(plan, sources)
+    key = Key(plan_hash(plan), sources, hash_name)
+    context = Context(progress, every_crc=every_crc)
+    sink = _sink_of(Job(plan, target, key, context, overwrite, in_place, hash_shared))
+    with sink.opened() as is_published:
+        if is_published:
+            context.wrote(plan.size, "kept")
+        else:
+            try:
+                _write(sink, workers or default_workers(), pool)
+            finally:
+                context.files.close()
+            sink.seal()
+            check_same(sources)
+            sink.verify(check)
+            sink.publish()
+        sink.clear()
+    written = context.written
+    return Result(
+        target,
+        len(plan.files),
+        plan.size,
+        written["shared"],
+        written["copied"],
+        written["transformed"],
+        written["kept"],
+        time.perf_counter() - start,
+        (*_findings(plan, context), *sink.findings),
+    )
+
+
+def check_options(
+    target: str, *, every_crc: bool = False, hash_shared: bool = False, in_place: bool = False
+) -> None:
+    """Raise UsageError for options of ``execute`` that do not apply to such a target."""
+    options = {"every_crc": every_crc, "hash_shared": hash_shared, "in_place": in_place}
+    given = [name for name, value in options.items() if value]
+    if given and is_url(plain(target)):
+        raise UsageError(
+            given,
+            f"only for targets on a disk, and {target} is in an object store",
+            "Leave it out.",
+        )
+
+
+def default_workers() -> int:
+    """Threads of an execution: one more than cores, since one waits for the disk."""
+    return 1 + min(4, os.cpu_count() or 1)
+
+
+def _sink_of(job: Job) -> Sink:
+    """Chooses, once, what kind of place the target is."""
+    if is_url(job.target):
+        from neox_bridge.execution.object_store import ObjectSink
+
+        return ObjectSink(job)
+    return DiskSink(job)
+
+
+def _write(sink: Sink, workers: int, pool: "Pool | None") -> None:
+    """Write all files that are not finished, and once more those that the target lost."""
+    files = sink.files()
+    while True:
+        files = sink.job.missing(files)
+        if pool is None:
+            sink.write(files, workers)
+        else:
+            from neox_bridge.execution.units import run_units
+
+            run_units(sink, files, pool)
+        if not (files := sink.lost()):
+            return
+
+
+def sources_of(plan: Plan) -> list[str]:
+    """The files that a plan reads, sorted."""
+    files = {file.copy_of for file in plan.files if file.copy_of is not None}
+    for file in plan.files:
+        for tensor in file.tensors:
+            files |= {piece.source.file for piece in tensor.pieces if piece.source is not None}
+    return sorted(files)
+
+
+def _check_copies(plan: Plan, sources: Mapping[str, Identity]) -> None:
+    """Raise BridgeError where a file that is copied has another size than it had."""
+    for file in plan.files:
+        if file.copy_of is not None and sources[file.copy_of][0] != file.size:
+            raise BridgeError(
+                f"{file.copy_of} changed since the plan was made: it had {file.size:,} bytes and "
+                f"has {sources[file.copy_of][0]:,}. Convert again."
+            )
+
+
+def _place_of(plan: Plan, overflow: Overflow) -> str:
+    """A tensor with its file, since each of GPT-NeoX's layers calls its own by the same names."""
+    for file in plan.files:
+        for tensor in file.tensors:
+            sources = (piece.source for piece in tensor.pieces)
+            if tensor.name == overflow.tensor and overflow.source in sources:
+                return f"{tensor.name} in {file.path}"
+    return overflow.tensor
+
+
+def _findings(plan: Plan, context: Context) -> Iterable[Finding]:
+    if context.overflows:
+        counts: Counter[str] = Counter()
+        for overflow in context.overflows:
+            counts[_place_of(plan, overflow)] += overflow.count
+        yield overflow_finding(counts)
+    if context.roundings:
+        name, _ = min(context.roundings)
+        total = sum(count for _, count in context.roundings)
+        yield Finding(
+            "scaled-states-rounded",
+            "warning",
+            f"{total} values of {len(context.roundings)} optimizer states became too small or too "
+            f"large for their dtype as they were scaled, the first in {name}: they are rounded",
+            "keep gradient_accumulation_steps with --micro-batch to avoid the scaling",
+        )
+    deviations = [d for d in context.deviations if not d[0].endswith(plan.known_deviations)]
+    if deviations:
+        name, file, largest = max(deviations, key=lambda d: (d[2], d[0]))
+        yield Finding(
+            "replicas-differ",
+            "warning",
+            f"{len(deviations)} tensors differ between tensor-parallel ranks, by "
+            f"{largest:.6g} at most from their mean ({name}, {file}); the mean is written",
+            "GPT-NeoX's ranks drift apart a little in long runs; check a larger difference",
+        )

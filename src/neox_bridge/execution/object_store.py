@@ -1,0 +1,443 @@
+"""A folder of an object store as the target of an execution: whole as soon as its record is there.
+
+Every object appears whole; ``neox_bridge.json`` when all others are there and were checked, then
+``latest``. Next to what is written, ``.neox-bridge/KEY/`` holds a small object, a mark, for each
+that is finished, so that any machine can resume a run that was stopped. KEY stands for plan,
+sources and hash.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+
+from neox_bridge.errors import BridgeError, Unreachable, Unverified
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.digests import HashName, hash_bytes
+from neox_bridge.execution.install import LATEST, RootFiles
+from neox_bridge.execution.journal import Written
+from neox_bridge.execution.movers import move
+from neox_bridge.execution.pool import Task, run_all
+from neox_bridge.execution.sink import Check, Job
+from neox_bridge.execution.staging import holds_others, kept_files
+from neox_bridge.execution.streams import Stream
+from neox_bridge.execution.tensors import fill_tensor
+from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.layouts.known_files import foreign_objects
+from neox_bridge.layouts.record_file import recorded_files
+from neox_bridge.stores.objects import (
+    Object,
+    below,
+    fetch,
+    forget,
+    kind,
+    look,
+    names,
+    pending,
+    put_small,
+    remove,
+)
+from neox_bridge.stores.paths import isfile
+from neox_bridge.stores.uploads import WORK, Sender, abort_left_over, start_upload
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+_REQUESTS = 16  # at a time
+_REQUEST_BYTES = 1 << 20  # a request takes as long as so many bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectWriter:
+    """Writes files of a plan as objects, and marks each as finished.
+
+    Attributes:
+        url: The folder that a plan's paths are below.
+        marks: The folder of the marks.
+        root_files: The step that is replaced and what comes beside it, where ``url`` is a GPT-NeoX
+            run already.
+    """
+
+    url: str
+    marks: str
+    hash_name: HashName | None
+    root_files: RootFiles | None = None
+
+    every_crc = False  # what passes through the process has its CRC-32 anyway
+    folders = ()
+
+    def place(self, path: str) -> str:
+        """The URL of a file of the plan."""
+        if self.root_files is not None and "/" not in path:
+            path = self.root_files.names.get(path, path)
+        return f"{self.url}/{path}".replace("\\", "/")
+
+    def mark(self, path: str) -> str:
+        """The URL of what says that a file is finished."""
+        return f"{self.marks}/{sha256(path.encode()).hexdigest()[:32]}"
+
+    def write(self, files: Sequence[OutputFile], context: Context) -> list[tuple[str, Written]]:
+        """Write files one after another."""
+        sender = Sender()
+        try:
+            return [(file.path, self.write_one(file, context, sender)) for file in files]
+        finally:
+            sender.close()
+
+    def write_one(self, file: OutputFile, context: Context, sender: Sender) -> Written:
+        """Write a file. context, sender: of all threads of the process."""
+        written, tag = write_object(file, self.place(file.path), self.hash_name, context, sender)
+        entry = {"path": file.path, "size": written.size, "hash": written.hash, "tag": tag}
+        put_small(self.mark(file.path), json.dumps(entry).encode())
+        return written
+
+
+def write_object(
+    file: OutputFile,
+    url: str,
+    hash_name: HashName | None,
+    context: Context,
+    sender: Sender,
+) -> tuple[Written, str]:
+    """Write a file as an object, from its start to its end; it appears whole or not.
+
+    Returns what was written and the object's tag. Raises BridgeError, and nothing is left of the
+    object then.
+    """
+    places = frozenset(place for tensor in file.tensors for place in tensor.crc_at)
+    stream = Stream(start_upload(url, file.size), sender, file.size, hash_name, places)
+    parts: list[tuple[int, int, bytes | OutputTensor]] = [
+        *((offset, len(data), data) for offset, data in file.literals),
+        *((tensor.offset, tensor.nbytes, tensor) for tensor in file.tensors),
+    ]
+    try:
+        for offset, size, part in sorted(parts, key=lambda part: part[:2]):
+            context.check()
+            if isinstance(part, OutputTensor):
+                fill_tensor(part, stream, context)
+            else:
+                stream.literal(part, offset)
+                context.wrote(size, "copied")
+        if file.copy_of is not None:
+            move(file.copy_of, 0, stream, 0, file.size, context, None)
+        digest, tag = stream.finish()
+    except BaseException:
+        stream.abandon()
+        raise
+    return Written(file.size, digest), tag
+
+
+class ObjectSink:
+    """A ``Sink``."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.findings: tuple[Finding, ...] = ()
+        self._url = job.target
+        self._writer: ObjectWriter
+        self._stale: tuple[str, ...] = ()  # objects that the finished target has no more
+        self._last: dict[str, bytes] = {}  # records, and what follows them
+        self._lost: set[str] = set()  # paths of files that the store lost once
+        self._is_published = False
+
+    @contextmanager
+    def opened(self) -> Iterator[bool]:
+        self._begin()
+        try:
+            yield False
+        except Unverified as error:
+            self._clear_work()  # where that fails the verdict matters more
+            raise Unverified(
+                f"{error} {self._url} is left without its neox_bridge.json, to be looked at. "
+                "Remove it, or convert again with --overwrite."
+            ) from None
+        except (BridgeError, KeyboardInterrupt) as error:
+            if self._is_published:
+                raise
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(self._kept()) from None
+            raise type(error)(f"{error} {self._kept()}") from None
+
+    def files(self) -> list[OutputFile]:
+        following = {file.path for file in self._following()}
+        files = self.job.plan.files
+        return [f for f in files if not f.seals and f.path not in following and self._has(f.path)]
+
+    def write(self, files: Sequence[OutputFile], workers: int) -> None:
+        """Object after object, the largest first."""
+        sender = Sender()
+
+        def write(file: OutputFile) -> None:
+            self.job.done[file.path] = self._writer.write_one(file, self.job.context, sender)
+
+        tasks: list[Task] = [(max(f.size, _REQUEST_BYTES), partial(write, f)) for f in files]
+        try:
+            run_all(tasks, workers, self.job.context)
+        finally:
+            sender.close()
+
+    def writer(self) -> ObjectWriter:
+        return self._writer
+
+    def enter(self, files: Sequence[tuple[str, Written]]) -> None:
+        self.job.done.update(files)
+
+    def lost(self) -> list[OutputFile]:
+        """What the store said to have and does not have. Raises Unreachable where it says so twice.
+
+        One listing; what is missing in it is asked for once more, since a listing may be late.
+        """
+        there, done = below(self._url), self.job.done
+        places = {self._writer.place(path): path for path in done}
+        doubtful = {
+            url: done[path].size
+            for url, path in places.items()
+            if url not in there or there[url].size != done[path].size
+        }
+        lost = {places[url]: url for url in _lost(doubtful)}
+        for path, url in lost.items():
+            if path in self._lost:
+                raise _lost_object(url)
+            del done[path]
+        self._lost.update(lost)
+        return [file for file in self.job.plan.files if file.path in lost]
+
+    def seal(self) -> None:
+        job, place = self.job, self._writer.place
+        done, following = dict(job.done), self._following()
+        for file in following:
+            digest = hash_bytes(file.literals[0][1], job.key.hash or "xxh3_128")
+            done[file.path] = Written(file.size, digest)
+        self._last = {place(file.path): data for file, data in job.records(done, place)}
+        self._last |= {place(file.path): file.literals[0][1] for file in following}
+
+    def verify(self, check: Check | None) -> None:
+        """With records and ``latest`` as this process sees them then.
+
+        ``objects.pending_now`` tells other processes.
+        """
+        remove(self._stale)
+        if check is not None:
+            with pending(self._last):
+                check(self._url)
+
+    def publish(self) -> None:
+        for url, data in self._last.items():
+            _put_surely(url, data)
+            self.job.context.wrote(len(data), "copied")
+        self._is_published = True
+        if self._writer.root_files is not None:
+            self.findings += self._writer.root_files.findings
+
+    def clear(self) -> None:
+        if reason := self._clear_work():
+            left_over = Finding(
+                "left-over",
+                "warning",
+                f"{self._url} is finished, but what was only for resuming is left in "
+                f"{self._url}/{WORK}: {reason}",
+                f"remove {self._url}/{WORK}; the next run into the same target tries to",
+            )
+            self.findings += (left_over,)
+
+    def _begin(self) -> None:
+        """Make the folder ready to be written to, and find what an earlier run finished in it.
+
+        With ``overwrite`` the record of what is there is removed first: from then on it is not
+        whole. Raises BridgeError, before anything is changed, where the target is there already or
+        holds a source.
+        """
+        job, url = self.job, self._url
+        _check_name(url)
+        marks = f"{url}/{WORK}/{sha256(job.key.line().encode()).hexdigest()[:32]}"
+        forget(url)
+        names_there = _names(url)
+        begun = _read_begun(f"{marks}/begun") if WORK in names_there else None
+        is_run = any(name in LATEST or name.startswith("global_step") for name in names_there)
+        step = begun.step if begun else job.step if is_run else None
+        replaced = f"{url}/{step}" if step else url
+        if held := next((s for s in job.key.sources if s.startswith(f"{replaced}/")), None):
+            raise BridgeError(
+                f"{url} holds the source {held}, which would be replaced while it is read. Choose "
+                "another target."
+            )
+        objects = below(replaced) if names_there else {}
+        there = {u: o for u, o in objects.items() if not u.startswith(f"{url}/{WORK}/")}
+        if there and not job.overwrite and not begun:
+            raise _exists(replaced, there)
+        planned = {f"{url}/{file.path}" for file in job.plan.files}
+        if job.overwrite and there:
+            _check_replaceable(replaced, there, planned)
+        root_files = begun.root_files if begun else _root_files(job, url, step)
+        self._writer = ObjectWriter(url, marks, job.key.hash, root_files)
+        # without --overwrite what isn't of the plan came meanwhile, and is somebody's
+        self._stale = tuple(sorted(set(there) - planned)) if job.overwrite else ()
+        if begun:
+            job.done.update(self._finished(there))
+        remove(u for u in there if u.endswith(f"/{RECORD}") and (job.overwrite or u in planned))
+        if not begun:
+            entry = {"step": step, "beside": asdict(root_files) if root_files else None}
+            _put_surely(f"{marks}/begun", json.dumps(entry).encode())
+        for name in root_files.retired if root_files else ():  # but for what is written anew
+            retired = [u for u in below(f"{url}/{name}") if u not in planned]
+            remove([*retired, f"{url}/{name}"] if name.endswith(".yml") else retired)
+        if names_there:
+            abort_left_over(replaced)
+
+    def _finished(self, there: Mapping[str, Object]) -> dict[str, Written]:
+        """The files whose marks say what the store says of them."""
+        writer = self._writer
+        marks = below(writer.marks)
+
+        def read(file: OutputFile) -> tuple[str, Written] | None:
+            mark, now = writer.mark(file.path), there.get(writer.place(file.path))
+            # a mark that can't be read, as of a process that was killed over it, says nothing
+            with suppress(BridgeError, ValueError, KeyError, TypeError):
+                entry = json.loads(fetch(mark, 0, marks[mark].size))
+                same = now == Object(entry["size"], entry["tag"]) and entry["path"] == file.path
+                if same and entry["size"] == file.size:
+                    return file.path, Written(entry["size"], entry["hash"])
+            return None
+
+        files = [file for file in self.files() if writer.mark(file.path) in marks]
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            return dict(filter(None, pool.map(read, files)))
+
+    def _following(self) -> list[OutputFile]:
+        """The files that follow the record: ``latest``, and then a run's start-up yml.
+
+        So that yml never contradicts ``latest``: the old one is removed before anything changes.
+        """
+        files = self.job.plan.files
+        latest = [file for file in files if file.path in LATEST]
+        if self._writer.root_files is None:
+            return latest
+        return latest + [
+            file
+            for file in files
+            if file.path.endswith(".yml") and "/" not in file.path and self._has(file.path)
+        ]
+
+    def _has(self, path: str) -> bool:
+        """Whether a file of the plan is put there, and not kept as the run has it."""
+        root_files = self._writer.root_files
+        if root_files is None or path in LATEST:
+            return True
+        top = path.split("/")[0]
+        return top == root_files.step or top in root_files.names
+
+    def _kept(self) -> str:
+        if not self.job.done:
+            return f"Nothing is finished in {self._url}: the same command begins again."
+        return kept_files(f"{self._url}, without its neox_bridge.json", len(self.job.done))
+
+    def _clear_work(self) -> str:
+        """Remove what was only for resuming, that of other plans too; why that failed, or ""."""
+        try:
+            remove(below(f"{self._url}/{WORK}"))
+        except BridgeError as error:
+            return str(error)
+        return ""
+
+
+def _root_files(job: Job, url: str, step: str | None) -> RootFiles | None:
+    if step is None:
+        return None
+    from neox_bridge.execution.run_root import root_files
+
+    return root_files(job.plan, url, step, overwrite=job.overwrite)
+
+
+def _check_replaceable(url: str, there: Mapping[str, Object], planned: set[str]) -> None:
+    """Raise Refused where objects would be deleted that are no part of a checkpoint."""
+    start = len(url) + 1
+    new = {name[start:] for name in planned if name.startswith(f"{url}/")}
+    if others := foreign_objects([u[start:] for u in there], {*new, *recorded_files(url)}):
+        raise holds_others(url, others)
+
+
+def _put_surely(url: str, data: bytes) -> None:
+    """Write a small object, and see that it is there: again where the store lost it."""
+    for _ in range(2):
+        put_small(url, data)
+        if not _lost({url: len(data)}):
+            return
+    raise _lost_object(url)
+
+
+def _lost(sizes: Mapping[str, int]) -> list[str]:
+    """Which of these objects, with their sizes in bytes, a store doesn't have after all."""
+
+    def is_lost(url: str) -> bool:
+        try:
+            return look(url, again=True).size != sizes[url]
+        except Unreachable:
+            raise
+        except BridgeError:
+            return True
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        answers = list(pool.map(is_lost, sizes))
+    return [url for url, is_gone in zip(sizes, answers, strict=True) if is_gone]
+
+
+def _lost_object(url: str) -> Unreachable:
+    return Unreachable(
+        f"{url} can't be written: the store said twice that it has it, and doesn't have it. The "
+        "source is in order; try again, or ask the store's keeper."
+    )
+
+
+def _check_name(url: str) -> None:
+    store, _, path = url.partition("://")
+    if store == "hf":
+        raise BridgeError(f"{url}: the Hub can't be written to file by file. Name another target.")
+    parts = path.strip("/").split("/")
+    if not parts[0] or (store in _BUCKETS and len(parts) < 2):
+        raise BridgeError(
+            f"{url}: that is all of a store, which can't be a target. Name a folder in it: "
+            f"{url.rstrip('/')}/NAME."
+        )
+
+
+def _names(url: str) -> list[str]:
+    """What is there. Raises BridgeError where that is a file."""
+    what = kind(url)
+    if what == "file":
+        raise BridgeError(f"{url} is a file. Name a folder that doesn't exist yet.")
+    return names(url) if what == "directory" else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What an earlier run of the same plan decided."""
+
+    step: str | None
+    root_files: RootFiles | None
+
+
+def _read_begun(url: str) -> _Begun | None:
+    if not isfile(url):
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        entry = json.loads(fetch(url, 0, look(url).size))
+        if entry["beside"] is None:
+            return _Begun(None, None)
+        kept = entry["beside"]
+        kept["findings"] = tuple(Finding(**finding) for finding in kept["findings"])
+        kept["retired"] = tuple(kept["retired"])
+        return _Begun(entry["step"], RootFiles(**kept))
+    return None
+
+
+def _exists(url: str, there: Mapping[str, Object]) -> BridgeError:
+    objects = "1 object" if len(there) == 1 else f"{len(there):,} objects"
+    is_whole = any(name.rpartition("/")[2] == RECORD for name in there)
+    note = "" if is_whole else f", without a {RECORD}, as what didn't end or isn't neox-bridge's"
+    return BridgeError(
+        f"{url} exists and holds {objects}{note}. Name another target, or say --overwrite to "
+        "replace it."
+    )
