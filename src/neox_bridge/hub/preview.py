@@ -1,4 +1,4 @@
-"""What publishing would do, told before anything is written."""
+"""What publishing would do, found out before anything is written."""
 
 from dataclasses import dataclass
 
@@ -42,36 +42,36 @@ def plan_publish(plan: Plan, repo: str, branch: str = MAIN, *, private: bool = F
     """
     sizes = {file.path: file.size for file in plan.files}
     remote = look(repo, branch)
-    seen = check_private(repo, private) if remote.exists else private
+    is_private = check_private(repo, private) if remote.exists else private
     alike = {p for p in sizes if p in remote.files and remote.files[p].size == sizes[p]}
-    found = compare(sizes, remote.files, alike, step_of_plan(plan))
+    changes = compare(sizes, remote.files, alike, step_of_plan(plan))
     done = remote.commit is not None and is_published(plan, repo, branch)
-    conflicts = () if done else found.conflicts
+    conflicts = () if done else changes.conflicts
     if conflicts:
         api = hub_api(f"hf://{repo} is on the Hub")
         with explained(repo):
             conflicts = () if is_untouched(api, repo, branch, remote) else conflicts
-    moved = () if done else (*found.add, *found.replace, *found.same)
+    sent = () if done else (*changes.add, *changes.replace, *changes.same)
     return Outlook(
         repo,
         branch,
-        remote.exists,
-        remote.commit is not None,
-        seen,
-        done,
-        found.add,
-        found.replace,
-        found.same,
-        found.leave,
-        conflicts,
-        sum(sizes[path] for path in moved),
+        repo_exists=remote.exists,
+        branch_exists=remote.commit is not None,
+        private=is_private,
+        done=done,
+        new=changes.add,
+        other=changes.replace,
+        unknown=changes.same,
+        leave=changes.leave,
+        conflicts=conflicts,
+        size=sum(sizes[path] for path in sent),
     )
 
 
 def step_of_plan(plan: Plan) -> str | None:
     """The folder ``global_stepN`` that a plan for GPT-NeoX writes."""
-    found = plan.target.get("step")
-    return found if isinstance(found, str) else None
+    step = plan.target.get("step")
+    return step if isinstance(step, str) else None
 
 
 def message_of(plan: Plan) -> str:

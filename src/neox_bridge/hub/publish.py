@@ -6,16 +6,15 @@ so that a branch would hold half a checkpoint in between; ``create_commit`` make
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha1, sha256
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.hub.changes import Changes, compare
 from neox_bridge.hub.remote import (
     Remote,
-    RemoteFile,
     check_private,
     files_at,
     first_commit,
@@ -25,8 +24,10 @@ from neox_bridge.hub.remote import (
 from neox_bridge.stores.hub_api import bars, explained, hub_api, is_transient, status_of
 from neox_bridge.stores.hub_names import MAIN
 
-_BLOCK = 1 << 20
-_CONFLICT = 412  # the branch isn't at the commit that ours was made for
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
+_CONFLICT = 412  # HTTP status: the branch isn't at the commit that ours was made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,62 +62,61 @@ def publish(
     step: str | None = None,
     progress: bool = False,
 ) -> Published:
-    """Make a branch hold a folder's files, by one commit; nothing where it does already.
+    """Make a branch hold a folder's files, by one commit; by none where it does already.
 
-    Repository and branch are made where they lack; a new branch starts at the repository's first
-    commit, so that it doesn't hold the weights of another. Large files go through Xet or LFS, as
-    huggingface_hub finds; what the Hub has already isn't sent again, so that a call that was cut
-    off goes on.
+    Creates the repository and the branch if they do not exist; a new branch starts at the
+    repository's first commit, so that it does not hold the weights of another. huggingface_hub
+    sends large files through Xet or LFS, and skips what the Hub has already, so that a call that
+    was cut off goes on.
 
-    private: of a repository that is made; one that is there and public is refused.
-    create_pr: propose the commit as a pull request to the branch, which must be there.
-    overwrite: replace files that differ and remove those that the folder hasn't; else either is
-        refused where weights are concerned, and other files of the branch stay.
-    step: the ``global_stepN`` of a GPT-NeoX folder, to be put beside those of the branch.
-    progress: whether huggingface_hub shows its bars on stderr.
-    Raises BridgeError, with the branch as it was, where the Hub refuses or can't be reached, or
-    somebody else commits meanwhile.
+    Args:
+        private: Create the repository as private. An existing public one is refused.
+        create_pr: Propose the commit as a pull request to the branch, which must exist.
+        overwrite: Replace files that differ and remove those that the folder does not have. By
+            default either is refused for weights, and other files of the branch stay.
+        message: The title of the commit.
+        step: The ``global_stepN`` of a GPT-NeoX folder, put beside those of the branch.
+        progress: Whether huggingface_hub shows its progress bars on stderr.
+
+    Raises:
+        BridgeError: the Hub refuses or can't be reached, or somebody else commits meanwhile. The
+            branch is as it was.
     """
     job = _Job(
         hub_api(f"hf://{repo} is on the Hub"), folder, repo, branch, step, create_pr, _sizes(folder)
     )
     with explained(repo), bars(progress):
         remote = _ready(job, private)
-        found = _compared(job, remote)
-        inherited = bool(found.conflicts) and is_untouched(job.api, repo, branch, remote)
-        if found.conflicts and not (overwrite or inherited):
-            raise BridgeError(conflict_message(repo, branch, found.conflicts))
-        removed = found.leave if overwrite or inherited else ()
-        uploaded = (*found.add, *found.replace)
-        page = f"{job.api.endpoint}/{repo}/tree/{branch}"
-        if not uploaded and not removed:
-            return Published(
-                repo, branch, page, str(remote.commit), False, (), (), len(found.same), 0
-            )
-        words = message or f"Upload {len(uploaded)} files with neox-bridge"
-        commit, pull_request = _commit(job, remote, uploaded, removed, words)
-        _check_whole(job, commit, (*uploaded, *found.same))
-        size = sum(job.files[path] for path in uploaded)
-        return Published(
-            repo,
-            branch,
-            pull_request or page,
-            commit,
-            True,
-            uploaded,
-            removed,
-            len(found.same),
-            size,
-            pull_request,
-        )
+        changes = _compared(job, remote)
+        inherited = bool(changes.conflicts) and is_untouched(job.api, repo, branch, remote)
+        if changes.conflicts and not (overwrite or inherited):
+            raise BridgeError(conflict_message(repo, branch, changes.conflicts))
+        removed = changes.leave if overwrite or inherited else ()
+        uploaded = (*changes.add, *changes.replace)
+        commit, pull_request = str(remote.commit), None
+        if uploaded or removed:
+            words = message or f"Upload {len(uploaded)} files with neox-bridge"
+            commit, pull_request = _commit(job, remote, uploaded, removed, words)
+            _check_whole(job, commit, (*uploaded, *changes.same))
+    return Published(
+        repo,
+        branch,
+        url=pull_request or f"{job.api.endpoint}/{repo}/tree/{branch}",
+        commit=commit,
+        changed=bool(uploaded or removed),
+        uploaded=uploaded,
+        removed=removed,
+        kept=len(changes.same),
+        size=sum(job.files[path] for path in uploaded),
+        pull_request=pull_request,
+    )
 
 
 def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
     """Why a branch isn't touched, and what to do."""
-    more = f" and {len(conflicts) - 1} more" if len(conflicts) > 1 else ""
     return (
-        f"hf://{repo}@{branch} holds other files: {conflicts[0]}{more}. Name another branch, or "
-        "say --overwrite to replace what it holds; its history stays."
+        f"hf://{repo}@{branch} holds other files: {_and_more(conflicts)}. Name another branch, or "
+        "add --overwrite to replace what it holds; its history stays."
     )
 
 
@@ -146,7 +146,7 @@ class _Job:
 
 
 def _ready(job: _Job, private: bool) -> Remote:
-    """Repository and branch, made where they lack."""
+    """What repository and branch hold; creates either if it does not exist."""
     repo, branch = job.repo, job.branch
     remote = look(repo, branch)
     if job.create_pr:
@@ -165,14 +165,10 @@ def _ready(job: _Job, private: bool) -> Remote:
 
 
 def _sizes(folder: str) -> dict[str, int]:
-    found = {}
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(place, name)
-            found[os.path.relpath(path, folder).replace(os.sep, "/")] = os.path.getsize(path)
-    if not found:
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    if not paths:
         raise BridgeError(f"{folder} holds no files to publish. Name a checkpoint's folder.")
-    return found
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 def _compared(job: _Job, remote: Remote) -> Changes:
@@ -184,14 +180,16 @@ def _compared(job: _Job, remote: Remote) -> Changes:
     return compare(job.files, remote.files, same, job.step)
 
 
-def _is_same(path: str, size: int, there: RemoteFile) -> bool:
+def _is_same(path: str, size: int, there: "RepoFile") -> bool:
+    """By the hashes that the Hub knows files by: SHA-256 of large ones, git's of the others."""
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
     if size != there.size:
         return False
-    state = sha256() if there.sha256 else sha1(b"blob %d\0" % size)
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            state.update(block)
-    return state.hexdigest() == (there.sha256 or there.blob)
+        if there.lfs is not None:
+            return bool(sha_fileobj(file).hex() == there.lfs.sha256)
+        return bool(git_hash(file.read()) == there.blob_id)
 
 
 def _commit(
@@ -237,17 +235,20 @@ def _commit(
 
 
 def _is_there(job: _Job, remote: Remote, removed: tuple[str, ...]) -> bool:
-    found = _compared(job, remote)
-    return not (found.add or found.replace or set(removed) & set(remote.files))
+    changes = _compared(job, remote)
+    return not (changes.add or changes.replace or set(removed) & set(remote.files))
 
 
 def _check_whole(job: _Job, commit: str, names: tuple[str, ...]) -> None:
     """A .gitignore of the branch makes the Hub leave files out without a word."""
     there = files_at(job.api, job.repo, commit)
-    lacking = [n for n in names if n not in there or there[n].size != job.files[n]]
-    if lacking:
+    missing = [n for n in names if n not in there or there[n].size != job.files[n]]
+    if missing:
         raise BridgeError(
-            f"hf://{job.repo}@{job.branch}: commit {commit[:12]} lacks {lacking[0]}"
-            f"{f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''}. Is there a .gitignore "
-            "in it? Remove it, and give the same command again."
+            f"hf://{job.repo}@{job.branch}: commit {commit[:12]} lacks {_and_more(missing)}. Is "
+            "there a .gitignore in it? Remove it, and give the same command again."
         )
+
+
+def _and_more(paths: Sequence[str]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
@@ -15,25 +15,22 @@ from neox_bridge.planning.report import plan_hash
 from neox_bridge.stores.hub_api import explained, hub_api, is_missing_repo
 from neox_bridge.stores.hub_names import MAIN
 
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
 _WHY = "What is on the Hub is asked of it"
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """size: in bytes. blob: git's hash, SHA-1 in hexadecimal. sha256: of files in LFS or Xet."""
-
-    size: int
-    blob: str
-    sha256: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Remote:
-    """exists: whether the repository does. commit: of the branch, None where there is no branch."""
+    """exists: whether the repository does. commit: of the branch, None where there is no branch.
+
+    files: huggingface_hub's ``RepoFile`` by path.
+    """
 
     exists: bool
     commit: str | None = None
-    files: Mapping[str, RemoteFile] = field(default_factory=dict)
+    files: Mapping[str, "RepoFile"] = field(default_factory=dict)
 
 
 def look(repo: str, branch: str) -> Remote:
@@ -52,13 +49,10 @@ def look(repo: str, branch: str) -> Remote:
         return Remote(True, commit, files_at(api, repo, commit))
 
 
-def files_at(api: Any, repo: str, revision: str) -> dict[str, RemoteFile]:
+def files_at(api: Any, repo: str, revision: str) -> dict[str, "RepoFile"]:
     """All files of a revision by path. Raises huggingface_hub's errors."""
-    return {
-        item.path: RemoteFile(item.size, item.blob_id, item.lfs.sha256 if item.lfs else None)
-        for item in api.list_repo_tree(repo, recursive=True, revision=revision)
-        if hasattr(item, "blob_id")
-    }
+    items = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {item.path: item for item in items if hasattr(item, "blob_id")}  # no folders
 
 
 def first_commit(api: Any, repo: str) -> str:
@@ -81,13 +75,13 @@ def check_private(repo: str, private: bool) -> bool:
     """
     api = hub_api(_WHY)
     with explained(repo):
-        found = bool(api.model_info(repo).private)
-    if private and not found:
+        is_private = bool(api.model_info(repo).private)
+    if private and not is_private:
         raise BridgeError(
             f"hf://{repo} is there and public. Make it private on its page (Settings), choose "
             "another repository, or leave out --private."
         )
-    return found
+    return is_private
 
 
 def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None:
@@ -106,17 +100,15 @@ def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None
 
     with TemporaryDirectory(prefix="neox-bridge-") as folder, explained(repo):
         try:
-            found = api.hf_hub_download(repo, path, revision=branch, local_dir=folder)
+            file = api.hf_hub_download(repo, path, revision=branch, local_dir=folder)
         except Exception as error:
-            if is_missing_repo(error):
-                return None
             # where nobody answered, the library says that the entry isn't in its cache
-            if isinstance(error, LocalEntryNotFoundError):
-                raise
-            if isinstance(error, (EntryNotFoundError, RevisionNotFoundError)):
+            unanswered = isinstance(error, LocalEntryNotFoundError)
+            missing = isinstance(error, (EntryNotFoundError, RevisionNotFoundError))
+            if is_missing_repo(error) or (missing and not unanswered):
                 return None
             raise
-        return read_bytes(found, LARGE)
+        return read_bytes(file, LARGE)
 
 
 def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
