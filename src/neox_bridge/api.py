@@ -343,7 +343,7 @@ def audit(
         UsageError: ``steps`` is malformed or matches no step.
     """
     from neox_bridge.verification.audit import audit as compare
-    from neox_bridge.verification.audit import open_places
+    from neox_bridge.verification.opened import open_places
     from neox_bridge.verification.runs import known_runs
     from neox_bridge.verification.step_choice import check_ranges, check_steps, with_steps
 

@@ -738,7 +738,7 @@ def audited(monkeypatch: Patch) -> Callable[..., dict[str, Any]]:
         sizes = ((100, 7), (20, 0))
         opened = [SimpleNamespace(size=a, states=b, checkpoint=None) for a, b in sizes]
         monkeypatch.setattr("neox_bridge.verification.runs.find_runs", lambda _f: (runs, faults))
-        monkeypatch.setattr("neox_bridge.verification.audit.open_places", lambda *_: opened)
+        monkeypatch.setattr("neox_bridge.verification.opened.open_places", lambda *_: opened)
         monkeypatch.setattr("neox_bridge.verification.audit.audit", look)
         monkeypatch.setattr(audit_module, "progress_bar", bar)
         return asked

@@ -15,7 +15,8 @@ from common import TINY, convert, fixture, make_hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from neox_bridge.verification.audit import Audit, audit, open_places, verdict
+from neox_bridge.verification.audit import Audit, audit, verdict
+from neox_bridge.verification.opened import open_places
 from neox_bridge.verification.runs import Fault, find_runs
 
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 80, 96, 112, 128, 144, 160)

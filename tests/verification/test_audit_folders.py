@@ -15,7 +15,8 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Dropped
 from neox_bridge.verification import audit as auditing
 from neox_bridge.verification import steps as reading
-from neox_bridge.verification.audit import Audit, Opened, audit, open_places
+from neox_bridge.verification.audit import Audit, audit
+from neox_bridge.verification.opened import Opened, open_places
 from neox_bridge.verification.runs import Fault, Place, find_runs
 from neox_bridge.verification.steps import read_step
 

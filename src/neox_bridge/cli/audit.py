@@ -96,8 +96,8 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
     """
     from neox_bridge.layouts.open import check_configs_used
     from neox_bridge.verification.audit import audit as look
-    from neox_bridge.verification.audit import open_places
     from neox_bridge.verification.hash_cache import default_folder
+    from neox_bridge.verification.opened import open_places
     from neox_bridge.verification.runs import known_runs
     from neox_bridge.verification.step_choice import check_ranges, with_steps
 

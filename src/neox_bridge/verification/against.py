@@ -10,7 +10,6 @@ the other steps.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,15 +19,9 @@ from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.verification.compare import common_dtype
 from neox_bridge.verification.hashes import Fingerprint
-from neox_bridge.verification.run_pairs import (
-    SIDES,
-    OpenedPair,
-    OpenedStep,
-    Side,
-    open_step,
-    reason_of,
-)
-from neox_bridge.verification.runs import Fault, Place
+from neox_bridge.verification.opened import Opened, open_places, unreadable
+from neox_bridge.verification.run_pairs import SIDES, OpenedPair, Side
+from neox_bridge.verification.runs import Fault, Place, Run
 from neox_bridge.verification.steps import Step, read_step
 from neox_bridge.wording import some
 
@@ -155,11 +148,17 @@ class _Reader:
     workers: int | None
     progress: Callable[[int], None] | None
 
-    def read(self, step: OpenedStep, run: str) -> Step:
-        """Raises BridgeError where a checkpoint cannot be opened or read."""
+    def read(self, step: Opened) -> Step | Fault:
+        """The step, or why it cannot be opened or read."""
         if step.checkpoint is None:
-            raise BridgeError(step.reason)
-        checkpoint = as_stored(check_copies(step.checkpoint))
+            assert step.fault is not None
+            return step.fault
+        try:
+            return self._read(step, as_stored(check_copies(step.checkpoint)))
+        except (BridgeError, OSError) as error:
+            return unreadable(step.run, step.place, error)
+
+    def _read(self, step: Opened, checkpoint: Checkpoint) -> Step:
         cast = {
             name: replace(whole, dtype=self.dtypes[name])
             for name, whole in checkpoint.tensors.items()
@@ -170,7 +169,7 @@ class _Reader:
             checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **cast})
             cache = None if cache is None else os.path.join(cache, _CAST)
         return read_step(
-            run,
+            step.run,
             step.place,
             checkpoint,
             cache=cache,
@@ -209,23 +208,23 @@ def compare_runs(
             casts=_casts(source.checkpoint, twin.checkpoint),
         )
         sides = list[Step]()
-        for side, step in zip(SIDES, (source, twin), strict=True):
-            try:
-                sides.append(reader.read(step, pair.name(side)))
-            except (BridgeError, OSError) as error:
-                reason = reason_of(error, step.place)
-                rows.append(replace(row, status="unreadable", side=side, reason=reason))
+        for side, opened in zip(SIDES, (source, twin), strict=True):
+            step = reader.read(opened)
+            if isinstance(step, Fault):
+                rows.append(replace(row, status="unreadable", side=side, reason=step.message))
                 break
-            known[side].steps[step.place.label] = sides[-1].tensors
+            known[side].steps[step.label] = step.tensors
+            sides.append(step)
         else:
             row = _compare(row, *sides)
             compared.append(_Compared(row, source.place.label, twin.place.label))
             settings += _differing_settings(*sides)
     if any(one.row.status == "differs" for one in compared):
         for side, place in pair.alone:
-            with suppress(BridgeError, OSError):  # its row says that it has no counterpart
-                lonely = reader.read(open_step(place, pair.configs), pair.name(side))
-                known[side].steps[place.label] = lonely.tensors
+            for opened in open_places([Run(pair.name(side), (place,))], pair.configs):
+                step = reader.read(opened)
+                if isinstance(step, Step):  # else its row says that it has no counterpart
+                    known[side].steps[step.label] = step.tensors
     rows += [_with_origins(one, known) for one in compared]
     rows += [_lonely(side, place) for side, place in pair.alone]
     ordered = sorted(rows, key=lambda row: (-1 if row.step is None else row.step, row.label))

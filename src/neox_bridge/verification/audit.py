@@ -1,50 +1,24 @@
 """``neox-bridge audit``: a run's or a suite's many checkpoints, held against each other."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from math import prod
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Severity
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import ambiguity, as_stored
-from neox_bridge.layouts.open import open_with
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.planning.weight_dtypes import odd_dtypes
-from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
 from neox_bridge.verification.audit_norms import norm_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
 from neox_bridge.verification.audit_states import state_faults
-from neox_bridge.verification.runs import Fault, Place, Run
+from neox_bridge.verification.opened import Opened, unreadable
+from neox_bridge.verification.runs import Fault, Place
 from neox_bridge.verification.steps import Step, read_step
 
 _ORDER = ("error", "warning", "info")
-_OPENED_AT_ONCE = 4  # places in a store
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A place of a run, and the checkpoint that is there, or why there is none."""
-
-    run: str
-    place: Place
-    checkpoint: Checkpoint | None
-    fault: Fault | None = None
-
-    @property
-    def size(self) -> int:
-        return 0 if self.checkpoint is None else self.checkpoint.size
-
-    @property
-    def states(self) -> int:
-        """Bytes of the optimizer's states, where it has Adam's and masters."""
-        if self.checkpoint is None or not self.checkpoint.has_optimizer:
-            return 0
-        return 12 * sum(prod(whole.shape) for whole in self.checkpoint.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +32,6 @@ class Audit:
     def holds(self) -> bool:
         """Whether nothing is wrong: what is merely worth knowing isn't."""
         return all(fault.severity == "info" for fault in self.faults)
-
-
-def open_places(runs: Iterable[Run], configs: Sequence[str] = ()) -> list[Opened]:
-    """Open every checkpoint; reads no weights, and goes on where one can't be opened.
-
-    configs: yml files for the GPT-NeoX checkpoints that have none of their own.
-    """
-
-    def one(run: str, place: Place) -> Opened:
-        try:
-            return Opened(run, place, open_with(place.path, configs))
-        except (BridgeError, OSError) as error:
-            return Opened(run, place, None, _unreadable(run, place, error))
-
-    places = [(run.name, place) for run in runs for place in run.places]
-    if not any(is_url(place.path) for _, place in places):
-        return [one(*place) for place in places]
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for a network
-        return list(pool.map(lambda place: one(*place), places))
 
 
 def audit(
@@ -98,45 +53,45 @@ def audit(
     """
     runs: dict[str, list[Step]] = {}
     numbers: dict[str, list[int]] = {}
-    found = list(faults)
+    all_faults = list(faults)
     for one in opened:
         runs.setdefault(one.run, [])
         if one.place.number is not None:
             numbers.setdefault(one.run, []).append(one.place.number)
         if one.fault is not None:
-            found.append(one.fault)
+            all_faults.append(one.fault)
         if one.checkpoint is None:
             continue
-        held = None
+        states = None
         if optimizer and one.checkpoint.has_optimizer:
             try:
-                held = read_optimizer(one.checkpoint)
+                states = read_optimizer(one.checkpoint)
             except (BridgeError, OSError) as error:
-                found.append(replace(_unreadable(one.run, one.place, error), code="no-states"))
+                all_faults.append(replace(unreadable(one.run, one.place, error), code="no-states"))
         try:
             checkpoint = as_stored(check_copies(one.checkpoint))
             step = read_step(
                 one.run,
                 one.place,
                 checkpoint,
-                optimizer=held,
+                optimizer=states,
                 cache=cache,
                 workers=workers,
                 progress=progress,
             )
         except (BridgeError, OSError) as error:
-            found.append(_unreadable(one.run, one.place, error))
+            all_faults.append(unreadable(one.run, one.place, error))
         else:
             runs[one.run].append(step)
-            found += _odd_weights(one.run, one.place, checkpoint)
+            all_faults += _odd_weights(one.run, one.place, checkpoint)
             if one.checkpoint.tied_head is not None and not checkpoint.config.tied_embeddings:
-                found.append(_two_heads(one.run, one.place, one.checkpoint))
+                all_faults.append(_two_heads(one.run, one.place, one.checkpoint))
     for run, steps in runs.items():
-        found += judge(steps)
-        found += missing_faults(run, sorted(set(numbers.get(run, ()))))
-    found += across_runs(runs)
-    found += init_faults(runs, same_init)
-    ordered = sorted(found, key=lambda fault: _ORDER.index(fault.severity))
+        all_faults += judge(steps)
+        all_faults += missing_faults(run, sorted(set(numbers.get(run, ()))))
+    all_faults += across_runs(runs)
+    all_faults += init_faults(runs, same_init)
+    ordered = sorted(all_faults, key=lambda fault: _ORDER.index(fault.severity))
     return Audit(tuple(step for steps in runs.values() for step in steps), tuple(ordered))
 
 
@@ -172,11 +127,3 @@ def _two_heads(run: str, place: Place, checkpoint: Checkpoint) -> Fault:
     return Fault(
         "head-differs", "warning", f"{place.label}: {message}", remedy, run, (place.label,)
     )
-
-
-def _unreadable(run: str, place: Place, error: Exception) -> Fault:
-    message = str(error)
-    if isinstance(error, OSError):
-        where = os.fsdecode(error.filename) if error.filename is not None else place.path
-        message = f"{where} can't be read: {error.strerror or error}"
-    return Fault("unreadable", "error", message, "", run, (place.label,))

@@ -2,38 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.errors import UsageError
 from neox_bridge.frameworks.suites import twin_of
-from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.open import open_with
-from neox_bridge.stores.paths import is_url
+from neox_bridge.verification.opened import Opened, open_places
 from neox_bridge.verification.runs import Place, Run
 from neox_bridge.wording import some
 
 Side = Literal["source", "twin"]
 SIDES: tuple[Side, Side] = ("source", "twin")
-_OPENED_AT_ONCE = 4  # places in a store
-
-
-@dataclass(frozen=True)
-class OpenedStep:
-    """A place and the checkpoint that is there, or why it cannot be read."""
-
-    place: Place
-    checkpoint: Checkpoint | None = None
-    reason: str = ""
-
-    @property
-    def number(self) -> int | None:
-        """The step: by the place's name, else by the checkpoint's own files."""
-        if self.place.number is not None or self.checkpoint is None:
-            return self.place.number
-        state = self.checkpoint.neox
-        return None if state is None else state.iteration
 
 
 @dataclass(frozen=True)
@@ -50,15 +29,14 @@ class OpenedPair:
 
     source: str
     twin: str
-    both: tuple[tuple[OpenedStep, OpenedStep], ...] = ()
+    both: tuple[tuple[Opened, Opened], ...] = ()
     alone: tuple[tuple[Side, Place], ...] = ()
     configs: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         """Bytes to read."""
-        opened = (step.checkpoint for pair in self.both for step in pair)
-        return sum(checkpoint.size for checkpoint in opened if checkpoint is not None)
+        return sum(step.size for pair in self.both for step in pair)
 
     def name(self, side: Side) -> str:
         return self.source if side == "source" else self.twin
@@ -93,7 +71,7 @@ def open_pair(source: Run, twin: Run, configs: Sequence[str] = ()) -> OpenedPair
 
     Steps that only one run has are not opened, unless nothing but their files tells their number. A
     single checkpoint of an unknown step belongs to the other run's single one. A checkpoint that
-    cannot be opened is no error here: ``OpenedStep`` says why.
+    cannot be opened is no error here: ``Opened.fault`` says why.
 
     Args:
         configs: yml files for GPT-NeoX checkpoints that have none of their own.
@@ -114,23 +92,7 @@ def open_pair(source: Run, twin: Run, configs: Sequence[str] = ()) -> OpenedPair
     return OpenedPair(source.name, twin.name, tuple(both), tuple(alone), tuple(configs))
 
 
-def open_step(place: Place, configs: Sequence[str] = ()) -> OpenedStep:
-    """Open a checkpoint, or say why that fails."""
-    try:
-        return OpenedStep(place, open_with(place.path, configs))
-    except (BridgeError, OSError) as error:
-        return OpenedStep(place, None, reason_of(error, place))
-
-
-def reason_of(error: BridgeError | OSError, place: Place) -> str:
-    """Why a checkpoint cannot be read, with its path."""
-    if isinstance(error, OSError):
-        where = os.fsdecode(error.filename) if error.filename is not None else place.path
-        return f"{where} can't be read: {error.strerror or error}"
-    return str(error)
-
-
-def _opened(run: Run, other: Run, configs: Sequence[str]) -> dict[int | None, OpenedStep]:
+def _opened(run: Run, other: Run, configs: Sequence[str]) -> dict[int | None, Opened]:
     """The steps of a run that the other run can have, by number."""
     numbers = {place.number for place in other.places}
     places = [
@@ -138,11 +100,7 @@ def _opened(run: Run, other: Run, configs: Sequence[str]) -> dict[int | None, Op
         for place in run.places
         if place.number is None or place.number in numbers or None in numbers
     ]
-    if any(is_url(place.path) for place in places):  # most of the time is waiting for a network
-        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-            opened = list(pool.map(lambda place: open_step(place, configs), places))
-    else:
-        opened = [open_step(place, configs) for place in places]
+    opened = open_places([Run(run.name, tuple(places))], configs)
     return {step.number: step for step in opened}
 
 

@@ -1,0 +1,72 @@
+"""Opens the checkpoints of runs, and goes on where one cannot be read."""
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.open import open_with
+from neox_bridge.stores.paths import is_url
+from neox_bridge.verification.runs import Fault, Place, Run
+
+_OPENED_AT_ONCE = 4  # places in a store
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A place of a run, and the checkpoint that is there, or why there is none."""
+
+    run: str
+    place: Place
+    checkpoint: Checkpoint | None
+    fault: Fault | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The step: by the place's name, else by the checkpoint's own files."""
+        if self.place.number is not None or self.checkpoint is None:
+            return self.place.number
+        state = self.checkpoint.neox
+        return None if state is None else state.iteration
+
+    @property
+    def size(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.size
+
+    @property
+    def states(self) -> int:
+        """Bytes of the optimizer's states, where it has Adam's and masters."""
+        if self.checkpoint is None or not self.checkpoint.has_optimizer:
+            return 0
+        return 12 * sum(prod(whole.shape) for whole in self.checkpoint.tensors.values())
+
+
+def open_places(runs: Iterable[Run], configs: Sequence[str] = ()) -> list[Opened]:
+    """Open every checkpoint; reads no weights, and goes on where one can't be opened.
+
+    configs: yml files for the GPT-NeoX checkpoints that have none of their own.
+    """
+
+    def one(run: str, place: Place) -> Opened:
+        try:
+            return Opened(run, place, open_with(place.path, configs))
+        except (BridgeError, OSError) as error:
+            return Opened(run, place, None, unreadable(run, place, error))
+
+    places = [(run.name, place) for run in runs for place in run.places]
+    if not any(is_url(place.path) for _, place in places):
+        return [one(*place) for place in places]
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for a network
+        return list(pool.map(lambda place: one(*place), places))
+
+
+def unreadable(run: str, place: Place, error: BridgeError | OSError) -> Fault:
+    """The finding for a checkpoint that cannot be read, with its path."""
+    message = str(error)
+    if isinstance(error, OSError):
+        where = os.fsdecode(error.filename) if error.filename is not None else place.path
+        message = f"{where} can't be read: {error.strerror or error}"
+    return Fault("unreadable", "error", message, "", run, (place.label,))
