@@ -7,8 +7,16 @@ from typing import Any
 
 from page import Table, table_head
 
-from neox_bridge.verification.drawing import BLUE, GREY, GRID, ORANGE, figure_of, log_axis, styled
-from neox_bridge.verification.plots import save
+from neox_bridge.verification.drawing import (
+    BLUE,
+    GREY,
+    GRID,
+    ORANGE,
+    figure_of,
+    log_axis,
+    save,
+    styled,
+)
 
 COLOURS = {"cp": GREY, "tool": BLUE, "other": ORANGE}
 NAMES = {"tool": "neox-bridge", "cp": "cp", "other": "other programs"}

@@ -813,8 +813,12 @@ def test_what_an_audit_prints(audited: Callable[..., dict[str, Any]]) -> None:
 def test_what_an_audit_draws(audited: Callable[..., dict[str, Any]], monkeypatch: Patch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(
-        "neox_bridge.verification.plots.plot_lines",
-        lambda title, lines, path, **more: drawn.append((title, sorted(lines), path, more)),
+        "neox_bridge.verification.lines_figure.lines_figure",
+        lambda title, lines, **more: (title, sorted(lines), more),
+    )
+    monkeypatch.setattr(
+        "neox_bridge.verification.drawing.save",
+        lambda figure, path: drawn.append((*figure[:2], path, figure[2])),
     )
     monkeypatch.setattr("neox_bridge.cli.plotting.prepare", lambda _path: None)
     wrong = fault("error", run="run", steps=("2",), tensors=("b",))

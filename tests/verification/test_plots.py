@@ -17,17 +17,11 @@ from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.diff import diff
-from neox_bridge.verification.drawing import place_of, ticks
-from neox_bridge.verification.plots import (
-    differences_figure,
-    lines_figure,
-    plot_differences,
-    plot_lines,
-    plot_statistics,
-    statistics_figure,
-    svg_of,
-)
+from neox_bridge.verification.differences_figure import differences_figure
+from neox_bridge.verification.drawing import place_of, save, svg_of, ticks
+from neox_bridge.verification.lines_figure import lines_figure
 from neox_bridge.verification.statistics import Statistics, statistics
+from neox_bridge.verification.statistics_figure import statistics_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 PYTHIA = [
@@ -266,10 +260,10 @@ def test_files(tmp_path: Path) -> None:
     found = [Difference(s.name, "values", 1, 1, 1.0, 1.0, s.std) for s in stats]
     series = {"x": [(0.0, 1.0), (1.0, 2.0)]}
     for name in ("a", "b"):
-        plot_statistics(stats, str(tmp_path / f"{name}-stats.svg"))
-        plot_differences(found, str(tmp_path / f"{name}-diff.SVG"))
-        plot_lines("x", series, str(tmp_path / f"{name}-lines.svg"))
-    plot_statistics(stats, str(tmp_path / "stats.png"))
+        save(statistics_figure(stats), str(tmp_path / f"{name}-stats.svg"))
+        save(differences_figure(found), str(tmp_path / f"{name}-diff.SVG"))
+        save(lines_figure("x", series), str(tmp_path / f"{name}-lines.svg"))
+    save(statistics_figure(stats), str(tmp_path / "stats.png"))
     for what in ("stats.svg", "diff.SVG", "lines.svg"):
         text = (tmp_path / f"a-{what}").read_text()
         assert text.startswith("<?xml")
@@ -348,7 +342,7 @@ def test_no_folder_no_matplotlib(
 def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path) -> None:
     """Names are anybody's: matplotlib would read what stands between two as mathematics."""
     stats = [made_up("attention.$dense_{$.weight", block) for block in range(2)]
-    plot_statistics(stats, str(tmp_path / "a.png"))
+    save(statistics_figure(stats), str(tmp_path / "a.png"))
     assert "attention.$dense_{$.weight" in svg_of(statistics_figure(stats))
     for number, figure in enumerate(
         (
@@ -359,4 +353,4 @@ def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path) -> None:
         )
     ):
         assert "mathdefault" not in svg_of(figure), number
-    plot_lines("$x^$", {"$\\frac$": [(0.0, 1.0), (1.0, 2.0)]}, str(tmp_path / "b.svg"))
+    save(lines_figure("$x^$", {"$\\frac$": [(0.0, 1.0), (1.0, 2.0)]}), str(tmp_path / "b.svg"))

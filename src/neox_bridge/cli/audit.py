@@ -220,13 +220,15 @@ def _states(step: Step) -> dict[str, Any]:
 
 def _plot(document: dict[str, Any], path: str) -> None:
     """Of one run, the tensors with findings or else the kinds of weights; of several, the runs."""
+    from neox_bridge.verification.drawing import save
+    from neox_bridge.verification.lines_figure import lines_figure
     from neox_bridge.verification.norm_lines import marks, run_lines, suspects, tensor_lines
-    from neox_bridge.verification.plots import plot_lines
 
     steps = [step for step in document["steps"] if step["step"] is not None]
     runs = list(dict.fromkeys(step["run"] for step in steps))
     several = len(runs) > 1
     lines = run_lines(steps) if several else tensor_lines(steps, suspects(document["findings"]))
     title = f"Norms of {runs[0]}" if len(runs) == 1 else "Norms of the runs"
-    shown = marks(document["findings"])
-    plot_lines(title, lines, path, x_label="step", y_label="L2 norm", log=True, marks=shown)
+    marked = marks(document["findings"])
+    labels = {"x_label": "step", "y_label": "L2 norm"}
+    save(lines_figure(title, lines, **labels, log=True, marks=marked), path)

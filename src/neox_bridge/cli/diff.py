@@ -73,9 +73,10 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
             a, b, pattern=options.tensor, workers=options.max_workers, progress=progress
         )
     if options.plot:
-        from neox_bridge.verification.plots import plot_differences
+        from neox_bridge.verification.differences_figure import differences_figure
+        from neox_bridge.verification.drawing import save
 
-        plot_differences(differences, options.plot)
+        save(differences_figure(differences), options.plot)
     apart = [difference for difference in differences if difference.kind != "equal"]
     if output.as_json:
         print_json(

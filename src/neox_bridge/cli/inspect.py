@@ -129,9 +129,10 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
     if measured:
         statistics, faults = measure(checkpoint, options.tensor or "*", options.max_workers)
         if options.plot:
-            from neox_bridge.verification.plots import plot_statistics
+            from neox_bridge.verification.drawing import save
+            from neox_bridge.verification.statistics_figure import statistics_figure
 
-            plot_statistics(statistics, options.plot)
+            save(statistics_figure(statistics), options.plot)
     if output.as_json:
         facts["findings"] += map(finding_json, faults)
         if options.tensors:

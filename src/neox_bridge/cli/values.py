@@ -89,7 +89,7 @@ def _parse_moment(text: str) -> Any:
 
 
 def _parse_picture(text: str) -> str:
-    from neox_bridge.verification.plots import SUFFIXES
+    from neox_bridge.verification.drawing import SUFFIXES
 
     if not text.lower().endswith(SUFFIXES):
         raise click.BadParameter(f"{text!r} is neither a .png nor an .svg file.")

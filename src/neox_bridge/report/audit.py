@@ -81,7 +81,7 @@ def _plots(document: Document, runs: Sequence[str], prefix: str) -> Iterator[Plo
 
 
 def _plot(caption: str, lines: Points, document: Document, run: str | None, prefix: str) -> Plot:
-    from neox_bridge.verification.plots import lines_figure
+    from neox_bridge.verification.lines_figure import lines_figure
 
     shown = marks(document["findings"], run)
 

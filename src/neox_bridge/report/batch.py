@@ -115,7 +115,7 @@ def _plots(rows: Sequence[Document], prefix: str) -> Iterator[Plot]:
 
 
 def _plot(caption: str, lines: Points, label: str, prefix: str, *, log: bool) -> Plot:
-    from neox_bridge.verification.plots import lines_figure
+    from neox_bridge.verification.lines_figure import lines_figure
 
     def draw() -> Any:
         return lines_figure("", lines, x_label="step", y_label=label, log=log)

@@ -35,8 +35,7 @@ def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
 
     Raises BridgeError where matplotlib is missing.
     """
-    from neox_bridge.verification.drawing import require
-    from neox_bridge.verification.plots import svg_of
+    from neox_bridge.verification.drawing import require, svg_of
 
     require()
     import matplotlib

@@ -74,7 +74,7 @@ def checkpoint_section(
 
     lines: what ``inspect`` says. record: its ``neox_bridge.json``, where there is one.
     """
-    from neox_bridge.verification.plots import statistics_figure
+    from neox_bridge.verification.statistics_figure import statistics_figure
 
     state = state_of(findings)
     faults = sum(finding.severity in ("error", "warning") for finding in findings)
@@ -267,7 +267,7 @@ def _conversion(document: Document, name: str, _prefix: str) -> Section:
 
 
 def _difference_plot(found: Sequence[Difference], prefix: str) -> Plot:
-    from neox_bridge.verification.plots import differences_figure
+    from neox_bridge.verification.differences_figure import differences_figure
 
     return plot_of(
         lambda: differences_figure(found),

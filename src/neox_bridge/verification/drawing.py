@@ -1,4 +1,4 @@
-"""What all figures share: colours, style, axes and names; matplotlib is the extra ``[plot]``.
+"""What all figures share: colours, style, axes, files; matplotlib is the extra ``[plot]``.
 
 No figure is ever shown, so none goes through pyplot and its global state. The colours are Okabe and
 Ito's, which every kind of colour vision tells apart.
@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from io import BytesIO
 from typing import Any, ParamSpec, TypeVar
 
 from neox_bridge.errors import BridgeError
@@ -17,6 +18,7 @@ _T = TypeVar("_T")
 
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", RED, "#000000")
+SUFFIXES = (".png", ".svg")
 GREY, GRID = "#666666", "#dddddd"
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's fonts
@@ -28,6 +30,7 @@ _STYLE = {
     "axes.spines.right": False,
     "hatch.linewidth": 0.6,
 }
+_METADATA = {"Date": None, "Creator": None}  # the same figure is the same file
 
 
 def require() -> None:
@@ -106,3 +109,30 @@ def legend(figure: Any, handles: Sequence[Any]) -> None:
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
     )
+
+
+def save(figure: Any, path: str) -> None:
+    """Write a figure in the format that the file's suffix names."""
+    data = _drawn(figure, "svg" if path.lower().endswith(".svg") else "png")
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def svg_of(figure: Any, prefix: str = "") -> str:
+    """A figure as one ``<svg>`` element, to stand in an HTML page; text stays text.
+
+    prefix: of every id, so that several figures of one page don't share any.
+    """
+    text = _drawn(figure, "svg").decode()
+    text = text[text.index("<svg") :]
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text) if prefix else text
+
+
+@styled
+def _drawn(figure: Any, form: str) -> bytes:
+    """The figure as a file; drawn twice, as its layout settles only in the second drawing."""
+    out = BytesIO()
+    for _ in range(2):
+        out = BytesIO()
+        figure.savefig(out, format=form, dpi=150, metadata=_METADATA if form == "svg" else None)
+    return out.getvalue()
