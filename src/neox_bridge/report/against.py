@@ -1,14 +1,17 @@
 """What ``audit --against --json`` prints, as a section."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from neox_bridge.report.parts import Section, State, Table, Verdict, findings_of
+from neox_bridge.report.parts import (
+    Document,
+    Section,
+    State,
+    Table,
+    Verdict,
+    findings_of,
+    tables_of,
+)
 from neox_bridge.wording import plural
-
-_OPEN = 24  # rows of a table that needn't be folded
-
-Document = Mapping[str, Any]
 
 
 def against_section(document: Document, name: str, _prefix: str) -> Section:
@@ -29,20 +32,18 @@ def against_section(document: Document, name: str, _prefix: str) -> Section:
         verdict = Verdict(state, f"Not the same weights: {', '.join(words)} of {what}", holds=False)
     facts = [("runs", f"{c['source']} and {c['twin']}") for c in comparisons]
     facts += [(status, f"{count:,}") for status, count in counts.items() if count]
-    tables = []
+    tables: list[Table] = []
     for comparison in comparisons:
         title = f"{comparison['source']} and {comparison['twin']}"
-        found = comparison["rows"]
-        wrong = [row for row in found if row["status"] in ("differs", "unreadable")]
-        if wrong and len(found) > _OPEN:
-            tables.append(_table(wrong, f"{title}: steps that are not the same"))
-        tables.append(_table(found, title, len(found) > _OPEN))
+        steps = comparison["rows"]
+        wrong = [row for row in steps if row["status"] in ("differs", "unreadable")]
+        tables += tables_of(_table, steps, title, wrong, f"{title}: steps that are not the same")
     return Section("Audit", name, verdict, facts, findings_of(document["findings"]), (), tables)
 
 
-def _table(rows: Sequence[Document], caption: str, folded: bool = False) -> Table:
+def _table(rows: Sequence[Document], caption: str, folded: bool) -> Table:
     head = ("step", "verdict", "tensors", "differ", "compared as", "found at", "why")
-    found = []
+    lines = []
     for row in rows:
         casts = ", ".join(f"{source} and {twin}" for source, twin in row["casts"])
         origins = ", ".join(
@@ -50,5 +51,5 @@ def _table(rows: Sequence[Document], caption: str, folded: bool = False) -> Tabl
             for origin in row["origins"]
         )
         cells = (str(row["label"]), str(row["status"]), f"{row['tensors']:,}")
-        found.append((*cells, f"{len(row['differences']):,}", casts, origins, str(row["reason"])))
-    return Table(caption, head, "rlrrlll", found, folded)
+        lines.append((*cells, f"{len(row['differences']):,}", casts, origins, str(row["reason"])))
+    return Table(caption, head, "rlrrlll", lines, folded)

@@ -1,17 +1,22 @@
 """What ``audit --json`` prints, as a section."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from neox_bridge.report.figures import plot_of
-from neox_bridge.report.parts import Plot, Section, Table, Verdict, findings_of, state_of
-from neox_bridge.verification.norm_lines import Points, marks, run_lines, suspects, tensor_lines
+from neox_bridge.report.figures import lines_plot
+from neox_bridge.report.parts import (
+    Document,
+    Plot,
+    Section,
+    Table,
+    Verdict,
+    findings_of,
+    state_of,
+    tables_of,
+)
+from neox_bridge.verification.norm_lines import marks, run_lines, suspects, tensor_lines
 from neox_bridge.wording import KINDS, human, plural
 
-_OPEN = 24  # rows of a table that needn't be folded
-_RUNS = 8  # runs with a plot of their own
-
-Document = Mapping[str, Any]
+_PLOTTED_RUNS = 8  # that get a plot of their own
 
 
 def audit_section(document: Document, name: str, prefix: str) -> Section:
@@ -35,16 +40,12 @@ def audit_section(document: Document, name: str, prefix: str) -> Section:
         ("bytes", human(sum(step["bytes"] for step in steps))),
     ]
     wrong = [step for step in steps if step["verdict"] != "ok"]
-    tables = []
-    if wrong and len(steps) > _OPEN:
-        tables.append(_table(wrong, "Steps with findings"))
-    caption = f"All {len(steps):,} steps" if len(steps) > _OPEN else "Steps"
-    tables.append(_table(steps, caption, len(steps) > _OPEN))
+    tables = tables_of(_table, steps, plural(len(steps), "step"), wrong, "Steps with findings")
     plots = list(_plots(document, runs, prefix))
     return Section("Audit", name, verdict, facts, findings, plots, tables)
 
 
-def _table(steps: Sequence[Document], caption: str, folded: bool = False) -> Table:
+def _table(steps: Sequence[Document], caption: str, folded: bool) -> Table:
     head = ("run", "step", "verdict", "what", "dtype", "size", "tensors", "norm", "hash")
     rows = []
     for step in steps:
@@ -70,22 +71,13 @@ def _plots(document: Document, runs: Sequence[str], prefix: str) -> Iterator[Plo
     steps = [step for step in document["steps"] if step["step"] is not None]
     several = [run for run in runs if sum(step["run"] == run for step in steps) > 1]
     if len(several) > 1:
-        whole = run_lines(steps)
-        yield _plot("L2 norm of all weights over the steps.", whole, document, None, f"{prefix}n")
-    for number, run in enumerate(several[:_RUNS]):
-        own = [step for step in steps if step["run"] == run]
+        marked = marks(document["findings"])
+        caption = "L2 norm of all weights over the steps."
+        yield lines_plot(caption, run_lines(steps), f"{prefix}n", marks=marked)
+    for number, run in enumerate(several[:_PLOTTED_RUNS]):
+        of_run = [step for step in steps if step["run"] == run]
         names = suspects(document["findings"], run)
         what = "tensors with findings" if names else "each kind of weight"
         caption = f"{run}: L2 norm of {what} over the steps."
-        yield _plot(caption, tensor_lines(own, names), document, run, f"{prefix}n{number}-")
-
-
-def _plot(caption: str, lines: Points, document: Document, run: str | None, prefix: str) -> Plot:
-    from neox_bridge.verification.lines_figure import lines_figure
-
-    shown = marks(document["findings"], run)
-
-    def draw() -> Any:
-        return lines_figure("", lines, x_label="step", y_label="L2 norm", log=True, marks=shown)
-
-    return plot_of(draw, caption, prefix)
+        marked = marks(document["findings"], run)
+        yield lines_plot(caption, tensor_lines(of_run, names), f"{prefix}n{number}-", marks=marked)

@@ -1,44 +1,46 @@
 """What ``batch --json`` prints, as a section of a page."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from neox_bridge.findings import Finding
-from neox_bridge.report.figures import plot_of
-from neox_bridge.report.parts import Plot, Section, Table, Verdict, findings_of, state_of
-from neox_bridge.verification.norm_lines import Points, tensor_lines
+from neox_bridge.report.figures import lines_plot
+from neox_bridge.report.parts import (
+    Document,
+    Plot,
+    Section,
+    Table,
+    Verdict,
+    findings_of,
+    state_of,
+    tables_of,
+)
+from neox_bridge.verification.norm_lines import tensor_lines
 from neox_bridge.wording import human, plural
 
-_OPEN = 24  # rows of a table that needn't be folded
-_RUNS = 8  # runs with a plot of their own
-
-Document = Mapping[str, Any]
+_PLOTTED_RUNS = 8  # that get a plot of their own
 
 
 def batch_section(document: Document, name: str, prefix: str) -> Section:
     """A row for each checkpoint, their findings, and sizes, rates and norms over the steps."""
     rows = document["rows"]
     counts = {s: sum(row["status"] == s for row in rows) for s in ("done", "skipped", "failed")}
-    told = ", ".join(f"{count:,} {status}" for status, count in counts.items() if count)
+    summary = ", ".join(f"{count:,} {status}" for status, count in counts.items() if count)
     findings = _findings(rows)
     if document["holds"]:
         state = "good" if state_of(findings) == "bad" else state_of(findings)
-        verdict = Verdict(state, f"{plural(len(rows), 'checkpoint')}: {told or 'none'}")
+        verdict = Verdict(state, f"{plural(len(rows), 'checkpoint')}: {summary or 'none'}")
     else:
         words = f"{counts['failed']:,} of {plural(len(rows), 'checkpoint')} failed"
         verdict = Verdict("bad", words, holds=False)
     done = [row for row in rows if row["status"] == "done"]
     facts = [
         ("target", str(document["batch"])),
-        ("checkpoints", f"{len(rows):,}: {told}"),
+        ("checkpoints", f"{len(rows):,}: {summary}"),
         ("written", human(sum(row["size"] for row in done))),
         ("verified", _verified(done)),
     ]
-    tables = []
     failed = [row for row in rows if row["status"] == "failed"]
-    if failed and len(rows) > _OPEN:
-        tables.append(_table(failed, "Failed"))
-    tables.append(_table(rows, "Checkpoints", len(rows) > _OPEN))
+    tables = tables_of(_table, rows, "Checkpoints", failed, "Failed")
     return Section("Batch", name, verdict, facts, findings, list(_plots(rows, prefix)), tables)
 
 
@@ -52,7 +54,7 @@ def _verified(done: Sequence[Document]) -> str:
 
 def _findings(rows: Sequence[Document]) -> list[Finding]:
     """Failures, and of the others each kind of finding once, with the checkpoints that have it."""
-    found = [
+    findings = [
         Finding("failed", "error", f"{row['name']}: {row['error']}", "")
         for row in rows
         if row["status"] == "failed"
@@ -63,11 +65,11 @@ def _findings(rows: Sequence[Document]) -> list[Finding]:
             alike.setdefault(finding, []).append(str(row["name"]))
     for one, names in alike.items():
         where = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
-        found.append(Finding(one.code, one.severity, f"{where}: {one.message}", one.remedy))
-    return found
+        findings.append(Finding(one.code, one.severity, f"{where}: {one.message}", one.remedy))
+    return findings
 
 
-def _table(rows: Sequence[Document], caption: str, folded: bool = False) -> Table:
+def _table(rows: Sequence[Document], caption: str, folded: bool) -> Table:
     head = ("checkpoint", "status", "files", "size", "shared", "seconds", "rate", "tries")
     cells = []
     for row in rows:
@@ -90,7 +92,7 @@ def _table(rows: Sequence[Document], caption: str, folded: bool = False) -> Tabl
 def _plots(rows: Sequence[Document], prefix: str) -> Iterator[Plot]:
     numbered = [row for row in rows if row["number"] is not None]
     runs = list(dict.fromkeys(str(row["run"]) for row in numbered))
-    for number, run in enumerate(runs[:_RUNS]):
+    for number, run in enumerate(runs[:_PLOTTED_RUNS]):
         steps = [
             {"step": row["number"], "tensors": {n: {"norm": v} for n, v in row["norms"].items()}}
             for row in numbered
@@ -98,9 +100,7 @@ def _plots(rows: Sequence[Document], prefix: str) -> Iterator[Plot]:
         ]
         if len(steps) > 1:
             caption = f"{run}: L2 norm of each kind of weight over the steps."
-            yield _plot(
-                caption, tensor_lines(steps, ()), "L2 norm", f"{prefix}n{number}-", log=True
-            )
+            yield lines_plot(caption, tensor_lines(steps, ()), f"{prefix}n{number}-")
     done = [row for row in numbered if row["status"] == "done" and row["seconds"]]
     if len(done) > 1:
         rates = {
@@ -111,13 +111,5 @@ def _plots(rows: Sequence[Document], prefix: str) -> Iterator[Plot]:
             ]
             for run in runs
         }
-        yield _plot("Rate over the steps.", rates, "MB/s", f"{prefix}r", log=False)
-
-
-def _plot(caption: str, lines: Points, label: str, prefix: str, *, log: bool) -> Plot:
-    from neox_bridge.verification.lines_figure import lines_figure
-
-    def draw() -> Any:
-        return lines_figure("", lines, x_label="step", y_label=label, log=log)
-
-    return plot_of(draw, caption, prefix)
+        caption = "Rate over the steps."
+        yield lines_plot(caption, rates, f"{prefix}r", y_label="MB/s", log=False)

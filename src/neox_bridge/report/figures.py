@@ -2,11 +2,14 @@
 
 import re
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.report.parts import Plot
 from neox_bridge.wording import wording
+
+if TYPE_CHECKING:
+    from neox_bridge.verification.lines_figure import Series
 
 _INK, _GRID = "#123456", "#dddddd"  # text and axes, told apart from black on a coloured cell
 _RC = {
@@ -46,6 +49,22 @@ def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
     head = _HEAD.match(svg)
     assert head is not None
     return Plot(wording(_themed(_bare(svg, head))), caption, round(float(head[1]) * 4 / 3))
+
+
+def lines_plot(
+    caption: str,
+    lines: "Series",
+    prefix: str,
+    *,
+    y_label: str = "L2 norm",
+    log: bool = True,
+    marks: Iterable[tuple[float, str]] = (),
+) -> Plot:
+    """Lines over the steps, for a page. marks: steps with a short text."""
+    from neox_bridge.verification.lines_figure import lines_figure
+
+    labels = {"x_label": "step", "y_label": y_label}
+    return plot_of(lambda: lines_figure("", lines, **labels, log=log, marks=marks), caption, prefix)
 
 
 def _bare(svg: str, head: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """What a page is made of, as plain data."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ State = Literal["good", "neutral", "warning", "differs", "bad"]
 # from the best to the worst: a page is as its worst section
 STATES: tuple[State, ...] = ("neutral", "good", "warning", "differs", "bad")
 Facts = Sequence[tuple[str, str]]
+Document = Mapping[str, Any]  # what a command printed with --json, or a part of it
+_OPEN_ROWS = 24  # of a table that needn't be folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,19 @@ class Section:
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
     provenance: Facts = ()
+
+
+def tables_of(
+    table: Callable[[Sequence[Document], str, bool], Table],
+    rows: Sequence[Document],
+    caption: str,
+    wrong: Sequence[Document],
+    wrong_caption: str,
+) -> list[Table]:
+    """All rows as a table; where they are many, it is folded below one of those that are wrong."""
+    many = len(rows) > _OPEN_ROWS
+    first = [table(wrong, wrong_caption, False)] if wrong and many else []
+    return [*first, table(rows, caption, many)]
 
 
 def findings_of(listed: Iterable[Mapping[str, Any]]) -> list[Finding]:

@@ -12,6 +12,7 @@ from neox_bridge.report.audit import audit_section
 from neox_bridge.report.batch import batch_section
 from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import (
+    Document,
     Facts,
     Plot,
     Section,
@@ -26,7 +27,6 @@ from neox_bridge.verification.statistics import Statistics
 from neox_bridge.verification.verify import Verification, describe
 from neox_bridge.wording import KINDS, human, plural, side
 
-Document = Mapping[str, Any]
 # lines of ``inspect`` that stand as title, findings and provenance
 _ELSEWHERE = ("path", "written by", "error", "warning", "info")
 _OPEN = 12  # rows of a table that needn't be folded
