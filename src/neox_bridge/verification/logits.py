@@ -1,7 +1,7 @@
 """``verify --logits``: two checkpoints compute the same, or where and why they don't."""
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -200,46 +200,40 @@ def _rank(place: _Place | None) -> tuple[float, float]:
 
 def _part(sides: list[Side], settings: Settings, on: int) -> _Place | None:
     """The first part that differs although both sides got the same input."""
-    own: list[Settings] = [{}, {}]
-    own[on] = settings
-    leader, follower = (one(told) for one, told in zip(sides, own, strict=True))
-    try:
-        number, sent = 0, None
-        while True:
-            a = next(leader)
-            b = next(follower) if sent is None else follower.send(sent)
-            for name, mine, theirs in _pairs(a.name, a, b):
-                number += 1
-                apart = _apart(mine, theirs)
-                if apart > LAYER:
-                    return _Place(number, name, apart)
-            sent = a.output
-    except StopIteration:
-        return None
-    finally:
-        leader.close()
-        follower.close()
+    both: list[Settings] = [_NONE, _NONE]
+    both[on] = settings
+    with closing(_in_step(sides, both)) as parts:
+        for number, (name, a, b) in enumerate(parts, 1):
+            if (apart := _apart(a, b)) > LAYER:
+                return _Place(number, name, apart)
+    return None
 
 
 def _first_non_finite(sides: list[Side], same_places: bool) -> str:
     """The first part where values are not finite: on both sides, or on one side alone."""
-    leader, follower = (one(_NONE) for one in sides)
-    try:
-        sent, name = None, ""
-        while True:
-            a = next(leader)
-            b = next(follower) if sent is None else follower.send(sent)
-            for name, x, y in _pairs(a.name, a, b):
-                bad = ~x.isfinite(), ~y.isfinite()
-                apart = bad[0].shape != bad[1].shape or bool((bad[0] != bad[1]).any())
-                if apart or (same_places and bool(bad[0].any())):
-                    return name
-            sent = a.output
-    except StopIteration:
-        return "logits"
-    finally:
-        leader.close()
-        follower.close()
+    with closing(_in_step(sides, [_NONE, _NONE])) as parts:
+        for name, a, b in parts:
+            bad = ~a.isfinite(), ~b.isfinite()
+            apart = bad[0].shape != bad[1].shape or bool((bad[0] != bad[1]).any())
+            if apart or (same_places and bool(bad[0].any())):
+                return name
+    return "logits"
+
+
+def _in_step(
+    sides: list[Side], settings: Sequence[Settings]
+) -> Generator[tuple[str, Tensor, Tensor], None, None]:
+    """Each part of both sides, the second of which gets the first's outputs as its inputs."""
+    first, second = (one(meant) for one, meant in zip(sides, settings, strict=True))
+    with closing(first), closing(second):
+        output = None
+        for a in first:
+            try:
+                b = next(second) if output is None else second.send(output)
+            except StopIteration:
+                return
+            yield from _pairs(a.name, a, b)
+            output = a.output
 
 
 def _pairs(name: str, a: Stage, b: Stage) -> Iterator[tuple[str, Tensor, Tensor]]:
