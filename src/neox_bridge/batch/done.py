@@ -68,11 +68,11 @@ def state_of(
             continue
         file = os.path.join(folder, name)
         try:
-            found = os.stat(file)
+            status = os.stat(file)
         except OSError:
             return "changed", f"{file} is missing"
-        same = found.st_size == size
-        if same and digest and hash_name and (every_hash or found.st_mtime_ns > since):
+        same = status.st_size == size
+        if same and digest and hash_name and (every_hash or status.st_mtime_ns > since):
             same = hash_file(file, hash_name) == digest
         if not same:
             return "changed", f"{file} was changed"

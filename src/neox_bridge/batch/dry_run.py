@@ -31,7 +31,7 @@ class DryRun:
         """An estimate."""
         return self.size / self.rate if self.rate else None
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "schema_version": 1,
@@ -39,7 +39,7 @@ class DryRun:
             "bytes": self.size,
             "rate": self.rate,
             "seconds": self.seconds,
-            "rows": [row.told() for row in self.rows],
+            "rows": [row.as_json() for row in self.rows],
         }
 
 
@@ -62,8 +62,8 @@ def _row(item: Item, batch: Batch) -> tuple[Row, Plan | None]:
         plan, state, words = plan_one(item, batch)
     except (BridgeError, OSError) as error:
         return Row(*given, "failed", item.source.path, target, error=str(error)), None
-    found = {"files": len(plan.files), "size": plan.size, "findings": plan.findings}
+    facts = {"files": len(plan.files), "size": plan.size, "findings": plan.findings}
     status = {"skip": "skipped", "refuse": "failed", "write": "planned"}
     does = answer(state, batch.overwrite)
-    row = Row(*given, status[does], item.source.path, target, **found, error=words)  # type: ignore[arg-type]
+    row = Row(*given, status[does], item.source.path, target, **facts, error=words)  # type: ignore[arg-type]
     return row, plan

@@ -19,11 +19,11 @@ def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
     The copy is gone afterwards.
     """
     pieces = (p for f in plan.files for t in f.tensors for p in t.pieces if p.source is not None)
-    found = max(pieces, key=lambda p: p.source.nbytes if p.source else 0, default=None)
-    if found is None or found.source is None:
+    largest = max(pieces, key=lambda p: p.source.nbytes if p.source else 0, default=None)
+    if largest is None or largest.source is None:
         return None
-    file, start = found.source.file, found.source.offset
-    size = min(found.source.nbytes, _SAMPLE)
+    file, start = largest.source.file, largest.source.offset
+    size = min(largest.source.nbytes, _SAMPLE)
     if is_url(target):
         return None
     folder = os.path.dirname(os.path.abspath(target))

@@ -57,23 +57,23 @@ def find_items(
     """
     check_steps(steps)
     runs, faults = known_runs(sources)
-    found: list[Item] = []
+    items: list[Item] = []
     for run in runs:
         for place in with_steps(run, steps).places:
             source = Source(place.path, tuple(configs), gqa_order, masters)
             name = _name(run, place, len(runs) > 1)
-            found.append(Item(name, run.name, place.number, source))
+            items.append(Item(name, run.name, place.number, source))
     check_ranges(steps, runs)
-    if not found:
+    if not items:
         raise UsageError(["steps"], f"{steps} matches none of the steps")
-    if twice := [name for name, count in Counter(i.name for i in found).items() if count > 1]:
+    if twice := [name for name, count in Counter(i.name for i in items).items() if count > 1]:
         raise BridgeError(
             f"{some(twice)}: several checkpoints would have this name in the target. Convert their "
             "runs into folders of their own."
         )
-    return found, list(faults)
+    return items, list(faults)
 
 
 def _name(run: Run, place: Place, several: bool) -> str:
-    own = f"step{place.number}" if place.number is not None else place.label
-    return os.path.join(os.path.basename(os.path.abspath(run.name)), own) if several else own
+    label = f"step{place.number}" if place.number is not None else place.label
+    return os.path.join(os.path.basename(os.path.abspath(run.name)), label) if several else label

@@ -34,6 +34,6 @@ class Row:
     error: str = ""
     casts: tuple[Cast, ...] = ()
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)

@@ -156,8 +156,8 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
         from neox_bridge.architectures.transformers_limits import refuse_version
 
         refuse_version(checkpoint.architecture.name, checkpoint.config, batch.version)
-    made = kind_of(checkpoint, options)
-    if (checkpoint.kind, made, options.iteration) == ("hf", "neox", None):
+    kind = kind_of(checkpoint, options)
+    if (checkpoint.kind, kind, options.iteration) == ("hf", "neox", None):
         options = replace(options, iteration=item.number)  # its folder tells, its config doesn't
     if batch.hub is not None:
         plan = on_hub.plan(checkpoint, options, batch.hub)
@@ -194,8 +194,8 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
             if is_url(row.target)
             else f"; kept as {set_aside(row.target, row.target, 'changed')}"
         )
-        found = Finding("not-whole", "warning", f"{words}: written anew{kept}")
-        row = replace(row, findings=(*row.findings, found))
+        finding = Finding("not-whole", "warning", f"{words}: written anew{kept}")
+        row = replace(row, findings=(*row.findings, finding))
     anew = batch.overwrite or (state == "changed" and is_url(row.target))
     row = _written(item, row, plan, row.target, anew, batch, pool)
     return replace(row, norms=_norms(row.target, batch, pool))
@@ -298,8 +298,8 @@ def verify_part(
 
 
 def _norms(folder: str, batch: Batch, pool: Pool) -> dict[str, float] | None:
-    found = _share(pool, [(norms_of, folder)]) if batch.norms else [None]
-    norms: dict[str, float] | None = found[0]
+    results = _share(pool, [(norms_of, folder)]) if batch.norms else [None]
+    norms: dict[str, float] | None = results[0]
     return norms
 
 
@@ -309,8 +309,8 @@ def norms_of(folder: str) -> dict[str, float]:
     from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.verification.hashes import fingerprints
 
-    found = fingerprints(open_checkpoint(folder), workers=1)
-    return {name: print_.norm for name, print_ in found.items()}
+    prints = fingerprints(open_checkpoint(folder), workers=1)
+    return {name: print_.norm for name, print_ in prints.items()}
 
 
 def _parts(size: int, pool: Pool) -> list[tuple[int, int]]:

@@ -23,8 +23,8 @@ def rounds(
             items = find()
         except BridgeError:  # nothing is there yet
             items = []
-        found = [item for item in items if is_finished(item)]
-        yield found
+        finished = [item for item in items if is_finished(item)]
+        yield finished
         if stopped.wait(interval):
             return
 

@@ -306,7 +306,7 @@ def _dry_run(items: Iterable[Item], settings: Batch, as_json: bool, is_lost: boo
 
     preview = dry_run(items, settings)
     if as_json:
-        print_json(preview.told())
+        print_json(preview.as_json())
     else:
         tell_warnings(preview.rows)
         print_dry_run(preview)

@@ -63,7 +63,7 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
         if event.words:
             told["error"] = event.words
         if event.row is not None:
-            told |= event.row.told()
+            told |= event.row.as_json()
         try:
             if file is None:
                 print(json.dumps(told), flush=True)
@@ -203,7 +203,7 @@ def document(rows: "Sequence[Row]", target: str) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "batch": target,
         "holds": not any(row.status == "failed" for row in rows),
-        "rows": [row.told() for row in rows],
+        "rows": [row.as_json() for row in rows],
     }
 
 

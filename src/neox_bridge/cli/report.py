@@ -95,7 +95,7 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
 
             sections.append(section_of(entry.document, entry.name, f"s{len(sections)}-"))
     title = sections[0].title if len(entries) == 1 else f"{len(entries)} results"
-    page = render(title, sections, [("read", entry.said) for entry in entries], today())
+    page = render(title, sections, [("read", entry.provenance) for entry in entries], today())
     write_page(options.output, page, options.overwrite)
     verdict = verdict_of(sections)
     if output.as_json:

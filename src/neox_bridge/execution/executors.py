@@ -58,9 +58,9 @@ class Processes:
 
     def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]":
         """Have a call done, again where its process is lost. Call, arguments and result pickle."""
-        found: _Call[_T] = _Call()
-        self._try(found, 0, call, args)
-        return found
+        future: _Call[_T] = _Call()
+        self._try(future, 0, call, args)
+        return future
 
     def close(self) -> None:
         """End the processes, when what they do is done."""

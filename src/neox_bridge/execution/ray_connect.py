@@ -97,14 +97,14 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
     with contextlib.suppress(AttributeError):
         ray._private.worker._worker_logs_enabled = False
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change
-    own: dict[str, Any] = {}
+    local: dict[str, Any] = {}
     if address == "local":
         guard()
-        own = {"num_cpus": workers or default_slots(), "object_store_memory": _STORE_BYTES}
-        own["include_dashboard"] = False
+        local = {"num_cpus": workers or default_slots(), "object_store_memory": _STORE_BYTES}
+        local["include_dashboard"] = False
     try:
         ray.init(
-            address, log_to_driver=False, logging_level="CRITICAL", runtime_env=environment, **own
+            address, log_to_driver=False, logging_level="CRITICAL", runtime_env=environment, **local
         )
     except Exception as error:  # Ray raises many kinds
         if address == "auto":
@@ -158,7 +158,7 @@ def _codes(ray: Any) -> tuple[set[str], list[str]]:
     Neither holds a node that doesn't answer. Raises BridgeError where none does.
     """
     ask = asker()
-    mine = ask()
+    code_here = ask()
     nodes = living_nodes(ray)
     task = ray.remote(ask)
     tasks = {task.options(**on_node(node, 0)).remote(): node for node in nodes}
@@ -168,7 +168,7 @@ def _codes(ray: Any) -> tuple[set[str], list[str]]:
     same, others = set(), []
     for ref in answered:
         with contextlib.suppress(ray.exceptions.RayError):
-            if words := difference(ray.get(ref), mine):
+            if words := difference(ray.get(ref), code_here):
                 others.append(f"node {tasks[ref].name} {words}")
             else:
                 same.add(tasks[ref].id)
@@ -180,14 +180,14 @@ def _codes(ray: Any) -> tuple[set[str], list[str]]:
     return same, sorted(others)
 
 
-def difference(code: tuple[str | None, str], mine: tuple[str | None, str]) -> str:
+def difference(code: tuple[str | None, str], code_here: tuple[str | None, str]) -> str:
     """What is wrong with a node's answer to ``asker``; "" where it has this process's code."""
-    if code == mine:
+    if code == code_here:
         return ""
     if code[0] is None:
         return f"can't import neox-bridge ({code[1]})"
-    if code[1] != mine[1]:
-        return f"has neox-bridge {code[1]}, and this is {mine[1]}"
+    if code[1] != code_here[1]:
+        return f"has neox-bridge {code[1]}, and this is {code_here[1]}"
     return f"has other code of neox-bridge {code[1]}"
 
 

@@ -22,7 +22,7 @@ def guard() -> None:
     """Have the processes that this one starts from now on ended with it. Linux only."""
     if _guarded or not os.path.isdir("/proc/self/fd"):
         return
-    wait_at, held = os.pipe()
+    wait_at, keep_open = os.pipe()
     mark = uuid4().hex
     command = [sys.executable, "-I", os.path.abspath(__file__), str(wait_at), mark]
     nowhere = subprocess.DEVNULL
@@ -36,7 +36,7 @@ def guard() -> None:
         start_new_session=True,  # Ctrl-C in a terminal goes to a whole group
     )
     os.close(wait_at)
-    _guarded.append(held)
+    _guarded.append(keep_open)
     os.environ[_MARK] = mark
 
 

@@ -60,14 +60,14 @@ def render(title: str, sections: Sequence[Section], read: Facts, date: str) -> s
     from jinja2 import Environment, StrictUndefined
 
     template = files("neox_bridge.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    made = Environment(
+    environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_shown,
     )
-    return made.from_string(template).render(
+    return environment.from_string(template).render(
         title=title,
         sections=sections,
         verdict=verdict_of(sections),

@@ -18,10 +18,10 @@ _MOST = 256 << 20  # bytes of a JSON file: that of a plan of a large model is so
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A checkpoint's folder, or a JSON document. said: for the foot of the page."""
+    """A checkpoint's folder, or a JSON document. provenance: for the foot of the page."""
 
     name: str
-    said: str
+    provenance: str
     document: dict[str, Any] | None = None
 
 
@@ -30,15 +30,15 @@ def inputs(paths: Sequence[str]) -> list[Input]:
 
     Raises BridgeError for what is neither a checkpoint nor such a file.
     """
-    return [found for path in paths for found in _inputs(path)]
+    return [one for path in paths for one in _inputs(path)]
 
 
 def today() -> str:
     """Now, in UTC; SOURCE_DATE_EPOCH, seconds, stands for it where pages are to be the same."""
-    told = os.environ.get("SOURCE_DATE_EPOCH", "")
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     now = datetime.now(timezone.utc)
-    if told.isdecimal():
-        now = datetime.fromtimestamp(int(told), timezone.utc)
+    if epoch.isdecimal():
+        now = datetime.fromtimestamp(int(epoch), timezone.utc)
     return now.strftime("%Y-%m-%d %H:%M UTC")
 
 

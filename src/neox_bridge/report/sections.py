@@ -101,10 +101,10 @@ def checkpoint_section(
     )
 
 
-def verification_section(found: Verification, source: str, name: str, prefix: str) -> Section:
+def verification_section(result: Verification, source: str, name: str, prefix: str) -> Section:
     """A verification of what the user calls ``name``: a page goes to others, paths stay here."""
-    named = {"holds": found.holds, "source": source, "target": name}
-    return _verification({**asdict(found), **named}, name, prefix)
+    named = {"holds": result.holds, "source": source, "target": name}
+    return _verification({**asdict(result), **named}, name, prefix)
 
 
 def _verification(document: Document, name: str, prefix: str) -> Section:
@@ -120,7 +120,7 @@ def _verification(document: Document, name: str, prefix: str) -> Section:
         errors = sum(finding.severity == "error" for finding in findings)
         what = [plural(len(apart), "tensor")] if apart else []
         what += [plural(errors, "finding")] if errors else []
-        what += [f"the {word}" for word, found in computed.items() if not found["agrees"]]
+        what += [f"the {word}" for word, agreement in computed.items() if not agreement["agrees"]]
         verdict = Verdict("bad", f"Not what the source says: {', '.join(what)}", holds=False)
     facts = [
         ("source", str(document["source"])),
@@ -128,9 +128,9 @@ def _verification(document: Document, name: str, prefix: str) -> Section:
         ("compared", f"{plural(tensors, 'tensor')}, {size}, read back from the target"),
         ("differing", plural(len(apart), "tensor")),
     ]
-    for word, found in computed.items():
-        facts.append((word, _agreement(found)))
-        findings += _causes(found)
+    for word, agreement in computed.items():
+        facts.append((word, _agreement(agreement)))
+        findings += _causes(agreement)
     plots = [_difference_plot(apart, prefix)] if apart else []
     tables = [_differences_table(apart, "Tensors that differ")] if apart else []
     return Section("Verification", name, verdict, facts, findings, plots, tables)
@@ -147,27 +147,26 @@ def _casts(document: Document) -> list[Cast]:
     return [Cast(**cast) for cast in document.get("casts") or ()]
 
 
-def _agreement(found: Document) -> str:
+def _agreement(agreement: Document) -> str:
     """What ``verify --logits`` says, but for the causes."""
-    if odd := found.get("non_finite"):
+    if odd := agreement.get("non_finite"):
         words = "another model"
         if odd["same_places"]:
             words = "at the same places on both sides, so they cannot be compared"
         first = f"; the first weight that is not finite: {odd['tensor']}" if odd["tensor"] else ""
         return f"NaN or infinite for {plural(int(odd['tokens']), 'token')}: {words}{first}"
-    said = (
-        f"of {plural(int(found['tokens']), 'token')}: {found['largest']:.3g} apart at most "
-        f"(relative {found['relative']:.2g}, mean {found['mean']:.3g}), KL {found['kl']:.2g}, "
-        f"top-1 {found['top1']:.1%}"
+    sentence = (
+        f"of {plural(int(agreement['tokens']), 'token')}: {agreement['largest']:.3g} apart at most "
+        f"(relative {agreement['relative']:.2g}, mean {agreement['mean']:.3g}), "
+        f"KL {agreement['kl']:.2g}, top-1 {agreement['top1']:.1%}"
     )
-    if found["place"]:
-        said += (
-            f"; they part at {found['place']}, by {number(found['apart']):.2g} of its largest value"
-        )
-    return f"{said}: {'the same model' if found['agrees'] else 'another model'}"
+    if agreement["place"]:
+        share = f"{number(agreement['apart']):.2g} of its largest value"
+        sentence += f"; they part at {agreement['place']}, by {share}"
+    return f"{sentence}: {'the same model' if agreement['agrees'] else 'another model'}"
 
 
-def _causes(found: Document) -> list[Finding]:
+def _causes(agreement: Document) -> list[Finding]:
     return [
         Finding(
             str(cause["cause"]),
@@ -175,19 +174,19 @@ def _causes(found: Document) -> list[Finding]:
             f"likely cause: {cause['cause']}: {cause['text']}",
             "no conversion removes that" if cause["inherent"] else "",
         )
-        for cause in found["causes"]
+        for cause in agreement["causes"]
     ]
 
 
 def _diff(document: Document, name: str, prefix: str) -> Section:
-    found = [_difference(entry) for entry in document["tensors"]]
-    apart = [difference for difference in found if difference.kind != "equal"]
-    equal = len(found) - len(apart)
+    differences = [_difference(entry) for entry in document["tensors"]]
+    apart = [difference for difference in differences if difference.kind != "equal"]
+    equal = len(differences) - len(apart)
     if document["equal"]:
-        verdict = Verdict("good", f"Equal: {plural(len(found), 'tensor')}")
+        verdict = Verdict("good", f"Equal: {plural(len(differences), 'tensor')}")
     else:
-        said = f"Different: {len(apart):,} of {plural(len(found), 'tensor')}"
-        verdict = Verdict("differs", said, holds=False)
+        summary = f"Different: {len(apart):,} of {plural(len(differences), 'tensor')}"
+        verdict = Verdict("differs", summary, holds=False)
     kinds: dict[str, int] = {}
     for difference in apart:
         kinds[difference.kind] = kinds.get(difference.kind, 0) + 1
@@ -199,9 +198,9 @@ def _diff(document: Document, name: str, prefix: str) -> Section:
         "only-second": "only in the second",
         "replicas": "ranks that differ",
     }
-    facts = [("tensors", f"{len(found):,}"), ("equal", f"{equal:,}")]
+    facts = [("tensors", f"{len(differences):,}"), ("equal", f"{equal:,}")]
     facts += [(words.get(kind, kind), f"{count:,}") for kind, count in kinds.items()]
-    plots = [_difference_plot(found, prefix)] if apart else []
+    plots = [_difference_plot(differences, prefix)] if apart else []
     tables = []
     if apart:
         title = "Largest relative differences" if len(apart) > _OPEN else "Tensors that differ"
@@ -266,21 +265,21 @@ def _conversion(document: Document, name: str, _prefix: str) -> Section:
     )
 
 
-def _difference_plot(found: Sequence[Difference], prefix: str) -> Plot:
+def _difference_plot(differences: Sequence[Difference], prefix: str) -> Plot:
     from neox_bridge.verification.differences_figure import differences_figure
 
     return plot_of(
-        lambda: differences_figure(found),
+        lambda: differences_figure(differences),
         "Largest relative difference of each tensor, layer by layer.",
         prefix,
     )
 
 
 def _differences_table(
-    found: Sequence[Difference], caption: str, folded: bool | None = None
+    differences: Sequence[Difference], caption: str, folded: bool | None = None
 ) -> Table:
     rows = []
-    for difference in found:
+    for difference in differences:
         values = difference.kind == "values" and not difference.detail
         numbers = ("", "", "", "")
         if difference.kind == "values":
@@ -290,8 +289,8 @@ def _differences_table(
                 _number(difference.largest),
                 _number(difference.mean),
             )
-        said = describe(difference).removeprefix(difference.name).lstrip(": ")
-        rows.append((difference.name, "values" if values else said, *numbers))
+        words = describe(difference).removeprefix(difference.name).lstrip(": ")
+        rows.append((difference.name, "values" if values else words, *numbers))
     head = ("tensor", "what", "elements", "relative", "largest", "mean")
     return Table(caption, head, "llrrrr", rows, len(rows) > _OPEN if folded is None else folded)
 

@@ -120,11 +120,11 @@ def explanation(error: BaseException, repo: str) -> str:
                 "HF_ENDPOINT and proxies, then give the same command again."
             )
         return f"{repo}: {_root(error)}"
-    said = _server_message(error)
+    server_words = _server_message(error)
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: ask for access on its page. {_LOGIN}."
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no such branch, tag or commit ({said}). Check its name."
+        return f"{repo} has no such branch, tag or commit ({server_words}). Check its name."
     ways = {
         401: f"the Hub doesn't know you, or doesn't show you this repository. {_LOGIN}; check "
         "the name.",
@@ -138,13 +138,13 @@ def explanation(error: BaseException, repo: str) -> str:
         413: "it is too large for the Hub. See its limits for repositories and files.",
         429: "too many requests. Wait some minutes, then give the same command again.",
     }
-    way = ways.get(
+    advice = ways.get(
         status,
         "the Hub failed. Give the same command again later; see status.huggingface.co."
         if status >= 500
         else "the request was refused.",
     )
-    return f"{repo}: {way} The Hub said: {status} {said}"
+    return f"{repo}: {advice} The Hub said: {status} {server_words}"
 
 
 def first_line(error: BaseException) -> str:
@@ -173,9 +173,9 @@ def _root(error: BaseException) -> str:
 
 def _server_message(error: BaseException | None) -> str:
     while error is not None:
-        said = getattr(error, "server_message", None)
-        if said:
-            return str(said).strip().splitlines()[0][:200].rstrip(".") + "."
+        message = getattr(error, "server_message", None)
+        if message:
+            return str(message).strip().splitlines()[0][:200].rstrip(".") + "."
         response = getattr(error, "response", None)
         if response is not None:
             return str(getattr(response, "reason_phrase", None) or getattr(response, "reason", ""))

@@ -43,9 +43,9 @@ def model_id(text: str) -> tuple[str, str] | None:
 
 def hub_target(text: str) -> HubTarget:
     """``hf://org/name`` or ``hf://org/name@branch``. Raises BridgeError for another form."""
-    found = model_id(text.removeprefix("hf://")) if is_hub(text) else None
-    if found is None:
+    match = model_id(text.removeprefix("hf://")) if is_hub(text) else None
+    if match is None:
         raise BridgeError(
             f"{text} isn't a place on the Hub: write hf://ORG/NAME, or hf://ORG/NAME@BRANCH."
         )
-    return HubTarget(found[0], found[1] or MAIN)
+    return HubTarget(match[0], match[1] or MAIN)

@@ -30,12 +30,12 @@ def revisions(repo: str) -> tuple[Revision, ...]:
         ("branch", refs.branches),
         ("tag", refs.tags),
     )
-    found = [
+    named = [
         Revision(ref.name, kind, ref.target_commit, step_of(ref.name))  # type: ignore[attr-defined]
-        for kind, its in kinds
-        for ref in its
+        for kind, listed in kinds
+        for ref in listed
     ]
-    return tuple(sorted(found, key=_order))
+    return tuple(sorted(named, key=_order))
 
 
 def _order(revision: Revision) -> tuple[int, list[tuple[int, str]], str]:

@@ -132,10 +132,14 @@ class _Hashes:
 
     steps: dict[str, Mapping[str, Fingerprint]] = field(default_factory=dict)
 
-    def having(self, name: str, found: Fingerprint) -> Iterator[str]:
+    def having(self, name: str, fingerprint: Fingerprint) -> Iterator[str]:
         """The steps with these values; a tensor of one value throughout tells nothing."""
         for label, tensors in self.steps.items():
-            if not found.constant and name in tensors and tensors[name].hash == found.hash:
+            if (
+                not fingerprint.constant
+                and name in tensors
+                and tensors[name].hash == fingerprint.hash
+            ):
                 yield label
 
 
@@ -348,7 +352,7 @@ def _with_origins(one: _Compared, known: Mapping[Side, _Hashes]) -> StepRow:
             if difference.name in here:
                 counts.update(known[other].having(difference.name, here[difference.name]))
         origins += [Origin(other, step, count) for step, count in counts.most_common(1)]
-    return replace(one.row, origins=tuple(sorted(origins, key=lambda found: -found.tensors)))
+    return replace(one.row, origins=tuple(sorted(origins, key=lambda origin: -origin.tensors)))
 
 
 def _lonely(side: Side, place: Place) -> StepRow:

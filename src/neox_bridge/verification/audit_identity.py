@@ -51,7 +51,7 @@ def _same_steps(group: Steps, steps: Steps) -> Fault:
     if begins and half and 0 in numbers and max(numbers) <= _WARMUP:
         why = "so early in fp16 the loss scale may have skipped every update"
         return Fault("unchanged-at-first", "info", f"{what}: {why}", "", run, labels)
-    names = [name for name, found in group[0].tensors.items() if not found.constant]
+    names = [name for name, fingerprint in group[0].tensors.items() if not fingerprint.constant]
     remedy = _whose(group, steps, names) + "; copy or convert the wrong ones again"
     return Fault("identical-steps", "error", what, remedy, run, labels)
 
@@ -62,8 +62,8 @@ def _shared_shards(steps: Steps) -> Iterator[Fault]:
     by_rank = len({step.tp for step in steps}) == 1
     units = [_units(step, by_rank) for step in steps]
     where: dict[Unit, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for index, found in enumerate(units):
-        for unit, bits in found.items():
+    for index, step_units in enumerate(units):
+        for unit, bits in step_units.items():
             where[unit][bits.hash].append(index)
     shared: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
     for unit, hashes in where.items():
@@ -80,16 +80,16 @@ def _shared_shards(steps: Steps) -> Iterator[Fault]:
 
 def _units(step: Step, by_rank: bool) -> dict[Unit, _Bits]:
     """Shards, or whole tensors, but for those that are one value throughout, as norms start."""
-    found = {}
+    units = {}
     for name, whole in step.tensors.items():
         files, matrix = step.files[name], len(whole.shape) > 1
         if by_rank and whole.shards:
             for rank, (shard, file) in enumerate(zip(whole.shards, files, strict=True)):
                 if not shard.constant:
-                    found[name, rank] = _Bits(shard.hash, matrix, file)
+                    units[name, rank] = _Bits(shard.hash, matrix, file)
         elif not whole.constant:
-            found[name, 0] = _Bits(whole.hash, matrix, files[0] if files else "")
-    return found
+            units[name, 0] = _Bits(whole.hash, matrix, files[0] if files else "")
+    return units
 
 
 def _strong(
@@ -105,12 +105,12 @@ def _strong(
     them, and bits that stay for some steps must be all that a file holds; vectors alone, only
     where they change at every other step.
     """
-    first, mine = units[indices[0]], set(shared)
+    first, shared_units = units[indices[0]], set(shared)
     matrix = any(first[unit].matrix for unit in shared)
     if matrix and indices[-1] - indices[0] >= len(indices):
         return True
     files = {first[unit].file for unit in shared}
-    if not files.isdisjoint(bits.file for unit, bits in first.items() if unit not in mine):
+    if not files.isdisjoint(bits.file for unit, bits in first.items() if unit not in shared_units):
         return False
     counts = [[len(at) for at in where[unit].values()] for unit in shared]
     return matrix or all(len(c) >= 3 and sum(c) - len(c) == len(indices) - 1 for c in counts)
@@ -134,9 +134,9 @@ def _shared(
     group = [steps[index] for index in indices]
     run, labels = group[0].run, tuple(step.label for step in group)
     names = list(dict.fromkeys(name for name, _ in shared))
-    mine = set(shared)
+    shared_units = set(shared)
     files = {units[i][unit].file for i in indices for unit in shared}
-    others = {b.file for i in indices for u, b in units[i].items() if u not in mine}
+    others = {b.file for i in indices for u, b in units[i].items() if u not in shared_units}
     whole = sorted(files - others)  # nothing in them differs
     ranks = sorted({rank for _, rank in shared})
     spread = Counter(name for name, _ in units[indices[0]])
@@ -181,9 +181,9 @@ def _misfit(step: Step, before: Step | None, after: Step | None, names: Sequence
     for name in names:
         beside = [s.tensors[name].norm for s in (before, after) if s and name in s.tensors]
         known = [math.log(norm) for norm in beside if norm > 0]
-        own = step.tensors[name].norm
-        if known and own > 0:
-            low, high, y = min(known), max(known), math.log(own)
+        norm_here = step.tensors[name].norm
+        if known and norm_here > 0:
+            low, high, y = min(known), max(known), math.log(norm_here)
             total, count = total + max(low - y, y - high, 0.0), count + 1
     return total / count if count else math.inf
 
@@ -201,13 +201,13 @@ def across_runs(runs: Mapping[str, Steps]) -> Iterator[Fault]:
             for second in group[i + 1 :]:
                 if not (_initial(first) and _initial(second)):
                     pairs[first.run, second.run].append((first, second))
-    for (one, two), found in pairs.items():
-        same = {b.hash for _, b in found}
+    for (one, two), shared in pairs.items():
+        same = {b.hash for _, b in shared}
         prefix = _begins(runs[two], same) or _begins(runs[one], same)
-        labels = tuple(a.label for a, _ in found)
-        if prefix and all(a.number == b.number or b is runs[two][0] for a, b in found):
+        labels = tuple(a.label for a, _ in shared)
+        if prefix and all(a.number == b.number or b is runs[two][0] for a, b in shared):
             continue
-        text = some([f"{a.label} is {b.label}" for a, b in found])
+        text = some([f"{a.label} is {b.label}" for a, b in shared])
         what = f"{one} and {two} share steps, every tensor of them: {text}"
         remedy = "one of the runs has the other's; copy it again"
         yield Fault("shared-step", "error", what, remedy, one, labels)

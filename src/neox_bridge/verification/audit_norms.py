@@ -46,7 +46,9 @@ def broken_faults(steps: Sequence[Step]) -> Iterator[Fault]:
     """NaN, infinities, matrices that became one value."""
     run = steps[0].run if steps else ""
     for step in steps:
-        if bad := {name: found.bad for name, found in step.tensors.items() if found.bad}:
+        if bad := {
+            name: fingerprint.bad for name, fingerprint in step.tensors.items() if fingerprint.bad
+        }:
             names = [f"{name} ({count:,})" for name, count in bad.items()]
             what = f"{run}: step {step.label} has NaN or infinities in {some(names, 3)}"
             remedy = "the run diverged, or a cast overflowed: take an earlier step, or copy again"
@@ -73,20 +75,20 @@ def jump_faults(
         for at, spike in jumps_of(points):
             index = usable[at][0]
             jumps[index].append(_Jump(name, points[at - 1][1], points[at][1], spike))
-    for index, found in sorted(jumps.items()):
-        yield _jumped(known[index], found)
+    for index, jumped in sorted(jumps.items()):
+        yield _jumped(known[index], jumped)
 
 
-def _jumped(step: Step, found: list[_Jump]) -> Fault:
-    found = sorted(found, key=lambda jump: -jump.size)
-    names = [f"{j.name} ({j.before:.4g} to {j.norm:.4g})" for j in found]
-    back = ", and back at the next" if all(jump.spike for jump in found) else ""
+def _jumped(step: Step, jumps: list[_Jump]) -> Fault:
+    jumps = sorted(jumps, key=lambda jump: -jump.size)
+    names = [f"{j.name} ({j.before:.4g} to {j.norm:.4g})" for j in jumps]
+    back = ", and back at the next" if all(jump.spike for jump in jumps) else ""
     what = (
-        f"{step.run}: at step {step.label} the norms of {len(found)} tensor"
-        f"{'' if len(found) == 1 else 's'} jump{back}: {some(names, 3)}"
+        f"{step.run}: at step {step.label} the norms of {len(jumps)} tensor"
+        f"{'' if len(jumps) == 1 else 's'} jump{back}: {some(names, 3)}"
     )
     remedy = "the training was disturbed there, or the file is of another run or step"
-    tensors = tuple(jump.name for jump in found)
+    tensors = tuple(jump.name for jump in jumps)
     return Fault("norm-jump", "warning", what, remedy, step.run, (step.label,), tensors)
 
 
@@ -94,9 +96,9 @@ def _blank(steps: Sequence[Step]) -> Iterator[Fault]:
     """Matrices that become one value throughout: files that weren't written to their end."""
     seen: set[str] = set()
     for step in steps:
-        found = {n: p for n, p in step.tensors.items() if len(p.shape) > 1}
-        names = [name for name, p in found.items() if p.constant and name in seen]
-        seen |= {name for name, p in found.items() if not p.constant}
+        matrices = {n: p for n, p in step.tensors.items() if len(p.shape) > 1}
+        names = [name for name, p in matrices.items() if p.constant and name in seen]
+        seen |= {name for name, p in matrices.items() if not p.constant}
         if names:
             what = f"{step.run}: at step {step.label} all elements are the same in {some(names, 3)}"
             remedy = "the file wasn't written to its end; copy it again"
@@ -115,18 +117,18 @@ def jumps_of(points: Sequence[tuple[float, float]]) -> list[tuple[int, bool]]:
     ys = [math.log(norm + FLOOR * largest) for _, norm in points]
     evenly = [step for step, _ in points]
     doublings = [math.log2(step + 1) for step, _ in points]
-    found: list[tuple[int, bool]] = []
+    jumps: list[tuple[int, bool]] = []
     at = 1
     while at < len(ys):
         # a point that leaves and comes back is judged alone, or its way back would hide it
         if _spikes(at, ys, evenly, doublings):
-            found.append((at, True))
+            jumps.append((at, True))
             at += 2
             continue
         if _steps(at, ys, evenly, doublings):
-            found.append((at, False))
+            jumps.append((at, False))
         at += 1
-    return found
+    return jumps
 
 
 def _spikes(at: int, ys: list[float], *axes: list[float]) -> bool:
@@ -152,9 +154,9 @@ def _steps(at: int, ys: list[float], *axes: list[float]) -> bool:
 
 def _usual(at: int, ys: list[float], axis: list[float]) -> float:
     """The change from ``at - 1`` to ``at`` that the fastest of those beside it would make."""
-    own = axis[at] - axis[at - 1]
+    distance = axis[at] - axis[at - 1]
     beside = [*range(max(1, at - BESIDE), at), *range(at + 1, min(len(ys), at + 1 + BESIDE))]
     rates = [
         abs(ys[i] - ys[i - 1]) / (axis[i] - axis[i - 1]) for i in beside if axis[i] > axis[i - 1]
     ]
-    return max(rates, default=math.inf) * max(own, 0.0)
+    return max(rates, default=math.inf) * max(distance, 0.0)

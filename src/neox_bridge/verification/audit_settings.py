@@ -43,16 +43,16 @@ def _unknown_keys(steps: Steps) -> Iterator[Fault]:
             message = f"{run}: {some(list(labels))}: unknown setting: {first.shown}"
         severity: Severity = "warning" if first.effect == "model" else "info"
         yield Fault("unknown-key", severity, message, remedy, run, labels)
-        told = [repr(keys[s.label].value) if s.label in keys else "not there" for s in steps]
-        yield from _odd("config-differs", name, told, steps)
+        values = [repr(keys[s.label].value) if s.label in keys else "not there" for s in steps]
+        yield from _odd("config-differs", name, values, steps)
 
 
-def _odd(code: str, what: str, told: Sequence[str], steps: Steps) -> Iterator[Fault]:
+def _odd(code: str, what: str, values: Sequence[str], steps: Steps) -> Iterator[Fault]:
     """One finding for each value that isn't that of most steps (of the first, where that ties)."""
-    usual = Counter(told).most_common(1)[0][0] if told else ""
-    for value in dict.fromkeys(told):
+    usual = Counter(values).most_common(1)[0][0] if values else ""
+    for value in dict.fromkeys(values):
         if value != usual:
-            labels = tuple(s.label for s, v in zip(steps, told, strict=True) if v == value)
+            labels = tuple(s.label for s, v in zip(steps, values, strict=True) if v == value)
             run = steps[0].run
             message = f"{run}: {what} is {value} at step {some(list(labels))}, and {usual} at most"
             remedy = "these may be another run's, or converted with other settings"

@@ -22,18 +22,18 @@ def state_faults(steps: Sequence[Step], known: Iterable[Fault]) -> Iterator[Faul
     Moments may jump, as the gradients do that they are made of; masters may only where weights do.
     """
     part = f"{steps[0].run}: the optimizer" if steps else ""
-    held = [replace(step, run=part, tensors=step.states) for step in steps if step.states]
-    told = [*identity_faults(held), *broken_faults(held)]
+    with_states = [replace(step, run=part, tensors=step.states) for step in steps if step.states]
+    faults = [*identity_faults(with_states), *broken_faults(with_states)]
     explained = {
         (label, f"{_MASTERS}{name}") for f in known for label in f.steps for name in f.tensors
     }
-    explained |= {(label, name) for f in told for label in f.steps for name in f.tensors}
+    explained |= {(label, name) for f in faults for label in f.steps for name in f.tensors}
     masters = [
         replace(s, tensors={n: p for n, p in s.tensors.items() if n.startswith(_MASTERS)})
-        for s in held
+        for s in with_states
     ]
-    told += jump_faults(masters, frozenset(explained))
-    for fault in told:
+    faults += jump_faults(masters, frozenset(explained))
+    for fault in faults:
         yield replace(fault, run=steps[0].run)
     for step in steps:
         yield from _other_weights(step)
@@ -43,13 +43,13 @@ def state_faults(steps: Sequence[Step], known: Iterable[Fault]) -> Iterator[Faul
 def _other_weights(step: Step) -> Iterator[Fault]:
     """Masters that aren't the weights, but for their rounding."""
     apart = []
-    for name, found in step.states.items():
+    for name, state in step.states.items():
         weight = step.tensors.get(tensor_of(name))
-        if not name.startswith(_MASTERS) or weight is None or found.bad or weight.bad:
+        if not name.startswith(_MASTERS) or weight is None or state.bad or weight.bad:
             continue
-        same = found.hash == weight.hash
-        if weight.dtype != found.dtype:
-            same = abs(found.norm - weight.norm) <= _ROUNDED * found.norm
+        same = state.hash == weight.hash
+        if weight.dtype != state.dtype:
+            same = abs(state.norm - weight.norm) <= _ROUNDED * state.norm
         if not same:
             apart.append(tensor_of(name))
     if apart:

@@ -59,9 +59,9 @@ class Hypothesis:
 
 def hypotheses(neox: Checkpoint, other: Checkpoint) -> list[Hypothesis]:
     """What may explain that another checkpoint differs from a GPT-NeoX one, likeliest first."""
-    found = [*_by_config(neox, other), *_by_era(neox), *_by_order(neox), *_by_habit(neox)]
+    candidates = [*_by_config(neox, other), *_by_era(neox), *_by_order(neox), *_by_habit(neox)]
     unique: dict[str, Hypothesis] = {}
-    for hypothesis in found:
+    for hypothesis in candidates:
         unique.setdefault(repr(sorted(hypothesis.settings.items())), hypothesis)
     return list(unique.values())
 
@@ -69,20 +69,20 @@ def hypotheses(neox: Checkpoint, other: Checkpoint) -> list[Hypothesis]:
 def _by_config(neox: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
     """Where the other's config says something else."""
     old = neox.neox is not None and neox.neox.mlp_names == "dense"
-    mine = neox.architecture.write_neox(neox.config, old)
-    theirs = neox.architecture.write_neox(other.config, old)
+    written = neox.architecture.write_neox(neox.config, old)
+    other_written = neox.architecture.write_neox(other.config, old)
     changed = {}
     for key, absent in _ABSENT.items():
-        told = theirs.get(key, absent)
-        if mine.get(key, absent) != told:
-            changed[key] = told
+        other_value = other_written.get(key, absent)
+        if written.get(key, absent) != other_value:
+            changed[key] = other_value
     if "activation" in changed:
         changed.pop("bias_gelu_fusion", None)
     for key, value in changed.items():
-        text = f"{key}: {mine.get(key, _ABSENT[key])} in GPT-NeoX, {value} on the other side"
+        text = f"{key}: {written.get(key, _ABSENT[key])} in GPT-NeoX, {value} on the other side"
         settings = {key: value}
         if key == "activation":
-            settings["bias_gelu_fusion"] = theirs.get("bias_gelu_fusion", False)
+            settings["bias_gelu_fusion"] = other_written.get("bias_gelu_fusion", False)
         if key == "gpt_j_residual":
             settings |= _residual(bool(value))
         yield Hypothesis(_NAMES[key], settings, text)

@@ -64,8 +64,10 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
         detail = f"{list(first.shape)} and {list(second.shape)}"
         return Difference(name, "shape", elements, detail=detail)
     first, second = settled(first, context), settled(second, context)
-    found = None if equal(first, second, context) else _measure(name, first, second, context)
-    return found if found and found.differing else Difference(name, "equal", elements)
+    difference = None if equal(first, second, context) else _measure(name, first, second, context)
+    return (
+        difference if difference and difference.differing else Difference(name, "equal", elements)
+    )
 
 
 def settled(whole: Whole, context: Context) -> Whole:

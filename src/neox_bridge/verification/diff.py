@@ -37,9 +37,9 @@ def diff(
 
     def one(name: str) -> Difference:
         a, b = first.tensors.get(name), second.tensors.get(name)
-        found = _one(name, a, b, table.get(tensor_of(name)), context)
+        difference = _one(name, a, b, table.get(tensor_of(name)), context)
         context.wrote(sum(whole.nbytes for whole in (a, b) if whole), "copied")
-        return found
+        return difference
 
     return sorted(each(matching(pattern, names), one, context, workers), key=_weight)
 
@@ -61,8 +61,8 @@ def _one(
     padded = row is not None and row.weight.split == "vocab" and a.shape[0] != b.shape[0]
     if padded and all(zero_beyond(whole, rows, context) for whole in (a, b)):
         a, b = with_rows(a, rows), with_rows(b, rows)
-    found = compare(name, a, b, context)
-    if a.dtype != b.dtype and found.kind in ("equal", "values"):
-        other: Kind = "dtype" if found.kind == "equal" else "values"
-        return replace(found, kind=other, detail=f"{a.dtype} and {b.dtype}")
-    return found
+    difference = compare(name, a, b, context)
+    if a.dtype != b.dtype and difference.kind in ("equal", "values"):
+        other: Kind = "dtype" if difference.kind == "equal" else "values"
+        return replace(difference, kind=other, detail=f"{a.dtype} and {b.dtype}")
+    return difference

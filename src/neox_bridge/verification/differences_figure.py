@@ -28,9 +28,9 @@ def differences_figure(differences: Sequence[Difference]) -> Any:
 
     blocks: dict[str, dict[int, Difference]] = {}
     others: dict[str, dict[int, Difference]] = {}
-    for found in sorted(differences, key=lambda d: _order(place_of(d.name)[0])):
-        kind, block = place_of(found.name)
-        (others if block is None else blocks).setdefault(kind, {})[block or 0] = found
+    for difference in sorted(differences, key=lambda d: _order(place_of(d.name)[0])):
+        kind, block = place_of(difference.name)
+        (others if block is None else blocks).setdefault(kind, {})[block or 0] = difference
     layers = 1 + max((block for row in blocks.values() for block in row), default=0)
     parts: list[tuple[Rows, int]] = [
         (rows, columns) for rows, columns in ((blocks, layers), (others, 1)) if rows
@@ -74,8 +74,8 @@ def _map(axes: Any, rows: Rows, columns: int, norm: Any) -> None:
 
     colours = matplotlib.colormaps[_COLOUR_MAP]
     for y, cells in enumerate(rows.values()):
-        for x, found in cells.items():
-            absent, level = found.kind in _ABSENT, found.relative
+        for x, difference in cells.items():
+            absent, level = difference.kind in _ABSENT, difference.relative
             colour: Any = colours(norm(level)) if 0 < level < math.inf else _EQUAL
             colour = RED if not math.isfinite(level) else "white" if absent else colour
             cell = Rectangle(
@@ -94,7 +94,7 @@ def _map(axes: Any, rows: Rows, columns: int, norm: Any) -> None:
                 axes.text(
                     x,
                     y,
-                    _word(found),
+                    _word(difference),
                     ha="center",
                     va="center",
                     fontsize=7,
@@ -109,11 +109,11 @@ def _map(axes: Any, rows: Rows, columns: int, norm: Any) -> None:
         spine.set_visible(False)
 
 
-def _word(found: Difference) -> str:
+def _word(difference: Difference) -> str:
     words = {"only-first": "only A", "only-second": "only B", "equal": "="}
-    if found.relative:
-        return f"{found.relative:.1g}".replace("e-0", "e-")
-    return words.get(found.kind, found.kind)
+    if difference.relative:
+        return f"{difference.relative:.1g}".replace("e-0", "e-")
+    return words.get(difference.kind, difference.kind)
 
 
 def _limits(values: Iterable[float]) -> tuple[float, float]:

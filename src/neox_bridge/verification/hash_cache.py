@@ -43,19 +43,19 @@ def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
     Raises BridgeError, naming the file, where one can't be looked at.
     """
     files = {ref.file: None for whole in checkpoint.tensors.values() for ref in sources(whole)}
-    found = {}
+    identities = {}
     for file in files:
         if not is_url(file):
             try:
                 status = os.stat(file)
             except OSError as error:
                 raise unreadable(file, error) from None
-            found[file] = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+            identities[file] = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
     if urls := [file for file in files if is_url(file)]:
         from neox_bridge.stores.objects import look_all
 
-        found |= {url: _of_object(seen) for url, seen in look_all(urls).items()}
-    return {file: found[file] for file in files}
+        identities |= {url: _of_object(seen) for url, seen in look_all(urls).items()}
+    return {file: identities[file] for file in files}
 
 
 def _of_object(seen: "Object") -> Identity:
@@ -86,7 +86,7 @@ def remember(
     folder: str | None,
     checkpoint: Checkpoint,
     files: Mapping[str, Identity],
-    found: Mapping[str, Fingerprint],
+    fingerprints: Mapping[str, Fingerprint],
 ) -> None:
     """Keep the fingerprints of these files; a cache that can't be written is no error.
 
@@ -97,7 +97,7 @@ def remember(
     newest = (time.time() - YOUNG) * 1e9
     old = {file for file, identity in files.items() if identity[1] < newest}
     entries = {
-        name: {"key": _key(whole, files), "print": asdict(found[name])}
+        name: {"key": _key(whole, files), "print": asdict(fingerprints[name])}
         for name, whole in checkpoint.tensors.items()
         if all(ref.file in old for ref in sources(whole))
     }

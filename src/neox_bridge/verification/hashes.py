@@ -76,13 +76,13 @@ def fingerprints(
     def one(name: str) -> Fingerprint:
         row, whole = checkpoint.by_name.get(tensor_of(name)), checkpoint.tensors[name]
         vocabulary = row is not None and row.weight.split == "vocab"
-        found = fingerprint(whole, context, padded=vocabulary)
+        result = fingerprint(whole, context, padded=vocabulary)
         context.wrote(whole.nbytes, "copied")
-        return found
+        return result
 
-    found = each(order, one, context, workers or 2)
-    made = dict(zip(order, found, strict=True))
-    return {name: made[name] if name in made else known[name] for name in checkpoint.tensors}
+    results = each(order, one, context, workers or 2)
+    read = dict(zip(order, results, strict=True))
+    return {name: read[name] if name in read else known[name] for name in checkpoint.tensors}
 
 
 def _reading_order(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:

@@ -143,14 +143,14 @@ def compare_recorded(
     def measured(settings: Settings) -> Agreement:
         return _measure(wanted, computed(settings))
 
-    own = computed({})
-    found = _measure(wanted, own)
-    if (odd := describe_non_finite(own, wanted, (checkpoint,))) is not None:
-        return replace(found, non_finite=odd, place="the recorded logits")
+    logits = computed({})
+    agreement = _measure(wanted, logits)
+    if (odd := describe_non_finite(logits, wanted, (checkpoint,))) is not None:
+        return replace(agreement, non_finite=odd, place="the recorded logits")
     # what was kept of a model in half precision was computed in it
     enough = LOGITS if checkpoint.config.dtype == "float32" else 0.02
-    if found.relative <= enough:
-        return found
+    if agreement.relative <= enough:
+        return agreement
     causes: tuple[Cause, ...] = ()
     if checkpoint.kind == "neox":
         tried = []
@@ -158,13 +158,15 @@ def compare_recorded(
             with suppress(BridgeError):
                 tried.append((measured(h.settings), h))
         best, h = min(tried, key=lambda each: each[0].relative)
-        if best.relative <= max(enough, found.relative / 10):
+        if best.relative <= max(enough, agreement.relative / 10):
             causes = (Cause(h.cause, h.text, h.inherent),)
         explained = best.relative <= enough
     else:
         explained = False
     place = "the recorded logits"
-    return replace(found, place=place, apart=found.relative, causes=causes, explained=explained)
+    return replace(
+        agreement, place=place, apart=agreement.relative, causes=causes, explained=explained
+    )
 
 
 def _explain(

@@ -23,10 +23,10 @@ def tensor_lines(steps: Entries, names: Sequence[str]) -> Points:
     lines: Points = {}
     for step in steps:
         squares: dict[str, float] = {}
-        for name, found in step["tensors"].items():
+        for name, tensor in step["tensors"].items():
             if name in names or not names:
                 line = name if names else place_of(name)[0]
-                squares[line] = squares.get(line, 0.0) + found["norm"] ** 2
+                squares[line] = squares.get(line, 0.0) + tensor["norm"] ** 2
         for line, square in squares.items():
             lines.setdefault(line, []).append((float(step["step"]), square**0.5))
     return lines
@@ -40,13 +40,13 @@ def suspects(findings: Entries, run: str | None = None) -> list[str]:
 
 def marks(findings: Entries, run: str | None = None) -> list[tuple[float, str]]:
     """Steps at which something is wrong, in one run or in all, with its code."""
-    found = {
+    points = {
         (float(label), str(finding["code"]))
         for finding in _wrong(findings, run)
         for label in finding["steps"]
         if str(label).isdecimal()
     }
-    return sorted(found)
+    return sorted(points)
 
 
 def _wrong(findings: Entries, run: str | None) -> Entries:

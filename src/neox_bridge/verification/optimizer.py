@@ -1,6 +1,6 @@
 """Optimizer states of two checkpoints compared, by state and by the model's tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 
 from neox_bridge.errors import Unverified
@@ -24,11 +24,11 @@ def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
     return flattened(states(checkpoint, optimizer))
 
 
-def flattened(found: Mapping[str, Mapping[str, Whole]]) -> dict[str, Whole]:
+def flattened(by_state: Mapping[str, Mapping[str, Whole]]) -> dict[str, Whole]:
     """States by one name each."""
     return {
         f"{key}{STATE_OF}{name}": whole
-        for key, wholes in found.items()
+        for key, wholes in by_state.items()
         for name, whole in wholes.items()
     }
 
@@ -70,12 +70,12 @@ def compare_named(
                 detail = f"rows {rows} to {b.shape[0] - 1} are padding, and not zero"
                 return Difference(name, "values", prod(b.shape), detail=detail)
             a, b = with_rows(a, rows), with_rows(b, rows)
-        found = divided(compare(name, a, b, context), weight, b)
+        difference = divided(compare(name, a, b, context), weight, b)
         context.wrote(b.nbytes, "copied")
-        return found
+        return difference
 
-    found = each(sorted({*first, *second}), one, context, workers)
-    return [difference for difference in found if difference.kind != "equal"]
+    differences = each(sorted({*first, *second}), one, context, workers)
+    return [difference for difference in differences if difference.kind != "equal"]
 
 
 def checker(
@@ -100,10 +100,9 @@ def checker(
                 raise Unverified(f"The result isn't what {source.path} says: {summary(weights)}.")
         pair = (target, read_optimizer(target))
         want = named(source, optimizer) if given is None else flattened(given)
-        found = compare_named(source, want, named(*pair), workers=workers, progress=progress)
-        found += list(_scalars(optimizer, pair[1]))
-        if found:
-            raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
+        differences = compare_named(source, want, named(*pair), workers=workers, progress=progress)
+        differences += list(_scalars(optimizer, pair[1]))
+        _check_none(differences, source)
 
     return check
 
@@ -118,13 +117,17 @@ def export_checker(
     """For ``execute``: raises Unverified where exported states aren't the source's."""
 
     def check(folder: str) -> None:
-        mine = flattened(read_export(folder, source))
-        theirs = named(source, optimizer)
-        found = compare_named(source, theirs, mine, workers=workers, progress=progress)
-        if found:
-            raise Unverified(f"The result isn't what {source.path} says: {describe(found[0])}.")
+        exported = flattened(read_export(folder, source))
+        expected = named(source, optimizer)
+        differences = compare_named(source, expected, exported, workers=workers, progress=progress)
+        _check_none(differences, source)
 
     return check
+
+
+def _check_none(differences: Sequence[Difference], source: Checkpoint) -> None:
+    if differences:
+        raise Unverified(f"The result isn't what {source.path} says: {describe(differences[0])}.")
 
 
 def fresh_checker(
@@ -157,9 +160,9 @@ def fresh_checker(
 
 def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
     # GPT-NeoX has named its groups since 2024; before, their order tells them apart
-    mine = {group.settings.get("name", n): group for n, group in enumerate(source.groups)}
+    source_groups = {group.settings.get("name", n): group for n, group in enumerate(source.groups)}
     for number, group in enumerate(target.groups):
-        want = mine.get(group.settings.get("name", number))
+        want = source_groups.get(group.settings.get("name", number))
         if want is None or want.scalars != group.scalars:
             yield Difference("the optimizer's steps", "values", detail="they aren't the source's")
         if want is None or want.settings != group.settings:

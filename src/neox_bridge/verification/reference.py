@@ -144,8 +144,8 @@ def stages(
     yield Stage("logits", torch.cat(logits, dim=-1).float())
 
 
-def _or(given: Tensor | None, own: Tensor) -> Tensor:
-    return own if given is None else given
+def _or(given: Tensor | None, output: Tensor) -> Tensor:
+    return output if given is None else given
 
 
 def _refuse_uncovered(config: Config) -> None:
@@ -334,8 +334,10 @@ def _block(
             x = x + parts[name]
         return x, parts
     attention, mlp = (
-        [_add(output, bias) for output, bias in zip(*found, strict=True)]
-        for found in (_on_ranks(sublayer, ranks, index, x, spec) for sublayer in (_attention, _mlp))
+        [_add(output, bias) for output, bias in zip(*results, strict=True)]
+        for results in (
+            _on_ranks(sublayer, ranks, index, x, spec) for sublayer in (_attention, _mlp)
+        )
     )
     parts = {"attention": _reduce(attention, in_fp32), "mlp": _reduce(mlp, in_fp32)}
     if not _has_mlp_bias(ranks[0], index):
@@ -373,8 +375,8 @@ def _on_ranks(
     spec: _Spec,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Every rank's output of x, unreduced, and the bias that it is to add."""
-    found = [sublayer(rank, index, x, spec) for rank in ranks]
-    outputs, biases = [output for output, _ in found], [bias for _, bias in found]
+    results = [sublayer(rank, index, x, spec) for rank in ranks]
+    outputs, biases = [output for output, _ in results], [bias for _, bias in results]
     there = [bias for bias in biases if bias is not None]
     kind = spec.config.get("row_biases") or "told"
     if kind == "told" or not there:

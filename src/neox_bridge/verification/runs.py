@@ -74,22 +74,24 @@ def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
     folder count once. Never raises for what a folder holds; raises BridgeError where the Hub can't
     be asked.
     """
-    found: dict[str, dict[str, Place]] = {}
+    by_run: dict[str, dict[str, Place]] = {}
     faults: list[Fault] = []
     for path in paths:
         if (model := model_on_hub(path)) is not None:
             run, places = _hub_places(*model)
-            found.setdefault(run, {}).update({place.path: place for place in places})
+            by_run.setdefault(run, {}).update({place.path: place for place in places})
             continue
         any_found = False
         for run, place in _explore(normal(afresh(path)), faults, 0):
-            found.setdefault(run, {}).setdefault(absolute(place.path), place)
+            by_run.setdefault(run, {}).setdefault(absolute(place.path), place)
             any_found = True
         if not any_found and not any(fault.run == normal(path) for fault in faults):
             remedy = "name a run's folder, or one that holds runs"
             message = f"{path} holds no checkpoint"
             faults.append(Fault("no-checkpoint", "error", message, remedy, normal(path)))
-    runs = [Run(name, tuple(sorted(places.values(), key=_order))) for name, places in found.items()]
+    runs = [
+        Run(name, tuple(sorted(places.values(), key=_order))) for name, places in by_run.items()
+    ]
     return sorted(runs, key=lambda run: natural(run.name)), faults
 
 
@@ -135,14 +137,14 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
     except OSError as error:
         faults.append(_unreadable(path, error))
         return
-    own = NUMBERED.fullmatch(os.path.basename(absolute(path)))
+    own_number = NUMBERED.fullmatch(os.path.basename(absolute(path)))
     steps = [name for name in folders if _NEOX.fullmatch(name)]
     if _NEOX.fullmatch(os.path.basename(absolute(path))):
-        yield _single(path, own)
+        yield _single(path, own_number)
     elif steps:
         faults += _check_latest(path, steps)
-        if own and len(steps) == 1:  # one of a run's, each converted to a root of its own
-            yield _single(path, own)
+        if own_number and len(steps) == 1:  # one of a run's, each converted to a root of its own
+            yield _single(path, own_number)
             return
         for name in steps:
             yield path, Place(os.path.join(path, name), name[11:], int(name[11:]))
@@ -158,7 +160,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
         others = [name for name in folders if not NUMBERED.fullmatch(name)]
         yield from _below(path, others, faults, depth)
     elif "config.json" in names or "latest" in names or _has_weights(names):
-        yield _single(path, own)
+        yield _single(path, own_number)
     else:
         yield from _below(path, folders, faults, depth)
 
@@ -170,10 +172,10 @@ def _below(
     empty = []
     before, any_found = len(faults), False
     for name in folders if depth < _DEPTH else ():
-        found = list(_explore(os.path.join(path, name), faults, depth + 1))
-        yield from found
-        any_found |= bool(found)
-        if not found:
+        inside = list(_explore(os.path.join(path, name), faults, depth + 1))
+        yield from inside
+        any_found |= bool(inside)
+        if not inside:
             empty.append(name)
     if empty and any_found and len(faults) == before:
         faults.append(_left_out(path, some(empty)))
@@ -183,12 +185,12 @@ def _left_out(path: str, what: str) -> Fault:
     return Fault("left-out", "info", f"{path}: left out, no checkpoint of a run: {what}", run=path)
 
 
-def _single(path: str, own: "re.Match[str] | None") -> tuple[str, Place]:
-    if own is None:
+def _single(path: str, match: "re.Match[str] | None") -> tuple[str, Place]:
+    if match is None:
         return path, Place(path, os.path.basename(absolute(path)))
     parent = os.path.dirname(path) or "."
-    run = os.path.join(parent, own["run"]) if own["run"] else parent
-    return run, Place(path, str(int(own["number"])), int(own["number"]))
+    run = os.path.join(parent, match["run"]) if match["run"] else parent
+    return run, Place(path, str(int(match["number"])), int(match["number"]))
 
 
 def _has_weights(names: list[str]) -> bool:

@@ -100,10 +100,10 @@ def check_seal(
         above = path.startswith("../")
         # stores have no ".."
         place = os.path.join(os.path.dirname(folder), path[3:]) if above else None
-        found = _changed(place or os.path.join(folder, path), size, digest, name)
+        kind = _changed(place or os.path.join(folder, path), size, digest, name)
         if progress is not None:
             progress(size)
-        return Change(path, "edited" if above else found) if found else None
+        return Change(path, "edited" if above else kind) if kind else None
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         changes += filter(None, pool.map(one, sorted(files, key=lambda item: -item[1])))
@@ -137,9 +137,9 @@ def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[Change]:
         if TOKENIZER in names:
             inside = list_folder(os.path.join(root, TOKENIZER))
             above += [f"{TOKENIZER}/{name}" for name in inside]
-        ours = written_above(root)
+        written = written_above(root)
         for path in above:
-            if is_known(path) and path not in ours:
+            if is_known(path) and path not in written:
                 yield Change(f"../{path}", "added")
 
 

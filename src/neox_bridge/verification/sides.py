@@ -125,16 +125,16 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
         with _weights_on_meta():
             model = auto.from_config(config, attn_implementation="eager")
     except (ValueError, KeyError, OSError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BridgeError(
-            f"{checkpoint.path}: transformers refuses config.json: {said[0]}"
+            f"{checkpoint.path}: transformers refuses config.json: {lines[0]}"
         ) from None
     model.eval()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
-    found: nn.Module = model
-    return found
+    skeleton: nn.Module = model
+    return skeleton
 
 
 @contextmanager
@@ -270,5 +270,5 @@ def _recording(layer: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

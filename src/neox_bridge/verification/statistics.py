@@ -79,9 +79,9 @@ def statistics(
         row = table.get(tensor_of(name))
         vocabulary = row is not None and row.weight.split == "vocab"
         rows = checkpoint.vocab_rows if vocabulary else None
-        found = _measure(name, whole, rows, context)
+        numbers = _measure(name, whole, rows, context)
         context.wrote(whole.nbytes, "copied")
-        return found
+        return numbers
 
     return each(names, one, context, workers)
 
@@ -100,10 +100,10 @@ def _broken(stats: Sequence[Statistics]) -> Iterator[Finding]:
         ("nan-values", "NaN", [(s, s.nans) for s in stats if s.nans]),
         ("inf-values", "infinities", [(s, s.infs) for s in stats if s.infs]),
     )
-    for code, what, found in broken:
-        if found:
-            names = some([f"{s.name} ({count:,} of {s.elements:,})" for s, count in found])
-            message = f"{what} in {len(found):,} of {len(stats):,} tensors: {names}"
+    for code, what, counted in broken:
+        if counted:
+            names = some([f"{s.name} ({count:,} of {s.elements:,})" for s, count in counted])
+            message = f"{what} in {len(counted):,} of {len(stats):,} tensors: {names}"
             yield Finding(code, "error", message, remedy)
 
 
@@ -156,11 +156,11 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
             continue
         low, high = min(low, float(block.min())), max(high, float(block.max()))
         squares += total
-        own = float(block.mean())
-        block -= own
+        block_mean = float(block.mean())
+        block -= block_mean
         # two sets of values joined (Chan, Golub and LeVeque 1979): no sum of squares of large
         # values is subtracted from another
-        apart, joined = own - mean, count + block.size
+        apart, joined = block_mean - mean, count + block.size
         spread += _squares(block) + apart * apart * (count * block.size / joined)
         mean += apart * (block.size / joined)
         count = joined

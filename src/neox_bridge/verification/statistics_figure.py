@@ -19,7 +19,7 @@ from neox_bridge.verification.drawing import (
 )
 from neox_bridge.verification.statistics import Statistics
 
-Found = Sequence[tuple[int, Statistics]]
+Points = Sequence[tuple[int, Statistics]]  # by block
 
 
 @styled
@@ -30,11 +30,11 @@ def statistics_figure(stats: Sequence[Statistics]) -> Any:
     have no place on a logarithmic axis and are marked at its foot, as are NaN and infinities.
     """
     panels: dict[str, list[tuple[int, Statistics]]] = {}
-    others = [found for found in stats if place_of(found.name)[1] is None]
-    for found in stats:
-        kind, block = place_of(found.name)
+    others = [tensor for tensor in stats if place_of(tensor.name)[1] is None]
+    for tensor in stats:
+        kind, block = place_of(tensor.name)
         if block is not None:
-            panels.setdefault(kind, []).append((block, found))
+            panels.setdefault(kind, []).append((block, tensor))
     # matrices first: what they show matters most
     kinds = sorted(panels, key=lambda kind: len(panels[kind][0][1].shape) < 2)
     # four or three in a row, whichever leaves fewer places empty
@@ -46,7 +46,7 @@ def statistics_figure(stats: Sequence[Statistics]) -> Any:
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
     for part in parts:
         part.set_facecolor("none")
-    layers = 1 + max((block for found in panels.values() for block, _ in found), default=0)
+    layers = 1 + max((block for points in panels.values() for block, _ in points), default=0)
     for place, kind in enumerate(kinds):
         axes = parts[0].add_subplot(rows, columns, place + 1)
         _panel(axes, kind, panels[kind], layers)
@@ -66,11 +66,11 @@ def statistics_figure(stats: Sequence[Statistics]) -> Any:
     return figure
 
 
-def _panel(axes: Any, kind: str, found: Found, layers: int) -> None:
-    found = sorted(found, key=lambda pair: pair[0])
-    blocks = [block for block, _ in found]
+def _panel(axes: Any, kind: str, points: Points, layers: int) -> None:
+    points = sorted(points, key=lambda pair: pair[0])
+    blocks = [block for block, _ in points]
     few = layers <= 24
-    largest, spread = [_shown(_size(s)) for _, s in found], [_shown(s.std) for _, s in found]
+    largest, spread = [_shown(_size(s)) for _, s in points], [_shown(s.std) for _, s in points]
     for ys, colour, marker in ((largest, ORANGE, "^"), (spread, BLUE, "o")):
         # with markers, as a lone point among gaps is no line
         axes.plot(
@@ -82,12 +82,12 @@ def _panel(axes: Any, kind: str, found: Found, layers: int) -> None:
     axes.tick_params(labelsize=7.5)
     axes.grid(axis="y", color=GRID, linewidth=0.5)
     if not log_axis(axes.yaxis, [*largest, *spread]):
-        words = "all zeros" if any(_size(s) == 0 for _, s in found) else "no finite value"
+        words = "all zeros" if any(_size(s) == 0 for _, s in points) else "no finite value"
         axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color=GREY)
     foot = axes.get_xaxis_transform()
     marked = (
-        (GREY, "D", [b for b, s in found if s.std == 0], 0.05),
-        (RED, "x", [b for b, s in found if s.nans or s.infs], 0.13),
+        (GREY, "D", [b for b, s in points if s.std == 0], 0.05),
+        (RED, "x", [b for b, s in points if s.nans or s.infs], 0.13),
     )
     for colour, marker, chosen, y in marked:
         axes.plot(
@@ -101,15 +101,15 @@ def _panel(axes: Any, kind: str, found: Found, layers: int) -> None:
         )
 
 
-def _outside(axes: Any, found: Sequence[Statistics]) -> None:
+def _outside(axes: Any, tensors: Sequence[Statistics]) -> None:
     axes.set_title("outside the blocks", loc="left", fontsize=7.5)
-    axes.set_yticks(range(len(found)), [place_of(s.name)[0] for s in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_yticks(range(len(tensors)), [place_of(s.name)[0] for s in tensors])
+    axes.set_ylim(len(tensors) - 0.5, -0.5)
     axes.tick_params(labelsize=7.5)
     axes.grid(axis="x", color=GRID, linewidth=0.5)
-    log_axis(axes.xaxis, [y for s in found for y in (_size(s), s.std)])
+    log_axis(axes.xaxis, [y for s in tensors for y in (_size(s), s.std)])
     side = axes.get_yaxis_transform()
-    for row, s in enumerate(found):
+    for row, s in enumerate(tensors):
         ends = [_shown(s.std), _shown(_size(s))]
         axes.plot(ends, [row, row], color=GRID, linewidth=1.2, zorder=1)
         axes.plot(ends[:1], [row], "o", color=BLUE, markersize=4.5)
@@ -120,8 +120,8 @@ def _outside(axes: Any, found: Sequence[Statistics]) -> None:
             axes.plot([0.03], [row], "x", color=RED, transform=side)
 
 
-def _size(found: Statistics) -> float:
-    return max(abs(found.minimum), abs(found.maximum))
+def _size(tensor: Statistics) -> float:
+    return max(abs(tensor.minimum), abs(tensor.maximum))
 
 
 def _shown(value: float) -> float:

@@ -19,19 +19,19 @@ def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
     check_steps(steps)
     if steps.strip() == "all":
         return None
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in (part.strip() for part in steps.split(",")):
         if part == "last" and there:
-            found.add(max(there))
+            numbers.add(max(there))
         elif match := _RANGE.fullmatch(part):
             low, high, every = int(match[1]), int(match[2]), int(match[3] or 1)
-            found |= {n for n in there if low <= n <= high and (n - low) % max(1, every) == 0}
+            numbers |= {n for n in there if low <= n <= high and (n - low) % max(1, every) == 0}
         elif part.isdigit():
             if int(part) not in there:
                 have = some([str(n) for n in sorted(there)])
                 raise UsageError(["steps"], f"there is no step {part}. The steps are {have}")
-            found.add(int(part))
-    return found
+            numbers.add(int(part))
+    return numbers
 
 
 def check_steps(steps: str) -> None:

@@ -58,19 +58,19 @@ class Step:
     def hash(self) -> str:
         """Of all tensors together, with their names."""
         state = xxhash.xxh3_128()
-        for name, found in sorted(self.tensors.items()):
-            state.update(f"{name} {found.hash}\n".encode())
+        for name, tensor in sorted(self.tensors.items()):
+            state.update(f"{name} {tensor.hash}\n".encode())
         return state.hexdigest()
 
     @cached_property
     def norm(self) -> float:
         """L2, of all tensors together."""
-        return math.sqrt(sum(found.norm**2 for found in self.tensors.values()))
+        return math.sqrt(sum(tensor.norm**2 for tensor in self.tensors.values()))
 
     @property
     def bad(self) -> int:
         """Elements that are NaN or infinite."""
-        return sum(found.bad for found in self.tensors.values())
+        return sum(tensor.bad for tensor in self.tensors.values())
 
 
 def read_step(
@@ -144,9 +144,9 @@ def _meaning(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _seed(run: str, raw: Mapping[str, Any]) -> int | None:
-    told = raw.get("seed")
-    if isinstance(told, int):
-        return told
+    seed = raw.get("seed")
+    if isinstance(seed, int):
+        return seed
     match = _SEED.search(os.path.basename(os.path.abspath(run)))
     return int(match[1]) if match else None
 
@@ -157,8 +157,8 @@ def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
     if state is None:
         return (checkpoint.config.dtype,)
     keys = (key for key in sorted(checkpoint.raw) if "init" in key or "mup" in key)
-    told = [f"{key}={checkpoint.raw[key]}" for key in keys if not key.startswith("initial_")]
-    return (checkpoint.config.dtype, f"tp={state.tp}", f"pp={state.pp}", *told)
+    settings = [f"{key}={checkpoint.raw[key]}" for key in keys if not key.startswith("initial_")]
+    return (checkpoint.config.dtype, f"tp={state.tp}", f"pp={state.pp}", *settings)
 
 
 def _iteration(checkpoint: Checkpoint) -> int | None:

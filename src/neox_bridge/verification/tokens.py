@@ -24,23 +24,23 @@ class Input:
     recorded: Tensor | None = None
 
 
-def read_tokens(told: str | None, checkpoints: tuple[Checkpoint, ...]) -> Input:
+def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Input:
     """The tokens of ``--tokens``.
 
-    told: nothing (random ones, always the same); a file: .npy, .npz with `tokens` and perhaps the
+    given: None (random ones, always the same); a file: .npy, .npz with `tokens` and perhaps the
     `logits` that a framework computed of them, .json with a list of numbers, or any text; or text
     itself, for the tokenizer of one of the checkpoints.
     Raises BridgeError for what can't be read, ids beyond the vocabulary and too many of them.
     """
     rows = min(checkpoint.vocab_rows for checkpoint in checkpoints)
     most = min(checkpoint.config.max_positions for checkpoint in checkpoints)
-    if told is None:
+    if given is None:
         sizes = [c.tokenizer_size for c in checkpoints if c.tokenizer_size is not None]
         shape = (_SHAPE[0], min(_SHAPE[1], most))
-        made = np.random.default_rng(0).integers(0, min([rows, *sizes]), shape)
-        return Input(torch.from_numpy(made))
-    found = _of_file(told, checkpoints) if os.path.isfile(told) else _of_text(told, checkpoints)
-    tokens = found.tokens
+        numbers = np.random.default_rng(0).integers(0, min([rows, *sizes]), shape)
+        return Input(torch.from_numpy(numbers))
+    read = _of_file(given, checkpoints) if os.path.isfile(given) else _of_text(given, checkpoints)
+    tokens = read.tokens
     if tokens.numel() == 0 or tokens.dim() != 2:
         raise BridgeError(f"--tokens: no rows of tokens, but {list(tokens.shape)}. Give some.")
     if int(tokens.min()) < 0 or int(tokens.max()) >= rows:
@@ -49,7 +49,7 @@ def read_tokens(told: str | None, checkpoints: tuple[Checkpoint, ...]) -> Input:
         raise BridgeError(
             f"--tokens: {tokens.shape[1]} in a row, the model has {most} positions. Give fewer."
         )
-    return found
+    return read
 
 
 def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> Input:

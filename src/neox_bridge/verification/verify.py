@@ -83,11 +83,11 @@ def verify(
     with the bytes of each tensor compared. count_overflows: find the finite values that a cast made
     infinite, which takes a second look at the target's tensors.
     """
-    said = source.findings
+    known_findings = source.findings
     source, target = as_one_model(source, target)
     wholes, config = _as_the_target_has_it(source, target)
     rows = min(source.vocab_rows, target.vocab_rows)
-    findings = [finding for finding in source.findings if finding not in said]
+    findings = [finding for finding in source.findings if finding not in known_findings]
     findings += undecided(source, target)
     findings += _config_findings(config, target.config)
     if rows < source.vocab_rows:
@@ -107,15 +107,15 @@ def verify(
     overflows: dict[str, int] = {}
 
     def one(name: str) -> Difference:
-        found = _compare(name, wholes, target, source.by_name, rows, context)
-        cast_here = name in casting and found.kind == "equal" and count_overflows
+        difference = _compare(name, wholes, target, source.by_name, rows, context)
+        cast_here = name in casting and difference.kind == "equal" and count_overflows
         if cast_here and (count := _overflow(wholes[name], target.tensors[name], context)):
             overflows[name] = count
         if name in target.tensors:
             context.wrote(target.tensors[name].nbytes, "copied")
-        return found
+        return difference
 
-    found = each(names, one, context, workers)
+    differences = each(names, one, context, workers)
     if overflows:
         findings.append(overflow_finding(overflows))
     return Verification(
@@ -123,7 +123,7 @@ def verify(
         target.path,
         len(target.tensors),
         target.size,
-        tuple(difference for difference in found if difference.kind != "equal"),
+        tuple(difference for difference in differences if difference.kind != "equal"),
         tuple(findings),
         count_casts(casting.values()),
         dict(sorted(overflows.items())),
@@ -159,7 +159,7 @@ def checker(
 
     def check(folder: str) -> None:
         target = open_checkpoint(folder)
-        found = verify(
+        verification = verify(
             source,
             target,
             workers=workers,
@@ -167,18 +167,18 @@ def checker(
             part=part,
             count_overflows=False,  # they were counted when they were written
         )
-        if not found.holds:
-            raise Unverified(f"The result isn't what {source.path} says: {summary(found)}.")
+        if not verification.holds:
+            raise Unverified(f"The result isn't what {source.path} says: {summary(verification)}.")
 
     return check
 
 
-def summary(found: Verification) -> str:
+def summary(verification: Verification) -> str:
     """What doesn't hold, in one sentence."""
-    parts = [describe(difference) for difference in found.differences[:3]]
-    if len(found.differences) > 3:
-        parts.append(f"{len(found.differences) - 3} more tensors differ")
-    parts += [finding.message for finding in found.findings if finding.severity == "error"]
+    parts = [describe(difference) for difference in verification.differences[:3]]
+    if len(verification.differences) > 3:
+        parts.append(f"{len(verification.differences) - 3} more tensors differ")
+    parts += [finding.message for finding in verification.findings if finding.severity == "error"]
     return "; ".join(parts)
 
 
@@ -233,11 +233,11 @@ def _compare(
             return Difference(name, "values", padding, detail=detail)
         first, second = with_rows(first, rows), with_rows(second, rows)
     alone = settled(second, context) if second.reduce == "replica" else second
-    found = divided(compare(name, first, alone, context), weight, second)
+    difference = divided(compare(name, first, alone, context), weight, second)
     differ = second.reduce == "replica" and alone.reduce != "none"
-    if found.kind == "equal" and differ and not _same_on_each_rank(first, second, context):
-        return replace(found, kind="replicas", detail="the target's ranks differ")
-    return found
+    if difference.kind == "equal" and differ and not _same_on_each_rank(first, second, context):
+        return replace(difference, kind="replicas", detail="the target's ranks differ")
+    return difference
 
 
 def _same_on_each_rank(first: Whole, second: Whole, context: Context) -> bool:
@@ -255,24 +255,24 @@ def _overflow(first: Whole, second: Whole, context: Context) -> int:
     return overflowed(first, second, context)
 
 
-def divided(found: Difference, weight: Weight, second: Whole) -> Difference:
+def divided(difference: Difference, weight: Weight, second: Whole) -> Difference:
     """Equal where a bias that was divided over ranks is but rounded on each, and in the sum."""
-    if found.kind == "values" and weight.split == "row_bias" and second.reduce == "sum":
+    if difference.kind == "values" and weight.split == "row_bias" and second.reduce == "sum":
         allowed = (len(second.pieces) + 1) * _EPSILON.get(second.dtype, 0.0)
-        if found.relative <= allowed:
-            return replace(found, kind="equal")
-    return found
+        if difference.relative <= allowed:
+            return replace(difference, kind="equal")
+    return difference
 
 
 def _config_findings(want: ModelConfig, have: ModelConfig) -> Iterable[Finding]:
-    theirs = have.meaning()
-    for name, told in want.meaning().items():
-        found = theirs[name]
-        if told != found:
+    target_meaning = have.meaning()
+    for name, wanted in want.meaning().items():
+        value = target_meaning[name]
+        if wanted != value:
             yield Finding(
                 "config-differs",
                 "error",
-                f"{name}: the source says {told}, the target {found}",
+                f"{name}: the source says {wanted}, the target {value}",
                 "convert again, or correct the target's config",
             )
     for dim in ("hidden", "ffn"):
