@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError
@@ -60,28 +60,50 @@ def state_of(
     if not is_whole(data):
         return "changed", f"{path} was changed"
     folder = os.path.dirname(path)
-    if is_url(folder):
-        return _of_objects(folder, hash_name, files, every_hash)
-    since = os.stat(path).st_mtime_ns
-    for name, size, digest in files:
-        if name.startswith("../"):  # above a step: the user's, once they are written
-            continue
-        file = os.path.join(folder, name)
-        try:
-            status = os.stat(file)
-        except OSError:
-            return "changed", f"{file} is missing"
-        same = status.st_size == size
-        if same and digest and hash_name and (every_hash or status.st_mtime_ns > since):
-            same = hash_file(file, hash_name) == digest
-        if not same:
-            return "changed", f"{file} was changed"
+    if change := _first_change(path, hash_name, files, every_hash):
+        return "changed", change
     if added := _added(folder, files):
-        return "changed", f"{added} was added"
+        return "other" if is_url(folder) else "changed", f"{added} was added"
     return "whole", ""
 
 
-def _added(folder: str, files: list[tuple[str, int, str | None]]) -> str:
+def _first_change(
+    record: str,
+    hash_name: HashName | None,
+    files: Sequence[tuple[str, int, str | None]],
+    every_hash: bool,
+) -> str:
+    """What is wrong with the first file that isn't as the record says; "" where all are.
+
+    In a store, where objects are replaced whole, one listing tells the sizes.
+    """
+    folder = os.path.dirname(record)
+    objects = below(folder) if is_url(folder) else None
+    since = os.stat(record).st_mtime_ns if objects is None else 0
+    for name, size, digest in files:
+        if name.startswith("../"):  # above a step: the user's, once they are written
+            continue
+        file, touched = f"{folder}/{name}", False
+        if objects is not None:
+            size_now = objects[file].size if file in objects else None
+        else:
+            try:
+                status = os.stat(file)
+            except OSError:
+                size_now = None
+            else:
+                size_now, touched = status.st_size, status.st_mtime_ns > since
+        if size_now is None:
+            return f"{file} is missing"
+        same = size_now == size
+        if same and digest and hash_name and (every_hash or touched):
+            same = hash_file(file, hash_name) == digest
+        if not same:
+            return f"{file} was changed"
+    return ""
+
+
+def _added(folder: str, files: Sequence[tuple[str, int, str | None]]) -> str:
     """The first file that somebody added and that a reader could take for a part; "" for none."""
     for change in unrecorded(folder, {name for name, _, _ in files}):
         if change.kind == "added":
@@ -91,35 +113,11 @@ def _added(folder: str, files: list[tuple[str, int, str | None]]) -> str:
     return ""
 
 
-def _of_objects(
-    folder: str,
-    hash_name: HashName | None,
-    files: list[tuple[str, int, str | None]],
-    every_hash: bool,
-) -> tuple[State, str]:
-    """The same in a store, where objects are replaced whole: their sizes, from one listing."""
-    there = below(folder)
-    for name, size, digest in files:
-        if name.startswith("../"):
-            continue
-        url = f"{folder}/{name}"
-        if url not in there:
-            return "changed", f"{url} is missing"
-        same = there[url].size == size
-        if same and digest and hash_name and every_hash:
-            same = hash_file(url, hash_name) == digest
-        if not same:
-            return "changed", f"{url} was changed"
-    if added := _added(folder, files):
-        return "other", f"{added} was added"
-    return "whole", ""
-
-
 def is_of(record: bytes, asked: Mapping[str, object], sources: Mapping[str, Identity]) -> bool:
     """Whether a record says that something was made with these options from these files."""
     try:
         written: dict[str, Any] = parse_json(record)["written"]
-        made = written["asked"], written["sources"]
+        recorded = written["asked"], written["sources"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return made == (json.loads(json.dumps(asked)), recorded_sources(sources))
+    return recorded == (json.loads(json.dumps(asked)), recorded_sources(sources))

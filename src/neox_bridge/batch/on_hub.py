@@ -11,9 +11,13 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.execute import sources_of
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.work import held, work_of
+from neox_bridge.hub.preview import message_of, plan_publish, step_of_plan
+from neox_bridge.hub.publish import publish
+from neox_bridge.hub.remote import published_record, record_path
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
+from neox_bridge.stores.hub_names import HubTarget, reader_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,6 @@ class HubModel:
 
 def plan(checkpoint: Checkpoint, options: Options, model: HubModel) -> Plan:
     """A plan whose yml, where it has one, names no folder of this machine."""
-    from neox_bridge.stores.hub_names import reader_folder
-
     return make_plan(checkpoint, options, reader_folder(model.repo))
 
 
@@ -38,9 +40,6 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
 
     Raises BridgeError where the Hub can't be asked.
     """
-    from neox_bridge.hub.preview import plan_publish
-    from neox_bridge.hub.remote import published_record, record_path
-
     record = published_record(model.repo, branch, record_path(plan))
     if record is not None and is_of(record, plan.asked, identities(sources_of(plan))):
         return "whole", ""
@@ -52,8 +51,6 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
 
 def place_of(model: HubModel, branch: str) -> str:
     """The branch as sources name it."""
-    from neox_bridge.stores.hub_names import HubTarget
-
     return str(HubTarget(model.repo, branch))
 
 
@@ -63,8 +60,6 @@ def made_in(model: HubModel, branch: str) -> Iterator[str]:
 
     It is gone at the end, unless that is an error and something in it is worth keeping.
     """
-    from neox_bridge.stores.hub_names import HubTarget
-
     place = HubTarget(model.repo, branch)
     work = work_of(os.path.join(model.work, place.folder_name))
     with held(work, str(place)):
@@ -73,9 +68,6 @@ def made_in(model: HubModel, branch: str) -> Iterator[str]:
 
 def send(plan: Plan, folder: str, model: HubModel, branch: str, overwrite: bool) -> None:
     """Publish the folder. Raises BridgeError, and the folder stays for the next try."""
-    from neox_bridge.hub.preview import message_of, step_of_plan
-    from neox_bridge.hub.publish import publish
-
     try:
         publish(
             folder,

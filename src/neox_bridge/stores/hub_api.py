@@ -11,6 +11,19 @@ from neox_bridge.errors import BridgeError
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # whose errors mean that nobody answered
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
+_ADVICE = {  # by HTTP status
+    401: "the Hub doesn't know you, or doesn't show you this repository. "
+    f"{_LOGIN}; check the name.",
+    402: "the account's quota is used up. Make room, or see its billing page.",
+    403: "you may not write there. Use a token with the right to write to it, or propose the files "
+    "with --create-pr.",
+    404: f"there is no such repository, or you may not see it. Check the name. {_LOGIN}.",
+    409: "something else is being done with it. Give the same command again.",
+    412: "somebody else committed meanwhile. Look at the branch, then give the same command again.",
+    413: "it is too large for the Hub. See its limits for repositories and files.",
+    429: "too many requests. Wait some minutes, then give the same command again.",
+}
+_SERVER_FAILED = "the Hub failed. Give the same command again later; see status.huggingface.co."
 
 
 def hub_api(why: str) -> Any:
@@ -74,12 +87,8 @@ def bars(shown: bool) -> Iterator[None]:
 
 def status_of(error: BaseException | None) -> int | None:
     """The HTTP status that an error of huggingface_hub, or one that it comes from, is about."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        error = error.__cause__
-    return None
+    responses = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((int(response.status_code) for response in responses if response is not None), None)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -125,25 +134,8 @@ def explanation(error: BaseException, repo: str) -> str:
         return f"{repo} is gated: ask for access on its page. {_LOGIN}."
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no such branch, tag or commit ({server_words}). Check its name."
-    ways = {
-        401: f"the Hub doesn't know you, or doesn't show you this repository. {_LOGIN}; check "
-        "the name.",
-        402: "the account's quota is used up. Make room, or see its billing page.",
-        403: "you may not write there. Use a token with the right to write to it, or propose the "
-        "files with --create-pr.",
-        404: f"there is no such repository, or you may not see it. Check the name. {_LOGIN}.",
-        409: "something else is being done with it. Give the same command again.",
-        412: "somebody else committed meanwhile. Look at the branch, then give the same command "
-        "again.",
-        413: "it is too large for the Hub. See its limits for repositories and files.",
-        429: "too many requests. Wait some minutes, then give the same command again.",
-    }
-    advice = ways.get(
-        status,
-        "the Hub failed. Give the same command again later; see status.huggingface.co."
-        if status >= 500
-        else "the request was refused.",
-    )
+    advice = _SERVER_FAILED if status >= 500 else "the request was refused."
+    advice = _ADVICE.get(status, advice)
     return f"{repo}: {advice} The Hub said: {status} {server_words}"
 
 
@@ -158,26 +150,29 @@ def first_line(error: BaseException) -> str:
 
 def is_network(error: BaseException | None) -> bool:
     """Whether an error, or one that it comes from, is that of an HTTP library without an answer."""
+    return any(
+        type(cause).__module__.split(".")[0] in _NETWORK or isinstance(cause, ConnectionError)
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it comes from, and so on."""
     while error is not None:
-        if type(error).__module__.split(".")[0] in _NETWORK or isinstance(error, ConnectionError):
-            return True
+        yield error
         error = error.__cause__
-    return False
 
 
 def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
+    *_, root = _causes(error)
+    return f"{type(root).__name__}: {first_line(root)}"
 
 
-def _server_message(error: BaseException | None) -> str:
-    while error is not None:
-        message = getattr(error, "server_message", None)
-        if message:
+def _server_message(error: BaseException) -> str:
+    """What the Hub answered, as huggingface_hub collects it."""
+    for cause in _causes(error):
+        if message := getattr(cause, "server_message", None):
             return str(message).strip().splitlines()[0][:200].rstrip(".") + "."
-        response = getattr(error, "response", None)
-        if response is not None:
+        if (response := getattr(cause, "response", None)) is not None:
             return str(getattr(response, "reason_phrase", None) or getattr(response, "reason", ""))
-        error = error.__cause__
     return ""
