@@ -19,7 +19,7 @@ from file_trees import same_tree
 
 from neox_bridge.batch import run as running
 from neox_bridge.batch.items import Item, Source, find_items
-from neox_bridge.batch.row import Row
+from neox_bridge.batch.row import BatchRow
 from neox_bridge.batch.run import Batch, run_batch
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import Processes
@@ -499,7 +499,7 @@ def test_a_run_is_watched(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_is_plain_data() -> None:
-    row = Row("step0", "run", 0, "done", "a", "b")
+    row = BatchRow("step0", "run", 0, "done", "a", "b")
     assert json.loads(json.dumps(row.as_json()))["status"] == "done"
 
 

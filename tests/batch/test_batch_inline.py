@@ -15,10 +15,10 @@ import pytest
 from tiny import Inline, plan_of, tensors, write_hf
 
 from neox_bridge.batch import run as running
-from neox_bridge.batch.done import State
+from neox_bridge.batch.done import TargetState
 from neox_bridge.batch.items import Item, Source, find_items
 from neox_bridge.batch.on_hub import HubModel
-from neox_bridge.batch.row import Row
+from neox_bridge.batch.row import BatchRow
 from neox_bridge.batch.run import Batch, Event, convert_one, default_ahead, run_batch, verify_part
 from neox_bridge.batch.watch import is_finished, rounds
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
@@ -26,7 +26,7 @@ from neox_bridge.planning.options import Options
 from neox_bridge.stores import hub_revisions
 from neox_bridge.stores.hub_revisions import Revision
 from neox_bridge.verification import runs
-from neox_bridge.verification.runs import Place
+from neox_bridge.verification.runs import StepLocation
 from neox_bridge.verification.step_choice import check_steps, chosen
 
 # --- which steps
@@ -226,7 +226,7 @@ def batch_of(target: Path, events: list[Event] | None = None, **more: Any) -> Ba
     return Batch(str(target), options, ahead=1, tell=tell, **more)
 
 
-def convert(run: Path, batch: Batch, pool: Any = None, steps: str = "1") -> Row:
+def convert(run: Path, batch: Batch, pool: Any = None, steps: str = "1") -> BatchRow:
     (one,), _ = find_items([str(run)], steps)
     return convert_one(one, batch, pool or Inline())
 
@@ -236,7 +236,7 @@ def test_a_conversion_is_a_row_and_events(run: Path, tmp_path: Path) -> None:
     row = convert(run, batch_of(tmp_path / "out", events))
     out = tmp_path / "out/step1"
     files = [path for path in out.rglob("*") if path.is_file()]
-    expected = Row(
+    expected = BatchRow(
         "step1",
         str(run),
         1,
@@ -537,7 +537,7 @@ def test_norms_are_taken_of_the_result(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["absent", "whole"])
 def test_a_branch_is_published_from_a_folder_that_is_whole(
-    state: State, run: Path, tmp_path: Path, monkeypatch: Any
+    state: TargetState, run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     sent: list[Any] = []
     folder = tmp_path / "work/files"
@@ -572,7 +572,7 @@ def test_all_are_converted_few_at_a_time(run: Path, tmp_path: Path, monkeypatch:
     lock, now, most = threading.Lock(), [0], [0]
     more = threading.Event()
 
-    def one(item: Item, *_: Any) -> Row:
+    def one(item: Item, *_: Any) -> BatchRow:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
@@ -581,7 +581,7 @@ def test_all_are_converted_few_at_a_time(run: Path, tmp_path: Path, monkeypatch:
         more.wait(5)
         with lock:
             now[0] -= 1
-        return Row(item.name, "", 0, "done", "", "")
+        return BatchRow(item.name, "", 0, "done", "", "")
 
     monkeypatch.setattr(running, "convert_one", one)
     items = [Item(f"step{n}", "", n, Source("")) for n in range(6)]
@@ -593,7 +593,7 @@ def test_all_are_converted_few_at_a_time(run: Path, tmp_path: Path, monkeypatch:
 
 
 def test_an_interruption_stops_the_pool(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def interrupted(*_: Any) -> Row:
+    def interrupted(*_: Any) -> BatchRow:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(running, "convert_one", interrupted)
@@ -603,7 +603,7 @@ def test_an_interruption_stops_the_pool(run: Path, tmp_path: Path, monkeypatch: 
         list(run_batch(items, batch_of(tmp_path / "out"), pool))
     assert pool.stopped.is_set()
     calm = Inline()
-    monkeypatch.setattr(running, "convert_one", lambda *_: Row("x", "", 0, "done", "", ""))
+    monkeypatch.setattr(running, "convert_one", lambda *_: BatchRow("x", "", 0, "done", "", ""))
     list(run_batch(items, batch_of(tmp_path / "out"), calm))
     assert not calm.stopped.is_set()
 
@@ -657,7 +657,7 @@ def test_a_cast_is_in_the_row(run: Path, tmp_path: Path) -> None:
 
 def test_defaults_of_an_event_and_a_row() -> None:
     assert Event("retry", "x") == Event("retry", "x", 0, "", None)
-    told = Row("step0", "run", 0, "failed", "a", "b").as_json()
+    told = BatchRow("step0", "run", 0, "failed", "a", "b").as_json()
     assert told == {
         **{"name": "step0", "run": "run", "number": 0, "status": "failed"},
         **{"source": "a", "target": "b", "files": 0, "size": 0, "shared": 0, "seconds": 0.0},
@@ -668,4 +668,4 @@ def test_defaults_of_an_event_and_a_row() -> None:
 def test_a_place_of_an_item_is_below_the_target() -> None:
     one = Item("run/step1", "run", 1, Source("x"))
     assert running.place_of(one, Batch("out", Options())) == os.path.join("out", "run/step1")
-    assert Place("a", "b") == Place("a", "b", None)
+    assert StepLocation("a", "b") == StepLocation("a", "b", None)

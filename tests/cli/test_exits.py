@@ -38,7 +38,7 @@ from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.logits import Agreement, Cause
 from neox_bridge.verification.non_finite import NonFinite
 from neox_bridge.verification.runs import Fault
-from neox_bridge.verification.sealed import Change, Seal
+from neox_bridge.verification.sealed import FileChange, Seal
 from neox_bridge.verification.verify import Verification
 from neox_bridge.wording import one_line, plain, wording
 
@@ -643,7 +643,7 @@ def test_options_of_verify_that_do_not_apply(words: list[str], line: str) -> Non
     ],
 )
 def test_verify_alone(kinds: Any, holds: bool, unhashed: int, monkeypatch: Patch) -> None:
-    seal = Seal("r", 3, 2000, unhashed, tuple(Change(f"f{n}", k) for n, k in enumerate(kinds)))
+    seal = Seal("r", 3, 2000, unhashed, tuple(FileChange(f"f{n}", k) for n, k in enumerate(kinds)))
     monkeypatch.setattr("neox_bridge.verification.sealed.find_record", lambda path: f"{path}/r")
     seen: list[object] = []
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import xxhash
 from tiny import Inline
 
 from neox_bridge.batch import run as batch_run
-from neox_bridge.batch.done import answer, is_of, state_of
+from neox_bridge.batch.done import decision, is_of, state_of
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole, sealed, unsealed
@@ -317,8 +317,8 @@ def test_a_folder_without_a_record_of_ours_is_somebody_elses(text: str, tmp_path
 
 def test_what_a_batch_does_with_each() -> None:
     states: list[Any] = ["absent", "whole", "changed", "other"]
-    assert [answer(one, False) for one in states] == ["write", "skip", "write", "refuse"]
-    assert [answer(one, True) for one in states] == ["write"] * 4
+    assert [decision(one, False) for one in states] == ["write", "skip", "write", "refuse"]
+    assert [decision(one, True) for one in states] == ["write"] * 4
 
 
 # --- batch: every part is verified

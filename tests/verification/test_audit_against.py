@@ -28,7 +28,7 @@ from neox_bridge.verification.against import (
 )
 from neox_bridge.verification.compare import common_dtype
 from neox_bridge.verification.run_pairs import open_pair, pair_runs
-from neox_bridge.verification.runs import Place, Run, find_runs
+from neox_bridge.verification.runs import StepLocation, TrainingRun, find_runs
 
 STEPS = (0, 1000, 2000, 3000)
 BIAS = "gpt_neox.layers.0.attention.dense.bias"
@@ -281,8 +281,8 @@ def test_what_a_step_says_of_itself(tmp_path: Path) -> None:
 
 
 def test_runs_are_paired_by_name(made: Path) -> None:
-    def run(name: str) -> Run:
-        return Run(name, (Place(name, "0", 0),))
+    def run(name: str) -> TrainingRun:
+        return TrainingRun(name, (StepLocation(name, "0", 0),))
 
     pairs = pair_runs([run("a/x"), run("a/y")], [run("b/y"), run("b/x")])
     assert [(one.name, other.name) for one, other in pairs] == [("a/x", "b/x"), ("a/y", "b/y")]

@@ -17,7 +17,7 @@ from neox_bridge.verification import audit as auditing
 from neox_bridge.verification import steps as reading
 from neox_bridge.verification.audit import Audit, audit
 from neox_bridge.verification.opened import Opened, open_places
-from neox_bridge.verification.runs import Fault, Place, find_runs
+from neox_bridge.verification.runs import Fault, StepLocation, find_runs
 from neox_bridge.verification.steps import read_step
 
 STATES = Dropped("optim_states.pt", "states", kind="optimizer")
@@ -49,7 +49,9 @@ def faults(*paths: Path) -> list[tuple[str, str]]:
 def test_steps_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     folders(tmp_path, "step10", "step9", "step100")
     ((run,), no_faults) = find_runs([str(tmp_path)])
-    assert run.places == tuple(Place(str(tmp_path / f"step{n}"), str(n), n) for n in (9, 10, 100))
+    assert run.places == tuple(
+        StepLocation(str(tmp_path / f"step{n}"), str(n), n) for n in (9, 10, 100)
+    )
     assert no_faults == []
 
 
@@ -64,7 +66,7 @@ def test_runs_are_in_the_order_of_the_numbers_in_their_names(tmp_path: Path) -> 
 def test_a_checkpoint_without_a_number_is_named_by_its_folder(tmp_path: Path) -> None:
     folders(tmp_path, "model/config.json")
     ((run,), _) = find_runs([str(tmp_path / "model")])
-    assert run.places == (Place(str(tmp_path / "model"), "model", None),)
+    assert run.places == (StepLocation(str(tmp_path / "model"), "model", None),)
 
 
 def test_one_step_converted_to_a_root_of_its_own_is_a_step_of_the_run(tmp_path: Path) -> None:
@@ -147,20 +149,20 @@ def test_revisions_of_a_cache_are_steps_and_main_is_one_of_them(tmp_path: Path) 
     ((run,), no_faults) = find_runs([str(tmp_path)])
     assert no_faults == []
     assert run.places == (
-        Place(str(tmp_path / "snapshots/c0"), "0", 0),
-        Place(str(tmp_path / "snapshots/c1"), "8", 8),
+        StepLocation(str(tmp_path / "snapshots/c0"), "0", 0),
+        StepLocation(str(tmp_path / "snapshots/c1"), "8", 8),
     )
     (tmp_path / "refs/step0").unlink()
     (tmp_path / "refs/step8").unlink()
     ((run,), _) = find_runs([str(tmp_path)])
-    assert run.places == (Place(str(tmp_path / "snapshots/c1"), "main", None),)
+    assert run.places == (StepLocation(str(tmp_path / "snapshots/c1"), "main", None),)
 
 
 # --- a step
 
 
 def hf_step(folder: Path, run: str = "run", **options: Any) -> reading.Step:
-    place = Place(str(folder), "7", 7)
+    place = StepLocation(str(folder), "7", 7)
     return read_step(run, place, open_checkpoint(str(folder)), workers=1, **options)
 
 
@@ -313,7 +315,7 @@ def test_a_step_whose_weights_cannot_be_read_is_an_error_and_stops_no_other(
     run_of(tmp_path, 0, 10, 20)
     real = auditing.read_step
 
-    def fails(run: str, place: Place, *rest: Any, **options: Any) -> Any:
+    def fails(run: str, place: StepLocation, *rest: Any, **options: Any) -> Any:
         if place.number == 10:
             raise error
         return real(run, place, *rest, **options)
@@ -352,7 +354,12 @@ def test_a_learned_head_beside_tied_embeddings_is_a_warning(tmp_path: Path) -> N
 def test_the_worst_is_said_first_and_information_is_no_fault() -> None:
     severities: list[Any] = ["info", "warning", "error", "info"]
     opened = [
-        Opened("run", Place(f"p{n}", str(n), None), None, Fault(f"f{n}", severity, "m", "", "run"))
+        Opened(
+            "run",
+            StepLocation(f"p{n}", str(n), None),
+            None,
+            Fault(f"f{n}", severity, "m", "", "run"),
+        )
         for n, severity in enumerate(severities)
     ]
     known = [Fault("known", "warning", "m")]
@@ -367,7 +374,7 @@ def test_the_worst_is_said_first_and_information_is_no_fault() -> None:
 
 def test_bytes_of_a_checkpoint_and_of_its_states(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_hf(tmp_path / "hf")))
-    place = Place(str(tmp_path / "hf"), "hf")
+    place = StepLocation(str(tmp_path / "hf"), "hf")
     size = sum(value.nbytes for value in tensors().values())
     assert (Opened("r", place, checkpoint).size, Opened("r", place, checkpoint).states) == (size, 0)
     trained = replace(checkpoint, dropped=(STATES,))

@@ -18,11 +18,11 @@ from neox_bridge.stores.paths import is_url, isdir, listdir
 from neox_bridge.stores.uploads import WORK
 from neox_bridge.verification.sealed import find_record, unrecorded
 
-State = Literal["absent", "whole", "changed", "other"]
-Answer = Literal["skip", "refuse", "write"]
+TargetState = Literal["absent", "whole", "changed", "other"]
+Decision = Literal["skip", "refuse", "write"]
 
 
-def answer(state: State, overwrite: bool) -> Answer:
+def decision(state: TargetState, overwrite: bool) -> Decision:
     """What a batch does where that is at a target."""
     if overwrite or state in ("absent", "changed"):
         return "write"
@@ -35,7 +35,7 @@ def state_of(
     sources: Mapping[str, Identity],
     *,
     every_hash: bool = False,
-) -> tuple[State, str]:
+) -> tuple[TargetState, str]:
     """What is at ``target``, and in words what isn't as it should be.
 
     "whole": made from these sources, with these options, and as it was written: sizes are compared,

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from neox_bridge.batch.done import answer
+from neox_bridge.batch.done import decision
 from neox_bridge.batch.estimate import rate_of
 from neox_bridge.batch.items import Item
-from neox_bridge.batch.row import Row
+from neox_bridge.batch.row import BatchRow
 from neox_bridge.batch.run import Batch, place_of, plan_one
 from neox_bridge.errors import BridgeError
 from neox_bridge.planning.plan import Plan
@@ -18,7 +18,7 @@ class DryRun:
     """rate: bytes a second, of a sample; None where there was none to take. target: the folder."""
 
     target: str
-    rows: tuple[Row, ...]
+    rows: tuple[BatchRow, ...]
     rate: float | None
 
     @property
@@ -55,15 +55,15 @@ def dry_run(items: Iterable[Item], batch: Batch) -> DryRun:
     return DryRun(batch.target, tuple(rows), rate)
 
 
-def _row(item: Item, batch: Batch) -> tuple[Row, Plan | None]:
+def _row(item: Item, batch: Batch) -> tuple[BatchRow, Plan | None]:
     target = place_of(item, batch)
     given = (item.name, item.run, item.number)
     try:
         plan, state, words = plan_one(item, batch)
     except (BridgeError, OSError) as error:
-        return Row(*given, "failed", item.source.path, target, error=str(error)), None
+        return BatchRow(*given, "failed", item.source.path, target, error=str(error)), None
     facts = {"files": len(plan.files), "size": plan.size, "findings": plan.findings}
     status = {"skip": "skipped", "refuse": "failed", "write": "planned"}
-    does = answer(state, batch.overwrite)
-    row = Row(*given, status[does], item.source.path, target, **facts, error=words)  # type: ignore[arg-type]
+    does = decision(state, batch.overwrite)
+    row = BatchRow(*given, status[does], item.source.path, target, **facts, error=words)  # type: ignore[arg-type]
     return row, plan

@@ -10,7 +10,7 @@ from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.tensors.fused import GqaOrder
-from neox_bridge.verification.runs import Place, Run, known_runs
+from neox_bridge.verification.runs import StepLocation, TrainingRun, known_runs
 from neox_bridge.verification.step_choice import check_ranges, check_steps, with_steps
 from neox_bridge.wording import some
 
@@ -74,6 +74,6 @@ def find_items(
     return items, list(faults)
 
 
-def _name(run: Run, place: Place, several: bool) -> str:
+def _name(run: TrainingRun, place: StepLocation, several: bool) -> str:
     label = f"step{place.number}" if place.number is not None else place.label
     return os.path.join(os.path.basename(os.path.abspath(run.name)), label) if several else label

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neox_bridge.api import plan as make_plan
-from neox_bridge.batch.done import State, is_of
+from neox_bridge.batch.done import TargetState, is_of
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.execute import sources_of
 from neox_bridge.execution.files import identities
@@ -35,7 +35,7 @@ def plan(checkpoint: Checkpoint, options: Options, model: HubModel) -> Plan:
     return make_plan(checkpoint, options, reader_folder(model.repo))
 
 
-def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[State, str]:
+def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str]:
     """What the branch holds: "whole" as its record says, "other", or "absent".
 
     Raises BridgeError where the Hub can't be asked.

@@ -6,11 +6,11 @@ from typing import Any, Literal
 from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import Cast
 
-Status = Literal["done", "skipped", "failed", "planned"]
+BatchStatus = Literal["done", "skipped", "failed", "planned"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BatchRow:
     """size: bytes of the target. shared, seconds: as in ``Result``; verifying is in the seconds.
 
     tries: how often it was begun. verified: None where nothing was compared. error: the last one.
@@ -20,7 +20,7 @@ class Row:
     name: str
     run: str
     number: int | None
-    status: Status
+    status: BatchStatus
     source: str
     target: str
     files: int = 0

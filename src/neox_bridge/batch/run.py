@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from neox_bridge.api import plan as make_plan
 from neox_bridge.batch import on_hub
-from neox_bridge.batch.done import State, answer, state_of
+from neox_bridge.batch.done import TargetState, decision, state_of
 from neox_bridge.batch.items import Item, Source
 from neox_bridge.batch.on_hub import HubModel
-from neox_bridge.batch.row import Row
+from neox_bridge.batch.row import BatchRow
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.execute import execute, sources_of
@@ -50,7 +50,7 @@ class Event:
     name: str
     size: int = 0
     words: str = ""
-    row: Row | None = None
+    row: BatchRow | None = None
 
 
 def _silent(_: Event) -> None:
@@ -83,13 +83,13 @@ class Batch:
     tell: Callable[[Event], None] = _silent
 
 
-def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Row]:
+def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[BatchRow]:
     """Convert all; a row for each, as they end.
 
     A checkpoint that fails is a row like others. Ctrl-C stops all soon; what is finished stays, and
     the same batch goes on from there.
     """
-    waiting: set[Future[Row]] = set()
+    waiting: set[Future[BatchRow]] = set()
     left = iter(items)
     with ThreadPoolExecutor(batch.ahead) as threads:
         try:
@@ -109,11 +109,11 @@ def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Row]:
             raise
 
 
-def convert_one(item: Item, batch: Batch, pool: Pool) -> Row:
+def convert_one(item: Item, batch: Batch, pool: Pool) -> BatchRow:
     """One checkpoint, tried again where trying may help. Raises KeyboardInterrupt only."""
     begin = time.perf_counter()
     target = place_of(item, batch)
-    row = Row(item.name, item.run, item.number, "failed", item.source.path, target)
+    row = BatchRow(item.name, item.run, item.number, "failed", item.source.path, target)
     for number in range(batch.retries + 1):
         row = replace(row, tries=number + 1)
         try:
@@ -142,7 +142,7 @@ def place_of(item: Item, batch: Batch) -> str:
     return os.path.join(batch.target, item.name)
 
 
-def plan_one(item: Item, batch: Batch) -> tuple[Plan, State, str]:
+def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
     checkpoint, options = item.source.open(), batch.options
     if checkpoint.hub_repo and options.tokenizer is None:
@@ -175,11 +175,11 @@ def _not_there(key: str) -> Finding:
     return Finding("ignored-key-absent", "warning", message, "check the key's name")
 
 
-def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
+def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
     plan, state, words = plan_one(item, batch)
     row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
     row = replace(row, casts=plan.casts)
-    does = answer(state, batch.overwrite)
+    does = decision(state, batch.overwrite)
     if does == "skip":
         if batch.hub is None:
             sweep(row.target)
@@ -201,7 +201,7 @@ def _convert(item: Item, row: Row, batch: Batch, pool: Pool) -> Row:
     return replace(row, norms=_norms(row.target, batch, pool))
 
 
-def _published(item: Item, row: Row, plan: Plan, batch: Batch, pool: Pool) -> Row:
+def _published(item: Item, row: BatchRow, plan: Plan, batch: Batch, pool: Pool) -> BatchRow:
     """The files made in a folder here, and then by one commit a branch of the Hub."""
     assert batch.hub is not None
     with on_hub.made_in(batch.hub, item.name) as folder:
@@ -217,8 +217,8 @@ def _published(item: Item, row: Row, plan: Plan, batch: Batch, pool: Pool) -> Ro
 
 
 def _written(
-    item: Item, row: Row, plan: Plan, target: str, overwrite: bool, batch: Batch, pool: Pool
-) -> Row:
+    item: Item, row: BatchRow, plan: Plan, target: str, overwrite: bool, batch: Batch, pool: Pool
+) -> BatchRow:
     """The plan executed, and verified."""
     batch.tell(Event("begun", item.name, plan.size * (1 + batch.verify)))
 

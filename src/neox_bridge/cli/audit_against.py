@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from neox_bridge.cli.options import Output
     from neox_bridge.verification.against import Comparison, StepRow
-    from neox_bridge.verification.runs import Run
+    from neox_bridge.verification.runs import TrainingRun
 
 
 def audit_against(
-    runs: Sequence[Run],
-    twins: Sequence[Run],
+    runs: Sequence[TrainingRun],
+    twins: Sequence[TrainingRun],
     steps: str,
     configs: Sequence[str],
     *,

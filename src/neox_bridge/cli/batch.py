@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from neox_bridge.batch.items import Item
     from neox_bridge.batch.on_hub import HubModel
-    from neox_bridge.batch.row import Row
+    from neox_bridge.batch.row import BatchRow
     from neox_bridge.batch.run import Batch
     from neox_bridge.execution.executors import Pool
     from neox_bridge.findings import Finding
@@ -249,11 +249,13 @@ def _hub(target: str, upload: Upload) -> HubModel | None:
     return HubModel(repo, work_base(upload.work), upload.private, upload.create_pr)
 
 
-def _all(items: list[Item], settings: Batch, pool: Pool, log: str | None, quiet: bool) -> list[Row]:
+def _all(
+    items: list[Item], settings: Batch, pool: Pool, log: str | None, quiet: bool
+) -> list[BatchRow]:
     from neox_bridge.batch.run import run_batch
     from neox_bridge.cli.batch_view import view
 
-    rows: list[Row] = []
+    rows: list[BatchRow] = []
     with view(len(items), log, quiet) as tell:
         try:
             rows.extend(run_batch(items, replace(settings, tell=tell), pool))
@@ -272,11 +274,11 @@ def _watch(
     pool: Pool,
     log: str | None,
     quiet: bool,
-) -> list[Row]:
+) -> list[BatchRow]:
     """Rounds until Ctrl-C, which is how a watch ends; what failed is tried in the next round."""
     from neox_bridge.batch.watch import rounds
 
-    rows: dict[str, Row] = {}
+    rows: dict[str, BatchRow] = {}
     try:
         for items in rounds(lambda: find()[0], interval, threading.Event()):
             new = [i for i in items if i.name not in rows or rows[i.name].status == "failed"]
@@ -314,7 +316,7 @@ def _dry_run(items: Iterable[Item], settings: Batch, as_json: bool, is_lost: boo
         raise click.exceptions.Exit(1)
 
 
-def _end(rows: list[Row], target: str, execution: Execution, is_lost: bool) -> None:
+def _end(rows: list[BatchRow], target: str, execution: Execution, is_lost: bool) -> None:
     from neox_bridge.cli.batch_view import document, print_rows, tell_warnings
 
     if execution.as_json:

@@ -14,7 +14,7 @@ from neox_bridge.wording import human, plain, plural
 
 if TYPE_CHECKING:
     from neox_bridge.batch.dry_run import DryRun
-    from neox_bridge.batch.row import Row
+    from neox_bridge.batch.row import BatchRow
     from neox_bridge.batch.run import Event
     from neox_bridge.findings import Finding
 
@@ -84,7 +84,7 @@ def _line(event: "Event") -> None:
         print(plain(f"{event.name}: {_became(event.row)}"), file=sys.stderr, flush=True)
 
 
-def _became(row: "Row") -> str:
+def _became(row: "BatchRow") -> str:
     if row.status == "done":
         return f"{human(row.size)} in {row.seconds:.1f} s"
     return "is there already" if row.status == "skipped" else row.status
@@ -116,7 +116,7 @@ def _bars(count: int) -> Iterator["Tell"]:
         whole = progress.add_task(f"0 of {count}", total=None)
         tasks: dict[str, TaskID] = {}
         sizes: list[int] = []
-        ended: list[Row] = []
+        ended: list[BatchRow] = []
 
         def show(event: "Event") -> None:
             if event.kind == "begun":
@@ -142,7 +142,7 @@ def _bars(count: int) -> Iterator["Tell"]:
         yield show
 
 
-def print_rows(rows: "Sequence[Row]") -> None:
+def print_rows(rows: "Sequence[BatchRow]") -> None:
     """The table at the end, on stdout, and a line that sums it up."""
     width = _width(rows)
     print_line(_head(width, "seconds", "rate"))
@@ -163,7 +163,7 @@ def print_rows(rows: "Sequence[Row]") -> None:
     )
 
 
-def tell_warnings(rows: "Iterable[Row]") -> None:
+def tell_warnings(rows: "Iterable[BatchRow]") -> None:
     """The rows' warnings on stderr, each once."""
     names: dict[Finding, list[str]] = {}
     for row in rows:
@@ -176,7 +176,7 @@ def tell_warnings(rows: "Iterable[Row]") -> None:
         say(finding.severity, text)
 
 
-def _verified(rows: "Sequence[Row]") -> str:
+def _verified(rows: "Sequence[BatchRow]") -> str:
     """How the results equal their sources, in words."""
     from neox_bridge.planning.casts import verified
 
@@ -197,7 +197,7 @@ def print_dry_run(found: "DryRun") -> None:
     print_line(line)
 
 
-def document(rows: "Sequence[Row]", target: str) -> dict[str, Any]:
+def document(rows: "Sequence[BatchRow]", target: str) -> dict[str, Any]:
     """All of it as plain data."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -207,7 +207,7 @@ def document(rows: "Sequence[Row]", target: str) -> dict[str, Any]:
     }
 
 
-def _width(rows: "Sequence[Row]") -> int:
+def _width(rows: "Sequence[BatchRow]") -> int:
     """Characters of the first column."""
     return max([24, *(len(plain(row.name)) + 1 for row in rows)])
 
@@ -218,7 +218,7 @@ def _head(width: int, *more: str) -> str:
     )
 
 
-def _cells(width: int, row: "Row", *more: str) -> str:
+def _cells(width: int, row: "BatchRow", *more: str) -> str:
     shared = f"{row.shared / row.size:.0%}" if row.status == "done" and row.size else ""
     cells = (
         f"{plain(row.name):<{width}}{row.status:<9}{row.files:>6,}{human(row.size):>10}{shared:>8}"

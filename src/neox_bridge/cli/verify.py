@@ -19,7 +19,7 @@ from neox_bridge.wording import human, plural
 if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.verification.logits import Agreement
-    from neox_bridge.verification.tokens import Input
+    from neox_bridge.verification.tokens import TokenInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +177,14 @@ def _require_torch(device: str) -> None:
         )
 
 
-def _tokens(text: str | None, first: Checkpoint, second: Checkpoint) -> Input:
+def _tokens(text: str | None, first: Checkpoint, second: Checkpoint) -> TokenInput:
     from neox_bridge.verification.tokens import read_tokens
 
     return read_tokens(text, (first, second))
 
 
 def _computed(
-    first: Checkpoint, second: Checkpoint, inputs: Input, device: str
+    first: Checkpoint, second: Checkpoint, inputs: TokenInput, device: str
 ) -> dict[str, Agreement]:
     """What both compute; and, if logits came with the tokens, what the first computes beside."""
     from neox_bridge.verification.logits import compare_logits, compare_recorded

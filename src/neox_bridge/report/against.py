@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from neox_bridge.report.parts import (
     Document,
     Section,
-    State,
     Table,
     Verdict,
+    VerdictState,
     findings_of,
     tables_of,
 )
@@ -28,7 +28,7 @@ def against_section(document: Document, name: str, _prefix: str) -> Section:
         verdict = Verdict("good", f"The same weights: {what}")
     else:
         words = [f"{counts[s]} {s}" for s in ("differs", "unreadable") if counts[s]]
-        state: State = "differs" if counts["differs"] else "bad"
+        state: VerdictState = "differs" if counts["differs"] else "bad"
         verdict = Verdict(state, f"Not the same weights: {', '.join(words)} of {what}", holds=False)
     facts = [("runs", f"{c['source']} and {c['twin']}") for c in comparisons]
     facts += [(status, f"{count:,}") for status, count in counts.items() if count]

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from neox_bridge.findings import Finding
 
-State = Literal["good", "neutral", "warning", "differs", "bad"]
+VerdictState = Literal["good", "neutral", "warning", "differs", "bad"]
 # from the best to the worst: a page is as its worst section
-STATES: tuple[State, ...] = ("neutral", "good", "warning", "differs", "bad")
+STATES: tuple[VerdictState, ...] = ("neutral", "good", "warning", "differs", "bad")
 Facts = Sequence[tuple[str, str]]
 Document = Mapping[str, Any]  # what a command printed with --json, or a part of it
 _OPEN_ROWS = 24  # of a table that needn't be folded
@@ -22,7 +22,7 @@ class Verdict:
     holds: whether the command that found it ends with exit code 0.
     """
 
-    state: State
+    state: VerdictState
     words: str
     holds: bool = True
 
@@ -85,12 +85,12 @@ def number(value: object) -> float:
     return math.nan if value is None else float(str(value))
 
 
-def worst(states: Iterable[State]) -> State:
+def worst(states: Iterable[VerdictState]) -> VerdictState:
     """The worst of several states."""
     return max(states, key=STATES.index, default="neutral")
 
 
-def state_of(findings: Iterable[Finding]) -> State:
+def state_of(findings: Iterable[Finding]) -> VerdictState:
     """Errors are bad, warnings a warning; without them all is good."""
-    states: dict[str, State] = {"error": "bad", "warning": "warning"}
+    states: dict[str, VerdictState] = {"error": "bad", "warning": "warning"}
     return worst(["good", *(states.get(finding.severity, "good") for finding in findings)])

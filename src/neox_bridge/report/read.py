@@ -17,7 +17,7 @@ _MOST = 256 << 20  # bytes of a JSON file: that of a plan of a large model is so
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class ReportInput:
     """A checkpoint's folder, or a JSON document. provenance: for the foot of the page."""
 
     name: str
@@ -25,7 +25,7 @@ class Input:
     document: dict[str, Any] | None = None
 
 
-def inputs(paths: Sequence[str]) -> list[Input]:
+def inputs(paths: Sequence[str]) -> list[ReportInput]:
     """What the paths hold, in their order; a folder's files in order of their names.
 
     Raises BridgeError for what is neither a checkpoint nor such a file.
@@ -91,7 +91,7 @@ def _is_page(path: str) -> bool:
     return not head or b'<meta name="generator" content="neox-bridge ' in head
 
 
-def _inputs(path: str) -> Iterator[Input]:
+def _inputs(path: str) -> Iterator[ReportInput]:
     if os.path.isfile(path):
         yield _document(path)
         return
@@ -104,7 +104,7 @@ def _inputs(path: str) -> Iterator[Input]:
             )
         yield from (_document(os.path.join(path, name)) for name in names)
         return
-    yield Input(path, f"{path}, a checkpoint")
+    yield ReportInput(path, f"{path}, a checkpoint")
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -117,7 +117,7 @@ def _is_checkpoint(path: str) -> bool:
     return True
 
 
-def _document(path: str) -> Input:
+def _document(path: str) -> ReportInput:
     if os.path.getsize(path) > _MOST:
         raise BridgeError(f"{path} is too large for a result that neox-bridge printed.")
     with open(path, "rb") as file:
@@ -128,4 +128,4 @@ def _document(path: str) -> Input:
         raise BridgeError(f"{path} isn't JSON. Give what a command printed with --json.") from None
     if not isinstance(document, dict):
         raise BridgeError(f"{path} isn't a result that neox-bridge printed with --json.")
-    return Input(path, f"{path}, SHA-256 {sha256(data).hexdigest()}", document)
+    return ReportInput(path, f"{path}, SHA-256 {sha256(data).hexdigest()}", document)

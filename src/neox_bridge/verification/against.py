@@ -21,13 +21,13 @@ from neox_bridge.verification.compare import common_dtype
 from neox_bridge.verification.hashes import Fingerprint
 from neox_bridge.verification.opened import Opened, open_places, unreadable
 from neox_bridge.verification.run_pairs import SIDES, OpenedPair, Side
-from neox_bridge.verification.runs import Fault, Place, Run
+from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
 from neox_bridge.verification.steps import Step, read_step
 from neox_bridge.wording import some
 
 SCHEMA_VERSION = 1
-Status = Literal["same", "differs", "no counterpart", "unreadable"]
-Kind = Literal["values", "shape", "dtype", "only in source", "only in twin"]
+StepStatus = Literal["same", "differs", "no counterpart", "unreadable"]
+TensorDifferenceKind = Literal["values", "shape", "dtype", "only in source", "only in twin"]
 _CAST = "cast"  # a folder in the cache: fingerprints after a cast
 
 
@@ -36,7 +36,7 @@ class TensorDifference:
     """A tensor that is not the same on both sides, under its Hugging Face name."""
 
     name: str
-    kind: Kind
+    kind: TensorDifferenceKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class StepRow:
 
     step: int | None
     label: str
-    status: Status
+    status: StepStatus
     side: Side | None = None
     source: str = ""
     twin: str = ""
@@ -103,7 +103,7 @@ class Comparison:
     rows: tuple[StepRow, ...]
     settings: tuple[str, ...] = ()
 
-    def count(self, status: Status) -> int:
+    def count(self, status: StepStatus) -> int:
         return sum(row.status == status for row in self.rows)
 
     @property
@@ -225,7 +225,7 @@ def compare_runs(
             settings += _differing_settings(*sides)
     if any(one.row.status == "differs" for one in compared):
         for side, place in pair.alone:
-            for opened in open_places([Run(pair.name(side), (place,))], pair.configs):
+            for opened in open_places([TrainingRun(pair.name(side), (place,))], pair.configs):
                 step = reader.read(opened)
                 if isinstance(step, Step):  # else its row says that it has no counterpart
                     known[side].steps[step.label] = step.tensors
@@ -324,7 +324,7 @@ def _compare(row: StepRow, source: Step, twin: Step) -> StepRow:
     )
 
 
-def _kind(source: Fingerprint | None, twin: Fingerprint | None) -> Kind | None:
+def _kind(source: Fingerprint | None, twin: Fingerprint | None) -> TensorDifferenceKind | None:
     if source is None or twin is None:
         return "only in twin" if source is None else "only in source"
     if source.shape != twin.shape:
@@ -355,7 +355,7 @@ def _with_origins(one: _Compared, known: Mapping[Side, _Hashes]) -> StepRow:
     return replace(one.row, origins=tuple(sorted(origins, key=lambda origin: -origin.tensors)))
 
 
-def _lonely(side: Side, place: Place) -> StepRow:
+def _lonely(side: Side, place: StepLocation) -> StepRow:
     if side == "source":
         return StepRow(place.number, place.label, "no counterpart", "twin", source=place.path)
     return StepRow(place.number, place.label, "no counterpart", "source", twin=place.path)

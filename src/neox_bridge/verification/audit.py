@@ -15,7 +15,7 @@ from neox_bridge.verification.audit_norms import norm_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
 from neox_bridge.verification.audit_states import state_faults
 from neox_bridge.verification.opened import Opened, unreadable
-from neox_bridge.verification.runs import Fault, Place
+from neox_bridge.verification.runs import Fault, StepLocation
 from neox_bridge.verification.steps import Step, read_step
 
 _ORDER = ("error", "warning", "info")
@@ -115,14 +115,14 @@ def verdict(step: Step, faults: Iterable[Fault]) -> str:
     return next((word for word in _ORDER[:2] if word in worst), "ok")
 
 
-def _odd_weights(run: str, place: Place, checkpoint: Checkpoint) -> Iterator[Fault]:
+def _odd_weights(run: str, place: StepLocation, checkpoint: Checkpoint) -> Iterator[Fault]:
     for odd in odd_dtypes(checkpoint):
         severity: Severity = "warning" if odd.castable else "error"
         message = f"{place.label}: {odd.reason}"
         yield Fault("weight-dtype", severity, message, odd.way_out, run, (place.label,), odd.names)
 
 
-def _two_heads(run: str, place: Place, checkpoint: Checkpoint) -> Fault:
+def _two_heads(run: str, place: StepLocation, checkpoint: Checkpoint) -> Fault:
     message, remedy = ambiguity(checkpoint)
     return Fault(
         "head-differs", "warning", f"{place.label}: {message}", remedy, run, (place.label,)

@@ -14,7 +14,7 @@ from neox_bridge.verification.steps import Step
 from neox_bridge.wording import some
 
 Steps = Sequence[Step]
-Unit = tuple[str, int]  # a tensor's name, and the rank that holds the shard
+ShardKey = tuple[str, int]  # a tensor's name, and the rank that holds the shard
 _WARMUP = 32  # steps in which a dynamic loss scale may still skip every update
 _CLEARLY = 0.01  # of the norms: the least by which the others must deviate, to tell whose bits
 _BETTER = 0.25  # of that is what the right one may deviate
@@ -61,11 +61,11 @@ def _shared_shards(steps: Steps) -> Iterator[Fault]:
         return
     by_rank = len({step.tp for step in steps}) == 1
     units = [_units(step, by_rank) for step in steps]
-    where: dict[Unit, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    where: dict[ShardKey, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, step_units in enumerate(units):
         for unit, bits in step_units.items():
             where[unit][bits.hash].append(index)
-    shared: dict[tuple[int, ...], list[Unit]] = defaultdict(list)
+    shared: dict[tuple[int, ...], list[ShardKey]] = defaultdict(list)
     for unit, hashes in where.items():
         for found_in in hashes.values():
             if len(found_in) > 1:
@@ -78,7 +78,7 @@ def _shared_shards(steps: Steps) -> Iterator[Fault]:
             yield _shared(steps, indices, found_units, units)
 
 
-def _units(step: Step, by_rank: bool) -> dict[Unit, _Bits]:
+def _units(step: Step, by_rank: bool) -> dict[ShardKey, _Bits]:
     """Shards, or whole tensors, but for those that are one value throughout, as norms start."""
     units = {}
     for name, whole in step.tensors.items():
@@ -94,9 +94,9 @@ def _units(step: Step, by_rank: bool) -> dict[Unit, _Bits]:
 
 def _strong(
     indices: tuple[int, ...],
-    shared: Sequence[Unit],
-    units: Sequence[Mapping[Unit, _Bits]],
-    where: Mapping[Unit, Mapping[str, Sequence[int]]],
+    shared: Sequence[ShardKey],
+    units: Sequence[Mapping[ShardKey, _Bits]],
+    where: Mapping[ShardKey, Mapping[str, Sequence[int]]],
 ) -> bool:
     """Whether training can't have left these as they were.
 
@@ -116,7 +116,7 @@ def _strong(
     return matrix or all(len(c) >= 3 and sum(c) - len(c) == len(indices) - 1 for c in counts)
 
 
-def _frozen(steps: Steps, units: Sequence[Unit]) -> Fault:
+def _frozen(steps: Steps, units: Sequence[ShardKey]) -> Fault:
     names = list(dict.fromkeys(name for name, _ in units))
     run, count = steps[0].run, len({name for step in steps for name in step.tensors})
     what = f"{run}: {len(names)} of {count} tensors are the same in every step: {some(names)}"
@@ -128,8 +128,8 @@ def _frozen(steps: Steps, units: Sequence[Unit]) -> Fault:
 def _shared(
     steps: Steps,
     indices: tuple[int, ...],
-    shared: Sequence[Unit],
-    units: Sequence[Mapping[Unit, _Bits]],
+    shared: Sequence[ShardKey],
+    units: Sequence[Mapping[ShardKey, _Bits]],
 ) -> Fault:
     group = [steps[index] for index in indices]
     run, labels = group[0].run, tuple(step.label for step in group)

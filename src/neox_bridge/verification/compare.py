@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 _T = TypeVar("_T")
-Kind = Literal["equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"]
+DifferenceKind = Literal[
+    "equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"
+]
 BLOCK = 4 << 20  # bytes of each side at a time
 # casts that keep every value; the others may overflow
 _EXACT = {
@@ -44,7 +46,7 @@ class Difference:
     """
 
     name: str
-    kind: Kind
+    kind: DifferenceKind
     elements: int = 0
     differing: int = 0
     largest: float = 0.0

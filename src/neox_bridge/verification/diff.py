@@ -12,7 +12,7 @@ from neox_bridge.layouts.head import as_stored
 from neox_bridge.optimizer.states import tensor_of
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole
-from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
+from neox_bridge.verification.compare import Difference, DifferenceKind, compare, each, zero_beyond
 from neox_bridge.verification.name_pattern import matching
 
 
@@ -55,7 +55,7 @@ def _one(
     if a is None or b is None:
         there = a or b
         assert there is not None
-        kind: Kind = "only-first" if b is None else "only-second"
+        kind: DifferenceKind = "only-first" if b is None else "only-second"
         return Difference(name, kind, prod(there.shape), detail=f"{kind}, {list(there.shape)}")
     rows = min(a.shape[0], b.shape[0]) if a.shape and b.shape else 0
     padded = row is not None and row.weight.split == "vocab" and a.shape[0] != b.shape[0]
@@ -63,6 +63,6 @@ def _one(
         a, b = with_rows(a, rows), with_rows(b, rows)
     difference = compare(name, a, b, context)
     if a.dtype != b.dtype and difference.kind in ("equal", "values"):
-        other: Kind = "dtype" if difference.kind == "equal" else "values"
+        other: DifferenceKind = "dtype" if difference.kind == "equal" else "values"
         return replace(difference, kind=other, detail=f"{a.dtype} and {b.dtype}")
     return difference

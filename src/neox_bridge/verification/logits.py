@@ -14,7 +14,7 @@ from neox_bridge.layouts.head import as_stored
 from neox_bridge.verification.causes import Hypothesis, hypotheses
 from neox_bridge.verification.non_finite import NonFinite, describe_non_finite
 from neox_bridge.verification.reference import Stage
-from neox_bridge.verification.sides import Settings, Side, side
+from neox_bridge.verification.sides import ForwardPass, Settings, side
 from neox_bridge.verification.verify import as_one_model
 
 # relative to the largest value: fp32's rounding in one layer, and in a model's logits
@@ -76,7 +76,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Parting:
     """A part at which the sides differ: its number from the model's start, and by how much."""
 
     number: int
@@ -105,7 +105,7 @@ def compare_logits(
         return measured
     place = _part(sides, {}, 0)
     if place is None and measured.relative > 1e-3:
-        place = _Place(0, "rounding that grows over the layers", measured.relative)
+        place = _Parting(0, "rounding that grows over the layers", measured.relative)
     if place is None:
         return measured
     chosen, left = _explain(first, second, sides, place)
@@ -170,14 +170,14 @@ def compare_recorded(
 
 
 def _explain(
-    first: Checkpoint, second: Checkpoint, sides: list[Side], place: _Place
-) -> tuple[list[Hypothesis], _Place | None]:
+    first: Checkpoint, second: Checkpoint, sides: list[ForwardPass], place: _Parting
+) -> tuple[list[Hypothesis], _Parting | None]:
     """The hypotheses under which the sides go on together, and where they part even so."""
     on = next((n for n, c in enumerate((first, second)) if c.kind == "neox"), None)
     if on is None:
         return [], place
     neox, other = (first, second) if on == 0 else (second, first)
-    left: _Place | None = place
+    left: _Parting | None = place
     chosen: list[Hypothesis] = []
     settings: dict[str, object] = {}
     candidates = hypotheses(neox, other)
@@ -195,23 +195,23 @@ def _explain(
     return chosen, left
 
 
-def _rank(place: _Place | None) -> tuple[float, float]:
+def _rank(place: _Parting | None) -> tuple[float, float]:
     """Later is better, then nearer."""
     return (float("inf"), 0.0) if place is None else (place.number, -place.apart)
 
 
-def _part(sides: list[Side], settings: Settings, on: int) -> _Place | None:
+def _part(sides: list[ForwardPass], settings: Settings, on: int) -> _Parting | None:
     """The first part that differs although both sides got the same input."""
     both: list[Settings] = [_NONE, _NONE]
     both[on] = settings
     with closing(_in_step(sides, both)) as parts:
         for number, (name, a, b) in enumerate(parts, 1):
             if (apart := _apart(a, b)) > LAYER:
-                return _Place(number, name, apart)
+                return _Parting(number, name, apart)
     return None
 
 
-def _first_non_finite(sides: list[Side], same_places: bool) -> str:
+def _first_non_finite(sides: list[ForwardPass], same_places: bool) -> str:
     """The first part where values are not finite: on both sides, or on one side alone."""
     with closing(_in_step(sides, [_NONE, _NONE])) as parts:
         for name, a, b in parts:
@@ -223,7 +223,7 @@ def _first_non_finite(sides: list[Side], same_places: bool) -> str:
 
 
 def _in_step(
-    sides: list[Side], settings: Sequence[Settings]
+    sides: list[ForwardPass], settings: Sequence[Settings]
 ) -> Generator[tuple[str, Tensor, Tensor], None, None]:
     """Each part of both sides, the second of which gets the first's outputs as its inputs."""
     first, second = (one(meant) for one, meant in zip(sides, settings, strict=True))
@@ -259,7 +259,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return gap / scale if scale else 0.0
 
 
-def _logits(one: Side, settings: Settings = _NONE) -> Tensor:
+def _logits(one: ForwardPass, settings: Settings = _NONE) -> Tensor:
     last = None
     for last in one(settings):  # noqa: B007  only the last is kept
         pass

@@ -10,7 +10,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_with
 from neox_bridge.stores.paths import is_url
-from neox_bridge.verification.runs import Fault, Place, Run
+from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
 
 _OPENED_AT_ONCE = 4  # places in a store
 
@@ -20,7 +20,7 @@ class Opened:
     """A place of a run, and the checkpoint that is there, or why there is none."""
 
     run: str
-    place: Place
+    place: StepLocation
     checkpoint: Checkpoint | None
     fault: Fault | None = None
 
@@ -44,13 +44,13 @@ class Opened:
         return 12 * sum(prod(whole.shape) for whole in self.checkpoint.tensors.values())
 
 
-def open_places(runs: Iterable[Run], configs: Sequence[str] = ()) -> list[Opened]:
+def open_places(runs: Iterable[TrainingRun], configs: Sequence[str] = ()) -> list[Opened]:
     """Open every checkpoint; reads no weights, and goes on where one can't be opened.
 
     configs: yml files for the GPT-NeoX checkpoints that have none of their own.
     """
 
-    def one(run: str, place: Place) -> Opened:
+    def one(run: str, place: StepLocation) -> Opened:
         try:
             return Opened(run, place, open_with(place.path, configs))
         except (BridgeError, OSError) as error:
@@ -63,7 +63,7 @@ def open_places(runs: Iterable[Run], configs: Sequence[str] = ()) -> list[Opened
         return list(pool.map(lambda place: one(*place), places))
 
 
-def unreadable(run: str, place: Place, error: BridgeError | OSError) -> Fault:
+def unreadable(run: str, place: StepLocation, error: BridgeError | OSError) -> Fault:
     """The finding for a checkpoint that cannot be read, with its path."""
     message = str(error)
     if isinstance(error, OSError):

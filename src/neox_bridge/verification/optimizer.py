@@ -15,7 +15,7 @@ from neox_bridge.optimizer.states import STATE_OF, Optimizer, states, tensor_of
 from neox_bridge.tensors.flat import segments
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole
-from neox_bridge.verification.compare import Difference, Kind, compare, each, zero_beyond
+from neox_bridge.verification.compare import Difference, DifferenceKind, compare, each, zero_beyond
 from neox_bridge.verification.verify import describe, divided, summary, verify
 
 
@@ -61,7 +61,7 @@ def compare_named(
 
     def one(name: str) -> Difference:
         if name not in first or name not in second:
-            kind: Kind = "only-first" if name in first else "only-second"
+            kind: DifferenceKind = "only-first" if name in first else "only-second"
             return Difference(name, kind, prod({**first, **second}[name].shape))
         a, b, weight = first[name], second[name], source.by_name[tensor_of(name)].weight
         rows = min(a.shape[0], b.shape[0])

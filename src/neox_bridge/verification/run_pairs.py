@@ -8,7 +8,7 @@ from typing import Literal
 from neox_bridge.errors import UsageError
 from neox_bridge.frameworks.suites import twin_of
 from neox_bridge.verification.opened import Opened, open_places
-from neox_bridge.verification.runs import Place, Run
+from neox_bridge.verification.runs import StepLocation, TrainingRun
 from neox_bridge.wording import some
 
 Side = Literal["source", "twin"]
@@ -30,7 +30,7 @@ class OpenedPair:
     source: str
     twin: str
     both: tuple[tuple[Opened, Opened], ...] = ()
-    alone: tuple[tuple[Side, Place], ...] = ()
+    alone: tuple[tuple[Side, StepLocation], ...] = ()
     configs: tuple[str, ...] = ()
 
     @property
@@ -42,7 +42,9 @@ class OpenedPair:
         return self.source if side == "source" else self.twin
 
 
-def pair_runs(sources: Sequence[Run], twins: Sequence[Run]) -> list[tuple[Run, Run]]:
+def pair_runs(
+    sources: Sequence[TrainingRun], twins: Sequence[TrainingRun]
+) -> list[tuple[TrainingRun, TrainingRun]]:
     """Which run is compared with which: the only two, or those of the same name.
 
     A published suite also belongs to the twin that ``frameworks.suites`` knows.
@@ -66,7 +68,7 @@ def pair_runs(sources: Sequence[Run], twins: Sequence[Run]) -> list[tuple[Run, R
     return pairs
 
 
-def open_pair(source: Run, twin: Run, configs: Sequence[str] = ()) -> OpenedPair:
+def open_pair(source: TrainingRun, twin: TrainingRun, configs: Sequence[str] = ()) -> OpenedPair:
     """Open the steps that both runs have; reads headers only.
 
     Steps that only one run has are not opened, unless nothing but their files tells their number. A
@@ -92,7 +94,9 @@ def open_pair(source: Run, twin: Run, configs: Sequence[str] = ()) -> OpenedPair
     return OpenedPair(source.name, twin.name, tuple(both), tuple(alone), tuple(configs))
 
 
-def _opened(run: Run, other: Run, configs: Sequence[str]) -> dict[int | None, Opened]:
+def _opened(
+    run: TrainingRun, other: TrainingRun, configs: Sequence[str]
+) -> dict[int | None, Opened]:
     """The steps of a run that the other run can have, by number."""
     numbers = {place.number for place in other.places}
     places = [
@@ -100,7 +104,7 @@ def _opened(run: Run, other: Run, configs: Sequence[str]) -> dict[int | None, Op
         for place in run.places
         if place.number is None or place.number in numbers or None in numbers
     ]
-    opened = open_places([Run(run.name, tuple(places))], configs)
+    opened = open_places([TrainingRun(run.name, tuple(places))], configs)
     return {step.number: step for step in opened}
 
 

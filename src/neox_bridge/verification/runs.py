@@ -39,7 +39,7 @@ class Fault(Finding):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StepLocation:
     """One checkpoint on disk. number: its step, None where nothing tells it."""
 
     path: str
@@ -48,14 +48,14 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TrainingRun:
     """The checkpoints of one training, by step. name: the folder that they are in, for people."""
 
     name: str
-    places: tuple[Place, ...]
+    places: tuple[StepLocation, ...]
 
 
-def known_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
+def known_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
     """``find_runs``, where there must be a run. Raises BridgeError, with the faults, if not."""
     runs, faults = find_runs(paths)
     if not runs:
@@ -64,7 +64,7 @@ def known_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
     return runs, faults
 
 
-def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
+def find_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
     """Every run in these places, and what is strange about the places themselves.
 
     ``org/name`` is a model of the Hub, whose branches and tags ``stepN`` are the run's steps, where
@@ -74,7 +74,7 @@ def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
     folder count once. Never raises for what a folder holds; raises BridgeError where the Hub can't
     be asked.
     """
-    by_run: dict[str, dict[str, Place]] = {}
+    by_run: dict[str, dict[str, StepLocation]] = {}
     faults: list[Fault] = []
     for path in paths:
         if (model := model_on_hub(path)) is not None:
@@ -90,7 +90,8 @@ def find_runs(paths: Iterable[str]) -> tuple[list[Run], list[Fault]]:
             message = f"{path} holds no checkpoint"
             faults.append(Fault("no-checkpoint", "error", message, remedy, normal(path)))
     runs = [
-        Run(name, tuple(sorted(places.values(), key=_order))) for name, places in by_run.items()
+        TrainingRun(name, tuple(sorted(places.values(), key=_order)))
+        for name, places in by_run.items()
     ]
     return sorted(runs, key=lambda run: natural(run.name)), faults
 
@@ -104,16 +105,16 @@ def model_on_hub(path: str) -> tuple[str, str] | None:
     return model_id(unquote(path.removeprefix("hf://").rstrip("/")))
 
 
-def _hub_places(repo: str, revision: str) -> tuple[str, tuple[Place, ...]]:
+def _hub_places(repo: str, revision: str) -> tuple[str, tuple[StepLocation, ...]]:
     """The run's name and its steps; all of a model that has no steps. They are read by ranges."""
     from neox_bridge.layouts.hub_download import cached_repo
     from neox_bridge.layouts.hub_source import is_offline
     from neox_bridge.stores.hub_names import MAIN
     from neox_bridge.stores.hub_revisions import revisions
 
-    def place(name: str, number: int | None) -> Place:
+    def place(name: str, number: int | None) -> StepLocation:
         label = name if number is None else str(number)
-        return Place(f"hf://{repo}@{quote(name, safe='')}", label, number)
+        return StepLocation(f"hf://{repo}@{quote(name, safe='')}", label, number)
 
     if revision:
         return repo, (place(revision, step_of(revision)),)
@@ -126,11 +127,11 @@ def _hub_places(repo: str, revision: str) -> tuple[str, tuple[Place, ...]]:
     return repo, tuple(place(one.name, one.step) for one in named)
 
 
-def _order(place: Place) -> tuple[int, str]:
+def _order(place: StepLocation) -> tuple[int, str]:
     return (-1 if place.number is None else place.number), place.path
 
 
-def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, Place]]:
+def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, StepLocation]]:
     try:
         names = sorted(listdir(path))
         folders = [n for n in names if n[0] != "." and isdir(os.path.join(path, n))]
@@ -147,7 +148,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
             yield _single(path, own_number)
             return
         for name in steps:
-            yield path, Place(os.path.join(path, name), name[11:], int(name[11:]))
+            yield path, StepLocation(os.path.join(path, name), name[11:], int(name[11:]))
     elif "refs" in folders and "snapshots" in folders:
         yield from _revisions(path, faults)
     elif numbered := [(name, m) for name in folders if (m := NUMBERED.fullmatch(name))]:
@@ -156,7 +157,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
         for name, match in numbered:
             run = os.path.join(path, match["run"]) if match["run"] else path
             number = int(match["number"])
-            yield run, Place(os.path.join(path, name), str(number), number)
+            yield run, StepLocation(os.path.join(path, name), str(number), number)
         others = [name for name in folders if not NUMBERED.fullmatch(name)]
         yield from _below(path, others, faults, depth)
     elif "config.json" in names or "latest" in names or _has_weights(names):
@@ -167,7 +168,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
 
 def _below(
     path: str, folders: list[str], faults: list[Fault], depth: int
-) -> Iterator[tuple[str, Place]]:
+) -> Iterator[tuple[str, StepLocation]]:
     """What the folders hold; those that hold nothing are said, if others do."""
     empty = []
     before, any_found = len(faults), False
@@ -185,12 +186,12 @@ def _left_out(path: str, what: str) -> Fault:
     return Fault("left-out", "info", f"{path}: left out, no checkpoint of a run: {what}", run=path)
 
 
-def _single(path: str, match: "re.Match[str] | None") -> tuple[str, Place]:
+def _single(path: str, match: "re.Match[str] | None") -> tuple[str, StepLocation]:
     if match is None:
-        return path, Place(path, os.path.basename(absolute(path)))
+        return path, StepLocation(path, os.path.basename(absolute(path)))
     parent = os.path.dirname(path) or "."
     run = os.path.join(parent, match["run"]) if match["run"] else parent
-    return run, Place(path, str(int(match["number"])), int(match["number"]))
+    return run, StepLocation(path, str(int(match["number"])), int(match["number"]))
 
 
 def _has_weights(names: list[str]) -> bool:
@@ -213,7 +214,7 @@ def _check_latest(path: str, steps: list[str]) -> list[Fault]:
     return [Fault("latest-missing", "error", message, remedy, path)]
 
 
-def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, Place]]:
+def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, StepLocation]]:
     """A model in Hugging Face's cache: ``refs/step1000`` holds the name of a snapshot."""
     refs = os.path.join(path, "refs")
     try:
@@ -233,7 +234,7 @@ def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, Place]]:
             continue
         number = int(match["number"]) if match else None
         label = str(number) if match else name
-        yield path, Place(os.path.join(path, "snapshots", commit), label, number)
+        yield path, StepLocation(os.path.join(path, "snapshots", commit), label, number)
 
 
 def _unreadable(path: str, error: Exception) -> Fault:

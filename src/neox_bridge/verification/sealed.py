@@ -19,12 +19,12 @@ from neox_bridge.layouts.universal_folder import LATEST
 from neox_bridge.stores.paths import afresh, isdir, isfile
 from neox_bridge.stores.paths import size as size_at
 
-Kind = Literal["changed", "missing", "added", "edited", "extra"]
+ChangeKind = Literal["changed", "missing", "added", "edited", "extra"]
 _HARMLESS = ("edited", "extra")
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class FileChange:
     """A file that isn't as the record says. path: from the record's folder.
 
     kind: "edited" for files above a step, which are the user's. "added": a file that the record
@@ -32,7 +32,7 @@ class Change:
     """
 
     path: str
-    kind: Kind
+    kind: ChangeKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Seal:
     files: int
     size: int
     unhashed: int
-    changes: tuple[Change, ...]
+    changes: tuple[FileChange, ...]
 
     @property
     def holds(self) -> bool:
@@ -85,7 +85,7 @@ def check_seal(
     them left, or that can't be read.
     """
     data = read_bytes(record)
-    changes = [] if is_whole(data) else [Change(RECORD, "changed")]
+    changes = [] if is_whole(data) else [FileChange(RECORD, "changed")]
     try:
         name, files = written_files(parse_json(data))
     except (ValueError, RecursionError):
@@ -95,7 +95,7 @@ def check_seal(
         return Seal(record, 0, len(data), 0, tuple(changes))
     folder = os.path.dirname(record)
 
-    def one(item: tuple[str, int, str | None]) -> Change | None:
+    def one(item: tuple[str, int, str | None]) -> FileChange | None:
         path, size, digest = item
         above = path.startswith("../")
         # stores have no ".."
@@ -103,7 +103,7 @@ def check_seal(
         kind = _changed(place or os.path.join(folder, path), size, digest, name)
         if progress is not None:
             progress(size)
-        return Change(path, "edited" if above else kind) if kind else None
+        return FileChange(path, "edited" if above else kind) if kind else None
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         changes += filter(None, pool.map(one, sorted(files, key=lambda item: -item[1])))
@@ -117,7 +117,7 @@ def check_seal(
     )
 
 
-def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[Change]:
+def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[FileChange]:
     """The files that the record does not name, in its folder and, for a step, above it.
 
     Args:
@@ -129,7 +129,7 @@ def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[Change]:
     """
     for path in files_below(folder, recorded):
         if path not in recorded and path != RECORD:
-            yield Change(path, "added" if is_read(path) else "extra")
+            yield FileChange(path, "added" if is_read(path) else "extra")
     if any(path.startswith("../") for path in recorded):
         root = os.path.dirname(folder)
         names = list_folder(root)
@@ -140,10 +140,10 @@ def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[Change]:
         written = written_above(root)
         for path in above:
             if is_known(path) and path not in written:
-                yield Change(f"../{path}", "added")
+                yield FileChange(f"../{path}", "added")
 
 
-def _changed(path: str, size: int, digest: str | None, name: HashName | None) -> Kind | None:
+def _changed(path: str, size: int, digest: str | None, name: HashName | None) -> ChangeKind | None:
     if not isfile(path):
         return "missing"
     same = size_at(path) == size

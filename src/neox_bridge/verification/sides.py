@@ -26,10 +26,10 @@ from neox_bridge.verification.reference import Stage
 Stages = Generator[Stage, Tensor | None, None]
 Settings = Mapping[str, Any]
 # settings of the reference in place of the checkpoint's own; Hugging Face's side takes none
-Side = Callable[[Settings], Stages]
+ForwardPass = Callable[[Settings], Stages]
 
 
-def side(checkpoint: Checkpoint, tokens: Tensor, device: str) -> Side:
+def side(checkpoint: Checkpoint, tokens: Tensor, device: str) -> ForwardPass:
     """The stages of a checkpoint's forward pass of tokens [b, s].
 
     Raises BridgeError where transformers can't be had or wants a tensor that isn't there, and for

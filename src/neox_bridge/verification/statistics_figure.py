@@ -19,7 +19,7 @@ from neox_bridge.verification.drawing import (
 )
 from neox_bridge.verification.statistics import Statistics
 
-Points = Sequence[tuple[int, Statistics]]  # by block
+BlockPoints = Sequence[tuple[int, Statistics]]  # by block
 
 
 @styled
@@ -66,7 +66,7 @@ def statistics_figure(stats: Sequence[Statistics]) -> Any:
     return figure
 
 
-def _panel(axes: Any, kind: str, points: Points, layers: int) -> None:
+def _panel(axes: Any, kind: str, points: BlockPoints, layers: int) -> None:
     points = sorted(points, key=lambda pair: pair[0])
     blocks = [block for block, _ in points]
     few = layers <= 24

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from neox_bridge.errors import UsageError
-from neox_bridge.verification.runs import Run
+from neox_bridge.verification.runs import TrainingRun
 from neox_bridge.wording import some
 
 _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
@@ -47,7 +47,7 @@ def check_steps(steps: str) -> None:
             )
 
 
-def check_ranges(steps: str, runs: Iterable[Run]) -> None:
+def check_ranges(steps: str, runs: Iterable[TrainingRun]) -> None:
     """Raise UsageError for a range that holds no step of any run."""
     if steps.strip() == "all":
         return
@@ -58,15 +58,15 @@ def check_ranges(steps: str, runs: Iterable[Run]) -> None:
             raise UsageError(["steps"], f"{part} matches none of the steps, which are {have}")
 
 
-def within(run: Run, steps: str) -> Run:
+def within(run: TrainingRun, steps: str) -> TrainingRun:
     """``with_steps`` of a counterpart, which need not have the numbers that are named."""
     numbers = [place.number for place in run.places if place.number is not None]
     parts = [part.strip() for part in steps.split(",")]
     kept = [part for part in parts if not part.isdigit() or int(part) in numbers]
-    return with_steps(run, ",".join(kept)) if kept else Run(run.name, ())
+    return with_steps(run, ",".join(kept)) if kept else TrainingRun(run.name, ())
 
 
-def with_steps(run: Run, steps: str) -> Run:
+def with_steps(run: TrainingRun, steps: str) -> TrainingRun:
     """The run with the chosen steps only. Raises UsageError, see ``chosen``."""
     if steps.strip() == "all":
         return run
@@ -74,4 +74,4 @@ def with_steps(run: Run, steps: str) -> Run:
     wanted = chosen(steps, numbers)
     if wanted is None:
         return run
-    return Run(run.name, tuple(place for place in run.places if place.number in wanted))
+    return TrainingRun(run.name, tuple(place for place in run.places if place.number in wanted))

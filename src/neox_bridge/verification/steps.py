@@ -17,7 +17,7 @@ from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.optimizer import named
-from neox_bridge.verification.runs import Place
+from neox_bridge.verification.runs import StepLocation
 
 _SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
 
@@ -75,7 +75,7 @@ class Step:
 
 def read_step(
     run: str,
-    place: Place,
+    place: StepLocation,
     checkpoint: Checkpoint,
     *,
     optimizer: Optimizer | None = None,

@@ -17,14 +17,14 @@ _SHAPE = (2, 64)
 
 
 @dataclass(frozen=True)
-class Input:
+class TokenInput:
     """tokens: int64 [b, s]. recorded: float32 [b, s, v] logits that came with them, or None."""
 
     tokens: Tensor
     recorded: Tensor | None = None
 
 
-def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Input:
+def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
     """The tokens of ``--tokens``.
 
     given: None (random ones, always the same); a file: .npy, .npz with `tokens` and perhaps the
@@ -38,7 +38,7 @@ def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Input
         sizes = [c.tokenizer_size for c in checkpoints if c.tokenizer_size is not None]
         shape = (_SHAPE[0], min(_SHAPE[1], most))
         numbers = np.random.default_rng(0).integers(0, min([rows, *sizes]), shape)
-        return Input(torch.from_numpy(numbers))
+        return TokenInput(torch.from_numpy(numbers))
     read = _of_file(given, checkpoints) if os.path.isfile(given) else _of_text(given, checkpoints)
     tokens = read.tokens
     if tokens.numel() == 0 or tokens.dim() != 2:
@@ -52,21 +52,21 @@ def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Input
     return read
 
 
-def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> Input:
+def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
     kind = os.path.splitext(path)[1]
     try:
         if kind == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 recorded = torch.from_numpy(arrays["logits"]) if "logits" in arrays else None
-                return Input(
+                return TokenInput(
                     _rows(arrays["tokens"]), None if recorded is None else recorded.float()
                 )
         if kind == ".npy":
-            return Input(_rows(np.load(path, allow_pickle=False)))
+            return TokenInput(_rows(np.load(path, allow_pickle=False)))
         with open(path, encoding="utf-8") as file:
             text = file.read()
         if kind == ".json":
-            return Input(_rows(np.array(json.loads(text))))
+            return TokenInput(_rows(np.array(json.loads(text))))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BridgeError(f"--tokens {path}: not readable as tokens: {error}.") from None
     return _of_text(text, checkpoints)
@@ -79,7 +79,7 @@ def _rows(array: np.ndarray[Any, Any]) -> Tensor:
     return tokens[None] if tokens.dim() == 1 else tokens
 
 
-def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> Input:
+def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
     files = [main_file(checkpoint.tokenizer) for checkpoint in checkpoints]
     file = next((file for file in files if file), None)
     if file is None:
@@ -94,4 +94,4 @@ def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> Input:
             "--tokens: a text needs tokenizers: pip install 'neox-bridge[verify]'."
         ) from None
     ids = Tokenizer.from_file(file).encode(text).ids
-    return Input(torch.tensor([ids], dtype=torch.int64))
+    return TokenInput(torch.tensor([ids], dtype=torch.int64))
