@@ -17,7 +17,7 @@ from tiny import convert, tensors, write_hf
 
 from neox_bridge.cli.app import app
 from neox_bridge.errors import UsageError
-from neox_bridge.verification import run_pairs
+from neox_bridge.verification import opened as opened_places
 from neox_bridge.verification.against import (
     Comparison,
     Origin,
@@ -160,13 +160,13 @@ def test_a_step_that_only_one_run_has_is_a_row(
     shutil.rmtree(neox / "global_step1000")
     shutil.rmtree(hf / "step3000")
     opened: list[str] = []
-    original = run_pairs.open_with
+    original = opened_places.open_with
 
     def opening(path: str, *more: Any) -> Any:
         opened.append(Path(path).name)
         return original(path, *more)
 
-    monkeypatch.setattr(run_pairs, "open_with", opening)
+    monkeypatch.setattr(opened_places, "open_with", opening)
     found = compare(neox, hf)
     assert statuses(found) == {
         **{0: "same", 1000: "no counterpart", 2000: "same", 3000: "no counterpart"}
