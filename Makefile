@@ -45,7 +45,7 @@ test-neox: $(DEV)/.ready
 	  if [ -n "$(GPT_NEOX_GIT)" ] && [ -n "$(NEOX_SETUP)" ]; then \
 	    "$(NEOX_SETUP)" "$(abspath $(NEOX_HOME))" "$(abspath $(GPT_NEOX_GIT))"; \
 	  elif [ -z "$(GPT_NEOX_GIT)" ]; then \
-	    echo "Name GPT-NeoX: NEOX_TREE=... NEOX_PYTHON=..., or NEOX_HOME=... (docs/code.md), or a git"; \
+	    echo "Name GPT-NeoX: NEOX_TREE=... NEOX_PYTHON=..., or NEOX_HOME=... (CONTRIBUTING.md), or a git"; \
 	    echo "directory of EleutherAI/gpt-neox:"; \
 	    echo "  git clone --bare https://github.com/EleutherAI/gpt-neox gpt-neox.git"; \
 	    echo "  make test-neox GPT_NEOX_GIT=gpt-neox.git"; exit 1; fi; fi

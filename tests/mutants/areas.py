@@ -34,6 +34,8 @@ AREAS: dict[str, Area] = {
             "execution/journal",
             "execution/work",
             "execution/output",
+            "execution/execute",
+            "execution/disk",
             "execution/units",
             "execution/placement",
         ),
@@ -80,7 +82,6 @@ AREAS: dict[str, Area] = {
     ),
     "judges": Area(
         (
-            "compat/judge_*",
             "frameworks/detectors",
             "frameworks/targets",
             "doctor/diagnose",
@@ -165,13 +166,15 @@ AREAS: dict[str, Area] = {
         (
             "cli/errors",
             "cli/app",
-            "cli/run_plan",
+            "cli/command",
+            "cli/conversion",
+            "cli/execution",
             "cli/verify",
             "cli/audit",
             "cli/streams",
             "wording",
             "cli/values",
-            "cli/asked",
+            "cli/options",
         ),
         (
             "tests/cli/test_exits.py",
