@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from common import convert, fixture, make_hf, step_of
 
@@ -29,6 +31,7 @@ FIRST = (  # what a Pythia that was converted for today gets in a GPT-NeoX of Ma
     '\tUnexpected key(s) in state_dict: "mlp.linear1.weight", "mlp.linear1.bias", '
     '"mlp.linear2.weight", "mlp.linear2.bias".\n'
 )
+INV_FREQ = "attention.rotary_emb.inv_freq"
 ONLY = 'Missing key(s) in state_dict: "attention.rotary_emb.inv_freq". '
 
 
@@ -183,6 +186,60 @@ def test_the_tree_of_the_traceback(
     assert judged(target_of(found.fix), target).answer == "loads"
     elsewhere = advised(text.replace(str(trees[tree]), "/nowhere"), tmp_path / "run")
     assert "/nowhere" not in elsewhere.fix
+
+
+# ---- what a command cannot do without
+
+
+def set_keys(root: Path, **keys: Any) -> None:
+    (step_of(root) / "configs" / "zz.yml").write_text(json.dumps(keys))
+
+
+def bend_inv_freq(root: Path) -> None:
+    """Stored buffers that are not what the settings give."""
+    for path in step_of(root).glob("layer_*.pt"):
+        tensors = torch.load(path)
+        if INV_FREQ in tensors:
+            tensors[INV_FREQ] *= 1.5
+            torch.save(tensors, path)
+
+
+DEFECTS: dict[str, Callable[[Path], object]] = {
+    "a fork's key": lambda root: set_keys(root, rope_scaling={"factor": 2.0}),
+    "two keys of forks": lambda root: set_keys(root, rope_scaling={"a": 2}, attention_cap=3.0),
+    "other padding": lambda root: set_keys(root, make_vocab_size_divisible_by=512),
+    "inv_freq deviates": bend_inv_freq,
+}
+
+
+@pytest.mark.parametrize("tree", ERAS)
+@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("states", [False, True])
+def test_commands_have_the_options_that_they_need(
+    states: bool, defect: str, tree: str, hf: Path, tmp_path: Path
+) -> None:
+    """They run as they are printed, whatever stands in the yml and beside the weights."""
+    root = tmp_path / "run"
+    convert(hf, root, era=era_named("2024-03"), vocab_multiple=128)
+    if states:
+        value = {"zero_stage": 1, "partition_count": 1, "ds_version": "0.16.5"}
+        path = step_of(root) / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": value}, path)
+    if defect == "other padding":
+        yml = step_of(root) / "configs" / "neox_bridge.yml"
+        kept = [k for k in yml.read_text().splitlines(True) if "divisible_by" not in k]
+        yml.write_text("".join(kept))
+    DEFECTS[defect](root)
+    target = f"neox@{tree}" if tree != "today" else "today"
+    found = judged(root, target)
+    commands = {case.finding.remedy for case in found.cases if case.fails}
+    for command in {command for command in commands if command.startswith("neox-bridge ")}:
+        run(command)
+        written = target_of(command)
+        again = judged(written, target)
+        assert again.answer != "fails", (command, again.message)
+        shutil.rmtree(written)
+    assert found.answer != "fails" or commands
 
 
 # ---- other messages

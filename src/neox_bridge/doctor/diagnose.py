@@ -9,14 +9,21 @@ from neox_bridge.doctor.judge_hf import judge_hf
 from neox_bridge.doctor.judge_neox import judge_neox
 from neox_bridge.doctor.neox_folder import stray_cases
 from neox_bridge.doctor.resuming import judge_resuming, resharding
-from neox_bridge.doctor.verdict import Case, Verdict, case, convert_command, verdict
+from neox_bridge.doctor.verdict import (
+    Case,
+    Verdict,
+    case,
+    convert_command,
+    opening_options,
+    verdict,
+)
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, Subject, unrepeated
-from neox_bridge.frameworks.eras import LATER_ERAS, fitting
+from neox_bridge.frameworks.eras import ERAS, fitting
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
 from neox_bridge.frameworks.targets import Target, name_of, target_named
 from neox_bridge.frameworks.writers import words_of
-from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder, way_out_of
+from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, way_out_of
 from neox_bridge.layouts.copies import copy_findings
 from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
@@ -28,8 +35,7 @@ from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 
 # what a folder is tried in where no target is named; transformers: one on each side of a change
-# without --for: the trees that resume in today's environments, which v1.0's is none of
-KNOWN_NEOX = tuple(f"neox@{era.name}" for era in LATER_ERAS)
+KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
 KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
 # what the judges decide for a target that reads the checkpoint, with no case where it does no harm
 _SETTLED: tuple[Subject, ...] = ("config sizes", "duplicate keys", "rotary settings")
@@ -139,8 +145,8 @@ def _cast_command(checkpoint: Checkpoint) -> str:
     """The command that writes the same kind of checkpoint in a dtype that is trained in."""
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     written = new_folder(home, "bfloat16")
-    words, given = ["neox-bridge", "convert", checkpoint.path, written], config_options(checkpoint)
-    return shlex.join([*words, "--to", checkpoint.kind, "--dtype", "bfloat16", *given])
+    words = ["neox-bridge", "convert", checkpoint.path, written, "--to", checkpoint.kind]
+    return shlex.join([*words, "--dtype", "bfloat16", *opening_options(checkpoint)])
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:

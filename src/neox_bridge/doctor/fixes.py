@@ -83,7 +83,6 @@ def mend_plan(
     plan = _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
     state = checkpoint.neox
     flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
-    flags += [word for key in ignore_keys for word in ("--ignore-key", key)]
     if plan is not None and in_place and is_url(checkpoint.path):
         raise Refused(
             f"{checkpoint.path} is in a store, where --in-place cannot replace it. Write a copy "
@@ -123,7 +122,7 @@ def _mend_hf(
             f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
         }
     changed = tuple(f"rewritten: {file.path}" for file in kept)
-    if not checkpoint.record:
+    if ignore_keys or not checkpoint.record:
         kept.append(new[RECORD])
         skipped.add(RECORD)
     files = [*kept, *_others(checkpoint.path, lambda path: path in skipped)]
@@ -190,7 +189,8 @@ def _mend_neox(
     if yml is None and (given_yml or not os.path.isdir(os.path.join(state.folder, "configs"))):
         yml = {key: value for key, value in checkpoint.raw.items() if key in known_keys(era)}
     gone = {*strays, *(state.optimizer if lost else ()), *_moved(checkpoint, state, yml)}
-    if rows or _tells_another_order(checkpoint, plan, rewrite) or not checkpoint.record:
+    reorders = _tells_another_order(checkpoint, plan, rewrite)
+    if rows or reorders or ignore_keys or not checkpoint.record:
         gone.add(RECORD)
     files = _neox_files(state, plan, rewrite, remeta, yml, gone)
     dropped = [d for d in plan.dropped if d.kind != "optimizer" or lost]

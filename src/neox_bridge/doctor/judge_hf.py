@@ -14,11 +14,13 @@ from typing import Any
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.architectures.transformers_limits import llama_ignores
-from neox_bridge.doctor.verdict import Case, case, fix_command
+from neox_bridge.doctor.verdict import Case, case, fix_command, opening_options
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.frameworks.changes import since
+from neox_bridge.frameworks.changes_transformers import CLASS_SINCE
 from neox_bridge.frameworks.facts import TransformersFacts
-from neox_bridge.frameworks.targets import keeps_stored_head, knows_attention_bias, version_number
+from neox_bridge.frameworks.targets import has_class, knows
 from neox_bridge.layouts.checkpoint import Checkpoint, new_folder
 from neox_bridge.layouts.head import head_relation
 from neox_bridge.layouts.tensor_names import state_dict_of, tensors_of
@@ -39,7 +41,7 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
             "other-form",
             "error",
             f"config.json and the names are {form.name}'s, which transformers doesn't read",
-            shlex.join([*words, "--format", "transformers"]),
+            shlex.join([*words, "--format", "transformers", *opening_options(checkpoint)]),
         )
         return
     yield from _names(checkpoint, facts)
@@ -68,18 +70,18 @@ def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Cas
     if head_relation(checkpoint) != "differs":
         return
     head, embeddings = checkpoint.architecture.head, checkpoint.architecture.embeddings
-    keeps = keeps_stored_head(facts)
+    keeps = knows(facts, "hf-stored-head-kept")
     computes = "both, as an untied model" if keeps else f"{embeddings} alone, and ignores {head}"
     target = new_folder(checkpoint.path, "one-head")
-    words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "hf", "--head"]
+    words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "hf"]
+    words += [*opening_options(checkpoint), "--head"]
     yield case(
         "head-differs",
         "warning",
         f"config.json ties the embeddings, and the files hold {head} with other values than "
         f"{embeddings}: two models. transformers {facts.version} computes with {computes}; 5.0 and "
-        "newer keep both, 4.x ties them",
-        f"{shlex.join([*words, 'keep'])} for the untied model, or {shlex.join([*words, 'tie'])} "
-        "for the tied one",
+        "newer keep both, 4.x ties them. --head keep writes the untied model, --head tie the other",
+        shlex.join([*words, "keep"]),
         subject="stored head",
     )
 
@@ -155,24 +157,17 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         )
 
 
-# the version that brought each class, and grouped-query attention to Llama
-_SINCE = {"llama": (4, 28), "mistral": (4, 34), "qwen2": (4, 37), "mamba": (4, 39)}
-_GROUPED_LLAMA = (4, 31)
-
-
 def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """Whether the class is there, and RoPE's base: 4.x reads rope_theta only."""
     config, name = checkpoint.config, checkpoint.architecture.name
-    since = _SINCE.get(name, (0, 0))
-    if name == "llama" and config.grouped_query:
-        since = _GROUPED_LLAMA
-    if version_number(facts.version) < since:
+    grouped = name == "llama" and config.grouped_query
+    if not has_class(facts, name) or (grouped and not knows(facts, "hf-llama-grouped")):
+        first = since("hf-llama-grouped") if grouped else f"transformers {CLASS_SINCE[name]}"
         yield case(
             "class-unknown",
             "error",
-            f"this model of {checkpoint.architecture.hf_class} needs transformers "
-            f"{since[0]}.{since[1]} or newer",
-            f"use transformers {since[0]}.{since[1]} or newer",
+            f"this model of {checkpoint.architecture.hf_class} needs {first} or newer",
+            f"use {first} or newer",
         )
     ignored = llama_ignores(name, config, facts)
     for what in ignored:
@@ -221,13 +216,13 @@ def _made_up(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
     """Weights that transformers doesn't find: it makes them up, with a warning."""
     config, found = checkpoint.config, stored_names(checkpoint)
     renamed = "lm_head.weight" in found and "embed_out.weight" not in found
-    if renamed and not config.tied_embeddings and version_number(facts.version) < (5, 0):
-        why = "only 5.0 and newer know lm_head.weight"
+    if renamed and not config.tied_embeddings and not knows(facts, "hf-lm-head-read"):
+        why = f"only {since('hf-lm-head-read')} and newer know lm_head.weight"
         yield _newly(checkpoint, facts, ["embed_out.weight"], why, "head-name")
     told = checkpoint.raw.get("attention_bias", True) is not False
-    if not config.attention_bias and not knows_attention_bias(facts):
-        why = "transformers learned attention_bias: false in 4.37"
-        newer = "use transformers 4.37 or newer"
+    if not config.attention_bias and not knows(facts, "hf-attention-bias"):
+        why = f"{since('hf-attention-bias')} learned attention_bias: false"
+        newer = f"use {since('hf-attention-bias')} or newer"
         yield _newly(checkpoint, facts, _biases(checkpoint, "attention_bias"), why, "biases", newer)
     elif told and not config.attention_bias:
         why = "config.json doesn't say attention_bias: false"
@@ -309,7 +304,7 @@ def _dtype(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
             'dtype="auto" is asked for',
             fix_command(checkpoint, facts),
         )
-    elif "torch_dtype" not in raw and version_number(facts.version) < (4, 56):
+    elif "torch_dtype" not in raw and not knows(facts, "hf-dtype-key"):
         yield case(
             "dtype-one-spelling",
             "info",

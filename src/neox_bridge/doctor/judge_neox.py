@@ -5,7 +5,6 @@ running it on CPU; their order is that in which GPT-NeoX and DeepSpeed come to t
 number of files, the kind of layout, each layer's state dict, ``args``.
 """
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -57,7 +56,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -
 def _yml(
     checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
 ) -> Iterator[Case]:
-    fix = resharding or _fix(checkpoint, facts)
+    fix = resharding or fix_for(checkpoint, facts)
     for duplicate in state.duplicate_keys:
         if not duplicate.refused:
             yield Case(replace(duplicate_finding(duplicate), severity="info"))
@@ -76,27 +75,30 @@ def _yml(
     if unknown:
         places = facts.places.get("keys", "")
         risky = {key.name: key for key in checkpoint.unknown_keys if key.effect == "model"}
-        flags = [w for key in unknown if key in risky for w in ("--ignore-key", key)]
         why = "".join(f". {reason_of(risky[key])}" for key in unknown if key in risky)
-        mending = _fix(checkpoint, facts, *flags)
-        if resharding:
-            mending = shlex.join([*shlex.split(resharding), *flags])
+        if why:
+            why += ". A copy without it may be another model"
         yield case(
             "yml-key-unknown",
             "error",
             f"the yml has keys that this GPT-NeoX doesn't know, and it refuses them: "
             f"{', '.join(unknown)}" + (f" ({places})" if places else "") + why,
-            mending
-            + (" removes it from the copy, which may be another model then" if flags else ""),
+            fix,
             f"TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
             f"'{next(key for key in checkpoint.raw if key in unknown)}'",
         )
 
 
-def _fix(checkpoint: Checkpoint, facts: TreeFacts, *flags: str) -> str:
-    """The command that mends a checkpoint for a tree, with what it cannot do without.
+def fix_for(checkpoint: Checkpoint, facts: TreeFacts, *, drop_optimizer: bool = False) -> str:
+    """The command that fixes a checkpoint for a tree, with what it cannot do without.
 
-    Optimizer states stay with parameters of the same names in the same files only; see ``mend``.
+    Optimizer states stay with parameters of the same names in the same files only, and a stored
+    inv_freq that is not what the settings give is lost where files are rewritten: see ``fixes``.
+
+    Args:
+        checkpoint: of a GPT-NeoX run.
+        facts: what the tree expects.
+        drop_optimizer: whether the copy shall go on without optimizer states in any case.
     """
     state = checkpoint.neox
     assert state is not None
@@ -104,9 +106,15 @@ def _fix(checkpoint: Checkpoint, facts: TreeFacts, *flags: str) -> str:
         return "copy the checkpoint again"  # a copy of it would not be whole either
     stored = stores_inv_freq(checkpoint, facts)
     moved = stored is not None and stored != (state.inv_freq == "store")
-    parted = facts.mlp_names != state.mlp_names or (moved and state.layout == "ranks")
-    drop = ("--drop-optimizer",) if parted and checkpoint.has_optimizer else ()
-    return fix_command(checkpoint, facts, *drop, *flags)
+    rows = expected_rows(checkpoint) not in (None, checkpoint.config.dims["vocab"])
+    rewritten = facts.mlp_names != state.mlp_names or rows
+    parted = rewritten or (moved and state.layout == "ranks")
+    parted = parted or state.args.get("model_parallel_size", state.tp) != state.tp
+    drop_optimizer = drop_optimizer or (parted and checkpoint.has_optimizer)
+    flags = ["--drop-optimizer"] * drop_optimizer
+    deviates = state.inv_freq == "store" and checkpoint.inv_freq_mismatch is not None
+    flags += ["--recompute"] * (deviates and (rewritten or moved))
+    return fix_command(checkpoint, facts, *flags)
 
 
 def _flat(
@@ -121,7 +129,7 @@ def _flat(
         f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
         f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
         "that, and trains from random weights",
-        resharding or _fix(checkpoint, facts),
+        resharding or fix_for(checkpoint, facts),
         f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
         "please ensure this file exists or pass an explicit checkpoint tag when loading a "
         "checkpoint.",
@@ -199,7 +207,7 @@ def _state_dicts(
             f"the embeddings have {have} rows, and GPT-NeoX computes {rows} from the tokenizer's "
             f"{checkpoint.tokenizer_size} entries, make_vocab_size_divisible_by: {told} and TP "
             f"{_told(checkpoint, 'model_parallel_size')}",
-            _fix(checkpoint, facts),
+            fix_for(checkpoint, facts),
             _strict(state, "EmbeddingPipe", [], [], [line]),
         )
     missing, unexpected, codes = _key_drift(checkpoint, state, facts)
@@ -217,7 +225,9 @@ def _state_dicts(
         ],
     )
     for code, message, remedy in codes:
-        yield case(code, "error", message, remedy or resharding or _fix(checkpoint, facts), prints)
+        yield case(
+            code, "error", message, remedy or resharding or fix_for(checkpoint, facts), prints
+        )
     if sizes:
         yield case("mlp-width", "error", *_width_words(checkpoint, facts), prints)
 
@@ -366,7 +376,7 @@ def _args(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterato
                 "error",
                 f"{key}: the checkpoint's args say {have}, the settings {told}, and GPT-NeoX "
                 "compares them when it loads",
-                _fix(checkpoint, facts),
+                fix_for(checkpoint, facts),
                 f"AssertionError: {key} value from checkpoint ({have}) is not equal to the "
                 f"currently set argument value ({told}).",
             )

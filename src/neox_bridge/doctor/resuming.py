@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import suppress
 
-from neox_bridge.doctor.verdict import Case, case, fix_command
+from neox_bridge.doctor.judge_neox import fix_for
+from neox_bridge.doctor.verdict import Case, case, opening_options
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import NO_VERSION, SUB_PARTITIONS, StatesForm, release_of
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.targets import Target, name_of
-from neox_bridge.layouts.checkpoint import Checkpoint, config_options
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states
 
@@ -100,7 +101,7 @@ def resharding(checkpoint: Checkpoint, target: Target) -> str:
 
 def _reshard_command(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates) -> str:
     """The command that writes states anew for a tree; "" where none does."""
-    options = config_options(checkpoint)
+    options = opening_options(checkpoint)
     if target.states == "sub-partitions":  # ZeRO of DeeperSpeed 0.3.15
         if checkpoint.config.dtype != "float16":
             return ""
@@ -150,14 +151,14 @@ def _old_states(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, 
     """The case of states that the DeepSpeed of later trees refuses."""
     fix = _reshard_command(checkpoint, target, states)
     if states.form is None:
-        kind, fix = "", fix_command(checkpoint, target)
+        kind, fix = "", fix_for(checkpoint, target)
         way_out = "Its weights load with finetune: true, which starts a new optimizer"
     else:
         kind = (
             f"are {states.form.kind} ZeRO {states.stage} states of {states.form.dp} data-parallel "
             f"ranks, as {states.form.generation.releases} saves them. They "
         )
-        weights_only = fix_command(checkpoint, target, "--drop-optimizer")
+        weights_only = fix_for(checkpoint, target, drop_optimizer=True)
         way_out = (
             "Resharding writes them anew. Its weights alone load with finetune: true, which starts "
             f"a new optimizer: {weights_only}"
@@ -185,7 +186,7 @@ def _no_states(checkpoint: Checkpoint, target: TreeFacts) -> Iterator[Case]:
             "error",
             "the yml says finetune: false, and the checkpoint holds no optimizer states to resume "
             "from",
-            fix_command(checkpoint, target),
+            fix_for(checkpoint, target),
             prints,
         )
         return

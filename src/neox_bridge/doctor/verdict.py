@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neox_bridge.findings import Finding, Severity, Subject
+from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.targets import Target, name_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder
+from neox_bridge.layouts.unknown_keys import refusals
 
 Answer = Literal["loads", "loads with warnings", "fails"]
 
@@ -61,12 +63,23 @@ def case(
     return Case(Finding(code, severity, message, remedy, subject=subject), prints)
 
 
+def opening_options(checkpoint: Checkpoint, target: Target | None = None) -> list[str]:
+    """The options without which a command refuses a checkpoint that was opened.
+
+    They name its ymls, and its unknown keys that may change the model and that the target does not
+    know either.
+    """
+    known = target.keys if isinstance(target, TreeFacts) and checkpoint.kind == "neox" else ()
+    risky = [refusal.key for refusal in refusals(checkpoint, (), known)]
+    return [*config_options(checkpoint), *(w for key in risky for w in ("--ignore-key", key))]
+
+
 def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> str:
-    """The command that mends a checkpoint for a target, in a folder beside it."""
+    """The command that fixes a checkpoint for a target, in a folder beside it."""
     words = ["neox-bridge", "doctor", checkpoint.path]
     if target is not None:
         words += ["--for", name_of(target)]
-    words += config_options(checkpoint)
+    words += opening_options(checkpoint, target)
     return shlex.join([*words, "--fix", new_folder(checkpoint.path, "mended"), *flags])
 
 
@@ -75,4 +88,4 @@ def convert_command(checkpoint: Checkpoint, target: Target) -> str:
     other = "hf" if checkpoint.kind == "neox" else "neox"
     written = new_folder(checkpoint.path, other)
     words = ["neox-bridge", "convert", checkpoint.path, written, "--for", name_of(target)]
-    return shlex.join([*words, *config_options(checkpoint)])
+    return shlex.join([*words, *opening_options(checkpoint)])

@@ -178,7 +178,7 @@ class Change:
     def since(self) -> str:
         """For sentences: a hash with its date or "transformers 4.37"."""
         if isinstance(self.origin, Release):
-            return f"transformers {self.version.removesuffix('.0')}"
+            return f"transformers {'.'.join(self.version.split('.')[:2])}"
         return f"{self.commit} ({self.date})"
 
 

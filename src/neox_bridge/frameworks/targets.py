@@ -131,21 +131,28 @@ def _has(version: str, change_id: str) -> bool:
     return version_number(version) >= version_number(change_named(change_id).version)
 
 
-def has_change(target: Target, change: Change) -> bool | None:
-    """Whether a target has a change of its framework; None where a tree does not tell."""
-    if isinstance(target, TransformersFacts):
-        return _has(target.version, change.id)
+def knows(facts: TransformersFacts, change_id: str) -> bool:
+    """Whether a version of transformers has a change."""
+    return _has(facts.version, change_id)
+
+
+def has_class(facts: TransformersFacts, family: str) -> bool:
+    """Whether a version of transformers has the class of a family."""
+    since = CLASS_SINCE.get(family)
+    return since is None or version_number(facts.version) >= version_number(since)
+
+
+def has_change(tree: TreeFacts, change: Change) -> bool | None:
+    """Whether a GPT-NeoX tree has a change; None where its source does not tell."""
     if facts := change.sets.keys() - {"deepspeed"}:
         earlier = MERGED[: MERGED.index(change)]
         return all(
-            getattr(target, fact)
+            getattr(tree, fact)
             not in {facts_after(earlier[:count])[fact] for count in range(len(earlier) + 1)}
             for fact in facts
         )
     if change.adds_keys or change.removes_keys:
-        return target.keys.issuperset(change.adds_keys) and target.keys.isdisjoint(
-            change.removes_keys
-        )
+        return tree.keys.issuperset(change.adds_keys) and tree.keys.isdisjoint(change.removes_keys)
     return None
 
 
@@ -153,16 +160,6 @@ def version_number(version: str) -> tuple[int, int]:
     """(4, 48) of ``4.48.3``, to compare."""
     major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)
-
-
-def knows_attention_bias(facts: TransformersFacts) -> bool:
-    """Whether gpt_neox has ``attention_bias: false``."""
-    return _has(facts.version, "hf-attention-bias")
-
-
-def keeps_stored_head(facts: TransformersFacts) -> bool:
-    """Whether a tied model's head that differs is kept."""
-    return _has(facts.version, "hf-stored-head-kept")
 
 
 def name_of(target: Target) -> str:
