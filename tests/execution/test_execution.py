@@ -29,9 +29,9 @@ from neox_bridge.execution import (
     flushing,
     movers,
     staging,
-    tensors,
     trailing_hashes,
     transform,
+    write_tensor,
 )
 from neox_bridge.execution.context import Context, Shared
 from neox_bridge.execution.execute import execute
@@ -544,7 +544,7 @@ def test_no_crc_is_made_that_nobody_asks_for(
 
     no_kernel(monkeypatch)
     monkeypatch.setattr(movers, "crc32", crc32)
-    monkeypatch.setattr(tensors, "crc32", crc32)
+    monkeypatch.setattr(write_tensor, "crc32", crc32)
     array = noise((8, 8), "float32")
     pieces = (box(store(tmp_path / "s", array, "float32")), constant((2, 8), 0.0, (8, 0)))
     inline = OutputTensor("i", "uint8", (5,), inline=b"12345")
@@ -579,7 +579,7 @@ def test_a_file_in_use_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_failure_stops_the_others_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transform, "STEP", 64)
-    monkeypatch.setattr("neox_bridge.execution.pool._BATCH", 1)
+    monkeypatch.setattr("neox_bridge.execution.threads._BATCH", 1)
     real, calls = os.pwrite, []
 
     def slow(*args: Any) -> int:

@@ -23,7 +23,7 @@ def cast(values: "Array", dtype: "np.dtype[Any]") -> "Array":
     if (values.dtype, dtype) in ((half, brain), (brain, half), (half, to_numpy("float32"))):
         taken: Array = np.take(_table(values.dtype, dtype), values.view(np.uint16))
         return taken
-    found: Array
+    result: Array
     with np.errstate(all="ignore"):
         if (values.dtype, dtype) == (to_numpy("float32"), half):
             return _to_half(values)
@@ -31,8 +31,8 @@ def cast(values: "Array", dtype: "np.dtype[Any]") -> "Array":
             values = values.astype(np.float32)
         elif dtype == brain and values.dtype == np.float64:
             values = _to_odd(values)  # ml_dtypes goes through float32, which would round twice
-        found = values.astype(dtype)
-    return found
+        result = values.astype(dtype)
+    return result
 
 
 @cache
@@ -45,8 +45,8 @@ def _table(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> "Array":
 
     with np.errstate(all="ignore"):
         every = np.arange(65536, dtype=np.uint16).view(source)
-        found: Array = every.astype(np.float32).astype(dtype)
-    return found
+        table: Array = every.astype(np.float32).astype(dtype)
+    return table
 
 
 def _to_half(values: "Array") -> "Array":
@@ -57,8 +57,8 @@ def _to_half(values: "Array") -> "Array":
     out: Array = np.empty(flat.shape, np.float16)
     for at in range(0, flat.size, _CACHED):
         out[at : at + _CACHED] = _rounded(flat[at : at + _CACHED])
-    found: Array = out.reshape(values.shape)
-    return found
+    reshaped: Array = out.reshape(values.shape)
+    return reshaped
 
 
 def _rounded(values: "Array") -> "Array":
@@ -86,8 +86,8 @@ def _rounded(values: "Array") -> "Array":
     half[small] = lifted.view(word) - word(0x3F000000)
     np.right_shift(bits, word(16), out=out)
     half |= out.astype(np.uint16) & np.uint16(0x8000)
-    found: Array = half.view(np.float16)
-    return found
+    rounded: Array = half.view(np.float16)
+    return rounded
 
 
 def _to_odd(values: "Array") -> "Array":

@@ -27,9 +27,9 @@ def hash_file(path: str, name: HashName, check: "Callable[[], None]" = lambda: N
     """The hash of a file's bytes in hexadecimal. check: called now and then, to stop early."""
     if is_url(path):
         return _hash_object(path, name, check)
-    found = hasher(name)
-    hash_range(found, path, 0, None, check)
-    return str(found.hexdigest())
+    state = hasher(name)
+    hash_range(state, path, 0, None, check)
+    return str(state.hexdigest())
 
 
 def hash_range(
@@ -66,12 +66,12 @@ def hash_bytes(data: "bytes | memoryview", name: HashName | None) -> str | None:
 def _hash_object(url: str, name: HashName, check: "Callable[[], None]") -> str:
     from neox_bridge.stores.ranges import Ranges
 
-    found, ranges, at = hasher(name), Ranges(), 0
+    state, ranges, at = hasher(name), Ranges(), 0
     try:
         while data := ranges.get(url, at)[1]:
             check()
-            found.update(data)
+            state.update(data)
             at += len(data)
     finally:
         ranges.close()
-    return str(found.hexdigest())
+    return str(state.hexdigest())

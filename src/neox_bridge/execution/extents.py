@@ -19,7 +19,7 @@ _BTRFS = 0x8400941F  # BTRFS_IOC_FS_INFO
 _ARGUMENT = 1024  # bytes, the most of the structures that these three fill
 
 Extent = tuple[int, int, int, int]  # from where in the file, place on the disk, bytes, flags
-Run = tuple[int, int, int]  # from where in the range, place on the disk, bytes
+BlockRun = tuple[int, int, int]  # from where in the range, place on the disk, bytes
 
 
 def same_blocks(one: int, start: int, other: int, to: int, size: int) -> bool:
@@ -68,25 +68,25 @@ def extents(fd: int, start: int, size: int) -> Iterator[Extent]:
         if not count:
             return
         for number in range(count):
-            found = _EXTENT.unpack_from(answer, _QUERY.size + number * _EXTENT.size)
-            yield found
-            at = found[0] + found[2]
+            extent = _EXTENT.unpack_from(answer, _QUERY.size + number * _EXTENT.size)
+            yield extent
+            at = extent[0] + extent[2]
 
 
-def _runs(fd: int, start: int, size: int) -> list[Run] | None:
+def _runs(fd: int, start: int, size: int) -> list[BlockRun] | None:
     """Where a range lies, what follows on the disk in one; None where a part has no such place."""
-    found: list[Run] = []
+    runs: list[BlockRun] = []
     at, end = start, start + size
     for low, place, length, flags in extents(fd, start, size):
         if flags & ~_PLAIN != SHARED or low > at or low + length <= at:
             return None
         place, length = place + at - low, min(low + length, end) - at
-        if found and found[-1][1] + found[-1][2] == place:
-            before, place, more = found.pop()
-            found.append((before, place, more + length))
+        if runs and runs[-1][1] + runs[-1][2] == place:
+            before, place, more = runs.pop()
+            runs.append((before, place, more + length))
         else:
-            found.append((at - start, place, length))
+            runs.append((at - start, place, length))
         at += length
         if at == end:
-            return found
+            return runs
     return None

@@ -111,12 +111,12 @@ def identities(paths: Collection[str]) -> dict[str, Identity]:
 
     Raises BridgeError for one that is gone.
     """
-    found: dict[str, Identity] = {path: _identity(path) for path in paths if not is_url(path)}
+    known: dict[str, Identity] = {path: _identity(path) for path in paths if not is_url(path)}
     if urls := [path for path in paths if is_url(path)]:
         from neox_bridge.stores.objects import look_all
 
-        found |= {url: (object_.size, object_.tag) for url, object_ in look_all(urls).items()}
-    return found
+        known |= {url: (object_.size, object_.tag) for url, object_ in look_all(urls).items()}
+    return known
 
 
 def check_same(before: dict[str, Identity]) -> None:

@@ -222,12 +222,12 @@ def _read(work: Work) -> Moves | None:
     """What ``_write`` wrote; names that lead elsewhere don't count."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         with open(work.moves, encoding="utf-8") as file:
-            told: dict[str, Any] = json.load(file)
-        beside, retired = tuple(map(str, told["beside"])), tuple(map(str, told["retired"]))
-        step = told["step"]
+            entry: dict[str, Any] = json.load(file)
+        beside, retired = tuple(map(str, entry["beside"])), tuple(map(str, entry["retired"]))
+        step = entry["step"]
         names = (*beside, *retired)
         fits = step is None or _STEP.fullmatch(step)
         if fits and all(os.path.basename(name) == name not in ("", ".", "..") for name in names):
-            device, inode = map(int, told["folder"])
-            return Moves(step, bool(told["replace"]), (device, inode), beside, retired)
+            device, inode = map(int, entry["folder"])
+            return Moves(step, bool(entry["replace"]), (device, inode), beside, retired)
     return None

@@ -127,15 +127,15 @@ def _clone(
     low, high = whole_blocks(start, to, size)
     if low == high or sys.platform != "linux":
         return 0, 0
-    own = os.fstat(target)
-    disks = os.fstat(fd).st_dev, own.st_dev
+    status = os.fstat(target)
+    disks = os.fstat(fd).st_dev, status.st_dev
     if context.sharing.get(disks) is False:
         return 0, 0
     argument = _RANGE.pack(fd, start + low, high - low, to + low)
     if not _ask_to_clone(target, argument, disks, context):
         return 0, 0
     part = Shared(to + low, high - low, source, start + low)
-    context.share((own.st_dev, own.st_ino), part)
+    context.share((status.st_dev, status.st_ino), part)
     return low, high
 
 

@@ -20,11 +20,11 @@ from neox_bridge.execution.digests import HashName, hash_bytes
 from neox_bridge.execution.install import LATEST, RootFiles
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.movers import move
-from neox_bridge.execution.pool import Task, run_all
 from neox_bridge.execution.sink import Check, Job
 from neox_bridge.execution.staging import holds_others, kept_files
 from neox_bridge.execution.streams import Stream
-from neox_bridge.execution.tensors import fill_tensor
+from neox_bridge.execution.threads import Task, run_all
+from neox_bridge.execution.write_tensor import fill_tensor
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.known_files import foreign_objects

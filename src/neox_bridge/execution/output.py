@@ -12,10 +12,10 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_bytes
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.movers import SEND, move, send, write
-from neox_bridge.execution.pool import Task, followed, run_all
 from neox_bridge.execution.reserving import reserve
-from neox_bridge.execution.tensors import fill_tensor, write_tensor
+from neox_bridge.execution.threads import Task, followed, run_all
 from neox_bridge.execution.trailing_hashes import Trail
+from neox_bridge.execution.write_tensor import fill_tensor, write_tensor
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 

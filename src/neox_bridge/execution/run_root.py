@@ -99,10 +99,10 @@ def _unlike(plan: Plan, model: Checkpoint) -> list[str]:
         return []
     rows = model.vocab_rows
     old = identity_of(model.architecture.name, model.config, rows)
-    found = differences(old, plan.model)
-    if not found and not _same_vocabulary(plan, model.tokenizer):
-        found = ["another tokenizer"]
-    return found
+    reasons = differences(old, plan.model)
+    if not reasons and not _same_vocabulary(plan, model.tokenizer):
+        reasons = ["another tokenizer"]
+    return reasons
 
 
 def _same_vocabulary(plan: Plan, existing: Sequence[str]) -> bool:
@@ -210,7 +210,7 @@ def _contradictions(plan: Plan, old: str, new: bytes, *, whole: bool = True) -> 
 
 def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
     """Start-up ymls of other commands that ``latest`` no longer fits."""
-    found = []
+    findings = []
     planned = next((f for f in plan.files if f.path in _STARTS), None)
     for name in _STARTS:
         same_latest = planned is not None and (name in _UNIVERSAL) == (planned.path in _UNIVERSAL)
@@ -218,7 +218,7 @@ def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
             continue
         path = os.path.join(run.path, name)
         if keys := _contradictions(plan, path, _bytes(planned), whole=False):
-            found.append(
+            findings.append(
                 Finding(
                     "start-yml-outdated",
                     "warning",
@@ -226,7 +226,7 @@ def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
                     f"start from {planned.path}, or take these keys over",
                 )
             )
-    return found
+    return findings
 
 
 def _add_tokenizer(

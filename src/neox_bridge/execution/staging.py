@@ -120,13 +120,13 @@ def staged(target: str, size: int) -> Iterator[Work]:
     """
     real = os.path.realpath(target)
     work = work_of(real)
-    made: list[str] = []
+    new_folders: list[str] = []
     try:
-        _make(os.path.dirname(real), made)
+        _make(os.path.dirname(real), new_folders)
         with locked(work, target):
             try:
                 yield work
-                for path in made:
+                for path in new_folders:
                     flush(os.path.dirname(path))
             except Unverified as error:
                 aside = set_aside(work.files, real, "unverified")
@@ -152,7 +152,7 @@ def staged(target: str, size: int) -> Iterator[Work]:
             raise
         raise _explained(error, target, size, "") from error
     finally:
-        for path in reversed(made):  # those that are still empty
+        for path in reversed(new_folders):  # those that are still empty
             with contextlib.suppress(OSError):
                 os.rmdir(path)
 
@@ -268,8 +268,8 @@ def _nearest(path: str) -> str:
     return path
 
 
-def _make(path: str, made: list[str]) -> None:
-    """Make the folders that lack, from the top, and add each to ``made``."""
+def _make(path: str, new_folders: list[str]) -> None:
+    """Make the folders that lack, from the top, and add each to ``new_folders``."""
     lacking = []
     while not os.path.isdir(path):
         lacking.append(path)
@@ -277,4 +277,4 @@ def _make(path: str, made: list[str]) -> None:
     for folder in reversed(lacking):
         with contextlib.suppress(FileExistsError):  # somebody else's, made meanwhile
             os.mkdir(folder)
-            made.append(folder)
+            new_folders.append(folder)

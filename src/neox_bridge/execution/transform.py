@@ -49,8 +49,8 @@ def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "I
     rounded = 0
     by_power_of_two = _by_power_of_two(tensor)
     reduced = tensor.reduce != "none"
-    made = _reduced(tensor, context) if reduced else _assembled(tensor, context, lost, reuse)
-    for values in made:
+    blocks_made = _reduced(tensor, context) if reduced else _assembled(tensor, context, lost, reuse)
+    for values in blocks_made:
         if tensor.divisor != 1:
             values = values.astype(np.float64) / tensor.divisor
         out = _counted(values, to_numpy(tensor.dtype), lost)
@@ -138,8 +138,8 @@ def load(
                 raise ended_early(ref.file, extent) from None
             except OSError as error:
                 raise unreadable(ref.file, error) from None
-    found: Array = np.ndarray(shape, dtype, data, at, steps)
-    return found
+    box: Array = np.ndarray(shape, dtype, data, at, steps)
+    return box
 
 
 def piece_values(
@@ -350,8 +350,8 @@ def _equal(
     import numpy as np
 
     context.check()
-    if known is not None and (found := _small(tensor, other, context)) is not None:
-        return found == known
+    if known is not None and (data := _small(tensor, other, context)) is not None:
+        return data == known
     first = _values(tensor, tensor.pieces[0], context)
     pairs = zip(first, _values(tensor, other, context), strict=True)
     return all(a.dtype == b.dtype and np.array_equal(_bits(a), _bits(b)) for a, b in pairs)
@@ -363,8 +363,8 @@ def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool
     context.check()
     piece = replace(piece, scale=1.0)  # which changes neither zeros nor signs
     zero = element(piece.source.dtype if piece.source is not None else tensor.dtype, -0.0)
-    if (found := _small(tensor, piece, context)) is not None:
-        return found[1] == zero * (len(found[1]) // len(zero))
+    if (data := _small(tensor, piece, context)) is not None:
+        return data[1] == zero * (len(data[1]) // len(zero))
     bits = np.frombuffer(zero, np.uint8)
     return all(
         (_bits(values).reshape(-1, len(zero)) == bits).all()

@@ -32,9 +32,9 @@ class _Last:
 
 def followed(tasks: Iterable[Task], then: Callable[[], None]) -> list[Task]:
     """The tasks, the last of which to end calls ``then``; or that alone where there are none."""
-    found = list(tasks)
-    last = _Last(len(found), then)
-    return [(size, partial(last.run, task)) for size, task in found] or [(0, then)]
+    listed = list(tasks)
+    last = _Last(len(listed), then)
+    return [(size, partial(last.run, task)) for size, task in listed] or [(0, then)]
 
 
 def run_all(tasks: Iterable[Task], workers: int, context: Context) -> None:

@@ -17,7 +17,7 @@ from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputTensor, Piece, Whole, byte_range, cut
 
 _TOGETHER = 8 << 20  # bytes
-Run = tuple[str, int, int, int]  # file, offset in it, offset in the tensor, bytes
+ByteRun = tuple[str, int, int, int]  # file, offset in it, offset in the tensor, bytes
 Band = tuple[int, int, list[Piece]]  # first row, last row, the pieces that fill these rows
 
 
@@ -113,7 +113,7 @@ def _hole(size: int, context: Context, crc: int | None) -> int | None:
     return crc
 
 
-def _run(tensor: OutputTensor, piece: Piece) -> Run | None:
+def _run(tensor: OutputTensor, piece: Piece) -> ByteRun | None:
     """The run of source bytes that a piece is, unless numpy has to make it."""
     if piece.source is None or piece.source.dtype != tensor.dtype:
         return None
@@ -121,7 +121,7 @@ def _run(tensor: OutputTensor, piece: Piece) -> Run | None:
     return span and (piece.source.file, *span)
 
 
-def _parts(tensor: OutputTensor) -> Iterator[Run | int | OutputTensor]:
+def _parts(tensor: OutputTensor) -> Iterator[ByteRun | int | OutputTensor]:
     """Runs of source bytes, holes of so many bytes, and tensors for numpy, in the file's order."""
     runs = [run for piece in tensor.pieces if (run := _run(tensor, piece)) is not None]
     if len(runs) == len(tensor.pieces):
@@ -150,7 +150,7 @@ def _parts(tensor: OutputTensor) -> Iterator[Run | int | OutputTensor]:
         yield replace(tensor, shape=shape, pieces=pieces, offset=tensor.offset + low * row)
 
 
-def _kind(tensor: OutputTensor, band: Band, row: int) -> Run | int | None:
+def _kind(tensor: OutputTensor, band: Band, row: int) -> ByteRun | int | None:
     low, high, pieces = band
     if len(pieces) > 1:
         return None
