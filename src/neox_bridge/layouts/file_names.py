@@ -11,6 +11,21 @@ ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 
 
+def layer_file(layer: int, rank: int) -> str:
+    """The name of a layer's file of a tensor-parallel rank."""
+    return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+
+
+def rank_file(number: int) -> str:
+    """The name of an mp_rank file; number: stage x tensor-parallel size + rank."""
+    return f"mp_rank_{number:02d}_model_states.pt"
+
+
+def states_file(rank: int, number: int) -> str:
+    """The name of a file of optimizer states. rank: data-parallel. number: of the mp_rank file."""
+    return f"zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
+
+
 def is_weights(name: str) -> bool:
     """Whether a file of this name holds weights: a layer's, or a rank's."""
     return LAYER.fullmatch(name) is not None or RANK.fullmatch(name) is not None

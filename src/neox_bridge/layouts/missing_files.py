@@ -8,7 +8,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import NeoxState
-from neox_bridge.layouts.file_names import OPTIMIZER, RANK
+from neox_bridge.layouts.file_names import OPTIMIZER, RANK, rank_file, states_file
 from neox_bridge.wording import some
 
 _MOST_RANKS = 1 << 30
@@ -41,7 +41,7 @@ def missing_ranks(names: Sequence[str], meta: Mapping[str, Any]) -> tuple[str, .
         states = [int(match[3]) for name in names if (match := OPTIMIZER.fullmatch(name))]
         count = max(states, default=-1) + 1
     absent = (number for number in range(count) if number not in present)
-    return tuple(f"mp_rank_{n:02d}_model_states.pt" for n in islice(absent, _SHOWN + 1))
+    return tuple(map(rank_file, islice(absent, _SHOWN + 1)))
 
 
 def missing_ranks_finding(folder: str, missing: Sequence[str]) -> Finding:
@@ -96,7 +96,7 @@ def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[li
     places = ((rank, number) for rank in range(dp) for number in range(model_parallel))
     absent = (place for place in places if place not in by_rank)
     if missing := list(islice(absent, _SHOWN)):
-        names = [f"zero_pp_rank_{d}_mp_rank_{n:02d}_optim_states.pt" for d, n in missing]
+        names = [states_file(*place) for place in missing]
         count = dp * model_parallel - sum(d < dp and n < model_parallel for d, n in by_rank)
         more = f" and {count - len(names)} more" if count > len(names) else ""
         raise BridgeError(

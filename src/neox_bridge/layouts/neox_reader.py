@@ -28,7 +28,14 @@ from neox_bridge.layouts.config_files import (
     skipped_finding,
 )
 from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
-from neox_bridge.layouts.file_names import LAYER, RANK, ZERO3, optimizer_files
+from neox_bridge.layouts.file_names import (
+    LAYER,
+    RANK,
+    ZERO3,
+    layer_file,
+    optimizer_files,
+    rank_file,
+)
 from neox_bridge.layouts.folder_kinds import refuse_deepspeed
 from neox_bridge.layouts.gqa import rms_epsilon, told_order, unknown_order
 from neox_bridge.layouts.hub_cache import revision_of
@@ -347,7 +354,7 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     if raw.get("no_weight_tying"):
         want.add(layers + 4)
     lacking = (
-        f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+        layer_file(layer, rank)
         for layer in sorted(want)
         for rank in range(tp)
         if (layer, rank) not in layer_files
@@ -386,7 +393,7 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     args = settings(first, folder)
     tp = max(max(rank_files) + 1, whole(args, "model_parallel_size", folder) or 1)
     _check_count(folder, f"{tp} ranks", tp, len(rank_files))
-    if missing := [f"mp_rank_{r:02d}_model_states.pt" for r in range(tp) if r not in rank_files]:
+    if missing := [rank_file(r) for r in range(tp) if r not in rank_files]:
         raise BridgeError(
             f"{folder} isn't whole: {some(missing)} missing, of {tp} tensor-parallel ranks. "
             "Copy the checkpoint again."

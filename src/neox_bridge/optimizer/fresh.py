@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
@@ -14,9 +14,9 @@ from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.read_stage0 import grouped
 from neox_bridge.optimizer.states import DEEPSPEED, Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
-from neox_bridge.planning.neox_files import RankLayout, rank_parameters
+from neox_bridge.planning.neox_files import NeoxModel, RankLayout, rank_parameters
 from neox_bridge.tensors.geometry import constant
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -52,20 +52,13 @@ class Fresh:
             )
 
 
-def fresh(
-    architecture: Architecture,
-    config: ModelConfig,
-    wholes: Mapping[str, Whole],
-    layout: RankLayout,
-    training: Mapping[str, Any],
-    iteration: int,
-    dp: int,
-) -> Fresh:
-    """The optimizer for a target. wholes: its tensors, in the source's dtype.
+def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int) -> Fresh:
+    """The optimizer for a target. model: with its tensors in the source's dtype.
 
     training: the yml's keys. Raises Refused for an optimizer that isn't Adam, and for what has
     another order of parameters.
     """
+    architecture, config, layout = model.architecture, model.config, model.layout
     adam = training.get("optimizer") or {}
     if str(adam.get("type", "adam")).lower() not in ("adam", "cpu_adam", "cpu_torch_adam"):
         raise Refused(
@@ -79,8 +72,7 @@ def fresh(
         )
     params = adam.get("params") or {}
     schedule = schedule_of(training, float(params.get("lr", 1e-5)), iteration)
-    plain = replace(config, dtype="float32")
-    by_rank = [_states(architecture, plain, wholes, layout, rank) for rank in range(layout.tp)]
+    by_rank = [_states(model, rank) for rank in range(layout.tp)]
     parameters = by_rank[0][MASTER].items()
     bounds = stages_of(
         architecture,
@@ -164,16 +156,11 @@ def learning_rate(schedule: Mapping[str, Any]) -> float:
     return max(rate, low)
 
 
-def _states(
-    architecture: Architecture,
-    config: ModelConfig,
-    wholes: Mapping[str, Whole],
-    layout: RankLayout,
-    rank: int,
-) -> dict[str, dict[Parameter, OutputTensor]]:
+def _states(model: NeoxModel, rank: int) -> dict[str, dict[Parameter, OutputTensor]]:
     """One rank's masters and moments."""
-    masters = {name: replace(whole, dtype="float32") for name, whole in wholes.items()}
-    rank_masters = rank_parameters(architecture, config, masters, layout, rank)
+    wholes = {name: replace(whole, dtype="float32") for name, whole in model.wholes.items()}
+    config = replace(model.config, dtype="float32")
+    rank_masters = rank_parameters(replace(model, config=config, wholes=wholes), rank)
     zeros = {
         place: OutputTensor(t.name, "float32", t.shape, (constant(t.shape, 0.0),))
         for place, t in rank_masters.items()

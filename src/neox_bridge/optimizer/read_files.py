@@ -13,6 +13,7 @@ from neox_bridge.layouts.deepspeed_values import (
     check_meta,
     check_settings,
 )
+from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks, told_ranks
 from neox_bridge.optimizer.states import Group, Optimizer, Scalar
 from neox_bridge.stores.paths import ahead, read_at
@@ -30,7 +31,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
     folder = state.folder
     refuse_missing_ranks(state)
     count = state.tp * max(1, state.pp)
-    paths = [os.path.join(folder, f"mp_rank_{n:02d}_model_states.pt") for n in range(count)]
+    paths = [os.path.join(folder, rank_file(n)) for n in range(count)]
     check_settings(checkpoint.raw, folder)
     metas = tuple(map(_meta, ahead(paths)))
     if state.te:

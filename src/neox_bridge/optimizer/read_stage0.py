@@ -20,6 +20,7 @@ from neox_bridge.layouts.deepspeed_values import (
     parameter_groups,
     states_of,
 )
+from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.layouts.untrusted import mapping, sequence
 from neox_bridge.optimizer.pipeline_stages import stages_of
@@ -44,7 +45,7 @@ def read_stage0(
     bounds = source_bounds(checkpoint)
     for number, meta in enumerate(metas):
         stage, rank = divmod(number, state.tp)
-        path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
+        path = f"{folder}/{rank_file(number)}"
         named = stored_parameters(checkpoint, bounds[stage], rank)
         head = mapping(meta, "optimizer", path)
         inner = head.get("optimizer_state_dict")

@@ -8,6 +8,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.deepspeed_values import check_head, parameter_groups
+from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal import by_rank, parameter_shapes, stored_states
 from neox_bridge.layouts.universal_folder import MASTER, STATE, STEP, ZERO, Parameter, parameter
@@ -35,7 +36,7 @@ def read_universal(
         shapes = parameter_shapes(meta, folder)
         if len(shapes) != len(groups):
             raise BridgeError(
-                f"{folder}/mp_rank_{number:02d}_model_states.pt has {len(shapes)} parameter groups "
+                f"{folder}/{rank_file(number)} has {len(shapes)} parameter groups "
                 f"and {path} {len(groups)}. Are they of one save?"
             )
         members |= {name: index for index, group in enumerate(shapes) for name in group}

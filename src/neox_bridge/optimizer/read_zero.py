@@ -13,6 +13,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.formats.pickles import Record
 from neox_bridge.frameworks.deepspeed import deals_out_parameters
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.universal_folder import Parameter, parameter
 from neox_bridge.layouts.untrusted import mapping, text, unexpected
 from neox_bridge.optimizer.derived_settings import DerivedSettings, derived_settings
@@ -72,7 +73,7 @@ def read_zero(
     order: ParameterOrder | None = None
     derivation: DerivedSettings | None = None
     for number, (meta, paths) in enumerate(zip(metas, files, strict=True)):
-        meta_path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
+        meta_path = f"{folder}/{rank_file(number)}"
         values = _read_ranks(paths)
         ranks = [rank_states(value, len(paths), path) for path, value in values]
         if first is None:
@@ -171,7 +172,7 @@ def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) ->
 def _no_list(path: str, number: int) -> Refused:
     """DeepSpeed 0.5.4 to 0.5.10 kept ``param_shapes`` beside the states (dd0c8fa7, 135a6256)."""
     return Refused(
-        f"{path} and mp_rank_{number:02d}_model_states.pt beside it hold no list param_shapes, so "
+        f"{path} and {rank_file(number)} beside it hold no list param_shapes, so "
         "its flat partitions cannot be divided into parameters. DeepSpeed saves the list since "
         "0.5.4 (2021): copy the checkpoint again."
     )

@@ -12,6 +12,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.setting_defaults import COLUMN, OUTPUT_LAYER
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
+from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.origin import origin_settings
 from neox_bridge.layouts.text_files import dump_json
@@ -35,13 +36,19 @@ from neox_bridge.optimizer.v1_form import (
     v1_files,
 )
 from neox_bridge.optimizer.write_stage0 import Stage0, stage0
-from neox_bridge.optimizer.write_universal import Universal, universal, universal_files
+from neox_bridge.optimizer.write_universal import universal, universal_files
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
 from neox_bridge.optimizer.zero_stage import at_stage
 from neox_bridge.planning.common import text_file, tokenizer_outputs, with_vocabulary_rows
 from neox_bridge.planning.drifted import with_drifted_biases
 from neox_bridge.planning.model_identity import identity_of
-from neox_bridge.planning.neox_files import Metadata, mp_rank_file, rank_parameters, weight_files
+from neox_bridge.planning.neox_files import (
+    Metadata,
+    NeoxModel,
+    mp_rank_file,
+    rank_parameters,
+    weight_files,
+)
 from neox_bridge.planning.neox_yml import in_yml, resume_yml, unnameable, unnameable_finding
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record, source_summary
@@ -81,11 +88,14 @@ def plan_reshard(
         for key, wholes in (given or states(checkpoint, optimizer)).items()
     }
     optimizer = with_target_names(checkpoint, optimizer, target)
-    groups = _groups(checkpoint, optimizer, target, moved)
+    model = NeoxModel(checkpoint.architecture, target.config, weights, target.layout)
+    groups = _groups(optimizer, target, model, moved)
     sources = Sources(optimizer.metas, state.tp, optimizer.generators)
     architecture, step = checkpoint.architecture, target.step
     changed = _changed(target)
-    whole = _universal(checkpoint, optimizer, target, moved) if target.universal else None
+    whole = None
+    if target.universal:
+        whole = universal(model, moved, {p: _named(target, p) for p in optimizer.members})
     inside = {
         stage * target.layout.tp + rank: stage0(optimizer, rank_groups)
         for (stage, rank), rank_groups in groups.items()
@@ -96,7 +106,7 @@ def plan_reshard(
     if target.layout.predates_deepspeed_06:
         metadata = partial(_v1_metadata, checkpoint, sources, target)
     parts = {
-        f"{step}/mp_rank_{number:02d}_model_states.pt": tensor_parts
+        f"{step}/{rank_file(number)}": tensor_parts
         for number, (_, _, tensor_parts) in inside.items()
     }
     if whole is not None:
@@ -104,7 +114,7 @@ def plan_reshard(
         files = [mp_rank_file(step, number, metadata) for number in range(count)]
         files += universal_files(step, whole, optimizer, target.dp, target.zero)
     else:
-        planned = weight_files(step, architecture, target.config, weights, target.layout, metadata)
+        planned = weight_files(step, model, metadata)
         files = [put(file, parts.get(file.path, {})) for file in planned]
         if target.layout.predates_deepspeed_06:
             files += _v1_files(step, optimizer, target, groups)
@@ -151,26 +161,19 @@ def plan_reshard(
 
 
 def _groups(
-    checkpoint: Checkpoint,
-    optimizer: Optimizer,
-    target: Target,
-    moved: Mapping[str, Mapping[str, Whole]],
+    optimizer: Optimizer, target: Target, model: NeoxModel, moved: Mapping[str, Mapping[str, Whole]]
 ) -> dict[tuple[int, int], list[RankGroup]]:
     """What each stage and tensor-parallel rank has of each parameter group."""
     rank_groups = {}
-    config = replace(target.config, dtype="float32")
-    for rank in range(target.layout.tp):
-        by_state = {
-            key: rank_parameters(
-                checkpoint.architecture,
-                config,
-                wholes,
-                # the moments of a bias that ranks add up are the same on every rank
-                target.layout if key == MASTER else replace(target.layout, row_bias="replicated"),
-                rank,
-            )
-            for key, wholes in moved.items()
-        }
+    plain = replace(model, config=replace(model.config, dtype="float32"))
+    # the moments of a bias that ranks add up are the same on every rank
+    alike = replace(model.layout, row_bias="replicated")
+    models = {
+        key: replace(plain, wholes=wholes, layout=model.layout if key == MASTER else alike)
+        for key, wholes in moved.items()
+    }
+    for rank in range(model.layout.tp):
+        by_state = {key: rank_parameters(one, rank) for key, one in models.items()}
         for stage, layers in enumerate(target.bounds):
             rank_groups[stage, rank] = list(_rank_groups(optimizer, target, layers, by_state))
     return rank_groups
@@ -206,16 +209,6 @@ def with_target_names(checkpoint: Checkpoint, optimizer: Optimizer, target: Targ
     sources = target_parameters(checkpoint, optimizer, target.layout)
     members = {name: optimizer.members[source] for name, source in sources.items()}
     return replace(optimizer, members=members)
-
-
-def _universal(
-    checkpoint: Checkpoint,
-    optimizer: Optimizer,
-    target: Target,
-    moved: Mapping[str, Mapping[str, Whole]],
-) -> Universal:
-    names = {p: _named(target, p) for p in optimizer.members}
-    return universal(checkpoint.architecture, target.config, moved, target.layout, names)
 
 
 def _tied_head(target: Target, layers: range, parameter: Parameter) -> bool:

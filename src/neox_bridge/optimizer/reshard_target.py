@@ -24,7 +24,7 @@ from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.era_settings import EraSettings, era_settings
-from neox_bridge.planning.neox_files import RankLayout, rank_parameters
+from neox_bridge.planning.neox_files import NeoxModel, RankLayout, rank_parameters
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.to_neox import target_layout
 from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
@@ -212,7 +212,8 @@ def _stages(checkpoint: Checkpoint, layout: RankLayout, config: ModelConfig) -> 
 
     def shapes() -> Iterator[tuple[int, tuple[int, ...]]]:
         wholes = with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors)
-        parameters = rank_parameters(checkpoint.architecture, config, wholes, layout, 0)
+        model = NeoxModel(checkpoint.architecture, config, wholes, layout)
+        parameters = rank_parameters(model, 0)
         return ((layer, tensor.shape) for (layer, _), tensor in parameters.items())
 
     return stages_of(checkpoint.architecture, config, checkpoint.raw, layout.stages, shapes)

@@ -18,6 +18,7 @@ from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.frameworks.deepspeed import SUB_PARTITIONS
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.file_names import states_file
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import mapping, whole
 from neox_bridge.optimizer.derived_settings import derived_settings
@@ -241,5 +242,5 @@ def v1_files(
             },
             "param_shapes": param_shapes,
         }
-        path = f"{folder}/zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
+        path = f"{folder}/{states_file(rank, number)}"
         yield put(layout_pt(path, value, tensors), parts)

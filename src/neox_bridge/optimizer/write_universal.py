@@ -17,7 +17,7 @@ from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.universal_folder import MASTER, STATE, STEP, ZERO, Parameter, file_name
 from neox_bridge.optimizer.states import Optimizer, Scalar
 from neox_bridge.optimizer.write_zero import whole_head
-from neox_bridge.planning.neox_files import RankLayout, parameter_rows, rank_parameters
+from neox_bridge.planning.neox_files import NeoxModel, RankLayout, parameter_rows, rank_parameters
 from neox_bridge.tensors.fragments import cut_reductions
 from neox_bridge.tensors.geometry import Split
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
@@ -100,26 +100,31 @@ _PATTERNS = {
 
 
 def universal(
-    architecture: Architecture,
-    config: ModelConfig,
+    model: NeoxModel,
     wholes: Mapping[str, Mapping[str, Whole]],
-    layout: RankLayout,
     names: Mapping[Parameter, str],
 ) -> Universal:
-    """The parameters whole. wholes: the model's tensors by state, and by Hugging Face name.
+    """The parameters whole.
 
     A bias that ranks add up is a part of the sum, the same for each of the target's ranks: at load
     DeepSpeed gives every rank what is stored.
+
+    Args:
+        model: Of the target. Its own tensors are not used.
+        wholes: The model's tensors by state, and by Hugging Face name.
+        names: DeepSpeed's of the parameters, in the order of GPT-NeoX's modules.
     """
-    plain = replace(config, dtype="float32")
-    one, splits = replace(layout, tp=1), splits_of(architecture, config, layout)
+    config, layout = model.config, model.layout
+    plain = replace(model, config=replace(config, dtype="float32"))
+    splits = splits_of(model.architecture, config, layout)
     states = {}
     for key, tensors in wholes.items():
-        parameters = rank_parameters(architecture, plain, tensors, one, 0)
+        one = replace(plain, wholes=tensors, layout=replace(layout, tp=1))
+        parameters = rank_parameters(one, 0)
         if key == MASTER:
             bare = {name: replace(whole, shards=(), parts=()) for name, whole in tensors.items()}
             each = replace(layout, row_bias="split" if config.parallel_residual else "replicated")
-            parts = rank_parameters(architecture, plain, bare, each, 0)
+            parts = rank_parameters(replace(plain, wholes=bare, layout=each), 0)
             parameters |= {p: parts[p] for p in names if splits[p] == "row_bias"}
         states[key] = {p: parameters[p] for p in names}
     return Universal(states, {p: splits[p] for p in names}, names, config, layout)

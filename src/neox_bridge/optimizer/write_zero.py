@@ -12,6 +12,7 @@ from typing import Any
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
+from neox_bridge.layouts.file_names import states_file
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.states import Group, Optimizer, Scalar
 from neox_bridge.tensors.flat import Flat
@@ -89,7 +90,7 @@ def zero_files(
             "optimizer_state_dict": _head(optimizer, stage, base, masters, paddings, mappings, dp),
             **outer,
         }
-        path = f"{folder}/{prefix}zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
+        path = f"{folder}/{prefix}{states_file(rank, number)}"
         yield put(layout_pt(path, value, tensors), parts)
 
 

@@ -19,10 +19,12 @@ from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.module_order import in_module_order
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.derived_values import inv_freq_bytes
+from neox_bridge.layouts.file_names import layer_file, rank_file
 from neox_bridge.layouts.transformer_engine import BOTH, te_name
+from neox_bridge.layouts.universal_folder import Parameter
 from neox_bridge.planning import random_states, transformer_engine
 from neox_bridge.tensors.fused import GqaOrder, scatter_parts
-from neox_bridge.tensors.geometry import constant, scatter
+from neox_bridge.tensors.geometry import Split, constant, scatter
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 from neox_bridge.version import __version__
 
@@ -74,7 +76,7 @@ SEED = 1234  # GPT-NeoX's default
 # of an mp_rank file's number and module (None where layers have files of their own): its value,
 # and the tensors of it beside the module's
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
-Groups = dict[tuple[int, str], list[Row]]  # by GPT-NeoX's number of the layer and name in it
+Groups = dict[Parameter, list[Row]]
 Pickles = dict[object, tuple[bytes, Sequence[str]]]
 
 
@@ -114,50 +116,49 @@ class RankLayout:
         return self.mlp_names == "dense"
 
 
+@dataclass(frozen=True)
+class NeoxModel:
+    """A model as a GPT-NeoX target holds it.
+
+    wholes: by Hugging Face name, with the vocabulary's rows and the dtype of the target.
+    """
+
+    architecture: Architecture
+    config: ModelConfig
+    wholes: Mapping[str, Whole]
+    layout: RankLayout
+
+
 def weight_files(
-    folder: str,
-    architecture: Architecture,
-    config: ModelConfig,
-    wholes: Mapping[str, Whole],
-    layout: RankLayout,
-    metadata: Metadata,
-    *,
-    alike: bool = False,
+    folder: str, model: NeoxModel, metadata: Metadata, *, alike: bool = False
 ) -> Iterator[OutputFile]:
     """Every ``.pt`` file of the folder: one a layer and rank, or one a rank, and the metadata.
 
-    wholes: by Hugging Face name, with the vocabulary's rows and the dtype of the target.
     alike: whether the metadata of all numbers is the same value, but for its module.
     """
-    present = [
-        row
-        for row in table_rows(architecture, config.layers)
-        if row.weight.is_in(config)
-        if row.weight.split != "derived" or layout.inv_freq == "store"
-    ]
-    groups = _grouped(present, layout)
+    layout = model.layout
+    rows = table_rows(model.architecture, model.config.layers)
+    stored = [row for row in rows if row.weight.split != "derived" or layout.inv_freq == "store"]
+    groups = _grouped(stored, model)
     dumped: Pickles = {}
-    count = layout.stages * layout.tp
-    modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * count
+    modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * (layout.stages * layout.tp)
     if layout.name == "layers":
         layers: dict[int, Groups] = {}
-        for (layer, name), rows in groups.items():
-            layers.setdefault(layer, {})[layer, name] = rows
+        for (layer, name), parts in groups.items():
+            layers.setdefault(layer, {})[layer, name] = parts
         for layer, layer_groups in sorted(layers.items()):
             for rank in range(layout.tp):
-                tensors = _with_biases(
-                    _tensors(layer_groups, config, wholes, layout, rank), config, layout
-                )
-                path = f"{folder}/layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+                tensors = _with_biases(_tensors(layer_groups, model, rank), model)
                 value: Mapping[str, TensorSlot | None] = _state_dict(tensors, layout)
                 # save_state_dict of deepspeed/runtime/pipe/module.py made a plain dict then
                 value = dict(value) if layout.predates_deepspeed_06 else value
-                yield _laid_out(path, value, value, tensors, dumped)
+                yield _laid_out(
+                    f"{folder}/{layer_file(layer, rank)}", value, value, tensors, dumped
+                )
     else:
         modules = []
         for rank in range(layout.tp):
-            rank_tensors = _tensors(groups, config, wholes, layout, rank, numbered=True)
-            tensors = _with_biases(rank_tensors, config, layout)
+            tensors = _with_biases(_tensors(groups, model, rank, numbered=True), model)
             modules.append((_state_dict(tensors, layout), tensors))
     metas: Pickles | None = {} if alike else None
     for number, (module, tensors) in enumerate(modules):
@@ -177,7 +178,7 @@ def mp_rank_file(
     dumped: pickles of other numbers that have the same metadata.
     """
     value, states = metadata(number, module)
-    path = f"{folder}/mp_rank_{number:02d}_model_states.pt"
+    path = f"{folder}/{rank_file(number)}"
     pickles = {} if dumped is None else dumped
     return _laid_out(path, value, module or (), [*tensors, *states], pickles)
 
@@ -201,16 +202,10 @@ def _laid_out(
     return layout_pickled(path, *dumped[key], tensors)
 
 
-def rank_parameters(
-    architecture: Architecture,
-    config: ModelConfig,
-    wholes: Mapping[str, Whole],
-    layout: RankLayout,
-    rank: int,
-) -> dict[tuple[int, str], OutputTensor]:
-    """One tensor-parallel rank's parameters, by GPT-NeoX's number of the layer and name in it."""
-    groups = _grouped(parameter_rows(architecture, config), layout)
-    return dict(zip(groups, _tensors(groups, config, wholes, layout, rank), strict=True))
+def rank_parameters(model: NeoxModel, rank: int) -> dict[Parameter, OutputTensor]:
+    """One tensor-parallel rank's parameters."""
+    groups = _grouped(parameter_rows(model.architecture, model.config), model)
+    return dict(zip(groups, _tensors(groups, model, rank), strict=True))
 
 
 def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]:
@@ -219,63 +214,50 @@ def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]
     return [row for row in rows if row.weight.split != "derived" and row.weight.is_in(config)]
 
 
-def _with_biases(
-    tensors: Iterable[OutputTensor], config: ModelConfig, layout: RankLayout
-) -> list[OutputTensor]:
+def _with_biases(tensors: Iterable[OutputTensor], model: NeoxModel) -> list[OutputTensor]:
     """A rank's tensors, with the biases that Transformer Engine's modules always have."""
     present = list(tensors)
-    if layout.te:
-        present += list(transformer_engine.lacking_biases(present, config.dtype))
+    if model.layout.te:
+        present += list(transformer_engine.lacking_biases(present, model.config.dtype))
     return present
 
 
-def _grouped(present: Sequence[Row], layout: RankLayout) -> Groups:
-    """The rows by layer and name; those that share both are parts of one tensor."""
+def _grouped(rows: Iterable[Row], model: NeoxModel) -> Groups:
+    """The model's rows by layer and name; those that share both are parts of one tensor."""
     groups: Groups = {}
-    for row in present:
-        name = row.weight.named(layout.old_names)
-        name = te_name(name) if layout.te else name
-        groups.setdefault((row.layer, name), []).append(row)
+    for row in rows:
+        if row.weight.is_in(model.config):
+            name = row.weight.named(model.layout.old_names)
+            name = te_name(name) if model.layout.te else name
+            groups.setdefault((row.layer, name), []).append(row)
     return in_module_order(groups)
 
 
 def _tensors(
-    groups: Groups,
-    config: ModelConfig,
-    wholes: Mapping[str, Whole],
-    layout: RankLayout,
-    rank: int,
-    numbered: bool = False,
+    groups: Groups, model: NeoxModel, rank: int, numbered: bool = False
 ) -> Iterator[OutputTensor]:
     """One rank's tensors, in the groups' order. numbered: whether their names have the layer."""
     for (layer, name), rows in groups.items():
         full = f"sequential.{layer}.{name}" if numbered else name
-        yield _tensor(full, name, rows, config, wholes, layout, rank)
+        yield _tensor(full, rows[0].weight.split_as(name), rows, model, rank)
 
 
 def _tensor(
-    full: str,
-    name: str,
-    rows: Sequence[Row],
-    config: ModelConfig,
-    wholes: Mapping[str, Whole],
-    layout: RankLayout,
-    rank: int,
+    name: str, split: Split, rows: Sequence[Row], model: NeoxModel, rank: int
 ) -> OutputTensor:
-    weight = rows[0].weight
-    split = weight.split_as(name)
+    config, layout, wholes = model.config, model.layout, model.wholes
     if split == "derived":
         data = inv_freq_bytes(config, config.dtype)
         size = (config.rotary_dim + 1) // 2
-        return OutputTensor(full, config.dtype, (size,), inline=data)
+        return OutputTensor(name, config.dtype, (size,), inline=data)
     if split == "zero":
-        size = config.dims[weight.shape[0]]
-        return OutputTensor(full, config.dtype, (size,), (constant((size,), -0.0),))
+        size = config.dims[rows[0].weight.shape[0]]
+        return OutputTensor(name, config.dtype, (size,), (constant((size,), -0.0),))
     if split in ("fused", "gated"):
         parts = {row.weight.part: wholes[row.hf] for row in rows}
         fusion = fusion_of(config, layout.gqa_order, frozenset(BOTH if layout.te else ()))
-        return scatter_parts(full, fusion, parts, layout.tp, rank)
-    return scatter(full, split, wholes[rows[0].hf], layout.tp, rank, row_bias=layout.row_bias)
+        return scatter_parts(name, fusion, parts, layout.tp, rank)
+    return scatter(name, split, wholes[rows[0].hf], layout.tp, rank, row_bias=layout.row_bias)
 
 
 def _state_dict(
@@ -300,11 +282,8 @@ class NewOptimizer(Protocol):
     def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]: ...
 
 
-# (architecture, config, tensors in the source's dtype, layout, keys of the yml, iteration, dp)
-MakeOptimizer = Callable[
-    [Architecture, ModelConfig, Mapping[str, Whole], RankLayout, Mapping[str, Any], int, int],
-    NewOptimizer,
-]
+# (the model with its tensors in the source's dtype, keys of the yml, iteration, dp)
+MakeOptimizer = Callable[[NeoxModel, Mapping[str, Any], int, int], NewOptimizer]
 
 
 def start_of_run(

@@ -29,7 +29,13 @@ from neox_bridge.planning.common import (
 )
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
-from neox_bridge.planning.neox_files import MakeOptimizer, RankLayout, start_of_run, weight_files
+from neox_bridge.planning.neox_files import (
+    MakeOptimizer,
+    NeoxModel,
+    RankLayout,
+    start_of_run,
+    weight_files,
+)
 from neox_bridge.planning.neox_yml import (
     Settings,
     settings,
@@ -97,7 +103,8 @@ def plan_neox(
             )
         training, dp = yml_settings.training, options.dp
         assert make_optimizer is not None
-        optimizer = make_optimizer(architecture, config, unrounded, layout, training, iteration, dp)
+        unrounded_model = NeoxModel(architecture, config, unrounded, layout)
+        optimizer = make_optimizer(unrounded_model, training, iteration, dp)
         yml_settings.training["zero_optimization"] = {
             **(training.get("zero_optimization") or {}),
             "stage": optimizer.stage,
@@ -105,7 +112,8 @@ def plan_neox(
         findings.append(_schedule())
     metadata = partial(start_of_run, layout, args, iteration, optimizer)
     alike = optimizer is None
-    files = list(weight_files(step, architecture, config, wholes, layout, metadata, alike=alike))
+    model = NeoxModel(architecture, config, wholes, layout)
+    files = list(weight_files(step, model, metadata, alike=alike))
     if optimizer is not None:
         files += optimizer.files(step, layout.tp, bf16=config.dtype == "bfloat16")
     refused_keys = {key for key in yml_settings.unknown if checkpoint.kind == "neox"}
