@@ -554,7 +554,12 @@ OPTIM, META = "bf16_zero_pp_rank_1_mp_rank_00_optim", "mp_rank_00_model"
         (META, shape_of_number, "param_shapes: 0.word_embeddings.weight is 3, not a shape"),
         (META, micro_batch_of_text, "ds_config.train_micro_batch_size_per_gpu is 'x', not a whole"),
         (META, many_ranks, r"more missing, of 1048576 data-parallel ranks (dp_world_size of the"),
-        (OPTIM, state_of_integers, "exp_avg has the dtype int32, and only states in floating"),
+        (
+            OPTIM,
+            state_of_integers,
+            "exp_avg beside single_partition_of_fp32_groups[0] has the dtype int32, and only "
+            "states in floating",
+        ),
         (META, other_batch, "ds_config.train_batch_size is 7, which train_micro_batch_size_per"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,

@@ -100,8 +100,6 @@ def read_zero(
         for index, shapes in enumerate(order.groups):
             # a pipeline stage may have no parameter of a group
             label = str(settings[index].get("name", index))
-            group = Group(settings[index], ranks[0].scalars[index])
-            same_group(groups.setdefault(label, group), group, paths[0])
             flat = flat_group(ranks, index, shapes)
             if first.is_current:
                 for rank, (path, value) in enumerate(values):
@@ -109,6 +107,10 @@ def read_zero(
             else:
                 for padding in flat.padding.values():
                     check_padding(padding, f"{first.generation.masters}[{index}]")
+            for states in ranks:
+                rank_settings = (states.settings or settings)[index]
+                group = Group(rank_settings, states.scalars[index])
+                same_group(groups.setdefault(label, group), group, states.path)
             keys += [key for key in flat.parts if key not in keys]
             for key in flat.parts:
                 for name, tensor in flat.wholes(key).items():
@@ -161,11 +163,6 @@ def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) ->
             f"({other.generation.masters}), and {first.path} {first.kind} states of "
             f"{len(first.parts)} groups ({first.generation.masters}). They are of different saves: "
             "copy the checkpoint again."
-        )
-    for index, scalars in enumerate(begin.scalars):
-        settings = [{} if s.settings is None else s.settings[index] for s in (begin, other)]
-        same_group(
-            Group(settings[0], scalars), Group(settings[1], other.scalars[index]), other.path
         )
 
 
