@@ -15,8 +15,6 @@ where the target cannot express the source, ``UsageError`` where options do not 
 
 from importlib import import_module
 
-from neox_bridge.version import __version__
-
 TYPE_CHECKING = False  # type checkers take it as true; importing typing would double the time
 if TYPE_CHECKING:
     from neox_bridge.api import (
@@ -51,6 +49,7 @@ if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit
     from neox_bridge.verification.compare import Difference
     from neox_bridge.verification.verify import Verification
+    from neox_bridge.version import __version__
 
 __all__ = [
     "Audit",
@@ -101,6 +100,7 @@ _NAMES_BY_MODULE = {
     "verification.audit": "Audit",
     "verification.compare": "Difference",
     "verification.verify": "Verification",
+    "version": "__version__",
 }
 _HOMES = {name: home for home, names in _NAMES_BY_MODULE.items() for name in names.split()}
 

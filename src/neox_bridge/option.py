@@ -11,6 +11,7 @@ from typing import Any, Literal
 Side = Literal["hf", "neox"]
 
 # the headings of --help, in this order
+OPTIONS = "Options"
 CHECKPOINTS = "Which checkpoints"
 WRITTEN = "What is written"
 HUGGING_FACE = "Hugging Face targets"
@@ -23,6 +24,7 @@ RUN = "How it runs"
 PRINTED = "Output"
 OTHER = "Other options"
 GROUPS = (
+    OPTIONS,
     CHECKPOINTS,
     WRITTEN,
     HUGGING_FACE,
@@ -35,7 +37,7 @@ GROUPS = (
     PRINTED,
     OTHER,
 )
-_GROUPS_OF: dict[Side | None, str] = {"hf": HUGGING_FACE, "neox": GPT_NEOX, None: OTHER}
+_GROUPS_OF: dict[Side | None, str] = {"hf": HUGGING_FACE, "neox": GPT_NEOX, None: OPTIONS}
 
 
 @dataclass(frozen=True, slots=True)

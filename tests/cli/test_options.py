@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 
 from neox_bridge.cli.app import COMMANDS, SHELLS, app
 from neox_bridge.cli.batch_schema import batch_file_schema
-from neox_bridge.cli.command import Command, Only, Parameter
+from neox_bridge.cli.command import Command, Parameter
 from neox_bridge.option import GROUPS, options_of
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "batch-file.schema.json"
@@ -42,7 +42,7 @@ def command(name: str) -> Command:
 
 def groups() -> list[type]:
     parts = [part for name in COMMANDS for part in command(name).parts]
-    kinds = [part.group if isinstance(part, Only) else part for part in parts]
+    kinds = [part[0] if isinstance(part, tuple) else part for part in parts]
     return list(dict.fromkeys(kind for kind in kinds if is_dataclass(kind)))
 
 

@@ -509,7 +509,7 @@ def test_batch_refuses_and_ignores(tmp_path: Path) -> None:
     assert "rope_scaling: ignored" in text
     assert "my_note" in text
     assert "--ignore-key nothing" in text
-    assert "is there already" in run(0, "batch", root, out, *words)
+    assert "already converted" in run(0, "batch", root, out, *words)
 
 
 def test_doctor_says_it_and_drops_nothing_in_silence(tmp_path: Path) -> None:

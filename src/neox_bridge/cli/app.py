@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neox_bridge.cli.command import HELP_WIDTH, Helped
+from neox_bridge.cli.command import HELP_WIDTH, Helped, is_short
 from neox_bridge.cli.output import say
 from neox_bridge.cli.streams import protect_streams, stdout_failure
 
@@ -70,9 +70,11 @@ class App(Helped, click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def write_short(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands."""
-        self.format_commands(ctx, formatter)
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes and how completion is set up; for ``-h`` a hint."""
+        if not is_short(ctx):
+            super().format_epilog(ctx, formatter)
+            return
         formatter.write_paragraph()
         formatter.write_text("`neox-bridge COMMAND -h` shows the common options of a command.")
 

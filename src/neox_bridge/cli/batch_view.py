@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import print_line, say, with_remedy
-from neox_bridge.cli.streams import for_progress
+from neox_bridge.cli.progress import bars
 from neox_bridge.wording import human, plain, plural
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
             file = None if log == "-" else stack.enter_context(open(log, "ab", buffering=0))
             listeners.append(_logger(file, log))
         if not quiet:
-            bars = sys.stderr.isatty()
-            listeners.append(stack.enter_context(_bars(count)) if bars else _line)
+            on_terminal = sys.stderr.isatty()
+            listeners.append(stack.enter_context(_bars(count)) if on_terminal else _line)
         lock = threading.Lock()
 
         def tell(event: "Event") -> None:
@@ -56,19 +56,19 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
         nonlocal failed
         if event.kind == "written" or failed:
             return
-        told: dict[str, Any] = {"time": round(time.time(), 3), "event": event.kind}
-        told |= {"name": event.name}
+        entry: dict[str, Any] = {"time": round(time.time(), 3), "event": event.kind}
+        entry |= {"name": event.name}
         if event.kind == "begun":
-            told["bytes"] = event.size
+            entry["bytes"] = event.size
         if event.words:
-            told["error"] = event.words
+            entry["error"] = event.words
         if event.row is not None:
-            told |= event.row.as_json()
+            entry |= event.row.as_json()
         try:
             if file is None:
-                print(json.dumps(told), flush=True)
+                print(json.dumps(entry), flush=True)
             else:
-                file.write(json.dumps(told).encode() + b"\n")
+                file.write(json.dumps(entry).encode() + b"\n")
         except OSError as error:
             failed = True
             say("warning", f"{name}: {error.strerror}. The batch goes on without this log.")
@@ -87,34 +87,15 @@ def _line(event: "Event") -> None:
 def _became(row: "BatchRow") -> str:
     if row.status == "done":
         return f"{human(row.size)} in {row.seconds:.1f} s"
-    return "is there already" if row.status == "skipped" else row.status
+    return "already converted, skipped" if row.status == "skipped" else row.status
 
 
 @contextmanager
 def _bars(count: int) -> Iterator["Tell"]:
     """One bar for all and one for each checkpoint that is worked on, with rate and time left."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=for_progress()), transient=True) as progress:
+    with bars() as progress:
         whole = progress.add_task(f"0 of {count}", total=None)
-        tasks: dict[str, TaskID] = {}
+        tasks: dict[str, Any] = {}
         sizes: list[int] = []
         ended: list[BatchRow] = []
 
@@ -184,16 +165,16 @@ def _verified(rows: "Sequence[BatchRow]") -> str:
     return verified(pairs.values())
 
 
-def print_dry_run(found: "DryRun") -> None:
+def print_dry_run(preview: "DryRun") -> None:
     """What would be done, on stdout."""
-    width = _width(found.rows)
+    width = _width(preview.rows)
     print_line(_head(width, "", ""))
-    for row in found.rows:
+    for row in preview.rows:
         print_line(_cells(width, row, "", ""))
-    planned = sum(row.status == "planned" for row in found.rows)
-    line = f"{plural(planned, 'checkpoint')} to convert, {human(found.size)}"
-    if found.seconds is not None and found.rate is not None:
-        line += f"; about {_long(found.seconds)} at {human(found.rate)}/s, as a sample took"
+    planned = sum(row.status == "planned" for row in preview.rows)
+    line = f"{plural(planned, 'checkpoint')} to convert, {human(preview.size)}"
+    if preview.seconds is not None and preview.rate is not None:
+        line += f"; about {_long(preview.seconds)} at {human(preview.rate)}/s, as a sample took"
     print_line(line)
 
 

@@ -5,7 +5,8 @@ Without rich, which takes longer to import than all the rest.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from inspect import cleandoc
 from itertools import pairwise
 from typing import Any
 
@@ -65,62 +66,48 @@ class Parameter(click.Option):
         return self.declared.aliases.get(value, value) if self.declared.aliases else value
 
 
-@dataclass(frozen=True, slots=True)
-class Only:
-    """Some options of a group; the others have their defaults."""
-
-    group: type
-    names: tuple[str, ...]
+# an argument; a group, which is a dataclass of options; or a group and some of its options
+Part = click.Argument | type | tuple[type, tuple[str, ...]]
 
 
-def only(group: type, *names: str) -> Only:
-    """These options of a group."""
-    return Only(group, names)
-
-
-Part = click.Argument | type | Only
+def only(group: type, *names: str) -> Part:
+    """These options of a group; the others have their defaults."""
+    return group, names
 
 
 class Helped(click.Command):
     """A command with ``-h`` for the common options and ``--help`` for all."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """As click's, and ``-h``."""
-        *own, full = super().get_params(ctx)
-        return [*own, _SHORT_HELP, full]
+        """As click's, with ``-h`` before ``--help``."""
+        *declared, full = super().get_params(ctx)
+        full.help = "Show all options."
+        return [*declared, _SHORT_HELP, full]
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the description; for ``-h`` its first paragraph."""
+        text = cleandoc(self.help or "")
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(text.split("\n\n")[0] if is_short(ctx) else text)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write nothing: ``format_options`` writes the arguments too, as older clicks do not."""
 
-    def get_help_option(self, ctx: click.Context) -> click.Option | None:
-        """``--help``, explained."""
-        declared = super().get_help_option(ctx)
-        if declared is not None:
-            declared.help = "Show all options."
-        return declared
-
-    def short_help_of(self, ctx: click.Context) -> str:
-        """What ``-h`` prints."""
-        formatter = ctx.make_formatter()
-        self.format_usage(ctx, formatter)
-        with formatter.indentation():
-            formatter.write_paragraph()
-            formatter.write_text((self.help or "").split("\n\n")[0])
-        self.write_short(ctx, formatter)
-        return formatter.getvalue().rstrip("\n")
-
-    def write_short(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """What ``-h`` prints below the description."""
-        raise NotImplementedError
-
 
 def _show_short_help(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        assert isinstance(ctx.command, Helped)
-        click.echo(ctx.command.short_help_of(ctx))
+        ctx.meta[_SHORT] = True
+        click.echo(ctx.get_help())
         ctx.exit()
 
 
+def is_short(ctx: click.Context) -> bool:
+    """Whether ``-h`` asked for the help."""
+    return _SHORT in ctx.meta
+
+
+_SHORT = "neox_bridge.short"
 _SHORT_HELP = click.Option(
     ["-h"],
     is_flag=True,
@@ -192,37 +179,29 @@ class Command(Helped):
             sys.stdout.flush()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the arguments, then the options in their groups."""
-        self._write_groups(ctx, formatter, common_only=False)
-
-    def write_short(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the common options of each group."""
-        self._write_groups(ctx, formatter, common_only=True)
-        count = sum(isinstance(param, Parameter) for param in self.params)
-        formatter.write_paragraph()
-        formatter.write_text(f"`{ctx.command_path} --help` explains all {count} options.")
-
-    def _write_groups(
-        self, ctx: click.Context, formatter: click.HelpFormatter, *, common_only: bool
-    ) -> None:
+        """Write the arguments, and the options in their groups; for ``-h`` the common ones."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{g: [] for g in GROUPS}}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            assert record is not None
-            words, text = record
+            words, text = param.get_help_record(ctx) or ("", "")
+            group = "Arguments" if isinstance(param, Argument) else OTHER
             if isinstance(param, Parameter):
                 group = param.declared.heading
-                if common_only and not param.declared.common:
-                    continue
-            else:
-                group = "Arguments" if isinstance(param, Argument) else OTHER
-            if common_only and not isinstance(param, Argument):
-                text = text.split(". ")[0].rstrip(".") + "."
-            groups.setdefault(group, []).append((words, text))
+                if is_short(ctx):
+                    if not param.declared.common:
+                        continue
+                    text = text.split(". ")[0].rstrip(".") + "."
+            groups[group].append((words, text))
         for group, records in groups.items():
             if records:
                 with formatter.section(group):
                     formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write where the other options are explained."""
+        if is_short(ctx):
+            count = sum(isinstance(param, Parameter) for param in self.params)
+            formatter.write_paragraph()
+            formatter.write_text(f"`{ctx.command_path} --help` explains all {count} options.")
 
 
 def command(
@@ -245,18 +224,19 @@ def given(*names: str) -> list[str]:
 def _parameters(part: Part) -> list[click.Parameter]:
     if isinstance(part, click.Argument):
         return [part]
-    group, names = (part.group, part.names) if isinstance(part, Only) else (part, ())
+    group, names = _group_of(part)
     defaults = {entry.name: entry.default for entry in fields(group)}
-    return [
-        Parameter(name, declared, defaults[name])
-        for name, declared in options_of(group).items()
-        if name in names or not names
-    ]
+    declared = options_of(group)
+    return [Parameter(name, declared[name], defaults[name]) for name in names]
 
 
 def _value(part: Part, values: dict[str, Any]) -> Any:
     """What the command's function gets for a part."""
     if isinstance(part, click.Argument):
         return values[str(part.name)]
-    group, names = (part.group, part.names) if isinstance(part, Only) else (part, ())
-    return group(**{name: values[name] for name in names or options_of(group)})
+    group, names = _group_of(part)
+    return group(**{name: values[name] for name in names})
+
+
+def _group_of(part: type | tuple[type, tuple[str, ...]]) -> tuple[type, tuple[str, ...]]:
+    return part if isinstance(part, tuple) else (part, tuple(options_of(part)))

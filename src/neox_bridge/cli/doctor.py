@@ -12,7 +12,7 @@ import click
 from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.errors import writing
 from neox_bridge.cli.options import Output, Source
-from neox_bridge.cli.output import print_json, print_line, tell_findings
+from neox_bridge.cli.output import print_json, print_line, print_table, tell_findings
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import FIX, inherited, option
 
@@ -258,13 +258,11 @@ def _short(line: str, most: int = 400) -> str:
 
 
 def _print_rows(rows: list[dict[str, str]]) -> None:
-    head = {"feature": "", "neox": "GPT-NeoX", "transformers": "transformers", "answer": ""}
-    keys = ("feature", "neox", "transformers", "answer")
-    widths = {key: max(len(row[key]) for row in (head, *rows)) for key in keys}
+    keys = ("feature", "neox", "transformers", "answer", "note")
     print()
-    for row in ({**head, "note": ""}, *rows):
-        cells = "  ".join(row[key].ljust(widths[key]) for key in keys)
-        print_line(f"{cells}  {row['note']}".rstrip())
+    print_table(
+        [("", "GPT-NeoX", "transformers", "", ""), *([row[key] for key in keys] for row in rows)]
+    )
 
 
 def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> dict[str, Any]:

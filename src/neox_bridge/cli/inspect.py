@@ -15,7 +15,7 @@ from neox_bridge.cli.inspect_optimizer import (
     states_lines,
 )
 from neox_bridge.cli.options import Execution, Output, Source
-from neox_bridge.cli.output import print_json, print_line, tell_findings, with_remedy
+from neox_bridge.cli.output import print_json, print_line, print_table, tell_findings, with_remedy
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
 from neox_bridge.errors import UsageError
@@ -430,7 +430,5 @@ def _print_tensors(checkpoint: Checkpoint) -> None:
         where = f"{first} @ {refs[0].offset}" if refs else ""
         shards = f" and {plural(len(refs) - 1, 'more shard')}" if len(refs) > 1 else ""
         rows.append((plain(name), str(list(whole.shape)), whole.dtype, plain(where) + shards))
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     print()
-    for name, shape, dtype, where in rows:
-        print_line(f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  {where}")
+    print_table(rows)

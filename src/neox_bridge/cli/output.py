@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,17 @@ def say(word: str, *texts: str) -> None:
 def print_line(text: str) -> None:
     """One line of results on stdout, whatever the names in it are."""
     print(plain(text))
+
+
+def print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
+    """Aligned columns on stdout. right: the numbers of those that are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print_line("  ".join(cells).rstrip())
 
 
 def print_json(value: object) -> None:

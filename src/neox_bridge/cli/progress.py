@@ -4,9 +4,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from neox_bridge.cli.streams import for_progress
 from neox_bridge.wording import plain
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @contextmanager
@@ -21,6 +25,13 @@ def progress_bar(
     if quiet or off or not sys.stderr.isatty():
         yield None
         return
+    with bars() as display:
+        task = display.add_task(plain(what), total=total)
+        yield lambda count: display.update(task, advance=count)
+
+
+def bars() -> "Progress":
+    """Bars on stderr with rate and the time that is left, which vanish at the end."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -31,14 +42,13 @@ def progress_bar(
         TransferSpeedColumn,
     )
 
-    columns = (
+    return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TextColumn("left"),
+        TextColumn("ETA"),
         TimeRemainingColumn(),
+        console=Console(file=for_progress()),
+        transient=True,
     )
-    with Progress(*columns, console=Console(file=for_progress()), transient=True) as bar:
-        task = bar.add_task(plain(what), total=total)
-        yield lambda count: bar.update(task, advance=count)

@@ -1,6 +1,7 @@
 """What ``neox-bridge inspect --security`` prints."""
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,16 +47,7 @@ def _json(report: "Report", path: str) -> dict[str, Any]:
         "harmless": report.harmless,
         "problem": report.problem or None,
         "absent": report.absent or None,
-        "names": [
-            {
-                "name": use.name,
-                "known": use.known,
-                "imported": use.imported,
-                "called": use.called,
-                "changed": use.changed,
-            }
-            for use in report.uses
-        ],
+        "names": list(map(asdict, report.uses)),
     }
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.cli.output import print_line
+from neox_bridge.cli.output import print_table
 from neox_bridge.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -50,11 +50,8 @@ def print_stats(found: Sequence["Statistics"]) -> None:
         rows.append([*cells, *(f"{count:,}" for count in counts)])
     table = [[*head, *rare], *rows]
     kept = [i for i in range(len(table[0])) if i < len(head) or any(row[i] != "0" for row in rows)]
-    widths = {i: max(len(row[i]) for row in table) for i in kept}
     print()
-    for row in table:
-        cells = [row[i].ljust(widths[i]) if i < 3 else row[i].rjust(widths[i]) for i in kept]
-        print_line("  ".join(cells).rstrip())
+    print_table([[row[i] for i in kept] for row in table], right=range(3, len(kept)))
 
 
 def _number(value: float) -> str:
