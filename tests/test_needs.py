@@ -40,6 +40,7 @@ def test_fixture_of_a_fixture(other): pass
 def test_parameter(dtype): pass
 def test_kill(process): ends(process)
 def test_program(): subprocess.run([PROGRAM])
+def test_command(): run("verify", "--logits")
 def test_server(): s3_server.server()
 def test_several(model, process): ends(process)
 @pytest.fixture(params=[1])
@@ -52,6 +53,7 @@ EXPECTED = {
     "itself": {"torch"},
     "constant": {"torch"},
     "inside": {"torch"},
+    "command": {"torch"},
     "part": {"torch"},
     "helper": {"torch"},
     "parameter": {"torch"},

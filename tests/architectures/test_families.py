@@ -349,6 +349,7 @@ def test_the_fused_norms_spelling(tmp_path: Path) -> None:
     assert_same(hf_tensors(hf), hf_tensors(tmp_path / "back"))
 
 
+@pytest.mark.slow
 def test_the_option_on_the_command_line(tmp_path: Path) -> None:
     """convert verifies in the order that it was told; verify has to be told it as well."""
     import subprocess

@@ -204,6 +204,7 @@ def test_what_no_target_can_be(tmp_path: Path) -> None:
         plan_of(tmp_path / "neox", tmp_path / "ssm", format="mamba_ssm")
 
 
+@pytest.mark.slow
 def test_the_other_commands_know_it(tmp_path: Path) -> None:
     ssm = tmp_path / "ssm"
 

@@ -29,6 +29,7 @@ def sources(tmp_path: Path) -> dict[str, str]:
     return {"run": str(base / f"run{NAME}"), "hf": str(base / f"hf{NAME}")}
 
 
+@pytest.mark.slow
 def test_every_command_takes_them(sources: dict[str, str], tmp_path: Path) -> None:
     run, hf = sources["run"], sources["hf"]
     out = str(tmp_path / NAME / "out")
@@ -89,6 +90,7 @@ def test_every_command_takes_them(sources: dict[str, str], tmp_path: Path) -> No
         assert all(key in err for key in keys if key != "data_path")
 
 
+@pytest.mark.slow
 def test_relative_to_such_a_folder(sources: dict[str, str], tmp_path: Path) -> None:
     run = os.path.basename(sources["run"])
     results = run_all([["convert", run, "out"], ["batch", run, "out2"]], tmp_path / NAME)

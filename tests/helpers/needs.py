@@ -112,6 +112,8 @@ def _uses(path: Path, name: str) -> Uses:
             for source, attribute in _imports(node).values():
                 _import(uses, source, attribute)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value == "--logits":  # of a command
+                uses.markers.add("torch")
             program = HELPERS / node.value
             if node.value.endswith(".py") and program.is_file():  # run in a process of its own
                 uses.markers |= _of_file_name(program)
