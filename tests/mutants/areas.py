@@ -101,7 +101,7 @@ AREAS: dict[str, Area] = {
         quick=2,
     ),
     "batch": Area(
-        ("batch/done", "batch/items", "batch/row", "batch/run", "batch/watch"),
+        ("batch/target_state", "batch/items", "batch/row", "batch/run", "batch/watch"),
         (
             "tests/batch/test_batch_inline.py",
             "tests/planning/test_records.py",

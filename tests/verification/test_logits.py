@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.errors import BridgeError
-from neox_bridge.verification import sides
+from neox_bridge.verification import forward_passes
 from neox_bridge.verification.logits import Agreement, compare_logits, compare_recorded
 from neox_bridge.verification.tokens import read_tokens
 
@@ -254,8 +254,8 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         return tensor
 
     held: dict[int, int] = {}
-    original = sides.read
-    monkeypatch.setattr(sides, "read", counted)
+    original = forward_passes.read
+    monkeypatch.setattr(forward_passes, "read", counted)
     assert agreement(hf, tmp_path / "neox").agrees
     tensors = hf_tensors(hf)
     layers = [sum(t.nbytes for n, t in tensors.items() if f"layers.{i}." in n) for i in range(8)]

@@ -18,6 +18,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.verification import causes as guessing
 from neox_bridge.verification import logits as comparing
 from neox_bridge.verification.causes import Hypothesis, hypotheses
+from neox_bridge.verification.forward_passes import forward_pass
 from neox_bridge.verification.logits import (
     LAYER,
     Agreement,
@@ -27,7 +28,6 @@ from neox_bridge.verification.logits import (
 )
 from neox_bridge.verification.non_finite import NonFinite
 from neox_bridge.verification.reference import Stage
-from neox_bridge.verification.sides import side
 
 TOKENS = torch.tensor([[1, 5, 3, 7], [2, 2, 9, 0]])
 
@@ -43,7 +43,7 @@ def neox(home: Path, name: str, changed: Any = None, tp: int = 1, **settings: An
 
 
 def logits_of(checkpoint: Checkpoint) -> Tensor:
-    *_, last = side(checkpoint, TOKENS, "cpu")({})
+    *_, last = forward_pass(checkpoint, TOKENS, "cpu")({})
     return last.output
 
 

@@ -26,8 +26,8 @@ from neox_bridge.verification.compare import (
     compare,
     each,
     overflowed,
-    settled,
     values,
+    without_reduction,
     zero_beyond,
 )
 from neox_bridge.verification.equal import equal
@@ -200,12 +200,12 @@ def test_replicas_that_are_the_same_are_one_of_them(tmp_path: Path) -> None:
     )
     (tmp_path / "b").write_bytes(array.tobytes())
     same = Whole("float32", (4,), (one, two), "replica")
-    assert settled(same, Context()).reduce == "none"
-    assert len(settled(same, Context()).pieces) == 1
+    assert without_reduction(same, Context()).reduce == "none"
+    assert len(without_reduction(same, Context()).pieces) == 1
     apart = Whole("float32", (4,), (one, other), "replica")
-    assert settled(apart, Context()) == apart
+    assert without_reduction(apart, Context()) == apart
     plain = Whole("float32", (4,), (one,))
-    assert settled(plain, Context()) is plain
+    assert without_reduction(plain, Context()) is plain
 
 
 def test_a_box_of_a_tensor_is_flat(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neox_bridge.api import plan as make_plan
-from neox_bridge.batch.done import TargetState, is_of
+from neox_bridge.batch.target_state import TargetState, is_of
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.execute import sources_of
 from neox_bridge.execution.files import identities
@@ -43,8 +43,8 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str
     record = published_record(model.repo, branch, record_path(plan))
     if record is not None and is_of(record, plan.asked, identities(sources_of(plan))):
         return "whole", ""
-    outlook = plan_publish(plan, model.repo, branch, private=model.private)
-    if outlook.conflicts:
+    preview = plan_publish(plan, model.repo, branch, private=model.private)
+    if preview.conflicts:
         return "other", f"{place_of(model, branch)} holds other files"
     return "absent", ""
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from neox_bridge.api import plan as make_plan
 from neox_bridge.batch import on_hub
-from neox_bridge.batch.done import TargetState, decision, state_of
 from neox_bridge.batch.items import Item, Source
 from neox_bridge.batch.on_hub import HubModel
 from neox_bridge.batch.row import BatchRow
+from neox_bridge.batch.target_state import TargetState, decision, state_of
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.execute import execute, sources_of
@@ -185,7 +185,7 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
             sweep(row.target)
         return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
     if does == "refuse":
-        raise _Settled(f"{words}. Name another target, or say --overwrite to replace it.")
+        raise _TargetTaken(f"{words}. Name another target, or say --overwrite to replace it.")
     if batch.hub is not None:
         return _published(item, row, plan, batch, pool)
     if state == "changed" and not batch.overwrite:
@@ -258,7 +258,7 @@ def _written(
     )
 
 
-class _Settled(Refused):
+class _TargetTaken(Refused):
     """Something else is there: to try again doesn't help."""
 
     exit_code = 1

@@ -16,7 +16,7 @@ from neox_bridge.wording import human, plural, side
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.execution.work import Work
-    from neox_bridge.hub.preview import Outlook
+    from neox_bridge.hub.preview import PublishPreview
     from neox_bridge.hub.publish import Published
     from neox_bridge.planning.plan import Plan
     from neox_bridge.stores.hub_names import HubTarget
@@ -58,18 +58,18 @@ def publish_plan(
 
     place = hub_target(target)
     plan = _with_paths_blank(plan)
-    outlook = plan_publish(plan, place.repo, place.branch, private=upload.private)
+    preview = plan_publish(plan, place.repo, place.branch, private=upload.private)
     if execution.dry_run:
-        _print_outlook(plan, place, outlook, execution.as_json)
+        _print_preview(plan, place, preview, execution.as_json)
         return
-    if outlook.done and not execution.overwrite:
-        _say_done(place, outlook, execution)
+    if preview.done and not execution.overwrite:
+        _say_done(place, preview, execution)
         return
-    if outlook.conflicts and not execution.overwrite:
-        raise BridgeError(conflict_message(place.repo, place.branch, outlook.conflicts))
+    if preview.conflicts and not execution.overwrite:
+        raise BridgeError(conflict_message(place.repo, place.branch, preview.conflicts))
     if upload.create_pr:
-        there = outlook.branch_exists
-        check_base(place.repo, place.branch, repo_exists=outlook.repo_exists, branch_exists=there)
+        there = preview.branch_exists
+        check_base(place.repo, place.branch, repo_exists=preview.repo_exists, branch_exists=there)
     check_writer(place.repo)
     work = _work(place, upload.work, execution.quiet)
     with held(work, str(place)):
@@ -183,35 +183,37 @@ def _line(plan: "Plan", place: "HubTarget", published: "Published", execution: E
     )
 
 
-def _say_done(place: "HubTarget", outlook: "Outlook", execution: Execution) -> None:
+def _say_done(place: "HubTarget", preview: "PublishPreview", execution: Execution) -> None:
     if execution.as_json:
-        print_json({"schema_version": 1, "hub": asdict(outlook), "published": None})
+        print_json({"schema_version": 1, "hub": asdict(preview), "published": None})
     elif not execution.quiet:
         print_line(f"{place} holds what this makes already: nothing was done")
 
 
-def _print_outlook(plan: "Plan", place: "HubTarget", outlook: "Outlook", as_json: bool) -> None:
+def _print_preview(
+    plan: "Plan", place: "HubTarget", preview: "PublishPreview", as_json: bool
+) -> None:
     if as_json:
         from neox_bridge.execution.memory import peak_memory
         from neox_bridge.planning.report import to_json
 
-        print_json(to_json(plan, peak_memory(plan, "")) | {"hub": asdict(outlook)})
+        print_json(to_json(plan, peak_memory(plan, "")) | {"hub": asdict(preview)})
         return
     print_plan(plan, str(place))
-    there = "is there" if outlook.repo_exists else "will be made"
-    print_line(f"hub      {outlook.repo} {there}, {'private' if outlook.private else 'public'}")
-    there = "is there" if outlook.branch_exists else "will be made"
-    print_line(f"branch   {outlook.branch} {there}")
-    if outlook.done:
+    there = "is there" if preview.repo_exists else "will be made"
+    print_line(f"hub      {preview.repo} {there}, {'private' if preview.private else 'public'}")
+    there = "is there" if preview.branch_exists else "will be made"
+    print_line(f"branch   {preview.branch} {there}")
+    if preview.done:
         print_line("upload   nothing: the branch holds what this makes already")
         return
-    files = (*outlook.new, *outlook.other)
+    files = (*preview.new, *preview.other)
     print_line(
-        f"upload   {plural(len(files) + len(outlook.unknown), 'file')}, {human(outlook.size)}"
+        f"upload   {plural(len(files) + len(preview.unknown), 'file')}, {human(preview.size)}"
     )
-    if outlook.unknown:
+    if preview.unknown:
         print_line(
-            f"         of which {len(outlook.unknown)} are there in the same size, perhaps equal"
+            f"         of which {len(preview.unknown)} are there in the same size, perhaps equal"
         )
-    if outlook.conflicts:
-        print_line(f"in the way, without --overwrite: {', '.join(outlook.conflicts)}")
+    if preview.conflicts:
+        print_line(f"in the way, without --overwrite: {', '.join(preview.conflicts)}")

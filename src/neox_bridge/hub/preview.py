@@ -12,7 +12,7 @@ from neox_bridge.wording import plain
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class PublishPreview:
     """What publishing would do, before there is a folder.
 
     private: whether the repository is, or would be. done: whether the branch holds just this
@@ -35,7 +35,9 @@ class Outlook:
     size: int
 
 
-def plan_publish(plan: Plan, repo: str, branch: str = MAIN, *, private: bool = False) -> Outlook:
+def plan_publish(
+    plan: Plan, repo: str, branch: str = MAIN, *, private: bool = False
+) -> PublishPreview:
     """What ``publish`` would do with a plan's files; only reads.
 
     Raises BridgeError where the Hub can't be asked, or a repository is public that shouldn't be.
@@ -52,7 +54,7 @@ def plan_publish(plan: Plan, repo: str, branch: str = MAIN, *, private: bool = F
         with explained(repo):
             conflicts = () if is_untouched(api, repo, branch, remote) else conflicts
     sent = () if done else (*changes.add, *changes.replace, *changes.same)
-    return Outlook(
+    return PublishPreview(
         repo,
         branch,
         repo_exists=remote.exists,

@@ -11,7 +11,7 @@ from typing import Any
 from neox_bridge.frameworks.changes import since
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
-from neox_bridge.verification.sides import neox_settings
+from neox_bridge.verification.forward_passes import neox_settings
 
 _ABSENT = {
     "rotary_pct": 1.0,

@@ -65,14 +65,14 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
     if first.shape != second.shape:
         detail = f"{list(first.shape)} and {list(second.shape)}"
         return Difference(name, "shape", elements, detail=detail)
-    first, second = settled(first, context), settled(second, context)
+    first, second = without_reduction(first, context), without_reduction(second, context)
     difference = None if equal(first, second, context) else _measure(name, first, second, context)
     return (
         difference if difference and difference.differing else Difference(name, "equal", elements)
     )
 
 
-def settled(whole: Whole, context: Context) -> Whole:
+def without_reduction(whole: Whole, context: Context) -> Whole:
     """The tensor without its reduction, where one of its pieces is the result bit for bit.
 
     Of a tensor in segments one piece of each.

@@ -16,7 +16,7 @@ from neox_bridge.stores.paths import is_url
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole, cut, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
-from neox_bridge.verification.compare import each, settled, values
+from neox_bridge.verification.compare import each, values, without_reduction
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ def fingerprint(whole: Whole, context: Context, *, padded: bool = False) -> Fing
     """A tensor's fingerprint. padded: zero rows at its end don't count."""
     refs = sources(whole)
     if whole.reduce != "none":
-        total = _hash(settled(whole, context), context, (), padded)[0]
+        total = _hash(without_reduction(whole, context), context, (), padded)[0]
         shards = [_hash(whole_of(ref), context, (), False)[0] for ref in refs]
         return _finish(whole, total, tuple(Shard(s.digest(), s.constant) for s in shards))
     total, parts = _hash(whole, context, refs if len(refs) > 1 else (), padded)

@@ -12,9 +12,9 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.verification.causes import Hypothesis, hypotheses
+from neox_bridge.verification.forward_passes import ForwardPass, Settings, forward_pass
 from neox_bridge.verification.non_finite import NonFinite, describe_non_finite
 from neox_bridge.verification.reference import Stage
-from neox_bridge.verification.sides import ForwardPass, Settings, side
 from neox_bridge.verification.verify import as_one_model
 
 # relative to the largest value: fp32's rounding in one layer, and in a model's logits
@@ -94,7 +94,7 @@ def compare_logits(
     first, second = as_one_model(first, second)
     ignored = first.ignored_keys | second.ignored_keys
     first, second = (replace(one, ignored_keys=ignored) for one in (first, second))
-    sides = [side(checkpoint, tokens, device) for checkpoint in (first, second)]
+    sides = [forward_pass(checkpoint, tokens, device) for checkpoint in (first, second)]
     a, b = (_logits(one) for one in sides)
     rows = min(first.vocab_rows, second.vocab_rows)
     a, b = (logits[..., :rows].flatten(0, -2) for logits in (a, b))
@@ -133,7 +133,7 @@ def compare_recorded(
             f"--tokens: the recorded logits have the shape {list(recorded.shape)}, and the tokens "
             f"{list(tokens.shape)}. Logits have a row of the vocabulary for each token."
         )
-    one = side(checkpoint, tokens, device)
+    one = forward_pass(checkpoint, tokens, device)
     rows = min(checkpoint.vocab_rows, recorded.shape[-1])
     wanted = recorded.to(device)[..., :rows].flatten(0, -2)
 

@@ -27,7 +27,7 @@ from neox_bridge.verification.compare import (
     compare,
     each,
     overflowed,
-    settled,
+    without_reduction,
     zero_beyond,
 )
 
@@ -232,7 +232,7 @@ def _compare(
             padding = (second.shape[0] - rows) * prod(second.shape[1:])
             return Difference(name, "values", padding, detail=detail)
         first, second = with_rows(first, rows), with_rows(second, rows)
-    alone = settled(second, context) if second.reduce == "replica" else second
+    alone = without_reduction(second, context) if second.reduce == "replica" else second
     difference = divided(compare(name, first, alone, context), weight, second)
     differ = second.reduce == "replica" and alone.reduce != "none"
     if difference.kind == "equal" and differ and not _same_on_each_rank(first, second, context):

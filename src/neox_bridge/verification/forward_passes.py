@@ -29,7 +29,7 @@ Settings = Mapping[str, Any]
 ForwardPass = Callable[[Settings], Stages]
 
 
-def side(checkpoint: Checkpoint, tokens: Tensor, device: str) -> ForwardPass:
+def forward_pass(checkpoint: Checkpoint, tokens: Tensor, device: str) -> ForwardPass:
     """The stages of a checkpoint's forward pass of tokens [b, s].
 
     Raises BridgeError where transformers can't be had or wants a tensor that isn't there, and for
