@@ -30,9 +30,14 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.flat import Flat, segments
 from neox_bridge.tensors.pieces import OutputTensor, Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
+from neox_bridge.verification.optimizer import compare_named, named
 
 if TYPE_CHECKING:
     import torch
+
+    from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.optimizer.states import Optimizer
+    from neox_bridge.verification.compare import Difference
 
 DATA = Path(__file__).parents[1] / "data" / "reshard"
 FP16 = FIXTURES / "pythia_fp16_pp1_tp1" / "checkpoints"
@@ -230,3 +235,10 @@ ZERO = [path for path in SOURCES if "stage0" not in path.name]
 
 def inside(root: Path) -> Path:
     return root / (root / "latest_universal").read_text()
+
+
+def compare_states(
+    source: tuple[Checkpoint, Optimizer], target: tuple[Checkpoint, Optimizer]
+) -> list[Difference]:
+    """What differs, of every state and tensor of either."""
+    return compare_named(source[0], named(*source), named(*target))

@@ -17,6 +17,7 @@ from resharding import (
     FP16,
     RANDOM,
     SOURCES,
+    compare_states,
     compared,
     data,
     differences,
@@ -48,7 +49,6 @@ from neox_bridge.planning.vocabulary import Vocabulary
 from neox_bridge.tensors.flat import boxes_of
 from neox_bridge.tensors.pieces import OutputTensor
 from neox_bridge.tensors.tensor_ref import TensorRef
-from neox_bridge.verification.optimizer import compare_states
 
 TARGETS: list[dict[str, Any]] = [
     {"tp": 1, "pp": 1, "dp": 1},

@@ -19,6 +19,7 @@ from resharding import (
     DATA,
     RANDOM,
     ZERO,
+    compare_states,
     compared,
     differences,
     inside,
@@ -35,7 +36,6 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.planning.report import plan_schema
-from neox_bridge.verification.optimizer import compare_states
 
 GENUINE = DATA.parent / "universal"
 BIASES = ("attention.dense.bias", "mlp.linear2.bias")

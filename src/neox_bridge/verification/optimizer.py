@@ -33,18 +33,6 @@ def flattened(by_state: Mapping[str, Mapping[str, Whole]]) -> dict[str, Whole]:
     }
 
 
-def compare_states(
-    source: tuple[Checkpoint, Optimizer],
-    target: tuple[Checkpoint, Optimizer],
-    *,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> list[Difference]:
-    """What differs, of every state and tensor of either."""
-    first, second = named(*source), named(*target)
-    return compare_named(source[0], first, second, workers=workers, progress=progress)
-
-
 def compare_named(
     source: Checkpoint,
     first: Mapping[str, Whole],
