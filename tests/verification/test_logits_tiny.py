@@ -212,12 +212,12 @@ def explain(
         answer = answers[frozenset(settings)]
         if isinstance(answer, Exception):
             raise answer
-        return comparing._Place(answer[0], f"part {answer[0]}", answer[1]) if answer else None
+        return comparing._Parting(answer[0], f"part {answer[0]}", answer[1]) if answer else None
 
     monkeypatch.setattr(comparing, "_part", part)
     monkeypatch.setattr(comparing, "hypotheses", lambda *_: [guess(name) for name in names])
     first: Any = replace_kind("neox")
-    left = comparing._Place(3, "start", 0.5)
+    left = comparing._Parting(3, "start", 0.5)
     chosen, rest = comparing._explain(first, replace_kind("hf"), [], left)
     return [one.cause for one in chosen], rest and (rest.number, rest.apart)
 
@@ -263,7 +263,7 @@ def test_further_on_counts_however_far_apart(monkeypatch: Any) -> None:
 
 
 def test_two_models_without_gpt_neox_have_no_causes() -> None:
-    place = comparing._Place(1, "x", 1.0)
+    place = comparing._Parting(1, "x", 1.0)
     hf = replace_kind("hf")
     assert comparing._explain(hf, hf, [], place) == ([], place)
 
