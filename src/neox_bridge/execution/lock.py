@@ -16,7 +16,7 @@ def locked(path: str, target: str) -> Iterator[int]:
     target: what it stands for, for messages. Raises BridgeError where another process has it. A
     process that is killed leaves no lock; where a file system has no locks there is none.
     """
-    fd = _take(path, target)
+    fd = take(path, target)
     try:
         yield fd
     finally:
@@ -34,25 +34,40 @@ def locked_folder(path: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _lock(fd: int, target: str) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise BridgeError(
-                f"Another neox-bridge is writing {target}. Wait for it, or choose another target."
-            ) from None
+def take(path: str, target: str, *, names_holder: bool = False) -> int:
+    """The descriptor of ``locked``: the lock is released when it is closed.
 
-
-def _take(path: str, target: str) -> int:
+    names_holder: whether the file says which process has it, for the message to others.
+    """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            _lock(fd, target)
+            _lock(fd, target, names_holder=names_holder)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):  # not replaced meanwhile
+                    if names_holder:
+                        os.ftruncate(fd, 0)
+                        os.pwrite(
+                            fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0
+                        )
+                    return fd
         except BaseException:
             os.close(fd)
             raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):  # not replaced meanwhile
-                return fd
         os.close(fd)
+
+
+def _lock(fd: int, target: str, *, names_holder: bool = False) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return
+        holder = ""
+        if names_holder:
+            process = os.pread(fd, 200, 0).decode(errors="replace").strip() or "process unknown"
+            holder = f" ({process})"
+        raise BridgeError(
+            f"Another neox-bridge{holder} is writing {target}. Wait for it, or choose another "
+            "target."
+        ) from None

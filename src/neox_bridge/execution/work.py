@@ -6,15 +6,13 @@ what came from the Hub (see ``stores.fetched``).
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.execution.lock import take
 from neox_bridge.layouts.interrupted import MOVES, SUFFIX
 
 _LONGEST = 150  # bytes of a name that fits with ours around it
@@ -62,7 +60,12 @@ def locked(work: Work, target: str) -> Iterator[None]:
     Raises BridgeError where another process has it. The lock is the kernel's (flock), so that one
     that is killed leaves none; where a file system has no locks there is none.
     """
-    fd = _take(work, target)
+    fd = -1
+    while fd < 0:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(work.folder)
+        with contextlib.suppress(FileNotFoundError):  # a run that ended just now removed the folder
+            fd = take(work.lock, target, names_holder=True)
     try:
         yield
     finally:
@@ -89,29 +92,3 @@ def remove(work: Work) -> None:
     """All of it, the lock last: another run may take it at once."""
     shutil.rmtree(work.files, ignore_errors=True)
     shutil.rmtree(work.folder, ignore_errors=True)
-
-
-def _take(work: Work, target: str) -> int:
-    while True:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(work.folder)
-        try:
-            fd = os.open(work.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # a run that ended just now removed the folder
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "process unknown"
-                os.close(fd)
-                raise BridgeError(
-                    f"Another neox-bridge ({holder}) is writing {target}. Wait for it, or choose "
-                    "another target."
-                ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(work.lock)):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-                return fd
-        os.close(fd)
