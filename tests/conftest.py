@@ -60,7 +60,7 @@ def server() -> Iterator[Store]:
 @pytest.fixture
 def store(server: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """The server with nothing spoiled and nothing counted; retries come soon."""
-    monkeypatch.setattr(retry, "_FIRST", 0.005)
+    monkeypatch.setattr(retry, "FIRST_SECONDS", 0.005)
     server.requests.clear()
     server.listings.clear()
     yield server

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,8 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification.verify import checker, verify
 
 RUNNER = CliRunner()
+# what is said of an empty answer to a look, to a listing, and to a range
+EMPTY = "the answer is 200 and empty|Got invalid list response|Received non-partial response"
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_a_store_that_answers_nothing_is_an_error(
 ) -> None:
     """200 and an empty answer, as of a proxy or another server: no checkpoint is blamed."""
     monkeypatch.setattr("neox_bridge.stores.retry.time.sleep", lambda _: None)
-    url = s3(f"nothing/{method}")
+    url = s3(f"nothing/{method or 'any'}")
     hf = fixture("pythia_fp32_pp1_tp2")
     store.spoil = lambda m, key, query: "empty" if method in ("", m) else ""
     out = str(tmp_path / "out")
@@ -162,7 +165,7 @@ def test_a_store_that_answers_nothing_is_an_error(
                 assert "no such" in done.output or "missing" in done.output
                 continue
             assert done.exit_code == 1, (command, done.output)
-            assert "the answer is 200 and empty" in done.output, (command, done.output)
+            assert re.search(EMPTY, done.output), (command, done.output)
             assert "AWS_ENDPOINT_URL" in done.output
     finally:
         store.spoil = lambda method, key, query: ""
@@ -347,6 +350,14 @@ class Test_stopped:  # noqa: N801
         assert_same(contents(url), files(tmp_path / "neox"))
 
 
+<<<<<<< HEAD
+=======
+def unfinished_uploads() -> list[Any]:
+    fs = fsspec.filesystem("s3")
+    return list(fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads") or ())
+
+
+>>>>>>> 9a9ce7b (Buckets are read and written by obstore; fsspec stays for the Hub, sftp, web servers and memory)
 def test_large_objects_go_in_parts(store: Store, wide: Path, tmp_path: Path) -> None:
     run(wide, tmp_path / "neox")
     store.requests.clear()
@@ -721,3 +732,24 @@ def test_an_old_object_that_cannot_be_removed_is_an_error(store: Store, hf: Path
     assert "neox_bridge.json" not in contents(url)
     run(s3("stale/neox"), url, overwrite=True)
     assert not [name for name in contents(url) if "-of-" in name]
+
+
+def test_processes_that_start_after_a_store_was_asked_can_ask_it(store: Store) -> None:
+    """Threads of obstore are lost in a fork, and whoever waits for them waits forever."""
+    upload_one(s3("fork/x"), b"x")
+    code = (
+        "from neox_bridge.execution.executors import Processes\n"
+        "from neox_bridge.stores import objects\n"
+        f"url = {s3('fork/x')!r}\n"
+        "if __name__ == '__main__':\n"
+        "    assert objects.look(url).size == 1\n"
+        "    pool = Processes(1)\n"
+        "    assert pool.submit(objects.look, url).result(timeout=30).size == 1\n"
+        "    pool.close()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def upload_one(url: str, data: bytes) -> None:
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.pipe_file(path, data)

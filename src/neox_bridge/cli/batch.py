@@ -230,9 +230,9 @@ def _check_library(target: str, on_hub: bool) -> None:
 
         hub_api(f"{target} is on the Hub")
     elif is_url(target):
-        from neox_bridge.stores.objects import filesystem
+        from neox_bridge.stores.objects import store_of
 
-        filesystem(target)
+        store_of(target)
 
 
 def _hub(target: str, upload: Upload) -> HubModel | None:

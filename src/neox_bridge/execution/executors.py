@@ -71,8 +71,10 @@ class Processes:
         from concurrent.futures import ProcessPoolExecutor
         from importlib import import_module
 
-        # a fork is there at once, but takes locks along that threads hold just then
-        if sys.platform == "linux" and threading.active_count() == 1:
+        # a fork is there at once, but takes locks along that threads hold just then, and threads
+        # of obstore, which Python doesn't count, are lost in it
+        has_threads = threading.active_count() > 1 or "obstore" in sys.modules
+        if sys.platform == "linux" and not has_threads:
             for name in _PRELOAD:
                 import_module(name)
             pool = ProcessPoolExecutor(self.slots, multiprocessing.get_context("fork"), _prepare)

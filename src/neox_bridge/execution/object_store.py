@@ -30,7 +30,6 @@ from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.known_files import foreign_objects
 from neox_bridge.layouts.record_file import recorded_files
 from neox_bridge.stores.objects import (
-    Object,
     below,
     fetch,
     forget,
@@ -42,6 +41,7 @@ from neox_bridge.stores.objects import (
     remove,
 )
 from neox_bridge.stores.paths import isfile
+from neox_bridge.stores.store import Object
 from neox_bridge.stores.uploads import WORK, Sender, abort_left_over, start_upload
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 

@@ -2,7 +2,9 @@
 
 import errno
 import logging
+import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -13,17 +15,18 @@ from neox_bridge.errors import BridgeError, Unreachable
 
 _T = TypeVar("_T")
 TRIES = 6  # some 10 seconds of waiting in all
-_FIRST, _LONGEST = 0.4, 10.0  # seconds
+FIRST_SECONDS, LONGEST_SECONDS = 0.4, 10.0  # between two tries
 _LONGEST_WAIT_SECONDS = 600.0  # that a server may ask for; the Hub counts requests in 300 seconds
 _SAID_SECONDS = 5.0  # a longer wait is announced
-# of the libraries below fsspec, by name, since none of them need be installed
+# of the libraries below, by name, since none of them need be installed
 _PASSING = {
-    *("HTTPClientError", "ClientPayloadError", "ClientConnectionError", "FSTimeoutError"),
-    *("IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "ResponseParserError"),
-    *("EndpointConnectionError", "ConnectTimeoutError", "TransportError", "SSHException"),
-    *("HTTPException", "ChecksumError", "FlexibleChecksumError"),
+    *("ClientPayloadError", "ClientConnectionError", "FSTimeoutError", "TransportError"),
+    *("SSHException", "HTTPException"),
 }
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}
+_OBSTORE = "GenericError"  # whatever has no class of its own: dropped, late, 5xx, not understood
+_OBSTORE_STATUS = re.compile(r"status code: (\d{3})[^:]*: *(.*)", re.DOTALL)
+_OBSTORE_XML = re.compile(r"<(?:Code|Message)>([^<]*)<")
+_DENIED = {"PermissionError", "PermissionDeniedError", "UnauthenticatedError"}
 _PASSING_ERRNO = {
     *(errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE),
     *(errno.ECONNABORTED, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH),
@@ -55,21 +58,19 @@ def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -
         except Exception as error:  # noqa: PERF203, what takes time is the request
             if isinstance(error, BridgeError | FileNotFoundError):
                 raise
+            if _status(error) == 404 and _is_obstore(error):
+                raise FileNotFoundError(describe(error)) from None
             if not is_passing(error):
-                raise _final(url, doing, error) from None
+                raise failed(url, doing, error, number) from None
             if number == tries:
-                times = f" (tried {tries} times)" if tries > 1 else ""
-                raise Unreachable(
-                    f"{url} can't be {doing}: {describe(error)}{times}. Try again when the store "
-                    "answers; --max-workers 1 asks it for the least."
-                ) from None
+                raise failed(url, doing, error, tries) from None
             time.sleep(_pause(url, doing, error, number))
     raise AssertionError
 
 
 def _pause(url: str, doing: str, error: Exception, number: int) -> float:
     """Seconds before the next try. Raises Unreachable where the server wants too many."""
-    own: float = random.uniform(0.5, 1.0) * min(_LONGEST, _FIRST * 2 ** (number - 1))
+    own: float = random.uniform(0.5, 1.0) * min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** (number - 1))
     wanted = retry_after(error)
     if wanted is None:
         return own
@@ -112,23 +113,37 @@ def is_passing(error: BaseException) -> bool:
     code = _status(error)
     if code is not None:
         return code in (408, 425, 429) or code >= 500
+    if _OBSTORE in _names(error):
+        return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
 
 
 def describe(error: BaseException) -> str:
     """What happened, in one line."""
-    text = " ".join(str(error).split())[:200].rstrip(".")
-    name = type(error).__name__
-    return text if isinstance(error, ShortRead) else f"{name}: {text}" if text else name
+    text, name = str(error), type(error).__name__
+    if _is_obstore(error):  # which adds pages of its own state
+        text = text.partition("\n\nDebug source")[0].partition(" error: ")[2] or text
+        answer = _OBSTORE_STATUS.search(text)
+        if answer:
+            said = ": ".join(_OBSTORE_XML.findall(answer[2])) or answer[2]
+            text, name = said or "no reason was given", f"status {answer[1]}"
+        elif os.environ.get("AWS_ENDPOINT_URL"):
+            text, name = f"{text} (does AWS_ENDPOINT_URL name a server of S3?)", ""
+        else:
+            name = ""
+    text = " ".join(text.split())[:300].rstrip(".")
+    name = "" if isinstance(error, ShortRead) else name
+    return ": ".join(filter(None, (name, text)))
 
 
-def _final(url: str, doing: str, error: Exception) -> Unreachable:
+def failed(url: str, doing: str, error: Exception, tries: int) -> Unreachable:
+    """What to raise for an error that stayed, or that would stay."""
     what = f"{url} can't be {doing}"
-    store = url.partition("://")[0]
-    if _names(error) & _NO_CREDENTIALS:
+    if is_passing(error):
+        times = f" (tried {tries} times)" if tries > 1 else ""
         return Unreachable(
-            f"{what}: no credentials for {store} were found. Log in as the store's own tools want "
-            "it (for s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
+            f"{what}: {describe(error)}{times}. Try again when the store "
+            "answers; --max-workers 1 asks it for the least."
         )
     if _OFFLINE in _names(error):
         return Unreachable(
@@ -140,7 +155,7 @@ def _final(url: str, doing: str, error: Exception) -> Unreachable:
             f"{what}: the repository is gated. Ask for access on its page, then log in with "
             "`hf auth login`, or set HF_TOKEN."
         )
-    if isinstance(error, PermissionError):
+    if _names(error) & _DENIED or _status(error) in (401, 403):
         return Unreachable(f"{what}: access is denied ({describe(error)}). Ask for access to it.")
     return Unreachable(f"{what}: {describe(error)}. Check the address and the access to it.")
 
@@ -149,13 +164,14 @@ def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
+def _is_obstore(error: BaseException) -> bool:
+    return type(error).__module__.startswith("obstore")
+
+
 def _header(error: BaseException, name: str) -> str:
     """A header of the answer that an exception of any of the libraries carries; "" for none."""
     for one in (error, error.__cause__):
-        response = getattr(one, "response", None)
-        headers: Any = getattr(response, "headers", None)
-        if isinstance(response, dict):  # botocore
-            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+        headers: Any = getattr(getattr(one, "response", None), "headers", None)
         if isinstance(headers, Mapping):
             for key, value in headers.items():
                 if str(key).lower() == name:
@@ -163,14 +179,18 @@ def _header(error: BaseException, name: str) -> str:
     return ""
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an exception of any of the libraries carries, or its cause does."""
-    for one in (error, getattr(error, "__cause__", None)):
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an exception of any of the libraries carries, or its cause does.
+
+    obstore has it in its text alone.
+    """
+    if _is_obstore(error):
+        answer = _OBSTORE_STATUS.search(str(error))
+        return int(answer[1]) if answer else None
+    for one in (error, error.__cause__):
         response = getattr(one, "response", None)
-        if isinstance(response, dict):  # botocore
-            response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        found = response if isinstance(response, int) else getattr(response, "status_code", None)
-        found = found if found is not None else getattr(one, "status", getattr(one, "code", None))
-        if isinstance(found, int | str) and str(found).isdigit():
-            return int(found)
+        code = response if isinstance(response, int) else getattr(response, "status_code", None)
+        code = code if code is not None else getattr(one, "status", getattr(one, "code", None))
+        if isinstance(code, int | str) and str(code).isdigit():
+            return int(code)
     return None

@@ -24,7 +24,7 @@ from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
 if TYPE_CHECKING:
-    from neox_bridge.stores.objects import Object
+    from neox_bridge.stores.store import Object
 
 Identity = tuple[int, int, int, int]
 _PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written

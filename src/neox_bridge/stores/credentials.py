@@ -1,0 +1,270 @@
+"""Who the user is for S3, Google Cloud and Azure, in the words of obstore.
+
+Settings come from where the stores' own tools have them: environment variables, the profiles of
+``~/.aws`` (by botocore, which also knows single sign-on and roles), Google's application default
+credentials, Azure's connection strings. What somebody configured for fsspec is honored too; a
+setting of it that has no counterpart is an error, since it may say who the user is.
+"""
+
+import os
+from collections.abc import Mapping
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from neox_bridge.errors import BridgeError, Unreachable
+
+_CREDENTIAL_MINUTES = 10  # after which botocore is asked again
+_REGION_SECONDS = 5.0
+_AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_AWS_PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+_EMULATOR = "STORAGE_EMULATOR_HOST"  # Google's own tools go there
+_AZURE_CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
+# fsspec's settings, by those of obstore; "" for what only makes s3fs faster or slower
+_TUNING = (
+    *("default_block_size", "default_cache_type", "default_fill_cache", "max_concurrency"),
+    *("use_listings_cache", "listings_expiry_time", "cache_regions", "fixed_upload_size"),
+    *("block_size", "cache_timeout", "check_connection", "consistency", "project", "access"),
+    *("asynchronous", "skip_instance_cache", "use_ssl", "protocol"),
+)
+_S3_SETTINGS = {
+    "key": "access_key_id",
+    "secret": "secret_access_key",
+    "token": "session_token",
+    "anon": "skip_signature",
+    "endpoint_url": "endpoint",
+    "requester_pays": "request_payer",
+    "profile": "profile",
+    "client_kwargs.region_name": "region",
+    "client_kwargs.endpoint_url": "endpoint",
+    "client_kwargs.aws_access_key_id": "access_key_id",
+    "client_kwargs.aws_secret_access_key": "secret_access_key",
+    "client_kwargs.aws_session_token": "session_token",
+    "config_kwargs.s3.addressing_style": "addressing_style",
+    "s3_additional_kwargs.ServerSideEncryption": "server_side_encryption",
+    "s3_additional_kwargs.SSEKMSKeyId": "sse_kms_key_id",
+}
+_GOOGLE_SETTINGS = {"token": "token", "endpoint_url": "base_url"}
+_AZURE_SETTINGS = {
+    "account_name": "account_name",
+    "account_key": "account_key",
+    "sas_token": "sas_key",
+    "tenant_id": "tenant_id",
+    "client_id": "client_id",
+    "client_secret": "client_secret",
+    "anon": "skip_signature",
+    "connection_string": "connection_string",
+}
+
+
+def s3_options(root: str) -> dict[str, Any]:
+    """Arguments of obstore's ``S3Store``.
+
+    Args:
+        root: ``s3://bucket``.
+
+    Raises:
+        Unreachable: nobody said who the user is.
+        BridgeError: a profile or a setting can't be used.
+    """
+    options = _fsspec_settings(root, ("s3", "s3a"), _S3_SETTINGS)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and "endpoint" not in options:
+        options["endpoint"] = endpoint
+    profile, style = options.pop("profile", None), options.pop("addressing_style", "auto")
+    known = options.get("skip_signature") or "access_key_id" in options
+    if profile or not (known or _environment_is_all()):
+        options = {**_botocore_options(root, profile, bool(known)), **options}
+        style = options.pop("addressing_style", style)
+    if style == "virtual":
+        options["virtual_hosted_style_request"] = True
+    if "endpoint" not in options:
+        region = _region_of(root.partition("://")[2]) or options.get("region")
+        options |= {"region": region} if region else {}
+    return options
+
+
+def s3_client() -> Any:
+    """A client of botocore, for what obstore doesn't do. Raises ImportError without botocore."""
+    from botocore.session import Session
+
+    options = _fsspec_settings("s3://", ("s3", "s3a"), _S3_SETTINGS)
+    return Session(profile=options.get("profile")).create_client(
+        "s3",
+        region_name=options.get("region") or os.environ.get("AWS_REGION") or None,
+        endpoint_url=options.get("endpoint"),
+        aws_access_key_id=options.get("access_key_id"),
+        aws_secret_access_key=options.get("secret_access_key"),
+        aws_session_token=options.get("session_token"),
+    )
+
+
+def google_options(root: str) -> dict[str, Any]:
+    """Arguments of obstore's ``GCSStore``."""
+    options = _fsspec_settings(root, ("gs", "gcs"), _GOOGLE_SETTINGS)
+    token = options.pop("token", None)
+    if token == "anon":
+        options["skip_signature"] = True
+    elif isinstance(token, str) and os.path.isfile(token):
+        options["application_credentials"] = token
+    elif token not in (None, "google_default", "cloud"):
+        raise _no_counterpart(root, "token")
+    if host := os.environ.get(_EMULATOR):
+        options["base_url"] = host if "://" in host else f"http://{host}"
+        options["skip_signature"] = True
+    return options
+
+
+def azure_options(root: str, host: str) -> dict[str, Any]:
+    """Arguments of obstore's ``AzureStore``.
+
+    Args:
+        root: ``az://container``, or ``abfss://container@account.dfs.core.windows.net``.
+        host: what follows the ``@``, or nothing.
+    """
+    options = _fsspec_settings(root, ("az", "abfs", "abfss"), _AZURE_SETTINGS)
+    text = options.pop("connection_string", None) or os.environ.get(_AZURE_CONNECTION, "")
+    parts = dict(part.split("=", 1) for part in text.split(";") if "=" in part)
+    account = host.partition(".")[0] or parts.get("AccountName")
+    told = {
+        "account_name": account,
+        "account_key": parts.get("AccountKey"),
+        "sas_key": parts.get("SharedAccessSignature"),
+        "endpoint": _azure_endpoint(parts, account),
+    }
+    return {key: value for key, value in told.items() if value} | options
+
+
+def _azure_endpoint(parts: Mapping[str, str], account: str | None) -> str | None:
+    if parts.get("UseDevelopmentStorage", "").lower() == "true":
+        return f"http://127.0.0.1:10000/{account or 'devstoreaccount1'}"
+    if parts.get("BlobEndpoint"):
+        return parts["BlobEndpoint"].rstrip("/")
+    if parts.get("EndpointSuffix") and account:
+        return (
+            f"{parts.get('DefaultEndpointsProtocol', 'https')}://{account}.blob."
+            + (parts["EndpointSuffix"])
+        )
+    return None
+
+
+def _environment_is_all() -> bool:
+    """Whether the environment names a user of S3, and there is no profile that could say more."""
+    config = os.environ.get("AWS_CONFIG_FILE") or os.path.expanduser("~/.aws/config")
+    return (
+        all(os.environ.get(name) for name in _AWS_KEYS)
+        and not any(os.environ.get(name) for name in _AWS_PROFILES)
+        and not os.path.exists(config)
+    )
+
+
+def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, Any]:
+    """What ``~/.aws`` and the environment say; credentials are those that botocore finds.
+
+    known: the user is known already, and only the region and the endpoint are wanted.
+    """
+    try:
+        from botocore.exceptions import BotoCoreError
+        from botocore.session import Session
+    except ImportError:
+        raise BridgeError(
+            f"{root}: to read profiles of AWS botocore is needed: pip install "
+            "'neox-bridge[remote]', or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        ) from None
+    try:
+        session = Session(profile=profile)
+        credentials = session.get_credentials()
+        client = session.create_client("s3", region_name=session.get_config_variable("region"))
+    except BotoCoreError as error:
+        raise BridgeError(
+            f"{root} can't be opened: {error}. Check ~/.aws and AWS_PROFILE."
+        ) from None
+    region, endpoint = client.meta.region_name, client.meta.endpoint_url
+    options: dict[str, Any] = {"region": region} if region and region != "aws-global" else {}
+    if endpoint not in ("https://s3.amazonaws.com", f"https://s3.{region}.amazonaws.com"):
+        options["endpoint"] = endpoint
+    style = (client.meta.config.s3 or {}).get("addressing_style")
+    if style:
+        options["addressing_style"] = style
+    if known:
+        return options
+    if credentials is None:
+        raise Unreachable(
+            f"{root} can't be read or written: no credentials for s3 were found. Log in as the "
+            "store's own tools want it (for s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY)."
+        )
+
+    def provide() -> dict[str, Any]:
+        frozen = credentials.get_frozen_credentials()  # refreshed by botocore when it is time
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(timezone.utc) + timedelta(minutes=_CREDENTIAL_MINUTES),
+        }
+
+    return {**options, "credential_provider": provide}
+
+
+def _region_of(bucket: str) -> str | None:
+    """Where AWS has a bucket, which it tells everybody; None where nobody answers.
+
+    Source: the API's HeadBucket, x-amz-bucket-region.
+    """
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(
+            Request(f"https://s3.amazonaws.com/{bucket}", method="HEAD"), timeout=_REGION_SECONDS
+        ) as answer:
+            headers = answer.headers
+    except HTTPError as error:
+        headers = error.headers
+    except OSError:
+        return None
+    region: str | None = headers.get("x-amz-bucket-region")
+    return region
+
+
+def _fsspec_settings(
+    root: str, protocols: tuple[str, ...], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """What is configured for fsspec, in obstore's words. Raises BridgeError where it has none."""
+    folder = os.environ.get("FSSPEC_CONFIG_DIR") or os.path.expanduser("~/.config/fsspec")
+    if not os.path.isdir(folder) and not any(name.startswith("FSSPEC_") for name in os.environ):
+        return {}
+    try:
+        from fsspec import config
+    except ImportError:
+        return {}
+    conf: dict[str, Any] = {}
+    config.set_conf_files(folder, conf)
+    config.set_conf_env(conf)
+    options = {}
+    for protocol in protocols:
+        for name, value in _flat(conf.get(protocol, {})).items():
+            if name in _TUNING:
+                continue
+            if name not in names:
+                raise _no_counterpart(root, name)
+            options[names[name]] = value
+    return options
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{before}{name}.")
+        elif value is not None:
+            flat[before + name] = value
+    return flat
+
+
+def _no_counterpart(root: str, name: str) -> BridgeError:
+    return BridgeError(
+        f"{root}: the setting {name} of fsspec (FSSPEC_… or ~/.config/fsspec) has no counterpart "
+        "in obstore, which reads this store. Remove it, and set the environment variables of the "
+        "store's own tools."
+    )

@@ -1,0 +1,162 @@
+"""Stores that fsspec knows and obstore doesn't: the Hub, sftp, web servers, memory, and others."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from neox_bridge.errors import BridgeError
+from neox_bridge.stores.retry import steadily
+from neox_bridge.stores.store import Object, Upload
+
+# what a store calls the thing that changes whenever the object does
+_TAGS = ("ETag", "etag", "xet_hash", "blob_id", "mtime", "last_modified", "created")
+_NEEDS = {
+    "hf": "pip install 'neox-bridge[hub]'",
+    "ssh": "pip install paramiko",
+    "sftp": "pip install paramiko",
+    "http": "pip install 'neox-bridge[remote]'",
+    "https": "pip install 'neox-bridge[remote]'",
+}
+
+
+class FsspecStore:
+    """A file system of fsspec.
+
+    Raises BridgeError for a kind of URL that nothing installed knows.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            from fsspec.core import url_to_fs
+        except ImportError:
+            raise BridgeError(
+                f"{url}: to read and write stores fsspec is needed: pip install "
+                "'neox-bridge[remote]'."
+            ) from None
+        protocol = url.partition("://")[0]
+        try:
+            self.fs: Any = url_to_fs(url)[0]
+        except ImportError as error:
+            way = _NEEDS.get(protocol, f"install what fsspec names ({error})")
+            raise BridgeError(f"{url}: this kind of store needs one more package: {way}.") from None
+        except ValueError as error:
+            raise BridgeError(f"{url}: {error}. Is the URL right?") from None
+        except Exception as error:  # ssh connects already here
+            raise BridgeError(f"{url} can't be reached: {type(error).__name__}: {error}.") from None
+        # huggingface_hub's file system opens a file for each range, whose cache reads 5 MB ahead
+        self._reading = {"cache_type": "none"} if protocol == "hf" else {}
+
+    def head(self, url: str) -> Object | None:
+        return _entry(self.fs.info(self._path(url)))
+
+    def entries(self, url: str) -> Mapping[str, Object | None]:
+        path = self._path(url)
+        try:
+            infos = self.fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return {
+            info["name"].rstrip("/").rpartition("/")[2]: _entry(info)
+            for info in infos
+            if info["name"].rstrip("/") != path.rstrip("/")
+        }
+
+    def below(self, url: str) -> dict[str, Object]:
+        path = self._path(url)
+        inside = path.rstrip("/") + "/"
+        try:
+            infos = self.fs.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {
+            name[len(inside) :]: entry
+            for name, info in infos.items()
+            if name.startswith(inside) and (entry := _entry(info)) is not None
+        }
+
+    def read(self, url: str, start: int, end: int) -> bytes:
+        data: bytes = self.fs.cat_file(self._path(url), start=start, end=end, **self._reading)
+        return data
+
+    def put(self, url: str, data: bytes) -> None:
+        self.fs.pipe_file(self._path(url), data)
+
+    def put_if_absent(self, url: str, data: bytes) -> bool:
+        """Two that ask at the same time may both be told that they wrote it."""
+        if self.fs.exists(self._path(url)):
+            return False
+        self.put(url, data)
+        return True
+
+    def remove(self, url: str) -> None:
+        self.fs.rm_file(self._path(url))
+
+    def upload(self, url: str, size: int) -> Upload:  # noqa: ARG002
+        return _FileUpload(self, url)
+
+    def abort_uploads(self, url: str) -> None:
+        """A part that is left is replaced by the next run."""
+
+    def refresh(self) -> None:
+        """Forget listings: what the file system says next is as it is now."""
+        self.fs.invalidate_cache()
+
+    def _path(self, url: str) -> str:
+        return str(self.fs._strip_protocol(url))
+
+
+class _FileUpload:
+    """A file that is written from its start to its end under another name, and then renamed.
+
+    Retries are those of fsspec's own file system.
+    """
+
+    def __init__(self, store: FsspecStore, url: str) -> None:
+        self.store, self.fs, self.url = store, store.fs, url
+        self.path = store._path(url)
+        self.part = f"{self.path}.neox-bridge-part"
+        self.file: Any = None
+
+    def send(self, number: int, data: bytearray) -> None:  # noqa: ARG002
+        if self.file is None:
+            self.file = steadily(self.url, "written", self._open)
+        self._once(lambda: self.file.write(data))
+
+    def finish(self) -> str:
+        def rename() -> None:
+            self.file.close()
+            if self.fs.exists(self.path):
+                self.fs.rm_file(self.path)
+            self.fs.mv(self.part, self.path)
+
+        if self.file is None:
+            self.send(0, bytearray())
+        self._once(rename)
+        self.store.refresh()
+        entry = steadily(self.url, "looked at", lambda: self.store.head(self.url))
+        return entry.tag if entry is not None else ""
+
+    def abandon(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(Exception):
+                self.file.close()
+                self.fs.rm_file(self.part)
+
+    def _open(self) -> Any:
+        self.fs.makedirs(self.fs._parent(self.path), exist_ok=True)
+        return self.fs.open(self.part, "wb")
+
+    def _once(self, call: Callable[[], object]) -> None:
+        steadily(self.url, "written", call, tries=1)
+
+
+def _entry(info: Mapping[str, Any]) -> Object | None:
+    """What fsspec says of an object; None for a folder."""
+    if info["type"] == "directory":
+        return None
+    lfs = info.get("lfs")
+    if isinstance(lfs, Mapping) and "sha256" in lfs:
+        tag = lfs["sha256"]
+    else:
+        tag = next((info[key] for key in _TAGS if info.get(key) not in (None, "")), "")
+    return Object(int(info["size"] or 0), str(tag))
