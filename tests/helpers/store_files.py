@@ -12,7 +12,6 @@ from neox_bridge.api import plan as make_plan
 from neox_bridge.execution.execute import execute
 from neox_bridge.execution.result import Result
 from neox_bridge.planning.options import Options
-from neox_bridge.stores import objects
 from neox_bridge.stores.paths import is_url
 from neox_bridge.verification.verify import checker
 
@@ -70,5 +69,5 @@ def assert_same(store: dict[str, bytes], disk: dict[str, bytes]) -> None:
 
 
 def unfinished_uploads() -> list[Any]:
-    fs = objects.filesystem(s3("x"))[0]
+    fs = fsspec.filesystem("s3")
     return list(fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads") or ())

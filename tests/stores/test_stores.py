@@ -42,7 +42,8 @@ from neox_bridge.execution.transform import load
 from neox_bridge.execution.units import Unit, make
 from neox_bridge.formats.torch_zip import read_pt
 from neox_bridge.planning.options import Options
-from neox_bridge.stores import objects, paths, ranges, uploads
+from neox_bridge.stores import objects, paths, ranges
+from neox_bridge.stores.store import PART_BYTES, part_size
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification.verify import checker, verify
 
@@ -350,26 +351,18 @@ class Test_stopped:  # noqa: N801
         assert_same(contents(url), files(tmp_path / "neox"))
 
 
-<<<<<<< HEAD
-=======
-def unfinished_uploads() -> list[Any]:
-    fs = fsspec.filesystem("s3")
-    return list(fs.call_s3("list_multipart_uploads", Bucket=BUCKET).get("Uploads") or ())
-
-
->>>>>>> 9a9ce7b (Buckets are read and written by obstore; fsspec stays for the Hub, sftp, web servers and memory)
 def test_large_objects_go_in_parts(store: Store, wide: Path, tmp_path: Path) -> None:
     run(wide, tmp_path / "neox")
     store.requests.clear()
     run(tmp_path / "neox", s3("parts"))
     parts = [r for r in store.of("PUT") if "partNumber" in r.query]
     size = len(contents(s3("parts"))["model.safetensors"])
-    assert [r.received for r in parts].count(uploads.PART) == size // uploads.PART == 1
+    assert [r.received for r in parts].count(PART_BYTES) == size // PART_BYTES == 1
     assert sum(r.received for r in parts) == size
-    assert uploads.part_size(10**9) == uploads.PART
+    assert part_size(10**9) == PART_BYTES
     for size in (80 << 30, 10**12, 5 << 40):
-        assert size / uploads.part_size(size) <= 10_000
-        assert uploads.part_size(size) % 1024 == 0
+        assert size / part_size(size) <= 10_000
+        assert part_size(size) % 1024 == 0
 
 
 def test_commands_take_urls(store: Store, hf: Path, neox: Path, tmp_path: Path) -> None:
@@ -495,13 +488,11 @@ def test_no_local_path_is_taken_for_a_url() -> None:
 
 def test_a_stream_fills_gaps_and_puts_sums_where_they_belong() -> None:
     class Parts:
-        sends_any = True
-
         def __init__(self) -> None:
-            self.parts: dict[int, bytes] = {}
+            self.parts: list[bytes] = []
 
-        def send(self, number: int, data: bytearray) -> None:
-            self.parts[number] = bytes(data)
+        def send(self, data: bytearray) -> None:
+            self.parts.append(bytes(data))
 
         def finish(self) -> str:
             return "tag"
@@ -509,20 +500,19 @@ def test_a_stream_fills_gaps_and_puts_sums_where_they_belong() -> None:
         def abandon(self) -> None:
             self.parts.clear()
 
-    upload, sender, size = Parts(), uploads.Sender(), uploads.PART + 100
-    stream = Stream(upload, sender, size, "xxh3_128", frozenset({uploads.PART + 52}))
+    upload, size = Parts(), PART_BYTES + 100
+    stream = Stream(upload, size, "xxh3_128", frozenset({PART_BYTES + 52}))
     stream.literal(b"head", 0)
-    stream.write(b"late", uploads.PART + 52)
+    stream.write(b"late", PART_BYTES + 52)
     stream.write(b"tensor", 1000)
-    stream.literal(b"0123456789", uploads.PART + 50)
+    stream.literal(b"0123456789", PART_BYTES + 50)
     found, tag = stream.finish()
-    sender.close()
     want = bytearray(size)
-    want[:4], want[1000:1006], want[uploads.PART + 50 : uploads.PART + 60] = (
+    want[:4], want[1000:1006], want[PART_BYTES + 50 : PART_BYTES + 60] = (
         *(b"head", b"tensor", b"01late6789"),
     )
     assert upload.parts[0] + upload.parts[1] == want
-    assert len(upload.parts[0]) == uploads.PART
+    assert len(upload.parts[0]) == PART_BYTES
     assert (found, tag) == (xxhash.xxh3_128(want).hexdigest(), "tag")
 
 

@@ -15,7 +15,7 @@ from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.objects import below
 from neox_bridge.stores.paths import is_url, isdir, listdir
-from neox_bridge.stores.uploads import WORK
+from neox_bridge.stores.store import WORK
 from neox_bridge.verification.sealed import find_record, unrecorded
 
 TargetState = Literal["absent", "whole", "changed", "other"]

@@ -30,6 +30,7 @@ from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.known_files import foreign_objects
 from neox_bridge.layouts.record_file import recorded_files
 from neox_bridge.stores.objects import (
+    abort_uploads,
     below,
     fetch,
     forget,
@@ -39,10 +40,10 @@ from neox_bridge.stores.objects import (
     pending,
     put_small,
     remove,
+    start_upload,
 )
 from neox_bridge.stores.paths import isfile
-from neox_bridge.stores.store import Object
-from neox_bridge.stores.uploads import WORK, Sender, abort_left_over, start_upload
+from neox_bridge.stores.store import WORK, Object
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -81,15 +82,11 @@ class ObjectWriter:
 
     def write(self, files: Sequence[OutputFile], context: Context) -> list[tuple[str, Written]]:
         """Write files one after another."""
-        sender = Sender()
-        try:
-            return [(file.path, self.write_one(file, context, sender)) for file in files]
-        finally:
-            sender.close()
+        return [(file.path, self.write_one(file, context)) for file in files]
 
-    def write_one(self, file: OutputFile, context: Context, sender: Sender) -> Written:
-        """Write a file. context, sender: of all threads of the process."""
-        written, tag = write_object(file, self.place(file.path), self.hash_name, context, sender)
+    def write_one(self, file: OutputFile, context: Context) -> Written:
+        """Write a file, and mark it as finished."""
+        written, tag = write_object(file, self.place(file.path), self.hash_name, context)
         entry = {"path": file.path, "size": written.size, "hash": written.hash, "tag": tag}
         put_small(self.mark(file.path), json.dumps(entry).encode())
         return written
@@ -100,7 +97,6 @@ def write_object(
     url: str,
     hash_name: HashName | None,
     context: Context,
-    sender: Sender,
 ) -> tuple[Written, str]:
     """Write a file as an object, from its start to its end; it appears whole or not.
 
@@ -108,7 +104,7 @@ def write_object(
     object then.
     """
     places = frozenset(place for tensor in file.tensors for place in tensor.crc_at)
-    stream = Stream(start_upload(url, file.size), sender, file.size, hash_name, places)
+    stream = Stream(start_upload(url, file.size), file.size, hash_name, places)
     parts: list[tuple[int, int, bytes | OutputTensor]] = [
         *((offset, len(data), data) for offset, data in file.literals),
         *((tensor.offset, tensor.nbytes, tensor) for tensor in file.tensors),
@@ -168,16 +164,12 @@ class ObjectSink:
 
     def write(self, files: Sequence[OutputFile], workers: int) -> None:
         """Object after object, the largest first."""
-        sender = Sender()
 
         def write(file: OutputFile) -> None:
-            self.job.done[file.path] = self._writer.write_one(file, self.job.context, sender)
+            self.job.done[file.path] = self._writer.write_one(file, self.job.context)
 
         tasks: list[Task] = [(max(f.size, _REQUEST_BYTES), partial(write, f)) for f in files]
-        try:
-            run_all(tasks, workers, self.job.context)
-        finally:
-            sender.close()
+        run_all(tasks, workers, self.job.context)
 
     def writer(self) -> ObjectWriter:
         return self._writer
@@ -285,7 +277,7 @@ class ObjectSink:
             retired = [u for u in below(f"{url}/{name}") if u not in planned]
             remove([*retired, f"{url}/{name}"] if name.endswith(".yml") else retired)
         if names_there:
-            abort_left_over(replaced)
+            abort_uploads(replaced)
 
     def _finished(self, there: Mapping[str, Object]) -> dict[str, Written]:
         """The files whose marks say what the store says of them."""

@@ -1,10 +1,9 @@
 """A target that is written from its start to its end: an object of a store."""
 
-from concurrent.futures import Future
 from typing import Any
 
 from neox_bridge.execution.digests import HashName, hasher
-from neox_bridge.stores.uploads import Sender, Upload, part_size
+from neox_bridge.stores.store import Upload, part_size
 
 PARTS_IN_MEMORY = 4  # of an object at most: the one that is filled, and those on their way, copied
 _ZEROS = bytes(1 << 20)
@@ -20,18 +19,17 @@ class Stream:
     def __init__(
         self,
         upload: Upload,
-        sender: Sender,
         size: int,
         hash_name: HashName | None,
         places: frozenset[int] = frozenset(),
     ) -> None:
-        self._upload, self._sender, self._size, self._places = upload, sender, size, places
+        self._upload, self._size, self._places = upload, size, places
         self._part = part_size(size)
         self._hash: Any = hasher(hash_name) if hash_name else None
         self._kept: dict[int, bytes] = {}
         self._at = 0
         self._data = bytearray()
-        self._sent: list[Future[None]] = []
+        self._has_sent = False
 
     def write(self, data: "bytes | memoryview", to: int) -> None:
         """Bytes at an offset that is no smaller than the end of what was written before."""
@@ -57,17 +55,12 @@ class Stream:
             self._add(memoryview(_ZEROS)[: self._size - self._at])
         assert self._at == self._size, f"{self._at} bytes written of {self._size}"
         assert not self._kept, "CRCs without a place"
-        if self._data or not self._sent:
+        if self._data or not self._has_sent:
             self._send()
-        for sent in self._sent:
-            sent.result()
         return self._hash.hexdigest() if self._hash else None, self._upload.finish()
 
     def abandon(self) -> None:
-        """Leave nothing of it, once no part is on its way any more."""
-        for sent in self._sent:
-            if not sent.cancel():
-                sent.exception()
+        """Leave nothing of it."""
         self._upload.abandon()
 
     def _add(self, data: memoryview) -> None:
@@ -82,8 +75,6 @@ class Stream:
                 self._send()
 
     def _send(self) -> None:
-        for sent in self._sent:
-            if sent.done():
-                sent.result()  # an upload that fails ends at once
-        data, self._data = self._data, bytearray()
-        self._sent.append(self._sender.send(self._upload, len(self._sent), data))
+        """Raises BridgeError where a part before could not be sent."""
+        data, self._data, self._has_sent = self._data, bytearray(), True
+        self._upload.send(data)

@@ -187,7 +187,7 @@ class _Single:
     def __init__(self, bucket: Bucket, url: str) -> None:
         self.bucket, self.url, self.data = bucket, url, bytearray()
 
-    def send(self, number: int, data: bytearray) -> None:  # noqa: ARG002
+    def send(self, data: bytearray) -> None:
         self.data = data
 
     def finish(self) -> str:
@@ -221,7 +221,7 @@ class _Multipart:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def send(self, number: int, data: bytearray) -> None:  # noqa: ARG002
+    def send(self, data: bytearray) -> None:
         self._hand_over(data)
 
     def finish(self) -> str:

@@ -117,7 +117,7 @@ class _FileUpload:
         self.part = f"{self.path}.neox-bridge-part"
         self.file: Any = None
 
-    def send(self, number: int, data: bytearray) -> None:  # noqa: ARG002
+    def send(self, data: bytearray) -> None:
         if self.file is None:
             self.file = steadily(self.url, "written", self._open)
         self._once(lambda: self.file.write(data))
@@ -130,7 +130,7 @@ class _FileUpload:
             self.fs.mv(self.part, self.path)
 
         if self.file is None:
-            self.send(0, bytearray())
+            self.send(bytearray())
         self._once(rename)
         self.store.refresh()
         entry = steadily(self.url, "looked at", lambda: self.store.head(self.url))

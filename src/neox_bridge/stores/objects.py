@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.stores.retry import ShortRead, steadily
-from neox_bridge.stores.store import Object, Store
+from neox_bridge.stores.store import Object, Store, Upload
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -179,6 +179,18 @@ def remove(urls: Iterable[str]) -> None:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in pool.map(remove_one, urls):
             pass
+
+
+def start_upload(url: str, size: int) -> Upload:
+    """Begin an object of so many bytes. Raises BridgeError where that fails."""
+    forget(url)
+    return store_of(url).upload(url, size)
+
+
+def abort_uploads(url: str) -> None:
+    """Abort uploads below a folder that a killed run left: they cost, and nobody sees them."""
+    with contextlib.suppress(Exception):  # a right that not everybody has
+        store_of(url).abort_uploads(url)
 
 
 def forget(url: str) -> None:

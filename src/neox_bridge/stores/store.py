@@ -20,8 +20,8 @@ class Object:
 class Upload(Protocol):
     """An object that is sent part by part, and appears whole or not at all."""
 
-    def send(self, number: int, data: bytearray) -> None:
-        """Send part ``number``, from 0, in their order. All but the last have the same size."""
+    def send(self, data: bytearray) -> None:
+        """Send the next part, which nobody may touch again. All but the last have the same size."""
 
     def finish(self) -> str:
         """Make the object appear. Returns its tag, as ``look`` tells it."""
