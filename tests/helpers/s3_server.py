@@ -48,7 +48,7 @@ class Store:
     pieces with pauses), "error" (500), "empty" (200 and nothing else), "lost" (done, but the
     answer never arrives), "change" (the object gets another last byte before it is answered),
     "stale" (the first answer to the same listing), "forget" (a PUT is answered as if
-    it had been done), "deny" (403), or "" to leave it alone.
+    it had been done), "deny" (403), "unknown" (501), or "" to leave it alone.
     """
 
     url: str
@@ -181,6 +181,9 @@ def _handler(store: Store, port: int) -> type[BaseHTTPRequestHandler]:
             if how == "slow down":
                 self._head(503, [("Content-Type", "application/xml")], len(_SLOW_DOWN))
                 self.wfile.write(_SLOW_DOWN)
+                return 0
+            if how == "unknown":
+                self._head(501, [], 0)
                 return 0
             if how == "deny":
                 self._head(403, [("Content-Type", "application/xml")], len(_DENIED))

@@ -29,6 +29,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.known_files import foreign_objects
 from neox_bridge.layouts.record_file import recorded_files
+from neox_bridge.stores.lock import Lock, locked
 from neox_bridge.stores.objects import (
     abort_uploads,
     below,
@@ -42,7 +43,6 @@ from neox_bridge.stores.objects import (
     remove,
     start_upload,
 )
-from neox_bridge.stores.paths import isfile
 from neox_bridge.stores.store import WORK, Object
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
@@ -134,6 +134,7 @@ class ObjectSink:
         self.findings: tuple[Finding, ...] = ()
         self._url = job.target
         self._writer: ObjectWriter
+        self._lock: Lock
         self._stale: tuple[str, ...] = ()  # objects that the finished target has no more
         self._last: dict[str, bytes] = {}  # records, and what follows them
         self._lost: set[str] = set()  # paths of files that the store lost once
@@ -141,9 +142,17 @@ class ObjectSink:
 
     @contextmanager
     def opened(self) -> Iterator[bool]:
-        self._begin()
+        _check_name(self._url)
+        with locked(self._url) as self._lock:
+            self._begin()
+            with self._explained():
+                yield False
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A block whose errors say what is left in the target."""
         try:
-            yield False
+            yield
         except Unverified as error:
             self._clear_work()  # where that fails the verdict matters more
             raise Unverified(
@@ -217,6 +226,7 @@ class ObjectSink:
                 check(self._url)
 
     def publish(self) -> None:
+        self._lock.check()
         for url, data in self._last.items():
             _put_surely(url, data)
             self.job.context.wrote(len(data), "copied")
@@ -243,11 +253,10 @@ class ObjectSink:
         holds a source.
         """
         job, url = self.job, self._url
-        _check_name(url)
         marks = f"{url}/{WORK}/{sha256(job.key.line().encode()).hexdigest()[:32]}"
         forget(url)
-        names_there = _names(url)
-        begun = _read_begun(f"{marks}/begun") if WORK in names_there else None
+        names_there = [name for name in _names(url) if name != WORK]
+        begun = _read_begun(f"{marks}/begun")
         is_run = any(name in LATEST or name.startswith("global_step") for name in names_there)
         step = begun.step if begun else job.step if is_run else None
         replaced = f"{url}/{step}" if step else url
@@ -276,7 +285,7 @@ class ObjectSink:
         for name in root_files.retired if root_files else ():  # but for what is written anew
             retired = [u for u in below(f"{url}/{name}") if u not in planned]
             remove([*retired, f"{url}/{name}"] if name.endswith(".yml") else retired)
-        if names_there:
+        if names_there or begun:
             abort_uploads(replaced)
 
     def _finished(self, there: Mapping[str, Object]) -> dict[str, Written]:
@@ -329,7 +338,7 @@ class ObjectSink:
     def _clear_work(self) -> str:
         """Remove what was only for resuming, that of other plans too; why that failed, or ""."""
         try:
-            remove(below(f"{self._url}/{WORK}"))
+            remove(u for u in below(f"{self._url}/{WORK}") if u != self._lock.url)
         except BridgeError as error:
             return str(error)
         return ""
@@ -412,10 +421,14 @@ class _Begun:
 
 
 def _read_begun(url: str) -> _Begun | None:
-    if not isfile(url):
+    try:
+        size = look(url, again=True).size
+    except Unreachable:
+        raise
+    except BridgeError:
         return None
     with suppress(ValueError, KeyError, TypeError):
-        entry = json.loads(fetch(url, 0, look(url).size))
+        entry = json.loads(fetch(url, 0, size))
         if entry["beside"] is None:
             return _Begun(None, None)
         kept = entry["beside"]

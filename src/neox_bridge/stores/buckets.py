@@ -97,6 +97,14 @@ class Bucket:
             self.store.put(self._key(url), data, mode="create")
         except AlreadyExistsError:
             return False
+        except Exception as error:
+            if not retry.is_unknown(error):
+                raise
+            # a server of S3 that does not know conditions: as good as it can be done there
+            with contextlib.suppress(FileNotFoundError):
+                self.head(url)
+                return False
+            self.put(url, data)
         return True
 
     def remove(self, url: str) -> None:

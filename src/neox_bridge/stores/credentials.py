@@ -109,8 +109,8 @@ def google_options(root: str) -> dict[str, Any]:
     elif token not in (None, "google_default", "cloud"):
         raise _no_counterpart(root, "token")
     if host := os.environ.get(_EMULATOR):
-        options["base_url"] = host if "://" in host else f"http://{host}"
-        options["skip_signature"] = True
+        # a token is asked for to write, even where nothing is signed
+        options |= {"base_url": host if "://" in host else f"http://{host}", "bearer_token": "none"}
     return options
 
 

@@ -79,7 +79,9 @@ class FsspecStore:
         return data
 
     def put(self, url: str, data: bytes) -> None:
-        self.fs.pipe_file(self._path(url), data)
+        path = self._path(url)
+        self.fs.makedirs(self.fs._parent(path), exist_ok=True)
+        self.fs.pipe_file(path, data)
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
         """Two that ask at the same time may both be told that they wrote it."""

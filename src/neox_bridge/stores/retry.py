@@ -26,6 +26,7 @@ _PASSING = {
 _OBSTORE = "GenericError"  # whatever has no class of its own: dropped, late, 5xx, not understood
 _OBSTORE_STATUS = re.compile(r"status code: (\d{3})[^:]*: *(.*)", re.DOTALL)
 _OBSTORE_XML = re.compile(r"<(?:Code|Message)>([^<]*)<")
+_NOT_IMPLEMENTED = 501
 _DENIED = {"PermissionError", "PermissionDeniedError", "UnauthenticatedError"}
 _PASSING_ERRNO = {
     *(errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE),
@@ -112,10 +113,15 @@ def is_passing(error: BaseException) -> bool:
         return True
     code = _status(error)
     if code is not None:
-        return code in (408, 425, 429) or code >= 500
+        return code in (408, 425, 429) or (code >= 500 and code != _NOT_IMPLEMENTED)
     if _OBSTORE in _names(error):
         return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
+
+
+def is_unknown(error: BaseException) -> bool:
+    """Whether the store knows no such request."""
+    return "NotSupportedError" in _names(error) or _status(error) == _NOT_IMPLEMENTED
 
 
 def describe(error: BaseException) -> str:
