@@ -21,6 +21,7 @@ quick: $(DEV)/.ready
 
 test: lint
 	-$(DEV)/bin/python tests/helpers/chromium.py
+	-$(DEV)/bin/python tests/helpers/azurite.py
 	$(DEV)/bin/python -m pytest -n $(JOBS)
 	TRANSFORMERS=4.48 $(DEV)/bin/python -m pytest -m versions tests/versions
 
@@ -90,4 +91,4 @@ $(DEMO)/venv/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEV) $(DEMO) .bench .versions .neox .chromium .mutants
+	rm -rf $(DEV) $(DEMO) .bench .versions .neox .azurite .chromium .mutants
