@@ -8,7 +8,7 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import copied
 from neox_bridge.stores import ranges
 from neox_bridge.stores.paths import is_url
-from neox_bridge.stores.uploads import part_size
+from neox_bridge.stores.store import part_size
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputTensor
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 from neox_bridge.execution.digests import HashName, hasher
-from neox_bridge.stores.store import Upload, part_size
+from neox_bridge.stores.store import PARTS_AT_ONCE, Upload, part_size
 
-PARTS_IN_MEMORY = 4  # of an object at most: the one that is filled, and those on their way, copied
+# of an object at most: one is filled, one waits, one was handed over, and those on their way
+PARTS_IN_MEMORY = 3 + PARTS_AT_ONCE
 _ZEROS = bytes(1 << 20)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.stores import retry
 from neox_bridge.stores.retry import ShortRead, steadily
-from neox_bridge.stores.store import Object, Upload, part_size
+from neox_bridge.stores.store import PARTS_AT_ONCE, Object, Upload, part_size
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -27,7 +27,6 @@ _EMPTY = (
     "the answer is 200 and empty, as S3 never gives: perhaps AWS_ENDPOINT_URL names another kind "
     "of server, or a proxy answers in its place"
 )
-_PARTS_AT_ONCE = 2  # of one object
 _WAIT_SECONDS = 0.1  # between two looks whether an upload has failed
 _CLIENT = {
     "timeout": "10m",  # of a request, its body included
@@ -274,7 +273,7 @@ class _Multipart:
                 self._iterate(),
                 use_multipart=True,
                 chunk_size=self.part_bytes,
-                max_concurrency=_PARTS_AT_ONCE,
+                max_concurrency=PARTS_AT_ONCE,
             )
         except FileNotFoundError:
             if not self.taken:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 WORK = ".neox-bridge"  # the folder in a target of what is only for resuming
 PART_BYTES = 8 << 20  # of an upload; S3 takes 5 MiB at least
+PARTS_AT_ONCE = 2  # of one object, on their way
 _MAX_PARTS = 10_000  # of an object; the limit of S3
 
 
