@@ -24,7 +24,7 @@ from neox_bridge.optimizer.default_settings import computed_findings, with_own_d
 from neox_bridge.optimizer.gradient_scale import gradient_findings
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.optimizer.options import Resharding
-from neox_bridge.optimizer.reshard_target import Target, settle
+from neox_bridge.optimizer.reshard_target import Target, choose_target
 from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.optimizer.target_parameters import target_parameters
 from neox_bridge.optimizer.v1_form import (
@@ -39,8 +39,12 @@ from neox_bridge.optimizer.write_stage0 import Stage0, stage0
 from neox_bridge.optimizer.write_universal import universal, universal_files
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
 from neox_bridge.optimizer.zero_stage import at_stage
-from neox_bridge.planning.common import text_file, tokenizer_outputs, with_vocabulary_rows
-from neox_bridge.planning.drifted import with_drifted_biases
+from neox_bridge.planning.common import (
+    text_file,
+    tokenizer_outputs,
+    with_drifted_biases,
+    with_vocabulary_rows,
+)
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import (
     Metadata,
@@ -81,7 +85,7 @@ def plan_reshard(
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
     checkpoint, said = with_own_defaults(checkpoint, optimizer, asked.era)
-    optimizer, given, target = _settled(checkpoint, optimizer, asked, given)
+    optimizer, given, target = _with_target(checkpoint, optimizer, asked, given)
     weights = with_vocabulary_rows(checkpoint.architecture, target.config, checkpoint.tensors)
     moved = {
         key: with_vocabulary_rows(checkpoint.architecture, target.config, wholes)
@@ -431,11 +435,11 @@ def target_states(
 ) -> tuple[Optimizer, Mapping[str, Mapping[str, Whole]] | None]:
     """What the target should hold, to check it: the optimizer, and states not as the source's."""
     checkpoint, _ = with_own_defaults(checkpoint, optimizer, asked.era)
-    optimizer, given, _ = _settled(checkpoint, optimizer, asked, given)
+    optimizer, given, _ = _with_target(checkpoint, optimizer, asked, given)
     return optimizer, given
 
 
-def _settled(
+def _with_target(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
     asked: Resharding,
@@ -458,7 +462,7 @@ def _settled(
         )
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
-    target = settle(checkpoint, optimizer, asked, version)
+    target = choose_target(checkpoint, optimizer, asked, version)
     if target.rescaling is not None:
         given = target.rescaling.states(given or states(checkpoint, optimizer))
         optimizer = target.rescaling.optimizer(optimizer)

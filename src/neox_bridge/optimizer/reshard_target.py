@@ -63,7 +63,7 @@ class Target:
         return "" if self.layout.name == "layers" else "sequential."
 
 
-def settle(
+def choose_target(
     checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, version: str | None
 ) -> Target:
     """The target that was asked for.

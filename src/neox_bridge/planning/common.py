@@ -1,4 +1,4 @@
-"""What plans of both kinds need: casts, vocabulary rows, small files, the tokenizer."""
+"""What plans of both kinds need: casts, vocabulary rows, small files, the tokenizer, biases."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,8 +7,11 @@ from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.architectures.rows import model_rows
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Dropped
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.rank_biases import drifted_biases, row_bias_names
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.planning.options import DTypeChoice, Options
+from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import OutputFile, Whole
@@ -78,3 +81,21 @@ def tokenizer_outputs(tokenizer: Tokenizer, folder: str = "") -> list[OutputFile
     """The tokenizer's files below ``folder`` (with its slash)."""
     copies = [OutputFile(folder + n, size, copy_of=p) for n, p, size in tokenizer.files]
     return copies + [text_file(folder + name, data) for name, data in tokenizer.generated]
+
+
+def with_drifted_biases(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """The plan with a warning where it writes the mean of biases that differ between ranks.
+
+    A GPT-NeoX target of as many tensor-parallel ranks keeps each rank's own.
+    """
+    state = checkpoint.neox
+    if state is None or plan.target.get("tensor_parallel") == state.tp:
+        return plan
+    drifted = drifted_biases(checkpoint)
+    if drifted is None:
+        return plan
+    return replace(
+        plan,
+        findings=(*plan.findings, drifted.finding()),
+        known_deviations=row_bias_names(checkpoint.architecture),
+    )

@@ -14,8 +14,7 @@ from neox_bridge.layouts.head import decide_head
 from neox_bridge.layouts.tokenizer import describe_tokenizer, tokenizer_at
 from neox_bridge.layouts.unknown_keys import ignoring
 from neox_bridge.planning.casts import count_casts
-from neox_bridge.planning.common import cast
-from neox_bridge.planning.drifted import with_drifted_biases
+from neox_bridge.planning.common import cast, with_drifted_biases
 from neox_bridge.planning.neox_files import MakeOptimizer
 from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options

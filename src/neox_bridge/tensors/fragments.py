@@ -11,7 +11,7 @@ from itertools import chain
 from math import prod
 
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.flat import Flat, boxes_of, segments
+from neox_bridge.tensors.flat import Flat, boxes_of, placed_segments, segments
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import (
     OutputFile,
@@ -61,13 +61,10 @@ def _readable(box: OutputTensor) -> Iterator[OutputTensor]:
     """A box as boxes whose reductions have one piece a rank, or as runs of bytes where it is."""
     strides, size = row_major(box.shape), itemsize(box.dtype)
     if box.reduce != "none":
-        boxes: dict[tuple[Shape, Shape], list[Piece]] = {}
-        for piece in box.pieces:
-            boxes.setdefault((piece.to, piece.shape), []).append(piece)
-        for (to, shape), pieces in sorted(boxes.items(), key=lambda item: item[0]):
+        whole = Whole(box.dtype, box.shape, box.pieces, box.reduce)
+        for to, part in placed_segments(whole):
             at = sum(a * b for a, b in zip(to, strides, strict=True)) * size
-            moved = tuple(replace(piece, to=(0,) * len(to)) for piece in pieces)
-            yield replace(box, shape=shape, pieces=moved, offset=box.offset + at)
+            yield replace(box, shape=part.shape, pieces=part.pieces, offset=box.offset + at)
         return
     runs = [_run(piece, box) for piece in box.pieces]
     if any(run is None for run in runs):
