@@ -99,7 +99,9 @@ def test_fixtures_of_conftest() -> None:
 ROOMS = sorted(path.name for path in needs.TESTS.iterdir() if any(path.glob("test_*.py")))
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("neox", "versions")])
+@pytest.mark.parametrize(
+    "room", [room for room in ROOMS if room not in ("fuzz", "neox", "versions")]
+)
 def test_the_quick_tests_are_of_every_room(room: str) -> None:
     files = (needs.TESTS / room).glob("test_*.py")
     assert [path.name for path in files if not needs.all_tests_need(path)]

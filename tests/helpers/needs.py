@@ -72,7 +72,7 @@ def module(path: Path) -> Module:
 
 def needs(path: Path, test: str) -> set[str]:
     """The markers of a test by its file and its function's name."""
-    markers: set[str] = set()
+    markers = {"slow"} if path.parent.name == "fuzz" else set()
     waiting = [(path, name) for name in (test, *module(path).autouse())]
     seen = set(waiting)
     while waiting:
