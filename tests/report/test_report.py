@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -157,6 +158,25 @@ def test_a_checkpoint_that_is_none_of_ours(tmp_path: Path) -> None:
     assert_alone(page)
     assert "Checkpoint" in page.text
     assert "Provenance" not in page.text
+
+
+def test_a_run_without_its_yml(tmp_path: Path) -> None:
+    """--config names it, as for the other commands; the error says the whole command."""
+    shutil.copytree(fixture("pythia_fp32_pp0_tp1"), tmp_path / "run")
+    configs = next((tmp_path / "run").glob("global_step*")) / "configs"
+    files = sorted(configs.rename(tmp_path / "yml").iterdir())
+    named = [word for file in files for word in ("--config", file)]
+    words = ["report", tmp_path / "run", "-o", tmp_path / "page.html"]
+    done = run(*words)
+    assert done.exit_code == 1
+    typed = " ".join(map(str, words))
+    assert f"neox-bridge {typed} --config" in done.stderr
+    done = run(*words, *named)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "page.html").is_file()
+    done = run("report", fixture("pythia_fp32_pp0_tp1"), *words[2:], "--overwrite", *named)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: --config: only for ")
 
 
 def test_a_checkpoint_with_nan(hf: Path, other: Path, tmp_path: Path) -> None:

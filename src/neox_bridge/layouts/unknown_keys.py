@@ -171,9 +171,11 @@ def undecided(first: Checkpoint, second: Checkpoint) -> Iterator[Finding]:
         for key in one.unknown_keys:
             carried = (key.name, key.value) in same
             if key.effect == "model" and key.name not in ignored and not carried:
+                reason = reason_of(key)
+                end = "" if reason.endswith("?") else "."
                 yield Finding(
                     "unknown-key",
                     "error",
-                    f"{one.path}: {reason_of(key)}: whether both are the same model is not known",
+                    f"{one.path}: {reason}{end} Whether both are the same model is not known.",
                     "convert again, with --ignore-key if the key does not matter",
                 )
