@@ -1,6 +1,8 @@
 """The pool of a Ray cluster, with a Ray that does as it is told; the real one is in test_ray."""
 
 import contextlib
+import os
+import signal
 import sys
 import threading
 import time
@@ -120,6 +122,16 @@ class _Odd(Exception):
 
 def _odd() -> None:
     raise _Odd(1, 2)
+
+
+def test_a_call_that_has_begun_ends_although_it_is_cancelled() -> None:
+    """Ray cancels a task by an interrupt, and repeats no cancelled one."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        data = ray_node.perform(ray_node.packed(os.kill, (os.getpid(), signal.SIGINT)), "/")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ray_node.pickle.loads(data) == (True, None)
 
 
 def test_a_look_finds_what_is_another_file_or_none(tmp_path: Path) -> None:
@@ -331,6 +343,19 @@ def test_a_call_whose_worker_is_lost_is_made_again_but_not_for_ever(
         assert fake.ran == ["one"] * 3
         fake.fail = {"one": [ray.exceptions.OutOfMemoryError("no memory"), *lost]}
         with pytest.raises(BridgeError, match=r"lost 3 times, the last on node one.*--max-workers"):
+            pool.submit(name_of, "/x").result(20)
+
+
+@needs_ray
+def test_a_call_that_needs_more_memory_than_there_is_names_no_number_of_tries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray decides itself how often it repeats such a call."""
+    fake = Fake({"one": 1}, fail={"one": [ray.exceptions.OutOfMemoryError("no memory")] * 3})
+    fake.hold.set()
+    with joined(monkeypatch, fake) as (pool, _):
+        words = r"was lost on node one: no memory\. If memory is short.*--max-workers"
+        with pytest.raises(BridgeError, match=words):
             pool.submit(name_of, "/x").result(20)
 
 

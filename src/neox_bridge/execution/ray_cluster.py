@@ -345,6 +345,7 @@ def _end(call: _Call, result: Any = None, error: BaseException | None = None) ->
 def _lost_error(node: str, error: BaseException, out_of_memory: type) -> BridgeError:
     times = "" if isinstance(error, out_of_memory) else f" {LOSSES} times, the last"
     return BridgeError(
-        f"A worker of Ray that wrote files was lost{times} on node {node}: {first_words(error)} Is "
-        f"memory short? Choose fewer with --max-workers. {_AGAIN}"
+        f"A worker of Ray that wrote files was lost{times} on node {node}: "
+        f"{first_words(error).rstrip('.')}. If memory is short, choose fewer with --max-workers. "
+        f"{_AGAIN}"
     )
