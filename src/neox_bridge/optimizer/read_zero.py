@@ -102,8 +102,9 @@ def read_zero(
             label = str(settings[index].get("name", index))
             flat = flat_group(ranks, index, shapes)
             if first.is_current:
+                cut = Flat(shapes, len(paths))
                 for rank, (path, value) in enumerate(values):
-                    _check_mappings(value, index, Flat(shapes, len(paths)), rank, path)
+                    _check_mappings(value, index, cut, rank, path)
             else:
                 for padding in flat.padding.values():
                     check_padding(padding, f"{first.generation.masters}[{index}]")
