@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from common import GPT_NEOX, convert, fixture, make_hf, neox_config, neox_files, step_of
+from common import GPT_NEOX, TESTS, convert, fixture, make_hf, neox_config, neox_files, step_of
 from safetensors.torch import load_file, save_file
 
 from neox_bridge.api import open_checkpoint
@@ -588,6 +588,14 @@ def test_the_page_is_for_people(hf: Path, tmp_path: Path) -> None:
     assert f"    fix: neox-bridge doctor {root} --for neox@today --fix {root}-mended" in text
     assert "RoPE base" in text
     assert "written by neox-bridge" in text
+
+
+def test_mamba_is_compared_without_attention() -> None:
+    checkpoint = open_checkpoint(str(TESTS / "data" / "mamba" / "checkpoints"))
+    features = {row.feature: row for row in compare(checkpoint)}
+    assert features["norm"].neox == "rmsnorm: x / sqrt(var + eps)"
+    assert features["bias of the convolution"].neox == "yes"
+    assert not features.keys() & {"RoPE base", "query, key, value", "activation", "inv_freq"}
 
 
 def test_a_pasted_traceback() -> None:

@@ -64,23 +64,30 @@ def _refused(checkpoint: Checkpoint, feature: str, reason: str) -> Row:
 
 def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
     config = checkpoint.config
-    yield _equal("RoPE base", f"{config.rotary_base:g}")
-    yield _equal("RoPE fraction", f"{config.rotary_pct:g} ({config.rotary_dim} dimensions)")
-    yield _equal("RoPE tables", "fp32, rounded to the dtype", "trees before 2023-09 rounded first")
-    yield _inv_freq(checkpoint)
-    gated = checkpoint.architecture.gated
+    attends = "heads" not in config.idle
+    if attends:
+        yield _equal("RoPE base", f"{config.rotary_base:g}")
+        yield _equal("RoPE fraction", f"{config.rotary_pct:g} ({config.rotary_dim} dimensions)")
+        note = "trees before 2023-09 rounded first"
+        yield _equal("RoPE tables", "fp32, rounded to the dtype", note)
+        yield _inv_freq(checkpoint)
+    rms = checkpoint.architecture.write_neox(config, False)["norm"] == "rmsnorm"
     norm = "layernorm: (x - mean) / sqrt(var + eps)"
     older = f"until {since('neox-rms-epsilon')} GPT-NeoX had x / (rms + eps)"
-    yield _equal("norm", "rmsnorm: x / sqrt(var + eps)", older) if gated else _equal("norm", norm)
+    yield _equal("norm", "rmsnorm: x / sqrt(var + eps)", older) if rms else _equal("norm", norm)
     yield _equal("norm epsilon", f"{config.norm_eps:g}")
-    yield _activation(checkpoint)
-    yield _residual(checkpoint)
+    if attends:
+        yield _activation(checkpoint)
+        yield _residual(checkpoint)
     if config.tied_norms:
         note = "transformers gets the same norm twice"
         yield Row("norms of a block", "one (gpt_j_tied)", "two", "translated", note)
-    yield from _biases(checkpoint)
-    yield _equal("attention mask", "causal, computed")
-    yield _qkv(checkpoint)
+    if attends:
+        yield from _biases(checkpoint)
+        yield _equal("attention mask", "causal, computed")
+        yield _qkv(checkpoint)
+    else:
+        yield _equal("bias of the convolution", "yes" if config.conv_bias else "no")
     yield _vocabulary(checkpoint)
     tied = "tied" if config.tied_embeddings else "untied"
     word = f"no_weight_tying: {str(not config.tied_embeddings).lower()}"
