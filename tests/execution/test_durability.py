@@ -30,7 +30,7 @@ def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "SMALL", 20_000)
     monkeypatch.setattr(output, "_GROUP", 30_000)
     monkeypatch.setattr(units, "_BYTES", 30_000)
-    monkeypatch.setattr(movers, "WORTH", 4_000)
+    monkeypatch.setattr(movers, "LEAST_SHARED_BYTES", 4_000)
 
 
 @pytest.mark.parametrize("pool", [None, Inline()], ids=["threads", "units"])

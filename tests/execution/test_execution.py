@@ -90,7 +90,7 @@ def clones(patch: pytest.MonkeyPatch, asked: list[int]) -> None:
         asked.append(size)
         return os.pwrite(target, os.pread(source, size, start), to)
 
-    patch.setattr(sharing, "BLOCK", 4)
+    patch.setattr(sharing, "BLOCK_BYTES", 4)
     patch.setattr(fcntl, "ioctl", ioctl)
 
 
@@ -98,7 +98,7 @@ def clones(patch: pytest.MonkeyPatch, asked: list[int]) -> None:
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files and tensors are treated as large ones are, however small."""
     monkeypatch.setattr("neox_bridge.execution.output.SMALL", -1)
-    monkeypatch.setattr(movers, "WORTH", 1)
+    monkeypatch.setattr(movers, "LEAST_SHARED_BYTES", 1)
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -22,7 +22,8 @@ from neox_bridge.execution.extents import same_blocks
 from neox_bridge.execution.result import Result
 from neox_bridge.formats.safetensors import layout_safetensors, read_safetensors
 from neox_bridge.tensors.pieces import OutputTensor, Piece, box
-from neox_bridge.tensors.sharing import BLOCK, arranged, residue, shared_together, whole_blocks
+from neox_bridge.tensors.sharing import BLOCK_BYTES as BLOCK
+from neox_bridge.tensors.sharing import arranged, residue, shared_together, whole_blocks
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.toy import plan_toy
 from neox_bridge.verification.sealed import check_seal, find_record

@@ -17,7 +17,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.tensors.dtypes import to_numpy
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import Piece, Whole
-from neox_bridge.tensors.sharing import WORTH
+from neox_bridge.tensors.sharing import LEAST_SHARED_BYTES as WORTH
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification import compare as comparing
 from neox_bridge.verification import equal as equality

@@ -268,9 +268,9 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
 def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> dict[str, Any]:
     """What a pasted traceback tells, and the command that fixes it."""
     from neox_bridge.doctor.advice import advise
-    from neox_bridge.layouts.text_files import LARGE, read_text
+    from neox_bridge.layouts.text_files import LARGE_BYTES, read_text
 
-    text = sys.stdin.read() if source == "-" else read_text(source, LARGE)
+    text = sys.stdin.read() if source == "-" else read_text(source, LARGE_BYTES)
     path = paths[0] if len(paths) == 1 else ""
     advice = advise(text, path, _opened(path), target)
     if advice is None:

@@ -111,12 +111,12 @@ def _finished(
     """What an earlier run made, which was stopped while it uploaded; None where it isn't whole."""
     from neox_bridge.execution.result import Result
     from neox_bridge.hub.remote import plan_in, record_path
-    from neox_bridge.layouts.text_files import LARGE, read_bytes
+    from neox_bridge.layouts.text_files import LARGE_BYTES, read_bytes
     from neox_bridge.planning.report import plan_hash
     from neox_bridge.verification.sealed import check_seal
 
     record = os.path.join(work.files, record_path(plan))
-    if not os.path.isfile(record) or plan_in(read_bytes(record, LARGE)) != plan_hash(plan):
+    if not os.path.isfile(record) or plan_in(read_bytes(record, LARGE_BYTES)) != plan_hash(plan):
         return None
     with progress_bar(plan.size, "checking", execution.quiet) as progress:
         if execution.no_verify:

@@ -29,7 +29,7 @@ from neox_bridge.layouts.linked_files import check_own
 from neox_bridge.layouts.missing_files import refuse_missing_ranks
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.seal import unsealed
-from neox_bridge.layouts.text_files import LARGE, read_bytes, read_json
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_bytes, read_json
 from neox_bridge.planning.common import text_file
 from neox_bridge.planning.era_settings import reason_dropped
 from neox_bridge.planning.make import make_plan
@@ -394,7 +394,7 @@ def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
 
 def _record(path: str, inside: str) -> OutputFile:
     """The record, which is sealed again, for other files; a copy where it can't be read."""
-    data = read_bytes(path, LARGE)
+    data = read_bytes(path, LARGE_BYTES)
     try:
         return text_file(inside, unsealed(data), seals=True)
     except (ValueError, TypeError):

@@ -12,7 +12,7 @@ from zlib_ng.zlib_ng import crc32
 from neox_bridge.execution import buffers
 from neox_bridge.execution.context import Context, Disks, Shared
 from neox_bridge.execution.files import ended_early, unreadable
-from neox_bridge.tensors.sharing import BLOCK, WORTH, whole_blocks
+from neox_bridge.tensors.sharing import BLOCK_BYTES, LEAST_SHARED_BYTES, whole_blocks
 
 if TYPE_CHECKING:
     from neox_bridge.execution.streams import Stream
@@ -41,7 +41,7 @@ def move(
     """
     see = crc is not None and context.every_crc
     with context.files.reading(source) as fd:
-        if not isinstance(target, int) or not isinstance(fd, int) or size < WORTH:
+        if not isinstance(target, int) or not isinstance(fd, int) or size < LEAST_SHARED_BYTES:
             return _buffered(fd, source, (start, to, size), target, context, crc)
         low, high = _clone(fd, source, start, target, to, size, context)
         for begin, end, shared in ((0, low, False), (low, high, True), (high, size, False)):
@@ -67,7 +67,7 @@ def can_share(source: str, folder: str, context: Context) -> bool:
         if disks in context.sharing:
             return context.sharing[disks]
         with open(source, "rb") as file, tempfile.TemporaryFile(dir=folder) as trial:
-            argument = _RANGE.pack(file.fileno(), 0, BLOCK, 0)
+            argument = _RANGE.pack(file.fileno(), 0, BLOCK_BYTES, 0)
             if _ask_to_clone(trial.fileno(), argument, disks, context):
                 context.sharing[disks] = True
     except OSError:

@@ -17,7 +17,7 @@ from neox_bridge.formats.yml import parse_yml, read_yml
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.record_file import Entry, written_above
-from neox_bridge.layouts.text_files import LARGE, list_folder, read_bytes, read_text
+from neox_bridge.layouts.text_files import LARGE_BYTES, list_folder, read_bytes, read_text
 from neox_bridge.layouts.tokenizer import FOLDER as TOKENIZER
 from neox_bridge.planning.model_identity import differences, identity_of
 from neox_bridge.planning.plan import Plan
@@ -111,7 +111,7 @@ def _same_vocabulary(plan: Plan, existing: Sequence[str]) -> bool:
     old = next((path for path in existing if os.path.basename(path) == "tokenizer.json"), None)
     if new is None or old is None:
         return True
-    first, second = _bytes(new), read_bytes(old, LARGE)
+    first, second = _bytes(new), read_bytes(old, LARGE_BYTES)
     return first == second or _vocabulary(first) == _vocabulary(second)
 
 
@@ -281,11 +281,11 @@ def _pristine(run: _Run, path: str, written_as: str = "") -> bool:
 
 
 def _is(path: str, data: bytes) -> bool:
-    return isfile(path) and size(path) == len(data) and read_bytes(path, LARGE) == data
+    return isfile(path) and size(path) == len(data) and read_bytes(path, LARGE_BYTES) == data
 
 
 def _bytes(file: OutputFile) -> bytes:
     """What a small file of the plan will hold."""
     if file.copy_of is not None:
-        return read_bytes(file.copy_of, LARGE)
+        return read_bytes(file.copy_of, LARGE_BYTES)
     return b"".join(data for _, data in file.literals)

@@ -15,7 +15,7 @@ from neox_bridge.formats.regular import open_regular
 from neox_bridge.stores.paths import size_of
 from neox_bridge.tensors.dtypes import BY_NAME, BY_SAFETENSORS, PACKED_SAFETENSORS
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
-from neox_bridge.tensors.sharing import BLOCK
+from neox_bridge.tensors.sharing import BLOCK_BYTES
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 _MAX_HEADER = 32 << 20  # bytes; the library takes 100 MB, of which no model has a hundredth
@@ -134,7 +134,7 @@ def layout_safetensors(
         }
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * ((-len(text) % 8) if first is None else (first - 8 - len(text)) % BLOCK)
+    text += b" " * ((-len(text) % 8) if first is None else (first - 8 - len(text)) % BLOCK_BYTES)
     offset = start = 8 + len(text)
     placed = []
     for tensor in tensors:

@@ -37,7 +37,7 @@ from neox_bridge.formats.zip_directory import (
 from neox_bridge.stores.paths import open_file, size_of
 from neox_bridge.tensors.dtypes import BY_NAME
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
-from neox_bridge.tensors.sharing import BLOCK, residue
+from neox_bridge.tensors.sharing import BLOCK_BYTES, residue
 from neox_bridge.tensors.tensor_ref import TensorRef, is_contiguous
 
 _CRC_IN_CENTRAL = 16  # bytes into the header
@@ -306,7 +306,7 @@ def _plan(name: bytes, record: bytes | OutputTensor, header: int, shared: int | 
             *((size, size) if size >= U32 else ()), *((header,) if header >= U32 else ())
         )
     least = header + LOCAL.size + len(name) + len(zip64) + EXTRA.size
-    unit, rest = (ALIGNMENT, 0) if shared is None else (BLOCK, shared)
+    unit, rest = (ALIGNMENT, 0) if shared is None else (BLOCK_BYTES, shared)
     crc = zlib.crc32(data) if data else 0
     return _Planned(name, size, header, least + (rest - least) % unit, zip64, data, crc, tensor)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.seal import is_whole
-from neox_bridge.layouts.text_files import LARGE, read_bytes
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_bytes
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash
 from neox_bridge.stores.hub_api import explained, hub_api, is_missing_repo
@@ -108,7 +108,7 @@ def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None
             if is_missing_repo(error) or (missing and not unanswered):
                 return None
             raise
-        return read_bytes(file, LARGE)
+        return read_bytes(file, LARGE_BYTES)
 
 
 def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:

@@ -33,7 +33,7 @@ from neox_bridge.layouts.record_file import read_record
 from neox_bridge.layouts.same_values import same_place
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
-from neox_bridge.layouts.text_files import LARGE, read_json
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
 from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
 from neox_bridge.layouts.wrapped_names import Unwrapped, unwrap
 from neox_bridge.stores.paths import ahead, lexists
@@ -243,7 +243,7 @@ def _index_ignored(single: str) -> Finding:
 
 def _read_sharded(path: str, index: str) -> _Stored:
     check_own(index, path)
-    weight_map = read_json(index, LARGE).get("weight_map")
+    weight_map = read_json(index, LARGE_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
     places: dict[str, list[tuple[str, TensorRef]]] = {}

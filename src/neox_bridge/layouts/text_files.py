@@ -10,7 +10,7 @@ from neox_bridge.formats.regular import open_regular
 from neox_bridge.stores.paths import listdir
 
 _CONFIG_BYTES = 4 << 20  # of a config
-LARGE = 48 << 20  # of a tokenizer or an index
+LARGE_BYTES = 48 << 20  # of a tokenizer or an index
 
 
 def read_text(path: str, most: int = _CONFIG_BYTES) -> str:

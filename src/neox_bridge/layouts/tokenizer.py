@@ -11,7 +11,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.layouts.linked_files import brought_along
-from neox_bridge.layouts.text_files import LARGE, read_json
+from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
 from neox_bridge.stores import paths
 
 NAMES = (
@@ -119,7 +119,7 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
 
 
 def _read(file: str) -> dict[str, Any]:
-    return read_json(file, LARGE, depth=None)
+    return read_json(file, LARGE_BYTES, depth=None)
 
 
 def _entries(file: str) -> Mapping[str, int]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from neox_bridge.tensors.pieces import OutputTensor, byte_range
 
-BLOCK = 4096  # bytes; of XFS, btrfs and bcachefs, unless made otherwise
-WORTH = 64 << 10  # bytes; below, a clone costs more than a copy
+BLOCK_BYTES = 4096  # of XFS, btrfs and bcachefs, unless made otherwise
+LEAST_SHARED_BYTES = 64 << 10  # below, a clone costs more than a copy
 _ALIGNMENT_BYTES = 8  # torch and safetensors map tensors in place: aligned for every dtype
 
 Groups = dict[int, deque[OutputTensor]]
@@ -22,7 +22,7 @@ def residue(tensor: OutputTensor) -> int | None:
     Only offsets at which every dtype's elements are aligned; of two that are as good, the first
     piece's.
     """
-    if tensor.nbytes < WORTH or tensor.reduce == "sum" or tensor.divisor != 1:
+    if tensor.nbytes < LEAST_SHARED_BYTES or tensor.reduce == "sum" or tensor.divisor != 1:
         return None
     votes: Counter[int] = Counter()
     # of replicas, which hold the same, the first is taken
@@ -30,8 +30,12 @@ def residue(tensor: OutputTensor) -> int | None:
         if piece.source is None or piece.source.dtype != tensor.dtype:
             continue
         run = byte_range(piece, tensor.shape)
-        if run is not None and run[2] >= WORTH and (run[0] - run[1]) % _ALIGNMENT_BYTES == 0:
-            votes[(run[0] - run[1]) % BLOCK] += run[2]
+        if (
+            run is not None
+            and run[2] >= LEAST_SHARED_BYTES
+            and (run[0] - run[1]) % _ALIGNMENT_BYTES == 0
+        ):
+            votes[(run[0] - run[1]) % BLOCK_BYTES] += run[2]
     return max(votes, key=votes.__getitem__) if votes else None
 
 
@@ -40,9 +44,9 @@ def whole_blocks(start: int, to: int, size: int) -> tuple[int, int]:
 
     start, to: its offsets in the two; all numbers are bytes. (0, 0) where there is none.
     """
-    low = -start % BLOCK
-    high = low + (size - low) // BLOCK * BLOCK
-    return (0, 0) if (start - to) % BLOCK or low >= high else (low, high)
+    low = -start % BLOCK_BYTES
+    high = low + (size - low) // BLOCK_BYTES * BLOCK_BYTES
+    return (0, 0) if (start - to) % BLOCK_BYTES or low >= high else (low, high)
 
 
 def by_residue(tensors: Iterable[OutputTensor]) -> dict[int | None, list[OutputTensor]]:
@@ -80,12 +84,12 @@ def arranged(tensors: Sequence[OutputTensor]) -> tuple[int | None, list[OutputTe
     places = {id(tensor): at for at, group in groups.items() for tensor in group}
     small: Groups = {}
     for tensor in groups.pop(None, ()):
-        small.setdefault(tensor.nbytes % BLOCK, deque()).append(tensor)
+        small.setdefault(tensor.nbytes % BLOCK_BYTES, deque()).append(tensor)
     if not groups:
         return None, list(tensors)
     left = {at: sum(t.nbytes for t in group) for at, group in groups.items() if at is not None}
     waiting: Groups = {
-        at: deque(sorted(group, key=lambda tensor: tensor.nbytes % BLOCK != 0))
+        at: deque(sorted(group, key=lambda tensor: tensor.nbytes % BLOCK_BYTES != 0))
         for at, group in groups.items()
         if at is not None
     }
@@ -99,7 +103,7 @@ def arranged(tensors: Sequence[OutputTensor]) -> tuple[int | None, list[OutputTe
         if home is waiting:
             left[key] -= tensor.nbytes
         order.append(tensor)
-        at = (at + tensor.nbytes) % BLOCK
+        at = (at + tensor.nbytes) % BLOCK_BYTES
     as_they_are = _as_they_are(tensors, places)
     if as_they_are is not None and _shared(tensors, places, as_they_are) >= _shared(
         order, places, start
@@ -114,7 +118,7 @@ def _as_they_are(tensors: Sequence[OutputTensor], places: Mapping[int, int | Non
     for tensor in tensors:
         place = places[id(tensor)]
         if place is not None:
-            start = (place - before) % BLOCK
+            start = (place - before) % BLOCK_BYTES
             return start if start % _ALIGNMENT_BYTES == 0 else None
         before += tensor.nbytes
     return None
@@ -124,15 +128,15 @@ def _shared(order: Sequence[OutputTensor], places: Mapping[int, int | None], at:
     """The bytes that lie where they can be shared, the first tensor at this offset."""
     shared = 0
     for tensor in order:
-        shared += tensor.nbytes if places[id(tensor)] == at % BLOCK else 0
+        shared += tensor.nbytes if places[id(tensor)] == at % BLOCK_BYTES else 0
         at += tensor.nbytes
     return shared
 
 
 def _next(at: int, left: dict[int, int], waiting: Groups, small: Groups) -> tuple[Groups, int]:
     """What to put where nothing can be shared: what leads to most bytes, or else the least lost."""
-    leading = max(small, key=lambda size: left.get((at + size) % BLOCK, 0), default=None)
-    if leading is not None and (left.get((at + leading) % BLOCK) or not waiting):
+    leading = max(small, key=lambda size: left.get((at + size) % BLOCK_BYTES, 0), default=None)
+    if leading is not None and (left.get((at + leading) % BLOCK_BYTES) or not waiting):
         return small, leading
     moving = [size for size in small if size]
     if moving:

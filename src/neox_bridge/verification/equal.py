@@ -17,7 +17,7 @@ from neox_bridge.execution.extents import same_blocks
 from neox_bridge.execution.transform import boxes, piece_values
 from neox_bridge.tensors.dtypes import itemsize, to_numpy
 from neox_bridge.tensors.pieces import Piece, Shape, Whole, byte_range, cut
-from neox_bridge.tensors.sharing import WORTH, whole_blocks
+from neox_bridge.tensors.sharing import LEAST_SHARED_BYTES, whole_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +100,7 @@ def _run_same(a: _Run, b: _Run, context: Context) -> bool:
 def _shared(a: "_Side", b: "_Side", size: int) -> tuple[int, int]:
     """(begin, end) of what lies in the same blocks, counted from the start of both runs."""
     (one, _, start), (other, _, to) = a, b
-    if size < WORTH or not isinstance(one, int) or not isinstance(other, int):
+    if size < LEAST_SHARED_BYTES or not isinstance(one, int) or not isinstance(other, int):
         return 0, 0
     low, high = whole_blocks(start, to, size)
     same = same_blocks(one, start + low, other, to + low, high - low)
