@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -87,6 +87,10 @@ class _Read:
     tp: int | None = None
     stores_buffers: bool = False
 
+    @property
+    def is_universal(self) -> bool:
+        return self.tp is not None
+
 
 def open_neox(
     path: str,
@@ -106,19 +110,7 @@ def open_neox(
     chosen = ConfigFiles(tuple(configs)) if configs else config_files(folder, root)
     raw, duplicates, unknown = _read_configs(place, chosen)
     names = list_folder(folder)
-    if zero3 := [name for name in names if ZERO3.fullmatch(name)]:
-        raise Refused(
-            f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which holds slices of parameters. "
-            "Gather it first: python zero_to_fp32.py, or save with "
-            "stage3_gather_16bit_weights_on_model_save: true."
-        )
-    universal = ZERO in names and is_universal(folder)
-    if universal:
-        read = _read_universal(folder, names)
-    elif any(map(LAYER.fullmatch, names)):
-        read = _read_layers(folder, names, raw)
-    else:
-        read = _read_ranks(folder, names)
+    read = _read_files(folder, names, raw)
     args = settings(read.meta, folder)
     check_neox(args, f"{folder}: the args of its mp_rank files")
     _check_args(raw, args, read, folder)
@@ -134,7 +126,7 @@ def open_neox(
     mlp_names: MlpNames = "dense" if any(_has(read, name) for name in old) else "linear"
     known_order = gqa_order or told_order(raw, record, mlp_names)
     order = known_order or "grouped"
-    checkpoint = assemble(
+    config, tensors, dropped, mismatch = assemble(
         architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
     )
     tokenizer = local_tokenizer(place, raw)
@@ -145,7 +137,6 @@ def open_neox(
     check_step(step, place, number)
     iteration = (step or 0) if number is None else number
     tag = f"global_step{iteration}" if place.flat else os.path.basename(folder)
-    below = "" if place.flat else f"{tag}/"
     state = NeoxState(
         root=root,
         folder=folder,
@@ -166,21 +157,19 @@ def open_neox(
         gqa_order=order,
         te=frozenset(plain.modules),
         ranks=tuple(read.ranks),
-        universal=universal,
+        universal=read.is_universal,
         gqa_order_known=known_order is not None or "attention" in plain.modules,
         rms_eps="outside" if known_order == "interleaved" or mlp_names == "dense" else "inside",
         duplicate_keys=tuple(duplicates),
         dp=told_ranks(read.meta, "dp_world_size"),
-        missing_ranks=() if universal else missing_ranks(names, read.meta),
+        missing_ranks=() if read.is_universal else missing_ranks(names, read.meta),
     )
-    config, tensors, dropped, mismatch = checkpoint
     tied_head = tensors.pop(architecture.head, None) if config.tied_embeddings else None
-    if universal:
+    if read.is_universal:
         from neox_bridge.layouts.universal import as_computed, dtype_of
 
         copies = state.tp // len(read.ranks)
         config, tensors = as_computed(architecture, config, tensors, dtype_of(read.meta), copies)
-        dropped.append(Dropped(f"{below}zero", "optimizer states", "optimizer"))
     findings = [*map(duplicate_finding, duplicates), *map(skipped_finding, chosen.skipped)]
     findings += [*plain.findings, *window.findings]
     if finding := step_finding(folder, revision, saved, step if named_step is None else named_step):
@@ -194,13 +183,6 @@ def open_neox(
         findings.append(unknown_order())
     if raw.get("norm") == "rmsnorm" and state.rms_eps == "outside":
         findings.append(rms_epsilon())
-    dropped += plain.dropped
-    dropped += [Dropped(name, "Transformer Engine's scales for fp8") for name in read.states]
-    dropped += [
-        Dropped(f"{below}{name}", "optimizer states", "optimizer") for name in state.optimizer
-    ]
-    if isinstance(read.meta.get("optimizer"), dict):
-        dropped.append(Dropped(f"{below}mp_rank_*: optimizer", "optimizer states", "optimizer"))
     return Checkpoint(
         kind="neox",
         path=absolute(path),
@@ -211,7 +193,7 @@ def open_neox(
         tensors=tensors,
         files=read.files,
         refusals=(*architecture.refuse_neox_source(raw), *window.refusals),
-        dropped=tuple(dropped),
+        dropped=(*dropped, *plain.dropped, *_set_aside(read, state)),
         findings=tuple(findings),
         record=record,
         neox=state,
@@ -225,6 +207,33 @@ def open_neox(
         unknown_keys=unknown,
         ignored_keys=frozenset(record.get("ignored_keys") or ()),
     )
+
+
+def _read_files(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
+    """What the files of a step hold, in whichever layout they are."""
+    if zero3 := [name for name in names if ZERO3.fullmatch(name)]:
+        raise Refused(
+            f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which holds slices of parameters. "
+            "Gather it first: python zero_to_fp32.py, or save with "
+            "stage3_gather_16bit_weights_on_model_save: true."
+        )
+    if ZERO in names and is_universal(folder):
+        return _read_universal(folder, names)
+    if any(map(LAYER.fullmatch, names)):
+        return _read_layers(folder, names, raw)
+    return _read_ranks(folder, names)
+
+
+def _set_aside(read: _Read, state: NeoxState) -> Iterator[Dropped]:
+    """What the files hold beside weights."""
+    for name in read.states:
+        yield Dropped(name, "Transformer Engine's scales for fp8")
+    names = [*(["zero"] if state.universal else []), *state.optimizer]
+    if isinstance(read.meta.get("optimizer"), dict):
+        names.append("mp_rank_*: optimizer")
+    below = "" if state.flat else f"{state.step}/"
+    for name in names:
+        yield Dropped(f"{below}{name}", "optimizer states", "optimizer")
 
 
 def _saved_step(meta: Mapping[str, Any], record: Mapping[str, Any], folder: str) -> int | None:
