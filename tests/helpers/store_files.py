@@ -12,7 +12,7 @@ from neox_bridge.api import plan as make_plan
 from neox_bridge.execution.execute import execute
 from neox_bridge.execution.result import Result
 from neox_bridge.planning.options import Options
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.verification.verify import checker
 
 # embeddings of 9 MB in float32, two parts of an upload, and little else
@@ -24,7 +24,7 @@ def run(source: object, target: object, overwrite: bool = False, **options: Any)
     checkpoint = open_checkpoint(str(source))
     plan = make_plan(checkpoint, Options(**options), str(target))
     check = checker(checkpoint)
-    every_crc = not is_url(str(target)) or str(target).startswith("file://")
+    every_crc = is_local(str(target)) or str(target).startswith("file://")
     return execute(plan, str(target), overwrite=overwrite, every_crc=every_crc, check=check)
 
 

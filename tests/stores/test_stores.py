@@ -478,7 +478,7 @@ def test_the_hub_is_read_by_ranges(hf: Path, tmp_path: Path) -> None:
 
 
 def test_no_local_path_is_taken_for_a_url() -> None:
-    assert [paths.is_url(p) for p in ("s3://b/x", "a/b", "C:/x", "/s3://x", "hf://o/n")] == [
+    assert [not paths.is_local(p) for p in ("s3://b/x", "a/b", "C:/x", "/s3://x", "hf://o/n")] == [
         *(True, False, False, False, True)
     ]
     assert paths.plain("file:///a/b") == "/a/b"

@@ -7,7 +7,7 @@ import time
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import BUFFER, move, read
 from neox_bridge.planning.plan import Plan
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 
 _SAMPLE = 128 << 20  # bytes
 
@@ -24,7 +24,7 @@ def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
         return None
     file, start = largest.source.file, largest.source.offset
     size = min(largest.source.nbytes, _SAMPLE)
-    if is_url(target):
+    if not is_local(target):
         return None
     folder = os.path.dirname(os.path.abspath(target))
     while not os.path.isdir(folder):

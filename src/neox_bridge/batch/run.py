@@ -27,7 +27,7 @@ from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.stores.objects import pending, pending_now
-from neox_bridge.stores.paths import absolute, is_url
+from neox_bridge.stores.paths import absolute, is_local
 
 if TYPE_CHECKING:
     from neox_bridge.frameworks.facts import TransformersFacts
@@ -191,12 +191,12 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
     if state == "changed" and not batch.overwrite:
         kept = (
             ""
-            if is_url(row.target)
+            if not is_local(row.target)
             else f"; kept as {set_aside(row.target, row.target, 'changed')}"
         )
         finding = Finding("not-whole", "warning", f"{words}: written anew{kept}")
         row = replace(row, findings=(*row.findings, finding))
-    anew = batch.overwrite or (state == "changed" and is_url(row.target))
+    anew = batch.overwrite or (state == "changed" and not is_local(row.target))
     row = _written(item, row, plan, row.target, anew, batch, pool)
     return replace(row, norms=_norms(row.target, batch, pool))
 
@@ -236,7 +236,7 @@ def _written(
         )
         progress(plan.size)
 
-    if not is_url(target):
+    if is_local(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)  # of all of them: it stays
     result = execute(
         plan,
@@ -244,7 +244,7 @@ def _written(
         overwrite=overwrite,
         every_crc=batch.every_crc,
         hash_name=batch.hash_name,
-        hash_shared=batch.verify and not is_url(target),
+        hash_shared=batch.verify and is_local(target),
         progress=progress,
         check=check if batch.verify else None,
         pool=pool,

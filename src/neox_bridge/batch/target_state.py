@@ -14,7 +14,7 @@ from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.objects import below
-from neox_bridge.stores.paths import is_url, isdir, listdir
+from neox_bridge.stores.paths import is_local, isdir, listdir
 from neox_bridge.stores.store import WORK
 from neox_bridge.verification.sealed import find_record, unrecorded
 
@@ -47,7 +47,7 @@ def state_of(
     """
     if not isdir(target) or not (names := listdir(target)):
         return "absent", ""
-    if is_url(target) and WORK in names:  # an upload that didn't end, which is gone on with
+    if not is_local(target) and WORK in names:  # an upload that didn't end, which is gone on with
         return "absent", ""
     try:
         path = find_record(target)
@@ -63,7 +63,7 @@ def state_of(
     if change := _first_change(path, hash_name, files, every_hash):
         return "changed", change
     if added := _added(folder, files):
-        return "other" if is_url(folder) else "changed", f"{added} was added"
+        return "other" if not is_local(folder) else "changed", f"{added} was added"
     return "whole", ""
 
 
@@ -78,7 +78,7 @@ def _first_change(
     In a store, where objects are replaced whole, one listing tells the sizes.
     """
     folder = os.path.dirname(record)
-    objects = below(folder) if is_url(folder) else None
+    objects = below(folder) if not is_local(folder) else None
     since = os.stat(record).st_mtime_ns if objects is None else 0
     for name, size, digest in files:
         if name.startswith("../"):  # above a step: the user's, once they are written

@@ -223,13 +223,13 @@ def _tell_faults(faults: list[Finding], quiet: bool) -> bool:
 
 def _check_library(target: str, on_hub: bool) -> None:
     """Raise BridgeError, once and not for each checkpoint, where what a target needs is missing."""
-    from neox_bridge.stores.paths import is_url
+    from neox_bridge.stores.paths import is_local
 
     if on_hub:
         from neox_bridge.stores.hub_api import hub_api
 
         hub_api(f"{target} is on the Hub")
-    elif is_url(target):
+    elif not is_local(target):
         from neox_bridge.stores.objects import store_of
 
         store_of(target)

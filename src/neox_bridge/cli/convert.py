@@ -64,7 +64,7 @@ def convert(
         from neox_bridge.api import conversion_check, open_checkpoint
         from neox_bridge.api import plan as make_plan
         from neox_bridge.planning.option_checks import check_options
-        from neox_bridge.stores.paths import is_url
+        from neox_bridge.stores.paths import is_local
 
         checkpoint = open_checkpoint(
             source,
@@ -90,7 +90,7 @@ def convert(
 
         asked_hash = details.hash_name is not None or not execution.no_verify
         # in an object store no file shares blocks with the source: all are hashed
-        in_store = is_url(target) and not target.startswith("hf://")
+        in_store = not is_local(target) and not target.startswith("hf://")
         hashing = {
             "every_crc": details.crc,
             "hash_name": conversion.hash_name,

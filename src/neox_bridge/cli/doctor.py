@@ -111,9 +111,9 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     _check_applies(paths, options)
     if not paths and options.error is None:
         raise click.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
-    from neox_bridge.stores.paths import is_url, plain
+    from neox_bridge.stores.paths import is_local, plain
 
-    if urls := [path for path in paths if is_url(plain(path)) and not path.startswith(_HUB)]:
+    if urls := [path for path in paths if not is_local(plain(path)) and not path.startswith(_HUB)]:
         raise click.BadParameter(
             f"{urls[0]}: doctor reads folders and models of the Hub. Use inspect for other URLs."
         )

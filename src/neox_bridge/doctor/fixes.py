@@ -36,7 +36,7 @@ from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
-from neox_bridge.stores.paths import is_url, listdir, size, walk
+from neox_bridge.stores.paths import is_local, listdir, real, size, walk
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import OutputFile
 from neox_bridge.verification.sealed import check_seal, find_record
@@ -83,7 +83,7 @@ def mend_plan(
     plan = _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
     state = checkpoint.neox
     flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
-    if plan is not None and in_place and is_url(checkpoint.path):
+    if plan is not None and in_place and not is_local(checkpoint.path):
         raise Refused(
             f"{checkpoint.path} is in a store, where --in-place cannot replace it. Write a copy "
             f"here: {fix_command(checkpoint, target, *flags)}"
@@ -371,7 +371,7 @@ def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
 
 def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
     """Copies of all files below a folder, but those to skip (by their path in it)."""
-    if is_url(folder):
+    if not is_local(folder):
         for url in walk(folder):
             inside = url[len(folder) + 1 :]
             if not skip(inside) and not inside.startswith(".git"):
@@ -398,8 +398,7 @@ def _record(path: str, inside: str) -> OutputFile:
     try:
         return text_file(inside, unsealed(data), seals=True)
     except (ValueError, TypeError):
-        source = path if is_url(path) else os.path.realpath(path)
-        return OutputFile(inside, len(data), copy_of=source)
+        return OutputFile(inside, len(data), copy_of=real(path))
 
 
 def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:

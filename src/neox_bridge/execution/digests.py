@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from neox_bridge.execution.buffers import buffer
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ def hasher(name: HashName) -> Any:
 
 def hash_file(path: str, name: HashName, check: "Callable[[], None]" = lambda: None) -> str:
     """The hash of a file's bytes in hexadecimal. check: called now and then, to stop early."""
-    if is_url(path):
+    if not is_local(path):
         return _hash_object(path, name, check)
     state = hasher(name)
     hash_range(state, path, 0, None, check)

@@ -25,7 +25,7 @@ from neox_bridge.execution.work import Work
 from neox_bridge.findings import Finding
 from neox_bridge.planning.report import copied
 from neox_bridge.stores.fetched import folder_of, keeping
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.pieces import OutputFile
 
 _ATTEMPTS = "attempts-"  # one for each run: what an earlier one left running has none any more
@@ -117,7 +117,7 @@ class DiskSink:
         """About how many bytes will share blocks with the sources' files."""
         sources = self.job.key.sources
         largest = max(sources, key=lambda path: sources[path][0], default=None)
-        if largest is None or is_url(largest):
+        if largest is None or not is_local(largest):
             return 0
         if not can_share(largest, self.work.folder, self.job.context):
             return 0

@@ -18,7 +18,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import overflow_finding
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash
-from neox_bridge.stores.paths import is_url, plain
+from neox_bridge.stores.paths import is_local, plain
 from neox_bridge.tensors.coverage import check_files
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def check_options(
     """Raise UsageError for options of ``execute`` that do not apply to such a target."""
     options = {"every_crc": every_crc, "hash_shared": hash_shared, "in_place": in_place}
     given = [name for name, value in options.items() if value]
-    if given and is_url(plain(target)):
+    if given and not is_local(plain(target)):
         raise UsageError(
             given,
             f"only for targets on a disk, and {target} is in an object store",
@@ -130,7 +130,7 @@ def default_workers() -> int:
 
 def _sink_of(job: Job) -> Sink:
     """Chooses, once, what kind of place the target is."""
-    if is_url(job.target):
+    if not is_local(job.target):
         from neox_bridge.execution.object_store import ObjectSink
 
         return ObjectSink(job)

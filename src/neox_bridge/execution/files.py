@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 
 if TYPE_CHECKING:
     from neox_bridge.stores.ranges import Ranges, Remote
@@ -49,7 +49,7 @@ class Files:
 
         Raises BridgeError, naming it, where it can't be opened.
         """
-        if is_url(path):
+        if not is_local(path):
             return nullcontext(self._remote(path))
         try:
             return self._take((path, os.O_RDONLY))
@@ -111,8 +111,8 @@ def identities(paths: Collection[str]) -> dict[str, Identity]:
 
     Raises BridgeError for one that is gone.
     """
-    known: dict[str, Identity] = {path: _identity(path) for path in paths if not is_url(path)}
-    if urls := [path for path in paths if is_url(path)]:
+    known: dict[str, Identity] = {path: _identity(path) for path in paths if is_local(path)}
+    if urls := [path for path in paths if not is_local(path)]:
         from neox_bridge.stores.objects import look_all
 
         known |= {url: (object_.size, object_.tag) for url, object_ in look_all(urls).items()}

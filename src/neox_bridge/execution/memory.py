@@ -7,7 +7,7 @@ from neox_bridge.execution.execute import default_workers
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import copied
 from neox_bridge.stores import ranges
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.stores.store import part_size
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputTensor
@@ -34,10 +34,10 @@ def peak_memory(plan: Plan, target: str, workers: int | None = None) -> int:
     thread += max(map(_block_bytes, computed), default=0)
     if any(tensor.pieces for tensor in computed):
         thread += 2 * buffers.ROOM  # the comparison of the result has one for each side
-    if is_url(target):
+    if not is_local(target):
         thread += streams.PARTS_IN_MEMORY * part_size(max(file.size for file in plan.files))
     shared = output.SMALL
-    if any(is_url(piece.source.file) for t in tensors for piece in t.pieces if piece.source):
+    if any(not is_local(piece.source.file) for t in tensors for piece in t.pieces if piece.source):
         shared += ranges.MEMORY
     return RUNTIME_BYTES + literals + inline + shared + (workers or default_workers()) * thread
 

@@ -43,6 +43,7 @@ from neox_bridge.stores.objects import (
     remove,
     start_upload,
 )
+from neox_bridge.stores.paths import is_writable
 from neox_bridge.stores.store import WORK, Object
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
@@ -394,7 +395,7 @@ def _lost_object(url: str) -> Unreachable:
 
 def _check_name(url: str) -> None:
     store, _, path = url.partition("://")
-    if store == "hf":
+    if not is_writable(url):
         raise BridgeError(f"{url}: the Hub can't be written to file by file. Name another target.")
     parts = path.strip("/").split("/")
     if not parts[0] or (store in _BUCKETS and len(parts) < 2):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import can_share
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 from neox_bridge.tensors.sharing import residue
 
@@ -33,7 +33,7 @@ def reserve(fd: int, path: str, file: OutputFile, context: Context) -> None:
 def _hopes_to_share(path: str, file: OutputFile, context: Context) -> bool:
     sources = [file.copy_of] if file.copy_of is not None else map(_shared_with, file.tensors)
     source = next(filter(None, sources), None)
-    if source is None or is_url(source):
+    if source is None or not is_local(source):
         return False
     return can_share(source, os.path.dirname(path), context)
 

@@ -15,7 +15,7 @@ from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.placement import Places, reaches
 from neox_bridge.execution.sink import Sink, Writer
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputFile
 
@@ -55,7 +55,7 @@ def read_of(outputs: Iterable[OutputFile]) -> dict[str, int]:
             for piece in tensor.pieces:
                 if piece.source is not None:
                     files[piece.source.file] += prod(piece.shape) * itemsize(piece.source.dtype)
-    return {path: size for path, size in files.items() if not is_url(path)}
+    return {path: size for path, size in files.items() if is_local(path)}
 
 
 @reaches(lambda unit: Places(read_of(unit.outputs), writes=unit.writer.folders))

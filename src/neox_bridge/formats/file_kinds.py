@@ -8,10 +8,10 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from os.path import abspath, basename, dirname
+from os.path import basename, dirname
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import absolute, is_local
 
 HEAD_BYTES = 512
 _SHOWN = 80  # characters of a file's text in a message
@@ -69,7 +69,7 @@ def _lfs(path: str, head: bytes) -> FileKind | None:
     if not head.startswith(_LFS):
         return None
     way = f"Fetch the file itself: {_in_folder(path)}git lfs pull"
-    if is_url(path):
+    if not is_local(path):
         way = "Run git lfs pull in the clone that it was uploaded from, and upload the file again."
     return FileKind("Git LFS pointer", "a Git LFS pointer, not the file itself", way, missing=True)
 
@@ -201,7 +201,7 @@ def _in_folder(path: str) -> str:
 
 
 def _folder(path: str) -> str:
-    return shlex.quote(dirname(path if is_url(path) else abspath(path)))
+    return shlex.quote(dirname(absolute(path)))
 
 
 def _quoted(text: bytes) -> str:

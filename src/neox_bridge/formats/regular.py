@@ -7,7 +7,7 @@ import stat
 from typing import BinaryIO
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.stores.paths import is_url, open_file
+from neox_bridge.stores.paths import is_local, open_file
 
 _FLAGS = os.O_RDONLY
 for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # each system lacks one of them
@@ -27,7 +27,7 @@ def open_regular(path: str) -> BinaryIO:
     """The file, for reading. Raises BridgeError, naming it, for one that is missing or can't be
     read, and for folders, pipes, sockets and devices, without waiting for any of them.
     """
-    if is_url(path):
+    if not is_local(path):
         return open_file(path)
     try:
         _refuse(path, os.stat(path).st_mode)  # to open a device may already do something

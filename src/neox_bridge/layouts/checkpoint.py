@@ -14,7 +14,7 @@ from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, Writer
 from neox_bridge.layouts.derived_check import InvFreqMismatch
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -210,7 +210,7 @@ def new_folder(path: str, ending: str) -> str:
     It lies beside the checkpoint; for one in a store it is a name in the current folder.
     """
     path = path.rstrip("/")
-    if is_url(path):
+    if not is_local(path):
         path = path.rpartition("/")[2].replace("@", "-").replace("%2F", "-")
     return f"{path}-{ending}"
 

@@ -19,7 +19,7 @@ from neox_bridge.frameworks.keys import block_keys, neox_keys, removed_from_neox
 from neox_bridge.layouts.known_files import is_known
 from neox_bridge.layouts.linked_files import check_own
 from neox_bridge.layouts.text_files import list_folder
-from neox_bridge.stores.paths import is_url, isdir, isfile, size
+from neox_bridge.stores.paths import is_local, isdir, isfile, size
 
 FOLDER = "configs"  # in the folder of a step, or of a run
 _ENDINGS = (".yml", ".yaml", ".json")
@@ -96,7 +96,7 @@ def has_config_beside(folder: str) -> bool:
 
 def config_nearby(folder: str) -> str:
     """A yml of some GPT-NeoX run above a folder of this machine, to be suggested; "" for none."""
-    if is_url(folder):
+    if not is_local(folder):
         return ""
     above = os.path.dirname(folder)
     with suppress(BridgeError, OSError):

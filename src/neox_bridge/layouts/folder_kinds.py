@@ -23,7 +23,7 @@ from neox_bridge.layouts.config_files import has_config_beside
 from neox_bridge.layouts.hub_cache import cached_repos
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_json
-from neox_bridge.stores.paths import absolute, is_url, isdir, isfile, lexists, read_at, size
+from neox_bridge.stores.paths import absolute, is_local, isdir, isfile, lexists, read_at, size
 from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
@@ -171,7 +171,7 @@ def shards_without_index(path: str) -> list[str] | None:
 def unfinished_download(path: str) -> str:
     """A sentence on files that a download left unfinished; empty where there are none."""
     names = [name for name in list_folder(path) if name.endswith(_UNFINISHED)]
-    if is_url(path):
+    if not is_local(path):
         return ""
     cache = os.path.join(path, ".cache", "huggingface", "download")
     if os.path.isdir(cache):

@@ -10,7 +10,7 @@ import shlex
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.text_files import list_folder, read_text
-from neox_bridge.stores.paths import absolute, is_url, isdir, isfile
+from neox_bridge.stores.paths import absolute, is_local, isdir, isfile
 from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
@@ -74,7 +74,11 @@ def revision_of(folder: str) -> str:
     """
     home, commit = os.path.split(absolute(folder))
     root, snapshots = os.path.split(home)
-    if is_url(home) or snapshots != "snapshots" or not _ROOT.fullmatch(os.path.basename(root)):
+    if (
+        not is_local(home)
+        or snapshots != "snapshots"
+        or not _ROOT.fullmatch(os.path.basename(root))
+    ):
         return ""
     refs = os.path.join(root, "refs")
     names = list_folder(refs)[:_MOST_REFS] if isdir(refs) else []

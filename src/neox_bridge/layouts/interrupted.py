@@ -3,7 +3,7 @@
 import os
 
 from neox_bridge.findings import Finding
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 
 SUFFIX = ".neox-bridge"  # of the folder beside a target in which it is made
 MOVES = "moves"  # in it: what belongs where, until everything is there
@@ -14,7 +14,7 @@ def interrupted(path: str) -> list[Finding]:
 
     path: a Hugging Face folder, or the root of a GPT-NeoX run.
     """
-    if is_url(path):
+    if not is_local(path):
         return []
     parent, name = os.path.split(os.path.realpath(path))
     folder = os.path.join(parent, f".{name}{SUFFIX}")

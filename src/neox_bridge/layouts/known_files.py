@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.tokenizer import NAMES
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 
 _TOKENIZER = (
     *(*NAMES, "chat_template.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
@@ -108,7 +108,7 @@ def files_below(folder: str, recorded: Collection[str] = ()) -> Iterator[str]:
 
     Links are followed, as whoever reads the checkpoint does. recorded: as of ``foreign``.
     """
-    if is_url(folder):
+    if not is_local(folder):
         from neox_bridge.stores.objects import below
 
         paths = [url[len(folder) + 1 :] for url in below(folder)]

@@ -11,7 +11,7 @@ import re
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.regular import missing_message
-from neox_bridge.stores.paths import is_url, lexists
+from neox_bridge.stores.paths import is_local, lexists
 
 # Hugging Face's cache: snapshots/COMMIT holds links to blobs (huggingface_hub, file_download.py)
 _CACHED = re.compile(r"(.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:/.*)?", re.DOTALL)
@@ -23,7 +23,7 @@ def check_own(path: str, *folders: str) -> None:
     A link that leads nowhere is an error as well. For a folder of Hugging Face's cache the blobs
     beside it count too.
     """
-    if is_url(path):
+    if not is_local(path):
         return  # stores have no links, and one that is mounted from elsewhere is its keeper's
     if os.path.islink(path) and not os.path.exists(path):
         raise BridgeError(missing_message(path))

@@ -14,7 +14,7 @@ from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
-from neox_bridge.stores.paths import absolute, afresh, exists, is_url, isdir, lexists
+from neox_bridge.stores.paths import absolute, afresh, exists, is_local, isdir, lexists
 from neox_bridge.tensors.fused import GqaOrder
 
 _STEP = re.compile(r"global_step\d+")
@@ -120,7 +120,7 @@ def _opened(
         place = find_url_source(source, revision)
         source, revision = place.path, None
         named, repo, findings = place.revision, place.repo, place.findings
-    elif is_url(source) and not exists(source):
+    elif not is_local(source) and not exists(source):
         raise BridgeError(f"{source}: no such folder in that store. Check its name.")
     elif exists(source):
         source, revision, named = _in_cache(source, revision, named)
@@ -207,9 +207,9 @@ def _in_cache(source: str, revision: str | None, named: str) -> tuple[str, str |
     if not isdir(source):
         return source, revision, named
     root = absolute(source)
-    if os.path.basename(root) == "snapshots" and not is_url(root):
+    if os.path.basename(root) == "snapshots" and is_local(root):
         root = os.path.dirname(root)
-    if is_url(root) and not os.path.basename(root).startswith("models--"):
+    if not is_local(root) and not os.path.basename(root).startswith("models--"):
         return source, revision, named  # a listing is a request
     if not is_cache_root(root, list_folder(root)):
         return source, revision, named

@@ -16,7 +16,7 @@ from neox_bridge.frameworks.suites import TOKENIZER_REPO
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.step_folder import StepFolder
 from neox_bridge.layouts.tokenizer import FOLDER, tokenizer_files, tokenizer_size
-from neox_bridge.stores.paths import absolute, is_url, isfile
+from neox_bridge.stores.paths import absolute, is_local, isfile
 from neox_bridge.stores.step_names import step_of
 
 _MAIN = "tokenizer.json"
@@ -85,7 +85,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
         )
     option = f"--tokenizer {TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}"
     remedy = f"add {option} to convert"
-    if not is_url(state.root):
+    if is_local(state.root):
         remedy = f"copy {base} into {shlex.quote(state.root)}, or {remedy}"
     return Finding(
         "tokenizer-missing",
@@ -105,7 +105,7 @@ def _places(place: StepFolder, name: str) -> Iterator[str]:
         folders.append(os.path.dirname(place.folder))  # one for all the steps of a run
     named = os.path.join(place.root, name)  # never relative to where we run
     # nothing of this machine, or of another place in the store, belongs to a URL
-    if not is_url(place.root) or (
+    if is_local(place.root) or (
         named.startswith(f"{place.root}/") and ".." not in named.split("/")
     ):
         yield named

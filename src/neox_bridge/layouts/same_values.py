@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_values import read_box
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole, cut, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -40,7 +40,7 @@ def relation(first: Whole, second: Whole, most_bytes: int | None = None) -> Rela
     if first.shape != second.shape:
         return "differs"
     row_bytes = max(1, prod(first.shape[1:]) * itemsize(first.dtype))
-    remote = any(p.source and is_url(p.source.file) for p in (*first.pieces, *second.pieces))
+    remote = any(p.source and not is_local(p.source.file) for p in (*first.pieces, *second.pieces))
     step = max(1, (REMOTE_BLOCK_BYTES if remote else BLOCK_BYTES) // row_bytes)
     rows = first.shape[0] if first.shape else 1
     with _OpenFiles() as files:
@@ -78,7 +78,7 @@ def same_place(first: TensorRef, second: TensorRef) -> bool:
         return False
     if first.file == second.file:
         return True
-    if is_url(first.file) or is_url(second.file):
+    if not is_local(first.file) or not is_local(second.file):
         return False
     try:
         return os.path.samefile(first.file, second.file)

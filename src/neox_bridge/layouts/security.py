@@ -26,7 +26,7 @@ def scan_path(path: str) -> list[Report]:
 
 
 def _files(folder: str) -> Iterator[str]:
-    if paths.is_url(folder):
+    if not paths.is_local(folder):
         yield from filter(_looks, paths.walk(folder))
         return
 

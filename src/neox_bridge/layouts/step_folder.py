@@ -14,7 +14,7 @@ from neox_bridge.layouts.file_names import is_step_file, is_weights
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
-from neox_bridge.stores.paths import absolute, is_url, isdir, isfile
+from neox_bridge.stores.paths import absolute, is_local, isdir, isfile
 from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
@@ -171,7 +171,7 @@ def step_in_name(folder: str, revision: str = "") -> int | None:
 def _git_branch(folder: str) -> str:
     """The branch that a clone has checked out; "" for other folders, and where it is no branch."""
     head = os.path.join(folder, ".git", "HEAD")
-    if is_url(folder) or not isfile(head):
+    if not is_local(folder) or not isfile(head):
         return ""
     with suppress(BridgeError):
         _, ref, branch = read_text(head, _TAG_BYTES).strip().partition("refs/heads/")

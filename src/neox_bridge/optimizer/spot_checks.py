@@ -14,7 +14,7 @@ from neox_bridge.formats.regular import open_regular
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.states import Optimizer
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -82,7 +82,7 @@ def check_padding(parts: Iterable[TensorRef], key: str) -> None:
         parts: the padding, in the order of the group.
         key: of the group's masters, for the message.
     """
-    local = [ref for ref in parts if not is_url(ref.file)]
+    local = [ref for ref in parts if is_local(ref.file)]
     runs = [_run(ref, 0, min(_PADDING_ELEMENTS, ref.shape[0])) for ref in local]
     for ref in local[-1:]:
         count = min(_PADDING_ELEMENTS, ref.shape[0])
@@ -100,7 +100,7 @@ def _pairs(place: tuple[int, Parameter], weight: TensorRef, master: Whole) -> It
     """The first and the last elements of a parameter."""
     sources = [piece.source for piece in master.pieces if piece.source is not None]
     plain = weight.strides is None and weight.dtype in FLOATING
-    if not plain or not sources or is_url(weight.file) or is_url(sources[0].file):
+    if not plain or not sources or not is_local(weight.file) or not is_local(sources[0].file):
         return
     first, last = sources[0], sources[-1]
     count = min(_END_ELEMENTS, _elements(first))

@@ -4,100 +4,85 @@ A local path takes the way that it always took: nothing is imported and no call 
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import BinaryIO
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_FILE = "file://"
+from neox_bridge.stores.folder import folder_of, without_scheme
 
 
-def is_url(path: str) -> bool:
-    """Whether it is one; a ``file://`` is, until ``plain`` made a path of it."""
-    return _URL.match(path) is not None
+def is_local(path: str) -> bool:
+    """Whether files are on this machine: see ``Folder``."""
+    return folder_of(path).is_local
+
+
+def is_writable(path: str) -> bool:
+    """Whether files can be written there one by one."""
+    return folder_of(path).is_writable
 
 
 def plain(path: str) -> str:
     """What a user named: the path of a ``file://``, a URL without a slash at its end."""
-    if path.startswith(_FILE):
-        return path[len(_FILE) :]
-    return path.rstrip("/") if is_url(path) and not path.endswith("://") else path
+    path = without_scheme(path)
+    return folder_of(path).plain(path)
 
 
 def afresh(path: str) -> str:
     """``plain``, and nothing that was seen of a URL before is believed any more."""
     path = plain(path)
-    if is_url(path):
-        from neox_bridge.stores.objects import forget
-
-        forget(path)
+    folder_of(path).forget(path)
     return path
 
 
 def absolute(path: str) -> str:
     """``os.path.abspath``; a URL is absolute."""
-    return plain(path) if is_url(path) else os.path.abspath(path)
+    return folder_of(path).absolute(without_scheme(path))
 
 
 def normal(path: str) -> str:
     """``os.path.normpath``; of a URL ``plain``."""
-    return plain(path) if is_url(path) else os.path.normpath(path)
+    return folder_of(path).normal(without_scheme(path))
+
+
+def real(path: str) -> str:
+    """``os.path.realpath``; stores have no links."""
+    return folder_of(path).real(path)
 
 
 def exists(path: str) -> bool:
     """``os.path.exists``."""
-    if is_url(path):
-        return _kind(path) is not None
-    return os.path.exists(path)
+    folder = folder_of(path)
+    return os.path.exists(path) if folder.is_local else folder.is_there(path)
 
 
 def lexists(path: str) -> bool:
-    """``os.path.lexists``; stores have no links that lead nowhere."""
-    if is_url(path):
-        return _kind(path) is not None
-    return os.path.lexists(path)
+    """``os.path.lexists``."""
+    return folder_of(path).is_there(path)
 
 
 def isfile(path: str) -> bool:
     """``os.path.isfile``."""
-    if is_url(path):
-        return _kind(path) == "file"
-    return os.path.isfile(path)
+    return folder_of(path).kind(path) == "file"
 
 
 def isdir(path: str) -> bool:
     """``os.path.isdir``; in a store a folder is what has objects below it."""
-    if is_url(path):
-        return _kind(path) == "directory"
-    return os.path.isdir(path)
+    return folder_of(path).kind(path) == "directory"
 
 
 def listdir(path: str) -> list[str]:
     """``os.listdir``; of a URL as it is now, in one request a thousand objects."""
-    if is_url(path):
-        from neox_bridge.stores.objects import names
-
-        return names(path)
-    return os.listdir(path)
+    return folder_of(path).names(path)
 
 
 def size(path: str) -> int:
     """``os.path.getsize``, in bytes."""
-    if is_url(path):
-        from neox_bridge.stores.objects import look
-
-        return look(path).size
-    return os.path.getsize(path)
+    return folder_of(path).size(path)
 
 
 def open_file(path: str) -> BinaryIO:
     """``open(path, "rb")``. Of an object only what is read is fetched, and some more."""
-    if is_url(path):
-        from neox_bridge.stores.object_file import open_object
-
-        return open_object(path)
-    return open(path, "rb")
+    return folder_of(path).open(path)
 
 
 def size_of(file: BinaryIO) -> int:
@@ -135,26 +120,21 @@ def read_at(path: str, offset: int, count: int) -> bytes:
 
 
 def read_pieces(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """The bytes at (path, offset, count), in their order; those of URLs are fetched at once."""
-    urls = [place for place in places if is_url(place[0])]
-    if not urls:
-        return [read_at(*place) for place in places]
-    from neox_bridge.stores.object_file import fetch_pieces
-
-    fetched = iter(fetch_pieces(urls))
-    return [next(fetched) if is_url(place[0]) else read_at(*place) for place in places]
+    """The bytes at (path, offset, count), in their order; those of stores are fetched at once."""
+    pieces: dict[int, bytes] = {}
+    for wanted in (True, False):
+        numbers = [n for n, place in enumerate(places) if is_local(place[0]) == wanted]
+        if numbers:
+            read = folder_of(places[numbers[0]][0]).read([places[n] for n in numbers])
+            pieces.update(zip(numbers, read, strict=True))
+    return [pieces[number] for number in range(len(places))]
 
 
 def ahead(paths: Iterable[str]) -> Iterator[str]:
-    """The paths as they are; of URLs, the starts of the next ones are fetched meanwhile."""
+    """The paths as they are; of stores, the starts of the next ones are fetched meanwhile."""
     rest = iter(paths)
     for first in rest:
-        if is_url(first):
-            from neox_bridge.stores.object_file import started
-
-            yield from started(chain((first,), rest))
-        else:
-            yield first
+        yield from folder_of(first).ahead(chain((first,), rest))
 
 
 def walk(path: str) -> Iterator[str]:
@@ -162,9 +142,3 @@ def walk(path: str) -> Iterator[str]:
     from neox_bridge.stores.objects import below
 
     yield from sorted(below(path))
-
-
-def _kind(path: str) -> str | None:
-    from neox_bridge.stores.objects import kind
-
-    return kind(path)

@@ -19,7 +19,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.files import unreadable
 from neox_bridge.execution.lock import locked
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local, real
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
@@ -45,13 +45,13 @@ def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
     files = {ref.file: None for whole in checkpoint.tensors.values() for ref in sources(whole)}
     identities = {}
     for file in files:
-        if not is_url(file):
+        if is_local(file):
             try:
                 status = os.stat(file)
             except OSError as error:
                 raise unreadable(file, error) from None
             identities[file] = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
-    if urls := [file for file in files if is_url(file)]:
+    if urls := [file for file in files if not is_local(file)]:
         from neox_bridge.stores.objects import look_all
 
         identities |= {url: _of_object(seen) for url, seen in look_all(urls).items()}
@@ -140,7 +140,7 @@ def _file(folder: str, checkpoint: Checkpoint) -> str:
     place = checkpoint.path
     if checkpoint.neox is not None:
         place = checkpoint.neox.folder
-    place = place if is_url(place) else os.path.realpath(place)
+    place = real(place)
     name = xxhash.xxh3_128(os.fsencode(place)).hexdigest()
     return os.path.join(folder, f"{name}.json")
 

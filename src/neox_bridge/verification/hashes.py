@@ -12,7 +12,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import boxes, load
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.optimizer.states import tensor_of
-from neox_bridge.stores.paths import is_url
+from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole, cut, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -91,7 +91,7 @@ def _reading_order(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
     A range of a store is fetched once where the tensors that it holds are read one after another.
     """
     tensors = checkpoint.tensors
-    if not is_url(checkpoint.path):
+    if is_local(checkpoint.path):
         return sorted(names, key=lambda name: -tensors[name].nbytes)
 
     def place(name: str) -> tuple[str, int]:
