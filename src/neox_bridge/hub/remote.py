@@ -1,4 +1,4 @@
-"""What a branch of the Hub holds now: its commit, its files, the plan that they were made by."""
+"""What a branch of the Hub holds now: its commit, its files, and the plan that wrote them."""
 
 import json
 from collections.abc import Mapping
@@ -18,8 +18,6 @@ from neox_bridge.stores.hub_names import MAIN
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-_WHY = "What is on the Hub is asked of it"
-
 
 @dataclass(frozen=True, slots=True)
 class Remote:
@@ -34,8 +32,8 @@ class Remote:
 
 
 def look(repo: str, branch: str) -> Remote:
-    """What a branch holds; two requests. Raises BridgeError where the Hub can't be asked."""
-    api = hub_api(_WHY)
+    """What a branch holds; two requests. Raises BridgeError if the Hub does not answer."""
+    api = hub_api(f"hf://{repo} is on the Hub")
     with explained(repo):
         try:
             refs = api.list_repo_refs(repo)
@@ -61,7 +59,7 @@ def first_commit(api: Any, repo: str) -> str:
 
 
 def is_untouched(api: Any, repo: str, branch: str, remote: Remote) -> bool:
-    """Whether nobody committed to a branch yet: its files are those that it was made with.
+    """Whether a branch is still at the commit that it was created from.
 
     Raises huggingface_hub's errors.
     """
@@ -71,9 +69,9 @@ def is_untouched(api: Any, repo: str, branch: str, remote: Remote) -> bool:
 def check_private(repo: str, private: bool) -> bool:
     """Whether a repository is private.
 
-    Raises BridgeError where it has to be and isn't, and where the Hub can't be asked.
+    Raises BridgeError if it is public and ``private`` is set, or if the Hub does not answer.
     """
-    api = hub_api(_WHY)
+    api = hub_api(f"hf://{repo} is on the Hub")
     with explained(repo):
         is_private = bool(api.model_info(repo).private)
     if private and not is_private:
@@ -85,13 +83,13 @@ def check_private(repo: str, private: bool) -> bool:
 
 
 def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None:
-    """The small record that a branch's files were written with, as it is there; two requests.
+    """The ``neox_bridge.json`` of a branch, unchanged; two requests.
 
     path: of the record in the repository; a GPT-NeoX step's is ``global_stepN/neox_bridge.json``.
-    None where repository, branch or record don't exist. Raises BridgeError where the Hub can't be
-    asked.
+    None if the repository, the branch or the record does not exist. Raises BridgeError if the Hub
+    does not answer.
     """
-    api = hub_api(_WHY)
+    api = hub_api(f"hf://{repo} is on the Hub")
     from huggingface_hub.errors import (
         EntryNotFoundError,
         LocalEntryNotFoundError,

@@ -1,4 +1,4 @@
-"""huggingface_hub, imported where it is used; what it raises, as errors that say what to do."""
+"""Imports huggingface_hub where it is used, and turns its errors into advice."""
 
 import re
 from collections.abc import Iterator
@@ -27,21 +27,25 @@ _SERVER_FAILED = "the Hub failed. Give the same command again later; see status.
 
 
 def hub_api(why: str) -> Any:
-    """huggingface_hub's ``HfApi``. HF_ENDPOINT and HF_TOKEN are honoured by it.
+    """huggingface_hub's ``HfApi``, which honors HF_ENDPOINT and HF_TOKEN.
 
-    why: what it is needed for, for the BridgeError where it isn't installed.
+    Args:
+        why: A sentence that says what it is needed for, without its period.
+
+    Raises:
+        BridgeError: huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import HfApi
     except ImportError:
         raise BridgeError(
-            f"{why}, for which huggingface_hub is needed: pip install 'neox-bridge[hub]'."
+            f"{why}. Install huggingface_hub: pip install 'neox-bridge[hub]'."
         ) from None
     return HfApi(library_name="neox-bridge")
 
 
 def check_writer(repo: str) -> None:
-    """Raise BridgeError where the user's token can't write anywhere; one request."""
+    """Raise BridgeError if the user's token is read-only; one request."""
     api = hub_api(f"hf://{repo} is on the Hub")
     with explained(repo):
         token = api.whoami().get("auth", {}).get("accessToken", {})
@@ -65,9 +69,9 @@ def explained(repo: str) -> Iterator[None]:
 
 @contextmanager
 def bars(shown: bool) -> Iterator[None]:
-    """A block in which huggingface_hub shows its progress on stderr, or doesn't; for all threads.
+    """A block in which huggingface_hub shows progress bars on stderr, or not; for all threads.
 
-    HF_HUB_DISABLE_PROGRESS_BARS turns it off in any case.
+    HF_HUB_DISABLE_PROGRESS_BARS hides them in any case.
     """
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
@@ -92,7 +96,7 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may go well a little later."""
+    """Whether a retry of the same request may succeed."""
     status = status_of(error)
     return status in _TRANSIENT if status is not None else is_network(error)
 
@@ -109,7 +113,7 @@ def is_missing_repo(error: BaseException) -> bool:
 
 
 def explanation(error: BaseException, repo: str) -> str:
-    """What was wrong, in one line, and what to do now."""
+    """What failed and what to do about it, in one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalTokenNotFoundError,
@@ -140,16 +144,16 @@ def explanation(error: BaseException, repo: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, not too much of it, without the ends of addresses.
+    """The first line of an error, shortened, with the queries of URLs removed.
 
-    Those may hold signatures that let others write.
+    A query may hold a signature that lets others write.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", line)[:200]
 
 
 def is_network(error: BaseException | None) -> bool:
-    """Whether an error, or one that it comes from, is that of an HTTP library without an answer."""
+    """Whether an error, or one of its causes, means that the server did not answer."""
     return any(
         type(cause).__module__.split(".")[0] in _NETWORK or isinstance(cause, ConnectionError)
         for cause in _causes(error)
