@@ -47,7 +47,8 @@ def state_of(
     """
     if not isdir(target) or not (names := listdir(target)):
         return "absent", ""
-    if not is_local(target) and WORK in names:  # an upload that didn't end, which is gone on with
+    # an upload that didn't end, which is gone on with
+    if not is_local(target) and WORK in names and below(f"{target}/{WORK}"):
         return "absent", ""
     try:
         path = find_record(target)

@@ -80,8 +80,11 @@ class FsspecStore:
 
     def put(self, url: str, data: bytes) -> None:
         path = self._path(url)
-        self.fs.makedirs(self.fs._parent(path), exist_ok=True)
-        self.fs.pipe_file(path, data)
+        try:
+            self.fs.pipe_file(path, data)
+        except FileNotFoundError:  # a file system that has folders of its own
+            self.fs.makedirs(self.fs._parent(path), exist_ok=True)
+            self.fs.pipe_file(path, data)
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
         """Two that ask at the same time may both be told that they wrote it."""
