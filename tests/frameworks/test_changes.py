@@ -563,7 +563,7 @@ def test_what_the_command_refuses() -> None:
 
 def test_nothing_found_is_said() -> None:
     done = run("--since", "2031")
-    assert (done.exit_code, done.stdout) == (0, "no known change fits\n")
+    assert (done.exit_code, done.stdout) == (0, "no known change matches\n")
     assert ids("--since", "2031") == []
 
 

@@ -204,7 +204,7 @@ NEW_SPELLING = {"rope_theta": None, "rope_parameters": {"rope_theta": 2e4}}
 GPT_NEOX: list[tuple[str, Edit, str, str | None, str, str | None]] = [
     # what is done to the folder, the last version on one side with what is said of it, the first
     # on the other side with what is said of that
-    ("head-name", weights(rename_head), "4.57", "error", "5.0", None),
+    ("head-name", weights(rename_head), "5.13", "error", "5.14", None),
     (
         "rope-spelling",
         config(

@@ -411,7 +411,7 @@ def test_what_doctor_advises_works(target: str, bare: Path, tmp_path: Path) -> N
     done = run("doctor", bare, "--for", target, "--config", own)
     assert done.exit_code == 4
     lines = done.stdout.splitlines()
-    fixes = {way for line in lines if "neox-bridge" in (way := line.partition("fix: ")[2])}
+    fixes = {way for line in lines if "neox-bridge" in (way := line.partition("  fix  ")[2])}
     assert [command.split()[1] for command in fixes] == ["reshard"], "one command settles it all"
     commands = {f"neox-bridge {word}" for line in lines for word in line.split("neox-bridge ")[1:]}
     assert {command.split()[1] for command in commands} == {"doctor", "reshard"}
@@ -752,7 +752,7 @@ def test_in_place_and_the_name_of_a_step(name: str, tmp_path: Path) -> None:
 
 def test_transformers_has_nothing_to_say_of_the_optimizer(flat: Path, tmp_path: Path) -> None:
     done = run("doctor", flat, "--for", "transformers@4.48")
-    commands = [c for line in done.stdout.splitlines() for c in line.split("fix: ")[1:]]
+    commands = [c for line in done.stdout.splitlines() for c in line.split("  fix  ")[1:]]
     assert [c.split()[1] for c in commands if c.startswith("neox-bridge")] == ["convert"]
     assert "optimizer states" not in done.stdout
 
@@ -839,8 +839,8 @@ def test_files_of_another_layout_are_removed_by_the_command_as_printed(tmp_path:
     source = write(made_up(layers=2), Save(), tmp_path / "with space")
     shutil.copy(source / "mp_rank_00_model_states.pt", source / "mp_rank_01_model_states.pt")
     done = run("doctor", source)
-    command = next(line for line in done.stdout.splitlines() if "fix: rm " in line)
-    words = shlex.split(command.partition("fix: ")[2])
+    command = next(line for line in done.stdout.splitlines() if "  fix  rm " in line)
+    words = shlex.split(command.partition("  fix  ")[2])
     assert words == ["rm", str(source / "mp_rank_01_model_states.pt")]
 
 

@@ -198,7 +198,7 @@ def test_what_doctor_advises_works(target: str, hub: Stub, run: Commands) -> Non
     fixes = {
         way
         for line in out.splitlines()
-        if (way := line.partition("fix: ")[2]).startswith("neox-bridge ")
+        if (way := line.partition("  fix  ")[2]).startswith("neox-bridge ")
     }
     # resharding for a later tree settles the layout of the folder and the keys of the yml too
     (way,) = {command.split()[1] for command in fixes}

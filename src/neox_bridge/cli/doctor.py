@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,7 @@ from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import FIX, inherited, option
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from neox_bridge.doctor.advice import Advice
     from neox_bridge.doctor.verdict import Verdict
@@ -240,16 +241,35 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 def _print(facts: dict[str, Any]) -> None:
     print_line(facts["path"])
-    for finding in facts["findings"]:
-        print_line(f"{finding['severity']}: {finding['message']}")
-        if finding["remedy"]:
-            print_line(f"    fix: {finding['remedy']}")
-    for entry in facts["verdicts"]:
+    findings, verdicts = facts["findings"], facts["verdicts"]
+    judged = (v["target"] for v in verdicts if v.get("findings", findings) == findings)
+    if errors := [finding for finding in findings if finding["severity"] == "error"]:
+        head = f"error: {facts['path']} does not load in {next(judged)}"
+        _print_block(head, list(_causes(errors)))
+    for finding in findings[len(errors) :]:  # errors are first
+        fix = [("fix", finding["remedy"])] if finding["remedy"] else []
+        _print_block(f"{finding['severity']}: {finding['message']}", fix)
+    for entry in verdicts:
         print_line(f"{entry['target']}: {entry['verdict']}")
         for line in (entry["message"] or "").splitlines():
             print_line(f"    {_short(line.strip())}")
     if rows := facts.get("comparison"):
         _print_rows(rows)
+
+
+def _causes(errors: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Why each error is one, and what to do; what helps against several in a row stands once."""
+    for error, following in zip_longest(errors, errors[1:]):
+        yield "why", error["message"]
+        if error["remedy"] and (following is None or following["remedy"] != error["remedy"]):
+            yield "fix", error["remedy"]
+
+
+def _print_block(head: str, rows: Sequence[tuple[str, str]]) -> None:
+    print_line(head)
+    width = max((len(word) for word, _ in rows), default=0)
+    for word, words in rows:
+        print_line(f"  {word:<{width}}  {words}")
 
 
 def _short(line: str, most: int = 400) -> str:
@@ -308,10 +328,7 @@ def _print_advice(advice: Advice, path: str) -> None:
     rows += [("more", link) for link in advice.more]
     if not path and "CHECKPOINT" in f"{advice.fix}{first.remedy}":
         rows.append(("note", "add the checkpoint's path to this command to see it filled in"))
-    print_line(f"error: {shown}")
-    width = max(len(word) for word, _ in rows)
-    for word, words in rows:
-        print_line(f"  {word:<{width}}  {words}")
+    _print_block(f"error: {shown}", rows)
 
 
 def _some(keys: Sequence[str], most: int = 6) -> str:

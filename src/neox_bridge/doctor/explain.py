@@ -20,14 +20,14 @@ __all__ = ["Diagnosis", "recognise"]
 def recognise(text: str) -> list[Diagnosis]:
     """Every cause that is recognised in a pasted output; nothing where none is."""
     message = read_message(text)
-    found: dict[tuple[str, str], Diagnosis] = {}
+    causes: dict[tuple[str, str], Diagnosis] = {}
     for rule in (*KEY_RULES, *_SENTENCES):
         for diagnosis in rule(message):
-            found.setdefault((diagnosis.code, diagnosis.older), diagnosis)
-    if not found:
+            causes.setdefault((diagnosis.code, diagnosis.older), diagnosis)
+    if not causes:
         for diagnosis in _by_changes(message.text):
-            found.setdefault((diagnosis.code, ""), diagnosis)
-    return list(found.values())
+            causes.setdefault((diagnosis.code, ""), diagnosis)
+    return list(causes.values())
 
 
 def _by_changes(text: str) -> Iterator[Diagnosis]:

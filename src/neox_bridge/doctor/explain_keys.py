@@ -64,11 +64,9 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
 
 def _mlp(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = m.keys
-    plain, gated = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h)\.\w+", r"mlp\.w[123]\.weight"
-    change = change_named("neox-mlp-names")
-    when, more = change.since, change.link
+    linear = r"mlp\.linear[12]\.\w+"
     if m.by_transformers:
-        if keys := short(unexpected, r"mlp\.linear[12]\.\w+"):
+        if keys := short(unexpected, linear):
             yield Diagnosis(
                 "neox-names-in-hf",
                 "",
@@ -78,56 +76,41 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
                 "export it again: neox-bridge convert CHECKPOINT NEW --to hf",
                 keys,
             )
-    elif keys := short(unexpected, gated):
-        yield Diagnosis(
-            "neox-gated-mlp",
-            "checkpoint",
-            f"the checkpoint's gated MLPs are w1, w2, w3, as before {when}; the "
-            "tree has linear1 = [w3 | w1] and linear2",
-            f"{CONVERT} --for today",
-            keys,
-            by_convert=True,
-            others=_BEFORE_NOVEMBER,
-            more=more,
-        )
-    elif keys := short(missing, gated):
-        yield Diagnosis(
-            "neox-gated-mlp",
-            "framework",
-            f"the tree's gated MLPs are w1, w2, w3, as before {when}; the "
-            "checkpoint has linear1 and linear2",
-            f"{CONVERT} --for neox@2024-09",
-            keys,
-            by_convert=True,
-            more=more,
-        )
-    elif keys := short(unexpected, plain):
-        yield Diagnosis(
-            "neox-mlp-names",
-            "checkpoint",
-            f"the checkpoint has mlp.dense_h_to_4h, as trees before {when}; the "
-            "tree has mlp.linear1",
-            f"{CONVERT} --for today",
-            keys,
-            by_convert=True,
-            others=_BEFORE_NOVEMBER,
-            more=more,
-        )
-    elif keys := short(missing, plain):
-        yield Diagnosis(
-            "neox-mlp-names",
-            "framework",
-            f"the tree has mlp.dense_h_to_4h, as before {when}; the checkpoint has mlp.linear1",
-            f"{CONVERT} --for neox@2024-09",
-            keys,
-            by_convert=True,
-            more=more,
-        )
-    elif keys := short(missing, r"mlp\.linear[12]\.weight"):
+        return
+    when, more = since("neox-mlp-names"), change_named("neox-mlp-names").link
+    renamed = (
+        ("neox-gated-mlp", r"mlp\.w[123]\.weight", "gated MLPs are w1, w2, w3"),
+        ("neox-mlp-names", r"mlp\.dense_\w+\.\w+", "MLPs are dense_h_to_4h and dense_4h_to_h"),
+    )
+    for code, names, old in renamed:
+        if keys := short(unexpected, names):
+            yield Diagnosis(
+                code,
+                "checkpoint",
+                f"the checkpoint's {old}, as before {when}; the tree has linear1 and linear2",
+                f"{CONVERT} --for today",
+                keys,
+                by_convert=True,
+                others=_BEFORE_NOVEMBER,
+                more=more,
+            )
+            return
+        if keys := short(missing, names):
+            yield Diagnosis(
+                code,
+                "framework",
+                f"the tree's {old}, as before {when}; the checkpoint has linear1 and linear2",
+                f"{CONVERT} --for neox@2024-09",
+                keys,
+                by_convert=True,
+                more=more,
+            )
+            return
+    if keys := short(missing, r"mlp\.linear[12]\.weight"):
         yield Diagnosis(
             "neox-mlp-names",
             "checkpoint",
-            f"the tree has mlp.linear1 and linear2, as since {when}, and the checkpoint does not",
+            f"the tree has linear1 and linear2, as since {when}, and the checkpoint does not",
             f"{CONVERT} --for today",
             keys,
             needs=(("for", "today"),),
@@ -283,8 +266,10 @@ def _width(mlp: list[Sizes], hf: bool) -> Diagnosis:
     cause = f"{mlp[0].key} has {stored} rows in the checkpoint, and {wanted} by {where}"
     if hf:
         wide = next((size for size in mlp if "h_to_4h" in size.key or "up_proj" in size.key), None)
-        told = wide.stored[0] if wide else stored
-        return Diagnosis("mlp-width", "", cause, f"in config.json: intermediate_size: {told}", keys)
+        width = wide.stored[0] if wide else stored
+        return Diagnosis(
+            "mlp-width", "", cause, f"in config.json: intermediate_size: {width}", keys
+        )
     return Diagnosis(
         "mlp-width",
         "",

@@ -212,8 +212,8 @@ def _mend_neox(
 
 def _tells_another_order(checkpoint: Checkpoint, plan: Plan, rewrite: bool) -> bool:
     """Whether the record would tell another order of grouped-query rows than the new files'."""
-    told, order = checkpoint.record.get("gqa_order"), plan.target.get("gqa_order")
-    return rewrite and told is not None and told != order
+    recorded, order = checkpoint.record.get("gqa_order"), plan.target.get("gqa_order")
+    return rewrite and recorded is not None and recorded != order
 
 
 def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None) -> InvFreq:
@@ -228,9 +228,13 @@ def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None)
 
 def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
     """The checkpoint's own multiple where it gives its own rows; else it has to change."""
-    told = told_multiple(state.args, checkpoint.raw)
+    multiple = told_multiple(state.args, checkpoint.raw)
     size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
-    return told if padded_size(size, told, state.tp) == checkpoint.config.dims["vocab"] else None
+    return (
+        multiple
+        if padded_size(size, multiple, state.tp) == checkpoint.config.dims["vocab"]
+        else None
+    )
 
 
 def _stages(state: NeoxState, strays: tuple[str, ...]) -> int:
@@ -455,15 +459,15 @@ def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
     def check(folder: str) -> None:
         try:
             seal = check_seal(find_record(folder))
-            made = open_checkpoint(folder, gqa_order=_order(checkpoint, plan))
-            found = verify(checkpoint, made)
+            copy = open_checkpoint(folder, gqa_order=_order(checkpoint, plan))
+            comparison = verify(checkpoint, copy)
         except BridgeError as error:
             raise Unverified(f"The mended copy can't be opened: {error}") from None
         if seal.changes:
             names = some([change.path for change in seal.changes])
             raise Unverified(f"The mended copy isn't what was written: {names}.")
-        if not found.holds:
-            raise Unverified(f"The mended copy isn't {checkpoint.path}: {summary(found)}.")
+        if not comparison.holds:
+            raise Unverified(f"The mended copy isn't {checkpoint.path}: {summary(comparison)}.")
 
     return check
 

@@ -47,15 +47,15 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
     yield from _names(checkpoint, facts)
     yield from _sizes(checkpoint, facts)
     yield from _two_heads(checkpoint, facts)
-    own = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
-    if own:
+    is_gpt_neox = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
+    if is_gpt_neox:
         yield from _rope(checkpoint, facts)
         yield from _made_up(checkpoint, facts)
     else:
         yield from _relatives_of_llama(checkpoint, facts)
     yield from _buffers(checkpoint, facts)
     yield from _dtype(checkpoint, facts)
-    if own and facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
+    if is_gpt_neox and facts.loses_rotary_pct and checkpoint.config.rotary_pct != _DEFAULTS[0]:
         yield case(
             "rotary-pct-lost",
             "warning",
@@ -112,13 +112,13 @@ def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:
     """Every tensor of the files under the name that it has there."""
-    found: dict[str, TensorRef] = {}
+    stored: dict[str, TensorRef] = {}
     for path in checkpoint.files:
         if path.endswith(".safetensors"):
-            found.update(read_safetensors(path))
+            stored.update(read_safetensors(path))
             continue
-        found.update(tensors_of(state_dict_of(read_torch(path), path), path))
-    return found
+        stored.update(tensors_of(state_dict_of(read_torch(path), path), path))
+    return stored
 
 
 def rope_as_read(raw: dict[str, Any], rope_parameters: bool) -> tuple[float, float]:
@@ -194,16 +194,16 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """A size of config.json that the tensors deny is an error of load_state_dict."""
     dims, raw = checkpoint.config.dims, checkpoint.raw
     for key, dim in _SIZES.items():
-        told = raw.get(key)
-        if told is None or told == dims[dim]:
+        setting = raw.get(key)
+        if setting is None or setting == dims[dim]:
             continue
         row = next(row for row in checkpoint.table if dim in row.weight.shape)
         have = [dims[d] for d in row.weight.shape]
-        want = [told if d == dim else dims[d] for d in row.weight.shape]
+        want = [setting if d == dim else dims[d] for d in row.weight.shape]
         yield case(
             "config-size",
             "error",
-            f"config.json says {key}: {told}, and the tensors say {dims[dim]}",
+            f"config.json says {key}: {setting}, and the tensors say {dims[dim]}",
             fix_command(checkpoint, facts),
             f"RuntimeError: Error(s) in loading state_dict for {checkpoint.architecture.hf_class}:"
             f"\n\tsize mismatch for {row.hf}: copying a param with shape torch.Size({have}) from "
@@ -214,17 +214,17 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
 
 def _made_up(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """Weights that transformers doesn't find: it makes them up, with a warning."""
-    config, found = checkpoint.config, stored_names(checkpoint)
-    renamed = "lm_head.weight" in found and "embed_out.weight" not in found
-    if renamed and not config.tied_embeddings and not knows(facts, "hf-lm-head-read"):
-        why = f"only {since('hf-lm-head-read')} and newer know lm_head.weight"
+    config, stored = checkpoint.config, stored_names(checkpoint)
+    renamed = "lm_head.weight" in stored and "embed_out.weight" not in stored
+    if renamed and not config.tied_embeddings and not knows(facts, "hf-lm-head"):
+        why = f"only {since('hf-lm-head')} and newer know lm_head.weight"
         yield _newly(checkpoint, facts, ["embed_out.weight"], why, "head-name")
-    told = checkpoint.raw.get("attention_bias", True) is not False
+    has_biases = checkpoint.raw.get("attention_bias", True) is not False
     if not config.attention_bias and not knows(facts, "hf-attention-bias"):
         why = f"{since('hf-attention-bias')} learned attention_bias: false"
         newer = f"use {since('hf-attention-bias')} or newer"
         yield _newly(checkpoint, facts, _biases(checkpoint, "attention_bias"), why, "biases", newer)
-    elif told and not config.attention_bias:
+    elif has_biases and not config.attention_bias:
         why = "config.json doesn't say attention_bias: false"
         yield _newly(checkpoint, facts, _biases(checkpoint, "attention_bias"), why, "biases")
     for flag, there in (("mlp_bias", config.mlp_bias), ("norm_bias", config.norm_bias)):
@@ -293,14 +293,14 @@ def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
 
 def _dtype(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     raw, dtype = checkpoint.raw, checkpoint.config.dtype
-    told = raw.get("dtype") or raw.get("torch_dtype")
-    if told is None:
+    setting = raw.get("dtype") or raw.get("torch_dtype")
+    if setting is None:
         return
-    if told != dtype:
+    if setting != dtype:
         yield case(
             "config-dtype",
             "warning",
-            f"config.json says dtype {told}, and the tensors are {dtype}: they are cast where "
+            f"config.json says dtype {setting}, and the tensors are {dtype}: they are cast where "
             'dtype="auto" is asked for',
             fix_command(checkpoint, facts),
         )

@@ -146,8 +146,8 @@ def _rank_files(state: NeoxState) -> Iterator[Case]:
 
 
 def _layout_kind(checkpoint: Checkpoint, state: NeoxState) -> Iterator[Case]:
-    told = checkpoint.raw.get("pipe_parallel_size", 0) or 0
-    stages = number("pipe_parallel_size", told, int)
+    setting = checkpoint.raw.get("pipe_parallel_size", 0) or 0
+    stages = number("pipe_parallel_size", setting, int)
     if (stages > 0) == (state.layout == "layers"):
         return
     held = "a file a layer" if state.layout == "layers" else "a file a rank"
@@ -197,7 +197,7 @@ def _state_dicts(
     sizes = _sizes(checkpoint, state, facts)
     if rows is not None and rows != have:
         hidden, tp = checkpoint.config.hidden, state.tp
-        told = _told(checkpoint, "make_vocab_size_divisible_by")
+        multiple = _told(checkpoint, "make_vocab_size_divisible_by")
         line = _mismatch(
             _key(state, 0, "word_embeddings.weight"), [have // tp, hidden], [rows // tp, hidden]
         )
@@ -205,7 +205,7 @@ def _state_dicts(
             "vocabulary-rows",
             "error",
             f"the embeddings have {have} rows, and GPT-NeoX computes {rows} from the tokenizer's "
-            f"{checkpoint.tokenizer_size} entries, make_vocab_size_divisible_by: {told} and TP "
+            f"{checkpoint.tokenizer_size} entries, make_vocab_size_divisible_by: {multiple} and TP "
             f"{_told(checkpoint, 'model_parallel_size')}",
             fix_for(checkpoint, facts),
             _strict(state, "EmbeddingPipe", [], [], [line]),
@@ -329,11 +329,11 @@ def _sizes(
     first, second = ("linear1", "linear2")
     if facts.mlp_names == "dense":
         first, second = ("dense_h_to_4h", "dense_4h_to_h")
-    found = {f"mlp.{first}.weight": ([have // tp, hidden], [want // tp, hidden])}
+    shapes = {f"mlp.{first}.weight": ([have // tp, hidden], [want // tp, hidden])}
     if checkpoint.config.mlp_bias:
-        found[f"mlp.{first}.bias"] = ([have // tp], [want // tp])
-    found[f"mlp.{second}.weight"] = ([hidden, have // tp], [hidden, want // tp])
-    return found
+        shapes[f"mlp.{first}.bias"] = ([have // tp], [want // tp])
+    shapes[f"mlp.{second}.weight"] = ([hidden, have // tp], [hidden, want // tp])
+    return shapes
 
 
 def mlp_width(checkpoint: Checkpoint, facts: TreeFacts) -> int:
@@ -367,18 +367,18 @@ def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:
 def _args(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
     """check_checkpoint_args: every key of ``args`` against the settings, after the weights."""
     for key, have in state.args.items():
-        told = checkpoint.raw.get(key, _DEFAULTS.get(key, have))
+        setting = checkpoint.raw.get(key, _DEFAULTS.get(key, have))
         if key == "padded_vocab_size":
-            told = expected_rows(checkpoint) or have
-        if told != have and key in facts.args_checked:
+            setting = expected_rows(checkpoint) or have
+        if setting != have and key in facts.args_checked:
             yield case(
                 "args-differ",
                 "error",
-                f"{key}: the checkpoint's args say {have}, the settings {told}, and GPT-NeoX "
+                f"{key}: the checkpoint's args say {have}, the settings {setting}, and GPT-NeoX "
                 "compares them when it loads",
                 fix_for(checkpoint, facts),
                 f"AssertionError: {key} value from checkpoint ({have}) is not equal to the "
-                f"currently set argument value ({told}).",
+                f"currently set argument value ({setting}).",
             )
 
 
@@ -396,8 +396,8 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
         )
     heads = raw.get("num_attention_heads")
     if raw.get("num_kv_heads") not in (None, heads):
-        told = state.gqa_order if state.gqa_order_known else None
-        yield from _gqa(state, facts, told)
+        order = state.gqa_order if state.gqa_order_known else None
+        yield from _gqa(state, facts, order)
     yield from _mlp_biases(checkpoint, facts)
     if not facts.rope_tables_fp32 and raw.get("pos_emb") == "rotary":
         yield case(
@@ -445,7 +445,7 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
         )
 
 
-def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[Case]:
+def _gqa(state: NeoxState, facts: TreeFacts, order: GqaOrder | None) -> Iterator[Case]:
     check = "compare the logits, or the loss on some text, with those of the run that wrote it"
     if state.mlp_names == "dense" and facts.gqa_order == "grouped":
         yield case(
@@ -457,17 +457,17 @@ def _gqa(state: NeoxState, facts: TreeFacts, told: GqaOrder | None) -> Iterator[
             "load it in a GPT-NeoX of neox@2024-10 or older",
             subject="GQA row order",
         )
-    elif told is not None and told != facts.gqa_order:
+    elif order is not None and order != facts.gqa_order:
         yield case(
             "gqa-order",
             "error",
-            f"the rows of grouped-query attention are {told}, and this GPT-NeoX reads them "
+            f"the rows of grouped-query attention are {order}, and this GPT-NeoX reads them "
             f"{facts.gqa_order} (changed in {since('neox-gqa-order')}): the shapes are the same, "
             "so it loads as another model",
             "convert it with --to neox and --for this GPT-NeoX",
             subject="GQA row order",
         )
-    elif told is None:
+    elif order is None:
         yield case(
             "gqa-order-unknown",
             "warning",

@@ -97,25 +97,25 @@ class Message:
 def read_message(text: str) -> Message:
     """The keys and shapes of any mixture of the known forms."""
     text = _PREFIX.sub("", _ANSI.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
-    found = Message(text, _MODULE.findall(text) + _REPORT.findall(text))
+    message = Message(text, _MODULE.findall(text) + _REPORT.findall(text))
     for kind, listed in _STATE_DICT.findall(text):
-        keys = found.missing if kind == "Missing" else found.unexpected
+        keys = message.missing if kind == "Missing" else message.unexpected
         keys += _QUOTED.findall(listed)
     for kind, pattern in (("missing", _NEW), ("unexpected", _UNUSED)):
         for module, listed in pattern.findall(text):
-            found.modules.append(module)
-            (found.missing if kind == "missing" else found.unexpected).extend(
+            message.modules.append(module)
+            (message.missing if kind == "missing" else message.unexpected).extend(
                 _QUOTED.findall(listed)
             )
     for key, status, rest in _ROW.findall(text):
         if status == "MISMATCH":
             if sizes := _BOTH.search(rest):
-                found.sizes.append(Sizes(key, _shape(sizes[1]), _shape(sizes[2])))
+                message.sizes.append(Sizes(key, _shape(sizes[1]), _shape(sizes[2])))
         else:
-            (found.missing if status == "MISSING" else found.unexpected).append(key)
+            (message.missing if status == "MISSING" else message.unexpected).append(key)
     for key, stored, wanted in _SIZES.findall(text):
-        found.sizes.append(Sizes(key, _shape(stored), _shape(wanted)))
-    return found
+        message.sizes.append(Sizes(key, _shape(stored), _shape(wanted)))
+    return message
 
 
 CONVERT = "neox-bridge convert CHECKPOINT NEW --to neox"

@@ -15,8 +15,8 @@ _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 def stray_cases(folder: str) -> Iterator[Case]:
     """The case of mp_rank files that another layout left behind, or that were lost."""
     names, sizes = _rank_files(folder)
-    told = next((size for size in sizes.values() if size), None)
-    if told is None or all(size in (None, len(names)) for size in sizes.values()):
+    saved_by = next((size for size in sizes.values() if size), None)
+    if saved_by is None or all(size in (None, len(names)) for size in sizes.values()):
         return
     strays = stray_ranks(folder)
     wrong = next(s for s in sizes.values() if s is not None and s != len(names))
@@ -52,6 +52,6 @@ def _rank_files(folder: str) -> tuple[list[str], dict[str, int | None]]:
     sizes: dict[str, int | None] = {}
     for name in names:
         value = read_torch(os.path.join(folder, name))
-        told = value.get("mp_world_size") if isinstance(value, dict) else None
-        sizes[name] = int(told) if isinstance(told, int) else None
+        world_size = value.get("mp_world_size") if isinstance(value, dict) else None
+        sizes[name] = int(world_size) if isinstance(world_size, int) else None
     return names, sizes

@@ -48,8 +48,8 @@ def expected_by(message: Message) -> Expected:
         buffer = "omit"
     key = None
     if "NeoXArgs" in message.text or "neox_arguments" in message.text:
-        found = re.search(r"got an unexpected keyword argument '(\w+)'", message.text)
-        key = found[1] if found else None
+        match = re.search(r"got an unexpected keyword argument '(\w+)'", message.text)
+        key = match[1] if match else None
     return Expected(names, buffer, key)
 
 

@@ -323,8 +323,6 @@ TRANSFORMERS: tuple[Change, ...] = (
         loud=False,
         in_checkpoint=hf("gpt_neox", lambda c: not c.config.parallel_residual),
     ),
-    # lm_head.weight in files of gpt_neox
-    Change("hf-lm-head-read", Release("5.0.0"), ("gpt_neox",)),
     # a tied config beside a head of its own in the files (modeling_utils.py, tie_weights)
     Change("hf-stored-head-kept", Release("5.0.0"), ("gpt_neox", *_LLAMA)),
 )

@@ -57,24 +57,24 @@ def unknown_in_yml(
     file_of: the file in which a key stands.
     """
     known = neox_keys()
-    found = []
+    unknown = []
     for key, value in raw.items():
         if key not in known and is_shipped(key, value):
             continue
         if key not in known:
             removed = removed_from_neox(key)
-            found.append(unknown_key("neox", key, value, known, raw, file_of(key), removed))
+            unknown.append(unknown_key("neox", key, value, known, raw, file_of(key), removed))
         elif key in _UNREAD_NEOX:
             if any(map(_is_enabled, _mappings(value))):
-                found.append(UnknownKey("neox", key, value, "model", "", file_of(key)))
+                unknown.append(UnknownKey("neox", key, value, "model", "", file_of(key)))
         elif isinstance(value, dict) and key != _OVERWRITTEN:
             inside = SOFT_PROMPT if key == "soft_prompt_tuning" else block_keys()
             for name, item, siblings in _nested(value, key):
                 last = name.rpartition(".")[2]
                 if last in inside or (key in _FREE and not is_certain(last)):
                     continue
-                found.append(unknown_key("neox", name, item, inside, siblings, file_of(key)))
-    return tuple(found)
+                unknown.append(unknown_key("neox", name, item, inside, siblings, file_of(key)))
+    return tuple(unknown)
 
 
 def unknown_in_config(
@@ -88,7 +88,7 @@ def unknown_in_config(
     unread = _UNREAD_BY_CLASS.get(family, {})
     rope = raw.get("rope_parameters") or {}
     file = "config.json"
-    found = []
+    unknown = []
     for key, value in raw.items():
         if key in forms or (key in known and key not in unread and key not in UNREAD):
             continue
@@ -99,26 +99,26 @@ def unknown_in_config(
         if key in unread and value in (raw.get(unread[key]), rope.get(key)):
             continue
         one = unknown_key("hf", key, value, known - {key}, raw, file)
-        found.append(one if not _is_derived(key, value, raw) else _off(one))
+        unknown.append(one if not _is_derived(key, value, raw) else _off(one))
     for block in _ROPE_BLOCKS:
-        found += _unknown_in_rope(block, raw.get(block), raw)
-    return tuple(found)
+        unknown += _unknown_in_rope(block, raw.get(block), raw)
+    return tuple(unknown)
 
 
 def unknown_in_mamba_ssm(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
     """The keys of a config.json of mamba_ssm that its classes do not take."""
     file = "config.json"
-    found = [
+    unknown = [
         unknown_key("hf", k, v, MAMBA_SSM, raw, file) for k, v in raw.items() if k not in MAMBA_SSM
     ]
     block = raw.get("ssm_cfg")
     inside = block if isinstance(block, dict) else {}
-    found += [
+    unknown += [
         unknown_key("hf", f"ssm_cfg.{key}", value, MAMBA_SSM_BLOCK, inside, file)
         for key, value in inside.items()
         if key not in MAMBA_SSM_BLOCK
     ]
-    return tuple(found)
+    return tuple(unknown)
 
 
 def unknown_in_params(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:

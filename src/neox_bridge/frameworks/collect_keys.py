@@ -38,12 +38,12 @@ _CONFIG_CLASSES = ("PretrainedConfig", "PreTrainedConfig", "GenerationConfig")
 def main(arguments: list[str]) -> None:
     """Print the file."""
     git, deepspeed, *wheels = arguments
-    found = {
+    names = {
         "gpt_neox": gpt_neox(git),
         "deepspeed": {"version": _version(deepspeed), "keys": sorted(set(_deepspeed(deepspeed)))},
         "transformers": _transformers(wheels),
     }
-    json.dump(found, sys.stdout, indent=0)
+    json.dump(names, sys.stdout, indent=0)
     print()
 
 
@@ -99,8 +99,8 @@ def _fields(source: str) -> Iterator[str]:
 
 
 def _version(folder: str) -> str:
-    (found,) = Path(folder).parent.glob("deepspeed-*.dist-info")
-    return found.name.removeprefix("deepspeed-").removesuffix(".dist-info")
+    (folder_name,) = Path(folder).parent.glob("deepspeed-*.dist-info")
+    return folder_name.name.removeprefix("deepspeed-").removesuffix(".dist-info")
 
 
 def _deepspeed(folder: str) -> Iterator[str]:

@@ -116,21 +116,21 @@ def _deepspeed(tree: _Tree) -> str:
 
 def _keys(tree: _Tree) -> frozenset[str]:
     """The fields of the argument dataclasses: NeoXArgs refuses all other yml keys."""
-    found: set[str] = set()
+    keys: set[str] = set()
     for name in ARGUMENTS:
         classes = [node for node in tree.module(name).body if isinstance(node, ast.ClassDef)]
         for node in classes:
-            found |= {
+            keys |= {
                 entry.target.id
                 for entry in node.body
                 if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
             }
         if not classes:
             raise tree.unknown(name, "the dataclasses of the yml's keys")
-    if not {"num_layers", "hidden_size"} <= found:
+    if not {"num_layers", "hidden_size"} <= keys:
         raise tree.unknown(ARGUMENTS[0], "the yml keys num_layers and hidden_size")
     tree.places["keys"] = ARGUMENTS[0]
-    return frozenset(found)
+    return frozenset(keys)
 
 
 def _inv_freq(tree: _Tree) -> Buffer:
@@ -349,8 +349,8 @@ def _class(tree: _Tree, file: str, name: str) -> ast.ClassDef:
 
 
 def _function(node: ast.AST, name: str) -> ast.FunctionDef | None:
-    found = (n for n in ast.walk(node) if isinstance(n, ast.FunctionDef) and n.name == name)
-    return next(found, None)
+    functions = (n for n in ast.walk(node) if isinstance(n, ast.FunctionDef) and n.name == name)
+    return next(functions, None)
 
 
 def _calls(node: ast.AST, name: str) -> Iterator[ast.Call]:

@@ -76,8 +76,8 @@ def nearest(repo: str) -> str | None:
     """The known repository, or its twin, whose name is nearest to one that does not exist."""
     known = {repo.lower(): repo for suite in SUITES for repo in (suite.repo, suite.twin) if repo}
     word = repo.lower() if "/" in repo else f"{OWNER}/{repo}".lower()
-    found = get_close_matches(word, [name for name in known if name != word], 1, 0.85)
-    return known[found[0]] if found else None
+    matches = get_close_matches(word, [name for name in known if name != word], 1, 0.85)
+    return known[matches[0]] if matches else None
 
 
 def _twin(repo: str) -> str:

@@ -70,14 +70,14 @@ def find_places(path: str, module: "cst.Module") -> list[Place]:
 
     wrapper = MetadataWrapper(module, unsafe_skip_copy=True)
     positions = wrapper.resolve(PositionProvider)
-    found = []
+    places = []
     for owner, node, buffer in _mentions(wrapper.module):
         line = positions[node].start.line
         unknown, persistent = _judge(wrapper.module, owner, node, buffer)
         name = owner.name.value if owner is not None else "no class"
         hooked = owner is not None and is_hooked(owner)
-        found.append(Place(path, line, name, buffer, persistent, hooked, unknown))
-    return found
+        places.append(Place(path, line, name, buffer, persistent, hooked, unknown))
+    return places
 
 
 def registers(node: "cst.CSTNode") -> str | None:

@@ -27,17 +27,17 @@ class Change:
 
 def changes_for(places: list[Place]) -> list[Change]:
     """What ``edited`` does at these places."""
-    found, hooked = [], set()
+    changes, hooked = [], set()
     for place in places:
         if not place.persistent:
             what = f"{place.owner}: {place.buffer} no longer stored (persistent=False)"
-            found.append(Change(place.line, what))
+            changes.append(Change(place.line, what))
         if place.owner not in hooked:
             hooked.add(place.owner)
             stays = f" (persistent={place.persistent} stays)" if place.persistent else ""
             what = f"{place.owner}: loads with and without {place.buffer}{stays}"
-            found.append(Change(place.line, what))
-    return found
+            changes.append(Change(place.line, what))
+    return changes
 
 
 def hook_source() -> str:

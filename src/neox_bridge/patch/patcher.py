@@ -73,8 +73,8 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
     root = _root(tree)
     parsed = {path: (text, parse(path, text)) for path, text in _sources(root) if concerned(text)}
     places = {path: find_places(path, module) for path, (_, module) in parsed.items()}
-    every = [place for found in places.values() for place in found]
-    bare = {path: found for path, found in places.items() if not all(p.hooked for p in found)}
+    every = [place for of_file in places.values() for place in of_file]
+    bare = {path: of_file for path, of_file in places.items() if not all(p.hooked for p in of_file)}
     for path in bare:
         if _has_patch(parsed[path][0]):
             raise Refused(
@@ -83,11 +83,11 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
             )
     _refuse_unknown(root, every)
     files = []
-    for path, found in bare.items():
+    for path, of_file in bare.items():
         text, module = parsed[path]
-        new = edited(module, found)
+        new = edited(module, of_file)
         compile(new, path, "exec", dont_inherit=True)
-        files.append(FilePatch(path, text, new, tuple(changes_for(found))))
+        files.append(FilePatch(path, text, new, tuple(changes_for(of_file))))
     return Patch(str(root), tuple(files), tuple(every))
 
 
@@ -228,14 +228,14 @@ def _record(root: Path) -> dict[str, dict[str, str]]:
         return {}
     try:
         files = json.loads(text)["files"]
-        found = {str(p): {k: str(h[k]) for k in ("original", "patched")} for p, h in files.items()}
+        hashes = {str(p): {k: str(h[k]) for k in ("original", "patched")} for p, h in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Refused(f"{root / KEPT / _RECORD} can't be read: nothing was changed.") from None
-    for path in found:
+    for path in hashes:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or not path.startswith("megatron/"):
             raise Refused(f"{root / KEPT / _RECORD} names {path}: nothing was changed.")
-    return found
+    return hashes
 
 
 def _replace_all(contents: Mapping[Path, bytes]) -> None:
