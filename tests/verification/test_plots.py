@@ -332,7 +332,7 @@ def test_no_folder_no_matplotlib(
     sides = [fixture(GPT_NEOX[0])] * (2 if command == "diff" else 1)
     done = run(command, *sides, "--plot", tmp_path / "nowhere" / "x.png")
     assert done.exit_code == 1
-    assert f"the folder {tmp_path / 'nowhere'} isn't there" in done.stderr
+    assert f"the folder {tmp_path / 'nowhere'} does not exist" in done.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run(command, *sides, "--plot", tmp_path / "x.png")
     assert done.exit_code == 1
