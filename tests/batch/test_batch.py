@@ -504,8 +504,8 @@ def test_a_row_is_plain_data() -> None:
 
 
 def test_a_library_that_lacks_is_named_once(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "fsspec").mkdir()
-    (tmp_path / "fsspec" / "__init__.py").write_text("raise ImportError('not here')")
+    (tmp_path / "obstore").mkdir()
+    (tmp_path / "obstore" / "__init__.py").write_text("raise ImportError('not here')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = spawn(run, "s3://bucket/out", env=environment)
     assert done.returncode == 1

@@ -99,7 +99,7 @@ def test_objects_become_records(protocol: int) -> None:
     record = read(pickle.dumps(thing, protocol))
     assert isinstance(record, Record)
     assert record.state == {"size": 3}
-    assert Global("test_pickles", "Thing") in (record.factory, *record.args)
+    assert Global(Thing.__module__, "Thing") in (record.factory, *record.args)
 
 
 @pytest.mark.parametrize("value", [np.float32(2), np.arange(3), Counter("ab"), range(3), 1j, Thing])

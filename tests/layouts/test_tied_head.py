@@ -296,7 +296,9 @@ def test_doctor_says_which_version_computes_what(tmp_path: Path) -> None:
         told = json.loads(done.stdout)
         (case,) = (f for f in told["checkpoints"][0]["findings"] if f["code"] == "head-differs")
         texts[version] = case["message"]
-        ways = re.findall(r"neox-bridge (convert \S+ \S+ --to hf --head \w+)", case["remedy"])
+        (way,) = re.findall(r"neox-bridge (convert \S+ \S+ --to hf --head keep)", case["remedy"])
+        assert "--head tie the other" in case["message"]
+        ways = [way, way.replace("--head keep", "--head tie")]
     for command in ways:
         words = shlex.split(command)
         words[2] += words[-1]

@@ -199,11 +199,12 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_convert_keeps_a_bad_result_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that loses a bit: exit 3, the target untouched, the folder kept to look at."""
     from neox_bridge.errors import Unverified
-    from neox_bridge.execution import disk as execution
+    from neox_bridge.execution import disk
+    from neox_bridge.execution.execute import execute
     from neox_bridge.verification.verify import checker
 
     hf = make_hf(tmp_path / "hf")
-    real = execution.flush_folders
+    real = disk.flush_folders
 
     def spoil(folder: str) -> None:
         real(folder)
@@ -212,7 +213,7 @@ def test_convert_keeps_a_bad_result_aside(tmp_path: Path, monkeypatch: pytest.Mo
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(execution, "flush_folders", spoil)
+    monkeypatch.setattr(disk, "flush_folders", spoil)
     target = tmp_path / "neox"
     target.mkdir()
     (target / "README.md").write_text("precious")
@@ -220,7 +221,7 @@ def test_convert_keeps_a_bad_result_aside(tmp_path: Path, monkeypatch: pytest.Mo
     plan = plan_of(hf, target)
     for number in ("", "-2"):
         with pytest.raises(Unverified, match=r"layers\.0") as caught:
-            execution.execute(plan, str(target), overwrite=True, check=checker(checkpoint))
+            execute(plan, str(target), overwrite=True, check=checker(checkpoint))
         assert caught.value.exit_code == 3
         aside = tmp_path / f"neox.unverified{number}"
         assert str(aside) in str(caught.value)

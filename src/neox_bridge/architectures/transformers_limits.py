@@ -14,7 +14,8 @@ def llama_ignores(family: str, config: ModelConfig, facts: TransformersFacts) ->
     ignored = {
         "hf-llama-rope-theta": config.rotary_base != 10000
         and f"rope_theta {config.rotary_base:g}: it computes with 10000",
-        "hf-llama-attention-bias": config.attention_bias and "the biases of the attention",
+        "hf-llama-attention-bias": config.attention_bias
+        and "attention_bias: the biases of the attention",
     }
     return [
         f"{what} (obeyed since {since(change_id)})"

@@ -177,7 +177,10 @@ def _is_obstore(error: BaseException) -> bool:
 def _header(error: BaseException, name: str) -> str:
     """A header of the answer that an exception of any of the libraries carries; "" for none."""
     for one in (error, error.__cause__):
-        headers: Any = getattr(getattr(one, "response", None), "headers", None)
+        response: Any = getattr(one, "response", None)
+        headers: Any = getattr(response, "headers", None)
+        if isinstance(response, Mapping):  # botocore's
+            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
         if isinstance(headers, Mapping):
             for key, value in headers.items():
                 if str(key).lower() == name:
