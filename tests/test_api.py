@@ -85,6 +85,14 @@ def test_reshard_diagnose_and_audit(tmp_path: Path) -> None:
     assert neox_bridge.audit([str(tmp_path / "run")], optimizer=True).holds
 
 
+def test_verify_says_what_it_compares_with(tmp_path: Path) -> None:
+    masters = neox_bridge.open_checkpoint(RUN, masters=True)
+    neox_bridge.convert(masters, str(tmp_path / "hf"))
+    result = neox_bridge.verify(RUN, str(tmp_path / "hf"))
+    assert result.holds
+    assert "masters-compared" in {finding.code for finding in result.findings}
+
+
 def test_the_exports_are_the_same_everywhere() -> None:
     tree = ast.parse(inspect.getsource(neox_bridge))
     typed = {

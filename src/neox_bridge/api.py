@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from neox_bridge.layouts.checkpoint import Checkpoint
@@ -170,9 +171,7 @@ def convert(
         UsageError: Options that do not apply to this conversion, or contradict each other.
         BridgeError: See ``open_checkpoint`` and ``execute``.
     """
-    checkpoint = source
-    if isinstance(checkpoint, str):
-        checkpoint = open_checkpoint(checkpoint, gqa_order=options.gqa_order)
+    checkpoint = _opened(source, options.gqa_order)
     if options.tokenizer is None:
         from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
 
@@ -214,13 +213,14 @@ def reshard(
         BridgeError: The source has no optimizer states, or see ``execute``.
     """
     from neox_bridge.execution.execute import execute as write
+    from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
     from neox_bridge.optimizer.options import Resharding
     from neox_bridge.optimizer.read_files import read_optimizer
     from neox_bridge.optimizer.reshard import plan_reshard, target_states
     from neox_bridge.stores.paths import absolute
     from neox_bridge.verification.optimizer import checker
 
-    checkpoint = open_checkpoint(source) if isinstance(source, str) else source
+    checkpoint = with_published_tokenizer(_opened(source))
     options = options or Resharding()
     optimizer = read_optimizer(checkpoint)
     check = None
@@ -261,8 +261,9 @@ def verify(
     from neox_bridge.verification.verify import verify as compare
 
     first, second = _opened(source), _opened(target)
-    first, _ = as_it_was_converted(first, second)
-    return compare(first, second, workers=workers, progress=progress)
+    first, conversion_findings = as_it_was_converted(first, second)
+    result = compare(first, second, workers=workers, progress=progress)
+    return replace(result, findings=(*conversion_findings, *result.findings))
 
 
 def diff(
@@ -330,7 +331,7 @@ def audit(
 
     Args:
         folders: Folders or URLs of runs, of suites of runs, or models on the Hub.
-        steps: Which steps, such as ``0..1000`` or ``1,2,4``; see ``neox-bridge audit --help``.
+        steps: Which steps, such as ``0-1000`` or ``1,2,4``; see ``neox-bridge audit --help``.
         configs: The yml files of GPT-NeoX checkpoints that have none of their own.
         same_init: Runs of the same shapes must begin with the same weights.
         optimizer: Read the optimizer states too.
@@ -361,5 +362,7 @@ def audit(
     )
 
 
-def _opened(checkpoint: str | Checkpoint) -> Checkpoint:
-    return open_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
+def _opened(checkpoint: str | Checkpoint, gqa_order: GqaOrder | None = None) -> Checkpoint:
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return open_checkpoint(checkpoint, gqa_order=gqa_order)

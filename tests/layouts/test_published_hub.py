@@ -673,9 +673,9 @@ def test_nothing_is_kept_where_there_is_no_room(
     sizes = {"hf://org/name/a": 10**9, "/a/file": 10**12}
     usage = SimpleNamespace(free=3 * 10**9)
     monkeypatch.setattr("neox_bridge.stores.fetched.shutil.disk_usage", lambda _: usage)
-    assert fetched.folder_of(str(tmp_path), sizes, 10**9) == str(tmp_path / "fetched")
-    assert fetched.folder_of(str(tmp_path), sizes, 2 * 10**9) is None
-    assert fetched.folder_of(str(tmp_path), {"/a/file": 5, "s3://b/c": 5}, 1) is None
+    assert fetched.range_folder(str(tmp_path), sizes, 10**9) == str(tmp_path / "fetched")
+    assert fetched.range_folder(str(tmp_path), sizes, 2 * 10**9) is None
+    assert fetched.range_folder(str(tmp_path), {"/a/file": 5, "s3://b/c": 5}, 1) is None
 
 
 def test_pieces_of_files_here_are_read_in_their_order(tmp_path: Path) -> None:

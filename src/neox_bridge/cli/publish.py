@@ -78,8 +78,8 @@ def publish_plan(
         )
         published = _published(plan, place, work, execution, upload)
     if execution.as_json:
-        told = {"published": asdict(published), "verified": not execution.no_verify}
-        print_json(result_json(plan, replace(result, target=str(place))) | told)
+        publication = {"published": asdict(published), "verified": not execution.no_verify}
+        print_json(result_json(plan, replace(result, target=str(place))) | publication)
     elif not execution.quiet:
         print_line(_line(plan, place, published, execution))
         for line in blanks(plan, str(place)):
@@ -161,8 +161,8 @@ def _published(
 def _with_paths_blank(plan: "Plan") -> "Plan":
     """The plan, whose yml names a folder that only who downloads it knows."""
     keys = ("load", "save", "vocab_file")
-    told = tuple((file, key) for file, _ in plan.blanks[:1] for key in keys)
-    return replace(plan, blanks=tuple(dict.fromkeys((*plan.blanks, *told))))
+    path_blanks = tuple((file, key) for file, _ in plan.blanks[:1] for key in keys)
+    return replace(plan, blanks=tuple(dict.fromkeys((*plan.blanks, *path_blanks))))
 
 
 def _line(plan: "Plan", place: "HubTarget", published: "Published", execution: Execution) -> str:

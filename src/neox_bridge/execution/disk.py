@@ -24,7 +24,7 @@ from neox_bridge.execution.staging import (
 from neox_bridge.execution.work import Work
 from neox_bridge.findings import Finding
 from neox_bridge.planning.report import copied
-from neox_bridge.stores.fetched import folder_of, keeping
+from neox_bridge.stores.fetched import keeping, range_folder
 from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.pieces import OutputFile
 
@@ -60,7 +60,7 @@ class DiskSink:
             check_room(job.target, missing, self._shared)
             for folder in sorted({os.path.dirname(file.path) for file in job.plan.files}):
                 os.makedirs(os.path.join(self.work.files, folder), exist_ok=True)
-            with keeping(folder_of(self.work.folder, sizes, job.plan.size), sizes):
+            with keeping(range_folder(self.work.folder, sizes, job.plan.size), sizes):
                 yield False
 
     def files(self) -> list[OutputFile]:

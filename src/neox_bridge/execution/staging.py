@@ -269,7 +269,7 @@ def _nearest(path: str) -> str:
 
 
 def _make(path: str, new_folders: list[str]) -> None:
-    """Make the folders that lack, from the top, and add each to ``new_folders``."""
+    """Make the missing folders, from the top, and add each to ``new_folders``."""
     lacking = []
     while not os.path.isdir(path):
         lacking.append(path)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from neox_bridge.report.figures import lines_plot
+from neox_bridge.report.figures import PLOTTED_RUNS, lines_plot
 from neox_bridge.report.parts import (
     Document,
     Plot,
@@ -15,8 +15,6 @@ from neox_bridge.report.parts import (
 )
 from neox_bridge.verification.norm_lines import marks, run_lines, suspects, tensor_lines
 from neox_bridge.wording import KINDS, human, plural
-
-_PLOTTED_RUNS = 8  # that get a plot of their own
 
 
 def audit_section(document: Document, name: str, prefix: str) -> Section:
@@ -74,7 +72,7 @@ def _plots(document: Document, runs: Sequence[str], prefix: str) -> Iterator[Plo
         marked = marks(document["findings"])
         caption = "L2 norm of all weights over the steps."
         yield lines_plot(caption, run_lines(steps), f"{prefix}n", marks=marked)
-    for number, run in enumerate(several[:_PLOTTED_RUNS]):
+    for number, run in enumerate(several[:PLOTTED_RUNS]):
         of_run = [step for step in steps if step["run"] == run]
         names = suspects(document["findings"], run)
         what = "tensors with findings" if names else "each kind of weight"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from neox_bridge.findings import Finding
-from neox_bridge.report.figures import lines_plot
+from neox_bridge.report.figures import PLOTTED_RUNS, lines_plot
 from neox_bridge.report.parts import (
     Document,
     Plot,
@@ -16,8 +16,6 @@ from neox_bridge.report.parts import (
 )
 from neox_bridge.verification.norm_lines import tensor_lines
 from neox_bridge.wording import human, plural
-
-_PLOTTED_RUNS = 8  # that get a plot of their own
 
 
 def batch_section(document: Document, name: str, prefix: str) -> Section:
@@ -92,7 +90,7 @@ def _table(rows: Sequence[Document], caption: str, folded: bool) -> Table:
 def _plots(rows: Sequence[Document], prefix: str) -> Iterator[Plot]:
     numbered = [row for row in rows if row["number"] is not None]
     runs = list(dict.fromkeys(str(row["run"]) for row in numbered))
-    for number, run in enumerate(runs[:_PLOTTED_RUNS]):
+    for number, run in enumerate(runs[:PLOTTED_RUNS]):
         steps = [
             {"step": row["number"], "tensors": {n: {"norm": v} for n, v in row["norms"].items()}}
             for row in numbered

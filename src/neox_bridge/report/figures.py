@@ -11,6 +11,7 @@ from neox_bridge.wording import wording
 if TYPE_CHECKING:
     from neox_bridge.verification.lines_figure import Series
 
+PLOTTED_RUNS = 8  # that get a plot of their own
 _INK, _GRID = "#123456", "#dddddd"  # text and axes, told apart from black on a coloured cell
 _RC = {
     "text.color": _INK,

@@ -125,13 +125,13 @@ def azure_options(root: str, host: str) -> dict[str, Any]:
     text = options.pop("connection_string", None) or os.environ.get(_AZURE_CONNECTION, "")
     parts = dict(part.split("=", 1) for part in text.split(";") if "=" in part)
     account = host.partition(".")[0] or parts.get("AccountName")
-    told = {
+    settings = {
         "account_name": account,
         "account_key": parts.get("AccountKey"),
         "sas_key": parts.get("SharedAccessSignature"),
         "endpoint": _azure_endpoint(parts, account),
     }
-    return {key: value for key, value in told.items() if value} | options
+    return {key: value for key, value in settings.items() if value} | options
 
 
 def _azure_endpoint(parts: Mapping[str, str], account: str | None) -> str | None:

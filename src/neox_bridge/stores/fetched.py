@@ -47,7 +47,7 @@ def keeping(folder: str | None, urls: Iterable[str]) -> Iterator[None]:
                 _busy.clear()
 
 
-def folder_of(work: str, sizes: Mapping[str, int], written: int) -> str | None:
+def range_folder(work: str, sizes: Mapping[str, int], written: int) -> str | None:
     """The folder for ``keeping`` in a work folder; None where nothing should be kept.
 
     sizes: the bytes of the sources by path or URL. written: the bytes of the result. Nothing is

@@ -1,6 +1,6 @@
 """What ``os.path`` says of a local path, also said of a URL (``s3://bucket/folder``).
 
-A local path takes the way that it always took: nothing is imported and no call is added for it.
+What a store needs is imported when a URL is first used, so that local paths cost nothing.
 """
 
 import os

@@ -99,7 +99,7 @@ def _numbers(steps: Steps) -> Iterator[Fault]:
 
 
 def missing_faults(run: str, numbers: Sequence[int]) -> Iterator[Fault]:
-    """Steps that lack among equally spaced ones. numbers: of all, readable or not, in order."""
+    """The steps missing among equally spaced ones. numbers: of all steps, in order."""
     gaps = [high - low for low, high in pairwise(numbers)]
     for at, gap in enumerate(gaps):
         beside = gaps[max(0, at - _REGULAR) : at] + gaps[at + 1 : at + 1 + _REGULAR]

@@ -57,7 +57,7 @@ def open_places(runs: Iterable[TrainingRun], configs: Sequence[str] = ()) -> lis
             return Opened(run, place, None, unreadable(run, place, error))
 
     places = [(run.name, place) for run in runs for place in run.places]
-    if not any(not is_local(place.path) for _, place in places):
+    if all(is_local(place.path) for _, place in places):
         return [one(*place) for place in places]
     with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:  # most of the time is waiting for a network
         return list(pool.map(lambda place: one(*place), places))
