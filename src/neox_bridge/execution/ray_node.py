@@ -4,7 +4,7 @@ import contextlib
 import os
 import pickle
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from neox_bridge.errors import BridgeError
@@ -29,16 +29,32 @@ def perform(data: bytes, folder: str) -> bytes:
     As a value, since Ray puts a traceback into the words of what a task raises. folder: the
     caller's current folder, which relative paths start from.
     """
-    with contextlib.suppress(ValueError):  # not the main thread
-        # how Ray cancels a task: what has begun goes on to its end, but is not repeated
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with contextlib.suppress(OSError):
             os.chdir(folder)
         call, args = pickle.loads(data)
-        return pickle.dumps((True, call(*args)), pickle.HIGHEST_PROTOCOL)
+        with _uninterrupted():
+            result = call(*args)
+        return pickle.dumps((True, result), pickle.HIGHEST_PROTOCOL)
     except Exception as error:
         return _raised(error)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore the interrupt by which Ray cancels a task: what has begun ends, and is not repeated.
+
+    Processes that are started later would inherit it, so the block ends with the old handler.
+    """
+    try:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _raised(error: Exception) -> bytes:
