@@ -2,11 +2,13 @@
 
 import http.client
 import os
+import random
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,6 +40,9 @@ class Request:
     spoiled: str
 
 
+Spoil = Callable[[str, str, str], str]
+
+
 @dataclass
 class Store:
     """The server as a client sees it.
@@ -53,7 +58,7 @@ class Store:
 
     url: str
     requests: list[Request] = field(default_factory=list)
-    spoil: Callable[[str, str, str], str] = lambda method, key, query: ""
+    spoil: Spoil = lambda method, key, query: ""
     listings: dict[str, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,6 +69,25 @@ class Store:
     def uploads(self) -> list[str]:
         """The keys that were written, a key a request that wrote bytes of it."""
         return [r.key for r in self.requests if r.method == "PUT" and not r.spoiled]
+
+
+def one_in_four(how: str, fits: Callable[[str, str], bool] = lambda method, key: True) -> Spoil:
+    """Spoil one request of four that fit, from their method and key.
+
+    No request is spoiled more than three times, or chance alone would use up every try of one
+    request in some thousands.
+    """
+    dice = random.Random(how)
+    times: Counter[tuple[str, str, str]] = Counter()
+
+    def spoil(method: str, key: str, query: str) -> str:
+        request = (method, key, query)
+        if not fits(method, key) or times[request] == 3 or dice.random() >= 0.25:
+            return ""
+        times[request] += 1
+        return how
+
+    return spoil
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """A store that fails in the ways that stores do, over HTTP: the target is right, or not there."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from common import make_hf, plan_of
-from s3_server import Store
+from s3_server import Store, one_in_four
 from store_files import WIDE, assert_same, contents, files, run, s3, unfinished_uploads, upload
 
 from neox_bridge.cli.app import app
@@ -45,8 +44,7 @@ def once(how: str, *methods: str, query: str = "", key: str = "") -> Any:
 
 def test_internal_errors_are_tried_again(store: Store, small: Path, tmp_path: Path) -> None:
     run(small, tmp_path / "neox", tp=2)
-    dice = random.Random(0)
-    store.spoil = lambda *_: "error" if dice.random() < 0.25 else ""
+    store.spoil = one_in_four("error")
     run(small, s3("error/neox"), tp=2)
     assert sum(r.spoiled == "error" for r in store.requests) > 10
     store.spoil = lambda *_: ""

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -25,7 +24,7 @@ import xxhash
 from attack_zip import DISAGREED
 from click.testing import CliRunner
 from common import fixture, make_hf, plan_of
-from s3_server import Store
+from s3_server import Store, one_in_four
 from store_files import WIDE, assert_same, contents, files, run, s3, unfinished_uploads, upload
 
 from neox_bridge.api import open_checkpoint
@@ -131,16 +130,12 @@ def test_spoiled_answers_change_nothing(store: Store, neox: Path, tmp_path: Path
     """One answer of four, to reads and to writes."""
     url = upload(neox, s3(f"spoiled/{how}/neox"))
     run(neox, tmp_path / "hf")
-    dice = random.Random(how)
-
-    def spoil(method: str, key: str, query: str) -> str:
-        if how == "short" and (method != "GET" or not key):
-            return ""
-        return how if dice.random() < 0.25 else ""
-
     objects.forget(url)
     store.requests.clear()
-    store.spoil = spoil
+    read_only = how == "short"
+    store.spoil = one_in_four(
+        how, lambda method, key: not read_only or bool(method == "GET" and key)
+    )
     run(url, s3(f"spoiled/{how}/hf"))
     store.spoil = lambda method, key, query: ""
     assert sum(r.spoiled == how for r in store.requests) > 10
@@ -181,10 +176,7 @@ def test_one_empty_answer_changes_nothing(store: Store, neox: Path, tmp_path: Pa
     url = upload(neox, s3("empty/neox"))
     run(neox, tmp_path / "hf")
     objects.forget(url)
-    dice = random.Random(4)
-    store.spoil = lambda method, key, query: (
-        "empty" if (not key or method == "HEAD") and dice.random() < 0.25 else ""
-    )
+    store.spoil = one_in_four("empty", lambda method, key: not key or method == "HEAD")
     run(url, tmp_path / "from-store")
     store.spoil = lambda method, key, query: ""
     assert sum(r.spoiled == "empty" for r in store.requests) > 1
