@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tree_changes import has_change
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures.transformers_limits import llama_ignores, refuse_version
@@ -24,13 +25,7 @@ from neox_bridge.frameworks.change import Change, Commit
 from neox_bridge.frameworks.changes import touches
 from neox_bridge.frameworks.eras import ERAS, LATER_ERAS, TODAY, fitting
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
-from neox_bridge.frameworks.targets import (
-    ARGS,
-    has_change,
-    knows,
-    name_of,
-    target_named,
-)
+from neox_bridge.frameworks.targets import ARGS, knows, name_of, target_named
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, words_of, writer_of
 from neox_bridge.layouts.checkpoint import Checkpoint
@@ -39,7 +34,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
 
 
-def tree(name: str, **changes: Any) -> TreeFacts:
+def tree(name: str, /, **changes: Any) -> TreeFacts:
     facts = target_named(name if name == "today" else f"neox@{name}")
     assert isinstance(facts, TreeFacts)
     return replace(facts, **changes)
@@ -156,14 +151,14 @@ INV_FREQ = '"attention.rotary_emb.inv_freq"'
 @pytest.mark.parametrize(
     ("state", "facts", "codes", "missing", "unexpected"),
     [
-        ({}, {"inv_freq": "always"}, ["inv-freq-missing"], INV_FREQ, ""),
-        ({}, {"inv_freq": "flag"}, [], "", ""),
-        ({}, {"inv_freq": "either"}, [], "", ""),
-        ({}, {"inv_freq": "never"}, [], "", ""),
-        ({"inv_freq": "store"}, {"inv_freq": "always"}, [], "", ""),
-        ({"inv_freq": "store"}, {"inv_freq": "flag"}, ["inv-freq-unexpected"], "", INV_FREQ),
-        ({"inv_freq": "store"}, {"inv_freq": "never"}, ["inv-freq-unexpected"], "", INV_FREQ),
-        ({"inv_freq": "store"}, {"inv_freq": "either"}, [], "", ""),
+        ({}, {"buffer": "always"}, ["inv-freq-missing"], INV_FREQ, ""),
+        ({}, {"buffer": "flag"}, [], "", ""),
+        ({}, {"buffer": "either"}, [], "", ""),
+        ({}, {"buffer": "never"}, [], "", ""),
+        ({"inv_freq": "store"}, {"buffer": "always"}, [], "", ""),
+        ({"inv_freq": "store"}, {"buffer": "flag"}, ["inv-freq-unexpected"], "", INV_FREQ),
+        ({"inv_freq": "store"}, {"buffer": "never"}, ["inv-freq-unexpected"], "", INV_FREQ),
+        ({"inv_freq": "store"}, {"buffer": "either"}, [], "", ""),
         ({}, {"mlp_names": "dense"}, ["mlp-names"], DENSE, LINEAR),
         ({"mlp_names": "dense"}, {}, ["mlp-names"], LINEAR, DENSE),
         ({"mlp_names": "dense"}, {"mlp_names": "dense"}, [], "", ""),
@@ -185,7 +180,7 @@ def test_names_and_buffers(
 def test_what_is_said_of_the_buffer(pythia: Checkpoint) -> None:
     flag = "rotary_save_freqs_buffer"
     stored = with_state(pythia, inv_freq="store")
-    for facts, has_way in (({"inv_freq": "flag"}, True), ({"inv_freq": "never"}, False)):
+    for facts, has_way in (({"buffer": "flag"}, True), ({"buffer": "never"}, False)):
         one = of(judge_neox(stored, tree("today", **facts)), "inv-freq-unexpected")
         assert (
             f"(unless the yml says {flag}: true): loading is strict" in one.finding.message
@@ -193,15 +188,15 @@ def test_what_is_said_of_the_buffer(pythia: Checkpoint) -> None:
     one = of(judge_neox(with_raw(pythia, **{flag: True}), tree("today")), "inv-freq-missing")
     assert one.finding.message.startswith(f"the yml's {flag}: true asks for inv_freq")
     assert said(judge_neox(with_raw(stored, **{flag: True}), tree("today"))) == {}
-    facts = tree("today", inv_freq="always", places={"inv_freq": "p.py:7"})
+    facts = tree("today", buffer="always", places={"inv_freq": "p.py:7"})
     one = of(judge_neox(pythia, facts), "inv-freq-missing")
     assert one.finding.message.startswith("this GPT-NeoX stores inv_freq (p.py:7) and")
     plain = with_raw(pythia, pos_emb="learned")
     assert stores_inv_freq(plain, facts) is False
     assert stores_inv_freq(pythia, facts) is True
-    assert stores_inv_freq(pythia, tree("today", inv_freq="never")) is False
+    assert stores_inv_freq(pythia, tree("today", buffer="never")) is False
     assert stores_inv_freq(pythia, tree("today")) is False
-    assert stores_inv_freq(plain, tree("today", inv_freq="either")) is None
+    assert stores_inv_freq(plain, tree("today", buffer="either")) is None
 
 
 def test_a_gated_mlp_has_other_old_names(pythia: Checkpoint, llama: Checkpoint) -> None:
@@ -218,7 +213,7 @@ def test_every_layer_is_named_where_a_rank_is_a_file(pythia: Checkpoint) -> None
     layers = pythia.config.layers
     assert layers > 1
     ranks = with_raw(with_state(pythia, layout="ranks"), pipe_parallel_size=0)
-    one = of(judge_neox(ranks, tree("today", inv_freq="always")), "inv-freq-missing")
+    one = of(judge_neox(ranks, tree("today", buffer="always")), "inv-freq-missing")
     keys = ", ".join(
         f'"sequential.{n}.attention.rotary_emb.inv_freq"' for n in range(2, layers + 2)
     )
@@ -618,12 +613,12 @@ def test_names_of_targets() -> None:
     assert name_of(version("4.48.3")) == "transformers@4.48.3"
     assert name_of(tree("2024-09")) == "neox@2024-09"
     assert name_of(tree("today")) == "neox@today"
-    assert name_of(tree("today", path="/a/tree")) == "neox:/a/tree"
+    assert name_of(tree("today", name="/a/tree")) == "neox:/a/tree"
 
 
 def test_the_oldest_tree() -> None:
     facts = tree("2023-01-01")
-    assert (facts.inv_freq, facts.mlp_names, facts.gqa_order) == ("always", "dense", "interleaved")
+    assert (facts.buffer, facts.mlp_names, facts.gqa_order) == ("always", "dense", "interleaved")
     assert (facts.rms_eps, facts.gated_biases, facts.plain_mlp_4h) == ("outside", "none", True)
     assert (facts.rope_tables_fp32, facts.transformer_engine) == (False, False)
     assert facts.args_checked == ARGS
@@ -659,7 +654,7 @@ def test_trees_around_their_changes(day: str, plain_4h: bool, biases: str, engin
 )
 def test_a_month_without_a_change_is_a_time(name: str, right: bool) -> None:
     if right:
-        assert tree(name).path == f"neox@{name}"
+        assert tree(name).name == f"neox@{name}"
         return
     with pytest.raises(
         BridgeError, match=r"checkpoints changed then, by (\w{8}) .*, or neox@\1 for"
@@ -675,7 +670,7 @@ def test_what_is_not_in_the_calendar_is_no_time(name: str) -> None:
 
 @pytest.mark.parametrize("era", ERAS, ids=lambda era: str(era.name))
 def test_a_tree_of_an_era_is_that_era(era: Any) -> None:
-    facts = tree(era.name).era
+    facts = tree(era.name)
     for field in (
         "mlp_names",
         "inv_freq",
@@ -687,7 +682,7 @@ def test_a_tree_of_an_era_is_that_era(era: Any) -> None:
     ):
         assert getattr(facts, field) == getattr(era, field), field
     assert not facts.inv_freq_either
-    assert tree(era.name, inv_freq="either").era.inv_freq_either
+    assert tree(era.name, buffer="either").inv_freq_either
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from common import GPT_NEOX, fixture, make_hf
+from tree_changes import has_change
 
 import neox_bridge
 from neox_bridge.api import open_checkpoint
@@ -28,29 +29,42 @@ from neox_bridge.frameworks.changes import CHANGES, HISTORY, change_named, selec
 from neox_bridge.frameworks.eras import merged
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.page import page, where
-from neox_bridge.frameworks.targets import has_change
 from neox_bridge.layouts.checkpoint import Checkpoint
 
 RUNNER = CliRunner()
 OLD = TreeFacts(
     "old",
+    "",
     "always",
     "dense",
     "interleaved",
     "outside",
-    True,
-    False,
-    False,
-    (),
-    frozenset(),
+    plain_mlp_4h=True,
     gated_biases="none",
+    rope_tables_fp32=False,
+    transformer_engine=False,
     states="sub-partitions",
+    deepspeed="",
 )
 _NEW_KEYS = frozenset(
     """moe_expert_interval num_kv_heads use_qk_layernorm gpt_j_tied use_bias_in_mlp
     mlp_multiple_of""".split()
 )
-NEW = TreeFacts("new", "flag", "linear", "grouped", "inside", False, True, True, (), _NEW_KEYS)
+NEW = TreeFacts(
+    "new",
+    "",
+    "flag",
+    "linear",
+    "grouped",
+    "inside",
+    plain_mlp_4h=False,
+    gated_biases="optional",
+    rope_tables_fp32=True,
+    transformer_engine=True,
+    states="partitions",
+    deepspeed="",
+    keys=_NEW_KEYS,
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +217,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "neox-inv-freq": Example(
         (neox(pos_emb="rotary"), neox(pos_emb="alibi")),
-        (replace(NEW, inv_freq="either"), replace(NEW, inv_freq="always")),
+        (replace(NEW, buffer="either"), replace(NEW, buffer="always")),
         (missing("mlp.x", "attention.rotary_emb.inv_freq"), missing("attention.dense.weight")),
     ),
     "neox-num-kv-heads": Example(

@@ -77,7 +77,7 @@ def test_versions_compare_by_number() -> None:
 
 CHANGES = [
     ("2023-09-25", "rope_tables_fp32", False, True),
-    ("2024-03-04", "inv_freq", "always", "flag"),
+    ("2024-03-04", "buffer", "always", "flag"),
     ("2024-09-06", "mlp_names", "dense", "linear"),
     ("2024-09-06", "plain_mlp_4h", True, False),
     ("2024-11-13", "gqa_order", "interleaved", "grouped"),
@@ -100,8 +100,8 @@ def test_a_tree_of_the_day_before_and_of_the_day_after(
 
 
 def test_names_of_eras_are_the_last_tree_of_each() -> None:
-    assert tree("2024-03").inv_freq == "always"
-    assert (tree("2024-09").inv_freq, tree("2024-09").mlp_names) == ("flag", "dense")
+    assert tree("2024-03").buffer == "always"
+    assert (tree("2024-09").buffer, tree("2024-09").mlp_names) == ("flag", "dense")
     assert (tree("2024-10").mlp_names, tree("2024-10").gqa_order) == ("linear", "interleaved")
     assert (tree("today").gqa_order, tree("today").rms_eps) == ("grouped", "inside")
 
@@ -109,7 +109,7 @@ def test_names_of_eras_are_the_last_tree_of_each() -> None:
 @pytest.mark.parametrize(
     ("commit", "field", "value"),
     [
-        ("e109bf5", "inv_freq", "flag"),
+        ("e109bf5", "buffer", "flag"),
         ("e109bf5e068bd64bfd08e5ade4191a7ba3e796e3", "mlp_names", "dense"),
         ("0d4bdb96", "mlp_names", "linear"),
         ("0d4bdb96", "gqa_order", "interleaved"),

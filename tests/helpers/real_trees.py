@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from collect_keys import TREES as COMMITS
 from stand_in_trees import NAMES
-
-from neox_bridge.frameworks.collect_keys import TREES as COMMITS
 
 FOLDERS = {name: "gpt-neox" if name == "today" else f"neox-{name}" for name in NAMES}
 _PARTS = ("megatron", "configs", "requirements")

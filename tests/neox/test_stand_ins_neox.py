@@ -8,11 +8,11 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import collect_keys
 import pytest
 import stand_in_trees
 from stand_in_trees import NAMES
 
-from neox_bridge.frameworks import collect_keys
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.source_tree import read_tree
 from neox_bridge.patch.patcher import plan_patch
@@ -36,7 +36,7 @@ def test_the_same_facts_stand_in_the_same_files(pair: tuple[Path, Path]) -> None
 
 
 def facts_alone(facts: TreeFacts) -> TreeFacts:
-    return replace(facts, path="", places={})
+    return replace(facts, name="", until="", places={})
 
 
 def files_of_places(facts: TreeFacts) -> dict[str, str]:

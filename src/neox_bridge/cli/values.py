@@ -64,8 +64,7 @@ def _parse_era(text: str) -> Any:
     try:
         return era_named(text)
     except BridgeError:
-        target = _parse_target(text)
-        return getattr(target, "era", target)
+        return _parse_target(text)
 
 
 def _parse_target(text: str) -> Any:

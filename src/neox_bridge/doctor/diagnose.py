@@ -135,7 +135,7 @@ def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)
             make_plan(checkpoint, Options(to="hf"), "converted")
         else:
-            make_plan(checkpoint, Options(to="neox", era=target.era), "converted")
+            make_plan(checkpoint, Options(to="neox", era=target), "converted")
     except Refused as error:
         return [case("refused", "error", str(error))]
     return []

@@ -156,7 +156,7 @@ def _mend_neox(
     state = checkpoint.neox
     assert state is not None
     refuse_missing_ranks(state)
-    era = facts.era if facts else fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
+    era = facts if facts else fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
     inv_freq = _inv_freq(checkpoint, state, facts)
     names = facts.mlp_names if facts else state.mlp_names
     strays = stray_ranks(state.folder)
@@ -221,7 +221,7 @@ def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None)
     wanted = None if facts is None else stores_inv_freq(checkpoint, facts)
     if wanted is None:
         return state.inv_freq
-    if facts is not None and facts.inv_freq == "flag" and wanted != (state.inv_freq == "store"):
+    if facts is not None and facts.buffer == "flag" and wanted != (state.inv_freq == "store"):
         return "omit"
     return "store" if wanted else "omit"
 

@@ -179,13 +179,13 @@ def _told(checkpoint: Checkpoint, key: str) -> int:
 
 def stores_inv_freq(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
     """Whether the tree, with the checkpoint's yml, wants the buffer; None: either will do."""
-    if facts.inv_freq == "either":
+    if facts.buffer == "either":
         return None
     if checkpoint.raw.get("pos_emb") != "rotary":
         return False
-    if facts.inv_freq == "flag":
+    if facts.buffer == "flag":
         return bool(checkpoint.raw.get(FLAG, False))
-    return facts.inv_freq == "always"
+    return facts.buffer == "always"
 
 
 def _state_dicts(
@@ -243,12 +243,12 @@ def _key_drift(
     place = f" ({facts.places['inv_freq']})" if "inv_freq" in facts.places else ""
     if INV_FREQ in missing:
         text = f"this GPT-NeoX stores inv_freq{place} and the checkpoint doesn't hold it"
-        if facts.inv_freq == "flag":
+        if facts.buffer == "flag":
             text = f"the yml's {FLAG}: true asks for inv_freq, and the checkpoint doesn't hold it"
         codes.append(("inv-freq-missing", f"{text}: loading is strict", ""))
     if INV_FREQ in unexpected:
         text = f"the checkpoint holds inv_freq, and this GPT-NeoX doesn't store it{place}"
-        flag = f" (unless the yml says {FLAG}: true)" if facts.inv_freq == "flag" else ""
+        flag = f" (unless the yml says {FLAG}: true)" if facts.buffer == "flag" else ""
         codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", ""))
     if facts.mlp_names != state.mlp_names:
         names = {"linear": "linear1 and linear2", "dense": "dense_h_to_4h and dense_4h_to_h"}

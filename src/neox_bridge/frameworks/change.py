@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.frameworks.described import Described
 
 Framework = Literal["gpt-neox", "transformers"]
+# an opened ``layouts.checkpoint.Checkpoint``, which this room is below
+Described = Any
 
 # the day each minor version was uploaded to PyPI; GPT-NeoX has been in it since 4.20
 _RELEASES = """4.20 2022-06-16 4.21 2022-07-27 4.22 2022-09-14 4.23 2022-10-10 4.24 2022-11-01
@@ -96,7 +97,7 @@ class Change:
         symptom: What a user sees.
         remedy: The command or the step that fixes it.
         loud: Whether something fails or warns.
-        sets: The fields of ``TreeFacts`` that it gives another value. ``deepspeed`` is the version
+        sets: The fields of ``Era`` that it gives another value. ``deepspeed`` is the version
             that GPT-NeoX requires since then.
         ends_era: The era whose last tree is the one before this commit.
         renames: Modules of a block by their old names, with the new ones.

@@ -7,6 +7,7 @@ in ``tests/frameworks/test_changes.py``, and write the page anew:
 
 from neox_bridge.frameworks.change import (
     Change,
+    Described,
     Framework,
     Moment,
     not_after,
@@ -15,7 +16,6 @@ from neox_bridge.frameworks.change import (
 )
 from neox_bridge.frameworks.changes_neox import NEOX
 from neox_bridge.frameworks.changes_transformers import TRANSFORMERS
-from neox_bridge.frameworks.described import Described
 
 
 def _age(change: Change) -> tuple[str, tuple[int, ...], str]:

@@ -240,7 +240,7 @@ NEOX: tuple[Change, ...] = (
         "change), --for neox@2024-09 (one from before 2024-09-07) or --for today; in the yml of a "
         "tree with this change rotary_save_freqs_buffer: true keeps the buffer",
         in_checkpoint=neox(lambda c: c.raw.get("pos_emb") == "rotary"),
-        sets={"inv_freq": "flag"},
+        sets={"buffer": "flag"},
         adds_keys=("rotary_save_freqs_buffer",),
         ends_era="2024-03",
         in_error=(r"(?:Missing|Unexpected) key\(s\) in state_dict: [^\n]*rotary_emb\.inv_freq",),

@@ -4,8 +4,7 @@ The date is that of the release. Where no pull request is named, the link leads 
 the first version that has the change.
 """
 
-from neox_bridge.frameworks.change import Change, Release
-from neox_bridge.frameworks.described import Described
+from neox_bridge.frameworks.change import Change, Described, Release
 from neox_bridge.frameworks.detectors import HALF, hf
 
 

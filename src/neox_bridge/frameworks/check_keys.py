@@ -1,6 +1,7 @@
 """Finds the unknown keys of a yml, of a config.json, and of the other libraries' settings."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from neox_bridge.frameworks.keys import (
@@ -46,7 +47,6 @@ _UNREAD_BY_CLASS = {
 _IDLE = {"mamba": ("num_attention_heads", "max_position_embeddings")}
 # mamba_ssm's words in config.json files of transformers' form, for what its class always does
 _MAMBA_ALWAYS: tuple[tuple[str, object], ...] = (("rms_norm", True), ("ssm_cfg", {}))
-_DERIVED = ("head_dim", "num_key_value_heads")
 
 
 def unknown_in_yml(
@@ -99,7 +99,7 @@ def unknown_in_config(
         if key in unread and value in (raw.get(unread[key]), rope.get(key)):
             continue
         one = unknown_key("hf", key, value, known - {key}, raw, file)
-        unknown.append(one if not _is_derived(key, value, raw) else _off(one))
+        unknown.append(replace(one, effect="off") if _is_derived(key, value, raw) else one)
     for block in _ROPE_BLOCKS:
         unknown += _unknown_in_rope(block, raw.get(block), raw)
     return tuple(unknown)
@@ -147,20 +147,9 @@ def _unknown_in_rope(block: str, value: Any, raw: Mapping[str, Any]) -> Iterator
 def _is_derived(key: str, value: Any, raw: Mapping[str, Any]) -> bool:
     """Whether a key repeats what the class computes from others."""
     hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
-    if (
-        key not in _DERIVED
-        or not isinstance(hidden, int)
-        or not isinstance(heads, int)
-        or not heads
-    ):
+    if not (isinstance(hidden, int) and isinstance(heads, int) and heads):
         return False
-    return bool(value == (hidden / heads if key == "head_dim" else heads))
-
-
-def _off(key: UnknownKey) -> UnknownKey:
-    from dataclasses import replace
-
-    return replace(key, effect="off")
+    return bool({"head_dim": hidden / heads, "num_key_value_heads": heads}.get(key) == value)
 
 
 def _nested(value: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from neox_bridge.frameworks.described import Described
+from neox_bridge.frameworks.change import Described
 
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 HALF = ("float16", "bfloat16")

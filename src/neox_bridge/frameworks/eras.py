@@ -85,7 +85,7 @@ class Era:
 
 
 _BEFORE_ALL: Mapping[str, Any] = {
-    "inv_freq": "always",
+    "buffer": "always",
     "mlp_names": "dense",
     "gqa_order": "interleaved",
     "rms_eps": "outside",
@@ -109,7 +109,7 @@ _NEWEST_ERA = "today"
 
 
 def facts_after(changes: Iterable[Change]) -> dict[str, Any]:
-    """The fields of ``TreeFacts`` in a tree that has these changes, and none of the others."""
+    """The fields of ``Era`` in a tree that has these changes, and none of the others."""
     facts = dict(_BEFORE_ALL)
     for change in changes:
         facts |= change.sets
@@ -137,8 +137,7 @@ def _eras() -> Iterator[Era]:
     untils.append(f"since {_ENDS[-1].date[:7]}")
     names = (*(end.ends_era for end in _ENDS), _NEWEST_ERA)
     for name, until in zip(names, untils, strict=True):
-        facts = facts_after(changes_of(name))
-        yield Era(name, until, buffer=facts.pop("inv_freq"), **facts)
+        yield Era(name, until, **facts_after(changes_of(name)))
 
 
 ERAS: tuple[Era, ...] = tuple(_eras())

@@ -1,63 +1,28 @@
 """What a GPT-NeoX tree or a transformers version expects of a checkpoint, as data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from neox_bridge.frameworks.deepspeed import StatesForm
-from neox_bridge.frameworks.eras import Buffer, Era, GatedBiases, MlpNames, RmsEps
-from neox_bridge.tensors.fused import GqaOrder
+from neox_bridge.frameworks.eras import Era
 
 
 @dataclass(frozen=True, slots=True)
-class TreeFacts:
-    """A GPT-NeoX source tree, read by its syntax alone.
+class TreeFacts(Era):
+    """One GPT-NeoX source tree: an era of its own, named by its path or as "neox@2024-03".
 
     Attributes:
-        path: The tree, or "neox@2024-03" for one known by its date.
-        inv_freq: See ``Buffer``.
         args_checked: Keys of a checkpoint's args that are compared at load.
-        keys: Yml keys that the tree knows; it refuses others.
         places: Where each fact stands in the source, "file:line", for messages.
-        deepspeed: "" where the tree does not tell. This and the other fields are those of ``Era``.
     """
 
-    path: str
-    inv_freq: Buffer
-    mlp_names: MlpNames
-    gqa_order: GqaOrder
-    rms_eps: RmsEps
-    plain_mlp_4h: bool
-    rope_tables_fp32: bool
-    transformer_engine: bool
-    args_checked: tuple[str, ...]
-    keys: frozenset[str]
-    places: dict[str, str] = field(default_factory=dict)
-    gated_biases: GatedBiases = "optional"
-    states: StatesForm = "partitions"
-    deepspeed: str = ""
-
-    @property
-    def era(self) -> Era:
-        """The tree as an era, for plans."""
-        return Era(
-            self.path,
-            f"like {self.path}",
-            self.inv_freq,
-            self.mlp_names,
-            self.gqa_order,
-            self.rms_eps,
-            self.plain_mlp_4h,
-            self.gated_biases,
-            self.rope_tables_fp32,
-            self.transformer_engine,
-            self.states,
-            self.deepspeed,
-            self.keys,
-        )
+    keys: frozenset[str] = frozenset()
+    args_checked: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class TransformersFacts:
-    """A version of transformers. What else it has is asked of ``targets.has_change``.
+    """A version of transformers. What else it has is asked of ``targets.knows``.
 
     Attributes:
         version: Such as "4.48.3".

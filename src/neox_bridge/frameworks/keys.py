@@ -82,13 +82,8 @@ def block_keys() -> frozenset[str]:
 def transformers_keys(family: str) -> frozenset[str]:
     """The keys of a config.json that transformers' class of a family knows, in some version.
 
-    For a family that ``collect_keys`` was not run for: those that any of the others knows.
+    For a family that is not in ``keys.json``: those that any of the others knows.
     """
     facts = _facts()["transformers"]
     everyone = (key for keys in facts["families"].values() for key in keys)
     return frozenset({*facts["common"], *facts["families"].get(family, everyone), *_BESIDE})
-
-
-def has_keys_of(family: str) -> bool:
-    """Whether the fields of a family's class were collected."""
-    return family in _facts()["transformers"]["families"]

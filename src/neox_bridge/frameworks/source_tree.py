@@ -63,8 +63,9 @@ def read_tree(path: str) -> TreeFacts:
     keys = _keys(tree)
     deepspeed = _deepspeed(tree)
     return TreeFacts(
-        path=tree.path,
-        inv_freq=_inv_freq(tree),
+        name=tree.path,
+        until=f"like {tree.path}",
+        buffer=_inv_freq(tree),
         mlp_names=_mlp_names(tree),
         gqa_order=_gqa_order(tree),
         rms_eps=_rms_eps(tree),

@@ -87,7 +87,9 @@ def _until(day: str) -> tuple[Change, ...]:
 def _tree(name: str, changes: tuple[Change, ...]) -> TreeFacts:
     """The tree with these changes; its keys are those of the last tree of its era."""
     keys = neox_keys(era_after(changes))
-    return TreeFacts(f"neox@{name}", args_checked=ARGS, keys=keys, **facts_after(changes))
+    name = f"neox@{name}"
+    facts = facts_after(changes)
+    return TreeFacts(name, f"like {name}", args_checked=ARGS, keys=keys, **facts)
 
 
 def _is_date(text: str) -> bool:
@@ -142,20 +144,6 @@ def has_class(facts: TransformersFacts, family: str) -> bool:
     return since is None or version_number(facts.version) >= version_number(since)
 
 
-def has_change(tree: TreeFacts, change: Change) -> bool | None:
-    """Whether a GPT-NeoX tree has a change; None where its source does not tell."""
-    if facts := change.sets.keys() - {"deepspeed"}:
-        earlier = MERGED[: MERGED.index(change)]
-        return all(
-            getattr(tree, fact)
-            not in {facts_after(earlier[:count])[fact] for count in range(len(earlier) + 1)}
-            for fact in facts
-        )
-    if change.adds_keys or change.removes_keys:
-        return tree.keys.issuperset(change.adds_keys) and tree.keys.isdisjoint(change.removes_keys)
-    return None
-
-
 def version_number(version: str) -> tuple[int, int]:
     """(4, 48) of ``4.48.3``, to compare."""
     major, minor = re.findall(r"\d+", version)[:2]
@@ -166,4 +154,4 @@ def name_of(target: Target) -> str:
     """How ``--for`` spells a target."""
     if isinstance(target, TransformersFacts):
         return f"transformers@{target.version}"
-    return target.path if target.path.startswith("neox@") else f"neox:{target.path}"
+    return target.name if target.name.startswith("neox@") else f"neox:{target.name}"

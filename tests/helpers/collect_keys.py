@@ -1,6 +1,6 @@
-"""Writes ``keys.json``, the names of the settings that the frameworks know.
+"""Writes ``frameworks/keys.json``, the names of the settings that the frameworks know.
 
-    python -m neox_bridge.frameworks.collect_keys GPT_NEOX_GIT DEEPSPEED WHEEL... > keys.json
+    python tests/helpers/collect_keys.py GPT_NEOX_GIT DEEPSPEED WHEEL... > keys.json
 
 GPT_NEOX_GIT is a git directory of GPT-NeoX, DEEPSPEED the folder of an installed ``deepspeed``
 package, and each WHEEL one of transformers. Sources are parsed, never imported; only names and
