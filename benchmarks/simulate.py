@@ -20,8 +20,8 @@ from typing import Any
 
 from sources import hollow_hf
 
-from neox_bridge.batch.items import Item, Source
-from neox_bridge.batch.run import Batch, default_ahead, run_batch, verify_part
+from neox_bridge.batches.items import Item, Source
+from neox_bridge.batches.run import Batch, default_ahead, run_batch, verify_part
 from neox_bridge.execution.executors import Processes
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.units import Made, Unit, make

@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import json
+import shutil
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,10 @@ import neox_bridge
 from neox_bridge import Options, Resharding, Unverified
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("audit", "convert", "diagnose", "diff", "execute", "open_checkpoint", "plan", "reshard")
+VERBS = (
+    *("audit", "batch", "convert", "diagnose", "diff", "execute", "open_checkpoint", "plan"),
+    *("reshard", "verify"),
+)
 NEOX = str(fixture("pythia_fp32_pp1_tp2"))
 RUN = str(Path(__file__).parent / "data" / "reshard" / "bf16_tp2_dp2")
 
@@ -85,6 +90,53 @@ def test_reshard_diagnose_and_audit(tmp_path: Path) -> None:
     assert neox_bridge.audit([str(tmp_path / "run")], optimizer=True).holds
 
 
+@pytest.fixture(scope="module")
+def steps(hf: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run in Hugging Face's form, with two steps."""
+    folder = tmp_path_factory.mktemp("steps")
+    for number in (0, 1000):
+        shutil.copytree(hf, folder / f"step{number}")
+    return str(folder)
+
+
+def test_batch_converts_verifies_and_continues(steps: str, tmp_path: Path) -> None:
+    written: list[int] = []
+    target = str(tmp_path / "out")
+    result = neox_bridge.batch(steps, target, Options(tp=2), progress=written.append, workers=1)
+    assert result.holds
+    assert [(row.name, row.status, row.verified) for row in result.rows] == [
+        ("step0", "done", True),
+        ("step1000", "done", True),
+    ]
+    assert sum(written) == 2 * sum(row.size for row in result.rows), "written, and read back"
+    assert neox_bridge.verify(f"{steps}/step0", f"{target}/step0").holds
+    again = neox_bridge.batch([steps], target, Options(tp=2), workers=1)
+    assert [row.status for row in again.rows] == ["skipped", "skipped"]
+
+
+def test_a_row_of_a_batch_tells_its_error(steps: str, tmp_path: Path) -> None:
+    result = neox_bridge.batch(
+        [steps, str(tmp_path / "gone")], str(tmp_path / "out"), Options(tp=5), steps="0", workers=1
+    )
+    assert not result.holds
+    ((row,), (finding,)) = result.rows, result.findings
+    assert (row.status, row.tries) == ("failed", 1)
+    assert "5" in row.error
+    assert finding.severity == "error"
+    assert "gone" in finding.message
+    assert json.loads(json.dumps(result.as_json()))["holds"] is False
+
+
+def test_a_batch_refuses_options_before_it_starts(steps: str, tmp_path: Path) -> None:
+    with pytest.raises(neox_bridge.UsageError) as caught:
+        neox_bridge.batch(steps, str(tmp_path / "out"), Options(to="neox", shard_size=1000))
+    assert caught.value.parameters == ("shard_size",)
+    with pytest.raises(neox_bridge.UsageError) as caught:
+        neox_bridge.batch(steps, "hf://org/model@branch")
+    assert caught.value.parameters == ("target",)
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_says_what_it_compares_with(tmp_path: Path) -> None:
     masters = neox_bridge.open_checkpoint(RUN, masters=True)
     neox_bridge.convert(masters, str(tmp_path / "hf"))
@@ -131,12 +183,13 @@ def forward(function: typing.Any) -> dict[str, typing.Any]:
 
 
 def test_the_blocks_of_the_page_run(
-    hf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hf: str, steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every block of docs/python.md, one after the other, in a folder with the models it names."""
     monkeypatch.chdir(tmp_path)
     Path("pythia-410m").symlink_to(hf)
     Path("run").symlink_to(RUN)
+    Path("steps").symlink_to(steps)
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = page.split("```python\n")[1:]
     assert len(blocks) >= 4

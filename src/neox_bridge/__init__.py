@@ -19,6 +19,7 @@ TYPE_CHECKING = False  # type checkers take it as true; importing typing would d
 if TYPE_CHECKING:
     from neox_bridge.api import (
         audit,
+        batch,
         convert,
         diagnose,
         diff,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         reshard,
         verify,
     )
+    from neox_bridge.batches.row import BatchResult, BatchRow
     from neox_bridge.errors import (
         BridgeError,
         ChoiceNeeded,
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Audit",
+    "BatchResult",
+    "BatchRow",
     "BridgeError",
     "Checkpoint",
     "ChoiceNeeded",
@@ -74,6 +78,7 @@ __all__ = [
     "Verification",
     "__version__",
     "audit",
+    "batch",
     "convert",
     "diagnose",
     "diff",
@@ -86,7 +91,8 @@ __all__ = [
 ]
 
 _NAMES_BY_MODULE = {
-    "api": "audit convert diagnose diff execute open_checkpoint plan reshard verify",
+    "api": "audit batch convert diagnose diff execute open_checkpoint plan reshard verify",
+    "batches.row": "BatchResult BatchRow",
     "errors": "BridgeError ChoiceNeeded Refused SettingsMissing Unreachable Unverified UsageError",
     "execution.result": "Result",
     "findings": "Dropped Finding",

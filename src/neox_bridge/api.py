@@ -1,18 +1,17 @@
-"""The public verbs: they compose opening, planning, execution and verification.
-
-``batch`` lies in a room above this one, since it runs these verbs for many checkpoints.
-"""
+"""The public verbs: they compose opening, planning, execution and verification."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from neox_bridge.conversion import conversion_check, open_checkpoint, plan, plan_conversion
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.fused import GqaOrder
 
 if TYPE_CHECKING:
+    from neox_bridge.batches.row import BatchResult
     from neox_bridge.execution.digests import HashName
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Finding
@@ -21,64 +20,20 @@ if TYPE_CHECKING:
     from neox_bridge.verification.compare import Difference
     from neox_bridge.verification.verify import Verification
 
+__all__ = [
+    "audit",
+    "batch",
+    "convert",
+    "diagnose",
+    "diff",
+    "execute",
+    "open_checkpoint",
+    "plan",
+    "reshard",
+    "verify",
+]
 Progress = Callable[[int], None]
 _DEFAULTS = Options()
-
-
-def open_checkpoint(
-    source: str,
-    *,
-    revision: str | None = None,
-    step: int | None = None,
-    configs: Sequence[str] = (),
-    gqa_order: GqaOrder | None = None,
-    masters: bool = False,
-) -> Checkpoint:
-    """Open a checkpoint without reading a tensor. Nothing in it is executed.
-
-    Args:
-        source: A folder of either kind, its URL, or ``ORG/NAME[@REVISION]`` on the Hub.
-        revision: A branch, tag or commit of a model on the Hub.
-        step: The step of a GPT-NeoX run; by default the one that ``latest`` names.
-        configs: The yml files of a GPT-NeoX checkpoint that has none of its own.
-        gqa_order: The order of the rows of grouped-query attention, if the files do not tell it.
-        masters: Read the optimizer's fp32 master weights in place of the stored weights.
-
-    Raises:
-        BridgeError: The source is missing, damaged, or no checkpoint that this package knows.
-        Refused: The source is a checkpoint that cannot be represented.
-    """
-    from neox_bridge.layouts import open as layouts
-
-    checkpoint = layouts.open_checkpoint(
-        source, revision=revision, step=step, configs=configs, gqa_order=gqa_order
-    )
-    if not masters:
-        return checkpoint
-    from neox_bridge.optimizer.masters import with_masters
-
-    return with_masters(checkpoint)
-
-
-def plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
-    """Say everything that a conversion will write, before a byte is written.
-
-    Args:
-        checkpoint: What ``open_checkpoint`` returned.
-        options: What to write, and how.
-        target: The folder or URL to be written; the yml of a GPT-NeoX target names it.
-
-    Raises:
-        Refused: The target cannot express the source; the message has every reason.
-        UsageError: Options that do not apply to this conversion, or contradict each other.
-    """
-    from neox_bridge.planning.make import make_plan
-
-    if options.optimizer != "fresh":
-        return make_plan(checkpoint, options, target)
-    from neox_bridge.optimizer.fresh import fresh
-
-    return make_plan(checkpoint, options, target, fresh)
 
 
 def execute(
@@ -112,7 +67,7 @@ def execute(
 
     check = None
     if verify and plan.checkpoint is not None:
-        check = conversion_check(plan, workers=workers, progress=progress)
+        check = conversion_check(plan, progress, workers=workers)
     return write(
         plan,
         target,
@@ -122,25 +77,6 @@ def execute(
         progress=progress,
         check=check,
     )
-
-
-def conversion_check(
-    plan: Plan, *, workers: int | None = None, progress: Progress | None = None
-) -> Callable[[str], None]:
-    """A check for the executor: it raises Unverified if a finished folder is not the plan's source.
-
-    Raises:
-        ValueError: The plan has no source checkpoint.
-    """
-    from neox_bridge.verification.optimizer import fresh_checker
-    from neox_bridge.verification.verify import checker
-
-    if plan.checkpoint is None:
-        raise ValueError("this plan has no source checkpoint to compare the result with")
-    check = checker(plan.checkpoint, workers=workers, progress=progress)
-    if plan.asked.get("optimizer") == "fresh":
-        check = fresh_checker(plan.checkpoint, check, workers=workers)
-    return check
 
 
 def convert(
@@ -172,12 +108,8 @@ def convert(
         BridgeError: See ``open_checkpoint`` and ``execute``.
     """
     checkpoint = _opened(source, options.gqa_order)
-    if options.tokenizer is None:
-        from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
-
-        checkpoint = with_published_tokenizer(checkpoint)
     return execute(
-        plan(checkpoint, options, target),
+        plan_conversion(checkpoint, options, target),
         target,
         overwrite=overwrite,
         verify=verify,
@@ -185,6 +117,85 @@ def convert(
         hash_name=hash_name,
         progress=progress,
     )
+
+
+def batch(
+    sources: str | Iterable[str],
+    target: str,
+    options: Options = _DEFAULTS,
+    *,
+    steps: str = "all",
+    configs: Sequence[str] = (),
+    masters: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    retries: int = 2,
+    workers: int | None = None,
+    hash_name: "HashName | None" = "xxh3_128",
+    private: bool = False,
+    progress: Progress | None = None,
+) -> "BatchResult":
+    """Convert many checkpoints. Those that are already converted and still whole are skipped.
+
+    Each goes into ``target/stepN`` (``target/RUN/stepN`` if there are several runs), whole or not
+    at all. One that fails is tried again, and the others continue. The work is done by processes,
+    so a script that calls this needs ``if __name__ == "__main__":``.
+
+    Args:
+        sources: Runs, folders of steps, single checkpoints, their URLs, or models on the Hub.
+        target: The folder or URL to write, or ``hf://ORG/NAME``, which gets a branch for each.
+        options: What to write, and how; by default the other format, in the source's dtype.
+        steps: Which steps, such as ``0-143000:1000``; see ``neox-bridge batch --help``.
+        configs: The yml files of GPT-NeoX checkpoints that have none of their own.
+        masters: Read the optimizers' fp32 master weights in place of the stored weights.
+        overwrite: Replace what is there, if it is a checkpoint or the output of this package.
+        verify: Read each result back and compare it with its source.
+        retries: Retries of a checkpoint that failed.
+        workers: Processes; by default as many as the machine keeps busy.
+        hash_name: The hash of each file in ``neox_bridge.json``; None for none.
+        private: Create the repository on the Hub as private.
+        progress: Called with the number of bytes just written or compared, by any thread.
+
+    Returns:
+        A row for each checkpoint. A checkpoint that failed is a row with its error.
+
+    Raises:
+        UsageError: ``steps`` matches no step, or options do not apply to a run's first checkpoint.
+        BridgeError: No source holds a checkpoint, or two would have one name in the target.
+    """
+    from contextlib import closing
+
+    from neox_bridge.batches.items import check_first, find_items
+    from neox_bridge.batches.on_hub import hub_model
+    from neox_bridge.batches.row import BatchResult
+    from neox_bridge.batches.run import Batch, Event, run_batch
+    from neox_bridge.execution.executors import Processes, default_slots
+
+    def tell(event: Event) -> None:
+        if progress is not None and event.kind == "written":
+            progress(event.size)
+
+    items, findings = find_items(
+        [sources] if isinstance(sources, str) else sources,
+        steps,
+        configs=configs,
+        gqa_order=options.gqa_order,
+        masters=masters,
+    )
+    check_first(items, options)
+    settings = Batch(
+        target,
+        options,
+        overwrite=overwrite,
+        verify=verify,
+        retries=retries,
+        hash_name=hash_name,
+        hub=hub_model(target, private=private),
+        tell=tell,
+    )
+    with closing(Processes(workers or default_slots())) as pool:
+        rows = {row.name: row for row in run_batch(items, settings, pool)}
+    return BatchResult(target, tuple(rows[item.name] for item in items), tuple(findings))
 
 
 def reshard(
@@ -212,28 +223,20 @@ def reshard(
         Refused: The model or the batch does not fit these ranks.
         BridgeError: The source has no optimizer states, or see ``execute``.
     """
+    from neox_bridge.conversion import plan_resharding
     from neox_bridge.execution.execute import execute as write
-    from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
     from neox_bridge.optimizer.options import Resharding
-    from neox_bridge.optimizer.read_files import read_optimizer
-    from neox_bridge.optimizer.reshard import plan_reshard, target_states
-    from neox_bridge.stores.paths import absolute
-    from neox_bridge.verification.optimizer import checker
 
-    checkpoint = with_published_tokenizer(_opened(source))
-    options = options or Resharding()
-    optimizer = read_optimizer(checkpoint)
-    check = None
-    if verify:
-        states = target_states(checkpoint, optimizer, options, None)
-        check = checker(checkpoint, *states, workers=workers, progress=progress)
+    resharded, make_check = plan_resharding(
+        _opened(source), options or Resharding(), target, workers=workers
+    )
     return write(
-        plan_reshard(checkpoint, optimizer, options, absolute(target)),
+        resharded,
         target,
         overwrite=overwrite,
         workers=workers,
         progress=progress,
-        check=check,
+        check=make_check(progress) if verify else None,
     )
 
 

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from hashlib import sha256
 
-from neox_bridge.api import plan as make_plan
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE
 from neox_bridge.architectures.rows import model_rows
 from neox_bridge.architectures.shapes import PYTHIA, TOKENIZER_SIZE, ModelSize
+from neox_bridge.conversion import plan as make_plan
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.planning.common import text_file

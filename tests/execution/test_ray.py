@@ -12,8 +12,8 @@ import torch
 from common import HELPERS, make_hf
 
 import neox_bridge
-from neox_bridge.batch.items import Item, Source
-from neox_bridge.batch.run import Batch, run_batch
+from neox_bridge.batches.items import Item, Source
+from neox_bridge.batches.run import Batch, run_batch
 from neox_bridge.execution.executors import Processes
 from neox_bridge.planning.options import Options
 

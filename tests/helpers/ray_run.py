@@ -21,8 +21,8 @@ from ray.cluster_utils import Cluster
 from ray_calls import held, version_and_node
 
 import neox_bridge
-from neox_bridge.batch.items import Item, Source
-from neox_bridge.batch.run import Batch, run_batch
+from neox_bridge.batches.items import Item, Source
+from neox_bridge.batches.run import Batch, run_batch
 from neox_bridge.execution import units
 from neox_bridge.execution.ray_cluster import RayCluster
 from neox_bridge.planning.options import Options

@@ -46,7 +46,7 @@ AREAS: dict[str, Area] = {
             "tests/execution/test_execution.py",
             "tests/verification/test_hashes.py",
             "tests/execution/test_reserving.py",
-            "tests/batch/test_batch.py",
+            "tests/batches/test_batch.py",
         ),
     ),
     "verification": Area(
@@ -103,9 +103,9 @@ AREAS: dict[str, Area] = {
     "batch": Area(
         ("batch/target_state", "batch/items", "batch/row", "batch/run", "batch/watch"),
         (
-            "tests/batch/test_batch_inline.py",
+            "tests/batches/test_batch_inline.py",
             "tests/planning/test_records.py",
-            "tests/batch/test_batch.py",
+            "tests/batches/test_batch.py",
         ),
         quick=2,
     ),

@@ -9,8 +9,8 @@ import pytest
 import xxhash
 from tiny import Inline
 
-from neox_bridge.batch import run as batch_run
-from neox_bridge.batch.target_state import decision, is_of, state_of
+from neox_bridge.batches import run as batch_run
+from neox_bridge.batches.target_state import decision, is_of, state_of
 from neox_bridge.errors import BridgeError, Unverified
 from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole, sealed, unsealed

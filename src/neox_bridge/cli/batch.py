@@ -11,7 +11,7 @@ import click
 
 from neox_bridge.cli.batch_file import read_batch_file
 from neox_bridge.cli.command import Argument, command, given, only
-from neox_bridge.cli.conversion import Conversion, conversion_of
+from neox_bridge.cli.conversion import conversion_of
 from neox_bridge.cli.options import Details, Execution, Source, Upload
 from neox_bridge.cli.output import print_json, say, tell_findings
 from neox_bridge.cli.publish import check_upload
@@ -23,10 +23,9 @@ from neox_bridge.wording import plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from neox_bridge.batch.items import Item
-    from neox_bridge.batch.on_hub import HubModel
-    from neox_bridge.batch.row import BatchRow
-    from neox_bridge.batch.run import Batch
+    from neox_bridge.batches.items import Item
+    from neox_bridge.batches.row import BatchRow
+    from neox_bridge.batches.run import Batch
     from neox_bridge.execution.executors import Pool
     from neox_bridge.findings import Finding
 
@@ -127,8 +126,9 @@ def batch(
     Exit codes: 0 all are done, 1 some failed or a source is missing, 2 wrong usage, 130
     interrupted.
     """
-    from neox_bridge.batch.items import find_items
-    from neox_bridge.batch.run import Batch, default_ahead
+    from neox_bridge.batches.items import check_first, find_items
+    from neox_bridge.batches.on_hub import hub_model
+    from neox_bridge.batches.run import Batch
 
     *sources, target = paths
     _check_applies(choice, details, upload, target)
@@ -145,8 +145,6 @@ def batch(
             masters=conversion.masters,
         )
 
-    hub = _hub(target, upload)
-    _check_library(target, hub is not None)
     settings = Batch(
         target,
         conversion.options,
@@ -158,17 +156,16 @@ def batch(
         every_hash=choice.recheck,
         norms=choice.norms,
         version=conversion.version,
-        hub=hub,
+        hub=hub_model(target, upload.work, private=upload.private, create_pr=upload.create_pr),
     )
     later = choice.watch and not execution.dry_run
     items, faults = ([], []) if later else find()
     is_lost = _tell_faults(faults, execution.quiet or execution.as_json)
-    _check_first(items, conversion)
+    check_first(items, conversion.options, conversion.given)
     if execution.dry_run:
         _dry_run(items, settings, execution.as_json, is_lost)
         return
     with closing(_pool(choice)) as pool:
-        settings = replace(settings, ahead=default_ahead(pool.slots))
         log, quiet = choice.log, execution.quiet
         if choice.watch:
             rows = _watch(find, choice.interval, settings, pool, log, quiet)
@@ -193,27 +190,6 @@ def _check_applies(choice: BatchOptions, details: Details, upload: Upload, targe
         check_options(target, every_crc=details.crc)
 
 
-def _check_first(items: list[Item], conversion: Conversion) -> None:
-    """Raise UsageError where the options do not apply to the first checkpoint of a run.
-
-    What else is wrong with it is for its row.
-    """
-    for item in {item.run: item for item in reversed(items)}.values():
-        _check_item(item, conversion)
-
-
-def _check_item(item: Item, conversion: Conversion) -> None:
-    from neox_bridge.errors import BridgeError
-    from neox_bridge.planning.option_checks import check_options
-
-    try:
-        check_options(item.source.open(), conversion.options, conversion.given)
-    except UsageError:
-        raise
-    except (BridgeError, OSError):
-        return
-
-
 def _tell_faults(faults: list[Finding], quiet: bool) -> bool:
     """Say what is wrong with the sources; whether one of them is missing or cannot be read."""
     errors = [fault for fault in faults if fault.severity == "error"]
@@ -221,38 +197,10 @@ def _tell_faults(faults: list[Finding], quiet: bool) -> bool:
     return bool(errors)
 
 
-def _check_library(target: str, on_hub: bool) -> None:
-    """Raise BridgeError, once and not for each checkpoint, where what a target needs is missing."""
-    from neox_bridge.stores.paths import is_local
-
-    if on_hub:
-        from neox_bridge.stores.hub_api import hub_api
-
-        hub_api(f"{target} is on the Hub")
-    elif not is_local(target):
-        from neox_bridge.stores.objects import store_of
-
-        store_of(target)
-
-
-def _hub(target: str, upload: Upload) -> HubModel | None:
-    """The model whose branches a batch writes, where its target is one."""
-    if not target.startswith("hf://"):
-        return None
-    from neox_bridge.batch.on_hub import HubModel
-    from neox_bridge.cli.publish import work_base
-    from neox_bridge.stores.hub_names import hub_target
-
-    if "@" in target:
-        raise click.BadParameter(f"{target}: a batch writes a branch for each step; leave it out.")
-    repo = hub_target(target).repo
-    return HubModel(repo, work_base(upload.work), upload.private, upload.create_pr)
-
-
 def _all(
     items: list[Item], settings: Batch, pool: Pool, log: str | None, quiet: bool
 ) -> list[BatchRow]:
-    from neox_bridge.batch.run import run_batch
+    from neox_bridge.batches.run import run_batch
     from neox_bridge.cli.batch_view import view
 
     rows: list[BatchRow] = []
@@ -276,7 +224,7 @@ def _watch(
     quiet: bool,
 ) -> list[BatchRow]:
     """Rounds until Ctrl-C, which is how a watch ends; what failed is tried in the next round."""
-    from neox_bridge.batch.watch import rounds
+    from neox_bridge.batches.watch import rounds
 
     rows: dict[str, BatchRow] = {}
     try:
@@ -303,7 +251,7 @@ def _pool(choice: BatchOptions) -> Pool:
 
 
 def _dry_run(items: Iterable[Item], settings: Batch, as_json: bool, is_lost: bool) -> None:
-    from neox_bridge.batch.dry_run import dry_run
+    from neox_bridge.batches.dry_run import dry_run
     from neox_bridge.cli.batch_view import print_dry_run, tell_warnings
 
     preview = dry_run(items, settings)
@@ -317,10 +265,11 @@ def _dry_run(items: Iterable[Item], settings: Batch, as_json: bool, is_lost: boo
 
 
 def _end(rows: list[BatchRow], target: str, execution: Execution, is_lost: bool) -> None:
-    from neox_bridge.cli.batch_view import document, print_rows, tell_warnings
+    from neox_bridge.batches.row import BatchResult
+    from neox_bridge.cli.batch_view import print_rows, tell_warnings
 
     if execution.as_json:
-        print_json(document(rows, target))
+        print_json(BatchResult(target, tuple(rows)).as_json())
     elif not execution.quiet:
         tell_warnings(rows)
         print_rows(rows)

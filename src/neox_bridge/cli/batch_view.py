@@ -13,14 +13,12 @@ from neox_bridge.cli.progress import bars
 from neox_bridge.wording import human, plain, plural
 
 if TYPE_CHECKING:
-    from neox_bridge.batch.dry_run import DryRun
-    from neox_bridge.batch.row import BatchRow
-    from neox_bridge.batch.run import Event
+    from neox_bridge.batches.dry_run import DryRun
+    from neox_bridge.batches.row import BatchRow
+    from neox_bridge.batches.run import Event
     from neox_bridge.findings import Finding
 
     Tell = Callable[[Event], None]
-
-SCHEMA_VERSION = 1
 
 
 @contextmanager
@@ -176,16 +174,6 @@ def print_dry_run(preview: "DryRun") -> None:
     if preview.seconds is not None and preview.rate is not None:
         line += f"; about {_long(preview.seconds)} at {human(preview.rate)}/s, as a sample took"
     print_line(line)
-
-
-def document(rows: "Sequence[BatchRow]", target: str) -> dict[str, Any]:
-    """All of it as plain data."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "batch": target,
-        "holds": not any(row.status == "failed" for row in rows),
-        "rows": [row.as_json() for row in rows],
-    }
 
 
 def _width(rows: "Sequence[BatchRow]") -> int:

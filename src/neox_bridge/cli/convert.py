@@ -1,11 +1,11 @@
 """``neox-bridge convert``."""
 
-from collections.abc import Callable
+from functools import partial
 
 from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.conversion import conversion_of
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.execution import Progress, run_plan
+from neox_bridge.cli.execution import run_plan
 from neox_bridge.cli.options import Details, Execution, Source, Upload
 from neox_bridge.cli.publish import check_upload, publish_plan, root_of
 from neox_bridge.planning.options import Options
@@ -61,9 +61,7 @@ def convert(
     options = conversion.options
     check_upload(upload, target)
     with writing(target):
-        from neox_bridge.api import conversion_check, open_checkpoint
-        from neox_bridge.api import plan as make_plan
-        from neox_bridge.planning.option_checks import check_options
+        from neox_bridge.conversion import conversion_check, open_checkpoint, plan_conversion
         from neox_bridge.stores.paths import is_local
 
         checkpoint = open_checkpoint(
@@ -74,20 +72,14 @@ def convert(
             gqa_order=options.gqa_order,
             masters=conversion.masters,
         )
-        if options.tokenizer is None:
-            from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
-
-            checkpoint = with_published_tokenizer(checkpoint)
-        check_options(checkpoint, options, conversion.given)
-        plan = make_plan(checkpoint, options, root_of(target))
-        if conversion.version is not None:
-            from neox_bridge.architectures.transformers_limits import refuse_version
-
-            refuse_version(checkpoint.architecture.name, checkpoint.config, conversion.version)
-
-        def checker(progress: Progress) -> Callable[[str], None]:
-            return conversion_check(plan, workers=execution.max_workers, progress=progress)
-
+        plan = plan_conversion(
+            checkpoint,
+            options,
+            root_of(target),
+            given=conversion.given,
+            version=conversion.version,
+        )
+        checker = partial(conversion_check, plan, workers=execution.max_workers)
         asked_hash = details.hash_name is not None or not execution.no_verify
         # in an object store no file shares blocks with the source: all are hashed
         in_store = not is_local(target) and not target.startswith("hf://")

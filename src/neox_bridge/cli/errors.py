@@ -54,6 +54,8 @@ def reported() -> Iterator[None]:
 
 def flag(parameter: str) -> str:
     """The option of the command line that sets a parameter of the library."""
+    if parameter == "target":
+        return "DST"
     parameter = {"every_crc": "crc", "hash_shared": "hash_name"}.get(parameter, parameter)
     return FLAGS.get(parameter, f"--{parameter.replace('_', '-')}")
 

@@ -86,17 +86,10 @@ def publish_plan(
             print_line(line)
 
 
-def work_base(chosen: str | None) -> str:
-    """The folder in which files are made. Raises BridgeError where there is none."""
-    base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
-    if not os.path.isdir(base):
-        raise BridgeError(f"{base}: no such folder. Name one with room for the files: --work DIR.")
-    return base
-
-
 def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
     """The folder that the files are made in: the same for every run."""
     from neox_bridge.execution.work import work_of
+    from neox_bridge.hub.publish import work_base
 
     work = work_of(os.path.join(work_base(chosen), place.folder_name))
     if not quiet:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from neox_bridge.cli.command import command, given, only
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.execution import Progress, run_plan
+from neox_bridge.cli.execution import run_plan
 from neox_bridge.cli.export_optimizer import FOLDER, RUN_WITH_STATES
 from neox_bridge.cli.options import Execution, Source
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.option import RESUME, option
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from neox_bridge.optimizer.states import Optimizer
-    from neox_bridge.optimizer.zero_stage import States as EditedStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,41 +64,21 @@ def reshard(
     what was asked), 130 interrupted.
     """
     with writing(target):
-        from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
-        from neox_bridge.optimizer.read_files import read_optimizer
-        from neox_bridge.optimizer.reshard import plan_reshard, target_states
-        from neox_bridge.optimizer.reshard_target import check_row_bias
+        from neox_bridge.conversion import plan_resharding
         from neox_bridge.planning.option_checks import check_gqa_order, check_layout
-        from neox_bridge.stores.paths import absolute
 
         check_layout(resharding.layout, resharding.pp)
         _check_era(resharding.era)
         checkpoint = reading.open(source)
         check_gqa_order(reading.gqa_order, checkpoint)
-        checkpoint = with_published_tokenizer(checkpoint)
-        optimizer: Optimizer = read_optimizer(checkpoint)
-        edited: EditedStates | None = None
-        if states.path is not None:
-            from neox_bridge.optimizer.read_export import with_export
-
-            checkpoint, edited = with_export(checkpoint, optimizer, states.path)
-        if given("row_bias"):
-            check_row_bias(
-                checkpoint,
-                optimizer,
-                edited,
-                tp=resharding.tp,
-                universal=resharding.universal,
-            )
-        plan = plan_reshard(checkpoint, optimizer, resharding, absolute(target), edited)
-
-        def checker(progress: Progress) -> Callable[[str], None]:
-            from neox_bridge.verification.optimizer import checker
-
-            parts = target_states(checkpoint, optimizer, resharding, edited)
-            workers = execution.max_workers
-            return checker(checkpoint, *parts, workers=workers, progress=progress)
-
+        plan, checker = plan_resharding(
+            checkpoint,
+            resharding,
+            target,
+            export=states.path,
+            given=given("row_bias"),
+            workers=execution.max_workers,
+        )
         run_plan(plan, target, "resharding", execution, checker)
 
 

@@ -129,6 +129,14 @@ def check_base(repo: str, branch: str, *, repo_exists: bool, branch_exists: bool
         )
 
 
+def work_base(chosen: str | None) -> str:
+    """The folder in which files are made before they are uploaded."""
+    base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
+    if not os.path.isdir(base):
+        raise BridgeError(f"{base}: no such folder. Name one with room for the files: --work DIR.")
+    return base
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """What is published where. api: huggingface_hub's."""

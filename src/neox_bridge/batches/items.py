@@ -2,13 +2,15 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from neox_bridge.api import open_checkpoint
+from neox_bridge.conversion import open_checkpoint
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.planning.option_checks import check_options
+from neox_bridge.planning.options import Options
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.verification.runs import StepLocation, TrainingRun, known_runs
 from neox_bridge.verification.step_choice import check_ranges, check_steps, with_steps
@@ -72,6 +74,20 @@ def find_items(
             "runs into folders of their own."
         )
     return items, list(faults)
+
+
+def check_first(items: Iterable[Item], options: Options, given: Collection[str] = ()) -> None:
+    """Raise UsageError where the options do not apply to the first checkpoint of a run.
+
+    What else is wrong with it is for its row. given: see ``check_options``.
+    """
+    for item in {item.run: item for item in reversed(list(items))}.values():
+        try:
+            check_options(item.source.open(), options, given)
+        except UsageError:  # noqa: PERF203
+            raise
+        except (BridgeError, OSError):
+            continue
 
 
 def _name(run: TrainingRun, place: StepLocation, several: bool) -> str:

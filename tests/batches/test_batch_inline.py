@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from tiny import Inline, plan_of, tensors, write_hf
 
-from neox_bridge.batch import run as running
-from neox_bridge.batch.items import Item, Source, find_items
-from neox_bridge.batch.on_hub import HubModel
-from neox_bridge.batch.row import BatchRow
-from neox_bridge.batch.run import Batch, Event, convert_one, default_ahead, run_batch, verify_part
-from neox_bridge.batch.target_state import TargetState
-from neox_bridge.batch.watch import is_finished, rounds
+from neox_bridge.batches import run as running
+from neox_bridge.batches.items import Item, Source, find_items
+from neox_bridge.batches.on_hub import HubModel
+from neox_bridge.batches.row import BatchRow
+from neox_bridge.batches.run import Batch, Event, convert_one, default_ahead, run_batch, verify_part
+from neox_bridge.batches.target_state import TargetState
+from neox_bridge.batches.watch import is_finished, rounds
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import hub_revisions

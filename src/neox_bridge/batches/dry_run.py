@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from neox_bridge.batch.estimate import rate_of
-from neox_bridge.batch.items import Item
-from neox_bridge.batch.row import BatchRow
-from neox_bridge.batch.run import Batch, place_of, plan_one
-from neox_bridge.batch.target_state import decision
+from neox_bridge.batches.estimate import rate_of
+from neox_bridge.batches.items import Item
+from neox_bridge.batches.row import BatchRow
+from neox_bridge.batches.run import Batch, place_of, plan_one
+from neox_bridge.batches.target_state import decision
 from neox_bridge.errors import BridgeError
 from neox_bridge.planning.plan import Plan
 

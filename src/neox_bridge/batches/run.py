@@ -7,12 +7,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.api import plan as make_plan
-from neox_bridge.batch import on_hub
-from neox_bridge.batch.items import Item, Source
-from neox_bridge.batch.on_hub import HubModel
-from neox_bridge.batch.row import BatchRow
-from neox_bridge.batch.target_state import TargetState, decision, state_of
+from neox_bridge.batches import on_hub
+from neox_bridge.batches.items import Item, Source
+from neox_bridge.batches.on_hub import HubModel
+from neox_bridge.batches.row import BatchRow
+from neox_bridge.batches.target_state import TargetState, decision, state_of
+from neox_bridge.conversion import plan_conversion, source_check
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.execute import execute, sources_of
@@ -26,6 +26,7 @@ from neox_bridge.planning.option_checks import kind_of
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.fetched import folder_beside, keeping
+from neox_bridge.stores.hub_names import reader_folder
 from neox_bridge.stores.objects import pending, pending_now
 from neox_bridge.stores.paths import absolute, is_local
 
@@ -65,7 +66,7 @@ class Batch:
     retries: for each, after its first failure.
     every_hash: whether what is done is read again to see if it is whole. norms: whether the L2
     norms of the result's tensors are taken. version: of transformers, which must load the results.
-    ahead: checkpoints that are worked on at a time.
+    ahead: checkpoints that are worked on at a time; by default what keeps the pool busy.
     """
 
     target: str
@@ -78,7 +79,7 @@ class Batch:
     every_hash: bool = False
     norms: bool = False
     version: "TransformersFacts | None" = None
-    ahead: int = 4
+    ahead: int | None = None
     hub: HubModel | None = None
     tell: Callable[[Event], None] = _silent
 
@@ -91,13 +92,14 @@ def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Batch
     """
     waiting: set[Future[BatchRow]] = set()
     left = iter(items)
-    with ThreadPoolExecutor(batch.ahead) as threads:
+    ahead = batch.ahead or default_ahead(pool.slots)
+    with ThreadPoolExecutor(ahead) as threads:
         try:
             if (first := next(left, None)) is not None:
                 waiting.add(threads.submit(convert_one, first, batch, pool))
                 wait(waiting, _HEAD_START)
             while True:
-                while len(waiting) < batch.ahead and (item := next(left, None)) is not None:
+                while len(waiting) < ahead and (item := next(left, None)) is not None:
                     waiting.add(threads.submit(convert_one, item, batch, pool))
                 if not waiting:
                     return
@@ -145,25 +147,18 @@ def place_of(item: Item, batch: Batch) -> str:
 def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
     """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
     checkpoint, options = item.source.open(), batch.options
-    if checkpoint.hub_repo and options.tokenizer is None:
-        from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
-
-        checkpoint = with_published_tokenizer(checkpoint)
     # a batch may hold runs of several forks: each is asked for the keys that it has
     there = ignorable(checkpoint)
     options = replace(options, ignore_keys=tuple(k for k in options.ignore_keys if k in there))
-    if batch.version is not None:
-        from neox_bridge.architectures.transformers_limits import refuse_version
-
-        refuse_version(checkpoint.architecture.name, checkpoint.config, batch.version)
     kind = kind_of(checkpoint, options)
     if (checkpoint.kind, kind, options.iteration) == ("hf", "neox", None):
         options = replace(options, iteration=item.number)  # its folder tells, its config doesn't
-    if batch.hub is not None:
-        plan = on_hub.plan(checkpoint, options, batch.hub)
-        return plan, *on_hub.state_of(plan, batch.hub, item.name)
     target = place_of(item, batch)
-    plan = make_plan(checkpoint, options, target)
+    # the yml of a model on the Hub names no folder of this machine
+    root = target if batch.hub is None else reader_folder(batch.hub.repo)
+    plan = plan_conversion(checkpoint, options, root, version=batch.version)
+    if batch.hub is not None:
+        return plan, *on_hub.state_of(plan, batch.hub, item.name)
     absent = sorted(set(batch.options.ignore_keys) - there)
     plan = replace(plan, findings=(*plan.findings, *map(_not_there, absent)))
     sources = identities(sources_of(plan))
@@ -285,14 +280,8 @@ def verify_part(
 
     told: the objects that are to come where it is in a store (``objects.pending``).
     """
-    from neox_bridge.verification.verify import checker
-
     checkpoint = source.open()
-    check = checker(checkpoint, workers=1, part=part)
-    if optimizer == "fresh" and part[0] == 0:
-        from neox_bridge.verification.optimizer import fresh_checker
-
-        check = fresh_checker(checkpoint, check, workers=1)
+    check = source_check(checkpoint, is_fresh=optimizer == "fresh", workers=1, part=part)
     with pending(told), keeping(folder_beside(folder), checkpoint.files):
         check(folder)
 

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-from neox_bridge.batch.items import Item
+from neox_bridge.batches.items import Item
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.paths import absolute, isfile

@@ -5,19 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from neox_bridge.api import plan as make_plan
-from neox_bridge.batch.target_state import TargetState, is_of
-from neox_bridge.errors import BridgeError
+from neox_bridge.batches.target_state import TargetState, is_of
+from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.execution.execute import sources_of
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.work import held, work_of
 from neox_bridge.hub.preview import message_of, plan_publish, step_of_plan
-from neox_bridge.hub.publish import publish
+from neox_bridge.hub.publish import publish, work_base
 from neox_bridge.hub.remote import published_record, record_path
-from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
-from neox_bridge.stores.hub_names import HubTarget, reader_folder
+from neox_bridge.stores.hub_api import hub_api
+from neox_bridge.stores.hub_names import HubTarget, hub_target, is_hub
+from neox_bridge.stores.paths import is_local
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,26 @@ class HubModel:
     create_pr: bool = False
 
 
-def plan(checkpoint: Checkpoint, options: Options, model: HubModel) -> Plan:
-    """A plan whose yml, where it has one, names no folder of this machine."""
-    return make_plan(checkpoint, options, reader_folder(model.repo))
+def hub_model(
+    target: str, work: str | None = None, *, private: bool = False, create_pr: bool = False
+) -> HubModel | None:
+    """The model whose branches a batch writes; None for a folder or its URL.
+
+    Raises BridgeError, once and not for each checkpoint, where a library that the target needs is
+    missing.
+    """
+    if is_hub(target):
+        if "@" in target:
+            raise UsageError(
+                ["target"], f"{target}: a batch writes a branch for each step", "Leave it out."
+            )
+        hub_api(f"{target} is on the Hub")
+        return HubModel(hub_target(target).repo, work_base(work), private, create_pr)
+    if not is_local(target):
+        from neox_bridge.stores.objects import store_of
+
+        store_of(target)
+    return None
 
 
 def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str]:

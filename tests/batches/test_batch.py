@@ -17,10 +17,10 @@ from batch_calls import die, die_once
 from common import convert, fixture, make_hf, step_of
 from file_trees import same_tree
 
-from neox_bridge.batch import run as running
-from neox_bridge.batch.items import Item, Source, find_items
-from neox_bridge.batch.row import BatchRow
-from neox_bridge.batch.run import Batch, run_batch
+from neox_bridge.batches import run as running
+from neox_bridge.batches.items import Item, Source, find_items
+from neox_bridge.batches.row import BatchRow
+from neox_bridge.batches.run import Batch, run_batch
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import Processes
 from neox_bridge.planning.options import Options

@@ -1,0 +1,176 @@
+"""How the stages of a conversion fit together: opened, planned, and compared with its source.
+
+The public verbs, the command line and batches all go through these functions.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.planning.options import Options
+from neox_bridge.planning.plan import Plan
+from neox_bridge.tensors.fused import GqaOrder
+
+if TYPE_CHECKING:
+    from neox_bridge.frameworks.facts import TransformersFacts
+    from neox_bridge.optimizer.options import Resharding
+
+Progress = Callable[[int], None]
+Check = Callable[[str], None]  # raises Unverified if a finished folder is not the source
+MakeCheck = Callable[[Progress | None], Check]
+
+
+def open_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    step: int | None = None,
+    configs: Sequence[str] = (),
+    gqa_order: GqaOrder | None = None,
+    masters: bool = False,
+) -> Checkpoint:
+    """Open a checkpoint without reading a tensor. Nothing in it is executed.
+
+    Args:
+        source: A folder of either kind, its URL, or ``ORG/NAME[@REVISION]`` on the Hub.
+        revision: A branch, tag or commit of a model on the Hub.
+        step: The step of a GPT-NeoX run; by default the one that ``latest`` names.
+        configs: The yml files of a GPT-NeoX checkpoint that has none of its own.
+        gqa_order: The order of the rows of grouped-query attention, if the files do not tell it.
+        masters: Read the optimizer's fp32 master weights in place of the stored weights.
+
+    Raises:
+        BridgeError: The source is missing, damaged, or no checkpoint that this package knows.
+        Refused: The source is a checkpoint that cannot be represented.
+    """
+    from neox_bridge.layouts import open as layouts
+
+    checkpoint = layouts.open_checkpoint(
+        source, revision=revision, step=step, configs=configs, gqa_order=gqa_order
+    )
+    if not masters:
+        return checkpoint
+    from neox_bridge.optimizer.masters import with_masters
+
+    return with_masters(checkpoint)
+
+
+def plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
+    """Say everything that a conversion will write, before a byte is written.
+
+    Args:
+        checkpoint: What ``open_checkpoint`` returned.
+        options: What to write, and how.
+        target: The folder or URL to be written; the yml of a GPT-NeoX target names it.
+
+    Raises:
+        Refused: The target cannot express the source; the message has every reason.
+        UsageError: Options that do not apply to this conversion, or contradict each other.
+    """
+    from neox_bridge.planning.make import make_plan
+
+    if options.optimizer != "fresh":
+        return make_plan(checkpoint, options, target)
+    from neox_bridge.optimizer.fresh import fresh
+
+    return make_plan(checkpoint, options, target, fresh)
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    options: Options,
+    target: str,
+    *,
+    given: Collection[str] = (),
+    version: "TransformersFacts | None" = None,
+) -> Plan:
+    """``plan``, with the tokenizer of a published run, and within the limits of a transformers.
+
+    given: see ``planning.option_checks``. version: of transformers, which must load the result.
+    """
+    if options.tokenizer is None:
+        from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
+
+        checkpoint = with_published_tokenizer(checkpoint)
+    if given:
+        from neox_bridge.planning.option_checks import check_options
+
+        check_options(checkpoint, options, given)
+    conversion = plan(checkpoint, options, target)
+    if version is not None:
+        from neox_bridge.architectures.transformers_limits import refuse_version
+
+        refuse_version(checkpoint.architecture.name, checkpoint.config, version)
+    return conversion
+
+
+def conversion_check(
+    plan: Plan, progress: Progress | None = None, *, workers: int | None = None
+) -> Check:
+    """A check for the executor. Raises ValueError if the plan has no source checkpoint."""
+    if plan.checkpoint is None:
+        raise ValueError("this plan has no source checkpoint to compare the result with")
+    is_fresh = plan.asked.get("optimizer") == "fresh"
+    return source_check(plan.checkpoint, progress, is_fresh=is_fresh, workers=workers)
+
+
+def source_check(
+    checkpoint: Checkpoint,
+    progress: Progress | None = None,
+    *,
+    is_fresh: bool,
+    workers: int | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Check:
+    """A check for the executor, of a part of the tensors; see ``verification.verify.checker``.
+
+    is_fresh: whether the result has a fresh optimizer, which belongs to the first part.
+    """
+    from neox_bridge.verification.verify import checker
+
+    check = checker(checkpoint, workers=workers, progress=progress, part=part)
+    if not is_fresh or part[0] > 0:
+        return check
+    from neox_bridge.verification.optimizer import fresh_checker
+
+    return fresh_checker(checkpoint, check, workers=workers)
+
+
+def plan_resharding(
+    checkpoint: Checkpoint,
+    options: "Resharding",
+    target: str,
+    *,
+    export: str | None = None,
+    given: Collection[str] = (),
+    workers: int | None = None,
+) -> tuple[Plan, MakeCheck]:
+    """Say what resharding a run will write, and what makes the check of the result.
+
+    export: a folder that ``export-optimizer`` wrote, whose states replace those of the run.
+    given: names of options that must have an effect.
+    """
+    from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
+    from neox_bridge.optimizer.read_files import read_optimizer
+    from neox_bridge.optimizer.reshard import plan_reshard, target_states
+    from neox_bridge.stores.paths import absolute
+
+    checkpoint, edited = with_published_tokenizer(checkpoint), None
+    optimizer = read_optimizer(checkpoint)
+    if export is not None:
+        from neox_bridge.optimizer.read_export import with_export
+
+        checkpoint, edited = with_export(checkpoint, optimizer, export)
+    if "row_bias" in given:
+        from neox_bridge.optimizer.reshard_target import check_row_bias
+
+        check_row_bias(checkpoint, optimizer, edited, tp=options.tp, universal=options.universal)
+    conversion = plan_reshard(checkpoint, optimizer, options, absolute(target), edited)
+
+    def make_check(progress: Progress | None) -> Check:
+        from neox_bridge.verification.optimizer import checker
+
+        states = target_states(checkpoint, optimizer, options, edited)
+        return checker(checkpoint, *states, workers=workers, progress=progress)
+
+    return conversion, make_check
