@@ -36,9 +36,7 @@ def partition(
     for fragment in flat.fragments(rank):
         at = fragment.start * itemsize(dtype)
         tensor, end = tensors[fragment.name], fragment.low + fragment.numel
-        parts += [
-            replace(part, offset=at + part.offset) for part in cut_out(tensor, fragment.low, end)
-        ]
+        parts += [part.at(at + part.offset) for part in cut_out(tensor, fragment.low, end)]
     used, zeros = flat.used(rank), flat.partition - flat.used(rank)
     if padded and zeros:
         fill = OutputTensor("padding", dtype, (zeros,), (constant((zeros,), 0.0),))
@@ -141,10 +139,7 @@ def put(file: OutputFile, parts: Mapping[str, Parts]) -> OutputFile:
         tensors=tuple(
             chain.from_iterable(
                 (
-                    [
-                        replace(part, offset=tensor.offset + part.offset)
-                        for part in parts[tensor.name]
-                    ]
+                    [part.at(tensor.offset + part.offset) for part in parts[tensor.name]]
                     if tensor.name in parts
                     else [tensor]
                 )

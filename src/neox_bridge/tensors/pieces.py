@@ -143,6 +143,8 @@ def box(ref: TensorRef) -> Piece:
 
 def cut(whole: Whole, start: Shape, shape: Shape, to: Shape) -> tuple[Piece, ...]:
     """The pieces of a box of ``whole``, moved so that the box's corner lies at ``to``."""
+    if shape == whole.shape and not any(to) and all(shape):  # nothing is cut off or moved
+        return whole.pieces
     if len(whole.pieces) == 1 and not any(whole.pieces[0].to):
         only = whole.pieces[0]
         if only.shape == whole.shape and not any(only.start) and all(shape):  # as most are
