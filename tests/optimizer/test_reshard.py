@@ -318,9 +318,9 @@ def test_the_global_batch_stays() -> None:
     assert spread(Batch(1024, 4, 32), 16, None) == Batch(1024, 4, 16)
     assert spread(Batch(1024, 4, 32), 512, None) == Batch(1024, 2, 1)
     assert spread(Batch(1024, 4, 32), 16, 8) == Batch(1024, 8, 8)
-    with pytest.raises(Refused, match=r"--dp 3 doesn't divide .* These do: 1, 2, 4, 8\."):
+    with pytest.raises(Refused, match=r"over 3 data-parallel ranks.* Valid values: 1, 2, 4, 8\."):
         spread(Batch(8, 4, 1), 3, None)
-    with pytest.raises(Refused, match=r"--micro-batch 3 doesn't divide .* These do: 1, 2, 4\."):
+    with pytest.raises(Refused, match=r"micro-batches of 3\. Valid values: 1, 2, 4\."):
         spread(Batch(8, 4, 1), 2, 3)
 
 
@@ -465,7 +465,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(DATA / "fp32"))
     optimizer: Optimizer = read_optimizer(checkpoint)
     for asked, message in (
-        (Resharding(dp=3), "--dp 3 doesn't divide the global batch of 2"),
+        (Resharding(dp=3), "The global batch of 2 sequences cannot be split evenly over 3"),
         (Resharding(zero=2), "ZeRO stage 2 doesn't go with pipe_parallel_size 1"),
         (Resharding(pp=4), "--pp 4: the model has 2 layers only"),
     ):
@@ -492,7 +492,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "finetune: false\n" in yml
     refused = run.invoke(app, ["reshard", str(DATA / "fp32"), new, "--dp", "3"])
     assert refused.exit_code == 4
-    assert "These do: 1, 2." in refused.output
+    assert "Valid values: 1, 2." in refused.output
 
 
 def test_what_was_written_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ def test_the_ranks_that_are_named_fit(tp: int, heads: int, tmp_path: Path) -> No
     hf = make_hf(tmp_path / "hf", family="llama", num_attention_heads=heads)
     code, said = run("convert", hf, tmp_path / "out", "--tp", tp)
     assert code == 4
-    (listed,) = re.findall(r"These do: ([\d, ]+)", said)
+    (listed,) = re.findall(r"Valid values: ([\d, ]+)", said)
     for fitting in listed.split(", "):
         assert run("convert", hf, tmp_path / fitting, "--tp", fitting)[0] == 0
 

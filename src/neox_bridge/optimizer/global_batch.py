@@ -57,15 +57,16 @@ def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = 
     if batch.total % dp:
         fits = _listed(_divisors(batch.total))
         raise Refused(
-            f"--dp {dp} doesn't divide the global batch of {batch.total} sequences, which the "
-            f"learning-rate schedule was made for. These do: {fits}."
+            f"The global batch of {batch.total} sequences cannot be split evenly over {dp} "
+            "data-parallel ranks, and it stays as it is, because the learning-rate schedule "
+            f"depends on it. Valid values: {fits}."
         )
     share = batch.total // dp
     sizes = _divisors(share)
     if micro is not None and micro not in sizes:
         raise Refused(
-            f"--micro-batch {micro} doesn't divide the {share} sequences of a rank's step, with "
-            f"{batch.total} in all on {dp} ranks. These do: {_listed(sizes)}."
+            f"The {share} sequences of a rank's step ({batch.total} on {dp} ranks) cannot be "
+            f"split into micro-batches of {micro}. Valid values: {_listed(sizes)}."
         )
     fitting = [size for size in sizes if size <= batch.micro]
     wanted = [size for size in fitting if size * (accumulation or 0) == share]

@@ -218,8 +218,8 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
         if size % tp:
             fits = [n for n in range(1, 65) if not any(s % n for s in parts.values())]
             raise Refused(
-                f"--tp {tp} doesn't divide the {size} {what}, so GPT-NeoX can't split this model "
-                f"so. These do: {', '.join(map(str, fits))}."
+                f"This model cannot be split evenly over {tp} ranks: it has {size} {what}. "
+                f"Valid values: {', '.join(map(str, fits))}."
             )
     if stages > config.layers:
         raise Refused(
