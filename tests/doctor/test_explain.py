@@ -293,5 +293,5 @@ def test_the_doctor_uses_it(tmp_path: Path) -> None:
 def test_a_diagnosis_is_plain_data() -> None:
     from dataclasses import asdict
 
-    diagnosis = Diagnosis("code", "", "cause", "remedy", ("key",))
+    diagnosis = Diagnosis("code", "cause", "remedy", ("key",))
     assert json.loads(json.dumps(asdict(diagnosis)))["keys"] == ["key"]

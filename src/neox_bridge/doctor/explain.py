@@ -35,7 +35,7 @@ def _by_changes(text: str) -> Iterator[Diagnosis]:
     for change in CHANGES:
         for pattern in change.in_error:
             if match := re.search(pattern, text, re.M):
-                yield Diagnosis(change.id, "", change.title, change.remedy, (match[0],))
+                yield Diagnosis(change.id, change.title, change.remedy, (match[0],))
                 break
 
 
@@ -61,7 +61,6 @@ def _args(m: Message) -> Iterator[Diagnosis]:
             needs += [("vocab-rows", "tokenizer")] if fewer else []
         yield Diagnosis(
             "checkpoint-args",
-            "",
             f"the checkpoint was saved with {key}: {stored}, and the run has {now}; GPT-NeoX "
             "compares the args that mp_rank files hold with its own",
             same,
@@ -72,7 +71,6 @@ def _args(m: Message) -> Iterator[Diagnosis]:
     if "padded_vocab_size" in m.text and not re.search(pattern, m.text):
         yield Diagnosis(
             "checkpoint-args",
-            "",
             "GPT-NeoX pads the vocabulary to a multiple of make_vocab_size_divisible_by x "
             "model_parallel_size, and gets another number of rows than the checkpoint has",
             "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size as "
@@ -86,7 +84,6 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
     if re.search(r"Expected state_dict to be dict-like, got <class 'NoneType'>", m.text):
         yield Diagnosis(
             "layout",
-            "",
             "the checkpoint holds layer files, and the run wants one file a rank: "
             "pipe_parallel_size: 0, or 1 in a tree of 2024-03-07 to 2024-06-07 or before "
             "2023-04-21",
@@ -98,7 +95,6 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
     if re.search(r"KeyError: 'module'", m.text):
         yield Diagnosis(
             "layout",
-            "",
             "the checkpoint holds one file a rank, and the run wants layer files "
             "(pipe_parallel_size: 1 or more)",
             "",
@@ -109,7 +105,6 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
     if match := re.search(r"key: (\S+) is not found in the checkpoint (\S+)", m.text):
         yield Diagnosis(
             "tensor-parallel",
-            "",
             f"{match[1]} couldn't be put together from files of several ranks ({match[2]}): the "
             "checkpoint has more tensor-parallel ranks than the run",
             f"{CONVERT} --tp N, with the run's model_parallel_size",
@@ -119,7 +114,6 @@ def _layout(m: Message) -> Iterator[Diagnosis]:
     if match := re.search(pattern, m.text):
         yield Diagnosis(
             "mp-world-size",
-            "",
             f"the folder holds {match[1]} mp_rank files, and they say that there are {match[2]}: "
             "left-over files of another layout, or some are missing",
             "remove those of the other layout (neox-bridge doctor CHECKPOINT names them), or write "
@@ -137,7 +131,6 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
         run_so = f"run with {saved} data-parallel ranks" if match else "run with as many ranks"
         yield Diagnosis(
             "zero-world-size",
-            "",
             f"the optimizer's states were saved by {saved} data-parallel ranks, and this run has "
             f"{now}; DeepSpeed does not divide ZeRO's partitions anew",
             f"neox-bridge reshard CHECKPOINT NEW --dp {number}"
@@ -148,18 +141,17 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
     if re.search(r"Empty ds_version in checkpoint", m.text):
         yield Diagnosis(
             "optimizer-version",
-            "checkpoint",
             "the optimizer's states have no ds_version, like those of GPT-NeoX v1.0, and later "
             "trees cannot resume from them. The weights are not affected",
             "neox-bridge reshard CHECKPOINT NEW --for today",
             ("ds_version",),
             others=("go on from the weights alone, in the yml: finetune: true",),
             more=change_named("neox-deepspeed-08").link,
+            older="checkpoint",
         )
     if re.search(r"KeyError: 'csr_tensor_module_names'", m.text):
         yield Diagnosis(
             "sparse-tensor-names",
-            "framework",
             "this is GPT-NeoX v1.0 or older with DeeperSpeed 0.3.15, and a newer GPT-NeoX wrote "
             "the checkpoint: csr_tensor_module_names is called sparse_tensor_module_names now",
             f"{CONVERT} --for neox@v1.0",
@@ -167,6 +159,7 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
             (("for", "neox@v1.0"),),
             others=("with its optimizer: neox-bridge reshard CHECKPOINT NEW --for neox@v1.0",),
             more=change_named("neox-deepspeed-08").link,
+            older="framework",
         )
     absent = r"'NoneType' object is not subscriptable"
     where = r"start_lr|lr_scheduler|learning_rates\.py|load_checkpoint|optimizer"
@@ -174,7 +167,6 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
     if re.search(absent, m.text) and (not framed or re.search(where, m.text)):
         yield Diagnosis(
             "no-optimizer-states",
-            "",
             "the checkpoint holds weights only (no learning rate, no optimizer states), and the "
             "run wants to resume from it",
             "in the yml: finetune: true",
@@ -194,7 +186,6 @@ def _scripts(m: Message) -> Iterator[Diagnosis]:
         remedy, other = commands if to_hf or not to_neox else reversed(commands)
         yield Diagnosis(
             "conversion-script",
-            "",
             f"a conversion script looks for {key}, which the checkpoint does not have: GPT-NeoX's "
             "scripts know the names of one time only",
             remedy,
@@ -211,7 +202,6 @@ def _yml(m: Message) -> Iterator[Diagnosis]:
     for file, key in re.findall(pattern, m.text):
         yield Diagnosis(
             "duplicate-key",
-            "",
             f"{key} stands in {file} and in a yml before it; GPT-NeoX refuses that",
             f"remove {key} from one of the yml files",
             (key,),
@@ -236,7 +226,9 @@ def _unknown_key(key: str) -> Diagnosis:
     older: Older = "framework" if newer else "checkpoint" if knows else ""
     code = ids[0] if ids else "unknown-yml-key"
     others = (remedy,) if knows else ()
-    return Diagnosis(code, older, cause, remedy, (key,), by_convert=bool(knows), others=others)
+    return Diagnosis(
+        code, cause, remedy, (key,), older=older, by_convert=bool(knows), others=others
+    )
 
 
 def _torch(m: Message) -> Iterator[Diagnosis]:
@@ -244,7 +236,6 @@ def _torch(m: Message) -> Iterator[Diagnosis]:
         names = re.findall(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.]+\w)", m.text)
         yield Diagnosis(
             "torch-weights-only",
-            "checkpoint",
             "torch 2.6 and newer refuse files that hold more than tensors, as GPT-NeoX's mp_rank "
             "and optimizer files do ("
             + (", ".join(dict.fromkeys(names)) or "pickled objects")
@@ -253,12 +244,12 @@ def _torch(m: Message) -> Iterator[Diagnosis]:
             "CHECKPOINT NEW --to hf; in code of your own, torch.load(…, weights_only=False) for a "
             "file that you trust",
             tuple(dict.fromkeys(names)),
+            older="checkpoint",
         )
     for name in re.findall(r"No module named '(deepspeed|megatron|apex)[\w.]*'", m.text):
         if re.search(r"find_class|serialization\.py|unpickl", m.text, re.I):
             yield Diagnosis(
                 "pickled-class",
-                "",
                 f"the file names classes of {name}, which isn't installed here",
                 "neox-bridge reads it without: neox-bridge convert CHECKPOINT NEW --to hf",
                 (name,),

@@ -22,16 +22,15 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
         llama = any("self_attn" in key for key in (*missing, *unexpected))
         yield Diagnosis(
             "hf-llama-inv-freq" if llama else "hf-neox-inv-freq",
-            "framework" if missing else "checkpoint",
             "inv_freq is stored by older versions of transformers only; it is recomputed",
             "nothing needs doing where it is only a warning: the values follow from the base. To "
             "be rid of the keys: neox-bridge convert CHECKPOINT NEW --to hf",
             missing + unexpected,
+            older="framework" if missing else "checkpoint",
         )
     elif missing:
         yield Diagnosis(
             "neox-inv-freq",
-            "framework",
             "this GPT-NeoX stores the rotary buffer in every layer, as all trees did before "
             "2024-03-04. transformers 4.35 and newer do not store it, so converted checkpoints do "
             "not hold it. It is not learned: inv_freq = 1 / rotary_emb_base ** (arange(0, dim, 2) "
@@ -44,11 +43,11 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
                 "neox-bridge patch TREE   # lets the tree load both kinds",
             ),
             more=change_named("neox-inv-freq").link,
+            older="framework",
         )
     elif unexpected:
         yield Diagnosis(
             "neox-inv-freq",
-            "checkpoint",
             "the checkpoint holds the rotary buffer, and this GPT-NeoX does not store it (since "
             f"{since('neox-inv-freq')})",
             f"{CONVERT} --inv-freq omit",
@@ -59,6 +58,7 @@ def _inv_freq(m: Message) -> Iterator[Diagnosis]:
                 "neox-bridge patch TREE   # lets the tree load both kinds",
             ),
             more=change_named("neox-inv-freq").link,
+            older="checkpoint",
         )
 
 
@@ -69,7 +69,6 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         if keys := short(unexpected, linear):
             yield Diagnosis(
                 "neox-names-in-hf",
-                "",
                 "the folder holds GPT-NeoX's names (mlp.linear1), which transformers doesn't "
                 "know: whatever exported it didn't rename them, and the model's MLPs are random "
                 "now",
@@ -86,36 +85,36 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         if keys := short(unexpected, names):
             yield Diagnosis(
                 code,
-                "checkpoint",
                 f"the checkpoint's {old}, as before {when}; the tree has linear1 and linear2",
                 f"{CONVERT} --for today",
                 keys,
                 by_convert=True,
                 others=_BEFORE_NOVEMBER,
                 more=more,
+                older="checkpoint",
             )
             return
         if keys := short(missing, names):
             yield Diagnosis(
                 code,
-                "framework",
                 f"the tree's {old}, as before {when}; the checkpoint has linear1 and linear2",
                 f"{CONVERT} --for neox@2024-09",
                 keys,
                 by_convert=True,
                 more=more,
+                older="framework",
             )
             return
     if keys := short(missing, r"mlp\.linear[12]\.weight"):
         yield Diagnosis(
             "neox-mlp-names",
-            "checkpoint",
             f"the tree has linear1 and linear2, as since {when}, and the checkpoint does not",
             f"{CONVERT} --for today",
             keys,
             needs=(("for", "today"),),
             by_convert=True,
             more=more,
+            older="checkpoint",
         )
 
 
@@ -129,7 +128,6 @@ def _norms(m: Message) -> Iterator[Diagnosis]:
         if keys:
             yield Diagnosis(
                 "norm-kind",
-                "",
                 f"the yml asks for norm: {wanted}, and the checkpoint holds {held}: GPT-NeoX "
                 "names the weights of rmsnorm scale, those of layernorm weight and bias",
                 f"in the yml: norm: {held}",
@@ -144,11 +142,11 @@ def _biases(m: Message) -> Iterator[Diagnosis]:
         if keys := short(missing, attention):
             yield Diagnosis(
                 "hf-attention-bias",
-                "framework",
                 "the files have no biases in attention, and the model has: they are random now; "
                 "transformers is older than 4.37, or config.json doesn't say attention_bias: false",
                 "in config.json: attention_bias: false, with transformers 4.37 or newer",
                 keys,
+                older="framework",
             )
         return
     for pattern, key in (
@@ -161,7 +159,6 @@ def _biases(m: Message) -> Iterator[Diagnosis]:
             value, says = ("true", "holds") if has else ("false", "doesn't hold")
             yield Diagnosis(
                 "bias-keys",
-                "",
                 f"the checkpoint {says} these biases, and the yml says otherwise",
                 f"in the yml: {key}: {value}",
                 lacks + has,
@@ -175,7 +172,6 @@ def _transformer_engine(m: Message) -> Iterator[Diagnosis]:
         has = "the tree builds" if missing else "the checkpoint was saved with"
         yield Diagnosis(
             "neox-transformer-engine",
-            "",
             f"{has} Transformer Engine's modules, which have other names, and the other side "
             "doesn't",
             "in the yml: te_columnparallel, te_rowparallel, te_layernorm_mlp and te_mha as they "
@@ -190,17 +186,16 @@ def _head(m: Message) -> Iterator[Diagnosis]:
         older: Older = "framework" if "embed_out" in missing[0] else "checkpoint"
         yield Diagnosis(
             "hf-lm-head",
-            older,
             f"the output layer is {unexpected[0]} in the files and {missing[0]} in the model "
             "(transformers 5.14 renamed it in memory): it is random now",
             "neox-bridge convert CHECKPOINT NEW --to hf writes embed_out.weight, which every "
             "version reads",
             missing + unexpected,
+            older=older,
         )
     elif missing:
         yield Diagnosis(
             "no-output-layer",
-            "",
             "the files have no output layer, and config.json doesn't say that it is the "
             "embeddings: it is random now",
             "in config.json: tie_word_embeddings: true, if the model is tied; else download or "
@@ -210,7 +205,6 @@ def _head(m: Message) -> Iterator[Diagnosis]:
     elif unexpected:
         yield Diagnosis(
             "output-layer-unused",
-            "",
             "the files hold an output layer that this model doesn't have: it is tied, or it was "
             "loaded without its head",
             "in config.json: tie_word_embeddings: false, if the layer is one of its own; load it "
@@ -224,11 +218,11 @@ def _masks(m: Message) -> Iterator[Diagnosis]:
     if missing or unexpected:
         yield Diagnosis(
             "hf-masks",
-            "framework" if missing else "checkpoint",
             "attention.bias and attention.masked_bias are causal masks, not weights; transformers "
             "before 4.31 stored them",
             "neox-bridge convert CHECKPOINT NEW --to hf drops them",
             missing + unexpected,
+            older="framework" if missing else "checkpoint",
         )
 
 
@@ -241,7 +235,6 @@ def _sizes(m: Message) -> Iterator[Diagnosis]:
     if qkv and not m.by_transformers:
         yield Diagnosis(
             "query-key-value-rows",
-            "",
             "query_key_value has another number of rows than the yml asks for",
             "in the yml: num_kv_heads, num_attention_heads and model_parallel_size as they were "
             f"when the checkpoint was saved; for another TP: {CONVERT} --tp N",
@@ -252,7 +245,6 @@ def _sizes(m: Message) -> Iterator[Diagnosis]:
     if m.sizes and not (rows or qkv or mlp):
         yield Diagnosis(
             "sizes",
-            "",
             "the checkpoint is of a model of another size, or of another number of ranks",
             f"neox-bridge inspect CHECKPOINT shows its sizes; for another TP: {CONVERT} --tp N",
             tuple(size.key for size in m.sizes),
@@ -267,12 +259,9 @@ def _width(mlp: list[Sizes], hf: bool) -> Diagnosis:
     if hf:
         wide = next((size for size in mlp if "h_to_4h" in size.key or "up_proj" in size.key), None)
         width = wide.stored[0] if wide else stored
-        return Diagnosis(
-            "mlp-width", "", cause, f"in config.json: intermediate_size: {width}", keys
-        )
+        return Diagnosis("mlp-width", cause, f"in config.json: intermediate_size: {width}", keys)
     return Diagnosis(
         "mlp-width",
-        "",
         cause,
         "in the yml: activation, intermediate_size and model_parallel_size as they were when the "
         "checkpoint was saved. Trees before 2024-09-07 have plain MLPs of four times the model's "
@@ -287,7 +276,7 @@ def _vocabulary(rows: list[Sizes], hf: bool) -> Diagnosis:
     keys = tuple(size.key for size in rows)
     if hf:
         remedy = f"in config.json: vocab_size: {stored}"
-        return Diagnosis("vocabulary-rows", "", cause, remedy, keys)
+        return Diagnosis("vocabulary-rows", cause, remedy, keys)
     cause += (
         " (on one rank): GPT-NeoX pads the tokenizer's size to a multiple of "
         "make_vocab_size_divisible_by x model_parallel_size"
@@ -299,7 +288,7 @@ def _vocabulary(rows: list[Sizes], hf: bool) -> Diagnosis:
         "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size as they "
         "were when the checkpoint was saved",
     )
-    return Diagnosis("vocabulary-rows", "", cause, "", keys, tuple(needs), others=others)
+    return Diagnosis("vocabulary-rows", cause, "", keys, tuple(needs), others=others)
 
 
 KEY_RULES: tuple[Callable[[Message], Iterator[Diagnosis]], ...] = (

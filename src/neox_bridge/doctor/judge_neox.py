@@ -22,7 +22,6 @@ from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
-from neox_bridge.tensors.fused import GqaOrder
 
 # what stands in for a key that the yml lacks (megatron/neox_arguments/neox_args.py)
 _DEFAULTS: dict[str, Any] = {
@@ -35,29 +34,22 @@ _DEFAULTS: dict[str, Any] = {
 def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -> Iterator[Case]:
     """The cases of loading a checkpoint in a tree, in the order in which it meets them.
 
-    Args:
-        checkpoint: of a GPT-NeoX run.
-        facts: what the tree expects.
-        resharding: the command that writes the run for the tree with its optimizer states, where
-            it cannot resume from them as they are; "" otherwise. It is the way out of the other
-            cases that it settles too, so that one command is enough.
+    resharding: the command that writes the run for the tree with its optimizer states, where it
+        cannot resume from them as they are; "" otherwise. It is the way out of the other cases that
+        it settles too, so that one command is enough.
     """
-    state = checkpoint.neox
-    assert state is not None
-    yield from _yml(checkpoint, state, facts, resharding)
-    yield from _flat(checkpoint, state, facts, resharding)
-    yield from _rank_files(state)
-    yield from _layout_kind(checkpoint, state)
-    yield from _state_dicts(checkpoint, state, facts, resharding)
-    yield from _args(checkpoint, state, facts)
-    yield from _silent(checkpoint, state, facts)
-
-
-def _yml(
-    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
-) -> Iterator[Case]:
     fix = resharding or fix_for(checkpoint, facts)
-    for duplicate in state.duplicate_keys:
+    yield from _yml(checkpoint, facts, fix)
+    yield from _flat(checkpoint.neox_state, fix)
+    yield from _rank_files(checkpoint.neox_state)
+    yield from _layout_kind(checkpoint)
+    yield from _state_dicts(checkpoint, facts, fix)
+    yield from _args(checkpoint, facts)
+    yield from _silent(checkpoint, facts)
+
+
+def _yml(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
+    for duplicate in checkpoint.neox_state.duplicate_keys:
         if not duplicate.refused:
             yield Case(replace(duplicate_finding(duplicate), severity="info"))
             continue
@@ -94,14 +86,8 @@ def fix_for(checkpoint: Checkpoint, facts: TreeFacts, *, drop_optimizer: bool = 
 
     Optimizer states stay with parameters of the same names in the same files only, and a stored
     inv_freq that is not what the settings give is lost where files are rewritten: see ``fixes``.
-
-    Args:
-        checkpoint: of a GPT-NeoX run.
-        facts: what the tree expects.
-        drop_optimizer: whether the copy shall go on without optimizer states in any case.
     """
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     if state.missing_ranks:
         return "copy the checkpoint again"  # a copy of it would not be whole either
     stored = stores_inv_freq(checkpoint, facts)
@@ -117,9 +103,7 @@ def fix_for(checkpoint: Checkpoint, facts: TreeFacts, *, drop_optimizer: bool = 
     return fix_command(checkpoint, facts, *flags)
 
 
-def _flat(
-    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
-) -> Iterator[Case]:
+def _flat(state: NeoxState, fix: str) -> Iterator[Case]:
     """A step without a run's folder around it (load_checkpoint in megatron/checkpointing.py)."""
     if not state.flat:
         return
@@ -129,7 +113,7 @@ def _flat(
         f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
         f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
         "that, and trains from random weights",
-        resharding or fix_for(checkpoint, facts),
+        fix,
         f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
         "please ensure this file exists or pass an explicit checkpoint tag when loading a "
         "checkpoint.",
@@ -145,20 +129,23 @@ def _rank_files(state: NeoxState) -> Iterator[Case]:
         yield Case(replace(finding, severity="error"))
 
 
-def _layout_kind(checkpoint: Checkpoint, state: NeoxState) -> Iterator[Case]:
+def _layout_kind(checkpoint: Checkpoint) -> Iterator[Case]:
     setting = checkpoint.raw.get("pipe_parallel_size", 0) or 0
     stages = number("pipe_parallel_size", setting, int)
+    state = checkpoint.neox_state
     if (stages > 0) == (state.layout == "layers"):
         return
-    held = "a file a layer" if state.layout == "layers" else "a file a rank"
-    error = "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>."
+    held, read_with, wanted, error = "a file a rank", "0", 0, "KeyError: 'module'"
+    if state.layout == "layers":
+        held, read_with, wanted = "a file a layer", "1 or more", max(1, state.pp)
+        error = "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>."
     yield case(
         "layout-kind",
         "error",
         f"the yml says pipe_parallel_size: {stages}, and the checkpoint has {held}, which "
-        f"GPT-NeoX reads with {'1 or more' if state.layout == 'layers' else '0'} only",
-        f"set pipe_parallel_size: {max(1, state.pp) if state.layout == 'layers' else 0} in the yml",
-        error if state.layout == "layers" else "KeyError: 'module'",
+        f"GPT-NeoX reads with {read_with} only",
+        f"set pipe_parallel_size: {wanted} in the yml",
+        error,
     )
 
 
@@ -166,13 +153,12 @@ def expected_rows(checkpoint: Checkpoint) -> int | None:
     """The rows that GPT-NeoX computes at start; None where the tokenizer isn't known."""
     if checkpoint.tokenizer_size is None:
         return None
-    multiple = _told(checkpoint, "make_vocab_size_divisible_by")
-    return padded_size(
-        checkpoint.tokenizer_size, multiple, _told(checkpoint, "model_parallel_size")
-    )
+    multiple = _setting(checkpoint, "make_vocab_size_divisible_by")
+    tp = _setting(checkpoint, "model_parallel_size")
+    return padded_size(checkpoint.tokenizer_size, multiple, tp)
 
 
-def _told(checkpoint: Checkpoint, key: str) -> int:
+def _setting(checkpoint: Checkpoint, key: str) -> int:
     value = checkpoint.raw.get(key)
     return max(1, number(key, _DEFAULTS[key] if value is None else value, int))
 
@@ -188,16 +174,14 @@ def stores_inv_freq(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
     return facts.buffer == "always"
 
 
-def _state_dicts(
-    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts, resharding: str
-) -> Iterator[Case]:
+def _state_dicts(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
     """What load_state_dict, which is strict, says of the embeddings and of the blocks."""
-    rows = expected_rows(checkpoint)
+    state, rows = checkpoint.neox_state, expected_rows(checkpoint)
     have = checkpoint.config.dims["vocab"]
-    sizes = _sizes(checkpoint, state, facts)
+    sizes = _sizes(checkpoint, facts)
     if rows is not None and rows != have:
         hidden, tp = checkpoint.config.hidden, state.tp
-        multiple = _told(checkpoint, "make_vocab_size_divisible_by")
+        multiple = _setting(checkpoint, "make_vocab_size_divisible_by")
         line = _mismatch(
             _key(state, 0, "word_embeddings.weight"), [have // tp, hidden], [rows // tp, hidden]
         )
@@ -206,39 +190,37 @@ def _state_dicts(
             "error",
             f"the embeddings have {have} rows, and GPT-NeoX computes {rows} from the tokenizer's "
             f"{checkpoint.tokenizer_size} entries, make_vocab_size_divisible_by: {multiple} and TP "
-            f"{_told(checkpoint, 'model_parallel_size')}",
+            f"{_setting(checkpoint, 'model_parallel_size')}",
             fix_for(checkpoint, facts),
             _strict(state, "EmbeddingPipe", [], [], [line]),
         )
-    missing, unexpected, codes = _key_drift(checkpoint, state, facts)
+    missing, unexpected, codes = _key_drift(checkpoint, facts)
     if not (missing or unexpected or sizes):
         return
+    # one message names the layers of one file, or of the whole rank
+    layers = range(2, 3 if state.layout == "layers" else checkpoint.config.layers + 2)
     prints = _strict(
         state,
         "ParallelTransformerLayerPipe",
-        [_key(state, n, k) for n in _numbers(checkpoint, state) for k in missing],
-        [_key(state, n, k) for n in _numbers(checkpoint, state) for k in unexpected],
-        [
-            _mismatch(_key(state, n, key), *shapes)
-            for n in _numbers(checkpoint, state)
-            for key, shapes in sizes.items()
-        ],
+        [_key(state, n, key) for n in layers for key in missing],
+        [_key(state, n, key) for n in layers for key in unexpected],
+        [_mismatch(_key(state, n, key), *sizes[key]) for n in layers for key in sizes],
     )
     for code, message, remedy in codes:
-        yield case(
-            code, "error", message, remedy or resharding or fix_for(checkpoint, facts), prints
-        )
+        yield case(code, "error", message, remedy or fix, prints)
     if sizes:
         yield case("mlp-width", "error", *_width_words(checkpoint, facts), prints)
 
 
 def _key_drift(
-    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts
+    checkpoint: Checkpoint, facts: TreeFacts
 ) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
     """A block's keys that are missing and unexpected, and (code, message, remedy) of each cause."""
     want, have = _block_keys(checkpoint, facts, wanted=True), _block_keys(checkpoint, facts)
     missing = [key for key in want if key not in have]
     unexpected = [key for key in have if key not in want]
+    has_names = checkpoint.neox_state.mlp_names
+    same = facts.mlp_names == has_names
     codes = []
     place = f" ({facts.places['inv_freq']})" if "inv_freq" in facts.places else ""
     if INV_FREQ in missing:
@@ -250,33 +232,23 @@ def _key_drift(
         text = f"the checkpoint holds inv_freq, and this GPT-NeoX doesn't store it{place}"
         flag = f" (unless the yml says {FLAG}: true)" if facts.buffer == "flag" else ""
         codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", ""))
-    if facts.mlp_names != state.mlp_names:
+    if not same:
         names = {"linear": "linear1 and linear2", "dense": "dense_h_to_4h and dense_4h_to_h"}
         if checkpoint.architecture.gated:
             names["dense"] = "w1, w2 and w3"
-        codes.append(
-            (
-                "mlp-names",
-                f"this GPT-NeoX names the MLP {names[facts.mlp_names]}, the checkpoint "
-                f"{names[state.mlp_names]} (changed by {since('neox-mlp-names')})",
-                "",
-            )
+        text = (
+            f"this GPT-NeoX names the MLP {names[facts.mlp_names]}, the checkpoint "
+            f"{names[has_names]} (changed by {since('neox-mlp-names')})"
         )
+        codes.append(("mlp-names", text, ""))
     rest = [k for k in (*missing, *unexpected) if k.endswith(".bias")]
-    same = facts.mlp_names == state.mlp_names
     rest = [k for k in rest if same or not k.startswith("mlp.")]
-    if rest or (facts.mlp_names != state.mlp_names and _mlp_bias(checkpoint, facts) is None):
-        way = (
-            "name a GPT-NeoX since 2024-10 with --for" if "mlp" in str(rest) else "correct the yml"
-        )
-        codes.append(
-            (
-                "biases",
-                f"the biases are not those that the yml and this GPT-NeoX give: "
-                f"{', '.join(rest) or 'the MLP has none'}",
-                way,
-            )
-        )
+    if rest or (not same and _mlp_bias(checkpoint, facts) is None):
+        way = "correct the yml"
+        if "mlp" in str(rest):
+            way = "name a GPT-NeoX since 2024-10 with --for"
+        text = "the biases are not those that the yml and this GPT-NeoX give: "
+        codes.append(("biases", f"{text}{', '.join(rest) or 'the MLP has none'}", way))
     return missing, unexpected, codes
 
 
@@ -294,8 +266,7 @@ def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
 
 def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) -> list[str]:
     """A block's keys in the order of its modules: as the tree wants them, or as they are."""
-    config, state = checkpoint.config, checkpoint.neox
-    assert state is not None
+    config, state = checkpoint.config, checkpoint.neox_state
     dense, inv_freq = state.mlp_names == "dense", state.inv_freq == "store"
     if wanted:
         config = replace(
@@ -316,15 +287,19 @@ def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) 
     return list(dict.fromkeys(names))
 
 
-def _sizes(
-    checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts
-) -> dict[str, tuple[list[int], list[int]]]:
+def _sizes(checkpoint: Checkpoint, facts: TreeFacts) -> dict[str, tuple[list[int], list[int]]]:
     """(the checkpoint's shape, the tree's) of an MLP of another width, where its names fit."""
-    have, want = checkpoint.config.dims["ffn"], mlp_width(checkpoint, facts)
-    if have == want or checkpoint.architecture is not GPT_NEOX:
+    have, want, state = (
+        checkpoint.config.dims["ffn"],
+        mlp_width(checkpoint, facts),
+        checkpoint.neox_state,
+    )
+    if (
+        have == want
+        or checkpoint.architecture is not GPT_NEOX
+        or facts.mlp_names != state.mlp_names
+    ):
         return {}
-    if facts.mlp_names != state.mlp_names:
-        return {}  # the names already fail
     hidden, tp = checkpoint.config.hidden, state.tp
     first, second = ("linear1", "linear2")
     if facts.mlp_names == "dense":
@@ -339,9 +314,9 @@ def _sizes(
 def mlp_width(checkpoint: Checkpoint, facts: TreeFacts) -> int:
     """How wide the tree builds a plain MLP (megatron/model/transformer.py, ParallelMLP)."""
     hidden, raw = checkpoint.config.hidden, checkpoint.raw
-    if facts.plain_mlp_4h:
-        return 4 * hidden
     width = 4 * hidden
+    if facts.plain_mlp_4h:
+        return width
     if raw.get("intermediate_size"):
         width = number("intermediate_size", raw["intermediate_size"], int)
     elif raw.get("expansion_factor"):
@@ -364,9 +339,9 @@ def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:
     )
 
 
-def _args(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+def _args(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     """check_checkpoint_args: every key of ``args`` against the settings, after the weights."""
-    for key, have in state.args.items():
+    for key, have in checkpoint.neox_state.args.items():
         setting = checkpoint.raw.get(key, _DEFAULTS.get(key, have))
         if key == "padded_vocab_size":
             setting = expected_rows(checkpoint) or have
@@ -382,7 +357,7 @@ def _args(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterato
             )
 
 
-def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+def _silent(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     """What no framework says a word about."""
     raw = checkpoint.raw
     if raw.get("norm") == "rmsnorm" and facts.rms_eps == "outside":
@@ -394,10 +369,8 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
             "kind differs by some 1e-4 in its logits, and no conversion removes that",
             subject="RMSNorm epsilon",
         )
-    heads = raw.get("num_attention_heads")
-    if raw.get("num_kv_heads") not in (None, heads):
-        order = state.gqa_order if state.gqa_order_known else None
-        yield from _gqa(state, facts, order)
+    if raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads")):
+        yield from _gqa(checkpoint.neox_state, facts)
     yield from _mlp_biases(checkpoint, facts)
     if not facts.rope_tables_fp32 and raw.get("pos_emb") == "rotary":
         yield case(
@@ -411,8 +384,7 @@ def _silent(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts) -> Itera
 def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     """What loads, and then ends in the first forward pass (Era.gated_biases)."""
     config, gated = checkpoint.config, checkpoint.architecture.gated
-    assert checkpoint.neox is not None
-    if not checkpoint.architecture.has_mlp or "mlp" in checkpoint.neox.te:
+    if not checkpoint.architecture.has_mlp or "mlp" in checkpoint.neox_state.te:
         return
     activation = str(checkpoint.architecture.write_neox(config, False)["activation"])
     wanted = mlp_biases(
@@ -422,10 +394,8 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     if wanted == "required" and not config.mlp_bias:
         error = "AttributeError: 'NoneType' object has no attribute 'expand_as'"
         if not gated:
-            newer, error = (
-                "",
-                "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'",
-            )
+            newer = ""
+            error = "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'"
         yield case(
             "mlp-biases",
             "error",
@@ -445,8 +415,8 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
         )
 
 
-def _gqa(state: NeoxState, facts: TreeFacts, order: GqaOrder | None) -> Iterator[Case]:
-    check = "compare the logits, or the loss on some text, with those of the run that wrote it"
+def _gqa(state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
+    order = state.gqa_order if state.gqa_order_known else None
     if state.mlp_names == "dense" and facts.gqa_order == "grouped":
         yield case(
             "gqa-order",
@@ -476,14 +446,9 @@ def _gqa(state: NeoxState, facts: TreeFacts, order: GqaOrder | None) -> Iterator
             "reads them "
             f"{'by query head' if facts.gqa_order == 'interleaved' else 'as all q, all k, all v'}, "
             "and the wrong order computes another model without a word",
-            check,
+            "compare the logits, or the loss on some text, with those of the run that wrote it",
             subject="GQA row order",
         )
-
-
-def _numbers(checkpoint: Checkpoint, state: NeoxState) -> range:
-    """The layers whose keys one message names: one file's, or the whole rank's."""
-    return range(2, 3 if state.layout == "layers" else checkpoint.config.layers + 2)
 
 
 def _key(state: NeoxState, number: int, key: str) -> str:

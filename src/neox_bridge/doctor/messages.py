@@ -47,11 +47,11 @@ class Diagnosis:
     """
 
     code: str
-    older: Older
     cause: str
     remedy: str
     keys: tuple[str, ...] = ()
     needs: tuple[tuple[str, str], ...] = ()
+    older: Older = ""
     by_convert: bool = False
     others: tuple[str, ...] = ()
     more: str = ""

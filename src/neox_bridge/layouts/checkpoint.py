@@ -176,6 +176,12 @@ class Checkpoint:
         return rows_by_name(self.architecture, self.config.layers)
 
     @property
+    def neox_state(self) -> NeoxState:
+        """``neox`` of what is known to be a GPT-NeoX checkpoint."""
+        assert self.neox is not None
+        return self.neox
+
+    @property
     def has_optimizer(self) -> bool:
         """Whether it holds optimizer states, in files of their own or beside the weights."""
         return any(drop.kind == "optimizer" for drop in self.dropped)
