@@ -6,7 +6,7 @@ positional_embeddings}.py of 2026-05, transformers' models/gpt_neox/modeling_gpt
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from neox_bridge.frameworks.changes import since
@@ -45,21 +45,17 @@ _FEATURES = {
 
 def compare(checkpoint: Checkpoint) -> list[Row]:
     """Every feature of the model in both frameworks; "cannot be" is what convert refuses."""
-    refused = {_FEATURES.get(r.key, r.key): r for r in checkpoint.refusals}
-    rows = []
-    for row in _rows(checkpoint):
-        refusal = refused.pop(row.feature, None)
-        rows.append(row if refusal is None else _refused(checkpoint, row.feature, refusal.reason))
-    rows += [_refused(checkpoint, name, refusal.reason) for name, refusal in refused.items()]
-    return rows
-
-
-def _refused(checkpoint: Checkpoint, feature: str, reason: str) -> Row:
-    held = next((key for key, name in _FEATURES.items() if name == feature), feature)
-    key = next((r.key for r in checkpoint.refusals if _FEATURES.get(r.key, r.key) == feature), held)
-    value = f"{key}: {checkpoint.raw.get(key)}"
-    sides = (value, "none") if checkpoint.kind == "neox" else ("none", value)
-    return Row(feature, *sides, "cannot be", reason)
+    refused: dict[str, Row] = {}
+    for refusal in checkpoint.refusals:
+        feature = _FEATURES.get(refusal.key, refusal.key)
+        value = f"{refusal.key}: {checkpoint.raw.get(refusal.key)}"
+        if feature in refused:  # the first key, with the last reason
+            refused[feature] = replace(refused[feature], note=refusal.reason)
+            continue
+        sides = (value, "none") if checkpoint.kind == "neox" else ("none", value)
+        refused[feature] = Row(feature, *sides, "cannot be", refusal.reason)
+    rows = [refused.pop(row.feature, row) for row in _rows(checkpoint)]
+    return [*rows, *refused.values()]
 
 
 def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
@@ -112,17 +108,16 @@ def _qkv(checkpoint: Checkpoint) -> Row:
 
 def _inv_freq(checkpoint: Checkpoint) -> Row:
     state = checkpoint.neox
-    neox = "stored or not, by the tree" if state is None else f"{state.inv_freq}d"
-    neox = neox.replace("omitd", "not stored").replace("stored or", "stored, or")
+    neox = "stored, or not, by the tree"
+    if state is not None:
+        neox = "stored" if state.inv_freq == "store" else "not stored"
     note = "computed again; GPT-NeoX never computes with the stored one"
     return Row("inv_freq", neox, "not stored since 4.35", "translated", note)
 
 
 def _activation(checkpoint: Checkpoint) -> Row:
     config, architecture = checkpoint.config, checkpoint.architecture
-    if checkpoint.refusals and any(
-        r.key in ("hidden_act", "activation") for r in checkpoint.refusals
-    ):
+    if any(refusal.key in ("hidden_act", "activation") for refusal in checkpoint.refusals):
         return _equal("activation", config.activation)
     hf = architecture.write_hf(config)["hidden_act"]
     written = architecture.write_neox(config, False)
@@ -153,10 +148,13 @@ def _residual(checkpoint: Checkpoint) -> Row:
 
 def _biases(checkpoint: Checkpoint) -> Iterator[Row]:
     config = checkpoint.config
-    there = {"attention": config.attention_bias, "MLP": config.mlp_bias, "norms": config.norm_bias}
-    flags = {"attention": "attention_bias", "MLP": "mlp_bias", "norms": "norm_bias"}
-    for name, present in there.items():
-        if present or flags[name] not in (*checkpoint.architecture.always, "attention_bias"):
+    for name, flag in (
+        ("attention", "attention_bias"),
+        ("MLP", "mlp_bias"),
+        ("norms", "norm_bias"),
+    ):
+        present = getattr(config, flag)
+        if present or flag not in (*checkpoint.architecture.always, "attention_bias"):
             yield _equal(f"biases of {name}", "yes" if present else "no")
         elif name == "attention":
             since = "" if checkpoint.architecture.gated else "since 4.37"

@@ -153,19 +153,12 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Weights of dtypes that the frameworks convert as they load, without a word."""
     for odd in odd_dtypes(checkpoint):
         if odd.castable:
-            yield Finding(
-                "weight-dtype",
-                "warning",
-                f"{odd.reason}; both frameworks cast them to the dtype of the run without a word",
-                _cast_command(checkpoint),
-            )
+            text = "; both frameworks cast them to the dtype of the run without a word"
+            way_out = _cast_command(checkpoint)
+            yield Finding("weight-dtype", "warning", f"{odd.reason}{text}", way_out)
         else:
-            yield Finding(
-                "weight-dtype",
-                "error",
-                f"{odd.reason}. Both frameworks load the integers as if they were the weights",
-                odd.way_out,
-            )
+            text = ". Both frameworks load the integers as if they were the weights"
+            yield Finding("weight-dtype", "error", f"{odd.reason}{text}", odd.way_out)
 
 
 def _about(checkpoint: Checkpoint) -> Iterator[Finding]:

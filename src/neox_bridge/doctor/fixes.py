@@ -5,6 +5,7 @@ as it is, file by file. Learned values are never touched. Stored values that dev
 config gives are neither dropped nor replaced unless that is asked for.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -130,8 +131,6 @@ def _mend_hf(
 
 
 def _json(file: OutputFile) -> Any:
-    import json
-
     return json.loads(b"".join(data for _, data in file.literals))
 
 
@@ -153,10 +152,9 @@ def _mend_neox(
     ignore_keys: tuple[str, ...],
     given_yml: bool,
 ) -> Plan | None:
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     refuse_missing_ranks(state)
-    era = facts if facts else fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
+    era = facts or fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
     inv_freq = _inv_freq(checkpoint, state, facts)
     names = facts.mlp_names if facts else state.mlp_names
     strays = stray_ranks(state.folder)
@@ -166,7 +164,8 @@ def _mend_neox(
         inv_freq=inv_freq,
         mlp_names=names,
         vocab_multiple=_multiple(checkpoint, state),
-        pp=_stages(state, strays),
+        # pipeline stages by the files that count
+        pp=0 if state.layout == "ranks" else max(1, state.pp - len(strays) // state.tp),
         ignore_keys=ignore_keys,
     )
     plan = make_plan(checkpoint, options, folder)
@@ -177,7 +176,11 @@ def _mend_neox(
         if rewrite:
             _refuse_deviating(checkpoint, recompute)
         rewrite = rewrite or recompute
-    args = _planned_args(plan, state)
+    args = {
+        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
+        "padded_vocab_size": plan.target["vocab_rows"],
+        "model_parallel_size": state.tp,
+    }
     remeta = any(state.args.get(key, value) != value for key, value in args.items())
     remeta = remeta or (rewrite and state.layout == "ranks")
     parted = remeta or names != state.mlp_names
@@ -198,7 +201,8 @@ def _mend_neox(
     dropped += [
         Dropped(f"{below}{name}", "left over from another layout", "stray") for name in strays
     ]
-    dropped += _unknown(checkpoint, era)
+    refused = sorted(set(checkpoint.raw) - known_keys(era))
+    dropped += [Dropped(f"yml: {k}", reason_dropped(k, era.name), "setting") for k in refused]
     notes = [f"rewritten: {file.path}" for file in files if file.copy_of is None]
     if cannot_resume(checkpoint, era.states):
         notes.append("set in the yml: finetune: true, since GPT-NeoX cannot resume from the states")
@@ -230,53 +234,29 @@ def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
     """The checkpoint's own multiple where it gives its own rows; else it has to change."""
     multiple = told_multiple(state.args, checkpoint.raw)
     size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
-    return (
-        multiple
-        if padded_size(size, multiple, state.tp) == checkpoint.config.dims["vocab"]
-        else None
-    )
-
-
-def _stages(state: NeoxState, strays: tuple[str, ...]) -> int:
-    """Pipeline stages by the files that count."""
-    if state.layout == "ranks":
-        return 0
-    return max(1, state.pp - len(strays) // state.tp)
-
-
-def _planned_args(plan: Plan, state: NeoxState) -> dict[str, Any]:
-    """What the plan writes of ``args`` that may differ from what the checkpoint has."""
-    return {
-        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
-        "padded_vocab_size": plan.target["vocab_rows"],
-        "model_parallel_size": state.tp,
-    }
+    fits = padded_size(size, multiple, state.tp) == checkpoint.config.dims["vocab"]
+    return multiple if fits else None
 
 
 def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dict[str, Any] | None:
     """The settings as one file; None where those that are there will do."""
-    state, known = checkpoint.neox, known_keys(era)
-    assert state is not None
+    state, known = checkpoint.neox_state, known_keys(era)
     mended = {key: value for key, value in checkpoint.raw.items() if key in known}
     if checkpoint.architecture.gated and plan.target["mlp_names"] != state.mlp_names:
         planned = _planned_yml(plan)
         mended = {k: v for k, v in mended.items() if k not in _GATED_KEYS}
         mended |= {key: planned[key] for key in _GATED_KEYS if key in planned}
-    wanted: dict[str, Any] = {
-        "pipe_parallel_size": plan.target["pipeline_stages"],
-        "model_parallel_size": state.tp,
-        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
-        "tokenizer_type": state.args.get("tokenizer_type", "HFTokenizer"),
-    }
-    defaults: dict[str, Any] = {"pipe_parallel_size": 0, "model_parallel_size": 1}
-    defaults |= {
-        "make_vocab_size_divisible_by": FIRST_MULTIPLE,
-        "tokenizer_type": "GPT2BPETokenizer",
+    tokenizer = state.args.get("tokenizer_type", "HFTokenizer")
+    wanted: dict[str, tuple[Any, Any]] = {  # each with GPT-NeoX's default
+        "pipe_parallel_size": (plan.target["pipeline_stages"], 0),
+        "model_parallel_size": (state.tp, 1),
+        "make_vocab_size_divisible_by": (plan.target["vocab_multiple"], FIRST_MULTIPLE),
+        "tokenizer_type": (tokenizer, "GPT2BPETokenizer"),
     }
     if int(mended.get("pipe_parallel_size") or 0) > 0 and state.layout == "layers":
         del wanted["pipe_parallel_size"]  # any number of stages loads it
-    for key, value in wanted.items():
-        if mended.get(key, defaults.get(key)) != value:
+    for key, (value, default) in wanted.items():
+        if mended.get(key, default) != value:
             mended[key] = value
     if cannot_resume(checkpoint, era.states):
         mended["finetune"] = True
@@ -294,18 +274,12 @@ def _planned_yml(plan: Plan) -> dict[str, Any]:
     return settings
 
 
-def _unknown(checkpoint: Checkpoint, era: Era) -> list[Dropped]:
-    gone = sorted(set(checkpoint.raw) - known_keys(era))
-    return [Dropped(f"yml: {key}", reason_dropped(key, era.name), "setting") for key in gone]
-
-
 def _optimizer(checkpoint: Checkpoint, facts: TreeFacts | None, parted: bool, drop: bool) -> bool:
-    """Whether optimizer states go. Raises Refused where they would have to and nobody said so.
-
-    They stay as they are where only buffers and settings change: ZeRO's partitions are the
-    parameters in the order of the modules, and buffers aren't among them. Renamed parameters, other
-    rows or new metadata (learning rate schedule, data-parallel size) part them from the weights.
-    """
+    """Whether optimizer states go. Raises Refused where they would have to and nobody said so."""
+    # They stay as they are where only buffers and settings change: ZeRO's partitions are the
+    # parameters in the order of the modules, and buffers aren't among them. Renamed parameters,
+    # other rows or new metadata (learning rate schedule, data-parallel size) part them from the
+    # weights.
     if not parted or not checkpoint.has_optimizer:
         return False
     if not drop:
@@ -328,23 +302,22 @@ def _neox_files(
     gone: set[str],
 ) -> list[OutputFile]:
     """The plan's files where something changes, the checkpoint's own where nothing does."""
-    folder = state.folder
     name = f"global_step{state.iteration}"
     new = {file.path: file for file in plan.files}
-    layers = {p for p in new if "/layer_" in p}
-    ranks = {p for p in new if "/mp_rank_" in p}
-    step = (layers if rewrite else set()) | (ranks if remeta else set())
-    files = [file for path, file in new.items() if path in step]
-    configs = f"{name}/configs/"
+    files = [
+        file
+        for path, file in new.items()
+        if (rewrite and "/layer_" in path) or (remeta and "/mp_rank_" in path)
+    ]
     if yml is not None:
         text = dump_yml([("the settings of the run, mended by neox-bridge doctor", yml)])
-        files.append(text_file(f"{configs}neox_bridge.yml", text))
+        files.append(text_file(f"{name}/configs/neox_bridge.yml", text))
 
     def replaced(path: str) -> bool:
         changed = {"layer_": rewrite, "mp_rank_": remeta, "configs/": yml is not None}
         return path in gone or any(path.startswith(k) and v for k, v in changed.items())
 
-    old = _others(folder, replaced)
+    old = _others(state.folder, replaced)
     files += [replace(file, path=f"{name}/{file.path}") for file in old]
     record = [f"{name}/{RECORD}"] if RECORD in gone else []
     above = [path for path in new if not path.startswith(f"{name}/")]
@@ -363,37 +336,38 @@ def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None)
 
 def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
     """The plan with the step's own name in place of the one that its number gives."""
-    planned = f"global_step{state.iteration}/"
-
-    def kept(path: str) -> str:
-        inside = path.removeprefix(planned)
-        return path if inside == path else f"{state.step}/{inside}"
-
-    files = tuple(replace(file, path=kept(file.path)) for file in plan.files)
+    planned = re.compile(rf"global_step{state.iteration}(?=/)")
+    files = tuple(
+        replace(file, path=planned.sub(state.step, file.path, 1))
+        if planned.match(file.path)
+        else file
+        for file in plan.files
+    )
     return replace(plan, files=files, target={**plan.target, "step": state.step})
 
 
 def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
     """Copies of all files below a folder, but those to skip (by their path in it)."""
+    for path, inside in _files(folder):
+        if skip(inside):
+            continue
+        check_own(path, folder)
+        if os.path.basename(inside) == RECORD:
+            yield _record(path, inside)
+        else:
+            yield OutputFile(inside, size(path), copy_of=real(path))
+
+
+def _files(folder: str) -> Iterator[tuple[str, str]]:
+    """Every file below a folder or URL, with its path in it, but for what git keeps."""
     if not is_local(folder):
-        for url in walk(folder):
-            inside = url[len(folder) + 1 :]
-            if not skip(inside) and not inside.startswith(".git"):
-                record = os.path.basename(inside) == RECORD
-                yield _record(url, inside) if record else OutputFile(inside, size(url), copy_of=url)
+        inside = ((url, url[len(folder) + 1 :]) for url in walk(folder))
+        yield from (pair for pair in inside if not pair[1].startswith(".git"))
         return
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name != ".git")
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            inside = os.path.relpath(path, folder)
-            if skip(inside) or not os.path.isfile(path):
-                continue
-            check_own(path, folder)
-            if name == RECORD:
-                yield _record(path, inside)
-            else:
-                yield OutputFile(inside, os.path.getsize(path), copy_of=os.path.realpath(path))
+        paths = (os.path.join(parent, name) for name in sorted(names))
+        yield from ((path, os.path.relpath(path, folder)) for path in paths if os.path.isfile(path))
 
 
 def _record(path: str, inside: str) -> OutputFile:
@@ -424,29 +398,21 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
 
 def replaced(checkpoint: Checkpoint) -> str:
     """The folder that --in-place replaces."""
-    state = checkpoint.neox
-    path = checkpoint.path if state is None else state.folder
-    return os.path.realpath(path)
+    return os.path.realpath(checkpoint.neox.folder if checkpoint.neox else checkpoint.path)
 
 
 def _not_copied(folder: str) -> Iterator[str]:
     """What ``_others`` leaves out: links to folders, empty folders, .git and what isn't a file."""
     for parent, folders, names in os.walk(folder):
-        inside = [os.path.relpath(os.path.join(parent, name), folder) for name in folders]
-        yield from (
-            f"{path}/"
-            for path in inside
-            if os.path.basename(path) == ".git" or _is_empty_or_link(os.path.join(folder, path))
-        )
+        for name in folders:
+            path = os.path.join(parent, name)
+            if name == ".git" or os.path.islink(path) or not os.listdir(path):
+                yield f"{os.path.relpath(path, folder)}/"
         folders[:] = [name for name in folders if name != ".git"]
         for name in names:
             path = os.path.join(parent, name)
             if not os.path.isfile(path):
                 yield os.path.relpath(path, folder)
-
-
-def _is_empty_or_link(folder: str) -> bool:
-    return os.path.islink(folder) or not os.listdir(folder)
 
 
 def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:

@@ -15,6 +15,7 @@ from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.architectures.transformers_limits import llama_ignores
 from neox_bridge.doctor.verdict import Case, case, fix_command, opening_options
+from neox_bridge.findings import Severity
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.changes import since
@@ -115,9 +116,9 @@ def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:
     stored: dict[str, TensorRef] = {}
     for path in checkpoint.files:
         if path.endswith(".safetensors"):
-            stored.update(read_safetensors(path))
-            continue
-        stored.update(tensors_of(state_dict_of(read_torch(path), path), path))
+            stored |= read_safetensors(path)
+        else:
+            stored |= tensors_of(state_dict_of(read_torch(path), path), path)
     return stored
 
 
@@ -255,14 +256,8 @@ def _newly(
     )
 
 
-def buffers(checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """Stored buffers that are computed: masks and inv_freq."""
-    names = stored_names(checkpoint).items()
-    return {k: v for k, v in names if _MASKS.search(k) or k.endswith("inv_freq")}
-
-
 def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
-    stored = buffers(checkpoint)
+    stored = stored_names(checkpoint)
     masks = [name for name in stored if _MASKS.search(name)]
     if masks:
         size = sum(stored[name].nbytes for name in masks)
@@ -273,22 +268,19 @@ def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
             "4.30; since then they are computed",
             fix_command(checkpoint, facts),
         )
-    if len(stored) > len(masks):
+    if any(name.endswith("inv_freq") for name in stored):
         uses = facts.persistent_inv_freq
         deviates = checkpoint.inv_freq_mismatch is not None
         how = "is read" if uses else "is left unread, and computed"
-        yield case(
-            "inv-freq-stored",
-            "warning" if uses and deviates else "info",
-            f"inv_freq is stored, as transformers did until 4.34; by {facts.version} it {how}"
-            + (
+        text = f"inv_freq is stored, as transformers did until 4.34; by {facts.version} it {how}"
+        if deviates:
+            text += (
                 ". It isn't what config.json gives, so versions on both sides of 4.35 compute "
                 "different models"
-                if deviates
-                else ""
-            ),
-            fix_command(checkpoint, facts, *(["--recompute"] if deviates else [])),
-        )
+            )
+        severity: Severity = "warning" if uses and deviates else "info"
+        fix = fix_command(checkpoint, facts, *["--recompute"] * deviates)
+        yield case("inv-freq-stored", severity, text, fix)
 
 
 def _dtype(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:

@@ -98,21 +98,18 @@ def read_message(text: str) -> Message:
     """The keys and shapes of any mixture of the known forms."""
     text = _PREFIX.sub("", _ANSI.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
     message = Message(text, _MODULE.findall(text) + _REPORT.findall(text))
+    keys = {"missing": message.missing, "unexpected": message.unexpected}
     for kind, listed in _STATE_DICT.findall(text):
-        keys = message.missing if kind == "Missing" else message.unexpected
-        keys += _QUOTED.findall(listed)
+        keys[kind.lower()] += _QUOTED.findall(listed)
     for kind, pattern in (("missing", _NEW), ("unexpected", _UNUSED)):
         for module, listed in pattern.findall(text):
             message.modules.append(module)
-            (message.missing if kind == "missing" else message.unexpected).extend(
-                _QUOTED.findall(listed)
-            )
+            keys[kind] += _QUOTED.findall(listed)
     for key, status, rest in _ROW.findall(text):
-        if status == "MISMATCH":
-            if sizes := _BOTH.search(rest):
-                message.sizes.append(Sizes(key, _shape(sizes[1]), _shape(sizes[2])))
-        else:
-            (message.missing if status == "MISSING" else message.unexpected).append(key)
+        if status != "MISMATCH":
+            keys[status.lower()].append(key)
+        elif sizes := _BOTH.search(rest):
+            message.sizes.append(Sizes(key, _shape(sizes[1]), _shape(sizes[2])))
     for key, stored, wanted in _SIZES.findall(text):
         message.sizes.append(Sizes(key, _shape(stored), _shape(wanted)))
     return message

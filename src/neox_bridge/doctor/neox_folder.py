@@ -21,14 +21,15 @@ def stray_cases(folder: str) -> Iterator[Case]:
     strays = stray_ranks(folder)
     wrong = next(s for s in sizes.values() if s is not None and s != len(names))
     what = f"left over from another layout: {', '.join(strays)}" if strays else "not all of one"
+    remedy = "copy the checkpoint again, into an empty folder"
+    if strays:
+        remedy = shlex.join(["rm", *(os.path.join(folder, name) for name in strays)])
     yield case(
         "mp-rank-files",
         "error",
         f"{folder} holds {len(names)} mp_rank files and they were saved by {wrong} processes: "
         f"{what}. DeepSpeed counts them before it loads anything",
-        shlex.join(["rm", *(os.path.join(folder, name) for name in strays)])
-        if strays
-        else "copy the checkpoint again, into an empty folder",
+        remedy,
         f"AssertionError: checkpoint count {len(names)} is different from saved mp_world_size "
         f"{wrong}",
         subject="mp_rank files",

@@ -19,10 +19,7 @@ _RENAMED_SINCE = (0, 5, 5)
 
 
 def cannot_resume(checkpoint: Checkpoint, form: StatesForm) -> bool:
-    """Whether the yml asks GPT-NeoX to resume from states that it cannot resume from.
-
-    form: that in which the tree's DeepSpeed saves its states.
-    """
+    """Whether the yml asks to resume from states that a tree, whose own have this form, cannot."""
     state, finetune = checkpoint.neox, checkpoint.raw.get("finetune")
     if state is None or finetune:
         return False
@@ -57,28 +54,22 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         return
     form = target.states
     if states is not None and not _resumes(checkpoint, states, form):
-        if form == "sub-partitions":
-            yield _not_of_v1(checkpoint, target, states, count)
-        else:
-            yield _old_states(checkpoint, target, states, count)
+        judge = _not_of_v1 if form == "sub-partitions" else _old_states
+        yield judge(checkpoint, target, states, count)
         return
-    if states is not None and states.resumption is not None and form == "sub-partitions":
-        ranks = "on any number of" if states.resumption.any_dp else "on the same number of"
-        yield case(
-            "optimizer-states",
-            "info",
-            f"it holds optimizer states ({count} files). Without finetune: true, this GPT-NeoX "
-            f"resumes from them {ranks} data-parallel ranks"
-            + ("" if states.resumption.keeps_step else ". Adam's step begins again at 1"),
-        )
-        return
-    yield case(
-        "optimizer-states",
-        "info",
+    message = (
         f"it holds optimizer states ({count} files or entries). Without finetune: true, GPT-NeoX "
         "resumes from them, but only with the number of data-parallel ranks that saved them; with "
-        "finetune: true it ignores them",
+        "finetune: true it ignores them"
     )
+    if states is not None and states.resumption is not None and form == "sub-partitions":
+        ranks = "on any number of" if states.resumption.any_dp else "on the same number of"
+        message = (
+            f"it holds optimizer states ({count} files). Without finetune: true, this GPT-NeoX "
+            f"resumes from them {ranks} data-parallel ranks"
+        )
+        message += "" if states.resumption.keeps_step else ". Adam's step begins again at 1"
+    yield case("optimizer-states", "info", message)
 
 
 def resharding(checkpoint: Checkpoint, target: Target) -> str:
@@ -140,10 +131,8 @@ def _not_of_v1(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, c
         prints = _RENAMED_KEY if release >= _RENAMED_SINCE else ""
     message = f"its optimizer states ({count} files) {what}: this GPT-NeoX cannot resume from them"
     command = _reshard_command(checkpoint, target, states)
-    if command:
-        message += ". Resharding writes them anew"
-    else:
-        message += f". Nor can it train in {checkpoint.config.dtype} with ZeRO"
+    cannot_train = f"Nor can it train in {checkpoint.config.dtype} with ZeRO"
+    message += f". {'Resharding writes them anew' if command else cannot_train}"
     return case("optimizer-version", "error", message, command, prints)
 
 
