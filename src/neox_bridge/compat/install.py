@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from neox_bridge.patch.buffer_forms import BUFFERS
+from neox_bridge.patch.places import BUFFERS
 
 _MODULE = "megatron.model.positional_embeddings"
 

@@ -1,43 +1,17 @@
 """What the patch changes in one source; everything else keeps its bytes (libcst)."""
 
-from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
-from neox_bridge.patch.buffer_forms import HOOK, Place, registers
+import libcst as cst
 
-if TYPE_CHECKING:
-    import libcst as cst
+from neox_bridge.patch.buffer_forms import registers
+from neox_bridge.patch.places import HOOK, MARK, Place
 
-MARK = "# neox-bridge"
 _METHOD = f"""\
 def _load_from_state_dict(self, state_dict, prefix, *rest):
     {HOOK}(self, "BUFFER", state_dict, prefix, rest[-1])
     super()._load_from_state_dict(state_dict, prefix, *rest)
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One change to a file: the line of the old text that it belongs to, and what it is."""
-
-    line: int
-    what: str
-
-
-def changes_for(places: list[Place]) -> list[Change]:
-    """What ``edited`` does at these places."""
-    changes, hooked = [], set()
-    for place in places:
-        if not place.persistent:
-            what = f"{place.owner}: {place.buffer} no longer stored (persistent=False)"
-            changes.append(Change(place.line, what))
-        if place.owner not in hooked:
-            hooked.add(place.owner)
-            stays = f" (persistent={place.persistent} stays)" if place.persistent else ""
-            what = f"{place.owner}: loads with and without {place.buffer}{stays}"
-            changes.append(Change(place.line, what))
-    return changes
 
 
 def hook_source() -> str:
@@ -46,10 +20,8 @@ def hook_source() -> str:
     return text[text.index(f"{MARK} put this here") :]
 
 
-def edited(module: "cst.Module", places: list[Place]) -> bytes:
+def edited(module: cst.Module, places: list[Place]) -> bytes:
     """The file with the changes at these places, which are of known forms."""
-    import libcst as cst
-
     buffers = {place.owner: place.buffer for place in places}
     body = list(module.body)
     first = next(i for i, node in enumerate(body) if _owner(node) in buffers)
@@ -60,15 +32,11 @@ def edited(module: "cst.Module", places: list[Place]) -> bytes:
     return module.with_changes(body=body).bytes
 
 
-def _owner(node: "cst.CSTNode") -> str:
-    import libcst as cst
-
+def _owner(node: cst.CSTNode) -> str:
     return node.name.value if isinstance(node, cst.ClassDef) else ""
 
 
-def _helpers(module: "cst.Module") -> list["cst.SimpleStatementLine | cst.BaseCompoundStatement"]:
-    import libcst as cst
-
+def _helpers(module: cst.Module) -> list[cst.SimpleStatementLine | cst.BaseCompoundStatement]:
     source = hook_source().replace("\n", module.default_newline)
     parsed = cst.parse_module(source, module.config_for_parsing)
     first = parsed.body[0]
@@ -77,10 +45,8 @@ def _helpers(module: "cst.Module") -> list["cst.SimpleStatementLine | cst.BaseCo
     return [first.with_changes(leading_lines=leading), *parsed.body[1:]]
 
 
-def _with_hook(module: "cst.Module", owner: "cst.ClassDef", buffer: str) -> "cst.ClassDef":
+def _with_hook(module: cst.Module, owner: cst.ClassDef, buffer: str) -> cst.ClassDef:
     """The class with ``persistent=False`` where it was missing, and the hook after __init__."""
-    import libcst as cst
-
     text = _METHOD.replace("BUFFER", buffer)
     method = cst.parse_statement(text, module.config_for_parsing)
     comment = cst.EmptyLine(comment=cst.Comment(f"{MARK} put this method here"))
@@ -96,10 +62,8 @@ def _with_hook(module: "cst.Module", owner: "cst.ClassDef", buffer: str) -> "cst
     return owner.with_changes(body=owner.body.with_changes(body=body))
 
 
-def _not_stored(line: "cst.CSTNode") -> "cst.CSTNode":
+def _not_stored(line: cst.CSTNode) -> cst.CSTNode:
     """A statement of __init__, with ``persistent=False`` if it registers a buffer without it."""
-    import libcst as cst
-
     if not isinstance(line, cst.SimpleStatementLine):
         return line
     small = list(line.body)
@@ -120,10 +84,8 @@ def _not_stored(line: "cst.CSTNode") -> "cst.CSTNode":
     return line.with_changes(trailing_whitespace=end)
 
 
-def _with_argument(call: "cst.Call") -> "cst.Call":
+def _with_argument(call: cst.Call) -> cst.Call:
     """``persistent=False`` last, spaced as the arguments before it."""
-    import libcst as cst
-
     *_, before, last = call.args
     none = cst.SimpleWhitespace("")
     here, end = before.comma, last.comma

@@ -21,8 +21,7 @@ from pathlib import Path, PurePosixPath
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.lock import locked_folder
-from neox_bridge.patch.buffer_forms import HOME, HOOK, Place, concerned, find_places, parse
-from neox_bridge.patch.edits import MARK, Change, changes_for, edited
+from neox_bridge.patch.places import HOME, HOOK, MARK, Change, Place, changes_for
 
 KEPT = ".neox-bridge.orig"
 _RECORD = "patch.json"
@@ -71,7 +70,14 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
     Raises Refused where a place isn't of a known form: none is changed then.
     """
     root = _root(tree)
-    parsed = {path: (text, parse(path, text)) for path, text in _sources(root) if concerned(text)}
+    try:
+        import libcst  # noqa: F401
+    except ImportError:
+        raise BridgeError("patch needs libcst: pip install 'neox-bridge[patch]'") from None
+    from neox_bridge.patch.buffer_forms import find_places, parse
+    from neox_bridge.patch.edits import edited
+
+    parsed = {path: (text, parse(path, text)) for path, text in _sources(root) if _concerned(text)}
     places = {path: find_places(path, module) for path, (_, module) in parsed.items()}
     every = [place for of_file in places.values() for place in of_file]
     bare = {path: of_file for path, of_file in places.items() if not all(p.hooked for p in of_file)}
@@ -194,14 +200,18 @@ def _sources(root: Path) -> Iterator[tuple[str, bytes]]:
             yield str(PurePosixPath(path.relative_to(root))), text
 
 
+def _concerned(source: bytes) -> bool:
+    """Whether a file can store such a buffer; a cheap look before it is parsed."""
+    return b"inv_freq" in source or (b"slopes" in source and b"register_buffer" in source)
+
+
 def _refuse_unknown(root: Path, places: list[Place]) -> None:
     named = "; ".join(str(place) for place in places) or "none"
+    stored = {((place.path, place.owner), place.buffer) for place in places}
     reason = ""
     if any(place.unknown for place in places):
         reason = "stores these buffers in a way that isn't known"
-    elif len({(p.path, p.owner) for p in places}) != len(
-        {(p.path, p.owner, p.buffer) for p in places}
-    ):
+    elif len({owner for owner, _ in stored}) < len(stored):
         reason = "has a class that stores both inv_freq and slopes"
     elif not any(p.path == HOME and p.owner == "RotaryEmbedding" for p in places):
         reason = f"has no RotaryEmbedding that stores inv_freq in {HOME}"
@@ -251,11 +261,11 @@ def _replace_all(contents: Mapping[Path, bytes]) -> None:
             os.replace(temporary, path)
             done.append(path)
         for folder in {path.parent for path in contents}:
-            _flush_folder(folder)
+            with suppress(OSError):
+                flush(str(folder))
     except BaseException:
         for path in done:
-            old = before[path]
-            if old is None:
+            if (old := before[path]) is None:
                 path.unlink(missing_ok=True)
             else:
                 os.replace(_temporary(path, old), path)
@@ -281,11 +291,6 @@ def _temporary(path: Path, content: bytes) -> Path:
         os.unlink(name)
         raise
     return name
-
-
-def _flush_folder(folder: Path) -> None:
-    with suppress(OSError):
-        flush(str(folder))
 
 
 def _read(path: Path) -> bytes | None:

@@ -10,7 +10,7 @@ the other steps.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from neox_bridge.errors import BridgeError
@@ -117,71 +117,6 @@ class Comparison:
         return not (self.count("differs") or self.count("unreadable"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """A row of two steps that were read, and the labels of both."""
-
-    row: StepRow
-    source: str
-    twin: str
-
-
-@dataclass
-class _Hashes:
-    """The fingerprints of one side's steps, by label."""
-
-    steps: dict[str, Mapping[str, Fingerprint]] = field(default_factory=dict)
-
-    def having(self, name: str, fingerprint: Fingerprint) -> Iterator[str]:
-        """The steps with these values; a tensor of one value throughout tells nothing."""
-        for label, tensors in self.steps.items():
-            if (
-                not fingerprint.constant
-                and name in tensors
-                and tensors[name].hash == fingerprint.hash
-            ):
-                yield label
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """dtypes: those in which tensors are read that the two runs have in different ones, by name."""
-
-    dtypes: Mapping[str, str]
-    cache: str | None
-    workers: int | None
-    progress: Callable[[int], None] | None
-
-    def read(self, step: Opened) -> Step | Fault:
-        """The step, or why it cannot be opened or read."""
-        if step.checkpoint is None:
-            assert step.fault is not None
-            return step.fault
-        try:
-            return self._read(step, as_stored(check_copies(step.checkpoint)))
-        except (BridgeError, OSError) as error:
-            return unreadable(step.run, step.place, error)
-
-    def _read(self, step: Opened, checkpoint: Checkpoint) -> Step:
-        cast = {
-            name: replace(whole, dtype=self.dtypes[name])
-            for name, whole in checkpoint.tensors.items()
-            if self.dtypes.get(name, whole.dtype) != whole.dtype
-        }
-        cache = self.cache
-        if cast:
-            checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **cast})
-            cache = None if cache is None else os.path.join(cache, _CAST)
-        return read_step(
-            step.run,
-            step.place,
-            checkpoint,
-            cache=cache,
-            workers=self.workers,
-            progress=self.progress,
-        )
-
-
 def compare_runs(
     pair: OpenedPair,
     *,
@@ -199,10 +134,32 @@ def compare_runs(
         workers: Threads that read.
         progress: Called with the bytes just read.
     """
-    reader = _Reader(_common_dtypes(pair), cache, workers, progress)
-    known: dict[Side, _Hashes] = {side: _Hashes() for side in SIDES}
-    compared, rows, settings = list[_Compared](), list[StepRow](), list[str]()
-    for source, twin in pair.both:
+    dtypes = _common_dtypes(pair)
+
+    def read(opened: Opened) -> Step | Fault:
+        """The step, or why it cannot be opened or read."""
+        if opened.checkpoint is None:
+            assert opened.fault is not None
+            return opened.fault
+        try:
+            checkpoint, is_cast = _in_dtypes(as_stored(check_copies(opened.checkpoint)), dtypes)
+            folder = os.path.join(cache, _CAST) if cache is not None and is_cast else cache
+            step = read_step(
+                opened.run,
+                opened.place,
+                checkpoint,
+                cache=folder,
+                workers=workers,
+                progress=progress,
+            )
+        except (BridgeError, OSError) as error:
+            return unreadable(opened.run, opened.place, error)
+        return step
+
+    known: dict[Side, dict[str, Step]] = {side: {} for side in SIDES}  # by label
+    compared, rows, settings = list[tuple[StepRow, Step, Step]](), list[StepRow](), list[str]()
+    for both in pair.both:
+        source, twin = both
         row = StepRow(
             source.number,
             source.place.label,
@@ -211,25 +168,29 @@ def compare_runs(
             twin=twin.place.path,
             casts=_casts(source.checkpoint, twin.checkpoint),
         )
-        sides = list[Step]()
-        for side, opened in zip(SIDES, (source, twin), strict=True):
-            step = reader.read(opened)
+        steps = list[Step]()
+        for side, opened in zip(SIDES, both, strict=True):
+            step = read(opened)
             if isinstance(step, Fault):
                 rows.append(replace(row, status="unreadable", side=side, reason=step.message))
                 break
-            known[side].steps[step.label] = step.tensors
-            sides.append(step)
+            known[side][step.label] = step
+            steps.append(step)
         else:
-            row = _compare(row, *sides)
-            compared.append(_Compared(row, source.place.label, twin.place.label))
-            settings += _differing_settings(*sides)
-    if any(one.row.status == "differs" for one in compared):
+            compared.append((_compare(row, *steps), steps[0], steps[1]))
+            settings += _differing_settings(*steps)
+    if any(row.status == "differs" for row, _, _ in compared):
         for side, place in pair.alone:
             for opened in open_places([TrainingRun(pair.name(side), (place,))], pair.configs):
-                step = reader.read(opened)
+                step = read(opened)
                 if isinstance(step, Step):  # else its row says that it has no counterpart
-                    known[side].steps[step.label] = step.tensors
-    rows += [_with_origins(one, known) for one in compared]
+                    known[side][step.label] = step
+    for row, in_source, in_twin in compared:
+        origins = [
+            *_origins(row, in_source, "twin", known["twin"].values()),
+            *_origins(row, in_twin, "source", known["source"].values()),
+        ]
+        rows.append(replace(row, origins=tuple(sorted(origins, key=lambda one: -one.tensors))))
     rows += [_lonely(side, place) for side, place in pair.alone]
     ordered = sorted(rows, key=lambda row: (-1 if row.step is None else row.step, row.label))
     return Comparison(pair.source, pair.twin, tuple(ordered), tuple(dict.fromkeys(settings)))
@@ -237,8 +198,8 @@ def compare_runs(
 
 def faults_of(comparison: Comparison) -> list[Fault]:
     """What a comparison says, as findings: one for each row that is not the same."""
-    rows = [fault for row in comparison.rows if (fault := _fault(comparison, row)) is not None]
-    return [*rows, *settings_faults(comparison)]
+    rows = (_fault(comparison, row) for row in comparison.rows)
+    return [*filter(None, rows), *settings_faults(comparison)]
 
 
 def settings_faults(comparison: Comparison) -> list[Fault]:
@@ -339,23 +300,32 @@ def _differing_settings(source: Step, twin: Step) -> list[str]:
     return [key for key in keys if source.meaning.get(key) != twin.meaning.get(key)]
 
 
-def _with_origins(one: _Compared, known: Mapping[Side, _Hashes]) -> StepRow:
-    """The row with the steps at which the other run has the weights that differ here."""
-    sides: tuple[tuple[Side, Side, str], ...] = (
-        ("source", "twin", one.source),
-        ("twin", "source", one.twin),
-    )
-    origins = []
-    for side, other, label in sides:
-        here, counts = known[side].steps[label], Counter[str]()
-        for difference in one.row.differences:
-            if difference.name in here:
-                counts.update(known[other].having(difference.name, here[difference.name]))
-        origins += [Origin(other, step, count) for step, count in counts.most_common(1)]
-    return replace(one.row, origins=tuple(sorted(origins, key=lambda origin: -origin.tensors)))
+def _in_dtypes(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Checkpoint, bool]:
+    """The checkpoint with these tensors in these dtypes, and whether any is cast."""
+    cast = {
+        name: replace(whole, dtype=dtypes[name])
+        for name, whole in checkpoint.tensors.items()
+        if dtypes.get(name, whole.dtype) != whole.dtype
+    }
+    return replace(checkpoint, tensors={**checkpoint.tensors, **cast}), bool(cast)
+
+
+def _origins(row: StepRow, here: Step, other: Side, steps: Iterable[Step]) -> Iterator[Origin]:
+    """The step of the other run that has most of the weights that differ here."""
+    counts = Counter[str]()
+    for name in (difference.name for difference in row.differences):
+        fingerprint = here.tensors.get(name)
+        if fingerprint is None or fingerprint.constant:
+            continue  # a tensor of one value throughout tells nothing
+        for step in steps:
+            if name in step.tensors and step.tensors[name].hash == fingerprint.hash:
+                counts[step.label] += 1
+    for label, count in counts.most_common(1):
+        yield Origin(other, label, count)
 
 
 def _lonely(side: Side, place: StepLocation) -> StepRow:
+    row = StepRow(place.number, place.label, "no counterpart")
     if side == "source":
-        return StepRow(place.number, place.label, "no counterpart", "twin", source=place.path)
-    return StepRow(place.number, place.label, "no counterpart", "source", twin=place.path)
+        return replace(row, side="twin", source=place.path)
+    return replace(row, side="source", twin=place.path)

@@ -11,7 +11,7 @@ from neox_bridge.layouts.head import ambiguity, as_stored
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 from neox_bridge.verification.audit_identity import across_runs, identity_faults
-from neox_bridge.verification.audit_norms import norm_faults
+from neox_bridge.verification.audit_norms import broken_faults, jump_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
 from neox_bridge.verification.audit_states import state_faults
 from neox_bridge.verification.opened import Opened, unreadable
@@ -58,9 +58,8 @@ def audit(
         runs.setdefault(one.run, [])
         if one.place.number is not None:
             numbers.setdefault(one.run, []).append(one.place.number)
-        if one.fault is not None:
-            all_faults.append(one.fault)
         if one.checkpoint is None:
+            all_faults += [one.fault] if one.fault is not None else []
             continue
         states = None
         if optimizer and one.checkpoint.has_optimizer:
@@ -105,7 +104,7 @@ def judge(steps: Sequence[Step]) -> list[Fault]:
         for label in fault.steps
         for name in fault.tensors or (steps[0].tensors if steps else ())
     )
-    norms = list(norm_faults(steps, explained))
+    norms = [*broken_faults(steps), *jump_faults(steps, explained)]
     return [*same, *setting_faults(steps), *norms, *state_faults(steps, [*same, *norms])]
 
 
@@ -124,6 +123,5 @@ def _odd_weights(run: str, place: StepLocation, checkpoint: Checkpoint) -> Itera
 
 def _two_heads(run: str, place: StepLocation, checkpoint: Checkpoint) -> Fault:
     message, remedy = ambiguity(checkpoint)
-    return Fault(
-        "head-differs", "warning", f"{place.label}: {message}", remedy, run, (place.label,)
-    )
+    message = f"{place.label}: {message}"
+    return Fault("head-differs", "warning", message, remedy, run, (place.label,))

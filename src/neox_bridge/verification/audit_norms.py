@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 LEAST = 0.05  # of a norm: smaller jumps are left to the hashes
 SPIKE = 4.0  # times as large as what is beside it explains: training doesn't do this at all,
@@ -34,33 +34,21 @@ class _Jump:
         return abs(math.log((self.norm or 1e-30) / (self.before or 1e-30)))
 
 
-def norm_faults(
-    steps: Sequence[Step], explained: frozenset[tuple[str, str]] = frozenset()
-) -> Iterator[Fault]:
-    """Of one run's steps, in order. explained: (step's label, tensor) known to be wrong."""
-    yield from broken_faults(steps)
-    yield from jump_faults(steps, explained)
-
-
 def broken_faults(steps: Sequence[Step]) -> Iterator[Fault]:
     """NaN, infinities, matrices that became one value."""
-    run = steps[0].run if steps else ""
     for step in steps:
-        if bad := {
-            name: fingerprint.bad for name, fingerprint in step.tensors.items() if fingerprint.bad
-        }:
+        if bad := {name: tensor.bad for name, tensor in step.tensors.items() if tensor.bad}:
             names = [f"{name} ({count:,})" for name, count in bad.items()]
-            what = f"{run}: step {step.label} has NaN or infinities in {some(names, 3)}"
+            what = f"{step.run}: step {step.label} has NaN or infinities in {some(names, 3)}"
             remedy = "the run diverged, or a cast overflowed: take an earlier step, or copy again"
-            labels = (step.label,)
-            yield Fault("not-finite", "error", what, remedy, run, labels, tuple(bad))
+            yield step.fault("not-finite", "error", what, remedy, bad)
     yield from _blank(steps)
 
 
 def jump_faults(
     steps: Sequence[Step], explained: frozenset[tuple[str, str]] = frozenset()
 ) -> Iterator[Fault]:
-    """Norms that jump. explained: as for ``norm_faults``."""
+    """Norms that jump. explained: (step's label, tensor) known to be wrong."""
     known = [step for step in steps if step.number is not None]
     jumps: dict[int, list[_Jump]] = defaultdict(list)
     for name in dict.fromkeys(name for step in known for name in step.tensors):
@@ -83,13 +71,10 @@ def _jumped(step: Step, jumps: list[_Jump]) -> Fault:
     jumps = sorted(jumps, key=lambda jump: -jump.size)
     names = [f"{j.name} ({j.before:.4g} to {j.norm:.4g})" for j in jumps]
     back = ", and back at the next" if all(jump.spike for jump in jumps) else ""
-    what = (
-        f"{step.run}: at step {step.label} the norms of {len(jumps)} tensor"
-        f"{'' if len(jumps) == 1 else 's'} jump{back}: {some(names, 3)}"
-    )
+    count = plural(len(jumps), "tensor")
+    what = f"{step.run}: at step {step.label} the norms of {count} jump{back}: {some(names, 3)}"
     remedy = "the training was disturbed there, or the file is of another run or step"
-    tensors = tuple(jump.name for jump in jumps)
-    return Fault("norm-jump", "warning", what, remedy, step.run, (step.label,), tensors)
+    return step.fault("norm-jump", "warning", what, remedy, (jump.name for jump in jumps))
 
 
 def _blank(steps: Sequence[Step]) -> Iterator[Fault]:
@@ -102,8 +87,7 @@ def _blank(steps: Sequence[Step]) -> Iterator[Fault]:
         if names:
             what = f"{step.run}: at step {step.label} all elements are the same in {some(names, 3)}"
             remedy = "the file wasn't written to its end; copy it again"
-            labels = (step.label,)
-            yield Fault("blank-tensor", "error", what, remedy, step.run, labels, tuple(names))
+            yield step.fault("blank-tensor", "error", what, remedy, names)
 
 
 def jumps_of(points: Sequence[tuple[float, float]]) -> list[tuple[int, bool]]:

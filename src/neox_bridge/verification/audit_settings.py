@@ -73,9 +73,9 @@ def _odd_tensors(steps: Steps) -> Iterator[Fault]:
         if names:
             text = f"{step.run}: step {step.label} has {len(names)} tensors of other shapes than "
             message = f"{text}the run's other steps: {some(names, 3)}"
-            remedy, labels = "it may be another model's", (step.label,)
-            code = "shapes-differ"
-            yield Fault(code, "warning", message, remedy, step.run, labels, tuple(names))
+            yield step.fault(
+                "shapes-differ", "warning", message, "it may be another model's", names
+            )
 
 
 def _padded(name: str) -> bool:
@@ -85,11 +85,9 @@ def _padded(name: str) -> bool:
 def _numbers(steps: Steps) -> Iterator[Fault]:
     for step in steps:
         if step.iteration is not None:
-            message = (
-                f"{step.run}: step {step.label} says inside that it is of step {step.iteration}"
-            )
+            text = f"{step.run}: step {step.label} says inside that it is of step {step.iteration}"
             remedy = "its mp_rank files, or all of it, are another step's"
-            yield Fault("other-iteration", "warning", message, remedy, step.run, (step.label,))
+            yield step.fault("other-iteration", "warning", text, remedy)
     numbers = [step.number for step in steps if step.number is not None]
     for number, count in Counter(numbers).items():
         if count > 1:
@@ -151,7 +149,7 @@ def _should_be_same(members: Steps, why: str) -> Iterator[Fault]:
             f"{len(step.tensors)} tensors differ: {some(names, 3)}"
         )
         remedy = "one of them isn't the initial state, or was made otherwise"
-        yield Fault("init-differs", "error", message, remedy, step.run, ("0",), tuple(names))
+        yield step.fault("init-differs", "error", message, remedy, names)
 
 
 def _should_differ(group: Steps) -> Iterator[Fault]:
@@ -166,4 +164,4 @@ def _should_differ(group: Steps) -> Iterator[Fault]:
             names = [f"{s.run} (seed {s.seed})" for s in members]
             message = f"step 0 is the same in {some(names)}, every tensor of it"
             remedy = "seeds that differ make other weights: one of the runs has the other's step 0"
-            yield Fault("init-same", "error", message, remedy, step.run, ("0",))
+            yield step.fault("init-same", "error", message, remedy)

@@ -53,16 +53,9 @@ def _other_weights(step: Step) -> Iterator[Fault]:
         if not same:
             apart.append(tensor_of(name))
     if apart:
-        yield Fault(
-            "other-masters",
-            "error",
-            f"{step.run}: at step {step.label} the optimizer's masters aren't the weights in "
-            f"{some(apart, 3)}",
-            "its optimizer's files are another step's: copy them again",
-            step.run,
-            (step.label,),
-            tuple(apart),
-        )
+        message = f"{step.run}: at step {step.label} the optimizer's masters aren't the weights in "
+        remedy = "its optimizer's files are another step's: copy them again"
+        yield step.fault("other-masters", "error", f"{message}{some(apart, 3)}", remedy, apart)
 
 
 def _counts(steps: Sequence[Step]) -> Iterator[Fault]:
@@ -80,11 +73,6 @@ def _counts(steps: Sequence[Step]) -> Iterator[Fault]:
             want = (step.number or 0) - usual[0][0]
             why = f"it has made {step.updates[0]} steps, and by the run's others {want}"
         if why:
-            yield Fault(
-                "other-count",
-                "warning",
-                f"{step.run}: at step {step.label} the optimizer isn't of that step: {why}",
-                "its optimizer's files are another step's, or the run began anew",
-                step.run,
-                (step.label,),
-            )
+            message = f"{step.run}: at step {step.label} the optimizer isn't of that step: {why}"
+            remedy = "its optimizer's files are another step's, or the run began anew"
+            yield step.fault("other-count", "warning", message, remedy)

@@ -3,13 +3,14 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import xxhash
 
+from neox_bridge.findings import Severity
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.optimizer.read_export import number_in
@@ -17,7 +18,7 @@ from neox_bridge.optimizer.states import Optimizer
 from neox_bridge.verification.hash_cache import check_same, identify, look_up, remember
 from neox_bridge.verification.hashes import Fingerprint, fingerprints, sources
 from neox_bridge.verification.optimizer import named
-from neox_bridge.verification.runs import StepLocation
+from neox_bridge.verification.runs import Fault, StepLocation
 
 _SEED = re.compile(r"seed[-_]?(\d+)", re.IGNORECASE)
 
@@ -66,6 +67,17 @@ class Step:
     def norm(self) -> float:
         """L2, of all tensors together."""
         return math.sqrt(sum(tensor.norm**2 for tensor in self.tensors.values()))
+
+    def fault(
+        self,
+        code: str,
+        severity: Severity,
+        message: str,
+        remedy: str = "",
+        tensors: Iterable[str] = (),
+    ) -> Fault:
+        """A finding of this step."""
+        return Fault(code, severity, message, remedy, self.run, (self.label,), tuple(tensors))
 
     @property
     def bad(self) -> int:
