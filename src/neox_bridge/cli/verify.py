@@ -105,7 +105,11 @@ def verify(
         from neox_bridge.optimizer.masters import with_states
 
         first, second = with_states(first), with_states(second)
-    inputs = _tokens(options.tokens, first, second) if options.logits else None
+    inputs = None
+    if options.logits:
+        from neox_bridge.verification.tokens import read_tokens
+
+        inputs = read_tokens(options.tokens, (first, second))
     with progress_bar(second.size, "verifying", output.quiet) as progress:
         result = compare(first, second, workers=options.max_workers, progress=progress)
     result = replace(result, findings=(*conversion_findings, *result.findings))
@@ -175,12 +179,6 @@ def _require_torch(device: str) -> None:
         raise BridgeError(
             "--device cuda: torch sees no CUDA device here. Leave it out for the CPU."
         )
-
-
-def _tokens(text: str | None, first: Checkpoint, second: Checkpoint) -> TokenInput:
-    from neox_bridge.verification.tokens import read_tokens
-
-    return read_tokens(text, (first, second))
 
 
 def _computed(

@@ -7,8 +7,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import Cast, equality
-from neox_bridge.report.against import against_section
-from neox_bridge.report.audit import audit_section
+from neox_bridge.report.audit import against_section, audit_section
 from neox_bridge.report.batch import batch_section
 from neox_bridge.report.figures import plot_of
 from neox_bridge.report.parts import (

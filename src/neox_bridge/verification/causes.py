@@ -13,27 +13,17 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.verification.forward_passes import neox_settings
 
-_ABSENT = {
-    "rotary_pct": 1.0,
-    "rotary_emb_base": 10000,
-    "layernorm_epsilon": 1e-5,
-    "rms_norm_epsilon": 1e-8,
-    "gpt_j_residual": False,
-    "gpt_j_tied": False,
-    "activation": "gelu",
-    "bias_gelu_fusion": False,
-    "sliding_window_width": None,
-}  # GPT-NeoX's defaults (megatron/neox_arguments/neox_args.py)
-_NAMES = {
-    "rotary_pct": "rotary fraction",
-    "rotary_emb_base": "rotary base",
-    "layernorm_epsilon": "epsilon",
-    "rms_norm_epsilon": "epsilon",
-    "gpt_j_residual": "residual",
-    "gpt_j_tied": "norms of a block",
-    "activation": "activation",
-    "bias_gelu_fusion": "gelu kind",
-    "sliding_window_width": "sliding window",
+# settings, with GPT-NeoX's defaults (megatron/neox_arguments/neox_args.py), and their names
+_SETTINGS: dict[str, tuple[object, str]] = {
+    "rotary_pct": (1.0, "rotary fraction"),
+    "rotary_emb_base": (10000, "rotary base"),
+    "layernorm_epsilon": (1e-5, "epsilon"),
+    "rms_norm_epsilon": (1e-8, "epsilon"),
+    "gpt_j_residual": (False, "residual"),
+    "gpt_j_tied": (False, "norms of a block"),
+    "activation": ("gelu", "activation"),
+    "bias_gelu_fusion": (False, "gelu kind"),
+    "sliding_window_width": (None, "sliding window"),
 }
 _BIASES = {
     "first": "the other side adds the first rank's bias alone",
@@ -71,21 +61,19 @@ def _by_config(neox: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
     old = neox.neox is not None and neox.neox.mlp_names == "dense"
     written = neox.architecture.write_neox(neox.config, old)
     other_written = neox.architecture.write_neox(other.config, old)
-    changed = {}
-    for key, absent in _ABSENT.items():
-        other_value = other_written.get(key, absent)
-        if written.get(key, absent) != other_value:
-            changed[key] = other_value
-    if "activation" in changed:
-        changed.pop("bias_gelu_fusion", None)
-    for key, value in changed.items():
-        text = f"{key}: {written.get(key, _ABSENT[key])} in GPT-NeoX, {value} on the other side"
+    activations_differ = False
+    for key, (default, name) in _SETTINGS.items():
+        ours, value = written.get(key, default), other_written.get(key, default)
+        if ours == value or (key == "bias_gelu_fusion" and activations_differ):
+            continue
         settings = {key: value}
         if key == "activation":
+            activations_differ = True
             settings["bias_gelu_fusion"] = other_written.get("bias_gelu_fusion", False)
         if key == "gpt_j_residual":
             settings |= _residual(bool(value))
-        yield Hypothesis(_NAMES[key], settings, text)
+        text = f"{key}: {ours} in GPT-NeoX, {value} on the other side"
+        yield Hypothesis(name, settings, text)
 
 
 def _residual(parallel: bool) -> dict[str, Any]:
@@ -118,8 +106,7 @@ def _by_era(neox: Checkpoint) -> Iterator[Hypothesis]:
 
 def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
     """Rows and shards taken for others of the same shape."""
-    config, state = neox.config, neox.neox
-    assert state is not None
+    config, state = neox.config, neox.neox_state
     if config.grouped_query and "attention" not in state.te:
         other = "interleaved" if state.gqa_order == "grouped" else "grouped"
         yield Hypothesis(
@@ -144,15 +131,12 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
                 f"{drifted.largest:.6g} at most ({drifted.name}); the other side has their mean, "
                 "and no single model equals this checkpoint",
             )
-        kinds = [kind for kind in _BIASES if state.tp > 1 or kind in ("twice", "half")]
-        for kind in kinds:
+        for kind, meaning in _BIASES.items():
             times = state.tp if kind in ("first", "sum") else 2
-            counted = "bias counted twice" if times == 2 else f"bias counted {times} times"
-            yield Hypothesis(
-                counted,
-                {"row_biases": kind},
-                f"attention.dense.bias and the MLP's second: {_BIASES[kind]}",
-            )
+            if times > 1:
+                counted = "bias counted twice" if times == 2 else f"bias counted {times} times"
+                text = f"attention.dense.bias and the MLP's second: {meaning}"
+                yield Hypothesis(counted, {"row_biases": kind}, text)
 
 
 def _by_habit(neox: Checkpoint) -> Iterator[Hypothesis]:
@@ -165,18 +149,12 @@ def _by_habit(neox: Checkpoint) -> Iterator[Hypothesis]:
         yield Hypothesis("gelu kind", {"bias_gelu_fusion": not fused}, f"{text} one")
     for share in (0.25, 1.0, 0.5):
         if share != neox.config.rotary_pct:
-            yield Hypothesis(
-                "rotary fraction",
-                {"rotary_pct": share},
-                f"GPT-NeoX rotates {neox.config.rotary_pct:g} of each head, the other side "
-                f"{share:g}",
-            )
+            rotated = f"GPT-NeoX rotates {neox.config.rotary_pct:g} of each head"
+            text = f"{rotated}, the other side {share:g}"
+            yield Hypothesis("rotary fraction", {"rotary_pct": share}, text)
     if neox.config.rotary_base != 10000:
-        yield Hypothesis(
-            "rotary base",
-            {"rotary_emb_base": 10000},
-            f"the base is {neox.config.rotary_base:g} in GPT-NeoX, 10000 on the other side",
-        )
+        text = f"the base is {neox.config.rotary_base:g} in GPT-NeoX, 10000 on the other side"
+        yield Hypothesis("rotary base", {"rotary_emb_base": 10000}, text)
     rms = settings.get("norm") == "rmsnorm"
     key = "rms_norm_epsilon" if rms else "layernorm_epsilon"
     for epsilon in (1e-5, 1e-6, 1e-8, 1e-12):
@@ -185,9 +163,5 @@ def _by_habit(neox: Checkpoint) -> Iterator[Hypothesis]:
             yield Hypothesis("epsilon", {key: epsilon}, text)
     parallel = bool(settings.get("gpt_j_residual"))
     ways = ("one after the other", "in parallel")
-    yield Hypothesis(
-        "residual",
-        _residual(not parallel),
-        f"attention and MLP run {ways[parallel]} in GPT-NeoX, {ways[not parallel]} on the other "
-        "side",
-    )
+    text = f"attention and MLP run {ways[parallel]} in GPT-NeoX, {ways[not parallel]} on the other"
+    yield Hypothesis("residual", _residual(not parallel), f"{text} side")

@@ -4,9 +4,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from neox_bridge.errors import UsageError
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.transform import blocks, boxes, replica
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
@@ -66,10 +69,10 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
         detail = f"{list(first.shape)} and {list(second.shape)}"
         return Difference(name, "shape", elements, detail=detail)
     first, second = without_reduction(first, context), without_reduction(second, context)
-    difference = None if equal(first, second, context) else _measure(name, first, second, context)
-    return (
-        difference if difference and difference.differing else Difference(name, "equal", elements)
-    )
+    if equal(first, second, context):
+        return Difference(name, "equal", elements)
+    difference = _measure(name, first, second, context)
+    return difference if difference.differing else Difference(name, "equal", elements)
 
 
 def without_reduction(whole: Whole, context: Context) -> Whole:
@@ -113,15 +116,10 @@ def _read(whole: Whole, context: Context) -> "Array":
 
 
 def common_dtype(dtypes: Iterable[str]) -> str | None:
-    """The smallest dtype to which tensors of all of these can be cast without losing a value.
-
-    None where there is no such dtype.
-    """
+    """The smallest dtype to which tensors of all of these can be cast without losing a value."""
     kinds = set(dtypes)
-    for wider in _WIDER:
-        if all((kind, wider) in _EXACT for kind in kinds):
-            return wider
-    return None
+    exact = (wider for wider in _WIDER if all((kind, wider) in _EXACT for kind in kinds))
+    return next(exact, None)
 
 
 def overflowed(first: Whole, second: Whole, context: Context) -> int:
@@ -166,6 +164,24 @@ def each(
                 raise
     finally:
         context.files.close()
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names of tensors that match a glob such as ``*.bias``, in their order.
+
+    Raises UsageError where none does, so that no comparison passes for nothing.
+    """
+    known = list(names)
+    chosen = [name for name in known if fnmatchcase(name, pattern)]
+    if not chosen and known:
+        word = pattern.strip("*")
+        near = next((name for name in known if word in name), "")
+        near = near or (get_close_matches(pattern, known, 1, 0) or known)[0]
+        fix = f"It is a glob of whole names such as {near}."
+        if word and word in near:
+            fix += f" Use '*{word}*'."
+        raise UsageError(["tensor"], f"no tensor matches {pattern!r}", fix)
+    return chosen
 
 
 def _boxes(shape: Shape, dtype: str) -> Iterator[tuple[Shape, Shape]]:

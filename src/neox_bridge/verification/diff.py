@@ -12,8 +12,14 @@ from neox_bridge.layouts.head import as_stored
 from neox_bridge.optimizer.states import tensor_of
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole
-from neox_bridge.verification.compare import Difference, DifferenceKind, compare, each, zero_beyond
-from neox_bridge.verification.name_pattern import matching
+from neox_bridge.verification.compare import (
+    Difference,
+    DifferenceKind,
+    compare,
+    each,
+    matching,
+    zero_beyond,
+)
 
 
 def diff(

@@ -21,7 +21,7 @@ from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.verification import reference
 from neox_bridge.verification.compare import values
-from neox_bridge.verification.reference import Stage
+from neox_bridge.verification.reference import Stage, replaced
 
 Stages = Generator[Stage, Tensor | None, None]
 Settings = Mapping[str, Any]
@@ -78,37 +78,33 @@ class _Rank(Mapping[str, Tensor]):
 
 def neox_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The yml, and what GPT-NeoX's version decides, as the reference takes them."""
-    assert checkpoint.neox is not None
-    te = checkpoint.neox.te
+    state = checkpoint.neox_state
     return {
         **checkpoint.raw,
         "num_layers": checkpoint.config.layers,
-        "gqa_order": "te" if "attention" in te else checkpoint.neox.gqa_order,
-        "gate": "first" if "mlp" in te else "second",
-        "rms_eps": checkpoint.neox.rms_eps,
+        "gqa_order": "te" if "attention" in state.te else state.gqa_order,
+        "gate": "first" if "mlp" in state.te else "second",
+        "rms_eps": state.rms_eps,
     }
 
 
 def _neox(checkpoint: Checkpoint, tokens: Tensor, device: str, settings: Settings) -> Stages:
-    assert checkpoint.neox is not None
-    ranks = [_Rank(layers, device) for layers in checkpoint.neox.ranks]
+    ranks = [_Rank(layers, device) for layers in checkpoint.neox_state.ranks]
+    meant = {**neox_settings(checkpoint), **settings}
     try:
-        yield from reference.stages(
-            ranks, {**neox_settings(checkpoint), **settings}, tokens.to(device)
-        )
+        yield from reference.stages(ranks, meant, tokens.to(device))
     except ValueError as error:
-        raise BridgeError(
-            f"{checkpoint.path}: its logits can't be computed here: {error}."
-        ) from None
+        raise _uncovered(checkpoint, error) from None
+
+
+def _uncovered(checkpoint: Checkpoint, why: object) -> BridgeError:
+    return BridgeError(f"{checkpoint.path}: its logits can't be computed here: {why}.")
 
 
 def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
     """transformers' model of the config, without memory for its weights."""
     if checkpoint.form is not None:
-        raise BridgeError(
-            f"{checkpoint.path}: its logits can't be computed here: {checkpoint.form.name}'s form "
-            "is not covered."
-        )
+        raise _uncovered(checkpoint, f"{checkpoint.form.name}'s form is not covered")
     try:
         import transformers
     except ImportError:
@@ -126,9 +122,8 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
             model = auto.from_config(config, attn_implementation="eager")
     except (ValueError, KeyError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BridgeError(
-            f"{checkpoint.path}: transformers refuses config.json: {lines[0]}"
-        ) from None
+        reason = f"{checkpoint.path}: transformers refuses config.json: {lines[0]}"
+        raise BridgeError(reason) from None
     model.eval()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -181,23 +176,17 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
     norms = (getattr(body, name, None) for name in ("final_layer_norm", "norm"))
     final = next(filter(None, norms), None)
     if final is None:
-        raise BridgeError(
-            f"{checkpoint.path}: its logits can't be computed here: "
-            f"{checkpoint.architecture.hf_class} is not covered."
-        )
+        raise _uncovered(checkpoint, f"{checkpoint.architecture.hf_class} is not covered")
     with loaded(model.get_input_embeddings()):
         x, calls = _calls(body, tokens)
-    given = yield Stage("embeddings", x)
-    x = x if given is None else given
+    x = replaced((yield Stage("embeddings", x)), x)
     for number, (layer, (args, keywords)) in enumerate(zip(body.layers, calls, strict=True)):
         with loaded(layer), _recording(layer) as parts:
             x = _first(layer(x, *args, **keywords))
-        given = yield Stage(f"layer {number}", x, dict(parts))
-        x = x if given is None else given
+        x = replaced((yield Stage(f"layer {number}", x, dict(parts))), x)
     with loaded(final):
         x = final(x)
-    given = yield Stage("final norm", x)
-    x = x if given is None else given
+    x = replaced((yield Stage("final norm", x)), x)
     head = model.score if checkpoint.config.reward else model.get_output_embeddings()
     with loaded(head):
         x = head(x)

@@ -137,11 +137,8 @@ def check_same(before: Mapping[str, Identity], checkpoint: Checkpoint) -> None:
 
 
 def _file(folder: str, checkpoint: Checkpoint) -> str:
-    place = checkpoint.path
-    if checkpoint.neox is not None:
-        place = checkpoint.neox.folder
-    place = real(place)
-    name = xxhash.xxh3_128(os.fsencode(place)).hexdigest()
+    place = checkpoint.path if checkpoint.neox is None else checkpoint.neox.folder
+    name = xxhash.xxh3_128(os.fsencode(real(place))).hexdigest()
     return os.path.join(folder, f"{name}.json")
 
 

@@ -140,9 +140,6 @@ def compare_recorded(
     def computed(settings: Settings) -> Tensor:
         return _logits(one, settings)[..., :rows].flatten(0, -2)
 
-    def measured(settings: Settings) -> Agreement:
-        return _measure(wanted, computed(settings))
-
     logits = computed({})
     agreement = _measure(wanted, logits)
     if (odd := describe_non_finite(logits, wanted, (checkpoint,))) is not None:
@@ -152,20 +149,22 @@ def compare_recorded(
     if agreement.relative <= enough:
         return agreement
     causes: tuple[Cause, ...] = ()
+    explained = False
     if checkpoint.kind == "neox":
         tried = []
         for h in hypotheses(checkpoint, checkpoint):
             with suppress(BridgeError):
-                tried.append((measured(h.settings), h))
+                tried.append((_measure(wanted, computed(h.settings)), h))
         best, h = min(tried, key=lambda each: each[0].relative)
         if best.relative <= max(enough, agreement.relative / 10):
             causes = (Cause(h.cause, h.text, h.inherent),)
         explained = best.relative <= enough
-    else:
-        explained = False
-    place = "the recorded logits"
     return replace(
-        agreement, place=place, apart=agreement.relative, causes=causes, explained=explained
+        agreement,
+        place="the recorded logits",
+        apart=agreement.relative,
+        causes=causes,
+        explained=explained,
     )
 
 

@@ -61,15 +61,8 @@ def describe_non_finite(
         return None
     same = bool((bad[0] == bad[1]).all())
     tensor, counts = _first_weight(checkpoints, same)
-    return NonFinite(
-        int(either.any(-1).sum()),
-        int(bad[0].sum()),
-        int(bad[1].sum()),
-        same,
-        tensor,
-        counts[0],
-        counts[1],
-    )
+    tokens = int(either.any(-1).sum())
+    return NonFinite(tokens, int(bad[0].sum()), int(bad[1].sum()), same, tensor, *counts)
 
 
 def _first_weight(checkpoints: tuple[Checkpoint, ...], same: bool) -> tuple[str, tuple[int, int]]:

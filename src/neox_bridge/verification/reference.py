@@ -128,10 +128,10 @@ def stages(
     head = "0.word_embeddings.weight" if tied else f"{layers + 4}.final_linear.weight"
     x = _embed(ranks, tokens)
     spec = _read_spec(config, len(ranks), x)
-    x = _or((yield Stage("embeddings", x)), x)
+    x = replaced((yield Stage("embeddings", x)), x)
     for index in range(2, layers + 2):
         x, parts = _block(ranks, index, x, spec)
-        x = _or((yield Stage(f"layer {index - 2}", x, parts)), x)
+        x = replaced((yield Stage(f"layer {index - 2}", x, parts)), x)
     normed = [_norm(rank, f"{layers + 3}.norm", x, config) for rank in ranks]
     given = yield Stage("final norm", normed[0])
     if given is not None:
@@ -144,7 +144,8 @@ def stages(
     yield Stage("logits", torch.cat(logits, dim=-1).float())
 
 
-def _or(given: Tensor | None, output: Tensor) -> Tensor:
+def replaced(given: Tensor | None, output: Tensor) -> Tensor:
+    """What the next stage gets: what was sent in, or the output."""
     return output if given is None else given
 
 

@@ -32,24 +32,15 @@ def rounded_masters(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RoundedMasters | None:
-    """Compare every weight with its master, bit for bit after rounding.
-
-    Args:
-        checkpoint: a GPT-NeoX checkpoint.
-        optimizer: its optimizer.
-        workers: threads. progress: called with the bytes of each weight.
-
-    Returns:
-        None where the optimizer has no masters.
-    """
-    assert checkpoint.neox is not None
+    """Compare every weight with its master, bit for bit after rounding; None without masters."""
+    state = checkpoint.neox_state
     pairs: dict[str, tuple[Whole, Whole]] = {}
-    for rank, layers in enumerate(checkpoint.neox.ranks):
+    for rank, layers in enumerate(state.ranks):
         for layer, tensors in layers.items():
             for name, ref in tensors.items():
                 states = optimizer.shards.get((rank, (layer, name)), {})
                 if MASTER in states:
-                    suffix = f" (tensor-parallel rank {rank})" if checkpoint.neox.tp > 1 else ""
+                    suffix = f" (tensor-parallel rank {rank})" if state.tp > 1 else ""
                     pairs[f"layer {layer}: {name}{suffix}"] = (states[MASTER], whole_of(ref))
     if not pairs:
         return None

@@ -23,6 +23,7 @@ from neox_bridge.stores.step_names import NUMBERED, step_of
 from neox_bridge.wording import natural, some
 
 _NEOX = re.compile(r"global_step(\d+)")
+_WEIGHTS = ("model_states.pt", ".safetensors")
 _DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk
 
 
@@ -154,13 +155,10 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
     elif numbered := [(name, m) for name in folders if (m := NUMBERED.fullmatch(name))]:
         if "config.json" in names:
             faults.append(_left_out(path, "the model beside its own steps"))
-        for name, match in numbered:
-            run = os.path.join(path, match["run"]) if match["run"] else path
-            number = int(match["number"])
-            yield run, StepLocation(os.path.join(path, name), str(number), number)
+        yield from (_single(os.path.join(path, name), match) for name, match in numbered)
         others = [name for name in folders if not NUMBERED.fullmatch(name)]
         yield from _below(path, others, faults, depth)
-    elif "config.json" in names or "latest" in names or _has_weights(names):
+    elif any(name in ("config.json", "latest") or name.endswith(_WEIGHTS) for name in names):
         yield _single(path, own_number)
     else:
         yield from _below(path, folders, faults, depth)
@@ -170,15 +168,14 @@ def _below(
     path: str, folders: list[str], faults: list[Fault], depth: int
 ) -> Iterator[tuple[str, StepLocation]]:
     """What the folders hold; those that hold nothing are said, if others do."""
-    empty = []
-    before, any_found = len(faults), False
-    for name in folders if depth < _DEPTH else ():
+    before, empty = len(faults), []
+    entered = folders if depth < _DEPTH else []
+    for name in entered:
         inside = list(_explore(os.path.join(path, name), faults, depth + 1))
         yield from inside
-        any_found |= bool(inside)
         if not inside:
             empty.append(name)
-    if empty and any_found and len(faults) == before:
+    if 0 < len(empty) < len(entered) and len(faults) == before:
         faults.append(_left_out(path, some(empty)))
 
 
@@ -187,15 +184,12 @@ def _left_out(path: str, what: str) -> Fault:
 
 
 def _single(path: str, match: "re.Match[str] | None") -> tuple[str, StepLocation]:
+    """A checkpoint; one in a numbered folder is a step of the run above it."""
     if match is None:
         return path, StepLocation(path, os.path.basename(absolute(path)))
     parent = os.path.dirname(path) or "."
     run = os.path.join(parent, match["run"]) if match["run"] else parent
     return run, StepLocation(path, str(int(match["number"])), int(match["number"]))
-
-
-def _has_weights(names: list[str]) -> bool:
-    return any(name.endswith(("model_states.pt", ".safetensors")) for name in names)
 
 
 def _check_latest(path: str, steps: list[str]) -> list[Fault]:

@@ -13,8 +13,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.optimizer.states import STATE_OF, tensor_of
 from neox_bridge.tensors.pieces import Shape, Whole
-from neox_bridge.verification.compare import each, values
-from neox_bridge.verification.name_pattern import matching
+from neox_bridge.verification.compare import each, matching, values
 from neox_bridge.wording import some
 
 if TYPE_CHECKING:
