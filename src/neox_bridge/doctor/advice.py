@@ -44,11 +44,8 @@ def advise(
 ) -> Advice | None:
     """What a pasted message means, and the one command that fixes it; None where nothing is known.
 
-    Args:
-        text: What a framework printed.
-        path: The checkpoint that it is about, as the user wrote it; "" where it is not known.
-        checkpoint: The same, opened, where it can be.
-        target: What shall load it, where the user says so.
+    path: the checkpoint that it is about, as the user wrote it; "" where it is not known.
+    target: what shall load it, where the user says so.
     """
     message = read_message(text)
     causes = recognise(text)
@@ -57,11 +54,19 @@ def advise(
     tree = tree_in(message.text)
     options = _options(message, causes, checkpoint, target, tree)
     fix = _convert(options) if options else ""
-    causes = [replace(c, remedy=fix) if fix and _converts(c) else c for c in causes]
+    if fix:
+        causes = [replace(c, remedy=fix) if c.needs or c.by_convert else c for c in causes]
     if not fix and len({cause.remedy for cause in causes}) == 1:
         fix = causes[0].remedy
     new = _new_path(path, options.get("for", ""))
-    filled = [_filled_cause(cause, path, new, tree) for cause in causes]
+    filled = [
+        replace(
+            cause,
+            remedy=_filled(cause.remedy, path, new, tree),
+            others=tuple(_filled(other, path, new, tree) for other in cause.others),
+        )
+        for cause in causes
+    ]
     # what helps against one of several causes would end in the next error
     others = filled[0].others if len(filled) == 1 else ()
     if options.get("for") == ANY_TREE:
@@ -98,10 +103,6 @@ def _options(
     return {**by_keys, **options}
 
 
-def _converts(cause: Diagnosis) -> bool:
-    return bool(cause.needs) or cause.by_convert
-
-
 def _convert(options: Mapping[str, str]) -> str:
     words = ["neox-bridge", "convert", _CHECKPOINT, _NEW, "--to", "neox"]
     for name in sorted(options, key=_ORDER.index):
@@ -115,11 +116,6 @@ def _new_path(path: str, era: str) -> str:
     name = f"{path.rstrip('/')}-{match[1] if match else 'fixed'}"
     taken = (f"{name}-{number}" for number in range(2, 1000))
     return name if not os.path.exists(name) else next(p for p in taken if not os.path.exists(p))
-
-
-def _filled_cause(cause: Diagnosis, path: str, new: str, tree: str | None) -> Diagnosis:
-    others = tuple(_filled(other, path, new, tree) for other in cause.others)
-    return replace(cause, remedy=_filled(cause.remedy, path, new, tree), others=others)
 
 
 def _filled(text: str, path: str, new: str, tree: str | None) -> str:

@@ -55,7 +55,7 @@ def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
     noticed = unrepeated(
         [*checkpoint.findings, *_about(checkpoint)],
         [case.finding for case in meeting],
-        _SETTLED if _reads(target, checkpoint) else (),
+        _SETTLED if isinstance(target, TreeFacts) == (checkpoint.kind == "neox") else (),
     )
     written = case("written-by", "info", f"written by {written_by(checkpoint)}")
     resuming = judge_resuming(checkpoint, target)  # loaded after the weights
@@ -86,11 +86,6 @@ def cannot_open(path: str) -> Case | None:
         return next(stray_cases(step_folder(path, None).folder), None)
     except BridgeError:
         return None
-
-
-def _reads(target: Target, checkpoint: Checkpoint) -> bool:
-    """Whether the target and the checkpoint are of the same framework."""
-    return isinstance(target, TreeFacts) == (checkpoint.kind == "neox")
 
 
 def _meeting(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
@@ -198,7 +193,7 @@ def written_by(checkpoint: Checkpoint) -> str:
     if tool := checkpoint.record.get("written_by"):
         source = checkpoint.record.get("source")
         name = source.get("name") if isinstance(source, dict) else None
-        words.append(f"{tool}" + (f" from {name}" if name else ""))
+        words.append(f"{tool} from {name}" if name else f"{tool}")
     state = checkpoint.neox
     if state is None:
         version = checkpoint.raw.get("transformers_version")

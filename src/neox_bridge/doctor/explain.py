@@ -14,7 +14,6 @@ from neox_bridge.frameworks.changes import CHANGES, change_named
 from neox_bridge.frameworks.eras import LATER_ERAS, known_keys
 
 _NO_ADJUSTMENT = r"Automatic adjustment|ZeRORuntimeException"
-__all__ = ["Diagnosis", "recognise"]
 
 
 def recognise(text: str) -> list[Diagnosis]:
@@ -209,22 +208,20 @@ def _yml(m: Message) -> Iterator[Diagnosis]:
 
 
 def _unknown_key(key: str) -> Diagnosis:
-    pattern = f"unexpected keyword argument '{key}'"
-    ids = [c.id for c in CHANGES if any(re.search(text, pattern) for text in c.in_error)]
-    remedies = {change.id: change.remedy for change in CHANGES}
+    message = f"unexpected keyword argument '{key}'"
+    changes = [c for c in CHANGES if any(re.search(text, message) for text in c.in_error)]
     knows = [era for era in LATER_ERAS if key in known_keys(era)]
     cause = f"the GPT-NeoX tree doesn't know the yml key {key}, and refuses what it doesn't know"
     if knows:
         spans = ", ".join(f"neox@{era.name}" for era in knows)
         cause += f"; those that do are {spans}"
     remedy = f"remove {key} from the yml"
-    if knows:
-        remedy += ", or use a GPT-NeoX that knows it"
-    if ids and key != "rotary_save_freqs_buffer":
-        remedy = remedies[ids[0]]
+    remedy += ", or use a GPT-NeoX that knows it" if knows else ""
+    if changes and key != "rotary_save_freqs_buffer":
+        remedy = changes[0].remedy
     newer = bool(knows) and LATER_ERAS[-1] in knows
     older: Older = "framework" if newer else "checkpoint" if knows else ""
-    code = ids[0] if ids else "unknown-yml-key"
+    code = changes[0].id if changes else "unknown-yml-key"
     others = (remedy,) if knows else ()
     return Diagnosis(
         code, cause, remedy, (key,), older=older, by_convert=bool(knows), others=others

@@ -10,7 +10,6 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 
 _FRAME = re.compile(r'File "(/[^"\n]+?)/(?:megatron/|train\.py|generate\.py|deepy\.py)')
 _DENSE = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h|w[123])\.\w+"
-_LINEAR = r"mlp\.linear[12]\.\w+"
 # where several trees print the same: the user has to name it
 ANY_TREE = "neox:TREE"
 
@@ -74,7 +73,8 @@ def convert_options(expected: Expected, checkpoint: Checkpoint | None) -> dict[s
         newest = refusing[-1]
         grouped = checkpoint is not None and checkpoint.config.grouped_query
         alike = newest is TODAY and refusing[0].mlp_names == "linear" and not grouped
-        return {"for": _spelled(newest.name) if len(refusing) == 1 or alike else ANY_TREE}
+        spelled = "today" if newest is TODAY else f"neox@{newest.name}"
+        return {"for": spelled if len(refusing) == 1 or alike else ANY_TREE}
     if names is None and buffer is None:
         return {}
     if names is None and state is not None and state.mlp_names == "linear":
@@ -88,7 +88,3 @@ def convert_options(expected: Expected, checkpoint: Checkpoint | None) -> dict[s
     if names == "dense":
         return {"for": "neox@2024-03" if buffer == "store" else "neox@2024-09"}
     return {"for": "today"} if buffer == "omit" else {"for": "today", "inv-freq": "store"}
-
-
-def _spelled(era: str) -> str:
-    return "today" if era == TODAY.name else f"neox@{era}"

@@ -31,11 +31,7 @@ def release_of(version: object) -> tuple[int, int, int] | None:
 
 
 def pipeline_accumulation(version: str | None) -> PipelineAccumulation | None:
-    """What the pipeline engine of a DeepSpeed version does; None for what is no version.
-
-    Args:
-        version: as ``ds_version`` of a checkpoint has it, such as "0.16.5" or "0.12.4+02e2ebf".
-    """
+    """What the pipeline engine of a DeepSpeed version does; None for what is no version."""
     number = release_of(version)
     if number is None:
         return None
@@ -73,15 +69,13 @@ class ZeroGeneration:
     """The versions of DeepSpeed that save ZeRO's states in one form.
 
     masters: the key of the fp32 weights in ``optimizer_state_dict``.
-    releases: the versions, for people. elastic: whether states are elastic by default.
-    change: the commit that began it, "" for the first.
+    releases: the versions, for people. change: the commit that began it, "" for the first.
     """
 
     form: StatesForm
     masters: str
     since: tuple[int, int, int]
     releases: str
-    elastic: bool
     change: str
 
 
@@ -93,7 +87,6 @@ ZERO_GENERATIONS = (
         "local_sub_partitions_of_fp32_groups",
         (0, 0, 0),
         "DeepSpeed up to 0.3.16 and DeeperSpeed 0.3.15",
-        True,
         "",
     ),
     ZeroGeneration(
@@ -101,7 +94,6 @@ ZERO_GENERATIONS = (
         "single_partition_of_fp32_groups",
         (0, 3, 17),
         "DeepSpeed 0.3.17 to 0.5.9, and older versions at stage 2",
-        True,
         "DeepSpeed#1042, cfa63f5d, 2021-05-19",
     ),
     ZeroGeneration(
@@ -109,7 +101,6 @@ ZERO_GENERATIONS = (
         "single_partition_of_fp32_groups",
         (0, 5, 10),
         "DeepSpeed 0.5.10 and later",
-        False,
         "DeepSpeed#1525, 3293cf72, 2022-01-14",
     ),
 )
@@ -165,11 +156,8 @@ def resumption(
     stage_1_and_2.py of 0.8.3 and 0.16.5 (_load_legacy_checkpoint; its refusal of states without
     ``ds_version`` was run, that of elastic states without a step was read).
 
-    Args:
-        generation: that saved them.
-        kind: elastic or rigid.
-        version: ``ds_version`` of the states, "" for none.
-        has_step: whether elastic states hold Adam's step, as those of 0.11 and later do.
+    version: ``ds_version`` of the states, "" for none. has_step: whether elastic states hold Adam's
+        step, as those of 0.11 and later do.
     """
     refusal = "" if version else NO_VERSION
     if generation is SUB_PARTITIONS:

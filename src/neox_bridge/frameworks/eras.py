@@ -172,8 +172,8 @@ def mlp_biases(
 ) -> Literal["required", "none", "optional"]:
     """Whether a tree can run an MLP with biases, and without them.
 
-    rule: the tree's ``gated_biases``. activation: as the yml of a tree since 2024-09 spells it.
-    parallel: with gpt_j_residual, whose branch asks for a bias first (neox-gpt-j-no-mlp-bias).
+    activation: as the yml of a tree since 2024-09 spells it. parallel: with gpt_j_residual, whose
+    branch asks for a bias first (neox-gpt-j-no-mlp-bias).
     A plain MLP adds its bias without asking in every tree (ParallelMLP.forward).
     """
     if not gated:

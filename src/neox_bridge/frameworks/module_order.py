@@ -4,7 +4,7 @@ torch lists parameters in that order, and DeepSpeed lays its flat optimizer stat
 no names in them. Files that list another order would give a parameter the states of its neighbor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,31 +25,22 @@ _MODULES = (
     "mlp.linear1",
     "mlp.linear2",
 )
-_RANKS = {module: rank for rank, module in enumerate(_MODULES)}
 
 
 def in_module_order(parameters: Mapping[tuple[int, str], T]) -> dict[tuple[int, str], T]:
     """Sorts parameters, named by layer and by name in it, as GPT-NeoX registers them.
 
-    Args:
-        parameters: In the order of their layers. A layer that has a module of another kind, such
-            as a Mamba block, keeps its own order.
-
-    Returns:
-        The same items, sorted.
+    They come in the order of their layers. A layer that has a module of another kind, such as a
+    Mamba block, keeps its own order.
     """
     by_layer: dict[int, list[str]] = {}
     for layer, name in parameters:
         by_layer.setdefault(layer, []).append(name)
-    return {
-        (layer, name): parameters[layer, name]
-        for layer, names in by_layer.items()
-        for name in _sorted(names)
-    }
+    for names in by_layer.values():
+        if all(_module(name) in _MODULES for name in names):
+            names.sort(key=lambda name: _MODULES.index(_module(name)))
+    return {(layer, n): parameters[layer, n] for layer, names in by_layer.items() for n in names}
 
 
-def _sorted(names: list[str]) -> Iterable[str]:
-    modules = [name.rpartition(".")[0] for name in names]
-    if not all(module in _RANKS for module in modules):
-        return names
-    return sorted(names, key=lambda name: _RANKS[name.rpartition(".")[0]])
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -28,9 +28,7 @@ COLUMN = "column"
 def defaults_left_out(raw: Mapping[str, Any], *, old: bool) -> dict[str, float]:
     """The defaults with which a run trains whose yml leaves these settings out.
 
-    Args:
-        raw: The merged yml.
-        old: Whether the run is of GPT-NeoX v1.0; otherwise it is of one after all the changes.
+    old: whether the run is of GPT-NeoX v1.0; otherwise it is of one after all the changes.
     """
     return {
         key: before if old else since
@@ -42,8 +40,7 @@ def defaults_left_out(raw: Mapping[str, Any], *, old: bool) -> dict[str, float]:
 def predates_changes(release: tuple[int, int, int] | None) -> bool | None:
     """Whether a run is of before the changes, by its DeepSpeed's release; None if that is unknown.
 
-    Args:
-        release: None where the files name no version, as those of GPT-NeoX v1.0.
+    release: None where the files name no version, as those of GPT-NeoX v1.0.
     """
     if release is None or release < _BEFORE:
         return True

@@ -181,9 +181,10 @@ def _flag(tree: _Tree, rotary: ast.ClassDef) -> Buffer:
                     tree.found("inv_freq flag", TRANSFORMER, keyword.value)
                     return "flag"
                 raise tree.unknown(TRANSFORMER, f"save_inv_freqs=neox_args.{FLAG}")
-    function = _function(rotary, "__init__")
-    for name, default in _defaults(function) if function else ():
-        if name == "save_inv_freqs" and isinstance(default, ast.Constant):
+    if function := _function(rotary, "__init__"):
+        names = [argument.arg for argument in reversed(function.args.args)]
+        defaults = dict(zip(names, reversed(function.args.defaults), strict=False))
+        if isinstance(default := defaults.get("save_inv_freqs"), ast.Constant):
             return "always" if default.value else "never"
     raise tree.unknown(TRANSFORMER, "RotaryEmbedding(…, save_inv_freqs=…)")
 
@@ -220,10 +221,12 @@ def _mlp_names(tree: _Tree) -> MlpNames:
     """linear1/linear2 since neox-mlp-names, before it dense_h_to_4h/dense_4h_to_h."""
     mlp = _class(tree, TRANSFORMER, "ParallelMLP")
     names: dict[str, MlpNames] = {"linear1": "linear", "dense_h_to_4h": "dense"}
-    for name, target in _self_assigned(mlp):
-        if name in names:
+    targets = (t for node in ast.walk(mlp) if isinstance(node, ast.Assign) for t in node.targets)
+    for target in targets:
+        on_self = isinstance(target, ast.Attribute) and _name(target.value) == "self"
+        if on_self and _name(target) in names:
             tree.found("mlp_names", TRANSFORMER, target)
-            return names[name]
+            return names[_name(target)]
     raise tree.unknown(TRANSFORMER, "ParallelMLP's self.linear1 or self.dense_h_to_4h")
 
 
@@ -302,11 +305,8 @@ def _rms_eps(tree: _Tree) -> RmsEps:
 
 
 def _adds_eps(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.BinOp)
-        and isinstance(node.op, ast.Add)
-        and any(isinstance(n, ast.Attribute) and n.attr == "eps" for n in ast.walk(node))
-    )
+    is_sum = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
+    return is_sum and any(isinstance(n, ast.Attribute) and n.attr == "eps" for n in ast.walk(node))
 
 
 def _rope_tables_fp32(tree: _Tree) -> bool:
@@ -363,19 +363,6 @@ def _calls(node: ast.AST, name: str) -> Iterator[ast.Call]:
 def _name(node: ast.AST) -> str:
     """The last part of ``a.b.name``."""
     return str(getattr(node, "attr", getattr(node, "id", "")))
-
-
-def _defaults(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
-    names = [argument.arg for argument in reversed(function.args.args)]
-    yield from zip(names, reversed(function.args.defaults), strict=False)
-
-
-def _self_assigned(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Names of ``self.name = …``, with their targets."""
-    for assign in ast.walk(node):
-        for target in assign.targets if isinstance(assign, ast.Assign) else ():
-            if isinstance(target, ast.Attribute) and _name(target.value) == "self":
-                yield target.attr, target
 
 
 def looks_like_tree(path: str) -> bool:

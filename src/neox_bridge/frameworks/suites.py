@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 OWNER = "EleutherAI"
-TOKENIZER_REPO = (
-    f"{OWNER}/gpt-neox-20b"  # whose tokenizer.json is the 20B_tokenizer.json of the yml
-)
+# whose tokenizer.json is the 20B_tokenizer.json of the yml
+TOKENIZER_REPO = f"{OWNER}/gpt-neox-20b"
 _PREFIX = "neox-ckpt-"
 _NAME = re.compile(
     r"(?P<prefix>neox-ckpt-)?pythia-(?P<size>14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)"
@@ -55,21 +54,20 @@ def _suites() -> tuple[Suite, ...]:
 def twin_of(repo: str) -> str | None:
     """The repository that holds a suite's models for transformers.
 
-    None for other repositories, and for the run with seed 0: the published seeds begin at 1.
+    None for other repositories, and for the run with seed 0: the published seeds begin at 1. v1 is
+    what the twins without a version hold; v0 has twins of its own.
     """
     owner, _, name = repo.partition("/")
     match = _NAME.fullmatch(name)
     if owner.lower() != OWNER.lower() or match is None or not match["prefix"]:
         return None
-    return None if match["variant"] == "-seed0" else _twin(repo)
+    twin = f"{OWNER}/{name.lower().removeprefix(_PREFIX).removesuffix('-v1')}"
+    return None if match["variant"] == "-seed0" else twin
 
 
 def full_id(name: str) -> str | None:
     """``EleutherAI/NAME`` where a name without an owner follows the scheme of the suites."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return None
-    return f"{OWNER}/{name.lower()}"
+    return f"{OWNER}/{name.lower()}" if _NAME.fullmatch(name) else None
 
 
 def nearest(repo: str) -> str | None:
@@ -78,12 +76,6 @@ def nearest(repo: str) -> str | None:
     word = repo.lower() if "/" in repo else f"{OWNER}/{repo}".lower()
     matches = get_close_matches(word, [name for name in known if name != word], 1, 0.85)
     return known[matches[0]] if matches else None
-
-
-def _twin(repo: str) -> str:
-    """v1 is what the twins without a version hold; v0 has twins of its own."""
-    name = repo.partition("/")[2]
-    return f"{OWNER}/{name.lower().removeprefix(_PREFIX).removesuffix('-v1')}"
 
 
 SUITES = _suites()

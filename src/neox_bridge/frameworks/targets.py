@@ -27,7 +27,7 @@ ARGS = (
     "model_parallel_size",
 )
 _HEX = re.compile(r"[0-9a-f]{7,40}")
-_DATE = re.compile(r"(\d{4})-(\d\d)(?:-(\d\d))?")
+_DATE = re.compile(r"\d{4}-\d\d(-\d\d)?")
 
 
 def target_named(text: str) -> Target:
@@ -56,17 +56,11 @@ def _neox(name: str, text: str) -> TreeFacts:
             f"--for {text}: this commit isn't one of those known to change checkpoints, so its "
             "time can't be told. Name its date (neox@2024-05-01) or the tree (neox:FOLDER)."
         )
-    if (match := _DATE.fullmatch(name)) and _is_date(name):
-        year, month, day = match[1], match[2], match[3]
-        first = f"{year}-{month}-{day or '01'}"
-        last = first if day else f"{year}-{month}-31"
-        between = [
-            change
-            for change in MERGED
-            if change.sets.keys() - {"deepspeed"} and first <= change.day <= last
-        ]
-        if between:
-            change = between[0]
+    if days := _days(name):
+        first, last = days
+        for change in MERGED:
+            if not change.sets.keys() - {"deepspeed"} or not first <= change.day <= last:
+                continue
             raise BridgeError(
                 f"--for {text}: checkpoints changed then, by {change.commit} on {change.day}. Name "
                 f"a day before or after it, or neox@{change.commit} for the tree that has it."
@@ -92,13 +86,15 @@ def _tree(name: str, changes: tuple[Change, ...]) -> TreeFacts:
     return TreeFacts(name, f"like {name}", args_checked=ARGS, keys=keys, **facts)
 
 
-def _is_date(text: str) -> bool:
-    """Whether a year and month, or a day, is in the calendar."""
+def _days(text: str) -> tuple[str, str] | None:
+    """The first and the last day of a month, or a day twice; None for what is no date."""
+    month = len(text) == len("2024-05")
+    first = f"{text}-01" if month else text
     try:
-        datetime.date.fromisoformat(text if len(text) > len("2024-05") else f"{text}-01")
+        datetime.date.fromisoformat(first)
     except ValueError:
-        return False
-    return True
+        return None
+    return (first, f"{text}-31" if month else first) if _DATE.fullmatch(text) else None
 
 
 def _transformers(version: str) -> TransformersFacts:

@@ -51,12 +51,9 @@ UNKNOWN = Writer()
 
 
 def writer_of(meta: Mapping[str, Any], optimizer: Sequence[str] = (), tool: str = "") -> Writer:
-    """What wrote a checkpoint, by an mp_rank file and the names of the optimizer's files.
+    """What wrote a checkpoint, by its first mp_rank file and the names of the optimizer's files.
 
-    Args:
-        meta: What the first ``mp_rank_*_model_states.pt`` holds; empty where there is none.
-        optimizer: Names of the optimizer's files.
-        tool: The name and version of a tool, where it left a record beside the files.
+    tool: the name and version of a tool, where it left a record beside the files.
     """
     if tool:
         program, _, number = tool.partition(" ")

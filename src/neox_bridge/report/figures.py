@@ -49,7 +49,12 @@ def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
         svg = svg_of(draw(), prefix)
     head = _HEAD.match(svg)
     assert head is not None
-    return Plot(wording(_themed(_bare(svg, head))), caption, round(float(head[1]) * 4 / 3))
+    # without matplotlib's metadata and fixed size, which the page's style sets
+    svg = f'<svg viewBox="0 0 {head[1]} {head[2]}" role="img">' + svg[head.end() :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", svg, flags=re.DOTALL)
+    # the page's own font: names fill the same room in every theme, and print
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg).replace("xlink:href", "href")
+    return Plot(wording(_themed(svg)), caption, round(float(head[1]) * 4 / 3))
 
 
 def lines_plot(
@@ -66,15 +71,6 @@ def lines_plot(
 
     labels = {"x_label": "step", "y_label": y_label}
     return plot_of(lambda: lines_figure("", lines, **labels, log=log, marks=marks), caption, prefix)
-
-
-def _bare(svg: str, head: re.Match[str]) -> str:
-    """Without matplotlib's metadata and fixed size, which the page's style sets."""
-    size = f'viewBox="0 0 {head[1]} {head[2]}"'
-    svg = f'<svg {size} role="img">' + svg[head.end() :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", svg, flags=re.DOTALL)
-    # the page's own font: names fill the same room in every theme, and print
-    return re.sub(r"font-family: [^;\"]*;?", "", svg).replace("xlink:href", "href")
 
 
 def _themed(svg: str) -> str:

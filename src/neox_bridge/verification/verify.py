@@ -85,13 +85,17 @@ def verify(
     """
     known_findings = source.findings
     source, target = as_one_model(source, target)
-    wholes, config = _as_the_target_has_it(source, target)
+    wholes, config = source.tensors, source.config
+    if target.kind == "hf":
+        wholes, config, _, _ = hf_model(source)
     rows = min(source.vocab_rows, target.vocab_rows)
     findings = [finding for finding in source.findings if finding not in known_findings]
     findings += undecided(source, target)
     findings += _config_findings(config, target.config)
     if rows < source.vocab_rows:
-        findings.append(_cut(rows, source.vocab_rows, target))
+        cut = f"vocabulary rows {rows} to {source.vocab_rows - 1} of the source"
+        text = f"{cut} aren't in {target.path}: padding, or cut by --vocab-rows tokenizer"
+        findings.append(Finding("rows-not-compared", "info", text))
     if target.inv_freq_mismatch is not None:
         findings.append(mismatch_finding(target.inv_freq_mismatch))
     if part[0] == 0:
@@ -198,16 +202,6 @@ def describe(difference: Difference) -> str:
     )
 
 
-def _as_the_target_has_it(
-    source: Checkpoint, target: Checkpoint
-) -> tuple[Mapping[str, Whole], ModelConfig]:
-    """The source's tensors in the form that the target's kind has for the same model."""
-    if target.kind == "hf":
-        wholes, config, _, _ = hf_model(source)
-        return wholes, config
-    return source.tensors, source.config
-
-
 def _compare(
     name: str,
     wholes: Mapping[str, Whole],
@@ -267,28 +261,12 @@ def divided(difference: Difference, weight: Weight, second: Whole) -> Difference
 def _config_findings(want: ModelConfig, have: ModelConfig) -> Iterable[Finding]:
     target_meaning = have.meaning()
     for name, wanted in want.meaning().items():
-        value = target_meaning[name]
-        if wanted != value:
-            yield Finding(
-                "config-differs",
-                "error",
-                f"{name}: the source says {wanted}, the target {value}",
-                "convert again, or correct the target's config",
-            )
+        if wanted != target_meaning[name]:
+            text = f"{name}: the source says {wanted}, the target {target_meaning[name]}"
+            remedy = "convert again, or correct the target's config"
+            yield Finding("config-differs", "error", text, remedy)
     for dim in ("hidden", "ffn"):
-        if want.dims.get(dim) != have.dims.get(dim):
-            yield Finding(
-                "config-differs",
-                "error",
-                f"{dim} size: the source has {want.dims.get(dim)}, the target {have.dims.get(dim)}",
-                "they are different models",
-            )
-
-
-def _cut(rows: int, had: int, target: Checkpoint) -> Finding:
-    return Finding(
-        "rows-not-compared",
-        "info",
-        f"vocabulary rows {rows} to {had - 1} of the source aren't in {target.path}: padding, or "
-        "cut by --vocab-rows tokenizer",
-    )
+        size, target_size = want.dims.get(dim), have.dims.get(dim)
+        if size != target_size:
+            text = f"{dim} size: the source has {size}, the target {target_size}"
+            yield Finding("config-differs", "error", text, "they are different models")
