@@ -78,47 +78,32 @@ class _Spec:
     rope: tuple[Tensor, Tensor]
 
 
-def forward(
-    ranks: Sequence[Mapping[str, torch.Tensor]],
-    config: Mapping[str, Any],
-    tokens: torch.Tensor,
-    *,
-    gqa_order: str = "grouped",
-    rms_eps: str = "inside",
-) -> torch.Tensor:
-    """Compute the logits that GPT-NeoX computes in evaluation mode from these shards.
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def stages(
+    ranks: Sequence[Rank], config: Config, tokens: Tensor
+) -> Generator[Stage, Tensor | None, None]:
+    """What GPT-NeoX computes in evaluation mode from these shards, in their dtype, by stages.
+
+    What is sent in replaces the output that the next stage gets. The last stage has float32 logits
+    [b, s, padded vocabulary], of a reward model (train_impl: rm, rm_linear in place of the output
+    layer) [b, s, 1].
 
     ranks: tensor-parallel rank r's tensors at ``ranks[r]``, named "<layer index>.<name>" in
         GPT-NeoX's sequential numbering (model/gpt2_model.py): 0 the embeddings, 2..L+1 the
         blocks, L+3 the final norm, L+4 the output layer, absent when the embeddings are tied.
         They are looked up layer after layer, so that a mapping may load them when asked.
-    config: the merged yml with underscore keys; absent keys have GPT-NeoX's defaults.
+    config: the merged yml with underscore keys; absent keys have GPT-NeoX's defaults. Besides,
+        "gqa_order": a rank's grouped-query rows are "grouped", [all q | all k | all v] (since
+        2024-11), or "interleaved", [q | slice of k | slice of v] for each query head; "rms_eps":
+        RMSNorm adds its epsilon "inside" the root (since 2025-05) or "outside" of it;
+        "row_biases": that of the first rank alone, the ranks' sum or mean, twice or half of what
+        GPT-NeoX adds; "gate": which half of a gated MLP's projection it is; "rope_tables": the
+        dtype that positions, frequencies and angles are rounded to (the parameters' before
+        neox-rope-fp32).
     tokens: int64 [b, s], on the tensors' device.
-    gqa_order: a rank's grouped-query rows are "grouped", [all q | all k | all v] (since 2024-11),
-        or "interleaved", [q | slice of k | slice of v] for each query head.
-    rms_eps: RMSNorm adds its epsilon "inside" the root (since 2025-05) or "outside" of it.
 
-    Returns float32 [b, s, padded vocabulary], of a reward model (train_impl: rm, rm_linear in
-    place of the output layer) [b, s, 1]; all before runs in the tensors' own dtype.
     Raises ValueError for a model or a split that isn't covered and for tokens outside the
     vocabulary, KeyError for a missing tensor.
-    """
-    meant = {**config, "gqa_order": gqa_order, "rms_eps": rms_eps}
-    *_, last = stages(ranks, meant, tokens)
-    return last.output
-
-
-@torch.no_grad()  # type: ignore[untyped-decorator]
-def stages(
-    ranks: Sequence[Rank], config: Config, tokens: Tensor
-) -> Generator[Stage, Tensor | None, None]:
-    """``forward``, stage after stage; what is sent in replaces the output that the next one gets.
-
-    config: besides the yml's keys, "gqa_order" and "rms_eps" as for ``forward``; "row_biases":
-        that of the first rank alone, the ranks' sum or mean, twice or half of what GPT-NeoX adds;
-        "gate":
-        which half of a gated MLP's projection it is; "rope_tables": the dtype that positions,
-        frequencies and angles are rounded to (the parameters' before neox-rope-fp32).
     """
     if not ranks:
         raise ValueError("ranks: at least one tensor-parallel rank is needed")
