@@ -18,7 +18,6 @@ from neox_bridge.wording import KINDS, human, plural
 
 if TYPE_CHECKING:
     from neox_bridge.verification.audit import Audit
-    from neox_bridge.verification.runs import Fault
     from neox_bridge.verification.steps import Step
 
 
@@ -172,18 +171,16 @@ def _print(result: Audit) -> None:
     )
 
 
-def _finding(fault: Fault) -> dict[str, Any]:
-    """A fault as JSON. ``subject`` only decides which findings are shown, so it is left out."""
-    return {key: value for key, value in asdict(fault).items() if key != "subject"}
-
-
 def _json(result: Audit) -> dict[str, Any]:
     from neox_bridge.verification.audit import verdict
 
+    findings = [asdict(fault) for fault in result.faults]
+    for finding in findings:
+        del finding["subject"]  # which only decides what is shown
     return {
         "schema_version": 1,
         "holds": result.holds,
-        "findings": [_finding(fault) for fault in result.faults],
+        "findings": findings,
         "steps": [
             {
                 "run": step.run,

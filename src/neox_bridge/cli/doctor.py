@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from neox_bridge.cli.options import Output, Source
 from neox_bridge.cli.output import print_json, print_line, print_table, tell_findings
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import FIX, inherited, option
+from neox_bridge.wording import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
 
 _FAILS = 4
+_LONGEST = 400  # characters of a line that a framework printed
 _HUB = "hf://"
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
@@ -252,9 +255,13 @@ def _print(facts: dict[str, Any]) -> None:
     for entry in verdicts:
         print_line(f"{entry['target']}: {entry['verdict']}")
         for line in (entry["message"] or "").splitlines():
-            print_line(f"    {_short(line.strip())}")
+            line = line.strip()  # one may name every layer
+            print_line(f"    {line[:_LONGEST]}{' …' if len(line) > _LONGEST else ''}")
     if rows := facts.get("comparison"):
-        _print_rows(rows)
+        keys = ("feature", "neox", "transformers", "answer", "note")
+        titles = ("", "GPT-NeoX", "transformers", "", "")
+        print()
+        print_table([titles, *([row[key] for key in keys] for row in rows)])
 
 
 def _causes(errors: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -272,27 +279,18 @@ def _print_block(head: str, rows: Sequence[tuple[str, str]]) -> None:
         print_line(f"  {word:<{width}}  {words}")
 
 
-def _short(line: str, most: int = 400) -> str:
-    """One printed line of a framework, which may name every layer."""
-    return line if len(line) <= most else f"{line[:most]} …"
-
-
-def _print_rows(rows: list[dict[str, str]]) -> None:
-    keys = ("feature", "neox", "transformers", "answer", "note")
-    print()
-    print_table(
-        [("", "GPT-NeoX", "transformers", "", ""), *([row[key] for key in keys] for row in rows)]
-    )
-
-
 def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> dict[str, Any]:
     """What a pasted traceback tells, and the command that fixes it."""
     from neox_bridge.doctor.advice import advise
+    from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.layouts.text_files import LARGE_BYTES, read_text
 
     text = sys.stdin.read() if source == "-" else read_text(source, LARGE_BYTES)
     path = paths[0] if len(paths) == 1 else ""
-    advice = advise(text, path, _opened(path), target)
+    checkpoint = None
+    with suppress(BridgeError, OSError):  # the message may be about one that cannot be opened
+        checkpoint = open_checkpoint(path) if path else None
+    advice = advise(text, path, checkpoint, target)
     if advice is None:
         raise BridgeError("No known message is in this text. Paste the whole traceback.")
     if not as_json:
@@ -301,24 +299,12 @@ def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> di
     return {"error": facts.pop("causes"), "advice": facts}
 
 
-def _opened(path: str) -> Checkpoint | None:
-    """The checkpoint that a message is about, where it can be opened."""
-    from neox_bridge.layouts.open import open_checkpoint
-
-    try:
-        return open_checkpoint(path) if path else None
-    except (BridgeError, OSError):
-        return None
-
-
 def _print_advice(advice: Advice, path: str) -> None:
     """What is wrong, why, the one command, other ways and links."""
-    first = advice.causes[0]
-    shown = f"{path or 'the checkpoint'} does not load"
     rows: list[tuple[str, str]] = []
     for word, keys in (("missing", advice.missing), ("unexpected", advice.unexpected)):
         if keys:
-            rows.append((word, _some(keys)))
+            rows.append((word, some(list(keys), 6)))
     for cause in advice.causes:
         rows.append(("why", cause.cause))
         if not advice.fix:
@@ -326,14 +312,9 @@ def _print_advice(advice: Advice, path: str) -> None:
     rows += [("fix", advice.fix)] if advice.fix else []
     rows += [("or", other) for other in advice.others]
     rows += [("more", link) for link in advice.more]
-    if not path and "CHECKPOINT" in f"{advice.fix}{first.remedy}":
+    if not path and "CHECKPOINT" in f"{advice.fix}{advice.causes[0].remedy}":
         rows.append(("note", "add the checkpoint's path to this command to see it filled in"))
-    _print_block(f"error: {shown}", rows)
-
-
-def _some(keys: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    _print_block(f"error: {path or 'the checkpoint'} does not load", rows)
 
 
 def _fix(

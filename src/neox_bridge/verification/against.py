@@ -128,11 +128,6 @@ def compare_runs(
 
     Weights of other dtypes are compared after the cast that keeps every value. Where a step
     differs, the steps that only one run has are read as well, to find out whose weights it has.
-
-    Args:
-        cache: The folder of remembered fingerprints, see ``hash_cache``; None for none.
-        workers: Threads that read.
-        progress: Called with the bytes just read.
     """
     dtypes = _common_dtypes(pair)
 

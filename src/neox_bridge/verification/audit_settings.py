@@ -17,16 +17,12 @@ _REGULAR = 2  # equal distances on both sides of a gap, for a step to count as m
 
 def setting_faults(steps: Steps) -> Iterator[Fault]:
     """Of one run's steps, in order: where config, shapes, dtype or number are not the others'."""
-    yield from _odd_configs(steps)
-    yield from _unknown_keys(steps)
-    yield from _odd_tensors(steps)
-    yield from _numbers(steps)
-
-
-def _odd_configs(steps: Steps) -> Iterator[Fault]:
     for key in dict.fromkeys(key for step in steps for key in step.meaning):
         yield from _odd("config-differs", key, [repr(s.meaning.get(key)) for s in steps], steps)
     yield from _odd("dtype-differs", "dtype", [step.dtype for step in steps], steps)
+    yield from _unknown_keys(steps)
+    yield from _odd_tensors(steps)
+    yield from _numbers(steps)
 
 
 def _unknown_keys(steps: Steps) -> Iterator[Fault]:
@@ -37,11 +33,11 @@ def _unknown_keys(steps: Steps) -> Iterator[Fault]:
             where[key.name][step.label] = key
     for name, keys in where.items():
         first, labels, run = next(iter(keys.values())), tuple(keys), steps[0].run
-        remedy = remedy_of(first) if first.effect == "model" else "check it if a fork trained it"
-        message = f"{run}: {some(list(labels))}: {reason_of(first)}"
-        if first.effect != "model":
-            message = f"{run}: {some(list(labels))}: unknown setting: {first.shown}"
-        severity: Severity = "warning" if first.effect == "model" else "info"
+        severity: Severity = "info"
+        reason, remedy = f"unknown setting: {first.shown}", "check it if a fork trained it"
+        if first.effect == "model":
+            severity, reason, remedy = "warning", reason_of(first), remedy_of(first)
+        message = f"{run}: {some(list(labels))}: {reason}"
         yield Fault("unknown-key", severity, message, remedy, run, labels)
         values = [repr(keys[s.label].value) if s.label in keys else "not there" for s in steps]
         yield from _odd("config-differs", name, values, steps)
@@ -62,7 +58,10 @@ def _odd(code: str, what: str, values: Sequence[str], steps: Steps) -> Iterator[
 def _odd_tensors(steps: Steps) -> Iterator[Fault]:
     """Tensors that some steps have otherwise; the vocabulary's rows are free to be padded."""
     forms = [
-        {name: (p.shape[1:] if _padded(name) else p.shape) for name, p in step.tensors.items()}
+        {
+            name: tensor.shape[1:] if "embed" in name or "lm_head" in name else tensor.shape
+            for name, tensor in step.tensors.items()
+        }
         for step in steps
     ]
     usual: dict[str, tuple[int, ...] | None] = {}
@@ -76,10 +75,6 @@ def _odd_tensors(steps: Steps) -> Iterator[Fault]:
             yield step.fault(
                 "shapes-differ", "warning", message, "it may be another model's", names
             )
-
-
-def _padded(name: str) -> bool:
-    return any(word in name for word in ("embed", "lm_head"))
 
 
 def _numbers(steps: Steps) -> Iterator[Fault]:
@@ -121,27 +116,26 @@ def init_faults(runs: Mapping[str, Steps], same_init: bool = False) -> Iterator[
             shapes = tuple(sorted((n, p.dtype, p.shape) for n, p in steps[0].tensors.items()))
             starts[shapes].append(steps[0])
     for group in starts.values():
+        if same_init:
+            yield from _should_be_same(group, "as told")
+            continue
         alike: dict[object, list[Step]] = defaultdict(list)
         for step in group:
-            key = (step.seed, step.making) if step.kind == "neox" else None
-            if same_init:
-                alike["told"].append(step)
-            elif key is not None and step.seed is not None:
-                alike[key].append(step)
+            if step.kind == "neox" and step.seed is not None:
+                alike[step.seed, step.making].append(step)
         for members in alike.values():
-            yield from _should_be_same(members, "as told" if same_init else "the same seed")
-        if not same_init:
-            yield from _should_differ(group)
+            yield from _should_be_same(members, "the same seed")
+        yield from _should_differ(group)
     if same_init and not any(len(group) > 1 for group in starts.values()):
         message = "--same-init: there are no two runs of the same shapes with a step 0"
         yield Fault("no-step-0", "warning", message, "name runs with their step 0")
 
 
 def _should_be_same(members: Steps, why: str) -> Iterator[Fault]:
-    usual = Counter(step.hash for step in members).most_common(1)
-    reference = next((step for step in members if step.hash == usual[0][0]), None)
+    usual = Counter(step.hash for step in members).most_common(1)[0][0]
+    reference = next(step for step in members if step.hash == usual)
     for step in members:
-        if reference is None or step.hash == reference.hash:
+        if step.hash == usual:
             continue
         names = [n for n, p in step.tensors.items() if p.hash != reference.tensors[n].hash]
         message = (

@@ -1,7 +1,7 @@
 """Two tensors compared element by element, wherever their pieces lie, in bounded memory."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -145,7 +145,7 @@ def zero_beyond(whole: Whole, rows: int, context: Context) -> bool:
     shape = (whole.shape[0] - rows, *whole.shape[1:])
     return not any(
         values(whole, whole.dtype, (rows + at, *rest), size, context).view("u1").any()
-        for (at, *rest), size in _boxes(shape, whole.dtype)
+        for (at, *rest), size in boxes(shape, max(1, BLOCK // itemsize(whole.dtype)))
     )
 
 
@@ -182,10 +182,6 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
             fix += f" Use '*{word}*'."
         raise UsageError(["tensor"], f"no tensor matches {pattern!r}", fix)
     return chosen
-
-
-def _boxes(shape: Shape, dtype: str) -> Iterator[tuple[Shape, Shape]]:
-    return boxes(shape, max(1, BLOCK // itemsize(dtype)))
 
 
 def _measure(name: str, first: Whole, second: Whole, context: Context) -> Difference:

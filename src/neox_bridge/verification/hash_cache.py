@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
@@ -22,9 +22,6 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.stores.paths import is_local, real
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
-
-if TYPE_CHECKING:
-    from neox_bridge.stores.store import Object
 
 Identity = tuple[int, int, int, int]
 _PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written
@@ -44,23 +41,19 @@ def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
     """
     files = {ref.file: None for whole in checkpoint.tensors.values() for ref in sources(whole)}
     identities = {}
-    for file in files:
-        if is_local(file):
-            try:
-                status = os.stat(file)
-            except OSError as error:
-                raise unreadable(file, error) from None
-            identities[file] = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
+    for file in filter(is_local, files):
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise unreadable(file, error) from None
+        identities[file] = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
     if urls := [file for file in files if not is_local(file)]:
         from neox_bridge.stores.objects import look_all
 
-        identities |= {url: _of_object(seen) for url, seen in look_all(urls).items()}
+        # a tag in place of the times: it names the content, so that no clock is too coarse
+        for url, seen in look_all(urls).items():
+            identities[url] = (seen.size, 0, xxhash.xxh3_64_intdigest(seen.tag.encode()), 0)
     return {file: identities[file] for file in files}
-
-
-def _of_object(seen: "Object") -> Identity:
-    """Its tag in place of the times; stores name contents, so that no clock is too coarse."""
-    return seen.size, 0, int(xxhash.xxh3_64(seen.tag.encode()).hexdigest(), 16), 0
 
 
 def look_up(

@@ -1,5 +1,7 @@
 """``verify --logits``: two checkpoints compute the same, or where and why they don't."""
 
+import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -172,9 +174,9 @@ def _explain(
     first: Checkpoint, second: Checkpoint, sides: list[ForwardPass], place: _Parting
 ) -> tuple[list[Hypothesis], _Parting | None]:
     """The hypotheses under which the sides go on together, and where they part even so."""
-    on = next((n for n, c in enumerate((first, second)) if c.kind == "neox"), None)
-    if on is None:
+    if "neox" not in (first.kind, second.kind):
         return [], place
+    on = 0 if first.kind == "neox" else 1
     neox, other = (first, second) if on == 0 else (second, first)
     left: _Parting | None = place
     chosen: list[Hypothesis] = []
@@ -185,18 +187,16 @@ def _explain(
         for h in candidates:
             with suppress(BridgeError):  # what this model can't be meant as
                 tried.append((h, _part(sides, {**settings, **h.settings}, on)))
-        best, there = max(tried, key=lambda one: _rank(one[1]))
+        # the later they part the better, then the nearer they are
+        best, there = max(
+            tried, key=lambda one: (one[1].number, -one[1].apart) if one[1] else (math.inf, 0.0)
+        )
         if there is not None and there.number <= left.number and there.apart > left.apart / 2:
             break
         chosen.append(best)
         settings |= best.settings
         left = there
     return chosen, left
-
-
-def _rank(place: _Parting | None) -> tuple[float, float]:
-    """Later is better, then nearer."""
-    return (float("inf"), 0.0) if place is None else (place.number, -place.apart)
 
 
 def _part(sides: list[ForwardPass], settings: Settings, on: int) -> _Parting | None:
@@ -245,11 +245,9 @@ def _pairs(name: str, a: Stage, b: Stage) -> Iterator[tuple[str, Tensor, Tensor]
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
     finite = a.isfinite()
-    if bool((finite != b.isfinite()).any()):
-        return float("inf")
+    if a.shape != b.shape or bool((finite != b.isfinite()).any()):
+        return math.inf
     a, b = a[finite], b[finite]
     if not a.numel():
         return 0.0
@@ -259,10 +257,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 def _logits(one: ForwardPass, settings: Settings = _NONE) -> Tensor:
-    last = None
-    for last in one(settings):  # noqa: B007  only the last is kept
-        pass
-    assert last is not None
+    (last,) = deque(one(settings), maxlen=1)
     return last.output
 
 

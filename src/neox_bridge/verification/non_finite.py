@@ -48,12 +48,9 @@ def count_non_finite(whole: Whole, context: Context) -> int:
 def describe_non_finite(
     first: Tensor, second: Tensor, checkpoints: tuple[Checkpoint, ...]
 ) -> NonFinite | None:
-    """What is not finite in two models' logits, and where it comes from; None where all are.
+    """What is not finite in logits [tokens, vocabulary], and where it comes from; None if all are.
 
-    Args:
-        first: Logits [tokens, vocabulary].
-        second: Those of the other side.
-        checkpoints: The models whose weights are searched: both, or the first alone.
+    checkpoints: the models whose weights are searched: both, or the first alone.
     """
     bad = ~first.isfinite(), ~second.isfinite()
     either = bad[0] | bad[1]

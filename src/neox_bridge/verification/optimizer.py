@@ -86,11 +86,11 @@ def checker(
             weights = verify(source, target, workers=workers, progress=progress)
             if not weights.holds:
                 raise Unverified(f"The result isn't what {source.path} says: {summary(weights)}.")
-        pair = (target, read_optimizer(target))
+        written = read_optimizer(target)
         want = named(source, optimizer) if given is None else flattened(given)
-        differences = compare_named(source, want, named(*pair), workers=workers, progress=progress)
-        differences += list(_scalars(optimizer, pair[1]))
-        _check_none(differences, source)
+        have = named(target, written)
+        differences = compare_named(source, want, have, workers=workers, progress=progress)
+        _check_none([*differences, *_scalars(optimizer, written)], source)
 
     return check
 
@@ -129,16 +129,11 @@ def fresh_checker(
         masters = verify(source, with_masters(target), workers=workers)
         if not masters.holds:
             raise Unverified(f"The masters aren't what {source.path} says: {summary(masters)}.")
-        context = Context()
-        moments = {
-            name: whole
-            for name, whole in named(target, read_optimizer(target)).items()
-            if not name.startswith(MASTER)
-        }
+        context, states_there = Context(), named(target, read_optimizer(target))
+        moments = [name for name in states_there if not name.startswith(MASTER)]
 
         def zero(name: str) -> bool:
-            parts = segments(moments[name])
-            return all(zero_beyond(part, 0, context) for part in parts)
+            return all(zero_beyond(part, 0, context) for part in segments(states_there[name]))
 
         if not all(each(moments, zero, context, workers)):
             raise Unverified(f"{folder} has moments that aren't zero.")

@@ -326,7 +326,7 @@ def _block(
         )
     )
     parts = {"attention": _reduce(attention, in_fp32), "mlp": _reduce(mlp, in_fp32)}
-    if not _has_mlp_bias(ranks[0], index):
+    if not any(f"{index}.mlp.{name}.bias" in ranks[0] for name in ("dense_4h_to_h", "linear2")):
         # GPT-NeoX adds the attention along with the MLP's bias: without one it is lost
         return x + parts["mlp"], {**parts, "attention": torch.zeros_like(x)}
     both = [a + b for a, b in zip(attention, mlp, strict=True)]
@@ -347,10 +347,6 @@ def _add_row_biases(x: Tensor, biases: Sequence[Tensor | None], spec: _Spec) -> 
     length = -(-x.shape[1] // len(there))
     parts = x.split(length, dim=1)
     return torch.cat([part + bias for part, bias in zip(parts, there, strict=False)], dim=1)
-
-
-def _has_mlp_bias(rank: Rank, index: int) -> bool:
-    return any(f"{index}.mlp.{name}.bias" in rank for name in ("dense_4h_to_h", "linear2"))
 
 
 def _on_ranks(

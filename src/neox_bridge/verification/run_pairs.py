@@ -47,10 +47,8 @@ def pair_runs(
 ) -> list[tuple[TrainingRun, TrainingRun]]:
     """Which run is compared with which: the only two, or those of the same name.
 
-    A published suite also belongs to the twin that ``frameworks.suites`` knows.
-
-    Raises:
-        UsageError: a run has no partner.
+    A published suite also belongs to the twin that ``frameworks.suites`` knows. Raises UsageError
+    where a run has no partner.
     """
     if len(sources) == len(twins) == 1:
         return [(sources[0], twins[0])]
@@ -74,9 +72,6 @@ def open_pair(source: TrainingRun, twin: TrainingRun, configs: Sequence[str] = (
     Steps that only one run has are not opened, unless nothing but their files tells their number. A
     single checkpoint of an unknown step belongs to the other run's single one. A checkpoint that
     cannot be opened is no error here: ``Opened.fault`` says why.
-
-    Args:
-        configs: yml files for GPT-NeoX checkpoints that have none of their own.
     """
     source_steps, twin_steps = _opened(source, twin, configs), _opened(twin, source, configs)
     both = [

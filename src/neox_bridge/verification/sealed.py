@@ -120,24 +120,18 @@ def check_seal(
 def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[FileChange]:
     """The files that the record does not name, in its folder and, for a step, above it.
 
-    Args:
-        folder: The record's folder, a path or a URL.
-        recorded: The paths that the record names, relative to the folder.
-
-    Returns:
-        Changes of the kind "added" or "extra".
+    recorded: the paths that the record names, relative to its folder.
     """
     for path in files_below(folder, recorded):
         if path not in recorded and path != RECORD:
             yield FileChange(path, "added" if is_read(path) else "extra")
     if any(path.startswith("../") for path in recorded):
         root = os.path.dirname(folder)
-        names = list_folder(root)
+        names, written = list_folder(root), written_above(root)
         above = [name for name in names if name == LATEST]
         if TOKENIZER in names:
             inside = list_folder(os.path.join(root, TOKENIZER))
             above += [f"{TOKENIZER}/{name}" for name in inside]
-        written = written_above(root)
         for path in above:
             if is_known(path) and path not in written:
                 yield FileChange(f"../{path}", "added")
