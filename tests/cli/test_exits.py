@@ -35,8 +35,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.option import option
 from neox_bridge.verification.audit import Audit
 from neox_bridge.verification.compare import Difference
-from neox_bridge.verification.logits import Agreement, Cause
-from neox_bridge.verification.non_finite import NonFinite
+from neox_bridge.verification.logits import Agreement, Cause, NonFinite
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.sealed import FileChange, Seal
 from neox_bridge.verification.verify import Verification
@@ -820,7 +819,7 @@ def test_what_an_audit_draws(audited: Callable[..., dict[str, Any]], monkeypatch
         "neox_bridge.verification.drawing.save",
         lambda figure, path: drawn.append((*figure[:2], path, figure[2])),
     )
-    monkeypatch.setattr("neox_bridge.cli.plotting.prepare", lambda _path: None)
+    monkeypatch.setattr("neox_bridge.verification.drawing.check_plot", lambda _path: None)
     wrong = fault("error", run="run", steps=("2",), tensors=("b",))
     audited(wrong, steps=[step(1), step(2), step(None)])
     assert call("audit", "x", "--plot", "p.svg")[0] == 3

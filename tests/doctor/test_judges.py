@@ -11,11 +11,11 @@ from tree_changes import has_change
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures.transformers_limits import llama_ignores, refuse_version
+from neox_bridge.doctor.advice import Expected, convert_options, expected_by
 from neox_bridge.doctor.diagnose import cannot_open, judge, own_target, written_by
 from neox_bridge.doctor.judge_hf import judge_hf, rope_as_read
 from neox_bridge.doctor.judge_neox import expected_rows, judge_neox, mlp_width, stores_inv_freq
 from neox_bridge.doctor.messages import read_message
-from neox_bridge.doctor.tree_of_message import Expected, convert_options, expected_by
 from neox_bridge.doctor.verdict import Case, case, convert_command, fix_command, verdict
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding
@@ -795,7 +795,7 @@ def test_which_tree_refused_a_key(
     def known_keys(era: Any) -> frozenset[str]:
         return frozenset({"other"} if era.name in refusing else {"other", "key"})
 
-    monkeypatch.setattr("neox_bridge.doctor.tree_of_message.known_keys", known_keys)
+    monkeypatch.setattr("neox_bridge.doctor.advice.known_keys", known_keys)
     expected = Expected(unknown_key="key")
     assert convert_options(expected, None) == convert_options(expected, pythia) == options
     assert convert_options(expected, llama) == grouped

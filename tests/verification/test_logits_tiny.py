@@ -23,10 +23,10 @@ from neox_bridge.verification.logits import (
     LAYER,
     Agreement,
     Cause,
+    NonFinite,
     compare_logits,
     compare_recorded,
 )
-from neox_bridge.verification.non_finite import NonFinite
 from neox_bridge.verification.reference import Stage
 
 TOKENS = torch.tensor([[1, 5, 3, 7], [2, 2, 9, 0]])

@@ -1,4 +1,4 @@
-"""``neox-bridge audit``."""
+"""``neox-bridge audit``, of runs alone and with --against."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from neox_bridge.cli import plotting
 from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
-from neox_bridge.errors import UsageError
+from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import KINDS, human, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from neox_bridge.verification.against import Comparison, StepRow
     from neox_bridge.verification.audit import Audit
+    from neox_bridge.verification.runs import TrainingRun
     from neox_bridge.verification.steps import Step
 
 
@@ -103,24 +106,17 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
     named = given("same_init", "optimizer", "plot")
     if options.against is not None and named:
         raise UsageError(named, "not with --against", "Leave it out, or audit the run alone.")
-    plotting.prepare(options.plot)
+    if options.plot is not None:
+        from neox_bridge.verification.drawing import check_plot
+
+        check_plot(options.plot)
     runs, faults = known_runs(folders)
     check_ranges(options.steps, runs)
     runs = [with_steps(run, options.steps) for run in runs]
     cache = None if options.cache == "none" else options.cache or default_folder()
     if options.against is not None:
-        from neox_bridge.cli.audit_against import audit_against
-
         twins, _ = known_runs([options.against])
-        audit_against(
-            runs,
-            twins,
-            options.steps,
-            reading.configs,
-            cache=cache,
-            workers=options.max_workers,
-            output=output,
-        )
+        _audit_against(runs, twins, options, reading.configs, cache, output)
         return
     opened = open_places(runs, reading.configs)
     checkpoints = [place.checkpoint for place in opened if place.checkpoint is not None]
@@ -229,3 +225,93 @@ def _plot(document: dict[str, Any], path: str) -> None:
     marked = marks(document["findings"])
     labels = {"x_label": "step", "y_label": "L2 norm"}
     save(lines_figure(title, lines, **labels, log=True, marks=marked), path)
+
+
+def _audit_against(
+    runs: Sequence[TrainingRun],
+    twins: Sequence[TrainingRun],
+    options: AuditOptions,
+    configs: Sequence[str],
+    cache: str | None,
+    output: Output,
+) -> None:
+    """Compare runs with their counterparts and print the result; exit code 3 where they differ."""
+    from neox_bridge.layouts.open import check_configs_used
+    from neox_bridge.verification.against import compare_runs, settings_faults
+    from neox_bridge.verification.run_pairs import open_pair, pair_runs
+    from neox_bridge.verification.step_choice import within
+
+    chosen = pair_runs(runs, [within(run, options.steps) for run in twins])
+    pairs = [open_pair(*pair, configs) for pair in chosen]
+    opened = (step.checkpoint for pair in pairs for both in pair.both for step in both)
+    check_configs_used(configs, *(one for one in opened if one is not None))
+    with progress_bar(sum(pair.size for pair in pairs), "comparing", output.quiet) as progress:
+        comparisons = [
+            compare_runs(pair, cache=cache, workers=options.max_workers, progress=progress)
+            for pair in pairs
+        ]
+    if not any(comparison.compared + comparison.count("unreadable") for comparison in comparisons):
+        names = ", ".join(comparison.source for comparison in comparisons)
+        raise BridgeError(
+            f"No step of {names} has a counterpart in {', '.join(run.name for run in twins)}, so "
+            "nothing was compared. Are these runs of the same model?"
+        )
+    if output.as_json:
+        print_json(_comparisons_json(comparisons))
+    elif not output.quiet:
+        for comparison in comparisons:
+            _print_comparison(comparison)
+    for comparison in comparisons:
+        tell_findings(settings_faults(comparison), output.quiet or output.as_json)
+    if not all(comparison.holds for comparison in comparisons):
+        raise click.exceptions.Exit(3)
+
+
+def _comparisons_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """As ``verification/against.schema.json`` describes it."""
+    from neox_bridge.verification.against import SCHEMA_VERSION, faults_of
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "holds": all(comparison.holds for comparison in comparisons),
+        "compared": sum(comparison.compared for comparison in comparisons),
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "findings": [asdict(fault) for entry in comparisons for fault in faults_of(entry)],
+    }
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    from neox_bridge.verification.against import compared_dtypes
+
+    print_line(f"{comparison.source} against {comparison.twin}")
+    print_line(f"  {'step':>10}  {'verdict':<15}{'tensors':>8}")
+    for row in comparison.rows:
+        verdict = "DIFFERS" if row.status == "differs" else row.status
+        count = f"{row.tensors:,}" if row.tensors else ""
+        words = "; ".join(_words(row, comparison))
+        print_line(f"  {row.label:>10}  {verdict:<15}{count:>8}  {words}".rstrip())
+    for source, twin in compared_dtypes(comparison.rows):
+        print_line(f"  {source} and {twin} were compared after the cast that keeps every value")
+    counts = (
+        (comparison.count("same"), "the same"),
+        (comparison.count("differs"), "with other weights"),
+        (comparison.count("unreadable"), "that cannot be read"),
+        (comparison.count("no counterpart"), "without a counterpart"),
+    )
+    summary = ", ".join(f"{count} {words}" for count, words in counts if count)
+    print_line(f"{plural(len(comparison.rows), 'step')}: {summary}")
+
+
+def _words(row: StepRow, comparison: Comparison) -> Iterator[str]:
+    from neox_bridge.verification.against import origin_words
+
+    if row.status == "differs":
+        yield f"{len(row.differences)} differ"
+        if words := origin_words(row, comparison):
+            yield words
+    elif row.status == "unreadable":
+        yield row.reason
+    elif row.status == "no counterpart":
+        yield f"{comparison.twin if row.side == 'twin' else comparison.source} has no such step"
+    if row.saved is not None:
+        yield f"its files say that it is step {row.saved}"

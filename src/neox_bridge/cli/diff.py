@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 
 import click
 
-from neox_bridge.cli import plotting
 from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
@@ -57,7 +56,10 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
     from neox_bridge.verification.diff import diff as compare
     from neox_bridge.verification.verify import describe
 
-    plotting.prepare(options.plot)
+    if options.plot is not None:
+        from neox_bridge.verification.drawing import check_plot
+
+        check_plot(options.plot)
     a, b = (
         open_with(path, reading.configs, gqa_order=reading.gqa_order) for path in (first, second)
     )

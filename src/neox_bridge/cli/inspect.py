@@ -6,7 +6,6 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from neox_bridge.cli import plotting
 from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.inspect_optimizer import (
     masters_facts,
@@ -111,7 +110,10 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
     from neox_bridge.planning.option_checks import check_optimizer
     from neox_bridge.planning.report import finding_json
 
-    plotting.prepare(options.plot)
+    if options.plot is not None:
+        from neox_bridge.verification.drawing import check_plot
+
+        check_plot(options.plot)
     try:
         checkpoint = reading.open(path)
     except QuantizedModel as error:

@@ -106,7 +106,7 @@ def masters_facts(
 ) -> tuple[dict[str, Any] | None, list["Finding"]]:
     """Every weight compared with its fp32 master, as plain data, and findings."""
     from neox_bridge.cli.progress import progress_bar
-    from neox_bridge.verification.rounded_masters import master_findings, rounded_masters
+    from neox_bridge.verification.optimizer import master_findings, rounded_masters
 
     with progress_bar(checkpoint.size, "comparing masters", False) as progress:
         result = rounded_masters(checkpoint, optimizer, workers=workers, progress=progress)

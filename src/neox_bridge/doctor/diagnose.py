@@ -1,6 +1,5 @@
 """Diagnosis: what wrote a checkpoint, what is wrong with it, and where it loads."""
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from neox_bridge.doctor.verdict import (
     Verdict,
     case,
     convert_command,
-    opening_options,
+    convert_into,
     verdict,
 )
 from neox_bridge.errors import BridgeError, Refused
@@ -139,9 +138,8 @@ def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
 def _cast_command(checkpoint: Checkpoint) -> str:
     """The command that writes the same kind of checkpoint in a dtype that is trained in."""
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
-    written = new_folder(home, "bfloat16")
-    words = ["neox-bridge", "convert", checkpoint.path, written, "--to", checkpoint.kind]
-    return shlex.join([*words, "--dtype", "bfloat16", *opening_options(checkpoint)])
+    flags = ("--to", checkpoint.kind, "--dtype", "bfloat16")
+    return convert_into(checkpoint, new_folder(home, "bfloat16"), *flags)
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:

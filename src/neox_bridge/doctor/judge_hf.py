@@ -7,14 +7,13 @@ that fails.
 """
 
 import re
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.architectures.transformers_limits import llama_ignores
-from neox_bridge.doctor.verdict import Case, case, fix_command, opening_options
+from neox_bridge.doctor.verdict import Case, case, convert_into, fix_command
 from neox_bridge.findings import Severity
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
@@ -37,12 +36,12 @@ _DEFAULTS = (0.25, 10000.0)  # GPTNeoXConfig's
 def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """The cases of loading a folder with a version of transformers."""
     if (form := checkpoint.form) is not None:
-        words = ["neox-bridge", "convert", checkpoint.path, f"{checkpoint.path}-transformers"]
+        written = f"{checkpoint.path}-transformers"
         yield case(
             "other-form",
             "error",
             f"config.json and the names are {form.name}'s, which transformers doesn't read",
-            shlex.join([*words, "--format", "transformers", *opening_options(checkpoint)]),
+            convert_into(checkpoint, written, "--format", "transformers"),
         )
         return
     yield from _names(checkpoint, facts)
@@ -74,15 +73,13 @@ def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Cas
     keeps = knows(facts, "hf-stored-head-kept")
     computes = "both, as an untied model" if keeps else f"{embeddings} alone, and ignores {head}"
     target = new_folder(checkpoint.path, "one-head")
-    words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "hf"]
-    words += [*opening_options(checkpoint), "--head"]
     yield case(
         "head-differs",
         "warning",
         f"config.json ties the embeddings, and the files hold {head} with other values than "
         f"{embeddings}: two models. transformers {facts.version} computes with {computes}; 5.0 and "
         "newer keep both, 4.x ties them. --head keep writes the untied model, --head tie the other",
-        shlex.join([*words, "keep"]),
+        convert_into(checkpoint, target, "--to", "hf", "--head", "keep"),
         subject="stored head",
     )
 

@@ -86,6 +86,10 @@ def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> s
 def convert_command(checkpoint: Checkpoint, target: Target) -> str:
     """The command that converts a checkpoint to the target's kind."""
     other = "hf" if checkpoint.kind == "neox" else "neox"
-    written = new_folder(checkpoint.path, other)
-    words = ["neox-bridge", "convert", checkpoint.path, written, "--for", name_of(target)]
+    return convert_into(checkpoint, new_folder(checkpoint.path, other), "--for", name_of(target))
+
+
+def convert_into(checkpoint: Checkpoint, folder: str, *flags: str) -> str:
+    """The command that converts a checkpoint into a folder."""
+    words = ["neox-bridge", "convert", checkpoint.path, folder, *flags]
     return shlex.join([*words, *opening_options(checkpoint)])

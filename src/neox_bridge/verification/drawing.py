@@ -5,6 +5,7 @@ Ito's, which every kind of colour vision tells apart.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -39,6 +40,14 @@ def require() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise BridgeError("plots need matplotlib: pip install 'neox-bridge[plot]'") from None
+
+
+def check_plot(path: str) -> None:
+    """Raise BridgeError, before anything long is computed, where no picture could be written."""
+    require()
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise BridgeError(f"{path}: the folder {folder} does not exist. Create it first.")
 
 
 def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:

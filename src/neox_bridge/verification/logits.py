@@ -6,16 +6,20 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.transform import boxes
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
+from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.causes import Hypothesis, hypotheses
+from neox_bridge.verification.compare import MEASURED, values
 from neox_bridge.verification.forward_passes import ForwardPass, Settings, forward_pass
-from neox_bridge.verification.non_finite import NonFinite, describe_non_finite
 from neox_bridge.verification.reference import Stage
 from neox_bridge.verification.verify import as_one_model
 
@@ -33,6 +37,30 @@ class Cause:
     cause: str
     text: str
     inherent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """Logits that are NaN or infinite.
+
+    Attributes:
+        tokens: How many tokens have such logits on either side.
+        first: How many logits are not finite in the first model.
+        second: The same in the second model, or in the recorded logits.
+        same_places: Whether these are the same logits on both sides.
+        tensor: The first weight that explains it, in the order of the model: one that is not
+            finite on one side alone, else one that is not on both. "" where every weight is finite.
+        tensor_first: How many values of that weight are not finite in the first model.
+        tensor_second: The same in the second model.
+    """
+
+    tokens: int
+    first: int
+    second: int
+    same_places: bool
+    tensor: str = ""
+    tensor_first: int = 0
+    tensor_second: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +129,7 @@ def compare_logits(
     rows = min(first.vocab_rows, second.vocab_rows)
     a, b = (logits[..., :rows].flatten(0, -2) for logits in (a, b))
     measured = _measure(a, b)
-    if (odd := describe_non_finite(a, b, (first, second))) is not None:
+    if (odd := _describe_non_finite(a, b, (first, second))) is not None:
         return replace(measured, non_finite=odd, place=_first_non_finite(sides, odd.same_places))
     if measured.relative <= LOGITS:
         return measured
@@ -144,7 +172,7 @@ def compare_recorded(
 
     logits = computed({})
     agreement = _measure(wanted, logits)
-    if (odd := describe_non_finite(logits, wanted, (checkpoint,))) is not None:
+    if (odd := _describe_non_finite(logits, wanted, (checkpoint,))) is not None:
         return replace(agreement, non_finite=odd, place="the recorded logits")
     # what was kept of a model in half precision was computed in it
     enough = LOGITS if checkpoint.config.dtype == "float32" else 0.02
@@ -208,6 +236,55 @@ def _part(sides: list[ForwardPass], settings: Settings, on: int) -> _Parting | N
             if (apart := _apart(a, b)) > LAYER:
                 return _Parting(number, name, apart)
     return None
+
+
+def _count_non_finite(whole: Whole, context: Context) -> int:
+    """How many values of a tensor are NaN or infinite, read block by block."""
+    count = 0
+    for start, shape in boxes(whole.shape, MEASURED):
+        block = values(whole, whole.dtype, start, shape, context)
+        count += int(block.size - np.count_nonzero(np.isfinite(block)))
+    return count
+
+
+def _describe_non_finite(
+    first: Tensor, second: Tensor, checkpoints: tuple[Checkpoint, ...]
+) -> NonFinite | None:
+    """What is not finite in logits [tokens, vocabulary], and where it comes from; None if all are.
+
+    checkpoints: the models whose weights are searched: both, or the first alone.
+    """
+    bad = ~first.isfinite(), ~second.isfinite()
+    either = bad[0] | bad[1]
+    if not bool(either.any()):
+        return None
+    same = bool((bad[0] == bad[1]).all())
+    tensor, counts = _first_weight(checkpoints, same)
+    tokens = int(either.any(-1).sum())
+    return NonFinite(tokens, int(bad[0].sum()), int(bad[1].sum()), same, tensor, *counts)
+
+
+def _first_weight(checkpoints: tuple[Checkpoint, ...], same: bool) -> tuple[str, tuple[int, int]]:
+    """The first weight that is not finite, and how many of its values are not on each side."""
+    context = Context()
+    fallback: tuple[str, tuple[int, int]] = ("", (0, 0))
+    try:
+        for name in checkpoints[0].by_name:
+            counts = [
+                _count_non_finite(one.tensors[name], context) if name in one.tensors else 0
+                for one in checkpoints
+            ]
+            pair = (counts[0], counts[-1] if len(counts) > 1 else 0)
+            if len(counts) == 1 or same:
+                if any(counts):
+                    return name, pair
+            elif pair[0] != pair[1]:
+                return name, pair
+            elif any(counts) and not fallback[0]:
+                fallback = (name, pair)
+    finally:
+        context.files.close()
+    return fallback
 
 
 def _first_non_finite(sides: list[ForwardPass], same_places: bool) -> str:
