@@ -16,7 +16,7 @@ from neox_bridge.wording import human
 
 if TYPE_CHECKING:
     from neox_bridge.layouts.checkpoint import Checkpoint
-    from neox_bridge.report.parts import Section
+    from neox_bridge.report.parts import Section, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +100,19 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
     verdict = verdict_of(sections)
     if output.as_json:
         listed = [
-            {
-                "kind": section.kind,
-                "title": section.title,
-                "state": section.verdict.state,
-                "words": section.verdict.words,
-            }
+            {"kind": section.kind, "title": section.title, **_state(section.verdict)}
             for section in sections
         ]
-        print_json(
-            {
-                "schema_version": 1,
-                "path": options.output,
-                "state": verdict.state,
-                "words": verdict.words,
-                "sections": listed,
-            }
-        )
+        head = {"schema_version": 1, "path": options.output}
+        print_json({**head, **_state(verdict), "sections": listed})
     elif not output.quiet:
         print_line(f"wrote {options.output}, {human(len(page.encode()))}: {verdict.words}")
     if not all(section.verdict.holds for section in sections):
         raise click.exceptions.Exit(3)
+
+
+def _state(verdict: Verdict) -> dict[str, str]:
+    return {"state": verdict.state, "words": verdict.words}
 
 
 def _checkpoint(

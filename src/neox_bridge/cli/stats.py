@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import print_table
@@ -20,29 +21,27 @@ def measure(
     from neox_bridge.verification.statistics import findings, statistics
 
     with progress_bar(checkpoint.size, "reading", False) as progress:
-        found = statistics(checkpoint, pattern=pattern, workers=workers, progress=progress)
-    return found, findings(found, checkpoint)
+        stats = statistics(checkpoint, pattern=pattern, workers=workers, progress=progress)
+    return stats, findings(stats, checkpoint)
 
 
-def stats_json(found: Sequence["Statistics"]) -> list[dict[str, Any]]:
+def stats_json(stats: Sequence["Statistics"]) -> list[dict[str, Any]]:
     """As plain data; null stands for what no finite value tells, as JSON has no NaN."""
-    from dataclasses import asdict
-
     return [
         {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(statistics).items()
+            for key, value in asdict(tensor).items()
         }
-        for statistics in found
+        for tensor in stats
     ]
 
 
-def print_stats(found: Sequence["Statistics"]) -> None:
+def print_stats(stats: Sequence["Statistics"]) -> None:
     """An aligned table on stdout; columns that are 0 throughout are left out."""
     head = ("tensor", "dtype", "shape", "min", "max", "mean", "std", "norm", "zeros")
     rare = ("NaN", "Inf", "dead rows", "padding rows")
     rows = []
-    for s in found:
+    for s in stats:
         numbers = (s.minimum, s.maximum, s.mean, s.std, s.norm)
         counts = (s.nans, s.infs, s.dead_rows, s.padding_rows)
         shape = "x".join(map(str, s.shape))

@@ -101,13 +101,8 @@ def _plots(rows: Sequence[Document], prefix: str) -> Iterator[Plot]:
             yield lines_plot(caption, tensor_lines(steps, ()), f"{prefix}n{number}-")
     done = [row for row in numbered if row["status"] == "done" and row["seconds"]]
     if len(done) > 1:
-        rates = {
-            run: [
-                (float(r["number"]), r["size"] / r["seconds"] / 1e6)
-                for r in done
-                if r["run"] == run
-            ]
-            for run in runs
-        }
-        caption = "Rate over the steps."
-        yield lines_plot(caption, rates, f"{prefix}r", y_label="MB/s", log=False)
+        rates: dict[str, list[tuple[float, float]]] = {run: [] for run in runs}
+        for row in done:
+            rate = row["size"] / row["seconds"] / 1e6
+            rates[str(row["run"])].append((float(row["number"]), rate))
+        yield lines_plot("Rate over the steps.", rates, f"{prefix}r", y_label="MB/s", log=False)

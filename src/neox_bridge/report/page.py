@@ -30,8 +30,7 @@ def verdict_of(sections: Sequence[Section]) -> Verdict:
     if len(sections) == 1 or (len(like) == len(sections) == 2 and state == "good"):
         return Verdict(state, ". ".join(section.verdict.words for section in like))
     if len(like) == 1 and state != "good":
-        only = like[0]
-        return Verdict(state, f"{only.kind}, {only.title}: {only.verdict.words}")
+        return Verdict(state, f"{like[0].kind}, {like[0].title}: {like[0].verdict.words}")
     count, of = f"{len(like):,}", plural(len(sections), "result")
     words = {
         "good": f"{count} of {of} hold; nothing speaks against the others",

@@ -1,5 +1,6 @@
 """What ``--json`` of convert, verify and diff prints, and checkpoints, as sections of a page."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -186,10 +187,8 @@ def _diff(document: Document, name: str, prefix: str) -> Section:
     else:
         summary = f"Different: {len(apart):,} of {plural(len(differences), 'tensor')}"
         verdict = Verdict("differs", summary, holds=False)
-    kinds: dict[str, int] = {}
-    for difference in apart:
-        kinds[difference.kind] = kinds.get(difference.kind, 0) + 1
-    words = {
+    kinds = Counter(difference.kind for difference in apart)
+    words: dict[str, str] = {
         "values": "other values",
         "shape": "other shapes",
         "dtype": "other dtypes",
@@ -243,8 +242,7 @@ def _conversion(document: Document, name: str, _prefix: str) -> Section:
     facts.append(("dropped", f"{len(rows):,}" if rows else "nothing"))
     tables = []
     if rows:
-        table = Table("What was left out", ("what", "why"), "ll", rows, len(rows) > _OPEN)
-        tables.append(table)
+        tables.append(Table("What was left out", ("what", "why"), "ll", rows, len(rows) > _OPEN))
     if isinstance(document.get("files"), list):
         files = [
             (str(file["path"]), human(file["size"]), f"{len(file['tensors']):,}")
@@ -279,17 +277,14 @@ def _differences_table(
 ) -> Table:
     rows = []
     for difference in differences:
-        values = difference.kind == "values" and not difference.detail
-        numbers = ("", "", "", "")
-        if difference.kind == "values":
-            numbers = (
-                f"{difference.differing:,} of {difference.elements:,}",
-                _number(difference.relative),
-                _number(difference.largest),
-                _number(difference.mean),
-            )
         words = describe(difference).removeprefix(difference.name).lstrip(": ")
-        rows.append((difference.name, "values" if values else words, *numbers))
+        numbers = ["", "", "", ""]
+        if difference.kind == "values":
+            words = words if difference.detail else "values"
+            sizes = (difference.relative, difference.largest, difference.mean)
+            counts = f"{difference.differing:,} of {difference.elements:,}"
+            numbers = [counts, *map(_number, sizes)]
+        rows.append((difference.name, words, *numbers))
     head = ("tensor", "what", "elements", "relative", "largest", "mean")
     return Table(caption, head, "llrrrr", rows, len(rows) > _OPEN if folded is None else folded)
 
@@ -329,10 +324,10 @@ def _source(source: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _settings(record: Mapping[str, Any]) -> list[Table]:
     """The run's settings, or the model's, that the conversion kept."""
-    neox, config = record.get("neox"), record.get("config")
+    neox = record.get("neox")
     kept = (
         ("Settings of the GPT-NeoX run", neox.get("yml") if isinstance(neox, Mapping) else None),
-        ("config.json of the source", config),
+        ("config.json of the source", record.get("config")),
     )
     return [
         Table(caption, ("key", "value"), "ll", _flat(values))

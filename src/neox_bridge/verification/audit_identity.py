@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 Steps = Sequence[Step]
 ShardKey = tuple[str, int]  # a tensor's name, and the rank that holds the shard
@@ -43,13 +43,14 @@ def _same_steps(group: Steps, steps: Steps) -> Fault:
     run, labels = group[0].run, tuple(step.label for step in group)
     what = f"{run}: steps {_and(labels)} are identical, every tensor of them"
     numbers = [step.number for step in group if step.number is not None]
-    if sorted(numbers) == [0, 1] and len(group) == 2:
-        why = "GPT-NeoX's warmup began with a learning rate of 0 until 2026 (gpt-neox#1373)"
-        return Fault("unchanged-at-first", "info", f"{what}: {why}", "", run, labels)
     begins = group[0] is steps[0] and list(group) == list(steps[: len(group)])
     half = group[0].dtype == "float16" and len(numbers) == len(group)
-    if begins and half and 0 in numbers and max(numbers) <= _WARMUP:
+    why = ""
+    if sorted(numbers) == [0, 1] and len(group) == 2:
+        why = "GPT-NeoX's warmup began with a learning rate of 0 until 2026 (gpt-neox#1373)"
+    elif begins and half and 0 in numbers and max(numbers) <= _WARMUP:
         why = "so early in fp16 the loss scale may have skipped every update"
+    if why:
         return Fault("unchanged-at-first", "info", f"{what}: {why}", "", run, labels)
     names = [name for name, fingerprint in group[0].tensors.items() if not fingerprint.constant]
     remedy = _whose(group, steps, names) + "; copy or convert the wrong ones again"
@@ -67,15 +68,14 @@ def _shared_shards(steps: Steps) -> Iterator[Fault]:
             where[unit][bits.hash].append(index)
     shared: dict[tuple[int, ...], list[ShardKey]] = defaultdict(list)
     for unit, hashes in where.items():
-        for found_in in hashes.values():
-            if len(found_in) > 1:
-                shared[tuple(found_in)].append(unit)
-    everywhere = tuple(range(len(steps)))
-    for indices, found_units in sorted(shared.items()):
-        if indices == everywhere:
-            yield _frozen(steps, found_units)
-        elif _strong(indices, found_units, units, where):
-            yield _shared(steps, indices, found_units, units)
+        for holders in hashes.values():
+            if len(holders) > 1:
+                shared[tuple(holders)].append(unit)
+    for indices, shared_units in sorted(shared.items()):
+        if len(indices) == len(steps):
+            yield _frozen(steps, shared_units)
+        elif _strong(indices, shared_units, units, where):
+            yield _shared(steps, indices, shared_units, units)
 
 
 def _units(step: Step, by_rank: bool) -> dict[ShardKey, _Bits]:
@@ -120,9 +120,8 @@ def _frozen(steps: Steps, units: Sequence[ShardKey]) -> Fault:
     names = list(dict.fromkeys(name for name, _ in units))
     run, count = steps[0].run, len({name for step in steps for name in step.tensors})
     what = f"{run}: {len(names)} of {count} tensors are the same in every step: {some(names)}"
-    remedy = "right if they were frozen"
     labels = tuple(step.label for step in steps)
-    return Fault("frozen", "info", what, remedy, run, labels, tuple(names))
+    return Fault("frozen", "info", what, "right if they were frozen", run, labels, tuple(names))
 
 
 def _shared(
@@ -142,7 +141,7 @@ def _shared(
     spread = Counter(name for name, _ in units[indices[0]])
     part = any(sum(1 for n, _ in shared if n == name) < spread[name] for name in names)
     of_rank = f" of tensor-parallel rank {_and([str(r) for r in ranks])}" if part else ""
-    count = f"{len(names)} tensor{'' if len(names) == 1 else 's'}"
+    count = plural(len(names), "tensor")
     what = f"{run}: steps {_and(labels)} share {count}{of_rank}, bit for bit, "
     if whole and set(whole) == files:
         what += f"all that {some(whole, 3)} holds, " if len(whole) == 1 else f"{some(whole, 3)}, "

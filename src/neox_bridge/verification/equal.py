@@ -68,24 +68,24 @@ def _runs(first: Whole, second: Whole) -> list[tuple[_Run, _Run]] | None:
 
     Few Python steps a megabyte: while one thread does them, another waits for the interpreter.
     """
-    found = []
+    runs = []
     elements = prod(first.shape)
     for piece in first.pieces:
         for other in cut(second, piece.to, piece.shape, piece.to):
             start = tuple(
                 s + q - p for s, p, q in zip(piece.start, piece.to, other.to, strict=True)
             )
-            mine = replace(piece, start=start, to=other.to, shape=other.shape)
-            if mine.source is None or other.source is None:
+            part = replace(piece, start=start, to=other.to, shape=other.shape)
+            if part.source is None or other.source is None:
                 return None
-            if mine.source.dtype != other.source.dtype or mine.source.dtype != first.dtype:
+            if part.source.dtype != other.source.dtype or part.source.dtype != first.dtype:
                 return None
-            a, b = byte_range(mine, first.shape), byte_range(other, second.shape)
+            a, b = byte_range(part, first.shape), byte_range(other, second.shape)
             if a is None or b is None:
                 return None
-            found.append((_Run(mine.source.file, a[0], a[2]), _Run(other.source.file, b[0], b[2])))
+            runs.append((_Run(part.source.file, a[0], a[2]), _Run(other.source.file, b[0], b[2])))
             elements -= prod(other.shape)
-    return found if elements == 0 else None
+    return runs if elements == 0 else None
 
 
 def _run_same(a: _Run, b: _Run, context: Context) -> bool:
@@ -132,14 +132,14 @@ def _read(
     """The pieces of a box, each with its elements in a dtype, strided as in its file."""
     import numpy as np
 
-    found, wanted = [], to_numpy(dtype)
+    pieces, wanted = [], to_numpy(dtype)
     for piece in cut(whole, start, shape, (0,) * len(shape)):
         if piece.source is None:
             values: Array = np.full(piece.shape, piece.fill, wanted)
         else:
             values = cast(piece_values(piece, context, room), wanted)
-        found.append((piece, values))
-    return found
+        pieces.append((piece, values))
+    return pieces
 
 
 def _same(
