@@ -107,27 +107,25 @@ def unknown_in_config(
 
 def unknown_in_mamba_ssm(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
     """The keys of a config.json of mamba_ssm that its classes do not take."""
-    file = "config.json"
-    unknown = [
-        unknown_key("hf", k, v, MAMBA_SSM, raw, file) for k, v in raw.items() if k not in MAMBA_SSM
-    ]
     block = raw.get("ssm_cfg")
     inside = block if isinstance(block, dict) else {}
-    unknown += [
-        unknown_key("hf", f"ssm_cfg.{key}", value, MAMBA_SSM_BLOCK, inside, file)
-        for key, value in inside.items()
-        if key not in MAMBA_SSM_BLOCK
-    ]
-    return tuple(unknown)
+    return (
+        *_others_than(MAMBA_SSM, raw, "config.json"),
+        *_others_than(MAMBA_SSM_BLOCK, inside, "config.json", "ssm_cfg."),
+    )
 
 
 def unknown_in_params(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
     """The keys of a params.json that Meta's Llama does not have."""
-    return tuple(
-        unknown_key("hf", key, value, META_LLAMA, raw, "params.json")
-        for key, value in raw.items()
-        if key not in META_LLAMA
-    )
+    return tuple(_others_than(META_LLAMA, raw, "params.json"))
+
+
+def _others_than(
+    known: frozenset[str], raw: Mapping[str, Any], file: str, block: str = ""
+) -> Iterator[UnknownKey]:
+    for key, value in raw.items():
+        if key not in known:
+            yield unknown_key("hf", f"{block}{key}", value, known, raw, file)
 
 
 def _unknown_in_rope(block: str, value: Any, raw: Mapping[str, Any]) -> Iterator[UnknownKey]:

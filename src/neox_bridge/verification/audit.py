@@ -15,7 +15,7 @@ from neox_bridge.verification.audit_norms import broken_faults, jump_faults
 from neox_bridge.verification.audit_settings import init_faults, missing_faults, setting_faults
 from neox_bridge.verification.audit_states import state_faults
 from neox_bridge.verification.opened import Opened, unreadable
-from neox_bridge.verification.runs import Fault, StepLocation
+from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step, read_step
 
 _ORDER = ("error", "warning", "info")
@@ -82,9 +82,7 @@ def audit(
             all_faults.append(unreadable(one.run, one.place, error))
         else:
             runs[one.run].append(step)
-            all_faults += _odd_weights(one.run, one.place, checkpoint)
-            if one.checkpoint.tied_head is not None and not checkpoint.config.tied_embeddings:
-                all_faults.append(_two_heads(one.run, one.place, one.checkpoint))
+            all_faults += _weight_faults(step, one.checkpoint, checkpoint)
     for run, steps in runs.items():
         all_faults += judge(steps)
         all_faults += missing_faults(run, sorted(set(numbers.get(run, ()))))
@@ -114,14 +112,12 @@ def verdict(step: Step, faults: Iterable[Fault]) -> str:
     return next((word for word in _ORDER[:2] if word in worst), "ok")
 
 
-def _odd_weights(run: str, place: StepLocation, checkpoint: Checkpoint) -> Iterator[Fault]:
-    for odd in odd_dtypes(checkpoint):
+def _weight_faults(step: Step, stored: Checkpoint, read: Checkpoint) -> Iterator[Fault]:
+    """Weights of odd dtypes, and a tied config beside a head of its own, in the files' form."""
+    for odd in odd_dtypes(read):
         severity: Severity = "warning" if odd.castable else "error"
-        message = f"{place.label}: {odd.reason}"
-        yield Fault("weight-dtype", severity, message, odd.way_out, run, (place.label,), odd.names)
-
-
-def _two_heads(run: str, place: StepLocation, checkpoint: Checkpoint) -> Fault:
-    message, remedy = ambiguity(checkpoint)
-    message = f"{place.label}: {message}"
-    return Fault("head-differs", "warning", message, remedy, run, (place.label,))
+        message = f"{step.label}: {odd.reason}"
+        yield step.fault("weight-dtype", severity, message, odd.way_out, odd.names)
+    if stored.tied_head is not None and not read.config.tied_embeddings:
+        message, remedy = ambiguity(stored)
+        yield step.fault("head-differs", "warning", f"{step.label}: {message}", remedy)

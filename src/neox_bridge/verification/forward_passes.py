@@ -6,6 +6,7 @@ All is computed in float32, so that what differs is the model and not its roundi
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -241,14 +242,11 @@ def _recording(layer: Any) -> Iterator[dict[str, Tensor]]:
     attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
     parts: dict[str, Tensor] = {}
 
-    def into(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            parts[name] = _first(output)
-
-        return hook
+    def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        parts[name] = _first(output)
 
     hooks = [
-        module.register_forward_hook(into(name))
+        module.register_forward_hook(partial(record, name))
         for name, module in (("attention", attention), ("mlp", layer.mlp))
     ]
     try:

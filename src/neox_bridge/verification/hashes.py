@@ -106,10 +106,21 @@ def fingerprint(whole: Whole, context: Context, *, padded: bool = False) -> Fing
     refs = sources(whole)
     if whole.reduce != "none":
         total = _hash(without_reduction(whole, context), context, (), padded)[0]
-        shards = [_hash(whole_of(ref), context, (), False)[0] for ref in refs]
-        return _finish(whole, total, tuple(Shard(s.digest(), s.constant) for s in shards))
-    total, parts = _hash(whole, context, refs if len(refs) > 1 else (), padded)
-    return _finish(whole, total, tuple(Shard(s.digest(), s.constant) for s in parts))
+        parts = [_hash(whole_of(ref), context, (), False)[0] for ref in refs]
+    else:
+        total, parts = _hash(whole, context, refs if len(refs) > 1 else (), padded)
+    shape = whole.shape
+    if total.rows:
+        shape = (total.fed // total.rows, *shape[1:])
+    return Fingerprint(
+        total.digest(f"{whole.dtype}{list(shape)}"),
+        whole.dtype,
+        shape,
+        math.sqrt(total.squares),
+        total.bad if whole.dtype in FLOATING else 0,
+        total.constant,
+        tuple(Shard(part.digest(), part.constant) for part in parts),
+    )
 
 
 def sources(whole: Whole) -> tuple[TensorRef, ...]:
@@ -219,15 +230,3 @@ def _box(
         place = zip(piece.to, piece.shape, strict=True)
         out[tuple(slice(low, low + size) for low, size in place)] = block
     return out
-
-
-def _finish(whole: Whole, total: _Stream, shards: tuple[Shard, ...]) -> Fingerprint:
-    shape = whole.shape
-    if total.rows:
-        shape = (total.fed // total.rows, *shape[1:])
-    digest = total.digest(f"{whole.dtype}{list(shape)}")
-    real = whole.dtype in FLOATING
-    bad = total.bad if real else 0
-    return Fingerprint(
-        digest, whole.dtype, shape, math.sqrt(total.squares), bad, total.constant, shards
-    )

@@ -68,8 +68,6 @@ def within(run: TrainingRun, steps: str) -> TrainingRun:
 
 def with_steps(run: TrainingRun, steps: str) -> TrainingRun:
     """The run with the chosen steps only. Raises UsageError, see ``chosen``."""
-    if steps.strip() == "all":
-        return run
     numbers = [place.number for place in run.places if place.number is not None]
     wanted = chosen(steps, numbers)
     if wanted is None:
