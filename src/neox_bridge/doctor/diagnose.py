@@ -14,6 +14,7 @@ from neox_bridge.doctor.verdict import (
     case,
     convert_command,
     convert_into,
+    failure,
     verdict,
 )
 from neox_bridge.errors import BridgeError, Refused
@@ -106,9 +107,8 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     if isinstance(target, TransformersFacts):
         prints = f"OSError: {path} does not appear to have a file named config.json."
     refused = _refused(checkpoint, target)
-    yield case(
+    yield failure(
         "other-kind",
-        "error",
         "this is a checkpoint of the other framework, and has to be converted",
         "" if refused else convert_command(checkpoint, target),
         prints,
@@ -121,7 +121,7 @@ def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
     if checkpoint.refusals:
         relayout = relayout_command(checkpoint, new_folder(checkpoint.path, "neox"))
         return [
-            case(f"refused-{refusal.key}", "error", refusal.reason, way_out_of(refusal, relayout))
+            failure(f"refused-{refusal.key}", refusal.reason, way_out_of(refusal, relayout))
             for refusal in checkpoint.refusals
         ]
     try:
@@ -131,7 +131,7 @@ def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
         else:
             make_plan(checkpoint, Options(to="neox", era=target), "converted")
     except Refused as error:
-        return [case("refused", "error", str(error))]
+        return [failure("refused", str(error))]
     return []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.architectures.transformers_limits import llama_ignores
-from neox_bridge.doctor.verdict import Case, case, convert_into, fix_command
+from neox_bridge.doctor.verdict import Case, case, convert_into, failure, fix_command
 from neox_bridge.findings import Severity
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
@@ -37,9 +37,8 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
     """The cases of loading a folder with a version of transformers."""
     if (form := checkpoint.form) is not None:
         written = f"{checkpoint.path}-transformers"
-        yield case(
+        yield failure(
             "other-form",
-            "error",
             f"config.json and the names are {form.name}'s, which transformers doesn't read",
             convert_into(checkpoint, written, "--format", "transformers"),
         )
@@ -88,18 +87,16 @@ def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """Names and files that transformers does not find."""
     if checkpoint.wrappers:
         wrappers = ", ".join(f"`{wrapper}`" for wrapper in checkpoint.wrappers)
-        yield case(
+        yield failure(
             "wrapped-names",
-            "error",
             f"the names of the tensors contain {wrappers}, which is no part of the model: "
             "transformers finds none of its weights and makes up random ones",
             fix_command(checkpoint, facts),
             subject="wrapped names",
         )
     if checkpoint.unindexed:
-        yield case(
+        yield failure(
             "no-index",
-            "error",
             f"{len(checkpoint.files)} shards have no index file beside them",
             fix_command(checkpoint, facts),
             f"OSError: Error no file named model.safetensors, or pytorch_model.bin, found in "
@@ -137,9 +134,8 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         why = f"{old} isn't there, and rope_parameters.{new} isn't read before 5.0"
         if old in raw:
             why = f"its {old} contradicts rope_parameters.{new}, which isn't read before 5.0"
-        yield case(
+        yield failure(
             "rope-spelling",
-            "error",
             f"transformers {facts.version} computes with {old} {got:g} where the model has "
             f"{want:g}: in config.json {why}. Nothing is printed",
             fix_command(checkpoint, facts),
@@ -161,17 +157,15 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
     grouped = name == "llama" and config.grouped_query
     if not has_class(facts, name) or (grouped and not knows(facts, "hf-llama-grouped")):
         first = since("hf-llama-grouped") if grouped else f"transformers {CLASS_SINCE[name]}"
-        yield case(
+        yield failure(
             "class-unknown",
-            "error",
             f"this model of {checkpoint.architecture.hf_class} needs {first} or newer",
             f"use {first} or newer",
         )
     ignored = llama_ignores(name, config, facts)
     for what in ignored:
-        yield case(
+        yield failure(
             "llama-ignored",
-            "error",
             f"transformers {facts.version} leaves out {what}. Nothing is printed",
             "use a newer transformers",
         )
@@ -179,9 +173,8 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
     if ignored:
         return
     if not facts.rope_parameters and base != config.rotary_base:
-        yield case(
+        yield failure(
             "rope-spelling",
-            "error",
             f"transformers {facts.version} computes with rope_theta {base:g} where the model has "
             f"{config.rotary_base:g}: it doesn't read rope_parameters. Nothing is printed",
             fix_command(checkpoint, facts),
@@ -198,9 +191,8 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         row = next(row for row in checkpoint.table if dim in row.weight.shape)
         have = [dims[d] for d in row.weight.shape]
         want = [setting if d == dim else dims[d] for d in row.weight.shape]
-        yield case(
+        yield failure(
             "config-size",
-            "error",
             f"config.json says {key}: {setting}, and the tensors say {dims[dim]}",
             fix_command(checkpoint, facts),
             f"RuntimeError: Error(s) in loading state_dict for {checkpoint.architecture.hf_class}:"
@@ -243,9 +235,8 @@ def _newly(
     code: str,
     remedy: str = "",
 ) -> Case:
-    return case(
+    return failure(
         code,
-        "error",
         f"transformers {facts.version} finds no {some(names, 2)} ({why}) and makes them up",
         remedy or fix_command(checkpoint, facts),
         f"Some weights of {checkpoint.architecture.hf_class} were not initialized from the model "

@@ -13,7 +13,7 @@ from neox_bridge.architectures.base import INV_FREQ
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.doctor.neox_folder import stray_cases
-from neox_bridge.doctor.verdict import Case, case, fix_command
+from neox_bridge.doctor.verdict import Case, case, failure, fix_command
 from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.frameworks.changes import since
 from neox_bridge.frameworks.eras import FLAG, mlp_biases
@@ -53,9 +53,8 @@ def _yml(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
         if not duplicate.refused:
             yield Case(replace(duplicate_finding(duplicate), severity="info"))
             continue
-        yield case(
+        yield failure(
             "yml-key-twice",
-            "error",
             f"{duplicate.key} stands in {duplicate.first} and {duplicate.second}; GPT-NeoX refuses "
             "that, whatever their values",
             fix,
@@ -70,9 +69,8 @@ def _yml(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
         why = "".join(f". {reason_of(risky[key])}" for key in unknown if key in risky)
         if why:
             why += ". A copy without it may be another model"
-        yield case(
+        yield failure(
             "yml-key-unknown",
-            "error",
             f"the yml has keys that this GPT-NeoX doesn't know, and it refuses them: "
             f"{', '.join(unknown)}" + (f" ({places})" if places else "") + why,
             fix,
@@ -107,9 +105,8 @@ def _flat(state: NeoxState, fix: str) -> Iterator[Case]:
     """A step without a run's folder around it (load_checkpoint in megatron/checkpointing.py)."""
     if not state.flat:
         return
-    yield case(
+    yield failure(
         "flat-folder",
-        "error",
         f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
         f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
         "that, and trains from random weights",
@@ -139,9 +136,8 @@ def _layout_kind(checkpoint: Checkpoint) -> Iterator[Case]:
     if state.layout == "layers":
         held, read_with, wanted = "a file a layer", "1 or more", max(1, state.pp)
         error = "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>."
-    yield case(
+    yield failure(
         "layout-kind",
-        "error",
         f"the yml says pipe_parallel_size: {stages}, and the checkpoint has {held}, which "
         f"GPT-NeoX reads with {read_with} only",
         f"set pipe_parallel_size: {wanted} in the yml",
@@ -185,9 +181,8 @@ def _state_dicts(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator
         line = _mismatch(
             _key(state, 0, "word_embeddings.weight"), [have // tp, hidden], [rows // tp, hidden]
         )
-        yield case(
+        yield failure(
             "vocabulary-rows",
-            "error",
             f"the embeddings have {have} rows, and GPT-NeoX computes {rows} from the tokenizer's "
             f"{checkpoint.tokenizer_size} entries, make_vocab_size_divisible_by: {multiple} and TP "
             f"{_setting(checkpoint, 'model_parallel_size')}",
@@ -207,9 +202,9 @@ def _state_dicts(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator
         [_mismatch(_key(state, n, key), *sizes[key]) for n in layers for key in sizes],
     )
     for code, message, remedy in codes:
-        yield case(code, "error", message, remedy or fix, prints)
+        yield failure(code, message, remedy or fix, prints)
     if sizes:
-        yield case("mlp-width", "error", *_width_words(checkpoint, facts), prints)
+        yield failure("mlp-width", *_width_words(checkpoint, facts), prints)
 
 
 def _key_drift(
@@ -346,9 +341,8 @@ def _args(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
         if key == "padded_vocab_size":
             setting = expected_rows(checkpoint) or have
         if setting != have and key in facts.args_checked:
-            yield case(
+            yield failure(
                 "args-differ",
-                "error",
                 f"{key}: the checkpoint's args say {have}, the settings {setting}, and GPT-NeoX "
                 "compares them when it loads",
                 fix_for(checkpoint, facts),
@@ -396,18 +390,16 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
         if not gated:
             newer = ""
             error = "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'"
-        yield case(
+        yield failure(
             "mlp-biases",
-            "error",
             f"the MLP has no biases, and with activation: {activation} this GPT-NeoX adds them "
             "without asking: it loads, and ends in the first forward pass",
             newer,
             error,
         )
     elif wanted == "none" and config.mlp_bias and facts.gated_biases != "none":
-        yield case(
+        yield failure(
             "mlp-biases",
-            "error",
             f"the MLP has biases, and with activation: {activation} this GPT-NeoX asserts that it "
             "has none: it loads, and ends in the first forward pass",
             newer,
@@ -418,9 +410,8 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
 def _gqa(state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
     order = state.gqa_order if state.gqa_order_known else None
     if state.mlp_names == "dense" and facts.gqa_order == "grouped":
-        yield case(
+        yield failure(
             "gqa-order",
-            "error",
             "the checkpoint is from before 2024-09, when the rows of grouped-query attention lay "
             "by query head, and this GPT-NeoX reads them as all q, all k, all v (since "
             f"{since('neox-gqa-order')}): the shapes are the same, so it loads as another model",
@@ -428,9 +419,8 @@ def _gqa(state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
             subject="GQA row order",
         )
     elif order is not None and order != facts.gqa_order:
-        yield case(
+        yield failure(
             "gqa-order",
-            "error",
             f"the rows of grouped-query attention are {order}, and this GPT-NeoX reads them "
             f"{facts.gqa_order} (changed in {since('neox-gqa-order')}): the shapes are the same, "
             "so it loads as another model",

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from neox_bridge.doctor.verdict import Case, case
+from neox_bridge.doctor.verdict import Case, failure
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.stores.paths import listdir
 
@@ -24,9 +24,8 @@ def stray_cases(folder: str) -> Iterator[Case]:
     remedy = "copy the checkpoint again, into an empty folder"
     if strays:
         remedy = shlex.join(["rm", *(os.path.join(folder, name) for name in strays)])
-    yield case(
+    yield failure(
         "mp-rank-files",
-        "error",
         f"{folder} holds {len(names)} mp_rank files and they were saved by {wrong} processes: "
         f"{what}. DeepSpeed counts them before it loads anything",
         remedy,

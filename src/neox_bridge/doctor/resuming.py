@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from neox_bridge.doctor.judge_neox import fix_for
-from neox_bridge.doctor.verdict import Case, case, opening_options
+from neox_bridge.doctor.verdict import Case, case, failure, opening_options
 from neox_bridge.errors import BridgeError
 from neox_bridge.frameworks.deepspeed import NO_VERSION, SUB_PARTITIONS, StatesForm, release_of
 from neox_bridge.frameworks.facts import TreeFacts
@@ -50,7 +50,7 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         return
     if states is not None and states.incomplete:
         if not state.missing_ranks:  # which has a case of its own
-            yield case("optimizer-incomplete", "error", states.incomplete)
+            yield failure("optimizer-incomplete", states.incomplete)
         return
     form = target.states
     if states is not None and not _resumes(checkpoint, states, form):
@@ -133,7 +133,7 @@ def _not_of_v1(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, c
     command = _reshard_command(checkpoint, target, states)
     cannot_train = f"Nor can it train in {checkpoint.config.dtype} with ZeRO"
     message += f". {'Resharding writes them anew' if command else cannot_train}"
-    return case("optimizer-version", "error", message, command, prints)
+    return failure("optimizer-version", message, command, prints)
 
 
 def _old_states(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, count: int) -> Case:
@@ -157,9 +157,8 @@ def _old_states(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, 
         if states.refusal == NO_VERSION
         else "are elastic and hold no step of Adam"
     )
-    return case(
+    return failure(
         "optimizer-version",
-        "error",
         f"its optimizer states ({count} files) {kind}{lacking}, and later trees cannot resume from "
         f"them. {way_out}",
         fix,
@@ -170,9 +169,8 @@ def _old_states(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, 
 def _no_states(checkpoint: Checkpoint, target: TreeFacts) -> Iterator[Case]:
     prints = "TypeError: 'NoneType' object is not subscriptable"
     if checkpoint.raw.get("finetune") is False:
-        yield case(
+        yield failure(
             "no-optimizer-states",
-            "error",
             "the yml says finetune: false, and the checkpoint holds no optimizer states to resume "
             "from",
             fix_for(checkpoint, target),

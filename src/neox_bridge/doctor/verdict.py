@@ -63,6 +63,13 @@ def case(
     return Case(Finding(code, severity, message, remedy, subject=subject), prints)
 
 
+def failure(
+    code: str, message: str, remedy: str = "", prints: str = "", subject: Subject = ""
+) -> Case:
+    """The case of a checkpoint that won't load, or loads as another model."""
+    return case(code, "error", message, remedy, prints, subject)
+
+
 def opening_options(checkpoint: Checkpoint, target: Target | None = None) -> list[str]:
     """The options without which a command refuses a checkpoint that was opened.
 
