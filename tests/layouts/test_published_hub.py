@@ -642,7 +642,7 @@ def test_ranges_are_kept_while_a_run_lasts(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(fetched, "fetch", fetch)
     monkeypatch.setattr(fetched, "UNIT_BYTES", 1000)
-    monkeypatch.setattr(fetched, "look", lambda _: objects.Object(len(data), "tag"))
+    monkeypatch.setattr(fetched, "look", lambda _: objects.FileState(len(data), "tag"))
     folder = str(tmp_path / "fetched")
     with fetched.keeping(folder, ["hf://org/name/a", "s3://bucket/b"]):
         for start, end in ((0, 10), (990, 1010), (2500, 3007), (3000, 3007), (0, 3007)):
@@ -661,7 +661,7 @@ def test_ranges_are_kept_while_a_run_lasts(monkeypatch: pytest.MonkeyPatch, tmp_
         for path in Path(folder).iterdir():
             path.write_bytes(path.read_bytes()[:-1])
         assert fetched.fetch_kept("hf://org/name/a", 0, 3007) == data, "those that aren't whole"
-        monkeypatch.setattr(fetched, "look", lambda _: objects.Object(len(data), "another"))
+        monkeypatch.setattr(fetched, "look", lambda _: objects.FileState(len(data), "another"))
         before = len(requests)
         fetched.fetch_kept("hf://org/name/a", 0, 1)
         assert len(requests) == before + 1, "the object is another one now"

@@ -402,9 +402,9 @@ def test_errors_say_what_to_do(
     ):
         with pytest.raises(BridgeError, match=words):
             execute(plan, target)
-    with pytest.raises(BridgeError, match="no such folder in that store"):
+    with pytest.raises(BridgeError, match="no such folder"):
         open_checkpoint(s3("nothing/here"))
-    with pytest.raises(BridgeError, match="no such folder in that store"):
+    with pytest.raises(BridgeError, match="no such folder"):
         open_checkpoint("s3://nobody/here")
     with pytest.raises(BridgeError, match="revision: only for models of the Hub"):
         open_checkpoint(upload(hf, s3("errors/hf")), revision="main")
@@ -485,6 +485,32 @@ def test_no_local_path_is_taken_for_a_url() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_folder_is_walked_alike_on_a_disk_and_in_a_store(tmp_path: Path) -> None:
+    """A pipe is told apart, which nobody may open; links to folders are not followed."""
+    content = {"a.json": b"{}", "b/c.bin": b"12345", "b/d/.gitattributes": b"x"}
+    here, there = tmp_path / "folder", "memory://walked/folder"
+    for name, data in content.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(data)
+        objects.put_small(f"{there}/{name}", data)
+    for folder in (str(here), there):
+        sizes = dict(paths.walk(folder))
+        assert sizes == {f"{folder}/{name}": len(data) for name, data in content.items()}
+        states = paths.states([*sizes, f"{folder}/gone"], missing_ok=True)
+        assert {path: state.size for path, state in states.items()} == sizes
+        with pytest.raises(BridgeError, match="folder/gone is gone"):
+            paths.states([*sizes, f"{folder}/gone"])
+    os.mkfifo(here / "pipe")
+    (here / "again").symlink_to(here)
+    (here / "nowhere").symlink_to(here / "gone")
+    (here / "linked.json").symlink_to(here / "a.json")
+    sizes = dict(paths.walk(str(here)))
+    assert (sizes[f"{here}/pipe"], sizes[f"{here}/linked.json"]) == (None, 2)
+    assert len(sizes) == len(content) + 2
+    with pytest.raises(BridgeError, match="a named pipe, not a file"):
+        paths.open_file(f"{here}/pipe")
+
+
 def test_a_stream_fills_gaps_and_puts_sums_where_they_belong() -> None:
     class Parts:
         def __init__(self) -> None:
@@ -525,7 +551,7 @@ def test_ranges_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return data[start:end]
 
     monkeypatch.setattr(ranges, "fetch", fetch)
-    monkeypatch.setattr(ranges, "look", lambda url: objects.Object(len(data), ""))
+    monkeypatch.setattr(ranges, "look", lambda url: objects.FileState(len(data), ""))
     found, step = ranges.Ranges(), 1 << 18
     buffer = memoryview(bytearray(step))
     for at in range(0, len(data), step):

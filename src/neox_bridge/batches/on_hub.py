@@ -14,8 +14,9 @@ from neox_bridge.hub.preview import message_of, plan_publish, step_of_plan
 from neox_bridge.hub.publish import publish, work_base
 from neox_bridge.hub.remote import published_record, record_path
 from neox_bridge.planning.plan import Plan
+from neox_bridge.stores.folder import is_hub
 from neox_bridge.stores.hub_api import hub_api
-from neox_bridge.stores.hub_names import HubTarget, hub_target, is_hub
+from neox_bridge.stores.hub_names import HubTarget, hub_target
 from neox_bridge.stores.paths import is_local
 
 

@@ -14,7 +14,7 @@ from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.objects import below
-from neox_bridge.stores.paths import is_local, isdir, listdir
+from neox_bridge.stores.paths import is_local, isdir, listdir, states
 from neox_bridge.stores.store import WORK
 from neox_bridge.verification.sealed import find_record, unrecorded
 
@@ -74,29 +74,18 @@ def _first_change(
     files: Sequence[tuple[str, int, str | None]],
     every_hash: bool,
 ) -> str:
-    """What is wrong with the first file that isn't as the record says; "" where all are.
-
-    In a store, where objects are replaced whole, one listing tells the sizes.
-    """
+    """What is wrong with the first file that isn't as the record says; "" where all are."""
     folder = os.path.dirname(record)
-    objects = below(folder) if not is_local(folder) else None
-    since = os.stat(record).st_mtime_ns if objects is None else 0
-    for name, size, digest in files:
-        if name.startswith("../"):  # above a step: the user's, once they are written
-            continue
-        file, touched = f"{folder}/{name}", False
-        if objects is not None:
-            size_now = objects[file].size if file in objects else None
-        else:
-            try:
-                status = os.stat(file)
-            except OSError:
-                size_now = None
-            else:
-                size_now, touched = status.st_size, status.st_mtime_ns > since
-        if size_now is None:
+    # what is above a step is the user's, once it is written
+    inside = [file for file in files if not file[0].startswith("../")]
+    there = states([record, *(f"{folder}/{name}" for name, _, _ in inside)], missing_ok=True)
+    for name, size, digest in inside:
+        file = f"{folder}/{name}"
+        if file not in there:
             return f"{file} is missing"
-        same = size_now == size
+        # objects have no time: they are replaced whole
+        touched = there[file].modified_ns > there[record].modified_ns
+        same = there[file].size == size
         if same and digest and hash_name and (every_hash or touched):
             same = hash_file(file, hash_name) == digest
         if not same:

@@ -176,6 +176,7 @@ def batch(
 
 def _check_applies(choice: BatchOptions, details: Details, upload: Upload, target: str) -> None:
     """Raise UsageError for options of a batch that would be ignored, or that make no sense."""
+    from neox_bridge.stores.folder import is_hub
     from neox_bridge.verification.step_choice import check_steps
 
     check_steps(choice.steps)
@@ -184,7 +185,7 @@ def _check_applies(choice: BatchOptions, details: Details, upload: Upload, targe
     if given("address") and choice.executor != "ray":
         raise UsageError(["address"], "only for --executor ray", "Add it, or leave this out.")
     check_upload(upload, target)
-    if not target.startswith("hf://"):  # for which files are written on a disk first
+    if not is_hub(target):  # for which files are written on a disk first
         from neox_bridge.execution.execute import check_options
 
         check_options(target, every_crc=details.crc)

@@ -62,6 +62,7 @@ def convert(
     check_upload(upload, target)
     with writing(target):
         from neox_bridge.conversion import conversion_check, open_checkpoint, plan_conversion
+        from neox_bridge.stores.folder import is_hub
         from neox_bridge.stores.paths import is_local
 
         checkpoint = open_checkpoint(
@@ -82,13 +83,13 @@ def convert(
         checker = partial(conversion_check, plan, workers=execution.max_workers)
         asked_hash = details.hash_name is not None or not execution.no_verify
         # in an object store no file shares blocks with the source: all are hashed
-        in_store = not is_local(target) and not target.startswith("hf://")
+        in_store = not is_local(target) and not is_hub(target)
         hashing = {
             "every_crc": details.crc,
             "hash_name": conversion.hash_name,
             "hash_shared": asked_hash and not in_store,
         }
-        if target.startswith("hf://"):
+        if is_hub(target):
             publish_plan(plan, target, execution, checker, upload, **hashing)
         else:
             run_plan(plan, target, "converting", execution, checker, **hashing)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _FAILS = 4
 _LONGEST = 400  # characters of a line that a framework printed
-_HUB = "hf://"
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
@@ -115,9 +114,10 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     _check_applies(paths, options)
     if not paths and options.error is None:
         raise click.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
+    from neox_bridge.stores.folder import is_hub
     from neox_bridge.stores.paths import is_local, plain
 
-    if urls := [path for path in paths if not is_local(plain(path)) and not path.startswith(_HUB)]:
+    if urls := [path for path in paths if not is_local(plain(path)) and not is_hub(path)]:
         raise click.BadParameter(
             f"{urls[0]}: doctor reads folders and models of the Hub. Use inspect for other URLs."
         )

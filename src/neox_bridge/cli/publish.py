@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 def check_upload(upload: Upload, target: str) -> None:
     """Raise UsageError where one of the options is given, and the target is not on the Hub."""
+    from neox_bridge.stores.folder import is_hub
+
     values = {name: getattr(upload, name) for name in options_of(Upload)}
     named = [name for name, value in values.items() if value not in (False, None)]
-    if named and not target.startswith("hf://"):
+    if named and not is_hub(target):
         raise UsageError(named, f"only for targets on the Hub, and {target} is not hf://ORG/NAME")
 
 
 def root_of(target: str) -> str:
     """The folder that a GPT-NeoX target's yml names: of the Hub, the reader's copy."""
-    from neox_bridge.stores.hub_names import hub_target, is_hub, reader_folder
+    from neox_bridge.stores.folder import is_hub
+    from neox_bridge.stores.hub_names import hub_target, reader_folder
 
     return reader_folder(hub_target(target).repo) if is_hub(target) else target
 

@@ -37,7 +37,7 @@ from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
-from neox_bridge.stores.paths import is_local, listdir, real, size, walk
+from neox_bridge.stores.paths import is_local, listdir, real, walk
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import OutputFile
 from neox_bridge.verification.sealed import check_seal, find_record
@@ -348,26 +348,15 @@ def _with_name_kept(plan: Plan, state: NeoxState) -> Plan:
 
 def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
     """Copies of all files below a folder, but those to skip (by their path in it)."""
-    for path, inside in _files(folder):
-        if skip(inside):
+    for path, size in walk(folder):
+        inside = path[len(os.path.join(folder, "")) :]
+        if size is None or skip(inside) or ".git" in inside.split("/"):
             continue
         check_own(path, folder)
-        if os.path.basename(inside) == RECORD:
+        if os.path.basename(path) == RECORD:
             yield _record(path, inside)
         else:
-            yield OutputFile(inside, size(path), copy_of=real(path))
-
-
-def _files(folder: str) -> Iterator[tuple[str, str]]:
-    """Every file below a folder or URL, with its path in it, but for what git keeps."""
-    if not is_local(folder):
-        inside = ((url, url[len(folder) + 1 :]) for url in walk(folder))
-        yield from (pair for pair in inside if not pair[1].startswith(".git"))
-        return
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name != ".git")
-        paths = (os.path.join(parent, name) for name in sorted(names))
-        yield from ((path, os.path.relpath(path, folder)) for path in paths if os.path.isfile(path))
+            yield OutputFile(inside, size, copy_of=real(path))
 
 
 def _record(path: str, inside: str) -> OutputFile:

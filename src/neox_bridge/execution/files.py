@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.stores.paths import is_local
+from neox_bridge.stores.paths import is_local, states
 
 if TYPE_CHECKING:
     from neox_bridge.stores.ranges import Ranges, Remote
@@ -111,12 +111,7 @@ def identities(paths: Collection[str]) -> dict[str, Identity]:
 
     Raises BridgeError for one that is gone.
     """
-    known: dict[str, Identity] = {path: _identity(path) for path in paths if is_local(path)}
-    if urls := [path for path in paths if not is_local(path)]:
-        from neox_bridge.stores.objects import look_all
-
-        known |= {url: (object_.size, object_.tag) for url, object_ in look_all(urls).items()}
-    return known
+    return {path: (s.size, s.tag or s.modified_ns) for path, s in states(paths).items()}
 
 
 def check_same(before: dict[str, Identity]) -> None:
@@ -127,13 +122,3 @@ def check_same(before: dict[str, Identity]) -> None:
             raise BridgeError(
                 f"{path} changed while it was read. Convert again when nothing writes to it."
             )
-
-
-def _identity(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise BridgeError(f"{path} is gone. Convert again when nothing changes it.") from None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    return status.st_size, status.st_mtime_ns

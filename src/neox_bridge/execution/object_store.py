@@ -44,7 +44,7 @@ from neox_bridge.stores.objects import (
     start_upload,
 )
 from neox_bridge.stores.paths import is_writable
-from neox_bridge.stores.store import WORK, Object
+from neox_bridge.stores.store import WORK, FileState
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
@@ -289,7 +289,7 @@ class ObjectSink:
         if names_there or begun:
             abort_uploads(replaced)
 
-    def _finished(self, there: Mapping[str, Object]) -> dict[str, Written]:
+    def _finished(self, there: Mapping[str, FileState]) -> dict[str, Written]:
         """The files whose marks say what the store says of them."""
         writer = self._writer
         marks = below(writer.marks)
@@ -299,7 +299,7 @@ class ObjectSink:
             # a mark that can't be read, as of a process that was killed over it, says nothing
             with suppress(BridgeError, ValueError, KeyError, TypeError):
                 entry = json.loads(fetch(mark, 0, marks[mark].size))
-                same = now == Object(entry["size"], entry["tag"]) and entry["path"] == file.path
+                same = now == FileState(entry["size"], entry["tag"]) and entry["path"] == file.path
                 if same and entry["size"] == file.size:
                     return file.path, Written(entry["size"], entry["hash"])
             return None
@@ -353,7 +353,7 @@ def _root_files(job: Job, url: str, step: str | None) -> RootFiles | None:
     return root_files(job.plan, url, step, overwrite=job.overwrite)
 
 
-def _check_replaceable(url: str, there: Mapping[str, Object], planned: set[str]) -> None:
+def _check_replaceable(url: str, there: Mapping[str, FileState], planned: set[str]) -> None:
     """Raise Refused where objects would be deleted that are no part of a checkpoint."""
     start = len(url) + 1
     new = {name[start:] for name in planned if name.startswith(f"{url}/")}
@@ -439,7 +439,7 @@ def _read_begun(url: str) -> _Begun | None:
     return None
 
 
-def _exists(url: str, there: Mapping[str, Object]) -> BridgeError:
+def _exists(url: str, there: Mapping[str, FileState]) -> BridgeError:
     objects = "1 object" if len(there) == 1 else f"{len(there):,} objects"
     is_whole = any(name.rpartition("/")[2] == RECORD for name in there)
     note = "" if is_whole else f", without a {RECORD}, as what didn't end or isn't neox-bridge's"

@@ -5,9 +5,7 @@ before a pickle's end, what would follow isn't known, and the report says so.
 """
 
 import io
-import os
 import pickletools
-import stat
 import zlib
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, cast
@@ -29,7 +27,7 @@ from neox_bridge.formats.zip_directory import (
     folded,
     read_directory,
 )
-from neox_bridge.stores.paths import is_local, open_file
+from neox_bridge.stores.paths import open_file
 
 Container = Literal["zip", "stream", "safetensors", "none"]
 _LEGACY = 5  # pickles of a file of before torch 1.6, all of which torch.load runs
@@ -139,9 +137,7 @@ def is_candidate(path: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def scan(path: str) -> Report:
-    """The report of one file. Bounded in time and memory; OSError where it can't be read."""
-    if is_local(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        return Report(path, "none", 0, problem="it isn't a regular file")
+    """The report of one file, bounded in time and memory. BridgeError where it can't be read."""
     with open_file(path) as file:
         head = file.read(TAR_HEADER_BYTES)
         file.seek(0)

@@ -11,8 +11,7 @@ from math import prod
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
-from neox_bridge.formats.regular import open_regular
-from neox_bridge.stores.paths import size_of
+from neox_bridge.stores.paths import open_file, size_of
 from neox_bridge.tensors.dtypes import BY_NAME, BY_SAFETENSORS, PACKED_SAFETENSORS
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 from neox_bridge.tensors.sharing import BLOCK_BYTES
@@ -25,7 +24,7 @@ _MAX_BYTES = 2**63
 
 def read_safetensors(path: str) -> dict[str, TensorRef]:
     """The tensors of a file by name. Raises BridgeError, naming the file, for a damaged one."""
-    with open_regular(path) as file:
+    with open_file(path) as file:
         size = size_of(file)
         start_bytes = file.read(8)
         length = int.from_bytes(start_bytes, "little")

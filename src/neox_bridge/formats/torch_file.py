@@ -2,10 +2,10 @@
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import refuse_misplaced
-from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tar import TAR_HEADER_BYTES, is_tar
 from neox_bridge.formats.torch_legacy import read_legacy
 from neox_bridge.formats.torch_zip import not_whole, read_pt
+from neox_bridge.stores.paths import open_file
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a record, or the end of an archive without records
 _PICKLE = b"\x80"  # PROTO, with which every pickle of protocol 2 and later begins
@@ -20,7 +20,7 @@ def read_torch(path: str, *, alike: bool = False, until: str | None = None) -> o
     isn't such a file or can't be read.
     """
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             head = file.read(TAR_HEADER_BYTES)
         if is_tar(head):
             raise BridgeError(

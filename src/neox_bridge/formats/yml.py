@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.formats.file_kinds import refuse_misplaced
-from neox_bridge.formats.regular import open_regular
+from neox_bridge.stores.paths import open_file
 
 if TYPE_CHECKING:
     import yaml
@@ -52,7 +52,7 @@ def _read_spelled(path: str) -> dict[str, Any]:
     Tags are refused: only plain values are read. Aliases are too, since they can blow up, and what
     is deeper or longer than any config.
     """
-    with open_regular(path) as file:
+    with open_file(path) as file:
         return parse_yml(file.read(_MOST + 1), path)
 
 

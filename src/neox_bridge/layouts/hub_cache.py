@@ -10,7 +10,7 @@ import shlex
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.text_files import list_folder, read_text
-from neox_bridge.stores.paths import absolute, is_local, isdir, isfile
+from neox_bridge.stores.paths import absolute, isdir, isfile
 from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
@@ -67,18 +67,14 @@ def snapshot_of(root: str, revision: str | None = None) -> str:
 
 
 def revision_of(folder: str) -> str:
-    """``org/name@revision`` of a snapshot's folder in a cache of this machine.
+    """``org/name@revision`` of a snapshot's folder in a cache.
 
     The revision is the branch or tag whose ref names the snapshot, one that tells a step where
     there are several; the commit where there is none. Returns "" for other folders.
     """
     home, commit = os.path.split(absolute(folder))
     root, snapshots = os.path.split(home)
-    if (
-        not is_local(home)
-        or snapshots != "snapshots"
-        or not _ROOT.fullmatch(os.path.basename(root))
-    ):
+    if snapshots != "snapshots" or not _ROOT.fullmatch(os.path.basename(root)):
         return ""
     refs = os.path.join(root, "refs")
     names = list_folder(refs)[:_MOST_REFS] if isdir(refs) else []

@@ -15,6 +15,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.frameworks.suites import nearest
 from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.hub_download import at_revision, cached_snapshot, download
+from neox_bridge.stores.folder import HUB
 from neox_bridge.stores.hub_api import explanation, hub_api, is_missing_repo, is_network, status_of
 from neox_bridge.stores.hub_names import MAIN
 from neox_bridge.stores.objects import pin
@@ -101,7 +102,7 @@ def find_url_source(url: str, revision: str | None) -> HubSource:
     """The same for ``hf://org/name[@revision][/folder]``, which is read by ranges in any case."""
     place, name = at_revision(url, revision)
     repo, _, named = name.partition("@")
-    below = "/".join(place.removeprefix("hf://").split("/")[2:])
+    below = "/".join(place.removeprefix(HUB).split("/")[2:])
     if is_offline():
         folder = cached_snapshot(repo, None if named == MAIN else named)
         return HubSource(os.path.join(folder, below) if below else folder, name)

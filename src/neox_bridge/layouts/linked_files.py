@@ -10,7 +10,7 @@ import os
 import re
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats.regular import missing_message
+from neox_bridge.stores.local_folder import missing_message
 from neox_bridge.stores.paths import is_local, lexists
 
 # Hugging Face's cache: snapshots/COMMIT holds links to blobs (huggingface_hub, file_download.py)

@@ -8,12 +8,13 @@ from typing import Any, NoReturn
 
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
 from neox_bridge.findings import Finding
-from neox_bridge.formats.regular import missing_message
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
+from neox_bridge.stores.folder import is_hub
+from neox_bridge.stores.local_folder import missing_message
 from neox_bridge.stores.paths import absolute, afresh, exists, is_local, isdir, lexists
 from neox_bridge.tensors.fused import GqaOrder
 
@@ -114,14 +115,12 @@ def _opened(
     gqa_order: GqaOrder | None,
 ) -> Checkpoint:
     named, repo, findings = "", "", tuple[Finding, ...]()
-    if source.startswith("hf://"):
+    if is_hub(source):
         from neox_bridge.layouts.hub_source import find_url_source
 
         place = find_url_source(source, revision)
         source, revision = place.path, None
         named, repo, findings = place.revision, place.repo, place.findings
-    elif not is_local(source) and not exists(source):
-        raise BridgeError(f"{source}: no such folder in that store. Check its name.")
     elif exists(source):
         source, revision, named = _in_cache(source, revision, named)
         if revision is not None:
@@ -207,7 +206,7 @@ def _in_cache(source: str, revision: str | None, named: str) -> tuple[str, str |
     if not isdir(source):
         return source, revision, named
     root = absolute(source)
-    if os.path.basename(root) == "snapshots" and is_local(root):
+    if os.path.basename(root) == "snapshots":
         root = os.path.dirname(root)
     if not is_local(root) and not os.path.basename(root).startswith("models--"):
         return source, revision, named  # a listing is a request

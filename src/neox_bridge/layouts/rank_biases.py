@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.findings import Finding
-from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_values import read_box
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.stores.paths import open_file
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 REMEDY = (
@@ -103,7 +103,7 @@ def _largest_deviation(shards: tuple[TensorRef, ...]) -> float:
 
     stored = []
     for shard in shards:
-        with open_regular(shard.file) as file:
+        with open_file(shard.file) as file:
             stored.append(read_box(file, shard, (0,) * len(shard.shape), shard.shape))
     if all(values.tobytes() == stored[0].tobytes() for values in stored[1:]):
         return 0.0

@@ -5,9 +5,8 @@ from contextlib import ExitStack
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from neox_bridge.formats.regular import open_regular
 from neox_bridge.formats.tensor_values import read_box
-from neox_bridge.stores.paths import is_local
+from neox_bridge.stores.paths import is_local, open_file
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole, cut, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -78,11 +77,9 @@ def same_place(first: TensorRef, second: TensorRef) -> bool:
         return False
     if first.file == second.file:
         return True
-    if not is_local(first.file) or not is_local(second.file):
-        return False
     try:
         return os.path.samefile(first.file, second.file)
-    except OSError:
+    except OSError:  # one of them is missing, or is in a store
         return False
 
 
@@ -98,7 +95,7 @@ class _OpenFiles(ExitStack):
             if len(self._files) >= _MOST_FILES:
                 self._files.clear()
                 self.close()
-            self._files[path] = self.enter_context(open_regular(path))
+            self._files[path] = self.enter_context(open_file(path))
         return self._files[path]
 
 

@@ -1,12 +1,10 @@
 """Looks through a checkpoint for pickles, and says what they would run: ``inspect --security``."""
 
-import os
-from collections.abc import Iterator
-
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import is_apple_double
 from neox_bridge.formats.pickle_security import Report, is_candidate, scan
-from neox_bridge.stores import paths
+from neox_bridge.stores.folder import folder_of
+from neox_bridge.stores.paths import afresh, walk
 
 SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -17,42 +15,18 @@ def scan_path(path: str) -> list[Report]:
     Links to files are followed, as in the Hub's cache; links to folders aren't. Raises BridgeError
     where there is nothing at the path or it can't be read.
     """
-    path = paths.afresh(path)
-    if not paths.exists(path):
+    path = afresh(path)
+    kind = folder_of(path).kind(path)
+    if kind is None:
         raise BridgeError(f"{path}: no such file or folder.")
-    if not paths.isdir(path):
-        return [_scan(path)]
-    return [_scan(file) for file in _files(path)]
+    if kind != "directory":
+        return [scan(path) if kind == "file" else _special(path)]
+    return [
+        _special(file) if size is None else scan(file)
+        for file, size in walk(path)
+        if not is_apple_double(file) and (size is None or is_candidate(file, SUFFIXES))
+    ]
 
 
-def _files(folder: str) -> Iterator[str]:
-    if not paths.is_local(folder):
-        yield from filter(_looks, paths.walk(folder))
-        return
-
-    def unreadable(error: OSError) -> None:
-        raise error
-
-    for below, folders, names in os.walk(folder, onerror=unreadable):
-        folders.sort()
-        for name in sorted(names):
-            if is_apple_double(name):
-                continue
-            file = os.path.join(below, name)
-            if not os.path.exists(file) or not _looks(file):  # a dangling link loads nothing
-                continue
-            yield file
-
-
-def _looks(file: str) -> bool:
-    try:
-        return not paths.isfile(file) or is_candidate(file, SUFFIXES)
-    except OSError as error:
-        raise BridgeError(f"{file} can't be read: {error.strerror}.") from None
-
-
-def _scan(file: str) -> Report:
-    try:
-        return scan(file)
-    except OSError as error:
-        raise BridgeError(f"{file} can't be read: {error.strerror}.") from None
+def _special(path: str) -> Report:
+    return Report(path, "none", 0, problem="it isn't a regular file")

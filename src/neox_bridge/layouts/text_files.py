@@ -6,8 +6,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.bounded_json import DEPTH, parse_json
 from neox_bridge.formats.file_kinds import refuse_misplaced
-from neox_bridge.formats.regular import open_regular
-from neox_bridge.stores.paths import listdir
+from neox_bridge.stores.paths import listdir, open_file
 
 _CONFIG_BYTES = 4 << 20  # of a config
 LARGE_BYTES = 48 << 20  # of a tokenizer or an index
@@ -46,7 +45,7 @@ def read_json(path: str, most: int = _CONFIG_BYTES, depth: int | None = DEPTH) -
 
 def read_bytes(path: str, most: int = _CONFIG_BYTES) -> bytes:
     """All of a small file. Raises BridgeError for one that is too large or isn't a file."""
-    with open_regular(path) as file:
+    with open_file(path) as file:
         raw = file.read(most + 1)
     if len(raw) > most:
         raise BridgeError(f"{path} is larger than {most:,} bytes: it isn't what it should be.")

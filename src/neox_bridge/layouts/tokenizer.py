@@ -9,10 +9,10 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import HEAD_BYTES, refuse_misplaced
-from neox_bridge.formats.regular import open_regular
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
 from neox_bridge.stores import paths
+from neox_bridge.stores.paths import open_file
 
 NAMES = (
     "tokenizer.json",
@@ -54,7 +54,7 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
     places = [os.path.join(folder, name) for name in NAMES]
     files = tuple(path for path in places if brought_along(path, root or folder))
     for path in files:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             refuse_misplaced(path, file.read(HEAD_BYTES))
     return files
 

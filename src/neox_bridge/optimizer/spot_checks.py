@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
-from neox_bridge.formats.regular import open_regular
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.states import Optimizer
-from neox_bridge.stores.paths import is_local
+from neox_bridge.stores.paths import is_local, open_file
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -143,7 +142,7 @@ def _read(refs: Iterable[TensorRef]) -> Iterator[tuple[TensorRef, "Array"]]:
     for ref in sorted(refs, key=lambda ref: (ref.file, ref.offset)):
         by_file.setdefault(ref.file, []).append(ref)
     for path, held in by_file.items():
-        with open_regular(path) as file:
+        with open_file(path) as file:
             for ref in held:
                 file.seek(ref.offset)
                 data = file.read(ref.nbytes)

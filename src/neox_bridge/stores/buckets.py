@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.stores import retry
 from neox_bridge.stores.retry import ShortRead, steadily
-from neox_bridge.stores.store import PARTS_AT_ONCE, Object, Upload, part_size
+from neox_bridge.stores.store import PARTS_AT_ONCE, FileState, Upload, part_size
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -65,19 +65,19 @@ class Bucket:
     def refresh(self) -> None:
         """obstore keeps nothing."""
 
-    def head(self, url: str) -> Object:
+    def head(self, url: str) -> FileState:
         return self._object(self.store.head(self._key(url)))
 
-    def entries(self, url: str) -> Mapping[str, Object | None]:
+    def entries(self, url: str) -> Mapping[str, FileState | None]:
         answer = self.store.list_with_delimiter(self._key(url) or None)
-        entries: dict[str, Object | None] = dict.fromkeys(
+        entries: dict[str, FileState | None] = dict.fromkeys(
             prefix.rstrip("/").rpartition("/")[2] for prefix in answer["common_prefixes"]
         )
         for meta in answer["objects"]:
             entries[meta["path"].rpartition("/")[2]] = self._object(meta)
         return entries
 
-    def below(self, url: str) -> dict[str, Object]:
+    def below(self, url: str) -> dict[str, FileState]:
         key = self._key(url)
         start = len(key) + 1 if key else 0
         answer = self.patient.list(key or None).collect()
@@ -131,12 +131,12 @@ class Bucket:
             raise BridgeError(f"{url} has two slashes in a row, which obstore cannot ask for.")
         return key
 
-    def _object(self, meta: Mapping[str, Any]) -> Object:
+    def _object(self, meta: Mapping[str, Any]) -> FileState:
         """Raises ShortRead where S3 says nothing of an object: each has an ETag."""
         tag = meta["e_tag"] or meta["version"]
         if not tag and self.scheme in S3:
             raise ShortRead(_EMPTY)
-        return Object(meta["size"], self.tag(meta))
+        return FileState(meta["size"], self.tag(meta))
 
     @staticmethod
     def tag(meta: Mapping[str, Any]) -> str:

@@ -14,12 +14,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 
+from neox_bridge.stores.folder import is_hub
 from neox_bridge.stores.objects import fetch, look
 
 UNIT_BYTES = 8 << 20  # of one file on the disk, and of one request
 FOLDER = "fetched"
 _MARGIN_BYTES = 64 << 20  # that are left free on the disk
-_HUB = "hf://"
 _lock = threading.Lock()
 _folders: dict[str, str] = {}  # by URL: those of the runs that are under way
 _busy: dict[str, threading.Lock] = {}
@@ -31,7 +31,7 @@ def keeping(folder: str | None, urls: Iterable[str]) -> Iterator[None]:
 
     The folder is made where it does not exist. It stays: who made its parent removes it.
     """
-    kept = [url for url in urls if url.startswith(_HUB)] if folder is not None else []
+    kept = [url for url in urls if is_hub(url)] if folder is not None else []
     if folder is not None and kept:
         os.makedirs(folder, exist_ok=True)
         with _lock:
@@ -53,7 +53,7 @@ def range_folder(work: str, sizes: Mapping[str, int], written: int) -> str | Non
     sizes: the bytes of the sources by path or URL. written: the bytes of the result. Nothing is
     kept unless a source is on the Hub and the disk has room for both.
     """
-    needed = sum(size for url, size in sizes.items() if url.startswith(_HUB))
+    needed = sum(size for url, size in sizes.items() if is_hub(url))
     room = shutil.disk_usage(work).free + kept_bytes(work)
     if not needed or room < needed + written + _MARGIN_BYTES:
         return None

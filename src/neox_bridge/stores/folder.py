@@ -4,15 +4,18 @@ A ``Folder`` answers what ``os.path`` answers of a local path. Nobody else asks 
 URL: who needs to know asks what the folder can do.
 """
 
-import os
 import re
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import BinaryIO, ClassVar, Protocol
+
+from neox_bridge.stores.local_folder import LocalFolder
+from neox_bridge.stores.store import FileState
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _FILE = "file://"
-_HUB = "hf://"
+HUB = "hf://"
+_LOCAL = LocalFolder()
 
 
 class Folder(Protocol):
@@ -40,7 +43,10 @@ class Folder(Protocol):
         """``os.path.realpath``."""
 
     def kind(self, path: str) -> str | None:
-        """ "file", "directory", or None where there is nothing; links are followed."""
+        """ "file", "directory", "special" (a pipe, a device), or None where there is nothing.
+
+        Links are followed.
+        """
 
     def is_there(self, path: str) -> bool:
         """``os.path.lexists``."""
@@ -51,8 +57,20 @@ class Folder(Protocol):
     def size(self, path: str) -> int:
         """Bytes of a file."""
 
+    def states(self, paths: Iterable[str]) -> dict[str, FileState]:
+        """What tells whether each file has changed; those that are missing are left out."""
+
+    def walk(self, path: str) -> Iterator[tuple[str, int | None]]:
+        """(path, bytes) of every file below a folder, sorted; None for what is no regular file.
+
+        Links to files are followed, unless they lead nowhere; links to folders are not.
+        """
+
     def open(self, path: str) -> BinaryIO:
-        """A file, for reading. Of an object only what is read is fetched, and some more."""
+        """A regular file, for reading. Of an object little more than what is read is fetched.
+
+        Raises BridgeError, naming it, for one that is missing or cannot be read.
+        """
 
     def read(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """The bytes at (path, offset, count), fewer only at a file's end."""
@@ -64,117 +82,6 @@ class Folder(Protocol):
         """Believe nothing anymore that was seen there before."""
 
 
-class LocalFolder:
-    """Of this machine."""
-
-    is_local: ClassVar[bool] = True
-    is_writable: ClassVar[bool] = True
-
-    def plain(self, path: str) -> str:
-        return path
-
-    def absolute(self, path: str) -> str:
-        return os.path.abspath(path)
-
-    def normal(self, path: str) -> str:
-        return os.path.normpath(path)
-
-    def real(self, path: str) -> str:
-        return os.path.realpath(path)
-
-    def is_there(self, path: str) -> bool:
-        return os.path.lexists(path)
-
-    def names(self, path: str) -> list[str]:
-        return os.listdir(path)
-
-    def size(self, path: str) -> int:
-        return os.path.getsize(path)
-
-    def kind(self, path: str) -> str | None:
-        try:
-            mode = os.stat(path).st_mode
-        except (OSError, ValueError):  # a name with NUL
-            return None
-        return "file" if stat.S_ISREG(mode) else "directory" if stat.S_ISDIR(mode) else None
-
-    def open(self, path: str) -> BinaryIO:
-        return open(path, "rb")
-
-    def read(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        pieces = []
-        for path, offset, count in places:
-            with self.open(path) as file:
-                file.seek(offset)
-                pieces.append(file.read(count))
-        return pieces
-
-    def ahead(self, paths: Iterator[str]) -> Iterator[str]:
-        return paths
-
-    def forget(self, path: str) -> None:
-        pass
-
-
-class StoreFolder:
-    """Of an object store, by URL. A folder there is what has objects below it."""
-
-    is_local: ClassVar[bool] = False
-    is_writable: ClassVar[bool] = True
-
-    def plain(self, path: str) -> str:
-        return path if path.endswith("://") else path.rstrip("/")
-
-    absolute = normal = real = plain  # stores have neither relative paths nor links
-
-    def kind(self, path: str) -> str | None:
-        from neox_bridge.stores.objects import kind
-
-        return kind(path)
-
-    def is_there(self, path: str) -> bool:
-        return self.kind(path) is not None
-
-    def names(self, path: str) -> list[str]:
-        from neox_bridge.stores.objects import names
-
-        return names(path)
-
-    def size(self, path: str) -> int:
-        from neox_bridge.stores.objects import look
-
-        return look(path).size
-
-    def open(self, path: str) -> BinaryIO:
-        from neox_bridge.stores.object_file import open_object
-
-        return open_object(path)
-
-    def read(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        from neox_bridge.stores.object_file import fetch_pieces
-
-        return fetch_pieces(places)
-
-    def ahead(self, paths: Iterator[str]) -> Iterator[str]:
-        from neox_bridge.stores.object_file import started
-
-        return started(paths)
-
-    def forget(self, path: str) -> None:
-        from neox_bridge.stores.objects import forget
-
-        forget(path)
-
-
-class HubFolder(StoreFolder):
-    """Of a revision on the Hub, read by ranges. It takes commits, not files."""
-
-    is_writable: ClassVar[bool] = False
-
-
-_LOCAL, _STORE, _ON_HUB = LocalFolder(), StoreFolder(), HubFolder()
-
-
 def without_scheme(path: str) -> str:
     """The path of a ``file://`` URL; another path as it is."""
     return path.removeprefix(_FILE)
@@ -184,4 +91,17 @@ def folder_of(path: str) -> Folder:
     """Where a path leads. A ``file://`` URL is one of a store until ``plain`` made a path of it."""
     if _URL.match(path) is None:
         return _LOCAL
-    return _ON_HUB if path.startswith(_HUB) else _STORE
+    return _remote_folder(on_hub=is_hub(path))
+
+
+def is_hub(path: str) -> bool:
+    """Whether a path is a place on the Hub."""
+    return path.startswith(HUB)
+
+
+@lru_cache
+def _remote_folder(on_hub: bool) -> Folder:
+    """What a store needs is imported when a URL is first used, so that local paths cost nothing."""
+    from neox_bridge.stores.store_folder import HubFolder, StoreFolder
+
+    return HubFolder() if on_hub else StoreFolder()

@@ -6,7 +6,7 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.stores.retry import steadily
-from neox_bridge.stores.store import Object, Upload
+from neox_bridge.stores.store import FileState, Upload
 
 # what a store calls the thing that changes whenever the object does
 _TAGS = ("ETag", "etag", "xet_hash", "blob_id", "mtime", "last_modified", "created")
@@ -46,10 +46,10 @@ class FsspecStore:
         # huggingface_hub's file system opens a file for each range, whose cache reads 5 MB ahead
         self._reading = {"cache_type": "none"} if protocol == "hf" else {}
 
-    def head(self, url: str) -> Object | None:
+    def head(self, url: str) -> FileState | None:
         return _entry(self.fs.info(self._path(url)))
 
-    def entries(self, url: str) -> Mapping[str, Object | None]:
+    def entries(self, url: str) -> Mapping[str, FileState | None]:
         path = self._path(url)
         try:
             infos = self.fs.ls(path, detail=True)
@@ -61,7 +61,7 @@ class FsspecStore:
             if info["name"].rstrip("/") != path.rstrip("/")
         }
 
-    def below(self, url: str) -> dict[str, Object]:
+    def below(self, url: str) -> dict[str, FileState]:
         path = self._path(url)
         inside = path.rstrip("/") + "/"
         try:
@@ -155,7 +155,7 @@ class _FileUpload:
         steadily(self.url, "written", call, tries=1)
 
 
-def _entry(info: Mapping[str, Any]) -> Object | None:
+def _entry(info: Mapping[str, Any]) -> FileState | None:
     """What fsspec says of an object; None for a folder."""
     if info["type"] == "directory":
         return None
@@ -164,4 +164,4 @@ def _entry(info: Mapping[str, Any]) -> Object | None:
         tag = lfs["sha256"]
     else:
         tag = next((info[key] for key in _TAGS if info.get(key) not in (None, "")), "")
-    return Object(int(info["size"] or 0), str(tag))
+    return FileState(int(info["size"] or 0), str(tag))

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.stores.folder import HUB, is_hub
 
 _MODEL = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 MAIN = "main"
@@ -30,11 +31,6 @@ def reader_folder(repo: str) -> str:
     return f"/path/to/{repo.split('/')[1]}"
 
 
-def is_hub(target: str) -> bool:
-    """Whether a target is meant to be on the Hub."""
-    return target.startswith("hf://")
-
-
 def model_id(text: str) -> tuple[str, str] | None:
     """``org/name`` and the revision ("" where it names none) of ``org/name@revision``, if it is."""
     match = _MODEL.fullmatch(text)
@@ -43,7 +39,7 @@ def model_id(text: str) -> tuple[str, str] | None:
 
 def hub_target(text: str) -> HubTarget:
     """``hf://org/name`` or ``hf://org/name@branch``. Raises BridgeError for another form."""
-    match = model_id(text.removeprefix("hf://")) if is_hub(text) else None
+    match = model_id(text.removeprefix(HUB)) if is_hub(text) else None
     if match is None:
         raise BridgeError(
             f"{text} isn't a place on the Hub: write hf://ORG/NAME, or hf://ORG/NAME@BRANCH."

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.stores.retry import ShortRead, steadily
-from neox_bridge.stores.store import Object, Store, Upload
+from neox_bridge.stores.store import FileState, Store, Upload
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -20,7 +20,7 @@ _MOST_LISTINGS = 64  # folders
 _AT_ONCE = 16  # requests
 _UNKNOWN, _MISSING = object(), object()
 _pending: dict[str, bytes] = {}
-_listings: dict[str, Mapping[str, Object | None]] = {}
+_listings: dict[str, Mapping[str, FileState | None]] = {}
 _pins: dict[str, str] = {}  # by the URL of a revision of the Hub: the URL of its commit
 _FOLDER = None  # what stands for a folder in a listing
 
@@ -73,35 +73,33 @@ def pending_now() -> dict[str, bytes]:
     return dict(_pending)
 
 
-def look(url: str, *, again: bool = False) -> Object:
+def look(url: str, *, again: bool = False) -> FileState:
     """Size and tag. again: as it is now, not as it was when its folder was listed.
 
     Raises BridgeError for what isn't there.
     """
     if url in _pending:
-        return Object(len(_pending[url]), sha256(_pending[url]).hexdigest())
+        return FileState(len(_pending[url]), sha256(_pending[url]).hexdigest())
     entry = _UNKNOWN if again and _pinned(url) is None else _listed(url)
     if entry is _UNKNOWN and _protocol(url) == "hf":  # one listing for all files of a folder
         _list(url.rpartition("/")[0])
         entry = _listed(url)
     entry = _head(url) if entry is _UNKNOWN else entry
-    if not isinstance(entry, Object):
+    if not isinstance(entry, FileState):
         raise BridgeError(f"{url} can't be read: it is missing.")
     return entry
 
 
-def look_all(urls: Iterable[str]) -> dict[str, Object]:
-    """``look`` again at many: one request a thousand objects of a folder, not one for each."""
-    listings: dict[str, Mapping[str, Object | None]] = {}
+def look_all(urls: Iterable[str]) -> dict[str, FileState]:
+    """``look`` again at those that exist: one request a thousand objects of a folder."""
+    listings: dict[str, Mapping[str, FileState | None]] = {}
     objects = {}
     for url in urls:
         folder, _, name = url.rpartition("/")
         if folder not in listings:
             listings[folder] = _list(folder)
-        entry = listings[folder].get(name)
-        if entry is None:
-            raise BridgeError(f"{url} is gone. Convert again when nothing changes it.")
-        objects[url] = entry
+        if entry := listings[folder].get(name):
+            objects[url] = entry
     return objects
 
 
@@ -114,7 +112,7 @@ def kind(url: str) -> str | None:
         if _listings.get(url) or _list(url):  # the listing of an object is empty
             return "directory"
         entry = _head(url)
-    if isinstance(entry, Object):
+    if isinstance(entry, FileState):
         return "file"
     return "directory" if entry is _FOLDER else None
 
@@ -128,7 +126,7 @@ def names(url: str) -> list[str]:
     return sorted(inside)
 
 
-def below(url: str) -> dict[str, Object]:
+def below(url: str) -> dict[str, FileState]:
     """Every object below a folder by its URL, as it is now; none where there is no folder."""
     objects = _ask(url, "listed", lambda store: store.below(_pinned(url) or url), {})
     return {f"{url}/{path}": entry for path, entry in objects.items()}
@@ -202,7 +200,7 @@ def forget(url: str) -> None:
             _listings.pop(folder, None)
 
 
-def _list(url: str) -> Mapping[str, Object | None]:
+def _list(url: str) -> Mapping[str, FileState | None]:
     """What is in a folder, by name, as it is now, and remembered; empty where there is nothing."""
     if _pinned(url) is not None and url in _listings:
         return _listings[url]

@@ -1,14 +1,13 @@
-"""What ``os.path`` says of a local path, also said of a URL (``s3://bucket/folder``).
-
-What a store needs is imported when a URL is first used, so that local paths cost nothing.
-"""
+"""What ``os.path`` says of a local path, also said of a URL (``s3://bucket/folder``)."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import BinaryIO
 
-from neox_bridge.stores.folder import folder_of, without_scheme
+from neox_bridge.errors import BridgeError
+from neox_bridge.stores.folder import Folder, folder_of, without_scheme
+from neox_bridge.stores.store import FileState
 
 
 def is_local(path: str) -> bool:
@@ -51,8 +50,7 @@ def real(path: str) -> str:
 
 def exists(path: str) -> bool:
     """``os.path.exists``."""
-    folder = folder_of(path)
-    return os.path.exists(path) if folder.is_local else folder.is_there(path)
+    return folder_of(path).kind(path) is not None
 
 
 def lexists(path: str) -> bool:
@@ -81,7 +79,11 @@ def size(path: str) -> int:
 
 
 def open_file(path: str) -> BinaryIO:
-    """``open(path, "rb")``. Of an object only what is read is fetched, and some more."""
+    """A regular file, for reading. Of an object little more than what is read is fetched.
+
+    Raises BridgeError, naming it, for one that is missing or cannot be read, and for folders, pipes
+    and devices, without waiting for any of them.
+    """
     return folder_of(path).open(path)
 
 
@@ -120,14 +122,8 @@ def read_at(path: str, offset: int, count: int) -> bytes:
 
 
 def read_pieces(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """The bytes at (path, offset, count), in their order; those of stores are fetched at once."""
-    pieces: dict[int, bytes] = {}
-    for wanted in (True, False):
-        numbers = [n for n, place in enumerate(places) if is_local(place[0]) == wanted]
-        if numbers:
-            read = folder_of(places[numbers[0]][0]).read([places[n] for n in numbers])
-            pieces.update(zip(numbers, read, strict=True))
-    return [pieces[number] for number in range(len(places))]
+    """The bytes at (path, offset, count), all of one checkpoint; those of stores at once."""
+    return folder_of(places[0][0]).read(places) if places else []
 
 
 def ahead(paths: Iterable[str]) -> Iterator[str]:
@@ -137,8 +133,26 @@ def ahead(paths: Iterable[str]) -> Iterator[str]:
         yield from folder_of(first).ahead(chain((first,), rest))
 
 
-def walk(path: str) -> Iterator[str]:
-    """Every object below a URL, as URLs, sorted."""
-    from neox_bridge.stores.objects import below
+def walk(folder: str) -> Iterator[tuple[str, int | None]]:
+    """(path, bytes) of every file below a folder, sorted; None for what is no regular file.
 
-    yield from sorted(below(path))
+    Links to files are followed, unless they lead nowhere; links to folders are not. Raises
+    BridgeError for a folder that cannot be listed.
+    """
+    return folder_of(folder).walk(folder)
+
+
+def states(paths: Collection[str], *, missing_ok: bool = False) -> dict[str, FileState]:
+    """What tells whether each file has changed.
+
+    missing_ok: leave out what is missing, which otherwise raises BridgeError.
+    """
+    by_folder: dict[Folder, list[str]] = {}
+    for path in paths:
+        by_folder.setdefault(folder_of(path), []).append(path)
+    known: dict[str, FileState] = {}
+    for folder, group in by_folder.items():
+        known |= folder.states(group)
+    if not missing_ok and (gone := next((path for path in paths if path not in known), None)):
+        raise BridgeError(f"{gone} is gone. Convert again when nothing changes it.")
+    return {path: known[path] for path in paths if path in known}

@@ -11,11 +11,18 @@ _MAX_PARTS = 10_000  # of an object; the limit of S3
 
 
 @dataclass(frozen=True, slots=True)
-class Object:
-    """size: bytes. tag: changes whenever the content does (S3's ETag, for example)."""
+class FileState:
+    """What tells whether a file is still the same.
+
+    size: bytes. tag: of an object, changes whenever the content does (S3's ETag, for example).
+    The others are of files on a disk.
+    """
 
     size: int
-    tag: str
+    tag: str = ""
+    modified_ns: int = 0
+    inode: int = 0
+    device: int = 0
 
 
 class Upload(Protocol):
@@ -40,13 +47,13 @@ class Store(Protocol):
     def refresh(self) -> None:
         """Forget listings that the library keeps: what it says next is as it is now."""
 
-    def head(self, url: str) -> Object | None:
+    def head(self, url: str) -> FileState | None:
         """Size and tag of an object; None for a folder, where the store knows folders."""
 
-    def entries(self, url: str) -> Mapping[str, Object | None]:
+    def entries(self, url: str) -> Mapping[str, FileState | None]:
         """What is in a folder, by name; None stands for a folder. Empty where there is none."""
 
-    def below(self, url: str) -> dict[str, Object]:
+    def below(self, url: str) -> dict[str, FileState]:
         """Every object below a folder, by its path in it."""
 
     def read(self, url: str, start: int, end: int) -> bytes:

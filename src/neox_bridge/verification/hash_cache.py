@@ -16,14 +16,13 @@ from typing import Any
 import xxhash
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.execution.files import unreadable
 from neox_bridge.execution.lock import locked
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.stores.paths import is_local, real
+from neox_bridge.stores.paths import real, states
+from neox_bridge.stores.store import FileState
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
-Identity = tuple[int, int, int, int]
 _PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written
 YOUNG = 2.0  # seconds: the coarsest clock of a file system; a younger file may change unnoticed
 
@@ -34,30 +33,13 @@ def default_folder() -> str:
     return os.path.join(base, "neox-bridge", "audit")
 
 
-def identify(checkpoint: Checkpoint) -> dict[str, Identity]:
-    """Size, modification time in ns, inode and device of every file of weights.
-
-    Raises BridgeError, naming the file, where one can't be looked at.
-    """
-    files = {ref.file: None for whole in checkpoint.tensors.values() for ref in sources(whole)}
-    identities = {}
-    for file in filter(is_local, files):
-        try:
-            status = os.stat(file)
-        except OSError as error:
-            raise unreadable(file, error) from None
-        identities[file] = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev)
-    if urls := [file for file in files if not is_local(file)]:
-        from neox_bridge.stores.objects import look_all
-
-        # a tag in place of the times: it names the content, so that no clock is too coarse
-        for url, seen in look_all(urls).items():
-            identities[url] = (seen.size, 0, xxhash.xxh3_64_intdigest(seen.tag.encode()), 0)
-    return {file: identities[file] for file in files}
+def identify(checkpoint: Checkpoint) -> dict[str, FileState]:
+    """What tells whether a file of weights has changed. Raises BridgeError for one that is gone."""
+    return states({ref.file: None for t in checkpoint.tensors.values() for ref in sources(t)})
 
 
 def look_up(
-    folder: str | None, checkpoint: Checkpoint, files: Mapping[str, Identity]
+    folder: str | None, checkpoint: Checkpoint, files: Mapping[str, FileState]
 ) -> dict[str, Fingerprint]:
     """The fingerprints that are known of tensors whose files are as they were."""
     if folder is None:
@@ -78,7 +60,7 @@ def look_up(
 def remember(
     folder: str | None,
     checkpoint: Checkpoint,
-    files: Mapping[str, Identity],
+    files: Mapping[str, FileState],
     fingerprints: Mapping[str, Fingerprint],
 ) -> None:
     """Keep the fingerprints of these files; a cache that can't be written is no error.
@@ -88,7 +70,7 @@ def remember(
     if folder is None:
         return
     newest = (time.time() - YOUNG) * 1e9
-    old = {file for file, identity in files.items() if identity[1] < newest}
+    old = {file for file, state in files.items() if state.modified_ns < newest}
     entries = {
         name: {"key": _key(whole, files), "print": asdict(fingerprints[name])}
         for name, whole in checkpoint.tensors.items()
@@ -120,10 +102,10 @@ def _remove_left_over(folder: str) -> None:
                 os.unlink(path)
 
 
-def check_same(before: Mapping[str, Identity], checkpoint: Checkpoint) -> None:
+def check_same(before: Mapping[str, FileState], checkpoint: Checkpoint) -> None:
     """Raise BridgeError, naming the file, where one changed while it was read."""
-    for file, identity in identify(checkpoint).items():
-        if before.get(file) != identity:
+    for file, state in identify(checkpoint).items():
+        if before.get(file) != state:
             raise BridgeError(
                 f"{file} changed while it was read. Audit again when nothing writes to it."
             )
@@ -135,7 +117,7 @@ def _file(folder: str, checkpoint: Checkpoint) -> str:
     return os.path.join(folder, f"{name}.json")
 
 
-def _key(whole: Whole, files: Mapping[str, Identity]) -> str:
+def _key(whole: Whole, files: Mapping[str, FileState]) -> str:
     """What a fingerprint depends on: the files as they are, and where in them the pieces lie."""
     pieces: list[Any] = []
     for piece in whole.pieces:

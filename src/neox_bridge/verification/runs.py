@@ -9,6 +9,7 @@ from urllib.parse import quote, unquote
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.text_files import read_text
+from neox_bridge.stores.folder import HUB, is_hub
 from neox_bridge.stores.paths import (
     absolute,
     afresh,
@@ -101,9 +102,9 @@ def model_on_hub(path: str) -> tuple[str, str] | None:
     """``org/name`` and the revision, "" for all, of a model of the Hub; None for other places."""
     from neox_bridge.stores.hub_names import model_id
 
-    if not path.startswith("hf://") and (path.startswith((".", "/", "~")) or exists(path)):
+    if not is_hub(path) and (path.startswith((".", "/", "~")) or exists(path)):
         return None
-    return model_id(unquote(path.removeprefix("hf://").rstrip("/")))
+    return model_id(unquote(path.removeprefix(HUB).rstrip("/")))
 
 
 def _hub_places(repo: str, revision: str) -> tuple[str, tuple[StepLocation, ...]]:
