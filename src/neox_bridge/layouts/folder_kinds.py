@@ -1,6 +1,6 @@
 """Folders and files of other tools, recognized by name, so that an error can say what they are.
 
-Each entry of the table knows one kind: from the names in the folder and, where these do not
+Each function of the table knows one kind: from the names in the folder and, where these do not
 suffice, from a few bytes of a file. Nothing here is slow, and nothing is executed.
 """
 
@@ -23,7 +23,7 @@ from neox_bridge.layouts.config_files import has_config_beside
 from neox_bridge.layouts.hub_cache import cached_repos
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_json
-from neox_bridge.stores.paths import absolute, is_local, isdir, isfile, lexists, read_at, size
+from neox_bridge.stores.paths import absolute, is_local, isdir, isfile, lexists, read_at
 from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
@@ -35,6 +35,8 @@ _SHARD = re.compile(r"((?:pytorch_)?model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 _MOST_SHARDS = 10_000
+_TRACKER = "latest_checkpointed_iteration.txt"  # of Megatron-LM
+_Explained = tuple[str, str] | None  # what a folder is, and the way out
 
 
 class ForeignFolder(BridgeError):
@@ -77,27 +79,14 @@ class _Folder:
         return os.path.join(self.path, name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """name: for people and code. test: whether a folder is of it.
-
-    explain: what the folder is, and the way out.
-    """
-
-    name: str
-    test: Callable[[_Folder], object]
-    explain: Callable[[_Folder], tuple[str, str]] | tuple[str, str]
-
-
 def refuse_foreign(path: str) -> None:
     """Raise ForeignFolder where a folder is that of another tool, with the way out."""
     names = [name for name in list_folder(path) if not is_apple_double(name)]
     folder = _Folder(absolute(path), names)
-    for kind in _KINDS:
-        if kind.test(folder):
-            known = kind.explain
-            what, way_out = known if isinstance(known, tuple) else known(folder)
-            raise ForeignFolder(f"{path} {what}. {way_out}", kind.name, way_out)
+    for name, explain in _KINDS.items():
+        if known := explain(folder):
+            what, way_out = known
+            raise ForeignFolder(f"{path} {what}. {way_out}", name, way_out)
 
 
 def refuse_deepspeed(path: str, tensors: str) -> None:
@@ -105,7 +94,7 @@ def refuse_deepspeed(path: str, tensors: str) -> None:
 
     tensors: some names of its tensors.
     """
-    what, way_out = _deepspeed(_Folder(absolute(path), list_folder(path)))
+    what, way_out = _deepspeed_explained(_Folder(absolute(path), list_folder(path)))
     raise ForeignFolder(f"{path} {what}, with tensors such as {tensors}. {way_out}", "deepspeed")
 
 
@@ -184,19 +173,17 @@ def unfinished_download(path: str) -> str:
     )
 
 
-# what each kind says: what the folder is, and the way out
+# of each kind: what the folder is, and the way out; None for other folders
 
 
 def _has_weights(folder: _Folder) -> bool:
     return any(map(_WEIGHTS.fullmatch, folder.names))
 
 
-def _is_adapter(folder: _Folder) -> bool:
-    adapter = _ADAPTER_CONFIG in folder.names or bool(folder.matching(r"adapter_model\..*"))
-    return adapter and not _has_weights(folder)
-
-
-def _adapter(folder: _Folder) -> tuple[str, str]:
+def _adapter(folder: _Folder) -> _Explained:
+    is_adapter = _ADAPTER_CONFIG in folder.names or folder.matching(r"adapter_model\..*")
+    if not is_adapter or _has_weights(folder):
+        return None
     config = {}
     path = folder.file(_ADAPTER_CONFIG)
     if _ADAPTER_CONFIG in folder.names and brought_along(path, folder.path):
@@ -217,15 +204,16 @@ def _adapter(folder: _Folder) -> tuple[str, str]:
     )
 
 
-def _gguf(folder: _Folder) -> tuple[str, str]:
-    return f"holds a GGUF file of llama.cpp ({some(folder.ending('.gguf'), 2)})", gguf_way_out()
+def _gguf(folder: _Folder) -> _Explained:
+    names = folder.ending(".gguf")
+    if not names or _has_weights(folder):
+        return None
+    return f"holds a GGUF file of llama.cpp ({some(names, 2)})", gguf_way_out()
 
 
-def _is_dcp(folder: _Folder) -> bool:
-    return bool(folder.ending(".distcp")) and "metadata.json" not in folder.names
-
-
-def _dcp(folder: _Folder) -> tuple[str, str]:
+def _dcp(folder: _Folder) -> _Explained:
+    if not folder.ending(".distcp"):
+        return None
     out = folder.file("pytorch_model.bin")
     command = ["python", "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
     return (
@@ -237,77 +225,60 @@ def _dcp(folder: _Folder) -> tuple[str, str]:
     )
 
 
-def _fsdp_folder(folder: _Folder) -> list[str]:
+def _fsdp(folder: _Folder) -> _Explained:
+    for name in folder.matching(r"pytorch_model_fsdp_\d+|fsdp_model.*|model"):
+        if any(inner.endswith(".distcp") for inner in folder.inside(name)):
+            inside = folder.file(name)
+            return (
+                f"holds the weights as FSDP shards of torch.distributed.checkpoint ({inside})",
+                "Merge them with accelerate: "
+                f"{shlex.join(['accelerate', 'merge-weights', inside, folder.path])}; then convert "
+                "this folder again, with the config.json of the model in it.",
+            )
+    return None
+
+
+def _megatron_steps(folder: _Folder) -> list[list[str]]:
+    """What is in folders of iterations; those of other programs have the names of steps as well."""
+    inside = map(folder.inside, folder.matching(r"iter_\d+|release"))
+    files = ("common.pt", "metadata.json")
     return [
-        name
-        for name in folder.matching(r"pytorch_model_fsdp_\d+|fsdp_model.*|model")
-        if any(inner.endswith(".distcp") for inner in folder.inside(name))
+        names
+        for names in inside
+        if any(n in files or n.startswith(("mp_rank_", "model_optim")) for n in names)
     ]
 
 
-def _fsdp(folder: _Folder) -> tuple[str, str]:
-    inside = folder.file(_fsdp_folder(folder)[0])
+def _megatron_core(folder: _Folder) -> _Explained:
+    is_flat = "metadata.json" in folder.names and folder.ending(".distcp")
+    if not is_flat and not any("metadata.json" in names for names in _megatron_steps(folder)):
+        return None
     return (
-        f"holds the weights as FSDP shards of torch.distributed.checkpoint ({inside})",
-        "Merge them with accelerate: "
-        f"{shlex.join(['accelerate', 'merge-weights', inside, folder.path])}; then convert this "
-        "folder again, with the config.json of the model in it.",
+        "is a distributed checkpoint of Megatron Core (torch_dist: metadata.json, common.pt and "
+        "*.distcp), which is not GPT-NeoX's form",
+        "Export it to Hugging Face's form with Megatron-Bridge, and convert that.",
     )
 
 
-_ITERATION = r"iter_\d+|release"
-_TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def _megatron_steps(folder: _Folder) -> list[str]:
-    """Folders of iterations; those of other programs have the names of steps as well."""
-    return [
-        name
-        for name in folder.matching(_ITERATION)
-        if any(
-            n.startswith(("mp_rank_", "model_optim")) or n == "common.pt" or n == "metadata.json"
-            for n in folder.inside(name)
-        )
-    ]
-
-
-def _is_megatron_core(folder: _Folder) -> bool:
-    if "metadata.json" in folder.names and folder.ending(".distcp"):
-        return True
-    return any("metadata.json" in folder.inside(name) for name in _megatron_steps(folder))
-
-
-def _is_megatron(folder: _Folder) -> bool:
-    if _TRACKER in folder.names or _megatron_steps(folder):
-        return True
+def _megatron(folder: _Folder) -> _Explained:
     ranks = folder.matching(r"mp_rank_\d+(_\d+)*")
-    files = ("model_optim_rng.pt", "model_rng.pt", "distrib_optim.pt")
-    return bool(set(files) & {*folder.names, *(n for r in ranks for n in folder.inside(r))})
+    names = {*folder.names, *(n for rank in ranks for n in folder.inside(rank))}
+    files = {"model_optim_rng.pt", "model_rng.pt", "distrib_optim.pt", _TRACKER}
+    if not files & names and not _megatron_steps(folder):
+        return None
+    return (
+        "is a checkpoint of Megatron-LM (iter_N/mp_rank_NN/model_optim_rng.pt), which is not "
+        "GPT-NeoX's form",
+        "Convert it to Hugging Face's form with Megatron-LM's own tools (tools/checkpoint, or "
+        "Megatron-Bridge), and convert that.",
+    )
 
 
-_MEGATRON = (
-    "is a checkpoint of Megatron-LM (iter_N/mp_rank_NN/model_optim_rng.pt), which is not "
-    "GPT-NeoX's form",
-    "Convert it to Hugging Face's form with Megatron-LM's own tools (tools/checkpoint, or "
-    "Megatron-Bridge), and convert that.",
-)
-
-
-_MEGATRON_CORE = (
-    "is a distributed checkpoint of Megatron Core (torch_dist: metadata.json, common.pt and "
-    "*.distcp), which is not GPT-NeoX's form",
-    "Export it to Hugging Face's form with Megatron-Bridge, and convert that.",
-)
-
-
-def _trainer_steps(folder: _Folder) -> list[str]:
-    steps = [name for name in folder.names if re.fullmatch(r"checkpoint-\d+", name)]
-    steps = [name for name in steps if isdir(folder.file(name))]
-    return sorted(steps, key=lambda name: step_of(name) or 0)
-
-
-def _trainer(folder: _Folder) -> tuple[str, str]:
-    steps = _trainer_steps(folder)
+def _trainer(folder: _Folder) -> _Explained:
+    steps = [name for name in folder.matching(r"checkpoint-\d+") if isdir(folder.file(name))]
+    if not steps:
+        return None
+    steps.sort(key=lambda name: step_of(name) or 0)
     last = shlex.quote(folder.file(steps[-1]))
     return (
         f"is the output folder of a Trainer of transformers; the models are in {some(steps)}",
@@ -316,35 +287,28 @@ def _trainer(folder: _Folder) -> tuple[str, str]:
     )
 
 
-def _step_models(folder: _Folder) -> list[str]:
-    """Folders below that hold a model each."""
-    return [
-        name
-        for name in folder.names
-        if not name.startswith(".") and "config.json" in folder.inside(name)
-    ]
-
-
-def _parent(folder: _Folder) -> tuple[str, str]:
-    models = _step_models(folder)
+def _parent(folder: _Folder) -> _Explained:
+    below = [name for name in folder.names if not name.startswith(".")]
+    models = [name for name in below if "config.json" in folder.inside(name)]
+    if not models:
+        return None
     return (
         f"holds no model itself; there are models in {some(models)}",
         f"Name one of them, for example {shlex.quote(folder.file(models[0]))}",
     )
 
 
-def _is_deepspeed(folder: _Folder) -> bool:
+def _deepspeed(folder: _Folder) -> _Explained:
     """What DeepSpeed saved for transformers' Trainer, or for another program than GPT-NeoX."""
     steps = folder.matching(r"global_step\d+")
-    inner = [n for step in steps for n in folder.inside(step)]
-    saved = [n for n in (*folder.names, *inner) if re.fullmatch(r".*mp_rank_\d+_.*states\.pt", n)]
-    layers = any(n.startswith("layer_") for n in (*folder.names, *inner))
-    if not saved or layers or "configs" in (*folder.names, *inner):
-        return False
-    return not has_config_beside(folder.path)
+    names = [*folder.names, *(n for step in steps for n in folder.inside(step))]
+    saved = any(re.fullmatch(r".*mp_rank_\d+_.*states\.pt", name) for name in names)
+    if not saved or "configs" in names or any(name.startswith("layer_") for name in names):
+        return None
+    return None if has_config_beside(folder.path) else _deepspeed_explained(folder)
 
 
-def _deepspeed(folder: _Folder) -> tuple[str, str]:
+def _deepspeed_explained(folder: _Folder) -> tuple[str, str]:
     config = "" if "config.json" in folder.names else ", put the config.json of the model there,"
     way = "Save the model itself with save_model() of the Trainer, or with save_16bit_model()"
     if "zero_to_fp32.py" in folder.names:
@@ -359,14 +323,18 @@ def _deepspeed(folder: _Folder) -> tuple[str, str]:
     )
 
 
-_NEMO = (
-    "is a checkpoint of NVIDIA NeMo",
-    "Export it to Hugging Face's form with NeMo (llm.export_ckpt), and convert that.",
-)
+def _nemo(folder: _Folder) -> _Explained:
+    if not folder.ending(".nemo") and not {"context", "weights"} <= set(folder.names):
+        return None
+    return (
+        "is a checkpoint of NVIDIA NeMo",
+        "Export it to Hugging Face's form with NeMo (llm.export_ckpt), and convert that.",
+    )
 
 
-def _tensorflow(folder: _Folder) -> tuple[str, str]:
-    names = folder.ending(".h5", ".msgpack", ".ckpt.index", ".ot")
+def _tensorflow(folder: _Folder) -> _Explained:
+    if not (names := folder.ending(".h5", ".msgpack", ".ckpt.index", ".ot")):
+        return None
     return (
         f"holds the weights in a form of TensorFlow, JAX or Rust only ({some(names)})",
         "Load the model with transformers (from_tf=True or from_flax=True), save it with "
@@ -374,38 +342,43 @@ def _tensorflow(folder: _Folder) -> tuple[str, str]:
     )
 
 
-def _onnx(folder: _Folder) -> tuple[str, str]:
-    names = folder.ending(".onnx", ".xml", ".engine", ".mlpackage", ".tflite")
+def _compiled(folder: _Folder) -> _Explained:
+    names = folder.matching(r".*\.(onnx|engine|mlpackage|tflite)|openvino_model\.xml")
+    if not names:
+        return None
     return (
         f"holds a model compiled for inference ({some(names)})",
         "Convert the model that it was made from, in Hugging Face's form.",
     )
 
 
-_ORBAX = (
-    "is a checkpoint of JAX (Orbax or tensorstore)",
-    "Export it to Hugging Face's form with the program that wrote it, and convert that.",
-)
+def _orbax(folder: _Folder) -> _Explained:
+    if not folder.matching(r"_METADATA|_CHECKPOINT_METADATA|manifest\.ocdbt"):
+        return None
+    return (
+        "is a checkpoint of JAX (Orbax or tensorstore)",
+        "Export it to Hugging Face's form with the program that wrote it, and convert that.",
+    )
 
 
-def _cache(folder: _Folder) -> tuple[str, str]:
-    repos = cached_repos(list(folder.names))
+def _cache(folder: _Folder) -> _Explained:
+    if not (repos := cached_repos(list(folder.names))):
+        return None
     return (
         f"is a whole Hugging Face cache; the models are in {some(repos)}",
         f"Name one of them, for example {shlex.quote(folder.file(repos[0]))}",
     )
 
 
-def _unfinished(folder: _Folder) -> tuple[str, str]:
-    return "holds no complete model", unfinished_download(folder.path)
+def _unfinished(folder: _Folder) -> _Explained:
+    sentence = unfinished_download(folder.path)
+    return ("holds no complete model", sentence) if sentence else None
 
 
-def _is_optimizer_export(folder: _Folder) -> bool:
-    """Whether export-optimizer wrote it; see ``optimizer_export``."""
-    return {"optimizer.json", "exp_avg.safetensors"} <= set(folder.names)
-
-
-def _optimizer_export(folder: _Folder) -> tuple[str, str]:
+def _optimizer_export(folder: _Folder) -> _Explained:
+    """What export-optimizer writes; see ``optimizer_export``."""
+    if not {"optimizer.json", "exp_avg.safetensors"} <= set(folder.names):
+        return None
     return (
         "holds optimizer states that export-optimizer wrote, and no weights",
         f"To check its files: neox-bridge verify {folder.quoted}. To take the states back into "
@@ -413,17 +386,15 @@ def _optimizer_export(folder: _Folder) -> tuple[str, str]:
     )
 
 
-def _single_file(folder: _Folder) -> list[str]:
-    return [
+def _weights_only(folder: _Folder) -> _Explained:
+    names = [
         name
         for name in folder.ending(".pt", ".pth", ".ckpt", ".bin", ".safetensors")
         if not name.startswith(("optimizer", "scheduler", "rng_state", "training_args", "consolid"))
         and not name.endswith(("model_states.pt", "optim_states.pt"))
     ]
-
-
-def _weights_only(folder: _Folder) -> tuple[str, str]:
-    names = _single_file(folder)
+    if not names or "config.json" in folder.names:
+        return None
     for name in names:
         path = folder.file(name)
         if isfile(path) and (kind := misplaced(path, read_at(path, 0, HEAD_BYTES))):
@@ -436,40 +407,30 @@ def _weights_only(folder: _Folder) -> tuple[str, str]:
     )
 
 
-def _other_ggml(folder: _Folder) -> bool:
-    return any(
-        read_at(folder.file(n), 0, 4) in (b"lmgg", b"fmgg", b"tjgg", b"GGUF")
-        for n in folder.ending(".bin")
-        if isfile(folder.file(n)) and size(folder.file(n)) > 4
-    )
+def _ggml(folder: _Folder) -> _Explained:
+    for path in map(folder.file, folder.ending(".bin")):
+        if isfile(path) and read_at(path, 0, 4) in (b"lmgg", b"fmgg", b"tjgg", b"GGUF"):
+            return "holds a model of llama.cpp (ggml)", gguf_way_out()
+    return None
 
 
-_KINDS = (
-    _Kind("adapter", _is_adapter, _adapter),
-    _Kind("gguf", lambda f: not _has_weights(f) and f.ending(".gguf"), _gguf),
-    _Kind("megatron-core", _is_megatron_core, _MEGATRON_CORE),
-    _Kind("megatron", _is_megatron, _MEGATRON),
-    _Kind("fsdp", _fsdp_folder, _fsdp),
-    _Kind("dcp", _is_dcp, _dcp),
-    _Kind("nemo", lambda f: f.ending(".nemo") or {"context", "weights"} <= set(f.names), _NEMO),
-    _Kind("orbax", lambda f: f.matching(r"_METADATA|_CHECKPOINT_METADATA|manifest\.ocdbt"), _ORBAX),
-    _Kind("trainer", _trainer_steps, _trainer),
-    _Kind("deepspeed", _is_deepspeed, _deepspeed),
-    _Kind("unfinished", lambda f: unfinished_download(f.path), _unfinished),
-    _Kind("ggml", _other_ggml, ("holds a model of llama.cpp (ggml)", gguf_way_out())),
-    _Kind("tensorflow", lambda f: f.ending(".h5", ".msgpack", ".ckpt.index", ".ot"), _tensorflow),
-    _Kind(
-        "compiled",
-        lambda f: (
-            f.ending(".onnx", ".engine", ".mlpackage", ".tflite")
-            or f.matching(r"openvino_model\.xml")
-        ),
-        _onnx,
-    ),
-    _Kind("cache", lambda f: cached_repos(list(f.names)), _cache),
-    _Kind("parent", _step_models, _parent),
-    _Kind("optimizer-export", _is_optimizer_export, _optimizer_export),
-    _Kind(
-        "weights-only", lambda f: "config.json" not in f.names and _single_file(f), _weights_only
-    ),
-)
+_KINDS: dict[str, Callable[[_Folder], _Explained]] = {
+    "adapter": _adapter,
+    "gguf": _gguf,
+    "megatron-core": _megatron_core,
+    "megatron": _megatron,
+    "fsdp": _fsdp,
+    "dcp": _dcp,
+    "nemo": _nemo,
+    "orbax": _orbax,
+    "trainer": _trainer,
+    "deepspeed": _deepspeed,
+    "unfinished": _unfinished,
+    "ggml": _ggml,
+    "tensorflow": _tensorflow,
+    "compiled": _compiled,
+    "cache": _cache,
+    "parent": _parent,
+    "optimizer-export": _optimizer_export,
+    "weights-only": _weights_only,
+}

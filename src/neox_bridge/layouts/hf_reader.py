@@ -220,9 +220,9 @@ def _read_tensors(path: str) -> _Stored:
             tensors, classes = _read_file(file)
             return _Stored(tensors, (file,), findings=beside, classes=classes)
         if lexists(index):
-            return _read_sharded(path, index)
+            return _read_shards(path, *_weight_map(path, index))
     if (names := shards_without_index(path)) is not None:
-        return _read_shards(path, names)
+        return replace(_read_shards(path, names, {}), unindexed=True)
     refuse_foreign(path)
     raise BridgeError(
         f"{path} has a config.json, but none of {', '.join(_SINGLE)} or their index files. "
@@ -241,57 +241,52 @@ def _index_ignored(single: str) -> Finding:
     )
 
 
-def _read_sharded(path: str, index: str) -> _Stored:
+def _weight_map(path: str, index: str) -> tuple[list[str], dict[str, str]]:
+    """The shards that an index names, and the shard of each tensor."""
     check_own(index, path)
     weight_map = read_json(index, LARGE_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
-    places: dict[str, list[tuple[str, TensorRef]]] = {}
-    classes: dict[str, str] = {}
     names = sorted(set(weight_map.values()))
     for name in names:
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise BridgeError(
                 f"{index} names {name!r}, which isn't a file beside it. Don't use it."
             )
+    return names, weight_map
+
+
+def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str]) -> _Stored:
+    """The tensors of shards; of one in two shards, that which the index names is read.
+
+    Of one that no index names transformers takes the last; without an index it is the first here.
+    """
+    places: dict[str, dict[str, TensorRef]] = {}
+    classes: dict[str, str] = {}
     files = [os.path.join(path, name) for name in names]
     for name, file in zip(names, ahead(files), strict=True):
         if not lexists(file):
             raise BridgeError(
-                f"{file} is missing, and {os.path.basename(index)} names it. "
+                f"{file} is missing, and the index file names it. "
                 f"{unfinished_download(path) or 'Download it.'}"
             )
         held, quantized = _read_file(file)
         classes |= quantized
         for key, ref in held.items():
-            places.setdefault(key, []).append((name, ref))
+            places.setdefault(key, {})[name] = ref
     tensors: dict[str, TensorRef] = {}
     copies: list[Copy] = []
-    for key, places_of_key in places.items():
-        last = places_of_key[-1][0]
-        wanted = weight_map.get(key, last)  # an unlisted tensor: transformers takes the last one
-        for name, ref in places_of_key:
-            if name == wanted:
-                tensors[key] = ref
-        others = (ref for name, ref in places_of_key if name != wanted)
-        copies += [Copy(key, tensors[key], ref, key, key) for ref in others if key in tensors]
+    for key, by_name in places.items():
+        unlisted = list(by_name)[-1 if weight_map else 0]
+        wanted = by_name.pop(weight_map.get(key, unlisted), None)
+        if wanted is not None:
+            tensors[key] = wanted
+            copies += [Copy(key, wanted, ref, key, key) for ref in by_name.values()]
     if missing := sorted(set(weight_map) - set(tensors) - set(classes)):
-        raise BridgeError(f"{index} names tensors that its files don't hold: {some(missing)}.")
+        raise BridgeError(
+            f"{path}: the index file names tensors that its files don't hold: {some(missing)}."
+        )
     return _Stored(tensors, tuple(files), copies, classes=classes)
-
-
-def _read_shards(path: str, names: Sequence[str]) -> _Stored:
-    """All tensors of shards whose names say that they are complete."""
-    tensors: dict[str, TensorRef] = {}
-    copies: list[Copy] = []
-    classes: dict[str, str] = {}
-    files = tuple(os.path.join(path, name) for name in names)
-    for file in ahead(files):
-        held, quantized = _read_file(file)
-        classes |= quantized
-        copies += [Copy(k, tensors[k], ref, k, k) for k, ref in held.items() if k in tensors]
-        tensors = {**held, **tensors}
-    return _Stored(tensors, files, copies, classes=classes, unindexed=True)
 
 
 def _read_file(file: str) -> tuple[dict[str, TensorRef], dict[str, str]]:

@@ -91,6 +91,11 @@ class _Read:
     def is_universal(self) -> bool:
         return self.tp is not None
 
+    @property
+    def names(self) -> set[str]:
+        """Those of the first rank's tensors, without their layers."""
+        return {name for tensors in self.ranks[0].values() for name in tensors}
+
 
 def open_neox(
     path: str,
@@ -123,7 +128,7 @@ def open_neox(
     architecture = _family(raw, record, read)
     layers = _layers(raw, args, folder)
     old = {weight.old for weight in architecture.weights if weight.old}
-    mlp_names: MlpNames = "dense" if any(_has(read, name) for name in old) else "linear"
+    mlp_names: MlpNames = "dense" if old & read.names else "linear"
     known_order = gqa_order or told_order(raw, record, mlp_names)
     order = known_order or "grouped"
     config, tensors, dropped, mismatch = assemble(
@@ -145,7 +150,7 @@ def open_neox(
         tp=read.tp or len(read.ranks),
         pp=read.stages if read.layout == "layers" else 0,
         mlp_names=mlp_names,
-        inv_freq="store" if read.stores_buffers or _has(read, INV_FREQ) else "omit",
+        inv_freq="store" if read.stores_buffers or INV_FREQ in read.names else "omit",
         iteration=iteration,
         named_step=named_step,
         configs=tuple(map(absolute, chosen.paths)),
@@ -170,19 +175,19 @@ def open_neox(
 
         copies = state.tp // len(read.ranks)
         config, tensors = as_computed(architecture, config, tensors, dtype_of(read.meta), copies)
-    findings = [*map(duplicate_finding, duplicates), *map(skipped_finding, chosen.skipped)]
-    findings += [*plain.findings, *window.findings]
-    if finding := step_finding(folder, revision, saved, step if named_step is None else named_step):
-        findings.append(finding)
-    if finding := weights_above_finding(place):
-        findings.append(finding)
-    if state.missing_ranks:
-        findings.append(missing_ranks_finding(folder, state.missing_ranks))
-    findings += [mismatch_finding(mismatch)] if mismatch else []
-    if config.grouped_query and not state.gqa_order_known:
-        findings.append(unknown_order())
-    if raw.get("norm") == "rmsnorm" and state.rms_eps == "outside":
-        findings.append(rms_epsilon())
+    outside = raw.get("norm") == "rmsnorm" and state.rms_eps == "outside"
+    findings = (
+        *map(duplicate_finding, duplicates),
+        *map(skipped_finding, chosen.skipped),
+        *plain.findings,
+        *window.findings,
+        step_finding(folder, revision, saved, step if named_step is None else named_step),
+        weights_above_finding(place),
+        missing_ranks_finding(folder, state.missing_ranks) if state.missing_ranks else None,
+        mismatch_finding(mismatch) if mismatch else None,
+        unknown_order() if config.grouped_query and not state.gqa_order_known else None,
+        rms_epsilon() if outside else None,
+    )
     return Checkpoint(
         kind="neox",
         path=absolute(path),
@@ -194,7 +199,7 @@ def open_neox(
         files=read.files,
         refusals=(*architecture.refuse_neox_source(raw), *window.refusals),
         dropped=(*dropped, *plain.dropped, *_set_aside(read, state)),
-        findings=tuple(findings),
+        findings=tuple(filter(None, findings)),
         record=record,
         neox=state,
         original_rows=original_rows(raw, config.dims["vocab"], f"{folder}/configs"),
@@ -362,12 +367,8 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     want = {0, *range(2, layers + 2), layers + 3} | {layer for layer, _ in layer_files}
     if raw.get("no_weight_tying"):
         want.add(layers + 4)
-    lacking = (
-        layer_file(layer, rank)
-        for layer in sorted(want)
-        for rank in range(tp)
-        if (layer, rank) not in layer_files
-    )
+    places = ((layer, rank) for layer in sorted(want) for rank in range(tp))
+    lacking = (layer_file(*place) for place in places if place not in layer_files)
     if missing := list(islice(lacking, _SHOWN)):
         raise BridgeError(
             f"{folder} isn't whole: {some(missing)} missing, of {layers} layers on {tp} "
@@ -521,7 +522,3 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
             f"{folder} holds files of {len(read.ranks)} tensor-parallel ranks, and its args say "
             f"{ranks}: left-over files of another layout? Keep only one layout's."
         )
-
-
-def _has(read: _Read, name: str) -> bool:
-    return any(name in tensors for tensors in read.ranks[0].values())

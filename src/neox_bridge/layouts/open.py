@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
 from neox_bridge.findings import Finding
@@ -155,8 +155,12 @@ def _open_folder(
         from neox_bridge.layouts.neox_reader import open_neox
 
         return open_neox(path, step, configs, gqa_order, revision=named)
-    if step is not None or configs:
-        _refuse_neox_options(named or path, step, configs)
+    if wrong := ["step"] * (step is not None) + ["configs"] * bool(configs):
+        raise UsageError(
+            wrong,
+            f"only for GPT-NeoX sources, and {named or path} is a Hugging Face model",
+            "Name a step of a Hub model with --revision." if step is not None else "",
+        )
     path = absolute(path)
     if not lexists(os.path.join(path, "config.json")):
         from neox_bridge.layouts.raw_llama import open_raw_llama
@@ -187,16 +191,6 @@ def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
     if branch_in_name and revision is not None:
         raise UsageError(["revision"], f"{source} already names a revision", "Leave it out.")
     return repo, branch_in_name or revision
-
-
-def _refuse_neox_options(source: str, step: int | None, configs: Sequence[str]) -> NoReturn:
-    named = [*(["step"] if step is not None else []), *(["configs"] if configs else [])]
-    fix = "Name a step of a Hub model with --revision." if step is not None else ""
-    raise UsageError(
-        named,
-        f"only for GPT-NeoX sources, and {source} is a Hugging Face model",
-        fix,
-    )
 
 
 def _in_cache(source: str, revision: str | None, named: str) -> tuple[str, str | None, str]:

@@ -6,7 +6,7 @@ Written by planning/record.py.
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from neox_bridge.architectures.setting_types import check_hf, check_neox, is_count, is_name
@@ -95,16 +95,11 @@ def _entries(files: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
 def recorded_files(folder: str) -> set[str]:
     """The files in a folder, or in a run and its steps, that this tool's records there name."""
     paths = set()
-    for name in ("", *filter(_STEP.fullmatch, list_folder(folder))):
-        record = os.path.join(folder, name, RECORD)
-        if not isfile(record):
-            continue
-        with contextlib.suppress(BridgeError, ValueError, RecursionError):
-            for path, _, _ in written_files(parse_json(read_bytes(record)))[1]:
-                inside = f"{name}/{path}" if name else path
-                above = path.startswith("../")
-                if not above or name:
-                    paths.add(path[3:] if above else inside)
+    for name, path, _ in _recorded(folder, ["", *list_folder(folder)]):
+        if path.startswith("../"):
+            paths |= {path[3:]} if name else set()
+        else:
+            paths.add(f"{name}/{path}" if name else path)
     return paths
 
 
@@ -115,16 +110,22 @@ def written_above(root: str) -> dict[str, set[Entry]]:
     written one after another.
     """
     files: dict[str, set[Entry]] = {}
-    for name in list_folder(root):
-        record = os.path.join(root, name, RECORD)
-        if not _STEP.fullmatch(name) or not isfile(record):
+    for _, path, entry in _recorded(root, list_folder(root)):
+        if path.startswith("../"):
+            files.setdefault(path[3:], set()).add(entry)
+    return files
+
+
+def _recorded(folder: str, names: Iterable[str]) -> Iterator[tuple[str, str, Entry]]:
+    """(step, path, entry) of all files that the records of a folder's steps name, "" of its own."""
+    for name in names:
+        record = os.path.join(folder, name, RECORD)
+        if (name and not _STEP.fullmatch(name)) or not isfile(record):
             continue
         with contextlib.suppress(BridgeError, ValueError, RecursionError):
             hash_name, entries = written_files(parse_json(read_bytes(record)))
             for path, size, digest in entries:
-                if path.startswith("../"):
-                    files.setdefault(path[3:], set()).add((size, digest, hash_name))
-    return files
+                yield name, path, (size, digest, hash_name)
 
 
 def _check(

@@ -59,12 +59,7 @@ def unwrap(keys: Iterable[str], is_known: Callable[[str], bool], where: str) -> 
         names[key] = name
         if name != key or is_known(key):
             around.setdefault(prefix, key)
-        if name in origin:
-            raise BridgeError(
-                f"{where} holds {origin[name]} and {key}, which are the same tensor of the model "
-                "once the wrapper's name is removed. Remove one of them."
-            )
-        origin[name] = key
+        _record(origin, name, key, where)
         if prefix:
             wrappers.setdefault(prefix)
         inner = key.removeprefix(prefix)
@@ -102,14 +97,17 @@ def without_wrappers(tensors: Mapping[str, TensorRef], where: str) -> dict[str, 
     """GPT-NeoX's tensors without what DeepSpeed and torch.compile put into their names."""
     if not any(set(name.split(".")) & _IN_RANKS for name in tensors):
         return dict(tensors)
-    plain: dict[str, TensorRef] = {}
     origin: dict[str, str] = {}
-    for key, ref in tensors.items():
+    for key in tensors:
         name = ".".join(part for part in key.split(".") if part not in _IN_RANKS)
-        if name in plain:
-            raise BridgeError(
-                f"{where} holds {origin[name]} and {key}, which are the same tensor of the model "
-                "once the wrapper's name is removed. Remove one of them."
-            )
-        plain[name], origin[name] = ref, key
-    return plain
+        _record(origin, name, key, where)
+    return {name: tensors[key] for name, key in origin.items()}
+
+
+def _record(origin: dict[str, str], name: str, key: str, where: str) -> None:
+    """Note which key has a name. Raises BridgeError where another one has it already."""
+    if origin.setdefault(name, key) != key:
+        raise BridgeError(
+            f"{where} holds {origin[name]} and {key}, which are the same tensor of the model "
+            "once the wrapper's name is removed. Remove one of them."
+        )
