@@ -1,8 +1,8 @@
 """A new optimizer: masters from the weights, no moments, a schedule that is at some step."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import ModelConfig
@@ -10,49 +10,18 @@ from neox_bridge.errors import Refused
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.optimizer.mp_rank import parameter_name
+from neox_bridge.optimizer.parameter_order import divided
 from neox_bridge.optimizer.pipeline_stages import stages_of
-from neox_bridge.optimizer.read_stage0 import grouped
 from neox_bridge.optimizer.states import DEEPSPEED, Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
-from neox_bridge.planning.neox_files import NeoxModel, RankLayout, rank_parameters
+from neox_bridge.planning.neox_files import NeoxModel, NewOptimizer, RankLayout, rank_parameters
 from neox_bridge.tensors.geometry import constant
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+from neox_bridge.tensors.pieces import OutputTensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class Fresh:
-    """A new optimizer over a model's ranks. groups: by stage and tensor-parallel rank."""
-
-    optimizer: Optimizer
-    groups: Mapping[tuple[int, int], list[RankGroup]]
-    stage: int
-    dp: int
-    batch: Mapping[str, int]
-    schedule: Mapping[str, Any]
-
-    def more(self, number: int, tp: int, iteration: int) -> dict[str, Any]:
-        """What an mp_rank file says of it."""
-        return {
-            "param_shapes": param_shapes(self.groups[divmod(number, tp)]),
-            "lr_scheduler": dict(self.schedule),
-            "global_samples": iteration * self.batch["train_batch_size"],
-            "dp_world_size": self.dp,
-            "ds_config": {**self.batch, "zero_optimization": {"stage": self.stage}},
-        }
-
-    def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]:
-        """The optimizer's own files."""
-        outer = {"ds_config": self.more(0, tp, 0)["ds_config"], "ds_version": DEEPSPEED}
-        for (stage, rank), groups in self.groups.items():
-            number = stage * tp + rank
-            yield from zero_files(
-                step, self.optimizer, number, self.dp, self.stage, groups, outer, bf16=bf16
-            )
-
-
-def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int) -> Fresh:
+def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int) -> NewOptimizer:
     """The optimizer for a target. model: with its tensors in the source's dtype.
 
     training: the yml's keys. Raises Refused for an optimizer that isn't Adam, and for what has
@@ -98,26 +67,36 @@ def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int
         "bf16" if high else "zero", 1, dp, (MASTER, *_MOMENTS), groups, {}, {}, head, (), (), {}
     )  # fmt: skip
     rank_groups = {
-        (stage, rank): _groups(config, layout, layers, groups, states)
+        stage * layout.tp + rank: _groups(config, layout, layers, groups, states)
         for stage, layers in enumerate(bounds)
         for rank, states in enumerate(by_rank)
     }
+    zero = training.get("zero_optimization") or {}
+    stage = 2 if zero.get("stage") == 2 and layout.name == "ranks" else 1
     micro = int(training.get("train_micro_batch_size_per_gpu", 4))
     passes = int(training.get("gradient_accumulation_steps", 1))
-    batch = {
+    ds_config = {
         "train_batch_size": micro * passes * dp,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": passes,
+        "zero_optimization": {"stage": stage},
     }
-    stage = (training.get("zero_optimization") or {}).get("stage")
-    return Fresh(
-        optimizer,
-        rank_groups,
-        2 if stage == 2 and layout.name == "ranks" else 1,
-        dp,
-        batch,
-        schedule,
+    values = [
+        {
+            "param_shapes": param_shapes(rank_groups[number]),
+            "lr_scheduler": dict(schedule),
+            "global_samples": iteration * micro * passes * dp,
+            "dp_world_size": dp,
+            "ds_config": dict(ds_config),
+        }
+        for number in range(len(rank_groups))
+    ]
+    outer = {"ds_config": ds_config, "ds_version": DEEPSPEED}
+    bf16 = config.dtype == "bfloat16"
+    files = zero_files(
+        f"global_step{iteration}", optimizer, rank_groups, dp, stage, outer, bf16=bf16
     )
+    return NewOptimizer(stage, values, tuple(files))
 
 
 def schedule_of(training: Mapping[str, Any], lr: float, iteration: int) -> dict[str, Any]:
@@ -183,11 +162,10 @@ def _groups(
         if place[0] in layers or (head and place[0] == 0)
     }
     named = {p: parameter_name(p, layout=layout.name, tied=tied) for p in stage_shapes}
-    raw = {"weight_decay": 0 if len(groups) == 1 else 1}
     return [
         RankGroup(
             group, {key: {named[p]: tensors[p] for p in part} for key, tensors in states.items()}
         )
-        for group, part in zip(groups, grouped(stage_shapes, raw, len(groups)), strict=True)
+        for group, part in zip(groups, divided(stage_shapes, len(groups), ""), strict=True)
         if part
     ]

@@ -7,13 +7,17 @@ megatron/model/utils.py, get_params_for_weight_decay_optimization, the same from
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.deepspeed_values import shapes
-from neox_bridge.optimizer.read_stage0 import source_bounds, stored_parameters
+from neox_bridge.layouts.universal_folder import Parameter
+from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.tensors.pieces import Shape
+
+_WITHOUT_DECAY = "mixer.A_log"  # _no_weight_decay of megatron/model/mamba/mamba.py
+_Name = TypeVar("_Name", str, Parameter)
 
 OrderSource = Literal["groups", "parameters", "weights"]
 """Where the order of the parameters is from.
@@ -40,16 +44,9 @@ def parameter_order(
 ) -> ParameterOrder:
     """The parameters of a model-parallel rank, in the order of its flat groups.
 
-    Args:
-        number: of the mp_rank file.
-        recorded: the dictionaries that may hold ``param_shapes``, each with its file; the first
-            one that does counts.
-        count: how many groups the optimizer states have.
-        path: the file of those states, for messages.
-
-    Raises:
-        BridgeError: ``param_shapes`` is not what DeepSpeed writes, or has another number of groups.
-        Refused: there are more groups than GPT-NeoX makes.
+    number: of the mp_rank file. count: of the groups that the optimizer states in ``path`` have.
+    recorded: the dictionaries that may hold ``param_shapes``, each with its file; the first one
+    that does counts.
     """
     for file, values in recorded:
         value = values.get("param_shapes")
@@ -65,15 +62,49 @@ def parameter_order(
             (all_shapes,) = shapes({"param_shapes": [value]}, file)
             return ParameterOrder(divided(all_shapes, count, path), "parameters")
     assert checkpoint.neox is not None
-    return ParameterOrder(
-        divided(_shapes_of_weights(checkpoint, checkpoint.neox, number), count, path), "weights"
+    stage, rank = divmod(number, checkpoint.neox.tp)
+    stored = stored_parameters(checkpoint, source_bounds(checkpoint)[stage], rank)
+    named = {f"{layer}.{name}": shape for (layer, name), shape in stored.items()}
+    return ParameterOrder(divided(named, count, path), "weights")
+
+
+def source_bounds(checkpoint: Checkpoint) -> list[range]:
+    """The layers of each of the source's stages, or all of them in one."""
+    state = checkpoint.neox
+    assert state is not None
+    layers = state.ranks[0].items()
+    return stages_of(
+        checkpoint.architecture,
+        checkpoint.config,
+        checkpoint.raw,
+        state.pp,
+        lambda: ((layer, ref.shape) for layer, tensors in layers for ref in tensors.values()),
     )
 
 
-def divided(named: Mapping[str, Shape], count: int, path: str) -> tuple[Mapping[str, Shape], ...]:
+def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
+    """A tensor-parallel rank's parameters in a stage, in order, with their shapes there."""
+    assert checkpoint.neox is not None
+    used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
+    stored = checkpoint.neox.ranks[rank]
+    config = checkpoint.config
+    tied = config.tied_embeddings and config.head_layer in layers
+    return {
+        (layer, name): ref.shape
+        for layer in sorted(stored)
+        if layer in layers or (tied and layer == 0)
+        for name, ref in stored[layer].items()
+        if ref in used
+    }
+
+
+def divided(
+    named: Mapping[_Name, Shape], count: int, path: str
+) -> tuple[Mapping[_Name, Shape], ...]:
     """The parameters in GPT-NeoX's groups: those that decay, then the norms and the biases.
 
     GPT-NeoX makes one group of all parameters if ``weight_decay`` is 0. It keeps their order.
+    named: by DeepSpeed's name, or by layer and name. path: for the message.
     """
     if count == 1:
         return (named,)
@@ -82,35 +113,20 @@ def divided(named: Mapping[str, Shape], count: int, path: str) -> tuple[Mapping[
             f"{path} has {count} parameter groups, and GPT-NeoX makes one or two. Another program "
             "divided these parameters, so they cannot be assigned. Convert the weights alone."
         )
-    return (
-        {name: shape for name, shape in named.items() if not is_without_decay(name)},
-        {name: shape for name, shape in named.items() if is_without_decay(name)},
-    )
+    # norms and biases are what has one dimension
+    still = {
+        name: shape
+        for name, shape in named.items()
+        if len(shape) == 1 or (name if isinstance(name, str) else name[1]).endswith(_WITHOUT_DECAY)
+    }
+    return {name: shape for name, shape in named.items() if name not in still}, still
 
 
 def dealt_out(named: Mapping[str, Shape], dp: int) -> Mapping[str, Shape]:
     """A group's parameters in the order in which they lie where they were dealt out to the ranks.
 
     Parameter i belongs to rank i % dp, and the parameters of a rank lie one behind the other
-    (DeepSpeed 0.4.2 runtime/zero/stage2.py, _round_robin_reorder).
-
-    Args:
-        named: in the order of the model.
-        dp: data-parallel ranks.
+    (DeepSpeed 0.4.2 runtime/zero/stage2.py, _round_robin_reorder). named: in the model's order.
     """
     items = list(named.items())
     return dict(item for rank in range(dp) for item in items[rank::dp])
-
-
-def is_without_decay(name: str) -> bool:
-    """Whether GPT-NeoX exempts a parameter from weight decay: a bias, or any of a norm."""
-    module, _, leaf = name.rpartition(".")
-    return leaf == "bias" or "norm" in module.rpartition(".")[2]
-
-
-def _shapes_of_weights(checkpoint: Checkpoint, state: NeoxState, number: int) -> dict[str, Shape]:
-    """A rank's parameters in the order of its weight files, named as in a pipeline."""
-    stage, rank = divmod(number, state.tp)
-    bounds = source_bounds(checkpoint)
-    named = stored_parameters(checkpoint, bounds[stage], rank)
-    return {f"{layer}.{name}": shape for (layer, name), shape in named.items()}

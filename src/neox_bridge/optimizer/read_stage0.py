@@ -2,8 +2,7 @@
 
 fp32: torch's own state dict, a state a parameter. fp16: deepspeed 0.16
 runtime/fp16/fused_optimizer.py, FP16_Optimizer, a flat tensor a group, without padding.
-The order of parameters is that of GPT-NeoX's modules; megatron/model/utils.py,
-get_params_for_weight_decay_optimization, divides them into groups.
+The order of parameters is that of GPT-NeoX's modules.
 """
 
 from collections.abc import Mapping
@@ -23,14 +22,12 @@ from neox_bridge.layouts.deepspeed_values import (
 from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.layouts.untrusted import mapping, sequence
-from neox_bridge.optimizer.pipeline_stages import stages_of
+from neox_bridge.optimizer.parameter_order import divided, source_bounds, stored_parameters
 from neox_bridge.optimizer.read_files import check_weights, generators, scalar
 from neox_bridge.optimizer.states import Group, Optimizer
 from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.pieces import Shape, Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
-
-_WITHOUT_DECAY = ("mixer.A_log",)  # _no_weight_decay of megatron/model/mamba/mamba.py
 
 
 def read_stage0(
@@ -63,7 +60,7 @@ def read_stage0(
                 f"{path}: param_groups of its optimizer has {len(param_groups)} groups, and "
                 "GPT-NeoX makes one or two. The file is damaged; get it from its source again."
             )
-        for index, group_shapes in enumerate(grouped(named, checkpoint.raw, len(param_groups))):
+        for index, group_shapes in enumerate(divided(named, len(param_groups), path)):
             if inner is None:
                 scalars = _plain(torch_state, index, group_shapes, rank, shards, path)
             else:
@@ -90,52 +87,6 @@ def read_stage0(
     )
     check_weights(checkpoint, result, folder)
     return result
-
-
-def source_bounds(checkpoint: Checkpoint) -> list[range]:
-    """The layers of each of the source's stages, or all of them in one."""
-    state = checkpoint.neox
-    assert state is not None
-    layers = state.ranks[0].items()
-    return stages_of(
-        checkpoint.architecture,
-        checkpoint.config,
-        checkpoint.raw,
-        state.pp,
-        lambda: ((layer, ref.shape) for layer, tensors in layers for ref in tensors.values()),
-    )
-
-
-def grouped(
-    named: Mapping[Parameter, Shape], raw: Mapping[str, Any], count: int
-) -> list[dict[Parameter, Shape]]:
-    """The parameters by group: those that decay, then biases, norms and their like.
-
-    count: the groups that there are; all parameters are in one where weight_decay is 0.
-    """
-    if raw.get("weight_decay") == 0 or count == 1:
-        return [dict(named)]
-    still = {p for p, shape in named.items() if len(shape) == 1 or p[1] in _WITHOUT_DECAY}
-    return [
-        {p: shape for p, shape in named.items() if p not in still},
-        {p: shape for p, shape in named.items() if p in still},
-    ]
-
-
-def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
-    """A tensor-parallel rank's parameters in a stage, in order, with their shapes there."""
-    assert checkpoint.neox is not None
-    used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
-    stored = checkpoint.neox.ranks[rank]
-    config = checkpoint.config
-    tied = config.tied_embeddings and config.head_layer in layers
-    return {
-        (layer, name): ref.shape
-        for layer in sorted(stored)
-        if layer in layers or (tied and layer == 0)
-        for name, ref in stored[layer].items()
-        if ref in used
-    }
 
 
 def _plain(

@@ -101,8 +101,8 @@ def plan_reshard(
     if target.universal:
         whole = universal(model, moved, {p: _named(target, p) for p in optimizer.members})
     inside = {
-        stage * target.layout.tp + rank: stage0(optimizer, rank_groups)
-        for (stage, rank), rank_groups in groups.items()
+        number: stage0(optimizer, rank_groups)
+        for number, rank_groups in groups.items()
         if optimizer.wrapper in ("plain", "fp16")
     }
     info = whole.info() if whole is not None else None
@@ -166,8 +166,8 @@ def plan_reshard(
 
 def _groups(
     optimizer: Optimizer, target: Target, model: NeoxModel, moved: Mapping[str, Mapping[str, Whole]]
-) -> dict[tuple[int, int], list[RankGroup]]:
-    """What each stage and tensor-parallel rank has of each parameter group."""
+) -> dict[int, list[RankGroup]]:
+    """What each model-parallel rank has of each parameter group."""
     rank_groups = {}
     plain = replace(model, config=replace(model.config, dtype="float32"))
     # the moments of a bias that ranks add up are the same on every rank
@@ -179,7 +179,8 @@ def _groups(
     for rank in range(model.layout.tp):
         by_state = {key: rank_parameters(one, rank) for key, one in models.items()}
         for stage, layers in enumerate(target.bounds):
-            rank_groups[stage, rank] = list(_rank_groups(optimizer, target, layers, by_state))
+            number = stage * model.layout.tp + rank
+            rank_groups[number] = list(_rank_groups(optimizer, target, layers, by_state))
     return rank_groups
 
 
@@ -265,7 +266,7 @@ def _metadata(
     checkpoint: Checkpoint,
     sources: Sources,
     target: Target,
-    groups: Mapping[tuple[int, int], list[RankGroup]],
+    groups: Mapping[int, list[RankGroup]],
     inside: Mapping[int, Stage0],
     info: Mapping[str, Any] | None,
     number: int,
@@ -275,7 +276,7 @@ def _metadata(
     new = {
         "module": module,
         "buffer_names": _buffer_names(checkpoint, sources, target, stage),
-        "param_shapes": None if inside else param_shapes(groups[stage, rank]),
+        "param_shapes": None if inside else param_shapes(groups[number]),
         "dp_world_size": target.dp,
         "mp_world_size": target.layout.stages * target.layout.tp,
         "ds_config": _ds_config(sources.metas[0].get("ds_config"), target),
@@ -356,36 +357,26 @@ def _optimizer_files(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
     target: Target,
-    groups: Mapping[tuple[int, int], list[RankGroup]],
+    groups: Mapping[int, list[RankGroup]],
 ) -> Iterator[OutputFile]:
     outer = dict(optimizer.head.get("outer") or {})
     if "ds_config" in outer:
         outer["ds_config"] = _ds_config(outer["ds_config"], target)
-    for (stage, rank), rank_groups in groups.items():
-        yield from zero_files(
-            step,
-            optimizer,
-            stage * target.layout.tp + rank,
-            target.dp,
-            target.zero,
-            rank_groups,
-            outer,
-            bf16=checkpoint.config.dtype == "bfloat16",
-        )
+    bf16 = checkpoint.config.dtype == "bfloat16"
+    return zero_files(step, optimizer, groups, target.dp, target.zero, outer, bf16=bf16)
 
 
 def _v1_files(
     step: str,
     optimizer: Optimizer,
     target: Target,
-    groups: Mapping[tuple[int, int], list[RankGroup]],
+    groups: Mapping[int, list[RankGroup]],
 ) -> Iterator[OutputFile]:
     """The optimizer's own files for GPT-NeoX v1.0."""
     raw = target_yml(target)
-    for (stage, rank), rank_groups in groups.items():
-        layers = target.bounds[stage]
+    for number, rank_groups in groups.items():
+        layers = target.bounds[number // target.layout.tp]
         order = [_named(target, p) for p in _of_layers(optimizer, target, layers)]
-        number = stage * target.layout.tp + rank
         yield from v1_files(step, optimizer, number, target.dp, rank_groups, raw, order)
 
 

@@ -52,46 +52,40 @@ def param_shapes(groups: Sequence[RankGroup]) -> list[Any]:
 def zero_files(
     folder: str,
     optimizer: Optimizer,
-    number: int,
+    groups: Mapping[int, Sequence[RankGroup]],
     dp: int,
     stage: int,
-    groups: Sequence[RankGroup],
     outer: Mapping[str, Any],
     *,
     bf16: bool,
 ) -> Iterator[OutputFile]:
-    """The files of one model-parallel rank.
+    """The files of all ranks.
 
-    optimizer: whose wrapper and scalars they have. stage: ZeRO's. bf16: whether the model is.
-    outer: what the file holds beside the optimizer's own dictionary.
+    optimizer: whose wrapper and scalars they have. groups: by model-parallel rank. stage: ZeRO's.
+    outer: what a file holds beside the optimizer's own dictionary. bf16: whether the model is.
     """
-    flats = [Flat(group.shapes, dp) for group in groups]
     prefix = "bf16_" if bf16 else ""
-    for rank in range(dp):
-        parts: dict[str, Parts] = {}
-        tensors: list[OutputTensor] = []
-        state: dict[int, Any] = {}
-        masters = []
-        for index, (group, flat) in enumerate(zip(groups, flats, strict=True)):
-            padded = {key for key in group.states if key != MASTER or optimizer.wrapper == "bf16"}
-            slots = flat_slots(group, flat, rank, f"{{}}.{index}", tensors, parts, padded)
-            masters.append(slots.pop(MASTER))
-            scalars = scalar_slots(group.group, f"{index}", tensors)
-            state[index] = {**scalars, **slots}
-        base = {
-            "state": state,
-            "param_groups": [
-                {**group.group.settings, "params": [index]} for index, group in enumerate(groups)
-            ],
-        }
-        mappings = [_mapping(flat, rank) for flat in flats]
-        paddings = [_padding(optimizer, flat, rank) for flat in flats]
-        value = {
-            "optimizer_state_dict": _head(optimizer, stage, base, masters, paddings, mappings, dp),
-            **outer,
-        }
-        path = f"{folder}/{prefix}{states_file(rank, number)}"
-        yield put(layout_pt(path, value, tensors), parts)
+    for number, rank_groups in groups.items():
+        flats = [Flat(group.shapes, dp) for group in rank_groups]
+        for rank in range(dp):
+            parts: dict[str, Parts] = {}
+            tensors: list[OutputTensor] = []
+            state: dict[int, Any] = {}
+            masters = []
+            for index, (group, flat) in enumerate(zip(rank_groups, flats, strict=True)):
+                bare = {MASTER} if optimizer.wrapper != "bf16" else set()
+                padded = group.states.keys() - bare
+                slots = flat_slots(group, flat, rank, f"{{}}.{index}", tensors, parts, padded)
+                masters.append(slots.pop(MASTER))
+                state[index] = {**scalar_slots(group.group, f"{index}", tensors), **slots}
+            settings = [{**g.group.settings, "params": [n]} for n, g in enumerate(rank_groups)]
+            base = {"state": state, "param_groups": settings}
+            mappings = [_mapping(flat, rank) for flat in flats]
+            paddings = [_padding(optimizer, flat, rank) for flat in flats]
+            head = _head(optimizer, stage, base, masters, paddings, mappings, dp)
+            path = f"{folder}/{prefix}{states_file(rank, number)}"
+            value = {"optimizer_state_dict": head, **outer}
+            yield put(layout_pt(path, value, tensors), parts)
 
 
 def flat_slots(

@@ -7,7 +7,7 @@ deepspeed/runtime/engine.py, _save_checkpoint; deepspeed/runtime/pipe/module.py,
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.architectures.fusion import fusion_of
@@ -271,15 +271,16 @@ def _state_dict(
     return named
 
 
-class NewOptimizer(Protocol):
-    """An optimizer that is written with the weights; see ``optimizer.fresh.Fresh``."""
+@dataclass(frozen=True)
+class NewOptimizer:
+    """An optimizer that is written with the weights; see ``optimizer.fresh``.
 
-    @property
-    def stage(self) -> int: ...
+    stage: ZeRO's. values: what each mp_rank file says of it, by number. files: its own.
+    """
 
-    def more(self, number: int, tp: int, iteration: int) -> dict[str, Any]: ...
-
-    def files(self, step: str, tp: int, *, bf16: bool) -> Iterator[OutputFile]: ...
+    stage: int
+    values: Sequence[Mapping[str, Any]]
+    files: Sequence[OutputFile]
 
 
 # (the model with its tensors in the source's dtype, keys of the yml, iteration, dp)
@@ -318,7 +319,7 @@ def start_of_run(
         "rng_tracker_states": {"model-parallel-rng": TensorSlot("model-parallel-rng")},
     }
     if optimizer is not None:
-        value |= optimizer.more(number, layout.tp, iteration)
+        value |= optimizer.values[number]
     if layout.predates_deepspeed_06:
         states |= {name: random_states.old_cuda_state(states[name]) for name in _ON_GPU}
         value = {key: {**value, OLD_SPARSE_NAMES: set()}[key] for key in V1_KEYS}

@@ -115,7 +115,7 @@ def plan_neox(
     model = NeoxModel(architecture, config, wholes, layout)
     files = list(weight_files(step, model, metadata, alike=alike))
     if optimizer is not None:
-        files += optimizer.files(step, layout.tp, bf16=config.dtype == "bfloat16")
+        files += optimizer.files
     refused_keys = {key for key in yml_settings.unknown if checkpoint.kind == "neox"}
     why = f"GPT-NeoX of {era.name} refuses it"
     dropped += [Dropped(f"yml: {key}", why, "setting") for key in sorted(refused_keys)]
