@@ -124,7 +124,7 @@ def test_a_head_that_differs_is_refused_and_both_ways_out_work(
 def test_the_config_classes_tie_by_default_as_we_read_them(family: str) -> None:
     from transformers import AutoConfig
 
-    architecture = next(a for a in ARCHITECTURES if a.model_type == family)
+    architecture = next(a for a in ARCHITECTURES if a.name == family)
     told = complete({"model_type": family})
     default = AutoConfig.for_model(family).tie_word_embeddings
     assert bool(told.get("tie_word_embeddings")) is default, architecture.name

@@ -350,7 +350,7 @@ def test_what_transformers_writes_is_known(
     assert unknown_in_config(raw, family, frozenset()) == ()
 
 
-@pytest.mark.parametrize("family", [each.model_type for each in ARCHITECTURES])
+@pytest.mark.parametrize("family", [each.name for each in ARCHITECTURES])
 def test_the_fields_of_the_installed_classes_are_known(family: str) -> None:
     """For a new family, or a newer transformers: run ``tests/helpers/collect_keys.py`` again."""
     assert family in _facts()["transformers"]["families"]

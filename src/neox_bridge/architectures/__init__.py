@@ -42,14 +42,14 @@ def complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def for_hf(config: Mapping[str, Any]) -> Architecture:
     """The family of a config.json. Raises Refused for one that isn't known."""
     for architecture in ARCHITECTURES:
-        if config.get("model_type") == architecture.model_type:
+        if config.get("model_type") == architecture.name:
             return architecture
     if reason := CANNOT.get(str(config.get("model_type"))):
         raise Refused(
             f"config.json: model_type {config['model_type']!r}: no GPT-NeoX can hold this model: "
             f"{reason}. There is no way out."
         )
-    known = ", ".join(a.model_type for a in ARCHITECTURES)
+    known = ", ".join(a.name for a in ARCHITECTURES)
     raise Refused(
         f"config.json: model_type {config.get('model_type')!r} isn't a family that this version "
         f"converts, only {known}."
@@ -73,7 +73,7 @@ def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None)
     record: what this tool wrote beside it; it tells families apart that GPT-NeoX runs as one.
     """
     was = ((record or {}).get("config") or {}).get("model_type")
-    for architecture in sorted(ARCHITECTURES, key=lambda a: a.model_type != was):
+    for architecture in sorted(ARCHITECTURES, key=lambda a: a.name != was):
         if architecture.matches_neox(config):
             return architecture
     raise Refused(

@@ -211,7 +211,7 @@ class Form:
 class Architecture:
     """One family of models, used in both directions.
 
-    hf_class, model_type: as Hugging Face's config.json names them.
+    name: Hugging Face's model_type. hf_class: as config.json names it.
     dropped: Hugging Face names of buffers that are derived, with ``{i}``, and why they go.
     aliases: other names that files use, mapped to ours.
     model_keys: the keys of a GPT-NeoX yml that say which model it is, not how it is trained.
@@ -222,8 +222,8 @@ class Architecture:
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.
     findings_hf_source: where config.json contradicts itself or what is known.
-    findings_to_neox: (code, message, remedy) where GPT-NeoX computes otherwise, of config.json
-        and the model that is written.
+    findings_to_neox: where GPT-NeoX computes otherwise, of config.json and the model that is
+        written.
     complete: a config.json with what transformers takes for keys that lack, where that matters
         for opening it.
     refuse_shape: what GPT-NeoX can't do with this many tensor-parallel ranks, or in trees of an
@@ -234,7 +234,6 @@ class Architecture:
     name: str
     about: About
     hf_class: str
-    model_type: str
     prefix: str
     weights: tuple[Weight, ...]
     dropped: Mapping[str, str]
@@ -250,8 +249,8 @@ class Architecture:
     findings_hf_source: Callable[[Mapping[str, Any], ModelConfig], list[Finding]] = field(
         default=lambda _raw, _config: []
     )
-    findings_to_neox: Callable[[Mapping[str, Any], ModelConfig], list[tuple[str, str, str]]] = (
-        field(default=lambda _raw, _config: [])
+    findings_to_neox: Callable[[Mapping[str, Any], ModelConfig], list[Finding]] = field(
+        default=lambda _raw, _config: []
     )
     era_keys: frozenset[str] = frozenset()
     always: tuple[str, ...] = ()

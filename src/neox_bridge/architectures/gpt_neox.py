@@ -335,7 +335,6 @@ ARCHITECTURE = Architecture(
         "MLPs of another width than four times the hidden size since 2024-10 only",
     ),
     hf_class="GPTNeoXForCausalLM",
-    model_type="gpt_neox",
     prefix="gpt_neox.",
     weights=_WEIGHTS,
     dropped={

@@ -285,7 +285,6 @@ def architecture(family: Family) -> Architecture:
         name=family.name,
         about=family.about,
         hf_class=family.hf_class,
-        model_type=family.name,
         prefix="model.",
         weights=weights(family.biases),
         dropped={

@@ -28,6 +28,7 @@ from neox_bridge.architectures.neox_config import (
     refuse_common,
 )
 from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Finding
 from neox_bridge.tensors.geometry import Split
 
 _LAYER = "backbone.layers.{i}."
@@ -247,12 +248,13 @@ def _refuse_shape(tp: int, era: str) -> list[Refusal]:
     ]
 
 
-def _findings(raw: Mapping[str, Any], config: ModelConfig) -> list[tuple[str, str, str]]:
+def _findings(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
     if config.dtype not in ("float16", "bfloat16") or not raw.get("residual_in_fp32", True):
         return []
     return [
-        (
+        Finding(
             "residual-dtype",
+            "warning",
             "config.json says residual_in_fp32: true, and GPT-NeoX adds residuals in "
             f"{config.dtype}",
             "convert with --dtype fp32 where that matters",
@@ -269,7 +271,6 @@ ARCHITECTURE = Architecture(
         "--format mamba_ssm writes that library's form",
     ),
     hf_class="MambaForCausalLM",
-    model_type="mamba",
     prefix="backbone.",
     weights=_WEIGHTS,
     dropped={},

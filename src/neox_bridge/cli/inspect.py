@@ -253,7 +253,7 @@ def _refusals(checkpoint: Checkpoint) -> list[dict[str, str]]:
     if not checkpoint.refusals:
         return []
     from neox_bridge.layouts.checkpoint import new_folder, way_out_of
-    from neox_bridge.planning.relayout import relayout_command
+    from neox_bridge.planning.make import relayout_command
 
     relayout = relayout_command(checkpoint, new_folder(checkpoint.path, "neox"))
     return [

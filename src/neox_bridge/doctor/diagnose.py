@@ -29,9 +29,8 @@ from neox_bridge.layouts.head import head_findings
 from neox_bridge.layouts.open import detect
 from neox_bridge.layouts.rank_biases import drifted_biases
 from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
-from neox_bridge.planning.make import make_plan
+from neox_bridge.planning.make import make_plan, relayout_command
 from neox_bridge.planning.options import Options
-from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 
 # what a folder is tried in where no target is named; transformers: one on each side of a change

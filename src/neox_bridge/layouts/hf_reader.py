@@ -76,7 +76,7 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     unknown = (
         unknown_in_mamba_ssm(original)
         if form is not None
-        else unknown_in_config(raw, architecture.model_type, forms)
+        else unknown_in_config(raw, architecture.name, forms)
     )
     checkpoint = checkpoint_of(
         path, raw, wholes, stored.files, dropped, inv_freqs, revision, form, head, unknown
@@ -414,7 +414,7 @@ def _normalise(
                 f"{architecture.hf_class} that it was made from."
             )
         raise BridgeError(
-            f"{path} holds tensors that no {architecture.model_type} model has: "
+            f"{path} holds tensors that no {architecture.name} model has: "
             f"{some(sorted(unknown))}. {what}"
         )
     return named, dropped, copies

@@ -11,7 +11,7 @@ from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
 from neox_bridge.optimizer.mp_rank import parameter_name
 from neox_bridge.optimizer.parameter_order import divided
-from neox_bridge.optimizer.pipeline_stages import stages_of
+from neox_bridge.optimizer.pipeline_stages import holds, stages_of
 from neox_bridge.optimizer.states import DEEPSPEED, Group, Optimizer
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
 from neox_bridge.planning.neox_files import NeoxModel, NewOptimizer, RankLayout, rank_parameters
@@ -154,14 +154,12 @@ def _groups(
     groups: tuple[Group, ...],
     states: Mapping[str, Mapping[Parameter, OutputTensor]],
 ) -> list[RankGroup]:
-    tied = config.tied_embeddings
-    head = tied and config.head_layer in layers
     stage_shapes = {
         place: tensor.shape
         for place, tensor in sorted(states[MASTER].items(), key=lambda item: item[0][0])
-        if place[0] in layers or (head and place[0] == 0)
+        if holds(config, layers, place[0])
     }
-    named = {p: parameter_name(p, layout=layout.name, tied=tied) for p in stage_shapes}
+    named = {p: parameter_name(p, layout.name, config) for p in stage_shapes}
     return [
         RankGroup(
             group, {key: {named[p]: tensors[p] for p in part} for key, tensors in states.items()}

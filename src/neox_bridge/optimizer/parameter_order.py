@@ -13,7 +13,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.deepspeed_values import shapes
 from neox_bridge.layouts.universal_folder import Parameter
-from neox_bridge.optimizer.pipeline_stages import stages_of
+from neox_bridge.optimizer.pipeline_stages import holds, stages_of
 from neox_bridge.tensors.pieces import Shape
 
 _WITHOUT_DECAY = "mixer.A_log"  # _no_weight_decay of megatron/model/mamba/mamba.py
@@ -87,12 +87,10 @@ def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[
     assert checkpoint.neox is not None
     used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
     stored = checkpoint.neox.ranks[rank]
-    config = checkpoint.config
-    tied = config.tied_embeddings and config.head_layer in layers
     return {
         (layer, name): ref.shape
         for layer in sorted(stored)
-        if layer in layers or (tied and layer == 0)
+        if holds(checkpoint.config, layers, layer)
         for name, ref in stored[layer].items()
         if ref in used
     }

@@ -52,6 +52,12 @@ def stages_of(
     )
 
 
+def holds(config: ModelConfig, layers: range, layer: int) -> bool:
+    """Whether a stage of these layers has a layer's parameters: a tied head is the embeddings."""
+    has_tied_head = config.tied_embeddings and config.head_layer in layers
+    return layer in layers or (has_tied_head and layer == 0)
+
+
 def stage_bounds(
     method: str, layers: int, stages: int, parameters: Mapping[int, int], *, tied: bool, block: str
 ) -> list[range]:

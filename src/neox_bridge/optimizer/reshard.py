@@ -24,9 +24,10 @@ from neox_bridge.optimizer.default_settings import computed_findings, with_own_d
 from neox_bridge.optimizer.gradient_scale import gradient_findings
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.optimizer.options import Resharding
+from neox_bridge.optimizer.pipeline_stages import holds
 from neox_bridge.optimizer.reshard_target import Target, choose_target
 from neox_bridge.optimizer.states import Optimizer, states
-from neox_bridge.optimizer.target_parameters import target_parameters
+from neox_bridge.optimizer.target_parameters import with_target_names
 from neox_bridge.optimizer.v1_form import (
     check_v1_run,
     in_v1_form,
@@ -57,7 +58,7 @@ from neox_bridge.planning.neox_yml import in_yml, resume_yml, unnameable, unname
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record, source_summary
 from neox_bridge.planning.to_neox import checkpoint_args
-from neox_bridge.planning.weight_dtypes import refuse_run_dtypes
+from neox_bridge.planning.weight_dtypes import dtype_refusals
 from neox_bridge.tensors.fragments import put
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 
@@ -81,7 +82,7 @@ def plan_reshard(
     assert state is not None
     checkpoint = ignoring(checkpoint, asked.ignore_keys)
     refuse_all(refusals(checkpoint, asked.ignore_keys), checkpoint.path)
-    refuse_run_dtypes(checkpoint)
+    refuse_all(dtype_refusals(checkpoint), checkpoint.path)
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
     checkpoint, said = with_own_defaults(checkpoint, optimizer, asked.era)
@@ -91,7 +92,7 @@ def plan_reshard(
         key: with_vocabulary_rows(checkpoint.architecture, target.config, wholes)
         for key, wholes in (given or states(checkpoint, optimizer)).items()
     }
-    optimizer = with_target_names(checkpoint, optimizer, target)
+    optimizer = with_target_names(checkpoint, optimizer, target.layout)
     model = NeoxModel(checkpoint.architecture, target.config, weights, target.layout)
     groups = _groups(optimizer, target, model, moved)
     sources = Sources(optimizer.metas, state.tp, optimizer.generators)
@@ -107,8 +108,6 @@ def plan_reshard(
     }
     info = whole.info() if whole is not None else None
     metadata: Metadata = partial(_metadata, checkpoint, sources, target, groups, inside, info)
-    if target.layout.predates_deepspeed_06:
-        metadata = partial(_v1_metadata, checkpoint, sources, target)
     parts = {
         f"{step}/{rank_file(number)}": tensor_parts
         for number, (_, _, tensor_parts) in inside.items()
@@ -120,10 +119,8 @@ def plan_reshard(
     else:
         planned = weight_files(step, model, metadata)
         files = [put(file, parts.get(file.path, {})) for file in planned]
-        if target.layout.predates_deepspeed_06:
-            files += _v1_files(step, optimizer, target, groups)
-        elif not inside:
-            files += _optimizer_files(step, checkpoint, optimizer, target, groups)
+        if not inside:
+            files += _optimizer_files(optimizer, target, groups)
     files += _small_files(checkpoint, target, changed, path)
     summary: dict[str, object] = {
         "kind": "neox",
@@ -142,13 +139,16 @@ def plan_reshard(
     }
     start = "resume_universal.yml" if target.universal else "resume.yml"
     unnamed = [unnameable_finding(start, ("load", "save"))] if unnameable(path) else []
+    step_findings = derived
+    if target.layout.predates_deepspeed_06:
+        step_findings = () if was_v1 else (step_lost(),)
     findings = (
         *unnamed,
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
         *read,
         *said,
-        *_step_findings(target, derived, was_v1),
+        *step_findings,
         *_findings(checkpoint, target, sources, changed),
     )
     rows = min(checkpoint.vocab_rows, target.config.dims["vocab"])
@@ -206,26 +206,11 @@ def _rank_groups(
 
 def _of_layers(optimizer: Optimizer, target: Target, layers: range) -> list[Parameter]:
     """The parameters of a stage with these layers, in order."""
-    return [p for p in optimizer.members if p[0] in layers or _tied_head(target, layers, p)]
-
-
-def with_target_names(checkpoint: Checkpoint, optimizer: Optimizer, target: Target) -> Optimizer:
-    """The optimizer with its parameters as the target names and orders them."""
-    sources = target_parameters(checkpoint, optimizer, target.layout)
-    members = {name: optimizer.members[source] for name, source in sources.items()}
-    return replace(optimizer, members=members)
-
-
-def _tied_head(target: Target, layers: range, parameter: Parameter) -> bool:
-    """Whether it is of the embeddings, and these layers end with the head that is tied to them."""
-    return (
-        target.config.tied_embeddings and parameter[0] == 0 and target.config.head_layer in layers
-    )
+    return [p for p in optimizer.members if holds(target.config, layers, p[0])]
 
 
 def _named(target: Target, parameter: Parameter) -> str:
-    layout, tied = target.layout.name, target.config.tied_embeddings
-    return parameter_name(parameter, layout=layout, tied=tied)
+    return parameter_name(parameter, target.layout.name, target.config)
 
 
 def _changed(target: Target) -> dict[str, Any]:
@@ -273,14 +258,21 @@ def _metadata(
     module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
     stage, rank = divmod(number, target.layout.tp)
+    sizes = {
+        "dp_world_size": target.dp,
+        "mp_world_size": target.layout.stages * target.layout.tp,
+    }
+    args = _args(checkpoint, target)
+    if target.layout.predates_deepspeed_06:
+        value, tensors = mp_rank(sources, stage, rank, {"module": module, **sizes, "args": args})
+        return value, old_random_states(tensors)
     new = {
         "module": module,
         "buffer_names": _buffer_names(checkpoint, sources, target, stage),
         "param_shapes": None if inside else param_shapes(groups[number]),
-        "dp_world_size": target.dp,
-        "mp_world_size": target.layout.stages * target.layout.tp,
+        **sizes,
         "ds_config": _ds_config(sources.metas[0].get("ds_config"), target),
-        "args": _args(checkpoint, target),
+        "args": args,
         INFO: info,
     }
     frozen: dict[str, Any] | None = {} if target.zero == 2 else None  # engine.py, save_frozen_param
@@ -293,21 +285,6 @@ def _metadata(
     new["optimizer"], states, _ = inside[number]
     value, tensors = mp_rank(sources, stage, rank, new)
     return value, [*states, *tensors]
-
-
-def _v1_metadata(
-    checkpoint: Checkpoint, sources: Sources, target: Target, number: int, module: Any
-) -> tuple[dict[str, Any], list[OutputTensor]]:
-    """An mp_rank file of GPT-NeoX v1.0."""
-    stage, rank = divmod(number, target.layout.tp)
-    new = {
-        "module": module,
-        "dp_world_size": target.dp,
-        "mp_world_size": target.layout.stages * target.layout.tp,
-        "args": _args(checkpoint, target),
-    }
-    value, tensors = mp_rank(sources, stage, rank, new)
-    return value, old_random_states(tensors)
 
 
 def _args(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
@@ -353,39 +330,21 @@ def _ds_config(original: Any, target: Target) -> dict[str, Any]:
 
 
 def _optimizer_files(
-    step: str,
-    checkpoint: Checkpoint,
-    optimizer: Optimizer,
-    target: Target,
-    groups: Mapping[int, list[RankGroup]],
+    optimizer: Optimizer, target: Target, groups: Mapping[int, list[RankGroup]]
 ) -> Iterator[OutputFile]:
+    """The files that hold nothing but optimizer states."""
+    if target.layout.predates_deepspeed_06:
+        raw = target_yml(target)
+        for number, rank_groups in groups.items():
+            layers = target.bounds[number // target.layout.tp]
+            order = [_named(target, p) for p in _of_layers(optimizer, target, layers)]
+            yield from v1_files(target.step, optimizer, number, target.dp, rank_groups, raw, order)
+        return
     outer = dict(optimizer.head.get("outer") or {})
     if "ds_config" in outer:
         outer["ds_config"] = _ds_config(outer["ds_config"], target)
-    bf16 = checkpoint.config.dtype == "bfloat16"
-    return zero_files(step, optimizer, groups, target.dp, target.zero, outer, bf16=bf16)
-
-
-def _v1_files(
-    step: str,
-    optimizer: Optimizer,
-    target: Target,
-    groups: Mapping[int, list[RankGroup]],
-) -> Iterator[OutputFile]:
-    """The optimizer's own files for GPT-NeoX v1.0."""
-    raw = target_yml(target)
-    for number, rank_groups in groups.items():
-        layers = target.bounds[number // target.layout.tp]
-        order = [_named(target, p) for p in _of_layers(optimizer, target, layers)]
-        yield from v1_files(step, optimizer, number, target.dp, rank_groups, raw, order)
-
-
-def _step_findings(target: Target, derived: tuple[Finding, ...], was_v1: bool) -> Iterator[Finding]:
-    """What becomes of what the source's states, or the target's, do not hold."""
-    if not target.layout.predates_deepspeed_06:
-        yield from derived
-    elif not was_v1:
-        yield step_lost()
+    bf16 = target.config.dtype == "bfloat16"
+    yield from zero_files(target.step, optimizer, groups, target.dp, target.zero, outer, bf16=bf16)
 
 
 def target_yml(target: Target) -> dict[str, Any]:

@@ -109,15 +109,10 @@ def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) 
 
 
 def in_v1_form(checkpoint: Checkpoint, optimizer: Optimizer, raw: Mapping[str, Any]) -> Optimizer:
-    """The same optimizer with the keys of v1.0's files.
+    """The same optimizer with the keys of v1.0's files. Raises Refused where it is not Adam.
 
-    Args:
-        checkpoint: The run.
-        optimizer: Of ZeRO stage 1 in float16, in any form.
-        raw: The yml of the target, from which v1.0 takes the hyperparameters.
-
-    Raises:
-        Refused: The optimizer is not Adam.
+    optimizer: of ZeRO stage 1 in float16, in any form. raw: the yml of the target, from which v1.0
+    takes the hyperparameters.
     """
     metas = tuple(map(_meta, optimizer.metas))
     scaler = optimizer.head.get("loss_scaler")
@@ -171,24 +166,16 @@ def old_random_states(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
     require them."""
     changed = []
     for tensor in tensors:
-        source = tensor.pieces[0].source if len(tensor.pieces) == 1 else None
-        if source is not None and tensor.name.startswith(_GPU_STATES):
-            data = old_cuda_state(read_at(source.file, source.offset, source.nbytes))
-            tensor = OutputTensor(tensor.name, "uint8", (len(data),), inline=data)
-        elif tensor.inline is not None and tensor.name.startswith(_GPU_STATES):
-            data = old_cuda_state(bytes(tensor.inline))
-            tensor = OutputTensor(tensor.name, "uint8", (len(data),), inline=data)
+        if tensor.name.startswith(_GPU_STATES):
+            source = tensor.pieces[0].source if len(tensor.pieces) == 1 else None
+            data = tensor.inline
+            if source is not None:
+                data = read_at(source.file, source.offset, source.nbytes)
+            if data is not None:
+                state = old_cuda_state(data)
+                tensor = OutputTensor(tensor.name, "uint8", (len(state),), inline=state)
         changed.append(tensor)
     return changed
-
-
-def v1_parts(
-    raw: Mapping[str, Any], groups: Sequence[RankGroup], dp: int
-) -> tuple[SubPartitions, ...]:
-    """How v1.0 cuts the groups of a model-parallel rank with these settings."""
-    zero = mapping(raw, "zero_optimization", "the yml")
-    bucket = whole(zero, "reduce_bucket_size", "the yml") or BUCKET_ELEMENTS
-    return tuple(SubPartitions(group.shapes, dp, bucket) for group in groups)
 
 
 def v1_files(
@@ -200,18 +187,14 @@ def v1_files(
     raw: Mapping[str, Any],
     order: Sequence[str],
 ) -> Iterator[OutputFile]:
-    """The files of optimizer states of one model-parallel rank.
+    """The files of optimizer states of one model-parallel rank, by the number of its mp_rank file.
 
-    Args:
-        folder: Of the step, relative to the target.
-        optimizer: Whose scalars they have, in v1.0's form.
-        number: Of the mp_rank file.
-        dp: Data-parallel ranks.
-        groups: The states of the rank's parameters.
-        raw: The target's yml.
-        order: DeepSpeed's names of the rank's parameters, as the model registers them.
+    optimizer: in v1.0's form. raw: the target's yml. order: DeepSpeed's names of the rank's
+    parameters, as the model registers them.
     """
-    flats = v1_parts(raw, groups, dp)
+    zero = mapping(raw, "zero_optimization", "the yml")
+    bucket = whole(zero, "reduce_bucket_size", "the yml") or BUCKET_ELEMENTS
+    flats = [SubPartitions(group.shapes, dp, bucket) for group in groups]
     shapes = {name: shape for group in groups for name, shape in group.shapes.items()}
     param_shapes = OrderedDict(
         (name, Record(_SIZE, (shapes[name],))) for name in order if name in shapes

@@ -1,5 +1,6 @@
 """One door to planning: what to write, from an opened source and what the user asks for."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.eras import known_keys
 from neox_bridge.layouts import unknown_keys
-from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
+from neox_bridge.layouts.checkpoint import Checkpoint, config_options, refuse_all
 from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.gqa import with_gqa_order
 from neox_bridge.layouts.head import decide_head
@@ -20,7 +21,6 @@ from neox_bridge.planning.option_checks import check_options, kind_of
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import source_summary
-from neox_bridge.planning.relayout import relayout_command
 from neox_bridge.planning.weight_dtypes import check_dtypes
 from neox_bridge.stores.paths import absolute
 from neox_bridge.tensors.fragments import cut_reductions
@@ -101,3 +101,21 @@ def _left_out(checkpoint: Checkpoint, plan: Plan) -> Iterator[Dropped]:
     """What the reader set aside, except an inv_freq that the target stores again."""
     stored = plan.target.get("inv_freq") == "store"
     return (drop for drop in checkpoint.dropped if not (stored and drop.kind == "inv_freq"))
+
+
+def relayout_command(checkpoint: Checkpoint, target: str) -> str:
+    """The command that moves a model that only GPT-NeoX can hold to another layout.
+
+    A refusal cannot promise it: whether it works depends on the checkpoint. So it is planned first,
+    and "" where that fails, and for other checkpoints.
+    """
+    if checkpoint.neox is None:
+        return ""
+    ignored = [key.name for key in checkpoint.unknown_keys if key.effect == "model"]
+    try:
+        make_plan(checkpoint, Options(to="neox", ignore_keys=tuple(ignored)), target)
+    except BridgeError:
+        return ""
+    words = ["neox-bridge", "convert", checkpoint.path, target, "--to", "neox"]
+    words += config_options(checkpoint)
+    return shlex.join([*words, *(w for key in ignored for w in ("--ignore-key", key))])

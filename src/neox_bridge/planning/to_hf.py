@@ -254,7 +254,7 @@ def _config_json(
     """
     written = architecture.write_hf(config)
     original = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config")
-    if not isinstance(original, Mapping) or original.get("model_type") != architecture.model_type:
+    if not isinstance(original, Mapping) or original.get("model_type") != architecture.name:
         return written, {}
     names = frozenset(row.hf for row in model_rows(architecture, config))
     presence = Presence(names, config.dtype, config.layers)

@@ -82,10 +82,7 @@ def plan_neox(
     if options.dtype != "keep":
         config = replace(config, dtype=options.dtype)
     if checkpoint.kind == "hf":
-        warnings = architecture.findings_to_neox(checkpoint.raw, config)
-        findings += [
-            Finding(code, "warning", message, remedy) for code, message, remedy in warnings
-        ]
+        findings += architecture.findings_to_neox(checkpoint.raw, config)
     kept = with_vocabulary_rows(architecture, config, checkpoint.tensors, vocabulary.rows)
     unrounded = with_vocabulary_rows(architecture, config, kept)
     wholes = {name: cast(whole, options.dtype) for name, whole in unrounded.items()}

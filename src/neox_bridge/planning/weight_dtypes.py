@@ -17,11 +17,6 @@ from neox_bridge.wording import some
 
 PLAIN = ("float32", "float16", "bfloat16")
 _CAST = (*FLOAT8, "float64")
-# dtypes that hold every value of another: all 8-bit floats fit into 16 bits, with their subnormals
-_EXACT = {
-    **dict.fromkeys(FLOAT8, PLAIN),
-    "float64": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +70,9 @@ def check_dtypes(checkpoint: Checkpoint, dtype: str) -> list[Finding]:
     for kind in _CAST:
         if kind not in groups:
             continue
-        names, how = groups[kind], "rounded to the nearest"
-        if dtype in _EXACT[kind]:
-            how = "exactly"
+        names = groups[kind]
+        # all 8-bit floats fit into 16 bits, with their subnormals
+        how = "exactly" if kind in FLOAT8 else "rounded to the nearest"
         findings.append(
             Finding(
                 "cast-dtype",
@@ -87,11 +82,6 @@ def check_dtypes(checkpoint: Checkpoint, dtype: str) -> list[Finding]:
             )
         )
     return findings
-
-
-def refuse_run_dtypes(checkpoint: Checkpoint) -> None:
-    """Raise Refused where a run's weights are of a dtype that no run has, before resharding."""
-    refuse_all(dtype_refusals(checkpoint), checkpoint.path)
 
 
 def _by_dtype(tensors: Mapping[str, Whole]) -> dict[str, list[str]]:

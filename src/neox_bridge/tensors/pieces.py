@@ -7,8 +7,7 @@ from operator import add, sub
 from typing import Literal
 
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.packed import packed
-from neox_bridge.tensors.tensor_ref import TensorRef, is_contiguous, row_major
+from neox_bridge.tensors.tensor_ref import TensorRef, is_contiguous, packed, row_major
 
 Shape = tuple[int, ...]
 Reduce = Literal["none", "sum", "replica"]

@@ -1,11 +1,29 @@
 """Where a tensor lies: a file, an offset, a dtype, a shape. Never its data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
+from operator import attrgetter
+from typing import Any, TypeVar
 
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.packed import packed
+
+_T = TypeVar("_T", bound=type[Any])
+
+
+def packed(cls: _T) -> _T:
+    """A decorator for dataclasses: pickles that are made and read in a quarter of the time.
+
+    Those of frozen dataclasses with slots go through ``dataclasses.fields`` for each object
+    (Lib/dataclasses.py, _dataclass_getstate).
+    """
+    get = attrgetter(*(field.name for field in fields(cls)))
+
+    def reduce(self: Any) -> tuple[Any, tuple[Any, ...]]:
+        return cls, get(self)
+
+    cls.__reduce__ = reduce  # type: ignore[assignment]
+    return cls
 
 
 @packed
