@@ -20,16 +20,8 @@ from neox_bridge.optimizer.states import Optimizer
 def with_own_defaults(
     checkpoint: Checkpoint, optimizer: Optimizer, era: Era | None
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
-    """The run with the defaults that it trained with among its settings, where another GPT-NeoX's
-    are others.
-
-    Args:
-        checkpoint: The source.
-        optimizer: Its optimizer, as it was read.
-        era: The target's; None for one like the source's.
-
-    Returns:
-        The checkpoint, and what is said of these settings.
+    """The run with the defaults that it trained with among its settings, and what is said of them,
+    where those of another GPT-NeoX differ. era: the target's; None for one like the source's.
     """
     if era is None:
         return checkpoint, ()
@@ -42,34 +34,28 @@ def with_own_defaults(
     if not settings:
         return checkpoint, ()
     listed = ", ".join(f"{key}: {value:g}" for key, value in settings.items())
-    if old is None:
-        return replace(checkpoint, raw={**settings, **checkpoint.raw}), (_unknown(version, listed),)
     finding = Finding(
         "defaults-kept",
         "info",
         f"the yml leaves settings to GPT-NeoX whose defaults changed in 2023. Those of the run's "
         f"own GPT-NeoX are written into the new yml: {listed}",
     )
+    if old is None:
+        finding = Finding(
+            "defaults-unknown",
+            "warning",
+            "the yml leaves settings to GPT-NeoX whose defaults changed from 2023-03-26 to "
+            f"2023-12-26, and DeepSpeed {version} does not tell of which date the run's GPT-NeoX "
+            f"was. The later defaults are written into the new yml: {listed}",
+            "correct them there if the run's GPT-NeoX was older",
+        )
     return replace(checkpoint, raw={**settings, **checkpoint.raw}), (finding,)
-
-
-def _unknown(version: str, listed: str) -> Finding:
-    return Finding(
-        "defaults-unknown",
-        "warning",
-        "the yml leaves settings to GPT-NeoX whose defaults changed from 2023-03-26 to 2023-12-26, "
-        f"and DeepSpeed {version} does not tell of which date the run's GPT-NeoX was. The later "
-        f"defaults are written into the new yml: {listed}",
-        "correct them there if the run's GPT-NeoX was older",
-    )
 
 
 def computed_findings(raw: Mapping[str, Any], effective: Mapping[str, Any]) -> Iterator[Finding]:
     """A warning for each key of the yml that says something else than GPT-NeoX did.
 
-    Args:
-        raw: The merged yml.
-        effective: What counted, by the keys that GPT-NeoX reads.
+    effective: what counted, by the keys that GPT-NeoX reads.
     """
     for key, source in COMPUTED_KEYS.items():
         value = raw.get(key)

@@ -42,17 +42,10 @@ def derived_settings(
     path: str,
     version: str,
 ) -> DerivedSettings:
-    """The hyperparameters of an optimizer whose states are elastic.
+    """The hyperparameters of an Adam whose states are elastic. Raises Refused for others.
 
-    Args:
-        raw: the merged yml.
-        meta: of the first mp_rank file.
-        scalars: by group, what the states have beside tensors; "step" there is kept.
-        folder: of the checkpoint. path: the mp_rank file. version: of DeepSpeed, "" if unknown.
-
-    Raises:
-        Refused: the optimizer is not Adam.
-        BridgeError: a setting is not of its type.
+    raw: the merged yml. meta: of the first mp_rank file, which is ``path``. scalars: by group, what
+    the states have beside tensors; "step" there is kept. version: of DeepSpeed, "" if unknown.
     """
     yml = f"{folder}{CONFIGS}"
     optimizer = mapping(raw, "optimizer", yml)

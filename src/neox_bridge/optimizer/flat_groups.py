@@ -39,15 +39,9 @@ class FlatGroup:
 
 
 def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Shape]) -> FlatGroup:
-    """Put a group together.
+    """Put a group together. Raises BridgeError where the parts are not those of its parameters.
 
-    Args:
-        ranks: the files of one model-parallel rank, by data-parallel rank.
-        index: the group's number.
-        shapes: its parameters in their order.
-
-    Raises:
-        BridgeError: the parts are not those of these parameters.
+    ranks: the files of one model-parallel rank, by data-parallel rank. index: the group's number.
     """
     first = ranks[0]
     intervals = len(first.parts[index])
@@ -62,19 +56,15 @@ def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Sha
         for interval in range(intervals)
         for states in ranks
     ]
-    keys = list(ordered[0][1])
+    dtypes = {key: tensor.dtype for key, tensor in ordered[0][1].items()}
+    keys = list(dtypes)
     for path, tensors in ordered:
-        for key in {*keys, *tensors}:
-            dtypes = [
-                states_of_part[key].dtype
-                for states_of_part in (ordered[0][1], tensors)
-                if key in states_of_part
-            ]
-            if len(dtypes) < 2 or dtypes[0] != dtypes[1]:
-                raise BridgeError(
-                    f"{path}: group {index} has {key} in another dtype than {first.path}, or only "
-                    f"one of them has it. {_OTHER_SAVE}"
-                )
+        differing = {(key, tensor.dtype) for key, tensor in tensors.items()} ^ dtypes.items()
+        if differing:
+            raise BridgeError(
+                f"{path}: group {index} has {min(differing)[0]} in another dtype than "
+                f"{first.path}, or only one of them has it. {_OTHER_SAVE}"
+            )
     sizes = [tensors[MASTER].shape[0] for _, tensors in ordered]
     total = sum(map(prod, shapes.values()))
     where = f"{first.path}: {first.generation.masters}[{index}]"

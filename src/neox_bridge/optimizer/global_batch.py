@@ -44,15 +44,9 @@ def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int, path: s
 def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = None) -> Batch:
     """The same global batch on ``dp`` ranks, a rank's forward pass at most as large as it was.
 
-    Args:
-        batch: the source's.
-        dp: data-parallel ranks.
-        micro: the size of a forward pass to take instead.
-        accumulation: forward passes a step to choose where that needs no larger ones; by default
-            as few as possible.
-
-    Raises:
-        Refused: with the numbers that would fit, where the global batch can't be spread so.
+    micro: the size of a forward pass to take instead. accumulation: forward passes a step to choose
+    where that needs no larger ones; by default as few as possible. Raises Refused, with the numbers
+    that would fit, where the global batch can't be spread so.
     """
     if batch.total % dp:
         fits = _listed(_divisors(batch.total))

@@ -82,15 +82,11 @@ class Rescaling:
 
     def states(self, states: States) -> States:
         """The states, scaled."""
-        return {
-            key: {
-                name: scaled(whole, float(self.factor ** self.powers[key]))
-                for name, whole in wholes.items()
-            }
-            if key in self.powers
-            else wholes
-            for key, wholes in states.items()
-        }
+        changed = dict(states)
+        for key, power in self.powers.items():
+            scale = float(self.factor**power)
+            changed[key] = {name: scaled(whole, scale) for name, whole in states[key].items()}
+        return changed
 
     def optimizer(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer with hyperparameters, clipping and loss scale scaled; not its states."""
@@ -133,9 +129,8 @@ class Rescaling:
         return {**changed, **self._static_scale(raw)}
 
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        keys = {"eps"} if self.has_eps else set()
-        keys |= {"weight_decay"} if self.decays else set()
-        return {k: self.times(v) if k in keys else v for k, v in settings.items()}
+        is_scaled = {"eps": self.has_eps, "weight_decay": self.decays}
+        return {k: self.times(v) if is_scaled.get(k) else v for k, v in settings.items()}
 
     def _static_scale(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         half = settings.get("fp16")
@@ -213,24 +208,16 @@ def rescaling(
 ) -> Rescaling:
     """How this optimizer's run goes on with gradients of another scale.
 
-    Args:
-        optimizer: the source's.
-        raw: GPT-NeoX's settings of the run.
-        factor: the new scale divided by the old one.
-        dtype: in which the run computes.
-        way_out: what a user can do where no rescaling is the same run.
-
-    Raises:
-        Refused: for an optimizer whose update would not stay the same.
+    factor: the new scale divided by the old one. dtype: in which the run computes. way_out: what a
+    user can do where no rescaling is the same run, which raises Refused.
     """
     setting = raw.get("optimizer") or {}
     name = str(setting.get("type") or "adam").lower()
     keys = {key for key in optimizer.keys if key != MASTER}
     powers = _POWERS.get(name)
-    if powers is None or not keys <= set(powers) or raw.get("use_bnb_optimizer"):
-        what = (
-            "use_bnb_optimizer: true" if raw.get("use_bnb_optimizer") else f"optimizer.type {name}"
-        )
+    quantized = bool(raw.get("use_bnb_optimizer"))
+    if powers is None or not keys <= set(powers) or quantized:
+        what = "use_bnb_optimizer: true" if quantized else f"optimizer.type {name}"
         raise Refused(
             f"The gradients of the resharded run would be {factor} x what they were, and with "
             f"{what} (states {', '.join(sorted(keys)) or 'none'}) no scaling of its states makes "
@@ -254,12 +241,6 @@ def _is_l2(optimizer: Optimizer, raw: Mapping[str, Any], params: Mapping[str, An
     return coupled or groups or bool(raw.get("use_mup"))
 
 
-def _division(divisor: float) -> str:
-    if divisor < 1:
-        return f"multiplied by {1 / divisor:g}"
-    return f"divided by {divisor:g} (no further than min_loss_scale)"
-
-
 _DOES: dict[str, str] = {
     "sums": "sums micro-batches' gradients",
     "averages": "averages micro-batches' gradients",
@@ -276,12 +257,8 @@ def gradient_findings(
 ) -> Iterator[Finding]:
     """What is assumed of the engines, where that matters, and what was scaled.
 
-    Args:
-        version: of the source's DeepSpeed.
-        before: what the source's gradients depend on.
-        after: and the target's.
-        changes: how the optimizer goes on with gradients of another scale.
-        settings: the keys of the target's yml that are not the source's, with their values.
+    version: of the source's DeepSpeed. settings: the keys of the target's yml that are not the
+    source's, with their values.
     """
     if not any(side.pipeline and side.accumulation > 1 for side in (before, after)):
         return
@@ -319,11 +296,14 @@ def gradient_findings(
         remedy,
     )
     if changes.half and changes.loss_scale != 1:
+        change = f"divided by {changes.loss_scale:g} (no further than min_loss_scale)"
+        if changes.loss_scale < 1:
+            change = f"multiplied by {1 / changes.loss_scale:g}"
         yield Finding(
             "loss-scale",
             "info",
-            f"fp16: the loss scale is {_division(changes.loss_scale)}, so that no scaled gradient "
-            "overflows that did not before",
+            f"fp16: the loss scale is {change}, so that no scaled gradient overflows that did not "
+            "before",
         )
     if changes.decays:
         yield Finding(

@@ -49,11 +49,7 @@ def as_it_was_converted(
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
     """The source with the weights that the target was made of, as the target's record tells.
 
-    Returns:
-        It, and what is said of it where these are the masters.
-
-    Raises:
-        BridgeError: the target was made of masters, and the source has none.
+    With it, what is said of it where these are the masters. Raises BridgeError where it has none.
     """
     recorded = target.record.get("source")
     of_masters = isinstance(recorded, dict) and recorded.get("weights") == "masters"

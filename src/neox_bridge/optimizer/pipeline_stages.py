@@ -29,12 +29,7 @@ def stages_of(
 ) -> list[range]:
     """The layers of each stage, or all of them in one.
 
-    Args:
-        architecture: Of the model.
-        config: Of the model.
-        settings: The yml of the run.
-        stages: How many there are.
-        shapes: Of a rank's parameters, each with its layer. Asked only if there are stages.
+    settings: the yml of the run. shapes: of a rank's parameters, each with its layer.
     """
     if stages < 2:
         return [range(config.head_layer + 1)]

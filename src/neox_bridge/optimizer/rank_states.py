@@ -117,16 +117,10 @@ def zero_stage(value: Mapping[str, Any], raw: Mapping[str, Any], path: str) -> i
 
 
 def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
-    """The states of one file of DeepSpeed's.
+    """The states of one file of DeepSpeed's, whose value has an ``optimizer_state_dict``.
 
-    Args:
-        value: of the file, with its ``optimizer_state_dict``.
-        dp: how many data-parallel ranks saved them.
-        path: the file.
-
-    Raises:
-        BridgeError: a value is not what DeepSpeed writes there.
-        Refused: the states are not of an optimizer like Adam.
+    dp: how many data-parallel ranks saved them. Raises BridgeError for values that DeepSpeed does
+    not write there, and Refused for those of an optimizer that is not like Adam.
     """
     inner: Mapping[str, Any] = value["optimizer_state_dict"]
     generation = generation_of(inner)

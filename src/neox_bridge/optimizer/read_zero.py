@@ -52,15 +52,9 @@ def read_zero(
 ) -> Optimizer:
     """The states of every parameter.
 
-    Args:
-        checkpoint: a GPT-NeoX checkpoint.
-        folder: of the step.
-        metas: the values of the mp_rank files by their number.
-        files: the files of optimizer states by that number, then by data-parallel rank.
-
-    Raises:
-        BridgeError: the files are not those of this model, or of one save.
-        Refused: the states are of a kind that cannot be read.
+    metas: the values of the mp_rank files by their number. files: the files of optimizer states by
+    that number, then by data-parallel rank. Raises BridgeError for files that are not of this model
+    or of one save, and Refused for states of a kind that cannot be read.
     """
     state = checkpoint.neox
     assert state is not None

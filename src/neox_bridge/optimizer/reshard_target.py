@@ -66,17 +66,9 @@ class Target:
 def choose_target(
     checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, version: str | None
 ) -> Target:
-    """The target that was asked for.
+    """The target that was asked for. Raises Refused where the model or DeepSpeed has none such.
 
-    Args:
-        checkpoint: The source.
-        optimizer: Its optimizer, in the form that the target has.
-        asked: What the user asks for.
-        version: The DeepSpeed that wrote the source; None where nothing tells it.
-
-    Raises:
-        BridgeError: The source's files contradict each other.
-        Refused: The model, the batch or DeepSpeed does not allow such a target.
+    optimizer: in the form that the target has. version: of the DeepSpeed that wrote the source.
     """
     state, raw = checkpoint.neox, checkpoint.raw
     assert state is not None
@@ -141,12 +133,7 @@ def check_row_bias(
 ) -> None:
     """Raise UsageError where it makes no difference to ``reshard`` how row biases are written.
 
-    Args:
-        checkpoint: The source, which is a GPT-NeoX checkpoint.
-        optimizer: Its optimizer.
-        given: States that replace those of the source, by state and Hugging Face name.
-        tp: The tensor-parallel size of the target; None means that of the source.
-        universal: Whether the target is a universal checkpoint.
+    given: states that replace those of the source. tp: of the target, by default the source's.
     """
     assert checkpoint.neox is not None
     ranks = tp or checkpoint.neox.tp

@@ -5,7 +5,6 @@ the end of each step. What pads a flat group is zero, since its gradients are.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
@@ -28,13 +27,8 @@ _END_ELEMENTS = 8  # elements at the start of a parameter, and at its end
 _PADDING_ELEMENTS = 64  # elements at the start of each run of padding, and at the end of the last
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """The same elements of a weight and of its master."""
-
-    place: tuple[int, Parameter]
-    weight: TensorRef
-    master: TensorRef
+# where a weight is, and some elements of it and of its master
+_Pair = tuple[tuple[int, Parameter], TensorRef, TensorRef]
 
 
 def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Finding, ...]:
@@ -66,7 +60,7 @@ def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Findi
             "masters-not-weights",
             "warning",
             f"{state.folder}: the optimizer's fp32 masters are not the weights before rounding, in "
-            f"{len(differing):,} of {len({pair.place for pair in pairs}):,} tensors: "
+            f"{len(differing):,} of {len({place for place, _, _ in pairs}):,} tensors: "
             f"{some(names, 3)}. Perhaps {why}",
             "copy all files of the step again, if they may be of several",
             subject="fp32 masters",
@@ -77,9 +71,7 @@ def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Findi
 def check_padding(parts: Iterable[TensorRef], key: str) -> None:
     """Raise BridgeError where what lies behind the last parameter of a flat group is not zero.
 
-    Args:
-        parts: the padding, in the order of the group.
-        key: of the group's masters, for the message.
+    parts: the padding, in the order of the group. key: of the group's masters, for the message.
     """
     local = [ref for ref in parts if is_local(ref.file)]
     runs = [_run(ref, 0, min(_PADDING_ELEMENTS, ref.shape[0])) for ref in local]
@@ -103,13 +95,10 @@ def _pairs(place: tuple[int, Parameter], weight: TensorRef, master: Whole) -> It
         return
     first, last = sources[0], sources[-1]
     count = min(_END_ELEMENTS, _elements(first))
-    yield _Pair(place, _run(weight, 0, count), _run(first, 0, count))
+    yield place, _run(weight, 0, count), _run(first, 0, count)
     count = min(_END_ELEMENTS, _elements(last))
-    yield _Pair(
-        place,
-        _run(weight, _elements(weight) - count, count),
-        _run(last, _elements(last) - count, count),
-    )
+    ends = [_run(ref, _elements(ref) - count, count) for ref in (weight, last)]
+    yield place, ends[0], ends[1]
 
 
 def _elements(ref: TensorRef) -> int:
@@ -123,15 +112,14 @@ def _run(ref: TensorRef, low: int, count: int) -> TensorRef:
 def _differing(pairs: Sequence[_Pair]) -> Iterator[tuple[int, Parameter]]:
     import numpy as np
 
-    refs = {ref for pair in pairs for ref in (pair.weight, pair.master)}
-    values = dict(_read(refs))
-    for pair in pairs:
-        weight, master = values[pair.weight], values[pair.master]
+    values = dict(_read({ref for _, *refs in pairs for ref in refs}))
+    for place, weight_ref, master_ref in pairs:
+        weight, master = values[weight_ref], values[master_ref]
         with np.errstate(all="ignore"):
             rounded = master.astype(weight.dtype)
             first, second = weight.astype(np.float64), rounded.astype(np.float64)
         if not np.array_equal(first, second, equal_nan=True):
-            yield pair.place
+            yield place
 
 
 def _read(refs: Iterable[TensorRef]) -> Iterator[tuple[TensorRef, "Array"]]:

@@ -108,11 +108,8 @@ def universal(
 
     A bias that ranks add up is a part of the sum, the same for each of the target's ranks: at load
     DeepSpeed gives every rank what is stored.
-
-    Args:
-        model: Of the target. Its own tensors are not used.
-        wholes: The model's tensors by state, and by Hugging Face name.
-        names: DeepSpeed's of the parameters, in the order of GPT-NeoX's modules.
+    model: of the target, without its tensors. wholes: by state, and by Hugging Face name.
+    names: DeepSpeed's, in the order of GPT-NeoX's modules.
     """
     config, layout = model.config, model.layout
     plain = replace(model, config=replace(config, dtype="float32"))

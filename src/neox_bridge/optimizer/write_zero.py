@@ -97,16 +97,10 @@ def flat_slots(
     parts: dict[str, Parts],
     padded: Collection[str] = (),
 ) -> dict[str, TensorSlot]:
-    """A part of a flat group, for each state.
+    """A part of a flat group, for each state, by its number.
 
-    Args:
-        group: What the rank has of the group.
-        flat: How it is cut.
-        number: Of the part.
-        name: Of the slots, with ``{}`` for the state.
-        tensors: The tensors of the file, to which those of the slots are added.
-        parts: What is written in their place, by name; also added to.
-        padded: The states that have zeros up to the size of a partition.
+    name: of the slots, with ``{}`` for the state. Their tensors are added to ``tensors``, and what
+    is written in their place to ``parts``. padded: the states with zeros up to a partition's size.
     """
     slots = {}
     for key, named in group.states.items():
