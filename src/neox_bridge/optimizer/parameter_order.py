@@ -61,8 +61,7 @@ def parameter_order(
         if value is not None:
             (all_shapes,) = shapes({"param_shapes": [value]}, file)
             return ParameterOrder(divided(all_shapes, count, path), "parameters")
-    assert checkpoint.neox is not None
-    stage, rank = divmod(number, checkpoint.neox.tp)
+    stage, rank = divmod(number, checkpoint.neox_state.tp)
     stored = stored_parameters(checkpoint, source_bounds(checkpoint)[stage], rank)
     named = {f"{layer}.{name}": shape for (layer, name), shape in stored.items()}
     return ParameterOrder(divided(named, count, path), "weights")
@@ -70,8 +69,7 @@ def parameter_order(
 
 def source_bounds(checkpoint: Checkpoint) -> list[range]:
     """The layers of each of the source's stages, or all of them in one."""
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     layers = state.ranks[0].items()
     return stages_of(
         checkpoint.architecture,
@@ -84,9 +82,8 @@ def source_bounds(checkpoint: Checkpoint) -> list[range]:
 
 def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
     """A tensor-parallel rank's parameters in a stage, in order, with their shapes there."""
-    assert checkpoint.neox is not None
     used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
-    stored = checkpoint.neox.ranks[rank]
+    stored = checkpoint.neox_state.ranks[rank]
     return {
         (layer, name): ref.shape
         for layer in sorted(stored)

@@ -12,10 +12,9 @@ from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.optimizer.states import Optimizer, Scalar
+from neox_bridge.optimizer.states import Optimizer, Scalar, stored_tensors
 from neox_bridge.stores.paths import isfile
 from neox_bridge.tensors.pieces import Whole, whole_of
-from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
 SCALARS = "optimizer.json"
@@ -24,14 +23,13 @@ FORMAT = 1
 
 def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
     """What an optimizer has beside tensors, as plain data; what JSON can't say is left out."""
-    assert checkpoint.neox is not None
     meta = optimizer.metas[0]
     members = _members(checkpoint, optimizer)
     scaler = optimizer.head.get("loss_scaler")
     values = {
         "format": FORMAT,
         "states": list(optimizer.keys),
-        "iteration": checkpoint.neox.iteration,
+        "iteration": checkpoint.neox_state.iteration,
         "groups": [
             {
                 **group.settings,
@@ -108,14 +106,9 @@ def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
 
 def _members(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, int]:
     """The group of each tensor of the model."""
-    assert checkpoint.neox is not None
-    places: dict[TensorRef, tuple[int, str]] = {
-        ref: (layer, name)
-        for layer, tensors in checkpoint.neox.ranks[0].items()
-        for name, ref in tensors.items()
-    }
+    parameters = {ref: parameter for (_, parameter), ref in stored_tensors(checkpoint).items()}
     return {
-        name: optimizer.members[places[piece.source]]
+        name: optimizer.members[parameters[piece.source]]
         for name, whole in checkpoint.tensors.items()
         for piece in whole.pieces[:1]
         if piece.source is not None

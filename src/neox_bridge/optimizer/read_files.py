@@ -15,7 +15,7 @@ from neox_bridge.layouts.deepspeed_values import (
 )
 from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks, told_ranks
-from neox_bridge.optimizer.states import Group, Optimizer, Scalar
+from neox_bridge.optimizer.states import Group, Optimizer, Scalar, stored_tensors
 from neox_bridge.stores.paths import ahead, read_at
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
@@ -122,27 +122,21 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
     """
     if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
         raise Refused(f"{folder}: {odd[0][:80]!r} isn't the name of an optimizer's state.")
-    assert checkpoint.neox is not None
-    used = {
-        ref
-        for whole in checkpoint.tensors.values()
-        for ref in (piece.source for piece in whole.pieces)
-    }
-    for rank, layers in enumerate(checkpoint.neox.ranks):
-        for layer, tensors in layers.items():
-            for name, ref in tensors.items():
-                rank_states = optimizer.shards.get((rank, (layer, name)), {})
-                lacking = [key for key in optimizer.keys if key not in rank_states]
-                if ref in used and lacking:
-                    raise BridgeError(
-                        f"{folder}: the optimizer has no {lacking[0]} of layer {layer}: {name}. "
-                        "Was that parameter frozen? Only runs that train all can be read."
-                    )
-                if any(whole.shape != ref.shape for whole in rank_states.values()):
-                    raise BridgeError(
-                        f"{folder}: layer {layer}: {name} has the shape {list(ref.shape)}, and its "
-                        "optimizer states another. Are all files of one save?"
-                    )
+    used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
+    for place, ref in stored_tensors(checkpoint).items():
+        _, (layer, name) = place
+        rank_states = optimizer.shards.get(place, {})
+        missing = [key for key in optimizer.keys if key not in rank_states]
+        if ref in used and missing:
+            raise BridgeError(
+                f"{folder}: the optimizer has no {missing[0]} of layer {layer}: {name}. "
+                "Was that parameter frozen? Only runs that train all can be read."
+            )
+        if any(whole.shape != ref.shape for whole in rank_states.values()):
+            raise BridgeError(
+                f"{folder}: layer {layer}: {name} has the shape {list(ref.shape)}, and its "
+                "optimizer states another. Are all files of one save?"
+            )
 
 
 def generators(meta: Mapping[str, Any]) -> dict[str, bytes]:

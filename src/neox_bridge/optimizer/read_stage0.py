@@ -34,8 +34,7 @@ def read_stage0(
     checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
 ) -> Optimizer:
     """The states of a stage 0 source. Raises BridgeError where they aren't the model's."""
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     members: dict[Parameter, int] = {}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
     groups: dict[int, Group] = {}

@@ -22,8 +22,7 @@ def read_universal(
     checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
 ) -> Optimizer:
     """The states of a universal source. Raises BridgeError where they aren't the model's."""
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     path = os.path.join(folder, ZERO, STATE)
     state_file = read_torch(path)
     groups = state_file.get("param_groups") if isinstance(state_file, dict) else None

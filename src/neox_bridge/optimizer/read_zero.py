@@ -56,8 +56,7 @@ def read_zero(
     that number, then by data-parallel rank. Raises BridgeError for files that are not of this model
     or of one save, and Refused for states of a kind that cannot be read.
     """
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     members: dict[Parameter, int] = {}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}
     groups: dict[str, Group] = {}

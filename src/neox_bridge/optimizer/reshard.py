@@ -78,8 +78,7 @@ def plan_reshard(
     Raises Refused for ranks that the model or the batch doesn't fit.
     """
     checkpoint = decide_head(checkpoint, None)
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     checkpoint = ignoring(checkpoint, asked.ignore_keys)
     refuse_all(refusals(checkpoint, asked.ignore_keys), checkpoint.path)
     refuse_all(dtype_refusals(checkpoint), checkpoint.path)
@@ -289,13 +288,12 @@ def _metadata(
 
 def _args(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
     """What GPT-NeoX compares at load."""
-    assert checkpoint.neox is not None
     args = {
-        **checkpoint.neox.args,
+        **checkpoint.neox_state.args,
         **checkpoint_args(target.config, target.vocabulary, target.layout.tp),
     }
-    if "tokenizer_type" in checkpoint.neox.args:
-        args["tokenizer_type"] = checkpoint.neox.args["tokenizer_type"]
+    if "tokenizer_type" in checkpoint.neox_state.args:
+        args["tokenizer_type"] = checkpoint.neox_state.args["tokenizer_type"]
     return args
 
 
@@ -303,8 +301,7 @@ def _buffer_names(
     checkpoint: Checkpoint, sources: Sources, target: Target, stage: int
 ) -> list[str]:
     """The buffers in a stage's weights: the source's, and inv_freq where the target stores it."""
-    state, layers = checkpoint.neox, target.bounds[stage]
-    assert state is not None
+    state, layers = checkpoint.neox_state, target.bounds[stage]
     names = buffer_names(sources.metas, layers, target.prefix)
     if target.layout.inv_freq == state.inv_freq:
         return names
@@ -355,8 +352,6 @@ def target_yml(target: Target) -> dict[str, Any]:
 def _small_files(
     checkpoint: Checkpoint, target: Target, changed: Mapping[str, Any], path: str
 ) -> list[OutputFile]:
-    state = checkpoint.neox
-    assert state is not None
     tokenizer = describe_tokenizer(checkpoint.tokenizer)
     settings = dict(changed)
     if checkpoint.unpadded_rows < target.vocabulary.padded:
@@ -425,8 +420,7 @@ def _with_target(
 def _findings(
     checkpoint: Checkpoint, target: Target, sources: Sources, changed: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    state, batch = checkpoint.neox, target.batch
-    assert state is not None
+    state, batch = checkpoint.neox_state, target.batch
     yield Finding(
         "batch",
         "info",

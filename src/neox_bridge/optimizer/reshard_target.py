@@ -70,8 +70,7 @@ def choose_target(
 
     optimizer: in the form that the target has. version: of the DeepSpeed that wrote the source.
     """
-    state, raw = checkpoint.neox, checkpoint.raw
-    assert state is not None
+    state, raw = checkpoint.neox_state, checkpoint.raw
     options = Options(
         to="neox",
         tp=asked.tp,
@@ -135,8 +134,7 @@ def check_row_bias(
 
     given: states that replace those of the source. tp: of the target, by default the source's.
     """
-    assert checkpoint.neox is not None
-    ranks = tp or checkpoint.neox.tp
+    ranks = tp or checkpoint.neox_state.tp
     names = [row.hf for row in checkpoint.rows if row.weight.split == "row_bias"]
     if not (checkpoint.config.parallel_residual and names):
         raise UsageError(
@@ -170,8 +168,7 @@ def _sides(
     asked: Resharding, version: str | None, checkpoint: Checkpoint, layout: RankLayout, batch: Batch
 ) -> tuple[Side, Side]:
     """What the gradients of the source, and of the target with the source's batch, depend on."""
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     known = pipeline_accumulation(version)
     # GPT-NeoX has wanted DeeperSpeed 0.16.5, which sums, since 2025-03
     before = asked.source_engine or known or asked.engine or "sums"

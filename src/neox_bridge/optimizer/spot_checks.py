@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.layouts.universal_folder import MASTER, Parameter
-from neox_bridge.optimizer.states import Optimizer
+from neox_bridge.layouts.universal_folder import MASTER
+from neox_bridge.optimizer.states import Optimizer, Place, stored_tensors
 from neox_bridge.stores.paths import is_local, open_file
 from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
 from neox_bridge.tensors.pieces import Whole
@@ -28,7 +28,7 @@ _PADDING_ELEMENTS = 64  # elements at the start of each run of padding, and at t
 
 
 # where a weight is, and some elements of it and of its master
-_Pair = tuple[tuple[int, Parameter], TensorRef, TensorRef]
+_Pair = tuple[Place, TensorRef, TensorRef]
 
 
 def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Finding, ...]:
@@ -37,16 +37,12 @@ def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Findi
     Reads the first and the last elements of every parameter from a local disk, and nothing from
     other stores.
     """
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     pairs = [
         pair
-        for rank, layers in enumerate(state.ranks)
-        for layer, tensors in layers.items()
-        for name, ref in tensors.items()
-        for whole in [optimizer.shards.get((rank, (layer, name)), {}).get(MASTER)]
-        if whole is not None
-        for pair in _pairs((rank, (layer, name)), ref, whole)
+        for place, ref in stored_tensors(checkpoint).items()
+        if (whole := optimizer.shards.get(place, {}).get(MASTER)) is not None
+        for pair in _pairs(place, ref, whole)
     ]
     differing = sorted(set(_differing(pairs)))
     if not differing:
@@ -87,7 +83,7 @@ def check_padding(parts: Iterable[TensorRef], key: str) -> None:
             )
 
 
-def _pairs(place: tuple[int, Parameter], weight: TensorRef, master: Whole) -> Iterator[_Pair]:
+def _pairs(place: Place, weight: TensorRef, master: Whole) -> Iterator[_Pair]:
     """The first and the last elements of a parameter."""
     sources = [piece.source for piece in master.pieces if piece.source is not None]
     plain = weight.strides is None and weight.dtype in FLOATING
@@ -109,7 +105,7 @@ def _run(ref: TensorRef, low: int, count: int) -> TensorRef:
     return TensorRef(ref.file, ref.offset + low * itemsize(ref.dtype), ref.dtype, (count,))
 
 
-def _differing(pairs: Sequence[_Pair]) -> Iterator[tuple[int, Parameter]]:
+def _differing(pairs: Sequence[_Pair]) -> Iterator[Place]:
     import numpy as np
 
     values = dict(_read({ref for _, *refs in pairs for ref in refs}))

@@ -23,6 +23,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 STATE_OF = ": "  # between the name of a state and the tensor's, where both make one name
 DEEPSPEED = "0.16.5"  # whose files are written; it refuses what has no version
 Wrapper = Literal["zero", "bf16", "fp16", "plain"]
+Place = tuple[int, Parameter]  # a tensor-parallel rank, and a parameter there
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Optimizer:
     keys: tuple[str, ...]
     groups: tuple[Group, ...]
     members: Mapping[Parameter, int]
-    shards: Mapping[tuple[int, Parameter], Mapping[str, Whole]]
+    shards: Mapping[Place, Mapping[str, Whole]]
     head: Mapping[str, Any]
     metas: tuple[Mapping[str, Any], ...]
     files: tuple[str, ...]
@@ -107,21 +108,23 @@ class Optimizer:
     findings: tuple[Finding, ...] = ()
 
 
-def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, Whole]]:
-    """The model's tensors, under their Hugging Face names, for each of the optimizer's states."""
-    assert checkpoint.neox is not None
-    stored: dict[TensorRef, tuple[int, Parameter]] = {
-        ref: (rank, (layer, name))
-        for rank, layers in enumerate(checkpoint.neox.ranks)
+def stored_tensors(checkpoint: Checkpoint) -> dict[Place, TensorRef]:
+    """The stored tensors of a GPT-NeoX checkpoint."""
+    return {
+        (rank, (layer, name)): ref
+        for rank, layers in enumerate(checkpoint.neox_state.ranks)
         for layer, tensors in layers.items()
         for name, ref in tensors.items()
     }
+
+
+def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, Whole]]:
+    """The model's tensors, under their Hugging Face names, for each of the optimizer's states."""
+    stored = stored_tensors(checkpoint).items()
     by_state: dict[str, dict[str, Whole]] = {}
     for key in optimizer.keys:
         shards = {
-            ref: optimizer.shards[place][key]
-            for ref, place in stored.items()
-            if place in optimizer.shards
+            ref: optimizer.shards[place][key] for place, ref in stored if place in optimizer.shards
         }
         by_state[key] = {
             name: in_place_of(whole, shards, sums=key == MASTER)

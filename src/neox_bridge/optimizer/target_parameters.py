@@ -18,8 +18,7 @@ def with_target_names(
     a gated MLP as two parameters, so a parameter of one side may belong to two of the other. Both
     are in one parameter group.
     """
-    state = checkpoint.neox
-    assert state is not None
+    state = checkpoint.neox_state
     stored = {(layer, name): None for layer, names in state.ranks[0].items() for name in names}
     place = {parameter: index for index, parameter in enumerate(in_module_order(stored))}
     sources: dict[Parameter, Parameter] = {}
