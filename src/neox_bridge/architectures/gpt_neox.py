@@ -1,9 +1,11 @@
 """Pythia, GPT-NeoX-20B and their relatives: ``GPTNeoXForCausalLM`` on Hugging Face's side."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from neox_bridge.architectures.base import (
+    INV_FREQ,
     About,
     Architecture,
     ModelConfig,
@@ -34,77 +36,39 @@ from neox_bridge.findings import Finding
 from neox_bridge.tensors.geometry import Split
 
 _LAYER = "gpt_neox.layers.{i}."
+_block = partial(Weight, "block")
 
 
 def _pair(
-    neox: str, hf: str, split: Split, shape: tuple[str, ...], flag: str, old: str = ""
-) -> tuple[Weight, ...]:
-    """A block's weight and bias; only the bias depends on the flag."""
-    bias: Split = "row_bias" if split == "row" else split
+    neox: str, split: Split, shape: tuple[str, ...], flag: str, old: str = ""
+) -> tuple[Weight, Weight]:
+    """A block's weight and bias; only the bias depends on the flag.
+
+    old: the name in trees before neox-mlp-names, which is Hugging Face's, where it is another.
+    """
+    hf, bias = old or neox, f"{old}.bias" if old else ""
+    bias_split: Split = "row_bias" if split == "row" else split
+    weight = f"{old}.weight" if old else ""
     return (
-        Weight(
-            "block",
-            f"{neox}.weight",
-            f"{_LAYER}{hf}.weight",
-            split,
-            shape,
-            old=old and f"{old}.weight",
-        ),
-        Weight(
-            "block",
-            f"{neox}.bias",
-            f"{_LAYER}{hf}.bias",
-            bias,
-            shape[:1],
-            flag,
-            old=old and f"{old}.bias",
-        ),
+        _block(f"{neox}.weight", f"{_LAYER}{hf}.weight", split, shape, old=weight),
+        _block(f"{neox}.bias", f"{_LAYER}{hf}.bias", bias_split, shape[:1], flag, old=bias),
     )
 
 
-_H = ("hidden",)
+_INV_FREQ = f"{_LAYER}{INV_FREQ}"
+_H, _VOCAB = ("hidden",), ("vocab", "hidden")
 _WEIGHTS = (
-    Weight(
-        "embed", "word_embeddings.weight", "gpt_neox.embed_in.weight", "vocab", ("vocab", "hidden")
-    ),
-    *_pair("input_layernorm", "input_layernorm", "replicated", _H, "norm_bias"),
-    *_pair(
-        "attention.query_key_value",
-        "attention.query_key_value",
-        "column",
-        ("qkv", "hidden"),
-        "attention_bias",
-    ),
-    Weight(
-        "block",
-        "attention.rotary_emb.inv_freq",
-        f"{_LAYER}attention.rotary_emb.inv_freq",
-        "derived",
-        ("rotary",),
-    ),
-    *_pair("attention.dense", "attention.dense", "row", ("hidden", "hidden"), "attention_bias"),
-    *_pair("post_attention_layernorm", "post_attention_layernorm", "replicated", _H, "norm_bias"),
-    *_pair(
-        "mlp.linear1",
-        "mlp.dense_h_to_4h",
-        "column",
-        ("ffn", "hidden"),
-        "mlp_bias",
-        "mlp.dense_h_to_4h",
-    ),
-    *_pair(
-        "mlp.linear2",
-        "mlp.dense_4h_to_h",
-        "row",
-        ("hidden", "ffn"),
-        "mlp_bias",
-        "mlp.dense_4h_to_h",
-    ),
+    Weight("embed", "word_embeddings.weight", "gpt_neox.embed_in.weight", "vocab", _VOCAB),
+    *_pair("input_layernorm", "replicated", _H, "norm_bias"),
+    *_pair("attention.query_key_value", "column", ("qkv", "hidden"), "attention_bias"),
+    _block(INV_FREQ, _INV_FREQ, "derived", ("rotary",)),
+    *_pair("attention.dense", "row", ("hidden", "hidden"), "attention_bias"),
+    *_pair("post_attention_layernorm", "replicated", _H, "norm_bias"),
+    *_pair("mlp.linear1", "column", ("ffn", "hidden"), "mlp_bias", "mlp.dense_h_to_4h"),
+    *_pair("mlp.linear2", "row", ("hidden", "ffn"), "mlp_bias", "mlp.dense_4h_to_h"),
     Weight("norm", "norm.weight", "gpt_neox.final_layer_norm.weight", "replicated", _H),
     Weight("norm", "norm.bias", "gpt_neox.final_layer_norm.bias", "replicated", _H, "norm_bias"),
-    Weight(
-        "head", "final_linear.weight", "embed_out.weight", "vocab", ("vocab", "hidden"), "untied"
-    ),
+    Weight("head", "final_linear.weight", "embed_out.weight", "vocab", _VOCAB, "untied"),
     REWARD,
 )
 
@@ -338,7 +302,7 @@ ARCHITECTURE = Architecture(
     prefix="gpt_neox.",
     weights=_WEIGHTS,
     dropped={
-        f"{_LAYER}attention.rotary_emb.inv_freq": "derived from rotary_emb_base",
+        _INV_FREQ: "derived from rotary_emb_base",
         f"{_LAYER}attention.bias": "a causal mask",
         f"{_LAYER}attention.masked_bias": "a constant of the causal mask",
         "gpt_neox.rotary_emb.inv_freq": "derived from rotary_emb_base",

@@ -25,41 +25,35 @@ def refuse_hf_common(
     GPT-NeoX's RotaryEmbedding takes a base and a number of dimensions, nothing else
     (megatron/model/positional_embeddings.py); the base is an int (neox_arguments/neox_args.py).
     """
-    refusals = []
-    if (name := rope_kind(raw)) != "default":
-        refusals.append(
-            Refusal(
-                "rope_scaling",
-                f"GPT-NeoX has no RoPE scaling, and this model uses {name!r}",
-                "add --ignore-key rope_scaling to go on without the scaling, at the model's "
-                "original length",
-            )
-        )
-    known = list(activations)
-    if raw.get("hidden_act", known[0]) not in known:
-        refusals.append(
-            Refusal(
-                "hidden_act",
-                f"GPT-NeoX has no activation {raw['hidden_act']!r}, only {', '.join(known)}",
-            )
-        )
-    if not base.is_integer():
-        refusals.append(
-            Refusal(
-                base_key,
-                f"GPT-NeoX takes whole numbers only, and this is {base}",
-                "round it, if that is close enough for you, in config.json",
-            )
-        )
-    if raw.get("quantization_config"):
-        refusals.append(
-            Refusal(
-                "quantization_config",
-                "GPT-NeoX has no quantized weights",
-                "convert the original, unquantized model",
-            )
-        )
-    return refusals
+    scaling, activation, known = rope_kind(raw), raw.get("hidden_act"), list(activations)
+    checks = (
+        (
+            scaling != "default",
+            "rope_scaling",
+            f"GPT-NeoX has no RoPE scaling, and this model uses {scaling!r}",
+            "add --ignore-key rope_scaling to go on without the scaling, at the model's original "
+            "length",
+        ),
+        (
+            raw.get("hidden_act", known[0]) not in known,
+            "hidden_act",
+            f"GPT-NeoX has no activation {activation!r}, only {', '.join(known)}",
+            "",
+        ),
+        (
+            not base.is_integer(),
+            base_key,
+            f"GPT-NeoX takes whole numbers only, and this is {base}",
+            "round it, if that is close enough for you, in config.json",
+        ),
+        (
+            bool(raw.get("quantization_config")),
+            "quantization_config",
+            "GPT-NeoX has no quantized weights",
+            "convert the original, unquantized model",
+        ),
+    )
+    return [Refusal(key, why, way_out) for applies, key, why, way_out in checks if applies]
 
 
 def hf_fields(

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Literal
 
-from neox_bridge.architectures.base import Weight
+from neox_bridge.architectures.base import INV_FREQ, Weight
 from neox_bridge.architectures.heads import REWARD
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
@@ -26,26 +26,16 @@ _block = partial(Weight, "block")
 
 def weights(biases: Biases) -> tuple[Weight, ...]:
     """Every weight of the family. The parts of one GPT-NeoX tensor are rows with its name."""
+    down = f"{LAYER}mlp.down_proj.weight"
     return (
         Weight("embed", "word_embeddings.weight", "model.embed_tokens.weight", "vocab", _VOCAB),
         _norm("block", "input_layernorm", f"{LAYER}input_layernorm"),
         *_parts("fused"),
-        _block(
-            "attention.rotary_emb.inv_freq",
-            f"{LAYER}self_attn.rotary_emb.inv_freq",
-            "derived",
-            ("rotary",),
-        ),
+        _block(INV_FREQ, f"{LAYER}self_attn.rotary_emb.inv_freq", "derived", ("rotary",)),
         _block("attention.dense.weight", f"{LAYER}self_attn.o_proj.weight", "row", ("hidden", "q")),
         _norm("block", "post_attention_layernorm", f"{LAYER}post_attention_layernorm"),
         *_parts("gated"),
-        _block(
-            "mlp.linear2.weight",
-            f"{LAYER}mlp.down_proj.weight",
-            "row",
-            ("hidden", "ffn"),
-            old="mlp.w2.weight",
-        ),
+        _block("mlp.linear2.weight", down, "row", ("hidden", "ffn"), old="mlp.w2.weight"),
         *_biases(biases),
         _norm("norm", "norm", "model.norm"),
         Weight("head", "final_linear.weight", "lm_head.weight", "vocab", _VOCAB, "untied"),

@@ -10,11 +10,9 @@ from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 class Row:
     """One weight of one model.
 
-    Attributes:
-        weight: Its line in the family's table.
-        block: The number of its block; 0 outside the blocks.
-        layer: GPT-NeoX's number of the layer that holds it (megatron/model/gpt2_model.py).
-        hf: Its name in Hugging Face files.
+    weight: its line in the family's table. block: the number of its block; 0 outside the blocks.
+    layer: GPT-NeoX's number of the layer that holds it (megatron/model/gpt2_model.py).
+    hf: its name in Hugging Face files.
     """
 
     weight: Weight

@@ -11,13 +11,7 @@ _SHOWN = 6  # tensors of a message
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Tensors of one dtype that were cast to another.
-
-    Attributes:
-        source: The dtype in the source, such as ``float32``.
-        target: The dtype that was written.
-        tensors: How many tensors.
-    """
+    """How many tensors of one dtype, such as ``float32``, were cast to another."""
 
     source: str
     target: str

@@ -32,11 +32,8 @@ def with_vocabulary_rows(
 ) -> dict[str, Whole]:
     """The weights of a model with another number of vocabulary rows, by Hugging Face name.
 
-    Args:
-        architecture: Of the model.
-        config: Of the model; other tensors than its own are left out.
-        wholes: By Hugging Face name.
-        count: Of the rows; by default as many as the config has. Rows that are added are zeros.
+    Tensors that the config does not have are left out. count: of the rows, by default the config's.
+    Rows that are added are zeros.
     """
     rows = config.dims["vocab"] if count is None else count
     return {

@@ -18,7 +18,7 @@ def check_era(
     checkpoint: Checkpoint, layout: RankLayout, era: Era, options: Options
 ) -> list[Finding]:
     """What to know of a model in trees of an era. Raises Refused where they have no such model."""
-    architecture, config, path = checkpoint.architecture, checkpoint.config, checkpoint.path
+    architecture, config = checkpoint.architecture, checkpoint.config
     mismatches = []
     ffn = config.dims["ffn"]
     if architecture.has_mlp:
@@ -40,9 +40,21 @@ def check_era(
             f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
             "--for today."
         )
-    refuse_all(_unknown_to_era(architecture, config, layout, era), path)
+    known, written = known_keys(era), architecture.write_neox(config, layout.old_names)
+    unknown = [_without(key, value, era) for key, value in written.items() if key not in known]
+    refuse_all(unknown, checkpoint.path)
     if options.era is None:
-        return [_stored_by_flag()] if options.inv_freq == "store" and era.inv_freq_key else []
+        if options.inv_freq != "store" or not era.inv_freq_key:
+            return []
+        return [
+            Finding(
+                "inv-freq-by-flag",
+                "warning",
+                "the yml says rotary_save_freqs_buffer: true, with which GPT-NeoX of 2024-03-04 or "
+                "later loads a stored inv_freq; an older one refuses that key",
+                "for an older one, use --for neox@2024-03 in place of --inv-freq store",
+            )
+        ]
     if layout.mlp_names != era.mlp_names:
         mismatches.append(f"--mlp-names {layout.mlp_names}, and it expects {era.mlp_names}")
     if layout.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
@@ -59,18 +71,6 @@ def check_era(
             "leave that option out",
         )
         for what in mismatches
-    ]
-
-
-def _unknown_to_era(
-    architecture: Architecture, config: ModelConfig, layout: RankLayout, era: Era
-) -> list[Refusal]:
-    """What says which model it is, and trees of the era have no key for."""
-    known = known_keys(era)
-    return [
-        _without(key, value, era)
-        for key, value in architecture.write_neox(config, layout.old_names).items()
-        if key not in known
     ]
 
 
@@ -128,13 +128,3 @@ def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
         and not (dense and key.startswith("moe_"))
         and effect_of(key, value) == "model"
     ]
-
-
-def _stored_by_flag() -> Finding:
-    return Finding(
-        "inv-freq-by-flag",
-        "warning",
-        "the yml says rotary_save_freqs_buffer: true, with which GPT-NeoX of 2024-03-04 or later "
-        "loads a stored inv_freq; an older one refuses that key",
-        "for an older one, use --for neox@2024-03 in place of --inv-freq store",
-    )

@@ -18,10 +18,8 @@ INV_FREQ_FLAG = "rotary_save_freqs_buffer"
 class EraSettings:
     """The keys of a run's yml that GPT-NeoX of a date accepts.
 
-    Attributes:
-        raw: The run's own keys that it accepts.
-        changed: The keys that say the same in other words there, with their new values.
-        dropped: The keys that it refuses. None of them changes the model.
+    changed: those that say the same in other words there, with their new values. dropped: those
+    that it refuses. None of them changes the model.
     """
 
     raw: Mapping[str, Any]
@@ -30,13 +28,7 @@ class EraSettings:
 
 
 def era_settings(checkpoint: Checkpoint, layout: RankLayout, era: Era | None) -> EraSettings:
-    """Rewrites the yml of a GPT-NeoX source for trees of an era.
-
-    Args:
-        checkpoint: The source.
-        shape: How the target is laid out.
-        era: The target's; None keeps every key as it is.
-    """
+    """The yml of a GPT-NeoX source for trees of an era; None keeps every key as it is."""
     raw = checkpoint.raw
     if era is None:
         return EraSettings(raw, {}, ())

@@ -1,5 +1,6 @@
 """The README.md of a Hugging Face folder: what it is, where it comes from, how to use it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,8 @@ def model_card(
     name = source["name"]
     where = "GPT-NeoX" if checkpoint.kind == "neox" else "Hugging Face"
     auto = f"AutoModelFor{'SequenceClassification' if config.reward else 'CausalLM'}"
-    usage: tuple[str, ...] = (
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained(".")  # this folder',
-    )
+    model = f'model = {auto}.from_pretrained(".")  # this folder'
+    usage = form.usage if form else (f"from transformers import {auto}", "", model)
     rows = "\n".join(
         f"| {key.replace('_', ' ')} | {markdown(str(value))} |" for key, value in source.items()
     )
@@ -44,7 +42,7 @@ def model_card(
         "vocabulary.",
         "",
         "```python",
-        *(form.usage if form else usage),
+        *usage,
         "```",
         "",
         "## Provenance",
@@ -58,11 +56,7 @@ def model_card(
         "",
     ]
     if dropped:
-        reasons: dict[str, int] = {}
-        for drop in dropped:
-            reasons[drop.reason] = reasons.get(drop.reason, 0) + 1
-        lines.append("Left out:")
-        lines.append("")
-        lines += [f"- {markdown(reason)} ({count})" for reason, count in reasons.items()]
-        lines.append("")
+        reasons = Counter(drop.reason for drop in dropped).items()
+        left_out = (f"- {markdown(reason)} ({count})" for reason, count in reasons)
+        lines += ["Left out:", "", *left_out, ""]
     return "\n".join(lines).encode()

@@ -22,10 +22,7 @@ def kind_of(checkpoint: Checkpoint, options: Options) -> Kind:
 def check_options(checkpoint: Checkpoint, options: Options, given: Collection[str] = ()) -> None:
     """Raise UsageError for options that would be ignored.
 
-    Args:
-        checkpoint: The source.
-        options: What the user asks for.
-        given: Options that the user named, also those with the value that is their default.
+    given: options that the user named, also those with the value that is their default.
     """
     kind = kind_of(checkpoint, options)
     chosen = [name for name in SIDES if name in options.asked() or name in given]

@@ -342,7 +342,8 @@ def _settings(
         old_names=layout.old_names,
         carried=_carried(checkpoint, options),
     )
-    written.training.pop("train_impl" if written.training.get("train_impl") == "rm" else "", None)
+    if written.training.get("train_impl") == "rm":
+        del written.training["train_impl"]
     if config.reward:
         written.model["train_impl"] = "rm"
     if layout.te:
