@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
-from neox_bridge.tensors.fused import Part
+from neox_bridge.tensors.fused import Fusion, GqaOrder, Part
 from neox_bridge.tensors.geometry import Split
 
 LayerKind = Literal["embed", "block", "norm", "head"]
@@ -134,6 +135,21 @@ class ModelConfig:
     @property
     def grouped_query(self) -> bool:
         return self.key_value_heads != self.heads
+
+    def fusion(self, order: GqaOrder, te: frozenset[str] = frozenset()) -> Fusion:
+        """How the rows of fused tensors are ordered.
+
+        Raises Refused where query heads can't share k and v evenly.
+        """
+        heads, kv_heads = self.heads, self.key_value_heads
+        head_dim = self.hidden // heads
+        if order == "interleaved" and "attention" not in te and head_dim * kv_heads % heads:
+            raise Refused(
+                f"num_kv_heads: {kv_heads} key-value heads of {head_dim} rows can't be shared by "
+                f"{heads} query heads in the interleaved order. Use --gqa-order grouped, with a "
+                "GPT-NeoX since 2024-11 (--for today)."
+            )
+        return Fusion(heads, kv_heads, order, te)
 
     @property
     def hidden(self) -> int:

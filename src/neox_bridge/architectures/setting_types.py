@@ -42,58 +42,46 @@ _NAME: _Kind = (
 )
 
 
-def _table(**kinds: tuple[_Kind, str]) -> dict[str, _Kind]:
-    return {key: kind for kind, keys in kinds.values() for key in keys.split()}
+def _table(kinds: Mapping[_Kind, str]) -> dict[str, _Kind]:
+    return {key: kind for kind, keys in kinds.items() for key in keys.split()}
 
 
 _ROPE = {"rope_theta": _BASE, "partial_rotary_factor": _SHARE}
 HF = _table(
-    counts=(
-        _COUNT,
-        """num_hidden_layers hidden_size intermediate_size vocab_size max_position_embeddings
-        head_dim sliding_window state_size conv_kernel expand n_layer d_model""",
-    ),
-    heads=(_HEADS, "num_attention_heads num_key_value_heads"),
-    numbers=(
-        _NUMBER,
-        """layer_norm_eps rms_norm_eps layer_norm_epsilon hidden_dropout attention_dropout
-        initializer_range""",
-    ),
-    shares=(_SHARE, "rotary_pct partial_rotary_factor"),
-    bases=(_BASE, "rotary_emb_base rope_theta"),
-    switches=(
-        _SWITCH,
-        """tie_word_embeddings use_parallel_residual attention_bias mlp_bias use_bias use_conv_bias
-        rms_norm residual_in_fp32 use_sliding_window tie_embeddings""",
-    ),
-    mappings=(_MAPPING, "rope_parameters rope_scaling"),
-    lists=(_LIST, "architectures"),
-    names=(_NAME, "model_type hidden_act transformers_version torch_dtype dtype"),
+    {
+        _COUNT: """num_hidden_layers hidden_size intermediate_size vocab_size
+            max_position_embeddings head_dim sliding_window state_size conv_kernel expand n_layer
+            d_model""",
+        _HEADS: "num_attention_heads num_key_value_heads",
+        _NUMBER: """layer_norm_eps rms_norm_eps layer_norm_epsilon hidden_dropout attention_dropout
+            initializer_range""",
+        _SHARE: "rotary_pct partial_rotary_factor",
+        _BASE: "rotary_emb_base rope_theta",
+        _SWITCH: """tie_word_embeddings use_parallel_residual attention_bias mlp_bias use_bias
+            use_conv_bias rms_norm residual_in_fp32 use_sliding_window tie_embeddings""",
+        _MAPPING: "rope_parameters rope_scaling",
+        _LIST: "architectures",
+        _NAME: "model_type hidden_act transformers_version torch_dtype dtype",
+    }
 )
 NEOX = _table(
-    layers=(_LAYERS, "num_layers num_unique_layers"),
-    heads=(_HEADS, "num_attention_heads num_kv_heads"),
-    counts=(
-        _COUNT,
-        """hidden_size intermediate_size max_position_embeddings seq_length moe_num_experts
-        num_experts make_vocab_size_divisible_by mlp_multiple_of sliding_window_width
-        padded_vocab_size model_parallel_size pipe_parallel_size iteration""",
-    ),
-    numbers=(
-        _NUMBER,
-        """layernorm_epsilon rms_norm_epsilon scalenorm_epsilon hidden_dropout attention_dropout
-        expansion_factor""",
-    ),
-    shares=(_SHARE, "rotary_pct"),
-    bases=(_BASE, "rotary_emb_base"),
-    switches=(
-        _SWITCH,
-        """gpt_j_residual gpt_j_tied no_weight_tying bias_gelu_fusion use_bias_in_attn_linear
-        use_bias_in_mlp use_bias_in_norms use_qk_layernorm use_mup te_mha te_layernorm_mlp
-        rmsnorm_fusion rotary_save_freqs_buffer mamba_use_bias_in_conv mamba_use_bias_in_linears""",
-    ),
-    mappings=(_MAPPING, "soft_prompt_tuning"),
-    names=(_NAME, "norm pos_emb activation mlp_type tokenizer_type train_impl precision"),
+    {
+        _LAYERS: "num_layers num_unique_layers",
+        _HEADS: "num_attention_heads num_kv_heads",
+        _COUNT: """hidden_size intermediate_size max_position_embeddings seq_length moe_num_experts
+            num_experts make_vocab_size_divisible_by mlp_multiple_of sliding_window_width
+            padded_vocab_size model_parallel_size pipe_parallel_size iteration""",
+        _NUMBER: """layernorm_epsilon rms_norm_epsilon scalenorm_epsilon hidden_dropout
+            attention_dropout expansion_factor""",
+        _SHARE: "rotary_pct",
+        _BASE: "rotary_emb_base",
+        _SWITCH: """gpt_j_residual gpt_j_tied no_weight_tying bias_gelu_fusion
+            use_bias_in_attn_linear use_bias_in_mlp use_bias_in_norms use_qk_layernorm use_mup
+            te_mha te_layernorm_mlp rmsnorm_fusion rotary_save_freqs_buffer mamba_use_bias_in_conv
+            mamba_use_bias_in_linears""",
+        _MAPPING: "soft_prompt_tuning",
+        _NAME: "norm pos_emb activation mlp_type tokenizer_type train_impl precision",
+    }
 )
 
 

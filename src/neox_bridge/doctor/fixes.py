@@ -32,7 +32,7 @@ from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.seal import unsealed
 from neox_bridge.layouts.text_files import LARGE_BYTES, read_bytes, read_json
 from neox_bridge.planning.common import text_file
-from neox_bridge.planning.era_settings import reason_dropped
+from neox_bridge.planning.era_checks import reason_dropped
 from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan

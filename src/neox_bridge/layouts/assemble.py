@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
-from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.architectures.neox_config import number
 from neox_bridge.architectures.rows import model_rows, rows_by_name, table_rows
 from neox_bridge.errors import BridgeError, Refused
@@ -129,7 +128,7 @@ def assemble(
     if dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         refuse_all(architecture.refuse_neox_source(raw), folder)
     check_heads(config, dims, f"{folder}/configs: num_attention_heads")
-    fusion = fusion_of(config, order, te)
+    fusion = config.fusion(order, te)
     rows = rows_by_name(architecture, layers)
     tensors = {
         name: gather_part(fusion, rows[name].weight.part, refs)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Finding, unrepeated
 from neox_bridge.frameworks.changes import since
@@ -76,7 +75,7 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
     if older and state.rms_eps == "inside" and checkpoint.raw.get("norm") == "rmsnorm":
         findings = (*findings, rms_epsilon())
     tensors = dict(checkpoint.tensors)
-    fusion = fusion_of(config, order)
+    fusion = config.fusion(order)
     for row in checkpoint.rows:
         if row.weight.split == "fused":
             tensors[row.hf] = gather_again(fusion, row.weight.part, tensors[row.hf])

@@ -15,9 +15,9 @@ from neox_bridge.findings import Finding
 from neox_bridge.frameworks.deepspeed import makes_initial_step
 from neox_bridge.layouts.deepspeed_values import MOST_NUMBER, check_betas
 from neox_bridge.layouts.untrusted import CONFIGS, mapping, number, unexpected, whole
+from neox_bridge.optimizer.gradient_scale import ADAMS
 from neox_bridge.optimizer.states import Derived
 
-_ADAM = ("adam", "cpu_adam", "cpu_torch_adam")
 _LR = 0.001  # OPT_PARAMS_DEFAULTS of neox_arguments/arguments.py
 _WEIGHT_DECAY = 0.01  # neox_arguments/neox_args.py
 _BETAS = [0.9, 0.999]  # of FusedAdam, of apex and of DeepSpeed
@@ -50,7 +50,7 @@ def derived_settings(
     yml = f"{folder}{CONFIGS}"
     optimizer = mapping(raw, "optimizer", yml)
     kind = str(optimizer.get("type") or "Adam")
-    if kind.lower() not in _ADAM:
+    if kind.lower() not in ADAMS:
         raise Refused(
             f"{yml}: optimizer.type is {kind[:40]!r}, and its states are elastic, so they hold no "
             "hyperparameters. This tool derives only those of Adam. Convert the weights alone."

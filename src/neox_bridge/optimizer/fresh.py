@@ -9,6 +9,7 @@ from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused
 from neox_bridge.layouts.universal_folder import MASTER, Parameter
 from neox_bridge.optimizer.current_form import ADAM, DECAYING, STILL
+from neox_bridge.optimizer.gradient_scale import ADAMS
 from neox_bridge.optimizer.mp_rank import parameter_name
 from neox_bridge.optimizer.parameter_order import divided
 from neox_bridge.optimizer.pipeline_stages import holds, stages_of
@@ -29,7 +30,7 @@ def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int
     """
     architecture, config, layout = model.architecture, model.config, model.layout
     adam = training.get("optimizer") or {}
-    if str(adam.get("type", "adam")).lower() not in ("adam", "cpu_adam", "cpu_torch_adam"):
+    if str(adam.get("type", "adam")).lower() not in ADAMS:
         raise Refused(
             f"--optimizer fresh: the settings' optimizer is {adam['type']}, and only Adam's states "
             "are known. Leave the option out."

@@ -33,12 +33,8 @@ _EPS = 1e-8  # the default of apex's, DeepSpeed's and torch's Adam
 # The power of k with which each state grows, by the optimizer's name in GPT-NeoX
 # (megatron/training.py, get_optimizer). No other optimizer's update stays the same.
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
-_POWERS: dict[str, dict[str, int]] = {
-    "adam": _ADAM,
-    "cpu_adam": _ADAM,
-    "cpu_torch_adam": _ADAM,
-    "lion": {"exp_avg": 1},
-}
+ADAMS = ("adam", "cpu_adam", "cpu_torch_adam")
+_POWERS: dict[str, dict[str, int]] = {**dict.fromkeys(ADAMS, _ADAM), "lion": {"exp_avg": 1}}
 
 
 @dataclass(frozen=True, slots=True)

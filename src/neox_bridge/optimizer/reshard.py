@@ -21,7 +21,6 @@ from neox_bridge.layouts.universal_folder import INFO, LATEST, MASTER, Parameter
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
 from neox_bridge.optimizer.current_form import in_current_form, is_current, writer_version
 from neox_bridge.optimizer.default_settings import computed_findings, with_own_defaults
-from neox_bridge.optimizer.gradient_scale import gradient_findings
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.pipeline_stages import holds
@@ -148,7 +147,7 @@ def plan_reshard(
         *read,
         *said,
         *step_findings,
-        *_findings(checkpoint, target, sources, changed),
+        *_findings(checkpoint, target, sources),
     )
     rows = min(checkpoint.vocab_rows, target.config.dims["vocab"])
     plan = Plan(
@@ -417,9 +416,7 @@ def _with_target(
     return optimizer, given, target
 
 
-def _findings(
-    checkpoint: Checkpoint, target: Target, sources: Sources, changed: Mapping[str, Any]
-) -> Iterator[Finding]:
+def _findings(checkpoint: Checkpoint, target: Target, sources: Sources) -> Iterator[Finding]:
     state, batch = checkpoint.neox_state, target.batch
     yield Finding(
         "batch",
@@ -432,9 +429,7 @@ def _findings(
     if (clipping := checkpoint.raw.get("gradient_clipping")) is not None:
         effective["gradient_clipping"] = clipping
     yield from computed_findings(checkpoint.raw, effective)
-    yield from gradient_findings(
-        target.version, target.before, target.after, target.rescaling, changed
-    )
+    yield from target.findings
     elastic = (checkpoint.raw.get("zero_optimization") or {}).get(_ELASTIC)
     if elastic is not None and bool(elastic) != target.layout.predates_deepspeed_06:
         yield Finding(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused, UsageError
+from neox_bridge.findings import Finding
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.layouts.universal_folder import MASTER
@@ -15,6 +16,7 @@ from neox_bridge.optimizer.gradient_scale import (
     Rescaling,
     Side,
     change_of_scale,
+    gradient_findings,
     kept_accumulation,
     rescaling,
 )
@@ -22,8 +24,7 @@ from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.pipeline_stages import stages_of
 from neox_bridge.optimizer.states import Optimizer, states
 from neox_bridge.planning.common import with_vocabulary_rows
-from neox_bridge.planning.era_checks import check_era, lost_in_era
-from neox_bridge.planning.era_settings import EraSettings, era_settings
+from neox_bridge.planning.era_checks import EraSettings, check_era, era_settings, lost_in_era
 from neox_bridge.planning.neox_files import NeoxModel, RankLayout, rank_parameters
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.to_neox import target_layout
@@ -36,9 +37,8 @@ class Target:
     """The target, settled.
 
     config: with the target's rows of the vocabulary. step: its folder. source: the batch that it
-    had. version: of the source's DeepSpeed. before, after: what the gradients depend on.
-    rescaling: how the optimizer goes on with gradients of another scale; None where they have the
-    same. settings: the run's yml for the target's trees.
+    had. rescaling: how the optimizer goes on with gradients of another scale; None where they have
+    the same. settings: the run's yml for the target's trees. findings: on its gradients.
     """
 
     layout: RankLayout
@@ -51,11 +51,9 @@ class Target:
     step: str
     universal: bool
     source: Batch
-    version: str | None
-    before: Side
-    after: Side
     rescaling: Rescaling | None
     settings: EraSettings
+    findings: tuple[Finding, ...]
 
     @property
     def prefix(self) -> str:
@@ -111,14 +109,16 @@ def choose_target(
     after = replace(after, accumulation=batch.accumulation)
     way_out = _way_out(batch.total // dp, accumulation)
     factor = change_of_scale(before, after, way_out)
-    rescaled = None
+    rescaled, scaled_settings = None, {}
     if factor != 1:
         rescaled = rescaling(optimizer, raw, factor, checkpoint.config.dtype, way_out)
+        scaled_settings = rescaled.yml(settings.raw)
+    findings = gradient_findings(version, before, after, rescaled, scaled_settings)
     bounds = tuple(_stages(checkpoint, layout, config))
     step = f"global_step{state.iteration}{'_universal' if asked.universal else ''}"
     return Target(
-        layout, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source, version,
-        before, after, rescaled, settings,
+        layout, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source,
+        rescaled, settings, tuple(findings),
     )  # fmt: skip
 
 

@@ -1,17 +1,23 @@
-"""What a model needs of the GPT-NeoX trees that a target is for."""
+"""What a model needs of the GPT-NeoX trees that a target is for, and a run's settings for them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
-from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.errors import Refused
-from neox_bridge.findings import Finding
+from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.eras import Era, known_keys, mlp_biases
 from neox_bridge.frameworks.keys import neox_keys
+from neox_bridge.frameworks.setting_defaults import COMPUTED_KEYS
 from neox_bridge.frameworks.unknown_keys import effect_of
 from neox_bridge.layouts.checkpoint import Checkpoint, refuse_all
 from neox_bridge.layouts.transformer_engine import KEYS as TE_KEYS
 from neox_bridge.planning.neox_files import RankLayout
-from neox_bridge.planning.neox_yml import LAYOUT
+from neox_bridge.planning.neox_yml import LAYOUT, is_elsewhere
 from neox_bridge.planning.options import Options
+
+INV_FREQ_FLAG = "rotary_save_freqs_buffer"
 
 
 def check_era(
@@ -24,7 +30,7 @@ def check_era(
     if architecture.has_mlp:
         _check_mlp_biases(architecture, config, layout, era)
     if architecture.gated:
-        fusion_of(config, layout.gqa_order)
+        config.fusion(layout.gqa_order)
     elif ffn != 4 * config.hidden and ffn % 2:
         raise Refused(
             f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
@@ -128,3 +134,51 @@ def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
         and not (dense and key.startswith("moe_"))
         and effect_of(key, value) == "model"
     ]
+
+
+@dataclass(frozen=True)
+class EraSettings:
+    """The keys of a run's yml that GPT-NeoX of a date accepts.
+
+    changed: those that say the same in other words there, with their new values. dropped: those
+    that it refuses. None of them changes the model.
+    """
+
+    raw: Mapping[str, Any]
+    changed: Mapping[str, Any]
+    dropped: tuple[Dropped, ...]
+
+
+def era_settings(checkpoint: Checkpoint, layout: RankLayout, era: Era | None) -> EraSettings:
+    """The yml of a GPT-NeoX source for trees of an era; None keeps every key as it is."""
+    raw = checkpoint.raw
+    if era is None:
+        return EraSettings(raw, {}, ())
+    known = known_keys(era)
+    kept = dict(raw)
+    written = checkpoint.architecture.write_neox(checkpoint.config, layout.old_names)
+    changed = {
+        key: value
+        for key, value in written.items()
+        if key in checkpoint.architecture.era_keys and key in known
+    }
+    if layout.inv_freq == "store" and era.inv_freq_key:
+        changed[INV_FREQ_FLAG] = True
+    else:
+        kept.pop(INV_FREQ_FLAG, None)
+    return EraSettings(
+        {key: value for key, value in kept.items() if key in known and key not in changed},
+        changed,
+        tuple(
+            Dropped(f"yml: {key}", reason_dropped(key, era.name), "setting")
+            for key in sorted(kept)
+            if key not in known and not is_elsewhere(key)
+        ),
+    )
+
+
+def reason_dropped(key: str, era: str) -> str:
+    """Why a key is not in the yml for trees of an era."""
+    if source := COMPUTED_KEYS.get(key):
+        return f"GPT-NeoX computes it from {source}, so that it had no effect"
+    return f"GPT-NeoX of {era} refuses it"

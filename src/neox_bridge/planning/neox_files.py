@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
-from neox_bridge.architectures.fusion import fusion_of
 from neox_bridge.architectures.rows import Row, table_rows
 from neox_bridge.formats.pickle_writer import TensorSlot, dump
 from neox_bridge.formats.torch_zip import layout_pickled
@@ -255,7 +254,7 @@ def _tensor(
         return OutputTensor(name, config.dtype, (size,), (constant((size,), -0.0),))
     if split in ("fused", "gated"):
         parts = {row.weight.part: wholes[row.hf] for row in rows}
-        fusion = fusion_of(config, layout.gqa_order, frozenset(BOTH if layout.te else ()))
+        fusion = config.fusion(layout.gqa_order, frozenset(BOTH if layout.te else ()))
         return scatter_parts(name, fusion, parts, layout.tp, rank)
     return scatter(name, split, wholes[rows[0].hf], layout.tp, rank, row_bias=layout.row_bias)
 
