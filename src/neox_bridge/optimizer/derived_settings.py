@@ -62,7 +62,14 @@ def derived_settings(
         _setting(params, "eps", _EPS, yml, "optimizer.params"),
         _setting(raw, "weight_decay", _WEIGHT_DECAY, yml, ""),
     ]
-    findings = [_settings_finding(path, values)]
+    listed = ", ".join(f"{v.key} {_shown(v.value)} ({v.source})" for v in values)
+    settings_finding = Finding(
+        "optimizer-settings-derived",
+        "info",
+        f"{path}: the optimizer states are elastic and do not hold hyperparameters. They are "
+        f"derived: {listed}",
+    )
+    findings = [settings_finding]
     if not all("step" in group for group in scalars):
         step, finding = _step(meta, path, version)
         values.append(step)
@@ -171,16 +178,6 @@ def _step(meta: Mapping[str, Any], path: str, version: str) -> tuple[Derived, Fi
         f"{path}: the optimizer states are elastic and do not hold Adam's step. It is derived: "
         f"{why}. A run that was resumed from such states counted from 1 again, which nothing "
         "records",
-    )
-
-
-def _settings_finding(path: str, values: Sequence[Derived]) -> Finding:
-    listed = ", ".join(f"{v.key} {_shown(v.value)} ({v.source})" for v in values)
-    return Finding(
-        "optimizer-settings-derived",
-        "info",
-        f"{path}: the optimizer states are elastic and do not hold hyperparameters. They are "
-        f"derived: {listed}",
     )
 
 

@@ -6,42 +6,28 @@ have one interval. Zeros pad the end of the group.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.rank_states import INTERVALS, RankStates
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.flat import Flat, wholes_of
-from neox_bridge.tensors.pieces import Shape, Whole
+from neox_bridge.tensors.flat import Flat
+from neox_bridge.tensors.pieces import Shape
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 _OTHER_SAVE = "The files are of another model, layout or save: copy the checkpoint again."
+Parts = Mapping[str, tuple[TensorRef, ...]]
 _ALIGNMENT = 2  # elements, times the ranks, since DeepSpeed 0.5.2 (#1328)
 
 
-@dataclass(frozen=True)
-class FlatGroup:
-    """One group of parameters on one model-parallel rank.
-
-    shapes: its parameters in their order. parts: by state, the parts in the order of the group,
-    without padding. padding: by state, what of the parts lies behind the last parameter.
-    """
-
-    shapes: Mapping[str, Shape]
-    parts: Mapping[str, tuple[TensorRef, ...]]
-    padding: Mapping[str, tuple[TensorRef, ...]]
-
-    def wholes(self, key: str) -> dict[str, Whole]:
-        """Every parameter's state of this name."""
-        return wholes_of(self.shapes, self.parts[key])
-
-
-def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Shape]) -> FlatGroup:
-    """Put a group together. Raises BridgeError where the parts are not those of its parameters.
+def flat_group(
+    ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Shape]
+) -> tuple[Parts, Parts]:
+    """The parts of a group without padding, and the padding, by state in the order of the group.
 
     ranks: the files of one model-parallel rank, by data-parallel rank. index: the group's number.
+    shapes: of its parameters in their order. Raises BridgeError where the parts are not theirs.
     """
     first = ranks[0]
     intervals = len(first.parts[index])
@@ -80,7 +66,7 @@ def flat_group(ranks: Sequence[RankStates], index: int, shapes: Mapping[str, Sha
     for key in keys:
         refs = [tensors[key] for _, tensors in ordered]
         parts[key], padding[key] = _cut(refs, total)
-    return FlatGroup(shapes, parts, padding)
+    return parts, padding
 
 
 def _check_padded(

@@ -20,11 +20,10 @@ from neox_bridge.formats.pickles import Record
 from neox_bridge.frameworks.deepspeed import PipelineAccumulation
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.layouts.untrusted import FLOAT
-from neox_bridge.optimizer.states import Group, Optimizer
-from neox_bridge.tensors.pieces import Whole, scaled
+from neox_bridge.optimizer.states import Group, Optimizer, States
+from neox_bridge.tensors.pieces import scaled
 
 Engine = Literal["sums", "averages"]
-States = Mapping[str, Mapping[str, Whole]]
 
 CLIPPING = 1.0  # GPT-NeoX's default of gradient_clipping
 _WEIGHT_DECAY = 0.1  # and of weight_decay

@@ -6,7 +6,6 @@ megatron/model/utils.py, get_params_for_weight_decay_optimization, the same from
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from neox_bridge.errors import BridgeError, Refused
@@ -18,6 +17,7 @@ from neox_bridge.tensors.pieces import Shape
 
 _WITHOUT_DECAY = "mixer.A_log"  # _no_weight_decay of megatron/model/mamba/mamba.py
 _Name = TypeVar("_Name", str, Parameter)
+Groups = tuple[Mapping[str, Shape], ...]  # parameters under DeepSpeed's names
 
 OrderSource = Literal["groups", "parameters", "weights"]
 """Where the order of the parameters is from.
@@ -27,22 +27,14 @@ divides them. "weights": no file lists them, so they are taken in the order of t
 """
 
 
-@dataclass(frozen=True)
-class ParameterOrder:
-    """The parameters of one model-parallel rank by group, under DeepSpeed's names, with shapes."""
-
-    groups: tuple[Mapping[str, Shape], ...]
-    source: OrderSource
-
-
 def parameter_order(
     checkpoint: Checkpoint,
     number: int,
     recorded: Sequence[tuple[str, Mapping[str, Any]]],
     count: int,
     path: str,
-) -> ParameterOrder:
-    """The parameters of a model-parallel rank, in the order of its flat groups.
+) -> tuple[Groups, OrderSource]:
+    """The parameters of a model-parallel rank in the order of its flat groups, and its source.
 
     number: of the mp_rank file. count: of the groups that the optimizer states in ``path`` have.
     recorded: the dictionaries that may hold ``param_shapes``, each with its file; the first one
@@ -57,14 +49,14 @@ def parameter_order(
                     f"{path} has {count} parameter groups, and param_shapes of {file} has "
                     f"{len(groups)}. Are they of one save?"
                 )
-            return ParameterOrder(tuple(groups), "groups")
+            return tuple(groups), "groups"
         if value is not None:
             (all_shapes,) = shapes({"param_shapes": [value]}, file)
-            return ParameterOrder(divided(all_shapes, count, path), "parameters")
+            return divided(all_shapes, count, path), "parameters"
     stage, rank = divmod(number, checkpoint.neox_state.tp)
     stored = stored_parameters(checkpoint, source_bounds(checkpoint)[stage], rank)
     named = {f"{layer}.{name}": shape for (layer, name), shape in stored.items()}
-    return ParameterOrder(divided(named, count, path), "weights")
+    return divided(named, count, path), "weights"
 
 
 def source_bounds(checkpoint: Checkpoint) -> list[range]:

@@ -152,7 +152,9 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
             group_parts.append(tensors)
             group_scalars = others
         parts.append(tuple(group_parts))
-        scalars.append(_with_step(group_scalars or {}, inner, path))
+        # later elastic states keep the step in one place
+        step = count(inner, STEP, path)
+        scalars.append(({} if step is None else {"step": step}) | (group_scalars or {}))
     return RankStates(
         path,
         kind_of(inner),
@@ -319,11 +321,3 @@ def _scalar(value: object, key: str, path: str) -> Any:
     if value is not None and not isinstance(value, bool | int | float | str):
         raise unexpected(path, key, value, "a tensor or a number")
     return value
-
-
-def _with_step(
-    scalars: Mapping[str, Any], inner: Mapping[str, Any], path: str
-) -> Mapping[str, Any]:
-    """The values of a group, with the step that later elastic states keep in one place."""
-    step = count(inner, STEP, path)
-    return scalars if step is None else {"step": step, **scalars}

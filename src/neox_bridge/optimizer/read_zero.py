@@ -18,13 +18,13 @@ from neox_bridge.layouts.universal_folder import Parameter, parameter
 from neox_bridge.layouts.untrusted import mapping, text, unexpected
 from neox_bridge.optimizer.derived_settings import DerivedSettings, derived_settings
 from neox_bridge.optimizer.flat_groups import flat_group
-from neox_bridge.optimizer.parameter_order import ParameterOrder, dealt_out, parameter_order
+from neox_bridge.optimizer.parameter_order import Groups, OrderSource, dealt_out, parameter_order
 from neox_bridge.optimizer.rank_states import RankStates, rank_states, zero_stage
 from neox_bridge.optimizer.read_files import check_weights, generators, optimizer_states, same_group
 from neox_bridge.optimizer.spot_checks import check_padding, master_findings
 from neox_bridge.optimizer.states import Group, Optimizer, SavedForm
 from neox_bridge.stores.paths import ahead
-from neox_bridge.tensors.flat import Flat
+from neox_bridge.tensors.flat import Flat, wholes_of
 from neox_bridge.tensors.pieces import Whole
 
 _SHAPES = "param_shapes"
@@ -63,7 +63,7 @@ def read_zero(
     keys: list[str] = []
     first: RankStates | None = None
     stage = 1
-    order: ParameterOrder | None = None
+    source: OrderSource = "groups"
     derivation: DerivedSettings | None = None
     for number, (meta, paths) in enumerate(zip(metas, files, strict=True)):
         meta_path = f"{folder}/{rank_file(number)}"
@@ -76,9 +76,15 @@ def read_zero(
             _check_same_form(first, ranks[0], states)
         recorded = [(paths[0], values[0][1]), (meta_path, meta)]
         _refuse_round_robin(checkpoint.raw, recorded)
-        order = parameter_order(checkpoint, number, recorded, len(ranks[0].parts), paths[0])
-        if first.is_current and order.source != "groups":
-            raise _no_list(paths[0], number)
+        count = len(ranks[0].parts)
+        order, source = parameter_order(checkpoint, number, recorded, count, paths[0])
+        if first.is_current and source != "groups":
+            # DeepSpeed 0.5.4 to 0.5.10 kept param_shapes beside the states (dd0c8fa7, 135a6256)
+            raise Refused(
+                f"{paths[0]} and {rank_file(number)} beside it hold no list param_shapes, so its "
+                "flat partitions cannot be divided into parameters. DeepSpeed saves the list since "
+                "0.5.4 (2021): copy the checkpoint again."
+            )
         settings = ranks[0].settings
         if settings is None:
             version = text(first.head, "ds_version")
@@ -87,33 +93,31 @@ def read_zero(
             )
             settings = derivation.groups
         if _is_dealt_out(first):
-            groups_in_files = tuple(dealt_out(group, len(paths)) for group in order.groups)
-            order = replace(order, groups=groups_in_files)
+            order = tuple(dealt_out(group, len(paths)) for group in order)
         _check_names(order, paths[0])
-        for index, shapes in enumerate(order.groups):
+        for index, shapes in enumerate(order):
             # a pipeline stage may have no parameter of a group
             label = str(settings[index].get("name", index))
-            flat = flat_group(ranks, index, shapes)
+            parts, padding = flat_group(ranks, index, shapes)
             if first.is_current:
                 cut = Flat(shapes, len(paths))
                 for rank, (path, value) in enumerate(values):
                     _check_mappings(value, index, cut, rank, path)
             else:
-                for padding in flat.padding.values():
-                    check_padding(padding, f"{first.generation.masters}[{index}]")
+                for refs in padding.values():
+                    check_padding(refs, f"{first.generation.masters}[{index}]")
             for states in ranks:
                 rank_settings = (states.settings or settings)[index]
                 group = Group(rank_settings, states.scalars[index])
                 same_group(groups.setdefault(label, group), group, states.path)
-            keys += [key for key in flat.parts if key not in keys]
-            for key in flat.parts:
-                for name, tensor in flat.wholes(key).items():
+            keys += [key for key in parts if key not in keys]
+            for key, refs in parts.items():
+                for name, tensor in wholes_of(shapes, refs).items():
                     place = parameter(name, paths[0])
                     # tied embeddings are in the first and the last stage, kept alike by DeepSpeed
                     shards.setdefault((number % state.tp, place), {}).setdefault(key, tensor)
                     members[place] = list(groups).index(label)
     assert first is not None
-    assert order is not None
     optimizer = Optimizer(
         wrapper="zero" if "zero_stage" in first.head or not first.is_current else "bf16",
         stage=stage,
@@ -134,7 +138,7 @@ def read_zero(
     if first.is_current:
         return optimizer
     findings = [*master_findings(checkpoint, optimizer)]
-    if order.source == "weights":
+    if source == "weights":
         findings.append(_order_finding(first.path))
     return replace(optimizer, findings=tuple(findings))
 
@@ -160,15 +164,6 @@ def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) ->
         )
 
 
-def _no_list(path: str, number: int) -> Refused:
-    """DeepSpeed 0.5.4 to 0.5.10 kept ``param_shapes`` beside the states (dd0c8fa7, 135a6256)."""
-    return Refused(
-        f"{path} and {rank_file(number)} beside it hold no list param_shapes, so "
-        "its flat partitions cannot be divided into parameters. DeepSpeed saves the list since "
-        "0.5.4 (2021): copy the checkpoint again."
-    )
-
-
 def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int, path: str) -> None:
     """Hold where DeepSpeed says that parameters lie in a partition against where they must lie."""
     mappings = value["optimizer_state_dict"].get("param_slice_mappings")
@@ -190,10 +185,10 @@ def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int,
         )
 
 
-def _check_names(order: ParameterOrder, path: str) -> None:
+def _check_names(order: Groups, path: str) -> None:
     """Raise BridgeError where two names are of one parameter."""
     seen: dict[Parameter, str] = {}
-    for name in (name for group in order.groups for name in group):
+    for name in (name for group in order for name in group):
         first = seen.setdefault(parameter(name, path), name)
         if first != name:
             raise BridgeError(

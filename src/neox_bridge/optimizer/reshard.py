@@ -25,7 +25,7 @@ from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parame
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.pipeline_stages import holds
 from neox_bridge.optimizer.reshard_target import Target, choose_target
-from neox_bridge.optimizer.states import Optimizer, states
+from neox_bridge.optimizer.states import Optimizer, States, states
 from neox_bridge.optimizer.target_parameters import with_target_names
 from neox_bridge.optimizer.v1_form import (
     check_v1_run,
@@ -59,7 +59,7 @@ from neox_bridge.planning.record import neox_record, source_summary
 from neox_bridge.planning.to_neox import checkpoint_args
 from neox_bridge.planning.weight_dtypes import dtype_refusals
 from neox_bridge.tensors.fragments import put
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 _ELASTIC = "elastic_checkpoint"
 
@@ -69,7 +69,7 @@ def plan_reshard(
     optimizer: Optimizer,
     asked: Resharding,
     path: str,
-    given: Mapping[str, Mapping[str, Whole]] | None = None,
+    given: States | None = None,
 ) -> Plan:
     """Every file of the target. path: its absolute path, which the yml names.
 
@@ -163,7 +163,7 @@ def plan_reshard(
 
 
 def _groups(
-    optimizer: Optimizer, target: Target, model: NeoxModel, moved: Mapping[str, Mapping[str, Whole]]
+    optimizer: Optimizer, target: Target, model: NeoxModel, moved: States
 ) -> dict[int, list[RankGroup]]:
     """What each model-parallel rank has of each parameter group."""
     rank_groups = {}
@@ -375,8 +375,8 @@ def target_states(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
     asked: Resharding,
-    given: Mapping[str, Mapping[str, Whole]] | None = None,
-) -> tuple[Optimizer, Mapping[str, Mapping[str, Whole]] | None]:
+    given: States | None = None,
+) -> tuple[Optimizer, States | None]:
     """What the target should hold, to check it: the optimizer, and states not as the source's."""
     checkpoint, _ = with_own_defaults(checkpoint, optimizer, asked.era)
     optimizer, given, _ = _with_target(checkpoint, optimizer, asked, given)
@@ -387,8 +387,8 @@ def _with_target(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
     asked: Resharding,
-    given: Mapping[str, Mapping[str, Whole]] | None,
-) -> tuple[Optimizer, Mapping[str, Mapping[str, Whole]] | None, Target]:
+    given: States | None,
+) -> tuple[Optimizer, States | None, Target]:
     """The optimizer as the target has it, its states where they are not the source's, the target.
 
     Raises Refused where it can't be.

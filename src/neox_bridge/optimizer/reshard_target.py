@@ -1,7 +1,7 @@
 """Where a resharded run goes on: what a user asks for, settled against the model and the batch."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from neox_bridge.architectures.base import ModelConfig
@@ -22,14 +22,13 @@ from neox_bridge.optimizer.gradient_scale import (
 )
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.pipeline_stages import stages_of
-from neox_bridge.optimizer.states import Optimizer, states
+from neox_bridge.optimizer.states import Optimizer, States, states
 from neox_bridge.planning.common import with_vocabulary_rows
 from neox_bridge.planning.era_checks import EraSettings, check_era, era_settings, lost_in_era
 from neox_bridge.planning.neox_files import NeoxModel, RankLayout, rank_parameters
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.to_neox import target_layout
 from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
-from neox_bridge.tensors.pieces import Whole
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def choose_target(
 def check_row_bias(
     checkpoint: Checkpoint,
     optimizer: Optimizer,
-    given: Mapping[str, Mapping[str, Whole]] | None,
+    given: States | None,
     *,
     tp: int | None,
     universal: bool,

@@ -23,6 +23,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 STATE_OF = ": "  # between the name of a state and the tensor's, where both make one name
 DEEPSPEED = "0.16.5"  # whose files are written; it refuses what has no version
 Wrapper = Literal["zero", "bf16", "fp16", "plain"]
+States = Mapping[str, Mapping[str, Whole]]  # by state and Hugging Face name
 Place = tuple[int, Parameter]  # a tensor-parallel rank, and a parameter there
 
 

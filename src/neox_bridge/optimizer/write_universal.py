@@ -15,12 +15,12 @@ from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.formats.torch_zip import layout_pt
 from neox_bridge.layouts.universal_folder import MASTER, STATE, STEP, ZERO, Parameter, file_name
-from neox_bridge.optimizer.states import Optimizer, Scalar
+from neox_bridge.optimizer.states import Optimizer, Scalar, States
 from neox_bridge.optimizer.write_zero import whole_head
 from neox_bridge.planning.neox_files import NeoxModel, RankLayout, parameter_rows, rank_parameters
 from neox_bridge.tensors.fragments import cut_reductions
 from neox_bridge.tensors.geometry import Split
-from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
+from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
 _VERSION = 0.2
 _SUBPARAM = Global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape")
@@ -101,7 +101,7 @@ _PATTERNS = {
 
 def universal(
     model: NeoxModel,
-    wholes: Mapping[str, Mapping[str, Whole]],
+    wholes: States,
     names: Mapping[Parameter, str],
 ) -> Universal:
     """The parameters whole.

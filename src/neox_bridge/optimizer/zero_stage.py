@@ -14,12 +14,9 @@ from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Global, Record
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.optimizer.states import DEEPSPEED, Optimizer, loss_scaler, states
-from neox_bridge.tensors.pieces import Whole
+from neox_bridge.optimizer.states import DEEPSPEED, Optimizer, States, loss_scaler, states
 
 _TOLD = ("last_overflow_iter", "scale_factor", "scale_window")
-
-States = Mapping[str, Mapping[str, Whole]]
 
 
 def at_stage(

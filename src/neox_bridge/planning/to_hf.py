@@ -200,7 +200,10 @@ def _output(name: str, whole: Whole) -> OutputTensor:
 def _safetensors(tensors: Sequence[OutputTensor], options: Options) -> tuple[list[OutputFile], str]:
     """The shards, with their index where they are many, and that in words."""
     shards = _shards(tensors, options)
-    files = [_shard(name, group) for name, group in shards.items()]
+    files = []
+    for name, group in shards.items():
+        first, order = arranged(group)
+        files.append(layout_safetensors(name, order, first))
     if len(shards) == 1:
         return files, "1 safetensors file"
     return [*files, _index(shards)], f"{len(shards)} safetensors files"
@@ -227,11 +230,6 @@ def _shards(tensors: Sequence[OutputTensor], options: Options) -> dict[str, list
         return {"model.safetensors": groups[0]}
     count = len(groups)
     return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
-
-
-def _shard(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
-    first, order = arranged(tensors)
-    return layout_safetensors(name, order, first)
 
 
 def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> OutputFile:

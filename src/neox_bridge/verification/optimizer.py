@@ -13,7 +13,7 @@ from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.masters import with_masters
 from neox_bridge.optimizer.read_export import read_export
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.optimizer.states import STATE_OF, Optimizer, states, tensor_of
+from neox_bridge.optimizer.states import STATE_OF, Optimizer, States, states, tensor_of
 from neox_bridge.tensors.flat import segments
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole, whole_of
@@ -27,7 +27,7 @@ def named(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Whole]:
     return flattened(states(checkpoint, optimizer))
 
 
-def flattened(by_state: Mapping[str, Mapping[str, Whole]]) -> dict[str, Whole]:
+def flattened(by_state: States) -> dict[str, Whole]:
     """States by one name each."""
     return {
         f"{key}{STATE_OF}{name}": whole
@@ -72,7 +72,7 @@ def compare_named(
 def checker(
     source: Checkpoint,
     optimizer: Optimizer,
-    given: Mapping[str, Mapping[str, Whole]] | None = None,
+    given: States | None = None,
     *,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
