@@ -1,15 +1,7 @@
 """Llama 1, 2 and 3, CodeLlama and others: ``LlamaForCausalLM`` on Hugging Face's side."""
 
-from typing import Any
-
-from neox_bridge.architectures.base import About, ModelConfig
+from neox_bridge.architectures.base import About
 from neox_bridge.architectures.llama_like import Family, architecture
-
-
-def _write(config: ModelConfig) -> dict[str, Any]:
-    """Biases are a choice in LlamaConfig."""
-    return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-
 
 ARCHITECTURE = architecture(
     Family(
@@ -22,6 +14,9 @@ ARCHITECTURE = architecture(
             "are refused; biases of the MLP with `--for today` only, or for geglu `neox@2024-10`",
         ),
         biases="optional",
-        write=_write,
+        write=lambda config: {
+            "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias,
+        },
     )
 )

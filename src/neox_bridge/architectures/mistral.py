@@ -1,14 +1,7 @@
 """Mistral 7B and others: ``MistralForCausalLM``, Llama without biases and with a sliding window."""
 
-from typing import Any
-
-from neox_bridge.architectures.base import About, ModelConfig
+from neox_bridge.architectures.base import About
 from neox_bridge.architectures.llama_like import Family, architecture
-
-
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": config.window}
-
 
 ARCHITECTURE = architecture(
     Family(
@@ -21,6 +14,6 @@ ARCHITECTURE = architecture(
         ),
         window=True,
         max_positions=131072,
-        write=_write,
+        write=lambda config: {"sliding_window": config.window},
     )
 )

@@ -7,12 +7,8 @@ GPT-NeoX's use_bias_in_attn_linear gives attention.dense a bias as well
 from collections.abc import Mapping
 from typing import Any
 
-from neox_bridge.architectures.base import About, ModelConfig, Refusal
+from neox_bridge.architectures.base import About, Refusal
 from neox_bridge.architectures.llama_like import Family, architecture
-
-
-def _write(_config: ModelConfig) -> dict[str, Any]:
-    return {"use_sliding_window": False}
 
 
 def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
@@ -39,7 +35,7 @@ ARCHITECTURE = architecture(
         ),
         biases="qkv",
         max_positions=32768,
-        write=_write,
+        write=lambda _config: {"use_sliding_window": False},
         refuse=_refuse,
     )
 )

@@ -160,7 +160,9 @@ def _groups(
         for place, tensor in sorted(states[MASTER].items(), key=lambda item: item[0][0])
         if holds(config, layers, place[0])
     }
-    named = {p: parameter_name(p, layout.name, config) for p in stage_shapes}
+    named = {
+        p: parameter_name(p, layout=layout.name, tied=config.tied_embeddings) for p in stage_shapes
+    }
     return [
         RankGroup(
             group, {key: {named[p]: tensors[p] for p in part} for key, tensors in states.items()}

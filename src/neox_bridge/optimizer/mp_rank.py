@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.formats.pickle_writer import TensorSlot
 from neox_bridge.formats.pickles import Record
 from neox_bridge.layouts.checkpoint import LayoutName
@@ -81,10 +80,9 @@ def buffer_names(metas: Sequence[Mapping[str, Any]], layers: range, prefix: str)
     return [f"{prefix}{layer}.{name}" for layer, name in sorted(buffers) if layer in layers]
 
 
-def parameter_name(parameter: Parameter, layout: LayoutName, config: ModelConfig) -> str:
-    """DeepSpeed's name of a parameter."""
+def parameter_name(parameter: Parameter, *, layout: LayoutName, tied: bool) -> str:
+    """DeepSpeed's name of a parameter. tied: whether the head is the embeddings."""
     layer, name = parameter
     if layout == "ranks":
         return f"sequential.{layer}.{name}"
-    tied = layer == 0 and config.tied_embeddings
-    return f"tied_modules.embed.{name}" if tied else f"{layer}.{name}"
+    return f"tied_modules.embed.{name}" if layer == 0 and tied else f"{layer}.{name}"

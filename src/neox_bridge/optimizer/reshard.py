@@ -208,7 +208,8 @@ def _of_layers(optimizer: Optimizer, target: Target, layers: range) -> list[Para
 
 
 def _named(target: Target, parameter: Parameter) -> str:
-    return parameter_name(parameter, target.layout.name, target.config)
+    layout, tied = target.layout.name, target.config.tied_embeddings
+    return parameter_name(parameter, layout=layout, tied=tied)
 
 
 def _changed(target: Target) -> dict[str, Any]:

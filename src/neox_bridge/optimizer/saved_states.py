@@ -72,22 +72,16 @@ def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
     value = optimizer_states(path)
     inner = value["optimizer_state_dict"]
     version = text(inner, "ds_version")
-    incomplete = _incomplete(state)
+    stage = zero_stage(value, checkpoint.raw, path)
     try:
         intervals = interval_counts(inner, path)
     except BridgeError:
-        stage = zero_stage(value, checkpoint.raw, path)
-        return SavedStates(None, stage, version, None, incomplete)
+        return SavedStates(None, stage, version, None, _incomplete(state))
     present = len({m[2] for name in state.optimizer if (m := OPTIMIZER.fullmatch(name))})
-    dp = state.dp or present
-    form = SavedForm(kind_of(inner), generation_of(inner), dp, intervals)
-    return SavedStates(
-        form,
-        zero_stage(value, checkpoint.raw, path),
-        version,
-        resumption(form.generation, form.kind, version, has_step=inner.get(STEP) is not None),
-        incomplete,
-    )
+    form = SavedForm(kind_of(inner), generation_of(inner), state.dp or present, intervals)
+    has_step = inner.get(STEP) is not None
+    resumes = resumption(form.generation, form.kind, version, has_step=has_step)
+    return SavedStates(form, stage, version, resumes, _incomplete(state))
 
 
 def _incomplete(state: NeoxState) -> str:

@@ -47,10 +47,9 @@ class Universal:
         shapes = []
         for parameter, name in self.names.items():
             pattern = _pattern(name)
-            kind, sub = _kind(self.splits[parameter], self.layout, self.config), None
+            kind = _kind(self.splits[parameter], self.layout, self.config)
             if kind == "sub_params":
-                sub = self._heads(self.states[MASTER][parameter])
-                entry = {"patterns": [pattern], "shape": sub[0], "partition_dim": sub[1]}
+                entry = self._sub_params(parameter)
                 shapes += [entry] if entry not in shapes else []
             elif kind in _PATTERNS and pattern not in by_kind.setdefault(_PATTERNS[kind], []):
                 by_kind[_PATTERNS[kind]].append(pattern)
@@ -68,18 +67,18 @@ class Universal:
         """What stands beside a parameter's tensor in its files."""
         kind = _kind(self.splits[parameter], self.layout, self.config)
         if kind == "sub_params":
-            shape, dim = self._heads(self.states[MASTER][parameter])
-            pattern = _pattern(self.names[parameter])
-            state = {"patterns": [pattern], "shape": shape, "partition_dim": dim}
+            state = self._sub_params(parameter)
             return {"sub_param_shape": Record(_SUBPARAM, state=state, new=True)}
         return dict(_MARKS[kind])
 
-    def _heads(self, tensor: OutputTensor) -> tuple[tuple[Any, ...], int]:
+    def _sub_params(self, parameter: Parameter) -> dict[str, Any]:
         """The rows of q, k and v in a tensor of all three, as SubparamShape has them."""
+        tensor = self.states[MASTER][parameter]
         heads, kv_heads = self.config.heads, self.config.key_value_heads
         width = tensor.shape[0] // (heads + 2 * kv_heads)
         rows = (heads * width, kv_heads * width, kv_heads * width)
-        return (rows, *tensor.shape[1:]), 0
+        pattern = _pattern(self.names[parameter])
+        return {"patterns": [pattern], "shape": (rows, *tensor.shape[1:]), "partition_dim": 0}
 
 
 _MARKS: dict[str, dict[str, Any]] = {

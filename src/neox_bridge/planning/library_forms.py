@@ -22,16 +22,16 @@ def form_asked(architecture: Architecture, options: Options) -> Form | None:
     if options.format in (None, _TRANSFORMERS):
         return None
     names = ", ".join([_TRANSFORMERS, *(form.name for form in architecture.forms)])
-    for form in architecture.forms:
-        if form.name == options.format:
-            if options.shard_size != SHARD_SIZE or options.shards != "size":
-                raise UsageError(
-                    ["shard_size", "shards"], f"{form.name} reads only one file", "Leave them out."
-                )
-            return form
-    raise Refused(
-        f"--format {options.format}: {architecture.name} has no such form. Its forms: {names}."
-    )
+    form = next((form for form in architecture.forms if form.name == options.format), None)
+    if form is None:
+        raise Refused(
+            f"--format {options.format}: {architecture.name} has no such form. Its forms: {names}."
+        )
+    if options.shard_size != SHARD_SIZE or options.shards != "size":
+        raise UsageError(
+            ["shard_size", "shards"], f"{form.name} reads only one file", "Leave them out."
+        )
+    return form
 
 
 def form_weights(

@@ -48,7 +48,7 @@ from neox_bridge.planning.option_checks import check_layout
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record
-from neox_bridge.planning.transformer_engine import check_target, settings_of
+from neox_bridge.planning.transformer_engine import check_target
 from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
 
 
@@ -108,14 +108,13 @@ def plan_neox(
         }
         findings.append(_schedule())
     metadata = partial(start_of_run, layout, args, iteration, optimizer)
-    alike = optimizer is None
     model = NeoxModel(architecture, config, wholes, layout)
-    files = list(weight_files(step, model, metadata, alike=alike))
+    files = list(weight_files(step, model, metadata, alike=optimizer is None))
     if optimizer is not None:
         files += optimizer.files
-    refused_keys = {key for key in yml_settings.unknown if checkpoint.kind == "neox"}
-    why = f"GPT-NeoX of {era.name} refuses it"
-    dropped += [Dropped(f"yml: {key}", why, "setting") for key in sorted(refused_keys)]
+    if checkpoint.kind == "neox":
+        why = f"GPT-NeoX of {era.name} refuses it"
+        dropped += [Dropped(f"yml: {key}", why, "setting") for key in yml_settings.unknown]
     main = f"tokenizer/{tokenizer.main}" if tokenizer.main else None
     start, yml, blanks = start_yml(yml_settings, target, main, fresh=optimizer is not None)
     if unnameable(target):
@@ -347,6 +346,8 @@ def _settings(
     if config.reward:
         written.model["train_impl"] = "rm"
     if layout.te:
-        gated = checkpoint.architecture.gated
-        written = replace(written, model=settings_of(written.model, config, gated))
+        if checkpoint.architecture.gated:
+            # TELayerNormMLP takes the width as it is, and GPT-NeoX's own MLP two thirds of it
+            written.model["intermediate_size"] = config.dims["ffn"]
+        written.model.update(te_mha=True, te_layernorm_mlp=True)
     return written

@@ -7,7 +7,6 @@ TEMultiheadAttention), and what layouts/transformer_engine.py names.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.changes import since
@@ -78,15 +77,6 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
     if reasons := [why for hit, why in checks if hit]:
         raise Refused(f"--te: this model can't be written so. {'. '.join(reasons)}.")
     return epsilon(config.norm_eps, "rmsnorm" if architecture.gated else "layernorm")
-
-
-def settings_of(model: Mapping[str, Any], config: ModelConfig, gated: bool) -> dict[str, Any]:
-    """A yml's model keys with the two modules on.
-
-    TELayerNormMLP takes a gated MLP's width as it is, and GPT-NeoX's own MLP two thirds of it.
-    """
-    width = {"intermediate_size": config.dims["ffn"]} if gated else {}
-    return {**model, **width, "te_mha": True, "te_layernorm_mlp": True}
 
 
 def lacking_biases(tensors: Sequence[OutputTensor], dtype: str) -> Iterator[OutputTensor]:
