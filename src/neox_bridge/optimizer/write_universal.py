@@ -32,7 +32,7 @@ class Universal:
     """A model's parameters, whole, for universal files.
 
     states: by state and parameter. splits: how ranks share a parameter. names: DeepSpeed's, in the
-    order of GPT-NeoX's modules. config, shape: of the target.
+    order of GPT-NeoX's modules. config, layout: of the target.
     """
 
     states: Mapping[str, Mapping[Parameter, OutputTensor]]

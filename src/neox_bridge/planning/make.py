@@ -35,7 +35,7 @@ def make_plan(
     """Everything that a conversion will write, before a byte is written.
 
     target: where it goes; the yml of a GPT-NeoX target names it. make_optimizer: makes the
-        optimizer that ``options.optimizer`` "fresh" asks for; ``api.plan`` passes it.
+        optimizer that ``options.optimizer`` "fresh" asks for; ``conversion.plan`` passes it.
     Raises Refused, with every reason, for what the target can't express, UsageError for options
     that do not apply.
     """
