@@ -13,7 +13,14 @@ from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.masters import with_masters
 from neox_bridge.optimizer.read_export import read_export
 from neox_bridge.optimizer.read_files import read_optimizer
-from neox_bridge.optimizer.states import STATE_OF, Optimizer, States, states, tensor_of
+from neox_bridge.optimizer.states import (
+    STATE_OF,
+    Optimizer,
+    States,
+    states,
+    stored_tensors,
+    tensor_of,
+)
 from neox_bridge.tensors.flat import segments
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole, whole_of
@@ -178,13 +185,11 @@ def rounded_masters(
     """Compare every weight with its master, bit for bit after rounding; None without masters."""
     state = checkpoint.neox_state
     pairs: dict[str, tuple[Whole, Whole]] = {}
-    for rank, layers in enumerate(state.ranks):
-        for layer, tensors in layers.items():
-            for name, ref in tensors.items():
-                states = optimizer.shards.get((rank, (layer, name)), {})
-                if MASTER in states:
-                    suffix = f" (tensor-parallel rank {rank})" if state.tp > 1 else ""
-                    pairs[f"layer {layer}: {name}{suffix}"] = (states[MASTER], whole_of(ref))
+    for (rank, (layer, name)), ref in stored_tensors(checkpoint).items():
+        master = optimizer.shards.get((rank, (layer, name)), {}).get(MASTER)
+        if master is not None:
+            suffix = f" (tensor-parallel rank {rank})" if state.tp > 1 else ""
+            pairs[f"layer {layer}: {name}{suffix}"] = (master, whole_of(ref))
     if not pairs:
         return None
     context = Context(progress)
