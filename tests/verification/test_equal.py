@@ -51,7 +51,7 @@ def test_any_two_tilings(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "STEP", step)
+    monkeypatch.setattr(module, "STEP_BYTES", step)
     rng = np.random.default_rng(step)
     shape = (13, 29)
     raw = rng.integers(0, 256, prod(shape) * to_numpy(dtype).itemsize, np.uint8)  # NaNs among them

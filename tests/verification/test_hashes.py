@@ -96,7 +96,7 @@ def test_zero_rows_within_a_vocabulary_count(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only those at the end are padding, wherever blocks end."""
-    monkeypatch.setattr(hashes, "BLOCK", block)
+    monkeypatch.setattr(hashes, "BLOCK_BYTES", block)
     hf = make_hf(tmp_path / "hf", hidden_size=24, vocab_size=40)
     name = "gpt_neox.embed_in.weight"
     change(hf, name, lambda t: t[35:].zero_())
@@ -117,7 +117,7 @@ def test_blocks_do_not_change_the_hash(tmp_path: Path, monkeypatch: pytest.Monke
     convert(hf, tmp_path / "neox", tp=4)
     want = {n: p.hash for n, p in prints(hf).items()}
     for block in (256, 1000, 4096):
-        monkeypatch.setattr(hashes, "BLOCK", block)
+        monkeypatch.setattr(hashes, "BLOCK_BYTES", block)
         for path in (hf, tmp_path / "neox"):
             assert {n: p.hash for n, p in prints(path).items()} == want
 

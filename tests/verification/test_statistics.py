@@ -68,7 +68,7 @@ def test_as_torch_says(
     dtype: torch.dtype, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of seven elements end within rows, and are joined hundreds of times."""
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
     hf = make_hf(tmp_path / "hf", dtype)
     assert_as_torch_says(measured(hf), load_file(hf / "model.safetensors"))
 
@@ -90,7 +90,7 @@ def test_ranks_are_put_together_and_nothing_is_found(name: str, tmp_path: Path) 
 
 def test_a_large_mean_leaves_the_std_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of squares would lose all of it: 1e8**2 has no digit left for 0.5."""
-    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 64)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         values = 1e8 + torch.arange(tensors[QKV].numel()).double() % 2
@@ -102,7 +102,7 @@ def test_a_large_mean_leaves_the_std_right(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_nan_and_infinities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 100)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 100)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[QKV].fill_(0.25)
@@ -164,7 +164,7 @@ def test_a_model_at_its_start_is_healthy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [7, 48, 1 << 18])
 def test_dead_rows(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that blocks cut in pieces count once, and a last element keeps a row alive."""
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[QKV][3:6] = 0

@@ -227,7 +227,7 @@ def test_padding_is_zero_from_its_first_row_to_the_last(at: int | None, tmp_path
 
 
 def test_padding_is_read_in_blocks(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(comparing, "BLOCK", 32)
+    monkeypatch.setattr(comparing, "BLOCK_BYTES", 32)
     real, sizes = comparing.values, []
 
     def seen(*args: Any) -> Any:
@@ -254,7 +254,7 @@ def test_overflows_are_finite_values_that_become_infinite(tmp_path: Path) -> Non
 
 
 def test_overflows_of_all_blocks_are_counted(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(comparing, "MEASURED", 4)
+    monkeypatch.setattr(comparing, "MEASURED_ELEMENTS", 4)
     array = np.full(11, 1e6, np.float32)
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)

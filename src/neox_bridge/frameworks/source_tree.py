@@ -23,7 +23,7 @@ CHECKPOINTING = "megatron/checkpointing.py"
 ARGUMENTS = ("megatron/neox_arguments/neox_args.py", "megatron/neox_arguments/deepspeed_args.py")
 REQUIREMENTS = "requirements/requirements.txt"
 _V1_DEEPSPEED = "0.3.15"
-_MOST = 4 << 20
+_MOST_BYTES = 4 << 20
 
 
 @dataclass
@@ -40,7 +40,7 @@ class _Tree:
             self.modules[name] = _parse(self.path, name)
         return self.modules[name]
 
-    def found(self, fact: str, file: str, node: ast.AST) -> None:
+    def note(self, fact: str, file: str, node: ast.AST) -> None:
         """Note where a fact comes from."""
         self.places[fact] = f"{file}:{getattr(node, 'lineno', 1)}"
 
@@ -90,8 +90,8 @@ def _parse(root: str, name: str) -> ast.Module:
             f"{root} isn't a GPT-NeoX tree: {name} was looked for and is missing. Name the folder "
             "that holds megatron/."
         )
-    if os.path.getsize(path) > _MOST:
-        raise BridgeError(f"{path} is larger than {_MOST >> 20} MiB: that isn't GPT-NeoX's.")
+    if os.path.getsize(path) > _MOST_BYTES:
+        raise BridgeError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: that isn't GPT-NeoX's.")
     try:
         with open(path, "rb") as file:
             return ast.parse(file.read(), name)
@@ -107,7 +107,7 @@ def _deepspeed(tree: _Tree) -> str:
     path = os.path.join(tree.path, REQUIREMENTS)
     try:
         with open(path, "rb") as file:
-            text = file.read(_MOST)
+            text = file.read(_MOST_BYTES)
     except OSError:
         return ""
     commits = re.findall(rb"DeeperSpeed(?:\.git)?@([0-9a-f]{40})", text)
@@ -146,7 +146,7 @@ def _inv_freq(tree: _Tree) -> Buffer:
         first = call.args[0] if call.args else None
         if isinstance(first, ast.Constant) and first.value == "inv_freq":
             kinds.add(_persistent(tree, call))
-            tree.found("inv_freq", POSITIONS, call)
+            tree.note("inv_freq", POSITIONS, call)
     if not kinds:
         raise tree.unknown(POSITIONS, 'RotaryEmbedding\'s register_buffer("inv_freq", …)')
     if len(kinds) > 1:
@@ -178,7 +178,7 @@ def _flag(tree: _Tree, rotary: ast.ClassDef) -> Buffer:
         for keyword in call.keywords:
             if keyword.arg == "save_inv_freqs":
                 if isinstance(keyword.value, ast.Attribute) and keyword.value.attr == FLAG:
-                    tree.found("inv_freq flag", TRANSFORMER, keyword.value)
+                    tree.note("inv_freq flag", TRANSFORMER, keyword.value)
                     return "flag"
                 raise tree.unknown(TRANSFORMER, f"save_inv_freqs=neox_args.{FLAG}")
     if function := _function(rotary, "__init__"):
@@ -196,7 +196,7 @@ def _has_load_hook(tree: _Tree, rotary: ast.ClassDef) -> bool:
     """Whether loading takes inv_freq out of, or puts it into, the state dict."""
     body = _function(rotary, "_load_from_state_dict")
     if body is not None and _mentions_inv_freq(body):
-        tree.found("load hook", POSITIONS, body)
+        tree.note("load hook", POSITIONS, body)
         return True
     for name in _HOOKS:
         for call in _calls(rotary, name):
@@ -205,7 +205,7 @@ def _has_load_hook(tree: _Tree, rotary: ast.ClassDef) -> bool:
             function = _function(tree.module(POSITIONS), target)
             if not _mentions_inv_freq(function or call):
                 raise tree.unknown(POSITIONS, "what RotaryEmbedding's load hook does with inv_freq")
-            tree.found("load hook", POSITIONS, call)
+            tree.note("load hook", POSITIONS, call)
             return True
     return False
 
@@ -225,7 +225,7 @@ def _mlp_names(tree: _Tree) -> MlpNames:
     for target in targets:
         on_self = isinstance(target, ast.Attribute) and _name(target.value) == "self"
         if on_self and _name(target) in names:
-            tree.found("mlp_names", TRANSFORMER, target)
+            tree.note("mlp_names", TRANSFORMER, target)
             return names[_name(target)]
     raise tree.unknown(TRANSFORMER, "ParallelMLP's self.linear1 or self.dense_h_to_4h")
 
@@ -235,9 +235,9 @@ def _plain_mlp_4h(tree: _Tree) -> bool:
     mlp = _class(tree, TRANSFORMER, "ParallelMLP")
     for node in ast.walk(mlp):
         if isinstance(node, ast.Attribute) and node.attr == "intermediate_size":
-            tree.found("plain_mlp_4h", TRANSFORMER, node)
+            tree.note("plain_mlp_4h", TRANSFORMER, node)
             return False
-    tree.found("plain_mlp_4h", TRANSFORMER, mlp)
+    tree.note("plain_mlp_4h", TRANSFORMER, mlp)
     return True
 
 
@@ -251,7 +251,7 @@ def _gated_biases(tree: _Tree) -> GatedBiases:
     for node in ast.walk(_class(tree, TRANSFORMER, "ParallelTransformerLayer")):
         if not (isinstance(node, ast.If) and any(map(_asserts_no_mlp_bias, node.body))):
             continue
-        tree.found("gated_biases", TRANSFORMER, node)
+        tree.note("gated_biases", TRANSFORMER, node)
         asked = {n.attr for n in ast.walk(node.test) if isinstance(n, ast.Attribute)}
         if rule := next((rules[attribute] for attribute in rules if attribute in asked), None):
             return rule
@@ -280,7 +280,7 @@ def _gqa_order(tree: _Tree) -> GqaOrder:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
             target = node.targets[0]
             if isinstance(target, ast.Name) and target.id == "split_sizes" and node.value.elts:
-                tree.found("gqa_order", TRANSFORMER, node)
+                tree.note("gqa_order", TRANSFORMER, node)
                 first = ast.walk(node.value.elts[0])
                 names = {n.attr for n in first if isinstance(n, ast.Attribute)}
                 if "num_attention_heads_per_partition" in names:
@@ -296,10 +296,10 @@ def _rms_eps(tree: _Tree) -> RmsEps:
     for node in ast.walk(forward) if forward else ():
         root = isinstance(node, ast.Call) and _name(node.func) in ("rsqrt", "sqrt")
         if root and any(map(_adds_eps, getattr(node, "args", ()))):
-            tree.found("rms_eps", NORMS, node)
+            tree.note("rms_eps", NORMS, node)
             return "inside"
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and _adds_eps(node.right):
-            tree.found("rms_eps", NORMS, node)
+            tree.note("rms_eps", NORMS, node)
             return "outside"
     raise tree.unknown(NORMS, "RMSNorm's rsqrt(variance + self.eps) or x / (rms + self.eps)")
 
@@ -313,7 +313,7 @@ def _rope_tables_fp32(tree: _Tree) -> bool:
     """Since neox-rope-fp32 _prepare_cache computes the tables in fp32."""
     prepare = _function(_class(tree, POSITIONS, "RotaryEmbedding"), "_prepare_cache")
     if prepare is not None:
-        tree.found("rope_tables_fp32", POSITIONS, prepare)
+        tree.note("rope_tables_fp32", POSITIONS, prepare)
     return prepare is not None
 
 
@@ -321,7 +321,7 @@ def _transformer_engine(tree: _Tree) -> bool:
     """Since neox-transformer-engine layers may be Transformer Engine's."""
     for node in ast.walk(tree.module(TRANSFORMER)):
         if isinstance(node, ast.ImportFrom) and node.module == "megatron.model.transformer_engine":
-            tree.found("transformer_engine", TRANSFORMER, node)
+            tree.note("transformer_engine", TRANSFORMER, node)
             return True
     return False
 
@@ -337,7 +337,7 @@ def _args_checked(tree: _Tree) -> tuple[str, ...]:
             for key, value in zip(node.keys, node.values, strict=True):
                 named = isinstance(key, ast.Constant) and key.value == "args"
                 if named and isinstance(value, ast.Dict):
-                    tree.found("args_checked", CHECKPOINTING, check)
+                    tree.note("args_checked", CHECKPOINTING, check)
                     return tuple(str(k.value) for k in value.keys if isinstance(k, ast.Constant))
     raise tree.unknown(CHECKPOINTING, 'the "args" that a checkpoint is saved with')
 

@@ -13,7 +13,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.lock import locked
 
-_MOST = 256 << 20  # bytes of a JSON file: that of a plan of a large model is some MB
+_MOST_BYTES = 256 << 20  # bytes of a JSON file: that of a plan of a large model is some MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def _document(path: str) -> ReportInput:
-    if os.path.getsize(path) > _MOST:
+    if os.path.getsize(path) > _MOST_BYTES:
         raise BridgeError(f"{path} is too large for a result that neox-bridge printed.")
     with open(path, "rb") as file:
         data = file.read()

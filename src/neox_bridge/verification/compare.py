@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 DifferenceKind = Literal[
     "equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"
 ]
-BLOCK = 4 << 20  # bytes of each side at a time
+BLOCK_BYTES = 4 << 20  # bytes of each side at a time
 # casts that keep every value; the others may overflow
 _EXACT = {
     ("float16", "float32"),
@@ -36,7 +36,7 @@ _EXACT = {
     *((small, dtype) for small in FLOAT8 for dtype in FLOATING),
 }
 _WIDER = ("float16", "bfloat16", "float32", "float64")
-MEASURED = 1 << 16  # elements at a time where they become float64, some times over
+MEASURED_ELEMENTS = 1 << 16  # elements at a time where they become float64, some times over
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def overflowed(first: Whole, second: Whole, context: Context) -> int:
     if first.shape != second.shape or (first.dtype, second.dtype) in _EXACT:
         return 0
     count = 0
-    for start, shape in boxes(second.shape, MEASURED):
+    for start, shape in boxes(second.shape, MEASURED_ELEMENTS):
         lost = ~np.isfinite(values(second, second.dtype, start, shape, context))
         if lost.any():
             before = values(first, first.dtype, start, shape, context)
@@ -145,7 +145,7 @@ def zero_beyond(whole: Whole, rows: int, context: Context) -> bool:
     shape = (whole.shape[0] - rows, *whole.shape[1:])
     return not any(
         values(whole, whole.dtype, (rows + at, *rest), size, context).view("u1").any()
-        for (at, *rest), size in boxes(shape, max(1, BLOCK // itemsize(whole.dtype)))
+        for (at, *rest), size in boxes(shape, max(1, BLOCK_BYTES // itemsize(whole.dtype)))
     )
 
 
@@ -190,7 +190,7 @@ def _measure(name: str, first: Whole, second: Whole, context: Context) -> Differ
     differing, largest, total, scale, finite = 0, 0.0, 0.0, 0.0, 0
     width = itemsize(second.dtype)
     bits = np.dtype(f"u{min(width, 8)}")
-    for start, shape in boxes(first.shape, MEASURED):
+    for start, shape in boxes(first.shape, MEASURED_ELEMENTS):
         context.check()
         a = values(first, second.dtype, start, shape, context)
         b = values(second, second.dtype, start, shape, context)

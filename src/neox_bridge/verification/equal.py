@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
     _Side = tuple[int | Remote, str, int]  # descriptor, path, offset
 
-STEP = 1 << 19  # bytes of a box, so that those of both sides stay in the cache (measured)
+STEP_BYTES = 1 << 19  # bytes of a box, so that those of both sides stay in the cache (measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def equal(first: Whole, second: Whole, context: Context) -> bool:
     runs = _runs(first, second) if first.dtype == second.dtype else None
     if runs is not None:
         return all(_run_same(*run, context) for run in runs)
-    limit = max(1, STEP // max(itemsize(first.dtype), itemsize(second.dtype)))
+    limit = max(1, STEP_BYTES // max(itemsize(first.dtype), itemsize(second.dtype)))
     return all(
         _same(
             _read(first, second.dtype, start, shape, room(0), context),
@@ -109,11 +109,11 @@ def _shared(a: "_Side", b: "_Side", size: int) -> tuple[int, int]:
 
 def _bytes_same(a: "_Side", b: "_Side", start: int, end: int, context: Context) -> bool:
     """By memcmp, which comparing with a bytearray is: faster than numpy, which needs an import."""
-    right = memoryview(buffer(1, STEP))
-    for at in range(start, end, STEP):
+    right = memoryview(buffer(1, STEP_BYTES))
+    for at in range(start, end, STEP_BYTES):
         context.check()
-        size = min(STEP, end - at)
-        left = buffer(0, STEP) if size == STEP else bytearray(size)
+        size = min(STEP_BYTES, end - at)
+        left = buffer(0, STEP_BYTES) if size == STEP_BYTES else bytearray(size)
         for (fd, path, offset), into in ((a, memoryview(left)), (b, right[:size])):
             movers.read(fd, path, into, offset + at)
         if left != right[:size]:

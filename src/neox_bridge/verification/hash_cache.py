@@ -24,7 +24,7 @@ from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
 _PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written
-YOUNG = 2.0  # seconds: the coarsest clock of a file system; a younger file may change unnoticed
+YOUNG_SECONDS = 2.0  # the coarsest clock of a file system; a younger file may change unnoticed
 
 
 def default_folder() -> str:
@@ -69,7 +69,7 @@ def remember(
     """
     if folder is None:
         return
-    newest = (time.time() - YOUNG) * 1e9
+    newest = (time.time() - YOUNG_SECONDS) * 1e9
     old = {file for file, state in files.items() if state.modified_ns < newest}
     entries = {
         name: {"key": _key(whole, files), "print": asdict(fingerprints[name])}

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 VERSION = 1  # of what is hashed, and how: another one makes older cached fingerprints void
-BLOCK = 1 << 20  # bytes; part of the version, since a shard is hashed box by box
-_CHUNK = 1 << 17  # elements that are float64 at a time
+BLOCK_BYTES = 1 << 20  # bytes; part of the version, since a shard is hashed box by box
+_CHUNK_ELEMENTS = 1 << 17  # elements that are float64 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class _Stream:
             end = data.size
         if end:
             while self.held:  # they weren't padding
-                step = min(self.held, BLOCK)
+                step = min(self.held, BLOCK_BYTES)
                 self.state.update(bytes(step))
                 self.held, self.fed = self.held - step, self.fed + step
         self.held += data.size - end
@@ -183,8 +183,8 @@ class _Stream:
     def _square(self, block: "Array") -> None:
         import numpy as np
 
-        for low in range(0, block.size, _CHUNK):
-            part = block[low : low + _CHUNK].astype(np.float64)
+        for low in range(0, block.size, _CHUNK_ELEMENTS):
+            part = block[low : low + _CHUNK_ELEMENTS].astype(np.float64)
             # no BLAS: its threads would wait for each other, and take turns with ours
             square = float(np.einsum("i,i->", part, part))
             if not math.isfinite(square):
@@ -201,7 +201,7 @@ def _hash(
     row = prod(whole.shape[1:]) * itemsize(whole.dtype) if padded and whole.shape else 0
     total = _Stream(row)
     parts = {ref: _Stream(measure=False) for ref in refs}
-    for start, shape in boxes(whole.shape, max(1, BLOCK // itemsize(whole.dtype))):
+    for start, shape in boxes(whole.shape, max(1, BLOCK_BYTES // itemsize(whole.dtype))):
         context.check()
         if not refs:
             total.feed(values(whole, whole.dtype, start, shape, context))

@@ -18,7 +18,7 @@ from neox_bridge.layouts.copies import check_copies
 from neox_bridge.layouts.head import as_stored
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.causes import Hypothesis, hypotheses
-from neox_bridge.verification.compare import MEASURED, values
+from neox_bridge.verification.compare import MEASURED_ELEMENTS, values
 from neox_bridge.verification.forward_passes import ForwardPass, Settings, forward_pass
 from neox_bridge.verification.reference import Stage
 from neox_bridge.verification.verify import as_one_model
@@ -241,7 +241,7 @@ def _part(sides: list[ForwardPass], settings: Settings, on: int) -> _Parting | N
 def _count_non_finite(whole: Whole, context: Context) -> int:
     """How many values of a tensor are NaN or infinite, read block by block."""
     count = 0
-    for start, shape in boxes(whole.shape, MEASURED):
+    for start, shape in boxes(whole.shape, MEASURED_ELEMENTS):
         block = values(whole, whole.dtype, start, shape, context)
         count += int(block.size - np.count_nonzero(np.isfinite(block)))
     return count

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 1 << 18  # elements at a time: 2 MiB of float64, and a few temporaries of that size
+BLOCK_ELEMENTS = 1 << 18  # elements at a time: 2 MiB of float64, and a few temporaries of that size
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _measure(name: str, whole: Whole, vocab_rows: int | None, context: Context) 
     live = np.zeros(whole.shape[0] if matrix else 0, bool)
     low, high, squares, zeros, nans, infs = math.inf, -math.inf, 0.0, 0, 0, 0
     count, mean, spread = 0, 0.0, 0.0
-    for start, shape in boxes(whole.shape, BLOCK):
+    for start, shape in boxes(whole.shape, BLOCK_ELEMENTS):
         context.check()
         block: Array = values(whole, whole.dtype, start, shape, context)
         block = block.astype(np.float64)
