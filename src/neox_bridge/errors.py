@@ -1,6 +1,5 @@
 """What goes wrong, as one exception with the exit code that the command line gives it."""
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 
 
@@ -61,12 +60,12 @@ class SettingsMissing(BridgeError):
 
     Attributes:
         folder: The folder with the checkpoint's files.
-        option: The option that names them, as the command line spells it.
+        parameter: The parameter that names them, by its name in Python.
         nearby: A yml of some GPT-NeoX run that lies near, as a path; may be empty.
         others: Names of yml files beside the checkpoint that are not GPT-NeoX's.
     """
 
-    option = "--config"
+    parameter = "configs"
 
     def __init__(self, folder: str, nearby: str = "", others: Sequence[str] = ()) -> None:
         super().__init__(folder, nearby, others)  # so that it can be pickled
@@ -84,14 +83,13 @@ class SettingsMissing(BridgeError):
         )
 
     def __str__(self) -> str:
-        return self.with_command(["inspect", self.folder])
+        return self.with_way_out(f"`{self.parameter}={self.nearby or 'RUN.yml'}`")
 
-    def with_command(self, words: Sequence[str]) -> str:
-        """The message, with a command of neox-bridge to which the option is added."""
-        command = shlex.join(["neox-bridge", *words, self.option, self.nearby or "RUN.yml"])
+    def with_way_out(self, way_out: str) -> str:
+        """The message, with what names the yml: a parameter or a command."""
         if self.nearby:
-            return f"{self.reason} If {self.nearby} is the run's: {command}"
-        return f"{self.reason} Name the yml that the run was started with: {command}"
+            return f"{self.reason} If {self.nearby} is the run's: {way_out}"
+        return f"{self.reason} Name the yml that the run was started with: {way_out}"
 
 
 class Refused(BridgeError):
@@ -105,22 +103,22 @@ class ChoiceNeeded(Refused):
 
     Attributes:
         reason: What is ambiguous, with file and key, as full sentences.
-        option: The option that decides, as the command line spells it, such as ``--head``.
+        parameter: The parameter that decides, by its name in Python, such as ``head``.
         effects: What each of its values does.
         source: The path of the checkpoint.
         kind: The kind of the checkpoint, "hf" or "neox".
     """
 
     def __init__(
-        self, reason: str, option: str, effects: Mapping[str, str], source: str, kind: str
+        self, reason: str, parameter: str, effects: Mapping[str, str], source: str, kind: str
     ) -> None:
-        super().__init__(reason, option, effects, source, kind)  # so that it can be pickled
+        super().__init__(reason, parameter, effects, source, kind)  # so that it can be pickled
         self.reason = reason
-        self.option = option
+        self.parameter = parameter
         self.effects = dict(effects)
         self.source = source
         self.kind = kind
 
     def __str__(self) -> str:
-        ways = (f"{self.option} {value} {effect}" for value, effect in self.effects.items())
+        ways = (f"`{self.parameter}={value}` {effect}" for value, effect in self.effects.items())
         return f"{self.reason} {'; '.join(ways)}."

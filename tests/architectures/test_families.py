@@ -72,7 +72,7 @@ def test_the_wrong_order_is_another_model(tmp_path: Path) -> None:
     plan = convert(fixture(OLD_ORDER), tmp_path / "hf")
     order, tokenizer = plan.findings
     assert (order.code, tokenizer.code) == ("gqa-order-unknown", "tokenizer-missing")
-    assert "--gqa-order interleaved" in order.remedy
+    assert "`gqa_order=interleaved`" in order.remedy
     tokens, logits = recorded(OLD_ORDER)
     assert float((hf_logits(tmp_path / "hf", tokens) - logits).abs().max()) > 1
 

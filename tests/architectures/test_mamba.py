@@ -164,8 +164,8 @@ def test_a_size_that_the_tensors_deny(tmp_path: Path) -> None:
     ("options", "what"),
     [
         ({"tp": 2}, "x_proj"),
-        ({"era": era_named("2024-10")}, "--for today"),
-        ({"mlp_names": "dense"}, "--for today"),
+        ({"era": era_named("2024-10")}, "`era=today`"),
+        ({"mlp_names": "dense"}, "`era=today`"),
         ({"te": True}, "--te"),
     ],
 )

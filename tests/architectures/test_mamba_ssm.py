@@ -185,7 +185,7 @@ def test_entries_and_the_multiple_make_all_rows(
 )
 def test_what_it_has_not(config: dict[str, Any], key: str, tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", family="mamba", **config)
-    with pytest.raises(Refused, match=rf"{key}.*--format transformers"):
+    with pytest.raises(Refused, match=rf"{key}.*`format=transformers`"):
         plan_of(hf, tmp_path / "ssm", format="mamba_ssm")
 
 

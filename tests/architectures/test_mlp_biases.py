@@ -32,7 +32,7 @@ RUNS: dict[tuple[str, bool], set[str]] = {
 def test_written_where_it_runs(activation: str, biases: bool, era: str, tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", family="llama", hidden_act=activation, mlp_bias=biases)
     if era not in RUNS[activation, biases]:
-        with pytest.raises(Refused, match="Use --for today") as caught:
+        with pytest.raises(Refused, match="Use `era=today`") as caught:
             plan_of(hf, tmp_path / "neox", era=era_named(era))
         assert caught.value.exit_code == 4
         convert(hf, tmp_path / "neox", era=era_named("today"))  # what the message advises

@@ -357,7 +357,7 @@ def test_something_else_is_refused_and_not_tried_again(run: Path, tmp_path: Path
     assert (row.status, row.tries) == ("failed", 1)
     assert row.error == (
         f"{tmp_path / 'out/step1'} was made with other options, or from other files. Name another "
-        "target, or say --overwrite to replace it."
+        "target, or say `overwrite=True` to replace it."
     )
     assert [event.kind for event in events] == ["ended"]
     again = convert(run, batch_of(tmp_path / "out", options=Options(tp=2), overwrite=True))

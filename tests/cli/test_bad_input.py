@@ -134,9 +134,9 @@ def test_what_gpt_neox_has_not_is_refused(
         ("pythia_fp32_pp0_tp2", remove("mp_rank_01_model_states.pt"), ["mp_rank_01", "missing"]),
         ("pythia_fp32_pp0_tp2", truncate("mp_rank_01_model_states.pt"), ["mp_rank_01"]),
         ("pythia_fp32_pp1_tp2", edit_yml(num_layers=3), ["num_layers"]),
-        ("pythia_fp32_pp1_tp2", lambda s: shutil.rmtree(s / "configs"), ["configs", "--config"]),
+        ("pythia_fp32_pp1_tp2", lambda s: shutil.rmtree(s / "configs"), ["configs", "`configs="]),
         ("pythia_fp32_pp1_tp2", lambda s: (s.parent / "latest").write_text("global_step9"),
-         ["global_step9", "global_step2", "--step"]),
+         ["global_step9", "global_step2", "`step="]),
         ("pythia_fp32_pp1_tp2", lambda s: (s / "configs/base.yml").write_text("a: [1"),
          ["base.yml", "line"]),
         ("pythia_fp32_pp1_tp2",
@@ -195,24 +195,24 @@ def test_zero_3_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tp", [5, 7, 16])
 def test_tp_that_does_not_divide(tp: int, hf: Path, tmp_path: Path) -> None:
-    error = fails(hf, tmp_path, f"--tp {tp}", "heads", "2, 3, 4, 6, 12", tp=tp)
+    error = fails(hf, tmp_path, f"`tp={tp}`", "heads", "2, 3, 4, 6, 12", tp=tp)
     assert isinstance(error, Refused)
 
 
 def test_tp_that_does_not_divide_the_mlp(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", intermediate_size=190)
-    assert isinstance(fails(hf, tmp_path, "--tp 4", "MLP", tp=4), Refused)
+    assert isinstance(fails(hf, tmp_path, "`tp=4`", "MLP", tp=4), Refused)
 
 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"pp": 3}, "--pp 3"),
+        ({"pp": 3}, "`pp=3`"),
         ({"layout": "ranks", "pp": 2}, "layout, pp"),
         ({"layout": "layers", "pp": 0}, "layout, pp"),
-        ({"vocab_rows": "tokenizer"}, "--tokenizer"),
+        ({"vocab_rows": "tokenizer"}, "`tokenizer="),
         ({"to": "hf", "tp": 2}, "tp: only for GPT-NeoX targets"),
-        ({"tokenizer": "/nowhere"}, "--tokenizer /nowhere"),
+        ({"tokenizer": "/nowhere"}, "`tokenizer=/nowhere`"),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -225,7 +225,7 @@ def test_a_vocabulary_multiple_that_leaves_rows_out(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf")
     tokens = {f"t{i}": i for i in range(250)}
     (hf / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}))
-    error = fails(hf, tmp_path, "--vocab-multiple 128", "300", vocab_multiple=128)
+    error = fails(hf, tmp_path, "`vocab_multiple=128`", "300", vocab_multiple=128)
     assert isinstance(error, Refused)
     plan = plan_of(hf, tmp_path / "out")
     assert (plan.target["vocab_rows"], plan.target["vocab_multiple"]) == (300, 300)
@@ -237,7 +237,7 @@ def test_a_vocabulary_multiple_that_leaves_rows_out(tmp_path: Path) -> None:
 def test_target_exists(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    fails(hf, tmp_path, "out", "--overwrite")
+    fails(hf, tmp_path, "out", "`overwrite=True`")
     assert (tmp_path / "out" / "mine").read_text() == "precious"
 
 

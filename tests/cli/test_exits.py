@@ -191,7 +191,7 @@ def test_a_choice_names_the_typed_command(capsys: pytest.CaptureFixture[str]) ->
         "Two heads.",
         source="a b/",
         kind="hf",
-        option="--head",
+        parameter="head",
         effects={"keep": "keeps", "tie": "ties"},
     )
 

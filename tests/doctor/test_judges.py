@@ -241,7 +241,7 @@ def test_biases_that_the_yml_does_not_give(
     for one in cases:
         is_mlp = "use_bias_in_mlp" in raw
         assert one.finding.remedy == (
-            "name a GPT-NeoX since 2024-10 with --for" if is_mlp else "correct the yml"
+            "name a GPT-NeoX since 2024-10 with `era=`" if is_mlp else "correct the yml"
         )
 
 

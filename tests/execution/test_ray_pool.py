@@ -340,7 +340,7 @@ def test_a_call_whose_worker_is_lost_is_made_again_but_not_for_ever(
         assert ended(pool.submit(name_of, "/x")) == [("/x", 0)]
         assert fake.ran == ["one"] * 3
         fake.fail = {"one": [ray.exceptions.OutOfMemoryError("no memory"), *lost]}
-        with pytest.raises(BridgeError, match=r"lost 3 times, the last on node one.*--max-workers"):
+        with pytest.raises(BridgeError, match=r"lost 3 times, the last on node one.*`workers=`"):
             pool.submit(name_of, "/x").result(20)
 
 

@@ -116,7 +116,7 @@ def test_an_edited_yml_that_lacks_keys_or_is_broken(broken: str, home: Path) -> 
 def test_another_model_does_not_belong_into_a_run(home: Path) -> None:
     run(home / "one", home / "run")
     before = {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*")}
-    with pytest.raises(Refused, match=r"hidden size: 48 there, 24 here.*--overwrite"):
+    with pytest.raises(Refused, match=r"hidden size: 48 there, 24 here.*`overwrite=True`"):
         run(home / "two", home / "run", iteration=5)
     assert {path: path.stat().st_mtime_ns for path in (home / "run").rglob("*")} == before
     assert run(home / "two", home / "run", iteration=5, overwrite=True) == ["other-model"]

@@ -144,7 +144,7 @@ def test_only_what_differs_is_sent(hub: Stub, tmp_path: Path) -> None:
 def test_what_is_there_is_not_replaced_unasked(hub: Stub, tmp_path: Path) -> None:
     publish(str(make(tmp_path / "out")), REPO, "step10")
     before = hub.repos[REPO].branches["step10"]
-    with pytest.raises(BridgeError, match=r"model\.safetensors.*--overwrite"):
+    with pytest.raises(BridgeError, match=r"model\.safetensors.*`overwrite=True`"):
         publish(str(make(tmp_path / "other", seed=1)), REPO, "step10")
     assert hub.repos[REPO].branches["step10"] == before
 
@@ -211,7 +211,7 @@ def test_a_pull_request(hub: Stub, tmp_path: Path) -> None:
 def test_a_pull_request_to_others(hub: Stub, tmp_path: Path) -> None:
     hub.make("others/model")
     folder = make(tmp_path / "out")
-    with pytest.raises(BridgeError, match=r"may not write.*--create-pr.*403"):
+    with pytest.raises(BridgeError, match=r"may not write.*`create_pr=True`.*403"):
         publish(str(folder), "others/model")
     publish(str(folder), "others/model", create_pr=True)
     assert hub.files("others/model", "refs/pr/1") == content(folder)

@@ -381,7 +381,8 @@ def test_a_yml_nearby_is_suggested(bare: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsMissing) as error:
         open_checkpoint(str(bare))
     assert error.value.nearby == str(tmp_path / "160M.yml")
-    done = run_line(command_in(str(error.value)))
+    assert f"`configs={error.value.nearby}`" in str(error.value)
+    done = run_line(command_in(run("inspect", bare).stderr))
     assert done.exit_code == 0, done.output
 
 

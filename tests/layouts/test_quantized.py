@@ -219,7 +219,7 @@ def test_odd_floats_are_cast_on_request_only(
         (source / "model.safetensors").unlink()
         torch.save(stored, source / "pytorch_model.bin")
     for to in ("hf", "neox"):
-        with pytest.raises(Refused, match="--dtype bfloat16"):
+        with pytest.raises(Refused, match="`dtype=bfloat16`"):
             plan_of(source, tmp_path / "out", to=to)
     assert run("doctor", source).exit_code == 0
     for name in ("float32", "float16", "bfloat16"):

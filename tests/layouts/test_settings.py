@@ -258,10 +258,10 @@ def test_what_is_said_of_a_scale() -> None:
     assert "gradient_accumulation_steps 2 -> 3" in kept.message
     assert "(DeepSpeed 0.16.5) sums micro-batches' gradients" in kept.message
     assert "the one it goes on with averages micro-batches' gradients" in kept.message
-    assert "--engine sums;" in kept.remedy
+    assert "`engine=sums`;" in kept.remedy
     (kept,) = gradient_findings(None, after, before, None, {})
     assert "a DeepSpeed that names no version" in kept.message
-    assert "--engine averages;" in kept.remedy
+    assert "`engine=averages`;" in kept.remedy
     change = changes(factor=Fraction(3), decays=True, half=True)
     yml = change.yml({"weight_decay": 0.5})
     scaled, loss, decay = gradient_findings("0.16.5", before, after, change, yml)
@@ -413,8 +413,8 @@ def test_keys_are_warned_of_or_listed() -> None:
 def test_ignored_keys_are_carried_or_left_out() -> None:
     assert ignored_findings([], carried=True) == []
     (carried,), (lost,) = (ignored_findings(["b", "a"], carried=each) for each in (True, False))
-    assert carried.message.startswith("a, b: ignored (--ignore-key), and written unchanged")
-    assert lost.message.startswith("a, b: ignored (--ignore-key), and left out")
+    assert carried.message.startswith("a, b: ignored (`ignore_keys=`), and written unchanged")
+    assert lost.message.startswith("a, b: ignored (`ignore_keys=`), and left out")
 
 
 def side(kind: str, *keys: UnknownKey, ignored: tuple[str, ...] = ()) -> Any:

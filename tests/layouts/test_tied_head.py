@@ -357,6 +357,6 @@ def test_deciding_is_left_to_the_user(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(two_heads(tmp_path / "hf")))
     with pytest.raises(ChoiceNeeded) as raised:
         decide_head(checkpoint, None)
-    assert raised.value.option == "--head"
+    assert raised.value.parameter == "head"
     assert set(raised.value.effects) == {"keep", "tie"}
     assert raised.value.source == checkpoint.path

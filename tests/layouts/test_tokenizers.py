@@ -41,7 +41,7 @@ def test_from_a_runs_vocab_file(tmp_path: Path) -> None:
 
 def test_without_one_a_note_says_so(tmp_path: Path) -> None:
     plan = convert(fixture("pythia_fp32_pp1_tp2"), tmp_path / "hf")
-    assert "--tokenizer" in plan.notes[0]
+    assert "`tokenizer=PATH`" in plan.notes[0]
     named = tokenizer(tmp_path / "mine.json")
     convert(fixture("pythia_fp32_pp1_tp2"), tmp_path / "other", tokenizer=str(named))
     assert (tmp_path / "other/tokenizer.json").read_bytes() == named.read_bytes()

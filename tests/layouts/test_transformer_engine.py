@@ -219,7 +219,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("gpt_neox", {**NEOX, "hidden_act": "silu"}, {}, "no MLP with silu"),
     ("gpt_neox", NEOX, {"tp": 2}, "gpt_j_residual"),
     ("llama", {"hidden_act": "gelu"}, {}, "activation"),
-    ("llama", {}, {"era": era_named("2024-10")}, "--for today"),
+    ("llama", {}, {"era": era_named("2024-10")}, "`era=today`"),
     ("mistral", {"sliding_window": 5}, {}, "sliding_window_width"),
 ]
 

@@ -98,7 +98,7 @@ def test_resharded_ranks_have_no_window(tmp_path: Path) -> None:
 def test_resharded_layers_keep_their_window(tmp_path: Path) -> None:
     shutil.copytree(DATA / "fp32", tmp_path / "run")
     set_keys(step_of(tmp_path / "run"), sliding_window_width=3)
-    with pytest.raises(Refused, match=f"{WIDTH}: 3.*--layout layers"):
+    with pytest.raises(Refused, match=f"{WIDTH}: 3.*`layout=layers`"):
         reshard(tmp_path / "run", tmp_path / "ranks", pp=0)
     reshard(tmp_path / "run", tmp_path / "two", pp=2)
     assert yaml.safe_load((tmp_path / "two" / "resume.yml").read_text())[WIDTH] == 3
@@ -111,7 +111,7 @@ def test_resharded_layers_keep_their_window(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_layers_with_a_window_do_not_become_ranks(family: str, tmp_path: Path) -> None:
     run = run_with(tmp_path, "layers", family, sliding_window_width=4)
-    with pytest.raises(Refused, match=f"{WIDTH}: 4.*--layout layers") as caught:
+    with pytest.raises(Refused, match=f"{WIDTH}: 4.*`layout=layers`") as caught:
         convert(run, tmp_path / "ranks", to="neox", layout="ranks")
     assert caught.value.exit_code == 4
     assert not (tmp_path / "ranks").exists()
@@ -129,7 +129,7 @@ def test_layers_of_two_kinds_are_kept_as_they_are(tmp_path: Path) -> None:
     run = run_with(tmp_path, "ranks", sliding_window_width=4, attention_config=MIXED)
     with pytest.raises(Refused, match=f"{WIDTH}: .*flash attention") as caught:
         plan_of(run, tmp_path / "hf")
-    with pytest.raises(Refused, match=f"{WIDTH}: 4.*--layout ranks"):
+    with pytest.raises(Refused, match=f"{WIDTH}: 4.*`layout=ranks`"):
         plan_of(run, tmp_path / "layers", to="neox", layout="layers")
     # what the first message advises
     (command,) = re.findall(r"neox-bridge (convert .* --to neox)", str(caught.value))

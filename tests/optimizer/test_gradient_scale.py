@@ -336,7 +336,7 @@ def test_engines_that_divide_once_a_stage(tmp_path: Path) -> None:
         value["ds_config"]["train_micro_batch_size_per_gpu"] = 1
 
     source = source_with(tmp_path / "old", name="fp32_pp2", meta=set_version)
-    with pytest.raises(Refused, match=r"DeepSpeed#8152.*--source-engine averages"):
+    with pytest.raises(Refused, match=r"DeepSpeed#8152.*`source_engine=averages`"):
         reshard(source, tmp_path / "new", pp=1)
     reshard(source, tmp_path / "same")
     assert compared(tmp_path / "same", source) == []

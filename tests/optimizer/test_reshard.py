@@ -465,9 +465,9 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(DATA / "fp32"))
     optimizer: Optimizer = read_optimizer(checkpoint)
     for asked, message in (
-        (Resharding(dp=3), "The global batch of 2 sequences cannot be split evenly over 3"),
+        (Resharding(dp=3), "`dp=3`: the global batch of 2 sequences cannot be split evenly over 3"),
         (Resharding(zero=2), "ZeRO stage 2 doesn't go with pipe_parallel_size 1"),
-        (Resharding(pp=4), "--pp 4: the model has 2 layers only"),
+        (Resharding(pp=4), "`pp=4`: the model has 2 layers only"),
     ):
         with pytest.raises(Refused, match=message):
             plan_reshard(checkpoint, optimizer, asked, str(tmp_path / "x"))

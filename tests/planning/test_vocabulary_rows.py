@@ -153,7 +153,7 @@ def test_padding_that_is_not_told_is_kept_with_a_finding(tmp_path: Path) -> None
     finding = coded(plan.findings)["padding-unknown"]
     assert "512" in finding.message
     assert "290" in finding.message
-    assert "--vocab-rows N" in finding.remedy
+    assert "`vocab_rows=N`" in finding.remedy
     # what it advises
     for value, rows in (("301", 301), ("tokenizer", 290)):
         args = ["convert", str(later), str(tmp_path / value), "--vocab-rows", value]
@@ -256,6 +256,6 @@ def test_padding_is_said_where_none_can_be_avoided(tmp_path: Path) -> None:
     plan = plan_of(hf, tmp_path / "run", tp=2)
     assert "301" in coded(plan.findings)["padding-rows"].message
     assert coded(plan_of(hf, tmp_path / "run", tp=1).findings) == {}
-    with pytest.raises(Refused, match="--vocab-multiple 4"):
+    with pytest.raises(Refused, match="`vocab_multiple=4`"):
         tokenizer(hf / "tokenizer.json", 200)
         plan_of(hf, tmp_path / "run", vocab_multiple=4)

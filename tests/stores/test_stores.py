@@ -224,7 +224,7 @@ def test_a_failed_verification_leaves_no_record(store: Store, hf: Path) -> None:
     with pytest.raises(Unverified, match=r"without its neox_bridge\.json"):
         execute(plan, s3("unverified"), check=check)
     assert not [n for n in contents(s3("unverified")) if n.endswith("neox_bridge.json")]
-    with pytest.raises(BridgeError, match="--overwrite"):
+    with pytest.raises(BridgeError, match="`overwrite=True`"):
         execute(plan, s3("unverified"))
 
 
@@ -235,7 +235,7 @@ def test_what_is_there_is_only_replaced_when_told(store: Store, hf: Path, tmp_pa
     run(s3("there/neox"), url, shard_size=300_000)
     before = contents(url)
     run(other, tmp_path / "neox", layout="ranks")
-    with pytest.raises(BridgeError, match=r"exists and holds \d+ objects\. .*--overwrite"):
+    with pytest.raises(BridgeError, match=r"exists and holds \d+ objects\. .*`overwrite=True`"):
         run(tmp_path / "neox", url)
     assert contents(url) == before
     store.requests.clear()

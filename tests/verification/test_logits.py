@@ -62,7 +62,7 @@ def test_recorded_logits_decide_the_order_of_grouped_queries() -> None:
     found = compare_recorded(open_checkpoint(str(fixture(OLD_ORDER))), *recorded(OLD_ORDER))
     assert not found.agrees
     assert causes(found) == ["grouped-query order"]
-    assert "--gqa-order interleaved" in found.causes[0].text
+    assert "`gqa_order=interleaved`" in found.causes[0].text
 
 
 def edit_config(folder: Path, **changed: Any) -> None:

@@ -146,8 +146,8 @@ class ModelConfig:
         if order == "interleaved" and "attention" not in te and head_dim * kv_heads % heads:
             raise Refused(
                 f"num_kv_heads: {kv_heads} key-value heads of {head_dim} rows can't be shared by "
-                f"{heads} query heads in the interleaved order. Use --gqa-order grouped, with a "
-                "GPT-NeoX since 2024-11 (--for today)."
+                f"{heads} query heads in the interleaved order. Use `gqa_order=grouped`, with a "
+                "GPT-NeoX since 2024-11 (`era=today`)."
             )
         return Fusion(heads, kv_heads, order, te)
 

@@ -31,7 +31,7 @@ def refuse_hf_common(
             scaling != "default",
             "rope_scaling",
             f"GPT-NeoX has no RoPE scaling, and this model uses {scaling!r}",
-            "add --ignore-key rope_scaling to go on without the scaling, at the model's original "
+            "add `ignore_keys=rope_scaling` to go on without the scaling, at the model's original "
             "length",
         ),
         (

@@ -11,7 +11,8 @@ ARCHITECTURE = architecture(
             "Llama 1, 2, 3; CodeLlama; Llemma",
             "fixture, random, GPT-NeoX",
             "consolidated.*.pth are read too; GPT-NeoX has no rope_scaling, so Llama 3.1 and newer "
-            "are refused; biases of the MLP with `--for today` only, or for geglu `neox@2024-10`",
+            "are refused; biases of the MLP for GPT-NeoX `today` only, with geglu for `2024-10` "
+            "too",
         ),
         biases="optional",
         write=lambda config: {

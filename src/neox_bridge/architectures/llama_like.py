@@ -170,7 +170,7 @@ def gated_setting(width: int) -> int:
             return setting
     raise Refused(
         f"intermediate_size: no value of the yml makes GPT-NeoX's gated MLP {width} wide. Use "
-        "--for neox@2024-09, whose trees take the width itself."
+        "`era=neox@2024-09`, whose trees take the width itself."
     )
 
 

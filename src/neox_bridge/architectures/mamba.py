@@ -241,10 +241,10 @@ def _refuse_shape(tp: int, era: str) -> list[Refusal]:
         "computes another model, which no Mamba on one rank is"
     )
     unseen = f"only today's GPT-NeoX has been seen to run this Mamba, none of {era}"
-    one_rank = "use one tensor-parallel rank (--tp 1)"
+    one_rank = "use one tensor-parallel rank (`tp=1`)"
     return [
         *refusals([("model_parallel_size", tp > 1, summed)], way_out=one_rank),
-        *refusals([("attention_config", era != "today", unseen)], way_out="use --for today"),
+        *refusals([("attention_config", era != "today", unseen)], way_out="use `era=today`"),
     ]
 
 
@@ -257,7 +257,7 @@ def _findings(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
             "warning",
             "config.json says residual_in_fp32: true, and GPT-NeoX adds residuals in "
             f"{config.dtype}",
-            "convert with --dtype fp32 where that matters",
+            "convert with `dtype=fp32` where that matters",
         )
     ]
 
@@ -268,7 +268,7 @@ ARCHITECTURE = Architecture(
         "Mamba (not Mamba 2)",
         "fixture, random, GPT-NeoX",
         "one tensor-parallel rank and today's GPT-NeoX only; 16 states, a convolution of 4; "
-        "--format mamba_ssm writes that library's form",
+        "`format=mamba_ssm` writes that library's form",
     ),
     hf_class="MambaForCausalLM",
     prefix="backbone.",

@@ -100,7 +100,7 @@ def _has_rows(original: Mapping[str, Any], rows: int) -> bool:
 
 
 def _refuse(config: ModelConfig, hf_config: Mapping[str, Any]) -> list[Refusal]:
-    way_out = "write the form of transformers (--format transformers)"
+    way_out = "write the form of transformers (`format=transformers`)"
     refusals = []
     if config.norm_eps != _EPSILON:
         refusals.append(

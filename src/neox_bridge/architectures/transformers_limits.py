@@ -29,12 +29,12 @@ def refuse_version(family: str, config: ModelConfig, facts: TransformersFacts) -
     if ignored := llama_ignores(family, config, facts):
         raise Refused(
             f"transformers {facts.version} would leave out, without a word: {'; '.join(ignored)}. "
-            "Name a newer one with --for."
+            "Name a newer one with `era=`."
         )
     plain = not config.attention_bias and config.norm_bias  # gpt_neox; relatives of Llama have none
     if plain and not knows(facts, "hf-attention-bias"):
         raise Refused(
             f"attention_bias: the model has no biases in its attention, and transformers "
             f"{facts.version} would make some up ({since('hf-attention-bias')} learned "
-            "attention_bias). Name that or a newer one with --for."
+            "attention_bias). Name that or a newer one with `era=`."
         )

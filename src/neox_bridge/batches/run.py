@@ -166,7 +166,7 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
 
 
 def _not_there(key: str) -> Finding:
-    message = f"--ignore-key {key}: this checkpoint has no such unknown key"
+    message = f"`ignore_keys={key}`: this checkpoint has no such unknown key"
     return Finding("ignored-key-absent", "warning", message, "check the key's name")
 
 
@@ -180,7 +180,7 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
             sweep(row.target)
         return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
     if does == "refuse":
-        raise _TargetTaken(f"{words}. Name another target, or say --overwrite to replace it.")
+        raise _TargetTaken(f"{words}. Name another target, or say `overwrite=True` to replace it.")
     if batch.hub is not None:
         return _published(item, row, plan, batch, pool)
     if state == "changed" and not batch.overwrite:

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import print_line, say, with_remedy
 from neox_bridge.cli.progress import bars
+from neox_bridge.cli.spelling import document_as_options
 from neox_bridge.wording import human, plain, plural
 
 if TYPE_CHECKING:
@@ -62,11 +63,12 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
             entry["error"] = event.words
         if event.row is not None:
             entry |= event.row.as_json()
+        line = json.dumps(document_as_options(entry))
         try:
             if file is None:
-                print(json.dumps(entry), flush=True)
+                print(line, flush=True)
             else:
-                file.write(json.dumps(entry).encode() + b"\n")
+                file.write(line.encode() + b"\n")
         except OSError as error:
             failed = True
             say("warning", f"{name}: {error.strerror}. The batch goes on without this log.")

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import click
 
-from neox_bridge.cli.options import FLAGS
 from neox_bridge.cli.output import say
+from neox_bridge.cli.spelling import flag
 from neox_bridge.errors import BridgeError, ChoiceNeeded, SettingsMissing, UsageError
 
 INTERRUPTED = 130
@@ -52,14 +52,6 @@ def reported() -> Iterator[None]:
         _fail(_bug(error), 1)
 
 
-def flag(parameter: str) -> str:
-    """The option of the command line that sets a parameter of the library."""
-    if parameter == "target":
-        return "DST"
-    parameter = {"every_crc": "crc", "hash_shared": "hash_name"}.get(parameter, parameter)
-    return FLAGS.get(parameter, f"--{parameter.replace('_', '-')}")
-
-
 @contextmanager
 def writing(target: str) -> Iterator[None]:
     """A block that writes ``target``: when it is interrupted, say whether the target is there.
@@ -92,21 +84,24 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _with_commands(error: ChoiceNeeded) -> str:
     """The reason, and a command for each choice: the typed one, where it has the option."""
-    words = _typed_words(error.option)
+    option = flag(error.parameter)
+    words = _typed_words(option)
     if words is None:
         target = f"{error.source.rstrip('/')}-converted"
         words = ["convert", error.source, target, "--to", error.kind]
     ways = [
-        f"`{shlex.join(['neox-bridge', *words, error.option, value])}` {effect}"
+        f"`{shlex.join(['neox-bridge', *words, option, value])}` {effect}"
         for value, effect in error.effects.items()
     ]
     return f"{error.reason} {'; '.join(ways)}."
 
 
 def _with_config(error: SettingsMissing) -> str:
-    """The reason, and the typed command with the option that names the yml, where it has it."""
-    words = _typed_words(error.option)
-    return str(error) if words is None else error.with_command(words)
+    """The reason, and the typed command or ``inspect``, with the option that names the yml."""
+    option = flag(error.parameter)
+    words = _typed_words(option) or ["inspect", error.folder]
+    command = ["neox-bridge", *words, option, error.nearby or "RUN.yml"]
+    return error.with_way_out(shlex.join(command))
 
 
 def _typed_words(option: str) -> list[str] | None:

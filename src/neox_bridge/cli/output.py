@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from neox_bridge.cli.spelling import as_options, document_as_options
 from neox_bridge.cli.streams import write_color
 from neox_bridge.wording import human, one_line, plain, plural, side
 
@@ -30,12 +31,12 @@ def say(word: str, *texts: str) -> None:
         print(f"{word}:", end="", file=sys.stderr)
         if color:
             write_color("\x1b[0m")
-        print("", *map(one_line, texts), file=sys.stderr, flush=True)
+        print("", *(one_line(as_options(text)) for text in texts), file=sys.stderr, flush=True)
 
 
 def print_line(text: str) -> None:
     """One line of results on stdout, whatever the names in it are."""
-    print(plain(text))
+    print(plain(as_options(text)))
 
 
 def print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
@@ -55,7 +56,7 @@ def print_json(value: object) -> None:
     JSON has no infinity: it is printed as the string "Infinity" or "-Infinity", and what is not a
     number as null.
     """
-    json.dump(_strict(value), sys.stdout, indent=2, allow_nan=False)
+    json.dump(_strict(document_as_options(value)), sys.stdout, indent=2, allow_nan=False)
     print()
 
 

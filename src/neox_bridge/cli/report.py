@@ -11,6 +11,7 @@ from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.cli.spelling import findings_as_options
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import human
 
@@ -137,8 +138,9 @@ def _checkpoint(
         if source is not None:
             first, differences = as_it_was_converted(source, checkpoint)
             compared = verify(first, checkpoint, workers=workers, progress=progress)
-            compared = replace(compared, findings=(*differences, *compared.findings))
-    faults = [*checkpoint.findings, *findings(stats, checkpoint)]
+            both = findings_as_options((*differences, *compared.findings))
+            compared = replace(compared, findings=both)
+    faults = findings_as_options((*checkpoint.findings, *findings(stats, checkpoint)))
     lines = summary_lines(describe(checkpoint))
     parts = [checkpoint_section(path, lines, checkpoint.record, stats, faults, f"s{number}-")]
     if compared is not None and options.source is not None:

@@ -17,7 +17,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 # how a plain text of a diagnosis names what the user has to fill in
 _CHECKPOINT, _NEW, _TREE = "CHECKPOINT", "NEW", "TREE"
 _BY_DATE = (
-    "name the tree by its date: --for neox@2024-03 before 2024-03-04, neox@2024-09 until "
+    "name the tree by its date: `era=neox@2024-03` before 2024-03-04, neox@2024-09 until "
     "2024-09-06, neox@2024-10 until 2024-11-12, today since then"
 )
 _ORDER = ("for", "inv-freq", "layout", "tp", "vocab-multiple", "vocab-rows")

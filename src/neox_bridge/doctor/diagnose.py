@@ -172,7 +172,7 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
         message = "no tokenizer lies in the folder, so AutoTokenizer fails there"
         if checkpoint.kind == "neox":
             message = "the tokenizer isn't known, so the number of rows can't be checked"
-        way = "name one when you convert: --tokenizer PATH"
+        way = "name one when you convert: `tokenizer=PATH`"
         yield Finding("no-tokenizer", "info", message, way)
     elif checkpoint.tokenizer_size > checkpoint.config.dims["vocab"]:
         yield Finding(

@@ -86,16 +86,16 @@ def mend_plan(
     flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
     if plan is not None and in_place and not is_local(checkpoint.path):
         raise Refused(
-            f"{checkpoint.path} is in a store, where --in-place cannot replace it. Write a copy "
-            f"here: {fix_command(checkpoint, target, *flags)}"
+            f"{checkpoint.path} is in a store, where `in_place=True` cannot replace it. Write a "
+            f"copy here: {fix_command(checkpoint, target, *flags)}"
         )
     if plan is None or not in_place or state is None:
         return plan
     if state.flat or not _STEP.fullmatch(state.step):
         raise Refused(
-            f"{state.folder} holds the files of one step, and --in-place replaces only the folder "
-            f"of a step that is named global_stepN, as GPT-NeoX names it. Write a run with such a "
-            f"folder beside it: {fix_command(checkpoint, target, *flags)}"
+            f"{state.folder} holds the files of one step, and `in_place=True` replaces only the "
+            f"folder of a step that is named global_stepN, as GPT-NeoX names it. Write a run with "
+            f"such a folder beside it: {fix_command(checkpoint, target, *flags)}"
         )
     return _with_name_kept(plan, state)
 
@@ -139,7 +139,7 @@ def _refuse_deviating(checkpoint: Checkpoint, recompute: bool) -> None:
         what = mismatch_finding(checkpoint.inv_freq_mismatch).message
         raise Refused(
             f"{what}. It would be lost, and transformers before 4.35 computed with it. If the "
-            "config is right, add --recompute."
+            "config is right, add `recompute=True`."
         )
 
 
@@ -287,7 +287,7 @@ def _optimizer(checkpoint: Checkpoint, facts: TreeFacts | None, parted: bool, dr
         raise Refused(
             f"{checkpoint.path} holds optimizer states, and they can't be kept with what has to "
             "change: names of parameters, or the files that hold the schedule beside them. Say "
-            "--drop-optimizer to go on from the weights alone (finetune: true)"
+            "`drop_optimizer=True` to go on from the weights alone (finetune: true)"
             + (f", or write the whole run anew: {command}" if command else ".")
         )
     return True
@@ -380,7 +380,7 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
     if lost := list(_not_copied(folder)):
         raise Refused(
             f"{folder} holds what the mended copy wouldn't have, so it isn't replaced: "
-            f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with --fix."
+            f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with `fix=True`."
         )
     return replace(plan, files=files)
 

@@ -77,7 +77,7 @@ def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Cas
         "warning",
         f"config.json ties the embeddings, and the files hold {head} with other values than "
         f"{embeddings}: two models. transformers {facts.version} computes with {computes}; 5.0 and "
-        "newer keep both, 4.x ties them. --head keep writes the untied model, --head tie the other",
+        "newer keep both, 4.x ties them. `head=keep` writes the untied model, `head=tie` the other",
         convert_into(checkpoint, target, "--to", "hf", "--head", "keep"),
         subject="stored head",
     )

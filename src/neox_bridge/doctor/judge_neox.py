@@ -241,7 +241,7 @@ def _key_drift(
     if rest or (not same and _mlp_bias(checkpoint, facts) is None):
         way = "correct the yml"
         if "mlp" in str(rest):
-            way = "name a GPT-NeoX since 2024-10 with --for"
+            way = "name a GPT-NeoX since 2024-10 with `era=`"
         text = "the biases are not those that the yml and this GPT-NeoX give: "
         codes.append(("biases", f"{text}{', '.join(rest) or 'the MLP has none'}", way))
     return missing, unexpected, codes
@@ -326,7 +326,7 @@ def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:
         return (
             f"the MLP is {have} wide, and this GPT-NeoX builds plain MLPs four times as wide as "
             f"the model, {want}, whatever the yml says (until {since('neox-mlp-width')})",
-            "name a GPT-NeoX since 2024-10 with --for: this one can't hold the model",
+            "name a GPT-NeoX since 2024-10 with `era=`: this one can't hold the model",
         )
     return (
         f"the MLP is {have} wide, and the yml makes it {want}",
@@ -384,7 +384,7 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     wanted = mlp_biases(
         facts.gated_biases, activation, gated=gated, parallel=config.parallel_residual
     )
-    newer = f"name a GPT-NeoX since {since('neox-gated-biases')} with --for"
+    newer = f"name a GPT-NeoX since {since('neox-gated-biases')} with `era=`"
     if wanted == "required" and not config.mlp_bias:
         error = "AttributeError: 'NoneType' object has no attribute 'expand_as'"
         if not gated:
@@ -424,7 +424,7 @@ def _gqa(state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
             f"the rows of grouped-query attention are {order}, and this GPT-NeoX reads them "
             f"{facts.gqa_order} (changed in {since('neox-gqa-order')}): the shapes are the same, "
             "so it loads as another model",
-            "convert it with --to neox and --for this GPT-NeoX",
+            "convert it with `to=neox` and this GPT-NeoX as `era=`",
             subject="GQA row order",
         )
     elif order is None:

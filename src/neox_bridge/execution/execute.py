@@ -195,7 +195,7 @@ def _findings(plan: Plan, context: Context) -> Iterable[Finding]:
             "warning",
             f"{total} values of {len(context.roundings)} optimizer states became too small or too "
             f"large for their dtype as they were scaled, the first in {name}: they are rounded",
-            "keep gradient_accumulation_steps with --micro-batch to avoid the scaling",
+            "keep gradient_accumulation_steps with `micro_batch=` to avoid the scaling",
         )
     deviations = [d for d in context.deviations if not d[0].endswith(plan.known_deviations)]
     if deviations:

@@ -130,7 +130,7 @@ class _Call(Future[_T], Generic[_T]):
 def _lost(times: int) -> BridgeError:
     return BridgeError(
         f"A process that wrote files was killed {times} times. Is memory short? Choose fewer with "
-        "--max-workers; what is finished stays, and the same command goes on."
+        "`workers=`; what is finished stays, and the same command goes on."
     )
 
 

@@ -158,7 +158,7 @@ class ObjectSink:
             self._clear_work()  # where that fails the verdict matters more
             raise Unverified(
                 f"{error} {self._url} is left without its neox_bridge.json, to be looked at. "
-                "Remove it, or convert again with --overwrite."
+                "Remove it, or convert again with `overwrite=True`."
             ) from None
         except (BridgeError, KeyboardInterrupt) as error:
             if self._is_published:
@@ -444,6 +444,6 @@ def _exists(url: str, there: Mapping[str, FileState]) -> BridgeError:
     is_whole = any(name.rpartition("/")[2] == RECORD for name in there)
     note = "" if is_whole else f", without a {RECORD}, as what didn't end or isn't neox-bridge's"
     return BridgeError(
-        f"{url} exists and holds {objects}{note}. Name another target, or say --overwrite to "
+        f"{url} exists and holds {objects}{note}. Name another target, or say `overwrite=True` to "
         "replace it."
     )

@@ -346,6 +346,6 @@ def _lost_error(node: str, error: BaseException, out_of_memory: type) -> BridgeE
     times = "" if isinstance(error, out_of_memory) else f" {LOSSES} times, the last"
     return BridgeError(
         f"A worker of Ray that wrote files was lost{times} on node {node}: "
-        f"{first_words(error).rstrip('.')}. If memory is short, choose fewer with --max-workers. "
+        f"{first_words(error).rstrip('.')}. If memory is short, choose fewer with `workers=`. "
         f"{_AGAIN}"
     )

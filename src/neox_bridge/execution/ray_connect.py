@@ -17,7 +17,7 @@ _ANSWER_SECONDS = 60.0  # in which a node is to say which code it has
 _REACH_SECONDS = 5.0  # in which a cluster is to answer
 _STORE_BYTES = 128 << 20  # the object store of a Ray that is started here; units are small
 _START = (
-    "Start one with `ray start --head`, name its --address HOST:PORT, or say --address local for "
+    "Start one with `ray start --head`, name its `address=HOST:PORT`, or say `address=local` for "
     "this machine alone."
 )
 
@@ -37,7 +37,7 @@ def ray_module() -> Any:
         import ray
     except ImportError:
         raise BridgeError(
-            "--executor ray needs Ray: pip install 'neox-bridge[ray]', on every node."
+            "`executor=ray` needs Ray: pip install 'neox-bridge[ray]', on every node."
         ) from None
     return ray
 
@@ -124,7 +124,7 @@ def _check(address: str) -> None:
     if address.startswith("ray://"):
         raise BridgeError(
             f"{address}: Ray's client isn't supported. Run the command on a node of the cluster, "
-            "with --address auto."
+            "with `address=auto`."
         )
     if colon and not port.isdigit():
         raise BridgeError(f"{address} isn't HOST:PORT. {_START}")

@@ -55,7 +55,7 @@ def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFile
         raise Refused(
             f"{root} is a run of another model ({some(list(run.unlike), 3)}), and finetune.yml and "
             f"{TOKENIZER}/ in it can be of one model only. Name another target, or say "
-            f"--overwrite to put {step} there all the same."
+            f"`overwrite=True` to put {step} there all the same."
         )
     names: dict[str, str] = {}
     retired: list[str] = []
@@ -77,7 +77,7 @@ def _look(plan: Plan, root: str, step: str, *, overwrite: bool) -> _Run:
         if not overwrite:
             raise Refused(
                 f"{root} is a run already, and whether its model is this one can't be told: "
-                f"{error} Name another target, or say --overwrite to put {step} there."
+                f"{error} Name another target, or say `overwrite=True` to put {step} there."
             ) from None
         model = None
     unlike = tuple(_unlike(plan, model)) if model is not None else ()

@@ -81,7 +81,7 @@ def holds_others(target: str, names: list[str]) -> Refused:
     """What to say where --overwrite would delete what isn't of a checkpoint."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return Refused(
-        f"{target} holds files that are no part of a checkpoint, and --overwrite would delete "
+        f"{target} holds files that are no part of a checkpoint, and `overwrite=True` would delete "
         f"them: {', '.join(names[:_NAMED])}{more}. Nothing was deleted. Move them elsewhere, or "
         "name another target."
     )
@@ -225,7 +225,8 @@ def kept_files(where: str, count: int) -> str:
 
 def _exists(target: str) -> BridgeError:
     return BridgeError(
-        f"{target} exists and isn't empty. Name another target, or say --overwrite to replace it."
+        f"{target} exists and isn't empty. Name another target, or say `overwrite=True` to "
+        "replace it."
     )
 
 

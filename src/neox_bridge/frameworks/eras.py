@@ -159,7 +159,7 @@ def era_named(name: str) -> Era:
         if era.name == short:
             return era
     known = ", ".join(f"neox@{era.name} ({era.until})" for era in ERAS)
-    raise BridgeError(f"--for {name}: no such GPT-NeoX is known. Known are {known}.")
+    raise BridgeError(f"`era={name}`: no such GPT-NeoX is known. Known are {known}.")
 
 
 def known_keys(era: Era) -> frozenset[str]:

@@ -53,7 +53,7 @@ def _neox(name: str, text: str) -> TreeFacts:
             if change.origin.sha.startswith(name):
                 return _tree(name, _until(change.day))
         raise BridgeError(
-            f"--for {text}: this commit isn't one of those known to change checkpoints, so its "
+            f"`era={text}`: this commit isn't one of those known to change checkpoints, so its "
             "time can't be told. Name its date (neox@2024-05-01) or the tree (neox:FOLDER)."
         )
     if days := _days(name):
@@ -62,13 +62,13 @@ def _neox(name: str, text: str) -> TreeFacts:
             if not change.sets.keys() - {"deepspeed"} or not first <= change.day <= last:
                 continue
             raise BridgeError(
-                f"--for {text}: checkpoints changed then, by {change.commit} on {change.day}. Name "
+                f"`era={text}`: checkpoints changed then, by {change.commit} on {change.day}. Name "
                 f"a day before or after it, or neox@{change.commit} for the tree that has it."
             )
         return _tree(name, _until(first))
     known = ", ".join(f"neox@{era.name}" for era in ERAS)
     raise BridgeError(
-        f"--for {text}: not known. Say neox:FOLDER for a source tree, {known}, a date "
+        f"`era={text}`: not known. Say neox:FOLDER for a source tree, {known}, a date "
         "(neox@2024-05-01), a commit, transformers@VERSION, or transformers for the installed one."
     )
 
@@ -107,13 +107,13 @@ def _transformers(version: str) -> TransformersFacts:
             version = installed("transformers")
         except PackageNotFoundError:
             raise BridgeError(
-                "--for transformers: it isn't installed here. Name a version: transformers@4.48."
+                "`era=transformers`: it isn't installed here. Name a version: transformers@4.48."
             ) from None
     if re.match(r"\d+\.\d+", version) is None:
-        raise BridgeError(f"--for transformers@{version}: not a version. Write transformers@4.48.")
+        raise BridgeError(f"`era=transformers@{version}`: not a version. Write transformers@4.48.")
     if version_number(version) < version_number(CLASS_SINCE["gpt_neox"]):
         raise BridgeError(
-            f"--for transformers@{version}: GPTNeoXForCausalLM came with transformers "
+            f"`era=transformers@{version}`: GPTNeoXForCausalLM came with transformers "
             f"{CLASS_SINCE['gpt_neox']}."
         )
     rope_parameters = _has(version, "hf-rope-parameters")

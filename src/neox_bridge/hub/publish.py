@@ -116,7 +116,7 @@ def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
     """Why a branch isn't touched, and what to do."""
     return (
         f"hf://{repo}@{branch} holds other files: {_and_more(conflicts)}. Name another branch, or "
-        "add --overwrite to replace what it holds; its history stays."
+        "add `overwrite=True` to replace what it holds; its history stays."
     )
 
 
@@ -125,7 +125,7 @@ def check_base(repo: str, branch: str, *, repo_exists: bool, branch_exists: bool
     if not branch_exists:
         raise BridgeError(
             f"hf://{repo}@{branch}: there is no such {'branch' if repo_exists else 'repository'}, "
-            "and a pull request needs one to go into. Leave out --create-pr to make it."
+            "and a pull request needs one to go into. Leave out `create_pr=True` to make it."
         )
 
 
@@ -133,7 +133,7 @@ def work_base(chosen: str | None) -> str:
     """The folder in which files are made before they are uploaded."""
     base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
     if not os.path.isdir(base):
-        raise BridgeError(f"{base}: no such folder. Name one with room for the files: --work DIR.")
+        raise BridgeError(f"{base}: no such folder. Name one with room for the files: `work=DIR`.")
     return base
 
 

@@ -77,7 +77,7 @@ def check_private(repo: str, private: bool) -> bool:
     if private and not is_private:
         raise BridgeError(
             f"hf://{repo} is there and public. Make it private on its page (Settings), choose "
-            "another repository, or leave out --private."
+            "another repository, or leave out `private=True`."
         )
     return is_private
 

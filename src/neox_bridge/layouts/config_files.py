@@ -107,7 +107,7 @@ def config_nearby(folder: str) -> str:
 def skipped_finding(file: Skipped) -> Finding:
     """What is said of a yml that was not read."""
     name = os.path.basename(file.path)
-    remedy = f"if it belongs to this run, name every yml of the run with --config, {name} too"
+    remedy = f"if it belongs to this run, name every yml of the run with `configs=`, {name} too"
     message = f"{file.path} was not read: {file.reason}"
     return Finding("yml-skipped", "warning" if file.broken else "info", message, remedy)
 
@@ -167,7 +167,7 @@ def _check_one_model(
         if first != values[key]:
             raise BridgeError(
                 f"{other} says {key}: {first}, and {path} says {key}: {values[key]}: they are "
-                f"settings of two models. Name the ones of this checkpoint: --config {other}"
+                f"settings of two models. Name the ones of this checkpoint: `configs={other}`"
             )
 
 

@@ -382,7 +382,7 @@ def _optimizer_export(folder: _Folder) -> _Explained:
     return (
         "holds optimizer states that export-optimizer wrote, and no weights",
         f"To check its files: neox-bridge verify {folder.quoted}. To take the states back into "
-        f"their run, add them to reshard: --states {folder.quoted}",
+        f"their run, add them to reshard: `states={folder.quoted}`",
     )
 
 

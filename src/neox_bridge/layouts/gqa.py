@@ -40,8 +40,9 @@ def unknown_order() -> Finding:
         "grouped-query attention: GPT-NeoX changed the order of its rows in "
         f"{since('neox-gqa-order')} with the shapes the same, so the files don't tell theirs; "
         "today's (grouped) is assumed, and the wrong one is another model",
-        "say --gqa-order interleaved for a run of an older GPT-NeoX, --gqa-order grouped to "
-        "confirm; `verify --logits --tokens FILE.npz` decides, with logits that the run computed",
+        "say `gqa_order=interleaved` for a run of an older GPT-NeoX, `gqa_order=grouped` to "
+        "confirm; `neox-bridge verify --logits --tokens FILE.npz` decides, with logits that "
+        "the run computed",
         subject="GQA row order",
     )
 

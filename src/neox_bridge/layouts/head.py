@@ -16,8 +16,6 @@ from neox_bridge.layouts.same_values import Relation, relation
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole
 
-OPTION = "--head"
-
 
 def head_relation(checkpoint: Checkpoint, most_bytes: int | None = None) -> Relation | None:
     """How the stored head stands to the embeddings; None where there is no such head.
@@ -58,7 +56,7 @@ def decide_head(checkpoint: Checkpoint, choice: HeadChoice | None) -> Checkpoint
         return replace(without_head(checkpoint, [_left_out(checkpoint)]), head_choice="tie")
     raise ChoiceNeeded(
         f"{checkpoint.path}: {ambiguity(checkpoint)[0]}",
-        OPTION,
+        "head",
         {
             "keep": "writes an untied model with both (tie_word_embeddings: false, "
             "no_weight_tying: true)",
@@ -80,7 +78,7 @@ def check_head(checkpoint: Checkpoint) -> None:
     else:
         key = {"hf": "tie_word_embeddings: false", "neox": "no_weight_tying: true"}
         why = f"{checkpoint.path} is untied ({key[checkpoint.kind]}), so its head is kept anyway"
-    raise UsageError(["head"], why, "Leave --head out.")
+    raise UsageError(["head"], why, "Leave `head=` out.")
 
 
 def as_stored(checkpoint: Checkpoint) -> Checkpoint:
@@ -130,7 +128,7 @@ def with_head(checkpoint: Checkpoint, findings: Sequence[Finding] = ()) -> Check
 
 def without_head(checkpoint: Checkpoint, findings: Sequence[Finding] = ()) -> Checkpoint:
     """The tied model."""
-    why = "left out as --head tie says" if findings else "it equals the embeddings, which are tied"
+    why = "left out as `head=tie` says" if findings else "it equals the embeddings, which are tied"
     dropped = Dropped(checkpoint.architecture.head, why)
     return replace(
         checkpoint,
@@ -170,13 +168,13 @@ def _check_sizes(checkpoint: Checkpoint, head: Whole) -> None:
             ["head"],
             f"{checkpoint.architecture.head} has the shape {list(head.shape)} and the embeddings "
             f"have {list(embeddings.shape)}, so no model has both",
-            "Use --head tie.",
+            "Use `head=tie`.",
         )
 
 
 def ambiguity(checkpoint: Checkpoint) -> tuple[str, str]:
     """Which two models a stored head that differs makes of a checkpoint, and what to do."""
-    remedy = "convert with --head keep for the untied model, or with --head tie for the tied one"
+    remedy = "convert with `head=keep` for the untied model, or with `head=tie` for the tied one"
     return _two_models(checkpoint), remedy
 
 
@@ -220,7 +218,7 @@ def _kept(checkpoint: Checkpoint) -> Finding:
     return Finding(
         "head-kept",
         "info",
-        f"{_key(checkpoint)}, and {name} differs from the embeddings: as --head keep says, the "
+        f"{_key(checkpoint)}, and {name} differs from the embeddings: as `head=keep` says, the "
         "result is an untied model with both",
     )
 
@@ -235,7 +233,7 @@ def _left_out(checkpoint: Checkpoint) -> Finding:
     return Finding(
         "head-left-out",
         "warning",
-        f"{name} differs from the embeddings and is left out, as --head tie says: the result is "
+        f"{name} differs from the embeddings and is left out, as `head=tie` says: the result is "
         f"{which}",
-        "--head keep writes both",
+        "`head=keep` writes both",
     )

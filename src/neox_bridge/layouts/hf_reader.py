@@ -189,8 +189,8 @@ def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> list[Fin
             "warning",
             f"config.json has auto_map ({some(named, 3)}), code of its own, which neox-bridge "
             f"neither reads nor runs: the model is read as transformers' {architecture.hf_class}",
-            "compare the logits with those that its own code computes: verify --logits --tokens "
-            "FILE.npz",
+            "compare the logits with those that its own code computes: "
+            "neox-bridge verify --logits --tokens FILE.npz",
         )
     ]
 

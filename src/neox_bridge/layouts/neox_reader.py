@@ -514,7 +514,7 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
         if key in raw and key in args and raw[key] != args[key]:
             raise BridgeError(
                 f"{folder}: the yml says {key}: {raw[key]}, and the checkpoint's own args say "
-                f"{args[key]}. The yml is another model's; name the right one with --config."
+                f"{args[key]}. The yml is another model's; name the right one with `configs=`."
             )
     ranks = whole(args, "model_parallel_size", folder)
     if ranks is not None and ranks != (read.tp or len(read.ranks)):

@@ -133,7 +133,7 @@ def _opened(
             raise UsageError(
                 ["step"],
                 f"{source} is a model of the Hub, whose steps are branches",
-                f"Name one with --revision: --revision step{step}. For a step's folder in a "
+                f"Name one with `revision=`: `revision=step{step}`. For a step's folder in a "
                 f"branch, name the folder: hf://{model[0]}/global_step{step}",
             )
         place = find_source(*model)
@@ -159,7 +159,7 @@ def _open_folder(
         raise UsageError(
             wrong,
             f"only for GPT-NeoX sources, and {named or path} is a Hugging Face model",
-            "Name a step of a Hub model with --revision." if step is not None else "",
+            "Name a step of a Hub model with `revision=`." if step is not None else "",
         )
     path = absolute(path)
     if not lexists(os.path.join(path, "config.json")):

@@ -80,11 +80,10 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
             "tokenizer-missing",
             "info",
             f"the yml names the tokenizer {name}, which {checkpoint.hub_repo} does not hold",
-            "convert, batch and reshard look for it on the Hub; --tokenizer PATH names another",
+            "convert, batch and reshard look for it on the Hub; `tokenizer=PATH` names another",
             subject="tokenizer",
         )
-    option = f"--tokenizer {TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}"
-    remedy = f"add {option} to convert"
+    remedy = f"convert with `tokenizer={TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}`"
     if is_local(state.root):
         remedy = f"copy {base} into {shlex.quote(state.root)}, or {remedy}"
     return Finding(

@@ -91,14 +91,14 @@ def _chosen(path: str, names: Sequence[str], step: int | None) -> str:
         if not steps and len(renamed) == 1:
             return renamed[0]
         raise BridgeError(
-            f"{path} has no file `latest`. Name one with --step: {some([*steps, *renamed])}."
+            f"{path} has no file `latest`. Name one with `step=`: {some([*steps, *renamed])}."
         )
     if tag not in steps:
-        why = f"--step {step}" if step is not None else "the file `latest`"
+        why = f"`step={step}`" if step is not None else "the file `latest`"
         others = [*steps, *renamed_steps(path, names)]
         raise BridgeError(
             f"{path} has no folder {tag!r}, which {why} names. There are: "
-            f"{some(others) or 'none'}; choose one with --step."
+            f"{some(others) or 'none'}; choose one with `step=`."
         )
     return tag
 
@@ -221,7 +221,7 @@ def step_finding(
             "warning",
             f"nothing tells the step of {folder}: its mp_rank files have no iteration, and its "
             "name holds no number",
-            "name it with --step N",
+            "name it with `step=N`",
         )
     if saved is None or named in (None, saved):
         return None

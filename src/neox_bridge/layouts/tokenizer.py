@@ -68,16 +68,16 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
     if paths.isdir(path):
         files = tokenizer_files(path)
         if not any(os.path.basename(file) == "tokenizer.json" for file in files):
-            raise BridgeError(f"--tokenizer {path}: no tokenizer.json in this folder.")
+            raise BridgeError(f"`tokenizer={path}`: no tokenizer.json in this folder.")
         return files
     if not paths.isfile(path):
         if _MODEL.fullmatch(path):
             from neox_bridge.layouts.hub_tokenizer import published_tokenizer
 
             return published_tokenizer(path)
-        raise BridgeError(f"--tokenizer {path}: no such file or folder.")
+        raise BridgeError(f"`tokenizer={path}`: no such file or folder.")
     if "model" not in _read(path):
-        raise BridgeError(f"--tokenizer {path}: not a tokenizer.json (it has no model).")
+        raise BridgeError(f"`tokenizer={path}`: not a tokenizer.json (it has no model).")
     return (path,)
 
 

@@ -81,7 +81,7 @@ def reason_of(key: UnknownKey) -> str:
 def remedy_of(key: UnknownKey) -> str:
     """How a user goes on."""
     correct = f"correct it if it is meant to be {key.neighbour}; " if key.neighbour else ""
-    return f"{correct}--ignore-key {key.name} goes on without knowing what it means"
+    return f"{correct}`ignore_keys={key.name}` goes on without knowing what it means"
 
 
 def listed(keys: Sequence[UnknownKey]) -> list[Finding]:
@@ -118,7 +118,9 @@ def ignored_findings(names: Collection[str], carried: bool) -> list[Finding]:
     )
     return [
         Finding(
-            "ignored-keys", "warning", f"{some(sorted(names))}: ignored (--ignore-key), and {what}"
+            "ignored-keys",
+            "warning",
+            f"{some(sorted(names))}: ignored (`ignore_keys=`), and {what}",
         )
     ]
 
@@ -133,8 +135,8 @@ def lost_on_the_way(checkpoint: Checkpoint) -> list[Finding]:
         Finding(
             "ignored-keys",
             "warning",
-            f"the run's yml had {some(names)}, ignored (--ignore-key) on the way to Hugging Face: "
-            "the new yml is without it",
+            f"the run's yml had {some(names)}, ignored (`ignore_keys=`) on the way to Hugging "
+            "Face: the new yml is without it",
             "add it again where the code that trained the model needs it",
         )
     ]
@@ -163,7 +165,7 @@ def undecided(first: Checkpoint, second: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "ignored-keys",
             "warning",
-            f"{some(names)}: ignored (--ignore-key) when this was converted, and left out of the "
+            f"{some(names)}: ignored (`ignore_keys=`) when this was converted, and left out of the "
             "comparison",
         )
     for one, other in ((first, second), (second, first)):
@@ -177,5 +179,5 @@ def undecided(first: Checkpoint, second: Checkpoint) -> Iterator[Finding]:
                     "unknown-key",
                     "error",
                     f"{one.path}: {reason}{end} Whether both are the same model is not known.",
-                    "convert again, with --ignore-key if the key does not matter",
+                    "convert again, with `ignore_keys=` if the key does not matter",
                 )

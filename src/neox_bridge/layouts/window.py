@@ -80,18 +80,18 @@ def check_window(checkpoint: Checkpoint, layout: LayoutName, yml: Mapping[str, A
             raise Refused(
                 f"{WIDTH}: {yml[WIDTH]}: {_WHY}, so in this checkpoint only the layers with flash "
                 "attention have one. With pipe_parallel_size 1 or more all layers would. Keep "
-                "--layout ranks."
+                "`layout=ranks`."
             )
         raise Refused(
-            f"{WIDTH}: {yml[WIDTH]}: {_WHY}, so the target would be another model. Use --layout "
-            "layers, or, where flash-attn is installed, set attention_config: "
+            f"{WIDTH}: {yml[WIDTH]}: {_WHY}, so the target would be another model. Use "
+            "`layout=layers`, or, where flash-attn is installed, set attention_config: "
             f'[[["flash"], {config.layers}]] in the source\'s yml first: flash-attn keeps the '
             "window."
         )
     if config.window is not None and config.window < config.max_positions and used != "all":
         raise Refused(
             f"sliding_window: {config.window}: {_WHY}, so the target would be another model. Use "
-            f"--layout layers{_or_without(config)}."
+            f"`layout=layers`{_or_without(config)}."
         )
 
 

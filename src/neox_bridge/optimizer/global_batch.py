@@ -51,16 +51,16 @@ def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = 
     if batch.total % dp:
         fits = _listed(_divisors(batch.total))
         raise Refused(
-            f"The global batch of {batch.total} sequences cannot be split evenly over {dp} "
-            "data-parallel ranks, and it stays as it is, because the learning-rate schedule "
+            f"`dp={dp}`: the global batch of {batch.total} sequences cannot be split evenly over "
+            f"{dp} data-parallel ranks, and it stays as it is, because the learning-rate schedule "
             f"depends on it. Valid values: {fits}."
         )
     share = batch.total // dp
     sizes = _divisors(share)
     if micro is not None and micro not in sizes:
         raise Refused(
-            f"The {share} sequences of a rank's step ({batch.total} on {dp} ranks) cannot be "
-            f"split into micro-batches of {micro}. Valid values: {_listed(sizes)}."
+            f"`micro_batch={micro}`: the {share} sequences of a rank's step ({batch.total} on {dp} "
+            f"ranks) cannot be split into micro-batches of {micro}. Valid values: {_listed(sizes)}."
         )
     fitting = [size for size in sizes if size <= batch.micro]
     wanted = [size for size in fitting if size * (accumulation or 0) == share]

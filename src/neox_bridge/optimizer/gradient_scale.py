@@ -193,7 +193,7 @@ def change_of_scale(source: Side, target: Side, way_out: str) -> Fraction:
         raise Refused(
             "DeepSpeed 0.18.3 to 0.19.2 divides the gradients by gradient_accumulation_steps once "
             "in each pipeline stage (DeepSpeed#8152), so that no scaling makes this the same run. "
-            f"{way_out} If the run's DeepSpeed has the fix, say so: --source-engine averages."
+            f"{way_out} If the run's DeepSpeed has the fix, say so: `source_engine=averages`."
         )
     return Fraction(target.scale, source.scale)
 
@@ -264,8 +264,8 @@ def gradient_findings(
     )
     other = "averages" if after.engine == "sums" else "sums"
     remedy = (
-        f"to go on with an engine that {other} them, say --engine {other}; if the run's own did "
-        f"not do what its version says, --source-engine"
+        f"to go on with an engine that {other} them, say `engine={other}`; if the run's own did "
+        f"not do what its version says, `source_engine=`"
     )
     steps = f"gradient_accumulation_steps {before.accumulation} -> {after.accumulation}"
     if changes is None:

@@ -59,7 +59,7 @@ def as_it_was_converted(
     finding = Finding(
         "masters-compared",
         "info",
-        f"{target.path} was converted with --weights masters, and is compared with the fp32 "
+        f"{target.path} was converted with `weights=masters`, and is compared with the fp32 "
         f"masters of {source.path}",
     )
     return masters, (finding, *masters.findings[len(source.findings) :])

@@ -80,7 +80,7 @@ def stage_bounds(
             "or parameters."
         )
     if any(low >= high for low, high in pairwise(bounds)):
-        raise Refused(f"--pp {stages}: DeepSpeed would leave a stage without a layer. Use fewer.")
+        raise Refused(f"`pp={stages}`: DeepSpeed would leave a stage without a layer. Use fewer.")
     return [range(low, high) for low, high in pairwise(bounds)]
 
 

@@ -403,7 +403,7 @@ def _with_target(
         raise Refused(
             f"{checkpoint.path}: DeepSpeed {version or 'before 0.6'} wrote its optimizer states, "
             "and this form is read but not written. Choose the GPT-NeoX that resumes the run: "
-            "--for today."
+            "`era=today`."
         )
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)

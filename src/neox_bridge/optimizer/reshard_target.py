@@ -92,12 +92,12 @@ def choose_target(
     if zero == 2 and layout.name == "layers":
         raise Refused(
             "ZeRO stage 2 doesn't go with pipe_parallel_size 1 or more: DeepSpeed refuses it. "
-            "Use --zero 1, or --pp 0."
+            "Use `zero=1`, or `pp=0`."
         )
     if zero == 0 and asked.universal:
         raise Refused(
-            "--universal: DeepSpeed loads universal checkpoints at ZeRO stages 1 and 2 only. Say "
-            "--zero 1."
+            "`universal=True`: DeepSpeed loads universal checkpoints at ZeRO stages 1 and 2 only. "
+            "Say `zero=1`."
         )
     ds_config = optimizer.metas[0].get("ds_config") or {}
     mp_rank = os.path.join(state.folder, "mp_rank_00_model_states.pt")
@@ -184,10 +184,10 @@ def _way_out(share: int, accumulation: int | None) -> str:
     """How the gradients keep their scale. share: sequences of a rank's step."""
     if accumulation and share % accumulation == 0:
         return (
-            f"--micro-batch {share // accumulation} keeps gradient_accumulation_steps "
+            f"`micro_batch={share // accumulation}` keeps gradient_accumulation_steps "
             f"{accumulation}, which needs no scaling."
         )
-    return "Keep --pp and --dp as they are."
+    return "Keep `pp=` and `dp=` as they are."
 
 
 def _stages(checkpoint: Checkpoint, layout: RankLayout, config: ModelConfig) -> list[range]:

@@ -76,7 +76,7 @@ class SubPartitions(Flat):
             raise Refused(
                 f"zero_optimization.reduce_bucket_size: {self.bucket} elements are fewer than the "
                 f"{self.dp} data-parallel ranks, and GPT-NeoX v1.0 divides by what is left. Choose "
-                "fewer ranks with --dp."
+                "fewer ranks with `dp=`."
             )
         return -(-share // limit), limit
 
@@ -93,18 +93,18 @@ def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) 
     """
     if universal:
         raise Refused(
-            "--universal: GPT-NeoX v1.0 does not load universal checkpoints. Leave it out, or name "
-            "a later GPT-NeoX: --for today."
+            "`universal=True`: GPT-NeoX v1.0 does not load universal checkpoints. Leave it out, or "
+            "name a later GPT-NeoX: `era=today`."
         )
     if dtype != "float16" or optimizer.wrapper == "bf16":
         raise Refused(
             f"precision: the run is in {dtype}, and DeeperSpeed 0.3.15, which GPT-NeoX v1.0 "
-            "requires, has ZeRO for float16 only. Name a later GPT-NeoX with --for."
+            "requires, has ZeRO for float16 only. Name a later GPT-NeoX with `era=`."
         )
     if stage != 1:
         raise Refused(
             f"the run is to go on at ZeRO stage {stage}, and for GPT-NeoX v1.0 only stage 1 "
-            "can be written. Say --zero 1."
+            "can be written. Say `zero=1`."
         )
 
 

@@ -47,5 +47,5 @@ def overflow_finding(overflows: Mapping[str, int]) -> Finding:
         "cast-overflow",
         "warning",
         f"{total:,} {values} became infinite in the cast: {names}",
-        "choose --dtype bfloat16 or float32",
+        "choose `dtype=bfloat16` or float32",
     )

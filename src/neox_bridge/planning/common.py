@@ -59,13 +59,13 @@ def cut_rows(
             )
         if options.vocab_rows == end:
             return end, []
-        why = f"cut by --vocab-rows {options.vocab_rows}"
+        why = f"cut by `vocab_rows={options.vocab_rows}`"
         return options.vocab_rows, [
             Dropped(f"vocabulary rows {options.vocab_rows} to {end - 1}", why)
         ]
     if options.vocab_rows != "tokenizer" or size is None or size >= rows:
         return rows, []
-    why = "no entry of the tokenizer has them (--vocab-rows tokenizer)"
+    why = "no entry of the tokenizer has them (`vocab_rows=tokenizer`)"
     return size, [Dropped(f"vocabulary rows {size} to {end - 1}", why)]
 
 

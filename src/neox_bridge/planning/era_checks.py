@@ -39,12 +39,12 @@ def check_era(
     elif era.plain_mlp_4h and ffn != 4 * config.hidden:
         raise Refused(
             f"intermediate_size: {ffn} isn't four times the hidden size {config.hidden}, and "
-            f"GPT-NeoX trees {era.until} have plain MLPs of that size only. Use --for today."
+            f"GPT-NeoX trees {era.until} have plain MLPs of that size only. Use `era=today`."
         )
     if config.reward and "train_impl" not in known_keys(era):
         raise Refused(
             f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
-            "--for today."
+            "`era=today`."
         )
     known, written = known_keys(era), architecture.write_neox(config, layout.old_names)
     unknown = [_without(key, value, era) for key, value in written.items() if key not in known]
@@ -58,17 +58,17 @@ def check_era(
                 "warning",
                 "the yml says rotary_save_freqs_buffer: true, with which GPT-NeoX of 2024-03-04 or "
                 "later loads a stored inv_freq; an older one refuses that key",
-                "for an older one, use --for neox@2024-03 in place of --inv-freq store",
+                "for an older one, use `era=neox@2024-03` in place of `inv_freq=store`",
             )
         ]
     if layout.mlp_names != era.mlp_names:
-        mismatches.append(f"--mlp-names {layout.mlp_names}, and it expects {era.mlp_names}")
+        mismatches.append(f"`mlp_names={layout.mlp_names}`, and it expects {era.mlp_names}")
     if layout.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
         mismatches.append(
-            f"--inv-freq {layout.inv_freq}, and it can only {era.inv_freq} the buffer"
+            f"`inv_freq={layout.inv_freq}`, and it can only {era.inv_freq} the buffer"
         )
     if config.grouped_query and layout.gqa_order != era.gqa_order:
-        mismatches.append(f"--gqa-order {layout.gqa_order}, and it reads them {era.gqa_order}")
+        mismatches.append(f"`gqa_order={layout.gqa_order}`, and it reads them {era.gqa_order}")
     return [
         Finding(
             "era-mismatch",
@@ -86,7 +86,7 @@ def _without(key: str, value: object, era: Era) -> Refusal:
         key,
         f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
         f"({key}: {value!r})",
-        "name a GPT-NeoX that has it with --for",
+        "name a GPT-NeoX that has it with `era=`",
     )
 
 
@@ -111,12 +111,12 @@ def _check_mlp_biases(
         raise Refused(
             f"use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX trees {era.until} "
             f"need them for {activation} (megatron/model/transformer.py, "
-            "ParallelTransformerLayer.forward). Use --for today."
+            "ParallelTransformerLayer.forward). Use `era=today`."
         )
     if wanted == "none" and config.mlp_bias:
         raise Refused(
             f"mlp_bias: the model has biases in its MLP, and GPT-NeoX trees {era.until} have none "
-            f"for {activation} (megatron/model/transformer.py). Use --for today."
+            f"for {activation} (megatron/model/transformer.py). Use `era=today`."
         )
 
 

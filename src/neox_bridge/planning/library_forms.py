@@ -25,7 +25,7 @@ def form_asked(architecture: Architecture, options: Options) -> Form | None:
     form = next((form for form in architecture.forms if form.name == options.format), None)
     if form is None:
         raise Refused(
-            f"--format {options.format}: {architecture.name} has no such form. Its forms: {names}."
+            f"`format={options.format}`: {architecture.name} has no such form. Its forms: {names}."
         )
     if options.shard_size != SHARD_SIZE or options.shards != "size":
         raise UsageError(

@@ -65,8 +65,8 @@ def make_plan(
         tokenizer = replace(tokenizer, size=checkpoint.tokenizer_size)
     if options.vocab_rows == "tokenizer" and tokenizer.size is None:
         raise BridgeError(
-            f"--vocab-rows tokenizer: {checkpoint.path} comes without a tokenizer. Name one with "
-            "--tokenizer."
+            f"`vocab_rows=tokenizer`: {checkpoint.path} comes without a tokenizer. Name one with "
+            "`tokenizer=`."
         )
     if kind == "hf":  # one direction's modules needn't be read for the other
         from neox_bridge.planning.to_hf import plan_hf

@@ -31,7 +31,7 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
         raise UsageError(
             wrong,
             f"only for {other} targets, and this target is for {_NAMES[kind]}",
-            f"Use --to {SIDES[wrong[0]]} for a {other} target, or leave "
+            f"Use `to={SIDES[wrong[0]]}` for a {other} target, or leave "
             f"{'it' if len(wrong) == 1 else 'them'} out.",
         )
     if options.gqa_order is not None and {kind, checkpoint.kind} == {"hf"}:
@@ -46,8 +46,8 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
     if "dp" in chosen and options.optimizer != "fresh":
         raise UsageError(
             ["dp"],
-            "only for the optimizer that --optimizer fresh writes",
-            "Add --optimizer fresh. To change the ranks of a run with its optimizer, use reshard.",
+            "only for the optimizer that `optimizer=fresh` writes",
+            "Add `optimizer=fresh`. To change the ranks of a run with its optimizer, use reshard.",
         )
     if "crc" in given and kind == "hf" and options.format in (None, "transformers"):
         raise UsageError(["crc"], "only .pt files hold checksums, not safetensors", "Leave it out.")
@@ -89,7 +89,7 @@ def check_layout(layout: str | None, pp: int | None) -> None:
         raise UsageError(
             ["layout", "pp"],
             "pipe_parallel_size 0 is the layout `ranks`",
-            "Use --pp 1 or more for the layout `layers`.",
+            "Use `pp=1` or more for the layout `layers`.",
         )
     if layout == "ranks" and pp:
         raise UsageError(

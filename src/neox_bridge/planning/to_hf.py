@@ -81,7 +81,7 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
     }
     files.append(text_file("README.md", model_card(checkpoint, summary, dropped, form)))
-    notes = () if tokenizer.files else ("no tokenizer is written; --tokenizer PATH adds one",)
+    notes = () if tokenizer.files else ("no tokenizer is written; `tokenizer=PATH` adds one",)
     return Plan({}, summary, tuple(files), tuple(dropped), tuple(findings), (), notes)
 
 
@@ -168,7 +168,7 @@ def _trained_padding(checkpoint: Checkpoint, rows: int, have: int) -> list[Findi
             f"the model had {rows} vocabulary rows when it came to GPT-NeoX, as the yml says "
             f"(config_files), and rows {rows} to {have - 1} were padding of zeros: the run has "
             f"trained them since ({', '.join(trained)}). They are left out",
-            "keep them with --vocab-rows all",
+            "keep them with `vocab_rows=all`",
         )
     ]
 
@@ -187,7 +187,7 @@ def _unknown_padding(have: int, entries: int) -> Finding:
         "info",
         f"the embeddings have {have} rows and the tokenizer {entries} entries. How many rows the "
         "model had before GPT-NeoX padded them is not recorded, so all are kept",
-        f"cut them with --vocab-rows N, or to {entries} with --vocab-rows tokenizer",
+        f"cut them with `vocab_rows=N`, or to {entries} with `vocab_rows=tokenizer`",
     )
 
 

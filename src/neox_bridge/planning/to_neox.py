@@ -95,7 +95,7 @@ def plan_neox(
     if options.optimizer == "fresh":
         if layout.predates_deepspeed_06:
             raise Refused(
-                "--optimizer fresh: the optimizer states of GPT-NeoX v1.0 are not made anew, only "
+                "`optimizer=fresh`: the optimizer states of GPT-NeoX v1.0 are not made anew, only "
                 "converted. Leave the option out, and v1.0 starts a new optimizer itself."
             )
         training, dp = yml_settings.training, options.dp
@@ -206,7 +206,7 @@ def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
     if tp < 1 or stages < 1:
-        raise BridgeError("--tp takes 1 or more, --pp 0 or more.")
+        raise BridgeError("`tp=` takes 1 or more, `pp=` 0 or more.")
     parts = {"attention heads": config.heads, "rows of the MLP": config.dims["ffn"]}
     if config.grouped_query:
         parts["key-value heads (num_kv_heads)"] = config.key_value_heads
@@ -214,12 +214,12 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
         if size % tp:
             fits = [n for n in range(1, 65) if not any(s % n for s in parts.values())]
             raise Refused(
-                f"This model cannot be split evenly over {tp} ranks: it has {size} {what}. "
-                f"Valid values: {', '.join(map(str, fits))}."
+                f"`tp={tp}`: this model cannot be split evenly over {tp} ranks, it has "
+                f"{size} {what}. Valid values: {', '.join(map(str, fits))}."
             )
     if stages > config.layers:
         raise Refused(
-            f"--pp {stages}: the model has {config.layers} layers only, and each stage needs one."
+            f"`pp={stages}`: the model has {config.layers} layers only, and each stage needs one."
         )
 
 

@@ -45,9 +45,9 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
         (
             "te_mha" not in known_keys(era) or options.mlp_names == "dense",
             "GPT-NeoX has had Transformer Engine's modules since "
-            f"{since('neox-transformer-engine')}; use --for today and no --mlp-names",
+            f"{since('neox-transformer-engine')}; use `era=today` and no `mlp_names=`",
         ),
-        (tp > 1 and config.parallel_residual, f"gpt_j_residual: {SUMS_TWICE} Use --tp 1"),
+        (tp > 1 and config.parallel_residual, f"gpt_j_residual: {SUMS_TWICE} Use `tp=1`"),
         (
             config.activation not in known,
             f"activation: Transformer Engine has no MLP with {what}, only with {', '.join(known)}; "
@@ -57,25 +57,28 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
         (
             config.window is not None,
             "sliding_window_width: GPT-NeoX hands it to Transformer Engine as a number, which "
-            "takes a pair; leave out --te",
+            "takes a pair; leave out `te=True`",
         ),
         (
             config.tied_norms,
-            "gpt_j_tied: the norm of Transformer Engine's MLP is its own; leave out --te",
+            "gpt_j_tied: the norm of Transformer Engine's MLP is its own; leave out `te=True`",
         ),
         (
             not architecture.gated and not config.norm_bias,
-            "the norms have no biases, and Transformer Engine's LayerNorm has; leave out --te",
+            "the norms have no biases, and Transformer Engine's LayerNorm has; leave out `te=True`",
         ),
         (
             raw.get("pos_emb", "rotary") not in ("rotary", "learned", "none"),
-            f"pos_emb: {raw.get('pos_emb')} isn't in GPT-NeoX's te_mha; leave out --te",
+            f"pos_emb: {raw.get('pos_emb')} isn't in GPT-NeoX's te_mha; leave out `te=True`",
         ),
-        (bool(raw.get("use_mup")), "use_mup isn't in GPT-NeoX's te_mha; leave out --te"),
-        (bool(raw.get("use_qk_layernorm")), "use_qk_layernorm isn't in te_mha; leave out --te"),
+        (bool(raw.get("use_mup")), "use_mup isn't in GPT-NeoX's te_mha; leave out `te=True`"),
+        (
+            bool(raw.get("use_qk_layernorm")),
+            "use_qk_layernorm isn't in te_mha; leave out `te=True`",
+        ),
     )
     if reasons := [why for hit, why in checks if hit]:
-        raise Refused(f"--te: this model can't be written so. {'. '.join(reasons)}.")
+        raise Refused(f"`te=True`: this model can't be written so. {'. '.join(reasons)}.")
     return epsilon(config.norm_eps, "rmsnorm" if architecture.gated else "layernorm")
 
 

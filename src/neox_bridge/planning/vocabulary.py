@@ -57,10 +57,10 @@ def fit(rows: int, size: int, tp: int, multiple: int | None, *, known: bool = Tr
     while padded_size(size, chosen, tp) < rows:
         if multiple is not None:
             raise Refused(
-                f"--vocab-multiple {multiple}: GPT-NeoX would have "
+                f"`vocab_multiple={multiple}`: GPT-NeoX would have "
                 f"{padded_size(size, multiple, tp)} rows for {size} entries at TP {tp}, and the "
                 f"source has {rows}. Leave the option out, or cut the rows that no entry of the "
-                "tokenizer has with --vocab-rows tokenizer."
+                "tokenizer has with `vocab_rows=tokenizer`."
             )
         chosen *= 2
     return Vocabulary(rows, padded_size(size, chosen, tp), chosen, size)

@@ -45,7 +45,7 @@ def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
     for kind in _CAST:
         if held := groups.get(kind):
             reason = f"{len(held)} weights are {kind}, such as {held[0]}"
-            way_out = "--dtype bfloat16 (or float32, float16) of convert casts them"
+            way_out = "`dtype=bfloat16` (or float32, float16) of convert casts them"
             if kind in FLOAT8:
                 reason += "; if scales belonged to them, these values alone are another model"
                 way_out += ", if no scales belong to them"

@@ -16,7 +16,7 @@ _ADVICE = {  # by HTTP status
     f"{_LOGIN}; check the name.",
     402: "the account's quota is used up. Make room, or see its billing page.",
     403: "you may not write there. Use a token with the right to write to it, or propose the files "
-    "with --create-pr.",
+    "with `create_pr=True`.",
     404: f"there is no such repository, or you may not see it. Check the name. {_LOGIN}.",
     409: "something else is being done with it. Give the same command again.",
     412: "somebody else committed meanwhile. Look at the branch, then give the same command again.",

@@ -127,8 +127,8 @@ def missing_message(path: str) -> str:
     if cached := _CACHED.fullmatch(folder):
         repo = cached[1].replace("--", "/", 1)
         way = (
-            "The blobs of this Hugging Face cache are incomplete. Download the model again: hf "
-            f"download {shlex.quote(repo)} --revision {cached[2]}"
+            "The blobs of this Hugging Face cache are incomplete. Download the model again: "
+            f"hf download {shlex.quote(repo)} --revision {cached[2]}"
         )
     return f"{path} is a link to {os.readlink(path)}, which does not exist. {way}"
 

@@ -149,7 +149,7 @@ def failed(url: str, doing: str, error: Exception, tries: int) -> Unreachable:
         times = f" (tried {tries} times)" if tries > 1 else ""
         return Unreachable(
             f"{what}: {describe(error)}{times}. Try again when the store "
-            "answers; --max-workers 1 asks it for the least."
+            "answers; `workers=1` asks it for the least."
         )
     if _OFFLINE in _names(error):
         return Unreachable(

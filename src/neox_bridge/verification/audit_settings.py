@@ -127,7 +127,7 @@ def init_faults(runs: Mapping[str, Steps], same_init: bool = False) -> Iterator[
             yield from _should_be_same(members, "the same seed")
         yield from _should_differ(group)
     if same_init and not any(len(group) > 1 for group in starts.values()):
-        message = "--same-init: there are no two runs of the same shapes with a step 0"
+        message = "`same_init=True`: there are no two runs of the same shapes with a step 0"
         yield Fault("no-step-0", "warning", message, "name runs with their step 0")
 
 

@@ -113,7 +113,7 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
             "grouped-query order",
             {"gqa_order": other},
             f"the rows of q, k and v are read as {state.gqa_order}, and the other side has them as "
-            f"{other}: say --gqa-order {other}",
+            f"{other}: say `gqa_order={other}`",
         )
     if neox.architecture.gated:
         yield Hypothesis(

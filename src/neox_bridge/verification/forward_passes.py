@@ -110,7 +110,7 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
         import transformers
     except ImportError:
         raise BridgeError(
-            "--logits computes with transformers, which isn't installed: "
+            "`logits=True` computes with transformers, which isn't installed: "
             "pip install 'neox-bridge[verify]'."
         ) from None
     try:

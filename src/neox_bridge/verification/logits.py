@@ -160,7 +160,7 @@ def compare_recorded(
     checkpoint = as_stored(check_copies(checkpoint))
     if recorded.dim() != 3 or recorded.shape[:-1] != tokens.shape:
         raise BridgeError(
-            f"--tokens: the recorded logits have the shape {list(recorded.shape)}, and the tokens "
+            f"`tokens=`: the recorded logits have the shape {list(recorded.shape)}, and the tokens "
             f"{list(tokens.shape)}. Logits have a row of the vocabulary for each token."
         )
     one = forward_pass(checkpoint, tokens, device)

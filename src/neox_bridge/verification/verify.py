@@ -94,7 +94,7 @@ def verify(
     findings += _config_findings(config, target.config)
     if rows < source.vocab_rows:
         cut = f"vocabulary rows {rows} to {source.vocab_rows - 1} of the source"
-        text = f"{cut} aren't in {target.path}: padding, or cut by --vocab-rows tokenizer"
+        text = f"{cut} aren't in {target.path}: padding, or cut by `vocab_rows=tokenizer`"
         findings.append(Finding("rows-not-compared", "info", text))
     if target.inv_freq_mismatch is not None:
         findings.append(mismatch_finding(target.inv_freq_mismatch))

@@ -1,0 +1,55 @@
+"""The library speaks of parameters, such as `tp=3`; the command line shows them as its options."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from neox_bridge.cli.options import FLAGS
+
+if TYPE_CHECKING:
+    from neox_bridge.findings import Finding
+
+_PARAMETER = re.compile(r"`([a-z][a-z_]*)=([^`]*)`")
+_OTHERS = {
+    "target": "DST",
+    "every_crc": "--crc",
+    "hash_shared": "--hash",
+    "workers": "--max-workers",
+}
+_PROSE = frozenset({"message", "remedy", "reason", "error", "notes", "incomplete"})
+
+
+def flag(parameter: str) -> str:
+    """The option of the command line that sets a parameter of the library."""
+    return _OTHERS.get(parameter) or FLAGS.get(parameter, f"--{parameter.replace('_', '-')}")
+
+
+def as_options(text: str) -> str:
+    """The text with ``--tp 3`` for "`tp=3`", ``--tp`` for "`tp=`", ``--te`` for "`te=True`"."""
+    return _PARAMETER.sub(_option, text) if "`" in text else text
+
+
+def _option(match: re.Match[str]) -> str:
+    option = flag(match[1])
+    return option if match[2] in ("", "True") else f"{option} {match[2]}"
+
+
+def finding_as_options(finding: "Finding") -> "Finding":
+    """The finding with options of the command line in its texts."""
+    message, remedy = as_options(finding.message), as_options(finding.remedy)
+    return replace(finding, message=message, remedy=remedy)
+
+
+def findings_as_options(findings: "Iterable[Finding]") -> "tuple[Finding, ...]":
+    """The same of several."""
+    return tuple(map(finding_as_options, findings))
+
+
+def document_as_options(value: object, prose: bool = False) -> object:
+    """A JSON document with options of the command line in its messages; names stay as they are."""
+    if isinstance(value, dict):
+        return {key: document_as_options(part, key in _PROSE) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [document_as_options(part, prose) for part in value]
+    return as_options(value) if prose and isinstance(value, str) else value
