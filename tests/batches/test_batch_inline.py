@@ -336,7 +336,7 @@ def test_in_a_store_a_file_that_was_added_is_not_replaced_unasked(
     row = convert(run, batch)
     assert row.status == "failed"
     assert "memory://added-batch/step1/pytorch_model.bin was added" in row.error
-    assert "--overwrite" in row.error
+    assert "`overwrite=True`" in row.error
     assert fs.cat_file("/added-batch/step1/pytorch_model.bin") == b"mine"
 
 
