@@ -9,7 +9,7 @@ the other steps.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -305,7 +305,7 @@ def _in_dtypes(checkpoint: Checkpoint, dtypes: Mapping[str, str]) -> tuple[Check
     return replace(checkpoint, tensors={**checkpoint.tensors, **cast}), bool(cast)
 
 
-def _origins(row: StepRow, here: Step, other: Side, steps: Iterable[Step]) -> Iterator[Origin]:
+def _origins(row: StepRow, here: Step, other: Side, steps: Collection[Step]) -> Iterator[Origin]:
     """The step of the other run that has most of the weights that differ here."""
     counts = Counter[str]()
     for name in (difference.name for difference in row.differences):
