@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import reference_logits
 import torch
 from common import (
     LLAMA,
@@ -31,7 +32,6 @@ from neox_bridge.architectures.llama_like import gated_setting, gated_width
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import LATER_ERAS, era_named
 from neox_bridge.tensors.fused import Fusion
-from neox_bridge.verification import reference
 from neox_bridge.verification.verify import verify
 
 OLD_ORDER = "llama_gqa_fp32_2024_10_old_order_tp1"
@@ -98,7 +98,7 @@ def test_to_hf_and_back_is_the_same_bits(name: str, tmp_path: Path) -> None:
 
 
 def logits_of(root: Path, tokens: torch.Tensor, **how: str) -> torch.Tensor:
-    return reference.forward(neox_ranks(root), neox_config(root), tokens, **how)[..., :300]
+    return reference_logits.forward(neox_ranks(root), neox_config(root), tokens, **how)[..., :300]
 
 
 @pytest.mark.parametrize("era", [era.name for era in LATER_ERAS])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference_logits
 import torch
 import yaml
 from common import (
@@ -23,7 +24,6 @@ from scorers import make_scorer, scores
 from neox_bridge.api import open_checkpoint
 from neox_bridge.errors import Refused
 from neox_bridge.frameworks.eras import era_named
-from neox_bridge.verification import reference
 from neox_bridge.verification.verify import verify
 
 GENUINE = Path(__file__).parents[1] / "data" / "reward"  # written and scored by the real GPT-NeoX
@@ -83,7 +83,7 @@ def test_both_ways(family: str, config: dict[str, Any], tp: int, tmp_path: Path)
     ranks = neox_ranks(tmp_path / "neox")
     assert [rank["6.rm_linear.weight"].shape[0] for rank in ranks] == [1] * tp
     assert not [key for key in ranks[0] if "final_linear" in key]
-    computed = reference.forward(ranks, yml, TOKENS)
+    computed = reference_logits.forward(ranks, yml, TOKENS)
     assert float((computed - scores(hf, TOKENS)).abs().max()) <= 1e-5
     assert verify(open_checkpoint(str(hf)), open_checkpoint(str(tmp_path / "neox"))).holds
     convert(tmp_path / "neox", tmp_path / "back")

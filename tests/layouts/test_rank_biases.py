@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference_logits
 import torch
 from checkpoint_edits import edit_yml, set_keys
 from click.testing import CliRunner
@@ -28,7 +29,6 @@ from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.rank_biases import drifted_biases
-from neox_bridge.verification import reference
 from neox_bridge.verification.logits import compare_logits
 from neox_bridge.verification.tokens import read_tokens
 from neox_bridge.verification.verify import verify
@@ -199,8 +199,10 @@ def test_the_reference_adds_each_rank_s_own_to_its_part(tmp_path: Path) -> None:
     run = drifted(fixture("sequential_residual_fp32_tp2"), tmp_path / "run", sequence_parallel=True)
     ranks, config = neox_ranks(run), neox_config(run)
     tokens = torch.arange(20)[None]
-    computed = reference.forward(ranks, config, tokens)
-    alone = reference.forward([ranks[0], {**ranks[1], **_row_biases(ranks[0])}], config, tokens)
+    computed = reference_logits.forward(ranks, config, tokens)
+    alone = reference_logits.forward(
+        [ranks[0], {**ranks[1], **_row_biases(ranks[0])}], config, tokens
+    )
     assert torch.equal(computed[:, :10], alone[:, :10])
     assert not torch.equal(computed[:, 10:], alone[:, 10:])
     convert(fixture("sequential_residual_fp32_tp2"), tmp_path / "hf")
