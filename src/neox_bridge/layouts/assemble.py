@@ -62,17 +62,11 @@ def assemble(
             if ref is None:
                 raise BridgeError(f"{folder}: layer {number} of rank {rank} lacks {key}.")
             first = ranks[0][number][key]
-            if ref.dtype != first.dtype:
+            if (ref.dtype, ref.shape) != (first.dtype, first.shape):
                 raise BridgeError(
-                    f"{folder}: {key} of layer {number} is {ref.dtype} on rank {rank} and "
-                    f"{first.dtype} on rank 0. The files are of different checkpoints; copy the "
-                    "checkpoint again."
-                )
-            if ref.shape != first.shape:
-                raise BridgeError(
-                    f"{folder}: {key} of layer {number} has the shape {list(ref.shape)} on rank "
-                    f"{rank} and {list(first.shape)} on rank 0. The files are "
-                    "of different checkpoints; copy the checkpoint again."
+                    f"{folder}: {key} of layer {number} is {ref.dtype} {list(ref.shape)} on rank "
+                    f"{rank} and {first.dtype} {list(first.shape)} on rank 0. The files are of "
+                    "different checkpoints; copy the checkpoint again."
                 )
             refs.append(ref)
             left.discard((rank, number, key))

@@ -59,17 +59,9 @@ class ConfigFiles:
 def config_files(folder: str, root: str) -> ConfigFiles:
     """The yml files of a step: in its ``configs``, else beside its weights, else those of its run.
 
-    Args:
-        folder: of the step, a path or a URL.
-        root: of the run, in which a run of several steps may have one yml for all of them; the
-            same as ``folder`` where nothing above it belongs to the checkpoint.
-
-    Returns:
-        No paths where there are none.
-
-    Raises:
-        BridgeError: for a link that leads out of the checkpoint, and for a yml that cannot be read
-            where no other one can.
+    root: the same as ``folder`` where nothing above it belongs to the checkpoint.
+    Raises BridgeError for a link that leads out of the checkpoint, and for a yml that cannot be
+    read where no other one can.
     """
     inside = os.path.join(folder, FOLDER)
     if paths := _in_configs(inside, folder, root):

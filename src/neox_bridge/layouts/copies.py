@@ -13,11 +13,7 @@ _SHOWN = 3
 
 
 def check_copies(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with a finding for copies that are the same bits.
-
-    Raises:
-        Refused: Two copies differ.
-    """
+    """The checkpoint with a finding for copies that are the same bits. Refused where two differ."""
     if not checkpoint.copies:
         return checkpoint
     if differing := _with(checkpoint, "differs", None):

@@ -42,9 +42,7 @@ _Explained = tuple[str, str] | None  # what a folder is, and the way out
 class ForeignFolder(BridgeError):
     """A folder that another tool wrote, and that holds no checkpoint of either framework.
 
-    Attributes:
-        kind: The short name of what it is; may be empty.
-        way_out: What to do instead; may be empty.
+    kind: the short name of what it is; may be empty. way_out: what to do instead; may be empty.
     """
 
     def __init__(self, message: str, kind: str = "", way_out: str = "") -> None:

@@ -5,9 +5,8 @@ replaces the head by the embeddings: one folder, two models. So the head is drop
 the embeddings, and else only if the user says so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from neox_bridge.errors import ChoiceNeeded, UsageError
 from neox_bridge.findings import Dropped, Finding
@@ -15,6 +14,8 @@ from neox_bridge.layouts.checkpoint import Checkpoint, HeadChoice
 from neox_bridge.layouts.same_values import Relation, relation
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole
+
+_UNTIED = {"hf": {"tie_word_embeddings": False}, "neox": {"no_weight_tying": True}}
 
 
 def head_relation(checkpoint: Checkpoint, most_bytes: int | None = None) -> Relation | None:
@@ -26,7 +27,7 @@ def head_relation(checkpoint: Checkpoint, most_bytes: int | None = None) -> Rela
     head = checkpoint.tied_head
     if head is None:
         return None
-    embeddings = _embeddings(checkpoint)
+    embeddings = checkpoint.tensors[checkpoint.architecture.embeddings]
     if head.shape[1:] != embeddings.shape[1:] or not head.shape:
         return "differs"
     rows = min(head.shape[0], embeddings.shape[0], checkpoint.vocab_rows)
@@ -36,9 +37,8 @@ def head_relation(checkpoint: Checkpoint, most_bytes: int | None = None) -> Rela
 def decide_head(checkpoint: Checkpoint, choice: HeadChoice | None) -> Checkpoint:
     """The checkpoint as one model: with the stored head, or tied.
 
-    Raises:
-        ChoiceNeeded: The head differs from the embeddings, and ``choice`` is None.
-        UsageError: The choice does not apply to this checkpoint.
+    Raises ChoiceNeeded where the head differs from the embeddings and ``choice`` is None,
+    UsageError where the choice does not apply to this checkpoint.
     """
     if checkpoint.tied_head is None:
         tied = checkpoint.config.tied_embeddings
@@ -119,7 +119,7 @@ def with_head(checkpoint: Checkpoint, findings: Sequence[Finding] = ()) -> Check
         checkpoint,
         tensors={**checkpoint.tensors, checkpoint.architecture.head: head},
         config=replace(checkpoint.config, tied_embeddings=False),
-        raw=_untied(checkpoint.raw, checkpoint.kind),
+        raw={**checkpoint.raw, **_UNTIED[checkpoint.kind]},
         findings=(*checkpoint.findings, *findings),
         tied_head=None,
         head_choice="keep",
@@ -157,12 +157,8 @@ def head_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list
     return []
 
 
-def _embeddings(checkpoint: Checkpoint) -> Whole:
-    return checkpoint.tensors[checkpoint.architecture.embeddings]
-
-
 def _check_sizes(checkpoint: Checkpoint, head: Whole) -> None:
-    embeddings = _embeddings(checkpoint)
+    embeddings = checkpoint.tensors[checkpoint.architecture.embeddings]
     if head.shape != embeddings.shape:
         raise UsageError(
             ["head"],
@@ -174,26 +170,24 @@ def _check_sizes(checkpoint: Checkpoint, head: Whole) -> None:
 
 def ambiguity(checkpoint: Checkpoint) -> tuple[str, str]:
     """Which two models a stored head that differs makes of a checkpoint, and what to do."""
-    remedy = "convert with `head=keep` for the untied model, or with `head=tie` for the tied one"
-    return _two_models(checkpoint), remedy
-
-
-def _two_models(checkpoint: Checkpoint) -> str:
     name, other = checkpoint.architecture.head, checkpoint.architecture.embeddings
-    start = f"{_key(checkpoint)}, and the files hold {name} with other values than {other}."
+    computed = (
+        "transformers 5 computes with both matrices, 4.x with the embeddings alone: these are two "
+        "models."
+    )
     if checkpoint.kind == "neox":
-        return (
-            f"{start} GPT-NeoX computes with the embeddings alone under this yml. The yml is wrong "
-            "if the run was trained with no_weight_tying: true."
+        computed = (
+            "GPT-NeoX computes with the embeddings alone under this yml. The yml is wrong if the "
+            "run was trained with no_weight_tying: true."
         )
-    if checkpoint.form is not None:
-        return (
-            f"{start} {checkpoint.form.name} loads both into one matrix, the head last: what it "
-            "computes is neither the tied model of the embeddings nor the untied one."
+    elif checkpoint.form is not None:
+        computed = (
+            f"{checkpoint.form.name} loads both into one matrix, the head last: what it computes "
+            "is neither the tied model of the embeddings nor the untied one."
         )
     return (
-        f"{start} transformers 5 computes with both matrices, 4.x with the embeddings alone: these "
-        "are two models."
+        f"{_key(checkpoint)}, and the files hold {name} with other values than {other}. {computed}",
+        "convert with `head=keep` for the untied model, or with `head=tie` for the tied one",
     )
 
 
@@ -205,12 +199,6 @@ def _key(checkpoint: Checkpoint) -> str:
     if "tie_word_embeddings" in checkpoint.raw:
         return "config.json says tie_word_embeddings: true"
     return "config.json ties the embeddings"
-
-
-def _untied(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    if kind == "hf":
-        return {**raw, "tie_word_embeddings": False}
-    return {**raw, "no_weight_tying": True}
 
 
 def _kept(checkpoint: Checkpoint) -> Finding:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -177,14 +177,11 @@ def checkpoint_of(
     )
 
 
-def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> list[Finding]:
+def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> Iterator[Finding]:
     """Code of the repository's own, which transformers runs with trust_remote_code only."""
-    code = raw.get("auto_map")
-    if not code:
-        return []
-    named = [str(value)[:80] for value in code.values()] if isinstance(code, dict) else []
-    return [
-        Finding(
+    if code := raw.get("auto_map"):
+        named = [str(value)[:80] for value in code.values()] if isinstance(code, dict) else []
+        yield Finding(
             "remote-code",
             "warning",
             f"config.json has auto_map ({some(named, 3)}), code of its own, which neox-bridge "
@@ -192,7 +189,6 @@ def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> list[Fin
             "compare the logits with those that its own code computes: "
             "neox-bridge verify --logits --tokens FILE.npz",
         )
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,42 +299,34 @@ def _read_file(file: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
     return tensors, classes
 
 
-def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> list[Finding]:
+def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> Iterator[Finding]:
     """What is strange about the folder, though the model in it can be read."""
-    findings = []
     if unwrapped.wrappers:
         wrappers = ", ".join(f"`{wrapper}`" for wrapper in unwrapped.wrappers)
         by = f" (of {unwrapped.by})" if unwrapped.by else ""
-        findings.append(
-            Finding(
-                "wrapped-names",
-                "warning",
-                f"the names of the tensors contain {wrappers}{by}, which is no part of the model "
-                "and is removed; transformers would load random weights from this folder",
-                subject="wrapped names",
-            )
+        yield Finding(
+            "wrapped-names",
+            "warning",
+            f"the names of the tensors contain {wrappers}{by}, which is no part of the model "
+            "and is removed; transformers would load random weights from this folder",
+            subject="wrapped names",
         )
     if stored.unindexed:
-        findings.append(
-            Finding(
-                "no-index",
-                "warning",
-                f"{len(stored.files)} shards have no index file beside them; all their tensors are "
-                "read; transformers would not load this folder",
-                subject="missing index",
-            )
+        yield Finding(
+            "no-index",
+            "warning",
+            f"{len(stored.files)} shards have no index file beside them; all their tensors are "
+            "read; transformers would not load this folder",
+            subject="missing index",
         )
     if adapter := adapter_beside(path):
-        findings.append(
-            Finding(
-                "adapter-beside",
-                "warning",
-                f"{adapter} lies beside the weights: transformers with peft loads the adapter on "
-                "top of them, and here only the weights without the adapter are read",
-                f"merge the adapter first if it belongs to the model: {merge_command(path)}",
-            )
+        yield Finding(
+            "adapter-beside",
+            "warning",
+            f"{adapter} lies beside the weights: transformers with peft loads the adapter on "
+            "top of them, and here only the weights without the adapter are read",
+            f"merge the adapter first if it belongs to the model: {merge_command(path)}",
         )
-    return findings
 
 
 class _Table:
@@ -499,18 +487,14 @@ def _check_names(
         raise BridgeError(f"{path}: some blocks have tensors that others lack: {some(extra)}.")
 
 
-def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> list[Finding]:
-    findings = []
+def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> Iterator[Finding]:
     sizes = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
     for key, dim in sizes.items():
         if key in raw and raw[key] != dims[dim]:
-            findings.append(
-                Finding(
-                    "config-size",
-                    "warning",
-                    f"config.json says {key}: {raw[key]}, and the tensors say {dims[dim]}, which "
-                    "is taken",
-                    subject="config sizes",
-                )
+            yield Finding(
+                "config-size",
+                "warning",
+                f"config.json says {key}: {raw[key]}, and the tensors say {dims[dim]}, which "
+                "is taken",
+                subject="config sizes",
             )
-    return findings

@@ -31,10 +31,8 @@ _NEAREST_STEPS = 4  # that an error names
 class HubSource:
     """Where the files are.
 
-    Attributes:
-        path: A local folder, or ``hf://org/name@revision``.
-        revision: ``org/name@revision``, with the name that the repository has now.
-        findings: What is worth knowing about the repository.
+    path: a local folder, or ``hf://org/name@revision``. revision: ``org/name@revision``, with the
+    name that the repository has now.
     """
 
     path: str
@@ -50,10 +48,7 @@ class HubSource:
 class Listing:
     """What a revision of a repository holds.
 
-    Attributes:
-        repo: ``org/name``, as the repository is called now.
-        commit: 40 hexadecimal digits.
-        files: The paths of all files.
+    repo: ``org/name``, as the repository is called now. commit: 40 hexadecimal digits.
     """
 
     repo: str
@@ -86,16 +81,18 @@ def find_source(repo: str, revision: str | None) -> HubSource:
             folder = None
         if folder is None:
             raise
-        return HubSource(folder, name, (_from_cache(name),))
+        message = f"the Hub cannot be reached, so what the cache has of {name} is read"
+        finding = Finding("read-from-cache", "warning", message, "check the network")
+        return HubSource(folder, name, (finding,))
     findings = _renamed(repo, listing)
-    if not listing.is_neox:
+    if listing.is_neox:
+        folder = _whole_in_cache(listing)
+    else:
         _check_holds_model(listing, revision)
         folder = download(listing.repo, revision)
-        return HubSource(folder, f"{listing.repo}@{revision or MAIN}", findings)
-    folder = _whole_in_cache(listing)
-    if folder is not None:
-        return HubSource(folder, f"{listing.repo}@{revision or MAIN}", findings)
-    return _by_ranges(listing, revision, "", findings)
+    if folder is None:
+        return _by_ranges(listing, revision, "", findings)
+    return HubSource(folder, f"{listing.repo}@{revision or MAIN}", findings)
 
 
 def find_url_source(url: str, revision: str | None) -> HubSource:
@@ -123,9 +120,8 @@ def is_offline() -> bool:
 def look_up(repo: str, revision: str | None) -> Listing:
     """What a revision holds; one request.
 
-    Raises:
-        Unreachable: Nobody answers.
-        BridgeError: There is no such repository or revision, or it may not be read.
+    Raises Unreachable where nobody answers, BridgeError where there is no such repository or
+    revision, or it may not be read.
     """
     api = hub_api(f"{repo} is on the Hub")
     from huggingface_hub.errors import RevisionNotFoundError
@@ -145,7 +141,7 @@ def look_up(repo: str, revision: str | None) -> Listing:
                 raise BridgeError(_no_revision(repo, revision or MAIN)) from None
             words = explanation(error, repo)
             if is_missing_repo(error) or status_of(error) == 401:
-                words += _suggestion(repo)
+                words += f" Did you mean {near}?" if (near := nearest(repo)) else ""
             raise (Unreachable if unanswered else BridgeError)(words) from None
         files = tuple(sorted(str(file.rfilename) for file in info.siblings or ()))
         return Listing(str(info.id), str(info.sha), files)
@@ -197,12 +193,10 @@ def _whole_in_cache(listing: Listing) -> str | None:
 
 def _no_revision(repo: str, revision: str) -> str:
     """What to say where a repository has no such revision, with the nearest steps that it has."""
-    steps = _steps(repo)
-    if not steps:
-        return f"{repo} has no branch, tag or commit {revision}. Check its name."
-    wanted = step_of(revision)
-    if wanted is None:
-        return f"{repo} has no branch, tag or commit {revision}. It has {some(steps)}."
+    steps, wanted = _steps(repo), step_of(revision)
+    if not steps or wanted is None:
+        advice = f"It has {some(steps)}." if steps else "Check its name."
+        return f"{repo} has no branch, tag or commit {revision}. {advice}"
     by_distance = sorted(steps, key=lambda name: abs((step_of(name) or 0) - wanted))
     near = sorted(by_distance[:_NEAREST_STEPS], key=lambda name: step_of(name) or 0)
     return f"{repo} has no {revision}. The nearest of its {len(steps)} steps are {some(near)}."
@@ -218,18 +212,8 @@ def _steps(repo: str) -> list[str]:
         return []
 
 
-def _suggestion(repo: str) -> str:
-    near = nearest(repo)
-    return f" Did you mean {near}?" if near else ""
-
-
 def _renamed(repo: str, listing: Listing) -> tuple[Finding, ...]:
     if listing.repo.lower() == repo.lower():
         return ()
     message = f"{repo} is called {listing.repo} now, which the Hub redirects to"
     return (Finding("renamed-repository", "info", message, f"use {listing.repo}"),)
-
-
-def _from_cache(name: str) -> Finding:
-    message = f"the Hub cannot be reached, so what the cache has of {name} is read"
-    return Finding("read-from-cache", "warning", message, "check the network")

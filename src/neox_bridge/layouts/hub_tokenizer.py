@@ -55,8 +55,7 @@ def with_published_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
 def published_tokenizer(repo: str) -> tuple[str, ...]:
     """The tokenizer files of ``org/name``, in huggingface_hub's cache.
 
-    Raises:
-        BridgeError: There is no such repository, it has no tokenizer.json, or nobody answers.
+    Raises BridgeError where there is none, or nobody answers.
     """
     if is_offline():
         folder = cached_snapshot(repo, None)

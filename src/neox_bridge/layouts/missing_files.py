@@ -31,9 +31,7 @@ def missing_ranks(names: Sequence[str], meta: Mapping[str, Any]) -> tuple[str, .
     (mp_world_size; runtime/engine.py, _save_checkpoint). Where there is none at all, the names of
     the optimizer's files tell how many there were.
 
-    Args:
-        names: of what lies in the folder.
-        meta: what the first mp_rank file holds; empty where there is none.
+    meta: what the first mp_rank file holds; empty where there is none.
     """
     present = {int(match[1]) for name in names if (match := RANK.fullmatch(name))}
     count = told_ranks(meta, "mp_world_size") or 0
@@ -67,14 +65,9 @@ def refuse_missing_ranks(state: NeoxState) -> None:
 def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[list[str]]:
     """The files of optimizer states by the number of their mp_rank file, then by rank.
 
-    Args:
-        state: of the checkpoint, with the names of these files.
-        dp: data-parallel ranks, as the mp_rank files tell it; None where they do not.
-        model_parallel: how many mp_rank files there are.
-
-    Raises:
-        BridgeError: one is missing, or left over from another layout.
-        Refused: two are of one rank.
+    dp: data-parallel ranks, as the mp_rank files tell it; None where they do not. model_parallel:
+    how many mp_rank files there are. Raises BridgeError where one is missing, or left over from
+    another layout, Refused where two are of one rank.
     """
     folder = state.folder
     by_rank: dict[tuple[int, int], str] = {}

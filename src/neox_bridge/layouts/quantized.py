@@ -130,8 +130,7 @@ class QuantizedFolder:
 class QuantizedModel(Refused):
     """The weights of the source are quantized, so there are no weights to convert.
 
-    Attributes:
-        model: What is known of the model, if its folder could be read.
+    model: what is known of it, if its folder could be read.
     """
 
     def __init__(self, message: str, model: QuantizedFolder | None = None) -> None:

@@ -27,14 +27,8 @@ def relation(first: Whole, second: Whole, most_bytes: int | None = None) -> Rela
 
     Values of different floating dtypes are compared after widening both, which is exact.
 
-    Args:
-        first: A tensor in pieces that tile it.
-        second: Another one.
-        most_bytes: Bytes of each side to compare at most. "unknown" is the answer where these are
-            equal and more is left.
-
-    Raises:
-        BridgeError: A file can't be read, or is too short.
+    most_bytes: of each side, to compare at most; "unknown" is the answer where these are equal and
+    more is left. Raises BridgeError for a file that can't be read, or is too short.
     """
     if first.shape != second.shape:
         return "differs"

@@ -50,8 +50,7 @@ def step_folder(path: str, step: int | None) -> StepFolder:
     A path that holds GPT-NeoX's files is a step, whatever its name; ``is_run_step`` says where the
     folder above it is its run. Otherwise nothing above it is read.
 
-    Raises:
-        BridgeError: where several steps are there and nothing says which one is meant.
+    Raises BridgeError where several steps are there and nothing says which one is meant.
     """
     path = absolute(path)
     names = list_folder(path)
@@ -113,10 +112,7 @@ def is_run_step(path: str, names: Sequence[str]) -> bool:
 
     It is where its name is ``global_stepN``, where it holds weights and has another name that tells
     a step, without a yml beside its weights, and where it has GPT-NeoX's ``configs`` and there is
-    a ``latest`` above it.
-
-    Args:
-        names: of what lies in the folder.
+    a ``latest`` above it. names: of what lies in the folder.
     """
     path = absolute(path)
     parent, name = os.path.split(path)
@@ -157,9 +153,6 @@ def step_in_name(folder: str, revision: str = "") -> int | None:
     """The step that the Hub's revision tells, else the name of the folder, else its git branch.
 
     revision: ``org/name@step1000``, or "".
-
-    Returns:
-        None where none of them tells one.
     """
     name = os.path.basename(absolute(folder)).removesuffix("_universal")
     for text in (revision, name):
@@ -210,10 +203,8 @@ def step_finding(
 ) -> Finding | None:
     """What is said where the files and the name tell different steps, or neither tells one.
 
-    Args:
-        revision: the Hub's, ``org/name@step1000``, where it is known.
-        saved: the step of ``iteration`` in the mp_rank files.
-        named: the step that the revision or the folder's name tells.
+    revision: the Hub's, or "". saved: the step of ``iteration`` in the mp_rank files. named: the
+    step that the revision or the folder's name tells.
     """
     if saved is None and named is None:
         return Finding(

@@ -95,8 +95,9 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
     for number_, rank in enumerate(ranks):
         layers = {}
         for layer, tensors in rank.items():
-            layers[layer] = _rename(tensors)
-            if number_ == 0 and (unused := _unused(tensors)):
+            unused = _unused(tensors)
+            layers[layer] = {plain_name(k)[0]: t for k, t in tensors.items() if k not in unused}
+            if number_ == 0:
                 why = "never used beside mlp.layer_norm_* (GPT-NeoX before #1355)"
                 dropped += [Dropped(f"layer {layer}: {name}", why) for name in unused]
         renamed.append(layers)
@@ -139,11 +140,6 @@ def _unused(tensors: Mapping[str, TensorRef]) -> list[str]:
     if "mlp.layer_norm_weight" not in tensors:
         return []
     return [name for name in tensors if name.startswith("post_attention_layernorm.")]
-
-
-def _rename(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    unused = _unused(tensors)
-    return {plain_name(key)[0]: ref for key, ref in tensors.items() if key not in unused}
 
 
 def _drop_zeros(

@@ -18,19 +18,10 @@ from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.architectures.rows import model_rows
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.layouts.deepspeed_values import (
-    check_tensor,
-    shapes,
-)
+from neox_bridge.layouts.deepspeed_values import check_tensor, shapes
 from neox_bridge.layouts.tensor_names import check_names
 from neox_bridge.layouts.text_files import list_folder
-from neox_bridge.layouts.universal_folder import (
-    MASTER,
-    STATE,
-    ZERO,
-    file_name,
-    parameter,
-)
+from neox_bridge.layouts.universal_folder import MASTER, STATE, ZERO, file_name, parameter
 from neox_bridge.stores.paths import isfile
 from neox_bridge.tensors.pieces import Whole, box
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -119,16 +110,12 @@ def parameter_shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, 
     return shapes(meta, f"{folder}/mp_rank_*_model_states.pt")
 
 
-def _names(folder: str) -> list[str]:
-    names = [name for name in list_folder(os.path.join(folder, ZERO)) if name != STATE]
-    check_names(names, os.path.join(folder, ZERO))
-    return names
-
-
 def stored_states(folder: str, key: str) -> dict[str, Stored]:
     """A state of every parameter, by DeepSpeed's name of it."""
     states = {}
-    for name in _names(folder):
+    names = [name for name in list_folder(os.path.join(folder, ZERO)) if name != STATE]
+    check_names(names, os.path.join(folder, ZERO))
+    for name in names:
         path = os.path.join(folder, ZERO, name, file_name(key))
         if not isfile(path):
             raise BridgeError(f"{path} is missing. Copy the checkpoint again.")

@@ -1,7 +1,8 @@
 """What pickles of a checkpoint say, taken as plain values of bounded size.
 
 A pickle of 100 bytes can hold a tuple that takes forever to print, and name a number of ranks
-whose list fills the memory.
+whose list fills the memory. Readers raise BridgeError for a value of another kind; ``name`` says
+where it stands, where its key alone does not.
 """
 
 import re
@@ -48,14 +49,7 @@ def whole(values: Mapping[str, Any], key: str, path: str) -> int | None:
 
 
 def count(values: Mapping[str, Any], key: str, path: str, name: str = "") -> int | None:
-    """A number of sequences, steps or ranks: 1 or more. None where there is none.
-
-    Args:
-        name: of the value for people, where ``key`` alone does not say where it stands.
-
-    Raises:
-        BridgeError: for anything else.
-    """
+    """A number of sequences, steps or ranks: 1 or more. None where there is none."""
     value = values.get(key)
     if value is None:
         return None
@@ -67,11 +61,7 @@ def count(values: Mapping[str, Any], key: str, path: str, name: str = "") -> int
 
 
 def number(values: Mapping[str, Any], key: str, path: str, name: str = "") -> float | None:
-    """A number that is not negative, as yml may have it; None where there is none.
-
-    Raises:
-        BridgeError: for anything else.
-    """
+    """A number that is not negative, as yml may have it; None where there is none."""
     value = values.get(key)
     if value is None:
         return None
@@ -84,11 +74,7 @@ def number(values: Mapping[str, Any], key: str, path: str, name: str = "") -> fl
 
 
 def mapping(values: Mapping[str, Any], key: str, path: str, name: str = "") -> Mapping[str, Any]:
-    """Values by their names; empty where there are none.
-
-    Raises:
-        BridgeError: for anything else.
-    """
+    """Values by their names; empty where there are none."""
     value = values.get(key)
     if value is None:
         return {}
@@ -98,11 +84,7 @@ def mapping(values: Mapping[str, Any], key: str, path: str, name: str = "") -> M
 
 
 def sequence(values: Mapping[str, Any], key: str, path: str, name: str = "") -> Sequence[Any]:
-    """A list; empty where there is none.
-
-    Raises:
-        BridgeError: for anything else.
-    """
+    """A list; empty where there is none."""
     value = values.get(key)
     if value is None:
         return ()

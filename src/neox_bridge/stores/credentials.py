@@ -57,14 +57,10 @@ _AZURE_SETTINGS = {
 
 
 def s3_options(root: str) -> dict[str, Any]:
-    """Arguments of obstore's ``S3Store``.
+    """Arguments of obstore's ``S3Store``. root: ``s3://bucket``.
 
-    Args:
-        root: ``s3://bucket``.
-
-    Raises:
-        Unreachable: nobody said who the user is.
-        BridgeError: a profile or a setting can't be used.
+    Raises Unreachable where nobody said who the user is, BridgeError for a profile or a setting
+    that can't be used.
     """
     options = _fsspec_settings(root, ("s3", "s3a"), _S3_SETTINGS)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -117,9 +113,8 @@ def google_options(root: str) -> dict[str, Any]:
 def azure_options(root: str, host: str) -> dict[str, Any]:
     """Arguments of obstore's ``AzureStore``.
 
-    Args:
-        root: ``az://container``, or ``abfss://container@account.dfs.core.windows.net``.
-        host: what follows the ``@``, or nothing.
+    root: ``az://container``, or ``abfss://container@account.dfs.core.windows.net``. host: what
+    follows the ``@``, or nothing.
     """
     options = _fsspec_settings(root, ("az", "abfs", "abfss"), _AZURE_SETTINGS)
     text = options.pop("connection_string", None) or os.environ.get(_AZURE_CONNECTION, "")

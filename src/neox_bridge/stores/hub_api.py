@@ -29,11 +29,8 @@ _SERVER_FAILED = "the Hub failed. Give the same command again later; see status.
 def hub_api(why: str) -> Any:
     """huggingface_hub's ``HfApi``, which honors HF_ENDPOINT and HF_TOKEN.
 
-    Args:
-        why: A sentence that says what it is needed for, without its period.
-
-    Raises:
-        BridgeError: huggingface_hub is not installed.
+    why: a sentence that says what it is needed for, without its period, for the BridgeError where
+    huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import HfApi

@@ -26,17 +26,8 @@ def revisions(repo: str) -> tuple[Revision, ...]:
     api = hub_api(f"The revisions of {repo} are on the Hub")
     with explained(repo):
         refs = api.list_repo_refs(repo)
-    kinds: tuple[tuple[Literal["branch", "tag"], list[object]], ...] = (
-        ("branch", refs.branches),
-        ("tag", refs.tags),
-    )
     named = [
-        Revision(ref.name, kind, ref.target_commit, step_of(ref.name))  # type: ignore[attr-defined]
-        for kind, listed in kinds
-        for ref in listed
+        *(Revision(r.name, "branch", r.target_commit, step_of(r.name)) for r in refs.branches),
+        *(Revision(r.name, "tag", r.target_commit, step_of(r.name)) for r in refs.tags),
     ]
-    return tuple(sorted(named, key=_order))
-
-
-def _order(revision: Revision) -> tuple[int, list[tuple[int, str]], str]:
-    return -1 if revision.step is None else revision.step, natural(revision.name), revision.kind
+    return tuple(sorted(named, key=lambda r: (-1 if r.step is None else r.step, natural(r.name))))

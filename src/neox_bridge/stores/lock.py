@@ -103,8 +103,7 @@ class Lock:
 def locked(folder: str) -> Iterator[Lock]:
     """A block in which no other run writes into a folder of a store.
 
-    Raises:
-        BridgeError: another run does, and is alive.
+    Raises BridgeError where another run does, and is alive.
     """
     lock = Lock(f"{folder}/{WORK}/{NAME}")
     lock.take()
