@@ -13,8 +13,7 @@ from neox_bridge.formats.bounded_json import parse_json
 from neox_bridge.layouts.record_file import written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
-from neox_bridge.stores.objects import below
-from neox_bridge.stores.paths import is_local, isdir, listdir, states
+from neox_bridge.stores.paths import is_local, isdir, listdir, states, walk
 from neox_bridge.stores.store import WORK
 from neox_bridge.verification.sealed import find_record, unrecorded
 
@@ -48,7 +47,7 @@ def state_of(
     if not isdir(target) or not (names := listdir(target)):
         return "absent", ""
     # an upload that didn't end, which is gone on with
-    if not is_local(target) and WORK in names and below(f"{target}/{WORK}"):
+    if WORK in names and any(walk(f"{target}/{WORK}")):
         return "absent", ""
     try:
         path = find_record(target)

@@ -228,17 +228,13 @@ def refuse_all(refusals: Iterable[Refusal], path: str, relayout: str = "") -> No
     """
     lines = []
     for refusal in refusals:
-        way_out = way_out_of(refusal, relayout)
-        lines.append(
-            f"{refusal.key}: {_sentence(refusal.reason)}"
-            + (f" Way out: {way_out}." * bool(way_out))
-        )
+        end = "" if refusal.reason.endswith("?") else "."
+        line = f"{refusal.key}: {refusal.reason}{end}"
+        if way_out := way_out_of(refusal, relayout):
+            line += f" Way out: {way_out}."
+        lines.append(line)
     if lines:
         raise Refused(f"{path} can't be converted. {' '.join(lines)}")
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith("?") else f"{text}."
 
 
 def way_out_of(refusal: Refusal, relayout: str) -> str:

@@ -66,18 +66,17 @@ def config_files(folder: str, root: str) -> ConfigFiles:
     inside = os.path.join(folder, FOLDER)
     if paths := _in_configs(inside, folder, root):
         return ConfigFiles(paths, tuple(_unread(folder, "configs holds the run's settings")))
-    broken: list[Skipped] = []
     skipped: list[Skipped] = []
     for place in dict.fromkeys((folder, root)):
         beside = _beside(place, folder, root)
         skipped += beside.skipped
-        broken += [file for file in beside.skipped if file.broken]
         if beside.paths:
             return ConfigFiles(beside.paths, tuple(skipped))
     if root != folder and (paths := _in_configs(os.path.join(root, FOLDER), root)):
         return ConfigFiles(paths, tuple(skipped))
-    for file in broken:
-        read_yml(file.path)  # raises the error, with the line
+    for file in skipped:
+        if file.broken:
+            read_yml(file.path)  # raises the error, with the line
     return ConfigFiles((), tuple(skipped))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.tokenizer import NAMES
-from neox_bridge.stores.paths import is_local
+from neox_bridge.stores.paths import is_local, walk
 
 _TOKENIZER = (
     *(*NAMES, "chat_template.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
@@ -109,12 +109,8 @@ def files_below(folder: str, recorded: Collection[str] = ()) -> Iterator[str]:
     Links are followed, as whoever reads the checkpoint does. recorded: as of ``foreign``.
     """
     if not is_local(folder):
-        from neox_bridge.stores.objects import below
-
-        paths = [url[len(folder) + 1 :] for url in below(folder)]
-        for path in sorted(paths):
-            if not is_bookkeeping(path):
-                yield path
+        paths = (url[len(folder) + 1 :] for url, _ in walk(folder))
+        yield from (path for path in paths if not is_bookkeeping(path))
         return
     for path, entry in _walk(folder, recorded, frozenset(), links=True):
         if not entry.is_dir():

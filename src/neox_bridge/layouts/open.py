@@ -75,7 +75,9 @@ def open_checkpoint(
     tell. Raises BridgeError or Refused; nothing
     in the checkpoint is executed.
     """
-    checkpoint = _opened(afresh(source), revision, step, configs, gqa_order)
+    path, named, repo, findings = _find(afresh(source), revision, step)
+    checkpoint = _open_folder(path, named, step, configs, gqa_order)
+    checkpoint = replace(checkpoint, hub_repo=repo, findings=(*checkpoint.findings, *findings))
     if checkpoint.missing_tokenizer:
         from neox_bridge.layouts.run_tokenizer import missing_finding
 
@@ -107,24 +109,19 @@ def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint) -> None
         )
 
 
-def _opened(
-    source: str,
-    revision: str | None,
-    step: int | None,
-    configs: Sequence[str],
-    gqa_order: GqaOrder | None,
-) -> Checkpoint:
-    named, repo, findings = "", "", tuple[Finding, ...]()
+def _find(
+    source: str, revision: str | None, step: int | None
+) -> tuple[str, str, str, tuple[Finding, ...]]:
+    """The folder to read; the Hub's revision and repository, "" for none; findings about them."""
     if is_hub(source):
         from neox_bridge.layouts.hub_source import find_url_source
 
         place = find_url_source(source, revision)
-        source, revision = place.path, None
-        named, repo, findings = place.revision, place.repo, place.findings
     elif exists(source):
-        source, revision, named = _in_cache(source, revision, named)
+        path, revision, named = _in_cache(source, revision)
         if revision is not None:
-            raise UsageError(["revision"], f"only for models of the Hub, and {source} is a folder")
+            raise UsageError(["revision"], f"only for models of the Hub, and {path} is a folder")
+        return path, named, "", ()
     else:
         from neox_bridge.layouts.hub_source import find_source
 
@@ -137,14 +134,7 @@ def _opened(
                 f"branch, name the folder: hf://{model[0]}/global_step{step}",
             )
         place = find_source(*model)
-        source, named = place.path, place.revision
-        repo, findings = place.repo, place.findings
-    checkpoint = _open_folder(source, named, step, configs, gqa_order)
-    return (
-        replace(checkpoint, hub_repo=repo, findings=(*checkpoint.findings, *findings))
-        if repo
-        else checkpoint
-    )
+    return place.path, place.revision, place.repo, place.findings
 
 
 def _open_folder(
@@ -193,17 +183,17 @@ def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
     return repo, branch_in_name or revision
 
 
-def _in_cache(source: str, revision: str | None, named: str) -> tuple[str, str | None, str]:
+def _in_cache(source: str, revision: str | None) -> tuple[str, str | None, str]:
     """(the snapshot, no revision, its name) of a model's folder in a cache; others as they are."""
     from neox_bridge.layouts.hub_cache import is_cache_root, repo_of, snapshot_of
 
     if not isdir(source):
-        return source, revision, named
+        return source, revision, ""
     root = absolute(source)
     if os.path.basename(root) == "snapshots":
         root = os.path.dirname(root)
     if not is_local(root) and not os.path.basename(root).startswith("models--"):
-        return source, revision, named  # a listing is a request
+        return source, revision, ""  # a listing is a request
     if not is_cache_root(root, list_folder(root)):
-        return source, revision, named
+        return source, revision, ""
     return snapshot_of(root, revision), None, f"{repo_of(root)}@{revision or 'main'}"

@@ -71,19 +71,14 @@ _RULES = tuple((name, re.compile(f".*(?:{ends})")) for name, ends in _PROOF)
 
 _LIBRARIES = ("torchao", "quanto", "optimum", "hqq", "bitsandbytes", "aqlm", "compressed_tensors")
 _QUANTIZED_TORCH = ("_rebuild_qtensor",)
-_METHODS = {
+_METHODS = {  # of those whose word in the settings is not their name
     "gptq": "GPTQ",
     "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
     "fp8": "fp8",
-    "compressed-tensors": "compressed-tensors",
     "compressed_tensors": "compressed-tensors",
     "hqq": "HQQ",
     "aqlm": "AQLM",
     "eetq": "EETQ",
-    "quanto": "quanto",
-    "torchao": "torchao",
-    "mxfp4": "mxfp4",
     "quip": "QuIP#",
     "spqr": "SpQR",
     "vptq": "VPTQ",

@@ -23,7 +23,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.hf_reader import checkpoint_of
 from neox_bridge.layouts.linked_files import check_own
 from neox_bridge.layouts.quantized import refuse_quantized
-from neox_bridge.layouts.tensor_names import check_names, tensors_of
+from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
 from neox_bridge.layouts.text_files import list_folder, read_json
 from neox_bridge.stores.paths import ahead
 from neox_bridge.tensors.dtypes import itemsize
@@ -148,7 +148,7 @@ def _shards(path: str) -> tuple[tuple[str, ...], list[Mapping[str, TensorRef]]]:
     if ranks:
         _check_count(path, ranks, range(max(ranks) + 1), "consolidated.{:02d}.pth")
         files = tuple(os.path.join(path, ranks[n]) for n in sorted(ranks))
-        return files, [_tensors(file) for file in ahead(files)]
+        return files, [tensors_of(state_dict_of(read_torch(f), f), f) for f in ahead(files)]
     parts = [m for name in names if (m := _WHOLE.fullmatch(name))]
     single = [m[0] for m in parts if m[1] is None]
     numbered = {int(m[1]): m[0] for m in parts if m[1] is not None}
@@ -175,13 +175,6 @@ def _check_count(path: str, present: Mapping[int, str], wanted: range, name: str
         raise BridgeError(
             f"{path} isn't whole: {name.format(missing)} is missing. Download it again."
         )
-
-
-def _tensors(file: str) -> dict[str, TensorRef]:
-    value = read_torch(file)
-    if not isinstance(value, dict):
-        raise BridgeError(f"{file} holds no state dict. Is it the weights of a Llama?")
-    return tensors_of(value, file)
 
 
 def _gathered(

@@ -76,24 +76,18 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
         return None
     base = _base(name)
     if checkpoint.hub_repo:
-        return Finding(
-            "tokenizer-missing",
-            "info",
-            f"the yml names the tokenizer {name}, which {checkpoint.hub_repo} does not hold",
-            "convert, batch and reshard look for it on the Hub; `tokenizer=PATH` names another",
-            subject="tokenizer",
+        where = f"{checkpoint.hub_repo} does not hold"
+        remedy = "convert, batch and reshard look for it on the Hub; `tokenizer=PATH` names another"
+    else:
+        where = (
+            f"is not on this machine, and {state.folder} has no {base}, so that it is not known "
+            "how many rows of the vocabulary are padding"
         )
-    remedy = f"convert with `tokenizer={TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}`"
-    if is_local(state.root):
-        remedy = f"copy {base} into {shlex.quote(state.root)}, or {remedy}"
-    return Finding(
-        "tokenizer-missing",
-        "info",
-        f"the yml names the tokenizer {name}, which is not on this machine, and {state.folder} has "
-        f"no {base}, so that it is not known how many rows of the vocabulary are padding",
-        remedy,
-        subject="tokenizer",
-    )
+        remedy = f"convert with `tokenizer={TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}`"
+        if is_local(state.root):
+            remedy = f"copy {base} into {shlex.quote(state.root)}, or {remedy}"
+    message = f"the yml names the tokenizer {name}, which {where}"
+    return Finding("tokenizer-missing", "info", message, remedy, subject="tokenizer")
 
 
 def _places(place: StepFolder, name: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from neox_bridge.architectures.base import ModelConfig, Refusal
+from neox_bridge.architectures.base import Refusal
 from neox_bridge.architectures.neox_config import attention_kinds, number
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
@@ -91,15 +91,9 @@ def check_window(checkpoint: Checkpoint, layout: LayoutName, yml: Mapping[str, A
     if config.window is not None and config.window < config.max_positions and used != "all":
         raise Refused(
             f"sliding_window: {config.window}: {_WHY}, so the target would be another model. Use "
-            f"`layout=layers`{_or_without(config)}."
+            "`layout=layers`, or set sliding_window: null in config.json if no text is longer than "
+            f"{config.window} tokens."
         )
-
-
-def _or_without(config: ModelConfig) -> str:
-    return (
-        f", or set sliding_window: null in config.json if no text is longer than {config.window} "
-        "tokens"
-    )
 
 
 def _narrows(raw: Mapping[str, Any]) -> bool:

@@ -63,13 +63,15 @@ class Folder(Protocol):
     def walk(self, path: str) -> Iterator[tuple[str, int | None]]:
         """(path, bytes) of every file below a folder, sorted; None for what is no regular file.
 
-        Links to files are followed, unless they lead nowhere; links to folders are not.
+        Links to files are followed, unless they lead nowhere; links to folders are not. Raises
+        BridgeError for a folder that cannot be listed.
         """
 
     def open(self, path: str) -> BinaryIO:
         """A regular file, for reading. Of an object little more than what is read is fetched.
 
-        Raises BridgeError, naming it, for one that is missing or cannot be read.
+        Raises BridgeError, naming it, for one that is missing or cannot be read, and for folders,
+        pipes and devices, without waiting for any of them.
         """
 
     def read(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:

@@ -79,11 +79,7 @@ def size(path: str) -> int:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A regular file, for reading. Of an object little more than what is read is fetched.
-
-    Raises BridgeError, naming it, for one that is missing or cannot be read, and for folders, pipes
-    and devices, without waiting for any of them.
-    """
+    """A regular file, for reading; see ``Folder.open``."""
     return folder_of(path).open(path)
 
 
@@ -134,11 +130,7 @@ def ahead(paths: Iterable[str]) -> Iterator[str]:
 
 
 def walk(folder: str) -> Iterator[tuple[str, int | None]]:
-    """(path, bytes) of every file below a folder, sorted; None for what is no regular file.
-
-    Links to files are followed, unless they lead nowhere; links to folders are not. Raises
-    BridgeError for a folder that cannot be listed.
-    """
+    """(path, bytes) of every file below a folder; see ``Folder.walk``."""
     return folder_of(folder).walk(folder)
 
 
