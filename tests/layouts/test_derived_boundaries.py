@@ -19,8 +19,14 @@ from neox_bridge.formats.yml import (
     merge_ymls,
     read_yml,
 )
-from neox_bridge.layouts.derived_check import check_inv_freq, is_zero, mismatch_finding
-from neox_bridge.layouts.derived_values import inv_freq, inv_freq_bytes, inv_freq_error
+from neox_bridge.layouts.derived_values import (
+    check_inv_freq,
+    inv_freq,
+    inv_freq_bytes,
+    inv_freq_error,
+    is_zero,
+    mismatch_finding,
+)
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 DTYPES: dict[str, Any] = {

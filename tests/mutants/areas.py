@@ -118,7 +118,6 @@ AREAS: dict[str, Area] = {
             "planning/common",
             "planning/option_checks",
             "optimizer/gradient_scale",
-            "layouts/derived_check",
             "layouts/window",
             "layouts/unknown_keys",
             "frameworks/unknown_keys",

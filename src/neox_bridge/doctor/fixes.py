@@ -25,7 +25,8 @@ from neox_bridge.frameworks.eras import FLAG, Era, InvFreq, fitting, known_keys
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
 from neox_bridge.frameworks.targets import Target
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
-from neox_bridge.layouts.derived_check import mismatch_finding
+from neox_bridge.layouts.derived_values import mismatch_finding
+from neox_bridge.layouts.file_names import STEP
 from neox_bridge.layouts.linked_files import check_own
 from neox_bridge.layouts.missing_files import refuse_missing_ranks
 from neox_bridge.layouts.open import open_checkpoint
@@ -46,7 +47,6 @@ from neox_bridge.wording import some
 
 # with other names GPT-NeoX also asks for its gated MLP in another way (neox-gated-mlp)
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
-_STEP = re.compile(r"global_step\d+")
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
@@ -91,7 +91,7 @@ def mend_plan(
         )
     if plan is None or not in_place or state is None:
         return plan
-    if state.flat or not _STEP.fullmatch(state.step):
+    if state.flat or not STEP.fullmatch(state.step):
         raise Refused(
             f"{state.folder} holds the files of one step, and `in_place=True` replaces only the "
             f"folder of a step that is named global_stepN, as GPT-NeoX names it. Write a run with "

@@ -11,7 +11,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.eras import TODAY
 from neox_bridge.layouts.checkpoint import refuse_all
-from neox_bridge.layouts.derived_check import InvFreqMismatch, check_inv_freq
+from neox_bridge.layouts.derived_values import InvFreqMismatch, check_inv_freq
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.tensors.fused import Fusion, GqaOrder, gather_part
 from neox_bridge.tensors.geometry import gather, whole_shape

@@ -13,7 +13,7 @@ from neox_bridge.formats.yml import DuplicateKey
 from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, Writer
-from neox_bridge.layouts.derived_check import InvFreqMismatch
+from neox_bridge.layouts.derived_values import InvFreqMismatch
 from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import Whole

@@ -1,8 +1,11 @@
-"""Names of the files that GPT-NeoX and DeepSpeed write into the folder of one step."""
+"""Names of files of weights, and of those that GPT-NeoX and DeepSpeed write for a step."""
 
 import re
 from collections.abc import Iterable
 
+# of transformers
+HF_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
+STEP = re.compile(r"global_step(\d+)")  # the folder
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")

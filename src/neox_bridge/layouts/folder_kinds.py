@@ -20,6 +20,7 @@ from neox_bridge.formats.file_kinds import (
     refuse_misplaced,
 )
 from neox_bridge.layouts.config_files import has_config_beside
+from neox_bridge.layouts.file_names import HF_WEIGHTS
 from neox_bridge.layouts.hub_cache import cached_repos
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_json
@@ -33,7 +34,6 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _MERGEABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "HRA", "VERA", "FOURIERFT")
 _SHARD = re.compile(r"((?:pytorch_)?model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
-_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 _MOST_SHARDS = 10_000
 _TRACKER = "latest_checkpointed_iteration.txt"  # of Megatron-LM
 _Explained = tuple[str, str] | None  # what a folder is, and the way out
@@ -175,7 +175,7 @@ def unfinished_download(path: str) -> str:
 
 
 def _has_weights(folder: _Folder) -> bool:
-    return any(map(_WEIGHTS.fullmatch, folder.names))
+    return any(map(HF_WEIGHTS.fullmatch, folder.names))
 
 
 def _adapter(folder: _Folder) -> _Explained:

@@ -18,7 +18,7 @@ from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamba_ssm
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint, Copy
-from neox_bridge.layouts.derived_check import check_inv_freq, mismatch_finding
+from neox_bridge.layouts.derived_values import check_inv_freq, mismatch_finding
 from neox_bridge.layouts.folder_kinds import (
     ADAPTER_NAME,
     adapter_beside,

@@ -5,7 +5,6 @@ The twin for transformers has it, and EleutherAI/gpt-neox-20b has the file that 
 """
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -16,12 +15,9 @@ from neox_bridge.frameworks.suites import TOKENIZER_REPO, twin_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.hub_download import cached_snapshot
 from neox_bridge.layouts.hub_source import is_offline, look_up
-from neox_bridge.layouts.run_tokenizer import with_tokenizer
-from neox_bridge.layouts.tokenizer import NAMES, tokenizer_files, tokenizer_size
+from neox_bridge.layouts.run_tokenizer import NEOX_20B, base_name, with_tokenizer
+from neox_bridge.layouts.tokenizer import MAIN, NAMES, tokenizer_files, tokenizer_size
 from neox_bridge.stores.hub_api import explained, hub_api
-
-_MAIN = "tokenizer.json"
-_NEOX_20B = "20B_tokenizer.json"
 
 
 def with_published_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
@@ -62,8 +58,8 @@ def published_tokenizer(repo: str) -> tuple[str, ...]:
     else:
         listing = look_up(repo, None)
         names = [name for name in NAMES if name in listing.files]
-        if _MAIN not in names:
-            raise BridgeError(f"{repo} has no {_MAIN}.")
+        if MAIN not in names:
+            raise BridgeError(f"{repo} has no {MAIN}.")
         api = hub_api(f"The tokenizer of {repo} is on the Hub")
         with explained(repo):
             places = [
@@ -71,8 +67,8 @@ def published_tokenizer(repo: str) -> tuple[str, ...]:
             ]
         folder = os.path.dirname(places[0])
     files = tokenizer_files(folder)
-    if not any(os.path.basename(file) == _MAIN for file in files):
-        raise BridgeError(f"{repo} has no {_MAIN} in the cache.")
+    if not any(os.path.basename(file) == MAIN for file in files):
+        raise BridgeError(f"{repo} has no {MAIN} in the cache.")
     return files
 
 
@@ -80,7 +76,7 @@ def _repos(checkpoint: Checkpoint) -> Iterator[str]:
     """Where the tokenizer may be: with the twin first, whose files a conversion shall equal."""
     if (twin := twin_of(checkpoint.hub_repo)) is not None:
         yield twin
-    if re.split(r"[/\\]", checkpoint.missing_tokenizer)[-1] == _NEOX_20B:
+    if base_name(checkpoint.missing_tokenizer) == NEOX_20B:
         yield TOKENIZER_REPO
 
 

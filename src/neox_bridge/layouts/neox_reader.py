@@ -27,7 +27,7 @@ from neox_bridge.layouts.config_files import (
     config_nearby,
     skipped_finding,
 )
-from neox_bridge.layouts.derived_check import is_zero, mismatch_finding
+from neox_bridge.layouts.derived_values import is_zero, mismatch_finding
 from neox_bridge.layouts.file_names import (
     LAYER,
     RANK,

@@ -1,7 +1,6 @@
 """Tells what a path is, and opens it."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
-from neox_bridge.layouts.file_names import is_step_file
+from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP, is_step_file
 from neox_bridge.layouts.interrupted import interrupted
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
@@ -17,9 +16,6 @@ from neox_bridge.stores.folder import is_hub
 from neox_bridge.stores.local_folder import missing_message
 from neox_bridge.stores.paths import absolute, afresh, exists, is_local, isdir, lexists
 from neox_bridge.tensors.fused import GqaOrder
-
-_STEP = re.compile(r"global_step\d+")
-_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 
 
 def detect(path: str) -> Kind:
@@ -29,11 +25,11 @@ def detect(path: str) -> Kind:
 
         refuse_file(path)
     names = [name for name in list_folder(path) if not name.startswith("._")]
-    if "config.json" in names and any(map(_WEIGHTS.fullmatch, names)):
+    if "config.json" in names and any(map(HF_WEIGHTS.fullmatch, names)):
         return "hf"  # transformers' Trainer puts DeepSpeed's global_stepN beside them
-    if _STEP.fullmatch(os.path.basename(absolute(path))):
+    if STEP.fullmatch(os.path.basename(absolute(path))):
         return "neox"
-    steps = any(map(_STEP.fullmatch, names))
+    steps = any(map(STEP.fullmatch, names))
     raw = any(map(is_step_file, names))
     if raw or steps or {"latest", LATEST} & set(names) or (ZERO in names and is_universal(path)):
         if "config.json" in names:

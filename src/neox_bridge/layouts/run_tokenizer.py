@@ -15,12 +15,11 @@ from neox_bridge.findings import Finding, unrepeated
 from neox_bridge.frameworks.suites import TOKENIZER_REPO
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.step_folder import StepFolder
-from neox_bridge.layouts.tokenizer import FOLDER, tokenizer_files, tokenizer_size
+from neox_bridge.layouts.tokenizer import FOLDER, MAIN, tokenizer_files, tokenizer_size
 from neox_bridge.stores.paths import absolute, is_local, isfile
 from neox_bridge.stores.step_names import step_of
 
-_MAIN = "tokenizer.json"
-_NEOX_20B = "20B_tokenizer.json"  # the name that EleutherAI's ymls have for it
+NEOX_20B = "20B_tokenizer.json"  # the name that EleutherAI's ymls have for it
 _PATH_CHARACTERS = 4096  # of a path
 
 
@@ -45,11 +44,11 @@ def local_tokenizer(place: StepFolder, raw: Mapping[str, Any]) -> tuple[str, ...
         for path in _places(place, name):
             if isfile(path):
                 beside = tokenizer_files(os.path.dirname(absolute(path)))
-                return beside if os.path.basename(path) == _MAIN else (absolute(path),)
+                return beside if os.path.basename(path) == MAIN else (absolute(path),)
     if files := tokenizer_files(os.path.join(place.root, FOLDER), place.root):
         return files
     beside = tokenizer_files(place.folder) if place.flat else ()
-    return beside if any(os.path.basename(path) == _MAIN for path in beside) else ()
+    return beside if any(os.path.basename(path) == MAIN for path in beside) else ()
 
 
 def with_tokenizer(checkpoint: Checkpoint, files: Sequence[str]) -> Checkpoint:
@@ -74,7 +73,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
     state, name = checkpoint.neox, checkpoint.missing_tokenizer
     if state is None or not name:
         return None
-    base = _base(name)
+    base = base_name(name)
     if checkpoint.hub_repo:
         where = f"{checkpoint.hub_repo} does not hold"
         remedy = "convert, batch and reshard look for it on the Hub; `tokenizer=PATH` names another"
@@ -83,7 +82,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
             f"is not on this machine, and {state.folder} has no {base}, so that it is not known "
             "how many rows of the vocabulary are padding"
         )
-        remedy = f"convert with `tokenizer={TOKENIZER_REPO if base == _NEOX_20B else 'PATH'}`"
+        remedy = f"convert with `tokenizer={TOKENIZER_REPO if base == NEOX_20B else 'PATH'}`"
         if is_local(state.root):
             remedy = f"copy {base} into {shlex.quote(state.root)}, or {remedy}"
     message = f"the yml names the tokenizer {name}, which {where}"
@@ -92,7 +91,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
 
 def _places(place: StepFolder, name: str) -> Iterator[str]:
     """Where a file that the yml names may lie: there, or under its own name with the checkpoint."""
-    base = _base(name)
+    base = base_name(name)
     folders = [place.root, place.folder]
     if place.flat and step_of(os.path.basename(place.folder)) is not None:
         folders.append(os.path.dirname(place.folder))  # one for all the steps of a run
@@ -106,5 +105,6 @@ def _places(place: StepFolder, name: str) -> Iterator[str]:
         yield from (os.path.join(folder, base) for folder in dict.fromkeys(folders))
 
 
-def _base(name: str) -> str:
+def base_name(name: str) -> str:
+    """The last part of a path of any system."""
     return re.split(r"[/\\]", name)[-1]

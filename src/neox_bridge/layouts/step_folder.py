@@ -10,7 +10,7 @@ from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.config_files import FOLDER as CONFIGS
 from neox_bridge.layouts.config_files import has_config_beside
-from neox_bridge.layouts.file_names import is_step_file, is_weights
+from neox_bridge.layouts.file_names import STEP, is_step_file, is_weights
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_text
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
@@ -18,7 +18,6 @@ from neox_bridge.stores.paths import absolute, is_local, isdir, isfile
 from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
-_STEP = re.compile(r"global_step(\d+)")
 _TAG_BYTES = 1024
 _HUB_OWNER = re.compile(r"hf:/?/?[^/]*")  # above hf://ORG/NAME
 _SNAPSHOTS = re.compile(r".*/(models|datasets|spaces)--[^/]+/snapshots", re.DOTALL)
@@ -64,7 +63,7 @@ def step_folder(path: str, step: int | None) -> StepFolder:
 
 def _chosen(path: str, names: Sequence[str], step: int | None) -> str:
     """The name of the step's folder in a run's."""
-    steps = sorted((name for name in names if _STEP.fullmatch(name)), key=lambda n: int(n[11:]))
+    steps = sorted((name for name in names if STEP.fullmatch(name)), key=lambda n: int(n[11:]))
     if step is not None:
         tag = f"global_step{step}"
         if tag not in steps and is_universal(os.path.join(path, f"{tag}_universal")):
@@ -118,7 +117,7 @@ def is_run_step(path: str, names: Sequence[str]) -> bool:
     parent, name = os.path.split(path)
     if not _can_be_run(parent):
         return False
-    if _STEP.fullmatch(name):
+    if STEP.fullmatch(name):
         return True
     if not any(map(is_weights, names)):
         return False
@@ -136,7 +135,7 @@ def _can_be_run(parent: str) -> bool:
 
 def is_flat(names: Sequence[str]) -> bool:
     """Whether GPT-NeoX's files lie in a folder itself, and it is not the folder of a run."""
-    return any(map(is_step_file, names)) and not any(map(_STEP.fullmatch, names))
+    return any(map(is_step_file, names)) and not any(map(STEP.fullmatch, names))
 
 
 def renamed_steps(path: str, names: Sequence[str]) -> list[str]:
@@ -145,7 +144,7 @@ def renamed_steps(path: str, names: Sequence[str]) -> list[str]:
     return [
         name
         for _, name in sorted(steps)
-        if not _STEP.fullmatch(name) and holds_weights(os.path.join(path, name))
+        if not STEP.fullmatch(name) and holds_weights(os.path.join(path, name))
     ]
 
 

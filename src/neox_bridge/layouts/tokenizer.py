@@ -14,8 +14,9 @@ from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
 from neox_bridge.stores import paths
 from neox_bridge.stores.paths import open_file
 
+MAIN = "tokenizer.json"  # which says everything
 NAMES = (
-    "tokenizer.json",
+    MAIN,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -67,7 +68,7 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
     path = paths.plain(path)
     if paths.isdir(path):
         files = tokenizer_files(path)
-        if not any(os.path.basename(file) == "tokenizer.json" for file in files):
+        if not any(os.path.basename(file) == MAIN for file in files):
             raise BridgeError(f"`tokenizer={path}`: no tokenizer.json in this folder.")
         return files
     if not paths.isfile(path):
@@ -84,7 +85,7 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
 def main_file(files: Sequence[str]) -> str | None:
     """The file that says everything: tokenizer.json, or the only file given."""
     for file in files:
-        if os.path.basename(file) == "tokenizer.json":
+        if os.path.basename(file) == MAIN:
             return file
     jsons = [file for file in files if os.path.basename(file) not in NAMES]
     return jsons[0] if jsons else None
@@ -103,8 +104,7 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
     entries = _entries(main) if main else {}
     ends = entries.get(END_OF_TEXT)
     copies = [
-        ("tokenizer.json" if file == main else os.path.basename(file), file, paths.size(file))
-        for file in files
+        (MAIN if file == main else os.path.basename(file), file, paths.size(file)) for file in files
     ]
     names = {name for name, _, _ in copies}
     generated = []
@@ -114,7 +114,7 @@ def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
             config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         generated.append(("tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode()))
     count = len(entries) if main else None
-    name = "tokenizer.json" if main else None
+    name = MAIN if main else None
     return Tokenizer(tuple(copies), tuple(generated), count, ends, name)
 
 

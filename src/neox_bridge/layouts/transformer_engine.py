@@ -15,7 +15,7 @@ from typing import Any, Literal
 from neox_bridge.architectures.neox_config import GATED, number
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
-from neox_bridge.layouts.derived_check import is_zero
+from neox_bridge.layouts.derived_values import is_zero
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 Module = Literal["attention", "mlp"]

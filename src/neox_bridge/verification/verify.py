@@ -11,7 +11,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
-from neox_bridge.layouts.derived_check import mismatch_finding
+from neox_bridge.layouts.derived_values import mismatch_finding
 from neox_bridge.layouts.head import as_stored, head_as_in
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases
