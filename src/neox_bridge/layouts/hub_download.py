@@ -2,10 +2,9 @@
 
 import glob
 import os
-import re
 import shlex
 
-from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.hub_cache import snapshot_of
 from neox_bridge.layouts.tokenizer import NAMES
 from neox_bridge.stores.hub_api import explanation, first_line, hub_api, status_of
@@ -83,23 +82,3 @@ def _named(repo: str, revision: str | None) -> str:
 
 def _options(revision: str | None) -> list[str]:
     return ["--revision", revision] if revision else []
-
-
-def at_revision(url: str, revision: str | None) -> tuple[str, str]:
-    """A model's ``hf://`` URL with its revision in it, and ``org/name@revision``.
-
-    Raises BridgeError where there are two revisions.
-    """
-    from urllib.parse import quote, unquote
-
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?(/.*)?", url)
-    if match is None:
-        raise BridgeError(
-            f"{url} isn't hf://ORG/NAME, with @REVISION if need be (a slash in it is %2F)."
-        )
-    name, named, below = match[1], match[2], match[3] or ""
-    if named and revision is not None:
-        raise UsageError(["revision"], f"{url} already names a revision", "Leave it out.")
-    named = named or (quote(revision, safe="") if revision else None)
-    place = f"hf://{name}@{named}{below}" if named else url
-    return place, f"{name}@{unquote(named or 'main')}"

@@ -7,15 +7,15 @@ whole files only. With HF_HUB_OFFLINE both are taken from the cache.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from neox_bridge.errors import BridgeError, Unreachable
+from neox_bridge.errors import BridgeError, Unreachable, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.suites import nearest
 from neox_bridge.layouts.file_names import is_step_file
-from neox_bridge.layouts.hub_download import at_revision, cached_snapshot, download
-from neox_bridge.stores.folder import HUB
+from neox_bridge.layouts.hub_download import cached_snapshot, download
 from neox_bridge.stores.hub_api import explanation, hub_api, is_missing_repo, is_network, status_of
 from neox_bridge.stores.hub_names import MAIN
 from neox_bridge.stores.objects import pin
@@ -24,6 +24,7 @@ from neox_bridge.stores.step_names import step_of
 from neox_bridge.wording import some
 
 _TRIES_UNANSWERED = 3  # before the cache is used instead
+_URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.*))?")
 _NEAREST_STEPS = 4  # that an error names
 
 
@@ -97,15 +98,21 @@ def find_source(repo: str, revision: str | None) -> HubSource:
 
 def find_url_source(url: str, revision: str | None) -> HubSource:
     """The same for ``hf://org/name[@revision][/folder]``, which is read by ranges in any case."""
-    place, name = at_revision(url, revision)
-    repo, _, named = name.partition("@")
-    below = "/".join(place.removeprefix(HUB).split("/")[2:])
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise BridgeError(
+            f"{url} isn't hf://ORG/NAME, with @REVISION if need be (a slash in it is %2F)."
+        )
+    repo, named, below = match[1], match[2], match[3] or ""
+    if named and revision is not None:
+        raise UsageError(["revision"], f"{url} already names a revision", "Leave it out.")
+    revision = unquote(named) if named else revision
     if is_offline():
-        folder = cached_snapshot(repo, None if named == MAIN else named)
-        return HubSource(os.path.join(folder, below) if below else folder, name)
-    explicit = named if "@" in place else None
-    listing = look_up(repo, explicit)
-    return _by_ranges(listing, explicit, below, _renamed(repo, listing))
+        folder = cached_snapshot(repo, None if revision == MAIN else revision)
+        path = os.path.join(folder, below) if below else folder
+        return HubSource(path, f"{repo}@{revision or MAIN}")
+    listing = look_up(repo, revision)
+    return _by_ranges(listing, revision, below, _renamed(repo, listing))
 
 
 def is_offline() -> bool:
@@ -163,7 +170,7 @@ def _by_ranges(
             f"{path}: no such folder in that store. The repository holds "
             f"{some(sorted({file.partition('/')[0] for file in listing.files}))}."
         )
-    return HubSource(path, f"{listing.repo}@{unquote(revision or MAIN)}", findings)
+    return HubSource(path, f"{listing.repo}@{revision or MAIN}", findings)
 
 
 def _check_holds_model(listing: Listing, revision: str | None) -> None:

@@ -61,10 +61,8 @@ def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -
                 raise
             if _status(error) == 404 and _is_obstore(error):
                 raise FileNotFoundError(describe(error)) from None
-            if not is_passing(error):
+            if number == tries or not is_passing(error):
                 raise failed(url, doing, error, number) from None
-            if number == tries:
-                raise failed(url, doing, error, tries) from None
             time.sleep(_pause(url, doing, error, number))
     raise AssertionError
 
