@@ -30,6 +30,7 @@ from store_files import WIDE, assert_same, contents, files, run, s3, unfinished_
 from neox_bridge.api import open_checkpoint
 from neox_bridge.api import plan as make_plan
 from neox_bridge.cli.app import app
+from neox_bridge.doctor import fixes
 from neox_bridge.errors import BridgeError, ChoiceNeeded, Unreachable, Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import hash_file
@@ -509,6 +510,18 @@ def test_a_folder_is_walked_alike_on_a_disk_and_in_a_store(tmp_path: Path) -> No
     assert len(sizes) == len(content) + 2
     with pytest.raises(BridgeError, match="a named pipe, not a file"):
         paths.open_file(f"{here}/pipe")
+
+
+def test_a_mended_copy_leaves_out_the_folder_of_git_alone(tmp_path: Path) -> None:
+    for folder in (str(tmp_path / "hf"), "memory://mended/hf"):
+        for name in (".gitattributes", "notes/.gitignore", ".git/HEAD", "config.json"):
+            if paths.is_local(folder):
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_bytes(b"{}")
+            else:
+                objects.put_small(f"{folder}/{name}", b"{}")
+        copies = {file.path for file in fixes._others(folder, lambda name: name == "config.json")}
+        assert copies == {".gitattributes", "notes/.gitignore"}
 
 
 def test_a_stream_fills_gaps_and_puts_sums_where_they_belong() -> None:
