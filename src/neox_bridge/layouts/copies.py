@@ -6,7 +6,7 @@ from dataclasses import replace
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, Copy
-from neox_bridge.layouts.same_values import Relation, same_bytes
+from neox_bridge.layouts.same_values import same_bytes
 from neox_bridge.wording import some
 
 _SHOWN = 3
@@ -16,11 +16,11 @@ def check_copies(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a finding for copies that are the same bits. Refused where two differ."""
     if not checkpoint.copies:
         return checkpoint
-    if differing := _with(checkpoint, "differs", None):
+    differing, unknown = _compared(checkpoint, None)
+    if differing:
         raise Refused(f"{checkpoint.path}: {_differ(differing)}. {_remedy(differing)}.")
-    return replace(
-        checkpoint, copies=(), findings=(*checkpoint.findings, *copy_findings(checkpoint))
-    )
+    finding = _not_differing(checkpoint, unknown)
+    return replace(checkpoint, copies=(), findings=(*checkpoint.findings, finding))
 
 
 def copy_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list[Finding]:
@@ -30,23 +30,28 @@ def copy_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list
     """
     if not checkpoint.copies:
         return []
-    if differing := _with(checkpoint, "differs", most_bytes):
-        message, remedy = _differ(differing), _remedy(differing)
-        return [Finding("copies-differ", "error", message, remedy[0].lower() + remedy[1:])]
+    differing, unknown = _compared(checkpoint, most_bytes)
+    if not differing:
+        return [_not_differing(checkpoint, unknown)]
+    remedy = _remedy(differing)
+    remedy = remedy[0].lower() + remedy[1:]
+    return [Finding("copies-differ", "error", _differ(differing), remedy)]
+
+
+def _compared(checkpoint: Checkpoint, most_bytes: int | None) -> tuple[list[Copy], bool]:
+    """The copies that differ from the tensors that are read, and whether some are not known to."""
+    copies = checkpoint.copies
+    relations = [same_bytes(copy.read, copy.other, most_bytes) for copy in copies]
+    differing = [copy for copy, how in zip(copies, relations, strict=True) if how == "differs"]
+    return differing, "unknown" in relations
+
+
+def _not_differing(checkpoint: Checkpoint, unknown: bool) -> Finding:
     names = some([_both(copy) for copy in checkpoint.copies], _SHOWN)
-    if _with(checkpoint, "unknown", most_bytes):
+    if unknown:
         message = f"stored twice: {names}. The first bytes are equal; converting compares them all"
-        return [Finding("copies-not-compared", "info", message)]
-    return [Finding("copies-equal", "info", f"stored twice, byte for byte the same: {names}")]
-
-
-def _with(checkpoint: Checkpoint, wanted: Relation, most_bytes: int | None) -> list[Copy]:
-    """The copies that stand so to the tensors that are read."""
-    return [
-        copy
-        for copy in checkpoint.copies
-        if same_bytes(copy.read, copy.other, most_bytes) == wanted
-    ]
+        return Finding("copies-not-compared", "info", message)
+    return Finding("copies-equal", "info", f"stored twice, byte for byte the same: {names}")
 
 
 def _differ(copies: list[Copy]) -> str:
