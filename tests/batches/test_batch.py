@@ -165,7 +165,7 @@ def test_what_fails_is_tried_again(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(running, "execute", fails_twice)
-    monkeypatch.setattr(running, "_PAUSE", 0.01)
+    monkeypatch.setattr(running, "_PAUSE_SECONDS", 0.01)
     items, _ = find_items([str(run)], "0")
     events: list[str] = []
     batch = Batch(str(tmp_path / "out"), Options(), tell=lambda event: events.append(event.kind))

@@ -217,7 +217,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_PAUSE", 0.0)
+    monkeypatch.setattr(running, "_PAUSE_SECONDS", 0.0)
 
 
 def batch_of(target: Path, events: list[Event] | None = None, **more: Any) -> Batch:
@@ -396,7 +396,7 @@ def test_a_failure_is_tried_again_and_the_last_is_told(
 def test_the_pause_is_doubled_and_ends_where_all_is_stopped(
     run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(running, "_PAUSE", 3.0)
+    monkeypatch.setattr(running, "_PAUSE_SECONDS", 3.0)
     pauses: list[float] = []
 
     class Stopped:
@@ -470,7 +470,7 @@ def test_a_result_that_is_not_the_source_is_kept_aside(
 def test_every_part_of_a_checkpoint_is_verified(
     run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(running, "_PART", 4096)
+    monkeypatch.setattr(running, "_PART_BYTES", 4096)
     seen: list[Any] = []
     real = running.verify_part
     monkeypatch.setattr(

@@ -71,7 +71,9 @@ def test_what_stays_is_moved_by_the_kernel(
     assert calls["preadv bytes"] + calls["pwrite bytes"] < 2 * small
     assert calls["fsync"] <= len(plan.files) + 7, "each file once, the folders, and the moves"
     # of files with large tensors: their small tensors and CRCs, and what lies between tensors
-    pieces = sum(len(f.tensors) * 4 + len(f.literals) for f in plan.files if f.size > output.SMALL)
+    pieces = sum(
+        len(f.tensors) * 4 + len(f.literals) for f in plan.files if f.size > output.SMALL_BYTES
+    )
     assert calls["pwrite"] <= pieces + len(plan.files)
 
 
@@ -115,7 +117,7 @@ def test_many_ranks_cost_no_more_calls_a_tensor(tmp_path: Path, calls: Counter[s
     """A small file is opened, written and flushed once, however many tensors it holds."""
     hf = make_hf(tmp_path / "hf", num_hidden_layers=4, hidden_size=64, num_attention_heads=16)
     plan = plan_of(hf, tmp_path / "out", tp=16)
-    small = [file for file in plan.files if file.size <= output.SMALL]
+    small = [file for file in plan.files if file.size <= output.SMALL_BYTES]
     tensors = [tensor for file in small for tensor in file.tensors]
     assert len(small) == len(plan.files) > 16 * 6
     calls.clear()
@@ -155,5 +157,5 @@ def test_a_hash_reads_each_byte_once_more(
         read.append(calls["preadv bytes"])
         if name is None:  # what stands beside a step has a hash all the same
             read[0] -= sum(f.size for f in plan.files if not f.path.startswith("global_step"))
-    large = sum(file.size for file in plan.files if file.size > output.SMALL)
+    large = sum(file.size for file in plan.files if file.size > output.SMALL_BYTES)
     assert read[1] - read[0] == large

@@ -27,9 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files of every kind: put together in memory, by the kernel, through a buffer."""
-    monkeypatch.setattr(output, "SMALL", 20_000)
-    monkeypatch.setattr(output, "_GROUP", 30_000)
-    monkeypatch.setattr(units, "_BYTES", 30_000)
+    monkeypatch.setattr(output, "SMALL_BYTES", 20_000)
+    monkeypatch.setattr(output, "_GROUP_BYTES", 30_000)
+    monkeypatch.setattr(units, "_UNIT_BYTES", 30_000)
     monkeypatch.setattr(movers, "LEAST_SHARED_BYTES", 4_000)
 
 

@@ -97,7 +97,7 @@ def clones(patch: pytest.MonkeyPatch, asked: list[int]) -> None:
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files and tensors are treated as large ones are, however small."""
-    monkeypatch.setattr("neox_bridge.execution.output.SMALL", -1)
+    monkeypatch.setattr("neox_bridge.execution.output.SMALL_BYTES", -1)
     monkeypatch.setattr(movers, "LEAST_SHARED_BYTES", 1)
 
 
@@ -183,12 +183,12 @@ def test_boxes_from_many_files(
                 ref = store(name, np.ascontiguousarray(cell), "float16", offset)
             pieces.append(Piece(ref, (0, 0), (r, c), (height, width)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transform, "STEP", block)
+        patch.setattr(transform, "STEP_BYTES", block)
         patch.setattr(transform, "GAPS", gaps)
         if how == "cloned":
             clones(patch, [])
         if how == "memory":
-            patch.setattr("neox_bridge.execution.output.SMALL", 1 << 20)
+            patch.setattr("neox_bridge.execution.output.SMALL_BYTES", 1 << 20)
         if how == "buffered":
             no_kernel(patch)
         tensor = OutputTensor("t", "float16", shape, tuple(reversed(pieces)), crc_at=(4,))
@@ -578,8 +578,8 @@ def test_a_file_in_use_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_failure_stops_the_others_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transform, "STEP", 64)
-    monkeypatch.setattr("neox_bridge.execution.threads._BATCH", 1)
+    monkeypatch.setattr(transform, "STEP_BYTES", 64)
+    monkeypatch.setattr("neox_bridge.execution.threads._BATCH_BYTES", 1)
     real, calls = os.pwrite, []
 
     def slow(*args: Any) -> int:
@@ -869,8 +869,8 @@ def test_folders_made_for_a_failed_target_go_too(
 
 
 def test_chunks_are_bounded() -> None:
-    assert movers.BUFFER <= transform.BLOCK <= 8 << 20
-    assert transform.STEP * transform.GAPS <= transform.BLOCK
+    assert movers.BUFFER_BYTES <= transform.BLOCK_BYTES <= 8 << 20
+    assert transform.STEP_BYTES * transform.GAPS <= transform.BLOCK_BYTES
 
 
 def test_nothing_heavy_is_imported() -> None:
@@ -887,7 +887,7 @@ def test_a_hash_follows_what_is_written(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In whatever order tensors are written, and though a zip's directory changes until the end."""
-    monkeypatch.setattr(trailing_hashes, "_LEAST", 1)
+    monkeypatch.setattr(trailing_hashes, "_LEAST_BYTES", 1)
     sizes = [3000, 1, 70_000, 4096, 12, 500]
     offsets = [100 + sum(sizes[:n]) + 10 * n for n in range(len(sizes))]
     data = bytearray(random.Random(seed).randbytes(offsets[-1] + sizes[-1] + 200))
@@ -917,7 +917,7 @@ def test_shared_blocks_are_hashed_as_the_source_has_them(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not read from the target's file, in which they are other bytes here."""
-    monkeypatch.setattr(trailing_hashes, "_LEAST", 1)
+    monkeypatch.setattr(trailing_hashes, "_LEAST_BYTES", 1)
     rng = random.Random(seed)
     data = rng.randbytes(60_000)
     starts = sorted(rng.sample(range(1, 59), 12))

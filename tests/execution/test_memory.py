@@ -69,19 +69,19 @@ def test_no_more_is_taken_than_estimated_and_not_much_less(
     peak = measured(plan, tmp_path, workers)
     estimate = peak_memory(plan, str(tmp_path / "out"), workers) - RUNTIME_BYTES
     assert peak <= estimate, (peak, estimate)
-    assert estimate <= 5 * peak + output.SMALL, (peak, estimate)
+    assert estimate <= 5 * peak + output.SMALL_BYTES, (peak, estimate)
 
 
 @pytest.mark.parametrize(
     ("module", "name", "kind", "place"),
     [
-        (transform, "STEP", "cast", ""),
-        (transform, "WIDE", "cast", ""),
+        (transform, "STEP_BYTES", "cast", ""),
+        (transform, "WIDE_BYTES", "cast", ""),
         (transform, "GAPS", "sum", ""),
-        (buffers, "ROOM", "columns", ""),
-        (digests, "STEP", "copied", ""),
-        (movers, "BUFFER", "copied", ""),
-        (output, "SMALL", "copied", ""),
+        (buffers, "ROOM_BYTES", "columns", ""),
+        (digests, "STEP_BYTES", "copied", ""),
+        (movers, "BUFFER_BYTES", "copied", ""),
+        (output, "SMALL_BYTES", "copied", ""),
         (streams, "PARTS_IN_MEMORY", "copied", "target"),
         (ranges, "MEMORY", "copied", "source"),
     ],
@@ -103,7 +103,7 @@ def test_larger_blocks_take_as_much_more_as_estimated(
 ) -> None:
     plan = plan_of(read_from(TENSORS["cast"], tmp_path))
     small = measured(plan, tmp_path / "small", 1)
-    monkeypatch.setattr(transform, "STEP", 4 * transform.STEP)
+    monkeypatch.setattr(transform, "STEP_BYTES", 4 * transform.STEP_BYTES)
     large = measured(plan, tmp_path / "large", 1)
     assert small < large <= peak_memory(plan, "", 1) - RUNTIME_BYTES
 

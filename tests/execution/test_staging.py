@@ -21,7 +21,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.execute import execute
 from neox_bridge.execution.install import LATEST, RootFiles, clear, install, is_begun, settle
 from neox_bridge.execution.journal import Key, Written, append, begun, finished, resume
-from neox_bridge.execution.movers import SEND
+from neox_bridge.execution.movers import SEND_BYTES
 from neox_bridge.execution.placement import Places, View, choose, local_bytes, unasked, unseen
 from neox_bridge.execution.staging import (
     check_free,
@@ -839,7 +839,9 @@ def test_a_conversion_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 # --- files and units
 
 
-@pytest.mark.parametrize(("size", "sent"), [(SEND - 1, True), (SEND, False), (SEND + 1, False)])
+@pytest.mark.parametrize(
+    ("size", "sent"), [(SEND_BYTES - 1, True), (SEND_BYTES, False), (SEND_BYTES + 1, False)]
+)
 def test_small_files_are_sent_to_the_disk_before_they_are_waited_for(
     size: int, sent: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -870,7 +872,7 @@ def test_every_small_file_is_begun_with(tmp_path: Path, monkeypatch: Any) -> Non
 
 @pytest.mark.parametrize(
     ("size", "copy", "small"),
-    [(output.SMALL, None, True), (output.SMALL + 1, None, False), (1, "/x", False)],
+    [(output.SMALL_BYTES, None, True), (output.SMALL_BYTES + 1, None, False), (1, "/x", False)],
 )
 def test_what_is_put_together_in_memory(size: int, copy: str | None, small: bool) -> None:
     assert output.is_small(OutputFile("a", size, copy_of=copy)) == small
@@ -882,7 +884,7 @@ def test_a_record_has_every_hash_however_its_file_is_made(
     small: int, pool: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """In memory or through the kernel: what is recorded is what the file has."""
-    monkeypatch.setattr(output, "SMALL", small)
+    monkeypatch.setattr(output, "SMALL_BYTES", small)
     hf, target = write_hf(tmp_path / "hf"), tmp_path / "out"
     execute(plan_of(hf, target, tp=2), str(target), workers=1, pool=pool)
     (record,) = target.glob("global_step*/neox_bridge.json")
@@ -905,8 +907,8 @@ def sizes_of(groups: Any) -> list[list[int]]:
 
 
 def test_files_are_grouped_by_bytes_and_by_number(monkeypatch: Any) -> None:
-    monkeypatch.setattr(units, "_BYTES", 100)
-    monkeypatch.setattr(units, "_FILES", 3)
+    monkeypatch.setattr(units, "_UNIT_BYTES", 100)
+    monkeypatch.setattr(units, "_UNIT_FILES", 3)
     assert sizes_of(grouped(files(500, 60, 40, 1))) == [[500], [60, 40, 1]]
     assert sizes_of(grouped(files(500, 60, 40, 9))) == [[500], [60, 40], [9]]
     assert sizes_of(grouped(files(10, 10, 10, 10))) == [[10, 10, 10], [10]]

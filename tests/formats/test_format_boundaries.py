@@ -1050,7 +1050,7 @@ def test_a_text_in_the_place_of_weights(length: int, short: bool, tmp_path: Path
 
 
 def test_headers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neox_bridge.formats.safetensors._MAX_HEADER", 10)
+    monkeypatch.setattr("neox_bridge.formats.safetensors._MAX_HEADER_BYTES", 10)
     assert read_safetensors(safetensors(tmp_path / "a", b"{}" + b" " * 8)) == {}
     with pytest.raises(BridgeError, match="11 bytes long, and 10 are allowed"):
         read_safetensors(safetensors(tmp_path / "a", b"{}" + b" " * 9))
@@ -1161,7 +1161,7 @@ def test_the_memory_of_json_is_estimated(
 
     need = 2 * sys.getsizeof(f'"{text}"') + memory
     for most, right in ((need, True), (need - 1, False)):
-        monkeypatch.setattr("neox_bridge.formats.bounded_json._MOST_MEMORY", most)
+        monkeypatch.setattr("neox_bridge.formats.bounded_json._MOST_BYTES", most)
         if right:
             assert parse_json(f'"{text}"'.encode()) == text
         else:

@@ -684,9 +684,9 @@ def test_directories_are_bounded(small: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_tensors_claim_is_bounded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_zip, "_CLAIM", 0)
-    monkeypatch.setattr(torch_zip, "_CLAIM_LEAST", 22)
+    monkeypatch.setattr(torch_zip, "_CLAIM_LEAST_BYTES", 22)
     assert len(read_torch(str(small))) == 2  # type: ignore[arg-type]
-    monkeypatch.setattr(torch_zip, "_CLAIM_LEAST", 21)
+    monkeypatch.setattr(torch_zip, "_CLAIM_LEAST_BYTES", 21)
     with pytest.raises(BridgeError, match="far more elements"):
         read_torch(str(small))
 

@@ -162,8 +162,8 @@ def assert_consistent(
 
 def main(folder: Path, case: str) -> dict[str, int]:
     # files of every kind in small ones: put together in memory, by the kernel, through a buffer
-    output.SMALL = 20_000
-    output._GROUP = 30_000  # flushed some at a time, as those of a large model are
+    output.SMALL_BYTES = 20_000
+    output._GROUP_BYTES = 30_000  # flushed some at a time, as those of a large model are
     movers.LEAST_SHARED_BYTES = 4_000
     if case.endswith("aside"):
         exchange._exchange = lambda *_: False  # type: ignore[assignment]

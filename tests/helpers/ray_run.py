@@ -52,7 +52,7 @@ def main(folder: Path, source: Path) -> None:
         told["slots"] = [pool.slots]
         killer = threading.Thread(target=_kill, args=(folder, cluster, nodes[1], told))
         killer.start()
-        units._BYTES = 1  # each file is a unit
+        units._UNIT_BYTES = 1  # each file is a unit
         batch = Batch(str(folder / "ray"), Options(tp=2), retries=0)
         rows = list(run_batch([Item("step0", "run", 0, Source(str(source)))], batch, pool))
         killer.join()

@@ -499,7 +499,7 @@ def test_what_was_written_is_read_back(tmp_path: Path, monkeypatch: pytest.Monke
     """A moment that comes out otherwise ends the command, and the target isn't there."""
     import neox_bridge.execution.output as executor
 
-    monkeypatch.setattr(executor, "SMALL", -1)
+    monkeypatch.setattr(executor, "SMALL_BYTES", -1)
     true = executor.write_tensor
 
     def wrong(made: OutputTensor, path: str, context: Context) -> None:

@@ -344,9 +344,9 @@ def test_all_parts_are_called_and_answer_in_order() -> None:
     [
         (0, 8, 1),
         (1, 8, 1),
-        (batch_run._PART, 8, 1),
-        (batch_run._PART + 1, 8, 2),
-        (100 * batch_run._PART, 8, 8),
+        (batch_run._PART_BYTES, 8, 1),
+        (batch_run._PART_BYTES + 1, 8, 2),
+        (100 * batch_run._PART_BYTES, 8, 8),
     ],
 )
 def test_parts_cover_a_checkpoint(size: int, slots: int, parts: int) -> None:

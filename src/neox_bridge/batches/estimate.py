@@ -5,11 +5,11 @@ import tempfile
 import time
 
 from neox_bridge.execution.context import Context
-from neox_bridge.execution.movers import BUFFER, move, read
+from neox_bridge.execution.movers import BUFFER_BYTES, move, read
 from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.paths import is_local
 
-_SAMPLE = 128 << 20  # bytes
+_SAMPLE_BYTES = 128 << 20
 
 
 def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
@@ -23,7 +23,7 @@ def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
     if largest is None or largest.source is None:
         return None
     file, start = largest.source.file, largest.source.offset
-    size = min(largest.source.nbytes, _SAMPLE)
+    size = min(largest.source.nbytes, _SAMPLE_BYTES)
     if not is_local(target):
         return None
     folder = os.path.dirname(os.path.abspath(target))
@@ -45,6 +45,6 @@ def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
 
 
 def _read(fd: int, start: int, size: int) -> None:
-    buffer = memoryview(bytearray(BUFFER))
-    for at in range(0, size, BUFFER):
-        read(fd, "the sample", buffer[: min(BUFFER, size - at)], start + at)
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    for at in range(0, size, BUFFER_BYTES):
+        read(fd, "the sample", buffer[: min(BUFFER_BYTES, size - at)], start + at)

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from neox_bridge.frameworks.facts import TransformersFacts
 
 _MOST_AHEAD = 32  # threads that plan, which is Python's work and so one after another's
-_PART = 1 << 30  # bytes of a checkpoint that one process verifies
-_HEAD_START = 0.05  # seconds for the first to plan alone: the processes have nothing to do before
-_PAUSE = 1.0  # seconds before the first retry; doubled for each further one
+_PART_BYTES = 1 << 30  # of a checkpoint that one process verifies
+_HEAD_START_SECONDS = 0.05  # for the first to plan alone: the processes have nothing to do before
+_PAUSE_SECONDS = 1.0  # before the first retry; doubled for each further one
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Batch
         try:
             if (first := next(left, None)) is not None:
                 waiting.add(threads.submit(convert_one, first, batch, pool))
-                wait(waiting, _HEAD_START)
+                wait(waiting, _HEAD_START_SECONDS)
             while True:
                 while len(waiting) < ahead and (item := next(left, None)) is not None:
                     waiting.add(threads.submit(convert_one, item, batch, pool))
@@ -126,7 +126,7 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> BatchRow:
             if isinstance(error, (Refused, Unverified, UsageError)) or number == batch.retries:
                 break
             batch.tell(Event("retry", item.name, words=str(error)))
-            if pool.stopped.wait(_PAUSE * 2**number):
+            if pool.stopped.wait(_PAUSE_SECONDS * 2**number):
                 break
         except Exception as error:  # a fault of this program, which ends this checkpoint, not all
             what = f"{type(error).__name__}: {error}"
@@ -303,7 +303,7 @@ def norms_of(folder: str) -> dict[str, float]:
 
 
 def _parts(size: int, pool: Pool) -> list[tuple[int, int]]:
-    count = max(1, min(pool.slots, -(-size // _PART)))
+    count = max(1, min(pool.slots, -(-size // _PART_BYTES)))
     return [(number, count) for number in range(count)]
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-ROOM = 4 << 20  # bytes
+ROOM_BYTES = 4 << 20
 _kept = threading.local()
 
 
@@ -33,12 +33,12 @@ def room(number: int) -> "Callable[[int], Array]":
 
     rooms: dict[int, Array] = _kept.__dict__.setdefault("rooms", {})
     if number not in rooms:
-        rooms[number] = np.empty(ROOM, np.uint8)  # which numpy asks to have huge pages
+        rooms[number] = np.empty(ROOM_BYTES, np.uint8)  # which numpy asks to have huge pages
     kept, used = rooms[number], 0
 
     def give(size: int) -> "Array":
         nonlocal used
-        if used + size > ROOM:
+        if used + size > ROOM_BYTES:
             return np.empty(size, np.uint8)
         at, used = used, (used + size + 63) // 64 * 64
         return kept[at : at + size]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HashName = Literal["xxh3_128", "sha256"]
-STEP = 1 << 20  # bytes
+STEP_BYTES = 1 << 20
 
 
 def hasher(name: HashName) -> Any:
@@ -39,7 +39,7 @@ def hash_range(
 
     Returns where it stopped, which is before ``end`` where the file is shorter.
     """
-    whole, at = memoryview(buffer(2, STEP)), start
+    whole, at = memoryview(buffer(2, STEP_BYTES)), start
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         while end is None or at < end:

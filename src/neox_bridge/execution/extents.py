@@ -16,7 +16,7 @@ SHARED = 0x2000  # with another file
 _XFS = 0x8100587E  # XFS_IOC_FSGEOMETRY
 _ATTRIBUTES, _ATTRIBUTES_SIZE, _REALTIME = 0x801C581F, 28, 0x1  # FS_IOC_FSGETXATTR
 _BTRFS = 0x8400941F  # BTRFS_IOC_FS_INFO
-_ARGUMENT = 1024  # bytes, the most of the structures that these three fill
+_ARGUMENT_BYTES = 1024  # the most of the structures that these three fill
 
 Extent = tuple[int, int, int, int]  # from where in the file, place on the disk, bytes, flags
 BlockRun = tuple[int, int, int]  # from where in the range, place on the disk, bytes
@@ -43,7 +43,7 @@ def same_blocks(one: int, start: int, other: int, to: int, size: int) -> bool:
 
 def _disk(fd: int) -> object:
     """What counts the blocks of a file: two files' numbers mean the same where this is the same."""
-    argument = bytearray(_ARGUMENT)
+    argument = bytearray(_ARGUMENT_BYTES)
     try:
         fcntl.ioctl(fd, _XFS, argument)
     except OSError:

@@ -29,14 +29,14 @@ def peak_memory(plan: Plan, target: str, workers: int | None = None) -> int:
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     literals = sum(len(data) for file in plan.files for _, data in file.literals)
     inline = sum(len(tensor.inline) for tensor in tensors if tensor.inline is not None)
-    thread = movers.BUFFER + digests.STEP
+    thread = movers.BUFFER_BYTES + digests.STEP_BYTES
     computed = [tensor for tensor in tensors if _is_computed(tensor)]
     thread += max(map(_block_bytes, computed), default=0)
     if any(tensor.pieces for tensor in computed):
-        thread += 2 * buffers.ROOM  # the comparison of the result has one for each side
+        thread += 2 * buffers.ROOM_BYTES  # the comparison of the result has one for each side
     if not is_local(target):
         thread += streams.PARTS_IN_MEMORY * part_size(max(file.size for file in plan.files))
-    shared = output.SMALL
+    shared = output.SMALL_BYTES
     if any(not is_local(piece.source.file) for t in tensors for piece in t.pieces if piece.source):
         shared += ranges.MEMORY
     return RUNTIME_BYTES + literals + inline + shared + (workers or default_workers()) * thread

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from neox_bridge.execution.streams import Stream
     from neox_bridge.stores.ranges import Remote
 
-CHUNK = 16 << 20  # bytes of one kernel copy, so that progress moves and Ctrl-C is heard
-BUFFER = 1 << 20
+CHUNK_BYTES = 16 << 20  # of one kernel copy, so that progress moves and Ctrl-C is heard
+BUFFER_BYTES = 1 << 20
 # a file's descriptor, all the bytes of a small file, or an object of a store
 Target: TypeAlias = "int | memoryview | Stream"
-SEND = 1 << 20  # bytes; fewer wait for more
+SEND_BYTES = 1 << 20  # fewer wait for more
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLONE = getattr(fcntl, "FICLONERANGE", 0x4020940D)  # linux/fs.h; in fcntl since Python 3.12
 _RANGE = struct.Struct("qQQQ")  # struct file_clone_range: fd, offset, length, offset in the target
@@ -90,7 +90,7 @@ def write(target: Target, data: "bytes | memoryview", to: int) -> None:
     send(target, to, at - to)
 
 
-def send(target: int, to: int, size: int, least: int = SEND) -> None:
+def send(target: int, to: int, size: int, least: int = SEND_BYTES) -> None:
     """Have the kernel begin to write these bytes to the disk, so that fsync has less to wait for.
 
     POSIX_FADV_DONTNEED does that for bytes that aren't on the disk yet, and they stay in memory
@@ -163,7 +163,7 @@ def _kernel(fd: int, start: int, target: int, to: int, size: int, context: Conte
     done = 0
     while done < size:
         context.check()
-        step = min(CHUNK, size - done)
+        step = min(CHUNK_BYTES, size - done)
         try:
             count = os.copy_file_range(fd, target, step, start + done, to + done)
         except OSError as error:
@@ -193,10 +193,10 @@ def _buffered(
         read(fd, source, data, start)
         context.wrote(size, "copied")
         return None if crc is None else crc32(data, crc)
-    buffer = memoryview(buffers.buffer(3, BUFFER))
+    buffer = memoryview(buffers.buffer(3, BUFFER_BYTES))
     while size:
         context.check()
-        data = buffer[: min(BUFFER, size)]
+        data = buffer[: min(BUFFER_BYTES, size)]
         read(fd, source, data, start)
         write(target, data, to)
         if crc is not None:
@@ -211,10 +211,10 @@ def _sum(
 ) -> int | None:
     """The CRC-32 with bytes of the source added that no buffer of this process held."""
     start, size = span
-    buffer = memoryview(buffers.buffer(3, BUFFER))
+    buffer = memoryview(buffers.buffer(3, BUFFER_BYTES))
     while crc is not None and size:
         context.check()
-        data = buffer[: min(BUFFER, size)]
+        data = buffer[: min(BUFFER_BYTES, size)]
         read(fd, source, data, start)
         crc, start, size = crc32(data, crc), start + len(data), size - len(data)
     return crc

@@ -11,7 +11,7 @@ from functools import partial
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_bytes
 from neox_bridge.execution.journal import Written
-from neox_bridge.execution.movers import SEND, move, send, write
+from neox_bridge.execution.movers import SEND_BYTES, move, send, write
 from neox_bridge.execution.reserving import reserve
 from neox_bridge.execution.threads import Task, followed, run_all
 from neox_bridge.execution.trailing_hashes import Trail
@@ -19,9 +19,9 @@ from neox_bridge.execution.write_tensor import fill_tensor, write_tensor
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
-SMALL = 1 << 20  # bytes of a file that is put together in memory
-_GROUP = 128 << 20  # bytes that are flushed together
-_FLUSH = 1 << 17  # what a flush counts for, in bytes, where tasks are put together
+SMALL_BYTES = 1 << 20  # of a file that is put together in memory
+_GROUP_BYTES = 128 << 20  # flushed together
+_FLUSH_BYTES = 1 << 17  # what a flush counts for, where tasks are put together
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class DiskWriter:
 
         def finish(file: OutputFile, trail: Trail) -> None:
             unflushed.add(file, trail.digest())
-            if group := unflushed.take(_GROUP):
+            if group := unflushed.take(_GROUP_BYTES):
                 flush(group)
 
         def write_all(files: Sequence[OutputFile]) -> None:
@@ -117,7 +117,7 @@ class DiskWriter:
         rest = unflushed.take(0)
         for file, _ in rest:
             begin_flush(self.path(file), file.size, context)
-        flushes = ((max(f.size, _FLUSH), partial(flush, [(f, digest)])) for f, digest in rest)
+        flushes = ((max(f.size, _FLUSH_BYTES), partial(flush, [(f, digest)])) for f, digest in rest)
         run_all(flushes, workers, context)
 
 
@@ -145,7 +145,7 @@ class _Unflushed:
 
 def is_small(file: OutputFile) -> bool:
     """Whether a file is put together in memory."""
-    return file.size <= SMALL and file.copy_of is None
+    return file.size <= SMALL_BYTES and file.copy_of is None
 
 
 def begin_large(
@@ -190,7 +190,7 @@ def write_small(
 
 def begin_flush(path: str, size: int, context: Context) -> None:
     """Have the kernel begin to write a small file; large ones are on their way already."""
-    if size < SEND:
+    if size < SEND_BYTES:
         with context.files.writing(path) as fd:
             send(fd, 0, size, least=0)
 

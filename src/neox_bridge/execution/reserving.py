@@ -15,7 +15,7 @@ from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 from neox_bridge.tensors.sharing import residue
 
-_LEAST = 1 << 20  # bytes in a row
+_LEAST_BYTES = 1 << 20  # in a row
 
 
 def reserve(fd: int, path: str, file: OutputFile, context: Context) -> None:
@@ -26,7 +26,7 @@ def reserve(fd: int, path: str, file: OutputFile, context: Context) -> None:
     if sys.platform != "linux" or _hopes_to_share(path, file, context):
         return
     for start, end in _written(file):
-        if end - start >= _LEAST:
+        if end - start >= _LEAST_BYTES:
             _fallocate()(fd, 0, start, end - start)
 
 

@@ -9,8 +9,8 @@ from functools import partial
 from neox_bridge.execution.context import Context, Stopped
 
 Task = tuple[int, Callable[[], None]]  # the bytes that it writes, and what to call
-_BATCH = 1 << 20  # bytes of tasks that a thread does together
-_MOST = 64  # tasks
+_BATCH_BYTES = 1 << 20  # of tasks that a thread does together
+_BATCH_TASKS = 64
 
 
 @dataclass
@@ -61,7 +61,7 @@ def _batches(tasks: Iterable[Task]) -> Iterator[Callable[[], None]]:
     for size, task in tasks:
         batch.append(task)
         total += size
-        if total >= _BATCH or len(batch) == _MOST:
+        if total >= _BATCH_BYTES or len(batch) == _BATCH_TASKS:
             yield partial(_each, batch)
             batch, total = [], 0
     yield partial(_each, batch)

@@ -10,7 +10,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_range, hasher
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
-_LEAST = 8 << 20  # bytes that are worth going on for
+_LEAST_BYTES = 8 << 20  # worth going on for
 
 
 class Trail:
@@ -47,7 +47,7 @@ class Trail:
                 while self._next < len(self._ends) - 1 and self._written[self._next]:
                     self._next += 1
                 limit = self._ends[self._next - 1] if self._next else 0
-                if limit - self._at >= _LEAST and not self._skipped():
+                if limit - self._at >= _LEAST_BYTES and not self._skipped():
                     self._read(limit)
             finally:
                 self._lock.release()

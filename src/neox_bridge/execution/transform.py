@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 4 << 20  # bytes read for a block at most, with what lies in its gaps in the source
+BLOCK_BYTES = 4 << 20  # read for a block at most, with what lies in its gaps in the source
 GAPS = 4  # a box is read as one run where that is at most so many times its bytes, else mapped
-STEP = BLOCK // GAPS  # bytes written at a time; larger blocks cost page faults (measured)
-_SPARSE, _LITTLE = 16, 256 << 10  # of an object: gaps in a run that is read, bytes of any run
-WIDE = 4  # elements are so many bytes for that where there are intermediates of up to 8
+STEP_BYTES = BLOCK_BYTES // GAPS  # written at a time; larger blocks cost page faults (measured)
+_SPARSE, _LITTLE_BYTES = 16, 256 << 10  # of an object: gaps in a run that is read, bytes of any run
+WIDE_BYTES = 4  # size of an element for that where there are intermediates of up to 8
 
 
 def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "Iterator[Array]":
@@ -89,14 +89,14 @@ def random_blocks(tensor: OutputTensor) -> "Iterator[Array]":
     left, dtype = prod(tensor.shape), to_numpy(tensor.dtype)
     if tensor.dtype == "float16":
         while left:
-            count = min(left, STEP // 2)
+            count = min(left, STEP_BYTES // 2)
             words = np.frombuffer(rng.bytes(count * 2), np.uint16)
             # sign, mantissa, and of the exponent only what keeps it at or below 9: |x| < 2**-5
             yield (words & np.uint16(0xA7FF)).view(np.float16)
             left -= count
         return
     while left:
-        count = min(left, STEP // 8)
+        count = min(left, STEP_BYTES // 8)
         yield ((rng.random(count, np.float32) - np.float32(0.5)) * np.float32(0.078)).astype(dtype)
         left -= count
 
@@ -124,7 +124,7 @@ def load(
     steps = tuple(size * stride for stride in strides)
     data: Any
     with context.files.reading(ref.file) as fd:
-        most = BLOCK if extent <= _SPARSE * size * prod(shape) else _LITTLE
+        most = BLOCK_BYTES if extent <= _SPARSE * size * prod(shape) else _LITTLE_BYTES
         if not isinstance(fd, int) and extent > most:
             return _from_far(ref, start, shape, context)
         if not isinstance(fd, int) or extent <= GAPS * size * prod(shape):
@@ -202,7 +202,7 @@ def block_elements(tensor: OutputTensor) -> int:
     dtypes = {piece.source.dtype for piece in tensor.pieces if piece.source is not None}
     is_plain = dtypes == {tensor.dtype} and tensor.divisor == 1 and tensor.reduce == "none"
     is_changed = not is_plain or any(piece.scale != 1 for piece in tensor.pieces)
-    return max(1, STEP // (WIDE if is_changed else itemsize(tensor.dtype)))
+    return max(1, STEP_BYTES // (WIDE_BYTES if is_changed else itemsize(tensor.dtype)))
 
 
 def _assembled(
@@ -332,7 +332,7 @@ def _small(tensor: OutputTensor, piece: Piece, context: Context) -> tuple[str, b
     For comparing: of many ranks' norms and biases numpy would take twice as long.
     """
     source = piece.source
-    if source is None or prod(tensor.shape) * itemsize(source.dtype) > STEP:
+    if source is None or prod(tensor.shape) * itemsize(source.dtype) > STEP_BYTES:
         return None
     run = byte_range(piece, tensor.shape)
     if run is None:

@@ -20,9 +20,9 @@ from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputFile
 
 _T = TypeVar("_T")
-_BYTES = 128 << 20  # of files that are made, and flushed, together
-_FILES = 64
-_LISTEN = 0.5  # seconds after which somebody who wants all to stop is heard
+_UNIT_BYTES = 128 << 20  # of files that are made, and flushed, together
+_UNIT_FILES = 64
+_LISTEN_SECONDS = 0.5  # after which somebody who wants all to stop is heard
 _AHEAD = 2  # units that wait for each process
 
 
@@ -101,7 +101,7 @@ def drive(
                 waiting.add(pool.submit(call, unit))
             if not waiting:
                 return
-            finished, waiting = wait(waiting, _LISTEN, FIRST_COMPLETED)
+            finished, waiting = wait(waiting, _LISTEN_SECONDS, FIRST_COMPLETED)
             errors = [error for f in finished if (error := _taken(f, take)) is not None]
             if errors:
                 raise errors[0]
@@ -133,11 +133,11 @@ def grouped(files: Iterable[OutputFile]) -> Iterator[tuple[OutputFile, ...]]:
     """
     left = list(files)
     size = sum(file.size for file in left)
-    most = max(_BYTES, -(-size // max(1, round(size / _BYTES))))
+    most = max(_UNIT_BYTES, -(-size // max(1, round(size / _UNIT_BYTES))))
     group: list[OutputFile] = []
     size = 0
     for file in left:
-        if group and (size + file.size > most or len(group) == _FILES):
+        if group and (size + file.size > most or len(group) == _UNIT_FILES):
             yield tuple(group)
             group, size = [], 0
         group.append(file)

@@ -11,12 +11,12 @@ from operator import itemgetter
 from zlib_ng.zlib_ng import crc32
 
 from neox_bridge.execution.context import Context, How
-from neox_bridge.execution.movers import BUFFER, Target, move, send, write
+from neox_bridge.execution.movers import BUFFER_BYTES, Target, move, send, write
 from neox_bridge.execution.transform import blocks, element, replica
 from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputTensor, Piece, Whole, byte_range, cut
 
-_TOGETHER = 8 << 20  # bytes
+_TOGETHER_BYTES = 8 << 20
 ByteRun = tuple[str, int, int, int]  # file, offset in it, offset in the tensor, bytes
 Band = tuple[int, int, list[Piece]]  # first row, last row, the pieces that fill these rows
 
@@ -74,7 +74,7 @@ def _constant(tensor: OutputTensor) -> bytes | None:
     if len(tensor.pieces) != 1:
         return None
     (piece,) = tensor.pieces
-    if piece.source is not None or tensor.nbytes > BUFFER:
+    if piece.source is not None or tensor.nbytes > BUFFER_BYTES:
         return None
     return None if _is_zero(piece) else element(tensor.dtype, piece.fill) * prod(tensor.shape)
 
@@ -90,7 +90,7 @@ def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -
             crc = crc32(data, crc)
         context.wrote(len(data), "transformed")
         offset += len(data)
-        if offset - sent >= _TOGETHER:
+        if offset - sent >= _TOGETHER_BYTES:
             sent = _send(fd, sent, offset)
     _send(fd, sent, offset)
     return crc
@@ -104,12 +104,12 @@ def _send(fd: Target, start: int, end: int) -> int:
 
 def _hole(size: int, context: Context, crc: int | None) -> int | None:
     """Zeros, which a fresh file has already."""
-    zeros = bytes(min(size, BUFFER)) if crc is not None else b""
+    zeros = bytes(min(size, BUFFER_BYTES)) if crc is not None else b""
     context.wrote(size, "transformed")
     while crc is not None and size:
         context.check()
         crc = crc32(memoryview(zeros)[:size], crc)
-        size -= min(size, BUFFER)
+        size -= min(size, BUFFER_BYTES)
     return crc
 
 

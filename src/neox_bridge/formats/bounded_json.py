@@ -7,7 +7,7 @@ from typing import Any
 
 # The most that the parser may take, in bytes, by an estimate: the text, what of it becomes strings,
 # and CPython's objects for each mark of the syntax (marks within strings count too).
-_MOST_MEMORY = 216 << 20
+_MOST_BYTES = 216 << 20
 _COSTS = {"{": 200, "[": 72, ":": 200, ",": 64}
 _DIGITS = 40  # of a number; transformers writes 10**30 for "no limit"
 DEPTH = 64
@@ -26,10 +26,8 @@ def parse_json(
     """
     text = raw.decode("utf-8")
     memory = 2 * sys.getsizeof(text) + sum(text.count(mark) * c for mark, c in _COSTS.items())
-    if memory > _MOST_MEMORY:
-        raise ValueError(
-            f"it would take some {memory >> 20:,} MiB, and {_MOST_MEMORY >> 20} may be"
-        )
+    if memory > _MOST_BYTES:
+        raise ValueError(f"it would take some {memory >> 20:,} MiB, and {_MOST_BYTES >> 20} may be")
     try:
         value = json.loads(text, parse_int=_int, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:

@@ -17,7 +17,7 @@ from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 from neox_bridge.tensors.sharing import BLOCK_BYTES
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-_MAX_HEADER = 32 << 20  # bytes; the library takes 100 MB, of which no model has a hundredth
+_MAX_HEADER_BYTES = 32 << 20  # bytes; the library takes 100 MB, of which no model has a hundredth
 _MAX_DIMENSIONS = 64
 _MAX_BYTES = 2**63
 
@@ -28,14 +28,16 @@ def read_safetensors(path: str) -> dict[str, TensorRef]:
         size = size_of(file)
         start_bytes = file.read(8)
         length = int.from_bytes(start_bytes, "little")
-        if size < 8 or length > size - 8 or length > _MAX_HEADER:
+        if size < 8 or length > size - 8 or length > _MAX_HEADER_BYTES:
             refuse_misplaced(path, start_bytes + file.read(HEAD_BYTES - 8))
         if not size:
             raise _bad(path, "it is empty")
         if size < 8 or length > size - 8:
             raise _bad(path, f"it is {size} bytes long, shorter than its header says (truncated?)")
-        if length > _MAX_HEADER:
-            raise _bad(path, f"its header is {length} bytes long, and {_MAX_HEADER} are allowed")
+        if length > _MAX_HEADER_BYTES:
+            raise _bad(
+                path, f"its header is {length} bytes long, and {_MAX_HEADER_BYTES} are allowed"
+            )
         raw = file.read(length)
     header = _header(path, raw)
     start = 8 + length

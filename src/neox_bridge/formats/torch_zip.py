@@ -43,9 +43,9 @@ from neox_bridge.tensors.tensor_ref import TensorRef, is_contiguous
 _CRC_IN_CENTRAL = 16  # bytes into the header
 _PADDING = 0x4246  # "FB", the extra field that torch fills up with
 _MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
-_ALIKE = 64 << 10  # bytes of a pickle that may be another file's too
+_ALIKE_BYTES = 64 << 10  # of a pickle that may be another file's too
 _CLAIM = 8  # times the file's bytes, and
-_CLAIM_LEAST = 64 << 20  # bytes in any case, that its tensors may have together
+_CLAIM_LEAST_BYTES = 64 << 20  # in any case, that its tensors may have together
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Claims:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.left = max(_CLAIM * size_of(file), _CLAIM_LEAST)
+        self.left = max(_CLAIM * size_of(file), _CLAIM_LEAST_BYTES)
 
     def take(self, ref: TensorRef) -> TensorRef:
         """The tensor, counted. Raises PickleError where there are too many bytes."""
@@ -171,7 +171,7 @@ def _value(
 
     pickled = entries["data.pkl"]
     file.seek(pickled.offset)
-    if alike and pickled.size <= _ALIKE:
+    if alike and pickled.size <= _ALIKE_BYTES:
         found = _flat(file.read(pickled.size))
         if found is not None:
             return {name: value and tensor(value) for name, value in found.items()}

@@ -15,7 +15,7 @@ from neox_bridge.stores.paths import open_file
 if TYPE_CHECKING:
     import yaml
 
-_MOST = 1 << 20  # bytes
+_MOST_BYTES = 1 << 20
 _MOST_EVENTS = 40_000  # of the parser; a value is one, a list or a mapping two
 _DEPTH = 32
 _WIDE = 10**9  # characters: a value isn't broken into lines
@@ -53,15 +53,15 @@ def _read_spelled(path: str) -> dict[str, Any]:
     is deeper or longer than any config.
     """
     with open_file(path) as file:
-        return parse_yml(file.read(_MOST + 1), path)
+        return parse_yml(file.read(_MOST_BYTES + 1), path)
 
 
 def parse_yml(raw: bytes, path: str) -> dict[str, Any]:
     """The same of bytes. path: for messages."""
     import yaml
 
-    if len(raw) > _MOST:
-        raise BridgeError(f"{path} is larger than {_MOST >> 20} MiB: that isn't a config.")
+    if len(raw) > _MOST_BYTES:
+        raise BridgeError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: that isn't a config.")
     refuse_misplaced(path, raw)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
