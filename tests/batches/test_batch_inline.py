@@ -22,6 +22,7 @@ from neox_bridge.batches.run import Batch, Event, convert_one, default_ahead, ru
 from neox_bridge.batches.target_state import TargetState
 from neox_bridge.batches.watch import is_finished, rounds
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
+from neox_bridge.execution.staging import left_over
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import hub_revisions
 from neox_bridge.stores.hub_revisions import Revision
@@ -263,6 +264,18 @@ def test_without_verification_nothing_is_called_verified(run: Path, tmp_path: Pa
     assert (row.status, row.verified) == ("done", None)
     assert events[0].size == row.size
     assert sum(event.size for event in events[1:-1]) == row.size
+
+
+def test_what_a_killed_run_left_and_cannot_be_removed_is_said(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of(tmp_path / "out")
+    convert(run, batch)
+    leftover = left_over("folder", "Permission denied")
+    monkeypatch.setattr(running, "sweep", lambda _: leftover)
+    row = convert(run, batch)
+    assert row.status == "skipped"
+    assert row.findings[-1] == leftover
 
 
 def test_what_is_done_is_skipped_and_what_changed_is_written_anew(

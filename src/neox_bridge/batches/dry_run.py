@@ -1,16 +1,28 @@
 """What a batch would do: a row for each checkpoint, and how long it may take."""
 
+import os
+import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from neox_bridge.batches.estimate import rate_of
 from neox_bridge.batches.items import Item
-from neox_bridge.batches.row import BatchRow
+from neox_bridge.batches.row import BatchRow, BatchStatus
 from neox_bridge.batches.run import Batch, place_of, plan_one
-from neox_bridge.batches.target_state import decision
+from neox_bridge.batches.target_state import Decision, decision
 from neox_bridge.errors import BridgeError
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.movers import BUFFER_BYTES, move, read
 from neox_bridge.planning.plan import Plan
+from neox_bridge.stores.paths import is_local
+
+_STATUS: dict[Decision, BatchStatus] = {
+    "skip": "skipped",
+    "refuse": "failed",
+    "write": "planned",
+}
+_SAMPLE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +74,52 @@ def _row(item: Item, batch: Batch) -> tuple[BatchRow, Plan | None]:
         plan, state, words = plan_one(item, batch)
     except (BridgeError, OSError) as error:
         return BatchRow(*given, "failed", item.source.path, target, error=str(error)), None
-    facts = {"files": len(plan.files), "size": plan.size, "findings": plan.findings}
-    status = {"skip": "skipped", "refuse": "failed", "write": "planned"}
-    does = decision(state, batch.overwrite)
-    row = BatchRow(*given, status[does], item.source.path, target, **facts, error=words)  # type: ignore[arg-type]
+    row = BatchRow(
+        *given,
+        _STATUS[decision(state, batch.overwrite)],
+        item.source.path,
+        target,
+        files=len(plan.files),
+        size=plan.size,
+        findings=plan.findings,
+        error=words,
+    )
     return row, plan
+
+
+def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
+    """Bytes a second of a copy of one of the plan's sources onto the target's disk, flushed.
+
+    verify: whether both are read again. None where nothing can be written there, or nothing read.
+    The copy is gone afterwards.
+    """
+    pieces = (p for f in plan.files for t in f.tensors for p in t.pieces if p.source is not None)
+    largest = max(pieces, key=lambda p: p.source.nbytes if p.source else 0, default=None)
+    if largest is None or largest.source is None:
+        return None
+    file, start = largest.source.file, largest.source.offset
+    size = min(largest.source.nbytes, _SAMPLE_BYTES)
+    if not is_local(target):
+        return None
+    folder = os.path.dirname(os.path.abspath(target))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    context = Context()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as sample:
+            begin = time.perf_counter()
+            move(file, start, sample.fileno(), start % 4096, size, context, None)
+            os.fsync(sample.fileno())
+            if verify:
+                _read(sample.fileno(), start % 4096, size)
+            return size / (time.perf_counter() - begin)
+    except OSError:
+        return None
+    finally:
+        context.files.close()
+
+
+def _read(fd: int, start: int, size: int) -> None:
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    for at in range(0, size, BUFFER_BYTES):
+        read(fd, "the sample", buffer[: min(BUFFER_BYTES, size - at)], start + at)

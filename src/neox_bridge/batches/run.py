@@ -172,23 +172,21 @@ def _not_there(key: str) -> Finding:
 
 def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
     plan, state, words = plan_one(item, batch)
-    row = replace(row, files=len(plan.files), size=plan.size, findings=plan.findings)
-    row = replace(row, casts=plan.casts)
+    row = replace(row, files=len(plan.files), size=plan.size, casts=plan.casts)
+    row = replace(row, findings=plan.findings)
     does = decision(state, batch.overwrite)
     if does == "skip":
-        if batch.hub is None:
-            sweep(row.target)
+        if batch.hub is None and (finding := sweep(row.target)) is not None:
+            row = replace(row, findings=(*row.findings, finding))
         return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
     if does == "refuse":
         raise _TargetTaken(f"{words}. Name another target, or say `overwrite=True` to replace it.")
     if batch.hub is not None:
         return _published(item, row, plan, batch, pool)
     if state == "changed" and not batch.overwrite:
-        kept = (
-            ""
-            if not is_local(row.target)
-            else f"; kept as {set_aside(row.target, row.target, 'changed')}"
-        )
+        kept = ""
+        if is_local(row.target):
+            kept = f"; kept as {set_aside(row.target, row.target, 'changed')}"
         finding = Finding("not-whole", "warning", f"{words}: written anew{kept}")
         row = replace(row, findings=(*row.findings, finding))
     anew = batch.overwrite or (state == "changed" and not is_local(row.target))

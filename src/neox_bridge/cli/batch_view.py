@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from neox_bridge.cli.output import print_line, say, with_remedy
 from neox_bridge.cli.progress import bars
 from neox_bridge.cli.spelling import document_as_options
-from neox_bridge.wording import human, plain, plural
+from neox_bridge.wording import human, plain, plural, some
 
 if TYPE_CHECKING:
     from neox_bridge.batches.dry_run import DryRun
@@ -152,9 +152,7 @@ def tell_warnings(rows: "Iterable[BatchRow]") -> None:
             if finding.severity != "info":
                 names.setdefault(finding, []).append(row.name)
     for finding, where in names.items():
-        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        text = f"{where[0]}{more}: {with_remedy(finding)}"
-        say(finding.severity, text)
+        say(finding.severity, f"{some(where, 1)}: {with_remedy(finding)}")
 
 
 def _verified(rows: "Sequence[BatchRow]") -> str:

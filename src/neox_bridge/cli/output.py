@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.spelling import as_options, document_as_options
 from neox_bridge.cli.streams import write_color
-from neox_bridge.wording import human, one_line, plain, plural, side
+from neox_bridge.wording import human, one_line, plain, plural, side, some
 
 if TYPE_CHECKING:
     from neox_bridge.cli.options import Output
@@ -166,8 +166,7 @@ def _remarks(plan: "Plan") -> list[tuple[str, str]]:
 
     lines: list[tuple[str, str]] = [(f.severity, with_remedy(f)) for f in plan.findings]
     for reason, names in by_reason(plan.dropped).items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        lines.append(("dropped", f"{names[0]}{more}: {reason}"))
+        lines.append(("dropped", f"{some(list(names), 1)}: {reason}"))
     lines += [("note", note) for note in plan.notes]
     return lines
 

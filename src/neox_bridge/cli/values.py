@@ -1,10 +1,12 @@
 """Values of options: read from what a user types, or a usage error that names what is allowed."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
 
+from neox_bridge.errors import BridgeError
 from neox_bridge.option import Option
 
 _UNITS = {"": 1, "B": 1}
@@ -58,7 +60,6 @@ def _parse_rows(text: str) -> str | int:
 
 
 def _parse_era(text: str) -> Any:
-    from neox_bridge.errors import BridgeError
     from neox_bridge.frameworks.eras import era_named
 
     try:
@@ -68,21 +69,20 @@ def _parse_era(text: str) -> Any:
 
 
 def _parse_target(text: str) -> Any:
-    from neox_bridge.errors import BridgeError
     from neox_bridge.frameworks.targets import target_named
 
-    try:
-        return target_named(text)
-    except BridgeError as error:
-        raise click.BadParameter(str(error)) from None
+    return _valid(target_named, text)
 
 
 def _parse_moment(text: str) -> Any:
-    from neox_bridge.errors import BridgeError
     from neox_bridge.frameworks.change import parse_moment
 
+    return _valid(parse_moment, text)
+
+
+def _valid(parse: Callable[[str], Any], text: str) -> Any:
     try:
-        return parse_moment(text)
+        return parse(text)
     except BridgeError as error:
         raise click.BadParameter(str(error)) from None
 

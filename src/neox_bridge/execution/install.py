@@ -63,16 +63,11 @@ def install(work: Work, target: str, beside: RootFiles | None, *, replace: bool)
     moved all is as it was before.
     """
     step = beside.step if beside else None
-    source = os.path.join(work.files, step) if step else work.files
     names = tuple(beside.names.values()) if beside else ()
-    moves = Moves(step, replace, _identity(source), names, beside.retired if beside else ())
+    folder = _identity(_source(work, step))
+    moves = Moves(step, replace, folder, names, beside.retired if beside else ())
     _write(work, moves)
-    try:
-        _complete(work, target, moves)
-    except BaseException:
-        if _is_moved(source, moves.folder):
-            _undo(work, target, moves)
-        raise
+    _complete_or_undo(work, target, moves)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(work.journal)
     flush(os.path.dirname(target))
@@ -91,32 +86,16 @@ def settle(work: Work, target: str) -> bool:
     moves = _read(work)
     if moves is None:
         return False
-    try:
-        moved = _complete(work, target, moves)
-    except BaseException:
-        source = os.path.join(work.files, moves.step) if moves.step else work.files
-        if _is_moved(source, moves.folder):
-            _undo(work, target, moves)
-        raise
+    moved = _complete_or_undo(work, target, moves)
     flush(os.path.dirname(target))
-    for folder in (work.files, f"{work.files}.old", work.retired):
-        if os.path.lexists(folder):
-            shutil.rmtree(folder)
-    for file in (work.journal, work.moves):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(file)
+    _remove_left(work)
     return moved
 
 
 def clear(work: Work) -> str:
     """Remove a work folder whose files have their places; why that failed, or nothing."""
     try:
-        for folder in (work.files, f"{work.files}.old", work.retired):
-            if os.path.lexists(folder):
-                shutil.rmtree(folder)
-        for file in (work.journal, work.moves):  # the next run must know until here
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file)
+        _remove_left(work)
         shutil.rmtree(work.folder)
     except FileNotFoundError:  # another run into the same target was waiting for the lock
         return ""
@@ -125,11 +104,35 @@ def clear(work: Work) -> str:
     return ""
 
 
+def _remove_left(work: Work) -> None:
+    """Remove what was replaced, and then what the next run must know until there."""
+    for folder in (work.files, f"{work.files}.old", work.retired):
+        if os.path.lexists(folder):
+            shutil.rmtree(folder)
+    for file in (work.journal, work.moves):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file)
+
+
+def _source(work: Work, step: str | None) -> str:
+    """The folder that is moved."""
+    return os.path.join(work.files, step) if step else work.files
+
+
+def _complete_or_undo(work: Work, target: str, moves: Moves) -> bool:
+    try:
+        return _complete(work, target, moves)
+    except BaseException:
+        if _is_moved(_source(work, moves.step), moves.folder):
+            _undo(work, target, moves)
+        raise
+
+
 def _complete(work: Work, target: str, moves: Moves) -> bool:
     """Whatever of the moves isn't done yet, in an order in which the root never contradicts."""
     if moves.step is None:
         return _move(work.files, target, moves)
-    source, place = os.path.join(work.files, moves.step), os.path.join(target, moves.step)
+    source, place = _source(work, moves.step), os.path.join(target, moves.step)
     moved = False
     if _is_moved(source, moves.folder):
         for name in sorted(moves.retired, key=lambda name: not name.endswith(".yml")):

@@ -46,6 +46,7 @@ from neox_bridge.stores.objects import (
 from neox_bridge.stores.paths import is_writable
 from neox_bridge.stores.store import WORK, FileState
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+from neox_bridge.wording import plural
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 _REQUESTS = 16  # at a time
@@ -259,7 +260,11 @@ class ObjectSink:
         names_there = [name for name in _names(url) if name != WORK]
         begun = _read_begun(f"{marks}/begun")
         is_run = any(name in LATEST or name.startswith("global_step") for name in names_there)
-        step = begun.step if begun else job.step if is_run else None
+        if begun:
+            (root_files,) = begun
+            step = root_files.step if root_files else None
+        else:
+            root_files, step = None, job.step if is_run else None
         replaced = f"{url}/{step}" if step else url
         if held := next((s for s in job.key.sources if s.startswith(f"{replaced}/")), None):
             raise BridgeError(
@@ -273,7 +278,10 @@ class ObjectSink:
         planned = {f"{url}/{file.path}" for file in job.plan.files}
         if job.overwrite and there:
             _check_replaceable(replaced, there, planned)
-        root_files = begun.root_files if begun else _root_files(job, url, step)
+        if step and not begun:
+            from neox_bridge.execution.run_root import root_files as root_files_of
+
+            root_files = root_files_of(job.plan, url, step, overwrite=job.overwrite)
         self._writer = ObjectWriter(url, marks, job.key.hash, root_files)
         # without --overwrite what isn't of the plan came meanwhile, and is somebody's
         self._stale = tuple(sorted(set(there) - planned)) if job.overwrite else ()
@@ -281,7 +289,7 @@ class ObjectSink:
             job.done.update(self._finished(there))
         remove(u for u in there if u.endswith(f"/{RECORD}") and (job.overwrite or u in planned))
         if not begun:
-            entry = {"step": step, "beside": asdict(root_files) if root_files else None}
+            entry = {"beside": asdict(root_files) if root_files else None}
             _put_surely(f"{marks}/begun", json.dumps(entry).encode())
         for name in root_files.retired if root_files else ():  # but for what is written anew
             retired = [u for u in below(f"{url}/{name}") if u not in planned]
@@ -345,14 +353,6 @@ class ObjectSink:
         return ""
 
 
-def _root_files(job: Job, url: str, step: str | None) -> RootFiles | None:
-    if step is None:
-        return None
-    from neox_bridge.execution.run_root import root_files
-
-    return root_files(job.plan, url, step, overwrite=job.overwrite)
-
-
 def _check_replaceable(url: str, there: Mapping[str, FileState], planned: set[str]) -> None:
     """Raise Refused where objects would be deleted that are no part of a checkpoint."""
     start = len(url) + 1
@@ -413,15 +413,8 @@ def _names(url: str) -> list[str]:
     return names(url) if what == "directory" else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """What an earlier run of the same plan decided."""
-
-    step: str | None
-    root_files: RootFiles | None
-
-
-def _read_begun(url: str) -> _Begun | None:
+def _read_begun(url: str) -> tuple[RootFiles | None] | None:
+    """What an earlier run of the same plan decided to do beside a step, if there is a step."""
     try:
         size = look(url, again=True).size
     except Unreachable:
@@ -430,20 +423,18 @@ def _read_begun(url: str) -> _Begun | None:
         return None
     with suppress(ValueError, KeyError, TypeError):
         entry = json.loads(fetch(url, 0, size))
-        if entry["beside"] is None:
-            return _Begun(None, None)
-        kept = entry["beside"]
+        if (kept := entry["beside"]) is None:
+            return (None,)
         kept["findings"] = tuple(Finding(**finding) for finding in kept["findings"])
         kept["retired"] = tuple(kept["retired"])
-        return _Begun(entry["step"], RootFiles(**kept))
+        return (RootFiles(**kept),)
     return None
 
 
 def _exists(url: str, there: Mapping[str, FileState]) -> BridgeError:
-    objects = "1 object" if len(there) == 1 else f"{len(there):,} objects"
     is_whole = any(name.rpartition("/")[2] == RECORD for name in there)
     note = "" if is_whole else f", without a {RECORD}, as what didn't end or isn't neox-bridge's"
     return BridgeError(
-        f"{url} exists and holds {objects}{note}. Name another target, or say `overwrite=True` to "
-        "replace it."
+        f"{url} exists and holds {plural(len(there), 'object')}{note}. Name another target, or say "
+        "`overwrite=True` to replace it."
     )

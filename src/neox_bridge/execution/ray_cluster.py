@@ -33,6 +33,7 @@ from neox_bridge.execution.ray_connect import (
     ray_module,
 )
 from neox_bridge.execution.ray_node import asker, listed, look, packed, perform
+from neox_bridge.wording import some
 
 _T = TypeVar("_T")
 _LISTEN_SECONDS = 1.0  # between two looks at which nodes there are
@@ -40,10 +41,6 @@ _PATIENCE_SECONDS = 60.0  # that calls wait where there is no node
 _SCANNED_CALLS = 200  # waiting calls that are tried for a free node
 _LOST = "was lost; what it did is done again"
 _AGAIN = "What is finished stays, and the same command goes on."
-
-
-def _nobody(_: str) -> None:
-    """The default of ``tell``."""
 
 
 class _Call(Future[Any]):
@@ -89,7 +86,7 @@ class RayCluster:
         self,
         address: str = "auto",
         workers: int | None = None,
-        tell: Callable[[str], None] = _nobody,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Join or start a cluster; see ``connect`` for the address and what is raised.
 
@@ -325,8 +322,7 @@ class RayCluster:
     def _unseen_error(self, missing: dict[str, list[str]]) -> BridgeError:
         words = []
         for name, paths in sorted(missing.items(), key=lambda item: len(item[1]))[:3]:
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            words.append(f"node {self._members[name].node.name} doesn't see {paths[0]}{more}")
+            words.append(f"node {self._members[name].node.name} doesn't see {some(paths, 1)}")
         return BridgeError(
             f"No node of the Ray cluster sees all that is needed: {'; '.join(words)}. Put source "
             "and target on disks that the nodes share, or copy the source to the same path with "

@@ -7,7 +7,7 @@ a new step. One that was edited stays, and what contradicts it is said.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.digests import hash_file
@@ -44,6 +44,15 @@ class _Run:
     unlike: tuple[str, ...]
 
 
+@dataclass
+class _Changes:
+    """What becomes of a root, as far as it is decided: see ``RootFiles``."""
+
+    findings: list[Finding]
+    names: dict[str, str] = field(default_factory=dict)
+    retired: list[str] = field(default_factory=list)
+
+
 def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFiles:
     """What a step's conversion does beside the step in a run, a folder or URL; reads only.
 
@@ -57,15 +66,13 @@ def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFile
             f"{TOKENIZER}/ in it can be of one model only. Name another target, or say "
             f"`overwrite=True` to put {step} there all the same."
         )
-    names: dict[str, str] = {}
-    retired: list[str] = []
-    findings = list(_strangers(run, step))
+    changes = _Changes(findings=_strangers(run, step))
     for file in plan.files:
         if "/" not in file.path and file.path not in LATEST:
-            _add_start(plan, file, run, names, retired, findings)
-    _add_tokenizer(plan, run, names, retired, findings)
-    findings += _left_behind(plan, run, step)
-    return RootFiles(step, names, tuple(retired), tuple(findings))
+            _add_start(plan, file, run, changes)
+    _add_tokenizer(plan, run, changes)
+    changes.findings += _left_behind(plan, run, step)
+    return RootFiles(step, changes.names, tuple(changes.retired), tuple(changes.findings))
 
 
 def _look(plan: Plan, root: str, step: str, *, overwrite: bool) -> _Run:
@@ -137,36 +144,29 @@ def _strangers(run: _Run, step: str) -> list[Finding]:
     ]
 
 
-def _add_start(
-    plan: Plan,
-    file: OutputFile,
-    run: _Run,
-    names: dict[str, str],
-    retired: list[str],
-    findings: list[Finding],
-) -> None:
+def _add_start(plan: Plan, file: OutputFile, run: _Run, changes: _Changes) -> None:
     """A start-up yml: put there, in place of ours, or under another name beside the user's."""
     name = file.path
     if name not in run.names:
-        names[name] = name
+        changes.names[name] = name
         return
     old, new = os.path.join(run.path, name), _bytes(file)
     if _is(old, new):
         return
     if _pristine(run, name):
-        names[name] = name
-        retired.append(name)
+        changes.names[name] = name
+        changes.retired.append(name)
         return
     keys = _contradictions(plan, old, new)
     if not keys:
         return
     beside = _free(run, name, new)
     if beside is not None:
-        names[name] = beside
+        changes.names[name] = beside
         if beside in run.names:
-            retired.append(beside)
+            changes.retired.append(beside)
     other = beside or f"{name[:-4]}.new.yml"
-    findings.append(
+    changes.findings.append(
         Finding(
             "start-yml-edited",
             "warning",
@@ -229,17 +229,11 @@ def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
     return findings
 
 
-def _add_tokenizer(
-    plan: Plan,
-    run: _Run,
-    names: dict[str, str],
-    retired: list[str],
-    findings: list[Finding],
-) -> None:
+def _add_tokenizer(plan: Plan, run: _Run, changes: _Changes) -> None:
     planned = {f.path: f for f in plan.files if f.path.startswith(f"{TOKENIZER}/")}
     if TOKENIZER not in run.names:
         if planned:
-            names[TOKENIZER] = TOKENIZER
+            changes.names[TOKENIZER] = TOKENIZER
         return
     folder = os.path.join(run.path, TOKENIZER)
     there = [f"{TOKENIZER}/{n}" for n in list_folder(folder)] if isdir(folder) else []
@@ -249,9 +243,9 @@ def _add_tokenizer(
     if same or (not planned and not run.unlike):
         return
     if isdir(folder) and all(_pristine(run, path) for path in there):
-        retired.append(TOKENIZER)
+        changes.retired.append(TOKENIZER)
         if planned:
-            names[TOKENIZER] = TOKENIZER
+            changes.names[TOKENIZER] = TOKENIZER
         return
     main = os.path.join(folder, "tokenizer.json")
     if not planned or not _same_vocabulary(plan, (main,) if isfile(main) else ()):
@@ -259,7 +253,7 @@ def _add_tokenizer(
             f"{folder} was edited, so it isn't replaced, and this model has another tokenizer: it "
             "would be passed on with the wrong one. Move that folder away, or name another target."
         )
-    findings.append(
+    changes.findings.append(
         Finding(
             "tokenizer-edited",
             "info",

@@ -15,9 +15,9 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.known_files import foreign
 from neox_bridge.layouts.record_file import recorded_files
 from neox_bridge.stores.fetched import kept_bytes
+from neox_bridge.wording import some
 
 _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
-_NAMED = 5  # of the files that an overwriting run would delete and doesn't
 
 
 def check_target(
@@ -79,10 +79,9 @@ def check_replaceable(target: str, step: str | None, planned: Collection[str]) -
 
 def holds_others(target: str, names: list[str]) -> Refused:
     """What to say where --overwrite would delete what isn't of a checkpoint."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return Refused(
         f"{target} holds files that are no part of a checkpoint, and `overwrite=True` would delete "
-        f"them: {', '.join(names[:_NAMED])}{more}. Nothing was deleted. Move them elsewhere, or "
+        f"them: {some(names, 5)}. Nothing was deleted. Move them elsewhere, or "
         "name another target."
     )
 

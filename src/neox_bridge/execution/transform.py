@@ -19,7 +19,7 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.files import ended_early, unreadable
 from neox_bridge.tensors.dtypes import itemsize, to_numpy
 from neox_bridge.tensors.pieces import OutputTensor, Piece, Shape, Whole, byte_range, cut
-from neox_bridge.tensors.tensor_ref import TensorRef, row_major
+from neox_bridge.tensors.tensor_ref import TensorRef, halves, row_major
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,7 +126,11 @@ def load(
     with context.files.reading(ref.file) as fd:
         most = BLOCK_BYTES if extent <= _SPARSE * size * prod(shape) else _LITTLE_BYTES
         if not isinstance(fd, int) and extent > most:
-            return _from_far(ref, start, shape, context)
+            # a box of an object with large gaps, which cannot be mapped
+            far: Array = np.empty(shape, dtype)
+            for begin, part, place in halves(start, shape, strides):
+                far[place] = load(ref, begin, part, context)
+            return far
         if not isinstance(fd, int) or extent <= GAPS * size * prod(shape):
             data, at = give(extent) if give else np.empty(extent, np.uint8), 0
             movers.read(fd, ref.file, data.data, first)
@@ -161,22 +165,6 @@ def _by_power_of_two(tensor: OutputTensor) -> bool:
     """Whether pieces are scaled, and only by powers of two, which change no digit."""
     scales = {piece.scale for piece in tensor.pieces} - {1.0}
     return bool(scales) and all(frexp(scale)[0] == 0.5 for scale in scales)
-
-
-def _from_far(ref: TensorRef, start: Shape, shape: Shape, context: Context) -> "Array":
-    """A box of an object's tensor with large gaps, which can't be mapped: half by half."""
-    import numpy as np
-
-    strides = ref.strides or row_major(ref.shape)
-    longest = max(range(len(shape)), key=lambda dim: (shape[dim] - 1) * strides[dim])
-    half = shape[longest] // 2
-    out: Array = np.empty(shape, to_numpy(ref.dtype))
-    for low, count in ((0, half), (half, shape[longest] - half)):
-        begin = (*start[:longest], start[longest] + low, *start[longest + 1 :])
-        size = (*shape[:longest], count, *shape[longest + 1 :])
-        place = (*(slice(None),) * longest, slice(low, low + count))
-        out[place] = load(ref, begin, size, context)
-    return out
 
 
 def boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:

@@ -63,15 +63,15 @@ def _header(path: str, raw: bytes) -> dict[str, object]:
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not texts and metadata is not None:
         raise _bad(path, "its __metadata__ aren't texts by name")
-    found: dict[str, object] = header
-    return found
+    entries: dict[str, object] = header
+    return entries
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name stands twice")
-    return found
+    return entries
 
 
 def _no_number(text: str) -> object:

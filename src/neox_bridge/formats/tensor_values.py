@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.dtypes import itemsize, to_numpy
-from neox_bridge.tensors.tensor_ref import TensorRef, row_major
+from neox_bridge.tensors.tensor_ref import TensorRef, halves, row_major
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,16 +35,10 @@ def read_box(
     if 0 in shape:
         return np.empty(shape, dtype)
     strides = ref.strides or row_major(ref.shape)
-    spans = [(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]
-    extent = 1 + sum(spans)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if extent > _GAPS * prod(shape):  # half by half, so that gaps are not read
-        longest = spans.index(max(spans))
-        half = shape[longest] // 2
         out: Array = np.empty(shape, dtype)
-        for low, count in ((0, half), (half, shape[longest] - half)):
-            begin = (*start[:longest], start[longest] + low, *start[longest + 1 :])
-            part = (*shape[:longest], count, *shape[longest + 1 :])
-            place = (*(slice(None),) * longest, slice(low, low + count))
+        for begin, part, place in halves(start, shape, strides):
             out[place] = read_box(file, ref, begin, part)
         return out
     first = sum(a * b for a, b in zip(start, strides, strict=True))

@@ -6,6 +6,7 @@ the number of elements as int64 and the elements.
 """
 
 import struct
+from functools import partial
 from typing import BinaryIO
 
 from neox_bridge.errors import BridgeError
@@ -57,7 +58,8 @@ def _read(path: str, file: BinaryIO) -> object:
         )
     start = file.tell()
     storages: dict[str, StorageRef] = {}
-    _object(file, storages, context)
+    persistent = partial(_persistent, storages=storages)
+    load(file, persistent, context=context)
     records = _records(file, storages, load(file, context=context))
     file.seek(start)  # the places are known only now: read the object again, with them
     claims = Claims(file)
@@ -67,11 +69,7 @@ def _read(path: str, file: BinaryIO) -> object:
         return claims.take(place(pickled, path, offset, size))
 
     context.tensor = tensor
-    return load(file, lambda pid: _persistent(pid, storages), context=context)
-
-
-def _object(file: BinaryIO, storages: dict[str, StorageRef], context: Context) -> None:
-    load(file, lambda pid: _persistent(pid, storages), context=context)
+    return load(file, persistent, context=context)
 
 
 def _persistent(pid: object, storages: dict[str, StorageRef]) -> object:

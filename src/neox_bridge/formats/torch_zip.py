@@ -56,14 +56,6 @@ class _Entry:
     size: int
 
 
-class _Compressed(Exception):
-    """A record that is compressed: its name."""
-
-
-class _Program(Exception):
-    """A record that is a part of a program."""
-
-
 class Claims:
     """The bytes that a file's tensors have together: those that overlap don't make any number.
 
@@ -93,7 +85,7 @@ def read_pt(path: str, *, alike: bool = False, until: str | None = None) -> obje
     """
     with open_file(path) as file:
         try:
-            return _value(path, file, _entries(file), alike, until)
+            return _value(path, file, _entries(path, file), alike, until)
         except PickleError as error:
             raise not_whole(path, str(error)) from None
         except NoDirectory:
@@ -102,16 +94,6 @@ def read_pt(path: str, *, alike: bool = False, until: str | None = None) -> obje
             raise BridgeError(
                 f"{path} isn't read: {error}, so that programs may read different things from it. "
                 "It is damaged or made to deceive: get it again from a source that you trust."
-            ) from None
-        except _Program:
-            raise BridgeError(
-                f"{path} is a TorchScript archive, whose weights lie inside a program. "
-                "Load it with torch.jit.load and torch.save its state_dict()."
-            ) from None
-        except _Compressed as error:
-            raise BridgeError(
-                f"{path}: {error} is compressed, and tensors can't be read in place. Load the file "
-                "with torch and torch.save it again, or unzip it and zip it with -0."
             ) from None
 
 
@@ -172,9 +154,9 @@ def _value(
     pickled = entries["data.pkl"]
     file.seek(pickled.offset)
     if alike and pickled.size <= _ALIKE_BYTES:
-        found = _flat(file.read(pickled.size))
-        if found is not None:
-            return {name: value and tensor(value) for name, value in found.items()}
+        tensors = _flat(file.read(pickled.size))
+        if tensors is not None:
+            return {name: value and tensor(value) for name, value in tensors.items()}
         file.seek(pickled.offset)
     return load(file, storage_ref, tensor, pickled.size, until=until)
 
@@ -187,7 +169,7 @@ def _flat(pickled: bytes) -> "Mapping[object, PickledTensor | None] | None":
     return value if kinds <= {PickledTensor, type(None)} else None
 
 
-def _entries(file: BinaryIO) -> dict[str, _Entry]:
+def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
     """The records by their names below the archive's top folder, whatever that is called.
 
     Names are in lower case, since torch finds records whatever their case.
@@ -201,10 +183,17 @@ def _entries(file: BinaryIO) -> dict[str, _Entry]:
             raise ZipError(f"{entry.name[:80]!r} isn't below the archive's one folder")
         names.append(folded(name))
     if any(name == "constants.pkl" or name.startswith("code/") for name in names):
-        raise _Program
+        raise BridgeError(
+            f"{path} is a TorchScript archive, whose weights lie inside a program. "
+            "Load it with torch.jit.load and torch.save its state_dict()."
+        )
     for entry in listed:
         if entry.method != STORED:
-            raise _Compressed(entry.name.partition("/")[2])
+            name = entry.name.partition("/")[2]
+            raise BridgeError(
+                f"{path}: {name} is compressed, and tensors can't be read in place. Load the file "
+                "with torch and torch.save it again, or unzip it and zip it with -0."
+            )
     places = data_places(file, listed, end)
     return {
         name: _Entry(start, entry.size)

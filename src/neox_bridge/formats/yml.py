@@ -47,17 +47,16 @@ def read_yml(path: str) -> dict[str, Any]:
 
 
 def _read_spelled(path: str) -> dict[str, Any]:
-    """One yml's keys as they are spelled there.
-
-    Tags are refused: only plain values are read. Aliases are too, since they can blow up, and what
-    is deeper or longer than any config.
-    """
     with open_file(path) as file:
         return parse_yml(file.read(_MOST_BYTES + 1), path)
 
 
 def parse_yml(raw: bytes, path: str) -> dict[str, Any]:
-    """The same of bytes. path: for messages."""
+    """A yml's keys as they are spelled there. path: for messages.
+
+    Tags are refused: only plain values are read. Aliases are too, since they can blow up, and what
+    is deeper or longer than any config.
+    """
     import yaml
 
     if len(raw) > _MOST_BYTES:

@@ -6,7 +6,7 @@ so that a branch would hold half a checkpoint in between; ``create_commit`` make
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from neox_bridge.hub.remote import (
 )
 from neox_bridge.stores.hub_api import bars, explained, hub_api, is_transient, status_of
 from neox_bridge.stores.hub_names import MAIN
+from neox_bridge.wording import some
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -115,8 +116,8 @@ def publish(
 def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
     """Why a branch isn't touched, and what to do."""
     return (
-        f"hf://{repo}@{branch} holds other files: {_and_more(conflicts)}. Name another branch, or "
-        "add `overwrite=True` to replace what it holds; its history stays."
+        f"hf://{repo}@{branch} holds other files: {some(list(conflicts), 1)}. Name another branch, "
+        "or add `overwrite=True` to replace what it holds; its history stays."
     )
 
 
@@ -253,10 +254,6 @@ def _check_whole(job: _Job, commit: str, names: tuple[str, ...]) -> None:
     missing = [n for n in names if n not in there or there[n].size != job.files[n]]
     if missing:
         raise BridgeError(
-            f"hf://{job.repo}@{job.branch}: commit {commit[:12]} lacks {_and_more(missing)}. Is "
+            f"hf://{job.repo}@{job.branch}: commit {commit[:12]} lacks {some(missing, 1)}. Is "
             "there a .gitignore in it? Remove it, and give the same command again."
         )
-
-
-def _and_more(paths: Sequence[str]) -> str:
-    return f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]

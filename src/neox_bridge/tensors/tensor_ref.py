@@ -1,6 +1,6 @@
 """Where a tensor lies: a file, an offset, a dtype, a shape. Never its data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from operator import attrgetter
@@ -61,3 +61,15 @@ def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether these strides (in elements) leave no gap; a dimension of size 1 has any."""
     dense = zip(shape, strides, row_major(shape), strict=True)
     return 0 in shape or all(size == 1 or stride == want for size, stride, want in dense)
+
+
+def halves(
+    start: tuple[int, ...], shape: tuple[int, ...], strides: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[slice, ...]]]:
+    """A box cut in two where it is longest in the file: starts, shapes, and places in the box."""
+    longest = max(range(len(shape)), key=lambda dim: (shape[dim] - 1) * strides[dim])
+    half = shape[longest] // 2
+    for low, count in ((0, half), (half, shape[longest] - half)):
+        begin = (*start[:longest], start[longest] + low, *start[longest + 1 :])
+        size = (*shape[:longest], count, *shape[longest + 1 :])
+        yield begin, size, (*(slice(None),) * longest, slice(low, low + count))
