@@ -23,6 +23,7 @@ from neox_bridge.batches.target_state import TargetState
 from neox_bridge.batches.watch import is_finished, rounds
 from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
 from neox_bridge.execution.staging import left_over
+from neox_bridge.execution.work import Work
 from neox_bridge.planning.options import Options
 from neox_bridge.stores import hub_revisions
 from neox_bridge.stores.hub_revisions import Revision
@@ -557,7 +558,7 @@ def test_a_branch_is_published_from_a_folder_that_is_whole(
 
     @contextmanager
     def made_in(*_: Any) -> Any:
-        yield str(folder)
+        yield Work(str(tmp_path / "work"))
 
     monkeypatch.setattr(running.on_hub, "made_in", made_in)
     monkeypatch.setattr(running.on_hub, "state_of", lambda *_: ("absent", ""))

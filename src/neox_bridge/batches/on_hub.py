@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neox_bridge.batches.target_state import TargetState, is_of
-from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.errors import UsageError
 from neox_bridge.execution.execute import sources_of
 from neox_bridge.execution.files import identities
-from neox_bridge.execution.work import held, work_of
-from neox_bridge.hub.preview import message_of, plan_publish, step_of_plan
-from neox_bridge.hub.publish import publish, work_base
+from neox_bridge.execution.work import Work, held, work_of
+from neox_bridge.hub.preview import plan_publish
+from neox_bridge.hub.publish import publish_written, work_base
 from neox_bridge.hub.remote import published_record, record_path
 from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.folder import is_hub
@@ -72,29 +72,24 @@ def place_of(model: HubModel, branch: str) -> str:
 
 
 @contextmanager
-def made_in(model: HubModel, branch: str) -> Iterator[str]:
-    """The folder where a branch's files are made, the same for every run, one run at a time.
+def made_in(model: HubModel, branch: str) -> Iterator[Work]:
+    """Where a branch's files are made, the same for every run, one run at a time.
 
     It is gone at the end, unless that is an error and something in it is worth keeping.
     """
     place = HubTarget(model.repo, branch)
     work = work_of(os.path.join(model.work, place.folder_name))
     with held(work, str(place)):
-        yield work.files
+        yield work
 
 
-def send(plan: Plan, folder: str, model: HubModel, branch: str, overwrite: bool) -> None:
-    """Publish the folder. Raises BridgeError, and the folder stays for the next try."""
-    try:
-        publish(
-            folder,
-            model.repo,
-            branch,
-            private=model.private,
-            create_pr=model.create_pr,
-            overwrite=overwrite,
-            message=message_of(plan),
-            step=step_of_plan(plan),
-        )
-    except BridgeError as error:
-        raise BridgeError(f"{error} The files are kept in {folder}.") from error
+def send(plan: Plan, work: Work, model: HubModel, branch: str, overwrite: bool) -> None:
+    """Publish the files. Raises BridgeError, and they stay for the next try."""
+    publish_written(
+        plan,
+        work,
+        HubTarget(model.repo, branch),
+        private=model.private,
+        create_pr=model.create_pr,
+        overwrite=overwrite,
+    )

@@ -197,15 +197,15 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
 def _published(item: Item, row: BatchRow, plan: Plan, batch: Batch, pool: Pool) -> BatchRow:
     """The files made in a folder here, and then by one commit a branch of the Hub."""
     assert batch.hub is not None
-    with on_hub.made_in(batch.hub, item.name) as folder:
+    with on_hub.made_in(batch.hub, item.name) as work:
         sources = identities(sources_of(plan))
-        state, _ = state_of(folder, plan.asked, sources, every_hash=True)
+        state, _ = state_of(work.files, plan.asked, sources, every_hash=True)
         if state == "whole":  # a run before this one was stopped while it uploaded
             row = replace(row, status="done")
         else:
-            row = _written(item, row, plan, folder, True, batch, pool)
-        row = replace(row, norms=_norms(folder, batch, pool))
-        on_hub.send(plan, folder, batch.hub, item.name, batch.overwrite)
+            row = _written(item, row, plan, work.files, True, batch, pool)
+        row = replace(row, norms=_norms(work.files, batch, pool))
+        on_hub.send(plan, work, batch.hub, item.name, batch.overwrite)
     return row
 
 

@@ -54,11 +54,9 @@ class App(Helped, click.Group):
     """All commands. Only the module of the command that runs is imported."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        """The names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of a name, imported."""
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
@@ -66,12 +64,10 @@ class App(Helped, click.Group):
         return command
 
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the exit codes and how completion is set up; for ``-h`` a hint."""
         if not is_short(ctx):
             super().format_epilog(ctx, formatter)
             return

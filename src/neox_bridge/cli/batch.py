@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -166,11 +167,8 @@ def batch(
         _dry_run(items, settings, execution.as_json, is_lost)
         return
     with closing(_pool(choice)) as pool:
-        log, quiet = choice.log, execution.quiet
-        if choice.watch:
-            rows = _watch(find, choice.interval, settings, pool, log, quiet)
-        else:
-            rows = _all(items, settings, pool, log, quiet)
+        convert = partial(_all, settings=settings, pool=pool, log=choice.log, quiet=execution.quiet)
+        rows = _watch(find, choice.interval, convert) if choice.watch else convert(items)
     _end(rows, target, execution, is_lost)
 
 
@@ -217,12 +215,7 @@ def _all(
 
 
 def _watch(
-    find: FindItems,
-    interval: float,
-    settings: Batch,
-    pool: Pool,
-    log: str | None,
-    quiet: bool,
+    find: FindItems, interval: float, convert: Callable[[list[Item]], list[BatchRow]]
 ) -> list[BatchRow]:
     """Rounds until Ctrl-C, which is how a watch ends; what failed is tried in the next round."""
     from neox_bridge.batches.watch import rounds
@@ -231,9 +224,7 @@ def _watch(
     try:
         for items in rounds(lambda: find()[0], interval, threading.Event()):
             new = [i for i in items if i.name not in rows or rows[i.name].status == "failed"]
-            rows |= {
-                row.name: row for row in (_all(new, settings, pool, log, quiet) if new else ())
-            }
+            rows |= {row.name: row for row in (convert(new) if new else ())}
     except KeyboardInterrupt as error:
         if str(error):  # in the middle of one
             raise

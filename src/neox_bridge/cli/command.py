@@ -31,11 +31,9 @@ class Argument(click.Argument):
         self.help = text
 
     def make_metavar(self, *_context: click.Context) -> str:
-        """As it is declared."""
         return self.metavar or ""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        """The argument's line in the help."""
         return self.make_metavar(ctx), self.help or ""
 
 

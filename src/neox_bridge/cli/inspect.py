@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from neox_bridge.tensors.tensor_ref import TensorRef
     from neox_bridge.verification.statistics import Statistics
 
+_CONFIG_FACTS = (
+    *("max_positions", "rotary_dim", "rotary_pct", "rotary_base", "activation", "norm_eps"),
+    *("parallel_residual", "tied_norms", "tied_embeddings"),
+)
 PEEK_BYTES = 4 << 20  # of tensors that are stored twice, which are compared so far and no further
 
 
@@ -213,15 +217,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "vocab_rows": config.dims["vocab"],
         "tokenizer_size": checkpoint.tokenizer_size,
         "tokenizer": list(checkpoint.tokenizer),
-        "max_positions": config.max_positions,
-        "rotary_dim": config.rotary_dim,
-        "rotary_pct": config.rotary_pct,
-        "rotary_base": config.rotary_base,
-        "activation": config.activation,
-        "norm_eps": config.norm_eps,
-        "parallel_residual": config.parallel_residual,
-        "tied_norms": config.tied_norms,
-        "tied_embeddings": config.tied_embeddings,
+        **{name: getattr(config, name) for name in _CONFIG_FACTS},
         "biases": {
             "attention": config.attention_bias,
             "mlp": config.mlp_bias,

@@ -55,7 +55,7 @@ def publish_plan(
     """
     from neox_bridge.execution.work import held
     from neox_bridge.hub.preview import plan_publish
-    from neox_bridge.hub.publish import check_base, conflict_message
+    from neox_bridge.hub.publish import check_base, conflict_message, publish_written
     from neox_bridge.stores.hub_api import check_writer
     from neox_bridge.stores.hub_names import hub_target
 
@@ -79,7 +79,15 @@ def publish_plan(
         result = _finished(plan, work, execution, checker) or perform(
             plan, work.files, "converting", replace(execution, overwrite=True), checker, **options
         )
-        published = _published(plan, place, work, execution, upload)
+        published = publish_written(
+            plan,
+            work,
+            place,
+            private=upload.private,
+            create_pr=upload.create_pr,
+            overwrite=execution.overwrite,
+            progress=not execution.quiet and sys.stderr.isatty(),
+        )
     if execution.as_json:
         publication = {"published": asdict(published), "verified": not execution.no_verify}
         print_json(result_json(plan, replace(result, target=str(place))) | publication)
@@ -124,34 +132,6 @@ def _finished(
             except Unverified:
                 return None
     return Result(work.files, len(plan.files), plan.size, 0, 0, 0, plan.size, 0.0)
-
-
-def _published(
-    plan: "Plan", place: "HubTarget", work: "Work", execution: Execution, upload: Upload
-) -> "Published":
-    from neox_bridge.hub.preview import message_of, step_of_plan
-    from neox_bridge.hub.publish import publish
-
-    kept = (
-        f"The files are kept in {work.folder}: the same command goes on from there; remove that "
-        "folder to give up."
-    )
-    try:
-        return publish(
-            work.files,
-            place.repo,
-            place.branch,
-            private=upload.private,
-            create_pr=upload.create_pr,
-            overwrite=execution.overwrite,
-            message=message_of(plan),
-            step=step_of_plan(plan),
-            progress=not execution.quiet and sys.stderr.isatty(),
-        )
-    except BridgeError as error:
-        raise BridgeError(f"{error} {kept}") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept) from None
 
 
 def _with_paths_blank(plan: "Plan") -> "Plan":

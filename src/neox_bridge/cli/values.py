@@ -21,7 +21,6 @@ class PathName(click.ParamType):  # type: ignore[type-arg]  # generic since clic
     name = "path"
 
     def shell_complete(self, _ctx: Any, _param: Any, incomplete: str) -> list[Any]:
-        """Tell the shell to complete paths."""
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(incomplete, type="file")]

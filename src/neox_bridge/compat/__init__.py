@@ -1,4 +1,4 @@
-"""The known changes of both frameworks as data, what a target expects, diagnosis, the patcher."""
+"""The public import ``neox_bridge.compat.install``, which users have in their scripts."""
 
 from neox_bridge.compat.install import install
 

@@ -43,30 +43,21 @@ def execute(
 
     A folder on a disk appears by a rename. A folder of an object store is whole as soon as its
     ``neox_bridge.json`` is there, which is written last. Where the target is the root of a GPT-NeoX
-    run, the plan's step is added to it. A run that was killed, interrupted or had no room is
-    resumed when the same plan is executed again.
+    run, the plan's step is added to it. See ``neox_bridge.execute`` for the other arguments.
 
     Args:
-        plan: What is written.
-        target: A path, or the URL of a folder in an object store.
-        overwrite: Replace what is there, if it is a checkpoint.
-        workers: Threads. The pool decides where there is one.
         every_crc: Read also what the kernel moves, so that every tensor of a ``.pt`` file has its
             CRC-32. By default it stays 0 for tensors that this process did not see. On a disk only:
             in an object store every tensor has it.
-        hash_name: The hash of the files in ``neox_bridge.json``. None for no hashes.
         hash_shared: Also hash files that share blocks with the sources, which takes far longer than
             to write them. On a disk only: in an object store no file does.
-        progress: Called, by one thread at a time, with the number of bytes just written.
         check: Called with the finished folder before it gets its name. Where it raises Unverified,
             a folder on a disk is kept as ``target`` + ".unverified", and one in an object store
             stays without its record.
-        pool: Writes the files, in place of threads of this process. Progress comes by files then.
+        pool: Writes the files, in place of ``workers`` threads of this process. Progress comes by
+            files then.
         in_place: The target is what the plan's sources belong to, and is replaced, whatever it
             holds: the plan must have all of it. On a disk only.
-
-    Returns:
-        What was done, and what was noticed.
 
     Raises:
         UsageError: An option does not apply to this kind of target. Nothing was written.

@@ -29,6 +29,10 @@ _SERVER = re.compile(
     rb"not found|unauthorized|forbidden|access to|invalid (username|credentials|token)|(\.\./){2}",
     re.IGNORECASE,
 )
+GGUF_WAY_OUT = (
+    "Convert the model that it was made from, in Hugging Face's form: GGUF files are mostly "
+    "quantized and have other names and row orders."
+)
 _GGML = (b"GGUF", b"lmgg", b"fmgg", b"algg", b"tjgg")
 
 
@@ -134,15 +138,7 @@ def _text(path: str, head: bytes) -> FileKind | None:
 def _ggml(_path: str, head: bytes) -> FileKind | None:
     if not head.startswith(_GGML):
         return None
-    return FileKind("GGUF file", "a GGUF file of llama.cpp", gguf_way_out())
-
-
-def gguf_way_out() -> str:
-    """What to do about a model in GGUF."""
-    return (
-        "Convert the model that it was made from, in Hugging Face's form: GGUF files are mostly "
-        "quantized and have other names and row orders."
-    )
+    return FileKind("GGUF file", "a GGUF file of llama.cpp", GGUF_WAY_OUT)
 
 
 def _archive(path: str, head: bytes) -> FileKind | None:

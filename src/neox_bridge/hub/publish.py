@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.execution.work import Work
 from neox_bridge.hub.changes import Changes, compare
+from neox_bridge.hub.preview import message_of, step_of_plan
 from neox_bridge.hub.remote import (
     Remote,
     check_private,
@@ -21,8 +23,9 @@ from neox_bridge.hub.remote import (
     is_untouched,
     look,
 )
+from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.hub_api import bars, explained, hub_api, is_transient, status_of
-from neox_bridge.stores.hub_names import MAIN
+from neox_bridge.stores.hub_names import MAIN, HubTarget
 from neox_bridge.wording import some
 
 if TYPE_CHECKING:
@@ -111,6 +114,26 @@ def publish(
         size=sum(job.files[path] for path in uploaded),
         pull_request=pull_request,
     )
+
+
+def publish_written(plan: Plan, work: Work, target: HubTarget, **options: bool) -> Published:
+    """``publish`` what a plan wrote into a work folder, which stays where that fails.
+
+    options: of ``publish``.
+    """
+    kept = (
+        f"The files are kept in {work.folder}: the same command goes on from there; remove that "
+        "folder to give up."
+    )
+    message, step = message_of(plan), step_of_plan(plan)
+    try:
+        return publish(
+            work.files, target.repo, target.branch, message=message, step=step, **options
+        )
+    except BridgeError as error:
+        raise BridgeError(f"{error} {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
 
 
 def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:

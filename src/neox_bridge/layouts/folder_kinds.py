@@ -13,8 +13,8 @@ from functools import cached_property
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import (
+    GGUF_WAY_OUT,
     HEAD_BYTES,
-    gguf_way_out,
     is_apple_double,
     misplaced,
     refuse_misplaced,
@@ -206,7 +206,7 @@ def _gguf(folder: _Folder) -> _Explained:
     names = folder.ending(".gguf")
     if not names or _has_weights(folder):
         return None
-    return f"holds a GGUF file of llama.cpp ({some(names, 2)})", gguf_way_out()
+    return f"holds a GGUF file of llama.cpp ({some(names, 2)})", GGUF_WAY_OUT
 
 
 def _dcp(folder: _Folder) -> _Explained:
@@ -408,7 +408,7 @@ def _weights_only(folder: _Folder) -> _Explained:
 def _ggml(folder: _Folder) -> _Explained:
     for path in map(folder.file, folder.ending(".bin")):
         if isfile(path) and read_at(path, 0, 4) in (b"lmgg", b"fmgg", b"tjgg", b"GGUF"):
-            return "holds a model of llama.cpp (ggml)", gguf_way_out()
+            return "holds a model of llama.cpp (ggml)", GGUF_WAY_OUT
     return None
 
 
