@@ -145,6 +145,15 @@ def test_verify_says_what_it_compares_with(tmp_path: Path) -> None:
     assert "masters-compared" in {finding.code for finding in result.findings}
 
 
+def test_verify_compares_the_optimizer_states_too(hf: str, tmp_path: Path) -> None:
+    weights = neox_bridge.verify(RUN, RUN)
+    states = neox_bridge.verify(RUN, RUN, optimizer=True)
+    assert states.holds
+    assert states.tensors > weights.tensors
+    with pytest.raises(neox_bridge.UsageError):
+        neox_bridge.verify(RUN, hf, optimizer=True)
+
+
 def test_the_exports_are_the_same_everywhere() -> None:
     tree = ast.parse(inspect.getsource(neox_bridge))
     typed = {

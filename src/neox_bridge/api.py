@@ -1,10 +1,16 @@
 """The public verbs: they compose opening, planning, execution and verification."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from neox_bridge.conversion import conversion_check, open_checkpoint, plan, plan_conversion
+from neox_bridge.conversion import (
+    comparison_of,
+    conversion_check,
+    open_checkpoint,
+    plan,
+    plan_conversion,
+    verify_comparison,
+)
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
@@ -244,6 +250,7 @@ def verify(
     source: str | Checkpoint,
     target: str | Checkpoint,
     *,
+    optimizer: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> "Verification":
@@ -254,19 +261,16 @@ def verify(
     Args:
         source: The source of the conversion, opened or as ``open_checkpoint`` opens it.
         target: What was written, likewise.
+        optimizer: Compare the optimizer states of two GPT-NeoX checkpoints too.
         workers: Threads.
         progress: Called with the number of bytes just compared.
 
     Raises:
+        UsageError: ``optimizer`` is asked of a Hugging Face model.
         BridgeError: A checkpoint is missing or damaged.
     """
-    from neox_bridge.optimizer.masters import as_it_was_converted
-    from neox_bridge.verification.verify import verify as compare
-
-    first, second = _opened(source), _opened(target)
-    first, conversion_findings = as_it_was_converted(first, second)
-    result = compare(first, second, workers=workers, progress=progress)
-    return replace(result, findings=(*conversion_findings, *result.findings))
+    comparison = comparison_of(_opened(source), _opened(target), optimizer=optimizer)
+    return verify_comparison(comparison, progress, workers=workers)
 
 
 def diff(

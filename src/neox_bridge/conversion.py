@@ -4,8 +4,10 @@ The public verbs, the command line and batches all go through these functions.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
@@ -14,6 +16,7 @@ from neox_bridge.tensors.fused import GqaOrder
 if TYPE_CHECKING:
     from neox_bridge.frameworks.facts import TransformersFacts
     from neox_bridge.optimizer.options import Resharding
+    from neox_bridge.verification.verify import Verification
 
 Progress = Callable[[int], None]
 Check = Callable[[str], None]  # raises Unverified if a finished folder is not the source
@@ -174,3 +177,34 @@ def plan_resharding(
         return checker(checkpoint, *states, workers=workers, progress=progress)
 
     return conversion, make_check
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The two sides that ``verify`` compares, and what is to be said of them."""
+
+    source: Checkpoint
+    target: Checkpoint
+    findings: tuple[Finding, ...]
+
+
+def comparison_of(source: Checkpoint, target: Checkpoint, *, optimizer: bool = False) -> Comparison:
+    """A source as its target was converted. optimizer: with the optimizer states of both."""
+    from neox_bridge.optimizer.masters import as_it_was_converted, with_states
+    from neox_bridge.planning.option_checks import check_optimizer
+
+    check_optimizer(optimizer, source, target)
+    source, findings = as_it_was_converted(source, target)
+    if optimizer:
+        source, target = with_states(source), with_states(target)
+    return Comparison(source, target, findings)
+
+
+def verify_comparison(
+    comparison: Comparison, progress: Progress | None = None, *, workers: int | None = None
+) -> "Verification":
+    """Compare every tensor and the config of both sides."""
+    from neox_bridge.verification.verify import verify
+
+    result = verify(comparison.source, comparison.target, workers=workers, progress=progress)
+    return replace(result, findings=(*comparison.findings, *result.findings))

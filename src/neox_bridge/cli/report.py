@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -124,11 +124,10 @@ def _checkpoint(
     options: ReportOptions,
     output: Output,
 ) -> list[Section]:
+    from neox_bridge.api import verify
     from neox_bridge.cli.inspect import describe, summary_lines
-    from neox_bridge.optimizer.masters import as_it_was_converted
     from neox_bridge.report.sections import checkpoint_section, verification_section
     from neox_bridge.verification.statistics import findings, statistics
-    from neox_bridge.verification.verify import verify
 
     workers = options.max_workers
     total = checkpoint.size * (1 if source is None else 2)
@@ -136,10 +135,8 @@ def _checkpoint(
         stats = statistics(checkpoint, workers=workers, progress=progress)
         compared = None
         if source is not None:
-            first, differences = as_it_was_converted(source, checkpoint)
-            compared = verify(first, checkpoint, workers=workers, progress=progress)
-            both = findings_as_options((*differences, *compared.findings))
-            compared = replace(compared, findings=both)
+            compared = verify(source, checkpoint, workers=workers, progress=progress)
+            compared = replace(compared, findings=findings_as_options(compared.findings))
     faults = findings_as_options((*checkpoint.findings, *findings(stats, checkpoint)))
     lines = summary_lines(describe(checkpoint))
     parts = [checkpoint_section(path, lines, checkpoint.record, stats, faults, f"s{number}-")]

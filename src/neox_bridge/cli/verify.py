@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -77,11 +77,10 @@ def verify(
 
     Exit codes: 0 equal, 3 different or not comparable, 1 error.
     """
+    from neox_bridge.conversion import comparison_of, verify_comparison
     from neox_bridge.layouts.open import check_configs_used, open_with
-    from neox_bridge.optimizer.masters import as_it_was_converted
-    from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
+    from neox_bridge.planning.option_checks import check_gqa_order
     from neox_bridge.verification.verify import describe
-    from neox_bridge.verification.verify import verify as compare
 
     if not options.logits and (named := given("tokens", "device")):
         raise UsageError(named, "only for --logits", "Add --logits.")
@@ -99,20 +98,15 @@ def verify(
     second = open_with(target, reading.configs)
     check_configs_used(reading.configs, first, second)
     check_gqa_order(reading.gqa_order, first)
-    check_optimizer(options.optimizer, first, second)
-    first, conversion_findings = as_it_was_converted(first, second)
-    if options.optimizer:
-        from neox_bridge.optimizer.masters import with_states
-
-        first, second = with_states(first), with_states(second)
+    comparison = comparison_of(first, second, optimizer=options.optimizer)
+    first, second = comparison.source, comparison.target
     inputs = None
     if options.logits:
         from neox_bridge.verification.tokens import read_tokens
 
         inputs = read_tokens(options.tokens, (first, second))
     with progress_bar(second.size, "verifying", output.quiet) as progress:
-        result = compare(first, second, workers=options.max_workers, progress=progress)
-    result = replace(result, findings=(*conversion_findings, *result.findings))
+        result = verify_comparison(comparison, progress, workers=options.max_workers)
     agreements = _computed(first, second, inputs, device) if inputs else {}
     holds = result.holds and all(agreement.agrees for agreement in agreements.values())
     if output.as_json:
