@@ -554,11 +554,11 @@ def test_a_branch_is_published_from_a_folder_that_is_whole(
     state: TargetState, run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     sent: list[Any] = []
-    folder = tmp_path / "work/files"
+    work = Work(str(tmp_path / "work"))
 
     @contextmanager
     def made_in(*_: Any) -> Any:
-        yield Work(str(tmp_path / "work"))
+        yield work
 
     monkeypatch.setattr(running.on_hub, "made_in", made_in)
     monkeypatch.setattr(running.on_hub, "state_of", lambda *_: ("absent", ""))
@@ -572,8 +572,8 @@ def test_a_branch_is_published_from_a_folder_that_is_whole(
     assert (row.status, row.error) == ("done", "")
     assert row.target == "hf://org/model@step1"
     assert row.norms is not None
-    assert sent == [(str(folder), model, "step1", True)]
-    assert (folder / "latest").exists()
+    assert sent == [(work, model, "step1", True)]
+    assert (tmp_path / "work/files/latest").exists()
     monkeypatch.setattr(running.on_hub, "state_of", lambda *_: ("whole", ""))
     skipped = convert(run, batch_of(tmp_path, hub=model))
     assert (skipped.status, len(sent)) == ("skipped", 1)
