@@ -660,7 +660,7 @@ def test_keys_are_ignored_where_a_checkpoint_has_them(tmp_path: Path) -> None:
     row = convert(model.parent, batch_of(tmp_path / "out", options=options))
     assert row.status == "done"
     absent = [f.message for f in row.findings if f.code == "ignored-key-absent"]
-    assert absent == ["--ignore-key logit_scale: this checkpoint has no such unknown key"]
+    assert absent == ["`ignore_keys=logit_scale`: this checkpoint has no such unknown key"]
 
 
 def test_a_cast_is_in_the_row(run: Path, tmp_path: Path) -> None:
