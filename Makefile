@@ -1,5 +1,5 @@
 # make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
-# make quick  the tests that need no torch, transformers, Ray, Chromium, store's server or kills
+# make quick  two cases of each test that needs no torch, transformers, Ray, Chromium, store's server or kills
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
 # make bench  times, memory and disk beside cp and others' programs, to docs/benchmarks.md
 # make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run
@@ -11,7 +11,7 @@ DEV := .venv
 DEMO := .demo
 JOBS ?= 2
 
-.PHONY: demo quick test lint check test-neox test-versions bench fuzz mutants clean
+.PHONY: demo quick test lint test-neox test-versions bench fuzz mutants clean
 
 demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)

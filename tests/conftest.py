@@ -1,5 +1,6 @@
 """Fixtures that several files of tests share, and markers by what a test needs."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,8 +19,11 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+QUICK_CASES = 2
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = f"only tests that need none of: {', '.join(needs.MARKERS)}"
+    text = f"tests that need none of {', '.join(needs.MARKERS)}, and few cases of each"
     parser.addoption("--quick", action="store_true", help=text)
 
 
@@ -37,13 +41,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks each test by what it needs, and with --quick leaves out those that need anything."""
+    """Marks each test by what it needs; with --quick leaves out those that need anything.
+
+    Of a parametrized test, --quick runs the first cases.
+    """
     left_out = []
+    cases: Counter[str] = Counter()
     for item in items:
         if isinstance(item, pytest.Function):
             for marker in sorted(needs.needs(item.path, item.originalname)):
                 item.add_marker(marker)
-        if any(item.get_closest_marker(name) for name in needs.MARKERS):
+        function = item.nodeid.partition("[")[0]
+        cases[function] += 1
+        is_marked = any(item.get_closest_marker(name) for name in needs.MARKERS)
+        if is_marked or cases[function] > QUICK_CASES:
             left_out.append(item)
     if config.getoption("quick"):
         config.hook.pytest_deselected(items=left_out)
