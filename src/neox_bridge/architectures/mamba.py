@@ -268,7 +268,7 @@ ARCHITECTURE = Architecture(
         "Mamba (not Mamba 2)",
         "fixture, random, GPT-NeoX",
         "one tensor-parallel rank and today's GPT-NeoX only; 16 states, a convolution of 4; "
-        "`format=mamba_ssm` writes that library's form",
+        "the form of mamba_ssm is written too",
     ),
     hf_class="MambaForCausalLM",
     prefix="backbone.",

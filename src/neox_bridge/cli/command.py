@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from neox_bridge.cli.errors import ARGUMENTS, reported
+from neox_bridge.cli.spelling import as_options
 from neox_bridge.cli.values import PathName, type_of
 from neox_bridge.option import GROUPS, OTHER, Option, flag_of, options_of
 from neox_bridge.wording import plain
@@ -144,7 +145,7 @@ class Command(Helped):
         try:
             return super().make_context(*args, **more)
         except click.BadParameter as error:
-            text = plain(error.message)
+            text = plain(as_options(error.message))
             raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
