@@ -166,7 +166,7 @@ def test_a_size_that_the_tensors_deny(tmp_path: Path) -> None:
         ({"tp": 2}, "x_proj"),
         ({"era": era_named("2024-10")}, "`era=today`"),
         ({"mlp_names": "dense"}, "`era=today`"),
-        ({"te": True}, "--te"),
+        ({"te": True}, "`te=True`"),
     ],
 )
 def test_what_no_target_can_be(options: dict[str, Any], what: str, tmp_path: Path) -> None:
