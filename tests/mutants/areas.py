@@ -101,7 +101,7 @@ AREAS: dict[str, Area] = {
         quick=2,
     ),
     "batch": Area(
-        ("batch/target_state", "batch/items", "batch/row", "batch/run", "batch/watch"),
+        ("batches/target_state", "batches/items", "batches/row", "batches/run", "batches/watch"),
         (
             "tests/batches/test_batch_inline.py",
             "tests/planning/test_records.py",
