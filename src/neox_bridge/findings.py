@@ -42,16 +42,16 @@ class Finding:
 
 
 def unrepeated(
-    findings: Iterable[Finding], others: Iterable[Finding], settled: Iterable[Subject] = ()
+    findings: Iterable[Finding], others: Iterable[Finding], shown: Iterable[Subject] = ()
 ) -> list[Finding]:
     """The findings on subjects that ``others`` do not have: for showing two lists as one.
 
     Args:
         findings: The list to shorten. A finding without a subject always stays.
         others: The findings that are shown too.
-        settled: Subjects to leave out even if ``others`` have nothing to say about them.
+        shown: Subjects to leave out even if ``others`` have nothing to say about them.
     """
-    subjects = ({finding.subject for finding in others} | set(settled)) - {""}
+    subjects = ({finding.subject for finding in others} | set(shown)) - {""}
     return [finding for finding in findings if finding.subject not in subjects]
 
 

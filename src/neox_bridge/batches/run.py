@@ -219,11 +219,11 @@ def _written(
         batch.tell(Event("written", item.name, size))
 
     def check(folder: str) -> None:
-        told = pending_now()
+        pending_objects = pending_now()
         _share(
             pool,
             [
-                (verify_part, item.source, batch.options.optimizer, folder, part, told)
+                (verify_part, item.source, batch.options.optimizer, folder, part, pending_objects)
                 for part in _parts(plan.size, pool)
             ],
         )
@@ -272,15 +272,15 @@ def verify_part(
     optimizer: str,
     folder: str,
     part: tuple[int, int],
-    told: Mapping[str, bytes],
+    pending_objects: Mapping[str, bytes],
 ) -> None:
     """In a pool: raises Unverified where a part of a finished folder isn't the source.
 
-    told: the objects that are to come where it is in a store (``objects.pending``).
+    pending_objects: the objects that are to come where it is in a store (``objects.pending``).
     """
     checkpoint = source.open()
     check = source_check(checkpoint, is_fresh=optimizer == "fresh", workers=1, part=part)
-    with pending(told), keeping(folder_beside(folder), checkpoint.files):
+    with pending(pending_objects), keeping(folder_beside(folder), checkpoint.files):
         check(folder)
 
 

@@ -21,15 +21,15 @@ def print_quantized(model: "QuantizedFolder", *, as_json: bool, tensors: bool) -
     if as_json:
         print_json({**facts, **({"tensors": rows} if tensors else {})})
         return
-    told, refusal = facts["quantization"], facts["refusals"][0]
-    bits = f", {told['bits']} bits" if told["bits"] else ""
+    quantization, refusal = facts["quantization"], facts["refusals"][0]
+    bits = f", {quantization['bits']} bits" if quantization["bits"] else ""
     lines = [
         ("path", facts["path"]),
-        ("kind", f"{KINDS[facts['kind']]}, quantized ({told['method']}{bits})"),
+        ("kind", f"{KINDS[facts['kind']]}, quantized ({quantization['method']}{bits})"),
         ("family", str(facts["family"] or "not known")),
         ("dtypes", ", ".join(f"{name} ({n:,} elements)" for name, n in facts["dtypes"].items())),
         ("files", f"{plural(len(facts['files']), 'file')}, {human(facts['bytes'])}"),
-        ("shown by", "; ".join(told["evidence"])),
+        ("shown by", "; ".join(quantization["evidence"])),
         ("refused", f"{refusal['reason']}; {refusal['way_out']}"),
     ]
     for key, text in lines:
@@ -44,7 +44,7 @@ def describe_quantized(model: "QuantizedFolder") -> dict[str, Any]:
     from neox_bridge.layouts.sizes import elements_by_dtype
     from neox_bridge.stores.paths import size
 
-    told = model.quantization
+    quantization = model.quantization
     return {
         "schema_version": 1,
         "kind": model.kind,
@@ -54,11 +54,11 @@ def describe_quantized(model: "QuantizedFolder") -> dict[str, Any]:
         "files": list(model.files),
         "bytes": sum(size(file) for file in model.files),
         "findings": [],
-        "refusals": [{"key": "quantized", "reason": _REASON, "way_out": way_out(told)}],
+        "refusals": [{"key": "quantized", "reason": _REASON, "way_out": way_out(quantization)}],
         "quantization": {
-            "method": told.method,
-            "bits": told.bits,
-            "evidence": list(told.evidence),
-            "original": told.original or None,
+            "method": quantization.method,
+            "bits": quantization.bits,
+            "evidence": list(quantization.evidence),
+            "original": quantization.original or None,
         },
     }

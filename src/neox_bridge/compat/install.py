@@ -63,17 +63,17 @@ def _patch(module: ModuleType) -> None:
     """Every class of the module; one with a load hook (a patched tree's) stays as it is."""
     import torch
 
-    found = [
+    owners = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, torch.nn.Module)
         and value.__module__ == module.__name__
     ]
-    for owner in found:
+    for owner in owners:
         if "_load_from_state_dict" not in vars(owner):
             _patch_class(owner)
-    if not found:
+    if not owners:
         message = (
             f"{module.__name__} has no module classes: neox_bridge.compat.install() did nothing"
         )

@@ -74,13 +74,13 @@ def run_units(sink: Sink, files: Iterable[OutputFile], pool: Pool) -> None:
     """Have a pool write files, the largest of which come first. Raises as ``drive``."""
     writer, context = sink.writer(), sink.job.context
 
-    def take(made: Made) -> None:
-        sink.enter(made.written)
-        for how, size in made.counts.items():
+    def take(output: Made) -> None:
+        sink.enter(output.written)
+        for how, size in output.counts.items():
             context.wrote(size, how)
-        context.overflows.extend(made.overflows)
-        context.roundings.extend(made.roundings)
-        context.deviations.extend(made.deviations)
+        context.overflows.extend(output.overflows)
+        context.roundings.extend(output.roundings)
+        context.deviations.extend(output.deviations)
 
     drive(pool, make, (Unit(group, writer) for group in grouped(files)), take)
 

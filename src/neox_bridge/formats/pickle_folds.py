@@ -84,7 +84,7 @@ class PickledTensor:
 class Watcher(Protocol):
     """Is told what an ordinary unpickler would do, at the time when it would."""
 
-    def named(self, found: Global) -> None: ...  # imported
+    def named(self, name: Global) -> None: ...  # imported
     def called(self, factory: object, args: object) -> None: ...
     def changed(self, target: Global) -> None: ...  # items or attributes set
 

@@ -63,9 +63,9 @@ _CALLS = {
 }
 
 
-def is_known(found: Global) -> bool:
+def is_known(imported: Global) -> bool:
     """Whether importing and calling this only builds a value."""
-    return _key(found) in _NAMES
+    return _key(imported) in _NAMES
 
 
 def calls_of(factory: object, args: object) -> tuple[Any, ...]:
@@ -74,5 +74,5 @@ def calls_of(factory: object, args: object) -> tuple[Any, ...]:
     return tuple(args[i] for i in places if i < len(args)) if isinstance(args, tuple) else ()
 
 
-def _key(found: Global) -> tuple[str, str]:
-    return _PYTHON_2.get(found.module, found.module), found.name
+def _key(imported: Global) -> tuple[str, str]:
+    return _PYTHON_2.get(imported.module, imported.module), imported.name

@@ -87,8 +87,8 @@ class _Watch(Watcher):
     problem: str = ""
     uses: dict[Global | str, Use] = field(default_factory=dict)
 
-    def named(self, found: Global) -> None:
-        self._use(found).imported += 1
+    def named(self, value: Global) -> None:
+        self._use(value).imported += 1
 
     def called(self, factory: object, args: object) -> None:
         self._use(factory).called += 1
@@ -98,8 +98,8 @@ class _Watch(Watcher):
     def changed(self, target: Global) -> None:
         self._use(target).changed += 1
 
-    def _use(self, found: object) -> Use:
-        key: Global | str = found if isinstance(found, Global) else _described(found)
+    def _use(self, value: object) -> Use:
+        key: Global | str = value if isinstance(value, Global) else _described(value)
         if key not in self.uses:
             if len(self.uses) >= _MOST_NAMES:
                 raise PickleError(f"the pickle names more than {_MOST_NAMES:,} things")

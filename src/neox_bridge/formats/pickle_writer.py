@@ -324,14 +324,14 @@ def _text(writer: _Writer, value: "str | Global") -> bytes:
         return _recall(index)
     at = len(writer.out)
     _save(writer, value)
-    found = b"".join(writer.out[at:])
+    encoded = b"".join(writer.out[at:])
     del writer.out[at:]
-    return found
+    return encoded
 
 
 def _numbers(writer: _Writer, values: Sequence[int]) -> bytes:
     """What ``_save_tuple`` writes for whole numbers."""
-    found = b"".join(map(_int, values))
+    encoded = b"".join(map(_int, values))
     if len(values) > 3:
-        found = b"(" + found
-    return found + _SHORT.get(len(values), b"t") + (_place(writer) if values else b"")
+        encoded = b"(" + encoded
+    return encoded + _SHORT.get(len(values), b"t") + (_place(writer) if values else b"")

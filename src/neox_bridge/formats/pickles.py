@@ -290,10 +290,10 @@ def _build(machine: _Machine, _arg: object) -> None:
 
 
 def _named(machine: _Machine, module: str, name: str) -> Global:
-    found = Global(module, name)
+    imported_name = Global(module, name)
     if machine.context.watch:
-        machine.context.watch.named(found)
-    return found
+        machine.context.watch.named(imported_name)
+    return imported_name
 
 
 def _global(machine: _Machine, arg: str) -> None:

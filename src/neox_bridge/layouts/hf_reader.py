@@ -465,13 +465,13 @@ def _no_head(architecture: Architecture, path: str, raw: Mapping[str, Any]) -> s
             f"{architecture.head}, which is learned. Convert {full}, saved with its head; or, if "
             f"the model uses its embeddings as the head, {tie}."
         )
-    said = "does not say tie_word_embeddings: true"
+    tie_words = "does not say tie_word_embeddings: true"
     if raw.get("tie_word_embeddings") is False:
-        said = "says tie_word_embeddings: false"
+        tie_words = "says tie_word_embeddings: false"
     return (
-        f"{path} has no output head: config.json {said}, so the head is a tensor of its own, and "
-        f"no file holds {architecture.head}. If the model uses its embeddings as the head, {tie}. "
-        f"Otherwise convert {full}, saved with its head."
+        f"{path} has no output head: config.json {tie_words}, so the head is a tensor of "
+        f"its own, and no file holds {architecture.head}. If the model uses its embeddings as the "
+        f"head, {tie}. Otherwise convert {full}, saved with its head."
     )
 
 

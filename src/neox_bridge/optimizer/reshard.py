@@ -83,7 +83,7 @@ def plan_reshard(
     refuse_all(dtype_refusals(checkpoint), checkpoint.path)
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
-    checkpoint, said = with_own_defaults(checkpoint, optimizer, asked.era)
+    checkpoint, default_findings = with_own_defaults(checkpoint, optimizer, asked.era)
     optimizer, given, target = _with_target(checkpoint, optimizer, asked, given)
     weights = with_vocabulary_rows(checkpoint.architecture, target.config, checkpoint.tensors)
     moved = {
@@ -145,7 +145,7 @@ def plan_reshard(
         *listed(checkpoint.unknown_keys),
         *ignored_findings(asked.ignore_keys, carried=True),
         *read,
-        *said,
+        *default_findings,
         *step_findings,
         *_findings(checkpoint, target, sources),
     )

@@ -125,12 +125,12 @@ def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
     if checkpoint.kind != "neox":
         return []
     raw, known = checkpoint.raw, known_keys(era)
-    settled = {*checkpoint.architecture.model_keys, *LAYOUT, *TE_KEYS, "rope_fusion"}
+    described_keys = {*checkpoint.architecture.model_keys, *LAYOUT, *TE_KEYS, "rope_fusion"}
     dense = int(raw.get("moe_num_experts") or 1) <= 1
     return [
         _without(key, value, era)
         for key, value in raw.items()
-        if key in neox_keys() - known - settled
+        if key in neox_keys() - known - described_keys
         and not (dense and key.startswith("moe_"))
         and effect_of(key, value) == "model"
     ]

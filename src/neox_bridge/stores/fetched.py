@@ -92,11 +92,11 @@ def fetch_kept(url: str, start: int, end: int) -> bytes:
 
 def _read_unit(folder: str, url: str, unit: int, low: int, high: int) -> bytes:
     """Some bytes of a unit, which is fetched as a whole where the disk does not have it."""
-    found = look(url)
-    name = sha256(f"{url}\n{found.tag}\n{found.size}\n{unit}".encode()).hexdigest()
+    entry = look(url)
+    name = sha256(f"{url}\n{entry.tag}\n{entry.size}\n{unit}".encode()).hexdigest()
     path = os.path.join(folder, name)
     first = unit * UNIT_BYTES
-    size = min(found.size - first, UNIT_BYTES)
+    size = min(entry.size - first, UNIT_BYTES)
     with _lock:
         busy = _busy.setdefault(name, threading.Lock())
     with busy:

@@ -85,15 +85,15 @@ class _Ranges(io.RawIOBase):
 
 def open_object(url: str) -> BinaryIO:
     """The object, for reading. Raises BridgeError, naming it, for one that is missing."""
-    found = look(url)
+    entry = look(url)
     with _lock:
-        chunks = _recent.setdefault((url, found.tag), [])
-        _recent.move_to_end((url, found.tag))
+        chunks = _recent.setdefault((url, entry.tag), [])
+        _recent.move_to_end((url, entry.tag))
         while len(_recent) > _RECENT:
             _recent.popitem(last=False)
     if not chunks and (future := _ahead.get(url)) is not None:
         chunks += future.result()
-    return cast(BinaryIO, io.BufferedReader(_Ranges(url, found.size, chunks)))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(url, entry.size, chunks)))
 
 
 def fetch_chunks(file: BinaryIO, offsets: Sequence[int], count: int) -> None:

@@ -81,11 +81,11 @@ class Ranges:
             self._fit((url, at // self.size * self.size))
             key = url, at // self.size * self.size
             before, after = key[1] - self.size, key[1] + self.size
-            found = self._take(key, end)
+            fetched = self._take(key, end)
             if (url, before) in self._known and after < end:
                 self._take((url, after), end)
         try:
-            return key[1], found.result()
+            return key[1], fetched.result()
         except BaseException:
             with self._lock:  # who wants it next asks again
                 self._known.pop(key, None)
@@ -110,16 +110,16 @@ class Ranges:
             other.between.extend([0] * _LONG)
 
     def _take(self, key: _Key, end: int) -> "Future[bytes]":
-        found = self._known.get(key)
-        if found is None:
+        fetched = self._known.get(key)
+        if fetched is None:
             while len(self._known) >= MEMORY // self.size:
                 self._known.popitem(last=False)
             self._pool = self._pool or ThreadPoolExecutor(_AT_ONCE)
             url, start = key
-            found = self._pool.submit(fetch, url, start, min(end, start + self.size))
-            self._known[key] = found
+            fetched = self._pool.submit(fetch, url, start, min(end, start + self.size))
+            self._known[key] = fetched
         self._known.move_to_end(key)
-        return found
+        return fetched
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,11 @@ def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -
 
 def _pause(url: str, doing: str, error: Exception, number: int) -> float:
     """Seconds before the next try. Raises Unreachable where the server wants too many."""
-    own: float = random.uniform(0.5, 1.0) * min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** (number - 1))
+    longest = min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** (number - 1))
+    pause_seconds: float = random.uniform(0.5, 1.0) * longest
     wanted = retry_after(error)
     if wanted is None:
-        return own
+        return pause_seconds
     if wanted > _LONGEST_WAIT_SECONDS:
         raise Unreachable(
             f"{url} can't be {doing} now: the server allows no more requests for {wanted:.0f} "
@@ -80,7 +81,7 @@ def _pause(url: str, doing: str, error: Exception, number: int) -> float:
         ) from None
     if wanted >= _SAID_SECONDS:
         _LOG.warning("%s: the server asks to wait %.0f seconds (Retry-After)", url, wanted)
-    return wanted + own  # not all threads in the same moment
+    return wanted + pause_seconds  # not all threads in the same moment
 
 
 def retry_after(error: BaseException) -> float | None:
@@ -129,8 +130,8 @@ def describe(error: BaseException) -> str:
         text = text.partition("\n\nDebug source")[0].partition(" error: ")[2] or text
         answer = _OBSTORE_STATUS.search(text)
         if answer:
-            said = ": ".join(_OBSTORE_XML.findall(answer[2])) or answer[2]
-            text, name = said or "no reason was given", f"status {answer[1]}"
+            reason = ": ".join(_OBSTORE_XML.findall(answer[2])) or answer[2]
+            text, name = reason or "no reason was given", f"status {answer[1]}"
         elif os.environ.get("AWS_ENDPOINT_URL"):
             text, name = f"{text} (does AWS_ENDPOINT_URL name a server of S3?)", ""
         else:
