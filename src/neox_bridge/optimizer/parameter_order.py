@@ -15,7 +15,7 @@ from neox_bridge.layouts.universal_folder import Parameter
 from neox_bridge.optimizer.pipeline_stages import holds, stages_of
 from neox_bridge.tensors.pieces import Shape
 
-_WITHOUT_DECAY = "mixer.A_log"  # _no_weight_decay of megatron/model/mamba/mamba.py
+_WITHOUT_DECAY = ("mixer.A_log", "mixer.D")  # _no_weight_decay of megatron/model/mamba/mamba.py
 _Name = TypeVar("_Name", str, Parameter)
 Groups = tuple[Mapping[str, Shape], ...]  # parameters under DeepSpeed's names
 
@@ -100,13 +100,19 @@ def divided(
             f"{path} has {count} parameter groups, and GPT-NeoX makes one or two. Another program "
             "divided these parameters, so they cannot be assigned. Convert the weights alone."
         )
-    # norms and biases are what has one dimension
-    still = {
-        name: shape
-        for name, shape in named.items()
-        if len(shape) == 1 or (name if isinstance(name, str) else name[1]).endswith(_WITHOUT_DECAY)
-    }
+    still = {name: shape for name, shape in named.items() if is_without_decay(name)}
     return {name: shape for name, shape in named.items() if name not in still}, still
+
+
+def is_without_decay(parameter: str | Parameter) -> bool:
+    """Whether GPT-NeoX exempts a parameter from weight decay.
+
+    Exempt are biases, what a norm's module holds, and what its module marks. Transformer Engine's
+    ``layer_norm_weight`` and ``fc1_bias`` are none of these, although they have one dimension.
+    """
+    name = parameter if isinstance(parameter, str) else parameter[1]
+    module, _, leaf = name.rpartition(".")
+    return leaf == "bias" or "norm" in module.rpartition(".")[2] or name.endswith(_WITHOUT_DECAY)
 
 
 def dealt_out(named: Mapping[str, Shape], dp: int) -> Mapping[str, Shape]:
