@@ -36,7 +36,7 @@ from neox_bridge.option import option
 from neox_bridge.verification.audit import Audit
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.logits import Agreement, Cause, NonFinite
-from neox_bridge.verification.runs import Fault
+from neox_bridge.verification.runs import Fault, TrainingRun
 from neox_bridge.verification.sealed import FileChange, Seal
 from neox_bridge.verification.verify import Verification
 from neox_bridge.wording import one_line, plain, wording
@@ -472,7 +472,7 @@ def verified(monkeypatch: Patch) -> Callable[..., list[str]]:
     def setup(found: Verification, **agreements: Agreement) -> list[str]:
         monkeypatch.setattr("neox_bridge.verification.verify.verify", lambda *_a, **_k: found)
         monkeypatch.setattr(verify_module, "_computed", lambda *_a: agreements)
-        monkeypatch.setattr(verify_module, "_tokens", lambda *_a: True)
+        monkeypatch.setattr("neox_bridge.verification.tokens.read_tokens", lambda *_a: True)
         monkeypatch.setattr(verify_module, "_require_torch", lambda _device: None)
         return ["verify", NEOX, OTHER, *(["--logits"] if agreements else [])]
 
@@ -717,12 +717,14 @@ def test_what_logits_need(monkeypatch: Patch) -> None:
 
 # --- audit
 
+RUN = TrainingRun("run", ())
+
 
 @pytest.fixture
 def audited(monkeypatch: Patch) -> Callable[..., dict[str, Any]]:
     """Sets what an audit finds; returns what it was asked."""
 
-    def setup(*faults: Fault, steps: Any = (), runs: Any = ("run",)) -> dict[str, Any]:
+    def setup(*faults: Fault, steps: Any = (), runs: Any = (RUN,)) -> dict[str, Any]:
         asked: dict[str, Any] = {}
 
         @contextmanager
@@ -1005,7 +1007,7 @@ def test_a_batch_without_one_of_its_sources_ends_with_1(
     monkeypatch.chdir(tmp_path)
     pool = SimpleNamespace(slots=1, close=lambda: None)
     monkeypatch.setattr(batch_module, "_pool", lambda *_a: pool)
-    monkeypatch.setattr(batch_module, "_all", lambda *_a: [])
+    monkeypatch.setattr(batch_module, "_all", lambda *_a, **_k: [])
     (tmp_path / "empty").mkdir()
     for lost in ("missing", "empty"):
         code, _, err = call("batch", NEOX, lost, "out", *more)
