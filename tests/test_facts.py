@@ -29,7 +29,7 @@ PROSE = ("code", "reason", "message")
 # fields of these names that are no finding's: (file, owner)
 OTHERS = {
     ("errors.py", "self"),  # UsageError
-    ("layouts/checkpoint.py", "r"),  # the refusals become an error's text
+    ("layouts/checkpoint.py", "refusal"),  # the refusals become an error's text
     ("planning/model_card.py", "drop"),  # counts what was dropped by the words that it prints
     ("formats/pickle_security.py", "opcode"),
     ("formats/pickles.py", "opcode"),

@@ -782,7 +782,7 @@ def make(name: str, content: str | None) -> Callable[[Path], Path]:
     [
         (in_source, True, "holds the source"),
         (make("file", None), True, "is a file"),
-        (make("full", "x"), False, "--overwrite"),
+        (make("full", "x"), False, "`overwrite=True`"),
         (lambda t: make("file", None)(t) / "below", False, "is a file"),
     ],
 )

@@ -352,7 +352,7 @@ def test_a_call_that_needs_more_memory_than_there_is_names_no_number_of_tries(
     fake = Fake({"one": 1}, fail={"one": [ray.exceptions.OutOfMemoryError("no memory")] * 3})
     fake.hold.set()
     with joined(monkeypatch, fake) as (pool, _):
-        words = r"was lost on node one: no memory\. If memory is short.*--max-workers"
+        words = r"was lost on node one: no memory\. If memory is short.*`workers=`"
         with pytest.raises(BridgeError, match=words):
             pool.submit(name_of, "/x").result(20)
 

@@ -7,6 +7,7 @@ a BridgeError that names the file or the setting; it never ends in a traceback.
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -181,7 +182,7 @@ def _for_users(error: BridgeError, root: str) -> None:
     """The error is short, and names the file, or the option or the setting that is refused."""
     text = str(error)
     assert 0 < len(text) < 3000, text
-    refused = isinstance(error, Refused) and "--" in text
+    refused = isinstance(error, Refused) and re.search(r"`[a-z_]+=", text) is not None
     assert refused or root in text or any(key in text for key in SETTINGS), text
 
 

@@ -324,8 +324,8 @@ def spoil(run: Path) -> dict[str, str]:
     shutil.rmtree(run / "step16" / "configs")  # with them it is read, whatever its name
     other = run / "step32" / "config.json"
     other.write_text(json.dumps({**json.loads(other.read_text()), "model_type": "mamba"}))
-    told = ["missing", "", "JSON", "neither", "--config", "mamba"]
-    return dict(zip(("1", "2", "4", "8", "16", "32"), told, strict=True))
+    words = ["missing", "", "JSON", "neither", "`configs=", "mamba"]
+    return dict(zip(("1", "2", "4", "8", "16", "32"), words, strict=True))
 
 
 def test_bad_input_does_not_stop_the_audit(run: Path) -> None:
