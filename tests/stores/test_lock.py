@@ -106,6 +106,25 @@ def test_a_process_of_this_machine_that_ended_is_not_waited_for(
         held.check()
 
 
+def test_a_lock_that_this_process_left_is_not_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store did not let it be removed; the next run is of the same process, which is alive."""
+
+    def refuse(_: list[str]) -> None:
+        raise BridgeError("Not now.")
+
+    url = s3("left")
+    with monkeypatch.context() as patched:
+        patched.setattr(lock, "remove", refuse)
+        with lock.locked(url):
+            pass
+    assert contents(url)
+    monkeypatch.setattr(lock, "DEAD_SECONDS", 600.0)
+    with lock.locked(url) as held:
+        held.check()
+
+
 def test_a_run_that_lost_its_lock_does_not_finish(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

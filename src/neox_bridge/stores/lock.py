@@ -28,6 +28,7 @@ DEAD_SECONDS = 75.0  # without a change, after which nobody is believed to renew
 _LOOK_SECONDS = 2.0
 _SETTLE_SECONDS = 1.0  # in which two that take over the same lock see which of them has it
 _LOG = logging.getLogger(__name__)
+_ended_here: set[object] = set()  # runs of this process that have ended; their locks may be left
 
 
 class Lock:
@@ -46,10 +47,14 @@ class Lock:
         }
         self._renewals = 0
 
+    @property
+    def run(self) -> object:
+        return self._owner["run"]
+
     def check(self) -> None:
         """Raise BridgeError where another run has taken the lock over."""
         owner = _read(self.url)
-        if (owner or {}).get("run") != self._owner["run"]:
+        if (owner or {}).get("run") != self.run:
             raise BridgeError(
                 f"{self._target} was taken over by {_named(owner)}: this run did not renew its "
                 f"lock for {DEAD_SECONDS:.0f} seconds. Wait until the other one ends."
@@ -120,6 +125,7 @@ def locked(folder: str) -> Iterator[Lock]:
     finally:
         ended.set()
         thread.join()
+        _ended_here.add(lock.run)
         with contextlib.suppress(BridgeError):  # one that is left is found to be dead
             lock.check()
             remove([lock.url])
@@ -146,7 +152,9 @@ def _named(owner: dict[str, object] | None) -> str:
 
 
 def _is_dead(owner: dict[str, object]) -> bool:
-    """Whether its process was one of this machine, and has ended."""
+    """Whether its run was of this process, or its process of this machine, and has ended."""
+    if owner.get("run") in _ended_here:
+        return True
     process = owner.get("process")
     if owner.get("machine") != _machine() or not isinstance(process, int) or process <= 0:
         return False
