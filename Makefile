@@ -1,5 +1,5 @@
 # make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
-# make quick  two cases of each test that needs no torch, transformers, Ray, Chromium, store's server or kills
+# make quick  one case of each test that needs no torch, transformers, Ray, Chromium, store's server or kills
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
 # make bench  times, memory and disk beside cp and others' programs, to docs/benchmarks.md
 # make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run

@@ -19,7 +19,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
-QUICK_CASES = 2
+QUICK_CASES = 1
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

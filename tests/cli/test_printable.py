@@ -18,6 +18,8 @@ from common import fixture, step_of
 import neox_bridge
 from neox_bridge.wording import markdown, one_line, plain, wording
 
+pytestmark = pytest.mark.slow
+
 ESC = "\x1b[31mred\x1b]0;title\x07\x9b31m"
 HOSTILE = f"a{ESC}\u202egnp\u2066\u200b\u200f\u061c\u2028x\r\nFORGED[red]<img src=x>|`b"
 SHORT = "\x1b[2J\u202e\nFORGED"

@@ -20,6 +20,8 @@ from neox_bridge.api import open_checkpoint
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.safetensors import read_safetensors
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = str(Path(neox_bridge.__file__).parents[1])
 NEOX = "pythia_fp32_pp1_tp2"
 MEGABYTES, SECONDS = 256, 5  # the bound is 2 s; a machine that does other things may take longer

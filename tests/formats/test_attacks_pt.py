@@ -24,6 +24,8 @@ from common import HELPERS, convert, fixture, hf_tensors, step_of
 
 import neox_bridge
 
+pytestmark = pytest.mark.slow
+
 MOST_MEMORY = 256_000_000
 CANARY = "canary"
 Make = Callable[[], bytes]

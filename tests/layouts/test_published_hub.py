@@ -32,6 +32,8 @@ from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.frameworks import suites
 from neox_bridge.stores import fetched, objects, paths, ranges, retry
 
+pytestmark = pytest.mark.slow
+
 RAW = "EleutherAI/neox-ckpt-pythia-160m"
 TWIN = "EleutherAI/pythia-160m"
 FLAT = PUBLISHED / "v1_dp4_intervals" / "flat"

@@ -22,6 +22,8 @@ from neox_bridge.report.sections import checkpoint_section, section_of
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.statistics import Statistics
 
+pytestmark = pytest.mark.slow
+
 NEOX = fixture("pythia_fp32_2024_09_old_mlp_pp0_tp2")
 HOSTILE = "<script>alert(1)</script>\"'&amp;$\\frac{$<img src=x onerror=alert(2)>"
 

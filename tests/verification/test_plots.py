@@ -23,6 +23,8 @@ from neox_bridge.verification.lines_figure import lines_figure
 from neox_bridge.verification.statistics import Statistics, statistics
 from neox_bridge.verification.statistics_figure import statistics_figure
 
+pytestmark = pytest.mark.slow
+
 SVG = "{http://www.w3.org/2000/svg}"
 PYTHIA = [
     "attention.query_key_value.weight",
