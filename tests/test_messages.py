@@ -73,3 +73,9 @@ def test_json_keeps_names_as_they_are() -> None:
         "path": "`tp=3`",
         "findings": [{"code": "x", "message": "Use --tp 3"}],
     }
+
+
+@pytest.mark.parametrize("key", ["message", "remedy", "reason", "way_out", "text", "note", "error"])
+def test_json_shows_options_in_every_sentence(key: str) -> None:
+    """``way_out`` is of a refusal, ``text`` of a cause that verify names."""
+    assert document_as_options({key: "Use `era=today`"}) == {key: "Use --for today"}

@@ -17,7 +17,10 @@ _OTHERS = {
     "hash_shared": "--hash",
     "workers": "--max-workers",
 }
-_PROSE = frozenset({"message", "remedy", "reason", "error", "notes", "incomplete"})
+# the keys of JSON documents whose values are sentences
+_PROSE = frozenset(
+    {"error", "incomplete", "message", "note", "notes", "reason", "remedy", "text", "way_out"}
+)
 
 
 def flag(parameter: str) -> str:
@@ -35,15 +38,12 @@ def _option(match: re.Match[str]) -> str:
     return option if match[2] in ("", "True") else f"{option} {match[2]}"
 
 
-def finding_as_options(finding: "Finding") -> "Finding":
-    """The finding with options of the command line in its texts."""
-    message, remedy = as_options(finding.message), as_options(finding.remedy)
-    return replace(finding, message=message, remedy=remedy)
-
-
 def findings_as_options(findings: "Iterable[Finding]") -> "tuple[Finding, ...]":
-    """The same of several."""
-    return tuple(map(finding_as_options, findings))
+    """The findings with options of the command line in their texts."""
+    return tuple(
+        replace(one, message=as_options(one.message), remedy=as_options(one.remedy))
+        for one in findings
+    )
 
 
 def document_as_options(value: object, prose: bool = False) -> object:

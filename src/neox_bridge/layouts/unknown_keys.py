@@ -79,9 +79,9 @@ def reason_of(key: UnknownKey) -> str:
 
 
 def remedy_of(key: UnknownKey) -> str:
-    """How a user goes on."""
+    """What the user can do."""
     correct = f"correct it if it is meant to be {key.neighbour}; " if key.neighbour else ""
-    return f"{correct}`ignore_keys={key.name}` goes on without knowing what it means"
+    return f"{correct}`ignore_keys={key.name}` continues without knowing what the key means"
 
 
 def listed(keys: Sequence[UnknownKey]) -> list[Finding]:

@@ -201,7 +201,7 @@ def change_of_scale(source: Side, target: Side, way_out: str) -> Fraction:
 def rescaling(
     optimizer: Optimizer, raw: Mapping[str, Any], factor: Fraction, dtype: str, way_out: str
 ) -> Rescaling:
-    """How this optimizer's run goes on with gradients of another scale.
+    """How this optimizer's run continues with gradients of another scale.
 
     factor: the new scale divided by the old one. dtype: in which the run computes. way_out: what a
     user can do where no rescaling is the same run, which raises Refused.

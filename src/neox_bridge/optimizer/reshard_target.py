@@ -36,8 +36,8 @@ class Target:
     """The target, settled.
 
     config: with the target's rows of the vocabulary. step: its folder. source: the batch that it
-    had. rescaling: how the optimizer goes on with gradients of another scale; None where they have
-    the same. settings: the run's yml for the target's trees. findings: on its gradients.
+    had. rescaling: how the optimizer continues with gradients of another scale; None if the
+    scale is the same. settings: the run's yml for the target's trees. findings: on its gradients.
     """
 
     layout: RankLayout
