@@ -45,20 +45,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Of a parametrized test, --quick runs the first cases.
     """
-    left_out = []
+    kept, left_out = [], []
     cases: Counter[str] = Counter()
     for item in items:
         if isinstance(item, pytest.Function):
-            for marker in sorted(needs.needs(item.path, item.originalname)):
+            name = item.originalname if item.cls is None else item.cls.__name__
+            for marker in sorted(needs.needs(item.path, name)):
                 item.add_marker(marker)
         function = item.nodeid.partition("[")[0]
         cases[function] += 1
         is_marked = any(item.get_closest_marker(name) for name in needs.MARKERS)
-        if is_marked or cases[function] > QUICK_CASES:
-            left_out.append(item)
+        (left_out if is_marked or cases[function] > QUICK_CASES else kept).append(item)
     if config.getoption("quick"):
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        items[:] = kept
 
 
 @pytest.fixture(scope="module")

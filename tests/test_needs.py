@@ -46,6 +46,10 @@ def test_several(model, process): ends(process)
 @pytest.fixture(params=[1])
 def page(): import playwright
 def test_page(page): pass
+class Test_methods:
+    @pytest.fixture
+    def stored(self): s3_server.server()
+    def test_one(self, model): pass
 """
 EXPECTED = {
     "nothing": set(),
@@ -64,6 +68,7 @@ EXPECTED = {
     "server": {"server"},
     "several": {"torch", "kill"},
     "page": {"browser"},
+    "methods": {"torch", "server"},
 }
 
 
@@ -76,11 +81,12 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("test", EXPECTED)
 def test_of_a_test(test: str, path: Path) -> None:
-    assert needs.needs(path, f"test_{test}") == EXPECTED[test]
+    name = "Test_methods" if test == "methods" else f"test_{test}"
+    assert needs.needs(path, name) == EXPECTED[test]
 
 
 def test_every_test_of_the_file_is_expected(path: Path) -> None:
-    assert {name.removeprefix("test_") for name in needs.module(path).tests()} == set(EXPECTED)
+    assert {name[len("test_") :] for name in needs.module(path).tests()} == set(EXPECTED)
 
 
 def test_a_fixture_that_every_test_gets(path: Path) -> None:

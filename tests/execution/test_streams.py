@@ -12,6 +12,7 @@ from common import fixture
 
 import neox_bridge
 
+pytestmark = pytest.mark.slow
 RUN = str(fixture("pythia_fp32_pp1_tp2"))
 FULL = "/dev/full"
 needs_full = pytest.mark.skipif(not os.path.exists(FULL), reason="this system has no /dev/full")

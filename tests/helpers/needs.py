@@ -17,11 +17,12 @@ MARKERS = {
     "torch": "computes with torch or transformers",
     "ray": "starts a Ray cluster",
     "browser": "opens a page in Chromium",
-    "server": "starts an object store's server",
+    "server": "starts a server of an object store or of the Hub",
     "kill": "kills processes, or runs one for each point where it could be killed",
     "slow": "takes more than a second",
 }
 _OF_MODULE = {"torch": "torch", "transformers": "torch", "ray": "ray", "playwright": "browser"}
+_OF_HELPER = {"chromium": {"browser"}, "ray_run": {"ray"}, "hub_stub": {"server"}}
 _KILLS = {"kill", "send_signal", "SIGKILL"}
 
 
@@ -32,9 +33,12 @@ class Module:
         self.path = path
         self.defined: dict[str, ast.AST] = {}
         self.imported: dict[str, tuple[str, str | None]] = {}
+        self.classes: list[ast.ClassDef] = []
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 self.defined[node.name] = node
+                if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+                    self.classes.append(node)
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 self.imported.update(_imports(node))
             elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -44,9 +48,11 @@ class Module:
                     self.defined.update({name.id: node for name in names})
 
     def tests(self) -> Iterator[str]:
+        """The test functions, and the classes of tests, whose methods need what the class does."""
         for name, node in self.defined.items():
             if name.startswith("test") and isinstance(node, ast.FunctionDef):
                 yield name
+        yield from (node.name for node in self.classes)
 
     def autouse(self) -> Iterator[str]:
         """The fixtures that every test of the file gets."""
@@ -70,8 +76,9 @@ def module(path: Path) -> Module:
     return Module(path)
 
 
-def needs(path: Path, test: str) -> set[str]:
-    """The markers of a test by its file and its function's name."""
+@cache
+def needs(path: Path, test: str) -> frozenset[str]:
+    """The markers of a test by its file and the name of its function, or of its class."""
     markers = {"slow"} if path.parent.name == "fuzz" else set()
     waiting = [(path, name) for name in (test, *module(path).autouse())]
     seen = set(waiting)
@@ -80,7 +87,7 @@ def needs(path: Path, test: str) -> set[str]:
         markers |= uses.markers
         waiting += uses.names - seen
         seen |= uses.names
-    return markers
+    return frozenset(markers)
 
 
 def all_tests_need(path: Path) -> bool:
@@ -97,8 +104,10 @@ def _uses(path: Path, name: str) -> Uses:
     code = where.defined.get(name)
     if code is None:
         return uses
-    if isinstance(code, ast.FunctionDef):
-        uses.names.update(_fixture(where, argument.arg) for argument in code.args.args)
+    functions = code.body if isinstance(code, ast.ClassDef) else [code]
+    for function in functions:
+        if isinstance(function, ast.FunctionDef):
+            uses.names.update(_fixture(where, argument.arg) for argument in function.args.args)
     for node in _without_annotations(code):
         if isinstance(node, ast.Name):
             uses.names.add((path, node.id))
@@ -152,7 +161,7 @@ def _of_file_name(helper: Path) -> set[str]:
         return {"server"}
     if helper.stem.startswith("crash_"):
         return {"kill"}
-    return {"chromium": {"browser"}, "ray_run": {"ray"}}.get(helper.stem, set())
+    return _OF_HELPER.get(helper.stem, set())
 
 
 def _imports(node: ast.Import | ast.ImportFrom) -> dict[str, tuple[str, str | None]]:

@@ -8,7 +8,6 @@ import torch
 import yaml
 from checkpoint_edits import tokenizer
 from common import convert, fixture, hf_tensors, make_hf, neox_config, plan_of, step_of
-from transformers import AutoTokenizer
 
 
 def test_there_and_back(tmp_path: Path) -> None:
@@ -27,6 +26,8 @@ def test_there_and_back(tmp_path: Path) -> None:
 def test_from_a_runs_vocab_file(tmp_path: Path) -> None:
     """A GPT-NeoX run names one file; what Hugging Face needs beside it is made."""
     import shutil
+
+    from transformers import AutoTokenizer
 
     root = tmp_path / "run"
     shutil.copytree(fixture("pythia_fp32_pp1_tp2"), root)

@@ -694,12 +694,14 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", ["2024-03", "today"])
 def test_install(name: str, order: str, trees: Mapping[str, Path], tmp_path: Path) -> None:
     use(copy_of(trees, name, tmp_path), order)
 
 
+@pytest.mark.slow
 def test_install_beside_a_patched_tree(tree: Path) -> None:
     use(patched(tree), "before")
 
@@ -729,6 +731,7 @@ def test_install_touches_no_torch(today: Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_install_says_when_it_finds_nothing(today: Path) -> None:
     without_packages(today)
     (today / HOME).write_text("")

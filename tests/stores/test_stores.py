@@ -554,6 +554,7 @@ def test_a_stream_fills_gaps_and_puts_sums_where_they_belong() -> None:
     assert (found, tag) == (xxhash.xxh3_128(want).hexdigest(), "tag")
 
 
+@pytest.mark.slow
 def test_ranges_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a tensor lies in 40 files, each read a little at a time in turns."""
     data = np.random.default_rng(0).integers(0, 255, 20 << 20, np.uint8).tobytes()

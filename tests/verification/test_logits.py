@@ -32,6 +32,7 @@ def causes(found: Agreement) -> list[str]:
     return [cause.cause for cause in found.causes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_conversions_compute_the_same(name: str, tmp_path: Path) -> None:
     convert(fixture(name), tmp_path / "hf")

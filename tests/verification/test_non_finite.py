@@ -231,6 +231,7 @@ def test_batch_and_report_name_the_cast(tmp_path: Path) -> None:
     assert "Equal after casting float32 to float16" in page.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_difference_that_is_not_finite_is_strict_json(value: float, tmp_path: Path) -> None:
     """JSON has no Infinity and no NaN; the page reads what stands for them."""
