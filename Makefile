@@ -1,7 +1,8 @@
 # make demo   a Pythia-410M-shaped checkpoint to GPT-NeoX and back, compared bitwise
 # make quick  one case of each test that needs no torch, transformers, Ray, Chromium, store's server or kills
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
-# make bench  times, memory and disk beside cp and others' programs, to docs/benchmarks.md
+# make docs   the documentation at http://127.0.0.1:8000, rebuilt when a page changes
+# make bench  times, memory and disk beside cp and others' programs, to docs/explanation/benchmarks.md
 # make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run
 # make mutants   changes one line at a time and shows which changes no test notices: AREAS="audit batch"
 # make test-neox   in the real GPT-NeoX: NEOX_HOME=..., or on its sources alone: GPT_NEOX_GIT=...
@@ -11,7 +12,9 @@ DEV := .venv
 DEMO := .demo
 JOBS ?= 2
 
-.PHONY: demo quick test lint test-neox test-versions bench fuzz mutants clean
+export NO_MKDOCS_2_WARNING = 1  # a notice about another program
+
+.PHONY: demo quick test lint docs test-neox test-versions bench fuzz mutants clean
 
 demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
@@ -30,6 +33,10 @@ lint: $(DEV)/.ready
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
+	$(DEV)/bin/mkdocs build --strict --quiet
+
+docs: $(DEV)/.ready
+	$(DEV)/bin/mkdocs serve
 
 # The real GPT-NeoX. NEOX_HOME is a folder with its trees and a venv in which they run. If it does not
 # exist yet, NEOX_SETUP creates it from GPT_NEOX_GIT, a git directory of EleutherAI/gpt-neox (a clone's
@@ -91,4 +98,4 @@ $(DEMO)/venv/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEV) $(DEMO) .bench .versions .neox .azurite .chromium .mutants
+	rm -rf $(DEV) $(DEMO) site .bench .versions .neox .azurite .chromium .mutants

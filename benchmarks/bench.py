@@ -2,8 +2,8 @@
 
     bench.py [--quick] [--shapes pythia-410m pythia-1.4b] [--runs 5] [--mount xfs] ...
 
-Writes docs/benchmarks.md and its figure; with --quick, which tries all of it on small shapes, into
---folder. What can't be measured here is skipped, and the page says what is missing.
+Writes docs/explanation/benchmarks.md and its figure; with --quick, which tries all of it on small
+shapes, into --folder. What can't be measured here is skipped, and the page says what is missing.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _publish(results, options.page or DOCS / "benchmarks.md")
+    _publish(results, options.page or DOCS / "explanation" / "benchmarks.md")
 
 
 def _options() -> argparse.Namespace:
@@ -72,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sharing", nargs="*", choices=PYTHIA, help="large shapes, there only")
     parser.add_argument("--memory", nargs="*", choices=PYTHIA, help="shapes for memory alone")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where to work")
-    parser.add_argument("--page", type=Path, help="where to write; docs/benchmarks.md")
+    parser.add_argument("--page", type=Path, help="where to write; docs/explanation/benchmarks.md")
     options = parser.parse_args()
     if options.quick:
         options.page = options.page or options.folder / "benchmarks.md"

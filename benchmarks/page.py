@@ -19,27 +19,31 @@ from measure import Row
 from published import Planned, Taken
 
 PAGE = """\
-# How fast is it?
+# How fast is neox-bridge?
 
-Written by `{command}`.
-{machine}
+```console
+$ {command}
+```
 
-Every command is a process of its own, start-up included, with its source in memory. All of a
-table take turns, in rounds that each begin elsewhere in it. Ratios are taken within a round; they
-are medians, as all numbers are, except memory, which is the most.
+{machine} The command above measures all of it again.
 
-- *times `cp`*: the files that `cp` and others' programs wrote are flushed to disk on their time, as
-  conversions flush theirs. `convert` reads back and compares unless told `--no-verify`, as all rows
-  are but those that say so.
-- *executing*: what a conversion counts itself: writing, flushing and reading back, without starting
-  Python, reading headers and planning, which don't grow with bytes.
-- *anonymous*: the most memory that isn't a map of a file, looked at every 5 ms.
-- *written*: bytes that the process made dirty in the page cache. A shared block isn't written.
-- *on disk*: new blocks: on a loop-mounted file system the difference in its free space, metadata
-  included, elsewhere the files' blocks that no other file shares.
-- HF is Hugging Face, NeoX is GPT-NeoX; its checkpoints have one file a layer and rank, or, where it
-  says *ranks*, one a rank. TP is tensor parallel.
+Every command runs as a separate process, start-up included, with its source in memory. The
+commands of a table take turns, in rounds that each start with another command. Ratios are computed
+within a round. All numbers are medians, except memory, which is the maximum.
+
+- *times `cp`*: files that `cp` and other programs wrote are flushed to disk on their time, as
+  conversions flush theirs. By default `convert` reads back and compares; rows without *read back
+  and compared* use `--no-verify`.
+- *executing*: the part of a conversion that grows with bytes: writing, flushing and reading back,
+  without starting Python, reading headers and planning.
+- *anonymous*: the largest amount of memory that is not a map of a file, sampled every 5 ms.
+- *written*: bytes that the process made dirty in the page cache. A shared block is not written.
+- *on disk*: new blocks. On a loop-mounted file system this is the difference in its free space,
+  metadata included; elsewhere the blocks that no other file shares.
+- HF is Hugging Face, NeoX is GPT-NeoX. Its checkpoints have one file for each layer and rank, or,
+  in rows with *ranks*, one for each rank. TP is tensor parallel.
 """
+NEXT = "\nNext: [the glossary](../reference/glossary.md).\n"
 FIGURE = """
 ![seconds of conversions and of other programs, as multiples of cp's]({figure})
 """
@@ -53,7 +57,7 @@ COSTS = """
 ## What one more costs
 
 Tensors of 128 bytes to 32 kB, in 32 ranks: the difference between a tall model and one of two
-blocks, and between one file a layer and rank and one a rank, by their number.
+blocks, and between one file for each layer and rank and one for each rank, by their number.
 
 | | how many more | median µs | spread µs |
 |---|---|---|---|
@@ -61,7 +65,7 @@ blocks, and between one file a layer and rank and one a rank, by their number.
 MEMORY = """
 ## Memory
 
-Sources of zeros that take no room on the disk; targets are written in full.
+Sources are sparse files of zeros; targets are written in full.
 
 | | | GB | s | anonymous |
 |---|---|---|---|---|
@@ -69,8 +73,8 @@ Sources of zeros that take no room on the disk; targets are written in full.
 BATCHES = """
 ## Many checkpoints
 
-As many bytes in one checkpoint and in many, written and read back; *throughput* is that of the
-batch as a share of the one's.
+The same number of bytes in one checkpoint and in many, written and read back. *throughput* is that
+of the batch, divided by that of the single checkpoint.
 
 | | median s | spread s | throughput |
 |---|---|---|---|
@@ -83,8 +87,8 @@ COLUMNS = """\
 COMPARED = """
 ## Comparing: {shape}
 
-`cmp` reads bytes, and knows neither tensors nor ranks nor dtypes. A cast and values that all differ
-have no counterpart there.
+`cmp` compares bytes, and knows neither tensors nor ranks nor dtypes, so a cast and values that all
+differ have no equivalent there.
 
 | | median s | spread s | times `cmp` | anonymous |
 |---|---|---|---|---|
@@ -206,7 +210,7 @@ def page(results: Results, figure: str | None) -> str:
     )
     if results.skipped:
         text += "\n## Not measured\n\n" + "".join(f"- {reason}\n" for reason in results.skipped)
-    return text
+    return text + NEXT
 
 
 def machine() -> str:

@@ -176,8 +176,8 @@ def test_every_export_is_documented(name: str) -> None:
     exported = getattr(neox_bridge, name)
     assert exported.__doc__, name
     assert not exported.__doc__.startswith(f"{name}("), "the docstring that dataclasses make"
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    assert f"`{name}`" in page, f"docs/python.md does not name {name}"
+    page = (ROOT / "docs" / "how-to" / "python.md").read_text(encoding="utf-8")
+    assert f"`{name}`" in page, f"docs/how-to/python.md does not name {name}"
     if inspect.isfunction(exported):
         hints = typing.get_type_hints(exported, vars(neox_bridge) | forward(exported))
         assert "return" in hints, name
@@ -194,12 +194,12 @@ def forward(function: typing.Any) -> dict[str, typing.Any]:
 def test_the_blocks_of_the_page_run(
     hf: str, steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every block of docs/python.md, one after the other, in a folder with the models it names."""
+    """Every block of the page, one after the other, in a folder with the models it names."""
     monkeypatch.chdir(tmp_path)
     Path("pythia-410m").symlink_to(hf)
     Path("run").symlink_to(RUN)
     Path("steps").symlink_to(steps)
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "python.md").read_text(encoding="utf-8")
     blocks = page.split("```python\n")[1:]
     assert len(blocks) >= 4
     names: dict[str, object] = {}

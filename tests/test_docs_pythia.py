@@ -1,4 +1,4 @@
-"""Every console block of docs/pythia.md runs as it is printed, and prints what the page shows.
+"""Every console block of the page about Pythia runs as printed, and prints what the page shows.
 
 The Hub is a stub. Its branches hold a genuine checkpoint of GPT-NeoX v1.0, saved by as many ranks
 and with as large a batch as Pythia-160M's, at the steps that the page names.
@@ -22,7 +22,7 @@ from published import PUBLISHED
 
 from neox_bridge.cli.app import app
 
-PAGE = Path(__file__).parents[1] / "docs" / "pythia.md"
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "pythia.md"
 FLAT = PUBLISHED / "v1_dp4_intervals" / "flat"
 RAW, TWIN = "EleutherAI/neox-ckpt-pythia-160m", "EleutherAI/pythia-160m"
 STEPS = (0, 512, 1000, 2000, 143000)

@@ -1,4 +1,4 @@
-"""docs/add-a-family.md, followed to the letter, makes a family."""
+"""CONTRIBUTING.md, "Add a family of models", followed to the letter, makes a family."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from common import assert_same, hf_tensors, make_hf
 import neox_bridge
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "add-a-family.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with the page's two files."""
+    """A copy of the package with the section's two files."""
     source = tmp_path_factory.mktemp("tree") / "src"
     shutil.copytree(
         Path(neox_bridge.__file__).parent,
@@ -27,7 +27,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ignore=shutil.ignore_patterns("__pycache__"),
     )
     made, line, table = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    new, changed = re.findall(r"^## \d\. .*`src/(.*)`$", PAGE, re.MULTILINE)
+    new, changed = re.findall(r"^### \d\. .*`src/(.*)`$", PAGE, re.MULTILINE)
     assert not (source / new).exists()
     (source / new).write_text(made)
     init = source / changed

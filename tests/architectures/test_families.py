@@ -323,7 +323,7 @@ def test_wrong_key_value_heads_are_named(tmp_path: Path) -> None:
 def test_the_page_is_that_of_the_tables() -> None:
     from neox_bridge.architectures.page import page
 
-    path = Path(__file__).parents[2] / "docs" / "families.md"
+    path = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
     assert path.read_text(encoding="utf-8") == page()
 
 

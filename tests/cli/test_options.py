@@ -22,7 +22,7 @@ from neox_bridge.cli.batch_schema import batch_file_schema
 from neox_bridge.cli.command import Command, Parameter
 from neox_bridge.option import GROUPS, options_of
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "batch-file.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "batch-file.schema.json"
 # the names in annotations of groups, which are imported for type checkers only
 HOMES = {
     "neox_bridge.frameworks.change": ("Framework", "Moment"),
@@ -136,7 +136,7 @@ def test_completion_knows_commands_options_and_words(shell: str) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_documented_command_sets_completion_up(shell: str, tmp_path: Path) -> None:
-    """As README.md says it, in the shell itself where that is installed."""
+    """As docs/index.md says it, in the shell itself where that is installed."""
     script = run("--completion", shell)
     assert script.exit_code == 0
     assert f"_NEOX_BRIDGE_COMPLETE={shell}_complete" in script.stdout

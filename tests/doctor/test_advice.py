@@ -335,7 +335,7 @@ _NOT_LOADING = ("serious vulnerability", "rope_scaling", "pytorch_model.bin")
 
 def quotes() -> list[tuple[str, str]]:
     found = []
-    for page in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]:
+    for page in [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]:
         text = page.read_text()
         plain = re.sub(r"^(```|\$ ).*$", "", text, flags=re.M)
         joined = re.sub(r"(?<!\n)\n(?!\n)", " ", plain)
@@ -351,12 +351,12 @@ def test_messages_that_pages_quote(page: str, quote: str) -> None:
 
 def test_pages_quote_some() -> None:
     pages = {page for page, _ in quotes()}
-    assert {"patch.md", "which-gpt-neox.md", "loads-in-gpt-neox.md", "reshard.md"} <= pages
+    assert {"patch.md", "convert.md", "loads-in-gpt-neox.md", "reshard.md"} <= pages
 
 
 def test_what_pages_advise_for_a_message() -> None:
     """No page sends a user of an older tree to --inv-freq store or --mlp-names dense."""
-    for page in [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]:
+    for page in [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]:
         text = page.read_text()
         assert "--inv-freq store" not in text, page
         assert "--mlp-names dense" not in text, page

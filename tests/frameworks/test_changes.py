@@ -482,9 +482,9 @@ def test_old_and_new_trees_differ_in_all_that_a_tree_tells() -> None:
 
 
 def test_the_page_is_up_to_date() -> None:
-    written = Path(__file__).parents[2] / "docs" / "changes.md"
+    written = Path(__file__).parents[2] / "docs" / "reference" / "changes.md"
     assert written.read_text(encoding="utf-8") == page(), (
-        "python -m neox_bridge.frameworks.page docs/changes.md"
+        "python -m neox_bridge.frameworks.page docs/reference/changes.md"
     )
 
 

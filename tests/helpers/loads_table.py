@@ -2,28 +2,35 @@
 
 from pathlib import Path
 
-TABLE = Path(__file__).parents[2] / "docs" / "loads-in-gpt-neox.md"
+TABLE = Path(__file__).parents[2] / "docs" / "reference" / "loads-in-gpt-neox.md"
 CELLS: dict[tuple[str, int, int, str], str] = {}
 VERSIONS: dict[str, str] = {}
 TEXT = """\
 # What loads in the real GPT-NeoX
 
-Written by `make test-neox`: a tiny model made with transformers is converted and loaded strictly by
-GPT-NeoX on CPU, from the `finetune.yml` that the conversion wrote, with the tree's own default for
-`rotary_save_freqs_buffer`. Where it loads, GPT-NeoX's logits agree with transformers' within 1e-5
-(fp32). A folder with two pipeline stages is loaded in two stages; its logits come from loading the
-same folder in one.
+```console
+$ neox-bridge doctor pythia-neox --for neox@2024-03     # predicts it for your checkpoint
+```
+
+For this table a tiny model made with transformers was converted, and loaded strictly by GPT-NeoX on
+CPU, from the `finetune.yml` that the conversion wrote, with the tree's own default for
+`rotary_save_freqs_buffer`. If it loads, GPT-NeoX's logits agree with those of transformers within
+1e-5 (fp32). A folder with two pipeline stages is loaded in two stages; its logits come from loading
+the same folder in one.
 
 {versions}
 {cells}
-*missing*: GPT-NeoX says `Missing key(s) in state_dict: "attention.rotary_emb.inv_freq"`. This tree
-wants the buffer: convert with `--for neox@2024-03`.
+*missing*: GPT-NeoX prints `Missing key(s) in state_dict: "attention.rotary_emb.inv_freq"`. This
+tree requires the buffer. Convert with `--for neox@2024-03`.
 
-*unexpected*: it says `Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq"`. This tree
-doesn't store it: convert with `--for` and its date, or set `rotary_save_freqs_buffer: true`, as the
-written `finetune.yml` does where the tree knows that key (tested too).
+*unexpected*: GPT-NeoX prints `Unexpected key(s) in state_dict: "attention.rotary_emb.inv_freq"`.
+This tree does not store the buffer. Convert with `--for` and its date, or set
+`rotary_save_freqs_buffer: true`, as the written `finetune.yml` does if the tree knows that key
+(tested too).
 
-`--for neox@2024-03`, `neox@2024-09`, `neox@2024-10` or `today` chooses what the tree expects.
+[Which `--for` do I need?](../how-to/convert.md#convert-for-your-version-of-gpt-neox)
+
+Next: [the glossary](glossary.md).
 """
 
 

@@ -1,4 +1,4 @@
-"""Makes docs/report.png: ``python tests/helpers/report_screenshot.py docs/report.png``.
+"""Makes a picture: ``python tests/helpers/report_screenshot.py docs/how-to/report.png``.
 
 The weights are made up: a toy whose layers are scaled, so that the plot has something to show.
 """

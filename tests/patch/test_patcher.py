@@ -26,7 +26,7 @@ from stand_in_trees import NAMES
 from neox_bridge import BridgeError, Refused
 from neox_bridge.patch.patcher import KEPT, apply, plan_patch, plan_revert, revert
 
-PAGE = Path(__file__).parents[2] / "docs" / "patch.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "patch.md"
 HOME = Path("megatron/model/positional_embeddings.py")
 ROTARY = "sequential.2.attention.rotary_emb."
 COUNT = itertools.count()

@@ -1,4 +1,4 @@
-"""Writes docs/families.md: ``python -m neox_bridge.architectures.page docs/families.md``."""
+"""Writes a page: ``python -m neox_bridge.architectures.page docs/reference/families.md``."""
 
 import sys
 from dataclasses import dataclass
@@ -11,52 +11,57 @@ from neox_bridge.frameworks.suites import SUITES
 
 _HEAD = """# Which models can be converted?
 
-`neox-bridge families` prints this table. A model of another family is refused, and so is a setting
-that the other side can't express ([what is refused](refused.md)).
+```console
+$ neox-bridge families
+```
 
-This page is generated: `python -m neox_bridge.architectures.page docs/families.md`.
+The command prints this table. A model of another family is refused, and so is a setting that the
+other side cannot express ([what is refused](refused.md)).
 """
 _TAIL = """
-Directions: both, for every family, in both layouts and for any tensor-parallel size that divides
-the heads, the key-value heads and the MLP; Mamba has one rank only. Eras: those of `--for`. Models
-of the family `gpt_neox` can be written for `neox@v1.0` too: the files were compared with those of
-v1.0, which was not run with them.
+Every family is converted in both directions, in both layouts, and for any tensor-parallel size that
+divides the heads, the key-value heads and the MLP. Mamba has one rank only. The versions are those
+of [`--for`](../how-to/convert.md#convert-for-your-version-of-gpt-neox). Models of the family
+`gpt_neox` can be written for `neox@v1.0` too: the files were compared with those of v1.0, which was
+not run with them.
 
-Proof:
+## Proof
 
-- *fixture*: checkpoints that GPT-NeoX itself wrote, converted; transformers computes the logits
-  that GPT-NeoX had computed (`tests/test_fixtures.py`, `tests/architectures/test_families.py`).
-- *random*: models made by transformers go to GPT-NeoX and back as the same bits, and a reference of
-  GPT-NeoX's forward computes transformers' logits from the ranks (`tests/test_roundtrip.py`,
-  `tests/architectures/test_families.py`). Of Mamba the bits alone: the reference doesn't cover it,
-  and neither does `verify --logits`.
-- *GPT-NeoX*: the real one, of each of its eras, loads what was written, strictly, and computes the
-  same logits, but for RMSNorm's epsilon before 2025-05-09 (`tests/neox`).
+- *fixture*: checkpoints that GPT-NeoX itself wrote were converted. transformers computes the logits
+  that GPT-NeoX had computed.
+- *random*: models made by transformers go to GPT-NeoX and back as the same bits, and a reference
+  implementation of GPT-NeoX's forward pass computes transformers' logits from the ranks. For Mamba
+  this holds for the bits only: neither the reference nor `verify --logits` covers it.
+- *GPT-NeoX*: the real GPT-NeoX of each of these versions loads what was written, strictly, and
+  computes the same logits, except for the epsilon of RMSNorm before 2025-05-09.
 
-Mamba, fixture and real GPT-NeoX, **without mamba_ssm's kernels**, which want a GPU: around a plain
-torch stand-in for its `selective_scan_ref`, and without fusions
-(`tests/architectures/test_mamba.py`, `tests/neox`). Checkpoints of `mamba_ssm` itself are read as
-well, and `--format mamba_ssm` writes them: its names, its `config.json`, one `pytorch_model.bin`.
-What it has no words for (ids of tokens, heads, positions) stays in `neox_bridge.json`, for the way
-back. Proof: a stand-in with its names, shapes and arithmetic loads what was written, strictly, and
-computes GPT-NeoX's logits to 1e-5; so did its own code (2.3.2), with its references in place of its
-kernels (`tests/architectures/test_mamba_ssm.py`).
+## Mamba
 
-Every family but Mamba also as
+Mamba was tested **without mamba_ssm's kernels**, which need a GPU. In the fixture and in the real
+GPT-NeoX a plain torch stand-in replaced `selective_scan_ref`, without fusions.
 
-- a reward model: `train_impl: rm` there, `...ForSequenceClassification` with one label here. Models
-  with more labels are refused: GPT-NeoX's head scores with one number. Eras: 2024-10 and today.
-  Proof: transformers and the real GPT-NeoX compute the same rewards, of checkpoints that either
-  wrote (`tests/architectures/test_heads.py`, `tests/neox`).
-- one with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`: `--te` writes them, and
-  they are read by their names; `_extra_state` is left out, by name. Era: today. Refused is what
-  they don't compute: the exact gelu, silu or mish in a plain MLP, a gated gelu, a sliding window,
-  tied norms, and `gpt_j_residual` with more than one rank, whose sum GPT-NeoX then takes twice.
-  Proof: **without Transformer Engine**, which wants a GPU. The real GPT-NeoX loads what was written
-  strictly, around a stand-in whose names, states, row orders and arithmetic follow Transformer
-  Engine's source (1.12, which GPT-NeoX asks for), and computes transformers' logits to 1e-5; what
-  it then saves comes back as the same bits (`tests/neox`,
-  `tests/layouts/test_transformer_engine.py`).
+Checkpoints of `mamba_ssm` itself are read too, and `--format mamba_ssm` writes them: its names, its
+`config.json`, one `pytorch_model.bin`. What that format has no place for (ids of tokens, heads,
+positions) stays in `neox_bridge.json`, for the way back. Proof: a stand-in with the same names,
+shapes and arithmetic loads what was written, strictly, and computes GPT-NeoX's logits to 1e-5. So
+did mamba_ssm's own code (2.3.2), with its references in place of its kernels.
+
+## Reward models and Transformer Engine
+
+Every family except Mamba is also converted as
+
+- a reward model: `train_impl: rm` in GPT-NeoX, `...ForSequenceClassification` with one label in
+  transformers. Models with more labels are refused, because GPT-NeoX's head scores with one number.
+  Versions: 2024-10 and today. Proof: transformers and the real GPT-NeoX compute the same rewards
+  from checkpoints that either wrote.
+- a model with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`. `--te` writes them,
+  and they are read by their names. `_extra_state` is left out and listed. Version: today. What
+  these modules do not compute is refused: the exact gelu, silu or mish in a plain MLP, a gated
+  gelu, a sliding window, tied norms, and `gpt_j_residual` with more than one rank, whose sum
+  GPT-NeoX then takes twice. Proof, **without Transformer Engine**, which needs a GPU: the real
+  GPT-NeoX loads what was written strictly, around a stand-in whose names, states, row orders and
+  arithmetic follow Transformer Engine's source (1.12, which GPT-NeoX requires), and computes
+  transformers' logits to 1e-5. What it then saves comes back as the same bits.
 """
 
 
@@ -64,11 +69,12 @@ _HUB = "https://huggingface.co"
 _SUITES = """
 ## Published suites
 
-EleutherAI publishes the files that its trainer wrote, with the optimizer states:
-[how to use them](pythia.md). `neox-bridge families` lists these repositories too; others of the
-same form work as well. Each step is a branch `stepN`. The number of steps is that of the model
-card; where it is empty, look at the branches of the repository.
+EleutherAI publishes the files that its trainer wrote, with the optimizer states
+([how to use them](../how-to/pythia.md)). `neox-bridge families` lists these repositories too.
+Others in the same format work as well. Each step is a branch `stepN`. The number of steps is that
+of the model card. If it is empty, look at the branches of the repository.
 """
+_NEXT = "\nNext: [what is refused](refused.md)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ def page() -> str:
     """The page, from the tables alone."""
     lines = [
         _HEAD,
-        "| family | class | models | eras | proof | to know |",
+        "| family | class | models | versions | proof | notes |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -108,7 +114,7 @@ def page() -> str:
         f"{row.note} |"
         for row in rows()
     ]
-    lines += [_TAIL, "Not convertible, since no GPT-NeoX can run them:", ""]
+    lines += [_TAIL, "## Not convertible", "", "No GPT-NeoX can run these:", ""]
     lines += [f"- `{name}`: {reason}" for name, reason in CANNOT.items()]
     lines += [_SUITES, "| GPT-NeoX checkpoints | steps | the same models for transformers |"]
     lines.append("|---|---|---|")
@@ -116,7 +122,7 @@ def page() -> str:
         twin = f"[{suite.twin}]({_HUB}/{suite.twin})" if suite.twin else "not known"
         count = suite.checkpoints or ""
         lines.append(f"| [{suite.repo}]({_HUB}/{suite.repo}) | {count} | {twin} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, _NEXT]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The JSON schema of a batch file, which editors check it with.
 
-``python -m neox_bridge.cli.batch_schema > docs/batch-file.schema.json``
+``python -m neox_bridge.cli.batch_schema > docs/reference/batch-file.schema.json``
 """
 
 import json

@@ -2,7 +2,7 @@
 
 To add a change, add an entry to ``changes_neox.py`` or ``changes_transformers.py`` with an example
 in ``tests/frameworks/test_changes.py``, and write the page anew:
-``python -m neox_bridge.frameworks.page docs/changes.md``.
+``python -m neox_bridge.frameworks.page docs/reference/changes.md``.
 """
 
 from neox_bridge.frameworks.change import (

@@ -1,4 +1,4 @@
-"""Writes docs/changes.md: ``python -m neox_bridge.frameworks.page docs/changes.md``."""
+"""Writes a page: ``python -m neox_bridge.frameworks.page docs/reference/changes.md``."""
 
 import sys
 from pathlib import Path
@@ -8,17 +8,21 @@ from neox_bridge.frameworks.changes import CHANGES
 
 _HEAD = """# Changes that break checkpoints
 
-Every change of GPT-NeoX and of transformers, known here, that alters what a checkpoint holds or
-means, newest first. `neox-bridge changes --for PATH` lists those that touch a checkpoint;
-`--since 4.30 --until 2024-03` those of a span. A loud one fails or warns, a silent one doesn't.
+```console
+$ neox-bridge changes --for CHECKPOINT               # those that affect a checkpoint
+$ neox-bridge changes --since 4.30 --until 2024-03   # those between two versions or dates
+```
 
-This page is generated: `python -m neox_bridge.frameworks.page docs/changes.md`.
+These are all known changes of GPT-NeoX and transformers that alter what a checkpoint contains or
+means, newest first. A loud change fails or warns. A silent one does not.
+
 """
+_TAIL = "Next: [what loads in the real GPT-NeoX](loads-in-gpt-neox.md)."
 
 
 def page() -> str:
     """The page, from CHANGES alone."""
-    lines = [_HEAD, "| date | where | what | |", "|---|---|---|---|"]
+    lines = [_HEAD.rstrip(), "", "| date | where | what | |", "|---|---|---|---|"]
     for change in CHANGES:
         loud = "loud" if change.loud else "silent"
         what = f"[{change.id}](#{change.id})"
@@ -29,6 +33,7 @@ def page() -> str:
         lines += [f"- Models: {', '.join(change.families)}"]
         lines += [f"- {'Loud' if change.loud else 'Silent'}: {change.symptom}"]
         lines += [f"- What to do: {change.remedy}"]
+    lines += ["", _TAIL]
     return "\n".join(lines) + "\n"
 
 

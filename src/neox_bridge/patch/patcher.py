@@ -217,8 +217,8 @@ def _refuse_unknown(root: Path, places: list[Place]) -> None:
         reason = f"has no RotaryEmbedding that stores inv_freq in {HOME}"
     if reason:
         raise Refused(
-            f"{root} {reason}, so nothing was patched. Places found: {named}. docs/patch.md shows "
-            f"what to change by hand."
+            f"{root} {reason}, so nothing was patched. Places found: {named}. docs/how-to/patch.md "
+            f"shows what to change by hand."
         )
     for place in places:
         if (root / place.path).is_symlink():

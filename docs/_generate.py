@@ -1,0 +1,48 @@
+"""Adds the generated pages to the site while it is built: the commands, and the JSON schemas."""
+
+from pathlib import Path
+
+import click
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from neox_bridge.cli.app import COMMANDS, app
+
+ROOT = Path(__file__).parents[1]
+SCHEMAS = ("planning/plan.schema.json", "verification/against.schema.json")
+_HEAD = """\
+# Commands
+
+```console
+$ neox-bridge --help
+{help}
+```
+
+This page has the full help of every command. `neox-bridge COMMAND -h` shows only the common
+options.
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Called by mkdocs when it has listed the pages."""
+    pages = {"reference/cli.md": commands_page()}
+    for schema in SCHEMAS:
+        path = ROOT / "src" / "neox_bridge" / schema
+        pages[f"reference/{path.name}"] = path.read_text(encoding="utf-8")
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def commands_page() -> str:
+    """The help of every command, as the command line prints it."""
+    context = click.Context(app, info_name="neox-bridge", max_content_width=100, color=False)
+    lines = [_HEAD.format(help=app.get_help(context).strip())]
+    for name, summary in COMMANDS.items():
+        command = app.get_command(context, name)
+        assert command is not None
+        inner = click.Context(command, parent=context, info_name=name, color=False)
+        lines += [f"## {name}", "", summary, "", "```text", command.get_help(inner).strip(), "```"]
+        lines.append("")
+    lines.append("Next: [the Python API](python-api.md).")
+    return "\n".join(lines) + "\n"
