@@ -5,11 +5,8 @@ and with as large a batch as Pythia-160M's, at the steps that the page names.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +15,16 @@ import torch
 import yaml
 from click.testing import CliRunner
 from hub_stub import Stub, serving
+from pages import DOCS, Shell, commands, console_blocks, prints
 from published import PUBLISHED
 
 from neox_bridge.cli.app import app
 
-PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "pythia.md"
+PAGE = DOCS / "how-to" / "pythia.md"
 FLAT = PUBLISHED / "v1_dp4_intervals" / "flat"
 RAW, TWIN = "EleutherAI/neox-ckpt-pythia-160m", "EleutherAI/pythia-160m"
 STEPS = (0, 512, 1000, 2000, 143000)
 RANKS, MICRO_BATCH = 64, 16
-OMITTED = "..."  # a line that stands for others
-SOME = "…"  # some characters of a line
 TOKENIZER = {
     "version": "1.0",
     "added_tokens": [],
@@ -37,27 +33,7 @@ TOKENIZER = {
 
 
 def blocks() -> list[str]:
-    return re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-
-
-def commands(block: str) -> Iterator[tuple[str, list[str]]]:
-    """The commands of a block, and the lines that it shows below each."""
-    lines = block.splitlines()
-    assert lines[0].startswith("$ ")
-    while lines:
-        command = lines.pop(0).removeprefix("$ ")
-        while lines and lines[0].startswith("> "):
-            command += "\n" + lines.pop(0).removeprefix("> ")
-        shown = []
-        while lines and not lines[0].startswith("$ "):
-            shown.append(lines.pop(0))
-        yield command, [line for line in shown if line != OMITTED]
-
-
-def prints(output: str, shown: str) -> bool:
-    """Whether a line of the output begins as a line of the page does, up to what it leaves out."""
-    pattern = ".*".join(map(re.escape, shown.split(SOME)))
-    return re.search(rf"^{pattern}$", output, re.M) is not None
+    return console_blocks(PAGE)
 
 
 def convert(*words: object) -> None:
@@ -112,33 +88,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
 @pytest.fixture(scope="module")
 def outputs(hub: Stub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each command prints, run in the page's order in one folder."""
-    folder = tmp_path_factory.mktemp("page")
-    (folder / "bin").mkdir()
-    (folder / "home").mkdir()
-    tool = folder / "bin" / "neox-bridge"
-    tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m neox_bridge "$@"\n')
-    tool.chmod(0o755)
-    path = os.pathsep.join((str(tool.parent), str(Path(sys.executable).parent), os.environ["PATH"]))
-    environment = {**os.environ, "PATH": path, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HOME": str(folder / "home"), "HOME": str(folder / "home")}
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "XDG_CACHE_HOME"):
-        environment.pop(name, None)
-    (folder / "cwd").mkdir()
-    printed = {}
-    for command, _ in [pair for block in blocks() for pair in commands(block)]:
-        done = subprocess.run(
-            ["bash", "-e", "-c", command],
-            cwd=folder / "cwd",
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}"
-        printed[command] = done.stdout
-    printed["cwd"] = str(folder / "cwd")
-    return printed
+    shell = Shell(tmp_path_factory.mktemp("page"), hub.url)
+    shown = [pair for block in blocks() for pair in commands(block)]
+    return {command: shell.run(command) for command, _ in shown} | {"cwd": str(shell.cwd)}
 
 
 @pytest.mark.parametrize("number", range(len(blocks())))

@@ -1,0 +1,187 @@
+"""The documentation is complete, in order, and its commands work."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from hub_stub import Stub, serving
+from pages import DOCS, ROOT, Shell, all_pages, commands, console_blocks, name_of, prints
+from stand_in_trees import write_tree
+
+from neox_bridge.cli.app import COMMANDS, app
+
+# built with the site: they are no files
+GENERATED = {"reference/cli.md"}
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(250)}, "unk_token": "w0"},
+}
+# pages whose blocks run in one folder, in their order; test_docs_pythia.py runs those of Pythia
+RUN = ("docs/index.md", "docs/how-to/convert.md", "docs/how-to/fine-tune.md")
+# How many blocks of the other pages do not run: they need a GPU, a cluster, an account, a large
+# model or a run of somebody's. Their commands are parsed. The numbers may only shrink.
+NOT_RUN = {
+    "README.md": 1,
+    "docs/explanation/benchmarks.md": 1,
+    "docs/explanation/exactness.md": 1,
+    "docs/explanation/formats.md": 1,
+    "docs/explanation/safety.md": 2,
+    "docs/explanation/writing.md": 4,
+    "docs/how-to/audit.md": 6,
+    "docs/how-to/batch.md": 4,
+    "docs/how-to/doctor.md": 5,
+    "docs/how-to/object-stores.md": 1,
+    "docs/how-to/patch.md": 1,
+    "docs/how-to/publish.md": 1,
+    "docs/how-to/reshard.md": 8,
+    "docs/how-to/verify.md": 5,
+    "docs/reference/changes.md": 1,
+    "docs/reference/families.md": 1,
+    "docs/reference/glossary.md": 1,
+    "docs/reference/loads-in-gpt-neox.md": 1,
+    "docs/reference/refused.md": 2,
+    "docs/reference/schemas.md": 1,
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """mkdocs.yml may name Python functions."""
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda *_: None)
+
+
+def nav() -> list[str]:
+    """The pages in the order of the navigation."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    return list(leaves(yaml.load(text, _Loader)["nav"]))
+
+
+def leaves(entry: Any) -> Iterator[str]:
+    if isinstance(entry, str):
+        yield entry
+    for part in entry.values() if isinstance(entry, dict) else entry:
+        if not isinstance(entry, str):
+            yield from leaves(part)
+
+
+def written() -> list[str]:
+    return [page for page in nav() if page not in GENERATED]
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """Each call of neox-bridge that a console block shows, and its page."""
+    calls = []
+    for page in all_pages():
+        for block in console_blocks(page):
+            for command, _ in commands(block):
+                text = re.sub(r"\$\([^)]*\)|\$\{?\w+\}?", "1", command)
+                for part in re.split(r"\n|;|&&", text):
+                    words = shlex.split(part, comments=True)
+                    if "neox-bridge" in words:
+                        call = words[words.index("neox-bridge") + 1 :]
+                        calls.append((name_of(page), shlex.join(before(call, ">"))))
+    return calls
+
+
+def before(words: list[str], mark: str) -> list[str]:
+    return words[: words.index(mark)] if mark in words else words
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    assert {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} == set(written())
+
+
+@pytest.mark.parametrize("page", written())
+def test_a_page_begins_with_something_that_works(page: str) -> None:
+    """A title of one line, then soon a block of commands or of Python."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    block = re.search(r"^```(console|python|sh)$", text, re.M)
+    assert block is not None
+    assert text[: block.start()].count("\n") <= 12
+
+
+@pytest.mark.parametrize("page", written())
+def test_a_page_ends_with_a_link_to_another(page: str) -> None:
+    last = (DOCS / page).read_text(encoding="utf-8").rstrip().split("\n\n")[-1]
+    link = re.fullmatch(r"Next: \[[^\]]+\]\(([^)#]+)(#[^)]*)?\)\.", last.replace("\n", " "))
+    assert link, last
+    target = (DOCS / page).parent.joinpath(link[1]).resolve()
+    assert target.relative_to(DOCS).as_posix() in nav()
+
+
+def test_the_help_of_every_command_is_a_section() -> None:
+    from runpy import run_path
+
+    pytest.importorskip("mkdocs")
+    text = run_path(str(DOCS / "_generate.py"))["commands_page"]()
+    assert re.findall(r"^## (.*)$", text, re.M) == list(COMMANDS)
+    assert all(f"Usage: neox-bridge {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("page", all_pages(), ids=name_of)
+def test_pages_address_users(page: Path) -> None:
+    """No page sends a user to a test or a module, except where a measurement is repeated."""
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?:\.\./)*(?:src|tests)/[^)]*\)", text) == []
+
+
+@pytest.mark.parametrize(("page", "call"), shown_commands())
+def test_a_command_is_one(page: str, call: str, tmp_path: Path) -> None:
+    """The command exists, with these options and values, and as many arguments."""
+    words = shlex.split(call)
+    if "gpt-neox" in call:
+        tree = str(write_tree("2024-09", tmp_path / "tree"))
+        words = [re.sub(r"(~|/path/to)/gpt-neox", tree, word) for word in words]
+    if words[0].startswith("-"):
+        app.make_context("neox-bridge", words, resilient_parsing=True)
+        return
+    command = app.get_command(click.Context(app), words[0])
+    assert command is not None, words[0]
+    if {"-h", "--help"} & set(words):
+        return
+    command.make_context(words[0], words[1:])
+
+
+def test_the_blocks_that_do_not_run() -> None:
+    counts = {name_of(page): len(console_blocks(page)) for page in all_pages()}
+    run = {*RUN, "docs/how-to/pythia.md"}
+    counts["README.md"] -= 1  # its first block is that of the page "Get started"
+    assert {name: n for name, n in counts.items() if n and name not in run} == NOT_RUN
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A folder where the Hub has two small Pythias, with their tokenizer."""
+    import torch
+    from common import make_hf
+
+    model = make_hf(tmp_path_factory.mktemp("hub") / "model", torch.float16)
+    (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    stub = Stub()
+    for name in ("pythia-70m", "pythia-410m"):
+        for revision in ("main", "step100000"):
+            stub.put_files(f"EleutherAI/{name}", revision, model)
+    with serving(stub):
+        yield Shell(tmp_path_factory.mktemp("page"), stub.url)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RUN, "README.md"])
+def test_blocks_work_as_printed(name: str, shell: Shell, tmp_path: Path) -> None:
+    places = {"/path/to/gpt-neox": str(write_tree("2024-09", tmp_path / "gpt-neox"))}
+    shell.cwd = tmp_path / "cwd"
+    shell.cwd.mkdir()
+    blocks = console_blocks(ROOT / name)
+    for block in blocks[:1] if name == "README.md" else blocks:
+        for command, shown in commands(block):
+            printed = shell.run(command, places)
+            assert [line for line in shown if not prints(printed, line)] == [], printed
