@@ -46,9 +46,13 @@ def prints(output: str, shown: str) -> bool:
 
 
 class Shell:
-    """Runs commands of a page in an empty folder, where the Hub is a stub."""
+    """Runs commands of a page in an empty folder, where the Hub is a stub.
 
-    def __init__(self, folder: Path, hub_url: str) -> None:
+    model: a folder with a small model.
+    """
+
+    def __init__(self, folder: Path, hub_url: str, model: Path | None = None) -> None:
+        self.model = model
         for name in ("bin", "home", "cwd"):
             (folder / name).mkdir()
         self.cwd = folder / "cwd"

@@ -9,7 +9,7 @@ from neox_bridge.frameworks.changes import CHANGES
 _HEAD = """# Changes that break checkpoints
 
 ```console
-$ neox-bridge changes --for CHECKPOINT               # those that affect a checkpoint
+$ neox-bridge changes --for pythia-neox              # those that affect a checkpoint
 $ neox-bridge changes --since 4.30 --until 2024-03   # those between two versions or dates
 ```
 
