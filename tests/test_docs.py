@@ -14,6 +14,7 @@ from hub_stub import Stub, serving
 from pages import DOCS, ROOT, Shell, all_pages, commands, console_blocks, name_of, prints
 from stand_in_trees import write_tree
 
+import neox_bridge
 from neox_bridge.cli.app import COMMANDS, app
 
 # built with the site: they are no files
@@ -119,6 +120,12 @@ def test_a_page_ends_with_a_link_to_another(page: str) -> None:
     assert link, last
     target = (DOCS / page).parent.joinpath(link[1]).resolve()
     assert target.relative_to(DOCS).as_posix() in nav()
+
+
+def test_the_python_api_has_every_export() -> None:
+    text = (DOCS / "reference" / "python-api.md").read_text(encoding="utf-8")
+    exports = set(neox_bridge.__all__) - {"__version__"}
+    assert set(re.findall(r"^::: neox_bridge\.(\w+)$", text, re.M)) == exports
 
 
 def test_the_help_of_every_command_is_a_section() -> None:
