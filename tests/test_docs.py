@@ -1,8 +1,11 @@
 """The documentation is complete, in order, and its commands work."""
 
 import json
+import os
+import pickle
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +37,9 @@ RUN_ON_MODELS = (
     "docs/reference/glossary.md",
     "docs/reference/schemas.md",
 )
-# How many blocks of the other pages do not run: they need a GPU, a cluster, an account, a large
-# model or a run of somebody's. Their commands are parsed. The numbers may only shrink.
-NOT_RUN = {
+# How many blocks of the other pages show what a larger model or another run prints. Their commands
+# run on stand-ins (``STAND_INS``), and their output is not compared. The numbers may only shrink.
+NOT_COMPARED = {
     "README.md": 1,
     "docs/explanation/benchmarks.md": 1,
     "docs/explanation/exactness.md": 1,
@@ -52,6 +55,44 @@ NOT_RUN = {
     "docs/how-to/verify.md": 5,
     "docs/reference/loads-in-gpt-neox.md": 1,
     "docs/reference/refused.md": 2,
+}
+RUN_OF_TWO_RANKS = ROOT / "tests" / "data" / "reshard" / "bf16_tp2_dp2"
+# What is copied for each name that these pages use: a small model, its GPT-NeoX form, or a run.
+STAND_INS = {
+    "model": ("hf-model", "pythia-12b", "pythia-410m", "pythia-20b", "llama-bf16", "llama-fp16"),
+    "neox": ("pythia-neox",),
+    "run": ("run", "old-run", "run-a", "run-b", "run-dp1", "run-dp2", "suite"),
+}
+# Commands that end with another exit code than 0, by how they begin: they show an error or a
+# difference, or the stand-in is no such case.
+EXITS = {
+    "neox-bridge audit": 3,  # the steps of the stand-in are one step
+    "neox-bridge convert run hf --ignore-key rope_scaling": 2,
+    "neox-bridge doctor pythia-neox --for neox": 4,
+    "neox-bridge inspect --security downloaded.bin": 1,
+    "neox-bridge inspect downloaded.bin --security": 1,
+    "neox-bridge report audit.json": 3,
+    "neox-bridge reshard old-run run-today": 4,  # --dp 8 with a global batch of 4
+    "neox-bridge reshard run new --dp 3": 4,
+}
+# Commands that never run. The list may only shrink.
+NEVER_RUN = {
+    "neox-bridge audit EleutherAI/neox-ckpt": "runs on the page about Pythia",
+    "neox-bridge batch EleutherAI/neox-ckpt": "runs on the page about Pythia",
+    "neox-bridge batch pythia-20b": "a Ray cluster",
+    "neox-bridge batch run/ converted/ --executor ray": "a Ray cluster",
+    "neox-bridge batch run/ hf://": "an account of the Hub",
+    "neox-bridge batch s3://": "a store",
+    "neox-bridge convert pythia-410m s3://": "a store",
+    "neox-bridge convert run hf://": "an account of the Hub",
+    "neox-bridge convert s3://": "a store",
+    "neox-bridge diff hf://": "a store",
+    "neox-bridge doctor pythia-neox --error": "a traceback",
+    "neox-bridge inspect s3://": "a store",
+    "neox-bridge verify pythia-410m s3://": "a store",
+    "neox-bridge verify s3://": "a store",
+    "for n in $(seq 20); do neox-bridge toy": "20 checkpoints of 141 MB",
+    "time neox-bridge audit toys": "20 checkpoints of 141 MB",
 }
 
 
@@ -161,11 +202,11 @@ def test_a_command_is_one(page: str, call: str, tmp_path: Path) -> None:
     command.make_context(words[0], words[1:])
 
 
-def test_the_blocks_that_do_not_run() -> None:
+def test_the_blocks_whose_output_is_not_compared() -> None:
     counts = {name_of(page): len(console_blocks(page)) for page in all_pages()}
     run = {*RUN, *RUN_ON_MODELS, "docs/how-to/pythia.md"}
     counts["README.md"] -= 1  # its first block is that of the page "Get started"
-    assert {name: n for name, n in counts.items() if n and name not in run} == NOT_RUN
+    assert {name: n for name, n in counts.items() if n and name not in run} == NOT_COMPARED
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +219,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     stub = Stub()
     for name in ("pythia-70m", "pythia-410m"):
-        for revision in ("main", "step100000"):
+        for revision in ("main", "step0", "step1000", "step100000", "step143000"):
             stub.put_files(f"EleutherAI/{name}", revision, model)
     with serving(stub):
         yield Shell(tmp_path_factory.mktemp("page"), stub.url, model)
@@ -198,3 +239,62 @@ def test_blocks_work_as_printed(name: str, shell: Shell, tmp_path: Path) -> None
         for command, shown in commands(block):
             printed = shell.run(command, places)
             assert [line for line in shown if not prints(printed, line)] == [], printed
+
+
+def other_pages() -> list[str]:
+    return sorted(name for name in NOT_COMPARED if neox_commands(name))
+
+
+def neox_commands(name: str) -> list[str]:
+    """The commands of a page that call neox-bridge, without those that never run."""
+    blocks = console_blocks(ROOT / name)[1 if name == "README.md" else 0 :]
+    shown = [pair for block in blocks for pair in commands(block)]
+    texts = [command for command, _ in shown if "neox-bridge" in command]
+    return [text for text in texts if not any(text.startswith(start) for start in NEVER_RUN)]
+
+
+def test_what_never_runs_is_shown() -> None:
+    pages = [block for page in all_pages() for block in console_blocks(page)]
+    shown = [command for block in pages for command, _ in commands(block)]
+    for start in (*NEVER_RUN, *EXITS):
+        assert any(command.startswith(start) for command in shown), start
+
+
+@pytest.fixture(scope="module")
+def stand_ins(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the other pages name."""
+    assert shell.model is not None
+    folder = shell.cwd = tmp_path_factory.mktemp("stand-ins") / "all"
+    folder.mkdir()
+    for name in STAND_INS["model"]:
+        shutil.copytree(shell.model, folder / name)
+    shell.run("neox-bridge convert pythia-410m pythia-neox --tp 2 -q")
+    for name in STAND_INS["run"]:
+        run = Path(shutil.copytree(RUN_OF_TWO_RANKS, folder / name))
+        step = run / (run / "latest").read_text().strip()
+        for number in (1000, 2000):
+            shutil.copytree(step, run / f"global_step{number}")
+    shell.run("neox-bridge convert run exported --step 1000 -q; cp -r run hf-run")
+    (folder / "downloaded.bin").write_bytes(pickle.dumps(Hostile()))
+    return folder
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("true",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", other_pages())
+def test_other_commands_run_on_stand_ins(
+    name: str, shell: Shell, stand_ins: Path, tmp_path: Path
+) -> None:
+    places = {"~/gpt-neox": str(write_tree("2024-03", tmp_path / "tree"))}
+    shell.cwd = Path(shutil.copytree(stand_ins, tmp_path / "cwd"))
+    if name == "docs/explanation/writing.md":
+        shell.run("rm -r pythia-neox; cp -r pythia-410m hf")
+    if name == "README.md":
+        shell.run("neox-bridge convert pythia-neox pythia-hf -q")
+    for command in neox_commands(name):
+        expected = [code for start, code in EXITS.items() if command.startswith(start)]
+        shell.run(command, places, *expected)
