@@ -36,12 +36,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def commands_page() -> str:
     """The help of every command, as the command line prints it."""
-    context = click.Context(app, info_name="neox-bridge", max_content_width=100, color=False)
+    context = click.Context(app, info_name="neox-bridge", terminal_width=80)
     lines = [_HEAD.format(help=app.get_help(context).strip())]
     for name, summary in COMMANDS.items():
         command = app.get_command(context, name)
         assert command is not None
-        inner = click.Context(command, parent=context, info_name=name, color=False)
+        inner = click.Context(command, parent=context, info_name=name, terminal_width=80)
         lines += [f"## {name}", "", summary, "", "```text", command.get_help(inner).strip(), "```"]
         lines.append("")
     lines.append("Next: [the Python API](python-api.md).")
