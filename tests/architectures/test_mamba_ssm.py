@@ -221,12 +221,12 @@ def test_the_other_commands_know_it(tmp_path: Path) -> None:
     assert "kind        Hugging Face, mamba_ssm's form" in say("inspect", str(ssm))[1]
     code, said = say("doctor", str(ssm), "--for", "transformers")
     assert (code, "mamba_ssm's, which transformers doesn't read" in said) == (4, True)
-    assert say("doctor", str(ssm), "--fix", str(tmp_path / "mended"))[0] == 0
-    assert say("doctor", str(tmp_path / "mended"), "--for", "transformers")[0] == 0
+    assert say("doctor", str(ssm), "--fix", str(tmp_path / "fixed"))[0] == 0
+    assert say("doctor", str(tmp_path / "fixed"), "--for", "transformers")[0] == 0
     code, said = say("verify", str(GENUINE), str(ssm), "--logits")
     assert (code, "form is not covered" in said) == (1, True)
-    mended = str(tmp_path / "mended")
-    code, said = say("verify", mended, mended, "--logits")
+    fixed = str(tmp_path / "fixed")
+    code, said = say("verify", fixed, fixed, "--logits")
     assert (code, "MambaForCausalLM is not covered" in said) == (1, True)
     words = ["--format", "mamba_ssm", "--for", "transformers@5.0"]
     assert say("convert", str(GENUINE), str(tmp_path / "no"), *words)[0] == 2

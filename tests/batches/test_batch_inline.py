@@ -295,11 +295,11 @@ def test_what_is_done_is_skipped_and_what_changed_is_written_anew(
     good = layer.read_bytes()
     layer.write_bytes(b"short")
     events: list[Event] = []
-    mended = convert(run, batch_of(tmp_path / "out", events))
-    assert mended.status == "done"
+    fixed = convert(run, batch_of(tmp_path / "out", events))
+    assert fixed.status == "done"
     assert layer.read_bytes() == good
     assert (tmp_path / "out/step1.changed/global_step1" / layer.name).read_bytes() == b"short"
-    (finding,) = [f for f in mended.findings if f.code == "not-whole"]
+    (finding,) = [f for f in fixed.findings if f.code == "not-whole"]
     assert finding.severity == "warning"
     assert finding.message == (
         f"{layer} was changed: written anew; kept as {tmp_path / 'out/step1.changed'}"

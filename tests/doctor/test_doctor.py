@@ -585,7 +585,7 @@ def test_the_page_is_for_people(hf: Path, tmp_path: Path) -> None:
     root = neox(hf, tmp_path, "2024-03")
     text = CliRunner().invoke(app, ["doctor", str(root), "--for", "today", "--compare"]).stdout
     assert "neox@today: fails\n    RuntimeError: Error(s) in loading state_dict" in text
-    assert f"\n  fix  neox-bridge doctor {root} --for neox@today --fix {root}-mended" in text
+    assert f"\n  fix  neox-bridge doctor {root} --for neox@today --fix {root}-fixed" in text
     assert "RoPE base" in text
     assert "written by neox-bridge" in text
 

@@ -90,7 +90,7 @@ def edit_yml(root: Path, **keys: Any) -> None:
 def test_every_fixture_for_every_tree(
     name: str, era: str, tmp_path: Path, trees: Mapping[str, Path]
 ) -> None:
-    """Mended it loads, with the same bits; where it loads already nothing is to mend."""
+    """Fixed, it loads, with the same bits; where it loads already nothing is to fix."""
     source, target = fixture(name), f"neox:{trees[era]}"
     before = digests(source)
     loaded = answer(source, target) == "loads"
@@ -417,19 +417,19 @@ def test_a_step_named_by_its_folder(tmp_path: Path) -> None:
     assert answer(root, "today") == "loads"
 
 
-def test_mended_as_json(tmp_path: Path) -> None:
+def test_fixed_as_json(tmp_path: Path) -> None:
     root = neox(tmp_path, "2024-03")
     facts = json.loads(doctor(root, "--for", "today", "--fix", tmp_path / "out", "--json"))
-    assert facts["mended"]["path"] == str(tmp_path / "out")
+    assert facts["fixed"]["path"] == str(tmp_path / "out")
     facts = json.loads(doctor(tmp_path / "out", "--for", "today", "--fix", "x", "--json"))
-    assert facts["mended"] is None
+    assert facts["fixed"] is None
 
 
 @pytest.mark.parametrize("kind", ["hf", "neox"])
 def test_old_files_that_cannot_be_removed_are_named(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint is whole and mended: exit code 0. The next run removes them."""
+    """The checkpoint is whole and fixed: exit code 0. The next run removes them."""
     folder = old_hf(tmp_path) if kind == "hf" else neox(tmp_path, "2024-03")
     command = [folder, "--for", "transformers@4.48" if kind == "hf" else "today", "--in-place"]
     work = folder.parent / f".{folder.name}.neox-bridge"

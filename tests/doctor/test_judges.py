@@ -940,9 +940,9 @@ def test_the_first_message_that_is_printed_counts() -> None:
 
 def test_commands(pythia: Checkpoint, hf: dict[str, Checkpoint]) -> None:
     there = replace(pythia, path="/a b/")
-    assert fix_command(there, None) == "neox-bridge doctor '/a b/' --fix '/a b-mended'"
+    assert fix_command(there, None) == "neox-bridge doctor '/a b/' --fix '/a b-fixed'"
     assert fix_command(there, tree("today"), "--x").endswith(
-        " --for neox@today --fix '/a b-mended' --x"
+        " --for neox@today --fix '/a b-fixed' --x"
     )
     assert convert_command(there, version("5.5")) == (
         "neox-bridge convert '/a b/' '/a b-hf' --for transformers@5.5"

@@ -170,7 +170,7 @@ def test_a_cache_that_leads_out_of_itself(where: str, hf: Path, tmp_path: Path) 
         open_checkpoint(str(snapshot))
 
 
-def test_a_copy_that_is_mended_takes_no_secrets(tmp_path: Path) -> None:
+def test_a_copy_that_is_fixed_takes_no_secrets(tmp_path: Path) -> None:
     """doctor --fix copies all files that it doesn't write anew."""
     root = tmp_path / "run"
     shutil.copytree(fixture("pythia_fp32_2024_09_old_mlp_pp0_tp2"), root)

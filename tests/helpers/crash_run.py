@@ -19,7 +19,7 @@ import yaml
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.api import plan as make_plan
-from neox_bridge.doctor.fixes import checker, in_place, mend_plan
+from neox_bridge.doctor.fixes import checker, fix_plan, in_place
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution import exchange, movers, output
 from neox_bridge.execution.execute import execute
@@ -42,9 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "root": {"tp": 2},  # into a run whose finetune.yml and tokenizer are those of another layout
     "root replaced": {"tp": 2},  # --overwrite of its step
     "root aside": {"tp": 2},  # the same, in a kernel that can't exchange
-    "mended": {},  # doctor --in-place
-    "mended step": {},
-    "mended aside": {},
+    "fixed": {},  # doctor --in-place
+    "fixed step": {},
+    "fixed aside": {},
 }
 
 
@@ -79,18 +79,18 @@ def dies_at(point: int | None, count: list[int]) -> None:
 
 
 def run(plan: Plan | None, target: Path, overwrite: bool) -> int:
-    """The bytes that were kept from before. Without a plan: what is there is mended in place."""
+    """The bytes that were kept from before. Without a plan: what is there is fixed in place."""
     if plan is not None:
         return execute(plan, str(target), overwrite=overwrite, workers=1).kept
     sweep(str(target))
     checkpoint = open_checkpoint(str(target))
     era = target_named("neox@2024-03" if checkpoint.kind == "neox" else "transformers@4.30")
-    plan = mend_plan(checkpoint, era, str(target))
+    plan = fix_plan(checkpoint, era, str(target))
     if plan is None:
         return 0
     check = checker(checkpoint, plan)
-    mended = in_place(checkpoint, plan)
-    return execute(mended, str(target), workers=1, check=check, in_place=True).kept
+    fixed = in_place(checkpoint, plan)
+    return execute(fixed, str(target), workers=1, check=check, in_place=True).kept
 
 
 def forked(work: Callable[[], object], point: int | None) -> int:
@@ -130,8 +130,8 @@ def prepared(folder: Path, case: str) -> Path:
         shutil.copytree(folder / "run", home / "out")
     if case.startswith("root"):
         shutil.copytree(folder / "root", home / "out")
-    if case.startswith("mended"):
-        shutil.copytree(folder / ("neox" if case == "mended step" else "hf"), home / "out")
+    if case.startswith("fixed"):
+        shutil.copytree(folder / ("neox" if case == "fixed step" else "hf"), home / "out")
     if case in ("replaced", "aside"):
         (home / "out").mkdir()
         (home / "out" / "README.md").write_text("old")
@@ -172,7 +172,7 @@ def main(folder: Path, case: str) -> dict[str, int]:
     target = prepared(folder, case)
     old = tree(target)
     plan = None
-    if not case.startswith("mended"):
+    if not case.startswith("fixed"):
         options = Options(iteration=7 if case == "root" else None, **CASES[case])
         plan = make_plan(open_checkpoint(str(source)), options, str(target))
     before = tree(source)

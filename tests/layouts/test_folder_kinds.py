@@ -380,7 +380,7 @@ def test_complete_shards_without_an_index_are_read(
     facts = json.loads(run("doctor", copy, "--for", "transformers@5.24", "--json").stdout)
     (found,) = [f for f in facts["checkpoints"][0]["findings"] if f["code"] == "no-index"]
     assert run(*shlex.split(found["remedy"])[1:]).exit_code == 0
-    assert run("doctor", f"{copy}-mended").exit_code == 0
+    assert run("doctor", f"{copy}-fixed").exit_code == 0
 
 
 def test_shards_that_are_missing(copy: Path, tmp_path: Path) -> None:
@@ -483,8 +483,8 @@ def test_wrapped_names_do_not_load_and_are_fixed(hf: Path, copy: Path) -> None:
     facts = json.loads(done.stdout)["checkpoints"][0]
     (found,) = [f for f in facts["findings"] if f["code"] == "wrapped-names"]
     assert run(*shlex.split(found["remedy"])[1:]).exit_code == 0
-    assert run("doctor", f"{copy}-mended").exit_code == 0
-    want, have = hf_tensors(hf), hf_tensors(copy.parent / "copy-mended")
+    assert run("doctor", f"{copy}-fixed").exit_code == 0
+    want, have = hf_tensors(hf), hf_tensors(copy.parent / "copy-fixed")
     assert all(same_bits(want[name], have[name]) for name in want)
 
 

@@ -407,7 +407,7 @@ def test_a_yml_for_what_has_its_own_is_a_mistake(words: tuple[str, ...], flat: P
 
 @pytest.mark.parametrize("target", ["neox@2024-03", "neox@2024-09", "neox@2024-10", "today"])
 def test_what_doctor_advises_works(target: str, bare: Path, tmp_path: Path) -> None:
-    """Every command, as printed, with the yml that the user named: to mend, and to reshard."""
+    """Every command, as printed, with the yml that the user named: to fix, and to reshard."""
     own = tmp_path / "elsewhere" / "own.yml"
     done = run("doctor", bare, "--for", target, "--config", own)
     assert done.exit_code == 4
@@ -419,7 +419,7 @@ def test_what_doctor_advises_works(target: str, bare: Path, tmp_path: Path) -> N
     for command in commands:
         made = run_line(command)
         assert made.exit_code == 0, (command, made.output)
-        word = "mended" if " doctor " in command else "resharded"
+        word = "fixed" if " doctor " in command else "resharded"
         assert run("doctor", f"{bare}-{word}", "--for", target).exit_code == 0, command
 
 
@@ -730,7 +730,7 @@ def test_in_place_makes_no_run_of_a_flat_folder(flat: Path) -> None:
     assert {path.name: path.read_bytes() for path in flat.iterdir()} == before
     done = run_line(command_in(done.stderr))
     assert done.exit_code == 0, done.output
-    assert run("doctor", f"{flat}-mended", "--for", "today").exit_code == 0
+    assert run("doctor", f"{flat}-fixed", "--for", "today").exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["step8", "global_step5"])
@@ -745,7 +745,7 @@ def test_in_place_and_the_name_of_a_step(name: str, tmp_path: Path) -> None:
     if name == "step8":
         assert done.exit_code == 4
         done = run_line(command_in(done.stderr))
-        root = Path(f"{root}-mended")
+        root = Path(f"{root}-fixed")
     assert done.exit_code == 0, done.output
     assert run("doctor", root, "--for", "today").exit_code == 0
     assert (root / "latest").read_text() == {"step8": "global_step8"}.get(name, name)

@@ -184,8 +184,8 @@ def test_the_result_is_that_of_the_same_files_here(hub: Stub, run: Commands) -> 
 def test_runs_made_of_the_hub_are_those_made_of_the_same_files(hub: Stub, run: Commands) -> None:
     for source, place in ((f"{RAW}@step8", "there"), (FLAT, "here")):
         run("reshard", source, f"run-{place}", "--dp", 8, "--for", "neox@today")
-        run("doctor", source, "--for", "neox@2024-03", "--fix", f"mended-{place}")
-    for kind in ("run", "mended"):
+        run("doctor", source, "--for", "neox@2024-03", "--fix", f"fixed-{place}")
+    for kind in ("run", "fixed"):
         here, there = (run.folder / f"{kind}-{place}" for place in ("here", "there"))
         names = [path.relative_to(here) for path in here.rglob("*.pt")]
         assert len(names) > 8
@@ -195,7 +195,7 @@ def test_runs_made_of_the_hub_are_those_made_of_the_same_files(hub: Stub, run: C
 
 @pytest.mark.parametrize("target", ["neox@v1.0", "neox@2024-03", "today"])
 def test_what_doctor_advises_works(target: str, hub: Stub, run: Commands) -> None:
-    """As it is printed: to mend it, and to reshard it."""
+    """As it is printed: to fix it, and to reshard it."""
     out, _ = run("doctor", f"{RAW}@step8", "--for", target, code=4)
     fixes = {
         way
@@ -216,7 +216,7 @@ def test_in_place_names_the_command_that_writes_a_copy(run: Commands) -> None:
     asked = ("doctor", f"hf://{RAW}@step8", "--for", "today", "--in-place", "--drop-optimizer")
     _, err = run(*asked, code=4)
     run(*shlex.split(err.partition("Write a copy here: neox-bridge ")[2]))
-    assert (run.folder / "neox-ckpt-pythia-160m-step8-mended" / "latest").is_file()
+    assert (run.folder / "neox-ckpt-pythia-160m-step8-fixed" / "latest").is_file()
 
 
 def test_starts_are_fetched_at_the_same_time(hub: Stub, run: Commands, medium: Path) -> None:

@@ -766,8 +766,8 @@ def test_what_v1_says_of_them(
     assert refusal in text
     (command,) = set(re.findall(r"neox-bridge reshard [^\"]*", text))
     run(*shlex.split(command)[1:])
-    mended = shlex.split(command)[3]
-    run("doctor", mended, "--for", "neox@v1.0")
+    fixed = shlex.split(command)[3]
+    run("doctor", fixed, "--for", "neox@v1.0")
 
 
 @pytest.mark.parametrize("form", ["v1", "v1 rigid", "0.4.5", "stage 2 of 0.3.16"])

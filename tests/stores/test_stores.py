@@ -512,8 +512,8 @@ def test_a_folder_is_walked_alike_on_a_disk_and_in_a_store(tmp_path: Path) -> No
         paths.open_file(f"{here}/pipe")
 
 
-def test_a_mended_copy_leaves_out_the_folder_of_git_alone(tmp_path: Path) -> None:
-    for folder in (str(tmp_path / "hf"), "memory://mended/hf"):
+def test_a_fixed_copy_leaves_out_the_folder_of_git_alone(tmp_path: Path) -> None:
+    for folder in (str(tmp_path / "hf"), "memory://fixed/hf"):
         for name in (".gitattributes", "notes/.gitignore", ".git/HEAD", "config.json"):
             if paths.is_local(folder):
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     if options.error is not None:
         report |= _advise(options.error, paths, options.target, as_json)
     if options.fixes:
-        report["mended"] = _fix(_open(paths[0], reading), options, bool(reading.configs), as_json)
+        report["fixed"] = _fix(_open(paths[0], reading), options, bool(reading.configs), as_json)
         if as_json:
             print_json(report)
         return
@@ -328,7 +328,7 @@ def _fix(
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     if finding := sweep(home):
         tell_findings([finding], quiet=False)
-    plan = fixes.mend_plan(
+    plan = fixes.fix_plan(
         checkpoint,
         options.target,
         options.fix or home,

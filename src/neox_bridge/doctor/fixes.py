@@ -50,7 +50,7 @@ _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp",
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 
-def mend_plan(
+def fix_plan(
     checkpoint: Checkpoint,
     target: Target | None,
     folder: str,
@@ -61,7 +61,7 @@ def mend_plan(
     given_yml: bool = False,
     in_place: bool = False,
 ) -> Plan | None:
-    """What a mended copy is, below ``folder``; None where nothing has to change.
+    """What a fixed copy is, below ``folder``; None where nothing has to change.
 
     The files of a GPT-NeoX plan are those of the root, with one global_stepN.
     in_place: the copy shall take the checkpoint's place, so that its step keeps its name.
@@ -73,15 +73,15 @@ def mend_plan(
     other = TransformersFacts if checkpoint.kind == "neox" else TreeFacts
     if isinstance(target, other):
         raise BridgeError(
-            f"{checkpoint.path} is of the other framework, so that mending it isn't enough: "
+            f"{checkpoint.path} is of the other framework, so that fixing it is not enough: "
             f"{convert_command(checkpoint, target)}"
         )
     if checkpoint.kind == "hf":
         if isinstance(target, TransformersFacts):
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)
-        return _mend_hf(checkpoint, folder, recompute, ignore_keys)
+        return _fix_hf(checkpoint, folder, recompute, ignore_keys)
     facts = target if isinstance(target, TreeFacts) else None
-    plan = _mend_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
+    plan = _fix_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
     state = checkpoint.neox
     flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
     if plan is not None and in_place and not is_local(checkpoint.path):
@@ -100,7 +100,7 @@ def mend_plan(
     return _with_name_kept(plan, state)
 
 
-def _mend_hf(
+def _fix_hf(
     checkpoint: Checkpoint, folder: str, recompute: bool, ignore_keys: tuple[str, ...]
 ) -> Plan | None:
     plan = make_plan(checkpoint, Options(to="hf", ignore_keys=ignore_keys), folder)
@@ -143,7 +143,7 @@ def _refuse_deviating(checkpoint: Checkpoint, recompute: bool) -> None:
         )
 
 
-def _mend_neox(
+def _fix_neox(
     checkpoint: Checkpoint,
     facts: TreeFacts | None,
     folder: str,
@@ -241,11 +241,11 @@ def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
 def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dict[str, Any] | None:
     """The settings as one file; None where those that are there will do."""
     state, known = checkpoint.neox_state, known_keys(era)
-    mended = {key: value for key, value in checkpoint.raw.items() if key in known}
+    fixed = {key: value for key, value in checkpoint.raw.items() if key in known}
     if checkpoint.architecture.gated and plan.target["mlp_names"] != state.mlp_names:
         planned = _planned_yml(plan)
-        mended = {k: v for k, v in mended.items() if k not in _GATED_KEYS}
-        mended |= {key: planned[key] for key in _GATED_KEYS if key in planned}
+        fixed = {k: v for k, v in fixed.items() if k not in _GATED_KEYS}
+        fixed |= {key: planned[key] for key in _GATED_KEYS if key in planned}
     tokenizer = state.args.get("tokenizer_type", "HFTokenizer")
     wanted: dict[str, tuple[Any, Any]] = {  # each with GPT-NeoX's default
         "pipe_parallel_size": (plan.target["pipeline_stages"], 0),
@@ -253,16 +253,16 @@ def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dic
         "make_vocab_size_divisible_by": (plan.target["vocab_multiple"], FIRST_MULTIPLE),
         "tokenizer_type": (tokenizer, "GPT2BPETokenizer"),
     }
-    if int(mended.get("pipe_parallel_size") or 0) > 0 and state.layout == "layers":
+    if int(fixed.get("pipe_parallel_size") or 0) > 0 and state.layout == "layers":
         del wanted["pipe_parallel_size"]  # any number of stages loads it
     for key, (value, default) in wanted.items():
-        if mended.get(key, default) != value:
-            mended[key] = value
+        if fixed.get(key, default) != value:
+            fixed[key] = value
     if cannot_resume(checkpoint, era.states):
-        mended["finetune"] = True
-    if FLAG in known and (inv_freq == "store") != bool(mended.get(FLAG, False)):
-        mended[FLAG] = inv_freq == "store"
-    return mended if state.duplicate_keys or mended != dict(checkpoint.raw) else None
+        fixed["finetune"] = True
+    if FLAG in known and (inv_freq == "store") != bool(fixed.get(FLAG, False)):
+        fixed[FLAG] = inv_freq == "store"
+    return fixed if state.duplicate_keys or fixed != dict(checkpoint.raw) else None
 
 
 def _planned_yml(plan: Plan) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def _neox_files(
         if (rewrite and "/layer_" in path) or (remeta and "/mp_rank_" in path)
     ]
     if yml is not None:
-        text = dump_yml([("the settings of the run, mended by neox-bridge doctor", yml)])
+        text = dump_yml([("the settings of the run, fixed by neox-bridge doctor", yml)])
         files.append(text_file(f"{name}/configs/neox_bridge.yml", text))
 
     def replaced(path: str) -> bool:
@@ -379,7 +379,7 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
     files = tuple(file for file in plan.files if file.path.startswith(prefix))
     if lost := list(_not_copied(folder)):
         raise Refused(
-            f"{folder} holds what the mended copy wouldn't have, so it isn't replaced: "
+            f"{folder} holds what the fixed copy wouldn't have, so it isn't replaced: "
             f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with `fix=True`."
         )
     return replace(plan, files=files)
@@ -405,7 +405,7 @@ def _not_copied(folder: str) -> Iterator[str]:
 
 
 def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified where a mended folder isn't what it should be.
+    """For ``execute``: raises Unverified where a fixed folder isn't what it should be.
 
     Every file has the hash that the record says, and the copy opens as the same model with the same
     weights.
@@ -417,12 +417,12 @@ def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
             copy = open_checkpoint(folder, gqa_order=_order(checkpoint, plan))
             comparison = verify(checkpoint, copy)
         except BridgeError as error:
-            raise Unverified(f"The mended copy can't be opened: {error}") from None
+            raise Unverified(f"The fixed copy can't be opened: {error}") from None
         if seal.changes:
             names = some([change.path for change in seal.changes])
-            raise Unverified(f"The mended copy isn't what was written: {names}.")
+            raise Unverified(f"The fixed copy isn't what was written: {names}.")
         if not comparison.holds:
-            raise Unverified(f"The mended copy isn't {checkpoint.path}: {summary(comparison)}.")
+            raise Unverified(f"The fixed copy isn't {checkpoint.path}: {summary(comparison)}.")
 
     return check
 

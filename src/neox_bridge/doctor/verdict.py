@@ -87,7 +87,7 @@ def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> s
     if target is not None:
         words += ["--for", name_of(target)]
     words += opening_options(checkpoint, target)
-    return shlex.join([*words, "--fix", new_folder(checkpoint.path, "mended"), *flags])
+    return shlex.join([*words, "--fix", new_folder(checkpoint.path, "fixed"), *flags])
 
 
 def convert_command(checkpoint: Checkpoint, target: Target) -> str:

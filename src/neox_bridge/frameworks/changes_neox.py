@@ -34,7 +34,7 @@ NEOX: tuple[Change, ...] = (
         "RMSNorm adds its epsilon inside the root (x / sqrt(mean(x²) + eps)), as transformers "
         "does; before, outside (x / (rms + eps))",
         "logits that differ by some 1e-4 between trees, or from transformers",
-        "nothing in the checkpoint can mend it: evaluate a model in the form that it was trained "
+        "nothing in the checkpoint can fix it: evaluate a model in the form that it was trained "
         "with, or accept 1e-4",
         loud=False,
         in_checkpoint=neox(lambda c: c.raw.get("norm") == "rmsnorm"),
@@ -273,7 +273,7 @@ NEOX: tuple[Change, ...] = (
         "the tables of RoPE are computed in fp32; before, in the model's own precision",
         "a model trained in half precision before has seen rounded angles: small differences at "
         "long positions",
-        "nothing in the checkpoint can mend it; compare the loss at long contexts",
+        "nothing in the checkpoint can fix it; compare the loss at long contexts",
         loud=False,
         in_checkpoint=neox(lambda c: c.config.dtype in HALF and c.raw.get("pos_emb") == "rotary"),
         sets={"rope_tables_fp32": True},
