@@ -272,6 +272,17 @@ def test_defaults_of_a_yml_without_an_optimizer(tmp_path: Path) -> None:
     assert sum("default" in derived.source for derived in optimizer.derived) == 3
 
 
+def test_a_wrong_setting_is_named_with_the_folder_of_its_yml(tmp_path: Path) -> None:
+    """Rigid states hold their hyperparameters, and v1.0 is written those of the yml."""
+    step = write(made_up(layers=1), FORMS["v1 rigid"], tmp_path / "run" / "global_step8")
+    yml = step / "run.yml"
+    settings = yaml.safe_load(yml.read_text())
+    settings["optimizer"]["params"]["betas"] = True
+    yml.write_text(yaml.safe_dump(settings))
+    error = run("reshard", step, tmp_path / "new", "--for", "v1.0", code=1)
+    assert f"{step}/configs: optimizer.params.betas is True" in error
+
+
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     folder = write(made_up(layers=1), Save(), tmp_path / "x")
     yml = folder / "run.yml"

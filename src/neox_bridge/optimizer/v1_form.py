@@ -122,8 +122,10 @@ def in_v1_form(checkpoint: Checkpoint, optimizer: Optimizer, raw: Mapping[str, A
         "overflow": bool(optimizer.head.get("overflow")),
         "outer": {},
     }
+    no_scalars: list[dict[str, Any]] = [{} for _ in optimizer.groups]
+    folder = checkpoint.neox_state.folder
     derived = derived_settings(
-        raw, metas[0], [{} for _ in optimizer.groups], "", f"{checkpoint.path}: mp_rank_00", ""
+        raw, metas[0], no_scalars, folder, f"{checkpoint.path}: mp_rank_00", ""
     )
     groups = tuple(Group(settings, {}) for settings in derived.groups)
     return replace(
