@@ -1,5 +1,7 @@
 """Adds the generated pages to the site while it is built: the commands, and the JSON schemas."""
 
+import json
+import sys
 from pathlib import Path
 
 import click
@@ -8,8 +10,9 @@ from mkdocs.structure.files import File, Files
 
 from neox_bridge.cli.app import COMMANDS, app
 
-ROOT = Path(__file__).parents[1]
-SCHEMAS = ("planning/plan.schema.json", "verification/against.schema.json")
+sys.path.insert(0, str(Path(__file__).parent))
+from _schemas import schemas
+
 _HEAD = """\
 # Commands
 
@@ -26,9 +29,8 @@ options.
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called by mkdocs when it has listed the pages."""
     pages = {"reference/cli.md": commands_page()}
-    for schema in SCHEMAS:
-        path = ROOT / "src" / "neox_bridge" / schema
-        pages[f"reference/{path.name}"] = path.read_text(encoding="utf-8")
+    for name, schema in schemas().items():
+        pages[f"reference/{name}.schema.json"] = json.dumps(schema, indent=2) + "\n"
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files

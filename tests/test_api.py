@@ -124,7 +124,7 @@ def test_a_row_of_a_batch_tells_its_error(steps: str, tmp_path: Path) -> None:
     assert "5" in row.error
     assert finding.severity == "error"
     assert "gone" in finding.message
-    assert json.loads(json.dumps(result.as_json()))["holds"] is False
+    assert json.loads(json.dumps(result.to_json()))["holds"] is False
 
 
 def test_a_batch_refuses_options_before_it_starts(steps: str, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import neox_bridge
-from neox_bridge.cli.spelling import as_options, document_as_options
+from neox_bridge.cli.spelling import as_options
+from neox_bridge.documents import plain_data
 
 ROOT = Path(neox_bridge.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -69,7 +70,7 @@ def test_the_command_line_shows_parameters_as_options(
 
 def test_json_keeps_names_as_they_are() -> None:
     document = {"path": "`tp=3`", "findings": [{"code": "x", "message": "Use `tp=3`"}]}
-    assert document_as_options(document) == {
+    assert plain_data(document, as_options) == {
         "path": "`tp=3`",
         "findings": [{"code": "x", "message": "Use --tp 3"}],
     }
@@ -78,4 +79,4 @@ def test_json_keeps_names_as_they_are() -> None:
 @pytest.mark.parametrize("key", ["message", "remedy", "reason", "way_out", "text", "note", "error"])
 def test_json_shows_options_in_every_sentence(key: str) -> None:
     """``way_out`` is of a refusal, ``text`` of a cause that verify names."""
-    assert document_as_options({key: "Use `era=today`"}) == {key: "Use --for today"}
+    assert plain_data({key: "Use `era=today`"}, as_options) == {key: "Use --for today"}

@@ -1,6 +1,7 @@
 """The public verbs: they compose opening, planning, execution and verification."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from neox_bridge.conversion import (
@@ -181,8 +182,9 @@ def batch(
         if progress is not None and event.kind == "written":
             progress(event.size)
 
+    named = (sources,) if isinstance(sources, str) else tuple(sources)
     items, findings = find_items(
-        [sources] if isinstance(sources, str) else sources,
+        named,
         steps,
         configs=configs,
         gqa_order=options.gqa_order,
@@ -201,7 +203,8 @@ def batch(
     )
     with closing(Processes(workers or default_slots())) as pool:
         rows = {row.name: row for row in run_batch(items, settings, pool)}
-    return BatchResult(target, tuple(rows[item.name] for item in items), tuple(findings))
+    ordered = tuple(rows[item.name] for item in items)
+    return BatchResult(target, ordered, tuple(findings), named)
 
 
 def reshard(
@@ -233,10 +236,11 @@ def reshard(
     from neox_bridge.execution.execute import execute as write
     from neox_bridge.optimizer.options import Resharding
 
+    checkpoint = _opened(source)
     resharded, make_check = plan_resharding(
-        _opened(source), options or Resharding(), target, workers=workers
+        checkpoint, options or Resharding(), target, workers=workers
     )
-    return write(
+    result = write(
         resharded,
         target,
         overwrite=overwrite,
@@ -244,6 +248,7 @@ def reshard(
         progress=progress,
         check=make_check(progress) if verify else None,
     )
+    return replace(result, source=checkpoint.source)
 
 
 def verify(
@@ -356,9 +361,10 @@ def audit(
     from neox_bridge.verification.step_choice import check_ranges, check_steps, with_steps
 
     check_steps(steps)
-    runs, faults = known_runs(folders)
+    sources = tuple(folders)
+    runs, faults = known_runs(sources)
     check_ranges(steps, runs)
-    return compare(
+    result = compare(
         open_places([with_steps(run, steps) for run in runs], configs),
         faults=faults,
         same_init=same_init,
@@ -367,6 +373,7 @@ def audit(
         workers=workers,
         progress=progress,
     )
+    return replace(result, sources=sources)
 
 
 def _opened(checkpoint: str | Checkpoint, gqa_order: GqaOrder | None = None) -> Checkpoint:

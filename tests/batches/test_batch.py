@@ -500,7 +500,7 @@ def test_a_run_is_watched(made: Path, tmp_path: Path) -> None:
 
 def test_a_row_is_plain_data() -> None:
     row = BatchRow("step0", "run", 0, "done", "a", "b")
-    assert json.loads(json.dumps(row.as_json()))["status"] == "done"
+    assert json.loads(json.dumps(row.to_json()))["status"] == "done"
 
 
 def test_a_library_that_lacks_is_named_once(run: Path, tmp_path: Path) -> None:

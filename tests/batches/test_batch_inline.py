@@ -666,16 +666,16 @@ def test_keys_are_ignored_where_a_checkpoint_has_them(tmp_path: Path) -> None:
 def test_a_cast_is_in_the_row(run: Path, tmp_path: Path) -> None:
     row = convert(run, batch_of(tmp_path / "out", options=Options(dtype="bfloat16")))
     assert [(cast.source, cast.target) for cast in row.casts] == [("float32", "bfloat16")]
-    assert json.loads(json.dumps(row.as_json()))["casts"]
+    assert json.loads(json.dumps(row.to_json()))["casts"]
 
 
 def test_defaults_of_an_event_and_a_row() -> None:
     assert Event("retry", "x") == Event("retry", "x", 0, "", None)
-    told = BatchRow("step0", "run", 0, "failed", "a", "b").as_json()
+    told = BatchRow("step0", "run", 0, "failed", "a", "b").to_json()
     assert told == {
         **{"name": "step0", "run": "run", "number": 0, "status": "failed"},
         **{"source": "a", "target": "b", "files": 0, "size": 0, "shared": 0, "seconds": 0.0},
-        **{"tries": 1, "verified": None, "norms": None, "findings": (), "error": "", "casts": ()},
+        **{"tries": 1, "verified": None, "norms": None, "findings": [], "error": "", "casts": []},
     }
 
 

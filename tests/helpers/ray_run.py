@@ -56,7 +56,7 @@ def main(folder: Path, source: Path) -> None:
         batch = Batch(str(folder / "ray"), Options(tp=2), retries=0)
         rows = list(run_batch([Item("step0", "run", 0, Source(str(source)))], batch, pool))
         killer.join()
-        told["rows"] = [row.as_json() for row in rows]
+        told["rows"] = [row.to_json() for row in rows]
         told["slots"].append(pool.slots)
         pool.close()
         told["cli"] = _command(folder, source, cluster.address)

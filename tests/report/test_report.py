@@ -378,7 +378,7 @@ def test_what_is_no_result(hf: Path, tmp_path: Path) -> None:
     for args, code, said in (
         ((tmp_path / "empty",), 1, "holds neither a checkpoint nor JSON files"),
         ((tmp_path / "missing",), 1, "no such folder"),
-        ((bad, "--source", hf), 2, "--source goes with one checkpoint"),
+        ((bad, "--source", hf), 2, "--source: only for one checkpoint"),
     ):
         bad.write_text('{"equal": true, "tensors": []}')
         done = run("report", *args, "-o", tmp_path / "page.html")

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox_bridge.batches.items import Item
-from neox_bridge.batches.row import BatchRow, BatchStatus
+from neox_bridge.batches.row import BatchRow, BatchStatus, complete
 from neox_bridge.batches.run import Batch, place_of, plan_one
 from neox_bridge.batches.target_state import Decision, decision
+from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.movers import BUFFER_BYTES, move, read
+from neox_bridge.findings import Finding
 from neox_bridge.planning.plan import Plan
 from neox_bridge.stores.paths import is_local
 
@@ -27,11 +29,26 @@ _SAMPLE_BYTES = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """rate: bytes a second, of a sample; None where there was none to take. target: the folder."""
+    """What a batch would do.
+
+    Attributes:
+        target: The folder.
+        rows: One for each checkpoint.
+        rate: Bytes a second, of a sample; None if there was none to take.
+        findings: What is wrong with the sources, such as one that is missing.
+        sources: The sources as the user named them.
+    """
 
     target: str
     rows: tuple[BatchRow, ...]
     rate: float | None
+    findings: tuple[Finding, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether every source could be read and planned."""
+        return complete(self.rows, self.findings)
 
     @property
     def size(self) -> int:
@@ -43,16 +60,18 @@ class DryRun:
         """An estimate."""
         return self.size / self.rate if self.rate else None
 
-    def as_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return {
-            "schema_version": 1,
-            "target": self.target,
-            "bytes": self.size,
-            "rate": self.rate,
-            "seconds": self.seconds,
-            "rows": [row.as_json() for row in self.rows],
-        }
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``batch --dry-run --json`` prints."""
+        return document(
+            sources=self.sources,
+            target=self.target,
+            holds=self.holds,
+            findings=self.findings,
+            bytes=self.size,
+            rate=self.rate,
+            seconds=self.seconds,
+            rows=self.rows,
+        )
 
 
 def dry_run(items: Iterable[Item], batch: Batch) -> DryRun:

@@ -1,8 +1,10 @@
 """What became of a batch and of each of its checkpoints."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from neox_bridge.documents import document, plain_data
 from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import Cast
 
@@ -44,9 +46,10 @@ class BatchRow:
     error: str = ""
     casts: tuple[Cast, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in the document of the batch."""
+        facts: dict[str, Any] = plain_data(self)
+        return facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +60,32 @@ class BatchResult:
         target: The folder, URL or model that was written.
         rows: One for each checkpoint, in the order of runs and steps.
         findings: What is wrong with the sources, such as one that is missing.
+        sources: The sources as the caller named them.
     """
 
     target: str
     rows: tuple[BatchRow, ...]
     findings: tuple[Finding, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
-        """Whether no checkpoint failed."""
-        return not any(row.status == "failed" for row in self.rows)
+        """Whether every source could be read, and no checkpoint failed."""
+        return complete(self.rows, self.findings)
 
-    def as_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return {
-            "schema_version": 1,
-            "batch": self.target,
-            "holds": self.holds,
-            "rows": [row.as_json() for row in self.rows],
-        }
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``batch --json`` prints."""
+        return document(
+            batch=self.target,
+            sources=self.sources,
+            target=self.target,
+            holds=self.holds,
+            findings=self.findings,
+            rows=self.rows,
+        )
+
+
+def complete(rows: Iterable[BatchRow], findings: Iterable[Finding]) -> bool:
+    """Whether no checkpoint failed, and no source is missing or cannot be read."""
+    failed = any(row.status == "failed" for row in rows)
+    return not failed and all(finding.severity != "error" for finding in findings)

@@ -10,6 +10,8 @@ import click
 from neox_bridge.cli.command import HELP_WIDTH, Helped, is_short
 from neox_bridge.cli.output import say
 from neox_bridge.cli.streams import protect_streams, stdout_failure
+from neox_bridge.cli.usage import no_such_command
+from neox_bridge.cli.values import Word
 
 # each in the module of its name
 COMMANDS = {
@@ -63,6 +65,14 @@ class App(Helped, click.Group):
         command: click.Command = getattr(import_module(f"neox_bridge.cli.{name}"), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's; a word that is no command is a usage error of our form."""
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            no_such_command(args[0], COMMANDS)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -100,12 +110,11 @@ def _eager(*words: str, **more: Any) -> click.Option:
 
 app = App(
     "neox-bridge",
-    commands=dict.fromkeys(COMMANDS),  # type: ignore[arg-type]  # names, for "Did you mean"
     params=[
         _eager("--version", is_flag=True, callback=_show_version, help="Print the version."),
         _eager(
             "--completion",
-            type=click.Choice(SHELLS),
+            type=Word(SHELLS),
             metavar="|".join(SHELLS),
             callback=_print_completion,
             help="Print the script that completes commands and options in this shell.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +11,7 @@ from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import KINDS, human, plural
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from neox_bridge.verification.against import Comparison, StepRow
     from neox_bridge.verification.audit import Audit
     from neox_bridge.verification.runs import TrainingRun
-    from neox_bridge.verification.steps import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
     cache = None if options.cache == "none" else options.cache or default_folder()
     if options.against is not None:
         twins, _ = known_runs([options.against])
-        _audit_against(runs, twins, options, reading.configs, cache, output)
+        _audit_against(folders, runs, twins, options, reading.configs, cache, output)
         return
     opened = open_places(runs, reading.configs)
     checkpoints = [place.checkpoint for place in opened if place.checkpoint is not None]
@@ -132,7 +132,8 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
             workers=options.max_workers,
             progress=progress,
         )
-    document = _json(result) if options.plot or output.as_json else {}
+    result = replace(result, sources=folders)
+    document = result.to_json() if options.plot or output.as_json else {}
     if options.plot:
         _plot(document, options.plot)
     if output.as_json:
@@ -167,50 +168,6 @@ def _print(result: Audit) -> None:
     )
 
 
-def _json(result: Audit) -> dict[str, Any]:
-    from neox_bridge.verification.audit import verdict
-
-    findings = [asdict(fault) for fault in result.faults]
-    for finding in findings:
-        del finding["subject"]  # which only decides what is shown
-    return {
-        "schema_version": 1,
-        "holds": result.holds,
-        "findings": findings,
-        "steps": [
-            {
-                "run": step.run,
-                "step": step.number,
-                "label": step.label,
-                "path": step.path,
-                "kind": step.kind,
-                "tensor_parallel": step.tp,
-                "dtype": step.dtype,
-                "bytes": step.size,
-                "hash": step.hash,
-                "norm": step.norm,
-                "read": step.read,
-                **({"optimizer": _states(step)} if step.states else {}),
-                "verdict": verdict(step, result.faults),
-                "tensors": {
-                    name: {"hash": p.hash, "norm": p.norm, "shape": list(p.shape), "bad": p.bad}
-                    for name, p in step.tensors.items()
-                },
-            }
-            for step in result.steps
-        ],
-    }
-
-
-def _states(step: Step) -> dict[str, Any]:
-    return {
-        "updates": list(step.updates),
-        "states": {
-            name: {"hash": p.hash, "norm": p.norm, "bad": p.bad} for name, p in step.states.items()
-        },
-    }
-
-
 def _plot(document: dict[str, Any], path: str) -> None:
     """Of one run, the tensors with findings or else the kinds of weights; of several, the runs."""
     from neox_bridge.verification.drawing import save
@@ -228,6 +185,7 @@ def _plot(document: dict[str, Any], path: str) -> None:
 
 
 def _audit_against(
+    folders: Sequence[str],
     runs: Sequence[TrainingRun],
     twins: Sequence[TrainingRun],
     options: AuditOptions,
@@ -257,7 +215,7 @@ def _audit_against(
             "nothing was compared. Are these runs of the same model?"
         )
     if output.as_json:
-        print_json(_comparisons_json(comparisons))
+        print_json(_comparisons_json(folders, options.against, comparisons))
     elif not output.quiet:
         for comparison in comparisons:
             _print_comparison(comparison)
@@ -267,17 +225,20 @@ def _audit_against(
         raise click.exceptions.Exit(3)
 
 
-def _comparisons_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def _comparisons_json(
+    folders: Sequence[str], twin: str | None, comparisons: Sequence[Comparison]
+) -> dict[str, Any]:
     """As ``verification/against.schema.json`` describes it."""
-    from neox_bridge.verification.against import SCHEMA_VERSION, faults_of
+    from neox_bridge.verification.against import faults_of
 
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "holds": all(comparison.holds for comparison in comparisons),
-        "compared": sum(comparison.compared for comparison in comparisons),
-        "comparisons": [asdict(comparison) for comparison in comparisons],
-        "findings": [asdict(fault) for entry in comparisons for fault in faults_of(entry)],
-    }
+    return document(
+        sources=folders,
+        twin=twin,
+        holds=all(comparison.holds for comparison in comparisons),
+        compared=sum(comparison.compared for comparison in comparisons),
+        comparisons=comparisons,
+        findings=[fault for entry in comparisons for fault in faults_of(entry)],
+    )
 
 
 def _print_comparison(comparison: Comparison) -> None:

@@ -16,16 +16,18 @@ from neox_bridge.cli.conversion import conversion_of
 from neox_bridge.cli.options import Details, Execution, Source, Upload
 from neox_bridge.cli.output import print_json, say, tell_findings
 from neox_bridge.cli.publish import check_upload
+from neox_bridge.cli.usage import wrong
 from neox_bridge.errors import UsageError
 from neox_bridge.option import CHECKPOINTS, RUN, inherited, option
 from neox_bridge.planning.options import Options
 from neox_bridge.wording import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
+    from neox_bridge.batches.dry_run import DryRun
     from neox_bridge.batches.items import Item
-    from neox_bridge.batches.row import BatchRow
+    from neox_bridge.batches.row import BatchResult, BatchRow
     from neox_bridge.batches.run import Batch
     from neox_bridge.execution.executors import Pool
     from neox_bridge.findings import Finding
@@ -129,12 +131,13 @@ def batch(
     """
     from neox_bridge.batches.items import check_first, find_items
     from neox_bridge.batches.on_hub import hub_model
+    from neox_bridge.batches.row import BatchResult
     from neox_bridge.batches.run import Batch
 
     *sources, target = paths
     _check_applies(choice, details, upload, target)
     if not sources:
-        raise click.BadParameter("Name at least one SRC, and DST.", param_hint="SRC... DST")
+        raise wrong("SRC... DST", "one of them is missing", "Name at least one SRC, and DST.")
     conversion = conversion_of(options, details)
 
     def find() -> tuple[list[Item], list[Finding]]:
@@ -161,15 +164,19 @@ def batch(
     )
     later = choice.watch and not execution.dry_run
     items, faults = ([], []) if later else find()
-    is_lost = _tell_faults(faults, execution.quiet or execution.as_json)
+    _tell_faults(faults, execution.quiet or execution.as_json)
     check_first(items, conversion.options, conversion.given)
     if execution.dry_run:
-        _dry_run(items, settings, execution.as_json, is_lost)
+        from neox_bridge.batches.dry_run import dry_run
+
+        preview = dry_run(items, settings)
+        preview = replace(preview, sources=tuple(sources), findings=tuple(faults))
+        _print_dry_run(preview, execution.as_json)
         return
     with closing(_pool(choice)) as pool:
         convert = partial(_all, settings=settings, pool=pool, log=choice.log, quiet=execution.quiet)
         rows = _watch(find, choice.interval, convert) if choice.watch else convert(items)
-    _end(rows, target, execution, is_lost)
+    _end(BatchResult(target, tuple(rows), tuple(faults), tuple(sources)), execution)
 
 
 def _check_applies(choice: BatchOptions, details: Details, upload: Upload, target: str) -> None:
@@ -189,11 +196,10 @@ def _check_applies(choice: BatchOptions, details: Details, upload: Upload, targe
         check_options(target, every_crc=details.crc)
 
 
-def _tell_faults(faults: list[Finding], quiet: bool) -> bool:
-    """Say what is wrong with the sources; whether one of them is missing or cannot be read."""
+def _tell_faults(faults: list[Finding], quiet: bool) -> None:
+    """Say what is wrong with the sources."""
     errors = [fault for fault in faults if fault.severity == "error"]
     tell_findings(errors if quiet else faults, quiet=False)
-    return bool(errors)
 
 
 def _all(
@@ -242,31 +248,28 @@ def _pool(choice: BatchOptions) -> Pool:
     return Processes(workers or default_slots())
 
 
-def _dry_run(items: Iterable[Item], settings: Batch, as_json: bool, is_lost: bool) -> None:
-    from neox_bridge.batches.dry_run import dry_run
+def _print_dry_run(preview: DryRun, as_json: bool) -> None:
     from neox_bridge.cli.batch_view import print_dry_run, tell_warnings
 
-    preview = dry_run(items, settings)
     if as_json:
-        print_json(preview.as_json())
+        print_json(preview.to_json())
     else:
         tell_warnings(preview.rows)
         print_dry_run(preview)
-    if is_lost or any(row.status == "failed" for row in preview.rows):
+    if not preview.holds:
         raise click.exceptions.Exit(1)
 
 
-def _end(rows: list[BatchRow], target: str, execution: Execution, is_lost: bool) -> None:
-    from neox_bridge.batches.row import BatchResult
+def _end(result: BatchResult, execution: Execution) -> None:
     from neox_bridge.cli.batch_view import print_rows, tell_warnings
 
     if execution.as_json:
-        print_json(BatchResult(target, tuple(rows)).as_json())
+        print_json(result.to_json())
     elif not execution.quiet:
-        tell_warnings(rows)
-        print_rows(rows)
-    for row in rows:
+        tell_warnings(result.rows)
+        print_rows(result.rows)
+    for row in result.rows:
         if row.error:
             say("error", f"{row.name}: {row.error}")
-    if is_lost or any(row.status == "failed" for row in rows):
+    if not result.holds:
         raise click.exceptions.Exit(1)

@@ -10,7 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import print_line, say, with_remedy
 from neox_bridge.cli.progress import bars
-from neox_bridge.cli.spelling import document_as_options
+from neox_bridge.cli.spelling import as_options
+from neox_bridge.documents import plain_data
 from neox_bridge.wording import human, plain, plural, some
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
         if event.words:
             entry["error"] = event.words
         if event.row is not None:
-            entry |= event.row.as_json()
-        line = json.dumps(document_as_options(entry))
+            entry |= event.row.to_json()
+        line = json.dumps(plain_data(entry, as_options), allow_nan=False)
         try:
             if file is None:
                 print(line, flush=True)

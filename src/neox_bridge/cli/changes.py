@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.cli.command import command, only
 from neox_bridge.cli.options import Output
 from neox_bridge.cli.output import print_json, print_line
+from neox_bridge.documents import document
 from neox_bridge.option import option
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def changes(choice: ChangesOptions, output: Output) -> None:
         checkpoint = open_checkpoint(choice.path)
     selected = select(choice.framework, choice.since, choice.until, checkpoint)
     if output.as_json:
-        print_json({"schema_version": 1, "changes": [describe(change) for change in selected]})
+        print_json(document(path=choice.path, changes=[describe(change) for change in selected]))
         return
     for change in selected:
         for line in _lines(change):

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from neox_bridge.cli.errors import ARGUMENTS, reported
-from neox_bridge.cli.spelling import as_options
+from neox_bridge.cli.usage import as_wrong_usage, wrong
 from neox_bridge.cli.values import PathName, type_of
 from neox_bridge.option import GROUPS, OTHER, Option, flag_of, options_of
 from neox_bridge.wording import plain
@@ -76,6 +76,15 @@ def only(group: type, *names: str) -> Part:
 
 class Helped(click.Command):
     """A command with ``-h`` for the common options and ``--help`` for all."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's; its usage errors have the form of our own."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            raise as_wrong_usage(error, ctx) from None
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """As click's, with ``-h`` before ``--help``."""
@@ -140,14 +149,6 @@ class Command(Helped):
         self.parts = parts
         self.prepare = prepare
 
-    def make_context(self, *args: Any, **more: Any) -> click.Context:
-        """As click's; a word of the user's that its message quotes can't forge a line."""
-        try:
-            return super().make_context(*args, **more)
-        except click.BadParameter as error:
-            text = plain(as_options(error.message))
-            raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, but do not take an option's name for the value of the option before it.
 
@@ -159,15 +160,20 @@ class Command(Helped):
             for param in self.get_params(ctx)
             for word in (*param.opts, *param.secondary_opts)
         }
+        path = ctx.command_path
         for word, value in pairwise(args):
             if word == "--":
                 break
             param = options.get(word)
             takes_value = isinstance(param, click.Option) and not param.is_flag
             if takes_value and word.startswith("-") and value in options:
-                ctx.fail(f"Option {word!r} needs a value, and {value!r} is another option.")
+                raise wrong(word, f"needs a value, and {value} is another option", command=path)
         ctx.meta[ARGUMENTS] = tuple(args)
-        return super().parse_args(ctx, args)
+        ctx.allow_extra_args = True
+        extra = super().parse_args(ctx, args)
+        if extra and not ctx.resilient_parsing:
+            raise wrong(plain(extra[0]), "one argument too many", command=path)
+        return extra
 
     def invoke(self, ctx: click.Context) -> None:
         """Call the function; an exception becomes a message and an exit code."""

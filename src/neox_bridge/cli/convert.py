@@ -90,6 +90,6 @@ def convert(
             "hash_shared": asked_hash and not in_store,
         }
         if is_hub(target):
-            publish_plan(plan, target, execution, checker, upload, **hashing)
+            publish_plan(plan, source, target, execution, checker, upload, **hashing)
         else:
-            run_plan(plan, target, "converting", execution, checker, **hashing)
+            run_plan(plan, source, target, "converting", execution, checker, **hashing)

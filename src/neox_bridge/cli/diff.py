@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import click
 
@@ -53,6 +53,7 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
     """
     from neox_bridge.layouts.open import check_configs_used, open_with
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
+    from neox_bridge.verification.diff import Diff
     from neox_bridge.verification.diff import diff as compare
     from neox_bridge.verification.verify import describe
 
@@ -81,9 +82,7 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
         save(differences_figure(differences), options.plot)
     apart = [difference for difference in differences if difference.kind != "equal"]
     if output.as_json:
-        print_json(
-            {"equal": not apart, "tensors": [asdict(difference) for difference in differences]}
-        )
+        print_json(Diff(first, second, tuple(differences)).to_json())
     elif not output.quiet:
         from neox_bridge.layouts.unknown_keys import undecided
 

@@ -15,6 +15,8 @@ from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.errors import writing
 from neox_bridge.cli.options import Output, Source
 from neox_bridge.cli.output import print_json, print_line, print_table, tell_findings
+from neox_bridge.cli.usage import wrong
+from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import FIX, inherited, option
 from neox_bridge.wording import some
@@ -113,16 +115,16 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     as_json = output.as_json
     _check_applies(paths, options)
     if not paths and options.error is None:
-        raise click.BadParameter("Name a checkpoint, or a traceback with --error FILE.")
+        raise wrong("PATH", "missing", "Name a checkpoint, or a traceback with --error FILE.")
     from neox_bridge.stores.folder import is_hub
     from neox_bridge.stores.paths import is_local, plain
 
     if urls := [path for path in paths if not is_local(plain(path)) and not is_hub(path)]:
-        raise click.BadParameter(
-            f"{urls[0]}: doctor reads folders and models of the Hub. Use inspect for other URLs."
+        raise wrong(
+            urls[0], "doctor reads folders and models of the Hub", "Use inspect for other URLs."
         )
     paths = tuple(map(plain, paths))
-    report: dict[str, Any] = {"schema_version": 1}
+    report = document(paths=paths)
     if options.error is not None:
         report |= _advise(options.error, paths, options.target, as_json)
     if options.fixes:

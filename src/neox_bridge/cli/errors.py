@@ -11,6 +11,7 @@ import click
 
 from neox_bridge.cli.output import say
 from neox_bridge.cli.spelling import flag
+from neox_bridge.cli.usage import hint
 from neox_bridge.errors import BridgeError, ChoiceNeeded, SettingsMissing, UsageError
 
 INTERRUPTED = 130
@@ -30,7 +31,7 @@ def reported() -> Iterator[None]:
     except (click.ClickException, click.exceptions.Exit):
         raise
     except UsageError as error:
-        _fail(error.spelled(flag), error.exit_code)
+        _fail(f"{error.spelled(flag)}{'' if error.fix else f' {hint()}'}", error.exit_code)
     except ChoiceNeeded as error:
         _fail(_with_commands(error), error.exit_code)
     except SettingsMissing as error:

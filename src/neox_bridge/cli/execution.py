@@ -1,6 +1,7 @@
 """What every command with a plan does: print it, or execute it, compare and print the result."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.options import Execution
@@ -17,6 +18,7 @@ Checker = Callable[[Progress], Callable[[str], None]]
 
 def run_plan(
     plan: "Plan",
+    source: str,
     target: str,
     activity: str,
     execution: Execution,
@@ -26,6 +28,7 @@ def run_plan(
     """Print the plan for --dry-run; else execute it, and print the result.
 
     Args:
+        source: The source as the user named it.
         activity: The word of the progress bar.
         checker: Makes ``execute``'s ``check``.
         options: More of ``execute``'s.
@@ -38,13 +41,13 @@ def run_plan(
             from neox_bridge.execution.memory import peak_memory
             from neox_bridge.planning.report import to_json
 
-            print_json(to_json(plan, peak_memory(plan, target, execution.max_workers)))
+            memory = peak_memory(plan, target, execution.max_workers)
+            print_json(to_json(plan, memory, source, target))
         else:
             print_plan(plan, target, execution.max_workers)
         return
     result = perform(plan, target, activity, execution, checker, **options)
-    verified = not execution.no_verify
-    print_result(plan, result, target, execution, verified=verified)
+    print_result(plan, replace(result, source=source), target, execution)
 
 
 def perform(

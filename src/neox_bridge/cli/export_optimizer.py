@@ -55,4 +55,4 @@ def export_optimizer(source: str, target: str, reading: Source, execution: Execu
             workers = execution.max_workers
             return export_checker(checkpoint, optimizer, workers=workers, progress=progress)
 
-        run_plan(plan, target, "exporting", execution, checker)
+        run_plan(plan, source, target, "exporting", execution, checker)

@@ -3,6 +3,7 @@
 from neox_bridge.cli.command import command, only
 from neox_bridge.cli.options import Output
 from neox_bridge.cli.output import print_json
+from neox_bridge.documents import document
 
 
 @command("families", only(Output, "as_json"))
@@ -16,21 +17,12 @@ def families(output: Output) -> None:
     Example:
       neox-bridge families
     """
-    from dataclasses import asdict
-
     from neox_bridge.architectures import CANNOT
     from neox_bridge.architectures.page import rows
     from neox_bridge.frameworks.suites import SUITES
 
     if output.as_json:
-        print_json(
-            {
-                "schema_version": 1,
-                "families": [asdict(row) for row in rows()],
-                "refused": CANNOT,
-                "suites": [asdict(suite) for suite in SUITES],
-            }
-        )
+        print_json(document(families=list(rows()), refused=CANNOT, suites=SUITES))
         return
     for row in rows():
         print(f"{row.family}  {row.hf_class}")

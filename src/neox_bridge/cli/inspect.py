@@ -17,6 +17,7 @@ from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, print_table, tell_findings, with_remedy
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
+from neox_bridge.documents import SCHEMA_VERSION
 from neox_bridge.errors import UsageError
 from neox_bridge.option import inherited, option, options_of
 from neox_bridge.wording import KINDS, human, plain, plural
@@ -199,7 +200,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     config, state = checkpoint.config, checkpoint.neox
     dtypes = elements_by_dtype(checkpoint.tensors.values())
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "kind": checkpoint.kind,
         "path": checkpoint.path,
         "revision": checkpoint.revision or None,

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import print_json
+from neox_bridge.documents import SCHEMA_VERSION
 from neox_bridge.wording import KINDS, human, plain, plural
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def describe_quantized(model: "QuantizedFolder") -> dict[str, Any]:
 
     quantization = model.quantization
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "kind": model.kind,
         "path": model.path,
         "family": model.config.get("model_type"),

@@ -1,15 +1,15 @@
 """What commands say: results on stdout, everything else on stderr, never wrapped."""
 
 import json
-import math
 import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from neox_bridge.cli.spelling import as_options, document_as_options
+from neox_bridge.cli.spelling import as_options
 from neox_bridge.cli.streams import write_color
+from neox_bridge.documents import plain_data
 from neox_bridge.wording import human, one_line, plain, plural, side, some
 
 if TYPE_CHECKING:
@@ -51,24 +51,9 @@ def print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> N
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout.
-
-    JSON has no infinity: it is printed as the string "Infinity" or "-Infinity", and what is not a
-    number as null.
-    """
-    json.dump(_strict(document_as_options(value)), sys.stdout, indent=2, allow_nan=False)
+    """One JSON document on stdout, with options of the command line in its sentences."""
+    json.dump(plain_data(value, as_options), sys.stdout, indent=2, allow_nan=False)
     print()
-
-
-def _strict(value: object) -> object:
-    """The value with text or null in place of floats that are not finite."""
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def tell(plan: "Plan", quiet: bool) -> None:
@@ -111,41 +96,17 @@ def print_plan(plan: "Plan", target: str, workers: int | None = None) -> None:
         print_line(line)
 
 
-def print_result(
-    plan: "Plan",
-    result: "Result",
-    target: str,
-    output: "Output",
-    verified: bool | None = None,
-) -> None:
+def print_result(plan: "Plan", result: "Result", target: str, output: "Output") -> None:
     """The one line that says what was written, and the blanks that are left; or both as JSON."""
     from neox_bridge.planning.casts import verified as in_words
 
     if output.as_json:
-        print_json(result_json(plan, result) | {"verified": verified})
+        print_json(result.to_json())
     elif not output.quiet:
         words = {True: f"; {in_words(plan.casts)}", False: "; not verified", None: ""}
-        print_line(_summary_line(plan, result, target) + words[verified])
+        print_line(_summary_line(plan, result, target) + words[result.verified])
         for line in blanks(plan, target):
             print_line(line)
-
-
-def result_json(plan: "Plan", result: "Result") -> dict[str, Any]:
-    """What a conversion did, as plain data."""
-    from dataclasses import asdict
-
-    from neox_bridge.execution.memory import peak_memory
-    from neox_bridge.planning.report import SCHEMA_VERSION, casts_json, remarks, summary
-
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": dict(plan.source),
-        "target": dict(plan.target),
-        "result": asdict(result),
-        "summary": summary(plan, peak_memory(plan, result.target)),
-        "casts": casts_json(plan),
-        **remarks(plan),
-    }
 
 
 def blanks(plan: "Plan", target: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.options import Output
 from neox_bridge.cli.output import print_json, print_line
+from neox_bridge.documents import document
 from neox_bridge.option import option
 from neox_bridge.wording import plural
 
@@ -69,12 +70,11 @@ def patch(tree: str, options: PatchOptions, output: Output) -> None:
 
 def _facts(plan: Patch, revert: bool, dry_run: bool) -> dict[str, Any]:
     """What was done or would be, as plain data."""
-    return {
-        "schema_version": 1,
-        "tree": plan.tree,
-        "action": "revert" if revert else "patch",
-        "written": bool(plan.files) and not dry_run,
-        "files": [
+    return document(
+        tree=plan.tree,
+        action="revert" if revert else "patch",
+        written=bool(plan.files) and not dry_run,
+        files=[
             {
                 "path": file.path,
                 "changes": [{"line": c.line, "what": c.what} for c in file.changes],
@@ -82,4 +82,4 @@ def _facts(plan: Patch, revert: bool, dry_run: bool) -> dict[str, Any]:
             }
             for file in plan.files
         ],
-    }
+    )

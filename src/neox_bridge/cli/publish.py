@@ -2,13 +2,14 @@
 
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.execution import Checker, perform
 from neox_bridge.cli.options import Execution, Upload
-from neox_bridge.cli.output import blanks, print_json, print_line, print_plan, result_json, say
+from neox_bridge.cli.output import blanks, print_json, print_line, print_plan, say
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, Unverified, UsageError
 from neox_bridge.option import options_of
 from neox_bridge.wording import human, plural, side
@@ -42,6 +43,7 @@ def root_of(target: str) -> str:
 
 def publish_plan(
     plan: "Plan",
+    source: str,
     target: str,
     execution: Execution,
     checker: Checker,
@@ -63,10 +65,10 @@ def publish_plan(
     plan = _with_paths_blank(plan)
     preview = plan_publish(plan, place.repo, place.branch, private=upload.private)
     if execution.dry_run:
-        _print_preview(plan, place, preview, execution.as_json)
+        _print_preview(plan, source, place, preview, execution.as_json)
         return
     if preview.done and not execution.overwrite:
-        _say_done(place, preview, execution)
+        _say_done(plan, source, target, preview, execution)
         return
     if preview.conflicts and not execution.overwrite:
         raise BridgeError(conflict_message(place.repo, place.branch, preview.conflicts))
@@ -89,8 +91,11 @@ def publish_plan(
             progress=not execution.quiet and sys.stderr.isatty(),
         )
     if execution.as_json:
-        publication = {"published": asdict(published), "verified": not execution.no_verify}
-        print_json(result_json(plan, replace(result, target=str(place))) | publication)
+        from neox_bridge.planning.report import sides
+
+        verified = not execution.no_verify
+        facts = replace(result, target=str(place), verified=verified, plan=plan).to_json()
+        print_json(facts | sides(plan, source, target) | {"published": published})
     elif not execution.quiet:
         print_line(_line(plan, place, published, execution))
         for line in blanks(plan, str(place)):
@@ -159,21 +164,30 @@ def _line(plan: "Plan", place: "HubTarget", published: "Published", execution: E
     )
 
 
-def _say_done(place: "HubTarget", preview: "PublishPreview", execution: Execution) -> None:
+def _say_done(
+    plan: "Plan",
+    source: str,
+    target: str,
+    preview: "PublishPreview",
+    execution: Execution,
+) -> None:
     if execution.as_json:
-        print_json({"schema_version": 1, "hub": asdict(preview), "published": None})
+        from neox_bridge.planning.report import sides
+
+        print_json(document(**sides(plan, source, target), hub=preview, published=None))
     elif not execution.quiet:
-        print_line(f"{place} holds what this makes already: nothing was done")
+        print_line(f"{target} holds what this makes already: nothing was done")
 
 
 def _print_preview(
-    plan: "Plan", place: "HubTarget", preview: "PublishPreview", as_json: bool
+    plan: "Plan", source: str, place: "HubTarget", preview: "PublishPreview", as_json: bool
 ) -> None:
     if as_json:
         from neox_bridge.execution.memory import peak_memory
         from neox_bridge.planning.report import to_json
 
-        print_json(to_json(plan, peak_memory(plan, "")) | {"hub": asdict(preview)})
+        facts = to_json(plan, peak_memory(plan, ""), source, str(place))
+        print_json(facts | {"hub": preview})
         return
     print_plan(plan, str(place))
     there = "is there" if preview.repo_exists else "will be made"

@@ -12,6 +12,8 @@ from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.cli.spelling import findings_as_options
+from neox_bridge.documents import document
+from neox_bridge.errors import UsageError
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import human
 
@@ -81,7 +83,9 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
     entries = inputs(list(paths))
     checkpoints = [entry for entry in entries if entry.document is None]
     if options.source is not None and len(checkpoints) != 1:
-        raise click.BadParameter("--source goes with one checkpoint among the PATHs.")
+        raise UsageError(
+            ["source"], f"only for one checkpoint among the PATHs, and there are {len(checkpoints)}"
+        )
     write_page(options.output, None, options.overwrite)
     opened = {entry.name: open_with(entry.name, reading.configs) for entry in checkpoints}
     source = None if options.source is None else open_with(options.source, reading.configs)
@@ -104,8 +108,8 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
             {"kind": section.kind, "title": section.title, **_state(section.verdict)}
             for section in sections
         ]
-        head = {"schema_version": 1, "path": options.output}
-        print_json({**head, **_state(verdict), "sections": listed})
+        sides = {"path": options.output, "paths": paths, "source": options.source}
+        print_json(document(**sides, **_state(verdict), sections=listed))
     elif not output.quiet:
         print_line(f"wrote {options.output}, {human(len(page.encode()))}: {verdict.words}")
     if not all(section.verdict.holds for section in sections):

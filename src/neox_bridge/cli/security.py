@@ -1,12 +1,12 @@
 """What ``neox-bridge inspect --security`` prints."""
 
 import os
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from neox_bridge.cli.output import print_json, print_line, say
+from neox_bridge.documents import document
 from neox_bridge.wording import plain, plural
 
 if TYPE_CHECKING:
@@ -23,12 +23,7 @@ def print_security(path: str, as_json: bool) -> None:
     bad = [report for report in reports if not report.harmless]
     if as_json:
         print_json(
-            {
-                "schema_version": 1,
-                "path": path,
-                "harmless": not bad,
-                "files": [_json(report, path) for report in reports],
-            }
+            document(path=path, harmless=not bad, files=[_json(report, path) for report in reports])
         )
     else:
         for group in _alike(reports):
@@ -47,7 +42,7 @@ def _json(report: "Report", path: str) -> dict[str, Any]:
         "harmless": report.harmless,
         "problem": report.problem or None,
         "absent": report.absent or None,
-        "names": list(map(asdict, report.uses)),
+        "names": report.uses,
     }
 
 

@@ -17,10 +17,6 @@ _OTHERS = {
     "hash_shared": "--hash",
     "workers": "--max-workers",
 }
-# the keys of JSON documents whose values are sentences
-_PROSE = frozenset(
-    {"error", "incomplete", "message", "note", "notes", "reason", "remedy", "text", "way_out"}
-)
 
 
 def flag(parameter: str) -> str:
@@ -44,12 +40,3 @@ def findings_as_options(findings: "Iterable[Finding]") -> "tuple[Finding, ...]":
         replace(one, message=as_options(one.message), remedy=as_options(one.remedy))
         for one in findings
     )
-
-
-def document_as_options(value: object, prose: bool = False) -> object:
-    """A JSON document with options of the command line in its messages; names stay as they are."""
-    if isinstance(value, dict):
-        return {key: document_as_options(part, key in _PROSE) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [document_as_options(part, prose) for part in value]
-    return as_options(value) if prose and isinstance(value, str) else value

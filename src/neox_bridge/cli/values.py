@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from neox_bridge.cli.usage import did_you_mean
 from neox_bridge.errors import BridgeError
 from neox_bridge.option import Option
 
@@ -26,14 +27,50 @@ class PathName(click.ParamType):  # type: ignore[type-arg]  # generic since clic
         return [CompletionItem(incomplete, type="file")]
 
 
+class Word(click.Choice):  # type: ignore[type-arg]
+    """One of some words; another is a usage error that names them, and the nearest first."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value in self.choices:
+            return value
+        fix = did_you_mean(str(value), self.choices)
+        words = f"{value!r} is not one of {', '.join(self.choices)}. {fix}".strip()
+        raise click.BadParameter(words, ctx, param)
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A number within bounds."""
+
+    name = "number"
+
+    def __init__(self, minimum: float, maximum: float | None) -> None:
+        self.minimum, self.maximum = minimum, maximum
+        self.is_whole = isinstance(minimum, int)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The number; raises BadParameter for anything else."""
+        if not isinstance(value, str):
+            return value
+        try:
+            number = int(value) if self.is_whole else float(value)
+            if self.minimum <= number <= (number if self.maximum is None else self.maximum):
+                return number
+        except ValueError:
+            pass
+        kind = "a whole number" if self.is_whole else "a number"
+        bounds = f"{self.minimum} or more"
+        if self.maximum is not None:
+            bounds = f"{self.minimum} to {self.maximum}"
+        raise click.BadParameter(f"must be {kind}, {bounds}, not {value!r}", ctx, param)
+
+
 def type_of(declared: Option) -> dict[str, Any]:
     """The type and the metavar of a declared option: arguments of ``click.Option``."""
     if declared.choices:
-        kind: Any = click.Choice([*declared.choices, *declared.aliases])
+        kind: Any = Word([*declared.choices, *declared.aliases])
         return {"type": kind, "metavar": declared.metavar or "|".join(declared.choices)}
     if declared.minimum is not None:
-        whole = isinstance(declared.minimum, int)
-        kind = (click.IntRange if whole else click.FloatRange)(declared.minimum, declared.maximum)  # type: ignore[arg-type]
+        kind = Number(declared.minimum, declared.maximum)
         return {"type": kind, "metavar": declared.metavar or "N"}
     kind, metavar = TYPES[declared.value]
     return {"type": kind, "metavar": declared.metavar or metavar}

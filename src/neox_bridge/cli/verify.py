@@ -12,6 +12,7 @@ from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.documents import document, plain_data
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import human, plural
@@ -114,7 +115,7 @@ def verify(
             key: {"agrees": a.agrees, "comparable": a.comparable, **asdict(a)}
             for key, a in agreements.items()
         }
-        print_json({**asdict(result), "verdict": result.verdict, "holds": holds, **more})
+        print_json({**result.to_json(), "holds": holds, **more})
     elif not output.quiet:
         tell_findings(result.findings, output.quiet)
         for difference in result.differences:
@@ -149,7 +150,7 @@ def _verify_alone(path: str, workers: int | None, output: Output) -> None:
     with progress_bar(None, "reading", output.quiet) as progress:
         seal = check_seal(record, progress, workers)
     if output.as_json:
-        print_json(asdict(seal) | {"holds": seal.holds})
+        print_json(document(source=path, target=None, **plain_data(seal), holds=seal.holds))
     elif not output.quiet:
         for change in seal.changes:
             print_line(f"{change.kind}: {change.path}{_NOTES.get(change.kind, '')}")

@@ -97,6 +97,9 @@ def execute(
         written["kept"],
         time.perf_counter() - start,
         (*_findings(plan, context), *sink.findings),
+        source=plan.checkpoint.source if plan.checkpoint is not None else "",
+        verified=check is not None,
+        plan=plan,
     )
 
 

@@ -128,6 +128,7 @@ class Checkpoint:
     original_rows: the rows of the vocabulary before GPT-NeoX padded it, as the yml of a run tells
         that has trained the padding since.
     from_masters: whether ``tensors`` are the optimizer's fp32 masters and not the stored weights.
+    source: what the caller named: a path, a URL, or a model of the Hub.
     """
 
     kind: Kind
@@ -159,6 +160,7 @@ class Checkpoint:
     original_rows: int | None = None
     unindexed: bool = False
     from_masters: bool = False
+    source: str = ""
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:

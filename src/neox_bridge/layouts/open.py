@@ -73,7 +73,8 @@ def open_checkpoint(
     """
     path, named, repo, findings = _find(afresh(source), revision, step)
     checkpoint = _open_folder(path, named, step, configs, gqa_order)
-    checkpoint = replace(checkpoint, hub_repo=repo, findings=(*checkpoint.findings, *findings))
+    findings = (*checkpoint.findings, *findings)
+    checkpoint = replace(checkpoint, source=source, hub_repo=repo, findings=findings)
     if checkpoint.missing_tokenizer:
         from neox_bridge.layouts.run_tokenizer import missing_finding
 

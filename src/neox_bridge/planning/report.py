@@ -6,12 +6,13 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
+from neox_bridge.documents import SCHEMA_VERSION
 from neox_bridge.findings import Dropped
 from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, byte_range
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-SCHEMA_VERSION = 1
+_HASH_VERSION = 1  # of what the hash covers
 
 
 def summary(plan: Plan, peak_memory: int) -> dict[str, Any]:
@@ -39,17 +40,27 @@ def summary(plan: Plan, peak_memory: int) -> dict[str, Any]:
     }
 
 
-def to_json(plan: Plan, peak_memory: int) -> dict[str, Any]:
-    """All of the plan but the literal bytes, of which it tells place and length."""
+def to_json(plan: Plan, peak_memory: int, source: str = "", target: str = "") -> dict[str, Any]:
+    """All of the plan but the literal bytes, of which it tells place and length.
+
+    source, target: the paths of both sides, as the caller named them.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "hash": plan_hash(plan),
-        "source": dict(plan.source),
-        "target": dict(plan.target),
+        **sides(plan, source, target),
         "summary": summary(plan, peak_memory),
         "files": [_file(file) for file in plan.files],
         "casts": casts_json(plan),
         **remarks(plan),
+    }
+
+
+def sides(plan: Plan, source: str, target: str) -> dict[str, Any]:
+    """What both sides of a plan are, and their paths as the caller named them."""
+    return {
+        "source": {**plan.source, **({"path": source} if source else {})},
+        "target": {**plan.target, **({"path": target} if target else {})},
     }
 
 
@@ -78,7 +89,7 @@ def plan_hash(plan: Plan) -> str:
 
     The same for the same files, whatever words of explanation go with them.
     """
-    digest = sha256(str(SCHEMA_VERSION).encode())
+    digest = sha256(str(_HASH_VERSION).encode())
     for file in plan.files:
         digest.update(repr((file.path, file.size, file.copy_of, file.seals)).encode())
         for at, data in file.literals:

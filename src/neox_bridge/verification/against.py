@@ -25,7 +25,6 @@ from neox_bridge.verification.runs import Fault, StepLocation, TrainingRun
 from neox_bridge.verification.steps import Step, read_step
 from neox_bridge.wording import some
 
-SCHEMA_VERSION = 1
 StepStatus = Literal["same", "differs", "no counterpart", "unreadable"]
 TensorDifferenceKind = Literal["values", "shape", "dtype", "only in source", "only in twin"]
 _CAST = "cast"  # a folder in the cache: fingerprints after a cast

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from neox_bridge.documents import document, plain_data
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Severity
 from neox_bridge.layouts.checkpoint import Checkpoint
@@ -23,15 +25,59 @@ _ORDER = ("error", "warning", "info")
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What was read, by run and step, and what is wrong with it, the worst first."""
+    """What was read, and what is wrong with it.
+
+    Attributes:
+        steps: By run and step.
+        faults: What is wrong, the worst first.
+        sources: The folders, URLs or models as the caller named them.
+    """
 
     steps: tuple[Step, ...]
     faults: tuple[Fault, ...]
+    sources: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
         """Whether nothing is wrong: what is merely worth knowing isn't."""
         return all(fault.severity == "info" for fault in self.faults)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``audit --json`` prints."""
+        findings = [plain_data(fault) for fault in self.faults]
+        for finding in findings:
+            del finding["subject"]  # which only decides what is shown
+        return document(
+            sources=self.sources,
+            holds=self.holds,
+            findings=findings,
+            steps=[_step_json(step, self.faults) for step in self.steps],
+        )
+
+
+def _step_json(step: Step, faults: Sequence[Fault]) -> dict[str, Any]:
+    states = {
+        name: {"hash": p.hash, "norm": p.norm, "bad": p.bad} for name, p in step.states.items()
+    }
+    return {
+        "run": step.run,
+        "step": step.number,
+        "label": step.label,
+        "path": step.path,
+        "kind": step.kind,
+        "tensor_parallel": step.tp,
+        "dtype": step.dtype,
+        "bytes": step.size,
+        "hash": step.hash,
+        "norm": step.norm,
+        "read": step.read,
+        **({"optimizer": {"updates": step.updates, "states": states}} if states else {}),
+        "verdict": verdict(step, faults),
+        "tensors": {
+            name: {"hash": p.hash, "norm": p.norm, "shape": p.shape, "bad": p.bad}
+            for name, p in step.tensors.items()
+        },
+    }
 
 
 def audit(

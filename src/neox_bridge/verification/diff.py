@@ -1,10 +1,12 @@
 """``neox-bridge diff``: two checkpoints of any kinds, compared in the model's own tensors."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from neox_bridge.architectures.rows import Row
+from neox_bridge.documents import document
 from neox_bridge.execution.context import Context
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.copies import check_copies
@@ -20,6 +22,32 @@ from neox_bridge.verification.compare import (
     matching,
     zero_beyond,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """Two checkpoints, compared tensor by tensor.
+
+    Attributes:
+        first: The first checkpoint as the caller named it.
+        second: The second one.
+        tensors: Every tensor of either, equal ones too, largest relative difference first.
+    """
+
+    first: str
+    second: str
+    tensors: tuple[Difference, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether no tensor differs."""
+        return all(difference.kind == "equal" for difference in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``diff --json`` prints."""
+        return document(
+            first=self.first, second=self.second, equal=self.equal, tensors=self.tensors
+        )
 
 
 def diff(

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from neox_bridge.architectures.base import ModelConfig, Weight
 from neox_bridge.architectures.rows import Row
+from neox_bridge.documents import document, plain_data
 from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
@@ -39,10 +41,15 @@ _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bflo
 class Verification:
     """What was compared, and what isn't as it should be.
 
-    tensors, size: of the target, in its own number of elements and bytes.
-    differences: only those that are none of a conversion's declared changes.
-    casts: the dtypes that the source's tensors were cast to.
-    overflows: finite values that a cast made infinite, by the tensor's name.
+    Attributes:
+        source: The source as the caller named it.
+        target: The target as the caller named it.
+        tensors: How many tensors the target has.
+        size: Bytes of the target's tensors.
+        differences: Only those that are none of a conversion's declared changes.
+        findings: What is wrong with the settings, and what is worth knowing.
+        casts: The dtypes that the source's tensors were cast to.
+        overflows: Finite values that a cast made infinite, by the tensor's name.
     """
 
     source: str
@@ -63,6 +70,10 @@ class Verification:
     def holds(self) -> bool:
         """Whether the target is the source."""
         return not self.differences and all(f.severity != "error" for f in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``verify --json`` prints."""
+        return document(**plain_data(self), verdict=self.verdict, holds=self.holds)
 
 
 def verify(
@@ -123,8 +134,8 @@ def verify(
     if overflows:
         findings.append(overflow_finding(overflows))
     return Verification(
-        source.path,
-        target.path,
+        source.source or source.path,
+        target.source or target.path,
         len(target.tensors),
         target.size,
         tuple(difference for difference in differences if difference.kind != "equal"),
