@@ -62,7 +62,7 @@ def side(facts: Mapping[str, object]) -> str:
     kind, family = KINDS[str(facts["kind"])], str(facts.get("architecture", ""))
     words = [f"{kind} {family}".strip()]
     if "format" in facts:
-        words.append(f"{facts['format']}'s form")
+        words.append(f"{facts['format']} format")
     if "layout" in facts:
         words.append(str(facts["layout"]))
     if "tensor_parallel" in facts:

@@ -212,7 +212,7 @@ def test_the_logits_are_not_computed_here(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.strip().splitlines()
-    assert "attention_config: [[['mamba'], 2]] is not covered" in line
+    assert "attention_config: [[['mamba'], 2]] is not supported" in line
 
 
 def test_inspect_and_doctor_know_it(tmp_path: Path) -> None:

@@ -213,21 +213,21 @@ def test_the_other_commands_know_it(tmp_path: Path) -> None:
         return done.exit_code, done.output
 
     code, said = say("convert", str(GENUINE), str(ssm), "--format", "mamba_ssm")
-    assert (code, "mamba_ssm's form, pytorch_model.bin" in said) == (0, True)
+    assert (code, "mamba_ssm format, pytorch_model.bin" in said) == (0, True)
     assert {d.kind for d in diff(open_checkpoint(str(GENUINE)), open_checkpoint(str(ssm)))} == {
         "equal"
     }
     assert say("verify", str(GENUINE), str(ssm))[0] == 0
-    assert "kind        Hugging Face, mamba_ssm's form" in say("inspect", str(ssm))[1]
+    assert "kind        Hugging Face, mamba_ssm format" in say("inspect", str(ssm))[1]
     code, said = say("doctor", str(ssm), "--for", "transformers")
     assert (code, "mamba_ssm's, which transformers doesn't read" in said) == (4, True)
     assert say("doctor", str(ssm), "--fix", str(tmp_path / "fixed"))[0] == 0
     assert say("doctor", str(tmp_path / "fixed"), "--for", "transformers")[0] == 0
     code, said = say("verify", str(GENUINE), str(ssm), "--logits")
-    assert (code, "form is not covered" in said) == (1, True)
+    assert (code, "format is not supported" in said) == (1, True)
     fixed = str(tmp_path / "fixed")
     code, said = say("verify", fixed, fixed, "--logits")
-    assert (code, "MambaForCausalLM is not covered" in said) == (1, True)
+    assert (code, "MambaForCausalLM is not supported" in said) == (1, True)
     words = ["--format", "mamba_ssm", "--for", "transformers@5.0"]
     assert say("convert", str(GENUINE), str(tmp_path / "no"), *words)[0] == 2
 

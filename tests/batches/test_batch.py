@@ -106,7 +106,7 @@ def test_two_of_one_name_are_an_error(run: Path, tmp_path: Path) -> None:
 def test_nothing_to_do(tmp_path: Path) -> None:
     done = spawn(tmp_path, tmp_path / "out")
     assert done.returncode == 1
-    assert "holds no checkpoint" in done.stderr
+    assert "contains no checkpoint" in done.stderr
 
 
 # --- converts --------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_other_options_or_sources_are_no_repetition(run: Path, tmp_path: Path) -
     before = times(out)
     done = spawn(run, out, "--tp", 2)
     assert done.returncode == 1
-    assert "made with other options" in done.stderr
+    assert "converted with other options" in done.stderr
     make_hf(run / "step0", torch.float16, seed=77)
     assert statuses(rows_of(run, out))["step0"] == "failed"
     assert times(out) == before

@@ -73,7 +73,7 @@ def test_a_branch_for_each_step(hub: Stub, run: Run, source: Path, tmp_path: Pat
 
 def test_a_batch_chooses_the_branches_itself(run: Run, source: Path) -> None:
     _, err = run("batch", source, f"hf://{REPO}@main", code=2)
-    assert err.startswith(f"error: DST: hf://{REPO}@main: a batch writes a branch for each step")
+    assert err.startswith(f"error: DST: hf://{REPO}@main: a batch writes one branch per step")
 
 
 def test_the_norms_of_a_branch_that_is_there_already(run: Run, source: Path) -> None:

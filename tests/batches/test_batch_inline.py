@@ -71,7 +71,7 @@ def test_steps_are_chosen_among_those_there(words: str, steps: set[int] | None) 
 
 
 def test_a_step_that_is_not_there_is_an_error_and_the_last_of_none_is_none() -> None:
-    with pytest.raises(UsageError, match=r"there is no step 4\. The steps are 1, 3"):
+    with pytest.raises(UsageError, match=r"no step 4\. Available steps: 1, 3"):
         chosen("4", [3, 1])
     assert chosen("last", []) == set()
 
@@ -85,13 +85,13 @@ def test_items_are_the_chosen_places(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     assert names(tmp_path / "run") == ["step1", "step2", "step10"]
     assert names(tmp_path / "run", "2-20") == ["step2", "step10"]
-    with pytest.raises(UsageError, match="3-9 matches none of the steps, which are 1, 2, 10"):
+    with pytest.raises(UsageError, match=r"3-9 matches no step\. Available steps: 1, 2, 10"):
         names(tmp_path / "run", "1,3-9")
-    with pytest.raises(UsageError, match="there is no step 3"):
+    with pytest.raises(UsageError, match="no step 3"):
         names(tmp_path / "run", "3")
     with pytest.raises(UsageError, match="is not a step"):
         names(tmp_path / "run", "x")
-    with pytest.raises(BridgeError, match=r"holds no checkpoint \(name a run's folder"):
+    with pytest.raises(BridgeError, match=r"contains no checkpoint \(give the folder of a run"):
         names(tmp_path / "empty")
     items, _ = find_items(
         [str(tmp_path / "run")], "1", configs=["a.yml"], gqa_order="grouped", masters=True
@@ -106,7 +106,7 @@ def test_a_range_may_be_in_one_of_several_runs(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     assert names(tmp_path, "4-6") == ["two/step5"]
     (tmp_path / "else/one/step1").mkdir(parents=True)
-    with pytest.raises(BridgeError, match=r"^one/step1: several checkpoints would have this name"):
+    with pytest.raises(BridgeError, match=r"^one/step1: several checkpoints would get this name"):
         find_items([str(tmp_path / "one"), str(tmp_path / "else/one")])
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_without_a_number_is_chosen_with_all(tmp_path: Path) -> Non
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     assert names(tmp_path / "model") == ["model"]
-    with pytest.raises(UsageError, match="last matches none of the steps"):
+    with pytest.raises(UsageError, match="last matches no step"):
         names(tmp_path / "model", "last")
 
 
@@ -302,7 +302,7 @@ def test_what_is_done_is_skipped_and_what_changed_is_written_anew(
     (finding,) = [f for f in fixed.findings if f.code == "not-whole"]
     assert finding.severity == "warning"
     assert finding.message == (
-        f"{layer} was changed: written anew; kept as {tmp_path / 'out/step1.changed'}"
+        f"{layer} was changed: converted again; kept as {tmp_path / 'out/step1.changed'}"
     )
 
 
@@ -328,7 +328,7 @@ def test_a_target_to_which_a_file_was_added_is_written_anew(
     assert not added.exists()
     assert (tmp_path / "out/step1.changed" / name).read_text() == "{}"
     (finding,) = [f for f in again.findings if f.code == "not-whole"]
-    assert finding.message.startswith(f"{added} was added: written anew; kept as ")
+    assert finding.message.startswith(f"{added} was added: converted again; kept as ")
     assert convert(run, batch_of(tmp_path / "out")).status == "skipped"
 
 
@@ -370,8 +370,8 @@ def test_something_else_is_refused_and_not_tried_again(run: Path, tmp_path: Path
     row = convert(run, batch_of(tmp_path / "out", events, options=Options(tp=2)))
     assert (row.status, row.tries) == ("failed", 1)
     assert row.error == (
-        f"{tmp_path / 'out/step1'} was made with other options, or from other files. Name another "
-        "target, or say `overwrite=True` to replace it."
+        f"{tmp_path / 'out/step1'} was converted with other options, or from other files. Choose "
+        "another target, or use `overwrite=True` to replace it."
     )
     assert [event.kind for event in events] == ["ended"]
     again = convert(run, batch_of(tmp_path / "out", options=Options(tp=2), overwrite=True))
@@ -476,7 +476,7 @@ def test_a_result_that_is_not_the_source_is_kept_aside(
     monkeypatch.setattr(running, "verify_part", unverified)
     row = convert(run, batch_of(tmp_path / "out"))
     assert (row.status, row.verified) == ("failed", None)
-    assert row.error.startswith("not the source. It is kept as ")
+    assert row.error.startswith("not the source. The result is kept as ")
     assert sorted(os.listdir(tmp_path / "out")) == ["step1.unverified"]
     assert convert(run, batch_of(tmp_path / "out", verify=False)).status == "done"
 
@@ -660,7 +660,7 @@ def test_keys_are_ignored_where_a_checkpoint_has_them(tmp_path: Path) -> None:
     row = convert(model.parent, batch_of(tmp_path / "out", options=options))
     assert row.status == "done"
     absent = [f.message for f in row.findings if f.code == "ignored-key-absent"]
-    assert absent == ["`ignore_keys=logit_scale`: this checkpoint has no such unknown key"]
+    assert absent == ["`ignore_keys=logit_scale`: this checkpoint has no unknown key of this name"]
 
 
 def test_a_cast_is_in_the_row(run: Path, tmp_path: Path) -> None:

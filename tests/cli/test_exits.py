@@ -72,7 +72,11 @@ def called(*words: object) -> tuple[int, Any]:
         (BrokenPipeError(), 1, ""),
         (OSError(errno.EIO, "Bad disk", "a/b"), 1, "error: a/b: Bad disk.\n"),
         (OSError("odd"), 1, "error: odd.\n"),
-        (MemoryError(), 1, "error: out of memory. --max-workers 1 needs the least.\n"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory. Use --max-workers 1, which needs the least memory.\n",
+        ),
         (
             OSError(errno.ENOSPC, "Full"),
             1,
@@ -83,7 +87,7 @@ def called(*words: object) -> tuple[int, Any]:
             1,
             "error: Quota. Free some space, or choose a target on another file system.\n",
         ),
-        (OSError(errno.EROFS, "Ro"), 1, "error: Ro. Choose a target that can be written.\n"),
+        (OSError(errno.EROFS, "Ro"), 1, "error: Ro. Choose a writable target.\n"),
         (
             PermissionError(errno.EACCES, "No", "f"),
             1,
@@ -170,7 +174,7 @@ def test_an_interruption_says_what_is_there(tmp_path: Path) -> None:
         return str(error.value)
 
     assert interrupted(lambda: None) == f"nothing was written to {target}"
-    assert interrupted(target.mkdir) == f"but {target} was already written, all of it"
+    assert interrupted(target.mkdir) == f"after {target} was completely written"
     assert interrupted(lambda: None) == f"nothing was written to {target}"
     assert interrupted(lambda: None, "half") == "half"
 
@@ -179,7 +183,7 @@ def test_an_interruption_says_what_is_there(tmp_path: Path) -> None:
         target.rename(tmp_path / "old")
         (tmp_path / "new").rename(target)
 
-    assert interrupted(replaced) == f"but {target} was already written, all of it"
+    assert interrupted(replaced) == f"after {target} was completely written"
     with writing(str(target)):
         pass
     with pytest.raises(ValueError, match="x"), writing(str(target)):
@@ -296,7 +300,7 @@ def test_output_that_did_not_arrive_is_an_error(
 ) -> None:
     assert main(ends=ends, failure=failure)["code"] == code
     text = capsys.readouterr().err
-    assert ("stdout can't be written: disk full." in text) is bool(failure)
+    assert ("cannot write to stdout: disk full." in text) is bool(failure)
 
 
 def every_command() -> dict[str, click.Command]:
@@ -524,8 +528,8 @@ def test_what_verify_prints(verified: Callable[..., list[str]]) -> None:
     assert lines[2].endswith("top-1 100.0%: the same model")
     assert lines[3].startswith(f"recorded logits, and {NEOX}: logits of 8 tokens differ by 1 at")
     assert lines[3].endswith("(relative 0.25, mean 0.5), KL 0.12, top-1 50.0%: ANOTHER MODEL")
-    assert lines[4] == "  they part at layer 1: mlp, by 0.5 of its largest value"
-    assert lines[5].startswith("  none of the usual mistakes explains it: compare")
+    assert lines[4] == "  first difference: layer 1: mlp, by 0.5 of its largest value"
+    assert lines[5].startswith("  no known cause explains it: compare")
     assert len(lines) == 6
 
 
@@ -536,8 +540,8 @@ def test_causes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:] == [
         "  likely cause: rotary: other base",
-        "  likely cause: rounding: another order; no conversion removes that",
-        "  that isn't all: compare the tensors above, and the configs",
+        "  likely cause: rounding: another order; no conversion can remove this difference",
+        "  this does not explain everything: compare the tensors above, and the configs",
     ]
     verify_module._tell_agreement("t", replace(UNLIKE, causes=(some,), explained=True))
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -550,13 +554,13 @@ def test_causes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
             NonFinite(8, 3, 0, False, "w", 1234, 0),
             "in A alone",
             "ANOTHER MODEL",
-            "w (values: 1,234 in A, 0 in B)",
+            "w (non-finite values: 1,234 in A, 0 in B)",
         ),
         (
             NonFinite(8, 0, 3, False, "w", 0, 1),
             "in B alone",
             "ANOTHER MODEL",
-            "w (values: 0 in A, 1 in B)",
+            "w (non-finite values: 0 in A, 1 in B)",
         ),
         (
             NonFinite(8, 1, 3, False, "w", 1, 1),
@@ -567,10 +571,10 @@ def test_causes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         (
             NonFinite(1, 3, 3, True, "w", 1, 1),
             "at the same places on both sides",
-            "they CANNOT BE COMPARED",
+            "CANNOT BE COMPARED",
             "w (",
         ),
-        (NonFinite(8, 3, 0, False), "in A alone", "ANOTHER MODEL", "those of layer 1: mlp"),
+        (NonFinite(8, 3, 0, False), "in A alone", "ANOTHER MODEL", "values are in layer 1: mlp"),
     ],
 )
 def test_logits_that_are_not_finite(
@@ -612,15 +616,15 @@ def test_where_logits_are_computed(verified: Callable[..., list[str]], monkeypat
         ),
         (
             ["a", "--logits"],
-            "error: --logits: only for two checkpoints, and DST is missing. Name DST as well.\n",
+            "error: --logits: needs two checkpoints, and DST is missing. Give DST as well.\n",
         ),
         (
             ["a", "--optimizer"],
-            "error: --optimizer: only for two checkpoints, and DST is missing. Name DST as well.\n",
+            "error: --optimizer: needs two checkpoints, and DST is missing. Give DST as well.\n",
         ),
         (
             ["a", "--gqa-order", "grouped"],
-            "error: --gqa-order: only for two checkpoints, and DST is missing. Name DST as well.\n",
+            "error: --gqa-order: needs two checkpoints, and DST is missing. Give DST as well.\n",
         ),
     ],
 )
@@ -652,10 +656,11 @@ def test_verify_alone(kinds: Any, holds: bool, unhashed: int, monkeypatch: Patch
     code, out, _ = call("verify", "some", "--max-workers", 3)
     assert code == (0 if holds else 3)
     assert seen == [("some/r", 3)]
-    tail = {0: "", 1: "; of 1 file only the size", 2: "; of 2 files only the size"}[unhashed]
-    verdict = "as it was written" if holds else "NOT what was written"
+    files = {1: "1 file", 2: "2 files"}.get(unhashed)
+    tail = f"; for {files} only the size was checked" if files else ""
+    verdict = "unchanged since it was written" if holds else "CHANGED since it was written"
     assert out.splitlines()[-1] == f"some: 3 files, 2 kB: {verdict}{tail}"
-    assert [line.partition(" since")[0] for line in out.splitlines()[:-1]] == [
+    assert [line.partition(" (")[0] for line in out.splitlines()[:-1]] == [
         f"{kind}: f{n}" for n, kind in enumerate(kinds)
     ]
     ended, told = called("verify", "some")
@@ -709,7 +714,7 @@ def test_what_logits_need(monkeypatch: Patch) -> None:
     cuda = SimpleNamespace(is_available=lambda: False)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     verify_module._require_torch("cpu")
-    with pytest.raises(BridgeError, match="no CUDA device here"):
+    with pytest.raises(BridgeError, match="finds no CUDA device"):
         verify_module._require_torch("cuda")
     cuda.is_available = lambda: True
     verify_module._require_torch("cuda")
@@ -864,7 +869,7 @@ def test_sizes(text: Any, size: int) -> None:
     "text", ["0", "0.9", "0.0009KB", "", "B", "x1", "1 1", "-1", "1e3", "1PB", "1K", "nan"]
 )
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="isn't a size"):
+    with pytest.raises(click.BadParameter, match="is not a size"):
         values.parse_size(text)
 
 
@@ -925,7 +930,10 @@ def test_which_options_were_given() -> None:
             ["--for", "transformers@5.5", "--format", "mamba_ssm"],
             "--for: transformers does not read --format",
         ),
-        (["--weights", "masters", "--to", "neox"], "--weights: masters are only for Hugging Face"),
+        (
+            ["--weights", "masters", "--to", "neox"],
+            "--weights: master weights are only for Hugging Face",
+        ),
     ],
 )
 def test_options_of_convert_that_do_not_go_together(words: list[str], match: str) -> None:
@@ -981,7 +989,7 @@ def test_what_the_executor_is_asked(
     seen: dict[str, Any] = {}
 
     def run_plan(
-        _plan: Any, _source: str, _target: str, execution: Any, *_: Any, **more: Any
+        _plan: Any, _source: str, _target: str, _doing: str, execution: Any, *_: Any, **more: Any
     ) -> None:
         seen.update(more, verify=not execution.no_verify)
 
@@ -1100,27 +1108,28 @@ def test_a_plan_is_carried_out(
     asked: dict[str, Any] = {}
 
     @contextmanager
-    def phases(quiet: bool) -> Any:
-        asked.update(quiet=quiet)
-        yield SimpleNamespace(count="progress", begin="phase")
+    def bar(total: Any, what: str, quiet: bool) -> Any:
+        asked.update(total=total, what=what, quiet=quiet)
+        yield "progress"
 
     def execute(plan: Any, target: str, **more: Any) -> Any:
         asked.update(more, target=target)
         return SimpleNamespace(findings=(Finding("x", "warning", "late"),))
 
-    monkeypatch.setattr(execution_module, "shown_phases", phases)
+    monkeypatch.setattr(execution_module, "progress_bar", bar)
     monkeypatch.setattr("neox_bridge.execution.execute.execute", execute)
     finding = Finding("y", "info", "early")
     plan: Any = SimpleNamespace(size=50, findings=(finding,), dropped=(), notes=())
     execution = Execution(overwrite=True, max_workers=3, no_verify=no_verify, quiet=quiet)
-    execution_module.perform(plan, "t", execution, lambda p: f"check {p}", hash_name="h")  # type: ignore[arg-type, return-value]
+    execution_module.perform(plan, "t", "writing", execution, lambda p: f"check {p}", hash_name="h")  # type: ignore[arg-type, return-value]
     assert asked == {
+        "total": 50 if no_verify else 100,
+        "what": "writing",
         "quiet": quiet,
         "target": "t",
         "overwrite": True,
         "workers": 3,
         "progress": "progress",
-        "phase": "phase",
         "check": None if no_verify else "check progress",
         "hash_name": "h",
     }

@@ -94,8 +94,8 @@ def test_for_people() -> None:
     }
     assert lines["kind"] == "GPT-NeoX, global_step8, iteration 8"
     assert lines["layout"] == "layers, TP 2, PP 1"
-    assert lines["era"].startswith("fits GPT-NeoX since 2024-11 (neox@today)")
-    assert lines["optimizer"] == "4 files of states, which conversion leaves out"
+    assert lines["era"].startswith("matches GPT-NeoX since 2024-11 (neox@today)")
+    assert lines["optimizer"] == "4 state files, not copied by convert"
     assert lines["size"] == "2 layers, hidden 32, 4 heads, MLP 128"
 
 

@@ -64,7 +64,7 @@ def test_twice_converts_once(hub: Stub, run: Run, model: Path) -> None:
     head = hub.repos[REPO].branches["step3"]
     hub.seen.clear()
     out, _ = run("convert", model, PLACE, "--tp", "2")
-    assert "nothing was done" in out
+    assert "nothing was uploaded" in out
     assert [s for s in hub.seen if not s.startswith(("GET", "HEAD"))] == []
     told = run.json("convert", model, PLACE, "--tp", "2")
     assert told["hub"]["done"] is True
@@ -98,8 +98,8 @@ def test_a_gpt_neox_target_names_no_folder_of_this_machine(
 
 def test_what_would_be_done(hub: Stub, run: Run, model: Path) -> None:
     out, _ = run("convert", model, PLACE, "--private", "--dry-run")
-    assert "hub      org/model will be made, private\n" in out
-    assert "branch   step3 will be made\n" in out
+    assert "hub      org/model will be created, private\n" in out
+    assert "branch   step3 will be created\n" in out
     told = run.json("convert", model, PLACE, "--private", "--dry-run")
     assert told["hub"]["size"] == told["summary"]["bytes"]
     assert sorted(told["hub"]["new"]) == sorted(file["path"] for file in told["files"])
@@ -112,7 +112,7 @@ def test_what_would_be_done(hub: Stub, run: Run, model: Path) -> None:
     assert "branch   step3 is there\n" in out
     assert "upload   nothing" in out
     out, _ = run("convert", model, PLACE, "--tp", "4", "--dry-run")
-    assert "in the way, without --overwrite: " in out
+    assert "conflicts, replaced only with --overwrite: " in out
 
 
 def test_a_pull_request(hub: Stub, run: Run, model: Path) -> None:
@@ -196,7 +196,7 @@ def test_where_it_is_made(hub: Stub, run: Run, model: Path, tmp_path: Path) -> N
 
 
 def test_tokens_are_looked_at_first(hub: Stub, run: Run, model: Path) -> None:
-    for token, words in ((READ, "may only read"), ("", "hf auth login"), ("x", "HF_TOKEN")):
+    for token, words in ((READ, "is read-only"), ("", "hf auth login"), ("x", "HF_TOKEN")):
         run.environment["HF_TOKEN"] = token
         _, err = run("convert", model, PLACE, code=1)
         assert words in err

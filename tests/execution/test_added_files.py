@@ -78,7 +78,7 @@ def test_an_added_file_that_a_reader_takes_is_named(folder: str, name: str, copi
     assert code == 3
     assert changes == [{"path": name, "kind": "added"}]
     assert f"added: {name} since" in text
-    assert "NOT what was written" in text
+    assert "CHANGED since it was written" in text
 
 
 @pytest.mark.parametrize("folder", ["neox/global_step0", "hf"])
@@ -88,7 +88,7 @@ def test_other_files_change_no_verdict(folder: str, copies: Path) -> None:
     (copies / folder / ".cache" / "huggingface" / "download").mkdir(parents=True)
     code, text, changes = verify(copies / folder)
     assert code == 0
-    assert "as it was written" in text
+    assert "unchanged since it was written" in text
     names = {change["path"] for change in changes}
     assert names == {"notes.txt", "photos/", ".git/", "figure.png", "docs/"}
     assert {change["kind"] for change in changes} == {"extra"}

@@ -132,7 +132,7 @@ def test_a_source_inside_the_target_is_found_through_links(model: Path, tmp_path
     before = sorted(path.name for path in inside.iterdir())
     for source, target in (("linked source", "out"), ("out/weights", "linked target")):
         plan = plan_of(tmp_path / source, tmp_path / target, tp=1)
-        with pytest.raises(BridgeError, match="holds the source"):
+        with pytest.raises(BridgeError, match="contains the source"):
             execute(plan, str(tmp_path / target), overwrite=True)
         assert sorted(path.name for path in inside.iterdir()) == before
 
@@ -144,7 +144,7 @@ def test_links_of_a_source_inside_the_target_are_found(model: Path, tmp_path: Pa
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to(model / "model.safetensors")
     plan = plan_of(snapshot, tmp_path / "out", tp=1)
-    with pytest.raises(BridgeError, match="holds the source"):
+    with pytest.raises(BridgeError, match="contains the source"):
         execute(plan, str(tmp_path / "out"), overwrite=True)
     assert (snapshot / "model.safetensors").is_symlink()
 
@@ -157,6 +157,6 @@ def test_a_source_that_is_a_link_into_the_target_is_found(model: Path, tmp_path:
     (source / "model.safetensors").rename(blobs / "weights")
     (source / "model.safetensors").symlink_to(blobs / "weights")
     plan = plan_of(source, blobs, tp=1)
-    with pytest.raises(BridgeError, match="holds the source"):
+    with pytest.raises(BridgeError, match="contains the source"):
         execute(plan, str(blobs), overwrite=True)
     assert (blobs / "weights").is_file()

@@ -708,7 +708,7 @@ def test_a_target_that_appears_meanwhile_is_not_touched(
         patch.setattr("neox_bridge.execution.disk.flush_folders", appear)
         execute(plan, str(tmp_path / "out"))
     assert (tmp_path / "out" / "other").read_text() == "other"
-    with pytest.raises(Refused, match=r"no part of a checkpoint.*: other\."):
+    with pytest.raises(Refused, match=r"not part of a checkpoint.*: other\."):
         execute(plan, str(tmp_path / "out"), overwrite=True)
     (tmp_path / "out" / "other").rename(tmp_path / "out" / "README.md")
     assert execute(plan, str(tmp_path / "out"), overwrite=True).kept == plan.size
@@ -723,7 +723,7 @@ def test_a_source_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "preadv", fail)
     ref = store(tmp_path / "s", noise((64, 64), "float32"), "float32")
-    with pytest.raises(BridgeError, match=r"/s can't be read"):
+    with pytest.raises(BridgeError, match=r"/s cannot be read"):
         run(tmp_path, OutputTensor("t", "float32", (64, 64), (box(ref),)))
     assert left(tmp_path) == []
 
@@ -780,7 +780,7 @@ def make(name: str, content: str | None) -> Callable[[Path], Path]:
 @pytest.mark.parametrize(
     ("build", "overwrite", "message"),
     [
-        (in_source, True, "holds the source"),
+        (in_source, True, "contains the source"),
         (make("file", None), True, "is a file"),
         (make("full", "x"), False, "`overwrite=True`"),
         (lambda t: make("file", None)(t) / "below", False, "is a file"),
@@ -801,7 +801,7 @@ def test_targets_that_cannot_be(
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, _mode: path != str(tmp_path))
-    with pytest.raises(BridgeError, match="can't be written to"):
+    with pytest.raises(BridgeError, match="is not writable"):
         execute(simple(tmp_path, 1), str(tmp_path / "a" / "b"))
     assert left(tmp_path) == []
 
@@ -826,7 +826,7 @@ def test_a_target_of_links_to_the_source(tmp_path: Path) -> None:
     (tmp_path / "snapshot/model").symlink_to(tmp_path / "sblob")
     ref = replace(blob, file=str(tmp_path / "snapshot/model"))
     plan = plan_of(OutputTensor("t", "float32", (4, 4), (box(ref),)))
-    with pytest.raises(BridgeError, match="holds the source"):
+    with pytest.raises(BridgeError, match="contains the source"):
         execute(plan, str(tmp_path / "snapshot"), overwrite=True)
 
 

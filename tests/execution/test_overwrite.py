@@ -204,7 +204,7 @@ def test_an_empty_folder_needs_no_overwrite(home: Path) -> None:
 
 
 def test_a_folder_that_holds_the_source(home: Path) -> None:
-    with pytest.raises(BridgeError, match="holds the source"):
+    with pytest.raises(BridgeError, match="contains the source"):
         execute(plan_of(home / "neox", home), str(home), overwrite=True)
 
 

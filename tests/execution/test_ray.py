@@ -46,7 +46,7 @@ def a_node_and_a_worker_are_lost(folder: Path, told: Any) -> None:
     assert told["killed"] == ["after", "before"]
     assert told["attempts"] >= 1  # what the node had written, when it was killed
     assert len(told["words"]) == 1
-    assert "was lost; what it did is done again" in told["words"][0]
+    assert "was lost; its work is repeated" in told["words"][0]
     assert told["slots"][:2] == [3, 2]
     (row,) = told["rows"]
     assert (row["status"], row["error"], row["tries"]) == ("done", "", 1)

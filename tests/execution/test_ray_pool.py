@@ -158,11 +158,11 @@ def test_a_disk_is_a_nodes_own_unless_its_mount_is_a_networks() -> None:
 def test_the_code_of_a_node() -> None:
     mine = ray_node.asker()()
     assert ray_connect.difference(ray_node.asker()(), mine) == ""
-    assert "can't import neox-bridge (No module" in ray_connect.difference(
+    assert "cannot import neox-bridge (No module" in ray_connect.difference(
         (None, "No module"), mine
     )
     assert "has neox-bridge 0.0.1, and" in ray_connect.difference(("abc", "0.0.1"), mine)
-    assert "has other code" in ray_connect.difference(("abc", mine[1]), mine)
+    assert "has different code" in ray_connect.difference(("abc", mine[1]), mine)
 
 
 # --- the pool --------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_what_no_node_sees_is_an_error_that_names_node_and_path(
     there, path = str(tmp_path), str(tmp_path / "x")
     fake = Fake({"one": 1, "two": 1}, {"one": {there: view("x")}, "two": {there: View(None)}})
     with joined(monkeypatch, fake) as (pool, _):
-        with pytest.raises(BridgeError, match=f"node (one|two) doesn't see {path}.*rsync -a"):
+        with pytest.raises(BridgeError, match=f"node (one|two) cannot read {path}.*rsync -a"):
             pool.submit(name_of, path).result(20)
         fake.sees["two"] = {}  # it was mounted meanwhile
         fake.hold.set()
@@ -352,7 +352,7 @@ def test_a_call_that_needs_more_memory_than_there_is_names_no_number_of_tries(
     fake = Fake({"one": 1}, fail={"one": [ray.exceptions.OutOfMemoryError("no memory")] * 3})
     fake.hold.set()
     with joined(monkeypatch, fake) as (pool, _):
-        words = r"was lost on node one: no memory\. If memory is short.*`workers=`"
+        words = r"was lost on node one: no memory\. If memory ran out.*`workers=`"
         with pytest.raises(BridgeError, match=words):
             pool.submit(name_of, "/x").result(20)
 
@@ -367,7 +367,7 @@ def test_a_node_that_died_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) -> 
         fake.hold.set()
         assert ended(*futures) == [("/x", number) for number in range(8)]
         assert Counter(fake.ran) == {"one": 4, "two": 8}
-        assert words == ["Ray: node one was lost; what it did is done again"]
+        assert words == ["Ray: node one was lost; its work is repeated"]
         assert pool.slots == 1
         del fake.cpus["one"]
         fake.cpus["three"] = 3
@@ -429,7 +429,7 @@ def test_without_a_node_calls_wait_a_while_and_fail(monkeypatch: pytest.MonkeyPa
         fake.cpus.clear()
         until(lambda: not pool._members)
         monkeypatch.setattr(ray_cluster, "_PATIENCE_SECONDS", 0.1)
-        with pytest.raises(BridgeError, match="no node left"):
+        with pytest.raises(BridgeError, match="no usable node left"):
             pool.submit(name_of, "/x").result(20)
 
 
@@ -460,7 +460,7 @@ def test_what_nodes_see_is_forgotten_when_nobody_needs_it(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("ray://head:10001", "client isn't supported"),
+        ("ray://head:10001", "Ray Client is not supported"),
         ("127.0.0.1:1", r"no Ray cluster at 127\.0\.0\.1:1 .*ray start --head"),
         ("head:port", "isn't HOST:PORT"),
     ],

@@ -271,7 +271,7 @@ def test_a_target_that_holds_the_source_is_none(tmp_path: Path) -> None:
         ("run", None, inside),
         ("run", "global_step4", inside),
     ):
-        with pytest.raises(BridgeError, match=f"holds the source {path}, which"):
+        with pytest.raises(BridgeError, match=f"contains the source {path}, which"):
             check_target(str(tmp_path / target), [str(write(tmp_path / "o")), str(path)], step)
     check_target(str(tmp_path / "run"), [str(inside)], "global_step5")
     check_target(str(tmp_path / "out2"), [str(source)], None)
@@ -282,9 +282,9 @@ def test_a_file_a_mount_point_and_a_folder_that_is_closed_are_no_targets(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     file = write(tmp_path / "file")
-    with pytest.raises(BridgeError, match=r"is a file\. Name a folder"):
+    with pytest.raises(BridgeError, match=r"is a file\. Choose a folder"):
         check_target(str(file), [], None)
-    with pytest.raises(BridgeError, match="is a file, and a folder is needed there"):
+    with pytest.raises(BridgeError, match="is a file, but must be a folder"):
         check_target(str(file / "below/it"), [], None)
     run = write(tmp_path / "run/latest", "global_step1").parent
     monkeypatch.setattr(os.path, "ismount", lambda path: path == str(run))
@@ -298,7 +298,7 @@ def test_a_file_a_mount_point_and_a_folder_that_is_closed_are_no_targets(
         return False
 
     monkeypatch.setattr(os, "access", access)
-    with pytest.raises(BridgeError, match=f"^{tmp_path} can't be written to"):
+    with pytest.raises(BridgeError, match=f"^{tmp_path} is not writable"):
         check_target(str(tmp_path / "new/deep"), [], None)
     assert asked_for == [(str(tmp_path), os.W_OK | os.X_OK)]
 
@@ -311,14 +311,14 @@ def test_a_target_that_is_there_is_not_free(tmp_path: Path) -> None:
     check_free(str(folder), "global_step4")
     write(folder / "x")
     for step in (None, "global_step4"):
-        with pytest.raises(BridgeError, match=f"^{folder} exists and isn't empty"):
+        with pytest.raises(BridgeError, match=f"^{folder} exists and is not empty"):
             check_free(str(folder), step)
     write(folder / "latest", "global_step1")
     check_free(str(folder), "global_step4")
     with pytest.raises(BridgeError, match=f"^{folder} exists"):
         check_free(str(folder), None)
     (folder / "global_step4").mkdir()
-    with pytest.raises(BridgeError, match=f"^{folder}/global_step4 exists and isn't empty"):
+    with pytest.raises(BridgeError, match=f"^{folder}/global_step4 exists and is not empty"):
         check_free(str(folder), "global_step4")
 
 
@@ -365,7 +365,9 @@ def test_what_is_no_part_of_a_checkpoint_is_not_deleted(step: str | None, tmp_pa
     name = f"{step}/mine.txt" if step else "mine.txt"
     check_replaceable(str(tmp_path / "out"), step, [name, "other"])
     for planned in (["other"], ["else/mine.txt"]):
-        with pytest.raises(Refused, match=rf"^{replaced} holds files .*them: mine\.txt\. Nothing"):
+        with pytest.raises(
+            Refused, match=rf"^{replaced} contains files .*them: mine\.txt\. Nothing"
+        ):
             check_replaceable(str(tmp_path / "out"), step, planned)
     write(tmp_path / "out/notes.txt")
     if step:
@@ -403,7 +405,7 @@ def test_a_target_is_replaced_whole(can_exchange: bool, tmp_path: Path, monkeypa
     if not can_exchange:
         monkeypatch.setattr(exchange, "_exchange", lambda *_: False)
     write(tmp_path / "out/old")
-    with pytest.raises(BridgeError, match="exists and isn't empty"):
+    with pytest.raises(BridgeError, match="exists and is not empty"):
         stage(tmp_path / "out", {"new": ""})
     assert tree(tmp_path) == ["out/old"]
     stage(tmp_path / "out", {"new": ""}, replace=True)
@@ -464,7 +466,7 @@ def test_a_step_is_put_into_a_run_and_latest_follows(
     if not can_exchange:
         monkeypatch.setattr(exchange, "_exchange", lambda *_: False)
     run = old_run(tmp_path)
-    with pytest.raises(BridgeError, match="exists and isn't empty"):
+    with pytest.raises(BridgeError, match="exists and is not empty"):
         stage(run, FRESH, beside=BESIDE)
     assert texts(run) == OLD
     stage(run, FRESH, replace=True, beside=BESIDE)
@@ -575,7 +577,7 @@ def test_where_the_folder_cannot_be_moved_all_is_as_before(
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr("neox_bridge.execution.install.swap", fails)
-    with pytest.raises(BridgeError, match="can't be written: I/O error"):
+    with pytest.raises(BridgeError, match="cannot be written: I/O error"):
         stage(run, FRESH, replace=True, beside=BESIDE)
     assert texts(run) == OLD
     assert os.listdir(tmp_path) == ["run"]
@@ -702,7 +704,7 @@ def test_what_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: Any) -> Non
         finding = sweep(str(tmp_path / "out"))
         assert finding is not None
         assert (finding.code, finding.severity) == ("left-over", "warning")
-        assert f"is left in {work.folder}, since it can't be removed: Permission" in finding.message
+        assert f"could not be deleted from {work.folder}: Permission" in finding.message
     assert sweep(str(tmp_path / "out")) is None
     assert os.listdir(tmp_path) == []
     assert clear(work) == ""
@@ -754,7 +756,7 @@ def end(home: Path, error: BaseException, finished_files: int) -> BaseException:
     return caught.value
 
 
-FULL = "No space left while writing {}: 1,234 bytes are needed in all. Make room or choose another"
+FULL = "No space left while writing {}: 1,234 bytes are needed in total. Free some space, or choose"
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -762,10 +764,10 @@ FULL = "No space left while writing {}: 1,234 bytes are needed in all. Make room
     ("error", "kind", "words"),
     [
         (OSError(errno.ENOSPC, "full"), BridgeError, FULL),
-        (OSError(errno.EDQUOT, "quota"), BridgeError, "The quota is used up while writing {}: "),
-        (OSError(errno.EEXIST, "there"), BridgeError, "{} exists and isn't empty."),
-        (OSError(errno.ENOTEMPTY, "there"), BridgeError, "{} exists and isn't empty."),
-        (OSError(errno.EIO, "I/O error"), BridgeError, "{} can't be written: I/O error."),
+        (OSError(errno.EDQUOT, "quota"), BridgeError, "The quota is exceeded while writing {}: "),
+        (OSError(errno.EEXIST, "there"), BridgeError, "{} exists and is not empty."),
+        (OSError(errno.ENOTEMPTY, "there"), BridgeError, "{} exists and is not empty."),
+        (OSError(errno.EIO, "I/O error"), BridgeError, "{} cannot be written: I/O error."),
         (OSError("odd"), BridgeError, "{} can't be written: odd."),
         (Unreachable("store away."), Unreachable, "store away."),
         (Refused("no."), Refused, "no."),
@@ -788,12 +790,12 @@ def test_finished_files_wait_for_the_next_run(
         assert "kept" not in said
         assert os.listdir(tmp_path) == [], "folders that were made for it go too"
         if kind is BridgeError:
-            assert said.endswith("What was written is removed again.")
+            assert said.endswith("The partial output was deleted.")
 
 
 def test_how_many_files_are_kept_is_said() -> None:
-    assert kept_files("w", 1).startswith("1 finished file is kept in w: the same command goes on")
-    assert kept_files("w", 2).startswith("2 finished files are kept in w: ")
+    assert kept_files("w", 1).startswith("1 finished file is kept in w. Run the same command again")
+    assert kept_files("w", 2).startswith("2 finished files are kept in w. ")
 
 
 @pytest.mark.parametrize("error", [BridgeError("x"), ValueError("x"), SystemExit(1)])
@@ -810,7 +812,9 @@ def test_a_closed_pipe_is_no_fault_of_the_disk(tmp_path: Path) -> None:
 def test_a_result_that_is_not_the_source_is_set_aside(tmp_path: Path) -> None:
     found = end(tmp_path, Unverified("wrong."), 1)
     target = tmp_path / "deep/out"
-    assert str(found) == (f"wrong. It is kept as {target}.unverified, and {target} is untouched.")
+    assert str(found) == (
+        f"wrong. The result is kept as {target}.unverified, and {target} is unchanged."
+    )
     assert tree(tmp_path) == ["deep/out.unverified/f0", "deep/out.unverified/part"]
 
 

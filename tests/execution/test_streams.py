@@ -62,7 +62,10 @@ def test_a_reader_that_leaves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("more", ["", " --json"])
 def test_a_full_stdout_is_an_error(more: str, tmp_path: Path) -> None:
     """What the command wrote stays, and the message doesn't blame the target."""
-    words = "error: stdout can't be written: No space left on device. Files that were written stay."
+    words = (
+        "error: cannot write to stdout: No space left on device. "
+        "Files that were already written are kept."
+    )
     done = shell(f"nb convert {RUN} out{more} > {FULL}", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == words
@@ -87,6 +90,6 @@ def test_a_full_stderr_changes_nothing(tmp_path: Path) -> None:
 def test_a_full_log_names_the_log(tmp_path: Path) -> None:
     done = shell(f"nb batch {RUN} out --log {FULL}", tmp_path)
     assert done.returncode == 0
-    assert f"warning: {FULL}: No space left on device. The batch goes on" in done.stderr
+    assert f"warning: {FULL}: No space left on device. The batch continues" in done.stderr
     assert done.stderr.count("warning") == 1
     assert (tmp_path / "out").is_dir()

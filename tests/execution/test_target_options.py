@@ -26,7 +26,7 @@ def test_an_option_that_an_object_store_has_no_use_for_is_an_error(
 ) -> None:
     source = write_hf(tmp_path / "hf")
     options: dict[str, Any] = {name: True}
-    with pytest.raises(UsageError, match="only for targets on a disk") as caught:
+    with pytest.raises(UsageError, match="only for targets on a local disk") as caught:
         execute(plan_of(source, tmp_path / "out"), "memory://options/out", **options)
     assert caught.value.parameters == (name,)
     assert objects("options") == []
@@ -45,7 +45,7 @@ def test_the_command_line_names_its_option(command: str, more: list[str], tmp_pa
     arguments = [command, source, "memory://options/cli", "--crc", *more]
     done = RUNNER.invoke(app, arguments)
     assert done.exit_code == 2, done.output
-    assert "--crc: only for targets on a disk" in done.stderr
+    assert "--crc: only for targets on a local disk" in done.stderr
     assert objects("options") == []
 
 

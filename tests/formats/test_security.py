@@ -193,7 +193,7 @@ def test_a_tar_is_known_by_its_checksum(magic: bytes, name: str, tmp_path: Path)
         (tmp_path / name).write_bytes(tar_header(first, magic) + bytes(1024))
         done = look(tmp_path)
         assert done.exit_code == 1
-        assert f"{name}: 0 pickles\n  not read to its end: it is a tar" in done.stdout
+        assert f"{name}: 0 pickles\n  not fully read: it is a tar" in done.stdout
 
 
 def test_a_zip_behind_a_pickle_is_not_harmless(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_what_is_not_read_to_its_end_is_not_harmless(name: str, tmp_path: Path) 
     path.write_bytes(REFUSED[name])
     done = look(path)
     assert done.exit_code == 1
-    assert "not read to" in done.stdout
+    assert "not fully read" in done.stdout
 
 
 def test_names_are_bounded(tmp_path: Path) -> None:
@@ -274,13 +274,13 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder(folder: Path) -> None:
     done = look(folder)
     assert done.exit_code == 1
-    assert "mp_rank_00_model_states.pt and 2 files alike: 1 pickle" in done.stdout
+    assert "mp_rank_00_model_states.pt and 2 more files like it: 1 pickle" in done.stdout
     assert "deep/hidden: 1 pickle\n  UNKNOWN called   os.system\n" in done.stdout
-    assert "5 files looked through, 1 of them may run code" in done.stderr
+    assert "5 files scanned, 1 of them may run code" in done.stderr
     (folder / "deep" / "hidden").unlink()
     done = look(folder)
     assert done.exit_code == 0
-    assert "only build values" in done.stderr
+    assert "only builds values" in done.stderr
 
 
 def test_json(folder: Path) -> None:

@@ -182,14 +182,14 @@ def test_a_new_branch_does_not_hold_the_weights_of_main(
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: Stub, tmp_path: Path) -> None:
     hub.make(REPO)
-    with pytest.raises(BridgeError, match="is there and public"):
+    with pytest.raises(BridgeError, match="already exists and is public"):
         publish(str(make(tmp_path / "out")), REPO, private=True)
     assert hub.files(REPO) == {}
 
 
 def test_one_that_somebody_makes_public_meanwhile_neither(hub: Stub, tmp_path: Path) -> None:
     hub.before.append(("POST /api/repos/create", lambda: (hub.make(REPO), None)[1]))
-    with pytest.raises(BridgeError, match="is there and public"):
+    with pytest.raises(BridgeError, match="already exists and is public"):
         publish(str(make(tmp_path / "out")), REPO, private=True)
     assert hub.files(REPO) == {}
 
@@ -211,7 +211,7 @@ def test_a_pull_request(hub: Stub, tmp_path: Path) -> None:
 def test_a_pull_request_to_others(hub: Stub, tmp_path: Path) -> None:
     hub.make("others/model")
     folder = make(tmp_path / "out")
-    with pytest.raises(BridgeError, match=r"may not write.*`create_pr=True`.*403"):
+    with pytest.raises(BridgeError, match=r"do not have write access.*`create_pr=True`.*403"):
         publish(str(folder), "others/model")
     publish(str(folder), "others/model", create_pr=True)
     assert hub.files("others/model", "refs/pr/1") == content(folder)
@@ -331,10 +331,10 @@ def test_what_a_gitignore_keeps_out_is_told(hub: Stub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("token", "status", "words"),
     [
-        ("hf_wrong", None, r"doesn't know you.*hf auth login.*HF_TOKEN"),
+        ("hf_wrong", None, r"not logged in to the Hub.*hf auth login.*HF_TOKEN"),
         ("", None, "hf auth login"),
-        (READ, None, r"may not write.*403"),
-        (WRITE, 402, "quota is used up"),
+        (READ, None, r"do not have write access.*403"),
+        (WRITE, 402, "quota of the account is exceeded"),
         (WRITE, 404, "no such repository"),
         (WRITE, 413, "too large"),
         (WRITE, 418, r"refused.*418"),
@@ -387,7 +387,7 @@ def test_offline(hub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BridgeError, match="asked while HF_HUB_OFFLINE is set"):
+    with pytest.raises(BridgeError, match="HF_HUB_OFFLINE is set, so the Hub is not contacted"):
         revisions(REPO)
 
 

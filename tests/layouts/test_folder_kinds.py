@@ -594,7 +594,7 @@ def test_security_of_a_sound_safetensors_file(hf: Path) -> None:
     done = run("inspect", hf / "model.safetensors", "--security")
     assert done.exit_code == 0
     assert "may run code" not in done.output
-    assert "safetensors files hold no pickles" in done.stderr
+    assert "safetensors files contain no pickles" in done.stderr
     facts = json.loads(run("inspect", hf / "model.safetensors", "--security", "--json").stdout)
     assert facts["files"][0]["container"] == "safetensors"
     assert "no file in this folder" in run("inspect", hf, "--security").stderr

@@ -451,7 +451,7 @@ def test_a_name_that_contradicts_the_files(flat: Path, tmp_path: Path) -> None:
     assert (tmp_path / "fix" / "latest").read_text() == "global_step8"
     assert (tmp_path / "fix" / "global_step8").is_dir()
     done = run("audit", source, "--cache", "none")
-    assert "says inside that it is of step 8" in done.stderr
+    assert "say that they are step 8" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["downloaded", "step8"])

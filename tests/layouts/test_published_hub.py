@@ -457,7 +457,7 @@ def test_what_was_fetched_waits_for_the_next_try(hub: Stub, run: Commands, mediu
     assert "layer_08-model_00-model_states.pt can't be read" in err
     kept = fetched.kept_bytes(str(run.folder / ".hf.neox-bridge"))
     assert kept > 0
-    assert f"{kept:,} bytes that were fetched are kept in" in err
+    assert f"{kept:,} downloaded bytes are kept in" in err
     assert "Run the same command again to continue" in err
     hub.faults.clear()
     run("convert", f"{RAW}@step{STEP}", "hf")

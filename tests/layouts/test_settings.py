@@ -257,10 +257,10 @@ def test_what_is_said_of_a_scale() -> None:
     assert (kept.code, kept.severity) == ("gradient-scale", "info")
     assert "gradient_accumulation_steps 2 -> 3" in kept.message
     assert "(DeepSpeed 0.16.5) sums micro-batches' gradients" in kept.message
-    assert "the one it goes on with averages micro-batches' gradients" in kept.message
+    assert "the one that resumes it averages micro-batches' gradients" in kept.message
     assert "`engine=sums`;" in kept.remedy
     (kept,) = gradient_findings(None, after, before, None, {})
-    assert "a DeepSpeed that names no version" in kept.message
+    assert "an unknown DeepSpeed version" in kept.message
     assert "`engine=averages`;" in kept.remedy
     change = changes(factor=Fraction(3), decays=True, half=True)
     yml = change.yml({"weight_decay": 0.5})
@@ -277,7 +277,7 @@ def test_what_is_said_of_a_scale() -> None:
     change = changes(has_eps=False)
     (scaled,) = gradient_findings("0.16.5", before, after, change, change.yml({}))
     assert "rounded" not in scaled.message
-    assert "has gradient_clipping: 2.0. Go on" in scaled.message
+    assert "has gradient_clipping: 2.0. Resume with" in scaled.message
 
 
 @pytest.mark.parametrize(

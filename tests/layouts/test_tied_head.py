@@ -276,7 +276,7 @@ def test_batch_takes_the_choice(tmp_path: Path) -> None:
 def test_inspect_diff_and_audit_say_it(tmp_path: Path) -> None:
     two_heads(tmp_path / "run" / "step1")
     inspected = run("inspect", tmp_path / "run" / "step1")
-    assert "another head" in inspected.stdout
+    assert "a different output head" in inspected.stdout
     facts = json.loads(run("inspect", tmp_path / "run" / "step1", "--json").stdout)
     assert facts["stored_head"] == "differs"
     tied = make_hf(tmp_path / "tied", tie_word_embeddings=True)

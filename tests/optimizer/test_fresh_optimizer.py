@@ -157,7 +157,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     command = ["convert", source, str(tmp_path / "x"), "--to", "neox", "--optimizer", "fresh"]
     old = run.invoke(app, command)
     assert old.exit_code == 4
-    assert "gated MLPs of trees before 2024-09" in old.output
+    assert "gated MLPs of GPT-NeoX before 2024-09" in old.output
     hf = run.invoke(app, ["convert", str(DATA / "fp32"), str(tmp_path / "x"), *command[5:]])
     assert hf.exit_code == 2
     assert "--optimizer: only for GPT-NeoX targets" in hf.output

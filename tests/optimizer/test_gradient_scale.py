@@ -275,7 +275,9 @@ def test_a_factor_that_is_no_power_of_two_is_named(tmp_path: Path) -> None:
     plan, _ = reshard(DATA / "fp32_dp3", tmp_path / "new", dp=1)
     warning = finding(plan, "gradient-scale")
     assert warning is not None
-    assert "exp_avg x 3, exp_avg_sq x 9 (rounded, since it is no power of two)" in warning.message
+    assert (
+        "exp_avg x 3, exp_avg_sq x 9 (rounded, because it is not a power of two)"
+    ) in warning.message
 
 
 def test_values_that_become_too_small_are_counted(tmp_path: Path) -> None:
@@ -323,7 +325,7 @@ def test_the_version_of_the_run_decides(version: str | None, scaled: bool, tmp_p
     told = finding(plan, "gradient-scale")
     assert told is not None
     assert (told.severity == "warning") is scaled
-    assert (f"DeepSpeed {version}" if version else "names no version") in told.message
+    assert (f"DeepSpeed {version}" if version else "unknown DeepSpeed version") in told.message
     plan, _ = reshard(source, tmp_path / "sums", micro_batch=1, engine="sums")
     told = finding(plan, "gradient-scale")
     assert told is not None

@@ -81,4 +81,4 @@ def test_no_optimizer() -> None:
     source = str(FIXTURES / "pythia_fp32_pp0_tp1" / "checkpoints")
     done = CliRunner().invoke(app, ["inspect", source, "--optimizer"])
     assert done.exit_code == 1
-    assert "holds no optimizer states" in done.output
+    assert "contains no optimizer states" in done.output

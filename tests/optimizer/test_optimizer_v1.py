@@ -384,7 +384,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "fewer intervals of states": (lambda v: v[BASE][0].pop(), rf"{BASE}\[0\] is a list, not"),
     "states that are a list": (set_at(BASE, 0, 0, to=[]), rf"{BASE}\[0\] is a list, not states"),
     "a state without a name": (set_at(BASE, 0, 0, 5, to=1), rf"{BASE}\[0\] is a mapping, not"),
-    "no states": (set_at(BASE, 0, 0, to={}), "hold no tensors"),
+    "no states": (set_at(BASE, 0, 0, to={}), "contain no tensors"),
     "a state of another size": (
         set_at(BASE, 0, 0, "exp_avg", to=torch.zeros(3)),
         rf"exp_avg beside {MASTERS}\[0\]\[0\] has 3 elements",
@@ -401,7 +401,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         lambda v: v[BASE][0][0].update(exp_avg=v[BASE][0][0]["exp_avg"].half()),
         "exp_avg in another dtype than",
     ),
-    "states that differ": (set_at(BASE, 0, 0, "step", to=3), "other values in interval 1"),
+    "states that differ": (set_at(BASE, 0, 0, "step", to=3), "different values in interval 1"),
     "a part that is too short": (cut_short, rf"{MASTERS}\[0\]: its parts on all ranks have"),
     "parts of other sizes": (moved, rf"{MASTERS}\[0\]: part \d+ of the group has"),
     "a loss scaler of another kind": (set_at("loss_scaler", to=4), "loss_scaler is 4"),
@@ -449,7 +449,7 @@ def test_groups_that_gpt_neox_does_not_make(tmp_path: Path) -> None:
         inner["num_comm_intervals_per_group"].append(1)
 
     change_all(folder, third)
-    with pytest.raises(Refused, match="3 parameter groups, and GPT-NeoX makes one or two"):
+    with pytest.raises(Refused, match="3 parameter groups, but GPT-NeoX writes one or two"):
         read(folder)
 
 
@@ -461,7 +461,7 @@ def test_files_of_different_saves(tmp_path: Path) -> None:
     for other, message in (
         (Save(form="v1 rigid", bucket=1000), "holds rigid states of 2 groups"),
         (Save(bucket=600), "has .* communication intervals"),
-        (Save(form="lean"), r"single_partition_of_fp32_groups.*are of different saves"),
+        (Save(form="lean"), r"single_partition_of_fp32_groups.*are from different saves"),
     ):
         shutil.copy(write(model, other, tmp_path / message[:9]) / name, elastic / name)
         with pytest.raises(BridgeError, match=message):
@@ -498,7 +498,9 @@ def test_padding_that_is_not_zero(form: str, tmp_path: Path) -> None:
         part[-1] = 1.0
 
     change(folder / "zero_pp_rank_10_mp_rank_00_optim_states.pt", last)
-    with pytest.raises(BridgeError, match=r"\[0\] holds values behind the last parameter"):
+    with pytest.raises(
+        BridgeError, match=r"\[0\] contains non-zero values after the last parameter"
+    ):
         read(folder)
 
 
@@ -566,8 +568,8 @@ def test_masters_of_another_step_are_a_warning(form: str, tmp_path: Path) -> Non
     warned = "fp32 masters are not the weights before rounding" in export
     assert warned == (FORMS[form].form != "rigid")
     assert ("fp32 masters are not the weights before rounding" in masters) == warned
-    assert ("do not hold Adam's step" in export) == (FORMS[form].form in ("v1", "lean"))
-    assert "do not hold Adam's step" not in masters
+    assert ("do not contain Adam's step" in export) == (FORMS[form].form in ("v1", "lean"))
+    assert "do not contain Adam's step" not in masters
     report = json.loads(run("inspect", folder, "--optimizer", "--stats", "--json"))
     assert report["optimizer"]["masters"]["differing"] == ["layer 3: mlp.dense_4h_to_h.weight"]
     assert [f["severity"] for f in report["findings"] if f["code"] == "masters-not-weights"] == [
@@ -590,7 +592,7 @@ def test_masters_decayed_before_training(tmp_path: Path) -> None:
     assert differing(optimizer, model.ranks[0]) == []
     assert (optimizer.groups[0].settings["step"], optimizer.groups[0].settings["lr"]) == (1, 0.01)
     (finding,) = optimizer.findings
-    assert "no warmup, so that its first step on zero gradients decayed them" in finding.message
+    assert "no warmup, so its first step on zero gradients decayed them" in finding.message
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -602,7 +604,7 @@ def test_every_weight_is_its_master_rounded(name: str) -> None:
         {"adam-step-derived"} if name != "v1_dp2_rigid" else set()
     )
     text = run("inspect", folder, "--optimizer", "--stats")
-    assert "40 of 40 weights are their masters, rounded" in text
+    assert "40 of 40 weights equal their rounded master weights" in text
     assert "exp_avg_sq: gpt_neox.layers.2.mlp.dense_4h_to_h.weight" in text
 
 
@@ -648,11 +650,11 @@ def test_export_and_masters_are_the_live_optimizers(name: str, tmp_path: Path) -
     assert written["derived"].get("step") == (
         "1 + iteration - skipped_steps" if live["elastic_checkpoint"] else None
     )
-    assert "as it was written" in run("verify", states)
+    assert "unchanged since it was written" in run("verify", states)
     text = run("inspect", states, code=1)
     assert "holds optimizer states that export-optimizer wrote" in text
     command = shlex.split(re.findall(r"neox-bridge verify .*?(?=\. )", text)[0])
-    assert "as it was written" in run(*command[1:])
+    assert "unchanged since it was written" in run(*command[1:])
     damaged = bytearray((states / "exp_avg.safetensors").read_bytes())
     damaged[-1] ^= 1
     (states / "exp_avg.safetensors").write_bytes(damaged)
@@ -784,8 +786,8 @@ def test_what_v1_says_of_them(
 @pytest.mark.parametrize("form", ["v1", "v1 rigid", "0.4.5", "stage 2 of 0.3.16"])
 def test_the_command_that_inspect_prints(form: str, tmp_path: Path) -> None:
     folder = write(made_up(layers=2), replace(FORMS[form], bucket=1500), tmp_path / "x")
-    (line,) = [line for line in run("inspect", folder).splitlines() if "write them for it" in line]
-    command = shlex.split(line.partition("write them for it: ")[2])
+    (line,) = [line for line in run("inspect", folder).splitlines() if "to convert them" in line]
+    command = shlex.split(line.partition("to convert them: ")[2])
     assert "verified bit by bit" in run(*command[1:])
     resharded = command[3]
     assert "112 tensors: 112 equal" in run("diff", folder, resharded, "--optimizer")
@@ -809,7 +811,9 @@ def test_verify_compares_what_was_made_of_masters_with_the_masters(
     hf = tmp_path / "hf"
     run("convert", source, hf, "--weights", "masters", "--dtype", dtype)
     text = run("verify", source, hf)
-    assert "converted with --weights masters, and is compared with the fp32 masters" in text
+    assert (
+        "converted with --weights masters, so it is compared with the fp32 master weights" in text
+    )
     assert "equal" in text
     run("report", hf, "--source", source, "-o", tmp_path / "page.html")
     path = source / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -817,7 +821,7 @@ def test_verify_compares_what_was_made_of_masters_with_the_masters(
         value = torch.load(path, weights_only=False)
         value["optimizer_state_dict"]["local_sub_partitions_of_fp32_groups"][0][0][5] += 1
         torch.save(value, path, _use_new_zipfile_serialization=False)
-    assert "NOT what the source says" in run("verify", source, hf, code=3)
+    assert "DIFFERS from the source" in run("verify", source, hf, code=3)
     for path in source.glob("zero_*"):
         path.unlink()
-    assert f"{source} holds no optimizer states" in run("verify", source, hf, code=1)
+    assert f"{source} contains no optimizer states" in run("verify", source, hf, code=1)

@@ -241,10 +241,14 @@ def test_a_run_of_today_for_v1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "more", "message"),
     [
-        ("bf16_tp2", {}, "DeeperSpeed 0.3.15, which GPT-NeoX v1.0 requires, has ZeRO for float16"),
-        ("fp32", {}, "has ZeRO for float16 only"),
-        ("fp16_stage0", {}, "ZeRO stage 0.*Say `zero=1`"),
-        ("fp16_stage0", {"zero": 2, "pp": 0}, "ZeRO stage 2.*Say `zero=1`"),
+        (
+            "bf16_tp2",
+            {},
+            "DeeperSpeed 0.3.15, which GPT-NeoX v1.0 requires, supports ZeRO only for float16",
+        ),
+        ("fp32", {}, "supports ZeRO only for float16"),
+        ("fp16_stage0", {}, "ZeRO stage 0.*Use `zero=1`"),
+        ("fp16_stage0", {"zero": 2, "pp": 0}, "ZeRO stage 2.*Use `zero=1`"),
     ],
 )
 def test_what_v1_cannot_resume(
@@ -256,7 +260,7 @@ def test_what_v1_cannot_resume(
 
 def test_the_ways_out_of_a_refusal_work(tmp_path: Path) -> None:
     reshard(DATA / "fp16_stage0", tmp_path / "x", era=V1, zero=1)
-    with pytest.raises(Refused, match=r"ZeRO stage 2.*Say `zero=1`"):
+    with pytest.raises(Refused, match=r"ZeRO stage 2.*Use `zero=1`"):
         reshard(PUBLISHED / "v1_dp2" / "flat", tmp_path / "y", pp=0, zero=2, era=V1)
     with pytest.raises(Refused, match="does not load universal checkpoints"):
         reshard(PUBLISHED / "v1_dp2" / "flat", tmp_path / "y", universal=True)

@@ -212,7 +212,7 @@ def test_a_record_that_is_no_record_is_named_with_what_is_wrong(written: Path) -
     with pytest.raises(BridgeError, match="JSON"):
         check_seal(str(path))
     path.write_text("{}")
-    with pytest.raises(BridgeError, match=r"holds no hashes\. Verify against the source\."):
+    with pytest.raises(BridgeError, match=r"contains no hashes\. Compare with the source"):
         check_seal(str(path))
     path.write_text('{"seal": 1')
     seal = check_seal(str(path))

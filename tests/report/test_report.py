@@ -185,7 +185,7 @@ def test_a_checkpoint_with_nan(hf: Path, other: Path, tmp_path: Path) -> None:
     page = report(tmp_path, other, "--source", hf, code=3)
     assert_alone(page)
     assert page.verdict.startswith("✗")
-    assert "Not what the source says: 1 tensor" in page.text
+    assert "Different from the source: 1 tensor" in page.text
     assert "NaN in 1 of 28 tensors" in page.text
     assert len(page.tags("svg")) == 2
 
@@ -205,7 +205,7 @@ def test_results_that_were_printed(hf: Path, other: Path, tmp_path: Path) -> Non
     kinds = re.findall(r'class="kind">(\w+)<', page.source)
     assert kinds == ["Conversion", "Plan", "Verification", "Diff"]
     assert "Written, read back and equal to the source" in page.text
-    assert "Planned: nothing is written yet" in page.text
+    assert "Planned: nothing was written" in page.text
     assert "Equal, bit by bit: 28 tensors" in page.text
     assert ["how attention.dense.bias was spread over 2 ranks", "the ranks' sum is written"] in (
         page.rows
@@ -244,7 +244,7 @@ def test_logits(hf: Path) -> None:
         },
     }
     section = section_of(document, "v.json", "s0-")
-    assert section.verdict == Verdict("bad", "Not what the source says: the logits", holds=False)
+    assert section.verdict == Verdict("bad", "Different from the source: the logits", holds=False)
     assert "block 1: MLP" in dict(section.facts)["logits"]
     assert [finding.severity for finding in section.findings] == ["error"]
     assert "gelu kind: tanh, not erf" in section.findings[0].message
@@ -337,7 +337,7 @@ def test_long_tables_are_folded(tmp_path: Path) -> None:
         (("good",), "good words"),
         (("good", "good"), "good words. good words"),
         (("good", "good", "good"), "All 3 results hold"),
-        (("good", "neutral"), "1 of 2 results hold; nothing speaks against the others"),
+        (("good", "neutral"), "1 of 2 results hold; the others have no findings"),
         (("good", "bad", "warning"), "K, T: bad words"),
         (("differs", "differs", "good"), "Differences in 2 of 3 results"),
         (("warning", "warning"), "Warnings in 2 of 2 results"),
@@ -363,8 +363,8 @@ def test_what_is_no_result(hf: Path, tmp_path: Path) -> None:
     for content, said in (
         ("{", "bad.json isn't JSON"),
         ("[" * 100_000, "bad.json isn't JSON"),
-        ("[]", "bad.json isn't a result"),
-        ('{"a": 1}', "bad.json is no result that a report can show"),
+        ("[]", "bad.json is not a result"),
+        ('{"a": 1}', "bad.json is not a result that a report can show"),
         ('{"equal": false, "tensors": [{"nme": 1}]}', "looks like a result of diff, but isn't"),
         ('{"holds": true, "differences": 5}', "looks like a result of verify, but isn't"),
         ('{"holds": 1, "findings": [], "steps": [1]}', "looks like a result of audit, but isn't"),
@@ -376,9 +376,9 @@ def test_what_is_no_result(hf: Path, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
     (tmp_path / "empty").mkdir()
     for args, code, said in (
-        ((tmp_path / "empty",), 1, "holds neither a checkpoint nor JSON files"),
+        ((tmp_path / "empty",), 1, "contains neither a checkpoint nor JSON files"),
         ((tmp_path / "missing",), 1, "no such folder"),
-        ((bad, "--source", hf), 2, "--source: only for one checkpoint"),
+        ((bad, "--source", hf), 2, "--source: needs exactly one checkpoint"),
     ):
         bad.write_text('{"equal": true, "tensors": []}')
         done = run("report", *args, "-o", tmp_path / "page.html")
@@ -396,7 +396,7 @@ def test_a_page_that_is_there_stays(hf: Path, tmp_path: Path) -> None:
     assert target.read_text() == "mine"
     done = run("report", hf, "-o", target, "--overwrite")
     assert done.exit_code == 4
-    assert "isn't a page that neox-bridge report wrote" in done.stderr
+    assert "was not written by neox-bridge report" in done.stderr
     assert target.read_text() == "mine"
     assert run("report", hf, "-o", tmp_path).exit_code == 1
     assert run("report", hf, "-o", tmp_path / "no" / "page.html").exit_code == 1

@@ -37,7 +37,7 @@ def test_keys_of_the_environment_need_no_botocore(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://nearer")
     assert s3_options("s3://bucket") == {"endpoint": "http://nearer"}
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(BridgeError, match=r"botocore is needed: pip install"):
+    with pytest.raises(BridgeError, match=r"AWS profiles need botocore: pip install"):
         s3_options("s3://bucket")
 
 
@@ -73,7 +73,7 @@ def test_a_profile_names_user_region_endpoint_and_style(
 
 
 def test_nobody_is_an_error() -> None:
-    with pytest.raises(BridgeError, match=r"no credentials for s3 were found.*AWS_PROFILE"):
+    with pytest.raises(BridgeError, match=r"no credentials for S3 were found.*AWS_PROFILE"):
         s3_options("s3://bucket")
 
 

@@ -84,7 +84,7 @@ def test_what_is_there_is_only_replaced_when_asked(
 ) -> None:
     url = f"{emulator.root}/replaced"
     run(wide, url, tp=1)
-    with pytest.raises(BridgeError, match=r"exists and holds \d+ objects"):
+    with pytest.raises(BridgeError, match=r"exists and contains \d+ objects"):
         run(wide, url, tp=2)
     run(wide, url, tp=2, overwrite=True)
     run(wide, tmp_path / "neox", tp=2)

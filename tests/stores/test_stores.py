@@ -50,7 +50,7 @@ from neox_bridge.verification.verify import checker, verify
 RUNNER = CliRunner()
 # what is said of an empty answer to a look, to a listing, to a range, and to what is written
 EMPTY = (
-    "the answer is 200 and empty|Got invalid list response|Received non-partial response"
+    "the answer is empty with status 200|Got invalid list response|Received non-partial response"
     "|ETag Header missing from response"
 )
 
@@ -236,7 +236,7 @@ def test_what_is_there_is_only_replaced_when_told(store: Store, hf: Path, tmp_pa
     run(s3("there/neox"), url, shard_size=300_000)
     before = contents(url)
     run(other, tmp_path / "neox", layout="ranks")
-    with pytest.raises(BridgeError, match=r"exists and holds \d+ objects\. .*`overwrite=True`"):
+    with pytest.raises(BridgeError, match=r"exists and contains \d+ objects\. .*`overwrite=True`"):
         run(tmp_path / "neox", url)
     assert contents(url) == before
     store.requests.clear()
@@ -249,7 +249,7 @@ def test_what_is_there_is_only_replaced_when_told(store: Store, hf: Path, tmp_pa
         if r.method in ("PUT", "DELETE", "POST") and not r.key.endswith("/.neox-bridge/lock")
     ]
     assert changes[0] == ("DELETE", "there/hf/neox_bridge.json"), "it isn't whole from here on"
-    with pytest.raises(BridgeError, match="holds the source"):
+    with pytest.raises(BridgeError, match="contains the source"):
         run(s3("there/neox"), s3("there"), overwrite=True, to="neox", tp=4)
 
 
@@ -377,14 +377,14 @@ def test_commands_take_urls(store: Store, hf: Path, neox: Path, tmp_path: Path) 
     assert facts["path"] == url
     assert facts["bytes"] == json.loads(call("inspect", neox, "--json"))["bytes"]
     assert "equal" in call("verify", hf, url)
-    assert "as it was written" in call("verify", url)
+    assert "unchanged since it was written" in call("verify", url)
     assert "0 not" in call("diff", url, hf, "--stat")
     assert "0 not" in call("diff", hf, f"{url}/", "--stat")
     assert "model.safetensors" in call("convert", url, s3("cli/hf"), "--dry-run")
     assert not contents(s3("cli/hf"))
     assert "verified bit by bit" in call("convert", url, s3("cli/hf"))
     assert "verified bit by bit" in call("convert", s3("cli/hf"), tmp_path / "back", "--tp", 2)
-    assert "9 files alike" in call("inspect", url, "--security")
+    assert "9 more files like it" in call("inspect", url, "--security")
     assert call("audit", url, "--cache", tmp_path / "cache")
     fs, root = fsspec.core.url_to_fs(url)
     fs.pipe_file(f"{root}/global_step0/mp_rank_00_model_states.pt", b"another")
@@ -396,10 +396,10 @@ def test_errors_say_what_to_do(
 ) -> None:
     plan = plan_of(hf, tmp_path / "x")
     for target, words in (
-        ("s3://bucket", "Name a folder in it"),
+        ("s3://bucket", "Choose a folder in it"),
         ("s3://nobody/x", "bucket"),
         ("gopher://x/y", "gopher"),
-        ("hf://org/name", "Hub can't be written"),
+        ("hf://org/name", "files on the Hub cannot be written"),
     ):
         with pytest.raises(BridgeError, match=words):
             execute(plan, target)
@@ -414,7 +414,7 @@ def test_errors_say_what_to_do(
     command = [sys.executable, "-m", "neox_bridge", "inspect", s3("errors/hf")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "no credentials for s3" in done.stderr
+    assert "no credentials for S3" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -707,9 +707,9 @@ def test_a_store_that_loses_an_object_again_is_named(store: Store, hf: Path, nam
     store.spoil = lose(name)
     done = RUNNER.invoke(app, ["convert", str(hf), url, "--to", "neox", "--tp", "2"])
     assert done.exit_code == 1
-    assert f"{name} can't be written: the store said twice that it has it" in done.stderr
+    assert f"{name} cannot be written: the store confirmed the object twice" in done.stderr
     assert "Copy the checkpoint again" not in done.stderr
-    assert "the same command goes on" in done.stderr
+    assert "Run the same command again to continue" in done.stderr
     store.spoil = lambda method, key, query: ""
     done = RUNNER.invoke(app, ["convert", str(hf), url, "--to", "neox", "--tp", "2"])
     assert done.exit_code == 0, done.stderr
@@ -726,7 +726,7 @@ def test_a_clean_up_that_fails_is_a_warning(
     done = RUNNER.invoke(app, ["convert", str(hf), url, "--to", "neox", "--tp", "2"])
     assert done.exit_code == 0, done.stderr
     assert "verified bit by bit" in done.stdout
-    assert f"is finished, but what was only for resuming is left in {url}/.neox-bridge" in (
+    assert f"is complete, but temporary files could not be deleted from {url}/.neox-bridge" in (
         done.stderr
     )
     store.spoil = lambda method, key, query: ""

@@ -122,7 +122,7 @@ def test_a_jump_names_the_step_the_tensor_and_both_norms() -> None:
     assert (fault.run, fault.steps, fault.tensors) == ("run", ("2000",), ("a",))
     assert "1 tensor jump" in fault.message
     assert "a (1 to 9)" in fault.message
-    assert "back at the next" in fault.message
+    assert "return to normal at the next step" in fault.message
     (rise,) = jump_faults(norms(1.0, 1.0, 1.0, 9.0, 9.0))
     assert rise.steps == ("3000",)
     assert "back" not in rise.message
@@ -185,7 +185,8 @@ def test_the_label_is_that_of_the_step_where_steps_are_left_out() -> None:
     (fault,) = jump_faults(steps)
     assert fault.steps == ("4000",)
     assert fault.message == (
-        "run: at step 4000 the norms of 1 tensor jump, and back at the next: a (1 to 9)"
+        "run: at step 4000 the norms of 1 tensor jump, and return to normal at the next step: a "
+        "(1 to 9)"
     )
 
 
@@ -198,7 +199,9 @@ def test_the_size_of_a_jump_is_the_ratio_of_both_norms() -> None:
     ]
     (fault,) = jump_faults(steps)
     assert fault.tensors == ("c", "b", "a")
-    assert "3 tensors jump, and back at the next: c (64 to 0.5), b (0.5 to 8)" in fault.message
+    assert (
+        "3 tensors jump, and return to normal at the next step: c (64 to 0.5), b (0.5 to 8)"
+    ) in fault.message
     zero = [step(n, {"a": tensor(f"a{n}", 0.0 if n == 2 else 1.0)}) for n in range(5)]
     (gone,) = jump_faults(zero)
     assert "a (1 to 0)" in gone.message
@@ -368,7 +371,7 @@ def test_norms_beside_it_tell_whose_bits_they_are(own: float, other: float, told
     steps = [step(n, alike if n in (2, 4) else {"a": tensor(f"a{n}", course[n])}) for n in range(7)]
     steps[3] = step(3, {"a": tensor("a3", 2.1)})
     (fault,) = identity_faults(steps)
-    said = "they are step 2's, and 4 has the wrong ones" in fault.remedy
+    said = "they belong to step 2, so 4 has wrong weights" in fault.remedy
     assert said == told, fault.remedy
 
 
@@ -395,17 +398,17 @@ def test_what_stays_in_half_precision_must_begin_with_step_0_and_have_numbers() 
 def test_all_steps_alike() -> None:
     alike = {"a": tensor("same"), "b": tensor("too")}
     (fault,) = identity_faults([step(n, alike) for n in (4, 5, 6)])
-    assert fault.message == "run: steps 4, 5 and 6 are identical, every tensor of them"
-    assert fault.remedy == "all steps are the same; copy or convert the wrong ones again"
+    assert fault.message == "run: steps 4, 5 and 6 are identical in every tensor"
+    assert fault.remedy == "all steps are equal; copy or convert the wrong ones again"
     assert list(identity_faults([step(4, alike)])) == []
     assert list(identity_faults([])) == []
 
 
 def test_neighbours_that_are_the_same_tell_nothing() -> None:
     (fault,) = identity_faults(same(2, 3))
-    assert fault.remedy.startswith("which of them they belong to can't be told from neighbours; ")
+    assert fault.remedy.startswith("neighboring steps do not show which step they belong to; ")
     (apart,) = identity_faults(same(2, 4))
-    assert apart.remedy.startswith("whose they are, the norms don't tell; ")
+    assert apart.remedy.startswith("the norms do not show which step they belong to; ")
 
 
 def whose(norms_: list[float], *shared: int) -> str:
@@ -418,8 +421,8 @@ def whose(norms_: list[float], *shared: int) -> str:
     return fault.remedy.partition(";")[0]
 
 
-STEP_2 = "by the norms beside it, they are step 2's, and 4 has the wrong ones"
-NOBODYS = "whose they are, the norms don't tell"
+STEP_2 = "the norms of neighboring steps suggest that they belong to step 2, so 4 has wrong weights"
+NOBODYS = "the norms do not show which step they belong to"
 
 
 @pytest.mark.parametrize(("factor", "told"), [(BOTH[0], False), (BOTH[1], True)])
@@ -443,7 +446,7 @@ def test_the_right_step_must_fit_four_times_as_well(near: float, told: bool) -> 
 
 def test_norms_tell_which_of_three_steps_is_right() -> None:
     remedy = whose([5.0, 5.0, 1.0, 5.0, 1.0, 1.0, 5.0, 5.0, 1.0, 5.0], 2, 4, 8)
-    assert remedy == "by the norms beside it, they are step 4's, and 2 and 8 have the wrong ones"
+    assert remedy == STEP_2.replace("step 2, so 4 has", "step 4, so 2 and 8 have")
     assert whose([1.0, 1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 5.0], 2, 4, 6) == NOBODYS
 
 
@@ -481,12 +484,10 @@ def test_a_matrix_may_stay_for_a_step_unless_it_is_all_that_its_file_holds() -> 
     (fault,) = identity_faults(run("two"))
     assert (fault.code, fault.steps, fault.tensors) == ("shared-shard", ("1", "2"), ("a",))
     assert fault.message == (
-        "run: steps 1 and 2 share 1 tensor, bit for bit, all that one holds, and differ elsewhere: "
-        "a"
+        "run: steps 1 and 2 differ, but share 1 tensor bit for bit (everything in one): a"
     )
     assert fault.remedy == (
-        "which of them they belong to can't be told from neighbours; copy or convert that file "
-        "again"
+        "neighboring steps do not show which step they belong to; copy or convert that file again"
     )
 
 
@@ -504,7 +505,7 @@ def test_vectors_alone_are_a_file_of_another_step_only_where_they_change_at_othe
 
     (fault,) = identity_faults(run(0, 1, 2, 2, 4))
     assert (fault.steps, fault.tensors) == (("2", "3"), ("v", "w"))
-    assert "share 2 tensors, bit for bit, all that one holds, " in fault.message
+    assert "differ, but share 2 tensors bit for bit (everything in one)" in fault.message
     assert list(identity_faults(run(0, 1, 1))) == [], "two values do not tell"
     assert list(identity_faults(run(0, 1, 1, 2, 2, 4))) == [], "they stay at other steps too"
 
@@ -523,8 +524,8 @@ def test_tensors_of_every_rank_are_no_part() -> None:
     (fault,) = identity_faults(steps)
     assert (fault.steps, fault.tensors) == (("1", "3"), ("a",))
     assert "tensor-parallel" not in fault.message
-    assert "holds" not in fault.message, "both files hold another tensor, which differs"
-    assert fault.message.startswith("run: steps 1 and 3 share 1 tensor, bit for bit, and differ")
+    assert "everything" not in fault.message, "both files hold another tensor, which differs"
+    assert fault.message.startswith("run: steps 1 and 3 differ, but share 1 tensor bit for bit: a")
 
 
 def test_files_are_named_where_they_hold_nothing_else() -> None:
@@ -540,9 +541,7 @@ def test_files_are_named_where_they_hold_nothing_else() -> None:
         for one in steps
     ]
     (fault,) = identity_faults(steps)
-    assert "share 2 tensors, bit for bit, rank0.pt, rank1.pt, and differ elsewhere: a, b" in (
-        fault.message
-    )
+    assert "differ, but share 2 tensors bit for bit (rank0.pt, rank1.pt): a, b" in (fault.message)
 
 
 def test_constant_tensors_are_nobodys() -> None:
@@ -562,7 +561,7 @@ def test_frozen_tensors_are_counted() -> None:
         step(n, {"a": tensor("same"), "c": tensor("too"), "b": tensor(f"b{n}")}) for n in range(3)
     ]
     (fault,) = identity_faults(steps)
-    assert fault.message == "run: 2 of 3 tensors are the same in every step: a, c"
+    assert fault.message == "run: 2 of 3 tensors are equal in every step: a, c"
     assert fault.steps == ("0", "1", "2")
 
 
@@ -582,7 +581,7 @@ def test_steps_that_a_run_has_twice_are_no_other_runs() -> None:
     other = [step(n, {"a": tensor(f"o{n}")}, run="other") for n in range(6)]
     other[3] = replace(one[2], run="other", label="3", number=3)
     (fault,) = across_runs({"one": one, "other": other})
-    assert fault.message == "one and other share steps, every tensor of them: 2 is 3"
+    assert fault.message == "one and other have identical steps: 2 is 3"
 
 
 @pytest.mark.parametrize(("number", "wrong"), [(0, False), (1, False), (2, True), (None, True)])
@@ -663,7 +662,7 @@ def test_an_unknown_setting_is_a_warning_where_it_may_change_the_model() -> None
     (fault,) = setting_faults(harmless)
     assert (fault.code, fault.severity) == ("unknown-key", "info")
     assert fault.message == "run: 0, 1: unknown setting: attention-scale: 'x'"
-    assert fault.remedy == "check it if a fork trained it"
+    assert fault.remedy == "check it if a fork of GPT-NeoX trained the run"
 
 
 def test_an_unknown_setting_that_only_some_steps_have_is_another_config() -> None:
@@ -674,7 +673,7 @@ def test_an_unknown_setting_that_only_some_steps_have_is_another_config() -> Non
         ("config-differs", ("1",)),
         ("config-differs", ("2",)),
     ]
-    assert "attention-scale is not there at step 2, and 2.0 at most" in faults[2].message
+    assert "attention-scale is missing at step 2, and 2.0 at most" in faults[2].message
 
 
 def test_a_tensor_that_one_step_lacks_or_has_alone_is_of_another_shape() -> None:
@@ -733,7 +732,7 @@ def test_the_run_that_begins_otherwise_is_the_one_of_the_fewest(bits: str) -> No
     odd = next(n for n, one in enumerate(bits) if bits.count(one) == 1)
     usual = next(n for n, one in enumerate(bits) if bits.count(one) == 2)
     assert fault.message == (
-        f"r{odd}: step 0 isn't that of r{usual} (the same seed): 1 of 1 tensors differ: a"
+        f"r{odd}: step 0 differs from that of r{usual} (the same seed): 1 of 1 tensors differ: a"
     )
 
 
@@ -741,16 +740,14 @@ def test_all_runs_that_begin_otherwise_are_named() -> None:
     runs = {f"r{n}": [starting(f"r{n}", one, 1)] for n, one in enumerate("yxxz")}
     assert [fault.run for fault in init_faults(runs)] == ["r0", "r3"]
     told = [fault.message for fault in init_faults(runs, same_init=True)]
-    assert ["(as told)" in message for message in told] == [True, True]
+    assert ["(requested with `same_init=`)" in message for message in told] == [True, True]
 
 
 def test_runs_of_other_seeds_that_begin_alike_are_named_once() -> None:
     runs = {f"r{n}": [starting(f"r{n}", "x", seed)] for n, seed in enumerate((1, 2, 3))}
     (fault,) = init_faults(runs)
     assert fault.run == "r1"
-    assert fault.message == (
-        "step 0 is the same in r0 (seed 1), r1 (seed 2), r2 (seed 3), every tensor of it"
-    )
+    assert fault.message == ("step 0 is identical in r0 (seed 1), r1 (seed 2), r2 (seed 3)")
 
 
 def test_two_runs_are_needed_to_begin_alike() -> None:
@@ -801,8 +798,8 @@ def test_an_optimizer_that_counts_otherwise_than_its_run() -> None:
     steps[2] = replace(steps[2], updates=(1,))
     (fault,) = state_faults(steps, [])
     assert (fault.code, fault.steps) == ("other-count", ("3",))
-    assert "has made 1 steps" in fault.message
-    assert "by the run's others 3" in fault.message
+    assert "it counts 1 steps" in fault.message
+    assert "by the other steps of the run it should be 3" in fault.message
     steps[2] = replace(steps[2], updates=(3, 2))
     (apart,) = state_faults(steps, [])
     assert "3 and 2 steps" in apart.message
@@ -856,7 +853,9 @@ def test_an_optimizer_that_began_anew_is_always_behind() -> None:
     assert list(state_faults(steps, [])) == []
     steps[1] = replace(steps[1], updates=(4,))
     (fault,) = state_faults(steps, [])
-    assert fault.message.endswith("it has made 4 steps, and by the run's others 2")
+    assert fault.message.endswith(
+        "it counts 4 steps, but by the other steps of the run it should be 2"
+    )
     unnumbered = [replace(s, number=None) for s in steps]
     assert list(state_faults(unnumbered, [])) == []
     assert list(state_faults([], [])) == []

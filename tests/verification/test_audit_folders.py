@@ -109,10 +109,10 @@ def test_what_is_left_out_beside_checkpoints_is_said(tmp_path: Path) -> None:
     folders(tmp_path, "logs", "model/config.json", "wandb")
     (fault,) = find_runs([str(tmp_path)])[1]
     assert (fault.code, fault.severity) == ("left-out", "info")
-    assert fault.message.endswith("no checkpoint of a run: logs, wandb")
+    assert fault.message.endswith("skipped, not a checkpoint of a run: logs, wandb")
     folders(tmp_path, "run/step1", "run/config.json")
     said = [f.message for f in find_runs([str(tmp_path / "run")])[1]]
-    assert [message.rpartition(": ")[2] for message in said] == ["the model beside its own steps"]
+    assert [message.rpartition(": ")[2] for message in said] == ["the final model beside its steps"]
 
 
 def test_hidden_folders_are_no_checkpoints(tmp_path: Path) -> None:

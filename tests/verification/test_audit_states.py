@@ -92,7 +92,7 @@ def test_a_moment_that_isnt_a_number(trained: Path) -> None:
     told = audit(trained, "--optimizer")
     assert wrong(told) == [("not-finite", ["30"])]
     assert told["findings"][0]["tensors"] == [MOMENT]
-    assert "the optimizer: step 30 has NaN or infinities" in told["findings"][0]["message"]
+    assert "the optimizer: step 30 has NaN or infinite values" in told["findings"][0]["message"]
     assert wrong(audit(trained)) == []
 
 

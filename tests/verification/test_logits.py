@@ -285,16 +285,16 @@ def test_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b"[1, 2, 300]", "300, the vocabulary has 300"),
-        ("a.json", b"[-1]", "ids go up to"),
-        ("a.json", b"[]", "not whole numbers"),
-        ("a.json", b"[0.5]", "not whole numbers"),
-        ("a.json", b"{", "not readable"),
-        ("a.json", b"[[1], [1, 2]]", "not readable"),
+        ("a.json", b"[1, 2, 300]", "300, but the vocabulary has 300"),
+        ("a.json", b"[-1]", "the largest id is"),
+        ("a.json", b"[]", "not integers"),
+        ("a.json", b"[0.5]", "not integers"),
+        ("a.json", b"{", "cannot be read as token ids"),
+        ("a.json", b"[[1], [1, 2]]", "cannot be read as token ids"),
         ("a.json", str([1] * 33).encode(), "32 positions"),
-        ("a.npy", b"\x80\x04.", "not readable"),
-        ("a.npz", b"PK", "not readable"),
-        ("a.txt", b"words", "needs a tokenizer"),
+        ("a.npy", b"\x80\x04.", "cannot be read as token ids"),
+        ("a.npz", b"PK", "cannot be read as token ids"),
+        ("a.txt", b"words", "neither checkpoint contains a tokenizer.json"),
     ],
 )
 def test_tokens_that_cannot_be_used(name: str, content: bytes, said: str, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     code, out = run(capsys, *words)
     assert code == 3
     assert "ANOTHER MODEL" in out
-    assert "they part at layer 0, mlp" in out
+    assert "first difference: layer 0, mlp" in out
     assert "likely cause: gelu kind: activation" in out or "likely cause: gelu kind" in out
     assert run(capsys, *words[:-1], "--tokens", recording)[0] == 2
 
@@ -347,7 +347,7 @@ def test_missing_tensors_are_said(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf")
     checkpoint = open_checkpoint(str(hf))
     edit_config(hf, num_hidden_layers=3)
-    with pytest.raises(BridgeError, match="make it up"):
+    with pytest.raises(BridgeError, match="initialize randomly"):
         compare_logits(checkpoint, checkpoint, torch.zeros(1, 2, dtype=torch.int64))
 
 

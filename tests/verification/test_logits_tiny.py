@@ -419,7 +419,8 @@ def test_biases_of_several_ranks(tp: int, times: str, tmp_path: Path) -> None:
         "half": "bias counted twice",
     }
     assert found["first"][1] == (
-        "attention.dense.bias and the MLP's second: the other side adds the first rank's bias alone"
+        "attention.dense.bias and the second bias of the MLP: the other side adds only the bias "
+        "of the first rank"
     )
 
 

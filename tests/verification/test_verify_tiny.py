@@ -357,8 +357,8 @@ def test_one_element_of_any_tensor_is_found(name: str, tmp_path: Path) -> None:
         assert (difference.name, difference.kind, difference.differing) == (name, "values", 1)
         assert difference.elements == changed.size
         assert not found.holds
-        assert found.verdict == "NOT what the source says"
-        with pytest.raises(Unverified, match=f"isn't what {hf} says: {name}: 1 of "):
+        assert found.verdict == "DIFFERS from the source"
+        with pytest.raises(Unverified, match=f"does not match {hf}: {name}: 1 of "):
             checker(open_checkpoint(str(hf)), workers=1)(str(second))
 
 
@@ -370,8 +370,8 @@ def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
     assert gone == Difference(name, "only-first", 8)
     (more,) = verify(less, a, workers=1).differences
     assert more == Difference(name, "only-second", 8)
-    assert describe(gone) == f"{name} is missing in the second"
-    assert describe(more) == f"{name} is in the second only"
+    assert describe(gone) == f"{name} is only in the first"
+    assert describe(more) == f"{name} is only in the second"
 
 
 def test_casts_are_counted_and_their_overflows_too(tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_a_config_that_means_another_model_is_an_error_both_ways(
     found = check(one, two)
     (finding,) = found.findings
     assert (finding.code, finding.severity) == ("config-differs", "error")
-    assert "the source says " in finding.message
+    assert "the source has " in finding.message
     assert not found.holds
     assert summary(found) == finding.message
 
@@ -426,10 +426,10 @@ def test_rows_that_are_not_there_are_said(tmp_path: Path) -> None:
     assert found.holds
     (finding,) = found.findings
     assert (finding.code, finding.severity) == ("rows-not-compared", "info")
-    assert finding.message.startswith(f"vocabulary rows 12 to 15 of the source aren't in {cut}: ")
+    assert finding.message.startswith(f"vocabulary rows 12 to 15 of the source are not in {cut}: ")
     padded = check(cut, hf)
     details = [difference.detail for difference in padded.differences]
-    assert details == ["rows 12 to 15 are padding, and not zero"] * 2
+    assert details == ["rows 12 to 15 are padding, but are not zero"] * 2
     assert [d.elements for d in padded.differences] == [32, 32]
 
 

@@ -67,11 +67,11 @@ def find_items(
             items.append(Item(name, run.name, place.number, source))
     check_ranges(steps, runs)
     if not items:
-        raise UsageError(["steps"], f"{steps} matches none of the steps")
+        raise UsageError(["steps"], f"{steps} matches no step")
     if twice := [name for name, count in Counter(i.name for i in items).items() if count > 1]:
         raise BridgeError(
-            f"{some(twice)}: several checkpoints would have this name in the target. Convert their "
-            "runs into folders of their own."
+            f"{some(twice)}: several checkpoints would get this name in the target. Convert each "
+            "run into its own folder."
         )
     return items, list(faults)
 

@@ -41,7 +41,7 @@ def hub_model(
     if is_hub(target):
         if "@" in target:
             raise UsageError(
-                ["target"], f"{target}: a batch writes a branch for each step", "Leave it out."
+                ["target"], f"{target}: a batch writes one branch per step", "Leave it out."
             )
         hub_api(f"{target} is on the Hub")
         return HubModel(hub_target(target).repo, work_base(work), private, create_pr)

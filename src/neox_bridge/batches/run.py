@@ -166,7 +166,7 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
 
 
 def _not_there(key: str) -> Finding:
-    message = f"`ignore_keys={key}`: this checkpoint has no such unknown key"
+    message = f"`ignore_keys={key}`: this checkpoint has no unknown key of this name"
     return Finding("ignored-key-absent", "warning", message, "check the key's name")
 
 
@@ -180,14 +180,16 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
             row = replace(row, findings=(*row.findings, finding))
         return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
     if does == "refuse":
-        raise _TargetTaken(f"{words}. Name another target, or say `overwrite=True` to replace it.")
+        raise _TargetTaken(
+            f"{words}. Choose another target, or use `overwrite=True` to replace it."
+        )
     if batch.hub is not None:
         return _published(item, row, plan, batch, pool)
     if state == "changed" and not batch.overwrite:
         kept = ""
         if is_local(row.target):
             kept = f"; kept as {set_aside(row.target, row.target, 'changed')}"
-        finding = Finding("not-whole", "warning", f"{words}: written anew{kept}")
+        finding = Finding("not-whole", "warning", f"{words}: converted again{kept}")
         row = replace(row, findings=(*row.findings, finding))
     anew = batch.overwrite or (state == "changed" and not is_local(row.target))
     row = _written(item, row, plan, row.target, anew, batch, pool)

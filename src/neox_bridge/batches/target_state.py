@@ -54,9 +54,9 @@ def state_of(
         data = read_bytes(path)
         hash_name, files = written_files(parse_json(data))
     except (BridgeError, ValueError, RecursionError):
-        return "other", f"{target} isn't a whole conversion of neox-bridge's"
+        return "other", f"{target} is not a complete conversion by neox-bridge"
     if not is_of(data, asked, sources):
-        return "other", f"{target} was made with other options, or from other files"
+        return "other", f"{target} was converted with other options, or from other files"
     if not is_whole(data):
         return "changed", f"{path} was changed"
     folder = os.path.dirname(path)

@@ -16,36 +16,36 @@ from neox_bridge.cli.values import Word
 # each in the module of its name
 COMMANDS = {
     "convert": "Convert a checkpoint, or change its layout.",
-    "batch": "Convert many checkpoints of a run.",
+    "batch": "Convert all checkpoints of a run.",
     "inspect": "Show what a checkpoint contains.",
-    "patch": "Let a GPT-NeoX tree load checkpoints with and without inv_freq.",
-    "doctor": "Find out what is wrong with a checkpoint and where it loads, and fix it.",
-    "changes": "List the changes of both frameworks that break checkpoints.",
+    "patch": "Patch a GPT-NeoX source tree to load checkpoints with and without inv_freq.",
+    "doctor": "Diagnose why a checkpoint does not load, and fix it.",
+    "changes": "List changes in GPT-NeoX and transformers that break checkpoints.",
     "families": "List the model families that can be converted.",
     "verify": "Check that a converted checkpoint equals its source.",
     "diff": "Compare two checkpoints, tensor by tensor.",
-    "audit": "Check all checkpoints of a run or a suite.",
-    "reshard": "Write a run, with its optimizer, for another number of ranks.",
-    "export-optimizer": "Write a run's optimizer states under the model's names.",
-    "report": "Make an HTML page of checkpoints and results.",
-    "toy": "Write a random checkpoint of a Pythia's shape.",
+    "audit": "Check every checkpoint of a run or a suite for faults.",
+    "reshard": "Move a training run to another number of ranks, optimizer included.",
+    "export-optimizer": "Export a run's optimizer states under Hugging Face names.",
+    "report": "Create an HTML report of checkpoints and results.",
+    "toy": "Write a random checkpoint in the shape of a Pythia model.",
 }
 SHELLS = ("bash", "zsh", "fish")
 _EPILOG = """
-`neox-bridge COMMAND --help` explains a command and all its options, with examples.
+`neox-bridge COMMAND --help` explains a command and all of its options, with examples.
 `neox-bridge COMMAND -h` shows the common options.
 
 \b
 Exit codes of all commands:
   0    done
   1    error
-  2    wrong usage
+  2    usage error
   3    differences were found
   4    refused, or the checkpoint will not load
   130  interrupted
 
 \b
-Completion in the shell, for bash, zsh and fish:
+Shell completion:
   eval "$(neox-bridge --completion bash)"     in ~/.bashrc
   eval "$(neox-bridge --completion zsh)"      in ~/.zshrc
   neox-bridge --completion fish | source      in ~/.config/fish/config.fish
@@ -117,7 +117,7 @@ app = App(
             type=Word(SHELLS),
             metavar="|".join(SHELLS),
             callback=_print_completion,
-            help="Print the script that completes commands and options in this shell.",
+            help="Print the completion script for this shell.",
         ),
     ],
     help="Converts language-model checkpoints between Hugging Face and GPT-NeoX.",
@@ -139,6 +139,9 @@ def main() -> None:
         app(prog_name="neox-bridge")
     except SystemExit as end:
         if problem := stdout_failure():
-            say("error", f"stdout can't be written: {problem}. Files that were written stay.")
+            say(
+                "error",
+                f"cannot write to stdout: {problem}. Files that were already written are kept.",
+            )
             sys.exit(end.code or 1)
         raise

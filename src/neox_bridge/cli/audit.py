@@ -30,34 +30,34 @@ class AuditOptions:
 
     against: str | None = option(
         None,
-        "Compare each step with the same step of this run, which should hold the same weights. A "
-        "folder or ORG/NAME of the Hub, of either kind.",
+        "Compare each step with the same step of this run, which should have the same weights. A "
+        "folder or a Hub model (ORG/NAME), in either format.",
         common=True,
         value="path",
         metavar="TWIN",
     )
     steps: str = option(
         "all",
-        "Steps to read: 1000,5000-9000,10000-143000:1000,last or all.",
+        "Steps to read: a list (0,1000), ranges (5000-9000 or 10000-143000:1000), last or all.",
         common=True,
         metavar="LIST",
     )
     same_init: bool = option(
-        False, "Report runs of the same shapes whose steps 0 differ.", common=True
+        False, "Report runs of the same shape whose initial weights (step 0) differ.", common=True
     )
-    optimizer: bool = option(False, "Audit the optimizer states too, if there are any.")
+    optimizer: bool = option(False, "Also audit the optimizer states, if there are any.")
     cache: str | None = option(
         None,
-        "Where hashes are kept, so that unchanged files are not read again. Default: "
+        "The folder for cached hashes, so that unchanged files are not read again. Default: "
         "neox-bridge/audit in the user's cache folder.",
         value="path",
         metavar="DIR|none",
     )
     plot: str | None = option(
-        None, "Draw the norms over the steps (extra [plot]).", common=True, value="picture"
+        None, "Plot the norms over the steps (extra [plot]).", common=True, value="picture"
     )
     max_workers: int | None = inherited(
-        Execution, "max_workers", text="Threads that read. Default: 2."
+        Execution, "max_workers", text="Number of worker threads. Default: 2."
     )
 
 
@@ -66,8 +66,8 @@ class AuditOptions:
     Argument(
         "folders",
         "DIR...",
-        "A run (a GPT-NeoX root, a folder of step1000, step2000, …, or ORG/NAME of the Hub with a "
-        "branch for each step), or a parent of several.",
+        "A run (a GPT-NeoX root folder, a folder of step1000, step2000, …, or a Hub model with a "
+        "branch per step), or a folder of several runs.",
         many=True,
         required=True,
     ),
@@ -76,16 +76,16 @@ class AuditOptions:
     Output,
 )
 def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, output: Output) -> None:
-    """Check all checkpoints of a run, or of a suite of runs.
+    """Check every checkpoint of a run, or of a suite of runs, for faults.
 
-    Finds steps that are identical, weights that belong to another step (down to one rank's shard
-    of one layer), runs whose initial weights differ where they should not or are the same where
-    they should not, norms that jump, NaN, and steps that are missing, incomplete or of another
-    model. Layouts, formats and tensor parallelism may differ from step to step. DIR is read-only.
+    Finds identical steps, weights that belong to another step (down to one rank's shard of one
+    layer), runs whose initial weights should be equal but differ or should differ but are equal,
+    norms that jump, NaN, and steps that are missing, incomplete or from another model. Format,
+    layout and tensor parallelism may change from step to step. DIR is not modified.
 
-    With --against, the runs are compared with another one instead: whether each step holds the
-    same weights, and if not, at which other step they are. Dtypes that differ are compared after
-    the cast that keeps every value. Models of the Hub are read by ranges, over plain HTTP.
+    With --against, each step is compared with the same step of another run instead. If the weights
+    differ, the audit says at which other step they are. Different dtypes are compared after a
+    lossless cast. Hub models are read in ranges over plain HTTP.
 
     \b
     Examples:
@@ -93,7 +93,7 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
       neox-bridge audit suite/ --plot norms.svg
       neox-bridge audit EleutherAI/neox-ckpt-pythia-160m --against EleutherAI/pythia-160m
 
-    Exit codes: 0 nothing is wrong, 3 there are warnings or errors (with --against: weights differ
+    Exit codes: 0 nothing is wrong, 3 warnings or errors were found (with --against: weights differ
     or cannot be read), 1 there is nothing to audit.
     """
     from neox_bridge.layouts.open import check_configs_used
@@ -105,7 +105,9 @@ def audit(folders: tuple[str, ...], options: AuditOptions, reading: Source, outp
 
     named = given("same_init", "optimizer", "plot")
     if options.against is not None and named:
-        raise UsageError(named, "not with --against", "Leave it out, or audit the run alone.")
+        raise UsageError(
+            named, "cannot be combined with --against", "Leave it out, or audit the run alone."
+        )
     if options.plot is not None:
         from neox_bridge.verification.drawing import check_plot
 
@@ -212,7 +214,7 @@ def _audit_against(
         names = ", ".join(comparison.source for comparison in comparisons)
         raise BridgeError(
             f"No step of {names} has a counterpart in {', '.join(run.name for run in twins)}, so "
-            "nothing was compared. Are these runs of the same model?"
+            "nothing was compared. Check that these are runs of the same model."
         )
     if output.as_json:
         print_json(_comparisons_json(folders, options.against, comparisons))
@@ -252,11 +254,11 @@ def _print_comparison(comparison: Comparison) -> None:
         words = "; ".join(_words(row, comparison))
         print_line(f"  {row.label:>10}  {verdict:<15}{count:>8}  {words}".rstrip())
     for source, twin in compared_dtypes(comparison.rows):
-        print_line(f"  {source} and {twin} were compared after the cast that keeps every value")
+        print_line(f"  {source} and {twin} were compared after a lossless cast")
     counts = (
-        (comparison.count("same"), "the same"),
-        (comparison.count("differs"), "with other weights"),
-        (comparison.count("unreadable"), "that cannot be read"),
+        (comparison.count("same"), "equal"),
+        (comparison.count("differs"), "different"),
+        (comparison.count("unreadable"), "unreadable"),
         (comparison.count("no counterpart"), "without a counterpart"),
     )
     summary = ", ".join(f"{count} {words}" for count, words in counts if count)
@@ -275,4 +277,4 @@ def _words(row: StepRow, comparison: Comparison) -> Iterator[str]:
     elif row.status == "no counterpart":
         yield f"{comparison.twin if row.side == 'twin' else comparison.source} has no such step"
     if row.saved is not None:
-        yield f"its files say that it is step {row.saved}"
+        yield f"its files say that this is step {row.saved}"

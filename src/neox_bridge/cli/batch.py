@@ -41,25 +41,29 @@ class BatchOptions:
 
     steps: str = option(
         "all",
-        "Which steps: 0,1000,2000; ranges 1000-5000 or 0-143000:1000; last; all.",
+        "Steps to convert: a list (0,1000,2000), ranges (1000-5000 or 0-143000:1000), last or all.",
         group=CHECKPOINTS,
         common=True,
         metavar="LIST",
     )
     watch: bool = option(
         False,
-        "Wait for new steps of the run, and convert them, until Ctrl-C.",
+        "Wait for new steps of the run and convert them, until Ctrl-C.",
         group=CHECKPOINTS,
         common=True,
     )
     interval: float = option(
-        30.0, "Seconds between two looks of --watch.", group=CHECKPOINTS, minimum=0.1, metavar="S"
+        30.0,
+        "Seconds between checks for new steps with --watch.",
+        group=CHECKPOINTS,
+        minimum=0.1,
+        metavar="S",
     )
-    retries: int = option(2, "Retries of a checkpoint that failed.", group=RUN, minimum=0)
+    retries: int = option(2, "How often to retry a checkpoint that failed.", group=RUN, minimum=0)
     recheck: bool = option(
         False,
-        "Hash all files that are already converted. Without this, sizes are compared, and hashes "
-        "of files that were changed later.",
+        "Hash all files that are already converted. By default, only sizes are compared, and "
+        "hashes of files that were modified later.",
         group=RUN,
     )
     norms: bool = option(
@@ -67,17 +71,17 @@ class BatchOptions:
     )
     executor: Literal["local", "ray"] = option(
         "local",
-        "Where the work runs: processes of this machine, or a Ray cluster (extra [ray]).",
+        "Where to run: processes on this machine, or a Ray cluster (extra [ray]).",
         group=RUN,
         choices=("local", "ray"),
     )
     address: str = option("auto", "Address of the Ray cluster.", group=RUN, metavar="ADDRESS")
     max_workers: int | None = inherited(
-        Execution, "max_workers", text="Processes that write.", common=True
+        Execution, "max_workers", text="Number of worker processes.", common=True
     )
     log: str | None = option(
         None,
-        "Append a line of JSON for each event to this file. - writes them to stdout.",
+        "Append one line of JSON per event to this file. Use - for stdout.",
         group=RUN,
         value="path",
         metavar="FILE",
@@ -89,10 +93,10 @@ class BatchOptions:
     Argument(
         "paths",
         "SRC... DST",
-        "Runs (a GPT-NeoX root, a folder of step1000, step2000, …, or ORG/NAME of the Hub with a "
-        "branch for each step), single checkpoints, or URLs. Last the folder to write, with a "
-        "folder for each, or hf://ORG/NAME, with a branch for each. Or one FILE.yml with all of "
-        "it.",
+        "One or more sources, then the target. A source is a run (a GPT-NeoX root folder, a "
+        "folder of step1000, step2000, …, or a Hub model with a branch per step), a single "
+        "checkpoint or a URL. The target is a folder, in which each checkpoint gets a subfolder, "
+        "or hf://ORG/NAME, where each gets a branch. Or one FILE.yml that contains all of it.",
         many=True,
         required=True,
     ),
@@ -113,11 +117,11 @@ def batch(
     upload: Upload,
     execution: Execution,
 ) -> None:
-    """Convert many checkpoints. Those that are already converted and still whole are skipped.
+    """Convert many checkpoints. Those that are already converted and still intact are skipped.
 
-    Each goes into DST/stepN (DST/RUN/stepN if there are several runs), whole or not at all, and is
-    verified. If one fails, it is tried again, and the others continue. Run the same command again
-    to continue after an interruption.
+    Each checkpoint is written to DST/stepN (DST/RUN/stepN for several runs) atomically, and
+    verified. A checkpoint that fails is retried, and the others continue. Run the same command
+    again to continue after an interruption.
 
     \b
     Examples:
@@ -126,8 +130,7 @@ def batch(
       neox-bridge batch EleutherAI/neox-ckpt-pythia-160m converted/ --steps 0-143000:1000
       neox-bridge batch suite.yml --max-workers 8
 
-    Exit codes: 0 all are done, 1 some failed or a source is missing, 2 wrong usage, 130
-    interrupted.
+    Exit codes: 0 all done, 1 some failed or a source is missing, 2 usage error, 130 interrupted.
     """
     from neox_bridge.batches.items import check_first, find_items
     from neox_bridge.batches.on_hub import hub_model
@@ -137,7 +140,7 @@ def batch(
     *sources, target = paths
     _check_applies(choice, details, upload, target)
     if not sources:
-        raise wrong("SRC... DST", "one of them is missing", "Name at least one SRC, and DST.")
+        raise wrong("SRC... DST", "one of them is missing", "Give at least one SRC, and DST.")
     conversion = conversion_of(options, details)
 
     def find() -> tuple[list[Item], list[Finding]]:

@@ -39,12 +39,14 @@ def _words(ctx: click.Context, path: str) -> Iterator[str]:
     sources = settings.pop("sources", None) or settings.pop("source", None)
     target = settings.pop("target", None)
     if not sources or not isinstance(target, str):
-        raise BridgeError(f"{path}: it needs `sources`, a list of paths, and `target`, a path.")
+        raise BridgeError(
+            f"{path}: `sources` (a list of paths) and `target` (a path) are required."
+        )
     for key, value in settings.items():
         name = str(key).replace("_", "-")
         if name not in options:
             raise BridgeError(
-                f"{path}: {key}: no such option. Known: {', '.join(sorted(options))}."
+                f"{path}: unknown option {key}. Known options: {', '.join(sorted(options))}."
             )
         yield from _option(options[name], name, value, path)
     yield "--"
@@ -55,7 +57,7 @@ def _words(ctx: click.Context, path: str) -> Iterator[str]:
 def _option(param: click.Parameter, name: str, value: Any, path: str) -> Iterator[str]:
     if isinstance(param, click.Option) and param.is_flag:
         if not isinstance(value, bool):
-            raise BridgeError(f"{path}: {name}: {value!r} isn't true or false.")
+            raise BridgeError(f"{path}: {name} must be true or false, not {value!r}.")
         yield from [f"--{name}"] if value else param.secondary_opts
     elif isinstance(value, list) and not param.multiple:
         yield from (f"--{name}", ",".join(map(str, value)))

@@ -15,7 +15,7 @@ def batch_file_schema() -> dict[str, Any]:
     """The schema: a key for each option of ``batch``, and for the paths."""
     keys: dict[str, Any] = {
         "sources": {"description": "Runs or checkpoints.", "type": ["string", "array"]},
-        "target": {"description": "The folder or URL to write.", "type": "string"},
+        "target": {"description": "The folder or URL to write to.", "type": "string"},
     }
     for param in batch.params:
         if isinstance(param, Parameter):
@@ -23,7 +23,7 @@ def batch_file_schema() -> dict[str, Any]:
             keys[key] = {"description": param.declared.text, **_type_of(param)}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "A batch file of neox-bridge",
+        "title": "A batch file for neox-bridge",
         "type": "object",
         "properties": keys,
         "required": ["sources", "target"],

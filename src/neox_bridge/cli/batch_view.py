@@ -72,7 +72,7 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
                 file.write(line.encode() + b"\n")
         except OSError as error:
             failed = True
-            say("warning", f"{name}: {error.strerror}. The batch goes on without this log.")
+            say("warning", f"{name}: {error.strerror}. The batch continues without this log.")
 
     return write
 
@@ -80,7 +80,7 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
 def _line(event: "Event") -> None:
     """A line for what went wrong or ended, on stderr."""
     if event.kind == "retry":
-        say("warning", f"{event.name}, tried again: {event.words}")
+        say("warning", f"{event.name} failed, retrying: {event.words}")
     elif event.row is not None:
         print(plain(f"{event.name}: {_became(event.row)}"), file=sys.stderr, flush=True)
 
@@ -173,7 +173,7 @@ def print_dry_run(preview: "DryRun") -> None:
     planned = sum(row.status == "planned" for row in preview.rows)
     line = f"{plural(planned, 'checkpoint')} to convert, {human(preview.size)}"
     if preview.seconds is not None and preview.rate is not None:
-        line += f"; about {_long(preview.seconds)} at {human(preview.rate)}/s, as a sample took"
+        line += f"; about {_long(preview.seconds)} at {human(preview.rate)}/s, measured on a sample"
     print_line(line)
 
 

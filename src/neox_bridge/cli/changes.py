@@ -21,25 +21,25 @@ class ChangesOptions:
 
     framework: Framework | None = option(
         None,
-        "Only the changes of one framework.",
+        "Only changes in this framework.",
         common=True,
         choices=("gpt-neox", "transformers"),
     )
     since: Moment | None = option(
         None,
-        "Only changes from this transformers version (4.30) or date (2024-03) on.",
+        "Only changes since this transformers version (4.30) or date (2024-03).",
         common=True,
         value="moment",
     )
     until: Moment | None = option(
         None,
-        "Only changes up to this transformers version or date, inclusive.",
+        "Only changes up to and including this transformers version or date.",
         common=True,
         value="moment",
     )
     path: str | None = option(
         None,
-        "Only changes that affect this checkpoint or model of the Hub.",
+        "Only changes that affect this checkpoint or Hub model.",
         "--for",
         common=True,
         value="path",
@@ -48,7 +48,7 @@ class ChangesOptions:
 
 @command("changes", ChangesOptions, only(Output, "as_json"))
 def changes(choice: ChangesOptions, output: Output) -> None:
-    """List the changes of GPT-NeoX and transformers that break checkpoints, newest first.
+    """List changes in GPT-NeoX and transformers that break checkpoints, newest first.
 
     \b
     Examples:
@@ -98,6 +98,6 @@ def _lines(change: Change) -> list[str]:
         f"{change.date}  {where(change)}  {change.id}",
         f"  what     {change.title}",
         f"  {'loud' if change.loud else 'silent'}{'':{5 if change.loud else 3}}{change.symptom}",
-        f"  to do    {change.remedy}",
+        f"  fix      {change.remedy}",
         f"  link     {change.link}",
     ]

@@ -56,7 +56,7 @@ def conversion_of(options: Options, details: Details) -> Conversion:
     if details.weights == "masters" and options.to == "neox":
         raise UsageError(
             ["weights"],
-            "masters are only for Hugging Face targets",
+            "master weights are only for Hugging Face targets",
             "To write them into another GPT-NeoX layout, use reshard.",
         )
     return Conversion(options, details, version, names)

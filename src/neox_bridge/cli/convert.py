@@ -16,12 +16,13 @@ from neox_bridge.planning.options import Options
     Argument(
         "source",
         "SRC",
-        "A Hugging Face or GPT-NeoX folder, its URL (s3://…), or a model of the Hub (ORG/NAME).",
+        "A Hugging Face or GPT-NeoX checkpoint: a folder, a URL (s3://…) or a Hub model "
+        "(ORG/NAME).",
     ),
     Argument(
         "target",
         "DST",
-        "The folder or URL to write, or a place on the Hub (hf://ORG/NAME[@BRANCH]).",
+        "The folder or URL to write to, or a Hub repository (hf://ORG/NAME[@BRANCH]).",
     ),
     Options,
     Details,
@@ -40,11 +41,12 @@ def convert(
 ) -> None:
     """Convert a checkpoint between Hugging Face and GPT-NeoX, or between GPT-NeoX layouts.
 
-    The format of SRC is detected automatically. DST appears whole or not at all.
+    The format of SRC is detected automatically. DST is written atomically: it is complete or does
+    not exist.
 
-    SRC may be ORG/NAME@REVISION of the Hub. GPT-NeoX files there are read by ranges over plain
-    HTTP, and optimizer files only with --weights masters. A model for transformers is downloaded
-    by huggingface_hub, which uses hf_xet if it is installed.
+    SRC can be a Hub model at a revision (ORG/NAME@REVISION). GPT-NeoX files on the Hub are read in
+    ranges over plain HTTP; optimizer files are read only with --weights masters. Models for
+    transformers are downloaded by huggingface_hub, which uses hf_xet if it is installed.
 
     \b
     Examples:
@@ -54,8 +56,8 @@ def convert(
       neox-bridge convert pythia-neox pythia-tp4 --to neox --tp 4 --dry-run
       neox-bridge convert pythia-neox hf://my-org/pythia@step3000 --private
 
-    Exit codes: 0 done, 1 error, 2 wrong usage, 3 the result differs from the source, 4 refused
-    (DST cannot express SRC), 130 interrupted.
+    Exit codes: 0 done, 1 error, 2 usage error, 3 the result differs from the source, 4 refused (DST
+    cannot express SRC), 130 interrupted.
     """
     conversion = conversion_of(options, details)
     options = conversion.options
@@ -92,4 +94,4 @@ def convert(
         if is_hub(target):
             publish_plan(plan, source, target, execution, checker, upload, **hashing)
         else:
-            run_plan(plan, source, target, execution, checker, **hashing)
+            run_plan(plan, source, target, "converting", execution, checker, **hashing)

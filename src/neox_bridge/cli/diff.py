@@ -19,30 +19,31 @@ class DiffOptions:
     """What is compared, and how much of it is printed."""
 
     tensor: str = option(
-        "*", "Only tensors whose names match, quoted: '*.bias'.", common=True, metavar="GLOB"
+        "*",
+        "Only tensors whose names match this pattern, such as '*.bias'.",
+        common=True,
+        metavar="GLOB",
     )
     optimizer: bool = option(
-        False, "Compare the optimizer states too, as 'exp_avg: NAME'.", common=True
+        False, "Also compare the optimizer states, as 'exp_avg: NAME'.", common=True
     )
-    stat: bool = option(False, "Print only how many differ.", common=True)
-    plot: str | None = option(
-        None, "Draw the relative differences, block by block.", value="picture"
-    )
-    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that compare.")
+    stat: bool = option(False, "Print only how many tensors differ.", common=True)
+    plot: str | None = option(None, "Plot the relative differences per block.", value="picture")
+    max_workers: int | None = inherited(Execution, "max_workers")
 
 
 @command(
     "diff",
-    Argument("first", "A", "A checkpoint of any kind."),
-    Argument("second", "B", "Another one."),
+    Argument("first", "A", "A checkpoint in any format."),
+    Argument("second", "B", "Another checkpoint."),
     DiffOptions,
     only(Source, "configs", "gqa_order"),
     Output,
 )
 def diff(first: str, second: str, options: DiffOptions, reading: Source, output: Output) -> None:
-    """Compare two checkpoints in the model's own tensors, whatever their kinds and layouts.
+    """Compare two checkpoints tensor by tensor, in any formats and layouts.
 
-    Largest relative difference first. Names are those of Hugging Face.
+    The largest relative difference comes first. Tensor names are those of Hugging Face.
 
     \b
     Examples:

@@ -40,15 +40,15 @@ class DoctorOptions:
 
     target: Target | None = option(
         None,
-        "What should load it. A GPT-NeoX source tree, its date or commit, or a version of "
-        "transformers (transformers: the installed one).",
+        "The framework that should load it. A GPT-NeoX source tree, a GPT-NeoX tag, date or "
+        "commit, or a transformers version (transformers: the installed one).",
         "--for",
         common=True,
         value="target",
     )
     error: str | None = option(
         None,
-        "A traceback that a framework printed. - reads it from stdin.",
+        "A file with the traceback that a framework printed. Use - for stdin.",
         common=True,
         value="path",
         metavar="FILE",
@@ -66,22 +66,22 @@ class DoctorOptions:
     )
     in_place: bool = option(
         False,
-        "Replace the checkpoint by the fixed one as soon as that is complete.",
+        "Fix PATH itself. It is replaced when the fixed copy is complete.",
         group=FIX,
         common=True,
     )
     recompute: bool = option(
-        False, "Drop or replace stored inv_freq that differs from what the config gives.", group=FIX
+        False,
+        "Drop or replace a stored inv_freq that differs from the one that the config gives.",
+        group=FIX,
     )
-    drop_optimizer: bool = option(
-        False, "Leave out optimizer states where they cannot be kept.", group=FIX
-    )
+    drop_optimizer: bool = option(False, "Drop optimizer states that cannot be kept.", group=FIX)
     ignore_keys: tuple[str, ...] = inherited(
         Source,
         "ignore_keys",
         (),
-        text="An unknown key of the settings that does not matter. A fixed yml is written without "
-        "it, since GPT-NeoX refuses it. May be repeated.",
+        text="Ignore this unknown key in the settings. The fixed yml does not contain it, because "
+        "GPT-NeoX refuses it. May be repeated.",
         group=FIX,
     )
 
@@ -93,15 +93,16 @@ class DoctorOptions:
 
 @command(
     "doctor",
-    Argument("paths", "PATH...", "Checkpoints of either kind.", many=True, required=False),
+    Argument("paths", "PATH...", "Checkpoints in either format.", many=True, required=False),
     DoctorOptions,
     only(Source, "step", "configs", "gqa_order"),
     only(Output, "as_json"),
 )
 def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, output: Output) -> None:
-    """Find out what is wrong with a checkpoint, where it loads, and how to fix it.
+    """Diagnose a checkpoint: where it loads, what is wrong with it, and how to fix it.
 
-    Without --for, every known GPT-NeoX or transformers is checked. No checkpoint is executed.
+    Without --for, every known version of GPT-NeoX or transformers is checked. Nothing in a
+    checkpoint is executed.
 
     \b
     Examples:
@@ -110,18 +111,18 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
       neox-bridge doctor pythia-410m --for transformers@4.48
       neox-bridge doctor pythia-neox --error traceback.txt
 
-    Exit codes: 0 nothing or warnings only, 1 error, 2 wrong usage, 4 will not load.
+    Exit codes: 0 loads, perhaps with warnings, 1 error, 2 usage error, 4 will not load.
     """
     as_json = output.as_json
     _check_applies(paths, options)
     if not paths and options.error is None:
-        raise wrong("PATH", "missing", "Name a checkpoint, or a traceback with --error FILE.")
+        raise wrong("PATH", "missing", "Give a checkpoint, or a traceback with --error FILE.")
     from neox_bridge.stores.folder import is_hub
     from neox_bridge.stores.paths import is_local, plain
 
     if urls := [path for path in paths if not is_local(plain(path)) and not is_hub(path)]:
         raise wrong(
-            urls[0], "doctor reads folders and models of the Hub", "Use inspect for other URLs."
+            urls[0], "doctor reads only local folders and Hub models", "Use inspect for other URLs."
         )
     paths = tuple(map(plain, paths))
     report = document(paths=paths)
@@ -170,7 +171,7 @@ def _check_applies(paths: Sequence[str], options: DoctorOptions) -> None:
         )
     named = given("compare", "step", "configs", "gqa_order", "fix", "in_place")
     if not paths and options.error is not None and named:
-        raise UsageError(named, "only for a checkpoint", "Name the checkpoint as well: PATH.")
+        raise UsageError(named, "only for a checkpoint", "Give the checkpoint as well: PATH.")
 
 
 def _open(path: str, reading: Source) -> Checkpoint:
@@ -294,7 +295,7 @@ def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> di
         checkpoint = open_checkpoint(path) if path else None
     advice = advise(text, path, checkpoint, target)
     if advice is None:
-        raise BridgeError("No known message is in this text. Paste the whole traceback.")
+        raise BridgeError("This text contains no known error message. Paste the whole traceback.")
     if not as_json:
         _print_advice(advice, path)
     facts = asdict(advice)

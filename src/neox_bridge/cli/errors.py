@@ -46,7 +46,7 @@ def reported() -> Iterator[None]:
     except OSError as error:
         _fail(_os_message(error), 1)
     except MemoryError:
-        _fail("out of memory. --max-workers 1 needs the least.", 1)
+        _fail("out of memory. Use --max-workers 1, which needs the least memory.", 1)
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
@@ -67,7 +67,7 @@ def writing(target: str) -> Iterator[None]:
             raise Interrupted(str(error)) from None
         if _identity(target) == before:
             raise Interrupted(f"nothing was written to {target}") from None
-        raise Interrupted(f"but {target} was already written, all of it") from None
+        raise Interrupted(f"after {target} was completely written") from None
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -120,7 +120,7 @@ def _os_message(error: OSError) -> str:
         errno.ENOSPC: " Free some space, or choose a target on another file system.",
         errno.EDQUOT: " Free some space, or choose a target on another file system.",
         errno.EACCES: " Check the permissions of the file and its folder.",
-        errno.EROFS: " Choose a target that can be written.",
+        errno.EROFS: " Choose a writable target.",
     }
     return f"{where}{text}.{ways.get(error.errno or 0, '')}"
 
@@ -132,5 +132,5 @@ def _bug(error: Exception) -> str:
         trace = trace.tb_next
     return (
         f"this is a bug in neox-bridge: {type(error).__name__}: {error} ({place}). Please report "
-        f"it, with what the same command prints when {DEBUG}=1 is set."
+        f"it with the output of the same command with {DEBUG}=1 set."
     )

@@ -4,17 +4,16 @@ from collections.abc import Callable
 
 from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.execution import run_plan
+from neox_bridge.cli.execution import Progress, run_plan
 from neox_bridge.cli.options import Execution, Source
-from neox_bridge.progress import Count
 
 RUN_WITH_STATES = Argument(
     "source",
     "SRC",
-    "A GPT-NeoX checkpoint with its optimizer states: a folder, a URL, or ORG/NAME@REVISION of the "
-    "Hub.",
+    "A GPT-NeoX checkpoint with optimizer states: a folder, a URL or a Hub model "
+    "(ORG/NAME@REVISION).",
 )
-FOLDER = Argument("target", "DST", "The folder to write.")
+FOLDER = Argument("target", "DST", "The folder to write to.")
 
 
 @command(
@@ -25,11 +24,11 @@ FOLDER = Argument("target", "DST", "The folder to write.")
     Execution,
 )
 def export_optimizer(source: str, target: str, reading: Source, execution: Execution) -> None:
-    """Write a run's optimizer states under Hugging Face names, for those who study training.
+    """Export a run's optimizer states under Hugging Face names, to study training.
 
-    DST/master.safetensors, exp_avg.safetensors and exp_avg_sq.safetensors hold a tensor for each of
-    the model's; DST/optimizer.json the groups, the step, the schedule and the loss scaler. reshard
-    --states DST takes them back into a run.
+    master.safetensors, exp_avg.safetensors and exp_avg_sq.safetensors in DST contain one tensor per
+    model tensor. optimizer.json contains the parameter groups, step, schedule and loss scaler.
+    `reshard --states DST` puts them back into a run.
 
     \b
     Examples:
@@ -37,8 +36,8 @@ def export_optimizer(source: str, target: str, reading: Source, execution: Execu
       neox-bridge export-optimizer run moments --step 3000 --dry-run
       neox-bridge export-optimizer EleutherAI/neox-ckpt-pythia-160m@step1000 moments
 
-    Exit codes: 0 done, 1 error, 2 wrong usage, 3 the result differs from the source, 4 refused,
-    130 interrupted.
+    Exit codes: 0 done, 1 error, 2 usage error, 3 the result differs from the source, 4 refused, 130
+    interrupted.
     """
     with writing(target):
         from neox_bridge.optimizer.read_files import read_optimizer
@@ -50,10 +49,10 @@ def export_optimizer(source: str, target: str, reading: Source, execution: Execu
         optimizer = read_optimizer(checkpoint)
         plan = plan_export(checkpoint, optimizer)
 
-        def checker(progress: Count | None) -> Callable[[str], None]:
+        def checker(progress: Progress) -> Callable[[str], None]:
             from neox_bridge.verification.optimizer import export_checker
 
             workers = execution.max_workers
             return export_checker(checkpoint, optimizer, workers=workers, progress=progress)
 
-        run_plan(plan, source, target, execution, checker)
+        run_plan(plan, source, target, "exporting", execution, checker)

@@ -10,8 +10,8 @@ from neox_bridge.documents import document
 def families(output: Output) -> None:
     """List the model families that can be converted, how each is tested, and published suites.
 
-    The suites are published training runs in GPT-NeoX's own files. Every command takes them by
-    their names on the Hub.
+    A suite is a published training run in GPT-NeoX format. Every command accepts its name on the
+    Hub.
 
     \b
     Example:
@@ -28,10 +28,10 @@ def families(output: Output) -> None:
         print(f"{row.family}  {row.hf_class}")
         for word, text in (("models", row.models), ("eras", row.eras), ("proof", row.proof)):
             print(f"  {word:<8}{text}")
-        print(f"  {'to know':<8}{row.note}")
+        print(f"  {'note':<8}{row.note}")
     for name, reason in CANNOT.items():
         print(f"{name}  refused\n  why     {reason}")
-    print("published suites, in GPT-NeoX's own files")
+    print("published suites in GPT-NeoX format")
     for suite in SUITES:
         count = f"{suite.checkpoints} steps" if suite.checkpoints else ""
         twin = f"for transformers: {suite.twin}" if suite.twin else ""

@@ -45,30 +45,32 @@ class InspectOptions:
     )
     stats: bool = option(
         False,
-        "Read the weights and print statistics. Each tensor's range, mean, std, norm, zeros, NaN "
-        "and Inf.",
+        "Read the weights and print statistics. For each tensor: range, mean, std, norm, zeros, "
+        "NaN and Inf.",
         common=True,
     )
     plot: str | None = option(
-        None, "Draw the statistics, block by block. Implies --stats.", value="picture"
+        None, "Plot the statistics per block. Implies --stats.", value="picture"
     )
     tensor: str | None = option(
         None,
-        "Print statistics of tensors whose names match, quoted: '*.bias'. Implies --stats.",
+        "Print statistics of tensors whose names match this pattern, such as '*.bias'. Implies "
+        "--stats.",
         metavar="GLOB",
     )
     security: bool = option(
         False,
-        "List what the pickles in PATH, a file or a folder, would run if they were loaded.",
+        "List the code that the pickles in PATH, a file or a folder, would run if they were "
+        "loaded.",
         common=True,
     )
     optimizer: bool = option(
         False,
-        "Read the optimizer too: groups, step, learning rate. With --tensors or --stats, its "
+        "Also read the optimizer: groups, step, learning rate. With --tensors or --stats, its "
         "states are listed as 'exp_avg: NAME'.",
         common=True,
     )
-    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that read weights.")
+    max_workers: int | None = inherited(Execution, "max_workers")
 
 
 @command(
@@ -76,20 +78,21 @@ class InspectOptions:
     Argument(
         "path",
         "PATH",
-        "A Hugging Face or GPT-NeoX folder, its URL (s3://…), or ORG/NAME[@REVISION] of the Hub.",
+        "A Hugging Face or GPT-NeoX checkpoint: a folder, a URL (s3://…) or a Hub model "
+        "(ORG/NAME[@REVISION]).",
     ),
     InspectOptions,
     only(Source, "revision", "step", "configs"),
     only(Output, "as_json"),
 )
 def inspect(path: str, options: InspectOptions, reading: Source, output: Output) -> None:
-    """Show what a checkpoint contains: kind, era, layout, sizes, and what would stop a conversion.
+    """Show what a checkpoint contains, and what would stop a conversion.
 
-    For a GPT-NeoX checkpoint also which program wrote it, the kind of its optimizer states, and
-    which GPT-NeoX can resume them.
+    Shows format, version, layout and sizes. For GPT-NeoX checkpoints, it also shows which program
+    wrote the checkpoint, the kind of its optimizer states, and which GPT-NeoX can resume them.
 
-    Weights are read with --stats only. The exit code is 0 if the checkpoint can be opened, whatever
-    its contents. With --security it is 1 if a pickle is not known to be harmless.
+    Weights are read only with --stats. The exit code is 0 if the checkpoint can be opened. With
+    --security, it is 1 if a pickle is not known to be harmless.
 
     \b
     Examples:
@@ -192,7 +195,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
     stored = head_findings(checkpoint, PEEK_BYTES) + copy_findings(checkpoint, PEEK_BYTES)
     if drifted := drifted_biases(checkpoint):
-        written = "convert writes the mean of the ranks, which is near to it"
+        written = "convert writes the mean of the ranks, which is close to it"
         stored = [*stored, drifted.finding(written)]
     states, unreadable = states_facts(checkpoint)
     stored += unreadable
@@ -302,10 +305,10 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("path", facts["path"])]
     kind = KINDS[facts["kind"]]
     if neox is None:
-        kind += f", {facts['format']}'s form" if facts["format"] else ""
+        kind += f", {facts['format']} format" if facts["format"] else ""
         lines.append(("kind", kind + (f", {facts['revision']}" if facts["revision"] else "")))
     else:
-        where = "flat in its folder" if neox["flat"] else neox["step"]
+        where = "flat (no global_stepN folder)" if neox["flat"] else neox["step"]
         revision = f", {facts['revision']}" if facts["revision"] else ""
         lines.append(("kind", f"{kind}, {where}, iteration {neox['iteration']}{revision}"))
     lines.append(("family", facts["family"]))
@@ -314,14 +317,14 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "era",
-                f"fits GPT-NeoX {neox['era_span']} (neox@{neox['era']}): "
-                f"{neox['mlp_names']} mlp names, inv_freq {stored}",
+                f"matches GPT-NeoX {neox['era_span']} (neox@{neox['era']}): {neox['mlp_names']} "
+                f"MLP names, inv_freq {stored}",
             )
         )
         lines.append(
             (
                 "layout",
-                ("DeepSpeed's universal, for " if neox["universal"] else "")
+                ("DeepSpeed universal checkpoint, " if neox["universal"] else "")
                 + f"{neox['layout']}, TP {neox['tensor_parallel']}, PP {neox['pipeline_stages']}",
             )
         )
@@ -329,11 +332,11 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("files", f"{plural(len(facts['files']), 'file')}, {human(facts['bytes'])}"))
     if neox is not None:
         count = len(neox["optimizer"])
-        held = f"{plural(count, 'file')} of states, which conversion leaves out"
+        held = f"{plural(count, 'state file')}, not copied by convert"
         none = "not present"
         if facts["has_optimizer"]:
-            none = "states inside the weight files, left out"
-        none = "a file for each state of each parameter" if neox["universal"] else none
+            none = "states inside the weight files, not copied by convert"
+        none = "one file per parameter and state" if neox["universal"] else none
         lines.append(("optimizer", held if count else none))
         if neox["optimizer_states"]:
             named = neox["configs"] if neox["configs_given"] else ()
@@ -362,10 +365,10 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     entries = facts["tokenizer_size"]
-    known = f"{entries:,} entries" if entries is not None else "not known"
+    known = f"{entries:,} entries" if entries is not None else "unknown"
     mixed = [f"{name} ({count:,} parameters)" for name, count in facts["dtypes"].items()]
     fewer = facts["kv_heads"] != facts["heads"]
-    of_kv = f" ({facts['kv_heads']} of k and v)" if fewer else ""
+    of_kv = f" ({facts['kv_heads']} for keys and values)" if fewer else ""
     residual = "parallel (gpt_j_residual)" if facts["parallel_residual"] else "sequential"
     absent = [name for name, there in facts["biases"].items() if not there]
     return [
@@ -376,17 +379,17 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{plural(facts['layers'], 'layer')}, hidden {facts['hidden']}, "
             f"{facts['heads']} heads{of_kv}, MLP {facts['ffn']}",
         ),
-        ("vocabulary", f"{facts['vocab_rows']:,} rows; the tokenizer: {known}"),
+        ("vocabulary", f"{facts['vocab_rows']:,} rows; tokenizer: {known}"),
         ("positions", f"{facts['max_positions']:,}"),
         (
             "rotary",
-            f"{facts['rotary_dim']} of {facts['hidden'] // facts['heads']} dimensions of a head, "
+            f"{facts['rotary_dim']} of {facts['hidden'] // facts['heads']} dimensions per head, "
             f"base {facts['rotary_base']:g}"
             if facts["rotary_dim"]
             else "none",
         ),
         ("activation", facts["activation"]),
-        ("residual", residual + (", one norm a block" if facts["tied_norms"] else "")),
+        ("residual", residual + (", one norm per block" if facts["tied_norms"] else "")),
         ("embeddings", _embeddings(facts)),
         ("biases", f"none in: {', '.join(absent)}" if absent else "everywhere"),
     ]
@@ -394,7 +397,7 @@ def _model_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _embeddings(facts: dict[str, Any]) -> str:
     if facts["stored_head"] == "differs":
-        return "tied in the config, and the files hold another head"
+        return "tied in the config, but the files contain a different output head"
     return "tied" if facts["tied_embeddings"] else "untied"
 
 

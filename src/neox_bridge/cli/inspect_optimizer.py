@@ -71,14 +71,14 @@ def states_lines(
             "resumed by",
             f"{by['deepspeed']}, on {where}"
             + (f", with zero_optimization {by['setting']}" if by["setting"] else "")
-            + ("" if by["keeps_step"] else "; Adam's step begins anew there"),
+            + ("" if by["keeps_step"] else "; Adam's step count restarts there"),
         ),
     ]
     if not by["today"] and facts["complete"]:
         from neox_bridge.optimizer.saved_states import reshard_command
 
         command = reshard_command(path, options)
-        lines.append(("", f"today's GPT-NeoX cannot resume them; write them for it: {command}"))
+        lines.append(("", f"today's GPT-NeoX cannot resume them; to convert them: {command}"))
     return lines
 
 
@@ -96,7 +96,9 @@ def optimizer_lines(facts: dict[str, Any], masters: dict[str, Any] | None) -> li
         lines.append(("", ", ".join([f"{group.get('name', 'group')}: {tensors}", *numbers])))
     if masters is not None:
         count, differing = masters["compared"], len(masters["differing"])
-        equal = f"{count - differing} of {plural(count, 'weight')} are their masters, rounded"
+        equal = (
+            f"{count - differing} of {plural(count, 'weight')} equal their rounded master weights"
+        )
         lines.append(("masters", equal))
     return lines
 
@@ -108,7 +110,7 @@ def masters_facts(
     from neox_bridge.cli.progress import progress_bar
     from neox_bridge.verification.optimizer import master_findings, rounded_masters
 
-    with progress_bar(checkpoint.size, "comparing", False) as progress:
+    with progress_bar(checkpoint.size, "comparing master weights", False) as progress:
         result = rounded_masters(checkpoint, optimizer, workers=workers, progress=progress)
     if result is None:
         return None, []

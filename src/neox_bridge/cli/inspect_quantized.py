@@ -27,10 +27,10 @@ def print_quantized(model: "QuantizedFolder", *, as_json: bool, tensors: bool) -
     lines = [
         ("path", facts["path"]),
         ("kind", f"{KINDS[facts['kind']]}, quantized ({quantization['method']}{bits})"),
-        ("family", str(facts["family"] or "not known")),
+        ("family", str(facts["family"] or "unknown")),
         ("dtypes", ", ".join(f"{name} ({n:,} elements)" for name, n in facts["dtypes"].items())),
         ("files", f"{plural(len(facts['files']), 'file')}, {human(facts['bytes'])}"),
-        ("shown by", "; ".join(quantization["evidence"])),
+        ("evidence", "; ".join(quantization["evidence"])),
         ("refused", f"{refusal['reason']}; {refusal['way_out']}"),
     ]
     for key, text in lines:

@@ -43,7 +43,8 @@ class Source:
     )
     configs: tuple[str, ...] = option(
         (),
-        "A yml of a GPT-NeoX checkpoint that has none. May be repeated.",
+        "The yml of the training run, if the GPT-NeoX checkpoint does not contain one. May be "
+        "repeated.",
         "--config",
         group=SOURCE,
         value="path",
@@ -52,7 +53,7 @@ class Source:
     gqa_order: GqaOrder | None = inherited(
         Options,
         "gqa_order",
-        text="Order of the rows of grouped-query attention in a GPT-NeoX checkpoint. grouped since "
+        text="Row order of grouped-query attention in a GPT-NeoX checkpoint. grouped since "
         "2024-11, interleaved before; the files do not say which.",
         group=SOURCE,
     )
@@ -80,12 +81,14 @@ class Upload:
         False, "Create the repository as private if it does not exist.", group=HUB
     )
     create_pr: bool = option(
-        False, "Propose the files as a pull request to the branch, which must exist.", group=HUB
+        False,
+        "Open a pull request instead of committing to the branch, which must exist.",
+        group=HUB,
     )
     work: str | None = option(
         None,
-        "Where the files are written before they are uploaded. Default: $TMPDIR, else the current "
-        "folder.",
+        "The folder in which files are written before they are uploaded. Default: $TMPDIR, "
+        "otherwise the current folder.",
         group=HUB,
         value="path",
         metavar="DIR",
@@ -98,21 +101,22 @@ class Details:
 
     weights: Literal["stored", "masters"] = option(
         "stored",
-        "Which weights of a GPT-NeoX source are read. masters: the optimizer's fp32 master weights "
+        "Which weights of a GPT-NeoX source to read. masters: the optimizer's fp32 master weights "
         "instead of the rounded 16-bit ones.",
         group=HUGGING_FACE,
         choices=("stored", "masters"),
     )
     crc: bool = option(
         False,
-        "Compute the CRC-32 of every tensor in a .pt file. Without this, tensors that the kernel "
-        "moves have none. torch does not check it; unzip does.",
+        "Compute the CRC-32 of every tensor in .pt files. By default, tensors that the kernel "
+        "copies have none. torch does not check it; unzip does.",
         group=RUN,
     )
     hash_name: Literal["xxh3", "sha256", "none"] | None = option(
         None,
-        "The hash of every file in neox_bridge.json, which `verify DST` checks. Default: xxh3. "
-        "With --no-verify, files that share blocks with SRC are not hashed unless --hash is given.",
+        "The hash to record for each file in neox_bridge.json. `verify DST` checks it. Default: "
+        "xxh3. With --no-verify, files that share blocks with SRC are not hashed unless --hash is "
+        "given.",
         "--hash",
         group=RUN,
         choices=("xxh3", "sha256", "none"),
@@ -125,15 +129,14 @@ class Output:
 
     as_json: bool = option(
         False,
-        "Print the result as JSON on stdout. With --dry-run, print the plan. Errors stay on "
-        "stderr.",
+        "Print JSON on stdout. Errors go to stderr.",
         "--json",
         group=PRINTED,
         common=True,
     )
     quiet: bool = option(
         False,
-        "Print only errors, and the document of --json.",
+        "Print only errors and, with --json, the JSON document.",
         "--quiet",
         "-q",
         group=PRINTED,
@@ -147,9 +150,9 @@ class Execution(Output):
 
     dry_run: bool = option(False, "Print the plan and write nothing.", group=RUN, common=True)
     overwrite: bool = option(False, "Replace DST if it exists.", group=RUN, common=True)
-    max_workers: int | None = option(None, "Threads that move bytes.", group=RUN, minimum=1)
+    max_workers: int | None = option(None, "Number of worker threads.", group=RUN, minimum=1)
     no_verify: bool = option(
-        False, "Do not read the result back to compare it with the source.", group=RUN
+        False, "Do not read the result back and compare it with the source.", group=RUN
     )
 
 

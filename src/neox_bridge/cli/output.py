@@ -89,7 +89,7 @@ def print_plan(plan: "Plan", target: str, workers: int | None = None) -> None:
         f"{human(numbers['bytes_transformed'])} transformed, "
         f"{human(numbers['bytes_from_plan'])} headers and small files"
     )
-    print_line(f"memory   {human(numbers['peak_memory'])} at most, an estimate")
+    print_line(f"memory   {human(numbers['peak_memory'])} at most (estimate)")
     for word, text in _remarks(plan):
         print_line(f"{word}: {text}")
     for line in blanks(plan, target):
@@ -139,7 +139,7 @@ def _summary_line(plan: "Plan", result: "Result", target: str) -> str:
     reasons = [f"{len(names)} ({why})" for why, names in by_reason(plan.dropped).items()]
     dropped = f"; dropped {', '.join(reasons)}" if reasons else "; nothing dropped"
     how = {"shared": "shared", "copied": "copied", "transformed": "transformed"}
-    how["kept"] = "kept from a run that was stopped"
+    how["kept"] = "kept from an interrupted run"
     sizes = {what: getattr(result, word) for word, what in how.items()}
     parts = [f"{human(size)} {what}" for what, size in sizes.items() if size]
     return (

@@ -32,11 +32,12 @@ class PatchOptions:
     only(Output, "as_json"),
 )
 def patch(tree: str, options: PatchOptions, output: Output) -> None:
-    """Let a GPT-NeoX tree load checkpoints with and without inv_freq, strictly.
+    """Patch a GPT-NeoX source tree to load checkpoints with and without inv_freq.
 
-    Classes that compute inv_freq (or ALiBi's slopes) no longer store it, unless a flag says
-    otherwise, and get a load hook that reads it from checkpoints or fills it in. Patches all files
-    or none. A tree whose source is not of a known form is refused (exit code 4).
+    Classes that compute inv_freq (or ALiBi slopes) no longer store it, unless a flag in the yml
+    says so. They get a load hook that takes it from checkpoints that have it and fills it in for
+    those that do not. Loading stays strict. Either all files are patched or none. A source tree in
+    an unknown form is refused (exit code 4).
 
     \b
     Examples:

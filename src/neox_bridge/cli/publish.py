@@ -79,7 +79,7 @@ def publish_plan(
     work = _work(place, upload.work, execution.quiet)
     with held(work, str(place)):
         result = _finished(plan, work, execution, checker) or perform(
-            plan, work.files, replace(execution, overwrite=True), checker, **options
+            plan, work.files, "converting", replace(execution, overwrite=True), checker, **options
         )
         published = publish_written(
             plan,
@@ -109,7 +109,9 @@ def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
 
     work = work_of(os.path.join(work_base(chosen), place.folder_name))
     if not quiet:
-        text = f"the files are made in {work.folder} first; --work chooses another place"
+        text = (
+            f"files are written to {work.folder} before the upload; --work chooses another folder"
+        )
         say("note", text)
     return work
 
@@ -150,10 +152,10 @@ def _line(plan: "Plan", place: "HubTarget", published: "Published", execution: E
     from neox_bridge.planning.casts import verified as in_words
 
     if not published.changed:
-        return f"{place} holds these files already: {published.url}"
+        return f"{place} is already up to date: {published.url}"
     parts = [f"{plural(len(published.uploaded), 'file')} uploaded ({human(published.size)})"]
     if published.kept:
-        parts.append(f"{published.kept} there already")
+        parts.append(f"{published.kept} unchanged")
     if published.removed:
         parts.append(f"{len(published.removed)} removed")
     what = f"proposed for {place}" if published.pull_request else f"published {place}"
@@ -176,7 +178,7 @@ def _say_done(
 
         print_json(document(**sides(plan, source, target), hub=preview, published=None))
     elif not execution.quiet:
-        print_line(f"{target} holds what this makes already: nothing was done")
+        print_line(f"{target} is already up to date, nothing was uploaded")
 
 
 def _print_preview(
@@ -190,12 +192,12 @@ def _print_preview(
         print_json(facts | {"hub": preview})
         return
     print_plan(plan, str(place))
-    there = "is there" if preview.repo_exists else "will be made"
+    there = "exists" if preview.repo_exists else "will be created"
     print_line(f"hub      {preview.repo} {there}, {'private' if preview.private else 'public'}")
-    there = "is there" if preview.branch_exists else "will be made"
+    there = "exists" if preview.branch_exists else "will be created"
     print_line(f"branch   {preview.branch} {there}")
     if preview.done:
-        print_line("upload   nothing: the branch holds what this makes already")
+        print_line("upload   nothing, the branch is already up to date")
         return
     files = (*preview.new, *preview.other)
     print_line(
@@ -203,7 +205,7 @@ def _print_preview(
     )
     if preview.unknown:
         print_line(
-            f"         of which {len(preview.unknown)} are there in the same size, perhaps equal"
+            f"         of which {len(preview.unknown)} exist in the same size and may be unchanged"
         )
     if preview.conflicts:
-        print_line(f"in the way, without --overwrite: {', '.join(preview.conflicts)}")
+        print_line(f"conflicts, replaced only with --overwrite: {', '.join(preview.conflicts)}")

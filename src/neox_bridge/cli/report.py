@@ -37,7 +37,7 @@ class ReportOptions:
     )
     source: str | None = option(
         None,
-        "The checkpoint that PATH was converted from, to compare it with.",
+        "The checkpoint that PATH was converted from. The two are compared.",
         common=True,
         value="path",
         metavar="SRC",
@@ -45,7 +45,7 @@ class ReportOptions:
     overwrite: bool = inherited(
         Execution, "overwrite", False, text="Replace the page if it exists."
     )
-    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that read.")
+    max_workers: int | None = inherited(Execution, "max_workers")
 
 
 @command(
@@ -53,8 +53,8 @@ class ReportOptions:
     Argument(
         "paths",
         "PATH...",
-        "A checkpoint of any kind, a JSON file that convert, batch, verify, diff or audit printed "
-        "with --json, or a folder of such files.",
+        "A checkpoint in any format, a JSON file that convert, batch, verify, diff or audit "
+        "printed with --json, or a folder of such files.",
         many=True,
         required=True,
     ),
@@ -63,17 +63,17 @@ class ReportOptions:
     Output,
 )
 def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, output: Output) -> None:
-    """Make one HTML page of checkpoints and of results: the verdict first, then layer by layer.
+    """Create one HTML page of checkpoints and results: the verdict first, then layer by layer.
 
-    The page is self-contained: no script, nothing from the network. A checkpoint's weights are
-    read once for their statistics.
+    The page is self-contained, without scripts and network requests. The weights of a checkpoint
+    are read once, for statistics.
 
     \b
     Examples:
       neox-bridge report pythia-neox --source pythia-410m
       neox-bridge diff run-a run-b --json > diff.json; neox-bridge report diff.json
 
-    Exit codes: 0 written, 3 written and it shows differences or faults, 1 error.
+    Exit codes: 0 written, 3 written, and it shows differences or faults, 1 error.
     """
     from neox_bridge.layouts.open import check_configs_used, open_with
     from neox_bridge.report.page import render, require, verdict_of
@@ -84,7 +84,7 @@ def report(paths: tuple[str, ...], options: ReportOptions, reading: Source, outp
     checkpoints = [entry for entry in entries if entry.document is None]
     if options.source is not None and len(checkpoints) != 1:
         raise UsageError(
-            ["source"], f"only for one checkpoint among the PATHs, and there are {len(checkpoints)}"
+            ["source"], f"needs exactly one checkpoint among the PATHs, not {len(checkpoints)}"
         )
     write_page(options.output, None, options.overwrite)
     opened = {entry.name: open_with(entry.name, reading.configs) for entry in checkpoints}

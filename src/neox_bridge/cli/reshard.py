@@ -19,8 +19,8 @@ class States:
 
     path: str | None = option(
         None,
-        "A folder that export-optimizer wrote from this run. Its master weights and moments are "
-        "used instead of SRC's, and the weights are rounded from these masters.",
+        "A folder that export-optimizer wrote from this run. Its master weights and moments "
+        "replace those of SRC, and the weights are rounded from these master weights.",
         "--states",
         group=RESUME,
         value="path",
@@ -44,13 +44,13 @@ def reshard(
     reading: Source,
     execution: Execution,
 ) -> None:
-    """Write a GPT-NeoX run for other ranks, or for another GPT-NeoX, to continue training there.
+    """Move a GPT-NeoX run to other ranks or another GPT-NeoX version, to resume it there.
 
-    Moves the weights, fp32 masters, moments, step, loss scaler, schedule and random states.
-    Continue with the settings in DST/resume.yml. GPT-NeoX and DeepSpeed are not needed.
+    Converts the weights, fp32 master weights, Adam moments, step, loss scaler, schedule and random
+    states. Resume with the settings in DST/resume.yml. GPT-NeoX and DeepSpeed are not needed.
 
-    Optimizer states of every DeepSpeed since 2021 are read, also those of EleutherAI's raw Pythia
-    checkpoints, which today's GPT-NeoX cannot resume without this.
+    Reads optimizer states of every DeepSpeed version since 2021. This includes EleutherAI's raw
+    Pythia checkpoints, which today's GPT-NeoX cannot resume as they are.
 
     \b
     Examples:
@@ -60,8 +60,8 @@ def reshard(
       neox-bridge reshard run run --universal
       neox-bridge reshard EleutherAI/neox-ckpt-pythia-160m@step1000 run --dp 8 --for neox@today
 
-    Exit codes: 0 done, 1 error, 2 usage, 3 the result isn't the source, 4 refused (DST can't be
-    what was asked), 130 interrupted.
+    Exit codes: 0 done, 1 error, 2 usage error, 3 the result differs from the source, 4 refused (the
+    run cannot be written in this layout), 130 interrupted.
     """
     with writing(target):
         from neox_bridge.conversion import plan_resharding
@@ -79,7 +79,7 @@ def reshard(
             given=given("row_bias"),
             workers=execution.max_workers,
         )
-        run_plan(plan, source, target, execution, checker)
+        run_plan(plan, source, target, "resharding", execution, checker)
 
 
 def _check_era(era: object) -> None:

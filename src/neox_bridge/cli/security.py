@@ -62,7 +62,7 @@ def _alike(reports: "list[Report]") -> "list[list[Report]]":
 
 def _print(group: "list[Report]", path: str) -> None:
     first = group[0]
-    more = f" and {plural(len(group) - 1, 'file')} alike" if len(group) > 1 else ""
+    more = f" and {plural(len(group) - 1, 'more file')} like it" if len(group) > 1 else ""
     held = plural(first.pickles, "pickle")
     if first.container == "safetensors":
         held = "safetensors, no pickles"
@@ -73,9 +73,9 @@ def _print(group: "list[Report]", path: str) -> None:
     for use in uses[:_MOST]:
         print_line(f"  {'known' if use.known else 'UNKNOWN':8}{_deed(use):9}{plain(use.name)}")
     if len(uses) > _MOST:
-        print_line(f"  and {len(uses) - _MOST:,} more, which --json lists")
+        print_line(f"  and {len(uses) - _MOST:,} more, listed by --json")
     if first.problem:
-        print_line(f"  not read to its end: {plain(first.problem)}")
+        print_line(f"  not fully read: {plain(first.problem)}")
 
 
 def _deed(use: "Use") -> str:
@@ -84,13 +84,13 @@ def _deed(use: "Use") -> str:
 
 
 def _verdict(reports: "list[Report]", bad: "list[Report]") -> tuple[str, str]:
-    files = plural(len(reports), "file") + " looked through"
+    files = plural(len(reports), "file") + " scanned"
     if not reports:
-        return "info", "no file in this folder is of a kind that holds pickles"
+        return "info", "no file in this folder can contain pickles"
     if not bad and all(report.container == "safetensors" for report in reports):
-        return "info", f"{files}: safetensors files hold no pickles, and run nothing"
+        return "info", f"{files}: safetensors files contain no pickles and run no code"
     if not bad:
-        return "info", f"{files}: loading them would only build values"
+        return "info", f"{files}: loading them only builds values and runs no other code"
     names = sorted({use.name for report in bad for use in report.uses if not use.harmless})
     what = f"{', '.join(map(plain, names[:6]))}" + (" ..." if len(names) > 6 else "")
     absent = [report for report in bad if report.absent]
@@ -98,17 +98,17 @@ def _verdict(reports: "list[Report]", bad: "list[Report]") -> tuple[str, str]:
     if absent:
         name = plain(os.path.basename(absent[0].path))
         missing = (
-            f"{plural(len(absent), 'file')} of weights not looked through, since the contents are "
-            f"not here: {name} is {plain(absent[0].absent)}"
+            f"{plural(len(absent), 'weight file')} not scanned, because the contents are missing: "
+            f"{name} is {plain(absent[0].absent)}"
         )
     if len(absent) == len(bad):
         return "error", missing
     bad = [report for report in bad if not report.absent]
     unread = sum(bool(report.problem) for report in bad)
     parts = [f"not known to be harmless: {what}"] if names else []
-    parts += [f"{unread} not read to the end"] if unread else []
+    parts += [f"{unread} not fully read"] if unread else []
     return "error", (
         f"{files}, {len(bad)} of them may run code under torch.load or pickle.load "
-        f"({'; '.join(parts)}). Load with weights_only=True or not at all; neox-bridge itself runs "
-        "nothing of it." + (f" {missing}" if missing else "")
+        f"({'; '.join(parts)}). Load with weights_only=True or not at all; neox-bridge itself "
+        "never runs code from a checkpoint." + (f" {missing}" if missing else "")
     )

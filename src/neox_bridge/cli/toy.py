@@ -40,13 +40,17 @@ class ToyOptions:
         required=True,
     )
     seed: int = option(
-        0, "The same seed gives the same bytes.", group=WRITTEN, common=True, minimum=0
+        0,
+        "Seed of the random weights. The same seed gives the same bytes.",
+        group=WRITTEN,
+        common=True,
+        minimum=0,
     )
     layers: int | None = option(
-        None, "Fewer (or more) blocks, for quick trials.", group=WRITTEN, common=True, minimum=1
+        None, "Number of layers. Default: as in the model.", group=WRITTEN, common=True, minimum=1
     )
     overwrite: bool = inherited(Execution, "overwrite", False, text="Replace DIR if it exists.")
-    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that write.")
+    max_workers: int | None = inherited(Execution, "max_workers")
 
 
 @command(
@@ -54,15 +58,15 @@ class ToyOptions:
     Argument(
         "name",
         "NAME",
-        f"The model whose shape it has: {', '.join(NAMES)}.",
+        f"The model whose shape is used: {', '.join(NAMES)}.",
         type=Word(NAMES),
     ),
-    Argument("folder", "DIR", "The folder to write."),
+    Argument("folder", "DIR", "The folder to write to."),
     ToyOptions,
     Output,
 )
 def toy(name: str, folder: str, options: ToyOptions, output: Output) -> None:
-    """Write a random fp16 checkpoint of exactly a Pythia's shape, for trials and benchmarks.
+    """Write a random fp16 checkpoint in the shape of a Pythia model, for tests and benchmarks.
 
     \b
     Examples:

@@ -82,7 +82,9 @@ def parse_size(text: str | int) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     count = float(match[1]) * unit if match and unit else 0.0
     if count < 1:
-        raise click.BadParameter(f"{text!r} isn't a size: write 5GB, 500MB, 2GiB or bytes.")
+        raise click.BadParameter(
+            f"{text!r} is not a size. Give a size such as 5GB, 500MB or 2GiB, or a number of bytes."
+        )
     assert match is not None
     return int(match[1]) * (unit or 1) if match[1].isdigit() else int(count)
 
@@ -91,7 +93,9 @@ def _parse_rows(text: str) -> str | int:
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     if text not in _ROWS:
-        raise click.BadParameter(f"{text!r} isn't a number of rows, {', '.join(_ROWS)}.")
+        raise click.BadParameter(
+            f"{text!r} is not a number of rows. Give a number, {' or '.join(_ROWS)}."
+        )
     return text
 
 

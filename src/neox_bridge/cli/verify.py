@@ -28,24 +28,24 @@ class VerifyOptions:
     """What is compared."""
 
     optimizer: bool = option(
-        False, "Compare the optimizer states of two GPT-NeoX checkpoints too.", common=True
+        False, "Also compare the optimizer states of two GPT-NeoX checkpoints.", common=True
     )
     logits: bool = option(
         False,
-        "Compute the logits of both models too, and name the first layer that differs.",
+        "Also compute the logits of both models, and name the first layer that differs.",
         common=True,
     )
     tokens: str | None = option(
         None,
-        "The input of --logits: token ids (.npy, .npz, .json) or text. Default: made-up ids. "
-        "`logits` in an .npz are compared with those of SRC.",
+        "Input for --logits: a file of token ids (.npy, .npz, .json), or text. Default: generated "
+        "ids. If an .npz contains `logits`, they are compared with those of SRC.",
         value="path",
         metavar="FILE|TEXT",
     )
     device: Literal["cpu", "cuda"] | None = option(
-        None, "Where --logits computes. Default: cpu.", choices=("cpu", "cuda")
+        None, "Device for --logits. Default: cpu.", choices=("cpu", "cuda")
     )
-    max_workers: int | None = inherited(Execution, "max_workers", text="Threads that compare.")
+    max_workers: int | None = inherited(Execution, "max_workers")
 
 
 @command(
@@ -54,8 +54,8 @@ class VerifyOptions:
     Argument(
         "target",
         "[DST]",
-        "The result of the conversion. Without DST, SRC is something that neox-bridge wrote, and "
-        "is compared with the hashes in its neox_bridge.json.",
+        "The result of the conversion. Without DST, SRC must be output of neox-bridge, and is "
+        "checked against the hashes in its neox_bridge.json.",
         required=False,
     ),
     VerifyOptions,
@@ -65,10 +65,11 @@ class VerifyOptions:
 def verify(
     source: str, target: str | None, options: VerifyOptions, reading: Source, output: Output
 ) -> None:
-    """Check that DST equals SRC: every tensor bit by bit, the padding, the ranks, the config.
+    """Check that DST equals SRC: every tensor bit by bit, padding, ranks and config.
 
-    Declared changes are no differences: a cast, padding, rows cut to the tokenizer, norms written
-    twice, biases spread over ranks. `convert` runs this check by default.
+    Changes that the conversion declares do not count as differences: a cast, padding, rows cut to
+    the tokenizer, norms that are written twice, biases that are split over ranks. `convert` runs
+    this check by default.
 
     \b
     Examples:
@@ -88,7 +89,7 @@ def verify(
     if target is None:
         if named := given("logits", "gqa_order", "optimizer", "configs"):
             raise UsageError(
-                named, "only for two checkpoints, and DST is missing", "Name DST as well."
+                named, "needs two checkpoints, and DST is missing", "Give DST as well."
             )
         _verify_alone(source, options.max_workers, output)
         return
@@ -134,9 +135,9 @@ def verify(
 
 
 _NOTES = {
-    "edited": " since it was written; it is yours to edit",
-    "added": " since the checkpoint was written; whatever loads the folder may read it",
-    "extra": " since the checkpoint was written; nothing that loads the folder reads it",
+    "edited": " (this file is meant to be edited)",
+    "added": " (not in the record; frameworks that load the folder may read it)",
+    "extra": " (not in the record; frameworks that load the folder do not read it)",
 }
 
 
@@ -154,8 +155,12 @@ def _verify_alone(path: str, workers: int | None, output: Output) -> None:
     elif not output.quiet:
         for change in seal.changes:
             print_line(f"{change.kind}: {change.path}{_NOTES.get(change.kind, '')}")
-        verdict = "as it was written" if seal.holds else "NOT what was written"
-        sizes = f"; of {plural(seal.unhashed, 'file')} only the size" if seal.unhashed else ""
+        verdict = "unchanged since it was written" if seal.holds else "CHANGED since it was written"
+        sizes = (
+            (f"; for {plural(seal.unhashed, 'file')} only the size was checked")
+            if seal.unhashed
+            else ""
+        )
         print_line(f"{path}: {plural(seal.files, 'file')}, {human(seal.size)}: {verdict}{sizes}")
     if not seal.holds:
         raise click.exceptions.Exit(3)
@@ -167,12 +172,11 @@ def _require_torch(device: str) -> None:
         import torch
     except ImportError:
         raise BridgeError(
-            "--logits computes with torch, which isn't installed: "
-            "pip install 'neox-bridge[verify]'."
+            "--logits needs torch, which is not installed: pip install 'neox-bridge[verify]'."
         ) from None
     if device == "cuda" and not torch.cuda.is_available():
         raise BridgeError(
-            "--device cuda: torch sees no CUDA device here. Leave it out for the CPU."
+            "--device cuda: torch finds no CUDA device. Leave the option out to use the CPU."
         )
 
 
@@ -198,13 +202,17 @@ def _tell_agreement(of: str, agreement: Agreement) -> None:
     )
     if agreement.place:
         print_line(
-            f"  they part at {agreement.place}, by {agreement.apart:.2g} of its largest value"
+            f"  first difference: {agreement.place}, by {agreement.apart:.2g} of its largest value"
         )
     for cause in agreement.causes:
-        tail = "; no conversion removes that" if cause.inherent else ""
+        tail = "; no conversion can remove this difference" if cause.inherent else ""
         print_line(f"  likely cause: {cause.cause}: {cause.text}{tail}")
     if agreement.place and not agreement.explained:
-        more = "that isn't all" if agreement.causes else "none of the usual mistakes explains it"
+        more = (
+            ("this does not explain everything")
+            if agreement.causes
+            else "no known cause explains it"
+        )
         print_line(f"  {more}: compare the tensors above, and the configs")
 
 
@@ -215,16 +223,16 @@ def _tell_non_finite(of: str, source: str, other: str, agreement: Agreement) -> 
     where = "on both sides, but not at the same places" if odd.first and odd.second else where
     verdict = "ANOTHER MODEL"
     if odd.same_places:
-        where, verdict = "at the same places on both sides", "they CANNOT BE COMPARED"
+        where, verdict = "at the same places on both sides", "CANNOT BE COMPARED"
     print_line(
         f"{of}: logits of {plural(odd.tokens, 'token')} are NaN or infinite {where}: {verdict}"
     )
     if not odd.tensor:
         print_line(
-            f"  every weight is finite; the first such values are those of {agreement.place}"
+            f"  all weights are finite; the first non-finite values are in {agreement.place}"
         )
         return
     counts = [f"{odd.tensor_first:,} in {source}"]
     if other != "the recorded logits":
         counts.append(f"{odd.tensor_second:,} in {other}")
-    print_line(f"  first weight that is not finite: {odd.tensor} (values: {', '.join(counts)})")
+    print_line(f"  first non-finite weight: {odd.tensor} (non-finite values: {', '.join(counts)})")

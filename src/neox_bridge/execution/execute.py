@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError, UsageError
@@ -18,7 +18,6 @@ from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import overflow_finding
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash
-from neox_bridge.progress import Begin, Count
 from neox_bridge.stores.paths import is_local, plain
 from neox_bridge.tensors.coverage import check_files
 
@@ -35,8 +34,7 @@ def execute(
     every_crc: bool = False,
     hash_name: HashName | None = "xxh3_128",
     hash_shared: bool = False,
-    progress: Count | None = None,
-    phase: Begin | None = None,
+    progress: Callable[[int], None] | None = None,
     check: Check | None = None,
     pool: "Pool | None" = None,
     in_place: bool = False,
@@ -53,10 +51,6 @@ def execute(
             in an object store every tensor has it.
         hash_shared: Also hash files that share blocks with the sources, which takes far longer than
             to write them. On a disk only: in an object store no file does.
-        progress: Called with the number of bytes just written; see ``phase``.
-        phase: Called with the name of a phase that begins, and its bytes: "checking" what an
-            earlier run finished, "writing" the rest, "verifying". ``progress`` counts the bytes of
-            the first two, and ``check`` those of the last.
         check: Called with the finished folder before it gets its name. Where it raises Unverified,
             a folder on a disk is kept as ``target`` + ".unverified", and one in an object store
             stays without its record.
@@ -77,22 +71,18 @@ def execute(
     sources = identities(sources_of(plan))
     _check_copies(plan, sources)
     key = Key(plan_hash(plan), sources, hash_name)
-    context = Context(progress, phase, every_crc=every_crc)
+    context = Context(progress, every_crc=every_crc)
     sink = _sink_of(Job(plan, target, key, context, overwrite, in_place, hash_shared))
     with sink.opened() as is_published:
         if is_published:
             context.wrote(plan.size, "kept")
         else:
-            kept = sum(written.size for written in sink.job.done.values())
-            context.begin("writing", plan.size - kept)
             try:
                 _write(sink, workers or default_workers(), pool)
             finally:
                 context.files.close()
             sink.seal()
             check_same(sources)
-            if check is not None:
-                context.begin("verifying", plan.size)
             sink.verify(check)
             sink.publish()
         sink.clear()
@@ -122,7 +112,7 @@ def check_options(
     if given and not is_local(plain(target)):
         raise UsageError(
             given,
-            f"only for targets on a disk, and {target} is in an object store",
+            f"only for targets on a local disk, and {target} is in an object store",
             "Leave it out.",
         )
 
@@ -198,8 +188,9 @@ def _findings(plan: Plan, context: Context) -> Iterable[Finding]:
             "scaled-states-rounded",
             "warning",
             f"{total} values of {len(context.roundings)} optimizer states became too small or too "
-            f"large for their dtype as they were scaled, the first in {name}: they are rounded",
-            "keep gradient_accumulation_steps with `micro_batch=` to avoid the scaling",
+            "large for their dtype when they were scaled, and were rounded. The first is in "
+            f"{name}",
+            "keep gradient_accumulation_steps with `micro_batch=` to avoid scaling",
         )
     deviations = [d for d in context.deviations if not d[0].endswith(plan.known_deviations)]
     if deviations:
@@ -207,7 +198,7 @@ def _findings(plan: Plan, context: Context) -> Iterable[Finding]:
         yield Finding(
             "replicas-differ",
             "warning",
-            f"{len(deviations)} tensors differ between tensor-parallel ranks, by "
-            f"{largest:.6g} at most from their mean ({name}, {file}); the mean is written",
-            "GPT-NeoX's ranks drift apart a little in long runs; check a larger difference",
+            f"{len(deviations)} tensors differ between tensor-parallel ranks, by {largest:.6g} at "
+            f"most from their mean ({name}, {file}); the mean is written",
+            "ranks of GPT-NeoX drift apart slightly in long runs; check larger differences",
         )

@@ -129,8 +129,8 @@ class _Call(Future[_T], Generic[_T]):
 
 def _lost(times: int) -> BridgeError:
     return BridgeError(
-        f"A process that wrote files was killed {times} times. Is memory short? Choose fewer with "
-        "`workers=`; what is finished stays, and the same command goes on."
+        f"A worker process was killed {times} times, perhaps because memory ran out. Use fewer "
+        "`workers=`. Finished files are kept: run the same command again to continue."
     )
 
 

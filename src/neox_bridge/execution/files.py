@@ -98,7 +98,7 @@ class Files:
 
 def unreadable(path: str, error: OSError) -> BridgeError:
     """What to say where a source can't be read."""
-    return BridgeError(f"{path} can't be read: {error.strerror}. Check the file and its disk.")
+    return BridgeError(f"{path} cannot be read: {error.strerror}. Check the file and its disk.")
 
 
 def ended_early(path: str, missing: int) -> BridgeError:
@@ -120,5 +120,6 @@ def check_same(before: dict[str, Identity]) -> None:
     for path, identity in before.items():
         if now[path] != identity:
             raise BridgeError(
-                f"{path} changed while it was read. Convert again when nothing writes to it."
+                f"{path} changed while it was read. Convert again when no other process writes to "
+                "it."
             )

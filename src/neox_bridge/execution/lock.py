@@ -68,6 +68,6 @@ def _lock(fd: int, target: str, *, names_holder: bool = False) -> None:
             process = os.pread(fd, 200, 0).decode(errors="replace").strip() or "process unknown"
             holder = f" ({process})"
         raise BridgeError(
-            f"Another neox-bridge{holder} is writing {target}. Wait for it, or choose another "
-            "target."
+            f"Another neox-bridge{holder} is writing {target}. Wait until it ends, or choose "
+            "another target."
         ) from None

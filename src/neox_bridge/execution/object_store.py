@@ -158,8 +158,8 @@ class ObjectSink:
         except Unverified as error:
             self._clear_work()  # where that fails the verdict matters more
             raise Unverified(
-                f"{error} {self._url} is left without its neox_bridge.json, to be looked at. "
-                "Remove it, or convert again with `overwrite=True`."
+                f"{error} {self._url} is kept for inspection, without its neox_bridge.json. "
+                "Delete it, or convert again with `overwrite=True`."
             ) from None
         except (BridgeError, KeyboardInterrupt) as error:
             if self._is_published:
@@ -241,9 +241,10 @@ class ObjectSink:
             left_over = Finding(
                 "left-over",
                 "warning",
-                f"{self._url} is finished, but what was only for resuming is left in "
+                f"{self._url} is complete, but temporary files could not be deleted from "
                 f"{self._url}/{WORK}: {reason}",
-                f"remove {self._url}/{WORK}; the next run into the same target tries to",
+                f"delete {self._url}/{WORK}, or run into the same target again, which tries to "
+                "delete it",
             )
             self.findings += (left_over,)
 
@@ -268,8 +269,8 @@ class ObjectSink:
         replaced = f"{url}/{step}" if step else url
         if held := next((s for s in job.key.sources if s.startswith(f"{replaced}/")), None):
             raise BridgeError(
-                f"{url} holds the source {held}, which would be replaced while it is read. Choose "
-                "another target."
+                f"{url} contains the source {held}, which would be overwritten while it is read. "
+                "Choose another target."
             )
         objects = below(replaced) if names_there else {}
         there = {u: o for u, o in objects.items() if not u.startswith(f"{url}/{WORK}/")}
@@ -341,7 +342,9 @@ class ObjectSink:
 
     def _kept(self) -> str:
         if not self.job.done:
-            return f"Nothing is finished in {self._url}: the same command begins again."
+            return (
+                f"No file is complete in {self._url}. Running the same command again starts over."
+            )
         return kept_files(f"{self._url}, without its neox_bridge.json", len(self.job.done))
 
     def _clear_work(self) -> str:
@@ -388,19 +391,21 @@ def _lost(sizes: Mapping[str, int]) -> list[str]:
 
 def _lost_object(url: str) -> Unreachable:
     return Unreachable(
-        f"{url} can't be written: the store said twice that it has it, and doesn't have it. The "
-        "source is in order; try again, or ask the store's keeper."
+        f"{url} cannot be written: the store confirmed the object twice but does not have it. The "
+        "source is intact. Try again, or contact the administrator of the store."
     )
 
 
 def _check_name(url: str) -> None:
     store, _, path = url.partition("://")
     if not is_writable(url):
-        raise BridgeError(f"{url}: the Hub can't be written to file by file. Name another target.")
+        raise BridgeError(
+            f"{url}: files on the Hub cannot be written one by one. Choose another target."
+        )
     parts = path.strip("/").split("/")
     if not parts[0] or (store in _BUCKETS and len(parts) < 2):
         raise BridgeError(
-            f"{url}: that is all of a store, which can't be a target. Name a folder in it: "
+            f"{url}: a whole store cannot be a target. Choose a folder in it: "
             f"{url.rstrip('/')}/NAME."
         )
 
@@ -409,7 +414,7 @@ def _names(url: str) -> list[str]:
     """What is there. Raises BridgeError where that is a file."""
     what = kind(url)
     if what == "file":
-        raise BridgeError(f"{url} is a file. Name a folder that doesn't exist yet.")
+        raise BridgeError(f"{url} is a file. Choose a folder that does not exist yet.")
     return names(url) if what == "directory" else []
 
 
@@ -433,8 +438,9 @@ def _read_begun(url: str) -> tuple[RootFiles | None] | None:
 
 def _exists(url: str, there: Mapping[str, FileState]) -> BridgeError:
     is_whole = any(name.rpartition("/")[2] == RECORD for name in there)
-    note = "" if is_whole else f", without a {RECORD}, as what didn't end or isn't neox-bridge's"
+    note = f", without a {RECORD}: it is incomplete, or neox-bridge did not write it"
+    note = "" if is_whole else note
     return BridgeError(
-        f"{url} exists and holds {plural(len(there), 'object')}{note}. Name another target, or say "
-        "`overwrite=True` to replace it."
+        f"{url} exists and contains {plural(len(there), 'object')}{note}. Choose another target, "
+        "or use `overwrite=True` to replace it."
     )

@@ -39,8 +39,8 @@ _T = TypeVar("_T")
 _LISTEN_SECONDS = 1.0  # between two looks at which nodes there are
 _PATIENCE_SECONDS = 60.0  # that calls wait where there is no node
 _SCANNED_CALLS = 200  # waiting calls that are tried for a free node
-_LOST = "was lost; what it did is done again"
-_AGAIN = "What is finished stays, and the same command goes on."
+_LOST = "was lost; its work is repeated"
+_AGAIN = "Finished files are kept: run the same command again to continue."
 
 
 class _Call(Future[Any]):
@@ -215,7 +215,7 @@ class RayCluster:
 
     def _dispatch(self) -> None:
         if self._alone_since and time.monotonic() - self._alone_since > _PATIENCE_SECONDS:
-            alone = BridgeError(f"The Ray cluster has no node left that can be used. {_AGAIN}")
+            alone = BridgeError(f"The Ray cluster has no usable node left. {_AGAIN}")
             while self._waiting:
                 _end(self._waiting.popleft(), error=alone)
         kept: list[_Call] = []
@@ -292,7 +292,7 @@ class RayCluster:
             member.code = not words
             self._count()
             if words:
-                self._tell(f"Ray: node {member.node.name} {words}; it is left out")
+                self._tell(f"Ray: node {member.node.name} {words}; it is not used")
 
     def _ask_views(self, member: _Member, folders: list[str]) -> None:
         if folders:
@@ -316,17 +316,17 @@ class RayCluster:
         """Whether a node answered. One that cannot, however often Ray tries, is left out."""
         error = answer.exception()
         if error is not None:
-            self._exclude(member.node.id, f"is left out: {first_words(error)}")
+            self._exclude(member.node.id, f"is not used: {first_words(error)}")
         return error is None
 
     def _unseen_error(self, missing: dict[str, list[str]]) -> BridgeError:
         words = []
         for name, paths in sorted(missing.items(), key=lambda item: len(item[1]))[:3]:
-            words.append(f"node {self._members[name].node.name} doesn't see {some(paths, 1)}")
+            words.append(f"node {self._members[name].node.name} cannot read {some(paths, 1)}")
         return BridgeError(
-            f"No node of the Ray cluster sees all that is needed: {'; '.join(words)}. Put source "
-            "and target on disks that the nodes share, or copy the source to the same path with "
-            "its times (rsync -a)."
+            f"No node of the Ray cluster can read all files: {'; '.join(words)}. Put source and "
+            "target on a file system that all nodes share, or copy the source to the same path "
+            "on each node, with its modification times (rsync -a)."
         )
 
 
@@ -341,7 +341,6 @@ def _end(call: _Call, result: Any = None, error: BaseException | None = None) ->
 def _lost_error(node: str, error: BaseException, out_of_memory: type) -> BridgeError:
     times = "" if isinstance(error, out_of_memory) else f" {LOSSES} times, the last"
     return BridgeError(
-        f"A worker of Ray that wrote files was lost{times} on node {node}: "
-        f"{first_words(error).rstrip('.')}. If memory is short, choose fewer with `workers=`. "
-        f"{_AGAIN}"
+        f"A Ray worker was lost{times} on node {node}: {first_words(error).rstrip('.')}. If "
+        f"memory ran out, use fewer `workers=`. {_AGAIN}"
     )

@@ -17,8 +17,8 @@ _ANSWER_SECONDS = 60.0  # in which a node is to say which code it has
 _REACH_SECONDS = 5.0  # in which a cluster is to answer
 _STORE_BYTES = 128 << 20  # the object store of a Ray that is started here; units are small
 _START = (
-    "Start one with `ray start --head`, name its `address=HOST:PORT`, or say `address=local` for "
-    "this machine alone."
+    "Start one with `ray start --head`, give its `address=HOST:PORT`, or use `address=local` for "
+    "this machine only."
 )
 
 
@@ -37,7 +37,7 @@ def ray_module() -> Any:
         import ray
     except ImportError:
         raise BridgeError(
-            "`executor=ray` needs Ray: pip install 'neox-bridge[ray]', on every node."
+            "`executor=ray` needs Ray. Install it on every node: pip install 'neox-bridge[ray]'."
         ) from None
     return ray
 
@@ -110,7 +110,7 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
         if address == "auto":
             words = "No Ray cluster is running here"
         elif address == "local":
-            words = "Ray can't be started here"
+            words = "Ray cannot be started here"
         else:
             words = f"There is no Ray cluster at {address}"
         raise BridgeError(f"{words} ({' '.join(str(error).split())[:300]}). {_START}") from None
@@ -123,7 +123,7 @@ def _check(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if address.startswith("ray://"):
         raise BridgeError(
-            f"{address}: Ray's client isn't supported. Run the command on a node of the cluster, "
+            f"{address}: Ray Client is not supported. Run the command on a node of the cluster, "
             "with `address=auto`."
         )
     if colon and not port.isdigit():
@@ -148,7 +148,9 @@ def _last_started() -> str:
 def _same_code(ray: Any, remedy: str) -> set[str]:
     same, others = _codes(ray)
     if others:
-        raise BridgeError(f"Ray's {'; '.join(others)}. Install the same on every node: {remedy}.")
+        raise BridgeError(
+            f"Ray's {'; '.join(others)}. Install the same version on every node: {remedy}."
+        )
     return same
 
 
@@ -174,8 +176,8 @@ def _codes(ray: Any) -> tuple[set[str], list[str]]:
                 same.add(tasks[ref].id)
     if not same and not others:
         raise BridgeError(
-            f"None of the {len(nodes)} nodes of the Ray cluster that have CPUs answers. See "
-            "`ray status`."
+            f"None of the {len(nodes)} nodes with CPUs in the Ray cluster answers. Check `ray "
+            "status`."
         )
     return same, sorted(others)
 
@@ -185,10 +187,10 @@ def difference(code: tuple[str | None, str], code_here: tuple[str | None, str]) 
     if code == code_here:
         return ""
     if code[0] is None:
-        return f"can't import neox-bridge ({code[1]})"
+        return f"cannot import neox-bridge ({code[1]})"
     if code[1] != code_here[1]:
         return f"has neox-bridge {code[1]}, and this is {code_here[1]}"
-    return f"has other code of neox-bridge {code[1]}"
+    return f"has different code of neox-bridge {code[1]}"
 
 
 def _name(node: dict[str, Any]) -> str:

@@ -62,9 +62,9 @@ def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFile
     run = _look(plan, root, step, overwrite=overwrite)
     if run.unlike and not overwrite:
         raise Refused(
-            f"{root} is a run of another model ({some(list(run.unlike), 3)}), and finetune.yml and "
-            f"{TOKENIZER}/ in it can be of one model only. Name another target, or say "
-            f"`overwrite=True` to put {step} there all the same."
+            f"{root} is a run of another model ({some(list(run.unlike), 3)}), and its "
+            f"finetune.yml and {TOKENIZER}/ can belong to only one model. Choose another target, "
+            f"or use `overwrite=True` to write {step} there anyway."
         )
     changes = _Changes(findings=_strangers(run, step))
     for file in plan.files:
@@ -83,8 +83,8 @@ def _look(plan: Plan, root: str, step: str, *, overwrite: bool) -> _Run:
     except BridgeError as error:
         if not overwrite:
             raise Refused(
-                f"{root} is a run already, and whether its model is this one can't be told: "
-                f"{error} Name another target, or say `overwrite=True` to put {step} there."
+                f"{root} is an existing run, and its model cannot be compared with this one: "
+                f"{error} Choose another target, or use `overwrite=True` to write {step} there."
             ) from None
         model = None
     unlike = tuple(_unlike(plan, model)) if model is not None else ()
@@ -138,8 +138,8 @@ def _strangers(run: _Run, step: str) -> list[Finding]:
             "other-model",
             "warning",
             f"{some(list(run.others), 3)} in {run.path} are steps of another model "
-            f"({some(list(run.unlike), 3)}); what stands beside them is {step}'s from now on",
-            f"remove them, or move {step} to a folder of its own",
+            f"({some(list(run.unlike), 3)}); the files beside them now belong to {step}",
+            f"delete them, or move {step} to its own folder",
         )
     ]
 
@@ -170,9 +170,9 @@ def _add_start(plan: Plan, file: OutputFile, run: _Run, changes: _Changes) -> No
         Finding(
             "start-yml-edited",
             "warning",
-            f"{old} was edited, so it stays, and it contradicts {plan.target.get('step')}: "
+            f"{old} was edited, so it is kept, but it contradicts {plan.target.get('step')}: "
             f"{some(keys, 8)}. {other} beside it has the settings of this step",
-            f"take these keys over from {other}",
+            f"copy these keys from {other}",
         )
     )
 
@@ -223,7 +223,7 @@ def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
                     "start-yml-outdated",
                     "warning",
                     f"{path} contradicts {step}, which `latest` names now: {some(keys, 8)}",
-                    f"start from {planned.path}, or take these keys over",
+                    f"start from {planned.path}, or copy these keys from it",
                 )
             )
     return findings
@@ -250,14 +250,14 @@ def _add_tokenizer(plan: Plan, run: _Run, changes: _Changes) -> None:
     main = os.path.join(folder, "tokenizer.json")
     if not planned or not _same_vocabulary(plan, (main,) if isfile(main) else ()):
         raise Refused(
-            f"{folder} was edited, so it isn't replaced, and this model has another tokenizer: it "
-            "would be passed on with the wrong one. Move that folder away, or name another target."
+            f"{folder} was edited, so it is not replaced, but this model has another tokenizer. "
+            "Move that folder away, or choose another target."
         )
     changes.findings.append(
         Finding(
             "tokenizer-edited",
             "info",
-            f"{folder} was edited, so it stays; its vocabulary is that of the model",
+            f"{folder} was edited, so it is kept; its vocabulary matches the model",
         )
     )
 

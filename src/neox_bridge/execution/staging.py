@@ -17,7 +17,7 @@ from neox_bridge.layouts.record_file import recorded_files
 from neox_bridge.stores.fetched import kept_bytes
 from neox_bridge.wording import some
 
-_FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is used up"}
+_FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is exceeded"}
 
 
 def check_target(
@@ -35,19 +35,19 @@ def check_target(
         link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
         if any(_holds(replaced, path) for path in (link, os.path.realpath(source))):
             raise BridgeError(
-                f"{target} holds the source {source}, which would be replaced while it is read. "
-                "Choose another target."
+                f"{target} contains the source {source}, which would be overwritten while it is "
+                "read. Choose another target."
             )
     if os.path.lexists(real):
         if not os.path.isdir(real):
-            raise BridgeError(f"{target} is a file. Name a folder that doesn't exist yet.")
+            raise BridgeError(f"{target} is a file. Choose a folder that does not exist yet.")
         if os.path.ismount(real) and replaced == real:
             raise BridgeError(
-                f"{target} is a mount point, which can't be replaced. Name a folder below it."
+                f"{target} is a mount point, which cannot be replaced. Choose a folder inside it."
             )
     parent = _nearest(os.path.dirname(real))
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise BridgeError(f"{parent} can't be written to. Choose another place or ask for access.")
+        raise BridgeError(f"{parent} is not writable. Choose another target, or ask for access.")
 
 
 def check_free(target: str, step: str | None) -> None:
@@ -80,9 +80,9 @@ def check_replaceable(target: str, step: str | None, planned: Collection[str]) -
 def holds_others(target: str, names: list[str]) -> Refused:
     """What to say where --overwrite would delete what isn't of a checkpoint."""
     return Refused(
-        f"{target} holds files that are no part of a checkpoint, and `overwrite=True` would delete "
-        f"them: {some(names, 5)}. Nothing was deleted. Move them elsewhere, or "
-        "name another target."
+        f"{target} contains files that are not part of a checkpoint, and `overwrite=True` would "
+        f"delete them: {some(names, 5)}. Nothing was deleted. Move them away, or choose another "
+        "target."
     )
 
 
@@ -96,7 +96,7 @@ def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
     if free < size and free < (size := size - shared()):
         raise BridgeError(
             f"No space left for {target}: {size:,} bytes are needed and {free:,} are free in "
-            f"{parent}. Make room or choose another place."
+            f"{parent}. Free some space, or choose another target."
         )
 
 
@@ -131,7 +131,7 @@ def staged(target: str, size: int) -> Iterator[Work]:
                 aside = set_aside(work.files, real, "unverified")
                 remove(work)
                 raise Unverified(
-                    f"{error} It is kept as {aside}, and {target} is untouched."
+                    f"{error} The result is kept as {aside}, and {target} is unchanged."
                 ) from None
             except (Unreachable, Refused) as error:
                 raise type(error)(f"{error} {_keep(work)}".rstrip()) from None
@@ -179,24 +179,23 @@ def left_over(folder: str, reason: str) -> Finding:
     return Finding(
         "left-over",
         "warning",
-        f"the target is finished, but what it replaced is left in {folder}, since it can't be "
-        f"removed: {reason}",
-        "remove that folder; the next run into the same target tries to",
+        f"the target is complete, but the old version could not be deleted from {folder}: {reason}",
+        "delete that folder, or run into the same target again, which tries to delete it",
     )
 
 
 def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError:
-    kept = kept or "What was written is removed again."
+    kept = kept or "The partial output was deleted."
     if error.errno in _FULL:
         return BridgeError(
-            f"{_FULL[error.errno]} while writing {target}: {size:,} bytes are needed in all. "
-            f"Make room or choose another place. {kept}"
+            f"{_FULL[error.errno]} while writing {target}: {size:,} bytes are needed in total. "
+            f"Free some space, or choose another target. {kept}"
         )
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
         return BridgeError(f"{_exists(target)} {kept}")
     return BridgeError(
-        f"{target} can't be written: {error.strerror or error}. Check the disk and the "
-        f"permissions, or choose another place. {kept}"
+        f"{target} cannot be written: {error.strerror or error}. Check the disk and the "
+        f"permissions, or choose another target. {kept}"
     )
 
 
@@ -207,8 +206,8 @@ def _keep(work: Work) -> str:
         remove(work)
     if fetched and not count:
         return (
-            f"{fetched:,} bytes that were fetched are kept in {work.folder}. Run the same command "
-            "again to continue."
+            f"{fetched:,} downloaded bytes are kept in {work.folder}. Run the same command again "
+            "to continue."
         )
     return kept_files(work.folder, count) if count else ""
 
@@ -217,14 +216,14 @@ def kept_files(where: str, count: int) -> str:
     """What to say of the files that an earlier run finished."""
     files = "1 finished file is" if count == 1 else f"{count} finished files are"
     return (
-        f"{files} kept in {where}: the same command goes on from there; remove that folder to give "
-        "up."
+        f"{files} kept in {where}. Run the same command again to continue, or delete that folder "
+        "to start over."
     )
 
 
 def _exists(target: str) -> BridgeError:
     return BridgeError(
-        f"{target} exists and isn't empty. Name another target, or say `overwrite=True` to "
+        f"{target} exists and is not empty. Choose another target, or use `overwrite=True` to "
         "replace it."
     )
 
@@ -256,14 +255,14 @@ def _listed(folder: str) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError as error:
-        raise BridgeError(f"{folder} can't be listed: {error.strerror}.") from None
+        raise BridgeError(f"{folder} cannot be listed: {error.strerror}.") from None
 
 
 def _nearest(path: str) -> str:
     """The path, or the nearest folder above it that exists."""
     while not os.path.isdir(path):
         if os.path.lexists(path):
-            raise BridgeError(f"{path} is a file, and a folder is needed there.")
+            raise BridgeError(f"{path} is a file, but must be a folder.")
         path = os.path.dirname(path)
     return path
 

@@ -122,8 +122,8 @@ def publish_written(plan: Plan, work: Work, target: HubTarget, **options: bool) 
     options: of ``publish``.
     """
     kept = (
-        f"The files are kept in {work.folder}: the same command goes on from there; remove that "
-        "folder to give up."
+        f"The files are kept in {work.folder}. Run the same command again to continue, or delete "
+        "that folder to start over."
     )
     message, step = message_of(plan), step_of_plan(plan)
     try:
@@ -139,8 +139,8 @@ def publish_written(plan: Plan, work: Work, target: HubTarget, **options: bool) 
 def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
     """Why a branch isn't touched, and what to do."""
     return (
-        f"hf://{repo}@{branch} holds other files: {some(list(conflicts), 1)}. Name another branch, "
-        "or add `overwrite=True` to replace what it holds; its history stays."
+        f"hf://{repo}@{branch} holds other files: {some(list(conflicts), 1)}. Choose another "
+        "branch, or use `overwrite=True` to replace its files; its history is kept."
     )
 
 
@@ -149,7 +149,7 @@ def check_base(repo: str, branch: str, *, repo_exists: bool, branch_exists: bool
     if not branch_exists:
         raise BridgeError(
             f"hf://{repo}@{branch}: there is no such {'branch' if repo_exists else 'repository'}, "
-            "and a pull request needs one to go into. Leave out `create_pr=True` to make it."
+            "and a pull request needs an existing one. Leave out `create_pr=True` to create it."
         )
 
 
@@ -157,7 +157,10 @@ def work_base(chosen: str | None) -> str:
     """The folder in which files are made before they are uploaded."""
     base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
     if not os.path.isdir(base):
-        raise BridgeError(f"{base}: no such folder. Name one with room for the files: `work=DIR`.")
+        raise BridgeError(
+            f"{base}: no such folder. Choose an existing folder with enough space for the files: "
+            "`work=DIR`."
+        )
     return base
 
 
@@ -199,7 +202,9 @@ def _ready(job: _Job, private: bool) -> Remote:
 def _sizes(folder: str) -> dict[str, int]:
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
     if not paths:
-        raise BridgeError(f"{folder} holds no files to publish. Name a checkpoint's folder.")
+        raise BridgeError(
+            f"{folder} contains no files to publish. Give the folder of a checkpoint."
+        )
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
@@ -257,8 +262,8 @@ def _commit(
                 if _is_there(job, now, removed):  # it was made, and the answer lost
                     return str(now.commit), None
                 raise BridgeError(
-                    f"hf://{job.repo}@{job.branch}: somebody else committed meanwhile, and "
-                    "nothing of this was. Look at the branch, then give the same command again."
+                    f"hf://{job.repo}@{job.branch}: another commit was pushed during the upload, "
+                    "so nothing was committed. Check the branch, then run the same command again."
                 ) from error
             if wait is None or not transient:
                 raise
@@ -277,6 +282,7 @@ def _check_whole(job: _Job, commit: str, names: tuple[str, ...]) -> None:
     missing = [n for n in names if n not in there or there[n].size != job.files[n]]
     if missing:
         raise BridgeError(
-            f"hf://{job.repo}@{job.branch}: commit {commit[:12]} lacks {some(missing, 1)}. Is "
-            "there a .gitignore in it? Remove it, and give the same command again."
+            f"hf://{job.repo}@{job.branch}: commit {commit[:12]} does not contain "
+            f"{some(missing, 1)}. A .gitignore in the repository may exclude them. Remove it, "
+            "then run the same command again."
         )

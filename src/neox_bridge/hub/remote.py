@@ -76,8 +76,8 @@ def check_private(repo: str, private: bool) -> bool:
         is_private = bool(api.model_info(repo).private)
     if private and not is_private:
         raise BridgeError(
-            f"hf://{repo} is there and public. Make it private on its page (Settings), choose "
-            "another repository, or leave out `private=True`."
+            f"hf://{repo} already exists and is public. Make it private on its settings page, "
+            "choose another repository, or leave out `private=True`."
         )
     return is_private
 

@@ -37,17 +37,17 @@ def with_own_defaults(
     finding = Finding(
         "defaults-kept",
         "info",
-        f"the yml leaves settings to GPT-NeoX whose defaults changed in 2023. Those of the run's "
-        f"own GPT-NeoX are written into the new yml: {listed}",
+        "the yml does not set keys whose GPT-NeoX defaults changed in 2023. The new yml sets "
+        f"them to the defaults of the GPT-NeoX that wrote the run: {listed}",
     )
     if old is None:
         finding = Finding(
             "defaults-unknown",
             "warning",
-            "the yml leaves settings to GPT-NeoX whose defaults changed from 2023-03-26 to "
-            f"2023-12-26, and DeepSpeed {version} does not tell of which date the run's GPT-NeoX "
-            f"was. The later defaults are written into the new yml: {listed}",
-            "correct them there if the run's GPT-NeoX was older",
+            "the yml does not set keys whose GPT-NeoX defaults changed from 2023-03-26 to "
+            f"2023-12-26, and DeepSpeed {version} does not show which GPT-NeoX wrote the run. The "
+            f"new yml sets them to the later defaults: {listed}",
+            "edit the new yml if the GPT-NeoX of the run was older",
         )
     return replace(checkpoint, raw={**settings, **checkpoint.raw}), (finding,)
 

@@ -52,8 +52,9 @@ def derived_settings(
     kind = str(optimizer.get("type") or "Adam")
     if kind.lower() not in ADAMS:
         raise Refused(
-            f"{yml}: optimizer.type is {kind[:40]!r}, and its states are elastic, so they hold no "
-            "hyperparameters. This tool derives only those of Adam. Convert the weights alone."
+            f"{yml}: optimizer.type is {kind[:40]!r}, and its states are elastic, so they contain "
+            "no hyperparameters. neox-bridge can derive them only for Adam. Convert only the "
+            "weights."
         )
     params = mapping(optimizer, "params", yml, "optimizer.params")
     values = [
@@ -66,8 +67,8 @@ def derived_settings(
     settings_finding = Finding(
         "optimizer-settings-derived",
         "info",
-        f"{path}: the optimizer states are elastic and do not hold hyperparameters. They are "
-        f"derived: {listed}",
+        f"{path}: the optimizer states are elastic and contain no hyperparameters. These values "
+        f"were derived: {listed}",
     )
     findings = [settings_finding]
     if not all("step" in group for group in scalars):
@@ -166,18 +167,18 @@ def _step(meta: Mapping[str, Any], path: str, version: str) -> tuple[Derived, Fi
         step, rule, numbers = 1 + step, f"1 + {rule}", f"1 + {numbers}"
     why = f"{rule} = {numbers} = {step}"
     if first:
-        why += ", since DeepSpeed makes one step on zero gradients before training"
+        why += ", because DeepSpeed makes one step on zero gradients before training"
     if other_run:
         why += (
-            f". global_steps is {steps} and skipped_steps {skipped}, so the run began from another "
-            "one's weights and its count may differ"
+            f". global_steps is {steps} and skipped_steps {skipped}, so the run started from the "
+            "weights of another run, and its step count may differ"
         )
     return Derived("step", step, rule), Finding(
         "adam-step-derived",
         "warning" if other_run else "info",
-        f"{path}: the optimizer states are elastic and do not hold Adam's step. It is derived: "
-        f"{why}. A run that was resumed from such states counted from 1 again, which nothing "
-        "records",
+        f"{path}: the optimizer states are elastic and do not contain Adam's step. It was "
+        f"derived: {why}. If the run was resumed from such states before, Adam's step restarted "
+        "at 1, and no file records this",
     )
 
 

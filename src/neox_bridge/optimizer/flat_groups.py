@@ -16,7 +16,7 @@ from neox_bridge.tensors.flat import Flat
 from neox_bridge.tensors.pieces import Shape
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-_OTHER_SAVE = "The files are of another model, layout or save: copy the checkpoint again."
+_OTHER_SAVE = "The files are from another model, layout or save. Copy the checkpoint again."
 Parts = Mapping[str, tuple[TensorRef, ...]]
 _ALIGNMENT = 2  # elements, times the ranks, since DeepSpeed 0.5.2 (#1328)
 
@@ -49,7 +49,7 @@ def flat_group(
         if differing:
             raise BridgeError(
                 f"{path}: group {index} has {min(differing)[0]} in another dtype than "
-                f"{first.path}, or only one of them has it. {_OTHER_SAVE}"
+                f"{first.path}, or only one of the two files contains it. {_OTHER_SAVE}"
             )
     sizes = [tensors[MASTER].shape[0] for _, tensors in ordered]
     total = sum(map(prod, shapes.values()))
@@ -81,7 +81,7 @@ def _check_padded(
             size = tensors[key].shape[0]
             if not flat.used(rank) <= size <= flat.partition:
                 raise BridgeError(
-                    f"{path}: the partition of {key} has {size:,} elements, and by the model's "
+                    f"{path}: the partition of {key} has {size:,} elements, but by the model's "
                     f"shapes it should have {flat.partition:,}. {_OTHER_SAVE}"
                 )
 
@@ -92,7 +92,8 @@ def _check_rigid(sizes: Sequence[int], total: int, dp: int, where: str) -> None:
     padding = size * len(sizes) - total
     if any(other != size for other in sizes):
         raise BridgeError(
-            f"{where}: its parts have different sizes, and rigid states have one. {_OTHER_SAVE}"
+            f"{where}: its parts have different sizes, but rigid states have only one size. "
+            f"{_OTHER_SAVE}"
         )
     if not 0 <= padding < (size + 1) * dp:
         raise _other_total(where, size * len(sizes), total)
@@ -110,8 +111,8 @@ def _check_sub_partitions(sizes: Sequence[int], total: int, where: str) -> None:
     for number, size in enumerate(sizes):
         if size != min(sizes[0], left):
             raise BridgeError(
-                f"{where}: part {number} of the group has {size:,} elements, and by the first part "
-                f"it should have {min(sizes[0], left):,}. {_OTHER_SAVE}"
+                f"{where}: part {number} of the group has {size:,} elements, but by the first "
+                f"part it should have {min(sizes[0], left):,}. {_OTHER_SAVE}"
             )
         left -= size
 
@@ -133,7 +134,7 @@ def _check_partitions(sizes: Sequence[int], total: int, where: str) -> None:
 
 def _other_total(where: str, stored: int, total: int) -> BridgeError:
     return BridgeError(
-        f"{where}: its parts on all ranks have {stored:,} elements, and the parameters of this "
+        f"{where}: its parts on all ranks have {stored:,} elements, but the parameters of this "
         f"group have {total:,}. {_OTHER_SAVE}"
     )
 

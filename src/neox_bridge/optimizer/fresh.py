@@ -32,13 +32,13 @@ def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int
     adam = training.get("optimizer") or {}
     if str(adam.get("type", "adam")).lower() not in ADAMS:
         raise Refused(
-            f"`optimizer=fresh`: the settings' optimizer is {adam['type']}, and only Adam's states "
-            "are known. Leave the option out."
+            f"`optimizer=fresh`: the settings' optimizer is {adam['type']}, but only the states "
+            "of Adam can be created. Leave the option out."
         )
     if layout.te or (layout.old_names and architecture.gated):
         raise Refused(
-            "`optimizer=fresh`: not for Transformer Engine's modules, nor for gated MLPs of trees "
-            "before 2024-09. Leave out `te=True`, use `era=today`."
+            "`optimizer=fresh`: not supported for Transformer Engine modules and for gated MLPs "
+            "of GPT-NeoX before 2024-09. Leave out `te=True`, and use `era=today`."
         )
     params = adam.get("params") or {}
     schedule = schedule_of(training, float(params.get("lr", 1e-5)), iteration)

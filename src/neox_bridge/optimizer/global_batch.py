@@ -34,9 +34,9 @@ def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int, path: s
     total = total or micro * accumulation * dp
     if total % (micro * dp):
         raise BridgeError(
-            f"{path}: ds_config.train_batch_size is {total}, which "
-            f"train_micro_batch_size_per_gpu {micro} on {dp} data-parallel ranks does not divide. "
-            "DeepSpeed does not start so: the files are of different saves. Copy them again."
+            f"{path}: ds_config.train_batch_size is {total}, which is not a multiple of "
+            f"train_micro_batch_size_per_gpu {micro} on {dp} data-parallel ranks. DeepSpeed would "
+            "not start with these values, so the files are from different saves. Copy them again."
         )
     return Batch(total, micro, total // (micro * dp))
 
@@ -52,7 +52,7 @@ def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = 
         fits = _listed(_divisors(batch.total))
         raise Refused(
             f"`dp={dp}`: the global batch of {batch.total} sequences cannot be split evenly over "
-            f"{dp} data-parallel ranks, and it stays as it is, because the learning-rate schedule "
+            f"{dp} data-parallel ranks. It must stay the same, because the learning-rate schedule "
             f"depends on it. Valid values: {fits}."
         )
     share = batch.total // dp

@@ -191,9 +191,10 @@ def change_of_scale(source: Side, target: Side, way_out: str) -> Fraction:
         return Fraction(1)
     if source.scale is None or target.scale is None:
         raise Refused(
-            "DeepSpeed 0.18.3 to 0.19.2 divides the gradients by gradient_accumulation_steps once "
-            "in each pipeline stage (DeepSpeed#8152), so that no scaling makes this the same run. "
-            f"{way_out} If the run's DeepSpeed has the fix, say so: `source_engine=averages`."
+            "DeepSpeed 0.18.3 to 0.19.2 divides the gradients by gradient_accumulation_steps "
+            "once in each pipeline stage (DeepSpeed#8152), so no scaling of the states can keep "
+            f"the run the same. {way_out} If the DeepSpeed of the run contains the fix, use "
+            "`source_engine=averages`."
         )
     return Fraction(target.scale, source.scale)
 
@@ -215,8 +216,8 @@ def rescaling(
         what = "use_bnb_optimizer: true" if quantized else f"optimizer.type {name}"
         raise Refused(
             f"The gradients of the resharded run would be {factor} x what they were, and with "
-            f"{what} (states {', '.join(sorted(keys)) or 'none'}) no scaling of its states makes "
-            f"that the same run; it is known for Adam and Lion. {way_out}"
+            f"{what} (states {', '.join(sorted(keys)) or 'none'}) no scaling of its states can "
+            f"keep the run the same; this is possible only for Adam and Lion. {way_out}"
         )
     decays = powers is _ADAM and _is_l2(optimizer, raw, setting.get("params") or {})
     used = {key: powers[key] for key in optimizer.keys if key in powers}
@@ -257,15 +258,15 @@ def gradient_findings(
     """
     if not any(side.pipeline and side.accumulation > 1 for side in (before, after)):
         return
-    name = f"DeepSpeed {version}" if version else "a DeepSpeed that names no version"
+    name = f"DeepSpeed {version}" if version else "an unknown DeepSpeed version"
     assumed = (
         f"assuming that the pipeline engine of the run ({name}) {_DOES[before.engine]}, and that "
-        f"the one it goes on with {_DOES[after.engine]}"
+        f"the one that resumes it {_DOES[after.engine]}"
     )
     other = "averages" if after.engine == "sums" else "sums"
     remedy = (
-        f"to go on with an engine that {other} them, say `engine={other}`; if the run's own did "
-        f"not do what its version says, `source_engine=`"
+        f"to resume with an engine that {other} them, use `engine={other}`; if the engine of the "
+        "run did not do what its version suggests, set `source_engine=`"
     )
     steps = f"gradient_accumulation_steps {before.accumulation} -> {after.accumulation}"
     if changes is None:
@@ -281,13 +282,13 @@ def gradient_findings(
         keys.append(f"optimizer.params.eps: {settings['optimizer']['params']['eps']}")
     if changes.decays:
         keys.append(f"weight_decay: {settings['weight_decay']}")
-    rounding = "" if changes.exact else " (rounded, since it is no power of two)"
+    rounding = "" if changes.exact else " (rounded, because it is not a power of two)"
     yield Finding(
         "gradient-scale",
         "warning",
-        f"the gradients are {k} x what they were ({steps}), {assumed}; so that the run stays the "
-        f"same, its states are scaled ({states}{rounding}) and resume.yml has "
-        f"{', '.join(keys)}. Go on with these settings, not with the run's old ones",
+        f"the gradients are {k} x what they were ({steps}), {assumed}; to keep the run the same, "
+        f"its states are scaled ({states}{rounding}) and resume.yml has {', '.join(keys)}. Resume "
+        "with these settings, not with the old ones of the run",
         remedy,
     )
     if changes.half and changes.loss_scale != 1:
@@ -297,14 +298,13 @@ def gradient_findings(
         yield Finding(
             "loss-scale",
             "info",
-            f"fp16: the loss scale is {change}, so that no scaled gradient overflows that did not "
-            "before",
+            f"fp16: the loss scale is {change}, so that scaled gradients do not overflow",
         )
     if changes.decays:
         yield Finding(
             "coupled-weight-decay",
             "warning",
             "weight_decay is added to the gradient (L2 mode: adam_w_mode or adamw_mode false, or "
-            f"use_mup), so that it is scaled too: weight_decay x {k} in resume.yml and in the "
+            f"use_mup), so it is scaled too: weight_decay x {k} in resume.yml and in the "
             "optimizer's states",
         )

@@ -19,13 +19,13 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.neox is None:
         raise UsageError(
             ["weights"],
-            f"{checkpoint.path} is a Hugging Face model, and only the optimizer states of a "
-            "GPT-NeoX run hold master weights",
+            f"{checkpoint.path} is a Hugging Face model, but only the optimizer states of a "
+            "GPT-NeoX run contain master weights",
             "Leave it out.",
         )
     optimizer = read_optimizer(checkpoint)
     dropped = tuple(
-        replace(drop, reason="optimizer states, but for the masters", kind="other")
+        replace(drop, reason="optimizer states except the master weights", kind="other")
         if drop.kind == "optimizer"
         else drop
         for drop in checkpoint.dropped
@@ -37,7 +37,7 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
         config=replace(checkpoint.config, dtype="float32"),
         tensors=states(checkpoint, optimizer)[MASTER],
         from_masters=True,
-        dropped=(*dropped, Dropped("the weights in 16 bits", "rounded masters"))
+        dropped=(*dropped, Dropped("the weights in 16 bits", "rounded master weights"))
         if checkpoint.config.dtype != "float32"
         else dropped,
         findings=(*checkpoint.findings, *optimizer.findings),
@@ -59,8 +59,8 @@ def as_it_was_converted(
     finding = Finding(
         "masters-compared",
         "info",
-        f"{target.path} was converted with `weights=masters`, and is compared with the fp32 "
-        f"masters of {source.path}",
+        f"{target.path} was converted with `weights=masters`, so it is compared with the fp32 "
+        f"master weights of {source.path}",
     )
     return masters, (finding, *masters.findings[len(source.findings) :])
 

@@ -1,4 +1,4 @@
-"""What a user asks of ``reshard``, as data, and how the command line spells and explains it."""
+"""The options of ``reshard``, as data, with their spelling and help on the command line."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ class Resharding:
     tp: int | None = inherited(
         Options,
         "tp",
-        text="Tensor-parallel ranks (model_parallel_size). Default: as in SRC, which is the "
-        "default of --pp, --dp and --zero too.",
+        text="Number of tensor-parallel ranks (model_parallel_size). Default: as in SRC, like "
+        "--pp, --dp and --zero.",
         group=RESUME,
     )
     pp: int | None = inherited(Options, "pp", group=RESUME)
     layout: LayoutName | None = inherited(Options, "layout", group=RESUME)
-    dp: int | None = option(None, "Data-parallel ranks.", group=RESUME, common=True, minimum=1)
+    dp: int | None = option(
+        None, "Number of data-parallel ranks.", group=RESUME, common=True, minimum=1
+    )
     zero: int | None = option(
         None,
-        "ZeRO's stage. In bfloat16, 1 and 2 can only become each other.",
+        "ZeRO stage. A bfloat16 run at stage 1 or 2 can only switch between these two.",
         group=RESUME,
         common=True,
         minimum=0,
@@ -41,31 +43,31 @@ class Resharding:
     )
     micro_batch: int | None = option(
         None,
-        "Sequences of a rank's forward pass (train_micro_batch_size_per_gpu). Default: at most "
-        "what it was. The global batch stays the same.",
+        "Micro-batch size per rank (train_micro_batch_size_per_gpu). Default: at most that of "
+        "SRC. The global batch size does not change.",
         group=RESUME,
         minimum=1,
     )
     engine: Engine | None = option(
         None,
-        "What the pipeline engine of the DeepSpeed that resumes the run does with the gradients of "
-        "micro-batches. Default: what the version does that --for requires, or without --for what "
-        "the run's own version does.",
+        "How the DeepSpeed that resumes the run combines the gradients of micro-batches in its "
+        "pipeline engine. Default: as the DeepSpeed that --for requires; without --for, as the "
+        "DeepSpeed of SRC.",
         group=RESUME,
         choices=("sums", "averages"),
     )
     source_engine: Engine | None = option(
         None,
-        "What the pipeline engine of the run's own DeepSpeed did. Default: what its version does "
-        "(0.16.0 to 0.18.2 sum).",
+        "How the DeepSpeed of SRC combined the gradients of micro-batches. Default: as its "
+        "version does (0.16.0 to 0.18.2 sum).",
         group=RESUME,
         choices=("sums", "averages"),
     )
     era: Era | None = inherited(
         Options,
         "era",
-        text="The GPT-NeoX in which the run resumes. A source tree, neox@v1.0, neox@2024-03 or "
-        "another date or commit, or today. Default: a GPT-NeoX like the one that wrote SRC.",
+        text="The GPT-NeoX that will resume the run. A source tree, a tag, date or commit "
+        "(neox@v1.0, neox@2024-03), or today. Default: a GPT-NeoX like the one that wrote SRC.",
         group=RESUME,
         metavar="neox:TREE|neox@DATE|today",
     )
@@ -73,14 +75,14 @@ class Resharding:
         Options,
         "row_bias",
         "whole",
-        text="How biases that the ranks add up are written at another --tp. `whole` on rank 0, "
-        "which is exact, or `split` into an equal part for each rank.",
+        text="How to store biases that the ranks sum if --tp changes. whole: on rank 0, which is "
+        "exact; split: an equal part on each rank.",
         group=RESUME,
     )
     universal: bool = option(
         False,
-        "Write DeepSpeed's universal checkpoint. It has a file for each state of each parameter "
-        "and loads on any number of data-parallel ranks.",
+        "Write a universal checkpoint of DeepSpeed. It has one file per parameter and state, and "
+        "loads on any number of data-parallel ranks.",
         group=RESUME,
     )
     ignore_keys: tuple[str, ...] = inherited(Options, "ignore_keys", ())

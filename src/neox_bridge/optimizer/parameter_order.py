@@ -47,7 +47,7 @@ def parameter_order(
             if len(groups) != count:
                 raise BridgeError(
                     f"{path} has {count} parameter groups, and param_shapes of {file} has "
-                    f"{len(groups)}. Are they of one save?"
+                    f"{len(groups)}. They may be from different saves. Copy the checkpoint again."
                 )
             return tuple(groups), "groups"
         if value is not None:
@@ -97,8 +97,9 @@ def divided(
         return (named,)
     if count != 2:
         raise Refused(
-            f"{path} has {count} parameter groups, and GPT-NeoX makes one or two. Another program "
-            "divided these parameters, so they cannot be assigned. Convert the weights alone."
+            f"{path} has {count} parameter groups, but GPT-NeoX writes one or two. Another "
+            "program grouped these parameters, so they cannot be assigned. Convert only the "
+            "weights."
         )
     still = {name: shape for name, shape in named.items() if is_without_decay(name)}
     return {name: shape for name, shape in named.items() if name not in still}, still

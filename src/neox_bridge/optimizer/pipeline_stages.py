@@ -76,11 +76,11 @@ def stage_bounds(
         bounds = _balanced([int(bool(pattern.search(name))) for name in names], stages)
     else:
         raise Refused(
-            f"pipe_partition_method: {method} is none that DeepSpeed has. Use {DEFAULT}, uniform "
-            "or parameters."
+            f"pipe_partition_method: {method} is unknown to DeepSpeed. Use {DEFAULT}, uniform or "
+            "parameters."
         )
     if any(low >= high for low, high in pairwise(bounds)):
-        raise Refused(f"`pp={stages}`: DeepSpeed would leave a stage without a layer. Use fewer.")
+        raise Refused(f"`pp={stages}`: a pipeline stage would have no layer. Use fewer stages.")
     return [range(low, high) for low, high in pairwise(bounds)]
 
 

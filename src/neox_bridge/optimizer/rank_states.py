@@ -146,8 +146,8 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
             tensors, others = _split(master, entries[index][interval], key, path, padded=padded)
             if group_scalars not in (None, others):
                 raise BridgeError(
-                    f"{path}: {BASE}[{index}] has other values in interval {interval} than in the "
-                    "first. Copy the checkpoint again."
+                    f"{path}: {BASE}[{index}] has different values in interval {interval} and in "
+                    "the first. Copy the checkpoint again."
                 )
             group_parts.append(tensors)
             group_scalars = others
@@ -194,7 +194,7 @@ def _check_amount(masters: list[list[TensorRef]], generation: ZeroGeneration, pa
     if parts * _LEAST_PART_BYTES > end:
         raise BridgeError(
             f"{path}: {generation.masters} has {parts:,} parts, more than a file of this size "
-            "holds. The file is damaged or made to deceive; get it from its source again."
+            "holds. The file is damaged or malicious. Download or copy it again."
         )
 
 
@@ -210,7 +210,7 @@ def _part(value: object, key: str, path: str) -> TensorRef:
     if len(part.shape) != 1 or part.strides is not None:
         raise BridgeError(
             f"{path}: {key} has the shape {list(part.shape)}, and a part of a flat group has one "
-            "dimension. The file is damaged or made to deceive; get it from its source again."
+            "dimension. The file is damaged or malicious. Download or copy it again."
         )
     return part
 
@@ -221,14 +221,14 @@ def _check_counts(inner: Mapping[str, Any], intervals: list[int], dp: int, path:
     if recorded is not None and recorded != intervals:
         raise BridgeError(
             f"{path}: {INTERVALS} does not match its states, which have {intervals} intervals by "
-            "group. The file is damaged; get it from its source again."
+            "group. The file is damaged. Download or copy it again."
         )
     ranks = inner.get(RANKS)
     for number in ranks if isinstance(ranks, list) else [ranks]:
         if number is not None and count({RANKS: number}, RANKS, path) != dp:
             raise BridgeError(
                 f"{path}: {RANKS} is {number}, and the checkpoint has {dp} data-parallel ranks. "
-                "The file is of another save: copy the checkpoint again."
+                "The file is from another save. Copy the checkpoint again."
             )
 
 
@@ -242,8 +242,8 @@ def _elastic_entries(
     groups = inner[BASE]
     if len(groups) != len(masters):
         raise BridgeError(
-            f"{path}: {BASE} has {len(groups)} groups, and {generation.masters} has {len(masters)}."
-            " The file is damaged; get it from its source again."
+            f"{path}: {BASE} has {len(groups)} groups, and {generation.masters} has "
+            f"{len(masters)}. The file is damaged. Download or copy it again."
         )
     entries = []
     for index, (group, parts) in enumerate(zip(groups, masters, strict=True)):
@@ -271,7 +271,7 @@ def _rigid_entries(
     if len(groups) != len(masters):
         raise BridgeError(
             f"{path}: param_groups has {len(groups)} groups, and its masters have {len(masters)}. "
-            "The file is damaged; get it from its source again."
+            "The file is damaged. Download or copy it again."
         )
     entries = []
     for index, (group, parts) in enumerate(zip(groups, masters, strict=True)):
@@ -279,7 +279,7 @@ def _rigid_entries(
         if len(numbers) != len(parts):
             raise BridgeError(
                 f"{path}: param_groups[{index}].params has {len(numbers)} entries, and the group "
-                f"has {len(parts)} intervals. The file is damaged; get it from its source again."
+                f"has {len(parts)} intervals. The file is damaged. Download or copy it again."
             )
         entries.append([states_of(base, number, path) for number in numbers])
     settings = tuple({k: v for k, v in group.items() if k != "params"} for group in groups)
@@ -303,13 +303,13 @@ def _split(
         if part.shape != master.shape and not padded:
             raise BridgeError(
                 f"{path}: {name} beside {key} has {prod(part.shape):,} elements, and the masters "
-                f"have {prod(master.shape):,}. The file is damaged; get it from its source again."
+                f"have {prod(master.shape):,}. The file is damaged. Download or copy it again."
             )
         tensors[name] = part
     if len(tensors) == 1 and not padded:
         raise Refused(
-            f"{path}: the states beside {key} hold no tensors, so they are not those of an "
-            "optimizer like Adam. Convert the weights alone."
+            f"{path}: the states beside {key} contain no tensors, so they are not from an "
+            "optimizer like Adam. Convert only the weights."
         )
     return tensors, others
 

@@ -62,7 +62,9 @@ def read_export(folder: str, checkpoint: Checkpoint) -> dict[str, dict[str, Whol
     names = exported.get("states")
     known = isinstance(names, list) and all(re.fullmatch(r"\w+", str(name)) for name in names)
     if exported.get("format") != FORMAT or not isinstance(names, list) or not known:
-        raise BridgeError(f"{path} isn't what export-optimizer writes: no states, or a new format.")
+        raise BridgeError(
+            f"{path} was not written by export-optimizer, or by a newer version: no known states."
+        )
     return {
         str(key): _read(os.path.join(folder, f"{key}.safetensors"), checkpoint) for key in names
     }
@@ -94,12 +96,12 @@ def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
         raise BridgeError(f"{path} is missing. Export the optimizer again.")
     refs = read_safetensors(path)
     if odd := sorted(set(refs) ^ set(checkpoint.tensors)):
-        raise BridgeError(f"{path}: {some(odd)} isn't in both it and {checkpoint.path}.")
+        raise BridgeError(f"{path}: {some(odd)} is not in both it and {checkpoint.path}.")
     for name, ref in refs.items():
         if ref.shape != checkpoint.tensors[name].shape:
             raise BridgeError(
                 f"{path}: {name} has the shape {list(ref.shape)}, and in {checkpoint.path} "
-                f"{list(checkpoint.tensors[name].shape)}. It is of another model."
+                f"{list(checkpoint.tensors[name].shape)}. The export is from another model."
             )
     return {name: whole_of(ref) for name, ref in refs.items()}
 

@@ -27,7 +27,9 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
     """The optimizer's states as references. Raises BridgeError or Refused, naming the file."""
     state = checkpoint.neox
     if state is None:
-        raise BridgeError(f"{checkpoint.path} isn't a GPT-NeoX checkpoint, so it has no optimizer.")
+        raise BridgeError(
+            f"{checkpoint.path} is not a GPT-NeoX checkpoint, so it has no optimizer states."
+        )
     folder = state.folder
     refuse_missing_ranks(state)
     count = state.tp * max(1, state.pp)
@@ -36,8 +38,8 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
     metas = tuple(map(_meta, ahead(paths)))
     if state.te:
         raise Refused(
-            f"{folder}: its blocks are Transformer Engine's, and their optimizer states can't be "
-            "read yet. Convert the weights alone."
+            f"{folder}: it uses Transformer Engine modules, whose optimizer states cannot be read "
+            "yet. Convert only the weights."
         )
     if state.universal:
         from neox_bridge.optimizer.read_universal import read_universal
@@ -53,7 +55,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
 
         return read_stage0(checkpoint, folder, metas)
     raise BridgeError(
-        f"{folder} holds no optimizer states: neither *zero_pp_rank_*_optim_states.pt nor an "
+        f"{folder} contains no optimizer states: no *zero_pp_rank_*_optim_states.pt, and no "
         "optimizer in the mp_rank files. Use convert for its weights."
     )
 
@@ -61,7 +63,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
 def _meta(path: str) -> Mapping[str, Any]:
     value = read_torch(path)
     if not isinstance(value, dict):
-        raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no dictionary.")
+        raise BridgeError(f"{path} is not a GPT-NeoX file: it does not contain a dictionary.")
     check_meta(value, path)
     return value
 
@@ -74,9 +76,11 @@ def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:
     value = read_torch(path, until=until)
     inner = value.get("optimizer_state_dict") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(inner, dict):
-        raise BridgeError(f"{path} holds no optimizer_state_dict: it isn't a file of DeepSpeed's.")
+        raise BridgeError(f"{path} is not a DeepSpeed file: it contains no optimizer_state_dict.")
     if "fp32_flat_groups" in inner:
-        raise Refused(f"{path} is of ZeRO stage 3, which can't be read. Save with stage 1 or 2.")
+        raise Refused(
+            f"{path} is from ZeRO stage 3, which cannot be read. Save the run with stage 1 or 2."
+        )
     return value
 
 
@@ -86,8 +90,8 @@ def scalar(entry: Any) -> Any:
         return entry
     if entry.nbytes > _SCALAR_BYTES:
         raise Refused(
-            f"{entry.file}: the optimizer has a tensor of the shape {list(entry.shape)}, none of a "
-            "parameter's: only optimizers like Adam can be read."
+            f"{entry.file}: the optimizer has a tensor of the shape {list(entry.shape)}, which no "
+            "parameter has. Only optimizers like Adam can be read."
         )
     return Scalar(entry.dtype, entry.shape, read_at(entry.file, entry.offset, entry.nbytes))
 
@@ -99,7 +103,7 @@ def same_group(first: Group, second: Group, path: str) -> None:
         differ += [k for k in first.scalars if first.scalars[k] != second.scalars.get(k)]
         raise BridgeError(
             f"{path}: {some(differ) or 'a hyperparameter'} differs between ranks, so their files "
-            "are of different saves. Copy the checkpoint again."
+            "are from different saves. Copy the checkpoint again."
         )
 
 
@@ -121,7 +125,7 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
     Refused for states with names that no optimizer gives, since they become names of files.
     """
     if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
-        raise Refused(f"{folder}: {odd[0][:80]!r} isn't the name of an optimizer's state.")
+        raise Refused(f"{folder}: {odd[0][:80]!r} is not a valid name of an optimizer state.")
     used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
     for place, ref in stored_tensors(checkpoint).items():
         _, (layer, name) = place
@@ -129,13 +133,14 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
         missing = [key for key in optimizer.keys if key not in rank_states]
         if ref in used and missing:
             raise BridgeError(
-                f"{folder}: the optimizer has no {missing[0]} of layer {layer}: {name}. "
-                "Was that parameter frozen? Only runs that train all can be read."
+                f"{folder}: the optimizer has no {missing[0]} for layer {layer}: {name}. The "
+                "parameter may have been frozen. Only runs that train all parameters can be read."
             )
         if any(whole.shape != ref.shape for whole in rank_states.values()):
             raise BridgeError(
-                f"{folder}: layer {layer}: {name} has the shape {list(ref.shape)}, and its "
-                "optimizer states another. Are all files of one save?"
+                f"{folder}: layer {layer}: {name} has the shape {list(ref.shape)}, but its "
+                "optimizer states have another. The files may be from different saves. Copy the "
+                "checkpoint again."
             )
 
 

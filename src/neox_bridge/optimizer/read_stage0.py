@@ -47,8 +47,8 @@ def read_stage0(
         inner = head.get("optimizer_state_dict")
         if inner is not None and "fp32_groups_flat" not in head:
             raise Refused(
-                f"{path}: its optimizer is DeepSpeed's FP16_UnfusedOptimizer, or another that "
-                "can't be read. Resume the run with a fused Adam or with ZeRO stage 1, and save it."
+                f"{path}: its optimizer (such as DeepSpeed's FP16_UnfusedOptimizer) cannot be "
+                "read. Resume the run with a fused Adam or ZeRO stage 1, and save it again."
             )
         if inner is not None:
             check_stage0_scaler(head, path)
@@ -56,8 +56,8 @@ def read_stage0(
         param_groups = parameter_groups(torch_state, path)
         if len(param_groups) not in (1, 2):
             raise BridgeError(
-                f"{path}: param_groups of its optimizer has {len(param_groups)} groups, and "
-                "GPT-NeoX makes one or two. The file is damaged; get it from its source again."
+                f"{path}: param_groups of its optimizer has {len(param_groups)} groups, but "
+                "GPT-NeoX writes one or two. The file is damaged. Download or copy it again."
             )
         for index, group_shapes in enumerate(divided(named, len(param_groups), path)):
             if inner is None:
@@ -100,8 +100,8 @@ def _plain(
     numbers = numbers_of(state["param_groups"][index], index, path)
     if len(numbers) != len(group_shapes):
         raise BridgeError(
-            f"{path}: group {index} of its optimizer has {len(numbers)} parameters, and by the "
-            f"model it should have {len(group_shapes)}. Was part of the model frozen?"
+            f"{path}: group {index} of its optimizer has {len(numbers)} parameters, but by the "
+            f"model it should have {len(group_shapes)}. Part of the model may have been frozen."
         )
     scalars: dict[str, Any] = {}
     for number, (place, shape) in zip(numbers, group_shapes.items(), strict=True):
@@ -132,7 +132,9 @@ def _flat(
     flat = Flat({f"{layer}.{name}": shape for (layer, name), shape in group_shapes.items()}, 1)
     masters = sequence(value, "fp32_groups_flat", path)
     if index >= len(masters):
-        raise BridgeError(f"{path}: fp32_groups_flat lacks group {index}. Copy it again.")
+        raise BridgeError(
+            f"{path}: group {index} is missing in fp32_groups_flat. Copy the file again."
+        )
     entries: dict[str, Any] = {MASTER: check_tensor(MASTER, masters[index], path)}
     entries |= states_of(value["optimizer_state_dict"], index, path)
     scalars: dict[str, Any] = {}
@@ -143,8 +145,8 @@ def _flat(
         check_tensor(key, entry, path)
         if prod(entry.shape) != flat.numel:
             raise BridgeError(
-                f"{path}: {key} of group {index} has {prod(entry.shape):,} elements, and by the "
-                f"model it should have {flat.numel:,}. Was part of the model frozen?"
+                f"{path}: {key} of group {index} has {prod(entry.shape):,} elements, but by the "
+                f"model it should have {flat.numel:,}. Part of the model may have been frozen."
             )
         wholes = flat.wholes([replace(entry, shape=(flat.numel,))])
         for place, whole in zip(group_shapes, wholes.values(), strict=True):

@@ -27,7 +27,9 @@ def read_universal(
     state_file = read_torch(path)
     groups = state_file.get("param_groups") if isinstance(state_file, dict) else None
     if not isinstance(state_file, dict) or not isinstance(groups, list) or not groups:
-        raise BridgeError(f"{path} holds no param_groups: it isn't a universal checkpoint's.")
+        raise BridgeError(
+            f"{path} is not from a universal checkpoint: it contains no param_groups."
+        )
     parameter_groups(state_file, path)
     check_head(state_file, path)
     members: dict[str, int] = {}
@@ -35,8 +37,8 @@ def read_universal(
         shapes = parameter_shapes(meta, folder)
         if len(shapes) != len(groups):
             raise BridgeError(
-                f"{folder}/{rank_file(number)} has {len(shapes)} parameter groups "
-                f"and {path} {len(groups)}. Are they of one save?"
+                f"{folder}/{rank_file(number)} has {len(shapes)} parameter groups and {path} "
+                f"{len(groups)}. They may be from different saves. Copy the checkpoint again."
             )
         members |= {name: index for index, group in enumerate(shapes) for name in group}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}

@@ -81,9 +81,9 @@ def read_zero(
         if first.is_current and source != "groups":
             # DeepSpeed 0.5.4 to 0.5.10 kept param_shapes beside the states (dd0c8fa7, 135a6256)
             raise Refused(
-                f"{paths[0]} and {rank_file(number)} beside it hold no list param_shapes, so its "
-                "flat partitions cannot be divided into parameters. DeepSpeed saves the list since "
-                "0.5.4 (2021): copy the checkpoint again."
+                f"{paths[0]} and {rank_file(number)} beside it contain no list param_shapes, so "
+                "the flat partitions cannot be split into parameters. DeepSpeed has saved this "
+                "list since 0.5.4 (2021). Copy the checkpoint again."
             )
         settings = ranks[0].settings
         if settings is None:
@@ -159,8 +159,8 @@ def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) ->
         raise BridgeError(
             f"{other.path} holds {other.kind} states of {len(other.parts)} groups "
             f"({other.generation.masters}), and {first.path} {first.kind} states of "
-            f"{len(first.parts)} groups ({first.generation.masters}). They are of different saves: "
-            "copy the checkpoint again."
+            f"{len(first.parts)} groups ({first.generation.masters}). They are from different "
+            "saves. Copy the checkpoint again."
         )
 
 
@@ -180,8 +180,9 @@ def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int,
     if theirs != ours:
         name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
         raise BridgeError(
-            f"{path}: its param_slice_mappings put {name} at {theirs.get(name)}, and by the "
-            f"param_shapes it lies at {ours.get(name)} (start, elements). Are they of one save?"
+            f"{path}: its param_slice_mappings put {name} at {theirs.get(name)}, but by "
+            f"param_shapes it is at {ours.get(name)} (start, elements). They may be from "
+            "different saves. Copy the checkpoint again."
         )
 
 
@@ -192,9 +193,8 @@ def _check_names(order: Groups, path: str) -> None:
         first = seen.setdefault(parameter(name, path), name)
         if first != name:
             raise BridgeError(
-                f"{path}: param_shapes has one parameter under two names, {first[:80]} and "
-                f"{name[:80]}. The file is damaged or made to deceive; get it from its source "
-                "again."
+                f"{path}: param_shapes lists one parameter under two names, {first[:80]} and "
+                f"{name[:80]}. The file is damaged or malicious. Download or copy it again."
             )
 
 
@@ -206,8 +206,8 @@ def _refuse_round_robin(
     for file, config in (*configs, ("the yml", raw)):
         if mapping(config, "zero_optimization", file).get("round_robin_gradients"):
             raise Refused(
-                f"{recorded[0][0]}: zero_optimization.round_robin_gradients was on, which shuffles "
-                "parameters over partitions. Resume the run without it and save again."
+                f"{recorded[0][0]}: zero_optimization.round_robin_gradients was on, which "
+                "shuffles parameters across partitions. Resume the run without it and save again."
             )
 
 

@@ -402,8 +402,8 @@ def _with_target(
     elif not is_current(optimizer):
         raise Refused(
             f"{checkpoint.path}: DeepSpeed {version or 'before 0.6'} wrote its optimizer states, "
-            "and this form is read but not written. Choose the GPT-NeoX that resumes the run: "
-            "`era=today`."
+            "and neox-bridge can read but not write this format. Choose the GPT-NeoX that will "
+            "resume the run: `era=today`."
         )
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
@@ -436,48 +436,48 @@ def _findings(checkpoint: Checkpoint, target: Target, sources: Sources) -> Itera
         yield Finding(
             "elastic-checkpoint",
             "info",
-            f"zero_optimization.elastic_checkpoint: {str(bool(elastic)).lower()} is left out of "
-            "the yml: the states are written as DeepSpeed saves them without it",
+            f"zero_optimization.elastic_checkpoint: {str(bool(elastic)).lower()} was removed from "
+            "the yml, because the states are written in the format that DeepSpeed uses without it",
         )
     if target.universal:
         yield Finding(
             "load-universal",
             "info",
-            "resume_universal.yml has load_universal: true, with which GPT-NeoX starts from this "
-            "folder each time",
-            "set it to false once the run has saved a checkpoint of its own",
+            "resume_universal.yml has load_universal: true, so GPT-NeoX always starts from this "
+            "folder",
+            "set it to false after the run has saved its own checkpoint",
         )
     if ranks := sources.derived(target.layout.tp):
         several = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         yield Finding(
             "random-states",
             "info",
-            f"the run had no tensor-parallel rank {several}: the generator of dropout there is "
-            "derived from rank 0's",
+            f"the run had no tensor-parallel rank {several}; its random state for dropout is "
+            "derived from that of rank 0",
         )
     rows = checkpoint.config.dims["vocab"]
     if state.universal and target.vocabulary.padded != rows:
         yield Finding(
             "padding-lost",
             "warning",
-            f"the universal checkpoint is without {target.vocabulary.padded - rows} rows of "
-            "padding, which GPT-NeoX trains too and counts in its loss: they are zeros now",
-            "write it with original_vocab_size as large as padded_vocab_size",
+            f"the universal checkpoint does not contain {target.vocabulary.padded - rows} rows of "
+            "padding. GPT-NeoX trains them and counts them in the loss; they are now zero",
+            "to keep them, write it with original_vocab_size as large as padded_vocab_size",
         )
     elif target.vocabulary.padded != rows:
         yield Finding(
             "padding-rows",
             "warning",
-            f"TP {target.layout.tp} needs {target.vocabulary.padded} vocabulary rows where the run "
-            f"had {rows}: zero rows are added, and they count in the loss, "
-            "since GPT-NeoX's softmax sees them",
+            f"TP {target.layout.tp} needs {target.vocabulary.padded} vocabulary rows, but the run "
+            f"had {rows}. The added rows are zero, and they change the loss, because GPT-NeoX "
+            "includes them in the softmax",
             "choose a TP that divides the run's rows",
         )
     if target.layout.tp != state.tp and checkpoint.config.parallel_residual:
         yield Finding(
             "row-bias",
             "info",
-            "with gpt_j_residual each rank trains a bias of its own after attention and MLP, and "
-            f"their sum moved {state.tp} x and will move {target.layout.tp} x what it does at TP "
-            "1: from its second step on this isn't bit for bit the run that it was",
+            "with gpt_j_residual, each rank trains its own bias after attention and MLP. Their "
+            f"sum moved {state.tp} x and will move {target.layout.tp} x what it does at TP 1, so "
+            "from the second step on, the run is not bit for bit the same",
         )

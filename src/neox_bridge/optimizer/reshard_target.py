@@ -91,13 +91,13 @@ def choose_target(
     zero = optimizer.stage if asked.zero is None else asked.zero
     if zero == 2 and layout.name == "layers":
         raise Refused(
-            "ZeRO stage 2 doesn't go with pipe_parallel_size 1 or more: DeepSpeed refuses it. "
-            "Use `zero=1`, or `pp=0`."
+            "DeepSpeed does not support ZeRO stage 2 with pipe_parallel_size 1 or more. Use "
+            "`zero=1`, or `pp=0`."
         )
     if zero == 0 and asked.universal:
         raise Refused(
-            "`universal=True`: DeepSpeed loads universal checkpoints at ZeRO stages 1 and 2 only. "
-            "Say `zero=1`."
+            "`universal=True`: DeepSpeed loads universal checkpoints only at ZeRO stages 1 and 2. "
+            "Use `zero=1`."
         )
     ds_config = optimizer.metas[0].get("ds_config") or {}
     mp_rank = os.path.join(state.folder, "mp_rank_00_model_states.pt")
@@ -138,13 +138,13 @@ def check_row_bias(
     if not (checkpoint.config.parallel_residual and names):
         raise UsageError(
             ["row_bias"],
-            "this model has no biases that the ranks add up (those of a run with gpt_j_residual)",
+            "this model has no biases that the ranks sum (only runs with gpt_j_residual do)",
             "Leave it out.",
         )
     if universal:
         raise UsageError(
             ["row_bias", "universal"],
-            "a universal checkpoint always stores the part that each rank gets",
+            "a universal checkpoint always stores each rank's part",
             "Leave row_bias out.",
         )
     if ranks == 1:
@@ -157,7 +157,7 @@ def check_row_bias(
     if all(ranks in (len(whole.shards), len(whole.parts)) for whole in wholes):
         raise UsageError(
             ["row_bias"],
-            f"there are {ranks} tensor-parallel ranks before and after, and each keeps the biases "
+            f"the number of tensor-parallel ranks stays {ranks}, so each rank keeps the biases "
             "that it trained",
             "Leave it out, or choose another tensor-parallel size.",
         )

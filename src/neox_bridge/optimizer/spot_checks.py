@@ -48,17 +48,17 @@ def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Findi
     if not differing:
         return ()
     names = [f"layer {layer}: {name}" for _, (layer, name) in differing]
-    why = "its optimizer's files are another step's, or the weights were changed after the save"
+    why = "its optimizer files are from another step, or the weights were changed after the save"
     if state.iteration == 0:
-        why += ", or the run has no warmup, so that its first step on zero gradients decayed them"
+        why += ", or the run has no warmup, so its first step on zero gradients decayed them"
     return (
         Finding(
             "masters-not-weights",
             "warning",
-            f"{state.folder}: the optimizer's fp32 masters are not the weights before rounding, in "
-            f"{len(differing):,} of {len({place for place, _, _ in pairs}):,} tensors: "
-            f"{some(names, 3)}. Perhaps {why}",
-            "copy all files of the step again, if they may be of several",
+            f"{state.folder}: the fp32 master weights of the optimizer do not round to the "
+            f"weights, in {len(differing):,} of {len({place for place, _, _ in pairs}):,} "
+            f"tensors: {some(names, 3)}. Perhaps {why}",
+            "copy all files of the step again if they may be from different steps",
             subject="fp32 masters",
         ),
     )
@@ -77,9 +77,8 @@ def check_padding(parts: Iterable[TensorRef], key: str) -> None:
     for ref, values in _read(runs):
         if values.any():
             raise BridgeError(
-                f"{ref.file}: {key} holds values behind the last parameter of the group, where "
-                "zeros should be. The files are of another model or save: copy the checkpoint "
-                "again."
+                f"{ref.file}: {key} contains non-zero values after the last parameter of the "
+                "group. The files are from another model or save. Copy the checkpoint again."
             )
 
 

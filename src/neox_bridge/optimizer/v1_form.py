@@ -75,7 +75,7 @@ class SubPartitions(Flat):
         if limit < 1:
             raise Refused(
                 f"zero_optimization.reduce_bucket_size: {self.bucket} elements are fewer than the "
-                f"{self.dp} data-parallel ranks, and GPT-NeoX v1.0 divides by what is left. Choose "
+                f"{self.dp} data-parallel ranks, which GPT-NeoX v1.0 cannot partition. Choose "
                 "fewer ranks with `dp=`."
             )
         return -(-share // limit), limit
@@ -93,18 +93,18 @@ def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) 
     """
     if universal:
         raise Refused(
-            "`universal=True`: GPT-NeoX v1.0 does not load universal checkpoints. Leave it out, or "
-            "name a later GPT-NeoX: `era=today`."
+            "`universal=True`: GPT-NeoX v1.0 does not load universal checkpoints. Leave it out, "
+            "or choose a later GPT-NeoX: `era=today`."
         )
     if dtype != "float16" or optimizer.wrapper == "bf16":
         raise Refused(
             f"precision: the run is in {dtype}, and DeeperSpeed 0.3.15, which GPT-NeoX v1.0 "
-            "requires, has ZeRO for float16 only. Name a later GPT-NeoX with `era=`."
+            "requires, supports ZeRO only for float16. Choose a later GPT-NeoX with `era=`."
         )
     if stage != 1:
         raise Refused(
-            f"the run is to go on at ZeRO stage {stage}, and for GPT-NeoX v1.0 only stage 1 "
-            "can be written. Say `zero=1`."
+            f"the run would resume at ZeRO stage {stage}, but for GPT-NeoX v1.0 only stage 1 can "
+            "be written. Use `zero=1`."
         )
 
 
@@ -142,9 +142,9 @@ def step_lost() -> Finding:
     return Finding(
         "adam-step-lost",
         "warning",
-        "GPT-NeoX v1.0 saves and loads no step of Adam: it starts to count from 1 again, so the "
-        "first updates are smaller or larger than the run's by the bias correction. Learning rate, "
-        "betas, eps and weight decay come from the yml there",
+        "GPT-NeoX v1.0 does not save and load Adam's step. It restarts at 1, so the bias "
+        "correction makes the first updates smaller or larger than in the original run. Learning "
+        "rate, betas, eps and weight decay come from the yml",
     )
 
 

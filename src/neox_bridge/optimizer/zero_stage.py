@@ -31,8 +31,8 @@ def at_stage(
     dtype = checkpoint.config.dtype
     if optimizer.wrapper == "bf16" or dtype == "bfloat16":
         raise Refused(
-            f"`zero={stage}`: the source is a bfloat16 run of stage {optimizer.stage}, and in "
-            "bfloat16 only stages 1 and 2 become each other. Leave `zero=` out."
+            f"`zero={stage}`: the source is a bfloat16 run at stage {optimizer.stage}. In "
+            "bfloat16, only stages 1 and 2 can be converted into each other. Leave `zero=` out."
         )
     by_state = dict(given if given is not None else states(checkpoint, optimizer))
     fp16 = dtype == "float16"

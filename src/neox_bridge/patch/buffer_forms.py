@@ -28,7 +28,7 @@ def parse(path: str, source: bytes) -> cst.Module:
         return cst.parse_module(source)
     except (cst.ParserSyntaxError, UnicodeDecodeError, SyntaxError, LookupError) as error:
         reason = " ".join(str(error).split())
-        raise Refused(f"{path} can't be parsed ({reason}), so nothing was patched.") from None
+        raise Refused(f"{path} cannot be parsed ({reason}), so nothing was patched.") from None
 
 
 def find_places(path: str, module: cst.Module) -> list[Place]:
@@ -87,7 +87,7 @@ def _judge(
     if isinstance(node, cst.Assign):
         return "is assigned, not registered", ""
     if buffer == "?":
-        return "registers a buffer whose name isn't written out", ""
+        return "registers a buffer whose name is not a literal", ""
     keywords = {a.keyword.value: a.value for a in node.args if a.keyword is not None}
     persistent = module.code_for_node(keywords["persistent"]) if "persistent" in keywords else ""
     return _unknown_form(module, owner, node, buffer, set(keywords)), persistent
@@ -102,25 +102,25 @@ def _unknown_form(
 ) -> str:
     """Why a call isn't of a known form, or nothing."""
     if owner is None or not _in_init(owner, call):
-        return "isn't a statement of its own in the __init__ of a class"
+        return "is not a separate statement in the __init__ of a class"
     names = [node.name.value for node in module.body if isinstance(node, cst.ClassDef)]
     if owner not in module.body or names.count(owner.name.value) != 1:
-        return f"{owner.name.value} isn't the only class of that name at the file's top level"
+        return f"{owner.name.value} is not the only class of that name at the top level of the file"
     if not m.matches(call.func, m.Attribute(value=m.Name("self"))):
-        return "isn't registered on self"
+        return "is not registered on self"
     plain = [a for a in call.args if a.keyword is None and not a.star]
     others = keywords - {"persistent"} or len(plain) + len(keywords) != len(call.args)
     if len(plain) != 2 or others:
-        return "has other arguments than a name, a value and persistent="
+        return "has arguments other than a name, a value and persistent="
     if not m.matches(plain[1].value, m.Name(buffer)):
-        return f"its value isn't computed as {buffer} in __init__"
+        return f"its value is not computed as {buffer} in __init__"
     bases = [module.code_for_node(base.value).rpartition(".")[2] for base in owner.bases]
     if not any(base.endswith("Module") for base in bases):
-        return f"{owner.name.value} isn't a subclass of torch.nn.Module"
+        return f"{owner.name.value} is not a subclass of torch.nn.Module"
     if not is_hooked(owner) and any(hook in module.code_for_node(owner) for hook in _TORCH_HOOKS):
-        return f"{owner.name.value} has a load hook of its own"
+        return f"{owner.name.value} has its own load hook"
     if not any(_imports_torch(line) for line in module.body):
-        return "its file doesn't import torch under that name"
+        return "its file does not import torch under that name"
     return ""
 
 

@@ -84,8 +84,9 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
     for path in bare:
         if _has_patch(parsed[path][0]):
             raise Refused(
-                f"{path} has a part of the patch: it was edited since. Restore it from {KEPT}, or "
-                f"take the patch's lines out by hand, and run this again."
+                f"{path} contains only a part of the patch, so it was edited since it was "
+                f"patched. Restore it from {KEPT}, or remove the lines of the patch by hand, and "
+                "run the command again."
             )
     _refuse_unknown(root, every)
     files = []
@@ -111,13 +112,15 @@ def plan_revert(tree: str | os.PathLike[str]) -> Patch:
         if current is None or _hash(current) != hashes["patched"]:
             edited_since.append(path)
         elif original is None or _hash(original) != hashes["original"]:
-            raise Refused(f"{root / KEPT / path} is missing or was edited: nothing was reverted.")
+            raise Refused(
+                f"{root / KEPT / path} is missing or was edited, so nothing was reverted."
+            )
         else:
             files.append(FilePatch(path, current, original))
     if edited_since:
         raise Refused(
-            f"{', '.join(edited_since)}: edited since it was patched, so nothing was reverted. The "
-            f"original is in {root / KEPT}: bring it back by hand, or undo the edit."
+            f"{', '.join(edited_since)}: edited since it was patched, so nothing was reverted. "
+            f"Undo the edit, or restore the original from {root / KEPT} by hand."
         )
     return Patch(str(root), tuple(files))
 
@@ -186,9 +189,9 @@ def _remove_left_over(root: Path) -> None:
 def _root(tree: str | os.PathLike[str]) -> Path:
     root = Path(tree)
     if not root.is_dir():
-        raise BridgeError(f"{root}: no such folder. Name the root of a GPT-NeoX tree.")
+        raise BridgeError(f"{root}: no such folder. Give the root of a GPT-NeoX source tree.")
     if not (root / HOME).is_file():
-        raise Refused(f"{root} isn't the root of a GPT-NeoX tree: it has no {HOME}.")
+        raise Refused(f"{root} is not the root of a GPT-NeoX source tree: it has no {HOME}.")
     return root
 
 
@@ -210,25 +213,25 @@ def _refuse_unknown(root: Path, places: list[Place]) -> None:
     stored = {((place.path, place.owner), place.buffer) for place in places}
     reason = ""
     if any(place.unknown for place in places):
-        reason = "stores these buffers in a way that isn't known"
+        reason = "stores these buffers in an unknown way"
     elif len({owner for owner, _ in stored}) < len(stored):
         reason = "has a class that stores both inv_freq and slopes"
     elif not any(p.path == HOME and p.owner == "RotaryEmbedding" for p in places):
         reason = f"has no RotaryEmbedding that stores inv_freq in {HOME}"
     if reason:
         raise Refused(
-            f"{root} {reason}, so nothing was patched. Places found: {named}. docs/how-to/patch.md "
-            f"shows what to change by hand."
+            f"{root} {reason}, so nothing was patched. Places found: {named}. "
+            "docs/how-to/patch.md shows what to change by hand."
         )
     for place in places:
         if (root / place.path).is_symlink():
-            raise Refused(f"{root / place.path} is a link: patch the tree that holds the file.")
+            raise Refused(f"{root / place.path} is a link. Patch the tree that contains the file.")
 
 
 def _check_unchanged(root: Path, patch: Patch) -> None:
     for file in patch.files:
         if _read(root / file.path) != file.old:
-            raise BridgeError(f"{root / file.path} changed meanwhile: nothing was written.")
+            raise BridgeError(f"{root / file.path} changed during the run, so nothing was written.")
 
 
 def _record(root: Path) -> dict[str, dict[str, str]]:
@@ -240,11 +243,14 @@ def _record(root: Path) -> dict[str, dict[str, str]]:
         files = json.loads(text)["files"]
         hashes = {str(p): {k: str(h[k]) for k in ("original", "patched")} for p, h in files.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise Refused(f"{root / KEPT / _RECORD} can't be read: nothing was changed.") from None
+        raise Refused(f"{root / KEPT / _RECORD} cannot be read, so nothing was changed.") from None
     for path in hashes:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or not path.startswith("megatron/"):
-            raise Refused(f"{root / KEPT / _RECORD} names {path}: nothing was changed.")
+            raise Refused(
+                f"{root / KEPT / _RECORD} names {path}, which is not below megatron/, so nothing "
+                "was changed."
+            )
     return hashes
 
 

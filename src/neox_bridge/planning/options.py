@@ -1,4 +1,4 @@
-"""What a user asks of a conversion, as data, and how the command line spells and explains it."""
+"""The options of a conversion, as data, with their spelling and help on the command line."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Options:
 
     to: Kind | None = option(
         None,
-        "The format to write. Default: the other one than the source's. From GPT-NeoX to GPT-NeoX, "
-        "the layout or the GPT-NeoX version changes.",
+        "The format to write. Default: the format that SRC does not have. Give neox for a "
+        "GPT-NeoX source to change its layout or its GPT-NeoX version.",
         group=WRITTEN,
         common=True,
         choices=("hf", "neox"),
     )
     dtype: DTypeChoice = option(
         "keep",
-        "Cast the weights. fp32, fp16 and bf16 are accepted too.",
+        "Cast the weights to this dtype. fp32, fp16 and bf16 are accepted too.",
         group=WRITTEN,
         common=True,
         choices=("keep", "float32", "float16", "bfloat16"),
@@ -56,42 +56,44 @@ class Options:
     )
     tp: int | None = option(
         None,
-        "Tensor-parallel ranks (model_parallel_size). Default: as in a GPT-NeoX source, else 1.",
+        "Number of tensor-parallel ranks (model_parallel_size). Default: as in a GPT-NeoX "
+        "source, otherwise 1.",
         side="neox",
         common=True,
         minimum=1,
     )
     pp: int | None = option(
         None,
-        "Pipeline stages (pipe_parallel_size). 0 is the same as --layout ranks.",
+        "Number of pipeline stages (pipe_parallel_size). 0 is the same as --layout ranks.",
         side="neox",
         common=True,
         minimum=0,
     )
     layout: LayoutName | None = option(
         None,
-        "One file per layer and rank (pipe_parallel_size 1 or more), or one file per rank (0).",
+        "How the weights are split into files. layers: one file per layer and rank "
+        "(pipe_parallel_size 1 or more); ranks: one file per rank (pipe_parallel_size 0).",
         side="neox",
         choices=("layers", "ranks"),
     )
     inv_freq: InvFreq | None = option(
         None,
-        "Whether the files contain the rotary buffer inv_freq.",
+        "Whether to store the rotary buffer inv_freq in the files.",
         side="neox",
         choices=("omit", "store"),
     )
     mlp_names: MlpNames | None = option(
         None,
-        "Names of the MLP's weights. linear: mlp.linear1 (since 2024-09); dense: "
-        "mlp.dense_h_to_4h; for Llama w1, w2, w3.",
+        "Names of the MLP weights. linear: mlp.linear1 (since 2024-09); dense: mlp.dense_h_to_4h, "
+        "or w1, w2 and w3 for Llama.",
         side="neox",
         choices=("linear", "dense"),
     )
     era: Era | None = option(
         None,
-        "What will load the result. A GPT-NeoX source tree, neox@v1.0, neox@2024-03 or another "
-        "date or commit, or a version of transformers. Decides names, buffers and settings. A "
-        "model that this version does not support is refused.",
+        "The framework that will load the result. A GPT-NeoX source tree, a GPT-NeoX tag, date or "
+        "commit (neox@v1.0, neox@2024-03), or a transformers version. It decides the names, "
+        "buffers and settings. A model that this version does not support is refused.",
         "--for",
         side="neox",
         group=WRITTEN,
@@ -100,99 +102,101 @@ class Options:
     )
     row_bias: RowBias = option(
         "whole",
-        "How biases that the ranks add up are written. whole: on rank 0, which is exact; split: an "
+        "How to store biases that the ranks sum. whole: on rank 0, which is exact; split: an "
         "equal part on each rank.",
         side="neox",
         choices=("whole", "split"),
     )
     vocab_multiple: int | None = option(
         None,
-        "make_vocab_size_divisible_by. Default: 128, doubled until every row has room.",
+        "make_vocab_size_divisible_by. Default: 128, doubled until every row fits.",
         side="neox",
         minimum=1,
     )
     vocab_rows: VocabRows = option(
         "keep",
-        "Which rows of the vocabulary are written. keep: all but padding that a conversion is "
-        "known to have added; all: every row; tokenizer: the rows that an entry of the tokenizer "
-        "has; N: the first N.",
+        "Rows of the vocabulary to write. keep: all rows except padding that a conversion added; "
+        "all: every row; tokenizer: the rows that have an entry in the tokenizer; N: the first N "
+        "rows.",
         group=WRITTEN,
         value="rows",
     )
     shard_size: int = option(
         SHARD_SIZE,
-        "The largest size of a safetensors file, such as 500MB, 2GiB or a number of bytes. "
-        "Default: 5GB.",
+        "Maximum size of a safetensors file, such as 500MB, 2GiB or a number of bytes. Default: "
+        "5GB.",
         side="hf",
         common=True,
         value="size",
     )
     shards: Shards = option(
         "size",
-        "How tensors are distributed over safetensors files. clone: each file holds what can share "
-        "blocks with SRC's files, on file systems that support it (XFS, btrfs). DST is then "
-        "written at once and takes no space.",
+        "How to distribute tensors over safetensors files. size: by --shard-size; clone: so that "
+        "the files share their disk blocks with SRC on XFS and btrfs, which is instant and takes "
+        "no extra space.",
         side="hf",
         choices=("size", "clone"),
     )
     tokenizer: str | None = option(
         None,
-        "A tokenizer to write instead of the source's. A tokenizer.json, a folder with one, or a "
-        "model of the Hub (ORG/NAME).",
+        "Write this tokenizer instead of the source's. A tokenizer.json, a folder that contains "
+        "one, or a Hub model (ORG/NAME).",
         group=WRITTEN,
         common=True,
         value="path",
     )
     gqa_order: GqaOrder | None = option(
         None,
-        "Order of the rows of grouped-query attention in a GPT-NeoX checkpoint. grouped since "
-        "2024-11, interleaved before; the files do not say which. With two GPT-NeoX sides it "
+        "Row order of grouped-query attention in the GPT-NeoX checkpoint. grouped since 2024-11, "
+        "interleaved before; the files do not say which. If both SRC and DST are GPT-NeoX, it "
         "describes SRC.",
         group=GPT_NEOX,
         choices=("grouped", "interleaved"),
     )
     te: bool | None = option(
         None,
-        "Use Transformer Engine's names (te_mha, te_layernorm_mlp). Default: as in SRC.",
+        "Use the weight names of Transformer Engine (te_mha, te_layernorm_mlp). Default: as in "
+        "SRC.",
         "--te/--no-te",
         side="neox",
     )
     format: str | None = option(
         None,
-        "The library whose format is written. mamba_ssm is for Mamba. Default: transformers.",
+        "The library that will load the result. mamba_ssm is for Mamba models only. Default: "
+        "transformers.",
         side="hf",
         choices=("transformers", "mamba_ssm"),
     )
     optimizer: Literal["none", "fresh"] = option(
         "none",
-        "Optimizer states to write. fresh: master weights from the weights, and zero moments, so "
-        "that training continues at a step without finetune.",
+        "Optimizer states to write. fresh: master weights that equal the weights, and zero "
+        "moments, so that training can continue from a step without finetune.",
         side="neox",
         choices=("none", "fresh"),
     )
     dp: int = option(
         1,
-        "Data-parallel ranks for --optimizer fresh.",
+        "Number of data-parallel ranks for --optimizer fresh.",
         side="neox",
         minimum=1,
     )
     iteration: int | None = option(
         None,
-        "The step to write DST as. Default: the source's, else 0.",
+        "The training step that DST is saved as. Default: the source's step, otherwise 0.",
         side="neox",
         minimum=0,
     )
     head: HeadChoice | None = option(
         None,
-        "Which output head of a tied SRC is written if its files hold one that differs from the "
+        "What to do if SRC is tied but its files contain an output head that differs from the "
         "embeddings. keep: write both, untied; tie: leave the head out.",
         group=SOURCE,
         choices=("keep", "tie"),
     )
     ignore_keys: tuple[str, ...] = option(
         (),
-        "An unknown key of the source's settings that does not matter. A key that could change the "
-        "model stops the conversion without this. May be repeated.",
+        "Ignore this unknown key in the source's settings. By default, an unknown key that could "
+        "change the model stops the conversion. May be repeated.",
         "--ignore-key",
         group=SOURCE,
         metavar="NAME",

@@ -93,11 +93,11 @@ def against_section(document: Document, name: str, _prefix: str) -> Section:
     compared = counts["same"] + counts["differs"]
     what = f"{plural(compared, 'step')} compared with the same step of the counterpart"
     if document["holds"]:
-        verdict = Verdict("good", f"The same weights: {what}")
+        verdict = Verdict("good", f"Equal weights: {what}")
     else:
         words = [f"{counts[s]} {s}" for s in ("differs", "unreadable") if counts[s]]
         state: VerdictState = "differs" if counts["differs"] else "bad"
-        verdict = Verdict(state, f"Not the same weights: {', '.join(words)} of {what}", holds=False)
+        verdict = Verdict(state, f"Different weights: {', '.join(words)} of {what}", holds=False)
     facts = [("runs", f"{c['source']} and {c['twin']}") for c in comparisons]
     facts += [(status, f"{count:,}") for status, count in counts.items() if count]
     tables: list[Table] = []
@@ -105,9 +105,7 @@ def against_section(document: Document, name: str, _prefix: str) -> Section:
         title = f"{comparison['source']} and {comparison['twin']}"
         steps = comparison["rows"]
         wrong = [row for row in steps if row["status"] in ("differs", "unreadable")]
-        tables += tables_of(
-            _against_table, steps, title, wrong, f"{title}: steps that are not the same"
-        )
+        tables += tables_of(_against_table, steps, title, wrong, f"{title}: steps that differ")
     return Section("Audit", name, verdict, facts, findings_of(document["findings"]), (), tables)
 
 

@@ -33,8 +33,8 @@ def verdict_of(sections: Sequence[Section]) -> Verdict:
         return Verdict(state, f"{like[0].kind}, {like[0].title}: {like[0].verdict.words}")
     count, of = f"{len(like):,}", plural(len(sections), "result")
     words = {
-        "good": f"{count} of {of} hold; nothing speaks against the others",
-        "neutral": f"{of}, nothing to judge",
+        "good": f"{count} of {of} hold; the others have no findings",
+        "neutral": f"{of}, nothing to check",
         "warning": f"Warnings in {count} of {of}",
         "differs": f"Differences in {count} of {of}",
         "bad": f"Faults in {count} of {of}",

@@ -51,19 +51,21 @@ def write_page(path: str, text: str | None, overwrite: bool) -> None:
     """
     if os.path.isdir(path):
         raise BridgeError(
-            f"{path} is a folder. Name a file: -o {os.path.join(path, 'report.html')}."
+            f"{path} is a folder. Give a file: -o {os.path.join(path, 'report.html')}."
         )
     real = os.path.realpath(path)
     if os.path.lexists(path) and not overwrite:
-        raise BridgeError(f"{path} exists. Name another file with -o, or add --overwrite.")
+        raise BridgeError(
+            f"{path} already exists. Choose another file with -o, or use --overwrite."
+        )
     if os.path.lexists(real) and not _is_page(real):
         raise Refused(
-            f"{path} isn't a page that neox-bridge report wrote, so --overwrite doesn't replace it."
-            " Name another file with -o."
+            f"{path} was not written by neox-bridge report, so --overwrite does not replace it. "
+            "Choose another file with -o."
         )
     folder, name = os.path.split(real)
     if not os.path.isdir(folder):
-        raise BridgeError(f"{folder} isn't a folder. Make it, or write the page elsewhere with -o.")
+        raise BridgeError(f"{folder} is not a folder. Create it, or choose another place with -o.")
     if text is None:
         return
     partial = os.path.join(folder, f".{name}.neox-bridge")
@@ -99,8 +101,8 @@ def _inputs(path: str) -> Iterator[ReportInput]:
         names = sorted(name for name in os.listdir(path) if name.endswith(".json"))
         if not names:
             raise BridgeError(
-                f"{path} holds neither a checkpoint nor JSON files that convert, batch, verify, "
-                "diff or audit printed. Is it the right folder?"
+                f"{path} contains neither a checkpoint nor JSON files that convert, batch, "
+                "verify, diff or audit printed. Check the path."
             )
         yield from (_document(os.path.join(path, name)) for name in names)
         return
@@ -119,13 +121,15 @@ def _is_checkpoint(path: str) -> bool:
 
 def _document(path: str) -> ReportInput:
     if os.path.getsize(path) > _MOST_BYTES:
-        raise BridgeError(f"{path} is too large for a result that neox-bridge printed.")
+        raise BridgeError(f"{path} is too large to be a result of neox-bridge.")
     with open(path, "rb") as file:
         data = file.read()
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
-        raise BridgeError(f"{path} isn't JSON. Give what a command printed with --json.") from None
+        raise BridgeError(
+            f"{path} is not JSON. Give a file that a command printed with --json."
+        ) from None
     if not isinstance(document, dict):
-        raise BridgeError(f"{path} isn't a result that neox-bridge printed with --json.")
+        raise BridgeError(f"{path} is not a result that neox-bridge printed with --json.")
     return ReportInput(path, f"{path}, SHA-256 {sha256(data).hexdigest()}", document)

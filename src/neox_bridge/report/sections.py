@@ -53,12 +53,12 @@ def section_of(document: object, name: str, prefix: str) -> Section:
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise BridgeError(
-                    f"{name} looks like a result of {word}, but isn't whole "
-                    f"({problem}). Print it again with --json."
+                    f"{name} looks like a result of {word}, but is incomplete ({problem}). Print "
+                    "it again with --json."
                 ) from None
     raise BridgeError(
-        f"{name} is no result that a report can show. Give what convert, batch, verify, diff or "
-        "audit print with --json, or a checkpoint's folder."
+        f"{name} is not a result that a report can show. Give the output of convert, batch, "
+        "verify, diff or audit with --json, or the folder of a checkpoint."
     )
 
 
@@ -113,7 +113,7 @@ def _verification(document: Document, name: str, prefix: str) -> Section:
     computed = {word: document[word] for word in ("logits", "recorded") if word in document}
     tensors, size = int(document["tensors"]), human(document["size"])
     if document["holds"]:
-        more = ", and the same logits" if computed else ""
+        more = ", and equal logits" if computed else ""
         words = equality(_casts(document)).capitalize()
         verdict = Verdict("good", f"{words}: {plural(tensors, 'tensor')}, {size}{more}")
     else:
@@ -121,7 +121,7 @@ def _verification(document: Document, name: str, prefix: str) -> Section:
         what = [plural(len(apart), "tensor")] if apart else []
         what += [plural(errors, "finding")] if errors else []
         what += [f"the {word}" for word, agreement in computed.items() if not agreement["agrees"]]
-        verdict = Verdict("bad", f"Not what the source says: {', '.join(what)}", holds=False)
+        verdict = Verdict("bad", f"Different from the source: {', '.join(what)}", holds=False)
     facts = [
         ("source", str(document["source"])),
         ("target", str(document["target"])),
@@ -153,7 +153,7 @@ def _agreement(agreement: Document) -> str:
         words = "another model"
         if odd["same_places"]:
             words = "at the same places on both sides, so they cannot be compared"
-        first = f"; the first weight that is not finite: {odd['tensor']}" if odd["tensor"] else ""
+        first = f"; the first non-finite weight: {odd['tensor']}" if odd["tensor"] else ""
         return f"NaN or infinite for {plural(int(odd['tokens']), 'token')}: {words}{first}"
     sentence = (
         f"of {plural(int(agreement['tokens']), 'token')}: {agreement['largest']:.3g} apart at most "
@@ -162,7 +162,7 @@ def _agreement(agreement: Document) -> str:
     )
     if agreement["place"]:
         share = f"{number(agreement['apart']):.2g} of its largest value"
-        sentence += f"; they part at {agreement['place']}, by {share}"
+        sentence += f"; first difference: {agreement['place']}, by {share}"
     return f"{sentence}: {'the same model' if agreement['agrees'] else 'another model'}"
 
 
@@ -172,7 +172,7 @@ def _causes(agreement: Document) -> list[Finding]:
             str(cause["cause"]),
             "info" if cause["inherent"] else "error",
             f"likely cause: {cause['cause']}: {cause['text']}",
-            "no conversion removes that" if cause["inherent"] else "",
+            "no conversion can remove this difference" if cause["inherent"] else "",
         )
         for cause in agreement["causes"]
     ]
@@ -214,7 +214,7 @@ def _conversion(document: Document, name: str, _prefix: str) -> Section:
     findings = findings_of([*document["findings"], *((result or {}).get("findings") or ())])
     state = state_of(findings)
     if result is None:
-        verdict = Verdict("neutral", "Planned: nothing is written yet")
+        verdict = Verdict("neutral", "Planned: nothing was written")
     elif document.get("verified"):
         words = equality(_casts(document)).replace("equal", "equal to the source", 1)
         verdict = Verdict(state, f"Written, read back and {words}")
@@ -242,7 +242,7 @@ def _conversion(document: Document, name: str, _prefix: str) -> Section:
     facts.append(("dropped", f"{len(rows):,}" if rows else "nothing"))
     tables = []
     if rows:
-        tables.append(Table("What was left out", ("what", "why"), "ll", rows, len(rows) > _OPEN))
+        tables.append(Table("Dropped", ("what", "why"), "ll", rows, len(rows) > _OPEN))
     if isinstance(document.get("files"), list):
         files = [
             (str(file["path"]), human(file["size"]), f"{len(file['tensors']):,}")

@@ -24,8 +24,8 @@ AZURE = ("az", "abfs", "abfss", "adl", "azure")
 SCHEMES = (*S3, *GOOGLE, *AZURE)
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "FSSPEC_", "STORAGE_EMULATOR_HOST", "HOME")
 _EMPTY = (
-    "the answer is 200 and empty, as S3 never gives: perhaps AWS_ENDPOINT_URL names another kind "
-    "of server, or a proxy answers in its place"
+    "the answer is empty with status 200, which S3 never sends. AWS_ENDPOINT_URL may name another "
+    "kind of server, or a proxy may answer instead"
 )
 _WAIT_SECONDS = 0.1  # between two looks whether an upload has failed
 _CLIENT = {
@@ -128,7 +128,7 @@ class Bucket:
     def _key(self, url: str) -> str:
         key = url[len(self.root) :].strip("/")
         if "//" in key:
-            raise BridgeError(f"{url} has two slashes in a row, which obstore cannot ask for.")
+            raise BridgeError(f"{url} contains two slashes in a row, which obstore cannot request.")
         return key
 
     def _object(self, meta: Mapping[str, Any]) -> FileState:
@@ -150,8 +150,7 @@ class Bucket:
             import obstore  # noqa: F401
         except ImportError:
             raise BridgeError(
-                f"{self.root}: to read and write this kind of store obstore is needed: pip install "
-                "'neox-bridge[remote]'."
+                f"{self.root}: this kind of store needs obstore: pip install 'neox-bridge[remote]'."
             ) from None
         from neox_bridge.stores.credentials import azure_options, google_options, s3_options
 
@@ -183,7 +182,7 @@ class Bucket:
             return AzureStore(container, **azure_options(self.root, host), **shared)
         except (BaseError, ValueError) as error:
             raise BridgeError(
-                f"{self.root} can't be opened: {retry.describe(error)}. Check the environment "
+                f"{self.root} cannot be opened: {retry.describe(error)}. Check the environment "
                 "variables of the store."
             ) from None
 
@@ -289,6 +288,6 @@ class _Multipart:
 
 def _no_bucket(url: str) -> BridgeError:
     return BridgeError(
-        f"{url} can't be written: the store has no such bucket. Is its name right, and does nobody "
-        "else write or clear the same target?"
+        f"{url} cannot be written: the store has no such bucket. Check its name, and that no "
+        "other process writes to or deletes the same target."
     )

@@ -162,8 +162,8 @@ def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, 
         from botocore.session import Session
     except ImportError:
         raise BridgeError(
-            f"{root}: to read profiles of AWS botocore is needed: pip install "
-            "'neox-bridge[remote]', or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            f"{root}: AWS profiles need botocore: pip install 'neox-bridge[remote]', or set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         ) from None
     try:
         session = Session(profile=profile)
@@ -171,7 +171,7 @@ def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, 
         client = session.create_client("s3", region_name=session.get_config_variable("region"))
     except BotoCoreError as error:
         raise BridgeError(
-            f"{root} can't be opened: {error}. Check ~/.aws and AWS_PROFILE."
+            f"{root} cannot be opened: {error}. Check ~/.aws and AWS_PROFILE."
         ) from None
     region, endpoint = client.meta.region_name, client.meta.endpoint_url
     options: dict[str, Any] = {"region": region} if region and region != "aws-global" else {}
@@ -184,9 +184,8 @@ def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, 
         return options
     if credentials is None:
         raise Unreachable(
-            f"{root} can't be read or written: no credentials for s3 were found. Log in as the "
-            "store's own tools want it (for s3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY)."
+            f"{root} cannot be read or written: no credentials for S3 were found. Set "
+            "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
         )
 
     def provide() -> dict[str, Any]:
@@ -259,7 +258,7 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 def _no_counterpart(root: str, name: str) -> BridgeError:
     return BridgeError(
-        f"{root}: the setting {name} of fsspec (FSSPEC_… or ~/.config/fsspec) has no counterpart "
-        "in obstore, which reads this store. Remove it, and set the environment variables of the "
+        f"{root}: the setting {name} of fsspec (FSSPEC_… or ~/.config/fsspec) is not supported by "
+        "obstore, which reads this store. Remove it, and set the environment variables of the "
         "store's own tools."
     )

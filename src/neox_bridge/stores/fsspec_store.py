@@ -30,19 +30,20 @@ class FsspecStore:
             from fsspec.core import url_to_fs
         except ImportError:
             raise BridgeError(
-                f"{url}: to read and write stores fsspec is needed: pip install "
-                "'neox-bridge[remote]'."
+                f"{url}: URLs need fsspec: pip install 'neox-bridge[remote]'."
             ) from None
         protocol = url.partition("://")[0]
         try:
             self.fs: Any = url_to_fs(url)[0]
         except ImportError as error:
-            way = _NEEDS.get(protocol, f"install what fsspec names ({error})")
-            raise BridgeError(f"{url}: this kind of store needs one more package: {way}.") from None
+            way = _NEEDS.get(protocol, f"install the package that fsspec names ({error})")
+            raise BridgeError(f"{url}: this kind of store needs another package: {way}.") from None
         except ValueError as error:
-            raise BridgeError(f"{url}: {error}. Is the URL right?") from None
+            raise BridgeError(f"{url}: {error}. Check the URL.") from None
         except Exception as error:  # ssh connects already here
-            raise BridgeError(f"{url} can't be reached: {type(error).__name__}: {error}.") from None
+            raise BridgeError(
+                f"{url} cannot be reached: {type(error).__name__}: {error}."
+            ) from None
         # huggingface_hub's file system opens a file for each range, whose cache reads 5 MB ahead
         self._reading = {"cache_type": "none"} if protocol == "hf" else {}
 

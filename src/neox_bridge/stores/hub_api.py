@@ -12,18 +12,21 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # whose errors mean that nobody answered
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
 _ADVICE = {  # by HTTP status
-    401: "the Hub doesn't know you, or doesn't show you this repository. "
-    f"{_LOGIN}; check the name.",
-    402: "the account's quota is used up. Make room, or see its billing page.",
-    403: "you may not write there. Use a token with the right to write to it, or propose the files "
-    "with `create_pr=True`.",
-    404: f"there is no such repository, or you may not see it. Check the name. {_LOGIN}.",
-    409: "something else is being done with it. Give the same command again.",
-    412: "somebody else committed meanwhile. Look at the branch, then give the same command again.",
-    413: "it is too large for the Hub. See its limits for repositories and files.",
-    429: "too many requests. Wait some minutes, then give the same command again.",
+    401: f"you are not logged in to the Hub, or this repository is not visible to you. {_LOGIN}, "
+    "and check the name.",
+    402: "the storage quota of the account is exceeded. Free some space, or see its billing page.",
+    403: "you do not have write access. Use a token with write access, or open a pull request with "
+    "`create_pr=True`.",
+    404: f"the repository does not exist, or is not visible to you. Check the name. {_LOGIN}.",
+    409: "another operation on it is in progress. Run the same command again.",
+    412: (
+        "another commit was pushed during the upload. Check the branch, then run the same command "
+        "again."
+    ),
+    413: "it is too large for the Hub. See the Hub's limits for repositories and files.",
+    429: "too many requests. Wait a few minutes, then run the same command again.",
 }
-_SERVER_FAILED = "the Hub failed. Give the same command again later; see status.huggingface.co."
+_SERVER_FAILED = "the Hub failed. Run the same command again later; see status.huggingface.co."
 
 
 def hub_api(why: str) -> Any:
@@ -48,8 +51,8 @@ def check_writer(repo: str) -> None:
         token = api.whoami().get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
         raise BridgeError(
-            f"{repo}: the token {token.get('displayName', '')!r} may only read. Make one that may "
-            "write (huggingface.co/settings/tokens), and set HF_TOKEN to it."
+            f"{repo}: the token {token.get('displayName', '')!r} is read-only. Create a token "
+            "with write access (huggingface.co/settings/tokens), and set HF_TOKEN to it."
         )
 
 
@@ -120,24 +123,24 @@ def explanation(error: BaseException, repo: str) -> str:
 
     status = status_of(error)
     if isinstance(error, OfflineModeIsEnabled):
-        return f"{repo}: the Hub isn't asked while HF_HUB_OFFLINE is set. Unset it."
+        return f"{repo}: HF_HUB_OFFLINE is set, so the Hub is not contacted. Unset it."
     if isinstance(error, LocalTokenNotFoundError):
-        return f"{repo}: there is no token of yours here. {_LOGIN}."
+        return f"{repo}: no Hub token was found. {_LOGIN}."
     if status is None:
         if is_network(error):
             return (
-                f"{repo}: the Hub can't be reached ({_root(error)}). Check the network, "
-                "HF_ENDPOINT and proxies, then give the same command again."
+                f"{repo}: the Hub cannot be reached ({_root(error)}). Check the network, "
+                "HF_ENDPOINT and proxies, then run the same command again."
             )
         return f"{repo}: {_root(error)}"
     server_words = _server_message(error)
     if isinstance(error, GatedRepoError):
-        return f"{repo} is gated: ask for access on its page. {_LOGIN}."
+        return f"{repo} is gated. Request access on its page. {_LOGIN}."
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no such branch, tag or commit ({server_words}). Check its name."
     advice = _SERVER_FAILED if status >= 500 else "the request was refused."
     advice = _ADVICE.get(status, advice)
-    return f"{repo}: {advice} The Hub said: {status} {server_words}"
+    return f"{repo}: {advice} The Hub answered: {status} {server_words}"
 
 
 def first_line(error: BaseException) -> str:

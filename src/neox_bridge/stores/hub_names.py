@@ -41,7 +41,5 @@ def hub_target(text: str) -> HubTarget:
     """``hf://org/name`` or ``hf://org/name@branch``. Raises BridgeError for another form."""
     match = model_id(text.removeprefix(HUB)) if is_hub(text) else None
     if match is None:
-        raise BridgeError(
-            f"{text} isn't a place on the Hub: write hf://ORG/NAME, or hf://ORG/NAME@BRANCH."
-        )
+        raise BridgeError(f"{text} is not a Hub URL. Use hf://ORG/NAME or hf://ORG/NAME@BRANCH.")
     return HubTarget(match[0], match[1] or MAIN)

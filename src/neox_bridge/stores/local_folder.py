@@ -67,7 +67,7 @@ class LocalFolder:
                 continue
             except OSError as error:
                 raise BridgeError(
-                    f"{path} can't be read: {error.strerror}. Check the file and its disk."
+                    f"{path} cannot be read: {error.strerror}. Check the file and its disk."
                 ) from None
             states[path] = FileState(
                 seen.st_size, modified_ns=seen.st_mtime_ns, inode=seen.st_ino, device=seen.st_dev
@@ -76,7 +76,7 @@ class LocalFolder:
 
     def walk(self, path: str) -> Iterator[tuple[str, int | None]]:
         def unlisted(error: OSError) -> None:
-            raise BridgeError(f"{error.filename} can't be listed: {error.strerror}.") from None
+            raise BridgeError(f"{error.filename} cannot be listed: {error.strerror}.") from None
 
         for parent, folders, names in os.walk(path, onerror=unlisted):
             folders.sort()
@@ -92,7 +92,7 @@ class LocalFolder:
         except (FileNotFoundError, ValueError):  # a name with NUL or half a surrogate pair
             raise BridgeError(missing_message(path)) from None
         except OSError as error:
-            raise BridgeError(f"{path} can't be read: {error.strerror}.") from None
+            raise BridgeError(f"{path} cannot be read: {error.strerror}.") from None
         try:
             _refuse(path, os.fstat(file.fileno()).st_mode)  # it may be another by now
         except BridgeError:
@@ -118,11 +118,11 @@ class LocalFolder:
 def missing_message(path: str) -> str:
     """The message for a file that is not there; a link that leads nowhere says where it leads."""
     if "\0" in path or not os.path.islink(path):
-        return f"{path} can't be read: it is missing."
+        return f"{path} cannot be read: it does not exist."
     folder = os.path.dirname(os.path.abspath(path))
     way = (
-        "The folder was copied without the files that its links lead to (in a Hugging Face cache, "
-        "the blobs). Copy it again with its links followed: cp -RL ORIGINAL " + shlex.quote(folder)
+        "The folder was copied without the targets of its links (in a Hugging Face cache, the "
+        "blobs). Copy it again and follow links: cp -RL ORIGINAL " + shlex.quote(folder)
     )
     if cached := _CACHED.fullmatch(folder):
         repo = cached[1].replace("--", "/", 1)
@@ -136,4 +136,4 @@ def missing_message(path: str) -> str:
 def _refuse(path: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         what = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise BridgeError(f"{path} can't be read: it is {what}, not a file. Copy it again.")
+        raise BridgeError(f"{path} cannot be read: it is {what}, not a file. Copy it again.")

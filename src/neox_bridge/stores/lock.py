@@ -56,8 +56,8 @@ class Lock:
         owner = _read(self.url)
         if (owner or {}).get("run") != self.run:
             raise BridgeError(
-                f"{self._target} was taken over by {_named(owner)}: this run did not renew its "
-                f"lock for {DEAD_SECONDS:.0f} seconds. Wait until the other one ends."
+                f"{self._target} was taken over by {_named(owner)}, because this run did not "
+                f"renew its lock for {DEAD_SECONDS:.0f} seconds. Wait until the other run ends."
             )
 
     def take(self) -> None:

@@ -86,7 +86,7 @@ def look(url: str, *, again: bool = False) -> FileState:
         entry = _listed(url)
     entry = _head(url) if entry is _UNKNOWN else entry
     if not isinstance(entry, FileState):
-        raise BridgeError(f"{url} can't be read: it is missing.")
+        raise BridgeError(f"{url} cannot be read: it does not exist.")
     return entry
 
 
@@ -122,7 +122,7 @@ def names(url: str) -> list[str]:
     inside = set(_list(url))
     inside |= {u.rpartition("/")[2] for u in _pending if u.rpartition("/")[0] == url}
     if not inside:
-        raise BridgeError(f"{url} can't be listed: there is no such folder or bucket.")
+        raise BridgeError(f"{url} cannot be listed: no such folder or bucket.")
     return sorted(inside)
 
 
@@ -142,12 +142,12 @@ def fetch(url: str, start: int, end: int) -> bytes:
     def read(store: Store) -> bytes:
         data = store.read(_pinned(url) or url, start, end)
         if len(data) != end - start:
-            raise ShortRead(f"of {end - start:,} bytes only {len(data):,} came")
+            raise ShortRead(f"only {len(data):,} of {end - start:,} bytes were received")
         return data
 
     data = _ask(url, "read", read, None)
     if data is None:
-        raise BridgeError(f"{url} can't be read: it is missing.")
+        raise BridgeError(f"{url} cannot be read: it does not exist.")
     return data
 
 
@@ -247,7 +247,9 @@ def _put(url: str, call: Callable[[Store], _T]) -> _T:
     try:
         return steadily(url, "written", lambda: call(store))
     except FileNotFoundError as error:
-        raise BridgeError(f"{url} can't be written: {error}. Is the bucket's name right?") from None
+        raise BridgeError(
+            f"{url} cannot be written: {error}. Check the name of the bucket."
+        ) from None
     finally:
         forget(url)
 

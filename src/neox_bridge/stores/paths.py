@@ -146,5 +146,7 @@ def states(paths: Collection[str], *, missing_ok: bool = False) -> dict[str, Fil
     for folder, group in by_folder.items():
         known |= folder.states(group)
     if not missing_ok and (gone := next((path for path in paths if path not in known), None)):
-        raise BridgeError(f"{gone} is gone. Convert again when nothing changes it.")
+        raise BridgeError(
+            f"{gone} was deleted during the run. Convert again when no other process changes it."
+        )
     return {path: known[path] for path in paths if path in known}

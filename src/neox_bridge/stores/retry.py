@@ -76,7 +76,7 @@ def _pause(url: str, doing: str, error: Exception, number: int) -> float:
         return pause_seconds
     if wanted > _LONGEST_WAIT_SECONDS:
         raise Unreachable(
-            f"{url} can't be {doing} now: the server allows no more requests for {wanted:.0f} "
+            f"{url} cannot be {doing} now: the server allows no more requests for {wanted:.0f} "
             "seconds. Run the same command again after that."
         ) from None
     if wanted >= _SAID_SECONDS:
@@ -133,7 +133,7 @@ def describe(error: BaseException) -> str:
             reason = ": ".join(_OBSTORE_XML.findall(answer[2])) or answer[2]
             text, name = reason or "no reason was given", f"status {answer[1]}"
         elif os.environ.get("AWS_ENDPOINT_URL"):
-            text, name = f"{text} (does AWS_ENDPOINT_URL name a server of S3?)", ""
+            text, name = f"{text} (check that AWS_ENDPOINT_URL names an S3 server)", ""
         else:
             name = ""
     text = " ".join(text.split())[:300].rstrip(".")
@@ -143,26 +143,26 @@ def describe(error: BaseException) -> str:
 
 def failed(url: str, doing: str, error: Exception, tries: int) -> Unreachable:
     """What to raise for an error that stayed, or that would stay."""
-    what = f"{url} can't be {doing}"
+    what = f"{url} cannot be {doing}"
     if is_passing(error):
         times = f" (tried {tries} times)" if tries > 1 else ""
         return Unreachable(
-            f"{what}: {describe(error)}{times}. Try again when the store "
-            "answers; `workers=1` asks it for the least."
+            f"{what}: {describe(error)}{times}. Try again when the store answers; `workers=1` "
+            "sends the fewest requests."
         )
     if _OFFLINE in _names(error):
         return Unreachable(
-            f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it, or name the model "
-            "without hf:// to use what is in the cache."
+            f"{what}: HF_HUB_OFFLINE is set, so the Hub is not contacted. Unset it, or give the "
+            "model without hf:// to use the local cache."
         )
     if _GATED in _names(error):
         return Unreachable(
-            f"{what}: the repository is gated. Ask for access on its page, then log in with "
-            "`hf auth login`, or set HF_TOKEN."
+            f"{what}: the repository is gated. Request access on its page, then log in with `hf "
+            "auth login`, or set HF_TOKEN."
         )
     if _names(error) & _DENIED or _status(error) in (401, 403):
-        return Unreachable(f"{what}: access is denied ({describe(error)}). Ask for access to it.")
-    return Unreachable(f"{what}: {describe(error)}. Check the address and the access to it.")
+        return Unreachable(f"{what}: access is denied ({describe(error)}). Request access to it.")
+    return Unreachable(f"{what}: {describe(error)}. Check the address and your access to it.")
 
 
 def _names(error: BaseException) -> set[str]:

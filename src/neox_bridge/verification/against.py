@@ -201,8 +201,8 @@ def settings_faults(comparison: Comparison) -> list[Fault]:
     if not comparison.settings:
         return []
     names = some(list(comparison.settings))
-    message = f"{comparison.source} and {comparison.twin} differ in their settings: {names}"
-    remedy = "compare the yml with config.json; only weights are compared here"
+    message = f"the settings of {comparison.source} and {comparison.twin} differ: {names}"
+    remedy = "compare the yml with config.json; this audit compares only weights"
     return [Fault("settings-differ", "warning", message, remedy, comparison.source)]
 
 
@@ -214,7 +214,7 @@ def origin_words(row: StepRow, comparison: Comparison) -> str:
         if origin.side == "source":
             here, there = there, here
         count = "all" if origin.tensors == len(row.differences) else f"{origin.tensors}"
-        words.append(f"{count} that {here} has here are those of step {origin.step} of {there}")
+        words.append(f"{count} of these tensors in {here} equal step {origin.step} of {there}")
     return "; ".join(words)
 
 
@@ -233,7 +233,7 @@ def _fault(comparison: Comparison, row: StepRow) -> Fault | None:
         )
         if where := origin_words(row, comparison):
             message += f": {where}"
-        remedy = "one of the two has other weights at this step; copy or convert that one again"
+        remedy = "one of the two runs has wrong weights at this step; copy or convert it again"
         return Fault("weights-differ", "error", message, remedy, run, labels, names)
     if row.status == "unreadable":
         return Fault("unreadable", "error", f"step {row.label}: {row.reason}", "", run, labels)

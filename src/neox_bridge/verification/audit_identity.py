@@ -41,15 +41,15 @@ def identity_faults(steps: Steps) -> Iterator[Fault]:
 
 def _same_steps(group: Steps, steps: Steps) -> Fault:
     run, labels = group[0].run, tuple(step.label for step in group)
-    what = f"{run}: steps {_and(labels)} are identical, every tensor of them"
+    what = f"{run}: steps {_and(labels)} are identical in every tensor"
     numbers = [step.number for step in group if step.number is not None]
     begins = group[0] is steps[0] and list(group) == list(steps[: len(group)])
     half = group[0].dtype == "float16" and len(numbers) == len(group)
     why = ""
     if sorted(numbers) == [0, 1] and len(group) == 2:
-        why = "GPT-NeoX's warmup began with a learning rate of 0 until 2026 (gpt-neox#1373)"
+        why = "until 2026, GPT-NeoX started its warmup with a learning rate of 0 (gpt-neox#1373)"
     elif begins and half and 0 in numbers and max(numbers) <= _WARMUP:
-        why = "so early in fp16 the loss scale may have skipped every update"
+        why = "this early in an fp16 run, the loss scaler may have skipped every update"
     if why:
         return Fault("unchanged-at-first", "info", f"{what}: {why}", "", run, labels)
     names = [name for name, fingerprint in group[0].tensors.items() if not fingerprint.constant]
@@ -119,9 +119,11 @@ def _strong(
 def _frozen(steps: Steps, units: Sequence[ShardKey]) -> Fault:
     names = list(dict.fromkeys(name for name, _ in units))
     run, count = steps[0].run, len({name for step in steps for name in step.tensors})
-    what = f"{run}: {len(names)} of {count} tensors are the same in every step: {some(names)}"
+    what = f"{run}: {len(names)} of {count} tensors are equal in every step: {some(names)}"
     labels = tuple(step.label for step in steps)
-    return Fault("frozen", "info", what, "right if they were frozen", run, labels, tuple(names))
+    return Fault(
+        "frozen", "info", what, "this is expected if they were frozen", run, labels, tuple(names)
+    )
 
 
 def _shared(
@@ -142,10 +144,10 @@ def _shared(
     part = any(sum(1 for n, _ in shared if n == name) < spread[name] for name in names)
     of_rank = f" of tensor-parallel rank {_and([str(r) for r in ranks])}" if part else ""
     count = plural(len(names), "tensor")
-    what = f"{run}: steps {_and(labels)} share {count}{of_rank}, bit for bit, "
+    what = f"{run}: steps {_and(labels)} differ, but share {count}{of_rank} bit for bit"
     if whole and set(whole) == files:
-        what += f"all that {some(whole, 3)} holds, " if len(whole) == 1 else f"{some(whole, 3)}, "
-    what += f"and differ elsewhere: {some(names, 3)}"
+        what += f" (everything in {some(whole, 3)})" if len(whole) == 1 else f" ({some(whole, 3)})"
+    what += f": {some(names, 3)}"
     remedy = _whose(group, steps, names) + "; copy or convert that file again"
     return Fault("shared-shard", "error", what, remedy, run, labels, tuple(names))
 
@@ -155,9 +157,9 @@ def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
     places = {id(step): index for index, step in enumerate(steps)}
     at = sorted(places[id(step)] for step in group)
     if len(at) == len(steps):
-        return "all steps are the same"
+        return "all steps are equal"
     if at[-1] - at[0] < len(at):
-        return "which of them they belong to can't be told from neighbours"
+        return "neighboring steps do not show which step they belong to"
     scores = []
     for step in group:
         index = places[id(step)]
@@ -168,10 +170,10 @@ def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
     if scores[1][0] > _CLEARLY and scores[0][0] < _BETTER * scores[1][0]:
         wrong = [label for _, label in scores[1:]]
         return (
-            f"by the norms beside it, they are step {scores[0][1]}'s, and "
-            f"{_and(wrong)} {'has' if len(wrong) == 1 else 'have'} the wrong ones"
+            f"the norms of neighboring steps suggest that they belong to step {scores[0][1]}, so "
+            f"{_and(wrong)} {'has' if len(wrong) == 1 else 'have'} wrong weights"
         )
-    return "whose they are, the norms don't tell"
+    return "the norms do not show which step they belong to"
 
 
 def _misfit(step: Step, before: Step | None, after: Step | None, names: Sequence[str]) -> float:
@@ -207,8 +209,8 @@ def across_runs(runs: Mapping[str, Steps]) -> Iterator[Fault]:
         if prefix and all(a.number == b.number or b is runs[two][0] for a, b in shared):
             continue
         text = some([f"{a.label} is {b.label}" for a, b in shared])
-        what = f"{one} and {two} share steps, every tensor of them: {text}"
-        remedy = "one of the runs has the other's; copy it again"
+        what = f"{one} and {two} have identical steps: {text}"
+        remedy = "one of the runs contains a step of the other; copy it again"
         yield Fault("shared-step", "error", what, remedy, one, labels)
 
 

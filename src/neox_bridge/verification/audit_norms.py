@@ -39,8 +39,11 @@ def broken_faults(steps: Sequence[Step]) -> Iterator[Fault]:
     for step in steps:
         if bad := {name: tensor.bad for name, tensor in step.tensors.items() if tensor.bad}:
             names = [f"{name} ({count:,})" for name, count in bad.items()]
-            what = f"{step.run}: step {step.label} has NaN or infinities in {some(names, 3)}"
-            remedy = "the run diverged, or a cast overflowed: take an earlier step, or copy again"
+            what = f"{step.run}: step {step.label} has NaN or infinite values in {some(names, 3)}"
+            remedy = (
+                "the run diverged, or a cast overflowed; use an earlier step, or copy the step "
+                "again"
+            )
             yield step.fault("not-finite", "error", what, remedy, bad)
     yield from _blank(steps)
 
@@ -70,10 +73,10 @@ def jump_faults(
 def _jumped(step: Step, jumps: list[_Jump]) -> Fault:
     jumps = sorted(jumps, key=lambda jump: -jump.size)
     names = [f"{j.name} ({j.before:.4g} to {j.norm:.4g})" for j in jumps]
-    back = ", and back at the next" if all(jump.spike for jump in jumps) else ""
+    back = ", and return to normal at the next step" if all(jump.spike for jump in jumps) else ""
     count = plural(len(jumps), "tensor")
     what = f"{step.run}: at step {step.label} the norms of {count} jump{back}: {some(names, 3)}"
-    remedy = "the training was disturbed there, or the file is of another run or step"
+    remedy = "training was unstable at this step, or the file is from another run or step"
     return step.fault("norm-jump", "warning", what, remedy, (jump.name for jump in jumps))
 
 
@@ -85,8 +88,8 @@ def _blank(steps: Sequence[Step]) -> Iterator[Fault]:
         names = [name for name, p in matrices.items() if p.constant and name in seen]
         seen |= {name for name, p in matrices.items() if not p.constant}
         if names:
-            what = f"{step.run}: at step {step.label} all elements are the same in {some(names, 3)}"
-            remedy = "the file wasn't written to its end; copy it again"
+            what = f"{step.run}: at step {step.label} all elements are equal in {some(names, 3)}"
+            remedy = "the file was not completely written; copy it again"
             yield step.fault("blank-tensor", "error", what, remedy, names)
 
 

@@ -9,7 +9,7 @@ from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.unknown_keys import reason_of, remedy_of
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 Steps = Sequence[Step]
 _REGULAR = 2  # equal distances on both sides of a gap, for a step to count as missing
@@ -34,12 +34,15 @@ def _unknown_keys(steps: Steps) -> Iterator[Fault]:
     for name, keys in where.items():
         first, labels, run = next(iter(keys.values())), tuple(keys), steps[0].run
         severity: Severity = "info"
-        reason, remedy = f"unknown setting: {first.shown}", "check it if a fork trained it"
+        reason, remedy = (
+            f"unknown setting: {first.shown}",
+            "check it if a fork of GPT-NeoX trained the run",
+        )
         if first.effect == "model":
             severity, reason, remedy = "warning", reason_of(first), remedy_of(first)
         message = f"{run}: {some(list(labels))}: {reason}"
         yield Fault("unknown-key", severity, message, remedy, run, labels)
-        values = [repr(keys[s.label].value) if s.label in keys else "not there" for s in steps]
+        values = [repr(keys[s.label].value) if s.label in keys else "missing" for s in steps]
         yield from _odd("config-differs", name, values, steps)
 
 
@@ -51,7 +54,7 @@ def _odd(code: str, what: str, values: Sequence[str], steps: Steps) -> Iterator[
             labels = tuple(s.label for s, v in zip(steps, values, strict=True) if v == value)
             run = steps[0].run
             message = f"{run}: {what} is {value} at step {some(list(labels))}, and {usual} at most"
-            remedy = "these may be another run's, or converted with other settings"
+            remedy = "these steps may be from another run, or were converted with other settings"
             yield Fault(code, "warning", message, remedy, run, labels)
 
 
@@ -73,22 +76,25 @@ def _odd_tensors(steps: Steps) -> Iterator[Fault]:
             text = f"{step.run}: step {step.label} has {len(names)} tensors of other shapes than "
             message = f"{text}the run's other steps: {some(names, 3)}"
             yield step.fault(
-                "shapes-differ", "warning", message, "it may be another model's", names
+                "shapes-differ", "warning", message, "it may be from another model", names
             )
 
 
 def _numbers(steps: Steps) -> Iterator[Fault]:
     for step in steps:
         if step.iteration is not None:
-            text = f"{step.run}: step {step.label} says inside that it is of step {step.iteration}"
-            remedy = "its mp_rank files, or all of it, are another step's"
+            text = (
+                f"{step.run}: the files of step {step.label} say that they are step "
+                f"{step.iteration}"
+            )
+            remedy = "its mp_rank files, or all of its files, are from another step"
             yield step.fault("other-iteration", "warning", text, remedy)
     numbers = [step.number for step in steps if step.number is not None]
     for number, count in Counter(numbers).items():
         if count > 1:
             run, paths = steps[0].run, [step.path for step in steps if step.number == number]
-            message = f"{run}: step {number} is there {count} times: {some(paths)}"
-            yield Fault("step-twice", "warning", message, "remove one", run, (str(number),))
+            message = f"{run}: step {number} exists {count} times: {some(paths)}"
+            yield Fault("step-twice", "warning", message, "keep one of them", run, (str(number),))
 
 
 def missing_faults(run: str, numbers: Sequence[int]) -> Iterator[Fault]:
@@ -100,8 +106,16 @@ def missing_faults(run: str, numbers: Sequence[int]) -> Iterator[Fault]:
             every = beside[0]
             if gap > every and gap % every == 0:
                 lost = [str(n) for n in range(numbers[at] + every, numbers[at + 1], every)]
-                message = f"{run}: no step {some(lost)}, among steps that are {every} apart"
-                yield Fault("missing-steps", "warning", message, "copy them too", run, tuple(lost))
+                count = plural(len(lost), "step")
+                message = f"{run}: {count} missing: {some(lost)}; the others are {every} apart"
+                yield Fault(
+                    "missing-steps",
+                    "warning",
+                    message,
+                    "copy the missing steps too",
+                    run,
+                    tuple(lost),
+                )
 
 
 def init_faults(runs: Mapping[str, Steps], same_init: bool = False) -> Iterator[Fault]:
@@ -117,7 +131,7 @@ def init_faults(runs: Mapping[str, Steps], same_init: bool = False) -> Iterator[
             starts[shapes].append(steps[0])
     for group in starts.values():
         if same_init:
-            yield from _should_be_same(group, "as told")
+            yield from _should_be_same(group, "requested with `same_init=`")
             continue
         alike: dict[object, list[Step]] = defaultdict(list)
         for step in group:
@@ -127,8 +141,8 @@ def init_faults(runs: Mapping[str, Steps], same_init: bool = False) -> Iterator[
             yield from _should_be_same(members, "the same seed")
         yield from _should_differ(group)
     if same_init and not any(len(group) > 1 for group in starts.values()):
-        message = "`same_init=True`: there are no two runs of the same shapes with a step 0"
-        yield Fault("no-step-0", "warning", message, "name runs with their step 0")
+        message = "`same_init=True`: this needs two runs of the same shape with a step 0"
+        yield Fault("no-step-0", "warning", message, "give runs that contain step 0")
 
 
 def _should_be_same(members: Steps, why: str) -> Iterator[Fault]:
@@ -139,10 +153,10 @@ def _should_be_same(members: Steps, why: str) -> Iterator[Fault]:
             continue
         names = [n for n, p in step.tensors.items() if p.hash != reference.tensors[n].hash]
         message = (
-            f"{step.run}: step 0 isn't that of {reference.run} ({why}): {len(names)} of "
+            f"{step.run}: step 0 differs from that of {reference.run} ({why}): {len(names)} of "
             f"{len(step.tensors)} tensors differ: {some(names, 3)}"
         )
-        remedy = "one of them isn't the initial state, or was made otherwise"
+        remedy = "one of them is not the initial state, or was initialized differently"
         yield step.fault("init-differs", "error", message, remedy, names)
 
 
@@ -156,6 +170,9 @@ def _should_differ(group: Steps) -> Iterator[Fault]:
         others = [step for step in members[1:] if step.seed != first.seed]
         for step in others[:1]:
             names = [f"{s.run} (seed {s.seed})" for s in members]
-            message = f"step 0 is the same in {some(names)}, every tensor of it"
-            remedy = "seeds that differ make other weights: one of the runs has the other's step 0"
+            message = f"step 0 is identical in {some(names)}"
+            remedy = (
+                "different seeds must give different weights, so one of the runs contains step 0 "
+                "of the other"
+            )
             yield step.fault("init-same", "error", message, remedy)

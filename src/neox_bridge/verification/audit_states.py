@@ -53,8 +53,11 @@ def _other_weights(step: Step) -> Iterator[Fault]:
         if not same:
             apart.append(tensor_of(name))
     if apart:
-        message = f"{step.run}: at step {step.label} the optimizer's masters aren't the weights in "
-        remedy = "its optimizer's files are another step's: copy them again"
+        message = (
+            f"{step.run}: at step {step.label} the optimizer's master weights do not match the "
+            "weights in "
+        )
+        remedy = "the optimizer files are from another step; copy them again"
         yield step.fault("other-masters", "error", f"{message}{some(apart, 3)}", remedy, apart)
 
 
@@ -68,11 +71,14 @@ def _counts(steps: Sequence[Step]) -> Iterator[Fault]:
     for step in steps:
         why = ""
         if len(set(step.updates)) > 1:
-            why = f"its groups have made {' and '.join(map(str, step.updates))} steps"
+            why = f"its parameter groups count {' and '.join(map(str, step.updates))} steps"
         elif step.label in behind and behind[step.label] != usual[0][0]:
             want = (step.number or 0) - usual[0][0]
-            why = f"it has made {step.updates[0]} steps, and by the run's others {want}"
+            why = (
+                f"it counts {step.updates[0]} steps, but by the other steps of the run it should "
+                f"be {want}"
+            )
         if why:
-            message = f"{step.run}: at step {step.label} the optimizer isn't of that step: {why}"
-            remedy = "its optimizer's files are another step's, or the run began anew"
+            message = f"{step.run}: at step {step.label} the optimizer is from another step: {why}"
+            remedy = "the optimizer files are from another step, or the run was restarted"
             yield step.fault("other-count", "warning", message, remedy)

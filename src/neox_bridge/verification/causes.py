@@ -20,14 +20,14 @@ _SETTINGS: dict[str, tuple[object, str]] = {
     "layernorm_epsilon": (1e-5, "epsilon"),
     "rms_norm_epsilon": (1e-8, "epsilon"),
     "gpt_j_residual": (False, "residual"),
-    "gpt_j_tied": (False, "norms of a block"),
+    "gpt_j_tied": (False, "norms per block"),
     "activation": ("gelu", "activation"),
     "bias_gelu_fusion": (False, "gelu kind"),
     "sliding_window_width": (None, "sliding window"),
 }
 _BIASES = {
-    "first": "the other side adds the first rank's bias alone",
-    "sum": "the other side adds the sum of the ranks' biases, each of which is the whole one",
+    "first": "the other side adds only the bias of the first rank",
+    "sum": "the other side adds the biases of all ranks, but each rank already has the whole bias",
     "twice": "the other side adds twice the bias",
     "half": "the other side adds half the bias",
 }
@@ -112,14 +112,14 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
         yield Hypothesis(
             "grouped-query order",
             {"gqa_order": other},
-            f"the rows of q, k and v are read as {state.gqa_order}, and the other side has them as "
-            f"{other}: say `gqa_order={other}`",
+            f"the rows of q, k and v are read as {state.gqa_order}, but the other side has them "
+            f"as {other}; use `gqa_order={other}`",
         )
     if neox.architecture.gated:
         yield Hypothesis(
             "swapped gate",
             {"gate": "second" if "mlp" in state.te else "first"},
-            "gate and up are swapped on one of the two sides",
+            "the gate and up weights are swapped on one of the two sides",
         )
     if config.attention_bias or config.mlp_bias:
         if drifted := drifted_biases(neox):
@@ -129,13 +129,13 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
                 {"row_biases": "mean"},
                 f"{setting} {drifted.count} biases drift apart between the ranks, by "
                 f"{drifted.largest:.6g} at most ({drifted.name}); the other side has their mean, "
-                "and no single model equals this checkpoint",
+                "and no single model can equal this checkpoint",
             )
         for kind, meaning in _BIASES.items():
             times = state.tp if kind in ("first", "sum") else 2
             if times > 1:
                 counted = "bias counted twice" if times == 2 else f"bias counted {times} times"
-                text = f"attention.dense.bias and the MLP's second: {meaning}"
+                text = f"attention.dense.bias and the second bias of the MLP: {meaning}"
                 yield Hypothesis(counted, {"row_biases": kind}, text)
 
 
@@ -162,6 +162,6 @@ def _by_habit(neox: Checkpoint) -> Iterator[Hypothesis]:
             text = f"the norms' epsilon is {neox.config.norm_eps:g} in GPT-NeoX, {epsilon:g} beside"
             yield Hypothesis("epsilon", {key: epsilon}, text)
     parallel = bool(settings.get("gpt_j_residual"))
-    ways = ("one after the other", "in parallel")
+    ways = ("sequentially", "in parallel")
     text = f"attention and MLP run {ways[parallel]} in GPT-NeoX, {ways[not parallel]} on the other"
     yield Hypothesis("residual", _residual(not parallel), f"{text} side")

@@ -177,7 +177,7 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
         word = pattern.strip("*")
         near = next((name for name in known if word in name), "")
         near = near or (get_close_matches(pattern, known, 1, 0) or known)[0]
-        fix = f"It is a glob of whole names such as {near}."
+        fix = f"The pattern must match a whole name, such as {near}."
         if word and word in near:
             fix += f" Use '*{word}*'."
         raise UsageError(["tensor"], f"no tensor matches {pattern!r}", fix)

@@ -99,19 +99,19 @@ def _neox(checkpoint: Checkpoint, tokens: Tensor, device: str, settings: Setting
 
 
 def _uncovered(checkpoint: Checkpoint, why: object) -> BridgeError:
-    return BridgeError(f"{checkpoint.path}: its logits can't be computed here: {why}.")
+    return BridgeError(f"{checkpoint.path}: cannot compute its logits: {why}.")
 
 
 def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
     """transformers' model of the config, without memory for its weights."""
     if checkpoint.form is not None:
-        raise _uncovered(checkpoint, f"{checkpoint.form.name}'s form is not covered")
+        raise _uncovered(checkpoint, f"the {checkpoint.form.name} format is not supported")
     try:
         import transformers
     except ImportError:
         raise BridgeError(
-            "`logits=True` computes with transformers, which isn't installed: "
-            "pip install 'neox-bridge[verify]'."
+            "`logits=True` needs transformers, which is not installed: pip install "
+            "'neox-bridge[verify]'."
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
@@ -177,7 +177,7 @@ def _hf(checkpoint: Checkpoint, model: Any, tokens: Tensor, device: str) -> Stag
     norms = (getattr(body, name, None) for name in ("final_layer_norm", "norm"))
     final = next(filter(None, norms), None)
     if final is None:
-        raise _uncovered(checkpoint, f"{checkpoint.architecture.hf_class} is not covered")
+        raise _uncovered(checkpoint, f"{checkpoint.architecture.hf_class} is not supported")
     with loaded(model.get_input_embeddings()):
         x, calls = _calls(body, tokens)
     x = replaced((yield Stage("embeddings", x)), x)
@@ -201,7 +201,10 @@ def _stored(checkpoint: Checkpoint, name: str) -> Whole:
     if checkpoint.config.tied_embeddings and name == architecture.head:
         name = architecture.embeddings
     if name not in checkpoint.tensors:
-        raise BridgeError(f"{checkpoint.path} lacks {name}: transformers would make it up.")
+        raise BridgeError(
+            f"{checkpoint.path} does not contain {name}, which transformers would initialize "
+            "randomly."
+        )
     return checkpoint.tensors[name]
 
 

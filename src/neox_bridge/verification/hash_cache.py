@@ -107,7 +107,7 @@ def check_same(before: Mapping[str, FileState], checkpoint: Checkpoint) -> None:
     for file, state in identify(checkpoint).items():
         if before.get(file) != state:
             raise BridgeError(
-                f"{file} changed while it was read. Audit again when nothing writes to it."
+                f"{file} changed while it was read. Audit again when no other process writes to it."
             )
 
 

@@ -160,8 +160,8 @@ def compare_recorded(
     checkpoint = as_stored(check_copies(checkpoint))
     if recorded.dim() != 3 or recorded.shape[:-1] != tokens.shape:
         raise BridgeError(
-            f"`tokens=`: the recorded logits have the shape {list(recorded.shape)}, and the tokens "
-            f"{list(tokens.shape)}. Logits have a row of the vocabulary for each token."
+            f"`tokens=`: the recorded logits have the shape {list(recorded.shape)}, and the "
+            f"tokens {list(tokens.shape)}. They must contain one row of logits per token."
         )
     one = forward_pass(checkpoint, tokens, device)
     rows = min(checkpoint.vocab_rows, recorded.shape[-1])

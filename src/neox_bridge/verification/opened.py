@@ -68,5 +68,5 @@ def unreadable(run: str, place: StepLocation, error: BridgeError | OSError) -> F
     message = str(error)
     if isinstance(error, OSError):
         where = os.fsdecode(error.filename) if error.filename is not None else place.path
-        message = f"{where} can't be read: {error.strerror or error}"
+        message = f"{where} cannot be read: {error.strerror or error}"
     return Fault("unreadable", "error", message, "", run, (place.label,))

@@ -65,7 +65,7 @@ def compare_named(
         rows = min(a.shape[0], b.shape[0])
         if weight.split == "vocab" and a.shape != b.shape:
             if not zero_beyond(b, rows, context):
-                detail = f"rows {rows} to {b.shape[0] - 1} are padding, and not zero"
+                detail = f"rows {rows} to {b.shape[0] - 1} are padding, but are not zero"
                 return Difference(name, "values", prod(b.shape), detail=detail)
             a, b = with_rows(a, rows), with_rows(b, rows)
         difference = divided(compare(name, a, b, context), weight, b)
@@ -95,7 +95,7 @@ def checker(
         if target.neox is None or not target.neox.universal:
             weights = verify(source, target, workers=workers, progress=progress)
             if not weights.holds:
-                raise Unverified(f"The result isn't what {source.path} says: {summary(weights)}.")
+                raise Unverified(f"The result does not match {source.path}: {summary(weights)}.")
         written = read_optimizer(target)
         want = named(source, optimizer) if given is None else flattened(given)
         have = named(target, written)
@@ -125,7 +125,7 @@ def export_checker(
 
 def _check_none(differences: Sequence[Difference], source: Checkpoint) -> None:
     if differences:
-        raise Unverified(f"The result isn't what {source.path} says: {describe(differences[0])}.")
+        raise Unverified(f"The result does not match {source.path}: {describe(differences[0])}.")
 
 
 def fresh_checker(
@@ -138,7 +138,7 @@ def fresh_checker(
         target = open_checkpoint(folder)
         masters = verify(source, with_masters(target), workers=workers)
         if not masters.holds:
-            raise Unverified(f"The masters aren't what {source.path} says: {summary(masters)}.")
+            raise Unverified(f"The master weights do not match {source.path}: {summary(masters)}.")
         context, states_there = Context(), named(target, read_optimizer(target))
         moments = [name for name in states_there if not name.startswith(MASTER)]
 
@@ -146,7 +146,7 @@ def fresh_checker(
             return all(zero_beyond(part, 0, context) for part in segments(states_there[name]))
 
         if not all(each(moments, zero, context, workers)):
-            raise Unverified(f"{folder} has moments that aren't zero.")
+            raise Unverified(f"{folder} contains moments that are not zero.")
 
     return check
 
@@ -157,9 +157,11 @@ def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
     for number, group in enumerate(target.groups):
         want = source_groups.get(group.settings.get("name", number))
         if want is None or want.scalars != group.scalars:
-            yield Difference("the optimizer's steps", "values", detail="they aren't the source's")
+            yield Difference(
+                "the optimizer's steps", "values", detail=("they differ from the source")
+            )
         if want is None or want.settings != group.settings:
-            detail = "they aren't those that were planned"
+            detail = "they differ from the planned ones"
             yield Difference("the optimizer's hyperparameters", "values", detail=detail)
 
 
@@ -214,9 +216,9 @@ def master_findings(result: RoundedMasters, path: str) -> Sequence[Finding]:
         Finding(
             "masters-not-weights",
             "warning",
-            f"{path}: {len(result.differing):,} of {result.compared:,} weights are not the "
-            f"optimizer's fp32 masters, rounded: {some(list(result.differing), 3)}",
-            "copy all files of the step again, if they may be of several",
+            f"{path}: {len(result.differing):,} of {result.compared:,} weights do not equal the "
+            f"rounded fp32 master weights of the optimizer: {some(list(result.differing), 3)}",
+            "copy all files of the step again if they may be from different steps",
             subject="fp32 masters",
         ),
     )

@@ -139,10 +139,10 @@ def _refuse_uncovered(config: Config) -> None:
     for key, (default, covered) in _COVERED.items():
         value = config.get(key) or default
         if value not in covered:
-            raise ValueError(f"{key}: {value!r} is not covered, only {covered}")
+            raise ValueError(f"{key}: {value!r} is not supported, only {covered}")
     # nested lists of kinds and counts, such as [[["global"], 24]]
     if set(re.findall(r"[a-z_]+", str(config.get("attention_config") or ""))) - {"global", "flash"}:
-        raise ValueError(f"attention_config: {config['attention_config']} is not covered")
+        raise ValueError(f"attention_config: {config['attention_config']} is not supported")
 
 
 def _read_spec(config: Config, tp: int, x: Tensor) -> _Spec:
@@ -152,7 +152,7 @@ def _read_spec(config: Config, tp: int, x: Tensor) -> _Spec:
     totals = {"hidden_size": hidden_size, "num_attention_heads": heads, "num_kv_heads": kv_heads}
     for (key, total), parts in zip(totals.items(), (heads, tp, tp), strict=True):
         if total % parts:
-            raise ValueError(f"{key}: {total} can't be divided by {parts}")
+            raise ValueError(f"{key}: {total} is not divisible by {parts}")
     head_dim = hidden_size // heads
     rope = _rope_tables(config, head_dim, x)
     return _Spec(config, heads // tp, kv_heads // tp, head_dim, rope)
@@ -167,7 +167,9 @@ def _rope_tables(config: Config, head_dim: int, x: Tensor) -> tuple[Tensor, Tens
     share = float(config.get("rotary_pct", 1.0)) if config.get("pos_emb") == "rotary" else 0.0
     dim = int(head_dim * share)
     if not 0 <= share <= 1 or dim % 2:
-        raise ValueError(f"rotary_pct: {share} doesn't rotate an even number of {head_dim}")
+        raise ValueError(
+            f"rotary_pct: {share} does not rotate an even number of the {head_dim} dimensions"
+        )
     base = float(config.get("rotary_emb_base", 10000))
     rounded = getattr(torch, config.get("rope_tables") or "float32")
     inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / max(dim, 1))

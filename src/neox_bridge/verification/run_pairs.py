@@ -59,8 +59,8 @@ def pair_runs(
         if twin is None:
             raise UsageError(
                 ["against"],
-                f"it holds {some(sorted(by_name))}, and no counterpart of the run {run.name}",
-                "Audit one run at a time, and name its counterpart.",
+                f"it contains {some(sorted(by_name))}, but no counterpart of the run {run.name}",
+                "Audit one run at a time, and give its counterpart.",
             )
         pairs.append((run, twin))
     return pairs

@@ -88,8 +88,8 @@ def find_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
             by_run.setdefault(run, {}).setdefault(absolute(place.path), place)
             any_found = True
         if not any_found and not any(fault.run == normal(path) for fault in faults):
-            remedy = "name a run's folder, or one that holds runs"
-            message = f"{path} holds no checkpoint"
+            remedy = "give the folder of a run, or a folder that contains runs"
+            message = f"{path} contains no checkpoint"
             faults.append(Fault("no-checkpoint", "error", message, remedy, normal(path)))
     runs = [
         TrainingRun(name, tuple(sorted(places.values(), key=_order)))
@@ -155,7 +155,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
         yield from _revisions(path, faults)
     elif numbered := [(name, m) for name in folders if (m := NUMBERED.fullmatch(name))]:
         if "config.json" in names:
-            faults.append(_left_out(path, "the model beside its own steps"))
+            faults.append(_left_out(path, "the final model beside its steps"))
         yield from (_single(os.path.join(path, name), match) for name, match in numbered)
         others = [name for name in folders if not NUMBERED.fullmatch(name)]
         yield from _below(path, others, faults, depth)
@@ -181,7 +181,9 @@ def _below(
 
 
 def _left_out(path: str, what: str) -> Fault:
-    return Fault("left-out", "info", f"{path}: left out, no checkpoint of a run: {what}", run=path)
+    return Fault(
+        "left-out", "info", f"{path}: skipped, not a checkpoint of a run: {what}", run=path
+    )
 
 
 def _single(path: str, match: "re.Match[str] | None") -> tuple[str, StepLocation]:
@@ -205,7 +207,7 @@ def _check_latest(path: str, steps: list[str]) -> list[Fault]:
         return []
     message = f"{latest} names {tag!r}, and there is no such folder"
     newest = max(steps, key=lambda name: int(name[11:]))
-    remedy = f"write the newest that is whole into it: {newest}"
+    remedy = f"write the newest complete step into it: {newest}"
     return [Fault("latest-missing", "error", message, remedy, path)]
 
 
@@ -234,5 +236,5 @@ def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, StepLocati
 
 def _unreadable(path: str, error: Exception) -> Fault:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    message = why if path in why else f"{path} can't be read: {why}"
+    message = why if path in why else f"{path} cannot be read: {why}"
     return Fault("unreadable", "error", message, "check the path and its permissions", path)

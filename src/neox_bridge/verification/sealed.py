@@ -69,8 +69,9 @@ def find_record(path: str, step: int | None = None) -> str:
         if isfile(os.path.join(place, RECORD)):
             return os.path.join(place, RECORD)
     raise BridgeError(
-        f"{path} has no {RECORD}, which says what was written: it wasn't made by neox-bridge, or "
-        "the file was removed. Name the checkpoint that it came from: verify SRC DST."
+        f"{path} has no {RECORD}, which records what was written: it was not written by "
+        "neox-bridge, or the file was deleted. Compare it with the checkpoint that it was "
+        "converted from: verify SRC DST."
     )
 
 
@@ -91,7 +92,9 @@ def check_seal(
     except (ValueError, RecursionError):
         if b'"written"' not in data and b'"seal"' not in data:
             read_json(record)  # says what is wrong with it
-            raise BridgeError(f"{record} holds no hashes. Verify against the source.") from None
+            raise BridgeError(
+                f"{record} contains no hashes. Compare with the source: verify SRC DST."
+            ) from None
         return Seal(record, 0, len(data), 0, tuple(changes))
     folder = os.path.dirname(record)
 

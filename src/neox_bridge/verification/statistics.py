@@ -94,7 +94,7 @@ def findings(stats: Sequence[Statistics], checkpoint: Checkpoint) -> list[Findin
 
 
 def _broken(stats: Sequence[Statistics]) -> Iterator[Finding]:
-    remedy = "the run diverged, or a cast overflowed: take an earlier step, or convert again"
+    remedy = "the run diverged, or a cast overflowed; use an earlier step, or convert again"
     broken = (
         ("nan-values", "NaN", [(s, s.nans) for s in stats if s.nans]),
         ("inf-values", "infinities", [(s, s.infs) for s in stats if s.infs]),
@@ -115,17 +115,17 @@ def _dead(stats: Sequence[Statistics], checkpoint: Checkpoint) -> Iterator[Findi
     scales = [s for s in equal if "norm" in s.name and s.name.endswith(".weight")]
     zero = [s.name for s in (*matrices, *scales) if s.maximum == 0]
     if zero:
-        remedy = "never trained, or lost on the way: compare with where it comes from"
-        yield Finding("all-zero", "warning", f"nothing but zeros: {some(zero)}", remedy)
+        remedy = "never trained, or lost in a conversion; compare it with its source"
+        yield Finding("all-zero", "warning", f"all zeros: {some(zero)}", remedy)
     same = [f"{s.name} ({s.maximum:g})" for s in matrices if s.maximum != 0]
     if same:
-        remedy = "never trained, or made up: compare with where it comes from"
+        remedy = "never trained, or newly initialized; compare it with its source"
         yield Finding("all-equal", "warning", f"all elements equal: {some(same)}", remedy)
     dead = [s for s in stats if s.dead_rows and s.name not in zero]
     if dead:
         names = [f"{s.name} ({s.dead_rows:,} of {s.shape[0]:,})" for s in dead]
         inner = any(table[s.name].weight.split != "vocab" for s in dead if s.name in table)
-        remedy = "such units compute nothing" if inner else "such tokens were never trained"
+        remedy = "these units compute nothing" if inner else "these tokens were never trained"
         yield Finding("dead-rows", "warning", f"rows of zeros: {some(names)}", remedy)
 
 

@@ -29,7 +29,7 @@ def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
         elif part.isdigit():
             if int(part) not in there:
                 have = some([str(n) for n in sorted(there)])
-                raise UsageError(["steps"], f"there is no step {part}. The steps are {have}")
+                raise UsageError(["steps"], f"no step {part}. Available steps: {have}")
             numbers.add(int(part))
     return numbers
 
@@ -43,7 +43,7 @@ def check_steps(steps: str) -> None:
             raise UsageError(
                 ["steps"],
                 f"{part!r} is not a step",
-                "Write numbers, ranges such as 1000-5000 or 0-143000:1000, `last` or `all`.",
+                "Use numbers, ranges such as 1000-5000 or 0-143000:1000, `last` or `all`.",
             )
 
 
@@ -55,7 +55,7 @@ def check_ranges(steps: str, runs: Iterable[TrainingRun]) -> None:
     for part in map(str.strip, steps.split(",")):
         if _RANGE.fullmatch(part) and not chosen(part, there):
             have = some([str(number) for number in there])
-            raise UsageError(["steps"], f"{part} matches none of the steps, which are {have}")
+            raise UsageError(["steps"], f"{part} matches no step. Available steps: {have}")
 
 
 def within(run: TrainingRun, steps: str) -> TrainingRun:

@@ -42,14 +42,17 @@ def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Token
     read = _of_file(given, checkpoints) if os.path.isfile(given) else _of_text(given, checkpoints)
     tokens = read.tokens
     if tokens.numel() == 0 or tokens.dim() != 2:
-        raise BridgeError(f"`tokens=`: no rows of tokens, but {list(tokens.shape)}. Give some.")
+        raise BridgeError(
+            f"`tokens=`: expected rows of token ids, got the shape {list(tokens.shape)}."
+        )
     if int(tokens.min()) < 0 or int(tokens.max()) >= rows:
         raise BridgeError(
-            f"`tokens=`: ids go up to {int(tokens.max())}, the vocabulary has {rows}."
+            f"`tokens=`: the largest id is {int(tokens.max())}, but the vocabulary has {rows} rows."
         )
     if tokens.shape[1] > most:
         raise BridgeError(
-            f"`tokens=`: {tokens.shape[1]} in a row, the model has {most} positions. Give fewer."
+            f"`tokens=`: a row has {tokens.shape[1]} tokens, but the model has {most} positions. "
+            "Use shorter rows."
         )
     return read
 
@@ -70,13 +73,13 @@ def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
         if kind == ".json":
             return TokenInput(_rows(np.array(json.loads(text))))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BridgeError(f"`tokens={path}`: not readable as tokens: {error}.") from None
+        raise BridgeError(f"`tokens={path}`: cannot be read as token ids: {error}.") from None
     return _of_text(text, checkpoints)
 
 
 def _rows(array: np.ndarray[Any, Any]) -> Tensor:
     if array.dtype.kind not in "iu":
-        raise ValueError(f"they are {array.dtype}, not whole numbers")
+        raise ValueError(f"they are {array.dtype}, not integers")
     tokens = torch.from_numpy(array.astype(np.int64))
     return tokens[None] if tokens.dim() == 1 else tokens
 
@@ -86,14 +89,14 @@ def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
     file = next((file for file in files if file), None)
     if file is None:
         raise BridgeError(
-            "`tokens=`: a text needs a tokenizer, and neither checkpoint has a tokenizer.json (and "
-            "no such file exists, if it is one). Give a file of ids."
+            "`tokens=`: neither checkpoint contains a tokenizer.json to encode this text (and no "
+            "file of this name exists). Use a file of token ids."
         )
     try:
         from tokenizers import Tokenizer  # comes with transformers
     except ImportError:
         raise BridgeError(
-            "`tokens=`: a text needs tokenizers: pip install 'neox-bridge[verify]'."
+            "`tokens=`: encoding text needs tokenizers: pip install 'neox-bridge[verify]'."
         ) from None
     ids = Tokenizer.from_file(file).encode(text).ids
     return TokenInput(torch.tensor([ids], dtype=torch.int64))

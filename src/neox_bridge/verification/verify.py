@@ -64,7 +64,7 @@ class Verification:
     @property
     def verdict(self) -> str:
         """The result in words; a cast is named, since its bits are not the source's."""
-        return equality(self.casts) if self.holds else "NOT what the source says"
+        return equality(self.casts) if self.holds else "DIFFERS from the source"
 
     @property
     def holds(self) -> bool:
@@ -105,7 +105,10 @@ def verify(
     findings += _config_findings(config, target.config)
     if rows < source.vocab_rows:
         cut = f"vocabulary rows {rows} to {source.vocab_rows - 1} of the source"
-        text = f"{cut} aren't in {target.path}: padding, or cut by `vocab_rows=tokenizer`"
+        text = (
+            f"{cut} are not in {target.path}: they are padding, or were cut by "
+            "`vocab_rows=tokenizer`"
+        )
         findings.append(Finding("rows-not-compared", "info", text))
     if target.inv_freq_mismatch is not None:
         findings.append(mismatch_finding(target.inv_freq_mismatch))
@@ -183,7 +186,7 @@ def checker(
             count_overflows=False,  # they were counted when they were written
         )
         if not verification.holds:
-            raise Unverified(f"The result isn't what {source.path} says: {summary(verification)}.")
+            raise Unverified(f"The result does not match {source.path}: {summary(verification)}.")
 
     return check
 
@@ -201,9 +204,9 @@ def describe(difference: Difference) -> str:
     """One difference for people."""
     name = difference.name
     if difference.kind == "only-first":
-        return f"{name} is missing in the second"
+        return f"{name} is only in the first"
     if difference.kind == "only-second":
-        return f"{name} is in the second only"
+        return f"{name} is only in the second"
     if difference.detail:
         return f"{name}: {difference.detail}"
     return (
@@ -229,11 +232,11 @@ def _compare(
     first, weight = wholes[name], table[tensor_of(name)].weight
     dtypes = {first.dtype, second.dtype}
     if len(dtypes) > 1 and not dtypes <= {*FLOATING, *FLOAT8}:
-        detail = f"{first.dtype} and {second.dtype}: only floating-point numbers are cast"
+        detail = f"{first.dtype} and {second.dtype}: only floating-point numbers can be cast"
         return Difference(name, "values", prod(second.shape), detail=detail)
     if weight.split == "vocab":
         if not zero_beyond(second, rows, context):
-            detail = f"rows {rows} to {second.shape[0] - 1} are padding, and not zero"
+            detail = f"rows {rows} to {second.shape[0] - 1} are padding, but are not zero"
             padding = (second.shape[0] - rows) * prod(second.shape[1:])
             return Difference(name, "values", padding, detail=detail)
         first, second = with_rows(first, rows), with_rows(second, rows)
@@ -273,8 +276,8 @@ def _config_findings(want: ModelConfig, have: ModelConfig) -> Iterable[Finding]:
     target_meaning = have.meaning()
     for name, wanted in want.meaning().items():
         if wanted != target_meaning[name]:
-            text = f"{name}: the source says {wanted}, the target {target_meaning[name]}"
-            remedy = "convert again, or correct the target's config"
+            text = f"{name}: the source has {wanted}, the target {target_meaning[name]}"
+            remedy = "convert again, or correct the config of the target"
             yield Finding("config-differs", "error", text, remedy)
     for dim in ("hidden", "ffn"):
         size, target_size = want.dims.get(dim), have.dims.get(dim)
