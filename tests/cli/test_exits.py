@@ -989,7 +989,7 @@ def test_what_the_executor_is_asked(
     seen: dict[str, Any] = {}
 
     def run_plan(
-        _plan: Any, _source: str, _target: str, _doing: str, execution: Any, *_: Any, **more: Any
+        _plan: Any, _source: str, _target: str, execution: Any, *_: Any, **more: Any
     ) -> None:
         seen.update(more, verify=not execution.no_verify)
 
@@ -1108,28 +1108,27 @@ def test_a_plan_is_carried_out(
     asked: dict[str, Any] = {}
 
     @contextmanager
-    def bar(total: Any, what: str, quiet: bool) -> Any:
-        asked.update(total=total, what=what, quiet=quiet)
-        yield "progress"
+    def phases(quiet: bool) -> Any:
+        asked.update(quiet=quiet)
+        yield SimpleNamespace(count="progress", begin="phase")
 
     def execute(plan: Any, target: str, **more: Any) -> Any:
         asked.update(more, target=target)
         return SimpleNamespace(findings=(Finding("x", "warning", "late"),))
 
-    monkeypatch.setattr(execution_module, "progress_bar", bar)
+    monkeypatch.setattr(execution_module, "shown_phases", phases)
     monkeypatch.setattr("neox_bridge.execution.execute.execute", execute)
     finding = Finding("y", "info", "early")
     plan: Any = SimpleNamespace(size=50, findings=(finding,), dropped=(), notes=())
     execution = Execution(overwrite=True, max_workers=3, no_verify=no_verify, quiet=quiet)
-    execution_module.perform(plan, "t", "writing", execution, lambda p: f"check {p}", hash_name="h")  # type: ignore[arg-type, return-value]
+    execution_module.perform(plan, "t", execution, lambda p: f"check {p}", hash_name="h")  # type: ignore[arg-type, return-value]
     assert asked == {
-        "total": 50 if no_verify else 100,
-        "what": "writing",
         "quiet": quiet,
         "target": "t",
         "overwrite": True,
         "workers": 3,
         "progress": "progress",
+        "phase": "phase",
         "check": None if no_verify else "check progress",
         "hash_name": "h",
     }

@@ -94,4 +94,4 @@ def convert(
         if is_hub(target):
             publish_plan(plan, source, target, execution, checker, upload, **hashing)
         else:
-            run_plan(plan, source, target, "converting", execution, checker, **hashing)
+            run_plan(plan, source, target, execution, checker, **hashing)

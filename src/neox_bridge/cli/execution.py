@@ -6,21 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.options import Execution
 from neox_bridge.cli.output import print_json, print_plan, print_result, tell, tell_findings
-from neox_bridge.cli.progress import progress_bar
+from neox_bridge.cli.progress import shown_phases
+from neox_bridge.progress import Count
 
 if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.planning.plan import Plan
 
-Progress = Callable[[int], None] | None
-Checker = Callable[[Progress], Callable[[str], None]]
+Checker = Callable[[Count | None], Callable[[str], None]]
 
 
 def run_plan(
     plan: "Plan",
     source: str,
     target: str,
-    activity: str,
     execution: Execution,
     checker: Checker,
     **options: Any,
@@ -29,7 +28,6 @@ def run_plan(
 
     Args:
         source: The source as the user named it.
-        activity: The word of the progress bar.
         checker: Makes ``execute``'s ``check``.
         options: More of ``execute``'s.
     """
@@ -46,14 +44,13 @@ def run_plan(
         else:
             print_plan(plan, target, execution.max_workers)
         return
-    result = perform(plan, target, activity, execution, checker, **options)
+    result = perform(plan, target, execution, checker, **options)
     print_result(plan, replace(result, source=source), target, execution)
 
 
 def perform(
     plan: "Plan",
     target: str,
-    activity: str,
     execution: Execution,
     checker: Checker,
     **options: Any,
@@ -62,15 +59,16 @@ def perform(
     from neox_bridge.execution.execute import execute
 
     tell(plan, execution.quiet)
-    total = plan.size if execution.no_verify else 2 * plan.size
-    with progress_bar(total, activity, execution.quiet) as progress:
+    with shown_phases(execution.quiet) as phases:
+        count, begin = (None, None) if phases is None else (phases.count, phases.begin)
         result = execute(
             plan,
             target,
             overwrite=execution.overwrite,
             workers=execution.max_workers,
-            progress=progress,
-            check=None if execution.no_verify else checker(progress),
+            progress=count,
+            phase=begin,
+            check=None if execution.no_verify else checker(count),
             **options,
         )
     tell_findings(result.findings, execution.quiet)

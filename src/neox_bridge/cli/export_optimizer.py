@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.errors import writing
-from neox_bridge.cli.execution import Progress, run_plan
+from neox_bridge.cli.execution import run_plan
 from neox_bridge.cli.options import Execution, Source
+from neox_bridge.progress import Count
 
 RUN_WITH_STATES = Argument(
     "source",
@@ -49,10 +50,10 @@ def export_optimizer(source: str, target: str, reading: Source, execution: Execu
         optimizer = read_optimizer(checkpoint)
         plan = plan_export(checkpoint, optimizer)
 
-        def checker(progress: Progress) -> Callable[[str], None]:
+        def checker(progress: Count | None) -> Callable[[str], None]:
             from neox_bridge.verification.optimizer import export_checker
 
             workers = execution.max_workers
             return export_checker(checkpoint, optimizer, workers=workers, progress=progress)
 
-        run_plan(plan, source, target, "exporting", execution, checker)
+        run_plan(plan, source, target, execution, checker)

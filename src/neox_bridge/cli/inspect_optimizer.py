@@ -110,7 +110,7 @@ def masters_facts(
     from neox_bridge.cli.progress import progress_bar
     from neox_bridge.verification.optimizer import master_findings, rounded_masters
 
-    with progress_bar(checkpoint.size, "comparing master weights", False) as progress:
+    with progress_bar(checkpoint.size, "comparing", False) as progress:
         result = rounded_masters(checkpoint, optimizer, workers=workers, progress=progress)
     if result is None:
         return None, []

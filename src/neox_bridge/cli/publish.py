@@ -79,7 +79,7 @@ def publish_plan(
     work = _work(place, upload.work, execution.quiet)
     with held(work, str(place)):
         result = _finished(plan, work, execution, checker) or perform(
-            plan, work.files, "converting", replace(execution, overwrite=True), checker, **options
+            plan, work.files, replace(execution, overwrite=True), checker, **options
         )
         published = publish_written(
             plan,

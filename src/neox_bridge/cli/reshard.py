@@ -79,7 +79,7 @@ def reshard(
             given=given("row_bias"),
             workers=execution.max_workers,
         )
-        run_plan(plan, source, target, "resharding", execution, checker)
+        run_plan(plan, source, target, execution, checker)
 
 
 def _check_era(era: object) -> None:

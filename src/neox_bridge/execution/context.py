@@ -2,11 +2,11 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from neox_bridge.execution.files import Files
+from neox_bridge.progress import Begin, Count, Phase
 from neox_bridge.tensors.pieces import OutputTensor
 from neox_bridge.tensors.tensor_ref import TensorRef
 
@@ -41,6 +41,8 @@ class Overflow:
 class Context:
     """Shared and mutable; every change goes through a method that holds the lock.
 
+    progress: called with the bytes just read or written.
+    phase: called when a phase begins. Its total then leaves out what is kept, which is not counted.
     every_crc: whether bytes are read for their CRC-32 that the kernel could move unseen.
     cloned: what shares blocks with a source, by output file (st_dev, st_ino), in any order.
     sharing: whether two disks share blocks, as far as was tried.
@@ -48,7 +50,8 @@ class Context:
     roundings: (tensor, values that a scale made too small or too large for their dtype).
     """
 
-    progress: Callable[[int], None] | None = None
+    progress: Count | None = None
+    phase: Begin | None = None
     every_crc: bool = False
     written: Counter[How] = field(default_factory=Counter)
     cloned: dict[tuple[int, int], list[Shared]] = field(default_factory=dict)
@@ -69,8 +72,18 @@ class Context:
         """Count ``size`` bytes of the target, by how they got there."""
         with self.lock:
             self.written[how] += size
-            if self.progress is not None:
+            if self.progress is not None and not (how == "kept" and self.phase is not None):
                 self.progress(size)
+
+    def begin(self, phase: Phase, total: int) -> None:
+        """Tell whoever wants to know that a phase begins, and how many bytes it has."""
+        if self.phase is not None:
+            self.phase(phase, total)
+
+    def read_again(self, size: int) -> None:
+        """Count bytes that an earlier run wrote and that are compared with their hash."""
+        if self.progress is not None and self.phase is not None:
+            self.progress(size)
 
     def share(self, file: tuple[int, int], part: Shared) -> None:
         """Count bytes of an output file that a source's blocks hold, and remember which."""

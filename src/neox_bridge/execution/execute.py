@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from neox_bridge.errors import BridgeError, UsageError
@@ -18,6 +18,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.planning.casts import overflow_finding
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.report import plan_hash
+from neox_bridge.progress import Begin, Count
 from neox_bridge.stores.paths import is_local, plain
 from neox_bridge.tensors.coverage import check_files
 
@@ -34,7 +35,8 @@ def execute(
     every_crc: bool = False,
     hash_name: HashName | None = "xxh3_128",
     hash_shared: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Count | None = None,
+    phase: Begin | None = None,
     check: Check | None = None,
     pool: "Pool | None" = None,
     in_place: bool = False,
@@ -51,6 +53,10 @@ def execute(
             in an object store every tensor has it.
         hash_shared: Also hash files that share blocks with the sources, which takes far longer than
             to write them. On a disk only: in an object store no file does.
+        progress: Called with the number of bytes just written; see ``phase``.
+        phase: Called with the name of a phase that begins, and its bytes: "checking" what an
+            earlier run finished, "writing" the rest, "verifying". ``progress`` counts the bytes of
+            the first two, and ``check`` those of the last.
         check: Called with the finished folder before it gets its name. Where it raises Unverified,
             a folder on a disk is kept as ``target`` + ".unverified", and one in an object store
             stays without its record.
@@ -71,18 +77,22 @@ def execute(
     sources = identities(sources_of(plan))
     _check_copies(plan, sources)
     key = Key(plan_hash(plan), sources, hash_name)
-    context = Context(progress, every_crc=every_crc)
+    context = Context(progress, phase, every_crc=every_crc)
     sink = _sink_of(Job(plan, target, key, context, overwrite, in_place, hash_shared))
     with sink.opened() as is_published:
         if is_published:
             context.wrote(plan.size, "kept")
         else:
+            kept = sum(written.size for written in sink.job.done.values())
+            context.begin("writing", plan.size - kept)
             try:
                 _write(sink, workers or default_workers(), pool)
             finally:
                 context.files.close()
             sink.seal()
             check_same(sources)
+            if check is not None:
+                context.begin("verifying", plan.size)
             sink.verify(check)
             sink.publish()
         sink.clear()

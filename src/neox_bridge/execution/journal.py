@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.execution.context import Context
+from neox_bridge.execution.digests import STEP_BYTES, HashName, hash_file
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.work import Work
 
@@ -47,18 +48,29 @@ def begun(work: Work, key: Key) -> bool:
     return False
 
 
-def resume(work: Work, key: Key, planned: Collection[str]) -> dict[str, Written]:
+def resume(
+    work: Work, key: Key, planned: Collection[str], context: Context | None = None
+) -> dict[str, Written]:
     """The files that an earlier run finished, by their paths; all else is removed.
 
-    planned: the paths of the plan; a journal that somebody else wrote can't name others. Each file
-    is read and compared with its hash. Afterwards the journal holds these and no others.
+    Each file is read and compared with its hash, as a phase of its own. Afterwards the journal
+    holds these and no others.
+
+    Args:
+        work: The folder with the files.
+        key: What must be the same.
+        planned: The paths of the plan; a journal that somebody else wrote can't name others.
+        context: Is told how far the reading is.
     """
+    context = context or Context()
+    finished = {path: entry for path, entry in _read(work.journal, key) if path in planned}
+    hashed = {path: entry for path, entry in finished.items() if entry.hash is not None}
+    if hashed:
+        context.begin("checking", sum(entry.size for entry in hashed.values()))
     kept = {
-        path: written
-        for path, written in _read(work.journal, key)
-        if path in planned
-        and key.hash
-        and _whole(os.path.join(work.files, path), written, key.hash)
+        path: entry
+        for path, entry in hashed.items()
+        if key.hash and _whole(os.path.join(work.files, path), entry, key.hash, context)
     }
     if not kept:
         shutil.rmtree(work.files, ignore_errors=True)
@@ -111,11 +123,19 @@ def _read(journal: str, key: Key) -> Iterator[tuple[str, Written]]:
             yield entry["path"], Written(entry["size"], entry["hash"])
 
 
-def _whole(path: str, written: Written, name: HashName) -> bool:
-    """Whether a file is what its line says; one that nobody hashed is made anew."""
-    if written.hash is None:
-        return False
+def _whole(path: str, written: Written, name: HashName, context: Context) -> bool:
+    """Whether a file is what its line says."""
+    left = written.size
+
+    def count() -> None:
+        nonlocal left
+        step = min(left, STEP_BYTES)
+        left -= step
+        context.read_again(step)
+
     try:
-        return os.path.getsize(path) == written.size and hash_file(path, name) == written.hash
+        if os.path.getsize(path) != written.size:
+            return False
+        return hash_file(path, name, count) == written.hash
     except OSError:
         return False
