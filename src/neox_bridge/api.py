@@ -53,21 +53,21 @@ def execute(
     hash_name: "HashName | None" = "xxh3_128",
     progress: Progress | None = None,
 ) -> "Result":
-    """Write what a plan says, whole or not at all, and compare the result with the source.
+    """Execute a plan atomically, and compare the result with the source.
 
-    A run that was killed continues when the same plan is executed again.
+    If a run is killed, execute the same plan again to resume it.
 
     Args:
         plan: What ``plan`` returned.
         target: The folder or URL to write.
-        overwrite: Replace what is there, if it is a checkpoint or the output of this package.
-        verify: Read the result back before it gets its name, and compare it with the source.
-        workers: Threads; by default as many as the machine keeps busy.
+        overwrite: Replace an existing target, if it is a checkpoint or output of this package.
+        verify: Read the result back and compare it with the source before it appears at ``target``.
+        workers: Number of threads. Default: the number of cores plus one.
         hash_name: The hash of each file in ``neox_bridge.json``; None for none.
         progress: Called with the number of bytes just written or compared.
 
     Raises:
-        Unverified: The result is not what the source says. It is kept for inspection.
+        Unverified: The result differs from the source. It is kept for inspection.
         BridgeError: The target exists, the disk is full, or the source is damaged or changed.
     """
     from neox_bridge.execution.execute import execute as write
@@ -142,33 +142,35 @@ def batch(
     private: bool = False,
     progress: Progress | None = None,
 ) -> "BatchResult":
-    """Convert many checkpoints. Those that are already converted and still whole are skipped.
+    """Convert many checkpoints. Those that are already converted and still intact are skipped.
 
-    Each goes into ``target/stepN`` (``target/RUN/stepN`` if there are several runs), whole or not
-    at all. One that fails is tried again, and the others continue. The work is done by processes,
-    so a script that calls this needs ``if __name__ == "__main__":``.
+    Each checkpoint is written to ``target/stepN`` (``target/RUN/stepN`` for several runs)
+    atomically. A checkpoint that fails is retried, and the others continue. The work runs in
+    processes, so a script that calls this needs ``if __name__ == "__main__":``.
 
     Args:
         sources: Runs, folders of steps, single checkpoints, their URLs, or models on the Hub.
-        target: The folder or URL to write, or ``hf://ORG/NAME``, which gets a branch for each.
+        target: The folder or URL to write to, or ``hf://ORG/NAME``, which gets a branch per
+            checkpoint.
         options: What to write, and how; by default the other format, in the source's dtype.
         steps: Which steps, such as ``0-143000:1000``; see ``neox-bridge batch --help``.
-        configs: The yml files of GPT-NeoX checkpoints that have none of their own.
-        masters: Read the optimizers' fp32 master weights in place of the stored weights.
-        overwrite: Replace what is there, if it is a checkpoint or the output of this package.
+        configs: The yml files of training runs whose GPT-NeoX checkpoints contain none.
+        masters: Read the optimizer's fp32 master weights instead of the stored weights.
+        overwrite: Replace an existing target, if it is a checkpoint or output of this package.
         verify: Read each result back and compare it with its source.
-        retries: Retries of a checkpoint that failed.
-        workers: Processes; by default as many as the machine keeps busy.
+        retries: How often to retry a checkpoint that failed.
+        workers: Number of worker processes. Default: the number of cores plus one.
         hash_name: The hash of each file in ``neox_bridge.json``; None for none.
         private: Create the repository on the Hub as private.
         progress: Called with the number of bytes just written or compared, by any thread.
 
     Returns:
-        A row for each checkpoint. A checkpoint that failed is a row with its error.
+        One row per checkpoint. The row of a failed checkpoint contains its error.
 
     Raises:
-        UsageError: ``steps`` matches no step, or options do not apply to a run's first checkpoint.
-        BridgeError: No source holds a checkpoint, or two would have one name in the target.
+        UsageError: ``steps`` matches no step, or an option does not apply to the first checkpoint
+            of a run.
+        BridgeError: No source contains a checkpoint, or two would get the same name in the target.
     """
     from contextlib import closing
 
@@ -217,13 +219,13 @@ def reshard(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> "Result":
-    """Write a GPT-NeoX run with its optimizer for other ranks, or for another GPT-NeoX.
+    """Move a GPT-NeoX run, optimizer included, to other ranks or another GPT-NeoX version.
 
     Args:
-        source: An opened checkpoint of a run, or what ``open_checkpoint`` opens.
-        target: The folder to write; training continues with its ``resume.yml``.
+        source: An opened checkpoint of a run, or anything that ``open_checkpoint`` accepts.
+        target: The folder to write to. To resume training, use its ``resume.yml``.
         options: The ranks, ZeRO stage and era; by default those of the source.
-        overwrite: Replace what is there, if it is a checkpoint or the output of this package.
+        overwrite: Replace an existing target, if it is a checkpoint or output of this package.
         verify: Read weights and states back and compare them with the source.
         workers: Threads.
         progress: Called with the number of bytes just written or compared.
@@ -261,17 +263,18 @@ def verify(
 ) -> "Verification":
     """Compare a converted checkpoint with its source: every tensor bit by bit, and the config.
 
-    Declared changes are no differences: a cast, rows of padding, biases spread over ranks.
+    Changes that the conversion declares do not count as differences: a cast, rows of padding,
+    biases that are split over ranks.
 
     Args:
-        source: The source of the conversion, opened or as ``open_checkpoint`` opens it.
-        target: What was written, likewise.
-        optimizer: Compare the optimizer states of two GPT-NeoX checkpoints too.
+        source: The source of the conversion: opened, or anything that ``open_checkpoint`` accepts.
+        target: The result of the conversion, opened or not.
+        optimizer: Also compare the optimizer states of two GPT-NeoX checkpoints.
         workers: Threads.
         progress: Called with the number of bytes just compared.
 
     Raises:
-        UsageError: ``optimizer`` is asked of a Hugging Face model.
+        UsageError: ``optimizer`` is set for a Hugging Face model.
         BridgeError: A checkpoint is missing or damaged.
     """
     comparison = comparison_of(_opened(source), _opened(target), optimizer=optimizer)
@@ -286,17 +289,18 @@ def diff(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> "list[Difference]":
-    """Compare two checkpoints of any kinds and layouts in the model's own tensors.
+    """Compare two checkpoints tensor by tensor, in any formats and layouts.
 
     Args:
-        first: A checkpoint, opened or as ``open_checkpoint`` opens it.
+        first: A checkpoint: opened, or anything that ``open_checkpoint`` accepts.
         second: The other one.
-        pattern: A glob of Hugging Face names: only these tensors are compared.
+        pattern: Compare only tensors whose Hugging Face names match this glob.
         workers: Threads.
         progress: Called with the number of bytes just compared.
 
     Returns:
-        One entry for each tensor of either, equal ones too, largest relative difference first.
+        One entry per tensor of either side, including equal ones, largest relative difference
+        first.
 
     Raises:
         BridgeError: A checkpoint is missing or damaged.
@@ -309,15 +313,16 @@ def diff(
 
 
 def diagnose(checkpoint: str | Checkpoint, target: str | None = None) -> "list[Finding]":
-    """Say what wrote a checkpoint, what is wrong with it, and whether a target loads it.
+    """Diagnose a checkpoint: what wrote it, what is wrong with it, and whether a target loads it.
 
     Args:
         checkpoint: An opened checkpoint, or what ``open_checkpoint`` opens.
         target: What ``--for`` names, such as ``neox@2024-03`` or ``transformers@4.48``; by default
-            the framework and era that the checkpoint looks made for.
+            the framework and version that the checkpoint fits best.
 
     Returns:
-        Findings; one of severity "error" means that it does not load, or as another model.
+        Findings. A finding of severity "error" means that the checkpoint does not load, or loads as
+        a different model.
 
     Raises:
         BridgeError: The checkpoint cannot be opened, or there is no such target.
@@ -339,20 +344,20 @@ def audit(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> "Audit":
-    """Compare the many checkpoints of runs with each other, and say which are broken.
+    """Compare all checkpoints of training runs with each other, and report broken ones.
 
     Args:
         folders: Folders or URLs of runs, of suites of runs, or models on the Hub.
         steps: Which steps, such as ``0-1000`` or ``1,2,4``; see ``neox-bridge audit --help``.
-        configs: The yml files of GPT-NeoX checkpoints that have none of their own.
-        same_init: Runs of the same shapes must begin with the same weights.
-        optimizer: Read the optimizer states too.
-        cache: A folder that remembers fingerprints of files that have not changed; None for none.
+        configs: The yml files of training runs whose GPT-NeoX checkpoints contain none.
+        same_init: Report runs of the same shape whose initial weights differ.
+        optimizer: Also audit the optimizer states.
+        cache: A folder that caches fingerprints of unchanged files; None for no cache.
         workers: Threads.
         progress: Called with the number of bytes just read.
 
     Raises:
-        BridgeError: There is no checkpoint in these folders.
+        BridgeError: The folders contain no checkpoint.
         UsageError: ``steps`` is malformed or matches no step.
     """
     from neox_bridge.verification.audit import audit as compare

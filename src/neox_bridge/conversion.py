@@ -1,6 +1,6 @@
-"""How the stages of a conversion fit together: opened, planned, and compared with its source.
+"""Combines the stages of a conversion: open, plan, and compare with the source.
 
-The public verbs, the command line and batches all go through these functions.
+The public verbs, the command line and batches all use these functions.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from neox_bridge.verification.verify import Verification
 
 Progress = Callable[[int], None]
-Check = Callable[[str], None]  # raises Unverified if a finished folder is not the source
+Check = Callable[[str], None]  # raises Unverified if a finished folder differs from the source
 MakeCheck = Callable[[Progress | None], Check]
 
 
@@ -35,15 +35,15 @@ def open_checkpoint(
     """Open a checkpoint without reading a tensor. Nothing in it is executed.
 
     Args:
-        source: A folder of either kind, its URL, or ``ORG/NAME[@REVISION]`` on the Hub.
+        source: A folder in either format, its URL, or ``ORG/NAME[@REVISION]`` on the Hub.
         revision: A branch, tag or commit of a model on the Hub.
         step: The step of a GPT-NeoX run; by default the one that ``latest`` names.
-        configs: The yml files of a GPT-NeoX checkpoint that has none of its own.
-        gqa_order: The order of the rows of grouped-query attention, if the files do not tell it.
-        masters: Read the optimizer's fp32 master weights in place of the stored weights.
+        configs: The yml files of the training run, if the GPT-NeoX checkpoint contains none.
+        gqa_order: The row order of grouped-query attention, if the files do not record it.
+        masters: Read the optimizer's fp32 master weights instead of the stored weights.
 
     Raises:
-        BridgeError: The source is missing, damaged, or no checkpoint that this package knows.
+        BridgeError: The source is missing, damaged, or not a known kind of checkpoint.
         Refused: The source is a checkpoint that cannot be represented.
     """
     from neox_bridge.layouts import open as layouts
@@ -59,15 +59,15 @@ def open_checkpoint(
 
 
 def plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
-    """Say everything that a conversion will write, before a byte is written.
+    """Plan a conversion: everything that it will write, before a byte is written.
 
     Args:
         checkpoint: What ``open_checkpoint`` returned.
         options: What to write, and how.
-        target: The folder or URL to be written; the yml of a GPT-NeoX target names it.
+        target: The folder or URL to write to. The yml of a GPT-NeoX target contains it.
 
     Raises:
-        Refused: The target cannot express the source; the message has every reason.
+        Refused: The target cannot express the source. The message lists every reason.
         UsageError: Options that do not apply to this conversion, or contradict each other.
     """
     from neox_bridge.planning.make import make_plan
@@ -87,9 +87,11 @@ def plan_conversion(
     given: Collection[str] = (),
     version: "TransformersFacts | None" = None,
 ) -> Plan:
-    """``plan``, with the tokenizer of a published run, and within the limits of a transformers.
+    """Like ``plan``, with the tokenizer of a published run and the limits of a transformers
+    version.
 
-    given: see ``planning.option_checks``. version: of transformers, which must load the result.
+    given: see ``planning.option_checks``. version: the transformers version that must load the
+    result.
     """
     if options.tokenizer is None:
         from neox_bridge.layouts.hub_tokenizer import with_published_tokenizer
@@ -125,9 +127,10 @@ def source_check(
     workers: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Check:
-    """A check for the executor, of a part of the tensors; see ``verification.verify.checker``.
+    """A check for the executor that covers a part of the tensors; see
+    ``verification.verify.checker``.
 
-    is_fresh: whether the result has a fresh optimizer, which belongs to the first part.
+    is_fresh: whether the result has a fresh optimizer. It is checked with the first part.
     """
     from neox_bridge.verification.verify import checker
 
@@ -148,7 +151,7 @@ def plan_resharding(
     given: Collection[str] = (),
     workers: int | None = None,
 ) -> tuple[Plan, MakeCheck]:
-    """Say what resharding a run will write, and what makes the check of the result.
+    """Plan the resharding of a run. Returns the plan and a factory for the check of the result.
 
     export: a folder that ``export-optimizer`` wrote, whose states replace those of the run.
     given: names of options that must have an effect.
@@ -181,7 +184,7 @@ def plan_resharding(
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The two sides that ``verify`` compares, and what is to be said of them."""
+    """The two sides that ``verify`` compares, and findings about them."""
 
     source: Checkpoint
     target: Checkpoint
@@ -189,7 +192,8 @@ class Comparison:
 
 
 def comparison_of(source: Checkpoint, target: Checkpoint, *, optimizer: bool = False) -> Comparison:
-    """A source as its target was converted. optimizer: with the optimizer states of both."""
+    """The source, read the same way as when the target was converted. optimizer: whether to compare
+    optimizer states too."""
     from neox_bridge.optimizer.masters import as_it_was_converted, with_states
     from neox_bridge.planning.option_checks import check_optimizer
 

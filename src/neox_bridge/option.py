@@ -1,7 +1,7 @@
 """How an option is declared: once, as plain data beside the field that it sets.
 
-The command line, the keys of a batch file, the JSON schema of that file, the names of options in
-errors and the check which kind of target an option is for all derive from this declaration.
+The command line, batch files and their JSON schema, the names of options in errors, and the check
+that an option applies to a target all derive from this declaration.
 """
 
 from collections.abc import Mapping
@@ -45,18 +45,19 @@ class Option:
     """An option, as data.
 
     Attributes:
-        text: What it does. ``-h`` shows the first sentence, ``--help`` all of it and the default,
+        text: What the option does. ``-h`` shows the first sentence, ``--help`` all of it and the
+            default,
             unless the text itself names the default.
         flags: How the command line spells it. Default: the field's name.
         group: The heading in ``--help``. Default: that of ``side``.
         common: Whether ``-h`` shows it.
         side: The only kind of target that it applies to; None for both.
-        choices: The words that it takes. The words in ``aliases`` stand for some of these.
-        minimum: The least number that it takes. An option with a minimum takes a number.
-        maximum: The largest number that it takes.
+        choices: The allowed words. ``aliases`` maps other spellings to them.
+        minimum: The smallest allowed number. An option with a minimum takes a number.
+        maximum: The largest allowed number.
         value: What it takes, where that is neither a flag, a choice, a number nor any text: a key
             of ``TYPES`` in ``cli/values.py``.
-        required: Whether it must be given.
+        required: Whether the option is required.
         metavar: The name of its value in ``--help``.
     """
 

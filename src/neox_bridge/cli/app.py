@@ -1,4 +1,4 @@
-"""The console script ``neox-bridge``: its commands, and what holds for all of them."""
+"""The console script ``neox-bridge`` and its commands."""
 
 import signal
 import sys
@@ -13,7 +13,7 @@ from neox_bridge.cli.streams import protect_streams, stdout_failure
 from neox_bridge.cli.usage import no_such_command
 from neox_bridge.cli.values import Word
 
-# each in the module of its name
+# each command is in the module of its name
 COMMANDS = {
     "convert": "Convert a checkpoint, or change its layout.",
     "batch": "Convert all checkpoints of a run.",
@@ -131,7 +131,7 @@ def main() -> None:
     """Run the command line; ends the process with one of the documented exit codes."""
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        # a signal that whoever started us wants ignored (nohup) stays ignored
+        # a signal that the parent process ignores (nohup) stays ignored
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     protect_streams()

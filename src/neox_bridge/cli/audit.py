@@ -171,7 +171,7 @@ def _print(result: Audit) -> None:
 
 
 def _plot(document: dict[str, Any], path: str) -> None:
-    """Of one run, the tensors with findings or else the kinds of weights; of several, the runs."""
+    """Plot the norms of tensors with findings, or else of each kind of weight, or of each run."""
     from neox_bridge.verification.drawing import save
     from neox_bridge.verification.lines_figure import lines_figure
     from neox_bridge.verification.norm_lines import marks, run_lines, suspects, tensor_lines

@@ -183,7 +183,7 @@ def batch(
 
 
 def _check_applies(choice: BatchOptions, details: Details, upload: Upload, target: str) -> None:
-    """Raise UsageError for options of a batch that would be ignored, or that make no sense."""
+    """Raise UsageError for options that would be ignored or that contradict each other."""
     from neox_bridge.stores.folder import is_hub
     from neox_bridge.verification.step_choice import check_steps
 
@@ -193,7 +193,7 @@ def _check_applies(choice: BatchOptions, details: Details, upload: Upload, targe
     if given("address") and choice.executor != "ray":
         raise UsageError(["address"], "only for --executor ray", "Add it, or leave this out.")
     check_upload(upload, target)
-    if not is_hub(target):  # for which files are written on a disk first
+    if not is_hub(target):  # files for the Hub are written to a local disk first
         from neox_bridge.execution.execute import check_options
 
         check_options(target, every_crc=details.crc)
@@ -226,7 +226,7 @@ def _all(
 def _watch(
     find: FindItems, interval: float, convert: Callable[[list[Item]], list[BatchRow]]
 ) -> list[BatchRow]:
-    """Rounds until Ctrl-C, which is how a watch ends; what failed is tried in the next round."""
+    """Convert new steps until Ctrl-C. Checkpoints that failed are retried in the next round."""
     from neox_bridge.batches.watch import rounds
 
     rows: dict[str, BatchRow] = {}
@@ -235,7 +235,7 @@ def _watch(
             new = [i for i in items if i.name not in rows or rows[i.name].status == "failed"]
             rows |= {row.name: row for row in (convert(new) if new else ())}
     except KeyboardInterrupt as error:
-        if str(error):  # in the middle of one
+        if str(error):  # interrupted during a round
             raise
     return list(rows.values())
 

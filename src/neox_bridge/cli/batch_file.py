@@ -1,4 +1,4 @@
-"""A batch that a yml describes by the command's options. The command line takes precedence."""
+"""Reads a yml that describes a batch. Options on the command line take precedence."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +11,13 @@ from neox_bridge.errors import BridgeError
 def read_batch_file(ctx: click.Context) -> None:
     """Replace the one path FILE.yml by its ``sources`` and ``target``, and take its options.
 
-    Raises BridgeError, naming the key, for a key that is no option.
+    Raises BridgeError for a key that is not an option.
     """
     paths = ctx.params["paths"]
     if len(paths) != 1 or not paths[0].endswith((".yml", ".yaml")):
         return
-    # a context of its own: the same parsing, and the same usage errors, as of the command line
+    # a separate context, so that values are parsed as on the command line, with the same usage
+    # errors
     words = list(_words(ctx, paths[0]))
     file = ctx.command.make_context(ctx.info_name, words, parent=ctx.parent)
     on_line = click.core.ParameterSource.COMMANDLINE

@@ -1,4 +1,4 @@
-"""What a batch shows: bars on a terminal or lines, JSON lines for logs, a table at the end."""
+"""Shows a batch: progress bars or lines, JSON lines for logs, and a table at the end."""
 
 import json
 import sys
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
-    """Yields whom to tell of what happens, from any thread. count: checkpoints."""
+    """Yields a callback for events, which any thread may call. count: number of checkpoints."""
     with ExitStack() as stack:
         listeners: list[Tell] = []
         if log is not None:
-            # unbuffered: what couldn't be written doesn't come up again when it is closed
+            # unbuffered, so that a failed write is not repeated when the file is closed
             file = None if log == "-" else stack.enter_context(open(log, "ab", buffering=0))
             listeners.append(_logger(file, log))
         if not quiet:
@@ -48,7 +48,7 @@ def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
 def _logger(file: IO[bytes] | None, name: str) -> "Tell":
     """Writes events as JSON lines, to stdout where there is no file.
 
-    A log that fails is said once, and the batch goes on.
+    If the log cannot be written, it warns once and the batch continues.
     """
     failed = False
 
@@ -78,7 +78,7 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
 
 
 def _line(event: "Event") -> None:
-    """A line for what went wrong or ended, on stderr."""
+    """Print a line on stderr for each retry and each finished checkpoint."""
     if event.kind == "retry":
         say("warning", f"{event.name} failed, retrying: {event.words}")
     elif event.row is not None:
@@ -93,7 +93,7 @@ def _became(row: "BatchRow") -> str:
 
 @contextmanager
 def _bars(count: int) -> Iterator["Tell"]:
-    """One bar for all and one for each checkpoint that is worked on, with rate and time left."""
+    """One bar for the batch and one per checkpoint in progress, with rate and ETA."""
     with bars() as progress:
         whole = progress.add_task(f"0 of {count}", total=None)
         tasks: dict[str, Any] = {}
@@ -115,7 +115,7 @@ def _bars(count: int) -> Iterator["Tell"]:
                     progress.remove_task(task)
                 if event.row.status == "failed":
                     say("error", f"{event.name}: {event.row.error}")
-            # those that aren't planned yet are taken to be like those that are
+            # checkpoints that are not planned yet are assumed to be of average size
             skipped = sum(row.status != "done" for row in ended)
             mean = sum(sizes) / len(sizes) if sizes else 0
             total = mean * max(len(sizes), count - skipped) if sizes else None
@@ -125,7 +125,7 @@ def _bars(count: int) -> Iterator["Tell"]:
 
 
 def print_rows(rows: "Sequence[BatchRow]") -> None:
-    """The table at the end, on stdout, and a line that sums it up."""
+    """Print the final table and a summary line on stdout."""
     width = _width(rows)
     print_line(_head(width, "seconds", "rate"))
     for row in rows:
@@ -146,7 +146,7 @@ def print_rows(rows: "Sequence[BatchRow]") -> None:
 
 
 def tell_warnings(rows: "Iterable[BatchRow]") -> None:
-    """The rows' warnings on stderr, each once."""
+    """Print each warning of the rows once, on stderr."""
     names: dict[Finding, list[str]] = {}
     for row in rows:
         for finding in row.findings:
@@ -165,7 +165,7 @@ def _verified(rows: "Sequence[BatchRow]") -> str:
 
 
 def print_dry_run(preview: "DryRun") -> None:
-    """What would be done, on stdout."""
+    """Print what the batch would do."""
     width = _width(preview.rows)
     print_line(_head(width, "", ""))
     for row in preview.rows:

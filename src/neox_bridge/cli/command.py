@@ -1,6 +1,6 @@
 """Commands made of declared options: ``-h`` is short, ``--help`` long, both in named groups.
 
-Without rich, which takes longer to import than all the rest.
+rich is not used, because its import takes longer than everything else.
 """
 
 import sys
@@ -60,17 +60,17 @@ class Parameter(click.Option):
         self.declared = declared
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """As click's; a word that stands for another becomes that one."""
+        """As click does, then replace aliases."""
         value = super().type_cast_value(ctx, value)
         return self.declared.aliases.get(value, value) if self.declared.aliases else value
 
 
-# an argument; a group, which is a dataclass of options; or a group and some of its options
+# an argument; a dataclass of options; or a dataclass and the names of some of its options
 Part = click.Argument | type | tuple[type, tuple[str, ...]]
 
 
 def only(group: type, *names: str) -> Part:
-    """These options of a group; the others have their defaults."""
+    """Only these options of a group; the others keep their defaults."""
     return group, names
 
 
@@ -100,7 +100,7 @@ class Helped(click.Command):
             formatter.write_text(text.split("\n\n")[0] if is_short(ctx) else text)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write nothing: ``format_options`` writes the arguments too, as older clicks do not."""
+        """Write nothing, because ``format_options`` writes the arguments."""
 
 
 def _show_short_help(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -202,7 +202,7 @@ class Command(Helped):
                     formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write where the other options are explained."""
+        """Write a pointer to ``--help``."""
         if is_short(ctx):
             count = sum(isinstance(param, Parameter) for param in self.params)
             formatter.write_paragraph()
@@ -217,7 +217,7 @@ def command(
 
 
 def given(*names: str) -> list[str]:
-    """Which of these parameters, or of all, stand on the running command's line."""
+    """The parameters, of these or of all, that were given on the command line."""
     context = click.get_current_context()
     return [
         name
@@ -236,7 +236,7 @@ def _parameters(part: Part) -> list[click.Parameter]:
 
 
 def _value(part: Part, values: dict[str, Any]) -> Any:
-    """What the command's function gets for a part."""
+    """The value that the function of the command gets for a part."""
     if isinstance(part, click.Argument):
         return values[str(part.name)]
     group, names = _group_of(part)

@@ -1,4 +1,4 @@
-"""What ``convert`` and ``batch`` are asked for, checked as far as no checkpoint is needed."""
+"""The options of ``convert`` and ``batch``, with the checks that need no checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _HASHES: dict[str, HashName | None] = {"xxh3": "xxh3_128", "sha256": "sha256", "
 class Conversion:
     """What the user asked for.
 
-    version: of transformers, if ``--for`` named one. given: the options that the user named.
+    version: the transformers version of ``--for``, if any. given: names of the options on the
+    command line.
     """
 
     options: Options

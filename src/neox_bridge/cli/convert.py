@@ -84,7 +84,7 @@ def convert(
         )
         checker = partial(conversion_check, plan, workers=execution.max_workers)
         asked_hash = details.hash_name is not None or not execution.no_verify
-        # in an object store no file shares blocks with the source: all are hashed
+        # files in an object store never share blocks with the source, so all are hashed
         in_store = not is_local(target) and not is_hub(target)
         hashing = {
             "every_crc": details.crc,

@@ -87,7 +87,7 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
     elif not output.quiet:
         from neox_bridge.layouts.unknown_keys import undecided
 
-        # only tensors are compared here, so these change no verdict
+        # diff compares only tensors, so these findings do not change the verdict
         tell_findings((replace(f, severity="warning") for f in undecided(a, b)), output.quiet)
         for difference in () if options.stat else apart:
             print_line(describe(difference))

@@ -1,4 +1,4 @@
-"""How a command ends: exceptions become one line on stderr and an exit code."""
+"""Turns exceptions into one line on stderr and an exit code."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ DEBUG = "NEOX_BRIDGE_DEBUG"
 
 
 class Interrupted(Exception):
-    """The user stopped a command; says what is on disk now."""
+    """The user interrupted a command. The message says what is on disk."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def reported() -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt) as error:
         say("interrupted", str(error) or "nothing was written")
         raise click.exceptions.Exit(INTERRUPTED) from None
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, closed the pipe
         raise click.exceptions.Exit(1) from None
     except OSError as error:
         _fail(_os_message(error), 1)
@@ -55,9 +55,9 @@ def reported() -> Iterator[None]:
 
 @contextmanager
 def writing(target: str) -> Iterator[None]:
-    """A block that writes ``target``: when it is interrupted, say whether the target is there.
+    """A block that writes ``target``. On an interrupt, it reports whether the target was written.
 
-    The executor renames at the end, so that there is only all of it or nothing.
+    The executor renames at the end, so the target is either complete or absent.
     """
     before = _identity(target)
     try:
@@ -84,7 +84,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _with_commands(error: ChoiceNeeded) -> str:
-    """The reason, and a command for each choice: the typed one, where it has the option."""
+    """The reason, and a command per choice: the command that was typed, if it has the option."""
     option = flag(error.parameter)
     words = _typed_words(option)
     if words is None:
@@ -106,7 +106,7 @@ def _with_config(error: SettingsMissing) -> str:
 
 
 def _typed_words(option: str) -> list[str] | None:
-    """The running command with what was typed after it; None if it does not have the option."""
+    """The command and arguments that were typed; None if the command does not have the option."""
     context = click.get_current_context(silent=True)
     if context is None or not any(option in param.opts for param in context.command.params):
         return None

@@ -1,4 +1,4 @@
-"""What every command with a plan does: print it, or execute it, compare and print the result."""
+"""Prints a plan, or executes it, verifies it and prints the result."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,7 +55,7 @@ def perform(
     checker: Checker,
     **options: Any,
 ) -> "Result":
-    """Execute a plan, and say on stderr what was noticed. Arguments: see ``run_plan``."""
+    """Execute a plan, and print findings on stderr. Arguments: see ``run_plan``."""
     from neox_bridge.execution.execute import execute
 
     tell(plan, execution.quiet)

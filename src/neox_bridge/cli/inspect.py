@@ -33,7 +33,7 @@ _CONFIG_FACTS = (
     *("max_positions", "rotary_dim", "rotary_pct", "rotary_base", "activation", "norm_eps"),
     *("parallel_residual", "tied_norms", "tied_embeddings"),
 )
-PEEK_BYTES = 4 << 20  # of tensors that are stored twice, which are compared so far and no further
+PEEK_BYTES = 4 << 20  # of tensors that are stored twice: only the first bytes are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +296,7 @@ def _neox(checkpoint: Checkpoint, states: dict[str, Any] | None) -> dict[str, An
 
 
 def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What ``inspect`` prints of ``describe``'s facts: a word, and what it is."""
+    """The lines that ``inspect`` prints for the facts of ``describe``: a label and a text."""
     from neox_bridge.frameworks.unknown_keys import UnknownKey
     from neox_bridge.layouts.unknown_keys import listed, reason_of, remedy_of
 

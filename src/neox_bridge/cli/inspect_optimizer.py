@@ -1,4 +1,4 @@
-"""What ``neox-bridge inspect`` says of optimizer states."""
+"""What ``neox-bridge inspect`` prints about optimizer states."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list["Finding"]]:
-    """What kind of states the files hold and what resumes them, as plain data, and findings.
+    """The kind of the optimizer states and which versions can resume them, as plain data, with
+    findings.
 
-    Reads the first file of states, without its tensors. None where there is no such file, or where
-    it cannot be read, which is a finding.
+    Reads only the first state file, without its tensors. Returns None if there is no such file, or
+    if it cannot be read, which is reported as a finding.
     """
     from neox_bridge.errors import BridgeError
     from neox_bridge.findings import Finding
@@ -54,7 +55,7 @@ def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list[
 def states_lines(
     facts: dict[str, Any], path: str, options: Sequence[str] = ()
 ) -> list[tuple[str, str]]:
-    """``states_facts`` for people. options: those that open the checkpoint again."""
+    """``states_facts`` as text. options: those needed to open the checkpoint again."""
     ranks = plural(facts["data_parallel"], "data-parallel rank")
     most = max(facts["intervals"], default=1)
     parts = f" in up to {most} communication intervals" if most > 1 else ""
@@ -83,9 +84,10 @@ def states_lines(
 
 
 def optimizer_lines(facts: dict[str, Any], masters: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """What ``--optimizer`` adds: the groups of ``optimizer.json``, and how the masters stand.
+    """The lines that ``--optimizer`` adds: the parameter groups, and how many weights match their
+    masters.
 
-    masters: of ``masters_facts``, or None where they were not compared.
+    masters: the result of ``masters_facts``, or None if they were not compared.
     """
     ranks = plural(facts["data_parallel"], "data-parallel rank")
     lines = [("states", f"ZeRO {facts['zero_stage']}, {ranks}: {', '.join(facts['states'])}")]
@@ -106,7 +108,7 @@ def optimizer_lines(facts: dict[str, Any], masters: dict[str, Any] | None) -> li
 def masters_facts(
     checkpoint: "Checkpoint", optimizer: "Optimizer", workers: int | None
 ) -> tuple[dict[str, Any] | None, list["Finding"]]:
-    """Every weight compared with its fp32 master, as plain data, and findings."""
+    """Compare every weight with its fp32 master weight. Returns plain data and findings."""
     from neox_bridge.cli.progress import progress_bar
     from neox_bridge.verification.optimizer import master_findings, rounded_masters
 

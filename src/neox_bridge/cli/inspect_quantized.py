@@ -1,4 +1,4 @@
-"""What ``neox-bridge inspect`` says of a quantized model, which no other command takes."""
+"""What ``neox-bridge inspect`` prints for a quantized model, which no other command accepts."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -60,7 +60,7 @@ class Source:
     ignore_keys: tuple[str, ...] = inherited(Options, "ignore_keys", ())
 
     def open(self, path: str, **more: bool) -> Checkpoint:
-        """Open the checkpoint. more: of ``open_checkpoint``."""
+        """Open the checkpoint. more: other arguments of ``open_checkpoint``."""
         from neox_bridge.layouts.open import open_checkpoint
 
         return open_checkpoint(
@@ -97,7 +97,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What ``convert`` and ``batch`` take beside ``Options``."""
+    """Options of ``convert`` and ``batch`` in addition to ``Options``."""
 
     weights: Literal["stored", "masters"] = option(
         "stored",
@@ -156,7 +156,7 @@ class Execution(Output):
     )
 
 
-# how the command line spells what library errors name
+# the flag of each parameter that library errors name
 FLAGS = {
     name: flag_of(name, declared)
     for group in (Options, Source, Upload, Details, Execution)

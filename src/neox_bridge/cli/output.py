@@ -1,4 +1,4 @@
-"""What commands say: results on stdout, everything else on stderr, never wrapped."""
+"""Prints results on stdout and everything else on stderr, without wrapping lines."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def say(word: str, *texts: str) -> None:
     """``word: text`` as one line on stderr, the word in color where that is wanted."""
     plain_word = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     color = not plain_word and sys.stderr.isatty()
-    with suppress(OSError):  # nobody is listening any more, and the exit code still tells
+    with suppress(OSError):  # stderr is closed, but the exit code still reports the failure
         if color:
             write_color(f"\x1b[{_COLORS[word]}m")
         print(f"{word}:", end="", file=sys.stderr)
@@ -35,12 +35,12 @@ def say(word: str, *texts: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """One line of results on stdout, whatever the names in it are."""
+    """Print one line of results on stdout, with control characters escaped."""
     print(plain(as_options(text)))
 
 
 def print_table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
-    """Aligned columns on stdout. right: the numbers of those that are aligned to the right."""
+    """Print aligned columns on stdout. right: indices of the columns that are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (
@@ -57,7 +57,7 @@ def print_json(value: object) -> None:
 
 
 def tell(plan: "Plan", quiet: bool) -> None:
-    """The plan's findings, drops and notes on stderr."""
+    """Print the findings, dropped tensors and notes of a plan on stderr."""
     if quiet:
         return
     for word, text in _remarks(plan):
@@ -65,7 +65,7 @@ def tell(plan: "Plan", quiet: bool) -> None:
 
 
 def tell_findings(findings: "Iterable[Finding]", quiet: bool) -> None:
-    """Findings on stderr, one a line."""
+    """Print findings on stderr, one per line."""
     for finding in () if quiet else findings:
         say(finding.severity, with_remedy(finding))
 
@@ -97,7 +97,7 @@ def print_plan(plan: "Plan", target: str, workers: int | None = None) -> None:
 
 
 def print_result(plan: "Plan", result: "Result", target: str, output: "Output") -> None:
-    """The one line that says what was written, and the blanks that are left; or both as JSON."""
+    """Print one line that says what was written, and the settings to fill in; or both as JSON."""
     from neox_bridge.planning.casts import verified as in_words
 
     if output.as_json:
@@ -110,7 +110,7 @@ def print_result(plan: "Plan", result: "Result", target: str, output: "Output") 
 
 
 def blanks(plan: "Plan", target: str) -> list[str]:
-    """What the user has to fill in, one line a file."""
+    """The settings that the user must fill in, one line per file."""
     keys: dict[str, list[str]] = {}
     for file, key in plan.blanks:
         keys.setdefault(file, []).append(key)
@@ -118,7 +118,7 @@ def blanks(plan: "Plan", target: str) -> list[str]:
 
 
 def with_remedy(finding: "Finding") -> str:
-    """A finding's message, and in brackets what to do."""
+    """The message of a finding, with the remedy in parentheses."""
     return finding.message + (f" ({finding.remedy})" if finding.remedy else "")
 
 

@@ -1,4 +1,4 @@
-"""``convert`` to a place on the Hub: into a folder first, then all of it by one commit."""
+"""``convert`` to the Hub: writes the files to a folder first, then uploads them in one commit."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_upload(upload: Upload, target: str) -> None:
-    """Raise UsageError where one of the options is given, and the target is not on the Hub."""
+    """Raise UsageError if one of these options is given but the target is not on the Hub."""
     from neox_bridge.stores.folder import is_hub
 
     values = {name: getattr(upload, name) for name in options_of(Upload)}
@@ -34,7 +34,8 @@ def check_upload(upload: Upload, target: str) -> None:
 
 
 def root_of(target: str) -> str:
-    """The folder that a GPT-NeoX target's yml names: of the Hub, the reader's copy."""
+    """The folder that the yml of a GPT-NeoX target names. For the Hub, it is the folder into which
+    users download."""
     from neox_bridge.stores.folder import is_hub
     from neox_bridge.stores.hub_names import hub_target, reader_folder
 
@@ -50,7 +51,7 @@ def publish_plan(
     upload: Upload,
     **options: Any,
 ) -> None:
-    """Print for --dry-run what would be done; else execute the plan, and publish the files.
+    """Print a preview for --dry-run; otherwise execute the plan and publish the files.
 
     options: more of ``execute``'s. Raises BridgeError and what ``execute`` raises; what was made
     is kept then, where it is worth it, and the message says where.
@@ -103,7 +104,7 @@ def publish_plan(
 
 
 def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
-    """The folder that the files are made in: the same for every run."""
+    """The folder in which the files are written. It is the same for every run."""
     from neox_bridge.execution.work import work_of
     from neox_bridge.hub.publish import work_base
 
@@ -119,7 +120,7 @@ def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
 def _finished(
     plan: "Plan", work: "Work", execution: Execution, checker: Checker
 ) -> "Result | None":
-    """What an earlier run made, which was stopped while it uploaded; None where it isn't whole."""
+    """The files of an earlier run that stopped during the upload; None if incomplete."""
     from neox_bridge.execution.result import Result
     from neox_bridge.hub.remote import plan_in, record_path
     from neox_bridge.layouts.text_files import LARGE_BYTES, read_bytes
@@ -142,7 +143,7 @@ def _finished(
 
 
 def _with_paths_blank(plan: "Plan") -> "Plan":
-    """The plan, whose yml names a folder that only who downloads it knows."""
+    """The plan with the paths in its yml as blanks: only the downloader knows them."""
     keys = ("load", "save", "vocab_file")
     path_blanks = tuple((file, key) for file, _ in plan.blanks[:1] for key in keys)
     return replace(plan, blanks=tuple(dict.fromkeys((*plan.blanks, *path_blanks))))

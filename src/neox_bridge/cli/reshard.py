@@ -83,7 +83,7 @@ def reshard(
 
 
 def _check_era(era: object) -> None:
-    """Raise UsageError where --for names what is no GPT-NeoX."""
+    """Raise UsageError if --for does not name a GPT-NeoX."""
     from neox_bridge.errors import UsageError
     from neox_bridge.frameworks.eras import Era
 

@@ -12,7 +12,7 @@ from neox_bridge.wording import plain, plural
 if TYPE_CHECKING:
     from neox_bridge.formats.pickle_security import Report, Use
 
-_MOST = 50  # names of a file in the text; --json has all
+_MOST = 50  # names that are printed per file; --json lists all
 
 
 def print_security(path: str, as_json: bool) -> None:
@@ -51,7 +51,7 @@ def _name(report: "Report", path: str) -> str:
 
 
 def _alike(reports: "list[Report]") -> "list[list[Report]]":
-    """Reports that say the same of their files, together: ranks and layers do."""
+    """Group files with equal reports, such as those of ranks and layers."""
     groups: dict[object, list[Report]] = {}
     for report in reports:
         names = tuple((use.name, use.known, _deed(use)) for use in report.uses)
@@ -79,7 +79,7 @@ def _print(group: "list[Report]", path: str) -> None:
 
 
 def _deed(use: "Use") -> str:
-    """The worst that would happen with it."""
+    """The most dangerous use of a name: changed, called or imported."""
     return "changed" if use.changed else "called" if use.called else "imported"
 
 

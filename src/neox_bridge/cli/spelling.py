@@ -1,4 +1,4 @@
-"""The library speaks of parameters, such as `tp=3`; the command line shows them as its options."""
+"""Turns parameters in library messages, such as `tp=3`, into command-line options."""
 
 import re
 from collections.abc import Iterable

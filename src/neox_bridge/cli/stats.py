@@ -37,7 +37,7 @@ def stats_json(stats: Sequence["Statistics"]) -> list[dict[str, Any]]:
 
 
 def print_stats(stats: Sequence["Statistics"]) -> None:
-    """An aligned table on stdout; columns that are 0 throughout are left out."""
+    """Print an aligned table on stdout, without columns that contain only zeros."""
     head = ("tensor", "dtype", "shape", "min", "max", "mean", "std", "norm", "zeros")
     rare = ("NaN", "Inf", "dead rows", "padding rows")
     rows = []

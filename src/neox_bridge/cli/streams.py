@@ -1,8 +1,8 @@
-"""The process's stdout and stderr: no text of a file controls a terminal, and no failure surprises.
+"""Protects stdout and stderr against control characters from files and against write errors.
 
-Whatever is written to them is escaped (``wording``). A reader that went away (``| head``) or a
-full disk doesn't stop the work: the rest of the output is dropped, the command ends as it would
-have, and then says so where it matters.
+Everything that is written is escaped (``wording``). A closed pipe (``| head``) or a full disk does
+not stop the work: the rest of the output is dropped, the command finishes, and it reports a full
+disk at the end.
 """
 
 import errno
@@ -15,7 +15,7 @@ from neox_bridge.wording import wording
 
 
 class _Stream(io.TextIOWrapper):
-    """A protected stream. failure: what went wrong first when something was written."""
+    """A protected stream. failure: the first error while writing."""
 
     failure: OSError | None = None
 
@@ -23,7 +23,7 @@ class _Stream(io.TextIOWrapper):
         return self.write_as_is(wording(text))
 
     def write_as_is(self, text: str) -> int:
-        """Write what is no text of a file: colors and progress bars."""
+        """Write without escaping: for colors and progress bars."""
         try:
             return super().write(text)
         except OSError as error:
@@ -37,7 +37,7 @@ class _Stream(io.TextIOWrapper):
             self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        """Let the rest go nowhere, also what waits in a buffer until the process ends."""
+        """Discard all further output, including what is still buffered."""
         self.failure = self.failure or error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
@@ -58,7 +58,7 @@ class _Unprotected:
 def protect_streams() -> None:
     """Protect stdout and stderr, also where the process was started without them (``>&-``)."""
     while (opened := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # one of the three was closed, and the next file would have become stdout
+        pass  # one of the three was closed, so the next opened file would have become stdout
     os.close(opened)
     for name, number in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
@@ -89,7 +89,7 @@ def write_color(code: str) -> None:
 
 
 def stdout_failure() -> str:
-    """Why what was printed didn't arrive; empty where it did or its reader had seen enough."""
+    """Why output was lost; empty if nothing was lost or the reader closed the pipe."""
     stream = sys.stdout
     stream.flush()
     failure = stream.failure if isinstance(stream, _Stream) else None

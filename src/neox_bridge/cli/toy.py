@@ -13,7 +13,7 @@ from neox_bridge.cli.progress import progress_bar
 from neox_bridge.cli.values import Word
 from neox_bridge.option import WRITTEN, inherited, option
 
-# those of architectures.shapes.PYTHIA, which isn't imported for --help; a test compares them
+# same names as architectures.shapes.PYTHIA, which is not imported for --help; a test compares them
 NAMES = (
     "pythia-70m",
     "pythia-160m",

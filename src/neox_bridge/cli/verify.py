@@ -167,7 +167,7 @@ def _verify_alone(path: str, workers: int | None, output: Output) -> None:
 
 
 def _require_torch(device: str) -> None:
-    """Raise BridgeError, before anything long is read, where --logits can't compute."""
+    """Raise BridgeError early if --logits cannot run."""
     try:
         import torch
     except ImportError:
@@ -183,7 +183,7 @@ def _require_torch(device: str) -> None:
 def _computed(
     first: Checkpoint, second: Checkpoint, inputs: TokenInput, device: str
 ) -> dict[str, Agreement]:
-    """What both compute; and, if logits came with the tokens, what the first computes beside."""
+    """Compare the logits of both models, and of the first model with recorded logits, if any."""
     from neox_bridge.verification.logits import compare_logits, compare_recorded
 
     agreements = {"logits": compare_logits(first, second, inputs.tokens, device)}
