@@ -62,7 +62,7 @@ def execute(
         target: The folder or URL to write.
         overwrite: Replace an existing target, if it is a checkpoint or output of this package.
         verify: Read the result back and compare it with the source before it appears at ``target``.
-        workers: Number of threads. Default: the number of cores plus one.
+        workers: Number of threads. Default: the number of cores plus one, at most 5.
         hash_name: The hash of each file in ``neox_bridge.json``; None for none.
         progress: Called with the number of bytes just written or compared.
 

@@ -87,8 +87,7 @@ def plan_conversion(
     given: Collection[str] = (),
     version: "TransformersFacts | None" = None,
 ) -> Plan:
-    """Like ``plan``, with the tokenizer of a published run and the limits of a transformers
-    version.
+    """``plan`` with the tokenizer of a published run and the limits of a transformers version.
 
     given: see ``planning.option_checks``. version: the transformers version that must load the
     result.
@@ -127,8 +126,7 @@ def source_check(
     workers: int | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Check:
-    """A check for the executor that covers a part of the tensors; see
-    ``verification.verify.checker``.
+    """A check of some tensors for the executor; see ``verification.verify.checker``.
 
     is_fresh: whether the result has a fresh optimizer. It is checked with the first part.
     """
@@ -192,8 +190,7 @@ class Comparison:
 
 
 def comparison_of(source: Checkpoint, target: Checkpoint, *, optimizer: bool = False) -> Comparison:
-    """The source, read the same way as when the target was converted. optimizer: whether to compare
-    optimizer states too."""
+    """The source as it was converted, and the target. optimizer: whether to compare states too."""
     from neox_bridge.optimizer.masters import as_it_was_converted, with_states
     from neox_bridge.planning.option_checks import check_optimizer
 

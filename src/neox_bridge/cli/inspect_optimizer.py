@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def states_facts(checkpoint: "Checkpoint") -> tuple[dict[str, Any] | None, list["Finding"]]:
-    """The kind of the optimizer states and which versions can resume them, as plain data, with
-    findings.
+    """The kind of the optimizer states and what can resume them, as plain data, with findings.
 
     Reads only the first state file, without its tensors. Returns None if there is no such file, or
     if it cannot be read, which is reported as a finding.
@@ -84,8 +83,7 @@ def states_lines(
 
 
 def optimizer_lines(facts: dict[str, Any], masters: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """The lines that ``--optimizer`` adds: the parameter groups, and how many weights match their
-    masters.
+    """The lines that ``--optimizer`` adds: parameter groups, and weights that match their masters.
 
     masters: the result of ``masters_facts``, or None if they were not compared.
     """

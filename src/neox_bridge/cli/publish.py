@@ -34,8 +34,7 @@ def check_upload(upload: Upload, target: str) -> None:
 
 
 def root_of(target: str) -> str:
-    """The folder that the yml of a GPT-NeoX target names. For the Hub, it is the folder into which
-    users download."""
+    """The folder that a GPT-NeoX yml names; for the Hub, the folder into which users download."""
     from neox_bridge.stores.folder import is_hub
     from neox_bridge.stores.hub_names import hub_target, reader_folder
 

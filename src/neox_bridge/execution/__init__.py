@@ -1,1 +1,1 @@
-"""Writes what a plan says: the kernel moves bytes that stay, numpy makes those that change."""
+"""Executes plans: the kernel copies unchanged bytes, numpy computes the others."""

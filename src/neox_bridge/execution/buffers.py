@@ -1,4 +1,4 @@
-"""Memory that a thread keeps for what it reads: new pages cost as much as filling them."""
+"""Per-thread read buffers, reused because new pages cost as much as filling them."""
 
 import threading
 from collections.abc import Callable
@@ -14,9 +14,9 @@ _kept = threading.local()
 
 
 def buffer(number: int, size: int) -> bytearray:
-    """This thread's buffer of that number and size in bytes, of any content.
+    """This thread's buffer with this number, of ``size`` bytes and arbitrary content.
 
-    0 and 1: the two sides of a comparison. 2: of a hash. 3: of what is moved.
+    0 and 1: the two sides of a comparison. 2: hashing. 3: copying.
     """
     buffers: dict[tuple[int, int], bytearray] = _kept.__dict__.setdefault("buffers", {})
     if (number, size) not in buffers:
@@ -25,15 +25,16 @@ def buffer(number: int, size: int) -> bytearray:
 
 
 def room(number: int) -> "Callable[[int], Array]":
-    """Gives parts of this thread's buffer, as uint8, and new memory where that is used up.
+    """Returns an allocator of uint8 parts of this thread's buffer; new memory once it is used up.
 
-    What was given before by another ``room`` of the number is overwritten.
+    Parts from an earlier ``room`` with the same number are overwritten.
     """
     import numpy as np
 
     rooms: dict[int, Array] = _kept.__dict__.setdefault("rooms", {})
     if number not in rooms:
-        rooms[number] = np.empty(ROOM_BYTES, np.uint8)  # which numpy asks to have huge pages
+        # numpy requests huge pages from this size on
+        rooms[number] = np.empty(ROOM_BYTES, np.uint8)
     kept, used = rooms[number], 0
 
     def give(size: int) -> "Array":

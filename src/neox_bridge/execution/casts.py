@@ -1,4 +1,4 @@
-"""Casts of whole blocks, rounded once, by the fastest way that numpy has to the same bits."""
+"""Casts blocks of values with a single rounding, in the fastest way that gives the same bits."""
 
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-_CACHED = 1 << 15  # elements whose intermediates stay in the processor's cache
+_CACHED = 1 << 15  # elements per step, so that intermediates stay in the CPU cache
 
 
 def cast(values: "Array", dtype: "np.dtype[Any]") -> "Array":
-    """The values in another dtype, rounded once, to nearest even; as they are in the same."""
+    """Cast with one rounding, to nearest even. Returns the values themselves for an equal dtype."""
     import numpy as np
 
     if values.dtype == dtype:
@@ -30,16 +30,17 @@ def cast(values: "Array", dtype: "np.dtype[Any]") -> "Array":
         if dtype.itemsize <= 2 and dtype.kind in "Vf" and values.dtype.itemsize <= 2:
             values = values.astype(np.float32)
         elif dtype == brain and values.dtype == np.float64:
-            values = _to_odd(values)  # ml_dtypes goes through float32, which would round twice
+            values = _to_odd(values)  # ml_dtypes casts through float32, which would round twice
         result = values.astype(dtype)
     return result
 
 
 @cache
 def _table(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> "Array":
-    """Every value of a two-byte dtype in another, by its bits: four times as fast as casting.
+    """A lookup table from a 2-byte dtype to another dtype: four times as fast as casting.
 
-    bfloat16 and float16 have no direct way to each other that rounds once, so through float32.
+    bfloat16 and float16 are cast through float32, because numpy has no direct cast that rounds
+    once.
     """
     import numpy as np
 
@@ -50,7 +51,7 @@ def _table(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> "Array":
 
 
 def _to_half(values: "Array") -> "Array":
-    """float32 as float16 by its bits: three times as fast as numpy's cast, with the same result."""
+    """Cast float32 to float16 on its bits: three times as fast as numpy, with the same result."""
     import numpy as np
 
     flat = np.ascontiguousarray(values).reshape(-1)
@@ -62,10 +63,10 @@ def _to_half(values: "Array") -> "Array":
 
 
 def _rounded(values: "Array") -> "Array":
-    """Normal ones: the exponent's bias is 15 in place of 127, and 13 bits of the mantissa go.
+    """Normal values: the exponent bias becomes 15 instead of 127, and 13 mantissa bits are dropped.
 
-    Subnormal ones are multiples of 2**-24, the last place of 0.5 in float32: the adder rounds. What
-    would become infinite, and what isn't finite, is left to numpy.
+    Subnormal ones are multiples of 2**-24, the last place of 0.5 in float32: the adder rounds.
+    Values that overflow or are not finite are left to numpy.
     """
     import numpy as np
 
@@ -91,7 +92,7 @@ def _rounded(values: "Array") -> "Array":
 
 
 def _to_odd(values: "Array") -> "Array":
-    """float64 as float32, the last bit set wherever bits were lost: no tie is made up by that."""
+    """Round float64 to float32 to odd: set the last bit if bits were lost, so no tie appears."""
     import numpy as np
 
     near = values.astype(np.float32)

@@ -1,4 +1,4 @@
-"""What the threads of one execution share: progress, counts, a flag to stop, what was noticed."""
+"""State that the threads of one execution share: progress, counts, a stop flag and findings."""
 
 import threading
 from collections import Counter
@@ -15,12 +15,12 @@ How = Literal["shared", "copied", "transformed", "kept"]
 
 
 class Stopped(Exception):
-    """Another thread failed, or the user interrupted: this one gives up quietly."""
+    """Another thread failed or the user interrupted, so this thread stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Bytes of an output file, from ``to`` on, that are those of a source from ``start`` on."""
+    """Bytes of an output file from ``to`` on that share blocks with a source from ``start`` on."""
 
     to: int
     size: int
@@ -30,7 +30,7 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Overflow:
-    """Finite values of an output tensor that a cast made infinite. source: one of its sources."""
+    """Finite values of a tensor that became infinite in a cast. source: one of its sources."""
 
     tensor: str
     count: int
@@ -39,15 +39,18 @@ class Overflow:
 
 @dataclass
 class Context:
-    """Shared and mutable; every change goes through a method that holds the lock.
+    """Mutable state. Every change goes through a method that holds the lock.
 
-    progress: called with the bytes just read or written.
-    phase: called when a phase begins. Its total then leaves out what is kept, which is not counted.
-    every_crc: whether bytes are read for their CRC-32 that the kernel could move unseen.
-    cloned: what shares blocks with a source, by output file (st_dev, st_ino), in any order.
-    sharing: whether two disks share blocks, as far as was tried.
-    overflows: values that became non-finite, by tensor. deviations: (tensor, file, largest one).
-    roundings: (tensor, values that a scale made too small or too large for their dtype).
+    Attributes:
+        progress: Called with the bytes just read or written.
+        phase: Called when a phase begins. The total of "writing" does not include files that are
+            kept from an earlier run.
+        every_crc: Whether to read bytes for their CRC-32 that the kernel could copy unread.
+        cloned: The parts that share blocks with a source, by output file (st_dev, st_ino).
+        sharing: Whether two disks can share blocks, for the pairs that were tried.
+        overflows: Values that became non-finite, by tensor.
+        deviations: (tensor, file, largest one).
+        roundings: (tensor, values that a scale made too small or too large for their dtype).
     """
 
     progress: Count | None = None
@@ -64,12 +67,12 @@ class Context:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self) -> None:
-        """Raise Stopped where the work is to end."""
+        """Raise Stopped if the work must end."""
         if self.stop.is_set():
             raise Stopped
 
     def wrote(self, size: int, how: How) -> None:
-        """Count ``size`` bytes of the target, by how they got there."""
+        """Count ``size`` written bytes by the way they were written."""
         with self.lock:
             self.written[how] += size
             if self.progress is not None and not (how == "kept" and self.phase is not None):
@@ -86,13 +89,13 @@ class Context:
             self.progress(size)
 
     def share(self, file: tuple[int, int], part: Shared) -> None:
-        """Count bytes of an output file that a source's blocks hold, and remember which."""
+        """Count and record bytes of an output file that share blocks with a source."""
         with self.lock:
             self.cloned.setdefault(file, []).append(part)
         self.wrote(part.size, "shared")
 
     def overflow(self, tensor: OutputTensor, count: int) -> None:
-        """Remember that a cast made so many finite values of a tensor infinite."""
+        """Record how many finite values of a tensor became infinite in a cast."""
         source = next((p.source for p in tensor.pieces if p.source is not None), None)
         with self.lock:
             self.overflows.append(Overflow(tensor.name, count, source))

@@ -24,7 +24,7 @@ def hasher(name: HashName) -> Any:
 
 
 def hash_file(path: str, name: HashName, check: "Callable[[], None]" = lambda: None) -> str:
-    """The hash of a file's bytes in hexadecimal. check: called now and then, to stop early."""
+    """The hash of a file's bytes in hexadecimal. check: called regularly; may raise to stop."""
     if not is_local(path):
         return _hash_object(path, name, check)
     state = hasher(name)
@@ -37,7 +37,7 @@ def hash_range(
 ) -> int:
     """Add a local file's bytes to a hash, from ``start`` to ``end`` or to the file's own end.
 
-    Returns where it stopped, which is before ``end`` where the file is shorter.
+    Returns the offset where it stopped, which is before ``end`` if the file is shorter.
     """
     whole, at = memoryview(buffer(2, STEP_BYTES)), start
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))

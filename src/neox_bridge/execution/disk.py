@@ -1,4 +1,4 @@
-"""A folder on a disk as the target of an execution: made beside its place, then renamed."""
+"""A target folder on a local disk: written next to its final path, then renamed."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from neox_bridge.stores.fetched import keeping, range_folder
 from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.pieces import OutputFile
 
-_ATTEMPTS = "attempts-"  # one for each run: what an earlier one left running has none any more
+_ATTEMPTS = "attempts-"  # one per run, so that leftovers of an earlier run cannot write into it
 
 
 class DiskSink:
@@ -116,7 +116,7 @@ class DiskSink:
         return os.path.join(self.work.files, path)
 
     def _shared(self) -> int:
-        """About how many bytes will share blocks with the sources' files."""
+        """Estimate how many bytes will share blocks with the source files."""
         sources = self.job.key.sources
         largest = max(sources, key=lambda path: sources[path][0], default=None)
         if largest is None or not is_local(largest):
@@ -136,7 +136,7 @@ class DiskSink:
             check_replaceable(self.job.target, self.job.step, planned)
 
     def _look_at_root(self, *, overwrite: bool) -> None:
-        """Decide what is put beside the step where the target is a run already."""
+        """Decide which files are written beside the step if the target is an existing run."""
         step = self.job.step
         if step is None or replaced_by(self._real, step) == self._real:
             self._root_files = None
@@ -149,7 +149,7 @@ class DiskSink:
 
 
 def _arrange(work: Work, root_files: RootFiles) -> None:
-    """The finished files of a run's root under the names that they get; others go."""
+    """Give the finished files in the root of a run their names, and delete the others."""
     for name in os.listdir(work.files):
         if name in (root_files.step, *LATEST):
             continue

@@ -1,4 +1,4 @@
-"""A folder put in another's place, in one step where the kernel has it."""
+"""Replaces a folder by another, atomically if the kernel supports it."""
 
 import ctypes
 import os
@@ -9,15 +9,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def swap(new: str, old: str) -> None:
     """Put ``new`` where ``old`` is; the old one is then at ``new`` or at ``new.old``.
 
-    One exchange where the kernel has it (renameat2, RENAME_EXCHANGE); else two renames, the first
-    of which is undone if the second fails: both are then where they were.
+    Uses one exchange if the kernel supports it (renameat2, RENAME_EXCHANGE). Otherwise, it renames
+    twice, and undoes the first rename if the second fails.
     """
     if not _exchange(new, old):
         aside = f"{new}.old"
         try:
             os.rename(old, aside)
             os.rename(new, old)
-        except BaseException:  # an interruption may come behind each
+        except BaseException:  # an interrupt may come after each
             if not os.path.lexists(old):
                 os.rename(aside, old)
             raise

@@ -1,4 +1,4 @@
-"""Executes a plan: every file written, checked and sealed, then the target put in place."""
+"""Executes a plan: writes, seals and verifies all files, then puts the target in place."""
 
 import os
 import time
@@ -41,34 +41,34 @@ def execute(
     pool: "Pool | None" = None,
     in_place: bool = False,
 ) -> Result:
-    """Write what the plan says into the folder ``target``, whole or not at all.
+    """Execute the plan into the folder ``target``, atomically.
 
-    A folder on a disk appears by a rename. A folder of an object store is whole as soon as its
-    ``neox_bridge.json`` is there, which is written last. Where the target is the root of a GPT-NeoX
-    run, the plan's step is added to it. See ``neox_bridge.execute`` for the other arguments.
+    A local folder appears by a rename. A folder in an object store is complete once it contains
+    ``neox_bridge.json``, which is written last. If the target is the root of a GPT-NeoX run, the
+    step of the plan is added to it. See ``neox_bridge.execute`` for the other arguments.
 
     Args:
-        every_crc: Read also what the kernel moves, so that every tensor of a ``.pt`` file has its
-            CRC-32. By default it stays 0 for tensors that this process did not see. On a disk only:
-            in an object store every tensor has it.
+        every_crc: Also read bytes that the kernel could copy, so that every tensor of a ``.pt``
+            file has its CRC-32. By default, the CRC-32 of such tensors is 0. Only for local disks;
+            in an object store, every tensor has its CRC-32.
         hash_shared: Also hash files that share blocks with the sources, which takes far longer than
-            to write them. On a disk only: in an object store no file does.
+            writing them. Only for local disks; in an object store, no file shares blocks.
         progress: Called with the number of bytes just written; see ``phase``.
         phase: Called with the name of a phase that begins, and its bytes: "checking" what an
             earlier run finished, "writing" the rest, "verifying". ``progress`` counts the bytes of
             the first two, and ``check`` those of the last.
-        check: Called with the finished folder before it gets its name. Where it raises Unverified,
-            a folder on a disk is kept as ``target`` + ".unverified", and one in an object store
-            stays without its record.
-        pool: Writes the files, in place of ``workers`` threads of this process. Progress comes by
-            files then.
-        in_place: The target is what the plan's sources belong to, and is replaced, whatever it
-            holds: the plan must have all of it. On a disk only.
+        check: Called with the finished folder before it appears at ``target``. If it raises
+            Unverified, a local folder is kept as ``target`` + ".unverified", and a folder in an
+            object store is kept without its record.
+        pool: Writes the files instead of ``workers`` threads of this process. Progress is then
+            reported per file.
+        in_place: The target contains the sources of the plan and is replaced whatever it contains,
+            so the plan must cover all of it. Only for local disks.
 
     Raises:
         UsageError: An option does not apply to this kind of target. Nothing was written.
-        BridgeError: The target exists, another process writes it, there is no space, or a source is
-            damaged or changes. Nothing was replaced then, nor on KeyboardInterrupt.
+        BridgeError: The target exists, another process is writing it, the disk is full, or a source
+            is damaged or changes. The target is unchanged then, as on KeyboardInterrupt.
     """
     start = time.perf_counter()
     target = plain(target)
@@ -116,7 +116,7 @@ def execute(
 def check_options(
     target: str, *, every_crc: bool = False, hash_shared: bool = False, in_place: bool = False
 ) -> None:
-    """Raise UsageError for options of ``execute`` that do not apply to such a target."""
+    """Raise UsageError for options of ``execute`` that do not apply to this kind of target."""
     options = {"every_crc": every_crc, "hash_shared": hash_shared, "in_place": in_place}
     given = [name for name, value in options.items() if value]
     if given and not is_local(plain(target)):
@@ -128,12 +128,12 @@ def check_options(
 
 
 def default_workers() -> int:
-    """Threads of an execution: one more than cores, since one waits for the disk."""
+    """Default number of threads: one more than cores, because one waits for the disk."""
     return 1 + min(4, os.cpu_count() or 1)
 
 
 def _sink_of(job: Job) -> Sink:
-    """Chooses, once, what kind of place the target is."""
+    """Choose the sink for the kind of target."""
     if not is_local(job.target):
         from neox_bridge.execution.object_store import ObjectSink
 
@@ -142,7 +142,7 @@ def _sink_of(job: Job) -> Sink:
 
 
 def _write(sink: Sink, workers: int, pool: "Pool | None") -> None:
-    """Write all files that are not finished, and once more those that the target lost."""
+    """Write all unfinished files, and write again those that the target lost."""
     files = sink.files()
     while True:
         files = sink.job.missing(files)
@@ -166,7 +166,7 @@ def sources_of(plan: Plan) -> list[str]:
 
 
 def _check_copies(plan: Plan, sources: Mapping[str, Identity]) -> None:
-    """Raise BridgeError where a file that is copied has another size than it had."""
+    """Raise BridgeError if a file to copy has changed its size since it was planned."""
     for file in plan.files:
         if file.copy_of is not None and sources[file.copy_of][0] != file.size:
             raise BridgeError(
@@ -176,7 +176,7 @@ def _check_copies(plan: Plan, sources: Mapping[str, Identity]) -> None:
 
 
 def _place_of(plan: Plan, overflow: Overflow) -> str:
-    """A tensor with its file, since each of GPT-NeoX's layers calls its own by the same names."""
+    """Describe a tensor with its file, because layer files of GPT-NeoX repeat tensor names."""
     for file in plan.files:
         for tensor in file.tensors:
             sources = (piece.source for piece in tensor.pieces)

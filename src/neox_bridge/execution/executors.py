@@ -1,6 +1,6 @@
-"""Where units of work run: a pool of processes here, that outlives the loss of some of them.
+"""Pools that run units of work: local processes, which survive the loss of some of them.
 
-What a pool is asked to do may be done twice, so it must be the same done twice.
+A pool may run a call twice, so calls must be idempotent.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
 _T = TypeVar("_T")
-_PRELOAD = (  # what nearly every call needs, read once for all processes
-    *("xxhash", "yaml"),  # numpy only where it is used: one waits for the disk meanwhile
+_PRELOAD = (  # modules that nearly every call needs, imported once for all processes
+    *("xxhash", "yaml"),  # numpy is imported only where it is used
     *("neox_bridge.execution.units", "neox_bridge.execution.output"),
     "neox_bridge.verification.verify",
     *("neox_bridge.layouts.hf_reader", "neox_bridge.layouts.neox_reader"),
     "neox_bridge.formats.torch_file",
 )
-LOSSES = 3  # times that one call may lose its process
+LOSSES = 3  # how often a call may lose its process
 
 
 class Pool(Protocol):
-    """One for all checkpoints of a batch.
+    """Runs calls for all checkpoints of a batch.
 
-    slots: calls that run at the same time. stopped: set when all who wait are to give up.
+    slots: how many calls run at the same time. stopped: set when all waiting callers must stop.
     """
 
     stopped: threading.Event
@@ -46,8 +46,8 @@ class Pool(Protocol):
 class Processes:
     """Processes of this machine, started when they are needed.
 
-    One that is killed (by the kernel where memory is short, or by somebody) takes all with it, as
-    ``concurrent.futures`` has it; they are started anew, and what ran is run again.
+    If one process is killed (by the OOM killer, for example), ``concurrent.futures`` ends all of
+    them. They are restarted, and the calls that were running are repeated.
     """
 
     def __init__(self, slots: int) -> None:
@@ -57,13 +57,13 @@ class Processes:
         self._pool = self._start()
 
     def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]":
-        """Have a call done, again where its process is lost. Call, arguments and result pickle."""
+        """Submit a picklable call, which is repeated if its process is lost."""
         future: _Call[_T] = _Call()
         self._try(future, 0, call, args)
         return future
 
     def close(self) -> None:
-        """End the processes, when what they do is done."""
+        """Wait for running calls, then end the processes."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> "ProcessPoolExecutor":
@@ -71,8 +71,8 @@ class Processes:
         from concurrent.futures import ProcessPoolExecutor
         from importlib import import_module
 
-        # a fork is there at once, but takes locks along that threads hold just then, and threads
-        # of obstore, which Python doesn't count, are lost in it
+        # fork is faster, but it copies locks that threads hold at that moment, and loses the
+        # threads of obstore, which Python does not know about
         has_threads = threading.active_count() > 1 or "obstore" in sys.modules
         if sys.platform == "linux" and not has_threads:
             for name in _PRELOAD:
@@ -82,9 +82,9 @@ class Processes:
             return pool
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOAD))
-        # the server's environment is that of the first pool
+        # the fork server keeps the environment of the first pool
         pool = ProcessPoolExecutor(self.slots, context, _prepare, (dict(os.environ),))
-        # so that they start while this process reads and plans
+        # starts the processes while this process reads and plans
         threading.Thread(target=pool.submit, args=(_nothing,)).start()
         return pool
 
@@ -118,12 +118,12 @@ class Processes:
 
 
 class _Call(Future[_T], Generic[_T]):
-    """What a caller waits for while the call may be tried some times; inner: the present try."""
+    """The future of a call that may be retried. inner: the future of the current attempt."""
 
     inner: "Future[_T]"
 
     def cancel(self) -> bool:
-        """Only what doesn't run yet, so that who waits for it waits for the end of what does."""
+        """Cancel only if the call has not started, so that callers wait for a running call."""
         return self.inner.cancel()
 
 
@@ -135,7 +135,7 @@ def _lost(times: int) -> BridgeError:
 
 
 def _prepare(environment: Mapping[str, str] | None = None) -> None:
-    """In each process: Ctrl-C is the parent's to hear; where the parent is killed, end at once."""
+    """Set up a process: the parent handles Ctrl-C, and the process ends with the parent."""
     import signal
 
     if environment is not None:
@@ -161,5 +161,5 @@ def _end_with_parent() -> None:
 
 
 def default_slots() -> int:
-    """One more than cores: one waits for the disk."""
+    """One more than cores, because one waits for the disk."""
     return 1 + min(16, os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""Whether bytes of two files lie in the same blocks of a disk, of which the file system tells."""
+"""Finds out whether two files share disk blocks, by asking the file system."""
 
 import fcntl
 import os
@@ -9,25 +9,25 @@ from collections.abc import Iterator
 _FIEMAP = 0xC020660B  # linux/fs.h, Documentation/filesystems/fiemap.rst
 _QUERY = struct.Struct("QQIIII")  # struct fiemap: start, length, flags, found, room
 _EXTENT = struct.Struct("QQQ16xI12x")  # struct fiemap_extent: in the file, on the disk, length
-_ROOM = 128  # extents that are asked for at once
-_SYNC = 1  # what is in memory only is written first, and so has its own place where it differs
-_PLAIN = 0x1 | 0x1000  # LAST, MERGED: flags that say nothing of where bytes lie
+_ROOM = 128  # extents per request
+_SYNC = 1  # flush first, so that data that exists only in memory gets its own blocks
+_PLAIN = 0x1 | 0x1000  # LAST, MERGED: flags that do not concern the location of bytes
 SHARED = 0x2000  # with another file
 _XFS = 0x8100587E  # XFS_IOC_FSGEOMETRY
 _ATTRIBUTES, _ATTRIBUTES_SIZE, _REALTIME = 0x801C581F, 28, 0x1  # FS_IOC_FSGETXATTR
 _BTRFS = 0x8400941F  # BTRFS_IOC_FS_INFO
-_ARGUMENT_BYTES = 1024  # the most of the structures that these three fill
+_ARGUMENT_BYTES = 1024  # the size of the largest structure that these three fill
 
-Extent = tuple[int, int, int, int]  # from where in the file, place on the disk, bytes, flags
-BlockRun = tuple[int, int, int]  # from where in the range, place on the disk, bytes
+Extent = tuple[int, int, int, int]  # offset in the file, place on the disk, bytes, flags
+BlockRun = tuple[int, int, int]  # offset in the range, place on the disk, bytes
 
 
 def same_blocks(one: int, start: int, other: int, to: int, size: int) -> bool:
     """Whether ``size`` bytes of two files (descriptors) at these offsets are the same blocks.
 
-    They are equal then, whatever they are, and needn't be read. False says nothing: other file
-    systems don't say it, or not so that it can be relied on (of bcachefs's several disks each
-    counts its blocks from 0), and of compressed and encrypted blocks it isn't known.
+    If so, the bytes are equal and need not be read. False means unknown: other file systems do not
+    report it reliably (on bcachefs, each of several disks counts its blocks from 0), and compressed
+    or encrypted blocks are not comparable.
     """
     if sys.platform != "linux" or not size:
         return False
@@ -42,7 +42,7 @@ def same_blocks(one: int, start: int, other: int, to: int, size: int) -> bool:
 
 
 def _disk(fd: int) -> object:
-    """What counts the blocks of a file: two files' numbers mean the same where this is the same."""
+    """Identifies the block numbering of a file: equal ones make numbers comparable."""
     argument = bytearray(_ARGUMENT_BYTES)
     try:
         fcntl.ioctl(fd, _XFS, argument)
@@ -50,15 +50,15 @@ def _disk(fd: int) -> object:
         fcntl.ioctl(fd, _BTRFS, argument)
         return bytes(
             argument[16:32]
-        )  # fsid: of all its disks, and of subvolumes, whose st_dev differs
+        )  # the fsid covers all disks and subvolumes, whose st_dev differ
     argument = bytearray(_ATTRIBUTES_SIZE)
     fcntl.ioctl(fd, _ATTRIBUTES, argument)
-    realtime = int.from_bytes(argument[:4], sys.byteorder) & _REALTIME  # a second disk of its own
+    realtime = int.from_bytes(argument[:4], sys.byteorder) & _REALTIME  # a separate realtime disk
     return None if realtime else os.fstat(fd).st_dev
 
 
 def extents(fd: int, start: int, size: int) -> Iterator[Extent]:
-    """A file's extents that touch a range, holes left out. Raises OSError where nobody can say."""
+    """The extents of a file that touch a range, without holes. Raises OSError if unknown."""
     at, end = start, start + size
     while at < end:
         answer = bytearray(_QUERY.size + _ROOM * _EXTENT.size)
@@ -74,7 +74,7 @@ def extents(fd: int, start: int, size: int) -> Iterator[Extent]:
 
 
 def _runs(fd: int, start: int, size: int) -> list[BlockRun] | None:
-    """Where a range lies, what follows on the disk in one; None where a part has no such place."""
+    """The places of a range on disk, adjacent ones merged; None if any place is unknown."""
     runs: list[BlockRun] = []
     at, end = start, start + size
     for low, place, length, flags in extents(fd, start, size):

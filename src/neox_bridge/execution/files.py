@@ -1,4 +1,4 @@
-"""Files that are open: few at a time, shared by threads, the same at the end as at the start."""
+"""A pool of open files that threads share. Checks that sources do not change during a run."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ from neox_bridge.stores.paths import is_local, states
 if TYPE_CHECKING:
     from neox_bridge.stores.ranges import Ranges, Remote
 
-LIMIT = 64  # open files that are kept; threads that use more than these at once get them all
+LIMIT = 64  # open files that are kept; threads may open more at once
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 Identity = tuple[int, int | str]
@@ -22,7 +22,7 @@ Identity = tuple[int, int | str]
 
 @dataclass
 class _Handle:
-    """An open file, for as long as a ``with`` block uses it."""
+    """An open file, in use while a ``with`` block holds it."""
 
     fd: int
     lock: threading.Lock
@@ -38,16 +38,16 @@ class _Handle:
 
 @dataclass
 class Files:
-    """Descriptors by path and flags; the one that was used longest ago is closed for another."""
+    """Descriptors by path and flags. The least recently used one is closed first."""
 
     _open: "OrderedDict[tuple[str, int], _Handle]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _ranges: "Ranges | None" = None
 
     def reading(self, path: str) -> "AbstractContextManager[int | Remote]":
-        """A descriptor of a source, or what stands for it where that is a URL, in a ``with``.
+        """A descriptor of a source, or a ``Remote`` for a URL, for use in ``with``.
 
-        Raises BridgeError, naming it, where it can't be opened.
+        Raises BridgeError with its name if it cannot be opened.
         """
         if not is_local(path):
             return nullcontext(self._remote(path))
@@ -57,11 +57,11 @@ class Files:
             raise unreadable(path, error) from None
 
     def writing(self, path: str) -> AbstractContextManager[int]:
-        """A descriptor of an output file that exists already, in a ``with``."""
+        """A descriptor of an existing output file, for use in ``with``."""
         return self._take((path, os.O_WRONLY))
 
     def close(self) -> None:
-        """Close all, at the end, when no thread runs any more."""
+        """Close all files, when no thread is running."""
         if self._ranges is not None:
             self._ranges.close()
         with self._lock:
@@ -97,25 +97,25 @@ class Files:
 
 
 def unreadable(path: str, error: OSError) -> BridgeError:
-    """What to say where a source can't be read."""
+    """The error for a source that cannot be read."""
     return BridgeError(f"{path} cannot be read: {error.strerror}. Check the file and its disk.")
 
 
 def ended_early(path: str, missing: int) -> BridgeError:
-    """What to say where a source is shorter than it was."""
+    """The error for a source that became shorter."""
     return BridgeError(f"{path} ended {missing:,} bytes early: it changed while it was read.")
 
 
 def identities(paths: Collection[str]) -> dict[str, Identity]:
     """Size in bytes and modification time of each file; size and tag of an object.
 
-    Raises BridgeError for one that is gone.
+    Raises BridgeError if one was deleted.
     """
     return {path: (s.size, s.tag or s.modified_ns) for path, s in states(paths).items()}
 
 
 def check_same(before: dict[str, Identity]) -> None:
-    """Raise BridgeError, naming the file, unless all are as they were."""
+    """Raise BridgeError with the name of the first file that changed."""
     now = identities(before)
     for path, identity in before.items():
         if now[path] != identity:

@@ -1,4 +1,4 @@
-"""What is written, on the disk: files and folders flushed."""
+"""Flushes files and folders to disk."""
 
 import os
 

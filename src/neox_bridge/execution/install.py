@@ -1,7 +1,7 @@
-"""Finished files get their place: by one rename, or by a few that the next run completes.
+"""Moves finished files into place, by one rename or by a few that the next run can complete.
 
-From before the first rename until nothing is left over, ``moves`` in the work folder says what
-belongs where. A run that finds it completes the moves and removes what the new files replaced.
+From before the first rename until everything is cleaned up, ``moves`` in the work folder records
+where files belong. A run that finds it completes the moves and deletes the replaced files.
 """
 
 import contextlib
@@ -18,20 +18,21 @@ from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.work import Work
 from neox_bridge.findings import Finding
 
-LATEST = ("latest", "latest_universal")  # of a run: which of its steps is the newest
+LATEST = ("latest", "latest_universal")  # the file of a run that names its newest step
 _STEP = re.compile(r"global_step\d+(_universal)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What belongs where.
+    """Which files move where.
 
-    step: the folder that is added to a run; None where the files become the target itself.
-    replace: whether a folder that is there makes room.
-    folder: device and inode of the folder that is moved, which tell it from the one that it
-        changed places with.
-    beside: what is put beside the step, in the run's root.
-    retired: what of the run's root makes room, or has no place there any more.
+    Attributes:
+        step: The folder that is added to a run; None if the files become the target itself.
+        replace: Whether an existing folder is replaced.
+        folder: Device and inode of the folder that is moved, to distinguish it from the folder
+            that it replaces.
+        beside: Files that are written beside the step, in the root of the run.
+        retired: Files in the root of the run that are replaced or obsolete.
     """
 
     step: str | None
@@ -43,10 +44,10 @@ class Moves:
 
 @dataclass(frozen=True)
 class RootFiles:
-    """What becomes of the files and folders beside a step.
+    """The files and folders beside a step: which are written, and which are removed.
 
-    step: the plan's. names: the names that the plan's files and folders get; those that are missing
-    here aren't put there. retired: those of the run that go.
+    step: the step of the plan. names: the names that files and folders of the plan get; files
+    without a name are not written. retired: files of the run that are removed.
     """
 
     step: str
@@ -56,11 +57,11 @@ class RootFiles:
 
 
 def install(work: Work, target: str, beside: RootFiles | None, *, replace: bool) -> None:
-    """Give the finished files their names. target: a real path. beside: where it is a run already.
+    """Move finished files into place. target: a real path. beside: set for an existing run.
 
-    replace: whether a folder that is there makes room. A start-up yml is absent from the root while
-    ``latest`` and the step change, so that it never contradicts them. Where the folder can't be
-    moved all is as it was before.
+    replace: whether an existing folder is replaced. While ``latest`` and the step change, the root
+    has no start-up yml, so that it never contradicts them. If the folder cannot be moved,
+    everything is restored.
     """
     step = beside.step if beside else None
     names = tuple(beside.names.values()) if beside else ()
@@ -74,14 +75,14 @@ def install(work: Work, target: str, beside: RootFiles | None, *, replace: bool)
 
 
 def is_begun(work: Work) -> bool:
-    """Whether files are on their way to their places, or what they replaced is being removed."""
+    """Whether a move into place has begun and is not cleaned up."""
     return os.path.lexists(work.moves)
 
 
 def settle(work: Work, target: str) -> bool:
-    """Complete what a killed run had begun to install, and remove what it replaced.
+    """Complete the moves of a killed run, and delete the replaced files.
 
-    Returns whether something was still to be moved. Raises OSError where that fails.
+    Returns whether anything was left to move. Raises OSError on failure.
     """
     moves = _read(work)
     if moves is None:
@@ -93,11 +94,11 @@ def settle(work: Work, target: str) -> bool:
 
 
 def clear(work: Work) -> str:
-    """Remove a work folder whose files have their places; why that failed, or nothing."""
+    """Delete a work folder after its files were moved. Returns why that failed, or ""."""
     try:
         _remove_left(work)
         shutil.rmtree(work.folder)
-    except FileNotFoundError:  # another run into the same target was waiting for the lock
+    except FileNotFoundError:  # another run into the same target waits for the lock
         return ""
     except OSError as error:
         return str(error.strerror or error)
@@ -105,7 +106,7 @@ def clear(work: Work) -> str:
 
 
 def _remove_left(work: Work) -> None:
-    """Remove what was replaced, and then what the next run must know until there."""
+    """Delete the replaced files first, then the record that the next run would need."""
     for folder in (work.files, f"{work.files}.old", work.retired):
         if os.path.lexists(folder):
             shutil.rmtree(folder)
@@ -129,7 +130,7 @@ def _complete_or_undo(work: Work, target: str, moves: Moves) -> bool:
 
 
 def _complete(work: Work, target: str, moves: Moves) -> bool:
-    """Whatever of the moves isn't done yet, in an order in which the root never contradicts."""
+    """Do the remaining moves, in an order in which the root is consistent at every moment."""
     if moves.step is None:
         return _move(work.files, target, moves)
     source, place = _source(work, moves.step), os.path.join(target, moves.step)
@@ -155,7 +156,7 @@ def _complete(work: Work, target: str, moves: Moves) -> bool:
 
 
 def _starts(name: str) -> bool:
-    """Whether it is a yml that a run is started with, and none that stands beside an edited one."""
+    """Whether a name is a start-up yml of a run, and not a copy beside an edited one."""
     return name.endswith(".yml") and ".new" not in name
 
 
@@ -169,7 +170,7 @@ def _retire(work: Work, target: str, name: str) -> bool:
 
 
 def _put(work: Work, target: str, names: list[str]) -> bool:
-    """Names that are free are taken; what somebody put there meanwhile stays."""
+    """Move files to free names. Files that appeared there in the meantime are kept."""
     moved = False
     for name in names:
         new, place = os.path.join(work.files, name), os.path.join(target, name)
@@ -186,7 +187,7 @@ def _move(source: str, place: str, moves: Moves) -> bool:
     if moves.replace and os.path.isdir(place) and os.listdir(place):
         swap(source, place)
     else:
-        os.rename(source, place)  # fails where something has appeared meanwhile
+        os.rename(source, place)  # fails if a file has appeared there in the meantime
     return True
 
 
@@ -205,7 +206,7 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def _is_moved(path: str, folder: tuple[int, int]) -> bool:
-    """Whether the folder that is to be moved is still here."""
+    """Whether the folder to move is still at ``path``."""
     with contextlib.suppress(FileNotFoundError):
         return _identity(path) == folder
     return False
@@ -222,7 +223,7 @@ def _write(work: Work, moves: Moves) -> None:
 
 
 def _read(work: Work) -> Moves | None:
-    """What ``_write`` wrote; names that lead elsewhere don't count."""
+    """Read what ``_write`` wrote, ignoring names that lead outside."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         with open(work.moves, encoding="utf-8") as file:
             entry: dict[str, Any] = json.load(file)

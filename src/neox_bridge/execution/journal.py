@@ -1,7 +1,7 @@
-"""What of a plan is finished: a line a file, written when the file is on the disk.
+"""A journal of finished files: one line per file, written when the file is on disk.
 
-So the same conversion can go on where a killed one stopped. The first line says of which plan and
-which sources; lines that aren't whole, or files that aren't what theirs says, don't count.
+It lets a conversion resume after it was killed. The first line identifies the plan and the sources.
+Incomplete lines, and files that do not match their line, are ignored.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from neox_bridge.execution.work import Work
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished file. hash: hexadecimal, or None where nobody read it."""
+    """A finished file. hash: hexadecimal, or None if the file was not hashed."""
 
     size: int
     hash: str | None
@@ -27,7 +27,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What must be the same for a run to go on. sources: the ``identities`` of the files."""
+    """What must be equal to resume a run. sources: the ``identities`` of the files."""
 
     plan: str
     sources: Mapping[str, Identity]
@@ -39,7 +39,7 @@ class Key:
 
 
 def begun(work: Work, key: Key) -> bool:
-    """Whether an earlier run of this plan left its files here."""
+    """Whether an earlier run of this plan left files here."""
     with (
         contextlib.suppress(OSError),
         open(work.journal, encoding="utf-8", errors="replace") as file,
@@ -89,14 +89,14 @@ def resume(
 
 
 def finished(work: Work) -> int:
-    """How many files wait for the next run."""
+    """The number of finished files that the next run can use."""
     with contextlib.suppress(OSError), open(work.journal, "rb") as file:
         return max(0, sum(1 for _ in file) - 1)
     return 0
 
 
 def append(work: Work, files: Iterable[tuple[str, Written]]) -> None:
-    """Say that files are on the disk; one call, so that lines of threads don't mix."""
+    """Record that files are on disk, in one write, so that lines of threads do not mix."""
     fd = os.open(work.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
         os.write(fd, "".join(_line(path, written) for path, written in files).encode())
@@ -109,7 +109,7 @@ def _line(path: str, written: Written) -> str:
 
 
 def _read(journal: str, key: Key) -> Iterator[tuple[str, Written]]:
-    """The entries, where the journal is of this plan."""
+    """The entries, if the journal belongs to this plan."""
     try:
         with open(journal, encoding="utf-8", errors="replace") as file:
             first, *lines = file.read().splitlines() or [""]

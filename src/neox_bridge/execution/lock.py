@@ -1,4 +1,4 @@
-"""A file that one process at a time has, until it ends, however it does."""
+"""Locks files for one process. The lock ends with the process, even if it is killed."""
 
 import contextlib
 import errno
@@ -11,10 +11,10 @@ from neox_bridge.errors import BridgeError
 
 @contextlib.contextmanager
 def locked(path: str, target: str) -> Iterator[int]:
-    """A descriptor of a file, made where it is missing, that is this process's alone in the block.
+    """Lock a file for this process during the block; creates it if missing.
 
-    target: what it stands for, for messages. Raises BridgeError where another process has it. A
-    process that is killed leaves no lock; where a file system has no locks there is none.
+    target: what the lock protects, for messages. Raises BridgeError if another process has the
+    lock. A killed process leaves no lock. On file systems without locks, nothing is locked.
     """
     fd = take(path, target)
     try:
@@ -25,7 +25,7 @@ def locked(path: str, target: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def locked_folder(path: str) -> Iterator[None]:
-    """The same of a folder, without a file."""
+    """Lock a folder, without a file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         _lock(fd, path)
@@ -35,16 +35,17 @@ def locked_folder(path: str) -> Iterator[None]:
 
 
 def take(path: str, target: str, *, names_holder: bool = False) -> int:
-    """The descriptor of ``locked``: the lock is released when it is closed.
+    """Take the lock of ``locked``. It is released when the returned descriptor is closed.
 
-    names_holder: whether the file says which process has it, for the message to others.
+    names_holder: whether to write the process into the file, for the error of other processes.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(fd, target, names_holder=names_holder)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(path)):  # not replaced meanwhile
+                # the file was not replaced in the meantime
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
                     if names_holder:
                         os.ftruncate(fd, 0)
                         os.pwrite(

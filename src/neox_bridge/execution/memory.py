@@ -1,4 +1,4 @@
-"""How much memory an execution takes at most, from the sizes that it works with."""
+"""Estimates the peak memory of an execution."""
 
 from math import prod
 
@@ -17,13 +17,13 @@ _FLOAT64 = 8
 
 
 def peak_memory(plan: Plan, target: str, workers: int | None = None) -> int:
-    """The bytes that executing a plan and verifying the result take at most: an estimate.
+    """Estimate the peak memory of executing a plan and verifying the result, in bytes.
 
-    Mapped files do not count. The plan's literal bytes and Python itself do.
+    It includes literal bytes of the plan and Python itself, but not mapped files.
 
     Args:
-        plan: What would be executed.
-        target: Where: objects of a store are sent in parts, which are in memory.
+        plan: The plan to execute.
+        target: The target. Objects of a store are sent in parts, which are held in memory.
         workers: Threads; by default those of ``execute``.
     """
     tensors = [tensor for file in plan.files for tensor in file.tensors]
@@ -33,7 +33,7 @@ def peak_memory(plan: Plan, target: str, workers: int | None = None) -> int:
     computed = [tensor for tensor in tensors if _is_computed(tensor)]
     thread += max(map(_block_bytes, computed), default=0)
     if any(tensor.pieces for tensor in computed):
-        thread += 2 * buffers.ROOM_BYTES  # the comparison of the result has one for each side
+        thread += 2 * buffers.ROOM_BYTES  # the verification has one buffer per side
     if not is_local(target):
         thread += streams.PARTS_IN_MEMORY * part_size(max(file.size for file in plan.files))
     shared = output.SMALL_BYTES
@@ -43,19 +43,19 @@ def peak_memory(plan: Plan, target: str, workers: int | None = None) -> int:
 
 
 def _is_computed(tensor: OutputTensor) -> bool:
-    """Whether numpy makes some of a tensor's bytes."""
+    """Whether numpy computes some bytes of a tensor."""
     return tensor.inline is None and copied(tensor) != tensor.nbytes
 
 
 def _block_bytes(tensor: OutputTensor) -> int:
-    """What a thread allocates for a block of a tensor, beside the buffers that it keeps."""
+    """The bytes that a thread allocates for a block of a tensor, besides its buffers."""
     elements = min(transform.block_elements(tensor), prod(tensor.shape))
     size = itemsize(tensor.dtype)
     sources = [itemsize(p.source.dtype) for p in tensor.pieces if p.source is not None]
     if tensor.reduce != "none":
-        # the part of every rank, with gaps as far as they are read; total, mean and deviations
+        # the part of every rank, with gaps that are read; total, mean and deviations
         return elements * (transform.GAPS * sum(sources) + 4 * _FLOAT64 + 2 * size)
     is_wide = tensor.divisor != 1 or any(piece.scale != 1 for piece in tensor.pieces)
     widest = _FLOAT64 if is_wide else max((size, *sources))
-    # read, put together, cast, compared with what they were, made contiguous
+    # read, assembled, cast, compared with the original, made contiguous
     return elements * (3 * widest + 2 * size)

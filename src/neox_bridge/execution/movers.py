@@ -1,4 +1,4 @@
-"""Moves bytes that stay as they are: shared, or through the kernel, or else through a buffer."""
+"""Copies unchanged bytes: by sharing blocks, through the kernel, or else through a buffer."""
 
 import errno
 import fcntl
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from neox_bridge.execution.streams import Stream
     from neox_bridge.stores.ranges import Remote
 
-CHUNK_BYTES = 16 << 20  # of one kernel copy, so that progress moves and Ctrl-C is heard
+CHUNK_BYTES = 16 << 20  # per kernel copy, so that progress is updated and Ctrl-C works
 BUFFER_BYTES = 1 << 20
-# a file's descriptor, all the bytes of a small file, or an object of a store
+# a file descriptor, all bytes of a small file, or an object of a store
 Target: TypeAlias = "int | memoryview | Stream"
 SEND_BYTES = 1 << 20  # fewer wait for more
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -34,10 +34,9 @@ def move(
 ) -> int | None:
     """Copy ``size`` bytes of a file to a target; all numbers are bytes.
 
-    crc: the CRC-32 of what precedes them in the record, or None where nobody asks for it. Returns
-    it with these bytes added, or None where the kernel moved bytes that this process didn't see;
-    where the context wants every CRC, all are seen. Raises BridgeError, naming the source, where it
-    is too short or can't be read.
+    crc: the CRC-32 of the preceding bytes of the record, or None if not needed. Returns it with
+    these bytes added, or None if the kernel copied bytes without reading them; with ``every_crc``,
+    all bytes are read. Raises BridgeError if the source is too short or cannot be read.
     """
     see = crc is not None and context.every_crc
     with context.files.reading(source) as fd:
@@ -57,7 +56,7 @@ def move(
 
 
 def can_share(source: str, folder: str, context: Context) -> bool:
-    """Whether new files in a folder can share blocks with this one: for two disks tried once."""
+    """Whether new files in a folder can share blocks with a file; tried once per pair of disks."""
     import tempfile
 
     if sys.platform != "linux":
@@ -76,7 +75,7 @@ def can_share(source: str, folder: str, context: Context) -> bool:
 
 
 def write(target: Target, data: "bytes | memoryview", to: int) -> None:
-    """pwrite until all is written; large data is soon on its way to the disk."""
+    """pwrite until all is written. Large data is sent to the disk soon."""
     if isinstance(target, memoryview):
         target[to : to + len(data)] = data
         return
@@ -91,17 +90,17 @@ def write(target: Target, data: "bytes | memoryview", to: int) -> None:
 
 
 def send(target: int, to: int, size: int, least: int = SEND_BYTES) -> None:
-    """Have the kernel begin to write these bytes to the disk, so that fsync has less to wait for.
+    """Start writing these bytes to disk, so that fsync waits less.
 
-    POSIX_FADV_DONTNEED does that for bytes that aren't on the disk yet, and they stay in memory
-    for who reads them next (Linux's mm/fadvise.c; a third of the time of a copy, measured).
+    POSIX_FADV_DONTNEED does this for dirty pages, which stay in memory for the next reader (Linux's
+    mm/fadvise.c; a third of the time of a copy, measured).
     """
     if size >= least and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target, to, size, os.POSIX_FADV_DONTNEED)
 
 
 def read(fd: "int | Remote", path: str, buffer: memoryview, start: int) -> None:
-    """Fill a buffer from a place in a file. Raises BridgeError, naming it, where that fails."""
+    """Fill a buffer from an offset in a file. Raises BridgeError if that fails."""
     while buffer:
         try:
             count = (
@@ -121,8 +120,8 @@ def _clone(
 ) -> tuple[int, int]:
     """(begin, end) of the bytes, counted from ``start``, whose blocks both files now share.
 
-    Whole blocks of a file system that can do it, where both files have them at the same place
-    within a block. Else (0, 0), and a kind of refusal that will come again is remembered.
+    Only whole blocks can be shared, if both files have them at the same offset within a block.
+    Otherwise returns (0, 0), and remembers refusals that would recur.
     """
     low, high = whole_blocks(start, to, size)
     if low == high or sys.platform != "linux":
@@ -140,7 +139,7 @@ def _clone(
 
 
 def _ask_to_clone(target: int, argument: bytes, disks: Disks, context: Context) -> bool:
-    """Whether the file system did it. Raises OSError where it has no room."""
+    """Whether the file system cloned the range. Raises OSError if the disk is full."""
     try:
         fcntl.ioctl(target, _CLONE, argument)
     except OSError as error:
@@ -153,10 +152,10 @@ def _ask_to_clone(target: int, argument: bytes, disks: Disks, context: Context) 
 
 
 def _kernel(fd: int, start: int, target: int, to: int, size: int, context: Context) -> int:
-    """How many bytes the kernel moved: all, or those before it said that it can't.
+    """The number of bytes that the kernel copied: all, or those before it refused.
 
-    Besides EXDEV, ENOSYS, EINVAL, EOPNOTSUPP and EPERM that may be a broken disk (EIO), of which
-    the buffered way finds out whether it is the source's or the target's.
+    It may refuse with EXDEV, ENOSYS, EINVAL, EOPNOTSUPP, EPERM, or EIO for a failing disk. In the
+    last case, the buffered copy finds out whether the source or the target fails.
     """
     if not hasattr(os, "copy_file_range"):
         return 0
@@ -170,7 +169,7 @@ def _kernel(fd: int, start: int, target: int, to: int, size: int, context: Conte
             if error.errno in _FULL:
                 raise
             return done
-        if count == 0:  # end of the source, or a file system that answers so for special files
+        if count == 0:  # end of the source, or a special file
             return done
         send(target, to + done, count)
         done += count
@@ -209,7 +208,7 @@ def _buffered(
 def _sum(
     fd: int, source: str, span: tuple[int, int], context: Context, crc: int | None
 ) -> int | None:
-    """The CRC-32 with bytes of the source added that no buffer of this process held."""
+    """Add bytes of the source to a CRC-32 that were not read yet."""
     start, size = span
     buffer = memoryview(buffers.buffer(3, BUFFER_BYTES))
     while crc is not None and size:

@@ -1,9 +1,8 @@
-"""A folder of an object store as the target of an execution: whole as soon as its record is there.
+"""A target folder in an object store. It is complete once its record exists.
 
-Every object appears whole; ``neox_bridge.json`` when all others are there and were checked, then
-``latest``. Next to what is written, ``.neox-bridge/KEY/`` holds a small object, a mark, for each
-that is finished, so that any machine can resume a run that was stopped. KEY stands for plan,
-sources and hash.
+Objects are written atomically: ``neox_bridge.json`` after all others were written and checked, then
+``latest``. ``.neox-bridge/KEY/`` next to them contains a small object, a mark, for each finished
+object, so that any machine can resume a stopped run. KEY identifies plan, sources and hash.
 """
 
 import json
@@ -50,7 +49,7 @@ from neox_bridge.wording import plural
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 _REQUESTS = 16  # at a time
-_REQUEST_BYTES = 1 << 20  # a request takes as long as so many bytes
+_REQUEST_BYTES = 1 << 20  # a request takes as long as transferring this many bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +57,10 @@ class ObjectWriter:
     """Writes files of a plan as objects, and marks each as finished.
 
     Attributes:
-        url: The folder that a plan's paths are below.
+        url: The folder that the paths of the plan are relative to.
         marks: The folder of the marks.
-        root_files: The step that is replaced and what comes beside it, where ``url`` is a GPT-NeoX
-            run already.
+        root_files: The step that is replaced and the files beside it, if ``url`` is an existing
+            GPT-NeoX run.
     """
 
     url: str
@@ -69,7 +68,7 @@ class ObjectWriter:
     hash_name: HashName | None
     root_files: RootFiles | None = None
 
-    every_crc = False  # what passes through the process has its CRC-32 anyway
+    every_crc = False  # bytes that pass through the process always get a CRC-32
     folders = ()
 
     def place(self, path: str) -> str:
@@ -79,7 +78,7 @@ class ObjectWriter:
         return f"{self.url}/{path}".replace("\\", "/")
 
     def mark(self, path: str) -> str:
-        """The URL of what says that a file is finished."""
+        """The URL of the mark of a finished file."""
         return f"{self.marks}/{sha256(path.encode()).hexdigest()[:32]}"
 
     def write(self, files: Sequence[OutputFile], context: Context) -> list[tuple[str, Written]]:
@@ -100,10 +99,9 @@ def write_object(
     hash_name: HashName | None,
     context: Context,
 ) -> tuple[Written, str]:
-    """Write a file as an object, from its start to its end; it appears whole or not.
+    """Write a file as an object, sequentially and atomically.
 
-    Returns what was written and the object's tag. Raises BridgeError, and nothing is left of the
-    object then.
+    Returns what was written and the tag of the object. On BridgeError, no object is left.
     """
     places = frozenset(place for tensor in file.tensors for place in tensor.crc_at)
     stream = Stream(start_upload(url, file.size), file.size, hash_name, places)
@@ -137,8 +135,8 @@ class ObjectSink:
         self._url = job.target
         self._writer: ObjectWriter
         self._lock: Lock
-        self._stale: tuple[str, ...] = ()  # objects that the finished target has no more
-        self._last: dict[str, bytes] = {}  # records, and what follows them
+        self._stale: tuple[str, ...] = ()  # objects that are deleted when the target is complete
+        self._last: dict[str, bytes] = {}  # records, and the files that are written after them
         self._lost: set[str] = set()  # paths of files that the store lost once
         self._is_published = False
 
@@ -152,11 +150,11 @@ class ObjectSink:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """A block whose errors say what is left in the target."""
+        """A block whose errors say what remains in the target."""
         try:
             yield
         except Unverified as error:
-            self._clear_work()  # where that fails the verdict matters more
+            self._clear_work()  # a failure here matters less than the verdict
             raise Unverified(
                 f"{error} {self._url} is kept for inspection, without its neox_bridge.json. "
                 "Delete it, or convert again with `overwrite=True`."
@@ -189,9 +187,10 @@ class ObjectSink:
         self.job.done.update(files)
 
     def lost(self) -> list[OutputFile]:
-        """What the store said to have and does not have. Raises Unreachable where it says so twice.
+        """Objects that the store confirmed but lost. Raises Unreachable if this happens twice.
 
-        One listing; what is missing in it is asked for once more, since a listing may be late.
+        Lists the folder once. Missing objects are requested again, because a listing may be
+        outdated.
         """
         there, done = below(self._url), self.job.done
         places = {self._writer.place(path): path for path in done}
@@ -218,9 +217,9 @@ class ObjectSink:
         self._last |= {place(file.path): file.literals[0][1] for file in following}
 
     def verify(self, check: Check | None) -> None:
-        """With records and ``latest`` as this process sees them then.
+        """This process sees the records and ``latest`` as if they were already written.
 
-        ``objects.pending_now`` tells other processes.
+        ``objects.pending_now`` passes this view to other processes.
         """
         remove(self._stale)
         if check is not None:
@@ -249,11 +248,10 @@ class ObjectSink:
             self.findings += (left_over,)
 
     def _begin(self) -> None:
-        """Make the folder ready to be written to, and find what an earlier run finished in it.
+        """Prepare the folder for writing, and find files that an earlier run finished.
 
-        With ``overwrite`` the record of what is there is removed first: from then on it is not
-        whole. Raises BridgeError, before anything is changed, where the target is there already or
-        holds a source.
+        With ``overwrite``, the existing record is deleted first, so that the target counts as
+        incomplete. Raises BridgeError before any change if the target exists or contains a source.
         """
         job, url = self.job, self._url
         marks = f"{url}/{WORK}/{sha256(job.key.line().encode()).hexdigest()[:32]}"
@@ -284,7 +282,7 @@ class ObjectSink:
 
             root_files = root_files_of(job.plan, url, step, overwrite=job.overwrite)
         self._writer = ObjectWriter(url, marks, job.key.hash, root_files)
-        # without --overwrite what isn't of the plan came meanwhile, and is somebody's
+        # without --overwrite, other objects were added by somebody in the meantime
         self._stale = tuple(sorted(set(there) - planned)) if job.overwrite else ()
         if begun:
             job.done.update(self._finished(there))
@@ -292,20 +290,20 @@ class ObjectSink:
         if not begun:
             entry = {"beside": asdict(root_files) if root_files else None}
             _put_surely(f"{marks}/begun", json.dumps(entry).encode())
-        for name in root_files.retired if root_files else ():  # but for what is written anew
+        for name in root_files.retired if root_files else ():  # except files that are written again
             retired = [u for u in below(f"{url}/{name}") if u not in planned]
             remove([*retired, f"{url}/{name}"] if name.endswith(".yml") else retired)
         if names_there or begun:
             abort_uploads(replaced)
 
     def _finished(self, there: Mapping[str, FileState]) -> dict[str, Written]:
-        """The files whose marks say what the store says of them."""
+        """The files whose marks match the objects in the store."""
         writer = self._writer
         marks = below(writer.marks)
 
         def read(file: OutputFile) -> tuple[str, Written] | None:
             mark, now = writer.mark(file.path), there.get(writer.place(file.path))
-            # a mark that can't be read, as of a process that was killed over it, says nothing
+            # an unreadable mark, as a killed process may leave it, is ignored
             with suppress(BridgeError, ValueError, KeyError, TypeError):
                 entry = json.loads(fetch(mark, 0, marks[mark].size))
                 same = now == FileState(entry["size"], entry["tag"]) and entry["path"] == file.path
@@ -318,9 +316,9 @@ class ObjectSink:
             return dict(filter(None, pool.map(read, files)))
 
     def _following(self) -> list[OutputFile]:
-        """The files that follow the record: ``latest``, and then a run's start-up yml.
+        """The files that are written after the record: ``latest``, then the start-up yml of a run.
 
-        So that yml never contradicts ``latest``: the old one is removed before anything changes.
+        The old yml is deleted before anything changes, so that it never contradicts ``latest``.
         """
         files = self.job.plan.files
         latest = [file for file in files if file.path in LATEST]
@@ -333,7 +331,7 @@ class ObjectSink:
         ]
 
     def _has(self, path: str) -> bool:
-        """Whether a file of the plan is put there, and not kept as the run has it."""
+        """Whether a file of the plan is written, rather than kept as it is in the run."""
         root_files = self._writer.root_files
         if root_files is None or path in LATEST:
             return True
@@ -348,7 +346,7 @@ class ObjectSink:
         return kept_files(f"{self._url}, without its neox_bridge.json", len(self.job.done))
 
     def _clear_work(self) -> str:
-        """Remove what was only for resuming, that of other plans too; why that failed, or ""."""
+        """Delete the files for resuming, also of other plans. Returns why that failed, or ""."""
         try:
             remove(u for u in below(f"{self._url}/{WORK}") if u != self._lock.url)
         except BridgeError as error:
@@ -357,7 +355,7 @@ class ObjectSink:
 
 
 def _check_replaceable(url: str, there: Mapping[str, FileState], planned: set[str]) -> None:
-    """Raise Refused where objects would be deleted that are no part of a checkpoint."""
+    """Raise Refused if objects would be deleted that are not part of a checkpoint."""
     start = len(url) + 1
     new = {name[start:] for name in planned if name.startswith(f"{url}/")}
     if others := foreign_objects([u[start:] for u in there], {*new, *recorded_files(url)}):
@@ -365,7 +363,7 @@ def _check_replaceable(url: str, there: Mapping[str, FileState], planned: set[st
 
 
 def _put_surely(url: str, data: bytes) -> None:
-    """Write a small object, and see that it is there: again where the store lost it."""
+    """Write a small object and check that it exists; write it again if the store lost it."""
     for _ in range(2):
         put_small(url, data)
         if not _lost({url: len(data)}):
@@ -374,7 +372,7 @@ def _put_surely(url: str, data: bytes) -> None:
 
 
 def _lost(sizes: Mapping[str, int]) -> list[str]:
-    """Which of these objects, with their sizes in bytes, a store doesn't have after all."""
+    """The objects that the store does not have. sizes: in bytes, by URL."""
 
     def is_lost(url: str) -> bool:
         try:
@@ -411,7 +409,7 @@ def _check_name(url: str) -> None:
 
 
 def _names(url: str) -> list[str]:
-    """What is there. Raises BridgeError where that is a file."""
+    """The names in the folder. Raises BridgeError if it is a file."""
     what = kind(url)
     if what == "file":
         raise BridgeError(f"{url} is a file. Choose a folder that does not exist yet.")
@@ -419,7 +417,7 @@ def _names(url: str) -> list[str]:
 
 
 def _read_begun(url: str) -> tuple[RootFiles | None] | None:
-    """What an earlier run of the same plan decided to do beside a step, if there is a step."""
+    """The decisions of an earlier run of the same plan about files beside the step, if any."""
     try:
         size = look(url, again=True).size
     except Unreachable:

@@ -1,4 +1,4 @@
-"""Output files on a disk: written, hashed and flushed, by threads or by a process of a pool."""
+"""Writes, hashes and flushes output files on a local disk, in threads or in a process of a pool."""
 
 import os
 import threading
@@ -19,9 +19,9 @@ from neox_bridge.execution.write_tensor import fill_tensor, write_tensor
 from neox_bridge.stores.fetched import folder_beside, keeping
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
-SMALL_BYTES = 1 << 20  # of a file that is put together in memory
+SMALL_BYTES = 1 << 20  # of files that are assembled in memory
 _GROUP_BYTES = 128 << 20  # flushed together
-_FLUSH_BYTES = 1 << 17  # what a flush counts for, where tasks are put together
+_FLUSH_BYTES = 1 << 17  # the cost of a flush when tasks are grouped
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,10 @@ class DiskWriter:
     """Writes files of a plan into a folder.
 
     Attributes:
-        folder: The folder, in which the files' own folders exist.
-        attempts: Where a pool begins files. It may write a file twice at the same time, so each
-            attempt has names of its own, and a file gets its name when it is whole and flushed.
+        folder: The folder to write into. The folders of the files exist.
+        attempts: The folder in which a pool starts files. A pool may write a file twice at the same
+            time, so each attempt uses unique names, and the file is renamed when it is complete and
+            flushed.
     """
 
     folder: str
@@ -45,11 +46,11 @@ class DiskWriter:
         return (self.attempts,)
 
     def path(self, file: OutputFile) -> str:
-        """Where a file belongs."""
+        """The final path of a file."""
         return os.path.join(self.folder, file.path)
 
     def write(self, files: Sequence[OutputFile], context: Context) -> list[tuple[str, Written]]:
-        """Write files one after another, as one attempt of a pool."""
+        """Write files sequentially, as one attempt of a pool."""
         attempt = os.path.join(self.attempts, uuid.uuid4().hex)
         hashes: dict[str, str | None] = {}  # by the path of the attempt
         pieces = (piece for file in files for tensor in file.tensors for piece in tensor.pieces)
@@ -79,14 +80,13 @@ class DiskWriter:
         workers: int,
         enter: Callable[[Sequence[tuple[str, Written]]], None],
     ) -> None:
-        """Write files, of which the largest come first: no thread is left with a large one.
+        """Write files in threads. The largest come first, so that no thread ends with a large file.
 
-        What is whole is flushed in groups: the first flush of one commits the file system's journal
-        for all, where each file alone would wait for a commit of its own (a quarter of the time,
-        measured).
+        Complete files are flushed in groups: the first flush commits the journal of the file system
+        for all of them, which takes a quarter of the time of separate commits (measured).
 
         Args:
-            enter: Called with files that are on the disk now.
+            enter: Called with files that are on disk.
         """
         unflushed = _Unflushed()
 
@@ -111,7 +111,7 @@ class DiskWriter:
                 hashing = self.hash_name, self.hash_shared
                 parts, trail = begin_large(file, self.path(file), context, *hashing)
                 tasks += followed(parts, partial(finish, file, trail))
-        if small:  # in one thread: they are Python's work, of which two take turns and longer
+        if small:  # in one thread, because this is Python code, which threads do not speed up
             tasks.append((sum(file.size for file in small), partial(write_all, small)))
         run_all(tasks, workers, context)
         rest = unflushed.take(0)
@@ -123,7 +123,7 @@ class DiskWriter:
 
 @dataclass
 class _Unflushed:
-    """Files that are whole and not flushed yet, with their hashes; of all threads."""
+    """Complete files of all threads that are not flushed yet, with their hashes."""
 
     files: list[tuple[OutputFile, str | None]] = field(default_factory=list)
     size: int = 0
@@ -135,7 +135,7 @@ class _Unflushed:
             self.size += file.size
 
     def take(self, least: int) -> list[tuple[OutputFile, str | None]]:
-        """All that wait, the largest first, where they have so many bytes; else none."""
+        """All waiting files, largest first, if they have ``least`` bytes or more; else none."""
         with self.lock:
             if self.size < least:
                 return []
@@ -144,16 +144,16 @@ class _Unflushed:
 
 
 def is_small(file: OutputFile) -> bool:
-    """Whether a file is put together in memory."""
+    """Whether a file is assembled in memory."""
     return file.size <= SMALL_BYTES and file.copy_of is None
 
 
 def begin_large(
     file: OutputFile, path: str, context: Context, hash_name: HashName | None, shared: bool
 ) -> tuple[list[Task], Trail]:
-    """The file at its size, with its literal bytes; a task for each of its tensors; and its hash.
+    """Create a file with its size and literal bytes. Returns a task per tensor, and its hash.
 
-    In the file's order, so that the hash can follow. shared: see ``Trail``.
+    Tasks are in file order, so that the hash can follow. shared: see ``Trail``.
     """
     with new_file(path) as fd:
         os.ftruncate(fd, file.size)
@@ -174,7 +174,7 @@ def begin_large(
 def write_small(
     file: OutputFile, path: str, context: Context, hash_name: HashName | None
 ) -> str | None:
-    """All of a file at once: put together in memory, written in one call. Returns its hash."""
+    """Assemble a file in memory and write it in one call. Returns its hash."""
     context.check()
     data = memoryview(bytearray(file.size))
     for offset, literal in file.literals:
@@ -189,14 +189,14 @@ def write_small(
 
 
 def begin_flush(path: str, size: int, context: Context) -> None:
-    """Have the kernel begin to write a small file; large ones are on their way already."""
+    """Start writing a small file to disk; for large files, this has begun."""
     if size < SEND_BYTES:
         with context.files.writing(path) as fd:
             send(fd, 0, size, least=0)
 
 
 def flush_file(path: str, context: Context) -> None:
-    """Wait until what was written is on the disk."""
+    """Wait until the file is on disk."""
     context.check()
     with context.files.writing(path) as fd:
         os.fsync(fd)
@@ -204,7 +204,7 @@ def flush_file(path: str, context: Context) -> None:
 
 @contextmanager
 def new_file(path: str) -> Iterator[int]:
-    """A descriptor of a file that must not exist yet."""
+    """Create a file, which must not exist, and return its descriptor."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         yield fd

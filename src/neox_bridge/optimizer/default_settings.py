@@ -20,9 +20,7 @@ from neox_bridge.optimizer.states import Optimizer
 def with_own_defaults(
     checkpoint: Checkpoint, optimizer: Optimizer, era: Era | None
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
-    """The run with the defaults that it trained with among its settings, and what is said of them,
-    where those of another GPT-NeoX differ. era: the target's; None for one like the source's.
-    """
+    """Add the defaults that the run trained with to its settings. Returns the run and findings."""
     if era is None:
         return checkpoint, ()
     version = writer_version(optimizer) or ""

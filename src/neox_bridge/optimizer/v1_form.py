@@ -164,8 +164,7 @@ def _meta(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def old_random_states(tensors: Sequence[OutputTensor]) -> list[OutputTensor]:
-    """The tensors of an mp_rank file, with the states of GPU generators as old versions of torch
-    require them."""
+    """The tensors of an mp_rank file, with the GPU generator states of old torch versions."""
     changed = []
     for tensor in tensors:
         if tensor.name.startswith(_GPU_STATES):
