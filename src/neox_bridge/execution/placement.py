@@ -1,6 +1,6 @@
-"""Where a call can be made: on machines that see what it reads and writes, nearest to the bytes.
+"""Chooses the machine for a call: one that can access its files, closest to the data.
 
-What a machine sees is plain data here, so that the choice is a pure function; ``ray_node`` looks.
+What a machine can access is plain data, so the choice is a pure function; ``ray_node`` collects it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,10 +13,10 @@ _places: "dict[Callable[..., Any], Callable[..., Places]]" = {}
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """What a call reads and writes, by absolute paths.
+    """The files that a call reads and writes, by absolute paths.
 
-    files: those that are read, with the bytes that are taken of each. folders: those of which it
-    may read all files. writes: those in which it makes files.
+    files: files to read, with the bytes that are read of each. folders: folders of which it may
+    read all files. writes: folders in which it creates files.
     """
 
     files: Mapping[str, int] = field(default_factory=dict)
@@ -24,16 +24,17 @@ class Places:
     writes: tuple[str, ...] = ()
 
     def all_folders(self) -> set[str]:
-        """Those that a machine is to be asked about."""
+        """The folders that a machine must be asked about."""
         return {_folder(path) for path in self.files} | {*self.folders, *self.writes}
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a machine sees of a folder.
+    """What a machine can access in a folder.
 
-    missing: the files that are not there as the caller has them; None where the folder is not.
-    local: whether its disk is the machine's own, not a network's.
+    missing: files that are missing or different from those of the caller; None if the folder is
+    missing.
+    local: whether it is on a local disk of the machine.
     """
 
     missing: frozenset[str] | None
@@ -44,7 +45,7 @@ Views = Mapping[str, View]  # by folder
 
 
 def reaches(places: Callable[..., Places]) -> Callable[[_Call], _Call]:
-    """Says of a function what a call of it reads and writes: ``places`` gets its arguments."""
+    """Declares what calls of a function read and write. ``places`` gets the arguments."""
 
     def register(call: _Call) -> _Call:
         _places[call] = places
@@ -54,12 +55,12 @@ def reaches(places: Callable[..., Places]) -> Callable[[_Call], _Call]:
 
 
 def places_of(call: Callable[..., Any], args: tuple[Any, ...]) -> Places:
-    """What a call reads and writes; nothing where nobody said."""
+    """What a call reads and writes, if declared."""
     return _places[call](*args) if call in _places else Places()
 
 
 def unseen(places: Places, views: Views) -> list[str]:
-    """The paths that a machine would need and doesn't see, sorted."""
+    """The paths that a machine needs but cannot access, sorted."""
     paths = {folder for folder in places.writes if views[folder].missing is None}
     for folder in places.folders:
         missing = views[folder].missing
@@ -73,22 +74,22 @@ def unseen(places: Places, views: Views) -> list[str]:
 
 
 def local_bytes(places: Places, views: Views) -> int:
-    """How many of the bytes that are read lie on disks of the machine itself."""
+    """How many of the bytes to read are on local disks of the machine."""
     return sum(size for path, size in places.files.items() if views[_folder(path)].local)
 
 
 def choose(places: Places, views: Mapping[str, Views], free: Mapping[str, int]) -> str | None:
-    """The machine for a call: of those that see all and are free, that with most of the bytes.
+    """The machine for a call: among free ones that can access all files, the one with most bytes.
 
-    views, free: by machine; free: calls that it could begin now. Of equals the one with most free;
-    None where all who see it are busy, or nobody does.
+    views, free: by machine; free: calls that it can start now. Ties go to the machine with most
+    free slots. None if all suitable machines are busy or there is none.
     """
     able = [name for name, count in free.items() if count > 0 and not unseen(places, views[name])]
     return max(able, key=lambda name: (local_bytes(places, views[name]), free[name]), default=None)
 
 
 def unasked(wanted: Iterable[str], views: Views, pending: Collection[str]) -> list[str]:
-    """The folders that a machine has still to be asked about; it is being asked about pending."""
+    """The folders that a machine must still be asked about. pending: those already requested."""
     return [folder for folder in wanted if folder not in views and folder not in pending]
 
 

@@ -1,10 +1,10 @@
 """A pool of the CPUs of a Ray cluster that survives the loss of workers and nodes.
 
-Ray runs the calls, and repeats one whose worker is lost. What Ray cannot know is which node sees
-which folder: so calls wait here, in order, until a node that sees their files has a CPU free, and
-move to another one where their node is lost. Never more than ``slots`` calls are with Ray, what
-waits can be cancelled, and nodes may join or leave at any time. One thread does all of that; other
-threads only put events into its queue.
+Ray runs the calls, and repeats a call if its worker is lost. Ray does not know which node can
+access which folder, so calls wait here, in order, until a node that can access their files has a
+free CPU. If a node is lost, its calls move to another node. At most ``slots`` calls are submitted
+to Ray, waiting calls can be cancelled, and nodes may join or leave at any time. One thread does all
+of this; other threads only put events into its queue.
 """
 
 import contextlib
@@ -36,15 +36,15 @@ from neox_bridge.execution.ray_node import asker, listed, look, packed, perform
 from neox_bridge.wording import some
 
 _T = TypeVar("_T")
-_LISTEN_SECONDS = 1.0  # between two looks at which nodes there are
-_PATIENCE_SECONDS = 60.0  # that calls wait where there is no node
-_SCANNED_CALLS = 200  # waiting calls that are tried for a free node
+_LISTEN_SECONDS = 1.0  # between two updates of the list of nodes
+_PATIENCE_SECONDS = 60.0  # how long calls wait if there is no node
+_SCANNED_CALLS = 200  # waiting calls that are considered for a free node
 _LOST = "was lost; its work is repeated"
 _AGAIN = "Finished files are kept: run the same command again to continue."
 
 
 class _Call(Future[Any]):
-    """A call that waits, runs or has ended. data: for ``perform``."""
+    """A call that waits, runs or has ended. data: the argument of ``perform``."""
 
     def __init__(self, data: bytes, places: Places) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ class _Call(Future[Any]):
         self._lock = threading.Lock()
 
     def begin(self) -> bool:
-        """Whether the call is still wanted; from now on it cannot be cancelled."""
+        """Start the call unless it was cancelled. It cannot be cancelled afterwards."""
         with self._lock:
             return self.running() or (not self.done() and self.set_running_or_notify_cancel())
 
     def cancel(self) -> bool:
-        """Cancel a call that waits, and wake those who wait for it."""
+        """Cancel a waiting call, and wake its callers."""
         with self._lock:
             if not self.done() and super().cancel():
                 self.set_running_or_notify_cancel()
@@ -80,7 +80,7 @@ class _Member:
 
 
 class RayCluster:
-    """A ``Pool``. stopped: as there. slots: changes as nodes come and go."""
+    """A ``Pool``. slots: changes when nodes join or leave."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class RayCluster:
         workers: int | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Join or start a cluster; see ``connect`` for the address and what is raised.
+        """Join or start a cluster. address and exceptions: see ``connect``.
 
         workers: calls at a time; None for as many as the cluster has CPUs. tell: is called with a
         sentence for each node that is lost or left out.
@@ -102,13 +102,14 @@ class RayCluster:
         self._open: set[_Call] = set()
         self._waiting: deque[_Call] = deque()
         self._members: dict[str, _Member] = {}
-        self._excluded: set[str] = set()  # ids of nodes that get no more work
+        self._excluded: set[str] = set()  # ids of nodes that get no more calls
         self._needed: Counter[str] = Counter()  # calls by the folders that they need
         self._running: dict[_Call, Any] = {}  # what Ray knows them by
         self._alone_since: float | None = None
         self._looked = 0.0
         self._closing = False
-        self._failure: BridgeError | None = None  # what all calls end with from now on
+        # the exception with which all calls end from now on
+        self._failure: BridgeError | None = None
         self._lock = threading.Lock()  # of that
         self._folder = os.path.abspath(os.curdir)
         self._ask = asker()
@@ -119,7 +120,7 @@ class RayCluster:
         self._thread.start()
 
     def submit(self, call: Callable[..., _T], /, *args: Any) -> "Future[_T]":
-        """Have a call made on a node that sees what it needs, again where that is lost."""
+        """Submit a call to a node that can access its files; repeated if the node is lost."""
         future = _Call(packed(call, args), places_of(call, args))
         future.add_done_callback(lambda _: self._events.put(partial(self._release, future)))
         with self._lock:
@@ -129,14 +130,14 @@ class RayCluster:
         return future
 
     def close(self) -> None:
-        """Leave the cluster when what runs is done, or end it where it was started here."""
+        """Leave the cluster when running calls are done, or stop it if it was started here."""
         self._closing = True
         self._events.put(lambda: None)
         self._thread.join()
         if self._leaves:
             self._ray.shutdown()
 
-    # all that follows is the thread's
+    # everything below runs in the thread
 
     def _serve(self) -> None:
         try:
@@ -148,12 +149,12 @@ class RayCluster:
                     self._cancel_retries()
                 self._dispatch()
             self._fail(BridgeError("The pool was closed."))
-        except Exception as error:  # Ray raises many kinds where its head is gone
+        except Exception as error:  # Ray raises many kinds of exceptions if its head is gone
             words = f"The Ray cluster is lost: {first_words(error)}. {_AGAIN}"
             self._fail(BridgeError(words))
 
     def _handle_events(self) -> None:
-        """Wait for an event, and take all that are there before one look at what waits."""
+        """Handle all queued events before looking at waiting calls."""
         with contextlib.suppress(Empty):
             self._events.get(timeout=_LISTEN_SECONDS)()
             while True:
@@ -171,12 +172,12 @@ class RayCluster:
         return self._closing or self.stopped.is_set()
 
     def _cancel_retries(self) -> None:
-        """What runs goes on to its end (see ``perform``); what has not begun never begins."""
+        """Running calls finish (see ``perform``); calls that have not started are dropped."""
         for ref in self._running.values():
             self._ray.cancel(ref)
 
     def _update_nodes(self, same: Container[str] = ()) -> None:
-        """Ask Ray which nodes there are. same: those that are known to have this code."""
+        """Update the list of nodes. same: ids of nodes that are known to have this code."""
         nodes = {n.id: n for n in living_nodes(self._ray) if n.id not in self._excluded}
         for name in self._members.keys() - nodes.keys():
             self._exclude(name, _LOST)
@@ -204,7 +205,7 @@ class RayCluster:
         self._waiting.append(call)
 
     def _release(self, call: _Call) -> None:
-        """Forget what nodes see of folders that no call needs: the next one asks again."""
+        """Forget views of folders that no call needs; the next call asks again."""
         self._open.discard(call)
         self._needed.subtract(call.folders)
         for folder in call.folders:
@@ -233,7 +234,7 @@ class RayCluster:
         self._waiting.extendleft(reversed(kept))
 
     def _start(self, call: _Call, unknown: set[frozenset[str]]) -> bool:
-        """Send a call to a node. False where none is free that sees all.
+        """Send a call to a node. Returns False if no suitable node is free.
 
         unknown: gets the call's folders where no node has said yet what it sees of them.
         """
@@ -276,7 +277,7 @@ class RayCluster:
         if error is None:
             good, outcome = pickle.loads(answer.result())
             _end(call, **{"result" if good else "error": outcome})
-        elif isinstance(error, kinds.RayTaskError):  # of this code itself: it can't be read there
+        elif isinstance(error, kinds.RayTaskError):  # the code itself cannot be unpickled there
             _end(call, error=BridgeError(f"{member.node.name}: {first_words(error)}"))
         elif self._is_ending():
             _end(call, error=BridgeError(f"A call was stopped: {first_words(error)}. {_AGAIN}"))
@@ -307,13 +308,13 @@ class RayCluster:
     def _views_answered(self, member: _Member, folders: list[str], answer: "Future[Any]") -> None:
         member.asked.difference_update(folders)
         if self._has_answer(member, answer):
-            # one that is gone here too isn't the node's fault: the call says so itself
+            # a file that is also missing here is not the fault of the node: the call reports it
             gone = dict.fromkeys(folders, View(frozenset()))
             views = {**gone, **answer.result()}
             member.views |= {folder: v for folder, v in views.items() if self._needed[folder]}
 
     def _has_answer(self, member: _Member, answer: "Future[Any]") -> bool:
-        """Whether a node answered. One that cannot, however often Ray tries, is left out."""
+        """Whether a node answered. A node that never answers is not used."""
         error = answer.exception()
         if error is not None:
             self._exclude(member.node.id, f"is not used: {first_words(error)}")

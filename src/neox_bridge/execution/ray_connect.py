@@ -13,9 +13,9 @@ from neox_bridge.execution.ray_guard import guard
 from neox_bridge.execution.ray_node import asker
 from neox_bridge.version import __version__
 
-_ANSWER_SECONDS = 60.0  # in which a node is to say which code it has
-_REACH_SECONDS = 5.0  # in which a cluster is to answer
-_STORE_BYTES = 128 << 20  # the object store of a Ray that is started here; units are small
+_ANSWER_SECONDS = 60.0  # how long a node may take to report its code
+_REACH_SECONDS = 5.0  # how long a cluster may take to answer
+_STORE_BYTES = 128 << 20  # object store of a Ray that is started here; units are small
 _START = (
     "Start one with `ray start --head`, give its `address=HOST:PORT`, or use `address=local` for "
     "this machine only."
@@ -43,13 +43,12 @@ def ray_module() -> Any:
 
 
 def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
-    """Join a cluster, with the same code on every node: it is sent where some have another.
+    """Join a cluster and make sure that every node has the same code; sends it if needed.
 
     address: HOST:PORT; ``auto`` for that of RAY_ADDRESS or the one that runs here; ``local`` to
-    start one of this machine alone, with ``workers`` CPUs. Returns whether the cluster is this
-    process's to leave, which isn't so where it had joined one already; and the ids of the nodes
-    that have the code. Raises BridgeError where there is no cluster, or a node lacks what the
-    package needs.
+    start one of this machine alone, with ``workers`` CPUs. Returns whether this process must leave
+    the cluster (not if it had joined before), and the ids of the nodes that have the code. Raises
+    BridgeError if there is no cluster, or a node does not have the dependencies.
     """
     ray = ray_module()
     if ray.is_initialized():
@@ -70,7 +69,7 @@ def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
 
 
 def living_nodes(ray: Any) -> list[Node]:
-    """The nodes that have CPUs. Raises what Ray does where the cluster can't be asked."""
+    """The nodes that have CPUs. Raises exceptions of Ray if the cluster does not answer."""
     return [
         Node(node["NodeID"], _name(node), int(node["Resources"]["CPU"]))
         for node in ray.nodes()
@@ -79,7 +78,7 @@ def living_nodes(ray: Any) -> list[Node]:
 
 
 def on_node(node: Node, cpus: int) -> dict[str, Any]:
-    """The options of a task for this node alone, which sees its files; Ray repeats lost ones."""
+    """The options of a task that runs only on this node; Ray repeats lost tasks."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -93,10 +92,11 @@ def first_words(error: BaseException) -> str:
 
 
 def _join(ray: Any, address: str, workers: int | None, environment: dict[str, Any] | None) -> None:
-    # Ray's news of lost workers would go to stdout, which is for results
+    # Ray would report lost workers on stdout, which is for results
     with contextlib.suppress(AttributeError):
         ray._private.worker._worker_logs_enabled = False
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a change
+    # prevents a warning of Ray about a coming change
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local: dict[str, Any] = {}
     if address == "local":
         guard()
@@ -106,7 +106,7 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
         ray.init(
             address, log_to_driver=False, logging_level="CRITICAL", runtime_env=environment, **local
         )
-    except Exception as error:  # Ray raises many kinds
+    except Exception as error:  # Ray raises many kinds of exceptions
         if address == "auto":
             words = "No Ray cluster is running here"
         elif address == "local":
@@ -117,7 +117,7 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
 
 
 def _check(address: str) -> None:
-    """Ray itself would try for minutes to reach a cluster that is gone."""
+    """Check the address first, because Ray would retry for minutes."""
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or _last_started() or address
     host, colon, port = address.rpartition(":")
@@ -136,7 +136,7 @@ def _check(address: str) -> None:
 
 
 def _last_started() -> str:
-    """The address that the last ``ray start`` on this machine wrote down, "" for none."""
+    """The address that the last ``ray start`` on this machine recorded, or ""."""
     path = os.path.join(
         os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster"
     )
@@ -155,9 +155,9 @@ def _same_code(ray: Any, remedy: str) -> set[str]:
 
 
 def _codes(ray: Any) -> tuple[set[str], list[str]]:
-    """The ids of the nodes that have this process's code, and in words those that have another.
+    """The ids of nodes with the code of this process, and descriptions of nodes with other code.
 
-    Neither holds a node that doesn't answer. Raises BridgeError where none does.
+    Nodes that do not answer are in neither. Raises BridgeError if none answers.
     """
     ask = asker()
     code_here = ask()
@@ -183,7 +183,7 @@ def _codes(ray: Any) -> tuple[set[str], list[str]]:
 
 
 def difference(code: tuple[str | None, str], code_here: tuple[str | None, str]) -> str:
-    """What is wrong with a node's answer to ``asker``; "" where it has this process's code."""
+    """What is wrong with the answer of a node to ``asker``; "" if it has the same code."""
     if code == code_here:
         return ""
     if code[0] is None:

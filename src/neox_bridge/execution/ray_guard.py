@@ -1,8 +1,9 @@
-"""Ends what a local Ray started when the process that started it is gone, also by SIGKILL.
+"""Ends the processes of a local Ray when the process that started it is gone, even by SIGKILL.
 
-Ray's own processes end with their parent, but two agents of its raylet stay. A small process waits
-at a pipe whose other end only the guarded process holds. When that is closed, it kills what has the
-guarded process's mark in its environment: children of any depth inherit that, and nobody else.
+Ray's own processes end with their parent, but two agents of its raylet do not. A small process
+waits at a pipe whose other end only the guarded process holds. When that end is closed, it kills
+all processes that have the mark of the guarded process in their environment. Only its descendants
+inherit the mark.
 """
 
 import contextlib
@@ -14,12 +15,12 @@ import time
 from uuid import uuid4
 
 _MARK = "NEOX_BRIDGE_RAY"
-_ROUNDS, _PAUSE_SECONDS = 20, 0.5  # what is being started meanwhile has its mark a little later
-_guarded: list[int] = []  # the pipe's end, open as long as this process lives
+_ROUNDS, _PAUSE_SECONDS = 20, 0.5  # a process that is just starting gets its mark slightly later
+_guarded: list[int] = []  # the end of the pipe, open as long as this process lives
 
 
 def guard() -> None:
-    """Have the processes that this one starts from now on ended with it. Linux only."""
+    """End all processes that this process starts from now on together with it. Linux only."""
     if _guarded or not os.path.isdir("/proc/self/fd"):
         return
     wait_at, keep_open = os.pipe()
@@ -33,7 +34,7 @@ def guard() -> None:
         stdout=nowhere,
         stderr=nowhere,
         cwd="/",
-        start_new_session=True,  # Ctrl-C in a terminal goes to a whole group
+        start_new_session=True,  # Ctrl-C in a terminal goes to the whole process group
     )
     os.close(wait_at)
     _guarded.append(keep_open)
@@ -53,7 +54,7 @@ def marked(mark: str) -> list[int]:
 
 
 def main(wait_at: int, mark: str) -> None:
-    """Wait for the end of the guarded process, then end what it left."""
+    """Wait for the end of the guarded process, then end the processes that it left."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.read(wait_at, 1)

@@ -1,4 +1,4 @@
-"""What the nodes of a Ray cluster run: calls, and looks at what is there. Imports no Ray."""
+"""Functions that run on the nodes of a Ray cluster. Does not import Ray."""
 
 import contextlib
 import os
@@ -19,15 +19,15 @@ _NETWORK = {
 
 
 def packed(call: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """A call for ``perform``; by pickle itself, since Ray's own takes far longer for many parts."""
+    """Pickle a call for ``perform``. Ray's own pickling is far slower for many parts."""
     return pickle.dumps((call, args), pickle.HIGHEST_PROTOCOL)
 
 
 def perform(data: bytes, folder: str) -> bytes:
-    """Make a call; returns, pickled, (True, its result) or (False, what it raised).
+    """Run a call. Returns, pickled, (True, result) or (False, exception).
 
-    As a value, since Ray puts a traceback into the words of what a task raises. folder: the
-    caller's current folder, which relative paths start from.
+    The exception is returned, because Ray would put a traceback into its message. folder: the
+    current folder of the caller, for relative paths.
     """
     try:
         with contextlib.suppress(OSError):
@@ -42,9 +42,9 @@ def perform(data: bytes, folder: str) -> bytes:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore the interrupt by which Ray cancels a task: what has begun ends, and is not repeated.
+    """Ignore the interrupt by which Ray cancels a task, so that a started call finishes.
 
-    Processes that are started later would inherit it, so the block ends with the old handler.
+    Later processes would inherit this, so the old handler is restored.
     """
     try:
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -68,12 +68,12 @@ def _raised(error: Exception) -> bytes:
 def listed(folder: str) -> dict[str, tuple[int, int]]:
     """The files of a folder: their sizes in bytes, and seconds of the last change.
 
-    Whole seconds, since not every file system keeps or tells more.
+    In whole seconds, because not every file system stores more.
     """
     files = {}
     with os.scandir(folder) as entries:
         for entry in entries:
-            with contextlib.suppress(OSError):  # a link to nowhere, or one that is gone meanwhile
+            with contextlib.suppress(OSError):  # a broken link, or a file that was just deleted
                 if entry.is_file():
                     status = entry.stat()
                     files[entry.name] = status.st_size, int(status.st_mtime)
@@ -81,7 +81,7 @@ def listed(folder: str) -> dict[str, tuple[int, int]]:
 
 
 def look(wanted: Looks) -> dict[str, View]:
-    """What this node sees of folders, where another sees ``wanted``."""
+    """The views of this node on folders. wanted: the files that the caller sees."""
     mounts = _mounts()
     views = {}
     for folder, files in wanted.items():
@@ -96,9 +96,9 @@ def look(wanted: Looks) -> dict[str, View]:
 
 
 def asker() -> Callable[[], tuple[str | None, str]]:
-    """A function that tells which code a node has: (hash of all modules, version), or (None, why).
+    """A function that returns the code of a node: (hash of all modules, version) or (None, why).
 
-    It is sent as it is, not by its name, so that a node where the package isn't can answer.
+    It is sent by value, so that a node without the package can answer.
     """
 
     def ask() -> tuple[str | None, str]:
@@ -126,7 +126,7 @@ def asker() -> Callable[[], tuple[str | None, str]]:
 
 
 def _mounts() -> dict[str, str]:
-    """The kind of the file system at each mount point; none where the system doesn't tell."""
+    """The type of the file system at each mount point; empty if unknown."""
     kinds = {}
     with contextlib.suppress(OSError), open(_MOUNTS, encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -1,7 +1,7 @@
-"""Has the disk set aside a file's place before it is written, so that the file lies in one piece.
+"""Reserves disk space for a file before it is written, so that it is stored contiguously.
 
-Threads that write several files by turns get a piece of 1 or 2 MB each from XFS, which a spinning
-disk reads half as fast (1,200 pieces in place of 28 of 2.8 GB, measured; time is the same).
+If threads write several files in turns, XFS allocates pieces of 1 or 2 MB, which a spinning disk
+reads half as fast (1,200 pieces instead of 28 for 2.8 GB, measured; writing takes the same time).
 """
 
 import functools
@@ -19,9 +19,9 @@ _LEAST_BYTES = 1 << 20  # in a row
 
 
 def reserve(fd: int, path: str, file: OutputFile, context: Context) -> None:
-    """Reserve a new file's bytes but for holes; none where it will share blocks with a source.
+    """Reserve the bytes of a new file, except holes and parts that will share blocks.
 
-    A refusal is no error: the file's place is found while it is written then.
+    A refusal is not an error: space is then allocated while the file is written.
     """
     if sys.platform != "linux" or _hopes_to_share(path, file, context):
         return
@@ -39,14 +39,14 @@ def _hopes_to_share(path: str, file: OutputFile, context: Context) -> bool:
 
 
 def _shared_with(tensor: OutputTensor) -> str | None:
-    """A source's file whose blocks it can hold."""
+    """The source file with which a tensor can share blocks."""
     if residue(tensor) is None:
         return None
     return next(piece.source.file for piece in tensor.pieces if piece.source is not None)
 
 
 def _written(file: OutputFile) -> Iterator[tuple[int, int]]:
-    """(begin, end) of what lies between tensors that have zeros, which may stay holes."""
+    """(begin, end) of the ranges between tensors of zeros, which may stay holes."""
     at = 0
     for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
         if tensor.random is None and any(piece.source is None for piece in tensor.pieces):
@@ -57,7 +57,7 @@ def _written(file: OutputFile) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def _fallocate() -> "Callable[[int, int, int, int], int]":
-    """Linux's own: posix_fallocate writes all the bytes where a file system can't reserve them."""
+    """fallocate of Linux. posix_fallocate would write all bytes on file systems without support."""
     import ctypes
 
     call = ctypes.CDLL(None).fallocate

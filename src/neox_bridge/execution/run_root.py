@@ -1,7 +1,7 @@
-"""What stands beside the steps of a GPT-NeoX run: start-up ymls and tokenizer/, ours or the user's.
+"""The files beside the steps of a GPT-NeoX run: start-up ymls and tokenizer/.
 
-A file that is as this tool wrote it (the records of the steps have its hash) is replaced by that of
-a new step. One that was edited stays, and what contradicts it is said.
+A file that neox-bridge wrote and nobody edited (its hash is in the records of the steps) is
+replaced by the file of the new step. An edited file is kept, and contradictions are reported.
 """
 
 import json
@@ -31,9 +31,9 @@ _UNIVERSAL = ("resume_universal.yml",)  # started by latest_universal
 
 @dataclass(frozen=True)
 class _Run:
-    """A run that gets a step. written: see ``written_above``. others: its steps but for this one.
+    """A run that gets a step. written: see ``written_above``. others: its other steps.
 
-    model: one of its checkpoints; None where there is none. unlike: what makes it another model.
+    model: one of its checkpoints, or None. unlike: the keys in which its model differs.
     """
 
     path: str
@@ -46,7 +46,7 @@ class _Run:
 
 @dataclass
 class _Changes:
-    """What becomes of a root, as far as it is decided: see ``RootFiles``."""
+    """The decisions so far about the files of a root: see ``RootFiles``."""
 
     findings: list[Finding]
     names: dict[str, str] = field(default_factory=dict)
@@ -54,10 +54,10 @@ class _Changes:
 
 
 def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFiles:
-    """What a step's conversion does beside the step in a run, a folder or URL; reads only.
+    """Decide what a conversion writes beside the step in an existing run. Only reads.
 
-    Raises Refused where the run is another model's, without ``overwrite``, and where its tokenizer
-    would be passed on with this model but was edited.
+    Raises Refused if the run is of another model and ``overwrite`` is not set, or if its edited
+    tokenizer does not match this model.
     """
     run = _look(plan, root, step, overwrite=overwrite)
     if run.unlike and not overwrite:
@@ -92,7 +92,7 @@ def _look(plan: Plan, root: str, step: str, *, overwrite: bool) -> _Run:
 
 
 def _reference(root: str, names: Sequence[str], steps: Sequence[str]) -> Checkpoint | None:
-    """The checkpoint that stands for the run: that which ``latest`` names, or the last one."""
+    """The checkpoint that represents the run: the one that ``latest`` names, or the last one."""
     there = [step for step in steps if step in names]
     if not there:
         return None
@@ -113,7 +113,7 @@ def _unlike(plan: Plan, model: Checkpoint) -> list[str]:
 
 
 def _same_vocabulary(plan: Plan, existing: Sequence[str]) -> bool:
-    """Whether two tokenizers are one; true where either side has none."""
+    """Whether two tokenizers are equal; True if either side has none."""
     new = next((f for f in plan.files if f.path == f"{TOKENIZER}/tokenizer.json"), None)
     old = next((path for path in existing if os.path.basename(path) == "tokenizer.json"), None)
     if new is None or old is None:
@@ -145,7 +145,7 @@ def _strangers(run: _Run, step: str) -> list[Finding]:
 
 
 def _add_start(plan: Plan, file: OutputFile, run: _Run, changes: _Changes) -> None:
-    """A start-up yml: put there, in place of ours, or under another name beside the user's."""
+    """Add a start-up yml: replace an unedited one, or write it beside an edited one."""
     name = file.path
     if name not in run.names:
         changes.names[name] = name
@@ -178,7 +178,7 @@ def _add_start(plan: Plan, file: OutputFile, run: _Run, changes: _Changes) -> No
 
 
 def _free(run: _Run, name: str, new: bytes) -> str | None:
-    """A name beside an edited yml: new, or that of one that we wrote; None where it is there."""
+    """A free name beside an edited yml, or that of an unedited one; None if it already exists."""
     stem, number = name[:-4], 1
     while True:
         beside = f"{stem}.new{'' if number == 1 else f'-{number}'}.yml"
@@ -191,7 +191,7 @@ def _free(run: _Run, name: str, new: bytes) -> str | None:
 
 
 def _contradictions(plan: Plan, old: str, new: bytes, *, whole: bool = True) -> list[str]:
-    """The keys of a start-up yml that must be as the checkpoint has them and aren't, in words.
+    """Describe the keys of a start-up yml that contradict the checkpoint.
 
     whole: whether one that is missing counts.
     """
@@ -209,7 +209,7 @@ def _contradictions(plan: Plan, old: str, new: bytes, *, whole: bool = True) -> 
 
 
 def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
-    """Start-up ymls of other commands that ``latest`` no longer fits."""
+    """Start-up ymls of other commands that no longer match ``latest``."""
     findings = []
     planned = next((f for f in plan.files if f.path in _STARTS), None)
     for name in _STARTS:
@@ -263,7 +263,7 @@ def _add_tokenizer(plan: Plan, run: _Run, changes: _Changes) -> None:
 
 
 def _pristine(run: _Run, path: str, written_as: str = "") -> bool:
-    """Whether a file of the root is as a conversion wrote it. written_as: its name then."""
+    """Whether a file of the root is as a conversion wrote it. written_as: its original name."""
     place = os.path.join(run.path, path)
     if not isfile(place):
         return False
@@ -279,7 +279,7 @@ def _is(path: str, data: bytes) -> bool:
 
 
 def _bytes(file: OutputFile) -> bytes:
-    """What a small file of the plan will hold."""
+    """The content of a small file of the plan."""
     if file.copy_of is not None:
         return read_bytes(file.copy_of, LARGE_BYTES)
     return b"".join(data for _, data in file.literals)

@@ -1,4 +1,4 @@
-"""What the executor asks of a place that a plan is written to: a disk or an object store."""
+"""The interface of targets: a local disk or an object store."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +23,8 @@ class Job:
     """One execution of a plan. Arguments of ``execute`` have their names.
 
     Attributes:
-        key: What must be the same for a run that was stopped to be resumed.
-        done: The finished files by path: those of an earlier run at first, all in the end.
+        key: What must be equal to resume a stopped run.
+        done: The finished files by path: initially those of an earlier run, finally all.
     """
 
     plan: Plan
@@ -43,7 +43,7 @@ class Job:
         return step if isinstance(step, str) else None
 
     def missing(self, files: Sequence[OutputFile]) -> list[OutputFile]:
-        """Those of these files that are still to be written, largest first; others are counted."""
+        """The files that must still be written, largest first. Finished ones are counted."""
         missing = []
         for file in sorted(files, key=lambda file: -file.size):
             if file.path in self.done:
@@ -55,11 +55,11 @@ class Job:
     def records(
         self, done: Mapping[str, Written], place: Callable[[str], str]
     ) -> Iterator[tuple[OutputFile, bytes]]:
-        """The files that say what the others are (``neox_bridge.json``), with their bytes.
+        """The record files (``neox_bridge.json``), with their bytes.
 
         Args:
             done: The others.
-            place: Gives the path or URL where a finished file of the plan lies now.
+            place: Returns the current path or URL of a finished file of the plan.
         """
         hash_name = self.key.hash
         for file in self.plan.files:
@@ -68,7 +68,8 @@ class Job:
             folder = os.path.dirname(file.path)
             files = dict(done)
             for path, written in done.items():
-                # what is beside a step can be replaced later only where it is proved to be ours
+                # files beside a step may be replaced later only if the record proves that they are
+                # unedited
                 if folder and not path.startswith(f"{folder}/") and written.hash is None:
                     digest = hash_file(place(path), hash_name or "xxh3_128")
                     files[path] = Written(written.size, digest)
@@ -86,7 +87,7 @@ class Job:
 
 
 class Writer(Protocol):
-    """Writes whole files in any process of a pool, into which it is pickled."""
+    """Writes complete files in a process of a pool. It is pickled into the process."""
 
     @property
     def every_crc(self) -> bool: ...
@@ -96,56 +97,56 @@ class Writer(Protocol):
         """Local folders that it writes into."""
 
     def write(self, files: Sequence[OutputFile], context: Context) -> list[tuple[str, Written]]:
-        """Write these files, finished when this returns, or started anew by another attempt."""
+        """Write these files. They are finished on return; otherwise another attempt starts over."""
 
 
 class Sink(Protocol):
-    """A place that a job's files are written to. The executor calls its methods in this order.
+    """A target of a job. The executor calls the methods in this order.
 
     Attributes:
-        findings: What there is to say of the target beside the plan's own files.
+        findings: Findings about the target, besides those of the plan.
     """
 
     job: Job
     findings: tuple[Finding, ...]
 
     def opened(self) -> AbstractContextManager[bool]:
-        """Make the target this run's alone, and tell the job what an earlier run finished.
+        """Lock the target for this run, and tell the job which files an earlier run finished.
 
-        Yields whether an earlier run had finished everything, so that only ``clear`` is left. An
-        error in the block is raised again with words for what is kept.
+        Yields whether an earlier run finished everything, so that only ``clear`` is left. An error
+        in the block is raised again with a note about what is kept.
         """
 
     def files(self) -> list[OutputFile]:
-        """The files that are written by threads or a pool: the plan's, but for its records."""
+        """The files of the plan, except its records."""
 
     def write(self, files: Sequence[OutputFile], workers: int) -> None:
-        """Write files by threads of this process, and enter each as finished."""
+        """Write files in threads of this process, and enter each as finished."""
 
     def writer(self) -> Writer:
-        """What processes of a pool write files with."""
+        """The writer for the processes of a pool."""
 
     def enter(self, files: Sequence[tuple[str, Written]]) -> None:
-        """Remember, for a run that resumes this one too, that a pool finished files."""
+        """Record, also for a later run, that a pool finished files."""
 
     def lost(self) -> list[OutputFile]:
-        """The files that seemed to be finished and are not there: they are written again."""
+        """Finished files that are missing in the target. They are written again."""
 
     def seal(self) -> None:
-        """Make the records of all files."""
+        """Write the records of all files."""
 
     def verify(self, check: Check | None) -> None:
-        """Have the target checked as it will be."""
+        """Check the target in its final form."""
 
     def publish(self) -> None:
-        """Give the target its name, or the records that say that it is whole."""
+        """Make the target visible: rename it, or write the records that mark it as complete."""
 
     def clear(self) -> None:
-        """Remove what was needed to resume only. Where that fails, ``findings`` say so."""
+        """Delete the files for resuming. A failure becomes a finding."""
 
 
 def recorded_sources(sources: Mapping[str, Identity]) -> list[list[object]]:
-    """Name, size and time of each source, as a record keeps them: whatever folder they lie in."""
+    """Name, size and time of each source as in a record, independent of the folder."""
     return [
         list(facts)
         for facts in sorted((os.path.basename(path), *facts) for path, facts in sources.items())

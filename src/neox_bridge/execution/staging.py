@@ -1,4 +1,4 @@
-"""A target that appears whole or not at all: made beside it, flushed, renamed."""
+"""Writes a target atomically: into a folder beside it, flushed, then renamed."""
 
 import contextlib
 import errno
@@ -23,15 +23,15 @@ _FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "The quota is exceeded"}
 def check_target(
     target: str, sources: Iterable[str], step: str | None, *, in_place: bool = False
 ) -> None:
-    """Raise BridgeError, before anything is written, where the target can't be made.
+    """Raise BridgeError, before anything is written, if the target cannot be created.
 
-    sources: files that are read. step: as in ``replaced_by``. in_place: whether the target is what
-    the sources belong to, which the finished files then replace.
+    sources: files that are read. step: as in ``replaced_by``. in_place: whether the target contains
+    the sources and is replaced by the finished files.
     """
     real = os.path.realpath(target)
     replaced = replaced_by(real, step)
     for source in () if in_place else sources:
-        # the link as well as the file: a Hugging Face cache is a folder of links
+        # both the link and its file, because a Hugging Face cache is a folder of links
         link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
         if any(_holds(replaced, path) for path in (link, os.path.realpath(source))):
             raise BridgeError(
@@ -51,7 +51,7 @@ def check_target(
 
 
 def check_free(target: str, step: str | None) -> None:
-    """Raise BridgeError where the target is there already. step: as in ``replaced_by``."""
+    """Raise BridgeError if the target exists. step: as in ``replaced_by``."""
     real = os.path.realpath(target)
     replaced = replaced_by(real, step)
     if replaced != real and os.path.lexists(replaced):
@@ -61,7 +61,7 @@ def check_free(target: str, step: str | None) -> None:
 
 
 def check_replaceable(target: str, step: str | None, planned: Collection[str]) -> None:
-    """Raise Refused where a folder would be deleted that holds more than a checkpoint.
+    """Raise Refused if a folder would be deleted that contains more than a checkpoint.
 
     planned: the paths of the new files, which replace others of the same name. step: as in
     ``replaced_by``.
@@ -78,7 +78,7 @@ def check_replaceable(target: str, step: str | None, planned: Collection[str]) -
 
 
 def holds_others(target: str, names: list[str]) -> Refused:
-    """What to say where --overwrite would delete what isn't of a checkpoint."""
+    """The error if --overwrite would delete files that are not part of a checkpoint."""
     return Refused(
         f"{target} contains files that are not part of a checkpoint, and `overwrite=True` would "
         f"delete them: {some(names, 5)}. Nothing was deleted. Move them away, or choose another "
@@ -87,9 +87,10 @@ def holds_others(target: str, names: list[str]) -> Refused:
 
 
 def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
-    """Raise BridgeError where the disk hasn't so many bytes left.
+    """Raise BridgeError if the disk does not have enough free space.
 
-    shared: asked only then: how many of them need no room, since they share blocks with a source.
+    shared: called only then: how many of these bytes need no space, because they share blocks with
+    a source.
     """
     parent = _nearest(os.path.dirname(os.path.realpath(target)))
     free = shutil.disk_usage(parent).free
@@ -101,7 +102,7 @@ def check_room(target: str, size: int, shared: Callable[[], int]) -> None:
 
 
 def is_run(folder: str) -> bool:
-    """Whether it is the root of a GPT-NeoX run, into which a step can be put beside others."""
+    """Whether a folder is the root of a GPT-NeoX run, to which a step can be added."""
     with contextlib.suppress(OSError):
         names = os.listdir(folder)
         return any(name in LATEST or name.startswith("global_step") for name in names)
@@ -110,12 +111,12 @@ def is_run(folder: str) -> bool:
 
 @contextlib.contextmanager
 def staged(target: str, size: int) -> Iterator[Work]:
-    """A place beside the target for its files, this process's alone; the block installs them.
+    """A locked work folder beside the target. The block writes and installs the files.
 
-    An interruption, a disk that fails or a store that doesn't answer leaves the files that are
-    finished for the next run; any other error leaves nothing. Errors of the file system become a
-    BridgeError. size: bytes needed in all, for its words. Raises BridgeError where another process
-    makes the same target.
+    After an interrupt, a disk error or an unreachable store, the finished files are kept for the
+    next run. After any other error, nothing is kept. Errors of the file system become a
+    BridgeError. size: total bytes, for the message. Raises BridgeError if another process is
+    writing the same target.
     """
     real = os.path.realpath(target)
     work = work_of(real)
@@ -151,20 +152,21 @@ def staged(target: str, size: int) -> Iterator[Work]:
             raise
         raise _explained(error, target, size, "") from error
     finally:
-        for path in reversed(new_folders):  # those that are still empty
+        for path in reversed(new_folders):  # folders that are still empty
             with contextlib.suppress(OSError):
                 os.rmdir(path)
 
 
 def sweep(target: str) -> Finding | None:
-    """Complete and remove what a run left that was killed while it gave its files their names.
+    """Clean up after a run that was killed while it moved its files into place.
 
-    Returns what can't be removed, if there is something.
+    Returns a finding if something cannot be deleted.
     """
     real = os.path.realpath(target)
     work = work_of(real)
     if os.path.isdir(work.folder) and (is_begun(work) or not os.path.isdir(work.files)):
-        with contextlib.suppress(BridgeError), locked(work, target):  # or somebody is at it
+        # or another process is cleaning up
+        with contextlib.suppress(BridgeError), locked(work, target):
             try:
                 settle(work, real)
             except OSError as error:
@@ -175,7 +177,7 @@ def sweep(target: str) -> Finding | None:
 
 
 def left_over(folder: str, reason: str) -> Finding:
-    """What to say of replaced files that can't be removed."""
+    """The finding for replaced files that cannot be deleted."""
     return Finding(
         "left-over",
         "warning",
@@ -200,7 +202,7 @@ def _explained(error: OSError, target: str, size: int, kept: str) -> BridgeError
 
 
 def _keep(work: Work) -> str:
-    """What to say of the finished files; the work folder goes where there is none."""
+    """The note about finished files. Deletes the work folder if there are none."""
     count, fetched = finished(work), kept_bytes(work.folder)
     if not count and not fetched and not is_begun(work):
         remove(work)
@@ -213,7 +215,7 @@ def _keep(work: Work) -> str:
 
 
 def kept_files(where: str, count: int) -> str:
-    """What to say of the files that an earlier run finished."""
+    """The note about the files that an earlier run finished."""
     files = "1 finished file is" if count == 1 else f"{count} finished files are"
     return (
         f"{files} kept in {where}. Run the same command again to continue, or delete that folder "
@@ -229,7 +231,7 @@ def _exists(target: str) -> BridgeError:
 
 
 def set_aside(folder: str, target: str, word: str) -> str:
-    """Keep a folder beside the target as ``target.word``, or under the next name that is free."""
+    """Rename a folder to ``target.word``, or to the next free name."""
     aside, number = f"{target}.{word}", 1
     while os.path.lexists(aside):
         number += 1
@@ -239,9 +241,9 @@ def set_aside(folder: str, target: str, word: str) -> str:
 
 
 def replaced_by(real: str, step: str | None) -> str:
-    """The folder that the new files replace: the target, or one step of the run that it is.
+    """The folder that the new files replace: the target, or one step of an existing run.
 
-    step: a folder among the files that is put into the target where that is a run already, before
+    step: a folder among the files that is added to the target if that is an existing run, before
         its ``latest`` is replaced.
     """
     return os.path.join(real, step) if step is not None and is_run(real) else real
@@ -268,12 +270,12 @@ def _nearest(path: str) -> str:
 
 
 def _make(path: str, new_folders: list[str]) -> None:
-    """Make the missing folders, from the top, and add each to ``new_folders``."""
+    """Create the missing folders, from the top, and add each to ``new_folders``."""
     lacking = []
     while not os.path.isdir(path):
         lacking.append(path)
         path = os.path.dirname(path)
     for folder in reversed(lacking):
-        with contextlib.suppress(FileExistsError):  # somebody else's, made meanwhile
+        with contextlib.suppress(FileExistsError):  # created by another process in the meantime
             os.mkdir(folder)
             new_folders.append(folder)

@@ -1,20 +1,20 @@
-"""A target that is written from its start to its end: an object of a store."""
+"""A target that is written sequentially: an object of a store."""
 
 from typing import Any
 
 from neox_bridge.execution.digests import HashName, hasher
 from neox_bridge.stores.store import PARTS_AT_ONCE, Upload, part_size
 
-# of an object at most: one is filled, one waits, one was handed over, and those on their way
+# buffers per object: one is filled, one waits, one was handed over, the others are being sent
 PARTS_IN_MEMORY = 3 + PARTS_AT_ONCE
 _ZEROS = bytes(1 << 20)
 
 
 class Stream:
-    """Takes an output file's bytes at rising offsets, as ``movers.Target``; gaps are zeros.
+    """A ``movers.Target`` that takes bytes at increasing offsets; gaps are zeros.
 
-    What goes to one of ``places`` is kept for the literal that is to come there: the CRC-32 of a
-    tensor stands behind it.
+    Bytes for one of ``places`` are kept for the literal that follows: the CRC-32 of a tensor comes
+    after the tensor.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Stream:
         self._has_sent = False
 
     def write(self, data: "bytes | memoryview", to: int) -> None:
-        """Bytes at an offset that is no smaller than the end of what was written before."""
+        """Write bytes at an offset at or after the end of the bytes before."""
         if to in self._places:
             self._kept[to] = bytes(data)
             return
@@ -43,7 +43,7 @@ class Stream:
         self._add(memoryview(data))
 
     def literal(self, data: bytes, to: int) -> None:
-        """The same, of bytes that may have places in them."""
+        """The same for bytes that may contain places."""
         patched = bytearray(data)
         for place in [p for p in self._kept if to <= p < to + len(data)]:
             kept = self._kept.pop(place)
@@ -51,7 +51,7 @@ class Stream:
         self.write(memoryview(patched), to)
 
     def finish(self) -> tuple[str | None, str]:
-        """(hash, tag) of the object, which is there now. Raises BridgeError where that fails."""
+        """Complete the object. Returns (hash, tag). Raises BridgeError on failure."""
         while self._at < self._size:
             self._add(memoryview(_ZEROS)[: self._size - self._at])
         assert self._at == self._size, f"{self._at} bytes written of {self._size}"
@@ -61,7 +61,7 @@ class Stream:
         return self._hash.hexdigest() if self._hash else None, self._upload.finish()
 
     def abandon(self) -> None:
-        """Leave nothing of it."""
+        """Abort, so that no object is left."""
         self._upload.abandon()
 
     def _add(self, data: memoryview) -> None:
@@ -76,6 +76,6 @@ class Stream:
                 self._send()
 
     def _send(self) -> None:
-        """Raises BridgeError where a part before could not be sent."""
+        """Raises BridgeError if an earlier part could not be sent."""
         data, self._data, self._has_sent = self._data, bytearray(), True
         self._upload.send(data)

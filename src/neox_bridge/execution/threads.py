@@ -1,4 +1,4 @@
-"""Runs tasks in threads: tiny ones together, the first failure stops all."""
+"""Runs tasks in threads. Small tasks are grouped; the first failure stops all."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -8,8 +8,8 @@ from functools import partial
 
 from neox_bridge.execution.context import Context, Stopped
 
-Task = tuple[int, Callable[[], None]]  # the bytes that it writes, and what to call
-_BATCH_BYTES = 1 << 20  # of tasks that a thread does together
+Task = tuple[int, Callable[[], None]]  # the bytes that a task writes, and the function to call
+_BATCH_BYTES = 1 << 20  # of tasks that a thread runs as one group
 _BATCH_TASKS = 64
 
 
@@ -31,14 +31,14 @@ class _Last:
 
 
 def followed(tasks: Iterable[Task], then: Callable[[], None]) -> list[Task]:
-    """The tasks, the last of which to end calls ``then``; or that alone where there are none."""
+    """The tasks, of which the last to end calls ``then``; only ``then`` if there are none."""
     listed = list(tasks)
     last = _Last(len(listed), then)
     return [(size, partial(last.run, task)) for size, task in listed] or [(0, then)]
 
 
 def run_all(tasks: Iterable[Task], workers: int, context: Context) -> None:
-    """Run all, in about their order; the first failure, or Ctrl-C here, stops the others soon."""
+    """Run all tasks, roughly in order. The first failure, or Ctrl-C, stops the others."""
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -55,7 +55,7 @@ def run_all(tasks: Iterable[Task], workers: int, context: Context) -> None:
 
 
 def _batches(tasks: Iterable[Task]) -> Iterator[Callable[[], None]]:
-    """Tiny tasks together: to hand one to a thread costs more than to do it."""
+    """Group small tasks, because passing one to a thread costs more than running it."""
     batch: list[Callable[[], None]] = []
     total = 0
     for size, task in tasks:

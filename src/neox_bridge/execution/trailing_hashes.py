@@ -1,4 +1,4 @@
-"""The hash of a file whose tensors are written by several threads: it follows behind them."""
+"""Hashes a file while several threads write its tensors."""
 
 import errno
 import os
@@ -10,15 +10,16 @@ from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_range, hasher
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 
-_LEAST_BYTES = 8 << 20  # worth going on for
+_LEAST_BYTES = 8 << 20  # worth hashing at once
 
 
 class Trail:
-    """Hashes what is written for good, from the file's start, while the rest is written.
+    """Hashes the finished start of a file while the rest is written.
 
-    A tensor's own bytes and what lies between it and the next are for good when it is written; a
-    zip's directory at the end when all are. No hash is taken of a file that shares blocks with a
-    source, unless ``shared``: of these blocks as the source has them, which are in memory once.
+    The bytes of a tensor, and those up to the next tensor, are final once it is written. The
+    directory of a zip at the end is final once all are. A file that shares blocks with a source is
+    hashed only with ``shared``; these blocks are read from the source, so that the page cache holds
+    them only once.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Trail:
         self._lock = threading.Lock()
 
     def written(self, number: int) -> None:
-        """A tensor, by its place in ``tensors``, is written; this thread may go on hashing."""
+        """Record that the tensor with this index is written. This thread may continue hashing."""
         self._written[number] = True
         if self._state is not None and self._lock.acquire(blocking=False):
             try:
@@ -53,7 +54,7 @@ class Trail:
                 self._lock.release()
 
     def digest(self) -> str | None:
-        """The hash in hexadecimal, when all is written; None where none is taken."""
+        """The hash in hexadecimal, when all is written; None if the file is not hashed."""
         if self._state is None or self._skipped():
             return None
         with self._lock:
@@ -64,7 +65,7 @@ class Trail:
         return not self._shared and self._file in self._context.cloned
 
     def _read(self, limit: int) -> None:
-        """Hash up to ``limit``: what shares blocks with a source, where that has it in memory."""
+        """Hash up to ``limit``. Shared blocks are read from the source."""
         parts = self._context.cloned.get(self._file, ())
         for part in sorted((p for p in parts if p.to >= self._at), key=lambda part: part.to):
             if part.to >= limit:

@@ -1,7 +1,7 @@
-"""Makes the tensors whose bytes change: strided, cast, scaled, summed, averaged, filled, random.
+"""Computes tensors whose bytes change: strided, cast, scaled, summed, averaged, filled, random.
 
-Block after block, each one run of the tensor's bytes, so that memory stays bounded whatever the
-tensor's size and shape.
+It works in blocks, each a contiguous run of the tensor, so that memory is bounded for any size and
+shape.
 """
 
 import mmap
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK_BYTES = 4 << 20  # read for a block at most, with what lies in its gaps in the source
-GAPS = 4  # a box is read as one run where that is at most so many times its bytes, else mapped
-STEP_BYTES = BLOCK_BYTES // GAPS  # written at a time; larger blocks cost page faults (measured)
-_SPARSE, _LITTLE_BYTES = 16, 256 << 10  # of an object: gaps in a run that is read, bytes of any run
-WIDE_BYTES = 4  # size of an element for that where there are intermediates of up to 8
+BLOCK_BYTES = 4 << 20  # read per block at most, including gaps in the source
+GAPS = 4  # a box is read as one run if that is at most this many times its bytes, otherwise mapped
+STEP_BYTES = BLOCK_BYTES // GAPS  # per write; larger blocks cost page faults (measured)
+_SPARSE, _LITTLE_BYTES = 16, 256 << 10  # for objects: gaps in a run that is read, bytes of any run
+WIDE_BYTES = 4  # size of an element for this limit if there are intermediates of up to 8 bytes
 
 
 def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "Iterator[Array]":
-    """The tensor's elements in its dtype, a contiguous block at a time, in the file's order.
+    """The elements of the tensor in its dtype, in contiguous blocks, in file order.
 
-    reuse: a block lies in a buffer of this thread, which the next one overwrites.
-    Finite values that a cast made infinite are counted, and so are those that were multiplied by a
-    power of two and do not fit the dtype exactly.
+    reuse: each block is in a buffer of this thread, which the next block overwrites. Counts finite
+    values that became infinite in a cast, and values that were multiplied by a power of two and do
+    not fit the dtype exactly.
     """
     import numpy as np
 
@@ -64,10 +64,10 @@ def blocks(tensor: OutputTensor, context: Context, *, reuse: bool = False) -> "I
 
 
 def replica(tensor: OutputTensor, context: Context) -> Piece | None:
-    """The piece whose bits are the result of a reduction, or None where it must be computed.
+    """The piece whose bits are the result of a reduction; None if it must be computed.
 
-    "replica": the first, where all are the same bits. "sum": the only one that isn't -0.0
-    throughout, since x + -0.0 is x for every x, NaNs with their payloads included; 0 of integers.
+    "replica": the first, if all have equal bits. "sum": the only one that is not -0.0 everywhere,
+    because x + -0.0 is x for every x, including NaNs with their payloads; 0 for integers.
     """
     if tensor.reduce == "replica":
         first, *others = tensor.pieces
@@ -81,7 +81,7 @@ def replica(tensor: OutputTensor, context: Context) -> Piece | None:
 
 
 def random_blocks(tensor: OutputTensor) -> "Iterator[Array]":
-    """Finite values below 0.04 in size, the same for the same seed; floating dtypes only."""
+    """Random values of a seed: finite and below 0.04 in size; floating dtypes only."""
     import numpy as np
 
     assert tensor.random is not None
@@ -108,10 +108,10 @@ def load(
     context: Context,
     give: "Callable[[int], Array] | None" = None,
 ) -> "Array":
-    """A box of a source tensor, strided as it lies in the file.
+    """A box of a source tensor, strided as it is in the file.
 
-    give: gives so many bytes (uint8) to read into; without it they are new ones each time.
-    Raises BridgeError, naming the file, where it is too short or can't be read.
+    give: returns a uint8 buffer of a size to read into; by default, new memory. Raises BridgeError
+    if the file is too short or cannot be read.
     """
     import numpy as np
 
@@ -126,7 +126,7 @@ def load(
     with context.files.reading(ref.file) as fd:
         most = BLOCK_BYTES if extent <= _SPARSE * size * prod(shape) else _LITTLE_BYTES
         if not isinstance(fd, int) and extent > most:
-            # a box of an object with large gaps, which cannot be mapped
+            # a box with large gaps in an object, which cannot be mapped
             far: Array = np.empty(shape, dtype)
             for begin, part, place in halves(start, shape, strides):
                 far[place] = load(ref, begin, part, context)
@@ -149,7 +149,7 @@ def load(
 def piece_values(
     piece: Piece, context: Context, give: "Callable[[int], Array] | None" = None
 ) -> "Array":
-    """The values of a piece that has a source: as they lie there, or scaled, in float64."""
+    """The values of a piece that has a source: unchanged, or scaled in float64."""
     import numpy as np
 
     assert piece.source is not None
@@ -162,7 +162,7 @@ def piece_values(
 
 
 def _by_power_of_two(tensor: OutputTensor) -> bool:
-    """Whether pieces are scaled, and only by powers of two, which change no digit."""
+    """Whether pieces are scaled only by powers of two, which is exact."""
     scales = {piece.scale for piece in tensor.pieces} - {1.0}
     return bool(scales) and all(frexp(scale)[0] == 0.5 for scale in scales)
 
@@ -186,7 +186,7 @@ def boxes(shape: Shape, limit: int) -> Iterator[tuple[Shape, Shape]]:
 
 
 def block_elements(tensor: OutputTensor) -> int:
-    """How many elements of a tensor are made at a time."""
+    """The number of elements per block of a tensor."""
     dtypes = {piece.source.dtype for piece in tensor.pieces if piece.source is not None}
     is_plain = dtypes == {tensor.dtype} and tensor.divisor == 1 and tensor.reduce == "none"
     is_changed = not is_plain or any(piece.scale != 1 for piece in tensor.pieces)
@@ -196,7 +196,7 @@ def block_elements(tensor: OutputTensor) -> int:
 def _assembled(
     tensor: OutputTensor, context: Context, lost: list[int], reuse: bool
 ) -> "Iterator[Array]":
-    """Blocks from every piece that touches them, in the source's dtype where all have the same."""
+    """Blocks assembled from their pieces, in the source's dtype if all pieces have the same."""
     import numpy as np
 
     dtypes = {piece.source.dtype for piece in tensor.pieces if piece.source is not None}
@@ -224,7 +224,7 @@ def _assembled(
 
 
 def _values(tensor: OutputTensor, piece: Piece, context: Context) -> "Iterator[Array]":
-    """A reduction's piece, which holds the whole tensor, in small blocks of the tensor."""
+    """The values of a piece of a reduction, in small blocks. The piece covers the whole tensor."""
     import numpy as np
 
     for start, shape in boxes(tensor.shape, block_elements(tensor)):
@@ -256,10 +256,10 @@ def _reduced(tensor: OutputTensor, context: Context) -> "Iterator[Array]":
 
 
 def _settle(mean: "Array", parts: "tuple[Array, ...]") -> float:
-    """The largest deviation from a mean, which becomes the value itself where all are equal.
+    """The largest deviation from the mean. Where all values are equal, the mean becomes that value.
 
-    So the mean of three -0.0, infinities or huge values is none but theirs. A NaN or an infinity
-    that not all ranks have is infinitely far away.
+    So the mean of equal -0.0, infinities or huge values is exact. A NaN or an infinity that only
+    some ranks have counts as an infinite deviation.
     """
     import numpy as np
 
@@ -278,7 +278,7 @@ def _settle(mean: "Array", parts: "tuple[Array, ...]") -> float:
 
 
 def _counted(values: "Array", dtype: "np.dtype[Any]", lost: list[int]) -> "Array":
-    """``cast``, and to ``lost`` the number of finite values that it made infinite or NaN."""
+    """``cast``, and append to ``lost`` how many finite values became infinite or NaN."""
     if values.dtype == dtype:
         return values
     import numpy as np
@@ -292,7 +292,7 @@ def _counted(values: "Array", dtype: "np.dtype[Any]", lost: list[int]) -> "Array
 
 
 def _finite(values: "Array") -> bool:
-    """Whether all are; 16-bit floats by their bits, which takes half the time."""
+    """Whether all values are finite; 16-bit floats are checked by their bits, in half the time."""
     import numpy as np
 
     if values.dtype.kind in "Vf" and values.dtype.itemsize == 2:
@@ -302,7 +302,7 @@ def _finite(values: "Array") -> bool:
 
 
 def _narrower(source: "np.dtype[Any]", dtype: "np.dtype[Any]") -> bool:
-    """Whether a finite value may become infinite on the way."""
+    """Whether a finite value may become infinite in this cast."""
     order = [to_numpy(name) for name in ("float16", "bfloat16", "float32", "float64")]
     known = source in order and dtype in order
     return source != dtype and not (known and order.index(source) < order.index(dtype))
@@ -315,9 +315,9 @@ def _bits(values: "Array") -> "Array":
 
 
 def _small(tensor: OutputTensor, piece: Piece, context: Context) -> tuple[str, bytearray] | None:
-    """Dtype and bytes of a piece that holds the whole tensor: if they are few, and in one run.
+    """Dtype and bytes of a piece that covers the whole tensor, if they are few and contiguous.
 
-    For comparing: of many ranks' norms and biases numpy would take twice as long.
+    For comparing norms and biases of many ranks, which would take numpy twice as long.
     """
     source = piece.source
     if source is None or prod(tensor.shape) * itemsize(source.dtype) > STEP_BYTES:
@@ -334,7 +334,7 @@ def _small(tensor: OutputTensor, piece: Piece, context: Context) -> tuple[str, b
 def _equal(
     tensor: OutputTensor, other: Piece, known: tuple[str, bytearray] | None, context: Context
 ) -> bool:
-    """Whether a piece is the tensor's first one bit for bit. known: what is ``_small`` of that."""
+    """Whether a piece equals the first piece bit for bit. known: ``_small`` of the first."""
     import numpy as np
 
     context.check()
@@ -360,7 +360,7 @@ def _negative_zero(tensor: OutputTensor, piece: Piece, context: Context) -> bool
     )
 
 
-@cache  # to which 0.0 and -0.0 are one: the first is a hole, and never asked for
+@cache  # which treats 0.0 and -0.0 as equal; 0.0 is a hole and never requested
 def element(dtype: str, value: float) -> bytes:
     """The bytes of one element."""
     import numpy as np

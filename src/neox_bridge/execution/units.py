@@ -1,6 +1,6 @@
-"""Output files written by a pool, in processes of this machine or another: a unit is some of them.
+"""Writes units, which are groups of output files, in a pool of processes on any machine.
 
-A unit may be written twice, even at the same time, where its process or machine is lost.
+If a process or machine is lost, a unit may be written twice, even at the same time.
 """
 
 from collections import Counter
@@ -20,15 +20,15 @@ from neox_bridge.tensors.dtypes import itemsize
 from neox_bridge.tensors.pieces import OutputFile
 
 _T = TypeVar("_T")
-_UNIT_BYTES = 128 << 20  # of files that are made, and flushed, together
+_UNIT_BYTES = 128 << 20  # of files that are written and flushed together
 _UNIT_FILES = 64
-_LISTEN_SECONDS = 0.5  # after which somebody who wants all to stop is heard
-_AHEAD = 2  # units that wait for each process
+_LISTEN_SECONDS = 0.5  # how often a request to stop is checked
+_AHEAD = 2  # waiting units per process
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Files to write, and what writes them."""
+    """Files to write, and their writer."""
 
     outputs: tuple[OutputFile, ...]
     writer: Writer
@@ -36,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What became of a unit; the rest as in ``Context``."""
+    """The result of a unit; other fields as in ``Context``."""
 
     written: tuple[tuple[str, Written], ...]
     counts: Mapping[How, int]
@@ -46,7 +46,7 @@ class Made:
 
 
 def read_of(outputs: Iterable[OutputFile]) -> dict[str, int]:
-    """The local files that these are made of, with the bytes that are taken of each."""
+    """The local source files of these outputs, with the bytes that are read of each."""
     files: Counter[str] = Counter()
     for file in outputs:
         if file.copy_of is not None:
@@ -71,7 +71,7 @@ def make(unit: Unit) -> Made:
 
 
 def run_units(sink: Sink, files: Iterable[OutputFile], pool: Pool) -> None:
-    """Have a pool write files, the largest of which come first. Raises as ``drive``."""
+    """Write files in a pool, largest first. Raises like ``drive``."""
     writer, context = sink.writer(), sink.job.context
 
     def take(output: Made) -> None:
@@ -88,11 +88,11 @@ def run_units(sink: Sink, files: Iterable[OutputFile], pool: Pool) -> None:
 def drive(
     pool: Pool, call: Callable[[_T], Made], units: Iterator[_T], take: Callable[[Made], None]
 ) -> None:
-    """Have a pool call ``call`` with every unit, and ``take`` what comes of it.
+    """Call ``call`` with every unit in a pool, and pass the results to ``take``.
 
-    Few wait in the pool at a time, and the first failure stops all. Raises KeyboardInterrupt where
-    the pool was stopped, else what the call raises, BridgeError where processes are lost again and
-    again.
+    Few units wait in the pool at a time, and the first failure stops all. Raises KeyboardInterrupt
+    if the pool was stopped, exceptions of the call, and BridgeError if processes are lost
+    repeatedly.
     """
     waiting: set[Future[Made]] = set()
     try:
@@ -110,14 +110,14 @@ def drive(
     except BaseException:
         for future in waiting:
             future.cancel()
-        wait(waiting)  # none may write into a folder that is about to be removed
+        wait(waiting)  # no unit may write into a folder that is about to be deleted
         for future in waiting:
             _taken(future, take)
         raise
 
 
 def _taken(future: "Future[Made]", take: Callable[[Made], None]) -> BaseException | None:
-    """``take`` what a call made; else its error, or None where it never ran."""
+    """Pass the result of a call to ``take``. Returns its error, or None if it never ran."""
     if future.cancelled():
         return None
     error = future.exception()
@@ -127,9 +127,9 @@ def _taken(future: "Future[Made]", take: Callable[[Made], None]) -> BaseExceptio
 
 
 def grouped(files: Iterable[OutputFile]) -> Iterator[tuple[OutputFile, ...]]:
-    """The files of each unit, of files the largest of which come first: those are alone.
+    """Group files, sorted by size, into units. Large files are alone.
 
-    Of about the same bytes each: a small rest would wait for the disk as long as a whole one.
+    Units have about equal size, because a small rest would wait for the disk as long as a full one.
     """
     left = list(files)
     size = sum(file.size for file in left)

@@ -1,8 +1,8 @@
-"""The folder beside a target in which it is made: for one process at a time, to be gone on with.
+"""The work folder beside a target, in which it is written. One process at a time; resumable.
 
-``.NAME.neox-bridge/`` holds ``lock``, ``journal`` and ``files/``, which becomes the target; then
-``moves``, and ``retired/`` with what of a run's root made room (see ``install``). ``fetched/`` has
-what came from the Hub (see ``stores.fetched``).
+``.NAME.neox-bridge/`` holds ``lock``, ``journal`` and ``files/``, which becomes the target. Later
+it also holds ``moves``, and ``retired/`` with replaced files of a run's root (see ``install``).
+``fetched/`` holds downloads from the Hub (see ``stores.fetched``).
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from hashlib import sha256
 from neox_bridge.execution.lock import take
 from neox_bridge.layouts.interrupted import MOVES, SUFFIX
 
-_LONGEST = 150  # bytes of a name that fits with ours around it
+_LONGEST = 150  # bytes of a name that fits with our prefix and suffix
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Paths: of the folder, and of what is in it."""
+    """The paths of the folder and its contents."""
 
     folder: str
 
@@ -46,7 +46,7 @@ class Work:
 
 
 def work_of(real: str) -> Work:
-    """Where a target, named by its real path, is made: the same for every run into it."""
+    """The work folder of a target, given by its real path. It is the same for every run."""
     parent, name = os.path.split(real)
     if len(os.fsencode(name)) > _LONGEST:
         name = sha256(os.fsencode(name)).hexdigest()[:32]
@@ -55,16 +55,16 @@ def work_of(real: str) -> Work:
 
 @contextlib.contextmanager
 def locked(work: Work, target: str) -> Iterator[None]:
-    """The folder is there, and this process's alone until the block ends, however it does.
+    """Create the folder and lock it for this process until the block ends.
 
-    Raises BridgeError where another process has it. The lock is the kernel's (flock), so that one
-    that is killed leaves none; where a file system has no locks there is none.
+    Raises BridgeError if another process has the lock. It is a kernel lock (flock), so a killed
+    process leaves none. On file systems without locks, nothing is locked.
     """
     fd = -1
     while fd < 0:
         with contextlib.suppress(FileExistsError):
             os.mkdir(work.folder)
-        with contextlib.suppress(FileNotFoundError):  # a run that ended just now removed the folder
+        with contextlib.suppress(FileNotFoundError):  # a run that just ended deleted the folder
             fd = take(work.lock, target, names_holder=True)
     try:
         yield
@@ -74,9 +74,9 @@ def locked(work: Work, target: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(work: Work, target: str) -> Iterator[None]:
-    """``locked``, while ``files`` are made and then taken elsewhere.
+    """``locked``, for files that are written here and then uploaded.
 
-    The folder is removed at the end, and on an error where nothing in it is worth keeping.
+    The folder is deleted at the end. On an error, it is kept if it contains finished files.
     """
     with locked(work, target):
         try:
@@ -89,6 +89,6 @@ def held(work: Work, target: str) -> Iterator[None]:
 
 
 def remove(work: Work) -> None:
-    """All of it, the lock last: another run may take it at once."""
+    """Delete everything, the lock last, because another run may take it at once."""
     shutil.rmtree(work.files, ignore_errors=True)
     shutil.rmtree(work.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Writes one tensor: the rows whose bytes stay through the kernel, the others through numpy."""
+"""Writes one tensor: unchanged rows through the kernel, other rows through numpy."""
 
 import math
 from bisect import bisect_left
@@ -22,10 +22,10 @@ Band = tuple[int, int, list[Piece]]  # first row, last row, the pieces that fill
 
 
 def write_tensor(tensor: OutputTensor, path: str, context: Context) -> None:
-    """Write a tensor into its file, and its CRC-32 where the file wants one and it is known.
+    """Write a tensor into its file, and its CRC-32 if the file stores one and it is known.
 
-    path: a file of its final size that was never written at the tensor's place, so that zeros may
-    stay a hole. Raises BridgeError for a damaged source, OSError where writing fails.
+    path: a file with its final size, not yet written where the tensor goes, so that zeros may stay
+    a hole. Raises BridgeError for a damaged source, OSError if writing fails.
     """
     context.check()
     with context.files.writing(path) as fd:
@@ -33,7 +33,7 @@ def write_tensor(tensor: OutputTensor, path: str, context: Context) -> None:
 
 
 def fill_tensor(tensor: OutputTensor, target: Target, context: Context) -> None:
-    """The same, into an open file or the zeros of a small one's bytes in memory."""
+    """The same, into an open file or into the zeroed bytes of a small file in memory."""
     crc = _write(tensor, target, context, 0 if tensor.crc_at else None)
     if crc is not None:
         for place in tensor.crc_at:
@@ -41,7 +41,7 @@ def fill_tensor(tensor: OutputTensor, target: Target, context: Context) -> None:
 
 
 def _write(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
-    """The tensor's bytes at its place. crc: as in ``move``."""
+    """Write the bytes of the tensor. crc: as in ``move``."""
     if tensor.inline is not None:
         return _known(tensor.inline, "copied", tensor.offset, fd, context, crc)
     if tensor.reduce != "none" and (only := replica(tensor, context)) is not None:
@@ -70,7 +70,7 @@ def _known(
 
 
 def _constant(tensor: OutputTensor) -> bytes | None:
-    """A small tensor that is one value throughout; None for others, and for a hole."""
+    """The bytes of a small constant tensor; None for others, and for a hole."""
     if len(tensor.pieces) != 1:
         return None
     (piece,) = tensor.pieces
@@ -80,7 +80,7 @@ def _constant(tensor: OutputTensor) -> bytes | None:
 
 
 def _made(tensor: OutputTensor, fd: Target, context: Context, crc: int | None) -> int | None:
-    """Block after block from numpy; what some of them wrote is sent on its way together."""
+    """Write blocks from numpy, and send several of them to disk together."""
     sent = offset = tensor.offset
     for block in blocks(tensor, context, reuse=True):
         context.check()
@@ -103,7 +103,7 @@ def _send(fd: Target, start: int, end: int) -> int:
 
 
 def _hole(size: int, context: Context, crc: int | None) -> int | None:
-    """Zeros, which a fresh file has already."""
+    """Skip zeros, which a new file already contains."""
     zeros = bytes(min(size, BUFFER_BYTES)) if crc is not None else b""
     context.wrote(size, "transformed")
     while crc is not None and size:
@@ -114,7 +114,7 @@ def _hole(size: int, context: Context, crc: int | None) -> int | None:
 
 
 def _run(tensor: OutputTensor, piece: Piece) -> ByteRun | None:
-    """The run of source bytes that a piece is, unless numpy has to make it."""
+    """The source bytes of a piece as one run, unless numpy must compute it."""
     if piece.source is None or piece.source.dtype != tensor.dtype:
         return None
     span = byte_range(piece, tensor.shape)
@@ -122,7 +122,7 @@ def _run(tensor: OutputTensor, piece: Piece) -> ByteRun | None:
 
 
 def _parts(tensor: OutputTensor) -> Iterator[ByteRun | int | OutputTensor]:
-    """Runs of source bytes, holes of so many bytes, and tensors for numpy, in the file's order."""
+    """Runs of source bytes, holes, and tensors for numpy, in file order."""
     runs = [run for piece in tensor.pieces if (run := _run(tensor, piece)) is not None]
     if len(runs) == len(tensor.pieces):
         yield from sorted(runs, key=itemgetter(2))
@@ -157,16 +157,16 @@ def _kind(tensor: OutputTensor, band: Band, row: int) -> ByteRun | int | None:
     (piece,) = pieces
     if piece.source is None:
         return (high - low) * row if _is_zero(piece) else None
-    return _run(tensor, piece)  # a piece alone in its rows is as wide as they: all of it is here
+    return _run(tensor, piece)  # a piece that is alone in its rows covers their full width
 
 
 def _is_zero(piece: Piece) -> bool:
-    """Whether a piece is +0.0, whose bytes are those of a hole."""
+    """Whether a piece is +0.0, whose bytes equal a hole."""
     return piece.source is None and piece.fill == 0 and math.copysign(1, piece.fill) > 0
 
 
 def _bands(tensor: OutputTensor) -> list[Band]:
-    """The rows, cut wherever a piece begins or ends."""
+    """The rows, split wherever a piece begins or ends."""
     filled = [piece for piece in tensor.pieces if prod(piece.shape)]
     ends = {end for p in filled for end in (p.to[0], p.to[0] + p.shape[0])}
     cuts = sorted(ends)

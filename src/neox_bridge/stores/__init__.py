@@ -1,1 +1,1 @@
-"""Where files are: a local path, or the URL of an object in a store that fsspec knows."""
+"""Access to files by local path or by URL of an object store."""

@@ -27,17 +27,17 @@ _EMPTY = (
     "the answer is empty with status 200, which S3 never sends. AWS_ENDPOINT_URL may name another "
     "kind of server, or a proxy may answer instead"
 )
-_WAIT_SECONDS = 0.1  # between two looks whether an upload has failed
+_WAIT_SECONDS = 0.1  # between two checks whether an upload has failed
 _CLIENT = {
-    "timeout": "10m",  # of a request, its body included
+    "timeout": "10m",  # timeout of a request, including its body
     "read_timeout": "2m",
     "connect_timeout": "10s",
-    "allow_http": True,  # of the URLs that the user gives as endpoints
+    "allow_http": True,  # schemes of endpoint URLs
 }
 
 
 def bucket_of(url: str) -> "Bucket":
-    """The bucket of a URL. Raises BridgeError where it can't be configured."""
+    """The bucket of a URL. Raises BridgeError if it cannot be configured."""
     scheme, _, rest = url.partition("://")
     settings = tuple((k, v) for k, v in sorted(os.environ.items()) if k.startswith(_SETTINGS))
     return _bucket(scheme, rest.partition("/")[0], retry.FIRST_SECONDS, settings)
@@ -45,15 +45,15 @@ def bucket_of(url: str) -> "Bucket":
 
 @lru_cache(maxsize=16)
 def _bucket(scheme: str, name: str, pause_seconds: float, settings: object) -> "Bucket":  # noqa: ARG001
-    """One client a bucket, and another one where the environment was changed."""
+    """One client per bucket; a new one if the environment changes."""
     return Bucket(scheme, name, pause_seconds)
 
 
 class Bucket:
     """A bucket, or a container of Azure.
 
-    Requests are made once, since ``objects`` tries again; long ones by ``patient``, which repeats
-    each of the requests that they consist of.
+    Requests are made once, because ``objects`` retries them. Long operations use ``patient``, which
+    retries each of their requests.
     """
 
     def __init__(self, scheme: str, name: str, pause_seconds: float) -> None:
@@ -63,7 +63,7 @@ class Bucket:
         self.patient = self._open(retry.TRIES, pause_seconds)
 
     def refresh(self) -> None:
-        """obstore keeps nothing."""
+        """obstore has no cache."""
 
     def head(self, url: str) -> FileState:
         return self._object(self.store.head(self._key(url)))
@@ -99,7 +99,7 @@ class Bucket:
         except Exception as error:
             if not retry.is_unknown(error):
                 raise
-            # a server of S3 that does not know conditions: as good as it can be done there
+            # an S3 server without conditional writes: the best that is possible
             with contextlib.suppress(FileNotFoundError):
                 self.head(url)
                 return False
@@ -114,7 +114,7 @@ class Bucket:
         return _Multipart(self, url, part_size(size)) if several else _Single(self, url)
 
     def abort_uploads(self, url: str) -> None:
-        """Only S3 keeps what isn't finished until it is told; obstore can't list it."""
+        """Only S3 keeps unfinished uploads until they are aborted; obstore cannot list them."""
         if self.scheme in S3:
             from neox_bridge.stores.credentials import s3_client
 
@@ -132,7 +132,7 @@ class Bucket:
         return key
 
     def _object(self, meta: Mapping[str, Any]) -> FileState:
-        """Raises ShortRead where S3 says nothing of an object: each has an ETag."""
+        """Raises ShortRead if S3 returns no ETag, which every object has."""
         tag = meta["e_tag"] or meta["version"]
         if not tag and self.scheme in S3:
             raise ShortRead(_EMPTY)
@@ -140,12 +140,12 @@ class Bucket:
 
     @staticmethod
     def tag(meta: Mapping[str, Any]) -> str:
-        """An ETag in quotes, which Azure's listings leave out."""
+        """The ETag with quotes, which Azure listings omit."""
         tag = meta.get("e_tag") or meta.get("version") or meta.get("last_modified", "")
         return '"{}"'.format(str(tag).strip('"'))
 
     def _open(self, tries: int, pause_seconds: float) -> "ObjectStore":
-        """A client that tries so often. Raises BridgeError where none can be made."""
+        """A client with this many tries. Raises BridgeError if it cannot be created."""
         try:
             import obstore  # noqa: F401
         except ImportError:
@@ -173,7 +173,7 @@ class Bucket:
 
         try:
             if self.scheme in S3:
-                # not every server of S3 removes many objects by one request
+                # not every S3 server can delete many objects in one request
                 options = {"disable_bulk_delete": True, **s3_options(self.root)}
                 return S3Store(self.name, **options, **shared)
             if self.scheme in GOOGLE:
@@ -217,7 +217,7 @@ class _Abandoned(Exception):
 
 
 class _Multipart:
-    """A multipart upload. obstore takes parts in a thread of its own, as fast as it sends them."""
+    """A multipart upload. obstore takes parts in its own thread, as fast as it sends them."""
 
     def __init__(self, bucket: Bucket, url: str, part_bytes: int) -> None:
         self.bucket, self.url, self.part_bytes = bucket, url, part_bytes
@@ -235,13 +235,13 @@ class _Multipart:
         return self.tag.result()
 
     def abandon(self) -> None:
-        """Make obstore abort the upload, which it does when its source fails."""
+        """Abort the upload: obstore does so when its source fails."""
         with contextlib.suppress(Exception):
             self._hand_over(None)
         self.thread.join()
 
     def _hand_over(self, data: bytearray | None) -> None:
-        """Wait until there is room. Raises BridgeError as soon as the upload has failed."""
+        """Wait until a part can be queued. Raises BridgeError as soon as the upload has failed."""
         while not self.tag.done():
             with contextlib.suppress(queue.Full):
                 self.parts.put(data, timeout=_WAIT_SECONDS)
@@ -264,7 +264,7 @@ class _Multipart:
             self.tag.set_exception(error)
 
     def _send_all(self) -> str:
-        """Raises Unreachable, which isn't tried again, once parts are gone."""
+        """Raises Unreachable, which is not retried, if parts are lost."""
         key = self.bucket._key(self.url)
         try:
             answer = self.bucket.patient.put(
@@ -277,7 +277,7 @@ class _Multipart:
         except FileNotFoundError:
             if not self.taken:
                 raise
-            # it is complete, but the answer was lost, and there is no such upload any more
+            # the upload is complete, but the answer was lost, and the upload no longer exists
             return steadily(self.url, "looked at", lambda: self.bucket.head(self.url)).tag
         except Exception as error:
             if not self.taken:

@@ -1,9 +1,9 @@
-"""Who the user is for S3, Google Cloud and Azure, in the words of obstore.
+"""Credentials for S3, Google Cloud and Azure, as options of obstore.
 
-Settings come from where the stores' own tools have them: environment variables, the profiles of
-``~/.aws`` (by botocore, which also knows single sign-on and roles), Google's application default
-credentials, Azure's connection strings. What somebody configured for fsspec is honored too; a
-setting of it that has no counterpart is an error, since it may say who the user is.
+Settings are read from the same places as by the stores' own tools: environment variables, the
+profiles of ``~/.aws`` (through botocore, which also supports single sign-on and roles), Google's
+application default credentials, Azure's connection strings. Settings for fsspec are honored too. A
+setting without a counterpart in obstore is an error, because it may contain credentials.
 """
 
 import os
@@ -13,13 +13,13 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError, Unreachable
 
-_CREDENTIAL_MINUTES = 10  # after which botocore is asked again
+_CREDENTIAL_MINUTES = 10  # how long credentials of botocore are reused
 _REGION_SECONDS = 5.0
 _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _AWS_PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
-_EMULATOR = "STORAGE_EMULATOR_HOST"  # Google's own tools go there
+_EMULATOR = "STORAGE_EMULATOR_HOST"  # the default endpoint of Google's own tools
 _AZURE_CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
-# fsspec's settings, by those of obstore; "" for what only makes s3fs faster or slower
+# fsspec settings and their obstore names; "" for settings that only affect the speed of s3fs
 _TUNING = (
     *("default_block_size", "default_cache_type", "default_fill_cache", "max_concurrency"),
     *("use_listings_cache", "listings_expiry_time", "cache_regions", "fixed_upload_size"),
@@ -59,8 +59,7 @@ _AZURE_SETTINGS = {
 def s3_options(root: str) -> dict[str, Any]:
     """Arguments of obstore's ``S3Store``. root: ``s3://bucket``.
 
-    Raises Unreachable where nobody said who the user is, BridgeError for a profile or a setting
-    that can't be used.
+    Raises Unreachable if there are no credentials, BridgeError for an unusable profile or setting.
     """
     options = _fsspec_settings(root, ("s3", "s3a"), _S3_SETTINGS)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -80,7 +79,7 @@ def s3_options(root: str) -> dict[str, Any]:
 
 
 def s3_client() -> Any:
-    """A client of botocore, for what obstore doesn't do. Raises ImportError without botocore."""
+    """A botocore client, for operations that obstore does not support. May raise ImportError."""
     from botocore.session import Session
 
     options = _fsspec_settings("s3://", ("s3", "s3a"), _S3_SETTINGS)
@@ -105,7 +104,7 @@ def google_options(root: str) -> dict[str, Any]:
     elif token not in (None, "google_default", "cloud"):
         raise _no_counterpart(root, "token")
     if host := os.environ.get(_EMULATOR):
-        # a token is asked for to write, even where nothing is signed
+        # writing needs a token, even if requests are not signed
         options |= {"base_url": host if "://" in host else f"http://{host}", "bearer_token": "none"}
     return options
 
@@ -143,7 +142,7 @@ def _azure_endpoint(parts: Mapping[str, str], account: str | None) -> str | None
 
 
 def _environment_is_all() -> bool:
-    """Whether the environment names a user of S3, and there is no profile that could say more."""
+    """Whether the environment has S3 credentials and no profile could add to them."""
     config = os.environ.get("AWS_CONFIG_FILE") or os.path.expanduser("~/.aws/config")
     return (
         all(os.environ.get(name) for name in _AWS_KEYS)
@@ -153,9 +152,9 @@ def _environment_is_all() -> bool:
 
 
 def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, Any]:
-    """What ``~/.aws`` and the environment say; credentials are those that botocore finds.
+    """Options from ``~/.aws`` and the environment; botocore finds the credentials.
 
-    known: the user is known already, and only the region and the endpoint are wanted.
+    known: credentials are known already, so only region and endpoint are needed.
     """
     try:
         from botocore.exceptions import BotoCoreError
@@ -189,7 +188,7 @@ def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, 
         )
 
     def provide() -> dict[str, Any]:
-        frozen = credentials.get_frozen_credentials()  # refreshed by botocore when it is time
+        frozen = credentials.get_frozen_credentials()  # refreshed by botocore when they expire
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
@@ -201,7 +200,7 @@ def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, 
 
 
 def _region_of(bucket: str) -> str | None:
-    """Where AWS has a bucket, which it tells everybody; None where nobody answers.
+    """The region of a bucket, which AWS tells everyone; None without an answer.
 
     Source: the API's HeadBucket, x-amz-bucket-region.
     """
@@ -224,7 +223,7 @@ def _region_of(bucket: str) -> str | None:
 def _fsspec_settings(
     root: str, protocols: tuple[str, ...], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What is configured for fsspec, in obstore's words. Raises BridgeError where it has none."""
+    """The fsspec settings as obstore options. Raises BridgeError for one without a counterpart."""
     folder = os.environ.get("FSSPEC_CONFIG_DIR") or os.path.expanduser("~/.config/fsspec")
     if not os.path.isdir(folder) and not any(name.startswith("FSSPEC_") for name in os.environ):
         return {}

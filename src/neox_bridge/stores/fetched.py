@@ -1,9 +1,9 @@
-"""Ranges of objects of the Hub, kept on the disk while a conversion and its check need them twice.
+"""Caches ranges of Hub files on disk, because a conversion and its check read them twice.
 
-What is written is compared with its source afterwards, and a tensor-parallel source is read from
-several places at a time. A store next door can be asked again; the Hub is far away and counts
-requests. So the ranges lie beside the files that are made of them, where a run that was stopped
-finds them again, and where other processes of the same run find them too.
+The output is compared with its source afterwards, and a tensor-parallel source is read at several
+places at once. An object store nearby can be read again; the Hub is slow and limits requests. So
+ranges are cached beside the output, where a resumed run and other processes of the same run find
+them.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ from hashlib import sha256
 from neox_bridge.stores.folder import is_hub
 from neox_bridge.stores.objects import fetch, look
 
-UNIT_BYTES = 8 << 20  # of one file on the disk, and of one request
+UNIT_BYTES = 8 << 20  # bytes of one cached file, and of one request
 FOLDER = "fetched"
-_MARGIN_BYTES = 64 << 20  # that are left free on the disk
+_MARGIN_BYTES = 64 << 20  # bytes that stay free on the disk
 _lock = threading.Lock()
-_folders: dict[str, str] = {}  # by URL: those of the runs that are under way
+_folders: dict[str, str] = {}  # by URL: the folders of current runs
 _busy: dict[str, threading.Lock] = {}
 
 
 @contextlib.contextmanager
 def keeping(folder: str | None, urls: Iterable[str]) -> Iterator[None]:
-    """A block in which the ranges of these objects are kept in a folder; None: nothing is kept.
+    """A block in which ranges of these objects are cached in a folder; None: no cache.
 
-    The folder is made where it does not exist. It stays: who made its parent removes it.
+    The folder is created if missing. It is not deleted; the owner of its parent does that.
     """
     kept = [url for url in urls if is_hub(url)] if folder is not None else []
     if folder is not None and kept:
@@ -48,10 +48,10 @@ def keeping(folder: str | None, urls: Iterable[str]) -> Iterator[None]:
 
 
 def range_folder(work: str, sizes: Mapping[str, int], written: int) -> str | None:
-    """The folder for ``keeping`` in a work folder; None where nothing should be kept.
+    """The folder for ``keeping`` in a work folder; None if nothing should be cached.
 
     sizes: the bytes of the sources by path or URL. written: the bytes of the result. Nothing is
-    kept unless a source is on the Hub and the disk has room for both.
+    cached unless a source is on the Hub and the disk has space for both.
     """
     needed = sum(size for url, size in sizes.items() if is_hub(url))
     room = shutil.disk_usage(work).free + kept_bytes(work)
@@ -61,13 +61,13 @@ def range_folder(work: str, sizes: Mapping[str, int], written: int) -> str | Non
 
 
 def folder_beside(files: str) -> str | None:
-    """The folder that another process of this run keeps ranges in, beside the files it makes."""
+    """The folder, beside the output, in which another process of this run caches ranges."""
     folder = os.path.join(os.path.dirname(files), FOLDER)
     return folder if os.path.isdir(folder) else None
 
 
 def kept_bytes(work: str) -> int:
-    """Bytes of the ranges that are kept in a work folder."""
+    """The bytes that are cached in a work folder."""
     try:
         with os.scandir(os.path.join(work, FOLDER)) as entries:
             return sum(entry.stat().st_size for entry in entries)
@@ -76,7 +76,7 @@ def kept_bytes(work: str) -> int:
 
 
 def fetch_kept(url: str, start: int, end: int) -> bytes:
-    """``objects.fetch``, from the disk where a range of the Hub was kept there.
+    """``objects.fetch``, from the cache on disk if possible.
 
     Raises BridgeError, naming the object, where it can't be read.
     """
@@ -91,7 +91,7 @@ def fetch_kept(url: str, start: int, end: int) -> bytes:
 
 
 def _read_unit(folder: str, url: str, unit: int, low: int, high: int) -> bytes:
-    """Some bytes of a unit, which is fetched as a whole where the disk does not have it."""
+    """Some bytes of a unit, which is fetched as a whole if it is not cached."""
     entry = look(url)
     name = sha256(f"{url}\n{entry.tag}\n{entry.size}\n{unit}".encode()).hexdigest()
     path = os.path.join(folder, name)
@@ -110,7 +110,7 @@ def _read_unit(folder: str, url: str, unit: int, low: int, high: int) -> bytes:
 
 
 def _write(path: str, data: bytes) -> None:
-    """Keep a unit; where that fails, it is fetched again when it is needed again."""
+    """Cache a unit. If that fails, it is fetched again when needed."""
     part = f"{path}.{uuid.uuid4().hex}"
     try:
         with open(part, "wb") as file:

@@ -1,7 +1,7 @@
-"""Where files are: on a disk, in an object store, or on the Hub. Chosen by the path, once.
+"""The interface of local folders, object stores and the Hub. The path decides which is used.
 
-A ``Folder`` answers what ``os.path`` answers of a local path. Nobody else asks whether a path is a
-URL: who needs to know asks what the folder can do.
+A ``Folder`` offers the operations of ``os.path``. Other code does not check whether a path is a
+URL; it asks what the folder can do.
 """
 
 import re
@@ -19,11 +19,11 @@ _LOCAL = LocalFolder()
 
 
 class Folder(Protocol):
-    """Every path is one in it, as the user writes it.
+    """A file system. Paths are as the user writes them.
 
     Attributes:
-        is_local: Its files are of this machine: they can be mapped, linked and locked, share
-            blocks with others, and cost nothing to look at.
+        is_local: Files are on this machine: they can be mapped, linked and locked, can share
+            blocks, and are cheap to inspect.
         is_writable: Files can be written into it one by one.
     """
 
@@ -31,7 +31,7 @@ class Folder(Protocol):
     is_writable: ClassVar[bool]
 
     def plain(self, path: str) -> str:
-        """A path as it is used: no ``file://``, and no slash at the end of a URL."""
+        """A path without ``file://``, and a URL without a slash at its end."""
 
     def absolute(self, path: str) -> str:
         """``os.path.abspath``."""
@@ -43,7 +43,7 @@ class Folder(Protocol):
         """``os.path.realpath``."""
 
     def kind(self, path: str) -> str | None:
-        """ "file", "directory", "special" (a pipe, a device), or None where there is nothing.
+        """ "file", "directory", "special" (a pipe, a device), or None if nothing exists.
 
         Links are followed.
         """
@@ -52,58 +52,58 @@ class Folder(Protocol):
         """``os.path.lexists``."""
 
     def names(self, path: str) -> list[str]:
-        """``os.listdir``; of a store as it is now, in one request a thousand objects."""
+        """``os.listdir``; for a store the current state, in one request per thousand objects."""
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """What tells whether each file has changed; those that are missing are left out."""
+        """The state of each file, to detect changes; missing files are left out."""
 
     def walk(self, path: str) -> Iterator[tuple[str, int | None]]:
-        """(path, bytes) of every file below a folder, sorted; None for what is no regular file.
+        """(path, bytes) of every file below a folder, sorted; None for special files.
 
-        Links to files are followed, unless they lead nowhere; links to folders are not. Raises
+        Links to files are followed unless they are broken; links to folders are not. Raises
         BridgeError for a folder that cannot be listed.
         """
 
     def open(self, path: str) -> BinaryIO:
-        """A regular file, for reading. Of an object little more than what is read is fetched.
+        """Open a regular file for reading. Of an object, only what is read is fetched.
 
-        Raises BridgeError, naming it, for one that is missing or cannot be read, and for folders,
-        pipes and devices, without waiting for any of them.
+        Raises BridgeError if it is missing or cannot be read, and for folders, pipes and devices,
+        without blocking.
         """
 
     def read(self, places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """The bytes at (path, offset, count), fewer only at a file's end."""
+        """The bytes at (path, offset, count); fewer only at the end of a file."""
 
     def ahead(self, paths: Iterator[str]) -> Iterator[str]:
-        """The paths as they are, while the starts of the next ones may be fetched."""
+        """Yields the paths, while the starts of the next files are prefetched."""
 
     def forget(self, path: str) -> None:
-        """Believe nothing anymore that was seen there before."""
+        """Drop everything that is cached about a path."""
 
 
 def without_scheme(path: str) -> str:
-    """The path of a ``file://`` URL; another path as it is."""
+    """The path of a ``file://`` URL; other paths unchanged."""
     return path.removeprefix(_FILE)
 
 
 def folder_of(path: str) -> Folder:
-    """Where a path leads. A ``file://`` URL is one of a store until ``plain`` made a path of it."""
+    """The folder of a path. A ``file://`` URL counts as a store until ``plain`` converts it."""
     if _URL.match(path) is None:
         return _LOCAL
     return _remote_folder(on_hub=is_hub(path))
 
 
 def is_hub(path: str) -> bool:
-    """Whether a path is a place on the Hub."""
+    """Whether a path is on the Hub."""
     return path.startswith(HUB)
 
 
 @lru_cache
 def _remote_folder(on_hub: bool) -> Folder:
-    """What a store needs is imported when a URL is first used, so that local paths cost nothing."""
+    """Store libraries are imported when a URL is first used, so that local paths stay fast."""
     from neox_bridge.stores.store_folder import HubFolder, StoreFolder
 
     return HubFolder() if on_hub else StoreFolder()

@@ -1,4 +1,4 @@
-"""Stores that fsspec knows and obstore doesn't: the Hub, sftp, web servers, memory, and others."""
+"""Stores that only fsspec supports: the Hub, sftp, web servers, memory, and others."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.stores.retry import steadily
 from neox_bridge.stores.store import FileState, Upload
 
-# what a store calls the thing that changes whenever the object does
+# names of the field that changes whenever the object changes
 _TAGS = ("ETag", "etag", "xet_hash", "blob_id", "mtime", "last_modified", "created")
 _NEEDS = {
     "hf": "pip install 'neox-bridge[hub]'",
@@ -22,7 +22,7 @@ _NEEDS = {
 class FsspecStore:
     """A file system of fsspec.
 
-    Raises BridgeError for a kind of URL that nothing installed knows.
+    Raises BridgeError for a kind of URL that no installed package supports.
     """
 
     def __init__(self, url: str) -> None:
@@ -40,11 +40,12 @@ class FsspecStore:
             raise BridgeError(f"{url}: this kind of store needs another package: {way}.") from None
         except ValueError as error:
             raise BridgeError(f"{url}: {error}. Check the URL.") from None
-        except Exception as error:  # ssh connects already here
+        except Exception as error:  # ssh connects here
             raise BridgeError(
                 f"{url} cannot be reached: {type(error).__name__}: {error}."
             ) from None
-        # huggingface_hub's file system opens a file for each range, whose cache reads 5 MB ahead
+        # the file system of huggingface_hub would open a file per range, with a cache that reads 5
+        # MB ahead
         self._reading = {"cache_type": "none"} if protocol == "hf" else {}
 
     def head(self, url: str) -> FileState | None:
@@ -83,12 +84,12 @@ class FsspecStore:
         path = self._path(url)
         try:
             self.fs.pipe_file(path, data)
-        except FileNotFoundError:  # a file system that has folders of its own
+        except FileNotFoundError:  # a file system with real folders
             self.fs.makedirs(self.fs._parent(path), exist_ok=True)
             self.fs.pipe_file(path, data)
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
-        """Two that ask at the same time may both be told that they wrote it."""
+        """Not atomic: two simultaneous callers may both be told that they wrote it."""
         if self.fs.exists(self._path(url)):
             return False
         self.put(url, data)
@@ -101,10 +102,10 @@ class FsspecStore:
         return _FileUpload(self, url)
 
     def abort_uploads(self, url: str) -> None:
-        """A part that is left is replaced by the next run."""
+        """Nothing to do: the next run replaces leftover parts."""
 
     def refresh(self) -> None:
-        """Forget listings: what the file system says next is as it is now."""
+        """Drop cached listings."""
         self.fs.invalidate_cache()
 
     def _path(self, url: str) -> str:
@@ -112,9 +113,9 @@ class FsspecStore:
 
 
 class _FileUpload:
-    """A file that is written from its start to its end under another name, and then renamed.
+    """A file that is written sequentially under another name, then renamed.
 
-    Retries are those of fsspec's own file system.
+    Retries are left to the fsspec file system.
     """
 
     def __init__(self, store: FsspecStore, url: str) -> None:
@@ -157,7 +158,7 @@ class _FileUpload:
 
 
 def _entry(info: Mapping[str, Any]) -> FileState | None:
-    """What fsspec says of an object; None for a folder."""
+    """The fsspec state of an object; None for a folder."""
     if info["type"] == "directory":
         return None
     lfs = info.get("lfs")

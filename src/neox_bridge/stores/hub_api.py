@@ -7,9 +7,10 @@ from typing import Any
 
 from neox_bridge.errors import BridgeError
 
-# what is worth another try: huggingface_hub, utils/_http.py
+# statuses worth a retry: huggingface_hub, utils/_http.py
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
-_NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # whose errors mean that nobody answered
+# libraries whose errors mean that there was no answer
+_NETWORK = ("httpx", "httpx2", "requests", "urllib3")
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
 _ADVICE = {  # by HTTP status
     401: f"you are not logged in to the Hub, or this repository is not visible to you. {_LOGIN}, "
@@ -32,8 +33,8 @@ _SERVER_FAILED = "the Hub failed. Run the same command again later; see status.h
 def hub_api(why: str) -> Any:
     """huggingface_hub's ``HfApi``, which honors HF_ENDPOINT and HF_TOKEN.
 
-    why: a sentence that says what it is needed for, without its period, for the BridgeError where
-    huggingface_hub is not installed.
+    why: a sentence, without its period, that says what it is needed for. It is used in the
+    BridgeError if huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import HfApi
@@ -58,18 +59,18 @@ def check_writer(repo: str) -> None:
 
 @contextmanager
 def explained(repo: str) -> Iterator[None]:
-    """A block whose errors of huggingface_hub become a BridgeError about this repository."""
+    """A block that turns errors of huggingface_hub into a BridgeError about this repository."""
     try:
         yield
     except BridgeError:
         raise
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many kinds of exceptions
         raise BridgeError(explanation(error, repo)) from error
 
 
 @contextmanager
 def bars(shown: bool) -> Iterator[None]:
-    """A block in which huggingface_hub shows progress bars on stderr, or not; for all threads.
+    """A block in which huggingface_hub shows or hides its progress bars, in all threads.
 
     HF_HUB_DISABLE_PROGRESS_BARS hides them in any case.
     """
@@ -90,7 +91,7 @@ def bars(shown: bool) -> Iterator[None]:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status that an error of huggingface_hub, or one that it comes from, is about."""
+    """The HTTP status of an error of huggingface_hub or of one of its causes."""
     responses = (getattr(cause, "response", None) for cause in _causes(error))
     return next((int(response.status_code) for response in responses if response is not None), None)
 
@@ -102,7 +103,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_missing_repo(error: BaseException) -> bool:
-    """Whether there is no such repository, for somebody whom the Hub knows."""
+    """Whether a logged-in user got the answer that the repository does not exist."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     return (
@@ -146,7 +147,7 @@ def explanation(error: BaseException, repo: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error, shortened, with the queries of URLs removed.
 
-    A query may hold a signature that lets others write.
+    A query may contain a signature that grants write access.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", line)[:200]
@@ -161,7 +162,7 @@ def is_network(error: BaseException | None) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it comes from, and so on."""
+    """The error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -173,7 +174,7 @@ def _root(error: BaseException) -> str:
 
 
 def _server_message(error: BaseException) -> str:
-    """What the Hub answered, as huggingface_hub collects it."""
+    """The message of the Hub, as huggingface_hub collects it."""
     for cause in _causes(error):
         if message := getattr(cause, "server_message", None):
             return str(message).strip().splitlines()[0][:200].rstrip(".") + "."

@@ -22,17 +22,17 @@ class HubTarget:
 
     @property
     def folder_name(self) -> str:
-        """What a folder is called in which its files are made."""
+        """The name of the local folder in which its files are written."""
         return f"{self.repo}@{self.branch}".replace("/", "--")
 
 
 def reader_folder(repo: str) -> str:
-    """What the yml of a GPT-NeoX target on the Hub calls its folder: the reader's copy."""
+    """The folder that the yml of a GPT-NeoX target on the Hub names: the downloaded copy."""
     return f"/path/to/{repo.split('/')[1]}"
 
 
 def model_id(text: str) -> tuple[str, str] | None:
-    """``org/name`` and the revision ("" where it names none) of ``org/name@revision``, if it is."""
+    """Parse ``org/name@revision`` into ``org/name`` and the revision, which may be ""."""
     match = _MODEL.fullmatch(text)
     return (match[1], match[2] or "") if match else None
 

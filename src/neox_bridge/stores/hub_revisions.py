@@ -1,4 +1,4 @@
-"""The branches and tags of a model of the Hub, and the steps that they are named by."""
+"""The branches and tags of a Hub model, and the steps in their names."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +21,7 @@ class Revision:
 def revisions(repo: str) -> tuple[Revision, ...]:
     """All branches and tags of ``org/name``, by step, those without one first; one request.
 
-    Raises BridgeError where there is no such repository, or the Hub can't be asked.
+    Raises BridgeError if there is no such repository or the Hub does not answer.
     """
     api = hub_api(f"The revisions of {repo} are on the Hub")
     with explained(repo):
