@@ -669,13 +669,38 @@ class Audit(Head):
 
 
 class DiagnosedFinding(ShownFinding):
-    """A finding of doctor. prints: what the framework prints."""
+    """A finding of doctor.
+
+    Attributes:
+        prints: What the framework prints; null if nothing.
+        silent: Whether the checkpoint loads without a message, as another model.
+        command: The remedy, if it is a command that runs as it is.
+        missing: Tensors that the framework expects and the checkpoint does not have.
+        unexpected: Tensors that the checkpoint has and the framework does not expect.
+        wrong: Tensors and settings that differ, with both values.
+        layers: In how many layers; 0 if unknown.
+        where: The file and line of the framework's source that decides it.
+        why: The cause; empty if the message is the cause.
+        others: Other ways to fix it.
+        more: Links.
+    """
 
     prints: str | None
+    silent: bool
+    command: str
+    missing: list[str]
+    unexpected: list[str]
+    wrong: list[str]
+    layers: int
+    where: str
+    why: str
+    others: list[str]
+    more: list[str]
 
 
 class _Judgement(TypedDict):
     target: str
+    framework: str
     verdict: str
     message: str | None
 
@@ -720,7 +745,7 @@ class Diagnosis(_Diagnosis, total=False):
     Attributes:
         paths: As the user named them.
         error: With --error: the causes that were recognized.
-        advice: With --error: the keys, and the command that fixes it.
+        advice: With --error: the keys, the steps that fix it, and which of them are commands.
         fixed: With --fix or --in-place; null if there was nothing to fix.
     """
 

@@ -1,11 +1,11 @@
-"""What diagnosis, planning and verification say to a user."""
+"""What diagnosis, planning and verification tell a user."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 Severity = Literal["info", "warning", "error"]
-# what a finding of a reader is about, where a judge may say the same again with its effect
+# What a reader's finding is about, where a judge may report the same with its effect.
 Subject = Literal[
     "",
     "config sizes",
@@ -22,6 +22,40 @@ Subject = Literal[
 ]
 
 
+class Command(str):
+    """A command line that runs as it is. All other advice is prose."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What is behind a finding: the rows of the block that ``doctor`` prints.
+
+    Attributes:
+        missing: Tensors that the framework expects and the checkpoint does not have.
+        unexpected: Tensors that the checkpoint has and the framework does not expect.
+        wrong: Tensors and settings that differ, each with both values.
+        layers: In how many layers these tensors are missing, unexpected or wrong; 0 if unknown.
+        where: The file and line of the framework's source that decides it.
+        why: The cause, in full sentences. If empty, the finding's message is the cause.
+        others: Other ways to fix it.
+        more: Links.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    layers: int = 0
+    where: str = ""
+    why: str = ""
+    others: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+
+
+NO_DETAILS = Details()
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing worth knowing about a checkpoint, a plan or a result.
@@ -30,8 +64,9 @@ class Finding:
         code: A stable name for this kind of finding. It is printed, and no code decides by it.
         severity: How bad it is.
         message: What it is, as a sentence without its period.
-        remedy: What to do about it; may be empty.
+        remedy: What to do about it: a ``Command``, prose, or nothing.
         subject: What it is about. Of two findings on one subject, ``unrepeated`` shows one.
+        details: What is behind it, where that is known.
     """
 
     code: str
@@ -39,12 +74,13 @@ class Finding:
     message: str
     remedy: str = ""
     subject: Subject = field(default="", kw_only=True)
+    details: Details = field(default=NO_DETAILS, kw_only=True)
 
 
 def unrepeated(
     findings: Iterable[Finding], others: Iterable[Finding], shown: Iterable[Subject] = ()
 ) -> list[Finding]:
-    """The findings on subjects that ``others`` do not have: for showing two lists as one.
+    """The findings on subjects that ``others`` do not have, to show two lists as one.
 
     Args:
         findings: The list to shorten. A finding without a subject always stays.
@@ -60,9 +96,12 @@ DroppedKind = Literal["optimizer", "inv_freq", "setting", "stray", "other"]
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Something of the source that isn't in the target, and why.
+    """A part of the source that the target does not contain, and why.
 
-    kind: what it is, for code; the reason is for people.
+    Attributes:
+        name: What it is called in the source.
+        reason: Why it is dropped, for people.
+        kind: What it is, for code.
     """
 
     name: str

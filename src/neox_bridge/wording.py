@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 _MAX_MESSAGE_CHARACTERS = 4000
+_NAMES = frozenset({"transformers", "torch"})  # that have a small letter everywhere
 # C0 and C1 controls but for tabs and line ends; characters without a width, which hide differences;
 # separators of lines; what turns the direction of writing; tags
 _RANGES = (
@@ -85,6 +86,14 @@ def human(count: float) -> str:
 def plural(count: int, noun: str) -> str:
     """``1 file``, ``2 files``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def sentence(text: str) -> str:
+    """The text as a sentence. A name at its start, such as config.json, keeps its small letter."""
+    first = text.partition(" ")[0]
+    if first.isalpha() and first not in _NAMES:
+        text = text[0].upper() + text[1:]
+    return text if text.endswith((".", "?", "!", ":")) else f"{text}."
 
 
 def some(names: list[str], most: int = 6) -> str:

@@ -220,7 +220,7 @@ def test_the_other_commands_know_it(tmp_path: Path) -> None:
     assert say("verify", str(GENUINE), str(ssm))[0] == 0
     assert "kind        Hugging Face, mamba_ssm format" in say("inspect", str(ssm))[1]
     code, said = say("doctor", str(ssm), "--for", "transformers")
-    assert (code, "mamba_ssm's, which transformers doesn't read" in said) == (4, True)
+    assert (code, "mamba_ssm's, which transformers does not read" in said) == (4, True)
     assert say("doctor", str(ssm), "--fix", str(tmp_path / "fixed"))[0] == 0
     assert say("doctor", str(tmp_path / "fixed"), "--for", "transformers")[0] == 0
     code, said = say("verify", str(GENUINE), str(ssm), "--logits")

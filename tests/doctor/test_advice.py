@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from common import convert, fixture, make_hf, step_of
+from safetensors.torch import load_file, save_file
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
@@ -108,13 +109,213 @@ def test_its_page(tmp_path: Path, hf: Path) -> None:
     assert done.exit_code == 0, done.output
     block, _ = done.stdout.split("\n\n")
     lines = block.splitlines()
-    assert lines[0] == f"error: {root} does not load"
+    assert lines[0] == f"error: {root} does not load in GPT-NeoX 2024-03"
     words = [line.split()[0] for line in lines[1:]]
-    assert words == ["missing", "unexpected", "why", "why", "fix", "more", "more"]
+    assert words == ["missing", "unexpected", "why", "why", "fix", "more", "more", "more"]
     bare = CliRunner().invoke(app, ["doctor", "--error", "-", "--json"], input=FIRST)
     facts = json.loads(bare.stdout)
     assert [cause["code"] for cause in facts["error"]] == ["neox-inv-freq", "neox-mlp-names"]
     assert facts["advice"]["fix"].endswith("--to neox --for neox@2024-03")
+
+
+def test_the_first_case_is_explained(hf: Path, tmp_path: Path, trees: Mapping[str, Path]) -> None:
+    """Who changed what and when, why it is harmless, how to fix either side, with real paths."""
+    root, tree = tmp_path / "neox", tmp_path / "gpt-neox"
+    convert(hf, root, era=era_named("2024-09"))  # only the buffer is missing
+    shutil.copytree(trees["2024-03"], tree)
+    text = f'  File "{tree}/megatron/checkpointing.py", line 1, in load\n{ONLY}\n'
+    (tmp_path / "traceback.txt").write_text(text)
+    words = ["doctor", str(root), "--error", str(tmp_path / "traceback.txt")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    head, *rows = done.stdout.split("\n\n")[0].splitlines()
+    assert head == f"error: {root} does not load in GPT-NeoX at {tree}"
+    labels = [row.split()[0] for row in rows]
+    assert labels == ["missing", "why", "fix", "or", "or", "more", "more"]
+    shown = dict(zip(labels, rows, strict=True))
+    assert "attention.rotary_emb.inv_freq (2 layers)" in shown["missing"]
+    for fact in (
+        "GPT-NeoX stopped storing it in e109bf5e (#1168, 2024-03-04)",
+        "transformers in 4.35 (#25830, 2023-11-02)",
+        "not learned: inv_freq = 1 / rotary_emb_base ** (arange(0, dim, 2) / dim)",
+    ):
+        assert fact in shown["why"], fact
+    for row in rows:  # the fix of either side
+        if "neox-bridge" in row:
+            shutil.rmtree(f"{root}-fixed", ignore_errors=True)
+            command = row.split(maxsplit=1)[1]
+            run(command)
+            loaded = root if " patch " in command else Path(f"{root}-fixed")
+            assert judged(loaded, f"neox:{tree}").answer == "loads", command
+    assert sum("neox-bridge patch" in row for row in rows) == 1
+    again = CliRunner().invoke(app, ["doctor", str(root), "--error", "-", "--json"], input=ONLY)
+    advice = json.loads(again.stdout)["advice"]
+    assert advice["unnamed"] == ["TREE"]
+    named = [*words[:2], "--error", "-", "--for", f"neox:{tree}", "--json"]
+    advice = json.loads(CliRunner().invoke(app, named, input=ONLY).stdout)["advice"]
+    assert f"neox-bridge patch {tree}   # lets the tree load both kinds" in advice["commands"]
+    assert (advice["layers"], advice["unnamed"]) == (2, [])
+
+
+ONE_RANK = (  # a file a rank, loaded by a tree of March 2024 with other padding
+    "RuntimeError: Error(s) in loading state_dict for SequentialWrapper:\n"
+    '\tMissing key(s) in state_dict: "sequential.2.attention.rotary_emb.inv_freq", '
+    '"sequential.2.mlp.dense_h_to_4h.weight", "sequential.3.attention.rotary_emb.inv_freq", '
+    '"sequential.3.mlp.dense_h_to_4h.weight".\n'
+    '\tUnexpected key(s) in state_dict: "sequential.2.mlp.linear1.weight", '
+    '"sequential.3.mlp.linear1.weight".\n'
+    "\tsize mismatch for sequential.0.word_embeddings.weight: copying a param with shape "
+    "torch.Size([300, 48]) from checkpoint, the shape in current model is torch.Size([512, 48]).\n"
+)
+
+
+def test_several_causes_have_one_command(hf: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    convert(hf, root, layout="ranks")
+    advice = advised(ONE_RANK, root)
+    assert [cause.code for cause in advice.causes] == [
+        *("neox-inv-freq", "neox-mlp-names", "vocabulary-rows")
+    ]
+    assert advice.steps == (advice.fix,)
+    assert "--for neox@2024-03 --vocab-multiple 512" in advice.fix
+    assert advice.layers == 2
+    assert advice.wrong == ("sequential.0.word_embeddings.weight: [300, 48], [512, 48] expected",)
+    assert advise(ONE_RANK).layers == 2  # type: ignore[union-attr]
+    run(advice.fix)
+    written = open_checkpoint(str(target_of(advice.fix)))
+    assert judge(written, target_named("neox@2024-03")).answer == "loads"
+    assert written.config.dims["vocab"] == 512
+
+
+def test_what_no_command_fixes_is_a_step_of_its_own(hf: Path, tmp_path: Path) -> None:
+    """The command alone would end in the message about the norms."""
+    convert(hf, tmp_path / "run")
+    norms = 'Missing key(s) in state_dict: "input_layernorm.scale", "attention.rotary_emb.inv_freq"'
+    text = f'{norms}.\nUnexpected key(s) in state_dict: "input_layernorm.weight".'
+    advice = advised(text, tmp_path / "run")
+    assert advice.steps == (advice.fix, "in the yml: norm: layernorm")
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "run"), "--error", "-"], input=text)
+    labels = [row.split()[0] for row in done.stdout.split("\n\n")[0].splitlines()[1:]]
+    assert labels.index("then") == labels.index("fix") + 1
+
+
+def test_another_number_of_tensor_parallel_ranks(hf: Path, tmp_path: Path) -> None:
+    """Attention and MLP differ by one factor: TP does, and not the heads and the width."""
+    convert(hf, tmp_path / "run", tp=2, era=era_named("2024-09"))
+    stored = {"attention.query_key_value.weight": (72, 48), "mlp.dense_h_to_4h.weight": (96, 48)}
+    text = "".join(
+        f"size mismatch for {key}: copying a param with shape torch.Size([{rows}, {width}]) from "
+        f"checkpoint, the shape in current model is torch.Size([{rows * 2}, {width}]).\n"
+        for key, (rows, width) in stored.items()
+    )
+    alone = advised(text)
+    assert [cause.code for cause in alone.causes] == ["tensor-parallel"]
+    assert "--tp N" in alone.fix
+    advice = advised(text, tmp_path / "run")
+    assert advice.fix.endswith("--to neox --tp 1")
+    assert "in the yml: model_parallel_size: 2" in advice.others
+    run(advice.fix)
+    written = open_checkpoint(str(target_of(advice.fix)))
+    assert written.neox is not None
+    assert written.neox.tp == 1
+    other = text.replace("[192, 48]", "[64, 48]")  # the width differs too
+    assert {cause.code for cause in advised(other).causes} == {"query-key-value-rows", "mlp-width"}
+
+
+def test_settings_are_those_of_the_checkpoint(hf: Path, tmp_path: Path) -> None:
+    convert(hf, tmp_path / "run")
+    text = (ROOT / "tests" / "data" / "messages" / "neox_gqa.txt").read_text()
+    step = "in the yml: num_attention_heads: 12, model_parallel_size: 1, no num_kv_heads"
+    assert advised(text, tmp_path / "run").fix == step
+    assert advised(text).fix.endswith("model_parallel_size as when the checkpoint was saved")
+
+
+def test_a_folder_of_transformers_has_one_command_too(hf: Path, tmp_path: Path) -> None:
+    """A warning about masks, another name of the head, and a size that config.json denies."""
+    folder = Path(shutil.copytree(hf, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 320}))
+    names = "['lm_head.weight', 'gpt_neox.layers.0.attention.masked_bias']"
+    text = (
+        "Some weights of the model checkpoint at x were not used when initializing "
+        f"GPTNeoXForCausalLM: {names}\n"
+        "Some weights of GPTNeoXForCausalLM were not initialized from the model checkpoint at x "
+        "and are newly initialized: ['embed_out.weight']\n"
+        "size mismatch for gpt_neox.embed_in.weight: copying a param with shape torch.Size([300, "
+        "48]) from checkpoint, the shape in current model is torch.Size([320, 48]).\n"
+    )
+    advice = advised(text, folder)
+    assert {cause.code for cause in advice.causes} == {"hf-lm-head", "hf-masks", "vocabulary-rows"}
+    assert advice.unexpected[1] == "gpt_neox.layers.*.attention.masked_bias"
+    assert advice.steps == (f"neox-bridge doctor {folder} --fix {folder}-fixed",)
+    assert judged(folder, "transformers@4.48").answer == "fails"
+    run(advice.fix)
+    assert judged(target_of(advice.fix), "transformers@4.48").answer == "loads"
+
+
+def test_left_over_files_are_fixed_by_a_command(hf: Path, tmp_path: Path) -> None:
+    convert(hf, tmp_path / "run")
+    convert(hf, tmp_path / "larger", pp=2)
+    shutil.copy(
+        step_of(tmp_path / "larger") / "mp_rank_01_model_states.pt", step_of(tmp_path / "run")
+    )
+    text = (ROOT / "tests" / "data" / "messages" / "neox_mp_world_size.txt").read_text()
+    advice = advised(text, tmp_path / "run")
+    for command in (advice.fix, *advice.others):
+        run(command)
+        written = target_of(command)
+        assert judged(written, "today").answer == "loads", command
+        shutil.rmtree(written)
+
+
+def test_states_of_another_form_and_number_of_ranks(tmp_path: Path) -> None:
+    text = f"{ZERO}AssertionError: Empty ds_version in checkpoint, not clear how to proceed"
+    advice = advised(text, "run")
+    assert advice.steps == ("neox-bridge reshard run run-fixed --for today --dp 1",)
+
+
+def test_findings_have_their_facts_as_fields(hf: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    convert(hf, root)
+    words = ["doctor", str(root), "--json"]
+    done = CliRunner().invoke(app, [*words, "--for", "neox@2024-03"])
+    (checkpoint,) = json.loads(done.stdout)["checkpoints"]
+    buffer, names = checkpoint["findings"][:2]
+    assert buffer["command"] == buffer["remedy"] == names["command"]
+    run(buffer["command"])
+    assert "mlp.linear1.weight" in names["unexpected"]
+    assert {INV_FREQ, "mlp.dense_h_to_4h.weight"} <= set(buffer["missing"])
+    assert (buffer["layers"], buffer["silent"]) == (2, False)
+    assert buffer["more"][0].endswith("/gpt-neox/pull/1168")
+    assert checkpoint["verdicts"][0]["framework"] == "GPT-NeoX 2024-03"
+    everywhere = json.loads(CliRunner().invoke(app, words).stdout)["checkpoints"][0]
+    assert [verdict["verdict"] for verdict in everywhere["verdicts"]].count("fails") == 3
+
+
+def test_where_it_fails_the_command_that_explains_it_is_named(hf: Path, tmp_path: Path) -> None:
+    convert(hf, tmp_path / "run")
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "run")])
+    (command,) = re.findall(r"^  run  (.*)$", done.stdout, re.M)
+    again = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert again.exit_code == 4
+    assert again.stdout.splitlines()[1].startswith("error: ")
+
+
+def test_a_path_below_the_current_folder_stays_short(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(hf, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run-fixed").mkdir()
+    done = CliRunner().invoke(app, ["doctor", "run", "--for", "neox@2024-03"])
+    assert "error: run does not load in GPT-NeoX 2024-03\n" in done.stdout
+    command = "neox-bridge doctor run --for neox@2024-03 --fix run-fixed-2"
+    assert f"  fix         {command}\n" in done.stdout
+    run(command)
 
 
 def test_inv_freq_store_alone_says_which_trees_load_it(hf: Path, tmp_path: Path) -> None:
@@ -169,6 +370,7 @@ def test_every_source_in_every_tree(
         run(command)
         again = judged(target_of(command), target)
         assert again.answer != "fails", (command, again.message)
+        shutil.rmtree(target_of(command))  # each is the way out alone
 
 
 @pytest.mark.parametrize("tree", ERAS)

@@ -331,7 +331,10 @@ def test_the_order_of_grouped_queries_can_be_told(
             prog_name="neox-bridge",
         )
     assert end.value.code == 4
-    assert "are interleaved, and this GPT-NeoX reads them grouped" in capsys.readouterr().out
+    assert (
+        "are by query head, and this GPT-NeoX reads them as all q, all k, all v"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("era", ERA_NAMES)
@@ -391,7 +394,7 @@ def test_one_spelling_of_rope(
     found = judged(folder, f"transformers@{version}")
     assert found.answer == answer
     if answer == "fails":
-        assert "rotary_pct 0.25 where the model has 0.5" in found.message
+        assert "rotary_pct 0.25, and the model has 0.5" in found.message
         assert found.message.startswith("(nothing)")
 
 
@@ -585,7 +588,9 @@ def test_the_page_is_for_people(hf: Path, tmp_path: Path) -> None:
     root = neox(hf, tmp_path, "2024-03")
     text = CliRunner().invoke(app, ["doctor", str(root), "--for", "today", "--compare"]).stdout
     assert "neox@today: fails\n    RuntimeError: Error(s) in loading state_dict" in text
-    assert f"\n  fix  neox-bridge doctor {root} --for neox@today --fix {root}-fixed" in text
+    assert (
+        f"\n  fix         neox-bridge doctor {root} --for neox@today --fix {root}-fixed\n" in text
+    )
     assert "RoPE base" in text
     assert "written by neox-bridge" in text
 

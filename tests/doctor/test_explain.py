@@ -259,7 +259,8 @@ def test_every_named_option_exists() -> None:
         texts += [advice.fix, *advice.others]
     texts += [change.remedy for change in CHANGES]
     help_text = "".join(
-        CliRunner().invoke(app, [command, "--help"]).stdout for command in ("convert", "reshard")
+        CliRunner().invoke(app, [command, "--help"]).stdout
+        for command in ("convert", "reshard", "doctor")
     )
     for text in texts:
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):

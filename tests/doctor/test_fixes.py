@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,6 +109,72 @@ def test_every_fixture_for_every_tree(
     assert doctor(out, "--for", target, "--fix", tmp_path / "again").startswith("nothing to fix")
 
 
+def listed(*args: object) -> dict[str, dict[str, Any]]:
+    """What --dry-run lists, by the path of the file; it writes nothing."""
+    facts = json.loads(doctor(*args, "--dry-run", "--json"))["mended"]
+    assert not Path(facts["path"]).exists() or "--in-place" in args
+    return {change["path"]: change for change in facts["changes"]}
+
+
+def edits(change: dict[str, Any], kind: str) -> set[tuple[str, str, int]]:
+    return {(e["before"], e["after"], e["count"]) for e in change["edits"] if e["kind"] == kind}
+
+
+@pytest.mark.parametrize("pp", [0, 1])
+@pytest.mark.parametrize(("era", "target"), [("2024-03", "today"), ("today", "neox@2024-03")])
+def test_changes_are_listed_before_anything_is_written(
+    era: str, target: str, pp: int, tmp_path: Path
+) -> None:
+    """Each key that differs afterwards, in the file that has it, with its shape, old and new."""
+    root = neox(tmp_path, era, pp=pp)
+    edit_yml(root, gas=4)
+    before = {key: list(value.shape) for key, value in neox_ranks(root)[0].items()}
+    changes = listed(root, "--for", target, "--fix", tmp_path / "out")
+    text = doctor(root, "--for", target, "--fix", tmp_path / "out")
+    after = {key: list(value.shape) for key, value in neox_ranks(tmp_path / "out")[0].items()}
+    layers = [c for c in changes.values() if any("mlp." in e["before"] for e in c["edits"])]
+    assert len(layers) == (1 if pp == 0 else 2)
+    old, new = (
+        {f"{k.partition('.')[2]} {v}" for k, v in side.items() if k.partition(".")[2] not in other}
+        for side, other in (
+            (before, {key.partition(".")[2] for key in after}),
+            (after, {key.partition(".")[2] for key in before}),
+        )
+    )
+    for change in layers:
+        assert {b for b, _, _ in edits(change, "renamed") | edits(change, "removed")} == old
+        assert {a for _, a, _ in edits(change, "renamed") | edits(change, "added")} == new
+        assert {count for _, _, count in edits(change, "renamed")} == {2 if pp == 0 else 1}
+    for edit in layers[0]["edits"]:
+        times = " (2 times)" if pp == 0 else ""
+        shown = " → ".join(filter(None, (edit["before"], edit["after"])))
+        assert re.search(rf"^  {edit['kind']} +{re.escape(shown + times)}$", text, re.M), shown
+    yml = changes["global_step0/configs/neox_bridge.yml"]
+    keys = edits(yml, "removed") | edits(yml, "changed") | edits(yml, "added")
+    assert ("gas: 4", "", 1) in keys
+    wanted = {k for k in neox_config(root) if neox_config(tmp_path / "out").get(k) is None}
+    assert {b.partition(":")[0] for b, _, _ in edits(yml, "removed")} == wanted
+    assert text.index("gas: 4") < text.index("fixed ")
+
+
+def test_listed_changes_are_those_of_files(tmp_path: Path) -> None:
+    """Every file that differs is listed, and no other."""
+    root = neox(tmp_path, "2024-03")
+    states = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": {"ds_version": "0.16.5"}}, step_of(root) / states)
+    changes = listed(root, "--for", "today", "--in-place", "--drop-optimizer")
+    before = digests(root)
+    doctor(root, "--for", "today", "--in-place", "--drop-optimizer")
+    after = digests(root)
+    differing = {path for path in before | after if before.get(path) != after.get(path)}
+    removed = {f"global_step0/{p}" for p, c in changes.items() if c["kind"] == "removed"}
+    assert removed == {f"global_step0/{states}"}
+    rewritten = {path for path, change in changes.items() if change["kind"] == "rewritten"}
+    assert differing - rewritten - removed == {
+        path for path, change in changes.items() if change["kind"] in ("changed", "added")
+    }
+
+
 def test_there_and_back_is_the_same_checkpoint(tmp_path: Path) -> None:
     root = neox(tmp_path, "2024-03", tp=2)
     doctor(root, "--for", "today", "--fix", tmp_path / "new")
@@ -168,9 +235,16 @@ def test_rows_that_the_tokenizer_doesn_t_give(tmp_path: Path) -> None:
     vocabulary.update({f"t{i}": i for i in range(290, 310)})
     tokenizer.write_text(json.dumps({"model": {"vocab": vocabulary}}))
     assert answer(root, "today") == "fails"
+    changes = listed(root, "--for", "today", "--fix", tmp_path / "out")
     doctor(root, "--for", "today", "--fix", tmp_path / "out")
     assert answer(tmp_path / "out", "today") == "loads"
     old, new = neox_ranks(root)[0], neox_ranks(tmp_path / "out")[0]
+    for name, number in (("word_embeddings.weight", 0), ("final_linear.weight", 6)):
+        change = changes[f"global_step0/layer_{number:02}-model_00-model_states.pt"]
+        shapes = [list(side[f"{number}.{name}"].shape) for side in (old, new)]
+        assert edits(change, "changed") == {(f"{name} {shapes[0]}", f"{shapes[1]}", 1)}
+    args = changes["global_step0/mp_rank_00_model_states.pt"]
+    assert ("padded_vocab_size: 300", f"{shapes[1][0]}", 1) in edits(args, "changed")
     assert torch.equal(new["0.word_embeddings.weight"][:300], old["0.word_embeddings.weight"])
 
 
@@ -300,6 +374,29 @@ def test_an_old_folder_loses_buffers_and_gains_spellings(tmp_path: Path) -> None
     assert (out / "sub" / "notes.txt").read_text() == "mine"
     assert not (out / "pytorch_model.bin").exists()
     assert doctor(out, "--fix", tmp_path / "again").startswith("nothing to fix")
+
+
+def test_changes_of_an_old_folder_are_listed(tmp_path: Path) -> None:
+    folder = old_hf(tmp_path)
+    changes = listed(folder, "--for", "transformers@5.5", "--fix", tmp_path / "out")
+    old = changes["pytorch_model.bin"]
+    assert old["kind"] == "removed"
+    layer = "gpt_neox.layers.*.attention."
+    assert edits(old, "removed") == {
+        (f"{layer}bias [1, 1, 32, 32]", "", 2),
+        (f"{layer}masked_bias []", "", 2),
+        (f"{layer}rotary_emb.inv_freq [3]", "", 2),
+    }
+    config = changes["config.json"]
+    assert ("", 'dtype: "float32"', 1) in edits(config, "added")
+    assert (changes["model.safetensors"]["kind"], changes["model.safetensors"]["edits"]) == (
+        "added",
+        [],
+    )
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": 400}))
+    config = listed(folder, "--fix", tmp_path / "out")["config.json"]
+    assert ("vocab_size: 400", "300", 1) in edits(config, "changed")
 
 
 def test_one_spelling_only_rewrites_config_json(tmp_path: Path) -> None:

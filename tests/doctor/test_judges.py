@@ -129,7 +129,7 @@ def test_keys_of_the_yml(pythia: Checkpoint) -> None:
     assert finding.remedy == fix_command(risky, fewer)
     assert " --ignore-key rotary_pct" in finding.remedy
     assert finding.message.endswith("A copy without it may be another model")
-    assert "it refuses them: rotary_pct (args.py:3)" in one.finding.message
+    assert "does not know and rejects: rotary_pct (args.py:3)" in one.finding.message
     assert one.prints.endswith("unexpected keyword argument 'rotary_pct'")
     refused = DuplicateKey("seed", "a.yml", "b.yml", (1, 2), True)
     for refuses, severity in ((True, "error"), (False, "info")):
@@ -186,11 +186,12 @@ def test_what_is_said_of_the_buffer(pythia: Checkpoint) -> None:
             f"(unless the yml says {flag}: true): loading is strict" in one.finding.message
         ) is has_way
     one = of(judge_neox(with_raw(pythia, **{flag: True}), tree("today")), "inv-freq-missing")
-    assert one.finding.message.startswith(f"the yml's {flag}: true asks for inv_freq")
+    assert one.finding.message.startswith(f"the yml says {flag}: true, and the checkpoint")
     assert said(judge_neox(with_raw(stored, **{flag: True}), tree("today"))) == {}
     facts = tree("today", buffer="always", places={"inv_freq": "p.py:7"})
     one = of(judge_neox(pythia, facts), "inv-freq-missing")
-    assert one.finding.message.startswith("this GPT-NeoX stores inv_freq (p.py:7) and")
+    assert one.finding.message.startswith("this GPT-NeoX stores inv_freq (p.py:7), and")
+    assert one.finding.details.where == "p.py:7"
     plain = with_raw(pythia, pos_emb="learned")
     assert stores_inv_freq(plain, facts) is False
     assert stores_inv_freq(pythia, facts) is True
@@ -201,10 +202,10 @@ def test_what_is_said_of_the_buffer(pythia: Checkpoint) -> None:
 
 def test_a_gated_mlp_has_other_old_names(pythia: Checkpoint, llama: Checkpoint) -> None:
     dense = tree("today", mlp_names="dense")
-    assert "the MLP dense_h_to_4h and dense_4h_to_h, the checkpoint linear1 and linear2" in (
+    assert "the MLP dense_h_to_4h and dense_4h_to_h, and the checkpoint linear1 and linear2" in (
         of(judge_neox(pythia, dense), "mlp-names").finding.message
     )
-    assert "the MLP w1, w2 and w3, the checkpoint linear1 and linear2" in (
+    assert "the MLP w1, w2 and w3, and the checkpoint linear1 and linear2" in (
         of(judge_neox(llama, dense), "mlp-names").finding.message
     )
 
@@ -241,14 +242,14 @@ def test_biases_that_the_yml_does_not_give(
     for one in cases:
         is_mlp = "use_bias_in_mlp" in raw
         assert one.finding.remedy == (
-            "name a GPT-NeoX since 2024-10 with `era=`" if is_mlp else "correct the yml"
+            "use a GPT-NeoX since 2024-10, and name it with `era=`" if is_mlp else "correct the yml"
         )
 
 
 def test_the_biases_of_a_block_are_named(pythia: Checkpoint) -> None:
     one = of(judge_neox(with_config(pythia, norm_bias=False), tree("today")), "biases")
     names = "input_layernorm.bias, post_attention_layernorm.bias"
-    assert one.finding.message.endswith(f"this GPT-NeoX give: {names}")
+    assert one.finding.message.endswith(f"of the yml in this GPT-NeoX: {names}")
     keys = '"input_layernorm.bias", "post_attention_layernorm.bias"'
     assert one.prints.endswith(f"Missing key(s) in state_dict: {keys}. ")
 
@@ -256,7 +257,7 @@ def test_the_biases_of_a_block_are_named(pythia: Checkpoint) -> None:
 def test_old_trees_always_have_biases_in_a_plain_mlp(pythia: Checkpoint) -> None:
     bare = with_config(pythia, mlp_bias=False)
     one = of(judge_neox(bare, tree("2024-09")), "biases")
-    assert "give: the MLP has none" in one.finding.message
+    assert "in this GPT-NeoX: the MLP has none" in one.finding.message
     assert "biases" not in said(judge_neox(pythia, tree("2024-09")))
 
 
@@ -292,7 +293,7 @@ def test_an_mlp_of_another_width(bias: bool, pythia: Checkpoint, llama: Checkpoi
     other = with_raw(with_config(pythia, mlp_bias=bias), **raw)
     cases = list(judge_neox(other, tree("today")))
     assert of(cases, "mlp-width").finding.message == (
-        f"the MLP is {wide} wide, and the yml makes it {wide + 8}"
+        f"the MLP is {wide} wide, and {wide + 8} wide by the yml"
     )
     assert of(cases, "mlp-width").finding.remedy == f"set intermediate_size: {wide} in the yml"
     half, want = wide // 2, (wide + 8) // 2
@@ -313,8 +314,8 @@ def test_an_mlp_of_another_width(bias: bool, pythia: Checkpoint, llama: Checkpoi
     narrow = with_config(pythia, dims={**pythia.config.dims, "ffn": wide - 8})
     four = tree("today", plain_mlp_4h=True)
     one = of(judge_neox(narrow, four), "mlp-width")
-    assert f"the MLP is {wide - 8} wide, and this GPT-NeoX builds plain MLPs" in one.finding.message
-    assert f"the model, {wide}, whatever" in one.finding.message
+    assert f"the MLP is {wide - 8} wide, and this GPT-NeoX always builds" in one.finding.message
+    assert f"as wide as the model, here {wide}" in one.finding.message
 
 
 def test_the_rows_of_the_vocabulary(pythia: Checkpoint) -> None:
@@ -404,7 +405,7 @@ def test_the_unknown_order_says_what_the_tree_reads(llama: Checkpoint) -> None:
     unknown = with_state(llama, gqa_order_known=False)
     for order, words in (("grouped", "as all q, all k, all v"), ("interleaved", "by query head")):
         one = of(judge_neox(unknown, tree("today", gqa_order=order)), "gqa-order-unknown")
-        assert f"this GPT-NeoX reads them {words}, and" in one.finding.message
+        assert f"This GPT-NeoX reads them {words}. If" in one.finding.message
 
 
 @pytest.mark.parametrize(
@@ -478,7 +479,7 @@ def test_a_size_that_the_tensors_deny(family: str, by: int, hf: dict[str, Checkp
         told = dims[dim] + by
         one = of(judge_hf(with_raw(hf[family], **{key: told}), version("5.5")), "config-size")
         assert one.finding.message == (
-            f"config.json says {key}: {told}, and the tensors say {dims[dim]}"
+            f"config.json says {key}: {told}, and the tensors have {dims[dim]}"
         )
         assert one.finding.severity == "error"
         assert f"model is torch.Size([{told}" in one.prints or f", {told}])" in one.prints
@@ -513,7 +514,7 @@ def test_what_old_versions_leave_out_of_a_llama(hf: dict[str, Checkpoint]) -> No
     for model, old, new in ((other_base, "4.32", "4.33"), (biased, "4.33", "4.34")):
         cases = list(judge_hf(model, version(old)))
         assert said(cases) == {"llama-ignored": "error"}
-        assert f"transformers {old} leaves out" in cases[0].finding.message
+        assert f"transformers {old} ignores" in cases[0].finding.message
         assert said(judge_hf(model, version(new))) == {}
         assert llama_ignores("llama", model.config, version(old))
         assert llama_ignores("qwen2", model.config, version(old)) == []
@@ -547,7 +548,7 @@ def test_biases_that_transformers_makes_up(hf: dict[str, Checkpoint]) -> None:
     assert one.finding.remedy == "use transformers 4.37 or newer"
     assert said(judge_hf(with_raw(bare, attention_bias=False), version("4.37"))) == {}
     one = of(judge_hf(bare, version("4.37")), "biases")
-    assert "doesn't say attention_bias: false" in one.finding.message
+    assert "does not say attention_bias: false" in one.finding.message
     assert "gpt_neox.layers.0.attention.dense.bias" in one.prints
     for flag, key in (("mlp_bias", "mlp.dense_h_to_4h.bias"), ("norm_bias", "layernorm.bias")):
         one = of(judge_hf(with_config(whole, **{flag: False}), version("5.5")), "biases")
@@ -574,7 +575,7 @@ def test_names_that_transformers_does_not_find(hf: dict[str, Checkpoint]) -> Non
     assert "contain `module.`, `_orig_mod.`, which" in one.finding.message
     cases = list(judge_hf(replace(hf["gpt_neox"], unindexed=True), version("5.5")))
     assert said(cases) == {"no-index": "error"}
-    assert cases[0].finding.message.startswith("1 shards have no index file")
+    assert cases[0].finding.message.startswith("the folder has 1 shard and no index file")
 
 
 # --- targets
@@ -1045,6 +1046,6 @@ def test_buffers_that_are_stored(hf: dict[str, Checkpoint], tmp_path: Path) -> N
         for name, read in (("4.34", True), ("4.35", False)):
             one = of(judge_hf(opened, version(name)), "inv-freq-stored")
             assert ("--recompute" in one.finding.remedy) is recompute
-            assert ("it is read" in one.finding.message) is read
+            assert ("4.34 reads it" in one.finding.message) is read
             assert one.finding.severity == ("warning" if read and recompute else "info")
     assert isinstance(next(iter(opened.tensors.values())).pieces[0].source, TensorRef)

@@ -297,7 +297,7 @@ def test_doctor_says_which_version_computes_what(tmp_path: Path) -> None:
         (case,) = (f for f in told["checkpoints"][0]["findings"] if f["code"] == "head-differs")
         texts[version] = case["message"]
         (way,) = re.findall(r"neox-bridge (convert \S+ \S+ --to hf --head keep)", case["remedy"])
-        assert "--head tie the other" in case["message"]
+        assert "--head tie the tied one" in case["message"]
         ways = [way, way.replace("--head keep", "--head tie")]
     for command in ways:
         words = shlex.split(command)

@@ -748,7 +748,7 @@ def test_what_today_s_gpt_neox_says_of_them(form: str, refusal: str, tmp_path: P
     ("form", "zero", "refusal"),
     [
         ("v1", {}, None),
-        ("v1", {"elastic_checkpoint": False}, "asks for others"),
+        ("v1", {"elastic_checkpoint": False}, "says otherwise"),
         ("v1 rigid", {}, "KeyError: 0"),
         ("v1 rigid", {"elastic_checkpoint": False}, None),
         ("stage 2 of 0.3.16", {}, None),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from neox_bridge.cli.block import cause_rows, evidence_rows, print_block, way_out_rows
 from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.errors import writing
 from neox_bridge.cli.options import Output, Source
@@ -18,16 +19,20 @@ from neox_bridge.cli.output import print_json, print_line, print_table, tell_fin
 from neox_bridge.cli.usage import wrong
 from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.findings import Command, Details
 from neox_bridge.option import FIX, inherited, option
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from neox_bridge.doctor.advice import Advice
-    from neox_bridge.doctor.verdict import Verdict
+    from neox_bridge.doctor.compare import Row as Comparison
+    from neox_bridge.doctor.fix_changes import FileChange
+    from neox_bridge.doctor.verdict import Case, Verdict
     from neox_bridge.frameworks.targets import Target
     from neox_bridge.layouts.checkpoint import Checkpoint
+    from neox_bridge.planning.plan import Plan
 
 _FAILS = 4
 _LONGEST = 400  # characters of a line that a framework printed
@@ -69,6 +74,9 @@ class DoctorOptions:
         "Fix PATH itself. It is replaced when the fixed copy is complete.",
         group=FIX,
         common=True,
+    )
+    dry_run: bool = option(
+        False, "Print what would change in each file and write nothing.", group=FIX, common=True
     )
     recompute: bool = option(
         False,
@@ -134,16 +142,18 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
             print_json(report)
         return
     report.setdefault("checkpoints", [])
+    loads = True
     for number, path in enumerate(paths):
-        facts = _examine(path, reading, options)
-        report["checkpoints"].append(facts)
+        examination = _examine(path, reading, options)
+        loads = loads and examination.loads
+        report["checkpoints"].append(_facts(examination, options.target is not None))
         if not as_json:
             if number or options.error is not None:
                 print()
-            _print(facts)
+            _print(examination, path)
     if as_json:
         print_json(report)
-    if not all(facts["loads"] for facts in report["checkpoints"]):
+    if not loads:
         sys.stdout.flush()
         raise click.exceptions.Exit(_FAILS)
 
@@ -162,7 +172,7 @@ def _check_applies(paths: Sequence[str], options: DoctorOptions) -> None:
             f"it takes one PATH, and there are {len(paths)}",
             "Run the command once for each.",
         )
-    more = given("recompute", "drop_optimizer", "ignore_keys")
+    more = given("dry_run", "recompute", "drop_optimizer", "ignore_keys")
     if more and not options.fixes:
         raise UsageError(more, "only for --fix and --in-place", "Add one of them.")
     if options.fixes and options.compare:
@@ -189,11 +199,26 @@ def _open(path: str, reading: Source) -> Checkpoint:
     return checkpoint
 
 
-def _examine(path: str, reading: Source, options: DoctorOptions) -> dict[str, Any]:
-    """Everything about one checkpoint, as plain data."""
+@dataclass(frozen=True, slots=True)
+class _Examination:
+    """What is known about one checkpoint. main: the verdict whose findings are shown."""
+
+    path: str
+    kind: str
+    main: Verdict
+    verdicts: Sequence[Verdict]
+    comparison: Sequence[Comparison] | None = None
+
+    @property
+    def loads(self) -> bool:
+        return any(verdict.answer != "fails" for verdict in self.verdicts)
+
+
+def _examine(path: str, reading: Source, options: DoctorOptions) -> _Examination:
+    from neox_bridge.doctor.compare import compare
     from neox_bridge.doctor.diagnose import cannot_open, judge, judge_all, own_target
     from neox_bridge.doctor.verdict import verdict
-    from neox_bridge.frameworks.targets import name_of
+    from neox_bridge.frameworks.targets import name_of, words_for
     from neox_bridge.layouts.head import drop_equal_head
 
     target = options.target
@@ -204,86 +229,112 @@ def _examine(path: str, reading: Source, options: DoctorOptions) -> dict[str, An
         if case is None:
             raise
         name = name_of(target) if target is not None else "any GPT-NeoX"
-        facts = _verdict(verdict(name, [case]))
-        return {
-            "path": os.path.abspath(path),
-            "kind": "neox",
-            "loads": False,
-            "findings": facts.pop("findings"),
-            "verdicts": [facts],
-        }
+        main = verdict(name, [case], words_for(target) if target is not None else name)
+        return _Examination(os.path.abspath(path), "neox", main, [main])
     checkpoint = drop_equal_head(checkpoint)  # compared once, not for every target
     main = judge(checkpoint, target or own_target(checkpoint))
-    verdicts = [main] if target is not None else judge_all(checkpoint)
-    facts = {
-        "path": checkpoint.path,
-        "kind": checkpoint.kind,
-        "loads": any(v.answer != "fails" for v in verdicts),
-        "findings": _verdict(main)["findings"],
-        "verdicts": [_verdict(v) for v in verdicts],
-    }
-    for entry in facts["verdicts"] if target is not None else ():
-        entry.pop("findings")
-    if options.compare:
-        from neox_bridge.doctor.compare import compare
+    return _Examination(
+        checkpoint.path,
+        checkpoint.kind,
+        main,
+        [main] if target is not None else judge_all(checkpoint),
+        compare(checkpoint) if options.compare else None,
+    )
 
-        facts["comparison"] = [asdict(row) for row in compare(checkpoint)]
+
+def _facts(examination: _Examination, named: bool) -> dict[str, Any]:
+    """Everything about one checkpoint as plain data. named: whether the user named a target."""
+    main = _verdict_facts(examination.main)
+    verdicts = [_verdict_facts(verdict) for verdict in examination.verdicts]
+    if named:
+        for entry in verdicts:
+            entry.pop("findings")
+    facts = {
+        "path": examination.path,
+        "kind": examination.kind,
+        "loads": examination.loads,
+        "findings": main["findings"],
+        "verdicts": verdicts,
+    }
+    if examination.comparison is not None:
+        facts["comparison"] = [asdict(row) for row in examination.comparison]
     return facts
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
     from neox_bridge.planning.report import finding_json
 
-    cases = sorted(verdict.cases, key=lambda case: _ORDER[case.finding.severity])
     return {
         "target": verdict.target,
+        "framework": verdict.framework,
         "verdict": verdict.answer,
         "message": verdict.message or None,
         "findings": [
-            {**finding_json(case.finding), "prints": case.prints or None} for case in cases
+            {
+                **finding_json(case.finding),
+                "command": case.finding.remedy if isinstance(case.finding.remedy, Command) else "",
+                **asdict(case.finding.details),
+                "prints": case.prints or None,
+                "silent": case.silent,
+            }
+            for case in _by_severity(verdict)
         ],
     }
 
 
-def _print(facts: dict[str, Any]) -> None:
-    print_line(facts["path"])
-    findings, verdicts = facts["findings"], facts["verdicts"]
-    judged = (v["target"] for v in verdicts if v.get("findings", findings) == findings)
-    if errors := [finding for finding in findings if finding["severity"] == "error"]:
-        head = f"error: {facts['path']} does not load in {next(judged)}"
-        _print_block(head, list(_causes(errors)))
-    for finding in findings[len(errors) :]:  # errors are first
-        fix = [("fix", finding["remedy"])] if finding["remedy"] else []
-        _print_block(f"{finding['severity']}: {finding['message']}", fix)
-    for entry in verdicts:
-        print_line(f"{entry['target']}: {entry['verdict']}")
-        for line in (entry["message"] or "").splitlines():
+def _by_severity(verdict: Verdict) -> list[Case]:
+    return sorted(verdict.cases, key=lambda case: _ORDER[case.finding.severity])
+
+
+def _print(examination: _Examination, path: str) -> None:
+    """The problems of a checkpoint as blocks, and where it loads. path: as the user wrote it."""
+    print_line(path)
+    main, verdicts = examination.main, examination.verdicts
+    findings = [case.finding for case in _by_severity(main)]
+    if errors := [finding for finding in findings if finding.severity == "error"]:
+        details = [finding.details for finding in errors]
+        rows = [
+            *evidence_rows(details),
+            *cause_rows(finding.details.why or finding.message for finding in errors),
+            *way_out_rows(
+                [finding.remedy for finding in errors if finding.remedy],
+                # What helps against one of several errors would end in the next one.
+                details[0].others if len(errors) == 1 else (),
+                [link for one in details for link in one.more],
+            ),
+        ]
+        print_block(f"error: {path} {main.headline}", rows)
+    for finding in findings[len(errors) :]:
+        steps = [finding.remedy] if finding.remedy else []
+        rows = list(way_out_rows(steps, finding.details.others, finding.details.more))
+        print_block(f"{finding.severity}: {finding.message}", rows)
+    shown: dict[str, str] = {}
+    for verdict in verdicts:
+        before = shown.setdefault(verdict.message, verdict.target)
+        same = verdict.message and before != verdict.target
+        is_explained = verdict is main and not any(case.prints for case in verdict.cases)
+        print_line(f"{verdict.target}: {verdict.answer}{f', as {before}' if same else ''}")
+        for line in () if same or is_explained else verdict.message.splitlines():
             line = line.strip()  # one may name every layer
             print_line(f"    {line[:_LONGEST]}{' …' if len(line) > _LONGEST else ''}")
-    if rows := facts.get("comparison"):
-        keys = ("feature", "neox", "transformers", "answer", "note")
-        titles = ("", "GPT-NeoX", "transformers", "", "")
+    if len(verdicts) > 1 and (failing := [v.target for v in verdicts if v.answer == "fails"]):
+        command = shlex.join(["neox-bridge", "doctor", path, "--for", failing[-1]])
+        print_block("note: --for explains a failure and how to fix it", [("run", Command(command))])
+    if examination.comparison is not None:
         print()
-        print_table([titles, *([row[key] for key in keys] for row in rows)])
-
-
-def _causes(errors: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Why each error is one, and what to do; what helps against several in a row stands once."""
-    for error, following in zip_longest(errors, errors[1:]):
-        yield "why", error["message"]
-        if error["remedy"] and (following is None or following["remedy"] != error["remedy"]):
-            yield "fix", error["remedy"]
-
-
-def _print_block(head: str, rows: Sequence[tuple[str, str]]) -> None:
-    print_line(head)
-    width = max((len(word) for word, _ in rows), default=0)
-    for word, words in rows:
-        print_line(f"  {word:<{width}}  {words}")
+        print_table(
+            [
+                ("", "GPT-NeoX", "transformers", "", ""),
+                *(
+                    (row.feature, row.neox, row.transformers, row.answer, row.note)
+                    for row in examination.comparison
+                ),
+            ]
+        )
 
 
 def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> dict[str, Any]:
-    """What a pasted traceback tells, and the command that fixes it."""
+    """What a pasted traceback means, and the command that fixes it."""
     from neox_bridge.doctor.advice import advise
     from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.layouts.text_files import LARGE_BYTES, read_text
@@ -299,31 +350,36 @@ def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> di
     if not as_json:
         _print_advice(advice, path)
     facts = asdict(advice)
-    return {"error": facts.pop("causes"), "advice": facts}
+    ways = (*advice.steps, *advice.others)
+    facts["commands"] = [way for way in ways if isinstance(way, Command)]
+    causes = [
+        {**cause, "more": " ".join(cause["more"][:1]), "links": cause["more"]}
+        for cause in facts.pop("causes")
+    ]
+    return {"error": causes, "advice": facts}
 
 
 def _print_advice(advice: Advice, path: str) -> None:
     """What is wrong, why, the one command, other ways and links."""
-    rows: list[tuple[str, str]] = []
-    for word, keys in (("missing", advice.missing), ("unexpected", advice.unexpected)):
-        if keys:
-            rows.append((word, some(list(keys), 6)))
-    for cause in advice.causes:
-        rows.append(("why", cause.cause))
-        if not advice.fix:
-            rows.append(("fix", cause.remedy))
-    rows += [("fix", advice.fix)] if advice.fix else []
-    rows += [("or", other) for other in advice.others]
-    rows += [("more", link) for link in advice.more]
-    if not path and "CHECKPOINT" in f"{advice.fix}{advice.causes[0].remedy}":
-        rows.append(("note", "add the checkpoint's path to this command to see it filled in"))
-    _print_block(f"error: {path or 'the checkpoint'} does not load", rows)
+    details = Details(advice.missing, advice.unexpected, advice.wrong, advice.layers)
+    rows = [
+        *evidence_rows([details]),
+        *cause_rows(cause.cause for cause in advice.causes),
+        *way_out_rows(advice.steps, advice.others, advice.more),
+    ]
+    if advice.unnamed:
+        options = {"CHECKPOINT": "PATH", "TREE": "--for neox:TREE"}
+        names = " and ".join(options[word] for word in advice.unnamed)
+        rows.append(("note", f"Add {names} to this command, and its commands have your paths."))
+    where = f" in {advice.framework}" if advice.framework else ""
+    print_block(f"error: {path or 'the checkpoint'} does not load{where}", rows)
 
 
 def _fix(
     checkpoint: Checkpoint, options: DoctorOptions, given_yml: bool, as_json: bool
 ) -> dict[str, Any] | None:
     from neox_bridge.doctor import fixes
+    from neox_bridge.doctor.fix_changes import changes_of
     from neox_bridge.execution.execute import execute
     from neox_bridge.execution.staging import sweep
     from neox_bridge.planning.report import remarks
@@ -348,15 +404,45 @@ def _fix(
     where = options.fix or fixes.replaced(checkpoint)
     if options.in_place:
         plan = fixes.in_place(checkpoint, plan)
+    changes = changes_of(checkpoint, plan)
+    if not as_json:
+        _print_changes(plan, changes)
+    facts = {
+        "path": os.path.abspath(where),
+        "files": len(plan.files),
+        "changes": [asdict(change) for change in changes],
+        **remarks(plan),
+    }
+    if options.dry_run:
+        if not as_json:
+            print_line(f"nothing written: {where}")
+        return facts
     with writing(where):
         check = fixes.checker(checkpoint, plan)
         result = execute(plan, options.fix or home, check=check, in_place=options.in_place)
     tell_findings(result.findings, quiet=False)
     if not as_json:
-        for drop in plan.dropped:
-            print_line(f"dropped: {drop.name}: {drop.reason}")
-        for note in plan.notes:
-            print_line(note)
         count = sum(file.copy_of is None for file in plan.files)
         print_line(f"fixed {where}: {count} of {len(plan.files)} files rewritten")
-    return {"path": os.path.abspath(where), "files": len(plan.files), **remarks(plan)}
+    return facts
+
+
+def _print_changes(plan: Plan, changes: Iterable[FileChange]) -> None:
+    """What the fix changes: files with the same edits as one block, and what it leaves out."""
+    from itertools import groupby
+
+    from neox_bridge.planning.report import by_reason
+
+    for (kind, edits), group in groupby(changes, lambda change: (change.kind, change.edits)):
+        first, *others = [change.path for change in group]
+        more = f" and {plural(len(others), 'more file')}" if others and edits else ""
+        paths = first + more if edits else ", ".join([first, *others])
+        rows = []
+        for edit in edits:
+            text = " → ".join(filter(None, (edit.before, edit.after)))
+            rows.append((edit.kind, text + (f" ({edit.count} times)" if edit.count > 1 else "")))
+        print_block(f"{kind}: {paths}", rows)
+    for reason, names in by_reason(plan.dropped).items():
+        print_line(f"dropped: {some(names)}: {reason}")
+    for note in plan.notes:
+        print_line(f"note: {note}")

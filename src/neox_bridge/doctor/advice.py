@@ -1,6 +1,5 @@
 """The one command that fixes what a message is about, with the user's own paths."""
 
-import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,22 +7,26 @@ from dataclasses import dataclass, replace
 
 from neox_bridge.doctor.explain import recognise
 from neox_bridge.doctor.messages import Diagnosis, Message, read_message, short
+from neox_bridge.doctor.verdict import free_folder
+from neox_bridge.findings import Command
 from neox_bridge.frameworks.eras import FLAG, LATER_ERAS, TODAY, InvFreq, MlpNames, known_keys
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.source_tree import looks_like_tree
-from neox_bridge.frameworks.targets import Target, name_of
+from neox_bridge.frameworks.targets import Target, name_of, words_for
 from neox_bridge.layouts.checkpoint import Checkpoint
 
-# how a plain text of a diagnosis names what the user has to fill in
+# How a plain text of a diagnosis names what the user has to fill in.
 _CHECKPOINT, _NEW, _TREE = "CHECKPOINT", "NEW", "TREE"
 _BY_DATE = (
     "name the tree by its date: `era=neox@2024-03` before 2024-03-04, neox@2024-09 until "
     "2024-09-06, neox@2024-10 until 2024-11-12, today since then"
 )
-_ORDER = ("for", "inv-freq", "layout", "tp", "vocab-multiple", "vocab-rows")
+_ORDER = ("for", "inv-freq", "layout", "tp", "dp", "vocab-multiple", "vocab-rows")
+_RESHARD = frozenset({"for", "layout", "tp", "dp"})
 _FRAME = re.compile(r'File "(/[^"\n]+?)/(?:megatron/|train\.py|generate\.py|deepy\.py)')
 _DENSE = r"mlp\.(?:dense_h_to_4h|dense_4h_to_h|w[123])\.\w+"
-# where several trees print the same: the user has to name it
+_LAYER = re.compile(r"^(?:module\.)?sequential\.(\d+)\.|(?<=layers\.)(\d+|\{[^}]*\})(?=\.)")
+# Several trees print the same message: the user has to name the tree.
 ANY_TREE = "neox:TREE"
 
 
@@ -31,9 +34,18 @@ ANY_TREE = "neox:TREE"
 class Advice:
     """What a message means, and what to do.
 
-    causes: what was recognized. missing, unexpected: the keys that it names, each once.
-    fix: one command, or what to change in the yml; "" where each cause has its own.
-    others: further ways. more: links.
+    Attributes:
+        causes: What was recognized.
+        missing: The missing keys without the number of their layer, each once.
+        unexpected: The unexpected keys in the same form.
+        fix: The command, or the setting, that fixes all causes; "" if there is no single one.
+        others: Other ways.
+        more: Links.
+        wrong: Tensors of another shape, with both shapes.
+        layers: How many layers the keys are in; 0 if unknown.
+        steps: Everything that has to be done, in this order.
+        framework: What did not load the checkpoint, for people; "" if unknown.
+        unnamed: The words in these steps that stand for paths that the user did not name.
     """
 
     causes: tuple[Diagnosis, ...]
@@ -42,27 +54,38 @@ class Advice:
     fix: str
     others: tuple[str, ...]
     more: tuple[str, ...]
+    wrong: tuple[str, ...] = ()
+    layers: int = 0
+    steps: tuple[str, ...] = ()
+    framework: str = ""
+    unnamed: tuple[str, ...] = ()
 
 
 def advise(
     text: str, path: str = "", checkpoint: Checkpoint | None = None, target: Target | None = None
 ) -> Advice | None:
-    """What a pasted message means, and the one command that fixes it; None where nothing is known.
+    """What a pasted message means, and the one command that fixes it.
 
-    path: the checkpoint that it is about, as the user wrote it; "" where it is not known.
-    target: what shall load it, where the user says so.
+    Args:
+        text: The output of the framework.
+        path: The checkpoint that it is about, as the user wrote it; "" if unknown.
+        checkpoint: The same, opened.
+        target: What should load it, if the user named that.
+
+    Returns:
+        The advice; None if no message is recognized.
     """
     message = read_message(text)
-    causes = recognise(text)
+    causes = [_for_checkpoint(cause, checkpoint) for cause in recognise(text)]
     if not causes:
         return None
     tree = tree_in(message.text)
+    if tree is None and isinstance(target, TreeFacts) and looks_like_tree(target.name):
+        tree = target.name
     options = _options(message, causes, checkpoint, target, tree)
-    fix = _convert(options) if options else ""
+    fix = _command(options, any(cause.resumes for cause in causes)) if options else ""
     if fix:
-        causes = [replace(c, remedy=fix) if c.needs or c.by_convert else c for c in causes]
-    if not fix and len({cause.remedy for cause in causes}) == 1:
-        fix = causes[0].remedy
+        causes = [replace(c, remedy=fix) if _is_settled(c, options) else c for c in causes]
     new = _new_path(path, options.get("for", ""))
     filled = [
         replace(
@@ -72,7 +95,11 @@ def advise(
         )
         for cause in causes
     ]
-    # what helps against one of several causes would end in the next error
+    steps = list(dict.fromkeys(cause.remedy for cause in filled))
+    if fix:  # first, since it writes the checkpoint that the other steps are about
+        fix = _filled(fix, path, new, tree)
+        steps = [fix, *(step for step in steps if step != fix)]
+    # What helps against one of several causes would end in the next error.
     others = filled[0].others if len(filled) == 1 else ()
     if options.get("for") == ANY_TREE:
         others = (_BY_DATE, *others)
@@ -80,10 +107,51 @@ def advise(
         causes=tuple(filled),
         missing=_blocks(message.missing),
         unexpected=_blocks(message.unexpected),
-        fix=_filled(fix, path, new, tree),
+        fix=steps[0] if fix or len(steps) == 1 else "",
         others=others,
-        more=tuple(dict.fromkeys(cause.more for cause in filled if cause.more)),
+        more=tuple(dict.fromkeys(link for cause in filled for link in cause.more)),
+        wrong=tuple(
+            f"{size.key}: {list(size.stored)}, {list(size.wanted)} expected"
+            for size in message.sizes
+        ),
+        layers=_layers(message, checkpoint),
+        steps=tuple(steps),
+        framework=_framework(options, target, tree),
+        unnamed=tuple(
+            word
+            for word, value in ((_CHECKPOINT, path), (_TREE, tree))
+            if not value and any(re.search(rf"\b{word}\b", way) for way in (*steps, *others))
+        ),
     )
+
+
+def _for_checkpoint(cause: Diagnosis, checkpoint: Checkpoint | None) -> Diagnosis:
+    """A diagnosis with what the checkpoint tells: its settings, and the options that follow."""
+    state = checkpoint.neox if checkpoint is not None else None
+    needs = cause.needs
+    if cause.tp_change is not None and state is not None:
+        stored, wanted = cause.tp_change
+        if state.tp * stored % wanted == 0:
+            needs = (*needs, ("tp", str(state.tp * stored // wanted)))
+    if not cause.settings:
+        return replace(cause, needs=needs)
+    as_saved = f"in the yml: {', '.join(cause.settings)} as when the checkpoint was saved"
+    if checkpoint is not None and state is not None:
+        known = {**state.args, **checkpoint.raw, "model_parallel_size": state.tp}
+        values = [f"{key}: {known[key]}" for key in cause.settings if known.get(key) is not None]
+        unset = [key for key in cause.settings if known.get(key) is None]
+        as_saved = f"in the yml: {', '.join(values)}" if values else "in the yml:"
+        as_saved += f"{',' if values else ''} no {' and no '.join(unset)}" if unset else ""
+    if cause.remedy or needs:
+        return replace(cause, needs=needs, others=(as_saved, *cause.others))
+    return replace(cause, needs=needs, remedy=as_saved)
+
+
+def _is_settled(cause: Diagnosis, options: Mapping[str, str]) -> bool:
+    """Whether the command with these options fixes a cause."""
+    if cause.needs:
+        return all(options.get(name) == value for name, value in cause.needs)
+    return cause.by_convert
 
 
 def _options(
@@ -93,56 +161,90 @@ def _options(
     target: Target | None,
     tree: str | None,
 ) -> dict[str, str]:
-    """Options of the one conversion that does all that the causes need."""
+    """The options of the one command that fixes all that the causes need."""
     options = {key: value for cause in causes for key, value in cause.needs}
     expected = expected_by(message)
     by_keys = convert_options(expected, checkpoint)
     if not (options or by_keys):
         return {}
-    if isinstance(target, TreeFacts):
+    if isinstance(target, TreeFacts) and ("for" in options or "dp" not in options):
         by_keys = {"for": name_of(target)}
+        options.pop("for", None)
     elif tree is not None and by_keys:
         by_keys = {"for": f"neox:{tree}"}
         if expected.names != "dense" and expected.buffer == "store":
-            by_keys["inv-freq"] = "store"  # asked for by the yml of that tree
-    return {**by_keys, **options}
+            by_keys["inv-freq"] = "store"  # the yml of that tree asks for it
+    options = {**by_keys, **options}
+    if "dp" in options and not options.keys() <= _RESHARD:
+        del options["dp"]  # reshard does not take the other options
+    return options
 
 
-def _convert(options: Mapping[str, str]) -> str:
+def _command(options: Mapping[str, str], resumes: bool) -> Command:
+    """The command with these options. resumes: whether it must keep the optimizer states."""
     words = ["neox-bridge", "convert", _CHECKPOINT, _NEW, "--to", "neox"]
+    if resumes and options.keys() <= _RESHARD:
+        words = ["neox-bridge", "reshard", _CHECKPOINT, _NEW]
     for name in sorted(options, key=_ORDER.index):
         words += [f"--{name}", options[name]]
-    return shlex.join(words)
+    return Command(shlex.join(words))
 
 
 def _new_path(path: str, era: str) -> str:
-    """A folder beside the checkpoint that is not there yet."""
-    match = re.search(r"@([\w-]+)$", era)
-    name = f"{path.rstrip('/')}-{match[1] if match else 'fixed'}"
-    taken = (f"{name}-{number}" for number in range(2, 1000))
-    return name if not os.path.exists(name) else next(p for p in taken if not os.path.exists(p))
+    """A folder beside the checkpoint that does not exist yet."""
+    match = re.search(r"@([\w.-]+)$", era)
+    return free_folder(path, match[1] if match else "fixed") if path else ""
 
 
 def _filled(text: str, path: str, new: str, tree: str | None) -> str:
-    """The text with the user's own paths, as a shell takes them."""
-    values = {_CHECKPOINT: path, _NEW: new if path else "", _TREE: tree or ""}
-    for word, value in values.items():
+    """The text with the user's own paths, quoted for a shell."""
+    filled = text
+    for word, value in ((_CHECKPOINT, path), (_NEW, new), (_TREE, tree)):
         if value:
-            text = shlex.quote(value).join(re.split(rf"\b{word}\b", text))
-    return text
+            filled = shlex.quote(value).join(re.split(rf"\b{word}\b", filled))
+    return Command(filled) if isinstance(text, Command) else filled
 
 
 def _blocks(keys: Iterable[str]) -> tuple[str, ...]:
-    """Keys without the number of the block or the layer, each once."""
-    return tuple(dict.fromkeys(re.sub(r"^(?:module\.)?sequential\.\d+\.", "", k) for k in keys))
+    """Keys without the number of their block or layer, each once."""
+    return tuple(dict.fromkeys(_LAYER.sub(lambda m: "" if m[1] else "*", key) for key in keys))
+
+
+def _layers(message: Message, checkpoint: Checkpoint | None) -> int:
+    """In how many layers the keys are missing or unexpected.
+
+    A pipeline stage stops at its first layer, so that the checkpoint knows it better.
+    """
+    keys = [*message.missing, *message.unexpected]
+    inside = [key for key in keys if re.search(r"attention\.|mlp\.", key)]
+    if not inside:
+        return 0
+    if checkpoint is not None:
+        return checkpoint.config.layers
+    numbers = {match[0] for key in inside if (match := _LAYER.search(key))}
+    return len(numbers) if not any("{" in number for number in numbers) else 0
+
+
+def _framework(options: Mapping[str, str], target: Target | None, tree: str | None) -> str:
+    """What did not load the checkpoint, as far as the message or the user tells."""
+    if target is not None:
+        return words_for(target)
+    if tree is not None:
+        return f"GPT-NeoX at {tree}"
+    era = options.get("for", "")
+    if era == "today":
+        return "today's GPT-NeoX"
+    return f"GPT-NeoX {era.removeprefix('neox@')}" if era.startswith("neox@") else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a tree expects of a checkpoint, None where the message does not tell.
+    """What a tree expects of a checkpoint; None if the message does not tell.
 
-    names: of the MLP. buffer: whether its state dict has inv_freq. unknown_key: a yml key that it
-    refuses.
+    Attributes:
+        names: The names of the MLP.
+        buffer: Whether its state dict has inv_freq.
+        unknown_key: A yml key that it rejects.
     """
 
     names: MlpNames | None = None
@@ -176,16 +278,16 @@ def expected_by(message: Message) -> Expected:
 
 
 def tree_in(text: str) -> str | None:
-    """The source tree whose frames stand in a traceback, where it lies on this machine."""
+    """The source tree whose frames are in a traceback, if it is on this machine."""
     paths = dict.fromkeys(_FRAME.findall(text))
     return next((path for path in paths if looks_like_tree(path)), None)
 
 
 def convert_options(expected: Expected, checkpoint: Checkpoint | None) -> dict[str, str]:
-    """The options of ``convert`` whose result such a tree loads; empty where none is known to help.
+    """The options of ``convert`` whose result such a tree loads; empty if none is known to help.
 
-    A tree with the old names that stores the buffer is one before 2024-03-04; one from then to
-    2024-09 stores it only where its yml says rotary_save_freqs_buffer, which changes no file.
+    A tree with the old names that stores the buffer is from before 2024-03-04. One from then to
+    2024-09 stores it only if its yml says rotary_save_freqs_buffer, which changes no file.
     """
     state = checkpoint.neox if checkpoint is not None else None
     names, buffer = expected.names, expected.buffer

@@ -21,7 +21,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, Subject, unrepeated
 from neox_bridge.frameworks.eras import ERAS, fitting
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
-from neox_bridge.frameworks.targets import Target, name_of, target_named
+from neox_bridge.frameworks.targets import Target, name_of, target_named, words_for
 from neox_bridge.frameworks.writers import words_of
 from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, way_out_of
 from neox_bridge.layouts.copies import copy_findings
@@ -33,23 +33,29 @@ from neox_bridge.planning.make import make_plan, relayout_command
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.weight_dtypes import odd_dtypes
 
-# what a folder is tried in where no target is named; transformers: one on each side of a change
+# The targets that are checked if none is named. transformers: one on each side of a change.
 KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
 KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
-# what the judges decide for a target that reads the checkpoint, with no case where it does no harm
+# What the judges decide for a target that reads the checkpoint. They omit what is harmless.
 _SETTLED: tuple[Subject, ...] = ("config sizes", "duplicate keys", "rotary settings")
 
 
 def diagnose(checkpoint: Checkpoint, target: Target | None = None) -> list[Finding]:
-    """Everything worth knowing of a checkpoint, for the target, or for those that it was made for.
+    """Everything worth knowing about a checkpoint, for a target.
 
-    Findings of severity "error" mean that it won't load, or loads as another model.
+    Args:
+        checkpoint: The checkpoint.
+        target: What should load it. By default, what it looks made for.
+
+    Returns:
+        The findings. Those of severity "error" mean that it does not load, or loads as another
+        model.
     """
     return [case.finding for case in judge(checkpoint, target or own_target(checkpoint)).cases]
 
 
 def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
-    """Whether the target loads the checkpoint: the verdict, and every case behind it."""
+    """Whether the target loads the checkpoint: the verdict and every case behind it."""
     meeting = list(_meeting(checkpoint, target))
     noticed = unrepeated(
         [*checkpoint.findings, *_about(checkpoint)],
@@ -57,8 +63,9 @@ def judge(checkpoint: Checkpoint, target: Target) -> Verdict:
         _SETTLED if isinstance(target, TreeFacts) == (checkpoint.kind == "neox") else (),
     )
     written = case("written-by", "info", f"written by {written_by(checkpoint)}")
-    resuming = judge_resuming(checkpoint, target)  # loaded after the weights
-    return verdict(name_of(target), [written, *map(Case, noticed), *meeting, *resuming])
+    resuming = judge_resuming(checkpoint, target)  # GPT-NeoX loads the states after the weights
+    cases = [written, *map(Case, noticed), *meeting, *resuming]
+    return verdict(name_of(target), cases, words_for(target))
 
 
 def judge_all(checkpoint: Checkpoint) -> list[Verdict]:
@@ -68,7 +75,7 @@ def judge_all(checkpoint: Checkpoint) -> list[Verdict]:
 
 
 def own_target(checkpoint: Checkpoint) -> Target:
-    """What the checkpoint looks made for: the GPT-NeoX of its era, or transformers as it is now."""
+    """What the checkpoint looks made for: the GPT-NeoX of its era, or today's transformers."""
     state = checkpoint.neox
     if state is None:
         return target_named(KNOWN_HF[-1])
@@ -76,7 +83,7 @@ def own_target(checkpoint: Checkpoint) -> Target:
 
 
 def cannot_open(path: str) -> Case | None:
-    """What is behind a failure to open, where it is files of two layouts in one folder."""
+    """The cause of a failure to open, if it is that one folder has files of two layouts."""
     try:
         if detect(path) != "neox":
             return None
@@ -97,7 +104,7 @@ def _meeting(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
 
 
 def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
-    """A target of the other kind reads none of the files: convert, if nothing refuses it."""
+    """A target of the other kind reads none of the files. Convert them, if nothing refuses it."""
     path = checkpoint.path
     prints = (
         f"Unable to find latest file at {path}/latest, if trying to load latest checkpoint please "
@@ -108,7 +115,7 @@ def _other_kind(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     refused = _refused(checkpoint, target)
     yield failure(
         "other-kind",
-        "this is a checkpoint of the other framework, and has to be converted",
+        "this is a checkpoint of the other framework: it must be converted first",
         "" if refused else convert_command(checkpoint, target),
         prints,
     )
@@ -135,17 +142,17 @@ def _refused(checkpoint: Checkpoint, target: Target) -> list[Case]:
 
 
 def _cast_command(checkpoint: Checkpoint) -> str:
-    """The command that writes the same kind of checkpoint in a dtype that is trained in."""
+    """The command that writes the same kind of checkpoint in a dtype that models train in."""
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     flags = ("--to", checkpoint.kind, "--dtype", "bfloat16")
-    return convert_into(checkpoint, new_folder(home, "bfloat16"), *flags)
+    return convert_into(checkpoint, "bfloat16", *flags, home=home)
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Weights of dtypes that the frameworks convert as they load, without a word."""
+    """Weights of dtypes that the frameworks cast silently as they load."""
     for odd in odd_dtypes(checkpoint):
         if odd.castable:
-            text = "; both frameworks cast them to the dtype of the run without a word"
+            text = "; both frameworks cast them silently to the dtype of the run"
             way_out = _cast_command(checkpoint)
             yield Finding("weight-dtype", "warning", f"{odd.reason}{text}", way_out)
         else:
@@ -154,14 +161,14 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What holds whatever loads it."""
+    """What is true whatever loads it."""
     yield from _dtypes(checkpoint)
     yield from head_findings(checkpoint)
     yield from copy_findings(checkpoint)
     if drifted := drifted_biases(checkpoint):
-        yield drifted.finding("convert writes the mean of the ranks, which is near to it")
+        yield drifted.finding("convert writes the mean of the ranks, which is close to it")
     if checkpoint.kind == "hf":
-        for finding in listed(checkpoint.unknown_keys):  # which keep nothing from loading
+        for finding in listed(checkpoint.unknown_keys):  # they prevent nothing from loading
             yield replace(finding, severity="info")
         for key in checkpoint.unknown_keys:
             if key.effect == "model":
@@ -169,10 +176,10 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
     if checkpoint.missing_tokenizer:
         return  # the finding of the checkpoint says it
     if checkpoint.tokenizer_size is None:
-        message = "no tokenizer lies in the folder, so AutoTokenizer fails there"
+        message = "the folder has no tokenizer, so AutoTokenizer fails there"
         if checkpoint.kind == "neox":
-            message = "the tokenizer isn't known, so the number of rows can't be checked"
-        way = "name one when you convert: `tokenizer=PATH`"
+            message = "the tokenizer is not known, so the number of vocabulary rows is not checked"
+        way = "name the tokenizer when you convert: `tokenizer=PATH`"
         yield Finding("no-tokenizer", "info", message, way)
     elif checkpoint.tokenizer_size > checkpoint.config.dims["vocab"]:
         yield Finding(
@@ -185,7 +192,7 @@ def _about(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def written_by(checkpoint: Checkpoint) -> str:
-    """Which tools and versions wrote a checkpoint, as far as its contents tell."""
+    """Which tools and versions wrote a checkpoint, as far as its content tells."""
     words = []
     if tool := checkpoint.record.get("written_by"):
         source = checkpoint.record.get("source")

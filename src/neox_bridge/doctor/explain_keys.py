@@ -1,63 +1,72 @@
-"""What keys that are missing, unexpected or of another shape mean."""
+"""What keys mean that are missing, unexpected or of another shape."""
 
 import re
 from collections.abc import Callable, Iterator
 
-from neox_bridge.doctor.messages import CONVERT, Diagnosis, Message, Older, Sizes, short
-from neox_bridge.frameworks.changes import change_named, since
+from neox_bridge.doctor.causes import BUFFER_LINKS, NAMES_LINKS, buffer_cause, names_cause
+from neox_bridge.doctor.messages import (
+    CONVERT,
+    EXPORT,
+    FIX,
+    OTHER_TP,
+    PATCH,
+    Diagnosis,
+    Message,
+    Older,
+    Sizes,
+    short,
+)
+from neox_bridge.findings import Command
+from neox_bridge.frameworks.changes import change_named
+from neox_bridge.frameworks.eras import FLAG
 
 _VOCABULARY = re.compile(
     r"(word_embeddings|final_linear|embed_in|embed_out|lm_head|embed_tokens)\."
 )
-
-# grouped-query rows changed their order (neox-gqa-order)
+VOCABULARY_SETTINGS = ("tokenizer_type", "make_vocab_size_divisible_by", "model_parallel_size")
+_FOR_TODAY = Command(f"{CONVERT} --for today")
+# The rows of grouped-query attention changed their order (neox-gqa-order).
 _BEFORE_NOVEMBER = (
-    "for a GPT-NeoX from before 2024-11-13 and with num_kv_heads: the same with --for neox@2024-10",
+    Command(f"{CONVERT} --for neox@2024-10   # with num_kv_heads, for a tree before 2024-11-13"),
 )
+_RANDOM = "transformers initialized it at random"
 
 
 def _inv_freq(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = (short(keys, r"rotary_emb\.inv_freq") for keys in m.keys)
     if m.by_transformers and (missing or unexpected):
         llama = any("self_attn" in key for key in (*missing, *unexpected))
+        code = "hf-llama-inv-freq" if llama else "hf-neox-inv-freq"
+        change = change_named(code)
         yield Diagnosis(
-            "hf-llama-inv-freq" if llama else "hf-neox-inv-freq",
-            "inv_freq is stored by older versions of transformers only; it is recomputed",
-            "nothing needs doing where it is only a warning: the values follow from the base. To "
-            "be rid of the keys: neox-bridge convert CHECKPOINT NEW --to hf",
+            code,
+            f"transformers before {change.cited} stored the rotary buffer inv_freq. It is not "
+            "learned: newer versions compute it from the base. As a warning it is harmless.",
+            FIX,
             missing + unexpected,
             older="framework" if missing else "checkpoint",
+            more=(change.link,),
         )
     elif missing:
         yield Diagnosis(
             "neox-inv-freq",
-            "this GPT-NeoX stores the rotary buffer in every layer, as all trees did before "
-            "2024-03-04. transformers 4.35 and newer do not store it, so converted checkpoints do "
-            "not hold it. It is not learned: inv_freq = 1 / rotary_emb_base ** (arange(0, dim, 2) "
-            "/ dim)",
-            f"{CONVERT} --for neox@2024-03",
+            buffer_cause("store"),
+            Command(f"{CONVERT} --for neox@2024-03"),
             missing,
             by_convert=True,
-            others=(
-                "remove rotary_save_freqs_buffer: true from the yml, if it is there",
-                "neox-bridge patch TREE   # lets the tree load both kinds",
-            ),
-            more=change_named("neox-inv-freq").link,
+            others=(PATCH, f"if the yml says {FLAG}: true, remove that"),
+            more=BUFFER_LINKS,
             older="framework",
         )
     elif unexpected:
         yield Diagnosis(
             "neox-inv-freq",
-            "the checkpoint holds the rotary buffer, and this GPT-NeoX does not store it (since "
-            f"{since('neox-inv-freq')})",
-            f"{CONVERT} --inv-freq omit",
+            buffer_cause("omit"),
+            Command(f"{CONVERT} --inv-freq omit"),
             unexpected,
             by_convert=True,
-            others=(
-                "in the yml: rotary_save_freqs_buffer: true",
-                "neox-bridge patch TREE   # lets the tree load both kinds",
-            ),
-            more=change_named("neox-inv-freq").link,
+            others=(f"in the yml: {FLAG}: true", PATCH),
+            more=BUFFER_LINKS[:1],
             older="checkpoint",
         )
 
@@ -69,51 +78,51 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
         if keys := short(unexpected, linear):
             yield Diagnosis(
                 "neox-names-in-hf",
-                "the folder holds GPT-NeoX's names (mlp.linear1), which transformers doesn't "
-                "know: whatever exported it didn't rename them, and the model's MLPs are random "
-                "now",
-                "export it again: neox-bridge convert CHECKPOINT NEW --to hf",
+                "The files have GPT-NeoX's names, such as mlp.linear1, which transformers does not "
+                "know: the tool that exported them did not rename them. The MLPs of the model are "
+                "random now. CHECKPOINT is the GPT-NeoX checkpoint.",
+                EXPORT,
                 keys,
             )
         return
-    when, more = since("neox-mlp-names"), change_named("neox-mlp-names").link
     renamed = (
-        ("neox-gated-mlp", r"mlp\.w[123]\.weight", "gated MLPs are w1, w2, w3"),
-        ("neox-mlp-names", r"mlp\.dense_\w+\.\w+", "MLPs are dense_h_to_4h and dense_4h_to_h"),
+        ("neox-gated-mlp", r"mlp\.w[123]\.weight"),
+        ("neox-mlp-names", r"mlp\.dense_\w+\.\w+"),
     )
-    for code, names, old in renamed:
+    for code, names in renamed:
+        gated = code == "neox-gated-mlp"
         if keys := short(unexpected, names):
             yield Diagnosis(
                 code,
-                f"the checkpoint's {old}, as before {when}; the tree has linear1 and linear2",
-                f"{CONVERT} --for today",
+                names_cause("linear", gated),
+                _FOR_TODAY,
                 keys,
                 by_convert=True,
                 others=_BEFORE_NOVEMBER,
-                more=more,
+                more=NAMES_LINKS,
                 older="checkpoint",
             )
             return
         if keys := short(missing, names):
             yield Diagnosis(
                 code,
-                f"the tree's {old}, as before {when}; the checkpoint has linear1 and linear2",
-                f"{CONVERT} --for neox@2024-09",
+                names_cause("dense", gated),
+                Command(f"{CONVERT} --for neox@2024-09"),
                 keys,
                 by_convert=True,
-                more=more,
+                more=NAMES_LINKS,
                 older="framework",
             )
             return
     if keys := short(missing, r"mlp\.linear[12]\.weight"):
         yield Diagnosis(
             "neox-mlp-names",
-            f"the tree has linear1 and linear2, as since {when}, and the checkpoint does not",
-            f"{CONVERT} --for today",
+            names_cause("linear", False),
+            _FOR_TODAY,
             keys,
             needs=(("for", "today"),),
             by_convert=True,
-            more=more,
+            more=NAMES_LINKS,
             older="checkpoint",
         )
 
@@ -121,16 +130,16 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
 def _norms(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = m.keys
     norm = r"(?:input_layernorm|post_attention_layernorm|norm)\."
-    for keys, other, held, wanted in (
+    for keys, other, stored, wanted in (
         (short(missing, norm + "scale"), unexpected, "layernorm", "rmsnorm"),
         (short(unexpected, norm + "scale"), missing, "rmsnorm", "layernorm"),
     ):
         if keys:
             yield Diagnosis(
                 "norm-kind",
-                f"the yml asks for norm: {wanted}, and the checkpoint holds {held}: GPT-NeoX "
-                "names the weights of rmsnorm scale, those of layernorm weight and bias",
-                f"in the yml: norm: {held}",
+                f"The yml says norm: {wanted}, and the checkpoint has {stored}. GPT-NeoX names the "
+                "weights of rmsnorm scale, and those of layernorm weight and bias.",
+                f"in the yml: norm: {stored}",
                 keys + short(other, norm + r"\w+"),
             )
 
@@ -140,28 +149,31 @@ def _biases(m: Message) -> Iterator[Diagnosis]:
     attention = r"attention\.(?:query_key_value|dense)\.bias"
     if m.by_transformers:
         if keys := short(missing, attention):
+            change = change_named("hf-attention-bias")
             yield Diagnosis(
                 "hf-attention-bias",
-                "the files have no biases in attention, and the model has: they are random now; "
-                "transformers is older than 4.37, or config.json doesn't say attention_bias: false",
+                "The files have no biases in attention, and the model has: they are random now. "
+                f"transformers is older than {change.cited}, or config.json does not say "
+                "attention_bias: false.",
                 "in config.json: attention_bias: false, with transformers 4.37 or newer",
                 keys,
                 older="framework",
+                more=(change.link,),
             )
         return
     for pattern, key in (
         (attention, "use_bias_in_attn_linear"),
         (r"mlp\.linear[12]\.bias", "use_bias_in_mlp"),
     ):
-        lacks, has = short(missing, pattern), short(unexpected, pattern)
+        absent, present = short(missing, pattern), short(unexpected, pattern)
         weights = short([*missing, *unexpected], pattern.replace("bias", "weight"))
-        if (lacks or has) and not weights:
-            value, says = ("true", "holds") if has else ("false", "doesn't hold")
+        if (absent or present) and not weights:
+            value, has = ("true", "has") if present else ("false", "does not have")
             yield Diagnosis(
                 "bias-keys",
-                f"the checkpoint {says} these biases, and the yml says otherwise",
+                f"The checkpoint {has} these biases, and the yml says otherwise.",
                 f"in the yml: {key}: {value}",
-                lacks + has,
+                absent + present,
             )
 
 
@@ -169,126 +181,173 @@ def _transformer_engine(m: Message) -> Iterator[Diagnosis]:
     te = r"(?:attention\.(?:qkv|proj)\..*|mlp\.(?:fc[12]_|layer_norm_)\w+|.*_extra_state)"
     missing, unexpected = (short(keys, te) for keys in m.keys)
     if (missing or unexpected) and not m.by_transformers:
-        has = "the tree builds" if missing else "the checkpoint was saved with"
+        side = "The tree uses" if missing else "The checkpoint was saved with"
         yield Diagnosis(
             "neox-transformer-engine",
-            f"{has} Transformer Engine's modules, which have other names, and the other side "
-            "doesn't",
-            "in the yml: te_columnparallel, te_rowparallel, te_layernorm_mlp and te_mha as they "
-            "were when the checkpoint was saved",
+            f"{side} Transformer Engine's modules, which have other names, and the other side does "
+            "not.",
+            "",
             missing + unexpected,
+            settings=("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha"),
+            more=(change_named("neox-transformer-engine").link,),
         )
 
 
 def _head(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = (short(keys, r"(?:lm_head|embed_out)\.weight") for keys in m.keys)
     if missing and unexpected:
+        change = change_named("hf-lm-head")
         older: Older = "framework" if "embed_out" in missing[0] else "checkpoint"
         yield Diagnosis(
             "hf-lm-head",
-            f"the output layer is {unexpected[0]} in the files and {missing[0]} in the model "
-            "(transformers 5.14 renamed it in memory): it is random now",
-            "neox-bridge convert CHECKPOINT NEW --to hf writes embed_out.weight, which every "
-            "version reads",
+            f"The output layer is {unexpected[0]} in the files and {missing[0]} in the model, and "
+            f"{_RANDOM}. transformers renamed it in memory in {change.cited}. Files keep the name "
+            "embed_out.weight, which every version reads.",
+            FIX,
             missing + unexpected,
             older=older,
+            others=("rename it to embed_out.weight, where the files are written",),
+            more=(change.link,),
         )
     elif missing:
         yield Diagnosis(
             "no-output-layer",
-            "the files have no output layer, and config.json doesn't say that it is the "
-            "embeddings: it is random now",
-            "in config.json: tie_word_embeddings: true, if the model is tied; else download or "
-            "export the weights again",
+            "The files have no output layer, and config.json does not say that it is the "
+            f"embeddings, so {_RANDOM}.",
+            "in config.json: tie_word_embeddings: true, if the model is tied",
             missing,
+            others=("if the model is not tied, download or export the weights again",),
         )
     elif unexpected:
         yield Diagnosis(
             "output-layer-unused",
-            "the files hold an output layer that this model doesn't have: it is tied, or it was "
-            "loaded without its head",
-            "in config.json: tie_word_embeddings: false, if the layer is one of its own; load it "
-            "with AutoModelForCausalLM",
+            "The files have an output layer that this model does not have: the model is tied, or "
+            "it was loaded without its head.",
+            "in config.json: tie_word_embeddings: false, if the layer differs from the embeddings",
             unexpected,
+            others=("load the model with AutoModelForCausalLM",),
         )
 
 
 def _masks(m: Message) -> Iterator[Diagnosis]:
     missing, unexpected = (short(keys, r"attention\.(?:masked_)?bias") for keys in m.keys)
     if missing or unexpected:
+        change = change_named("hf-masks")
         yield Diagnosis(
             "hf-masks",
-            "attention.bias and attention.masked_bias are causal masks, not weights; transformers "
-            "before 4.31 stored them",
-            "neox-bridge convert CHECKPOINT NEW --to hf drops them",
+            "attention.bias and attention.masked_bias are causal masks, not weights. transformers "
+            f"before {change.cited} stored them, and newer versions compute them.",
+            FIX,
             missing + unexpected,
             older="framework" if missing else "checkpoint",
+            more=(change.link,),
         )
 
 
 def _sizes(m: Message) -> Iterator[Diagnosis]:
     rows = [size for size in m.sizes if _VOCABULARY.search(size.key) and size.stored]
-    qkv = tuple(size.key for size in m.sizes if "query_key_value" in size.key)
+    qkv = [size for size in m.sizes if "query_key_value" in size.key]
     mlp = [size for size in m.sizes if "mlp." in size.key and size.stored and size.wanted]
+    if (change := _tp_change(m, [*qkv, *mlp])) is not None:
+        yield Diagnosis(
+            "tensor-parallel",
+            f"A rank has {change[0]} rows of a tensor in the checkpoint and {change[1]} in the "
+            "model, and the other tensors differ in the same way: the number of tensor-parallel "
+            "ranks differs.",
+            OTHER_TP,
+            tuple(size.key for size in m.sizes),
+            settings=("model_parallel_size",),
+            tp_change=change,
+        )
+        return
     if rows and rows[0].wanted:
         yield _vocabulary(rows, m.by_transformers)
     if qkv and not m.by_transformers:
         yield Diagnosis(
             "query-key-value-rows",
-            "query_key_value has another number of rows than the yml asks for",
-            "in the yml: num_kv_heads, num_attention_heads and model_parallel_size as they were "
-            f"when the checkpoint was saved; for another TP: {CONVERT} --tp N",
-            qkv,
+            "query_key_value has another number of rows than the yml asks for: the number of "
+            "heads, of key-value heads or of tensor-parallel ranks differs.",
+            "",
+            tuple(size.key for size in qkv),
+            settings=("num_attention_heads", "num_kv_heads", "model_parallel_size"),
+            others=(OTHER_TP,),
         )
     if mlp:
         yield _width(mlp, m.by_transformers)
     if m.sizes and not (rows or qkv or mlp):
         yield Diagnosis(
             "sizes",
-            "the checkpoint is of a model of another size, or of another number of ranks",
-            f"neox-bridge inspect CHECKPOINT shows its sizes; for another TP: {CONVERT} --tp N",
+            "The checkpoint is of a model of another size, or of another number of "
+            "tensor-parallel ranks.",
+            Command("neox-bridge inspect CHECKPOINT   # shows its sizes"),
             tuple(size.key for size in m.sizes),
+            others=(OTHER_TP,),
         )
+
+
+def _tp_change(m: Message, sizes: list[Sizes]) -> tuple[int, int] | None:
+    """Rows of one rank in the checkpoint and in the model, if nothing but TP differs.
+
+    That is so if attention and MLP both differ, all by the same factor and in one dimension.
+    """
+    kinds = {"mlp" if "mlp." in size.key else "attention" for size in sizes}
+    if m.by_transformers or len(kinds) < 2:
+        return None
+    changes = set()
+    for size in sizes:
+        if len(size.stored) != len(size.wanted):
+            return None
+        pairs = zip(size.stored, size.wanted, strict=True)
+        differing = [(stored, wanted) for stored, wanted in pairs if stored != wanted]
+        if len(differing) != 1 or 0 in differing[0]:
+            return None
+        (stored, wanted), *_ = differing
+        if max(stored, wanted) % min(stored, wanted):
+            return None
+        changes.add(stored / wanted)
+    first = sizes[0]
+    return (first.stored[0], first.wanted[0]) if len(changes) == 1 else None
 
 
 def _width(mlp: list[Sizes], hf: bool) -> Diagnosis:
     stored, wanted = mlp[0].stored[0], mlp[0].wanted[0]
     keys = tuple(size.key for size in mlp)
     where = "config.json" if hf else "the yml"
-    cause = f"{mlp[0].key} has {stored} rows in the checkpoint, and {wanted} by {where}"
+    cause = f"{mlp[0].key} has {stored} rows in the checkpoint, and {wanted} by {where}."
     if hf:
         wide = next((size for size in mlp if "h_to_4h" in size.key or "up_proj" in size.key), None)
-        width = wide.stored[0] if wide else stored
-        return Diagnosis("mlp-width", cause, f"in config.json: intermediate_size: {width}", keys)
+        others = (f"in config.json: intermediate_size: {wide.stored[0] if wide else stored}",)
+        return Diagnosis("mlp-width", cause, FIX, keys, others=others)
     return Diagnosis(
         "mlp-width",
-        cause,
-        "in the yml: activation, intermediate_size and model_parallel_size as they were when the "
-        "checkpoint was saved. Trees before 2024-09-07 have plain MLPs of four times the model's "
-        f"width only; for another TP: {CONVERT} --tp N",
+        f"{cause} Trees before {change_named('neox-mlp-width').cited} always build plain MLPs four "
+        "times as wide as the model.",
+        "",
         keys,
+        settings=("activation", "intermediate_size", "model_parallel_size"),
+        others=(OTHER_TP,),
     )
 
 
 def _vocabulary(rows: list[Sizes], hf: bool) -> Diagnosis:
     stored, wanted = rows[0].stored[0], rows[0].wanted[0]
-    cause = f"the vocabulary has {stored} rows in the checkpoint and {wanted} in the model"
+    cause = f"The vocabulary has {stored} rows in the checkpoint and {wanted} in the model"
     keys = tuple(size.key for size in rows)
     if hf:
-        remedy = f"in config.json: vocab_size: {stored}"
-        return Diagnosis("vocabulary-rows", cause, remedy, keys)
-    cause += (
-        " (on one rank): GPT-NeoX pads the tokenizer's size to a multiple of "
-        "make_vocab_size_divisible_by x model_parallel_size"
-    )
+        others = (f"in config.json: vocab_size: {stored}",)
+        return Diagnosis("vocabulary-rows", f"{cause}.", FIX, keys, others=others)
     needs = [("vocab-multiple", str(wanted))]
     if wanted < stored:
         needs.append(("vocab-rows", "tokenizer"))
-    others = (
-        "in the yml: the tokenizer, make_vocab_size_divisible_by and model_parallel_size as they "
-        "were when the checkpoint was saved",
+    return Diagnosis(
+        "vocabulary-rows",
+        f"{cause}, on one rank. GPT-NeoX pads the tokenizer's size to a multiple of "
+        "make_vocab_size_divisible_by x model_parallel_size.",
+        "",
+        keys,
+        tuple(needs),
+        settings=VOCABULARY_SETTINGS,
     )
-    return Diagnosis("vocabulary-rows", cause, "", keys, tuple(needs), others=others)
 
 
 KEY_RULES: tuple[Callable[[Message], Iterator[Diagnosis]], ...] = (

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.transformers_limits import refuse_version
+from neox_bridge.doctor.fix_changes import new_args
 from neox_bridge.doctor.judge_hf import stored_names
 from neox_bridge.doctor.judge_neox import stores_inv_freq
 from neox_bridge.doctor.neox_folder import stray_ranks
@@ -122,12 +123,11 @@ def _fix_hf(
         skipped |= held | {
             f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")
         }
-    changed = tuple(f"rewritten: {file.path}" for file in kept)
     if ignore_keys or not checkpoint.record:
         kept.append(new[RECORD])
         skipped.add(RECORD)
     files = [*kept, *_others(checkpoint.path, lambda path: path in skipped)]
-    return replace(plan, files=tuple(files), notes=changed)
+    return replace(plan, files=tuple(files), notes=())
 
 
 def _json(file: OutputFile) -> Any:
@@ -176,11 +176,7 @@ def _fix_neox(
         if rewrite:
             _refuse_deviating(checkpoint, recompute)
         rewrite = rewrite or recompute
-    args = {
-        "make_vocab_size_divisible_by": plan.target["vocab_multiple"],
-        "padded_vocab_size": plan.target["vocab_rows"],
-        "model_parallel_size": state.tp,
-    }
+    args = new_args(checkpoint, plan)
     remeta = any(state.args.get(key, value) != value for key, value in args.items())
     remeta = remeta or (rewrite and state.layout == "ranks")
     parted = remeta or names != state.mlp_names
@@ -203,9 +199,9 @@ def _fix_neox(
     ]
     refused = sorted(set(checkpoint.raw) - known_keys(era))
     dropped += [Dropped(f"yml: {k}", reason_dropped(k, era.name), "setting") for k in refused]
-    notes = [f"rewritten: {file.path}" for file in files if file.copy_of is None]
+    notes = []
     if cannot_resume(checkpoint, era.states):
-        notes.append("set in the yml: finetune: true, since GPT-NeoX cannot resume from the states")
+        notes.append("finetune: true is set in the yml: GPT-NeoX cannot resume from the states")
     return replace(
         plan,
         files=tuple(files),

@@ -1,8 +1,8 @@
 """Whether a version of transformers loads a Hugging Face folder, and as which model.
 
 Rules from {configuration,modeling}_gpt_neox.py and modeling_utils.py of transformers 4.30 to 5.24.
-Most of what goes wrong there is silent: keys that a version doesn't know are skipped, weights that
-it doesn't find are made up with a warning. A model that would compute something else counts as one
+Most failures are silent there: a version skips config keys that it does not know, and initializes
+missing weights at random with a warning. A model that would compute something else counts as one
 that fails.
 """
 
@@ -13,19 +13,19 @@ from typing import Any
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.gpt_neox import rope_of
 from neox_bridge.architectures.transformers_limits import llama_ignores
-from neox_bridge.doctor.verdict import Case, case, convert_into, failure, fix_command
-from neox_bridge.findings import Severity
+from neox_bridge.doctor.verdict import Case, another_model, case, convert_into, failure, fix_command
+from neox_bridge.findings import Details, Severity
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.formats.torch_file import read_torch
-from neox_bridge.frameworks.changes import since
+from neox_bridge.frameworks.changes import change_named, since
 from neox_bridge.frameworks.changes_transformers import CLASS_SINCE
 from neox_bridge.frameworks.facts import TransformersFacts
 from neox_bridge.frameworks.targets import has_class, knows
-from neox_bridge.layouts.checkpoint import Checkpoint, new_folder
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.head import head_relation
 from neox_bridge.layouts.tensor_names import state_dict_of, tensors_of
 from neox_bridge.tensors.tensor_ref import TensorRef
-from neox_bridge.wording import some
+from neox_bridge.wording import plural, some
 
 _MASKS = re.compile(r"attention\.(bias|masked_bias)$")
 _SIZES = {"hidden_size": "hidden", "intermediate_size": "ffn", "vocab_size": "vocab"}
@@ -36,17 +36,16 @@ _DEFAULTS = (0.25, 10000.0)  # GPTNeoXConfig's
 def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     """The cases of loading a folder with a version of transformers."""
     if (form := checkpoint.form) is not None:
-        written = f"{checkpoint.path}-transformers"
         yield failure(
             "other-form",
-            f"config.json and the names are {form.name}'s, which transformers doesn't read",
-            convert_into(checkpoint, written, "--format", "transformers"),
+            f"config.json and the tensor names are {form.name}'s, which transformers does not read",
+            convert_into(checkpoint, "transformers", "--format", "transformers"),
         )
         return
     yield from _names(checkpoint, facts)
     yield from _sizes(checkpoint, facts)
     yield from _two_heads(checkpoint, facts)
-    is_gpt_neox = checkpoint.architecture is GPT_NEOX  # what follows is known of this family only
+    is_gpt_neox = checkpoint.architecture is GPT_NEOX  # the rest is known for this family only
     if is_gpt_neox:
         yield from _rope(checkpoint, facts)
         yield from _made_up(checkpoint, facts)
@@ -59,27 +58,29 @@ def judge_hf(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
             "rotary-pct-lost",
             "warning",
             f"transformers {facts.version} writes rotary_pct 0.25 when it saves this model, whose "
-            f"fraction is {checkpoint.config.rotary_pct:g} (5.0 to 5.4)",
+            f"fraction is {checkpoint.config.rotary_pct:g} (as 5.0 to 5.4 do)",
             "save with 5.5 or newer, or correct config.json after saving",
+            details=Details(more=(change_named("hf-rotary-pct-kept").link,)),
         )
 
 
 def _two_heads(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
-    """A tied config beside a head of its own: each version computes one of two models."""
+    """A tied config with a different stored head: each version computes one of two models."""
     if head_relation(checkpoint) != "differs":
         return
     head, embeddings = checkpoint.architecture.head, checkpoint.architecture.embeddings
     keeps = knows(facts, "hf-stored-head-kept")
     computes = "both, as an untied model" if keeps else f"{embeddings} alone, and ignores {head}"
-    target = new_folder(checkpoint.path, "one-head")
     yield case(
         "head-differs",
         "warning",
-        f"config.json ties the embeddings, and the files hold {head} with other values than "
-        f"{embeddings}: two models. transformers {facts.version} computes with {computes}; 5.0 and "
-        "newer keep both, 4.x ties them. `head=keep` writes the untied model, `head=tie` the other",
-        convert_into(checkpoint, target, "--to", "hf", "--head", "keep"),
+        f"config.json ties the embeddings, and the files contain {head} with other values than "
+        f"{embeddings}: these are two models. transformers {facts.version} computes with "
+        f"{computes}. 5.0 and newer keep both, and 4.x ties them. `head=keep` writes the untied "
+        "model, and `head=tie` the tied one",
+        convert_into(checkpoint, "one-head", "--to", "hf", "--head", "keep"),
         subject="stored head",
+        details=Details(wrong=(head,)),
     )
 
 
@@ -89,15 +90,15 @@ def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         wrappers = ", ".join(f"`{wrapper}`" for wrapper in checkpoint.wrappers)
         yield failure(
             "wrapped-names",
-            f"the names of the tensors contain {wrappers}, which is no part of the model: "
-            "transformers finds none of its weights and makes up random ones",
+            f"the tensor names contain {wrappers}, which is not part of the model: transformers "
+            "does not find the weights and initializes them at random",
             fix_command(checkpoint, facts),
             subject="wrapped names",
         )
     if checkpoint.unindexed:
         yield failure(
             "no-index",
-            f"{len(checkpoint.files)} shards have no index file beside them",
+            f"the folder has {plural(len(checkpoint.files), 'shard')} and no index file",
             fix_command(checkpoint, facts),
             f"OSError: Error no file named model.safetensors, or pytorch_model.bin, found in "
             f"directory {checkpoint.path}.",
@@ -106,7 +107,7 @@ def _names(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
 
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """Every tensor of the files under the name that it has there."""
+    """Every tensor of the files, by its name there."""
     stored: dict[str, TensorRef] = {}
     for path in checkpoint.files:
         if path.endswith(".safetensors"):
@@ -131,58 +132,69 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
     for old, new, got, want in zip(_OLD, _NEW, read, meant, strict=True):
         if got == want:
             continue
-        why = f"{old} isn't there, and rope_parameters.{new} isn't read before 5.0"
+        why = f"config.json has no {old}, and rope_parameters.{new} is not read before 5.0"
         if old in raw:
-            why = f"its {old} contradicts rope_parameters.{new}, which isn't read before 5.0"
-        yield failure(
+            why = (
+                f"{old} in config.json contradicts rope_parameters.{new}, which is not read before "
+                "5.0"
+            )
+        yield another_model(
             "rope-spelling",
-            f"transformers {facts.version} computes with {old} {got:g} where the model has "
-            f"{want:g}: in config.json {why}. Nothing is printed",
+            f"transformers {facts.version} computes with {old} {got:g}, and the model has "
+            f"{want:g}: {why}. It prints nothing",
             fix_command(checkpoint, facts),
             subject="rotary settings",
+            details=Details(
+                wrong=(f"{old}: {got:g}, {want:g} expected",),
+                more=(change_named("hf-rope-parameters").link,),
+            ),
         )
     only = "new" if not any(key in raw for key in _OLD) else "old"
     if not both and read == meant and meant != _DEFAULTS:
         yield case(
             "rope-one-spelling",
             "info",
-            f"config.json has the {only} spelling of the rotary settings only",
+            f"config.json has only the {only} spelling of the rotary settings",
             fix_command(checkpoint, facts),
         )
 
 
 def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
-    """Whether the class is there, and RoPE's base: 4.x reads rope_theta only."""
+    """Whether the version has the class, and RoPE's base: 4.x reads only rope_theta."""
     config, name = checkpoint.config, checkpoint.architecture.name
     grouped = name == "llama" and config.grouped_query
     if not has_class(facts, name) or (grouped and not knows(facts, "hf-llama-grouped")):
         first = since("hf-llama-grouped") if grouped else f"transformers {CLASS_SINCE[name]}"
         yield failure(
             "class-unknown",
-            f"this model of {checkpoint.architecture.hf_class} needs {first} or newer",
+            f"{checkpoint.architecture.hf_class} needs {first} or newer for this model",
             f"use {first} or newer",
         )
     ignored = llama_ignores(name, config, facts)
     for what in ignored:
-        yield failure(
+        yield another_model(
             "llama-ignored",
-            f"transformers {facts.version} leaves out {what}. Nothing is printed",
+            f"transformers {facts.version} ignores {what}. It prints nothing",
             "use a newer transformers",
         )
     base = float(checkpoint.raw.get("rope_theta") or 10000.0)
     if ignored:
         return
     if not facts.rope_parameters and base != config.rotary_base:
-        yield failure(
+        yield another_model(
             "rope-spelling",
-            f"transformers {facts.version} computes with rope_theta {base:g} where the model has "
-            f"{config.rotary_base:g}: it doesn't read rope_parameters. Nothing is printed",
+            f"transformers {facts.version} computes with rope_theta {base:g}, and the model has "
+            f"{config.rotary_base:g}: it does not read rope_parameters. It prints nothing",
             fix_command(checkpoint, facts),
+            details=Details(
+                wrong=(f"rope_theta: {base:g}, {config.rotary_base:g} expected",),
+                more=(change_named("hf-rope-parameters").link,),
+            ),
         )
 
 
 def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
-    """A size of config.json that the tensors deny is an error of load_state_dict."""
+    """A size in config.json that the tensors contradict makes load_state_dict fail."""
     dims, raw = checkpoint.config.dims, checkpoint.raw
     for key, dim in _SIZES.items():
         setting = raw.get(key)
@@ -193,29 +205,30 @@ def _sizes(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         want = [setting if d == dim else dims[d] for d in row.weight.shape]
         yield failure(
             "config-size",
-            f"config.json says {key}: {setting}, and the tensors say {dims[dim]}",
+            f"config.json says {key}: {setting}, and the tensors have {dims[dim]}",
             fix_command(checkpoint, facts),
             f"RuntimeError: Error(s) in loading state_dict for {checkpoint.architecture.hf_class}:"
             f"\n\tsize mismatch for {row.hf}: copying a param with shape torch.Size({have}) from "
             f"checkpoint, the shape in current model is torch.Size({want}).",
             subject="config sizes",
+            details=Details(wrong=(f"{key}: {setting} in config.json, {dims[dim]} expected",)),
         )
 
 
 def _made_up(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
-    """Weights that transformers doesn't find: it makes them up, with a warning."""
+    """Weights that transformers does not find and initializes at random, with a warning."""
     config, stored = checkpoint.config, stored_names(checkpoint)
     renamed = "lm_head.weight" in stored and "embed_out.weight" not in stored
     if renamed and not config.tied_embeddings and not knows(facts, "hf-lm-head"):
-        why = f"only {since('hf-lm-head')} and newer know lm_head.weight"
+        why = f"only {since('hf-lm-head')} and newer read lm_head.weight"
         yield _newly(checkpoint, facts, ["embed_out.weight"], why, "head-name")
     has_biases = checkpoint.raw.get("attention_bias", True) is not False
     if not config.attention_bias and not knows(facts, "hf-attention-bias"):
-        why = f"{since('hf-attention-bias')} learned attention_bias: false"
+        why = f"attention_bias: false needs {since('hf-attention-bias')} or newer"
         newer = f"use {since('hf-attention-bias')} or newer"
         yield _newly(checkpoint, facts, _biases(checkpoint, "attention_bias"), why, "biases", newer)
     elif has_biases and not config.attention_bias:
-        why = "config.json doesn't say attention_bias: false"
+        why = "config.json does not say attention_bias: false"
         yield _newly(checkpoint, facts, _biases(checkpoint, "attention_bias"), why, "biases")
     for flag, there in (("mlp_bias", config.mlp_bias), ("norm_bias", config.norm_bias)):
         if not there:
@@ -237,10 +250,12 @@ def _newly(
 ) -> Case:
     return failure(
         code,
-        f"transformers {facts.version} finds no {some(names, 2)} ({why}) and makes them up",
+        f"transformers {facts.version} does not find {some(names, 2)} and initializes them at "
+        f"random: {why}",
         remedy or fix_command(checkpoint, facts),
         f"Some weights of {checkpoint.architecture.hf_class} were not initialized from the model "
         f"checkpoint at {checkpoint.path} and are newly initialized: {names}",
+        details=Details(missing=tuple(names)),
     )
 
 
@@ -252,18 +267,18 @@ def _buffers(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]
         yield case(
             "mask-buffers",
             "info",
-            f"{len(masks)} causal masks are stored ({size:,} bytes), as transformers did until "
-            "4.30; since then they are computed",
+            f"the files contain {len(masks)} causal masks ({size:,} bytes), which transformers "
+            "stored until 4.30 and computes since",
             fix_command(checkpoint, facts),
         )
     if any(name.endswith("inv_freq") for name in stored):
         uses = facts.persistent_inv_freq
         deviates = checkpoint.inv_freq_mismatch is not None
-        how = "is read" if uses else "is left unread, and computed"
-        text = f"inv_freq is stored, as transformers did until 4.34; by {facts.version} it {how}"
+        how, version = "reads it" if uses else "computes it", facts.version
+        text = f"the files contain inv_freq, which transformers stored until 4.34; {version} {how}"
         if deviates:
             text += (
-                ". It isn't what config.json gives, so versions on both sides of 4.35 compute "
+                ". It does not follow from config.json, so versions before and since 4.35 compute "
                 "different models"
             )
         severity: Severity = "warning" if uses and deviates else "info"
@@ -280,15 +295,15 @@ def _dtype(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
         yield case(
             "config-dtype",
             "warning",
-            f"config.json says dtype {setting}, and the tensors are {dtype}: they are cast where "
-            'dtype="auto" is asked for',
+            f"config.json says dtype {setting}, and the tensors are {dtype}: transformers casts "
+            'them with dtype="auto"',
             fix_command(checkpoint, facts),
         )
     elif "torch_dtype" not in raw and not knows(facts, "hf-dtype-key"):
         yield case(
             "dtype-one-spelling",
             "info",
-            f"config.json says dtype, which transformers {facts.version} doesn't read: it takes "
-            "that of the tensors",
+            f"config.json says dtype, which transformers {facts.version} does not read: it takes "
+            "the dtype of the tensors",
             fix_command(checkpoint, facts),
         )

@@ -1,10 +1,11 @@
-"""Whether a GPT-NeoX tree loads a GPT-NeoX checkpoint, and what it prints if it doesn't.
+"""Whether a GPT-NeoX tree loads a GPT-NeoX checkpoint, and what it prints if it does not.
 
-The settings are those in the checkpoint's configs. The messages are those of the real code, seen by
-running it on CPU; their order is that in which GPT-NeoX and DeepSpeed come to them: the yml, the
-number of files, the kind of layout, each layer's state dict, ``args``.
+The settings are those in the checkpoint's configs. The messages were copied from runs of the real
+code on CPU. Their order is that in which GPT-NeoX and DeepSpeed check: the yml, the number of
+files, the kind of layout, each layer's state dict, ``args``.
 """
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,31 +13,39 @@ from typing import Any
 from neox_bridge.architectures.base import INV_FREQ
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.neox_config import number, round_up
+from neox_bridge.doctor.causes import BUFFER_LINKS, NAMES_LINKS, buffer_cause, names_cause
 from neox_bridge.doctor.neox_folder import stray_cases
-from neox_bridge.doctor.verdict import Case, case, failure, fix_command
+from neox_bridge.doctor.verdict import Case, another_model, case, failure, fix_command
+from neox_bridge.findings import Command, Details
 from neox_bridge.formats.yml import duplicate_finding
-from neox_bridge.frameworks.changes import since
+from neox_bridge.frameworks.changes import CHANGES, change_named, since
 from neox_bridge.frameworks.eras import FLAG, mlp_biases
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
+from neox_bridge.wording import sentence
 
-# what stands in for a key that the yml lacks (megatron/neox_arguments/neox_args.py)
+# GPT-NeoX's defaults for missing yml keys (megatron/neox_arguments/neox_args.py)
 _DEFAULTS: dict[str, Any] = {
     "make_vocab_size_divisible_by": FIRST_MULTIPLE,
     "model_parallel_size": 1,
     "tokenizer_type": "GPT2BPETokenizer",
 }
+_LONGEST_VALUE = 100  # characters
+_GQA_WORDS = {"grouped": "as all q, all k, all v", "interleaved": "by query head"}
 
 
 def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -> Iterator[Case]:
-    """The cases of loading a checkpoint in a tree, in the order in which it meets them.
+    """The cases of loading a checkpoint in a tree, in the order in which the tree meets them.
 
-    resharding: the command that writes the run for the tree with its optimizer states, where it
-        cannot resume from them as they are; "" otherwise. It is the way out of the other cases that
-        it settles too, so that one command is enough.
+    Args:
+        checkpoint: The checkpoint.
+        facts: What the tree expects.
+        resharding: The command that writes the run for the tree with its optimizer states, if the
+            tree cannot resume from them as they are; "" otherwise. It also fixes other cases, so
+            it is the fix of those too: one command is enough.
     """
     fix = resharding or fix_for(checkpoint, facts)
     yield from _yml(checkpoint, facts, fix)
@@ -55,8 +64,8 @@ def _yml(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
             continue
         yield failure(
             "yml-key-twice",
-            f"{duplicate.key} stands in {duplicate.first} and {duplicate.second}; GPT-NeoX refuses "
-            "that, whatever their values",
+            f"{duplicate.key} is in {duplicate.first} and in {duplicate.second}; GPT-NeoX rejects "
+            "a key that is in two yml files, even with the same value",
             fix,
             f"ValueError: Conf file {duplicate.second} has the following duplicate keys with "
             f"previously loaded file: {duplicate.key}",
@@ -69,25 +78,31 @@ def _yml(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
         why = "".join(f". {reason_of(risky[key])}" for key in unknown if key in risky)
         if why:
             why += ". A copy without it may be another model"
+        text = "the yml has keys that this GPT-NeoX does not know and rejects: "
         yield failure(
             "yml-key-unknown",
-            f"the yml has keys that this GPT-NeoX doesn't know, and it refuses them: "
-            f"{', '.join(unknown)}" + (f" ({places})" if places else "") + why,
+            text + ", ".join(unknown) + (f" ({places})" if places else "") + why,
             fix,
             f"TypeError: NeoXArgs.__init__() got an unexpected keyword argument "
             f"'{next(key for key in checkpoint.raw if key in unknown)}'",
+            details=Details(
+                wrong=tuple(f"{key}: {checkpoint.raw[key]!r}"[:_LONGEST_VALUE] for key in unknown),
+                where=places,
+                why=sentence(text + ", ".join(unknown) + why),
+                more=tuple(change.link for change in CHANGES if change.keys & set(unknown)),
+            ),
         )
 
 
 def fix_for(checkpoint: Checkpoint, facts: TreeFacts, *, drop_optimizer: bool = False) -> str:
-    """The command that fixes a checkpoint for a tree, with what it cannot do without.
+    """The command that fixes a checkpoint for a tree, with the options that it needs.
 
-    Optimizer states stay with parameters of the same names in the same files only, and a stored
-    inv_freq that is not what the settings give is lost where files are rewritten: see ``fixes``.
+    Optimizer states can only be kept if their parameters keep their names and files. A stored
+    inv_freq that does not follow from the settings is lost when files are rewritten. See ``fixes``.
     """
     state = checkpoint.neox_state
     if state.missing_ranks:
-        return "copy the checkpoint again"  # a copy of it would not be whole either
+        return "copy the checkpoint again"  # a fixed copy would not be complete either
     stored = stores_inv_freq(checkpoint, facts)
     moved = stored is not None and stored != (state.inv_freq == "store")
     rows = expected_rows(checkpoint) not in (None, checkpoint.config.dims["vocab"])
@@ -101,15 +116,21 @@ def fix_for(checkpoint: Checkpoint, facts: TreeFacts, *, drop_optimizer: bool = 
     return fix_command(checkpoint, facts, *flags)
 
 
+def patch_command(tree: str) -> Command:
+    """The command that lets a tree load checkpoints with and without the buffer."""
+    command = shlex.join(["neox-bridge", "patch", tree])
+    return Command(f"{command}   # lets the tree load both kinds")
+
+
 def _flat(state: NeoxState, fix: str) -> Iterator[Case]:
-    """A step without a run's folder around it (load_checkpoint in megatron/checkpointing.py)."""
+    """A step without its run's folder (load_checkpoint in megatron/checkpointing.py)."""
     if not state.flat:
         return
     yield failure(
         "flat-folder",
-        f"{state.folder} holds the files of one step, and GPT-NeoX looks in the folder that `load` "
-        f"names for a file `latest` and a folder such as {state.step}: it finds neither, prints "
-        "that, and trains from random weights",
+        f"{state.folder} contains the files of one step. In the folder that `load` names, GPT-NeoX "
+        f"looks for a file `latest` and a folder such as {state.step}. It finds neither, prints a "
+        "warning and trains from random weights",
         fix,
         f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
         "please ensure this file exists or pass an explicit checkpoint tag when loading a "
@@ -118,7 +139,7 @@ def _flat(state: NeoxState, fix: str) -> Iterator[Case]:
 
 
 def _rank_files(state: NeoxState) -> Iterator[Case]:
-    """The case of mp_rank files that are missing, or left over from another layout."""
+    """The case of mp_rank files that are missing or left over from another layout."""
     strays = list(stray_cases(state.folder))
     yield from strays
     if state.missing_ranks and not strays:
@@ -132,21 +153,22 @@ def _layout_kind(checkpoint: Checkpoint) -> Iterator[Case]:
     state = checkpoint.neox_state
     if (stages > 0) == (state.layout == "layers"):
         return
-    held, read_with, wanted, error = "a file a rank", "0", 0, "KeyError: 'module'"
+    held, read_with, wanted, error = "one file per rank", "0", 0, "KeyError: 'module'"
     if state.layout == "layers":
-        held, read_with, wanted = "a file a layer", "1 or more", max(1, state.pp)
+        held, read_with, wanted = "one file per layer", "1 or more", max(1, state.pp)
         error = "TypeError: Expected state_dict to be dict-like, got <class 'NoneType'>."
     yield failure(
         "layout-kind",
         f"the yml says pipe_parallel_size: {stages}, and the checkpoint has {held}, which "
-        f"GPT-NeoX reads with {read_with} only",
+        f"GPT-NeoX reads only with {read_with}",
         f"set pipe_parallel_size: {wanted} in the yml",
         error,
+        details=Details(wrong=(f"pipe_parallel_size: {stages} in the yml",)),
     )
 
 
 def expected_rows(checkpoint: Checkpoint) -> int | None:
-    """The rows that GPT-NeoX computes at start; None where the tokenizer isn't known."""
+    """The number of vocabulary rows that GPT-NeoX computes; None if the tokenizer is unknown."""
     if checkpoint.tokenizer_size is None:
         return None
     multiple = _setting(checkpoint, "make_vocab_size_divisible_by")
@@ -160,7 +182,7 @@ def _setting(checkpoint: Checkpoint, key: str) -> int:
 
 
 def stores_inv_freq(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
-    """Whether the tree, with the checkpoint's yml, wants the buffer; None: either will do."""
+    """Whether the tree, with the checkpoint's yml, expects the buffer; None: it loads both."""
     if facts.buffer == "either":
         return None
     if checkpoint.raw.get("pos_emb") != "rotary":
@@ -171,7 +193,7 @@ def stores_inv_freq(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
 
 
 def _state_dicts(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator[Case]:
-    """What load_state_dict, which is strict, says of the embeddings and of the blocks."""
+    """What the strict load_state_dict reports about the embeddings and the blocks."""
     state, rows = checkpoint.neox_state, expected_rows(checkpoint)
     have = checkpoint.config.dims["vocab"]
     sizes = _sizes(checkpoint, facts)
@@ -188,11 +210,15 @@ def _state_dicts(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator
             f"{_setting(checkpoint, 'model_parallel_size')}",
             fix_for(checkpoint, facts),
             _strict(state, "EmbeddingPipe", [], [], [line]),
+            details=Details(wrong=(f"vocabulary: {have} rows, {rows} expected",)),
         )
     missing, unexpected, codes = _key_drift(checkpoint, facts)
     if not (missing or unexpected or sizes):
         return
-    # one message names the layers of one file, or of the whole rank
+    details = Details(
+        missing=tuple(missing), unexpected=tuple(unexpected), layers=checkpoint.config.layers
+    )
+    # One message names the layers of one file, or of the whole rank.
     layers = range(2, 3 if state.layout == "layers" else checkpoint.config.layers + 2)
     prints = _strict(
         state,
@@ -201,56 +227,74 @@ def _state_dicts(checkpoint: Checkpoint, facts: TreeFacts, fix: str) -> Iterator
         [_key(state, n, key) for n in layers for key in unexpected],
         [_mismatch(_key(state, n, key), *sizes[key]) for n in layers for key in sizes],
     )
-    for code, message, remedy in codes:
-        yield failure(code, message, remedy or fix, prints)
+    for code, message, remedy, known in codes:
+        details = replace(
+            details, where=known.where, why=known.why, others=known.others, more=known.more
+        )
+        yield failure(code, message, remedy or fix, prints, details=details)
     if sizes:
-        yield failure("mlp-width", *_width_words(checkpoint, facts), prints)
+        wrong = tuple(f"{key}: {have}, {want} expected" for key, (have, want) in sizes.items())
+        details = Details(wrong=wrong, layers=checkpoint.config.layers)
+        yield failure("mlp-width", *_width_words(checkpoint, facts), prints, details=details)
 
 
 def _key_drift(
     checkpoint: Checkpoint, facts: TreeFacts
-) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
-    """A block's keys that are missing and unexpected, and (code, message, remedy) of each cause."""
+) -> tuple[list[str], list[str], list[tuple[str, str, str, Details]]]:
+    """A block's missing and unexpected keys, and (code, message, remedy, details) of each cause."""
     want, have = _block_keys(checkpoint, facts, wanted=True), _block_keys(checkpoint, facts)
     missing = [key for key in want if key not in have]
     unexpected = [key for key in have if key not in want]
     has_names = checkpoint.neox_state.mlp_names
     same = facts.mlp_names == has_names
-    codes = []
-    place = f" ({facts.places['inv_freq']})" if "inv_freq" in facts.places else ""
+    codes: list[tuple[str, str, str, Details]] = []
+    where = facts.places.get("inv_freq", "")
+    place = f" ({where})" if where else ""
+    by_flag = facts.buffer == "flag"
+    details = Details(
+        where=where,
+        why=buffer_cause("store" if INV_FREQ in missing else "omit", by_flag),
+        others=() if facts.name.startswith("neox@") or not same else (patch_command(facts.name),),
+        more=BUFFER_LINKS,
+    )
     if INV_FREQ in missing:
-        text = f"this GPT-NeoX stores inv_freq{place} and the checkpoint doesn't hold it"
-        if facts.buffer == "flag":
-            text = f"the yml's {FLAG}: true asks for inv_freq, and the checkpoint doesn't hold it"
-        codes.append(("inv-freq-missing", f"{text}: loading is strict", ""))
+        text = f"this GPT-NeoX stores inv_freq{place}, and the checkpoint does not contain it"
+        if by_flag:
+            text = f"the yml says {FLAG}: true, and the checkpoint does not contain inv_freq"
+        codes.append(("inv-freq-missing", f"{text}: loading is strict", "", details))
     if INV_FREQ in unexpected:
-        text = f"the checkpoint holds inv_freq, and this GPT-NeoX doesn't store it{place}"
-        flag = f" (unless the yml says {FLAG}: true)" if facts.buffer == "flag" else ""
-        codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", ""))
+        text = f"the checkpoint contains inv_freq, and this GPT-NeoX does not store it{place}"
+        flag = f" (unless the yml says {FLAG}: true)" if by_flag else ""
+        codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", "", details))
     if not same:
         names = {"linear": "linear1 and linear2", "dense": "dense_h_to_4h and dense_4h_to_h"}
         if checkpoint.architecture.gated:
             names["dense"] = "w1, w2 and w3"
         text = (
-            f"this GPT-NeoX names the MLP {names[facts.mlp_names]}, the checkpoint "
-            f"{names[has_names]} (changed by {since('neox-mlp-names')})"
+            f"this GPT-NeoX names the MLP {names[facts.mlp_names]}, and the checkpoint "
+            f"{names[has_names]} (renamed in {since('neox-mlp-names')})"
         )
-        codes.append(("mlp-names", text, ""))
+        details = Details(
+            where=facts.places.get("mlp_names", ""),
+            why=names_cause(facts.mlp_names, checkpoint.architecture.gated),
+            more=NAMES_LINKS,
+        )
+        codes.append(("mlp-names", text, "", details))
     rest = [k for k in (*missing, *unexpected) if k.endswith(".bias")]
     rest = [k for k in rest if same or not k.startswith("mlp.")]
     if rest or (not same and _mlp_bias(checkpoint, facts) is None):
         way = "correct the yml"
-        if "mlp" in str(rest):
-            way = "name a GPT-NeoX since 2024-10 with `era=`"
-        text = "the biases are not those that the yml and this GPT-NeoX give: "
-        codes.append(("biases", f"{text}{', '.join(rest) or 'the MLP has none'}", way))
+        if any(key.startswith("mlp.") for key in rest):
+            way = "use a GPT-NeoX since 2024-10, and name it with `era=`"
+        text = "the biases differ from those of the yml in this GPT-NeoX: "
+        codes.append(("biases", f"{text}{', '.join(rest) or 'the MLP has none'}", way, Details()))
     return missing, unexpected, codes
 
 
 def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
-    """Whether the tree's MLP has biases; None where it always has and the checkpoint hasn't.
+    """Whether the tree's MLP has biases; None if it always has them and the checkpoint does not.
 
-    use_bias_in_mlp came with neox-mlp-type; LLaMAParallelMLP had none before.
+    use_bias_in_mlp was added by neox-mlp-type. LLaMAParallelMLP had no biases before.
     """
     if checkpoint.architecture.gated and facts.gated_biases == "none":
         return False
@@ -260,7 +304,7 @@ def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
 
 
 def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) -> list[str]:
-    """A block's keys in the order of its modules: as the tree wants them, or as they are."""
+    """A block's keys in the order of its modules: as the tree expects them, or as they are."""
     config, state = checkpoint.config, checkpoint.neox_state
     dense, inv_freq = state.mlp_names == "dense", state.inv_freq == "store"
     if wanted:
@@ -283,7 +327,7 @@ def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) 
 
 
 def _sizes(checkpoint: Checkpoint, facts: TreeFacts) -> dict[str, tuple[list[int], list[int]]]:
-    """(the checkpoint's shape, the tree's) of an MLP of another width, where its names fit."""
+    """(the checkpoint's shape, the tree's) of an MLP of another width, if its names match."""
     have, want, state = (
         checkpoint.config.dims["ffn"],
         mlp_width(checkpoint, facts),
@@ -324,18 +368,18 @@ def _width_words(checkpoint: Checkpoint, facts: TreeFacts) -> tuple[str, str]:
     have, want = checkpoint.config.dims["ffn"], mlp_width(checkpoint, facts)
     if facts.plain_mlp_4h:
         return (
-            f"the MLP is {have} wide, and this GPT-NeoX builds plain MLPs four times as wide as "
-            f"the model, {want}, whatever the yml says (until {since('neox-mlp-width')})",
-            "name a GPT-NeoX since 2024-10 with `era=`: this one can't hold the model",
+            f"the MLP is {have} wide, and this GPT-NeoX always builds plain MLPs four times as "
+            f"wide as the model, here {want} (until {since('neox-mlp-width')})",
+            "use a GPT-NeoX since 2024-10, and name it with `era=`: this one cannot run the model",
         )
     return (
-        f"the MLP is {have} wide, and the yml makes it {want}",
+        f"the MLP is {have} wide, and {want} wide by the yml",
         f"set intermediate_size: {have} in the yml",
     )
 
 
 def _args(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """check_checkpoint_args: every key of ``args`` against the settings, after the weights."""
+    """check_checkpoint_args compares every key of ``args`` with the settings after the weights."""
     for key, have in checkpoint.neox_state.args.items():
         setting = checkpoint.raw.get(key, _DEFAULTS.get(key, have))
         if key == "padded_vocab_size":
@@ -343,25 +387,30 @@ def _args(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
         if setting != have and key in facts.args_checked:
             yield failure(
                 "args-differ",
-                f"{key}: the checkpoint's args say {have}, the settings {setting}, and GPT-NeoX "
-                "compares them when it loads",
+                f"{key}: the checkpoint's args say {have}, and the settings say {setting}; "
+                "GPT-NeoX compares them when it loads",
                 fix_for(checkpoint, facts),
                 f"AssertionError: {key} value from checkpoint ({have}) is not equal to the "
                 f"currently set argument value ({setting}).",
+                details=Details(wrong=(f"{key}: {have} in the checkpoint, {setting} now",)),
             )
 
 
 def _silent(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """What no framework says a word about."""
+    """What no framework reports."""
     raw = checkpoint.raw
     if raw.get("norm") == "rmsnorm" and facts.rms_eps == "outside":
         yield case(
             "rms-epsilon",
             "warning",
-            "this GPT-NeoX adds RMSNorm's epsilon to the root, x / (rms + eps); since "
-            f"{since('neox-rms-epsilon')} it is inside, sqrt(var + eps): a model of the other "
-            "kind differs by some 1e-4 in its logits, and no conversion removes that",
+            "this GPT-NeoX adds RMSNorm's epsilon outside the root, x / (rms + eps); since "
+            f"{since('neox-rms-epsilon')} it is inside, sqrt(var + eps). The logits of a model "
+            "that was trained with the other form differ by about 1e-4, and no conversion can "
+            "change that",
             subject="RMSNorm epsilon",
+            details=Details(
+                where=facts.places.get("rms_eps", ""), more=(change_named("neox-rms-epsilon").link,)
+            ),
         )
     if raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads")):
         yield from _gqa(checkpoint.neox_state, facts)
@@ -370,13 +419,13 @@ def _silent(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
         yield case(
             "rope-tables",
             "info",
-            "this GPT-NeoX computes its rotary tables from the rounded inv_freq; since "
-            f"{since('neox-rope-fp32')} they are computed in fp32",
+            "this GPT-NeoX computes the rotary tables from a rounded inv_freq; since "
+            f"{since('neox-rope-fp32')} it computes them in fp32",
         )
 
 
 def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
-    """What loads, and then ends in the first forward pass (Era.gated_biases)."""
+    """What loads and then fails in the first forward pass (Era.gated_biases)."""
     config, gated = checkpoint.config, checkpoint.architecture.gated
     if not checkpoint.architecture.has_mlp or "mlp" in checkpoint.neox_state.te:
         return
@@ -384,7 +433,7 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     wanted = mlp_biases(
         facts.gated_biases, activation, gated=gated, parallel=config.parallel_residual
     )
-    newer = f"name a GPT-NeoX since {since('neox-gated-biases')} with `era=`"
+    newer = f"use a GPT-NeoX since {since('neox-gated-biases')}, and name it with `era=`"
     if wanted == "required" and not config.mlp_bias:
         error = "AttributeError: 'NoneType' object has no attribute 'expand_as'"
         if not gated:
@@ -392,8 +441,8 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
             error = "TypeError: unsupported operand type(s) for +: 'Tensor' and 'NoneType'"
         yield failure(
             "mlp-biases",
-            f"the MLP has no biases, and with activation: {activation} this GPT-NeoX adds them "
-            "without asking: it loads, and ends in the first forward pass",
+            f"the MLP has no biases, and with activation: {activation} this GPT-NeoX always adds "
+            "them: the checkpoint loads, and the first forward pass fails",
             newer,
             error,
         )
@@ -401,7 +450,7 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
         yield failure(
             "mlp-biases",
             f"the MLP has biases, and with activation: {activation} this GPT-NeoX asserts that it "
-            "has none: it loads, and ends in the first forward pass",
+            "has none: the checkpoint loads, and the first forward pass fails",
             newer,
             "AssertionError",
         )
@@ -409,35 +458,39 @@ def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
 
 def _gqa(state: NeoxState, facts: TreeFacts) -> Iterator[Case]:
     order = state.gqa_order if state.gqa_order_known else None
+    change = change_named("neox-gqa-order")
+    details = Details(where=facts.places.get("gqa_order", ""), more=(change.link,))
+    reads = f"reads them {_GQA_WORDS[facts.gqa_order]}"
+    same_shapes = "The shapes are the same, so it loads as another model"
     if state.mlp_names == "dense" and facts.gqa_order == "grouped":
-        yield failure(
+        yield another_model(
             "gqa-order",
-            "the checkpoint is from before 2024-09, when the rows of grouped-query attention lay "
-            "by query head, and this GPT-NeoX reads them as all q, all k, all v (since "
-            f"{since('neox-gqa-order')}): the shapes are the same, so it loads as another model",
+            "the checkpoint is from before 2024-09, when the rows of grouped-query attention were "
+            f"{_GQA_WORDS['interleaved']}, and this GPT-NeoX {reads} (since {change.since}). "
+            f"{same_shapes}",
             "load it in a GPT-NeoX of neox@2024-10 or older",
             subject="GQA row order",
+            details=details,
         )
     elif order is not None and order != facts.gqa_order:
-        yield failure(
+        yield another_model(
             "gqa-order",
-            f"the rows of grouped-query attention are {order}, and this GPT-NeoX reads them "
-            f"{facts.gqa_order} (changed in {since('neox-gqa-order')}): the shapes are the same, "
-            "so it loads as another model",
+            f"the rows of grouped-query attention are {_GQA_WORDS[order]}, and this GPT-NeoX "
+            f"{reads} (changed in {change.since}). {same_shapes}",
             "convert it with `to=neox` and this GPT-NeoX as `era=`",
             subject="GQA row order",
+            details=details,
         )
     elif order is None:
         yield case(
             "gqa-order-unknown",
             "warning",
-            f"grouped-query attention: the order of its rows changed in {since('neox-gqa-order')} "
-            "with the shapes the same, so this checkpoint doesn't tell its own; this GPT-NeoX "
-            "reads them "
-            f"{'by query head' if facts.gqa_order == 'interleaved' else 'as all q, all k, all v'}, "
-            "and the wrong order computes another model without a word",
+            f"the order of the rows of grouped-query attention changed in {change.since}, and the "
+            "checkpoint does not record which order it has, because the shapes are the same. This "
+            f"GPT-NeoX {reads}. If that is wrong, it computes another model without a message",
             "compare the logits, or the loss on some text, with those of the run that wrote it",
             subject="GQA row order",
+            details=details,
         )
 
 

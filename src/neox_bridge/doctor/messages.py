@@ -1,6 +1,6 @@
-"""Reads pasted output of GPT-NeoX, DeepSpeed, torch and transformers: which keys, which shapes.
+"""Reads the keys and shapes in pasted output of GPT-NeoX, DeepSpeed, torch and transformers.
 
-The forms: torch's ``Module.load_state_dict`` (also through DeepSpeed), the two warnings of
+Its forms are torch's ``Module.load_state_dict`` (also through DeepSpeed), the two warnings of
 transformers 4 (``_load_pretrained_model``), and the table of transformers 5
 (``utils/loading_report.py``).
 """
@@ -9,8 +9,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from neox_bridge.findings import Command
+
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-# torchrun and transformers 5 begin lines so
+# The prefixes of torchrun and transformers 5.
 _PREFIX = re.compile(r"^\[(?:rank\d+|default\d+|transformers)\]:? ?", re.M)
 _STATE_DICT = re.compile(r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)")
 _MODULE = re.compile(r"Error\(s\) in loading state_dict for (\w+)")
@@ -34,16 +36,25 @@ Older = Literal["checkpoint", "framework", ""]
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """One cause that was recognised.
+    """One cause that was recognized.
 
-    code: the id of a known change, or a code of its own where no change is behind it.
-    older: the side that is older, "" where neither is, or that can't be told.
-    remedy: the command, or the key of the yml or of config.json. CHECKPOINT, NEW and TREE in it
-        stand for the user's paths.
-    keys: the tensors or keys that the message names, as they stand there.
-    needs: (option, value) of a conversion that fixes it, of which the one command is made.
-    by_convert: whether a conversion for the right tree fixes it.
-    others: further ways. more: a link.
+    In commands and texts, CHECKPOINT, NEW and TREE stand for the user's paths.
+
+    Attributes:
+        code: The id of a known change, or a code of its own if no change is behind it.
+        cause: Why it happens, in full sentences.
+        remedy: What to do: a ``Command``, or what to set in the yml or in config.json.
+        keys: The tensors or keys that the message names, as they are there.
+        needs: (option, value) of a conversion that fixes it. The one command consists of them.
+        older: The side that is older; "" if neither is, or if that is unknown.
+        by_convert: Whether a conversion for the right tree fixes it.
+        resumes: Whether the fix must keep optimizer states, so that ``reshard`` writes it.
+        settings: Keys of the yml that must be as when the checkpoint was saved. Setting them is the
+            remedy if there is no other, and another way otherwise.
+        tp_change: Rows of one rank in the checkpoint and in the model, if only the number of
+            tensor-parallel ranks differs.
+        others: Other ways.
+        more: Links.
     """
 
     code: str
@@ -53,13 +64,16 @@ class Diagnosis:
     needs: tuple[tuple[str, str], ...] = ()
     older: Older = ""
     by_convert: bool = False
+    resumes: bool = False
+    settings: tuple[str, ...] = ()
+    tp_change: tuple[int, int] | None = None
     others: tuple[str, ...] = ()
-    more: str = ""
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A tensor whose shape in the files isn't that of the model."""
+    """A tensor whose shape in the files differs from that in the model."""
 
     key: str
     stored: tuple[int, ...]
@@ -70,8 +84,12 @@ class Sizes:
 class Message:
     """What a pasted output says.
 
-    text: without colours. modules: the classes that were being loaded.
-    missing, unexpected: keys as they stand there.
+    Attributes:
+        text: The output without colors and prefixes.
+        modules: The classes that were being loaded.
+        missing: Missing keys as they are there.
+        unexpected: Unexpected keys as they are there.
+        sizes: Tensors with another shape.
     """
 
     text: str
@@ -82,7 +100,7 @@ class Message:
 
     @property
     def keys(self) -> tuple[list[str], list[str]]:
-        """Those missing and those unexpected."""
+        """The missing keys and the unexpected keys."""
         return self.missing, self.unexpected
 
     @property
@@ -116,10 +134,14 @@ def read_message(text: str) -> Message:
 
 
 CONVERT = "neox-bridge convert CHECKPOINT NEW --to neox"
+FIX = Command("neox-bridge doctor CHECKPOINT --fix NEW")
+EXPORT = Command("neox-bridge convert CHECKPOINT NEW --to hf")
+PATCH = Command("neox-bridge patch TREE   # lets the tree load both kinds")
+OTHER_TP = Command(f"{CONVERT} --tp N   # N: the run's model_parallel_size")
 
 
 def short(keys: list[str], ending: str) -> tuple[str, ...]:
-    """The keys that end so (a regular expression)."""
+    """The keys that end with a regular expression."""
     return tuple(key for key in keys if re.search(rf"(?:^|\.){ending}$", key))
 
 

@@ -1,4 +1,4 @@
-"""What a GPT-NeoX folder itself gives away: files of two layouts, keys in two ymls."""
+"""Defects that the files of a GPT-NeoX folder show by themselves: files of two layouts."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 from neox_bridge.doctor.verdict import Case, failure
+from neox_bridge.findings import Command
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.stores.paths import listdir
 
@@ -13,21 +14,21 @@ _RANK = re.compile(r"mp_rank_\d+_model_states\.pt")
 
 
 def stray_cases(folder: str) -> Iterator[Case]:
-    """The case of mp_rank files that another layout left behind, or that were lost."""
+    """The case of mp_rank files that are left over from another layout, or missing."""
     names, sizes = _rank_files(folder)
     saved_by = next((size for size in sizes.values() if size), None)
     if saved_by is None or all(size in (None, len(names)) for size in sizes.values()):
         return
     strays = stray_ranks(folder)
     wrong = next(s for s in sizes.values() if s is not None and s != len(names))
-    what = f"left over from another layout: {', '.join(strays)}" if strays else "not all of one"
+    left = f"{', '.join(strays)} left over from another layout" if strays else "some are missing"
     remedy = "copy the checkpoint again, into an empty folder"
     if strays:
-        remedy = shlex.join(["rm", *(os.path.join(folder, name) for name in strays)])
+        remedy = Command(shlex.join(["rm", *(os.path.join(folder, name) for name in strays)]))
     yield failure(
         "mp-rank-files",
-        f"{folder} holds {len(names)} mp_rank files and they were saved by {wrong} processes: "
-        f"{what}. DeepSpeed counts them before it loads anything",
+        f"{folder} has {len(names)} mp_rank files, which were saved by {wrong} processes: {left}. "
+        "DeepSpeed counts them before it loads anything",
         remedy,
         f"AssertionError: checkpoint count {len(names)} is different from saved mp_world_size "
         f"{wrong}",
@@ -36,9 +37,9 @@ def stray_cases(folder: str) -> Iterator[Case]:
 
 
 def stray_ranks(folder: str) -> tuple[str, ...]:
-    """The mp_rank files that don't belong to the one complete set, if there is one.
+    """The mp_rank files that do not belong to the one complete set, if there is one.
 
-    A set is complete where files 0 to W-1 all say mp_world_size W.
+    A set is complete if files 0 to W-1 all say mp_world_size W.
     """
     names, sizes = _rank_files(folder)
     for count in {size for size in sizes.values() if size}:

@@ -4,22 +4,25 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from neox_bridge.doctor.judge_neox import fix_for
-from neox_bridge.doctor.verdict import Case, case, failure, opening_options
+from neox_bridge.doctor.verdict import Case, case, failure, near, opening_options
 from neox_bridge.errors import BridgeError
+from neox_bridge.findings import Command, Details
+from neox_bridge.frameworks.changes import change_named
 from neox_bridge.frameworks.deepspeed import NO_VERSION, SUB_PARTITIONS, StatesForm, release_of
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.targets import Target, name_of
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.optimizer.saved_states import SavedStates, reshard_command, saved_states
+from neox_bridge.wording import sentence
 
-# GPT-NeoX v1.0 looks for a key of the mp_rank files that DeepSpeed renamed (fcb3ca5e, 0.5.5)
+# GPT-NeoX v1.0 reads a key of the mp_rank files that DeepSpeed renamed (fcb3ca5e, 0.5.5).
 _RENAMED_KEY = "KeyError: 'csr_tensor_module_names'"
 _RENAMED_SINCE = (0, 5, 5)
 
 
 def cannot_resume(checkpoint: Checkpoint, form: StatesForm) -> bool:
-    """Whether the yml asks to resume from states that a tree, whose own have this form, cannot."""
+    """Whether the yml asks to resume from states that a tree with this form cannot load."""
     state, finetune = checkpoint.neox, checkpoint.raw.get("finetune")
     if state is None or finetune:
         return False
@@ -32,9 +35,9 @@ def cannot_resume(checkpoint: Checkpoint, form: StatesForm) -> bool:
 
 
 def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
-    """The cases of loading the optimizer, which GPT-NeoX does after the weights.
+    """The cases of loading the optimizer states, which GPT-NeoX does after the weights.
 
-    transformers loads none, so that there is nothing to say of it.
+    transformers loads none, so it has no such cases.
     """
     state = checkpoint.neox
     if state is None or not isinstance(target, TreeFacts) or checkpoint.raw.get("finetune"):
@@ -46,10 +49,11 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
     try:
         states = saved_states(checkpoint)
     except BridgeError as error:
-        yield case("optimizer-unreadable", "warning", f"its optimizer cannot be read: {error}")
+        message = f"the optimizer states cannot be read: {error}"
+        yield case("optimizer-unreadable", "warning", message)
         return
     if states is not None and states.incomplete:
-        if not state.missing_ranks:  # which has a case of its own
+        if not state.missing_ranks:  # another case reports those
             yield failure("optimizer-incomplete", states.incomplete)
         return
     form = target.states
@@ -58,31 +62,31 @@ def judge_resuming(checkpoint: Checkpoint, target: Target) -> Iterator[Case]:
         yield judge(checkpoint, target, states, count)
         return
     message = (
-        f"it holds optimizer states ({count} files or entries). Without finetune: true, GPT-NeoX "
-        "resumes from them, but only with the number of data-parallel ranks that saved them; with "
-        "finetune: true it ignores them"
+        f"the checkpoint has optimizer states ({count} files or entries). Without finetune: true, "
+        "GPT-NeoX resumes from them, but only with the number of data-parallel ranks that saved "
+        "them. With finetune: true, it ignores them"
     )
     if states is not None and states.resumption is not None and form == "sub-partitions":
         ranks = "on any number of" if states.resumption.any_dp else "on the same number of"
         message = (
-            f"it holds optimizer states ({count} files). Without finetune: true, this GPT-NeoX "
-            f"resumes from them {ranks} data-parallel ranks"
+            f"the checkpoint has optimizer states ({count} files). Without finetune: true, this "
+            f"GPT-NeoX resumes from them {ranks} data-parallel ranks"
         )
-        message += "" if states.resumption.keeps_step else ". Adam's step begins again at 1"
+        message += "" if states.resumption.keeps_step else ". Adam's step restarts at 1"
     yield case("optimizer-states", "info", message)
 
 
 def resharding(checkpoint: Checkpoint, target: Target) -> str:
-    """The command that writes the run for a tree which does not resume from its states.
+    """The command that writes the run for a tree that cannot resume from its states.
 
-    It also removes keys that the tree refuses, renames parameters, and makes a run of a flat
-    folder. "" where the tree resumes, and where the states cannot be read or the tree cannot train
-    such a run.
+    It also removes keys that the tree rejects, renames parameters, and makes a run of a flat
+    folder. "" if the tree resumes, if the states cannot be read, or if the tree cannot train such a
+    run.
     """
     state = checkpoint.neox
     if state is None or not isinstance(target, TreeFacts) or checkpoint.raw.get("finetune"):
         return ""
-    with suppress(BridgeError):  # what cannot be read has a case of its own
+    with suppress(BridgeError):  # another case reports what cannot be read
         states = saved_states(checkpoint) if checkpoint.has_optimizer else None
         if states is not None and not states.incomplete:
             resumes = _resumes(checkpoint, states, target.states)
@@ -91,7 +95,7 @@ def resharding(checkpoint: Checkpoint, target: Target) -> str:
 
 
 def _reshard_command(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates) -> str:
-    """The command that writes states anew for a tree; "" where none does."""
+    """The command that rewrites states for a tree; "" if none does."""
     options = opening_options(checkpoint)
     if target.states == "sub-partitions":  # ZeRO of DeeperSpeed 0.3.15
         if checkpoint.config.dtype != "float16":
@@ -99,14 +103,14 @@ def _reshard_command(checkpoint: Checkpoint, target: TreeFacts, states: SavedSta
         options = [*options, *(() if states.stage == 1 else ("--zero", "1"))]
     elif states.form is None:
         return ""
-    return reshard_command(checkpoint.path, options, name_of(target))
+    return Command(reshard_command(near(checkpoint.path), options, name_of(target)))
 
 
 def _resumes(checkpoint: Checkpoint, states: SavedStates, form: StatesForm) -> bool:
     """Whether a tree resumes from states.
 
-    GPT-NeoX v1.0 loads elastic states unless elastic_checkpoint is false, and then rigid ones only
-    (DeeperSpeed 0.3.15, runtime/zero/stage1.py); those of stage 2 in any case.
+    GPT-NeoX v1.0 loads elastic states unless elastic_checkpoint is false, and then only rigid ones
+    (DeeperSpeed 0.3.15, runtime/zero/stage1.py). It loads states of stage 2 in any case.
     """
     if form == "partitions":
         return not states.refusal
@@ -118,51 +122,61 @@ def _resumes(checkpoint: Checkpoint, states: SavedStates, form: StatesForm) -> b
 
 
 def _not_of_v1(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, count: int) -> Case:
-    """The case of states that GPT-NeoX v1.0 does not load."""
+    """The case of states that GPT-NeoX v1.0 cannot load."""
     if states.form is not None and states.form.generation is SUB_PARTITIONS:
         what = (
-            f"are {states.form.kind}, and the yml's zero_optimization.elastic_checkpoint asks for "
-            "others"
+            f"are {states.form.kind}, and zero_optimization.elastic_checkpoint in the yml says "
+            "otherwise"
         )
         prints = "KeyError: 0" if states.form.kind == "rigid" else ""
     else:
-        what = "are those of a later DeepSpeed than 0.3.15, which it requires"
+        what = "were saved by a later DeepSpeed than 0.3.15, which it requires"
         release = release_of(states.version) or (0, 0, 0)
         prints = _RENAMED_KEY if release >= _RENAMED_SINCE else ""
-    message = f"its optimizer states ({count} files) {what}: this GPT-NeoX cannot resume from them"
+    message = f"this GPT-NeoX cannot resume from the optimizer states ({count} files): they {what}"
     command = _reshard_command(checkpoint, target, states)
-    cannot_train = f"Nor can it train in {checkpoint.config.dtype} with ZeRO"
-    message += f". {'Resharding writes them anew' if command else cannot_train}"
+    cannot_train = f"It cannot train in {checkpoint.config.dtype} with ZeRO either"
+    message += f". {'reshard rewrites them' if command else cannot_train}"
     return failure("optimizer-version", message, command, prints)
 
 
 def _old_states(checkpoint: Checkpoint, target: TreeFacts, states: SavedStates, count: int) -> Case:
-    """The case of states that the DeepSpeed of later trees refuses."""
+    """The case of states that the DeepSpeed of later trees rejects."""
     fix = _reshard_command(checkpoint, target, states)
     if states.form is None:
         kind, fix = "", fix_for(checkpoint, target)
-        way_out = "Its weights load with finetune: true, which starts a new optimizer"
+        way_out = "The weights load with finetune: true, which starts a new optimizer"
+        others: tuple[str, ...] = ()
     else:
         kind = (
             f"are {states.form.kind} ZeRO {states.stage} states of {states.form.dp} data-parallel "
             f"ranks, as {states.form.generation.releases} saves them. They "
         )
         weights_only = fix_for(checkpoint, target, drop_optimizer=True)
+        others = (weights_only,)
         way_out = (
-            "Resharding writes them anew. Its weights alone load with finetune: true, which starts "
-            f"a new optimizer: {weights_only}"
+            "reshard rewrites them. The weights alone load with finetune: true, which starts a new "
+            f"optimizer: {weights_only}"
         )
-    lacking = (
+    defect = (
         "have no ds_version, like those of GPT-NeoX v1.0"
         if states.refusal == NO_VERSION
-        else "are elastic and hold no step of Adam"
+        else "are elastic and do not contain Adam's step"
+    )
+    cause = (
+        f"the optimizer states ({count} files) {kind}{defect}, and later trees cannot resume from "
+        "them"
     )
     return failure(
         "optimizer-version",
-        f"its optimizer states ({count} files) {kind}{lacking}, and later trees cannot resume from "
-        f"them. {way_out}",
+        f"{cause}. {way_out}",
         fix,
         states.refusal,
+        details=Details(
+            why=sentence(cause),
+            others=others,
+            more=(change_named("neox-deepspeed-08").link,),
+        ),
     )
 
 
@@ -171,7 +185,7 @@ def _no_states(checkpoint: Checkpoint, target: TreeFacts) -> Iterator[Case]:
     if checkpoint.raw.get("finetune") is False:
         yield failure(
             "no-optimizer-states",
-            "the yml says finetune: false, and the checkpoint holds no optimizer states to resume "
+            "the yml says finetune: false, and the checkpoint has no optimizer states to resume "
             "from",
             fix_for(checkpoint, target),
             prints,
@@ -180,7 +194,7 @@ def _no_states(checkpoint: Checkpoint, target: TreeFacts) -> Iterator[Case]:
     yield case(
         "no-optimizer-states",
         "info",
-        "it holds no optimizer states: without finetune: true in the yml, GPT-NeoX ends with "
-        f"{prints}",
+        "the checkpoint has no optimizer states: without finetune: true in the yml, GPT-NeoX fails "
+        f"with {prints}",
         "set finetune: true in the yml",
     )

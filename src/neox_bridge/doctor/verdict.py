@@ -1,11 +1,12 @@
-"""What the doctor says: cases with what the framework prints, and the verdict that they make."""
+"""What the doctor reports: cases with what the framework prints, and the verdict from them."""
 
+import os
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from neox_bridge.findings import Finding, Severity, Subject
+from neox_bridge.findings import NO_DETAILS, Command, Details, Finding, Severity, Subject
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.targets import Target, name_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder
@@ -16,13 +17,18 @@ Answer = Literal["loads", "loads with warnings", "fails"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A finding, and what the framework prints of it; "" where it says nothing.
+    """A finding, and what the framework prints about it.
 
-    fails: the checkpoint won't load, or loads as another model.
+    Attributes:
+        finding: What it is. Of severity "error": the checkpoint does not load, or loads as another
+            model.
+        prints: What the framework prints; "" where it prints nothing.
+        silent: Whether the checkpoint loads without a message, as another model.
     """
 
     finding: Finding
     prints: str = ""
+    silent: bool = False
 
     @property
     def fails(self) -> bool:
@@ -31,24 +37,43 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a checkpoint loads in a target. message: the first that the framework prints."""
+    """Whether a checkpoint loads in a target.
+
+    Attributes:
+        target: The target as ``--for`` spells it.
+        answer: Whether it loads.
+        message: The first message that the framework prints.
+        cases: What is behind the answer, in the order in which the framework meets it.
+        framework: The target for people.
+    """
 
     target: str
     answer: Answer
     message: str
     cases: tuple[Case, ...]
+    framework: str = ""
+
+    @property
+    def headline(self) -> str:
+        """What goes wrong, to follow the name of the checkpoint; "" where it loads."""
+        failing = [case for case in self.cases if case.fails]
+        if not failing:
+            return ""
+        silent = all(case.silent for case in failing)
+        what = "loads as another model in" if silent else "does not load in"
+        return f"{what} {self.framework or self.target}"
 
 
-def verdict(target: str, cases: Iterable[Case]) -> Verdict:
-    """The verdict of cases that stand in the order in which the framework meets them."""
+def verdict(target: str, cases: Iterable[Case], framework: str = "") -> Verdict:
+    """The verdict of cases that are in the order in which the framework meets them."""
     cases = tuple(cases)
     failing = [case for case in cases if case.fails]
     if failing:
         silent = f"(nothing) {failing[0].finding.message}"
         message = next((case.prints for case in failing if case.prints), silent)
-        return Verdict(target, "fails", message, cases)
+        return Verdict(target, "fails", message, cases, framework)
     warned = any(case.finding.severity == "warning" for case in cases)
-    return Verdict(target, "loads with warnings" if warned else "loads", "", cases)
+    return Verdict(target, "loads with warnings" if warned else "loads", "", cases, framework)
 
 
 def case(
@@ -58,45 +83,87 @@ def case(
     remedy: str = "",
     prints: str = "",
     subject: Subject = "",
+    details: Details = NO_DETAILS,
 ) -> Case:
     """A case in one line."""
-    return Case(Finding(code, severity, message, remedy, subject=subject), prints)
+    return Case(Finding(code, severity, message, remedy, subject=subject, details=details), prints)
 
 
 def failure(
-    code: str, message: str, remedy: str = "", prints: str = "", subject: Subject = ""
+    code: str,
+    message: str,
+    remedy: str = "",
+    prints: str = "",
+    subject: Subject = "",
+    details: Details = NO_DETAILS,
 ) -> Case:
-    """The case of a checkpoint that won't load, or loads as another model."""
-    return case(code, "error", message, remedy, prints, subject)
+    """The case of a checkpoint that does not load."""
+    return case(code, "error", message, remedy, prints, subject, details)
+
+
+def another_model(
+    code: str,
+    message: str,
+    remedy: str = "",
+    prints: str = "",
+    subject: Subject = "",
+    details: Details = NO_DETAILS,
+) -> Case:
+    """The case of a checkpoint that loads as another model."""
+    return replace(failure(code, message, remedy, prints, subject, details), silent=True)
 
 
 def opening_options(checkpoint: Checkpoint, target: Target | None = None) -> list[str]:
-    """The options without which a command refuses a checkpoint that was opened.
+    """The options without which a command refuses to open a checkpoint.
 
-    They name its ymls, and its unknown keys that may change the model and that the target does not
-    know either.
+    They name its ymls, and those of its unknown keys that may change the model and that the target
+    does not know either.
     """
     known = target.keys if isinstance(target, TreeFacts) and checkpoint.kind == "neox" else ()
     risky = [refusal.key for refusal in refusals(checkpoint, (), known)]
     return [*config_options(checkpoint), *(w for key in risky for w in ("--ignore-key", key))]
 
 
-def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> str:
+def near(path: str) -> str:
+    """A path as a command in the current folder names it: relative below it, absolute elsewhere."""
+    below = os.path.join(os.getcwd(), "")
+    short = path.removeprefix(below)
+    return path if short == path or not short or short.startswith("-") else short
+
+
+def free_folder(path: str, ending: str) -> str:
+    """A folder beside a checkpoint that does not exist yet."""
+    name = new_folder(path, ending)
+    taken = (f"{name}-{number}" for number in range(2, 1000))
+    return name if not os.path.lexists(name) else next(p for p in taken if not os.path.lexists(p))
+
+
+def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> Command:
     """The command that fixes a checkpoint for a target, in a folder beside it."""
-    words = ["neox-bridge", "doctor", checkpoint.path]
+    path = near(checkpoint.path)
+    words = ["neox-bridge", "doctor", path]
     if target is not None:
         words += ["--for", name_of(target)]
     words += opening_options(checkpoint, target)
-    return shlex.join([*words, "--fix", new_folder(checkpoint.path, "fixed"), *flags])
+    return Command(shlex.join([*words, "--fix", free_folder(path, "fixed"), *flags]))
 
 
-def convert_command(checkpoint: Checkpoint, target: Target) -> str:
+def convert_command(checkpoint: Checkpoint, target: Target) -> Command:
     """The command that converts a checkpoint to the target's kind."""
     other = "hf" if checkpoint.kind == "neox" else "neox"
-    return convert_into(checkpoint, new_folder(checkpoint.path, other), "--for", name_of(target))
+    return convert_into(checkpoint, other, "--for", name_of(target))
 
 
-def convert_into(checkpoint: Checkpoint, folder: str, *flags: str) -> str:
-    """The command that converts a checkpoint into a folder."""
-    words = ["neox-bridge", "convert", checkpoint.path, folder, *flags]
-    return shlex.join([*words, *opening_options(checkpoint)])
+def convert_into(checkpoint: Checkpoint, ending: str, *flags: str, home: str = "") -> Command:
+    """The command that converts a checkpoint into a folder beside it.
+
+    Args:
+        checkpoint: The checkpoint.
+        ending: How the name of the new folder ends.
+        flags: More words of the command.
+        home: The folder beside which the new one lies. By default, the checkpoint's.
+    """
+    path = near(checkpoint.path)
+    folder = free_folder(near(home) if home else path, ending)
+    words = ["neox-bridge", "convert", path, folder, *flags]
+    return Command(shlex.join([*words, *opening_options(checkpoint)]))

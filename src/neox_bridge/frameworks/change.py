@@ -132,11 +132,14 @@ class Change:
             object.__setattr__(
                 self, "in_checkpoint", lambda c: c.neox is not None and not keys.isdisjoint(c.raw)
             )
-        unknown = (
-            rf"unexpected keyword argument '{key}'" for key in (*self.adds_keys, *self.removes_keys)
-        )
+        unknown = (rf"unexpected keyword argument '{key}'" for key in sorted(self.keys))
         names = (rf'"[\w.]*{re.escape(name)}\.\w+"' for name in self.renames)
         object.__setattr__(self, "in_error", (*self.in_error, *unknown, *names))
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The yml keys that it adds or removes."""
+        return frozenset((*self.adds_keys, *self.removes_keys))
 
     @property
     def framework(self) -> Framework:
@@ -174,6 +177,17 @@ class Change:
     @property
     def link(self) -> str:
         return self.origin.link
+
+    @property
+    def named(self) -> str:
+        """As ``cited``, with the name of the framework."""
+        return f"{'GPT-NeoX' if self.framework == 'gpt-neox' else 'transformers'} {self.cited}"
+
+    @property
+    def cited(self) -> str:
+        """Where and when, for people: "4.35 (#25830, 2023-11-02)", or a commit in place of 4.35."""
+        name = self.version.rpartition(".")[0] or self.commit
+        return f"{name} ({', '.join(filter(None, (self.pull, self.date)))})"
 
     @property
     def since(self) -> str:

@@ -151,3 +151,13 @@ def name_of(target: Target) -> str:
     if isinstance(target, TransformersFacts):
         return f"transformers@{target.version}"
     return target.name if target.name.startswith("neox@") else f"neox:{target.name}"
+
+
+def words_for(target: Target) -> str:
+    """A target for people, such as "GPT-NeoX 2024-03" or "GPT-NeoX at /home/me/gpt-neox"."""
+    if isinstance(target, TransformersFacts):
+        return f"transformers {target.version}"
+    era = target.name.removeprefix("neox@")
+    if era == target.name:
+        return f"GPT-NeoX at {era}"
+    return "today's GPT-NeoX" if era == "today" else f"GPT-NeoX {era}"
