@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from neox_bridge.findings import Command
+
 # Grows when a key of a document is renamed or removed, or changes its meaning. Keys may be added
 # without it.
 SCHEMA_VERSION = 1
 # the keys whose values are sentences, which may name parameters
 _PROSE = frozenset(
-    {"error", "incomplete", "message", "note", "notes", "reason", "remedy", "text", "way_out"}
+    "error fix incomplete message note notes others reason remedy steps text way_out why".split()
 )
 
 
@@ -32,7 +34,7 @@ def plain_data(
         is_prose: Whether the value itself is such a sentence.
     """
     if isinstance(value, str):
-        return reword(value) if is_prose and reword is not None else value
+        return reword(value) if is_prose and not isinstance(value, Command) and reword else value
     if isinstance(value, Mapping):
         return {key: plain_data(part, reword, key in _PROSE) for key, part in value.items()}
     if isinstance(value, list | tuple):

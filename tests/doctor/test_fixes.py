@@ -111,7 +111,7 @@ def test_every_fixture_for_every_tree(
 
 def listed(*args: object) -> dict[str, dict[str, Any]]:
     """What --dry-run lists, by the path of the file; it writes nothing."""
-    facts = json.loads(doctor(*args, "--dry-run", "--json"))["mended"]
+    facts = json.loads(doctor(*args, "--dry-run", "--json"))["fixed"]
     assert not Path(facts["path"]).exists() or "--in-place" in args
     return {change["path"]: change for change in facts["changes"]}
 

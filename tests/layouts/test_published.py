@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -840,8 +841,8 @@ def test_files_of_another_layout_are_removed_by_the_command_as_printed(tmp_path:
     source = write(made_up(layers=2), Save(), tmp_path / "with space")
     shutil.copy(source / "mp_rank_00_model_states.pt", source / "mp_rank_01_model_states.pt")
     done = run("doctor", source)
-    command = next(line for line in done.stdout.splitlines() if "  fix  rm " in line)
-    words = shlex.split(command.partition("  fix  ")[2])
+    (command,) = re.findall(r"^  (?:fix|then)  +(rm .*)$", done.stdout, re.M)
+    words = shlex.split(command)
     assert words == ["rm", str(source / "mp_rank_01_model_states.pt")]
 
 

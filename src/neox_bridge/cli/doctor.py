@@ -298,8 +298,7 @@ def _print(examination: _Examination, path: str) -> None:
             *cause_rows(finding.details.why or finding.message for finding in errors),
             *way_out_rows(
                 [finding.remedy for finding in errors if finding.remedy],
-                # What helps against one of several errors would end in the next one.
-                details[0].others if len(errors) == 1 else (),
+                [other for one in details for other in one.others],
                 [link for one in details for link in one.more],
             ),
         ]
@@ -317,7 +316,7 @@ def _print(examination: _Examination, path: str) -> None:
         for line in () if same or is_explained else verdict.message.splitlines():
             line = line.strip()  # one may name every layer
             print_line(f"    {line[:_LONGEST]}{' …' if len(line) > _LONGEST else ''}")
-    if len(verdicts) > 1 and (failing := [v.target for v in verdicts if v.answer == "fails"]):
+    if not errors and (failing := [v.target for v in verdicts if v.answer == "fails"]):
         command = shlex.join(["neox-bridge", "doctor", path, "--for", failing[-1]])
         print_block("note: --for explains a failure and how to fix it", [("run", Command(command))])
     if examination.comparison is not None:

@@ -113,6 +113,12 @@ def another_model(
     return replace(failure(code, message, remedy, prints, subject, details), silent=True)
 
 
+def without_others(case: Case) -> Case:
+    """The case without the other ways to fix it."""
+    details = replace(case.finding.details, others=())
+    return replace(case, finding=replace(case.finding, details=details))
+
+
 def opening_options(checkpoint: Checkpoint, target: Target | None = None) -> list[str]:
     """The options without which a command refuses to open a checkpoint.
 

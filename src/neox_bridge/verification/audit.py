@@ -46,7 +46,7 @@ class Audit:
         """The document that ``audit --json`` prints."""
         findings = [plain_data(fault) for fault in self.faults]
         for finding in findings:
-            del finding["subject"]  # which only decides what is shown
+            del finding["subject"], finding["details"]  # which audit does not show
         return document(
             sources=self.sources,
             holds=self.holds,
