@@ -689,7 +689,7 @@ def test_diff_ends_with_3_where_anything_differs(monkeypatch: Patch) -> None:
     found(equal)
     assert call("diff", NEOX, OTHER, "--tensor", "x*", "--max-workers", 2) == (
         0,
-        "1 tensor: 1 equal, 0 not\n",
+        "1 tensor: 1 equal, 0 different\n",
         "",
     )
     assert counted == [("x*", 2)]
@@ -699,8 +699,8 @@ def test_diff_ends_with_3_where_anything_differs(monkeypatch: Patch) -> None:
     code, out, _ = call("diff", NEOX, OTHER)
     assert code == 3
     assert out.splitlines()[0].startswith("w: 2 of 10 elements differ")
-    assert out.splitlines()[1:] == ["2 tensors: 1 equal, 1 not"]
-    assert call("diff", NEOX, OTHER, "--stat") == (3, "2 tensors: 1 equal, 1 not\n", "")
+    assert out.splitlines()[1:] == ["2 tensors: 1 equal, 1 different"]
+    assert call("diff", NEOX, OTHER, "--stat") == (3, "2 tensors: 1 equal, 1 different\n", "")
     assert call("diff", NEOX, OTHER, "-q") == (3, "", "")
     ended, told = called("diff", NEOX, OTHER)
     assert (ended, told["equal"]) == (3, False)

@@ -38,13 +38,13 @@ def changed(tmp_path: Path) -> Path:
 def test_diff(changed: Path) -> None:
     """Two layouts of one run are equal; a value that isn't is found and named."""
     out = run("diff", str(DATA / "bf16_tp2_dp2"), str(DATA / "bf16_tp2"), "--optimizer")
-    assert out == "112 tensors: 112 equal, 0 not\n"
+    assert out == "112 tensors: 112 equal, 0 different\n"
     found = json.loads(
         run("diff", str(DATA / "bf16_tp2"), str(changed), "--optimizer", "--json", code=3)
     )
     apart: list[dict[str, Any]] = [t for t in found["tensors"] if t["kind"] != "equal"]
     assert [(t["name"], t["differing"]) for t in apart] == [(MOMENT, 1)]
-    assert run("diff", str(DATA / "bf16_tp2"), str(changed)).endswith("28 equal, 0 not\n")
+    assert run("diff", str(DATA / "bf16_tp2"), str(changed)).endswith("28 equal, 0 different\n")
 
 
 def test_verify(changed: Path) -> None:

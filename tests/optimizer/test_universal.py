@@ -217,7 +217,7 @@ def test_every_command_reads_it(universal: Path, tmp_path: Path) -> None:
     assert "layout      DeepSpeed universal checkpoint, layers, TP 2, PP 1\n" in out
     assert "states      ZeRO 1, 2 data-parallel ranks: master, exp_avg, exp_avg_sq\n" in out
     out = run("diff", DATA / "bf16_tp2", universal, "--optimizer")
-    assert out == "112 tensors: 112 equal, 0 not\n"
+    assert out == "112 tensors: 112 equal, 0 different\n"
     run("verify", DATA / "bf16_tp2", inside(universal), "--optimizer")
     assert "unchanged since it was written" in run("verify", universal)
     for source, name in ((universal, "mine"), (DATA / "bf16_tp2_dp2", "want")):
@@ -276,7 +276,7 @@ def test_in_a_store() -> None:
     url = "memory://universal/run"
     run("reshard", DATA / "bf16_tp2", url, "--universal")
     out = run("diff", DATA / "bf16_tp2", url, "--optimizer")
-    assert out == "112 tensors: 112 equal, 0 not\n"
+    assert out == "112 tensors: 112 equal, 0 different\n"
 
 
 # --- what is wrong with one ----------------------------------------------------------------------

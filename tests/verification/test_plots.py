@@ -307,7 +307,7 @@ def test_inspect_plots(tmp_path: Path) -> None:
 def test_diff_plots(tmp_path: Path) -> None:
     one, two = (make_hf(tmp_path / str(seed), seed=seed) for seed in (1, 2))
     done = run("diff", one, two, "--stat", "--plot", tmp_path / "diff.svg")
-    assert (done.exit_code, done.stdout) == (3, "28 tensors: 0 equal, 28 not\n")
+    assert (done.exit_code, done.stdout) == (3, "28 tensors: 0 equal, 28 different\n")
     assert set(PYTHIA) <= set(texts((tmp_path / "diff.svg").read_text()))
 
 

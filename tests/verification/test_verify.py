@@ -249,14 +249,14 @@ def test_diff(tmp_path: Path) -> None:
     convert(hf, tmp_path / "neox", tp=3)
     convert(hf, tmp_path / "half", to="hf", dtype="bfloat16")
     done = run("diff", hf, tmp_path / "neox")
-    assert (done.returncode, done.stdout.strip()) == (0, "28 tensors: 28 equal, 0 not")
+    assert (done.returncode, done.stdout.strip()) == (0, "28 tensors: 28 equal, 0 different")
     done = run("diff", hf, tmp_path / "half", "--tensor", "*layernorm.bias")
     assert done.returncode == 3
-    assert done.stdout.splitlines()[-1] == "4 tensors: 0 equal, 4 not"
+    assert done.stdout.splitlines()[-1] == "4 tensors: 0 equal, 4 different"
     assert "float32 and bfloat16" in done.stdout
     edit_pt("layer_03-model_00*", "mlp.linear1.bias", flip)(tmp_path / "neox")
     done = run("diff", hf, tmp_path / "neox", "--stat")
-    assert (done.returncode, done.stdout.strip()) == (3, "28 tensors: 27 equal, 1 not")
+    assert (done.returncode, done.stdout.strip()) == (3, "28 tensors: 27 equal, 1 different")
 
 
 def test_diff_sorts_by_how_much(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _print(result: Audit) -> None:
         if step.run != run:
             run = step.run
             print_line(run)
-            print_line(f"  {'step':>10}  {'what':<28}{'bytes':>9}  tensors   read        norm")
+            print_line(f"  {'step':>10}  {'format':<28}{'bytes':>9}  tensors   read        norm")
         what = f"{KINDS[step.kind]}, TP {step.tp}" if step.kind == "neox" else KINDS[step.kind]
         print_line(
             f"  {step.label:>10}  {f'{what}, {step.dtype}':<28}{human(step.size):>9}  "

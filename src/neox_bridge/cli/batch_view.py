@@ -183,9 +183,8 @@ def _width(rows: "Sequence[BatchRow]") -> int:
 
 
 def _head(width: int, *more: str) -> str:
-    return f"{'checkpoint':<{width}}{'':<9}{'files':>6}{'bytes':>10}{'shared':>8}" + "".join(
-        f"{word:>10}" for word in more
-    )
+    cells = f"{'checkpoint':<{width}}{'':<9}{'files':>6}{'bytes':>10}{'shared':>8}"
+    return (cells + "".join(f"{word:>10}" for word in more)).rstrip()
 
 
 def _cells(width: int, row: "BatchRow", *more: str) -> str:

@@ -92,6 +92,6 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
         for difference in () if options.stat else apart:
             print_line(describe(difference))
         equal = len(differences) - len(apart)
-        print_line(f"{plural(len(differences), 'tensor')}: {equal} equal, {len(apart)} not")
+        print_line(f"{plural(len(differences), 'tensor')}: {equal} equal, {len(apart)} different")
     if apart:
         raise click.exceptions.Exit(3)

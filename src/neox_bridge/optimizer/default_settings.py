@@ -20,7 +20,11 @@ from neox_bridge.optimizer.states import Optimizer
 def with_own_defaults(
     checkpoint: Checkpoint, optimizer: Optimizer, era: Era | None
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
-    """Add the defaults that the run trained with to its settings. Returns the run and findings."""
+    """Add the defaults that the run trained with to its settings. Returns the run and findings.
+
+    Only where the defaults of another GPT-NeoX differ. era: of the target; None for one like the
+    source.
+    """
     if era is None:
         return checkpoint, ()
     version = writer_version(optimizer) or ""

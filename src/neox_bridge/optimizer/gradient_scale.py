@@ -260,8 +260,8 @@ def gradient_findings(
         return
     name = f"DeepSpeed {version}" if version else "an unknown DeepSpeed version"
     assumed = (
-        f"assuming that the pipeline engine of the run ({name}) {_DOES[before.engine]}, and that "
-        f"the one that resumes it {_DOES[after.engine]}"
+        f"This assumes that the pipeline engine of the run ({name}) {_DOES[before.engine]}, and "
+        f"that the one that resumes it {_DOES[after.engine]}"
     )
     other = "averages" if after.engine == "sums" else "sums"
     remedy = (
@@ -270,7 +270,7 @@ def gradient_findings(
     )
     steps = f"gradient_accumulation_steps {before.accumulation} -> {after.accumulation}"
     if changes is None:
-        text = f"the gradients keep their scale ({steps}), {assumed}"
+        text = f"the gradients keep their scale ({steps}). {assumed}"
         yield Finding("gradient-scale", "info", text, remedy)
         return
     k = f"{float(changes.factor):g}"
@@ -286,9 +286,9 @@ def gradient_findings(
     yield Finding(
         "gradient-scale",
         "warning",
-        f"the gradients are {k} x what they were ({steps}), {assumed}; to keep the run the same, "
-        f"its states are scaled ({states}{rounding}) and resume.yml has {', '.join(keys)}. Resume "
-        "with these settings, not with the old ones of the run",
+        f"the gradients are {k} x what they were ({steps}). To keep the run the same, its states "
+        f"are scaled ({states}{rounding}) and resume.yml has {', '.join(keys)}. Resume with these "
+        f"settings, not with the old ones of the run. {assumed}",
         remedy,
     )
     if changes.half and changes.loss_scale != 1:

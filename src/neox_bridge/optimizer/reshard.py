@@ -60,6 +60,7 @@ from neox_bridge.planning.to_neox import checkpoint_args
 from neox_bridge.planning.weight_dtypes import dtype_refusals
 from neox_bridge.tensors.fragments import put
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor
+from neox_bridge.wording import plural
 
 _ELASTIC = "elastic_checkpoint"
 
@@ -422,7 +423,7 @@ def _findings(checkpoint: Checkpoint, target: Target, sources: Sources) -> Itera
     yield Finding(
         "batch",
         "info",
-        f"the global batch stays {batch.total}: {target.dp} data-parallel ranks, "
+        f"the global batch stays {batch.total}: {plural(target.dp, 'data-parallel rank')}, "
         f"train_micro_batch_size_per_gpu {batch.micro}, gradient_accumulation_steps "
         f"{batch.accumulation}",
     )
