@@ -357,7 +357,7 @@ def test_a_name_that_is_nearly_right(hub: Stub, run: Commands) -> None:
         done = CliRunner().invoke(app, ["convert", *words])
         assert done.exit_code == 1
         full = f"EleutherAI/{words[0]}"
-        assert f"Did you mean {full}, on the Hub?" in done.stderr
+        assert f"On the Hub: {full}." in done.stderr
     run("convert", f"{RAW}@step8", "out")
     _, err = run("inspect", "EleutherAI/neox-ckpt-pythia-160", code=1)
     assert f"Did you mean {RAW}?" in err

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
+from neox_bridge.errors import BridgeError, SettingsMissing, Unreachable, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP, is_step_file
 from neox_bridge.layouts.interrupted import interrupted
+from neox_bridge.layouts.near_names import no_folder, suggestions
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.folder import is_hub
@@ -130,7 +131,16 @@ def _find(
                 f"Name one with `revision=`: `revision=step{step}`. For a step's folder in a "
                 f"branch, name the folder: hf://{model[0]}/global_step{step}",
             )
-        place = find_source(*model)
+        try:
+            place = find_source(*model)
+        except BridgeError as error:
+            if type(error) not in (BridgeError, Unreachable):
+                raise
+            raise type(error)(f"{error} {no_folder(source)}") from None
+        if isdir(os.path.dirname(source)):  # so the name may be a misspelled path
+            message = f"there is no local folder {source}, so the model on the Hub is read"
+            finding = Finding("read-from-hub", "info", message, suggestions(source))
+            place = replace(place, findings=(finding, *place.findings))
     return place.path, place.revision, place.repo, place.findings
 
 
@@ -163,17 +173,13 @@ def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
 
     Raises BridgeError for what is no name of a model.
     """
-    from neox_bridge.frameworks.suites import full_id
     from neox_bridge.stores.hub_names import model_id
 
     if os.path.islink(source):
         raise BridgeError(missing_message(source))
     model = model_id(source)
     if model is None or source.startswith((".", "/", "~")):
-        name, at, branch = source.partition("@")
-        known = full_id(name)
-        hint = f" Did you mean {known}{at}{branch}, on the Hub?" if known else ""
-        raise BridgeError(f"{source}: no such folder.{hint}")
+        raise BridgeError(f"{source}: no such folder. {suggestions(source)}".rstrip())
     repo, branch_in_name = model
     if branch_in_name and revision is not None:
         raise UsageError(["revision"], f"{source} already names a revision", "Leave it out.")

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.near_names import no_folder, suggestions
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.folder import HUB, is_hub
 from neox_bridge.stores.paths import (
@@ -80,7 +81,12 @@ def find_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
     faults: list[Fault] = []
     for path in paths:
         if (model := model_on_hub(path)) is not None:
-            run, places = _hub_places(*model)
+            try:
+                run, places = _hub_places(*model)
+            except BridgeError as error:
+                if is_hub(path) or type(error) not in (BridgeError, Unreachable):
+                    raise
+                raise type(error)(f"{error} {no_folder(path)}") from None
             by_run.setdefault(run, {}).update({place.path: place for place in places})
             continue
         any_found = False
@@ -237,4 +243,7 @@ def _revisions(path: str, faults: list[Fault]) -> Iterator[tuple[str, StepLocati
 def _unreadable(path: str, error: Exception) -> Fault:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     message = why if path in why else f"{path} cannot be read: {why}"
-    return Fault("unreadable", "error", message, "check the path and its permissions", path)
+    remedy = suggestions(path) if isinstance(error, FileNotFoundError) else ""
+    return Fault(
+        "unreadable", "error", message, remedy or "check the path and its permissions", path
+    )

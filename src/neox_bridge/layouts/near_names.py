@@ -1,0 +1,47 @@
+"""What a path that does not exist may be a misspelling of."""
+
+import os
+from contextlib import suppress
+from difflib import get_close_matches
+from itertools import islice
+
+from neox_bridge.frameworks.suites import full_id, nearest
+
+_LEAST_SIMILAR = 0.75  # as difflib measures it: 1 for equal names
+_MOST_NAMES = 10_000  # of a folder that are compared
+
+
+def nearest_path(path: str) -> str:
+    """The existing local path that is nearest to one that does not exist; "" if none is near.
+
+    Names are compared where the path and the folders part. What comes after that must exist.
+    """
+    above, name = os.path.split(path.rstrip("/"))
+    below: list[str] = []
+    while above and not os.path.isdir(above):
+        below.insert(0, name)
+        above, name = os.path.split(above)
+    if not name:
+        return ""
+    with suppress(OSError), os.scandir(above or ".") as entries:
+        names = [entry.name for entry in islice(entries, _MOST_NAMES)]
+        for match in get_close_matches(name, names, cutoff=_LEAST_SIMILAR):
+            near = os.path.join(above, match, *below)
+            if os.path.exists(near):
+                return near
+    return ""
+
+
+def suggestions(source: str) -> str:
+    """Sentences with the nearest path, and the known model of that name; "" if there is none."""
+    name, at, revision = source.partition("@")
+    model = "" if "/" in name else full_id(name) or nearest(name)
+    near = nearest_path(source)
+    sentences = [f"Did you mean {near}?"] if near else []
+    sentences += [f"On the Hub: {model}{at}{revision}."] if model else []
+    return " ".join(sentences)
+
+
+def no_folder(source: str) -> str:
+    """That a name was looked up on the Hub because there is no such folder."""
+    return f"There is no local folder {source} either. {suggestions(source)}".rstrip()
