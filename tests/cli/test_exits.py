@@ -799,7 +799,7 @@ def test_what_an_audit_prints(audited: Callable[..., dict[str, Any]]) -> None:
     lines = out.splitlines()
     assert code == 3
     assert [lines[0], lines[4]] == ["run", "other"]
-    assert lines[1].split() == ["step", "what", "bytes", "tensors", "read", "norm"]
+    assert lines[1].split() == ["step", "format", "bytes", "tensors", "read", "norm"]
     assert "GPT-NeoX, TP 2, float32" in lines[2]
     assert "Hugging Face, float32" in lines[3]
     assert lines[-1] == "3 steps of 2 runs: 1 error, 2 warnings"

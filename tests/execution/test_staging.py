@@ -768,7 +768,7 @@ FULL = "No space left while writing {}: 1,234 bytes are needed in total. Free so
         (OSError(errno.EEXIST, "there"), BridgeError, "{} exists and is not empty."),
         (OSError(errno.ENOTEMPTY, "there"), BridgeError, "{} exists and is not empty."),
         (OSError(errno.EIO, "I/O error"), BridgeError, "{} cannot be written: I/O error."),
-        (OSError("odd"), BridgeError, "{} can't be written: odd."),
+        (OSError("odd"), BridgeError, "{} cannot be written: odd."),
         (Unreachable("store away."), Unreachable, "store away."),
         (Refused("no."), Refused, "no."),
         (KeyboardInterrupt(), KeyboardInterrupt, ""),

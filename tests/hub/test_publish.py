@@ -273,7 +273,7 @@ def test_somebody_else_commits_meanwhile(hub: Stub, tmp_path: Path, answer: int)
     hub.before.append(("POST .*/commit/", lambda: (hub.put(REPO, "main", x=b"x"), None)[1]))
     if answer == 500:
         hub.fail("POST /commit/", 500)
-    with pytest.raises(BridgeError, match="somebody else committed"):
+    with pytest.raises(BridgeError, match="another commit was pushed"):
         publish(str(make(tmp_path / "out")), REPO)
     assert hub.files(REPO) == {"x": b"x"}
 
@@ -324,7 +324,7 @@ def test_an_upload_that_was_cut_off_goes_on(hub: Stub, tmp_path: Path) -> None:
 
 def test_what_a_gitignore_keeps_out_is_told(hub: Stub, tmp_path: Path) -> None:
     hub.make(REPO, **{".gitignore": b"*.json\n"})
-    with pytest.raises(BridgeError, match=r"lacks config\.json and 1 more.*\.gitignore"):
+    with pytest.raises(BridgeError, match=r"does not contain config\.json and 1 more.*\.gitignore"):
         publish(str(make(tmp_path / "out")), REPO)
 
 
@@ -335,7 +335,7 @@ def test_what_a_gitignore_keeps_out_is_told(hub: Stub, tmp_path: Path) -> None:
         ("", None, "hf auth login"),
         (READ, None, r"do not have write access.*403"),
         (WRITE, 402, "quota of the account is exceeded"),
-        (WRITE, 404, "no such repository"),
+        (WRITE, 404, "the repository does not exist"),
         (WRITE, 413, "too large"),
         (WRITE, 418, r"refused.*418"),
     ],
@@ -379,7 +379,7 @@ def test_nobody_answers(
         lambda: revisions(REPO),
         lambda: published_plan(REPO, "main"),
     ):
-        with pytest.raises(BridgeError, match=r"can't be reached.*HF_ENDPOINT"):
+        with pytest.raises(BridgeError, match=r"cannot be reached.*HF_ENDPOINT"):
             ask()
 
 

@@ -454,7 +454,7 @@ def test_what_was_fetched_waits_for_the_next_try(hub: Stub, run: Commands, mediu
     # the first two requests are for its header, the start and the end of the file
     hub.fail(f"GET /{RAW}/resolve/.*layer_08", 403, times=100, skip=2)
     _, err = run("convert", f"{RAW}@step{STEP}", "hf", code=1)
-    assert "layer_08-model_00-model_states.pt can't be read" in err
+    assert "layer_08-model_00-model_states.pt cannot be read" in err
     kept = fetched.kept_bytes(str(run.folder / ".hf.neox-bridge"))
     assert kept > 0
     assert f"{kept:,} downloaded bytes are kept in" in err

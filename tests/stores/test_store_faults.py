@@ -57,7 +57,7 @@ def test_errors_that_stay_name_the_object_and_leave_no_record(store: Store, smal
     )
     done = RUNNER.invoke(app, ["convert", str(small), s3("stays/neox"), "--tp", "2"])
     assert done.exit_code == 1
-    assert "layer_02-model_01-model_states.pt can't be written" in done.output
+    assert "layer_02-model_01-model_states.pt cannot be written" in done.output
     assert not [name for name in contents(s3("stays/neox")) if name.endswith("neox_bridge.json")]
     store.spoil = lambda *_: ""
     assert RUNNER.invoke(app, ["verify", s3("stays/neox")]).exit_code == 1

@@ -305,8 +305,8 @@ def test_a_sound_run_has_no_faults(tmp_path: Path) -> None:
     ("error", "words"),
     [
         (BridgeError("model.safetensors is cut short"), "model.safetensors is cut short"),
-        (OSError(5, "Input/output error", "a/b.pt"), "a/b.pt can't be read: Input/output error"),
-        (OSError("odd"), "/step10 can't be read: odd"),
+        (OSError(5, "Input/output error", "a/b.pt"), "a/b.pt cannot be read: Input/output error"),
+        (OSError("odd"), "/step10 cannot be read: odd"),
     ],
 )
 def test_a_step_whose_weights_cannot_be_read_is_an_error_and_stops_no_other(
