@@ -32,6 +32,7 @@ RUN = ("docs/index.md", "docs/how-to/convert.md", "docs/how-to/fine-tune.md")
 # pages whose blocks run where pythia-410m and pythia-neox are such models
 RUN_ON_MODELS = (
     "docs/explanation/formats.md",
+    "docs/how-to/doctor.md",
     "docs/reference/changes.md",
     "docs/reference/families.md",
     "docs/reference/glossary.md",
@@ -47,7 +48,6 @@ NOT_COMPARED = {
     "docs/explanation/writing.md": 4,
     "docs/how-to/audit.md": 6,
     "docs/how-to/batch.md": 4,
-    "docs/how-to/doctor.md": 5,
     "docs/how-to/object-stores.md": 1,
     "docs/how-to/patch.md": 1,
     "docs/how-to/publish.md": 1,
@@ -68,7 +68,9 @@ STAND_INS = {
 EXITS = {
     "neox-bridge audit": 3,  # the steps of the stand-in are one step
     "neox-bridge convert run hf --ignore-key rope_scaling": 2,
+    "neox-bridge doctor pythia-neox --error traceback.txt --for": 4,
     "neox-bridge doctor pythia-neox --for neox": 4,
+    "neox-bridge doctor pythia-neox --for neox@2024-03 --fix": 0,
     "neox-bridge inspect --security downloaded.bin": 1,
     "neox-bridge inspect downloaded.bin --security": 1,
     "neox-bridge report audit.json": 3,
@@ -87,13 +89,21 @@ NEVER_RUN = {
     "neox-bridge convert run hf://": "an account of the Hub",
     "neox-bridge convert s3://": "a store",
     "neox-bridge diff hf://": "a store",
-    "neox-bridge doctor pythia-neox --error": "a traceback",
     "neox-bridge inspect s3://": "a store",
     "neox-bridge verify pythia-410m s3://": "a store",
     "neox-bridge verify s3://": "a store",
     "for n in $(seq 20); do neox-bridge toy": "20 checkpoints of 141 MB",
     "time neox-bridge audit toys": "20 checkpoints of 141 MB",
 }
+
+
+# what GPT-NeoX of March 2024 prints for a checkpoint of today
+TRACEBACK = """\
+RuntimeError: Error(s) in loading state_dict for ParallelTransformerLayerPipe:
+\tMissing key(s) in state_dict: "attention.rotary_emb.inv_freq", "mlp.dense_h_to_4h.weight", \
+"mlp.dense_4h_to_h.weight".
+\tUnexpected key(s) in state_dict: "mlp.linear1.weight", "mlp.linear2.weight".
+"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -234,13 +244,20 @@ def test_blocks_work_as_printed(name: str, shell: Shell, tmp_path: Path) -> None
     if name in RUN_ON_MODELS:
         (shell.cwd / "pythia-410m").symlink_to(shell.model)
         shell.run("neox-bridge convert pythia-410m pythia-neox")
+        (shell.cwd / "traceback.txt").write_text(TRACEBACK)
     blocks = console_blocks(ROOT / name)
     for block in blocks[:1] if name == "README.md" else blocks:
         for command, shown in commands(block):
             if "pythia-neox/finetuned" in command:
                 train(shell.cwd / "pythia-neox")
-            printed = shell.run(command, places)
+            printed = shell.run(command, places, exit_code(command))
             assert [line for line in shown if not prints(printed, line)] == [], printed
+
+
+def exit_code(command: str) -> int:
+    """That of the longest beginning in ``EXITS``, or 0."""
+    starts = [start for start in EXITS if command.startswith(start)]
+    return EXITS[max(starts, key=len)] if starts else 0
 
 
 def train(run: Path) -> None:
@@ -310,5 +327,4 @@ def test_other_commands_run_on_stand_ins(
     if name == "README.md":
         shell.run("neox-bridge convert pythia-neox pythia-hf -q")
     for command in neox_commands(name):
-        expected = [code for start, code in EXITS.items() if command.startswith(start)]
-        shell.run(command, places, *expected)
+        shell.run(command, places, exit_code(command))
