@@ -6,6 +6,7 @@ Commands are processes of their own, since huggingface_hub takes its settings wh
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -197,11 +198,7 @@ def test_runs_made_of_the_hub_are_those_made_of_the_same_files(hub: Stub, run: C
 def test_what_doctor_advises_works(target: str, hub: Stub, run: Commands) -> None:
     """As it is printed: to fix it, and to reshard it."""
     out, _ = run("doctor", f"{RAW}@step8", "--for", target, code=4)
-    fixes = {
-        way
-        for line in out.splitlines()
-        if (way := line.partition("  fix  ")[2]).startswith("neox-bridge ")
-    }
+    fixes = set(re.findall(r"^  (?:fix|then)  +(neox-bridge .*)$", out, re.M))
     # resharding for a later tree settles the layout of the folder and the keys of the yml too
     (way,) = {command.split()[1] for command in fixes}
     assert way == ("doctor" if target == "neox@v1.0" else "reshard")
