@@ -487,7 +487,7 @@ def test_offline_the_cache_is_read(hub: Stub, run: Commands) -> None:
 def test_without_a_network_the_cache_is_read(hub: Stub, run: Commands) -> None:
     gone = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     _, err = run("inspect", f"{RAW}@step8", code=1, **gone)
-    assert "can't be reached" in err
+    assert "cannot be reached" in err
     run.cached(RAW, FLAT)
     out, _ = run("inspect", f"{RAW}@step8", **gone)
     assert "the Hub cannot be reached, so what the cache has" in out

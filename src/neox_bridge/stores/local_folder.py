@@ -11,7 +11,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.stores.store import FileState
 
 _FLAGS = os.O_RDONLY
-for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # each system lacks one of them
+for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # no system has both
     _FLAGS |= getattr(os, _name, 0)
 # a snapshot in Hugging Face's cache (huggingface_hub, file_download.py)
 _CACHED = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{7,40})", re.DOTALL)
@@ -85,16 +85,16 @@ class LocalFolder:
                     yield file, os.path.getsize(file) if kind == "file" else None
 
     def open(self, path: str) -> BinaryIO:
-        """Pipes and devices are refused without waiting for them: a pipe could block for ever."""
+        """Pipes and devices are refused without blocking, which opening a pipe could do."""
         try:
-            _refuse(path, os.stat(path).st_mode)  # to open a device may already do something
+            _refuse(path, os.stat(path).st_mode)  # opening a device may have side effects
             file = open(os.open(path, _FLAGS), "rb")  # noqa: SIM115 (it is what is returned)
-        except (FileNotFoundError, ValueError):  # a name with NUL or half a surrogate pair
+        except (FileNotFoundError, ValueError):  # a name with NUL or an unpaired surrogate
             raise BridgeError(missing_message(path)) from None
         except OSError as error:
             raise BridgeError(f"{path} cannot be read: {error.strerror}.") from None
         try:
-            _refuse(path, os.fstat(file.fileno()).st_mode)  # it may be another by now
+            _refuse(path, os.fstat(file.fileno()).st_mode)  # the path may lead to another file now
         except BridgeError:
             file.close()
             raise
@@ -116,7 +116,7 @@ class LocalFolder:
 
 
 def missing_message(path: str) -> str:
-    """The message for a file that is not there; a link that leads nowhere says where it leads."""
+    """The message for a missing file. For a broken link, it names the target of the link."""
     if "\0" in path or not os.path.islink(path):
         return f"{path} cannot be read: it does not exist."
     folder = os.path.dirname(os.path.abspath(path))

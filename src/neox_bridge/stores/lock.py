@@ -1,8 +1,8 @@
-"""A lock on a folder of a store: one run writes into it, and another one is told which.
+"""A lock on a folder of a store, so that only one run writes into it.
 
-The lock is an object that is written only where there is none. Its owner renews it, so whoever
-wants it too watches it for a while: one that does not change is of a run that was killed, and is
-taken over. No clock of another machine is trusted.
+The lock is an object that is created only if none exists. Its owner renews it. Another run that
+wants the lock watches it for a while: if it does not change, its owner was killed, and the lock is
+taken over. Clocks of other machines are not used.
 """
 
 import contextlib
@@ -24,15 +24,16 @@ from neox_bridge.stores.store import WORK
 
 NAME = "lock"
 RENEWED_SECONDS = 20.0  # between two renewals
-DEAD_SECONDS = 75.0  # without a change, after which nobody is believed to renew it
+DEAD_SECONDS = 75.0  # without a change, after which the lock counts as abandoned
 _LOOK_SECONDS = 2.0
-_SETTLE_SECONDS = 1.0  # in which two that take over the same lock see which of them has it
+# in which two runs that take over the same lock find out which of them has it
+_SETTLE_SECONDS = 1.0
 _LOG = logging.getLogger(__name__)
-_ended_here: set[object] = set()  # runs of this process that have ended; their locks may be left
+_ended_here: set[object] = set()  # runs of this process that have ended but may have left locks
 
 
 class Lock:
-    """A lock that this process has. Attributes: url: its object."""
+    """A lock that this process holds. url: its object."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -52,7 +53,7 @@ class Lock:
         return self._owner["run"]
 
     def check(self) -> None:
-        """Raise BridgeError where another run has taken the lock over."""
+        """Raise BridgeError if another run took over the lock."""
         owner = _read(self.url)
         if (owner or {}).get("run") != self.run:
             raise BridgeError(
@@ -61,10 +62,10 @@ class Lock:
             )
 
     def take(self) -> None:
-        """Raise BridgeError where a run that is alive has it."""
+        """Take the lock. Raises BridgeError if a running run holds it."""
         while not put_if_absent(self.url, self._data()):
             owner = _read(self.url)
-            if owner is None:  # gone meanwhile
+            if owner is None:  # deleted in the meantime
                 continue
             if not (_is_dead(owner) or self._stays(owner)):
                 raise BridgeError(
@@ -79,8 +80,8 @@ class Lock:
                 return
 
     def renew(self) -> None:
-        """Show that this run is alive, unless the lock is another's by now."""
-        with contextlib.suppress(BridgeError):  # the store may be away for a while
+        """Renew the lock, unless another run took it over."""
+        with contextlib.suppress(BridgeError):  # the store may be temporarily unavailable
             self.check()
             self._renewals += 1
             put_small(self.url, self._data())
@@ -89,7 +90,7 @@ class Lock:
         return json.dumps({**self._owner, "renewals": self._renewals}).encode()
 
     def _stays(self, owner: dict[str, object]) -> bool:
-        """Whether nobody renews or removes the lock for as long as it takes to be sure."""
+        """Whether the lock stays unchanged long enough to count as abandoned."""
         _LOG.warning(
             "%s: waiting up to %.0f seconds to see whether %s is alive",
             self._target,
@@ -106,9 +107,9 @@ class Lock:
 
 @contextlib.contextmanager
 def locked(folder: str) -> Iterator[Lock]:
-    """A block in which no other run writes into a folder of a store.
+    """Lock a folder of a store during the block.
 
-    Raises BridgeError where another run does, and is alive.
+    Raises BridgeError if another running run holds the lock.
     """
     lock = Lock(f"{folder}/{WORK}/{NAME}")
     lock.take()
@@ -126,13 +127,13 @@ def locked(folder: str) -> Iterator[Lock]:
         ended.set()
         thread.join()
         _ended_here.add(lock.run)
-        with contextlib.suppress(BridgeError):  # one that is left is found to be dead
+        with contextlib.suppress(BridgeError):  # a leftover lock is detected as abandoned
             lock.check()
             remove([lock.url])
 
 
 def _read(url: str) -> dict[str, object] | None:
-    """What a lock says; None where there is none, nothing where nobody can read it."""
+    """The content of a lock; None if there is none, {} if it is unreadable."""
     try:
         owner = json.loads(fetch(url, 0, look(url, again=True).size))
     except Unreachable:
@@ -152,7 +153,7 @@ def _named(owner: dict[str, object] | None) -> str:
 
 
 def _is_dead(owner: dict[str, object]) -> bool:
-    """Whether its run was of this process, or its process of this machine, and has ended."""
+    """Whether its run has ended, which is known for runs of this process or machine."""
     if owner.get("run") in _ended_here:
         return True
     process = owner.get("process")
@@ -168,7 +169,7 @@ def _is_dead(owner: dict[str, object]) -> bool:
 
 
 def _machine() -> str:
-    """What tells machines and containers apart, in which a process's number means something."""
+    """Identifies the machine or container, because process numbers are only valid within one."""
     facts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         facts.append(os.readlink("/proc/self/ns/pid"))

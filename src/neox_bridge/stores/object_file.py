@@ -1,7 +1,7 @@
-"""An object of a store as a file to read headers from: few requests, and only what is read.
+"""Opens an object of a store as a file for reading headers, with few requests.
 
-The start of a file, and the end of one that has its directory there, come in one request each;
-``started`` has those of many files fetched at once.
+The start of a file, and the end of a zip with its directory, are fetched in one request each;
+``started`` fetches those of many files at once.
 """
 
 import io
@@ -21,12 +21,12 @@ _TORCH_HEAD = 64 << 10  # with the names and shapes of all parameters 30 kB (12B
 _TORCH_TAIL = 16 << 10  # the directory of its 20 records has 2 kB
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _LAYER = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
-_STEP = 32 << 10  # bytes that are fetched at least, anywhere else
-_KEPT = 4 << 20  # bytes of a file that is read here and there
-_NEAR = 32 << 10  # bytes between two places that aren't worth a request of their own
+_STEP = 32 << 10  # minimum bytes per request elsewhere
+_KEPT = 4 << 20  # bytes that are kept of a file
+_NEAR = 32 << 10  # a gap of fewer bytes is fetched along instead of using a new request
 _AT_ONCE = 16  # requests
-_WINDOW = 48  # files whose starts wait to be read
-_RECENT = 4  # files whose chunks are kept, since a file is opened more than once while it is read
+_WINDOW = 48  # files whose starts are prefetched
+_RECENT = 4  # files whose chunks are cached, because a file is opened several times
 
 _Chunk = tuple[int, bytes]
 _ahead: "dict[str, Future[list[_Chunk]]]" = {}
@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 
 class _Ranges(io.RawIOBase):
-    """The object's bytes, fetched where they are read and not known yet."""
+    """The bytes of an object, fetched when they are read."""
 
     def __init__(self, url: str, size: int, chunks: list[_Chunk]) -> None:
         self.url, self.size, self.chunks, self.at = url, size, chunks, 0
@@ -69,7 +69,7 @@ class _Ranges(io.RawIOBase):
         return any(start <= at and end <= start + len(data) for start, data in self.chunks)
 
     def _chunk(self, wanted: int) -> _Chunk:
-        """A chunk that holds the byte that is next."""
+        """A chunk that contains the next byte."""
         for chunk in self.chunks:
             if chunk[0] <= self.at < chunk[0] + len(chunk[1]):
                 return chunk
@@ -84,7 +84,7 @@ class _Ranges(io.RawIOBase):
 
 
 def open_object(url: str) -> BinaryIO:
-    """The object, for reading. Raises BridgeError, naming it, for one that is missing."""
+    """Open the object for reading. Raises BridgeError if it does not exist."""
     entry = look(url)
     with _lock:
         chunks = _recent.setdefault((url, entry.tag), [])
@@ -97,7 +97,7 @@ def open_object(url: str) -> BinaryIO:
 
 
 def fetch_chunks(file: BinaryIO, offsets: Sequence[int], count: int) -> None:
-    """Fetch so many bytes at each place of ``open_object``'s file, those that are far apart."""
+    """Prefetch ``count`` bytes at each offset of a file of ``open_object``."""
     raw = cast(_Ranges, cast(io.BufferedReader, file).raw)
     spans: list[tuple[int, int]] = []
     for at in sorted(offsets):
@@ -114,9 +114,9 @@ def fetch_chunks(file: BinaryIO, offsets: Sequence[int], count: int) -> None:
 
 
 def started(paths: Iterable[str]) -> Iterator[str]:
-    """The URLs as they are, while the starts of the next ones are fetched.
+    """Yields the URLs while the starts of the next files are prefetched.
 
-    What was fetched of a file is let go when the one after it is taken.
+    The data of a file is dropped when the next one is taken.
     """
     rest = iter(paths)
     with ThreadPoolExecutor(_AT_ONCE) as pool, ThreadPoolExecutor(_AT_ONCE) as tails:
@@ -138,12 +138,12 @@ def started(paths: Iterable[str]) -> Iterator[str]:
 
 
 def _start(url: str, tails: ThreadPoolExecutor) -> list[_Chunk]:
-    """The start of a file, and of torch's files the end too, where their directory is.
+    """Fetch the start of a file and, for torch files, the end, which contains the directory.
 
     tails: fetches the ends, at the same time.
     """
     if kind(url) != "file":
-        return []  # who opens it says so
+        return []  # opening the file reports the error
     size = look(url).size
     if not url.endswith(_TORCH):
         return [(0, fetch(url, 0, min(size, HEAD)))] if size else []
@@ -156,6 +156,6 @@ def _start(url: str, tails: ThreadPoolExecutor) -> list[_Chunk]:
 
 
 def fetch_pieces(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """The bytes at (URL, offset, count), many at a time."""
+    """The bytes at (URL, offset, count), fetched in parallel."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(lambda place: fetch(place[0], place[1], place[1] + place[2]), places))

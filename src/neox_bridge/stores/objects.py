@@ -1,7 +1,6 @@
-"""Objects in stores, by URL: looked at, listed, read by ranges, written small, removed.
+"""Operations on objects by URL: stat, list, read ranges, write small objects, delete.
 
-Everything that is asked of a store goes through here: what was seen is remembered, and passing
-errors are tried again.
+All requests to stores go through here. Results are cached, and transient errors are retried.
 """
 
 import contextlib
@@ -21,12 +20,12 @@ _AT_ONCE = 16  # requests
 _UNKNOWN, _MISSING = object(), object()
 _pending: dict[str, bytes] = {}
 _listings: dict[str, Mapping[str, FileState | None]] = {}
-_pins: dict[str, str] = {}  # by the URL of a revision of the Hub: the URL of its commit
-_FOLDER = None  # what stands for a folder in a listing
+_pins: dict[str, str] = {}  # URL of a Hub revision to URL of its commit
+_FOLDER = None  # the entry for a folder in a listing
 
 
 def store_of(url: str) -> Store:
-    """The store of a URL. Raises BridgeError where what it needs is not installed."""
+    """The store of a URL. Raises BridgeError if its library is not installed."""
     from neox_bridge.stores.buckets import SCHEMES, bucket_of
 
     if _protocol(url) in SCHEMES:
@@ -37,10 +36,10 @@ def store_of(url: str) -> Store:
 
 
 def pin(url: str, commit_url: str) -> None:
-    """Read a revision of the Hub as it is at one commit, until it is forgotten.
+    """Pin a Hub revision to one commit, until ``forget``.
 
-    What is under ``url`` is then read under ``commit_url``, so that all files are of one commit.
-    A folder of it is listed once.
+    Files under ``url`` are then read under ``commit_url``, so that all files are from one commit.
+    Each folder is listed only once.
     """
     if _pins.get(url) != commit_url:
         forget(url)
@@ -56,9 +55,9 @@ def _pinned(url: str) -> str | None:
 
 @contextlib.contextmanager
 def pending(objects: Mapping[str, bytes]) -> Iterator[None]:
-    """For a block, this process sees these objects as if they were there already.
+    """A block in which this process sees these objects as if they already existed.
 
-    So what is nearly finished can be looked at as it will be, before its manifest says that it is.
+    So a nearly finished target can be checked in its final form, before its record is written.
     """
     _pending.update(objects)
     try:
@@ -69,14 +68,14 @@ def pending(objects: Mapping[str, bytes]) -> Iterator[None]:
 
 
 def pending_now() -> dict[str, bytes]:
-    """What is ``pending``, for another process to see it too."""
+    """The current ``pending`` objects, to pass them to another process."""
     return dict(_pending)
 
 
 def look(url: str, *, again: bool = False) -> FileState:
-    """Size and tag. again: as it is now, not as it was when its folder was listed.
+    """Size and tag of an object. again: ignore the cache.
 
-    Raises BridgeError for what isn't there.
+    Raises BridgeError if it does not exist.
     """
     if url in _pending:
         return FileState(len(_pending[url]), sha256(_pending[url]).hexdigest())
@@ -91,7 +90,7 @@ def look(url: str, *, again: bool = False) -> FileState:
 
 
 def look_all(urls: Iterable[str]) -> dict[str, FileState]:
-    """``look`` again at those that exist: one request a thousand objects of a folder."""
+    """The current state of existing objects, with one request per thousand objects of a folder."""
     listings: dict[str, Mapping[str, FileState | None]] = {}
     objects = {}
     for url in urls:
@@ -104,7 +103,7 @@ def look_all(urls: Iterable[str]) -> dict[str, FileState]:
 
 
 def kind(url: str) -> str | None:
-    """ "file", "directory", or None where there is nothing: what was seen, or else asked for."""
+    """ "file", "directory", or None if nothing exists. May be cached."""
     if url in _pending:
         return "file"
     entry = _listed(url)
@@ -118,7 +117,7 @@ def kind(url: str) -> str | None:
 
 
 def names(url: str) -> list[str]:
-    """The names in a folder, as it is now. Raises BridgeError where there is none."""
+    """The current names in a folder. Raises BridgeError if it does not exist."""
     inside = set(_list(url))
     inside |= {u.rpartition("/")[2] for u in _pending if u.rpartition("/")[0] == url}
     if not inside:
@@ -127,13 +126,13 @@ def names(url: str) -> list[str]:
 
 
 def below(url: str) -> dict[str, FileState]:
-    """Every object below a folder by its URL, as it is now; none where there is no folder."""
+    """All current objects below a folder, by URL; empty if there is no folder."""
     objects = _ask(url, "listed", lambda store: store.below(_pinned(url) or url), {})
     return {f"{url}/{path}": entry for path, entry in objects.items()}
 
 
 def fetch(url: str, start: int, end: int) -> bytes:
-    """The bytes from ``start`` up to ``end``, all of them. Raises BridgeError where that fails."""
+    """All bytes from ``start`` to ``end``. Raises BridgeError on failure."""
     if (data := _pending.get(url)) is not None:
         return data[start:end]
     if start >= end:
@@ -152,15 +151,15 @@ def fetch(url: str, start: int, end: int) -> bytes:
 
 
 def put_small(url: str, data: bytes) -> None:
-    """Write an object in one request; what was there is replaced, whole or not at all."""
+    """Write an object in one request; replaces an existing one atomically."""
     _put(url, lambda store: store.put(url, data))
 
 
 def put_if_absent(url: str, data: bytes) -> bool:
-    """Write an object in one request, unless there is one. Returns whether it is this one now.
+    """Write an object unless it exists. Returns whether ``data`` is the content now.
 
-    Where the answer to a first try was lost, what is there says whose it is: ``data`` must be
-    like no other.
+    If the answer to a first try was lost, the content shows who wrote it, so ``data`` must be
+    unique.
     """
     return _put(url, lambda store: store.put_if_absent(url, data)) or (
         look(url, again=True).size == len(data) and fetch(url, 0, len(data)) == data
@@ -168,7 +167,7 @@ def put_if_absent(url: str, data: bytes) -> bool:
 
 
 def remove(urls: Iterable[str]) -> None:
-    """Remove objects; those that are gone already are no error."""
+    """Delete objects; missing ones are not an error."""
 
     def remove_one(url: str) -> None:
         _ask(url, "removed", lambda store: store.remove(url), None)
@@ -180,19 +179,19 @@ def remove(urls: Iterable[str]) -> None:
 
 
 def start_upload(url: str, size: int) -> Upload:
-    """Begin an object of so many bytes. Raises BridgeError where that fails."""
+    """Start an upload of ``size`` bytes. Raises BridgeError on failure."""
     forget(url)
     return store_of(url).upload(url, size)
 
 
 def abort_uploads(url: str) -> None:
-    """Abort uploads below a folder that a killed run left: they cost, and nobody sees them."""
-    with contextlib.suppress(Exception):  # a right that not everybody has
+    """Abort unfinished uploads of killed runs below a folder: they cost money and are invisible."""
+    with contextlib.suppress(Exception):  # not every user has this permission
         store_of(url).abort_uploads(url)
 
 
 def forget(url: str) -> None:
-    """Let nothing be believed any more that was seen of an object, of what is below or above it."""
+    """Drop cached information about an object and everything above and below it."""
     for root in [root for root in _pins if url == root or url.startswith(f"{root}/")]:
         _pins.pop(root, None)
     for folder in list(_listings):
@@ -201,7 +200,7 @@ def forget(url: str) -> None:
 
 
 def _list(url: str) -> Mapping[str, FileState | None]:
-    """What is in a folder, by name, as it is now, and remembered; empty where there is nothing."""
+    """List a folder, by name, and cache the result; empty if it does not exist."""
     if _pinned(url) is not None and url in _listings:
         return _listings[url]
     _listings.pop(url, None)
@@ -213,7 +212,7 @@ def _list(url: str) -> Mapping[str, FileState | None]:
 
 
 def _listed(url: str) -> object:
-    """What a listing says of an object; _MISSING where it isn't there, _UNKNOWN where none says."""
+    """The state of an object in a cached listing; _MISSING or _UNKNOWN otherwise."""
     folder, _, name = url.rpartition("/")
     if folder in _listings:
         return _listings[folder].get(name, _MISSING)
@@ -223,12 +222,12 @@ def _listed(url: str) -> object:
 
 
 def _head(url: str) -> object:
-    """What the store says of an object now."""
+    """Request the state of an object."""
     return _ask(url, "looked at", lambda store: store.head(_pinned(url) or url), _MISSING)
 
 
 def _ask(url: str, doing: str, call: Callable[[Store], _T], missing: _U) -> _T | _U:
-    """What a store answers, at the end; ``missing`` where there is no such object or bucket."""
+    """Call a store with retries; returns ``missing`` if the object or bucket does not exist."""
     store = store_of(url)
 
     def ask() -> _T:

@@ -1,4 +1,4 @@
-"""What ``os.path`` says of a local path, also said of a URL (``s3://bucket/folder``)."""
+"""Functions of ``os.path`` that also accept URLs (``s3://bucket/folder``)."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from neox_bridge.stores.store import FileState
 
 
 def is_local(path: str) -> bool:
-    """Whether files are on this machine: see ``Folder``."""
+    """Whether a path is on this machine: see ``Folder``."""
     return folder_of(path).is_local
 
 
@@ -21,13 +21,13 @@ def is_writable(path: str) -> bool:
 
 
 def plain(path: str) -> str:
-    """What a user named: the path of a ``file://``, a URL without a slash at its end."""
+    """Normalize user input: the path of a ``file://`` URL, or a URL without a slash at its end."""
     path = without_scheme(path)
     return folder_of(path).plain(path)
 
 
 def afresh(path: str) -> str:
-    """``plain``, and nothing that was seen of a URL before is believed any more."""
+    """``plain``, and drop cached information about a URL."""
     path = plain(path)
     folder_of(path).forget(path)
     return path
@@ -64,12 +64,12 @@ def isfile(path: str) -> bool:
 
 
 def isdir(path: str) -> bool:
-    """``os.path.isdir``; in a store a folder is what has objects below it."""
+    """``os.path.isdir``; in a store, a folder exists if there are objects below it."""
     return folder_of(path).kind(path) == "directory"
 
 
 def listdir(path: str) -> list[str]:
-    """``os.listdir``; of a URL as it is now, in one request a thousand objects."""
+    """``os.listdir``; for a URL the current state, in one request per thousand objects."""
     return folder_of(path).names(path)
 
 
@@ -79,7 +79,7 @@ def size(path: str) -> int:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A regular file, for reading; see ``Folder.open``."""
+    """Open a regular file for reading; see ``Folder.open``."""
     return folder_of(path).open(path)
 
 
@@ -92,18 +92,18 @@ def size_of(file: BinaryIO) -> int:
 
 
 def is_remote(file: BinaryIO) -> bool:
-    """Whether what isn't read of a file isn't here."""
+    """Whether unread parts of a file are remote."""
     return hasattr(getattr(file, "raw", None), "url")
 
 
 def is_here(file: BinaryIO, offset: int, count: int) -> bool:
-    """Whether reading so many bytes at this place takes no request."""
+    """Whether these bytes can be read without a request."""
     holds = getattr(getattr(file, "raw", None), "holds", None)
     return bool(holds(offset, count)) if holds else True
 
 
 def fetch_places(file: BinaryIO, offsets: Sequence[int], count: int) -> None:
-    """Of an object, have so many bytes at each of these places here, fetched at once."""
+    """For an object, prefetch ``count`` bytes at each offset in parallel."""
     if is_remote(file):
         from neox_bridge.stores.object_file import fetch_chunks
 
@@ -111,19 +111,19 @@ def fetch_places(file: BinaryIO, offsets: Sequence[int], count: int) -> None:
 
 
 def read_at(path: str, offset: int, count: int) -> bytes:
-    """Up to ``count`` bytes from a place in a file; fewer only at its end."""
+    """``count`` bytes from an offset in a file; fewer only at its end."""
     with open_file(path) as file:
         file.seek(offset)
         return file.read(count)
 
 
 def read_pieces(places: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """The bytes at (path, offset, count), all of one checkpoint; those of stores at once."""
+    """The bytes at (path, offset, count) of one checkpoint; from stores in parallel."""
     return folder_of(places[0][0]).read(places) if places else []
 
 
 def ahead(paths: Iterable[str]) -> Iterator[str]:
-    """The paths as they are; of stores, the starts of the next ones are fetched meanwhile."""
+    """Yields the paths; for stores, the starts of the next files are prefetched."""
     rest = iter(paths)
     for first in rest:
         yield from folder_of(first).ahead(chain((first,), rest))
@@ -135,9 +135,9 @@ def walk(folder: str) -> Iterator[tuple[str, int | None]]:
 
 
 def states(paths: Collection[str], *, missing_ok: bool = False) -> dict[str, FileState]:
-    """What tells whether each file has changed.
+    """The state of each file, to detect changes.
 
-    missing_ok: leave out what is missing, which otherwise raises BridgeError.
+    missing_ok: leave out missing files instead of raising BridgeError.
     """
     by_folder: dict[Folder, list[str]] = {}
     for path in paths:

@@ -1,9 +1,9 @@
-"""Tensors of objects, read as they are needed: in large ranges, a few of them ahead.
+"""Reads tensors of objects in large ranges, with read-ahead.
 
-Threads read a tensor or a file each, from its start to its end, a little at a time. What they read
-comes from ranges of 8 MiB that are fetched once and shared; as soon as two follow each other, the
-one after them is fetched too. Where a thread goes from place to place and back, as it does for a
-tensor that many ranks hold, ranges become smaller, so that all that are in use stay in memory.
+Each thread reads a tensor or a file sequentially, in small pieces. These come from ranges of 8 MiB
+that are fetched once and shared. When a thread reads two adjacent ranges, the next one is
+prefetched. If a thread alternates between places, as for a tensor that many ranks hold, ranges
+become smaller, so that all ranges in use fit into memory.
 """
 
 import threading
@@ -16,23 +16,23 @@ from neox_bridge.stores.objects import look
 
 RANGE = 8 << 20  # bytes of a request
 LEAST = 256 << 10
-MEMORY = 80 << 20  # bytes of all ranges, on their way or there
+MEMORY = 80 << 20  # bytes of all ranges, in flight or in memory
 _AT_ONCE = 8  # requests
-_LONG = 4  # visits that a habit is known by
-_SEEN = 256  # ranges that a thread's last ones are looked for among
+_LONG = 4  # visits after which the pattern is known
+_SEEN = 256  # ranges in which the last ones of a thread are searched
 
 _Key = tuple[str, int]  # URL, first byte
 
 
 @dataclass
 class _Habit:
-    """What one thread has read last."""
+    """The recent reads of one thread."""
 
     ranges: "OrderedDict[_Key, None]" = field(default_factory=OrderedDict)
     between: "deque[int]" = field(default_factory=lambda: deque([0] * _LONG, _LONG))
 
     def visit(self, key: _Key) -> int:
-        """How many ranges the thread goes through before it comes back to one, itself included."""
+        """How many ranges the thread visits before it returns to this one, including it."""
         if key in self.ranges:
             others = 0
             for other in reversed(self.ranges):
@@ -49,7 +49,7 @@ class _Habit:
 
 @dataclass
 class Ranges:
-    """The ranges that are in memory, for all threads of an execution."""
+    """The ranges in memory, shared by all threads of an execution."""
 
     size: int = RANGE
     _sizes: dict[str, int] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Ranges:
     _pool: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """Forget all; requests that haven't begun never do."""
+        """Drop all ranges and cancel requests that have not started."""
         with self._lock:
             pool, self._pool = self._pool, None
             self._known.clear()
@@ -70,9 +70,9 @@ class Ranges:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def get(self, url: str, at: int) -> tuple[int, bytes]:
-        """The range that holds a byte of an object, and where it begins.
+        """The range that contains a byte of an object, and its start offset.
 
-        Empty beyond the object's end. Raises BridgeError, naming it, where it can't be read.
+        Empty beyond the end of the object. Raises BridgeError if it cannot be read.
         """
         end = self._end(url)
         if at >= end:
@@ -87,7 +87,7 @@ class Ranges:
         try:
             return key[1], fetched.result()
         except BaseException:
-            with self._lock:  # who wants it next asks again
+            with self._lock:  # the next reader requests it again
                 self._known.pop(key, None)
             raise
 
@@ -97,7 +97,7 @@ class Ranges:
         return self._sizes[url]
 
     def _fit(self, key: _Key) -> None:
-        """Make ranges smaller where all that are in use wouldn't fit into memory."""
+        """Make ranges smaller if those in use do not fit into memory."""
         habit = self._habits.setdefault(threading.get_ident(), _Habit())
         needed = 2 * habit.visit(key) * len(self._habits)
         if needed * self.size <= MEMORY or self.size <= LEAST:
@@ -124,13 +124,13 @@ class Ranges:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """An object that is being read; takes a file descriptor's place."""
+    """An object that is being read, in place of a file descriptor."""
 
     url: str
     ranges: Ranges
 
     def read_into(self, buffer: memoryview, start: int) -> int:
-        """Fill as much of a buffer as one range has from that byte on; 0 at the object's end."""
+        """Fill a buffer from one range. Returns the number of bytes; 0 at the end of the object."""
         first, data = self.ranges.get(self.url, start)
         at = start - first
         count = min(len(buffer), len(data) - at)

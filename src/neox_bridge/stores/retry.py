@@ -1,4 +1,4 @@
-"""Asks a store again where its answer was a passing one: dropped, late, too short, "slow down"."""
+"""Retries requests to stores after transient errors: dropped, late, too short, "slow down"."""
 
 import errno
 import logging
@@ -16,14 +16,15 @@ from neox_bridge.errors import BridgeError, Unreachable
 _T = TypeVar("_T")
 TRIES = 6  # some 10 seconds of waiting in all
 FIRST_SECONDS, LONGEST_SECONDS = 0.4, 10.0  # between two tries
-_LONGEST_WAIT_SECONDS = 600.0  # that a server may ask for; the Hub counts requests in 300 seconds
-_SAID_SECONDS = 5.0  # a longer wait is announced
-# of the libraries below, by name, since none of them need be installed
+# longest wait that a server may request; the Hub counts requests per 300 seconds
+_LONGEST_WAIT_SECONDS = 600.0
+_SAID_SECONDS = 5.0  # longer waits are logged
+# exceptions of libraries, by name, because none of them must be installed
 _PASSING = {
     *("ClientPayloadError", "ClientConnectionError", "FSTimeoutError", "TransportError"),
     *("SSHException", "HTTPException"),
 }
-_OBSTORE = "GenericError"  # whatever has no class of its own: dropped, late, 5xx, not understood
+_OBSTORE = "GenericError"  # everything without a specific class: dropped, late, 5xx, not understood
 _OBSTORE_STATUS = re.compile(r"status code: (\d{3})[^:]*: *(.*)", re.DOTALL)
 _OBSTORE_XML = re.compile(r"<(?:Code|Message)>([^<]*)<")
 _NOT_IMPLEMENTED = 501
@@ -34,7 +35,7 @@ _PASSING_ERRNO = {
     getattr(errno, "EREMOTEIO", errno.EIO),
 }
 _LOG = logging.getLogger(__name__)
-_OFFLINE = "OfflineModeIsEnabled"  # huggingface_hub's, a ConnectionError
+_OFFLINE = "OfflineModeIsEnabled"  # of huggingface_hub, a ConnectionError
 _GATED = "GatedRepoError"
 _FINAL = (
     *(FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError),
@@ -43,15 +44,14 @@ _FINAL = (
 
 
 class ShortRead(Exception):
-    """Fewer bytes came than the object has there."""
+    """Fewer bytes were received than requested."""
 
 
 def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -> _T:
-    """What ``call`` returns, tried again after passing errors, ever later and never in step.
+    """Call ``call``, with retries after transient errors, with exponential backoff and jitter.
 
-    A server that says how long to wait (Retry-After) is asked again no sooner. doing: "read",
-    "written" and so on, for the message. Raises Unreachable, naming the URL, for errors that stay,
-    FileNotFoundError where there is no such object.
+    Honors Retry-After. doing: "read", "written" and so on, for the message. Raises Unreachable for
+    permanent errors, FileNotFoundError if there is no such object.
     """
     for number in range(1, tries + 1):
         try:
@@ -68,7 +68,7 @@ def steadily(url: str, doing: str, call: Callable[[], _T], tries: int = TRIES) -
 
 
 def _pause(url: str, doing: str, error: Exception, number: int) -> float:
-    """Seconds before the next try. Raises Unreachable where the server wants too many."""
+    """Seconds before the next try. Raises Unreachable if the server requests too many."""
     longest = min(LONGEST_SECONDS, FIRST_SECONDS * 2 ** (number - 1))
     pause_seconds: float = random.uniform(0.5, 1.0) * longest
     wanted = retry_after(error)
@@ -81,11 +81,11 @@ def _pause(url: str, doing: str, error: Exception, number: int) -> float:
         ) from None
     if wanted >= _SAID_SECONDS:
         _LOG.warning("%s: the server asks to wait %.0f seconds (Retry-After)", url, wanted)
-    return wanted + pause_seconds  # not all threads in the same moment
+    return wanted + pause_seconds  # jitter, so that threads do not retry at the same moment
 
 
 def retry_after(error: BaseException) -> float | None:
-    """The seconds that a server asks to wait by its header Retry-After; None without one.
+    """The seconds in the Retry-After header of an error; None without it.
 
     The header holds seconds or a date (RFC 9110, section 10.2.3).
     """
@@ -103,7 +103,7 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may well be answered in a moment."""
+    """Whether a retry of the same request may succeed."""
     if isinstance(error, _FINAL) or _OFFLINE in _names(error):
         return False
     if isinstance(error, TimeoutError | ConnectionError | ShortRead | EOFError):
@@ -119,14 +119,14 @@ def is_passing(error: BaseException) -> bool:
 
 
 def is_unknown(error: BaseException) -> bool:
-    """Whether the store knows no such request."""
+    """Whether the store does not support this request."""
     return "NotSupportedError" in _names(error) or _status(error) == _NOT_IMPLEMENTED
 
 
 def describe(error: BaseException) -> str:
-    """What happened, in one line."""
+    """Describe an error in one line."""
     text, name = str(error), type(error).__name__
-    if _is_obstore(error):  # which adds pages of its own state
+    if _is_obstore(error):  # obstore appends pages of its own state
         text = text.partition("\n\nDebug source")[0].partition(" error: ")[2] or text
         answer = _OBSTORE_STATUS.search(text)
         if answer:
@@ -142,7 +142,7 @@ def describe(error: BaseException) -> str:
 
 
 def failed(url: str, doing: str, error: Exception, tries: int) -> Unreachable:
-    """What to raise for an error that stayed, or that would stay."""
+    """The exception for a permanent error."""
     what = f"{url} cannot be {doing}"
     if is_passing(error):
         times = f" (tried {tries} times)" if tries > 1 else ""
@@ -174,7 +174,7 @@ def _is_obstore(error: BaseException) -> bool:
 
 
 def _header(error: BaseException, name: str) -> str:
-    """A header of the answer that an exception of any of the libraries carries; "" for none."""
+    """A response header of an exception of any of the libraries; "" if missing."""
     for one in (error, error.__cause__):
         response: Any = getattr(one, "response", None)
         headers: Any = getattr(response, "headers", None)
@@ -188,9 +188,9 @@ def _header(error: BaseException, name: str) -> str:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an exception of any of the libraries carries, or its cause does.
+    """The HTTP status of an exception of any of the libraries, or of its cause.
 
-    obstore has it in its text alone.
+    obstore has it only in its text.
     """
     if _is_obstore(error):
         answer = _OBSTORE_STATUS.search(str(error))

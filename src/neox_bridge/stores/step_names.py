@@ -1,4 +1,4 @@
-"""Names of folders and revisions that hold a step of a run."""
+"""Names of folders and revisions that contain a step of a run."""
 
 import re
 

@@ -1,10 +1,10 @@
-"""What every kind of store can do. ``objects`` adds what was seen already, and tries again."""
+"""The interface of all kinds of stores. ``objects`` adds caching and retries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-WORK = ".neox-bridge"  # the folder in a target of what is only for resuming
+WORK = ".neox-bridge"  # the folder in a target for the files that are only needed to resume
 PART_BYTES = 8 << 20  # of an upload; S3 takes 5 MiB at least
 PARTS_AT_ONCE = 2  # of one object, on their way
 _MAX_PARTS = 10_000  # of an object; the limit of S3
@@ -12,10 +12,10 @@ _MAX_PARTS = 10_000  # of an object; the limit of S3
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What tells whether a file is still the same.
+    """The state of a file, to detect changes.
 
-    size: bytes. tag: of an object, changes whenever the content does (S3's ETag, for example).
-    The others are of files on a disk.
+    size: bytes. tag: changes whenever the content of an object does (the ETag of S3, for example).
+    The other fields are for local files.
     """
 
     size: int
@@ -26,55 +26,55 @@ class FileState:
 
 
 class Upload(Protocol):
-    """An object that is sent part by part, and appears whole or not at all."""
+    """An upload in parts. The object appears atomically."""
 
     def send(self, data: bytearray) -> None:
-        """Send the next part, which nobody may touch again. All but the last have the same size."""
+        """Send the next part, which must not change afterwards. Only the last may be smaller."""
 
     def finish(self) -> str:
-        """Make the object appear. Returns its tag, as ``look`` tells it."""
+        """Complete the upload. Returns the tag, as ``look`` does."""
 
     def abandon(self) -> None:
-        """Leave nothing of it. Never raises."""
+        """Abort the upload. Never raises."""
 
 
 class Store(Protocol):
-    """One bucket or file system. Every place is a URL; a folder is what has objects below it.
+    """One bucket or file system. Places are URLs; a folder exists if objects are below it.
 
-    Methods raise FileNotFoundError for what is missing, and whatever their library raises.
+    Methods raise FileNotFoundError for missing objects, and exceptions of their library.
     """
 
     def refresh(self) -> None:
-        """Forget listings that the library keeps: what it says next is as it is now."""
+        """Drop listings that the library has cached."""
 
     def head(self, url: str) -> FileState | None:
-        """Size and tag of an object; None for a folder, where the store knows folders."""
+        """Size and tag of an object; None for a folder, if the store has folders."""
 
     def entries(self, url: str) -> Mapping[str, FileState | None]:
-        """What is in a folder, by name; None stands for a folder. Empty where there is none."""
+        """The entries of a folder, by name; None for a subfolder. Empty if it does not exist."""
 
     def below(self, url: str) -> dict[str, FileState]:
-        """Every object below a folder, by its path in it."""
+        """All objects below a folder, by relative path."""
 
     def read(self, url: str, start: int, end: int) -> bytes:
-        """The bytes from ``start`` up to ``end``, or fewer."""
+        """The bytes from ``start`` to ``end``, or fewer."""
 
     def put(self, url: str, data: bytes) -> None:
         """Write an object in one request."""
 
     def put_if_absent(self, url: str, data: bytes) -> bool:
-        """The same, unless there is one. Returns whether it was written."""
+        """Write an object unless it exists. Returns whether it was written."""
 
     def remove(self, url: str) -> None:
-        """Remove an object; where it is missing, FileNotFoundError or nothing."""
+        """Delete an object. If it is missing, FileNotFoundError or nothing."""
 
     def upload(self, url: str, size: int) -> Upload:
-        """Begin an object of so many bytes."""
+        """Start an upload of ``size`` bytes."""
 
     def abort_uploads(self, url: str) -> None:
-        """Abort uploads below a folder that a killed run left."""
+        """Abort unfinished uploads of killed runs below a folder."""
 
 
 def part_size(size: int) -> int:
-    """Bytes of a part of an object of so many: 8 MiB, more where it would have too many parts."""
+    """Part size for an object: 8 MiB, or more if there would be too many parts."""
     return max(PART_BYTES, (-(-size // _MAX_PARTS) + 1023) // 1024 * 1024)

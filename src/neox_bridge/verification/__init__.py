@@ -1,1 +1,1 @@
-"""The proof: bits, derived values and config compared; a torch reference of GPT-NeoX's forward."""
+"""Verification: compares bits, derived values and config. Has a torch reference of GPT-NeoX."""

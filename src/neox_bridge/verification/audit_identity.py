@@ -1,7 +1,7 @@
 """Steps, and shards of steps, that have the bits of another step.
 
-Public suites have had both: whole steps that serve other steps' weights, and single files of
-weights that do (https://github.com/EleutherAI/pythia/issues/205 and /206).
+Public suites have had both: whole steps with the weights of another step, and single weight files
+of another step (https://github.com/EleutherAI/pythia/issues/205 and /206).
 """
 
 import math
@@ -16,8 +16,8 @@ from neox_bridge.wording import plural, some
 Steps = Sequence[Step]
 ShardKey = tuple[str, int]  # a tensor's name, and the rank that holds the shard
 _WARMUP = 32  # steps in which a dynamic loss scale may still skip every update
-_CLEARLY = 0.01  # of the norms: the least by which the others must deviate, to tell whose bits
-_BETTER = 0.25  # of that is what the right one may deviate
+_CLEARLY = 0.01  # minimum deviation of the norms of wrong steps, to identify the right step
+_BETTER = 0.25  # maximum deviation of the right step, relative to the wrong ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,14 @@ class _Bits:
 
 
 def identity_faults(steps: Steps) -> Iterator[Fault]:
-    """Of one run's steps, in order: those that are the same, and tensors that are another's."""
+    """Faults of one run's steps, in order: identical steps, and tensors of another step."""
     groups: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
         groups[step.hash].append(step)
     for group in groups.values():
         if len(group) > 1:
             yield _same_steps(group, steps)
-    # of steps that are the same, one stands for all
+    # one of several identical steps represents all
     yield from _shared_shards([group[0] for group in groups.values()])
 
 
@@ -79,7 +79,7 @@ def _shared_shards(steps: Steps) -> Iterator[Fault]:
 
 
 def _units(step: Step, by_rank: bool) -> dict[ShardKey, _Bits]:
-    """Shards, or whole tensors, but for those that are one value throughout, as norms start."""
+    """Shards or whole tensors, except constant ones, such as newly initialized norms."""
     units = {}
     for name, whole in step.tensors.items():
         files, matrix = step.files[name], len(whole.shape) > 1
@@ -98,12 +98,12 @@ def _strong(
     units: Sequence[Mapping[ShardKey, _Bits]],
     where: Mapping[ShardKey, Mapping[str, Sequence[int]]],
 ) -> bool:
-    """Whether training can't have left these as they were.
+    """Whether equal bits cannot be the result of training.
 
-    It does leave single tensors for a while: in 16 bits a small learning rate rounds to nothing,
-    and layers may be frozen at first. So bits that come back after others must have a matrix among
-    them, and bits that stay for some steps must be all that a file holds; vectors alone, only
-    where they change at every other step.
+    Training may leave single tensors unchanged for a while: in 16 bits, a small learning rate
+    rounds to nothing, and layers may be frozen at first. So bits that reappear after other bits
+    must include a matrix, and bits that stay for several steps must be the whole content of a file.
+    Vectors alone count only if they change at every other step.
     """
     first, shared_units = units[indices[0]], set(shared)
     matrix = any(first[unit].matrix for unit in shared)
@@ -138,7 +138,7 @@ def _shared(
     shared_units = set(shared)
     files = {units[i][unit].file for i in indices for unit in shared}
     others = {b.file for i in indices for u, b in units[i].items() if u not in shared_units}
-    whole = sorted(files - others)  # nothing in them differs
+    whole = sorted(files - others)  # files without any difference
     ranks = sorted({rank for _, rank in shared})
     spread = Counter(name for name, _ in units[indices[0]])
     part = any(sum(1 for n, _ in shared if n == name) < spread[name] for name in names)
@@ -153,7 +153,7 @@ def _shared(
 
 
 def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
-    """Which of the steps the bits belong to, where the norms of their neighbours tell."""
+    """Which step the bits belong to, if the norms of neighboring steps show it."""
     places = {id(step): index for index, step in enumerate(steps)}
     at = sorted(places[id(step)] for step in group)
     if len(at) == len(steps):
@@ -177,7 +177,7 @@ def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
 
 
 def _misfit(step: Step, before: Step | None, after: Step | None, names: Sequence[str]) -> float:
-    """How far the norms are from between those of the neighbours, in logarithms, on average."""
+    """The mean logarithmic distance of the norms from the range between their neighbors."""
     total, count = 0.0, 0
     for name in names:
         beside = [s.tensors[name].norm for s in (before, after) if s and name in s.tensors]
@@ -190,7 +190,7 @@ def _misfit(step: Step, before: Step | None, after: Step | None, names: Sequence
 
 
 def across_runs(runs: Mapping[str, Steps]) -> Iterator[Fault]:
-    """Whole steps of one run that are another run's, but for beginnings that runs share."""
+    """Whole steps of one run that equal steps of another run, except a shared beginning."""
     groups: dict[str, list[Step]] = defaultdict(list)
     for steps in runs.values():
         for step in steps:
@@ -215,12 +215,12 @@ def across_runs(runs: Mapping[str, Steps]) -> Iterator[Fault]:
 
 
 def _initial(step: Step) -> bool:
-    """Runs may share their initial weights, and the first step may not have changed them."""
+    """Whether runs may share a step: initial weights, or a first step that did not change them."""
     return step.number is not None and step.number <= 1
 
 
 def _begins(steps: Steps, same: set[str]) -> bool:
-    """Whether the shared ones are the first of a run, and not all of it."""
+    """Whether the shared steps are the first of a run, but not all of it."""
     hashes = [step.hash for step in steps if not _initial(step)]
     count = sum(1 for value in hashes if value in same)
     return count < len(hashes) and all(value in same for value in hashes[:count])

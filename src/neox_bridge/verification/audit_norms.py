@@ -1,8 +1,8 @@
-"""Norms that no training leaves behind: NaN, infinities, tensors that jump between steps.
+"""Finds norms that training does not produce: NaN, infinities, jumps between steps.
 
-A jump is judged against the same tensor's own course. Training changes norms fast at first and
-slowly later, on steps that may lie evenly or at powers of two; so the changes on both sides of a
-jump are what it is held against, per step or per doubling, whichever explains more of it.
+A jump is compared with the changes of the same tensor before and after it, per step or per doubling
+of the step, whichever explains more. Training changes norms fast at first and slowly later, and
+steps may be evenly spaced or powers of two.
 """
 
 import math
@@ -14,10 +14,11 @@ from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
 from neox_bridge.wording import plural, some
 
-LEAST = 0.05  # of a norm: smaller jumps are left to the hashes
+LEAST = 0.05  # relative to the norm: smaller jumps are ignored
 SPIKE = 4.0  # times as large as what is beside it explains: training doesn't do this at all,
 STEP = 8.0  # and this rarely, when something is suddenly learned (at most 6 in tiny models)
-FLOOR = 1e-3  # of a tensor's largest norm: what is smaller counts as nothing, as biases at first
+# relative to the largest norm of a tensor: smaller norms count as zero, as of initial biases
+FLOOR = 1e-3
 NEEDED = 4  # steps, for a course
 BESIDE = 3  # changes on each side
 
@@ -35,7 +36,7 @@ class _Jump:
 
 
 def broken_faults(steps: Sequence[Step]) -> Iterator[Fault]:
-    """NaN, infinities, matrices that became one value."""
+    """NaN, infinities, and matrices that became constant."""
     for step in steps:
         if bad := {name: tensor.bad for name, tensor in step.tensors.items() if tensor.bad}:
             names = [f"{name} ({count:,})" for name, count in bad.items()]
@@ -51,7 +52,7 @@ def broken_faults(steps: Sequence[Step]) -> Iterator[Fault]:
 def jump_faults(
     steps: Sequence[Step], explained: frozenset[tuple[str, str]] = frozenset()
 ) -> Iterator[Fault]:
-    """Norms that jump. explained: (step's label, tensor) known to be wrong."""
+    """Jumps of norms. explained: (label of the step, tensor) that are known to be wrong."""
     known = [step for step in steps if step.number is not None]
     jumps: dict[int, list[_Jump]] = defaultdict(list)
     for name in dict.fromkeys(name for step in known for name in step.tensors):
@@ -81,7 +82,7 @@ def _jumped(step: Step, jumps: list[_Jump]) -> Fault:
 
 
 def _blank(steps: Sequence[Step]) -> Iterator[Fault]:
-    """Matrices that become one value throughout: files that weren't written to their end."""
+    """Matrices that become constant, as in incompletely written files."""
     seen: set[str] = set()
     for step in steps:
         matrices = {n: p for n, p in step.tensors.items() if len(p.shape) > 1}
@@ -94,9 +95,9 @@ def _blank(steps: Sequence[Step]) -> Iterator[Fault]:
 
 
 def jumps_of(points: Sequence[tuple[float, float]]) -> list[tuple[int, bool]]:
-    """(index, whether it comes back at the next) of the points that a norm jumps to.
+    """(index, whether it returns at the next point) of the points to which a norm jumps.
 
-    points: (step, norm), by step. The first is never one: training starts fast.
+    points: (step, norm), by step. The first never counts, because training starts fast.
     """
     largest = max((norm for _, norm in points), default=0.0)
     if len(points) < NEEDED or not math.isfinite(largest) or largest == 0:
@@ -107,7 +108,7 @@ def jumps_of(points: Sequence[tuple[float, float]]) -> list[tuple[int, bool]]:
     jumps: list[tuple[int, bool]] = []
     at = 1
     while at < len(ys):
-        # a point that leaves and comes back is judged alone, or its way back would hide it
+        # a spike is judged alone, because its return would hide it
         if _spikes(at, ys, evenly, doublings):
             jumps.append((at, True))
             at += 2
@@ -140,7 +141,7 @@ def _steps(at: int, ys: list[float], *axes: list[float]) -> bool:
 
 
 def _usual(at: int, ys: list[float], axis: list[float]) -> float:
-    """The change from ``at - 1`` to ``at`` that the fastest of those beside it would make."""
+    """The expected change from ``at - 1`` to ``at`` at the fastest neighboring rate."""
     distance = axis[at] - axis[at - 1]
     beside = [*range(max(1, at - BESIDE), at), *range(at + 1, min(len(ys), at + 1 + BESIDE))]
     rates = [

@@ -1,4 +1,4 @@
-"""Steps of a run that are another model, steps that are missing, and initial weights of runs."""
+"""Finds steps of another model, missing steps, and wrong initial weights."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +12,11 @@ from neox_bridge.verification.steps import Step
 from neox_bridge.wording import plural, some
 
 Steps = Sequence[Step]
-_REGULAR = 2  # equal distances on both sides of a gap, for a step to count as missing
+_REGULAR = 2  # number of equal distances on both sides of a gap that make a step count as missing
 
 
 def setting_faults(steps: Steps) -> Iterator[Fault]:
-    """Of one run's steps, in order: where config, shapes, dtype or number are not the others'."""
+    """Steps of one run whose config, shapes, dtype or number differ from the other steps."""
     for key in dict.fromkeys(key for step in steps for key in step.meaning):
         yield from _odd("config-differs", key, [repr(s.meaning.get(key)) for s in steps], steps)
     yield from _odd("dtype-differs", "dtype", [step.dtype for step in steps], steps)
@@ -26,7 +26,7 @@ def setting_faults(steps: Steps) -> Iterator[Fault]:
 
 
 def _unknown_keys(steps: Steps) -> Iterator[Fault]:
-    """Settings that no known framework has: the same in all steps, or not."""
+    """Unknown settings, and whether they are equal in all steps."""
     where: dict[str, dict[str, UnknownKey]] = defaultdict(dict)
     for step in steps:
         for key in step.unknown_keys:
@@ -47,7 +47,7 @@ def _unknown_keys(steps: Steps) -> Iterator[Fault]:
 
 
 def _odd(code: str, what: str, values: Sequence[str], steps: Steps) -> Iterator[Fault]:
-    """One finding for each value that isn't that of most steps (of the first, where that ties)."""
+    """One finding per value that differs from that of most steps (on a tie, of the first)."""
     usual = Counter(values).most_common(1)[0][0] if values else ""
     for value in dict.fromkeys(values):
         if value != usual:
@@ -59,7 +59,7 @@ def _odd(code: str, what: str, values: Sequence[str], steps: Steps) -> Iterator[
 
 
 def _odd_tensors(steps: Steps) -> Iterator[Fault]:
-    """Tensors that some steps have otherwise; the vocabulary's rows are free to be padded."""
+    """Tensors with different shapes in some steps, ignoring padding of the vocabulary."""
     forms = [
         {
             name: tensor.shape[1:] if "embed" in name or "lm_head" in name else tensor.shape
@@ -98,7 +98,7 @@ def _numbers(steps: Steps) -> Iterator[Fault]:
 
 
 def missing_faults(run: str, numbers: Sequence[int]) -> Iterator[Fault]:
-    """The steps missing among equally spaced ones. numbers: of all steps, in order."""
+    """Missing steps among equally spaced ones. numbers: all steps, in order."""
     gaps = [high - low for low, high in pairwise(numbers)]
     for at, gap in enumerate(gaps):
         beside = gaps[max(0, at - _REGULAR) : at] + gaps[at + 1 : at + 1 + _REGULAR]
@@ -119,10 +119,10 @@ def missing_faults(run: str, numbers: Sequence[int]) -> Iterator[Fault]:
 
 
 def init_faults(runs: Mapping[str, Steps], same_init: bool = False) -> Iterator[Fault]:
-    """Initial weights of runs of the same shapes: same where they should be, else different.
+    """Check the initial weights of runs of the same shape.
 
-    They should be the same where the runs' yml files say the same seed, ranks and methods, or
-    where the user says so (same_init); and different where the seeds are.
+    They must be equal if the yml files have equal seeds, ranks and init methods, or if
+    ``same_init`` is set. They must differ if the seeds differ.
     """
     starts: dict[object, list[Step]] = defaultdict(list)
     for steps in runs.values():

@@ -1,4 +1,4 @@
-"""Optimizer states over a run's steps: broken, another step's, or not those of the weights."""
+"""Finds optimizer states that are broken, from another step, or do not match the weights."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +12,14 @@ from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
 from neox_bridge.wording import some
 
-_ROUNDED = 0.01  # of a norm: more than rounding to 16 bits makes of it
+_ROUNDED = 0.01  # relative to the norm: more than rounding to 16 bits causes
 _MASTERS = f"{MASTER}{STATE_OF}"
 
 
 def state_faults(steps: Sequence[Step], known: Iterable[Fault]) -> Iterator[Fault]:
-    """Of one run's steps, in order. known: what is wrong with their weights.
+    """Faults of one run's steps, in order. known: faults of their weights.
 
-    Moments may jump, as the gradients do that they are made of; masters may only where weights do.
+    Moments may jump, like gradients. Master weights may jump only if the weights do.
     """
     part = f"{steps[0].run}: the optimizer" if steps else ""
     with_states = [replace(step, run=part, tensors=step.states) for step in steps if step.states]
@@ -41,7 +41,7 @@ def state_faults(steps: Sequence[Step], known: Iterable[Fault]) -> Iterator[Faul
 
 
 def _other_weights(step: Step) -> Iterator[Fault]:
-    """Masters that aren't the weights, but for their rounding."""
+    """Master weights that do not match the weights after rounding."""
     apart = []
     for name, state in step.states.items():
         weight = step.tensors.get(tensor_of(name))
@@ -62,9 +62,9 @@ def _other_weights(step: Step) -> Iterator[Fault]:
 
 
 def _counts(steps: Sequence[Step]) -> Iterator[Fault]:
-    """Optimizers that have made other numbers of steps than the folder's, unlike the run's others.
+    """Optimizers whose step count does not fit the folder, unlike other steps of the run.
 
-    A run that began with a new optimizer at some step is always behind by that.
+    A run that restarted its optimizer at some step always lags behind by that step.
     """
     behind = {s.label: s.number - max(s.updates) for s in steps if s.number is not None}
     usual = Counter(behind.values()).most_common(1)

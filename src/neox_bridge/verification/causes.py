@@ -1,7 +1,6 @@
-"""Which other model a GPT-NeoX checkpoint's weights could be meant as: what tools get wrong.
+"""Hypotheses why logits differ: common mistakes in how weights are interpreted.
 
-Each hypothesis is a change of the reference's settings; the one under which the two sides agree is
-the cause.
+Each hypothesis changes settings of the reference. If the two sides then agree, it is the cause.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +34,7 @@ _BIASES = {
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """Another meaning of the same weights.
+    """Another interpretation of the same weights.
 
     cause: what is wrong, in one or two words. settings: of the reference. text: what it would mean.
     inherent: the other framework can't do otherwise: no conversion removes it.
@@ -48,7 +47,7 @@ class Hypothesis:
 
 
 def hypotheses(neox: Checkpoint, other: Checkpoint) -> list[Hypothesis]:
-    """What may explain that another checkpoint differs from a GPT-NeoX one, likeliest first."""
+    """Possible causes of a difference from a GPT-NeoX checkpoint, most likely first."""
     candidates = [*_by_config(neox, other), *_by_era(neox), *_by_order(neox), *_by_habit(neox)]
     unique: dict[str, Hypothesis] = {}
     for hypothesis in candidates:
@@ -57,7 +56,7 @@ def hypotheses(neox: Checkpoint, other: Checkpoint) -> list[Hypothesis]:
 
 
 def _by_config(neox: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
-    """Where the other's config says something else."""
+    """Differences between the two configs."""
     old = neox.neox is not None and neox.neox.mlp_names == "dense"
     written = neox.architecture.write_neox(neox.config, old)
     other_written = neox.architecture.write_neox(other.config, old)
@@ -77,12 +76,12 @@ def _by_config(neox: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
 
 
 def _residual(parallel: bool) -> dict[str, Any]:
-    """The other residual, with the biases meaning what they did (see tensors/geometry.gather)."""
+    """The other kind of residual; biases keep their meaning (see tensors/geometry.gather)."""
     return {"gpt_j_residual": parallel, "row_biases": "first" if parallel else "sum"}
 
 
 def _by_era(neox: Checkpoint) -> Iterator[Hypothesis]:
-    """What changed with GPT-NeoX's versions, and transformers has one way only."""
+    """Behavior that changed between GPT-NeoX versions."""
     settings = neox_settings(neox)
     if settings.get("norm") == "rmsnorm":
         older = settings["rms_eps"] == "outside"
@@ -105,7 +104,7 @@ def _by_era(neox: Checkpoint) -> Iterator[Hypothesis]:
 
 
 def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
-    """Rows and shards taken for others of the same shape."""
+    """Rows and shards that were confused with others of the same shape."""
     config, state = neox.config, neox.neox_state
     if config.grouped_query and "attention" not in state.te:
         other = "interleaved" if state.gqa_order == "grouped" else "grouped"
@@ -140,7 +139,7 @@ def _by_order(neox: Checkpoint) -> Iterator[Hypothesis]:
 
 
 def _by_habit(neox: Checkpoint) -> Iterator[Hypothesis]:
-    """Values that frameworks fall back to when a config isn't understood."""
+    """Defaults that frameworks use if they do not understand a config."""
     settings = neox_settings(neox)
     if (settings.get("activation") or "gelu") == "gelu":
         fused = bool(settings.get("bias_gelu_fusion"))

@@ -1,4 +1,4 @@
-"""Two tensors compared element by element, wherever their pieces lie, in bounded memory."""
+"""Compares two tensors element by element, in bounded memory."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ DifferenceKind = Literal[
     "equal", "values", "shape", "dtype", "only-first", "only-second", "replicas"
 ]
 BLOCK_BYTES = 4 << 20  # bytes of each side at a time
-# casts that keep every value; the others may overflow
+# lossless casts; others may overflow
 _EXACT = {
     ("float16", "float32"),
     ("bfloat16", "float32"),
@@ -36,12 +36,12 @@ _EXACT = {
     *((small, dtype) for small in FLOAT8 for dtype in FLOATING),
 }
 _WIDER = ("float16", "bfloat16", "float32", "float64")
-MEASURED_ELEMENTS = 1 << 16  # elements at a time where they become float64, some times over
+MEASURED_ELEMENTS = 1 << 16  # elements per block if several float64 copies are needed
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How a tensor of one checkpoint stands to that of another.
+    """The result of comparing one tensor of two checkpoints.
 
     differing: elements whose bits differ. largest, mean: of the absolute difference.
     relative: largest, divided by the largest absolute value of the first.
@@ -61,8 +61,7 @@ class Difference:
 def compare(name: str, first: Whole, second: Whole, context: Context) -> Difference:
     """Compare two tensors bit by bit.
 
-    The first is cast to the second's dtype where they differ: what is compared is the value that a
-    conversion would have written.
+    If dtypes differ, the first is cast to the dtype of the second, as a conversion would do.
     """
     elements = prod(first.shape)
     if first.shape != second.shape:
@@ -76,9 +75,9 @@ def compare(name: str, first: Whole, second: Whole, context: Context) -> Differe
 
 
 def without_reduction(whole: Whole, context: Context) -> Whole:
-    """The tensor without its reduction, where one of its pieces is the result bit for bit.
+    """The tensor without its reduction, if one piece equals the result bit for bit.
 
-    Of a tensor in segments one piece of each.
+    For a tensor in segments, one piece per segment.
     """
     if whole.reduce == "none":
         return whole
@@ -116,16 +115,16 @@ def _read(whole: Whole, context: Context) -> "Array":
 
 
 def common_dtype(dtypes: Iterable[str]) -> str | None:
-    """The smallest dtype to which tensors of all of these can be cast without losing a value."""
+    """The smallest dtype to which all of these can be cast losslessly."""
     kinds = set(dtypes)
     exact = (wider for wider in _WIDER if all((kind, wider) in _EXACT for kind in kinds))
     return next(exact, None)
 
 
 def overflowed(first: Whole, second: Whole, context: Context) -> int:
-    """How many finite values of a tensor a cast made infinite or NaN.
+    """How many finite values of a tensor became infinite or NaN in a cast.
 
-    The second is the first in another dtype. It is read, and the first only where that is needed.
+    The second is the first in another dtype. The first is read only if needed.
     """
     import numpy as np
 
@@ -159,7 +158,7 @@ def each(
         with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
             try:
                 return list(pool.map(one, names))
-            except BaseException:  # Ctrl-C too: no thread need finish its tensor
+            except BaseException:  # also on Ctrl-C: threads need not finish their tensors
                 context.stop.set()
                 raise
     finally:
@@ -169,7 +168,7 @@ def each(
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The names of tensors that match a glob such as ``*.bias``, in their order.
 
-    Raises UsageError where none does, so that no comparison passes for nothing.
+    Raises UsageError if none does, so that an empty comparison does not pass.
     """
     known = list(names)
     chosen = [name for name in known if fnmatchcase(name, pattern)]

@@ -1,4 +1,4 @@
-"""``neox-bridge diff``: two checkpoints of any kinds, compared in the model's own tensors."""
+"""``neox-bridge diff``: compares two checkpoints tensor by tensor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +31,8 @@ class Diff:
     Attributes:
         first: The first checkpoint as the caller named it.
         second: The second one.
-        tensors: Every tensor of either, equal ones too, largest relative difference first.
+        tensors: Every tensor of either side, including equal ones, largest relative difference
+            first.
     """
 
     first: str
@@ -58,11 +59,13 @@ def diff(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Difference]:
-    """Every tensor of either, under its Hugging Face name, largest relative difference first.
+    """Compare all tensors by Hugging Face name, largest relative difference first.
 
-    Shards are put together, row biases summed; rows of zeros that only one has at the end of its
-    vocabulary are padding. Other dtypes are said, and the values compared in the second's.
-    pattern: a glob of names. Raises Refused where a checkpoint stores two values of one tensor.
+    Shards are assembled and row biases summed. Rows of zeros at the end of only one vocabulary
+    count as padding. If dtypes differ, this is reported, and values are compared in the second
+    dtype.
+    pattern: a glob of names. Raises Refused if a checkpoint stores two different values of one
+    tensor.
     """
     first, second = (as_stored(check_copies(one)) for one in (first, second))
     table = max(first, second, key=lambda one: one.config.layers).by_name

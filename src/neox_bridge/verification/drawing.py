@@ -35,7 +35,7 @@ _METADATA = {"Date": None, "Creator": None}  # the same figure is the same file
 
 
 def require() -> None:
-    """Raise BridgeError where matplotlib is missing: before anything long is computed."""
+    """Raise BridgeError early if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -43,7 +43,7 @@ def require() -> None:
 
 
 def check_plot(path: str) -> None:
-    """Raise BridgeError, before anything long is computed, where no picture could be written."""
+    """Raise BridgeError early if the picture cannot be written."""
     require()
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):

@@ -1,7 +1,7 @@
-"""Whether two tensors have the same bits: nothing is put together, nothing copied but what is read.
+"""Checks whether two tensors have equal bits, without assembling or copying them.
 
-Each side is read as it lies in its files, into buffers that a thread keeps, and the boxes in which
-pieces of both overlap are compared where they were read.
+Each side is read from its files into buffers of the thread. The overlaps of pieces of both sides
+are compared inside these buffers.
 """
 
 from collections.abc import Callable
@@ -40,11 +40,10 @@ class _Run:
 
 
 def equal(first: Whole, second: Whole, context: Context) -> bool:
-    """Whether the first, cast to the second's dtype, is the second, bit by bit.
+    """Whether the first tensor, cast to the second dtype, equals the second bit by bit.
 
-    Shapes are the same; a reduction or random values on either side are answered with False, and
-    so is a tensor that pieces don't cover. Raises BridgeError, naming the file, where one is too
-    short or can't be read.
+    Shapes must be equal. Returns False for reductions, random values and tensors that pieces do not
+    cover. Raises BridgeError if a file is too short or cannot be read.
     """
     if any(whole.reduce != "none" or whole.random is not None for whole in (first, second)):
         return False
@@ -64,9 +63,9 @@ def equal(first: Whole, second: Whole, context: Context) -> bool:
 
 
 def _runs(first: Whole, second: Whole) -> list[tuple[_Run, _Run]] | None:
-    """Runs of bytes that tile both tensors, or None where a piece lies otherwise, or is no source.
+    """Runs of bytes that tile both tensors; None if a piece is not contiguous or has no source.
 
-    Few Python steps a megabyte: while one thread does them, another waits for the interpreter.
+    Uses few Python steps per megabyte, because other threads wait for the interpreter.
     """
     runs = []
     elements = prod(first.shape)
@@ -89,7 +88,7 @@ def _runs(first: Whole, second: Whole) -> list[tuple[_Run, _Run]] | None:
 
 
 def _run_same(a: _Run, b: _Run, context: Context) -> bool:
-    """Blocks that both files share are the same unread: a disk would give them twice."""
+    """Disk blocks that both files share are equal and are not read."""
     files = context.files
     with files.reading(a.file) as one, files.reading(b.file) as other:
         sides = (one, a.file, a.offset), (other, b.file, b.offset)
@@ -98,7 +97,7 @@ def _run_same(a: _Run, b: _Run, context: Context) -> bool:
 
 
 def _shared(a: "_Side", b: "_Side", size: int) -> tuple[int, int]:
-    """(begin, end) of what lies in the same blocks, counted from the start of both runs."""
+    """(begin, end) of the range in shared blocks, relative to the start of both runs."""
     (one, _, start), (other, _, to) = a, b
     if size < LEAST_SHARED_BYTES or not isinstance(one, int) or not isinstance(other, int):
         return 0, 0
@@ -108,7 +107,7 @@ def _shared(a: "_Side", b: "_Side", size: int) -> tuple[int, int]:
 
 
 def _bytes_same(a: "_Side", b: "_Side", start: int, end: int, context: Context) -> bool:
-    """By memcmp, which comparing with a bytearray is: faster than numpy, which needs an import."""
+    """Compares with memcmp (through bytearray), which is faster than numpy and needs no import."""
     right = memoryview(buffer(1, STEP_BYTES))
     for at in range(start, end, STEP_BYTES):
         context.check()
@@ -148,7 +147,7 @@ def _same(
     elements: int,
     context: Context,
 ) -> bool:
-    """Whether so many elements lie in both, all with the same bits."""
+    """Whether both have these elements with equal bits."""
     context.check()
     for one, a in first:
         for other, b in second:

@@ -1,7 +1,8 @@
-"""A checkpoint's forward pass, stage after stage, with one layer's weights in memory at a time.
+"""The forward pass of a checkpoint in stages, with the weights of one layer in memory at a time.
 
-GPT-NeoX's side is the torch reference on the ranks' own tensors, Hugging Face's is transformers.
-All is computed in float32, so that what differs is the model and not its rounding.
+GPT-NeoX checkpoints use the torch reference with the tensors of each rank, Hugging Face checkpoints
+use transformers. Everything is computed in float32, to separate differences of the model from
+rounding.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -33,8 +34,8 @@ ForwardPass = Callable[[Settings], Stages]
 def forward_pass(checkpoint: Checkpoint, tokens: Tensor, device: str) -> ForwardPass:
     """The stages of a checkpoint's forward pass of tokens [b, s].
 
-    Raises BridgeError where transformers can't be had or wants a tensor that isn't there, and for
-    what the reference doesn't cover.
+    Raises BridgeError if transformers is not installed or needs a missing tensor, and for models
+    that the reference does not support.
     """
     if checkpoint.kind == "neox":
         return lambda settings: _neox(checkpoint, tokens, device, settings)
@@ -53,7 +54,7 @@ def read(whole: Whole, device: str) -> Tensor:
 
 
 class _Rank(Mapping[str, Tensor]):
-    """One rank's tensors by "<layer>.<name>", read when asked for; one layer's are kept."""
+    """The tensors of one rank by "<layer>.<name>", read on demand; one layer is kept."""
 
     def __init__(self, layers: Mapping[int, Mapping[str, TensorRef]], device: str) -> None:
         self._refs = {
@@ -78,7 +79,7 @@ class _Rank(Mapping[str, Tensor]):
 
 
 def neox_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The yml, and what GPT-NeoX's version decides, as the reference takes them."""
+    """The settings for the reference: the yml, and what the GPT-NeoX version decides."""
     state = checkpoint.neox_state
     return {
         **checkpoint.raw,
@@ -135,7 +136,7 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
 
 @contextmanager
 def _weights_on_meta() -> Iterator[None]:
-    """Modules that are made get weights without memory; their buffers are computed as ever."""
+    """New modules get weights without memory; their buffers are computed normally."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
@@ -215,7 +216,7 @@ class _Reached(Exception):
 def _calls(
     body: Any, tokens: Tensor
 ) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The first layer's input, and what else each layer is called with, without computing them."""
+    """The input of the first layer and the arguments of each layer, without running them."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     inputs: list[Tensor] = []
 
@@ -241,7 +242,7 @@ def _calls(
 
 @contextmanager
 def _recording(layer: Any) -> Iterator[dict[str, Tensor]]:
-    """What the layer's attention and MLP put out while it runs."""
+    """Records the outputs of the attention and MLP of a layer."""
     attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
     parts: dict[str, Tensor] = {}
 

@@ -1,7 +1,7 @@
-"""Fingerprints that are remembered, so that a checkpoint that hasn't changed isn't read again.
+"""A cache of fingerprints, so that unchanged checkpoints are not read again.
 
-One small JSON file for each checkpoint's folder, replaced by a rename: audits that run at once
-can't damage each other's. A damaged or foreign file counts as none.
+It has one small JSON file per checkpoint folder, which is replaced by a rename, so that
+simultaneous audits do not interfere. A damaged or foreign file is ignored.
 """
 
 import json
@@ -24,7 +24,7 @@ from neox_bridge.tensors.pieces import Whole
 from neox_bridge.verification.hashes import VERSION, Fingerprint, Shard, sources
 
 _PREFIX, _SUFFIX = "audit-", ".tmp"  # of a file that is being written
-YOUNG_SECONDS = 2.0  # the coarsest clock of a file system; a younger file may change unnoticed
+YOUNG_SECONDS = 2.0  # the coarsest timestamp of a file system; a younger file may change unnoticed
 
 
 def default_folder() -> str:
@@ -34,14 +34,14 @@ def default_folder() -> str:
 
 
 def identify(checkpoint: Checkpoint) -> dict[str, FileState]:
-    """What tells whether a file of weights has changed. Raises BridgeError for one that is gone."""
+    """The state of the weight files, to detect changes. Raises BridgeError if one was deleted."""
     return states({ref.file: None for t in checkpoint.tensors.values() for ref in sources(t)})
 
 
 def look_up(
     folder: str | None, checkpoint: Checkpoint, files: Mapping[str, FileState]
 ) -> dict[str, Fingerprint]:
-    """The fingerprints that are known of tensors whose files are as they were."""
+    """The cached fingerprints of tensors whose files are unchanged."""
     if folder is None:
         return {}
     try:
@@ -63,7 +63,7 @@ def remember(
     files: Mapping[str, FileState],
     fingerprints: Mapping[str, Fingerprint],
 ) -> None:
-    """Keep the fingerprints of these files; a cache that can't be written is no error.
+    """Store the fingerprints of these files. Failures to write the cache are ignored.
 
     Files that changed within the last two seconds are left out.
     """
@@ -94,7 +94,7 @@ def remember(
 
 
 def _remove_left_over(folder: str) -> None:
-    """Remove temporary files of audits that were killed. One that is being written is locked."""
+    """Delete temporary files of killed audits. Files that are being written are locked."""
     for name in os.listdir(folder):
         if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
             path = os.path.join(folder, name)
@@ -103,7 +103,7 @@ def _remove_left_over(folder: str) -> None:
 
 
 def check_same(before: Mapping[str, FileState], checkpoint: Checkpoint) -> None:
-    """Raise BridgeError, naming the file, where one changed while it was read."""
+    """Raise BridgeError if a file changed while it was read."""
     for file, state in identify(checkpoint).items():
         if before.get(file) != state:
             raise BridgeError(
@@ -118,7 +118,7 @@ def _file(folder: str, checkpoint: Checkpoint) -> str:
 
 
 def _key(whole: Whole, files: Mapping[str, FileState]) -> str:
-    """What a fingerprint depends on: the files as they are, and where in them the pieces lie."""
+    """The cache key of a fingerprint: the state of the files, and the places of its pieces."""
     pieces: list[Any] = []
     for piece in whole.pieces:
         ref = piece.source

@@ -1,4 +1,4 @@
-"""Fingerprints of logical tensors: the same for the same values, wherever their bytes lie."""
+"""Fingerprints of logical tensors: equal for equal values, independent of the layout."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-VERSION = 1  # of what is hashed, and how: another one makes older cached fingerprints void
+VERSION = 1  # version of the hash method; a new one invalidates cached fingerprints
 BLOCK_BYTES = 1 << 20  # bytes; part of the version, since a shard is hashed box by box
 _CHUNK_ELEMENTS = 1 << 17  # elements that are float64 at a time
 
@@ -63,10 +63,10 @@ def fingerprints(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Fingerprint]:
-    """Every tensor's fingerprint, by its Hugging Face name; each is read once, block by block.
+    """The fingerprints of all tensors, by Hugging Face name. Each is read once, in blocks.
 
-    Row biases are hashed as the sum of their ranks, where that is what the model adds. known: those
-    that needn't be read. Raises BridgeError, naming the file, where one can't be read.
+    Row biases are hashed as the sum over the ranks if the model adds the sum. known: fingerprints
+    that need not be computed. Raises BridgeError if a file cannot be read.
     """
     known = known or {}
     context = Context(progress)
@@ -88,7 +88,7 @@ def fingerprints(
 def _reading_order(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
     """The largest first, so that threads end together; in a store in the order of their places.
 
-    A range of a store is fetched once where the tensors that it holds are read one after another.
+    A range of a store is fetched only once if its tensors are read consecutively.
     """
     tensors = checkpoint.tensors
     if is_local(checkpoint.path):
@@ -102,7 +102,7 @@ def _reading_order(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
 
 
 def fingerprint(whole: Whole, context: Context, *, padded: bool = False) -> Fingerprint:
-    """A tensor's fingerprint. padded: zero rows at its end don't count."""
+    """The fingerprint of a tensor. padded: ignore zero rows at its end."""
     refs = sources(whole)
     if whole.reduce != "none":
         total = _hash(without_reduction(whole, context), context, (), padded)[0]

@@ -1,4 +1,4 @@
-"""``verify --logits``: two checkpoints compute the same, or where and why they don't."""
+"""``verify --logits``: whether two checkpoints compute the same, or where and why not."""
 
 import math
 from collections import deque
@@ -23,16 +23,16 @@ from neox_bridge.verification.forward_passes import ForwardPass, Settings, forwa
 from neox_bridge.verification.reference import Stage
 from neox_bridge.verification.verify import as_one_model
 
-# relative to the largest value: fp32's rounding in one layer, and in a model's logits
+# relative to the largest value: fp32 rounding in one layer, and in the logits of a model
 LAYER = 2e-5
 LOGITS = 1e-5
-_MOST = 3  # causes that are looked for
+_MOST = 3  # causes that are searched
 _NONE: Settings = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why two sides part; inherent ones can't be removed by a conversion."""
+    """Why two sides differ. inherent: no conversion can remove it."""
 
     cause: str
     text: str
@@ -93,12 +93,12 @@ class Agreement:
 
     @property
     def comparable(self) -> bool:
-        """Whether the logits can be compared: not where the same ones are NaN or infinite."""
+        """Whether logits can be compared: False if the same ones are NaN or infinite."""
         return self.non_finite is None or not self.non_finite.same_places
 
     @property
     def agrees(self) -> bool:
-        """Whether they are the same model, as far as both frameworks can express it."""
+        """Whether both are the same model, as far as both frameworks can express it."""
         if self.non_finite is not None:
             return False
         inherent = self.explained and all(cause.inherent for cause in self.causes)
@@ -107,7 +107,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class _Parting:
-    """A part at which the sides differ: its number from the model's start, and by how much."""
+    """A part at which the sides differ: its index in the model, and by how much."""
 
     number: int
     name: str
@@ -119,7 +119,7 @@ def compare_logits(
 ) -> Agreement:
     """Run both on tokens [b, s], in float32, with one layer of each in memory.
 
-    Raises BridgeError for models that can't be computed here.
+    Raises BridgeError for models that cannot be computed here.
     """
     first, second = as_one_model(first, second)
     ignored = first.ignored_keys | second.ignored_keys
@@ -152,10 +152,10 @@ def compare_logits(
 def compare_recorded(
     checkpoint: Checkpoint, tokens: Tensor, recorded: Tensor, device: str = "cpu"
 ) -> Agreement:
-    """A checkpoint's logits beside those that a framework computed and somebody kept.
+    """Compare the logits of a checkpoint with recorded logits of a framework.
 
-    recorded: float32 [b, s, v], of tokens [b, s]. For a GPT-NeoX checkpoint that doesn't compute
-    them, the meaning of its weights that does is looked for; a grouped-query order, for one.
+    recorded: float32 [b, s, v], of tokens [b, s]. If a GPT-NeoX checkpoint does not match, other
+    interpretations of its weights are tried, such as another grouped-query order.
     """
     checkpoint = as_stored(check_copies(checkpoint))
     if recorded.dim() != 3 or recorded.shape[:-1] != tokens.shape:
@@ -174,7 +174,7 @@ def compare_recorded(
     agreement = _measure(wanted, logits)
     if (odd := _describe_non_finite(logits, wanted, (checkpoint,))) is not None:
         return replace(agreement, non_finite=odd, place="the recorded logits")
-    # what was kept of a model in half precision was computed in it
+    # recorded logits of a half-precision model were computed in half precision
     enough = LOGITS if checkpoint.config.dtype == "float32" else 0.02
     if agreement.relative <= enough:
         return agreement
@@ -201,7 +201,7 @@ def compare_recorded(
 def _explain(
     first: Checkpoint, second: Checkpoint, sides: list[ForwardPass], place: _Parting
 ) -> tuple[list[Hypothesis], _Parting | None]:
-    """The hypotheses under which the sides go on together, and where they part even so."""
+    """The hypotheses under which the sides agree further, and where they still differ."""
     if "neox" not in (first.kind, second.kind):
         return [], place
     on = 0 if first.kind == "neox" else 1
@@ -213,9 +213,9 @@ def _explain(
     while left is not None and len(chosen) < _MOST:
         tried = []
         for h in candidates:
-            with suppress(BridgeError):  # what this model can't be meant as
+            with suppress(BridgeError):  # hypotheses that do not apply to this model
                 tried.append((h, _part(sides, {**settings, **h.settings}, on)))
-        # the later they part the better, then the nearer they are
+        # prefer a later first difference, then a smaller one
         best, there = max(
             tried, key=lambda one: (one[1].number, -one[1].apart) if one[1] else (math.inf, 0.0)
         )

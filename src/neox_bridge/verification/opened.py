@@ -1,4 +1,4 @@
-"""Opens the checkpoints of runs, and goes on where one cannot be read."""
+"""Opens the checkpoints of runs, and continues if one cannot be read."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ _OPENED_AT_ONCE = 4  # places in a store
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A place of a run, and the checkpoint that is there, or why there is none."""
+    """A place of a run, with its checkpoint or the reason why it cannot be opened."""
 
     run: str
     place: StepLocation
@@ -45,7 +45,7 @@ class Opened:
 
 
 def open_places(runs: Iterable[TrainingRun], configs: Sequence[str] = ()) -> list[Opened]:
-    """Open every checkpoint; reads no weights, and goes on where one can't be opened.
+    """Open every checkpoint without reading weights. Continues if one cannot be opened.
 
     configs: yml files for the GPT-NeoX checkpoints that have none of their own.
     """

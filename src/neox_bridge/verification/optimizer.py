@@ -1,4 +1,4 @@
-"""Optimizer states of two checkpoints compared, and masters with the weights that are stored."""
+"""Compares optimizer states of two checkpoints, and master weights with stored weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,9 +51,9 @@ def compare_named(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Difference]:
-    """What differs, of states as ``named`` has them.
+    """The differences between two sets of states in the form of ``named``.
 
-    Rows of padding that the second has more are compared with zeros.
+    Additional rows of padding in the second are compared with zeros.
     """
     context = Context(progress)
 
@@ -84,10 +84,10 @@ def checker(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified where a finished folder isn't the source.
+    """A check for ``execute``: raises Unverified if a finished folder differs from the source.
 
-    given: the states that were written in place of the source's. A universal target has no weights
-    but the masters, which are states too.
+    given: states that were written instead of those of the source. A universal target has no
+    weights except the master weights, which are states.
     """
 
     def check(folder: str) -> None:
@@ -112,7 +112,7 @@ def export_checker(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified where exported states aren't the source's."""
+    """A check for ``execute``: raises Unverified if exported states differ from the source."""
 
     def check(folder: str) -> None:
         exported = flattened(read_export(folder, source))
@@ -131,7 +131,7 @@ def _check_none(differences: Sequence[Difference], source: Checkpoint) -> None:
 def fresh_checker(
     source: Checkpoint, first: Callable[[str], None], *, workers: int | None = None
 ) -> Callable[[str], None]:
-    """``first``, then: raises Unverified unless masters are the weights and moments are zero."""
+    """``first``, then raise Unverified unless masters equal the weights and moments are zero."""
 
     def check(folder: str) -> None:
         first(folder)
@@ -167,7 +167,7 @@ def _scalars(source: Optimizer, target: Optimizer) -> Iterator[Difference]:
 
 @dataclass(frozen=True, slots=True)
 class RoundedMasters:
-    """Every stored tensor compared with its master.
+    """The comparison of every stored tensor with its master weight.
 
     compared: how many tensors of all tensor-parallel ranks. differing: the names of those that are
     not their masters rounded to nearest, such as "layer 2: attention.dense.weight".
@@ -209,7 +209,7 @@ def rounded_masters(
 
 
 def master_findings(result: RoundedMasters, path: str) -> Sequence[Finding]:
-    """A warning where weights are not their masters."""
+    """A warning if weights do not match their master weights."""
     if not result.differing:
         return ()
     return (
