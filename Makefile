@@ -2,6 +2,7 @@
 # make quick  one case of each test that needs no torch, transformers, Ray, Chromium, store's server or kills
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
 # make docs   the documentation at http://127.0.0.1:8000, rebuilt when a page changes
+# make messages  examples for the page of messages, of the tests whose messages changed, or ARGS=tests
 # make bench  times, memory and disk beside cp and others' programs, to docs/explanation/benchmarks.md
 # make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run
 # make mutants   changes one line at a time and shows which changes no test notices: AREAS="audit batch"
@@ -14,7 +15,7 @@ JOBS ?= 2
 
 export NO_MKDOCS_2_WARNING = 1  # a notice about another program
 
-.PHONY: demo quick test lint docs test-neox test-versions bench fuzz mutants clean
+.PHONY: demo quick test lint docs messages test-neox test-versions bench fuzz mutants clean
 
 demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
@@ -37,6 +38,9 @@ lint: $(DEV)/.ready
 
 docs: $(DEV)/.ready
 	$(DEV)/bin/mkdocs serve
+
+messages: $(DEV)/.ready
+	$(DEV)/bin/python tests/helpers/message_record.py $(ARGS)
 
 # The real GPT-NeoX. NEOX_HOME is a folder with its trees and a venv in which they run. If it does not
 # exist yet, NEOX_SETUP creates it from GPT_NEOX_GIT, a git directory of EleutherAI/gpt-neox (a clone's

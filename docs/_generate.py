@@ -1,4 +1,4 @@
-"""Adds the generated pages to the site while it is built: the commands, and the JSON schemas."""
+"""Adds the generated pages to the site while it is built: commands, messages, JSON schemas."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 from neox_bridge.cli.app import COMMANDS, app
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _messages import messages_page
 from _schemas import schemas
 
 _HEAD = """\
@@ -28,7 +29,7 @@ options.
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Called by mkdocs when it has listed the pages."""
-    pages = {"reference/cli.md": commands_page()}
+    pages = {"reference/cli.md": commands_page(), "reference/messages.md": messages_page()}
     for name, schema in schemas().items():
         pages[f"reference/{name}.schema.json"] = json.dumps(schema, indent=2) + "\n"
     for name, text in pages.items():

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
+import message_record
 import needs
 import pytest
 import real_trees
@@ -25,11 +26,15 @@ QUICK_CASES = 1
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = f"tests that need none of {', '.join(needs.MARKERS)}, and few cases of each"
     parser.addoption("--quick", action="store_true", help=text)
+    text = "write an example of every message that the tests provoke into a file"
+    record = str(message_record.RECORD)
+    parser.addoption("--record-messages", nargs="?", const=record, metavar="FILE", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in needs.MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    message_record.configure(config)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

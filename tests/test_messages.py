@@ -1,10 +1,14 @@
-"""The library speaks of parameters; only the command line speaks of options."""
+"""Messages: those of the library speak of parameters, and every one of them has an example."""
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import message_record
+import message_sites
 import pytest
 
 import neox_bridge
@@ -80,3 +84,62 @@ def test_json_keeps_names_as_they_are() -> None:
 def test_json_shows_options_in_every_sentence(key: str) -> None:
     """``way_out`` is of a refusal, ``text`` of a cause that verify names."""
     assert plain_data({key: "Use `era=today`"}, as_options) == {key: "Use --for today"}
+
+
+def test_every_message_has_an_example() -> None:
+    """The page of messages shows it. ``messages_without.txt`` counts those without, and shrinks."""
+    problems = message_record.problems(message_record.read_record(), message_record.read_without())
+    assert not problems, "\n".join([*problems, "Run: make messages (ARGS=TEST if new)"])
+
+
+SOURCE = """
+from neox_bridge.errors import BridgeError, Refused
+
+def open_it(path, size):
+    if not size:
+        raise _damaged(path, f"it is {size} bytes long")
+    message = "the config names no layers"
+    yield Finding("no-layers", "warning", message, f"name them: `layers={some(size, 3)}`")
+    raise Refused(f"{path}: {len(size)} layers.")
+
+def _damaged(path, what) -> BridgeError:
+    return BridgeError(f"{path} is damaged: {what}.")
+"""
+
+
+@pytest.mark.parametrize("above", ["", "\n\n# something new\n"])
+def test_messages_are_read_from_the_source(tmp_path: Path, above: str) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "one.py").write_text(above + SOURCE)
+    (tmp_path / "errors.py").write_text(
+        "class BridgeError(Exception):\n    pass\n\n"
+        "class Refused(BridgeError):\n    exit_code = 4\n"
+    )
+    messages = message_sites.Package(tmp_path).messages
+    assert [(one.result, one.code, one.severity, one.words) for one in messages.values()] == [
+        (1, "", "", "{path} is damaged: it is {size} bytes long."),
+        (
+            message_sites.FINDING,
+            "no-layers",
+            "warning",
+            "the config names no layers. name them: `layers={size}`",
+        ),
+        (4, "", "", "{path}: {number of size} layers."),
+    ]
+    assert list(messages)[2] == "room/one.py:open_it#0bb195b3"  # wherever it stands in the file
+
+
+@pytest.mark.slow
+def test_messages_are_recorded(tmp_path: Path) -> None:
+    """An error that a function words for its callers is the caller's message."""
+    test = "tests/formats/test_torch_files.py::test_refused_zips[no pickle]"
+    record = tmp_path / "record.json"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--record-messages"]
+    subprocess.run(
+        [*command, str(record), test], cwd=ROOT.parents[1], check=True, stdout=subprocess.DEVNULL
+    )
+    messages = message_sites.package().messages
+    (entry,) = message_record.read_record(record).items()
+    words = "{} is not a complete PyTorch file: data.pkl is missing. Download or copy it again."
+    assert messages[entry[0]].words == words.format("{path}")
+    assert entry[1] == {"example": words.format("new.pt"), "test": test}

@@ -30,14 +30,8 @@ def reported() -> Iterator[None]:
         yield
     except (click.ClickException, click.exceptions.Exit):
         raise
-    except UsageError as error:
-        _fail(f"{error.spelled(flag)}{'' if error.fix else f' {hint()}'}", error.exit_code)
-    except ChoiceNeeded as error:
-        _fail(_with_commands(error), error.exit_code)
-    except SettingsMissing as error:
-        _fail(_with_config(error), error.exit_code)
     except BridgeError as error:
-        _fail(str(error), error.exit_code)
+        _fail(message_of(error), error.exit_code)
     except (Interrupted, KeyboardInterrupt) as error:
         say("interrupted", str(error) or "nothing was written")
         raise click.exceptions.Exit(INTERRUPTED) from None
@@ -51,6 +45,17 @@ def reported() -> Iterator[None]:
         if os.environ.get(DEBUG):
             raise
         _fail(_bug(error), 1)
+
+
+def message_of(error: Exception) -> str:
+    """What an error says on the command line: options for parameters, and commands that fix it."""
+    if isinstance(error, UsageError):
+        return f"{error.spelled(flag)}{'' if error.fix else f' {hint()}'}"
+    if isinstance(error, ChoiceNeeded):
+        return _with_commands(error)
+    if isinstance(error, SettingsMissing):
+        return _with_config(error)
+    return str(error)
 
 
 @contextmanager
