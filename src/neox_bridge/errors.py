@@ -1,4 +1,4 @@
-"""What goes wrong, as one exception with the exit code that the command line gives it."""
+"""The exceptions of the package, each with the exit code of the command line."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,7 +14,7 @@ class BridgeError(Exception):
 
 
 class UsageError(BridgeError):
-    """Options that do not apply here, or that contradict each other. Nothing was written.
+    """Options that do not apply, or that contradict each other. Nothing was written.
 
     Attributes:
         parameters: The options, by their names in Python, such as ``shard_size``.
@@ -34,35 +34,35 @@ class UsageError(BridgeError):
         return self.spelled(str)
 
     def spelled(self, spelling: Callable[[str], str]) -> str:
-        """The message, with each parameter as ``spelling`` writes it."""
+        """The message. ``spelling`` turns each parameter into the word to show, such as a flag."""
         names = ", ".join(map(spelling, self.parameters))
         return f"{names}: {self.reason}.{f' {self.fix}' if self.fix else ''}"
 
 
 class Unreachable(BridgeError):
-    """A store or the Hub does not answer, or not as it should.
+    """A store or the Hub does not answer, or answers with an error.
 
-    What is finished is kept. The same call continues from there.
+    Finished files are kept. The same call continues from there.
     """
 
 
 class Unverified(BridgeError):
-    """What was written is not what the source says.
+    """The output does not match the source.
 
-    The disk, the memory or this tool is at fault. Do not use the output.
+    The disk, the memory or this tool is faulty. Do not use the output.
     """
 
     exit_code = 3
 
 
 class SettingsMissing(BridgeError):
-    """A GPT-NeoX checkpoint whose yml files are not where it is.
+    """The yml files of a GPT-NeoX checkpoint are missing.
 
     Attributes:
         folder: The folder with the checkpoint's files.
         parameter: The parameter that names them, by its name in Python.
-        nearby: A yml of some GPT-NeoX run that lies near, as a path; may be empty.
-        others: Names of yml files beside the checkpoint that are not GPT-NeoX's.
+        nearby: The path of a GPT-NeoX yml in a folder above, which may belong to it; may be empty.
+        others: Names of yml files beside the checkpoint that belong to other programs.
     """
 
     parameter = "configs"
@@ -76,30 +76,31 @@ class SettingsMissing(BridgeError):
     @property
     def reason(self) -> str:
         """What is missing and why it matters, as full sentences."""
-        others = f" ({', '.join(self.others)}: keys of other programs)" if self.others else ""
+        others = f" ({', '.join(self.others)}: settings of other programs)" if self.others else ""
         return (
-            f"{self.folder} has no yml of GPT-NeoX, neither in configs/ nor beside its files"
-            f"{others}. Without it the heads, the norms and the rotary settings are unknown."
+            f"{self.folder} has no GPT-NeoX yml, neither in configs/ nor beside its "
+            f"files{others}. Without it, the number of heads, the norms and the rotary settings "
+            "are unknown."
         )
 
     def __str__(self) -> str:
         return self.with_way_out(f"`{self.parameter}={self.nearby or 'RUN.yml'}`")
 
     def with_way_out(self, way_out: str) -> str:
-        """The message, with what names the yml: a parameter or a command."""
+        """The message. ``way_out`` is the parameter or the command that names the yml."""
         if self.nearby:
-            return f"{self.reason} If {self.nearby} is the run's: {way_out}"
+            return f"{self.reason} If {self.nearby} belongs to this run, use it: {way_out}"
         return f"{self.reason} Name the yml that the run was started with: {way_out}"
 
 
 class Refused(BridgeError):
-    """The target cannot express the source, or the layout does not fit. Nothing was written."""
+    """The target cannot represent the source, or the layout does not fit. Nothing was written."""
 
     exit_code = 4
 
 
 class ChoiceNeeded(Refused):
-    """The source can be read as two models, and only the user knows which one is meant.
+    """The source can be read as two models. Only the user knows which one is meant.
 
     Attributes:
         reason: What is ambiguous, with file and key, as full sentences.

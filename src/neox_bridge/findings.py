@@ -58,10 +58,10 @@ NO_DETAILS = Details()
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing worth knowing about a checkpoint, a plan or a result.
+    """Something that a user should know about a checkpoint, a plan or a result.
 
     Attributes:
-        code: A stable name for this kind of finding. It is printed, and no code decides by it.
+        code: A stable name for this kind of finding. It is printed. No code decides by it.
         severity: How bad it is.
         message: What it is, as a sentence without its period.
         remedy: What to do about it: a ``Command``, prose, or nothing.
@@ -85,7 +85,7 @@ def unrepeated(
     Args:
         findings: The list to shorten. A finding without a subject always stays.
         others: The findings that are shown too.
-        shown: Subjects to leave out even if ``others`` have nothing to say about them.
+        shown: More subjects to leave out.
     """
     subjects = ({finding.subject for finding in others} | set(shown)) - {""}
     return [finding for finding in findings if finding.subject not in subjects]

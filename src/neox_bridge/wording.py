@@ -1,4 +1,4 @@
-"""Text that came from files or from a store, made fit to be shown.
+"""Makes text that came from files or stores safe to show.
 
 The names of folders, tensors, keys and files are chosen by whoever made a checkpoint. Shown as they
 are, they could move a terminal's cursor, forge a line, turn the direction of writing, or put markup
@@ -22,26 +22,26 @@ _MARKUP = re.compile(r"[\\`*\[\]<>|&~$]")
 
 
 def wording(text: str) -> str:
-    """The text with every control as an escape that can be read; tabs and line ends stay."""
+    """The text with control characters as readable escapes. Tabs and line ends stay."""
     return _CONTROLS.sub(_escape, text)
 
 
 def plain(text: str) -> str:
-    """A name or a line: whatever isn't wording is an escape, line ends and tabs too."""
+    """A name or a line with every unprintable character escaped, including line ends and tabs."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
 def one_line(message: str) -> str:
-    """A message as one line, cut where it is longer than anybody reads."""
+    """A message as one line, truncated if it is very long."""
     text = " ".join(message[: 2 * _MAX_MESSAGE_CHARACTERS].splitlines())
     cut = len(text) > _MAX_MESSAGE_CHARACTERS
     return plain(f"{text[:_MAX_MESSAGE_CHARACTERS]} …" if cut else text)
 
 
 def markdown(text: str) -> str:
-    """The text as it reads in Markdown: none of it is markup, HTML or a link."""
+    """The text escaped for Markdown, so that no part of it is markup, HTML or a link."""
     return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", plain(text))
 
 
@@ -59,7 +59,7 @@ KINDS = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
 
 
 def side(facts: Mapping[str, object]) -> str:
-    """A source or target in a few words."""
+    """A short description of a source or target."""
     kind, family = KINDS[str(facts["kind"])], str(facts.get("architecture", ""))
     words = [f"{kind} {family}".strip()]
     if "format" in facts:
@@ -73,7 +73,7 @@ def side(facts: Mapping[str, object]) -> str:
 
 
 def human(count: float) -> str:
-    """Bytes in units of a thousand: 1.23 GB."""
+    """Bytes in decimal units: 1.23 GB."""
     if count < 1000:
         return f"{count:.0f} B"
     for unit in ("kB", "MB", "GB", "TB"):
@@ -103,6 +103,6 @@ def some(names: list[str], most: int = 6) -> str:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key to sort names by, with the numbers in them as numbers."""
+    """A sort key that compares the numbers in names as numbers."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if n % 2 else (0, part) for n, part in enumerate(parts)]

@@ -156,7 +156,7 @@ def test_what_gpt_neox_has_fixed(config: dict[str, Any], key: str, tmp_path: Pat
 def test_a_size_that_the_tensors_deny(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", family="mamba")
     edit(hf / "config.json", state_size=8)
-    with pytest.raises(BridgeError, match=r"state_size: 8, and the tensors say 16"):
+    with pytest.raises(BridgeError, match=r"state_size: 8, but the tensors say 16"):
         open_checkpoint(str(hf))
 
 
@@ -201,7 +201,7 @@ def test_two_ranks_are_another_model(tmp_path: Path) -> None:
         told = torch.load(path, weights_only=False)
         told["args"]["model_parallel_size"] = 2
         torch.save(told, path)
-    with pytest.raises(Refused, match="doesn't sum x_proj"):
+    with pytest.raises(Refused, match="does not sum x_proj"):
         open_checkpoint(str(tmp_path / "neox"))
 
 

@@ -190,9 +190,11 @@ def test_what_it_has_not(config: dict[str, Any], key: str, tmp_path: Path) -> No
 
 
 def test_what_no_target_can_be(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"gpt_neox has no such form\. Its forms: transformers\."):
+    with pytest.raises(
+        Refused, match=r"gpt_neox cannot be written in this format\. Valid values: transformers\."
+    ):
         plan_of(fixture("pythia_fp32_pp0_tp1"), tmp_path / "ssm", format="mamba_ssm")
-    with pytest.raises(Refused, match=r"Its forms: transformers, mamba_ssm\."):
+    with pytest.raises(Refused, match=r"Valid values: transformers, mamba_ssm\."):
         plan_of(GENUINE, tmp_path / "ssm", format="mamba")
     with pytest.raises(BridgeError, match="only for Hugging Face targets"):
         plan_of(GENUINE, tmp_path / "ssm", to="neox", format="mamba_ssm")

@@ -295,7 +295,7 @@ def test_a_setting_of_a_yml_that_is_no_number_names_the_folder(tmp_path: Path) -
     (step / "configs" / "zz.yml").write_text("rotary_pct: null\n")
     with pytest.raises(BridgeError) as caught:
         open_checkpoint(str(root))
-    assert str(caught.value).startswith(f"{step}: rotary_pct: 'None' isn't a number.")
+    assert str(caught.value).startswith(f"{step}: rotary_pct: 'None' is not a number.")
 
 
 @pytest.mark.parametrize("groups", [None, [], [{}, {}, {}]])

@@ -899,7 +899,7 @@ def test_the_other_kind(pythia: Checkpoint, hf: dict[str, Checkpoint]) -> None:
     bare = with_config(pythia, attention_bias=False)
     found = judge(bare, version("4.36"))
     assert of(found.cases, "other-kind").finding.remedy == ""
-    assert "transformers 4.37 learned attention_bias" in of(found.cases, "refused").finding.message
+    assert "transformers 4.37 added attention_bias" in of(found.cases, "refused").finding.message
 
 
 def test_files_of_two_layouts_are_behind_a_failure(tmp_path: Path) -> None:

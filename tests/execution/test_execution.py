@@ -242,7 +242,9 @@ def test_overflow_in_a_cast_is_counted(tmp_path: Path) -> None:
     plan = plan_of(OutputTensor("t", "float16", (5,), (box(ref),)))
     (finding,) = execute(plan, str(tmp_path / "out")).findings
     assert finding.code == "cast-overflow"
-    assert finding.message == "2 finite values became infinite in the cast: t in sub/file (2)"
+    assert finding.message == (
+        "2 finite values overflowed to infinity in the cast: t in sub/file (2)"
+    )
 
 
 @settings(max_examples=200, deadline=None)

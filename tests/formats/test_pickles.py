@@ -156,7 +156,7 @@ def test_refused(name: str) -> None:
 @pytest.mark.parametrize("name", DEEP)
 def test_depth_is_no_trap(name: str) -> None:
     if name in ("frozensets", "equal sets"):
-        with pytest.raises(PickleError, match="too large a tuple as a key"):
+        with pytest.raises(PickleError, match="tuple that is too large as a key"):
             read(DEEP[name])
         return
     value = read(DEEP[name])
@@ -389,7 +389,7 @@ def test_what_cannot_be_written_is_said(name: str) -> None:
     if name in WRITTEN:
         dump(read(data), {})
         return
-    with pytest.raises(PickleError, match=r"too deeply|too many parts|too large a tuple"):
+    with pytest.raises(PickleError, match=r"too deeply|too many parts|tuple that is too large"):
         dump(read(data), {})
 
 

@@ -182,7 +182,7 @@ def test_two_records_of_one_name_are_not_harmless(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     for first, second in ((PICKLE, running("x")["reduce"]), (running("x")["reduce"], PICKLE)):
         path.write_bytes(stored([("x/data.pkl", first), ("x/data.pkl", second)]))
-        assert "stands in it twice" in scan(str(path)).problem
+        assert "appears twice" in scan(str(path)).problem
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.bin", "x", "x.dat"])
@@ -202,7 +202,7 @@ def test_a_zip_behind_a_pickle_is_not_harmless(tmp_path: Path) -> None:
         path.write_bytes(raw)
         assert scan(str(path)).harmless
         path.write_bytes(raw + stored(GOOD))
-        assert "a zip follows its pickle" in scan(str(path)).problem
+        assert "a zip archive follows its pickle" in scan(str(path)).problem
 
 
 def test_zips_that_are_none_of_ours_are_looked_into(tmp_path: Path) -> None:

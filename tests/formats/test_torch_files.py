@@ -156,8 +156,8 @@ def test_other_zips_are_read(small: Path, tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Any, str]] = {
-    "no pickle": (lambda n, d: [] if n.endswith("data.pkl") else [(n, d)], "no data.pkl"),
-    "duplicate": (lambda n, d: [(n, d), (n, d)], "stands in it twice"),
+    "no pickle": (lambda n, d: [] if n.endswith("data.pkl") else [(n, d)], "data.pkl is missing"),
+    "duplicate": (lambda n, d: [(n, d), (n, d)], "appears twice"),
     "big-endian": (
         lambda n, d: [(n, b"big" if n.endswith("byteorder") else d)],
         "big-endian machine",
@@ -165,16 +165,16 @@ CHANGES: dict[str, tuple[Any, str]] = {
     "no record": (lambda n, d: [] if n.endswith("data/1") else [(n, d)], "data/1 is missing"),
     "short record": (
         lambda n, d: [(n, d[:-1] if n.endswith("data/0") else d)],
-        "should have 20 bytes and has 19",
+        "should have 20 bytes but has 19",
     ),
     "script": (lambda n, d: [(n, d), ("small/code/x.py", b"")][: 1 + ("pkl" in n)], "TorchScript"),
     "constants": (
         lambda n, d: [(n, d), ("small/constants.pkl", b"")][: 1 + ("pkl" in n)],
         "TorchScript",
     ),
-    "two folders": (lambda n, d: [(n.replace("small/v", "large/v"), d)], "one folder"),
-    "no folder": (lambda n, d: [(n.removeprefix("small/"), d)], "one folder"),
-    "outside": (lambda n, d: [(n.replace("small/v", "small/../v"), d)], "one folder"),
+    "two folders": (lambda n, d: [(n.replace("small/v", "large/v"), d)], "single top-level folder"),
+    "no folder": (lambda n, d: [(n.removeprefix("small/"), d)], "single top-level folder"),
+    "outside": (lambda n, d: [(n.replace("small/v", "small/../v"), d)], "single top-level folder"),
     "bad pickle": (lambda n, d: [(n, d[:-9] if n.endswith("pkl") else d)], "ends in the middle"),
 }
 
@@ -216,14 +216,16 @@ def test_last_record_in_the_directory(small: Path) -> None:
     at = raw.rindex(b"small/.data/serialization_id") - 46
     raw[at + 20 : at + 28] = struct.pack("<II", 200, 200)
     small.write_bytes(raw)
-    with pytest.raises(BridgeError, match="overlaps another or reaches outside"):
+    with pytest.raises(
+        BridgeError, match="overlaps another record or extends past the end of the data"
+    ):
         read_torch(str(small))
 
 
 def test_record_with_another_name(small: Path) -> None:
     raw = small.read_bytes()
     small.write_bytes(raw.replace(b"small/data/0", b"small/data/7", 1))
-    with pytest.raises(BridgeError, match="differs from the directory"):
+    with pytest.raises(BridgeError, match="does not match the directory"):
         read_torch(str(small))
 
 
@@ -278,9 +280,8 @@ def test_every_truncation_is_an_error(zipped: bool, tmp_path: Path) -> None:
     raw = path.read_bytes()
     for length in range(len(raw)):
         path.write_bytes(raw[:length])
-        with pytest.raises(
-            BridgeError, match=r"isn't a whole torch file.*Copy it again\.|short text"
-        ):
+        words = r"is not a complete PyTorch file.*Download or copy it again\.|short text"
+        with pytest.raises(BridgeError, match=words):
             read_torch(str(path))
 
 
@@ -305,17 +306,17 @@ def test_damage_never_raises_anything_else(zipped: bool, tmp_path: Path) -> None
     ("raw", "message"),
     [
         (b"", "it is empty"),
-        (bytes(600), "begins with zeros"),
+        (bytes(600), "starts with zeros"),
         (b"hello", "is a short text"),
-        (b"\xff\xfe\0\1" * 200, "begins with b'.xff.xfe"),
-        (b"\x80\x02K\x01.", "not one of torch.save"),
+        (b"\xff\xfe\0\1" * 200, "starts with b'.xff.xfe"),
+        (b"\x80\x02K\x01.", "torch.save did not write"),
         (tar_header(b"x"), "is a tar"),
         (tar_header(b"x", magic=b""), "is a tar"),
         (tar_header(pickle.dumps(1, 2), magic=b""), "is a tar"),
         (bytes(257) + b"ustar" + bytes(250), "packed .tar."),  # no checksum
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-        (b"PK\x03\x04" + bytes(30), "no zip directory"),
-        (b"PK\x05\x06" + bytes(18), "no data.pkl"),
+        (b"PK\x03\x04" + bytes(30), "the zip directory at its end is missing"),
+        (b"PK\x05\x06" + bytes(18), "data.pkl is missing"),
     ],
 )
 def test_other_files(raw: bytes, message: str, tmp_path: Path) -> None:
@@ -360,9 +361,9 @@ def storage(key: str, kind: str) -> bytes:
     [
         ([("0", "FloatStorage"), ("0", "IntStorage")], ["0"], "two element types"),
         ([("0", "FloatStorage"), ("1", "FloatStorage")], ["0"], "storage 1 is missing"),
-        ([("0", "FloatStorage")], ["0", "0"], "aren't those of its tensors"),
-        ([("0", "FloatStorage")], ["1"], "aren't those of its tensors"),
-        ([("0", "QInt8Storage")], ["0"], "holds QInt8Storage"),
+        ([("0", "FloatStorage")], ["0", "0"], "do not match its tensors"),
+        ([("0", "FloatStorage")], ["1"], "do not match its tensors"),
+        ([("0", "QInt8Storage")], ["0"], "unknown type QInt8Storage"),
         ([("0", "FloatStorage")], ["0"], ""),
     ],
 )
@@ -379,7 +380,7 @@ def test_storages_of_old_files(
 
 
 def test_other_protocol_of_old_files(tmp_path: Path) -> None:
-    with pytest.raises(BridgeError, match="isn't 1001"):
+    with pytest.raises(BridgeError, match="is not 1001"):
         read_torch(stream_of(tmp_path / "x.pt", b"\x80\x02N.", [], 1002))
 
 
@@ -687,7 +688,7 @@ def test_what_tensors_claim_is_bounded(small: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch_zip, "_CLAIM_LEAST_BYTES", 22)
     assert len(read_torch(str(small))) == 2  # type: ignore[arg-type]
     monkeypatch.setattr(torch_zip, "_CLAIM_LEAST_BYTES", 21)
-    with pytest.raises(BridgeError, match="far more elements"):
+    with pytest.raises(BridgeError, match="far more data"):
         read_torch(str(small))
 
 

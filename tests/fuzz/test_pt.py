@@ -54,20 +54,20 @@ _ZIPS = tuple(_saved(value, True) for value in _VALUES)
 _LEGACY = tuple(_saved(value, False) for value in _VALUES)
 # What torch reads and this reader doesn't, on purpose: its words for it.
 _STRICTER = (
-    "programs may read different things from it",  # others than torch would, or torch by its case
+    "different programs could read different contents",  # torch too, by the case of a name
     "compressed",  # can't be read in place
     "big-endian",
     "TorchScript",
     "a negative size or stride",  # torch counts a stride that no element needs
-    "another number of strides than of sizes",  # of a tensor that torch makes later
+    "one stride for each dimension",  # of a tensor that torch makes later
     "reaches beyond",  # torch makes a storage larger where a tensor wants it
     "should have",  # a storage whose pickled size isn't that of its record
-    "isn't known here",  # protocols, which torch doesn't look at
-    "has two element types",
-    "aren't those of its tensors",
+    "does not know",  # protocols, which torch doesn't look at
+    "with two element types",
+    "do not match its tensors",
     "doesn't know",  # element types
-    "as no torch file does",  # the first pickle doesn't say its protocol
-    "a persistent id isn't",  # its last part may hold what torch doesn't look at
+    "unlike any PyTorch file",  # the first pickle doesn't say its protocol
+    "a persistent id does not",  # its last part may hold what torch doesn't look at
     "is missing",  # a storage that isn't there, whose memory torch leaves as it is
 )
 

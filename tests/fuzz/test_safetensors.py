@@ -19,11 +19,11 @@ _PATH = Path(_FOLDER.name) / "x.safetensors"
 _SIZES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8, "BOOL": 1, "F8_E5M2": 1, "F4": 1}
 # What the library reads and this reader doesn't, on purpose: its words for it.
 _STRICTER = (
-    "the model is quantized",  # dtypes that no conversion reads
-    "isn't known here",  # element types of no model that is converted, F4 and others
+    "The model is quantized",  # dtypes that no conversion reads
+    "does not know",  # element types of no model that is converted, F4 and others
     "more dimensions or bytes",  # sizes beside a zero that multiply to 2**63 and more
-    "a name stands twice",  # the library takes the last
-    "nests too deeply",  # in what isn't looked at
+    "a name is used twice",  # the library takes the last
+    "nested too deeply",  # in what isn't looked at
 )
 
 

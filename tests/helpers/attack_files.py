@@ -179,7 +179,7 @@ HF: dict[str, Change] = {
         for name in ("generation_config.json", "neox_bridge.json", "tokenizer.json", "merges.txt")
     },
     **{
-        f"{name} is a link that leads out": linked(name)
+        f"{name} is a symbolic link": linked(name)
         for name in (
             "config.json generation_config.json neox_bridge.json tokenizer.json "
             "tokenizer_config.json special_tokens_map.json chat_template.jinja vocab.json"
@@ -201,7 +201,7 @@ HF: dict[str, Change] = {
     "index of null": index(None),
     "index of itself": index(_INDEX),
     "index of the config": index("config.json"),
-    "index is a link that leads out": index_linked,
+    "index is a symbolic link": index_linked,
     "config of 1 GB": sparse("config.json", 1 << 30),
     "config of 4 MB of lists": written("config.json", b"[" + b"[]," * ((4 << 20) // 3) + b"0]"),
     "config of 3 MB of keys": written(

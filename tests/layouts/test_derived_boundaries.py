@@ -117,8 +117,8 @@ def test_the_worst_of_several_buffers_is_named(tmp_path: Path) -> None:
     finding = mismatch_finding(mismatch)
     assert (finding.code, finding.severity) == ("inv-freq-differs", "warning")
     assert finding.message == (
-        "worst isn't what rotary_emb_base 10000 and rotary_pct 0.25 give: "
-        "it is off by 0.05 of its value"
+        "worst does not match rotary_emb_base 10000 and rotary_pct 0.25: its values differ by "
+        "up to 0.05 (relative)"
     )
 
 
@@ -155,7 +155,7 @@ def test_a_buffer_of_another_length_is_another_buffer(tmp_path: Path) -> None:
     mismatch = check_inv_freq(config(), {"x": stored(tmp_path, np.ones(7), "float32")})
     assert mismatch is not None
     assert mismatch.error == np.inf
-    assert "it has another length" in mismatch_finding(mismatch).message
+    assert "its length differs" in mismatch_finding(mismatch).message
 
 
 def test_the_smallest_values_of_fp16_may_be_coarse(tmp_path: Path) -> None:
@@ -201,9 +201,9 @@ def test_of_two_files_with_different_values_the_later_name_wins(tmp_path: Path) 
     finding = duplicate_finding(duplicates[0])
     assert (finding.code, finding.severity) == ("yml-key-twice", "warning")
     assert finding.message == (
-        "hidden_size stands in a.yml and b.yml, as 1 and 2; the latter is used"
+        "hidden_size is set in a.yml and b.yml, to 1 and to 2; the second value is used"
     )
-    assert "uses the latter without a word" in finding.remedy
+    assert "silently uses the second value" in finding.remedy
 
 
 def test_of_three_files_each_repetition_is_named(tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_of_three_files_each_repetition_is_named(tmp_path: Path) -> None:
         DuplicateKey("x", "b.yml", "c.yml", (1, 3), True),
     ]
     same, other = map(duplicate_finding, duplicates)
-    assert same.message == "x stands in a.yml and b.yml, with the same value"
-    assert "refuses such a key" in same.remedy
+    assert same.message == "x is set in a.yml and b.yml, to the same value"
+    assert "rejects duplicate keys" in same.remedy
     assert "as 1 and 3" in other.message
 
 
@@ -223,7 +223,7 @@ def test_two_spellings_in_one_file_are_a_repetition(tmp_path: Path) -> None:
     merged, duplicates = merge_ymls(ymls(tmp_path, a="a-b: 1\na_b: 2\n"))
     assert merged == {"a_b": 2}
     assert duplicates == [DuplicateKey("a_b", "a.yml", "a.yml", (1, 2), True)]
-    assert "twice in a.yml, with - and with _" in duplicate_finding(duplicates[0]).message
+    assert "twice in a.yml, spelled with - and with _" in duplicate_finding(duplicates[0]).message
 
 
 @pytest.mark.parametrize(("length", "cut"), [(98, False), (99, True)])
@@ -309,13 +309,13 @@ def test_keys_are_told_with_underscores_and_values_are_plain(tmp_path: Path) -> 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bad.yml"
     path.write_bytes(b"a: \xff\n")
-    with pytest.raises(BridgeError, match=r"bad\.yml isn't a text file"):
+    with pytest.raises(BridgeError, match=r"bad\.yml is not a text file"):
         read_yml(str(path))
 
 
 def test_the_line_of_a_fault_is_named(tmp_path: Path) -> None:
     (path,) = ymls(tmp_path, bad="a: 1\nb: 2\nc: }\n")
-    with pytest.raises(BridgeError, match=r"bad\.yml, line 3: not valid yml"):
+    with pytest.raises(BridgeError, match=r"bad\.yml, line 3: not valid YAML"):
         read_yml(path)
 
 

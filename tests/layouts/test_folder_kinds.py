@@ -305,7 +305,7 @@ def test_a_trainers_output_names_its_checkpoints(hf: Path, tmp_path: Path) -> No
         shutil.copytree(hf, tmp_path / "trainer" / f"checkpoint-{number}")
     message = said(tmp_path / "trainer", tmp_path / "out")
     assert "checkpoint-500, checkpoint-1000" in message
-    first, _, batch = message.partition("for example ")[2].partition("; or convert all of them: ")
+    first, _, batch = message.partition("for example ")[2].partition(". Or convert all of them: ")
     assert run("inspect", first).exit_code == 0
     assert batch.startswith("neox-bridge batch ")
     assert run(*shlex.split(batch)[1:]).exit_code == 0
@@ -317,7 +317,7 @@ def test_torchs_own_converter_makes_a_folder_that_is_read(hf: Path, tmp_path: Pa
     folder = tmp_path / "dcp"
     checkpoints.save({"model": load_file(hf / "model.safetensors")}, checkpoint_id=str(folder))
     message = said(folder, tmp_path / "out")
-    words = shlex.split(message.partition("with torch: ")[2].partition("; then")[0])
+    words = shlex.split(message.partition("with PyTorch: ")[2].partition(". Then")[0])
     assert words[0] == "python"
     subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
     shutil.copy(hf / "config.json", folder)
@@ -388,7 +388,7 @@ def test_shards_that_are_missing(copy: Path, tmp_path: Path) -> None:
     (copy / "model-00002-of-00003.safetensors").unlink()
     message = said(copy, tmp_path / "out")
     assert "2 of 3 shards" in message
-    assert "missing are the numbers 2" in message
+    assert "Missing shards: 2" in message
     (copy / ".cache" / "huggingface" / "download").mkdir(parents=True)
     (copy / ".cache" / "huggingface" / "download" / "x.incomplete").write_bytes(b"")
     assert "did not finish (x.incomplete)" in said(copy, tmp_path / "out")
@@ -423,7 +423,7 @@ def test_heads_of_other_tasks(copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["classifier.weight"] = tensors.pop("embed_out.weight")
     save_file(tensors, copy / "model.safetensors")
-    assert "head of another task" in said(copy, tmp_path / "out")
+    assert "head for another task" in said(copy, tmp_path / "out")
 
 
 # wrapped names
@@ -568,7 +568,7 @@ def test_deepspeeds_files_of_another_program(tmp_path: Path) -> None:
     value["module"] = {"model.embed_tokens.weight": torch.ones(2, 2)}
     torch.save(value, path)
     message = said(source, tmp_path / "out")
-    assert "another program than GPT-NeoX" in message
+    assert "a program other than GPT-NeoX" in message
     assert "model.embed_tokens.weight" in message
 
 

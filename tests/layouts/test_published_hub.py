@@ -305,7 +305,7 @@ def test_a_branch_without_some_files_is_named(hub: Stub, run: Commands, tmp_path
     (tmp_path / "part" / "layer_03-model_00-model_states.pt").unlink()
     hub.put_files(RAW, "step16", tmp_path / "part")
     _, err = run("convert", f"{RAW}@step16", "out", code=1)
-    assert f"hf://{RAW}@step16 isn't whole: layer_03-model_00-model_states.pt missing" in err
+    assert f"hf://{RAW}@step16 is incomplete: layer_03-model_00-model_states.pt missing" in err
     assert not (run.folder / "out").exists()
     out, _ = run("batch", RAW, "many", "--retries", 0, "--json", code=1)
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
@@ -468,7 +468,7 @@ def test_what_was_fetched_waits_for_the_next_try(hub: Stub, run: Commands, mediu
 def test_offline_the_cache_is_read(hub: Stub, run: Commands) -> None:
     offline = {"HF_HUB_OFFLINE": "1"}
     _, err = run("inspect", f"{RAW}@step8", code=1, **offline)
-    assert f"{RAW}@step8 isn't in the cache" in err
+    assert f"{RAW}@step8 is not in the cache" in err
     assert "HF_HUB_OFFLINE is set" in err
     assert f"hf download {RAW} --revision step8" in err
     run.cached(RAW, FLAT)
@@ -480,7 +480,7 @@ def test_offline_the_cache_is_read(hub: Stub, run: Commands) -> None:
     out, _ = run("audit", RAW, "--against", RAW, "--cache", "none", **offline)
     assert "1 step: 1 the same" in out
     _, err = run("inspect", f"{RAW}@step9", code=1, **offline)
-    assert f"{RAW}@step9 isn't in the cache" in err
+    assert f"{RAW}@step9 is not in the cache" in err
     assert hub.seen == [], "nobody was asked"
 
 
@@ -490,7 +490,7 @@ def test_without_a_network_the_cache_is_read(hub: Stub, run: Commands) -> None:
     assert "cannot be reached" in err
     run.cached(RAW, FLAT)
     out, _ = run("inspect", f"{RAW}@step8", **gone)
-    assert "the Hub cannot be reached, so what the cache has" in out
+    assert "the Hub cannot be reached, so the cached copy" in out
 
 
 def test_a_cache_that_is_half_filled(hub: Stub, run: Commands) -> None:
@@ -533,7 +533,7 @@ def test_the_tokenizer_is_found_on_the_hub(repo: str, hub: Stub, run: Commands) 
     data = json.dumps(TOKENIZER).encode()
     hub.make(repo, **{"tokenizer.json": data})
     _, err = run("convert", f"{RAW}@step8", "out")
-    assert f"the tokenizer is that of {repo}" in err
+    assert f"the tokenizer of {repo} is used" in err
     assert (run.folder / "out" / "tokenizer.json").read_bytes() == data
     run("batch", RAW, "many")
     assert (run.folder / "many" / "step8" / "tokenizer.json").read_bytes() == data
@@ -544,7 +544,7 @@ def test_the_tokenizer_is_found_on_the_hub(repo: str, hub: Stub, run: Commands) 
 def test_a_tokenizer_that_cannot_be_had_is_named(hub: Stub, run: Commands) -> None:
     _, err = run("convert", f"{RAW}@step8", "out")
     assert "/fsx/pile/20B_tokenizer.json" in err
-    assert "no tokenizer was found on the Hub" in err
+    assert "the Hub does not have a tokenizer" in err
     assert "EleutherAI/gpt-neox-20b" in err
     assert not (run.folder / "out" / "tokenizer.json").exists()
     vocabulary = {f"w{n}": n for n in range(257)}
@@ -554,7 +554,7 @@ def test_a_tokenizer_that_cannot_be_had_is_named(hub: Stub, run: Commands) -> No
     assert f"the tokenizer of {TWIN} has 257 entries, and this model has 256 rows" in err
     run.cached(RAW, FLAT)
     _, err = run("convert", f"{RAW}@step8", "offline", HF_HUB_OFFLINE="1")
-    assert "no tokenizer was found" in err
+    assert "does not have a tokenizer" in err
     assert hub.seen == []
 
 

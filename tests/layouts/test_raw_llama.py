@@ -139,7 +139,7 @@ def test_parts_are_missed(tmp_path: Path) -> None:
         tensors = torch.load(file)
         tensors["layers.0.attention.wq.bias"] = torch.zeros(3)
         torch.save(tensors, raw / "consolidated.02.pth")
-    with pytest.raises(BridgeError, match="no Llama has"):
+    with pytest.raises(BridgeError, match="no Llama model has"):
         open_checkpoint(str(raw))
 
 

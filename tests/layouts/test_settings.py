@@ -493,7 +493,7 @@ def test_rows_of_a_known_tokenizer() -> None:
     assert fit(257, 250, 2, None).multiple == 256
     assert fit(257, 257, 2, None) == fit(512, 257, 2, None).__class__(257, 512, 128, 257)
     assert fit(256, 250, 2, 128).padded == 256
-    with pytest.raises(Refused, match="256 rows for 250 entries at TP 2, and the source has 257"):
+    with pytest.raises(Refused, match="256 rows for 250 entries at TP 2, but the source has 257"):
         fit(257, 250, 2, 128)
     assert told_multiple({}, {"make_vocab_size_divisible_by": 64}) == 64
     assert told_multiple({"make_vocab_size_divisible_by": 32}, {"x": 1}) == 32

@@ -108,7 +108,7 @@ def test_equal_copies_are_said_and_converted(kind: str, tmp_path: Path) -> None:
     own, other = put_copy(source, lambda value: value)
     done = run("convert", source, tmp_path / "out")
     assert done.exit_code == 0, done.stderr
-    assert "byte for byte the same" in done.stderr
+    assert "with identical bytes" in done.stderr
     assert own in done.stderr
     assert other in done.stderr
     assert all(one.kind == "equal" for one in diff(sound, open_checkpoint(str(tmp_path / "out"))))
@@ -178,7 +178,7 @@ def test_doctor_and_inspect_say_it(tmp_path: Path) -> None:
     put_copy(source, lambda value: value)
     told = run("doctor", source, "--for", "transformers@5.24")
     assert told.exit_code == 0
-    assert "byte for byte the same" in told.stdout
+    assert "with identical bytes" in told.stdout
 
 
 def test_a_single_file_beside_an_index_is_what_transformers_reads(tmp_path: Path) -> None:

@@ -256,5 +256,5 @@ def test_sums_that_nothing_else_computes_are_refused(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", **SEQUENTIAL)
     convert(hf, tmp_path / "te", te=True, tp=2)
     edit(tmp_path / "te", lambda _: None, gpt_j_residual=True)
-    with pytest.raises(Refused, match="sums the result once more"):
+    with pytest.raises(Refused, match="then sums the result again"):
         open_checkpoint(str(tmp_path / "te"))

@@ -386,7 +386,7 @@ def copy(source: Path, target: Path) -> None:
 def test_a_file_is_missing(tmp_path: Path) -> None:
     name = "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
     root = damaged(tmp_path / "old", lambda step: (step / name).unlink())
-    with pytest.raises(BridgeError, match=r"isn't whole: zero_pp_rank_1_mp_rank_01.* missing"):
+    with pytest.raises(BridgeError, match=r"is incomplete: zero_pp_rank_1_mp_rank_01.* missing"):
         read_optimizer(open_checkpoint(str(root)))
 
 

@@ -286,9 +286,9 @@ def test_in_a_store() -> None:
     ("damage", "words"),
     [
         ("rm zero/2.input_layernorm.bias/exp_avg.pt", "exp_avg.pt is missing"),
-        ("rm zero/2.input_layernorm.bias", "2.input_layernorm.bias isn't in both"),
+        ("rm zero/2.input_layernorm.bias", "2.input_layernorm.bias is not in both"),
         ("rm zero/2.input_layernorm.bias/step.pt", "not all parameters have the same step"),
-        ("cp zero/optimizer_state.pt zero/5.norm.bias/fp32.pt", "holds no param"),
+        ("cp zero/optimizer_state.pt zero/5.norm.bias/fp32.pt", "param is missing"),
         ("cp zero/5.norm.bias/fp32.pt zero/optimizer_state.pt", "contains no param_groups"),
         ("rm mp_rank_01_model_states.pt", "1 mp_rank files, of 2 tensor-parallel ranks"),
         (

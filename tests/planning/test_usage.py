@@ -82,7 +82,7 @@ def test_the_sides_name_options() -> None:
     [
         (["convert", "HF", "OUT", "--step", "0"], "--step: only for GPT-NeoX sources"),
         (["convert", "HF", "OUT", "--config", "a.yml"], "--config: only for GPT-NeoX sources"),
-        (["convert", "HF", "OUT", "--revision", "main"], "--revision: only for models of the Hub"),
+        (["convert", "HF", "OUT", "--revision", "main"], "--revision: only for models on the Hub"),
         (["convert", "org/name", "OUT", "--step", "3"], "--revision"),
         (["convert", "NEOX/global_step2", "OUT", "--step", "3"], "--step: "),
         (["convert", "HF", "OUT", "--layout", "ranks", "--pp", "2"], "--layout, --pp: "),

@@ -72,7 +72,7 @@ def test_a_weight_that_a_cast_made_infinite_is_another_model(
 ) -> None:
     made = run("convert", large, tmp_path / "f16", "--to", to, "--dtype", "float16")
     assert made.exit_code == 0
-    assert "became infinite" in made.stderr
+    assert "overflowed to infinity" in made.stderr
     assert ("layer_03" if to == "neox" else DOWN) in made.stderr
     assert "verified: equal after casting bfloat16 to float16" in made.stdout
     for pair in ((large, tmp_path / "f16"), (tmp_path / "f16", large)):
@@ -269,7 +269,7 @@ def test_plain_verify_names_what_a_cast_made_infinite(large: Path, tmp_path: Pat
     convert(large, tmp_path / "f16", dtype="float16", tp=2)
     done = run("verify", large, tmp_path / "f16")
     assert done.exit_code == 0  # a cast was asked for, and this is what it makes
-    assert f"1 finite value became infinite in the cast: {DOWN} (1)" in done.stderr
+    assert f"1 finite value overflowed to infinity in the cast: {DOWN} (1)" in done.stderr
     facts = document(run("verify", large, tmp_path / "f16", "--json").stdout)
     assert facts["overflows"] == {DOWN: 1}
     # an infinity that the source has itself is no overflow

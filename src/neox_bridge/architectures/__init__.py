@@ -12,11 +12,12 @@ from neox_bridge.architectures.neox_config import attention_kinds
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.errors import Refused
 
-# Mamba first: its blocks ignore the settings of MLPs by which the others are told
+# Mamba first: its blocks ignore the settings of MLPs by which the others are known
 ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2)
 # families that today's GPT-NeoX can't run, and why (megatron/model/transformer.py)
 CANNOT = {
-    "qwen3": "it has norms of its own for q and k, and GPT-NeoX's use_qk_layernorm is one for both",
+    "qwen3": "it has separate norms for q and k, but use_qk_layernorm of GPT-NeoX is one norm for "
+    "both",
 }
 
 
@@ -46,13 +47,13 @@ def for_hf(config: Mapping[str, Any]) -> Architecture:
             return architecture
     if reason := CANNOT.get(str(config.get("model_type"))):
         raise Refused(
-            f"config.json: model_type {config['model_type']!r}: no GPT-NeoX can hold this model: "
-            f"{reason}. There is no way out."
+            f"config.json: model_type {config['model_type']!r}: GPT-NeoX cannot represent this "
+            f"model: {reason}. It cannot be converted."
         )
     known = ", ".join(a.name for a in ARCHITECTURES)
     raise Refused(
-        f"config.json: model_type {config.get('model_type')!r} isn't a family that this version "
-        f"converts, only {known}."
+        f"config.json: model_type {config.get('model_type')!r} is not supported. This version "
+        f"converts {known}."
     )
 
 
@@ -77,10 +78,10 @@ def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None)
         if architecture.matches_neox(config):
             return architecture
     raise Refused(
-        f"This GPT-NeoX model (norm: {config.get('norm', 'layernorm')}, activation: "
-        f"{config.get('activation', 'gelu')}, mlp_type: {config.get('mlp_type', 'regular')}, "
-        f"attention_config: {', '.join(sorted(attention_kinds(config))) or 'global'}"
-        f"{_window_and_biases(config)}) is of a family that this version doesn't convert; it "
-        "converts gpt_neox (layernorm, plain MLP), llama with its relatives (rmsnorm, gated MLP) "
-        "and mamba (Mamba blocks only)."
+        "No supported family has the settings of this GPT-NeoX model (norm:  "
+        f"{config.get('norm', 'layernorm')}, activation: {config.get('activation', 'gelu')}, "
+        f"mlp_type: {config.get('mlp_type', 'regular')}, attention_config: "
+        f"{', '.join(sorted(attention_kinds(config))) or 'global'}{_window_and_biases(config)}). "
+        "This version converts gpt_neox (layernorm, plain MLP), llama and its relatives "
+        "(rmsnorm, gated MLP), and mamba (only Mamba blocks)."
     )

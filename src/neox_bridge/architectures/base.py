@@ -79,8 +79,8 @@ class ModelConfig:
 
     dims: the size of each dimension named in the weights' shapes.
     activation: a name of the architecture's own table.
-    kv_heads: None where k and v have as many heads as q.
-    window: how many tokens a query sees, itself among them; None where it sees all before it.
+    kv_heads: None if k and v have as many heads as q.
+    window: how many tokens a query sees, itself among them; None if it sees all before it.
     reward: whether it scores a text rather than continue it; see heads.py.
     conv_bias: whether the convolution of a block without attention has a bias.
     idle: fields that the frameworks ask for and this family computes nothing with.
@@ -139,15 +139,15 @@ class ModelConfig:
     def fusion(self, order: GqaOrder, te: frozenset[str] = frozenset()) -> Fusion:
         """How the rows of fused tensors are ordered.
 
-        Raises Refused where query heads can't share k and v evenly.
+        Raises Refused if query heads can't share k and v evenly.
         """
         heads, kv_heads = self.heads, self.key_value_heads
         head_dim = self.hidden // heads
         if order == "interleaved" and "attention" not in te and head_dim * kv_heads % heads:
             raise Refused(
-                f"num_kv_heads: {kv_heads} key-value heads of {head_dim} rows can't be shared by "
-                f"{heads} query heads in the interleaved order. Use `gqa_order=grouped`, with a "
-                "GPT-NeoX since 2024-11 (`era=today`)."
+                f"num_kv_heads: {kv_heads} key-value heads of {head_dim} rows cannot be shared "
+                f"by {heads} query heads in the interleaved order. Use `gqa_order=grouped` and a "
+                "GPT-NeoX from 2024-11 or later (`era=today`)."
             )
         return Fusion(heads, kv_heads, order, te)
 

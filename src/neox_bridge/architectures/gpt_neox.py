@@ -219,29 +219,34 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
         (
             "pos_emb",
             pos != "rotary",
-            f"transformers' gpt_neox has rotary positions only, and this model has {pos!r}",
+            f"gpt_neox in transformers supports only rotary positions, but this model uses {pos!r}",
         ),
         (
             "norm",
             norm != "layernorm",
-            f"transformers' gpt_neox has layernorm only, and this model has {norm!r}",
+            f"gpt_neox in transformers supports only layernorm, but this model uses {norm!r}",
         ),
-        ("activation", kind not in activations, f"transformers' gpt_neox has no {kind!r}"),
+        (
+            "activation",
+            kind not in activations,
+            f"gpt_neox in transformers does not support {kind!r}",
+        ),
         (
             "num_kv_heads",
             raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads")),
-            "transformers' gpt_neox has no grouped-query attention",
+            "gpt_neox in transformers does not support grouped-query attention",
         ),
         (
             "use_bias_in_mlp",
             bool(raw.get("gpt_j_residual")) and raw.get("use_bias_in_mlp") is False,
-            "with gpt_j_residual: true and use_bias_in_mlp: false GPT-NeoX computes its blocks "
-            "without their attention, which nothing in transformers does",
+            "with gpt_j_residual: true and use_bias_in_mlp: false, GPT-NeoX leaves the "
+            "attention out of its blocks, which no model in transformers does",
         ),
         (
             "attention_config",
             bool(kinds),
-            f"transformers' gpt_neox attends globally, and this model has {sorted(kinds)}",
+            "gpt_neox in transformers supports only global attention, but this model uses "
+            f"{sorted(kinds)}",
         ),
     )
     return refuse_common(raw) + refuse_tied(raw) + refusals(checks, neox_only=True)
@@ -264,9 +269,10 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
                 Finding(
                     "rope-spellings-differ",
                     "warning",
-                    f"config.json says {old}: {raw[old]} and rope_parameters.{new}: {rope[new]}; "
-                    "transformers 4 reads the first, 5 the second, which is taken here",
-                    "correct config.json if the first is right",
+                    f"config.json says {old}: {raw[old]} and rope_parameters.{new}: {rope[new]}. "
+                    "transformers 4 reads the first and transformers 5 the second. The second "
+                    "is used",
+                    "if the first is right, correct config.json",
                     subject="rotary settings",
                 )
             )
@@ -275,10 +281,10 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
             Finding(
                 "pythia-gelu",
                 "warning",
-                'config.json says hidden_act: "gelu", as all published Pythia do, but Pythia was '
-                'trained with the tanh form ("gelu_fast"); the exact form is written as told, '
-                "which moves the logits by some 1e-3",
-                'for the trained form set hidden_act: "gelu_fast" in config.json and convert again',
+                'config.json sets hidden_act: "gelu", like all published Pythia models, but Pythia '
+                'was trained with the tanh approximation ("gelu_fast"). The exact form is written, '
+                "as config.json says, which changes the logits by about 1e-3",
+                'for the trained form, set hidden_act: "gelu_fast" and convert again',
             )
         )
     return findings
@@ -296,17 +302,17 @@ ARCHITECTURE = Architecture(
     about=About(
         "Pythia, GPT-NeoX-20B, StableLM-alpha, RedPajama-INCITE, Dolly",
         "fixture, random, GPT-NeoX",
-        "MLPs of another width than four times the hidden size since 2024-10 only",
+        "MLPs that are not four times the hidden size wide: only since 2024-10",
     ),
     hf_class="GPTNeoXForCausalLM",
     prefix="gpt_neox.",
     weights=_WEIGHTS,
     dropped={
-        _INV_FREQ: "derived from rotary_emb_base",
-        f"{_LAYER}attention.bias": "a causal mask",
-        f"{_LAYER}attention.masked_bias": "a constant of the causal mask",
-        "gpt_neox.rotary_emb.inv_freq": "derived from rotary_emb_base",
-        "gpt_neox.rotary_emb.original_inv_freq": "derived from rotary_emb_base",
+        _INV_FREQ: "not learned: computed from rotary_emb_base",
+        f"{_LAYER}attention.bias": "not learned: the causal mask",
+        f"{_LAYER}attention.masked_bias": "not learned: a constant of the causal mask",
+        "gpt_neox.rotary_emb.inv_freq": "not learned: computed from rotary_emb_base",
+        "gpt_neox.rotary_emb.original_inv_freq": "not learned: computed from rotary_emb_base",
     },
     aliases={"lm_head.weight": "embed_out.weight"},
     read_hf=_read_hf,

@@ -37,7 +37,7 @@ def refuse_labels(dims: Mapping[str, int]) -> list[Refusal]:
     return [
         Refusal(
             "num_labels",
-            f"GPT-NeoX's reward model (train_impl: rm) scores with one number, and this model with "
+            "the reward model of GPT-NeoX (train_impl: rm) has one label, but this model has "
             f"{labels}",
         )
     ]
@@ -50,8 +50,8 @@ def refuse_tied(raw: Mapping[str, Any]) -> list[Refusal]:
     return [
         Refusal(
             "train_impl",
-            "with no_weight_tying: false GPT-NeoX's train_impl: rm has no reward head; it gives "
-            "the vocabulary's logits",
-            "set it to normal to convert the language model that it is",
+            "with no_weight_tying: false, train_impl: rm of GPT-NeoX has no reward head. It "
+            "outputs the logits of the vocabulary",
+            "to convert it as a language model, set it to normal",
         )
     ]

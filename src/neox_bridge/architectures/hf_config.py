@@ -30,26 +30,26 @@ def refuse_hf_common(
         (
             scaling != "default",
             "rope_scaling",
-            f"GPT-NeoX has no RoPE scaling, and this model uses {scaling!r}",
-            "add `ignore_keys=rope_scaling` to go on without the scaling, at the model's original "
-            "length",
+            f"GPT-NeoX does not support RoPE scaling, but this model uses {scaling!r}",
+            "to convert without the scaling, at the original length of the model, add "
+            "`ignore_keys=rope_scaling`",
         ),
         (
             raw.get("hidden_act", known[0]) not in known,
             "hidden_act",
-            f"GPT-NeoX has no activation {activation!r}, only {', '.join(known)}",
+            f"GPT-NeoX does not support the activation {activation!r}, only {', '.join(known)}",
             "",
         ),
         (
             not base.is_integer(),
             base_key,
-            f"GPT-NeoX takes whole numbers only, and this is {base}",
-            "round it, if that is close enough for you, in config.json",
+            f"GPT-NeoX accepts only whole numbers, but this is {base}",
+            "if that is close enough for you, round it in config.json",
         ),
         (
             bool(raw.get("quantization_config")),
             "quantization_config",
-            "GPT-NeoX has no quantized weights",
+            "GPT-NeoX does not support quantized weights",
             "convert the original, unquantized model",
         ),
     )
@@ -100,9 +100,10 @@ def stored_biases(raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]
         Finding(
             "biases-denied",
             "warning",
-            f"config.json {f'says {key}: false' if key in raw else f'has no {key}'}, and the files "
-            "hold these biases: transformers computes without them, and they are converted",
-            f"set {key}: true in config.json if the model was trained with them, or remove them",
+            f"config.json {f'says {key}: false' if key in raw else f'has no {key}'}, but the "
+            "files contain these biases. transformers ignores them. They are converted",
+            f"if the model was trained with them, set {key}: true in config.json. Otherwise "
+            "remove them",
         )
         for key, (default, there) in biases.items()
         if there and not raw.get(key, default)

@@ -156,7 +156,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
 def gated_width(setting: int, multiple: int = 1) -> int | None:
     """The width of a gated MLP that GPT-NeoX makes of a yml's intermediate_size.
 
-    None where its two matrices wouldn't fit (megatron/model/transformer.py, ParallelMLP).
+    None if its two matrices wouldn't fit (megatron/model/transformer.py, ParallelMLP).
     """
     both = int(setting * 2 / 3)
     width = round_up(both // 2, multiple)
@@ -169,8 +169,8 @@ def gated_setting(width: int) -> int:
         if gated_width(setting) == width:
             return setting
     raise Refused(
-        f"intermediate_size: no value of the yml makes GPT-NeoX's gated MLP {width} wide. Use "
-        "`era=neox@2024-09`, whose trees take the width itself."
+        f"intermediate_size: no value in the yml gives a gated MLP of width {width} in GPT-NeoX. "
+        "Use `era=neox@2024-09`, where the value is the width itself."
     )
 
 
@@ -212,8 +212,8 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
         reasons.append(
             Refusal(
                 "head_dim",
-                f"GPT-NeoX's heads have hidden_size / num_attention_heads = {hidden / heads:g} "
-                f"dimensions, and this model's {raw['head_dim']}",
+                f"in GPT-NeoX a head has hidden_size / num_attention_heads = {hidden / heads:g} "
+                f"dimensions, but here it has {raw['head_dim']}",
             )
         )
     rope = raw.get("rope_parameters") or {}
@@ -222,8 +222,8 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
         reasons.append(
             Refusal(
                 "partial_rotary_factor",
-                f"transformers' {family.name} rotates whole heads, and this config says {share}",
-                "set it to 1.0 if the model rotates whole heads",
+                f"{family.name} in transformers rotates whole heads, but this config says {share}",
+                "if the model rotates whole heads, set it to 1.0",
             )
         )
     return reasons + family.refuse(raw)
@@ -237,30 +237,35 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
     kinds = attention_kinds(raw) - {"global", "flash"}
     name = family.name
     checks: tuple[tuple[str, bool, str], ...] = (
-        ("pos_emb", raw.get("pos_emb") != "rotary", f"{name} has rotary positions only"),
+        ("pos_emb", raw.get("pos_emb") != "rotary", f"{name} supports only rotary positions"),
         (
             "rotary_pct",
             number("rotary_pct", raw.get("rotary_pct", 1.0), float) != 1.0,
-            f"{name} rotates whole heads, and this model {raw.get('rotary_pct')} of them",
+            f"{name} rotates whole heads, but this model rotates only {raw.get('rotary_pct')} of "
+            "each",
         ),
-        ("activation", kind not in words, f"{name} has no gated {kind!r}"),
+        ("activation", kind not in words, f"{name} does not support gated {kind!r}"),
         (
             "bias_gelu_fusion",
             bool(raw.get("bias_gelu_fusion")) and llama and kind == "gelu",
-            "the fused gelu takes a bias that this MLP hasn't",
+            "the fused gelu needs a bias that this MLP does not have",
         ),
         (
             "gpt_j_residual",
             bool(raw.get("gpt_j_residual")),
-            f"{name}'s blocks are sequential, attention first",
+            f"the blocks of {name} are sequential, with the attention first",
         ),
-        ("attention_config", bool(kinds), f"{name} attends globally, this model {sorted(kinds)}"),
+        (
+            "attention_config",
+            bool(kinds),
+            f"{name} supports only global attention, but this model uses {sorted(kinds)}",
+        ),
     )
     return refuse_common(raw, family.window) + refuse_tied(raw) + refusals(checks, neox_only=True)
 
 
 def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
-    """RMSNorm with a gated MLP; where a window or biases are told, a class that has them."""
+    """RMSNorm with a gated MLP; where a window or biases are known, a class that has them."""
     if raw.get("sliding_window_width") is not None and not family.window:
         return False
     biases = raw.get("use_bias_in_attn_linear", True) is not False
@@ -288,9 +293,9 @@ def architecture(family: Family) -> Architecture:
         prefix="model.",
         weights=weights(family.biases),
         dropped={
-            f"{LAYER}self_attn.rotary_emb.inv_freq": "derived from rope_theta",
-            "model.rotary_emb.inv_freq": "derived from rope_theta",
-            "model.rotary_emb.original_inv_freq": "derived from rope_theta",
+            f"{LAYER}self_attn.rotary_emb.inv_freq": "not learned: computed from rope_theta",
+            "model.rotary_emb.inv_freq": "not learned: computed from rope_theta",
+            "model.rotary_emb.original_inv_freq": "not learned: computed from rope_theta",
         },
         aliases={},
         read_hf=partial(_read_hf, family),

@@ -84,14 +84,14 @@ def _config(
     conv_bias: bool,
     ids: tuple[Any, Any] = (0, 0),
 ) -> ModelConfig:
-    """Raises BridgeError where the block's matrices don't go together."""
+    """Raises BridgeError if the block's matrices don't go together."""
     wants = {"x_and_z": 2 * dims["ffn"], "dt_b_c": dims["dt"] + 2 * dims["states"], "one": 1}
     names = {"x_and_z": "in_proj", "dt_b_c": "x_proj", "one": "conv1d"}
     for dim, want in wants.items():
         if dims[dim] != want:
             raise BridgeError(
-                f"mixer.{names[dim]}.weight: a size of {want} follows from the other tensors, and "
-                f"this one has {dims[dim]}. The files are damaged or of another model."
+                f"mixer.{names[dim]}.weight: a size of {want} follows from the other tensors, "
+                f"but this one has {dims[dim]}. The files are damaged or belong to another model."
             )
     return ModelConfig(
         **keys,
@@ -128,7 +128,8 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
         value = default if value == "auto" else value
         if number(key, value, int) != dims[dim]:
             raise BridgeError(
-                f"config.json says {key}: {value}, and the tensors say {dims[dim]}. Correct it."
+                f"config.json says {key}: {value}, but the tensors say {dims[dim]}. Correct "
+                "config.json."
             )
     return _config(
         read_keys(_KEYS, raw, hf=True),
@@ -192,11 +193,11 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
         (
             key,
             raw.get(key, want) != want,
-            f"GPT-NeoX's Mamba has {want} only, and this model {raw.get(key)}",
+            f"Mamba in GPT-NeoX supports only {want}, but this model has {raw.get(key)}",
         )
         for key, want in fixed.items()
     ]
-    layernorm = "this Mamba has layernorm, and transformers' rmsnorm only"
+    layernorm = "this Mamba uses layernorm, but transformers supports only rmsnorm"
     return common + refusals([("rms_norm", raw.get("rms_norm") is False, layernorm), *checks])
 
 
@@ -209,23 +210,29 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
         (
             "pos_emb",
             positions in ("learned", "sinusoidal"),
-            f"transformers' mamba has no positions, and this model has {positions!r} ones",
+            "mamba in transformers does not support position embeddings, but this model uses "
+            f"{positions!r}",
         ),
-        ("norm", norm != "rmsnorm", f"transformers' mamba has rmsnorm only, this model {norm!r}"),
+        (
+            "norm",
+            norm != "rmsnorm",
+            f"mamba in transformers supports only rmsnorm, but this model uses {norm!r}",
+        ),
         (
             "mamba_use_bias_in_linears",
             bool(raw.get("mamba_use_bias_in_linears")),
-            "it gives x_proj a bias, which transformers' mamba never has",
+            "it gives x_proj a bias, which mamba in transformers does not support",
         ),
         (
             "intermediate_size",
             inner % hidden != 0,
-            f"transformers' mamba takes multiples of the hidden size {hidden}, and this is {inner}",
+            f"mamba in transformers supports only multiples of the hidden size {hidden}, but "
+            f"this is {inner}",
         ),
         (
             "train_impl",
             raw.get("train_impl") == "rm",
-            "transformers' mamba has no class with a reward head",
+            "mamba in transformers has no class with a reward head",
         ),
     )
     return refuse_common(raw) + refusals(checks, neox_only=True)
@@ -237,10 +244,10 @@ def _refuse_shape(tp: int, era: str) -> list[Refusal]:
     Its partial sums are never added up, so that each rank goes on with a dt, B and C of its own.
     """
     summed = (
-        f"on {tp} tensor-parallel ranks GPT-NeoX's Mamba doesn't sum x_proj over the ranks and "
-        "computes another model, which no Mamba on one rank is"
+        f"on {tp} tensor-parallel ranks, Mamba in GPT-NeoX does not sum x_proj over the ranks, "
+        "so it computes a model that does not exist on one rank"
     )
-    unseen = f"only today's GPT-NeoX has been seen to run this Mamba, none of {era}"
+    unseen = f"this Mamba was tested only with today's GPT-NeoX, not with {era}"
     one_rank = "use one tensor-parallel rank (`tp=1`)"
     return [
         *refusals([("model_parallel_size", tp > 1, summed)], way_out=one_rank),
@@ -255,9 +262,9 @@ def _findings(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
         Finding(
             "residual-dtype",
             "warning",
-            "config.json says residual_in_fp32: true, and GPT-NeoX adds residuals in "
+            "config.json sets residual_in_fp32: true, but GPT-NeoX adds residuals in "
             f"{config.dtype}",
-            "convert with `dtype=fp32` where that matters",
+            "if that matters, convert with `dtype=fp32`",
         )
     ]
 

@@ -13,9 +13,9 @@ from neox_bridge.architectures.base import Form, ModelConfig, Refusal
 from neox_bridge.architectures.hf_config import whole_number
 from neox_bridge.architectures.neox_config import round_up
 
-STATES, CONV = 16, 4  # of a channel, unless told
+STATES, CONV = 16, 4  # of a channel, by default
 _EPSILON = 1e-5
-_MULTIPLE = 8  # of rows, unless told
+_MULTIPLE = 8  # of rows, by default
 # its Mamba's arguments, transformers' words
 _BLOCK = {
     "d_state": "state_size",
@@ -28,7 +28,7 @@ _BLOCK = {
 
 
 def dt_rank(hidden: int) -> int:
-    """The rank of dt, unless told: a sixteenth of the hidden size, rounded up."""
+    """The rank of dt, by default: a sixteenth of the hidden size, rounded up."""
     return -(-hidden // 16)
 
 
@@ -100,18 +100,18 @@ def _has_rows(original: Mapping[str, Any], rows: int) -> bool:
 
 
 def _refuse(config: ModelConfig, hf_config: Mapping[str, Any]) -> list[Refusal]:
-    way_out = "write the form of transformers (`format=transformers`)"
+    way_out = "write the transformers format (`format=transformers`)"
     refusals = []
     if config.norm_eps != _EPSILON:
         refusals.append(
             Refusal(
                 "layer_norm_epsilon (rms_norm_epsilon in GPT-NeoX)",
-                f"mamba_ssm has {_EPSILON:g} only, and this model {config.norm_eps:g}",
+                f"mamba_ssm supports only {_EPSILON:g}, but this model has {config.norm_eps:g}",
                 way_out,
             )
         )
     if hf_config.get("hidden_act", "silu") not in ("silu", "swish"):
-        reason = f"mamba_ssm has silu only, and this model {hf_config['hidden_act']!r}"
+        reason = f"mamba_ssm supports only silu, but this model uses {hf_config['hidden_act']!r}"
         refusals.append(Refusal("hidden_act", reason, way_out))
     return refusals
 

@@ -33,7 +33,7 @@ def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
         return result
     except (TypeError, ValueError, OverflowError):
         shown = str(value)[:60]
-        raise BridgeError(f"{key}: {shown!r} isn't a number. Correct it in the config.") from None
+        raise BridgeError(f"{key}: {shown!r} is not a number. Correct it in the config.") from None
 
 
 def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
         if value is None:
             where = "config.json" if hf else "the yml"
             raise BridgeError(
-                f"{where} has no {key}, which can't be told from the tensors: add it."
+                f"{where} is missing {key}, which cannot be derived from the tensors. Add it."
             )
         values[name] = number(key, value, kind)
     return values
@@ -77,7 +77,7 @@ def attention_kinds(raw: Mapping[str, Any]) -> set[str]:
 
 
 def window_of(raw: Mapping[str, Any]) -> int | None:
-    """How many tokens a query sees, itself included; None where it sees all before it.
+    """How many tokens a query sees, itself included; None if it sees all before it.
 
     GPT-NeoX's sliding_window_width does not count the query itself (megatron/utils.py,
     get_attn_mask; flash-attn's window_size), transformers' sliding_window does
@@ -96,28 +96,28 @@ def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]
         (
             "moe_num_experts",
             int(raw.get("moe_num_experts") or 1) > 1 or int(raw.get("num_experts") or 1) > 1,
-            "mixture-of-experts layers have no form in this family",
+            "this family does not support mixture-of-experts layers",
         ),
         (
             "soft_prompt_tuning",
             bool((raw.get("soft_prompt_tuning") or {}).get("enabled", False)),
-            "transformers has no soft prompts inside the model",
+            "transformers does not support soft prompts inside the model",
         ),
         (
             "use_qk_layernorm",
             bool(raw.get("use_qk_layernorm")),
-            "this family has no norms on q and k in transformers",
+            "this family does not support norms on q and k in transformers",
         ),
         ("use_mup", bool(raw.get("use_mup")), "muP scales the logits and the attention"),
         (
             "sliding_window_width",
             raw.get("sliding_window_width") is not None and not window,
-            "this family has no sliding window in transformers",
+            "this family does not support a sliding window in transformers",
         ),
         (
             "num_unique_layers",
             raw.get("num_unique_layers") not in (None, raw.get("num_layers")),
-            "layers that share weights have no form in transformers",
+            "transformers does not support layers that share weights",
         ),
     )
     return refusals(checks, neox_only=True)

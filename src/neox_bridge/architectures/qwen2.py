@@ -18,8 +18,9 @@ def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
     return [
         Refusal(
             "use_sliding_window",
-            "GPT-NeoX has one attention window for all layers, and this model for some of them",
-            "set it to false, if the model is to be used within its window only",
+            "GPT-NeoX uses one attention window for all layers, but this model has a window in "
+            "only some of them",
+            "if the model is used only within its window, set it to false",
         )
     ]
 

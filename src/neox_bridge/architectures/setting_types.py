@@ -100,7 +100,7 @@ def check_neox(raw: Mapping[str, Any], where: str) -> None:
 def _check(raw: Mapping[str, Any], kinds: Mapping[str, _Kind], where: str) -> None:
     for key, (what, fits) in kinds.items():
         if raw.get(key) is not None and not fits(raw[key]):
-            raise BridgeError(f"{where}: {key}: {str(raw[key])[:60]!r} isn't {what}. Correct it.")
+            raise BridgeError(f"{where}: {key}: {str(raw[key])[:60]!r} is not {what}. Correct it.")
 
 
 def _as_number(value: Any) -> Any:

@@ -28,13 +28,13 @@ def refuse_version(family: str, config: ModelConfig, facts: TransformersFacts) -
     """Raise Refused for what this version of transformers can't hold of a model."""
     if ignored := llama_ignores(family, config, facts):
         raise Refused(
-            f"transformers {facts.version} would leave out, without a word: {'; '.join(ignored)}. "
-            "Name a newer one with `era=`."
+            f"transformers {facts.version} would silently ignore {'; '.join(ignored)}. Name a "
+            "newer version with `era=`."
         )
     plain = not config.attention_bias and config.norm_bias  # gpt_neox; relatives of Llama have none
     if plain and not knows(facts, "hf-attention-bias"):
         raise Refused(
-            f"attention_bias: the model has no biases in its attention, and transformers "
-            f"{facts.version} would make some up ({since('hf-attention-bias')} learned "
-            "attention_bias). Name that or a newer one with `era=`."
+            "attention_bias: the attention of the model has no biases, but transformers "
+            f"{facts.version} would create random ones ({since('hf-attention-bias')} added "
+            "attention_bias). Name that version or a newer one with `era=`."
         )

@@ -21,19 +21,22 @@ def parse_json(
 ) -> Any:
     """The value. Raises ValueError, with a short reason, for what isn't JSON or exceeds a bound.
 
-    depth: how deeply containers may nest; None where nothing walks them.
+    depth: how deeply containers may nest; None if nothing walks them.
     pairs, constant: as ``object_pairs_hook`` and ``parse_constant`` of json.loads.
     """
     text = raw.decode("utf-8")
     memory = 2 * sys.getsizeof(text) + sum(text.count(mark) * c for mark, c in _COSTS.items())
     if memory > _MOST_BYTES:
-        raise ValueError(f"it would take some {memory >> 20:,} MiB, and {_MOST_BYTES >> 20} may be")
+        raise ValueError(
+            f"parsing it would take about {memory >> 20:,} MiB, more than the limit of "
+            f"{_MOST_BYTES >> 20} MiB"
+        )
     try:
         value = json.loads(text, parse_int=_int, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
-        raise ValueError("it nests too deeply") from None
+        raise ValueError("it is nested too deeply") from None
     if depth is not None and deeper(value, depth):
-        raise ValueError("it nests too deeply")
+        raise ValueError("it is nested too deeply")
     return value
 
 

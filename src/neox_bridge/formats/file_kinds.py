@@ -30,8 +30,8 @@ _SERVER = re.compile(
     re.IGNORECASE,
 )
 GGUF_WAY_OUT = (
-    "Convert the model that it was made from, in Hugging Face's form: GGUF files are mostly "
-    "quantized and have other names and row orders."
+    "Convert the Hugging Face model that it was made from. GGUF files are mostly quantized, and "
+    "their tensors have other names and row orders."
 )
 _GGML = (b"GGUF", b"lmgg", b"fmgg", b"algg", b"tjgg")
 
@@ -51,7 +51,7 @@ class FileKind:
 
 
 def misplaced(path: str, head: bytes) -> FileKind | None:
-    """What else a file is, by its first ``HEAD_BYTES`` bytes; None where they do not tell."""
+    """What else a file is, by its first ``HEAD_BYTES`` bytes; None if they do not tell."""
     for kind in _KINDS:
         if (known := kind(path, head)) is not None:
             return known
@@ -97,8 +97,7 @@ def _page(_path: str, head: bytes) -> FileKind | None:
     quoted = f" ({_quoted(title[2])})" if title else ""
     return FileKind(
         name,
-        f"{article}{quoted}, not the file itself: a server answered with it in the place of the "
-        "file",
+        f"{article}{quoted}, not the file itself: a server sent it instead of the file",
         "Log in if the model asks for it (hf auth login), and download the file again.",
         missing=True,
     )
@@ -123,13 +122,14 @@ def _text(path: str, head: bytes) -> FileKind | None:
     if re.fullmatch(rb"(\.\./)+[^\n]+", text):
         return FileKind(
             "link saved as text",
-            f"a text that names another file ({_quoted(text)}): a copy without links",
-            f"Copy the folder again with its links followed: cp -RL ORIGINAL {_folder(path)}",
+            f"a text that names another file ({_quoted(text)}): a symbolic link that was copied "
+            "as text",
+            f"Copy the folder again and follow symbolic links: cp -RL ORIGINAL {_folder(path)}",
             missing=True,
         )
     return FileKind(
         "short text",
-        f"a short text ({_quoted(text)}), not the file itself: a server may have answered with it",
+        f"a short text ({_quoted(text)}), not the file itself: a server may have sent it instead",
         "Log in if the model asks for it (hf auth login), and download the file again.",
         missing=path.endswith(".safetensors"),
     )
@@ -138,7 +138,7 @@ def _text(path: str, head: bytes) -> FileKind | None:
 def _ggml(_path: str, head: bytes) -> FileKind | None:
     if not head.startswith(_GGML):
         return None
-    return FileKind("GGUF file", "a GGUF file of llama.cpp", GGUF_WAY_OUT)
+    return FileKind("GGUF file", "a GGUF file (llama.cpp)", GGUF_WAY_OUT)
 
 
 def _archive(path: str, head: bytes) -> FileKind | None:
@@ -147,9 +147,9 @@ def _archive(path: str, head: bytes) -> FileKind | None:
         kind = "tar"
     if kind is None:
         return None
-    way = f"Unpack it first: tar -xf {shlex.quote(path)} -C {_folder(path)}"
+    way = f"Unpack the file first: tar -xf {shlex.quote(path)} -C {_folder(path)}"
     if kind in ("7-Zip", "RAR"):
-        way = "Unpack it first."
+        way = "Unpack the file first."
     return FileKind("archive", f"compressed or packed ({kind})", way)
 
 
@@ -174,14 +174,14 @@ def _other(path: str, head: bytes) -> FileKind | None:
             renamed = f"{path[: -len(name)]}pytorch_model.bin"
         return FileKind(
             "torch file",
-            "a file of torch.save under the name of a safetensors file",
+            "a PyTorch file that is named like a safetensors file",
             f"Rename it: mv {shlex.quote(path)} {shlex.quote(renamed)}",
         )
     if len(head) > 8 and head[8:9] == b"{" and not any(head[4:8]) and name.endswith(".bin"):
         renamed = f"{path[: -len(name)]}{name.removeprefix('pytorch_')[:-4]}.safetensors"
         return FileKind(
             "safetensors file",
-            "a safetensors file under the name of a file of torch.save",
+            "a safetensors file that is named like a PyTorch file",
             f"Rename it: mv {shlex.quote(path)} {shlex.quote(renamed)}",
         )
     return None
@@ -201,7 +201,7 @@ def _folder(path: str) -> str:
 
 
 def _quoted(text: bytes) -> str:
-    """Text of a file, short and wording, for a message."""
+    """Text of a file for a message: short and printable."""
     words = " ".join(text.decode("utf-8", "replace").split())
     plain = "".join(c if c.isprintable() else "?" for c in words)
     return repr(plain[:_SHOWN] + ("…" if len(plain) > _SHOWN else ""))

@@ -38,7 +38,7 @@ class Record:
     """A call that a pickle asks for, written down instead of made.
 
     factory: what would be called, mostly a ``Global``.
-    state: what BUILD would have set; None where there was no BUILD.
+    state: what BUILD would have set; None if there was no BUILD.
     items, entries: what APPENDS and SETITEMS would have added.
     new: whether ``factory.__new__`` rather than ``factory`` would be called.
     """
@@ -104,7 +104,7 @@ class Context:
         """
         self.left -= cost
         if self.left < 0:
-            raise PickleError(f"the pickle takes more than {MAX_STEPS:,} steps")
+            raise PickleError(f"reading the pickle takes more than {MAX_STEPS:,} steps, the limit")
 
 
 def storage_ref(pid: object) -> StorageRef:
@@ -123,7 +123,7 @@ def storage_ref(pid: object) -> StorageRef:
                 case [(_, int(start), int(size))] if min(start, size) >= 0:
                     if max(start, size) < _MAX_SIZE:
                         return StorageRef(key, dtype, size, location, start)
-    raise PickleError("a persistent id isn't a torch storage's")
+    raise PickleError("a persistent id does not name a PyTorch storage")
 
 
 def hashable(context: Context, value: Any, among: int) -> Any:
@@ -147,7 +147,7 @@ def hashable(context: Context, value: Any, among: int) -> Any:
         elif isinstance(item, int):
             cost += item.bit_length() >> 13
         if seen + len(todo) > MAX_KEY_NODES:
-            raise PickleError("the pickle has too large a tuple as a key")
+            raise PickleError("the pickle uses a tuple that is too large as a key")
     small = isinstance(value, int) and abs(value) < _FEW
     if not (small or isinstance(value, str | bytes | float | Global | Record | None)):
         cost += among // 16
@@ -166,7 +166,7 @@ def fold(context: Context, factory: object, args: object, new: bool = False) -> 
     new: ``factory.__new__`` is meant, which ignores the items that a container would be made of.
     """
     if not isinstance(args, tuple):
-        raise PickleError("the pickle calls something with what isn't a tuple of arguments")
+        raise PickleError("the pickle is damaged: it calls something without an argument tuple")
     known = _FOLDS.get((factory.module, factory.name)) if isinstance(factory, Global) else None
     value = known(context, args) if known and not (new and args) else NotImplemented
     return record(context, factory, args, new=new) if value is NotImplemented else value
@@ -192,7 +192,7 @@ def _sizes(value: object) -> tuple[int, ...] | None:
     if any(i < 0 for i in value):
         raise PickleError("a tensor has a negative size or stride")
     if any(i >= _MAX_SIZE for i in value):
-        raise PickleError("a tensor is larger than its storage, and than any")
+        raise PickleError("a tensor is larger than any storage")
     return value
 
 
@@ -206,9 +206,9 @@ def _rebuild_tensor(context: Context, args: tuple[Any, ...]) -> object:
     if shape is None or strides is None:
         return NotImplemented
     if len(shape) != len(strides):
-        raise PickleError("a tensor has another number of strides than of sizes")
+        raise PickleError("a tensor does not have one stride for each dimension")
     if offset >= _MAX_SIZE:
-        raise PickleError("a tensor begins beyond its storage")
+        raise PickleError("a tensor starts past the end of its storage")
     context.spend(10 + len(shape))
     name = dtype.name if isinstance(dtype, Global) else storage.dtype
     return context.tensor(PickledTensor(storage, offset, shape, strides, name))
@@ -227,14 +227,14 @@ def _rebuild_from_type(context: Context, args: tuple[Any, ...]) -> object:
 
 
 def _sequence(context: Context, args: tuple[Any, ...]) -> list[Any] | None:
-    """The items of a constructor's only argument; None where only running the pickle tells them."""
+    """The items of a constructor's only argument; None if only running the pickle tells them."""
     if not args:
         return []
     (items,) = args
     if isinstance(items, Record | Global):
         return None
     if not isinstance(items, list | tuple | set | frozenset):
-        raise PickleError("a container is built from what isn't one")
+        raise PickleError("a container is built from a value that is not a container")
     context.spend(len(items))
     return list(items)
 

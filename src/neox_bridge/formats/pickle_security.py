@@ -63,7 +63,7 @@ class Use:
 class Report:
     """One file. uses: in the order in which they would happen first.
 
-    problem: why what it would do isn't known to the end; empty where it is.
+    problem: why what it would do isn't known to the end; empty if it is.
     absent: what the file is where the weights are elsewhere, as with a Git LFS pointer, and the way
         to fetch them; nothing is known of what they would run.
     """
@@ -102,7 +102,9 @@ class _Watch(Watcher):
         key: Global | str = value if isinstance(value, Global) else _described(value)
         if key not in self.uses:
             if len(self.uses) >= _MOST_NAMES:
-                raise PickleError(f"the pickle names more than {_MOST_NAMES:,} things")
+                raise PickleError(
+                    f"the pickle names more than {_MOST_NAMES:,} classes and functions"
+                )
             if isinstance(key, Global):
                 use = Use(f"{key.module}.{key.name}"[:200], is_known(key))
             else:
@@ -142,7 +144,9 @@ def scan(path: str) -> Report:
         head = file.read(TAR_HEADER_BYTES)
         file.seek(0)
         if is_tar(head):
-            return Report(path, "none", 0, problem="it is a tar, whose pickles aren't read here")
+            return Report(
+                path, "none", 0, problem="it is a tar archive, whose pickles are not checked"
+            )
         container: Container = "zip" if head.startswith(b"PK") else "stream"
         if head[:1] not in _OPCODES and container == "stream":
             if (kind := misplaced(path, head)) is not None and kind.missing:
@@ -155,7 +159,7 @@ def scan(path: str) -> Report:
         except PickleError as error:
             watch.problem = str(error)
         except ZipError as error:
-            watch.problem = f"{error}, so that programs may read different things from it"
+            watch.problem = f"{error}, so different programs could read different contents from it"
         except zlib.error as error:
             watch.problem = f"its zip is damaged: {str(error)[:100]}"
     stopped = watch.problem and not watch.uses
@@ -204,7 +208,7 @@ def _scan_stream(file: BinaryIO, context: Context, watch: _Watch) -> None:
         return
     except ZipError:
         pass
-    raise PickleError("a zip follows its pickle, which other programs read instead")
+    raise PickleError("a zip archive follows its pickle, and other programs read that instead")
 
 
 def _scan_zip(file: BinaryIO, context: Context, watch: _Watch) -> None:
@@ -217,13 +221,13 @@ def _scan_zip(file: BinaryIO, context: Context, watch: _Watch) -> None:
         if watch.pickles > _MOST_PICKLES:
             raise PickleError(f"it holds more than {_MOST_PICKLES} pickles")
         if entry.method not in (STORED, DEFLATED):
-            raise PickleError("its pickle is compressed in a way that torch doesn't know")
+            raise PickleError("its pickle uses a compression that PyTorch does not know")
         file.seek(start)
         packed = io.BufferedReader(_Inflated(file, entry.packed))
         stream = file if entry.method == STORED else cast(BinaryIO, packed)
         load(stream, _anything, size=entry.size, context=context)
     if any("/code/" in f"/{folded(entry.name)}" for entry in entries):
-        raise PickleError("it is a TorchScript archive: it holds a program, to be run")
+        raise PickleError("it is a TorchScript archive: it contains a program that loading runs")
 
 
 class _Inflated(io.RawIOBase):

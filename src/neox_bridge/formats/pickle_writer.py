@@ -89,7 +89,7 @@ def dump(
     try:
         _save(writer, value)
     except RecursionError:
-        raise PickleError("a value is nested too deeply to be written") from None
+        raise PickleError("a value is nested too deeply to write") from None
     writer.out.append(b".")
     return b"".join(writer.out), tuple(writer.keys)
 
@@ -97,7 +97,7 @@ def dump(
 def _save(writer: _Writer, value: object) -> None:
     writer.left -= 1
     if writer.left < 0:
-        raise PickleError("a value has too many parts to be written")
+        raise PickleError("a value has too many parts to write")
     if value is None:
         writer.out.append(b"N")
     elif isinstance(value, bool):

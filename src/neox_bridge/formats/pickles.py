@@ -60,10 +60,12 @@ class _Bounded:
 
     def read(self, size: int) -> bytes:
         if size > self.left:
-            raise PickleError("the pickle ends in the middle of a value")
+            raise PickleError("the pickle ends in the middle of a value (truncated?)")
         if size > _STEP:
             if size > _MAX_VALUE:
-                raise PickleError(f"the pickle holds a string of {size:,} bytes")
+                raise PickleError(
+                    f"the pickle contains a string of {size:,} bytes, more than is allowed"
+                )
             self._spend(size // _STEP)
         self.left -= size
         return self._read(size)
@@ -112,7 +114,7 @@ def load(
             if context.left < 0:
                 context.spend(0)
             if code not in codes:
-                raise PickleError(f"the pickle is damaged: {code!r} isn't one of its opcodes")
+                raise PickleError(f"the pickle is damaged: {code!r} is not a pickle opcode")
             handler, argument = codes[code]
             handler(machine, argument(bounded) if argument else None)
         return machine.stack.pop()
@@ -121,11 +123,13 @@ def load(
         _set_items(machine, pairs)
         return machine.stack.pop()
     except IndexError:
-        raise PickleError("the pickle takes more values than it gave") from None
+        raise PickleError(
+            "the pickle is damaged: it takes more values from its stack than it put there"
+        ) from None
     except (ValueError, OverflowError, EOFError, struct.error, TypeError) as error:
         raise PickleError(f"the pickle is damaged: {str(error)[:200]}") from None
     except RecursionError:  # comparing keys
-        raise PickleError("the pickle nests its keys too deeply") from None
+        raise PickleError("a key in the pickle is nested too deeply") from None
 
 
 class _ReachedKey(Exception):
@@ -188,13 +192,13 @@ def _duplicate(machine: _Machine, _arg: object) -> None:
 
 def _put(machine: _Machine, index: int) -> None:
     if index < 0:
-        raise PickleError("the pickle stores a value at a negative place")
+        raise PickleError("the pickle is damaged: it stores a value at a negative memo index")
     machine.memo[index] = machine.stack[-1]
 
 
 def _get(machine: _Machine, index: int) -> None:
     if index not in machine.memo:
-        raise PickleError("the pickle recalls a value that it never stored")
+        raise PickleError("the pickle is damaged: it reads a memo entry that it never stored")
     machine.stack.append(machine.memo[index])
 
 
@@ -242,7 +246,7 @@ def _extend(machine: _Machine, items: Iterable[object]) -> None:
     elif isinstance(target, Record):
         target.items.extend(items)
     else:
-        raise PickleError(f"the pickle appends to a {type(target).__name__}")
+        raise PickleError(f"the pickle is damaged: it appends to a {type(target).__name__}")
 
 
 def _append(machine: _Machine, _arg: object) -> None:
@@ -266,7 +270,10 @@ def _add_items(machine: _Machine, _arg: object) -> None:
 def _set_items(machine: _Machine, pairs: list[Any]) -> None:
     target = _target(machine)
     if not isinstance(target, dict | Record) or len(pairs) % 2:
-        raise PickleError(f"the pickle sets items of a {type(target).__name__} or half an item")
+        raise PickleError(
+            f"the pickle is damaged: it sets items of a {type(target).__name__}, or a key "
+            "without a value"
+        )
     entries = target.entries if isinstance(target, Record) else target
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         entries[hashable(machine.context, key, len(entries))] = value
@@ -304,7 +311,7 @@ def _global(machine: _Machine, arg: str) -> None:
 def _stack_global(machine: _Machine, _arg: object) -> None:
     module, name = _take(machine, 2)
     if not isinstance(module, str) or not isinstance(name, str):
-        raise PickleError("the pickle names a class by what isn't text")
+        raise PickleError("the pickle is damaged: it names a class by a value that is not text")
     machine.stack.append(_named(machine, module, name))
 
 
@@ -329,7 +336,7 @@ def _new_object_ex(machine: _Machine, _arg: object) -> None:
     if machine.context.watch:
         machine.context.watch.called(factory, args)
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
-        raise PickleError("the pickle calls something with what aren't arguments")
+        raise PickleError("the pickle is damaged: it calls something without an argument tuple")
     machine.stack.append(record(machine.context, factory, args, kwargs, new=True))
 
 
@@ -346,7 +353,7 @@ def _object(machine: _Machine, _arg: object) -> None:
 
 def _persistent(machine: _Machine, pid: object) -> None:
     if machine.persistent is None:
-        raise PickleError("the pickle refers to something outside it (a persistent id)")
+        raise PickleError("the pickle refers to data outside the file (a persistent id)")
     machine.stack.append(machine.persistent(pid))
 
 
@@ -356,7 +363,7 @@ def _persistent_on_stack(machine: _Machine, _arg: object) -> None:
 
 def _protocol(_machine: _Machine, version: int) -> None:
     if version > _LAST_PROTOCOL:
-        raise PickleError(f"the pickle has protocol {version}, which isn't known here")
+        raise PickleError(f"the pickle uses protocol {version}, which this version does not know")
 
 
 def _nothing(_machine: _Machine, _arg: object) -> None:
@@ -364,7 +371,9 @@ def _nothing(_machine: _Machine, _arg: object) -> None:
 
 
 def _refuse(_machine: _Machine, _arg: object) -> None:
-    raise PickleError("the pickle needs what lies in another process (an extension or a buffer)")
+    raise PickleError(
+        "the pickle needs data of another process (an extension or an out-of-band buffer)"
+    )
 
 
 _Handler = Callable[[_Machine, Any], None]

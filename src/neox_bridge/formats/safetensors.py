@@ -33,10 +33,10 @@ def read_safetensors(path: str) -> dict[str, TensorRef]:
         if not size:
             raise _bad(path, "it is empty")
         if size < 8 or length > size - 8:
-            raise _bad(path, f"it is {size} bytes long, shorter than its header says (truncated?)")
+            raise _bad(path, f"it has {size} bytes, fewer than its header announces (truncated?)")
         if length > _MAX_HEADER_BYTES:
             raise _bad(
-                path, f"its header is {length} bytes long, and {_MAX_HEADER_BYTES} are allowed"
+                path, f"its header has {length} bytes, more than the allowed {_MAX_HEADER_BYTES}"
             )
         raw = file.read(length)
     header = _header(path, raw)
@@ -52,17 +52,19 @@ def read_safetensors(path: str) -> dict[str, TensorRef]:
 
 def _header(path: str, raw: bytes) -> dict[str, object]:
     if not raw:
-        raise _bad(path, "it begins with zeros, as an unfinished download does")
+        raise _bad(path, "it starts with zeros, like an unfinished download")
     if not raw.startswith(b"{"):
-        raise _bad(path, "its header doesn't begin with {")
+        raise _bad(path, "its header does not start with {")
     try:
         header = parse_json(raw, pairs=_unique, constant=_no_number)
     except ValueError as error:
-        raise _bad(path, f"its header isn't JSON with unique names ({str(error)[:80]})") from None
+        raise _bad(
+            path, f"its header is not valid JSON with unique names ({str(error)[:80]})"
+        ) from None
     metadata = header.get("__metadata__")
     texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not texts and metadata is not None:
-        raise _bad(path, "its __metadata__ aren't texts by name")
+        raise _bad(path, "its __metadata__ does not map strings to strings")
     entries: dict[str, object] = header
     return entries
 
@@ -70,12 +72,12 @@ def _header(path: str, raw: bytes) -> dict[str, object]:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name is used twice")
     return entries
 
 
 def _no_number(text: str) -> object:
-    raise ValueError(f"{text} isn't a number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _entry(path: str, name: str, entry: object, start: int) -> TensorRef:
@@ -86,35 +88,39 @@ def _entry(path: str, name: str, entry: object, start: int) -> TensorRef:
         assert isinstance(shape, list)
         assert all(type(n) is int and n >= 0 for n in (*shape, low, high))
     except (AssertionError, KeyError, TypeError, ValueError):
-        raise _bad(path, f"its entry for {name} isn't {{dtype, shape, data_offsets}}") from None
+        raise _bad(
+            path, f"its entry for {name} does not consist of dtype, shape and data_offsets"
+        ) from None
     if dtype in PACKED_SAFETENSORS:
         raise Refused(
-            f"{path}: {name} has the dtype {dtype}, {PACKED_SAFETENSORS[dtype]}: the model is "
-            "quantized, and its weights cannot be read. Way out: convert the original, unquantized "
-            "model."
+            f"{path}: {name} has the dtype {dtype}, {PACKED_SAFETENSORS[dtype]}. The model is "
+            "quantized, so it contains no weights that could be converted. Convert the "
+            "original, unquantized model instead."
         )
     if dtype not in BY_SAFETENSORS:
-        raise _bad(path, f"{name} has the dtype {dtype[:20]!r}, which isn't known here")
+        raise _bad(path, f"{name} has the dtype {dtype[:20]!r}, which this version does not know")
     kind = BY_SAFETENSORS[dtype]
     # sizes beside a zero count as well, since others multiply them
     if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) * kind.itemsize >= _MAX_BYTES:
-        raise _bad(path, f"{name} has more dimensions or bytes than any tensor")
+        raise _bad(path, f"{name} claims more dimensions or bytes than any tensor has")
     if high - low != prod(shape) * kind.itemsize:
-        raise _bad(path, f"{name} has {high - low} bytes, and its shape {shape} takes other many")
+        raise _bad(path, f"{name} has {high - low} bytes, which does not match its shape {shape}")
     return TensorRef(path, start + low, kind.name, tuple(shape))
 
 
 def _check_spans(path: str, tensors: list[tuple[str, TensorRef]], end: int, size: int) -> None:
     for name, ref in sorted(tensors, key=lambda item: (item[1].offset, item[1].nbytes)):
         if ref.offset != end:
-            raise _bad(path, f"{name} overlaps another tensor or leaves a hole before it")
+            raise _bad(path, f"{name} overlaps another tensor or leaves a gap before it")
         end = ref.offset + ref.nbytes
     if end != size:
-        raise _bad(path, f"it is {size} bytes long, and its header says {end} (truncated?)")
+        raise _bad(path, f"it has {size} bytes, but its header describes {end} (truncated?)")
 
 
 def _bad(path: str, what: str) -> BridgeError:
-    return BridgeError(f"{path} isn't a whole safetensors file: {what}. Download or copy it again.")
+    return BridgeError(
+        f"{path} is not a complete safetensors file: {what}. Download or copy it again."
+    )
 
 
 def layout_safetensors(

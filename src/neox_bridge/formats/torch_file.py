@@ -24,16 +24,16 @@ def read_torch(path: str, *, alike: bool = False, until: str | None = None) -> o
             head = file.read(TAR_HEADER_BYTES)
         if is_tar(head):
             raise BridgeError(
-                f"{path} is a tar, as torch saved before 0.1.10. Load it with torch.load and "
-                "torch.save it again."
+                f"{path} is a tar archive, as PyTorch saved before 0.1.10. Load it with "
+                "torch.load and save it again with torch.save."
             )
         if head.startswith(_ZIP):
             return read_pt(path, alike=alike, until=until)
         if head.startswith(_PICKLE):
             return read_legacy(path)
     except OSError as error:
-        raise BridgeError(f"{path} can't be read: {error.strerror}.") from None
+        raise BridgeError(f"{path} cannot be read: {error.strerror}.") from None
     refuse_misplaced(path, head)
     if not head.strip(b"\0"):
-        raise not_whole(path, "it is empty" if not head else "it begins with zeros")
-    raise not_whole(path, f"it begins with {head[:4]!r}, as no torch file does")
+        raise not_whole(path, "it is empty" if not head else "it starts with zeros")
+    raise not_whole(path, f"it starts with {head[:4]!r}, unlike any PyTorch file")

@@ -32,7 +32,7 @@ def read_legacy(path: str) -> object:
     """The value of a pre-1.6 file, with a ``TensorRef`` in each tensor's place.
 
     Nothing in the file is run. Raises BridgeError, naming the file, for one that is truncated,
-    damaged or big-endian; OSError where it can't be read.
+    damaged or big-endian; OSError if it can't be read.
     """
     with open_file(path) as file:
         try:
@@ -45,16 +45,16 @@ def _read(path: str, file: BinaryIO) -> object:
     context = Context(lambda pickled: pickled)
     if load(file, context=context) != MAGIC:
         raise BridgeError(
-            f"{path} is a pickle, but not one of torch.save. Load it where it was made, and "
-            "torch.save its state dict."
+            f"{path} is a pickle that torch.save did not write. Load it in the program that "
+            "wrote it, and save its state dict with torch.save."
         )
     if load(file, context=context) != _PROTOCOL:
-        raise PickleError("its protocol version isn't 1001")
+        raise PickleError("its protocol version is not 1001")
     system = load(file, context=context)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise BridgeError(
-            f"{path} was written on a big-endian machine. Load it with torch and torch.save it "
-            "on a little-endian one."
+            f"{path} was written on a big-endian machine. Load it with torch.load on a "
+            "little-endian machine and save it again with torch.save."
         )
     start = file.tell()
     storages: dict[str, StorageRef] = {}
@@ -80,7 +80,7 @@ def _persistent(pid: object, storages: dict[str, StorageRef]) -> object:
     storage = storage_ref(pid)
     first = storages.setdefault(storage.key, storage)
     if first.dtype != storage.dtype:
-        raise PickleError(f"storage {storage.key[:40]} has two element types")
+        raise PickleError(f"storage {storage.key[:40]} is used with two element types")
     return storage
 
 
@@ -89,20 +89,20 @@ def _records(
 ) -> dict[str, tuple[int, int]]:
     """(offset, bytes) of each storage's elements."""
     if not isinstance(keys, list):
-        raise PickleError("the keys of its storages aren't a list")
+        raise PickleError("the keys of its storages are not a list")
     end = size_of(file)
     records = {}
     for key in keys:
         if not isinstance(key, str) or key not in storages or key in records:
-            raise PickleError("the keys of its storages aren't those of its tensors")
+            raise PickleError("the keys of its storages do not match its tensors")
         dtype = storages[key].dtype
         if dtype not in BY_NAME:
-            raise PickleError(f"a storage holds {dtype[:40]}, which this reader doesn't know")
+            raise PickleError(f"a storage has the unknown type {dtype[:40]}")
         raw = file.read(8)
         numel = struct.unpack("<q", raw)[0] if len(raw) == 8 else -1
         offset, size = file.tell(), numel * BY_NAME[dtype].itemsize
         if numel < 0 or offset + size > end:
-            raise PickleError(f"storage {key[:40]} reaches beyond the file's end (truncated?)")
+            raise PickleError(f"storage {key[:40]} extends past the end of the file (truncated?)")
         records[key] = (offset, size)
         file.seek(offset + size)
     if missing := [key for key in storages if key not in records]:

@@ -66,10 +66,10 @@ class Claims:
         self.left = max(_CLAIM * size_of(file), _CLAIM_LEAST_BYTES)
 
     def take(self, ref: TensorRef) -> TensorRef:
-        """The tensor, counted. Raises PickleError where there are too many bytes."""
+        """The tensor, counted. Raises PickleError if there are too many bytes."""
         self.left -= ref.nbytes
         if self.left < 0:
-            raise PickleError("its tensors have far more elements than it holds")
+            raise PickleError("its tensors claim far more data than the file holds")
         return ref
 
 
@@ -80,7 +80,7 @@ def read_pt(path: str, *, alike: bool = False, until: str | None = None) -> obje
     until: see ``pickles.load``.
     Nothing in the file is run: see ``pickles``. Raises BridgeError, naming the file and the way
     out, for one that is truncated, compressed, a TorchScript archive, big-endian, or whose
-    records overlap or are too small for their tensors; OSError where it can't be read. Time and
+    records overlap or are too small for their tensors; OSError if it can't be read. Time and
     memory are bounded, whatever the file says.
     """
     with open_file(path) as file:
@@ -89,41 +89,40 @@ def read_pt(path: str, *, alike: bool = False, until: str | None = None) -> obje
         except PickleError as error:
             raise not_whole(path, str(error)) from None
         except NoDirectory:
-            raise not_whole(path, "it has no zip directory at its end (truncated?)") from None
+            raise not_whole(path, "the zip directory at its end is missing (truncated?)") from None
         except ZipError as error:
             raise BridgeError(
-                f"{path} isn't read: {error}, so that programs may read different things from it. "
-                "It is damaged or made to deceive: get it again from a source that you trust."
+                f"{path} is ambiguous: {error}, so different programs could read different "
+                "contents from it. The file is damaged or malicious. Get it again from a source "
+                "that you trust."
             ) from None
 
 
 def not_whole(path: str, what: str) -> BridgeError:
     """The error of a damaged file. what: a clause that says what is wrong."""
-    return BridgeError(f"{path} isn't a whole torch file: {what}. Copy it again.")
+    return BridgeError(f"{path} is not a complete PyTorch file: {what}. Download or copy it again.")
 
 
 def place(tensor: PickledTensor, path: str, start: int, size: int) -> TensorRef:
     """The tensor in its file, whose storage is the ``size`` bytes from the byte ``start`` on.
 
-    Raises PickleError where the tensor or its storage reaches outside, or has an unknown dtype.
+    Raises PickleError if the tensor or its storage reaches outside, or has an unknown dtype.
     """
     storage = tensor.storage
     if tensor.dtype not in BY_NAME or storage.dtype not in BY_NAME:
         unknown = tensor.dtype if storage.dtype in BY_NAME else storage.dtype
-        raise PickleError(
-            f"a tensor has elements of {unknown[:40]}, which this reader doesn't know"
-        )
+        raise PickleError(f"a tensor has the unknown element type {unknown[:40]}")
     unit, step = BY_NAME[storage.dtype].itemsize, BY_NAME[tensor.dtype].itemsize
     limit = (storage.start + storage.numel) * unit
     if limit > size:
-        raise PickleError(f"storage {storage.key[:40]} should have {limit} bytes and has {size}")
+        raise PickleError(f"storage {storage.key[:40]} should have {limit} bytes but has {size}")
     low = storage.start * unit + tensor.offset * step
     if 0 in tensor.shape:
         low = min(low, limit)
     else:
         last = sum((n - 1) * by for n, by in zip(tensor.shape, tensor.strides, strict=True))
         if low + (last + 1) * step > limit:
-            raise PickleError(f"a tensor reaches beyond its storage {storage.key[:40]}")
+            raise PickleError(f"a tensor extends past the end of its storage {storage.key[:40]}")
     dense = is_contiguous(tensor.shape, tensor.strides)
     strides = None if dense else tensor.strides
     return TensorRef(path, start + low, tensor.dtype, tensor.shape, strides)
@@ -133,14 +132,14 @@ def _value(
     path: str, file: BinaryIO, entries: dict[str, _Entry], alike: bool, until: str | None
 ) -> object:
     if "data.pkl" not in entries:
-        raise not_whole(path, "it has no data.pkl")
+        raise not_whole(path, "data.pkl is missing")
     if "byteorder" in entries:
         file.seek(entries["byteorder"].offset)
         order = file.read(min(entries["byteorder"].size, 16))
         if order != b"little":
             raise BridgeError(
-                f"{path} was written on a big-endian machine (byteorder {order!r}). "
-                "Load it with torch and torch.save it on a little-endian one."
+                f"{path} was written on a big-endian machine (byteorder {order!r}). Load it with "
+                "torch.load on a little-endian machine and save it again with torch.save."
             )
 
     claims = Claims(file)
@@ -180,19 +179,22 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
         top, slash, name = entry.name.partition("/")
         tops.add(top)
         if not slash or not top or len(tops) > 1 or ".." in (top, *name.split("/")):
-            raise ZipError(f"{entry.name[:80]!r} isn't below the archive's one folder")
+            raise ZipError(
+                f"{entry.name[:80]!r} is not inside the single top-level folder of the archive"
+            )
         names.append(folded(name))
     if any(name == "constants.pkl" or name.startswith("code/") for name in names):
         raise BridgeError(
-            f"{path} is a TorchScript archive, whose weights lie inside a program. "
-            "Load it with torch.jit.load and torch.save its state_dict()."
+            f"{path} is a TorchScript archive, which stores the weights inside a program. Load "
+            "it with torch.jit.load and save its state_dict() with torch.save."
         )
     for entry in listed:
         if entry.method != STORED:
             name = entry.name.partition("/")[2]
             raise BridgeError(
-                f"{path}: {name} is compressed, and tensors can't be read in place. Load the file "
-                "with torch and torch.save it again, or unzip it and zip it with -0."
+                f"{path}: {name} is compressed, so its tensors cannot be read in place. Load the "
+                "file with torch.load and save it again with torch.save, or unzip it and zip it "
+                "with -0."
             )
     places = data_places(file, listed, end)
     return {
@@ -242,7 +244,7 @@ def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> Outp
     in a data descriptor behind the data and in the central directory, the local header has
     zeros, and a tensor's CRC is 0 in both places; ``crc_at`` names the two. Tensors with
     ``inline`` bytes and all other records have their true CRC. Dates are 0, as torch's are.
-    Raises ValueError where slots and tensors don't match: a fault of the caller.
+    Raises ValueError if slots and tensors don't match: a fault of the caller.
     """
     pickled, order = dump(value, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
     return layout_pickled(path, pickled, order, tensors)

@@ -60,7 +60,9 @@ def parse_yml(raw: bytes, path: str) -> dict[str, Any]:
     import yaml
 
     if len(raw) > _MOST_BYTES:
-        raise BridgeError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: that isn't a config.")
+        raise BridgeError(
+            f"{path} is larger than {_MOST_BYTES >> 20} MiB, so it cannot be a config file."
+        )
     refuse_misplaced(path, raw)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
@@ -69,19 +71,19 @@ def parse_yml(raw: bytes, path: str) -> dict[str, Any]:
             raise BridgeError(f"{path} {problem}.")
         value = yaml.load(text, Loader=loader)  # the safe loader
     except UnicodeDecodeError:
-        raise BridgeError(f"{path} isn't a text file.") from None
+        raise BridgeError(f"{path} is not a text file.") from None
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
         what = getattr(error, "problem", None) or str(error)
         raise BridgeError(
-            f"{path}{line}: not valid yml ({what[:120]}). Correct it; GPT-NeoX can't read it "
-            "either."
+            f"{path}{line}: not valid YAML ({what[:120]}). Correct the file. GPT-NeoX cannot "
+            "read it either."
         ) from None
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise BridgeError(f"{path} isn't a yml of keys and values.")
+        raise BridgeError(f"{path} is not a YAML file of keys and values.")
     plain: dict[str, Any] = _plain(value, path)
     return plain
 
@@ -93,17 +95,17 @@ def _problem(text: str, loader: Any) -> str | None:
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=loader)):
         if count > _MOST_EVENTS:
-            return "holds more values than any config"
+            return "contains more values than any config file"
         if isinstance(event, yaml.AliasEvent):
-            return "has aliases (*name), which no GPT-NeoX config needs"
+            return "uses aliases (*name), which no GPT-NeoX config needs"
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent) and _is_long_number(event):
-            return f"has a number of {len(event.value):,} characters"
+            return f"contains a number of {len(event.value):,} characters"
         if depth > _DEPTH:
-            return "nests more deeply than any config"
+            return "is nested more deeply than any config file"
     return None
 
 
@@ -113,7 +115,7 @@ def _is_long_number(event: "yaml.ScalarEvent") -> bool:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """A value of JSON's kinds, with text for a date; its keys are wording text.
+    """A value of JSON's kinds, with text for a date; its keys are printable text.
 
     Raises BridgeError for bytes, sets and pairs, and for keys of such kinds.
     """
@@ -125,13 +127,18 @@ def _plain(value: Any, path: str) -> Any:
         return value.isoformat()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise BridgeError(f"{path} holds {type(value).__name__}, and a config holds plain values only.")
+    raise BridgeError(
+        f"{path} contains a value of the type {type(value).__name__}. A config contains only "
+        "plain values."
+    )
 
 
 def _key(key: object, path: str) -> str:
     text = str(_plain(key, path)) if not isinstance(key, dict | list) else ""
     if not text.isprintable() or not 0 < len(text) <= 200:
-        raise BridgeError(f"{path} has the key {text[:60]!r}, which isn't a setting's name.")
+        raise BridgeError(
+            f"{path} has the key {text[:60]!r}, which cannot be the name of a setting."
+        )
     return text
 
 
@@ -156,15 +163,15 @@ def duplicate_finding(duplicate: DuplicateKey) -> Finding:
     old, new = duplicate.values
     where = f"in {duplicate.first} and {duplicate.second}"
     if duplicate.first == duplicate.second:
-        where = f"twice in {duplicate.first}, with - and with _"
-    same = "with the same value"
+        where = f"twice in {duplicate.first}, spelled with - and with _"
+    same = "to the same value"
     if old != new:
-        same = f"as {_shown(old)} and {_shown(new)}; the latter is used"
-    does = "refuses such a key" if duplicate.refused else "uses the latter without a word"
+        same = f"to {_shown(old)} and to {_shown(new)}; the second value is used"
+    does = "rejects duplicate keys" if duplicate.refused else "silently uses the second value"
     return Finding(
         "yml-key-twice",
         "warning",
-        f"{duplicate.key} stands {where}, {same}",
+        f"{duplicate.key} is set {where}, {same}",
         f"remove one of them: GPT-NeoX {does}",
         subject="duplicate keys",
     )

@@ -82,7 +82,7 @@ def read_directory(file: BinaryIO) -> tuple[list[Entry], int]:
     names: set[str] = set()
     for entry in entries:
         if (name := folded(entry.name)) in names:
-            raise ZipError(f"the record {entry.name[:80]!r} stands in it twice")
+            raise ZipError(f"the record {entry.name[:80]!r} appears twice")
         names.add(name)
     return sorted(entries, key=lambda entry: entry.header), start
 
@@ -97,14 +97,20 @@ def data_places(file: BinaryIO, entries: Sequence[Entry], end: int) -> list[int]
     starts, free, before = list[int](), 0, None
     for entry in entries:
         if entry.header < free:
-            raise ZipError(f"the record {entry.name[:80]!r} overlaps another or reaches outside")
+            raise ZipError(
+                f"the record {entry.name[:80]!r} overlaps another record or extends past the end "
+                "of the data"
+            )
         if entry.header - free > (DESCRIPTOR64.size if before else 0):
-            raise ZipError(f"something lies before the record {entry.name[:80]!r}")
+            raise ZipError(f"unknown data precedes the record {entry.name[:80]!r}")
         start = counted.get(entry.header)
         if start is None:
             start = _check_header(file, entry, before, free)
         if start + entry.packed > end:
-            raise ZipError(f"the record {entry.name[:80]!r} overlaps another or reaches outside")
+            raise ZipError(
+                f"the record {entry.name[:80]!r} overlaps another record or extends past the end "
+                "of the data"
+            )
         starts.append(start)
         before, free = entry, start + entry.packed
     if before is None or before.header not in counted:
@@ -130,47 +136,47 @@ def _end(file: BinaryIO) -> tuple[int, int, int]:
     end_at = size - _END.size
     if tail[-_END.size :][:4] != _END_SIGNATURE:
         if _END_SIGNATURE in tail[: -_END.size + 4]:
-            raise ZipError("something follows the end of its directory")
-        raise NoDirectory("it has no zip directory at its end")
+            raise ZipError("data follows the end of its directory")
+        raise NoDirectory("the zip directory at its end is missing")
     _, *disks, here, count, directory, start, comment = _END.unpack(tail[-_END.size :])
     if comment or _other_end(tail):
-        raise ZipError("it has more than one end, or a comment behind it")
+        raise ZipError("it has more than one end record, or a comment after it")
     wide = _end64(tail, size)
     if wide is not None:
         classic, here, count, directory, start = (here, count, directory, start), *wide
         for narrow, real, most in zip(classic, wide, (0xFFFF, 0xFFFF, U32, U32), strict=True):
             if narrow not in (real, most):
-                raise ZipError("its two end records differ")
+                raise ZipError("its two end records contradict each other")
         end_at -= _LOCATOR.size + _END64.size
     if any(disks) or here != count:
-        raise ZipError("it says that it is a part of several files")
+        raise ZipError("it claims to be one part of a multi-part archive")
     if directory > _MAX_DIRECTORY_BYTES:
         raise ZipError("its directory is larger than 8 MiB")
     if start + directory != end_at:
-        raise ZipError("its end record names another directory than the one before it")
+        raise ZipError("its end record does not point to the directory before it")
     return count, start, directory
 
 
 def _end64(tail: bytes, size: int) -> tuple[int, int, int, int] | None:
     """The numbers of zip64's end record: records here, records, bytes and place of the directory.
 
-    tail: the file's last bytes. None where there is no locator, without which nobody reads it.
+    tail: the file's last bytes. None if there is no locator, without which nobody reads it.
     """
     locator = tail[-_END.size - _LOCATOR.size : -_END.size]
     if not locator.startswith(_LOCATOR_SIGNATURE):
         return None
     _, disk, place, disks = _LOCATOR.unpack(locator)
     if disk or disks != 1:
-        raise ZipError("it says that it is a part of several files")
+        raise ZipError("it claims to be one part of a multi-part archive")
     record = tail[-_END.size - _LOCATOR.size - _END64.size : -_END.size - _LOCATOR.size]
     right = size - _END.size - _LOCATOR.size - _END64.size
     if place != right or not record.startswith(_END64_SIGNATURE):
-        raise ZipError("its zip64 locator doesn't name the record before it")
+        raise ZipError("its zip64 locator does not point to the record before it")
     _, length, _, _, disk, first_disk, here, count, directory, start = _END64.unpack(record)
     if length != _END64.size - 12:
-        raise ZipError("its zip64 end record has another length")
+        raise ZipError("its zip64 end record has the wrong length")
     if disk or first_disk:
-        raise ZipError("it says that it is a part of several files")
+        raise ZipError("it claims to be one part of a multi-part archive")
     return here, count, directory, start
 
 
@@ -207,15 +213,18 @@ def _parse(raw: bytes, count: int, start: int) -> list[Entry]:
         size, packed, header = _widened(name, extra, size, packed, header)
         _check_entry(name, flags, comment_size, disk)
         if (method == STORED and packed != size) or (size and not packed):
-            raise ZipError(f"the record {name[:80]!r} has two sizes")
+            raise ZipError(f"the record {name[:80]!r} has contradictory sizes")
         if (attributes & _FOLDER or name.endswith("/")) and size:
-            raise ZipError(f"the record {name[:80]!r} is marked as a folder")
+            raise ZipError(f"the record {name[:80]!r} contains data but is marked as a folder")
         if header + LOCAL.size > start:
-            raise ZipError(f"the record {name[:80]!r} overlaps another or reaches outside")
+            raise ZipError(
+                f"the record {name[:80]!r} overlaps another record or extends past the end of "
+                "the data"
+            )
         entries.append(Entry(name, flags, method, crc, packed, size, header))
         at = end
     if at != len(raw) or len(entries) != count:
-        raise ZipError("its directory has another number of records than it says")
+        raise ZipError("its directory does not have the number of records that it announces")
     return entries
 
 
@@ -223,20 +232,20 @@ def _name(raw: bytes, flags: int) -> str:
     try:
         name = raw.decode("utf-8" if flags & UTF8 else "ascii")
     except UnicodeDecodeError:
-        raise ZipError(f"the name {raw[:80]!r} isn't text") from None
+        raise ZipError(f"the name {raw[:80]!r} is not text") from None
     # miniz ends a name at a NUL, and others take a backslash for a slash
     if len(raw) > _MAX_NAME_BYTES or _STRANGE.search(name):
-        raise ZipError(f"the name {name[:80]!r} isn't one that torch would write")
+        raise ZipError(f"the name {name[:80]!r} is not a name that PyTorch writes")
     return name
 
 
 def _check_entry(name: str, flags: int, comment_size: int, disk: int) -> None:
     if flags & ~_KNOWN_FLAGS:
-        raise ZipError(f"the record {name[:80]!r} is encrypted or has a flag that isn't known")
+        raise ZipError(f"the record {name[:80]!r} is encrypted or has an unknown flag")
     if comment_size:
         raise ZipError(f"the record {name[:80]!r} has a comment")
     if disk:
-        raise ZipError("it says that it is a part of several files")
+        raise ZipError("it claims to be one part of a multi-part archive")
 
 
 def _widened(name: str, extra: bytes, *classic: int) -> tuple[int, ...]:
@@ -247,7 +256,7 @@ def _widened(name: str, extra: bytes, *classic: int) -> tuple[int, ...]:
     fields = [data for kind, data in _fields(extra, strict=True) if kind == _ZIP64]
     wide = sum(value == U32 for value in classic)
     if len(fields) != (wide > 0) or (fields and len(fields[0]) != 8 * wide):
-        raise ZipError(f"the record {name[:80]!r} has zip64 fields that don't fit")
+        raise ZipError(f"the record {name[:80]!r} has zip64 fields that do not match its sizes")
     if not fields:
         return classic
     numbers = iter(struct.unpack(f"<{wide}Q", fields[0]))
@@ -285,7 +294,7 @@ def _check_header(file: BinaryIO, entry: Entry, before: Entry | None, free: int)
     _check_gap(raw[:gap], before, free, entry.header)
     raw = raw[gap:]
     if len(raw) < LOCAL.size or not raw.startswith(_LOCAL_SIGNATURE):
-        raise ZipError(f"the record {entry.name[:80]!r} has no header of its own")
+        raise ZipError(f"the record {entry.name[:80]!r} has no local header")
     _, _, flags, method, _, _, crc, packed, size, name_size, extra_size = LOCAL.unpack(raw)
     name, extra = file.read(name_size), file.read(extra_size)
     later = bool(flags & HAS_DESCRIPTOR)  # the numbers may be 0 here
@@ -300,7 +309,7 @@ def _check_header(file: BinaryIO, entry: Entry, before: Entry | None, free: int)
         )
     )
     if not right or len(extra) < extra_size:
-        raise ZipError(f"the record {entry.name[:80]!r} differs from the directory")
+        raise ZipError(f"the record {entry.name[:80]!r} does not match the directory")
     return entry.header + LOCAL.size + len(name) + len(extra)
 
 
@@ -322,7 +331,7 @@ def _check_gap(raw: bytes, before: Entry | None, start: int, end: int) -> None:
         if layout is not None and layout.unpack(raw) == right:
             return
     behind = f"the record {before.name[:80]!r}" if before else "its start"
-    raise ZipError(f"what lies behind {behind} isn't what the directory says")
+    raise ZipError(f"the data after {behind} does not match the directory")
 
 
 def _counted(file: BinaryIO, entries: Sequence[Entry], end: int) -> dict[int, int]:

@@ -60,13 +60,13 @@ def assemble(
         for rank in range(tp):
             ref = ranks[rank].get(number, {}).get(key)
             if ref is None:
-                raise BridgeError(f"{folder}: layer {number} of rank {rank} lacks {key}.")
+                raise BridgeError(f"{folder}: layer {number} of rank {rank} is missing {key}.")
             first = ranks[0][number][key]
             if (ref.dtype, ref.shape) != (first.dtype, first.shape):
                 raise BridgeError(
                     f"{folder}: {key} of layer {number} is {ref.dtype} {list(ref.shape)} on rank "
-                    f"{rank} and {first.dtype} {list(first.shape)} on rank 0. The files are of "
-                    "different checkpoints; copy the checkpoint again."
+                    f"{rank} and {first.dtype} {list(first.shape)} on rank 0. The files belong "
+                    "to different checkpoints. Copy the checkpoint again."
                 )
             refs.append(ref)
             left.discard((rank, number, key))
@@ -90,8 +90,8 @@ def assemble(
         refuse_all(architecture.refuse_neox_source(raw), folder)
         strange = sorted(f"layer {n}: {key}" for _, n, key in left)
         raise BridgeError(
-            f"{folder} holds tensors that no {architecture.name} model has: {some(strange)}. "
-            "They would be lost, so nothing is converted."
+            f"{folder} contains tensors that no {architecture.name} model has: {some(strange)}. "
+            "A conversion would lose them, so it is refused."
         )
     dims = solve_dims(shapes, folder)
     dtype = dtype_of_most(refs[0] for refs in shards.values())
@@ -112,12 +112,12 @@ def assemble(
     want = {row.hf for row in model_rows(architecture, config)}
     if absent := sorted(want - set(shards)):
         raise BridgeError(
-            f"{folder}: tensors are missing, in Hugging Face's words: {some(absent)}."
+            f"{folder}: tensors are missing. Their Hugging Face names are: {some(absent)}."
         )
     stored_head = {architecture.head} if config.tied_embeddings and not config.reward else set()
     if extra := sorted(set(shards) - want - stored_head):  # neox_reader takes the head out
         raise BridgeError(
-            f"{folder}: tensors that the config denies: {some(extra)}. Correct the yml."
+            f"{folder}: these tensors contradict the yml: {some(extra)}. Correct the yml."
         )
     if dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         refuse_all(architecture.refuse_neox_source(raw), folder)
@@ -130,7 +130,9 @@ def assemble(
         else gather(splits[name], refs, config.parallel_residual)
         for name, refs in shards.items()
     }
-    dropped = [Dropped(name, "derived from rotary_emb_base", "inv_freq") for name in stored]
+    dropped = [
+        Dropped(name, "not learned: computed from rotary_emb_base", "inv_freq") for name in stored
+    ]
     return config, tensors, dropped, check_inv_freq(config, stored)
 
 

@@ -1,4 +1,4 @@
-"""An opened source of either kind: its tensors as wholes, its config, what it says of itself."""
+"""An opened checkpoint of either kind: its tensors, its config, and other facts about it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,8 +29,12 @@ RECORD = "neox_bridge.json"
 class Copy:
     """A tensor that is stored twice.
 
-    name: what both are called in the model. read: the one that ``Checkpoint.tensors`` has. other:
-        the second one. read_as, other_as: their names in the files.
+    Attributes:
+        name: The name of both in the model.
+        read: The copy in ``Checkpoint.tensors``.
+        other: The other copy.
+        read_as: The name of ``read`` in its file.
+        other_as: The name of ``other`` in its file.
     """
 
     name: str
@@ -42,32 +46,32 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class NeoxState:
-    """How a GPT-NeoX checkpoint is laid out, and what else it holds.
+    """The layout of a GPT-NeoX checkpoint, and what else it contains.
 
-    root: the run's folder, where ``latest``, the tokenizer and other steps lie; the step's own
-        folder where the files lie flat in it and nothing above it is the checkpoint's.
-    folder: the one with the files: an absolute path, or a URL.
-    step: the name of that folder below the root; of flat files the one that outputs give it,
-        ``global_stepN``.
-    iteration: the number of the step, of ``iteration`` in the mp_rank files, else of the name.
-    named_step: the number that the folder's name or the Hub's revision tells; None where neither
-        tells one. Where it differs from ``iteration``, the name or the files are another step's.
-    configs: the yml files that its settings were read from, as absolute paths or URLs.
-    configs_given: whether the user named them, so that another command needs them again.
-    writer: the program that wrote it, as far as its files tell.
-    args: what GPT-NeoX compares at load.
-    optimizer: the names of the files of optimizer states, in the order of their ranks.
-    gqa_order: in which order q, k and v are read; it matters for grouped-query attention only.
-    ranks: the tensors as they are stored: by tensor-parallel rank, by GPT-NeoX's number of the
-        layer, by their names in it.
-    gqa_order_known: whether the files, the record or the user tell that order.
-    rms_eps: whether its GPT-NeoX adds RMSNorm's epsilon "inside" the root or "outside".
-    duplicate_keys: those that stand in two of its yml files.
-    te: which modules of its blocks were Transformer Engine's, "attention" or "mlp".
-    universal: whether it is DeepSpeed's universal checkpoint; ``ranks`` are then of its masters,
-        one where they lie there whole.
-    dp: data-parallel ranks of the run, as the mp_rank files tell it; None where they do not.
-    missing_ranks: the mp_rank files that are missing; see ``missing_files.missing_ranks``.
+    Attributes:
+        root: The folder of the run, with ``latest``, the tokenizer and other steps. It is the
+            folder of the step if the files are not in a run.
+        folder: The folder with the files: an absolute path, or a URL.
+        step: The name of that folder below the root. For flat files, the name in outputs:
+            ``global_stepN``.
+        iteration: The number of the step: ``iteration`` in the mp_rank files, else from the name.
+        named_step: The number in the name of the folder or of the Hub's revision, or None. If it
+            differs from ``iteration``, the name or the files belong to another step.
+        configs: The yml files with its settings, as absolute paths or URLs.
+        configs_given: Whether the user named them, so that later commands need them again.
+        writer: The program that wrote the checkpoint, as far as its files show.
+        args: The settings that GPT-NeoX compares when it loads.
+        optimizer: The names of the optimizer state files, ordered by rank.
+        gqa_order: The order in which q, k and v are read. Only grouped-query attention needs it.
+        ranks: The tensors as stored: by tensor-parallel rank, layer number and name.
+        gqa_order_known: Whether the files, the record or the user give that order.
+        rms_eps: Whether its GPT-NeoX adds the epsilon of RMSNorm "inside" or "outside" the root.
+        duplicate_keys: Keys that are set in two of its yml files.
+        te: The modules of its blocks that were Transformer Engine's, "attention" or "mlp".
+        universal: Whether it is a universal checkpoint of DeepSpeed. ``ranks`` then refers to its
+            masters, with one rank if they are stored whole.
+        dp: The data-parallel ranks according to the mp_rank files, or None.
+        missing_ranks: The missing mp_rank files; see ``missing_files.missing_ranks``.
     """
 
     root: str
@@ -98,37 +102,38 @@ class NeoxState:
 
     @property
     def flat(self) -> bool:
-        """Whether the files lie in the root itself, as the Hub's raw checkpoints have them."""
+        """Whether the files are in the root itself, as in the raw checkpoints on the Hub."""
         return self.root == self.folder
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source, ready to be described or planned from; no tensor has been read.
+    """A source, ready to be described or planned from. No tensor has been read.
 
-    tensors: by Hugging Face name. raw: config.json, or the merged yml with underscore keys.
-    refusals: what the other kind can't express of it.
-    record: what ``neox_bridge.json`` in it says, for sources that this tool wrote.
-    tokenizer: absolute paths of tokenizer files that came with it.
-    tokenizer_size: entries of the tokenizer, where one was found.
-    missing_tokenizer: the path of the tokenizer as a run's yml names it, where that file is not
-        there; see ``run_tokenizer.with_tokenizer``.
-    hub_repo: ``org/name`` where the user named a repository of the Hub; "" for a folder.
-    inv_freq_mismatch: where a stored inv_freq is not what the config gives.
-    unknown_keys: settings that no known version of the framework has.
-    ignored_keys: those of them that a user said do not matter, now or when this tool wrote it.
-    form: the other library's in which a Hugging Face folder is; None for transformers'.
-    tied_head: an output head that the files hold although the config ties it to the embeddings,
-        until ``head.decide_head`` compares the two. It isn't among ``tensors``.
-    head_choice: what the user chose where that head differs from the embeddings.
-    copies: tensors that the files hold twice; ``tensors`` has the first of each.
-    wrappers: what stands in the files' names of tensors and is no part of the model, such as
-        ``_orig_mod.``.
-    unindexed: whether a Hugging Face folder has shards without their index file.
-    original_rows: the rows of the vocabulary before GPT-NeoX padded it, as the yml of a run tells
-        that has trained the padding since.
-    from_masters: whether ``tensors`` are the optimizer's fp32 masters and not the stored weights.
-    source: what the caller named: a path, a URL, or a model of the Hub.
+    Attributes:
+        tensors: The tensors by Hugging Face name.
+        raw: config.json, or the merged yml with underscores in its keys.
+        refusals: What the other kind cannot represent.
+        record: The contents of its ``neox_bridge.json``, if this tool wrote it.
+        tokenizer: Absolute paths of its tokenizer files.
+        tokenizer_size: The number of entries of the tokenizer, if there is one.
+        missing_tokenizer: The tokenizer path in the yml of a run, if that file is missing; see
+            ``run_tokenizer.with_tokenizer``.
+        hub_repo: ``org/name`` if the user named a repository on the Hub; "" for a folder.
+        inv_freq_mismatch: A stored inv_freq that does not match the config.
+        unknown_keys: Settings that no known version of the framework has.
+        ignored_keys: Those of them that the user ignores, now or when this tool wrote it.
+        form: The other library whose format a Hugging Face folder has; None for transformers.
+        tied_head: An output head in the files although the config ties it to the embeddings, until
+            ``head.decide_head`` compares the two. It is not in ``tensors``.
+        head_choice: The choice of the user if that head differs from the embeddings.
+        copies: Tensors that the files contain twice. ``tensors`` has the first of each.
+        wrappers: Parts of the tensor names that do not belong to the model, such as ``_orig_mod.``.
+        unindexed: Whether a Hugging Face folder has shards without their index file.
+        original_rows: The vocabulary rows before GPT-NeoX padded them, according to the yml of a
+            run that has trained the padding since.
+        from_masters: Whether ``tensors`` are the fp32 master weights of the optimizer.
+        source: What the caller named: a path, a URL, or a model on the Hub.
     """
 
     kind: Kind
@@ -164,12 +169,12 @@ class Checkpoint:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Its weights, each with its name on both sides, in the order of GPT-NeoX's layers."""
+        """The weights of the model with both names, in the layer order of GPT-NeoX."""
         return model_rows(self.architecture, self.config)
 
     @property
     def table(self) -> tuple[Row, ...]:
-        """Every row of the family's table, also of weights and buffers that it does not have."""
+        """All rows of the table of the family, including weights that this model does not have."""
         return table_rows(self.architecture, self.config.layers)
 
     @property
@@ -179,13 +184,13 @@ class Checkpoint:
 
     @property
     def neox_state(self) -> NeoxState:
-        """``neox`` of what is known to be a GPT-NeoX checkpoint."""
+        """``neox`` of a checkpoint that is known to be a GPT-NeoX checkpoint."""
         assert self.neox is not None
         return self.neox
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether it holds optimizer states, in files of their own or beside the weights."""
+        """Whether it has optimizer states, in separate files or beside the weights."""
         return any(drop.kind == "optimizer" for drop in self.dropped)
 
     @property
@@ -195,27 +200,27 @@ class Checkpoint:
 
     @property
     def unpadded_rows(self) -> int:
-        """The rows that the model had before GPT-NeoX padded them, as far as that is recorded."""
+        """The vocabulary rows before GPT-NeoX padded them, as far as that is recorded."""
         return min(self.vocab_rows, self.original_rows or self.vocab_rows)
 
     @property
     def vocab_rows(self) -> int:
-        """The vocabulary's rows, without the padding that this tool added as zeros."""
+        """The vocabulary rows without the zero padding that this tool added."""
         rows = self.config.dims["vocab"]
         return min(rows, int(self.record.get("vocab_size") or rows))
 
 
 def config_options(checkpoint: Checkpoint) -> list[str]:
-    """The options of a command that opens this checkpoint again with the ymls that a user named."""
+    """The options that make a command read the yml files that the user named."""
     state = checkpoint.neox
     given = state.configs if state is not None and state.configs_given else ()
     return [word for path in given for word in ("--config", path)]
 
 
 def new_folder(path: str, ending: str) -> str:
-    """The path of a new folder for what a command makes of the checkpoint at a path.
+    """The path of a new folder for the output of a command.
 
-    It lies beside the checkpoint; for one in a store it is a name in the current folder.
+    It is beside the checkpoint. For a checkpoint in a store it is a name in the current folder.
     """
     path = path.rstrip("/")
     if not is_local(path):
@@ -236,14 +241,14 @@ def refuse_all(refusals: Iterable[Refusal], path: str, relayout: str = "") -> No
             line += f" Way out: {way_out}."
         lines.append(line)
     if lines:
-        raise Refused(f"{path} can't be converted. {' '.join(lines)}")
+        raise Refused(f"{path} cannot be converted. {' '.join(lines)}")
 
 
 def way_out_of(refusal: Refusal, relayout: str) -> str:
-    """What to do instead of what was refused; "" where nothing helps.
+    """What to do instead of what was refused; "" if nothing helps.
 
-    relayout: the command that writes this very checkpoint in another GPT-NeoX layout; "" where
-        this version cannot.
+    relayout: the command that writes this checkpoint in another GPT-NeoX layout; "" if this version
+        cannot.
     """
     if refusal.way_out or not refusal.neox_only:
         return refusal.way_out

@@ -65,7 +65,9 @@ def config_files(folder: str, root: str) -> ConfigFiles:
     """
     inside = os.path.join(folder, FOLDER)
     if paths := _in_configs(inside, folder, root):
-        return ConfigFiles(paths, tuple(_unread(folder, "configs holds the run's settings")))
+        return ConfigFiles(
+            paths, tuple(_unread(folder, "the folder configs has the settings of the run"))
+        )
     skipped: list[Skipped] = []
     for place in dict.fromkeys((folder, root)):
         beside = _beside(place, folder, root)
@@ -98,7 +100,9 @@ def config_nearby(folder: str) -> str:
 def skipped_finding(file: Skipped) -> Finding:
     """What is said of a yml that was not read."""
     name = os.path.basename(file.path)
-    remedy = f"if it belongs to this run, name every yml of the run with `configs=`, {name} too"
+    remedy = (
+        f"if it belongs to this run, name every yml of the run with `configs=`, including {name}"
+    )
     message = f"{file.path} was not read: {file.reason}"
     return Finding("yml-skipped", "warning" if file.broken else "info", message, remedy)
 
@@ -137,28 +141,28 @@ def _beside(place: str, *folders: str) -> ConfigFiles:
             values = read_yml(path)
         except BridgeError as error:
             if not path.endswith(".json"):
-                skipped.append(Skipped(path, f"it cannot be read ({error})", broken=True))
+                skipped.append(Skipped(path, f"the file cannot be read ({error})", broken=True))
             continue
         if is_neox_config(values):
             paths.append(path)
             _check_one_model(values, path, sizes)
         elif not path.endswith(".json"):
-            skipped.append(Skipped(path, "its keys are not those of GPT-NeoX"))
+            skipped.append(Skipped(path, "its keys are not GPT-NeoX settings"))
     return ConfigFiles(tuple(paths), tuple(skipped))
 
 
 def _check_one_model(
     values: Mapping[str, Any], path: str, sizes: dict[str, tuple[object, str]]
 ) -> None:
-    """Raise BridgeError where two ymls beside each other are of models of different sizes."""
+    """Raise BridgeError if two ymls beside each other are of models of different sizes."""
     for key in _SIZES:
         if key not in values:
             continue
         first, other = sizes.setdefault(key, (values[key], path))
         if first != values[key]:
             raise BridgeError(
-                f"{other} says {key}: {first}, and {path} says {key}: {values[key]}: they are "
-                f"settings of two models. Name the ones of this checkpoint: `configs={other}`"
+                f"{other} says {key}: {first}, and {path} says {key}: {values[key]}. These are "
+                f"the settings of two models. Name the yml of this checkpoint: `configs={other}`"
             )
 
 

@@ -1,4 +1,4 @@
-"""Tensors that a checkpoint stores twice: the same bits, or two models in one folder."""
+"""Tensors that a checkpoint stores twice: identical copies, or two models in one folder."""
 
 import os
 from dataclasses import replace
@@ -13,7 +13,7 @@ _SHOWN = 3
 
 
 def check_copies(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with a finding for copies that are the same bits. Refused where two differ."""
+    """The checkpoint with a finding for identical copies. Raises Refused if two differ."""
     if not checkpoint.copies:
         return checkpoint
     differing, unknown = _compared(checkpoint, None)
@@ -24,9 +24,9 @@ def check_copies(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def copy_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list[Finding]:
-    """What to say of tensors that are stored twice.
+    """The findings about tensors that are stored twice.
 
-    most_bytes: of each copy, to compare at most.
+    most_bytes: the most bytes of each copy to compare.
     """
     if not checkpoint.copies:
         return []
@@ -39,7 +39,7 @@ def copy_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list
 
 
 def _compared(checkpoint: Checkpoint, most_bytes: int | None) -> tuple[list[Copy], bool]:
-    """The copies that differ from the tensors that are read, and whether some are not known to."""
+    """The copies that differ, and whether some could not be compared completely."""
     copies = checkpoint.copies
     relations = [same_bytes(copy.read, copy.other, most_bytes) for copy in copies]
     differing = [copy for copy, how in zip(copies, relations, strict=True) if how == "differs"]
@@ -49,9 +49,11 @@ def _compared(checkpoint: Checkpoint, most_bytes: int | None) -> tuple[list[Copy
 def _not_differing(checkpoint: Checkpoint, unknown: bool) -> Finding:
     names = some([_both(copy) for copy in checkpoint.copies], _SHOWN)
     if unknown:
-        message = f"stored twice: {names}. The first bytes are equal; converting compares them all"
+        message = (
+            f"stored twice: {names}. The first bytes are equal. A conversion compares all of them"
+        )
         return Finding("copies-not-compared", "info", message)
-    return Finding("copies-equal", "info", f"stored twice, byte for byte the same: {names}")
+    return Finding("copies-equal", "info", f"stored twice with identical bytes: {names}")
 
 
 def _differ(copies: list[Copy]) -> str:
@@ -60,10 +62,10 @@ def _differ(copies: list[Copy]) -> str:
     read, other = (os.path.basename(ref.file) for ref in (first.read, first.other))
     message = f"stored twice with different values: {names}"
     if read == other:
-        return f"{message}, so which model this is depends on who reads it"
+        return f"{message}, so different programs load different models"
     which = max(read, other)  # transformers loads shard after shard, in the order of their names
     of = f" for {first.name}" if len(copies) > 1 else ""
-    return f"{message}. The index names {read}{of}, transformers takes the copy in {which}"
+    return f"{message}. The index names {read}{of}, transformers uses the copy in {which}"
 
 
 def _remedy(copies: list[Copy]) -> str:
@@ -73,7 +75,7 @@ def _remedy(copies: list[Copy]) -> str:
 
 
 def _both(copy: Copy) -> str:
-    """A tensor, and the two places where it is."""
+    """A tensor and its two places."""
     read, other = (os.path.basename(ref.file) for ref in (copy.read, copy.other))
     if read == other:
         return f"{copy.read_as} and {copy.other_as} in {read}"

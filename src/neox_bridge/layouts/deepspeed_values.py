@@ -139,7 +139,7 @@ def numbers_of(group: Mapping[str, Any], index: int, path: str) -> Sequence[int]
 
 
 def states_of(base: Mapping[str, Any], number: int, path: str) -> Mapping[str, Any]:
-    """The states of a parameter or a flat group, by their names; empty where there are none."""
+    """The states of a parameter or a flat group, by their names; empty if there are none."""
     states = base.get("state")
     if not isinstance(states, dict):
         raise unexpected(path, "state", states, "a mapping of numbers to states")
@@ -183,7 +183,7 @@ def check_tensor(key: str, value: object, path: str) -> TensorRef:
         raise unexpected(path, key, value, "a tensor")
     if value.dtype not in FLOATING:
         raise BridgeError(
-            f"{path}: {key} has the dtype {value.dtype}, and only states in floating point can be "
-            "read, such as those of Adam. Convert the weights alone."
+            f"{path}: {key} has the dtype {value.dtype}, but only floating-point optimizer "
+            "states, such as those of Adam, can be read. Convert only the weights."
         )
     return value

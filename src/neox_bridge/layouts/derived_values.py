@@ -23,7 +23,7 @@ _MOST_BYTES = 4 << 20  # of a bias or a buffer; what is larger is neither
 class InvFreqMismatch:
     """A stored inv_freq that is not what the config gives.
 
-    tensor: the one that is off the most. error: of its value; infinite where its length is another.
+    tensor: the one that is off the most. error: of its value; infinite if its length is another.
     """
 
     tensor: str
@@ -55,15 +55,15 @@ def check_inv_freq(config: ModelConfig, stored: Mapping[str, TensorRef]) -> InvF
 
 def mismatch_finding(mismatch: InvFreqMismatch) -> Finding:
     """What is said of it."""
-    how = f"it is off by {mismatch.error:.2g} of its value"
+    how = f"its values differ by up to {mismatch.error:.2g} (relative)"
     if mismatch.error == float("inf"):
-        how = "it has another length"
+        how = "its length differs"
     return Finding(
         "inv-freq-differs",
         "warning",
-        f"{mismatch.tensor} isn't what rotary_emb_base {mismatch.base:g} and rotary_pct "
-        f"{mismatch.fraction:g} give: {how}",
-        "check both in the config; the buffer itself isn't carried over",
+        f"{mismatch.tensor} does not match rotary_emb_base {mismatch.base:g} and rotary_pct "
+        f"{mismatch.fraction:g}: {how}",
+        "check both in the config. The buffer itself is not converted",
     )
 
 

@@ -78,7 +78,7 @@ class _Folder:
 
 
 def refuse_foreign(path: str) -> None:
-    """Raise ForeignFolder where a folder is that of another tool, with the way out."""
+    """Raise ForeignFolder if a folder is that of another tool, with the way out."""
     names = [name for name in list_folder(path) if not is_apple_double(name)]
     folder = _Folder(absolute(path), names)
     for name, explain in _KINDS.items():
@@ -103,15 +103,15 @@ def refuse_file(path: str) -> None:
     folder = os.path.dirname(absolute(path))
     if path.endswith((".nemo", ".tar", ".zip")):
         raise ForeignFolder(
-            f"{path} is an archive, not a folder. Unpack it, and name the folder.", "archive"
+            f"{path} is an archive, not a folder. Unpack it and name the folder.", "archive"
         )
     raise BridgeError(
-        f"{path} is a file, and a checkpoint is a folder. Name the folder: {shlex.quote(folder)}"
+        f"{path} is a file, but a checkpoint is a folder. Name the folder: {shlex.quote(folder)}"
     )
 
 
 def adapter_beside(path: str) -> str:
-    """The name of an adapter's file that lies beside full weights; empty where there is none."""
+    """The name of an adapter's file that lies beside full weights; empty if there is none."""
     return _ADAPTER_CONFIG if lexists(os.path.join(path, _ADAPTER_CONFIG)) else ""
 
 
@@ -127,9 +127,9 @@ def merge_command(path: str) -> str:
 
 
 def shards_without_index(path: str) -> list[str] | None:
-    """The names of all shards where their index is missing; None where there are no shards.
+    """The names of all shards where their index is missing; None if there are no shards.
 
-    Raises BridgeError where the names say that some shards are missing.
+    Raises BridgeError if the names say that some shards are missing.
     """
     shards = [m for name in list_folder(path) if (m := _SHARD.fullmatch(name))]
     for ending in ("safetensors", "bin"):
@@ -139,8 +139,8 @@ def shards_without_index(path: str) -> list[str] | None:
         counts = {int(m[3]) for m in group}
         if len(counts) > 1 or len({m[1] for m in group}) > 1:
             raise BridgeError(
-                f"{path} holds shards of different sets ({some([m[0] for m in group])}) and no "
-                "index file that says which count. Keep one set only."
+                f"{path} contains shards of different sets ({some([m[0] for m in group])}) and "
+                "no index file that lists the valid ones. Keep only one set."
             )
         count = counts.pop()
         numbers = {int(m[2]) for m in group}
@@ -148,15 +148,15 @@ def shards_without_index(path: str) -> list[str] | None:
             return sorted(m[0] for m in group)
         missing = [n for n in range(1, min(count, _MOST_SHARDS) + 1) if n not in numbers]
         raise BridgeError(
-            f"{path} holds {len(numbers)} of {count} shards and no index file; missing are the "
-            f"numbers {some([str(n) for n in missing])}. "
+            f"{path} contains {len(numbers)} of {count} shards and no index file. Missing "
+            f"shards: {some([str(n) for n in missing])}. "
             f"{unfinished_download(path) or 'Download the missing files.'}"
         )
     return None
 
 
 def unfinished_download(path: str) -> str:
-    """A sentence on files that a download left unfinished; empty where there are none."""
+    """A sentence on files that a download left unfinished; empty if there are none."""
     names = [name for name in list_folder(path) if name.endswith(_UNFINISHED)]
     if not is_local(path):
         return ""
@@ -167,7 +167,7 @@ def unfinished_download(path: str) -> str:
         return ""
     return (
         f"A download into this folder did not finish ({some(names, 2)}). Run the same download "
-        "again; it continues where it stopped."
+        "again to continue it."
     )
 
 
@@ -190,11 +190,14 @@ def _adapter(folder: _Folder) -> _Explained:
     named = kind if isinstance(kind, str) and kind.isprintable() and len(kind) < 40 else "LoRA"
     of = f" of {base}" if isinstance(base, str) and base.isprintable() and len(base) < 200 else ""
     label = "LoRA" if named.upper() == "LORA" else named
-    what = f"is a {label} adapter{of} (peft), not a model: it holds changes to a model's weights"
+    what = (
+        f"is a {label} adapter{of} (peft), not a model: it contains changes to the weights of a "
+        "model"
+    )
     if kind is not None and named.upper() not in _MERGEABLE:
         return (
             what,
-            "Adapters of this kind cannot be merged into weights, so none can be converted.",
+            "Adapters of this kind cannot be merged into the weights, so they cannot be converted.",
         )
     return what, (
         f"Merge it into its base model first: {merge_command(folder.path)}; then convert "
@@ -206,7 +209,7 @@ def _gguf(folder: _Folder) -> _Explained:
     names = folder.ending(".gguf")
     if not names or _has_weights(folder):
         return None
-    return f"holds a GGUF file of llama.cpp ({some(names, 2)})", GGUF_WAY_OUT
+    return f"contains a GGUF file of llama.cpp ({some(names, 2)})", GGUF_WAY_OUT
 
 
 def _dcp(folder: _Folder) -> _Explained:
@@ -216,10 +219,10 @@ def _dcp(folder: _Folder) -> _Explained:
     command = ["python", "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
     return (
         "is a checkpoint of torch.distributed.checkpoint (DCP: .metadata and *.distcp)",
-        "Convert the Hugging Face model if the program that wrote it can save one. Otherwise make "
-        f"one file of it with torch: {shlex.join([*command, folder.path, out])}; then put the "
-        "config.json of the model beside that file, and convert the folder. The names of its "
-        "tensors have to be those of transformers.",
+        "If the program that wrote it can save a Hugging Face model, convert that. Otherwise "
+        f"merge it into one file with PyTorch: {shlex.join([*command, folder.path, out])}. Then "
+        "put the config.json of the model beside that file and convert the folder. Its tensors "
+        "need the names that transformers uses.",
     )
 
 
@@ -228,10 +231,10 @@ def _fsdp(folder: _Folder) -> _Explained:
         if any(inner.endswith(".distcp") for inner in folder.inside(name)):
             inside = folder.file(name)
             return (
-                f"holds the weights as FSDP shards of torch.distributed.checkpoint ({inside})",
+                f"contains the weights as FSDP shards of torch.distributed.checkpoint ({inside})",
                 "Merge them with accelerate: "
-                f"{shlex.join(['accelerate', 'merge-weights', inside, folder.path])}; then convert "
-                "this folder again, with the config.json of the model in it.",
+                f"{shlex.join(['accelerate', 'merge-weights', inside, folder.path])}. Then put "
+                "the config.json of the model into this folder and convert it again.",
             )
     return None
 
@@ -253,8 +256,8 @@ def _megatron_core(folder: _Folder) -> _Explained:
         return None
     return (
         "is a distributed checkpoint of Megatron Core (torch_dist: metadata.json, common.pt and "
-        "*.distcp), which is not GPT-NeoX's form",
-        "Export it to Hugging Face's form with Megatron-Bridge, and convert that.",
+        "*.distcp), which GPT-NeoX does not use",
+        "Export it to Hugging Face format with Megatron-Bridge and convert the result.",
     )
 
 
@@ -265,10 +268,10 @@ def _megatron(folder: _Folder) -> _Explained:
     if not files & names and not _megatron_steps(folder):
         return None
     return (
-        "is a checkpoint of Megatron-LM (iter_N/mp_rank_NN/model_optim_rng.pt), which is not "
-        "GPT-NeoX's form",
-        "Convert it to Hugging Face's form with Megatron-LM's own tools (tools/checkpoint, or "
-        "Megatron-Bridge), and convert that.",
+        "is a checkpoint of Megatron-LM (iter_N/mp_rank_NN/model_optim_rng.pt), which GPT-NeoX "
+        "does not use",
+        "Convert it to Hugging Face format with the tools of Megatron-LM (tools/checkpoint) or "
+        "with Megatron-Bridge, and convert the result.",
     )
 
 
@@ -279,8 +282,8 @@ def _trainer(folder: _Folder) -> _Explained:
     steps.sort(key=lambda name: step_of(name) or 0)
     last = shlex.quote(folder.file(steps[-1]))
     return (
-        f"is the output folder of a Trainer of transformers; the models are in {some(steps)}",
-        f"Name one of them, for example {last}; or convert all of them: neox-bridge batch "
+        f"is the output folder of a transformers Trainer. The models are in {some(steps)}",
+        f"Name one of them, for example {last}. Or convert all of them: neox-bridge batch "
         f"{folder.quoted} {shlex.quote(folder.path.rstrip('/') + '-neox')}",
     )
 
@@ -291,7 +294,7 @@ def _parent(folder: _Folder) -> _Explained:
     if not models:
         return None
     return (
-        f"holds no model itself; there are models in {some(models)}",
+        f"does not contain a model itself. There are models in {some(models)}",
         f"Name one of them, for example {shlex.quote(folder.file(models[0]))}",
     )
 
@@ -308,15 +311,15 @@ def _deepspeed(folder: _Folder) -> _Explained:
 
 def _deepspeed_explained(folder: _Folder) -> tuple[str, str]:
     config = "" if "config.json" in folder.names else ", put the config.json of the model there,"
-    way = "Save the model itself with save_model() of the Trainer, or with save_16bit_model()"
+    way = "Save the model with Trainer.save_model() or with save_16bit_model()"
     if "zero_to_fp32.py" in folder.names:
         script = ["python", folder.file("zero_to_fp32.py"), folder.path]
         way = (
             f"Collect the weights with DeepSpeed's own script: {shlex.join([*script, folder.path])}"
         )
     return (
-        "holds a checkpoint that DeepSpeed saved for another program than GPT-NeoX (mp_rank and "
-        "ZeRO files without configs/*.yml)",
+        "contains a checkpoint that DeepSpeed saved for a program other than GPT-NeoX (mp_rank "
+        "and ZeRO files without configs/*.yml)",
         f"{way}{config} and convert the folder again.",
     )
 
@@ -326,7 +329,7 @@ def _nemo(folder: _Folder) -> _Explained:
         return None
     return (
         "is a checkpoint of NVIDIA NeMo",
-        "Export it to Hugging Face's form with NeMo (llm.export_ckpt), and convert that.",
+        "Export it to Hugging Face format with NeMo (llm.export_ckpt) and convert the result.",
     )
 
 
@@ -334,9 +337,9 @@ def _tensorflow(folder: _Folder) -> _Explained:
     if not (names := folder.ending(".h5", ".msgpack", ".ckpt.index", ".ot")):
         return None
     return (
-        f"holds the weights in a form of TensorFlow, JAX or Rust only ({some(names)})",
+        f"contains the weights only in a TensorFlow, JAX or Rust format ({some(names)})",
         "Load the model with transformers (from_tf=True or from_flax=True), save it with "
-        "save_pretrained, and convert that.",
+        "save_pretrained, and convert the result.",
     )
 
 
@@ -345,8 +348,8 @@ def _compiled(folder: _Folder) -> _Explained:
     if not names:
         return None
     return (
-        f"holds a model compiled for inference ({some(names)})",
-        "Convert the model that it was made from, in Hugging Face's form.",
+        f"contains a model that was compiled for inference ({some(names)})",
+        "Convert the Hugging Face model that it was made from.",
     )
 
 
@@ -355,7 +358,7 @@ def _orbax(folder: _Folder) -> _Explained:
         return None
     return (
         "is a checkpoint of JAX (Orbax or tensorstore)",
-        "Export it to Hugging Face's form with the program that wrote it, and convert that.",
+        "Export it to Hugging Face format with the program that wrote it and convert the result.",
     )
 
 
@@ -363,14 +366,14 @@ def _cache(folder: _Folder) -> _Explained:
     if not (repos := cached_repos(list(folder.names))):
         return None
     return (
-        f"is a whole Hugging Face cache; the models are in {some(repos)}",
+        f"is a Hugging Face cache. The models are in {some(repos)}",
         f"Name one of them, for example {shlex.quote(folder.file(repos[0]))}",
     )
 
 
 def _unfinished(folder: _Folder) -> _Explained:
     sentence = unfinished_download(folder.path)
-    return ("holds no complete model", sentence) if sentence else None
+    return ("does not contain a complete model", sentence) if sentence else None
 
 
 def _optimizer_export(folder: _Folder) -> _Explained:
@@ -378,7 +381,7 @@ def _optimizer_export(folder: _Folder) -> _Explained:
     if not {"optimizer.json", "exp_avg.safetensors"} <= set(folder.names):
         return None
     return (
-        "holds optimizer states that export-optimizer wrote, and no weights",
+        "contains optimizer states that export-optimizer wrote, but no weights",
         f"To check its files: neox-bridge verify {folder.quoted}. To take the states back into "
         f"their run, add them to reshard: `states={folder.quoted}`",
     )
@@ -398,9 +401,9 @@ def _weights_only(folder: _Folder) -> _Explained:
         if isfile(path) and (kind := misplaced(path, read_at(path, 0, HEAD_BYTES))):
             return f"has no config.json, and {name} is {kind.what}", kind.way_out
     return (
-        "is neither a Hugging Face model nor a GPT-NeoX checkpoint: it holds weights "
-        f"({some(names)}) without a config.json, which says what model they are of",
-        f"Put the config.json of the model into {folder.quoted}; weights of transformers are named "
+        "is neither a Hugging Face model nor a GPT-NeoX checkpoint: it contains weights "
+        f"({some(names)}) without a config.json, which would describe their model",
+        f"Put the config.json of the model into {folder.quoted}. transformers names its weights "
         "model.safetensors or pytorch_model.bin.",
     )
 
@@ -408,7 +411,7 @@ def _weights_only(folder: _Folder) -> _Explained:
 def _ggml(folder: _Folder) -> _Explained:
     for path in map(folder.file, folder.ending(".bin")):
         if isfile(path) and read_at(path, 0, 4) in (b"lmgg", b"fmgg", b"tjgg", b"GGUF"):
-            return "holds a model of llama.cpp (ggml)", GGUF_WAY_OUT
+            return "contains a model of llama.cpp (ggml)", GGUF_WAY_OUT
     return None
 
 

@@ -19,7 +19,7 @@ from neox_bridge.tensors.fused import GqaOrder, gather_again
 def told_order(
     raw: Mapping[str, Any], record: Mapping[str, Any], mlp_names: MlpNames
 ) -> GqaOrder | None:
-    """The order as far as it is known without reading values; None where it isn't.
+    """The order as far as it is known without reading values; None if it isn't.
 
     From this tool's record; from the MLP's names before 2024-09; from yml keys that only trees
     after the change take.
@@ -37,12 +37,12 @@ def unknown_order() -> Finding:
     return Finding(
         "gqa-order-unknown",
         "warning",
-        "grouped-query attention: GPT-NeoX changed the order of its rows in "
-        f"{since('neox-gqa-order')} with the shapes the same, so the files don't tell theirs; "
-        "today's (grouped) is assumed, and the wrong one is another model",
-        "say `gqa_order=interleaved` for a run of an older GPT-NeoX, `gqa_order=grouped` to "
-        "confirm; `neox-bridge verify --logits --tokens FILE.npz` decides, with logits that "
-        "the run computed",
+        "the row order of the grouped-query attention is unknown: GPT-NeoX changed it in "
+        f"{since('neox-gqa-order')} without changing the shapes. Today's order (grouped) is "
+        "assumed. With the wrong order the weights are those of another model",
+        "use `gqa_order=interleaved` if an older GPT-NeoX trained the model, or "
+        "`gqa_order=grouped` to confirm. To find out, compare with logits that the run "
+        "computed: `neox-bridge verify --logits --tokens FILE.npz`",
         subject="GQA row order",
     )
 
@@ -52,10 +52,9 @@ def rms_epsilon() -> Finding:
     return Finding(
         "rms-epsilon",
         "warning",
-        "the GPT-NeoX of that time adds RMSNorm's epsilon to the root, x / (rms + eps); "
-        f"transformers, and GPT-NeoX since {since('neox-rms-epsilon')}, have it inside, "
-        "sqrt(var + eps): "
-        "the logits differ by some 1e-4, and no conversion removes that",
+        "this version of GPT-NeoX adds the epsilon of RMSNorm outside of the square root: x / "
+        f"(rms + eps). transformers, and GPT-NeoX since {since('neox-rms-epsilon')}, add it "
+        "inside: sqrt(var + eps). The logits differ by about 1e-4, which no conversion can avoid",
         subject="RMSNorm epsilon",
     )
 
@@ -68,7 +67,8 @@ def with_gqa_order(checkpoint: Checkpoint, order: GqaOrder) -> Checkpoint:
     if "attention" in state.te:
         raise UsageError(
             ["gqa_order"],
-            "the attention of this checkpoint is Transformer Engine's, which has only one order",
+            "Transformer Engine computes the attention of this checkpoint and has only one row "
+            "order",
             "Leave it out.",
         )
     findings = tuple(unrepeated(checkpoint.findings, (), ["GQA row order"]))

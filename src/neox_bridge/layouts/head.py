@@ -1,8 +1,8 @@
 """An output head that a checkpoint stores although its config ties the head to the embeddings.
 
-transformers 5 computes with both matrices where they differ (modeling_utils.py, tie_weights), 4.x
-replaces the head by the embeddings: one folder, two models. So the head is dropped where it equals
-the embeddings, and else only if the user says so.
+transformers 5 uses both matrices if they differ (modeling_utils.py, tie_weights). transformers 4
+replaces the head with the embeddings. One folder is then two models. The head is dropped if it
+equals the embeddings. Otherwise the user decides.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ _UNTIED = {"hf": {"tie_word_embeddings": False}, "neox": {"no_weight_tying": Tru
 
 
 def head_relation(checkpoint: Checkpoint, most_bytes: int | None = None) -> Relation | None:
-    """How the stored head stands to the embeddings; None where there is no such head.
+    """How the stored head compares to the embeddings; None if there is no such head.
 
-    Only the rows that both have and that are no padding of this tool's count.
+    Only rows that both have count, without the padding of this tool.
     most_bytes: see ``same_values.relation``.
     """
     head = checkpoint.tied_head
@@ -37,7 +37,7 @@ def head_relation(checkpoint: Checkpoint, most_bytes: int | None = None) -> Rela
 def decide_head(checkpoint: Checkpoint, choice: HeadChoice | None) -> Checkpoint:
     """The checkpoint as one model: with the stored head, or tied.
 
-    Raises ChoiceNeeded where the head differs from the embeddings and ``choice`` is None,
+    Raises ChoiceNeeded if the head differs from the embeddings and ``choice`` is None,
     UsageError where the choice does not apply to this checkpoint.
     """
     if checkpoint.tied_head is None:
@@ -68,13 +68,16 @@ def decide_head(checkpoint: Checkpoint, choice: HeadChoice | None) -> Checkpoint
 
 
 def check_head(checkpoint: Checkpoint) -> None:
-    """Raise UsageError where a checkpoint has no head about which anybody could decide."""
+    """Raise UsageError if there is no head to decide about."""
     if checkpoint.tied_head is not None and not checkpoint.config.reward:
         return
     if checkpoint.config.reward:
         why = f"{checkpoint.path} is a reward model, which has no output head"
     elif checkpoint.config.tied_embeddings:
-        why = f"{checkpoint.path} is tied, and its files hold no head besides the embeddings"
+        why = (
+            f"{checkpoint.path} ties the head to the embeddings, and its files contain no "
+            "separate head"
+        )
     else:
         key = {"hf": "tie_word_embeddings: false", "neox": "no_weight_tying: true"}
         why = f"{checkpoint.path} is untied ({key[checkpoint.kind]}), so its head is kept anyway"
@@ -82,7 +85,7 @@ def check_head(checkpoint: Checkpoint) -> None:
 
 
 def as_stored(checkpoint: Checkpoint) -> Checkpoint:
-    """The model of every matrix that the files hold: untied where the stored head differs."""
+    """The model of all stored matrices: untied if the stored head differs."""
     if checkpoint.tied_head is None:
         return checkpoint
     if head_relation(checkpoint) == "differs":
@@ -91,14 +94,14 @@ def as_stored(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def drop_equal_head(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without a stored head that equals the embeddings; as it is with another."""
+    """The checkpoint without a stored head that equals the embeddings; else unchanged."""
     return without_head(checkpoint) if head_relation(checkpoint) == "equal" else checkpoint
 
 
 def head_as_in(source: Checkpoint, target: Checkpoint) -> Checkpoint:
-    """The source as the model that a conversion made of it; the target's head is decided.
+    """The source as the model that a conversion made of it. The head of the target is decided.
 
-    A tied target made without a choice (its record has none) has to hold a head that differs.
+    A tied target whose record has no choice must contain a head that differs.
     """
     if source.tied_head is None:
         return source
@@ -128,7 +131,7 @@ def with_head(checkpoint: Checkpoint, findings: Sequence[Finding] = ()) -> Check
 
 def without_head(checkpoint: Checkpoint, findings: Sequence[Finding] = ()) -> Checkpoint:
     """The tied model."""
-    why = "left out as `head=tie` says" if findings else "it equals the embeddings, which are tied"
+    why = ("left out because of `head=tie`") if findings else "identical to the tied embeddings"
     dropped = Dropped(checkpoint.architecture.head, why)
     return replace(
         checkpoint,
@@ -139,7 +142,7 @@ def without_head(checkpoint: Checkpoint, findings: Sequence[Finding] = ()) -> Ch
 
 
 def head_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list[Finding]:
-    """What to say of a stored head before anybody has decided."""
+    """The findings about a stored head before the user decides."""
     relation = head_relation(checkpoint, most_bytes)
     if relation == "differs":
         message, remedy = ambiguity(checkpoint)
@@ -150,8 +153,8 @@ def head_findings(checkpoint: Checkpoint, most_bytes: int | None = None) -> list
             Finding(
                 "head-not-compared",
                 "info",
-                f"{key}, and the files hold {name} too. Its first rows equal the embeddings; "
-                "converting compares all of them",
+                f"{key}, but the files also contain {name}. Its first rows equal the embeddings. "
+                "A conversion compares all of them",
             )
         ]
     return []
@@ -163,41 +166,42 @@ def _check_sizes(checkpoint: Checkpoint, head: Whole) -> None:
         raise UsageError(
             ["head"],
             f"{checkpoint.architecture.head} has the shape {list(head.shape)} and the embeddings "
-            f"have {list(embeddings.shape)}, so no model has both",
+            f"have {list(embeddings.shape)}, so no model can use both",
             "Use `head=tie`.",
         )
 
 
 def ambiguity(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Which two models a stored head that differs makes of a checkpoint, and what to do."""
+    """The two models that a stored head makes of a checkpoint, and what to do."""
     name, other = checkpoint.architecture.head, checkpoint.architecture.embeddings
     computed = (
-        "transformers 5 computes with both matrices, 4.x with the embeddings alone: these are two "
-        "models."
+        "transformers 5 uses both matrices, and transformers 4 uses only the embeddings. These "
+        "are two different models."
     )
     if checkpoint.kind == "neox":
         computed = (
-            "GPT-NeoX computes with the embeddings alone under this yml. The yml is wrong if the "
-            "run was trained with no_weight_tying: true."
+            "GPT-NeoX uses only the embeddings with this yml. If the run was trained with "
+            "no_weight_tying: true, the yml is wrong."
         )
     elif checkpoint.form is not None:
         computed = (
-            f"{checkpoint.form.name} loads both into one matrix, the head last: what it computes "
-            "is neither the tied model of the embeddings nor the untied one."
+            f"{checkpoint.form.name} loads both into one matrix, the head last. What it computes "
+            "is neither the tied nor the untied model."
         )
     return (
-        f"{_key(checkpoint)}, and the files hold {name} with other values than {other}. {computed}",
-        "convert with `head=keep` for the untied model, or with `head=tie` for the tied one",
+        f"{_key(checkpoint)}, but the files also contain {name}, whose values differ from "
+        f"{other}. {computed}",
+        "convert with `head=keep` for the untied model or with `head=tie` for the tied model",
     )
 
 
 def _key(checkpoint: Checkpoint) -> str:
     if checkpoint.kind == "neox":
-        return "the yml says no_weight_tying: false (or nothing, which means false)"
+        return "the yml sets no_weight_tying: false, which is the default"
     if checkpoint.form is not None:
         return "config.json ties the embeddings (tie_embeddings)"
     if "tie_word_embeddings" in checkpoint.raw:
-        return "config.json says tie_word_embeddings: true"
+        return "config.json sets tie_word_embeddings: true"
     return "config.json ties the embeddings"
 
 
@@ -206,22 +210,22 @@ def _kept(checkpoint: Checkpoint) -> Finding:
     return Finding(
         "head-kept",
         "info",
-        f"{_key(checkpoint)}, and {name} differs from the embeddings: as `head=keep` says, the "
-        "result is an untied model with both",
+        f"{_key(checkpoint)}, and {name} differs from the embeddings. Because of `head=keep`, "
+        "the result is an untied model with both",
     )
 
 
 def _left_out(checkpoint: Checkpoint) -> Finding:
     name = checkpoint.architecture.head
-    which = "the model that transformers 4.x computes, not the one that transformers 5 does"
+    which = "the model that transformers 4 computes, not the one that transformers 5 computes"
     if checkpoint.kind == "neox":
-        which = "the model that GPT-NeoX computes under this yml"
+        which = "the model that GPT-NeoX computes with this yml"
     elif checkpoint.form is not None:
         which = "a tied model"
     return Finding(
         "head-left-out",
         "warning",
-        f"{name} differs from the embeddings and is left out, as `head=tie` says: the result is "
-        f"{which}",
+        f"{name} differs from the embeddings and is left out because of `head=tie`. The result "
+        f"is {which}",
         "`head=keep` writes both",
     )

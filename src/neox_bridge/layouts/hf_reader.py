@@ -110,7 +110,7 @@ def _tied_head(
         named[embeddings] = head
         return None, []
     if same_place(head, named[embeddings]):
-        return None, [Dropped(name, "it is the same tensor as the embeddings, which are tied")]
+        return None, [Dropped(name, "identical to the tied embeddings")]
     return whole_of(head), []
 
 
@@ -184,10 +184,11 @@ def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> Iterator
         yield Finding(
             "remote-code",
             "warning",
-            f"config.json has auto_map ({some(named, 3)}), code of its own, which neox-bridge "
-            f"neither reads nor runs: the model is read as transformers' {architecture.hf_class}",
-            "compare the logits with those that its own code computes: "
-            "neox-bridge verify --logits --tokens FILE.npz",
+            f"config.json has auto_map ({some(named, 3)}), which refers to custom code. "
+            "neox-bridge does not run custom code. It reads the model as "
+            f"{architecture.hf_class} of transformers",
+            "compare the logits with those of the custom code: neox-bridge verify --logits "
+            "--tokens FILE.npz",
         )
 
 
@@ -221,8 +222,8 @@ def _read_tensors(path: str) -> _Stored:
         return replace(_read_shards(path, names, {}), unindexed=True)
     refuse_foreign(path)
     raise BridgeError(
-        f"{path} has a config.json, but none of {', '.join(_SINGLE)} or their index files. "
-        "Download the weights too."
+        f"{path} has a config.json but no weights: {', '.join(_SINGLE)} and their index files "
+        "are missing. Download the weights too."
     )
 
 
@@ -231,9 +232,9 @@ def _index_ignored(single: str) -> Finding:
     return Finding(
         "index-ignored",
         "warning",
-        f"{single}.index.json and {single} are both in the folder. {single} is read, as "
-        "transformers does, and the shards that the index names are not",
-        f"remove the one that is out of date: {single}, or the index with its shards",
+        f"{single}.index.json and {single} are both in the folder. Like transformers, "
+        f"neox-bridge reads {single} and ignores the shards that the index names",
+        f"remove whichever is out of date: {single}, or the index and its shards",
     )
 
 
@@ -242,12 +243,16 @@ def _weight_map(path: str, index: str) -> tuple[list[str], dict[str, str]]:
     check_own(index, path)
     weight_map = read_json(index, LARGE_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise BridgeError(f"{index} has no weight_map of names to files. Download it again.")
+        raise BridgeError(
+            f"{index} is damaged: its weight_map from tensors to files is missing. Download it "
+            "again."
+        )
     names = sorted(set(weight_map.values()))
     for name in names:
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise BridgeError(
-                f"{index} names {name!r}, which isn't a file beside it. Don't use it."
+                f"{index} names {name!r}, which is not a file in the same folder. Do not use "
+                "this file."
             )
     return names, weight_map
 
@@ -263,7 +268,7 @@ def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str])
     for name, file in zip(names, ahead(files), strict=True):
         if not lexists(file):
             raise BridgeError(
-                f"{file} is missing, and the index file names it. "
+                f"{file} is missing, although the index file names it. "
                 f"{unfinished_download(path) or 'Download it.'}"
             )
         held, quantized = _read_file(file)
@@ -280,7 +285,7 @@ def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str])
             copies += [Copy(key, wanted, ref, key, key) for ref in by_name.values()]
     if missing := sorted(set(weight_map) - set(tensors) - set(classes)):
         raise BridgeError(
-            f"{path}: the index file names tensors that its files don't hold: {some(missing)}."
+            f"{path}: the index file names tensors that its files do not contain: {some(missing)}."
         )
     return _Stored(tensors, tuple(files), copies, classes=classes)
 
@@ -307,24 +312,24 @@ def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> Iterat
         yield Finding(
             "wrapped-names",
             "warning",
-            f"the names of the tensors contain {wrappers}{by}, which is no part of the model "
-            "and is removed; transformers would load random weights from this folder",
+            f"the tensor names contain {wrappers}{by}, which is not part of the model. It is "
+            "removed. transformers would load random weights from this folder",
             subject="wrapped names",
         )
     if stored.unindexed:
         yield Finding(
             "no-index",
             "warning",
-            f"{len(stored.files)} shards have no index file beside them; all their tensors are "
-            "read; transformers would not load this folder",
+            f"the index file of {len(stored.files)} shards is missing. All their tensors are "
+            "read. transformers would not load this folder",
             subject="missing index",
         )
     if adapter := adapter_beside(path):
         yield Finding(
             "adapter-beside",
             "warning",
-            f"{adapter} lies beside the weights: transformers with peft loads the adapter on "
-            "top of them, and here only the weights without the adapter are read",
+            f"{adapter} lies beside the weights. transformers with peft loads the adapter on top "
+            "of them. neox-bridge reads only the weights",
             f"merge the adapter first if it belongs to the model: {merge_command(path)}",
         )
 
@@ -368,9 +373,9 @@ def _refuse_other_kinds(
     adapted = [key for key in stored.tensors if ADAPTER_NAME.search(key)]
     if adapted:
         raise BridgeError(
-            f"{path} holds the weights of an adapter beside those of the model ({some(adapted, 2)})"
-            f", and neither alone is the model. Merge the adapter into the weights "
-            "(merge_and_unload of peft), save the model, and convert that."
+            f"{path} contains the weights of an adapter and those of its base model "
+            f"({some(adapted, 2)}). Neither alone is the model. Merge the adapter into the "
+            "weights (merge_and_unload of peft), save the model, and convert the result."
         )
 
 
@@ -395,14 +400,14 @@ def _normalise(
             unknown.append(key)
     if unknown:
         heads = [key for key in unknown if _OTHER_HEAD.search(key)]
-        what = "They would be lost, so nothing is converted."
+        what = "A conversion would lose them, so it is refused."
         if heads and len(heads) == len(unknown):
             what = (
-                "They are the head of another task, which GPT-NeoX does not have. Convert the "
-                f"{architecture.hf_class} that it was made from."
+                "They are the head for another task, which GPT-NeoX does not support. Convert "
+                f"the {architecture.hf_class} that it was made from."
             )
         raise BridgeError(
-            f"{path} holds tensors that no {architecture.name} model has: "
+            f"{path} contains tensors that no {architecture.name} model has: "
             f"{some(sorted(unknown))}. {what}"
         )
     return named, dropped, copies
@@ -422,12 +427,14 @@ def _count_layers(named: Iterable[str], path: str, raw: Mapping[str, Any]) -> in
     matches = (re.search(r"\.layers\.(\d{1,9})\.", key) for key in named)
     layers = max((int(match[1]) for match in matches if match), default=-1) + 1
     if layers > MOST_LAYERS:
-        raise BridgeError(f"{path} holds tensors of a layer {layers - 1}, which no model has.")
+        raise BridgeError(
+            f"{path} contains tensors of layer {layers - 1}, more layers than any model has."
+        )
     stated = raw.get("num_hidden_layers")
     if stated is not None and stated != layers:
         raise BridgeError(
-            f"{path}: config.json says num_hidden_layers: {stated}, and the files hold {layers}. "
-            "A file is missing, or the config is another model's."
+            f"{path}: config.json sets num_hidden_layers: {stated}, but the files contain "
+            f"{layers} layers. A file is missing, or config.json belongs to another model."
         )
     return layers
 
@@ -461,17 +468,17 @@ def _no_head(architecture: Architecture, path: str, raw: Mapping[str, Any]) -> s
     tie = f'set "tie_word_embeddings": true in {os.path.join(path, "config.json")}'
     if base in names:
         return (
-            f"{path} is a {base}, the base model without an output head: no file holds "
-            f"{architecture.head}, which is learned. Convert {full}, saved with its head; or, if "
-            f"the model uses its embeddings as the head, {tie}."
+            f"{path} is a {base}, the base model without an output head: {architecture.head} is "
+            f"missing, and it is learned. Convert {full}, saved with its head. Or, if the model "
+            f"uses its embeddings as the head, {tie}."
         )
     tie_words = "does not say tie_word_embeddings: true"
     if raw.get("tie_word_embeddings") is False:
         tie_words = "says tie_word_embeddings: false"
     return (
-        f"{path} has no output head: config.json {tie_words}, so the head is a tensor of "
-        f"its own, and no file holds {architecture.head}. If the model uses its embeddings as the "
-        f"head, {tie}. Otherwise convert {full}, saved with its head."
+        f"{path} has no output head: {architecture.head} is missing, although config.json "
+        f"{tie_words}. If the model uses its embeddings as the head, {tie}. Otherwise convert "
+        f"{full}, saved with its head."
     )
 
 
@@ -484,7 +491,9 @@ def _check_names(
             f"{path}: tensors are missing: {some(missing)}. Download the files again."
         )
     if extra := sorted(set(named) - want):
-        raise BridgeError(f"{path}: some blocks have tensors that others lack: {some(extra)}.")
+        raise BridgeError(
+            f"{path}: some layers have tensors that are missing from others: {some(extra)}."
+        )
 
 
 def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> Iterator[Finding]:
@@ -494,7 +503,7 @@ def _check_sizes(raw: Mapping[str, Any], dims: Mapping[str, int]) -> Iterator[Fi
             yield Finding(
                 "config-size",
                 "warning",
-                f"config.json says {key}: {raw[key]}, and the tensors say {dims[dim]}, which "
-                "is taken",
+                f"config.json says {key}: {raw[key]}, but the tensors say {dims[dim]}, which is "
+                "taken",
                 subject="config sizes",
             )

@@ -40,11 +40,11 @@ def snapshot_of(root: str, revision: str | None = None) -> str:
     snapshots = [n for n in list_folder(home) if isdir(os.path.join(home, n))]
     kind = _ROOT.fullmatch(os.path.basename(absolute(root)))
     if kind is not None and kind[1] != "models":
-        raise BridgeError(f"{root} is a cached {kind[1][:-1]} of the Hub, not a model.")
+        raise BridgeError(f"{root} is a {kind[1][:-1]} in the Hugging Face cache, not a model.")
     if not snapshots:
         raise BridgeError(
-            f"{root} is a model in a Hugging Face cache without any snapshot: its download did not "
-            f"finish. Download it again: hf download {shlex.quote(repo_of(root))}"
+            f"{root} is a model in a Hugging Face cache, but its download did not finish: it has "
+            f"no snapshot. Download it again: hf download {shlex.quote(repo_of(root))}"
         )
     commit = _commit(root, revision or _MAIN)
     if commit is None and revision is not None:

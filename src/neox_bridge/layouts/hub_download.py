@@ -16,7 +16,7 @@ def download(repo: str, revision: str | None) -> str:
     """The folder of a model in the cache, downloaded where it isn't there yet.
 
     HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT are honoured by
-    huggingface_hub. Raises BridgeError where the library is missing or the download fails.
+    huggingface_hub. Raises BridgeError if the library is missing or the download fails.
     """
     api = hub_api(f"{repo} isn't a folder here, and is taken from the Hub")
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -28,8 +28,8 @@ def download(repo: str, revision: str | None) -> str:
             if error.__cause__ is not None and status_of(error) is not None:
                 raise BridgeError(explanation(error.__cause__, repo)) from None
             raise BridgeError(
-                f"{_named(repo, revision)} isn't in the cache, and the Hub can't be reached "
-                f"({first_line(error)}). Go online."
+                f"{_named(repo, revision)} is not in the cache, and the Hub cannot be reached "
+                f"({first_line(error)}). Check the network connection and try again."
             ) from None
         except Exception as error:  # the library raises many kinds
             raise BridgeError(explanation(error, repo)) from None
@@ -43,27 +43,27 @@ def download(repo: str, revision: str | None) -> str:
 def cached_snapshot(repo: str, revision: str | None) -> str:
     """The folder of a revision in huggingface_hub's cache, whether or not all files are in it.
 
-    Raises BridgeError where the cache has no such revision.
+    Raises BridgeError if the cache has no such revision.
     """
     root = cached_repo(repo, revision)
     try:
         return snapshot_of(root, revision)
     except BridgeError as error:
         way = _way_online(repo, revision)
-        raise BridgeError(f"{_named(repo, revision)} isn't in the cache: {error} {way}") from None
+        raise BridgeError(f"{_named(repo, revision)} is not in the cache: {error} {way}") from None
 
 
 def cached_repo(repo: str, revision: str | None = None) -> str:
     """The folder of a repository in huggingface_hub's cache, with ``refs`` and ``snapshots``.
 
-    Raises BridgeError where the cache has none. revision: for its words.
+    Raises BridgeError if the cache has none. revision: for its words.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     root = os.path.join(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     if not os.path.isdir(os.path.join(root, "snapshots")):
         raise BridgeError(
-            f"{_named(repo, revision)} isn't in the cache ({HF_HUB_CACHE}). "
+            f"{_named(repo, revision)} is not in the cache ({HF_HUB_CACHE}). "
             f"{_way_online(repo, revision)}"
         )
     return root

@@ -82,8 +82,8 @@ def find_source(repo: str, revision: str | None) -> HubSource:
             folder = None
         if folder is None:
             raise
-        message = f"the Hub cannot be reached, so what the cache has of {name} is read"
-        finding = Finding("read-from-cache", "warning", message, "check the network")
+        message = f"the Hub cannot be reached, so the cached copy of {name} is read"
+        finding = Finding("read-from-cache", "warning", message, "check the network connection")
         return HubSource(folder, name, (finding,))
     findings = _renamed(repo, listing)
     if listing.is_neox:
@@ -101,7 +101,8 @@ def find_url_source(url: str, revision: str | None) -> HubSource:
     match = _URL.fullmatch(url)
     if match is None:
         raise BridgeError(
-            f"{url} isn't hf://ORG/NAME, with @REVISION if need be (a slash in it is %2F)."
+            f"{url} is not a valid Hub URL. Write hf://ORG/NAME or hf://ORG/NAME@REVISION, with "
+            "%2F for a slash in the revision."
         )
     repo, named, below = match[1], match[2], match[3] or ""
     if named and revision is not None:
@@ -127,7 +128,7 @@ def is_offline() -> bool:
 def look_up(repo: str, revision: str | None) -> Listing:
     """What a revision holds; one request.
 
-    Raises Unreachable where nobody answers, BridgeError where there is no such repository or
+    Raises Unreachable if nobody answers, BridgeError where there is no such repository or
     revision, or it may not be read.
     """
     api = hub_api(f"{repo} is on the Hub")
@@ -167,18 +168,18 @@ def _by_ranges(
         _check_holds_model(listing, revision)
     elif below and not any(file.startswith(f"{below}/") for file in listing.files):
         raise BridgeError(
-            f"{path}: no such folder in that store. The repository holds "
+            f"{path}: no such folder in this repository. It contains "
             f"{some(sorted({file.partition('/')[0] for file in listing.files}))}."
         )
     return HubSource(path, f"{listing.repo}@{revision or MAIN}", findings)
 
 
 def _check_holds_model(listing: Listing, revision: str | None) -> None:
-    """Raise BridgeError where a revision holds nothing but notes, and the steps are elsewhere."""
+    """Raise BridgeError if a revision holds nothing but notes, and the steps are elsewhere."""
     names = {path.rpartition("/")[2] for path in listing.files}
     if any(not name.startswith(".") and not name.endswith(".md") for name in names):
         return
-    what = f"{listing.repo}@{revision or MAIN} holds no checkpoint"
+    what = f"{listing.repo}@{revision or MAIN} does not contain a checkpoint"
     steps = _steps(listing.repo)
     if not steps:
         raise BridgeError(f"{what}. Check the name and the revision.")
@@ -222,5 +223,5 @@ def _steps(repo: str) -> list[str]:
 def _renamed(repo: str, listing: Listing) -> tuple[Finding, ...]:
     if listing.repo.lower() == repo.lower():
         return ()
-    message = f"{repo} is called {listing.repo} now, which the Hub redirects to"
+    message = f"{repo} is called {listing.repo} now. The Hub redirects to the new name"
     return (Finding("renamed-repository", "info", message, f"use {listing.repo}"),)

@@ -1,7 +1,7 @@
-"""The tokenizer of a published run, which its yml names by a path of the cluster that trained it.
+"""Finds the tokenizer of a published run, whose yml names a path on the training cluster.
 
-The twin for transformers has it, and EleutherAI/gpt-neox-20b has the file that Pythia's yml calls
-``20B_tokenizer.json``. Only a source on the Hub is a reason to ask the Hub.
+The transformers version of the model has it, and EleutherAI/gpt-neox-20b has the file that the
+yml of Pythia calls ``20B_tokenizer.json``. The Hub is asked only for sources on the Hub.
 """
 
 import os
@@ -21,10 +21,10 @@ from neox_bridge.stores.hub_api import explained, hub_api
 
 
 def with_published_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the tokenizer of its run, where the Hub or the cache has it.
+    """The checkpoint with the tokenizer of its run, if the Hub or the cache has it.
 
-    A finding says where it comes from, or why there is none; nothing else depends on it. Nobody is
-    asked about checkpoints in folders, and about those that have a tokenizer.
+    A finding says where it comes from, or why it is missing. Nothing else depends on it. The Hub is
+    not asked for checkpoints in folders or with a tokenizer.
     """
     if not checkpoint.missing_tokenizer or not checkpoint.hub_repo:
         return checkpoint
@@ -36,22 +36,22 @@ def with_published_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
         except BridgeError as error:
             reasons.append(str(error))
             continue
-        message = f"the tokenizer is that of {repo}; the yml names {checkpoint.missing_tokenizer}"
+        message = f"the tokenizer of {repo} is used. The yml names {checkpoint.missing_tokenizer}"
         finding = Finding("tokenizer-from-hub", "info", message)
         named = with_tokenizer(checkpoint, files)
         return replace(named, findings=(*named.findings, finding))
     if not reasons:
         return checkpoint
-    message = f"no tokenizer was found on the Hub: {' '.join(reasons)}"
+    message = f"the Hub does not have a tokenizer for this model: {' '.join(reasons)}"
     finding = Finding("tokenizer-not-on-hub", "info", message)
     return replace(checkpoint, findings=(*checkpoint.findings, finding))
 
 
 @lru_cache(16)
 def published_tokenizer(repo: str) -> tuple[str, ...]:
-    """The tokenizer files of ``org/name``, in huggingface_hub's cache.
+    """The tokenizer files of ``org/name``, in the cache of huggingface_hub.
 
-    Raises BridgeError where there is none, or nobody answers.
+    Raises BridgeError if it has none or cannot be reached.
     """
     if is_offline():
         folder = cached_snapshot(repo, None)
@@ -73,7 +73,7 @@ def published_tokenizer(repo: str) -> tuple[str, ...]:
 
 
 def _repos(checkpoint: Checkpoint) -> Iterator[str]:
-    """Where the tokenizer may be: with the twin first, whose files a conversion shall equal."""
+    """Repositories that may have the tokenizer. The twin for transformers is first."""
     if (twin := twin_of(checkpoint.hub_repo)) is not None:
         yield twin
     if base_name(checkpoint.missing_tokenizer) == NEOX_20B:

@@ -24,8 +24,8 @@ def interrupted(path: str) -> list[Finding]:
         Finding(
             "left-over",
             "warning",
-            f"a run of neox-bridge was killed while it put files into {path}: what it replaced, or "
-            f"still has to put there, is in {folder}",
-            "run the same command again: it completes that and removes the folder",
+            f"a run of neox-bridge was killed while it moved files into {path}. The files that "
+            f"it replaced or still has to move are in {folder}",
+            "run the same command again to finish the move and remove the folder",
         )
     ]

@@ -134,7 +134,7 @@ def _walk(
             with os.scandir(place) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            raise BridgeError(f"{place} can't be listed: {error.strerror}.") from None
+            raise BridgeError(f"{place} cannot be listed: {error.strerror}.") from None
         for entry in entries:
             path = f"{inside}/{entry.name}" if inside else entry.name
             if is_bookkeeping(path) and not os.path.ismount(entry.path):

@@ -18,7 +18,7 @@ _CACHED = re.compile(r"(.*/(?:models|datasets|spaces)--[^/]+)/snapshots/[^/]+(?:
 
 
 def check_own(path: str, *folders: str) -> None:
-    """Raise BridgeError where a file lies in none of these folders once its links are followed.
+    """Raise BridgeError if a file lies in none of these folders once its links are followed.
 
     A link that leads nowhere is an error as well. For a folder of Hugging Face's cache the blobs
     beside it count too.
@@ -35,8 +35,8 @@ def check_own(path: str, *folders: str) -> None:
         if any(real.startswith(os.path.join(home, "")) for home in homes):
             return
     raise BridgeError(
-        f"{path} is a link that leads out of {folders[0]}, to {real}, and what it holds would "
-        "come into the output. Put a copy in its place if it belongs to this checkpoint."
+        f"{path} is a symbolic link to {real}, outside of {folders[0]}. The output would contain "
+        "that file. If it belongs to this checkpoint, replace the link with a copy."
     )
 
 

@@ -1,4 +1,4 @@
-"""The files of a step that its other files name, and that are missing or left over."""
+"""The files of a step that are missing, or left over, according to its other files."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _COPY_AGAIN = "Copy the checkpoint again."
 
 
 def told_ranks(meta: Mapping[str, Any], key: str) -> int | None:
-    """A number of ranks that an mp_rank file has; None where it has no such number."""
+    """A number of ranks in an mp_rank file; None if it is missing."""
     value = meta.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         return None
@@ -25,13 +25,13 @@ def told_ranks(meta: Mapping[str, Any], key: str) -> int | None:
 
 
 def missing_ranks(names: Sequence[str], meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """The mp_rank files that are missing from a step, of which at most eight are listed.
+    """The missing mp_rank files of a step. At most eight are listed.
 
     DeepSpeed saves one for each model-parallel process, and their number in each of them
-    (mp_world_size; runtime/engine.py, _save_checkpoint). Where there is none at all, the names of
-    the optimizer's files tell how many there were.
+    (mp_world_size; runtime/engine.py, _save_checkpoint). If all are missing, the names of the
+    optimizer files show how many there were.
 
-    meta: what the first mp_rank file holds; empty where there is none.
+    meta: the contents of the first mp_rank file; empty if there is none.
     """
     present = {int(match[1]) for name in names if (match := RANK.fullmatch(name))}
     count = told_ranks(meta, "mp_world_size") or 0
@@ -43,31 +43,32 @@ def missing_ranks(names: Sequence[str], meta: Mapping[str, Any]) -> tuple[str, .
 
 
 def missing_ranks_finding(folder: str, missing: Sequence[str]) -> Finding:
-    """What is said where mp_rank files are missing beside layers that are whole."""
+    """The finding for missing mp_rank files beside complete layers."""
     return Finding(
         "mp-rank-missing",
         "warning",
-        f"{folder} isn't whole: {some(list(missing))} missing. The weights are in other files, so "
-        "they can be converted, but no run can go on from this folder",
+        f"{folder} is incomplete: {some(list(missing))} missing. The weights are in other files, "
+        "so they can be converted, but no run can go on from this folder",
         "copy the checkpoint again",
         subject="mp_rank files",
     )
 
 
 def refuse_missing_ranks(state: NeoxState) -> None:
-    """Raise BridgeError where mp_rank files are missing, without which no run goes on."""
+    """Raise BridgeError if mp_rank files are missing that a run needs to resume."""
     if state.missing_ranks:
         raise BridgeError(
-            f"{state.folder} isn't whole: {some(list(state.missing_ranks))} missing. {_COPY_AGAIN}"
+            f"{state.folder} is incomplete: {some(list(state.missing_ranks))} missing. "
+            f"{_COPY_AGAIN}"
         )
 
 
 def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[list[str]]:
-    """The files of optimizer states by the number of their mp_rank file, then by rank.
+    """The optimizer state files by the number of their mp_rank file, then by rank.
 
-    dp: data-parallel ranks, as the mp_rank files tell it; None where they do not. model_parallel:
-    how many mp_rank files there are. Raises BridgeError where one is missing, or left over from
-    another layout, Refused where two are of one rank.
+    dp: data-parallel ranks according to the mp_rank files, or None. model_parallel: the number of
+    mp_rank files. Raises BridgeError if one is missing or left over from another layout, and
+    Refused if two belong to one rank.
     """
     folder = state.folder
     by_rank: dict[tuple[int, int], str] = {}
@@ -76,13 +77,14 @@ def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[li
             place = int(match[2]), int(match[3])
             if place in by_rank:
                 raise Refused(
-                    f"{folder} holds two files of optimizer states of one rank, {by_rank[place]} "
-                    f"and {name}. Move the wrong one out of the folder."
+                    f"{folder} contains two optimizer state files of the same rank, "
+                    f"{by_rank[place]} and {name}. Move the wrong one out of the folder."
                 )
             by_rank[place] = name
     if not by_rank:
         raise BridgeError(
-            f"{folder}: {some(list(state.optimizer))} isn't named as DeepSpeed names it."
+            f"{folder}: {some(list(state.optimizer))} is not a file name that DeepSpeed uses. "
+            "Move the file out of the folder."
         )
     most = max(rank for rank, _ in by_rank) + 1
     dp = dp or most
@@ -93,16 +95,16 @@ def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[li
         count = dp * model_parallel - sum(d < dp and n < model_parallel for d, n in by_rank)
         more = f" and {count - len(names)} more" if count > len(names) else ""
         raise BridgeError(
-            f"{folder} isn't whole: {', '.join(names)}{more} missing, of {dp} data-parallel ranks"
-            f"{' (dp_world_size of the mp_rank files)' if dp > most else ''}. {_COPY_AGAIN}"
+            f"{folder} is incomplete: {', '.join(names)}{more} missing, of {dp} data-parallel "
+            f"ranks{' (dp_world_size of the mp_rank files)' if dp > most else ''}. {_COPY_AGAIN}"
         )
     if extra := sorted(
         (n, d, name) for (d, n), name in by_rank.items() if d >= dp or n >= model_parallel
     ):
         names = [name for _, _, name in extra]
         raise BridgeError(
-            f"{folder} has optimizer states of more ranks than the {dp} that its mp_rank files "
-            f"tell: {some(names)}. Remove those of another layout."
+            f"{folder} has optimizer states of more ranks than the {dp} of its mp_rank files: "
+            f"{some(names)}. Remove the files of the other layout."
         )
     return [
         [os.path.join(folder, by_rank[rank, number]) for rank in range(dp)]

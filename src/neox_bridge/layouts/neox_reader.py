@@ -71,11 +71,11 @@ _SHOWN = 7  # of the files that are missing, of which there may be any number
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What the files hold: per tensor-parallel rank, per GPT-NeoX layer, tensors by name.
+    """The contents of the files: tensors by tensor-parallel rank, GPT-NeoX layer and name.
 
-    states: the names of what Transformer Engine's modules keep beside their weights.
-    tp: the tensor-parallel ranks that a universal checkpoint is of; None for others.
-    stores_buffers: whether it says to have stored inv_freq, where it has no such tensors itself.
+    states: the names of what Transformer Engine stores beside its weights.
+    tp: the tensor-parallel ranks of a universal checkpoint; None for others.
+    stores_buffers: whether a universal checkpoint says that its run stored inv_freq.
     """
 
     layout: LayoutName
@@ -106,9 +106,9 @@ def open_neox(
 ) -> Checkpoint:
     """Open a checkpoint folder. Raises BridgeError or Refused, naming the file or the key.
 
-    configs: yml files to use in place of those that lie in the checkpoint.
-    gqa_order: that of grouped-query rows, in place of what the files tell.
-    revision: of the Hub that the folder holds, ``org/name@step1000``, where that is known.
+    configs: yml files to use instead of those in the checkpoint.
+    gqa_order: the order of grouped-query rows, instead of the one that the files show.
+    revision: the Hub revision of the folder, ``org/name@step1000``, if it is known.
     """
     place = step_folder(path, step)
     root, folder = place.root, place.folder
@@ -215,11 +215,11 @@ def open_neox(
 
 
 def _read_files(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
-    """What the files of a step hold, in whichever layout they are."""
+    """The contents of the files of a step, in either layout."""
     if zero3 := [name for name in names if ZERO3.fullmatch(name)]:
         raise Refused(
-            f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which holds slices of parameters. "
-            "Gather it first: python zero_to_fp32.py, or save with "
+            f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which contains only slices of "
+            "the parameters. Gather the weights first with python zero_to_fp32.py, or save with "
             "stage3_gather_16bit_weights_on_model_save: true."
         )
     if ZERO in names and is_universal(folder):
@@ -230,9 +230,9 @@ def _read_files(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _R
 
 
 def _set_aside(read: _Read, state: NeoxState) -> Iterator[Dropped]:
-    """What the files hold beside weights."""
+    """What the files contain besides weights."""
     for name in read.states:
-        yield Dropped(name, "Transformer Engine's scales for fp8")
+        yield Dropped(name, "fp8 scales of Transformer Engine")
     names = [*(["zero"] if state.universal else []), *state.optimizer]
     if isinstance(read.meta.get("optimizer"), dict):
         names.append("mp_rank_*: optimizer")
@@ -242,10 +242,9 @@ def _set_aside(read: _Read, state: NeoxState) -> Iterator[Dropped]:
 
 
 def _saved_step(meta: Mapping[str, Any], record: Mapping[str, Any], folder: str) -> int | None:
-    """The step that the mp_rank files tell.
+    """The step according to the mp_rank files.
 
-    This tool writes 0 for a model of Hugging Face whose step nothing told, so that such a 0 tells
-    nothing.
+    This tool writes 0 for a Hugging Face model whose step is unknown, so such a 0 means nothing.
     """
     number = whole(meta, "iteration", folder)
     source = record.get("source")
@@ -265,7 +264,7 @@ def _refuse_quantized(folder: str, raw: Mapping[str, Any], read: _Read) -> None:
 
 
 def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None:
-    """Raise Refused for an output layer whose columns were divided over tensor-parallel ranks.
+    """Raise Refused if the columns of the output layer are split over tensor-parallel ranks.
 
     That is output_layer_parallelism: row, the default of GPT-NeoX v1.0 (megatron/model/
     transformer.py, ParallelLinear). #905 disabled it (2023-05-02).
@@ -283,14 +282,14 @@ def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None
             f"{OUTPUT_LAYER}: {setting}" if setting else f"{OUTPUT_LAYER} is row by default in v1.0"
         )
         raise Refused(
-            f"{folder}: the columns of final_linear.weight are divided over {ranks} "
-            f"tensor-parallel ranks ({why}), and only rows can be read. GPT-NeoX disabled this "
-            "division in 2023, since it was broken (#905)."
+            f"{folder}: the columns of final_linear.weight are split over {ranks} "
+            f"tensor-parallel ranks ({why}), which is not supported. GPT-NeoX disabled this "
+            "split in 2023 because it was broken (#905)."
         )
 
 
 def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> Architecture:
-    """The family of the yml and the record; another one where a weight that must be zero isn't."""
+    """The family of the yml and the record, or another one if a must-be-zero weight is not zero."""
     architecture = for_neox(raw, record)
     zeros = {weight.neox for weight in architecture.weights if weight.split == "zero"}
     layers = [tensors for rank in read.ranks for tensors in rank.values()]
@@ -323,7 +322,7 @@ def _file_of(key: str, configs: Sequence[str]) -> str:
 
 
 def _refuse_other_program(folder: str) -> None:
-    """Raise BridgeError where a folder without configs is DeepSpeed's of another program."""
+    """Raise BridgeError if DeepSpeed saved a folder without configs for another program."""
     names = list_folder(folder)
     ranks = [name for name in names if RANK.fullmatch(name)]
     if not ranks or any(map(LAYER.fullmatch, names)):
@@ -337,7 +336,8 @@ def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int
     count = whole({**args, **raw}, "num_layers", f"{folder}/configs")
     if count is None:
         raise BridgeError(
-            f"{folder}/configs: num_layers is missing, and nothing else tells it. Add it."
+            f"{folder}/configs: num_layers is missing, and no other file tells the number of "
+            "layers. Add num_layers to the yml."
         )
     return count
 
@@ -353,10 +353,10 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     meta = _read_meta(next(started)) if first else {}
     if isinstance(meta.get("module"), dict) and meta["module"]:
         raise Refused(
-            f"{folder} holds weights in both layouts: in layer_*-model_*-model_states.pt and in "
-            f"{stage_files[0]} (module). GPT-NeoX reads the first with pipe_parallel_size 1 or "
-            "more, the second with 0, so which model this is depends on the yml. Move the files of "
-            "the layout that this run did not write out of the folder."
+            f"{folder} contains weights in both layouts: in layer_*-model_*-model_states.pt and "
+            f"in {stage_files[0]} (module). With pipe_parallel_size 1 or more GPT-NeoX reads the "
+            "first, with 0 the second, so the model depends on the yml. Move the files of the "
+            "layout that this run did not write out of the folder."
         )
     args = settings(meta, folder)
     tp = max(tp, whole(args, "model_parallel_size", folder) or 1)
@@ -371,7 +371,7 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     lacking = (layer_file(*place) for place in places if place not in layer_files)
     if missing := list(islice(lacking, _SHOWN)):
         raise BridgeError(
-            f"{folder} isn't whole: {some(missing)} missing, of {layers} layers on {tp} "
+            f"{folder} is incomplete: {some(missing)} missing, of {layers} layers on {tp} "
             "tensor-parallel ranks. Copy the checkpoint again."
         )
     ranks: list[dict[int, dict[str, TensorRef]]] = [{} for _ in range(tp)]
@@ -390,8 +390,8 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     rank_files = {int(m[1]): m[0] for name in names if (m := RANK.fullmatch(name))}
     if not rank_files:
         raise BridgeError(
-            f"{folder} holds neither layer_*-model_*-model_states.pt nor "
-            "mp_rank_*_model_states.pt: it isn't a GPT-NeoX checkpoint, or only part of one."
+            f"{folder} is not a complete GPT-NeoX checkpoint: it contains neither "
+            "layer_*-model_*-model_states.pt nor mp_rank_*_model_states.pt."
         )
     _check_one_each(folder, [n for n in names if RANK.fullmatch(n)], rank_files.values())
     values = {}
@@ -405,7 +405,7 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     _check_count(folder, f"{tp} ranks", tp, len(rank_files))
     if missing := [rank_file(r) for r in range(tp) if r not in rank_files]:
         raise BridgeError(
-            f"{folder} isn't whole: {some(missing)} missing, of {tp} tensor-parallel ranks. "
+            f"{folder} is incomplete: {some(missing)} missing, of {tp} tensor-parallel ranks. "
             "Copy the checkpoint again."
         )
     ranks = []
@@ -414,8 +414,8 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
         module = values[rank].get("module")
         if not isinstance(module, dict):
             raise BridgeError(
-                f"{path} holds no weights (module), and no layer_*-model_*-model_states.pt lie "
-                "beside it. Copy the checkpoint again."
+                f"{path} contains no weights (module), and there are no "
+                "layer_*-model_*-model_states.pt files beside it. Copy the checkpoint again."
             )
         ranks.append(_by_layer(_tensors(module, path), path))
     files = tuple(os.path.join(folder, name) for _, name in sorted(rank_files.items()))
@@ -424,20 +424,23 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
 
 
 def _read_universal(folder: str, names: Sequence[str]) -> _Read:
-    """The masters of a universal checkpoint for its weights; see ``universal``."""
+    """The master weights of a universal checkpoint; see ``universal``."""
     from neox_bridge.layouts.deepspeed_values import check_meta
     from neox_bridge.layouts.universal import masters
 
     paths = [os.path.join(folder, name) for name in names if RANK.fullmatch(name)]
     if not paths:
-        raise BridgeError(f"{folder} holds no mp_rank_*_model_states.pt. Copy it again.")
+        raise BridgeError(
+            f"{folder} is incomplete: mp_rank_*_model_states.pt is missing. Copy the checkpoint "
+            "again."
+        )
     metas = [_read_meta(path) for path in paths]
     for meta, path in zip(metas, paths, strict=True):
         check_meta(meta, path)
     tp = whole(settings(metas[0], folder), "model_parallel_size", folder) or 1
     if tp < 1 or len(paths) % tp:
         raise BridgeError(
-            f"{folder} isn't whole: it has {len(paths)} mp_rank files, of {tp} tensor-parallel "
+            f"{folder} is incomplete: it has {len(paths)} mp_rank files, of {tp} tensor-parallel "
             "ranks. Copy the checkpoint again."
         )
     stored = masters(folder, metas, tp)
@@ -454,20 +457,20 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
 
 
 def _check_one_each(folder: str, names: Sequence[str], read: Collection[str]) -> None:
-    """Refuse two files of one layer and rank, whose numbers have other numbers of zeros."""
+    """Refuse two files of one layer and rank, whose numbers differ in leading zeros."""
     if spare := sorted(set(names) - set(read)):
         raise Refused(
-            f"{folder} holds two files of one layer and rank, such as {spare[0]}, so which one "
-            "counts depends on who reads it. Move the wrong one out of the folder."
+            f"{folder} contains two files of the same layer and rank, such as {spare[0]}, and "
+            "different programs load different ones. Move the wrong one out of the folder."
         )
 
 
 def _check_count(folder: str, what: str, count: int, present: int) -> None:
-    """BridgeError where so many files are missing that their names can't be listed."""
+    """Raise BridgeError if more files are missing than can be listed."""
     if count > _MOST_FILES:
         raise BridgeError(
-            f"{folder} isn't whole: it says {what}, and holds {present} files. "
-            "Copy the checkpoint again."
+            f"{folder} is incomplete: it declares {what} but contains {present} files. Copy the "
+            "checkpoint again."
         )
 
 
@@ -477,8 +480,8 @@ def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str
         match = re.fullmatch(r"sequential\.(\d{1,9})\.(.+)", key)
         if match is None:
             raise BridgeError(
-                f"{path}: {key} isn't named sequential.N.…, as GPT-NeoX names its tensors: another "
-                "program saved this file with DeepSpeed. Save that model in Hugging Face's form."
+                f"{path}: {key} is not a GPT-NeoX tensor name (sequential.N.…), so another "
+                "program saved this file with DeepSpeed. Save that model in Hugging Face format."
             )
         layers.setdefault(int(match[1]), {})[match[2]] = ref
     return layers
@@ -487,18 +490,24 @@ def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str
 def _read_meta(path: str) -> dict[str, Any]:
     value = read_torch(path)
     if not isinstance(value, dict):
-        raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no dictionary.")
+        raise BridgeError(
+            f"{path} is not a GPT-NeoX checkpoint file: its top-level object is not a "
+            "dictionary. Copy the checkpoint again."
+        )
     return value
 
 
 def _tensors(value: object, path: str) -> dict[str, TensorRef]:
     if not isinstance(value, dict):
-        raise BridgeError(f"{path} isn't a GPT-NeoX file: it holds no state dict.")
+        raise BridgeError(
+            f"{path} is not a GPT-NeoX checkpoint file: it does not contain a state dict. Copy "
+            "the checkpoint again."
+        )
     check_names(value, path)
     weights = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
     if strange := [str(k)[:100] for k, v in weights.items() if not isinstance(v, TensorRef)]:
         raise BridgeError(
-            f"{path}: not a tensor: {some(strange)}. This isn't known to be of a model."
+            f"{path}: not a tensor: {some(strange)}. No known model stores such values."
         )
     return weights
 
@@ -513,12 +522,14 @@ def _check_args(raw: Mapping[str, Any], args: Mapping[str, Any], read: _Read, fo
     for key in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
         if key in raw and key in args and raw[key] != args[key]:
             raise BridgeError(
-                f"{folder}: the yml says {key}: {raw[key]}, and the checkpoint's own args say "
-                f"{args[key]}. The yml is another model's; name the right one with `configs=`."
+                f"{folder}: the yml says {key}: {raw[key]}, but the args in the checkpoint say "
+                f"{args[key]}. The yml belongs to another model. Name the right one with "
+                "`configs=`."
             )
     ranks = whole(args, "model_parallel_size", folder)
     if ranks is not None and ranks != (read.tp or len(read.ranks)):
         raise BridgeError(
-            f"{folder} holds files of {len(read.ranks)} tensor-parallel ranks, and its args say "
-            f"{ranks}: left-over files of another layout? Keep only one layout's."
+            f"{folder} contains files of {len(read.ranks)} tensor-parallel ranks, but its args "
+            f"say {ranks}. Some files may be left over from another layout. Keep the files of "
+            "one layout."
         )

@@ -1,4 +1,4 @@
-"""Tells what a path is, and opens it."""
+"""Detects the kind of a path, and opens it."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from neox_bridge.tensors.fused import GqaOrder
 
 
 def detect(path: str) -> Kind:
-    """Whether a folder is of Hugging Face or of GPT-NeoX. Raises BridgeError if it is neither."""
+    """The kind of a folder: Hugging Face or GPT-NeoX. Raises BridgeError if it is neither."""
     if not isdir(path):
         from neox_bridge.layouts.folder_kinds import refuse_file
 
@@ -53,7 +53,7 @@ def detect(path: str) -> Kind:
     raise BridgeError(
         f"{path} is neither a Hugging Face model (no config.json) nor a GPT-NeoX checkpoint "
         "(no `latest`, no global_stepN, no layer_*-model_*-model_states.pt). "
-        + ("Is it the right folder?" if list_folder(path) else "It is empty.")
+        + ("Check the path." if list_folder(path) else "The folder is empty.")
     )
 
 
@@ -86,7 +86,7 @@ def open_checkpoint(
 
 
 def open_with(source: str, configs: Sequence[str], **options: Any) -> Checkpoint:
-    """``open_checkpoint``, with yml files for a GPT-NeoX checkpoint that has none of its own.
+    """``open_checkpoint``, with yml files for a GPT-NeoX checkpoint without a yml.
 
     options: the other parameters of ``open_checkpoint``.
     """
@@ -99,7 +99,7 @@ def open_with(source: str, configs: Sequence[str], **options: Any) -> Checkpoint
 
 
 def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint) -> None:
-    """Raise UsageError where a user names yml files and every checkpoint has its own."""
+    """Raise UsageError if the user names yml files but every checkpoint has a yml."""
     states = [one.neox for one in checkpoints if one.neox is not None]
     if configs and not any(state.configs_given for state in states):
         raise UsageError(
@@ -110,7 +110,7 @@ def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint) -> None
 def _find(
     source: str, revision: str | None, step: int | None
 ) -> tuple[str, str, str, tuple[Finding, ...]]:
-    """The folder to read; the Hub's revision and repository, "" for none; findings about them."""
+    """The folder to read, its Hub revision and repository ("" if none), and findings about them."""
     if is_hub(source):
         from neox_bridge.layouts.hub_source import find_url_source
 
@@ -118,7 +118,7 @@ def _find(
     elif exists(source):
         path, revision, named = _in_cache(source, revision)
         if revision is not None:
-            raise UsageError(["revision"], f"only for models of the Hub, and {path} is a folder")
+            raise UsageError(["revision"], f"only for models on the Hub, but {path} is a folder")
         return path, named, "", ()
     else:
         from neox_bridge.layouts.hub_source import find_source
@@ -127,7 +127,7 @@ def _find(
         if step is not None:
             raise UsageError(
                 ["step"],
-                f"{source} is a model of the Hub, whose steps are branches",
+                f"{source} is a model on the Hub, where each step is a branch",
                 f"Name one with `revision=`: `revision=step{step}`. For a step's folder in a "
                 f"branch, name the folder: hf://{model[0]}/global_step{step}",
             )
@@ -147,7 +147,7 @@ def _find(
 def _open_folder(
     path: str, named: str, step: int | None, configs: Sequence[str], gqa_order: GqaOrder | None
 ) -> Checkpoint:
-    """Open a folder, or its URL. named: the Hub's revision that it is, "" where it is none."""
+    """Open a folder or its URL. named: its Hub revision, or ""."""
     if detect(path) == "neox":
         from neox_bridge.layouts.neox_reader import open_neox
 
@@ -155,7 +155,7 @@ def _open_folder(
     if wrong := ["step"] * (step is not None) + ["configs"] * bool(configs):
         raise UsageError(
             wrong,
-            f"only for GPT-NeoX sources, and {named or path} is a Hugging Face model",
+            f"only for GPT-NeoX sources, but {named or path} is a Hugging Face model",
             "Name a step of a Hub model with `revision=`." if step is not None else "",
         )
     path = absolute(path)
@@ -169,9 +169,9 @@ def _open_folder(
 
 
 def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
-    """``org/name`` and the revision of a source that is no folder.
+    """``org/name`` and the revision of a source that is not a folder.
 
-    Raises BridgeError for what is no name of a model.
+    Raises BridgeError for what cannot be the name of a model.
     """
     from neox_bridge.stores.hub_names import model_id
 
@@ -187,7 +187,7 @@ def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def _in_cache(source: str, revision: str | None) -> tuple[str, str | None, str]:
-    """(the snapshot, no revision, its name) of a model's folder in a cache; others as they are."""
+    """The snapshot of a model folder in a cache, with its name; other sources unchanged."""
     from neox_bridge.layouts.hub_cache import is_cache_root, repo_of, snapshot_of
 
     if not isdir(source):

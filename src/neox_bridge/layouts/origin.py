@@ -21,7 +21,7 @@ def origin_settings(rows: int) -> dict[str, Any]:
 
 
 def original_rows(raw: Mapping[str, Any], rows: int, path: str) -> int | None:
-    """The rows before padding, of a checkpoint with this many; None where the yml does not say."""
+    """The rows before padding, of a checkpoint with this many; None if the yml does not say."""
     files = raw.get(_KEY)
     origin = files.get(_NAME) if isinstance(files, dict) else None
     if not isinstance(origin, dict):

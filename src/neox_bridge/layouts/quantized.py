@@ -95,8 +95,8 @@ class Quantization:
     """How a model is quantized, and what shows it.
 
     method: a name such as "GPTQ"; "an unknown method" where the evidence does not tell.
-    bits: of a weight; None where nothing tells. evidence: what shows it, for people.
-    original: the unquantized model that the folder names; empty where it names none.
+    bits: of a weight; None if nothing tells. evidence: what shows it, for people.
+    original: the unquantized model that the folder names; empty if it names none.
     """
 
     method: str
@@ -142,7 +142,7 @@ def refuse_quantized(
     weights: Iterable[str] = (),
     classes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Raise QuantizedModel where the tensors are those of a quantized model.
+    """Raise QuantizedModel if the tensors are those of a quantized model.
 
     config: config.json, or the merged yml. tensors: by their names in the files.
     weights: the names among them that the family has as weights.
@@ -151,9 +151,9 @@ def refuse_quantized(
     quantization = quantization_of(path, config, tensors, frozenset(weights), classes)
     if quantization is not None:
         raise QuantizedModel(
-            f"{path} is quantized ({quantization.label}: {'; '.join(quantization.evidence)}): it "
-            "holds packed or scaled numbers in the place of weights, and removing the scales would "
-            f"leave another model. Way out: {way_out(quantization)}.",
+            f"{path} is quantized ({quantization.label}: {'; '.join(quantization.evidence)}). It "
+            "stores packed or scaled numbers instead of weights, so it cannot be converted "
+            f"exactly. Instead, {way_out(quantization)}.",
             QuantizedFolder(kind, path, quantization, config, tensors, files),
         )
 

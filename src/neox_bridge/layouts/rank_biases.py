@@ -18,7 +18,7 @@ from neox_bridge.stores.paths import open_file
 from neox_bridge.tensors.tensor_ref import TensorRef
 
 REMEDY = (
-    "compare both on your data before you rely on the result; go on training with "
+    "compare both on your data before you rely on the result. Continue training with "
     "sequence_parallel: false or on one tensor-parallel rank"
 )
 
@@ -37,19 +37,19 @@ class DriftedBiases:
     sequence_parallel: bool
 
     def finding(
-        self, written: str = "The mean of the ranks is written, which is near to it"
+        self, written: str = "The mean over the ranks is written, which is close to it"
     ) -> Finding:
         """What there is to know. written: what becomes of the biases."""
         differ = (
-            f"{self.count} biases differ between tensor-parallel ranks, by {self.largest:.6g} at "
-            f"most from their mean ({self.name})"
+            f"{self.count} biases differ between tensor-parallel ranks, by up to "
+            f"{self.largest:.6g} from their mean ({self.name})"
         )
         cause = "their gradients were not the same on all ranks"
         used = "each rank adds its own bias"
         if self.sequence_parallel:
             cause = (
-                "with sequence_parallel: true and gpt_j_residual: false GPT-NeoX synchronizes the "
-                "gradients of the norms only (megatron/model/utils.py, "
+                "with sequence_parallel: true and gpt_j_residual: false GPT-NeoX synchronizes "
+                "only the gradients of the norms (megatron/model/utils.py, "
                 "mark_norms_for_sequence_parallel_grad_sync)"
             )
             used = "each rank adds its own bias to its part of the sequence"
@@ -73,7 +73,7 @@ def row_bias_names(architecture: Architecture) -> tuple[str, ...]:
 
 
 def drifted_biases(checkpoint: Checkpoint) -> DriftedBiases | None:
-    """The row-parallel biases that differ between ranks; None where none do.
+    """The row-parallel biases that differ between ranks; None if none do.
 
     Reads these biases, which are small. With gpt_j_residual: true their sum is the model's bias,
     whatever each rank holds.

@@ -112,19 +112,21 @@ def _read_params(settings: Mapping[str, Any], path: str) -> _Params:
     if lacking := [
         key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in settings
     ]:
-        raise BridgeError(f"{path} lacks {some(lacking)}: it isn't that of a Llama.")
+        raise BridgeError(
+            f"{path} is missing {some(lacking)}, so it does not describe a Llama model."
+        )
     if settings.get("use_scaled_rope"):
         raise Refused(
-            f"{path}: use_scaled_rope: GPT-NeoX can't scale its rotary frequencies, and without "
-            "that it is another model. Way out: a Llama before 3.1."
+            f"{path}: use_scaled_rope is set. GPT-NeoX cannot scale rotary frequencies, and "
+            "without the scaling this is another model. Convert a Llama before 3.1."
         )
     if settings.get("moe") is not None:
-        raise Refused(f"{path}: moe: the model has experts, which this version does not convert.")
+        raise Refused(f"{path}: moe is set. neox-bridge does not convert models with experts.")
     for key in ("quantization", "quantization_args"):
         if settings.get(key):
             raise Refused(
-                f"{path}: {key}: the weights are quantized. Way out: convert the original, "
-                "unquantized model."
+                f"{path}: {key}: the weights are quantized. Convert the original, unquantized "
+                "model instead."
             )
     names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "norm_eps": "rms_norm_eps"}
     names |= {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
@@ -173,7 +175,7 @@ def _check_count(path: str, present: Mapping[int, str], wanted: range, name: str
     missing = next((n for n in wanted if n not in present), None)
     if missing is not None:
         raise BridgeError(
-            f"{path} isn't whole: {name.format(missing)} is missing. Download it again."
+            f"{path} is incomplete: {name.format(missing)} is missing. Download it again."
         )
 
 
@@ -189,19 +191,28 @@ def _gathered(
         block = re.search(r"\.(\d+)\.", key)
         pattern = re.sub(r"\.\d+\.", ".{i}.", key, count=1)
         if key.endswith("rope.freqs"):
-            dropped.append(Dropped(key, "rotary frequencies, which are computed"))
+            dropped.append(Dropped(key, "not learned: rotary frequencies"))
             continue
         if pattern not in rows:
             unknown.append(key)
             continue
         refs = [shard[key] for shard in shards if key in shard]
         if len(refs) < len(shards):
-            raise BridgeError(f"{path}: {key} isn't in all {len(shards)} files: left-over ones?")
+            raise BridgeError(
+                f"{path}: {key} is missing from some of the {len(shards)} files. Remove files "
+                "that are left over from another model."
+            )
         hf, split = rows[pattern]
         if len({(ref.dtype, ref.shape) for ref in refs}) > 1:
-            raise BridgeError(f"{path}: {key} has another shape or dtype in some of the files.")
+            raise BridgeError(
+                f"{path}: {key} does not have the same shape and dtype in all files. Download "
+                "the files again."
+            )
         if len(refs[0].shape) != (1 if split == "replicated" else 2):
-            raise BridgeError(f"{path}: {key} has the shape {list(refs[0].shape)}: it is damaged.")
+            raise BridgeError(
+                f"{path}: {key} has the shape {list(refs[0].shape)}, so it is damaged. Download "
+                "the file again."
+            )
         if key == "tok_embeddings.weight" and refs[0].shape[-1] == params.hidden:
             split = "column"  # by rows since Llama 3
         whole = gather(split, refs, row_bias_sums=False)
@@ -210,7 +221,7 @@ def _gathered(
             whole = _halves(whole, heads, key, path)
         tensors[hf.format(i=block[1] if block else "")] = whole
     if unknown:
-        raise BridgeError(f"{path} holds tensors that no Llama has: {some(unknown)}.")
+        raise BridgeError(f"{path} contains tensors that no Llama model has: {some(unknown)}.")
     return tensors, dropped
 
 
@@ -218,14 +229,19 @@ def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
     """The rows of each head: first those of even number, then those of odd."""
     rows, columns = whole.shape
     if not heads or not rows or rows % (2 * heads):
-        raise BridgeError(f"{path}: {key} has {rows} rows, which aren't {heads} heads of pairs.")
+        raise BridgeError(
+            f"{path}: {key} has {rows} rows, which do not form {heads} heads with an even number "
+            "of rows."
+        )
     width = rows // heads
     pieces = []
     for piece in whole.pieces:
         ref = piece.source
         assert ref is not None
         if ref.shape[0] % width:
-            raise BridgeError(f"{path}: {key} has heads that are spread over files.")
+            raise BridgeError(
+                f"{path}: {key} splits a head over two files, which is not supported."
+            )
         down, right = ref.strides or row_major(ref.shape)
         for head in range(ref.shape[0] // width):
             for odd in (0, 1):
@@ -257,8 +273,8 @@ def _positions(
         Finding(
             "positions-assumed",
             "warning",
-            f"{PARAMS} doesn't say how many positions the model has; {positions} are assumed, "
-            f"those of the released {models}",
-            f'add "max_seq_len" to {PARAMS} if that is wrong',
+            f"{PARAMS} does not set the number of positions. {positions} is assumed, as in the "
+            f"released {models}",
+            f'if that is wrong, add "max_seq_len" to {PARAMS}',
         )
     ]

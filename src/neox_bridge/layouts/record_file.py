@@ -52,7 +52,7 @@ _NEOX: dict[str, Callable[[object], bool]] = {"iteration": is_count, "yml": _is_
 
 
 def read_record(folder: str) -> dict[str, Any]:
-    """The record in a folder; empty where there is none.
+    """The record in a folder; empty if there is none.
 
     Raises BridgeError, naming the key, where a value is of another kind than this tool writes.
     """
@@ -71,7 +71,7 @@ def read_record(folder: str) -> dict[str, Any]:
 def written_files(record: Any) -> tuple[HashName | None, list[tuple[str, int, str | None]]]:
     """The kind of hash, and of each file path, size and hash, as a record has them.
 
-    Raises ValueError where a record isn't as this tool writes it."""
+    Raises ValueError if a record isn't as this tool writes it."""
     try:
         written = record["written"]
         name, files = written["hash"], list(_entries(written["files"]))
@@ -134,6 +134,6 @@ def _check(
     for key, fits in kinds.items():
         if key in values and not fits(values[key]):
             raise BridgeError(
-                f"{path}: {above}{key}: {str(values[key])[:60]!r} isn't what neox-bridge writes "
-                "there. Remove the file to go on without it."
+                f"{path}: {above}{key}: {str(values[key])[:60]!r} is not a value that "
+                "neox-bridge writes. Remove the file to continue without it."
             )

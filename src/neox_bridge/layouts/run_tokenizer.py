@@ -1,7 +1,7 @@
-"""The tokenizer of a GPT-NeoX run: what the yml names, where it lies, and what is said without it.
+"""The tokenizer of a GPT-NeoX run: which file the yml names, and where it is.
 
-Published runs name it by an absolute path of the cluster that trained them, such as
-``/fsx/pile/20B_tokenizer.json``; the file may lie beside the checkpoint.
+Published runs name it by an absolute path on the training cluster, such as
+``/fsx/pile/20B_tokenizer.json``. The file may be beside the checkpoint.
 """
 
 import os
@@ -24,9 +24,9 @@ _PATH_CHARACTERS = 4096  # of a path
 
 
 def named_tokenizer(raw: Mapping[str, Any]) -> str:
-    """The tokenizer file that a run's yml names, as it is written there; "" where it names none.
+    """The tokenizer file in the yml of a run, as written there; "" if there is none.
 
-    Only of Hugging Face's tokenizers, whose file holds everything.
+    Only for Hugging Face tokenizers, which are one file.
     """
     kind, name = raw.get("tokenizer_type") or "HFTokenizer", raw.get("vocab_file")
     if not isinstance(name, str) or str(kind).lower() != "hftokenizer":
@@ -35,10 +35,10 @@ def named_tokenizer(raw: Mapping[str, Any]) -> str:
 
 
 def local_tokenizer(place: StepFolder, raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tokenizer files that lie with a checkpoint, or where its yml says; () for none.
+    """The tokenizer files beside a checkpoint or at the path in its yml; () if there are none.
 
-    A file of the name in the yml comes first, then the folder ``tokenizer`` of what this tool
-    wrote, then the ``tokenizer.json`` beside flat files.
+    The file named in the yml comes first, then the folder ``tokenizer`` that this tool writes, then
+    the ``tokenizer.json`` beside flat files.
     """
     if name := named_tokenizer(raw):
         for path in _places(place, name):
@@ -52,9 +52,9 @@ def local_tokenizer(place: StepFolder, raw: Mapping[str, Any]) -> tuple[str, ...
 
 
 def with_tokenizer(checkpoint: Checkpoint, files: Sequence[str]) -> Checkpoint:
-    """The checkpoint with these tokenizer files, and nothing missing any more.
+    """The checkpoint with these tokenizer files, so that none is missing.
 
-    files: absolute paths or URLs. Where there are none, the checkpoint stays as it is.
+    files: absolute paths or URLs. If there are none, the checkpoint stays unchanged.
     """
     if not files:
         return checkpoint
@@ -63,24 +63,26 @@ def with_tokenizer(checkpoint: Checkpoint, files: Sequence[str]) -> Checkpoint:
 
 
 def not_missing(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint where nothing is said of the tokenizer, since there is one."""
+    """The checkpoint without a missing tokenizer."""
     findings = tuple(unrepeated(checkpoint.findings, (), ["tokenizer"]))
     return replace(checkpoint, missing_tokenizer="", findings=findings)
 
 
 def missing_finding(checkpoint: Checkpoint) -> Finding | None:
-    """What is said where the yml names a tokenizer and it is not there."""
+    """The finding for a tokenizer that the yml names but that does not exist."""
     state, name = checkpoint.neox, checkpoint.missing_tokenizer
     if state is None or not name:
         return None
     base = base_name(name)
     if checkpoint.hub_repo:
-        where = f"{checkpoint.hub_repo} does not hold"
-        remedy = "convert, batch and reshard look for it on the Hub; `tokenizer=PATH` names another"
+        where = f"{checkpoint.hub_repo} does not contain"
+        remedy = (
+            "convert, batch and reshard look for it on the Hub. `tokenizer=PATH` names another one"
+        )
     else:
         where = (
-            f"is not on this machine, and {state.folder} has no {base}, so that it is not known "
-            "how many rows of the vocabulary are padding"
+            f"is not on this machine, and {state.folder} has no {base}, so the number of padding "
+            "rows in the vocabulary is unknown"
         )
         remedy = f"convert with `tokenizer={TOKENIZER_REPO if base == NEOX_20B else 'PATH'}`"
         if is_local(state.root):
@@ -90,7 +92,7 @@ def missing_finding(checkpoint: Checkpoint) -> Finding | None:
 
 
 def _places(place: StepFolder, name: str) -> Iterator[str]:
-    """Where a file that the yml names may lie: there, or under its own name with the checkpoint."""
+    """Where the file that the yml names may be: at that path, or beside the checkpoint."""
     base = base_name(name)
     folders = [place.root, place.folder]
     if place.flat and step_of(os.path.basename(place.folder)) is not None:
@@ -106,5 +108,5 @@ def _places(place: StepFolder, name: str) -> Iterator[str]:
 
 
 def base_name(name: str) -> str:
-    """The last part of a path of any system."""
+    """The last part of a path of any operating system."""
     return re.split(r"[/\\]", name)[-1]

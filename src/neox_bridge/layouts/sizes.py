@@ -20,8 +20,8 @@ def solve_dims(shapes: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[st
     for name, (weight, shape) in shapes.items():
         if len(shape) != len(weight.shape):
             raise BridgeError(
-                f"{path}: {name} has the shape {list(shape)}; {len(weight.shape)} dimensions "
-                "are expected. The file is damaged or of another kind of model."
+                f"{path}: {name} has the shape {list(shape)}; {len(weight.shape)} dimensions are "
+                "expected. The file is damaged or belongs to another model."
             )
         for dim, size in zip(weight.shape, shape, strict=True):
             known, witness = dims.setdefault(dim, (size, name))
@@ -29,7 +29,7 @@ def solve_dims(shapes: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[st
                 raise BridgeError(
                     f"{path}: {name} has the shape {list(shape)}, which contradicts {witness}: "
                     f"its {dim} size is {size} here and {known} there. One of the files is "
-                    "damaged or of another model; copy or download it again."
+                    "damaged or belongs to another model. Copy or download it again."
                 )
     return {dim: size for dim, (size, _) in dims.items()}
 
@@ -52,15 +52,15 @@ def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> Non
     """BridgeError unless the heads divide the hidden size and QKV is three times as large."""
     if config.heads < 1 or config.hidden % config.heads:
         raise BridgeError(
-            f"{where}: {config.heads} doesn't divide the hidden size {config.hidden}. "
-            "The config is another model's."
+            f"{where}: {config.heads} does not divide the hidden size {config.hidden}. The "
+            "config belongs to another model."
         )
     if "q" in dims:
         _check_kv_heads(config, dims, where.replace("num_attention_heads", "the key-value heads"))
     elif dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         raise BridgeError(
             f"attention.query_key_value has {dims['qkv']} rows; a hidden size of {config.hidden} "
-            "takes three times as many. Grouped-query attention isn't of this family."
+            "needs three times as many. This family does not have grouped-query attention."
         )
 
 
@@ -68,11 +68,12 @@ def _check_kv_heads(config: ModelConfig, dims: Mapping[str, int], where: str) ->
     heads, kv_heads = config.heads, config.key_value_heads
     if dims["q"] % heads or heads % kv_heads:
         raise BridgeError(
-            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} doesn't go with {heads} "
-            f"heads and {dims['q']} rows of q. The config is another model's."
+            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} does not match {heads} "
+            f"heads and {dims['q']} rows of q. The config belongs to another model."
         )
     if dims["kv"] != dims["q"] // heads * kv_heads:
         raise BridgeError(
-            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} of {dims['q'] // heads} rows "
-            f"each are told, and k and v have {dims['kv']} rows. The config is another model's."
+            f"{where} (num_key_value_heads, num_kv_heads): {kv_heads} of {dims['q'] // heads} "
+            f"rows each do not match the {dims['kv']} rows of k and v. The config belongs to "
+            "another model."
         )

@@ -1,4 +1,4 @@
-"""Which step of a GPT-NeoX run a path means, and which step it is."""
+"""Finds the step of a GPT-NeoX run that a path means."""
 
 import os
 import re
@@ -25,12 +25,11 @@ _SNAPSHOTS = re.compile(r".*/(models|datasets|spaces)--[^/]+/snapshots", re.DOTA
 
 @dataclass(frozen=True, slots=True)
 class StepFolder:
-    """The folder that holds the files of one step.
+    """The folder with the files of one step.
 
-    root: of the run that the step belongs to; the same as ``folder`` where the files lie flat and
-        nothing above them belongs to the checkpoint.
-    named: whether the user named this folder itself, and not the run's.
-    weights_above: whether files of a step lie in the run's folder itself too, which are not read.
+    root: the folder of the run; the same as ``folder`` if the files are not in a run.
+    named: whether the user named this folder, and not the folder of the run.
+    weights_above: whether the folder of the run also contains files of a step, which are not read.
     """
 
     root: str
@@ -44,12 +43,12 @@ class StepFolder:
 
 
 def step_folder(path: str, step: int | None) -> StepFolder:
-    """The folder of a path's step: the path itself, the tag in ``latest``, or the step asked for.
+    """The folder of a step: the path itself, the tag in ``latest``, or the requested step.
 
-    A path that holds GPT-NeoX's files is a step, whatever its name; ``is_run_step`` says where the
-    folder above it is its run. Otherwise nothing above it is read.
+    A path with GPT-NeoX files is a step, whatever its name. The folder above it is read only if
+    ``is_run_step`` says that it is the run.
 
-    Raises BridgeError where several steps are there and nothing says which one is meant.
+    Raises BridgeError if there are several steps and none is chosen.
     """
     path = absolute(path)
     names = list_folder(path)
@@ -89,29 +88,29 @@ def _chosen(path: str, names: Sequence[str], step: int | None) -> str:
         if not steps and len(renamed) == 1:
             return renamed[0]
         raise BridgeError(
-            f"{path} has no file `latest`. Name one with `step=`: {some([*steps, *renamed])}."
+            f"{path} has no file `latest`. Choose a step with `step=`: {some([*steps, *renamed])}."
         )
     if tag not in steps:
         why = f"`step={step}`" if step is not None else "the file `latest`"
         others = [*steps, *renamed_steps(path, names)]
         raise BridgeError(
-            f"{path} has no folder {tag!r}, which {why} names. There are: "
-            f"{some(others) or 'none'}; choose one with `step=`."
+            f"{path} has no folder {tag!r}, which {why} names. Choose one of the existing steps "
+            f"with `step=`: {some(others) or 'none'}."
         )
     return tag
 
 
 def holds_weights(path: str) -> bool:
-    """Whether a folder holds GPT-NeoX's files of weights."""
+    """Whether a folder contains weight files of GPT-NeoX."""
     return isdir(path) and any(map(is_weights, list_folder(path)))
 
 
 def is_run_step(path: str, names: Sequence[str]) -> bool:
     """Whether a folder is a step of the run in the folder above it.
 
-    It is where its name is ``global_stepN``, where it holds weights and has another name that tells
-    a step, without a yml beside its weights, and where it has GPT-NeoX's ``configs`` and there is
-    a ``latest`` above it. names: of what lies in the folder.
+    It is if its name is ``global_stepN``; if it contains weights, no yml beside them, and its name
+    gives a step in another way; or if it has the ``configs`` of GPT-NeoX and there is a ``latest``
+    above it. names: the contents of the folder.
     """
     path = absolute(path)
     parent, name = os.path.split(path)
@@ -127,19 +126,19 @@ def is_run_step(path: str, names: Sequence[str]) -> bool:
 
 
 def _can_be_run(parent: str) -> bool:
-    """Whether a folder can hold the steps of a run: not above a repository of the Hub."""
+    """Whether a folder can contain the steps of a run: not above a repository on the Hub."""
     if _HUB_OWNER.fullmatch(parent):
         return False
     return not _SNAPSHOTS.fullmatch(parent)
 
 
 def is_flat(names: Sequence[str]) -> bool:
-    """Whether GPT-NeoX's files lie in a folder itself, and it is not the folder of a run."""
+    """Whether a folder contains GPT-NeoX files directly and is not the folder of a run."""
     return any(map(is_step_file, names)) and not any(map(STEP.fullmatch, names))
 
 
 def renamed_steps(path: str, names: Sequence[str]) -> list[str]:
-    """The folders below with GPT-NeoX's files whose names tell a step in another way."""
+    """Subfolders with GPT-NeoX files whose names give a step in another way."""
     steps = [(number, n) for n in names if (number := step_of(n)) is not None]
     return [
         name
@@ -149,7 +148,7 @@ def renamed_steps(path: str, names: Sequence[str]) -> list[str]:
 
 
 def step_in_name(folder: str, revision: str = "") -> int | None:
-    """The step that the Hub's revision tells, else the name of the folder, else its git branch.
+    """The step in the Hub revision, else in the name of the folder, else in its git branch.
 
     revision: ``org/name@step1000``, or "".
     """
@@ -161,7 +160,7 @@ def step_in_name(folder: str, revision: str = "") -> int | None:
 
 
 def _git_branch(folder: str) -> str:
-    """The branch that a clone has checked out; "" for other folders, and where it is no branch."""
+    """The branch that a clone has checked out; "" for other folders and a detached HEAD."""
     head = os.path.join(folder, ".git", "HEAD")
     if not is_local(folder) or not isfile(head):
         return ""
@@ -172,45 +171,45 @@ def _git_branch(folder: str) -> str:
 
 
 def check_step(asked: int | None, place: StepFolder, number: int | None) -> None:
-    """Raise UsageError where a user names a folder and another step than the folder's.
+    """Raise UsageError if the user names a folder and a step that is not in it.
 
-    number: the step of the folder; None where nothing tells it.
+    number: the step of the folder; None if it is unknown.
     """
     if asked is not None and place.named and number not in (None, asked):
         raise UsageError(
             ["step"],
-            f"{place.folder} is already another step than {asked}: it is step {number}",
-            "Leave it out" + (", or name the folder above it." if not place.flat else "."),
+            f"{place.folder} is the folder of step {number}, not of {asked}",
+            "Leave it out" + (" or name the folder above it." if not place.flat else "."),
         )
 
 
 def weights_above_finding(place: StepFolder) -> Finding | None:
-    """What is said where two steps could be meant: flat files, and a folder beside them."""
+    """The finding for a run folder with files of a step beside a folder of another step."""
     if not place.weights_above:
         return None
     return Finding(
         "two-places",
         "warning",
-        f"{place.root} holds files of a step itself, and {place.folder} holds those of another, "
-        "as GPT-NeoX writes them: the latter are read",
-        "move the others into a folder of their own if you want to read them",
+        f"{place.root} contains the files of one step, and {place.folder} contains those of "
+        "another. Like GPT-NeoX, neox-bridge reads the second",
+        "to read the first, move its files into a separate folder",
     )
 
 
 def step_finding(
     folder: str, revision: str, saved: int | None, named: int | None
 ) -> Finding | None:
-    """What is said where the files and the name tell different steps, or neither tells one.
+    """The finding if the files and the name give different steps, or neither gives one.
 
-    revision: the Hub's, or "". saved: the step of ``iteration`` in the mp_rank files. named: the
-    step that the revision or the folder's name tells.
+    revision: the Hub revision, or "". saved: ``iteration`` in the mp_rank files. named: the step in
+    the revision or in the name of the folder.
     """
     if saved is None and named is None:
         return Finding(
             "step-unknown",
             "warning",
-            f"nothing tells the step of {folder}: its mp_rank files have no iteration, and its "
-            "name holds no number",
+            f"the step of {folder} is unknown: its mp_rank files have no iteration, and its name "
+            "has no number",
             "name it with `step=N`",
         )
     if saved is None or named in (None, saved):
@@ -220,5 +219,5 @@ def step_finding(
         "warning",
         f"{revision or folder} is step {named} by its name or branch, and step {saved} by its "
         f"files (iteration in mp_rank_*_model_states.pt); {saved} is used",
-        "check which step you want: the files may have been copied to the wrong folder or branch",
+        "check which step you want. The files may have been copied to the wrong folder or branch",
     )

@@ -10,20 +10,20 @@ _NAME_CHARACTERS = 500
 
 
 def check_names(names: Iterable[object], file: str) -> None:
-    """Raise BridgeError for a name that isn't short wording text, as that of every weight is.
+    """Raise BridgeError for a name that isn't short printable text, as that of every weight is.
 
     Control characters could move a terminal's cursor, line ends forge a line of a report.
     """
     for name in names:
         if not isinstance(name, str):
             raise BridgeError(
-                f"{file} has a {type(name).__name__} where the name of a tensor should be. It "
-                "isn't a state dict."
+                f"{file} has a {type(name).__name__} instead of a tensor name, so it is not a "
+                "state dict."
             )
         if not name.isprintable() or len(name) > _NAME_CHARACTERS:
             raise BridgeError(
-                f"{file} has a tensor of the name {name[:60]!r}, which no model has: it isn't "
-                "short wording text. Don't use this file."
+                f"{file} has a tensor of the name {name[:60]!r}, which no model has: the name is "
+                "not short printable text. Do not use this file."
             )
 
 
@@ -32,14 +32,16 @@ _KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 
 def state_dict_of(value: object, file: str) -> Mapping[Any, Any]:
-    """The state dict of a file of torch.save. Raises BridgeError where there is none."""
+    """The state dict of a file of torch.save. Raises BridgeError if there is none."""
     for key in _KEYS:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             if any(isinstance(entry, TensorRef) for entry in value.values()):
                 break
             return dict(value[key])
     if not isinstance(value, dict):
-        raise BridgeError(f"{file} holds no state dict. Is it the weights of a model?")
+        raise BridgeError(
+            f"{file} does not contain a state dict. Check that it contains the weights of a model."
+        )
     return value
 
 

@@ -19,7 +19,7 @@ def read_text(path: str, most: int = _CONFIG_BYTES) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
+        raise BridgeError(f"{path} is not a text file. Copy or download it again.") from None
 
 
 def read_json(path: str, most: int = _CONFIG_BYTES, depth: int | None = DEPTH) -> dict[str, Any]:
@@ -32,14 +32,14 @@ def read_json(path: str, most: int = _CONFIG_BYTES, depth: int | None = DEPTH) -
         value = parse_json(raw, depth)
     except UnicodeDecodeError:
         refuse_misplaced(path, raw)
-        raise BridgeError(f"{path} isn't a text file. Copy or download it again.") from None
+        raise BridgeError(f"{path} is not a text file. Copy or download it again.") from None
     except ValueError as error:
         refuse_misplaced(path, raw)
         raise BridgeError(
-            f"{path} isn't JSON: {str(error)[:120]}. Correct or download it."
+            f"{path} is not valid JSON: {str(error)[:120]}. Correct the file or download it again."
         ) from None
     if not isinstance(value, dict):
-        raise BridgeError(f"{path} isn't a JSON object. Download it again.")
+        raise BridgeError(f"{path} is not a JSON object. Download it again.")
     return value
 
 
@@ -48,16 +48,18 @@ def read_bytes(path: str, most: int = _CONFIG_BYTES) -> bytes:
     with open_file(path) as file:
         raw = file.read(most + 1)
     if len(raw) > most:
-        raise BridgeError(f"{path} is larger than {most:,} bytes: it isn't what it should be.")
+        raise BridgeError(
+            f"{path} is larger than {most:,} bytes, so it cannot be this kind of file."
+        )
     return raw
 
 
 def list_folder(path: str) -> list[str]:
-    """The names in a folder, sorted. Raises BridgeError where it can't be listed."""
+    """The names in a folder, sorted. Raises BridgeError if it can't be listed."""
     try:
         return sorted(listdir(path))
     except OSError as error:
-        raise BridgeError(f"{path} can't be listed: {error.strerror}.") from None
+        raise BridgeError(f"{path} cannot be listed: {error.strerror}.") from None
 
 
 def dump_json(value: object) -> bytes:

@@ -1,4 +1,4 @@
-"""Tokenizer files: found, measured, and where the other side looks for them."""
+"""Finds and describes tokenizer files, and knows where the other side looks for them."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Tokenizer:
     """A tokenizer's files by the names that they get, with their sizes in bytes.
 
     files: (name in the target, absolute path, bytes). generated: (name, content).
-    size: entries, added ones too; None where it isn't known.
+    size: entries, added ones too; None if it isn't known.
     end_of_text: the id of END_OF_TEXT.
     main: the target's name of the file that says everything.
     """
@@ -48,9 +48,9 @@ class Tokenizer:
 
 
 def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
-    """The tokenizer files that lie in a folder, in the checkpoint's root, by default the folder.
+    """The tokenizer files in a folder, or in the root of the checkpoint (default: the folder).
 
-    Raises BridgeError for what isn't a file or leads out of it: they are copied as they are.
+    They are copied unchanged. Raises BridgeError for what is not a file or leads out of the folder.
     """
     places = [os.path.join(folder, name) for name in NAMES]
     files = tuple(path for path in places if brought_along(path, root or folder))
@@ -63,7 +63,7 @@ def tokenizer_files(folder: str, root: str | None = None) -> tuple[str, ...]:
 def tokenizer_at(path: str) -> tuple[str, ...]:
     """The tokenizer files of ``--tokenizer PATH``: a folder, or a tokenizer.json of any name.
 
-    ``org/name`` is a model of the Hub where there is no such path.
+    ``org/name`` is a model on the Hub if there is no such path.
     """
     path = paths.plain(path)
     if paths.isdir(path):
@@ -78,12 +78,12 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
             return published_tokenizer(path)
         raise BridgeError(f"`tokenizer={path}`: no such file or folder.")
     if "model" not in _read(path):
-        raise BridgeError(f"`tokenizer={path}`: not a tokenizer.json (it has no model).")
+        raise BridgeError(f"`tokenizer={path}`: not a tokenizer.json (its key model is missing).")
     return (path,)
 
 
 def main_file(files: Sequence[str]) -> str | None:
-    """The file that says everything: tokenizer.json, or the only file given."""
+    """The file with the whole tokenizer: tokenizer.json, or the only file."""
     for file in files:
         if os.path.basename(file) == MAIN:
             return file
@@ -92,12 +92,12 @@ def main_file(files: Sequence[str]) -> str | None:
 
 
 def tokenizer_size(files: Sequence[str]) -> int | None:
-    """How many entries a tokenizer has, added ones too: what GPT-NeoX pads (get_vocab_size())."""
+    """The number of entries, including added ones, which GPT-NeoX pads (get_vocab_size())."""
     return len(_entries(file)) if (file := main_file(files)) else None
 
 
 def describe_tokenizer(files: Sequence[str]) -> Tokenizer:
-    """The files of a tokenizer under the names that both sides know; Tokenizer() for none."""
+    """The tokenizer files under the names that both sides use; Tokenizer() if there are none."""
     if not files:
         return Tokenizer()
     main = main_file(files)
@@ -131,4 +131,4 @@ def _entries(file: str) -> Mapping[str, int]:
         added = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
         return {**vocab, **added}
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise BridgeError(f"{file} isn't a tokenizer.json: no vocabulary in it.") from None
+        raise BridgeError(f"{file} is not a tokenizer.json: it contains no vocabulary.") from None

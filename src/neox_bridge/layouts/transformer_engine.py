@@ -82,7 +82,7 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
     """A checkpoint as GPT-NeoX's own modules would have saved the same model.
 
     The names tell which modules were Transformer Engine's, never the yml; its KEYS stay there for
-    what judges it, and no target takes them over. Raises Refused where GPT-NeoX computes something
+    what judges it, and no target takes them over. Raises Refused if GPT-NeoX computes something
     with them that its own modules don't.
     """
     te_modules = {
@@ -98,7 +98,7 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
             unused = _unused(tensors)
             layers[layer] = {plain_name(k)[0]: t for k, t in tensors.items() if k not in unused}
             if number_ == 0:
-                why = "never used beside mlp.layer_norm_* (GPT-NeoX before #1355)"
+                why = "unused: mlp.layer_norm_* replaces it (GPT-NeoX before #1355)"
                 dropped += [Dropped(f"layer {layer}: {name}", why) for name in unused]
         renamed.append(layers)
     settings = dict(raw)
@@ -120,18 +120,19 @@ def to_plain(ranks: Ranks, raw: Mapping[str, Any], folder: str) -> Plain:
 
 def _refuse(raw: Mapping[str, Any], modules: Collection[str], tp: int, folder: str) -> None:
     if (modules or raw.get("te_rowparallel")) and raw.get("gpt_j_residual") and tp > 1:
-        raise Refused(f"{folder}: gpt_j_residual: {SUMS_TWICE} There is no way out.")
+        raise Refused(f"{folder}: gpt_j_residual: {SUMS_TWICE} It cannot be converted.")
     if "mlp" in modules and raw.get("activation") == "geglu":
         raise Refused(
-            f"{folder}: activation: Transformer Engine's geglu is the tanh form, which no MLP of "
-            "GPT-NeoX's own and no Llama of this tool computes. There is no way out."
+            f"{folder}: activation: Transformer Engine computes geglu with tanh, which neither "
+            "the MLPs of GPT-NeoX nor those of transformers' Llama compute. It cannot be "
+            "converted."
         )
 
 
 SUMS_TWICE = (
-    "with more than one tensor-parallel rank Transformer Engine's modules sum over the ranks, and "
-    "GPT-NeoX sums the result once more, so that the block's output is as many times too large: "
-    "nothing else computes this model."
+    "with more than one tensor-parallel rank, the modules of Transformer Engine sum over the "
+    "ranks, and GPT-NeoX then sums the result again. The output of a block is too large by a "
+    "factor of the number of ranks, and no other program computes this model."
 )
 
 
@@ -149,7 +150,7 @@ def _drop_zeros(
     held = [(layer, t) for rank in ranks for layer, t in rank.items() if set(names) & set(t)]
     if not all(is_zero(t[name]) for _, t in held for name in names if name in t):
         return False
-    why = "zeros: Transformer Engine's modules always have it, and the yml denies it"
+    why = "all zeros: Transformer Engine always stores it, but the yml turns it off"
     for layer, tensors in held:
         for name in names:
             if tensors.pop(name, None) is not None:
@@ -187,8 +188,8 @@ def epsilon(eps: float, norm: object) -> list[Finding]:
         Finding(
             "te-epsilon",
             "warning",
-            f"te_layernorm_mlp: the norm in front of the MLP takes {fixed:g} as its epsilon, "
-            f"whatever {epsilon_key(norm)} says, and the others take {eps:g}: the logits differ a "
-            "little from those of a model with one epsilon",
+            f"te_layernorm_mlp ignores {epsilon_key(norm)}: the norm before the MLP uses the "
+            f"epsilon {fixed:g}, and the others use {eps:g}. The logits differ slightly from "
+            "those of a model with one epsilon",
         )
     ]

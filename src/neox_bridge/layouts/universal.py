@@ -60,8 +60,8 @@ def masters(folder: str, metas: Sequence[Mapping[str, Any]], tp: int) -> Masters
     order = [name for meta in metas for group in parameter_shapes(meta, folder) for name in group]
     if odd := sorted(set(order) ^ set(states)):
         raise BridgeError(
-            f"{folder}: {some(odd)} isn't in both {ZERO} and the param_shapes of the mp_rank files."
-            " Copy the checkpoint again."
+            f"{folder}: {some(odd)} is not in both {ZERO} and the param_shapes of the mp_rank "
+            "files. Copy the checkpoint again."
         )
     files = tuple(stored.ref.file for stored in states.values())
     numbered = all(name.startswith("sequential.") for name in states)
@@ -106,7 +106,9 @@ def as_computed(
 
 def parameter_shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, Any]]:
     if not isinstance(meta.get("param_shapes"), list):
-        raise BridgeError(f"{folder}: an mp_rank file lacks param_shapes. Copy it again.")
+        raise BridgeError(
+            f"{folder}: param_shapes is missing from an mp_rank file. Copy the checkpoint again."
+        )
     return shapes(meta, f"{folder}/mp_rank_*_model_states.pt")
 
 
@@ -122,7 +124,7 @@ def stored_states(folder: str, key: str) -> dict[str, Stored]:
         value = read_torch(path)
         ref = value.get("param") if isinstance(value, dict) else None
         if not isinstance(value, dict) or not isinstance(ref, TensorRef):
-            raise BridgeError(f"{path} holds no param: it isn't a universal checkpoint's.")
+            raise BridgeError(f"{path} is not a file of a universal checkpoint: param is missing.")
         check_tensor("param", ref, path)
         states[name] = Stored(ref, value.get("cat_dim") == 0 and set(value) == {"cat_dim", "param"})
     return states
@@ -144,8 +146,9 @@ def _rows(ref: TensorRef, count: int, rank: int) -> TensorRef:
         return ref
     if not ref.shape or ref.shape[0] % count or ref.strides is not None:
         raise BridgeError(
-            f"{ref.file}: its {list(ref.shape)} aren't {count} tensor-parallel ranks' parts. Is it "
-            "of another layout than the mp_rank files?"
+            f"{ref.file}: its shape {list(ref.shape)} cannot be split over {count} "
+            "tensor-parallel ranks. It may belong to another layout than the mp_rank files. "
+            "Copy the checkpoint again."
         )
     shape = (ref.shape[0] // count, *ref.shape[1:])
     return replace(ref, offset=ref.offset + rank * (ref.nbytes // count), shape=shape)

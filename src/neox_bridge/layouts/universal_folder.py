@@ -33,5 +33,5 @@ def parameter(name: str, path: str) -> Parameter:
         return 0, name.removeprefix(_TIED)
     match = _NAMED.fullmatch(name)
     if match is None:
-        raise BridgeError(f"{path}: {name} isn't named as GPT-NeoX names parameters.")
+        raise BridgeError(f"{path}: {name} is not a parameter name of GPT-NeoX.")
     return int(match[1]), match[2]

@@ -72,7 +72,9 @@ def reason_of(key: UnknownKey) -> str:
     elif "." in key.name:
         who = "which neither GPT-NeoX nor DeepSpeed knows"
     else:
-        who = "which no GPT-NeoX from v1.0 to today knows, so a fork wrote it"
+        who = (
+            "which no GPT-NeoX from v1.0 to today knows, so a fork of GPT-NeoX may have written it"
+        )
     if key.neighbour:
         return f"{where}, {who}. Did you mean {key.neighbour}?"
     return f"{where}, {who}. Its name suggests that it changes what the model computes"
@@ -81,7 +83,7 @@ def reason_of(key: UnknownKey) -> str:
 def remedy_of(key: UnknownKey) -> str:
     """What the user can do."""
     correct = f"correct it if it is meant to be {key.neighbour}; " if key.neighbour else ""
-    return f"{correct}`ignore_keys={key.name}` continues without knowing what the key means"
+    return f"{correct}to ignore the key, use `ignore_keys={key.name}`"
 
 
 def listed(keys: Sequence[UnknownKey]) -> list[Finding]:
@@ -97,7 +99,8 @@ def listed(keys: Sequence[UnknownKey]) -> list[Finding]:
             "unknown-keys",
             "warning",
             f"{files + ' has ' if files else ''}keys that {who} does not know: {shown}",
-            "nothing suggests that they change the model; check them if a fork trained it",
+            "their names do not suggest that they change the model. Check them if a fork "
+            "trained it",
         )
     ]
 
@@ -112,9 +115,9 @@ def ignored_findings(names: Collection[str], carried: bool) -> list[Finding]:
     if not names:
         return []
     what = (
-        "written unchanged, for the code that knows what it means"
+        "written unchanged, for code that knows it"
         if carried
-        else "left out; if the model was trained with what it means, the result is another model"
+        else "left out. If the model was trained with this setting, the result is another model"
     )
     return [
         Finding(
@@ -135,9 +138,9 @@ def lost_on_the_way(checkpoint: Checkpoint) -> list[Finding]:
         Finding(
             "ignored-keys",
             "warning",
-            f"the run's yml had {some(names)}, ignored (`ignore_keys=`) on the way to Hugging "
-            "Face: the new yml is without it",
-            "add it again where the code that trained the model needs it",
+            f"the run's yml had {some(names)}, which was ignored (`ignore_keys=`) on the way to "
+            "Hugging Face. It is missing from the new yml",
+            "add it again if the code that trained the model needs it",
         )
     ]
 
@@ -178,6 +181,6 @@ def undecided(first: Checkpoint, second: Checkpoint) -> Iterator[Finding]:
                 yield Finding(
                     "unknown-key",
                     "error",
-                    f"{one.path}: {reason}{end} Whether both are the same model is not known.",
-                    "convert again, with `ignore_keys=` if the key does not matter",
+                    f"{one.path}: {reason}{end} It is unknown whether both are the same model.",
+                    "if the key does not matter, convert again with `ignore_keys=`",
                 )

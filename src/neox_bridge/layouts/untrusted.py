@@ -30,26 +30,26 @@ def settings(meta: Mapping[str, Any], path: str) -> dict[str, Any]:
     """
     args = meta.get("args") or {}
     if not isinstance(args, dict) or not all(isinstance(key, str) for key in args):
-        raise BridgeError(f"{path}: args aren't settings by their names. {_OTHER}")
+        raise BridgeError(f"{path}: args does not map names to settings. {_OTHER}")
     if not _small(args):
-        raise BridgeError(f"{path}: args hold more than any run's settings do. {_OTHER}")
+        raise BridgeError(f"{path}: args is larger than the settings of any run. {_OTHER}")
     return args
 
 
 def whole(values: Mapping[str, Any], key: str, path: str) -> int | None:
-    """A number that isn't negative, or None where there is none. Raises BridgeError for others."""
+    """A number that isn't negative, or None if there is none. Raises BridgeError for others."""
     value = values.get(key)
     if value is None:
         return None
     if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):  # as a yml may have it
         return int(value)
     if not isinstance(value, int | float) or value != value or not 0 <= value < _INT64:
-        raise BridgeError(f"{path}: {key} isn't a whole number. {_OTHER}")
+        raise BridgeError(f"{path}: {key} is not a whole number. {_OTHER}")
     return int(value)
 
 
 def count(values: Mapping[str, Any], key: str, path: str, name: str = "") -> int | None:
-    """A number of sequences, steps or ranks: 1 or more. None where there is none."""
+    """A number of sequences, steps or ranks: 1 or more. None if there is none."""
     value = values.get(key)
     if value is None:
         return None
@@ -61,7 +61,7 @@ def count(values: Mapping[str, Any], key: str, path: str, name: str = "") -> int
 
 
 def number(values: Mapping[str, Any], key: str, path: str, name: str = "") -> float | None:
-    """A number that is not negative, as yml may have it; None where there is none."""
+    """A number that is not negative, as yml may have it; None if there is none."""
     value = values.get(key)
     if value is None:
         return None
@@ -69,12 +69,12 @@ def number(values: Mapping[str, Any], key: str, path: str, name: str = "") -> fl
         value = float(value)
     known = isinstance(value, int | float) and not isinstance(value, bool)
     if not known or not 0 <= value <= _LARGEST:  # NaN is neither
-        raise unexpected(path, name or key, value, "a number that is not negative")
+        raise unexpected(path, name or key, value, "a non-negative number")
     return value
 
 
 def mapping(values: Mapping[str, Any], key: str, path: str, name: str = "") -> Mapping[str, Any]:
-    """Values by their names; empty where there are none."""
+    """Values by their names; empty if there are none."""
     value = values.get(key)
     if value is None:
         return {}
@@ -84,7 +84,7 @@ def mapping(values: Mapping[str, Any], key: str, path: str, name: str = "") -> M
 
 
 def sequence(values: Mapping[str, Any], key: str, path: str, name: str = "") -> Sequence[Any]:
-    """A list; empty where there is none."""
+    """A list; empty if there is none."""
     value = values.get(key)
     if value is None:
         return ()
@@ -107,13 +107,13 @@ def _kind(value: object) -> str:
 
 
 def text(values: Mapping[str, Any], key: str) -> str:
-    """A short text; empty where there is none."""
+    """A short text; empty if there is none."""
     value = values.get(key)
     return value if isinstance(value, str) and len(value) <= _NAME_CHARACTERS else ""
 
 
 CONFIGS = "/configs"  # the folder of a run's yml files, which users write
-_OTHER = "The file is damaged or made to deceive; get it from its source again."
+_OTHER = "The file is damaged or malicious. Get it again from its source."
 
 
 def _small(value: object) -> bool:

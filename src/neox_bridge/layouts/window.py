@@ -53,22 +53,23 @@ def effective_window(raw: Mapping[str, Any], layout: LayoutName) -> EffectiveWin
         return EffectiveWindow(raw)
     if used == "some":
         reason = (
-            f"{_WHY}: the layers with flash attention see {WIDTH}: {width}, the others everything "
-            "before them"
+            f"{_WHY}: the layers with flash attention use {WIDTH}: {width}, and the other layers "
+            "attend to all previous tokens"
         )
         return EffectiveWindow(raw, refusals=(Refusal(WIDTH, reason, neox_only=True),))
     ignored = Finding(
         "window-not-used",
         "warning",
         f"{WIDTH}: {width} has no effect in this checkpoint: {_WHY}. It is read as a model "
-        "without a window, and what is written from it has none",
-        "train with pipe_parallel_size: 1 or with flash attention if the model should have one",
+        "without a window, and so is everything written from it",
+        "if the model should have a window, train with pipe_parallel_size: 1 or with flash "
+        "attention",
     )
     return EffectiveWindow({k: v for k, v in raw.items() if k != WIDTH}, (ignored,))
 
 
 def check_window(checkpoint: Checkpoint, layout: LayoutName, yml: Mapping[str, Any]) -> None:
-    """Raise Refused where a GPT-NeoX target of this layout would have another window.
+    """Raise Refused if a GPT-NeoX target of this layout would have another window.
 
     yml: the settings that the target gets from the source's run, for its attention_config.
     """
@@ -78,21 +79,20 @@ def check_window(checkpoint: Checkpoint, layout: LayoutName, yml: Mapping[str, A
             return
         if checkpoint.neox.layout == "ranks":
             raise Refused(
-                f"{WIDTH}: {yml[WIDTH]}: {_WHY}, so in this checkpoint only the layers with flash "
-                "attention have one. With pipe_parallel_size 1 or more all layers would. Keep "
-                "`layout=ranks`."
+                f"{WIDTH}: {yml[WIDTH]}: {_WHY}. In this checkpoint only the layers with flash "
+                "attention have a window. With pipe_parallel_size 1 or more all layers would "
+                "have one. Keep `layout=ranks`."
             )
         raise Refused(
-            f"{WIDTH}: {yml[WIDTH]}: {_WHY}, so the target would be another model. Use "
-            "`layout=layers`, or, where flash-attn is installed, set attention_config: "
-            f'[[["flash"], {config.layers}]] in the source\'s yml first: flash-attn keeps the '
-            "window."
+            f"{WIDTH}: {yml[WIDTH]}: {_WHY}. The target would be another model. Use "
+            "`layout=layers`. Or, if flash-attn is installed, which keeps the window, first set "
+            f'attention_config: [[["flash"], {config.layers}]] in the yml of the source.'
         )
     if config.window is not None and config.window < config.max_positions and used != "all":
         raise Refused(
-            f"sliding_window: {config.window}: {_WHY}, so the target would be another model. Use "
-            "`layout=layers`, or set sliding_window: null in config.json if no text is longer than "
-            f"{config.window} tokens."
+            f"sliding_window: {config.window}: {_WHY}. The target would be another model. Use "
+            f"`layout=layers`. Or, if no text is longer than {config.window} tokens, set "
+            "sliding_window: null in config.json."
         )
 
 

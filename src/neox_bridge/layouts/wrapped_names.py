@@ -39,7 +39,7 @@ class Unwrapped:
 
     @property
     def by(self) -> str:
-        """What puts such wrappers around a model; empty where that is not known."""
+        """What puts such wrappers around a model; empty if that is not known."""
         parts = {part for wrapper in self.wrappers for part in wrapper.split(".")}
         return " and ".join(sorted(_BY[part] for part in parts & set(_BY)))
 
@@ -69,8 +69,8 @@ def unwrap(keys: Iterable[str], is_known: Callable[[str], bool], where: str) -> 
     if len(around) > 1:
         (first, key), (second, other) = list(around.items())[:2]
         raise BridgeError(
-            f"{where} holds {key} {_with(first)} and {other} {_with(second)}: the names of two "
-            "different state dicts. Save the model again with one kind of names."
+            f"{where} contains {key} {_with(first)} and {other} {_with(second)}, the names of "
+            "two different state dicts. Save the model again with one kind of names."
         )
     return Unwrapped(names, tuple(wrappers))
 
@@ -105,9 +105,9 @@ def without_wrappers(tensors: Mapping[str, TensorRef], where: str) -> dict[str, 
 
 
 def _record(origin: dict[str, str], name: str, key: str, where: str) -> None:
-    """Note which key has a name. Raises BridgeError where another one has it already."""
+    """Note which key has a name. Raises BridgeError if another one has it already."""
     if origin.setdefault(name, key) != key:
         raise BridgeError(
-            f"{where} holds {origin[name]} and {key}, which are the same tensor of the model "
+            f"{where} contains {origin[name]} and {key}, which are the same tensor of the model "
             "once the wrapper's name is removed. Remove one of them."
         )

@@ -46,6 +46,6 @@ def overflow_finding(overflows: Mapping[str, int]) -> Finding:
     return Finding(
         "cast-overflow",
         "warning",
-        f"{total:,} {values} became infinite in the cast: {names}",
+        f"{total:,} {values} overflowed to infinity in the cast: {names}",
         "choose `dtype=bfloat16` or float32",
     )

@@ -65,7 +65,7 @@ def cut_rows(
         ]
     if options.vocab_rows != "tokenizer" or size is None or size >= rows:
         return rows, []
-    why = "no entry of the tokenizer has them (`vocab_rows=tokenizer`)"
+    why = "the tokenizer has no entries for them (`vocab_rows=tokenizer`)"
     return size, [Dropped(f"vocabulary rows {size} to {end - 1}", why)]
 
 

@@ -23,7 +23,7 @@ INV_FREQ_FLAG = "rotary_save_freqs_buffer"
 def check_era(
     checkpoint: Checkpoint, layout: RankLayout, era: Era, options: Options
 ) -> list[Finding]:
-    """What to know of a model in trees of an era. Raises Refused where they have no such model."""
+    """What to know of a model in trees of an era. Raises Refused if they have no such model."""
     architecture, config = checkpoint.architecture, checkpoint.config
     mismatches = []
     ffn = config.dims["ffn"]
@@ -33,18 +33,18 @@ def check_era(
         config.fusion(layout.gqa_order)
     elif ffn != 4 * config.hidden and ffn % 2:
         raise Refused(
-            f"intermediate_size: {ffn} is odd, and GPT-NeoX rounds it up to an even number "
-            "(megatron/model/transformer.py), so no tree can load it."
+            f"intermediate_size: {ffn} is odd. GPT-NeoX rounds it up to an even number "
+            "(megatron/model/transformer.py), so no version can load the model."
         )
     elif era.plain_mlp_4h and ffn != 4 * config.hidden:
         raise Refused(
-            f"intermediate_size: {ffn} isn't four times the hidden size {config.hidden}, and "
-            f"GPT-NeoX trees {era.until} have plain MLPs of that size only. Use `era=today`."
+            f"intermediate_size: {ffn} is not four times the hidden size {config.hidden}, the "
+            f"only size of plain MLPs in GPT-NeoX {era.until}. Use `era=today`."
         )
     if config.reward and "train_impl" not in known_keys(era):
         raise Refused(
-            f"train_impl: this is a reward model, and GPT-NeoX trees {era.until} have none. Use "
-            "`era=today`."
+            f"train_impl: this is a reward model, which GPT-NeoX {era.until} does not support. "
+            "Use `era=today`."
         )
     known, written = known_keys(era), architecture.write_neox(config, layout.old_names)
     unknown = [_without(key, value, era) for key, value in written.items() if key not in known]
@@ -56,25 +56,25 @@ def check_era(
             Finding(
                 "inv-freq-by-flag",
                 "warning",
-                "the yml says rotary_save_freqs_buffer: true, with which GPT-NeoX of 2024-03-04 or "
-                "later loads a stored inv_freq; an older one refuses that key",
-                "for an older one, use `era=neox@2024-03` in place of `inv_freq=store`",
+                "the yml sets rotary_save_freqs_buffer: true, so that GPT-NeoX from 2024-03-04 "
+                "or later loads a stored inv_freq. Older versions reject that key",
+                "for an older version, use `era=neox@2024-03` instead of `inv_freq=store`",
             )
         ]
     if layout.mlp_names != era.mlp_names:
-        mismatches.append(f"`mlp_names={layout.mlp_names}`, and it expects {era.mlp_names}")
+        mismatches.append(f"`mlp_names={layout.mlp_names}`, but it expects {era.mlp_names}")
     if layout.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
         mismatches.append(
-            f"`inv_freq={layout.inv_freq}`, and it can only {era.inv_freq} the buffer"
+            f"`inv_freq={layout.inv_freq}`, but it can only {era.inv_freq} the buffer"
         )
     if config.grouped_query and layout.gqa_order != era.gqa_order:
-        mismatches.append(f"`gqa_order={layout.gqa_order}`, and it reads them {era.gqa_order}")
+        mismatches.append(f"`gqa_order={layout.gqa_order}`, but it reads them as {era.gqa_order}")
     return [
         Finding(
             "era-mismatch",
             "warning",
-            f"a GPT-NeoX of {era.name} won't load the result as this model: {what}",
-            "leave that option out",
+            f"{era.name} will not load the result as this model: {what}",
+            "leave out that option",
         )
         for what in mismatches
     ]
@@ -84,16 +84,16 @@ def _without(key: str, value: object, era: Era) -> Refusal:
     """The refusal of a model that needs a setting which trees of the era do not have."""
     return Refusal(
         key,
-        f"GPT-NeoX trees {era.until} do not have it, and without it the model is another one "
-        f"({key}: {value!r})",
-        "name a GPT-NeoX that has it with `era=`",
+        f"GPT-NeoX {era.until} does not support it, and without it this is another model ({key}: "
+        f"{value!r})",
+        "name a GPT-NeoX that supports it with `era=`",
     )
 
 
 def _check_mlp_biases(
     architecture: Architecture, config: ModelConfig, layout: RankLayout, era: Era
 ) -> None:
-    """Raise Refused where trees of the era cannot run an MLP with or without these biases."""
+    """Raise Refused if trees of the era cannot run an MLP with or without these biases."""
     if layout.te:
         return  # such modules always have biases, and zeros are written for those that are missing
     activation = str(architecture.write_neox(config, False)["activation"])
@@ -103,20 +103,21 @@ def _check_mlp_biases(
     )
     if not architecture.gated and not config.mlp_bias:
         raise Refused(
-            "use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX's plain MLP adds "
-            "them without asking (megatron/model/transformer.py, ParallelMLP.forward), so every "
-            "tree ends in a TypeError."
+            "use_bias_in_mlp: the MLP of the model has no biases, but the plain MLP of every "
+            "GPT-NeoX adds them unconditionally and fails with a TypeError "
+            "(megatron/model/transformer.py, ParallelMLP.forward). No version can run this "
+            "model."
         )
     if wanted == "required" and not config.mlp_bias:
         raise Refused(
-            f"use_bias_in_mlp: the model has no biases in its MLP, and GPT-NeoX trees {era.until} "
-            f"need them for {activation} (megatron/model/transformer.py, "
+            f"use_bias_in_mlp: the MLP of the model has no biases, but GPT-NeoX {era.until} "
+            f"requires them for {activation} (megatron/model/transformer.py, "
             "ParallelTransformerLayer.forward). Use `era=today`."
         )
     if wanted == "none" and config.mlp_bias:
         raise Refused(
-            f"mlp_bias: the model has biases in its MLP, and GPT-NeoX trees {era.until} have none "
-            f"for {activation} (megatron/model/transformer.py). Use `era=today`."
+            f"mlp_bias: the MLP of the model has biases, but GPT-NeoX {era.until} does not "
+            f"support them for {activation} (megatron/model/transformer.py). Use `era=today`."
         )
 
 
@@ -180,5 +181,5 @@ def era_settings(checkpoint: Checkpoint, layout: RankLayout, era: Era | None) ->
 def reason_dropped(key: str, era: str) -> str:
     """Why a key is not in the yml for trees of an era."""
     if source := COMPUTED_KEYS.get(key):
-        return f"GPT-NeoX computes it from {source}, so that it had no effect"
+        return f"it had no effect: GPT-NeoX computes it from {source}"
     return f"GPT-NeoX of {era} refuses it"

@@ -18,14 +18,15 @@ _TRANSFORMERS = "transformers"
 
 
 def form_asked(architecture: Architecture, options: Options) -> Form | None:
-    """What ``--format`` names; None for transformers'. Raises Refused where the family lacks it."""
+    """What ``--format`` names; None for transformers'. Raises Refused if the family lacks it."""
     if options.format in (None, _TRANSFORMERS):
         return None
     names = ", ".join([_TRANSFORMERS, *(form.name for form in architecture.forms)])
     form = next((form for form in architecture.forms if form.name == options.format), None)
     if form is None:
         raise Refused(
-            f"`format={options.format}`: {architecture.name} has no such form. Its forms: {names}."
+            f"`format={options.format}`: {architecture.name} cannot be written in this format. "
+            f"Valid values: {names}."
         )
     if options.shard_size != SHARD_SIZE or options.shards != "size":
         raise UsageError(
@@ -60,7 +61,7 @@ def form_settings(
     Raises Refused for what it can't express.
     """
     refuse_all(form.refuse(config, hf_config), checkpoint.path)
-    why = f"{form.name} has no word for it; {RECORD} keeps it"
+    why = f"{form.name} has no such setting. It is kept in {RECORD}"
     had = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config") or {}
     lost = [Dropped(f"config.json: {key}", why) for key in form.lost if had.get(key) is not None]
     rows = config.dims["vocab"]

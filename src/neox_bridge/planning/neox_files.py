@@ -72,7 +72,7 @@ V1_KEYS = (
     "rng_tracker_states",
 )
 SEED = 1234  # GPT-NeoX's default
-# of an mp_rank file's number and module (None where layers have files of their own): its value,
+# of an mp_rank file's number and module (None if layers have files of their own): its value,
 # and the tensors of it beside the module's
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
 Groups = dict[Parameter, list[Row]]
@@ -101,7 +101,7 @@ class RankLayout:
 
     @property
     def pipe_parallel_size(self) -> int:
-        """GPT-NeoX's setting: 0 where there are no stages."""
+        """GPT-NeoX's setting: 0 if there are no stages."""
         return self.stages if self.name == "layers" else 0
 
     @property
@@ -133,7 +133,7 @@ def weight_files(
 ) -> Iterator[OutputFile]:
     """Every ``.pt`` file of the folder: one a layer and rank, or one a rank, and the metadata.
 
-    alike: whether the metadata of all numbers is the same value, but for its module.
+    alike: whether the metadata of all numbers is the same value, except for its module.
     """
     layout = model.layout
     rows = table_rows(model.architecture, model.config.layers)

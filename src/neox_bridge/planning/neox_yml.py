@@ -101,7 +101,7 @@ def settings(
     """Settings for a target of this layout.
 
     layout: pipe_parallel_size, model_parallel_size, make_vocab_size_divisible_by.
-    raw: the merged yml of the run that the source comes from; empty where there was none.
+    raw: the merged yml of the run that the source comes from; empty if there was none.
     same_model: whether raw describes this very model, so that its own words are kept.
     same_dtype: whether raw's precision is that of the target.
     old_names: whether the MLP is that of a tree before 2024-09.
@@ -205,9 +205,9 @@ def unnameable_finding(file: str, keys: Sequence[str]) -> Finding:
     return Finding(
         "path-not-utf8",
         "warning",
-        f"the path of this folder is not UTF-8, so {file} cannot hold it: {', '.join(keys)} are "
-        "not filled in, and GPT-NeoX does not start with them as they are",
-        "rename the folder to a name in UTF-8 and write its path there",
+        f"the path of this folder is not UTF-8, so it cannot be written into {file}. "
+        f"{', '.join(keys)} are not filled in, and GPT-NeoX cannot start like this",
+        "rename the folder to a UTF-8 name and write its path into the yml",
     )
 
 

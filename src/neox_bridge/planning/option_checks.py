@@ -30,14 +30,14 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
         other = _NAMES[SIDES[wrong[0]]]
         raise UsageError(
             wrong,
-            f"only for {other} targets, and this target is for {_NAMES[kind]}",
+            f"only for {other} targets, but this target is for {_NAMES[kind]}",
             f"Use `to={SIDES[wrong[0]]}` for a {other} target, or leave "
             f"{'it' if len(wrong) == 1 else 'them'} out.",
         )
     if options.gqa_order is not None and {kind, checkpoint.kind} == {"hf"}:
         raise UsageError(
             ["gqa_order"],
-            "it describes the rows in GPT-NeoX files, and neither side is GPT-NeoX here",
+            "it describes the row order in GPT-NeoX files, but neither side is GPT-NeoX",
             "Leave it out.",
         )
     # only where the user names one model: a batch may hold some with it and some without
@@ -50,7 +50,9 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
             "Add `optimizer=fresh`. To change the ranks of a run with its optimizer, use reshard.",
         )
     if "crc" in given and kind == "hf" and options.format in (None, "transformers"):
-        raise UsageError(["crc"], "only .pt files hold checksums, not safetensors", "Leave it out.")
+        raise UsageError(
+            ["crc"], "only .pt files have checksums, not safetensors files", "Leave it out."
+        )
     if "head" in given and options.head is not None:
         check_head(checkpoint)
     check_layout(options.layout, options.pp)
@@ -59,32 +61,32 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
 
 
 def check_gqa_order(order: str | None, *checkpoints: Checkpoint) -> None:
-    """Raise UsageError where an order is given and none of the checkpoints can have one."""
+    """Raise UsageError if an order is given and none of the checkpoints can have one."""
     if order is None or any(c.neox is not None and c.config.grouped_query for c in checkpoints):
         return
     if not any(c.config.grouped_query for c in checkpoints):
         raise _no_grouped_query()
     raise UsageError(
         ["gqa_order"],
-        "it describes the rows in GPT-NeoX files, and this is a Hugging Face model",
+        "it describes the row order in GPT-NeoX files, but this is a Hugging Face model",
         "Leave it out.",
     )
 
 
 def check_optimizer(wanted: bool, *checkpoints: Checkpoint) -> None:
-    """Raise UsageError where optimizer states are asked of a Hugging Face model."""
+    """Raise UsageError if optimizer states are asked of a Hugging Face model."""
     for checkpoint in checkpoints if wanted else ():
         if checkpoint.neox is None:
             raise UsageError(
                 ["optimizer"],
-                f"only GPT-NeoX checkpoints hold optimizer states, and {checkpoint.path} is a "
+                f"only GPT-NeoX checkpoints contain optimizer states, but {checkpoint.path} is a "
                 "Hugging Face model",
                 "Leave it out.",
             )
 
 
 def check_layout(layout: str | None, pp: int | None) -> None:
-    """Raise UsageError where the layout contradicts the number of pipeline stages."""
+    """Raise UsageError if the layout contradicts the number of pipeline stages."""
     if layout == "layers" and pp == 0:
         raise UsageError(
             ["layout", "pp"],

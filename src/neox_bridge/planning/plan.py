@@ -17,7 +17,7 @@ class Plan:
     blanks: what the user has still to fill in, as (file, key).
     asked: the options that aren't the default (``Options.asked``).
     casts: the dtypes that the source's weights are cast to.
-    model: what tells the model of a GPT-NeoX target from another; None where nobody asks.
+    model: what tells the model of a GPT-NeoX target from another; None if nobody asks.
     fixed: keys of a start-up yml that must stay as they are in the plan's.
     known_deviations: how the names of tensors end whose ranks differ, as a finding says already.
     checkpoint: the source as it was opened, to compare the result with; None for a plan that has no

@@ -1,4 +1,4 @@
-"""The random states that GPT-NeoX saves and, unless told otherwise, wants back when it loads."""
+"""The random states that GPT-NeoX saves and, by default otherwise, wants back when it loads."""
 
 import hashlib
 import random

@@ -107,7 +107,10 @@ def hf_model(
             for row in checkpoint.rows
             if row.weight.split == "row_bias"
         }
-        dropped += [Dropped(name, "the ranks' sum is written") for name in sorted(spread)]
+        dropped += [
+            Dropped(name, "merged: every rank held a part, and their sum is written")
+            for name in sorted(spread)
+        ]
     lacking = {flag: True for flag in checkpoint.architecture.always if not getattr(config, flag)}
     if checkpoint.kind == "neox" and lacking:
         config = replace(config, **lacking)  # type: ignore[arg-type]
@@ -116,8 +119,8 @@ def hf_model(
             Finding(
                 "biases-added",
                 "info",
-                f"{added} biases that the source lacks are written as zeros, since transformers' "
-                "gpt_neox always has them",
+                f"{added} biases are missing from the source and are written as zeros, because "
+                "gpt_neox in transformers always has them",
             )
         )
     return wholes, config, dropped, findings
@@ -143,7 +146,7 @@ def _rows_to_keep(
     known = checkpoint.unpadded_rows
     rows, dropped = cut_rows(known, have, options, tokenizer)
     if rows < have and not dropped:
-        why = "padding that the way to GPT-NeoX had added"
+        why = "padding that the conversion to GPT-NeoX added"
         dropped = [Dropped(f"vocabulary rows {rows} to {have - 1}", why)]
         return rows, dropped, _trained_padding(checkpoint, rows, have)
     unknown = checkpoint.kind == "neox" and rows == have and options.vocab_rows == "keep"
@@ -165,10 +168,10 @@ def _trained_padding(checkpoint: Checkpoint, rows: int, have: int) -> list[Findi
         Finding(
             "padding-trained",
             "warning",
-            f"the model had {rows} vocabulary rows when it came to GPT-NeoX, as the yml says "
-            f"(config_files), and rows {rows} to {have - 1} were padding of zeros: the run has "
-            f"trained them since ({', '.join(trained)}). They are left out",
-            "keep them with `vocab_rows=all`",
+            f"the model had {rows} vocabulary rows when it was converted to GPT-NeoX (recorded "
+            f"in config_files of the yml), and rows {rows} to {have - 1} were zero padding. The "
+            f"run has trained them since ({', '.join(trained)}). They are left out",
+            "to keep them, use `vocab_rows=all`",
         )
     ]
 
@@ -185,9 +188,9 @@ def _unknown_padding(have: int, entries: int) -> Finding:
     return Finding(
         "padding-unknown",
         "info",
-        f"the embeddings have {have} rows and the tokenizer {entries} entries. How many rows the "
-        "model had before GPT-NeoX padded them is not recorded, so all are kept",
-        f"cut them with `vocab_rows=N`, or to {entries} with `vocab_rows=tokenizer`",
+        f"the embeddings have {have} rows and the tokenizer {entries} entries. The number of "
+        "rows before GPT-NeoX padded the vocabulary is not recorded, so all rows are kept",
+        f"to cut the padding, use `vocab_rows=N`, or `vocab_rows=tokenizer` for {entries} rows",
     )
 
 
@@ -289,9 +292,9 @@ def _padding(raw: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "pad-token-unknown",
             "warning",
-            "a reward model needs pad_token_id to score more than one text at a time, and the "
-            "source names none: transformers will refuse such batches",
-            "set pad_token_id in config.json to the token that pads",
+            "pad_token_id is missing from the source. transformers needs it to score more than "
+            "one text at a time with a reward model",
+            "set pad_token_id in config.json to the padding token",
         )
     ]
 

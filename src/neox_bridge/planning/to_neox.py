@@ -95,8 +95,8 @@ def plan_neox(
     if options.optimizer == "fresh":
         if layout.predates_deepspeed_06:
             raise Refused(
-                "`optimizer=fresh`: the optimizer states of GPT-NeoX v1.0 are not made anew, only "
-                "converted. Leave the option out, and v1.0 starts a new optimizer itself."
+                "`optimizer=fresh`: new optimizer states cannot be written for GPT-NeoX v1.0. "
+                "Leave it out. v1.0 then starts a new optimizer itself."
             )
         training, dp = yml_settings.training, options.dp
         assert make_optimizer is not None
@@ -196,7 +196,7 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
 
 
 def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The yml of the run that the model comes from; empty where there was none."""
+    """The yml of the run that the model comes from; empty if there was none."""
     if checkpoint.kind == "neox":
         return checkpoint.raw
     recorded = checkpoint.record.get("neox")
@@ -219,7 +219,8 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
             )
     if stages > config.layers:
         raise Refused(
-            f"`pp={stages}`: the model has {config.layers} layers only, and each stage needs one."
+            f"`pp={stages}`: the model has only {config.layers} layers, and each stage needs at "
+            "least one."
         )
 
 
@@ -252,9 +253,10 @@ def _padded(vocabulary: Vocabulary, tp: int) -> Finding:
     return Finding(
         "padding-rows",
         "info",
-        f"no make_vocab_size_divisible_by keeps the model's {vocabulary.rows} vocabulary rows at "
-        f"TP {tp}: {added} rows of zeros are added, which GPT-NeoX trains and counts in its loss",
-        "they are left out again on the way back to Hugging Face",
+        f"no value of make_vocab_size_divisible_by keeps the {vocabulary.rows} vocabulary rows "
+        f"of the model at TP {tp}. {added} rows of zeros are added, which GPT-NeoX trains and "
+        "includes in its loss",
+        "a conversion back to Hugging Face removes them",
     )
 
 
@@ -262,9 +264,9 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
     return Finding(
         "tokenizer-larger",
         "warning",
-        f"the tokenizer has {vocabulary.size} entries and the model {vocabulary.rows} rows: the "
-        "rows that are missing are written as zeros",
-        "check that it is this model's tokenizer",
+        f"the tokenizer has {vocabulary.size} entries, but the model has only {vocabulary.rows} "
+        "rows. The missing rows are written as zeros",
+        "check that the tokenizer belongs to this model",
     )
 
 
@@ -273,9 +275,9 @@ def _schedule() -> Finding:
     return Finding(
         "schedule",
         "info",
-        "the learning-rate schedule, made of these settings, is in the checkpoint, from where "
-        "GPT-NeoX takes it",
-        "override_lr_scheduler: true takes the yml's",
+        "the checkpoint contains the learning-rate schedule made of these settings. GPT-NeoX "
+        "uses that, not the yml",
+        "to use the schedule of the yml, set override_lr_scheduler: true",
     )
 
 

@@ -44,28 +44,29 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
     checks: tuple[tuple[bool, str], ...] = (
         (
             "te_mha" not in known_keys(era) or options.mlp_names == "dense",
-            "GPT-NeoX has had Transformer Engine's modules since "
-            f"{since('neox-transformer-engine')}; use `era=today` and no `mlp_names=`",
+            "GPT-NeoX has supported the modules of Transformer Engine since "
+            f"{since('neox-transformer-engine')}. Use `era=today` without `mlp_names=`",
         ),
         (tp > 1 and config.parallel_residual, f"gpt_j_residual: {SUMS_TWICE} Use `tp=1`"),
         (
             config.activation not in known,
-            f"activation: Transformer Engine has no MLP with {what}, only with {', '.join(known)}; "
-            'for a model that was trained with the tanh form, as Pythia was, set hidden_act: "'
-            'gelu_fast" in config.json',
+            f"activation: the MLP of Transformer Engine does not support {what}, only "
+            f"{', '.join(known)}. If the model was trained with the tanh form, as Pythia was, set "
+            'hidden_act: "gelu_fast" in config.json',
         ),
         (
             config.window is not None,
-            "sliding_window_width: GPT-NeoX hands it to Transformer Engine as a number, which "
-            "takes a pair; leave out `te=True`",
+            "sliding_window_width: GPT-NeoX passes it to Transformer Engine as a number, but "
+            "Transformer Engine expects a pair. Leave out `te=True`",
         ),
         (
             config.tied_norms,
-            "gpt_j_tied: the norm of Transformer Engine's MLP is its own; leave out `te=True`",
+            "gpt_j_tied: the MLP of Transformer Engine has a separate norm. Leave out `te=True`",
         ),
         (
             not architecture.gated and not config.norm_bias,
-            "the norms have no biases, and Transformer Engine's LayerNorm has; leave out `te=True`",
+            "the norms have no biases, but LayerNorm of Transformer Engine has. Leave out "
+            "`te=True`",
         ),
         (
             raw.get("pos_emb", "rotary") not in ("rotary", "learned", "none"),
@@ -74,11 +75,14 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
         (bool(raw.get("use_mup")), "use_mup isn't in GPT-NeoX's te_mha; leave out `te=True`"),
         (
             bool(raw.get("use_qk_layernorm")),
-            "use_qk_layernorm isn't in te_mha; leave out `te=True`",
+            "te_mha does not support use_qk_layernorm. Leave out `te=True`",
         ),
     )
     if reasons := [why for hit, why in checks if hit]:
-        raise Refused(f"`te=True`: this model can't be written so. {'. '.join(reasons)}.")
+        raise Refused(
+            "`te=True`: this model cannot be written with Transformer Engine. "
+            f"{'. '.join(reasons)}."
+        )
     return epsilon(config.norm_eps, "rmsnorm" if architecture.gated else "layernorm")
 
 

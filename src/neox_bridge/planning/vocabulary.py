@@ -21,7 +21,7 @@ _SMALLER = (64, 32, 16, 8)
 class Vocabulary:
     """rows: kept of the source. padded: rows of the target. multiple: make_vocab_size_divisible_by.
 
-    size: what stands for the tokenizer's number of entries; None where it isn't known.
+    size: what stands for the tokenizer's number of entries; None if it isn't known.
     """
 
     rows: int
@@ -48,7 +48,7 @@ def fit(rows: int, size: int, tp: int, multiple: int | None, *, known: bool = Tr
     step holds all rows. Where tp does not divide the rows there is none: then 128, doubled as often
     as needed, leaves room for every row.
 
-    multiple: the one to take instead. Raises Refused where it would leave rows out.
+    multiple: the one to take instead. Raises Refused if it would leave rows out.
     """
     usual = (FIRST_MULTIPLE, *_DOUBLED, *_SMALLER) if known else (FIRST_MULTIPLE,)
     exact = (*usual, max(1, rows // tp))
@@ -57,10 +57,10 @@ def fit(rows: int, size: int, tp: int, multiple: int | None, *, known: bool = Tr
     while padded_size(size, chosen, tp) < rows:
         if multiple is not None:
             raise Refused(
-                f"`vocab_multiple={multiple}`: GPT-NeoX would have "
-                f"{padded_size(size, multiple, tp)} rows for {size} entries at TP {tp}, and the "
-                f"source has {rows}. Leave the option out, or cut the rows that no entry of the "
-                "tokenizer has with `vocab_rows=tokenizer`."
+                f"`vocab_multiple={multiple}`: GPT-NeoX would use "
+                f"{padded_size(size, multiple, tp)} rows for {size} entries at TP {tp}, but the "
+                f"source has {rows}. Leave the option out, or cut the rows without a tokenizer "
+                "entry with `vocab_rows=tokenizer`."
             )
         chosen *= 2
     return Vocabulary(rows, padded_size(size, chosen, tp), chosen, size)

@@ -37,18 +37,18 @@ def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
     if odd:
         names = [name for held in odd.values() for name in held]
         reason = (
-            f"{len(names)} weights are {some(sorted(odd))}, such as {names[0]}: weights are "
-            "floating-point numbers, and these are quantized, without their scales"
+            f"{len(names)} weights are {some(sorted(odd))}, such as {names[0]}. These are "
+            "quantized values without their scales, not floating-point weights"
         )
         way_out = "convert the original, unquantized model"
         odd_weights.append(OddWeights(tuple(names), False, reason, way_out))
     for kind in _CAST:
         if held := groups.get(kind):
             reason = f"{len(held)} weights are {kind}, such as {held[0]}"
-            way_out = "`dtype=bfloat16` (or float32, float16) of convert casts them"
+            way_out = "`dtype=bfloat16` (or float32, float16) of convert casts the weights"
             if kind in FLOAT8:
-                reason += "; if scales belonged to them, these values alone are another model"
-                way_out += ", if no scales belong to them"
+                reason += ". If the values had scales, they are another model without them"
+                way_out += ", if the values have no scales"
             odd_weights.append(OddWeights(tuple(held), True, reason, way_out))
     return odd_weights
 
@@ -72,13 +72,13 @@ def check_dtypes(checkpoint: Checkpoint, dtype: str) -> list[Finding]:
             continue
         names = groups[kind]
         # all 8-bit floats fit into 16 bits, with their subnormals
-        how = "exactly" if kind in FLOAT8 else "rounded to the nearest"
+        how = "exactly" if kind in FLOAT8 else "rounded to nearest"
         findings.append(
             Finding(
                 "cast-dtype",
                 "warning",
                 f"{len(names)} weights are cast from {kind} to {dtype}, {how}: {some(names, 3)}"
-                + (". They are taken as they are, without any scales" if kind in FLOAT8 else ""),
+                + (". The values are used as they are, without scales" if kind in FLOAT8 else ""),
             )
         )
     return findings

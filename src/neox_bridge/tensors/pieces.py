@@ -171,7 +171,7 @@ def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
     """(source offset, destination offset, bytes) of a piece that is one run of bytes on both sides.
 
     shape: that of the destination tensor; its offset is counted from the tensor's first byte.
-    None where the piece is strided on either side, scaled, or a constant.
+    None if the piece is strided on either side, scaled, or a constant.
     """
     ref = piece.source
     if ref is None or piece.scale != 1:
