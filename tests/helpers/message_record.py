@@ -167,10 +167,13 @@ def shown(one: Any) -> str:
     """A message as the command line shows it."""
     from neox_bridge.cli.errors import message_of
     from neox_bridge.cli.spelling import as_options
-    from neox_bridge.findings import Dropped, Finding
+    from neox_bridge.findings import Command, Dropped, Finding
+    from neox_bridge.wording import sentence
 
     if isinstance(one, Finding):
-        return as_options(f"{one.message}. {one.remedy}" if one.remedy else one.message)
+        is_prose = one.remedy and not isinstance(one.remedy, Command)
+        remedy = sentence(one.remedy) if is_prose else one.remedy
+        return as_options(f"{sentence(one.message)} {remedy}".rstrip())
     if isinstance(one, Dropped):
         return as_options(f"{one.name}: {one.reason}")
     return as_options(message_of(one))

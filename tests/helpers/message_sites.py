@@ -272,6 +272,8 @@ def _words(node: ast.expr, call: _Call, package: Package, level: int = 0) -> str
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(_words(part, call, package, level) for part in node.values)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "Command":
+        return _words(node.args[0], call, package, level)
     if isinstance(node, ast.FormattedValue):
         return _words(node.value, call, package, level)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
