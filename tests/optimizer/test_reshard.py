@@ -557,8 +557,8 @@ OPTIM, META = "bf16_zero_pp_rank_1_mp_rank_00_optim", "mp_rank_00_model"
         (
             OPTIM,
             state_of_integers,
-            "exp_avg beside single_partition_of_fp32_groups[0] has the dtype int32, and only "
-            "states in floating",
+            "exp_avg beside single_partition_of_fp32_groups[0] has the dtype int32, but only "
+            "floating-point optimizer states",
         ),
         (
             META,
