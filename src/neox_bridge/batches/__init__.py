@@ -1,1 +1,1 @@
-"""Many checkpoints at once: which there are, what is done already, all converted by one pool."""
+"""Converts many checkpoints in one pool, and skips those that are already converted."""

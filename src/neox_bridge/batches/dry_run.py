@@ -1,4 +1,4 @@
-"""What a batch would do: a row for each checkpoint, and how long it may take."""
+"""The preview of a batch: a row per checkpoint, and an estimate of the time."""
 
 import os
 import tempfile
@@ -75,7 +75,7 @@ class DryRun:
 
 
 def dry_run(items: Iterable[Item], batch: Batch) -> DryRun:
-    """Plan all; write nothing but a sample, which is gone afterwards."""
+    """Plan all checkpoints; writes only a temporary sample."""
     rows, sample = [], None
     for item in items:
         row, plan = _row(item, batch)
@@ -107,10 +107,10 @@ def _row(item: Item, batch: Batch) -> tuple[BatchRow, Plan | None]:
 
 
 def rate_of(plan: Plan, target: str, verify: bool) -> float | None:
-    """Bytes a second of a copy of one of the plan's sources onto the target's disk, flushed.
+    """Bytes per second of copying a source of the plan to the target's disk, with flush.
 
-    verify: whether both are read again. None where nothing can be written there, or nothing read.
-    The copy is gone afterwards.
+    verify: whether to read both again. None if the sample cannot be read or written. The copy is
+    deleted afterwards.
     """
     pieces = (p for f in plan.files for t in f.tensors for p in t.pieces if p.source is not None)
     largest = max(pieces, key=lambda p: p.source.nbytes if p.source else 0, default=None)

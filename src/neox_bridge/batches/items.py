@@ -1,4 +1,4 @@
-"""Which checkpoints a batch converts: the steps of runs in folders, or the revisions of a model."""
+"""Finds the checkpoints of a batch: steps of runs in folders, or revisions of a model."""
 
 import os
 from collections import Counter
@@ -51,11 +51,10 @@ def find_items(
     gqa_order: GqaOrder | None = None,
     masters: bool = False,
 ) -> tuple[list[Item], list[Finding]]:
-    """The chosen checkpoints by run and step, and what is strange about the folders.
+    """The chosen checkpoints by run and step, and findings about the folders.
 
     steps: see ``step_choice.chosen``. Names are ``stepN``, below their run's name where there are
-    several runs.
-    Raises BridgeError where there are none, or two would have one name.
+    several runs. Raises BridgeError if there are none, or two would get the same name.
     """
     check_steps(steps)
     runs, faults = known_runs(sources)
@@ -77,9 +76,9 @@ def find_items(
 
 
 def check_first(items: Iterable[Item], options: Options, given: Collection[str] = ()) -> None:
-    """Raise UsageError where the options do not apply to the first checkpoint of a run.
+    """Raise UsageError if options do not apply to the first checkpoint of a run.
 
-    What else is wrong with it is for its row. given: see ``check_options``.
+    Other errors are reported in its row. given: see ``check_options``.
     """
     for item in {item.run: item for item in reversed(list(items))}.values():
         try:

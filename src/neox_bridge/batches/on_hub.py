@@ -1,4 +1,4 @@
-"""A batch's target on the Hub: a branch for each checkpoint, made in a folder here first."""
+"""A batch target on the Hub: one branch per checkpoint, written to a local folder first."""
 
 import os
 from collections.abc import Iterator
@@ -35,8 +35,7 @@ def hub_model(
 ) -> HubModel | None:
     """The model whose branches a batch writes; None for a folder or its URL.
 
-    Raises BridgeError, once and not for each checkpoint, where a library that the target needs is
-    missing.
+    Raises BridgeError once, and not per checkpoint, if a required library is missing.
     """
     if is_hub(target):
         if "@" in target:
@@ -53,9 +52,9 @@ def hub_model(
 
 
 def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str]:
-    """What the branch holds: "whole" as its record says, "other", or "absent".
+    """The state of the branch: "whole" according to its record, "other", or "absent".
 
-    Raises BridgeError where the Hub can't be asked.
+    Raises BridgeError if the Hub does not answer.
     """
     record = published_record(model.repo, branch, record_path(plan))
     if record is not None and is_of(record, plan.asked, identities(sources_of(plan))):
@@ -73,9 +72,9 @@ def place_of(model: HubModel, branch: str) -> str:
 
 @contextmanager
 def made_in(model: HubModel, branch: str) -> Iterator[Work]:
-    """Where a branch's files are made, the same for every run, one run at a time.
+    """The work folder for the files of a branch: the same for every run, locked for one run.
 
-    It is gone at the end, unless that is an error and something in it is worth keeping.
+    It is deleted at the end. After an error, it is kept if it contains finished files.
     """
     place = HubTarget(model.repo, branch)
     work = work_of(os.path.join(model.work, place.folder_name))
@@ -84,7 +83,7 @@ def made_in(model: HubModel, branch: str) -> Iterator[Work]:
 
 
 def send(plan: Plan, work: Work, model: HubModel, branch: str, overwrite: bool) -> None:
-    """Publish the files. Raises BridgeError, and they stay for the next try."""
+    """Publish the files. On BridgeError, they are kept for the next try."""
     publish_written(
         plan,
         work,

@@ -1,4 +1,4 @@
-"""Converts many checkpoints with one pool: what is done is skipped, what fails tried again."""
+"""Converts many checkpoints in one pool. Converted ones are skipped, failed ones retried."""
 
 import os
 import time
@@ -33,15 +33,15 @@ from neox_bridge.stores.paths import absolute, is_local
 if TYPE_CHECKING:
     from neox_bridge.frameworks.facts import TransformersFacts
 
-_MOST_AHEAD = 32  # threads that plan, which is Python's work and so one after another's
-_PART_BYTES = 1 << 30  # of a checkpoint that one process verifies
-_HEAD_START_SECONDS = 0.05  # for the first to plan alone: the processes have nothing to do before
+_MOST_AHEAD = 32  # planning threads; planning is Python code, so threads do not run in parallel
+_PART_BYTES = 1 << 30  # bytes of a checkpoint that one process verifies
+_HEAD_START_SECONDS = 0.05  # head start for the first plan, because the processes wait for it
 _PAUSE_SECONDS = 1.0  # before the first retry; doubled for each further one
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened, for who shows or logs it.
+    """An event for progress display and logs.
 
     kind: "begun" (size: bytes to write), "written" (size: bytes just written or verified), "retry"
     (words: what failed), "ended" (row).
@@ -55,12 +55,12 @@ class Event:
 
 
 def _silent(_: Event) -> None:
-    """For who wants no events."""
+    """Ignore events."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How all of them are converted.
+    """The settings of a batch.
 
     target: the folder that gets one for each. hub: the model that gets a branch for each instead.
     retries: for each, after its first failure.
@@ -85,10 +85,10 @@ class Batch:
 
 
 def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[BatchRow]:
-    """Convert all; a row for each, as they end.
+    """Convert all checkpoints; yields a row as each one ends.
 
-    A checkpoint that fails is a row like others. Ctrl-C stops all soon; what is finished stays, and
-    the same batch goes on from there.
+    A failed checkpoint is a row, too. Ctrl-C stops all soon; finished files are kept, and running
+    the same batch again continues.
     """
     waiting: set[Future[BatchRow]] = set()
     left = iter(items)
@@ -112,7 +112,7 @@ def run_batch(items: Iterable[Item], batch: Batch, pool: Pool) -> Iterator[Batch
 
 
 def convert_one(item: Item, batch: Batch, pool: Pool) -> BatchRow:
-    """One checkpoint, tried again where trying may help. Raises KeyboardInterrupt only."""
+    """Convert one checkpoint, with retries for transient errors. Raises only KeyboardInterrupt."""
     begin = time.perf_counter()
     target = place_of(item, batch)
     row = BatchRow(item.name, item.run, item.number, "failed", item.source.path, target)
@@ -128,7 +128,7 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> BatchRow:
             batch.tell(Event("retry", item.name, words=str(error)))
             if pool.stopped.wait(_PAUSE_SECONDS * 2**number):
                 break
-        except Exception as error:  # a fault of this program, which ends this checkpoint, not all
+        except Exception as error:  # a bug in this program fails only this checkpoint
             what = f"{type(error).__name__}: {error}"
             row = replace(row, error=f"this is a bug in neox-bridge: {what}. Please report it.")
             break
@@ -138,23 +138,24 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> BatchRow:
 
 
 def place_of(item: Item, batch: Batch) -> str:
-    """Where a checkpoint goes: a folder, a URL, or ``hf://org/name@branch``."""
+    """The target of a checkpoint: a folder, a URL, or ``hf://org/name@branch``."""
     if batch.hub is not None:
         return on_hub.place_of(batch.hub, item.name)
     return os.path.join(batch.target, item.name)
 
 
 def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
-    """The plan of a checkpoint, and what is at its target already (see ``state_of``)."""
+    """The plan of a checkpoint, and the state of its target (see ``state_of``)."""
     checkpoint, options = item.source.open(), batch.options
-    # a batch may hold runs of several forks: each is asked for the keys that it has
+    # a batch may contain runs of several forks, so each gets only the keys that it has
     there = ignorable(checkpoint)
     options = replace(options, ignore_keys=tuple(k for k in options.ignore_keys if k in there))
     kind = kind_of(checkpoint, options)
     if (checkpoint.kind, kind, options.iteration) == ("hf", "neox", None):
-        options = replace(options, iteration=item.number)  # its folder tells, its config doesn't
+        # known from its folder, not from its config
+        options = replace(options, iteration=item.number)
     target = place_of(item, batch)
-    # the yml of a model on the Hub names no folder of this machine
+    # the yml of a Hub model must not name a folder of this machine
     root = target if batch.hub is None else reader_folder(batch.hub.repo)
     plan = plan_conversion(checkpoint, options, root, version=batch.version)
     if batch.hub is not None:
@@ -197,12 +198,12 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
 
 
 def _published(item: Item, row: BatchRow, plan: Plan, batch: Batch, pool: Pool) -> BatchRow:
-    """The files made in a folder here, and then by one commit a branch of the Hub."""
+    """Write the files to a local folder, then publish them as one commit."""
     assert batch.hub is not None
     with on_hub.made_in(batch.hub, item.name) as work:
         sources = identities(sources_of(plan))
         state, _ = state_of(work.files, plan.asked, sources, every_hash=True)
-        if state == "whole":  # a run before this one was stopped while it uploaded
+        if state == "whole":  # an earlier run was stopped during the upload
             row = replace(row, status="done")
         else:
             row = _written(item, row, plan, work.files, True, batch, pool)
@@ -214,7 +215,7 @@ def _published(item: Item, row: BatchRow, plan: Plan, batch: Batch, pool: Pool) 
 def _written(
     item: Item, row: BatchRow, plan: Plan, target: str, overwrite: bool, batch: Batch, pool: Pool
 ) -> BatchRow:
-    """The plan executed, and verified."""
+    """Execute and verify the plan."""
     batch.tell(Event("begun", item.name, plan.size * (1 + batch.verify)))
 
     def progress(size: int) -> None:
@@ -254,7 +255,7 @@ def _written(
 
 
 class _TargetTaken(Refused):
-    """Something else is there: to try again doesn't help."""
+    """The target contains something else, so a retry does not help."""
 
     exit_code = 1
 
@@ -264,7 +265,7 @@ def _verified(source: Source, _: str, folder: str, *__: object) -> Places:
 
 
 def _folders(path: str) -> list[str]:
-    """A folder and those in it; nothing where it isn't one (a URL, a model of the Hub)."""
+    """A folder and its subfolders; empty for URLs and Hub models."""
     return [folder for folder, _, _ in os.walk(absolute(path))]
 
 
@@ -276,9 +277,9 @@ def verify_part(
     part: tuple[int, int],
     pending_objects: Mapping[str, bytes],
 ) -> None:
-    """In a pool: raises Unverified where a part of a finished folder isn't the source.
+    """Runs in a pool: raises Unverified if a part of a finished folder differs from the source.
 
-    pending_objects: the objects that are to come where it is in a store (``objects.pending``).
+    pending_objects: objects of a store that are not yet written (``objects.pending``).
     """
     checkpoint = source.open()
     check = source_check(checkpoint, is_fresh=optimizer == "fresh", workers=1, part=part)
@@ -294,7 +295,7 @@ def _norms(folder: str, batch: Batch, pool: Pool) -> dict[str, float] | None:
 
 @reaches(lambda folder: Places(folders=tuple(_folders(folder))))
 def norms_of(folder: str) -> dict[str, float]:
-    """In a pool: the L2 norm of each tensor."""
+    """Runs in a pool: the L2 norm of each tensor."""
     from neox_bridge.layouts.open import open_checkpoint
     from neox_bridge.verification.hashes import fingerprints
 
@@ -308,7 +309,7 @@ def _parts(size: int, pool: Pool) -> list[tuple[int, int]]:
 
 
 def _share(pool: Pool, calls: list[tuple[Any, ...]]) -> list[Any]:
-    """All calls done by the pool. Raises the first failure when none runs any more."""
+    """Run all calls in the pool. Raises the first failure when all have ended."""
     futures = [pool.submit(*call) for call in calls]
     left = set(futures)
     while left:
@@ -322,5 +323,5 @@ def _share(pool: Pool, calls: list[tuple[Any, ...]]) -> list[Any]:
 
 
 def default_ahead(slots: int) -> int:
-    """Checkpoints at a time: while some are planned or placed others keep the processes busy."""
+    """Checkpoints in progress at a time: others run while some are planned or installed."""
     return min(slots + 2, _MOST_AHEAD)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint of a batch is converted already, and still whole: its record tells."""
+"""Checks by its record whether a checkpoint of a batch is already converted and intact."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Decision = Literal["skip", "refuse", "write"]
 
 
 def decision(state: TargetState, overwrite: bool) -> Decision:
-    """What a batch does where that is at a target."""
+    """What a batch does for this state of a target."""
     if overwrite or state in ("absent", "changed"):
         return "write"
     return "skip" if state == "whole" else "refuse"
@@ -35,18 +35,18 @@ def state_of(
     *,
     every_hash: bool = False,
 ) -> tuple[TargetState, str]:
-    """What is at ``target``, and in words what isn't as it should be.
+    """The state of ``target``, and a description of what is wrong.
 
-    "whole": made from these sources, with these options, and as it was written: sizes are compared,
-    and hashes of the files that were touched after the record was written, or of all of them.
-    "changed": made so, but not whole any more, or with files beside it that whoever loads it could
-    read (``unrecorded``). "other": made from something else, or not by this tool, or in a store
-    with such files: there is no place to keep them. Paths don't matter, neither those of the
-    sources nor the target's.
+    "whole": converted from these sources with these options, and unchanged. Sizes are compared, and
+    hashes of files that were modified after the record was written, or of all files. "changed":
+    converted like this, but changed since, or with additional files that a framework could read
+    (``unrecorded``). "other": converted from something else, or not by neox-bridge, or in a store
+    with such additional files, which cannot be set aside there. Paths of sources and target do not
+    matter.
     """
     if not isdir(target) or not (names := listdir(target)):
         return "absent", ""
-    # an upload that didn't end, which is gone on with
+    # an incomplete upload, which is resumed
     if WORK in names and any(walk(f"{target}/{WORK}")):
         return "absent", ""
     try:
@@ -73,16 +73,16 @@ def _first_change(
     files: Sequence[tuple[str, int, str | None]],
     every_hash: bool,
 ) -> str:
-    """What is wrong with the first file that isn't as the record says; "" where all are."""
+    """What is wrong with the first file that does not match the record; "" if all match."""
     folder = os.path.dirname(record)
-    # what is above a step is the user's, once it is written
+    # files above a step belong to the user once they are written
     inside = [file for file in files if not file[0].startswith("../")]
     there = states([record, *(f"{folder}/{name}" for name, _, _ in inside)], missing_ok=True)
     for name, size, digest in inside:
         file = f"{folder}/{name}"
         if file not in there:
             return f"{file} is missing"
-        # objects have no time: they are replaced whole
+        # objects have no modification time, but are replaced atomically
         touched = there[file].modified_ns > there[record].modified_ns
         same = there[file].size == size
         if same and digest and hash_name and (every_hash or touched):
@@ -93,7 +93,7 @@ def _first_change(
 
 
 def _added(folder: str, files: Sequence[tuple[str, int, str | None]]) -> str:
-    """The first file that somebody added and that a reader could take for a part; "" for none."""
+    """The first added file that a framework could read as part of the checkpoint; "" if none."""
     for change in unrecorded(folder, {name for name, _, _ in files}):
         if change.kind == "added":
             above = change.path.startswith("../")  # stores have no ".."
@@ -103,7 +103,7 @@ def _added(folder: str, files: Sequence[tuple[str, int, str | None]]) -> str:
 
 
 def is_of(record: bytes, asked: Mapping[str, object], sources: Mapping[str, Identity]) -> bool:
-    """Whether a record says that something was made with these options from these files."""
+    """Whether a record matches these options and source files."""
     try:
         written: dict[str, Any] = parse_json(record)["written"]
         recorded = written["asked"], written["sources"]

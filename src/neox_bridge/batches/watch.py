@@ -1,4 +1,4 @@
-"""A training run that goes on: its new steps, as its ``latest`` moves."""
+"""Watches a training run for new steps, by its ``latest`` file."""
 
 import os
 import threading
@@ -13,15 +13,15 @@ from neox_bridge.stores.paths import absolute, isfile
 def rounds(
     find: Callable[[], list[Item]], interval: float, stopped: threading.Event
 ) -> Iterator[list[Item]]:
-    """Again and again the checkpoints that are finished, until ``stopped`` is set.
+    """Yields the finished checkpoints repeatedly, until ``stopped`` is set.
 
-    A step of a GPT-NeoX run is finished when ``latest`` names it, or a later one. interval: seconds
-    between two looks.
+    A step of a GPT-NeoX run is finished when ``latest`` names it or a later step. interval: seconds
+    between two checks.
     """
     while True:
         try:
             items = find()
-        except BridgeError:  # nothing is there yet
+        except BridgeError:  # nothing exists yet
             items = []
         finished = [item for item in items if is_finished(item)]
         yield finished
@@ -30,7 +30,7 @@ def rounds(
 
 
 def is_finished(item: Item) -> bool:
-    """Whether a run's ``latest`` has reached a step; True for what isn't a step of such a run."""
+    """Whether ``latest`` of a run has reached a step; True for other checkpoints."""
     folder, name = os.path.split(absolute(item.source.path))
     latest = os.path.join(folder, "latest")
     if not name.startswith("global_step") or not isfile(latest):

@@ -1,4 +1,4 @@
-"""Defaults of the GPT-NeoX that a run comes from, in the yml with which it goes on elsewhere."""
+"""Writes the defaults of the GPT-NeoX that trained a run into the yml that resumes it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -55,9 +55,9 @@ def with_own_defaults(
 
 
 def computed_findings(raw: Mapping[str, Any], effective: Mapping[str, Any]) -> Iterator[Finding]:
-    """A warning for each key of the yml that says something else than GPT-NeoX did.
+    """A warning for each key of the yml that had no effect in GPT-NeoX.
 
-    effective: what counted, by the keys that GPT-NeoX reads.
+    effective: the effective values, by the keys that GPT-NeoX reads.
     """
     for key, source in COMPUTED_KEYS.items():
         value = raw.get(key)

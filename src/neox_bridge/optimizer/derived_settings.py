@@ -1,4 +1,4 @@
-"""What elastic states do not hold of Adam, from the rest of the checkpoint.
+"""Derives hyperparameters of Adam that elastic states do not contain.
 
 Elastic states have no ``param_groups``. Sources: GPT-NeoX v1.0 megatron/training.py
 (get_optimizer), megatron/learning_rates.py (AnnealingLR.get_lr) and neox_arguments; DeepSpeed
@@ -27,7 +27,7 @@ _LARGEST_EXPONENT = 700.0  # e to a larger number is no float; no schedule of GP
 
 @dataclass(frozen=True)
 class DerivedSettings:
-    """``param_groups`` without parameters, and where their values are from."""
+    """``param_groups`` without parameters, and the origins of their values."""
 
     groups: tuple[Mapping[str, Any], ...]
     derived: tuple[Derived, ...]
@@ -83,7 +83,7 @@ def derived_settings(
 
 
 def _groups(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The groups with their keys in the order in which FusedAdam has them."""
+    """The groups with their keys in the order of FusedAdam."""
     names = ("lr", "bias_correction", "betas", "eps", "weight_decay", "step")
     settings = {"bias_correction": True, **values}
     ordered = {name: settings[name] for name in names if name in settings}

@@ -1,8 +1,8 @@
-"""A flat group of parameters put together from the parts of data-parallel ranks.
+"""Assembles a flat group of parameters from the parts of data-parallel ranks.
 
-DeepSpeed 0.3.16 runtime/zero/stage1.py cuts a group into communication intervals, and each of them
-over the ranks: part i of the group is of rank i % ranks and interval i // ranks. Later versions
-have one interval. Zeros pad the end of the group.
+DeepSpeed 0.3.16 runtime/zero/stage1.py splits a group into communication intervals, and each
+interval over the ranks: part i of the group belongs to rank i % ranks and interval i // ranks.
+Later versions have one interval. The end of the group is padded with zeros.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def flat_group(
     """The parts of a group without padding, and the padding, by state in the order of the group.
 
     ranks: the files of one model-parallel rank, by data-parallel rank. index: the group's number.
-    shapes: of its parameters in their order. Raises BridgeError where the parts are not theirs.
+    shapes: of its parameters in their order. Raises BridgeError if the parts do not match.
     """
     first = ranks[0]
     intervals = len(first.parts[index])
@@ -72,7 +72,7 @@ def flat_group(
 def _check_padded(
     parts: Sequence[tuple[str, Mapping[str, TensorRef]]], keys: Sequence[str], flat: Flat
 ) -> None:
-    """A part for each rank, of which every state may be with or without its padding.
+    """Check one part per rank. Each state may contain padding or not.
 
     parts: by rank, each with its file.
     """
@@ -87,7 +87,7 @@ def _check_padded(
 
 
 def _check_rigid(sizes: Sequence[int], total: int, dp: int, where: str) -> None:
-    """Parts of one size, padded by less than an interval more than the ranks need."""
+    """Check parts of equal size, with less than one interval of extra padding."""
     size = sizes[0]
     padding = size * len(sizes) - total
     if any(other != size for other in sizes):
@@ -100,10 +100,10 @@ def _check_rigid(sizes: Sequence[int], total: int, dp: int, where: str) -> None:
 
 
 def _check_sub_partitions(sizes: Sequence[int], total: int, where: str) -> None:
-    """Parts of one size up to the end of the group, where padding was cut off.
+    """Check parts of equal size up to the end of the group, without padding.
 
-    DeepSpeed before 0.3.3 cut it off the wrong parts where there were several intervals (7752dc5e,
-    #531). Elements are lost in such files, and this refuses them.
+    With several intervals, DeepSpeed before 0.3.3 removed padding from the wrong parts (7752dc5e,
+    #531). Such files have lost elements and are refused.
     """
     if sum(sizes) != total:
         raise _other_total(where, sum(sizes), total)
@@ -118,7 +118,7 @@ def _check_sub_partitions(sizes: Sequence[int], total: int, where: str) -> None:
 
 
 def _check_partitions(sizes: Sequence[int], total: int, where: str) -> None:
-    """A part for each rank, of one size, without its padding or with some of it.
+    """Check one part per rank, of equal size, with or without padding.
 
     DeepSpeed before 0.16 subtracts padding from the last part alone, also where several parts are
     padding, and before 0.12 only that to a multiple of the ranks, where it pads to twice that.
@@ -142,7 +142,7 @@ def _other_total(where: str, stored: int, total: int) -> BridgeError:
 def _cut(
     refs: Sequence[TensorRef], total: int
 ) -> tuple[tuple[TensorRef, ...], tuple[TensorRef, ...]]:
-    """The parts up to the end of the group, and what lies behind it."""
+    """The parts up to the end of the group, and the padding after it."""
     used, padding, left = [], [], total
     for ref in refs:
         size = ref.shape[0]

@@ -1,4 +1,4 @@
-"""A new optimizer: masters from the weights, no moments, a schedule that is at some step."""
+"""Creates a new optimizer: masters from the weights, zero moments, a schedule at a step."""
 
 import math
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def fresh(model: NeoxModel, training: Mapping[str, Any], iteration: int, dp: int) -> NewOptimizer:
     """The optimizer for a target. model: with its tensors in the source's dtype.
 
-    training: the yml's keys. Raises Refused for an optimizer that isn't Adam, and for what has
-    another order of parameters.
+    training: the yml's keys. Raises Refused for optimizers other than Adam, and for models with
+    another parameter order.
     """
     architecture, config, layout = model.architecture, model.config, model.layout
     adam = training.get("optimizer") or {}
@@ -118,7 +118,7 @@ def schedule_of(training: Mapping[str, Any], lr: float, iteration: int) -> dict[
 
 
 def learning_rate(schedule: Mapping[str, Any]) -> float:
-    """The rate at the schedule's step, as AnnealingLR.get_lr computes it."""
+    """The learning rate at the step of the schedule, as in AnnealingLR.get_lr."""
     start, low = float(schedule["start_lr"]), float(schedule["min_lr"])
     at, warmup = float(schedule["num_iters"]), float(schedule["warmup_iter"])
     style = schedule["decay_style"]

@@ -1,4 +1,4 @@
-"""The batch of a run on another number of data-parallel ranks: the global one stays."""
+"""Splits the global batch of a run over another number of data-parallel ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _SHOWN = 40  # numbers in a message
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences: of a step on all ranks, of a rank's forward pass; forward passes a step."""
+    """The batch size per step on all ranks, the micro-batch size, and micro-batches per step."""
 
     total: int
     micro: int
@@ -20,7 +20,7 @@ class Batch:
 
 
 def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int, path: str) -> Batch:
-    """The batch of a run, as its ds_config says, else its yml. path: of the file with ds_config.
+    """The batch of a run, from its ds_config or its yml. path: the file with ds_config.
 
     gradient_accumulation_steps is 1 by default, and the yml's ``gas`` has no effect; see
     ``setting_defaults.COMPUTED_KEYS``.
@@ -42,11 +42,11 @@ def batch_of(config: Mapping[str, Any], raw: Mapping[str, Any], dp: int, path: s
 
 
 def spread(batch: Batch, dp: int, micro: int | None, accumulation: int | None = None) -> Batch:
-    """The same global batch on ``dp`` ranks, a rank's forward pass at most as large as it was.
+    """Split the same global batch over ``dp`` ranks, without larger micro-batches.
 
-    micro: the size of a forward pass to take instead. accumulation: forward passes a step to choose
-    where that needs no larger ones; by default as few as possible. Raises Refused, with the numbers
-    that would fit, where the global batch can't be spread so.
+    micro: a micro-batch size to use instead. accumulation: preferred number of micro-batches per
+    step, if the micro-batches need not grow; by default as few as possible. Raises Refused with
+    valid values if the global batch cannot be split like this.
     """
     if batch.total % dp:
         fits = _listed(_divisors(batch.total))

@@ -1,11 +1,11 @@
-"""The scale of a run's gradients, and an optimizer whose gradients come in another scale.
+"""Rescales an optimizer if the scale of the gradients changes.
 
-DeepSpeed's pipeline engine sums the gradients of a step's micro-batches in some versions
-(``frameworks/deepspeed``). There a gradient is ``gradient_accumulation_steps`` times the mean, so
-that another accumulation is another scale: of Adam's moments, and of what the gradient's norm is
-clipped at. With k the new scale divided by the old one, the same run has k times the first moments,
-k**2 times the second ones, k times ``gradient_clipping`` and k times Adam's ``eps``:
-the update, k m / (sqrt(k**2 v) + k eps), is what it was.
+In some versions, the pipeline engine of DeepSpeed sums the gradients of the micro-batches
+(``frameworks/deepspeed``). A gradient is then ``gradient_accumulation_steps`` times the mean, so
+another accumulation changes the scale of Adam's moments and of gradient clipping. If k is the new
+scale divided by the old one, the run stays the same with k times the first moments, k**2 times the
+second moments, k times ``gradient_clipping`` and k times Adam's ``eps``: the update, k m /
+(sqrt(k**2 v) + k eps), does not change.
 """
 
 import math
@@ -38,7 +38,7 @@ _POWERS: dict[str, dict[str, int]] = {**dict.fromkeys(ADAMS, _ADAM), "lion": {"e
 
 @dataclass(frozen=True, slots=True)
 class Rescaling:
-    """An optimizer's way to gradients of another scale.
+    """How an optimizer is rescaled for gradients of another scale.
 
     factor: the new scale divided by the old one. powers: of the factor, by the states there are.
     decays: whether weight_decay is scaled, since it is added to the gradient (L2 mode).
@@ -53,21 +53,21 @@ class Rescaling:
 
     @property
     def exact(self) -> bool:
-        """Whether states keep every digit: the factor is a power of two."""
+        """Whether scaling is exact, because the factor is a power of two."""
         return math.frexp(self.factor)[0] == 0.5
 
     @property
     def loss_scale(self) -> float:
-        """By what a loss scale is divided: the power of two that is as large as the factor.
+        """The divisor of the loss scale: the smallest power of two that is at least the factor.
 
-        So scaled gradients are at most as large as they were, and none overflows that did not.
+        So scaled gradients do not grow, and no new ones overflow.
         """
         return 2.0 ** math.ceil(math.log2(self.factor))
 
     def times(self, value: Any) -> Any:
-        """A hyperparameter, scaled; what is no number stays.
+        """A scaled hyperparameter; values that are not numbers are unchanged.
 
-        YAML 1.1 reads 1e-08, which has no point, as text.
+        YAML 1.1 reads 1e-08, which has no decimal point, as text.
         """
         if isinstance(value, str) and FLOAT.fullmatch(value):
             value = float(value)
@@ -141,13 +141,13 @@ class Rescaling:
 
 
 def _as_given(value: float, result: float) -> float:
-    """A whole number where one was given and one comes out."""
+    """The result as an integer if the input was one and the result is whole."""
     return int(result) if isinstance(value, int) and result == int(result) else result
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What a run's gradients depend on.
+    """The facts on which the scale of a run's gradients depends.
 
     engine: what its pipeline engine does. pipeline: whether it has one (pipe_parallel_size >= 1).
     """
@@ -159,7 +159,7 @@ class Side:
 
     @property
     def scale(self) -> int | None:
-        """How many times the mean gradient its gradients are; None where stages differ in it."""
+        """The gradients relative to the mean gradient; None if stages differ."""
         if not self.pipeline or self.engine == "averages" or self.accumulation == 1:
             return 1
         if self.engine == "once a stage":
@@ -168,9 +168,9 @@ class Side:
 
 
 def kept_accumulation(source: Side, target: Side) -> int | None:
-    """The accumulation with which the target's gradients have the source's scale.
+    """The accumulation that keeps the scale of the gradients.
 
-    None where every accumulation, or none, does that. The target's own is not looked at.
+    None if every accumulation does so, or none. The accumulation of the target is ignored.
     """
     if not target.pipeline or target.engine == "averages":
         return None
@@ -182,10 +182,10 @@ def kept_accumulation(source: Side, target: Side) -> int | None:
 
 
 def change_of_scale(source: Side, target: Side, way_out: str) -> Fraction:
-    """By what the gradients of the target are larger.
+    """The factor by which the gradients of the target are larger.
 
     Raises:
-        Refused: where they are not one number of times as large. way_out: what to do then.
+        Refused: If there is no single factor. way_out: the advice for this case.
     """
     if source == target:
         return Fraction(1)
@@ -204,8 +204,8 @@ def rescaling(
 ) -> Rescaling:
     """How this optimizer's run continues with gradients of another scale.
 
-    factor: the new scale divided by the old one. dtype: in which the run computes. way_out: what a
-    user can do where no rescaling is the same run, which raises Refused.
+    factor: the new scale divided by the old one. dtype: in which the run computes. way_out: the
+    advice if no rescaling keeps the run the same, which raises Refused.
     """
     setting = raw.get("optimizer") or {}
     name = str(setting.get("type") or "adam").lower()
@@ -251,7 +251,7 @@ def gradient_findings(
     changes: Rescaling | None,
     settings: Mapping[str, Any],
 ) -> Iterator[Finding]:
-    """What is assumed of the engines, where that matters, and what was scaled.
+    """Findings about assumptions on the engines, and about scaled values.
 
     version: of the source's DeepSpeed. settings: the keys of the target's yml that are not the
     source's, with their values.

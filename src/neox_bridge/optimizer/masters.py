@@ -1,4 +1,4 @@
-"""A checkpoint with its optimizer's states: the masters for weights, or all beside them."""
+"""Checkpoints with master weights instead of weights, or with all optimizer states."""
 
 from dataclasses import replace
 
@@ -11,10 +11,10 @@ from neox_bridge.optimizer.states import STATE_OF, Optimizer, states
 
 
 def with_masters(checkpoint: Checkpoint) -> Checkpoint:
-    """The model in the precision in which it is trained.
+    """The model with its fp32 master weights.
 
-    A run in 16 bits rounds its weights from fp32 masters at each step; one in fp32 has no others
-    than its weights. Raises BridgeError for a checkpoint without an optimizer.
+    A 16-bit run rounds its weights from fp32 master weights at each step. The weights of an fp32
+    run are its master weights. Raises BridgeError for a checkpoint without an optimizer.
     """
     if checkpoint.neox is None:
         raise UsageError(
@@ -47,9 +47,9 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
 def as_it_was_converted(
     source: Checkpoint, target: Checkpoint
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
-    """The source with the weights that the target was made of, as the target's record tells.
+    """The source with the weights from which the target was converted, according to its record.
 
-    With it, what is said of it where these are the masters. Raises BridgeError where it has none.
+    Also returns a finding if these are the master weights. Raises BridgeError if there are none.
     """
     recorded = target.record.get("source")
     of_masters = isinstance(recorded, dict) and recorded.get("weights") == "masters"
@@ -68,8 +68,8 @@ def as_it_was_converted(
 def with_states(checkpoint: Checkpoint, optimizer: Optimizer | None = None) -> Checkpoint:
     """The model's tensors and, as "exp_avg: name", the optimizer's states of each.
 
-    optimizer: the checkpoint's, where it was read already.
-    Raises BridgeError for a checkpoint without an optimizer.
+    optimizer: of the checkpoint, if already read. Raises BridgeError for a checkpoint without an
+    optimizer.
     """
     optimizer = optimizer or read_optimizer(checkpoint)
     more = {

@@ -1,4 +1,4 @@
-"""The mp_rank files of a run that goes on: what the source's say, for other ranks."""
+"""Writes the mp_rank files of a resharded run, from those of the source."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,19 +28,19 @@ class Sources:
     generators: Mapping[str, bytes]
 
     def of(self, stage: int, rank: int) -> Mapping[str, Any]:
-        """The one that is nearest to a stage and rank; a rank that isn't there is as rank 0."""
+        """The value that is closest to a stage and rank; rank 0 for missing ranks."""
         stages = len(self.metas) // self.tp
         return self.metas[min(stage, stages - 1) * self.tp + (rank if rank < self.tp else 0)]
 
     def derived(self, tp: int) -> tuple[int, ...]:
-        """The ranks of ``tp`` whose generators have to be made up."""
+        """The ranks of ``tp`` whose random states must be derived."""
         return tuple(range(self.tp, tp)) if self.generators else ()
 
 
 def mp_rank(
     sources: Sources, stage: int, rank: int, new: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
-    """One file's value and its tensors. new: what isn't as in the source."""
+    """The value of one file and its tensors. new: values that differ from the source."""
     tensors: list[OutputTensor] = []
     value = {**sources.of(stage, rank), **new}
     if value.get(INFO) is None:
@@ -58,7 +58,7 @@ def mp_rank(
 
 
 def with_slots(value: Any, name: str, tensors: list[OutputTensor]) -> Any:
-    """A value that was read, to be written again: its tensors as slots, added to ``tensors``."""
+    """A value for writing, with its tensors replaced by slots and added to ``tensors``."""
     if isinstance(value, TensorRef):
         tensors.append(OutputTensor(name, value.dtype, value.shape, (box(value),)))
         return TensorSlot(name)

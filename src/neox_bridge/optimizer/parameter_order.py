@@ -1,8 +1,9 @@
-"""Which parameters a flat group of ZeRO's holds, in which order, where its files do not say it all.
+"""Finds the order of parameters in a flat ZeRO group if its files do not record it completely.
 
-Since DeepSpeed 0.5.4 ``param_shapes`` is a list of parameter groups. Before, it is one mapping of
-all parameters, and before 0.3.14 there is none. GPT-NeoX's own rule then divides the parameters:
-megatron/model/utils.py, get_params_for_weight_decay_optimization, the same from 2021 to v1.0.
+Since DeepSpeed 0.5.4, ``param_shapes`` is a list of parameter groups. Before, it is one mapping of
+all parameters; before 0.3.14, it does not exist. The parameters are then grouped by the rule of
+GPT-NeoX: megatron/model/utils.py, get_params_for_weight_decay_optimization, the same from 2021 to
+v1.0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[
 def divided(
     named: Mapping[_Name, Shape], count: int, path: str
 ) -> tuple[Mapping[_Name, Shape], ...]:
-    """The parameters in GPT-NeoX's groups: those that decay, then the norms and the biases.
+    """The parameters in the groups of GPT-NeoX: those with weight decay, then norms and biases.
 
     GPT-NeoX makes one group of all parameters if ``weight_decay`` is 0. It keeps their order.
     named: by DeepSpeed's name, or by layer and name. path: for the message.
@@ -117,7 +118,7 @@ def is_without_decay(parameter: str | Parameter) -> bool:
 
 
 def dealt_out(named: Mapping[str, Shape], dp: int) -> Mapping[str, Shape]:
-    """A group's parameters in the order in which they lie where they were dealt out to the ranks.
+    """The parameters of a group in round-robin order over the ranks.
 
     Parameter i belongs to rank i % dp, and the parameters of a rank lie one behind the other
     (DeepSpeed 0.4.2 runtime/zero/stage2.py, _round_robin_reorder). named: in the model's order.

@@ -1,4 +1,4 @@
-"""What one file of ZeRO's states holds, in each form that DeepSpeed has had for it.
+"""Parses one file of ZeRO states, in every format that DeepSpeed has used.
 
 Sources: DeepSpeed 0.3.16 runtime/zero/stage1.py (_elastic_state_dict, _rigid_state_dict) and
 runtime/zero/stage2.py; DeepSpeed 0.4.5 and 0.5.8 runtime/zero/stage2.py (state_dict); DeepSpeed
@@ -117,7 +117,7 @@ def zero_stage(value: Mapping[str, Any], raw: Mapping[str, Any], path: str) -> i
 
 
 def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
-    """The states of one file of DeepSpeed's, whose value has an ``optimizer_state_dict``.
+    """The states of one DeepSpeed file, whose value has an ``optimizer_state_dict``.
 
     dp: how many data-parallel ranks saved them. Raises BridgeError for values that DeepSpeed does
     not write there, and Refused for those of an optimizer that is not like Adam.
@@ -188,7 +188,7 @@ def _masters(
 
 
 def _check_amount(masters: list[list[TensorRef]], generation: ZeroGeneration, path: str) -> None:
-    """Raise BridgeError where one tensor stands for many parts, which would fill the memory."""
+    """Raise BridgeError if one tensor represents many parts, which would exhaust memory."""
     end = max(part.offset + part.nbytes for group in masters for part in group)
     parts = sum(map(len, masters))
     if parts * _LEAST_PART_BYTES > end:
@@ -199,7 +199,7 @@ def _check_amount(masters: list[list[TensorRef]], generation: ZeroGeneration, pa
 
 
 def _key(generation: ZeroGeneration, index: int, interval: int) -> str:
-    """Where the masters of a group and an interval stand in a file."""
+    """The key of the master weights of a group and an interval in a file."""
     inner = f"[{interval}]" if generation is SUB_PARTITIONS else ""
     return f"{generation.masters}[{index}]{inner}"
 
@@ -216,7 +216,7 @@ def _part(value: object, key: str, path: str) -> TensorRef:
 
 
 def _check_counts(inner: Mapping[str, Any], intervals: list[int], dp: int, path: str) -> None:
-    """Check what the file says of its ranks and intervals against what it holds."""
+    """Check the recorded ranks and intervals against the content of the file."""
     recorded = inner.get(INTERVALS)
     if recorded is not None and recorded != intervals:
         raise BridgeError(

@@ -1,4 +1,4 @@
-"""Optimizer states in safetensors under Hugging Face names, and what goes with them as JSON."""
+"""Reads optimizer states in safetensors under Hugging Face names, with their JSON file."""
 
 import os
 import re
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
-    """What an optimizer has beside tensors, as plain data; what JSON can't say is left out."""
+    """The values of an optimizer besides tensors, as plain data that JSON can represent."""
     meta = optimizer.metas[0]
     members = _members(checkpoint, optimizer)
     scaler = optimizer.head.get("loss_scaler")
@@ -55,7 +55,7 @@ def scalars(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, Any]:
 def read_export(folder: str, checkpoint: Checkpoint) -> dict[str, dict[str, Whole]]:
     """The states of an export by name, each with the tensors of this very model.
 
-    Raises BridgeError for one that lacks a tensor, or has one of another shape.
+    Raises BridgeError if a tensor is missing or has another shape.
     """
     path = os.path.join(folder, SCALARS)
     exported = read_json(path)
@@ -73,9 +73,9 @@ def read_export(folder: str, checkpoint: Checkpoint) -> dict[str, dict[str, Whol
 def with_export(
     checkpoint: Checkpoint, optimizer: Optimizer, folder: str
 ) -> tuple[Checkpoint, dict[str, dict[str, Whole]]]:
-    """The states of an export for this run, and the run with the weights that are its masters'.
+    """The run with the states of an export, and with weights rounded from its master weights.
 
-    Raises BridgeError where the states aren't those that the run's optimizer has.
+    Raises BridgeError if the states are not those of the run's optimizer.
     """
     exported = read_export(folder, checkpoint)
     if sorted(exported) != sorted(optimizer.keys):

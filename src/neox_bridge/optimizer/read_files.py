@@ -24,7 +24,7 @@ _SCALAR_BYTES = 64  # of a scalar
 
 
 def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
-    """The optimizer's states as references. Raises BridgeError or Refused, naming the file."""
+    """The optimizer states as references. Raises BridgeError or Refused."""
     state = checkpoint.neox
     if state is None:
         raise BridgeError(
@@ -69,7 +69,7 @@ def _meta(path: str) -> Mapping[str, Any]:
 
 
 def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:
-    """A file of ZeRO's, which has an ``optimizer_state_dict``. Raises BridgeError for others.
+    """Read a ZeRO file, which has an ``optimizer_state_dict``. Raises BridgeError for other files.
 
     until: the key behind it at which reading stops, see ``pickles.load``.
     """
@@ -85,7 +85,7 @@ def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:
 
 
 def scalar(entry: Any) -> Any:
-    """A state that isn't of a parameter's size: a number as it is, a small tensor as bytes."""
+    """A state without the size of its parameter: a number, or a small tensor as bytes."""
     if not isinstance(entry, TensorRef):
         return entry
     if entry.nbytes > _SCALAR_BYTES:
@@ -97,7 +97,7 @@ def scalar(entry: Any) -> Any:
 
 
 def same_group(first: Group, second: Group, path: str) -> None:
-    """Raise BridgeError where two ranks' files say different hyperparameters of one group."""
+    """Raise BridgeError if the files of two ranks have different hyperparameters for one group."""
     if first.scalars != second.scalars or first.settings != second.settings:
         differ = [k for k in first.settings if first.settings[k] != second.settings.get(k)]
         differ += [k for k in first.scalars if first.scalars[k] != second.scalars.get(k)]
@@ -120,9 +120,9 @@ def stage_of(head: Mapping[str, Any], meta: Mapping[str, Any]) -> int:
 
 
 def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> None:
-    """Raise BridgeError unless every weight of every rank has its states, in its shape.
+    """Raise BridgeError unless every weight of every rank has states of its shape.
 
-    Refused for states with names that no optimizer gives, since they become names of files.
+    Raises Refused for invalid names of states, because they become file names.
     """
     if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
         raise Refused(f"{folder}: {odd[0][:80]!r} is not a valid name of an optimizer state.")

@@ -1,4 +1,4 @@
-"""Reads the optimizer of ZeRO stage 0, which lies in the mp_rank files without parameters' names.
+"""Reads the optimizer of ZeRO stage 0 from the mp_rank files, which have no parameter names.
 
 fp32: torch's own state dict, a state a parameter. fp16: deepspeed 0.16
 runtime/fp16/fused_optimizer.py, FP16_Optimizer, a flat tensor a group, without padding.
@@ -33,7 +33,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 def read_stage0(
     checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
 ) -> Optimizer:
-    """The states of a stage 0 source. Raises BridgeError where they aren't the model's."""
+    """The states of a stage 0 source. Raises BridgeError if they do not match the model."""
     state = checkpoint.neox_state
     members: dict[Parameter, int] = {}
     shards: dict[tuple[int, Parameter], dict[str, Whole]] = {}

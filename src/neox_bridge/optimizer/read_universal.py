@@ -21,7 +21,7 @@ from neox_bridge.tensors.pieces import Whole, whole_of
 def read_universal(
     checkpoint: Checkpoint, folder: str, metas: tuple[Mapping[str, Any], ...]
 ) -> Optimizer:
-    """The states of a universal source. Raises BridgeError where they aren't the model's."""
+    """The states of a universal source. Raises BridgeError if they do not match the model."""
     state = checkpoint.neox_state
     path = os.path.join(folder, ZERO, STATE)
     state_file = read_torch(path)
@@ -82,7 +82,7 @@ def _keys(folder: str, name: str) -> tuple[str, ...]:
 
 
 def _step(folder: str, names: Sequence[str]) -> dict[str, Any]:
-    """The step of a group's parameters, which DeepSpeed wants to be one."""
+    """The step of a group, which must be equal for all its parameters."""
     paths = [os.path.join(folder, ZERO, name, f"{STEP}.pt") for name in names]
     steps = [scalar(read_torch(path)) for path in paths if isfile(path)]
     if not steps:

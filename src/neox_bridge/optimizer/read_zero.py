@@ -1,4 +1,4 @@
-"""Reads the optimizer states of ZeRO stages 1 and 2, in every form that DeepSpeed has had for them.
+"""Reads optimizer states of ZeRO stages 1 and 2, in every format that DeepSpeed has used.
 
 Beside the current form these are what DeeperSpeed 0.3.15 wrote for GPT-NeoX until v1.0, DeepSpeed
 0.3.17 to 0.5.9, and later versions with zero_optimization.elastic_checkpoint: true.
@@ -150,7 +150,7 @@ def _is_dealt_out(states: RankStates) -> bool:
 
 
 def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) -> None:
-    """Raise BridgeError where two ranks' files cannot be of one save.
+    """Raise BridgeError if the files of two ranks cannot be from one save.
 
     begin: of the first data-parallel rank on the same model-parallel rank.
     """
@@ -165,7 +165,7 @@ def _check_same_form(first: RankStates, begin: RankStates, other: RankStates) ->
 
 
 def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int, path: str) -> None:
-    """Hold where DeepSpeed says that parameters lie in a partition against where they must lie."""
+    """Check the recorded places of parameters in a partition."""
     mappings = value["optimizer_state_dict"].get("param_slice_mappings")
     if not isinstance(mappings, list) or index >= len(mappings):
         return
@@ -187,7 +187,7 @@ def _check_mappings(value: Mapping[str, Any], index: int, flat: Flat, rank: int,
 
 
 def _check_names(order: Groups, path: str) -> None:
-    """Raise BridgeError where two names are of one parameter."""
+    """Raise BridgeError if two names refer to one parameter."""
     seen: dict[Parameter, str] = {}
     for name in (name for group in order for name in group):
         first = seen.setdefault(parameter(name, path), name)

@@ -1,4 +1,4 @@
-"""Plans a run's checkpoint on other ranks, with all that it takes to go on training there."""
+"""Plans the checkpoint of a run for other ranks, with everything needed to resume."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -72,10 +72,10 @@ def plan_reshard(
     path: str,
     given: States | None = None,
 ) -> Plan:
-    """Every file of the target. path: its absolute path, which the yml names.
+    """Plan every file of the target. path: its absolute path, which the yml contains.
 
-    given: states to take in place of the source's, by state and Hugging Face name.
-    Raises Refused for ranks that the model or the batch doesn't fit.
+    given: states to use instead of those of the source, by state and Hugging Face name. Raises
+    Refused if the model or the batch does not fit these ranks.
     """
     checkpoint = decide_head(checkpoint, None)
     state = checkpoint.neox_state
@@ -169,7 +169,7 @@ def _groups(
     """What each model-parallel rank has of each parameter group."""
     rank_groups = {}
     plain = replace(model, config=replace(model.config, dtype="float32"))
-    # the moments of a bias that ranks add up are the same on every rank
+    # the moments of a bias that ranks sum are equal on every rank
     alike = replace(model.layout, row_bias="replicated")
     models = {
         key: replace(plain, wholes=wholes, layout=model.layout if key == MASTER else alike)
@@ -214,7 +214,7 @@ def _named(target: Target, parameter: Parameter) -> str:
 
 
 def _changed(target: Target) -> dict[str, Any]:
-    """The yml's keys that aren't as they were."""
+    """The keys of the yml that change."""
     raw = target.settings.raw
     zero = {**_zero(raw), "stage": target.zero}
     checkpoint_settings = raw.get("checkpoint") or {}
@@ -288,7 +288,7 @@ def _metadata(
 
 
 def _args(checkpoint: Checkpoint, target: Target) -> dict[str, Any]:
-    """What GPT-NeoX compares at load."""
+    """The arguments that GPT-NeoX compares when it loads."""
     args = {
         **checkpoint.neox_state.args,
         **checkpoint_args(target.config, target.vocabulary, target.layout.tp),
@@ -330,7 +330,7 @@ def _ds_config(original: Any, target: Target) -> dict[str, Any]:
 def _optimizer_files(
     optimizer: Optimizer, target: Target, groups: Mapping[int, list[RankGroup]]
 ) -> Iterator[OutputFile]:
-    """The files that hold nothing but optimizer states."""
+    """The files that contain only optimizer states."""
     if target.layout.predates_deepspeed_06:
         raw = target_yml(target)
         for number, rank_groups in groups.items():
@@ -367,7 +367,7 @@ def _small_files(
         text_file(f"{target.step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{target.step}/configs/neox_bridge.yml", configs),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
-        # a name of its own, since it may come into a run that has the other
+        # a separate name, because the run may contain the other file
         text_file("resume_universal.yml" if target.universal else "resume.yml", yml),
         text_file(LATEST if target.universal else "latest", target.step.encode()),
     ]
@@ -391,9 +391,9 @@ def _with_target(
     asked: Resharding,
     given: States | None,
 ) -> tuple[Optimizer, States | None, Target]:
-    """The optimizer as the target has it, its states where they are not the source's, the target.
+    """The optimizer of the target, its states if they differ from the source, and the target.
 
-    Raises Refused where it can't be.
+    Raises Refused if this is impossible.
     """
     version = writer_version(optimizer)
     if asked.era is None and is_v1(optimizer):

@@ -1,4 +1,4 @@
-"""Where a resharded run goes on: what a user asks for, settled against the model and the batch."""
+"""Resolves the options of ``reshard`` against the model and the batch."""
 
 import os
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from neox_bridge.planning.vocabulary import Vocabulary, keep, told_multiple
 
 @dataclass(frozen=True)
 class Target:
-    """The target, settled.
+    """The resolved target.
 
     config: with the target's rows of the vocabulary. step: its folder. source: the batch that it
     had. rescaling: how the optimizer continues with gradients of another scale; None if the
@@ -63,7 +63,7 @@ class Target:
 def choose_target(
     checkpoint: Checkpoint, optimizer: Optimizer, asked: Resharding, version: str | None
 ) -> Target:
-    """The target that was asked for. Raises Refused where the model or DeepSpeed has none such.
+    """Resolve the target. Raises Refused if the model or DeepSpeed does not support it.
 
     optimizer: in the form that the target has. version: of the DeepSpeed that wrote the source.
     """
@@ -82,7 +82,7 @@ def choose_target(
         refuse_all(lost_in_era(checkpoint, era), checkpoint.path)
     settings = era_settings(checkpoint, layout, asked.era)
     rows = checkpoint.config.dims["vocab"]
-    if state.universal:  # it may be without the rows of padding, which come back as zeros
+    if state.universal:  # it may not contain the rows of padding, which are restored as zeros
         folder = state.folder
         rows = max(rows, whole(state.args, "padded_vocab_size", folder) or 0)
     vocabulary = keep(rows, told_multiple(state.args, raw), state.tp, layout.tp)
@@ -129,7 +129,7 @@ def check_row_bias(
     tp: int | None,
     universal: bool,
 ) -> None:
-    """Raise UsageError where it makes no difference to ``reshard`` how row biases are written.
+    """Raise UsageError if ``row_bias`` has no effect.
 
     given: states that replace those of the source. tp: of the target, by default the source's.
     """
@@ -166,10 +166,10 @@ def check_row_bias(
 def _sides(
     asked: Resharding, version: str | None, checkpoint: Checkpoint, layout: RankLayout, batch: Batch
 ) -> tuple[Side, Side]:
-    """What the gradients of the source, and of the target with the source's batch, depend on."""
+    """The gradient scale facts of the source, and of the target with the batch of the source."""
     state = checkpoint.neox_state
     known = pipeline_accumulation(version)
-    # GPT-NeoX has wanted DeeperSpeed 0.16.5, which sums, since 2025-03
+    # since 2025-03, GPT-NeoX requires DeeperSpeed 0.16.5, which sums
     before = asked.source_engine or known or asked.engine or "sums"
     resumes = pipeline_accumulation(asked.era.deepspeed) if asked.era is not None else known
     after = asked.engine or resumes or before
@@ -191,7 +191,7 @@ def _way_out(share: int, accumulation: int | None) -> str:
 
 
 def _stages(checkpoint: Checkpoint, layout: RankLayout, config: ModelConfig) -> list[range]:
-    """The layers of each stage; all of them in one where there are no stages."""
+    """The layers of each stage; all layers in one stage if there are no stages."""
 
     def shapes() -> Iterator[tuple[int, tuple[int, ...]]]:
         wholes = with_vocabulary_rows(checkpoint.architecture, config, checkpoint.tensors)

@@ -1,6 +1,6 @@
-"""What kind of optimizer states a checkpoint holds, and what resumes them.
+"""Finds the kind of optimizer states of a checkpoint, and what can resume them.
 
-Only the first file of states is read, and of it no tensor.
+Only the first state file is read, without its tensors.
 """
 
 import os
@@ -43,7 +43,7 @@ class SavedStates:
 
     @property
     def refusal(self) -> str:
-        """What the DeepSpeed of today's GPT-NeoX prints of them; "" where it resumes from them."""
+        """The error of the DeepSpeed of today's GPT-NeoX; "" if it can resume them."""
         if self.resumption is not None:
             return self.resumption.refusal
         return "" if self.version else NO_VERSION
