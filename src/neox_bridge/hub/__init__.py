@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: what is taken from it and put there, through huggingface_hub."""
+"""Access to the Hugging Face Hub, through huggingface_hub."""

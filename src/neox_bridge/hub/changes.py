@@ -1,10 +1,10 @@
-"""What a commit must change so that a branch holds a folder's files; reads nothing itself."""
+"""Computes the changes of a commit that makes a branch equal to a folder. Does no I/O."""
 
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-_ATTRIBUTES = ".gitattributes"  # the Hub's own: which files go to LFS
+_ATTRIBUTES = ".gitattributes"  # a file of the Hub that lists which files go to LFS
 _LATEST = "latest"
 _WEIGHTS = re.compile(r".*\.(?:safetensors|bin|pt|pth|index\.json)|(?:.*/)?neox_bridge\.json")
 _STEP = re.compile(r"global_step\d+/.*")
@@ -14,9 +14,9 @@ _STEP = re.compile(r"global_step\d+/.*")
 class Changes:
     """Paths in the repository, sorted.
 
-    add: new. replace: existing, with other bytes. same: existing, with the same bytes. leave:
-    existing, and not in the folder. conflicts: weights that would be replaced or mixed with those
-    of another checkpoint.
+    add: new files. replace: existing files with other bytes. same: existing files with equal bytes.
+    leave: existing files that are not in the folder. conflicts: weights that would be replaced or
+    mixed with those of another checkpoint.
     """
 
     add: tuple[str, ...]
@@ -34,9 +34,9 @@ def compare(
 ) -> Changes:
     """Compare the paths of a folder with those of a branch.
 
-    there: the branch's files. same: the files that it holds bit for bit. step: of a GPT-NeoX
-    target. Where the branch is a run already, the step is put beside the others, as in a local run:
-    ``latest`` is replaced, and what else lies above the steps stays the run's.
+    there: files of the branch. same: files that are equal bit for bit. step: of a GPT-NeoX target.
+    If the branch is an existing run, the step is added beside the others, as in a local run:
+    ``latest`` is replaced, and other files above the steps are kept.
     """
     new, old = set(files), set(there) - {_ATTRIBUTES}
     pointer = ""

@@ -1,4 +1,4 @@
-"""What publishing would do, found out before anything is written."""
+"""Previews what publishing would do, before anything is written."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from neox_bridge.wording import plain
 
 @dataclass(frozen=True, slots=True)
 class PublishPreview:
-    """What publishing would do, before there is a folder.
+    """The preview of a publication.
 
     private: whether the repository is, or would be. done: whether the branch holds just this
     already. new: files that aren't there. other: there with other bytes, since of another size.
@@ -38,9 +38,10 @@ class PublishPreview:
 def plan_publish(
     plan: Plan, repo: str, branch: str = MAIN, *, private: bool = False
 ) -> PublishPreview:
-    """What ``publish`` would do with a plan's files; only reads.
+    """What ``publish`` would do with the files of a plan. Only reads.
 
-    Raises BridgeError where the Hub can't be asked, or a repository is public that shouldn't be.
+    Raises BridgeError if the Hub does not answer, or if a repository is public but should be
+    private.
     """
     sizes = {file.path: file.size for file in plan.files}
     remote = look(repo, branch)

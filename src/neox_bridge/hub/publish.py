@@ -1,7 +1,7 @@
-"""A folder as one commit of a branch: all of it is there, or nothing.
+"""Publishes a folder as one commit of a branch, so that it appears atomically.
 
-``upload_folder`` of huggingface_hub 2 makes several commits of a folder where hf_xet is installed,
-so that a branch would hold half a checkpoint in between; ``create_commit`` makes one.
+``upload_folder`` of huggingface_hub 2 creates several commits for a folder if hf_xet is installed,
+so that a branch would contain half a checkpoint in between; ``create_commit`` creates one.
 """
 
 import os
@@ -31,15 +31,16 @@ from neox_bridge.wording import some
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-_CONFLICT = 412  # HTTP status: the branch isn't at the commit that ours was made for
+_CONFLICT = 412  # HTTP status: the branch moved since our commit was prepared
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What was done. url: a page with the files, or of the pull request. commit: 40 hex digits.
+    """The result of a publication. url: of the files or the pull request. commit: 40 hex digits.
 
-    changed: whether there is a new commit. uploaded: paths that the commit brought, removed: that
-    it took away, kept: how many files were there already. size: bytes of those uploaded.
+    changed: whether there is a new commit. uploaded: paths that the commit added or replaced.
+    removed: paths that it deleted. kept: number of unchanged files. size: bytes of the uploaded
+    files.
     """
 
     repo: str
@@ -66,20 +67,20 @@ def publish(
     step: str | None = None,
     progress: bool = False,
 ) -> Published:
-    """Make a branch hold a folder's files, by one commit; by none where it does already.
+    """Publish the files of a folder in one commit; in none if the branch is up to date.
 
     Creates the repository and the branch if they do not exist; a new branch starts at the
-    repository's first commit, so that it does not hold the weights of another. huggingface_hub
-    sends large files through Xet or LFS, and skips what the Hub has already, so that a call that
-    was cut off goes on.
+    repository's first commit, so that it does not contain the weights of another branch.
+    huggingface_hub sends large files through Xet or LFS and skips files that the Hub already has,
+    so an interrupted call can be repeated.
 
     Args:
         private: Create the repository as private. An existing public one is refused.
-        create_pr: Propose the commit as a pull request to the branch, which must exist.
-        overwrite: Replace files that differ and remove those that the folder does not have. By
-            default either is refused for weights, and other files of the branch stay.
+        create_pr: Open a pull request to the branch, which must exist, instead of committing.
+        overwrite: Replace files that differ, and delete files that are not in the folder. By
+            default, both are refused for weights, and other files of the branch are kept.
         message: The title of the commit.
-        step: The ``global_stepN`` of a GPT-NeoX folder, put beside those of the branch.
+        step: The ``global_stepN`` of a GPT-NeoX folder, which is added beside those of the branch.
         progress: Whether huggingface_hub shows its progress bars on stderr.
 
     Raises:
@@ -117,7 +118,7 @@ def publish(
 
 
 def publish_written(plan: Plan, work: Work, target: HubTarget, **options: bool) -> Published:
-    """``publish`` what a plan wrote into a work folder, which stays where that fails.
+    """``publish`` the files that a plan wrote into a work folder. On failure, the folder is kept.
 
     options: of ``publish``.
     """
@@ -137,7 +138,7 @@ def publish_written(plan: Plan, work: Work, target: HubTarget, **options: bool) 
 
 
 def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
-    """Why a branch isn't touched, and what to do."""
+    """The error for a branch with conflicting files."""
     return (
         f"hf://{repo}@{branch} holds other files: {some(list(conflicts), 1)}. Choose another "
         "branch, or use `overwrite=True` to replace its files; its history is kept."
@@ -145,7 +146,7 @@ def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
 
 
 def check_base(repo: str, branch: str, *, repo_exists: bool, branch_exists: bool) -> None:
-    """Raise BridgeError where a pull request would have nothing to go into."""
+    """Raise BridgeError if the branch of a pull request does not exist."""
     if not branch_exists:
         raise BridgeError(
             f"hf://{repo}@{branch}: there is no such {'branch' if repo_exists else 'repository'}, "
@@ -154,7 +155,7 @@ def check_base(repo: str, branch: str, *, repo_exists: bool, branch_exists: bool
 
 
 def work_base(chosen: str | None) -> str:
-    """The folder in which files are made before they are uploaded."""
+    """The folder in which files are written before they are uploaded."""
     base = os.path.realpath(chosen or os.environ.get("TMPDIR") or ".")
     if not os.path.isdir(base):
         raise BridgeError(
@@ -166,7 +167,7 @@ def work_base(chosen: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is published where. api: huggingface_hub's."""
+    """A publication job. api: of huggingface_hub."""
 
     api: Any
     folder: str
@@ -181,7 +182,7 @@ class _Job:
 
 
 def _ready(job: _Job, private: bool) -> Remote:
-    """What repository and branch hold; creates either if it does not exist."""
+    """The content of repository and branch; creates either if it does not exist."""
     repo, branch = job.repo, job.branch
     remote = look(repo, branch)
     if job.create_pr:
@@ -195,7 +196,7 @@ def _ready(job: _Job, private: bool) -> Remote:
             job.api.create_branch(repo, branch=branch, revision=start, exist_ok=True)
             remote = look(repo, branch)
     if private:
-        check_private(repo, private)  # also of one that somebody else made meanwhile
+        check_private(repo, private)  # also if somebody else created it in the meantime
     return remote
 
 
@@ -218,7 +219,7 @@ def _compared(job: _Job, remote: Remote) -> Changes:
 
 
 def _is_same(path: str, size: int, there: "RepoFile") -> bool:
-    """By the hashes that the Hub knows files by: SHA-256 of large ones, git's of the others."""
+    """Whether a file is unchanged, by the Hub's hash: SHA-256 for large files, otherwise git's."""
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
     if size != there.size:
@@ -232,9 +233,9 @@ def _is_same(path: str, size: int, there: "RepoFile") -> bool:
 def _commit(
     job: _Job, remote: Remote, uploaded: tuple[str, ...], removed: tuple[str, ...], words: str
 ) -> tuple[str, str | None]:
-    """Upload, then commit, again where the Hub fails: the commit, and a pull request's address.
+    """Upload and commit, with retries. Returns the commit and the URL of a pull request.
 
-    Raises huggingface_hub's errors, BridgeError where somebody else committed meanwhile.
+    Raises errors of huggingface_hub, and BridgeError if somebody else committed in the meantime.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -259,7 +260,7 @@ def _commit(
                 raise
             now = look(job.repo, job.branch)
             if now.commit != remote.commit:
-                if _is_there(job, now, removed):  # it was made, and the answer lost
+                if _is_there(job, now, removed):  # the commit succeeded, but the answer was lost
                     return str(now.commit), None
                 raise BridgeError(
                     f"hf://{job.repo}@{job.branch}: another commit was pushed during the upload, "
@@ -277,7 +278,7 @@ def _is_there(job: _Job, remote: Remote, removed: tuple[str, ...]) -> bool:
 
 
 def _check_whole(job: _Job, commit: str, names: tuple[str, ...]) -> None:
-    """A .gitignore of the branch makes the Hub leave files out without a word."""
+    """Check for missing files: a .gitignore in the branch makes the Hub drop files silently."""
     there = files_at(job.api, job.repo, commit)
     missing = [n for n in names if n not in there or there[n].size != job.files[n]]
     if missing:

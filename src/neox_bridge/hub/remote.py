@@ -1,4 +1,4 @@
-"""What a branch of the Hub holds now: its commit, its files, and the plan that wrote them."""
+"""Reads the state of a Hub branch: its commit, its files, and the plan that wrote them."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Remote:
 
 
 def look(repo: str, branch: str) -> Remote:
-    """What a branch holds; two requests. Raises BridgeError if the Hub does not answer."""
+    """The state of a branch, in two requests. Raises BridgeError if the Hub does not answer."""
     api = hub_api(f"hf://{repo} is on the Hub")
     with explained(repo):
         try:
@@ -100,7 +100,7 @@ def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None
         try:
             file = api.hf_hub_download(repo, path, revision=branch, local_dir=folder)
         except Exception as error:
-            # where nobody answered, the library says that the entry isn't in its cache
+            # if the Hub does not answer, the library reports that the entry is not in its cache
             unanswered = isinstance(error, LocalEntryNotFoundError)
             missing = isinstance(error, (EntryNotFoundError, RevisionNotFoundError))
             if is_missing_repo(error) or (missing and not unanswered):
@@ -112,18 +112,18 @@ def published_record(repo: str, branch: str, path: str = RECORD) -> bytes | None
 def published_plan(repo: str, branch: str, path: str = RECORD) -> str | None:
     """The hash of the plan that a branch's files were written by; see ``published_record``.
 
-    None as well where the record isn't as it was written.
+    Also None if the record was changed.
     """
     record = published_record(repo, branch, path)
     return None if record is None else plan_in(record)
 
 
 def is_published(plan: Plan, repo: str, branch: str) -> bool:
-    """Whether a branch holds what this plan writes, as far as its record tells.
+    """Whether a branch contains the output of this plan, according to its record.
 
     Plans name their sources by path and place in it, so that only the same sources at the same
-    place (for a model of the Hub: the same commit in the same cache) make the same plan.
-    Raises BridgeError where the Hub can't be asked.
+    place (for a model of the Hub: the same commit in the same cache) make the same plan. Raises
+    BridgeError if the Hub does not answer.
     """
     return published_plan(repo, branch, record_path(plan)) == plan_hash(plan)
 
@@ -134,7 +134,7 @@ def record_path(plan: Plan) -> str:
 
 
 def plan_in(record: bytes) -> str | None:
-    """The hash of the plan that a record is of; None where it isn't as it was written."""
+    """The hash of the plan of a record; None if the record was changed."""
     if not is_whole(record):
         return None
     try:

@@ -1,7 +1,7 @@
-"""A few values of optimizer states whose order was derived, checked where that costs nothing.
+"""Checks a few values of optimizer states, to detect a wrong order cheaply.
 
-The 16-bit weights are the fp32 masters, rounded, since DeepSpeed copies them from the masters at
-the end of each step. What pads a flat group is zero, since its gradients are.
+The 16-bit weights must equal the rounded fp32 master weights, because DeepSpeed copies them at the
+end of each step. The padding of a flat group must be zero, because its gradients are zero.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,15 +27,14 @@ _END_ELEMENTS = 8  # elements at the start of a parameter, and at its end
 _PADDING_ELEMENTS = 64  # elements at the start of each run of padding, and at the end of the last
 
 
-# where a weight is, and some elements of it and of its master
+# the place of a weight, and some elements of it and of its master weight
 _Pair = tuple[Place, TensorRef, TensorRef]
 
 
 def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Finding, ...]:
-    """A warning where masters are not the weights before rounding, in the elements looked at.
+    """A warning if master weights do not round to the weights, in the checked elements.
 
-    Reads the first and the last elements of every parameter from a local disk, and nothing from
-    other stores.
+    Reads the first and the last elements of every parameter, on local disks only.
     """
     state = checkpoint.neox_state
     pairs = [
@@ -65,7 +64,7 @@ def master_findings(checkpoint: Checkpoint, optimizer: Optimizer) -> tuple[Findi
 
 
 def check_padding(parts: Iterable[TensorRef], key: str) -> None:
-    """Raise BridgeError where what lies behind the last parameter of a flat group is not zero.
+    """Raise BridgeError if the padding after the last parameter of a flat group is not zero.
 
     parts: the padding, in the order of the group. key: of the group's masters, for the message.
     """

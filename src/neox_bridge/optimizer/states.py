@@ -1,6 +1,6 @@
-"""The optimizer of a GPT-NeoX checkpoint: what DeepSpeed saved of it, by parameter and by rank.
+"""The optimizer states of a GPT-NeoX checkpoint, by parameter and rank.
 
-Four wrappers keep it in different ways (deepspeed 0.16): "zero", DeepSpeedZeroOptimizer of ZeRO
+DeepSpeed 0.16 has four wrappers with different formats: "zero", DeepSpeedZeroOptimizer of ZeRO
 stages 1 and 2 (runtime/zero/stage_1_and_2.py); "bf16", BF16_Optimizer (runtime/bf16_optimizer.py);
 "fp16", FP16_Optimizer of stage 0 (runtime/fp16/fused_optimizer.py); "plain", none, for fp32 of
 stage 0. The first two have files of their own, one for each data-parallel rank; the others lie in
@@ -65,7 +65,7 @@ class SavedForm:
 
 @dataclass(frozen=True)
 class Derived:
-    """A value of the optimizer that its files do not hold.
+    """A value of the optimizer that its files do not contain.
 
     key: its name in ``Group.settings``. value: what it must have been. source: what it was derived
     from, such as "lr_scheduler" or "1 + iteration - skipped_steps".

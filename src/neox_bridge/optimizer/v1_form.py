@@ -1,4 +1,4 @@
-"""A run's optimizer as GPT-NeoX v1.0 with DeeperSpeed 0.3.15 saves and loads it.
+"""The optimizer format of GPT-NeoX v1.0 with DeeperSpeed 0.3.15.
 
 Sources: GPT-NeoX v1.0 megatron/checkpointing.py (save_ds_checkpoint); DeeperSpeed 0.3.15
 runtime/engine.py (_save_checkpoint, _save_zero_checkpoint) and runtime/zero/stage1.py
@@ -87,7 +87,7 @@ def is_v1(optimizer: Optimizer) -> bool:
 
 
 def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) -> None:
-    """Raise Refused for a run that GPT-NeoX v1.0 cannot resume, or whose form is not written.
+    """Raise Refused for a run that GPT-NeoX v1.0 cannot resume, or that cannot be written.
 
     stage: ZeRO's in the target, whose files are those of the optimizer for 1 and for 2.
     """
@@ -109,7 +109,7 @@ def check_v1_run(optimizer: Optimizer, stage: int, dtype: str, universal: bool) 
 
 
 def in_v1_form(checkpoint: Checkpoint, optimizer: Optimizer, raw: Mapping[str, Any]) -> Optimizer:
-    """The same optimizer with the keys of v1.0's files. Raises Refused where it is not Adam.
+    """The same optimizer with the keys of v1.0 files. Raises Refused if it is not Adam.
 
     optimizer: of ZeRO stage 1 in float16, in any form. raw: the yml of the target, from which v1.0
     takes the hyperparameters.

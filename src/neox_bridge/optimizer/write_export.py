@@ -1,4 +1,4 @@
-"""Plans a folder of optimizer states for people: a safetensors file a state, and a JSON file."""
+"""Plans the export of optimizer states: one safetensors file per state, and a JSON file."""
 
 from math import prod
 

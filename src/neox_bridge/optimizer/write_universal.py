@@ -1,4 +1,4 @@
-"""The files of DeepSpeed's universal checkpoints: a folder a parameter, a file a state.
+"""Writes universal checkpoints of DeepSpeed: one folder per parameter, one file per state.
 
 Keys and their order as deepspeed 0.16 writes them (checkpoint/ds_to_universal.py). How ranks share
 a parameter stands in its files, from where DeepSpeed takes it at load, and, as patterns of names,

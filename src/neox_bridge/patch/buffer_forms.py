@@ -1,4 +1,4 @@
-"""Where a GPT-NeoX source stores buffers that it computes, and whether the form is a known one.
+"""Finds where a GPT-NeoX source stores computed buffers, and whether the code has a known form.
 
 Known from every version of megatron/model/positional_embeddings.py between 2021-04 and
 2026-05: ``__init__`` of a module computes ``inv_freq`` or ``slopes`` and registers it by
@@ -23,7 +23,7 @@ _TORCH_HOOKS = (
 
 
 def parse(path: str, source: bytes) -> cst.Module:
-    """A file's syntax tree. Raises Refused where it has none."""
+    """The syntax tree of a file. Raises Refused if it cannot be parsed."""
     try:
         return cst.parse_module(source)
     except (cst.ParserSyntaxError, UnicodeDecodeError, SyntaxError, LookupError) as error:
@@ -83,7 +83,7 @@ def _mentions(
 def _judge(
     module: cst.Module, owner: cst.ClassDef | None, node: cst.Call | cst.Assign, buffer: str
 ) -> tuple[str, str]:
-    """Why a place isn't of a known form, or nothing; and the code of its persistent argument."""
+    """Why a place has no known form, or ""; and the code of its persistent argument."""
     if isinstance(node, cst.Assign):
         return "is assigned, not registered", ""
     if buffer == "?":
@@ -100,7 +100,7 @@ def _unknown_form(
     buffer: str,
     keywords: set[str],
 ) -> str:
-    """Why a call isn't of a known form, or nothing."""
+    """Why a call has no known form, or ""."""
     if owner is None or not _in_init(owner, call):
         return "is not a separate statement in the __init__ of a class"
     names = [node.name.value for node in module.body if isinstance(node, cst.ClassDef)]

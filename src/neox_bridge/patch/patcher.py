@@ -1,11 +1,11 @@
-"""Lets a GPT-NeoX tree load checkpoints with and without the buffers that it computes.
+"""Patches a GPT-NeoX source tree to load checkpoints with and without computed buffers.
 
 Two changes, in every class that registers ``inv_freq`` or ``slopes`` (patch/buffer_forms.py):
-``persistent=False`` where there is no such argument, and a load hook (patch/load_hook.py). Why:
-transformers (hf-neox-inv-freq) and GPT-NeoX (neox-inv-freq) stopped storing ``inv_freq``, so that
-each side refuses what the other wrote, ``Missing key(s)`` or ``Unexpected key(s) in state_dict``.
+``persistent=False`` if the argument is missing, and a load hook (patch/load_hook.py). Why:
+transformers (hf-neox-inv-freq) and GPT-NeoX (neox-inv-freq) stopped storing ``inv_freq``, so each
+side rejects checkpoints of the other: ``Missing key(s)`` or ``Unexpected key(s) in state_dict``.
 
-The originals stay in ``.neox-bridge.orig`` in the tree, with hashes of both states of each file.
+The original files are kept in ``.neox-bridge.orig`` in the tree, with hashes of both versions.
 """
 
 import difflib
@@ -52,7 +52,7 @@ _NO_NEWLINE = "\\ No newline at end of file\n"
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What a patch of a tree, or taking it out, changes: nothing where there are no files."""
+    """The changes of a patch or a revert. No files: nothing to do."""
 
     tree: str
     files: tuple[FilePatch, ...]
@@ -65,9 +65,9 @@ class Patch:
 
 
 def plan_patch(tree: str | os.PathLike[str]) -> Patch:
-    """The patch of a GPT-NeoX tree; no files where it has it already. Writes nothing.
+    """Plan the patch of a GPT-NeoX tree; no files if it is already patched. Writes nothing.
 
-    Raises Refused where a place isn't of a known form: none is changed then.
+    Raises Refused if any place has an unknown form.
     """
     root = _root(tree)
     try:
@@ -99,7 +99,7 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
 
 
 def plan_revert(tree: str | os.PathLike[str]) -> Patch:
-    """What brings the originals back, byte for byte. Raises Refused where a file was edited since.
+    """Plan the revert, byte for byte. Raises Refused if a file was edited since.
 
     Needs no libcst.
     """
@@ -108,7 +108,7 @@ def plan_revert(tree: str | os.PathLike[str]) -> Patch:
     for path, hashes in _record(root).items():
         original, current = _read(root / KEPT / path), _read(root / path)
         if current is not None and not _has_patch(current):
-            continue  # brought back, or replaced by another version, without this tool
+            continue  # restored or replaced by another version, without this tool
         if current is None or _hash(current) != hashes["patched"]:
             edited_since.append(path)
         elif original is None or _hash(original) != hashes["original"]:
@@ -126,9 +126,9 @@ def plan_revert(tree: str | os.PathLike[str]) -> Patch:
 
 
 def apply(patch: Patch) -> None:
-    """Writes a patch: all files or none. The originals are kept first.
+    """Write a patch: all files or none. The originals are saved first.
 
-    What an earlier run left that was killed is removed, also where there is nothing to patch.
+    Leftovers of a killed run are deleted, even if there is nothing to patch.
     """
     root = Path(patch.tree)
     with locked_folder(patch.tree):
@@ -160,7 +160,7 @@ def _apply(root: Path, patch: Patch) -> None:
 
 
 def revert(tree: str | os.PathLike[str]) -> Patch:
-    """Brings the originals back, all or none, and removes what was kept; returns what it did."""
+    """Restore the originals, all or none, and delete the saved copies. Returns the changes."""
     patch = plan_revert(tree)
     root = Path(patch.tree)
     with locked_folder(patch.tree):
@@ -170,7 +170,7 @@ def revert(tree: str | os.PathLike[str]) -> Patch:
         kept = root / KEPT
         unpatched = not any(_has_patch(text) for _, text in _sources(root))
         if (kept / _RECORD).is_file() or (kept.is_dir() and unpatched):
-            for path in kept.iterdir():  # the record last: a run that is killed is gone on with
+            for path in kept.iterdir():  # the record last, so that a killed run can be resumed
                 if path.is_dir():
                     shutil.rmtree(path)
                 elif path.name != _RECORD:
@@ -204,7 +204,7 @@ def _sources(root: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _concerned(source: bytes) -> bool:
-    """Whether a file can store such a buffer; a cheap look before it is parsed."""
+    """Whether a file may store such a buffer: a cheap check before parsing."""
     return b"inv_freq" in source or (b"slopes" in source and b"register_buffer" in source)
 
 
@@ -255,7 +255,7 @@ def _record(root: Path) -> dict[str, dict[str, str]]:
 
 
 def _replace_all(contents: Mapping[Path, bytes]) -> None:
-    """Writes all files or none: each to a temporary name, flushed, then renamed."""
+    """Write all files or none: each to a temporary name, flushed, then renamed."""
     waiting: dict[Path, Path] = {}
     before = {path: _read(path) for path in contents}
     done: list[Path] = []

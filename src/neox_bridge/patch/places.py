@@ -1,4 +1,4 @@
-"""Places of a GPT-NeoX source that store computed buffers, and what the patch does there."""
+"""Places of a GPT-NeoX source that store computed buffers, and their changes."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ MARK = "# neox-bridge"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A line that stores a buffer. unknown: why its form isn't a known one, or nothing.
+    """A line that stores a buffer. unknown: why its form is unknown, or "".
 
     persistent: the code of that argument, nothing where there is none.
     hooked: the class has the load hook of this patch already.

@@ -1,1 +1,1 @@
-"""Results of other commands as one HTML page; jinja2 and matplotlib are the extra ``[report]``."""
+"""Renders results of other commands as one HTML page. Needs the extra ``[report]``."""

@@ -1,4 +1,4 @@
-"""What ``audit`` prints with --json, also with --against, as a section."""
+"""The output of ``audit --json``, with or without --against, as a section."""
 
 from collections.abc import Iterator, Sequence
 
@@ -66,7 +66,7 @@ def _table(steps: Sequence[Document], caption: str, folded: bool) -> Table:
 
 
 def _plots(document: Document, runs: Sequence[str], prefix: str) -> Iterator[Plot]:
-    """The runs beside each other, and of each the tensors with findings or the kinds of weights."""
+    """Plots of all runs, and of the tensors with findings or the kinds of weights of each run."""
     steps = [step for step in document["steps"] if step["step"] is not None]
     several = [run for run in runs if sum(step["run"] == run for step in steps) > 1]
     if len(several) > 1:

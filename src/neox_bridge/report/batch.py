@@ -1,4 +1,4 @@
-"""What ``batch --json`` prints, as a section of a page."""
+"""The output of ``batch --json`` as a section."""
 
 from collections.abc import Iterator, Sequence
 
@@ -51,7 +51,7 @@ def _verified(done: Sequence[Document]) -> str:
 
 
 def _findings(rows: Sequence[Document]) -> list[Finding]:
-    """Failures, and of the others each kind of finding once, with the checkpoints that have it."""
+    """Failures, and each other finding once, with its checkpoints."""
     findings = [
         Finding("failed", "error", f"{row['name']}: {row['error']}", "")
         for row in rows

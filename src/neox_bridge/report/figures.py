@@ -1,4 +1,4 @@
-"""matplotlib's figures in the colours of a page, light and dark."""
+"""Converts matplotlib figures to the colors of a page, light and dark."""
 
 import re
 import warnings
@@ -45,7 +45,8 @@ def plot_of(draw: Callable[[], Any], caption: str, prefix: str) -> Plot:
     import matplotlib
 
     with matplotlib.rc_context(_RC), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # names in scripts that the font hasn't: the page's has
+        # for names in scripts that the font does not support, but the font of the page may
+        warnings.simplefilter("ignore")
         svg = svg_of(draw(), prefix)
     head = _HEAD.match(svg)
     assert head is not None

@@ -1,4 +1,4 @@
-"""Sections as one HTML page that needs nothing from elsewhere."""
+"""Renders sections as one self-contained HTML page."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -8,12 +8,12 @@ from neox_bridge.report.parts import Facts, Section, Verdict, worst
 from neox_bridge.version import __version__
 from neox_bridge.wording import plural, wording
 
-# a sign beside the colour, for those who see no colour and for paper
+# a symbol beside the color, for readers who cannot see it and for print
 SIGNS = {"good": "✓", "neutral": "i", "warning": "!", "differs": "≠", "bad": "✗"}
 
 
 def require() -> None:
-    """Raise BridgeError where jinja2 or matplotlib is missing: before anything long is done."""
+    """Raise BridgeError early if jinja2 or matplotlib is missing."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -24,7 +24,7 @@ def require() -> None:
 
 
 def verdict_of(sections: Sequence[Section]) -> Verdict:
-    """The page's own verdict: that of its worst section, or a word on how many there are."""
+    """The verdict of the page: that of its worst section, or a count."""
     state = worst(section.verdict.state for section in sections)
     like = [section for section in sections if section.verdict.state == state]
     if len(sections) == 1 or (len(like) == len(sections) == 2 and state == "good"):

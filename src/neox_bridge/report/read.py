@@ -1,4 +1,4 @@
-"""The files of a report: what it is made of, and the page itself."""
+"""Reads the inputs of a report, and writes the page."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def inputs(paths: Sequence[str]) -> list[ReportInput]:
 
 
 def today() -> str:
-    """Now, in UTC; SOURCE_DATE_EPOCH, seconds, stands for it where pages are to be the same."""
+    """The current time in UTC, or SOURCE_DATE_EPOCH (seconds) for reproducible pages."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     now = datetime.now(timezone.utc)
     if epoch.isdecimal():
@@ -43,11 +43,10 @@ def today() -> str:
 
 
 def write_page(path: str, text: str | None, overwrite: bool) -> None:
-    """Write the page, whole or not at all; without text only look whether it may be written.
+    """Write the page atomically; without text, only check whether it can be written.
 
-    It is written under a name of its own first, which a run that is killed leaves, and which the
-    next one into the same page takes. ``overwrite`` replaces a page of this tool, and no other
-    file. A link stays, and what it leads to is replaced.
+    It is written to a temporary file first, which a killed run leaves and the next run reuses.
+    ``overwrite`` replaces only pages of this tool. A link is kept, and its target is replaced.
     """
     if os.path.isdir(path):
         raise BridgeError(
@@ -72,7 +71,7 @@ def write_page(path: str, text: str | None, overwrite: bool) -> None:
     with locked(partial, path) as fd:
         try:
             os.ftruncate(fd, 0)
-            # names of files may hold bytes that are no text
+            # file names may contain bytes that are not text
             with os.fdopen(os.dup(fd), "wb") as file:
                 file.write(text.encode("utf-8", "backslashreplace"))
             os.fsync(fd)

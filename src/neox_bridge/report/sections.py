@@ -1,4 +1,4 @@
-"""What ``--json`` of convert, verify and diff prints, and checkpoints, as sections of a page."""
+"""Turns JSON output of convert, verify and diff, and checkpoints, into sections of a page."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,13 @@ from neox_bridge.wording import KINDS, human, plural, side
 
 # lines of ``inspect`` that stand as title, findings and provenance
 _ELSEWHERE = ("path", "written by", "error", "warning", "info")
-_OPEN = 12  # rows of a table that needn't be folded
+_OPEN = 12  # rows up to which a table is not folded
 
 
 def section_of(document: object, name: str, prefix: str) -> Section:
-    """The section of one JSON document, told by its keys. prefix: of ids in its plots.
+    """The section of one JSON document. prefix: of ids in its plots.
 
-    Raises BridgeError where it is none of those that are known, or not whole.
+    Raises BridgeError for unknown or incomplete documents.
     """
     keys = set(document) if isinstance(document, dict) else set()
     for word, wanted, build in (
@@ -148,7 +148,7 @@ def _casts(document: Document) -> list[Cast]:
 
 
 def _agreement(agreement: Document) -> str:
-    """What ``verify --logits`` says, but for the causes."""
+    """The result of ``verify --logits`` without the causes."""
     if odd := agreement.get("non_finite"):
         words = "another model"
         if odd["same_places"]:
