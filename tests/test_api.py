@@ -1,18 +1,23 @@
 """The public face: each verb works, is documented, and verifies what it writes."""
 
 import ast
+import doctest
 import inspect
 import json
 import shutil
 import typing
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, is_dataclass, replace
 from pathlib import Path
 
 import pytest
+from commands import run
 from common import fixture, make_hf
+from tiny import write_hf
 
 import neox_bridge
 from neox_bridge import Options, Resharding, Unverified
+from neox_bridge.cli.spelling import as_options
+from neox_bridge.documents import plain_data
 
 ROOT = Path(__file__).parents[1]
 VERBS = (
@@ -34,7 +39,8 @@ def test_convert_verify_and_back(hf: str, tmp_path: Path) -> None:
     assert neox_bridge.verify(hf, str(tmp_path / "neox")).holds
     neox_bridge.convert(str(tmp_path / "neox"), str(tmp_path / "back"))
     differences = neox_bridge.diff(hf, str(tmp_path / "back"))
-    assert {difference.kind for difference in differences} == {"equal"}
+    assert {difference.kind for difference in differences.tensors} == {"equal"}
+    assert differences.equal
 
 
 def swapped(plan: neox_bridge.Plan) -> neox_bridge.Plan:
@@ -55,7 +61,7 @@ def swapped(plan: neox_bridge.Plan) -> neox_bridge.Plan:
 def test_execute_verifies_by_default(hf: str, tmp_path: Path) -> None:
     checkpoint = neox_bridge.open_checkpoint(hf)
     wrong = swapped(neox_bridge.plan(checkpoint, Options(), str(tmp_path / "out")))
-    with pytest.raises(Unverified, match="isn't what"):
+    with pytest.raises(Unverified, match="does not match"):
         neox_bridge.execute(wrong, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     neox_bridge.execute(wrong, str(tmp_path / "unchecked"), verify=False)
@@ -86,7 +92,7 @@ def test_reshard_diagnose_and_audit(tmp_path: Path) -> None:
     result = neox_bridge.reshard(RUN, str(tmp_path / "run"), Resharding(dp=1))
     assert result.files > 0
     findings = neox_bridge.diagnose(str(tmp_path / "run"), "today")
-    assert all(finding.severity != "error" for finding in findings)
+    assert all(finding.severity != "error" for finding in findings.findings)
     assert neox_bridge.audit([str(tmp_path / "run")], optimizer=True).holds
 
 
@@ -100,7 +106,7 @@ def steps(hf: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_batch_converts_verifies_and_continues(steps: str, tmp_path: Path) -> None:
-    written: list[int] = []
+    written: list[neox_bridge.Progress] = []
     target = str(tmp_path / "out")
     result = neox_bridge.batch(steps, target, Options(tp=2), progress=written.append, workers=1)
     assert result.holds
@@ -108,7 +114,7 @@ def test_batch_converts_verifies_and_continues(steps: str, tmp_path: Path) -> No
         ("step0", "done", True),
         ("step1000", "done", True),
     ]
-    assert sum(written) == 2 * sum(row.size for row in result.rows), "written, and read back"
+    assert written[-1].done == 2 * sum(row.size for row in result.rows), "written, and read back"
     assert neox_bridge.verify(f"{steps}/step0", f"{target}/step0").holds
     again = neox_bridge.batch([steps], target, Options(tp=2), workers=1)
     assert [row.status for row in again.rows] == ["skipped", "skipped"]
@@ -205,3 +211,102 @@ def test_the_blocks_of_the_page_run(
     names: dict[str, object] = {}
     for block in blocks:
         exec(block.partition("```")[0], names)
+
+
+@pytest.fixture
+def folder(hf: str, steps: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the models that the examples of docstrings name."""
+    monkeypatch.chdir(tmp_path)
+    write_hf(Path("pythia-410m"))
+    Path("run").symlink_to(RUN)
+    Path("steps").symlink_to(steps)
+    neox_bridge.convert("pythia-410m", "made", tp=2)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [*VERBS, "era_named"])
+def test_the_examples_of_docstrings_run(name: str, folder: Path) -> None:
+    if name != "convert":
+        (folder / "made").rename(folder / "pythia-neox")
+    verb = getattr(neox_bridge, name)
+    (example,) = doctest.DocTestFinder().find(verb, name, globs={})
+    assert example.examples, f"{name} has no example"
+    printed: list[str] = []
+    failed, _ = doctest.DocTestRunner().run(example, out=printed.append)
+    assert not failed, "".join(printed)
+
+
+def test_options_by_name(folder: Path) -> None:
+    named = neox_bridge.convert("pythia-410m", "a", tp=2, dtype="bf16", era="neox@2024-10")
+    assert named.plan is not None
+    options = Options(tp=2, dtype="bfloat16", era=neox_bridge.era_named("2024-10"))
+    neox_bridge.convert("pythia-410m", "b", options)
+    assert named.target == "a"
+    same = [path.relative_to("a") for path in Path("a").rglob("*.pt")]
+    assert same
+    for path in same:
+        assert Path("a", path).read_bytes() == Path("b", path).read_bytes()
+    with pytest.raises(TypeError, match="there is no option 'tpp'"):
+        neox_bridge.convert("pythia-410m", "c", tpp=2)
+    for choices, words in (
+        ({"dtype": "int8"}, "dtype: 'int8' is not one of keep, float32"),
+        ({"tp": 0}, "tp: must be 1 or more, not 0"),
+    ):
+        with pytest.raises(neox_bridge.UsageError, match=words):
+            neox_bridge.convert("pythia-410m", "c", **choices)
+    assert not Path("c").exists()
+
+
+def test_progress_of_every_verb(folder: Path) -> None:
+    seen: list[neox_bridge.Progress] = []
+
+    def phases() -> dict[str, tuple[int, int | None]]:
+        last = {one.phase: (one.done, one.total) for one in seen}
+        seen.clear()
+        return last
+
+    result = neox_bridge.convert("pythia-410m", "a", progress=seen.append)
+    ends = phases()
+    assert list(ends) == ["writing", "verifying"]
+    assert set(ends.values()) == {(result.size, result.size)}
+    neox_bridge.convert("pythia-410m", "b", verify=False, progress=seen.append)
+    assert list(phases()) == ["writing"]
+    for phase, call in (
+        ("verifying", lambda: neox_bridge.verify("pythia-410m", "a", progress=seen.append)),
+        ("comparing", lambda: neox_bridge.diff("pythia-410m", "a", progress=seen.append)),
+        ("reading", lambda: neox_bridge.audit(["run"], progress=seen.append)),
+    ):
+        call()
+        ((done, total),) = (ends := phases()).values()
+        assert list(ends) == [phase]
+        assert done == total
+    neox_bridge.reshard("run", "c", dp=1, progress=seen.append)
+    assert list(phases()) == ["writing", "verifying"]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: neox_bridge.convert("pythia-410m", "out", tp=2), "convert pythia-410m out --tp 2"),
+        (lambda: neox_bridge.reshard("run", "out", dp=1), "reshard run out --dp 1"),
+        (lambda: neox_bridge.verify("pythia-410m", "made"), "verify pythia-410m made"),
+        (lambda: neox_bridge.diff("pythia-410m", "made"), "diff pythia-410m made"),
+        (lambda: neox_bridge.audit(["run"]), "audit run --cache none"),
+        (lambda: neox_bridge.diagnose("made"), "doctor made"),
+        (lambda: neox_bridge.diagnose("made", "today"), "doctor made --for today"),
+        (lambda: neox_bridge.batch("steps", "out", tp=2, workers=1), "batch steps out --tp 2"),
+    ],
+)
+def test_to_json_is_the_document_of_the_command(call: typing.Any, words: str, folder: Path) -> None:
+    result = call()
+    assert is_dataclass(result)
+    document = result.to_json()
+    with pytest.raises(FrozenInstanceError):
+        setattr(result, next(iter(result.__dataclass_fields__)), None)
+    shutil.rmtree("out", ignore_errors=True)
+    printed = json.loads(run(*words.split(), "--json").stdout)
+    assert json.loads(json.dumps(document, allow_nan=False)).keys() == printed.keys()
+    if words.split()[0] not in ("convert", "reshard", "batch"):  # which tell the seconds
+        assert json.loads(json.dumps(plain_data(document, as_options))) == printed
+    for key in ("source", "target", "plan", "summary"):
+        assert document.get(key) == printed.get(key)

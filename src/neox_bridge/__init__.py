@@ -7,7 +7,7 @@ The command line's verbs, for Python::
     checkpoint = neox_bridge.open_checkpoint("pythia-410m")
     plan = neox_bridge.plan(checkpoint, neox_bridge.Options(tp=2), "out")
     result = neox_bridge.execute(plan, "out")  # verified before it appears
-    neox_bridge.convert("pythia-410m", "out")  # the same in one call
+    neox_bridge.convert("pythia-410m", "out", tp=2)  # the same in one call
 
 Every error that a user can fix is a ``BridgeError``. The others are its kinds: catch ``Refused``
 where the target cannot express the source, ``UsageError`` where options do not fit, and so on.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         verify,
     )
     from neox_bridge.batches.row import BatchResult, BatchRow
+    from neox_bridge.doctor.examination import Examination
     from neox_bridge.errors import (
         BridgeError,
         ChoiceNeeded,
@@ -48,8 +49,10 @@ if TYPE_CHECKING:
     from neox_bridge.optimizer.options import Resharding
     from neox_bridge.planning.options import Options
     from neox_bridge.planning.plan import Plan
+    from neox_bridge.progress import Progress
     from neox_bridge.verification.audit import Audit
     from neox_bridge.verification.compare import Difference
+    from neox_bridge.verification.diff import Diff
     from neox_bridge.verification.verify import Verification
     from neox_bridge.version import __version__
 
@@ -60,13 +63,16 @@ __all__ = [
     "BridgeError",
     "Checkpoint",
     "ChoiceNeeded",
+    "Diff",
     "Difference",
     "Dropped",
     "Era",
+    "Examination",
     "Finding",
     "ForeignFolder",
     "Options",
     "Plan",
+    "Progress",
     "QuantizedModel",
     "Refused",
     "Resharding",
@@ -93,6 +99,7 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "api": "audit batch convert diagnose diff execute open_checkpoint plan reshard verify",
     "batches.row": "BatchResult BatchRow",
+    "doctor.examination": "Examination",
     "errors": "BridgeError ChoiceNeeded Refused SettingsMissing Unreachable Unverified UsageError",
     "execution.result": "Result",
     "findings": "Dropped Finding",
@@ -103,8 +110,10 @@ _NAMES_BY_MODULE = {
     "optimizer.options": "Resharding",
     "planning.options": "Options",
     "planning.plan": "Plan",
+    "progress": "Progress",
     "verification.audit": "Audit",
     "verification.compare": "Difference",
+    "verification.diff": "Diff",
     "verification.verify": "Verification",
     "version": "__version__",
 }

@@ -1,8 +1,9 @@
 """The public verbs: they compose opening, planning, execution and verification."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.conversion import (
     comparison_of,
@@ -13,18 +14,19 @@ from neox_bridge.conversion import (
     verify_comparison,
 )
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.planning.options import Options
+from neox_bridge.planning.options import Options, with_choices
 from neox_bridge.planning.plan import Plan
+from neox_bridge.progress import Begin, Count, Phase, Progress, phases_of
 from neox_bridge.tensors.fused import GqaOrder
 
 if TYPE_CHECKING:
     from neox_bridge.batches.row import BatchResult
+    from neox_bridge.doctor.examination import Examination
     from neox_bridge.execution.digests import HashName
     from neox_bridge.execution.result import Result
-    from neox_bridge.findings import Finding
     from neox_bridge.optimizer.options import Resharding
     from neox_bridge.verification.audit import Audit
-    from neox_bridge.verification.compare import Difference
+    from neox_bridge.verification.diff import Diff
     from neox_bridge.verification.verify import Verification
 
 __all__ = [
@@ -39,7 +41,7 @@ __all__ = [
     "reshard",
     "verify",
 ]
-Progress = Callable[[int], None]
+Listener = Callable[[Progress], None]
 _DEFAULTS = Options()
 
 
@@ -51,11 +53,17 @@ def execute(
     verify: bool = True,
     workers: int | None = None,
     hash_name: "HashName | None" = "xxh3_128",
-    progress: Progress | None = None,
+    progress: Listener | None = None,
 ) -> "Result":
     """Execute a plan atomically, and compare the result with the source.
 
     If a run is killed, execute the same plan again to resume it.
+
+    Examples:
+        >>> from neox_bridge import Options, execute, open_checkpoint, plan
+        >>> conversion = plan(open_checkpoint("pythia-410m"), Options(tp=2), "executed")
+        >>> execute(conversion, "executed").verified
+        True
 
     Args:
         plan: What ``plan`` returned.
@@ -64,7 +72,7 @@ def execute(
         verify: Read the result back and compare it with the source before it appears at ``target``.
         workers: Number of threads. Default: the number of cores plus one, at most 5.
         hash_name: The hash of each file in ``neox_bridge.json``; None for none.
-        progress: Called with the number of bytes just written or compared.
+        progress: Called with a ``Progress`` whenever bytes were done, by any thread.
 
     Raises:
         Unverified: The result differs from the source. It is kept for inspection.
@@ -72,18 +80,20 @@ def execute(
     """
     from neox_bridge.execution.execute import execute as write
 
-    check = None
-    if verify and plan.checkpoint is not None:
-        check = conversion_check(plan, progress, workers=workers)
-    return write(
-        plan,
-        target,
-        overwrite=overwrite,
-        workers=workers,
-        hash_name=hash_name,
-        progress=progress,
-        check=check,
-    )
+    with _phases(progress) as (count, begin):
+        check = None
+        if verify and plan.checkpoint is not None:
+            check = conversion_check(plan, count, workers=workers)
+        return write(
+            plan,
+            target,
+            overwrite=overwrite,
+            workers=workers,
+            hash_name=hash_name,
+            progress=count,
+            phase=begin,
+            check=check,
+        )
 
 
 def convert(
@@ -95,9 +105,25 @@ def convert(
     verify: bool = True,
     workers: int | None = None,
     hash_name: "HashName | None" = "xxh3_128",
-    progress: Progress | None = None,
+    progress: Listener | None = None,
+    **choices: Any,
 ) -> "Result":
     """Convert a checkpoint between Hugging Face and GPT-NeoX, or between GPT-NeoX layouts.
+
+    Examples:
+        >>> import neox_bridge
+        >>> result = neox_bridge.convert("pythia-410m", "pythia-neox", tp=2)
+        >>> result.verified, result.target
+        (True, 'pythia-neox')
+        >>> result.to_json()["target"]["tensor_parallel"]
+        2
+
+        With progress, which is told of each phase:
+
+        >>> seen = []
+        >>> result = neox_bridge.convert("pythia-neox", "pythia-hf", progress=seen.append)
+        >>> list(dict.fromkeys(progress.phase for progress in seen))
+        ['writing', 'verifying']
 
     Args:
         source: An opened checkpoint, or what ``open_checkpoint`` opens.
@@ -107,13 +133,15 @@ def convert(
         verify: Read the result back and compare it with the source.
         workers: Threads.
         hash_name: The hash of each file in ``neox_bridge.json``; None for none.
-        progress: Called with the number of bytes just written or compared.
+        progress: Called with a ``Progress`` whenever bytes were done, by any thread.
+        choices: Fields of ``options`` by name, such as ``tp=2`` or ``dtype="bfloat16"``.
 
     Raises:
         Refused: The target cannot express the source; the message has every reason.
         UsageError: Options that do not apply to this conversion, or contradict each other.
         BridgeError: See ``open_checkpoint`` and ``execute``.
     """
+    options = with_choices(options, choices)
     checkpoint = _opened(source, options.gqa_order)
     return execute(
         plan_conversion(checkpoint, options, target),
@@ -140,13 +168,20 @@ def batch(
     workers: int | None = None,
     hash_name: "HashName | None" = "xxh3_128",
     private: bool = False,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
+    **choices: Any,
 ) -> "BatchResult":
     """Convert many checkpoints. Those that are already converted and still intact are skipped.
 
     Each checkpoint is written to ``target/stepN`` (``target/RUN/stepN`` for several runs)
     atomically. A checkpoint that fails is retried, and the others continue. The work runs in
     processes, so a script that calls this needs ``if __name__ == "__main__":``.
+
+    Examples:
+        >>> import neox_bridge
+        >>> result = neox_bridge.batch("steps", "converted", tp=2, workers=1)
+        >>> [(row.name, row.status) for row in result.rows], result.holds
+        ([('step0', 'done'), ('step1000', 'done')], True)
 
     Args:
         sources: Runs, folders of steps, single checkpoints, their URLs, or models on the Hub.
@@ -162,7 +197,8 @@ def batch(
         workers: Number of worker processes. Default: the number of cores plus one.
         hash_name: The hash of each file in ``neox_bridge.json``; None for none.
         private: Create the repository on the Hub as private.
-        progress: Called with the number of bytes just written or compared, by any thread.
+        progress: Called with a ``Progress`` whenever bytes were done, by any thread.
+        choices: Fields of ``options`` by name, such as ``tp=2`` or ``dtype="bfloat16"``.
 
     Returns:
         One row per checkpoint. The row of a failed checkpoint contains its error.
@@ -180,10 +216,7 @@ def batch(
     from neox_bridge.batches.run import Batch, Event, run_batch
     from neox_bridge.execution.executors import Processes, default_slots
 
-    def tell(event: Event) -> None:
-        if progress is not None and event.kind == "written":
-            progress(event.size)
-
+    options = with_choices(options, choices)
     named = (sources,) if isinstance(sources, str) else tuple(sources)
     items, findings = find_items(
         named,
@@ -193,6 +226,14 @@ def batch(
         masters=masters,
     )
     check_first(items, options)
+    phases = phases_of(progress)
+
+    def tell(event: Event) -> None:
+        if phases is not None and event.kind == "written":
+            phases.count(event.size)
+
+    if phases is not None:
+        phases.begin("writing", None)  # they are planned one after the other
     settings = Batch(
         target,
         options,
@@ -217,9 +258,15 @@ def reshard(
     overwrite: bool = False,
     verify: bool = True,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
+    **choices: Any,
 ) -> "Result":
     """Move a GPT-NeoX run, optimizer included, to other ranks or another GPT-NeoX version.
+
+    Examples:
+        >>> import neox_bridge
+        >>> neox_bridge.reshard("run", "run-dp1", dp=1).verified
+        True
 
     Args:
         source: An opened checkpoint of a run, or anything that ``open_checkpoint`` accepts.
@@ -228,7 +275,8 @@ def reshard(
         overwrite: Replace an existing target, if it is a checkpoint or output of this package.
         verify: Read weights and states back and compare them with the source.
         workers: Threads.
-        progress: Called with the number of bytes just written or compared.
+        progress: Called with a ``Progress`` whenever bytes were done, by any thread.
+        choices: Fields of ``options`` by name, such as ``dp=4``.
 
     Raises:
         Refused: The model or the batch does not fit these ranks.
@@ -239,17 +287,18 @@ def reshard(
     from neox_bridge.optimizer.options import Resharding
 
     checkpoint = _opened(source)
-    resharded, make_check = plan_resharding(
-        checkpoint, options or Resharding(), target, workers=workers
-    )
-    result = write(
-        resharded,
-        target,
-        overwrite=overwrite,
-        workers=workers,
-        progress=progress,
-        check=make_check(progress) if verify else None,
-    )
+    options = with_choices(options or Resharding(), choices)
+    resharded, make_check = plan_resharding(checkpoint, options, target, workers=workers)
+    with _phases(progress) as (count, begin):
+        result = write(
+            resharded,
+            target,
+            overwrite=overwrite,
+            workers=workers,
+            progress=count,
+            phase=begin,
+            check=make_check(count) if verify else None,
+        )
     return replace(result, source=checkpoint.source)
 
 
@@ -259,26 +308,33 @@ def verify(
     *,
     optimizer: bool = False,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
 ) -> "Verification":
     """Compare a converted checkpoint with its source: every tensor bit by bit, and the config.
 
     Changes that the conversion declares do not count as differences: a cast, rows of padding,
     biases that are split over ranks.
 
+    Examples:
+        >>> import neox_bridge
+        >>> verification = neox_bridge.verify("pythia-410m", "pythia-neox")
+        >>> verification.holds, verification.verdict
+        (True, 'equal, bit by bit')
+
     Args:
         source: The source of the conversion: opened, or anything that ``open_checkpoint`` accepts.
         target: The result of the conversion, opened or not.
         optimizer: Also compare the optimizer states of two GPT-NeoX checkpoints.
         workers: Threads.
-        progress: Called with the number of bytes just compared.
+        progress: Called with a ``Progress`` whenever bytes were done, by any thread.
 
     Raises:
         UsageError: ``optimizer`` is set for a Hugging Face model.
         BridgeError: A checkpoint is missing or damaged.
     """
     comparison = comparison_of(_opened(source), _opened(target), optimizer=optimizer)
-    return verify_comparison(comparison, progress, workers=workers)
+    with _counting(progress, "verifying", comparison.target.size) as count:
+        return verify_comparison(comparison, count, workers=workers)
 
 
 def diff(
@@ -287,50 +343,63 @@ def diff(
     *,
     pattern: str = "*",
     workers: int | None = None,
-    progress: Progress | None = None,
-) -> "list[Difference]":
+    progress: Listener | None = None,
+) -> "Diff":
     """Compare two checkpoints tensor by tensor, in any formats and layouts.
+
+    Examples:
+        >>> import neox_bridge
+        >>> result = neox_bridge.diff("pythia-410m", "pythia-neox", pattern="*.bias")
+        >>> result.equal, {tensor.kind for tensor in result.tensors}
+        (True, {'equal'})
 
     Args:
         first: A checkpoint: opened, or anything that ``open_checkpoint`` accepts.
         second: The other one.
         pattern: Compare only tensors whose Hugging Face names match this glob.
         workers: Threads.
-        progress: Called with the number of bytes just compared.
+        progress: Called with a ``Progress`` whenever bytes were done, by any thread.
 
     Returns:
-        One entry per tensor of either side, including equal ones, largest relative difference
-        first.
+        A ``Diff``. Its ``tensors`` have one entry per tensor of either side, including equal ones,
+        largest relative difference first.
 
     Raises:
         BridgeError: A checkpoint is missing or damaged.
     """
+    from neox_bridge.verification.diff import Diff
     from neox_bridge.verification.diff import diff as compare
 
-    return compare(
-        _opened(first), _opened(second), pattern=pattern, workers=workers, progress=progress
-    )
+    a, b = _opened(first), _opened(second)
+    with _counting(progress, "comparing", a.size + b.size) as count:
+        tensors = compare(a, b, pattern=pattern, workers=workers, progress=count)
+    return Diff(a.source or a.path, b.source or b.path, tuple(tensors))
 
 
-def diagnose(checkpoint: str | Checkpoint, target: str | None = None) -> "list[Finding]":
+def diagnose(checkpoint: str | Checkpoint, target: str | None = None) -> "Examination":
     """Diagnose a checkpoint: what wrote it, what is wrong with it, and whether a target loads it.
+
+    Examples:
+        >>> import neox_bridge
+        >>> neox_bridge.diagnose("pythia-neox", "today").loads
+        True
 
     Args:
         checkpoint: An opened checkpoint, or what ``open_checkpoint`` opens.
         target: What ``--for`` names, such as ``neox@2024-03`` or ``transformers@4.48``; by default
-            the framework and version that the checkpoint fits best.
+            every known version.
 
     Returns:
-        Findings. A finding of severity "error" means that the checkpoint does not load, or loads as
-        a different model.
+        What is known, with ``findings`` and ``loads``. A finding of severity "error" means that the
+        checkpoint does not load, or loads as a different model.
 
     Raises:
         BridgeError: The checkpoint cannot be opened, or there is no such target.
     """
-    from neox_bridge.doctor.diagnose import diagnose as judge
+    from neox_bridge.doctor.examination import examine
     from neox_bridge.frameworks.targets import target_named
 
-    return judge(_opened(checkpoint), target_named(target) if target is not None else None)
+    return examine(_opened(checkpoint), target_named(target) if target is not None else None)
 
 
 def audit(
@@ -342,9 +411,15 @@ def audit(
     optimizer: bool = False,
     cache: str | None = None,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
 ) -> "Audit":
     """Compare all checkpoints of training runs with each other, and report broken ones.
+
+    Examples:
+        >>> import neox_bridge
+        >>> result = neox_bridge.audit(["run"])
+        >>> len(result.steps), result.holds
+        (1, True)
 
     Args:
         folders: Folders or URLs of runs, of suites of runs, or models on the Hub.
@@ -354,7 +429,7 @@ def audit(
         optimizer: Also audit the optimizer states.
         cache: A folder that caches fingerprints of unchanged files; None for no cache.
         workers: Threads.
-        progress: Called with the number of bytes just read.
+        progress: Called with a ``Progress`` whenever bytes were done, by any thread.
 
     Raises:
         BridgeError: The folders contain no checkpoint.
@@ -369,16 +444,39 @@ def audit(
     sources = tuple(folders)
     runs, faults = known_runs(sources)
     check_ranges(steps, runs)
-    result = compare(
-        open_places([with_steps(run, steps) for run in runs], configs),
-        faults=faults,
-        same_init=same_init,
-        optimizer=optimizer,
-        cache=cache,
-        workers=workers,
-        progress=progress,
-    )
+    opened = open_places([with_steps(run, steps) for run in runs], configs)
+    size = sum(place.size + (place.states if optimizer else 0) for place in opened)
+    with _counting(progress, "reading", size) as count:
+        result = compare(
+            opened,
+            faults=faults,
+            same_init=same_init,
+            optimizer=optimizer,
+            cache=cache,
+            workers=workers,
+            progress=count,
+        )
     return replace(result, sources=sources)
+
+
+@contextmanager
+def _phases(listener: Listener | None) -> Iterator[tuple[Count | None, Begin | None]]:
+    """What counts bytes and begins phases, for a listener; both are None without one."""
+    phases = phases_of(listener)
+    if phases is None:
+        yield None, None
+    else:
+        yield phases.count, phases.begin
+        phases.end()
+
+
+@contextmanager
+def _counting(listener: Listener | None, phase: Phase, total: int) -> Iterator[Count | None]:
+    """What counts the bytes of a call that is one phase."""
+    with _phases(listener) as (count, begin):
+        if begin is not None:
+            begin(phase, total)
+        yield count
 
 
 def _opened(checkpoint: str | Checkpoint, gqa_order: GqaOrder | None = None) -> Checkpoint:

@@ -11,6 +11,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
+from neox_bridge.progress import Count
 from neox_bridge.tensors.fused import GqaOrder
 
 if TYPE_CHECKING:
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from neox_bridge.optimizer.options import Resharding
     from neox_bridge.verification.verify import Verification
 
-Progress = Callable[[int], None]
 Check = Callable[[str], None]  # raises Unverified if a finished folder differs from the source
-MakeCheck = Callable[[Progress | None], Check]
+MakeCheck = Callable[[Count | None], Check]
 
 
 def open_checkpoint(
@@ -33,6 +33,12 @@ def open_checkpoint(
     masters: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint without reading a tensor. Nothing in it is executed.
+
+    Examples:
+        >>> from neox_bridge import open_checkpoint
+        >>> checkpoint = open_checkpoint("pythia-410m")
+        >>> checkpoint.kind, checkpoint.config.layers
+        ('hf', 1)
 
     Args:
         source: A folder in either format, its URL, or ``ORG/NAME[@REVISION]`` on the Hub.
@@ -60,6 +66,12 @@ def open_checkpoint(
 
 def plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     """Plan a conversion: everything that it will write, before a byte is written.
+
+    Examples:
+        >>> from neox_bridge import Options, open_checkpoint, plan
+        >>> conversion = plan(open_checkpoint("pythia-410m"), Options(tp=2), "planned")
+        >>> conversion.target["tensor_parallel"], conversion.size > 0
+        (2, True)
 
     Args:
         checkpoint: What ``open_checkpoint`` returned.
@@ -109,7 +121,7 @@ def plan_conversion(
 
 
 def conversion_check(
-    plan: Plan, progress: Progress | None = None, *, workers: int | None = None
+    plan: Plan, progress: Count | None = None, *, workers: int | None = None
 ) -> Check:
     """A check for the executor. Raises ValueError if the plan has no source checkpoint."""
     if plan.checkpoint is None:
@@ -120,7 +132,7 @@ def conversion_check(
 
 def source_check(
     checkpoint: Checkpoint,
-    progress: Progress | None = None,
+    progress: Count | None = None,
     *,
     is_fresh: bool,
     workers: int | None = None,
@@ -171,7 +183,7 @@ def plan_resharding(
         check_row_bias(checkpoint, optimizer, edited, tp=options.tp, universal=options.universal)
     conversion = plan_reshard(checkpoint, optimizer, options, absolute(target), edited)
 
-    def make_check(progress: Progress | None) -> Check:
+    def make_check(progress: Count | None) -> Check:
         from neox_bridge.verification.optimizer import checker
 
         states = target_states(checkpoint, optimizer, options, edited)
@@ -202,7 +214,7 @@ def comparison_of(source: Checkpoint, target: Checkpoint, *, optimizer: bool = F
 
 
 def verify_comparison(
-    comparison: Comparison, progress: Progress | None = None, *, workers: int | None = None
+    comparison: Comparison, progress: Count | None = None, *, workers: int | None = None
 ) -> "Verification":
     """Compare every tensor and the config of both sides."""
     from neox_bridge.verification.verify import verify

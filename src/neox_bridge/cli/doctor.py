@@ -27,16 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from neox_bridge.doctor.advice import Advice
-    from neox_bridge.doctor.compare import Row as Comparison
+    from neox_bridge.doctor.examination import Examination
     from neox_bridge.doctor.fix_changes import FileChange
-    from neox_bridge.doctor.verdict import Case, Verdict
     from neox_bridge.frameworks.targets import Target
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.planning.plan import Plan
 
 _FAILS = 4
 _LONGEST = 400  # characters of a line that a framework printed
-_ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     for number, path in enumerate(paths):
         examination = _examine(path, reading, options)
         loads = loads and examination.loads
-        report["checkpoints"].append(_facts(examination, options.target is not None))
+        report["checkpoints"].append(examination.facts())
         if not as_json:
             if number or options.error is not None:
                 print()
@@ -199,98 +197,24 @@ def _open(path: str, reading: Source) -> Checkpoint:
     return checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class _Examination:
-    """What is known about one checkpoint. main: the verdict whose findings are shown."""
+def _examine(path: str, reading: Source, options: DoctorOptions) -> Examination:
+    from neox_bridge.doctor.examination import examine, examine_unopened
 
-    path: str
-    kind: str
-    main: Verdict
-    verdicts: Sequence[Verdict]
-    comparison: Sequence[Comparison] | None = None
-
-    @property
-    def loads(self) -> bool:
-        return any(verdict.answer != "fails" for verdict in self.verdicts)
-
-
-def _examine(path: str, reading: Source, options: DoctorOptions) -> _Examination:
-    from neox_bridge.doctor.compare import compare
-    from neox_bridge.doctor.diagnose import cannot_open, judge, judge_all, own_target
-    from neox_bridge.doctor.verdict import verdict
-    from neox_bridge.frameworks.targets import name_of, words_for
-    from neox_bridge.layouts.head import drop_equal_head
-
-    target = options.target
     try:
         checkpoint = _open(path, reading)
     except BridgeError:
-        case = cannot_open(path)
-        if case is None:
+        examination = examine_unopened(path, options.target)
+        if examination is None:
             raise
-        name = name_of(target) if target is not None else "any GPT-NeoX"
-        main = verdict(name, [case], words_for(target) if target is not None else name)
-        return _Examination(os.path.abspath(path), "neox", main, [main])
-    checkpoint = drop_equal_head(checkpoint)  # compared once, not for every target
-    main = judge(checkpoint, target or own_target(checkpoint))
-    return _Examination(
-        checkpoint.path,
-        checkpoint.kind,
-        main,
-        [main] if target is not None else judge_all(checkpoint),
-        compare(checkpoint) if options.compare else None,
-    )
+        return examination
+    return examine(checkpoint, options.target, with_comparison=options.compare)
 
 
-def _facts(examination: _Examination, named: bool) -> dict[str, Any]:
-    """Everything about one checkpoint as plain data. named: whether the user named a target."""
-    main = _verdict_facts(examination.main)
-    verdicts = [_verdict_facts(verdict) for verdict in examination.verdicts]
-    if named:
-        for entry in verdicts:
-            entry.pop("findings")
-    facts = {
-        "path": examination.path,
-        "kind": examination.kind,
-        "loads": examination.loads,
-        "findings": main["findings"],
-        "verdicts": verdicts,
-    }
-    if examination.comparison is not None:
-        facts["comparison"] = [asdict(row) for row in examination.comparison]
-    return facts
-
-
-def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
-    from neox_bridge.planning.report import finding_json
-
-    return {
-        "target": verdict.target,
-        "framework": verdict.framework,
-        "verdict": verdict.answer,
-        "message": verdict.message or None,
-        "findings": [
-            {
-                **finding_json(case.finding),
-                "command": case.finding.remedy if isinstance(case.finding.remedy, Command) else "",
-                **asdict(case.finding.details),
-                "prints": case.prints or None,
-                "silent": case.silent,
-            }
-            for case in _by_severity(verdict)
-        ],
-    }
-
-
-def _by_severity(verdict: Verdict) -> list[Case]:
-    return sorted(verdict.cases, key=lambda case: _ORDER[case.finding.severity])
-
-
-def _print(examination: _Examination, path: str) -> None:
+def _print(examination: Examination, path: str) -> None:
     """The problems of a checkpoint as blocks, and where it loads. path: as the user wrote it."""
     print_line(path)
     main, verdicts = examination.main, examination.verdicts
-    findings = [case.finding for case in _by_severity(main)]
+    findings = list(examination.findings)
     if errors := [finding for finding in findings if finding.severity == "error"]:
         details = [finding.details for finding in errors]
         rows = [

@@ -128,8 +128,8 @@ def _checkpoint(
     options: ReportOptions,
     output: Output,
 ) -> list[Section]:
-    from neox_bridge.api import verify
     from neox_bridge.cli.inspect import describe, summary_lines
+    from neox_bridge.conversion import comparison_of, verify_comparison
     from neox_bridge.report.sections import checkpoint_section, verification_section
     from neox_bridge.verification.statistics import findings, statistics
 
@@ -139,7 +139,8 @@ def _checkpoint(
         stats = statistics(checkpoint, workers=workers, progress=progress)
         compared = None
         if source is not None:
-            compared = verify(source, checkpoint, workers=workers, progress=progress)
+            comparison = comparison_of(source, checkpoint)
+            compared = verify_comparison(comparison, progress, workers=workers)
             compared = replace(compared, findings=findings_as_options(compared.findings))
     faults = findings_as_options((*checkpoint.findings, *findings(stats, checkpoint)))
     lines = summary_lines(describe(checkpoint))

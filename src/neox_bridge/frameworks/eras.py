@@ -148,6 +148,11 @@ LATER_ERAS = tuple(era for era in ERAS if not era.predates_deepspeed_06)  # sinc
 def era_named(name: str) -> Era:
     """A span of GPT-NeoX's history, for ``Options.era`` and ``Resharding.era``.
 
+    Examples:
+        >>> from neox_bridge import era_named
+        >>> era_named("neox@2024-03").name
+        '2024-03'
+
     Args:
         name: Such as ``neox@2024-03``, ``2024-03``, ``v1.0`` or ``today``.
 

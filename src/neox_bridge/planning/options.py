@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from os.path import basename
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from neox_bridge.option import GPT_NEOX, SOURCE, WRITTEN, Side, option, options_of
+from neox_bridge.errors import UsageError
+from neox_bridge.option import GPT_NEOX, SOURCE, WRITTEN, Option, Side, option, options_of
 
 if TYPE_CHECKING:
     from neox_bridge.frameworks.eras import Era, InvFreq, MlpNames
@@ -220,3 +222,39 @@ class Options:
 SIDES: dict[str, Side] = {
     name: declared.side for name, declared in options_of(Options).items() if declared.side
 }
+
+
+_Chosen = TypeVar("_Chosen")
+
+
+def with_choices(options: _Chosen, choices: Mapping[str, Any]) -> _Chosen:
+    """The options with some fields replaced, by name and as a user writes them.
+
+    Words that stand for others and names of versions are understood, such as ``dtype="bf16"`` and
+    ``era="neox@2024-03"``.
+
+    Raises:
+        TypeError: There is no such field.
+        UsageError: A field does not take this value.
+    """
+    declared = options_of(type(options))
+    values = {}
+    for name, value in choices.items():
+        if name not in declared:
+            raise TypeError(f"there is no option {name!r}; there are: {', '.join(declared)}")
+        values[name] = _value(name, declared[name], value)
+    return replace(options, **values)  # type: ignore[type-var]
+
+
+def _value(name: str, declared: Option, value: Any) -> Any:
+    if isinstance(value, str):
+        value = declared.aliases.get(value, value)
+        if declared.value == "framework":
+            from neox_bridge.frameworks.eras import era_named
+
+            return era_named(value)
+    if declared.choices and value is not None and value not in declared.choices:
+        raise UsageError([name], f"{value!r} is not one of {', '.join(declared.choices)}")
+    if declared.minimum is not None and value is not None and value < declared.minimum:
+        raise UsageError([name], f"must be {declared.minimum} or more, not {value!r}")
+    return value
