@@ -657,15 +657,13 @@ def test_a_month_without_a_change_is_a_time(name: str, right: bool) -> None:
     if right:
         assert tree(name).name == f"neox@{name}"
         return
-    with pytest.raises(
-        BridgeError, match=r"checkpoints changed then, by (\w{8}) .*, or neox@\1 for"
-    ):
+    with pytest.raises(BridgeError, match=r"(\w{8}) changed checkpoints on .*, or neox@\1 for"):
         tree(name)
 
 
 @pytest.mark.parametrize("name", ["2024-13", "2024-00", "2025-02-30", "2025-06-31", "2025-12-00"])
 def test_what_is_not_in_the_calendar_is_no_time(name: str) -> None:
-    with pytest.raises(BridgeError, match="not known"):
+    with pytest.raises(BridgeError, match="unknown"):
         tree(name)
 
 

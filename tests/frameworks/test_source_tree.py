@@ -179,12 +179,12 @@ def test_a_missing_or_broken_file_is_named(tree: Path, file: str) -> None:
     with pytest.raises(BridgeError, match=rf"{file}, line 1: not valid Python"):
         read_tree(str(tree))
     (tree / file).unlink()
-    with pytest.raises(BridgeError, match=f"isn't a GPT-NeoX tree: {file}"):
+    with pytest.raises(BridgeError, match=f"is not a GPT-NeoX tree: {file}"):
         read_tree(str(tree))
 
 
 def test_a_folder_that_isn_t_there() -> None:
-    with pytest.raises(BridgeError, match="isn't a folder"):
+    with pytest.raises(BridgeError, match="is not a folder"):
         target_named("neox:/nowhere")
 
 
@@ -225,9 +225,9 @@ def test_dates_tell_more_than_eras() -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("neox@2024-11", "96c242eb on 2024-11-13"),
+        ("neox@2024-11", "96c242eb changed checkpoints on 2024-11-13"),
         ("neox@2024-03-04", "e109bf5e"),
-        ("neox@deadbeef", "can't be told"),
+        ("neox@deadbeef", "is not a known change of checkpoints"),
         ("neox@1999", "neox@2024-03"),
         ("pytorch", "neox:FOLDER"),
         ("transformers@new", "not a version"),

@@ -1,4 +1,4 @@
-"""What patch/patcher.py does to a tree, done to its classes at run time."""
+"""Patches GPT-NeoX's classes at run time as ``patch/patcher.py`` patches a source tree."""
 
 import sys
 import warnings
@@ -15,10 +15,10 @@ _MODULE = "megatron.model.positional_embeddings"
 
 
 def install() -> None:
-    """Lets GPT-NeoX in this process load checkpoints with and without computed buffers.
+    """Let GPT-NeoX in this process load checkpoints with and without computed buffers.
 
-    Call it once, before or after megatron is imported, and before the model is built: a model
-    that exists already loads both kinds too, but goes on storing its buffers.
+    Call it once, before or after the import of megatron, and before the model is built. An existing
+    model loads both kinds too, but continues to store its buffers.
     """
     module = sys.modules.get(_MODULE)
     if module is not None:
@@ -28,7 +28,7 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the one module by the other finders, and patches it once it is loaded."""
+    """Finds the module with the other finders, and patches it after it is loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -60,7 +60,7 @@ class _Loader(Loader):
 
 
 def _patch(module: ModuleType) -> None:
-    """Every class of the module; one with a load hook (a patched tree's) stays as it is."""
+    """Patch every class of the module, except one that has a load hook, as in a patched tree."""
     import torch
 
     owners = [

@@ -1,7 +1,7 @@
 """The same feature side by side in both frameworks, for one model.
 
-What can't be is what ``convert`` refuses: both take the architecture's own refusals, which the
-opened checkpoint carries. Formulas: GPT-NeoX's megatron/model/{transformer,norms,activations,
+What "cannot be" is what ``convert`` refuses: both use the refusals of the opened checkpoint.
+Formulas: GPT-NeoX's megatron/model/{transformer,norms,activations,
 positional_embeddings}.py of 2026-05, transformers' models/gpt_neox/modeling_gpt_neox.py at 5.24.
 """
 
@@ -19,7 +19,7 @@ Answer = Literal["same", "translated", "cannot be"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A feature as each framework has it. note: how it is translated, or why it can't be."""
+    """A feature in each framework. note: how it is translated, or why it cannot be."""
 
     feature: str
     neox: str
@@ -28,7 +28,7 @@ class Row:
     note: str = ""
 
 
-# the rows that a refusal is about, by its key
+# The feature that a refusal is about, by its key.
 _FEATURES = {
     "rope_scaling": "RoPE scaling",
     "rotary_emb_base": "RoPE base",
@@ -64,7 +64,7 @@ def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
     if attends:
         yield _equal("RoPE base", f"{config.rotary_base:g}")
         yield _equal("RoPE fraction", f"{config.rotary_pct:g} ({config.rotary_dim} dimensions)")
-        note = "trees before 2023-09 rounded first"
+        note = "trees before 2023-09 rounded before"
         yield _equal("RoPE tables", "fp32, rounded to the dtype", note)
         yield _inv_freq(checkpoint)
     rms = checkpoint.architecture.write_neox(config, False)["norm"] == "rmsnorm"
@@ -97,7 +97,7 @@ def _equal(feature: str, value: str, note: str = "") -> Row:
 
 def _qkv(checkpoint: Checkpoint) -> Row:
     config, feature = checkpoint.config, "query, key, value"
-    note = "rows lie head by head, [q k v] each"
+    note = "the rows are head by head, [q k v] each"
     if not checkpoint.architecture.gated:
         return _equal(feature, f"{config.heads} heads in one matrix", note)
     if config.grouped_query:
@@ -122,12 +122,12 @@ def _activation(checkpoint: Checkpoint) -> Row:
     hf = architecture.write_hf(config)["hidden_act"]
     written = architecture.write_neox(config, False)
     if architecture.gated:
-        note = "the MLP's first matrix is [up | gate] on each rank, two matrices in transformers"
+        note = "one matrix [up | gate] on each rank in GPT-NeoX, two matrices in transformers"
         return Row("activation", str(written["activation"]), f"gated {hf}", "translated", note)
     fused = written.get("bias_gelu_fusion")
     neox = f"{written['activation']}{' with bias_gelu_fusion' if fused else ''}"
     if config.activation == "gelu_tanh":
-        note = "the tanh form, with the constants rounded as GPT-NeoX's fused kernel has them"
+        note = "the tanh form, with constants rounded as in GPT-NeoX's fused kernel"
         return Row("activation", neox, hf, "translated", note)
     exact = "exact (erf)" if config.activation == "gelu" else ""
     return Row("activation", neox, hf, "same", exact)
@@ -163,7 +163,7 @@ def _biases(checkpoint: Checkpoint) -> Iterator[Row]:
             note = "written as zeros"
             yield Row(f"biases of {name}", "no", "always", "translated", note)
     if any(row.weight.split == "row_bias" for row in checkpoint.rows):
-        note = "GPT-NeoX's TP ranks add theirs up" if config.parallel_residual else ""
+        note = "GPT-NeoX sums those of the TP ranks" if config.parallel_residual else ""
         held = "sum over TP ranks" if config.parallel_residual else "whole on every TP rank"
         yield Row("row-parallel biases", held, "one", "translated", note)
 
@@ -172,7 +172,7 @@ def _vocabulary(checkpoint: Checkpoint) -> Row:
     rows, size = checkpoint.config.dims["vocab"], checkpoint.tokenizer_size
     if checkpoint.kind == "neox":
         kept = min(rows, int(checkpoint.record.get("vocab_size") or rows))
-        note = "padding rows are kept" if kept == rows else "this tool's padding is cut again"
+        note = "padding rows are kept" if kept == rows else "padding of neox-bridge is removed"
         answer: Answer = "same" if kept == rows else "translated"
         return Row("vocabulary", f"{rows} rows", f"vocab_size: {kept}", answer, note)
     tp = Options().tp or 1

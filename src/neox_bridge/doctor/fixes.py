@@ -1,8 +1,8 @@
-"""Mends a checkpoint for a target: recomputable values, names of an era, spellings of a config.
+"""Fixes a checkpoint for a target: recomputable values, names of an era, spellings of a config.
 
-The plans are those of a conversion to the same kind and layout; what need not change is taken over
-as it is, file by file. Learned values are never touched. Stored values that deviate from what the
-config gives are neither dropped nor replaced unless that is asked for.
+The plans are those of a conversion to the same kind and layout. What need not change is copied as
+it is, file by file. Learned values are never changed. Stored values that do not follow from the
+config are neither dropped nor replaced unless the user says so.
 """
 
 import json
@@ -46,7 +46,7 @@ from neox_bridge.verification.sealed import check_seal, find_record
 from neox_bridge.verification.verify import summary, verify
 from neox_bridge.wording import some
 
-# with other names GPT-NeoX also asks for its gated MLP in another way (neox-gated-mlp)
+# Trees with other names also have other settings for a gated MLP (neox-gated-mlp).
 _GATED_KEYS = ("activation", "mlp_type", "intermediate_size", "use_bias_in_mlp", "mlp_multiple_of")
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
@@ -62,14 +62,14 @@ def fix_plan(
     given_yml: bool = False,
     in_place: bool = False,
 ) -> Plan | None:
-    """What a fixed copy is, below ``folder``; None where nothing has to change.
+    """What a fixed copy is, below ``folder``; None if nothing has to change.
 
     The files of a GPT-NeoX plan are those of the root, with one global_stepN.
     in_place: the copy shall take the checkpoint's place, so that its step keeps its name.
-    recompute: drop or replace stored values that deviate. drop_optimizer: go on without optimizer
-    states where they can't be kept. ignore_keys: see ``Options``; a yml goes on without them.
+    recompute: drop or replace stored values that deviate. drop_optimizer: leave out optimizer
+    states that cannot be kept. ignore_keys: see ``Options``; the fixed yml does not contain them.
     given_yml: whether the settings are those of ymls that the user named; they become the copy's.
-    Raises Refused for what the target can't hold, BridgeError for a target of the other kind.
+    Raises Refused for what the target cannot run, BridgeError for a target of the other kind.
     """
     other = TransformersFacts if checkpoint.kind == "neox" else TreeFacts
     if isinstance(target, other):
@@ -94,7 +94,7 @@ def fix_plan(
         return plan
     if state.flat or not STEP.fullmatch(state.step):
         raise Refused(
-            f"{state.folder} holds the files of one step, and `in_place=True` replaces only the "
+            f"{state.folder} contains the files of one step, and `in_place=True` replaces only the "
             f"folder of a step that is named global_stepN, as GPT-NeoX names it. Write a run with "
             f"such a folder beside it: {fix_command(checkpoint, target, *flags)}"
         )
@@ -217,7 +217,7 @@ def _tells_another_order(checkpoint: Checkpoint, plan: Plan, rewrite: bool) -> b
 
 
 def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None) -> InvFreq:
-    """As the target wants it; where a flag decides, as the checkpoint's yml says it already."""
+    """As the target expects it; if a flag decides, as the checkpoint's yml says already."""
     wanted = None if facts is None else stores_inv_freq(checkpoint, facts)
     if wanted is None:
         return state.inv_freq
@@ -227,7 +227,7 @@ def _inv_freq(checkpoint: Checkpoint, state: NeoxState, facts: TreeFacts | None)
 
 
 def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
-    """The checkpoint's own multiple where it gives its own rows; else it has to change."""
+    """The checkpoint's multiple if it gives the rows that it has; otherwise it must change."""
     multiple = told_multiple(state.args, checkpoint.raw)
     size = checkpoint.tokenizer_size or checkpoint.config.dims["vocab"]
     fits = padded_size(size, multiple, state.tp) == checkpoint.config.dims["vocab"]
@@ -235,7 +235,7 @@ def _multiple(checkpoint: Checkpoint, state: NeoxState) -> int | None:
 
 
 def _yml(checkpoint: Checkpoint, era: Era, plan: Plan, inv_freq: InvFreq) -> dict[str, Any] | None:
-    """The settings as one file; None where those that are there will do."""
+    """The settings as one file; None if the existing files need no change."""
     state, known = checkpoint.neox_state, known_keys(era)
     fixed = {key: value for key, value in checkpoint.raw.items() if key in known}
     if checkpoint.architecture.gated and plan.target["mlp_names"] != state.mlp_names:
@@ -271,20 +271,19 @@ def _planned_yml(plan: Plan) -> dict[str, Any]:
 
 
 def _optimizer(checkpoint: Checkpoint, facts: TreeFacts | None, parted: bool, drop: bool) -> bool:
-    """Whether optimizer states go. Raises Refused where they would have to and nobody said so."""
-    # They stay as they are where only buffers and settings change: ZeRO's partitions are the
-    # parameters in the order of the modules, and buffers aren't among them. Renamed parameters,
-    # other rows or new metadata (learning rate schedule, data-parallel size) part them from the
-    # weights.
+    """Whether optimizer states are dropped. Raises Refused if they must be and may not."""
+    # They can be kept if only buffers and settings change: ZeRO's partitions are the parameters in
+    # the order of the modules, without buffers. With renamed parameters, other rows or new metadata
+    # (learning-rate schedule, data-parallel size) they no longer belong to the weights.
     if not parted or not checkpoint.has_optimizer:
         return False
     if not drop:
         command = resharding(checkpoint, facts) if facts is not None else ""
         raise Refused(
-            f"{checkpoint.path} holds optimizer states, and they can't be kept with what has to "
-            "change: names of parameters, or the files that hold the schedule beside them. Say "
-            "`drop_optimizer=True` to go on from the weights alone (finetune: true)"
-            + (f", or write the whole run anew: {command}" if command else ".")
+            f"{checkpoint.path} has optimizer states, which cannot be kept: names of parameters or "
+            "the files with the learning-rate schedule must change. Use `drop_optimizer=True` to "
+            "continue from the weights alone (finetune: true)"
+            + (f", or rewrite the whole run: {command}" if command else ".")
         )
     return True
 
@@ -297,7 +296,7 @@ def _neox_files(
     yml: dict[str, Any] | None,
     gone: set[str],
 ) -> list[OutputFile]:
-    """The plan's files where something changes, the checkpoint's own where nothing does."""
+    """The plan's files if something changes in them, and the checkpoint's own otherwise."""
     name = f"global_step{state.iteration}"
     new = {file.path: file for file in plan.files}
     files = [
@@ -321,7 +320,7 @@ def _neox_files(
 
 
 def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None) -> Iterator[str]:
-    """Files in the step's folder that the copy holds in another place: its yml, its tokenizer."""
+    """Files in the step's folder that the copy has in another place: its yml, its tokenizer."""
     above = checkpoint.tokenizer if state.flat else ()
     for path in (*above, *(state.configs if yml is not None else ())):
         if os.path.dirname(path) == state.folder:
@@ -356,7 +355,7 @@ def _others(folder: str, skip: Callable[[str], bool]) -> Iterator[OutputFile]:
 
 
 def _record(path: str, inside: str) -> OutputFile:
-    """The record, which is sealed again, for other files; a copy where it can't be read."""
+    """The record, which is sealed again for the new files; a copy if it cannot be read."""
     data = read_bytes(path, LARGE_BYTES)
     try:
         return text_file(inside, unsealed(data), seals=True)
@@ -367,7 +366,7 @@ def _record(path: str, inside: str) -> OutputFile:
 def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
     """The part of a plan that replaces the checkpoint: all of a Hugging Face folder, or one step.
 
-    Raises Refused where the folder holds what the plan hasn't and what would be deleted with it.
+    Raises Refused if the folder contains what the plan does not, which would be deleted.
     """
     state = checkpoint.neox
     folder = replaced(checkpoint)
@@ -375,7 +374,7 @@ def in_place(checkpoint: Checkpoint, plan: Plan) -> Plan:
     files = tuple(file for file in plan.files if file.path.startswith(prefix))
     if lost := list(_not_copied(folder)):
         raise Refused(
-            f"{folder} holds what the fixed copy wouldn't have, so it isn't replaced: "
+            f"{folder} contains what the fixed copy would not, so it is not replaced: "
             f"{some(lost, 5)}. Move that elsewhere, or write the copy beside it with `fix=True`."
         )
     return replace(plan, files=files)
@@ -387,7 +386,7 @@ def replaced(checkpoint: Checkpoint) -> str:
 
 
 def _not_copied(folder: str) -> Iterator[str]:
-    """What ``_others`` leaves out: links to folders, empty folders, .git and what isn't a file."""
+    """What ``_others`` leaves out: links to folders, empty folders, .git, and special files."""
     for parent, folders, names in os.walk(folder):
         for name in folders:
             path = os.path.join(parent, name)
@@ -401,7 +400,7 @@ def _not_copied(folder: str) -> Iterator[str]:
 
 
 def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified where a fixed folder isn't what it should be.
+    """For ``execute``: raises Unverified if a fixed folder is not what it should be.
 
     Every file has the hash that the record says, and the copy opens as the same model with the same
     weights.
@@ -413,18 +412,20 @@ def checker(checkpoint: Checkpoint, plan: Plan) -> Callable[[str], None]:
             copy = open_checkpoint(folder, gqa_order=_order(checkpoint, plan))
             comparison = verify(checkpoint, copy)
         except BridgeError as error:
-            raise Unverified(f"The fixed copy can't be opened: {error}") from None
+            raise Unverified(f"The fixed copy cannot be opened: {error}") from None
         if seal.changes:
             names = some([change.path for change in seal.changes])
-            raise Unverified(f"The fixed copy isn't what was written: {names}.")
+            raise Unverified(f"The fixed copy differs from what was written: {names}.")
         if not comparison.holds:
-            raise Unverified(f"The fixed copy isn't {checkpoint.path}: {summary(comparison)}.")
+            raise Unverified(
+                f"The fixed copy differs from {checkpoint.path}: {summary(comparison)}."
+            )
 
     return check
 
 
 def _order(checkpoint: Checkpoint, plan: Plan) -> GqaOrder | None:
-    """The order of grouped-query rows in the copy, where its files don't tell."""
+    """The order of grouped-query rows in the copy, if its files do not tell."""
     state = checkpoint.neox
     if state is None:
         return None

@@ -40,7 +40,7 @@ class Commit:
         sha: The whole hash.
         pull: The number of the pull request, 0 for none.
         date: In UTC.
-        git_date: As ``git log`` prints it, where that is another day than in UTC.
+        git_date: As ``git log`` prints it, if that is another day than in UTC.
         proposed: Whether it is not merged: ``date`` is then that of the proposal.
     """
 
@@ -93,7 +93,7 @@ class Change:
         id: Its name, in the command, the page and the findings.
         origin: The commit, or the release.
         families: The architectures that it is about.
-        title: What changed. Empty for a change that only sets facts, which nobody is told of.
+        title: What changed. Empty for a change that only sets facts and is not shown to users.
         symptom: What a user sees.
         remedy: The command or the step that fixes it.
         loud: Whether something fails or warns.
@@ -105,9 +105,9 @@ class Change:
         removes_keys: Keys of the yml that trees refuse since then.
         defaults: Settings whose default it changed, each with the old and the new one.
         in_checkpoint: Whether it matters for an opened checkpoint. By default: whether the yml has
-            one of the removed keys, or of the added ones where none is removed.
-        in_error: Regular expressions of the messages that it causes. Those about one of the keys,
-            or about an old name, are among them by themselves.
+            one of the removed keys, or of the added keys if none is removed.
+        in_error: Regular expressions of the messages that it causes. Those about one of the keys or
+            an old name are added automatically.
     """
 
     id: str
@@ -199,7 +199,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A point in time that a user names: a version of transformers, or a date (or its month)."""
+    """A point in time that a user names: a version of transformers, a date or a month."""
 
     version: tuple[int, ...]
     date: str
@@ -213,7 +213,8 @@ def version_key(version: str) -> tuple[int, ...]:
 def parse_moment(text: str) -> Moment:
     """A version (4.30, 5.0.1) or a date (2024-03, 2024-03-04).
 
-    Raises BridgeError saying what is understood.
+    Raises:
+        BridgeError: It is neither. The message names the forms that are understood.
     """
     text = text.strip()
     if re.fullmatch(r"20\d\d(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?", text):
@@ -224,8 +225,8 @@ def parse_moment(text: str) -> Moment:
             return Moment(version_key(text.removeprefix("v")), RELEASED[minor])
         known = list(RELEASED)
         raise BridgeError(
-            f"{text}: the date of this version of transformers isn't known. Known are {known[0]} "
-            f"to {known[-1]}; or name a date, as 2024-03."
+            f"{text}: the date of this version of transformers is not known. Use a version from "
+            f"{known[0]} to {known[-1]}, or a date such as 2024-03."
         )
     raise BridgeError(
         f"{text!r} is neither a version of transformers (4.30) nor a date (2024-03 or 2024-03-04)."
@@ -233,14 +234,14 @@ def parse_moment(text: str) -> Moment:
 
 
 def not_before(change: Change, since: Moment) -> bool:
-    """Whether a change is of that moment or later."""
+    """Whether a change happened at that moment or later."""
     if since.version and change.version:
         return version_key(change.version) >= since.version
     return change.date[: len(since.date)] >= since.date
 
 
 def not_after(change: Change, until: Moment) -> bool:
-    """Whether a change is of that moment or earlier; 5.23 includes 5.23.2, 2024-03 all March."""
+    """Whether a change happened by that moment; 5.23 includes 5.23.2, and 2024-03 all of March."""
     if until.version and change.version:
         return version_key(change.version)[: len(until.version)] <= until.version
     return change.date[: len(until.date)] <= until.date

@@ -1,7 +1,7 @@
 """The one list of changes of GPT-NeoX and transformers.
 
 To add a change, add an entry to ``changes_neox.py`` or ``changes_transformers.py`` with an example
-in ``tests/frameworks/test_changes.py``, and write the page anew:
+in ``tests/frameworks/test_changes.py``, and generate the page:
 ``python -m neox_bridge.frameworks.page docs/reference/changes.md``.
 """
 
@@ -25,7 +25,7 @@ def _age(change: Change) -> tuple[str, tuple[int, ...], str]:
 HISTORY: tuple[Change, ...] = tuple(sorted((*NEOX, *TRANSFORMERS), key=_age, reverse=True))
 """Every change, newest first."""
 CHANGES: tuple[Change, ...] = tuple(change for change in HISTORY if change.title)
-"""Those that users are told of."""
+"""The changes that users are shown."""
 _BY_ID = {change.id: change for change in HISTORY}
 
 
@@ -35,7 +35,7 @@ def change_named(change_id: str) -> Change:
 
 
 def since(change_id: str) -> str:
-    """When a change came, for sentences: a commit with its date, or a version."""
+    """When a change was made, for sentences: a commit with its date, or a version."""
     return change_named(change_id).since
 
 
@@ -45,7 +45,7 @@ def select(
     until: Moment | None = None,
     checkpoint: Described | None = None,
 ) -> list[Change]:
-    """The changes of a framework, of a span (both ends included), that touch a checkpoint."""
+    """The changes of a framework, in a span (both ends included), that affect a checkpoint."""
     return [
         change
         for change in CHANGES
@@ -57,5 +57,5 @@ def select(
 
 
 def touches(change: Change, checkpoint: Described) -> bool:
-    """Whether a change matters for this checkpoint, as far as its contents tell."""
+    """Whether a change affects this checkpoint, as far as its content tells."""
     return change.in_checkpoint is not None and change.in_checkpoint(checkpoint)

@@ -1,7 +1,7 @@
-"""Changes of transformers. Each was found by comparing the sources of released versions.
+"""Changes of transformers. Each was found by a comparison of the sources of released versions.
 
-The date is that of the release. Where no pull request is named, the link leads to the source of
-the first version that has the change.
+The date is that of the release. If no pull request is named, the link leads to the source of the
+first version that has the change.
 """
 
 from neox_bridge.frameworks.change import Change, Described, Release
@@ -9,7 +9,7 @@ from neox_bridge.frameworks.detectors import HALF, hf
 
 
 def _holds(c: Described, *endings: str) -> bool:
-    """Whether the files hold tensors that are no weights, with such names."""
+    """Whether the files contain tensors that are not weights, with such names."""
     return any(drop.name.endswith(endings) for drop in c.dropped)
 
 
@@ -18,7 +18,7 @@ def _rope(c: Described) -> dict[str, object]:
 
 
 def _loses_pct(c: Described) -> bool:
-    """5.0 to 5.4 would read another fraction than this config says, or have written it."""
+    """Whether 5.0 to 5.4 would read another fraction than this config has, or wrote it."""
     factor = _rope(c).get("partial_rotary_factor")
     if factor is None or "rotary_pct" in c.raw:
         return False
@@ -27,7 +27,7 @@ def _loses_pct(c: Described) -> bool:
 
 
 def _one_spelling(c: Described) -> bool:
-    """RoPE is spelled in the old way only, or in the new one only."""
+    """Whether config.json has only the old spelling of RoPE, or only the new one."""
     old = {"rotary_pct", "rotary_emb_base", "rope_theta"} & set(c.raw)
     return bool(old) != ("rope_parameters" in c.raw)
 
@@ -39,10 +39,10 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-lm-head",
         Release("5.14.0", 47198),
         ("gpt_neox",),
-        "GPTNeoXForCausalLM's output layer is lm_head in memory; files go on saying embed_out, "
-        "and both names are read. Before, only embed_out was",
-        "4.x and 5.0 to 5.13: “Some weights … newly initialized: ['embed_out.weight']” where a "
-        "file says lm_head; state dicts taken from memory have the other name",
+        "the output layer of GPTNeoXForCausalLM is lm_head in memory; files still say embed_out, "
+        "and both names are read. Before, only embed_out was read",
+        "4.x and 5.0 to 5.13: “Some weights … newly initialized: ['embed_out.weight']” if a file "
+        "says lm_head; state dicts from memory have the other name",
         "neox-bridge convert reads both names and writes embed_out.weight, which every version "
         "reads",
         in_checkpoint=hf("gpt_neox", lambda c: not c.config.tied_embeddings),
@@ -58,9 +58,9 @@ TRANSFORMERS: tuple[Change, ...] = (
         Release("5.5.0", 44985),
         ("gpt_neox",),
         "rope_parameters.partial_rotary_factor is read; 5.0 to 5.4 overwrite it with rotary_pct, "
-        "or with 0.25 where that is missing, on every load and so on every save",
-        "a model with another fraction than 0.25 talks nonsense after save and load",
-        "write both spellings: neox-bridge convert does; or set rotary_pct in config.json by hand",
+        "or with 0.25 if that is missing, on every load and so on every save",
+        "a model with another fraction than 0.25 generates nonsense after save and load",
+        "write both spellings, as neox-bridge convert does, or set rotary_pct in config.json",
         loud=False,
         in_checkpoint=hf("gpt_neox", _loses_pct),
     ),
@@ -68,11 +68,11 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-rope-parameters",
         Release("5.0.0", 39847),
         ("gpt_neox", *_LLAMA),
-        "config.json spells RoPE as rope_parameters {rope_theta, partial_rotary_factor, "
+        "config.json has RoPE in rope_parameters {rope_theta, partial_rotary_factor, "
         "rope_type}; 4.x knows only rotary_pct, rotary_emb_base, rope_theta, rope_scaling",
-        "4.x reads a config.json of 5.x with the base 10000 and, for gpt_neox, the fraction 0.25, "
-        "without a word",
-        "write both spellings: neox-bridge convert does, and every version reads them",
+        "4.x silently reads a config.json of 5.x with the base 10000 and, for gpt_neox, the "
+        "fraction 0.25",
+        "write both spellings, as neox-bridge convert does: every version reads them",
         loud=False,
         in_checkpoint=hf("", _one_spelling),
     ),
@@ -81,8 +81,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         Release("5.0.0", 42805),
         ("gpt_neox", *_LLAMA),
         "from_pretrained loads in the dtype that the checkpoint has; before, in float32",
-        "half the memory, logits rounded, training in half precision unasked",
-        "say dtype=torch.float32 to from_pretrained for the old behaviour",
+        "half the memory, rounded logits, and training in half precision by default",
+        "pass dtype=torch.float32 to from_pretrained for the old behavior",
         loud=False,
         in_checkpoint=hf("", lambda c: c.config.dtype in HALF),
     ),
@@ -90,10 +90,9 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-no-bin",
         Release("5.0.0", 42734),
         ("gpt_neox", *_LLAMA),
-        "save_pretrained writes safetensors only, in shards of up to 50 GB (5 GB before)",
-        "safe_serialization=False is ignored without a word; tools that want pytorch_model.bin "
-        "find none",
-        "read safetensors; neox-bridge does. --shard-size 5GB cuts as 4.x does",
+        "save_pretrained writes only safetensors, in shards of up to 50 GB (before: 5 GB)",
+        "safe_serialization=False is silently ignored; tools that need pytorch_model.bin find none",
+        "read safetensors, as neox-bridge does. --shard-size 5GB writes shards as 4.x does",
         loud=False,
         in_checkpoint=hf("", lambda c: any(file.endswith(".bin") for file in c.files)),
     ),
@@ -101,10 +100,10 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-dtype-key",
         Release("4.56.0", 39782),
         ("gpt_neox", *_LLAMA),
-        "config.json says dtype; before, torch_dtype. Both are read since; older versions know "
-        "only torch_dtype",
+        "config.json says dtype; before, torch_dtype. Since then both are read; older versions "
+        "know only torch_dtype",
         "older versions with torch_dtype='auto' take the dtype of the first weight instead",
-        "write both keys: neox-bridge convert does",
+        "write both keys, as neox-bridge convert does",
         loud=False,
         in_checkpoint=hf("", lambda c: "dtype" in c.raw and "torch_dtype" not in c.raw),
     ),
@@ -112,8 +111,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-qwen2-layer-types",
         Release("4.53.0", file="models/qwen2/configuration_qwen2.py"),
         ("qwen2",),
-        "config.json lists layer_types (full or sliding attention) for every layer; before, "
-        "use_sliding_window and max_window_layers said it",
+        "config.json lists layer_types (full or sliding attention) for every layer; before, it had "
+        "use_sliding_window and max_window_layers",
         "older versions ignore layer_types",
         "keep use_sliding_window and max_window_layers in config.json too",
         loud=False,
@@ -123,7 +122,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-torch-load",
         Release("4.52.0", 37785),
         ("gpt_neox", *_LLAMA),
-        "pytorch_model.bin is read with torch 2.6 and newer only (CVE-2025-32434)",
+        "pytorch_model.bin is read only with torch 2.6 and newer (CVE-2025-32434)",
         "ValueError: Due to a serious vulnerability issue in `torch.load` …",
         "convert it to safetensors, without torch: neox-bridge convert CHECKPOINT NEW --to hf",
         in_checkpoint=hf("", lambda c: any(file.endswith(".bin") for file in c.files)),
@@ -133,7 +132,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama-head-dim",
         Release("4.45.0", file="models/llama/configuration_llama.py"),
         ("llama",),
-        "head_dim in config.json is obeyed; before, it was hidden_size / num_attention_heads",
+        "head_dim in config.json is read; before, it was hidden_size / num_attention_heads",
         "older versions: size mismatch for self_attn.q_proj.weight",
         "load it with transformers 4.45 or newer",
         in_checkpoint=hf("llama", lambda c: c.raw.get("head_dim") is not None),
@@ -143,7 +142,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-mistral-head-dim",
         Release("4.43.0", file="models/mistral/configuration_mistral.py"),
         ("mistral",),
-        "head_dim in config.json is obeyed; before, it was hidden_size / num_attention_heads",
+        "head_dim in config.json is read; before, it was hidden_size / num_attention_heads",
         "older versions: size mismatch for self_attn.q_proj.weight",
         "load it with transformers 4.43 or newer",
         in_checkpoint=hf("mistral", lambda c: c.raw.get("head_dim") is not None),
@@ -153,7 +152,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama3-rope",
         Release("4.43.0", file="modeling_rope_utils.py"),
         ("llama",),
-        "RoPE scaling of Llama 3.1, rope_type: llama3, with four parameters",
+        "the RoPE scaling of Llama 3.1 is supported: rope_type: llama3, with four parameters",
         "older versions: ValueError: `rope_scaling` must be a dictionary with two fields",
         "load it with transformers 4.43 or newer; GPT-NeoX has no RoPE scaling",
         in_checkpoint=hf(
@@ -169,8 +168,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama-mlp-bias",
         Release("4.41.0", file="models/llama/configuration_llama.py"),
         ("llama",),
-        "mlp_bias in config.json: biases in the MLP",
-        "older versions leave mlp.gate_proj.bias and its like unused, with a warning",
+        "the new key mlp_bias in config.json adds biases to the MLP",
+        "older versions ignore mlp.gate_proj.bias and the other biases, with a warning",
         "load it with transformers 4.41 or newer",
         in_checkpoint=hf("llama", lambda c: bool(c.raw.get("mlp_bias"))),
         in_error=(r"not used when initializing Llama\w+: [^\n]*mlp\.(?:gate|up|down)_proj\.bias",),
@@ -179,8 +178,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama-rope-fp32",
         Release("4.38.2", 29285, date="2024-03-01"),
         ("llama",),
-        "the angles of RoPE are computed in fp32 under autocast too; before, bfloat16 rounded them",
-        "logits in bfloat16 differ between versions, more at long positions",
+        "RoPE's angles are computed in fp32 also under autocast; before, bfloat16 rounded them",
+        "logits in bfloat16 differ between versions, more at later positions",
         "compare in float32",
         loud=False,
         in_checkpoint=hf("llama", lambda c: c.config.dtype == "bfloat16"),
@@ -189,7 +188,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-attention-bias",
         Release("4.37.0", 28126),
         ("gpt_neox",),
-        "gpt_neox takes attention_bias: false; before, attention always had biases",
+        "gpt_neox supports attention_bias: false; before, attention always had biases",
         "older versions: “Some weights … newly initialized: […attention.query_key_value.bias…]”: "
         "random biases",
         "load it with transformers 4.37 or newer, with attention_bias: false in config.json, "
@@ -204,9 +203,9 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-neox-inv-freq",
         Release("4.35.0", 25830, sha="253f9a3f"),
         ("gpt_neox",),
-        "gpt_neox no longer stores attention.rotary_emb.inv_freq: the buffer isn't persistent",
-        "a converted Pythia lacks the key that older GPT-NeoX trees want: Missing key(s) in "
-        'state_dict: "attention.rotary_emb.inv_freq"',
+        "gpt_neox no longer stores attention.rotary_emb.inv_freq: the buffer became non-persistent",
+        "a converted Pythia does not contain the key that older GPT-NeoX trees expect: Missing "
+        'key(s) in state_dict: "attention.rotary_emb.inv_freq"',
         "neox-bridge convert CHECKPOINT NEW --to neox --for neox@2024-03 for a GPT-NeoX before "
         "2024-03-04; the values are recomputed from rotary_emb_base",
         in_checkpoint=hf("gpt_neox", lambda c: _holds(c, "rotary_emb.inv_freq")),
@@ -219,9 +218,9 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-neox-rope-rounded",
         Release("4.35.0", 25830, sha="253f9a3f"),
         ("gpt_neox",),
-        "the sines and cosines of gpt_neox's RoPE are rounded to the model's dtype; before, they "
-        "stayed fp32",
-        "logits in half precision differ a little between versions",
+        "the sines and cosines of RoPE in gpt_neox are rounded to the model's dtype; before, they "
+        "stayed in fp32",
+        "logits in half precision differ slightly between versions",
         "compare in float32",
         loud=False,
         in_checkpoint=hf("gpt_neox", lambda c: c.config.dtype in HALF),
@@ -231,9 +230,9 @@ TRANSFORMERS: tuple[Change, ...] = (
         Release("4.35.0", file="modeling_utils.py"),
         ("gpt_neox", *_LLAMA),
         "save_pretrained writes model.safetensors; before, pytorch_model.bin",
-        "tools that look for pytorch_model.bin: OSError … does not appear to have a file named "
+        "tools that need pytorch_model.bin: OSError … does not appear to have a file named "
         "pytorch_model.bin",
-        "read safetensors (transformers 4.30 and newer always can)",
+        "read safetensors (transformers 4.30 and newer always do)",
         in_checkpoint=hf("", lambda c: any(file.endswith(".safetensors") for file in c.files)),
         in_error=(r"does not appear to have a file named pytorch_model\.bin",),
     ),
@@ -241,8 +240,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama-attention-bias",
         Release("4.34.0", file="models/llama/configuration_llama.py"),
         ("llama",),
-        "attention_bias in config.json: biases in attention",
-        "older versions leave self_attn.q_proj.bias and its like unused, with a warning",
+        "the new key attention_bias in config.json adds biases to attention",
+        "older versions ignore self_attn.q_proj.bias and the other biases, with a warning",
         "load it with transformers 4.34 or newer",
         in_checkpoint=hf("llama", lambda c: bool(c.raw.get("attention_bias"))),
         in_error=(r"not used when initializing Llama\w+: [^\n]*self_attn\.[qkvo]_proj\.bias",),
@@ -251,8 +250,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama-rope-theta",
         Release("4.33.0", 25740),
         ("llama",),
-        "rope_theta in config.json is obeyed; before, the base was 10000 whatever it said",
-        "older versions: a Code Llama or a Llama 3 talks nonsense",
+        "rope_theta in config.json is read; before, the base was always 10000",
+        "older versions: a Code Llama or a Llama 3 generates nonsense",
         "load it with transformers 4.33 or newer",
         loud=False,
         in_checkpoint=hf(
@@ -264,10 +263,10 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama-inv-freq",
         Release("4.32.0", 24998, sha="95f96b45"),
         ("llama",),
-        "llama no longer stores self_attn.rotary_emb.inv_freq: the buffer isn't persistent",
-        "converters and trees that want the key: Missing key(s) in state_dict: "
+        "llama no longer stores self_attn.rotary_emb.inv_freq: the buffer became non-persistent",
+        "converters and trees that expect the key: Missing key(s) in state_dict: "
         '"…rotary_emb.inv_freq"',
-        "neox-bridge drops it where it is stored, and recomputes it where a target wants it",
+        "neox-bridge drops it if it is stored, and recomputes it if a target expects it",
         in_checkpoint=hf("llama", lambda c: _holds(c, "rotary_emb.inv_freq")),
         in_error=(
             r"(?:not used when initializing Llama|newly initialized: )[^\n]*"
@@ -281,7 +280,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "gpt_neox no longer stores its causal masks, attention.bias and attention.masked_bias",
         'strict loads: Unexpected key(s) in state_dict: "gpt_neox.layers.0.attention.bias", '
         '"gpt_neox.layers.0.attention.masked_bias"',
-        "neox-bridge convert CHECKPOINT NEW --to hf drops them; they hold nothing that was learned",
+        "neox-bridge convert CHECKPOINT NEW --to hf drops them; they are not learned",
         in_checkpoint=hf(
             "gpt_neox", lambda c: _holds(c, "attention.bias", "attention.masked_bias")
         ),
@@ -291,8 +290,8 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-rope-scaling",
         Release("4.31.0", file="models/gpt_neox/configuration_gpt_neox.py"),
         ("gpt_neox", "llama"),
-        "rope_scaling in config.json (linear, dynamic) is obeyed; before, it was ignored",
-        "older versions talk nonsense beyond the original length",
+        "rope_scaling in config.json (linear, dynamic) is read; before, it was ignored",
+        "older versions generate nonsense beyond the original length",
         "load it with transformers 4.31 or newer; GPT-NeoX has no RoPE scaling",
         loud=False,
         in_checkpoint=hf("", lambda c: bool(c.raw.get("rope_scaling"))),
@@ -301,7 +300,7 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-llama-grouped",
         Release("4.31.0", file="models/llama/configuration_llama.py"),
         ("llama",),
-        "num_key_value_heads in config.json: grouped-query attention",
+        "the new key num_key_value_heads in config.json turns on grouped-query attention",
         "older versions: size mismatch for self_attn.k_proj.weight",
         "load it with transformers 4.31 or newer",
         in_checkpoint=hf(
@@ -316,16 +315,16 @@ TRANSFORMERS: tuple[Change, ...] = (
         "hf-parallel-residual",
         Release("4.23.0", file="models/gpt_neox/configuration_gpt_neox.py"),
         ("gpt_neox",),
-        "use_parallel_residual: false is obeyed; before, every block was parallel",
-        "older versions: a model with sequential residuals talks nonsense",
+        "use_parallel_residual: false is read; before, every block was parallel",
+        "older versions: a model with sequential residuals generates nonsense",
         "load it with transformers 4.23 or newer",
         loud=False,
         in_checkpoint=hf("gpt_neox", lambda c: not c.config.parallel_residual),
     ),
-    # a tied config beside a head of its own in the files (modeling_utils.py, tie_weights)
+    # A tied config, and another head in the files (modeling_utils.py, tie_weights).
     Change("hf-stored-head-kept", Release("5.0.0"), ("gpt_neox", *_LLAMA)),
 )
-# the version that brought each class
+# The first version that has each class.
 CLASS_SINCE = {
     "gpt_neox": "4.20",
     "llama": "4.28",

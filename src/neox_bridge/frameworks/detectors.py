@@ -1,4 +1,4 @@
-"""Small tests of checkpoints, from which the known changes are put together."""
+"""Small tests of checkpoints, with which the known changes decide whether they affect one."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from neox_bridge.frameworks.change import Described
 
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 HALF = ("float16", "bfloat16")
-# keys of mixtures of experts that GPT-NeoX took away
+# Keys of mixtures of experts that GPT-NeoX removed.
 MOE_KEYS = tuple(
     """create_moe_param_group enable_expert_tensor_parallelism expert_interval
     moe_eval_capacity_factor moe_expert_parallel_size moe_glu moe_loss_coeff moe_min_capacity
@@ -20,7 +20,7 @@ def neox(test: Callable[[Described], bool]) -> Callable[[Described], bool]:
 
 
 def on(name: str) -> Callable[[Described], bool]:
-    """The yml switches this key on."""
+    """The test whether the yml turns this key on."""
     return neox(lambda c: bool(c.raw.get(name)))
 
 
@@ -42,7 +42,7 @@ def is_wide(c: Described) -> bool:
 
 
 def one_stage_ranks(c: Described) -> bool:
-    """All in mp_rank files, though the yml says one pipeline stage."""
+    """Whether all weights are in mp_rank files, although the yml says one pipeline stage."""
     return c.neox is not None and c.neox.layout == "ranks" and c.raw.get("pipe_parallel_size") == 1
 
 
@@ -51,12 +51,12 @@ def sums(c: Described) -> bool:
 
 
 def hf(family: str, test: Callable[[Described], bool]) -> Callable[[Described], bool]:
-    """The test, for Hugging Face folders of a model_type only ("": of any)."""
+    """The test, for Hugging Face folders only, of a model_type ("": of any)."""
     return lambda c: c.kind == "hf" and family in ("", c.raw.get("model_type")) and test(c)
 
 
 def stores_bf16(c: Described) -> bool:
-    """Of a GPT-NeoX run in bfloat16, in the newer spelling."""
+    """Whether it is of a GPT-NeoX run in bfloat16, in the newer spelling."""
     if c.neox is None:
         return False
     named = "bf16" in c.raw or c.raw.get("precision") == "bfloat16"

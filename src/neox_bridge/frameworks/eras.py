@@ -1,4 +1,4 @@
-"""How GPT-NeoX trees of some time name, store and order things."""
+"""How GPT-NeoX trees of each era name, store and order tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from neox_bridge.tensors.fused import GqaOrder
 
 MlpNames = Literal["linear", "dense"]
 InvFreq = Literal["omit", "store"]
-# how a tree keeps attention.rotary_emb.inv_freq: always in the state dict, when
-# rotary_save_freqs_buffer says so, never; "either": a load hook accepts both kinds
+# How a tree keeps attention.rotary_emb.inv_freq: in the state dict always, or if
+# rotary_save_freqs_buffer says so, or never. "either": a load hook accepts both kinds.
 Buffer = Literal["always", "flag", "never", "either"]
 RmsEps = Literal["inside", "outside"]
-# biases of a gated MLP in a tree: it has none; swiglu has none and every other activation must have
-# them; the yml's use_bias_in_mlp decides
+# Biases of a gated MLP in a tree: none; none for swiglu and required for other activations; or as
+# the yml's use_bias_in_mlp says.
 GatedBiases = Literal["none", "by activation", "optional"]
 FLAG = "rotary_save_freqs_buffer"
 
@@ -30,7 +30,7 @@ class Era:
 
     Attributes:
         name: Such as "2024-03", or the path of a tree.
-        until: When such trees were there, for sentences.
+        until: When such trees existed, for sentences.
         buffer: How the trees keep inv_freq.
         mlp_names: "linear" are mlp.linear1 and linear2, "dense" mlp.dense_h_to_4h and
             dense_4h_to_h, and for a gated MLP w1, w2 and w3 (neox-mlp-names).
@@ -65,12 +65,12 @@ class Era:
 
     @property
     def inv_freq(self) -> InvFreq:
-        """What the trees expect where no yml says otherwise."""
+        """What the trees expect if the yml does not say otherwise."""
         return "store" if self.buffer == "always" else "omit"
 
     @property
     def inv_freq_key(self) -> bool:
-        """Whether the trees know rotary_save_freqs_buffer; they refuse unknown keys."""
+        """Whether the trees know rotary_save_freqs_buffer. They reject unknown keys."""
         return self.buffer in ("flag", "either") and FLAG in known_keys(self)
 
     @property
@@ -99,7 +99,7 @@ _BEFORE_ALL: Mapping[str, Any] = {
 
 
 def merged(changes: Iterable[Change]) -> tuple[Change, ...]:
-    """Those of GPT-NeoX that are not only proposed."""
+    """The changes of GPT-NeoX that are merged, not only proposed."""
     return tuple(c for c in changes if c.framework == "gpt-neox" and not c.proposed)
 
 
@@ -157,18 +157,18 @@ def era_named(name: str) -> Era:
         name: Such as ``neox@2024-03``, ``2024-03``, ``v1.0`` or ``today``.
 
     Raises:
-        BridgeError: There is no such era; the message names those that there are.
+        BridgeError: There is no such era. The message names the eras.
     """
     short = name.removeprefix("neox@")
     for era in ERAS:
         if era.name == short:
             return era
     known = ", ".join(f"neox@{era.name} ({era.until})" for era in ERAS)
-    raise BridgeError(f"`era={name}`: no such GPT-NeoX is known. Known are {known}.")
+    raise BridgeError(f"`era={name}`: unknown GPT-NeoX. Valid values: {known}.")
 
 
 def known_keys(era: Era) -> frozenset[str]:
-    """The yml keys that a tree of this era takes; it refuses all others."""
+    """The yml keys that a tree of this era takes. It rejects all others."""
     return neox_keys(era.name) if era.keys is None else era.keys
 
 

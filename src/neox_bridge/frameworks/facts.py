@@ -22,12 +22,12 @@ class TreeFacts(Era):
 
 @dataclass(frozen=True, slots=True)
 class TransformersFacts:
-    """A version of transformers. What else it has is asked of ``targets.knows``.
+    """A version of transformers. ``targets.knows`` tells whether it has other changes.
 
     Attributes:
         version: Such as "4.48.3".
-        persistent_inv_freq: Whether gpt_neox's buffer is in the state dict; a file without it is
-            loaded all the same, since its absence is ignored or only warned of.
+        persistent_inv_freq: Whether the buffer of gpt_neox is in the state dict. A file without it
+            loads too, with a warning at most.
         rope_parameters: Whether config.json's new spelling is read.
         loses_rotary_pct: Whether saves lose any fraction other than 0.25.
     """

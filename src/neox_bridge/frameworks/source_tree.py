@@ -1,7 +1,7 @@
 """What a GPT-NeoX source tree expects of a checkpoint, read from its syntax alone.
 
-Nothing of the tree is imported or run, and no git is needed. Each fact is known by the forms that
-GPT-NeoX has had for it since 2023; a form that isn't among them is an error, never a guess.
+Nothing of the tree is imported or run, and git is not needed. Each fact is recognized by the forms
+that GPT-NeoX has had for it since 2023. Another form is an error, never a guess.
 """
 
 import ast
@@ -35,7 +35,7 @@ class _Tree:
     places: dict[str, str] = field(default_factory=dict)
 
     def module(self, name: str) -> ast.Module:
-        """A file's syntax tree. Raises BridgeError where it is missing or isn't Python."""
+        """A file's syntax tree. Raises BridgeError if it is missing or is not Python."""
         if name not in self.modules:
             self.modules[name] = _parse(self.path, name)
         return self.modules[name]
@@ -45,19 +45,20 @@ class _Tree:
         self.places[fact] = f"{file}:{getattr(node, 'lineno', 1)}"
 
     def unknown(self, file: str, sought: str) -> BridgeError:
-        """What to raise where none of the known forms is there."""
+        """What to raise if the file has none of the known forms."""
         return BridgeError(
-            f"{os.path.join(self.path, file)}: {sought} was looked for and isn't there in any form "
-            "that GPT-NeoX has had, so what this tree expects can't be told. Name the GPT-NeoX "
-            "that it descends from, as neox@2024-03 or neox@today."
+            f"{os.path.join(self.path, file)} does not contain {sought} in any form that GPT-NeoX "
+            "has had, so what this tree expects is unknown. Name the GPT-NeoX that it descends "
+            "from, such as neox@2024-03 or neox@today."
         )
 
 
 def read_tree(path: str) -> TreeFacts:
-    """The facts of the tree in the folder ``path``.
+    """The facts of the tree in a folder.
 
-    Raises BridgeError, naming the file and what was looked for in it, where the folder isn't a
-    GPT-NeoX tree or its source has none of the known forms.
+    Raises:
+        BridgeError: The folder is not a GPT-NeoX tree, or its source has none of the known forms.
+            The message names the file and what is missing in it.
     """
     tree = _Tree(os.path.abspath(path))
     keys = _keys(tree)
@@ -84,26 +85,26 @@ def read_tree(path: str) -> TreeFacts:
 def _parse(root: str, name: str) -> ast.Module:
     path = os.path.join(root, name)
     if not os.path.isdir(root):
-        raise BridgeError(f"{root} isn't a folder. Name the folder that holds GPT-NeoX.")
+        raise BridgeError(f"{root} is not a folder. Name the folder that contains GPT-NeoX.")
     if not os.path.isfile(path):
         raise BridgeError(
-            f"{root} isn't a GPT-NeoX tree: {name} was looked for and is missing. Name the folder "
-            "that holds megatron/."
+            f"{root} is not a GPT-NeoX tree: {name} is missing. Name the folder that contains "
+            "megatron/."
         )
     if os.path.getsize(path) > _MOST_BYTES:
-        raise BridgeError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: that isn't GPT-NeoX's.")
+        raise BridgeError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: it is not GPT-NeoX's.")
     try:
         with open(path, "rb") as file:
             return ast.parse(file.read(), name)
     except (SyntaxError, ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise BridgeError(
-            f"{path}{line}: not valid Python, so the tree can't be read. Restore the file."
+            f"{path}{line}: not valid Python, so the tree cannot be read. Restore the file."
         ) from None
 
 
 def _deepspeed(tree: _Tree) -> str:
-    """The version of DeeperSpeed that the tree requires; "" where it names none that is known."""
+    """The version of DeeperSpeed that the tree requires; "" if it names no known one."""
     path = os.path.join(tree.path, REQUIREMENTS)
     try:
         with open(path, "rb") as file:
@@ -116,7 +117,7 @@ def _deepspeed(tree: _Tree) -> str:
 
 
 def _keys(tree: _Tree) -> frozenset[str]:
-    """The fields of the argument dataclasses: NeoXArgs refuses all other yml keys."""
+    """The fields of the argument dataclasses. NeoXArgs rejects all other yml keys."""
     keys: set[str] = set()
     for name in ARGUMENTS:
         classes = [node for node in tree.module(name).body if isinstance(node, ast.ClassDef)]
@@ -135,7 +136,7 @@ def _keys(tree: _Tree) -> frozenset[str]:
 
 
 def _inv_freq(tree: _Tree) -> Buffer:
-    """Persistent always, by a flag, or never; either where a load hook takes both kinds.
+    """Persistent always, by a flag, or never; "either" if a load hook accepts both kinds.
 
     Before neox-inv-freq ``register_buffer("inv_freq", inv_freq)``, since then with
     ``persistent=save_inv_freqs``, which transformer.py takes from rotary_save_freqs_buffer.
@@ -173,7 +174,7 @@ def _persistent(tree: _Tree, call: ast.Call) -> Buffer:
 
 
 def _flag(tree: _Tree, rotary: ast.ClassDef) -> Buffer:
-    """Whether transformer.py passes the yml's flag on; else the parameter's default holds."""
+    """Whether transformer.py passes the yml's flag; otherwise the parameter's default counts."""
     for call in _calls(tree.module(TRANSFORMER), "RotaryEmbedding"):
         for keyword in call.keywords:
             if keyword.arg == "save_inv_freqs":
@@ -193,7 +194,7 @@ _HOOKS = ("_register_load_state_dict_pre_hook", "register_load_state_dict_pre_ho
 
 
 def _has_load_hook(tree: _Tree, rotary: ast.ClassDef) -> bool:
-    """Whether loading takes inv_freq out of, or puts it into, the state dict."""
+    """Whether loading removes inv_freq from the state dict, or adds it."""
     body = _function(rotary, "_load_from_state_dict")
     if body is not None and _mentions_inv_freq(body):
         tree.note("load hook", POSITIONS, body)
@@ -366,5 +367,5 @@ def _name(node: ast.AST) -> str:
 
 
 def looks_like_tree(path: str) -> bool:
-    """Whether a folder holds megatron/, so that ``neox:`` may be left out."""
+    """Whether a folder contains megatron/, so that ``neox:`` may be omitted."""
     return bool(re.search(r"[/.~]", path)) and os.path.isdir(os.path.join(path, "megatron"))

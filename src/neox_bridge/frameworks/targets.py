@@ -1,4 +1,4 @@
-"""What ``--for`` names: a GPT-NeoX source tree or one of some time; a version of transformers."""
+"""What ``--for`` names: a GPT-NeoX source tree, a date of GPT-NeoX, a version of transformers."""
 
 import datetime
 import os
@@ -53,8 +53,8 @@ def _neox(name: str, text: str) -> TreeFacts:
             if change.origin.sha.startswith(name):
                 return _tree(name, _until(change.day))
         raise BridgeError(
-            f"`era={text}`: this commit isn't one of those known to change checkpoints, so its "
-            "time can't be told. Name its date (neox@2024-05-01) or the tree (neox:FOLDER)."
+            f"`era={text}`: this commit is not a known change of checkpoints, so its date is "
+            "unknown. Name its date (neox@2024-05-01) or the tree (neox:FOLDER)."
         )
     if days := _days(name):
         first, last = days
@@ -62,13 +62,13 @@ def _neox(name: str, text: str) -> TreeFacts:
             if not change.sets.keys() - {"deepspeed"} or not first <= change.day <= last:
                 continue
             raise BridgeError(
-                f"`era={text}`: checkpoints changed then, by {change.commit} on {change.day}. Name "
-                f"a day before or after it, or neox@{change.commit} for the tree that has it."
+                f"`era={text}`: {change.commit} changed checkpoints on {change.day}. Name a day "
+                f"before or after it, or neox@{change.commit} for the tree that has the change."
             )
         return _tree(name, _until(first))
     known = ", ".join(f"neox@{era.name}" for era in ERAS)
     raise BridgeError(
-        f"`era={text}`: not known. Say neox:FOLDER for a source tree, {known}, a date "
+        f"`era={text}`: unknown. Valid values: neox:FOLDER for a source tree, {known}, a date "
         "(neox@2024-05-01), a commit, transformers@VERSION, or transformers for the installed one."
     )
 
@@ -87,7 +87,7 @@ def _tree(name: str, changes: tuple[Change, ...]) -> TreeFacts:
 
 
 def _days(text: str) -> tuple[str, str] | None:
-    """The first and the last day of a month, or a day twice; None for what is no date."""
+    """The first and the last day of a month, or a day twice; None if it is not a date."""
     month = len(text) == len("2024-05")
     first = f"{text}-01" if month else text
     try:
@@ -107,14 +107,14 @@ def _transformers(version: str) -> TransformersFacts:
             version = installed("transformers")
         except PackageNotFoundError:
             raise BridgeError(
-                "`era=transformers`: it isn't installed here. Name a version: transformers@4.48."
+                "`era=transformers`: it is not installed here. Name a version: transformers@4.48."
             ) from None
     if re.match(r"\d+\.\d+", version) is None:
         raise BridgeError(f"`era=transformers@{version}`: not a version. Write transformers@4.48.")
     if version_number(version) < version_number(CLASS_SINCE["gpt_neox"]):
         raise BridgeError(
-            f"`era=transformers@{version}`: GPTNeoXForCausalLM came with transformers "
-            f"{CLASS_SINCE['gpt_neox']}."
+            f"`era=transformers@{version}`: GPTNeoXForCausalLM needs transformers "
+            f"{CLASS_SINCE['gpt_neox']} or newer."
         )
     rope_parameters = _has(version, "hf-rope-parameters")
     return TransformersFacts(

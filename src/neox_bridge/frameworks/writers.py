@@ -34,7 +34,7 @@ class Writer:
         span: When GPT-NeoX required this version of DeepSpeed, as "2021-04 to 2023-03".
         deepspeed: "DeepSpeed", or "DeeperSpeed" for EleutherAI's fork of it.
         deepspeed_version: As the files have it, or as the program required it.
-        evidence: What the files hold or lack, for people.
+        evidence: What the files contain or do not contain, for people.
         guessed: Which of these fields the files do not hold themselves.
     """
 
