@@ -22,7 +22,7 @@ PAGE = """\
 # How fast is neox-bridge?
 
 ```console
-$ {command}
+$ {command}    # needs a quiet machine, root and 40 GB of disk
 ```
 
 {machine} The command above measures all of it again.

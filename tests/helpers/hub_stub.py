@@ -154,6 +154,7 @@ class Stub:
     """The state of the Hub. cas: a folder for Xet, where hf_xet keeps chunks in place of a server.
 
     seen: every request as "METHOD path?query". before: called once before a request that matches.
+    writable: how the names of repositories begin that the token may change.
     renamed: the new names of repositories by their old ones, which redirect with 307.
     delay: seconds that each answer takes. busy: the most requests that were answered at a time.
     """
@@ -164,6 +165,7 @@ class Stub:
         self.on_disk: dict[str, Path] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.renamed: dict[str, str] = {}
+        self.writable: tuple[str, ...] = ("org/",)
         self.seen: list[str] = []
         self.served: list[Served] = []
         self.delay = 0.0
@@ -371,7 +373,7 @@ class Stub:
         return repo
 
     def _writable(self, name: str, token: str) -> None:
-        if token != WRITE or not name.startswith("org/"):
+        if token != WRITE or not name.startswith(self.writable):
             raise error(403, "You don't have the required permissions to write to this repo")
 
     def _create(self, wanted: Any, token: str) -> Answer:
