@@ -283,7 +283,7 @@ def test_audit_and_batch_go_through_branches(hub: Stub, run: Commands, tmp_path:
     ]
     assert {"side": "source", "step": "8", "tensors": 40} in comparison["rows"][1]["origins"]
     out, _ = run("audit", RAW, "--against", TWIN, "--steps", "8", "--cache", "none")
-    assert "1 step: 1 the same" in out
+    assert "1 step: 1 equal" in out
     assert hub.count("GET /.*step16") == 0
     out, _ = run("batch", RAW, "out", "--steps", "0-143000:16", "--json")
     assert [row["name"] for row in json.loads(out)["rows"]] == ["step16"]
@@ -404,7 +404,7 @@ def test_a_private_or_missing_repository(hub: Stub, run: Commands) -> None:
     run("inspect", f"{RAW}@step8", HF_TOKEN=READ)
     _, err = run("inspect", "org/absent@step8", code=1, HF_TOKEN=READ)
     assert "org/absent" in err
-    assert "there is no such repository" in err
+    assert "the repository does not exist" in err
 
 
 def test_a_rate_limit_is_waited_for(hub: Stub, run: Commands) -> None:
@@ -478,7 +478,7 @@ def test_offline_the_cache_is_read(hub: Stub, run: Commands) -> None:
     run("export-optimizer", f"{RAW}@step8", "states", **offline)
     run("batch", RAW, "many", **offline)
     out, _ = run("audit", RAW, "--against", RAW, "--cache", "none", **offline)
-    assert "1 step: 1 the same" in out
+    assert "1 step: 1 equal" in out
     _, err = run("inspect", f"{RAW}@step9", code=1, **offline)
     assert f"{RAW}@step9 is not in the cache" in err
     assert hub.seen == [], "nobody was asked"
