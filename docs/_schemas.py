@@ -545,9 +545,9 @@ class Verification(_Verification, total=False):
         target: DST as the user named it.
         tensors: How many tensors the target has.
         size: Bytes of the target's tensors.
-        differences: Only those that are none of a conversion's declared changes.
-        overflows: Finite values that a cast made infinite, by the tensor's name.
-        holds: Whether the target is the source.
+        differences: Differences, without the declared changes of a conversion.
+        overflows: Finite values that became infinite in a cast, by tensor.
+        holds: Whether the target equals the source.
         logits: With --logits.
         recorded: With --tokens that have logits.
     """

@@ -1,4 +1,4 @@
-"""How far a call has come: phases, each with its own total in bytes."""
+"""Progress of a call in phases, each with its own total in bytes."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Begin = Callable[[Phase, int | None], None]  # called with a phase that begins, 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a call has come.
+    """The progress of a call.
 
     Attributes:
         phase: "checking": files that a stopped run finished are read again. "writing". "verifying":
@@ -42,7 +42,7 @@ class Phases:
             self._listener(self._now)
 
     def count(self, size: int) -> None:
-        """Count bytes of the phase that goes on."""
+        """Count bytes of the current phase."""
         with self._lock:
             if self._now is not None:
                 done = self._now.done + size
@@ -52,7 +52,7 @@ class Phases:
                 self._listener(self._now)
 
     def end(self) -> None:
-        """End the phase that goes on: all of it is done."""
+        """End the current phase: all of it is done."""
         with self._lock:
             now, self._now = self._now, None
             if now is not None and now.total is not None and now.done < now.total:
@@ -60,5 +60,5 @@ class Phases:
 
 
 def phases_of(listener: Callable[[Progress], None] | None) -> Phases | None:
-    """The phases that a listener is told of; None without one."""
+    """The phases for a listener; None without one."""
     return None if listener is None else Phases(listener)

@@ -1,4 +1,4 @@
-"""Random checkpoints of exactly the shape of a Pythia, for trials, tests and benchmarks."""
+"""Random checkpoints in the shape of a Pythia model, for tests and benchmarks."""
 
 from dataclasses import replace
 from hashlib import sha256

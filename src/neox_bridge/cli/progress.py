@@ -48,7 +48,7 @@ def shown_phases(quiet: bool) -> Iterator[Phases | None]:
 
 
 def _bar(display: "Bars") -> Callable[[Progress], None]:
-    """Shows one bar, of the phase that goes on."""
+    """Shows one bar for the current phase."""
     tasks: dict[Phase, Any] = {}
 
     def show(progress: Progress) -> None:

@@ -79,7 +79,7 @@ class Context:
                 self.progress(size)
 
     def begin(self, phase: Phase, total: int) -> None:
-        """Tell whoever wants to know that a phase begins, and how many bytes it has."""
+        """Report that a phase begins, and how many bytes it has."""
         if self.phase is not None:
             self.phase(phase, total)
 

@@ -101,7 +101,7 @@ class DiskSink:
     def publish(self) -> None:
         if self._root_files is not None:
             self._look_at_root(overwrite=True)
-        self._check_replaceable()  # what came meanwhile
+        self._check_replaceable()  # files that were added in the meantime
         if self._root_files is not None:
             _arrange(self.work, self._root_files)
             self.findings += self._root_files.findings

@@ -84,8 +84,8 @@ def publish(
         progress: Whether huggingface_hub shows its progress bars on stderr.
 
     Raises:
-        BridgeError: the Hub refuses or can't be reached, or somebody else commits meanwhile. The
-            branch is as it was.
+        BridgeError: The Hub refuses or cannot be reached, or somebody else commits in the meantime.
+            The branch is unchanged.
     """
     job = _Job(
         hub_api(f"hf://{repo} is on the Hub"), folder, repo, branch, step, create_pr, _sizes(folder)

@@ -1,4 +1,4 @@
-"""The parameters of a run as GPT-NeoX of another date names and orders them."""
+"""Renames and reorders the parameters of a run for another GPT-NeoX version."""
 
 from dataclasses import replace
 

@@ -1,10 +1,10 @@
-"""Two runs that should hold the same weights at each step, such as raw checkpoints and their twin.
+"""Compares two runs that should have equal weights at each step, such as a suite and its twin.
 
 A published suite exists twice: as GPT-NeoX wrote it, and converted for transformers, a branch for
 each step. Branches of such suites have been mixed up (issues 195, 205 and 206 of
 https://github.com/EleutherAI/pythia). So each step of one run is compared with the same step of the
-other, tensor by tensor under Hugging Face's names. Where they differ, the weights are looked for at
-the other steps.
+other, tensor by tensor under Hugging Face's names. If they differ, the weights are searched at the
+other steps.
 """
 
 import os
@@ -32,7 +32,7 @@ _CAST = "cast"  # a folder in the cache: fingerprints after a cast
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """A tensor that is not the same on both sides, under its Hugging Face name."""
+    """A tensor that differs, with its Hugging Face name."""
 
     name: str
     kind: TensorDifferenceKind
@@ -40,7 +40,7 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Another step of the other run at which differing weights were found.
+    """Another step at which the differing weights were found.
 
     Attributes:
         side: The run that has them there.
@@ -58,7 +58,7 @@ class StepRow:
     """One step of the two runs.
 
     Attributes:
-        step: Its number; None where nothing tells it.
+        step: Its number; None if unknown.
         label: As the place names it, ``1000`` or ``main``.
         status: "no counterpart" where only one run has the step; it is not read then.
         side: The run that has no such step, or that cannot be read; None otherwise.
@@ -125,8 +125,8 @@ def compare_runs(
 ) -> Comparison:
     """Read both runs and compare them step by step.
 
-    Weights of other dtypes are compared after the cast that keeps every value. Where a step
-    differs, the steps that only one run has are read as well, to find out whose weights it has.
+    Different dtypes are compared after a lossless cast. If a step differs, the steps that only one
+    run has are read as well, to find out which weights it has.
     """
     dtypes = _common_dtypes(pair)
 
@@ -191,7 +191,7 @@ def compare_runs(
 
 
 def faults_of(comparison: Comparison) -> list[Fault]:
-    """What a comparison says, as findings: one for each row that is not the same."""
+    """The findings of a comparison: one per row that is not equal."""
     rows = (_fault(comparison, row) for row in comparison.rows)
     return [*filter(None, rows), *settings_faults(comparison)]
 
@@ -207,7 +207,7 @@ def settings_faults(comparison: Comparison) -> list[Fault]:
 
 
 def origin_words(row: StepRow, comparison: Comparison) -> str:
-    """Where else the differing weights of a row are, as a clause; "" where nowhere."""
+    """Where else the differing weights of a row are, as a clause; "" if nowhere."""
     words = []
     for origin in row.origins:
         here, there = comparison.source, comparison.twin
@@ -245,7 +245,7 @@ def _fault(comparison: Comparison, row: StepRow) -> Fault | None:
 
 
 def _common_dtypes(pair: OpenedPair) -> dict[str, str]:
-    """The dtype in which each tensor is compared that the runs have in several."""
+    """The common dtype of each tensor that the runs have in different dtypes."""
     seen: dict[str, set[str]] = {}
     for step in (step for both in pair.both for step in both):
         if step.checkpoint is not None:
@@ -310,7 +310,7 @@ def _origins(row: StepRow, here: Step, other: Side, steps: Collection[Step]) -> 
     for name in (difference.name for difference in row.differences):
         fingerprint = here.tensors.get(name)
         if fingerprint is None or fingerprint.constant:
-            continue  # a tensor of one value throughout tells nothing
+            continue  # a constant tensor does not identify a step
         for step in steps:
             if name in step.tensors and step.tensors[name].hash == fingerprint.hash:
                 counts[step.label] += 1

@@ -1,4 +1,4 @@
-"""``neox-bridge audit``: a run's or a suite's many checkpoints, held against each other."""
+"""``neox-bridge audit``: compares all checkpoints of a run or a suite with each other."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +25,11 @@ _ORDER = ("error", "warning", "info")
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What was read, and what is wrong with it.
+    """The result of an audit.
 
     Attributes:
         steps: By run and step.
-        faults: What is wrong, the worst first.
+        faults: The faults, most severe first.
         sources: The folders, URLs or models as the caller named them.
     """
 
@@ -39,7 +39,7 @@ class Audit:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing is wrong: what is merely worth knowing isn't."""
+        """Whether there are no warnings and errors."""
         return all(fault.severity == "info" for fault in self.faults)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,12 +90,11 @@ def audit(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Audit:
-    """Read every checkpoint's weights, but for those in the cache, and compare them all.
+    """Read the weights of every checkpoint, unless cached, and compare them.
 
-    optimizer: the states of those that have an optimizer, too. faults: what is known already.
-    same_init: runs of the same shapes must begin with the same weights. cache: its folder
-    (``hash_cache``), or None. Nothing that is wrong with a checkpoint keeps the others from being
-    looked at.
+    optimizer: also audit optimizer states. faults: already known faults. same_init: runs of the
+    same shape must have equal initial weights. cache: its folder (``hash_cache``), or None. A fault
+    in one checkpoint does not stop the audit of the others.
     """
     runs: dict[str, list[Step]] = {}
     numbers: dict[str, list[int]] = {}
@@ -139,7 +138,7 @@ def audit(
 
 
 def judge(steps: Sequence[Step]) -> list[Fault]:
-    """Everything that one run's steps, in order, say against each other."""
+    """All faults of one run's steps, in order."""
     same = list(identity_faults(steps))
     explained = frozenset(
         (label, name)
@@ -153,7 +152,7 @@ def judge(steps: Sequence[Step]) -> list[Fault]:
 
 
 def verdict(step: Step, faults: Iterable[Fault]) -> str:
-    """The worst that is said of a step: error, warning or ok."""
+    """The worst severity of a step: error, warning or ok."""
     worst = {f.severity for f in faults if f.run == step.run and step.label in f.steps}
     return next((word for word in _ORDER[:2] if word in worst), "ok")
 

@@ -33,13 +33,13 @@ def tensor_lines(steps: Entries, names: Sequence[str]) -> Points:
 
 
 def suspects(findings: Entries, run: str | None = None) -> list[str]:
-    """The first tensors that something is wrong with, in one run or in all."""
+    """The first tensors with findings, in one run or in all."""
     wrong = [name for finding in _wrong(findings, run) for name in finding["tensors"]]
     return list(dict.fromkeys(wrong))[:_MOST]
 
 
 def marks(findings: Entries, run: str | None = None) -> list[tuple[float, str]]:
-    """Steps at which something is wrong, in one run or in all, with its code."""
+    """Steps with findings and their codes, in one run or in all."""
     points = {
         (float(label), str(finding["code"]))
         for finding in _wrong(findings, run)

@@ -1,4 +1,4 @@
-"""Two runs side by side: which of their steps belong together, opened."""
+"""Pairs the steps of two runs, and opens them."""
 
 import os
 from collections.abc import Sequence
@@ -45,10 +45,10 @@ class OpenedPair:
 def pair_runs(
     sources: Sequence[TrainingRun], twins: Sequence[TrainingRun]
 ) -> list[tuple[TrainingRun, TrainingRun]]:
-    """Which run is compared with which: the only two, or those of the same name.
+    """Pair the runs: the only two, or those with equal names.
 
-    A published suite also belongs to the twin that ``frameworks.suites`` knows. Raises UsageError
-    where a run has no partner.
+    A published suite is also paired with its twin in ``frameworks.suites``. Raises UsageError if a
+    run has no partner.
     """
     if len(sources) == len(twins) == 1:
         return [(sources[0], twins[0])]
@@ -69,9 +69,9 @@ def pair_runs(
 def open_pair(source: TrainingRun, twin: TrainingRun, configs: Sequence[str] = ()) -> OpenedPair:
     """Open the steps that both runs have; reads headers only.
 
-    Steps that only one run has are not opened, unless nothing but their files tells their number. A
-    single checkpoint of an unknown step belongs to the other run's single one. A checkpoint that
-    cannot be opened is no error here: ``Opened.fault`` says why.
+    Steps that only one run has are not opened, unless their number is known only from their files.
+    A single checkpoint of an unknown step is paired with the single one of the other run. If a
+    checkpoint cannot be opened, ``Opened.fault`` says why.
     """
     source_steps, twin_steps = _opened(source, twin, configs), _opened(twin, source, configs)
     both = [

@@ -26,14 +26,14 @@ from neox_bridge.wording import natural, some
 
 _NEOX = re.compile(r"global_step(\d+)")
 _WEIGHTS = ("model_states.pt", ".safetensors")
-_DEPTH = 4  # folders below the one named; deeper ones are no suite, but somebody's whole disk
+_DEPTH = 4  # levels of folders to search; deeper ones are probably not a suite but a whole disk
 
 
 @dataclass(frozen=True, slots=True)
 class Fault(Finding):
-    """A finding of an audit: of which run, at which steps, in which tensors (Hugging Face names).
+    """A finding of an audit, with its run, steps and tensors (Hugging Face names).
 
-    run: "" where it is of several, or of none. steps: as ``Place.label`` names them.
+    run: "" if it concerns several runs or none. steps: labels of steps.
     """
 
     run: str = ""
@@ -43,7 +43,7 @@ class Fault(Finding):
 
 @dataclass(frozen=True, slots=True)
 class StepLocation:
-    """One checkpoint on disk. number: its step, None where nothing tells it."""
+    """One checkpoint. number: its step, or None if unknown."""
 
     path: str
     label: str
@@ -52,14 +52,14 @@ class StepLocation:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """The checkpoints of one training, by step. name: the folder that they are in, for people."""
+    """The checkpoints of one training run, by step. name: its folder, for display."""
 
     name: str
     places: tuple[StepLocation, ...]
 
 
 def known_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
-    """``find_runs``, where there must be a run. Raises BridgeError, with the faults, if not."""
+    """``find_runs``, but raises BridgeError with the faults if there is no run."""
     runs, faults = find_runs(paths)
     if not runs:
         reasons = "; ".join(f"{fault.message} ({fault.remedy})" for fault in faults)
@@ -68,14 +68,14 @@ def known_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
 
 
 def find_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
-    """Every run in these places, and what is strange about the places themselves.
+    """Every run in these places, and findings about the places.
 
-    ``org/name`` is a model of the Hub, whose branches and tags ``stepN`` are the run's steps, where
-    there is no such folder. A folder may be a GPT-NeoX root with many ``global_stepN``, one that
-    holds folders ``stepN`` or ``checkpoint-N``, a model in Hugging Face's cache with a revision for
-    each step, a single checkpoint, or a parent of several of those. Links that point to the same
-    folder count once. Never raises for what a folder holds; raises BridgeError where the Hub can't
-    be asked.
+    ``org/name`` is a Hub model if no such folder exists. Its branches and tags ``stepN`` are the
+    steps of the run. A folder may be a GPT-NeoX root with many ``global_stepN``, one that holds
+    folders ``stepN`` or ``checkpoint-N``, a model in Hugging Face's cache with a revision for each
+    step, a single checkpoint, or a parent of several of those. Links that point to the same folder
+    count once. Never raises because of the content of a folder; raises BridgeError if the Hub does
+    not answer.
     """
     by_run: dict[str, dict[str, StepLocation]] = {}
     faults: list[Fault] = []
@@ -174,7 +174,7 @@ def _explore(path: str, faults: list[Fault], depth: int) -> Iterator[tuple[str, 
 def _below(
     path: str, folders: list[str], faults: list[Fault], depth: int
 ) -> Iterator[tuple[str, StepLocation]]:
-    """What the folders hold; those that hold nothing are said, if others do."""
+    """The runs in the folders. Folders without runs are reported if others have some."""
     before, empty = len(faults), []
     entered = folders if depth < _DEPTH else []
     for name in entered:

@@ -1,4 +1,4 @@
-"""Whether a folder that this tool wrote is still what it wrote, byte for byte."""
+"""Checks whether a folder that neox-bridge wrote is unchanged, byte for byte."""
 
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -25,10 +25,11 @@ _HARMLESS = ("edited", "extra")
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """A file that isn't as the record says. path: from the record's folder.
+    """A file that does not match the record. path: relative to the folder of the record.
 
-    kind: "edited" for files above a step, which are the user's. "added": a file that the record
-    doesn't name and that whoever loads the checkpoint could read; "extra": one that nobody reads.
+    kind: "edited": a file above a step, which the user may edit. "added": a file that is not in the
+    record and that a framework could read. "extra": a file that is not in the record and that no
+    framework reads.
     """
 
     path: str
@@ -37,7 +38,7 @@ class FileChange:
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """What a record says and what was found. unhashed: files whose size alone is known."""
+    """The result of checking a record. unhashed: files of which only the size is recorded."""
 
     record: str
     files: int
@@ -53,7 +54,7 @@ class Seal:
 def find_record(path: str, step: int | None = None) -> str:
     """The ``neox_bridge.json`` of a folder: its own, or that of a run's step.
 
-    Raises BridgeError where there is none.
+    Raises BridgeError if there is none.
     """
     path = afresh(path)
     places = [path]
@@ -78,12 +79,12 @@ def find_record(path: str, step: int | None = None) -> str:
 def check_seal(
     record: str, progress: Callable[[int], None] | None = None, workers: int | None = None
 ) -> Seal:
-    """Read every file that a record names, and the record; look for files that it doesn't name.
+    """Check every file in a record, and look for files that are not in it.
 
     progress: called with bytes read.
 
-    Raises BridgeError for a record without hashes, which versions before the first that wrote
-    them left, or that can't be read.
+    Raises BridgeError for a record without hashes, as early versions wrote, or an unreadable
+    record.
     """
     data = read_bytes(record)
     changes = [] if is_whole(data) else [FileChange(RECORD, "changed")]
@@ -121,7 +122,7 @@ def check_seal(
 
 
 def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[FileChange]:
-    """The files that the record does not name, in its folder and, for a step, above it.
+    """The files that are not in the record, in its folder and, for a step, above it.
 
     recorded: the paths that the record names, relative to its folder.
     """

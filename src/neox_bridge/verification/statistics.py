@@ -1,4 +1,4 @@
-"""Statistics of a checkpoint's tensors, and what in them no healthy model has."""
+"""Computes statistics of tensors, and finds signs of broken models in them."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -62,9 +62,9 @@ def statistics(
 ) -> list[Statistics]:
     """Every logical tensor of a checkpoint in numbers, in the model's order.
 
-    Shards are put together and row biases summed, as in a conversion to Hugging Face; every tensor
-    is read once, block by block. pattern: a glob of Hugging Face names. progress: called with the
-    bytes of each tensor. Raises BridgeError, naming the file, where one can't be read.
+    Shards are assembled and row biases summed, as in a conversion to Hugging Face. Every tensor is
+    read once, in blocks. pattern: a glob of Hugging Face names. progress: called with the bytes of
+    each tensor. Raises BridgeError if a file cannot be read.
     """
     checkpoint = as_stored(checkpoint)
     table = checkpoint.by_name
@@ -86,9 +86,9 @@ def statistics(
 
 
 def findings(stats: Sequence[Statistics], checkpoint: Checkpoint) -> list[Finding]:
-    """What no healthy model has: NaN and infinities are errors, dead weights warnings.
+    """Signs of broken models: NaN and infinities are errors, dead weights are warnings.
 
-    Norm scales of one and biases of zero are how training starts, and padding is no fault.
+    Norm scales of one, biases of zero and padding are normal.
     """
     return [*_broken(stats), *_dead(stats, checkpoint)]
 

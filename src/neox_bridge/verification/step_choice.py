@@ -1,4 +1,4 @@
-"""Which steps of a run ``--steps`` chooses."""
+"""Parses ``--steps`` and selects the steps of a run."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,8 @@ _RANGE = re.compile(r"(\d+)-(\d+)(?::(\d+))?")
 def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
     """The step numbers of ``0,1000,5000-9000,10000-143000:1000,last``; None for ``all``.
 
-    there: the numbers that a run has, of which ``last`` is the largest; a range means those of
-    them that it holds. Raises UsageError for other words, and for a number that isn't there.
+    there: the steps of a run. ``last`` is the largest; a range selects the existing steps in it.
+    Raises UsageError for other words and for missing steps.
     """
     check_steps(steps)
     if steps.strip() == "all":
@@ -35,7 +35,7 @@ def chosen(steps: str, there: Sequence[int]) -> set[int] | None:
 
 
 def check_steps(steps: str) -> None:
-    """Raise UsageError where a part of ``--steps`` is neither a number, a range nor `last`."""
+    """Raise UsageError if a part of ``--steps`` is not a number, a range or `last`."""
     if steps.strip() == "all":
         return
     for part in map(str.strip, steps.split(",")):
@@ -48,7 +48,7 @@ def check_steps(steps: str) -> None:
 
 
 def check_ranges(steps: str, runs: Iterable[TrainingRun]) -> None:
-    """Raise UsageError for a range that holds no step of any run."""
+    """Raise UsageError for a range without a step of any run."""
     if steps.strip() == "all":
         return
     there = sorted({n for run in runs for place in run.places if (n := place.number) is not None})
@@ -59,7 +59,7 @@ def check_ranges(steps: str, runs: Iterable[TrainingRun]) -> None:
 
 
 def within(run: TrainingRun, steps: str) -> TrainingRun:
-    """``with_steps`` of a counterpart, which need not have the numbers that are named."""
+    """``with_steps`` for a counterpart, which may not have all of the given steps."""
     numbers = [place.number for place in run.places if place.number is not None]
     parts = [part.strip() for part in steps.split(",")]
     kept = [part for part in parts if not part.isdigit() or int(part) in numbers]

@@ -1,4 +1,4 @@
-"""One checkpoint of a run as an audit sees it: fingerprints, and what the config says."""
+"""Reads one checkpoint of a run for an audit: fingerprints and config."""
 
 import math
 import os
@@ -95,7 +95,7 @@ def read_step(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Step:
-    """Read what isn't in the cache. Raises BridgeError, naming a file that can't be read.
+    """Read everything that is not cached. Raises BridgeError if a file cannot be read.
 
     optimizer: the checkpoint's, where its states are to be read too.
     """
@@ -139,7 +139,7 @@ def read_step(
 
 
 def _updates(optimizer: Optimizer) -> tuple[int, ...]:
-    """Of each group: the steps of its own count, and those that a loss scaler skipped."""
+    """Per group: its own step count, and the steps that a loss scaler skipped."""
     skipped = optimizer.metas[0].get("skipped_steps")
     skipped = skipped if isinstance(skipped, int) else 0
     steps = (
@@ -164,7 +164,7 @@ def _seed(run: str, raw: Mapping[str, Any]) -> int | None:
 
 
 def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Ranks draw numbers of their own, so that other ranks or methods make other weights."""
+    """What the initial weights depend on besides the seed: number of ranks and init methods."""
     state = checkpoint.neox
     if state is None:
         return (checkpoint.config.dtype,)
@@ -174,7 +174,7 @@ def _making(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _iteration(checkpoint: Checkpoint) -> int | None:
-    """The step that a GPT-NeoX checkpoint's own metadata tell, where it isn't the folder's."""
+    """The step in the metadata of a GPT-NeoX checkpoint, if it differs from the folder."""
     state = checkpoint.neox
     if state is None or state.named_step in (None, state.iteration):
         return None

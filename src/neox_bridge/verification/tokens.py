@@ -1,4 +1,4 @@
-"""Which tokens ``verify --logits`` runs: made up, from a file, or a text."""
+"""The tokens for ``verify --logits``: generated, from a file, or from text."""
 
 import json
 import os
@@ -29,8 +29,8 @@ def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Token
 
     given: None (random ones, always the same); a file: .npy, .npz with `tokens` and perhaps the
     `logits` that a framework computed of them, .json with a list of numbers, or any text; or text
-    itself, for the tokenizer of one of the checkpoints.
-    Raises BridgeError for what can't be read, ids beyond the vocabulary and too many of them.
+    itself, for the tokenizer of one of the checkpoints. Raises BridgeError for unreadable files,
+    ids outside the vocabulary, and rows that are too long.
     """
     rows = min(checkpoint.vocab_rows for checkpoint in checkpoints)
     most = min(checkpoint.config.max_positions for checkpoint in checkpoints)

@@ -1,4 +1,4 @@
-"""``neox-bridge verify``: what was written, read back, is what the source says."""
+"""``neox-bridge verify``: compares a converted checkpoint with its source."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -39,17 +39,17 @@ _EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bflo
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared, and what isn't as it should be.
+    """What was compared, and what differs.
 
     Attributes:
         source: The source as the caller named it.
         target: The target as the caller named it.
         tensors: How many tensors the target has.
         size: Bytes of the target's tensors.
-        differences: Only those that are none of a conversion's declared changes.
-        findings: What is wrong with the settings, and what is worth knowing.
+        differences: Differences, without the declared changes of a conversion.
+        findings: Findings about the settings.
         casts: The dtypes that the source's tensors were cast to.
-        overflows: Finite values that a cast made infinite, by the tensor's name.
+        overflows: Finite values that became infinite in a cast, by tensor.
     """
 
     source: str
@@ -63,12 +63,12 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """The result in words; a cast is named, since its bits are not the source's."""
+        """The result in words. A cast is mentioned, because it changes bits."""
         return equality(self.casts) if self.holds else "DIFFERS from the source"
 
     @property
     def holds(self) -> bool:
-        """Whether the target is the source."""
+        """Whether the target equals the source."""
         return not self.differences and all(f.severity != "error" for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -85,14 +85,14 @@ def verify(
     part: tuple[int, int] = (0, 1),
     count_overflows: bool = True,
 ) -> Verification:
-    """Compare every tensor of the target with what the source makes it, and the configs.
+    """Compare every tensor of the target with the converted source, and the configs.
 
-    part: (K, N): every N-th tensor from the K-th on, where N processes share the work.
+    part: (K, N): every N-th tensor from the K-th on, if N processes share the work.
 
-    Casts to the target's dtype, rows of padding and dropped rows of the vocabulary, norms written
-    twice and row biases spread over ranks, whole or divided, are no differences. progress: called
-    with the bytes of each tensor compared. count_overflows: find the finite values that a cast made
-    infinite, which takes a second look at the target's tensors.
+    Casts to the target dtype, padding and dropped rows of the vocabulary, norms that are written
+    twice, and row biases that are split over ranks do not count as differences. progress: called
+    with the bytes of each tensor compared. count_overflows: count finite values that became
+    infinite in a cast, which reads tensors of the target again.
     """
     known_findings = source.findings
     source, target = as_one_model(source, target)
@@ -149,7 +149,7 @@ def verify(
 
 
 def _drifted(source: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
-    """Biases that differ between a side's ranks, and of which the other side has the mean."""
+    """Findings for biases that differ between ranks of one side; the other side has the mean."""
     for one, other in ((source, target), (target, source)):
         ranks = (one.neox and one.neox.tp, other.neox and other.neox.tp)
         if ranks[0] != ranks[1] and (drifted := drifted_biases(one)):
@@ -173,7 +173,7 @@ def checker(
     progress: Callable[[int], None] | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> Callable[[str], None]:
-    """For ``execute``: raises Unverified where a finished folder, or a part, isn't the source."""
+    """A check for ``execute``: raises Unverified if a finished folder differs from the source."""
 
     def check(folder: str) -> None:
         target = open_checkpoint(folder)
@@ -192,7 +192,7 @@ def checker(
 
 
 def summary(verification: Verification) -> str:
-    """What doesn't hold, in one sentence."""
+    """The differences, in one sentence."""
     parts = [describe(difference) for difference in verification.differences[:3]]
     if len(verification.differences) > 3:
         parts.append(f"{len(verification.differences) - 3} more tensors differ")
@@ -201,7 +201,7 @@ def summary(verification: Verification) -> str:
 
 
 def describe(difference: Difference) -> str:
-    """One difference for people."""
+    """A difference as text."""
     name = difference.name
     if difference.kind == "only-first":
         return f"{name} is only in the first"
