@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = 'numpy ml_dtypes torch yaml rich transformers huggingface_hub'.split()\n"
         "print([m for m in heavy if m in sys.modules], file=sys.stderr)\n"
         "light = 'neox_bridge.planning', 'neox_bridge.planning.options'\n"
-        "rooms = 'cli', 'documents', 'errors', 'option', 'progress', 'wording'\n"
+        "rooms = 'cli documents errors findings option progress wording'.split()\n"
         "print([m for m in sys.modules if m.startswith('neox_bridge.') and m not in light"
         " and m.split('.')[1] not in rooms], file=sys.stderr)\n"
     )

@@ -149,8 +149,10 @@ def test_the_documented_command_sets_completion_up(shell: str, tmp_path: Path) -
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ask = {
         "bash": 'eval "$(neox-bridge --completion bash)"\n'
-        "COMP_WORDS=(neox-bridge verify --dev); COMP_CWORD=2\n"
-        "_neox_bridge_completion neox-bridge; echo ${COMPREPLY[@]}",
+        "complete_words() { COMPREPLY=(); COMP_WORDS=($@); COMP_CWORD=$(($# - 1))\n"
+        "_neox_bridge_completion neox-bridge; echo ${COMPREPLY[@]}; }\n"
+        "complete_words neox-bridge verify --dev; complete_words neox-bridge conv\n"
+        "complete_words neox-bridge convert --dtype bfl",
         "zsh": 'autoload -U compinit; compinit -u; eval "$(neox-bridge --completion zsh)"\n'
         "echo ${_comps[neox-bridge]}",
         "fish": "neox-bridge --completion fish | source\ncomplete -C 'neox-bridge verify --dev'",
@@ -160,6 +162,8 @@ def test_the_documented_command_sets_completion_up(shell: str, tmp_path: Path) -
     )
     wanted = "_neox_bridge_completion" if shell == "zsh" else "--device"
     assert done.stdout.strip().startswith(wanted), done.stderr
+    if shell == "bash":
+        assert done.stdout.split() == ["--device", "convert", "bfloat16"]
 
 
 # --- the batch file
