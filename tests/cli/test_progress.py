@@ -1,6 +1,7 @@
 """Progress: phases with their own totals, a bar on a terminal, plain lines elsewhere."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,17 @@ def test_phases_have_their_own_totals_and_end_whole() -> None:
 
 
 def watched(target: Path, hf: Path) -> list[Progress]:
-    """Every progress of a conversion."""
+    """Every progress of a conversion. No phase may count more than its total."""
     seen: list[Progress] = []
-    phases = Phases(seen.append)
+
+    def begin(phase: Any, total: int | None) -> None:
+        seen.append(Progress(phase, 0, total))
+
+    def count(size: int) -> None:
+        seen.append(replace(seen[-1], done=seen[-1].done + size))
+
     plan = plan_of(hf, target, tp=2)
-    execute(plan, str(target), workers=1, progress=phases.count, phase=phases.begin)
-    phases.end()
+    execute(plan, str(target), workers=1, progress=count, phase=begin)
     return seen
 
 
