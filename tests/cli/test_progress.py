@@ -9,6 +9,9 @@ import pytest
 from commands import run
 from tiny import plan_of, write_hf
 
+from neox_bridge.batches.row import BatchRow
+from neox_bridge.batches.run import Event
+from neox_bridge.cli import batch_view
 from neox_bridge.cli import progress as progress_module
 from neox_bridge.cli.progress import PROGRESS_SECONDS, progress_line, shown_phases
 from neox_bridge.execution import disk
@@ -182,3 +185,28 @@ def test_bars_of_phases_replace_each_other(monkeypatch: CASE) -> None:
         ("writing", 0),
         ("writing", 7),
     ]
+
+
+def test_a_batch_says_how_far_it_is(monkeypatch: CASE, capsys: Any) -> None:
+    monkeypatch.setattr(batch_view, "time", Clock(6))
+    row = BatchRow("step1", "run", 1, "done", "a", "b", size=500, seconds=2.0)
+    with batch_view.view(4, None, quiet=False) as tell:
+        for event in (
+            Event("begun", "step1", 1000),
+            Event("written", "step1", 500),
+            Event("written", "step1", 500),
+            Event("ended", "step1", row=row),
+            Event("begun", "step2", 1000),
+            Event("written", "step2", 500),
+        ):
+            tell(event)
+    assert capsys.readouterr().err.splitlines() == [
+        "0 of 4: 500 B of 4 kB (12%), 42 B/s, ETA 0:01:24",
+        "step1: 500 B in 2.0 s",
+        "1 of 4: 1 kB of 4 kB (25%), 42 B/s, ETA 0:01:12",
+    ]
+    with batch_view.view(1, None, quiet=True) as tell:
+        tell(Event("begun", "step1", 1000))
+        tell(Event("written", "step1", 500))
+        tell(Event("written", "step1", 500))
+    assert capsys.readouterr().err == ""

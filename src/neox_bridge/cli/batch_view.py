@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from neox_bridge.cli.output import print_line, say, with_remedy
-from neox_bridge.cli.progress import bars
+from neox_bridge.cli.progress import PROGRESS_SECONDS, bars, line_of
 from neox_bridge.cli.spelling import as_options
 from neox_bridge.documents import plain_data
 from neox_bridge.wording import human, plain, plural, some
@@ -34,7 +35,7 @@ def view(count: int, log: str | None, quiet: bool) -> Iterator["Tell"]:
             listeners.append(_logger(file, log))
         if not quiet:
             on_terminal = sys.stderr.isatty()
-            listeners.append(stack.enter_context(_bars(count)) if on_terminal else _line)
+            listeners.append(stack.enter_context(_bars(count)) if on_terminal else _lines(count))
         lock = threading.Lock()
 
         def tell(event: "Event") -> None:
@@ -77,12 +78,58 @@ def _logger(file: IO[bytes] | None, name: str) -> "Tell":
     return write
 
 
-def _line(event: "Event") -> None:
-    """Print a line on stderr for each retry and each finished checkpoint."""
-    if event.kind == "retry":
-        say("warning", f"{event.name} failed, retrying: {event.words}")
-    elif event.row is not None:
-        print(plain(f"{event.name}: {_became(event.row)}"), file=sys.stderr, flush=True)
+@dataclass
+class _Whole:
+    """How far the batch is, from its events."""
+
+    count: int
+    sizes: list[int] = field(default_factory=list)
+    ended: "list[BatchRow]" = field(default_factory=list)
+    done: int = 0
+
+    def add(self, event: "Event") -> None:
+        if event.kind == "begun":
+            self.sizes.append(event.size)
+        elif event.kind == "written":
+            self.done += event.size
+        elif event.row is not None:
+            self.ended.append(event.row)
+
+    @property
+    def total(self) -> float | None:
+        """Bytes of all. Checkpoints that are not planned yet are assumed to be of average size."""
+        if not self.sizes:
+            return None
+        skipped = sum(row.status != "done" for row in self.ended)
+        mean = sum(self.sizes) / len(self.sizes)
+        return mean * max(len(self.sizes), self.count - skipped)
+
+    @property
+    def label(self) -> str:
+        return f"{len(self.ended)} of {self.count}"
+
+
+def _lines(count: int) -> "Tell":
+    """Print on stderr each retry, each finished checkpoint, and how far the batch is now and then.
+
+    Bytes count when they are written, and again when they are verified.
+    """
+    whole = _Whole(count)
+    begun = printed = time.monotonic()
+
+    def show(event: "Event") -> None:
+        nonlocal printed
+        whole.add(event)
+        if event.kind == "retry":
+            say("warning", f"{event.name} failed, retrying: {event.words}")
+        elif event.row is not None:
+            print(plain(f"{event.name}: {_became(event.row)}"), file=sys.stderr, flush=True)
+        elif (now := time.monotonic()) - printed >= PROGRESS_SECONDS:
+            printed = now
+            line = line_of(whole.label, whole.done, whole.total, now - begun)
+            print(line, file=sys.stderr, flush=True)
+
+    return show
 
 
 def _became(row: "BatchRow") -> str:
@@ -97,12 +144,11 @@ def _bars(count: int) -> Iterator["Tell"]:
     with bars() as progress:
         whole = progress.add_task(f"0 of {count}", total=None)
         tasks: dict[str, Any] = {}
-        sizes: list[int] = []
-        ended: list[BatchRow] = []
+        state = _Whole(count)
 
         def show(event: "Event") -> None:
+            state.add(event)
             if event.kind == "begun":
-                sizes.append(event.size)
                 if (old := tasks.pop(event.name, None)) is not None:
                     progress.remove_task(old)
                 tasks[event.name] = progress.add_task(f"  {plain(event.name)}", total=event.size)
@@ -110,16 +156,11 @@ def _bars(count: int) -> Iterator["Tell"]:
                 progress.advance(tasks[event.name], event.size)
                 progress.advance(whole, event.size)
             elif event.row is not None:
-                ended.append(event.row)
                 if (task := tasks.pop(event.name, None)) is not None:
                     progress.remove_task(task)
                 if event.row.status == "failed":
                     say("error", f"{event.name}: {event.row.error}")
-            # checkpoints that are not planned yet are assumed to be of average size
-            skipped = sum(row.status != "done" for row in ended)
-            mean = sum(sizes) / len(sizes) if sizes else 0
-            total = mean * max(len(sizes), count - skipped) if sizes else None
-            progress.update(whole, total=total, description=f"{len(ended)} of {count}")
+            progress.update(whole, total=state.total, description=state.label)
 
         yield show
 

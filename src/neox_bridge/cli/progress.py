@@ -84,14 +84,20 @@ def _lines() -> Callable[[Progress], None]:
 
 def progress_line(progress: Progress, seconds: float) -> str:
     """How far a phase is, as one line. seconds: since it began."""
-    words = f"{_WORDS.get(progress.phase, progress.phase)}: {human(progress.done)}"
-    rate = progress.done / seconds if seconds > 0 else 0
-    if progress.total:
-        words += f" of {human(progress.total)} ({progress.done / progress.total:.0%})"
+    label = _WORDS.get(progress.phase, progress.phase)
+    return line_of(label, progress.done, progress.total, seconds)
+
+
+def line_of(label: str, done: float, total: float | None, seconds: float) -> str:
+    """The label, and how many bytes of the total were done in these seconds."""
+    words = f"{label}: {human(done)}"
+    rate = done / seconds if seconds > 0 else 0
+    if total:
+        words += f" of {human(total)} ({min(1, done / total):.0%})"
     if rate:
         words += f", {human(rate)}/s"
-    if rate and progress.total:
-        words += f", ETA {timedelta(seconds=round((progress.total - progress.done) / rate))}"
+    if rate and total:
+        words += f", ETA {timedelta(seconds=round(max(0, total - done) / rate))}"
     return words
 
 
