@@ -80,13 +80,26 @@ class Blank(TypedDict):
     key: str
 
 
+class NotCarried(TypedDict):
+    """A file beside the source's model that is not copied. The name of a folder ends in `/`."""
+
+    name: str
+    reason: Literal["code", "too large", "not text", "not on the list"]
+
+
 class Remarks(TypedDict):
-    """What a plan says beside its files."""
+    """What a plan says beside its files.
+
+    Attributes:
+        carried: Small text files that are copied from beside the source's model.
+    """
 
     dropped: list[NameAndReason]
     findings: list[ShownFinding]
     blanks: list[Blank]
     notes: list[str]
+    carried: list[str]
+    not_carried: list[NotCarried]
 
 
 class _Side(TypedDict):

@@ -91,7 +91,7 @@ def unrepeated(
     return [finding for finding in findings if finding.subject not in subjects]
 
 
-DroppedKind = Literal["optimizer", "inv_freq", "setting", "stray", "other"]
+DroppedKind = Literal["optimizer", "inv_freq", "setting", "stray", "merged", "other"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from batch_calls import die, die_once
 from common import convert, fixture, make_hf, step_of
 from file_trees import same_tree
 
+import neox_bridge
 from neox_bridge.batches import run as running
 from neox_bridge.batches.items import Item, Source, find_items
 from neox_bridge.batches.row import BatchRow
@@ -137,7 +138,7 @@ def test_genuine_checkpoints_of_several_layouts(tmp_path: Path, pool: Processes)
     rows = list(run_batch(items, Batch(str(tmp_path / "out"), Options()), pool))
     assert [row.error for row in rows] == ["", ""]
     for name in names:
-        convert(fixture(name), tmp_path / "one" / name)
+        neox_bridge.convert(str(fixture(name)), str(tmp_path / "one" / name))
         same_tree(tmp_path / "out" / name, tmp_path / "one" / name)
 
 

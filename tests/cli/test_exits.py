@@ -709,7 +709,7 @@ def test_diff_ends_with_3_where_anything_differs(monkeypatch: Patch) -> None:
 
 def test_what_logits_need(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(BridgeError, match=r"pip install 'neox-bridge\[verify\]'"):
+    with pytest.raises(BridgeError, match=r"missing. Install it: .*pip install .*\[verify\]"):
         verify_module._require_torch("cpu")
     cuda = SimpleNamespace(is_available=lambda: False)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
@@ -1119,7 +1119,7 @@ def test_a_plan_is_carried_out(
     monkeypatch.setattr(execution_module, "shown_phases", phases)
     monkeypatch.setattr("neox_bridge.execution.execute.execute", execute)
     finding = Finding("y", "info", "early")
-    plan: Any = SimpleNamespace(size=50, findings=(finding,), dropped=(), notes=())
+    plan: Any = SimpleNamespace(size=50, findings=(finding,), dropped=(), notes=(), left=())
     execution = Execution(overwrite=True, max_workers=3, no_verify=no_verify, quiet=quiet)
     execution_module.perform(plan, "t", execution, lambda p: f"check {p}", hash_name="h")  # type: ignore[arg-type, return-value]
     assert asked == {

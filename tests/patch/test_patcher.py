@@ -24,6 +24,7 @@ from commands import run
 from stand_in_trees import NAMES
 
 from neox_bridge import BridgeError, Refused
+from neox_bridge.extras import install_command
 from neox_bridge.patch.patcher import KEPT, apply, plan_patch, plan_revert, revert
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "patch.md"
@@ -600,7 +601,7 @@ def test_command_without_libcst(today: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "libcst", None)
     done = run("patch", today)
     assert done.exit_code == 1
-    assert "pip install 'neox-bridge[patch]'" in done.stderr
+    assert f"Install it: {install_command('patch')}" in done.stderr
     assert run("patch", today, "--revert").exit_code == 0
 
 

@@ -15,6 +15,7 @@ from common import convert, fixture, make_hf
 from safetensors.torch import load_file, save_file
 
 from neox_bridge.cli.app import app
+from neox_bridge.extras import install_command
 from neox_bridge.findings import Finding
 from neox_bridge.report.page import render, verdict_of
 from neox_bridge.report.parts import Section, Table, Verdict
@@ -427,7 +428,8 @@ def test_without_the_extra(hf: Path, tmp_path: Path, monkeypatch: Any, missing: 
     monkeypatch.setattr(builtins, "__import__", without)
     done = run("report", hf, "-o", tmp_path / "page.html")
     assert done.exit_code == 1
-    assert f"a report needs {missing}: pip install 'neox-bridge[report]'" in done.stderr
+    command = install_command("report")
+    assert f"{missing} is missing, which reports need. Install it: {command}" in done.stderr
 
 
 def test_a_table_is_escaped_and_aligned() -> None:

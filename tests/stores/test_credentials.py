@@ -37,7 +37,7 @@ def test_keys_of_the_environment_need_no_botocore(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://nearer")
     assert s3_options("s3://bucket") == {"endpoint": "http://nearer"}
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(BridgeError, match=r"AWS profiles need botocore: pip install"):
+    with pytest.raises(BridgeError, match=r"botocore is missing, .* install .*\[remote\]"):
         s3_options("s3://bucket")
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
+from neox_bridge.extras import install_command
 from neox_bridge.verification.compare import Difference
 from neox_bridge.verification.diff import diff
 from neox_bridge.verification.differences_figure import differences_figure
@@ -338,7 +339,8 @@ def test_no_folder_no_matplotlib(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run(command, *sides, "--plot", tmp_path / "x.png")
     assert done.exit_code == 1
-    assert done.stderr == "error: plots need matplotlib: pip install 'neox-bridge[plot]'\n"
+    message = "error: matplotlib is missing, which draws plots. Install it: "
+    assert done.stderr == f"{message}{install_command('plot')}\n"
 
 
 def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path) -> None:

@@ -128,8 +128,18 @@ def _remarks(plan: "Plan") -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = [(f.severity, with_remedy(f)) for f in plan.findings]
     for reason, names in by_reason(plan.dropped).items():
         lines.append(("dropped", f"{some(list(names), 1)}: {reason}"))
+    if plan.left:
+        lines.append(("note", _not_carried(plan)))
     lines += [("note", note) for note in plan.notes]
     return lines
+
+
+def _not_carried(plan: "Plan") -> str:
+    names = [
+        file.name if file.kind == "not on the list" else f"{file.name} ({file.kind})"
+        for file in plan.left
+    ]
+    return f"{plural(len(names), 'file')} of the source not copied: {some(names, 5)}"
 
 
 def _summary_line(plan: "Plan", result: "Result", target: str) -> str:

@@ -14,6 +14,7 @@ from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.documents import document, plain_data
 from neox_bridge.errors import BridgeError, UsageError
+from neox_bridge.extras import install_command
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import human, plural
 
@@ -172,7 +173,8 @@ def _require_torch(device: str) -> None:
         import torch
     except ImportError:
         raise BridgeError(
-            "--logits needs torch, which is not installed: pip install 'neox-bridge[verify]'."
+            "--logits computes with torch, which is missing. Install it: "
+            f"{install_command('verify')}"
         ) from None
     if device == "cuda" and not torch.cuda.is_available():
         raise BridgeError(

@@ -321,7 +321,7 @@ def _neox_files(
 
 def _moved(checkpoint: Checkpoint, state: NeoxState, yml: dict[str, Any] | None) -> Iterator[str]:
     """Files in the step's folder that the copy has in another place: its yml, its tokenizer."""
-    above = checkpoint.tokenizer if state.flat else ()
+    above = (*checkpoint.tokenizer, *checkpoint.carried.paths) if state.flat else ()
     for path in (*above, *(state.configs if yml is not None else ())):
         if os.path.dirname(path) == state.folder:
             yield os.path.basename(path)

@@ -55,9 +55,8 @@ class DiskSink:
             if not (job.overwrite or job.in_place):
                 check_free(job.target, job.step)
             self._look_at_root(overwrite=job.overwrite)
-            job.done.update(
-                resume(self.work, job.key, {file.path for file in self.files()}, job.context)
-            )
+            planned = {file.path: file.size for file in self.files()}
+            job.done.update(resume(self.work, job.key, planned, job.context, planned))
             missing = job.plan.size - sum(written.size for written in job.done.values())
             check_room(job.target, missing, self._shared)
             for folder in sorted({os.path.dirname(file.path) for file in job.plan.files}):

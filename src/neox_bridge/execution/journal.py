@@ -49,7 +49,11 @@ def begun(work: Work, key: Key) -> bool:
 
 
 def resume(
-    work: Work, key: Key, planned: Collection[str], context: Context | None = None
+    work: Work,
+    key: Key,
+    planned: Collection[str],
+    context: Context | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Written]:
     """The files that an earlier run finished, by their paths; all else is removed.
 
@@ -61,9 +65,15 @@ def resume(
         key: What must be the same.
         planned: The paths of the plan; a journal that somebody else wrote can't name others.
         context: Is told how far the reading is.
+        sizes: Of the plan's files. A model card has another one if the earlier run was verified
+            and this one is not.
     """
     context = context or Context()
-    finished = {path: entry for path, entry in _read(work.journal, key) if path in planned}
+    finished = {
+        path: entry
+        for path, entry in _read(work.journal, key)
+        if path in planned and (sizes is None or sizes[path] == entry.size)
+    }
     hashed = {path: entry for path, entry in finished.items() if entry.hash is not None}
     if hashed:
         context.begin("checking", sum(entry.size for entry in hashed.values()))

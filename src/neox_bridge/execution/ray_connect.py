@@ -11,7 +11,7 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.execution.executors import LOSSES, default_slots
 from neox_bridge.execution.ray_guard import guard
 from neox_bridge.execution.ray_node import asker
-from neox_bridge.version import __version__
+from neox_bridge.extras import install_command
 
 _ANSWER_SECONDS = 60.0  # how long a node may take to report its code
 _REACH_SECONDS = 5.0  # how long a cluster may take to answer
@@ -37,7 +37,8 @@ def ray_module() -> Any:
         import ray
     except ImportError:
         raise BridgeError(
-            "`executor=ray` needs Ray. Install it on every node: pip install 'neox-bridge[ray]'."
+            "`executor=ray` needs Ray, which is missing. Install it on every node: "
+            f"{install_command('ray')}"
         ) from None
     return ray
 
@@ -61,7 +62,7 @@ def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
             ray.shutdown()
             home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             _join(ray, address, workers, {"py_modules": [home]})
-            same = _same_code(ray, f"pip install 'neox-bridge[ray]=={__version__}'")
+            same = _same_code(ray, install_command("ray"))
     except BaseException:
         ray.shutdown()
         raise
@@ -148,9 +149,7 @@ def _last_started() -> str:
 def _same_code(ray: Any, remedy: str) -> set[str]:
     same, others = _codes(ray)
     if others:
-        raise BridgeError(
-            f"Ray's {'; '.join(others)}. Install the same version on every node: {remedy}."
-        )
+        raise BridgeError(f"Ray's {'; '.join(others)}. Install the same on every node: {remedy}")
     return same
 
 

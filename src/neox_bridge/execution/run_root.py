@@ -1,4 +1,4 @@
-"""The files beside the steps of a GPT-NeoX run: start-up ymls and tokenizer/.
+"""The files beside the steps of a GPT-NeoX run: start-up ymls, tokenizer/ and huggingface/.
 
 A file that neox-bridge wrote and nobody edited (its hash is in the records of the steps) is
 replaced by the file of the new step. An edited file is kept, and contradictions are reported.
@@ -14,6 +14,7 @@ from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.install import LATEST, RootFiles
 from neox_bridge.findings import Finding
 from neox_bridge.formats.yml import parse_yml, read_yml
+from neox_bridge.layouts.carried_names import FOLDER as CARRIED
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.open import open_checkpoint
 from neox_bridge.layouts.record_file import Entry, written_above
@@ -71,6 +72,7 @@ def root_files(plan: Plan, root: str, step: str, *, overwrite: bool) -> RootFile
         if "/" not in file.path and file.path not in LATEST:
             _add_start(plan, file, run, changes)
     _add_tokenizer(plan, run, changes)
+    _add_carried(plan, run, changes)
     changes.findings += _left_behind(plan, run, step)
     return RootFiles(step, changes.names, tuple(changes.retired), tuple(changes.findings))
 
@@ -230,22 +232,12 @@ def _left_behind(plan: Plan, run: _Run, step: str) -> list[Finding]:
 
 
 def _add_tokenizer(plan: Plan, run: _Run, changes: _Changes) -> None:
-    planned = {f.path: f for f in plan.files if f.path.startswith(f"{TOKENIZER}/")}
-    if TOKENIZER not in run.names:
-        if planned:
-            changes.names[TOKENIZER] = TOKENIZER
+    tokenizer = _Folder(plan, run, TOKENIZER)
+    folder, planned = tokenizer.path, tokenizer.planned
+    if tokenizer.fits or (not planned and not run.unlike):
         return
-    folder = os.path.join(run.path, TOKENIZER)
-    there = [f"{TOKENIZER}/{n}" for n in list_folder(folder)] if isdir(folder) else []
-    same = set(planned) == set(there) and all(
-        _is(os.path.join(run.path, path), _bytes(file)) for path, file in planned.items()
-    )
-    if same or (not planned and not run.unlike):
-        return
-    if isdir(folder) and all(_pristine(run, path) for path in there):
-        changes.retired.append(TOKENIZER)
-        if planned:
-            changes.names[TOKENIZER] = TOKENIZER
+    if tokenizer.is_pristine:
+        tokenizer.replace(changes)
         return
     main = os.path.join(folder, "tokenizer.json")
     if not planned or not _same_vocabulary(plan, (main,) if isfile(main) else ()):
@@ -260,6 +252,57 @@ def _add_tokenizer(plan: Plan, run: _Run, changes: _Changes) -> None:
             f"{folder} was edited, so it is kept; its vocabulary matches the model",
         )
     )
+
+
+def _add_carried(plan: Plan, run: _Run, changes: _Changes) -> None:
+    folder = _Folder(plan, run, CARRIED)
+    if folder.fits or (not folder.planned and not run.unlike):
+        return
+    if folder.is_pristine:
+        folder.replace(changes)
+        return
+    if run.unlike:
+        raise Refused(
+            f"{folder.path} was edited, so it isn't replaced, and it holds the license or the card "
+            "of another model. Move that folder away, or name another target."
+        )
+    changes.findings.append(
+        Finding(
+            "carried-files-edited",
+            "info",
+            f"{folder.path} was edited, so it stays, and the source's files of the same names are "
+            "not written",
+        )
+    )
+
+
+class _Folder:
+    """A folder beside the steps, as it is and as a plan has it.
+
+    Attributes:
+        path: Where it is.
+        planned: The plan's files in it, by their paths below the run.
+        fits: Whether it needs no change.
+        is_pristine: Whether all of it is as conversions wrote it, or it does not exist.
+    """
+
+    def __init__(self, plan: Plan, run: _Run, name: str) -> None:
+        self.name, self.exists = name, name in run.names
+        self.path = os.path.join(run.path, name)
+        self.planned = {f.path: f for f in plan.files if f.path.startswith(f"{name}/")}
+        there = [f"{name}/{n}" for n in list_folder(self.path)] if isdir(self.path) else []
+        self.fits = set(self.planned) == set(there) and all(
+            _is(os.path.join(run.path, path), _bytes(file)) for path, file in self.planned.items()
+        )
+        is_folder = isdir(self.path) or not self.exists
+        self.is_pristine = is_folder and all(_pristine(run, path) for path in there)
+
+    def replace(self, changes: _Changes) -> None:
+        """Put the plan's files in its place."""
+        if self.exists:
+            changes.retired.append(self.name)
+        if self.planned:
+            changes.names[self.name] = self.name
 
 
 def _pristine(run: _Run, path: str, written_as: str = "") -> bool:

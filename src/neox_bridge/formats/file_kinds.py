@@ -64,6 +64,11 @@ def refuse_misplaced(path: str, head: bytes) -> None:
         raise BridgeError(f"{path} is {kind.what}. {kind.way_out}")
 
 
+def is_stand_in(path: str, head: bytes) -> bool:
+    """Whether a file stands for another one: a pointer of Git LFS or git-annex, or a web page."""
+    return any(kind(path, head) is not None for kind in (_lfs, _annex, _page))
+
+
 def is_apple_double(name: str) -> bool:
     """Whether this is the name of what macOS writes beside a file on foreign disks."""
     return basename(name).startswith("._")

@@ -13,6 +13,7 @@ from neox_bridge.formats.yml import DuplicateKey
 from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import UNKNOWN, Writer
+from neox_bridge.layouts.carried_names import CarriedFiles
 from neox_bridge.layouts.derived_values import InvFreqMismatch
 from neox_bridge.stores.paths import is_local
 from neox_bridge.tensors.fused import GqaOrder
@@ -132,6 +133,7 @@ class Checkpoint:
         unindexed: Whether a Hugging Face folder has shards without their index file.
         original_rows: The vocabulary rows before GPT-NeoX padded them, according to the yml of a
             run that has trained the padding since.
+        carried: The license, the model card and other small texts beside the model.
         from_masters: Whether ``tensors`` are the fp32 master weights of the optimizer.
         source: What the caller named: a path, a URL, or a model on the Hub.
     """
@@ -166,6 +168,7 @@ class Checkpoint:
     unindexed: bool = False
     from_masters: bool = False
     source: str = ""
+    carried: CarriedFiles = field(default_factory=CarriedFiles)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:

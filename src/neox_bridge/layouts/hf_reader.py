@@ -17,7 +17,8 @@ from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.frameworks.check_keys import unknown_in_config, unknown_in_mamba_ssm
 from neox_bridge.frameworks.unknown_keys import UnknownKey
-from neox_bridge.layouts.checkpoint import Checkpoint, Copy
+from neox_bridge.layouts.carried_files import carried_beside
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, Copy
 from neox_bridge.layouts.derived_values import check_inv_freq, mismatch_finding
 from neox_bridge.layouts.folder_kinds import (
     ADAPTER_NAME,
@@ -34,7 +35,7 @@ from neox_bridge.layouts.same_values import same_place
 from neox_bridge.layouts.sizes import check_heads, dtype_of_most, solve_dims
 from neox_bridge.layouts.tensor_names import check_names, state_dict_of, tensors_of
 from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
-from neox_bridge.layouts.tokenizer import tokenizer_files, tokenizer_size
+from neox_bridge.layouts.tokenizer import NAMES, tokenizer_files, tokenizer_size
 from neox_bridge.layouts.wrapped_names import Unwrapped, unwrap
 from neox_bridge.stores.paths import ahead, lexists
 from neox_bridge.tensors.pieces import Whole, whole_of
@@ -42,6 +43,7 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SETTINGS = ("config.json", "params.json", "checklist.chk")  # the latter two are Meta's
 # of transformers' classes for other tasks, and of TRL's value head
 _OTHER_HEAD = re.compile(r"(^|\.)(classifier|qa_outputs|v_head|value_head|reward_head)\.")
 
@@ -174,7 +176,15 @@ def checkpoint_of(
         inv_freq_mismatch=mismatch,
         unknown_keys=unknown,
         ignored_keys=frozenset(record.get("ignored_keys") or ()),
+        carried=carried_beside(path, model_files(files)),
     )
+
+
+def model_files(paths: Iterable[str]) -> set[str]:
+    """The names of what a model consists of. paths: of its weights."""
+    weights = {os.path.basename(path) for path in paths}
+    indexes = {f"{name}.index.json" for name in _SINGLE}
+    return {*weights, *indexes, *NAMES, *_SETTINGS, RECORD}
 
 
 def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import glob
 import os
 import shlex
+from collections.abc import Sequence
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.hub_cache import snapshot_of
@@ -12,8 +13,10 @@ from neox_bridge.stores.hub_api import explanation, first_line, hub_api, status_
 _SMALL = ["config.json", "generation_config.json", "neox_bridge.json", *NAMES]
 
 
-def download(repo: str, revision: str | None) -> str:
+def download(repo: str, revision: str | None, texts: Sequence[str] = ()) -> str:
     """The folder of a model in the cache, downloaded where it isn't there yet.
+
+    texts: the names of small files that are downloaded too.
 
     HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT are honoured by
     huggingface_hub. Raises BridgeError if the library is missing or the download fails.
@@ -34,9 +37,10 @@ def download(repo: str, revision: str | None) -> str:
         except Exception as error:  # the library raises many kinds
             raise BridgeError(explanation(error, repo)) from None
 
-    folder = fetch([*_SMALL, "*.safetensors", "*.safetensors.index.json"])
+    small = [*_SMALL, *texts]
+    folder = fetch([*small, "*.safetensors", "*.safetensors.index.json"])
     if not glob.glob(os.path.join(folder, "*.safetensors")):
-        folder = fetch([*_SMALL, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
+        folder = fetch([*small, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
     return folder
 
 

@@ -14,6 +14,7 @@ from urllib.parse import quote, unquote
 from neox_bridge.errors import BridgeError, Unreachable, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.suites import nearest
+from neox_bridge.layouts.carried_names import is_carried
 from neox_bridge.layouts.file_names import is_step_file
 from neox_bridge.layouts.hub_download import cached_snapshot, download
 from neox_bridge.stores.hub_api import explanation, hub_api, is_missing_repo, is_network, status_of
@@ -33,12 +34,13 @@ class HubSource:
     """Where the files are.
 
     path: a local folder, or ``hf://org/name@revision``. revision: ``org/name@revision``, with the
-    name that the repository has now.
+    name that the repository has now. files: of the revision; ``path`` may hold only some of them.
     """
 
     path: str
     revision: str
     findings: tuple[Finding, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def repo(self) -> str:
@@ -90,10 +92,11 @@ def find_source(repo: str, revision: str | None) -> HubSource:
         folder = _whole_in_cache(listing)
     else:
         _check_holds_model(listing, revision)
-        folder = download(listing.repo, revision)
+        texts = [name for name in listing.files if is_carried(name)]
+        folder = download(listing.repo, revision, texts)
     if folder is None:
         return _by_ranges(listing, revision, "", findings)
-    return HubSource(folder, f"{listing.repo}@{revision or MAIN}", findings)
+    return HubSource(folder, f"{listing.repo}@{revision or MAIN}", findings, listing.files)
 
 
 def find_url_source(url: str, revision: str | None) -> HubSource:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.layouts.carried_names import FOLDER, LEGAL, OTHER, is_carried
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.tokenizer import NAMES
 from neox_bridge.stores.paths import is_local, walk
@@ -19,8 +20,8 @@ _TOKENIZER = (
 )
 _META = r"params\.json|checklist\.chk|consolidated(\.\d+)?\.(pth|safetensors)"
 _HF = (
-    r"config\.json|generation_config\.json|README\.md|\.gitattributes|(LICENSE|NOTICE)(\.\w+)?|"
-    r"USE_POLICY\.md|(model|pytorch_model)([-.][\w.-]+)?\.(safetensors|bin)(\.index\.json)?|"
+    rf"config\.json|\.gitattributes|({FOLDER}/)?(?i:{LEGAL}|{OTHER})|"
+    r"(model|pytorch_model)([-.][\w.-]+)?\.(safetensors|bin)(\.index\.json)?|"
     # what export-optimizer writes
     r"(master|exp_avg|exp_avg_sq|momentum_buffer)\.safetensors|optimizer\.json"
 )
@@ -39,7 +40,7 @@ _KNOWN = re.compile(
     rf"original/({_META}|tokenizer\.model)|tokenizer/({'|'.join(map(re.escape, _TOKENIZER))})"
 )
 _FOLDERS = re.compile(
-    r"original|tokenizer|\.cache|(global_step\d+(_universal)?/)?(configs|zero(/[^/]+)?)|"
+    rf"original|tokenizer|{FOLDER}|\.cache|(global_step\d+(_universal)?/)?(configs|zero(/[^/]+)?)|"
     r"global_step\d+(_universal)?"
 )
 # what file managers, clients of the Hub and Python leave, wherever they were
@@ -67,7 +68,9 @@ def is_bookkeeping(path: str) -> bool:
 
 def is_read(path: str) -> bool:
     """Whether what loads a checkpoint could take a file of this name into account."""
-    return is_known(path) or _READ.fullmatch(path) is not None
+    if _READ.fullmatch(path) is not None:
+        return True
+    return is_known(path) and not is_carried(path.rpartition("/")[2])
 
 
 def foreign(folder: str, recorded: Collection[str] = ()) -> Iterator[str]:

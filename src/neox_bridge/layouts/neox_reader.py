@@ -20,6 +20,7 @@ from neox_bridge.frameworks.setting_defaults import OUTPUT_LAYER
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import writer_of
 from neox_bridge.layouts.assemble import assemble
+from neox_bridge.layouts.carried_files import carried_in_run
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState
 from neox_bridge.layouts.config_files import (
     ConfigFiles,
@@ -211,6 +212,7 @@ def open_neox(
         inv_freq_mismatch=mismatch,
         unknown_keys=unknown,
         ignored_keys=frozenset(record.get("ignored_keys") or ()),
+        carried=carried_in_run(root, raw, flat=place.flat),
     )
 
 

@@ -72,10 +72,16 @@ def open_checkpoint(
     tell. Raises BridgeError or Refused; nothing
     in the checkpoint is executed.
     """
-    path, named, repo, findings = _find(afresh(source), revision, step)
+    path, named, repo, findings, files = _find(afresh(source), revision, step)
     checkpoint = _open_folder(path, named, step, configs, gqa_order)
     findings = (*checkpoint.findings, *findings)
     checkpoint = replace(checkpoint, source=source, hub_repo=repo, findings=findings)
+    if files and checkpoint.kind == "hf":
+        from neox_bridge.layouts.carried_files import left_of
+        from neox_bridge.layouts.hf_reader import model_files
+
+        carried = left_of(files, checkpoint.carried, model_files(checkpoint.files))
+        checkpoint = replace(checkpoint, carried=carried)
     if checkpoint.missing_tokenizer:
         from neox_bridge.layouts.run_tokenizer import missing_finding
 
@@ -109,8 +115,11 @@ def check_configs_used(configs: Sequence[str], *checkpoints: Checkpoint) -> None
 
 def _find(
     source: str, revision: str | None, step: int | None
-) -> tuple[str, str, str, tuple[Finding, ...]]:
-    """The folder to read, its Hub revision and repository ("" if none), and findings about them."""
+) -> tuple[str, str, str, tuple[Finding, ...], tuple[str, ...]]:
+    """The folder to read, its Hub revision and repository ("" if none), and findings about them.
+
+    The last part lists the files of that revision, if the folder may contain only some of them.
+    """
     if is_hub(source):
         from neox_bridge.layouts.hub_source import find_url_source
 
@@ -119,7 +128,7 @@ def _find(
         path, revision, named = _in_cache(source, revision)
         if revision is not None:
             raise UsageError(["revision"], f"only for models on the Hub, but {path} is a folder")
-        return path, named, "", ()
+        return path, named, "", (), ()
     else:
         from neox_bridge.layouts.hub_source import find_source
 
@@ -141,7 +150,7 @@ def _find(
             message = f"there is no local folder {source}, so the model on the Hub is read"
             finding = Finding("read-from-hub", "info", message, suggestions(source))
             place = replace(place, findings=(finding, *place.findings))
-    return place.path, place.revision, place.repo, place.findings
+    return place.path, place.revision, place.repo, place.findings, place.files
 
 
 def _open_folder(

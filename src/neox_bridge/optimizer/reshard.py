@@ -11,6 +11,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.setting_defaults import COLUMN, OUTPUT_LAYER
+from neox_bridge.layouts.carried_names import FOLDER as CARRIED
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, refuse_all
 from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.head import decide_head
@@ -40,6 +41,7 @@ from neox_bridge.optimizer.write_universal import universal, universal_files
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
 from neox_bridge.optimizer.zero_stage import at_stage
 from neox_bridge.planning.common import (
+    carried_outputs,
     text_file,
     tokenizer_outputs,
     with_drifted_biases,
@@ -159,6 +161,8 @@ def plan_reshard(
         findings,
         model=identity_of(architecture.name, target.config, rows),
         fixed=(*changed, *sorted(architecture.model_keys), "precision"),
+        carried=checkpoint.carried.names,
+        left=checkpoint.carried.left,
     )
     return with_drifted_biases(plan, checkpoint)
 
@@ -367,6 +371,7 @@ def _small_files(
         text_file(f"{target.step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{target.step}/configs/neox_bridge.yml", configs),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
+        *carried_outputs(checkpoint, f"{CARRIED}/"),
         # a separate name, because the run may contain the other file
         text_file("resume_universal.yml" if target.universal else "resume.yml", yml),
         text_file(LATEST if target.universal else "latest", target.step.encode()),

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.lock import locked_folder
+from neox_bridge.extras import install_command
 from neox_bridge.patch.places import HOME, HOOK, MARK, Change, Place, changes_for
 
 KEPT = ".neox-bridge.orig"
@@ -73,7 +74,10 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
     try:
         import libcst  # noqa: F401
     except ImportError:
-        raise BridgeError("patch needs libcst: pip install 'neox-bridge[patch]'") from None
+        raise BridgeError(
+            "libcst is missing, which keeps the formatting of the files that patch edits. Install "
+            f"it: {install_command('patch')}"
+        ) from None
     from neox_bridge.patch.buffer_forms import find_places, parse
     from neox_bridge.patch.edits import edited
 

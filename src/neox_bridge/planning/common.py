@@ -1,5 +1,6 @@
 """What plans of both kinds need: casts, vocabulary rows, small files, the tokenizer, biases."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -7,11 +8,14 @@ from neox_bridge.architectures.base import Architecture, ModelConfig
 from neox_bridge.architectures.rows import model_rows
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Dropped
+from neox_bridge.layouts.carried_names import GENERATION, MOST_BYTES
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.rank_biases import drifted_biases, row_bias_names
+from neox_bridge.layouts.text_files import dump_json, read_bytes
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.planning.options import DTypeChoice, Options
 from neox_bridge.planning.plan import Plan
+from neox_bridge.stores.paths import size
 from neox_bridge.tensors.dtypes import FLOAT8, FLOATING
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import OutputFile, Whole
@@ -78,6 +82,20 @@ def tokenizer_outputs(tokenizer: Tokenizer, folder: str = "") -> list[OutputFile
     """The tokenizer's files below ``folder`` (with its slash)."""
     copies = [OutputFile(folder + n, size, copy_of=p) for n, p, size in tokenizer.files]
     return copies + [text_file(folder + name, data) for name, data in tokenizer.generated]
+
+
+def carried_outputs(checkpoint: Checkpoint, folder: str = "") -> list[OutputFile]:
+    """The small text files beside the source's model, below ``folder`` (with its slash).
+
+    A generation_config.json that the record tells to the byte is left out.
+    """
+    paths = checkpoint.carried.paths
+    written = dump_json(dict(checkpoint.generation))
+    return [
+        OutputFile(folder + os.path.basename(path), size(path), copy_of=path)
+        for path in paths
+        if os.path.basename(path) != GENERATION or read_bytes(path, MOST_BYTES) != written
+    ]
 
 
 def with_drifted_biases(plan: Plan, checkpoint: Checkpoint) -> Plan:

@@ -90,6 +90,8 @@ def make_plan(
             *plan.findings,
         ),
         asked=options.asked(),
+        carried=checkpoint.carried.names,
+        left=checkpoint.carried.left,
         checkpoint=checkpoint,
         casts=count_casts(
             (whole.dtype, cast(whole, options.dtype).dtype) for whole in checkpoint.tensors.values()

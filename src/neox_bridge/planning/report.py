@@ -71,6 +71,8 @@ def remarks(plan: Plan) -> dict[str, Any]:
         "findings": [finding_json(finding) for finding in plan.findings],
         "blanks": [{"file": file, "key": key} for file, key in plan.blanks],
         "notes": list(plan.notes),
+        "carried": list(plan.carried),
+        "not_carried": [{"name": file.name, "reason": file.kind} for file in plan.left],
     }
 
 

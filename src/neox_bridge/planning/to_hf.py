@@ -9,11 +9,13 @@ from neox_bridge.architectures.base import Architecture, ModelConfig, Presence
 from neox_bridge.architectures.rows import model_rows
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.formats.safetensors import layout_safetensors
+from neox_bridge.layouts.carried_names import CARD, GENERATION
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.same_values import relation
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.planning.common import (
+    carried_outputs,
     cast,
     cut_rows,
     text_file,
@@ -21,7 +23,7 @@ from neox_bridge.planning.common import (
     with_vocabulary_rows,
 )
 from neox_bridge.planning.library_forms import WEIGHTS, form_asked, form_settings, form_weights
-from neox_bridge.planning.model_card import model_card
+from neox_bridge.planning.model_card import card_text, model_card
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import hf_record
@@ -69,7 +71,12 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
         else:
             generation = dump_json(_generation(checkpoint, raw))
             files.append(text_file("generation_config.json", generation))
+    carried = {file.path: file for file in carried_outputs(checkpoint)}
+    carried.pop(CARD, None)
+    if (verbatim := carried.pop(GENERATION, None)) is not None:
+        files = [verbatim if file.path == GENERATION else file for file in files]
     files += tokenizer_outputs(tokenizer)
+    files += carried.values()
     files.append(text_file(RECORD, dump_json(record), seals=True))
     summary = {
         "kind": "hf",
@@ -80,9 +87,11 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
         "vocab_rows": rows,
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
     }
-    files.append(text_file("README.md", model_card(checkpoint, summary, dropped, form)))
+    card, remarks = model_card(checkpoint, summary, [*checkpoint.dropped, *dropped], form)
+    files.append(text_file(CARD, card_text(card)))
+    findings += remarks
     notes = () if tokenizer.files else ("no tokenizer is written; `tokenizer=PATH` adds one",)
-    return Plan({}, summary, tuple(files), tuple(dropped), tuple(findings), (), notes)
+    return Plan({}, summary, tuple(files), tuple(dropped), tuple(findings), (), notes, card=card)
 
 
 def hf_model(
@@ -108,7 +117,7 @@ def hf_model(
             if row.weight.split == "row_bias"
         }
         dropped += [
-            Dropped(name, "merged: every rank held a part, and their sum is written")
+            Dropped(name, "merged: every rank held a part, and their sum is written", "merged")
             for name in sorted(spread)
         ]
     lacking = {flag: True for flag in checkpoint.architecture.always if not getattr(config, flag)}

@@ -12,6 +12,7 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.eras import TODAY, Era, fitting
 from neox_bridge.frameworks.keys import neox_keys
+from neox_bridge.layouts.carried_names import FOLDER as CARRIED
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.origin import origin_settings
@@ -21,6 +22,7 @@ from neox_bridge.layouts.transformer_engine import BOTH
 from neox_bridge.layouts.unknown_keys import lost_on_the_way
 from neox_bridge.layouts.window import check_window
 from neox_bridge.planning.common import (
+    carried_outputs,
     cast,
     cut_rows,
     text_file,
@@ -126,6 +128,7 @@ def plan_neox(
         text_file(f"{step}/{RECORD}", dump_json(record), seals=True),
         text_file(f"{step}/configs/neox_bridge.yml", step_yml(yml_settings)),
         *tokenizer_outputs(tokenizer, "tokenizer/"),
+        *carried_outputs(checkpoint, f"{CARRIED}/"),
         text_file(start, yml),
         text_file("latest", step.encode()),
     ]

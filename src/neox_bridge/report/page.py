@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.extras import install_command
 from neox_bridge.report.parts import Facts, Section, Verdict, worst
 from neox_bridge.version import __version__
 from neox_bridge.wording import plural, wording
@@ -19,7 +20,7 @@ def require() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise BridgeError(
-            f"a report needs {error.name}: pip install 'neox-bridge[report]'"
+            f"{error.name} is missing, which reports need. Install it: {install_command('report')}"
         ) from None
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.extras import install_command
 from neox_bridge.stores import retry
 from neox_bridge.stores.retry import ShortRead, steadily
 from neox_bridge.stores.store import PARTS_AT_ONCE, FileState, Upload, part_size
@@ -150,7 +151,8 @@ class Bucket:
             import obstore  # noqa: F401
         except ImportError:
             raise BridgeError(
-                f"{self.root}: this kind of store needs obstore: pip install 'neox-bridge[remote]'."
+                f"{self.root}: obstore is missing, which reads and writes this kind of store. "
+                f"Install it: {install_command('remote')}"
             ) from None
         from neox_bridge.stores.credentials import azure_options, google_options, s3_options
 

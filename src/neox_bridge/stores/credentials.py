@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from neox_bridge.errors import BridgeError, Unreachable
+from neox_bridge.extras import install_command
 
 _CREDENTIAL_MINUTES = 10  # how long credentials of botocore are reused
 _REGION_SECONDS = 5.0
@@ -161,8 +162,8 @@ def _botocore_options(root: str, profile: str | None, known: bool) -> dict[str, 
         from botocore.session import Session
     except ImportError:
         raise BridgeError(
-            f"{root}: AWS profiles need botocore: pip install 'neox-bridge[remote]', or set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            f"{root}: botocore is missing, which reads profiles of AWS. Set AWS_ACCESS_KEY_ID and "
+            f"AWS_SECRET_ACCESS_KEY, or install it: {install_command('remote')}"
         ) from None
     try:
         session = Session(profile=profile)

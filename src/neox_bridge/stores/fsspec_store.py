@@ -5,17 +5,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.extras import install_command
 from neox_bridge.stores.retry import steadily
 from neox_bridge.stores.store import FileState, Upload
 
 # names of the field that changes whenever the object changes
 _TAGS = ("ETag", "etag", "xet_hash", "blob_id", "mtime", "last_modified", "created")
-_NEEDS = {
-    "hf": "pip install 'neox-bridge[hub]'",
-    "ssh": "pip install paramiko",
-    "sftp": "pip install paramiko",
-    "http": "pip install 'neox-bridge[remote]'",
-    "https": "pip install 'neox-bridge[remote]'",
+_NEEDS = {  # by the protocol of a URL: an extra, or another package
+    "hf": ("hub", ""),
+    "ssh": ("", "paramiko"),
+    "sftp": ("", "paramiko"),
+    "http": ("remote", ""),
+    "https": ("remote", ""),
 }
 
 
@@ -30,14 +31,16 @@ class FsspecStore:
             from fsspec.core import url_to_fs
         except ImportError:
             raise BridgeError(
-                f"{url}: URLs need fsspec: pip install 'neox-bridge[remote]'."
+                f"{url}: fsspec is missing, which reads and writes stores. Install it: "
+                f"{install_command('remote')}"
             ) from None
         protocol = url.partition("://")[0]
         try:
             self.fs: Any = url_to_fs(url)[0]
         except ImportError as error:
-            way = _NEEDS.get(protocol, f"install the package that fsspec names ({error})")
-            raise BridgeError(f"{url}: this kind of store needs another package: {way}.") from None
+            needs = _NEEDS.get(protocol)
+            way = f"{error}." if needs is None else f"Install it: {install_command(*needs)}"
+            raise BridgeError(f"{url}: this kind of store needs one more package. {way}") from None
         except ValueError as error:
             raise BridgeError(f"{url}: {error}. Check the URL.") from None
         except Exception as error:  # ssh connects here

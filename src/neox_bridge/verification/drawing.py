@@ -13,6 +13,7 @@ from io import BytesIO
 from typing import Any, ParamSpec, TypeVar
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.extras import install_command
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -39,7 +40,9 @@ def require() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise BridgeError("plots need matplotlib: pip install 'neox-bridge[plot]'") from None
+        raise BridgeError(
+            f"matplotlib is missing, which draws plots. Install it: {install_command('plot')}"
+        ) from None
 
 
 def check_plot(path: str) -> None:

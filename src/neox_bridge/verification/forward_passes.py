@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.context import Context
+from neox_bridge.extras import install_command
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.unknown_keys import without_ignored
 from neox_bridge.tensors.geometry import gather
@@ -111,8 +112,8 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
         import transformers
     except ImportError:
         raise BridgeError(
-            "`logits=True` needs transformers, which is not installed: pip install "
-            "'neox-bridge[verify]'."
+            "`logits=True` computes with transformers, which is missing. Install it: "
+            f"{install_command('verify')}"
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)

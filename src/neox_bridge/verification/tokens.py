@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.extras import install_command
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.tokenizer import main_file
 
@@ -96,7 +97,8 @@ def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
         from tokenizers import Tokenizer  # comes with transformers
     except ImportError:
         raise BridgeError(
-            "`tokens=`: encoding text needs tokenizers: pip install 'neox-bridge[verify]'."
+            "`tokens=`: tokenizers is missing, which reads a text. Install it: "
+            f"{install_command('verify')}"
         ) from None
     ids = Tokenizer.from_file(file).encode(text).ids
     return TokenInput(torch.tensor([ids], dtype=torch.int64))
