@@ -39,6 +39,11 @@ _UNSTABLE = (
     (re.compile(re.escape(str(ROOT))), "/neox-bridge"),
     (re.compile(r"\bprocess \d+"), "process 4242"),
     (re.compile(r" at 0x[0-9a-f]+"), ""),
+    # the command that installs an extra, by where neox-bridge was installed from
+    (
+        re.compile(r"\S*pip install (--editable )?\S+\[(\w+)\]\S*"),
+        r"pip install '/neox-bridge[\2]'",
+    ),
 )
 Record = dict[str, dict[str, str]]
 
@@ -276,7 +281,7 @@ def main(arguments: list[str]) -> int:
             "No recorded message has changed. ARGS=tests/ROOM records what the tests of a room say."
         )
         return 0
-    command = [sys.executable, "-m", "pytest", "--record-messages", *tests]
+    command = [sys.executable, "-m", "pytest", *tests, "--record-messages"]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
