@@ -276,7 +276,7 @@ def test_sources_of_several_dtypes_in_one_row(tmp_path: Path) -> None:
     right = Piece(store(tmp_path / "b", wide, "float32"), (0, 0), (0, 8), (8, 8))
     plan = plan_of(OutputTensor("t", "bfloat16", (8, 16), (left, right)))
     (finding,) = execute(plan, str(tmp_path / "out")).findings
-    assert finding.message.startswith("64 finite values became infinite")
+    assert finding.message.startswith("64 finite values overflowed to infinity")
     got = np.frombuffer((tmp_path / "out/sub/file").read_bytes()[8:], np.uint16).reshape(8, 16)
     assert (got[:, :8] == bits).all()
     assert (got[:, 8:] == 0x7F80).all()

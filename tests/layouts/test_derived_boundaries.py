@@ -216,7 +216,7 @@ def test_of_three_files_each_repetition_is_named(tmp_path: Path) -> None:
     same, other = map(duplicate_finding, duplicates)
     assert same.message == "x is set in a.yml and b.yml, to the same value"
     assert "rejects duplicate keys" in same.remedy
-    assert "as 1 and 3" in other.message
+    assert "to 1 and to 3" in other.message
 
 
 def test_two_spellings_in_one_file_are_a_repetition(tmp_path: Path) -> None:

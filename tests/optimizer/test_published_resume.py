@@ -309,7 +309,7 @@ def test_models_that_v1_does_not_have(
     command = ["convert", str(hf), str(tmp_path / "neox"), "--to", "neox", "--for", "neox@v1.0"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 4, done.output
-    assert f"{key}: GPT-NeoX trees of release v1.0" in done.output
+    assert f"{key}: GPT-NeoX of release v1.0" in done.output
     assert not (tmp_path / "neox").exists()
 
 

@@ -467,7 +467,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     for asked, message in (
         (Resharding(dp=3), "`dp=3`: the global batch of 2 sequences cannot be split evenly over 3"),
         (Resharding(zero=2), "not support ZeRO stage 2 with pipe_parallel_size 1"),
-        (Resharding(pp=4), "`pp=4`: the model has 2 layers only"),
+        (Resharding(pp=4), "`pp=4`: the model has only 2 layers"),
     ):
         with pytest.raises(Refused, match=message):
             plan_reshard(checkpoint, optimizer, asked, str(tmp_path / "x"))
