@@ -305,6 +305,19 @@ def test_where_it_fails_the_command_that_explains_it_is_named(hf: Path, tmp_path
     assert again.stdout.splitlines()[1].startswith("error: ")
 
 
+def test_a_source_tree_is_told_from_a_checkpoint(
+    hf: Path, tmp_path: Path, trees: Mapping[str, Path]
+) -> None:
+    """Both commands that it names run."""
+    tree = Path(shutil.copytree(trees["2024-03"], tmp_path / "my tree"))
+    convert(hf, tmp_path / "run", era=era_named("2024-03"))
+    done = CliRunner().invoke(app, ["doctor", str(tree)])
+    assert done.exit_code == 1
+    check, patch = re.findall(r"neox-bridge (?:doctor|patch) [^.]*?'[^']+'", done.stderr)
+    run(check.replace("CHECKPOINT", str(tmp_path / "run")))
+    run(patch)
+
+
 def test_a_path_below_the_current_folder_stays_short(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -378,7 +378,10 @@ def test_an_old_folder_loses_buffers_and_gains_spellings(tmp_path: Path) -> None
 
 def test_changes_of_an_old_folder_are_listed(tmp_path: Path) -> None:
     folder = old_hf(tmp_path)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")  # git's files are neither copied nor listed
     changes = listed(folder, "--for", "transformers@5.5", "--fix", tmp_path / "out")
+    assert not any(".git" in path for path in changes)
     old = changes["pytorch_model.bin"]
     assert old["kind"] == "removed"
     layer = "gpt_neox.layers.*.attention."

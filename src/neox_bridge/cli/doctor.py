@@ -203,6 +203,13 @@ def _examine(path: str, reading: Source, options: DoctorOptions) -> Examination:
     try:
         checkpoint = _open(path, reading)
     except BridgeError:
+        if os.path.isdir(os.path.join(path, "megatron")):
+            word = shlex.quote(path)
+            raise BridgeError(
+                f"{path} is a GPT-NeoX source tree, not a checkpoint. To check a checkpoint for "
+                f"it: neox-bridge doctor CHECKPOINT --for neox:{word}. To let it load checkpoints "
+                f"with and without inv_freq: neox-bridge patch {word}"
+            ) from None
         examination = examine_unopened(path, options.target)
         if examination is None:
             raise

@@ -66,7 +66,12 @@ def new_args(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 def changes_of(checkpoint: Checkpoint, plan: Plan) -> list[FileChange]:
     """Every file that a plan of ``fixes`` writes or leaves out, in the order of the plan."""
     folder = checkpoint.neox.folder if checkpoint.neox is not None else checkpoint.path
-    old = {path[len(os.path.join(folder, "")) :]: path for path, size in walk(folder) if size}
+    old = {
+        inside: path
+        for path, size in walk(folder)
+        if size is not None
+        and ".git" not in (inside := path[len(os.path.join(folder, "")) :]).split("/")
+    }
     stored = _stored(checkpoint)
     unused = dict(stored)
     changes: dict[str, FileChange] = {}
@@ -75,29 +80,23 @@ def changes_of(checkpoint: Checkpoint, plan: Plan) -> list[FileChange]:
         if file.copy_of is None:
             edits = [*_setting_edits(checkpoint, plan, file)]
             edits += _tensor_edits(checkpoint, file.tensors, stored, unused)
-            inside = _inside(checkpoint, file.path)
-            kind: Kind = "added"
-            if inside in old:
-                kind = "changed" if edits else "rewritten"
+            is_neox = checkpoint.neox is not None
+            inside = re.sub(r"^global_step\w+/", "", file.path) if is_neox else file.path
+            kind: Kind = "rewritten" if inside in old else "added"
+            if edits and inside in old:
+                kind = "changed"
             changes[inside] = FileChange(file.path, kind, _counted(edits))
+    gone: dict[str, list[Edit]] = {}
+    for name, ref in unused.values():
+        gone.setdefault(ref.file, []).append(Edit("removed", _shown(name, ref), ""))
     for inside, path in old.items():
-        if real(path) in kept:
-            continue
-        gone = [
-            Edit("removed", _shown(name, ref), "")
-            for name, ref in unused.values()
-            if real(ref.file) == real(path)
-        ]
-        change = changes.get(inside, FileChange(inside, "removed"))
-        if gone and change.kind == "rewritten":
-            change = replace(change, kind="changed")
-        changes[inside] = replace(change, edits=(*change.edits, *_counted(gone)))
+        if real(path) not in kept:
+            change = changes.get(inside, FileChange(inside, "removed"))
+            if path in gone and change.kind == "rewritten":
+                change = replace(change, kind="changed")
+            edits = [*change.edits, *_counted(gone.get(path, ()))]
+            changes[inside] = replace(change, edits=tuple(edits))
     return list(changes.values())
-
-
-def _inside(checkpoint: Checkpoint, path: str) -> str:
-    """A path of the plan below the folder with the weights."""
-    return path if checkpoint.neox is None else re.sub(r"^global_step\w+/", "", path)
 
 
 def _stored(checkpoint: Checkpoint) -> dict[_Place, tuple[str, TensorRef]]:

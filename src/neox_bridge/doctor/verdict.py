@@ -4,7 +4,7 @@ import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from neox_bridge.findings import NO_DETAILS, Command, Details, Finding, Severity, Subject
 from neox_bridge.frameworks.facts import TreeFacts
@@ -89,28 +89,14 @@ def case(
     return Case(Finding(code, severity, message, remedy, subject=subject, details=details), prints)
 
 
-def failure(
-    code: str,
-    message: str,
-    remedy: str = "",
-    prints: str = "",
-    subject: Subject = "",
-    details: Details = NO_DETAILS,
-) -> Case:
-    """The case of a checkpoint that does not load."""
-    return case(code, "error", message, remedy, prints, subject, details)
+def failure(code: str, message: str, remedy: str = "", prints: str = "", **more: Any) -> Case:
+    """The case of a checkpoint that does not load. more: of ``case``."""
+    return case(code, "error", message, remedy, prints, **more)
 
 
-def another_model(
-    code: str,
-    message: str,
-    remedy: str = "",
-    prints: str = "",
-    subject: Subject = "",
-    details: Details = NO_DETAILS,
-) -> Case:
-    """The case of a checkpoint that loads as another model."""
-    return replace(failure(code, message, remedy, prints, subject, details), silent=True)
+def another_model(code: str, message: str, remedy: str = "", **more: Any) -> Case:
+    """The case of a checkpoint that loads as another model. more: of ``case``."""
+    return replace(failure(code, message, remedy, **more), silent=True)
 
 
 def without_others(case: Case) -> Case:
