@@ -208,7 +208,7 @@ def test_the_blocks_of_the_page_run(
     page = (ROOT / "docs" / "how-to" / "python.md").read_text(encoding="utf-8")
     blocks = page.split("```python\n")[1:]
     assert len(blocks) >= 4
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         exec(block.partition("```")[0], names)
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import click
 import pytest
 import yaml
-from pages import DOCS, ROOT, Command, all_pages, commands, difference, name_of
+from pages import DOCS, ROOT, Command, all_pages, blocks, commands, difference, name_of
 from rehearsal import (
     BEFORE,
     EXITS,
@@ -41,6 +42,15 @@ NOT_RUN = {
 }
 
 
+# How a block that stands in the file ``script`` is run, by its language.
+SCRIPTS = {
+    "bash": "bash -e script",
+    "python": "python script",
+    "yaml": "mv script suite.yml; neox-bridge batch suite.yml --dry-run",
+}
+LANGUAGES = {*SCRIPTS, "", "console", "diff", "json", "sh", "text"}
+
+
 class _Loader(yaml.SafeLoader):
     """mkdocs.yml may name Python functions."""
 
@@ -70,8 +80,10 @@ def shown_commands() -> list[tuple[str, str]]:
     """Each call of neox-bridge that a console block shows, and its page."""
     calls = []
     for page in all_pages():
-        for command in commands(page):
-            text = re.sub(r"\$\([^)]*\)|\$\{?\w+\}?", "1", command.text)
+        texts = [command.text for command in commands(page)]
+        texts += [block.text for block in blocks(page, "sh", "bash")]
+        for shown in texts:
+            text = re.sub(r"\$\(\(.*?\)\)|\$\([^)]*\)|\$\{?\w+\}?", "1", shown)
             for part in re.split(r"\n|;|&&", text):
                 words = shlex.split(part, comments=True)
                 if "neox-bridge" in words:
@@ -196,6 +208,41 @@ def test_commands_for_a_cluster_work_as_printed(source: Path, tmp_path: Path) ->
     with stage(name, tmp_path, source) as shell, cluster(shell):
         for command in on_ray:
             assert_same(name, command, perform(command, shell))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name_of(page) for page in all_pages() if blocks(page, *SCRIPTS)])
+def test_scripts_work_as_printed(name: str, source: Path, tmp_path: Path) -> None:
+    """Python with the imports of the blocks above it, Slurm jobs, and files of options."""
+    imports: list[str] = []
+    with stage(name, tmp_path, source) as shell:
+        shell.environment["SLURM_ARRAY_TASK_ID"] = "0"
+        for block in blocks(ROOT / name, *SCRIPTS):
+            above = "".join(imports) if block.language == "python" else ""
+            (shell.cwd / "script").write_text(above + block.text)
+            shell.run(SCRIPTS[block.language])
+            imports += re.findall(r"^(?:import|from) .*\n", block.text, re.M)
+
+
+@pytest.mark.parametrize("page", all_pages(), ids=name_of)
+def test_a_block_is_well_formed(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in LANGUAGES, block
+        if block.language in ("sh", "bash"):
+            done = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True)
+            assert not done.returncode, done.stderr
+        if block.language in ("yaml", "json"):
+            assert yaml.safe_load(block.text)
+
+
+@pytest.mark.parametrize("page", all_pages(), ids=name_of)
+def test_named_extras_exist(page: Path) -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", table, re.M))
+    assert extras
+    named = re.findall(r"'[^' ]*\[([\w,]+)\][^']*'", page.read_text(encoding="utf-8"))
+    assert {extra for names in named for extra in names.split(",")} <= extras
 
 
 def assert_same(name: str, command: Command, output: str) -> None:

@@ -396,6 +396,15 @@ def prepare(name: str, shell: Shell) -> None:
             "neox-bridge toy pythia-70m pythia-12b --as hf -q"
         ),
         "docs/how-to/verify.md": "neox-bridge convert llama-bf16 llama-fp16 --dtype float16 -q",
+        "docs/how-to/batch.md": (
+            "mkdir runs; cp -r run runs/pythia-70m; cp -r run runs/pythia-160m"
+        ),
+        "docs/how-to/publish.md": "neox-bridge convert pythia-neox pythia-hf -q",
+        "docs/how-to/python.md": (
+            "rm -r pythia-neox; mkdir steps; "
+            "cp -r pythia-410m steps/step0; cp -r pythia-410m steps/step1000"
+        ),
+        "docs/reference/python-api.md": "rm -r pythia-neox",
         "docs/how-to/reshard.md": (
             "neox-bridge reshard run run-dp1 --dp 1 --micro-batch 8 -q; cp -r run run-dp2"
         ),
