@@ -44,7 +44,7 @@ def locally(run: Run, model: Path, *arguments: object) -> dict[str, bytes]:
 def test_a_model_as_a_private_branch(hub: Stub, run: Run, model: Path) -> None:
     run("convert", model, "neox", "--tp", "2")
     out, err = run("convert", "neox", PLACE, "--private")
-    assert f"the files are made in {run.folder / WORK}" in err
+    assert f"files are written to {run.folder / WORK}" in err
     assert f"published {PLACE}: Hugging Face gpt_neox" in out
     assert "verified bit by bit" in out
     assert f"{hub.url}/org/model/tree/step3" in out
@@ -77,7 +77,7 @@ def test_another_plan_is_refused_before_anything_is_made(hub: Stub, run: Run, mo
     before = hub.files(REPO)
     _, err = run("convert", model, "hf://org/model", "--tp", "4", code=1)
     assert "--overwrite" in err
-    assert "are made in" not in err
+    assert "are written to" not in err
     assert hub.files(REPO) == before
     done = run.json("convert", model, "hf://org/model", "--tp", "4", "--overwrite")
     assert "global_step0/mp_rank_03_model_states.pt" in done["published"]["uploaded"]
@@ -108,7 +108,7 @@ def test_what_would_be_done(hub: Stub, run: Run, model: Path) -> None:
     assert os.listdir(run.folder) == []
     run("convert", model, PLACE, "--private")
     out, _ = run("convert", model, PLACE, "--dry-run")
-    assert "hub      org/model is there, private\n" in out
+    assert "hub      org/model exists, private\n" in out
     assert "branch   step3 is there\n" in out
     assert "upload   nothing" in out
     out, _ = run("convert", model, PLACE, "--tp", "4", "--dry-run")
@@ -187,9 +187,9 @@ def test_where_it_is_made(hub: Stub, run: Run, model: Path, tmp_path: Path) -> N
         (tmp_path / name).mkdir()
     run.environment["TMPDIR"] = str(tmp_path / "a")
     _, err = run("convert", model, PLACE)
-    assert f"are made in {tmp_path / 'a' / WORK}" in err
+    assert f"are written to {tmp_path / 'a' / WORK}" in err
     _, err = run("convert", model, "hf://org/two", "--work", tmp_path / "b")
-    assert f"are made in {tmp_path / 'b' / '.org--two@main.neox-bridge'}" in err
+    assert f"are written to {tmp_path / 'b' / '.org--two@main.neox-bridge'}" in err
     _, err = run("convert", model, "hf://org/three", "--work", tmp_path / "c", code=1)
     assert "no such folder" in err
     assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b") == []
@@ -200,7 +200,7 @@ def test_tokens_are_looked_at_first(hub: Stub, run: Run, model: Path) -> None:
         run.environment["HF_TOKEN"] = token
         _, err = run("convert", model, PLACE, code=1)
         assert words in err
-        assert "are made in" not in err
+        assert "are written to" not in err
 
 
 def test_usage(run: Run, model: Path) -> None:

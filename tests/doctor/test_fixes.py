@@ -542,9 +542,9 @@ def test_old_files_that_cannot_be_removed_are_named(
         patch.setattr(shutil, "rmtree", fail)
         done = CliRunner().invoke(app, ["doctor", *map(str, command)])
         assert done.exit_code == 0, done.output
-        assert f"is left in {work}" in done.stderr
+        assert f"could not be deleted from {work}" in done.stderr
         again = CliRunner().invoke(app, ["doctor", *map(str, command)])
-        assert f"is left in {work}" in again.stderr
+        assert f"could not be deleted from {work}" in again.stderr
     for reader in (["inspect", folder], ["convert", folder, tmp_path / "out"], ["verify", folder]):
         told = CliRunner().invoke(app, list(map(str, reader)))
         assert str(work) in told.output + told.stderr, reader

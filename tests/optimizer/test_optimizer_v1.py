@@ -565,9 +565,9 @@ def test_masters_of_another_step_are_a_warning(form: str, tmp_path: Path) -> Non
         assert codes(optimizer)["masters-not-weights"] == "warning"
     export = run("export-optimizer", folder, tmp_path / "export")
     masters = run("convert", folder, tmp_path / "hf", "--weights", "masters")
-    warned = "fp32 masters are not the weights before rounding" in export
+    warned = "fp32 master weights of the optimizer do not round to the weights" in export
     assert warned == (FORMS[form].form != "rigid")
-    assert ("fp32 masters are not the weights before rounding" in masters) == warned
+    assert ("fp32 master weights of the optimizer do not round to the weights" in masters) == warned
     assert ("do not contain Adam's step" in export) == (FORMS[form].form in ("v1", "lean"))
     assert "do not contain Adam's step" not in masters
     report = json.loads(run("inspect", folder, "--optimizer", "--stats", "--json"))

@@ -162,14 +162,14 @@ def test_identical_steps(run: Path) -> None:
         "error",
         ("4", "32", "160"),
     )
-    assert "they are step 160's, and 32 and 4 have the wrong ones" in fault.remedy
+    assert "they belong to step 160, so 32 and 4 have wrong weights" in fault.remedy
 
 
 def test_identical_neighbours(run: Path) -> None:
     replace(run / "step96", run / "step112")
     fault = only(look(run))
     assert (fault.code, fault.steps) == ("identical-steps", ("96", "112"))
-    assert "can't be told" in fault.remedy
+    assert "do not show which step" in fault.remedy
 
 
 def test_a_file_of_another_step(run: Path) -> None:
