@@ -3,6 +3,7 @@
 # make test   lint, types and tests; the report's page in your Chromium (CHROMIUM=...), or a fetched one
 # make docs   the documentation at http://127.0.0.1:8000, rebuilt when a page changes
 # make messages  examples for the page of messages, of the tests whose messages changed, or ARGS=tests
+# make dist   the wheel and the source distribution, checked, in dist/
 # make bench  times, memory and disk beside cp and others' programs, to docs/explanation/benchmarks.md
 # make fuzz   damaged and hostile files of every kind, for MINUTES=10; make test has a short run
 # make mutants   changes one line at a time and shows which changes no test notices: AREAS="audit batch"
@@ -15,7 +16,7 @@ JOBS ?= 2
 
 export NO_MKDOCS_2_WARNING = 1  # a notice about another program
 
-.PHONY: demo quick test lint docs messages test-neox test-versions bench fuzz mutants clean
+.PHONY: demo quick test lint docs messages dist test-neox test-versions bench fuzz mutants clean
 
 demo: $(DEMO)/venv/.ready
 	$(DEMO)/venv/bin/python benchmarks/demo.py $(DEMO)
@@ -38,6 +39,14 @@ lint: $(DEV)/.ready
 
 docs: $(DEV)/.ready
 	$(DEV)/bin/mkdocs serve
+
+# A release: both are built and checked here. The tests install the wheel into an empty environment and
+# run tests of the source distribution; they build both again, for themselves.
+dist: $(DEV)/.ready
+	rm -rf dist
+	$(DEV)/bin/python -m build --no-isolation
+	$(DEV)/bin/python -m twine check --strict dist/*
+	$(DEV)/bin/python -m pytest tests/test_distribution.py tests/test_extras.py
 
 messages: $(DEV)/.ready
 	$(DEV)/bin/python tests/helpers/message_record.py $(ARGS)
@@ -102,4 +111,4 @@ $(DEMO)/venv/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(DEV) $(DEMO) site .bench .versions .neox .azurite .chromium .mutants
+	rm -rf $(DEV) $(DEMO) dist site .bench .versions .neox .azurite .chromium .mutants
