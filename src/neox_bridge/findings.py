@@ -80,7 +80,7 @@ class Finding:
 def unrepeated(
     findings: Iterable[Finding], others: Iterable[Finding], shown: Iterable[Subject] = ()
 ) -> list[Finding]:
-    """The findings on subjects that ``others`` do not have, to show two lists as one.
+    """The findings whose subjects ``others`` do not cover, to show both lists together.
 
     Args:
         findings: The list to shorten. A finding without a subject always stays.

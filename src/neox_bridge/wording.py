@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 
 _MAX_MESSAGE_CHARACTERS = 4000
-_NAMES = frozenset({"transformers", "torch"})  # that have a small letter everywhere
-# C0 and C1 controls but for tabs and line ends; characters without a width, which hide differences;
-# separators of lines; what turns the direction of writing; tags
+_NAMES = frozenset({"transformers", "torch"})  # written in lower case everywhere
+# C0 and C1 controls except tabs and line ends; zero-width characters, which hide differences;
+# line separators; marks that change the direction of writing; tags
 _RANGES = (
     *((0x00, 0x08), (0x0B, 0x1F), (0x7F, 0x9F), (0xAD, 0xAD), (0x61C, 0x61C), (0x180E, 0x180E)),
     *((0x200B, 0x200F), (0x2028, 0x202E), (0x2060, 0x206F), (0xFEFF, 0xFEFF), (0xFFF9, 0xFFFB)),
@@ -89,7 +89,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text as a sentence. A name at its start, such as config.json, keeps its small letter."""
+    """The text as a sentence. A name at its start, such as config.json, stays in lower case."""
     first = text.partition(" ")[0]
     if first.isalpha() and first not in _NAMES:
         text = text[0].upper() + text[1:]
