@@ -622,7 +622,7 @@ def test_settings_of_another_kind(key: str, value: Any, tmp_path: Path) -> None:
     ("source", "words", "reason"),
     [
         ("bf16_tp2", ["--row-bias", "split"], "the number of tensor-parallel ranks stays 2"),
-        ("bf16_tp2", ["--tp", "2", "--row-bias", "whole", "--dp", "2"], "before and after"),
+        ("bf16_tp2", ["--tp", "2", "--row-bias", "whole", "--dp", "2"], "ranks stays 2"),
         ("bf16_tp2", ["--tp", "1", "--row-bias", "split"], "that rank holds the sum"),
         ("fp32", ["--row-bias", "split"], "that rank holds the sum"),
         ("fp32", ["--tp", "2", "--row-bias", "split", "--universal"], "a universal checkpoint"),
