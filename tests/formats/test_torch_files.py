@@ -329,7 +329,7 @@ def test_other_files(raw: bytes, message: str, tmp_path: Path) -> None:
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(BridgeError, match="can't be read"):
+        with pytest.raises(BridgeError, match="cannot be read"):
             read_torch(str(path))
 
 
