@@ -109,7 +109,7 @@ def test_what_would_be_done(hub: Stub, run: Run, model: Path) -> None:
     run("convert", model, PLACE, "--private")
     out, _ = run("convert", model, PLACE, "--dry-run")
     assert "hub      org/model exists, private\n" in out
-    assert "branch   step3 is there\n" in out
+    assert "branch   step3 exists\n" in out
     assert "upload   nothing" in out
     out, _ = run("convert", model, PLACE, "--tp", "4", "--dry-run")
     assert "conflicts, replaced only with --overwrite: " in out

@@ -183,7 +183,7 @@ def test_a_file_of_another_step(run: Path) -> None:
     assert set(fault.tensors) == {
         n for n, t in load_file(run / "step160" / name).items() if t.unique().numel() > 1
     }
-    assert "step 160's, and 96 and 64 have the wrong ones" in fault.remedy
+    assert "step 160, so 96 and 64 have wrong weights" in fault.remedy
 
 
 def test_a_stale_file(run: Path) -> None:
