@@ -35,8 +35,10 @@ def made(found: Path) -> Path:
     step_of(found / "run").rename(found / "run" / "global_step7")
     (found / "run" / "latest").write_text("global_step7")
     (found / "run" / "finetune.yml").write_text("mine: true\n")
+    (found / "hf" / "LICENSE").write_text("the former one")
     convert(found / "hf", found / "root", tp=1, tokenizer=str(tokenizer(found / "words")))
     make_tokenizer(found / "hf", "other")
+    (found / "hf" / "LICENSE").write_text("the license")
     return found
 
 

@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "step": {"tp": 2},  # into a run that has another step
     "replaced": {"tp": 2},  # --overwrite
     "aside": {"tp": 2},  # the same, in a kernel that can't exchange
-    "root": {"tp": 2},  # into a run whose finetune.yml and tokenizer are those of another layout
+    "root": {"tp": 2},  # into a run whose finetune.yml, tokenizer and license differ
     "root replaced": {"tp": 2},  # --overwrite of its step
     "root aside": {"tp": 2},  # the same, in a kernel that can't exchange
     "fixed": {},  # doctor --in-place
@@ -142,7 +142,9 @@ def assert_consistent(
     target: Path, left: dict[str, str], old: dict[str, str], expected: dict[str, str], point: int
 ) -> None:
     """A run with a finetune.yml is all old or all new; without one each file is old or new."""
-    names = {name for name in left if not name.startswith(("global_step", "tokenizer"))}
+    names = {
+        name for name in left if not name.startswith(("global_step", "tokenizer", "huggingface"))
+    }
     for name, digest in left.items():
         assert digest in (old.get(name), expected.get(name)), (point, name)
     assert "latest" in names, point
@@ -156,7 +158,7 @@ def assert_consistent(
         of_step, of_root = (yaml.safe_load(p.read_text()) for p in (yml, target / "finetune.yml"))
         for key in ("model_parallel_size", "pipe_parallel_size"):
             assert of_step[key] == of_root[key], point
-        whole = [n for n in expected if n.startswith("tokenizer/")]
+        whole = [n for n in expected if n.startswith(("tokenizer/", "huggingface/"))]
         assert all(name in left for name in whole), point
 
 
