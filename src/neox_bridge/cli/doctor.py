@@ -372,7 +372,11 @@ def _print_changes(plan: Plan, changes: Iterable[FileChange]) -> None:
             text = " → ".join(filter(None, (edit.before, edit.after)))
             rows.append((edit.kind, text + (f" ({edit.count} times)" if edit.count > 1 else "")))
         print_block(f"{kind}: {paths}", rows)
-    for reason, names in by_reason(plan.dropped).items():
+    for drop in plan.dropped:
+        if drop.kind == "setting":  # each stands alone: it may change the model
+            print_line(f"dropped: {drop.name}: {drop.reason}")
+    tensors = [drop for drop in plan.dropped if drop.kind != "setting"]
+    for reason, names in by_reason(tensors).items():
         print_line(f"dropped: {some(names)}: {reason}")
     for note in plan.notes:
         print_line(f"note: {note}")
