@@ -28,7 +28,7 @@ from neox_bridge.execution.units import Made, Unit, make
 from neox_bridge.planning.options import Options
 from neox_bridge.toy import toy_checkpoint
 
-FILES = 96  # of each target
+FILES = 97  # of each target, with its model card
 LAYERS, RANKS = 19, 4
 
 
