@@ -375,6 +375,19 @@ def test_norms_beside_it_tell_whose_bits_they_are(own: float, other: float, told
     assert said == told, fault.remedy
 
 
+@pytest.mark.parametrize(("right", "wrong"), [(5, 2), (2, 5)])
+def test_norms_that_grow_show_whose_bits_they_are_at_the_end_of_a_run(
+    right: int, wrong: int
+) -> None:
+    """The last step has neighbors on one side only, and its norms are beyond theirs."""
+    norms = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    steps = [step(n, {"a": tensor(f"a{n}", norms[n]), "b": tensor(f"b{n}")}) for n in range(6)]
+    shard = {"a": steps[right].tensors["a"], "b": steps[wrong].tensors["b"]}
+    steps[wrong] = step(wrong, shard)
+    (fault,) = identity_faults(steps)
+    assert f"they belong to step {right}, so {wrong} has wrong weights" in fault.remedy
+
+
 def test_runs_that_share_a_step_are_named_unless_one_begins_with_the_other() -> None:
     one = [step(n, run="one") for n in range(6)]
     other = [step(n, {"a": tensor(f"o{n}")}, run="other") for n in range(6)]

@@ -8,6 +8,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.steps import Step
@@ -163,8 +164,8 @@ def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
     scores = []
     for step in group:
         index = places[id(step)]
-        before = next((steps[i] for i in range(index - 1, -1, -1) if i not in at), None)
-        after = next((steps[i] for i in range(index + 1, len(steps)) if i not in at), None)
+        before = [steps[i] for i in range(index - 1, -1, -1) if i not in at]
+        after = [steps[i] for i in range(index + 1, len(steps)) if i not in at]
         scores.append((_misfit(step, before, after, names), step.label))
     scores.sort()
     if scores[1][0] > _CLEARLY and scores[0][0] < _BETTER * scores[1][0]:
@@ -176,17 +177,30 @@ def _whose(group: Steps, steps: Steps, names: Sequence[str]) -> str:
     return "the norms do not show which step they belong to"
 
 
-def _misfit(step: Step, before: Step | None, after: Step | None, names: Sequence[str]) -> float:
-    """The mean logarithmic distance of the norms from the range between their neighbors."""
+def _misfit(step: Step, before: Steps, after: Steps, names: Sequence[str]) -> float:
+    """The mean logarithmic distance of the norms from the range between their neighbors.
+
+    before, after: The other steps on each side, the nearest first. At an end of the run, where one
+    side has none, the norms may continue as they went between the two nearest.
+    """
     total, count = 0.0, 0
     for name in names:
-        beside = [s.tensors[name].norm for s in (before, after) if s and name in s.tensors]
-        known = [math.log(norm) for norm in beside if norm > 0]
+        sides = [side for side in (_log_norms(before, name), _log_norms(after, name)) if side]
         norm_here = step.tensors[name].norm
-        if known and norm_here > 0:
-            low, high, y = min(known), max(known), math.log(norm_here)
-            total, count = total + max(low - y, y - high, 0.0), count + 1
+        if sides and norm_here > 0:
+            ends = [side[0] for side in sides]
+            if len(sides) == 1:
+                (side,) = sides
+                ends.append(2 * side[0] - side[-1])
+            y = math.log(norm_here)
+            total, count = total + max(min(ends) - y, y - max(ends), 0.0), count + 1
     return total / count if count else math.inf
+
+
+def _log_norms(steps: Steps, name: str) -> list[float]:
+    """The logarithms of a tensor's norms in the two nearest steps that have any."""
+    norms = (step.tensors[name].norm for step in steps if name in step.tensors)
+    return [math.log(norm) for norm in islice((norm for norm in norms if norm > 0), 2)]
 
 
 def across_runs(runs: Mapping[str, Steps]) -> Iterator[Fault]:
