@@ -5,14 +5,15 @@ from contextlib import suppress
 from difflib import get_close_matches
 from itertools import islice
 
-from neox_bridge.frameworks.suites import full_id, nearest
+from neox_bridge.errors import BridgeError
+from neox_bridge.frameworks.suites import OWNER, full_id, nearest
 
 _LEAST_SIMILAR = 0.75  # as difflib measures it: 1 for equal names
 _MOST_NAMES = 10_000  # of a folder that are compared
 
 
 def nearest_path(path: str) -> str:
-    """The existing local path that is nearest to one that does not exist; "" if none is near.
+    """The existing local folder that is nearest to one that does not exist; "" if none is near.
 
     Names are compared where the path and the folders part. What comes after that must exist.
     """
@@ -27,7 +28,7 @@ def nearest_path(path: str) -> str:
         names = [entry.name for entry in islice(entries, _MOST_NAMES)]
         for match in get_close_matches(name, names, cutoff=_LEAST_SIMILAR):
             near = os.path.join(above, match, *below)
-            if os.path.exists(near):
+            if os.path.isdir(near):
                 return near
     return ""
 
@@ -40,6 +41,26 @@ def suggestions(source: str) -> str:
     sentences = [f"Did you mean {near}?"] if near else []
     sentences += [f"On the Hub: {model}{at}{revision}."] if model else []
     return " ".join(sentences)
+
+
+def check_not_local(source: str) -> None:
+    """Raise BridgeError if ``org/name`` is rather a path with an error than a model of the Hub.
+
+    So it is if the folder ``org`` exists, and either has a folder whose name is near or has files,
+    which the local copies of an organization's models do not have beside them.
+    """
+    org, _, name = source.partition("/")
+    if "@" in name or org == OWNER or not os.path.isdir(org):
+        return
+    near = nearest_path(source)
+    with os.scandir(org) as entries:
+        has_files = any(entry.is_file() for entry in islice(entries, _MOST_NAMES))
+    if near or has_files:
+        advice = f" Did you mean {near}?" if near else ""
+        raise BridgeError(
+            f"{source}: no such folder.{advice} The Hub was not asked, because the folder {org} "
+            f"exists. For a model of the Hub, write hf://{source}"
+        )
 
 
 def no_folder(source: str) -> str:

@@ -10,7 +10,7 @@ from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP, is_step_file
 from neox_bridge.layouts.interrupted import interrupted
-from neox_bridge.layouts.near_names import no_folder, suggestions
+from neox_bridge.layouts.near_names import check_not_local, no_folder, suggestions
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.folder import is_hub
@@ -192,6 +192,8 @@ def _model_on_hub(source: str, revision: str | None) -> tuple[str, str | None]:
     repo, branch_in_name = model
     if branch_in_name and revision is not None:
         raise UsageError(["revision"], f"{source} already names a revision", "Leave it out.")
+    if revision is None:
+        check_not_local(source)
     return repo, branch_in_name or revision
 
 

@@ -8,7 +8,7 @@ from urllib.parse import quote, unquote
 
 from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.near_names import no_folder, suggestions
+from neox_bridge.layouts.near_names import check_not_local, no_folder, suggestions
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.folder import HUB, is_hub
 from neox_bridge.stores.paths import (
@@ -81,6 +81,8 @@ def find_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
     faults: list[Fault] = []
     for path in paths:
         if (model := model_on_hub(path)) is not None:
+            if not is_hub(path):
+                check_not_local(path)
             try:
                 run, places = _hub_places(*model)
             except BridgeError as error:
