@@ -55,6 +55,10 @@ class Unverified(BridgeError):
     exit_code = 3
 
 
+class TargetUnusable(BridgeError):
+    """The target cannot be written as it is. A retry does not help."""
+
+
 class SettingsMissing(BridgeError):
     """The yml files of a GPT-NeoX checkpoint are missing.
 

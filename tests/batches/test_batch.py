@@ -182,6 +182,17 @@ def test_a_refusal_is_not_tried_again(run: Path, tmp_path: Path, pool: Processes
     assert "5" in row.error
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_target_that_contains_its_source_is_refused_at_once(
+    overwrite: bool, run: Path, pool: Processes
+) -> None:
+    items, _ = find_items([str(run)], "0")
+    (row,) = run_batch(items, Batch(str(run), Options(), overwrite=overwrite), pool)
+    assert (row.status, row.tries) == ("failed", 1)
+    assert "step0 contains the source" in row.error
+    assert row.error.endswith("Choose another target.")  # --overwrite would be refused
+
+
 def test_what_transformers_of_a_version_does_not_load_is_refused(
     made: Path, tmp_path: Path
 ) -> None:

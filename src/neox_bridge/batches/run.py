@@ -13,13 +13,13 @@ from neox_bridge.batches.on_hub import HubModel
 from neox_bridge.batches.row import BatchRow
 from neox_bridge.batches.target_state import TargetState, decision, state_of
 from neox_bridge.conversion import plan_conversion, source_check
-from neox_bridge.errors import BridgeError, Refused, Unverified, UsageError
+from neox_bridge.errors import BridgeError, Refused, TargetUnusable, Unverified, UsageError
 from neox_bridge.execution.digests import HashName
 from neox_bridge.execution.execute import execute, sources_of
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.placement import Places, reaches
-from neox_bridge.execution.staging import set_aside, sweep
+from neox_bridge.execution.staging import check_target, set_aside, sweep
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.unknown_keys import ignorable
 from neox_bridge.planning.option_checks import kind_of
@@ -37,6 +37,8 @@ _MOST_AHEAD = 32  # planning threads; planning is Python code, so threads do not
 _PART_BYTES = 1 << 30  # bytes of a checkpoint that one process verifies
 _HEAD_START_SECONDS = 0.05  # head start for the first plan, because the processes wait for it
 _PAUSE_SECONDS = 1.0  # before the first retry; doubled for each further one
+
+_PERMANENT = (Refused, TargetUnusable, Unverified, UsageError)  # errors that are not retried
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def convert_one(item: Item, batch: Batch, pool: Pool) -> BatchRow:
             break
         except (BridgeError, OSError) as error:
             row = replace(row, error=str(error))
-            if isinstance(error, (Refused, Unverified, UsageError)) or number == batch.retries:
+            if isinstance(error, _PERMANENT) or number == batch.retries:
                 break
             batch.tell(Event("retry", item.name, words=str(error)))
             if pool.stopped.wait(_PAUSE_SECONDS * 2**number):
@@ -181,7 +183,9 @@ def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
             row = replace(row, findings=(*row.findings, finding))
         return replace(row, status="skipped", norms=_norms(row.target, batch, pool))
     if does == "refuse":
-        raise _TargetTaken(
+        if is_local(row.target):  # with `overwrite=True` it would be refused as well
+            check_target(row.target, identities(sources_of(plan)), None)
+        raise TargetUnusable(
             f"{words}. Choose another target, or use `overwrite=True` to replace it."
         )
     if batch.hub is not None:
@@ -252,12 +256,6 @@ def _written(
         verified=batch.verify or None,
         findings=(*row.findings, *result.findings),
     )
-
-
-class _TargetTaken(Refused):
-    """The target contains something else, so a retry does not help."""
-
-    exit_code = 1
 
 
 def _verified(source: Source, _: str, folder: str, *__: object) -> Places:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 
-from neox_bridge.errors import BridgeError, Unreachable, Unverified
+from neox_bridge.errors import BridgeError, TargetUnusable, Unreachable, Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_bytes
 from neox_bridge.execution.install import LATEST, RootFiles
@@ -266,7 +266,7 @@ class ObjectSink:
             root_files, step = None, job.step if is_run else None
         replaced = f"{url}/{step}" if step else url
         if held := next((s for s in job.key.sources if s.startswith(f"{replaced}/")), None):
-            raise BridgeError(
+            raise TargetUnusable(
                 f"{url} contains the source {held}, which would be overwritten while it is read. "
                 "Choose another target."
             )

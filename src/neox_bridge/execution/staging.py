@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from neox_bridge.errors import BridgeError, Refused, Unreachable, Unverified
+from neox_bridge.errors import BridgeError, Refused, TargetUnusable, Unreachable, Unverified
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.install import LATEST, clear, is_begun, settle
 from neox_bridge.execution.journal import finished
@@ -34,15 +34,15 @@ def check_target(
         # both the link and its file, because a Hugging Face cache is a folder of links
         link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
         if any(_holds(replaced, path) for path in (link, os.path.realpath(source))):
-            raise BridgeError(
+            raise TargetUnusable(
                 f"{target} contains the source {source}, which would be overwritten while it is "
                 "read. Choose another target."
             )
     if os.path.lexists(real):
         if not os.path.isdir(real):
-            raise BridgeError(f"{target} is a file. Choose a folder that does not exist yet.")
+            raise TargetUnusable(f"{target} is a file. Choose a folder that does not exist yet.")
         if os.path.ismount(real) and replaced == real:
-            raise BridgeError(
+            raise TargetUnusable(
                 f"{target} is a mount point, which cannot be replaced. Choose a folder inside it."
             )
     parent = _nearest(os.path.dirname(real))
