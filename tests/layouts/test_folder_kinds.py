@@ -311,6 +311,37 @@ def test_a_trainers_output_names_its_checkpoints(hf: Path, tmp_path: Path) -> No
     assert run(*shlex.split(batch)[1:]).exit_code == 0
 
 
+def test_a_parent_names_the_models_of_both_frameworks(hf: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(hf, home / "a-model")
+    convert(hf, home / "b-run", to="neox")
+    (home / "notes").mkdir()
+    message = said(home, tmp_path / "out")
+    assert "There are models in a-model, b-run." in message
+    assert "batch" not in message  # they are no steps
+
+
+@pytest.mark.parametrize(("to", "suffix"), [("neox", "-hf"), ("hf", "-neox")])
+def test_a_folder_of_steps_names_the_command_for_all(
+    to: str, suffix: str, hf: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "steps"
+    for number in (1000, 500):
+        if to == "hf":
+            shutil.copytree(hf, home / f"step{number}")
+        else:
+            convert(hf, home / f"step{number}", to="neox", iteration=number)
+    message = said(home, tmp_path / "out")
+    assert "There are models in step500, step1000." in message
+    command = f"neox-bridge batch {home} {home}{suffix}"
+    assert f"for example {home / 'step1000'}. Or convert all of them: {command}" in message
+    assert run(*shlex.split(command)[1:]).exit_code == 0
+    assert sorted(path.name for path in Path(f"{home}{suffix}").iterdir()) == [
+        "step1000",
+        "step500",
+    ]
+
+
 def test_torchs_own_converter_makes_a_folder_that_is_read(hf: Path, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as checkpoints
 

@@ -7,7 +7,8 @@ megatron/neox_arguments/neox_args.py and deepspeed_args.py.
 from collections.abc import Mapping
 from typing import Any
 
-from neox_bridge.frameworks.eras import MERGED
+from neox_bridge.frameworks.deepspeed import release_of
+from neox_bridge.frameworks.eras import MERGED, Era
 
 _CHANGED = {key: values for change in MERGED for key, values in change.defaults.items()}
 # a key without which a setting does nothing
@@ -15,6 +16,8 @@ _ONLY_WITH = {"weighted_sampler_alpha": "weight_by_num_documents"}
 # the release of DeepSpeed from which on a run's GPT-NeoX is of after these changes: of 2024-01
 _AFTER = (0, 13, 0)
 _BEFORE = (0, 8, 0)  # GPT-NeoX v2.0 came with 0.8.3 in 2023-03
+# trees require this DeeperSpeed since 2024-03, which is after the changes
+_REQUIRED_AFTER = (0, 12, 4)
 
 # calculate_derived of neox_arguments/arguments.py sets the first from the second, so that its value
 # in a yml has no effect: `gas` until neox-gas-key, which removed it
@@ -37,7 +40,7 @@ def defaults_left_out(raw: Mapping[str, Any], *, old: bool) -> dict[str, float]:
     }
 
 
-def predates_changes(release: tuple[int, int, int] | None) -> bool | None:
+def run_predates_changes(release: tuple[int, int, int] | None) -> bool | None:
     """Whether a run is of before the changes, by its DeepSpeed's release; None if that is unknown.
 
     release: None where the files name no version, as those of GPT-NeoX v1.0.
@@ -45,3 +48,11 @@ def predates_changes(release: tuple[int, int, int] | None) -> bool | None:
     if release is None or release < _BEFORE:
         return True
     return False if release >= _AFTER else None
+
+
+def predates_changes(era: Era) -> bool | None:
+    """Whether the trees of an era have the older defaults; None if only some of them do."""
+    if era.predates_deepspeed_06:
+        return True
+    release = release_of(era.deepspeed)
+    return False if release is not None and release >= _REQUIRED_AFTER else None

@@ -11,10 +11,12 @@ from neox_bridge.frameworks.setting_defaults import (
     COMPUTED_KEYS,
     defaults_left_out,
     predates_changes,
+    run_predates_changes,
 )
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.optimizer.current_form import writer_version
 from neox_bridge.optimizer.states import Optimizer
+from neox_bridge.planning.neox_files import WRITER
 
 
 def with_own_defaults(
@@ -28,8 +30,8 @@ def with_own_defaults(
     if era is None:
         return checkpoint, ()
     version = writer_version(optimizer) or ""
-    old = predates_changes(release_of(version))
-    if old == era.predates_deepspeed_06:
+    old = _predates_changes(version)
+    if old is not None and old == predates_changes(era):
         return checkpoint, ()
     left_out = defaults_left_out(checkpoint.raw, old=bool(old))
     settings = {key: value for key, value in left_out.items() if key in known_keys(era)}
@@ -52,6 +54,19 @@ def with_own_defaults(
             "edit the new yml if the GPT-NeoX of the run was older",
         )
     return replace(checkpoint, raw={**settings, **checkpoint.raw}), (finding,)
+
+
+def _predates_changes(version: str) -> bool | None:
+    """Whether a run trained with the older defaults; None if its version does not tell.
+
+    version: ``ds_version`` of its files, "" for none.
+    """
+    # neox-bridge starts runs with every default written into their yml where it was another one
+    if version.startswith(WRITER):
+        return False
+    if version and release_of(version) is None:
+        return None
+    return run_predates_changes(release_of(version))
 
 
 def computed_findings(raw: Mapping[str, Any], effective: Mapping[str, Any]) -> Iterator[Finding]:

@@ -72,6 +72,7 @@ V1_KEYS = (
     "rng_tracker_states",
 )
 SEED = 1234  # GPT-NeoX's default
+WRITER = "neox-bridge "  # before its version, in place of DeepSpeed's in what it starts
 # of an mp_rank file's number and module (None if layers have files of their own): its value,
 # and the tensors of it beside the module's
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
@@ -308,7 +309,7 @@ def start_of_run(
         "module": module,
         "global_steps": iteration,
         "mp_world_size": count,
-        "ds_version": f"neox-bridge {__version__}",
+        "ds_version": f"{WRITER}{__version__}",
         "iteration": iteration,
         "args": dict(args),
         "random_rng_state": random_states.python_state(SEED),

@@ -10,8 +10,10 @@ from typing import Any
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Dropped, Finding
-from neox_bridge.frameworks.eras import TODAY, Era, fitting
+from neox_bridge.frameworks.deepspeed import release_of
+from neox_bridge.frameworks.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.frameworks.keys import neox_keys
+from neox_bridge.frameworks.setting_defaults import predates_changes, run_predates_changes
 from neox_bridge.layouts.carried_names import FOLDER as CARRIED
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.gqa import rms_epsilon
@@ -32,6 +34,7 @@ from neox_bridge.planning.common import (
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import (
+    WRITER,
     MakeOptimizer,
     NeoxModel,
     RankLayout,
@@ -350,9 +353,22 @@ def _settings(
         del written.training["train_impl"]
     if config.reward:
         written.model["train_impl"] = "rm"
+    if _has_todays_defaults(checkpoint) and predates_changes(era) is not False:
+        # a default of 0.1 would turn on the dropout that the model does not have
+        for key in ("hidden_dropout", "attention_dropout"):
+            if key in known_keys(era):
+                written.model.setdefault(key, getattr(config, key))
     if layout.te:
         if checkpoint.architecture.gated:
             # TELayerNormMLP takes the width as it is, and GPT-NeoX's own MLP two thirds of it
             written.model["intermediate_size"] = config.dims["ffn"]
         written.model.update(te_mha=True, te_layernorm_mlp=True)
     return written
+
+
+def _has_todays_defaults(checkpoint: Checkpoint) -> bool:
+    """Whether the config of the model says with which dropout it trained, set or by default."""
+    state = checkpoint.neox
+    if state is None or state.mlp_names == "linear" or state.ds_version.startswith(WRITER):
+        return True
+    return bool(state.ds_version) and run_predates_changes(release_of(state.ds_version)) is False
