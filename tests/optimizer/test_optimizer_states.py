@@ -82,3 +82,4 @@ def test_no_optimizer() -> None:
     done = CliRunner().invoke(app, ["inspect", source, "--optimizer"])
     assert done.exit_code == 1
     assert "contains no optimizer states" in done.output
+    assert done.output.rstrip().endswith("Leave out --optimizer.")

@@ -824,4 +824,6 @@ def test_verify_compares_what_was_made_of_masters_with_the_masters(
     assert "DIFFERS from the source" in run("verify", source, hf, code=3)
     for path in source.glob("zero_*"):
         path.unlink()
-    assert f"{source} contains no optimizer states" in run("verify", source, hf, code=1)
+    refused = run("verify", source, hf, code=1)
+    assert f"{source} contains no optimizer states" in refused
+    assert "was converted from master weights: verify it with the run that has them" in refused

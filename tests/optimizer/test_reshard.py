@@ -309,6 +309,7 @@ def test_masters_without_an_optimizer(tmp_path: Path) -> None:
     )
     assert done.exit_code == 1
     assert "contains no optimizer states" in done.output
+    assert done.output.rstrip().endswith("Leave out --weights.")
 
 
 # --- the batch, the random states ----------------------------------------------------------------

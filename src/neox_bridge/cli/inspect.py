@@ -172,7 +172,7 @@ def _with_optimizer(
     from neox_bridge.optimizer.read_export import scalars
     from neox_bridge.optimizer.read_files import read_optimizer
 
-    optimizer = read_optimizer(checkpoint)
+    optimizer = read_optimizer(checkpoint, "Leave out --optimizer.")
     masters: dict[str, Any] | None = None
     differing: list[Finding] = []
     if options.stats and options.tensor is None:

@@ -10,11 +10,15 @@ from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.states import STATE_OF, Optimizer, states
 
 
-def with_masters(checkpoint: Checkpoint) -> Checkpoint:
+def with_masters(
+    checkpoint: Checkpoint, without_states: str = "Leave out `weights=`."
+) -> Checkpoint:
     """The model with its fp32 master weights.
 
     A 16-bit run rounds its weights from fp32 master weights at each step. The weights of an fp32
     run are its master weights. Raises BridgeError for a checkpoint without an optimizer.
+
+    without_states: of ``read_optimizer``.
     """
     if checkpoint.neox is None:
         raise UsageError(
@@ -23,7 +27,7 @@ def with_masters(checkpoint: Checkpoint) -> Checkpoint:
             "GPT-NeoX run contain master weights",
             "Leave it out.",
         )
-    optimizer = read_optimizer(checkpoint)
+    optimizer = read_optimizer(checkpoint, without_states)
     dropped = tuple(
         replace(drop, reason="optimizer states except the master weights", kind="other")
         if drop.kind == "optimizer"
@@ -55,7 +59,10 @@ def as_it_was_converted(
     of_masters = isinstance(recorded, dict) and recorded.get("weights") == "masters"
     if not of_masters or source.neox is None or source.from_masters:
         return source, ()
-    masters = with_masters(source)
+    way_out = (
+        f"{target.path} was converted from master weights: verify it with the run that has them."
+    )
+    masters = with_masters(source, way_out)
     finding = Finding(
         "masters-compared",
         "info",

@@ -23,8 +23,13 @@ from neox_bridge.wording import some
 _SCALAR_BYTES = 64  # of a scalar
 
 
-def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
-    """The optimizer states as references. Raises BridgeError or Refused."""
+def read_optimizer(
+    checkpoint: Checkpoint, without_states: str = "Use convert for its weights."
+) -> Optimizer:
+    """The optimizer states as references. Raises BridgeError or Refused.
+
+    without_states: what to do instead if there are none.
+    """
     state = checkpoint.neox
     if state is None:
         raise BridgeError(
@@ -56,7 +61,7 @@ def read_optimizer(checkpoint: Checkpoint) -> Optimizer:
         return read_stage0(checkpoint, folder, metas)
     raise BridgeError(
         f"{folder} contains no optimizer states: no *zero_pp_rank_*_optim_states.pt, and no "
-        "optimizer in the mp_rank files. Use convert for its weights."
+        f"optimizer in the mp_rank files. {without_states}"
     )
 
 
