@@ -19,7 +19,7 @@ from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
 from neox_bridge.doctor.advice import Advice, advise
 from neox_bridge.doctor.diagnose import judge
-from neox_bridge.doctor.verdict import Verdict
+from neox_bridge.doctor.verdict import Verdict, free_folder
 from neox_bridge.frameworks.eras import era_named
 from neox_bridge.frameworks.targets import target_named
 
@@ -167,6 +167,49 @@ ONE_RANK = (  # a file a rank, loaded by a tree of March 2024 with other padding
     "\tsize mismatch for sequential.0.word_embeddings.weight: copying a param with shape "
     "torch.Size([300, 48]) from checkpoint, the shape in current model is torch.Size([512, 48]).\n"
 )
+
+
+@pytest.mark.parametrize(
+    ("era", "text", "key"),
+    [
+        ("today", 'Missing key(s) in state_dict: "mlp.linear1.weight".', "mlp.linear1.weight"),
+        ("2024-03", ONLY, INV_FREQ),
+        ("2024-03", ONE_RANK, INV_FREQ),
+        ("today", "AssertionError: Empty ds_version in checkpoint", "optimizer states"),
+    ],
+)
+def test_a_message_about_another_checkpoint(
+    era: str, text: str, key: str, hf: Path, tmp_path: Path
+) -> None:
+    """The checkpoint contains what the message misses, so no conversion of it helps."""
+    root = tmp_path / "run"
+    convert(hf, root, era=era_named(era))
+    advice = advised(text, root)
+    assert key in advice.contradiction
+    assert advice.fix == ""
+    assert not any("neox-bridge" in way for way in (*advice.steps, *advice.others))
+    done = CliRunner().invoke(app, ["doctor", str(root), "--error", "-"], input=text)
+    head, *rows = done.stdout.split("\n\n")[0].splitlines()
+    assert head == f"error: this message is not from {root}"
+    assert [row.split()[0] for row in rows] == ["why", "fix"]
+    assert "(here: global_step0)" in rows[1]
+    assert not advise(text).contradiction  # type: ignore[union-attr]
+
+
+def test_the_optimizer_is_resharded_only_if_there_is_one(hf: Path, tmp_path: Path) -> None:
+    text = "KeyError: 'csr_tensor_module_names'"
+    convert(hf, tmp_path / "run")
+    assert not any("reshard" in way for way in advised(text, tmp_path / "run").others)
+    source = fixture("pythia_bf16_pp1_tp2_dp2")
+    assert any("reshard" in way for way in advised(text, source).others)
+    assert any("reshard" in way for way in advised(text).others)
+
+
+def test_no_ending_stands_twice_in_a_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "run")
+    assert free_folder(f"{path}-fixed", "fixed") == f"{path}-fixed-2"  # never the folder itself
+    assert free_folder(f"{path}-fixed-2/", "fixed") == f"{path}-fixed"
+    assert free_folder(f"{path}-2024-03", "fixed") == f"{path}-2024-03-fixed"
 
 
 def test_several_causes_have_one_command(hf: Path, tmp_path: Path) -> None:

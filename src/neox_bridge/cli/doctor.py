@@ -291,6 +291,10 @@ def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> di
 
 def _print_advice(advice: Advice, path: str) -> None:
     """What is wrong, why, the one command, other ways and links."""
+    if advice.contradiction:
+        rows = [("why", advice.contradiction), *way_out_rows(advice.steps, (), ())]
+        print_block(f"error: this message is not from {path}", rows)
+        return
     details = Details(advice.missing, advice.unexpected, advice.wrong, advice.layers)
     rows = [
         *evidence_rows([details]),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from neox_bridge.doctor.explain import recognise
+from neox_bridge.doctor.judge_neox import stored_block_keys
 from neox_bridge.doctor.messages import Diagnosis, Message, read_message, short
 from neox_bridge.doctor.verdict import free_folder
 from neox_bridge.findings import Command
@@ -14,6 +15,7 @@ from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.source_tree import looks_like_tree
 from neox_bridge.frameworks.targets import Target, name_of, words_for
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.wording import some
 
 # How a plain text of a diagnosis names what the user has to fill in.
 _CHECKPOINT, _NEW, _TREE = "CHECKPOINT", "NEW", "TREE"
@@ -46,6 +48,7 @@ class Advice:
         steps: Everything that has to be done, in this order.
         framework: What did not load the checkpoint, for people; "" if unknown.
         unnamed: The words in these steps that stand for paths that the user did not name.
+        contradiction: Why the message is not about the checkpoint; "" if it can be.
     """
 
     causes: tuple[Diagnosis, ...]
@@ -59,6 +62,7 @@ class Advice:
     steps: tuple[str, ...] = ()
     framework: str = ""
     unnamed: tuple[str, ...] = ()
+    contradiction: str = ""
 
 
 def advise(
@@ -79,6 +83,9 @@ def advise(
     causes = [_for_checkpoint(cause, checkpoint) for cause in recognise(text)]
     if not causes:
         return None
+    contradiction = _contradiction(message, causes, checkpoint)
+    if checkpoint is not None and contradiction:
+        return _about_another(message, causes, checkpoint, contradiction)
     tree = tree_in(message.text)
     if tree is None and isinstance(target, TreeFacts) and looks_like_tree(target.name):
         tree = target.name
@@ -125,9 +132,47 @@ def advise(
     )
 
 
+def _contradiction(
+    message: Message, causes: Sequence[Diagnosis], checkpoint: Checkpoint | None
+) -> str:
+    """Why a message of GPT-NeoX cannot be about the checkpoint; "" if it can."""
+    if checkpoint is None or checkpoint.neox is None or message.by_transformers:
+        return ""
+    if any(cause.resumes for cause in causes) and not checkpoint.has_optimizer:
+        return "The message is about optimizer states, and this checkpoint has none."
+    stored = () if checkpoint.neox.te else stored_block_keys(checkpoint)
+    keys = [key for key in _blocks(message.missing) if key in stored]
+    if not keys:
+        return ""
+    return f"The message says that the checkpoint does not contain {some(keys)}, but it does."
+
+
+def _about_another(
+    message: Message, causes: Sequence[Diagnosis], checkpoint: Checkpoint, contradiction: str
+) -> Advice:
+    """What to check if the message is not about the checkpoint."""
+    check = (
+        "check which checkpoint the run loads: the yml names the folder (load), and the file "
+        f"latest in it names the step (here: {checkpoint.neox_state.step})"
+    )
+    plain = [replace(cause, remedy=check, others=(), others_with_states=()) for cause in causes]
+    return Advice(
+        causes=tuple(plain),
+        missing=_blocks(message.missing),
+        unexpected=_blocks(message.unexpected),
+        fix="",
+        others=(),
+        more=(),
+        steps=(check,),
+        contradiction=contradiction,
+    )
+
+
 def _for_checkpoint(cause: Diagnosis, checkpoint: Checkpoint | None) -> Diagnosis:
     """A diagnosis with what the checkpoint tells: its settings, and the options that follow."""
     state = checkpoint.neox if checkpoint is not None else None
+    if checkpoint is None or checkpoint.has_optimizer:
+        cause = replace(cause, others=(*cause.others, *cause.others_with_states))
     needs = cause.needs
     if cause.tp_change is not None and state is not None:
         stored, wanted = cause.tp_change

@@ -179,7 +179,7 @@ def _optimizer(m: Message) -> Iterator[Diagnosis]:
             Command(f"{CONVERT} --for neox@v1.0"),
             ("csr_tensor_module_names",),
             (("for", "neox@v1.0"),),
-            others=(
+            others_with_states=(
                 Command(
                     "neox-bridge reshard CHECKPOINT NEW --for neox@v1.0   # with its optimizer"
                 ),

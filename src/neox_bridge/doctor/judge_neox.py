@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.architectures.base import INV_FREQ
+from neox_bridge.architectures.base import INV_FREQ, ModelConfig
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.doctor.causes import BUFFER_LINKS, NAMES_LINKS, buffer_cause, names_cause
@@ -242,7 +242,7 @@ def _key_drift(
     checkpoint: Checkpoint, facts: TreeFacts
 ) -> tuple[list[str], list[str], list[tuple[str, str, str, Details]]]:
     """A block's missing and unexpected keys, and (code, message, remedy, details) of each cause."""
-    want, have = _block_keys(checkpoint, facts, wanted=True), _block_keys(checkpoint, facts)
+    want, have = _wanted_block_keys(checkpoint, facts), stored_block_keys(checkpoint)
     missing = [key for key in want if key not in have]
     unexpected = [key for key in have if key not in want]
     has_names = checkpoint.neox_state.mlp_names
@@ -303,20 +303,34 @@ def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
     return True if checkpoint.config.mlp_bias else None
 
 
-def _block_keys(checkpoint: Checkpoint, facts: TreeFacts, wanted: bool = False) -> list[str]:
-    """A block's keys in the order of its modules: as the tree expects them, or as they are."""
-    config, state = checkpoint.config, checkpoint.neox_state
-    dense, inv_freq = state.mlp_names == "dense", state.inv_freq == "store"
-    if wanted:
-        config = replace(
-            config,
-            norm_bias=True,
-            mlp_bias=_mlp_bias(checkpoint, facts) is not False,
-            attention_bias=checkpoint.raw.get("use_bias_in_attn_linear", True) is not False,
-        )
-        dense = facts.mlp_names == "dense"
-        stored = stores_inv_freq(checkpoint, facts)
-        inv_freq = inv_freq if stored is None else stored
+def _wanted_block_keys(checkpoint: Checkpoint, facts: TreeFacts) -> list[str]:
+    """The names of a block's tensors as the tree expects them, in the order of its modules."""
+    config = replace(
+        checkpoint.config,
+        norm_bias=True,
+        mlp_bias=_mlp_bias(checkpoint, facts) is not False,
+        attention_bias=checkpoint.raw.get("use_bias_in_attn_linear", True) is not False,
+    )
+    stored = stores_inv_freq(checkpoint, facts)
+    inv_freq = checkpoint.neox_state.inv_freq == "store" if stored is None else stored
+    dense = facts.mlp_names == "dense"
+    return _named_keys(checkpoint, config, dense=dense, inv_freq=inv_freq)
+
+
+def stored_block_keys(checkpoint: Checkpoint) -> list[str]:
+    """The names of the tensors that every block of a GPT-NeoX checkpoint has."""
+    state = checkpoint.neox_state
+    return _named_keys(
+        checkpoint,
+        checkpoint.config,
+        dense=state.mlp_names == "dense",
+        inv_freq=state.inv_freq == "store",
+    )
+
+
+def _named_keys(
+    checkpoint: Checkpoint, config: ModelConfig, *, dense: bool, inv_freq: bool
+) -> list[str]:
     names = [
         weight.named(dense)
         for weight in checkpoint.architecture.weights

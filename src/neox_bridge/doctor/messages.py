@@ -54,6 +54,7 @@ class Diagnosis:
         tp_change: Rows of one rank in the checkpoint and in the model, if only the number of
             tensor-parallel ranks differs.
         others: Other ways.
+        others_with_states: Other ways that need a checkpoint with optimizer states.
         more: Links.
     """
 
@@ -68,6 +69,7 @@ class Diagnosis:
     settings: tuple[str, ...] = ()
     tp_change: tuple[int, int] | None = None
     others: tuple[str, ...] = ()
+    others_with_states: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
 
 

@@ -1,6 +1,7 @@
 """What the doctor reports: cases with what the framework prints, and the verdict from them."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -124,10 +125,11 @@ def near(path: str) -> str:
 
 
 def free_folder(path: str, ending: str) -> str:
-    """A folder beside a checkpoint that does not exist yet."""
-    name = new_folder(path, ending)
-    taken = (f"{name}-{number}" for number in range(2, 1000))
-    return name if not os.path.lexists(name) else next(p for p in taken if not os.path.lexists(p))
+    """A folder beside a checkpoint that does not exist yet. No ending stands twice in its name."""
+    path = path.rstrip("/")
+    name = new_folder(re.sub(rf"-{re.escape(ending)}(-\d+)?$", "", path), ending)
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next(free for free in names if free != path and not os.path.lexists(free))
 
 
 def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> Command:
