@@ -20,7 +20,7 @@ from neox_bridge.formats.file_kinds import (
     refuse_misplaced,
 )
 from neox_bridge.layouts.config_files import has_config_beside
-from neox_bridge.layouts.file_names import HF_WEIGHTS
+from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP, is_step_file
 from neox_bridge.layouts.hub_cache import cached_repos
 from neox_bridge.layouts.linked_files import brought_along
 from neox_bridge.layouts.text_files import list_folder, read_json
@@ -290,13 +290,22 @@ def _trainer(folder: _Folder) -> _Explained:
 
 def _parent(folder: _Folder) -> _Explained:
     below = [name for name in folder.names if not name.startswith(".")]
-    models = [name for name in below if "config.json" in folder.inside(name)]
-    if not models:
+    inside = {name: folder.inside(name) for name in below}
+    models = [name for name in below if "config.json" in inside[name] or _is_neox(inside[name])]
+    if not models or _is_neox(below):
         return None
-    return (
-        f"does not contain a model itself. There are models in {some(models)}",
-        f"Name one of them, for example {shlex.quote(folder.file(models[0]))}",
-    )
+    models.sort(key=lambda name: step_of(name) or 0)
+    one = f"Name one of them, for example {shlex.quote(folder.file(models[-1]))}"
+    if len(models) > 1 and all(step_of(name) is not None for name in models):
+        target = folder.path.rstrip("/") + ("-hf" if _is_neox(inside[models[-1]]) else "-neox")
+        command = shlex.join(["neox-bridge", "batch", folder.path, target])
+        one += f". Or convert all of them: {command}"
+    return f"does not contain a model itself. There are models in {some(models)}", one
+
+
+def _is_neox(names: Sequence[str]) -> bool:
+    """Whether these are the names in the folder of a GPT-NeoX run, or of its step."""
+    return "latest" in names or any(STEP.fullmatch(name) or is_step_file(name) for name in names)
 
 
 def _deepspeed(folder: _Folder) -> _Explained:
