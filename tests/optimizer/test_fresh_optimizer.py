@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from common import FIXTURES, hf_tensors, make_hf, same_bits
@@ -17,6 +18,8 @@ from neox_bridge.cli.app import app
 from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
+from neox_bridge.frameworks.eras import era_named
+from neox_bridge.optimizer.default_settings import with_own_defaults
 from neox_bridge.optimizer.fresh import learning_rate, schedule_of
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.planning.options import Options
@@ -149,6 +152,32 @@ def test_it_can_be_resharded(tmp_path: Path) -> None:
     assert back.exit_code == 0, back.output
     random = ("random_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states")
     assert compared(tmp_path / "back", tmp_path / "new", random) == []
+
+
+@pytest.mark.parametrize("era", ["v1.0", "2024-03", "2024-09", "today"])
+def test_a_run_without_dropout_stays_without_it(era: str, tmp_path: Path) -> None:
+    """neox-bridge wrote the run for today's GPT-NeoX, and until 2023-12 the default was 0.1."""
+    hf = make_hf(tmp_path / "hf", torch.float16)
+    convert(hf, tmp_path / "run", "--tp", "2", "--dp", "2")
+    command = ["reshard", str(tmp_path / "run"), str(tmp_path / "new"), "--for", era, "--tp", "1"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    for path in (tmp_path / "new" / "resume.yml", *tmp_path.glob("new/*/configs/*.yml")):
+        yml = yaml.safe_load(path.read_text())
+        explicit = 0.0 if era in ("v1.0", "2024-03") else None
+        assert [yml.get(f"{kind}_dropout") for kind in ("hidden", "attention")] == [explicit] * 2
+    assert ("hidden_dropout: 0, attention_dropout: 0" in done.output) == (explicit == 0.0)
+
+
+def test_a_version_that_is_none_leaves_the_defaults_unknown() -> None:
+    checkpoint = open_checkpoint(str(DATA / "fp32"))
+    optimizer = read_optimizer(checkpoint)
+    raw = {key: value for key, value in checkpoint.raw.items() if "dropout" not in key}
+    metas = tuple({**meta, "ds_version": "a fork"} for meta in optimizer.metas)
+    run = replace(checkpoint, raw=raw), replace(optimizer, metas=metas)
+    new, (finding,) = with_own_defaults(*run, era_named("today"))
+    assert (finding.code, finding.severity) == ("defaults-unknown", "warning")
+    assert new.raw["hidden_dropout"] == 0.0
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:

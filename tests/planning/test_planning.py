@@ -1,5 +1,6 @@
 """Plans: complete or refused, and the numbers that GPT-NeoX would compute."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import yaml
 from common import convert, fixture, make_hf, plan_of
 from hypothesis import given
 from hypothesis import strategies as st
+from published import PUBLISHED
 
 from neox_bridge.errors import Refused
-from neox_bridge.frameworks.eras import ERAS, known_keys
+from neox_bridge.frameworks.eras import ERAS, Era, era_named, known_keys
 from neox_bridge.planning import random_states
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import fit, keep, padded_size
@@ -143,6 +145,34 @@ def test_the_yml_has_only_keys_that_the_era_knows(era, tmp_path: Path) -> None: 
         assert set(loaded) <= known_keys(era)
         stores = inv_freq == "store" and era.inv_freq_key
         assert ("rotary_save_freqs_buffer" in loaded) == stores
+
+
+@pytest.mark.parametrize("era", ERAS, ids=lambda era: era.name)
+@pytest.mark.parametrize("kind", ["hf", "neox"])
+def test_no_default_of_an_older_tree_turns_dropout_on(kind: str, era: Era, tmp_path: Path) -> None:
+    """It was 0.1 until 2023-12-26 (GPT-NeoX#1107), and Pythia was trained without."""
+    source = make_hf(tmp_path / "hf", attention_dropout=0.2)
+    if kind == "neox":
+        convert(source, tmp_path / "run", to="neox")
+        source = tmp_path / "run"
+    convert(source, tmp_path / "neox", to="neox", era=era)
+    for yml in ("finetune.yml", "global_step0/configs/neox_bridge.yml"):
+        loaded = yaml.safe_load((tmp_path / "neox" / yml).read_text())
+        assert loaded["attention_dropout"] == 0.2
+        older = era.name in ("v1.0", "2024-03")
+        assert loaded.get("hidden_dropout") == (0.0 if older else None)
+
+
+def test_dropout_stays_unset_where_it_is_not_known(tmp_path: Path) -> None:
+    """GPT-NeoX v1.0 wrote this run, so that what its yml leaves out was 0.1."""
+    source = tmp_path / "v1"
+    shutil.copytree(PUBLISHED / "v1_dp2" / "flat", source)
+    yml = source / "160M.yml"
+    kept = {k: v for k, v in yaml.safe_load(yml.read_text()).items() if "dropout" not in k}
+    yml.write_text(yaml.safe_dump(kept))
+    convert(source, tmp_path / "neox", to="neox", era=era_named("v1.0"))
+    loaded = yaml.safe_load((tmp_path / "neox" / "finetune.yml").read_text())
+    assert "hidden_dropout" not in loaded
 
 
 def test_one_yml_in_the_root_and_one_blank(tmp_path: Path) -> None:
