@@ -347,7 +347,13 @@ def test_the_epsilon_of_rmsnorm(hf: Path, tmp_path: Path, era: str) -> None:
 
 def test_optimizer_states_and_finetune(hf: Path, tmp_path: Path) -> None:
     root = neox(hf, tmp_path)
-    assert "no-optimizer-states" in codes(judged(root, "today"), "info")
+    for written, remedy in ((True, ""), (False, "set finetune: true in the yml")):
+        if not written:
+            (root / "finetune.yml").unlink()
+        cases = {case.finding.code: case.finding for case in judged(root, "today").cases}
+        finding = cases["no-optimizer-states"]
+        assert (finding.severity, finding.remedy) == ("info", remedy)
+        assert ("finetune.yml beside it sets that" in finding.message) == written
     edit_yml(root, finetune=False)
     without = "TypeError: 'NoneType' object is not subscriptable"
     assert judged(root, "today").message == without
@@ -685,3 +691,23 @@ def test_convert_for_transformers(hf: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 4
     assert "4.37" in done.stderr
+
+
+def test_the_gelu_of_pythia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both verbs say that the result is right. The text suits doctor too, which writes nothing."""
+    from neox_bridge.architectures import shapes
+
+    model = make_hf(tmp_path / "hf", hidden_act="gelu")
+    config = opened(model).config
+    size = shapes.ModelSize(config.layers, config.hidden, config.heads, config.dims["vocab"])
+    monkeypatch.setitem(shapes.PYTHIA, "pythia-tiny", size)
+    words = {
+        "doctor": ["doctor", str(model)],
+        "convert": ["convert", str(model), str(tmp_path / "neox"), "--to", "neox", "--dry-run"],
+    }
+    for name, command in words.items():
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, name
+        assert "computes the same as this Hugging Face model" in done.output, name
+        assert "logits of the two forms differ by about 1e-3" in done.output, name
+        assert "is written" not in done.output, name

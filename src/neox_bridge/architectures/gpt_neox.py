@@ -281,10 +281,12 @@ def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Fin
             Finding(
                 "pythia-gelu",
                 "warning",
-                'config.json sets hidden_act: "gelu", like all published Pythia models, but Pythia '
-                'was trained with the tanh approximation ("gelu_fast"). The exact form is written, '
-                "as config.json says, which changes the logits by about 1e-3",
-                'for the trained form, set hidden_act: "gelu_fast" and convert again',
+                'config.json sets hidden_act: "gelu", the exact GELU, as in all published Pythia '
+                "models. A converted checkpoint computes the same as this Hugging Face model. "
+                'Pythia was trained with another form of GELU, the tanh approximation "gelu_fast", '
+                "and the logits of the two forms differ by about 1e-3",
+                'only if you want the form of the training: set hidden_act: "gelu_fast" in '
+                "config.json before you convert",
             )
         )
     return findings

@@ -1,5 +1,6 @@
 """Whether GPT-NeoX resumes a run from a checkpoint, with the settings in its yml."""
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -7,6 +8,7 @@ from neox_bridge.doctor.judge_neox import fix_for
 from neox_bridge.doctor.verdict import Case, case, failure, near, opening_options
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Command, Details
+from neox_bridge.formats.yml import read_yml
 from neox_bridge.frameworks.changes import change_named
 from neox_bridge.frameworks.deepspeed import NO_VERSION, SUB_PARTITIONS, StatesForm, release_of
 from neox_bridge.frameworks.facts import TreeFacts
@@ -191,10 +193,17 @@ def _no_states(checkpoint: Checkpoint, target: TreeFacts) -> Iterator[Case]:
             prints,
         )
         return
-    yield case(
-        "no-optimizer-states",
-        "info",
-        "the checkpoint has no optimizer states: without finetune: true in the yml, GPT-NeoX fails "
-        f"with {prints}",
-        "set finetune: true in the yml",
-    )
+    message = "the checkpoint has no optimizer states: without finetune: true in the yml, GPT-NeoX "
+    message += f"fails with {prints}"
+    way_out = "set finetune: true in the yml"
+    if _finetunes(checkpoint):
+        message, way_out = f"{message}. finetune.yml beside it sets that", ""
+    yield case("no-optimizer-states", "info", message, way_out)
+
+
+def _finetunes(checkpoint: Checkpoint) -> bool:
+    """Whether the yml that ``convert`` writes into the root starts a run without states."""
+    path = os.path.join(checkpoint.neox_state.root, "finetune.yml")
+    with suppress(BridgeError, OSError):
+        return os.path.isfile(path) and read_yml(path).get("finetune") is True
+    return False
