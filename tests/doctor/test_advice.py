@@ -157,6 +157,32 @@ def test_the_first_case_is_explained(hf: Path, tmp_path: Path, trees: Mapping[st
     assert (advice["layers"], advice["unnamed"]) == (2, [])
 
 
+def test_a_message_and_a_target_have_one_block(hf: Path, tmp_path: Path) -> None:
+    """What is known of the checkpoint explains the message, unless that names something else."""
+    root = tmp_path / "run"
+    convert(hf, root)
+    words = ["doctor", str(root), "--error", "-"]
+    for text, more, code, blocks in (
+        (FIRST, ["--for", "neox@2024-03"], 4, 1),
+        (ONLY, ["--for", "neox@2024-03"], 4, 1),
+        (ONLY, [], 0, 1),
+        (ONLY, ["--for", "today"], 0, 1),  # with the flag in another yml
+        (f"{FIRST}{PADDING}", ["--for", "neox@2024-03"], 4, 2),
+    ):
+        done = CliRunner().invoke(app, [*words, *more], input=text)
+        assert done.exit_code == code, done.output
+        assert len(re.findall("^error: ", done.stdout, re.M)) == blocks, done.stdout
+        fixes = re.findall(r"^  fix +(neox-bridge .*)$", done.stdout, re.M)
+        assert len(fixes) == blocks, done.stdout
+    done = CliRunner().invoke(app, ["doctor", f"{root}-not", *words[2:], *more], input=FIRST)
+    assert done.exit_code == 1
+    assert done.stdout.startswith(f"error: {root}-not does not load in GPT-NeoX 2024-03")
+
+
+PADDING = (
+    "\tsize mismatch for word_embeddings.weight: copying a param with shape torch.Size([300, 48]) "
+    "from checkpoint, the shape in current model is torch.Size([512, 48]).\n"
+)
 ONE_RANK = (  # a file a rank, loaded by a tree of March 2024 with other padding
     "RuntimeError: Error(s) in loading state_dict for SequentialWrapper:\n"
     '\tMissing key(s) in state_dict: "sequential.2.attention.rotary_emb.inv_freq", '

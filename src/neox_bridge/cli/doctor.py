@@ -117,12 +117,15 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
       neox-bridge doctor pythia-410m --for transformers@4.48
       neox-bridge doctor pythia-neox --error traceback.txt
 
-    Exit codes: 0 loads, perhaps with warnings, 1 error, 2 usage error, 4 will not load.
+    Exit codes: 0 loads, perhaps with warnings, 1 error, 2 usage error, 4 will not load in the
+    framework of --for or, without it, in any known version. --error does not change them. Without
+    PATH: 0 the message is known, 1 it is not.
     """
     as_json = output.as_json
     _check_applies(paths, options)
     if not paths and options.error is None:
         raise wrong("PATH", "missing", "Give a checkpoint, or a traceback with --error FILE.")
+    from neox_bridge.doctor.advice import is_among
     from neox_bridge.stores.folder import is_hub
     from neox_bridge.stores.paths import is_local, plain
 
@@ -132,8 +135,13 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
         )
     paths = tuple(map(plain, paths))
     report = document(paths=paths)
+    advice = None
     if options.error is not None:
-        report |= _advise(options.error, paths, options.target, as_json)
+        advice = _advise(options.error, paths, options.target)
+        report |= _advice_facts(advice)
+        if not as_json and (options.fixes or options.target is None or len(paths) != 1):
+            _print_advice(advice, paths)
+            advice = None
     if options.fixes:
         report["fixed"] = _fix(_open(paths[0], reading), options, bool(reading.configs), as_json)
         if as_json:
@@ -142,11 +150,19 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     report.setdefault("checkpoints", [])
     loads = True
     for number, path in enumerate(paths):
-        examination = _examine(path, reading, options)
+        try:
+            examination = _examine(path, reading, options)
+        except BridgeError:
+            if advice is not None and not as_json:
+                _print_advice(advice, paths)
+            raise
         loads = loads and examination.loads
         report["checkpoints"].append(examination.facts())
         if not as_json:
-            if number or options.error is not None:
+            if advice is not None and not is_among(advice, examination.findings):
+                _print_advice(advice, paths)
+                advice = None
+            if number or (options.error is not None and advice is None):
                 print()
             _print(examination, path)
     if as_json:
@@ -263,7 +279,7 @@ def _print(examination: Examination, path: str) -> None:
         )
 
 
-def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> dict[str, Any]:
+def _advise(source: str, paths: Sequence[str], target: Target | None) -> Advice:
     """What a pasted traceback means, and the command that fixes it."""
     from neox_bridge.doctor.advice import advise
     from neox_bridge.layouts.open import open_checkpoint
@@ -277,8 +293,10 @@ def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> di
     advice = advise(text, path, checkpoint, target)
     if advice is None:
         raise BridgeError("This text contains no known error message. Paste the whole traceback.")
-    if not as_json:
-        _print_advice(advice, path)
+    return advice
+
+
+def _advice_facts(advice: Advice) -> dict[str, Any]:
     facts = asdict(advice)
     ways = (*advice.steps, *advice.others)
     facts["commands"] = [way for way in ways if isinstance(way, Command)]
@@ -289,8 +307,9 @@ def _advise(source: str, paths: Sequence[str], target: Any, as_json: bool) -> di
     return {"error": causes, "advice": facts}
 
 
-def _print_advice(advice: Advice, path: str) -> None:
+def _print_advice(advice: Advice, paths: Sequence[str]) -> None:
     """What is wrong, why, the one command, other ways and links."""
+    path = paths[0] if len(paths) == 1 else ""
     if advice.contradiction:
         rows = [("why", advice.contradiction), *way_out_rows(advice.steps, (), ())]
         print_block(f"error: this message is not from {path}", rows)

@@ -9,7 +9,7 @@ from neox_bridge.doctor.explain import recognise
 from neox_bridge.doctor.judge_neox import stored_block_keys
 from neox_bridge.doctor.messages import Diagnosis, Message, read_message, short
 from neox_bridge.doctor.verdict import free_folder
-from neox_bridge.findings import Command
+from neox_bridge.findings import Command, Finding
 from neox_bridge.frameworks.eras import FLAG, LATER_ERAS, TODAY, InvFreq, MlpNames, known_keys
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.source_tree import looks_like_tree
@@ -130,6 +130,17 @@ def advise(
             if not value and any(re.search(rf"\b{word}\b", way) for way in (*steps, *others))
         ),
     )
+
+
+def is_among(advice: Advice, findings: Iterable[Finding]) -> bool:
+    """Whether the findings of a checkpoint explain all that its message names.
+
+    Their fix is then the better one, because it also knows what the message does not name.
+    """
+    errors = [finding.details for finding in findings if finding.severity == "error"]
+    keys = {key for one in errors for key in (*one.missing, *one.unexpected)}
+    named = {key for cause in advice.causes for key in _blocks(cause.keys)}
+    return not advice.contradiction and bool(named) and named <= keys
 
 
 def _contradiction(
