@@ -20,7 +20,10 @@ from jsonschema import Draft202012Validator
 from neox_bridge.cli.app import COMMANDS, SHELLS, app
 from neox_bridge.cli.batch_schema import batch_file_schema
 from neox_bridge.cli.command import Command, Parameter
+from neox_bridge.frameworks.eras import ERAS
+from neox_bridge.frameworks.targets import NEOX_NAMES, TRANSFORMERS_NAMES, target_named
 from neox_bridge.option import GROUPS, options_of
+from neox_bridge.planning.options import Options
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "batch-file.schema.json"
 # the names in annotations of groups, which are imported for type checkers only
@@ -134,6 +137,27 @@ def test_completion_knows_commands_options_and_words(shell: str) -> None:
     assert "bfloat16" not in complete(shell, "neox-bridge convert --dtype fl")
 
 
+def test_completion_knows_what_for_takes() -> None:
+    for name in ("convert", "reshard", "doctor"):
+        words = complete("bash", f"neox-bridge {name} --for ")
+        for era in ERAS:
+            assert f"neox@{era.name}\n" in words
+        assert ("transformers@4.48\n" in words) == (name != "reshard")
+    assert complete("bash", "neox-bridge convert --for neox@2024-0").split() == [
+        "plain,neox@2024-03",
+        "plain,neox@2024-09",
+    ]
+    for offered in (*NEOX_NAMES, *TRANSFORMERS_NAMES):
+        if offered not in ("neox:", "transformers"):  # a folder follows; the installed one
+            target_named(offered)
+
+
+def test_the_defaults_of_choices_for_gpt_neox_are_in_the_help() -> None:
+    texts = {name: declared.text for name, declared in options_of(Options).items()}
+    for name in ("era", "pp", "layout", "inv_freq", "mlp_names"):
+        assert "Default: " in texts[name], name
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_documented_command_sets_completion_up(shell: str, tmp_path: Path) -> None:
     """As docs/index.md says it, in the shell itself where that is installed."""
@@ -148,11 +172,12 @@ def test_the_documented_command_sets_completion_up(shell: str, tmp_path: Path) -
     tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     ask = {
-        "bash": 'eval "$(neox-bridge --completion bash)"\n'
+        "bash": "COMP_WORDBREAKS='=@:'\n"
+        'eval "$(neox-bridge --completion bash)"\n'
         "complete_words() { COMPREPLY=(); COMP_WORDS=($@); COMP_CWORD=$(($# - 1))\n"
         "_neox_bridge_completion neox-bridge; echo ${COMPREPLY[@]}; }\n"
         "complete_words neox-bridge verify --dev; complete_words neox-bridge conv\n"
-        "complete_words neox-bridge convert --dtype bfl",
+        "complete_words neox-bridge convert --dtype bfl; echo $COMP_WORDBREAKS",
         "zsh": 'autoload -U compinit; compinit -u; eval "$(neox-bridge --completion zsh)"\n'
         "echo ${_comps[neox-bridge]}",
         "fish": "neox-bridge --completion fish | source\ncomplete -C 'neox-bridge verify --dev'",
@@ -163,7 +188,7 @@ def test_the_documented_command_sets_completion_up(shell: str, tmp_path: Path) -
     wanted = "_neox_bridge_completion" if shell == "zsh" else "--device"
     assert done.stdout.strip().startswith(wanted), done.stderr
     if shell == "bash":
-        assert done.stdout.split() == ["--device", "convert", "bfloat16"]
+        assert done.stdout.split() == ["--device", "convert", "bfloat16", "=:"]  # not @
 
 
 # --- the batch file

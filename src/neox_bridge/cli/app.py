@@ -100,6 +100,8 @@ def _print_completion(ctx: click.Context, _param: click.Parameter, value: str | 
 
     kind = get_completion_class(value)
     assert kind is not None
+    if value == "bash":  # or bash takes neox@2024-03 for three words
+        click.echo("COMP_WORDBREAKS=${COMP_WORDBREAKS//@/}")
     click.echo(kind(ctx.command, {}, "neox-bridge", "_NEOX_BRIDGE_COMPLETE").source())
     ctx.exit()
 

@@ -44,7 +44,8 @@ class DoctorOptions:
     target: Target | None = option(
         None,
         "The framework that should load it. A GPT-NeoX source tree, a GPT-NeoX tag, date or "
-        "commit, or a transformers version (transformers: the installed one).",
+        "commit (neox@2024-03, or only 2024-03), or a transformers version (transformers: the "
+        "installed one). Default: every known version.",
         "--for",
         common=True,
         value="target",

@@ -27,6 +27,26 @@ class PathName(click.ParamType):  # type: ignore[type-arg]  # generic since clic
         return [CompletionItem(incomplete, type="file")]
 
 
+class Framework(click.ParamType):  # type: ignore[type-arg]
+    """A GPT-NeoX tree or version, or a version of transformers."""
+
+    name = "framework"
+
+    def __init__(self, parse: Callable[[str], Any], *, neox_only: bool = False) -> None:
+        self.parse, self.neox_only = parse, neox_only
+
+    def convert(self, value: Any, _param: Any, _ctx: Any) -> Any:
+        return self.parse(value) if isinstance(value, str) else value
+
+    def shell_complete(self, _ctx: Any, _param: Any, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        from neox_bridge.frameworks.targets import NEOX_NAMES, TRANSFORMERS_NAMES
+
+        names = NEOX_NAMES if self.neox_only else (*NEOX_NAMES, *TRANSFORMERS_NAMES)
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 class Word(click.Choice):  # type: ignore[type-arg]
     """One of some words; another is a usage error that names them, and the nearest first."""
 
@@ -142,8 +162,9 @@ TYPES: dict[str, tuple[Any, str | None]] = {
     "path": (PathName(), "PATH"),
     "size": (parse_size, "SIZE"),
     "rows": (_parse_rows, f"N|{'|'.join(_ROWS)}"),
-    "framework": (_parse_era, _FRAMEWORK),
-    "target": (_parse_target, _FRAMEWORK),
+    "framework": (Framework(_parse_era), _FRAMEWORK),
+    "neox version": (Framework(_parse_era, neox_only=True), "neox:TREE|neox@DATE|today"),
+    "target": (Framework(_parse_target), _FRAMEWORK),
     "moment": (_parse_moment, "DATE|VERSION"),
     "picture": (_parse_picture, "FILE.png|svg"),
 }

@@ -22,7 +22,13 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Finding, Subject, unrepeated
 from neox_bridge.frameworks.eras import ERAS, fitting
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
-from neox_bridge.frameworks.targets import Target, name_of, target_named, words_for
+from neox_bridge.frameworks.targets import (
+    KNOWN_TRANSFORMERS,
+    Target,
+    name_of,
+    target_named,
+    words_for,
+)
 from neox_bridge.frameworks.writers import words_of
 from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, way_out_of
 from neox_bridge.layouts.copies import copy_findings
@@ -36,7 +42,7 @@ from neox_bridge.planning.weight_dtypes import odd_dtypes
 
 # The targets that are checked if none is named. transformers: one on each side of a change.
 KNOWN_NEOX = tuple(f"neox@{era.name}" for era in ERAS)
-KNOWN_HF = ("transformers@4.30", "transformers@4.48", "transformers@5.3", "transformers@5.24")
+KNOWN_HF = tuple(f"transformers@{version}" for version in KNOWN_TRANSFORMERS)
 # What the judges decide for a target that reads the checkpoint. They omit what is harmless.
 _SETTLED: tuple[Subject, ...] = ("config sizes", "duplicate keys", "rotary settings")
 

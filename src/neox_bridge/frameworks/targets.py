@@ -15,6 +15,14 @@ from neox_bridge.frameworks.source_tree import looks_like_tree, read_tree
 
 Target = TreeFacts | TransformersFacts
 
+# A version of transformers for each way in which it reads checkpoints; the newest is the last.
+KNOWN_TRANSFORMERS = ("4.30", "4.48", "5.4", "5.24")
+# What a shell offers: the versions of GPT-NeoX are the last of each span of its history.
+NEOX_NAMES = ("today", *(f"neox@{era.name}" for era in ERAS), "neox:")
+TRANSFORMERS_NAMES = (
+    "transformers",
+    *(f"transformers@{version}" for version in KNOWN_TRANSFORMERS),
+)
 # What a checkpoint's args hold, the same in all four trees (megatron/checkpointing.py)
 ARGS = (
     "num_layers",
@@ -69,7 +77,8 @@ def _neox(name: str, text: str) -> TreeFacts:
     known = ", ".join(f"neox@{era.name}" for era in ERAS)
     raise BridgeError(
         f"`era={text}`: unknown. Valid values: neox:FOLDER for a source tree, {known}, a date "
-        "(neox@2024-05-01), a commit, transformers@VERSION, or transformers for the installed one."
+        "(neox@2024-05-01), a commit, transformers@VERSION, or transformers for the installed one. "
+        "neox@ before a version, a date or a commit may be left out."
     )
 
 

@@ -69,7 +69,7 @@ class Resharding:
         text="The GPT-NeoX that will resume the run. A source tree, a tag, date or commit "
         "(neox@v1.0, neox@2024-03), or today. Default: a GPT-NeoX like the one that wrote SRC.",
         group=RESUME,
-        metavar="neox:TREE|neox@DATE|today",
+        value="neox version",
     )
     row_bias: RowBias = inherited(
         Options,

@@ -66,7 +66,8 @@ class Options:
     )
     pp: int | None = option(
         None,
-        "Number of pipeline stages (pipe_parallel_size). 0 is the same as --layout ranks.",
+        "Number of pipeline stages (pipe_parallel_size). 0 is the same as --layout ranks. "
+        "Default: as in a GPT-NeoX source, otherwise 1.",
         side="neox",
         common=True,
         minimum=0,
@@ -74,28 +75,32 @@ class Options:
     layout: LayoutName | None = option(
         None,
         "How the weights are split into files. layers: one file per layer and rank "
-        "(pipe_parallel_size 1 or more); ranks: one file per rank (pipe_parallel_size 0).",
+        "(pipe_parallel_size 1 or more); ranks: one file per rank (pipe_parallel_size 0). "
+        "Default: as in a GPT-NeoX source, otherwise layers, or ranks for a reward model.",
         side="neox",
         choices=("layers", "ranks"),
     )
     inv_freq: InvFreq | None = option(
         None,
-        "Whether to store the rotary buffer inv_freq in the files.",
+        "Whether to store the rotary buffer inv_freq in the files. Default: as --for needs it; "
+        "without --for, as in a GPT-NeoX source, otherwise omit.",
         side="neox",
         choices=("omit", "store"),
     )
     mlp_names: MlpNames | None = option(
         None,
         "Names of the MLP weights. linear: mlp.linear1 (since 2024-09); dense: mlp.dense_h_to_4h, "
-        "or w1, w2 and w3 for Llama.",
+        "or w1, w2 and w3 for Llama. Default: as --for needs them; without --for, as in a GPT-NeoX "
+        "source, otherwise linear.",
         side="neox",
         choices=("linear", "dense"),
     )
     era: Era | None = option(
         None,
         "The framework that will load the result. A GPT-NeoX source tree, a GPT-NeoX tag, date or "
-        "commit (neox@v1.0, neox@2024-03), or a transformers version. It decides the names, "
-        "buffers and settings. A model that this version does not support is refused.",
+        "commit (neox@v1.0, neox@2024-03, or only 2024-03), or a transformers version. It decides "
+        "the names, buffers and settings. A model that this version does not support is refused. "
+        "Default: as in a GPT-NeoX source, otherwise today.",
         "--for",
         side="neox",
         group=WRITTEN,
@@ -249,7 +254,7 @@ def with_choices(options: _Chosen, choices: Mapping[str, Any]) -> _Chosen:
 def _value(name: str, declared: Option, value: Any) -> Any:
     if isinstance(value, str):
         value = declared.aliases.get(value, value)
-        if declared.value == "framework":
+        if declared.value in ("framework", "neox version"):
             from neox_bridge.frameworks.eras import era_named
 
             return era_named(value)
