@@ -180,6 +180,21 @@ def test_a_version_that_is_none_leaves_the_defaults_unknown() -> None:
     assert new.raw["hidden_dropout"] == 0.0
 
 
+def test_a_run_at_its_last_iteration_has_nothing_to_train(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    options = Options(to="neox", optimizer="fresh", iteration=999)
+    checkpoint = open_checkpoint(str(hf))
+    before = make_plan(checkpoint, options, "x")
+    assert "nothing-to-train" not in {finding.code for finding in before.findings}
+    output = convert(hf, tmp_path / "run", "--iteration", "1000")
+    assert "warning: resume.yml sets train_iters: 1000, and the checkpoint is at" in output
+    assert "set train_iters and lr_decay_iters above 1000 in resume.yml" in output
+    yml = yaml.safe_load((tmp_path / "run" / "resume.yml").read_text())
+    assert yml["train_iters"] == 1000
+    unoptimized = make_plan(checkpoint, replace(options, optimizer="none", iteration=5000), "x")
+    assert "nothing-to-train" not in {finding.code for finding in unoptimized.findings}
+
+
 def test_what_cannot_be(tmp_path: Path) -> None:
     run = CliRunner()
     source = str(FIXTURES / "llama_fp32_2024_09_w123_tp2" / "checkpoints")

@@ -112,6 +112,7 @@ def plan_neox(
             "stage": optimizer.stage,
         }
         findings.append(_schedule())
+        findings += _finished(training.get("train_iters"), iteration)
     metadata = partial(start_of_run, layout, args, iteration, optimizer)
     model = NeoxModel(architecture, config, wholes, layout)
     files = list(weight_files(step, model, metadata, alike=optimizer is None))
@@ -277,14 +278,30 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
 
 
 def _schedule() -> Finding:
-    """AnnealingLR takes the checkpoint's words unless told (megatron/learning_rates.py)."""
+    """AnnealingLR asserts that both are equal (megatron/learning_rates.py, _check_and_set)."""
     return Finding(
         "schedule",
         "info",
         "the checkpoint contains the learning-rate schedule made of these settings. GPT-NeoX "
-        "uses that, not the yml",
+        "stops with an AssertionError if the yml has another schedule",
         "to use the schedule of the yml, set override_lr_scheduler: true",
     )
+
+
+def _finished(last: object, iteration: int) -> list[Finding]:
+    """GPT-NeoX trains until train_iters (megatron/training.py, train)."""
+    if not isinstance(last, int) or iteration < last:
+        return []
+    return [
+        Finding(
+            "nothing-to-train",
+            "warning",
+            f"resume.yml sets train_iters: {last}, and the checkpoint is at iteration {iteration}, "
+            "so GPT-NeoX trains no step",
+            f"set train_iters and lr_decay_iters above {iteration} in resume.yml, and "
+            "override_lr_scheduler: true",
+        )
+    ]
 
 
 def _iteration(checkpoint: Checkpoint) -> int:
