@@ -592,6 +592,7 @@ def test_a_conversion_script(key: str, script: str, to: str, hf: Path, tmp_path:
         ),
         ("Automatic adjustment of ZeRO's optimizer", "neox-bridge reshard CHECKPOINT NEW --dp N"),
         ("KeyError: 'module'", "--layout layers"),
+        ('Unexpected key(s) in state_dict: "mlp.linear1.weight".', "--for neox@2024-09"),
     ],
 )
 def test_quoted_alone(text: str, remedy: str) -> None:

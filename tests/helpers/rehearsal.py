@@ -66,7 +66,7 @@ EXITS = {
 }
 # Other programs that pages call, and that run too. All others are marked in the page with what they
 # need: ``# needs a cluster``.
-ALSO_RUN = ("hf download", "python benchmarks/simulate.py")
+ALSO_RUN = ("cat traceback.txt", "hf download", "python benchmarks/simulate.py")
 # What is run instead of what takes long, or is somewhere else on this machine.
 REPLACED = {
     "python benchmarks/simulate.py --checkpoints 10000": (

@@ -114,7 +114,7 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     \b
     Examples:
       neox-bridge doctor pythia-neox --for neox:~/gpt-neox
-      neox-bridge doctor pythia-neox --for today --fix pythia-fixed
+      neox-bridge doctor pythia-neox --for today --fix pythia-neox-fixed
       neox-bridge doctor pythia-410m --for transformers@4.48
       neox-bridge doctor pythia-neox --error traceback.txt
 

@@ -125,6 +125,17 @@ def _mlp(m: Message) -> Iterator[Diagnosis]:
             more=NAMES_LINKS,
             older="checkpoint",
         )
+    elif not missing and (keys := short(unexpected, r"mlp\.linear[12]\.weight")):  # a cut message
+        yield Diagnosis(
+            "neox-mlp-names",
+            names_cause("dense", False),
+            Command(f"{CONVERT} --for neox@2024-09"),
+            keys,
+            needs=(("for", "neox@2024-09"),),
+            by_convert=True,
+            more=NAMES_LINKS,
+            older="framework",
+        )
 
 
 def _norms(m: Message) -> Iterator[Diagnosis]:
