@@ -488,6 +488,9 @@ def test_without_a_network_the_cache_is_read(hub: Stub, run: Commands) -> None:
     gone = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     _, err = run("inspect", f"{RAW}@step8", code=1, **gone)
     assert "cannot be reached" in err
+    command = err.strip().partition("To try neox-bridge without a network: neox-bridge ")[2]
+    run(*shlex.split(command), **gone)
+    run("convert", "pythia-70m", "pythia-neox", **gone)
     run.cached(RAW, FLAT)
     out, _ = run("inspect", f"{RAW}@step8", **gone)
     assert "the Hub cannot be reached, so the cached copy" in out

@@ -18,6 +18,8 @@ from neox_bridge.stores.local_folder import missing_message
 from neox_bridge.stores.paths import absolute, afresh, exists, is_local, isdir, lexists
 from neox_bridge.tensors.fused import GqaOrder
 
+_TOY = "neox-bridge toy pythia-70m pythia-70m --as hf"  # makes a model, of random weights
+
 
 def detect(path: str) -> Kind:
     """The kind of a folder: Hugging Face or GPT-NeoX. Raises BridgeError if it is neither."""
@@ -145,7 +147,10 @@ def _find(
         except BridgeError as error:
             if type(error) not in (BridgeError, Unreachable):
                 raise
-            raise type(error)(f"{error} {no_folder(source)}") from None
+            words = f"{error} {no_folder(source)}"
+            if isinstance(error, Unreachable):
+                words += f" To try neox-bridge without a network: {_TOY}"
+            raise type(error)(words) from None
         if isdir(os.path.dirname(source)):  # so the name may be a misspelled path
             message = f"there is no local folder {source}, so the model on the Hub is read"
             finding = Finding("read-from-hub", "info", message, suggestions(source))
