@@ -306,6 +306,29 @@ def test_what_is_done_is_skipped_and_what_changed_is_written_anew(
     )
 
 
+@pytest.mark.parametrize("recheck", [False, True])
+@pytest.mark.parametrize("name", ["latest", "finetune.yml"])
+def test_a_target_without_a_file_above_its_step_is_written_anew(
+    name: str, recheck: bool, run: Path, tmp_path: Path
+) -> None:
+    """GPT-NeoX finds no checkpoint without `latest`. A yml that is only edited is the user's."""
+    batch = batch_of(tmp_path / "out", every_hash=recheck)
+    convert(run, batch)
+    file = tmp_path / "out/step1" / name
+    good = file.read_bytes()
+    with (tmp_path / "out/step1/finetune.yml").open("a") as yml:
+        yml.write("train_iters: 7\n")
+    assert convert(run, batch).status == "skipped"
+    file.unlink()
+    again = convert(run, batch)
+    assert again.status == "done"
+    assert file.read_bytes() == good
+    (finding,) = [f for f in again.findings if f.code == "not-whole"]
+    kept = tmp_path / "out/step1.changed"
+    assert finding.message == f"{file} is missing: converted again; kept as {kept}"
+    assert (kept / "global_step1").is_dir()
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -318,6 +318,14 @@ def test_a_folder_may_be_moved_and_renamed(source: Path, tmp_path: Path) -> None
     code, text = ask(tmp_path / "elsewhere")
     assert code == 0
     assert "edited: ../finetune.yml (this file is meant to be edited)" in text
+    for name in ("finetune.yml", "latest"):
+        file = tmp_path / "elsewhere" / name
+        written = file.read_bytes()
+        file.unlink()
+        code, text = ask(tmp_path / "elsewhere")
+        assert code == 3
+        assert f"missing: ../{name}\n" in text
+        file.write_bytes(written)
     next(step_of(tmp_path / "elsewhere").glob("layer_02*")).unlink()
     code, text = ask(tmp_path / "elsewhere")
     assert code == 3

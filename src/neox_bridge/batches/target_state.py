@@ -15,7 +15,7 @@ from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.paths import is_local, isdir, listdir, states, walk
 from neox_bridge.stores.store import WORK
-from neox_bridge.verification.sealed import find_record, unrecorded
+from neox_bridge.verification.sealed import find_record, path_of, unrecorded
 
 TargetState = Literal["absent", "whole", "changed", "other"]
 Decision = Literal["skip", "refuse", "write"]
@@ -75,13 +75,14 @@ def _first_change(
 ) -> str:
     """What is wrong with the first file that does not match the record; "" if all match."""
     folder = os.path.dirname(record)
-    # files above a step belong to the user once they are written
-    inside = [file for file in files if not file[0].startswith("../")]
-    there = states([record, *(f"{folder}/{name}" for name, _, _ in inside)], missing_ok=True)
-    for name, size, digest in inside:
-        file = f"{folder}/{name}"
+    paths = {name: path_of(folder, name) for name, _, _ in files}
+    there = states([record, *paths.values()], missing_ok=True)
+    for name, size, digest in files:
+        file = paths[name]
         if file not in there:
             return f"{file} is missing"
+        if name.startswith("../"):
+            continue  # a file above a step may be edited
         # objects have no modification time, but are replaced atomically
         touched = there[file].modified_ns > there[record].modified_ns
         same = there[file].size == size
@@ -96,9 +97,7 @@ def _added(folder: str, files: Sequence[tuple[str, int, str | None]]) -> str:
     """The first added file that a framework could read as part of the checkpoint; "" if none."""
     for change in unrecorded(folder, {name for name, _, _ in files}):
         if change.kind == "added":
-            above = change.path.startswith("../")  # stores have no ".."
-            home = os.path.dirname(folder) if above else folder
-            return f"{home}/{change.path.removeprefix('../')}"
+            return path_of(folder, change.path)
     return ""
 
 

@@ -101,13 +101,12 @@ def check_seal(
 
     def one(item: tuple[str, int, str | None]) -> FileChange | None:
         path, size, digest = item
-        above = path.startswith("../")
-        # stores have no ".."
-        place = os.path.join(os.path.dirname(folder), path[3:]) if above else None
-        kind = _changed(place or os.path.join(folder, path), size, digest, name)
+        kind = _changed(path_of(folder, path), size, digest, name)
         if progress is not None:
             progress(size)
-        return FileChange(path, "edited" if above else kind) if kind else None
+        if kind == "changed" and path.startswith("../"):
+            kind = "edited"
+        return FileChange(path, kind) if kind else None
 
     with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) as pool:
         changes += filter(None, pool.map(one, sorted(files, key=lambda item: -item[1])))
@@ -119,6 +118,12 @@ def check_seal(
         sum(digest is None for _, _, digest in files),
         tuple(changes),
     )
+
+
+def path_of(folder: str, name: str) -> str:
+    """The path of a file that a record in ``folder`` names; stores have no ".."."""
+    home = os.path.dirname(folder) if name.startswith("../") else folder
+    return os.path.join(home, name.removeprefix("../"))
 
 
 def unrecorded(folder: str, recorded: Collection[str]) -> Iterator[FileChange]:
