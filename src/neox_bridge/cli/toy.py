@@ -68,6 +68,10 @@ class ToyOptions:
 def toy(name: str, folder: str, options: ToyOptions, output: Output) -> None:
     """Write a random fp16 checkpoint in the shape of a Pythia model, for tests and benchmarks.
 
+    The weights are random, and their activations are close to zero. A toy shows whether files are
+    converted and load, but not whether a model computes well: `verify --logits` hardly sees
+    differences such as gelu against gelu_fast.
+
     \b
     Examples:
       neox-bridge toy pythia-70m toy-hf --as hf
