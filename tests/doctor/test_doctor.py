@@ -676,7 +676,7 @@ def test_convert_refuses_a_plain_mlp_without_biases(hf: Path, tmp_path: Path) ->
     raw = {**whole.raw, "use_bias_in_mlp": False}
     bare = replace(whole, config=config, tensors=kept, raw=raw)
     for era in (None, era_named("2024-09")):
-        with pytest.raises(Refused, match=r"use_bias_in_mlp.*every tree"):
+        with pytest.raises(Refused, match=r"use_bias_in_mlp.*every GPT-NeoX"):
             make_plan(bare, Options(to="neox", era=era), "out")
 
 
