@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -469,6 +470,22 @@ def test_no_biases_in_attention(tmp_path: Path) -> None:
     assert answers == ["fails", "loads"]
     edit_config(tmp_path / "hf", ("attention_bias",))
     assert codes(judged(tmp_path / "hf", "transformers@4.48")) == {"biases"}
+
+
+def test_a_run_without_latest(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-NeoX does not look for steps: it trains from random weights."""
+    run = neox(hf, tmp_path)
+    assert judged(run, "neox@today").answer == "loads"
+    (run / "latest").unlink()
+    monkeypatch.chdir(tmp_path)
+    for path in (run, run / "global_step0"):
+        verdict = judged(path, "neox@today")
+        assert verdict.answer == "loads with warnings"
+        (one,) = [case for case in verdict.cases if case.finding.code == "latest-missing"]
+        assert f"{run}/latest is missing" in one.finding.message
+        assert one.prints.startswith(f"Unable to find latest file at {run}/latest, if trying")
+    subprocess.run(str(one.finding.remedy), shell=True, check=True)
+    assert judged(run, "neox@today").answer == "loads"
 
 
 def test_dtypes_of_config(hf: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ code on CPU. Their order is that in which GPT-NeoX and DeepSpeed check: the yml,
 files, the kind of layout, each layer's state dict, ``args``.
 """
 
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,16 +16,18 @@ from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.neox_config import number, round_up
 from neox_bridge.doctor.causes import BUFFER_LINKS, NAMES_LINKS, buffer_cause, names_cause
 from neox_bridge.doctor.neox_folder import stray_cases
-from neox_bridge.doctor.verdict import Case, another_model, case, failure, fix_command
+from neox_bridge.doctor.verdict import Case, another_model, case, failure, fix_command, near
 from neox_bridge.findings import Command, Details
 from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.frameworks.changes import CHANGES, change_named, since
 from neox_bridge.frameworks.eras import FLAG, mlp_biases
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
+from neox_bridge.layouts.file_names import STEP
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
+from neox_bridge.stores.paths import is_local, isfile
 from neox_bridge.wording import sentence
 
 # GPT-NeoX's defaults for missing yml keys (megatron/neox_arguments/neox_args.py)
@@ -50,6 +53,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -
     fix = resharding or fix_for(checkpoint, facts)
     yield from _yml(checkpoint, facts, fix)
     yield from _flat(checkpoint.neox_state, fix)
+    yield from _latest(checkpoint.neox_state)
     yield from _rank_files(checkpoint.neox_state)
     yield from _layout_kind(checkpoint)
     yield from _state_dicts(checkpoint, facts, fix)
@@ -132,9 +136,32 @@ def _flat(state: NeoxState, fix: str) -> Iterator[Case]:
         f"looks for a file `latest` and a folder such as {state.step}. It finds neither, prints a "
         "warning and trains from random weights",
         fix,
-        f"Unable to find latest file at {state.folder}/latest, if trying to load latest checkpoint "
+        no_latest(state.folder),
+    )
+
+
+def _latest(state: NeoxState) -> Iterator[Case]:
+    """A run without the file that names its step (DeepSpeed runtime/engine.py, load_checkpoint)."""
+    if state.flat or state.universal or not STEP.fullmatch(state.step):
+        return
+    if isfile(latest := os.path.join(state.root, "latest")):
+        return
+    message = (
+        f"{latest} is missing. GPT-NeoX reads there which step to load. Without it, GPT-NeoX "
+        "prints a warning and trains from random weights"
+    )
+    remedy = f"write {state.step} into it"
+    if is_local(state.root):
+        remedy = Command(f"echo {state.step} > {shlex.quote(near(latest))}")
+    yield case("latest-missing", "warning", message, remedy, no_latest(state.root))
+
+
+def no_latest(folder: str) -> str:
+    """What DeepSpeed prints for a folder without ``latest``."""
+    return (
+        f"Unable to find latest file at {folder}/latest, if trying to load latest checkpoint "
         "please ensure this file exists or pass an explicit checkpoint tag when loading a "
-        "checkpoint.",
+        "checkpoint."
     )
 
 
