@@ -106,7 +106,7 @@ def test_layers_and_transformer_engine(tmp_path: Path) -> None:
 def test_more_labels_are_refused_by_name(labels: int, tmp_path: Path) -> None:
     hf = make_scorer(tmp_path / "hf", labels=labels)
     assert open_checkpoint(str(hf)).config.dims["labels"] == labels
-    with pytest.raises(Refused, match=f"num_labels: .* with {labels}"):
+    with pytest.raises(Refused, match=f"num_labels: .* this model has {labels}"):
         plan_of(hf, tmp_path / "neox")
 
 

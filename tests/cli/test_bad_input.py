@@ -89,7 +89,7 @@ QKV = "gpt_neox.layers.1.attention.query_key_value.weight"
         (remove("model.safetensors"), ["config.json", "model.safetensors", "Download"]),
         (remove("config.json"), ["neither"]),
         (truncate("model.safetensors"), ["model.safetensors", "truncated"]),
-        (truncate("config.json"), ["config.json", "isn't JSON"]),
+        (truncate("config.json"), ["config.json", "is not valid JSON"]),
         (edit_config(num_hidden_layers=3), ["num_hidden_layers", "3", "2"]),
         (edit_config(num_attention_heads=7), ["num_attention_heads", "7", "48"]),
         (edit_config(num_attention_heads=None), ["num_attention_heads"]),

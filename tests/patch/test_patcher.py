@@ -477,15 +477,19 @@ SLOPES = '        self.register_buffer("slopes", slopes)\n'
         (SLOPES, "        self.register_buffer(NAME, slopes)\n", "name is not a literal"),
         (SLOPES, "        if math:\n    " + SLOPES, "a separate statement"),
         (SLOPES, '        self.register_buffer("slopes", slopes * 2)\n', "computed as slopes"),
-        (SLOPES, '        self.register_buffer("slopes", *slopes)\n', "other arguments"),
-        (SLOPES, '        self.register_buffer("slopes", tensor=slopes)\n', "other arguments"),
-        (SLOPES, '        self.register_buffer("slopes", slopes, False)\n', "other arguments"),
+        (SLOPES, '        self.register_buffer("slopes", *slopes)\n', "arguments other than"),
+        (SLOPES, '        self.register_buffer("slopes", tensor=slopes)\n', "arguments other than"),
+        (SLOPES, '        self.register_buffer("slopes", slopes, False)\n', "arguments other than"),
         (SLOPES, '        other.register_buffer("slopes", slopes)\n', "on self"),
-        (SLOPES, '        keep = self.register_buffer("slopes", slopes)\n', "of its own"),
+        (SLOPES, '        keep = self.register_buffer("slopes", slopes)\n', "a separate statement"),
         (SLOPES, SLOPES + SLOPES.replace("slopes", "inv_freq"), "both inv_freq and slopes"),
         ("class AliBi(torch.nn.Module)", "class AliBi", "is not a subclass"),
-        (SLOPES, SLOPES + "        self.register_load_state_dict_pre_hook(f)\n", "of its own"),
-        (SLOPES, SLOPES + "\n    def _load_from_state_dict(self): pass\n", "of its own"),
+        (
+            SLOPES,
+            SLOPES + "        self.register_load_state_dict_pre_hook(f)\n",
+            "its own load hook",
+        ),
+        (SLOPES, SLOPES + "\n    def _load_from_state_dict(self): pass\n", "its own load hook"),
         ("import torch\n", "import torch as t\ntorch = t\n", "does not import torch"),
         ("class RotaryEmbedding", "class Rotary", "has no RotaryEmbedding"),
         (STORES, "", "has no RotaryEmbedding"),
@@ -637,11 +641,9 @@ def shown_changes(text: str) -> list[tuple[str, str, str]]:
 def test_the_page_shows_what_to_do_by_hand() -> None:
     page = PAGE.read_text()
     source = page[page.rindex("class RotaryEmbedding") :].rpartition("```")[0]
-    source = source.replace("(...):\n        ...", "(self):\n        super().__init__()")
-    source = source.replace("inv_freq, persistent", "torch.ones(2), persistent")
     names: dict[str, Any] = {"torch": torch}
     exec(source, names)
-    module = names["RotaryEmbedding"]()
+    module = names["RotaryEmbedding"](4)
     module.load_state_dict({})
     module.load_state_dict({"inv_freq": torch.zeros(2)})
     assert module.inv_freq.all()

@@ -363,11 +363,14 @@ def test_json_says_what_the_page_does(hf: Path, other: Path, tmp_path: Path) -> 
 def test_what_is_no_result(hf: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     for content, said in (
-        ("{", "bad.json isn't JSON"),
-        ("[" * 100_000, "bad.json isn't JSON"),
+        ("{", "bad.json is not JSON"),
+        ("[" * 100_000, "bad.json is not JSON"),
         ("[]", "bad.json is not a result"),
         ('{"a": 1}', "bad.json is not a result that a report can show"),
-        ('{"equal": false, "tensors": [{"nme": 1}]}', "looks like a result of diff, but isn't"),
+        (
+            '{"equal": false, "tensors": [{"nme": 1}]}',
+            "looks like a result of diff, but is incomplete",
+        ),
         ('{"holds": true, "differences": 5}', "looks like a result of verify, but isn't"),
         ('{"holds": 1, "findings": [], "steps": [1]}', "looks like a result of audit, but isn't"),
     ):

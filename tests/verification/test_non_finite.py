@@ -120,7 +120,7 @@ def test_an_overflow_in_the_forward_has_a_place_and_no_weight(tmp_path: Path) ->
     done = run("verify", source, tmp_path / "neox", "--logits")
     assert done.exit_code == 3
     assert "CANNOT BE COMPARED" in done.stdout
-    assert "every weight is finite" in done.stdout
+    assert "all weights are finite" in done.stdout
     assert "layer 1, mlp" in done.stdout
 
 
