@@ -371,8 +371,8 @@ def test_what_is_no_result(hf: Path, tmp_path: Path) -> None:
             '{"equal": false, "tensors": [{"nme": 1}]}',
             "looks like a result of diff, but is incomplete",
         ),
-        ('{"holds": true, "differences": 5}', "looks like a result of verify, but isn't"),
-        ('{"holds": 1, "findings": [], "steps": [1]}', "looks like a result of audit, but isn't"),
+        ('{"holds": true, "differences": 5}', "result of verify, but is incomplete"),
+        ('{"holds": 1, "findings": [], "steps": [1]}', "result of audit, but is incomplete"),
     ):
         bad.write_text(content)
         done = run("report", bad, "-o", tmp_path / "page.html")
