@@ -23,6 +23,7 @@ from typing import (
 
 from neox_bridge.architectures.page import FamilyRow
 from neox_bridge.batches.row import BatchRow
+from neox_bridge.doctor.compare import Row
 from neox_bridge.documents import SCHEMA_VERSION
 from neox_bridge.findings import Finding
 from neox_bridge.formats.pickle_security import Use
@@ -30,11 +31,15 @@ from neox_bridge.frameworks.suites import Suite
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.hub.preview import PublishPreview
 from neox_bridge.hub.publish import Published
+from neox_bridge.layouts.carried_names import LeftKind
+from neox_bridge.patch.places import Change
 from neox_bridge.planning.casts import Cast
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.verification.compare import Difference
+from neox_bridge.verification.logits import Cause, NonFinite
 from neox_bridge.verification.runs import Fault
 from neox_bridge.verification.sealed import FileChange
+from neox_bridge.verification.statistics import Statistics
 
 PACKAGE = Path(__file__).parents[1] / "src" / "neox_bridge"
 Kind = Literal["hf", "neox"]
@@ -84,7 +89,7 @@ class NotCarried(TypedDict):
     """A file beside the source's model that is not copied. The name of a folder ends in `/`."""
 
     name: str
-    reason: Literal["code", "too large", "not text", "not on the list"]
+    reason: LeftKind
 
 
 class Remarks(TypedDict):
@@ -358,31 +363,6 @@ class ListedTensor(TypedDict):
     shards: list[Shard]
 
 
-class Statistics(TypedDict):
-    """One tensor in numbers; null stands for what no finite value tells.
-
-    Attributes:
-        zeros: The share of elements that are zero.
-        dead_rows: Rows of zeros that are no padding.
-    """
-
-    name: str
-    dtype: str
-    shape: list[int]
-    elements: int
-    minimum: float
-    maximum: float
-    mean: float
-    std: float
-    norm: float
-    zeros: float
-    nans: int
-    infs: int
-    dead_rows: int
-    padding_rows: int
-    constant: bool
-
-
 class _Inspection(Head):
     kind: Kind
     path: str
@@ -491,26 +471,6 @@ class Security(Head):
     files: list[ScannedFile]
 
 
-class LogitsCause(TypedDict):
-    """A mistake that explains why the logits differ."""
-
-    cause: str
-    text: str
-    inherent: bool
-
-
-class NonFiniteLogits(TypedDict):
-    """Logits that are NaN or infinite."""
-
-    tokens: int
-    first: int
-    second: int
-    same_places: bool
-    tensor: str
-    tensor_first: int
-    tensor_second: int
-
-
 class LogitsAgreement(TypedDict):
     """How near the logits of both models are.
 
@@ -532,9 +492,9 @@ class LogitsAgreement(TypedDict):
     top1: float
     place: str
     apart: float
-    causes: list[LogitsCause]
+    causes: list[Cause]
     explained: bool
-    non_finite: NonFiniteLogits | None
+    non_finite: NonFinite | None
 
 
 class _Verification(Head):
@@ -724,16 +684,6 @@ class Judgement(_Judgement, total=False):
     findings: list[DiagnosedFinding]
 
 
-class ComparedFeature(TypedDict):
-    """How both frameworks compute one part of the model."""
-
-    feature: str
-    neox: str
-    transformers: str
-    answer: str
-    note: str
-
-
 class _Diagnosed(TypedDict):
     path: str
     kind: Kind
@@ -745,7 +695,7 @@ class _Diagnosed(TypedDict):
 class Diagnosed(_Diagnosed, total=False):
     """What `doctor` says of one checkpoint."""
 
-    comparison: list[ComparedFeature]
+    comparison: list[Row]
 
 
 class _Diagnosis(Head):
@@ -768,18 +718,11 @@ class Diagnosis(_Diagnosis, total=False):
     fixed: dict[str, Any] | None
 
 
-class PatchedLine(TypedDict):
-    """A change of a source file."""
-
-    line: int
-    what: str
-
-
 class PatchedFile(TypedDict):
     """A source file that was changed, or would be."""
 
     path: str
-    changes: list[PatchedLine]
+    changes: list[Change]
     diff: str
 
 

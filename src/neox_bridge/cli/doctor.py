@@ -261,9 +261,8 @@ def _print(examination: Examination, path: str) -> None:
         same = verdict.message and before != verdict.target
         is_explained = verdict is main and not any(case.prints for case in verdict.cases)
         print_line(f"{verdict.target}: {verdict.answer}{f', as {before}' if same else ''}")
-        for line in () if same or is_explained else verdict.message.splitlines():
-            line = line.strip()  # one may name every layer
-            print_line(f"    {line[:_LONGEST]}{' …' if len(line) > _LONGEST else ''}")
+        if not same and not is_explained:
+            _print_message(verdict.message)
     if not errors and (failing := [v.target for v in verdicts if v.answer == "fails"]):
         command = shlex.join(["neox-bridge", "doctor", path, "--for", failing[-1]])
         print_block("note: --for explains a failure and how to fix it", [("run", Command(command))])
@@ -278,6 +277,12 @@ def _print(examination: Examination, path: str) -> None:
                 ),
             ]
         )
+
+
+def _print_message(message: str) -> None:
+    """What a framework printed, with its lines cut: one may name every layer."""
+    for line in map(str.strip, message.splitlines()):
+        print_line(f"    {line[:_LONGEST]}{' …' if len(line) > _LONGEST else ''}")
 
 
 def _advise(source: str, paths: Sequence[str], target: Target | None) -> Advice:

@@ -32,7 +32,11 @@ _NONE: Settings = {}
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why two sides differ. inherent: no conversion can remove it."""
+    """Why two sides differ.
+
+    Attributes:
+        inherent: Whether no conversion can remove it.
+    """
 
     cause: str
     text: str

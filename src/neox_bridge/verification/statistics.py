@@ -28,12 +28,17 @@ BLOCK_ELEMENTS = 1 << 18  # elements at a time: 2 MiB of float64, and a few temp
 class Statistics:
     """One logical tensor in numbers, computed in float64.
 
-    minimum, maximum, mean, std, norm: of the finite values; NaN where there is none. std is the
-        population's, norm the square root of the sum of squares.
-    zeros: the share of elements that are zero, of either sign. nans, infs: how many there are.
-    dead_rows: rows of zeros of a matrix that are no padding. padding_rows: rows of zeros of the
-        embedding or the output beyond the vocabulary, or at its end.
-    constant: whether more than one element is there, and all are the same finite number.
+    Attributes:
+        minimum: Of the finite values, like the next four; NaN if there is none.
+        std: The standard deviation of the population.
+        norm: The square root of the sum of squares.
+        zeros: The share of elements that are zero, of either sign.
+        nans: How many elements are NaN.
+        infs: How many elements are infinite.
+        dead_rows: Rows of zeros of a matrix that are no padding.
+        padding_rows: Rows of zeros of the embedding or the output beyond the vocabulary, or at its
+            end.
+        constant: Whether there is more than one element, and all are the same finite number.
     """
 
     name: str
