@@ -89,6 +89,7 @@ def test_json_shows_options_in_every_sentence(key: str) -> None:
     assert plain_data({key: "Use `era=today`"}, as_options) == {key: "Use --for today"}
 
 
+@pytest.mark.slow
 def test_every_message_has_an_example() -> None:
     """The page of messages shows it. ``messages_without.txt`` counts those without, and shrinks."""
     problems = message_record.problems(message_record.read_record(), message_record.read_without())

@@ -163,6 +163,7 @@ def test_wrong_models_are_named(
         assert found.place == place
 
 
+@pytest.mark.slow
 def test_a_wrong_order_of_grouped_queries_is_named(tmp_path: Path) -> None:
     convert(fixture("llama_gqa_fp32_tp2"), tmp_path / "hf")
     source = open_checkpoint(str(fixture("llama_gqa_fp32_tp2")), gqa_order="interleaved")
