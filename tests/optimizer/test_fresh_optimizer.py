@@ -19,9 +19,9 @@ from neox_bridge.errors import Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.frameworks.eras import era_named
-from neox_bridge.optimizer.default_settings import with_own_defaults
 from neox_bridge.optimizer.fresh import learning_rate, schedule_of
 from neox_bridge.optimizer.read_files import read_optimizer
+from neox_bridge.planning.default_settings import with_own_defaults
 from neox_bridge.planning.options import Options
 
 
@@ -171,11 +171,9 @@ def test_a_run_without_dropout_stays_without_it(era: str, tmp_path: Path) -> Non
 
 def test_a_version_that_is_none_leaves_the_defaults_unknown() -> None:
     checkpoint = open_checkpoint(str(DATA / "fp32"))
-    optimizer = read_optimizer(checkpoint)
     raw = {key: value for key, value in checkpoint.raw.items() if "dropout" not in key}
-    metas = tuple({**meta, "ds_version": "a fork"} for meta in optimizer.metas)
-    run = replace(checkpoint, raw=raw), replace(optimizer, metas=metas)
-    new, (finding,) = with_own_defaults(*run, era_named("today"))
+    run = replace(checkpoint, raw=raw, neox=replace(checkpoint.neox_state, mlp_names="dense"))
+    new, (finding,) = with_own_defaults(run, "a fork", era_named("today"))
     assert (finding.code, finding.severity) == ("defaults-unknown", "warning")
     assert new.raw["hidden_dropout"] == 0.0
 

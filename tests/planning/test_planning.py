@@ -1,5 +1,6 @@
 """Plans: complete or refused, and the numbers that GPT-NeoX would compute."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from published import PUBLISHED
 
 from neox_bridge.errors import Refused
-from neox_bridge.frameworks.eras import ERAS, Era, era_named, known_keys
+from neox_bridge.frameworks.eras import ERAS, Era, known_keys
 from neox_bridge.planning import random_states
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import fit, keep, padded_size
@@ -163,16 +164,25 @@ def test_no_default_of_an_older_tree_turns_dropout_on(kind: str, era: Era, tmp_p
         assert loaded.get("hidden_dropout") == (0.0 if older else None)
 
 
-def test_dropout_stays_unset_where_it_is_not_known(tmp_path: Path) -> None:
-    """GPT-NeoX v1.0 wrote this run, so that what its yml leaves out was 0.1."""
+@pytest.mark.parametrize("era", [None, *ERAS], ids=lambda era: era.name if era else "none")
+def test_dropout_of_v1_is_written_where_the_default_is_another(
+    era: Era | None, tmp_path: Path
+) -> None:
+    """The yml of this run of GPT-NeoX v1.0 leaves it out, which meant 0.1."""
     source = tmp_path / "v1"
     shutil.copytree(PUBLISHED / "v1_dp2" / "flat", source)
     yml = source / "160M.yml"
     kept = {k: v for k, v in yaml.safe_load(yml.read_text()).items() if "dropout" not in k}
     yml.write_text(yaml.safe_dump(kept))
-    convert(source, tmp_path / "neox", to="neox", era=era_named("v1.0"))
+    plan = convert(source, tmp_path / "neox", to="neox", era=era)
     loaded = yaml.safe_load((tmp_path / "neox" / "finetune.yml").read_text())
-    assert "hidden_dropout" not in loaded
+    changed = era is None or era.name != "v1.0"
+    assert loaded.get("hidden_dropout") == (0.1 if changed else None)
+    assert loaded.get("attention_dropout") == (0.1 if changed else None)
+    assert ("defaults-kept" in {f.code for f in plan.findings}) == changed
+    convert(source, tmp_path / "hf", to="hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["hidden_dropout"], config["attention_dropout"]) == (0.1, 0.1)
 
 
 def test_one_yml_in_the_root_and_one_blank(tmp_path: Path) -> None:

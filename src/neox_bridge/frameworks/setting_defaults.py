@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from neox_bridge.frameworks.deepspeed import release_of
-from neox_bridge.frameworks.eras import MERGED, Era
+from neox_bridge.frameworks.eras import MERGED, Era, MlpNames
 
+WRITER = "neox-bridge "  # before its version, in place of DeepSpeed's in what it starts
 _CHANGED = {key: values for change in MERGED for key, values in change.defaults.items()}
+DROPOUT = ("hidden_dropout", "attention_dropout")
 # a key without which a setting does nothing
 _ONLY_WITH = {"weighted_sampler_alpha": "weight_by_num_documents"}
 # the release of DeepSpeed from which on a run's GPT-NeoX is of after these changes: of 2024-01
@@ -40,12 +42,18 @@ def defaults_left_out(raw: Mapping[str, Any], *, old: bool) -> dict[str, float]:
     }
 
 
-def run_predates_changes(release: tuple[int, int, int] | None) -> bool | None:
-    """Whether a run is of before the changes, by its DeepSpeed's release; None if that is unknown.
+def trained_before_changes(version: str, mlp_names: MlpNames) -> bool | None:
+    """Whether a run trained with the older defaults; None if its files do not tell.
 
-    release: None where the files name no version, as those of GPT-NeoX v1.0.
+    version: ``ds_version`` of its files, "" for none, as those of GPT-NeoX v1.0.
     """
-    if release is None or release < _BEFORE:
+    # neox-bridge starts runs with every default written into their yml where it was another one
+    if version.startswith(WRITER) or mlp_names == "linear":
+        return False
+    release = release_of(version)
+    if release is None:
+        return None if version else True
+    if release < _BEFORE:
         return True
     return False if release >= _AFTER else None
 

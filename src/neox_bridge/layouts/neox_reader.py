@@ -16,7 +16,12 @@ from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
 from neox_bridge.frameworks.check_keys import unknown_in_yml
 from neox_bridge.frameworks.eras import MlpNames
-from neox_bridge.frameworks.setting_defaults import OUTPUT_LAYER
+from neox_bridge.frameworks.setting_defaults import (
+    DROPOUT,
+    OUTPUT_LAYER,
+    defaults_left_out,
+    trained_before_changes,
+)
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import writer_of
 from neox_bridge.layouts.assemble import assemble
@@ -133,7 +138,13 @@ def open_neox(
     known_order = gqa_order or told_order(raw, record, mlp_names)
     order = known_order or "grouped"
     config, tensors, dropped, mismatch = assemble(
-        architecture, read.ranks, raw, layers, folder, order, frozenset(plain.modules)
+        architecture,
+        read.ranks,
+        _with_dropout(raw, text(read.meta, "ds_version"), mlp_names),
+        layers,
+        folder,
+        order,
+        frozenset(plain.modules),
     )
     tokenizer = local_tokenizer(place, raw)
     revision = revision or revision_of(folder)
@@ -288,6 +299,14 @@ def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None
             f"tensor-parallel ranks ({why}), which is not supported. GPT-NeoX disabled this "
             "split in 2023 because it was broken (#905)."
         )
+
+
+def _with_dropout(raw: Mapping[str, Any], version: str, mlp_names: MlpNames) -> Mapping[str, Any]:
+    """The yml with the dropout of v1.0 where it sets none, because config.json states it."""
+    if not trained_before_changes(version, mlp_names):
+        return raw
+    left_out = defaults_left_out(raw, old=True)
+    return {**raw, **{key: left_out[key] for key in DROPOUT if key in left_out}}
 
 
 def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> Architecture:

@@ -21,7 +21,6 @@ from neox_bridge.layouts.tokenizer import describe_tokenizer
 from neox_bridge.layouts.universal_folder import INFO, LATEST, MASTER, Parameter
 from neox_bridge.layouts.unknown_keys import ignored_findings, ignoring, listed, refusals
 from neox_bridge.optimizer.current_form import in_current_form, is_current, writer_version
-from neox_bridge.optimizer.default_settings import computed_findings, with_own_defaults
 from neox_bridge.optimizer.mp_rank import Sources, buffer_names, mp_rank, parameter_name
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.pipeline_stages import holds
@@ -47,6 +46,7 @@ from neox_bridge.planning.common import (
     with_drifted_biases,
     with_vocabulary_rows,
 )
+from neox_bridge.planning.default_settings import computed_findings, with_own_defaults
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import (
     Metadata,
@@ -86,7 +86,9 @@ def plan_reshard(
     refuse_all(dtype_refusals(checkpoint), checkpoint.path)
     read, derived = optimizer.findings, optimizer.derived_findings
     was_v1 = is_v1(optimizer)
-    checkpoint, default_findings = with_own_defaults(checkpoint, optimizer, asked.era)
+    checkpoint, default_findings = with_own_defaults(
+        checkpoint, writer_version(optimizer) or "", asked.era
+    )
     optimizer, given, target = _with_target(checkpoint, optimizer, asked, given)
     weights = with_vocabulary_rows(checkpoint.architecture, target.config, checkpoint.tensors)
     moved = {
@@ -385,7 +387,7 @@ def target_states(
     given: States | None = None,
 ) -> tuple[Optimizer, States | None]:
     """What the target should hold, to check it: the optimizer, and states not as the source's."""
-    checkpoint, _ = with_own_defaults(checkpoint, optimizer, asked.era)
+    checkpoint, _ = with_own_defaults(checkpoint, writer_version(optimizer) or "", asked.era)
     optimizer, given, _ = _with_target(checkpoint, optimizer, asked, given)
     return optimizer, given
 

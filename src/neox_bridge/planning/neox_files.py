@@ -16,6 +16,7 @@ from neox_bridge.formats.torch_zip import layout_pickled
 from neox_bridge.frameworks.deepspeed import StatesForm
 from neox_bridge.frameworks.eras import InvFreq, MlpNames
 from neox_bridge.frameworks.module_order import in_module_order
+from neox_bridge.frameworks.setting_defaults import WRITER
 from neox_bridge.layouts.checkpoint import LayoutName
 from neox_bridge.layouts.derived_values import inv_freq_bytes
 from neox_bridge.layouts.file_names import layer_file, rank_file
@@ -72,7 +73,6 @@ V1_KEYS = (
     "rng_tracker_states",
 )
 SEED = 1234  # GPT-NeoX's default
-WRITER = "neox-bridge "  # before its version, in place of DeepSpeed's in what it starts
 # of an mp_rank file's number and module (None if layers have files of their own): its value,
 # and the tensors of it beside the module's
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]

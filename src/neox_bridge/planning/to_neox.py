@@ -10,10 +10,13 @@ from typing import Any
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Dropped, Finding
-from neox_bridge.frameworks.deepspeed import release_of
 from neox_bridge.frameworks.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.frameworks.keys import neox_keys
-from neox_bridge.frameworks.setting_defaults import predates_changes, run_predates_changes
+from neox_bridge.frameworks.setting_defaults import (
+    DROPOUT,
+    predates_changes,
+    trained_before_changes,
+)
 from neox_bridge.layouts.carried_names import FOLDER as CARRIED
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.gqa import rms_epsilon
@@ -31,10 +34,10 @@ from neox_bridge.planning.common import (
     tokenizer_outputs,
     with_vocabulary_rows,
 )
+from neox_bridge.planning.default_settings import with_own_defaults
 from neox_bridge.planning.era_checks import check_era, lost_in_era
 from neox_bridge.planning.model_identity import identity_of
 from neox_bridge.planning.neox_files import (
-    WRITER,
     MakeOptimizer,
     NeoxModel,
     RankLayout,
@@ -71,7 +74,8 @@ def plan_neox(
     """
     architecture, config = checkpoint.architecture, checkpoint.config
     layout, era = target_layout(checkpoint, options)
-    findings = check_era(checkpoint, layout, era, options)
+    checkpoint, findings = _with_own_defaults(checkpoint, era, options)
+    findings += check_era(checkpoint, layout, era, options)
     if layout.te:
         findings += check_target(checkpoint, layout.tp, era, options)
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, layout.tp)
@@ -329,6 +333,20 @@ def checkpoint_args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dic
     }
 
 
+def _with_own_defaults(
+    checkpoint: Checkpoint, era: Era, options: Options
+) -> tuple[Checkpoint, list[Finding]]:
+    """The run with the defaults in its yml with which it trained, where the target has others."""
+    state = checkpoint.neox
+    if state is None:
+        return checkpoint, []
+    old = trained_before_changes(state.ds_version, state.mlp_names)
+    # without --for, a run whose GPT-NeoX is not known stays one of the same GPT-NeoX
+    target = era if options.era or old is not None else None
+    checkpoint, findings = with_own_defaults(checkpoint, state.ds_version, target)
+    return checkpoint, list(findings)
+
+
 def _carried(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     """A fork's keys, which a new layout keeps for it; a GPT-NeoX that --for names refuses them."""
     if checkpoint.kind != "neox" or options.era is not None:
@@ -370,9 +388,9 @@ def _settings(
         del written.training["train_impl"]
     if config.reward:
         written.model["train_impl"] = "rm"
-    if _has_todays_defaults(checkpoint) and predates_changes(era) is not False:
+    if checkpoint.kind == "hf" and predates_changes(era) is not False:
         # a default of 0.1 would turn on the dropout that the model does not have
-        for key in ("hidden_dropout", "attention_dropout"):
+        for key in DROPOUT:
             if key in known_keys(era):
                 written.model.setdefault(key, getattr(config, key))
     if layout.te:
@@ -381,11 +399,3 @@ def _settings(
             written.model["intermediate_size"] = config.dims["ffn"]
         written.model.update(te_mha=True, te_layernorm_mlp=True)
     return written
-
-
-def _has_todays_defaults(checkpoint: Checkpoint) -> bool:
-    """Whether the config of the model says with which dropout it trained, set or by default."""
-    state = checkpoint.neox
-    if state is None or state.mlp_names == "linear" or state.ds_version.startswith(WRITER):
-        return True
-    return bool(state.ds_version) and run_predates_changes(release_of(state.ds_version)) is False

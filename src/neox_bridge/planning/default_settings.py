@@ -1,36 +1,35 @@
-"""Writes the defaults of the GPT-NeoX that trained a run into the yml that resumes it."""
+"""Writes the defaults of the GPT-NeoX that trained a run into the yml that continues it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from neox_bridge.findings import Finding
-from neox_bridge.frameworks.deepspeed import release_of
 from neox_bridge.frameworks.eras import Era, known_keys
 from neox_bridge.frameworks.setting_defaults import (
     COMPUTED_KEYS,
     defaults_left_out,
     predates_changes,
-    run_predates_changes,
+    trained_before_changes,
 )
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.optimizer.current_form import writer_version
-from neox_bridge.optimizer.states import Optimizer
-from neox_bridge.planning.neox_files import WRITER
 
 
 def with_own_defaults(
-    checkpoint: Checkpoint, optimizer: Optimizer, era: Era | None
+    checkpoint: Checkpoint, version: str, era: Era | None
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
     """Add the defaults that the run trained with to its settings. Returns the run and findings.
 
-    Only where the defaults of another GPT-NeoX differ. era: of the target; None for one like the
-    source.
+    Only where the defaults of another GPT-NeoX differ.
+
+    Args:
+        checkpoint: Of GPT-NeoX.
+        version: Of the DeepSpeed that wrote it, "" where its files have none.
+        era: Of the target; None for one like the source.
     """
     if era is None:
         return checkpoint, ()
-    version = writer_version(optimizer) or ""
-    old = _predates_changes(version)
+    old = trained_before_changes(version, checkpoint.neox_state.mlp_names)
     if old is not None and old == predates_changes(era):
         return checkpoint, ()
     left_out = defaults_left_out(checkpoint.raw, old=bool(old))
@@ -54,19 +53,6 @@ def with_own_defaults(
             "edit the new yml if the GPT-NeoX of the run was older",
         )
     return replace(checkpoint, raw={**settings, **checkpoint.raw}), (finding,)
-
-
-def _predates_changes(version: str) -> bool | None:
-    """Whether a run trained with the older defaults; None if its version does not tell.
-
-    version: ``ds_version`` of its files, "" for none.
-    """
-    # neox-bridge starts runs with every default written into their yml where it was another one
-    if version.startswith(WRITER):
-        return False
-    if version and release_of(version) is None:
-        return None
-    return run_predates_changes(release_of(version))
 
 
 def computed_findings(raw: Mapping[str, Any], effective: Mapping[str, Any]) -> Iterator[Finding]:
