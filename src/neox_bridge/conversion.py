@@ -85,10 +85,21 @@ def plan(checkpoint: Checkpoint, options: Options, target: str) -> Plan:
     from neox_bridge.planning.make import make_plan
 
     if options.optimizer != "fresh":
-        return make_plan(checkpoint, options, target)
+        return with_source_findings(make_plan(checkpoint, options, target), checkpoint)
     from neox_bridge.optimizer.fresh import fresh
 
-    return make_plan(checkpoint, options, target, fresh)
+    return with_source_findings(make_plan(checkpoint, options, target, fresh), checkpoint)
+
+
+def with_source_findings(plan: Plan, checkpoint: Checkpoint) -> Plan:
+    """The plan, with a warning if files of the source changed after neox-bridge wrote them."""
+    if not checkpoint.record:
+        return plan
+    from neox_bridge.execution.execute import sources_of
+    from neox_bridge.verification.sealed import source_findings
+
+    findings = source_findings(checkpoint, frozenset(sources_of(plan)))
+    return replace(plan, findings=(*findings, *plan.findings))
 
 
 def plan_conversion(
@@ -182,6 +193,7 @@ def plan_resharding(
 
         check_row_bias(checkpoint, optimizer, edited, tp=options.tp, universal=options.universal)
     conversion = plan_reshard(checkpoint, optimizer, options, absolute(target), edited)
+    conversion = with_source_findings(conversion, checkpoint)
 
     def make_check(progress: Count | None) -> Check:
         from neox_bridge.verification.optimizer import checker

@@ -416,7 +416,10 @@ def test_lines_are_never_wrapped_or_coloured_off_a_terminal(source: Path, tmp_pa
     assert max(map(len, done.stdout.splitlines())) > 100
     assert "\x1b" not in done.stdout + done.stderr
     assert "\r" not in done.stdout + done.stderr
-    [warning] = done.stderr.splitlines()
+    [changed, warning] = done.stderr.splitlines()
+    assert changed.startswith(
+        f"warning: {source} was changed after neox-bridge wrote it: config.json"
+    )
     assert warning.startswith("warning: config.json says vocab_size: 7, but the tensors say 128")
     shown = spawn("inspect", source, "--tensors", COLUMNS="40").stdout
     wide = [line for line in shown.splitlines() if "query_key_value.weight" in line]

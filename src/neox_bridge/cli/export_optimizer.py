@@ -41,6 +41,7 @@ def export_optimizer(source: str, target: str, reading: Source, execution: Execu
     interrupted.
     """
     with writing(target):
+        from neox_bridge.conversion import with_source_findings
         from neox_bridge.optimizer.read_files import read_optimizer
         from neox_bridge.optimizer.write_export import plan_export
         from neox_bridge.planning.option_checks import check_gqa_order
@@ -48,7 +49,7 @@ def export_optimizer(source: str, target: str, reading: Source, execution: Execu
         checkpoint = reading.open(source)
         check_gqa_order(reading.gqa_order, checkpoint)
         optimizer = read_optimizer(checkpoint)
-        plan = plan_export(checkpoint, optimizer)
+        plan = with_source_findings(plan_export(checkpoint, optimizer), checkpoint)
 
         def checker(progress: Count | None) -> Callable[[str], None]:
             from neox_bridge.verification.optimizer import export_checker

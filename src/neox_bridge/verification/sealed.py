@@ -1,6 +1,7 @@
 """Checks whether a folder that neox-bridge wrote is unchanged, byte for byte."""
 
 import os
+import shlex
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,19 +9,24 @@ from typing import Literal
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.digests import HashName, hash_file
+from neox_bridge.findings import Command, Finding
 from neox_bridge.formats.bounded_json import parse_json
-from neox_bridge.layouts.checkpoint import RECORD
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint
 from neox_bridge.layouts.known_files import files_below, is_known, is_read
 from neox_bridge.layouts.record_file import written_above, written_files
 from neox_bridge.layouts.seal import is_whole
 from neox_bridge.layouts.text_files import list_folder, read_bytes, read_json, read_text
 from neox_bridge.layouts.tokenizer import FOLDER as TOKENIZER
 from neox_bridge.layouts.universal_folder import LATEST
-from neox_bridge.stores.paths import afresh, isdir, isfile
+from neox_bridge.stores.paths import afresh, is_local, isdir, isfile, states
 from neox_bridge.stores.paths import size as size_at
+from neox_bridge.wording import some
 
 ChangeKind = Literal["changed", "missing", "added", "edited", "extra"]
 _HARMLESS = ("edited", "extra")
+_TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth")
+_SMALL_BYTES = 1 << 20  # of a file that is hashed anyway
+_HASHED_BYTES = 256 << 20  # of the larger files of a source that are hashed, all together
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,79 @@ def check_seal(
         sum(digest is None for _, _, digest in files),
         tuple(changes),
     )
+
+
+def source_findings(checkpoint: Checkpoint, sources: Collection[str]) -> list[Finding]:
+    """Where the files that a conversion reads differ from the record that came with them.
+
+    Large files are not read for it: sizes are compared, and the hashes of small files. The hash of
+    a larger file is compared if the file is newer than the record, for up to 256 MiB of files.
+    Objects have no modification time, and the client of the Hub checks what it downloads.
+
+    sources: the paths of the files with tensors, and of those that are copied.
+    """
+    folder = checkpoint.path if checkpoint.neox is None else checkpoint.neox.folder
+    if not checkpoint.record:
+        return []
+    record = os.path.join(folder, RECORD)
+    data = read_bytes(record)
+    try:
+        hash_name, recorded = written_files(parse_json(data))
+    except (ValueError, RecursionError):
+        return []  # an early version wrote no hashes
+    names = {path_of(folder, name): name for name, _, _ in recorded if is_read(name)}
+    files = [
+        (path, names[path], size, digest)
+        for (name, size, digest) in sorted(recorded, key=lambda entry: entry[1])
+        if (path := path_of(folder, name)) in names
+        and not name.startswith("../")
+        and (path in sources or not name.endswith(_TENSOR_FILES))
+    ]
+    there = states([record, *(path for path, *_ in files)], missing_ok=True)
+    is_copy = is_local(folder) and not checkpoint.revision
+    changes = [] if is_whole(data) else [f"{RECORD} was edited"]
+    budget, unread = _HASHED_BYTES, []
+    for path, name, size, digest in files:
+        if path not in there:
+            changes += [f"{name} is missing"] if is_copy else []
+        elif there[path].size != size:
+            changes.append(f"{name} has {there[path].size:,} bytes instead of {size:,}")
+        elif is_copy and digest is not None and hash_name is not None:
+            is_small = size <= _SMALL_BYTES
+            if not is_small and there[path].modified_ns <= there[record].modified_ns:
+                continue
+            if size > budget:
+                unread.append(name)
+                continue
+            budget -= 0 if is_small else size
+            if hash_file(path, hash_name) != digest:
+                changes.append(f"{name} has another hash")
+    for path in sorted(sources):
+        name = os.path.basename(path)
+        if os.path.dirname(path) == folder and path not in names and is_read(name):
+            changes.append(f"{name} is not in {RECORD}")
+    return _source_findings(folder, changes, unread)
+
+
+def _source_findings(folder: str, changes: list[str], unread: list[str]) -> list[Finding]:
+    verify = f"neox-bridge verify {shlex.quote(folder)}"
+    findings = []
+    if changes:
+        message = (
+            f"{folder} was changed after neox-bridge wrote it: {some(changes, 3)}. It is read as "
+            "it is now. If the change was not intended, copy the checkpoint again"
+        )
+        remedy = Command(f"{verify}   # lists every changed file")
+        findings.append(Finding("source-changed", "warning", message, remedy))
+    if unread:
+        verb = "was" if len(unread) == 1 else "were"
+        message = (
+            f"{folder}: {some(unread, 3)} {verb} modified or copied after {RECORD} was written. "
+            "The size is right; the hash was not compared, because that reads the file once more"
+        )
+        remedy = Command(f"{verify}   # compares the hashes")
+        findings.append(Finding("source-newer", "info", message, remedy))
+    return findings
 
 
 def path_of(folder: str, name: str) -> str:
