@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from click.testing import CliRunner
@@ -29,7 +32,9 @@ from safetensors.torch import load_file, save_file
 
 from neox_bridge.api import open_checkpoint
 from neox_bridge.cli.app import app
+from neox_bridge.doctor import fixes
 from neox_bridge.doctor.diagnose import judge
+from neox_bridge.errors import Refused, Unverified
 from neox_bridge.execution import exchange as swapping
 from neox_bridge.frameworks.changes import change_named
 from neox_bridge.frameworks.eras import era_named
@@ -581,6 +586,39 @@ def test_what_was_written_is_read_back(
         assert "fixed" not in done.stdout
         assert digests(folder) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_of_another_model_is_noticed(tmp_path: Path) -> None:
+    """Its files have the hashes of its record, so only the comparison with the source tells."""
+    source = tiny.write_hf(tmp_path / "source")
+    other = tiny.write_hf(tmp_path / "other", seed=1)
+    tiny.convert(other, tmp_path / "copy", to="hf")
+    plan = tiny.plan_of(source, tmp_path / "copy", to="hf")
+    check = fixes.checker(open_checkpoint(str(source)), plan)
+    message = rf"The fixed copy differs from {source}: .*13 more tensors differ"
+    with pytest.raises(Unverified, match=message):
+        check(str(tmp_path / "copy"))
+    check(str(tiny.convert(source, tmp_path / "same", to="hf")))
+
+
+def test_in_place_in_the_cache_of_the_hub_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that the error names writes a copy into the current folder."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    root = tmp_path / "models--org--model"
+    tiny.write_hf(root / "snapshots" / "abc", torch_dtype=None, dtype="float32")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    error = doctor(root, "--for", "transformers@4.48", "--in-place", code=4)
+    assert "org/model@main is on the Hub, where --in-place cannot replace it." in error
+    doctor(*shlex.split(error.rpartition("Write a copy here: neox-bridge doctor ")[2]))
+    assert answer(tmp_path / "cwd" / "model-fixed", "transformers@4.48") == "loads"
+    checkpoint = replace(open_checkpoint(str(root)), hub_repo="org/model")
+    command = "neox-bridge doctor org/model --fix model-fixed-2"
+    with pytest.raises(Refused, match=rf"Write a copy here: {command}"):
+        fixes.fix_plan(checkpoint, None, "out", in_place=True)
 
 
 def test_settings_named_by_the_user_are_the_copys(tmp_path: Path) -> None:

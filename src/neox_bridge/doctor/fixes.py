@@ -39,7 +39,7 @@ from neox_bridge.planning.make import make_plan
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size, told_multiple
-from neox_bridge.stores.paths import is_local, listdir, real, walk
+from neox_bridge.stores.paths import listdir, real, walk
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.tensors.pieces import OutputFile
 from neox_bridge.verification.sealed import check_seal, find_record
@@ -62,14 +62,23 @@ def fix_plan(
     given_yml: bool = False,
     in_place: bool = False,
 ) -> Plan | None:
-    """What a fixed copy is, below ``folder``; None if nothing has to change.
+    """Plan a fixed copy of a checkpoint in ``folder``. Returns None if nothing has to change.
 
-    The files of a GPT-NeoX plan are those of the root, with one global_stepN.
-    in_place: the copy shall take the checkpoint's place, so that its step keeps its name.
-    recompute: drop or replace stored values that deviate. drop_optimizer: leave out optimizer
-    states that cannot be kept. ignore_keys: see ``Options``; the fixed yml does not contain them.
-    given_yml: whether the settings are those of ymls that the user named; they become the copy's.
-    Raises Refused for what the target cannot run, BridgeError for a target of the other kind.
+    The plan of a GPT-NeoX checkpoint contains the files of the run's root and of one global_stepN.
+
+    Args:
+        checkpoint: The checkpoint.
+        target: What shall load the copy; None if only the checkpoint itself says what it needs.
+        folder: Where the copy will be.
+        recompute: Drop or replace stored values that deviate from those that the config gives.
+        drop_optimizer: Leave out optimizer states that cannot be kept.
+        ignore_keys: See ``Options``. The fixed yml does not contain these keys.
+        given_yml: Whether the user named the ymls of the settings; the copy gets these settings.
+        in_place: Whether the copy replaces the checkpoint, so that its step keeps its name.
+
+    Raises:
+        Refused: The target cannot run the model, or the checkpoint cannot be replaced.
+        BridgeError: The target is of the other framework.
     """
     other = TransformersFacts if checkpoint.kind == "neox" else TreeFacts
     if isinstance(target, other):
@@ -80,17 +89,22 @@ def fix_plan(
     if checkpoint.kind == "hf":
         if isinstance(target, TransformersFacts):
             refuse_version(checkpoint.architecture.name, checkpoint.config, target)
-        return _fix_hf(checkpoint, folder, recompute, ignore_keys)
-    facts = target if isinstance(target, TreeFacts) else None
-    plan = _fix_neox(checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml)
-    state = checkpoint.neox
-    flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
-    if plan is not None and in_place and not is_local(checkpoint.path):
-        raise Refused(
-            f"{checkpoint.path} is in a store, where `in_place=True` cannot replace it. Write a "
-            f"copy here: {fix_command(checkpoint, target, *flags)}"
+        plan = _fix_hf(checkpoint, folder, recompute, ignore_keys)
+    else:
+        facts = target if isinstance(target, TreeFacts) else None
+        plan = _fix_neox(
+            checkpoint, facts, folder, recompute, drop_optimizer, ignore_keys, given_yml
         )
-    if plan is None or not in_place or state is None:
+    if plan is None or not in_place:
+        return plan
+    flags = ["--recompute"] * recompute + ["--drop-optimizer"] * drop_optimizer
+    if checkpoint.revision:
+        raise Refused(
+            f"{checkpoint.revision} is on the Hub, where `in_place=True` cannot replace it. Write "
+            f"a copy here: {fix_command(checkpoint, target, *flags)}"
+        )
+    state = checkpoint.neox
+    if state is None:
         return plan
     if state.flat or not STEP.fullmatch(state.step):
         raise Refused(

@@ -12,6 +12,8 @@ from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.targets import Target, name_of
 from neox_bridge.layouts.checkpoint import Checkpoint, config_options, new_folder
 from neox_bridge.layouts.unknown_keys import refusals
+from neox_bridge.stores.hub_names import MAIN
+from neox_bridge.stores.paths import is_local
 
 Answer = Literal["loads", "loads with warnings", "fails"]
 
@@ -132,14 +134,28 @@ def free_folder(path: str, ending: str) -> str:
     return next(free for free in names if free != path and not os.path.lexists(free))
 
 
+def _in_command(checkpoint: Checkpoint) -> tuple[str, str]:
+    """How a command names a checkpoint, and the path beside which it writes.
+
+    For a model in the cache of the Hub, that is the current folder: the cache is not the place for
+    new folders.
+    """
+    path = near(checkpoint.path)
+    if not checkpoint.revision or not is_local(checkpoint.path):
+        return path, path
+    name = checkpoint.revision.removesuffix(f"@{MAIN}")
+    beside = name.partition("/")[2].replace("@", "-").replace("/", "-")
+    return (name if checkpoint.hub_repo else path), beside
+
+
 def fix_command(checkpoint: Checkpoint, target: Target | None, *flags: str) -> Command:
     """The command that fixes a checkpoint for a target, in a folder beside it."""
-    path = near(checkpoint.path)
+    path, beside = _in_command(checkpoint)
     words = ["neox-bridge", "doctor", path]
     if target is not None:
         words += ["--for", name_of(target)]
     words += opening_options(checkpoint, target)
-    return Command(shlex.join([*words, "--fix", free_folder(path, "fixed"), *flags]))
+    return Command(shlex.join([*words, "--fix", free_folder(beside, "fixed"), *flags]))
 
 
 def convert_command(checkpoint: Checkpoint, target: Target) -> Command:
@@ -157,7 +173,7 @@ def convert_into(checkpoint: Checkpoint, ending: str, *flags: str, home: str = "
         flags: More words of the command.
         home: The folder beside which the new one lies. By default, the checkpoint's.
     """
-    path = near(checkpoint.path)
-    folder = free_folder(near(home) if home else path, ending)
+    path, beside = _in_command(checkpoint)
+    folder = free_folder(near(home) if home else beside, ending)
     words = ["neox-bridge", "convert", path, folder, *flags]
     return Command(shlex.join([*words, *opening_options(checkpoint)]))
