@@ -174,6 +174,7 @@ class Fake:
 
     fail: by node, the exceptions that its next tasks end with, and are repeated after as Ray does.
     hold: tasks wait for it. cancelled: whether tasks were, which are not repeated then.
+    joined: whether this process had joined before. silent: whether no node answers.
     """
 
     cpus: dict[str, int]
@@ -186,6 +187,8 @@ class Fake:
     running: int = 0
     lost: Exception | None = None
     cancelled: bool = False
+    joined: bool = True
+    silent: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -211,8 +214,24 @@ class Fake:
     def cancel(self, _: "Task") -> None:
         self.cancelled = True
 
+    def is_initialized(self) -> bool:
+        return self.joined
 
-@dataclass
+    def init(self, _address: str, **_options: Any) -> None:
+        if not self.cpus:
+            raise ConnectionError("no head")
+
+    def shutdown(self) -> None:
+        return
+
+    def wait(self, tasks: list["Task"], **_: Any) -> tuple[list["Task"], list["Task"]]:
+        return ([], tasks) if self.silent else (tasks, [])
+
+    def get(self, task: "Task") -> Any:
+        return task.inner.result(20)
+
+
+@dataclass(eq=False)
 class Task:
     ray: Fake
     call: Callable[..., Any]
@@ -247,8 +266,8 @@ class Task:
         result = error or ray_node.perform(*args)
         with own.lock:
             own.running -= 1
-        died = isinstance(error, ray.exceptions.NodeDiedError)
-        if error and self.retries and not died and not own.cancelled:
+        final = isinstance(error, (ray.exceptions.NodeDiedError, ray.exceptions.RayTaskError))
+        if error and self.retries and not final and not own.cancelled:
             self.retries -= 1
             return self._run(*args)
         if error:
@@ -358,6 +377,59 @@ def test_a_call_that_needs_more_memory_than_there_is_names_no_number_of_tries(
 
 
 @needs_ray
+def test_a_node_on_which_the_code_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that cannot be unpickled there is not repeated."""
+    error = ray.exceptions.RayTaskError("perform", "Traceback:\nImportError: no numpy", None)
+    fake = Fake({"one": 1}, fail={"one": [error]})
+    fake.hold.set()
+    with joined(monkeypatch, fake) as (pool, _):
+        with pytest.raises(BridgeError, match=r"Node one .* cannot run .*: ImportError"):
+            pool.submit(name_of, "/x").result(20)
+        assert fake.ran == ["one"]
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("fake", "words"),
+    [
+        (
+            Fake({"one": 1}, codes={"one": ("other", "0.0.1")}),
+            r"In the Ray cluster, node one has neox-bridge 0\.0\.1, .*runtime_env of the ray\.init",
+        ),
+        (
+            Fake({"one": 1}, codes={"one": ("other", "0.0.1")}, joined=False),
+            r"node one has neox-bridge 0\.0\.1, .*on every node: .*pip install",
+        ),
+        (Fake({"one": 1, "two": 1}, silent=True), r"None of the 2 nodes .* answers.*`ray status`"),
+    ],
+)
+def test_nodes_that_cannot_be_used(fake: Fake, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_connect, "ray_module", lambda: fake)
+    monkeypatch.setattr(ray_connect, "guard", lambda: None)
+    with pytest.raises(BridgeError, match=words):
+        ray_connect.connect("local", 1)
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("local", r"Ray cannot be started here \(no head\)\. Use `executor=local`"),
+        ("auto", r"no Ray cluster running here \(no head\)\. Start one with `ray start --head`"),
+    ],
+)
+def test_a_ray_that_does_not_start(
+    address: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_connect, "ray_module", lambda: Fake({}, joined=False))
+    monkeypatch.setattr(ray_connect, "guard", lambda: None)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(BridgeError, match=words):
+        ray_connect.connect(address, None)
+
+
+@needs_ray
 def test_a_node_that_died_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     died = ray.exceptions.NodeDiedError("gone")
     fake = Fake({"one": 4, "two": 1}, fail={"one": [died] * 4})
@@ -462,7 +534,7 @@ def test_what_nodes_see_is_forgotten_when_nobody_needs_it(monkeypatch: pytest.Mo
     [
         ("ray://head:10001", "Ray Client is not supported"),
         ("127.0.0.1:1", r"no Ray cluster at 127\.0\.0\.1:1 .*ray start --head"),
-        ("head:port", "isn't HOST:PORT"),
+        ("head:port", "`address=head:port`: not HOST:PORT"),
     ],
 )
 @needs_ray

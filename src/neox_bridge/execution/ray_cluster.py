@@ -278,7 +278,11 @@ class RayCluster:
             good, outcome = pickle.loads(answer.result())
             _end(call, **{"result" if good else "error": outcome})
         elif isinstance(error, kinds.RayTaskError):  # the code itself cannot be unpickled there
-            _end(call, error=BridgeError(f"{member.node.name}: {first_words(error)}"))
+            message = (
+                f"Node {member.node.name} of the Ray cluster cannot run the code of neox-bridge: "
+                f"{first_words(error).rstrip('.')}. Install the same Python packages on every node."
+            )
+            _end(call, error=BridgeError(message))
         elif self._is_ending():
             _end(call, error=BridgeError(f"A call was stopped: {first_words(error)}. {_AGAIN}"))
         elif not isinstance(error, (kinds.NodeDiedError, kinds.TaskUnschedulableError)):

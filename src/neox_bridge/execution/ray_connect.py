@@ -24,7 +24,12 @@ _START = (
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A living node. name: host and address, for people. cpus: calls that it makes at a time."""
+    """A living node.
+
+    Attributes:
+        name: Host and address, for people.
+        cpus: How many calls it runs at a time.
+    """
 
     id: str
     name: str
@@ -32,7 +37,7 @@ class Node:
 
 
 def ray_module() -> Any:
-    """Raises BridgeError where Ray isn't installed."""
+    """The module. Raises BridgeError if Ray is not installed."""
     try:
         import ray
     except ImportError:
@@ -44,16 +49,25 @@ def ray_module() -> Any:
 
 
 def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
-    """Join a cluster and make sure that every node has the same code; sends it if needed.
+    """Join a cluster and make sure that every node has the same code. Sends the code if needed.
 
-    address: HOST:PORT; ``auto`` for that of RAY_ADDRESS or the one that runs here; ``local`` to
-    start one of this machine alone, with ``workers`` CPUs. Returns whether this process must leave
-    the cluster (not if it had joined before), and the ids of the nodes that have the code. Raises
-    BridgeError if there is no cluster, or a node does not have the dependencies.
+    Args:
+        address: HOST:PORT. ``auto``: the cluster of RAY_ADDRESS, or the one that runs here.
+            ``local``: start one of this machine alone.
+        workers: The CPUs of a cluster that is started here.
+
+    Returns:
+        Whether this process must leave the cluster (not if it had joined before), and the ids of
+        the nodes that have the code.
+
+    Raises:
+        BridgeError: There is no cluster, or a node does not have the dependencies.
     """
     ray = ray_module()
     if ray.is_initialized():
-        return False, _same_code(ray, "the runtime_env of its ray.init")
+        return False, _same_code(
+            ray, "Send it to every node with the runtime_env of the ray.init call."
+        )
     _check(address)
     _join(ray, address, workers, None)
     try:
@@ -62,7 +76,8 @@ def connect(address: str, workers: int | None) -> tuple[bool, set[str]]:
             ray.shutdown()
             home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             _join(ray, address, workers, {"py_modules": [home]})
-            same = _same_code(ray, install_command("ray"))
+            install = f"Install the same version on every node: {install_command('ray')}"
+            same = _same_code(ray, install)
     except BaseException:
         ray.shutdown()
         raise
@@ -108,13 +123,14 @@ def _join(ray: Any, address: str, workers: int | None, environment: dict[str, An
             address, log_to_driver=False, logging_level="CRITICAL", runtime_env=environment, **local
         )
     except Exception as error:  # Ray raises many kinds of exceptions
-        if address == "auto":
-            words = "No Ray cluster is running here"
-        elif address == "local":
-            words = "Ray cannot be started here"
-        else:
-            words = f"There is no Ray cluster at {address}"
-        raise BridgeError(f"{words} ({' '.join(str(error).split())[:300]}). {_START}") from None
+        reason = " ".join(str(error).split())[:300]
+        if address == "local":
+            raise BridgeError(
+                f"Ray cannot be started here ({reason}). Use `executor=local`, which does not need "
+                "Ray."
+            ) from None
+        where = "running here" if address == "auto" else f"at {address}"
+        raise BridgeError(f"There is no Ray cluster {where} ({reason}). {_START}") from None
 
 
 def _check(address: str) -> None:
@@ -128,7 +144,7 @@ def _check(address: str) -> None:
             "with `address=auto`."
         )
     if colon and not port.isdigit():
-        raise BridgeError(f"{address} isn't HOST:PORT. {_START}")
+        raise BridgeError(f"`address={address}`: not HOST:PORT. {_START}")
     if colon:
         try:
             socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
@@ -146,10 +162,11 @@ def _last_started() -> str:
     return ""
 
 
-def _same_code(ray: Any, remedy: str) -> set[str]:
+def _same_code(ray: Any, way_out: str) -> set[str]:
+    """The ids of the nodes. Raises BridgeError if one of them has other code."""
     same, others = _codes(ray)
     if others:
-        raise BridgeError(f"Ray's {'; '.join(others)}. Install the same on every node: {remedy}")
+        raise BridgeError(f"In the Ray cluster, {'; '.join(others)}. {way_out}")
     return same
 
 
