@@ -161,6 +161,24 @@ def test_a_size_that_the_tensors_deny(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "shape", "size"),
+    [("in_proj", (158, 40), 160), ("x_proj", (34, 80), 35), ("conv1d", (80, 2, 4), 1)],
+)
+def test_a_matrix_that_the_others_deny(
+    name: str, shape: tuple[int, ...], size: int, tmp_path: Path
+) -> None:
+    hf = make_hf(tmp_path / "hf", family="mamba")
+    tensors = hf_tensors(hf)
+    for key in tensors:
+        if key.endswith(f"mixer.{name}.weight"):
+            tensors[key] = torch.zeros(shape)
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    message = rf"{hf}: mixer\.{name}\.weight: a size of {size} follows from the other tensors"
+    with pytest.raises(BridgeError, match=message):
+        open_checkpoint(str(hf))
+
+
+@pytest.mark.parametrize(
     ("options", "what"),
     [
         ({"tp": 2}, "x_proj"),

@@ -1,5 +1,6 @@
 """Torch's files: read as torch reads them, and laid out so that torch, Python and we read them."""
 
+import errno
 import io
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch
 from pt_files import tar_header, tensor_of
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.formats import torch_zip
+from neox_bridge.formats import torch_file, torch_zip
 from neox_bridge.formats.pickle_writer import TensorSlot, numpy_array
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
@@ -331,6 +332,16 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(BridgeError, match="cannot be read"):
             read_torch(str(path))
+
+
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.BytesIO):
+        def read(self, _size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(torch_file, "open_file", lambda _path: Broken())
+    with pytest.raises(BridgeError, match=r"x\.pt cannot be read: Input/output error\."):
+        torch_file.read_torch(str(tmp_path / "x.pt"))
 
 
 def test_big_endian_legacy(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ On stand-ins for four trees, and by ``make test-neox`` on the real ones.
 """
 
 import hashlib
+import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,14 @@ def test_without_the_flag_passed_on_the_default_counts(tree: Path, default: str,
             "save_inv_freqs=x",
             "save",
         ),
+        (
+            POSITIONS,
+            "class RotaryEmbedding(torch.nn.Module):",
+            "class RotaryEmbedding(torch.nn.Module):\n"
+            '    def other(self):\n        self.register_buffer("inv_freq", 1)\n',
+            "one and the same persistent=",
+        ),
+        (TRANSFORMER, "assert mlp_bias is None", "assert not mlp_bias", "assert mlp_bias is None"),
         (TRANSFORMER, "self.linear1 =", "self.up =", "self.linear1 or self.dense_h_to_4h"),
         (TRANSFORMER, "split_sizes = (", "sizes = (", "gqa_project's split_sizes"),
         (TRANSFORMER, "class ParallelMLP(", "class MLP(", "class ParallelMLP"),
@@ -171,6 +181,27 @@ def test_an_unknown_form_names_the_file_and_what_was_looked_for(
         read_tree(str(tree))
     assert file in str(caught.value)
     assert sought in str(caught.value)
+
+
+def test_a_flag_without_a_known_default(tree: Path) -> None:
+    edit(tree, TRANSFORMER, "save_inv_freqs=neox_args.rotary_save_freqs_buffer,", "")
+    edit(tree, POSITIONS, "save_inv_freqs=False", "save_inv_freqs=DEFAULT")
+    with pytest.raises(BridgeError, match=r"does not contain RotaryEmbedding\(…, save_inv_freqs=…"):
+        read_tree(str(tree))
+
+
+@pytest.mark.parametrize("file", ARGUMENTS)
+def test_arguments_that_are_no_dataclasses(tree: Path, file: str) -> None:
+    (tree / file).write_text("num_layers: int = 2\n")
+    with pytest.raises(BridgeError, match=rf"{file} does not contain the dataclasses"):
+        read_tree(str(tree))
+
+
+def test_a_file_that_is_too_large_is_not_read(tree: Path) -> None:
+    with (tree / TRANSFORMER).open("a") as file:
+        file.truncate(5 << 20)
+    with pytest.raises(BridgeError, match=rf"{TRANSFORMER} is larger than 4 MiB"):
+        read_tree(str(tree))
 
 
 @pytest.mark.parametrize("file", [POSITIONS, TRANSFORMER, NORMS, CHECKPOINTING, *ARGUMENTS])
@@ -254,6 +285,15 @@ def test_what_can_t_be_placed_says_why(text: str, word: str) -> None:
 def test_versions(version: str, persistent: bool, rope: bool, loses: bool) -> None:
     want = TransformersFacts(version, persistent, rope, loses)
     assert target_named(f"transformers@{version}") == want
+
+
+def test_without_transformers_a_version_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(BridgeError, match=r"it is not installed here\..*transformers@4\.48"):
+        target_named("transformers")
 
 
 def test_the_installed_version() -> None:

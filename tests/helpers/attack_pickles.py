@@ -93,6 +93,8 @@ REFUSED: dict[str, bytes] = {
     "list as key": b"\x80\x02}]K\x01s.",
     "set in a tuple as key": b"\x80\x04}\x8f\x85K\x01s.",
     "arguments that are none": b"\x80\x02cos\nsystem\nNR.",
+    "new object without arguments": b"\x80\x04cos\nsystem\nN}\x92.",
+    "new object without keywords": b"\x80\x04cos\nsystem\n)N\x92.",
     "class by number": b"\x80\x04K\x01K\x02\x93.",
     "100 MB string": b"\x80\x02X\x00\x00\x00\x06abc.",
     "4 GB string": b"\x80\x02X\xff\xff\xff\xff.",

@@ -159,8 +159,13 @@ class Package:
         yield from walk(self.trees[module], ())
 
     def _name(self, call: _Call) -> str:
-        """The class that a call constructs; empty for other calls."""
+        """The class that a call constructs; empty for other calls.
+
+        ``Finding(**fields)`` is another call: it restores a finding that was constructed elsewhere.
+        """
         function = call.node.func
+        if not call.node.args and all(keyword.arg is None for keyword in call.node.keywords):
+            return ""
         if isinstance(function, ast.IfExp):  # (Unreachable if unanswered else BridgeError)(words)
             function = function.body
         if isinstance(function, ast.Call):  # type(error)(words)

@@ -39,7 +39,6 @@ from neox_bridge.architectures.neox_config import (
     refuse_common,
     round_up,
 )
-from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 
 # our word, as Hugging Face has it: GPT-NeoX's gated activation; that of `mlp_type: llama`
@@ -154,9 +153,10 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
 
 
 def gated_width(setting: int, multiple: int = 1) -> int | None:
-    """The width of a gated MLP that GPT-NeoX makes of a yml's intermediate_size.
+    """The width that GPT-NeoX gives a gated MLP for an ``intermediate_size`` in the yml.
 
-    None if its two matrices wouldn't fit (megatron/model/transformer.py, ParallelMLP).
+    None if the shapes of its two matrices would not match (megatron/model/transformer.py,
+    ParallelMLP).
     """
     both = int(setting * 2 / 3)
     width = round_up(both // 2, multiple)
@@ -164,14 +164,8 @@ def gated_width(setting: int, multiple: int = 1) -> int | None:
 
 
 def gated_setting(width: int) -> int:
-    """The intermediate_size that gives this width with mlp_multiple_of: 1. Raises Refused."""
-    for setting in (3 * width, 3 * width + 1, 3 * width - 1):
-        if gated_width(setting) == width:
-            return setting
-    raise Refused(
-        f"intermediate_size: no value in the yml gives a gated MLP of width {width} in GPT-NeoX. "
-        "Use `era=neox@2024-09`, where the value is the width itself."
-    )
+    """The intermediate_size that gives a width with ``mlp_multiple_of: 1``; see ``gated_width``."""
+    return 3 * width
 
 
 def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 
-from neox_bridge.errors import BridgeError, TargetUnusable, Unreachable, Unverified
+from neox_bridge.errors import BridgeError, Unreachable, Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.execution.digests import HashName, hash_bytes
 from neox_bridge.execution.install import LATEST, RootFiles
 from neox_bridge.execution.journal import Written
 from neox_bridge.execution.movers import move
 from neox_bridge.execution.sink import Check, Job
-from neox_bridge.execution.staging import holds_others, kept_files
+from neox_bridge.execution.staging import contains_source, holds_others, kept_files, target_is_file
 from neox_bridge.execution.streams import Stream
 from neox_bridge.execution.threads import Task, run_all
 from neox_bridge.execution.write_tensor import fill_tensor
@@ -266,10 +266,7 @@ class ObjectSink:
             root_files, step = None, job.step if is_run else None
         replaced = f"{url}/{step}" if step else url
         if held := next((s for s in job.key.sources if s.startswith(f"{replaced}/")), None):
-            raise TargetUnusable(
-                f"{url} contains the source {held}, which would be overwritten while it is read. "
-                "Choose another target."
-            )
+            raise contains_source(url, held)
         objects = below(replaced) if names_there else {}
         there = {u: o for u, o in objects.items() if not u.startswith(f"{url}/{WORK}/")}
         if there and not job.overwrite and not begun:
@@ -412,7 +409,7 @@ def _names(url: str) -> list[str]:
     """The names in the folder. Raises BridgeError if it is a file."""
     what = kind(url)
     if what == "file":
-        raise BridgeError(f"{url} is a file. Choose a folder that does not exist yet.")
+        raise target_is_file(url)
     return names(url) if what == "directory" else []
 
 

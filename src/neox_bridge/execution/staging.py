@@ -14,6 +14,7 @@ from neox_bridge.execution.work import Work, locked, remove, work_of
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.known_files import foreign
 from neox_bridge.layouts.record_file import recorded_files
+from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.stores.fetched import kept_bytes
 from neox_bridge.wording import some
 
@@ -34,13 +35,10 @@ def check_target(
         # both the link and its file, because a Hugging Face cache is a folder of links
         link = os.path.join(os.path.realpath(os.path.dirname(source)), os.path.basename(source))
         if any(_holds(replaced, path) for path in (link, os.path.realpath(source))):
-            raise TargetUnusable(
-                f"{target} contains the source {source}, which would be overwritten while it is "
-                "read. Choose another target."
-            )
+            raise contains_source(target, source)
     if os.path.lexists(real):
         if not os.path.isdir(real):
-            raise TargetUnusable(f"{target} is a file. Choose a folder that does not exist yet.")
+            raise target_is_file(target)
         if os.path.ismount(real) and replaced == real:
             raise TargetUnusable(
                 f"{target} is a mount point, which cannot be replaced. Choose a folder inside it."
@@ -50,13 +48,26 @@ def check_target(
         raise BridgeError(f"{parent} is not writable. Choose another target, or ask for access.")
 
 
+def contains_source(target: str, source: str) -> TargetUnusable:
+    """The error if a target would replace a file that is read."""
+    return TargetUnusable(
+        f"{target} contains the source {source}, which would be overwritten while it is read. "
+        "Choose another target."
+    )
+
+
+def target_is_file(target: str) -> TargetUnusable:
+    """The error if a target is a file."""
+    return TargetUnusable(f"{target} is a file. Choose a folder that does not exist yet.")
+
+
 def check_free(target: str, step: str | None) -> None:
     """Raise BridgeError if the target exists. step: as in ``replaced_by``."""
     real = os.path.realpath(target)
     replaced = replaced_by(real, step)
     if replaced != real and os.path.lexists(replaced):
         raise _exists(replaced)
-    if replaced == real and os.path.isdir(real) and _listed(real):
+    if replaced == real and os.path.isdir(real) and list_folder(real):
         raise _exists(target)
 
 
@@ -251,13 +262,6 @@ def replaced_by(real: str, step: str | None) -> str:
 
 def _holds(folder: str, path: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
-
-
-def _listed(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise BridgeError(f"{folder} cannot be listed: {error.strerror}.") from None
 
 
 def _nearest(path: str) -> str:

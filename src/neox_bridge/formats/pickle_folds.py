@@ -14,7 +14,9 @@ from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.dtypes import BY_STORAGE
 
 MAX_STEPS = 1_000_000  # a step is about a microsecond or 128 bytes; a tensor takes some 50
-MAX_KEY_NODES = 500  # values inside one tuple used as a key: hashing is recursive, so bounded
+# Values inside one tuple that is used as a key. Python hashes and compares tuples recursively, so
+# this is half of its limit of 1000.
+MAX_KEY_NODES = 500
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 1 << 63  # torch's sizes are signed 64-bit numbers; larger ones only cost time
 _RECORD = 4  # steps; an object of seven fields

@@ -128,8 +128,6 @@ def load(
         ) from None
     except (ValueError, OverflowError, EOFError, struct.error, TypeError) as error:
         raise PickleError(f"the pickle is damaged: {str(error)[:200]}") from None
-    except RecursionError:  # comparing keys
-        raise PickleError("a key in the pickle is nested too deeply") from None
 
 
 class _ReachedKey(Exception):

@@ -32,7 +32,7 @@ def read_torch(path: str, *, alike: bool = False, until: str | None = None) -> o
         if head.startswith(_PICKLE):
             return read_legacy(path)
     except OSError as error:
-        raise BridgeError(f"{path} cannot be read: {error.strerror}.") from None
+        raise BridgeError(f"{path} cannot be read: {error.strerror}. Check the disk.") from None
     refuse_misplaced(path, head)
     if not head.strip(b"\0"):
         raise not_whole(path, "it is empty" if not head else "it starts with zeros")

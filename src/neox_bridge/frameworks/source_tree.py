@@ -92,7 +92,10 @@ def _parse(root: str, name: str) -> ast.Module:
             "megatron/."
         )
     if os.path.getsize(path) > _MOST_BYTES:
-        raise BridgeError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: it is not GPT-NeoX's.")
+        raise BridgeError(
+            f"{path} is larger than {_MOST_BYTES >> 20} MiB, so it is not the file of GPT-NeoX. "
+            "Restore the file."
+        )
     try:
         with open(path, "rb") as file:
             return ast.parse(file.read(), name)

@@ -142,7 +142,10 @@ def checkpoint_of(
     presence = Presence(frozenset(tensors), dtype_of_most(tensors.values()), layers)
     _require(architecture, presence, tensors, path, raw)
     dims = solve_dims(shapes, path)
-    config = architecture.read_hf(raw, dims, presence)
+    try:
+        config = architecture.read_hf(raw, dims, presence)
+    except BridgeError as error:  # which names the key, but not the folder
+        raise type(error)(f"{path}: {error}") from None
     _check_names(architecture, config, tensors, path)
     check_heads(config, dims, "config.json: num_attention_heads")
     findings = architecture.findings_hf_source(raw, config)
