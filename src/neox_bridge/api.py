@@ -14,6 +14,7 @@ from neox_bridge.conversion import (
     verify_comparison,
 )
 from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.planning.option_checks import check_outside
 from neox_bridge.planning.options import Options, with_choices
 from neox_bridge.planning.plan import Plan
 from neox_bridge.progress import Begin, Count, Phase, Progress, phases_of
@@ -80,6 +81,8 @@ def execute(
     """
     from neox_bridge.execution.execute import execute as write
 
+    if plan.checkpoint is not None:
+        check_outside([plan.checkpoint.source], target)
     with _phases(progress) as (count, begin):
         check = None
         if verify and plan.checkpoint is not None:
@@ -210,7 +213,7 @@ def batch(
     """
     from contextlib import closing
 
-    from neox_bridge.batches.items import check_first, find_items
+    from neox_bridge.batches.items import check_first, check_places, find_items
     from neox_bridge.batches.on_hub import hub_model
     from neox_bridge.batches.row import BatchResult
     from neox_bridge.batches.run import Batch, Event, run_batch
@@ -218,6 +221,7 @@ def batch(
 
     options = with_choices(options, choices)
     named = (sources,) if isinstance(sources, str) else tuple(sources)
+    hub = hub_model(target, private=private)
     items, findings = find_items(
         named,
         steps,
@@ -225,6 +229,7 @@ def batch(
         gqa_order=options.gqa_order,
         masters=masters,
     )
+    check_places(named, target, hub)
     check_first(items, options)
     phases = phases_of(progress)
 
@@ -241,7 +246,7 @@ def batch(
         verify=verify,
         retries=retries,
         hash_name=hash_name,
-        hub=hub_model(target, private=private),
+        hub=hub,
         tell=tell,
     )
     with closing(Processes(workers or default_slots())) as pool:
@@ -287,6 +292,7 @@ def reshard(
     from neox_bridge.optimizer.options import Resharding
 
     checkpoint = _opened(source)
+    check_outside([checkpoint.source], target)
     options = with_choices(options or Resharding(), choices)
     resharded, make_check = plan_resharding(checkpoint, options, target, workers=workers)
     with _phases(progress) as (count, begin):

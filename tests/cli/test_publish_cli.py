@@ -209,3 +209,12 @@ def test_usage(run: Run, model: Path) -> None:
         assert "hf://ORG/NAME" in err
     _, err = run("convert", model, "hf://model", code=1)
     assert "hf://ORG/NAME@BRANCH" in err
+
+
+def test_files_are_not_written_inside_the_source(run: Run, model: Path) -> None:
+    before = sorted(os.listdir(model))
+    for command in (("convert", model, PLACE), ("batch", model, "hf://org/model")):
+        _, err = run(*command, "--work", model, code=2)
+        assert f"error: --work: {model}/.org--model@" in err
+        assert f"is inside the source {model}. Choose a folder outside of the source." in err
+        assert sorted(os.listdir(model)) == before

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from neox_bridge.batches.on_hub import HubModel, work_place
 from neox_bridge.conversion import open_checkpoint
 from neox_bridge.errors import BridgeError, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
-from neox_bridge.planning.option_checks import check_options
+from neox_bridge.planning.option_checks import check_options, check_outside
 from neox_bridge.planning.options import Options
 from neox_bridge.tensors.fused import GqaOrder
 from neox_bridge.verification.runs import StepLocation, TrainingRun, known_runs
@@ -73,6 +74,14 @@ def find_items(
             "run into its own folder."
         )
     return items, list(faults)
+
+
+def check_places(sources: Iterable[str], target: str, hub: HubModel | None) -> None:
+    """Raise UsageError if a batch would write inside one of its sources."""
+    if hub is None:
+        check_outside(sources, target)
+    else:
+        check_outside(sources, work_place(hub, "main").folder, "work")
 
 
 def check_first(items: Iterable[Item], options: Options, given: Collection[str] = ()) -> None:

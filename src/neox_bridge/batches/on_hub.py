@@ -51,6 +51,11 @@ def hub_model(
     return None
 
 
+def work_place(model: HubModel, branch: str) -> Work:
+    """The work folder for the files of a branch. It is the same for every run."""
+    return work_of(os.path.join(model.work, HubTarget(model.repo, branch).folder_name))
+
+
 def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str]:
     """The state of the branch: "whole" according to its record, "other", or "absent".
 
@@ -72,13 +77,12 @@ def place_of(model: HubModel, branch: str) -> str:
 
 @contextmanager
 def made_in(model: HubModel, branch: str) -> Iterator[Work]:
-    """The work folder for the files of a branch: the same for every run, locked for one run.
+    """The work folder for the files of a branch, locked for one run.
 
     It is deleted at the end. After an error, it is kept if it contains finished files.
     """
-    place = HubTarget(model.repo, branch)
-    work = work_of(os.path.join(model.work, place.folder_name))
-    with held(work, str(place)):
+    work = work_place(model, branch)
+    with held(work, place_of(model, branch)):
         yield work
 
 

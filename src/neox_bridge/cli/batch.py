@@ -132,7 +132,7 @@ def batch(
 
     Exit codes: 0 all done, 1 some failed or a source is missing, 2 usage error, 130 interrupted.
     """
-    from neox_bridge.batches.items import check_first, find_items
+    from neox_bridge.batches.items import check_first, check_places, find_items
     from neox_bridge.batches.on_hub import hub_model
     from neox_bridge.batches.row import BatchResult
     from neox_bridge.batches.run import Batch
@@ -167,6 +167,7 @@ def batch(
     )
     later = choice.watch and not execution.dry_run
     items, faults = ([], []) if later else find()
+    check_places(sources, target, settings.hub)
     _tell_faults(faults, execution.quiet or execution.as_json)
     check_first(items, conversion.options, conversion.given)
     if execution.dry_run:

@@ -341,8 +341,11 @@ def _fix(
     from neox_bridge.doctor.fix_changes import changes_of
     from neox_bridge.execution.execute import execute
     from neox_bridge.execution.staging import sweep
+    from neox_bridge.planning.option_checks import check_outside
     from neox_bridge.planning.report import remarks
 
+    if options.fix is not None:
+        check_outside([checkpoint.source], options.fix, "fix")
     home = checkpoint.neox.root if checkpoint.neox is not None else checkpoint.path
     if finding := sweep(home):
         tell_findings([finding], quiet=False)

@@ -31,6 +31,9 @@ def run_plan(
         checker: Makes ``execute``'s ``check``.
         options: More of ``execute``'s.
     """
+    from neox_bridge.planning.option_checks import check_outside
+
+    check_outside([source], target)
     if execution.dry_run:
         from neox_bridge.execution.execute import check_options
 

@@ -76,7 +76,7 @@ def publish_plan(
         there = preview.branch_exists
         check_base(place.repo, place.branch, repo_exists=preview.repo_exists, branch_exists=there)
     check_writer(place.repo)
-    work = _work(place, upload.work, execution.quiet)
+    work = _work(source, place, upload.work, execution.quiet)
     with held(work, str(place)):
         result = _finished(plan, work, execution, checker) or perform(
             plan, work.files, replace(execution, overwrite=True), checker, **options
@@ -102,12 +102,14 @@ def publish_plan(
             print_line(line)
 
 
-def _work(place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
+def _work(source: str, place: "HubTarget", chosen: str | None, quiet: bool) -> "Work":
     """The folder in which the files are written. It is the same for every run."""
     from neox_bridge.execution.work import work_of
     from neox_bridge.hub.publish import work_base
+    from neox_bridge.planning.option_checks import check_outside
 
     work = work_of(os.path.join(work_base(chosen), place.folder_name))
+    check_outside([source], work.folder, "work")
     if not quiet:
         text = (
             f"files are written to {work.folder} before the upload; --work chooses another folder"

@@ -3,12 +3,15 @@
 An option that did nothing would mislead: the user would take the result for what was asked for.
 """
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable
 
 from neox_bridge.errors import UsageError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.head import check_head
 from neox_bridge.planning.options import SIDES, Options
+from neox_bridge.stores.folder import is_hub
+from neox_bridge.stores.paths import absolute, isdir, plain, real
 
 _NAMES: dict[Kind, str] = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
 
@@ -17,6 +20,29 @@ def kind_of(checkpoint: Checkpoint, options: Options) -> Kind:
     """The kind that is written."""
     other: Kind = "hf" if checkpoint.kind == "neox" or options.format else "neox"
     return options.to or other
+
+
+def check_outside(sources: Iterable[str], place: str, parameter: str = "target") -> None:
+    """Raise UsageError if a folder to write to is inside a source, with symbolic links followed.
+
+    A conversion would change the folder that it reads. To add a step to a run, the target is the
+    folder of the run itself.
+
+    sources: as the user named them. parameter: the one that names the place.
+    """
+    inside = real(absolute(plain(place)))
+    for source in sources:
+        if not source or is_hub(source):
+            continue
+        home = real(absolute(plain(source)))
+        if inside.startswith(os.path.join(home, "")) and isdir(home):
+            reason = f"{_resolved(place, inside)} is inside the source {_resolved(source, home)}"
+            raise UsageError([parameter], reason, "Choose a folder outside of the source.")
+
+
+def _resolved(path: str, real_path: str) -> str:
+    """The path as the user named it, and where it leads if symbolic links are in between."""
+    return path if absolute(plain(path)) == real_path else f"{path} ({real_path})"
 
 
 def check_options(checkpoint: Checkpoint, options: Options, given: Collection[str] = ()) -> None:
