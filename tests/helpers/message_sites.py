@@ -168,9 +168,8 @@ class Package:
             return ""
         if isinstance(function, ast.IfExp):  # (Unreachable if unanswered else BridgeError)(words)
             function = function.body
-        if isinstance(function, ast.Call):  # type(error)(words)
-            is_type = isinstance(function.func, ast.Name) and function.func.id == "type"
-            return "BridgeError" if is_type else ""
+        if isinstance(function, ast.Call):
+            return "BridgeError" if ast.unparse(function) == "type(error)" else ""
         if isinstance(function, ast.Attribute):  # click.BadParameter
             return function.attr if function.attr in ("BadParameter",) else ""
         name = function.id if isinstance(function, ast.Name) else ""

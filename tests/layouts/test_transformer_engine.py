@@ -252,6 +252,13 @@ def test_another_epsilon_is_said(tmp_path: Path) -> None:
     assert [f.code for f in open_checkpoint(str(tmp_path / "te")).findings] == ["te-epsilon"]
 
 
+def test_a_geglu_that_nothing_else_computes_is_refused(tmp_path: Path) -> None:
+    convert(make_hf(tmp_path / "hf", family="llama"), tmp_path / "te", te=True)
+    edit(tmp_path / "te", lambda _: None, activation="geglu")
+    with pytest.raises(Refused, match="activation: Transformer Engine computes geglu with tanh"):
+        open_checkpoint(str(tmp_path / "te"))
+
+
 def test_sums_that_nothing_else_computes_are_refused(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", **SEQUENTIAL)
     convert(hf, tmp_path / "te", te=True, tp=2)

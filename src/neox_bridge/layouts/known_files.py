@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Collection, Iterator
 
-from neox_bridge.errors import BridgeError
 from neox_bridge.layouts.carried_names import FOLDER, LEGAL, OTHER, is_carried
 from neox_bridge.layouts.checkpoint import RECORD
 from neox_bridge.layouts.tokenizer import NAMES
+from neox_bridge.stores.local_folder import unlisted
 from neox_bridge.stores.paths import is_local, walk
 
 _TOKENIZER = (
@@ -137,7 +137,7 @@ def _walk(
             with os.scandir(place) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            raise BridgeError(f"{place} cannot be listed: {error.strerror}.") from None
+            raise unlisted(place, error) from None
         for entry in entries:
             path = f"{inside}/{entry.name}" if inside else entry.name
             if is_bookkeeping(path) and not os.path.ismount(entry.path):

@@ -66,26 +66,27 @@ def refuse_missing_ranks(state: NeoxState) -> None:
 def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[list[str]]:
     """The optimizer state files by the number of their mp_rank file, then by rank.
 
-    dp: data-parallel ranks according to the mp_rank files, or None. model_parallel: the number of
-    mp_rank files. Raises BridgeError if one is missing or left over from another layout, and
-    Refused if two belong to one rank.
+    Args:
+        state: A checkpoint that has such files.
+        dp: The number of data-parallel ranks in the mp_rank files; None if they do not contain it.
+        model_parallel: The number of mp_rank files.
+
+    Raises:
+        BridgeError: If a file is missing, or left over from another layout.
+        Refused: If two files belong to the same rank.
     """
     folder = state.folder
     by_rank: dict[tuple[int, int], str] = {}
     for name in state.optimizer:
-        if match := OPTIMIZER.fullmatch(name):
-            place = int(match[2]), int(match[3])
-            if place in by_rank:
-                raise Refused(
-                    f"{folder} contains two optimizer state files of the same rank, "
-                    f"{by_rank[place]} and {name}. Move the wrong one out of the folder."
-                )
-            by_rank[place] = name
-    if not by_rank:
-        raise BridgeError(
-            f"{folder}: {some(list(state.optimizer))} is not a file name that DeepSpeed uses. "
-            "Move the file out of the folder."
-        )
+        match = OPTIMIZER.fullmatch(name)
+        assert match is not None  # state.optimizer lists names of this form only
+        place = int(match[2]), int(match[3])
+        if place in by_rank:
+            raise Refused(
+                f"{folder} contains two optimizer state files of the same rank, "
+                f"{by_rank[place]} and {name}. Move the wrong one out of the folder."
+            )
+        by_rank[place] = name
     most = max(rank for rank, _ in by_rank) + 1
     dp = dp or most
     places = ((rank, number) for rank in range(dp) for number in range(model_parallel))

@@ -5,7 +5,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from itertools import islice
 
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.frameworks.suites import OWNER, full_id, nearest
 
 _LEAST_SIMILAR = 0.75  # as difflib measures it: 1 for equal names
@@ -63,6 +63,18 @@ def check_not_local(source: str) -> None:
         )
 
 
-def no_folder(source: str) -> str:
-    """That a name was looked up on the Hub because there is no such folder."""
-    return f"There is no local folder {source} either. {suggestions(source)}".rstrip()
+def not_local_either(error: BridgeError, source: str, hint: str = "") -> BridgeError:
+    """The error of a name that the Hub was asked for because there is no such folder.
+
+    Errors of other classes than BridgeError and Unreachable are returned unchanged.
+
+    Args:
+        error: The error of the Hub.
+        source: The name, as the user wrote it.
+        hint: A sentence for the case that the Hub did not answer.
+    """
+    if type(error) not in (BridgeError, Unreachable):
+        return error
+    there = f"There is no local folder {source} either. {suggestions(source)}".rstrip()
+    more = f" {hint}" if hint and isinstance(error, Unreachable) else ""
+    return type(error)(f"{error} {there}{more}")

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from neox_bridge.errors import BridgeError, SettingsMissing, Unreachable, UsageError
+from neox_bridge.errors import BridgeError, SettingsMissing, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.file_names import HF_WEIGHTS, STEP, is_step_file
 from neox_bridge.layouts.interrupted import interrupted
-from neox_bridge.layouts.near_names import check_not_local, no_folder, suggestions
+from neox_bridge.layouts.near_names import check_not_local, not_local_either, suggestions
 from neox_bridge.layouts.text_files import list_folder
 from neox_bridge.layouts.universal_folder import LATEST, ZERO, is_universal
 from neox_bridge.stores.folder import is_hub
@@ -18,7 +18,7 @@ from neox_bridge.stores.local_folder import missing_message
 from neox_bridge.stores.paths import absolute, afresh, exists, is_local, isdir, lexists
 from neox_bridge.tensors.fused import GqaOrder
 
-_TOY = "neox-bridge toy pythia-70m pythia-70m --as hf"  # makes a model, of random weights
+_TOY = "To try neox-bridge without a network: neox-bridge toy pythia-70m pythia-70m --as hf"
 
 
 def detect(path: str) -> Kind:
@@ -145,12 +145,7 @@ def _find(
         try:
             place = find_source(*model)
         except BridgeError as error:
-            if type(error) not in (BridgeError, Unreachable):
-                raise
-            words = f"{error} {no_folder(source)}"
-            if isinstance(error, Unreachable):
-                words += f" To try neox-bridge without a network: {_TOY}"
-            raise type(error)(words) from None
+            raise not_local_either(error, source, _TOY) from None
         if isdir(os.path.dirname(source)):  # so the name may be a misspelled path
             message = f"there is no local folder {source}, so the model on the Hub is read"
             finding = Finding("read-from-hub", "info", message, suggestions(source))

@@ -113,7 +113,8 @@ def _read_params(settings: Mapping[str, Any], path: str) -> _Params:
         key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in settings
     ]:
         raise BridgeError(
-            f"{path} is missing {some(lacking)}, so it does not describe a Llama model."
+            f"{path} does not describe a Llama model. Missing: {some(lacking)}. Download the file "
+            "again."
         )
     if settings.get("use_scaled_rope"):
         raise Refused(
@@ -165,7 +166,8 @@ def _shards(path: str) -> tuple[tuple[str, ...], list[Mapping[str, TensorRef]]]:
         check_names(held, file)
         if twice := sorted(set(held) & set(tensors)):
             raise BridgeError(
-                f"{path}: {twice[0]} is in two files: {tensors[twice[0]].file}, {file}"
+                f"{path}: {twice[0]} is in two files: {tensors[twice[0]].file} and {file}. Remove "
+                "the files that are left over from another download."
             )
         tensors |= held
     return files, [tensors]
@@ -208,10 +210,11 @@ def _gathered(
                 f"{path}: {key} does not have the same shape and dtype in all files. Download "
                 "the files again."
             )
-        if len(refs[0].shape) != (1 if split == "replicated" else 2):
+        dimensions = 1 if split == "replicated" else 2
+        if len(refs[0].shape) != dimensions:
             raise BridgeError(
-                f"{path}: {key} has the shape {list(refs[0].shape)}, so it is damaged. Download "
-                "the file again."
+                f"{path}: {key} has the shape {list(refs[0].shape)}. Its tensors of this name have "
+                f"{dimensions} dimensions. Download the files again."
             )
         if key == "tok_embeddings.weight" and refs[0].shape[-1] == params.hidden:
             split = "column"  # by rows since Llama 3
@@ -240,7 +243,8 @@ def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
         assert ref is not None
         if ref.shape[0] % width:
             raise BridgeError(
-                f"{path}: {key} splits a head over two files, which is not supported."
+                f"{path}: {key} splits a head over two files, which Meta's models never do. "
+                "Download the files again."
             )
         down, right = ref.strides or row_major(ref.shape)
         for head in range(ref.shape[0] // width):

@@ -59,8 +59,9 @@ def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> Non
         _check_kv_heads(config, dims, where.replace("num_attention_heads", "the key-value heads"))
     elif dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         raise BridgeError(
-            f"attention.query_key_value has {dims['qkv']} rows; a hidden size of {config.hidden} "
-            "needs three times as many. This family does not have grouped-query attention."
+            f"attention.query_key_value has {dims['qkv']} rows, but 3 x the hidden size "
+            f"{config.hidden} is {3 * config.hidden}. This family does not have grouped-query "
+            "attention. The config belongs to another model."
         )
 
 

@@ -17,13 +17,13 @@ def check_names(names: Iterable[object], file: str) -> None:
     for name in names:
         if not isinstance(name, str):
             raise BridgeError(
-                f"{file} has a {type(name).__name__} instead of a tensor name, so it is not a "
-                "state dict."
+                f"{file} has a key of the type {type(name).__name__} instead of a tensor name, so "
+                "it is not a state dict. Download or copy it again."
             )
         if not name.isprintable() or len(name) > _NAME_CHARACTERS:
             raise BridgeError(
-                f"{file} has a tensor of the name {name[:60]!r}, which no model has: the name is "
-                "not short printable text. Do not use this file."
+                f"{file} has a tensor with the name {name[:60]!r}. Names of tensors are short and "
+                "printable, so the file is damaged or malicious. Do not use it."
             )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.bounded_json import DEPTH, parse_json
 from neox_bridge.formats.file_kinds import refuse_misplaced
+from neox_bridge.stores.local_folder import unlisted
 from neox_bridge.stores.paths import listdir, open_file
 
 _CONFIG_BYTES = 4 << 20  # of a config
@@ -19,7 +20,7 @@ def read_text(path: str, most: int = _CONFIG_BYTES) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise BridgeError(f"{path} is not a text file. Copy or download it again.") from None
+        raise _no_text(path) from None
 
 
 def read_json(path: str, most: int = _CONFIG_BYTES, depth: int | None = DEPTH) -> dict[str, Any]:
@@ -32,14 +33,17 @@ def read_json(path: str, most: int = _CONFIG_BYTES, depth: int | None = DEPTH) -
         value = parse_json(raw, depth)
     except UnicodeDecodeError:
         refuse_misplaced(path, raw)
-        raise BridgeError(f"{path} is not a text file. Copy or download it again.") from None
+        raise _no_text(path) from None
     except ValueError as error:
         refuse_misplaced(path, raw)
         raise BridgeError(
             f"{path} is not valid JSON: {str(error)[:120]}. Correct the file or download it again."
         ) from None
     if not isinstance(value, dict):
-        raise BridgeError(f"{path} is not a JSON object. Download it again.")
+        raise BridgeError(
+            f"{path} is not a JSON object with names and values. Correct the file or download it "
+            "again."
+        )
     return value
 
 
@@ -49,9 +53,14 @@ def read_bytes(path: str, most: int = _CONFIG_BYTES) -> bytes:
         raw = file.read(most + 1)
     if len(raw) > most:
         raise BridgeError(
-            f"{path} is larger than {most:,} bytes, so it cannot be this kind of file."
+            f"{path} is larger than {most:,} bytes. No model has such a large file of this kind. "
+            "Copy or download it again."
         )
     return raw
+
+
+def _no_text(path: str) -> BridgeError:
+    return BridgeError(f"{path} is not a text file in UTF-8. Copy or download it again.")
 
 
 def list_folder(path: str) -> list[str]:
@@ -59,7 +68,7 @@ def list_folder(path: str) -> list[str]:
     try:
         return sorted(listdir(path))
     except OSError as error:
-        raise BridgeError(f"{path} cannot be listed: {error.strerror}.") from None
+        raise unlisted(path, error) from None
 
 
 def dump_json(value: object) -> bytes:

@@ -69,7 +69,7 @@ def tokenizer_at(path: str) -> tuple[str, ...]:
     if paths.isdir(path):
         files = tokenizer_files(path)
         if not any(os.path.basename(file) == MAIN for file in files):
-            raise BridgeError(f"`tokenizer={path}`: no tokenizer.json in this folder.")
+            raise BridgeError(f"`tokenizer={path}`: this folder contains no tokenizer.json.")
         return files
     if not paths.isfile(path):
         if _MODEL.fullmatch(path):

@@ -66,19 +66,17 @@ class LocalFolder:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                raise BridgeError(
-                    f"{path} cannot be read: {error.strerror}. Check the file and its disk."
-                ) from None
+                raise _unreadable(path, error) from None
             states[path] = FileState(
                 seen.st_size, modified_ns=seen.st_mtime_ns, inode=seen.st_ino, device=seen.st_dev
             )
         return states
 
     def walk(self, path: str) -> Iterator[tuple[str, int | None]]:
-        def unlisted(error: OSError) -> None:
-            raise BridgeError(f"{error.filename} cannot be listed: {error.strerror}.") from None
+        def fail(error: OSError) -> None:
+            raise unlisted(str(error.filename), error) from None
 
-        for parent, folders, names in os.walk(path, onerror=unlisted):
+        for parent, folders, names in os.walk(path, onerror=fail):
             folders.sort()
             for file in (os.path.join(parent, name) for name in sorted(names)):
                 if (kind := self.kind(file)) not in (None, "directory"):
@@ -92,7 +90,7 @@ class LocalFolder:
         except (FileNotFoundError, ValueError):  # a name with NUL or an unpaired surrogate
             raise BridgeError(missing_message(path)) from None
         except OSError as error:
-            raise BridgeError(f"{path} cannot be read: {error.strerror}.") from None
+            raise _unreadable(path, error) from None
         try:
             _refuse(path, os.fstat(file.fileno()).st_mode)  # the path may lead to another file now
         except BridgeError:
@@ -131,6 +129,19 @@ def missing_message(path: str) -> str:
             f"hf download {shlex.quote(repo)} --revision {cached[2]}"
         )
     return f"{path} is a link to {os.readlink(path)}, which does not exist. {way}"
+
+
+def unlisted(path: str, error: OSError) -> BridgeError:
+    """The error for a folder whose names cannot be read."""
+    return BridgeError(
+        f"{path} cannot be listed: {error.strerror}. Check the folder and its permissions."
+    )
+
+
+def _unreadable(path: str, error: OSError) -> BridgeError:
+    return BridgeError(
+        f"{path} cannot be read: {error.strerror}. Check the file, its permissions and its disk."
+    )
 
 
 def _refuse(path: str, mode: int) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from neox_bridge.errors import BridgeError, Unreachable
+from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
-from neox_bridge.layouts.near_names import check_not_local, no_folder, suggestions
+from neox_bridge.layouts.near_names import check_not_local, not_local_either, suggestions
 from neox_bridge.layouts.text_files import read_text
 from neox_bridge.stores.folder import HUB, is_hub
 from neox_bridge.stores.paths import (
@@ -86,9 +86,9 @@ def find_runs(paths: Iterable[str]) -> tuple[list[TrainingRun], list[Fault]]:
             try:
                 run, places = _hub_places(*model)
             except BridgeError as error:
-                if is_hub(path) or type(error) not in (BridgeError, Unreachable):
+                if is_hub(path):
                     raise
-                raise type(error)(f"{error} {no_folder(path)}") from None
+                raise not_local_either(error, path) from None
             by_run.setdefault(run, {}).update({place.path: place for place in places})
             continue
         any_found = False
