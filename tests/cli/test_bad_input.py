@@ -78,9 +78,26 @@ def fails(source: Path, tmp_path: Path, *parts: str, **options: Any) -> BridgeEr
     return caught.value
 
 
+def edit_ranks(
+    layer: int, change: Callable[[dict[str, torch.Tensor]], object], ranks: str = "*"
+) -> Callable[[Path], None]:
+    """Change the tensors of a layer, on all tensor-parallel ranks or on one."""
+
+    def edit(step: Path) -> None:
+        for path in step.glob(f"layer_{layer:02d}-model_{ranks}-model_states.pt"):
+            tensors = torch.load(path)
+            change(tensors)
+            torch.save(tensors, path)
+
+    return edit
+
+
 LAYER = "layer_02-model_01-model_states.pt"
 EMBED = "gpt_neox.embed_in.weight"
 QKV = "gpt_neox.layers.1.attention.query_key_value.weight"
+QKV_BIAS = "gpt_neox.layers.{}.attention.query_key_value.bias"
+NEOX_BIAS = "attention.query_key_value.bias"
+DENSE = "attention.dense.weight"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +112,15 @@ QKV = "gpt_neox.layers.1.attention.query_key_value.weight"
         (edit_config(num_attention_heads=None), ["num_attention_heads"]),
         (edit_tensors(lambda t: t.pop(EMBED)), [EMBED, "missing"]),
         (edit_tensors(lambda t: t.pop(QKV)), [QKV, "missing"]),
+        (edit_tensors(lambda t: t.pop(QKV_BIAS.format(1))), [QKV_BIAS.format(1), "are missing"]),
+        (
+            edit_tensors(lambda t: t.pop(QKV_BIAS.format(0))),
+            [QKV_BIAS.format(1), "do not belong to the model that the others describe"],
+        ),
+        (
+            edit_tensors(lambda t: t.update({QKV_BIAS.format(70000): torch.ones(2)})),
+            ["tensors of layer 70000, more layers than"],
+        ),
         (edit_tensors(lambda t: t.update(strange=torch.ones(2))), ["strange"]),
         (edit_tensors(lambda t: t.update({QKV: torch.ones(144, 24)})), [QKV, "24", "48"]),
         (edit_tensors(lambda t: t.update({QKV: torch.ones(144)})), [QKV, "dimensions"]),
@@ -143,6 +169,16 @@ def test_what_gpt_neox_has_not_is_refused(
          lambda s: shutil.copy(s / "layer_02-model_00-model_states.pt",
                                s / "layer_00-model_00-model_states.pt"),
          ["layer 0"]),
+        ("pythia_fp32_pp1_tp2", edit_ranks(2, lambda t: t.pop(DENSE), "01"),
+         [f"layer 2 of rank 1 is missing {DENSE}"]),
+        ("pythia_fp32_pp1_tp2", edit_ranks(2, lambda t: t.update({DENSE: t[DENSE].half()}), "01"),
+         [f"{DENSE} of layer 2 is float16 [32, 16] on rank 1 and float32 [32, 16] on rank 0"]),
+        ("pythia_fp32_pp1_tp2", edit_ranks(2, lambda t: t.pop(DENSE)),
+         [f"tensors are missing: layer 2: {DENSE}. Copy"]),
+        ("pythia_fp32_pp1_tp2", edit_ranks(3, lambda t: t.pop(NEOX_BIAS)),
+         [f"tensors are missing: layer 3: {NEOX_BIAS}. Copy"]),
+        ("pythia_fp32_pp1_tp2", edit_ranks(2, lambda t: t.pop(NEOX_BIAS)),
+         ["do not belong to the model that the others describe", f"layer 3: {NEOX_BIAS}. The"]),
     ],
 )  # fmt: skip
 def test_gpt_neox(

@@ -1,13 +1,16 @@
-"""GPT-NeoX's ranks put together: each weight's shards as one tensor, checked against the table."""
+"""Puts GPT-NeoX's ranks together: the shards of each weight as one tensor.
 
-from collections.abc import Mapping, Sequence
+The tensors are checked against the family's table of weights.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
 from neox_bridge.architectures.neox_config import number
-from neox_bridge.architectures.rows import model_rows, rows_by_name, table_rows
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.architectures.rows import Row, model_rows, rows_by_name, table_rows
+from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Dropped
 from neox_bridge.frameworks.eras import TODAY
 from neox_bridge.layouts.checkpoint import refuse_all
@@ -32,15 +35,27 @@ def assemble(
     order: GqaOrder,
     te: frozenset[str] = frozenset(),
 ) -> Assembled:
-    """The config, the wholes of the ranks' tensors, what is dropped, and a wrong inv_freq.
+    """Put the tensors of all ranks together.
 
-    ranks: by tensor-parallel rank. raw: the merged yml. folder: for messages.
-    order: of the rows of grouped-query attention. te: see ``fused.Fusion``.
-    Raises BridgeError for tensors that are missing, unknown or contradict each other, Refused
-    where an unknown one belongs to something that the family doesn't have.
+    Args:
+        architecture: The family.
+        ranks: The tensors of each tensor-parallel rank, by layer and name.
+        raw: The merged yml.
+        layers: The number of blocks.
+        folder: The folder that messages name.
+        order: The order of the rows of grouped-query attention.
+        te: See ``fused.Fusion``.
+
+    Returns:
+        The config, the tensors by Hugging Face name, what is dropped, and a stored inv_freq that
+        does not match the config.
+
+    Raises:
+        BridgeError: Tensors are missing, unknown or contradict each other.
+        Refused: An unknown tensor belongs to something that the family does not have.
     """
     tp = len(ranks)
-    # the ranks are what they are: --tp changes the target, and this is the source
+    # The ways out are not for a source: its number of ranks is given, and `tp` is the target's.
     unreadable = architecture.refuse_shape(tp, TODAY.name)
     refuse_all((replace(r, way_out="", neox_only=True) for r in unreadable), folder)
     shards: dict[str, list[TensorRef]] = {}
@@ -71,7 +86,7 @@ def assemble(
             refs.append(ref)
             left.discard((rank, number, key))
         if weight.split == "zero":
-            continue  # neox_reader has seen that they are
+            continue  # neox_reader checks that they are zeros
         if weight.split == "derived":
             stored[f"layer {number}: {key}"] = refs[0]
             continue
@@ -95,29 +110,23 @@ def assemble(
         )
     dims = solve_dims(shapes, folder)
     dtype = dtype_of_most(refs[0] for refs in shards.values())
-    missing = [
-        f"layer {row.layer}: {row.weight.neox}"
-        for row in table
-        if row.weight.required and row.hf not in shards
-    ]
-    if missing:
-        raise BridgeError(f"{folder}: tensors are missing: {some(missing)}. Copy it again.")
+    if missing := [row for row in table if row.weight.required and row.hf not in shards]:
+        raise _missing(folder, missing)
     presence = Presence(frozenset(presence_names), dtype, layers)
     try:
         config = architecture.read_neox({**raw, "num_layers": layers}, dims, presence)
-    except Refused:
-        raise
-    except BridgeError as error:  # names the key, and this the place
-        raise BridgeError(f"{folder}: {error}") from None
-    want = {row.hf for row in model_rows(architecture, config)}
-    if absent := sorted(want - set(shards)):
-        raise BridgeError(
-            f"{folder}: tensors are missing. Their Hugging Face names are: {some(absent)}."
-        )
+    except BridgeError as error:  # which names the key, but not the folder
+        raise type(error)(f"{folder}: {error}") from None
+    wanted = model_rows(architecture, config)
+    if missing := [row for row in wanted if row.hf not in shards]:
+        raise _missing(folder, missing)
+    # neox_reader takes a stored head out of a tied model
     stored_head = {architecture.head} if config.tied_embeddings and not config.reward else set()
-    if extra := sorted(set(shards) - want - stored_head):  # neox_reader takes the head out
+    if extra := set(shards) - {row.hf for row in wanted} - stored_head:
         raise BridgeError(
-            f"{folder}: these tensors contradict the yml: {some(extra)}. Correct the yml."
+            f"{folder}: these tensors do not belong to the model that the others describe: "
+            f"{some(sorted(names[name] for name in extra))}. The files may be of different "
+            "checkpoints. Copy the checkpoint again."
         )
     if dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         refuse_all(architecture.refuse_neox_source(raw), folder)
@@ -136,12 +145,17 @@ def assemble(
     return config, tensors, dropped, check_inv_freq(config, stored)
 
 
+def _missing(folder: str, rows: Iterable[Row]) -> BridgeError:
+    names = [f"layer {row.layer}: {row.weight.neox}" for row in rows]
+    return BridgeError(f"{folder}: tensors are missing: {some(names)}. Copy the checkpoint again.")
+
+
 def _key_of(tensors: Mapping[str, TensorRef], weight: Weight) -> str | None:
-    """How a layer spells a weight: as today's trees do, as those before 2024-09, or otherwise."""
+    """The name of a weight in a layer; None if the layer does not contain it."""
     return next((key for key in (weight.neox, weight.old, weight.also) if key in tensors), None)
 
 
 def _fusion(raw: Mapping[str, Any]) -> Fusion:
-    """Enough of the row maps to tell how many rows are of which part."""
+    """The order of fused rows, complete enough to count the rows of each part."""
     heads = number("num_attention_heads", raw.get("num_attention_heads") or 1, int)
     return Fusion(heads, number("num_kv_heads", raw.get("num_kv_heads") or heads, int), "grouped")

@@ -1,7 +1,7 @@
-"""The values that optimizer files hold, checked as they are read: each is of the kind it should be.
+"""Checks the values in optimizer files as they are read, so that later code can rely on them.
 
-What reads an optimizer then needs no check of its own. Everything here raises BridgeError, naming
-the file and the key, for a value that neither DeepSpeed nor GPT-NeoX writes.
+Every function raises BridgeError, which names the file and the key, for a value that neither
+DeepSpeed nor GPT-NeoX writes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,20 +121,21 @@ def parameter_groups(base: Mapping[str, Any], path: str) -> list[Mapping[str, An
 
 def check_betas(betas: object, path: str) -> list[float]:
     """Adam's two decay rates, as the yml has them."""
+    name, pair = "optimizer.params.betas", "a pair of numbers from 0 to 1"
     if not isinstance(betas, list | tuple) or len(betas) != 2:
-        raise unexpected(path, "optimizer.params.betas", betas, "a list of two numbers")
-    name = "optimizer.params.betas"
+        raise unexpected(path, name, betas, pair)
     values = [number({"beta": beta}, "beta", path, name) for beta in betas]
     if any(value is None or value > 1 for value in values):
-        raise unexpected(path, name, betas, "a list of two numbers from 0 to 1")
+        raise unexpected(path, name, betas, pair)
     return [float(value) for value in values if value is not None]
 
 
 def numbers_of(group: Mapping[str, Any], index: int, path: str) -> Sequence[int]:
     """The numbers of a group's parameters."""
     numbers = sequence(group, "params", path, f"param_groups[{index}].params")
-    if not all(type(number) is int for number in numbers):
-        raise unexpected(path, f"param_groups[{index}].params", numbers, "a list of numbers")
+    for value in numbers:
+        if type(value) is not int:
+            raise unexpected(path, f"param_groups[{index}].params", value, "a list of numbers")
     return numbers
 
 

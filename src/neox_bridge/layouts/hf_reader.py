@@ -264,8 +264,8 @@ def _weight_map(path: str, index: str) -> tuple[list[str], dict[str, str]]:
     for name in names:
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise BridgeError(
-                f"{index} names {name!r}, which is not a file in the same folder. Do not use "
-                "this file."
+                f"{index} names {name!r}, which is not a file in the same folder. The index is "
+                "damaged or malicious. Get it again from its source."
             )
     return names, weight_map
 
@@ -298,7 +298,8 @@ def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str])
             copies += [Copy(key, wanted, ref, key, key) for ref in by_name.values()]
     if missing := sorted(set(weight_map) - set(tensors) - set(classes)):
         raise BridgeError(
-            f"{path}: the index file names tensors that its files do not contain: {some(missing)}."
+            f"{path}: the index file names tensors that its files do not contain: {some(missing)}. "
+            f"{unfinished_download(path) or 'Download the files again.'}"
         )
     return _Stored(tensors, tuple(files), copies, classes=classes)
 
@@ -463,13 +464,15 @@ def _require(
     rows = table_rows(architecture, presence.layers)
     missing = [row.hf for row in rows if row.weight.required and row.hf not in named]
     if missing:
-        raise BridgeError(
-            f"{path}: tensors are missing: {some(missing)}. "
-            f"{unfinished_download(path) or 'Download the files again.'}"
-        )
+        raise _missing(path, missing)
     headless = architecture.head not in named and SCORE not in named
     if headless and not raw.get("tie_word_embeddings"):
         raise BridgeError(_no_head(architecture, path, raw))
+
+
+def _missing(path: str, names: list[str]) -> BridgeError:
+    way_out = unfinished_download(path) or "Download the files again."
+    return BridgeError(f"{path}: tensors are missing: {some(names)}. {way_out}")
 
 
 def _no_head(architecture: Architecture, path: str, raw: Mapping[str, Any]) -> str:
@@ -500,12 +503,11 @@ def _check_names(
 ) -> None:
     want = {row.hf for row in model_rows(architecture, config)}
     if missing := sorted(want - set(named)):
-        raise BridgeError(
-            f"{path}: tensors are missing: {some(missing)}. Download the files again."
-        )
+        raise _missing(path, missing)
     if extra := sorted(set(named) - want):
         raise BridgeError(
-            f"{path}: some layers have tensors that are missing from others: {some(extra)}."
+            f"{path}: these tensors do not belong to the model that the others describe: "
+            f"{some(extra)}. The files may be of different models. Download them again."
         )
 
 
