@@ -15,7 +15,7 @@ from collect_keys import TREES as COMMITS
 from stand_in_trees import NAMES
 
 FOLDERS = {name: "gpt-neox" if name == "today" else f"neox-{name}" for name in NAMES}
-_PARTS = ("megatron", "configs", "requirements")
+_PARTS = ("megatron", "configs", "requirements", "tools")
 
 
 class RealTrees(Mapping[str, Path]):

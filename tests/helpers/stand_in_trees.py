@@ -11,6 +11,7 @@ A template's line that ends in a mark belongs to some dates alone: ``#@ until 20
 
 import re
 from pathlib import Path
+from textwrap import indent
 
 from neox_bridge.frameworks.deepspeed import DEEPERSPEED_VERSIONS
 from neox_bridge.frameworks.eras import era_named
@@ -245,11 +246,139 @@ _RUNNER_KEYS = frozenset("hostfile num_nodes num_gpus master_port".split())
 _MODEL_KEYS = frozenset("num_layers hidden_size num_attention_heads use_qk_layernorm".split())
 
 
+_NEOX_TO_HF = """\
+parser.add_argument("--input_dir", type=str, help="the folder of a step")
+parser.add_argument("--config_file", type=str)
+parser.add_argument("--output_dir", type=str)
+parser.add_argument("--precision", type=str, default="auto")
+parser.add_argument("--no_save_tokenizer", action="store_true")
+"""
+_MAIN = """\
+import argparse
+
+import {library}
+
+
+def main({parameters}):
+    import os
+
+    parser = argparse.ArgumentParser(
+        description="a stand-in",
+    )
+{options}
+    args = parser.parse_args({words})
+    raise SystemExit(f"{{os.getpid()}} reached the code of the script: {{args}}")
+
+
+if __name__ == "__main__":
+    main()
+"""
+_SEQUENTIAL = '''\
+"""A stand-in for the script that writes a GPT-NeoX checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import deepspeed
+
+SEVERAL = "--hf-model-name tiny --config layout.yml"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--revision", type=int, default=143000)
+    parser.add_argument("--output-dir", type=str)
+    parser.add_argument(
+        "--config",
+        nargs="*",
+        default=[],
+        help="the ymls, of which the layout is taken",
+    )
+    parser.add_argument("--test", action="store_true")
+    parser.add_argument("--download-only", action="store_true")
+
+    parser.add_argument("--ckpt-tmp-dir", default="/tmp/ckpt_tmp_dir")
+    parser.add_argument("--hf-model-name", type=str)
+    parser.add_argument("--cache-dir", default="/gpfs/alpine/csc499/proj-shared/hf_checkpoints")
+    try:
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            args = parser.parse_args(SEVERAL.split())
+        else:
+            args = parser.parse_args()
+    except KeyError:
+        args = parser.parse_args()
+    raise SystemExit("reached the code of the script")
+'''
+_LLAMA = """\
+import argparse
+
+import tqdm
+
+
+def convert_model(state_dict, config, ranks):
+    return [dict(state_dict) for _ in range(ranks)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=0)
+    parser.add_argument("--model", type=str, default="gpt2")
+    parser.add_argument("--model_path", type=str, default=None)
+    args = parser.parse_args()
+    raise SystemExit("reached the code of the script")
+"""
+_RAW = """\
+parser.add_argument("--input_dir")
+parser.add_argument("--model_size", choices=["7B", "tokenizer_only"])
+parser.add_argument("--output_dir")
+parser.add_argument("--num_output_shards", type=int, default=1)
+parser.add_argument("--pipeline_parallel", action="store_true")
+"""
+_MERGE = """\
+parser.add_argument("--input_dir", type=str)
+parser.add_argument("--output_dir", type=str)
+"""
+
+
+def scripts_of(name: str) -> dict[str, str]:
+    """The conversion scripts of the tree of a date, by their names in tools/ckpts."""
+    options = _NEOX_TO_HF
+    if name in ("2024-10", "today"):
+        options += 'parser.add_argument("--vocab-is-hf-tokenizer", action="store_true")\n'
+        options += 'parser.add_argument("--pad-token-id", type=int, default=-1)\n'
+    options += 'parser.add_argument("--architecture", type=str, default="neox")\n'
+    both = "input_args=None, overwrite_values=None"
+    scripts = {
+        "convert_neox_to_hf.py": _main("json", options, both),
+        "convert_hf_to_sequential.py": _SEQUENTIAL,
+        "convert_raw_llama_weights_to_neox.py": _main("deepspeed", _RAW),
+        "merge20b.py": _main("deepspeed", _MERGE),
+    }
+    if name != "2024-03":
+        scripts["convert_hf_llama_to_neox.py"] = _LLAMA
+        scripts["convert_neox_to_mamba_ssm.py"] = _main("mamba_ssm", _NEOX_TO_HF, both)
+    return scripts
+
+
+def _main(library: str, options: str, parameters: str = "") -> str:
+    return _MAIN.format(
+        library=library,
+        options=indent(options, " " * 4),
+        parameters=parameters,
+        words="input_args" if parameters else "",
+    )
+
+
 def write_tree(name: str, folder: Path) -> Path:
     """Write the stand-in for the tree of a date into ``folder``, and return it."""
     keys = neox_keys(name)
     other = keys - _DEEPSPEED_KEYS - _MODEL_KEYS
+    scripts = {f"../tools/ckpts/{script}": text for script, text in scripts_of(name).items()}
     files = {
+        **scripts,
         "model/positional_embeddings.py": _of_date(name, POSITIONS),
         "model/norms.py": _of_date(name, NORMS),
         "model/transformer.py": _of_date(name, TRANSFORMER),

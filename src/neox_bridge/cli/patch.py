@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 class PatchOptions:
     """What is done to the tree."""
 
+    scripts: bool = option(
+        False,
+        "Patch the conversion scripts in tools/ckpts instead: they call neox-bridge with their "
+        "own command lines.",
+        common=True,
+    )
     dry_run: bool = option(False, "Print the changes as a diff and write nothing.", common=True)
     revert: bool = option(False, "Restore the original files, byte for byte.", common=True)
 
@@ -37,21 +43,22 @@ def patch(tree: str, options: PatchOptions, output: Output) -> None:
     Classes that compute inv_freq (or ALiBi slopes) no longer store it, unless a flag in the yml
     says so. They get a load hook that takes it from checkpoints that have it and fills it in for
     those that do not. Loading stays strict. Either all files are patched or none. A source tree in
-    an unknown form is refused (exit code 4).
+    an unknown form is refused (exit code 4). --revert undoes both kinds of patches.
 
     \b
     Examples:
       neox-bridge patch ~/gpt-neox --dry-run
       neox-bridge patch ~/gpt-neox
+      neox-bridge patch ~/gpt-neox --scripts
       neox-bridge patch ~/gpt-neox --revert
     """
-    from neox_bridge.patch import patcher
+    from neox_bridge.patch import patcher, scripts
 
     dry_run, revert = options.dry_run, options.revert
     if revert:
         plan = patcher.plan_revert(tree) if dry_run else patcher.revert(tree)
     else:
-        plan = patcher.plan_patch(tree)
+        plan = scripts.plan_scripts(tree) if options.scripts else patcher.plan_patch(tree)
         if not dry_run:
             patcher.apply(plan)
     if output.as_json:

@@ -22,9 +22,19 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.lock import locked_folder
 from neox_bridge.extras import install_command
-from neox_bridge.patch.places import HOME, HOOK, MARK, Change, Place, changes_for
+from neox_bridge.patch.places import (
+    HOME,
+    HOOK,
+    KEPT,
+    MARK,
+    SCRIPTS_FOLDER,
+    Change,
+    Place,
+    changes_for,
+)
 
-KEPT = ".neox-bridge.orig"
+_PACKAGE = "megatron"
+_FOLDERS = (f"{_PACKAGE}/", f"{SCRIPTS_FOLDER}/")  # whose files are patched
 _RECORD = "patch.json"
 _TEMPORARY = ".neox-bridge-tmp"  # the end of a temporary file's name
 
@@ -70,7 +80,7 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
 
     Raises Refused if any place has an unknown form.
     """
-    root = _root(tree)
+    root = tree_root(tree)
     try:
         import libcst  # noqa: F401
     except ImportError:
@@ -81,12 +91,16 @@ def plan_patch(tree: str | os.PathLike[str]) -> Patch:
     from neox_bridge.patch.buffer_forms import find_places, parse
     from neox_bridge.patch.edits import edited
 
-    parsed = {path: (text, parse(path, text)) for path, text in _sources(root) if _concerned(text)}
+    parsed = {
+        path: (text, parse(path, text))
+        for path, text in _sources(root, _PACKAGE)
+        if _concerned(text)
+    }
     places = {path: find_places(path, module) for path, (_, module) in parsed.items()}
     every = [place for of_file in places.values() for place in of_file]
     bare = {path: of_file for path, of_file in places.items() if not all(p.hooked for p in of_file)}
     for path in bare:
-        if _has_patch(parsed[path][0]):
+        if has_patch(parsed[path][0]):
             raise Refused(
                 f"{path} contains only a part of the patch, so it was edited since it was "
                 f"patched. Restore it from {KEPT}, or remove the lines of the patch by hand, and "
@@ -107,11 +121,11 @@ def plan_revert(tree: str | os.PathLike[str]) -> Patch:
 
     Needs no libcst.
     """
-    root = _root(tree)
+    root = tree_root(tree)
     files, edited_since = [], []
     for path, hashes in _record(root).items():
-        original, current = _read(root / KEPT / path), _read(root / path)
-        if current is not None and not _has_patch(current):
+        original, current = read(root / KEPT / path), read(root / path)
+        if current is not None and not has_patch(current):
             continue  # restored or replaced by another version, without this tool
         if current is None or _hash(current) != hashes["patched"]:
             edited_since.append(path)
@@ -172,7 +186,7 @@ def revert(tree: str | os.PathLike[str]) -> Patch:
         _check_unchanged(root, patch)
         _replace_all({root / file.path: file.new for file in patch.files})
         kept = root / KEPT
-        unpatched = not any(_has_patch(text) for _, text in _sources(root))
+        unpatched = not any(has_patch(text) for _, text in _sources(root, _PACKAGE, SCRIPTS_FOLDER))
         if (kept / _RECORD).is_file() or (kept.is_dir() and unpatched):
             for path in kept.iterdir():  # the record last, so that a killed run can be resumed
                 if path.is_dir():
@@ -185,12 +199,13 @@ def revert(tree: str | os.PathLike[str]) -> Patch:
 
 def _remove_left_over(root: Path) -> None:
     """Temporary files of a run that was killed."""
-    for folder in (root / "megatron", root / KEPT):
+    for folder in (root / "megatron", root / SCRIPTS_FOLDER, root / KEPT):
         for path in folder.rglob(f".*{_TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
-def _root(tree: str | os.PathLike[str]) -> Path:
+def tree_root(tree: str | os.PathLike[str]) -> Path:
+    """The folder of a tree. Raises Refused if it is none."""
     root = Path(tree)
     if not root.is_dir():
         raise BridgeError(f"{root}: no such folder. Give the root of a GPT-NeoX source tree.")
@@ -199,10 +214,10 @@ def _root(tree: str | os.PathLike[str]) -> Path:
     return root
 
 
-def _sources(root: Path) -> Iterator[tuple[str, bytes]]:
-    """The Python files of megatron/, as paths from the tree's root."""
-    for path in sorted((root / "megatron").rglob("*.py")):
-        text = _read(path)
+def _sources(root: Path, *folders: str) -> Iterator[tuple[str, bytes]]:
+    """The Python files of folders, as paths from the tree's root."""
+    for path in sorted(path for name in folders for path in (root / name).rglob("*.py")):
+        text = read(path)
         if text is not None:
             yield str(PurePosixPath(path.relative_to(root))), text
 
@@ -234,13 +249,13 @@ def _refuse_unknown(root: Path, places: list[Place]) -> None:
 
 def _check_unchanged(root: Path, patch: Patch) -> None:
     for file in patch.files:
-        if _read(root / file.path) != file.old:
+        if read(root / file.path) != file.old:
             raise BridgeError(f"{root / file.path} changed during the run, so nothing was written.")
 
 
 def _record(root: Path) -> dict[str, dict[str, str]]:
     """The hashes of the files that were patched, by path."""
-    text = _read(root / KEPT / _RECORD)
+    text = read(root / KEPT / _RECORD)
     if text is None:
         return {}
     try:
@@ -250,10 +265,10 @@ def _record(root: Path) -> dict[str, dict[str, str]]:
         raise Refused(f"{root / KEPT / _RECORD} cannot be read, so nothing was changed.") from None
     for path in hashes:
         pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or not path.startswith("megatron/"):
+        if pure.is_absolute() or ".." in pure.parts or not path.startswith(_FOLDERS):
             raise Refused(
-                f"{root / KEPT / _RECORD} names {path}, which is not below megatron/, so nothing "
-                "was changed."
+                f"{root / KEPT / _RECORD} names {path}, which is not below "
+                f"{' or '.join(_FOLDERS)}, so nothing was changed."
             )
     return hashes
 
@@ -261,7 +276,7 @@ def _record(root: Path) -> dict[str, dict[str, str]]:
 def _replace_all(contents: Mapping[Path, bytes]) -> None:
     """Write all files or none: each to a temporary name, flushed, then renamed."""
     waiting: dict[Path, Path] = {}
-    before = {path: _read(path) for path in contents}
+    before = {path: read(path) for path in contents}
     done: list[Path] = []
     try:
         for path, content in contents.items():
@@ -303,14 +318,16 @@ def _temporary(path: Path, content: bytes) -> Path:
     return name
 
 
-def _read(path: Path) -> bytes | None:
+def read(path: Path) -> bytes | None:
+    """The content of a file; None if there is no such file."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
 
 
-def _has_patch(text: bytes) -> bool:
+def has_patch(text: bytes) -> bool:
+    """Whether a file contains any part of a patch."""
     return HOOK.encode() in text or MARK.encode() in text
 
 
