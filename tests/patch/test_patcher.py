@@ -627,9 +627,9 @@ def test_the_page_shows_what_happens_line_by_line(today: Path) -> None:
 
 
 def blocks_of_the_page() -> dict[str, str]:
-    """The page's code blocks by language; of several the last."""
+    """The page's code blocks by language; of several the first."""
     blocks = [block.split("\n", 1) for block in PAGE.read_text().split("```")[1::2]]
-    return {language: text for language, text in blocks if language}
+    return {language: text for language, text in reversed(blocks) if language}
 
 
 def shown_changes(text: str) -> list[tuple[str, str, str]]:

@@ -164,6 +164,15 @@ def test_the_hook_is_wrapped_as_the_tree(script: str) -> None:
     assert max(map(len, hook_source(this).splitlines())) <= 88
 
 
+@pytest.mark.neox
+@pytest.mark.parametrize("trees", ["real"], indirect=True)
+def test_the_page_shows_what_happens_line_by_line(today: Path) -> None:
+    page = (TESTS.parent / "docs" / "how-to" / "patch.md").read_text().splitlines()
+    shown = [line for line in page if line.startswith(f"{FOLDER}/")]
+    printed = run("patch", today, "--scripts").stdout.splitlines()
+    assert shown == [line for line in printed if line.startswith(f"{FOLDER}/")]
+
+
 # what is refused
 
 SEQUENTIAL, TO_HF = "convert_hf_to_sequential.py", "convert_neox_to_hf.py"
