@@ -31,7 +31,7 @@ from neox_bridge.frameworks.suites import Suite
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.hub.preview import PublishPreview
 from neox_bridge.hub.publish import Published
-from neox_bridge.layouts.carried_names import LeftKind
+from neox_bridge.layouts.carried_names import LeftFile
 from neox_bridge.patch.places import Change
 from neox_bridge.planning.casts import Cast
 from neox_bridge.tensors.fused import GqaOrder
@@ -85,13 +85,6 @@ class Blank(TypedDict):
     key: str
 
 
-class NotCarried(TypedDict):
-    """A file beside the source's model that is not copied. The name of a folder ends in `/`."""
-
-    name: str
-    reason: LeftKind
-
-
 class Remarks(TypedDict):
     """What a plan says beside its files.
 
@@ -104,7 +97,7 @@ class Remarks(TypedDict):
     blanks: list[Blank]
     notes: list[str]
     carried: list[str]
-    not_carried: list[NotCarried]
+    not_carried: list[LeftFile]
 
 
 class _Side(TypedDict):

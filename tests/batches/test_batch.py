@@ -522,3 +522,48 @@ def test_a_library_that_lacks_is_named_once(run: Path, tmp_path: Path) -> None:
     done = spawn(run, "s3://bucket/out", env=environment)
     assert done.returncode == 1
     assert done.stderr.count("obstore is missing") == done.stderr.count("[remote]") == 1
+
+
+# --- the files beside the models
+
+
+def test_files_that_are_not_copied_are_listed(run: Path, tmp_path: Path) -> None:
+    for step in ("step0", "step1000"):
+        (run / step / "README.md").write_text("A card.\n")
+        (run / step / "training.py").write_text("print()\n")
+        (run / step / "plot.png").write_bytes(b"\x89PNG")
+    expected = [
+        {"name": "plot.png", "reason": "not on the list"},
+        {"name": "training.py", "reason": "code"},
+    ]
+    for more in (["--dry-run"], [], []):  # planned, done, skipped
+        row = rows_of(run, tmp_path / "out", "--steps", "0,1000", *more)["step0"]
+        assert row["carried"] == ["README.md", "generation_config.json"]
+        assert row["not_carried"] == expected
+    done = spawn(run, tmp_path / "out", "--steps", "0,1000")
+    note = "2 files of the source not copied: plot.png, training.py (code)"
+    assert done.stderr.count(f"note: step0 and 1 more: {note}\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_a_changed_small_file_of_the_source_is_converted_again(
+    name: str, run: Path, tmp_path: Path
+) -> None:
+    path = run / "step0" / name
+    if name == "README.md":
+        path.write_text("A card.\n")
+    told = (run, tmp_path / "out", "--steps", "0,1000", "--to", "hf")
+    assert set(statuses(rows_of(*told)).values()) == {"done"}
+    path.write_text(path.read_text())  # touched, with the same content
+    assert set(statuses(rows_of(*told)).values()) == {"skipped"}
+    path.write_text(path.read_text().replace("A card", "Another card").replace("1e-05", "2e-05"))
+    assert statuses(rows_of(*told, "--dry-run")) == {"step0": "planned", "step1000": "skipped"}
+    rows = rows_of(*told)
+    assert statuses(rows) == {"step0": "done", "step1000": "skipped"}
+    (finding,) = [one for one in rows["step0"]["findings"] if one["code"] == "not-whole"]
+    target = tmp_path / "out" / "step0"
+    assert finding["message"].startswith(
+        f"{name} of the source changed after {target} was written: converted again; kept as"
+    )
+    assert ("Another card" if name == "README.md" else "2e-05") in (target / name).read_text()
+    assert set(statuses(rows_of(*told)).values()) == {"skipped"}

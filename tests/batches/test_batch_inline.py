@@ -699,6 +699,7 @@ def test_defaults_of_an_event_and_a_row() -> None:
         **{"name": "step0", "run": "run", "number": 0, "status": "failed"},
         **{"source": "a", "target": "b", "files": 0, "size": 0, "shared": 0, "seconds": 0.0},
         **{"tries": 1, "verified": None, "norms": None, "findings": [], "error": "", "casts": []},
+        **{"carried": [], "not_carried": []},
     }
 
 

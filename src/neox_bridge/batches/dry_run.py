@@ -9,7 +9,7 @@ from typing import Any
 
 from neox_bridge.batches.items import Item
 from neox_bridge.batches.row import BatchRow, BatchStatus, complete
-from neox_bridge.batches.run import Batch, place_of, plan_one
+from neox_bridge.batches.run import Batch, place_of, plan_one, with_plan
 from neox_bridge.batches.target_state import Decision, decision
 from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError
@@ -98,12 +98,9 @@ def _row(item: Item, batch: Batch) -> tuple[BatchRow, Plan | None]:
         _STATUS[decision(state, batch.overwrite)],
         item.source.path,
         target,
-        files=len(plan.files),
-        size=plan.size,
-        findings=plan.findings,
         error=words,
     )
-    return row, plan
+    return with_plan(row, plan), plan
 
 
 def rate_of(plan: Plan, target: str, verify: bool) -> float | None:

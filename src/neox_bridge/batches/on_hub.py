@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from neox_bridge.batches.target_state import TargetState, is_of
+from neox_bridge.batches.target_state import TargetState, changed_texts, is_of
 from neox_bridge.errors import UsageError
 from neox_bridge.execution.execute import sources_of
 from neox_bridge.execution.files import identities
+from neox_bridge.execution.sink import recorded_texts
 from neox_bridge.execution.work import Work, held, work_of
 from neox_bridge.hub.preview import plan_publish
 from neox_bridge.hub.publish import publish_written, work_base
@@ -62,7 +63,11 @@ def state_of(plan: Plan, model: HubModel, branch: str) -> tuple[TargetState, str
     Raises BridgeError if the Hub does not answer.
     """
     record = published_record(model.repo, branch, record_path(plan))
-    if record is not None and is_of(record, plan.asked, identities(sources_of(plan))):
+    if (
+        record is not None
+        and is_of(record, plan.asked, identities(sources_of(plan)))
+        and not changed_texts(record, recorded_texts(plan.checkpoint))
+    ):
         return "whole", ""
     preview = plan_publish(plan, model.repo, branch, private=model.private)
     if preview.conflicts:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from neox_bridge.documents import document, plain_data
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.carried_names import LeftFile
 from neox_bridge.planning.casts import Cast
 
 BatchStatus = Literal["done", "skipped", "failed", "planned"]
@@ -27,6 +28,8 @@ class BatchRow:
         norms: L2 norms of the written tensors, if they were asked for.
         error: Why it failed.
         casts: The dtypes that the source's weights are cast to.
+        carried: Small text files that are copied from beside the source's model.
+        not_carried: Files beside it that are not copied.
     """
 
     name: str
@@ -45,6 +48,8 @@ class BatchRow:
     findings: tuple[Finding, ...] = ()
     error: str = ""
     casts: tuple[Cast, ...] = ()
+    carried: tuple[str, ...] = ()
+    not_carried: tuple[LeftFile, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The row as it stands in the document of the batch."""

@@ -19,6 +19,7 @@ from neox_bridge.execution.execute import execute, sources_of
 from neox_bridge.execution.executors import Pool
 from neox_bridge.execution.files import identities
 from neox_bridge.execution.placement import Places, reaches
+from neox_bridge.execution.sink import recorded_texts
 from neox_bridge.execution.staging import check_target, set_aside, sweep
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.unknown_keys import ignorable
@@ -165,7 +166,21 @@ def plan_one(item: Item, batch: Batch) -> tuple[Plan, TargetState, str]:
     absent = sorted(set(batch.options.ignore_keys) - there)
     plan = replace(plan, findings=(*plan.findings, *map(_not_there, absent)))
     sources = identities(sources_of(plan))
-    return plan, *state_of(target, plan.asked, sources, every_hash=batch.every_hash)
+    texts = recorded_texts(plan.checkpoint)
+    return plan, *state_of(target, plan.asked, sources, texts, every_hash=batch.every_hash)
+
+
+def with_plan(row: BatchRow, plan: Plan) -> BatchRow:
+    """The row with what its plan says."""
+    return replace(
+        row,
+        files=len(plan.files),
+        size=plan.size,
+        casts=plan.casts,
+        findings=plan.findings,
+        carried=plan.carried,
+        not_carried=plan.left,
+    )
 
 
 def _not_there(key: str) -> Finding:
@@ -175,8 +190,7 @@ def _not_there(key: str) -> Finding:
 
 def _convert(item: Item, row: BatchRow, batch: Batch, pool: Pool) -> BatchRow:
     plan, state, words = plan_one(item, batch)
-    row = replace(row, files=len(plan.files), size=plan.size, casts=plan.casts)
-    row = replace(row, findings=plan.findings)
+    row = with_plan(row, plan)
     does = decision(state, batch.overwrite)
     if does == "skip":
         if batch.hub is None and (finding := sweep(row.target)) is not None:
@@ -206,7 +220,8 @@ def _published(item: Item, row: BatchRow, plan: Plan, batch: Batch, pool: Pool) 
     assert batch.hub is not None
     with on_hub.made_in(batch.hub, item.name) as work:
         sources = identities(sources_of(plan))
-        state, _ = state_of(work.files, plan.asked, sources, every_hash=True)
+        texts = recorded_texts(plan.checkpoint)
+        state, _ = state_of(work.files, plan.asked, sources, texts, every_hash=True)
         if state == "whole":  # an earlier run was stopped during the upload
             row = replace(row, status="done")
         else:

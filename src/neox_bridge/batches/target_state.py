@@ -16,6 +16,7 @@ from neox_bridge.layouts.text_files import read_bytes
 from neox_bridge.stores.paths import is_local, isdir, listdir, states, walk
 from neox_bridge.stores.store import WORK
 from neox_bridge.verification.sealed import find_record, path_of, unrecorded
+from neox_bridge.wording import some
 
 TargetState = Literal["absent", "whole", "changed", "other"]
 Decision = Literal["skip", "refuse", "write"]
@@ -32,6 +33,7 @@ def state_of(
     target: str,
     asked: Mapping[str, object],
     sources: Mapping[str, Identity],
+    texts: Sequence[Sequence[str]] = (),
     *,
     every_hash: bool = False,
 ) -> tuple[TargetState, str]:
@@ -40,9 +42,9 @@ def state_of(
     "whole": converted from these sources with these options, and unchanged. Sizes are compared, and
     hashes of files that were modified after the record was written, or of all files. "changed":
     converted like this, but changed since, or with additional files that a framework could read
-    (``unrecorded``). "other": converted from something else, or not by neox-bridge, or in a store
-    with such additional files, which cannot be set aside there. Paths of sources and target do not
-    matter.
+    (``unrecorded``), or from a source whose small files changed (``recorded_texts``). "other":
+    converted from something else, or not by neox-bridge, or in a store with such additional files,
+    which cannot be set aside there. Paths of sources and target do not matter.
     """
     if not isdir(target) or not (names := listdir(target)):
         return "absent", ""
@@ -62,6 +64,8 @@ def state_of(
     folder = os.path.dirname(path)
     if change := _first_change(path, hash_name, files, every_hash):
         return "changed", change
+    if names := changed_texts(data, texts):
+        return "changed", f"{some(names)} of the source changed after {target} was written"
     if added := _added(folder, files):
         return "other" if not is_local(folder) else "changed", f"{added} was added"
     return "whole", ""
@@ -99,6 +103,15 @@ def _added(folder: str, files: Sequence[tuple[str, int, str | None]]) -> str:
         if change.kind == "added":
             return path_of(folder, change.path)
     return ""
+
+
+def changed_texts(record: bytes, texts: Sequence[Sequence[str]]) -> list[str]:
+    """The small files of the source that are not as a record has them. Early records have none."""
+    recorded = parse_json(record)["written"].get("texts")
+    if not isinstance(recorded, list):
+        return []
+    before = {tuple(map(str, text)) for text in recorded if isinstance(text, list) and text}
+    return sorted({name for name, *_ in before ^ {tuple(text) for text in texts}})
 
 
 def is_of(record: bytes, asked: Mapping[str, object], sources: Mapping[str, Identity]) -> bool:

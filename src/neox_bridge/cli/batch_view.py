@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from neox_bridge.cli.output import print_line, say, with_remedy
+from neox_bridge.cli.output import not_copied, print_line, say, with_remedy
 from neox_bridge.cli.progress import PROGRESS_SECONDS, bars, line_of
 from neox_bridge.cli.spelling import as_options
 from neox_bridge.documents import plain_data
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from neox_bridge.batches.dry_run import DryRun
     from neox_bridge.batches.row import BatchRow
     from neox_bridge.batches.run import Event
-    from neox_bridge.findings import Finding
 
     Tell = Callable[[Event], None]
 
@@ -187,14 +186,16 @@ def print_rows(rows: "Sequence[BatchRow]") -> None:
 
 
 def tell_warnings(rows: "Iterable[BatchRow]") -> None:
-    """Print each warning of the rows once, on stderr."""
-    names: dict[Finding, list[str]] = {}
+    """Print each warning of the rows, and which files are not copied, once on stderr."""
+    names: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for finding in row.findings:
             if finding.severity != "info":
-                names.setdefault(finding, []).append(row.name)
-    for finding, where in names.items():
-        say(finding.severity, f"{some(where, 1)}: {with_remedy(finding)}")
+                names.setdefault((finding.severity, with_remedy(finding)), []).append(row.name)
+        if row.not_carried:
+            names.setdefault(("note", not_copied(row.not_carried)), []).append(row.name)
+    for (word, text), where in names.items():
+        say(word, f"{some(where, 1)}: {text}")
 
 
 def _verified(rows: "Sequence[BatchRow]") -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neox_bridge.cli.options import Output
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Finding
+    from neox_bridge.layouts.carried_names import LeftFile
     from neox_bridge.planning.plan import Plan
 
 _COLORS = {"error": 31, "interrupted": 31, "warning": 33, "info": 36, "dropped": 36, "note": 36}
@@ -129,15 +130,16 @@ def _remarks(plan: "Plan") -> list[tuple[str, str]]:
     for reason, names in by_reason(plan.dropped).items():
         lines.append(("dropped", f"{some(list(names), 1)}: {reason}"))
     if plan.left:
-        lines.append(("note", _not_carried(plan)))
+        lines.append(("note", not_copied(plan.left)))
     lines += [("note", note) for note in plan.notes]
     return lines
 
 
-def _not_carried(plan: "Plan") -> str:
+def not_copied(files: "Iterable[LeftFile]") -> str:
+    """Say which files beside the source's model are not copied."""
     names = [
-        file.name if file.kind == "not on the list" else f"{file.name} ({file.kind})"
-        for file in plan.left
+        file.name if file.reason == "not on the list" else f"{file.name} ({file.reason})"
+        for file in files
     ]
     return f"{plural(len(names), 'file')} of the source not copied: {some(names, 5)}"
 

@@ -11,8 +11,10 @@ from neox_bridge.execution.digests import hash_file
 from neox_bridge.execution.files import Identity
 from neox_bridge.execution.journal import Key, Written
 from neox_bridge.findings import Finding
+from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.seal import entries, sealed
 from neox_bridge.planning.plan import Plan
+from neox_bridge.stores.paths import states
 from neox_bridge.tensors.pieces import OutputFile
 
 Check = Callable[[str], None]  # compares the finished folder with its source
@@ -82,6 +84,7 @@ class Job:
                     plan=self.key.plan,
                     asked=self.plan.asked,
                     sources=recorded_sources(self.key.sources),
+                    texts=recorded_texts(self.plan.checkpoint),
                 ),
             )
 
@@ -151,3 +154,20 @@ def recorded_sources(sources: Mapping[str, Identity]) -> list[list[object]]:
         list(facts)
         for facts in sorted((os.path.basename(path), *facts) for path, facts in sources.items())
     ]
+
+
+def recorded_texts(checkpoint: Checkpoint | None) -> list[list[str]]:
+    """Name and hash of each small file of a source as in a record: settings, license, model card.
+
+    Their content is in the plan, so they are not among the sources. Of an object, the tag.
+    """
+    if checkpoint is None:
+        return []
+    configs = [os.path.join(checkpoint.path, "config.json")]
+    if checkpoint.neox is not None:
+        configs = list(checkpoint.neox.configs)
+    there = states([*checkpoint.carried.paths, *configs], missing_ok=True)
+    return sorted(
+        [os.path.basename(path), state.tag or hash_file(path, "xxh3_128")]
+        for path, state in there.items()
+    )

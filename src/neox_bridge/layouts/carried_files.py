@@ -18,7 +18,7 @@ from neox_bridge.layouts.carried_names import (
     MOST_BYTES,
     CarriedFiles,
     LeftFile,
-    LeftKind,
+    LeftReason,
     is_carried,
     is_code,
     is_legal,
@@ -72,7 +72,7 @@ def left_of(names: Iterable[str], carried: CarriedFiles, known: Collection[str])
     """The same files, where the source has these names, and not all of them are on this machine."""
     here = {*carried.names} | {file.name for file in carried.left}
     tops = dict.fromkeys(top + slash for top, slash, _ in (name.partition("/") for name in names))
-    more = (LeftFile(top, _kind(top)) for top in tops if top not in here and _counts(top, known))
+    more = (LeftFile(top, _reason(top)) for top in tops if top not in here and _counts(top, known))
     left = sorted((*carried.left, *more), key=lambda file: file.name)
     return CarriedFiles(carried.paths, tuple(left))
 
@@ -116,7 +116,7 @@ def _sorted_out(
                 paths.append(path)
         else:
             name += "/" if isdir(path) else ""
-            left.append(LeftFile(name, _kind(name)))
+            left.append(LeftFile(name, _reason(name)))
     return CarriedFiles(tuple(paths), tuple(left))
 
 
@@ -125,7 +125,7 @@ def _counts(name: str, known: Collection[str]) -> bool:
     return name not in known and not name.startswith((".", "__pycache__"))
 
 
-def _kind(name: str) -> LeftKind:
+def _reason(name: str) -> LeftReason:
     return "code" if is_code(name) else "not on the list"
 
 

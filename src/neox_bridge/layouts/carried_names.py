@@ -29,15 +29,15 @@ _CODE = re.compile(
     re.IGNORECASE,
 )
 
-LeftKind = Literal["code", "too large", "not text", "not on the list"]
+LeftReason = Literal["code", "too large", "not text", "not on the list"]
 
 
 @dataclass(frozen=True, slots=True)
 class LeftFile:
-    """A file of the source that is not copied, and why. A folder's name ends in "/"."""
+    """A file beside the source's model that is not copied. The name of a folder ends in `/`."""
 
     name: str
-    kind: LeftKind
+    reason: LeftReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ def remarks(plan: Plan) -> dict[str, Any]:
         "blanks": [{"file": file, "key": key} for file, key in plan.blanks],
         "notes": list(plan.notes),
         "carried": list(plan.carried),
-        "not_carried": [{"name": file.name, "reason": file.kind} for file in plan.left],
+        "not_carried": [asdict(file) for file in plan.left],
     }
 
 
