@@ -126,13 +126,13 @@ def test_stages_are_deepspeeds(
     method: str, layers: int, stages: int, block: str, cuts: list[int]
 ) -> None:
     """cuts: what partition_uniform and partition_balanced of DeepSpeed 0.16.5 gave."""
-    bounds = stage_bounds(method, layers, stages, COUNTS, tied=False, block=block)
+    bounds = stage_bounds(method, [block] * layers, stages, COUNTS, tied=False)
     assert [part.start for part in bounds] + [bounds[-1].stop] == cuts
 
 
 def test_methods_that_deepspeed_has_not() -> None:
     with pytest.raises(Refused, match="profile is unknown to DeepSpeed"):
-        stage_bounds("profile", 6, 2, {}, tied=False, block=TRANSFORMER)
+        stage_bounds("profile", [TRANSFORMER] * 6, 2, {}, tied=False)
 
 
 def test_buffers_of_a_stage() -> None:

@@ -33,6 +33,8 @@ class Weight:
     old: its name in trees before neox-mlp-names, where it is another; the parts of a gated MLP
         were tensors of their own there.
     also: a name that files may have in place of ``neox``.
+    trained: False for a buffer that GPT-NeoX saves; the optimizer has no states of it.
+    blocks: the numbers of the blocks that have it; None where all do.
     """
 
     place: LayerKind
@@ -44,6 +46,8 @@ class Weight:
     part: Part = ""
     old: str = ""
     also: str = ""
+    trained: bool = True
+    blocks: frozenset[int] | None = None
 
     def named(self, old: bool) -> str:
         """Its GPT-NeoX name, in trees before 2024-09 or since then."""
@@ -245,6 +249,12 @@ class Architecture:
     refuse_shape: what GPT-NeoX can't do with this many tensor-parallel ranks, or in trees of an
         era by its name.
     forms: those of other libraries that are read and written.
+    shared: GPT-NeoX's name of a parameter that all blocks of a pipeline stage share; "" for none.
+        Its row of the first block is trained.
+    one_matrix: whether trees before neox-mlp-names have its gated MLP as one matrix with biases, as
+        ParallelMLP has geglu there.
+    neox_only: whether transformers has no such class, so that it moves between GPT-NeoX layouts
+        only; see neox_only.py.
     """
 
     name: str
@@ -274,10 +284,17 @@ class Architecture:
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda raw: raw)
     refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
     forms: tuple[Form, ...] = ()
+    neox_only: bool = False
+    shared: str = ""
+    one_matrix: bool = False
+
+    def has_llama_mlp(self, *, old: bool) -> bool:
+        """Whether its MLP is a LLaMAParallelMLP, or today's gated one. old: see one_matrix."""
+        return self.gated and not (old and self.one_matrix)
 
     @property
     def has_mlp(self) -> bool:
-        return any(weight.neox.startswith("mlp.") for weight in self.weights)
+        return any(weight.neox.startswith("mlp.linear") for weight in self.weights)
 
     @property
     def embeddings(self) -> str:
@@ -288,6 +305,11 @@ class Architecture:
     def head(self) -> str:
         """Hugging Face's name of the output layer."""
         return next(weight.hf for weight in self.weights if weight.place == "head")
+
+
+def shared_reason(name: str) -> str:
+    """Why a parameter that is shared (``Architecture.shared``) depends on the pipeline stages."""
+    return f"each pipeline stage of GPT-NeoX trains one {name} for all of its blocks"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def table_rows(architecture: Architecture, layers: int) -> tuple[Row, ...]:
         for place, first_layer in first_layers.items()
         for block in range(layers if place == "block" else 1)
         for weight in architecture.weights
-        if weight.place == place
+        if weight.place == place and (weight.blocks is None or block in weight.blocks)
     )
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from neox_bridge.frameworks.changes import since
-from neox_bridge.layouts.checkpoint import Checkpoint
+from neox_bridge.layouts.checkpoint import Checkpoint, new_folder, refuse_all
+from neox_bridge.planning.make import relayout_command
 from neox_bridge.planning.options import Options
 from neox_bridge.planning.vocabulary import fit
 
@@ -44,7 +45,13 @@ _FEATURES = {
 
 
 def compare(checkpoint: Checkpoint) -> list[Row]:
-    """Every feature of the model in both frameworks; "cannot be" is what convert refuses."""
+    """Every feature of the model in both frameworks; "cannot be" is what convert refuses.
+
+    Raises Refused for a model that has no class in transformers.
+    """
+    if checkpoint.architecture.neox_only:
+        target = new_folder(checkpoint.path, "neox")
+        refuse_all(checkpoint.refusals, checkpoint.path, relayout_command(checkpoint, target))
     refused: dict[str, Row] = {}
     for refusal in checkpoint.refusals:
         feature = _FEATURES.get(refusal.key, refusal.key)

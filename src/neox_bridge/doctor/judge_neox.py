@@ -295,7 +295,8 @@ def _key_drift(
         codes.append(("inv-freq-unexpected", f"{text}{flag}: loading is strict", "", details))
     if not same:
         names = {"linear": "linear1 and linear2", "dense": "dense_h_to_4h and dense_4h_to_h"}
-        if checkpoint.architecture.gated:
+        gated = checkpoint.architecture.has_llama_mlp(old=True)
+        if gated:
             names["dense"] = "w1, w2 and w3"
         text = (
             f"this GPT-NeoX names the MLP {names[facts.mlp_names]}, and the checkpoint "
@@ -303,7 +304,7 @@ def _key_drift(
         )
         details = Details(
             where=facts.places.get("mlp_names", ""),
-            why=names_cause(facts.mlp_names, checkpoint.architecture.gated),
+            why=names_cause(facts.mlp_names, gated),
             more=NAMES_LINKS,
         )
         codes.append(("mlp-names", text, "", details))
@@ -323,7 +324,8 @@ def _mlp_bias(checkpoint: Checkpoint, facts: TreeFacts) -> bool | None:
 
     use_bias_in_mlp was added by neox-mlp-type. LLaMAParallelMLP had no biases before.
     """
-    if checkpoint.architecture.gated and facts.gated_biases == "none":
+    old = facts.mlp_names == "dense"
+    if checkpoint.architecture.has_llama_mlp(old=old) and facts.gated_biases == "none":
         return False
     if "use_bias_in_mlp" in facts.keys:
         return checkpoint.raw.get("use_bias_in_mlp", True) is not False
@@ -361,7 +363,7 @@ def _named_keys(
     names = [
         weight.named(dense)
         for weight in checkpoint.architecture.weights
-        if weight.place == "block" and weight.is_in(config)
+        if weight.place == "block" and weight.is_in(config) and weight.blocks is None
         if weight.split != "derived" or inv_freq
     ]
     return list(dict.fromkeys(names))
@@ -467,7 +469,8 @@ def _silent(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
 
 def _mlp_biases(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
     """What loads and then fails in the first forward pass (Era.gated_biases)."""
-    config, gated = checkpoint.config, checkpoint.architecture.gated
+    config = checkpoint.config
+    gated = checkpoint.architecture.has_llama_mlp(old=facts.mlp_names == "dense")
     if not checkpoint.architecture.has_mlp or "mlp" in checkpoint.neox_state.te:
         return
     activation = str(checkpoint.architecture.write_neox(config, False)["activation"])

@@ -13,7 +13,10 @@ T = TypeVar("T")
 # megatron/model/transformer.py; the order is the same from v1.0 to 2026-05
 _MODULES = (
     "input_layernorm",
+    "attention.qk_layernorm",
     "attention.query_key_value",
+    "attention.rpe",
+    "attention.alibi_embed",
     "attention.rotary_emb",
     "attention.dense",
     "post_attention_layernorm",

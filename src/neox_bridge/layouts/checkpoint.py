@@ -185,6 +185,12 @@ class Checkpoint:
         """The rows of ``table`` by their Hugging Face names."""
         return rows_by_name(self.architecture, self.config.layers)
 
+    @cached_property
+    def trained(self) -> Mapping[str, Whole]:
+        """The tensors that the optimizer has states of: all but buffers."""
+        buffers = {row.hf for row in self.table if not row.weight.trained}
+        return {name: whole for name, whole in self.tensors.items() if name not in buffers}
+
     @property
     def neox_state(self) -> NeoxState:
         """``neox`` of a checkpoint that is known to be a GPT-NeoX checkpoint."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import INV_FREQ, Architecture
+from neox_bridge.architectures.neox_only import neox_only, shapes_of
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused, SettingsMissing
 from neox_bridge.findings import Dropped
@@ -131,8 +132,8 @@ def open_neox(
     plain = to_plain(read.ranks, raw, folder)
     window = effective_window(plain.raw, read.layout)
     raw, read = dict(window.raw), replace(read, ranks=plain.ranks)
-    architecture = _family(raw, record, read)
     layers = _layers(raw, args, folder)
+    architecture = _family(raw, record, read, layers)
     old = {weight.old for weight in architecture.weights if weight.old}
     mlp_names: MlpNames = "dense" if old & read.names else "linear"
     known_order = gqa_order or told_order(raw, record, mlp_names)
@@ -309,12 +310,30 @@ def _with_dropout(raw: Mapping[str, Any], version: str, mlp_names: MlpNames) -> 
     return {**raw, **{key: left_out[key] for key in DROPOUT if key in left_out}}
 
 
-def _family(raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read) -> Architecture:
-    """The family of the yml and the record, or another one if a must-be-zero weight is not zero."""
-    architecture = for_neox(raw, record)
+def _family(
+    raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read, layers: int
+) -> Architecture:
+    """The family of the yml and the record; GPT-NeoX's own rules for a model of no family.
+
+    A weight that must be zero in the record's family decides for another one if it is not zero.
+    """
+    tensors = shapes_of(read.ranks[0])
+    rules = neox_only(raw, tensors, layers, len(read.ranks))
+    try:
+        architecture = for_neox(raw, record)
+    except Refused:
+        if rules is None:
+            raise
+        return rules
+    names = {weight.neox: weight for weight in architecture.weights}
+    known = {name for w in architecture.weights for name in (w.neox, w.old, w.also)}
+    fused = any(weight.split == "fused" for weight in names.values())
+    grouped = raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads"))
+    if rules is not None and (read.names - known or (grouped and not fused)):
+        return rules
     zeros = {weight.neox for weight in architecture.weights if weight.split == "zero"}
-    layers = [tensors for rank in read.ranks for tensors in rank.values()]
-    if all(is_zero(t[name]) for t in layers for name in zeros & set(t)):
+    layer_tensors = [tensors for rank in read.ranks for tensors in rank.values()]
+    if all(is_zero(t[name]) for t in layer_tensors for name in zeros & set(t)):
         return architecture
     return for_neox(raw)
 

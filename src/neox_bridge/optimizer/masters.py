@@ -1,5 +1,6 @@
 """Checkpoints with master weights instead of weights, or with all optimizer states."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from neox_bridge.errors import UsageError
@@ -8,6 +9,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.states import STATE_OF, Optimizer, states
+from neox_bridge.tensors.pieces import Whole
 
 
 def with_masters(
@@ -39,13 +41,20 @@ def with_masters(
     return replace(
         checkpoint,
         config=replace(checkpoint.config, dtype="float32"),
-        tensors=states(checkpoint, optimizer)[MASTER],
+        tensors=_in_fp32(checkpoint, states(checkpoint, optimizer)[MASTER]),
         from_masters=True,
         dropped=(*dropped, Dropped("the weights in 16 bits", "rounded master weights"))
         if checkpoint.config.dtype != "float32"
         else dropped,
         findings=(*checkpoint.findings, *optimizer.findings),
     )
+
+
+def _in_fp32(checkpoint: Checkpoint, masters: Mapping[str, Whole]) -> dict[str, Whole]:
+    """The model's tensors, with masters in place of weights. Buffers stay as they are stored."""
+    shared = checkpoint.architecture.shared
+    names = [row.hf for row in checkpoint.rows if shared and row.weight.neox == shared]
+    return {**checkpoint.tensors, **masters, **dict.fromkeys(names, masters[names[0]])}
 
 
 def as_it_was_converted(

@@ -75,7 +75,7 @@ def source_bounds(checkpoint: Checkpoint) -> list[range]:
 
 def stored_parameters(checkpoint: Checkpoint, layers: range, rank: int) -> dict[Parameter, Shape]:
     """A tensor-parallel rank's parameters in a stage, in order, with their shapes there."""
-    used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
+    used = {piece.source for whole in checkpoint.trained.values() for piece in whole.pieces}
     stored = checkpoint.neox_state.ranks[rank]
     return {
         (layer, name): ref.shape

@@ -14,9 +14,15 @@ from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import Architecture, ModelConfig
+from neox_bridge.architectures.rows import table_rows
 from neox_bridge.errors import Refused
 from neox_bridge.tensors.pieces import Shape
 
+_CLASSES = {
+    "mixer": "ParallelMambaResidualLayerPipe",
+    "att": "RWKVResidualLayerPipe",
+    "sgu": "GMLPBlock",
+}
 DEFAULT = "type:transformer|mlp"  # pipe_partition_method of megatron/neox_arguments/neox_args.py
 
 
@@ -36,15 +42,23 @@ def stages_of(
     elements: Counter[int] = Counter()
     for layer, shape in shapes():
         elements[layer] += prod(shape)
-    mamba = architecture.name == "mamba"
     return stage_bounds(
         str(settings.get("pipe_partition_method") or DEFAULT),
-        config.layers,
+        _block_classes(architecture, config.layers),
         stages,
         elements,
         tied=config.tied_embeddings,
-        block="ParallelMambaResidualLayerPipe" if mamba else "ParallelTransformerLayerPipe",
     )
+
+
+def _block_classes(architecture: Architecture, layers: int) -> list[str]:
+    """The class of each block, by a tensor that only such blocks have."""
+    classes = ["ParallelTransformerLayerPipe"] * layers
+    for row in table_rows(architecture, layers):
+        name = _CLASSES.get(row.weight.neox.partition(".")[0])
+        if name is not None and row.weight.place == "block":
+            classes[row.block] = name
+    return classes
 
 
 def holds(config: ModelConfig, layers: range, layer: int) -> bool:
@@ -54,16 +68,16 @@ def holds(config: ModelConfig, layers: range, layer: int) -> bool:
 
 
 def stage_bounds(
-    method: str, layers: int, stages: int, parameters: Mapping[int, int], *, tied: bool, block: str
+    method: str, blocks: Sequence[str], stages: int, parameters: Mapping[int, int], *, tied: bool
 ) -> list[range]:
     """The layers of each stage, by GPT-NeoX's numbers.
 
-    method: pipe_partition_method. layers: blocks. parameters: a rank's elements of each layer.
-    tied: whether the head is the embeddings. block: the class of the blocks.
+    method: pipe_partition_method. blocks: the class of each. parameters: a rank's elements of each
+    layer. tied: whether the head is the embeddings.
     Raises Refused for a method that DeepSpeed doesn't have, or a stage without a layer.
     """
     head = "EmbeddingPipe" if tied else "ParallelLinearPipe"
-    names = ["EmbeddingPipe", "_pre_transformer_block", *(block for _ in range(layers))]
+    names = ["EmbeddingPipe", "_pre_transformer_block", *blocks]
     names += ["_post_transformer_block", "NormPipe", head]
     count, chosen = len(names), method.lower()
     if chosen == "uniform":

@@ -85,7 +85,7 @@ def with_export(
         )
     exported = {key: exported[key] for key in optimizer.keys}
     if MASTER in exported:
-        dtypes = {name: whole.dtype for name, whole in checkpoint.tensors.items()}
+        dtypes = {name: whole.dtype for name, whole in checkpoint.trained.items()}
         rounded = {n: replace(w, dtype=dtypes[n]) for n, w in exported[MASTER].items()}
         checkpoint = replace(checkpoint, tensors=rounded)
     return checkpoint, exported
@@ -95,7 +95,7 @@ def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
     if not isfile(path):
         raise BridgeError(f"{path} is missing. Export the optimizer again.")
     refs = read_safetensors(path)
-    if odd := sorted(set(refs) ^ set(checkpoint.tensors)):
+    if odd := sorted(set(refs) ^ set(checkpoint.trained)):
         raise BridgeError(f"{path}: {some(odd)} is not in both it and {checkpoint.path}.")
     for name, ref in refs.items():
         if ref.shape != checkpoint.tensors[name].shape:
@@ -111,7 +111,7 @@ def _members(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, int]:
     parameters = {ref: parameter for (_, parameter), ref in stored_tensors(checkpoint).items()}
     return {
         name: optimizer.members[parameters[piece.source]]
-        for name, whole in checkpoint.tensors.items()
+        for name, whole in checkpoint.trained.items()
         for piece in whole.pieces[:1]
         if piece.source is not None
     }

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from neox_bridge.architectures.base import shared_reason
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.formats.pickles import Record
 from neox_bridge.formats.torch_file import read_torch
@@ -41,6 +42,11 @@ def read_optimizer(
     paths = [os.path.join(folder, rank_file(n)) for n in range(count)]
     check_settings(checkpoint.raw, folder)
     metas = tuple(map(_meta, ahead(paths)))
+    if (shared := checkpoint.architecture.shared) and state.pp > 1:
+        raise Refused(
+            f"{folder}: {shared_reason(shared)}, so its optimizer states of {state.pp} stages "
+            "cannot be read. Convert only the weights."
+        )
     if state.te:
         raise Refused(
             f"{folder}: it uses Transformer Engine modules, whose optimizer states cannot be read "
@@ -131,7 +137,7 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
     """
     if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
         raise Refused(f"{folder}: {odd[0][:80]!r} is not a valid name of an optimizer state.")
-    used = {piece.source for whole in checkpoint.tensors.values() for piece in whole.pieces}
+    used = {piece.source for whole in checkpoint.trained.values() for piece in whole.pieces}
     for place, ref in stored_tensors(checkpoint).items():
         _, (layer, name) = place
         rank_states = optimizer.shards.get(place, {})

@@ -6,7 +6,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from neox_bridge.architectures.base import INV_FREQ
+from neox_bridge.architectures.base import INV_FREQ, shared_reason
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.eras import era_named
@@ -416,6 +416,8 @@ def _with_target(
     if asked.zero is not None:
         optimizer, given = at_stage(checkpoint, optimizer, asked.zero, given)
     target = choose_target(checkpoint, optimizer, asked, version)
+    if (shared := checkpoint.architecture.shared) and target.layout.stages > 1:
+        raise Refused(f"{checkpoint.path}: {shared_reason(shared)}. Use `pp=1` or `pp=0`.")
     if target.rescaling is not None:
         given = target.rescaling.states(given or states(checkpoint, optimizer))
         optimizer = target.rescaling.optimizer(optimizer)

@@ -129,7 +129,7 @@ def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, 
         }
         by_state[key] = {
             name: in_place_of(whole, shards, sums=key == MASTER)
-            for name, whole in checkpoint.tensors.items()
+            for name, whole in checkpoint.trained.items()
         }
     return by_state
 

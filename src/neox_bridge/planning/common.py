@@ -36,13 +36,15 @@ def with_vocabulary_rows(
 ) -> dict[str, Whole]:
     """The weights of a model with another number of vocabulary rows, by Hugging Face name.
 
-    Tensors that the config does not have are left out. count: of the rows, by default the config's.
+    Tensors that the config does not have are left out, and buffers if ``wholes`` has none.
+    count: of the rows, by default the config's.
     Rows that are added are zeros.
     """
     rows = config.dims["vocab"] if count is None else count
     return {
         row.hf: with_rows(wholes[row.hf], rows) if row.weight.split == "vocab" else wholes[row.hf]
         for row in model_rows(architecture, config)
+        if row.weight.trained or row.hf in wholes
     }
 
 

@@ -29,8 +29,10 @@ def check_era(
     ffn = config.dims["ffn"]
     if architecture.has_mlp:
         _check_mlp_biases(architecture, config, layout, era)
-    if architecture.gated:
+    if architecture.gated or config.grouped_query:
         config.fusion(layout.gqa_order)
+    if architecture.gated or not architecture.has_mlp:
+        pass
     elif ffn != 4 * config.hidden and ffn % 2:
         raise Refused(
             f"intermediate_size: {ffn} is odd. GPT-NeoX rounds it up to an even number "
@@ -63,7 +65,8 @@ def check_era(
         ]
     if layout.mlp_names != era.mlp_names:
         mismatches.append(f"`mlp_names={layout.mlp_names}`, but it expects {era.mlp_names}")
-    if layout.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
+    rotary = checkpoint.kind == "hf" or checkpoint.raw.get("pos_emb") == "rotary"
+    if rotary and layout.inv_freq != era.inv_freq and not (era.inv_freq_key or era.inv_freq_either):
         mismatches.append(
             f"`inv_freq={layout.inv_freq}`, but it can only {era.inv_freq} the buffer"
         )
@@ -98,10 +101,9 @@ def _check_mlp_biases(
         return  # such modules always have biases, and zeros are written for those that are missing
     activation = str(architecture.write_neox(config, False)["activation"])
     rule = "none" if layout.old_names else era.gated_biases
-    wanted = mlp_biases(
-        rule, activation, gated=architecture.gated, parallel=config.parallel_residual
-    )
-    if not architecture.gated and not config.mlp_bias:
+    gated = architecture.has_llama_mlp(old=layout.old_names)
+    wanted = mlp_biases(rule, activation, gated=gated, parallel=config.parallel_residual)
+    if not gated and not config.mlp_bias:
         raise Refused(
             "use_bias_in_mlp: the MLP of the model has no biases, but the plain MLP of every "
             "GPT-NeoX adds them unconditionally and fails with a TypeError "
@@ -126,7 +128,9 @@ def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
     if checkpoint.kind != "neox":
         return []
     raw, known = checkpoint.raw, known_keys(era)
-    described_keys = {*checkpoint.architecture.model_keys, *LAYOUT, *TE_KEYS, "rope_fusion"}
+    architecture = checkpoint.architecture
+    rewritten = architecture.era_keys if architecture.neox_only else architecture.model_keys
+    described_keys = {*rewritten, *LAYOUT, *TE_KEYS, "rope_fusion"}
     dense = int(raw.get("moe_num_experts") or 1) <= 1
     return [
         _without(key, value, era)

@@ -209,9 +209,9 @@ def rank_parameters(model: NeoxModel, rank: int) -> dict[Parameter, OutputTensor
 
 
 def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]:
-    """The rows of the weights that GPT-NeoX trains: all but derived buffers."""
-    rows = table_rows(architecture, config.layers)
-    return [row for row in rows if row.weight.split != "derived" and row.weight.is_in(config)]
+    """The rows of the weights that GPT-NeoX trains: all but buffers."""
+    rows = (row for row in table_rows(architecture, config.layers) if row.weight.is_in(config))
+    return [row for row in rows if row.weight.split != "derived" and row.weight.trained]
 
 
 def _with_biases(tensors: Iterable[OutputTensor], model: NeoxModel) -> list[OutputTensor]:

@@ -7,7 +7,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.base import ModelConfig, shared_reason
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.eras import TODAY, Era, fitting, known_keys
@@ -21,6 +21,7 @@ from neox_bridge.layouts.carried_names import FOLDER as CARRIED
 from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, LayoutName, refuse_all
 from neox_bridge.layouts.gqa import rms_epsilon
 from neox_bridge.layouts.origin import origin_settings
+from neox_bridge.layouts.same_values import relation
 from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.transformer_engine import BOTH
@@ -194,6 +195,7 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
     sums = checkpoint.config.parallel_residual
     row_bias = options.row_bias if sums else "replicated"
     stages = stages if name == "layers" else 1
+    _check_shared(checkpoint, stages, options)
     gqa_order = fits.gqa_order
     if state is not None and era is None:
         gqa_order = state.gqa_order
@@ -204,6 +206,28 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
         te = state is not None and state.te == BOTH and era in (None, TODAY)
     layout = RankLayout(name, tp, stages, mlp_names, inv_freq, row_bias, gqa_order, te, fits.states)
     return layout, fits
+
+
+def _check_shared(checkpoint: Checkpoint, stages: int, options: Options) -> None:
+    """Raise Refused where blocks would share a parameter of which the source has several values.
+
+    Each pipeline stage trains a parameter of its own; see ``Architecture.shared``.
+    """
+    shared, state = checkpoint.architecture.shared, checkpoint.neox
+    if not shared or state is None:
+        return
+    if options.optimizer == "fresh" and stages > 1:
+        raise Refused(f"`optimizer=fresh`: {shared_reason(shared)}. Use `pp=1` or `pp=0`.")
+    if stages == max(1, state.pp):
+        return
+    first, *others = (
+        checkpoint.tensors[row.hf] for row in checkpoint.rows if row.weight.neox == shared
+    )
+    if any(relation(first, other) == "differs" for other in others):
+        raise Refused(
+            f"{checkpoint.path}: the {shared} of its pipeline stages differ, and "
+            f"{shared_reason(shared)}. Keep its number of stages (`pp={state.pp}`)."
+        )
 
 
 def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -1,0 +1,88 @@
+"""Models without a class in transformers: other layouts load strictly, with the same logits."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import real_neox
+import yaml
+from common import convert
+from neox_mixes import BASE, MIXES, Mix, add_noise
+
+pytestmark = pytest.mark.neox
+TOLERANCE = 2e-6  # of the largest logit: sums over ranks are rounded in another order
+TREES = sorted({mix.tree for mix in MIXES})
+Jobs = Iterable[tuple[int, dict[str, Any]]]  # with the tensor-parallel ranks of each
+
+
+def _start(mix: Mix, folder: Path) -> Path:
+    """The yml of a run from random weights."""
+    folder.mkdir()
+    words = real_neox.with_tokenizer(folder) / "tokenizer.json"
+    layout = {"pipe_parallel_size": mix.pp, "model_parallel_size": mix.tp}
+    path = folder / "start.yml"
+    settings = {**BASE, **layout, "vocab_file": str(words), **mix.settings}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def _run(python: str, tree: str, jobs: Jobs, folder: Path) -> dict[str, str | None]:
+    """The error of each job by its yml. One start of GPT-NeoX runs all jobs of as many ranks."""
+    by_tp: dict[int, list[dict[str, Any]]] = {}
+    for tp, job in jobs:
+        by_tp.setdefault(tp, []).append(job)
+    errors: dict[str, str | None] = {}
+    for tp, some in by_tp.items():
+        place = folder / f"{len(list(folder.iterdir()))}"
+        place.mkdir()
+        said = real_neox.run(python, real_neox.ALL_TREES[tree], tp, some, place)
+        errors |= zip((job["yml"] for job in some), said, strict=True)
+    return errors
+
+
+def _apart(source: Path, target: Path) -> float:
+    """The largest difference of two files of logits, as a part of the largest logit."""
+    with np.load(source) as one, np.load(target) as other:
+        assert (one["tokens"] == other["tokens"]).all()
+        rows = min(one["logits"].shape[-1], other["logits"].shape[-1])
+        a, b = one["logits"][..., :rows], other["logits"][..., :rows]
+    return float(np.abs(a - b).max() / np.abs(a).max())
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_another_layout_computes_the_same(tree: str, neox_python: str, tmp_path: Path) -> None:
+    real_neox.tree_of(tree)
+    mixes = {mix.name: mix for mix in MIXES if mix.tree == tree}
+    folders = {name: tmp_path / name.replace(" ", "-") for name in mixes}
+    starts = {name: _start(mix, folders[name]) for name, mix in mixes.items()}
+    (tmp_path / "jobs").mkdir()
+    saving = [
+        (mix.tp, {"yml": str(starts[name]), "save": str(folders[name] / "run")})
+        for name, mix in mixes.items()
+    ]
+    errors = _run(neox_python, tree, saving, tmp_path / "jobs")
+    assert {yml: error for yml, error in errors.items() if error} == {}
+    loading: list[tuple[int, dict[str, Any]]] = []
+    targets: dict[tuple[str, int, int], Path] = {}
+    for name, mix in mixes.items():
+        run = folders[name] / "run"
+        parallel = bool({**BASE, **mix.settings}["gpt_j_residual"])
+        add_noise(run / "global_step1", parallel=parallel)
+        logits = str(folders[name] / "logits.npz")
+        changes = {"load": str(run), "finetune": True}
+        loading.append((mix.tp, {"yml": str(starts[name]), "set": changes, "logits": logits}))
+        for tp, pp in mix.targets:
+            target = folders[name] / f"tp{tp}-pp{pp}"
+            convert(run, target, to="neox", tp=tp, pp=pp)
+            targets[name, tp, pp] = target
+            yml = str(target / "finetune.yml")
+            loading.append((tp, {"yml": yml, "logits": str(target / "logits.npz")}))
+    errors = _run(neox_python, tree, loading, tmp_path / "jobs")
+    assert {yml: error for yml, error in errors.items() if error} == {}
+    apart = {
+        place: _apart(folders[place[0]] / "logits.npz", target / "logits.npz")
+        for place, target in targets.items()
+    }
+    assert {place: value for place, value in apart.items() if value > TOLERANCE} == {}
