@@ -625,6 +625,19 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+def use(stub: Stub, monkeypatch: Any, folder: Path) -> None:
+    """Let this process's huggingface_hub ask the stub, with a cache in a folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", stub.url)
+    template = f"{stub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", stub.cas is None)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+
+
 @contextmanager
 def serving(stub: Stub) -> Iterator[Stub]:
     """The stub at ``stub.url``, until the block ends."""

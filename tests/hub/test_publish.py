@@ -1,16 +1,19 @@
 """Folders as branches of the Hub: with the real client, against a Hub on loopback."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_stub import PART, READ, WRITE, Stub, pointer, serving
+import tiny
+from hub_stub import PART, READ, WRITE, Stub, pointer, serving, use
 
 from neox_bridge.errors import BridgeError
+from neox_bridge.execution.work import work_of
 from neox_bridge.hub.changes import compare
-from neox_bridge.hub.publish import Published, publish
+from neox_bridge.hub.publish import Published, publish, publish_written, work_base
 from neox_bridge.hub.remote import look, published_plan
 from neox_bridge.layouts.seal import sealed
 from neox_bridge.stores.hub_names import HubTarget, hub_target
@@ -54,17 +57,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]) -> 
     with serving(Stub(page=3)) as stub:
         use(stub, monkeypatch, tmp_path)
         yield stub
-
-
-def use(stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", stub.url)
-    template = f"{stub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", stub.cas is None)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setenv("HF_TOKEN", WRITE)
 
 
 def make(folder: Path, seed: int = 0, large: int = 2 * PART + 1000, plan: str = "abc") -> Path:
@@ -381,6 +373,36 @@ def test_nobody_answers(
     ):
         with pytest.raises(BridgeError, match=r"cannot be reached.*HF_ENDPOINT"):
             ask()
+
+
+def test_a_folder_without_files(hub: Stub, tmp_path: Path) -> None:
+    for folder in (tmp_path / "missing", tmp_path):
+        with pytest.raises(BridgeError, match=f"{folder} contains no files to publish"):
+            publish(str(folder), REPO)
+    assert hub.repos == {}
+
+
+def test_what_was_written_is_kept_if_it_cannot_be_published(hub: Stub, tmp_path: Path) -> None:
+    plan = tiny.plan_of(tiny.write_hf(tmp_path / "hf"), tmp_path / "x")
+    work = work_of(str(tmp_path / "place"))
+    Path(work.folder).mkdir()
+    make(Path(work.files))
+    hub.fail("POST /api/repos/create", 403)
+    with pytest.raises(BridgeError) as caught:
+        publish_written(plan, work, hub_target(f"hf://{REPO}"))
+    assert str(caught.value).startswith(f"{REPO}: you do not have write access.")
+    assert f"The files are kept in {work.folder}. Run the same command again" in str(caught.value)
+    published = publish_written(plan, work, hub_target(f"hf://{REPO}"))
+    assert set(published.uploaded) == set(content(Path(work.files)))
+
+
+def test_the_folder_for_the_files_must_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert work_base(None) == os.path.realpath(tmp_path)
+    with pytest.raises(BridgeError, match=r"missing: no such folder\. .*`work=DIR`"):
+        work_base(str(tmp_path / "missing"))
 
 
 def test_offline(hub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from neox_bridge.cli.options import Execution, Upload
 from neox_bridge.cli.output import blanks, print_json, print_line, print_plan, say
 from neox_bridge.cli.progress import progress_bar
 from neox_bridge.documents import document
-from neox_bridge.errors import BridgeError, Unverified, UsageError
+from neox_bridge.errors import Unverified, UsageError
 from neox_bridge.option import options_of
 from neox_bridge.wording import human, plural, side
 
@@ -52,12 +52,12 @@ def publish_plan(
 ) -> None:
     """Print a preview for --dry-run; otherwise execute the plan and publish the files.
 
-    options: more of ``execute``'s. Raises BridgeError and what ``execute`` raises; what was made
-    is kept then, where it is worth it, and the message says where.
+    options: of ``execute``. Raises BridgeError and what ``execute`` raises. Finished files are then
+    kept, and the message says where.
     """
     from neox_bridge.execution.work import held
     from neox_bridge.hub.preview import plan_publish
-    from neox_bridge.hub.publish import check_base, conflict_message, publish_written
+    from neox_bridge.hub.publish import check_base, conflict, publish_written
     from neox_bridge.stores.hub_api import check_writer
     from neox_bridge.stores.hub_names import hub_target
 
@@ -71,7 +71,7 @@ def publish_plan(
         _say_done(plan, source, target, preview, execution)
         return
     if preview.conflicts and not execution.overwrite:
-        raise BridgeError(conflict_message(place.repo, place.branch, preview.conflicts))
+        raise conflict(place.repo, place.branch, preview.conflicts)
     if upload.create_pr:
         there = preview.branch_exists
         check_base(place.repo, place.branch, repo_exists=preview.repo_exists, branch_exists=there)

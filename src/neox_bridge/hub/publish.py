@@ -95,7 +95,7 @@ def publish(
         changes = _compared(job, remote)
         inherited = bool(changes.conflicts) and is_untouched(job.api, repo, branch, remote)
         if changes.conflicts and not (overwrite or inherited):
-            raise BridgeError(conflict_message(repo, branch, changes.conflicts))
+            raise conflict(repo, branch, changes.conflicts)
         removed = changes.leave if overwrite or inherited else ()
         uploaded = (*changes.add, *changes.replace)
         commit, pull_request = str(remote.commit), None
@@ -137,10 +137,10 @@ def publish_written(plan: Plan, work: Work, target: HubTarget, **options: bool) 
         raise KeyboardInterrupt(kept) from None
 
 
-def conflict_message(repo: str, branch: str, conflicts: tuple[str, ...]) -> str:
-    """The error for a branch with conflicting files."""
-    return (
-        f"hf://{repo}@{branch} holds other files: {some(list(conflicts), 1)}. Choose another "
+def conflict(repo: str, branch: str, files: tuple[str, ...]) -> BridgeError:
+    """The error for a branch with other files of the same names."""
+    return BridgeError(
+        f"hf://{repo}@{branch} holds other files: {some(list(files), 1)}. Choose another "
         "branch, or use `overwrite=True` to replace its files; its history is kept."
     )
 
