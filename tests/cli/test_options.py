@@ -105,6 +105,18 @@ def test_short_help_is_the_common_part_of_the_long_one(name: str) -> None:
     assert "Example" in full
 
 
+@pytest.mark.parametrize("words", [[], ["convert"], ["export-optimizer"]])
+def test_help_is_a_command_too(words: list[str]) -> None:
+    asked = run("help", *words)
+    assert (asked.exit_code, asked.stdout) == (0, run(*words, "--help").stdout)
+    assert asked.stdout.startswith("Usage: ")
+
+
+def test_help_of_an_unknown_command_is_a_usage_error() -> None:
+    assert run("help", "convrt").exit_code == 2
+    assert "convrt: no such command. Did you mean convert?" in run("help", "convrt").stderr
+
+
 def test_short_help_of_all_commands() -> None:
     short, full = run("-h").stdout, run("--help").stdout
     assert "Exit codes" in full

@@ -117,6 +117,7 @@ def test_the_sides_name_options() -> None:
         (["verify", "HF", "NEOX", "--optimizer"], "--optimizer: "),
         (["verify", "HF", "NEOX", "--gqa-order", "grouped"], "--gqa-order: "),
         (["diff", "HF", "NEOX", "--optimizer"], "--optimizer: "),
+        (["diff", "HF", "HF", "--stat", "--all"], "--stat, --all: "),
         (["diff", "HF", "HF", "--gqa-order", "grouped"], "--gqa-order: "),
         (["inspect", "HF", "--step", "3"], "--step: "),
         (["inspect", "HF", "--optimizer"], "--optimizer: "),

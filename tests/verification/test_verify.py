@@ -254,6 +254,22 @@ def test_diff(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert done.stdout.splitlines()[-1] == "4 tensors: 0 equal, 4 different"
     assert "float32 and bfloat16" in done.stdout
+    done = run("diff", hf, tmp_path / "half")
+    assert done.stdout.splitlines() == [
+        "28 tensors: float32 and bfloat16, equal after casting the first",
+        "28 tensors: 0 equal, 28 different",
+    ]
+    *lines, _ = run("diff", hf, tmp_path / "half", "--all").stdout.splitlines()
+    assert len(lines) == 28
+    name = "gpt_neox.layers.0.attention.dense.bias"
+    assert f"{name}: float32 and bfloat16, equal after casting the first" in lines
+    tensors = json.loads(run("diff", hf, tmp_path / "half", "--json").stdout)["tensors"]
+    assert {tensor["kind"] for tensor in tensors} == {"dtype"}
+    assert len(tensors) == 28
+    assert run("diff", hf, tmp_path / "half", "--all", "--stat").returncode == 2
+    back = run("diff", tmp_path / "half", hf).stdout.splitlines()
+    assert back[0].startswith("28 tensors: bfloat16 and float32, values differ by 0.0")
+    assert len(back) == 2
     edit_pt("layer_03-model_00*", "mlp.linear1.bias", flip)(tmp_path / "neox")
     done = run("diff", hf, tmp_path / "neox", "--stat")
     assert (done.returncode, done.stdout.strip()) == (3, "28 tensors: 27 equal, 1 different")

@@ -55,6 +55,12 @@ Shell completion:
 class App(Helped, click.Group):
     """All commands. Only the module of the command that runs is imported."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's; ``help COMMAND`` is ``COMMAND --help``, as in other programs."""
+        if args[:1] == ["help"] and not ctx.resilient_parsing:
+            args = [*args[1:], "--help"]
+        return super().parse_args(ctx, args)
+
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,8 +11,14 @@ from neox_bridge.cli.command import Argument, command, only
 from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, tell_findings
 from neox_bridge.cli.progress import progress_bar
+from neox_bridge.errors import UsageError
 from neox_bridge.option import inherited, option
 from neox_bridge.wording import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from neox_bridge.verification.compare import Difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,12 @@ class DiffOptions:
         False, "Also compare the optimizer states, as 'exp_avg: NAME'.", common=True
     )
     stat: bool = option(False, "Print only how many tensors differ.", common=True)
+    every: bool = option(
+        False,
+        "Print a line for every tensor that differs. By default, tensors that differ in the same "
+        "dtypes share a line.",
+        "--all",
+    )
     plot: str | None = option(None, "Plot the relative differences per block.", value="picture")
     max_workers: int | None = inherited(Execution, "max_workers")
 
@@ -56,8 +69,10 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
     from neox_bridge.planning.option_checks import check_gqa_order, check_optimizer
     from neox_bridge.verification.diff import Diff
     from neox_bridge.verification.diff import diff as compare
-    from neox_bridge.verification.verify import describe
 
+    if options.stat and options.every:
+        reason = "--stat prints no tensors, and --all prints every tensor"
+        raise UsageError(["stat", "every"], reason, "Leave one of them out.")
     if options.plot is not None:
         from neox_bridge.verification.drawing import check_plot
 
@@ -89,9 +104,36 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
 
         # diff compares only tensors, so these findings do not change the verdict
         tell_findings((replace(f, severity="warning") for f in undecided(a, b)), output.quiet)
-        for difference in () if options.stat else apart:
-            print_line(describe(difference))
+        for line in () if options.stat else _lines(apart, every=options.every):
+            print_line(line)
         equal = len(differences) - len(apart)
         print_line(f"{plural(len(differences), 'tensor')}: {equal} equal, {len(apart)} different")
     if apart:
         raise click.exceptions.Exit(3)
+
+
+def _lines(differences: Sequence[Difference], *, every: bool) -> Iterator[str]:
+    """What differs, the largest relative difference first; a cast of many tensors is one line."""
+    groups: dict[tuple[str, ...], list[Difference]] = {}
+    for difference in differences:
+        is_cast = difference.kind in ("dtype", "values") and difference.detail
+        alone = () if is_cast and not every else (difference.name,)
+        groups.setdefault((difference.kind, difference.detail, *alone), []).append(difference)
+    for group in groups.values():
+        yield _line(group)
+
+
+def _line(group: Sequence[Difference]) -> str:
+    """One line for tensors that differ in the same way."""
+    from neox_bridge.verification.verify import describe
+
+    first = group[0]
+    line = describe(first)
+    if len(group) > 1:
+        line = f"{plural(len(group), 'tensor')}: {first.detail}"
+    if first.kind == "dtype":
+        return f"{line}, equal after casting the first"
+    if first.kind == "values" and first.detail:
+        of = f", {first.name}" if len(group) > 1 else ""
+        return f"{line}, values differ by {first.relative:.2g} at most (relative{of})"
+    return line
