@@ -72,7 +72,7 @@ def diff(first: str, second: str, options: DiffOptions, reading: Source, output:
 
     if options.stat and options.every:
         reason = "--stat prints no tensors, and --all prints every tensor"
-        raise UsageError(["stat", "every"], reason, "Leave one of them out.")
+        raise UsageError(["stat", "all"], reason, "Leave one of them out.")
     if options.plot is not None:
         from neox_bridge.verification.drawing import check_plot
 
