@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from neox_bridge.errors import Unverified
 from neox_bridge.execution.context import Context
 from neox_bridge.findings import Finding
 from neox_bridge.layouts.checkpoint import Checkpoint
@@ -25,7 +24,7 @@ from neox_bridge.tensors.flat import segments
 from neox_bridge.tensors.geometry import with_rows
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.verification.compare import Difference, DifferenceKind, compare, each, zero_beyond
-from neox_bridge.verification.verify import describe, divided, summary, verify
+from neox_bridge.verification.verify import describe, divided, mismatch, summary, verify
 from neox_bridge.wording import some
 
 
@@ -95,7 +94,7 @@ def checker(
         if target.neox is None or not target.neox.universal:
             weights = verify(source, target, workers=workers, progress=progress)
             if not weights.holds:
-                raise Unverified(f"The result does not match {source.path}: {summary(weights)}.")
+                raise mismatch(source, summary(weights))
         written = read_optimizer(target)
         want = named(source, optimizer) if given is None else flattened(given)
         have = named(target, written)
@@ -125,7 +124,7 @@ def export_checker(
 
 def _check_none(differences: Sequence[Difference], source: Checkpoint) -> None:
     if differences:
-        raise Unverified(f"The result does not match {source.path}: {describe(differences[0])}.")
+        raise mismatch(source, describe(differences[0]))
 
 
 def fresh_checker(
@@ -138,7 +137,7 @@ def fresh_checker(
         target = open_checkpoint(folder)
         masters = verify(source, with_masters(target), workers=workers)
         if not masters.holds:
-            raise Unverified(f"The master weights do not match {source.path}: {summary(masters)}.")
+            raise mismatch(source, f"its master weights: {summary(masters)}")
         context, states_there = Context(), named(target, read_optimizer(target))
         moments = [name for name in states_there if not name.startswith(MASTER)]
 
@@ -146,7 +145,7 @@ def fresh_checker(
             return all(zero_beyond(part, 0, context) for part in segments(states_there[name]))
 
         if not all(each(moments, zero, context, workers)):
-            raise Unverified(f"{folder} contains moments that are not zero.")
+            raise mismatch(source, "the moments of its new optimizer are not zero")
 
     return check
 

@@ -186,9 +186,17 @@ def checker(
             count_overflows=False,  # they were counted when they were written
         )
         if not verification.holds:
-            raise Unverified(f"The result does not match {source.path}: {summary(verification)}.")
+            raise mismatch(source, summary(verification))
 
     return check
+
+
+def mismatch(source: Checkpoint, difference: str) -> Unverified:
+    """The error for a result that differs from its source. difference: a part of a sentence."""
+    return Unverified(
+        f"The result does not match {source.path}: {difference}. The disk or the memory of this "
+        "machine, or neox-bridge, has a fault. Convert again, and report it if it happens again."
+    )
 
 
 def summary(verification: Verification) -> str:
