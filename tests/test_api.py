@@ -251,6 +251,7 @@ def test_options_by_name(folder: Path) -> None:
     for choices, words in (
         ({"dtype": "int8"}, "dtype: 'int8' is not one of keep, float32"),
         ({"tp": 0}, "tp: must be 1 or more, not 0"),
+        ({"tp": "2"}, "tp: must be a number, not '2'"),
     ):
         with pytest.raises(neox_bridge.UsageError, match=words):
             neox_bridge.convert("pythia-410m", "c", **choices)

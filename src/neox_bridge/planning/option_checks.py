@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable
 from neox_bridge.errors import UsageError
 from neox_bridge.layouts.checkpoint import Checkpoint, Kind
 from neox_bridge.layouts.head import check_head
-from neox_bridge.planning.options import SIDES, Options
+from neox_bridge.option import options_of
+from neox_bridge.planning.options import SIDES, Options, check_minimum
 from neox_bridge.stores.folder import is_hub
 from neox_bridge.stores.paths import absolute, isdir, plain, real
 
@@ -46,10 +47,12 @@ def _resolved(path: str, real_path: str) -> str:
 
 
 def check_options(checkpoint: Checkpoint, options: Options, given: Collection[str] = ()) -> None:
-    """Raise UsageError for options that would be ignored.
+    """Raise UsageError for options that would be ignored, and for numbers out of range.
 
     given: options that the user named, also those with the value that is their default.
     """
+    for name, declared in options_of(Options).items():
+        check_minimum(name, declared, getattr(options, name))
     kind = kind_of(checkpoint, options)
     chosen = [name for name in SIDES if name in options.asked() or name in given]
     if wrong := [name for name in chosen if SIDES[name] != kind]:

@@ -260,6 +260,15 @@ def _value(name: str, declared: Option, value: Any) -> Any:
             return era_named(value)
     if declared.choices and value is not None and value not in declared.choices:
         raise UsageError([name], f"{value!r} is not one of {', '.join(declared.choices)}")
-    if declared.minimum is not None and value is not None and value < declared.minimum:
-        raise UsageError([name], f"must be {declared.minimum} or more, not {value!r}")
+    check_minimum(name, declared, value)
     return value
+
+
+def check_minimum(name: str, declared: Option, value: object) -> None:
+    """Raise UsageError if an option that has a minimum is not a number, or is less."""
+    if declared.minimum is None or value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError([name], f"must be a number, not {value!r}")
+    if not value >= declared.minimum:  # also for NaN
+        raise UsageError([name], f"must be {declared.minimum} or more, not {value!r}")
