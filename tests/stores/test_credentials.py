@@ -72,6 +72,19 @@ def test_a_profile_names_user_region_endpoint_and_style(
         s3_options("s3://bucket")
 
 
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "minio.local", "http://", "http://a b"])
+def test_an_endpoint_that_is_no_url(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore panics with it, in Rust, at its first request."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "x")
+    for usable in ("http://localhost:9000", "https://s3.example.com/", "http://[::1]:9000"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", usable)
+        assert s3_options("s3://bucket")["endpoint"] == usable
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(BridgeError, match=r"s3://bucket: the endpoint .* Set AWS_ENDPOINT_URL"):
+        s3_options("s3://bucket")
+
+
 def test_nobody_is_an_error() -> None:
     with pytest.raises(BridgeError, match=r"no credentials for S3 were found.*AWS_PROFILE"):
         s3_options("s3://bucket")

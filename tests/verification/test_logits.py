@@ -286,9 +286,10 @@ def test_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b"[1, 2, 300]", "300, but the vocabulary has 300"),
-        ("a.json", b"[-1]", "the largest id is"),
-        ("a.json", b"[]", "not integers"),
+        ("a.json", b"[1, 2, 300]", "1 to 300, but the vocabulary has the ids 0 to 299"),
+        ("a.json", b"[-1]", "the ids go from -1 to -1, but the vocabulary has the ids 0 to"),
+        ("a.json", b"[]", r"these have \[1, 0\]"),
+        ("a.json", b"[[[1]]]", r"these have \[1, 1, 1\]"),
         ("a.json", b"[0.5]", "not integers"),
         ("a.json", b"{", "cannot be read as token ids"),
         ("a.json", b"[[1], [1, 2]]", "cannot be read as token ids"),

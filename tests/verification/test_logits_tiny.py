@@ -1,6 +1,7 @@
 """Logits of tiny GPT-NeoX models beside each other and beside recorded ones."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoint_edits import tokenizer
 from tiny import convert, tensors, write_hf
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from neox_bridge.verification.logits import (
     compare_recorded,
 )
 from neox_bridge.verification.reference import Stage
+from neox_bridge.verification.tokens import read_tokens
 
 TOKENS = torch.tensor([[1, 5, 3, 7], [2, 2, 9, 0]])
 
@@ -454,3 +457,28 @@ def test_a_config_that_says_something_else_comes_first(tmp_path: Path) -> None:
     assert (first.cause, first.settings) == ("epsilon", {"layernorm_epsilon": 1e-3})
     assert first.text == "layernorm_epsilon: 1e-05 in GPT-NeoX, 0.001 on the other side"
     assert "0.001 in GPT-NeoX, 1e-05 on" in hypotheses(two, one)[0].text
+
+
+# --- what cannot be computed
+
+
+@pytest.mark.parametrize("config", [{"id2label": {"a": "b"}}, {"torch_dtype": "floaty"}])
+def test_a_config_that_transformers_cannot_read(config: dict[str, Any], tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf", **config)
+    with pytest.raises(
+        BridgeError, match=r"transformers cannot read config\.json: .*Correct config"
+    ):
+        logits_of(open_checkpoint(str(hf)))
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers"])
+def test_packages_that_are_missing(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(write_hf(tmp_path / "hf")))
+    words = tokenizer(tmp_path / "tokenizer.json")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BridgeError, match=rf"{package}.* is missing\. Install it: .*verify"):
+        if package == "transformers":
+            logits_of(checkpoint)
+        read_tokens("some words", (replace(checkpoint, tokenizer=(str(words),)),))

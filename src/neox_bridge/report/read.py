@@ -12,6 +12,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.execution.flushing import flush
 from neox_bridge.execution.lock import locked
+from neox_bridge.wording import human
 
 _MOST_BYTES = 256 << 20  # bytes of a JSON file: that of a plan of a large model is some MB
 
@@ -120,7 +121,10 @@ def _is_checkpoint(path: str) -> bool:
 
 def _document(path: str) -> ReportInput:
     if os.path.getsize(path) > _MOST_BYTES:
-        raise BridgeError(f"{path} is too large to be a result of neox-bridge.")
+        raise BridgeError(
+            f"{path} is larger than {human(_MOST_BYTES)}, which no result of neox-bridge is. Give "
+            "a file that a command printed with --json, or the folder of a checkpoint."
+        )
     with open(path, "rb") as file:
         data = file.read()
     try:
@@ -130,5 +134,8 @@ def _document(path: str) -> ReportInput:
             f"{path} is not JSON. Give a file that a command printed with --json."
         ) from None
     if not isinstance(document, dict):
-        raise BridgeError(f"{path} is not a result that neox-bridge printed with --json.")
+        raise BridgeError(
+            f"{path} is not a result of neox-bridge, which is a JSON object. Give a file that a "
+            "command printed with --json."
+        )
     return ReportInput(path, f"{path}, SHA-256 {sha256(data).hexdigest()}", document)

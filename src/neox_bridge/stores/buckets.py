@@ -206,8 +206,8 @@ class _Single:
                 "written",
                 lambda: self.bucket.store.put(key, self.data, use_multipart=False),
             )
-        except FileNotFoundError:
-            raise _no_bucket(self.url) from None
+        except FileNotFoundError as error:
+            raise retry.no_bucket(self.url, error) from None
         return Bucket.tag(answer)
 
     def abandon(self) -> None:
@@ -260,8 +260,8 @@ class _Multipart:
     def _run(self) -> None:
         try:
             self.tag.set_result(steadily(self.url, "written", self._send_all))
-        except FileNotFoundError:
-            self.tag.set_exception(_no_bucket(self.url))
+        except FileNotFoundError as error:
+            self.tag.set_exception(retry.no_bucket(self.url, error))
         except BaseException as error:
             self.tag.set_exception(error)
 
@@ -286,10 +286,3 @@ class _Multipart:
                 raise
             raise retry.failed(self.url, "written", error, retry.TRIES) from None
         return Bucket.tag(answer)
-
-
-def _no_bucket(url: str) -> BridgeError:
-    return BridgeError(
-        f"{url} cannot be written: the store has no such bucket. Check its name, and that no "
-        "other process writes to or deletes the same target."
-    )

@@ -7,6 +7,7 @@ setting without a counterpart in obstore is an error, because it may contain cre
 """
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from neox_bridge.errors import BridgeError, Unreachable
 from neox_bridge.extras import install_command
 
+_ENDPOINT = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s/:?#\[\]]+)(:\d+)?(/\S*)?")
 _CREDENTIAL_MINUTES = 10  # how long credentials of botocore are reused
 _REGION_SECONDS = 5.0
 _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -71,6 +73,7 @@ def s3_options(root: str) -> dict[str, Any]:
     if profile or not (known or _environment_is_all()):
         options = {**_botocore_options(root, profile, bool(known)), **options}
         style = options.pop("addressing_style", style)
+    _check_endpoint(root, options.get("endpoint"))
     if style == "virtual":
         options["virtual_hosted_style_request"] = True
     if "endpoint" not in options:
@@ -140,6 +143,15 @@ def _azure_endpoint(parts: Mapping[str, str], account: str | None) -> str | None
             + (parts["EndpointSuffix"])
         )
     return None
+
+
+def _check_endpoint(root: str, endpoint: str | None) -> None:
+    """Raise BridgeError for an endpoint without http:// or a host, with which obstore panics."""
+    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
+        raise BridgeError(
+            f"{root}: the endpoint {endpoint!r} is not the URL of a server. Set AWS_ENDPOINT_URL, "
+            "or endpoint_url of the profile, to a URL such as http://localhost:9000."
+        )
 
 
 def _environment_is_all() -> bool:

@@ -45,7 +45,8 @@ class FsspecStore:
             raise BridgeError(f"{url}: {error}. Check the URL.") from None
         except Exception as error:  # ssh connects here
             raise BridgeError(
-                f"{url} cannot be reached: {type(error).__name__}: {error}."
+                f"{url} cannot be reached: {type(error).__name__}: {error}. Check the address, the "
+                "network and your access."
             ) from None
         # the file system of huggingface_hub would open a file per range, with a cache that reads 5
         # MB ahead

@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import TypeVar
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.stores.retry import ShortRead, steadily
+from neox_bridge.stores.retry import ShortRead, no_bucket, steadily
 from neox_bridge.stores.store import FileState, Store, Upload
 
 _T = TypeVar("_T")
@@ -85,7 +85,7 @@ def look(url: str, *, again: bool = False) -> FileState:
         entry = _listed(url)
     entry = _head(url) if entry is _UNKNOWN else entry
     if not isinstance(entry, FileState):
-        raise BridgeError(f"{url} cannot be read: it does not exist.")
+        raise _missing(url)
     return entry
 
 
@@ -121,7 +121,9 @@ def names(url: str) -> list[str]:
     inside = set(_list(url))
     inside |= {u.rpartition("/")[2] for u in _pending if u.rpartition("/")[0] == url}
     if not inside:
-        raise BridgeError(f"{url} cannot be listed: no such folder or bucket.")
+        raise BridgeError(
+            f"{url} cannot be listed: the store has no such folder or bucket. Check the URL."
+        )
     return sorted(inside)
 
 
@@ -146,7 +148,7 @@ def fetch(url: str, start: int, end: int) -> bytes:
 
     data = _ask(url, "read", read, None)
     if data is None:
-        raise BridgeError(f"{url} cannot be read: it does not exist.")
+        raise _missing(url)
     return data
 
 
@@ -246,11 +248,13 @@ def _put(url: str, call: Callable[[Store], _T]) -> _T:
     try:
         return steadily(url, "written", lambda: call(store))
     except FileNotFoundError as error:
-        raise BridgeError(
-            f"{url} cannot be written: {error}. Check the name of the bucket."
-        ) from None
+        raise no_bucket(url, error) from None
     finally:
         forget(url)
+
+
+def _missing(url: str) -> BridgeError:
+    return BridgeError(f"{url} cannot be read: it does not exist.")
 
 
 def _protocol(url: str) -> str:

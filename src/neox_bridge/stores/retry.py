@@ -165,6 +165,14 @@ def failed(url: str, doing: str, error: Exception, tries: int) -> Unreachable:
     return Unreachable(f"{what}: {describe(error)}. Check the address and your access to it.")
 
 
+def no_bucket(url: str, error: FileNotFoundError) -> BridgeError:
+    """The error for an object whose bucket does not exist, or no longer."""
+    return BridgeError(
+        f"{url} cannot be written: {describe(error)}. Check the name of the bucket, and that no "
+        "other process writes to or deletes the same target."
+    )
+
+
 def _names(error: BaseException) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 

@@ -112,7 +112,7 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
         import transformers
     except ImportError:
         raise BridgeError(
-            "`logits=True` computes with transformers, which is missing. Install it: "
+            "`logits=True` needs transformers, which is missing. Install it: "
             f"{install_command('verify')}"
         ) from None
     try:
@@ -123,10 +123,12 @@ def _skeleton(checkpoint: Checkpoint, device: str) -> nn.Module:
         auto = getattr(transformers, f"AutoModelFor{kind}")
         with _weights_on_meta():
             model = auto.from_config(config, attn_implementation="eager")
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"{checkpoint.path}: transformers refuses config.json: {lines[0]}"
-        raise BridgeError(reason) from None
+        raise BridgeError(
+            f"{checkpoint.path}: transformers cannot read config.json: {lines[0].rstrip('.')}. "
+            "Correct config.json, or install the transformers that wrote it."
+        ) from None
     model.eval()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

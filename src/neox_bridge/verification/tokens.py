@@ -44,11 +44,13 @@ def read_tokens(given: str | None, checkpoints: tuple[Checkpoint, ...]) -> Token
     tokens = read.tokens
     if tokens.numel() == 0 or tokens.dim() != 2:
         raise BridgeError(
-            f"`tokens=`: expected rows of token ids, got the shape {list(tokens.shape)}."
+            f"`tokens=`: token ids have the shape [rows, tokens], but these have "
+            f"{list(tokens.shape)}. Give at least one row of at least one token."
         )
     if int(tokens.min()) < 0 or int(tokens.max()) >= rows:
         raise BridgeError(
-            f"`tokens=`: the largest id is {int(tokens.max())}, but the vocabulary has {rows} rows."
+            f"`tokens=`: the ids go from {int(tokens.min())} to {int(tokens.max())}, but the "
+            f"vocabulary has the ids 0 to {rows - 1}."
         )
     if tokens.shape[1] > most:
         raise BridgeError(
@@ -79,7 +81,7 @@ def _of_file(path: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
 
 
 def _rows(array: np.ndarray[Any, Any]) -> Tensor:
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"they are {array.dtype}, not integers")
     tokens = torch.from_numpy(array.astype(np.int64))
     return tokens[None] if tokens.dim() == 1 else tokens
@@ -97,7 +99,7 @@ def _of_text(text: str, checkpoints: tuple[Checkpoint, ...]) -> TokenInput:
         from tokenizers import Tokenizer  # comes with transformers
     except ImportError:
         raise BridgeError(
-            "`tokens=`: tokenizers is missing, which reads a text. Install it: "
+            "`tokens=`: a text needs the package tokenizers, which is missing. Install it: "
             f"{install_command('verify')}"
         ) from None
     ids = Tokenizer.from_file(file).encode(text).ids
