@@ -257,7 +257,7 @@ def test_qwen_trained_further_becomes_llama(tmp_path: Path) -> None:
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"num_key_value_heads": 2}, {"tp": 4}, "2 key-value heads"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, {}, "rope_scaling"),
-    ("llama", {"hidden_act": "relu"}, {}, "hidden_act"),
+    ("llama", {"hidden_act": "tanh"}, {}, "hidden_act"),
     ("llama", {"head_dim": 32}, {}, "head_dim"),
     ("llama", {"mlp_bias": True}, {"era": era_named("2024-09")}, "mlp_bias"),
     ("llama", {"mlp_bias": True}, {"era": era_named("2024-10")}, "mlp_bias"),
@@ -294,7 +294,6 @@ def test_refused(
     "changes",
     [
         {"rotary_pct": 0.5},
-        {"activation": "reglu"},
         {"gpt_j_residual": True},
         {"pos_emb": "alibi"},
         {"attention_config": [[["local"], 2]]},

@@ -24,6 +24,12 @@ RUNS: dict[tuple[str, bool], set[str]] = {
     ("silu", True): {"today"},
     ("gelu", False): {"2024-03", "2024-09", "today"},
     ("gelu", True): {"2024-10", "today"},
+    ("relu", False): {"2024-03", "2024-09", "today"},
+    ("relu", True): {"2024-10", "today"},
+    ("sigmoid", False): {"today"},
+    ("sigmoid", True): {"2024-10", "today"},
+    ("linear", False): {"today"},
+    ("linear", True): {"2024-10", "today"},
 }
 
 

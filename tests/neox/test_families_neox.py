@@ -14,6 +14,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", GROUPED),
     ("llama", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
     ("llama", {"mlp_bias": True}),
+    *(("llama", {"hidden_act": name}) for name in ("gelu", "relu", "sigmoid", "linear")),
     ("mistral", {**GROUPED, "sliding_window": 5}),
     ("qwen2", GROUPED),
 ]
@@ -27,13 +28,26 @@ def layouts(config: dict[str, Any]) -> tuple[int, ...]:
     return (1,) if "sliding_window" in config else (0, 1)
 
 
+def runs(config: dict[str, Any], era: str) -> bool:
+    """Whether GPT-NeoX of an era has this MLP."""
+    if config.get("mlp_bias"):
+        return era == "today"
+    activation = config.get("hidden_act", "silu")
+    # with these, trees of 2024-10 add biases without asking
+    return (
+        activation == "silu"
+        or era == "today"
+        or (activation in ("gelu", "relu") and era != "2024-10")
+    )
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("tree", TREES)
 def test_loads(tree: str, tp: int, neox_python: str, tmp_path: Path) -> None:
     jobs, sources = [], []
     era = real_neox.era(tree)
     for number, (family, config) in enumerate(CASES):
-        if config.get("mlp_bias") and era.name != "today":
+        if not runs(config, era.name):
             continue  # refused
         hf = make_hf(tmp_path / f"hf{number}", family=family, **config)
         sources.append((real_neox.with_tokenizer(hf), number))

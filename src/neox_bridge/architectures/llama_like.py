@@ -39,10 +39,18 @@ from neox_bridge.architectures.neox_config import (
     refuse_common,
     round_up,
 )
+from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 
-# our word, as Hugging Face has it: GPT-NeoX's gated activation; that of `mlp_type: llama`
-ACTIVATIONS = {"silu": ("swiglu", ("silu", "swish")), "gelu": ("geglu", ("gelu",))}
+# our word, as Hugging Face has it: GPT-NeoX's gated activation, and those of `mlp_type: llama`
+# (activations.py of both; Gated_Activation of megatron/model/transformer.py multiplies as LlamaMLP)
+ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "silu": ("swiglu", ("silu", "swish")),
+    "gelu": ("geglu", ("gelu",)),
+    "relu": ("reglu", ("relu",)),
+    "sigmoid": ("glu", ()),
+    "linear": ("bilinear", ()),
+}
 
 _KEYS: Keys = (
     *SIZE_KEYS,
@@ -186,6 +194,11 @@ def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
         written["sliding_window_width"] = config.window - 1
     if config.grouped_query:
         written["num_kv_heads"] = config.key_value_heads
+    if old and not old_words:
+        raise Refused(
+            f"activation: GPT-NeoX before 2024-09 has no gated MLP with {config.activation}. Use "
+            "`era=today`."
+        )
     if old:
         return written | {
             "mlp_type": "llama",
@@ -200,7 +213,9 @@ def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
 
 
 def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
-    reasons = refuse_hf_common(raw, rope_base(raw), "rope_theta", ("silu", "swish", "gelu"))
+    reasons = refuse_hf_common(
+        raw, rope_base(raw), "rope_theta", ("silu", "swish", *list(ACTIVATIONS)[1:])
+    )
     hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if raw.get("head_dim") and hidden and heads and raw["head_dim"] * heads != hidden:
         reasons.append(
