@@ -18,9 +18,10 @@ from neox_bridge.documents import plain_data
 ROOT = Path(neox_bridge.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # doctor and the list of changes advise whole commands; report draws with CSS variables; extras.py
-# advises commands of pip, uv and pipx; the others speak to git and describe options for --help
+# advises commands of pip, uv and pipx; patch/script… names the options of GPT-NeoX's scripts; the
+# others speak to git and describe options for --help
 APART = (
-    *("cli/", "doctor/", "extras.py", "frameworks/changes_", "report/"),
+    *("cli/", "doctor/", "extras.py", "frameworks/changes_", "patch/script", "report/"),
     "frameworks/collect_keys.py",
 )
 APART_NAMES = ("options.py", "page.py")

@@ -26,9 +26,10 @@ from neox_bridge.frameworks.change import (
     parse_moment,
 )
 from neox_bridge.frameworks.changes import CHANGES, HISTORY, change_named, select, touches
-from neox_bridge.frameworks.eras import merged
+from neox_bridge.frameworks.eras import ERAS, MERGED, TODAY, changes_of, known_keys, merged
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.page import page, where
+from neox_bridge.frameworks.targets import target_named
 from neox_bridge.layouts.checkpoint import Checkpoint
 
 RUNNER = CliRunner()
@@ -135,6 +136,19 @@ NO_MODULE = "TypeError: Expected state_dict to be dict-like, got <class 'NoneTyp
 LAYERS = "gpt_neox.layers.0.attention."
 RANKS = neox(_layout="ranks", pipe_parallel_size=1)
 EXAMPLES: dict[str, Example] = {
+    "neox-head-dim": Example(
+        (neox(head_dim=128), neox()), (with_key("head_dim"), NEW), (unknown("head_dim"), "head_dim")
+    ),
+    "neox-separate-qk-norms": Example(
+        (neox(qk_layernorm_over_heads=False), neox(use_qk_layernorm=True)),
+        (with_key("qk_layernorm_over_heads"), NEW),
+        (unexpected("attention.q_norm.scale"), unexpected("attention.qk_layernorm.scale")),
+    ),
+    "neox-norm-placement": Example(
+        (neox(norm_placement="post_norm_inside_residual"), neox(norm="rmsnorm")),
+        (with_key("norm_placement"), NEW),
+        (unknown("norm_placement"), unknown("norm")),
+    ),
     "neox-rms-epsilon": Example(
         (neox(norm="rmsnorm"), neox(norm="layernorm")), (NEW, replace(NEW, rms_eps="outside"))
     ),
@@ -458,7 +472,7 @@ def test_entries_are_whole(change: Any) -> None:
     if change.pull:
         assert change.link.endswith("/pull/" + change.pull[1:])
     if change.framework == "gpt-neox":
-        assert change.commit
+        assert bool(change.commit) != change.proposed
         assert change.version == ""
     else:
         minor = change.version.rpartition(".")[0]
@@ -474,7 +488,7 @@ def test_ids_are_unique_and_the_newest_comes_first() -> None:
 
 def test_old_and_new_trees_differ_in_all_that_a_tree_tells() -> None:
     for change in CHANGES:
-        if change.framework != "gpt-neox" or has_change(NEW, change) is None:
+        if change.framework != "gpt-neox" or has_change(NEW, change) is None or change.proposed:
             continue
         if "key" not in change.id and change.id != "neox-mlp-type":
             assert has_change(NEW, change), change.id
@@ -623,5 +637,34 @@ def test_a_proposed_change_is_marked_and_no_tree_has_it() -> None:
         "a title",
         sets={"rms_eps": "outside"},
     )
-    assert where(proposed) == "GPT-NeoX ffffffff (proposed)"
+    assert where(proposed) == "GPT-NeoX #1 (proposed)"
+    assert proposed.cited == "#1 (proposed, 2026-06-01)"
     assert merged((proposed, *CHANGES)) == merged(CHANGES)
+
+
+PROPOSED = ("neox-head-dim", "neox-separate-qk-norms", "neox-norm-placement")
+
+
+def test_no_era_and_no_day_has_a_proposed_change() -> None:
+    assert {change.id for change in HISTORY if change.proposed} == set(PROPOSED)
+    for change_id in PROPOSED:
+        change = change_named(change_id)
+        assert change not in MERGED
+        assert not change.sets
+        assert all(change not in changes_of(era.name) for era in ERAS)
+        assert not known_keys(TODAY) & change.keys
+        day = target_named("neox@2026-12-31")
+        assert isinstance(day, TreeFacts)
+        assert not day.keys & change.keys
+
+
+def test_the_command_shows_what_is_proposed() -> None:
+    done = run("--framework", "gpt-neox", "--since", "2026-09")
+    heads = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert heads == [
+        "2026-09-20  GPT-NeoX #1436 (proposed)  neox-head-dim",
+        "2026-09-09  GPT-NeoX #1424 (proposed)  neox-separate-qk-norms",
+        "2026-09-05  GPT-NeoX #1408 (proposed)  neox-norm-placement",
+    ]
+    told = json.loads(run("--json").stdout)["changes"]
+    assert [change["id"] for change in told if change["proposed"]] == list(PROPOSED)

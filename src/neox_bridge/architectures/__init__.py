@@ -17,7 +17,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN
 # families that today's GPT-NeoX can't run, and why (megatron/model/transformer.py)
 CANNOT = {
     "qwen3": "it has separate norms for q and k, but use_qk_layernorm of GPT-NeoX is one norm for "
-    "both",
+    "both (#1424 proposes separate ones, and #1436 a head_dim; neither is merged)",
+    "olmo2": "its norms follow attention and MLP, and it has separate norms for q and k "
+    "(discussed in #1408 and proposed in #1424; neither is merged)",
 }
 
 

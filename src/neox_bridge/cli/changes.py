@@ -82,6 +82,7 @@ def describe(change: Change) -> dict[str, Any]:
         "pull": change.pull or None,
         "date": change.date,
         "version": change.version or None,
+        "proposed": change.proposed,
         "families": list(change.families),
         "title": change.title,
         "symptom": change.symptom,

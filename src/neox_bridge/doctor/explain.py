@@ -46,7 +46,10 @@ def _by_changes(text: str) -> Iterator[Diagnosis]:
     for change in CHANGES:
         for pattern in change.in_error:
             if match := re.search(pattern, text, re.M):
-                cause = f"{sentence(change.title)} This came with {change.named}."
+                origin = f"This came with {change.named}."
+                if change.proposed:
+                    origin = f"{change.pull} proposes this. It is not merged."
+                cause = f"{sentence(change.title)} {origin}"
                 yield Diagnosis(change.id, cause, change.remedy, (match[0],), more=(change.link,))
                 break
 

@@ -37,7 +37,7 @@ class Commit:
     """Where GPT-NeoX changed.
 
     Attributes:
-        sha: The whole hash.
+        sha: The whole hash; "" for a proposal.
         pull: The number of the pull request, 0 for none.
         date: In UTC.
         git_date: As ``git log`` prints it, if that is another day than in UTC.
@@ -102,6 +102,10 @@ class Change:
         ends_era: The era whose last tree is the one before this commit.
         renames: Modules of a block by their old names, with the new ones.
         adds_keys: Keys of the yml that trees take since then.
+        adds_tensors: A regular expression of the tensors of a block that only trees with a
+            proposed change have; "" for none.
+        is_as_before: Of a proposed change: whether settings with its keys describe a model that
+            trees without it have as well.
         removes_keys: Keys of the yml that trees refuse since then.
         defaults: Settings whose default it changed, each with the old and the new one.
         in_checkpoint: Whether it matters for an opened checkpoint. By default: whether the yml has
@@ -121,6 +125,10 @@ class Change:
     ends_era: str = field(default="", kw_only=True)
     renames: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     adds_keys: tuple[str, ...] = field(default=(), kw_only=True)
+    adds_tensors: str = field(default="", kw_only=True)
+    is_as_before: Callable[[Mapping[str, Any]], bool] = field(
+        default=lambda _raw: False, kw_only=True
+    )
     removes_keys: tuple[str, ...] = field(default=(), kw_only=True)
     defaults: Mapping[str, tuple[float, float]] = field(default_factory=dict, kw_only=True)
     in_checkpoint: Callable[[Described], bool] | None = field(default=None, kw_only=True)
@@ -185,7 +193,12 @@ class Change:
 
     @property
     def cited(self) -> str:
-        """Where and when, for people: "4.35 (#25830, 2023-11-02)", or a commit in place of 4.35."""
+        """Where and when, for people: "4.35 (#25830, 2023-11-02)", or a commit in place of 4.35.
+
+        A proposed change is "#1436 (proposed, 2026-09-20)".
+        """
+        if self.proposed:
+            return f"{self.pull} (proposed, {self.date})"
         name = self.version.rpartition(".")[0] or self.commit
         return f"{name} ({', '.join(filter(None, (self.pull, self.date)))})"
 

@@ -5,6 +5,8 @@ in ``tests/frameworks/test_changes.py``, and generate the page:
 ``python -m neox_bridge.frameworks.page docs/reference/changes.md``.
 """
 
+import re
+
 from neox_bridge.frameworks.change import (
     Change,
     Described,
@@ -32,6 +34,17 @@ _BY_ID = {change.id: change for change in HISTORY}
 def change_named(change_id: str) -> Change:
     """The entry with this id. Raises KeyError."""
     return _BY_ID[change_id]
+
+
+def proposal_with(key: str = "", tensor: str = "") -> Change | None:
+    """The proposed change that adds this key of the yml, or this tensor of a block."""
+    for change in HISTORY:
+        pattern = change.adds_tensors if tensor else ""
+        if change.proposed and (
+            key in change.adds_keys or (pattern and re.search(pattern, tensor))
+        ):
+            return change
+    return None
 
 
 def since(change_id: str) -> str:

@@ -7,6 +7,8 @@ from neox_bridge.frameworks.change import Change, Commit
 from neox_bridge.frameworks.detectors import (
     HALF,
     MOE_KEYS,
+    SEPARATE_QK_NORMS,
+    has_usual_head_width,
     is_gated,
     is_grouped,
     is_te,
@@ -26,7 +28,57 @@ _NEW_MLP = Commit(
     "0d4bdb965e3bd9eed6df8f5a4f024f9ff310601c", 1212, "2024-09-07", git_date="2024-09-06"
 )
 
+# Pull requests that are open, and what their threads say; their branches were not read.
+_PROPOSED: tuple[Change, ...] = (
+    Change(
+        "neox-head-dim",
+        Commit("", 1436, "2026-09-20", proposed=True),
+        ("llama", "mistral"),
+        "the yml key head_dim sets the width of a head, as #1434 asks for. Today it is "
+        "hidden_size / num_attention_heads. The q rows of query_key_value and the columns of "
+        "attention.dense become num_attention_heads * head_dim",
+        "TypeError: NeoXArgs.__init__() got an unexpected keyword argument 'head_dim'; without the "
+        "key, size mismatch for attention.query_key_value.weight and attention.dense.weight",
+        "load it in the tree that wrote it. neox-bridge converts such a checkpoint if head_dim is "
+        "hidden_size / num_attention_heads, and refuses it otherwise",
+        adds_keys=("head_dim",),
+        is_as_before=has_usual_head_width,
+    ),
+    Change(
+        "neox-separate-qk-norms",
+        Commit("", 1424, "2026-09-09", proposed=True),
+        ("llama", "mistral"),
+        "separate norms of q and k, over each head or across the heads of a rank. Today's "
+        "use_qk_layernorm is one norm for both, attention.qk_layernorm. #1367, on which it builds, "
+        "adds the yml key qk_layernorm_over_heads",
+        'unexpected key "attention.q_norm.scale" and "attention.k_norm.scale", or another spelling '
+        "of them",
+        "load it in the tree that wrote it; neox-bridge refuses such a checkpoint, since the "
+        "proposal does not fix the names",
+        adds_keys=("qk_layernorm_over_heads",),
+        adds_tensors=SEPARATE_QK_NORMS,
+        is_as_before=lambda raw: (
+            not raw.get("use_qk_layernorm") or raw.get("qk_layernorm_over_heads") is True
+        ),
+        in_error=(SEPARATE_QK_NORMS,),
+    ),
+    Change(
+        "neox-norm-placement",
+        Commit("", 1408, "2026-09-05", proposed=True),
+        ("llama",),
+        "the yml key norm_placement puts the norms of a block before attention and MLP, as today "
+        "(pre_norm), or after them (post_norm_outside_residual, post_norm_inside_residual), as "
+        "OLMo 2 does",
+        "TypeError: NeoXArgs.__init__() got an unexpected keyword argument 'norm_placement'",
+        "load it in the tree that wrote it. neox-bridge converts such a checkpoint if "
+        "norm_placement is pre_norm, and refuses it otherwise",
+        adds_keys=("norm_placement",),
+        is_as_before=lambda raw: raw.get("norm_placement") == "pre_norm",
+    ),
+)
+
 NEOX: tuple[Change, ...] = (
+    *_PROPOSED,
     Change(
         "neox-rms-epsilon",
         Commit("4c9f10816d15a8173fc8779a4c261c3f7dff5155", 1345, "2025-05-09"),

@@ -1,6 +1,7 @@
 """Small tests of checkpoints, with which the known changes decide whether they affect one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from neox_bridge.frameworks.change import Described
 
@@ -12,6 +13,18 @@ MOE_KEYS = tuple(
     moe_eval_capacity_factor moe_expert_parallel_size moe_glu moe_loss_coeff moe_min_capacity
     moe_token_dropping moe_train_capacity_factor moe_type moe_use_residual""".split()
 )
+
+# however a tree with norms for q and k spells them: q_norm, k_layernorm, query_norm
+SEPARATE_QK_NORMS = r"\battention\.(q|k|query|key)_?(layer)?norm\."
+
+
+def has_usual_head_width(raw: Mapping[str, Any]) -> bool:
+    """Whether head_dim of a yml is the width that heads have without the key."""
+    width, heads, hidden = (
+        raw.get(key) for key in ("head_dim", "num_attention_heads", "hidden_size")
+    )
+    sizes = isinstance(width, int) and isinstance(heads, int) and isinstance(hidden, int)
+    return width is None or (sizes and width * heads == hidden)
 
 
 def neox(test: Callable[[Described], bool]) -> Callable[[Described], bool]:

@@ -14,7 +14,9 @@ $ neox-bridge changes --since 4.30 --until 2024-03   # those between two version
 ```
 
 These are all known changes of GPT-NeoX and transformers that alter what a checkpoint contains or
-means, newest first. A loud change fails or warns. A silent one does not.
+means, newest first. A loud change fails or warns. A silent one does not. A proposed change is a
+pull request that is not merged: no version of GPT-NeoX has it, but a checkpoint may come from its
+branch.
 
 """
 _TAIL = "Next: [what loads in the real GPT-NeoX](loads-in-gpt-neox.md)."
@@ -41,7 +43,7 @@ def where(change: Change) -> str:
     """The framework, and its version or commit."""
     if change.framework == "transformers":
         return f"transformers {change.version}"
-    return f"GPT-NeoX {change.commit}{' (proposed)' if change.proposed else ''}"
+    return f"GPT-NeoX {f'{change.pull} (proposed)' if change.proposed else change.commit}"
 
 
 def _name(change: Change) -> str:

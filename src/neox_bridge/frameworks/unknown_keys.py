@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from neox_bridge.frameworks.changes import proposal_with
+
 Effect = Literal["model", "off", "none"]
 
 
@@ -22,6 +24,7 @@ class UnknownKey:
         a misspelling of a key that does; "off" where its value turns it off; "none" for others.
     neighbour: the known key that it may be a misspelling of, or "".
     removed: the date on which the framework lost it, where it had it once.
+    proposal: the id of the change that proposes it, or "".
     """
 
     side: Literal["hf", "neox"]
@@ -31,6 +34,7 @@ class UnknownKey:
     neighbour: str = ""
     file: str = ""
     removed: str = ""
+    proposal: str = ""
 
     @property
     def top(self) -> str:
@@ -192,6 +196,11 @@ def unknown_key(
 
     known: the keys that may stand where it stands. raw: those that stand beside it.
     """
+    if side == "neox" and (proposal := proposal_with(key=name)):
+        off = is_off(name, value) or proposal.is_as_before(raw)
+        return UnknownKey(
+            side, name, value, "off" if off else "model", file=file, proposal=proposal.id
+        )
     neighbour, is_slip = neighbour_of(name.rpartition(".")[2], known)
     effect = effect_of(name, value)
     if is_slip and (_suggests(neighbour) or effect == "model"):

@@ -10,8 +10,10 @@ from typing import Any
 from neox_bridge.architectures.base import Architecture, ModelConfig, Presence, Weight
 from neox_bridge.architectures.neox_config import number
 from neox_bridge.architectures.rows import Row, model_rows, rows_by_name, table_rows
-from neox_bridge.errors import BridgeError
+from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.findings import Dropped
+from neox_bridge.frameworks.change import Change
+from neox_bridge.frameworks.changes import proposal_with
 from neox_bridge.frameworks.eras import TODAY
 from neox_bridge.layouts.checkpoint import refuse_all
 from neox_bridge.layouts.derived_values import InvFreqMismatch, check_inv_freq
@@ -52,7 +54,8 @@ def assemble(
 
     Raises:
         BridgeError: Tensors are missing, unknown or contradict each other.
-        Refused: An unknown tensor belongs to something that the family does not have.
+        Refused: An unknown tensor belongs to something that the family does not have, or to a
+            change of GPT-NeoX that is not merged.
     """
     tp = len(ranks)
     # The ways out are not for a source: its number of ranks is given, and `tp` is the target's.
@@ -102,6 +105,9 @@ def assemble(
         label = f"{names[name]} ({weight.part})" if weight.part else names[name]
         shapes[label] = (weight, shape)
     if left:
+        for _, n, key in sorted(left):
+            if change := proposal_with(tensor=key):
+                raise unmerged(folder, f"layer {n}: {key}", change)
         refuse_all(architecture.refuse_neox_source(raw), folder)
         strange = sorted(f"layer {n}: {key}" for _, n, key in left)
         raise BridgeError(
@@ -131,6 +137,12 @@ def assemble(
     if dims.get("qkv", 3 * config.hidden) != 3 * config.hidden:
         refuse_all(architecture.refuse_neox_source(raw), folder)
     check_heads(config, dims, f"{folder}/configs: num_attention_heads")
+    if (rows_of_q := dims.get("q", config.hidden)) != config.hidden:
+        raise BridgeError(
+            f"{folder}: the heads of query_key_value are {rows_of_q // config.heads} wide, but "
+            f"hidden_size / num_attention_heads is {config.hidden // config.heads}. The yml "
+            "belongs to another model."
+        )
     fusion = config.fusion(order, te)
     rows = rows_by_name(architecture, layers)
     tensors = {
@@ -143,6 +155,24 @@ def assemble(
         Dropped(name, "not learned: computed from rotary_emb_base", "inv_freq") for name in stored
     ]
     return config, tensors, dropped, check_inv_freq(config, stored)
+
+
+def naming_proposal(error: BridgeError, raw: Mapping[str, Any], folder: str) -> BridgeError:
+    """The error of ``assemble``; if the yml has a key of a change that is not merged, its name."""
+    for key in raw if not isinstance(error, Refused) else ():
+        change = proposal_with(key=key)
+        if change is not None and not change.is_as_before(raw):
+            return unmerged(folder, f"{key}: {raw[key]} ({error})", change)
+    return error
+
+
+def unmerged(folder: str, shown: str, change: Change) -> Refused:
+    """The error for a checkpoint of a tree with a change that is not merged."""
+    return Refused(
+        f"{folder} was written by a GPT-NeoX with {change.pull}, which is proposed and not merged: "
+        f"{shown}. {change.pull} would change this: {change.title}. The proposal does not say "
+        f"enough to convert such a model. Load it in the tree that wrote it; {change.link}"
+    )
 
 
 def _missing(folder: str, rows: Iterable[Row]) -> BridgeError:

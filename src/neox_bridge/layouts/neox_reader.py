@@ -25,7 +25,7 @@ from neox_bridge.frameworks.setting_defaults import (
 )
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.frameworks.writers import writer_of
-from neox_bridge.layouts.assemble import assemble
+from neox_bridge.layouts.assemble import assemble, naming_proposal
 from neox_bridge.layouts.carried_files import carried_in_run
 from neox_bridge.layouts.checkpoint import Checkpoint, LayoutName, NeoxState
 from neox_bridge.layouts.config_files import (
@@ -138,15 +138,18 @@ def open_neox(
     mlp_names: MlpNames = "dense" if old & read.names else "linear"
     known_order = gqa_order or told_order(raw, record, mlp_names)
     order = known_order or "grouped"
-    config, tensors, dropped, mismatch = assemble(
-        architecture,
-        read.ranks,
-        _with_dropout(raw, text(read.meta, "ds_version"), mlp_names),
-        layers,
-        folder,
-        order,
-        frozenset(plain.modules),
-    )
+    try:
+        config, tensors, dropped, mismatch = assemble(
+            architecture,
+            read.ranks,
+            _with_dropout(raw, text(read.meta, "ds_version"), mlp_names),
+            layers,
+            folder,
+            order,
+            frozenset(plain.modules),
+        )
+    except BridgeError as error:
+        raise naming_proposal(error, raw, folder) from None
     tokenizer = local_tokenizer(place, raw)
     revision = revision or revision_of(folder)
     named_step = step_in_name(folder, revision)

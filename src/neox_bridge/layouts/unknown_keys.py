@@ -8,6 +8,7 @@ from neox_bridge.architectures.base import Refusal
 from neox_bridge.architectures.hf_config import rope_kind
 from neox_bridge.errors import UsageError
 from neox_bridge.findings import Finding
+from neox_bridge.frameworks.changes import change_named
 from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.wording import some
@@ -65,6 +66,12 @@ def warned(keys: Sequence[UnknownKey]) -> list[Finding]:
 def reason_of(key: UnknownKey) -> str:
     """Why an unknown key stops a conversion."""
     where = f"{key.file} has {key.shown}" if key.file else key.shown
+    if key.proposal:
+        change = change_named(key.proposal)
+        return (
+            f"{where}, which {change.pull} proposes and no merged GPT-NeoX knows: "
+            f"{change.title}. The proposal does not say enough to convert such a model"
+        )
     if key.side == "hf":
         who = "which neither transformers' class of this family nor neox-bridge reads"
     elif key.removed:
@@ -88,21 +95,36 @@ def remedy_of(key: UnknownKey) -> str:
 
 def listed(keys: Sequence[UnknownKey]) -> list[Finding]:
     """The unknown keys that stop nothing, as one warning."""
-    named = [key for key in keys if key.effect != "model"]
+    findings = [_unmerged(key) for key in keys if key.effect != "model" and key.proposal]
+    named = [key for key in keys if key.effect != "model" and not key.proposal]
     if not named:
-        return []
+        return findings
     shown = some([_listed(key) for key in named], 12)
     who = "transformers" if named[0].side == "hf" else "GPT-NeoX"
     files = some(sorted({key.file for key in named if key.file}))
     return [
+        *findings,
         Finding(
             "unknown-keys",
             "warning",
             f"{files + ' has ' if files else ''}keys that {who} does not know: {shown}",
             "their names do not suggest that they change the model. Check them if a fork "
             "trained it",
-        )
+        ),
     ]
+
+
+def _unmerged(key: UnknownKey) -> Finding:
+    """A key of a proposed change, with a value that changes nothing."""
+    change = change_named(key.proposal)
+    where = f"{key.file} has {key.shown}" if key.file else key.shown
+    return Finding(
+        "unmerged-format",
+        "warning",
+        f"{where}, which {change.pull} proposes and no merged GPT-NeoX knows. With this value the "
+        "model is the same without the key",
+        f"remove the key from a yml for another tree; {change.link}",
+    )
 
 
 def _listed(key: UnknownKey) -> str:

@@ -133,8 +133,8 @@ def _is_patched(script: Script, source: bytes) -> bool:
         return True
     raise Refused(
         f"{script.path} contains a part of the patch, or the patch of another version of "
-        f"neox-bridge. Restore the script with --revert, or from {KEPT} if you edited it, and run "
-        "the command again."
+        f"neox-bridge. Revert the patch, or restore the script from {KEPT} if you edited it. Then "
+        "run the command again."
     )
 
 
