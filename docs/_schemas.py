@@ -729,7 +729,7 @@ class Patch(Head):
 
 
 class ListedChange(TypedDict):
-    """A change of a framework. loud: whether it ends in an error."""
+    """A change of a framework. loud: whether it ends in an error. proposed: not merged."""
 
     id: str
     framework: str
@@ -740,6 +740,7 @@ class ListedChange(TypedDict):
     families: list[str]
     title: str
     symptom: str
+    proposed: bool
     loud: bool
     remedy: str
     link: str
