@@ -176,7 +176,32 @@ def test_a_message_and_a_target_have_one_block(hf: Path, tmp_path: Path) -> None
         assert len(fixes) == blocks, done.stdout
     done = CliRunner().invoke(app, ["doctor", f"{root}-not", *words[2:], *more], input=FIRST)
     assert done.exit_code == 1
-    assert done.stdout.startswith(f"error: {root}-not does not load in GPT-NeoX 2024-03")
+    assert done.stdout.startswith("error: the checkpoint does not load in GPT-NeoX 2024-03")
+
+
+def test_a_path_that_cannot_be_opened_is_said_first(hf: Path, tmp_path: Path) -> None:
+    """Its commands would end in the next error, so that the advice does not name it."""
+    missing, damaged = tmp_path / "missing", shutil.copytree(hf, tmp_path / "damaged")
+    (damaged / "config.json").write_text("{")
+    for path, more, reason in (
+        (missing, [], "no such folder"),
+        (damaged, [], "config.json"),
+        (missing, ["--for", "neox@2024-03"], "no such folder"),
+        (damaged, ["--fix", str(tmp_path / "fixed")], "config.json"),
+    ):
+        words = ["doctor", str(path), "--error", "-", *more]
+        done = CliRunner().invoke(app, words, input=FIRST)
+        assert done.exit_code == 1, done.output
+        first = done.output.splitlines()[0]
+        assert first.startswith("error: ")
+        assert str(path) in first
+        assert reason in first, first
+        assert str(path) not in done.stdout
+        (fix,) = re.findall(r"^  fix +(neox-bridge .*)$", done.stdout, re.M)
+        assert "CHECKPOINT" in fix
+        told = CliRunner().invoke(app, [*words, "--json"], input=FIRST)
+        assert (told.exit_code, told.stdout) == (1, "")
+        assert not (tmp_path / "fixed").exists()
 
 
 PADDING = (

@@ -13,9 +13,9 @@ import click
 
 from neox_bridge.cli.block import cause_rows, evidence_rows, print_block, way_out_rows
 from neox_bridge.cli.command import Argument, command, given, only
-from neox_bridge.cli.errors import writing
+from neox_bridge.cli.errors import message_of, writing
 from neox_bridge.cli.options import Output, Source
-from neox_bridge.cli.output import print_json, print_line, print_table, tell_findings
+from neox_bridge.cli.output import print_json, print_line, print_table, say, tell_findings
 from neox_bridge.cli.usage import wrong
 from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, UsageError
@@ -138,6 +138,12 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     report = document(paths=paths)
     advice = None
     if options.error is not None:
+        if problem := _problem(paths, reading, options):
+            if not as_json:  # a command with this path would end in the same error
+                say("error", message_of(problem))
+                _print_advice(_advise(options.error, (), options.target), ())
+                raise click.exceptions.Exit(problem.exit_code)
+            raise problem
         advice = _advise(options.error, paths, options.target)
         report |= _advice_facts(advice)
         if not as_json and (options.fixes or options.target is None or len(paths) != 1):
@@ -151,12 +157,7 @@ def doctor(paths: tuple[str, ...], options: DoctorOptions, reading: Source, outp
     report.setdefault("checkpoints", [])
     loads = True
     for number, path in enumerate(paths):
-        try:
-            examination = _examine(path, reading, options)
-        except BridgeError:
-            if advice is not None and not as_json:
-                _print_advice(advice, paths)
-            raise
+        examination = _examine(path, reading, options)
         loads = loads and examination.loads
         report["checkpoints"].append(examination.facts())
         if not as_json:
@@ -212,6 +213,16 @@ def _open(path: str, reading: Source) -> Checkpoint:
             "an ordinary checkpoint with reshard."
         )
     return checkpoint
+
+
+def _problem(paths: Sequence[str], reading: Source, options: DoctorOptions) -> BridgeError | None:
+    """Why the one checkpoint that a message may be about cannot be opened; None if it can."""
+    try:
+        for path in paths if len(paths) == 1 else ():
+            _open(path, reading) if options.fixes else _examine(path, reading, options)
+    except BridgeError as error:
+        return error
+    return None
 
 
 def _examine(path: str, reading: Source, options: DoctorOptions) -> Examination:
