@@ -54,7 +54,8 @@ def _in_fp32(checkpoint: Checkpoint, masters: Mapping[str, Whole]) -> dict[str, 
     """The model's tensors, with masters in place of weights. Buffers stay as they are stored."""
     shared = checkpoint.architecture.shared
     names = [row.hf for row in checkpoint.rows if shared and row.weight.neox == shared]
-    return {**checkpoint.tensors, **masters, **dict.fromkeys(names, masters[names[0]])}
+    tensors = {**checkpoint.tensors, **masters}
+    return tensors | dict.fromkeys(names, tensors[names[0]]) if names else tensors
 
 
 def as_it_was_converted(
