@@ -267,6 +267,7 @@ def test_progress_of_every_verb(folder: Path) -> None:
         return last
 
     result = neox_bridge.convert("pythia-410m", "a", progress=seen.append)
+    assert [one.percent for one in seen][:1] + [one.percent for one in seen][-1:] == [0, 100]
     ends = phases()
     assert list(ends) == ["writing", "verifying"]
     assert set(ends.values()) == {(result.size, result.size)}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         execute,
         open_checkpoint,
         plan,
+        publish,
         reshard,
         verify,
     )
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from neox_bridge.execution.result import Result
     from neox_bridge.findings import Dropped, Finding
     from neox_bridge.frameworks.eras import Era, era_named
+    from neox_bridge.hub.publish import Published
     from neox_bridge.layouts.checkpoint import Checkpoint
     from neox_bridge.layouts.folder_kinds import ForeignFolder
     from neox_bridge.layouts.quantized import QuantizedModel
@@ -74,6 +76,7 @@ __all__ = [
     "Options",
     "Plan",
     "Progress",
+    "Published",
     "QuantizedModel",
     "Refused",
     "Resharding",
@@ -94,12 +97,13 @@ __all__ = [
     "execute",
     "open_checkpoint",
     "plan",
+    "publish",
     "reshard",
     "verify",
 ]
 
 _NAMES_BY_MODULE = {
-    "api": "audit batch convert diagnose diff execute open_checkpoint plan reshard verify",
+    "api": "audit batch convert diagnose diff execute open_checkpoint plan publish reshard verify",
     "batches.row": "BatchResult BatchRow",
     "doctor.examination": "Examination",
     "errors": "BridgeError ChoiceNeeded Refused SettingsMissing TargetUnusable Unreachable "
@@ -107,6 +111,7 @@ _NAMES_BY_MODULE = {
     "execution.result": "Result",
     "findings": "Dropped Finding",
     "frameworks.eras": "Era era_named",
+    "hub.publish": "Published",
     "layouts.checkpoint": "Checkpoint",
     "layouts.folder_kinds": "ForeignFolder",
     "layouts.quantized": "QuantizedModel",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from neox_bridge.doctor.examination import Examination
     from neox_bridge.execution.digests import HashName
     from neox_bridge.execution.result import Result
+    from neox_bridge.hub.publish import Published
     from neox_bridge.optimizer.options import Resharding
     from neox_bridge.verification.audit import Audit
     from neox_bridge.verification.diff import Diff
@@ -39,6 +40,7 @@ __all__ = [
     "execute",
     "open_checkpoint",
     "plan",
+    "publish",
     "reshard",
     "verify",
 ]
@@ -306,6 +308,61 @@ def reshard(
             check=make_check(count) if verify else None,
         )
     return replace(result, source=checkpoint.source)
+
+
+def publish(
+    folder: str,
+    target: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    message: str | None = None,
+) -> "Published":
+    """Publish a converted folder on the Hugging Face Hub, as one commit.
+
+    Files that the branch already holds are not sent. If the call is interrupted, repeat it.
+
+    Examples:
+        >>> import neox_bridge
+        >>> published = neox_bridge.publish(
+        ...     "pythia-hf", "hf://my-org/pythia@step3000", private=True
+        ... )  # doctest: +SKIP
+        >>> published.url  # doctest: +SKIP
+        'https://huggingface.co/my-org/pythia/tree/step3000'
+
+    Args:
+        folder: A Hugging Face model, or a GPT-NeoX run: the step that its ``latest`` names is added
+            beside the steps of the branch.
+        target: ``hf://ORG/NAME`` or ``hf://ORG/NAME@BRANCH``.
+        private: Create the repository as private. An existing public one is refused.
+        create_pr: Open a pull request to the branch, which must exist, instead of committing.
+        overwrite: Replace files that differ, and delete files that are not in the folder.
+        message: The title of the commit.
+
+    Raises:
+        BridgeError: The Hub refuses or cannot be reached, the branch holds other weights, or
+            somebody else commits in the meantime. The branch is unchanged.
+    """
+    import os
+
+    from neox_bridge.hub.publish import publish as commit
+    from neox_bridge.layouts.text_files import read_text
+    from neox_bridge.stores.hub_names import hub_target
+    from neox_bridge.stores.paths import isfile
+
+    place = hub_target(target)
+    latest = os.path.join(folder, "latest")
+    return commit(
+        folder,
+        place.repo,
+        place.branch,
+        private=private,
+        create_pr=create_pr,
+        overwrite=overwrite,
+        message=message,
+        step=read_text(latest).strip() if isfile(latest) else None,
+    )
 
 
 def verify(

@@ -25,6 +25,13 @@ class Progress:
     done: int = 0
     total: int | None = None
 
+    @property
+    def percent(self) -> int | None:
+        """How much of this phase is done, in whole percent; None if the total is not known."""
+        if self.total is None:
+            return None
+        return 100 * self.done // self.total if self.total else 100
+
 
 class Phases:
     """Tells a listener how far each phase of a call is. Any thread may count."""

@@ -1,6 +1,7 @@
 """Folders as branches of the Hub: with the real client, against a Hub on loopback."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import tiny
 from hub_stub import PART, READ, WRITE, Stub, pointer, serving, use
 
+import neox_bridge
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.work import work_of
 from neox_bridge.hub.changes import compare
@@ -84,6 +86,27 @@ def content(folder: Path) -> dict[str, bytes]:
 def asked(stub: Stub) -> list[str]:
     """The requests but one, which the client makes where it likes."""
     return [line for line in stub.seen if "agent-harnesses" not in line]
+
+
+def test_the_public_function(hub: Stub, tmp_path: Path) -> None:
+    folder = make(tmp_path / "out")
+    done = neox_bridge.publish(str(folder), f"hf://{REPO}@step10", private=True, message="Mine")
+    assert (
+        done.to_json()["published"]["commit"] == done.commit == hub.repos[REPO].branches["step10"]
+    )
+    assert hub.repos[REPO].private
+    assert hub.repos[REPO].commits[done.commit].title == "Mine"
+    assert not neox_bridge.publish(str(folder), f"hf://{REPO}@step10").changed
+    with pytest.raises(BridgeError, match="is not a Hub URL"):
+        neox_bridge.publish(str(folder), REPO)
+    run = tmp_path / "run"
+    for number in (1, 2):  # the second step is added beside the first one
+        tiny.convert(tiny.write_hf(tmp_path / f"hf{number}"), run, iteration=number)
+        neox_bridge.publish(str(run), f"hf://{REPO}@run")
+        shutil.rmtree(run)
+    files = hub.files(REPO, "run")
+    assert {"global_step1/neox_bridge.json", "global_step2/neox_bridge.json"} <= set(files)
+    assert files["latest"] == b"global_step2"
 
 
 def test_a_folder_becomes_a_branch(hub: Stub, tmp_path: Path) -> None:

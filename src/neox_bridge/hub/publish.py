@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError
 from neox_bridge.execution.work import Work
 from neox_bridge.hub.changes import Changes, compare
@@ -36,11 +37,19 @@ _CONFLICT = 412  # HTTP status: the branch moved since our commit was prepared
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The result of a publication. url: of the files or the pull request. commit: 40 hex digits.
+    """The result of a publication.
 
-    changed: whether there is a new commit. uploaded: paths that the commit added or replaced.
-    removed: paths that it deleted. kept: number of unchanged files. size: bytes of the uploaded
-    files.
+    Attributes:
+        repo: The repository, ``org/name``.
+        branch: The branch that holds the files, or that the pull request is for.
+        url: The URL of the files or of the pull request.
+        commit: 40 hexadecimal digits.
+        changed: Whether there is a new commit.
+        uploaded: Paths that the commit added or replaced.
+        removed: Paths that it deleted.
+        kept: The number of unchanged files.
+        size: Bytes of the uploaded files.
+        pull_request: The URL of the pull request; None without one.
     """
 
     repo: str
@@ -53,6 +62,10 @@ class Published:
     kept: int
     size: int
     pull_request: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A document with the key ``published`` of ``convert --json`` to the Hub."""
+        return document(published=self)
 
 
 def publish(
