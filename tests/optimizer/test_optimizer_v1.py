@@ -26,6 +26,7 @@ from neox_bridge.optimizer.derived_settings import annealed
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.saved_states import saved_states
 from neox_bridge.optimizer.states import Optimizer
+from neox_bridge.optimizer.v1_form import SubPartitions
 
 
 def read(folder: Path) -> Optimizer:
@@ -254,6 +255,20 @@ def test_the_learning_rate_of_a_schedule(style: str, done: int, rate: float) -> 
     assert annealed(schedule, "x") == pytest.approx(rate, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("end_iter", 0, "lr_scheduler.end_iter is 0, not a number of iterations"),
+        ("start_lr", None, "lr_scheduler.start_lr is empty, not a number"),
+    ],
+)
+def test_a_schedule_that_cannot_be(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    save = Save(schedule={**LR_SCHEDULER, key: value})
+    folder = write(made_up(layers=1), save, tmp_path / "x")
+    with pytest.raises(BridgeError, match=rf"mp_rank_00_model_states\.pt: {message}"):
+        read(folder)
+
+
 def test_without_a_schedule_the_yml_counts(tmp_path: Path) -> None:
     folder = write(made_up(layers=1), Save(schedule={}), tmp_path / "x")
     optimizer = read(folder)
@@ -406,6 +421,11 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "parts of other sizes": (moved, rf"{MASTERS}\[0\]: part \d+ of the group has"),
     "a loss scaler of another kind": (set_at("loss_scaler", to=4), "loss_scaler is 4"),
     "rigid states": (set_at(BASE, to={"state": {}, "param_groups": []}), "param_groups has 0"),
+    "states that are a number": (set_at(BASE, to=7), f"{BASE} is 7, not an optimizer's state dict"),
+    "rigid states of other intervals": (
+        set_at(BASE, to={"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}),
+        r"param_groups\[0\]\.params has 1 entries, and the group has \d+ intervals",
+    ),
     "states of stage 3": (set_at("fp32_flat_groups", to=[]), "ZeRO stage 3"),
 }
 
@@ -438,6 +458,13 @@ def test_shapes_of_another_model(tmp_path: Path) -> None:
         change(copied / "zero_pp_rank_0_mp_rank_00_optim_states.pt", edit, outer=True)
         with pytest.raises(BridgeError, match=message):
             read(copied)
+
+
+def test_a_bucket_that_is_smaller_than_the_ranks() -> None:
+    shapes = {"0.word_embeddings.weight": (32, 16)}
+    assert SubPartitions(shapes, 4, 8).partition == 2
+    with pytest.raises(Refused, match=r"reduce_bucket_size is 3, less than the number of .*, 4"):
+        _ = SubPartitions(shapes, 4, 3).partition
 
 
 def test_groups_that_gpt_neox_does_not_make(tmp_path: Path) -> None:
@@ -793,6 +820,13 @@ def test_the_command_that_inspect_prints(form: str, tmp_path: Path) -> None:
     assert "112 tensors: 112 equal" in run("diff", folder, resharded, "--optimizer")
     report = json.loads(run("inspect", resharded, "--json"))
     assert report["neox"]["optimizer_states"]["resumed_by"]["today"] is True
+
+
+def test_a_form_that_is_read_but_not_written(tmp_path: Path) -> None:
+    folder = write(made_up(layers=1), FORMS["0.5.4"], tmp_path / "x")
+    out = run("reshard", folder, tmp_path / "new", "--dp", "1", code=4)
+    assert f"{folder}: DeepSpeed 0.5.4 wrote its optimizer states" in out
+    run("reshard", folder, tmp_path / "new", "--dp", "1", "--for", "today")  # as it advises
 
 
 def test_inspect_opens_what_has_broken_states(tmp_path: Path) -> None:

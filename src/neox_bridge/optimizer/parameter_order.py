@@ -63,6 +63,13 @@ def parameter_order(
 def source_bounds(checkpoint: Checkpoint) -> list[range]:
     """The layers of each of the source's stages, or all of them in one."""
     state = checkpoint.neox_state
+    count = checkpoint.config.head_layer + 1
+    if state.pp > count:
+        raise BridgeError(
+            f"{state.folder} has the mp_rank files of {state.pp} pipeline stages, but GPT-NeoX "
+            f"divides this model into {count} layers. Some files may be left over from another "
+            "layout. Keep the files of one layout."
+        )
     layers = state.ranks[0].items()
     return stages_of(
         checkpoint.architecture,

@@ -72,9 +72,15 @@ def stage_bounds(
 ) -> list[range]:
     """The layers of each stage, by GPT-NeoX's numbers.
 
-    method: pipe_partition_method. blocks: the class of each. parameters: a rank's elements of each
-    layer. tied: whether the head is the embeddings.
-    Raises Refused for a method that DeepSpeed doesn't have, or a stage without a layer.
+    Args:
+        method: pipe_partition_method of the yml.
+        blocks: The class of each block.
+        stages: At most the number of GPT-NeoX's layers, which is that of the blocks + 5.
+        parameters: A rank's elements in each layer.
+        tied: Whether the head is the embeddings.
+
+    Raises:
+        Refused: DeepSpeed does not know the method.
     """
     head = "EmbeddingPipe" if tied else "ParallelLinearPipe"
     names = ["EmbeddingPipe", "_pre_transformer_block", *blocks]
@@ -93,8 +99,8 @@ def stage_bounds(
             f"pipe_partition_method: {method} is unknown to DeepSpeed. Use {DEFAULT}, uniform or "
             "parameters."
         )
-    if any(low >= high for low, high in pairwise(bounds)):
-        raise Refused(f"`pp={stages}`: a pipeline stage would have no layer. Use fewer stages.")
+    # callers refuse more stages than there are layers
+    assert all(low < high for low, high in pairwise(bounds))
     return [range(low, high) for low, high in pairwise(bounds)]
 
 

@@ -127,11 +127,7 @@ def rank_states(value: Mapping[str, Any], dp: int, path: str) -> RankStates:
     masters = _masters(inner, generation, path)
     _check_counts(inner, [len(group) for group in masters], dp, path)
     check_head(inner, path)
-    config = value.get("ds_config")
-    if isinstance(config, dict):
-        check_config(config, path, "ds_config.")
-    elif config is not None:
-        raise unexpected(path, "ds_config", config, "a mapping of names to values")
+    check_config(mapping(value, "ds_config", path), path, "ds_config.")
     if kind_of(inner) == "elastic":
         entries, settings = _elastic_entries(inner, masters, generation, path), None
     else:

@@ -96,7 +96,10 @@ def _read(path: str, checkpoint: Checkpoint) -> dict[str, Whole]:
         raise BridgeError(f"{path} is missing. Export the optimizer again.")
     refs = read_safetensors(path)
     if odd := sorted(set(refs) ^ set(checkpoint.trained)):
-        raise BridgeError(f"{path}: {some(odd)} is not in both it and {checkpoint.path}.")
+        raise BridgeError(
+            f"{path} does not have the same tensors as {checkpoint.path}. Only one of them has "
+            f"{some(odd)}. The export is from another model."
+        )
     for name, ref in refs.items():
         if ref.shape != checkpoint.tensors[name].shape:
             raise BridgeError(

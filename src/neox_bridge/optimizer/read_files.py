@@ -34,7 +34,8 @@ def read_optimizer(
     state = checkpoint.neox
     if state is None:
         raise BridgeError(
-            f"{checkpoint.path} is not a GPT-NeoX checkpoint, so it has no optimizer states."
+            f"{checkpoint.path} is a Hugging Face model, so it has no optimizer states. Name the "
+            "GPT-NeoX run that it was converted from."
         )
     folder = state.folder
     refuse_missing_ranks(state)
@@ -49,8 +50,8 @@ def read_optimizer(
         )
     if state.te:
         raise Refused(
-            f"{folder}: it uses Transformer Engine modules, whose optimizer states cannot be read "
-            "yet. Convert only the weights."
+            f"{folder}: the run used modules of Transformer Engine. Their optimizer states cannot "
+            "be read yet. Convert only the weights."
         )
     if state.universal:
         from neox_bridge.optimizer.read_universal import read_universal
@@ -101,8 +102,8 @@ def scalar(entry: Any) -> Any:
         return entry
     if entry.nbytes > _SCALAR_BYTES:
         raise Refused(
-            f"{entry.file}: the optimizer has a tensor of the shape {list(entry.shape)}, which no "
-            "parameter has. Only optimizers like Adam can be read."
+            f"{entry.file}: the optimizer has a tensor with the shape {list(entry.shape)}, which "
+            "no parameter has. Only optimizers like Adam can be read. Convert only the weights."
         )
     return Scalar(entry.dtype, entry.shape, read_at(entry.file, entry.offset, entry.nbytes))
 

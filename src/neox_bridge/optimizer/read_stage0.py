@@ -111,7 +111,8 @@ def _plain(
                 if entry.shape != shape:
                     raise BridgeError(
                         f"{path}: {key} of parameter {number} has the shape {list(entry.shape)}, "
-                        f"and layer {place[0]}: {place[1]} has {list(shape)}."
+                        f"and layer {place[0]}: {place[1]} has {list(shape)}. The optimizer may "
+                        "belong to another model. Copy the file again."
                     )
                 shards.setdefault((rank, place), {})[key] = whole_of(entry)
             else:
@@ -133,7 +134,8 @@ def _flat(
     masters = sequence(value, "fp32_groups_flat", path)
     if index >= len(masters):
         raise BridgeError(
-            f"{path}: group {index} is missing in fp32_groups_flat. Copy the file again."
+            f"{path}: fp32_groups_flat has no tensor for the parameter group {index}. Copy the "
+            "file again."
         )
     entries: dict[str, Any] = {MASTER: check_tensor(MASTER, masters[index], path)}
     entries |= states_of(value["optimizer_state_dict"], index, path)

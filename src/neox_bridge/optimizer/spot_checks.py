@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.findings import Finding
+from neox_bridge.formats.tensor_values import read_box
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.states import Optimizer, Place, stored_tensors
 from neox_bridge.stores.paths import is_local, open_file
-from neox_bridge.tensors.dtypes import FLOATING, itemsize, to_numpy
+from neox_bridge.tensors.dtypes import FLOATING, itemsize
 from neox_bridge.tensors.pieces import Whole
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
@@ -118,16 +119,10 @@ def _differing(pairs: Sequence[_Pair]) -> Iterator[Place]:
 
 def _read(refs: Iterable[TensorRef]) -> Iterator[tuple[TensorRef, "Array"]]:
     """The values of small tensors, read in the order in which they lie in their files."""
-    import numpy as np
-
     by_file: dict[str, list[TensorRef]] = {}
     for ref in sorted(refs, key=lambda ref: (ref.file, ref.offset)):
         by_file.setdefault(ref.file, []).append(ref)
     for path, held in by_file.items():
         with open_file(path) as file:
             for ref in held:
-                file.seek(ref.offset)
-                data = file.read(ref.nbytes)
-                if len(data) < ref.nbytes:
-                    raise BridgeError(f"{path} is too short. Copy or download it again.")
-                yield ref, np.frombuffer(data, to_numpy(ref.dtype))
+                yield ref, read_box(file, ref, (0,), ref.shape)

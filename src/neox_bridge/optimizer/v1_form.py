@@ -74,9 +74,9 @@ class SubPartitions(Flat):
             return 1, share
         if limit < 1:
             raise Refused(
-                f"zero_optimization.reduce_bucket_size: {self.bucket} elements are fewer than the "
-                f"{self.dp} data-parallel ranks, which GPT-NeoX v1.0 cannot partition. Choose "
-                "fewer ranks with `dp=`."
+                f"zero_optimization.reduce_bucket_size is {self.bucket}, less than the number of "
+                f"data-parallel ranks, {self.dp}, so GPT-NeoX v1.0 cannot partition a bucket. Use "
+                "a larger one in the yml, or fewer ranks with `dp=`."
             )
         return -(-share // limit), limit
 
