@@ -270,6 +270,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "mlp_bias",
     ),
     ("llama", {"mlp_bias": True}, {"mlp_names": "dense"}, "mlp_bias"),
+    ("llama", {"hidden_act": "sigmoid"}, {"era": era_named("2024-09")}, "MLP with sigmoid"),
     (
         "llama",
         {"hidden_size": 24, "num_key_value_heads": 1},
