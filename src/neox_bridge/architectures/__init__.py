@@ -8,7 +8,6 @@ from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
-from neox_bridge.architectures.neox_config import attention_kinds
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.errors import Refused
 
@@ -59,31 +58,13 @@ def for_hf(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _window_and_biases(config: Mapping[str, Any]) -> str:
-    """Both, of which each relative of Llama has one at most."""
-    if config.get("sliding_window_width") is None:
-        return ""
-    biases = config.get("use_bias_in_attn_linear", True) is not False
-    return (
-        f", sliding_window_width: {config['sliding_window_width']}, use_bias_in_attn_linear: "
-        f"{str(biases).lower()}"
-    )
-
-
-def for_neox(config: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> Architecture:
-    """The family of a merged yml. Raises Refused for one that isn't known.
+def for_neox(
+    config: Mapping[str, Any], record: Mapping[str, Any] | None = None
+) -> Architecture | None:
+    """The family of a merged yml; None if transformers has no class for its settings.
 
     record: what this tool wrote beside it; it tells families apart that GPT-NeoX runs as one.
     """
     was = ((record or {}).get("config") or {}).get("model_type")
-    for architecture in sorted(ARCHITECTURES, key=lambda a: a.name != was):
-        if architecture.matches_neox(config):
-            return architecture
-    raise Refused(
-        "No supported family has the settings of this GPT-NeoX model (norm:  "
-        f"{config.get('norm', 'layernorm')}, activation: {config.get('activation', 'gelu')}, "
-        f"mlp_type: {config.get('mlp_type', 'regular')}, attention_config: "
-        f"{', '.join(sorted(attention_kinds(config))) or 'global'}{_window_and_biases(config)}). "
-        "This version converts gpt_neox (layernorm, plain MLP), llama and its relatives "
-        "(rmsnorm, gated MLP), and mamba (only Mamba blocks)."
-    )
+    by_record = sorted(ARCHITECTURES, key=lambda a: a.name != was)
+    return next((family for family in by_record if family.matches_neox(config)), None)

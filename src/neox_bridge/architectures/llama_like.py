@@ -177,7 +177,9 @@ def gated_setting(width: int) -> int:
 
 
 def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
-    new_word, old_words = ACTIVATIONS.get(config.activation, (config.activation,) * 2)
+    new_word, old_words = ACTIVATIONS.get(
+        config.activation, (config.activation, (config.activation,))
+    )
     written: dict[str, Any] = {
         "hidden_size": config.hidden,
         **{key: getattr(config, name) for name, _, _, _, key, _ in _KEYS},

@@ -90,6 +90,8 @@ def window_of(raw: Mapping[str, Any]) -> int | None:
 def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]:
     """Settings of GPT-NeoX that no causal language model of transformers has.
 
+    num_unique_layers is none of them: no tree from v1.0 to today reads it outside its checks.
+
     window: whether the family has a sliding window there.
     """
     checks: tuple[tuple[str, bool, str], ...] = (
@@ -113,11 +115,6 @@ def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]
             "sliding_window_width",
             raw.get("sliding_window_width") is not None and not window,
             "this family does not support a sliding window in transformers",
-        ),
-        (
-            "num_unique_layers",
-            raw.get("num_unique_layers") not in (None, raw.get("num_layers")),
-            "transformers does not support layers that share weights",
         ),
     )
     return refusals(checks, neox_only=True)

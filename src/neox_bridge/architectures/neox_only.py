@@ -7,7 +7,7 @@ rwkv/v6/rwkv.py, moe.py, moe_mlp.py) from v1.0 to 2026-05.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -103,6 +103,13 @@ _RULES: Mapping[LayerKind, tuple[_Rule, ...]] = {
     ),
     "norm": (_Rule(rf"norm\.{_NORM}", "replicated"),),
     "head": (_Rule(r"final_linear\.weight", "vocab"), _Rule(r"rm_linear\.weight", "row")),
+}
+# the tensor that every model with such pos_emb has; that of rotary is optional
+POSITIONS: Mapping[str, str] = {
+    "learned": "position_embeddings.weight",
+    "sinusoidal": "position_embeddings.inv_freq",
+    "rpe": _SHARED,
+    "alibi": "attention.alibi_embed.slopes",
 }
 # the names of a plain MLP before neox-mlp-names
 _OLD_MLP = {"mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h"}
@@ -207,7 +214,7 @@ def neox_only(
         read_neox=partial(_read_neox, model),
         write_neox=partial(_write_neox, model),
         refuse_hf_source=lambda _raw: [],
-        refuse_neox_source=partial(_refuse_neox_source, model),
+        refuse_neox_source=partial(_refuse_neox_source, model, fixed),
         matches_neox=lambda _raw: True,
         model_keys=_MODEL_KEYS,
         era_keys=ERA_KEYS,
@@ -415,7 +422,13 @@ def _write_neox(model: _Model, config: ModelConfig, old: bool) -> dict[str, Any]
 
 
 def _fixed(model: _Model) -> dict[str, str]:
-    """The tensors that exist for one number of ranks only, and why."""
+    """What exists for one number of ranks only, by its tensor or its key, and why."""
+    norm = model.raw.get("norm") or "layernorm"
+    has_scale = any(name.startswith("attention.qk_layernorm.") for name in model.names())
+    if norm in ("layernorm", "non_parametric_layernorm") and (
+        has_scale or model.raw.get("use_qk_layernorm")
+    ):
+        return {"use_qk_layernorm": f"with norm: {norm} it normalizes all heads of a rank together"}
     reasons: dict[str, str] = {}
     for layer, tensors in model.tensors.items():
         place = _place(model, layer)
@@ -423,12 +436,6 @@ def _fixed(model: _Model) -> dict[str, str]:
             rule = _rule(place, name) if place is not None else None
             if rule is not None and rule.fixed:
                 reasons.setdefault(name, rule.fixed)
-            elif name.startswith("attention.qk_layernorm.") and (
-                (model.raw.get("norm") or "layernorm") == "layernorm"
-            ):
-                reasons[name] = "with norm: layernorm it normalizes all heads of a rank together"
-    if model.raw.get("use_qk_layernorm") and model.raw.get("norm") == "non_parametric_layernorm":
-        reasons["use_qk_layernorm"] = "it normalizes all heads of a rank together"
     return reasons
 
 
@@ -444,6 +451,10 @@ def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) ->
         ],
         way_out="use `era=today`",
     )
+    experts = number("moe_num_experts", raw.get("moe_num_experts") or 1, int)
+    if experts % tp and any(name.startswith("mlp.experts.") for name in model.names()):
+        whole = f"{experts} experts cannot be spread evenly over {tp} tensor-parallel ranks"
+        reasons += refusals([("moe_num_experts", True, whole)])
     if tp != model.tp and fixed:
         name, why = next(iter(fixed.items()))
         reason = f"{why}, so on {tp} tensor-parallel ranks this is another model"
@@ -452,8 +463,14 @@ def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) ->
     return reasons
 
 
-def _refuse_neox_source(model: _Model, raw: Mapping[str, Any]) -> list[Refusal]:
+def _refuse_neox_source(
+    model: _Model, fixed: Mapping[str, str], raw: Mapping[str, Any]
+) -> list[Refusal]:
     """Why no class of transformers computes this model."""
+    if fixed and model.tp > 1:
+        name, why = next(iter(fixed.items()))
+        reason = f"{why}, so this model exists on {model.tp} tensor-parallel ranks only"
+        return refusals([(name, True, reason)], neox_only=True)
     plain = LLAMA if model.gated else GPT_NEOX
     near = MAMBA if "mamba" in attention_kinds(raw) else plain
     reasons = near.refuse_neox_source(raw)
@@ -475,7 +492,7 @@ def shapes_of(rank: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, int]
 
 def unknown_tensors(
     raw: Mapping[str, Any], tensors: Mapping[int, Mapping[str, int]], layers: int
-) -> Sequence[str]:
+) -> list[str]:
     """The tensors that no rule names, as "layer 3: attention.q_norm.weight"."""
     model = _Model(raw, tensors, layers, 1, False)
     lines = []

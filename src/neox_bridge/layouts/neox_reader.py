@@ -5,18 +5,19 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import INV_FREQ, Architecture
-from neox_bridge.architectures.neox_only import neox_only, shapes_of
+from neox_bridge.architectures.neox_config import attention_kinds
+from neox_bridge.architectures.neox_only import POSITIONS, neox_only, shapes_of, unknown_tensors
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused, SettingsMissing
 from neox_bridge.findings import Dropped
 from neox_bridge.formats.torch_file import read_torch
 from neox_bridge.formats.yml import DuplicateKey, duplicate_finding, merge_ymls, read_yml
 from neox_bridge.frameworks.check_keys import unknown_in_yml
-from neox_bridge.frameworks.eras import MlpNames
+from neox_bridge.frameworks.eras import TODAY, MlpNames
 from neox_bridge.frameworks.setting_defaults import (
     DROPOUT,
     OUTPUT_LAYER,
@@ -133,7 +134,7 @@ def open_neox(
     window = effective_window(plain.raw, read.layout)
     raw, read = dict(window.raw), replace(read, ranks=plain.ranks)
     layers = _layers(raw, args, folder)
-    architecture = _family(raw, record, read, layers)
+    architecture = _family(raw, record, read, layers, folder)
     old = {weight.old for weight in architecture.weights if weight.old}
     mlp_names: MlpNames = "dense" if old & read.names else "linear"
     known_order = gqa_order or told_order(raw, record, mlp_names)
@@ -314,31 +315,50 @@ def _with_dropout(raw: Mapping[str, Any], version: str, mlp_names: MlpNames) -> 
 
 
 def _family(
-    raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read, layers: int
+    raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read, layers: int, folder: str
 ) -> Architecture:
     """The family of the yml and the record; GPT-NeoX's own rules for a model of no family.
 
     A weight that must be zero in the record's family decides for another one if it is not zero.
     """
+    positions = str(raw.get("pos_emb") or "learned")
+    if (missing := POSITIONS.get(positions)) and missing not in read.names:
+        why = "A universal checkpoint has no buffers" if read.is_universal else "Correct the yml"
+        raise Refused(
+            f"{folder}: the yml says pos_emb: {positions}, but the checkpoint has no {missing}. "
+            f"{why}."
+        )
     tensors = shapes_of(read.ranks[0])
     rules = neox_only(raw, tensors, layers, len(read.ranks))
-    try:
-        architecture = for_neox(raw, record)
-    except Refused:
-        if rules is None:
-            raise
-        return rules
-    names = {weight.neox: weight for weight in architecture.weights}
+    architecture = for_neox(raw, record)
+    if architecture is None:
+        return rules or _refuse_blocks(raw, tensors, layers, folder)
     known = {name for w in architecture.weights for name in (w.neox, w.old, w.also)}
-    fused = any(weight.split == "fused" for weight in names.values())
+    fused = any(weight.split == "fused" for weight in architecture.weights)
     grouped = raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads"))
-    if rules is not None and (read.names - known or (grouped and not fused)):
+    unreadable = architecture.refuse_shape(len(read.ranks), TODAY.name)
+    if rules is not None and (read.names - known or (grouped and not fused) or unreadable):
         return rules
     zeros = {weight.neox for weight in architecture.weights if weight.split == "zero"}
     layer_tensors = [tensors for rank in read.ranks for tensors in rank.values()]
     if all(is_zero(t[name]) for t in layer_tensors for name in zeros & set(t)):
         return architecture
-    return for_neox(raw)
+    return for_neox(raw) or architecture
+
+
+def _refuse_blocks(
+    raw: Mapping[str, Any], tensors: Mapping[int, Mapping[str, int]], layers: int, folder: str
+) -> NoReturn:
+    """Raise Refused for a model that is of no family and that GPT-NeoX's rules do not describe."""
+    if unknown := unknown_tensors(raw, tensors, layers):
+        raise Refused(
+            f"{folder} contains tensors that no known GPT-NeoX has: {some(unknown)}. How ranks "
+            "split them is not known, so they cannot be moved."
+        )
+    raise Refused(
+        f"{folder}/configs: attention_config: {', '.join(sorted(attention_kinds(raw)))}: the "
+        "tensors belong to blocks of other kinds. Correct the yml."
+    )
 
 
 def _read_configs(

@@ -143,7 +143,8 @@ def weight_files(
     dumped: Pickles = {}
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * (layout.stages * layout.tp)
     if layout.name == "layers":
-        layers: dict[int, Groups] = {}
+        # a final norm without parameters has a file too
+        layers: dict[int, Groups] = {model.config.layers + 3: {}}
         for (layer, name), parts in groups.items():
             layers.setdefault(layer, {})[layer, name] = parts
         for layer, layer_groups in sorted(layers.items()):

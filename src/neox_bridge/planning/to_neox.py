@@ -59,6 +59,7 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.record import neox_record
 from neox_bridge.planning.transformer_engine import check_target
 from neox_bridge.planning.vocabulary import Vocabulary, fit, keep, told_multiple
+from neox_bridge.tensors.geometry import shard_shape, whole_shape
 
 
 def plan_neox(
@@ -192,6 +193,7 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
     refuse_all(checkpoint.architecture.refuse_shape(tp, fits.name), checkpoint.path)
     check_window(checkpoint, name, _run_yml(checkpoint))
     _check_parallel(checkpoint.config, tp, stages)
+    _check_divisible(checkpoint, tp)
     sums = checkpoint.config.parallel_residual
     row_bias = options.row_bias if sums else "replicated"
     stages = stages if name == "layers" else 1
@@ -257,6 +259,17 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
             f"`pp={stages}`: the model has only {config.layers} layers, and each stage needs at "
             "least one."
         )
+
+
+def _check_divisible(checkpoint: Checkpoint, tp: int) -> None:
+    """Raise Refused for a tensor of which the ranks would have unequal parts."""
+    for row in checkpoint.rows:
+        shape, split = checkpoint.tensors[row.hf].shape, row.weight.split
+        if split != "vocab" and whole_shape(split, shard_shape(split, shape, tp), tp) != shape:
+            raise Refused(
+                f"`tp={tp}`: layer {row.layer}: {row.weight.neox} has the shape {list(shape)}, "
+                f"which {tp} ranks cannot share evenly."
+            )
 
 
 def _vocabulary(
