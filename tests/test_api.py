@@ -9,6 +9,7 @@ import typing
 from dataclasses import FrozenInstanceError, is_dataclass, replace
 from pathlib import Path
 
+import jsonschema
 import pytest
 from commands import run
 from common import fixture, make_hf
@@ -18,6 +19,7 @@ import neox_bridge
 from neox_bridge import Options, Resharding, Unverified
 from neox_bridge.cli.spelling import as_options
 from neox_bridge.documents import plain_data
+from neox_bridge.planning.report import plan_schema
 
 ROOT = Path(__file__).parents[1]
 VERBS = (
@@ -284,6 +286,24 @@ def test_progress_of_every_verb(folder: Path) -> None:
         assert done == total
     neox_bridge.reshard("run", "c", dp=1, progress=seen.append)
     assert list(phases()) == ["writing", "verifying"]
+
+
+@pytest.mark.parametrize("path", ["pythia-410m", "made", "run"])
+def test_a_checkpoint_and_a_plan_have_the_document_of_the_command(path: str, folder: Path) -> None:
+    checkpoint = neox_bridge.open_checkpoint(path)
+    inspected = json.loads(run("inspect", path, "--json").stdout)
+    document = json.loads(json.dumps(checkpoint.to_json(), allow_nan=False))
+    assert set(inspected) - set(document) == {"stored_head", "odd_weights", "quantization"}
+    for part in (inspected["neox"], document["neox"]):
+        (part or {}).pop("optimizer_states", None)
+    assert plain_data(document, as_options) == {key: inspected[key] for key in document}
+    conversion = neox_bridge.plan(checkpoint, Options(), "out")
+    planned = json.loads(run("convert", path, "out", "--dry-run", "--json").stdout)
+    document = json.loads(json.dumps(conversion.to_json(), allow_nan=False))
+    jsonschema.validate(document, plan_schema())
+    assert planned["summary"].pop("peak_memory") > 0
+    assert planned["target"].pop("path") == "out"
+    assert plain_data(document, as_options) == planned
 
 
 @pytest.mark.parametrize(

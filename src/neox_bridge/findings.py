@@ -107,3 +107,8 @@ class Dropped:
     name: str
     reason: str
     kind: DroppedKind = "other"
+
+
+def finding_json(finding: Finding) -> dict[str, str]:
+    """A finding as plain data."""
+    return {key: getattr(finding, key) for key in ("code", "severity", "message", "remedy")}

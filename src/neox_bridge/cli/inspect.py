@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neox_bridge.cli.command import Argument, command, given, only
@@ -17,7 +17,6 @@ from neox_bridge.cli.options import Execution, Output, Source
 from neox_bridge.cli.output import print_json, print_line, print_table, tell_findings, with_remedy
 from neox_bridge.cli.security import print_security
 from neox_bridge.cli.stats import measure, print_stats, stats_json
-from neox_bridge.documents import SCHEMA_VERSION
 from neox_bridge.errors import UsageError
 from neox_bridge.option import inherited, option, options_of
 from neox_bridge.wording import KINDS, human, plain, plural
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
     from neox_bridge.tensors.tensor_ref import TensorRef
     from neox_bridge.verification.statistics import Statistics
 
-_CONFIG_FACTS = (
-    *("max_positions", "rotary_dim", "rotary_pct", "rotary_base", "activation", "norm_eps"),
-    *("parallel_residual", "tied_norms", "tied_embeddings"),
-)
 PEEK_BYTES = 4 << 20  # of tensors that are stored twice: only the first bytes are compared
 
 
@@ -114,9 +109,9 @@ def inspect(path: str, options: InspectOptions, reading: Source, output: Output)
     if options.max_workers is not None and not measured:
         raise UsageError(["max_workers"], "only for --stats", "Add --stats, or leave it out.")
     from neox_bridge.cli.inspect_quantized import print_quantized
+    from neox_bridge.findings import finding_json
     from neox_bridge.layouts.quantized import QuantizedModel
     from neox_bridge.planning.option_checks import check_optimizer
-    from neox_bridge.planning.report import finding_json
 
     if options.plot is not None:
         from neox_bridge.verification.drawing import check_plot
@@ -185,13 +180,11 @@ def _with_optimizer(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint is, as plain data."""
+    from neox_bridge.findings import finding_json
     from neox_bridge.layouts.copies import copy_findings
     from neox_bridge.layouts.head import head_findings, head_relation
     from neox_bridge.layouts.rank_biases import drifted_biases
-    from neox_bridge.layouts.sizes import elements_by_dtype
-    from neox_bridge.planning.report import finding_json
     from neox_bridge.planning.weight_dtypes import odd_dtypes
-    from neox_bridge.stores.paths import size
 
     stored = head_findings(checkpoint, PEEK_BYTES) + copy_findings(checkpoint, PEEK_BYTES)
     if drifted := drifted_biases(checkpoint):
@@ -199,54 +192,23 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         stored = [*stored, drifted.finding(written)]
     states, unreadable = states_facts(checkpoint)
     stored += unreadable
-    odd = odd_dtypes(checkpoint)
-    config, state = checkpoint.config, checkpoint.neox
-    dtypes = elements_by_dtype(checkpoint.tensors.values())
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": checkpoint.kind,
-        "path": checkpoint.path,
-        "revision": checkpoint.revision or None,
-        "family": checkpoint.architecture.name,
-        "format": checkpoint.form.name if checkpoint.form else None,
-        "neox": None if state is None else _neox(checkpoint, states),
-        "parameters": dtypes.total(),
-        "dtype": config.dtype,
-        "dtypes": dict(dtypes.most_common()),
-        "layers": config.layers,
-        "hidden": config.hidden,
-        "heads": config.heads,
-        "kv_heads": config.key_value_heads,
-        "ffn": config.dims["ffn"],
-        "vocab_rows": config.dims["vocab"],
-        "tokenizer_size": checkpoint.tokenizer_size,
-        "tokenizer": list(checkpoint.tokenizer),
-        **{name: getattr(config, name) for name in _CONFIG_FACTS},
-        "biases": {
-            "attention": config.attention_bias,
-            "mlp": config.mlp_bias,
-            "norm": config.norm_bias,
-        },
-        "files": list(checkpoint.files),
-        "bytes": sum(size(file) for file in checkpoint.files),
-        "written_by": checkpoint.record.get("written_by"),
-        "has_optimizer": checkpoint.has_optimizer,
-        "dropped": [{"name": d.name, "reason": d.reason} for d in checkpoint.dropped],
-        "unknown_keys": [asdict(key) for key in checkpoint.unknown_keys],
-        "stored_head": head_relation(checkpoint, PEEK_BYTES),
-        "findings": [finding_json(finding) for finding in (*checkpoint.findings, *stored)],
-        "refusals": _refusals(checkpoint),
-        "quantization": None,
-        "odd_weights": [
-            {
-                "castable": entry.castable,
-                "count": len(entry.names),
-                "reason": entry.reason,
-                "way_out": entry.way_out,
-            }
-            for entry in odd
-        ],
-    }
+    facts = checkpoint.to_json()
+    if facts["neox"] is not None:
+        facts["neox"]["optimizer_states"] = states
+    facts["stored_head"] = head_relation(checkpoint, PEEK_BYTES)
+    facts["findings"] += map(finding_json, stored)
+    facts["refusals"] = _refusals(checkpoint)
+    facts["quantization"] = None
+    facts["odd_weights"] = [
+        {
+            "castable": entry.castable,
+            "count": len(entry.names),
+            "reason": entry.reason,
+            "way_out": entry.way_out,
+        }
+        for entry in odd_dtypes(checkpoint)
+    ]
+    return facts
 
 
 def _refusals(checkpoint: Checkpoint) -> list[dict[str, str]]:
@@ -260,39 +222,6 @@ def _refusals(checkpoint: Checkpoint) -> list[dict[str, str]]:
         {"key": r.key, "reason": r.reason, "way_out": way_out_of(r, relayout)}
         for r in checkpoint.refusals
     ]
-
-
-def _neox(checkpoint: Checkpoint, states: dict[str, Any] | None) -> dict[str, Any]:
-    from neox_bridge.frameworks.eras import fitting
-    from neox_bridge.frameworks.writers import words_of
-
-    state = checkpoint.neox
-    assert state is not None
-    era = fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
-    return {
-        "step": state.step,
-        "iteration": state.iteration,
-        "named_step": state.named_step,
-        "flat": state.flat,
-        "configs": list(state.configs),
-        "configs_given": state.configs_given,
-        "writer": {
-            **asdict(state.writer),
-            "guessed": sorted(state.writer.guessed),
-            "words": words_of(state.writer),
-        },
-        "era": era.name,
-        "era_span": era.until,
-        "mlp_names": state.mlp_names,
-        "inv_freq": state.inv_freq,
-        "layout": state.layout,
-        "tensor_parallel": state.tp,
-        "pipeline_stages": state.pp,
-        "universal": state.universal,
-        "optimizer": list(state.optimizer),
-        "optimizer_states": states,
-        "deepspeed": state.ds_version or None,
-    }
 
 
 def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -8,11 +8,10 @@ from neox_bridge.doctor.compare import Row, compare
 from neox_bridge.doctor.diagnose import cannot_open, judge, judge_all, own_target
 from neox_bridge.doctor.verdict import Case, Verdict, verdict
 from neox_bridge.documents import document, plain_data
-from neox_bridge.findings import Command, Finding
+from neox_bridge.findings import Command, Finding, finding_json
 from neox_bridge.frameworks.targets import Target, name_of, words_for
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.head import drop_equal_head
-from neox_bridge.planning.report import finding_json
 
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 

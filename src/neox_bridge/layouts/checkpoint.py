@@ -170,6 +170,12 @@ class Checkpoint:
     source: str = ""
     carried: CarriedFiles = field(default_factory=CarriedFiles)
 
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``inspect --json``, without the keys for which tensors are read."""
+        from neox_bridge.layouts.checkpoint_facts import facts_of
+
+        return facts_of(self)
+
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The weights of the model with both names, in the layer order of GPT-NeoX."""

@@ -1,6 +1,7 @@
 """Everything that a conversion writes, as plain data."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.layouts.carried_names import LeftFile
@@ -57,6 +58,12 @@ class Plan:
     carried: tuple[str, ...] = ()
     left: tuple[LeftFile, ...] = ()
     checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``convert --dry-run --json``, but for the target's path and the memory."""
+        from neox_bridge.planning.report import to_json
+
+        return to_json(self, None, self.checkpoint.source if self.checkpoint is not None else "")
 
     @property
     def size(self) -> int:

@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from neox_bridge.documents import SCHEMA_VERSION
-from neox_bridge.findings import Dropped
+from neox_bridge.findings import Dropped, finding_json
 from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, byte_range
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -15,12 +15,13 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 _HASH_VERSION = 1  # of what the hash covers
 
 
-def summary(plan: Plan, peak_memory: int) -> dict[str, Any]:
+def summary(plan: Plan, peak_memory: int | None) -> dict[str, Any]:
     """The plan in numbers.
 
     bytes_copied: move unchanged, as runs of bytes. bytes_transformed: are cast, strided, summed,
     filled or made up. bytes_from_plan: are in the plan itself: headers, pickles, small text files.
-    peak_memory: see ``execution.memory``, which knows how the plan would be executed.
+    peak_memory: see ``execution.memory``, which knows how the plan would be executed; None to leave
+        it out.
     """
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     unchanged = sum(copied(tensor) for tensor in tensors)
@@ -35,12 +36,14 @@ def summary(plan: Plan, peak_memory: int) -> dict[str, Any]:
         "bytes_copied": unchanged + taken_over,
         "bytes_transformed": transformed,
         "bytes_from_plan": plan.size - unchanged - taken_over - transformed,
-        "peak_memory": peak_memory,
+        **({} if peak_memory is None else {"peak_memory": peak_memory}),
         "dropped": {reason: len(names) for reason, names in by_reason(plan.dropped).items()},
     }
 
 
-def to_json(plan: Plan, peak_memory: int, source: str = "", target: str = "") -> dict[str, Any]:
+def to_json(
+    plan: Plan, peak_memory: int | None, source: str = "", target: str = ""
+) -> dict[str, Any]:
     """All of the plan but the literal bytes, of which it tells place and length.
 
     source, target: the paths of both sides, as the caller named them.
@@ -79,11 +82,6 @@ def remarks(plan: Plan) -> dict[str, Any]:
 def casts_json(plan: Plan) -> list[dict[str, Any]]:
     """The casts of a plan as plain data."""
     return [asdict(cast) for cast in plan.casts]
-
-
-def finding_json(finding: Any) -> dict[str, str]:
-    """A finding as plain data."""
-    return {key: getattr(finding, key) for key in ("code", "severity", "message", "remedy")}
 
 
 def plan_hash(plan: Plan) -> str:
