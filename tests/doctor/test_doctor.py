@@ -618,6 +618,22 @@ def test_the_page_is_for_people(hf: Path, tmp_path: Path) -> None:
     assert "written by neox-bridge" in text
 
 
+def test_the_comparison_fits_80_columns(hf: Path, tmp_path: Path) -> None:
+    checkpoint = opened(hf)
+    words = ["doctor", str(hf), "--compare"]
+    text = CliRunner(env={"COLUMNS": "80"}).invoke(app, words).stdout.split("\n\n")[-1]
+    assert max(map(len, text.splitlines())) <= 80
+    heads = [line for line in text.splitlines() if not line.startswith(" ")]
+    assert heads == ["same in GPT-NeoX and transformers:", "translated by convert:"]
+    flat = " ".join(text.split())
+    for row in compare(checkpoint):
+        for part in (row.feature, row.neox, row.transformers, row.note):
+            assert part in flat
+    facts = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    keys = {"feature", "neox", "transformers", "answer", "note"}
+    assert {*facts["checkpoints"][0]["comparison"][0]} == keys
+
+
 def test_mamba_is_compared_without_attention() -> None:
     checkpoint = open_checkpoint(str(TESTS / "data" / "mamba" / "checkpoints"))
     features = {row.feature: row for row in compare(checkpoint)}

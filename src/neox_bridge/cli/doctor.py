@@ -7,6 +7,7 @@ import shlex
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +16,7 @@ from neox_bridge.cli.block import cause_rows, evidence_rows, print_block, way_ou
 from neox_bridge.cli.command import Argument, command, given, only
 from neox_bridge.cli.errors import message_of, writing
 from neox_bridge.cli.options import Output, Source
-from neox_bridge.cli.output import print_json, print_line, print_table, say, tell_findings
+from neox_bridge.cli.output import print_json, print_line, say, tell_findings
 from neox_bridge.cli.usage import wrong
 from neox_bridge.documents import document
 from neox_bridge.errors import BridgeError, UsageError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from neox_bridge.doctor.advice import Advice
+    from neox_bridge.doctor.compare import Answer, Row
     from neox_bridge.doctor.examination import Examination
     from neox_bridge.doctor.fix_changes import FileChange
     from neox_bridge.frameworks.targets import Target
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
     from neox_bridge.planning.plan import Plan
 
 _FAILS = 4
+_ANSWERS: dict[Answer, str] = {
+    "same": "same in GPT-NeoX and transformers:",
+    "translated": "translated by convert:",
+    "cannot be": "cannot be converted:",
+}
 _LONGEST = 400  # characters of a line that a framework printed
 
 
@@ -279,15 +286,23 @@ def _print(examination: Examination, path: str) -> None:
         print_block("note: --for explains a failure and how to fix it", [("run", Command(command))])
     if examination.comparison is not None:
         print()
-        print_table(
-            [
-                ("", "GPT-NeoX", "transformers", "", ""),
-                *(
-                    (row.feature, row.neox, row.transformers, row.answer, row.note)
-                    for row in examination.comparison
-                ),
-            ]
-        )
+        _print_comparison(examination.comparison)
+
+
+def _print_comparison(rows: Sequence[Row]) -> None:
+    """The features by how they get over, in lines that fit the terminal, or 80 columns."""
+    columns = get_terminal_size().columns
+    width = max(len(row.feature) for row in rows)
+    for answer, headline in _ANSWERS.items():
+        lines: list[tuple[str, str]] = []
+        for row in (row for row in rows if row.answer == answer):
+            texts = [f"GPT-NeoX: {row.neox}", f"transformers: {row.transformers}"]
+            texts = [row.neox] if row.neox == row.transformers else texts
+            texts += [f"note: {row.note}"] if row.note else []
+            labels = [row.feature.ljust(width), *[""] * (len(texts) - 1)]
+            lines += zip(labels, texts, strict=True)
+        if lines:
+            print_block(headline, lines, columns)
 
 
 def _print_message(message: str) -> None:
