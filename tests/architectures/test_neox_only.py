@@ -254,11 +254,26 @@ def test_a_tensor_without_a_rule_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_blocks_of_another_kind_than_the_yml_says_are_refused(tmp_path: Path) -> None:
-    parts, settings = MODELS["RWKV and attention"]
-    settings = {**settings, "attention_config": [[["rwkv"], 2]]}
-    source = write(tmp_path / "source", parts, 2, settings)
-    with pytest.raises(BridgeError, match="attention_config"):
+    settings = {"norm": "rmsnorm", "attention_config": [[["rwkv"], 2]]}
+    source = write(tmp_path / "source", model(_blocks(norm="scale"), norm="scale"), 2, settings)
+    with pytest.raises(Refused, match="attention_config: rwkv: the tensors belong to blocks of"):
         plan_of(source, tmp_path / "target", to="neox", tp=1)
+
+
+def test_experts_stay_whole(tmp_path: Path) -> None:
+    parts, settings = MODELS["MoE"]
+    source = write(tmp_path / "source", parts, 2, {**settings, "moe_num_experts": 6})
+    with pytest.raises(Refused, match="moe_num_experts: 6 experts"):
+        plan_of(source, tmp_path / "target", to="neox", tp=4)
+
+
+def test_rows_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
+    """As many rows of experts as no MoE has."""
+    parts, settings = MODELS["MoE"]
+    odd = [replace(p, shape=(194, HIDDEN)) if p.name.endswith(".w2") else p for p in parts]
+    source = write(tmp_path / "source", odd, 2, settings)
+    with pytest.raises(Refused, match=r"mlp\.experts\.mlp\.w2 has the shape \[194, 48\]"):
+        plan_of(source, tmp_path / "target", to="neox", tp=4)
 
 
 # what trees before 2024-09 call an MLP that the yml of today calls so
