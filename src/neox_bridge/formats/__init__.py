@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors, torch's ``.pt`` files, pickles read without running them, yml."""
+"""File formats: safetensors, PyTorch files, pickles that are read but never run, yml, JSON."""

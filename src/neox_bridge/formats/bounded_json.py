@@ -1,12 +1,12 @@
-"""JSON from an untrusted file: parsed within bounds of time, memory and depth."""
+"""Parses JSON from untrusted files within bounds of time, memory and depth."""
 
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
-# The most that the parser may take, in bytes, by an estimate: the text, what of it becomes strings,
-# and CPython's objects for each mark of the syntax (marks within strings count too).
+# The estimated memory that the parser may use, in bytes: the text, its strings, and one object of
+# CPython for each syntax character (those within strings count too).
 _MOST_BYTES = 216 << 20
 _COSTS = {"{": 200, "[": 72, ":": 200, ",": 64}
 _DIGITS = 40  # of a number; transformers writes 10**30 for "no limit"
@@ -19,10 +19,15 @@ def parse_json(
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
     constant: Callable[[str], Any] | None = None,
 ) -> Any:
-    """The value. Raises ValueError, with a short reason, for what isn't JSON or exceeds a bound.
+    """Parse JSON.
 
-    depth: how deeply containers may nest; None if nothing walks them.
-    pairs, constant: as ``object_pairs_hook`` and ``parse_constant`` of json.loads.
+    Args:
+        depth: How deeply containers may nest; None for any depth, if no code walks them.
+        pairs: ``object_pairs_hook`` of json.loads.
+        constant: ``parse_constant`` of json.loads.
+
+    Raises:
+        ValueError: The text is not JSON or exceeds a bound. The message is a short reason.
     """
     text = raw.decode("utf-8")
     memory = 2 * sys.getsizeof(text) + sum(text.count(mark) * c for mark, c in _COSTS.items())

@@ -1,7 +1,6 @@
-"""What a file is when it is not what its name says: a Git LFS pointer, a web page, an archive.
+"""Recognizes files that are not what their names say: Git LFS pointers, web pages, archives.
 
-Readers call ``misplaced`` when a file is not of their format, with its first bytes. Nothing here
-reads more than those bytes.
+Readers call ``misplaced`` with the first bytes of a file that is not of their format.
 """
 
 import re
@@ -40,8 +39,11 @@ _GGML = (b"GGUF", b"lmgg", b"fmgg", b"algg", b"tjgg")
 class FileKind:
     """What a file is, and what to do about it.
 
-    name: a short name, such as "Git LFS pointer". what: it completes "FILE is …".
-    way_out: a sentence. missing: the file that should be here is elsewhere, and can be fetched.
+    Attributes:
+        name: A short name, such as "Git LFS pointer".
+        what: Words that complete "FILE is …".
+        way_out: What to do, as a sentence.
+        missing: Whether the file that belongs here is elsewhere and can be fetched.
     """
 
     name: str
@@ -51,7 +53,7 @@ class FileKind:
 
 
 def misplaced(path: str, head: bytes) -> FileKind | None:
-    """What else a file is, by its first ``HEAD_BYTES`` bytes; None if they do not tell."""
+    """The kind of a file by its first ``HEAD_BYTES`` bytes; None if it is not known."""
     for kind in _KINDS:
         if (known := kind(path, head)) is not None:
             return known
@@ -59,7 +61,7 @@ def misplaced(path: str, head: bytes) -> FileKind | None:
 
 
 def refuse_misplaced(path: str, head: bytes) -> None:
-    """Raise BridgeError, with what the file is and the way out, where its first bytes tell."""
+    """Raise BridgeError, with the way out, if the first bytes show what the file is instead."""
     if (kind := misplaced(path, head[:HEAD_BYTES])) is not None:
         raise BridgeError(f"{path} is {kind.what}. {kind.way_out}")
 
@@ -70,7 +72,7 @@ def is_stand_in(path: str, head: bytes) -> bool:
 
 
 def is_apple_double(name: str) -> bool:
-    """Whether this is the name of what macOS writes beside a file on foreign disks."""
+    """Whether a file has the name of those that macOS writes beside others on foreign disks."""
     return basename(name).startswith("._")
 
 
@@ -109,7 +111,7 @@ def _page(_path: str, head: bytes) -> FileKind | None:
 
 
 def _text(path: str, head: bytes) -> FileKind | None:
-    """A short text: what a server said, or a link that a copy turned into a file."""
+    """A short text: the answer of a server, or a link that was copied as a text file."""
     if not head or len(head) >= HEAD_BYTES:
         return None
     text = head.strip()

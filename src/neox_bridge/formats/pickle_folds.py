@@ -1,7 +1,7 @@
-"""What a pickle's calls stand for: plain containers and tensors by value, all else as Records.
+"""Replaces the calls in a pickle by their values: plain containers and tensors.
 
-Nothing is looked up or called: a constructor is known by its two names, and the value that it
-would give is made here.
+All other calls become a ``Record``. No class is looked up or called: constructors are known by
+module and name, and their values are built here.
 """
 
 import codecs
@@ -13,23 +13,23 @@ from typing import Any, Protocol
 from neox_bridge.errors import BridgeError
 from neox_bridge.tensors.dtypes import BY_STORAGE
 
-MAX_STEPS = 1_000_000  # a step is about a microsecond or 128 bytes; a tensor takes some 50
+MAX_STEPS = 1_000_000  # a step takes about 1 µs or 128 bytes; a tensor takes about 50 steps
 # Values inside one tuple that is used as a key. Python hashes and compares tuples recursively, so
 # this is half of its limit of 1000.
 MAX_KEY_NODES = 500
 _MAX_DIMENSIONS = 64
-_MAX_SIZE = 1 << 63  # torch's sizes are signed 64-bit numbers; larger ones only cost time
-_RECORD = 4  # steps; an object of seven fields
-_FEW = 1 << 64  # integers up to here: no more than a handful have the same hash
+_MAX_SIZE = 1 << 63  # sizes in PyTorch are signed 64-bit numbers
+_RECORD = 4  # steps of a Record, which has seven fields
+_FEW = 1 << 64  # only a few integers up to here have the same hash
 
 
 class PickleError(BridgeError):
-    """A pickle that is damaged or that this reader doesn't accept: one sentence, no file name."""
+    """A pickle is damaged, or this reader refuses it. The message does not name the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A class or function by name; never looked up."""
+    """A class or function by its name. It is never looked up."""
 
     module: str
     name: str
@@ -37,12 +37,14 @@ class Global:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Record:
-    """A call that a pickle asks for, written down instead of made.
+    """A call in a pickle, which is recorded and not made.
 
-    factory: what would be called, mostly a ``Global``.
-    state: what BUILD would have set; None if there was no BUILD.
-    items, entries: what APPENDS and SETITEMS would have added.
-    new: whether ``factory.__new__`` rather than ``factory`` would be called.
+    Attributes:
+        factory: What would be called, usually a ``Global``.
+        state: The argument of BUILD; None if there is no BUILD.
+        items: What APPENDS would add.
+        entries: What SETITEMS would add.
+        new: Whether ``factory.__new__`` would be called instead of ``factory``.
     """
 
     factory: object
@@ -60,9 +62,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """The buffer that tensors view. numel, start: in elements of dtype, start from the record's.
+    """A storage: the buffer that tensors view.
 
-    dtype: a name of ``dtypes.BY_NAME``, or torch's name of a storage that isn't known there.
+    Attributes:
+        dtype: A name in ``dtypes.BY_NAME``, or PyTorch's name of an unknown kind of storage.
+        numel: The size in elements.
+        start: The first element, counted from the start of the record.
     """
 
     key: str
@@ -74,7 +79,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A view of a storage. offset and strides: in elements of dtype."""
+    """A view of a storage. ``offset`` and ``strides`` are in elements."""
 
     storage: StorageRef
     offset: int
@@ -84,7 +89,7 @@ class PickledTensor:
 
 
 class Watcher(Protocol):
-    """Is told what an ordinary unpickler would do, at the time when it would."""
+    """Gets a call for everything that an ordinary unpickler would do, in the same order."""
 
     def named(self, name: Global) -> None: ...  # imported
     def called(self, factory: object, args: object) -> None: ...
@@ -93,16 +98,16 @@ class Watcher(Protocol):
 
 @dataclass(slots=True)
 class Context:
-    """What folding needs: what takes a tensor's place, and the steps that are left."""
+    """State of reading: what replaces a tensor, and how many steps are left."""
 
     tensor: Callable[[PickledTensor], object]
     left: int = field(default_factory=lambda: MAX_STEPS)
     watch: Watcher | None = None
 
     def spend(self, cost: int) -> None:
-        """Count steps, so that a small file can't keep the reader busy or fill the memory.
+        """Count steps, so that a small file cannot occupy the reader or fill the memory.
 
-        One context may serve several pickles of a file, which then share its steps.
+        Several pickles of a file may share one context and its steps.
         """
         self.left -= cost
         if self.left < 0:
@@ -110,7 +115,7 @@ class Context:
 
 
 def storage_ref(pid: object) -> StorageRef:
-    """The storage that torch's persistent id names; with the view of old files, if it has one.
+    """The storage that a persistent id of PyTorch names, with the view that old files may add.
 
     Source: torch/serialization.py, ``persistent_load`` of ``_load`` and ``_legacy_load``.
     """
@@ -129,11 +134,13 @@ def storage_ref(pid: object) -> StorageRef:
 
 
 def hashable(context: Context, value: Any, among: int) -> Any:
-    """The value, if it can be hashed and compared within bounds.
+    """Check that a value can be hashed and compared within bounds, and return it.
 
-    Python's hash of a tuple and its comparison of sets are recursive. Text has a hash that nobody
-    foresees, so that a dictionary of it is fast; other keys may all have been made for one hash.
-    among: how many keys this one may have to be compared with.
+    Python hashes tuples and compares sets recursively. The hash of a text is random for each
+    process, but an attacker can choose other keys that all have the same hash.
+
+    Args:
+        among: The number of keys that this one may have to be compared with.
     """
     todo, seen, cost = [value], 0, 0
     while todo:
@@ -158,14 +165,14 @@ def hashable(context: Context, value: Any, among: int) -> Any:
 
 
 def key_set(context: Context, items: Collection[Any], among: int = 0) -> set[Any]:
-    """The items as a set. among: how many it will be added to."""
+    """The items as a set. among: the number of keys to which they are added."""
     return {hashable(context, item, among + i) for i, item in enumerate(items)}
 
 
 def fold(context: Context, factory: object, args: object, new: bool = False) -> object:
-    """What calling ``factory(*args)`` gives, if it is known; else the call as a Record.
+    """The value of ``factory(*args)`` for a known constructor; otherwise the call as a Record.
 
-    new: ``factory.__new__`` is meant, which ignores the items that a container would be made of.
+    new: whether the call is ``factory.__new__``, which ignores the items of a container.
     """
     if not isinstance(args, tuple):
         raise PickleError("the pickle is damaged: it calls something without an argument tuple")
@@ -181,7 +188,7 @@ def record(
     kwargs: dict[Any, object] | None = None,
     new: bool = False,
 ) -> Record:
-    """The call as a Record, with its steps counted."""
+    """The call as a Record. Counts its steps."""
     context.spend(_RECORD)
     return Record(factory, args, kwargs or {}, new=new)
 
@@ -200,7 +207,7 @@ def _sizes(value: object) -> tuple[int, ...] | None:
 
 def _rebuild_tensor(context: Context, args: tuple[Any, ...]) -> object:
     storage, offset, shape, strides = args[0], args[1], _sizes(args[2]), _sizes(args[3])
-    dtype = args[6] if len(args) > 6 else None  # v3 has a dtype here, v2 a dict of metadata
+    dtype = args[6] if len(args) > 6 else None  # a dtype in v3, metadata in v2
     if not isinstance(storage, StorageRef) or type(offset) is not int:
         return NotImplemented
     if offset < 0:
@@ -220,7 +227,7 @@ _FROM_TYPE = ("torch._tensor", "_rebuild_from_type_v2")
 
 
 def _rebuild_from_type(context: Context, args: tuple[Any, ...]) -> object:
-    """Args: function, type, its arguments, state. A tensor with attributes is that tensor."""
+    """The tensor without its attributes. args: function, type, arguments, state."""
     factory = args[0]
     if not isinstance(factory, Global) or (factory.module, factory.name) == _FROM_TYPE:
         return NotImplemented
@@ -229,7 +236,7 @@ def _rebuild_from_type(context: Context, args: tuple[Any, ...]) -> object:
 
 
 def _sequence(context: Context, args: tuple[Any, ...]) -> list[Any] | None:
-    """The items of a constructor's only argument; None if only running the pickle tells them."""
+    """The items of a constructor's only argument; None if they are the result of a call."""
     if not args:
         return []
     (items,) = args

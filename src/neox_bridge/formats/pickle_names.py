@@ -1,10 +1,10 @@
-"""The classes and functions that pickles of checkpoints name, and that do nothing but build values.
+"""The classes and functions in pickles of checkpoints that only build values.
 
 Sources: torch 2.13's torch/_weights_only_unpickler.py (what it allows), numpy's ``array_reduce``,
 and the files that GPT-NeoX, DeepSpeed and transformers' Trainer write (but not the Trainer's
-TrainingArguments, which reads files when it is called). A name is here only if its
-code makes a value of its arguments: it opens no file, starts no program, runs no text, and calls
-none of its arguments but those in ``_CALLS``.
+TrainingArguments, which reads files when it is called). The code behind each name only builds a
+value from its arguments: it opens no file, starts no program, runs no text, and calls no arguments
+except those in ``_CALLS``.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ _FRAMEWORKS = {
     "deepspeed.utils.tensor_fragment": "fragment_address",
     "transformers.trainer_utils": "HubStrategy IntervalStrategy SaveStrategy SchedulerType",
 }
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what pickle maps to today's
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # old names
 _NAMES = {
     (module, name)
     for table in (_PYTHON, _NUMPY, _TORCH, _FRAMEWORKS)
@@ -64,12 +64,12 @@ _CALLS = {
 
 
 def is_known(imported: Global) -> bool:
-    """Whether importing and calling this only builds a value."""
+    """Whether a class or function only builds a value when it is imported and called."""
     return _key(imported) in _NAMES
 
 
 def calls_of(factory: object, args: object) -> tuple[Any, ...]:
-    """Those of the arguments that a known function calls."""
+    """The arguments that a known function calls."""
     places = _CALLS.get(_key(factory), ()) if isinstance(factory, Global) else ()
     return tuple(args[i] for i in places if i < len(args)) if isinstance(args, tuple) else ()
 

@@ -1,7 +1,7 @@
-"""Says what a file's pickles would import, call and change under ``torch.load`` or ``pickle.load``.
+"""Reports what the pickles in a file would import, call and change when they are loaded.
 
-Read by the same machine as always, so nothing is imported or called here either. Where it stops
-before a pickle's end, what would follow isn't known, and the report says so.
+``torch.load`` and ``pickle.load`` would do so. Here the usual reader reads the pickles, so nothing
+is imported or called. If it stops before the end of a pickle, the report says so.
 """
 
 import io
@@ -30,7 +30,7 @@ from neox_bridge.formats.zip_directory import (
 from neox_bridge.stores.paths import open_file
 
 Container = Literal["zip", "stream", "safetensors", "none"]
-_LEGACY = 5  # pickles of a file of before torch 1.6, all of which torch.load runs
+_LEGACY = 5  # pickles of a file from before PyTorch 1.6, all of which torch.load runs
 _MOST_PICKLES = 50  # in one zip
 _MOST_NAMES = 5_000  # in one file
 _OPCODES = frozenset(opcode.code.encode("latin-1") for opcode in pickletools.opcodes)
@@ -43,9 +43,11 @@ _NAMING = frozenset(
 
 @dataclass(slots=True)
 class Use:
-    """What would happen to a class or function. called, changed: how often.
+    """What would happen to a class or function.
 
-    changed: attributes or items set on the thing itself, which is how a pickle alters a library.
+    Attributes:
+        called: How often it would be called.
+        changed: How many of its own attributes or items would be set, which alters a library.
     """
 
     name: str
@@ -61,11 +63,13 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One file. uses: in the order in which they would happen first.
+    """The report of one file.
 
-    problem: why what it would do isn't known to the end; empty if it is.
-    absent: what the file is where the weights are elsewhere, as with a Git LFS pointer, and the way
-        to fetch them; nothing is known of what they would run.
+    Attributes:
+        uses: What would be used, in the order of the first use.
+        problem: Why the report is incomplete; "" if it is complete.
+        absent: What the file is if its weights are elsewhere, such as a Git LFS pointer, and how to
+            fetch them. What they would run is unknown.
     """
 
     path: str
@@ -77,7 +81,7 @@ class Report:
 
     @property
     def harmless(self) -> bool:
-        """Whether loading this builds values and does nothing else."""
+        """Whether loading the file only builds values."""
         return not self.problem and not self.absent and all(use.harmless for use in self.uses)
 
 
@@ -114,7 +118,7 @@ class _Watch(Watcher):
 
 
 def _described(factory: object) -> str:
-    """What is called where it isn't a name: mostly what another call returned."""
+    """Words for what is called if it is not a name, such as the result of another call."""
     maker = factory.factory if isinstance(factory, Record) else None
     if isinstance(maker, Global):
         return f"what {maker.module}.{maker.name}"[:200] + " returns"
@@ -122,7 +126,7 @@ def _described(factory: object) -> str:
 
 
 def is_candidate(path: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file may hold pickles: by its suffix, or because it begins as they do."""
+    """Whether a file may contain pickles, by its suffix or its first bytes."""
     if path.endswith(suffixes):
         return True
     with open_file(path) as file:
@@ -139,7 +143,7 @@ def is_candidate(path: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def scan(path: str) -> Report:
-    """The report of one file, bounded in time and memory. BridgeError where it can't be read."""
+    """The report of one file, within bounds. Raises BridgeError if it cannot be read."""
     with open_file(path) as file:
         head = file.read(TAR_HEADER_BYTES)
         file.seek(0)
@@ -169,7 +173,7 @@ def scan(path: str) -> Report:
 
 
 def _is_safetensors(path: str) -> bool:
-    """Whether this is a whole safetensors file. It may be a pickle as well, to another reader."""
+    """Whether a file is a complete safetensors file. Other readers may also read it as a pickle."""
     try:
         read_safetensors(path)
     except BridgeError:
@@ -178,7 +182,7 @@ def _is_safetensors(path: str) -> bool:
 
 
 def _is_inert(path: str) -> bool:
-    """Whether every unpickler stops at a byte that is no opcode before it can name anything."""
+    """Whether every unpickler stops at an unknown opcode before it can import anything."""
     with open_file(path) as file:
         start = file.read(_START_BYTES)
     try:
@@ -191,12 +195,12 @@ def _is_inert(path: str) -> bool:
 
 
 def _anything(_pid: object) -> object:
-    """What torch makes of a persistent id is a storage, whatever it says."""
+    """A storage in place of any persistent id."""
     return None
 
 
 def _scan_stream(file: BinaryIO, context: Context, watch: _Watch) -> None:
-    """One pickle; the five of torch's old format, where the first is its magic number."""
+    """Scan one pickle, or all of PyTorch's old format if the first is its magic number."""
     watch.pickles = 1
     magic = load(file, _anything, context=context)
     while isinstance(magic, int) and magic == MAGIC and watch.pickles < _LEGACY:
@@ -212,7 +216,7 @@ def _scan_stream(file: BinaryIO, context: Context, watch: _Watch) -> None:
 
 
 def _scan_zip(file: BinaryIO, context: Context, watch: _Watch) -> None:
-    """Every record that is named as a pickle."""
+    """Scan every record with the name of a pickle."""
     entries, end = read_directory(file)
     for entry, start in zip(entries, data_places(file, entries, end), strict=True):
         if not _is_pickle(entry.name):
@@ -231,7 +235,7 @@ def _scan_zip(file: BinaryIO, context: Context, watch: _Watch) -> None:
 
 
 class _Inflated(io.RawIOBase):
-    """The bytes of a compressed record, unpacked as they are read."""
+    """A compressed record as a stream of its unpacked bytes."""
 
     def __init__(self, file: BinaryIO, packed: int) -> None:
         self.file, self.left, self.waiting = file, packed, b""
@@ -257,7 +261,7 @@ def _is_pickle(name: str) -> bool:
 
 
 def _has_pickles(path: str) -> bool:
-    """Whether a zip may hold one: where programs don't agree on what is in it, it may."""
+    """Whether a zip may contain a pickle. That is so if readers disagree about its contents."""
     with open_file(path) as file:
         try:
             entries, _ = read_directory(file)

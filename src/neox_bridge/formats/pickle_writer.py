@@ -1,7 +1,7 @@
-"""Writes the pickle of a ``.pt`` file: protocol 2, as torch.save does, tensors by their slots.
+"""Writes the pickle of a ``.pt`` file in protocol 2, as torch.save does.
 
-Opcodes as CPython's ``pickletools`` describes them; only those that ``torch.load`` with
-``weights_only=True`` accepts (torch/_weights_only_unpickler.py) are used.
+It uses only opcodes that ``torch.load`` with ``weights_only=True`` accepts
+(torch/_weights_only_unpickler.py). CPython's ``pickletools`` describes the opcodes.
 """
 
 import re
@@ -17,9 +17,9 @@ from neox_bridge.formats.pickles import Global, PickleError, Record
 from neox_bridge.tensors.dtypes import BY_NAME
 from neox_bridge.tensors.tensor_ref import row_major
 
-_BATCH = 1000  # CPython's, items set or appended by one opcode
+_BATCH = 1000  # items that one opcode sets or appends, as in CPython
 _LINE = re.compile("[!-~]+")  # names that protocol 2 can hold
-_MOST = 2_000_000  # values written: a tuple may stand in itself at 100 places, and so on
+_MOST = 2_000_000  # written values; a tuple may contain another one 100 times, and so on
 _ENCODE = Global("_codecs", "encode")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _SET = Global("__builtin__", "set")  # Python 2's name, which protocol 2 uses for builtins
@@ -29,20 +29,20 @@ _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = Global("torch.storage", "UntypedStorage")
 _U32 = struct.Struct("<I")
-_SHORT = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}  # tuples of so many
+_SHORT = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}  # by length
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
-    """Stands for the tensor called ``name``."""
+    """The place of the tensor with this name."""
 
     name: str
 
 
 def numpy_array(data: bytes, dtype: str, shape: Sequence[int]) -> Record:
-    """What unpickles as a numpy array under numpy 1 and 2, where torch.load runs pickles.
+    """A value that ``torch.load`` reads as a numpy array, with numpy 1 and 2.
 
-    data: the elements in row-major order. dtype: byte order, kind and size, as in "<u4".
+    data: the elements in row-major order. dtype: byte order, kind and size, such as "<u4".
     Source: numpy's ``array_reduce`` and ``arraydescr_reduce``; numpy 2 keeps the old module name
     ``numpy.core.multiarray`` for such files.
     """
@@ -75,14 +75,22 @@ class _Writer:
 def dump(
     value: object, slots: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[bytes, tuple[str, ...]]:
-    """The pickle, and the slots' names in the order of their storages' keys ``0``, ``1``, …
+    """Write a pickle.
 
-    value: of None, bool, int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset,
-        OrderedDict, ``Global``, ``Record`` and ``TensorSlot``. A Record is written as it was read,
-        with its name, arguments, items and state.
-    slots: dtype and shape by name. Each is a contiguous tensor with a storage of its own.
-    Raises ValueError for a slot that isn't in ``slots``, TypeError for other values, PickleError
-    for a value that was read and is nested too deeply or would be far too long.
+    Args:
+        value: Consists of None, bool, int, float, str, bytes, bytearray, list, tuple, dict, set,
+            frozenset, OrderedDict, ``Global``, ``Record`` and ``TensorSlot``. A Record is written
+            as it was read, with its name, arguments, items and state.
+        slots: The dtype and shape of each tensor by its name. Each is contiguous and has its own
+            storage.
+
+    Returns:
+        The pickle, and the names of the slots in the order of their storages ``0``, ``1``, …
+
+    Raises:
+        ValueError: A slot is missing from ``slots``.
+        TypeError: The value contains something else.
+        PickleError: The value is nested too deeply or would be much too long.
     """
     writer = _Writer(slots)
     writer.out.append(b"\x80\x02")
@@ -121,9 +129,10 @@ def _save(writer: _Writer, value: object) -> None:
 
 
 def _identity(value: object) -> object:
-    """What makes two values one in the pickle: contents of the immutable, else the object.
+    """The key by which equal values share a place in the pickle: contents, or the object's id.
 
-    By contents, since which equal strings are one object differs from run to run.
+    Immutable values go by their contents, because which equal strings are the same object differs
+    from run to run.
     """
     return value if isinstance(value, str | Global | TensorSlot) else id(value)
 
@@ -134,7 +143,7 @@ def _remember(writer: _Writer, key: object) -> None:
 
 
 def _place(writer: _Writer) -> bytes:
-    """The next place in the memo; torch's files have one for much that is never recalled."""
+    """The next place in the memo. Files of PyTorch have places that nothing reads."""
     index = writer.places
     writer.places += 1
     return b"q%c" % index if index < 256 else b"r" + _U32.pack(index)
@@ -168,14 +177,14 @@ def _save_text(writer: _Writer, value: "str | Global") -> None:
         writer.out.append(_wide(b"X", len(data)) + data)
     elif _LINE.fullmatch(value.module) and _LINE.fullmatch(value.name):
         writer.out.append(f"c{value.module}\n{value.name}\n".encode())
-    else:  # on lines of their own such names would be opcodes: as text, which is protocol 4's way
+    else:  # a line break in a name would begin opcodes, so write it as text, as protocol 4 does
         _save(writer, value.module)
         _save(writer, value.name)
         writer.out.append(b"\x93")
 
 
 def _save_tuple(writer: _Writer, value: Sequence[object]) -> None:
-    """A tuple; it gets a place in the memo, as in torch's files, but isn't recalled from there."""
+    """Write a tuple. Its place in the memo is never read, as in files of PyTorch."""
     short = _SHORT.get(len(value))
     if short is None:
         writer.out.append(b"(")
@@ -215,12 +224,12 @@ def _save_object(writer: _Writer, value: object, key: object) -> None:
 def _ordered(items: "set[Any] | frozenset[Any]") -> list[Any]:
     try:
         return sorted(items, key=lambda item: (str(type(item)), item))
-    except TypeError:  # classes and records have no order of their own
+    except TypeError:  # classes and records cannot be sorted
         return sorted(items, key=repr)
 
 
 def _save_record(writer: _Writer, value: Record, key: object) -> None:
-    if value.kwargs:  # NEWOBJ_EX, of protocol 4: there is no older way, and readers don't mind
+    if value.kwargs:  # NEWOBJ_EX of protocol 4, which readers accept in protocol 2 too
         for part in (value.factory, value.args, value.kwargs):
             _save(writer, part)
         writer.out.append(b"\x92")
@@ -270,7 +279,7 @@ def _batch(
 
 
 def _save_tensor(writer: _Writer, name: str) -> None:
-    """A call of torch's rebuilding function; dtypes without a storage class need its version 3.
+    """Write a call of ``_rebuild_tensor``. Dtypes without a storage class need its version 3.
 
     Put together here, since a checkpoint's pickle is mostly these.
     """
@@ -281,7 +290,7 @@ def _save_tensor(writer: _Writer, name: str) -> None:
     key = writer.keys.setdefault(name, str(len(writer.keys)))
     size = prod(shape) if known.storage else prod(shape) * known.itemsize
     frame = writer.frames.get(dtype)
-    writer.out += (  # in this order, in which the places of the memo are given
+    writer.out += (  # the order decides the places in the memo
         frame[0] if frame else _frame_head(writer, dtype),
         _text(writer, key),
         frame[1] if frame else _text(writer, "cpu"),
@@ -297,7 +306,7 @@ def _save_tensor(writer: _Writer, name: str) -> None:
         _place(writer),
         b"R",
     )
-    if frame is None:  # from now on all of it is recalled
+    if frame is None:  # from now on it is read from the memo
         head, end = _frame_head(writer, dtype), _frame_end(writer, dtype)
         writer.frames[dtype] = (head, _text(writer, "cpu"), _frame_hooks(writer), end)
 
@@ -309,7 +318,7 @@ def _frame_head(writer: _Writer, dtype: str) -> bytes:
 
 
 def _frame_hooks(writer: _Writer) -> bytes:
-    """No gradient, and no backward hooks."""
+    """The arguments for no gradient and no backward hooks."""
     return b"\x89" + _text(writer, _ORDERED_DICT) + b")R"
 
 
@@ -318,7 +327,7 @@ def _frame_end(writer: _Writer, dtype: str) -> bytes:
 
 
 def _text(writer: _Writer, value: "str | Global") -> bytes:
-    """What ``_save`` writes for it."""
+    """A text as ``_save`` writes it."""
     index = writer.memo.get(value)
     if index is not None:
         return _recall(index)
@@ -330,7 +339,7 @@ def _text(writer: _Writer, value: "str | Global") -> bytes:
 
 
 def _numbers(writer: _Writer, values: Sequence[int]) -> bytes:
-    """What ``_save_tuple`` writes for whole numbers."""
+    """A tuple of whole numbers as ``_save_tuple`` writes it."""
     encoded = b"".join(map(_int, values))
     if len(values) > 3:
         encoded = b"(" + encoded

@@ -1,12 +1,11 @@
 """Reads pickles without running them: no class is looked up, imported or called.
 
-The stream's opcodes drive a small stack machine. Containers and scalars become Python's own;
-a class or function becomes a ``Global`` (its two names); what a pickle would have called becomes
-a ``Record`` of the call. A few constructors, those of plain containers and of tensors, are
-known by name and folded to the value that they stand for (``pickle_folds``).
+A small stack machine executes the opcodes. Containers and scalars become values of Python, a class
+or function becomes a ``Global`` with its two names, and a call becomes a ``Record``. The calls of a
+few known constructors, of plain containers and tensors, become their values (``pickle_folds``).
 
-Opcodes: protocols 0 to 5 as CPython's ``pickletools`` describes them. Refused: EXT* (a registry
-of this process) and out-of-band buffers (which no file has).
+The opcodes are those of protocols 0 to 5 (CPython's ``pickletools``), except EXT*, which needs a
+registry of the process, and out-of-band buffers, which files do not have.
 """
 
 import io
@@ -43,12 +42,12 @@ __all__ = [
 
 _LAST_PROTOCOL = 5
 _MAX_VALUE = 16 << 20  # bytes of one string
-_MAX_LINE = 1 << 20  # bytes of one of protocol 0's lines
-_STEP = 32  # bytes of a string for each step: as Python's text they may become four times as many
+_MAX_LINE = 1 << 20  # bytes of a line in protocol 0
+_STEP = 32  # bytes of a string per step; a text in Python takes up to four times as many
 
 
 class _Bounded:
-    """A stream that refuses a length beyond its end before memory is set aside for it."""
+    """A stream that refuses a length beyond its end before it allocates memory."""
 
     def __init__(self, stream: BinaryIO, size: int | None, context: Context) -> None:
         if size is None:
@@ -94,15 +93,20 @@ def load(
     context: Context | None = None,
     until: str | None = None,
 ) -> object:
-    """The value of the pickle at the stream's position, which is left right behind it.
+    """Read the pickle at the position of a stream. The stream is then right behind it.
 
-    stream: seekable. persistent: turns a persistent id into a value, ``storage_ref`` for torch's.
-    tensor: what to put in a tensor's place, by default the ``PickledTensor`` itself.
-    size: bytes that are the pickle's, by default all up to the stream's end.
-    context: in place of a new one, for pickles that share their steps; ``tensor`` isn't used then.
-    until: a key of the outermost dictionary. Where it comes, the items before it are the value, and
-        nothing after it is read. A pickle of another form is read as a whole.
-    Raises PickleError for what is damaged, unknown or too large, and what the callbacks raise.
+    Args:
+        stream: A seekable stream.
+        persistent: Turns a persistent id into a value; ``storage_ref`` for those of PyTorch.
+        tensor: Returns the replacement of a tensor. Default: the ``PickledTensor`` itself.
+        size: The most bytes to read. Default: up to the end of the stream.
+        context: An existing context, for pickles that share their steps. ``tensor`` is then unused.
+        until: A key of the outermost dictionary at which reading stops. The value contains the
+            items before it. A pickle of another form is read completely.
+
+    Raises:
+        PickleError: The pickle is damaged, unknown or too large.
+        Exception: Whatever the callbacks raise.
     """
     context = context or Context(tensor or (lambda pickled: pickled))
     machine = _Machine(persistent, context)
@@ -110,7 +114,7 @@ def load(
     codes = _CODES if until is None else {**_CODES, **_stopping(until)}
     try:
         while (code := bounded.read(1)) != _STOP:
-            context.left -= 1  # as spend, which this loop has no time to call
+            context.left -= 1  # like spend(1), but faster
             if context.left < 0:
                 context.spend(0)
             if code not in codes:
@@ -135,7 +139,7 @@ class _ReachedKey(Exception):
 
 
 def _stopping(until: str) -> "dict[bytes, _Code]":
-    """The opcodes of text, which stop where it is this key of the outermost dictionary."""
+    """The opcodes of text. They stop at this key of the outermost dictionary."""
 
     def push(machine: _Machine, arg: object) -> None:
         if arg == until and len(machine.marks) == 1 and len(machine.stack) % 2 == 0:
@@ -177,7 +181,7 @@ def _pop(machine: _Machine, _arg: object) -> None:
     if machine.stack:
         machine.stack.pop()
     else:
-        _take_mark(machine)  # as CPython: POP also takes a mark that lies on top
+        _take_mark(machine)  # POP also removes a mark on top, as in CPython
 
 
 def _pop_mark(machine: _Machine, _arg: object) -> None:
@@ -230,7 +234,7 @@ def _frozenset(machine: _Machine, _arg: object) -> None:
 
 
 def _target(machine: _Machine) -> Any:
-    """What lies on top, to which items or attributes are about to be added."""
+    """The value on top, which gets items or attributes."""
     target = machine.stack[-1]
     if machine.context.watch and isinstance(target, Global):
         machine.context.watch.changed(target)
@@ -291,7 +295,7 @@ def _build(machine: _Machine, _arg: object) -> None:
     target = _target(machine)
     if isinstance(target, Record):
         target.state = state
-    # other values are folded: attributes set on them (a state dict's _metadata) mean no weights
+    # attributes of folded values, such as _metadata of a state dict, are not weights
 
 
 def _named(machine: _Machine, module: str, name: str) -> Global:
@@ -365,7 +369,7 @@ def _protocol(_machine: _Machine, version: int) -> None:
 
 
 def _nothing(_machine: _Machine, _arg: object) -> None:
-    """FRAME: a hint for readers that buffer."""
+    """Ignore FRAME, a hint for buffered readers."""
 
 
 def _refuse(_machine: _Machine, _arg: object) -> None:

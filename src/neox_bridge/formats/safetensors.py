@@ -1,4 +1,4 @@
-"""The safetensors container: its header read into references, and a header for tensors to come.
+"""Reads and writes headers of safetensors files.
 
 Format: 8 bytes little-endian length N, N bytes of JSON, then the data, indexed without holes
 (https://github.com/huggingface/safetensors, README "Format").
@@ -17,13 +17,13 @@ from neox_bridge.tensors.pieces import OutputFile, OutputTensor
 from neox_bridge.tensors.sharing import BLOCK_BYTES
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-_MAX_HEADER_BYTES = 32 << 20  # bytes; the library takes 100 MB, of which no model has a hundredth
+_MAX_HEADER_BYTES = 32 << 20  # the library accepts 100 MB; headers of models have less than 1 MB
 _MAX_DIMENSIONS = 64
 _MAX_BYTES = 2**63
 
 
 def read_safetensors(path: str) -> dict[str, TensorRef]:
-    """The tensors of a file by name. Raises BridgeError, naming the file, for a damaged one."""
+    """The tensors of a file by name. Raises BridgeError, which names the file, if it is damaged."""
     with open_file(path) as file:
         size = size_of(file)
         start_bytes = file.read(8)
@@ -100,7 +100,7 @@ def _entry(path: str, name: str, entry: object, start: int) -> TensorRef:
     if dtype not in BY_SAFETENSORS:
         raise _bad(path, f"{name} has the dtype {dtype[:20]!r}, which this version does not know")
     kind = BY_SAFETENSORS[dtype]
-    # sizes beside a zero count as well, since others multiply them
+    # also if one size is 0, because other programs multiply the others
     if len(shape) > _MAX_DIMENSIONS or prod(n or 1 for n in shape) * kind.itemsize >= _MAX_BYTES:
         raise _bad(path, f"{name} claims more dimensions or bytes than any tensor has")
     if high - low != prod(shape) * kind.itemsize:
@@ -126,10 +126,10 @@ def _bad(path: str, what: str) -> BridgeError:
 def layout_safetensors(
     path: str, tensors: Sequence[OutputTensor], first: int | None = None
 ) -> OutputFile:
-    """A file of these tensors, in their order, with every offset known.
+    """Lay out a file of these tensors, in their order.
 
-    The header is padded with spaces so that the data starts at a multiple of 8 bytes, or where
-    ``first`` says, in bytes modulo 4096 (see ``planning.sharing``).
+    Spaces pad the header so that the data starts at a multiple of 8 bytes, or at ``first`` modulo
+    4096 bytes (see ``planning.sharing``).
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""Elements of stored tensors, a box at a time, in bounded memory and wherever the file lies."""
+"""Reads boxes of stored tensors in bounded memory, from a disk or a store."""
 
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-_GAPS = 4  # a box is read as one run of bytes where that is at most so many times its size
+_GAPS = 4  # a box is read as one run of bytes if that is at most so many times its size
 
 
 def read_box(

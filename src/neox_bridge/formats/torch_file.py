@@ -1,4 +1,4 @@
-"""Opens what torch.save wrote, of any age, without torch and without running it."""
+"""Opens files that any version of torch.save wrote, without PyTorch and without running them."""
 
 from neox_bridge.errors import BridgeError
 from neox_bridge.formats.file_kinds import refuse_misplaced
@@ -7,17 +7,22 @@ from neox_bridge.formats.torch_legacy import read_legacy
 from neox_bridge.formats.torch_zip import not_whole, read_pt
 from neox_bridge.stores.paths import open_file
 
-_ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a record, or the end of an archive without records
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # a record, or the end of an empty archive
 _PICKLE = b"\x80"  # PROTO, with which every pickle of protocol 2 and later begins
 
 
 def read_torch(path: str, *, alike: bool = False, until: str | None = None) -> object:
-    """The value of a ``.pt``, ``.pth`` or ``.bin`` file: a ``TensorRef`` in each tensor's place.
+    """The value of a ``.pt``, ``.pth`` or ``.bin`` file, with a ``TensorRef`` for each tensor.
 
-    Containers and scalars are Python's, an OrderedDict is a dict, every other object is an inert
-    ``pickles.Record`` or ``pickles.Global``. alike, until: see ``read_pt``; files from before
-    torch 1.6 are read as a whole. Raises BridgeError, naming the file and the way out, for whatever
-    isn't such a file or can't be read.
+    Containers and scalars are values of Python, an OrderedDict is a dict, and every other object is
+    an inert ``pickles.Record`` or ``pickles.Global``.
+
+    Args:
+        alike: See ``read_pt``.
+        until: See ``read_pt``. Files from before PyTorch 1.6 are read completely.
+
+    Raises:
+        BridgeError: The file is of another kind or cannot be read. The message has the way out.
     """
     try:
         with open_file(path) as file:

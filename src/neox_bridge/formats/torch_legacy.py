@@ -1,4 +1,4 @@
-"""The stream that torch.save wrote before 1.6: four pickles, a list of keys, then raw storages.
+"""Reads the stream that torch.save wrote before 1.6: five pickles, then raw storages.
 
 Source: torch/serialization.py, ``_legacy_save`` and ``_legacy_load``: magic number, protocol
 version, system information, the object, the storages' keys; then, for each key in this order,
@@ -29,10 +29,11 @@ _PROTOCOL = 1001
 
 
 def read_legacy(path: str) -> object:
-    """The value of a pre-1.6 file, with a ``TensorRef`` in each tensor's place.
+    """The value of a file, with a ``TensorRef`` for each tensor. Nothing in the file is run.
 
-    Nothing in the file is run. Raises BridgeError, naming the file, for one that is truncated,
-    damaged or big-endian; OSError if it can't be read.
+    Raises:
+        BridgeError: The file is truncated, damaged or big-endian. The message names it.
+        OSError: The file cannot be read.
     """
     with open_file(path) as file:
         try:
@@ -61,7 +62,7 @@ def _read(path: str, file: BinaryIO) -> object:
     persistent = partial(_persistent, storages=storages)
     load(file, persistent, context=context)
     records = _records(file, storages, load(file, context=context))
-    file.seek(start)  # the places are known only now: read the object again, with them
+    file.seek(start)  # the places are known only now, so read the object again
     claims = Claims(file)
 
     def tensor(pickled: PickledTensor) -> TensorRef:
@@ -73,7 +74,7 @@ def _read(path: str, file: BinaryIO) -> object:
 
 
 def _persistent(pid: object, storages: dict[str, StorageRef]) -> object:
-    """The storage, noted by its key; or the class of a module saved with its source text."""
+    """Note a storage by its key, or return the class of a module that has its source text."""
     match pid:
         case ("module", Global() as factory, *_):
             return factory
@@ -87,7 +88,7 @@ def _persistent(pid: object, storages: dict[str, StorageRef]) -> object:
 def _records(
     file: BinaryIO, storages: dict[str, StorageRef], keys: object
 ) -> dict[str, tuple[int, int]]:
-    """(offset, bytes) of each storage's elements."""
+    """The offset and the size in bytes of the elements of each storage."""
     if not isinstance(keys, list):
         raise PickleError("the keys of its storages are not a list")
     end = size_of(file)

@@ -1,4 +1,4 @@
-"""The zip container that torch.save writes since 1.6: read into references, and laid out.
+"""Reads and lays out the zip container that torch.save writes since 1.6.
 
 Source: torch 2.13's torch/serialization.py, caffe2/serialize/inline_container.cc and its miniz
 (third_party/miniz-3.0.2); the zip format is PKWARE's APPNOTE 6.3. Everything is little-endian.
@@ -41,32 +41,32 @@ from neox_bridge.tensors.sharing import BLOCK_BYTES, residue
 from neox_bridge.tensors.tensor_ref import TensorRef, is_contiguous
 
 _CRC_IN_CENTRAL = 16  # bytes into the header
-_PADDING = 0x4246  # "FB", the extra field that torch fills up with
-_MADE_BY = 0x031E  # Unix, version 3.0: what miniz says of itself
-_ALIKE_BYTES = 64 << 10  # of a pickle that may be another file's too
+_PADDING = 0x4246  # "FB", the extra field with which PyTorch pads
+_MADE_BY = 0x031E  # Unix, version 3.0, as miniz writes it
+_ALIKE_BYTES = 64 << 10  # of a pickle that other files may have too
 _CLAIM = 8  # times the file's bytes, and
 _CLAIM_LEAST_BYTES = 64 << 20  # in any case, that its tensors may have together
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A stored record: where its bytes lie in the file."""
+    """A stored record, by the place of its bytes in the file."""
 
     offset: int
     size: int
 
 
 class Claims:
-    """The bytes that a file's tensors have together: those that overlap don't make any number.
+    """Bounds the total bytes of the tensors in a file, which may overlap.
 
-    One element with strides of 0 can be a tensor of any size, which would be written out in full.
+    One element with strides of 0 can be a tensor of any size, which would be written in full.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self.left = max(_CLAIM * size_of(file), _CLAIM_LEAST_BYTES)
 
     def take(self, ref: TensorRef) -> TensorRef:
-        """The tensor, counted. Raises PickleError if there are too many bytes."""
+        """Count a tensor and return it. Raises PickleError if the total is too large."""
         self.left -= ref.nbytes
         if self.left < 0:
             raise PickleError("its tensors claim far more data than the file holds")
@@ -74,14 +74,18 @@ class Claims:
 
 
 def read_pt(path: str, *, alike: bool = False, until: str | None = None) -> object:
-    """The value of a zip ``.pt`` file, with a ``TensorRef`` in each tensor's place.
+    """The value of a zip ``.pt`` file, with a ``TensorRef`` for each tensor.
 
-    alike: whether other files may have the same pickle, which is then gone through once for all.
-    until: see ``pickles.load``.
-    Nothing in the file is run: see ``pickles``. Raises BridgeError, naming the file and the way
-    out, for one that is truncated, compressed, a TorchScript archive, big-endian, or whose
-    records overlap or are too small for their tensors; OSError if it can't be read. Time and
-    memory are bounded, whatever the file says.
+    Nothing in the file is run (see ``pickles``). Time and memory are bounded for every file.
+
+    Args:
+        alike: Whether other files may have the same pickle, which is then read only once.
+        until: See ``pickles.load``.
+
+    Raises:
+        BridgeError: The file is truncated, compressed, big-endian or a TorchScript archive, or its
+            records overlap or are too small for their tensors. The message has the way out.
+        OSError: The file cannot be read.
     """
     with open_file(path) as file:
         try:
@@ -99,12 +103,12 @@ def read_pt(path: str, *, alike: bool = False, until: str | None = None) -> obje
 
 
 def not_whole(path: str, what: str) -> BridgeError:
-    """The error of a damaged file. what: a clause that says what is wrong."""
+    """The error for a damaged file. what: a clause that says what is wrong."""
     return BridgeError(f"{path} is not a complete PyTorch file: {what}. Download or copy it again.")
 
 
 def place(tensor: PickledTensor, path: str, start: int, size: int) -> TensorRef:
-    """The tensor in its file, whose storage is the ``size`` bytes from the byte ``start`` on.
+    """The tensor in its file. Its storage has ``size`` bytes from the byte ``start``.
 
     Raises PickleError if the tensor or its storage reaches outside, or has an unknown dtype.
     """
@@ -162,16 +166,16 @@ def _value(
 
 @lru_cache(64)
 def _flat(pickled: bytes) -> "Mapping[object, PickledTensor | None] | None":
-    """A pickle's value where that is tensors by name: a run has few such, for all its layers."""
+    """The value of a pickle of tensors by name, cached because layers have the same pickle."""
     value: Any = load(io.BytesIO(pickled), storage_ref)
     kinds = set(map(type, value.values())) if isinstance(value, dict) else {dict}
     return value if kinds <= {PickledTensor, type(None)} else None
 
 
 def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
-    """The records by their names below the archive's top folder, whatever that is called.
+    """The records by their names below the top folder of the archive.
 
-    Names are in lower case, since torch finds records whatever their case.
+    The names are in lower case, because PyTorch ignores the case.
     """
     listed, end = read_directory(file)
     names, tops = list[str](), set()
@@ -208,9 +212,11 @@ def _entries(path: str, file: BinaryIO) -> dict[str, _Entry]:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A record to write. data: its bytes, where they are known; else they are the tensor's.
+    """A record to write.
 
-    zip64: the extra field of what 32 bits don't hold; in both headers, as torch writes it.
+    Attributes:
+        data: Its bytes; None if they are those of the tensor.
+        zip64: The extra field of numbers that exceed 32 bits. PyTorch writes it in both headers.
     """
 
     name: bytes
@@ -224,27 +230,32 @@ class _Planned:
 
     @property
     def end(self) -> int:
-        """Where the data descriptor ends, which records without bytes don't have."""
+        """Where the data descriptor ends. Records without bytes have none."""
         descriptor = DESCRIPTOR64 if self.zip64 else DESCRIPTOR
         return self.start + self.size + (descriptor.size if self.size else 0)
 
 
 def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> OutputFile:
-    """A ``.pt`` file as torch 2.13 writes it, with every byte placed; same input, same bytes.
+    """Lay out a ``.pt`` file as torch 2.13 writes it. The same input gives the same bytes.
 
-    path: relative to the target; the archive's top folder is its stem.
-    value: see ``pickle_writer.dump``; each tensor is a storage ``data/K`` of its own, K counting
-        in the order in which the slots appear.
-    Records are stored, their tensors at multiples of 64 bytes through torch's extra field "FB".
-    A tensor of which bytes can be shared with its source's file lies where that is possible (see
-    ``planning.sharing``). torch can compute where tensors lie instead of reading it
-    (``config.load.calculate_storage_offsets``) and would miss such ones, so a file that has them
-    says ``.format_version`` 0, which forbids that.
-    As torch does under ``torch.serialization.set_crc32_options(False)``, sizes and CRC-32 stand
-    in a data descriptor behind the data and in the central directory, the local header has
-    zeros, and a tensor's CRC is 0 in both places; ``crc_at`` names the two. Tensors with
-    ``inline`` bytes and all other records have their true CRC. Dates are 0, as torch's are.
-    Raises ValueError if slots and tensors don't match: a fault of the caller.
+    Records are not compressed, and tensors begin at multiples of 64 bytes, by PyTorch's extra field
+    "FB". A tensor that can share blocks with the file of its source lies where that is possible
+    (see ``planning.sharing``). PyTorch can compute the places of tensors instead of reading them
+    (``config.load.calculate_storage_offsets``), which would then be wrong, so such a file has
+    ``.format_version`` 0, which forbids it.
+
+    As with ``torch.serialization.set_crc32_options(False)``, a data descriptor behind the data and
+    the central directory have the sizes and the CRC-32, and the local header has zeros. The CRC of
+    a tensor is 0 in both places, which ``crc_at`` names. Tensors with ``inline`` bytes and all
+    other records have their true CRC. Dates are 0, as in files of PyTorch.
+
+    Args:
+        path: Relative to the target. Its stem is the top folder of the archive.
+        value: See ``pickle_writer.dump``. Each tensor has its own storage ``data/K``, numbered in
+            the order of the slots.
+
+    Raises:
+        ValueError: Slots and tensors do not match, which is an error of the caller.
     """
     pickled, order = dump(value, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
     return layout_pickled(path, pickled, order, tensors)
@@ -253,7 +264,7 @@ def layout_pt(path: str, value: object, tensors: Sequence[OutputTensor]) -> Outp
 def layout_pickled(
     path: str, pickled: bytes, order: Sequence[str], tensors: Sequence[OutputTensor]
 ) -> OutputFile:
-    """``layout_pt`` of a value that is pickled already; see ``pickle_writer.dump`` for both."""
+    """``layout_pt`` of a pickled value. See ``pickle_writer.dump`` for the pickle and its slots."""
     by_name = {tensor.name: tensor for tensor in tensors}
     if sorted(order) != sorted(tensor.name for tensor in tensors):
         raise ValueError(f"{path}: the tensors aren't those of the value")
@@ -280,7 +291,7 @@ def layout_pickled(
 
 
 def _top_folder(path: str) -> str:
-    """As torch names it: the file's stem, or "archive" where the path isn't ASCII."""
+    """The stem of the file, or "archive" if the path is not ASCII, as in PyTorch."""
     stem = os.path.splitext(os.path.basename(path))[0]
     return stem if stem.isascii() else "archive"
 
@@ -303,7 +314,7 @@ def _plan(name: bytes, record: bytes | OutputTensor, header: int, shared: int | 
 
 
 def _assemble(path: str, planned: Sequence[_Planned], directory_at: int) -> OutputFile:
-    """Headers and small records as literals, each as long as it goes between two tensors."""
+    """Join headers and small records into literals, as long as possible between two tensors."""
     literals: list[tuple[int, bytes]] = []
     placed: list[OutputTensor] = []
     run, run_at, entry_at = b"", 0, directory_at
@@ -358,7 +369,7 @@ def _central_header(entry: _Planned) -> bytes:
 
 
 def _end(count: int, at: int, size: int) -> bytes:
-    """Zip64's end record and its locator, which torch always writes, and the classic one."""
+    """The end record of zip64 and its locator, which PyTorch always writes, and the classic one."""
     end64 = struct.pack(
         "<4sQHHIIQQQQ", b"PK\x06\x06", 44, _MADE_BY, 45, 0, 0, count, count, size, at
     )

@@ -1,4 +1,4 @@
-"""GPT-NeoX's yml files: read as it reads them, several merged, and written."""
+"""Reads, merges and writes yml files as GPT-NeoX does."""
 
 import os
 import re
@@ -16,22 +16,25 @@ if TYPE_CHECKING:
     import yaml
 
 _MOST_BYTES = 1 << 20
-_MOST_EVENTS = 40_000  # of the parser; a value is one, a list or a mapping two
+_MOST_EVENTS = 40_000  # of the parser: one for a value, two for a list or a mapping
 _DEPTH = 32
-_WIDE = 10**9  # characters: a value isn't broken into lines
+_WIDE = 10**9  # characters, so that values stay on one line
 _DIGITS = 40  # of a number
 _NUMBER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|[0-9_:.]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class DuplicateKey:
-    """A key that stands in two of a run's yml files, or in one of them in two spellings.
+    """A key in two yml files of a run, or twice in one file in two spellings.
 
-    key: with underscores. first, second: names of the files; the second one's value counts.
-    values: both values.
-    refused: whether GPT-NeoX refuses it. It looks for the second one as it is spelled among the
-        keys with underscores (megatron/neox_arguments/arguments.py, from_ymls), so that one with a
-        ``-`` replaces the first without a word.
+    Attributes:
+        key: The key with underscores.
+        first: The name of the first file.
+        second: The name of the second file, whose value counts.
+        values: Both values.
+        refused: Whether GPT-NeoX refuses it. It looks for the second key as it is spelled among the
+            keys with underscores (megatron/neox_arguments/arguments.py, from_ymls), so a key with a
+            ``-`` replaces the first one silently.
     """
 
     key: str
@@ -42,7 +45,7 @@ class DuplicateKey:
 
 
 def read_yml(path: str) -> dict[str, Any]:
-    """One yml's keys, with underscores. Raises BridgeError, with the line, for a broken one."""
+    """The keys of a yml, with underscores. Raises BridgeError, with the line, if it is damaged."""
     return {key.replace("-", "_"): value for key, value in _read_spelled(path).items()}
 
 
@@ -52,10 +55,10 @@ def _read_spelled(path: str) -> dict[str, Any]:
 
 
 def parse_yml(raw: bytes, path: str) -> dict[str, Any]:
-    """A yml's keys as they are spelled there. path: for messages.
+    """The keys of a yml in its own spelling. path: for messages.
 
-    Tags are refused: only plain values are read. Aliases are too, since they can blow up, and what
-    is deeper or longer than any config.
+    Refuses tags, because only plain values are read, aliases, because they can become huge, and
+    files that are deeper or longer than any config.
     """
     import yaml
 
@@ -89,7 +92,7 @@ def parse_yml(raw: bytes, path: str) -> dict[str, Any]:
 
 
 def _problem(text: str, loader: Any) -> str | None:
-    """What of the text no config has, found before any of it becomes a value."""
+    """The first part of a text that no config has. It is found before any value is built."""
     import yaml
 
     depth = 0
@@ -110,14 +113,14 @@ def _problem(text: str, loader: Any) -> str | None:
 
 
 def _is_long_number(event: "yaml.ScalarEvent") -> bool:
-    """Whether yaml would make a number of it that is too long to work with, to base 60 too."""
+    """Whether yaml would read a text as a number that is too long, also in base 60."""
     return len(event.value) > _DIGITS and _NUMBER.fullmatch(event.value) is not None
 
 
 def _plain(value: Any, path: str) -> Any:
-    """A value of JSON's kinds, with text for a date; its keys are printable text.
+    """A value of the kinds of JSON, with a text for a date. Its keys are printable.
 
-    Raises BridgeError for bytes, sets and pairs, and for keys of such kinds.
+    Raises BridgeError for bytes, sets and pairs, also as keys.
     """
     if isinstance(value, dict):
         return {_key(key, path): _plain(entry, path) for key, entry in value.items()}
@@ -143,7 +146,7 @@ def _key(key: object, path: str) -> str:
 
 
 def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[DuplicateKey]]:
-    """Several yml files as one, in the order of their names, and the keys that stand in two."""
+    """Merge yml files in the order of their names. Also returns the keys that are in two files."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     duplicates = []
@@ -159,7 +162,7 @@ def merge_ymls(paths: Sequence[str]) -> tuple[dict[str, Any], list[DuplicateKey]
 
 
 def duplicate_finding(duplicate: DuplicateKey) -> Finding:
-    """What is said of a key in two files."""
+    """The finding for a key in two files."""
     old, new = duplicate.values
     where = f"in {duplicate.first} and {duplicate.second}"
     if duplicate.first == duplicate.second:
@@ -183,7 +186,7 @@ def _shown(value: object) -> str:
 
 
 def dump_yml(sections: Sequence[tuple[str, Mapping[str, Any]]]) -> bytes:
-    """A yml of sections, each under its comment, one line a key."""
+    """A yml of sections. Each has a comment, and each key has one line."""
     parts = []
     for comment, values in sections:
         lines = [f"# {line}\n" for line in comment.splitlines()]

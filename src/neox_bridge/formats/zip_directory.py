@@ -1,11 +1,11 @@
-"""The directory of a zip file, read only where every reader would read the same one.
+"""Reads the directory of a zip file if every reader would read the same one.
 
-Programs find a zip's records in different ways. torch's miniz takes the directory at the offset
-that the end record names, and finds names whatever their case. CPython's zipfile takes the
-directory that lies right before the end record. Others walk from one local header to the next. A
-file on which two of them disagree shows one thing to whoever inspects it and another to whoever
-loads it. So everything that says the same thing twice must agree here, and the records must fill
-the file without gaps; what torch.save, Python's zipfile and Info-ZIP write does.
+Programs find the records of a zip file in different ways. PyTorch's miniz reads the directory at
+the offset in the end record, and ignores the case of names. CPython's zipfile reads the directory
+right before the end record. Others walk from one local header to the next. If two programs
+disagree, a file can show one content to an inspection and another to a loader. So here all
+redundant fields must agree, and the records must fill the file without gaps, as in files of
+torch.save, Python's zipfile and Info-ZIP.
 
 Source: PKWARE's APPNOTE 6.3; torch's third_party/miniz-3.0.2/miniz.c (older releases: 2.0.8, 2.1.0)
 and caffe2/serialize/inline_container.cc; CPython's Lib/zipfile.
@@ -19,15 +19,15 @@ from typing import BinaryIO
 
 from neox_bridge.stores.paths import fetch_places, is_here, is_remote
 
-STORED, DEFLATED = 0, 8  # methods, APPNOTE 4.4.5; torch knows no others
+STORED, DEFLATED = 0, 8  # compression methods, APPNOTE 4.4.5; PyTorch knows no others
 HAS_DESCRIPTOR, UTF8 = 0x8, 0x800  # flags, 4.4.4
 LOCAL = struct.Struct("<4sHHHHHIIIHH")  # 4.3.7
 CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")  # 4.3.12
 DESCRIPTOR = struct.Struct("<4sIII")  # 4.3.9
 DESCRIPTOR64 = struct.Struct("<4sIQQ")
 EXTRA = struct.Struct("<HH")  # 4.5.1
-U32 = 0xFFFFFFFF  # this number in a classic field says that the zip64 field has the real one
-ALIGNMENT = 64  # bytes, of torch's records
+U32 = 0xFFFFFFFF  # in a classic field: the real number is in the zip64 field
+ALIGNMENT = 64  # bytes, of records of PyTorch
 
 _END = struct.Struct("<4sHHHHIIH")  # 4.3.16
 _END64 = struct.Struct("<4sQHHIIQQQQ")  # 4.3.14
@@ -36,29 +36,31 @@ _LOCAL_SIGNATURE, _CENTRAL_SIGNATURE = b"PK\x03\x04", b"PK\x01\x02"
 _DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 _END_SIGNATURE, _END64_SIGNATURE, _LOCATOR_SIGNATURE = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _COMMENT_BYTES = 0xFFFF  # the longest comment that can follow an end record
-_REMOTE_TAIL_BYTES = 16 << 10  # what is fetched of an object's end anyway
-_MAX_DIRECTORY_BYTES = 8 << 20  # some 100,000 records, where GPT-NeoX's files have hundreds
-_HEADER_BYTES = 512  # a local header with its name and torch's padding
+_REMOTE_TAIL_BYTES = 16 << 10  # bytes at the end of an object that are fetched anyway
+_MAX_DIRECTORY_BYTES = 8 << 20  # about 100,000 records; files of GPT-NeoX have hundreds
+_HEADER_BYTES = 512  # a local header with its name and the padding of PyTorch
 _STRANGE = re.compile(r"[\x00-\x1f\\\x7f]")  # in names: control characters and backslashes
-_KNOWN_FLAGS = 0x6 | HAS_DESCRIPTOR | UTF8  # 0x6: how well a record is compressed
-_FOLDER = 0x10  # of the external attributes; torch reads nothing of such a record, silently
-_MAX_NAME_BYTES = 511  # miniz cuts longer names
+_KNOWN_FLAGS = 0x6 | HAS_DESCRIPTOR | UTF8  # 0x6: the level of compression
+_FOLDER = 0x10  # external attribute of folders; PyTorch reads such a record as empty
+_MAX_NAME_BYTES = 511  # miniz truncates longer names
 _ZIP64 = 1
 
 
 class ZipError(Exception):
-    """A zip that two readers could read differently: a clause that says why."""
+    """Two readers could read the zip file differently. The message is a clause that says why."""
 
 
 class NoDirectory(ZipError):
-    """A file without a directory at its end: no zip, or one that is cut off."""
+    """A file has no directory at its end: it is not a zip file, or it is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A record, as the directory describes it. Sizes and places in bytes.
+    """A record in the directory. Sizes and places are in bytes.
 
-    packed: what the record takes in the file. header: where its local header begins.
+    Attributes:
+        packed: The size of the record in the file.
+        header: Where its local header begins.
     """
 
     name: str
@@ -71,10 +73,10 @@ class Entry:
 
 
 def read_directory(file: BinaryIO) -> tuple[list[Entry], int]:
-    """The records in the order in which they lie in the file, and where the directory begins.
+    """The records in their order in the file, and where the directory begins.
 
-    Raises ZipError, which is NoDirectory for a file without one. Takes at most some 8 MiB,
-    whatever the file says of itself. Only the directory is read: see ``data_places``.
+    Reads only the directory (see ``data_places``). Needs at most about 8 MiB of memory. Raises
+    ZipError, or NoDirectory for a file without one.
     """
     count, start, size = _end(file)
     file.seek(start)
@@ -90,8 +92,8 @@ def read_directory(file: BinaryIO) -> tuple[list[Entry], int]:
 def data_places(file: BinaryIO, entries: Sequence[Entry], end: int) -> list[int]:
     """Where the bytes of each record begin. Compares the local headers with the directory.
 
-    entries, end: from ``read_directory``. Of an object in a store, headers that aren't here and
-    would each be a request are left out where the directory tells the place in two ways.
+    In a store, each header would be a request, so headers are skipped if the directory gives the
+    place in two ways. entries, end: from ``read_directory``.
     """
     counted = _counted(file, entries, end) if is_remote(file) else {}
     starts, free, before = list[int](), 0, None
@@ -120,7 +122,7 @@ def data_places(file: BinaryIO, entries: Sequence[Entry], end: int) -> list[int]
 
 
 def folded(name: str) -> str:
-    """The name as miniz compares it: ASCII letters in lower case."""
+    """A name as miniz compares it, with ASCII letters in lower case."""
     return name.encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
 
 
@@ -128,7 +130,7 @@ def folded(name: str) -> str:
 
 
 def _end(file: BinaryIO) -> tuple[int, int, int]:
-    """How many records there are, where the directory begins, and its size."""
+    """The number of records, the start of the directory, and its size."""
     size = file.seek(0, 2)
     length = min(size, _REMOTE_TAIL_BYTES if is_remote(file) else _END.size + _COMMENT_BYTES)
     file.seek(size - length)
@@ -158,9 +160,10 @@ def _end(file: BinaryIO) -> tuple[int, int, int]:
 
 
 def _end64(tail: bytes, size: int) -> tuple[int, int, int, int] | None:
-    """The numbers of zip64's end record: records here, records, bytes and place of the directory.
+    """The end record of zip64: records on this disk, all records, size and place of the directory.
 
-    tail: the file's last bytes. None if there is no locator, without which nobody reads it.
+    None if its locator is missing, without which no reader reads it. tail: the last bytes of the
+    file.
     """
     locator = tail[-_END.size - _LOCATOR.size : -_END.size]
     if not locator.startswith(_LOCATOR_SIGNATURE):
@@ -181,7 +184,7 @@ def _end64(tail: bytes, size: int) -> tuple[int, int, int, int] | None:
 
 
 def _other_end(tail: bytes) -> bool:
-    """Whether another end record would be one, with all that follows it as its comment."""
+    """Whether another end record is valid too, with the rest of the file as its comment."""
     at = tail.find(_END_SIGNATURE)
     while 0 <= at < len(tail) - _END.size:
         (comment,) = struct.unpack_from("<H", tail, at + _END.size - 2)
@@ -195,7 +198,7 @@ def _other_end(tail: bytes) -> bool:
 
 
 def _parse(raw: bytes, count: int, start: int) -> list[Entry]:
-    """Its entries. start: where it lies, so that headers lie before it."""
+    """The entries of the directory. start: its place, before which all headers must be."""
     entries, at = list[Entry](), 0
     while at < len(raw) and len(entries) < count:
         if len(raw) - at < CENTRAL.size or not raw.startswith(_CENTRAL_SIGNATURE, at):
@@ -233,7 +236,7 @@ def _name(raw: bytes, flags: int) -> str:
         name = raw.decode("utf-8" if flags & UTF8 else "ascii")
     except UnicodeDecodeError:
         raise ZipError(f"the name {raw[:80]!r} is not text") from None
-    # miniz ends a name at a NUL, and others take a backslash for a slash
+    # miniz ends a name at a NUL, and other readers take a backslash as a slash
     if len(raw) > _MAX_NAME_BYTES or _STRANGE.search(name):
         raise ZipError(f"the name {name[:80]!r} is not a name that PyTorch writes")
     return name
@@ -249,9 +252,9 @@ def _check_entry(name: str, flags: int, comment_size: int, disk: int) -> None:
 
 
 def _widened(name: str, extra: bytes, *classic: int) -> tuple[int, ...]:
-    """The size, the packed size and the header's place, from zip64's field where they are there.
+    """The size, the packed size and the place of the header, with those in the zip64 field.
 
-    Source: APPNOTE 4.5.3: in this order, those alone that the classic fields don't hold.
+    The field has, in this order, only the numbers that exceed the classic fields (APPNOTE 4.5.3).
     """
     fields = [data for kind, data in _fields(extra, strict=True) if kind == _ZIP64]
     wide = sum(value == U32 for value in classic)
@@ -264,7 +267,7 @@ def _widened(name: str, extra: bytes, *classic: int) -> tuple[int, ...]:
 
 
 def _fields(extra: bytes, strict: bool = False) -> Iterator[tuple[int, bytes]]:
-    """The extra fields. strict: whether bytes that are none are a fault rather than padding."""
+    """The extra fields. strict: whether other bytes are an error; otherwise they are padding."""
     at = 0
     while len(extra) - at >= EXTRA.size:
         kind, size = EXTRA.unpack_from(extra, at)
@@ -284,9 +287,9 @@ def _fields(extra: bytes, strict: bool = False) -> Iterator[tuple[int, bytes]]:
 
 
 def _check_header(file: BinaryIO, entry: Entry, before: Entry | None, free: int) -> int:
-    """Where a record's bytes begin, which only its local header tells.
+    """Where the bytes of a record begin, according to its local header.
 
-    before, free: the record before it, and where its bytes end.
+    before: the record before it. free: where the bytes of that record end.
     """
     gap = entry.header - free
     file.seek(free)
@@ -314,7 +317,7 @@ def _check_header(file: BinaryIO, entry: Entry, before: Entry | None, free: int)
 
 
 def _local_numbers(extra: bytes, size: int, packed: int) -> tuple[int, int]:
-    """The size and the packed size that a local header says."""
+    """The size and the packed size in a local header."""
     for kind, data in _fields(extra):
         if kind == _ZIP64 and len(data) >= 16 and U32 in (size, packed):
             size, packed = struct.unpack_from("<2Q", data)
@@ -322,7 +325,7 @@ def _local_numbers(extra: bytes, size: int, packed: int) -> tuple[int, int]:
 
 
 def _check_gap(raw: bytes, before: Entry | None, start: int, end: int) -> None:
-    """Raises ZipError unless what lies behind a record's bytes is its data descriptor."""
+    """Raise ZipError unless only a data descriptor follows the bytes of a record."""
     if start == end and (before is None or not before.flags & HAS_DESCRIPTOR or not before.size):
         return
     if before is not None and before.flags & HAS_DESCRIPTOR and len(raw) == end - start:
@@ -335,12 +338,12 @@ def _check_gap(raw: bytes, before: Entry | None, start: int, end: int) -> None:
 
 
 def _counted(file: BinaryIO, entries: Sequence[Entry], end: int) -> dict[int, int]:
-    """Where bytes of an object's records begin, by where their headers do, as far as that is sure.
+    """Where the bytes of an object's records begin, if that follows from the places of headers.
 
-    Only the headers themselves say it, which for a file in a store is a request each. But torch
-    puts nothing between records and starts each at the first multiple of 64 that it can
-    (caffe2/serialize/inline_container.cc, getPadding): the place is counted back from the next
-    record, and forward from the header. Where both agree the header isn't read, unless it is here.
+    Only the local headers contain it, and reading one is a request. But PyTorch leaves no gaps
+    between records and starts each at the first possible multiple of 64
+    (caffe2/serialize/inline_container.cc, getPadding). So the place is computed backward from the
+    next record and forward from the header. If both agree, the header is not read.
     """
     places = {}
     ends = [*(entry.header for entry in entries[1:]), end]
