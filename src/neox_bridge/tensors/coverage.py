@@ -8,7 +8,7 @@ from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece
 
 
 class CoverageError(AssertionError):
-    """A plan that leaves a gap or writes twice: a fault of this program, never of the user."""
+    """A plan leaves a gap or writes twice. This is a bug of neox-bridge, never a user's mistake."""
 
 
 def check_files(files: Sequence[OutputFile]) -> None:
@@ -39,7 +39,7 @@ def _check_tensor(path: str, tensor: OutputTensor) -> None:
     where = f"{path}: {tensor.name}"
     if tensor.inline is not None:
         if len(tensor.inline) != tensor.nbytes or tensor.pieces:
-            raise CoverageError(f"{where}: inline bytes don't fit")
+            raise CoverageError(f"{where}: the inline bytes have another size than the tensor")
         return
     if tensor.random is not None:
         return

@@ -1,4 +1,4 @@
-"""The element types of checkpoints, under the names that each format has for them."""
+"""The dtypes of checkpoints, with their names in each format."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -10,12 +10,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type: its torch name, its size in bytes, and its names elsewhere."""
+    """One dtype.
+
+    Attributes:
+        name: The name in torch.
+        itemsize: The size of an element in bytes.
+        safetensors: The name in safetensors files; "" if there is none.
+        storage: The legacy storage class of torch in pickles; "" if there is none.
+    """
 
     name: str
     itemsize: int
     safetensors: str
-    storage: str  # torch's legacy storage class, as pickles name it; "" where there is none
+    storage: str
 
 
 _TABLE = (
@@ -44,9 +51,9 @@ BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 FLOATING = ("float64", "float32", "float16", "bfloat16")
-# 8-bit floats that weights are stored in; float8_e8m0fnu holds scales only
+# 8-bit floats of weights; float8_e8m0fnu is only for scales
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-# dtypes of safetensors whose elements are no whole bytes, and what they are
+# dtypes of safetensors whose elements are smaller than a byte
 PACKED_SAFETENSORS = {
     "F4": "4-bit floats",
     "F6_E2M3": "6-bit floats",
@@ -55,13 +62,13 @@ PACKED_SAFETENSORS = {
 
 
 def itemsize(name: str) -> int:
-    """Bytes of one element of the dtype called ``name``."""
+    """The size of an element of a dtype in bytes."""
     return BY_NAME[name].itemsize
 
 
 @cache
 def to_numpy(name: str) -> "np.dtype[Any]":
-    """The numpy dtype called ``name``, from ml_dtypes where numpy has none."""
+    """The dtype in numpy, or in ml_dtypes if numpy does not have it."""
     import ml_dtypes
     import numpy as np
 

@@ -1,8 +1,9 @@
-"""DeepSpeed's flat partitions: parameters one behind the other, padded, cut into equal parts.
+"""DeepSpeed's flat partitions.
 
-Source: deepspeed 0.16 runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py (a group is padded
-to a multiple of twice the data-parallel size, ``nccl_start_alignment_factor``), and
-utils/mixed_precision_linkage.py (which parameters a partition touches).
+DeepSpeed concatenates the parameters of a group, pads them, and cuts the result into equal parts.
+Sources: DeepSpeed 0.16 runtime/zero/stage_1_and_2.py; runtime/bf16_optimizer.py, which pads a group
+to a multiple of twice the data-parallel size (``nccl_start_alignment_factor``); and
+utils/mixed_precision_linkage.py, which decides which parameters a partition contains.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,13 @@ _ALIGNMENT = 2  # elements, times the data-parallel size
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """What a partition has of a parameter.
+    """The elements of a parameter that a partition contains.
 
-    name: the parameter's. start: in the partition. low: in the parameter. numel: elements.
+    Attributes:
+        name: The name of the parameter.
+        start: The first element in the partition.
+        low: The first element in the parameter.
+        numel: The number of elements.
     """
 
     name: str
@@ -32,28 +37,33 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Flat:
-    """One group of parameters on one model-parallel rank, over ``dp`` data-parallel ranks."""
+    """One group of parameters of one model-parallel rank.
+
+    Attributes:
+        shapes: The shape of each parameter by its name, in the order of the group.
+        dp: The number of data-parallel ranks.
+    """
 
     shapes: Mapping[str, Shape]
     dp: int
 
     @cached_property
     def numel(self) -> int:
-        """Elements without padding."""
+        """The number of elements without padding."""
         return sum(prod(shape) for shape in self.shapes.values())
 
     @cached_property
     def partition(self) -> int:
-        """Elements of each partition, padding included."""
+        """The number of elements of each partition, with padding."""
         step = _ALIGNMENT * self.dp
         return -(-self.numel // step) * step // self.dp
 
     def used(self, rank: int) -> int:
-        """Elements of a rank's partition that aren't padding."""
+        """The number of elements of a rank's partition without padding."""
         return max(0, min(self.partition, self.numel - rank * self.partition))
 
     def fragments(self, rank: int) -> Iterator[Fragment]:
-        """What a rank's partition holds, in order."""
+        """The fragments in a rank's partition, in order."""
         first, at = rank * self.partition, 0
         for name, shape in self.shapes.items():
             low, high = max(at, first), min(at + prod(shape), first + self.partition)
@@ -62,13 +72,17 @@ class Flat:
             at += prod(shape)
 
     def wholes(self, parts: Sequence[TensorRef]) -> dict[str, Whole]:
-        """The group's parameters, from the ranks' partitions: one dimension, padding or not."""
+        """The parameters of the group.
+
+        Args:
+            parts: The partition of each rank, of one dimension, with or without padding.
+        """
         used = [replace(part, shape=(self.used(rank),)) for rank, part in enumerate(parts)]
         return wholes_of(self.shapes, [part for part in used if part.nbytes] or used)
 
 
 def wholes_of(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[str, Whole]:
-    """The parameters, which lie one behind the other in parts without padding."""
+    """The parameters of a group whose parts, concatenated, have no padding between them."""
     runs = _runs([prod(shape) for shape in shapes.values()], parts)
     dtype = parts[0].dtype if parts else "float32"
     wholes = {}
@@ -87,8 +101,8 @@ def wholes_of(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[s
 def _runs(
     sizes: Sequence[int], parts: Sequence[TensorRef]
 ) -> Iterator[list[tuple[TensorRef, int]]]:
-    """For each parameter, its runs of elements in the parts, and where in it each run begins."""
-    number, at = 0, 0  # the part, and the next element of it
+    """The runs of elements of each parameter in the parts, with their starts in the parameter."""
+    number, at = 0, 0  # the current part, and its next element
     for size in sizes:
         parameter_runs, low = [], 0
         while low < size:
@@ -103,7 +117,11 @@ def _runs(
 
 
 def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:
-    """(start, shape) of boxes that are, one behind the other, a range of a row-major tensor."""
+    """The boxes that form a range of elements of a row-major tensor.
+
+    Returns:
+        The start and the shape of each box, in the order of their elements.
+    """
     if low >= high:
         return []
     if not shape:
@@ -111,7 +129,7 @@ def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:
     inner = row_major(shape)[0]
     first, last = -(-low // inner), high // inner  # whole rows
     boxes = []
-    if first > last:  # all within one row
+    if first > last:  # the range is within one row
         row, at = divmod(low, inner)
         rest = boxes_of(shape[1:], at, high - row * inner)
         return [((row, *start), (1, *box)) for start, box in rest]
@@ -127,10 +145,13 @@ def boxes_of(shape: Shape, low: int, high: int) -> list[tuple[Shape, Shape]]:
 
 
 def in_place_of(whole: Whole, shards: Mapping[TensorRef, Whole], *, sums: bool = True) -> Whole:
-    """The tensor with other data: each stored tensor of a weight replaced by another whole.
+    """The tensor with other data: each of its stored tensors is replaced.
 
-    sums: whether what ranks add up is still added up. The moments of such a bias are the same on
-    every rank, since each sees all of its gradient.
+    Args:
+        whole: A weight.
+        shards: The new data for each stored tensor.
+        sums: Whether the ranks' parts of a bias are added up, as in the weight. False for the
+            moments of such a bias: every rank sees the whole gradient, so they are equal.
     """
     pieces: list[Piece] = []
     for piece in whole.pieces:
@@ -145,10 +166,13 @@ def in_place_of(whole: Whole, shards: Mapping[TensorRef, Whole], *, sums: bool =
 
 
 def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
-    """A tensor as tensors whose reductions have one piece a rank, each with where it begins.
+    """Cut a tensor so that a reduction of each part has one piece of every rank.
 
-    Where ranks all hold a tensor, and their data-parallel partitions cut it, each hold the same
-    parts of it. In row-major order; without a reduction it is one.
+    The data-parallel partitions of tensor-parallel ranks cut a tensor that all of them hold at the
+    same elements.
+
+    Returns:
+        The start of each part and the part, in row-major order. One part if there is no reduction.
     """
     if whole.reduce == "none":
         return [((0,) * len(whole.shape), whole)]
@@ -170,5 +194,5 @@ def placed_segments(whole: Whole) -> list[tuple[Shape, Whole]]:
 
 
 def segments(whole: Whole) -> list[Whole]:
-    """``placed_segments`` without the places."""
+    """The parts of ``placed_segments`` without their starts."""
     return [segment for _, segment in placed_segments(whole)]

@@ -1,8 +1,8 @@
-"""Tensors of an output file cut into parts that the executor can write: flat partitions, mostly.
+"""Cuts tensors of an output file into parts that the executor can write.
 
-A flat partition is one tensor of its file, and in it parameters lie one behind the other, each
-split or joined in its own way. So its place in the file is taken by a tensor for each part, at the
-byte where that begins. Parts whose bytes lie one behind the other in the source as well become one.
+Most of them are flat partitions. A flat partition is one tensor of its file and contains many
+parameters, each split or joined in its own way. The plan therefore has one tensor for each part, at
+its offset in the file. Parts that are adjacent in the source too are joined.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,13 +24,13 @@ from neox_bridge.tensors.pieces import (
 )
 from neox_bridge.tensors.tensor_ref import TensorRef, row_major
 
-Parts = Sequence[OutputTensor]  # their offsets in bytes from the place's first
+Parts = Sequence[OutputTensor]  # their offsets are relative to the tensor that they replace
 
 
 def partition(
     name: str, tensors: Mapping[str, OutputTensor], flat: Flat, rank: int, *, padded: bool
 ) -> list[OutputTensor]:
-    """A rank's partition of a group, as parts. padded: whether its zeros at the end are there."""
+    """A rank's partition of a group, as parts. padded: whether it ends with zeros as padding."""
     dtype = next(iter(tensors.values())).dtype
     parts: list[OutputTensor] = []
     for fragment in flat.fragments(rank):
@@ -45,7 +45,7 @@ def partition(
 
 
 def cut_out(tensor: OutputTensor, low: int, high: int) -> Iterator[OutputTensor]:
-    """The elements from ``low`` to ``high`` of a tensor in row-major order, as parts in order."""
+    """The elements from ``low`` to ``high`` of a tensor in row-major order, as ordered parts."""
     inner, size = row_major(tensor.shape), itemsize(tensor.dtype)
     for start, shape in boxes_of(tensor.shape, low, high):
         at = sum(a * b for a, b in zip(start, inner, strict=True)) - low
@@ -56,7 +56,7 @@ def cut_out(tensor: OutputTensor, low: int, high: int) -> Iterator[OutputTensor]
 
 
 def _readable(box: OutputTensor) -> Iterator[OutputTensor]:
-    """A box as boxes whose reductions have one piece a rank, or as runs of bytes where it is."""
+    """Cut a box into boxes whose reductions have one piece of every rank, or into runs of bytes."""
     strides, size = row_major(box.shape), itemsize(box.dtype)
     if box.reduce != "none":
         whole = Whole(box.dtype, box.shape, box.pieces, box.reduce)
@@ -72,7 +72,7 @@ def _readable(box: OutputTensor) -> Iterator[OutputTensor]:
 
 
 def _run(piece: Piece, box: OutputTensor) -> OutputTensor | None:
-    """The part that a piece is, in one dimension, where it is a run of its source's bytes."""
+    """A piece as a part of one dimension; None if it is not one run of bytes in its source."""
     source, place = piece.source, byte_range(piece, box.shape)
     if source is None or place is None or source.dtype != box.dtype or box.divisor != 1:
         return None
@@ -84,7 +84,7 @@ def _run(piece: Piece, box: OutputTensor) -> OutputTensor | None:
 
 
 def joined(parts: Iterable[OutputTensor]) -> Iterator[OutputTensor]:
-    """The parts, in order, those that follow each other in one source made one."""
+    """The ordered parts, with those joined that are adjacent in one source."""
     last: OutputTensor | None = None
     for part in parts:
         if last is not None and (both := _both(last, part)) is not None:
@@ -124,7 +124,7 @@ def _is_run(tensor: OutputTensor) -> bool:
 
 
 def stand_in(name: str, dtype: str, shape: Shape, parts: Parts) -> OutputTensor:
-    """What a format lays out in the parts' stead: of their size, and lying as the first does."""
+    """A tensor for a format to place instead of the parts. It has their size and first source."""
     first = next(iter(parts), None)
     piece = constant(shape, 0.0)
     if first is not None and _is_run(first) and len(shape) == 1:
@@ -133,7 +133,7 @@ def stand_in(name: str, dtype: str, shape: Shape, parts: Parts) -> OutputTensor:
 
 
 def put(file: OutputFile, parts: Mapping[str, Parts]) -> OutputFile:
-    """The file with these tensors in parts, by the tensors' names."""
+    """The file with tensors replaced by their parts. parts: by the names of the tensors."""
     return replace(
         file,
         tensors=tuple(
@@ -150,7 +150,7 @@ def put(file: OutputFile, parts: Mapping[str, Parts]) -> OutputFile:
 
 
 def cut_reductions(file: OutputFile) -> OutputFile:
-    """The file with each tensor that ranks hold in several parts written part by part."""
+    """The file with each reduction of several pieces per rank replaced by parts."""
     parts: dict[str, Parts] = {}
     for tensor in file.tensors:
         whole = Whole(tensor.dtype, tensor.shape, tensor.pieces, tensor.reduce)

@@ -1,7 +1,7 @@
-"""Where the rows of q, k, v or of up and gate lie in a rank's fused tensor.
+"""The rows of q, k and v, or of up and gate, in a rank's fused tensor.
 
-One description, used in both directions: a ``RowSpan`` lies in the rank's fused tensor and in the
-rank's share of one part. Only rows are moved, so that biases are the case of one dimension.
+Both directions use the same description: a ``RowSpan`` has a position in the fused tensor of a rank
+and one in the rank's share of a part. Only rows move, so a bias is the case of one dimension.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,13 @@ Part = Literal["", "q", "k", "v", "up", "gate"]
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """Rows of a part: where they start in a rank's fused tensor, in the rank's part; how many."""
+    """Adjacent rows of a part.
+
+    Attributes:
+        fused: The first row in the fused tensor of a rank.
+        part: The first row in the rank's share of the part.
+        rows: The number of rows.
+    """
 
     fused: int
     part: int
@@ -28,10 +34,13 @@ class RowSpan:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """What the row maps depend on: the model's numbers of heads, and the order of the rows.
+    """The facts that decide the order of the rows.
 
-    order: matters for grouped-query attention only.
-    te: which modules are Transformer Engine's, "attention" or "mlp", with an order of their own.
+    Attributes:
+        heads: The number of query heads of the model.
+        kv_heads: The number of key-value heads of the model.
+        order: The order of the rows. It matters only for grouped-query attention.
+        te: The modules of Transformer Engine, "attention" or "mlp", which have another order.
     """
 
     heads: int
@@ -40,21 +49,28 @@ class Fusion:
     te: frozenset[str] = frozenset()
 
     def part_rows(self, part: Part, fused: int) -> int:
-        """How many of a fused tensor's rows are of this part."""
+        """The number of rows of this part in a fused tensor. fused: all rows of it."""
         if part in ("up", "gate"):
             return fused // 2
         heads = self.heads if part == "q" else self.kv_heads
         return fused * heads // (self.heads + 2 * self.kv_heads)
 
     def runs(self, part: Part, rows: int, tp: int) -> tuple[RowSpan, ...]:
-        """The runs of a part that has this many rows on one of ``tp`` ranks.
+        """The adjacent rows of a part that has this many rows on one of ``tp`` ranks.
 
-        gated: [up | gate], GPT-NeoX megatron/model/transformer.py, Gated_Activation.
-        full attention: head by head [q k v]. grouped-query: [all q | all k | all v] since
-        neox-gqa-order; before, for each query head [q | slice of k | slice of v], all slices
-        together being all of k and v (ParallelSelfAttention.forward, gqa_project). Transformer
-        Engine 1.12: [gate | up] (common/util/vectorized_pointwise.h, gated_act_kernel), and for
-        each head of k and v [its q heads | k | v] (attention.py, qkv_weight_interleaved).
+        Orders of GPT-NeoX (megatron/model/transformer.py):
+
+        - gated MLP: [up | gate] (Gated_Activation)
+        - full attention: [q k v] for each head
+        - grouped-query attention since neox-gqa-order: [all q | all k | all v]
+        - grouped-query attention before: [q | slice of k | slice of v] for each query head. All
+          slices together are all of k and v (ParallelSelfAttention.forward, gqa_project).
+
+        Orders of Transformer Engine 1.12:
+
+        - gated MLP: [gate | up] (common/util/vectorized_pointwise.h, gated_act_kernel)
+        - attention: [its query heads | k | v] for each key-value head (attention.py,
+          qkv_weight_interleaved)
         """
         if part in ("up", "gate"):
             first = "gate" if "mlp" in self.te else "up"
@@ -78,7 +94,7 @@ class Fusion:
 
 
 def gather_part(fusion: Fusion, part: Part, shards: Sequence[TensorRef]) -> Whole:
-    """One part as a tensor of the model, from the ranks' fused tensors."""
+    """One part as a tensor of the model. shards: the fused tensor of each rank."""
     fused, *rest = shards[0].shape
     rows, tp = fusion.part_rows(part, fused), len(shards)
     zero = (0,) * len(rest)
@@ -87,12 +103,12 @@ def gather_part(fusion: Fusion, part: Part, shards: Sequence[TensorRef]) -> Whol
         for rank, ref in enumerate(shards)
         for run in fusion.runs(part, rows, tp)
     )
-    # no shards: the source's tensors hold more than this part
+    # without shards, because the tensors of the source contain more than this part
     return Whole(shards[0].dtype, (rows * tp, *rest), pieces)
 
 
 def gather_again(fusion: Fusion, part: Part, whole: Whole) -> Whole:
-    """A gathered part, read in the order of another fusion."""
+    """A gathered part, read again in the order of another fusion."""
     shards = dict.fromkeys(piece.source for piece in whole.pieces if piece.source is not None)
     return gather_part(fusion, part, tuple(shards))
 
@@ -100,7 +116,7 @@ def gather_again(fusion: Fusion, part: Part, whole: Whole) -> Whole:
 def scatter_parts(
     name: str, fusion: Fusion, parts: Mapping[Part, Whole], tp: int, rank: int
 ) -> OutputTensor:
-    """One rank's fused tensor, from the parts as tensors of the model."""
+    """The fused tensor of one rank. parts: as tensors of the model."""
     first = next(iter(parts.values()))
     rest = first.shape[1:]
     zero: Shape = (0,) * len(rest)

@@ -1,4 +1,4 @@
-"""How tensor parallelism lays a tensor over its ranks: one description, used in both directions."""
+"""How tensor parallelism divides a tensor over its ranks. Both directions use it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,9 +24,9 @@ Split = Literal[
 _SPLIT_DIM: dict[str, int] = {"column": 0, "vocab": 0, "row": 1}
 
 
-@lru_cache(4096)  # all blocks have the same
+@lru_cache(4096)  # all blocks have equal shapes
 def share(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Shape, Shape]:
-    """(start, shape) of the box of a whole tensor that one of ``tp`` ranks holds, as its own."""
+    """The start and the shape of the box of a whole tensor that one of ``tp`` ranks holds."""
     part, start, dim = shard_shape(split, shape, tp), [0] * len(shape), _dim(split, shape)
     if dim is not None:
         start[dim] = rank * part[dim]
@@ -34,7 +34,7 @@ def share(split: Split, shape: Shape, tp: int, rank: int) -> tuple[Shape, Shape]
 
 
 def shard_shape(split: Split, shape: Shape, tp: int) -> Shape:
-    """The shape of one rank's part; the split dimension must be divisible by ``tp``."""
+    """The shape of one rank's part. ``tp`` must divide the split dimension."""
     part, dim = list(shape), _dim(split, shape)
     if dim is not None:
         part[dim] //= tp
@@ -42,13 +42,13 @@ def shard_shape(split: Split, shape: Shape, tp: int) -> Shape:
 
 
 def _dim(split: Split, shape: Shape) -> int | None:
-    """The dimension that is split, where the tensor has it."""
+    """The dimension that is split; None if the tensor does not have it."""
     dim = _SPLIT_DIM.get(split)
     return dim if dim is not None and dim < len(shape) else None
 
 
 def whole_shape(split: Split, shape: Shape, tp: int) -> Shape:
-    """The inverse of ``shard_shape``."""
+    """The shape of the whole tensor, from that of one rank's part."""
     whole, dim = list(shape), _dim(split, shape)
     if dim is not None:
         whole[dim] *= tp
@@ -56,11 +56,14 @@ def whole_shape(split: Split, shape: Shape, tp: int) -> Shape:
 
 
 def gather(split: Split, shards: Sequence[TensorRef], row_bias_sums: bool) -> Whole:
-    """One tensor from its shards, by rank.
+    """One tensor from the shards of all ranks.
 
-    row_bias_sums: with gpt_j_residual each rank adds its row bias before the all-reduce, so that
-        the model's bias is the sum; without it each rank holds the whole bias
-        (GPT-NeoX megatron/model/transformer.py, ParallelTransformerLayer.forward).
+    Args:
+        split: How the ranks share the tensor.
+        shards: The tensor of each rank.
+        row_bias_sums: Whether a row bias is the sum of the ranks' biases. With gpt_j_residual each
+            rank adds its row bias before the all-reduce. Without it each rank holds the whole bias
+            (GPT-NeoX megatron/model/transformer.py, ParallelTransformerLayer.forward).
     """
     tp = len(shards)
     shape = whole_shape(split, shards[0].shape, tp)
@@ -81,11 +84,19 @@ def scatter(
 ) -> OutputTensor:
     """One rank's part of a tensor.
 
-    row_bias: what a row bias becomes: "whole" on rank 0 and -0.0 elsewhere, so that the sum is
-        exact for every bit pattern; "split": divided by ``tp``; "replicated".
+    Args:
+        name: The name of the part.
+        split: How the ranks share the tensor.
+        whole: The tensor.
+        tp: The number of tensor-parallel ranks.
+        rank: The rank.
+        row_bias: How a row bias is written. "whole": all of it on rank 0, and -0.0 on the others,
+            so that the sum is exact for every bit pattern. "split": divided by ``tp`` on each rank.
+            "replicated": all of it on each rank.
     """
     stored = [ref.shape for ref in whole.shards]
-    if stored == [shard_shape(split, whole.shape, tp)] * tp:  # Meta splits embeddings otherwise
+    # Meta splits embeddings by columns
+    if stored == [shard_shape(split, whole.shape, tp)] * tp:
         ref = whole.shards[rank]
         return OutputTensor(name, whole.dtype, ref.shape, (box(ref),))
     if len(whole.parts) == tp:
@@ -103,13 +114,13 @@ def scatter(
 
 
 def constant(shape: Shape, value: float, to: Shape | None = None) -> Piece:
-    """A box of a constant, at the destination's start unless told."""
+    """A box of a constant. to: its place in the destination, by default the start."""
     zero = (0,) * len(shape)
     return Piece(None, zero, to or zero, shape, value)
 
 
 def with_rows(whole: Whole, rows: int) -> Whole:
-    """The tensor with its first rows only, or with zero rows added at its end."""
+    """The tensor with only its first rows, or with rows of zeros added at its end."""
     have = whole.shape[0]
     if rows == have:
         return whole

@@ -1,4 +1,4 @@
-"""The plan as plain data: boxes of source tensors, output tensors, output files."""
+"""A plan as plain data: boxes of source tensors, output tensors and output files."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,12 +16,18 @@ Reduce = Literal["none", "sum", "replica"]
 @packed
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a source tensor, and where in the destination it goes.
+    """A box of a source tensor, and its place in the destination.
 
-    source: None for a constant, whose value is ``fill`` (0.0, or -0.0 which keeps sums exact).
-    start, to, shape: in elements, one number a dimension; source and destination have the same
-        number of dimensions.
-    scale: the source's values are multiplied by it, in float64 (``optimizer/gradient_scale``).
+    Source and destination have the same number of dimensions.
+
+    Attributes:
+        source: The source tensor; None for a constant.
+        start: The start of the box in the source, in elements for each dimension.
+        to: The start of the box in the destination.
+        shape: The shape of the box.
+        fill: The value of a constant: 0.0, or -0.0, which keeps sums exact.
+        scale: The values of the source are multiplied by it, in float64
+            (``optimizer/gradient_scale``).
     """
 
     source: TensorRef | None
@@ -34,14 +40,18 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A tensor of the model as one, wherever its pieces lie.
+    """A tensor of the model, whatever files its pieces are in.
 
-    reduce: "none": the pieces tile the tensor. "sum", "replica": every source holds all of it, one
-        for each tensor-parallel rank; the value is their sum, or any of them (their mean where
-        they differ).
-    shards: the source's own tensors by tensor-parallel rank, where it has ranks.
-    parts: what each such rank holds, where it isn't one tensor of a file.
-    random: a seed, for a tensor that is made up (``neox-bridge toy``).
+    Attributes:
+        dtype: The dtype of its values. Pieces of another dtype are cast.
+        shape: The shape of the whole tensor.
+        pieces: The boxes of source tensors that form it.
+        reduce: "none": the pieces tile the tensor. "sum" and "replica": each tensor-parallel rank
+            holds all of it. The value is then their sum, or any of them, and their mean if they
+            differ.
+        shards: The tensors of the source by tensor-parallel rank, if it has ranks.
+        parts: What each such rank holds, if that is not one tensor of a file.
+        random: The seed of a made-up tensor (``neox-bridge toy``).
     """
 
     dtype: str
@@ -62,11 +72,17 @@ class Whole:
 class OutputTensor:
     """One tensor of an output file.
 
-    offset: bytes from the file's start, once a format has placed it.
-    dtype: that of the output; sources of another dtype are cast.
-    divisor: the values are divided by it (row biases split over ranks).
-    inline: the bytes themselves, for the few derived ones.
-    crc_at: where in the file the CRC-32 of the tensor's bytes belongs (zip containers).
+    Attributes:
+        name: Its name in the file.
+        dtype: The dtype in the file. Sources of another dtype are cast.
+        shape: The shape in the file.
+        pieces: See ``Whole``.
+        reduce: See ``Whole``.
+        divisor: The values are divided by it (row biases that are split over ranks).
+        inline: Its bytes, for the few tensors that are computed.
+        random: See ``Whole``.
+        offset: Bytes from the start of the file, once a format has placed it.
+        crc_at: The offsets at which the file contains the CRC-32 of its bytes (zip containers).
     """
 
     name: str
@@ -85,7 +101,7 @@ class OutputTensor:
         return prod(self.shape) * itemsize(self.dtype)
 
     def at(self, offset: int, crc_at: tuple[int, ...] = ()) -> "OutputTensor":
-        """The tensor with its place in a file; ``dataclasses.replace`` takes five times as long."""
+        """The tensor at a place in a file. ``dataclasses.replace`` takes five times as long."""
         return OutputTensor(
             self.name,
             self.dtype,
@@ -105,10 +121,14 @@ class OutputTensor:
 class OutputFile:
     """One file below the target: literal bytes and tensors, or a copy of another file.
 
-    path: relative to the target.
-    literals: (offset, bytes): headers, pickles, small text files.
-    copy_of: an absolute path, for files that are taken over as they are.
-    seals: whether it is the record, a JSON object to which the others' sizes and hashes are added.
+    Attributes:
+        path: The path relative to the target.
+        size: The size in bytes.
+        literals: Offsets and bytes: headers, pickles, small text files.
+        tensors: The tensors of the file.
+        copy_of: The absolute path of a file that is copied unchanged; None for other files.
+        seals: Whether it is the record, a JSON object to which the sizes and hashes of all other
+            files are added.
     """
 
     path: str
@@ -120,7 +140,7 @@ class OutputFile:
 
 
 def scaled(whole: Whole, scale: float) -> Whole:
-    """The tensor with every value multiplied by ``scale``. Its ``shards`` are left out."""
+    """The tensor with every value multiplied by ``scale``. It has no ``shards``."""
     pieces = tuple(
         Piece(piece.source, piece.start, piece.to, piece.shape, piece.fill, piece.scale * scale)
         for piece in whole.pieces
@@ -130,23 +150,25 @@ def scaled(whole: Whole, scale: float) -> Whole:
 
 
 def whole_of(ref: TensorRef) -> Whole:
-    """A source tensor as the whole of a tensor."""
+    """A source tensor as a whole tensor."""
     return Whole(ref.dtype, ref.shape, (box(ref),))
 
 
 def box(ref: TensorRef) -> Piece:
-    """All of a source tensor, at the destination's start."""
+    """All of a source tensor, at the start of the destination."""
     zero = (0,) * len(ref.shape)
     return Piece(ref, zero, zero, ref.shape)
 
 
 def cut(whole: Whole, start: Shape, shape: Shape, to: Shape) -> tuple[Piece, ...]:
-    """The pieces of a box of ``whole``, moved so that the box's corner lies at ``to``."""
+    """The pieces of a box of ``whole``, moved so that the box starts at ``to``."""
     if shape == whole.shape and not any(to) and all(shape):  # nothing is cut off or moved
         return whole.pieces
     if len(whole.pieces) == 1 and not any(whole.pieces[0].to):
         only = whole.pieces[0]
-        if only.shape == whole.shape and not any(only.start) and all(shape):  # as most are
+        if (
+            only.shape == whole.shape and not any(only.start) and all(shape)
+        ):  # true for most tensors
             return (Piece(only.source, start, to, shape, only.fill, only.scale),)
     return tuple(_clip(whole.pieces, start, shape, to))
 
@@ -156,7 +178,7 @@ def _clip(pieces: Iterable[Piece], start: Shape, shape: Shape, to: Shape) -> Ite
     above, below = (start[0], end[0]) if start else (0, 1)
     for piece in pieces:
         if start and (piece.to[0] >= below or piece.to[0] + piece.shape[0] <= above):
-            continue  # most of the many pieces of a flat group, by one dimension
+            continue  # rejects most of the many pieces of a flat group by one dimension
         low = tuple(map(max, piece.to, start))
         high = tuple(map(min, map(add, piece.to, piece.shape), end))
         size = tuple(map(sub, high, low))
@@ -168,15 +190,20 @@ def _clip(pieces: Iterable[Piece], start: Shape, shape: Shape, to: Shape) -> Ite
 
 
 def byte_range(piece: Piece, shape: Shape) -> tuple[int, int, int] | None:
-    """(source offset, destination offset, bytes) of a piece that is one run of bytes on both sides.
+    """The place of a piece that is one run of bytes in the source and in the destination.
 
-    shape: that of the destination tensor; its offset is counted from the tensor's first byte.
-    None if the piece is strided on either side, scaled, or a constant.
+    Args:
+        piece: The piece.
+        shape: The shape of the destination tensor.
+
+    Returns:
+        The offset in the source file, the offset in the destination tensor, and the number of
+        bytes; None if the piece is strided on either side, scaled, or a constant.
     """
     ref = piece.source
     if ref is None or piece.scale != 1:
         return None
-    if ref.strides is None and piece.shape[1:] == ref.shape[1:] == shape[1:]:  # whole rows, as most
+    if ref.strides is None and piece.shape[1:] == ref.shape[1:] == shape[1:]:  # whole rows
         row = prod(shape[1:]) * itemsize(ref.dtype)
         first, to, rows = (piece.start[0], piece.to[0], piece.shape[0]) if shape else (0, 0, 1)
         return ref.offset + first * row, to * row, rows * row

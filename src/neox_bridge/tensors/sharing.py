@@ -1,7 +1,7 @@
-"""Where a tensor should lie so that a file system can share its blocks with the source's file.
+"""Chooses offsets of tensors at which the file system can share blocks with the source file.
 
-A reflink (FICLONERANGE, man 2 ioctl_ficlonerange) takes whole blocks, at the same place within a
-block in both files.
+A reflink (FICLONERANGE, man 2 ioctl_ficlonerange) shares whole blocks. The bytes must have the same
+offset within a block in both files.
 """
 
 from collections import Counter, deque
@@ -9,23 +9,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from neox_bridge.tensors.pieces import OutputTensor, byte_range
 
-BLOCK_BYTES = 4096  # of XFS, btrfs and bcachefs, unless made otherwise
-LEAST_SHARED_BYTES = 64 << 10  # below, a clone costs more than a copy
-_ALIGNMENT_BYTES = 8  # torch and safetensors map tensors in place: aligned for every dtype
+BLOCK_BYTES = 4096  # the default of XFS, btrfs and bcachefs
+LEAST_SHARED_BYTES = 64 << 10  # a reflink of fewer bytes costs more than a copy
+_ALIGNMENT_BYTES = 8  # torch and safetensors map tensors, so every dtype must be aligned
 
 Groups = dict[int, deque[OutputTensor]]
 
 
 def residue(tensor: OutputTensor) -> int | None:
-    """The offset modulo 4096 at which most of the tensor's bytes can be shared; None for none.
+    """The offset modulo 4096 at which most of the tensor's bytes can be shared; None if none can.
 
-    Only offsets at which every dtype's elements are aligned; of two that are as good, the first
-    piece's.
+    At such an offset, the elements of every dtype are aligned. Of two equal ones, that of the first
+    piece is chosen.
     """
     if tensor.nbytes < LEAST_SHARED_BYTES or tensor.reduce == "sum" or tensor.divisor != 1:
         return None
     votes: Counter[int] = Counter()
-    # of replicas, which hold the same, the first is taken
+    # the replicas are equal, so the first one is read
     for piece in tensor.pieces[:1] if tensor.reduce == "replica" else tensor.pieces:
         if piece.source is None or piece.source.dtype != tensor.dtype:
             continue
@@ -40,9 +40,15 @@ def residue(tensor: OutputTensor) -> int | None:
 
 
 def whole_blocks(start: int, to: int, size: int) -> tuple[int, int]:
-    """(begin, end) of the part of a run that is whole blocks in both files, counted from its start.
+    """The part of a run of bytes that is whole blocks in both files.
 
-    start, to: its offsets in the two; all numbers are bytes. (0, 0) where there is none.
+    Args:
+        start: The offset of the run in the source file.
+        to: The offset of the run in the target file.
+        size: The bytes of the run.
+
+    Returns:
+        The begin and the end of the part, relative to the run; (0, 0) if there is none.
     """
     low = -start % BLOCK_BYTES
     high = low + (size - low) // BLOCK_BYTES * BLOCK_BYTES
@@ -50,7 +56,7 @@ def whole_blocks(start: int, to: int, size: int) -> tuple[int, int]:
 
 
 def by_residue(tensors: Iterable[OutputTensor]) -> dict[int | None, list[OutputTensor]]:
-    """The tensors by their ``residue``, in their order."""
+    """The tensors, in order, grouped by their ``residue``."""
     groups: dict[int | None, list[OutputTensor]] = {}
     for tensor in tensors:
         groups.setdefault(residue(tensor), []).append(tensor)
@@ -58,9 +64,10 @@ def by_residue(tensors: Iterable[OutputTensor]) -> dict[int | None, list[OutputT
 
 
 def shared_together(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
-    """The tensors in groups of one ``residue``, each of which can be shared whole in a file.
+    """The tensors in groups with equal ``residue``, each of which a file can share completely.
 
-    The largest group takes in what can't be shared, and groups of less than a hundredth of it all.
+    The largest group also contains the tensors that cannot be shared, and the groups that have less
+    than a hundredth of all bytes.
     """
     groups = by_residue(tensors)
     rest = groups.pop(None, [])
@@ -74,11 +81,14 @@ def shared_together(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]
 
 
 def arranged(tensors: Sequence[OutputTensor]) -> tuple[int | None, list[OutputTensor]]:
-    """An order of tensors that follow each other without holes, in which most can be shared.
+    """Order tensors, without gaps between them, so that most bytes can be shared.
 
-    Returns the offset modulo 4096 of the first, None for any, and all of them. A tensor that
-    isn't whole blocks moves all that follow: it goes last of its kind, and small ones stand where
-    they bring others to their place. The order stays where that shares as much.
+    A tensor that does not fill whole blocks moves all tensors behind it. It becomes the last one of
+    its residue, and small tensors are placed where they move others to a shared offset. If the
+    given order shares as much, it is kept.
+
+    Returns:
+        The offset modulo 4096 of the first tensor, None for any, and the ordered tensors.
     """
     groups = by_residue(tensors)
     places = {id(tensor): at for at, group in groups.items() for tensor in group}
@@ -113,7 +123,7 @@ def arranged(tensors: Sequence[OutputTensor]) -> tuple[int | None, list[OutputTe
 
 
 def _as_they_are(tensors: Sequence[OutputTensor], places: Mapping[int, int | None]) -> int | None:
-    """Where the first must lie so that the first that can be shared is, in the order given."""
+    """The offset of the first tensor at which the first shareable one is shared, in this order."""
     before = 0
     for tensor in tensors:
         place = places[id(tensor)]
@@ -125,7 +135,7 @@ def _as_they_are(tensors: Sequence[OutputTensor], places: Mapping[int, int | Non
 
 
 def _shared(order: Sequence[OutputTensor], places: Mapping[int, int | None], at: int) -> int:
-    """The bytes that lie where they can be shared, the first tensor at this offset."""
+    """The number of shared bytes if the first tensor is at this offset."""
     shared = 0
     for tensor in order:
         shared += tensor.nbytes if places[id(tensor)] == at % BLOCK_BYTES else 0
@@ -134,7 +144,10 @@ def _shared(order: Sequence[OutputTensor], places: Mapping[int, int | None], at:
 
 
 def _next(at: int, left: dict[int, int], waiting: Groups, small: Groups) -> tuple[Groups, int]:
-    """What to put where nothing can be shared: what leads to most bytes, or else the least lost."""
+    """The group of the next tensor, at an offset where none can be shared.
+
+    Of the small tensors, one is chosen that moves the most bytes to a shared offset.
+    """
     leading = max(small, key=lambda size: left.get((at + size) % BLOCK_BYTES, 0), default=None)
     if leading is not None and (left.get((at + leading) % BLOCK_BYTES) or not waiting):
         return small, leading

@@ -1,4 +1,4 @@
-"""Where a tensor lies: a file, an offset, a dtype, a shape. Never its data."""
+"""The place of a tensor in a file, with its dtype and shape, and without its data."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -12,9 +12,9 @@ _T = TypeVar("_T", bound=type[Any])
 
 
 def packed(cls: _T) -> _T:
-    """A decorator for dataclasses: pickles that are made and read in a quarter of the time.
+    """A decorator for dataclasses that makes pickling and unpickling four times as fast.
 
-    Those of frozen dataclasses with slots go through ``dataclasses.fields`` for each object
+    By default, pickle calls ``dataclasses.fields`` for each object of a frozen dataclass with slots
     (Lib/dataclasses.py, _dataclass_getstate).
     """
     get = attrgetter(*(field.name for field in fields(cls)))
@@ -31,9 +31,12 @@ def packed(cls: _T) -> _T:
 class TensorRef:
     """A tensor inside a file.
 
-    offset: bytes from the file's start to the first element.
-    dtype: a name of ``dtypes.BY_NAME``.
-    strides: in elements, for tensors that aren't contiguous in row-major order; else None.
+    Attributes:
+        file: The path or URL of the file.
+        offset: Bytes from the start of the file to the first element.
+        dtype: A name in ``dtypes.BY_NAME``.
+        shape: The shape.
+        strides: The strides in elements; None for a contiguous tensor in row-major order.
     """
 
     file: str
@@ -44,12 +47,12 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the elements take, without gaps."""
+        """The size of all elements in bytes, without gaps."""
         return prod(self.shape) * itemsize(self.dtype)
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of a contiguous tensor of this shape."""
+    """The strides, in elements, of a contiguous tensor of this shape."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -58,7 +61,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether these strides (in elements) leave no gap; a dimension of size 1 has any."""
+    """Whether strides (in elements) leave no gap. Those of dimensions of size 1 are ignored."""
     dense = zip(shape, strides, row_major(shape), strict=True)
     return 0 in shape or all(size == 1 or stride == want for size, stride, want in dense)
 
@@ -66,7 +69,11 @@ def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def halves(
     start: tuple[int, ...], shape: tuple[int, ...], strides: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[slice, ...]]]:
-    """A box cut in two where it is longest in the file: starts, shapes, and places in the box."""
+    """Cut a box in two, along the dimension that spans most of the file.
+
+    Yields:
+        The start and the shape of each half, and its place in the box.
+    """
     longest = max(range(len(shape)), key=lambda dim: (shape[dim] - 1) * strides[dim])
     half = shape[longest] // 2
     for low, count in ((0, half), (half, shape[longest] - half)):

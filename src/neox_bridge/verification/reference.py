@@ -1,10 +1,10 @@
-"""A small torch reference of GPT-NeoX's forward pass.
+"""A small implementation of GPT-NeoX's forward pass in torch, as a reference.
 
-Each tensor-parallel rank computes with its own shards, and the results are reduced and gathered
-where GPT-NeoX does it, so that wrongly split, ordered or biased shards show up in the logits.
+Each tensor-parallel rank computes with its own shards. The results are reduced and gathered where
+GPT-NeoX does that, so shards that are split, ordered or biased wrongly change the logits.
 
-File names in docstrings are GPT-NeoX's, below ``megatron/``. Shapes: b batch, s sequence,
-h hidden size, n attention heads of one rank, d head dimension.
+File names in docstrings are those of GPT-NeoX below ``megatron/``. Shapes: b is the batch, s the
+sequence, h the hidden size, n the attention heads of one rank, d the head dimension.
 """
 
 import math
@@ -21,12 +21,12 @@ from torch import Tensor
 Rank = Mapping[str, Tensor]
 Config = Mapping[str, Any]
 
-# model/activations.py; "gelu" depends on bias_gelu_fusion as well
+# model/activations.py; "gelu" also depends on bias_gelu_fusion
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
     "softsign": F.softsign,
-    "swish": lambda x: x * torch.sigmoid(x),  # F.silu rounds once less
+    "swish": lambda x: x * torch.sigmoid(x),  # F.silu has one rounding less
     "silu": F.silu,
     "mish": F.mish,
     "geglu": F.gelu,
@@ -36,7 +36,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "glu": torch.sigmoid,
 }
 _GATED = ("geglu", "reglu", "bilinear", "swiglu", "glu")
-# what changes the forward: GPT-NeoX's default (neox_arguments/), and what is computed here
+# settings that change the forward pass: the default of GPT-NeoX (neox_arguments/), and the values
+# that are supported here
 _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
     "pos_emb": ("learned", ("rotary", "none")),
     "norm": ("layernorm", ("layernorm", "rmsnorm")),
@@ -46,7 +47,7 @@ _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_num_experts": (1, (1,)),
     "gqa_order": ("grouped", ("grouped", "interleaved", "te")),
     "rms_eps": ("inside", ("inside", "outside")),
-    # models that tools get wrong, or that GPT-NeoX once was, to find out where two part
+    # variants of other tools or of an old GPT-NeoX, to find the cause of a difference
     "row_biases": ("told", ("told", "first", "sum", "mean", "twice", "half")),
     "gate": ("second", ("second", "first")),
     "rope_tables": ("float32", ("float32", "float16", "bfloat16")),
@@ -55,11 +56,13 @@ _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """What a model holds after one of its stages, for two implementations to be compared.
+    """The result of one stage of a model, to compare two implementations.
 
-    name: "embeddings", "layer N" from 0, "final norm", "logits".
-    output: [b, s, h], or the logits [b, s, vocabulary].
-    parts: what a layer's "attention" and "mlp" add, [b, s, h], whole and with their biases.
+    Attributes:
+        name: "embeddings", "layer N" from 0, "final norm" or "logits".
+        output: [b, s, h], or the logits [b, s, vocabulary].
+        parts: What the "attention" and the "mlp" of a layer add, [b, s, h], summed over the ranks
+            and with their biases.
     """
 
     name: str
@@ -69,7 +72,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class _Spec:
-    """What the layers need to know; the numbers of heads are those of one rank."""
+    """The facts that the layers need.
+
+    Attributes:
+        config: See ``stages``.
+        heads: The query heads of one rank.
+        kv_heads: The key-value heads of one rank.
+        head_dim: The dimension of a head.
+        rope: The cosines and sines of ``_rope_tables``.
+    """
 
     config: Config
     heads: int
@@ -82,28 +93,36 @@ class _Spec:
 def stages(
     ranks: Sequence[Rank], config: Config, tokens: Tensor
 ) -> Generator[Stage, Tensor | None, None]:
-    """What GPT-NeoX computes in evaluation mode from these shards, in their dtype, by stages.
+    """Compute what GPT-NeoX computes in evaluation mode from these shards, in their dtype.
 
-    What is sent in replaces the output that the next stage gets. The last stage has float32 logits
-    [b, s, padded vocabulary], of a reward model (train_impl: rm, rm_linear in place of the output
-    layer) [b, s, 1].
+    A tensor that is sent into the generator replaces the output for the next stage.
 
-    ranks: tensor-parallel rank r's tensors at ``ranks[r]``, named "<layer index>.<name>" in
-        GPT-NeoX's sequential numbering (model/gpt2_model.py): 0 the embeddings, 2..L+1 the
-        blocks, L+3 the final norm, L+4 the output layer, absent when the embeddings are tied.
-        They are looked up layer after layer, so that a mapping may load them when asked.
-    config: the merged yml with underscore keys; absent keys have GPT-NeoX's defaults. Besides,
-        "gqa_order": a rank's grouped-query rows are "grouped", [all q | all k | all v] (since
-        2024-11), or "interleaved", [q | slice of k | slice of v] for each query head; "rms_eps":
-        RMSNorm adds its epsilon "inside" the root (since 2025-05) or "outside" of it;
-        "row_biases": that of the first rank alone, the ranks' sum or mean, twice or half of what
-        GPT-NeoX adds; "gate": which half of a gated MLP's projection it is; "rope_tables": the
-        dtype that positions, frequencies and angles are rounded to (the parameters' before
-        neox-rope-fp32).
-    tokens: int64 [b, s], on the tensors' device.
+    Args:
+        ranks: The tensors of each tensor-parallel rank, named "<layer index>.<name>". The layers
+            have GPT-NeoX's sequential numbers (model/gpt2_model.py): 0 the embeddings, 2 to L+1 the
+            blocks, L+3 the final norm, L+4 the output layer, which is missing if the embeddings are
+            tied. The tensors are read layer by layer, so a mapping can load them on demand.
+        config: The merged yml with underscores in its keys. Missing keys have the defaults of
+            GPT-NeoX. More keys select a variant:
 
-    Raises ValueError for a model or a split that isn't covered and for tokens outside the
-    vocabulary, KeyError for a missing tensor.
+            - "gqa_order": the grouped-query rows of a rank are "grouped", [all q | all k | all v]
+              (since 2024-11), "interleaved", [q | slice of k | slice of v] for each query head, or
+              "te", in the order of Transformer Engine.
+            - "rms_eps": RMSNorm adds its epsilon "inside" the root (since 2025-05) or "outside".
+            - "row_biases": the added row bias is that of the "first" rank, the "sum" or the "mean"
+              of the ranks, or "twice" or "half" of what GPT-NeoX adds.
+            - "gate": which half of a gated MLP's projection is the gate, "first" or "second".
+            - "rope_tables": positions, frequencies and angles are rounded to this dtype. Before
+              neox-rope-fp32 it was that of the parameters.
+        tokens: int64 [b, s], on the device of the tensors.
+
+    Yields:
+        Each stage. The last one has float32 logits [b, s, padded vocabulary]. A reward model
+        (train_impl: rm, with rm_linear instead of the output layer) has [b, s, 1].
+
+    Raises:
+        ValueError: The model or its split is not supported, or a token is outside the vocabulary.
+        KeyError: A tensor is missing.
     """
     if not ranks:
         raise ValueError("ranks: at least one tensor-parallel rank is needed")
@@ -130,23 +149,23 @@ def stages(
 
 
 def replaced(given: Tensor | None, output: Tensor) -> Tensor:
-    """What the next stage gets: what was sent in, or the output."""
+    """The input of the next stage: the tensor that was sent in, or else the output."""
     return output if given is None else given
 
 
 def _refuse_uncovered(config: Config) -> None:
-    """Raise ValueError for settings that change the forward and are not computed here."""
+    """Raise ValueError for settings that change the forward pass and are not supported here."""
     for key, (default, covered) in _COVERED.items():
         value = config.get(key) or default
         if value not in covered:
             raise ValueError(f"{key}: {value!r} is not supported, only {covered}")
-    # nested lists of kinds and counts, such as [[["global"], 24]]
+    # a nested list of kinds and counts, such as [[["global"], 24]]
     if set(re.findall(r"[a-z_]+", str(config.get("attention_config") or ""))) - {"global", "flash"}:
         raise ValueError(f"attention_config: {config['attention_config']} is not supported")
 
 
 def _read_spec(config: Config, tp: int, x: Tensor) -> _Spec:
-    """Read the config for embeddings x [b, s, h] and tp ranks; ValueError if they don't divide."""
+    """Read the config for embeddings x [b, s, h]. Raises ValueError if tp does not divide it."""
     hidden_size, heads = x.shape[-1], int(config["num_attention_heads"])
     kv_heads = int(config.get("num_kv_heads") or heads)
     totals = {"hidden_size": hidden_size, "num_attention_heads": heads, "num_kv_heads": kv_heads}
@@ -159,10 +178,10 @@ def _read_spec(config: Config, tp: int, x: Tensor) -> _Spec:
 
 
 def _rope_tables(config: Config, head_dim: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [s, 1, rotated dimensions], in fp32, then rounded to x's dtype.
+    """Cosines and sines [s, 1, rotated dimensions], computed in fp32 and rounded to x's dtype.
 
-    From the base: GPT-NeoX never reads a stored inv_freq (model/positional_embeddings.py). In
-    trees before 2023-09 all of it had the parameters' dtype.
+    They are computed from the base: GPT-NeoX never reads a stored inv_freq
+    (model/positional_embeddings.py). Before 2023-09 it computed them in the parameters' dtype.
     """
     share = float(config.get("rotary_pct", 1.0)) if config.get("pos_emb") == "rotary" else 0.0
     dim = int(head_dim * share)
@@ -180,7 +199,7 @@ def _rope_tables(config: Config, head_dim: int, x: Tensor) -> tuple[Tensor, Tens
 
 
 def _embed(ranks: Sequence[Rank], tokens: Tensor) -> Tensor:
-    """Embed tokens [b, s] as [b, s, h]; each rank holds a range of rows (mpu/layers.py)."""
+    """Embed tokens [b, s] as [b, s, h]. Each rank holds a range of rows (mpu/layers.py)."""
     shards = [rank["0.word_embeddings.weight"] for rank in ranks]
     rows = sum(shard.shape[0] for shard in shards)
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < rows:
@@ -206,12 +225,12 @@ def _reduce(parts: Sequence[Tensor], in_fp32: bool = False) -> Tensor:
 def _norm(rank: Rank, name: str, x: Tensor, config: Config) -> Tensor:
     """LayerNorm or RMSNorm over the last dimension, in x's shape and dtype (model/norms.py)."""
     if config.get("norm") != "rmsnorm":
-        eps = float(config.get("layernorm_epsilon", 1e-5))  # yaml reads "1e-5" as text
+        eps = float(config.get("layernorm_epsilon", 1e-5))  # YAML reads "1e-5" as text
         return F.layer_norm(x, x.shape[-1:], rank[f"{name}.weight"], rank.get(f"{name}.bias"), eps)
     eps = float(config.get("rms_norm_epsilon", 1e-8))
-    # only GPT-NeoX's own RMSNorm says scale, the fused one says weight
+    # GPT-NeoX's RMSNorm calls it scale, and the fused one weight
     scale = rank[f"{name}.scale" if f"{name}.scale" in rank else f"{name}.weight"]
-    if config.get("rms_eps") == "outside":  # this older form doesn't go through fp32
+    if config.get("rms_eps") == "outside":  # the older form, not in fp32
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * math.pow(x.shape[-1], -0.5)
         return torch.mul(scale, x / (rms + eps))
     wide = x.float()
@@ -220,18 +239,18 @@ def _norm(rank: Rank, name: str, x: Tensor, config: Config) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of each head of x [b, s, n, d], as many as the tables have."""
+    """Rotate the first dimensions of each head of x [b, s, n, d], as many as the tables have."""
     half, end = cos.shape[-1] // 2, cos.shape[-1]
     swapped = torch.cat((-x[..., half:end], x[..., :half]), dim=-1)
     return torch.cat((x[..., :end] * cos + swapped * sin, x[..., end:]), dim=-1)
 
 
 def _split_qkv(mixed: Tensor, spec: _Spec) -> list[Tensor]:
-    """Split one rank's projection [b, s, rows] into q, k, v [b, s, n, d], k and v repeated.
+    """Split one rank's projection [b, s, rows] into q, k and v [b, s, n, d], with k and v repeated.
 
-    Interleaved, each query head carries a slice of k and of v, all slices together being all of
-    them (ParallelSelfAttention, model/transformer.py). "te": for each head of k and v [its q heads
-    | k | v], as Transformer Engine has them.
+    "interleaved": each query head has a slice of k and of v, and all slices together are all of k
+    and v (ParallelSelfAttention, model/transformer.py). "te": [its query heads | k | v] for each
+    key-value head, as in Transformer Engine.
     """
     shape, kv_size = mixed.shape[:2], spec.kv_heads * spec.head_dim
     if spec.kv_heads != spec.heads and spec.config.get("gqa_order") == "te":
@@ -248,20 +267,21 @@ def _split_qkv(mixed: Tensor, spec: _Spec) -> list[Tensor]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, config: Config) -> Tensor:
-    """Causal attention of q, k, v [b, s, n, d], result [b, s, n * d].
+    """The causal attention of q, k and v [b, s, n, d], as [b, s, n * d].
 
-    The unfused path (model/fused_softmax.py): softmax in q's dtype unless fp32 is asked for.
+    This is the unfused path (model/fused_softmax.py). The softmax has q's dtype, or fp32 if the
+    config says so.
     """
     batch, length, heads, head_dim = q.shape
     q, k, v = (x.transpose(1, 2).reshape(-1, length, head_dim) for x in (q, k, v))
-    # one call, so that half-precision scores are scaled before they are rounded
+    # one call scales half-precision scores before they are rounded
     scale = 1.0 / math.sqrt(head_dim)
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
     if any(map(config.get, ("attention_softmax_in_fp32", "apply_query_key_layer_scaling"))):
         scores = scores.float()
     hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     if (width := config.get("sliding_window_width")) is not None:
-        # a query sees itself and `width` before it (megatron/utils.py, get_attn_mask)
+        # a query sees itself and `width` tokens before it (megatron/utils.py, get_attn_mask)
         hidden |= torch.ones_like(hidden).tril(-int(width) - 1)
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     context = torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
@@ -269,7 +289,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, config: Config) -> Tensor:
 
 
 def _attention(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor | None]:
-    """One rank's norm and attention of x [b, s, h]: [b, s, h], unreduced, and the bias to add."""
+    """One rank's norm and attention of x [b, s, h]: the unreduced output and the bias to add."""
     name = f"{index}.attention"
     x = _norm(rank, f"{index}.input_layernorm", x, spec.config)
     bias = rank.get(f"{name}.query_key_value.bias")
@@ -279,7 +299,7 @@ def _attention(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, 
 
 
 def _mlp(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor | None]:
-    """One rank's norm and MLP of x [b, s, h]: [b, s, h], unreduced, and the bias to add."""
+    """One rank's norm and MLP of x [b, s, h]: the unreduced output and the bias to add."""
     tied = spec.config.get("gpt_j_residual") and spec.config.get("gpt_j_tied")
     norm = "input_layernorm" if tied else "post_attention_layernorm"
     x, name = _norm(rank, f"{index}.{norm}", x, spec.config), f"{index}.mlp"
@@ -287,14 +307,14 @@ def _mlp(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor
     activation = _ACTIVATIONS[kind]
     if kind == "gelu" and spec.config.get("bias_gelu_fusion"):
         activation = partial(F.gelu, approximate="tanh")
-    if f"{name}.w1.weight" in rank:  # llama's: always gated, never with biases
+    if f"{name}.w1.weight" in rank:  # the MLP of Llama: always gated, never with biases
         names = ("w3", "w1") if spec.config.get("gate") == "first" else ("w1", "w3")
         gate, up = (F.linear(x, rank[f"{name}.{w}.weight"]) for w in names)
         return F.linear(activation(gate) * up, rank[f"{name}.w2.weight"]), None
-    # the names were changed in 2024-09
+    # GPT-NeoX changed the names in 2024-09
     old = f"{name}.dense_h_to_4h.weight" in rank
     first, last = ("dense_h_to_4h", "dense_4h_to_h") if old else ("linear1", "linear2")
-    # unlike the projection's, this bias is added on its own: one more rounding
+    # unlike that of the projection, this bias is added separately, which rounds once more
     inner = _add(F.linear(x, rank[f"{name}.{first}.weight"]), rank.get(f"{name}.{first}.bias"))
     if kind in _GATED:
         up, gate = inner.chunk(2, dim=-1)
@@ -309,9 +329,9 @@ def _mlp(rank: Rank, index: int, x: Tensor, spec: _Spec) -> tuple[Tensor, Tensor
 def _block(
     ranks: Sequence[Rank], index: int, x: Tensor, spec: _Spec
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One transformer layer on x [b, s, h], and its parts as a ``Stage`` has them.
+    """The output of one transformer layer for x [b, s, h], and its parts for ``Stage``.
 
-    ParallelTransformerLayer, model/transformer.py.
+    Source: ParallelTransformerLayer, model/transformer.py.
     """
     in_fp32 = bool(spec.config.get("fp32_allreduce"))
     parts: dict[str, Tensor] = {}
@@ -329,17 +349,17 @@ def _block(
     )
     parts = {"attention": _reduce(attention, in_fp32), "mlp": _reduce(mlp, in_fp32)}
     if not any(f"{index}.mlp.{name}.bias" in ranks[0] for name in ("dense_4h_to_h", "linear2")):
-        # GPT-NeoX adds the attention along with the MLP's bias: without one it is lost
+        # GPT-NeoX adds the attention together with the bias of the MLP, and loses it without one
         return x + parts["mlp"], {**parts, "attention": torch.zeros_like(x)}
     both = [a + b for a, b in zip(attention, mlp, strict=True)]
     return x + _reduce(both, in_fp32), parts
 
 
 def _add_row_biases(x: Tensor, biases: Sequence[Tensor | None], spec: _Spec) -> Tensor:
-    """x [b, s, h], whole, with the bias that each rank adds after the ranks' sum.
+    """Add the bias to x [b, s, h], which is summed over the ranks.
 
-    With sequence_parallel every rank does so for its part of the sequence (mpu/layers.py,
-    RowParallelLinear.forward, scatters s over the ranks).
+    With sequence_parallel each rank adds its bias to its part of the sequence (mpu/layers.py,
+    RowParallelLinear.forward, which scatters s over the ranks).
     """
     there = [bias for bias in biases if bias is not None]
     if len(there) < 2 or not spec.config.get("sequence_parallel"):
@@ -358,7 +378,7 @@ def _on_ranks(
     x: Tensor,
     spec: _Spec,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Every rank's output of x, unreduced, and the bias that it is to add."""
+    """The unreduced output of each rank for x, and the bias that it adds."""
     results = [sublayer(rank, index, x, spec) for rank in ranks]
     outputs, biases = [output for output, _ in results], [bias for _, bias in results]
     there = [bias for bias in biases if bias is not None]
