@@ -100,8 +100,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (saved(LAYER, [1]), f"{LAYER} is not a GPT-NeoX checkpoint file: it does not contain"),
-        (saved(RANK, [1]), f"{RANK} is not a GPT-NeoX checkpoint file: its top-level object is"),
+        (saved(LAYER, [1]), f"{LAYER} is not a file of a GPT-NeoX checkpoint: it does not contain"),
+        (saved(RANK, [1]), f"{RANK} is not a file of a GPT-NeoX checkpoint: it does not contain"),
         (saved(LAYER, {"norm.weight": 7}), f"{LAYER}: not a tensor: norm.weight"),
         (saved(LAYER, {7: 7}), f"{LAYER} has a key of the type int instead of a tensor name"),
         (saved(LAYER, {"a\x1b[2J": 7}), r"has a tensor with the name 'a\\x1b\[2J'"),
@@ -113,7 +113,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (meta(args=[1]), "args does not map names to settings"),
         (meta(args={"comment": "a" * (2 << 20)}), "args is larger than the settings of any run"),
-        (without_layer_count, "/configs: num_layers is missing, and no other file tells"),
+        (without_layer_count, "/configs: num_layers is missing, and the args in the mp_rank"),
         (record(tokenizer_size="many"), "neox_bridge.json: tokenizer_size: 'many' is not a value"),
         (universal(lambda step: (step / RANK).unlink()), "is incomplete: mp_rank_.* is missing"),
         (universal(meta()), "param_shapes is missing from an mp_rank file"),
@@ -136,7 +136,7 @@ def test_files_that_only_the_optimizer_needs(run: Path, tmp_path: Path) -> None:
     meta(mp_world_size=2, args={**ARGS, "pipe_parallel_size": 2})(step)
     saved("mp_rank_01_model_states.pt", [1])(step)
     checkpoint = open_checkpoint(str(tmp_path / "run"))
-    with pytest.raises(BridgeError, match=r"mp_rank_01_model_states\.pt is not a GPT-NeoX file"):
+    with pytest.raises(BridgeError, match=r"mp_rank_01_model_states\.pt is not a file of"):
         read_optimizer(checkpoint)
 
 

@@ -390,7 +390,7 @@ def _refuse_other_program(folder: str) -> None:
     ranks = [name for name in names if RANK.fullmatch(name)]
     if not ranks or any(map(LAYER.fullmatch, names)):
         return
-    module = _read_meta(os.path.join(folder, ranks[0])).get("module")
+    module = read_values(os.path.join(folder, ranks[0])).get("module")
     if isinstance(module, dict) and module and not any("sequential." in str(k) for k in module):
         refuse_deepspeed(os.path.dirname(folder), some(sorted(map(str, module)), 2))
 
@@ -399,8 +399,8 @@ def _layers(raw: Mapping[str, Any], args: Mapping[str, Any], folder: str) -> int
     count = whole({**args, **raw}, "num_layers", f"{folder}/configs")
     if count is None:
         raise BridgeError(
-            f"{folder}/configs: num_layers is missing, and no other file tells the number of "
-            "layers. Add num_layers to the yml."
+            f"{folder}/configs: num_layers is missing, and the args in the mp_rank files do not "
+            "contain it either. Add num_layers to the yml."
         )
     return count
 
@@ -413,7 +413,7 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     order = sorted(layer_files)
     first = [os.path.join(folder, name) for name in stage_files[:1]]
     started = ahead([*first, *(os.path.join(folder, layer_files[place]) for place in order)])
-    meta = _read_meta(next(started)) if first else {}
+    meta = read_values(next(started)) if first else {}
     if isinstance(meta.get("module"), dict) and meta["module"]:
         raise Refused(
             f"{folder} contains weights in both layouts: in layer_*-model_*-model_states.pt and "
@@ -440,7 +440,7 @@ def _read_layers(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _
     ranks: list[dict[int, dict[str, TensorRef]]] = [{} for _ in range(tp)]
     states: list[str] = []
     for (layer, rank), path in zip(order, started, strict=True):
-        value = read_torch(path, alike=True)
+        value = read_values(path, alike=True)
         ranks[rank][layer] = without_wrappers(_tensors(value, path), path)
         states += [f"layer {layer}: {key}" for key in _states(value) if rank == 0]
     files = [os.path.join(folder, name) for name in (*layer_files.values(), *stage_files)]
@@ -461,7 +461,7 @@ def _read_ranks(folder: str, names: Sequence[str]) -> _Read:
     ordered = sorted(rank_files)
     paths = (os.path.join(folder, rank_files[rank]) for rank in ordered)
     for rank, path in zip(ordered, ahead(paths), strict=True):
-        values[rank] = _read_meta(path)
+        values[rank] = read_values(path)
     first = values[min(values)]
     args = settings(first, folder)
     tp = max(max(rank_files) + 1, whole(args, "model_parallel_size", folder) or 1)
@@ -497,7 +497,7 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
             f"{folder} is incomplete: mp_rank_*_model_states.pt is missing. Copy the checkpoint "
             "again."
         )
-    metas = [_read_meta(path) for path in paths]
+    metas = [read_values(path) for path in paths]
     for meta, path in zip(metas, paths, strict=True):
         check_meta(meta, path)
     tp = whole(settings(metas[0], folder), "model_parallel_size", folder) or 1
@@ -550,27 +550,24 @@ def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str
     return layers
 
 
-def _read_meta(path: str) -> dict[str, Any]:
-    value = read_torch(path)
+def read_values(path: str, *, alike: bool = False) -> dict[str, Any]:
+    """The values of a file of GPT-NeoX by their names. alike: as for ``read_torch``."""
+    value = read_torch(path, alike=alike)
     if not isinstance(value, dict):
         raise BridgeError(
-            f"{path} is not a GPT-NeoX checkpoint file: its top-level object is not a "
-            "dictionary. Copy the checkpoint again."
+            f"{path} is not a file of a GPT-NeoX checkpoint: it does not contain a dictionary. "
+            "Copy the checkpoint again."
         )
     return value
 
 
-def _tensors(value: object, path: str) -> dict[str, TensorRef]:
-    if not isinstance(value, dict):
-        raise BridgeError(
-            f"{path} is not a GPT-NeoX checkpoint file: it does not contain a state dict. Copy "
-            "the checkpoint again."
-        )
+def _tensors(value: Mapping[str, Any], path: str) -> dict[str, TensorRef]:
     check_names(value, path)
     weights = {key: ref for key, ref in value.items() if not str(key).endswith(STATE)}
     if strange := [str(k)[:100] for k, v in weights.items() if not isinstance(v, TensorRef)]:
         raise BridgeError(
-            f"{path}: not a tensor: {some(strange)}. No known model stores such values."
+            f"{path}: not a tensor: {some(strange)}. No known model stores other values among its "
+            "weights. Copy the checkpoint again."
         )
     return weights
 

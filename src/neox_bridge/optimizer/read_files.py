@@ -16,6 +16,7 @@ from neox_bridge.layouts.deepspeed_values import (
 )
 from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks, told_ranks
+from neox_bridge.layouts.neox_reader import read_values
 from neox_bridge.optimizer.states import Group, Optimizer, Scalar, stored_tensors
 from neox_bridge.stores.paths import ahead, read_at
 from neox_bridge.tensors.tensor_ref import TensorRef
@@ -73,9 +74,7 @@ def read_optimizer(
 
 
 def _meta(path: str) -> Mapping[str, Any]:
-    value = read_torch(path)
-    if not isinstance(value, dict):
-        raise BridgeError(f"{path} is not a GPT-NeoX file: it does not contain a dictionary.")
+    value = read_values(path)
     check_meta(value, path)
     return value
 

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from neox_bridge.architectures.base import ModelConfig, shared_reason
-from neox_bridge.errors import BridgeError, Refused
+from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.eras import TODAY, Era, fitting, known_keys
 from neox_bridge.frameworks.keys import neox_keys
@@ -242,8 +242,6 @@ def _run_yml(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
-    if tp < 1 or stages < 1:
-        raise BridgeError("`tp=` takes 1 or more, `pp=` 0 or more.")
     parts = {"attention heads": config.heads, "rows of the MLP": config.dims["ffn"]}
     if config.grouped_query:
         parts["key-value heads (num_kv_heads)"] = config.key_value_heads
