@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from common import convert, plan_of
+from neox_mixes import MIXES
 from neox_parts import HEADS, HIDDEN, POSITIONS, Part, block, cut, model, read, write
 
 from neox_bridge.api import open_checkpoint, verify
@@ -331,3 +332,10 @@ def test_a_summed_bias_is_whole_on_one_rank(tmp_path: Path) -> None:
     (one,) = read(tmp_path / "target")
     for name in biases:
         assert torch.equal(one[2][name], first[2][name] + second[2][name])
+
+
+def test_the_page_counts_the_mixes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "families.md").read_text()
+    assert f"({len(MIXES)} mixes in trees of {len({mix.tree for mix in MIXES})}" in page.replace(
+        "four", "4"
+    )

@@ -15,8 +15,9 @@ _HEAD = """# Which models can be converted?
 $ neox-bridge families
 ```
 
-The command prints this table. A model of another family is refused, and so is a setting that the
-other side cannot express ([what is refused](refused.md)).
+The command prints this table. Between Hugging Face and GPT-NeoX only these families are converted,
+and a setting that the other side cannot express is refused ([what is refused](refused.md)). Between
+layouts of GPT-NeoX [every model that GPT-NeoX trains](#models-that-only-gpt-neox-has) is converted.
 """
 _TAIL = """
 Every family is converted in both directions, in both layouts, and for any tensor-parallel size that
@@ -64,6 +65,46 @@ Every family except Mamba is also converted as
   transformers' logits to 1e-5. What it then saves comes back as the same bits.
 """
 
+# what a model has, its settings, and how it was proved; the mixes are those of tests/neox
+_NEOX_ONLY = (
+    ("RMSNorm, scalenorm or norms without parameters, with any MLP", "norm", "GPT-NeoX"),
+    ("LayerNorm with a gated MLP", "activation", "GPT-NeoX"),
+    ("every activation, plain or gated", "activation, mlp_type", "GPT-NeoX"),
+    (
+        "parallel residual or partial rotary with a gated MLP",
+        "gpt_j_residual, rotary_pct",
+        "GPT-NeoX",
+    ),
+    ("grouped queries with any MLP", "num_kv_heads", "GPT-NeoX"),
+    ("learned, sinusoidal and relative positions, ALiBi", "pos_emb", "GPT-NeoX"),
+    ("norms on q and k", "use_qk_layernorm", "GPT-NeoX"),
+    ("sparse attention, muP", "attention_config, use_mup", "files"),
+    ("mixture of experts", "moe_num_experts", "files"),
+    ("RWKV blocks, alone or with attention", "attention_config", "files"),
+    ("Mamba or gMLP blocks with attention", "attention_config", "files"),
+)
+_NEOX_ONLY_HEAD = """
+## Models that only GPT-NeoX has
+
+transformers has no class for many models that GPT-NeoX trains. They move between layouts of
+GPT-NeoX and between its versions: `convert --to neox`, `reshard`, `export-optimizer`, `verify`,
+`diff`, `inspect`, `audit` and `doctor --for` work for them. The rules are those by which GPT-NeoX
+splits its own layers over tensor-parallel ranks. A tensor that no rule covers is refused by name.
+
+| model | keys | proof |
+|---|---|---|
+"""
+_NEOX_ONLY_TAIL = """
+*GPT-NeoX*: the real GPT-NeoX wrote such a checkpoint (39 mixes in trees of four dates, on 1 to 4
+ranks). It loads each converted layout strictly and computes the same logits, to 2e-6 of the
+largest (`make test-neox`). *files*: each shard is compared with one that a test cuts by hand. Those
+blocks need CUDA kernels, which were not run.
+
+Some models depend on the number of tensor-parallel ranks, so they keep it: norms on q and k with
+`norm: layernorm` or `scalenorm`, Mamba blocks, gMLP blocks. Relative positions are one parameter of
+all blocks of a pipeline stage. If the stages have trained different ones, the number of stages
+stays, and their optimizer states cannot be read.
+"""
 
 _HUB = "https://huggingface.co"
 _SUITES = """
@@ -114,7 +155,12 @@ def page() -> str:
         f"{row.note} |"
         for row in rows()
     ]
-    lines += [_TAIL, "## Not convertible", "", "No GPT-NeoX can run these:", ""]
+    lines.append(_TAIL + _NEOX_ONLY_HEAD.rstrip("\n"))
+    lines += [
+        f"| {model} | {', '.join(f'`{key}`' for key in keys.split(', '))} | {proof} |"
+        for model, keys, proof in _NEOX_ONLY
+    ]
+    lines += [_NEOX_ONLY_TAIL, "## Not convertible", "", "No GPT-NeoX can run these:", ""]
     lines += [f"- `{name}`: {reason}" for name, reason in CANNOT.items()]
     lines += [_SUITES, "| GPT-NeoX checkpoints | steps | the same models for transformers |"]
     lines.append("|---|---|---|")
