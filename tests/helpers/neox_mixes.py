@@ -21,7 +21,7 @@ class Mix:
     """A model of one tree.
 
     tree: the date, as in real_neox.ALL_TREES. settings: beside BASE. tp, pp: of the source.
-    targets: (tp, pp) of the targets.
+    targets: (tp, pp) of the targets. hf: whether transformers has a class for it after all.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Mix:
     tp: int = 2
     pp: int = 1
     targets: tuple[tuple[int, int], ...] = ((1, 0), (4, 1))
+    hf: bool = False
 
 
 BASE: dict[str, Any] = {
@@ -117,6 +118,12 @@ MIXES = (
     Mix("rmsnorm gelu 2024-03", "2024-03", {**_RMS}),
     Mix("geglu 2024-03", "2024-03", {"activation": "geglu", **_SEQUENTIAL}),
     Mix("geglu rmsnorm 2024-03", "2024-03", {"activation": "geglu", **_RMS}, pp=0),
+    Mix(
+        "geglu Llama 2024-03",
+        "2024-03",
+        {"activation": "geglu", **_RMS, **_SEQUENTIAL, "rotary_pct": 1},
+        hf=True,
+    ),
     Mix("relative positions 2024-03", "2024-03", {"pos_emb": "rpe"}, pp=0),
     Mix("learned scalenorm 2024-03", "2024-03", {"pos_emb": "learned", "norm": "scalenorm"}, tp=1),
     Mix("alibi scalenorm 2024-03", "2024-03", {"pos_emb": "alibi", "norm": "scalenorm"}, tp=3),
@@ -148,6 +155,16 @@ MIXES = (
         "grouped queries 2024-10", "2024-10", {"num_kv_heads": 6, **_RMS}, targets=((1, 0), (3, 1))
     ),
     Mix("qk layernorm 2024-10", "2024-10", {"use_qk_layernorm": True}, targets=((2, 0),)),
+    Mix(
+        "reglu Llama", "today", {**_RMS, **_SEQUENTIAL, **_gated("reglu"), "rotary_pct": 1}, hf=True
+    ),
+    Mix("glu Llama", "today", {**_RMS, **_SEQUENTIAL, **_gated("glu"), "rotary_pct": 1}, hf=True),
+    Mix(
+        "bilinear Llama",
+        "today",
+        {**_RMS, **_SEQUENTIAL, **_gated("bilinear", **_PLAIN), "rotary_pct": 1},
+        hf=True,
+    ),
     Mix("parallel swiglu 2024-10", "2024-10", {**_gated("swiglu", **_PLAIN), **_RMS}),
 )
 # what every tensor-parallel rank holds alike; row biases too where they are not summed

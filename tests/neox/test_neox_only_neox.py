@@ -10,9 +10,13 @@ import real_neox
 import yaml
 from common import convert
 from neox_mixes import BASE, MIXES, Mix, add_noise
+from real_training import BATCH, PRECISION, Layout, apart, asked, losses, start
+from real_training import TOLERANCE as LOSS_TOLERANCES
+from resharding import reshard
 
 pytestmark = pytest.mark.neox
 TOLERANCE = 2e-6  # of the largest logit: sums over ranks are rounded in another order
+LOSS_TOLERANCE = LOSS_TOLERANCES["fp32"]
 TREES = sorted({mix.tree for mix in MIXES})
 Jobs = Iterable[tuple[int, dict[str, Any]]]  # with the tensor-parallel ranks of each
 
@@ -88,3 +92,56 @@ def test_another_layout_computes_the_same(tree: str, neox_python: str, tmp_path:
         for place, target in targets.items()
     }
     assert {place: value for place, value in apart.items() if value > TOLERANCE} == {}
+    for name in (name for name, mix in mixes.items() if mix.hf):
+        convert(folders[name] / "run", folders[name] / "hf")
+        # trees before 2025-05 have the epsilon of RMSNorm elsewhere
+        allowed = 1e-5 if tree == "today" else 1e-3
+        assert real_neox.agree(folders[name] / "logits.npz", folders[name] / "hf") <= allowed
+
+
+GOING_ON: dict[str, dict[str, Any]] = {
+    "rmsnorm": {"norm": "rmsnorm"},
+    "scalenorm": {"norm": "scalenorm", "gpt_j_residual": True},
+    "no norm parameters": {"norm": "non_parametric_layernorm", "activation": "geglu"},
+    "alibi": {"pos_emb": "alibi"},
+    "relative positions": {"pos_emb": "rpe"},
+    "learned positions, tied": {"pos_emb": "learned", "no_weight_tying": False},
+    "sinusoidal positions": {"pos_emb": "sinusoidal"},
+    "grouped queries": {"num_kv_heads": 2, "activation": "relu"},
+}
+
+
+def test_a_resharded_run_goes_on(neox_python: str, tmp_path: Path) -> None:
+    """The losses after resuming show the weights, masters, moments and the step."""
+    source = Layout(2, 1, 1)
+    targets = (Layout(1, 0, 1), Layout(1, 2, 1), Layout(4, 1, 1))
+    jobs: list[dict[str, Any]] = []
+    for name, settings in GOING_ON.items():
+        home = tmp_path / name
+        yml, run = str(start(home, source, {**PRECISION["fp32"], **settings})), str(home / "run")
+        jobs.append({"yml": yml, "losses": 6, "alike": True, "save": run})
+        jobs.append({"yml": yml, "losses": 3, "alike": True, "set": {"load": run}})
+    wanted = dict(
+        zip(GOING_ON, losses(neox_python, source, jobs, tmp_path / "jobs")[1::2], strict=True)
+    )
+    wrong = []
+    for target in targets:
+        names = [
+            name
+            for name, settings in GOING_ON.items()
+            # relative positions are one parameter of a stage, grouped queries have two heads
+            if (settings.get("pos_emb") != "rpe" or target.pp < 2)
+            and (not settings.get("num_kv_heads") or target.tp < 4)
+        ]
+        jobs = []
+        for name in names:
+            new = tmp_path / name / str(target)
+            reshard(tmp_path / name / "run", new, **asked(source, target))
+            jobs.append({"yml": str(new / "resume.yml"), "losses": 3, "alike": True, "set": BATCH})
+        continued = losses(neox_python, target, jobs, tmp_path / f"jobs {target}")
+        for name, mine in zip(names, continued, strict=True):
+            # row biases that are summed over other ranks train at another rate
+            steps = (0,) if GOING_ON[name].get("gpt_j_residual") else (0, 2)
+            if any(apart(wanted[name][n], mine[n]) > LOSS_TOLERANCE for n in steps):
+                wrong.append((name, str(target), wanted[name], mine))
+    assert wrong == []

@@ -7,7 +7,7 @@ so that no row of q and k is moved within its head.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from neox_bridge.architectures.base import (
     ModelConfig,
     Presence,
     Refusal,
+    Weight,
     refusals,
 )
 from neox_bridge.architectures.heads import head_config, refuse_tied
@@ -41,6 +42,7 @@ from neox_bridge.architectures.neox_config import (
 )
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
+from neox_bridge.tensors.geometry import Split
 
 # our word, as Hugging Face has it: GPT-NeoX's gated activation, and those of `mlp_type: llama`
 # (activations.py of both; Gated_Activation of megatron/model/transformer.py multiplies as LlamaMLP)
@@ -51,6 +53,9 @@ ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sigmoid": ("glu", ()),
     "linear": ("bilinear", ()),
 }
+
+# the names of a plain MLP before neox-mlp-names
+OLD_MLP = {"mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h"}
 
 _KEYS: Keys = (
     *SIZE_KEYS,
@@ -321,3 +326,27 @@ def architecture(family: Family) -> Architecture:
         era_keys=ERA_KEYS,
         gated=True,
     )
+
+
+def with_one_matrix(family: Architecture) -> Architecture:
+    """A relative of Llama whose gated MLP has the names and biases of ParallelMLP before 2024-09.
+
+    Such trees have it as geglu without mlp_type: llama, twice as wide as the model.
+    """
+
+    def weight(row: Weight) -> Weight:
+        module, _, leaf = row.neox.rpartition(".")
+        if module not in OLD_MLP:
+            return row
+        split: Split = "fused" if row.split == "gated" else row.split
+        return replace(row, split=split, old=f"{OLD_MLP[module]}.{leaf}")
+
+    def write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
+        written = family.write_neox(config, old)
+        if not old:
+            return written
+        kept = {k: v for k, v in written.items() if k not in ("mlp_type", "intermediate_size")}
+        return kept | {"activation": "geglu"}
+
+    weights = tuple(map(weight, family.weights))
+    return replace(family, weights=weights, write_neox=write_neox, one_matrix=True)

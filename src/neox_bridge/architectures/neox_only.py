@@ -26,7 +26,7 @@ from neox_bridge.architectures.base import (
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
 from neox_bridge.architectures.heads import REWARD, RM_LINEAR
 from neox_bridge.architectures.llama import ARCHITECTURE as LLAMA
-from neox_bridge.architectures.llama_like import ERA_KEYS, gated_setting
+from neox_bridge.architectures.llama_like import ERA_KEYS, OLD_MLP, gated_setting
 from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.neox_config import (
     GATED,
@@ -111,9 +111,7 @@ POSITIONS: Mapping[str, str] = {
     "rpe": _SHARED,
     "alibi": "attention.alibi_embed.slopes",
 }
-# the names of a plain MLP before neox-mlp-names
-_OLD_MLP = {"mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h"}
-_TODAYS_MLP = {old: new for new, old in _OLD_MLP.items()}
+_TODAYS_MLP = {old: new for new, old in OLD_MLP.items()}
 # of `mlp_type: llama` before neox-mlp-names, and today's word for the same activation
 _GATED_WORDS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
 _OLD_WORDS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
@@ -302,7 +300,7 @@ def _rows(
     """The rows of one tensor: one, or one for each of its parts."""
     module, _, leaf = name.rpartition(".")
     today = f"{_TODAYS_MLP[module]}.{leaf}" if module in _TODAYS_MLP else name
-    old_module = _OLD_MLP.get(today.rpartition(".")[0], "")
+    old_module = OLD_MLP.get(today.rpartition(".")[0], "")
     old = f"{old_module}.{leaf}" if old_module and not _is_llama_mlp(model) else ""
     prefix = {"embed": "", "block": "layers.{i}.", "norm": "final_", "head": ""}[place]
     if module == "attention.query_key_value" and model.grouped_query:

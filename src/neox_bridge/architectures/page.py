@@ -95,7 +95,7 @@ splits its own layers over tensor-parallel ranks. A tensor that no rule covers i
 |---|---|---|
 """
 _NEOX_ONLY_TAIL = """
-*GPT-NeoX*: the real GPT-NeoX wrote such a checkpoint (39 mixes in trees of four dates, on 1 to 4
+*GPT-NeoX*: the real GPT-NeoX wrote such a checkpoint (43 mixes in trees of four dates, on 1 to 4
 ranks). It loads each converted layout strictly and computes the same logits, to 2e-6 of the
 largest (`make test-neox`). *files*: each shard is compared with one that a test cuts by hand. Those
 blocks need CUDA kernels, which were not run.

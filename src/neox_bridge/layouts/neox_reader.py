@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import INV_FREQ, Architecture
+from neox_bridge.architectures.llama_like import with_one_matrix
 from neox_bridge.architectures.neox_config import attention_kinds
 from neox_bridge.architectures.neox_only import POSITIONS, neox_only, shapes_of, unknown_tensors
 from neox_bridge.architectures.setting_types import check_neox
@@ -333,6 +334,8 @@ def _family(
     architecture = for_neox(raw, record)
     if architecture is None:
         return rules or _refuse_blocks(raw, tensors, layers, folder)
+    if architecture.gated and "mlp.dense_h_to_4h.weight" in read.names:
+        architecture = with_one_matrix(architecture)
     known = {name for w in architecture.weights for name in (w.neox, w.old, w.also)}
     fused = any(weight.split == "fused" for weight in architecture.weights)
     grouped = raw.get("num_kv_heads") not in (None, raw.get("num_attention_heads"))
