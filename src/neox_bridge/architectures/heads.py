@@ -1,9 +1,9 @@
-"""The reward model's head, the same in every family: one number for each token.
+"""The head of reward models, which gives one number for each token. It is the same in all families.
 
-GPT-NeoX's ``train_impl: rm`` has ``rm_linear`` in place of ``final_linear``, a row-parallel matrix
-without bias (megatron/model/transformer.py, ParallelLinear), and takes the reward at the last token
-of an answer (megatron/training.py, forward_step). transformers' …ForSequenceClassification has
-``score``, and takes it at the last token that isn't padding.
+With ``train_impl: rm``, GPT-NeoX has ``rm_linear`` instead of ``final_linear``, a row-parallel
+matrix without bias (megatron/model/transformer.py, ParallelLinear), and uses the number of the last
+token of an answer (megatron/training.py, forward_step). …ForSequenceClassification of transformers
+has ``score``, and uses the number of the last token that is not padding.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ REWARD = Weight("head", RM_LINEAR, SCORE, "row", ("labels", "hidden"), "reward")
 
 
 def head_config(hf_class: str, config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of the head: the class, and a reward model's one label."""
+    """The keys of config.json about the head: the class, and the one label of a reward model."""
     if not config.reward:
         return {"architectures": [hf_class]}
     name = hf_class.replace("ForCausalLM", "ForSequenceClassification")
-    # transformers counts the labels by their names
+    # transformers takes the number of labels from their names
     return {
         "architectures": [name],
         "id2label": {"0": "LABEL_0"},
@@ -30,7 +30,7 @@ def head_config(hf_class: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def refuse_labels(dims: Mapping[str, int]) -> list[Refusal]:
-    """A head with more labels than GPT-NeoX's, which has one."""
+    """Refuse a head with more than one label, the number in GPT-NeoX."""
     labels = dims.get("labels", 1)
     if labels == 1:
         return []
@@ -44,7 +44,7 @@ def refuse_labels(dims: Mapping[str, int]) -> list[Refusal]:
 
 
 def refuse_tied(raw: Mapping[str, Any]) -> list[Refusal]:
-    """With tied embeddings GPT-NeoX makes no reward head (megatron/model/gpt2_model.py)."""
+    """Refuse tied embeddings: GPT-NeoX then has no reward head (megatron/model/gpt2_model.py)."""
     if raw.get("train_impl") != "rm" or raw.get("no_weight_tying"):
         return []
     return [

@@ -1,9 +1,9 @@
-"""Mamba in the words of mamba_ssm (github.com/state-spaces/mamba, e9594ce of 2026-07).
+"""Mamba in the format of mamba_ssm (github.com/state-spaces/mamba, e9594ce of 2026-07).
 
-config.json are the fields of its MambaConfig (models/config_mamba.py), and no others, which it
-refuses; ssm_cfg are the arguments of its Mamba (modules/mamba_simple.py), in all blocks the same.
-The epsilon of its norms is the default of its create_block (models/mixer_seq_simple.py), and in no
-file. The embeddings have ``vocab_size`` rows, rounded up to ``pad_vocab_size_multiple``.
+Its config.json has the fields of MambaConfig (models/config_mamba.py). The library refuses others.
+ssm_cfg has the arguments of Mamba (modules/mamba_simple.py), which are the same in all blocks. The
+epsilon of the norms is the default of create_block (models/mixer_seq_simple.py), and is in no file.
+The embeddings have ``vocab_size`` rows, rounded up to a multiple of ``pad_vocab_size_multiple``.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from neox_bridge.architectures.base import Form, ModelConfig, Refusal
 from neox_bridge.architectures.hf_config import whole_number
 from neox_bridge.architectures.neox_config import round_up
 
-STATES, CONV = 16, 4  # of a channel, by default
+STATES, CONV = 16, 4  # the defaults of a channel
 _EPSILON = 1e-5
-_MULTIPLE = 8  # of rows, by default
-# its Mamba's arguments, transformers' words
+_MULTIPLE = 8  # the default for rows
+# arguments of Mamba in mamba_ssm, and their keys in transformers
 _BLOCK = {
     "d_state": "state_size",
     "d_conv": "conv_kernel",
@@ -28,7 +28,7 @@ _BLOCK = {
 
 
 def dt_rank(hidden: int) -> int:
-    """The rank of dt, by default: a sixteenth of the hidden size, rounded up."""
+    """The default rank of dt: a sixteenth of the hidden size, rounded up."""
     return -(-hidden // 16)
 
 
@@ -52,9 +52,10 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _write(
     config: ModelConfig, hf_config: Mapping[str, Any], original: Mapping[str, Any], entries: int
 ) -> dict[str, Any]:
-    """The keys of every version; those of younger ones where they say anything.
+    """The keys that all versions know, and newer ones only if they differ from the default.
 
-    tie_embeddings is of 1.2.0 (5aa131d), d_intermediate, attn_layer_idx and attn_cfg are of 2.0.0.
+    tie_embeddings exists since 1.2.0 (5aa131d), d_intermediate, attn_layer_idx and attn_cfg since
+    2.0.0.
     """
     rows = config.dims["vocab"]
     written: dict[str, Any] = {
@@ -73,7 +74,7 @@ def _write(
 
 
 def _block(config: ModelConfig) -> dict[str, Any]:
-    """What isn't its Mamba's default."""
+    """The arguments of Mamba that differ from its defaults."""
     dims = config.dims
     usual = {"d_state": STATES, "d_conv": CONV, "dt_rank": dt_rank(config.hidden), "expand": 2}
     sizes = {"d_state": dims["states"], "d_conv": dims["conv"], "dt_rank": dims["dt"]}
@@ -83,7 +84,7 @@ def _block(config: ModelConfig) -> dict[str, Any]:
 
 
 def _vocabulary(entries: int, rows: int) -> dict[str, int]:
-    """The first multiple by which so many entries get all rows: 8, doubled, or another."""
+    """The keys by which this many entries get this many rows, with a multiple of 8 if possible."""
     doubled = (_MULTIPLE << n for n in range(32))
     multiple = next(
         n for n in (*doubled, *range(1, rows + 1)) if rows % n == 0 and rows - n < entries
@@ -92,7 +93,7 @@ def _vocabulary(entries: int, rows: int) -> dict[str, int]:
 
 
 def _has_rows(original: Mapping[str, Any], rows: int) -> bool:
-    """Whether these words make embeddings of so many rows."""
+    """Whether a config.json describes embeddings with this many rows."""
     size, multiple = original.get("vocab_size"), original.get("pad_vocab_size_multiple", _MULTIPLE)
     if not (isinstance(size, int) and isinstance(multiple, int)) or multiple < 1:
         return False

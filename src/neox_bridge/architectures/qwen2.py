@@ -1,7 +1,7 @@
 """Qwen 1.5, 2 and 2.5: ``Qwen2ForCausalLM``, Llama with biases of q, k and v only.
 
 GPT-NeoX's use_bias_in_attn_linear gives attention.dense a bias as well
-(megatron/model/transformer.py, ParallelSelfAttention): it is written as -0.0, which adds nothing.
+(megatron/model/transformer.py, ParallelSelfAttention). It is written as -0.0, which adds nothing.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from neox_bridge.architectures.llama_like import Family, architecture
 
 
 def _refuse(raw: Mapping[str, Any]) -> list[Refusal]:
-    """The window of some layers only (Qwen2Config, layer_types); GPT-NeoX has one for all."""
+    """Refuse a window in some of the layers (Qwen2Config, layer_types)."""
     if not raw.get("use_sliding_window"):
         return []
     return [

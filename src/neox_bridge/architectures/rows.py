@@ -1,4 +1,4 @@
-"""A family's table of weights, written out for one model: a row for each weight of each block."""
+"""The table of weights of one model: a row for each weight of each block."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,9 +10,11 @@ from neox_bridge.architectures.base import Architecture, ModelConfig, Weight
 class Row:
     """One weight of one model.
 
-    weight: its line in the family's table. block: the number of its block; 0 outside the blocks.
-    layer: GPT-NeoX's number of the layer that holds it (megatron/model/gpt2_model.py).
-    hf: its name in Hugging Face files.
+    Attributes:
+        weight: Its line in the table of the family.
+        block: The number of its block; 0 outside the blocks.
+        layer: The number of its layer in GPT-NeoX (megatron/model/gpt2_model.py).
+        hf: Its name in Hugging Face files.
     """
 
     weight: Weight
@@ -21,11 +23,11 @@ class Row:
     hf: str
 
 
-@lru_cache(16)  # a model's rows are asked for again by every stage, and in a batch by every step
+@lru_cache(16)  # every stage, and in a batch every step, needs the rows of the same model
 def table_rows(architecture: Architecture, layers: int) -> tuple[Row, ...]:
-    """Every row of the table, in the order of GPT-NeoX's layers.
+    """All rows of a model, in the order of GPT-NeoX's layers.
 
-    Derived buffers and what only GPT-NeoX has are among them.
+    They include derived buffers and weights that only GPT-NeoX has.
     """
     first_layers = {"embed": 0, "block": 2, "norm": layers + 3, "head": layers + 4}
     return tuple(
@@ -38,7 +40,7 @@ def table_rows(architecture: Architecture, layers: int) -> tuple[Row, ...]:
 
 
 def model_rows(architecture: Architecture, config: ModelConfig) -> tuple[Row, ...]:
-    """The rows of the weights that a model of this config has on both sides."""
+    """The rows of the weights that a model with this config has on both sides."""
     return tuple(
         row
         for row in table_rows(architecture, config.layers)
@@ -48,5 +50,5 @@ def model_rows(architecture: Architecture, config: ModelConfig) -> tuple[Row, ..
 
 @lru_cache(16)
 def rows_by_name(architecture: Architecture, layers: int) -> dict[str, Row]:
-    """Every row of the table by its Hugging Face name."""
+    """All rows of a model by Hugging Face name."""
     return {row.hf: row for row in table_rows(architecture, layers)}

@@ -1,7 +1,7 @@
-"""What kinds of values the settings have that are read, so that no other code meets another kind.
+"""Checks the kinds of the values in settings, so that later code can rely on them.
 
-Of config.json: transformers' configuration classes. Of the yml: GPT-NeoX's
-megatron/neox_arguments/neox_args.py and deepspeed_args.py.
+Sources: the configuration classes of transformers for config.json, and neox_args.py and
+deepspeed_args.py in megatron/neox_arguments of GPT-NeoX for the yml.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from neox_bridge.errors import BridgeError
 MOST_LAYERS = 4096
 _MOST_HEADS = 4096
 _MOST_COUNT = 2**53
-_NAME_CHARACTERS = 200  # of a name
+_NAME_CHARACTERS = 200
 
 _Kind = tuple[str, Callable[[Any], bool]]
 
@@ -28,7 +28,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-_LARGEST = 1e300  # the largest number that is taken; NaN and infinities aren't below it
+_LARGEST = 1e300  # the largest valid number; it excludes infinity and NaN
 _COUNT, _LAYERS, _HEADS = _whole(_MOST_COUNT, "2**53"), _whole(MOST_LAYERS), _whole(_MOST_HEADS)
 _NUMBER: _Kind = ("a finite number", _is_number)
 _SHARE: _Kind = ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
@@ -86,13 +86,13 @@ NEOX = _table(
 
 
 def check_hf(raw: Mapping[str, Any], where: str = "config.json") -> None:
-    """Raise BridgeError, naming the key, where a config.json has a value of another kind."""
+    """Raise BridgeError, which names the key, for a value of another kind. where: the file."""
     _check(raw, HF, where)
     _check(raw.get("rope_parameters") or {}, _ROPE, f"{where}: rope_parameters")
 
 
 def check_neox(raw: Mapping[str, Any], where: str) -> None:
-    """The same for a merged yml, or for the args of a checkpoint; yaml reads 1e-5 as text."""
+    """The same for a merged yml or the args of a checkpoint. Numbers may be texts such as 1e-5."""
     numbers = {key: _as_number(value) for key, value in raw.items() if key in NEOX}
     _check(numbers, NEOX, where)
 
@@ -113,10 +113,10 @@ def _as_number(value: Any) -> Any:
 
 
 def is_count(value: object) -> bool:
-    """Whether this is a whole number of things, and no bool."""
+    """Whether a value is a count: a whole number and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_COUNT
 
 
 def is_name(value: object) -> bool:
-    """Whether this is a short text that can be shown."""
+    """Whether a value is a short printable text."""
     return _NAME[1](value)

@@ -1,11 +1,11 @@
-"""The shapes of Pythia, as its config files give them (EleutherAI/pythia, models/)."""
+"""The sizes of the Pythia models, from their config files (EleutherAI/pythia, models/)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """rows: of the published embeddings, padded where trained with tensor parallelism."""
+    """The sizes of a model. rows: of the published embeddings, with their padding."""
 
     layers: int
     hidden: int

@@ -1,4 +1,4 @@
-"""What a version of transformers cannot hold of a model."""
+"""What a version of transformers does not support of a model."""
 
 from neox_bridge.architectures.base import ModelConfig
 from neox_bridge.errors import Refused
@@ -8,7 +8,7 @@ from neox_bridge.frameworks.targets import knows
 
 
 def llama_ignores(family: str, config: ModelConfig, facts: TransformersFacts) -> list[str]:
-    """What old versions of transformers leave out of a Llama without a word, and since when not."""
+    """What a version of transformers silently ignores of a Llama, and which one does not."""
     if family != "llama":
         return []
     ignored = {
@@ -25,13 +25,13 @@ def llama_ignores(family: str, config: ModelConfig, facts: TransformersFacts) ->
 
 
 def refuse_version(family: str, config: ModelConfig, facts: TransformersFacts) -> None:
-    """Raise Refused for what this version of transformers can't hold of a model."""
+    """Raise Refused if a version of transformers does not support a model."""
     if ignored := llama_ignores(family, config, facts):
         raise Refused(
             f"transformers {facts.version} would silently ignore {'; '.join(ignored)}. Name a "
             "newer version with `era=`."
         )
-    plain = not config.attention_bias and config.norm_bias  # gpt_neox; relatives of Llama have none
+    plain = not config.attention_bias and config.norm_bias  # gpt_neox; others have none
     if plain and not knows(facts, "hf-attention-bias"):
         raise Refused(
             "attention_bias: the attention of the model has no biases, but transformers "

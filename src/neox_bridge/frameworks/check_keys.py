@@ -1,4 +1,4 @@
-"""Finds the unknown keys of a yml, of a config.json, and of the other libraries' settings."""
+"""Finds unknown keys in a yml, a config.json, and the settings of other libraries."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -25,16 +25,16 @@ from neox_bridge.frameworks.unknown_keys import (
     unknown_key,
 )
 
-# blocks of the yml whose keys belong to an optimizer, a logger or a tuner of the user's choice
+# blocks of the yml with keys of an optimizer, a logger or a tuner that the user chooses
 _FREE = frozenset(
     """optimizer scheduler amp autotuning wandb tensorboard csv_monitor comet_others elasticity
     data_efficiency curriculum_learning comms_logger flops_profiler""".split()
 )
-_OVERWRITTEN = "config_files"  # by NeoXArgs.from_ymls, whatever it holds; see layouts/origin.py
-# keys of GPT-NeoX that change the model and that no reader here reads
+_OVERWRITTEN = "config_files"  # NeoXArgs.from_ymls replaces it; see layouts/origin.py
+# keys of GPT-NeoX that change the model and that neox-bridge does not read
 _UNREAD_NEOX = ("compression_training",)
 _ROPE_BLOCKS = ("rope_scaling", "rope_parameters")
-# transformers' base class takes these, and the class of the family does not read them
+# the base class of transformers accepts these keys, and the class of the family ignores them
 _UNREAD_BY_CLASS = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "mamba": {
@@ -43,18 +43,18 @@ _UNREAD_BY_CLASS = {
         "d_inner": "intermediate_size",
     },
 }
-# what neox-bridge writes for GPT-NeoX, and a family without attention does not compute with
+# keys that neox-bridge writes for GPT-NeoX, and that a family without attention ignores
 _IDLE = {"mamba": ("num_attention_heads", "max_position_embeddings")}
-# mamba_ssm's words in config.json files of transformers' form, for what its class always does
+# settings of mamba_ssm that the class of transformers always has
 _MAMBA_ALWAYS: tuple[tuple[str, object], ...] = (("rms_norm", True), ("ssm_cfg", {}))
 
 
 def unknown_in_yml(
     raw: Mapping[str, Any], file_of: Callable[[str], str] = lambda _key: ""
 ) -> tuple[UnknownKey, ...]:
-    """The keys of a merged yml that no GPT-NeoX from v1.0 to today takes.
+    """The keys of a merged yml that no GPT-NeoX from v1.0 to today accepts.
 
-    file_of: the file in which a key stands.
+    file_of: returns the file of a key.
     """
     known = neox_keys()
     unknown = []
@@ -106,7 +106,7 @@ def unknown_in_config(
 
 
 def unknown_in_mamba_ssm(raw: Mapping[str, Any]) -> tuple[UnknownKey, ...]:
-    """The keys of a config.json of mamba_ssm that its classes do not take."""
+    """The keys of a config.json of mamba_ssm that its classes do not accept."""
     block = raw.get("ssm_cfg")
     inside = block if isinstance(block, dict) else {}
     return (
@@ -129,7 +129,7 @@ def _others_than(
 
 
 def _unknown_in_rope(block: str, value: Any, raw: Mapping[str, Any]) -> Iterator[UnknownKey]:
-    """Keys within a rotary block that its type does not take; "default" takes no scaling."""
+    """The keys of a rotary block that its type ignores. "default" ignores all scaling."""
     if not isinstance(value, dict):
         return
     kind = value.get("rope_type", value.get("type"))
@@ -143,7 +143,7 @@ def _unknown_in_rope(block: str, value: Any, raw: Mapping[str, Any]) -> Iterator
 
 
 def _is_derived(key: str, value: Any, raw: Mapping[str, Any]) -> bool:
-    """Whether a key repeats what the class computes from others."""
+    """Whether a key has the value that the class computes from other keys."""
     hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads):
         return False
@@ -151,7 +151,7 @@ def _is_derived(key: str, value: Any, raw: Mapping[str, Any]) -> bool:
 
 
 def _nested(value: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """(dotted name, value, the mapping) of every key below a block."""
+    """The dotted name, the value and the mapping of every key below a block."""
     for key, item in value.items():
         name = f"{above}.{key}"
         yield name, item, value
@@ -160,7 +160,7 @@ def _nested(value: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any, Ma
 
 
 def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
-    """A value and those below it that are mappings."""
+    """All mappings in a value, with the value itself."""
     if isinstance(value, dict):
         yield value
         for item in value.values():

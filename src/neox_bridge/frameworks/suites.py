@@ -1,9 +1,9 @@
-"""Published training runs in GPT-NeoX's own files, known by name, with their converted twins.
+"""Published training runs in GPT-NeoX format by name, with their converted versions (twins).
 
 EleutherAI publishes the files that its trainer wrote as EleutherAI/neox-ckpt-pythia-SIZE: a branch
 ``stepN`` for each checkpoint, or the last checkpoint on ``main``. EleutherAI/pythia-SIZE holds the
-same models converted for transformers. The table has the repositories that a page of the Hub shows
-or that others list by name; the rest of the naming scheme is only used for suggestions.
+same models converted for transformers. The table contains repositories that are known to exist. For
+other names of the same form, errors suggest a repository, but nothing depends on it.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 OWNER = "EleutherAI"
-# whose tokenizer.json is the 20B_tokenizer.json of the yml
+# its tokenizer.json is the 20B_tokenizer.json that yml files name
 TOKENIZER_REPO = f"{OWNER}/gpt-neox-20b"
 _PREFIX = "neox-ckpt-"
 _NAME = re.compile(
@@ -27,8 +27,8 @@ class Suite:
 
     Attributes:
         repo: ``org/name``.
-        twin: The repository of the same models for transformers; None where none is known.
-        checkpoints: How many branches ``stepN`` its model card counts; None where no card was seen.
+        twin: The repository of the same models for transformers; None if none is known.
+        checkpoints: The number of branches ``stepN`` in its model card; None if it has no card.
     """
 
     repo: str
@@ -37,7 +37,7 @@ class Suite:
 
 
 def _suites() -> tuple[Suite, ...]:
-    """Names on pages of the Hub: model cards (with counts), trees of files, commits."""
+    """The repositories on pages of the Hub: model cards (with counts), file lists, commits."""
     counts = {"160m": 154, "410m-seed8": 154, "14m-seed0": 154, "12b-deduped": 20}
     names = (
         *("14m-seed0", "70m", "70m-v1", "70m-deduped-v0", "70m-deduped-v1"),
@@ -52,10 +52,10 @@ def _suites() -> tuple[Suite, ...]:
 
 
 def twin_of(repo: str) -> str | None:
-    """The repository that holds a suite's models for transformers.
+    """The repository of a suite's models for transformers; None for other repositories.
 
-    None for other repositories, and for the run with seed 0: the published seeds begin at 1. v1 is
-    what the twins without a version hold; v0 has twins of its own.
+    Twins of version v1 have no version in their names; those of v0 do. The run with seed 0 has no
+    twin, because the published seeds begin at 1.
     """
     owner, _, name = repo.partition("/")
     match = _NAME.fullmatch(name)
@@ -66,12 +66,12 @@ def twin_of(repo: str) -> str | None:
 
 
 def full_id(name: str) -> str | None:
-    """``EleutherAI/NAME`` where a name without an owner follows the scheme of the suites."""
+    """``EleutherAI/NAME`` for a name of the form of the suites; None for other names."""
     return f"{OWNER}/{name.lower()}" if _NAME.fullmatch(name) else None
 
 
 def nearest(repo: str) -> str | None:
-    """The known repository, or its twin, whose name is nearest to one that does not exist."""
+    """The known repository or twin whose name is nearest to a missing one; None if none is near."""
     known = {repo.lower(): repo for suite in SUITES for repo in (suite.repo, suite.twin) if repo}
     word = repo.lower() if "/" in repo else f"{OWNER}/{repo}".lower()
     matches = get_close_matches(word, [name for name in known if name != word], 1, 0.85)

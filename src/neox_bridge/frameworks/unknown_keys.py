@@ -1,8 +1,8 @@
 """Settings that no known version of a framework has, and whether they change the model.
 
-GPT-NeoX refuses a key that it does not know, so such a yml was written by a fork. transformers
-passes over unknown keys of a config.json without a word. In both cases the model may have been
-trained with code that computes something else.
+GPT-NeoX refuses unknown keys, so a yml that has one is from a fork. transformers silently ignores
+unknown keys of a config.json. In both cases, the code that trained the model may compute something
+else.
 """
 
 import re
@@ -19,12 +19,14 @@ Effect = Literal["model", "off", "none"]
 class UnknownKey:
     """A setting that no known version of the framework has.
 
-    name: dotted where it stands within a block. file: where it stands.
-    effect: "model" where its name suggests that it changes what the model computes, or where it is
-        a misspelling of a key that does; "off" where its value turns it off; "none" for others.
-    neighbour: the known key that it may be a misspelling of, or "".
-    removed: the date on which the framework lost it, where it had it once.
-    proposal: the id of the change that proposes it, or "".
+    Attributes:
+        name: The key; dotted if it is inside a block.
+        effect: "model" if its name suggests that it changes what the model computes, or if it is a
+            misspelling of a key that does; "off" if its value turns it off; "none" for others.
+        neighbour: The known key that may be meant, or "".
+        file: The file of the key.
+        removed: The date on which the framework removed the key, or "".
+        proposal: The id of the change that proposes it, or "".
     """
 
     side: Literal["hf", "neox"]
@@ -38,17 +40,17 @@ class UnknownKey:
 
     @property
     def top(self) -> str:
-        """The key of the file in which it stands."""
+        """The key at the top level of the file."""
         return self.name.partition(".")[0]
 
     @property
     def shown(self) -> str:
-        """``name: value`` for a message, the value cut short."""
+        """``name: value`` for a message, with a shortened value."""
         text = repr(self.value)
         return f"{self.name}: {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-# words of a name that say that it changes the model, whatever else stands in it
+# a name with one of these words always changes the model
 _CERTAIN = frozenset(
     "rope rotary yarn ntk alibi xpos longrope mrope rpe softcap softcapping softcaps".split()
 )
@@ -65,10 +67,10 @@ _CHANGES = _CERTAIN | frozenset(
     tied tying eps epsilon hidden dim dims conv convolution ssm gate gated gating interleave
     interleaved recurrent sink sinks nope""".split()
 )
-# compounds without an underscore
+# for compounds without an underscore
 _BEGIN = ("rope", "rotary", "alibi", "yarn", "softcap", "attn", "attention", "embed", "logit")
 _END = ("norm", "scale", "scaling", "softcap", "bias", "glu", "gelu", "multiplier")
-# words that say that a key concerns training, data, precision or the way of computing only
+# a name with one of these words concerns only training, data, precision or implementation
 _HARMLESS = frozenset(
     """dropout lr wd optim optimizer adam muon momentum warmup schedule scheduler grad grads
     gradient gradients loss losses reg regularization ema init inits initializer
@@ -92,7 +94,7 @@ _ZERO_IS_OFF = frozenset(
     expert experts moe coeff coefficient sink sinks lora adapter mult_of dropout prefix""".split()
 )
 _OFF_WORDS = frozenset({"", "none", "null", "default", "off", "false", "no", "disabled"})
-# a decay of weights is training, a decay within attention is the model
+# with these words, a decay is part of the model; otherwise it is weight decay
 _DECAYS_IN_MODEL = frozenset(
     {"attention", "attn", "pos", "position", "positional", "head", "heads"}
 )
@@ -101,14 +103,14 @@ _ALWAYS = frozenset({"transformers_weights"})  # names another file of weights
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a name in snake case or camel case, in small letters."""
+    """The words of a name in snake case or camel case, in lower case."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     words = [word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word]
     return [word if word in _HARMLESS else word.strip("0123456789") or word for word in words]
 
 
 def effect_of(name: str, value: Any) -> Effect:
-    """What a name and its value suggest. name: dotted where it stands within a block."""
+    """The effect that a name and its value suggest. name: dotted if it is inside a block."""
     if not any(map(_suggests, name.split("."))):
         return "none"
     return "off" if is_off(name, value) else "model"
@@ -136,7 +138,7 @@ def _changes(word: str) -> bool:
 
 
 def is_off(name: str, value: Any) -> bool:
-    """Whether a value turns a setting off: null, false, 1 for a factor, 0 for a cap, nothing."""
+    """Whether a value turns a setting off, such as null, false, 1 for a factor or 0 for a cap."""
     words = set(words_of(name.rpartition(".")[2]))
     if value is None:
         return True
@@ -192,9 +194,9 @@ def unknown_key(
     file: str = "",
     removed: str = "",
 ) -> UnknownKey:
-    """An unknown key, judged by its name, its value, and the known key that is nearest to it.
+    """An unknown key with its effect, by its name, its value and the nearest known key.
 
-    known: the keys that may stand where it stands. raw: those that stand beside it.
+    known: the keys that are valid in its place. raw: the keys beside it.
     """
     if side == "neox" and (proposal := proposal_with(key=name)):
         off = is_off(name, value) or proposal.is_as_before(raw)
@@ -211,7 +213,7 @@ def unknown_key(
 
 
 def neighbour_of(name: str, known: Iterable[str]) -> tuple[str, bool]:
-    """The known key that a name is nearest to, or "", and whether the name is a misspelling."""
+    """The known key that is nearest to a name, or "", and whether the name is a misspelling."""
     from difflib import get_close_matches
 
     known = sorted(known, key=lambda key: (not _suggests(key), key))
@@ -229,7 +231,7 @@ def neighbour_of(name: str, known: Iterable[str]) -> tuple[str, bool]:
 
 
 def _slips(a: str, b: str, most: int = 2) -> int:
-    """Letters that are missing, too many, wrong or swapped with the next, up to one above most."""
+    """The number of missing, extra, wrong and swapped letters; most + 1 if there are more."""
     if abs(len(a) - len(b)) > most:
         return most + 1
     before: list[int] = []

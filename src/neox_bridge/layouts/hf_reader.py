@@ -56,13 +56,13 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
     config = os.path.join(path, "config.json")
     check_own(config, path)
     original = read_json(config)
-    check_hf(original)
+    check_hf(original, config)
     raw, form = dict(complete(original)), form_of(original)
     if form is not None:
         kept = read_record(path).get("config")
         if isinstance(kept, dict) and kept.get("model_type") == raw["model_type"]:
             raw = {**kept, **raw}
-    check_hf(raw)  # what mamba_ssm says in its own words too
+    check_hf(raw, config)  # with the settings of mamba_ssm by their names in transformers
     architecture = for_hf(raw)
     stored = _read_tensors(path)
     table = _Table(architecture)

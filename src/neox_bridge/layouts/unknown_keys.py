@@ -1,4 +1,4 @@
-"""What becomes of a checkpoint whose settings no known GPT-NeoX or transformers has."""
+"""Refuses or reports settings that no known version of GPT-NeoX or transformers has."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -13,11 +13,11 @@ from neox_bridge.frameworks.unknown_keys import UnknownKey
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.wording import some
 
-ROPE_SCALING = "rope_scaling"  # known to transformers, and refused; it may be ignored all the same
+ROPE_SCALING = "rope_scaling"  # a known setting that is refused, and that the user may ignore
 
 
 def ignoring(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
-    """The checkpoint, with the user's word that these keys do not matter.
+    """The checkpoint with keys that the user ignores.
 
     Raises UsageError for a name that is not an unknown key of its settings.
     """
@@ -45,9 +45,9 @@ def ignorable(checkpoint: Checkpoint) -> frozenset[str]:
 def refusals(
     checkpoint: Checkpoint, ignored: Collection[str], known: Collection[str] = ()
 ) -> list[Refusal]:
-    """Why a checkpoint is not converted: keys that seem to change the model.
+    """The refusals of a conversion for keys that seem to change the model.
 
-    ignored: those that the user wants ignored. known: those that the target is known to take.
+    ignored: the keys that the user ignores. known: the keys that the target accepts.
     """
     return [
         Refusal(key.name, reason_of(key), remedy_of(key))
@@ -57,7 +57,7 @@ def refusals(
 
 
 def warned(keys: Sequence[UnknownKey]) -> list[Finding]:
-    """The keys that seem to change the model, for what is no conversion of the model."""
+    """Warnings about keys that seem to change the model, where nothing is converted."""
     return [
         Finding("unknown-key", "warning", reason_of(key)) for key in keys if key.effect == "model"
     ]
@@ -94,7 +94,7 @@ def remedy_of(key: UnknownKey) -> str:
 
 
 def listed(keys: Sequence[UnknownKey]) -> list[Finding]:
-    """The unknown keys that stop nothing, as one warning."""
+    """The unknown keys that do not stop a conversion, as one warning."""
     findings = [_unmerged(key) for key in keys if key.effect != "model" and key.proposal]
     named = [key for key in keys if key.effect != "model" and not key.proposal]
     if not named:
@@ -151,7 +151,7 @@ def ignored_findings(names: Collection[str], carried: bool) -> list[Finding]:
 
 
 def lost_on_the_way(checkpoint: Checkpoint) -> list[Finding]:
-    """Keys of the run's yml that were ignored on the way to Hugging Face, and do not come back."""
+    """A warning about keys of a run's yml that were ignored on the way to Hugging Face."""
     neox = checkpoint.record.get("neox") or {}
     names = sorted(checkpoint.ignored_keys & set(neox.get("yml") or ()))
     if checkpoint.kind != "hf" or not names:
@@ -168,7 +168,7 @@ def lost_on_the_way(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def without_ignored(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A Hugging Face checkpoint's config.json without the keys that are ignored."""
+    """The config.json of a Hugging Face checkpoint without the ignored keys."""
     ignored = checkpoint.ignored_keys
     raw = {key: value for key, value in checkpoint.raw.items() if key not in ignored}
     for name in ignored:
