@@ -18,6 +18,9 @@ from neox_parts import HEADS, HIDDEN, POSITIONS, Part, block, cut, model, read, 
 from neox_bridge.api import open_checkpoint, verify
 from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import era_named
+from neox_bridge.optimizer.options import Resharding
+from neox_bridge.optimizer.read_files import read_optimizer
+from neox_bridge.optimizer.reshard import plan_reshard
 
 HEAD = HIDDEN // HEADS
 FFN = 72
@@ -232,6 +235,18 @@ def test_relative_positions_that_stages_trained_apart_stay_apart(tmp_path: Path)
         plan_of(source, tmp_path / "one", to="neox", pp=1)
     with pytest.raises(Refused, match="each pipeline stage of GPT-NeoX trains one"):
         plan_of(source, tmp_path / "fresh", to="neox", optimizer="fresh")
+
+
+def test_optimizer_states_of_relative_positions_stay_in_one_stage(tmp_path: Path) -> None:
+    """DeepSpeed's partitions of several stages would have one set of states for each."""
+    source = _relative(tmp_path, alike=True, stages=1)
+    convert(source, tmp_path / "run", to="neox", optimizer="fresh")
+    run = open_checkpoint(str(tmp_path / "run"))
+    with pytest.raises(Refused, match=r"each pipeline stage of GPT-NeoX trains one.*`pp=1`"):
+        plan_reshard(run, read_optimizer(run), Resharding(pp=2), str(tmp_path / "two"))
+    convert(source, tmp_path / "stages", to="neox", pp=2)
+    with pytest.raises(Refused, match="optimizer states of 2 stages cannot be read"):
+        read_optimizer(open_checkpoint(str(tmp_path / "stages")))
 
 
 @pytest.mark.parametrize("name", ["learned", "sinusoidal", "alibi"])
