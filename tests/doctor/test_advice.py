@@ -204,6 +204,23 @@ def test_a_path_that_cannot_be_opened_is_said_first(hf: Path, tmp_path: Path) ->
         assert not (tmp_path / "fixed").exists()
 
 
+def test_a_message_without_keys_and_a_target_have_one_block_and_one_fix(tmp_path: Path) -> None:
+    source = shutil.copytree(
+        ROOT / "tests" / "data" / "published" / "v1_dp2" / "flat", tmp_path / "run"
+    )
+    words = ["doctor", str(source), "--error", "-"]
+    duplicate = (ROOT / "tests" / "data" / "messages" / "neox_duplicate_key.txt").read_text()
+    for text, more, blocks in (
+        ("AssertionError: Empty ds_version in checkpoint", ["--for", "today"], 1),
+        (duplicate, ["--for", "today"], 2),
+    ):
+        done = CliRunner().invoke(app, [*words, *more], input=text)
+        assert len(re.findall("^error: ", done.stdout, re.M)) == blocks, done.stdout
+        commands = re.findall(r"^  (?:fix|then) +(neox-bridge .*)$", done.stdout, re.M)
+        assert len(commands) == 1, done.stdout
+    run(re.findall(r"^  fix +(neox-bridge .*)$", done.stdout, re.M)[0])
+
+
 PADDING = (
     "\tsize mismatch for word_embeddings.weight: copying a param with shape torch.Size([300, 48]) "
     "from checkpoint, the shape in current model is torch.Size([512, 48]).\n"

@@ -135,12 +135,17 @@ def advise(
 def is_among(advice: Advice, findings: Iterable[Finding]) -> bool:
     """Whether the findings of a checkpoint explain all that its message names.
 
-    Their fix is then the better one, because it also knows what the message does not name.
+    Their fix is then the better one, because it also knows what the message does not name. A
+    cause without keys of tensors is explained by a finding about the same change of a framework.
     """
     errors = [finding.details for finding in findings if finding.severity == "error"]
     keys = {key for one in errors for key in (*one.missing, *one.unexpected)}
-    named = {key for cause in advice.causes for key in _blocks(cause.keys)}
-    return not advice.contradiction and bool(named) and named <= keys
+    links = {link for one in errors for link in one.more}
+    return not advice.contradiction and all(
+        (cause.keys and keys.issuperset(_blocks(cause.keys)))
+        or (cause.more and links.issuperset(cause.more))
+        for cause in advice.causes
+    )
 
 
 def _contradiction(
@@ -206,7 +211,11 @@ def _for_checkpoint(cause: Diagnosis, checkpoint: Checkpoint | None) -> Diagnosi
 def _is_settled(cause: Diagnosis, options: Mapping[str, str]) -> bool:
     """Whether the command with these options fixes a cause."""
     if cause.needs:
-        return all(options.get(name) == value for name, value in cause.needs)
+        # a target that the user named takes the place of the one that a cause needs
+        return all(
+            options.get(name) == value or (name == "for" and name in options)
+            for name, value in cause.needs
+        )
     return cause.by_convert
 
 
