@@ -612,7 +612,8 @@ def test_a_conversion_script(key: str, script: str, to: str, hf: Path, tmp_path:
     found = advised(text)
     assert [cause.code for cause in found.causes] == ["conversion-script"]
     assert f"--to {to}" in found.fix
-    assert len(found.others) == (0 if script else 1)
+    assert len(found.others) == 1
+    assert ("neox-bridge patch TREE --scripts" in found.others[0]) is bool(script)
     if to == "neox":
         found = advised(text, hf)
         command = found.fix.replace(shlex.quote(f"{hf}-fixed"), str(tmp_path / "out"))

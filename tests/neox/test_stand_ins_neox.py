@@ -15,7 +15,8 @@ from stand_in_trees import NAMES
 
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.source_tree import read_tree
-from neox_bridge.patch.patcher import plan_patch
+from neox_bridge.patch.patcher import FilePatch, plan_patch
+from neox_bridge.patch.scripts import plan_scripts
 
 pytestmark = pytest.mark.neox
 
@@ -52,6 +53,23 @@ def test_the_patch_makes_the_same_edits(pair: tuple[Path, Path]) -> None:
         assert ours.path == theirs.path
         assert [c.what for c in ours.changes] == [c.what for c in theirs.changes]
         assert changed_lines(ours.diff) == changed_lines(theirs.diff)
+
+
+def test_the_scripts_have_the_same_options(pair: tuple[Path, Path]) -> None:
+    """With their defaults, which the patch copies."""
+    stand_in, real = ({file.path: options(file) for file in plan_scripts(t).files} for t in pair)
+    assert stand_in == real
+
+
+def options(file: FilePatch) -> dict[str, tuple[str, ...]]:
+    """The options of a script's parser, each with what it does but for its help and choices."""
+    declared = {}
+    for node in ast.walk(ast.parse(file.old)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_argument":
+            more = [(k.arg, ast.unparse(k.value)) for k in node.keywords]
+            more = [pair for pair in more if pair[0] not in ("help", "choices")]
+            declared[ast.unparse(node.args[0])] = tuple(f"{name}={value}" for name, value in more)
+    return declared
 
 
 def changed_lines(diff: str) -> list[str]:

@@ -173,6 +173,24 @@ def test_the_page_shows_what_happens_line_by_line(today: Path) -> None:
     assert shown == [line for line in printed if line.startswith(f"{FOLDER}/")]
 
 
+def test_doctor_advises_it(today: Path, tmp_path: Path) -> None:
+    """For the traceback of issue #1323, and not for scripts of older trees."""
+    log = tmp_path / "log"
+    error = "{}, line 198, in <listcomp>\nKeyError: 'sequential.2.input_layernorm.weight'\n"
+    log.write_text(error.format(f'  File "{today}/{FOLDER}/convert_neox_to_hf.py"'))
+    checkpoint = fixture("llama_gqa_fp32_tp2")
+    words = ["doctor", checkpoint, "--error", log, "--for", f"neox:{today}", "--json"]
+    advised = json.loads(run(*words).stdout)["advice"]["commands"]
+    (command,) = [line for line in advised if " patch " in line]
+    assert command == f"neox-bridge patch {today} --scripts   # lets the scripts call neox-bridge"
+    assert run(*shlex.split(command, comments=True)[1:]).exit_code == 0
+    assert "is patched already" in run("patch", today, "--scripts").stdout
+    log.write_text(error.format('  File "tools/convert_sequential_to_hf.py"'))
+    assert not [
+        line for line in json.loads(run(*words).stdout)["advice"]["commands"] if " patch " in line
+    ]
+
+
 # what is refused
 
 SEQUENTIAL, TO_HF = "convert_hf_to_sequential.py", "convert_neox_to_hf.py"

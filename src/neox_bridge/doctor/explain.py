@@ -14,6 +14,7 @@ from neox_bridge.doctor.messages import (
     EXPORT,
     FIX,
     OTHER_TP,
+    PATCH_SCRIPTS,
     Diagnosis,
     Message,
     Older,
@@ -24,6 +25,8 @@ from neox_bridge.frameworks.changes import CHANGES, change_named
 from neox_bridge.frameworks.eras import FLAG, LATER_ERAS, known_keys
 from neox_bridge.wording import sentence
 
+# those that neox-bridge patch rewrites, without "convert_"
+_PATCHED_SCRIPTS = ("neox_to_hf", "hf_to_sequential", "hf_llama_to_neox", "neox_to_mamba_ssm")
 _NO_ADJUSTMENT = r"Automatic adjustment|ZeRORuntimeException"
 _WEIGHTS_ALONE = "continue from the weights alone, in the yml: finetune: true"
 
@@ -211,6 +214,7 @@ def _scripts(m: Message) -> Iterator[Diagnosis]:
         script = re.search(scripts, m.text)
         to_hf = script is not None and re.search(r"to_hf", script[1])
         to_neox = script is not None and not to_hf
+        patched = script is not None and script[1] in _PATCHED_SCRIPTS
         commands = (EXPORT, Command(CONVERT))
         remedy, other = commands if to_hf or not to_neox else reversed(commands)
         yield Diagnosis(
@@ -219,7 +223,7 @@ def _scripts(m: Message) -> Iterator[Diagnosis]:
             "scripts know only the names of their own time.",
             remedy,
             (key,),
-            others=() if script else (other,),
+            others=(PATCH_SCRIPTS,) if patched else () if script else (other,),
         )
 
 

@@ -139,6 +139,7 @@ CONVERT = "neox-bridge convert CHECKPOINT NEW --to neox"
 FIX = Command("neox-bridge doctor CHECKPOINT --fix NEW")
 EXPORT = Command("neox-bridge convert CHECKPOINT NEW --to hf")
 PATCH = Command("neox-bridge patch TREE   # lets the tree load both kinds")
+PATCH_SCRIPTS = Command("neox-bridge patch TREE --scripts   # lets the scripts call neox-bridge")
 OTHER_TP = Command(f"{CONVERT} --tp N   # N: the run's model_parallel_size")
 
 
