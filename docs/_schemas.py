@@ -333,6 +333,7 @@ class NeoxFacts(TypedDict):
     tensor_parallel: int
     pipeline_stages: int
     universal: bool
+    zero_stage: int | None
     optimizer: list[str]
     optimizer_states: StatesFacts | None
     deepspeed: str | None

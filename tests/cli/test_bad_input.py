@@ -223,10 +223,10 @@ def test_learned_positions_are_refused_by_name(tmp_path: Path) -> None:
     assert fails(source, tmp_path, "pos_emb").exit_code == 4
 
 
-def test_zero_3_is_refused(tmp_path: Path) -> None:
+def test_zero_3_beside_another_stage_is_refused(tmp_path: Path) -> None:
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt"
     source = spoiled_neox("pythia_fp32_pp1_tp2", tmp_path, lambda s: (s / name).touch())
-    assert fails(source, tmp_path, name, "zero_to_fp32").exit_code == 4
+    assert fails(source, tmp_path, name, "layer_00-model_00-model_states.pt").exit_code == 4
 
 
 @pytest.mark.parametrize("tp", [5, 7, 16])

@@ -185,7 +185,7 @@ def test_stage_0_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_stage_0_of_what_has_none(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="In bfloat16, only stages 1 and 2 can be converted"):
+    with pytest.raises(Refused, match="In bfloat16, only stages 1, 2 and 3 can be converted"):
         reshard(DATA / "bf16_tp2", tmp_path / "new", zero=0)
     with pytest.raises(Refused, match="only at ZeRO stages 1 and 2"):
         reshard(DATA / "fp32_stage0", tmp_path / "new", universal=True)
@@ -387,7 +387,7 @@ def copy(source: Path, target: Path) -> None:
 def test_a_file_is_missing(tmp_path: Path) -> None:
     name = "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
     root = damaged(tmp_path / "old", lambda step: (step / name).unlink())
-    with pytest.raises(BridgeError, match=r"is incomplete: zero_pp_rank_1_mp_rank_01.* missing"):
+    with pytest.raises(BridgeError, match=r"incomplete: bf16_zero_pp_rank_1_mp_rank_01.* missing"):
         read_optimizer(open_checkpoint(str(root)))
 
 

@@ -254,6 +254,7 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "layout",
                 ("DeepSpeed universal checkpoint, " if neox["universal"] else "")
+                + ("ZeRO stage 3, " if neox["zero_stage"] else "")
                 + f"{neox['layout']}, TP {neox['tensor_parallel']}, PP {neox['pipeline_stages']}",
             )
         )
@@ -262,6 +263,8 @@ def summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if neox is not None:
         count = len(neox["optimizer"])
         held = f"{plural(count, 'state file')}, not copied by convert"
+        if neox["zero_stage"]:
+            held = f"{plural(count, 'state file')}, which also contain the weights"
         none = "not present"
         if facts["has_optimizer"]:
             none = "states inside the weight files, not copied by convert"

@@ -105,6 +105,11 @@ ZERO_GENERATIONS = (
     ),
 )
 SUB_PARTITIONS, LEAN_PARTITIONS, PARTITIONS = ZERO_GENERATIONS
+# Stage 3 cuts each parameter over the ranks, and has saved that in one form. The list param_shapes
+# in the model files, without which nothing tells the parameters apart, is of 0.5.4.
+STAGE_3 = ZeroGeneration(
+    "partitions", "fp32_flat_groups", (0, 5, 4), "DeepSpeed 0.5.4 and later", ""
+)
 
 
 # DeepSpeed made one step of the optimizer on zero gradients when it started, until this release

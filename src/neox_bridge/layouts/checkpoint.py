@@ -72,6 +72,8 @@ class NeoxState:
         universal: Whether it is a universal checkpoint of DeepSpeed. ``ranks`` then refers to its
             masters, with one rank if they are stored whole.
         dp: The data-parallel ranks according to the mp_rank files, or None.
+        parts: The bytes of the tensors in ``ranks`` that ZeRO stage 3 keeps in parts.
+        stored_wholes: The model's tensors as wholes of ``ranks``, if there are such parts.
         missing_ranks: The missing mp_rank files; see ``missing_files.missing_ranks``.
     """
 
@@ -100,6 +102,13 @@ class NeoxState:
     duplicate_keys: tuple[DuplicateKey, ...] = ()
     dp: int | None = None
     missing_ranks: tuple[str, ...] = ()
+    parts: Mapping[TensorRef, Whole] = field(default_factory=dict)
+    stored_wholes: Mapping[str, Whole] = field(default_factory=dict)
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether it is of ZeRO stage 3, whose weights are in the optimizer state files."""
+        return bool(self.parts)
 
     @property
     def flat(self) -> bool:

@@ -82,6 +82,7 @@ def _neox_facts(checkpoint: Checkpoint, state: NeoxState) -> dict[str, Any]:
         "tensor_parallel": state.tp,
         "pipeline_stages": state.pp,
         "universal": state.universal,
+        "zero_stage": 3 if state.is_zero3 else None,
         "optimizer": list(state.optimizer),
         "deepspeed": state.ds_version or None,
     }

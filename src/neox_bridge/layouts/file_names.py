@@ -8,7 +8,7 @@ HF_WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.js
 STEP = re.compile(r"global_step(\d+)")  # the folder
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+ZERO3 = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 # DeepSpeed before 0.3.14 (10c0bea6, #865) left out the underscore before "optim"; the loader of
 # later versions still tries that name (runtime/engine.py)
 OPTIMIZER = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
@@ -29,14 +29,19 @@ def states_file(rank: int, number: int) -> str:
     return f"zero_pp_rank_{rank}_mp_rank_{number:02d}_optim_states.pt"
 
 
+def zero3_file(rank: int, number: int) -> str:
+    """The name of a model file of ZeRO stage 3. rank: data-parallel. number: model-parallel."""
+    return f"zero_pp_rank_{rank}_mp_rank_{number:02d}_model_states.pt"
+
+
 def is_weights(name: str) -> bool:
     """Whether a file of this name holds weights: a layer's, or a rank's."""
-    return LAYER.fullmatch(name) is not None or RANK.fullmatch(name) is not None
+    return any(form.fullmatch(name) for form in (LAYER, RANK, ZERO3))
 
 
 def is_step_file(name: str) -> bool:
     """Whether GPT-NeoX or DeepSpeed gives this name to a file of a step."""
-    return is_weights(name) or any(form.fullmatch(name) for form in (OPTIMIZER, ZERO3))
+    return is_weights(name) or OPTIMIZER.fullmatch(name) is not None
 
 
 def optimizer_files(names: Iterable[str]) -> tuple[str, ...]:

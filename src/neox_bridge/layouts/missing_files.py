@@ -63,11 +63,14 @@ def refuse_missing_ranks(state: NeoxState) -> None:
         )
 
 
-def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[list[str]]:
+def rank_files(
+    folder: str, optimizer: Sequence[str], dp: int | None, model_parallel: int
+) -> list[list[str]]:
     """The optimizer state files by the number of their mp_rank file, then by rank.
 
     Args:
-        state: A checkpoint that has such files.
+        folder: The folder of the files.
+        optimizer: Their names.
         dp: The number of data-parallel ranks in the mp_rank files; None if they do not contain it.
         model_parallel: The number of mp_rank files.
 
@@ -75,11 +78,10 @@ def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[li
         BridgeError: If a file is missing, or left over from another layout.
         Refused: If two files belong to the same rank.
     """
-    folder = state.folder
     by_rank: dict[tuple[int, int], str] = {}
-    for name in state.optimizer:
+    for name in optimizer:
         match = OPTIMIZER.fullmatch(name)
-        assert match is not None  # state.optimizer lists names of this form only
+        assert match is not None  # the caller lists names of this form only
         place = int(match[2]), int(match[3])
         if place in by_rank:
             raise Refused(
@@ -92,7 +94,8 @@ def rank_files(state: NeoxState, dp: int | None, model_parallel: int) -> list[li
     places = ((rank, number) for rank in range(dp) for number in range(model_parallel))
     absent = (place for place in places if place not in by_rank)
     if missing := list(islice(absent, _SHOWN)):
-        names = [states_file(*place) for place in missing]
+        prefix = "bf16_" if all(name.startswith("bf16_") for name in by_rank.values()) else ""
+        names = [prefix + states_file(*place) for place in missing]
         count = dp * model_parallel - sum(d < dp and n < model_parallel for d, n in by_rank)
         more = f" and {count - len(names)} more" if count > len(names) else ""
         raise BridgeError(

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -70,7 +70,9 @@ from neox_bridge.layouts.untrusted import settings, text, whole
 from neox_bridge.layouts.window import effective_window
 from neox_bridge.layouts.wrapped_names import without_wrappers
 from neox_bridge.stores.paths import absolute, ahead
+from neox_bridge.tensors.flat import in_place_of
 from neox_bridge.tensors.fused import GqaOrder
+from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
@@ -84,6 +86,7 @@ class _Read:
 
     states: the names of what Transformer Engine stores beside its weights.
     tp: the tensor-parallel ranks of a universal checkpoint; None for others.
+    parts: the bytes of the tensors in ``ranks`` that ZeRO stage 3 keeps in parts.
     stores_buffers: whether a universal checkpoint says that its run stored inv_freq.
     """
 
@@ -95,10 +98,16 @@ class _Read:
     states: tuple[str, ...] = ()
     tp: int | None = None
     stores_buffers: bool = False
+    parts: Mapping[TensorRef, Whole] = field(default_factory=dict)
 
     @property
     def is_universal(self) -> bool:
         return self.tp is not None
+
+    def stored_as(self, ref: TensorRef) -> list[TensorRef]:
+        """The bytes of a tensor in ``ranks``: itself, or its parts."""
+        pieces = self.parts[ref].pieces if ref in self.parts else ()
+        return [piece.source for piece in pieces if piece.source is not None] or [ref]
 
     @property
     def names(self) -> set[str]:
@@ -185,8 +194,18 @@ def open_neox(
         rms_eps="outside" if known_order == "interleaved" or mlp_names == "dense" else "inside",
         duplicate_keys=tuple(duplicates),
         dp=told_ranks(read.meta, "dp_world_size"),
-        missing_ranks=() if read.is_universal else missing_ranks(names, read.meta),
+        missing_ranks=() if read.is_universal or read.parts else missing_ranks(names, read.meta),
+        parts=read.parts,
+        stored_wholes=tensors if read.parts else {},
     )
+    if read.parts:
+        layer_tensors = [stored for rank in read.ranks for stored in rank.values()]
+        held = {ref: whole_of(ref) for stored in layer_tensors for ref in stored.values()}
+        held |= read.parts
+        tensors = {
+            name: replace(in_place_of(whole, held), dtype=whole.dtype)
+            for name, whole in tensors.items()
+        }
     tied_head = tensors.pop(architecture.head, None) if config.tied_embeddings else None
     if read.is_universal:
         from neox_bridge.layouts.universal import as_computed, dtype_of
@@ -235,12 +254,8 @@ def open_neox(
 
 def _read_files(folder: str, names: Sequence[str], raw: Mapping[str, Any]) -> _Read:
     """The contents of the files of a step, in either layout."""
-    if zero3 := [name for name in names if ZERO3.fullmatch(name)]:
-        raise Refused(
-            f"{folder}: {zero3[0]} is a ZeRO stage 3 partition, which contains only slices of "
-            "the parameters. Gather the weights first with python zero_to_fp32.py, or save with "
-            "stage3_gather_16bit_weights_on_model_save: true."
-        )
+    if any(map(ZERO3.fullmatch, names)):
+        return _read_zero3(folder, names)
     if ZERO in names and is_universal(folder):
         return _read_universal(folder, names)
     if any(map(LAYER.fullmatch, names)):
@@ -344,7 +359,8 @@ def _family(
         return rules
     zeros = {weight.neox for weight in architecture.weights if weight.split == "zero"}
     layer_tensors = [tensors for rank in read.ranks for tensors in rank.values()]
-    if all(is_zero(t[name]) for t in layer_tensors for name in zeros & set(t)):
+    held = [read.stored_as(t[name]) for t in layer_tensors for name in zeros & set(t)]
+    if all(is_zero(ref) for refs in held for ref in refs):
         return architecture
     return for_neox(raw) or architecture
 
@@ -520,6 +536,22 @@ def _read_universal(folder: str, names: Sequence[str]) -> _Read:
         tp=tp,
         stores_buffers=any(name.endswith(INV_FREQ) for name in buffers),
     )
+
+
+def _read_zero3(folder: str, names: Sequence[str]) -> _Read:
+    """The parameters of a ZeRO stage 3 checkpoint; see ``zero3``."""
+    from neox_bridge.layouts.zero3 import read_zero3
+
+    if stray := [name for name in names if LAYER.fullmatch(name) or RANK.fullmatch(name)]:
+        first = next(name for name in names if ZERO3.fullmatch(name))
+        raise Refused(
+            f"{folder} contains files of ZeRO stage 3, such as {first}, and of another stage, such "
+            f"as {stray[0]}, so the model depends on the yml. Move the files that this run did not "
+            "write out of the folder."
+        )
+    stored = read_zero3(folder, names)
+    files = tuple(path for paths in (*stored.files.models, *stored.files.states) for path in paths)
+    return _Read("ranks", stored.ranks, stored.meta, 1, files, parts=stored.parts)
 
 
 def _check_one_each(folder: str, names: Sequence[str], read: Collection[str]) -> None:

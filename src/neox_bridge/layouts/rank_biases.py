@@ -7,15 +7,20 @@ are synchronized (megatron/model/utils.py, mark_norms_for_sequence_parallel_grad
 drift apart, and no single model equals the checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from neox_bridge.architectures.base import Architecture
 from neox_bridge.findings import Finding
 from neox_bridge.formats.tensor_values import read_box
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.stores.paths import open_file
+from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
+
+if TYPE_CHECKING:
+    import numpy as np
 
 REMEDY = (
     "compare both on your data before you rely on the result. Continue training with "
@@ -92,22 +97,32 @@ def _deviations(checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:
         return
     for row in checkpoint.rows:
         whole = checkpoint.tensors.get(row.hf) if row.weight.split == "row_bias" else None
-        shards = whole.shards if whole is not None and whole.reduce == "replica" else ()
+        replicas = whole if whole is not None and whole.reduce == "replica" else None
+        shards = (replicas.shards or replicas.parts) if replicas is not None else ()
         if shards and (largest := _largest_deviation(shards)):
             yield row.hf, largest
 
 
-def _largest_deviation(shards: tuple[TensorRef, ...]) -> float:
+def _largest_deviation(shards: Sequence[TensorRef | Whole]) -> float:
     """The largest distance of an element from the mean of the ranks; infinite for a lone NaN."""
     import numpy as np
 
-    stored = []
-    for shard in shards:
-        with open_file(shard.file) as file:
-            stored.append(read_box(file, shard, (0,) * len(shard.shape), shard.shape))
+    stored = [_values(shard if isinstance(shard, Whole) else whole_of(shard)) for shard in shards]
     if all(values.tobytes() == stored[0].tobytes() for values in stored[1:]):
         return 0.0
     ranks = np.stack([values.astype(np.float64) for values in stored])
     with np.errstate(all="ignore"):
         apart = np.abs(ranks - ranks.mean(axis=0))
     return float(np.where(np.isnan(apart), np.inf, apart).max(initial=0.0))
+
+
+def _values(shard: Whole) -> "np.ndarray[Any, np.dtype[Any]]":
+    """What a rank holds of a bias, in the dtype of its bytes."""
+    import numpy as np
+
+    runs = []
+    for piece in sorted(shard.pieces, key=lambda piece: piece.to):
+        assert piece.source is not None
+        with open_file(piece.source.file) as file:
+            runs.append(read_box(file, piece.source, piece.start, piece.shape))
+    return np.concatenate(runs)

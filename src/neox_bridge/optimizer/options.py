@@ -35,11 +35,11 @@ class Resharding:
     )
     zero: int | None = option(
         None,
-        "ZeRO stage. A bfloat16 run at stage 1 or 2 can only switch between these two.",
+        "ZeRO stage. A bfloat16 run at stage 1, 2 or 3 can only switch between these three.",
         group=RESUME,
         common=True,
         minimum=0,
-        maximum=2,
+        maximum=3,
     )
     micro_batch: int | None = option(
         None,

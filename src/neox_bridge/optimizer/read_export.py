@@ -12,7 +12,7 @@ from neox_bridge.formats.safetensors import read_safetensors
 from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.layouts.text_files import read_json
 from neox_bridge.layouts.universal_folder import MASTER
-from neox_bridge.optimizer.states import Optimizer, Scalar, stored_tensors
+from neox_bridge.optimizer.states import Optimizer, Scalar, stored_tensors, stored_wholes
 from neox_bridge.stores.paths import isfile
 from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.wording import some
@@ -114,7 +114,7 @@ def _members(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, int]:
     parameters = {ref: parameter for (_, parameter), ref in stored_tensors(checkpoint).items()}
     return {
         name: optimizer.members[parameters[piece.source]]
-        for name, whole in checkpoint.trained.items()
+        for name, whole in stored_wholes(checkpoint).items()
         for piece in whole.pieces[:1]
         if piece.source is not None
     }

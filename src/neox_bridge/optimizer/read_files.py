@@ -17,7 +17,7 @@ from neox_bridge.layouts.deepspeed_values import (
 from neox_bridge.layouts.file_names import rank_file
 from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks, told_ranks
 from neox_bridge.layouts.neox_reader import read_values
-from neox_bridge.optimizer.states import Group, Optimizer, Scalar, stored_tensors
+from neox_bridge.optimizer.states import Group, Optimizer, Scalar, stored_tensors, stored_wholes
 from neox_bridge.stores.paths import ahead, read_at
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
@@ -40,6 +40,11 @@ def read_optimizer(
         )
     folder = state.folder
     refuse_missing_ranks(state)
+    if state.is_zero3:
+        from neox_bridge.optimizer.read_zero3 import read_zero3_states
+
+        check_settings(checkpoint.raw, folder)
+        return read_zero3_states(checkpoint, folder)
     count = state.tp * max(1, state.pp)
     paths = [os.path.join(folder, rank_file(n)) for n in range(count)]
     check_settings(checkpoint.raw, folder)
@@ -61,7 +66,8 @@ def read_optimizer(
     if state.optimizer:
         from neox_bridge.optimizer.read_zero import read_zero
 
-        files = rank_files(state, told_ranks(metas[0], "dp_world_size"), len(metas))
+        dp = told_ranks(metas[0], "dp_world_size")
+        files = rank_files(folder, state.optimizer, dp, len(metas))
         return read_zero(checkpoint, folder, metas, files)
     if isinstance(metas[0].get("optimizer"), dict):
         from neox_bridge.optimizer.read_stage0 import read_stage0
@@ -89,8 +95,9 @@ def optimizer_states(path: str, until: str | None = None) -> Mapping[str, Any]:
     if not isinstance(value, dict) or not isinstance(inner, dict):
         raise BridgeError(f"{path} is not a DeepSpeed file: it contains no optimizer_state_dict.")
     if "fp32_flat_groups" in inner:
-        raise Refused(
-            f"{path} is from ZeRO stage 3, which cannot be read. Save the run with stage 1 or 2."
+        raise BridgeError(
+            f"{path} is from ZeRO stage 3, but the weights beside it are from another stage. They "
+            "are from different saves. Copy the checkpoint again."
         )
     return value
 
@@ -137,7 +144,7 @@ def check_weights(checkpoint: Checkpoint, optimizer: Optimizer, folder: str) -> 
     """
     if odd := [key for key in optimizer.keys if not re.fullmatch(r"\w{1,40}", key)]:
         raise Refused(f"{folder}: {odd[0][:80]!r} is not a valid name of an optimizer state.")
-    used = {piece.source for whole in checkpoint.trained.values() for piece in whole.pieces}
+    used = {piece.source for whole in stored_wholes(checkpoint).values() for piece in whole.pieces}
     for place, ref in stored_tensors(checkpoint).items():
         _, (layer, name) = place
         rank_states = optimizer.shards.get(place, {})

@@ -1,6 +1,6 @@
 """Plans the checkpoint of a run for other ranks, with everything needed to resume."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -38,6 +38,7 @@ from neox_bridge.optimizer.v1_form import (
 from neox_bridge.optimizer.write_stage0 import Stage0, stage0
 from neox_bridge.optimizer.write_universal import universal, universal_files
 from neox_bridge.optimizer.write_zero import RankGroup, param_shapes, zero_files
+from neox_bridge.optimizer.write_zero3 import sub_groups, zero3_model_files, zero3_state_files
 from neox_bridge.optimizer.zero_stage import at_stage
 from neox_bridge.planning.common import (
     carried_outputs,
@@ -115,7 +116,9 @@ def plan_reshard(
         f"{step}/{rank_file(number)}": tensor_parts
         for number, (_, _, tensor_parts) in inside.items()
     }
-    if whole is not None:
+    if target.zero == 3:
+        files = _stage_3_files(optimizer, target, model, groups, metadata)
+    elif whole is not None:
         count = target.layout.stages * target.layout.tp
         files = [mp_rank_file(step, number, metadata) for number in range(count)]
         files += universal_files(step, whole, optimizer, target.dp, target.zero)
@@ -275,13 +278,13 @@ def _metadata(
     new = {
         "module": module,
         "buffer_names": _buffer_names(checkpoint, sources, target, stage),
-        "param_shapes": None if inside else param_shapes(groups[number]),
+        "param_shapes": None if inside else param_shapes(_saved_groups(target, groups[number])),
         **sizes,
         "ds_config": _ds_config(sources.metas[0].get("ds_config"), target),
         "args": args,
         INFO: info,
     }
-    frozen: dict[str, Any] | None = {} if target.zero == 2 else None  # engine.py, save_frozen_param
+    frozen: dict[str, Any] | None = {} if target.zero >= 2 else None  # engine.py, save_frozen_param
     more = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
     if (target.zero == 0) != (sources.metas[0].get("param_shapes") is None):
         more |= {"shared_params": None if inside else {}, "optimizer": None}
@@ -348,7 +351,32 @@ def _optimizer_files(
     if "ds_config" in outer:
         outer["ds_config"] = _ds_config(outer["ds_config"], target)
     bf16 = target.config.dtype == "bfloat16"
+    if target.zero == 3:
+        saved = {number: _saved_groups(target, of_rank) for number, of_rank in groups.items()}
+        yield from zero3_state_files(target.step, optimizer, saved, target.dp, outer, bf16=bf16)
+        return
     yield from zero_files(target.step, optimizer, groups, target.dp, target.zero, outer, bf16=bf16)
+
+
+def _saved_groups(target: Target, groups: Sequence[RankGroup]) -> Sequence[RankGroup]:
+    """The groups as their states are saved: at stage 3 cut into sub-groups."""
+    if target.zero != 3:
+        return groups
+    return sub_groups(groups, target.dp, target.settings.raw)
+
+
+def _stage_3_files(
+    optimizer: Optimizer,
+    target: Target,
+    model: NeoxModel,
+    groups: Mapping[int, list[RankGroup]],
+    metadata: Metadata,
+) -> list[OutputFile]:
+    """The model files, and those of the optimizer states."""
+    return [
+        *zero3_model_files(target.step, model, target.dp, metadata),
+        *_optimizer_files(optimizer, target, groups),
+    ]
 
 
 def target_yml(target: Target) -> dict[str, Any]:

@@ -89,12 +89,14 @@ def choose_target(
     config = replace(checkpoint.config, dims={**checkpoint.config.dims, "vocab": vocabulary.padded})
     dp = asked.dp or optimizer.dp
     zero = optimizer.stage if asked.zero is None else asked.zero
-    if zero == 2 and layout.name == "layers":
+    if zero >= 2 and layout.name == "layers":
         raise Refused(
-            "DeepSpeed does not support ZeRO stage 2 with pipe_parallel_size 1 or more. Use "
+            f"DeepSpeed does not support ZeRO stage {zero} with pipe_parallel_size 1 or more. Use "
             "`zero=1`, or `pp=0`."
         )
-    if zero == 0 and asked.universal:
+    if zero == 3:
+        _check_stage_3(layout)
+    if zero in (0, 3) and asked.universal:
         raise Refused(
             "`universal=True`: DeepSpeed loads universal checkpoints only at ZeRO stages 1 and 2. "
             "Use `zero=1`."
@@ -119,6 +121,17 @@ def choose_target(
         layout, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source,
         rescaled, settings, tuple(findings),
     )  # fmt: skip
+
+
+def _check_stage_3(layout: RankLayout) -> None:
+    """Raise Refused if no GPT-NeoX trains such a run at stage 3."""
+    if layout.predates_deepspeed_06:
+        raise Refused("GPT-NeoX v1.0 does not support ZeRO stage 3. Use `zero=1`.")
+    if layout.tp > 1 and not layout.old_names:
+        raise Refused(
+            "GPT-NeoX since 2024-10 does not start with ZeRO stage 3 and more than one "
+            "tensor-parallel rank (megatron/training.py, get_model). Use `zero=1`, or `tp=1`."
+        )
 
 
 def check_row_bias(

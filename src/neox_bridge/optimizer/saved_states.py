@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neox_bridge.errors import BridgeError
-from neox_bridge.frameworks.deepspeed import NO_VERSION, Resumption, resumption
+from neox_bridge.frameworks.deepspeed import NO_VERSION, STAGE_3, Resumption, resumption
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState, new_folder
 from neox_bridge.layouts.file_names import OPTIMIZER
 from neox_bridge.layouts.missing_files import rank_files, refuse_missing_ranks
 from neox_bridge.layouts.untrusted import text
+from neox_bridge.layouts.zero3 import states_file_of
 from neox_bridge.optimizer.rank_states import (
     STEP,
     generation_of,
@@ -69,6 +70,10 @@ def saved_states(checkpoint: Checkpoint) -> SavedStates | None:
     if state is None or state.universal or not state.optimizer:
         return None
     path = os.path.join(state.folder, state.optimizer[0])
+    if state.is_zero3:
+        version = text(states_file_of(path), "ds_version")
+        resumes = resumption(STAGE_3, "rigid", version, has_step=True)
+        return SavedStates(SavedForm("rigid", STAGE_3, state.dp or 1, ()), 3, version, resumes)
     value = optimizer_states(path)
     inner = value["optimizer_state_dict"]
     version = text(inner, "ds_version")
@@ -88,7 +93,7 @@ def _incomplete(state: NeoxState) -> str:
     """What is wrong with the files of the states, by their names alone; "" for nothing."""
     try:
         refuse_missing_ranks(state)
-        rank_files(state, state.dp, state.tp * max(1, state.pp))
+        rank_files(state.folder, state.optimizer, state.dp, state.tp * max(1, state.pp))
     except BridgeError as error:
         return str(error)
     return ""

@@ -119,6 +119,12 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[Place, TensorRef]:
     }
 
 
+def stored_wholes(checkpoint: Checkpoint) -> Mapping[str, Whole]:
+    """The model's tensors as wholes of ``stored_tensors``."""
+    state = checkpoint.neox_state
+    return {n: state.stored_wholes.get(n, whole) for n, whole in checkpoint.trained.items()}
+
+
 def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, Whole]]:
     """The model's tensors, under their Hugging Face names, for each of the optimizer's states."""
     stored = stored_tensors(checkpoint).items()
@@ -129,7 +135,7 @@ def states(checkpoint: Checkpoint, optimizer: Optimizer) -> dict[str, dict[str, 
         }
         by_state[key] = {
             name: in_place_of(whole, shards, sums=key == MASTER)
-            for name, whole in checkpoint.trained.items()
+            for name, whole in stored_wholes(checkpoint).items()
         }
     return by_state
 

@@ -20,7 +20,6 @@ from neox_bridge.tensors.fragments import Parts, partition, put, stand_in
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Shape
 
 _ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
-_STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
 _SIZE = Global("torch", "Size")
 
 
@@ -47,6 +46,11 @@ def param_shapes(groups: Sequence[RankGroup]) -> list[Any]:
         OrderedDict((name, Record(_SIZE, (shape,))) for name, shape in group.shapes.items())
         for group in groups
     ]
+
+
+def stage_enum(stage: int) -> Record:
+    """A stage as DeepSpeed saves it."""
+    return Record(Global("deepspeed.runtime.zero.config", "ZeroStageEnum"), (stage,))
 
 
 def zero_files(
@@ -152,7 +156,7 @@ def _head(
     written: dict[str, Any] = {
         "base_optimizer_state": base,
         "single_partition_of_fp32_groups": list(masters),
-        "zero_stage": Record(_STAGE, (stage,)),
+        "zero_stage": stage_enum(stage),
         "group_paddings": list(paddings),
         "partition_count": [dp] * len(paddings),
         "ds_version": head.get("ds_version"),

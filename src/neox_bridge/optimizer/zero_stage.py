@@ -1,9 +1,11 @@
-"""An optimizer of ZeRO stage 0 as one of stages 1 and 2, and back.
+"""An optimizer of one ZeRO stage as one of another.
 
-Stage 0 has masters of its own in fp16 only, since in fp32 the weights are; its loss scaler stands
-in the dictionary itself and not in an object. In bf16 it is another optimizer, BF16_Optimizer.
+Stages 1 and 2 have the same form. Stage 3 has no gradient clipping and no version in it, and always
+a loss scaler. Stage 0 has masters of its own in fp16 only, since in fp32 the weights are; its loss
+scaler stands in the dictionary itself and not in an object. In bf16 it is another optimizer,
+BF16_Optimizer.
 Sources: deepspeed 0.16 runtime/fp16/fused_optimizer.py and loss_scaler.py,
-runtime/zero/stage_1_and_2.py, runtime/engine.py.
+runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/engine.py.
 """
 
 from collections.abc import Mapping
@@ -27,12 +29,12 @@ def at_stage(
     given: states to take in place of the source's. Raises Refused where DeepSpeed has none such.
     """
     if (stage == 0) == (optimizer.stage == 0):
-        return optimizer, given
+        return _sharded(optimizer, stage), given
     dtype = checkpoint.config.dtype
     if optimizer.wrapper == "bf16" or dtype == "bfloat16":
         raise Refused(
             f"`zero={stage}`: the source is a bfloat16 run at stage {optimizer.stage}. In "
-            "bfloat16, only stages 1 and 2 can be converted into each other. Leave `zero=` out."
+            "bfloat16, only stages 1, 2 and 3 can be converted into each other. Use one of these."
         )
     by_state = dict(given if given is not None else states(checkpoint, optimizer))
     fp16 = dtype == "float16"
@@ -53,6 +55,23 @@ def at_stage(
         head=head,
     )
     return converted, by_state
+
+
+def _sharded(optimizer: Optimizer, stage: int) -> Optimizer:
+    """The optimizer of stage 1, 2 or 3 at another of these stages."""
+    if (stage == 3) == (optimizer.stage == 3):
+        return replace(optimizer, stage=stage)
+    meta, head = optimizer.metas[0], dict(optimizer.head)
+    if stage == 3:
+        none = {"cur_scale": 1.0, "dynamic": False}
+        head.setdefault("loss_scaler", loss_scaler(none, dynamic=False))
+        head.setdefault("dynamic_loss_scale", False)
+        head.setdefault("overflow", False)
+    else:
+        config = meta.get("ds_config") or {}
+        head.setdefault("clip_grad", config.get("gradient_clipping", 0.0))
+        head.setdefault("ds_version", meta.get("ds_version") or DEEPSPEED)
+    return replace(optimizer, stage=stage, head=head, wrapper="zero")
 
 
 def _object(optimizer: Optimizer, meta: Mapping[str, Any], *, fp16: bool) -> dict[str, Any]:

@@ -137,9 +137,7 @@ def weight_files(
     alike: whether the metadata of all numbers is the same value, except for its module.
     """
     layout = model.layout
-    rows = table_rows(model.architecture, model.config.layers)
-    stored = [row for row in rows if row.weight.split != "derived" or layout.inv_freq == "store"]
-    groups = _grouped(stored, model)
+    groups = _grouped(_stored_rows(model), model)
     dumped: Pickles = {}
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * (layout.stages * layout.tp)
     if layout.name == "layers":
@@ -157,13 +155,27 @@ def weight_files(
                     f"{folder}/{layer_file(layer, rank)}", value, value, tensors, dumped
                 )
     else:
-        modules = []
-        for rank in range(layout.tp):
-            tensors = _with_biases(_tensors(groups, model, rank, numbered=True), model)
-            modules.append((_state_dict(tensors, layout), tensors))
+        modules = rank_modules(model)
     metas: Pickles | None = {} if alike else None
     for number, (module, tensors) in enumerate(modules):
         yield mp_rank_file(folder, number, metadata, module, tensors, metas)
+
+
+def rank_modules(model: NeoxModel) -> list[tuple[Any, list[OutputTensor]]]:
+    """The state dict of each tensor-parallel rank, with all layers, and its tensors."""
+    groups = _grouped(_stored_rows(model), model)
+    modules: list[tuple[Any, list[OutputTensor]]] = []
+    for rank in range(model.layout.tp):
+        tensors = _with_biases(_tensors(groups, model, rank, numbered=True), model)
+        modules.append((_state_dict(tensors, model.layout), tensors))
+    return modules
+
+
+def _stored_rows(model: NeoxModel) -> list[Row]:
+    """The rows of what the target stores: with derived buffers or without."""
+    rows = table_rows(model.architecture, model.config.layers)
+    store = model.layout.inv_freq == "store"
+    return [row for row in rows if store or row.weight.split != "derived"]
 
 
 def mp_rank_file(

@@ -1,9 +1,11 @@
 """DeepSpeed's flat partitions.
 
-DeepSpeed concatenates the parameters of a group, pads them, and cuts the result into equal parts.
+At ZeRO stages 1 and 2, DeepSpeed concatenates the parameters of a group, pads them, and cuts the
+result into equal parts. At stage 3, it pads and cuts each parameter.
 Sources: DeepSpeed 0.16 runtime/zero/stage_1_and_2.py; runtime/bf16_optimizer.py, which pads a group
-to a multiple of twice the data-parallel size (``nccl_start_alignment_factor``); and
-utils/mixed_precision_linkage.py, which decides which parameters a partition contains.
+to a multiple of twice the data-parallel size (``nccl_start_alignment_factor``);
+utils/mixed_precision_linkage.py, which decides which parameters a partition contains; and, for
+stage 3, runtime/zero/partition_parameters.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,15 +89,46 @@ def wholes_of(shapes: Mapping[str, Shape], parts: Sequence[TensorRef]) -> dict[s
     dtype = parts[0].dtype if parts else "float32"
     wholes = {}
     for (name, shape), parameter_runs in zip(shapes.items(), runs, strict=True):
-        pieces = []
-        for ref, low in parameter_runs:
-            offset = ref.offset
-            for start, box in boxes_of(shape, low, low + ref.shape[0]):
-                piece = TensorRef(ref.file, offset, ref.dtype, box)
-                pieces.append(Piece(piece, (0,) * len(box), start, box))
-                offset += prod(box) * itemsize(ref.dtype)
+        pieces = [piece for run in parameter_runs for piece in _boxed(shape, *run)]
         wholes[name] = Whole(dtype, shape, tuple(pieces))
     return wholes
+
+
+def part_size(shape: Shape, dp: int) -> int:
+    """Elements that each of ``dp`` ranks has of a parameter at ZeRO stage 3, with padding."""
+    return -(-prod(shape) // dp)
+
+
+def wholes_of_parts(
+    shapes: Mapping[str, Shape], ranks: Sequence[Sequence[TensorRef]]
+) -> dict[str, Whole]:
+    """The parameters at ZeRO stage 3, where each rank has an equal part of every parameter.
+
+    ranks: by data-parallel rank, flat tensors in which the rank's parts lie one behind the other.
+    """
+    dp = len(ranks)
+    sizes = [part_size(shape, dp) for shape in shapes.values()]
+    by_rank = [list(_runs(sizes, parts)) for parts in ranks]
+    wholes = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        pieces: list[Piece] = []
+        for rank, runs in enumerate(by_rank):
+            for ref, low in runs[index]:
+                begin = rank * sizes[index] + low
+                count = min(ref.shape[0], prod(shape) - begin)  # the rest is padding
+                if count > 0:
+                    pieces += _boxed(shape, replace(ref, shape=(count,)), begin)
+        wholes[name] = Whole(ranks[0][0].dtype, shape, tuple(pieces))
+    return wholes
+
+
+def _boxed(shape: Shape, run: TensorRef, low: int) -> Iterator[Piece]:
+    """The pieces that a run of elements is of a parameter. low: its first element there."""
+    offset = run.offset
+    for start, box in boxes_of(shape, low, low + run.shape[0]):
+        ref = TensorRef(run.file, offset, run.dtype, box)
+        yield Piece(ref, (0,) * len(box), start, box)
+        offset += prod(box) * itemsize(run.dtype)
 
 
 def _runs(

@@ -11,7 +11,7 @@ from itertools import chain
 from math import prod
 
 from neox_bridge.tensors.dtypes import itemsize
-from neox_bridge.tensors.flat import Flat, boxes_of, placed_segments, segments
+from neox_bridge.tensors.flat import Flat, boxes_of, part_size, placed_segments, segments
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import (
     OutputFile,
@@ -41,6 +41,24 @@ def partition(
     if padded and zeros:
         fill = OutputTensor("padding", dtype, (zeros,), (constant((zeros,), 0.0),))
         parts.append(replace(fill, offset=used * itemsize(dtype)))
+    return [replace(part, name=f"{name}#{n}") for n, part in enumerate(joined(parts))]
+
+
+def rank_parts(
+    name: str, tensors: Mapping[str, OutputTensor], dp: int, rank: int
+) -> list[OutputTensor]:
+    """A rank's part of every parameter at ZeRO stage 3, each padded with zeros."""
+    dtype = next(iter(tensors.values())).dtype
+    parts: list[OutputTensor] = []
+    at, size = 0, itemsize(dtype)
+    for tensor in tensors.values():
+        count, numel = part_size(tensor.shape, dp), prod(tensor.shape)
+        low, high = min(rank * count, numel), min(rank * count + count, numel)
+        parts += [part.at(at * size + part.offset) for part in cut_out(tensor, low, high)]
+        if zeros := count - (high - low):
+            fill = OutputTensor("padding", dtype, (zeros,), (constant((zeros,), 0.0),))
+            parts.append(replace(fill, offset=(at + high - low) * size))
+        at += count
     return [replace(part, name=f"{name}#{n}") for n, part in enumerate(joined(parts))]
 
 

@@ -7,6 +7,7 @@ rounding.
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,13 @@ def read(whole: Whole, device: str) -> Tensor:
 class _Rank(Mapping[str, Tensor]):
     """The tensors of one rank by "<layer>.<name>", read on demand; one layer is kept."""
 
-    def __init__(self, layers: Mapping[int, Mapping[str, TensorRef]], device: str) -> None:
+    def __init__(
+        self,
+        layers: Mapping[int, Mapping[str, TensorRef]],
+        parts: Mapping[TensorRef, Whole],
+        device: str,
+    ) -> None:
+        self._parts = parts
         self._refs = {
             f"{layer}.{name}": ref for layer, refs in layers.items() for name, ref in refs.items()
         }
@@ -69,7 +76,8 @@ class _Rank(Mapping[str, Tensor]):
         if layer != self._layer:
             self._layer, self._kept = layer, {}
         if name not in self._kept:
-            self._kept[name] = read(gather("replicated", [ref], False), self._device)
+            whole = self._parts.get(ref) or gather("replicated", [ref], False)
+            self._kept[name] = read(replace(whole, dtype=ref.dtype), self._device)
         return self._kept[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +100,8 @@ def neox_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _neox(checkpoint: Checkpoint, tokens: Tensor, device: str, settings: Settings) -> Stages:
-    ranks = [_Rank(layers, device) for layers in checkpoint.neox_state.ranks]
+    state = checkpoint.neox_state
+    ranks = [_Rank(layers, state.parts, device) for layers in state.ranks]
     meant = {**neox_settings(checkpoint), **settings}
     try:
         yield from reference.stages(ranks, meant, tokens.to(device))

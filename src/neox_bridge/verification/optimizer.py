@@ -183,8 +183,13 @@ def rounded_masters(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RoundedMasters | None:
-    """Compare every weight with its master, bit for bit after rounding; None without masters."""
+    """Compare every weight with its master, bit for bit after rounding.
+
+    None without masters, and at ZeRO stage 3, which stores no weights beside them.
+    """
     state = checkpoint.neox_state
+    if state.is_zero3:
+        return None
     pairs: dict[str, tuple[Whole, Whole]] = {}
     for (rank, (layer, name)), ref in stored_tensors(checkpoint).items():
         master = optimizer.shards.get((rank, (layer, name)), {}).get(MASTER)
