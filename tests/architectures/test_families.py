@@ -45,6 +45,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     ("qwen2", {}),
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ("olmo", {}),
+    ("olmo", {"num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True}),
 ]
 # a family that has no cases of its own yet
 CASES += [(a.name, {}) for a in ARCHITECTURES if a.gated and a.name not in dict(CASES)]
@@ -107,6 +109,10 @@ def logits_of(root: Path, tokens: torch.Tensor, **how: str) -> torch.Tensor:
 def test_both_ways(family: str, config: dict[str, Any], tp: int, era: str, tmp_path: Path) -> None:
     """Bits come back, GPT-NeoX would compute the same logits, and verify holds."""
     hf = make_hf(tmp_path / "hf", family=family, **config)
+    if family == "olmo" and era != "today":
+        with pytest.raises(Refused, match="non_parametric_layernorm"):
+            convert(hf, tmp_path / "neox", tp=tp, era=era_named(era))
+        return
     windowed = config.get("sliding_window") is not None  # such a model cannot be ranks
     layout = {"layout": "ranks"} if tp == 2 and not windowed else {"pp": 2}
     plan = convert(hf, tmp_path / "neox", tp=tp, era=era_named(era), **layout)
@@ -146,7 +152,7 @@ def models(draw: Any) -> dict[str, Any]:
 @settings(max_examples=60, deadline=None)
 @given(
     model=models(),
-    family=st.sampled_from(["llama", "mistral", "qwen2"]),
+    family=st.sampled_from(["llama", "mistral", "qwen2", "olmo"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     tp=st.sampled_from([1, 2, 3, 6]),
     between=st.sampled_from([1, 2, 3]),
@@ -165,7 +171,7 @@ def test_any_model(
     kv_heads = model["num_key_value_heads"]
     tp, between = (n if kv_heads % n == 0 else 1 for n in (tp, between))
     head_dim = model["hidden_size"] // model["num_attention_heads"]
-    if head_dim * kv_heads % model["num_attention_heads"]:
+    if family == "olmo" or head_dim * kv_heads % model["num_attention_heads"]:
         mlp_names, order = "linear", "grouped"
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -271,6 +277,8 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("llama", {"mlp_bias": True}, {"mlp_names": "dense"}, "mlp_bias"),
     ("llama", {"hidden_act": "sigmoid"}, {"era": era_named("2024-09")}, "MLP with sigmoid"),
+    ("olmo", {"clip_qkv": 8.0}, {}, "clip_qkv"),
+    ("olmo", {}, {"te": True}, "norms have no biases"),
     (
         "llama",
         {"hidden_size": 24, "num_key_value_heads": 1},
@@ -310,6 +318,19 @@ def test_what_transformers_has_not_is_refused(changes: dict[str, Any], tmp_path:
     edit_yml(**changes)(step_of(tmp_path / "neox"))
     with pytest.raises(Refused, match=next(iter(changes))):
         plan_of(tmp_path / "neox", tmp_path / "out")
+
+
+def test_another_epsilon_is_not_olmo(tmp_path: Path) -> None:
+    """OlmoLayerNorm has no setting for it."""
+    import shutil
+
+    from checkpoint_edits import edit_yml
+
+    shutil.copytree(fixture("olmo_fp32_tp2"), tmp_path / "neox")
+    edit_yml(layernorm_epsilon="1e-6")(step_of(tmp_path / "neox"))
+    with pytest.raises(Refused, match="layernorm_epsilon: the norms of olmo"):
+        plan_of(tmp_path / "neox", tmp_path / "out", to="hf")
+    convert(tmp_path / "neox", tmp_path / "out", to="neox", tp=1)
 
 
 def test_wrong_key_value_heads_are_named(tmp_path: Path) -> None:

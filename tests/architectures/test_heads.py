@@ -33,6 +33,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"num_key_value_heads": 2}),
     ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    ("olmo", {"num_key_value_heads": 2}),
 ]
 IDS = [family for family, _ in CASES]
 TOKENS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 HELPERS = Path(__file__).parent
 TESTS = HELPERS.parent
 FIXTURES = TESTS / "data" / "fixtures"
-GPT_NEOX = sorted(path.name for path in FIXTURES.iterdir() if not path.name.startswith("llama"))
-LLAMA = sorted(path.name for path in FIXTURES.iterdir() if path.name.startswith("llama"))
+# Llama and its relatives, and the others
+LLAMA = sorted(p.name for p in FIXTURES.iterdir() if p.name.startswith(("llama", "olmo")))
+GPT_NEOX = sorted({path.name for path in FIXTURES.iterdir()} - set(LLAMA))
 TINY: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 48,

@@ -17,6 +17,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("llama", {"hidden_act": name}) for name in ("gelu", "relu", "sigmoid", "linear")),
     ("mistral", {**GROUPED, "sliding_window": 5}),
     ("qwen2", GROUPED),
+    ("olmo", {}),
+    ("olmo", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
 ]
 # 1e-3 where RMSNorm has its epsilon elsewhere (before 4c9f1081)
 TREES = {"today": ("gpt-neox", 1e-5)}
@@ -28,9 +30,9 @@ def layouts(config: dict[str, Any]) -> tuple[int, ...]:
     return (1,) if "sliding_window" in config else (0, 1)
 
 
-def runs(config: dict[str, Any], era: str) -> bool:
-    """Whether GPT-NeoX of an era has this MLP."""
-    if config.get("mlp_bias"):
+def runs(family: str, config: dict[str, Any], era: str) -> bool:
+    """Whether GPT-NeoX of an era has this MLP, and these norms."""
+    if config.get("mlp_bias") or family == "olmo":
         return era == "today"
     activation = config.get("hidden_act", "silu")
     # with these, trees of 2024-10 add biases without asking
@@ -47,7 +49,7 @@ def test_loads(tree: str, tp: int, neox_python: str, tmp_path: Path) -> None:
     jobs, sources = [], []
     era = real_neox.era(tree)
     for number, (family, config) in enumerate(CASES):
-        if not runs(config, era.name):
+        if not runs(family, config, era.name):
             continue  # refused
         hf = make_hf(tmp_path / f"hf{number}", family=family, **config)
         sources.append((real_neox.with_tokenizer(hf), number))

@@ -241,6 +241,7 @@ class Architecture:
     era_keys: those of them that mean something else in trees of another time.
     always: flags of ModelConfig whose weights transformers' class always has.
     gated: whether the MLP is gated, so that its width is its own in every era.
+    norm: GPT-NeoX's word for its norms.
     findings_hf_source: where config.json contradicts itself or what is known.
     findings_to_neox: where GPT-NeoX computes otherwise, of config.json and the model that is
         written.
@@ -281,6 +282,7 @@ class Architecture:
     era_keys: frozenset[str] = frozenset()
     always: tuple[str, ...] = ()
     gated: bool = False
+    norm: str = "layernorm"
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda raw: raw)
     refuse_shape: Callable[[int, str], list[Refusal]] = field(default=lambda _tp, _era: [])
     forms: tuple[Form, ...] = ()

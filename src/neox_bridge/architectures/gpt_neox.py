@@ -122,7 +122,7 @@ def _read_hf(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
     first = _LAYER.format(i=0)
     return ModelConfig(
         **read_keys(_KEYS, raw, hf=True),
-        **hf_fields(raw, dims, presence, first_id=0),
+        **hf_fields(raw, dims, presence, ids=(0, 2)),
         rotary_pct=pct,
         rotary_base=base,
         activation=activation,

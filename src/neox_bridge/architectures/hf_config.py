@@ -57,27 +57,33 @@ def refuse_hf_common(
 
 
 def hf_fields(
-    raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence, first_id: int
+    raw: Mapping[str, Any],
+    dims: Mapping[str, int],
+    presence: Presence,
+    ids: tuple[int | None, int | None],
 ) -> dict[str, Any]:
     """The fields of ``ModelConfig`` that every family that attends reads alike from config.json.
 
-    first_id: of the token that begins a text, by default; the one that ends it is 2.
+    ids: of the tokens that begin and end a text, by default.
     """
     return {
         "dims": dict(dims),
         "tied_embeddings": bool(raw.get("tie_word_embeddings")) and not presence.has(SCORE),
         "reward": presence.has(SCORE),
         "dtype": presence.dtype,
-        "bos_token_id": raw.get("bos_token_id", first_id),
-        "eos_token_id": raw.get("eos_token_id", 2),
+        "bos_token_id": raw.get("bos_token_id", ids[0]),
+        "eos_token_id": raw.get("eos_token_id", ids[1]),
         "initializer_range": raw.get("initializer_range", 0.02),
     }
 
 
 def hf_settings(keys: Keys, config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of every family. keys: the family's own table."""
+    """What config.json says of every family.
+
+    keys: the family's own table. A row whose key is "" is not in config.json.
+    """
     return {
-        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in keys},
+        **{hf_key: getattr(config, name) for name, _, hf_key, *_ in keys if hf_key},
         "vocab_size": config.dims["vocab"],
         "hidden_size": config.hidden,
         "intermediate_size": config.dims["ffn"],

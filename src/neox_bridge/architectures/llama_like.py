@@ -1,8 +1,8 @@
-"""What Llama and its relatives share: RMSNorm, separate q, k and v, a gated MLP.
+"""What Llama and its relatives share: rotary positions, separate q, k and v, a gated MLP.
 
 GPT-NeoX's side: megatron/model/transformer.py (ParallelMLP and Gated_Activation since the change
 neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py. Hugging Face's
-side: transformers models/{llama,mistral,qwen2}/{configuration,modeling}_*.py. Both rotate halves,
+side: transformers models/{llama,mistral,qwen2,olmo}/. Both rotate halves,
 so that no row of q and k is moved within its head.
 """
 
@@ -28,7 +28,7 @@ from neox_bridge.architectures.hf_config import (
     stored_biases,
     whole_number,
 )
-from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, weights
+from neox_bridge.architectures.llama_weights import LAYER, QKV, UP, Biases, Norm, weights
 from neox_bridge.architectures.neox_config import (
     GATED,
     SIZE_KEYS,
@@ -38,6 +38,7 @@ from neox_bridge.architectures.neox_config import (
     number,
     read_keys,
     refuse_common,
+    refuse_era,
     round_up,
 )
 from neox_bridge.errors import Refused
@@ -57,11 +58,12 @@ ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 # the names of a plain MLP before neox-mlp-names
 OLD_MLP = {"mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h"}
 
-_KEYS: Keys = (
-    *SIZE_KEYS,
-    ("norm_eps", float, "rms_norm_eps", 1e-6, "rms_norm_epsilon", 1e-8),
-    ("attention_dropout", float, "attention_dropout", 0.0, "attention_dropout", 0.0),
-)
+_DROPOUT: Keys = (("attention_dropout", float, "attention_dropout", 0.0, "attention_dropout", 0.0),)
+_EPSILON: Mapping[Norm, Keys] = {
+    "rmsnorm": (("norm_eps", float, "rms_norm_eps", 1e-6, "rms_norm_epsilon", 1e-8),),
+    # OlmoLayerNorm has no setting: it always adds 1e-5
+    "non_parametric_layernorm": (("norm_eps", float, "", 1e-5, "layernorm_epsilon", 1e-5),),
+}
 # what means something else, or is refused, in trees of another time
 ERA_KEYS = frozenset(
     """activation mlp_type intermediate_size mlp_multiple_of expansion_factor use_bias_in_mlp
@@ -70,28 +72,39 @@ ERA_KEYS = frozenset(
 MODEL_KEYS = ERA_KEYS | frozenset(
     """hidden_size norm pos_emb rotary_pct rotary_emb_base no_weight_tying gpt_j_residual
     gpt_j_tied num_kv_heads use_bias_in_attn_linear use_bias_in_norms hidden_dropout
-    sliding_window_width""".split()
+    sliding_window_width layernorm_epsilon""".split()
 )
-MODEL_KEYS |= {key for *_, key, _ in _KEYS}
+MODEL_KEYS |= {key for *_, key, _ in (*SIZE_KEYS, *_DROPOUT, *_EPSILON["rmsnorm"])}
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """What sets one relative apart.
 
+    norm: GPT-NeoX's word for its norms. ids: of the tokens that begin and end a text, by default.
+    head_dim: whether config.json says how large a head is.
     biases: which of its attention's and MLP's biases Hugging Face's class can have.
     window: whether it can have a sliding window. max_positions: where config.json names none.
-    write: more keys of config.json. refuse: more of what GPT-NeoX can't express.
+    write: more keys of config.json. refuse: more of what GPT-NeoX can't express. refuse_neox: more
+    of what transformers can't.
     """
 
     name: str
     hf_class: str
     about: About
+    norm: Norm = "rmsnorm"
+    ids: tuple[int | None, int | None] = (1, 2)
+    head_dim: bool = True
     biases: Biases = "none"
     window: bool = False
     max_positions: int = 2048
     write: Callable[[ModelConfig], dict[str, Any]] = lambda _config: {}
     refuse: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
+    refuse_neox: Callable[[Mapping[str, Any]], list[Refusal]] = lambda _raw: []
+
+    @property
+    def keys(self) -> Keys:
+        return (*SIZE_KEYS, *_EPSILON[self.norm], *_DROPOUT)
 
 
 def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
@@ -108,13 +121,13 @@ def rope_base(raw: Mapping[str, Any]) -> float:
 def _read_hf(
     family: Family, raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 ) -> ModelConfig:
-    keys = read_keys(_KEYS, {"max_position_embeddings": family.max_positions, **raw}, hf=True)
+    keys = read_keys(family.keys, {"max_position_embeddings": family.max_positions, **raw}, hf=True)
     window = raw.get("sliding_window") if family.window else None
     first = LAYER.format(i=0)
     act = str(raw.get("hidden_act") or "silu")
     return ModelConfig(
         **keys,
-        **hf_fields(raw, dims, presence, first_id=1),
+        **hf_fields(raw, dims, presence, family.ids),
         rotary_pct=1.0,
         rotary_base=rope_base(raw),
         activation="silu" if act == "swish" else act,
@@ -132,10 +145,10 @@ def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     base = whole_number(config.rotary_base)
     return {
         **head_config(family.hf_class, config),
-        **hf_settings(_KEYS, config),
+        **hf_settings(family.keys, config),
         "model_type": family.name,
         "num_key_value_heads": config.key_value_heads,
-        "head_dim": config.hidden // config.heads,
+        **({"head_dim": config.hidden // config.heads} if family.head_dim else {}),
         "hidden_act": config.activation,
         "initializer_range": config.initializer_range,
         # both spellings: transformers 4 knows only the first, 5 writes only the second
@@ -145,8 +158,10 @@ def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence) -> ModelConfig:
-    keys = read_keys(_KEYS, raw, hf=False)
+def _read_neox(
+    family: Family, raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
+) -> ModelConfig:
+    keys = read_keys(family.keys, raw, hf=False)
     kind = str(raw.get("activation") or "gelu")
     activation = next((k for k, (new, old) in ACTIVATIONS.items() if kind in (new, *old)), kind)
     return ModelConfig(
@@ -159,8 +174,8 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
         mlp_bias=presence.has(f"{UP}.bias"),
         norm_bias=False,
         hidden_dropout=number("hidden_dropout", raw.get("hidden_dropout") or 0.0, float),
-        bos_token_id=1,
-        eos_token_id=2,
+        bos_token_id=family.ids[0],
+        eos_token_id=family.ids[1],
         kv_heads=_kv_heads(raw, "num_kv_heads", keys["heads"]),
     )
 
@@ -181,14 +196,14 @@ def gated_setting(width: int) -> int:
     return 3 * width
 
 
-def _write_neox(config: ModelConfig, old: bool) -> dict[str, Any]:
+def _write_neox(family: Family, config: ModelConfig, old: bool) -> dict[str, Any]:
     new_word, old_words = ACTIVATIONS.get(
         config.activation, (config.activation, (config.activation,))
     )
     written: dict[str, Any] = {
         "hidden_size": config.hidden,
-        **{key: getattr(config, name) for name, _, _, _, key, _ in _KEYS},
-        "norm": "rmsnorm",
+        **{key: getattr(config, name) for name, _, _, _, key, _ in family.keys},
+        "norm": family.norm,
         "pos_emb": "rotary",
         "rotary_pct": 1,
         "rotary_emb_base": int(config.rotary_base),
@@ -277,26 +292,29 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
             f"{name} supports only global attention, but this model uses {sorted(kinds)}",
         ),
     )
-    return refuse_common(raw, family.window) + refuse_tied(raw) + refusals(checks, neox_only=True)
+    reasons = refuse_common(raw, family.window) + refuse_tied(raw)
+    return reasons + refusals(checks, neox_only=True) + family.refuse_neox(raw)
 
 
 def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
-    """RMSNorm with a gated MLP; where a window or biases are known, a class that has them."""
+    """Its norm with a gated MLP; where a window or biases are known, a class that has them."""
     if raw.get("sliding_window_width") is not None and not family.window:
         return False
     biases = raw.get("use_bias_in_attn_linear", True) is not False
-    if family.biases != "optional" and biases != (family.biases == "qkv"):
+    if family.biases in ("qkv", "none") and biases != (family.biases == "qkv"):
         return False
     is_gated = raw.get("activation") in GATED or raw.get("mlp_type") == "llama"
-    return is_gated and raw.get("norm") == "rmsnorm"
+    return is_gated and raw.get("norm") == family.norm
 
 
 def _findings_hf_source(
     family: Family, raw: Mapping[str, Any], config: ModelConfig
 ) -> list[Finding]:
-    if family.biases != "optional":
+    if family.biases not in ("optional", "attention"):
         return []
-    biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    biases = {"attention_bias": config.attention_bias}
+    if family.biases == "optional":
+        biases["mlp_bias"] = config.mlp_bias
     return stored_biases(raw, {key: (False, there) for key, there in biases.items()})
 
 
@@ -307,7 +325,7 @@ def architecture(family: Family) -> Architecture:
         about=family.about,
         hf_class=family.hf_class,
         prefix="model.",
-        weights=weights(family.biases),
+        weights=weights(family.norm, family.biases),
         dropped={
             f"{LAYER}self_attn.rotary_emb.inv_freq": "not learned: computed from rope_theta",
             "model.rotary_emb.inv_freq": "not learned: computed from rope_theta",
@@ -316,15 +334,17 @@ def architecture(family: Family) -> Architecture:
         aliases={},
         read_hf=partial(_read_hf, family),
         write_hf=partial(_write_hf, family),
-        read_neox=_read_neox,
-        write_neox=_write_neox,
+        read_neox=partial(_read_neox, family),
+        write_neox=partial(_write_neox, family),
         refuse_hf_source=partial(_refuse_hf_source, family),
         refuse_neox_source=partial(_refuse_neox_source, family),
         matches_neox=partial(_matches_neox, family),
         findings_hf_source=partial(_findings_hf_source, family),
         model_keys=MODEL_KEYS,
         era_keys=ERA_KEYS,
+        refuse_shape=lambda _tp, era: refuse_era({"norm": {family.norm}}, era),
         gated=True,
+        norm=family.norm,
     )
 
 

@@ -8,8 +8,10 @@ from neox_bridge.architectures.heads import REWARD
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
 
-# of attention and MLP: a choice of config.json; always those of q, k and v; never any
-Biases = Literal["optional", "qkv", "none"]
+# of attention and MLP: a choice of config.json; those of the attention are; always those of q, k
+# and v; never any
+Biases = Literal["optional", "attention", "qkv", "none"]
+Norm = Literal["rmsnorm", "non_parametric_layernorm"]
 LAYER = "model.layers.{i}."
 QKV, UP = "attention.query_key_value", "mlp.linear1"
 _H, _VOCAB = ("hidden",), ("vocab", "hidden")
@@ -24,29 +26,31 @@ _PARTS: tuple[tuple[Part, str, str, str, Split, str], ...] = (
 _block = partial(Weight, "block")
 
 
-def weights(biases: Biases) -> tuple[Weight, ...]:
+def weights(norm: Norm, biases: Biases) -> tuple[Weight, ...]:
     """Every weight of the family. The parts of one GPT-NeoX tensor are rows with its name."""
     down = f"{LAYER}mlp.down_proj.weight"
     return (
         Weight("embed", "word_embeddings.weight", "model.embed_tokens.weight", "vocab", _VOCAB),
-        _norm("block", "input_layernorm", f"{LAYER}input_layernorm"),
+        *_norm(norm, "block", "input_layernorm", f"{LAYER}input_layernorm"),
         *_parts("fused"),
         _block(INV_FREQ, f"{LAYER}self_attn.rotary_emb.inv_freq", "derived", ("rotary",)),
         _block("attention.dense.weight", f"{LAYER}self_attn.o_proj.weight", "row", ("hidden", "q")),
-        _norm("block", "post_attention_layernorm", f"{LAYER}post_attention_layernorm"),
+        *_norm(norm, "block", "post_attention_layernorm", f"{LAYER}post_attention_layernorm"),
         *_parts("gated"),
         _block("mlp.linear2.weight", down, "row", ("hidden", "ffn"), old="mlp.w2.weight"),
         *_biases(biases),
-        _norm("norm", "norm", "model.norm"),
+        *_norm(norm, "norm", "norm", "model.norm"),
         Weight("head", "final_linear.weight", "lm_head.weight", "vocab", _VOCAB, "untied"),
         REWARD,
     )
 
 
-def _norm(place: Literal["block", "norm"], neox: str, hf: str) -> Weight:
+def _norm(norm: Norm, place: Literal["block", "norm"], neox: str, hf: str) -> tuple[Weight, ...]:
     """GPT-NeoX's own RMSNorm says scale, the fused one of apex weight (megatron/model/norms.py)."""
+    if norm == "non_parametric_layernorm":
+        return ()
     also = f"{neox}.weight"
-    return Weight(place, f"{neox}.scale", f"{hf}.weight", "replicated", _H, also=also)
+    return (Weight(place, f"{neox}.scale", f"{hf}.weight", "replicated", _H, also=also),)
 
 
 def _parts(split: Split) -> tuple[Weight, ...]:

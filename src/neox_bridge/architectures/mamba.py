@@ -293,5 +293,6 @@ ARCHITECTURE = Architecture(
     findings_to_neox=_findings,
     complete=_complete,
     refuse_shape=_refuse_shape,
+    norm="rmsnorm",
     forms=(MAMBA_SSM,),
 )

@@ -1,7 +1,7 @@
 """What every family shares of its config's keys: numbers that yaml reads as text, and refusals."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -18,6 +18,13 @@ SIZE_KEYS: Keys = (
     ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
     ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
 )
+# values of keys that the trees of an era do not know, where all of them know the keys
+_MISSING: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("norm", "non_parametric_layernorm"): ("v1.0", "2024-03", "2024-09", "2024-10"),  # #1338
+    ("attention_config", "mamba"): ("v1.0", "2024-03"),  # #1157
+    ("attention_config", "rwkv"): ("v1.0", "2024-03"),  # #1198
+    ("activation", "silu"): ("v1.0",),
+}
 GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activations.py
 
 
@@ -85,6 +92,16 @@ def window_of(raw: Mapping[str, Any]) -> int | None:
     """
     width = raw.get("sliding_window_width")
     return None if width is None else number("sliding_window_width", width, int) + 1
+
+
+def refuse_era(words: Mapping[str, Collection[str]], era: str) -> list[Refusal]:
+    """Values that the trees of an era do not know. words: a model's values, by the yml's key."""
+    checks = [
+        (f"{key}: {value}", era in eras, f"GPT-NeoX of {era} does not have it")
+        for (key, value), eras in _MISSING.items()
+        if value in words.get(key, ())
+    ]
+    return refusals(checks, way_out="use `era=today`")
 
 
 def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]:

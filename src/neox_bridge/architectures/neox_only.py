@@ -35,6 +35,7 @@ from neox_bridge.architectures.neox_config import (
     neox_fields,
     number,
     read_keys,
+    refuse_era,
 )
 from neox_bridge.errors import Refused
 from neox_bridge.tensors.fused import Part
@@ -126,13 +127,6 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
     "mlp.linear1.bias": ("ffn",),
     "mlp.linear2.weight": ("hidden", "ffn"),
 }
-# values of keys that the trees of an era do not know, where all of them know the keys
-_MISSING: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("norm", "non_parametric_layernorm"): ("v1.0", "2024-03", "2024-09", "2024-10"),  # #1338
-    ("attention_config", "mamba"): ("v1.0", "2024-03"),  # #1157
-    ("attention_config", "rwkv"): ("v1.0", "2024-03"),  # #1198
-    ("activation", "silu"): ("v1.0",),
-}
 _NORM_EPSILON = {"rmsnorm": ("rms_norm_epsilon", 1e-8), "scalenorm": ("scalenorm_epsilon", 1e-8)}
 _MODEL_KEYS = (
     GPT_NEOX.model_keys
@@ -217,6 +211,7 @@ def neox_only(
         model_keys=_MODEL_KEYS,
         era_keys=ERA_KEYS,
         gated=model.gated,
+        norm=raw.get("norm") or "layernorm",
         refuse_shape=partial(_refuse_shape, model, fixed),
         neox_only=True,
         shared=_SHARED if shares else "",
@@ -441,14 +436,7 @@ def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) ->
     raw = model.raw
     words = {key: {str(raw.get(key))} for key in ("norm", "activation")}
     words["attention_config"] = attention_kinds(raw)
-    reasons = refusals(
-        [
-            (f"{key}: {value}", era in eras, f"GPT-NeoX of {era} does not have it")
-            for (key, value), eras in _MISSING.items()
-            if value in words[key]
-        ],
-        way_out="use `era=today`",
-    )
+    reasons = refuse_era(words, era)
     experts = number("moe_num_experts", raw.get("moe_num_experts") or 1, int)
     if experts % tp and any(name.startswith("mlp.experts.") for name in model.names()):
         whole = f"{experts} experts cannot be spread evenly over {tp} tensor-parallel ranks"

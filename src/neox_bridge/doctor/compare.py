@@ -74,8 +74,8 @@ def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
         note = "trees before 2023-09 rounded before"
         yield _equal("RoPE tables", "fp32, rounded to the dtype", note)
         yield _inv_freq(checkpoint)
-    rms = checkpoint.architecture.write_neox(config, False)["norm"] == "rmsnorm"
-    norm = "layernorm: (x - mean) / sqrt(var + eps)"
+    rms = checkpoint.architecture.norm == "rmsnorm"
+    norm = f"{checkpoint.architecture.norm}: (x - mean) / sqrt(var + eps)"
     older = f"until {since('neox-rms-epsilon')} GPT-NeoX had x / (rms + eps)"
     yield _equal("norm", "rmsnorm: x / sqrt(var + eps)", older) if rms else _equal("norm", norm)
     yield _equal("norm epsilon", f"{config.norm_eps:g}")

@@ -32,7 +32,7 @@ def _one_spelling(c: Described) -> bool:
     return bool(old) != ("rope_parameters" in c.raw)
 
 
-_LLAMA = ("llama", "mistral", "qwen2")
+_LLAMA = ("llama", "mistral", "qwen2", "olmo")
 
 TRANSFORMERS: tuple[Change, ...] = (
     Change(
@@ -331,4 +331,5 @@ CLASS_SINCE = {
     "mistral": "4.34",
     "qwen2": "4.37",
     "mamba": "4.39",
+    "olmo": "4.40",
 }

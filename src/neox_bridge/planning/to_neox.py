@@ -81,7 +81,7 @@ def plan_neox(
     if layout.te:
         findings += check_target(checkpoint, layout.tp, era, options)
     vocabulary, dropped = _vocabulary(checkpoint, options, tokenizer, layout.tp)
-    if architecture.gated and checkpoint.kind == "hf" and era.rms_eps == "outside":
+    if architecture.norm == "rmsnorm" and checkpoint.kind == "hf" and era.rms_eps == "outside":
         findings.append(rms_epsilon())
     findings += lost_on_the_way(checkpoint)
     refuse_all(lost_in_era(checkpoint, era), checkpoint.path)

@@ -64,7 +64,7 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
             "gpt_j_tied: the MLP of Transformer Engine has a separate norm. Leave out `te=True`",
         ),
         (
-            not architecture.gated and not config.norm_bias,
+            architecture.norm != "rmsnorm" and not config.norm_bias,
             "the norms have no biases, but LayerNorm of Transformer Engine has. Leave out "
             "`te=True`",
         ),
@@ -83,7 +83,7 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
             "`te=True`: this model cannot be written with Transformer Engine. "
             f"{'. '.join(reasons)}."
         )
-    return epsilon(config.norm_eps, "rmsnorm" if architecture.gated else "layernorm")
+    return epsilon(config.norm_eps, architecture.norm)
 
 
 def lacking_biases(tensors: Sequence[OutputTensor], dtype: str) -> Iterator[OutputTensor]:

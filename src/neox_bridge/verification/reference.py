@@ -40,7 +40,7 @@ _GATED = ("geglu", "reglu", "bilinear", "swiglu", "glu")
 # that are supported here
 _COVERED: dict[str, tuple[object, tuple[object, ...]]] = {
     "pos_emb": ("learned", ("rotary", "none")),
-    "norm": ("layernorm", ("layernorm", "rmsnorm")),
+    "norm": ("layernorm", ("layernorm", "rmsnorm", "non_parametric_layernorm")),
     "activation": ("gelu", tuple(_ACTIVATIONS)),
     "use_qk_layernorm": (False, (False,)),
     "use_mup": (False, (False,)),
@@ -226,6 +226,8 @@ def _norm(rank: Rank, name: str, x: Tensor, config: Config) -> Tensor:
     """LayerNorm or RMSNorm over the last dimension, in x's shape and dtype (model/norms.py)."""
     if config.get("norm") != "rmsnorm":
         eps = float(config.get("layernorm_epsilon", 1e-5))  # YAML reads "1e-5" as text
+        if config.get("norm") == "non_parametric_layernorm":
+            return F.layer_norm(x, x.shape[-1:], eps=eps)
         return F.layer_norm(x, x.shape[-1:], rank[f"{name}.weight"], rank.get(f"{name}.bias"), eps)
     eps = float(config.get("rms_norm_epsilon", 1e-8))
     # GPT-NeoX's RMSNorm calls it scale, and the fused one weight
