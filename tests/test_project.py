@@ -1,5 +1,6 @@
 """The files of the repository that no program reads agree with each other."""
 
+import json
 import re
 from pathlib import Path
 from runpy import run_path
@@ -28,6 +29,16 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
 def test_the_areas_of_mutants_name_files(area: str) -> None:
     assert [path for path in AREAS[area].tests if not (ROOT / path).is_file()] == []
     assert [pattern for pattern in AREAS[area].patterns() if not any(ROOT.glob(pattern))] == []
+
+
+def test_mutants_that_change_nothing_are_of_lines_that_exist() -> None:
+    text = (ROOT / "tests" / "mutants" / "equivalent.jsonl").read_text(encoding="utf-8")
+    stale = []
+    for entry in map(json.loads, text.splitlines()):
+        source = (ROOT / entry["file"]).read_text(encoding="utf-8")
+        if entry["before"] not in map(str.strip, source.splitlines()):
+            stale.append((entry["file"], entry["before"]))
+    assert stale == []
 
 
 def test_the_source_distribution_includes_what_exists() -> None:

@@ -108,7 +108,9 @@ def first_words(error: BaseException) -> str:
 
 
 def _join(ray: Any, address: str, workers: int | None, environment: dict[str, Any] | None) -> None:
-    # Ray would report lost workers on stdout, which is for results
+    # Ray would report lost workers on stdout, which is for results. It has no setting for that:
+    # listen_error_messages prints with log_to_driver=False too (_private/worker.py of Ray 2.60).
+    # A Ray without this name prints them.
     with contextlib.suppress(AttributeError):
         ray._private.worker._worker_logs_enabled = False
     # prevents a warning of Ray about a coming change
