@@ -56,6 +56,7 @@ messages: $(DEV)/.ready
 # .git folder, or a bare clone). Alternatively, NEOX_TREE names one tree and NEOX_PYTHON a Python that
 # has DeepSpeed. With GPT_NEOX_GIT alone, the tests that only read sources run (the patcher, the tree
 # reader, keys.json, the stand-ins of make test), and the others are skipped. ARGS="-k today" runs some.
+# NEOX_RESUME=FOLDER records what passed at this commit: an interrupted run goes on where it stopped.
 NEOX_HOME ?= .neox
 GPT_NEOX_GIT ?=
 NEOX_SETUP ?= $(wildcard ../shared/real_neox/setup)

@@ -1,6 +1,7 @@
 """Where the real GPT-NeoX is, and the table of what loads in it."""
 
 import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,6 +10,39 @@ from common import make_hf
 from loads_table import write_table
 from real_neox import with_tokenizer
 from real_trees import RealTrees
+
+PASSED = pytest.StashKey[Path | None]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where the tests that passed are recorded: in NEOX_RESUME, by commit; nowhere without it."""
+    folder = os.environ.get("NEOX_RESUME")
+    config.stash[PASSED] = None
+    if folder:
+        root = str(config.rootpath)
+        head = ["git", "-C", root, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        config.stash[PASSED] = Path(folder) / f"passed-{commit}.txt"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what passed at this commit, so that an interrupted run goes on."""
+    path = config.stash[PASSED]
+    passed = set(path.read_text().splitlines()) if path is not None and path.is_file() else set()
+    left_out = [item for item in items if item.nodeid in passed]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in passed]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    report, path = outcome.get_result(), item.config.stash[PASSED]  # type: ignore[attr-defined]
+    if path is not None and report.when == "call" and report.passed:
+        with path.open("a") as file:
+            file.write(f"{item.nodeid}\n")
 
 
 @pytest.fixture(scope="session")
