@@ -1,4 +1,4 @@
-"""Casts of weights to another dtype, as a plan and a verification name them."""
+"""Casts of weights to another dtype, in plans and verifications."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from neox_bridge.findings import Finding
 
-_SHOWN = 6  # tensors of a message
+_SHOWN = 6  # tensors in a message
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """How many tensors of one dtype, such as ``float32``, were cast to another."""
+    """The number of tensors of one dtype, such as ``float32``, that are cast to another."""
 
     source: str
     target: str
@@ -19,25 +19,25 @@ class Cast:
 
 
 def count_casts(pairs: Iterable[tuple[str, str]]) -> tuple[Cast, ...]:
-    """The casts among pairs of a source's and a target's dtype, the most frequent first."""
+    """The casts, the most frequent first. pairs: the dtypes in the source and in the target."""
     counts = Counter((source, target) for source, target in pairs if source != target)
     return tuple(Cast(*pair, count) for pair, count in counts.most_common())
 
 
 def equality(casts: Iterable[Cast]) -> str:
-    """How a result that was verified equals its source, in words."""
+    """How a verified result equals its source, in words."""
     changes = [f"{cast.source} to {cast.target}" for cast in casts]
     return f"equal after casting {' and '.join(changes)}" if changes else "equal, bit by bit"
 
 
 def verified(casts: Iterable[Cast]) -> str:
-    """The same at the end of a line about what was written."""
+    """``equality`` for the end of a result line."""
     casts = tuple(casts)
     return f"verified: {equality(casts)}" if casts else "verified bit by bit"
 
 
 def overflow_finding(overflows: Mapping[str, int]) -> Finding:
-    """Say which tensors hold finite values that a cast made infinite, and how many."""
+    """The warning about finite values that a cast made infinite. overflows: by tensor."""
     total = sum(overflows.values())
     values = "finite value" if total == 1 else "finite values"
     named = [f"{name} ({count:,})" for name, count in sorted(overflows.items())]

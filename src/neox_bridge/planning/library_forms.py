@@ -1,4 +1,4 @@
-"""A Hugging Face folder in another library's form: see ``Form``."""
+"""Hugging Face folders in the format of a library other than transformers; see ``Form``."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _TRANSFORMERS = "transformers"
 
 
 def form_asked(architecture: Architecture, options: Options) -> Form | None:
-    """What ``--format`` names; None for transformers'. Raises Refused if the family lacks it."""
+    """The format of ``options.format``; None for transformers. Raises Refused for others."""
     if options.format in (None, _TRANSFORMERS):
         return None
     names = ", ".join([_TRANSFORMERS, *(form.name for form in architecture.forms)])
@@ -38,7 +38,7 @@ def form_asked(architecture: Architecture, options: Options) -> Form | None:
 def form_weights(
     form: Form, architecture: Architecture, config: ModelConfig, tensors: Sequence[OutputTensor]
 ) -> OutputFile:
-    """The state dict. A tied head is the tensor of the embeddings, there once and named twice."""
+    """The state dict. A tied head is the tensor of the embeddings under a second name."""
     named = OrderedDict((form.names.get(t.name, t.name), TensorSlot(t.name)) for t in tensors)
     if config.tied_embeddings:
         head = form.names.get(architecture.head, architecture.head)
@@ -54,11 +54,18 @@ def form_settings(
     original: Mapping[str, Any],
     entries: int | None,
 ) -> tuple[dict[str, Any], list[Dropped]]:
-    """Its config.json, and what of the source's settings isn't in it.
+    """The config.json, and the settings of the source that it cannot contain.
 
-    hf_config: transformers' config.json. original: its own of this model, {} where there was none.
-    entries: of the tokenizer, where they are known.
-    Raises Refused for what it can't express.
+    Args:
+        form: The format of the target.
+        checkpoint: The source.
+        config: The settings of the model.
+        hf_config: The config.json of transformers.
+        original: The config.json that this model had in the format; {} if there was none.
+        entries: The entries of the tokenizer; None if unknown.
+
+    Raises:
+        Refused: The format cannot express the model.
     """
     refuse_all(form.refuse(config, hf_config), checkpoint.path)
     why = f"{form.name} has no such setting. It is kept in {RECORD}"

@@ -1,4 +1,4 @@
-"""Whether two checkpoints are steps of one model: what may not differ between them."""
+"""Decides whether two checkpoints can be steps of one model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from neox_bridge.architectures.base import ModelConfig
 class ModelIdentity:
     """A model without its weights, dtype and layout.
 
-    settings: what decides what it computes, and its sizes. rows: of the vocabulary, without the
-    padding that this tool added; padded: with all of it.
+    Attributes:
+        settings: Its sizes, and the settings that change what it computes.
+        rows: The rows of the vocabulary without the padding that neox-bridge added.
+        padded: The rows with all padding.
     """
 
     settings: Mapping[str, object]
@@ -20,17 +22,17 @@ class ModelIdentity:
 
 
 def identity_of(family: str, config: ModelConfig, rows: int) -> ModelIdentity:
-    """The identity of a model of these settings."""
+    """The identity of a model. rows: see ``ModelIdentity``."""
     sizes = {f"{name} size": config.dims.get(name) for name in ("hidden", "ffn")}
     settings = {"family": family, **sizes, **config.meaning()}
     return ModelIdentity(settings, rows, config.dims["vocab"])
 
 
 def differences(old: ModelIdentity, new: ModelIdentity) -> list[str]:
-    """In words, what makes them two models; nothing where they can be steps of one.
+    """The differences, in words, if two checkpoints are different models; empty otherwise.
 
-    Another tensor-parallel size has other rows of padding: only a vocabulary that doesn't fit into
-    the other one's rows is another.
+    The padding depends on the tensor-parallel size. The vocabularies are different only if one of
+    them does not fit into the rows of the other.
     """
     keys = sorted({*old.settings, *new.settings})
     lines = [

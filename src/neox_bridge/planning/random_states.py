@@ -1,4 +1,4 @@
-"""The random states that GPT-NeoX saves and, by default otherwise, wants back when it loads."""
+"""The random states that GPT-NeoX saves, and by default requires when it loads a checkpoint."""
 
 import hashlib
 import random
@@ -22,7 +22,7 @@ def python_state(seed: int) -> tuple[Any, ...]:
 
 
 def numpy_state(seed: int) -> tuple[Any, ...]:
-    """``numpy.random.get_state()`` after seeding: the generator's name, its words, its position."""
+    """``numpy.random.get_state()`` after seeding: name, words and position of the generator."""
     words = struct.pack(f"<{_WORDS}I", *_mt19937(seed))
     return ("MT19937", numpy_array(words, "<u4", (_WORDS,)), _WORDS, 0, 0.0)
 
@@ -30,7 +30,7 @@ def numpy_state(seed: int) -> tuple[Any, ...]:
 def torch_state(seed: int) -> bytes:
     """``torch.get_rng_state()`` after ``torch.manual_seed(seed)``: 5056 bytes.
 
-    Seed, left, seeded, next, the words as uint64, and the empty cache of normal samples
+    They are seed, left, seeded, next, the words as uint64, and the empty cache of normal samples
     (ATen/CPUGeneratorImpl.cpp, CPUGeneratorImplState).
     """
     words = struct.pack(f"<{_WORDS}Q", *_mt19937(seed))
@@ -38,31 +38,31 @@ def torch_state(seed: int) -> bytes:
 
 
 def cuda_state(seed: int) -> bytes:
-    """``torch.cuda.get_rng_state()``: seed and offset of a Philox generator, 16 bytes."""
+    """``torch.cuda.get_rng_state()``: the seed and the offset of a Philox generator, 16 bytes."""
     return struct.pack("<qq", seed, 0)
 
 
 def current_cuda_state(state: bytes) -> bytes:
-    """A GPU generator's state as torch 1.13 and later accept it: seed and offset, 16 bytes.
+    """The state of a GPU generator for torch 1.13 and later: seed and offset, 16 bytes.
 
-    Older versions of torch save 800 bytes before them that mean nothing
-    (ATen/cuda/CUDAGeneratorImpl.cpp), and newer ones refuse such a state. Other states, such as
-    those of a CPU, are returned as they are.
+    Older versions of torch save 800 meaningless bytes before them
+    (ATen/cuda/CUDAGeneratorImpl.cpp), and newer versions refuse such a state. Other states, such as
+    those of a CPU, are returned unchanged.
     """
     return state[-_PHILOX_BYTES:] if len(state) == _PHILOX_BYTES + _OLD_PREFIX_BYTES else state
 
 
 def current_cuda_tensor(state: Any) -> Any:
-    """``current_cuda_state`` of a tensor in a file; what is no tensor is returned as it is."""
+    """``current_cuda_state`` for a tensor in a file. Other values are returned unchanged."""
     if isinstance(state, TensorRef) and state.shape == (_PHILOX_BYTES + _OLD_PREFIX_BYTES,):
         return replace(state, offset=state.offset + _OLD_PREFIX_BYTES, shape=(_PHILOX_BYTES,))
     return state
 
 
 def old_cuda_state(state: bytes) -> bytes:
-    """A GPU generator's state as torch before 1.13 requires it, with 800 bytes of -1 in front.
+    """The state of a GPU generator for torch before 1.13, with 800 bytes of -1 before it.
 
-    States of other sizes, such as those of a CPU, are returned as they are.
+    States of other sizes, such as those of a CPU, are returned unchanged.
     """
     return b"\xff" * _OLD_PREFIX_BYTES + state if len(state) == _PHILOX_BYTES else state
 
@@ -74,7 +74,7 @@ def model_parallel_seed(seed: int, tp_rank: int) -> int:
 
 @cache
 def _mt19937(seed: int) -> tuple[int, ...]:
-    """Matsumoto and Nishimura's initialisation, which numpy and torch share."""
+    """The words of a Mersenne Twister after seeding, the same in numpy and torch."""
     words = [seed & 0xFFFFFFFF]
     for index in range(1, _WORDS):
         last = words[-1]
@@ -83,12 +83,18 @@ def _mt19937(seed: int) -> tuple[int, ...]:
 
 
 def of_rank(state: bytes, tp_rank: int) -> tuple[bytes, bool]:
-    """The state of tensor-parallel rank ``tp_rank`` of the model-parallel generator.
+    """The state of the model-parallel generator of tensor-parallel rank ``tp_rank``.
 
-    state: rank 0's. Returns it with whether it is what that rank would have had, had it been there
-    from the start: on a GPU seeds count up by rank (``model_parallel_seed``) and ranks draw alike,
-    so the offset is the same. torch before 1.13 has 800 more bytes in front. A CPU's generator has
-    no such order: its state is seeded with a hash of rank 0's.
+    On a GPU the seeds count up by rank (``model_parallel_seed``), and the ranks draw equally often,
+    so the offset is the same. torch before 1.13 has 800 more bytes before it. The generator of a
+    CPU has no such rule, so its new state is seeded with a hash of rank 0's state.
+
+    Args:
+        state: The state of rank 0.
+        tp_rank: The rank.
+
+    Returns:
+        The state, and whether it is the one that the rank would have had from the start.
     """
     if tp_rank == 0:
         return state, True

@@ -1,4 +1,4 @@
-"""``neox_bridge.json``: what the target can't say, so that the way back is exact."""
+"""``neox_bridge.json``: what the target cannot express, so that a conversion back is exact."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint
 from neox_bridge.version import __version__
 
 FORMAT = 1
-# where a run was, not what it was: paths, hosts and accounts stay at home
+# settings with paths, hosts and accounts, which are not written
 _PRIVATE = re.compile(
     r"wandb_.*|.*_data_paths?|data_path|.*_dir|.*file|load|save|master_.*|account|comment|"
     r"include|exclude|launcher.*|deepspeed_slurm|s3_.*|user_script|git_hash|.*_path|comet_.*"
@@ -16,7 +16,7 @@ _PRIVATE = re.compile(
 
 
 def hf_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Beside a Hugging Face model: the source, and the run's settings where it was GPT-NeoX's."""
+    """The record beside a Hugging Face model: the source, and the settings of a GPT-NeoX run."""
     record: dict[str, Any] = _base(checkpoint)
     if checkpoint.kind == "neox" and checkpoint.neox is not None:
         record["neox"] = {
@@ -32,7 +32,13 @@ def hf_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def neox_record(checkpoint: Checkpoint, rows: int, tokenizer_size: int | None) -> dict[str, Any]:
-    """In a global_stepN: the source's own vocabulary rows and Hugging Face configs."""
+    """The record in a global_stepN: the vocabulary rows and the Hugging Face configs of the source.
+
+    Args:
+        checkpoint: The source.
+        rows: The rows of its embeddings.
+        tokenizer_size: The entries of its tokenizer; None if unknown.
+    """
     record = _base(checkpoint)
     record["vocab_size"] = rows
     if tokenizer_size is not None:
@@ -48,7 +54,7 @@ def neox_record(checkpoint: Checkpoint, rows: int, tokenizer_size: int | None) -
 
 
 def source_summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where a checkpoint comes from, without the paths of the machine."""
+    """The origin of a checkpoint, without paths of this machine."""
     summary: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
     if checkpoint.revision:
         summary["revision"] = checkpoint.revision

@@ -1,7 +1,7 @@
-"""``--te``: targets for GPT-NeoX's ``te_mha`` and ``te_layernorm_mlp``, and what none can be.
+"""Targets with the modules of Transformer Engine (``te_mha`` and ``te_layernorm_mlp``).
 
-The source of each rule: GPT-NeoX megatron/model/transformer_engine.py (TELayerNormMLP,
-TEMultiheadAttention), and what layouts/transformer_engine.py names.
+Sources: GPT-NeoX megatron/model/transformer_engine.py (TELayerNormMLP, TEMultiheadAttention), and
+those that layouts/transformer_engine.py names.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +24,22 @@ from neox_bridge.planning.options import Options
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputTensor
 
-# what both GPT-NeoX's own MLP and Transformer Engine's compute: gated, plain
+# activations of the MLPs of both GPT-NeoX and Transformer Engine, for gated MLPs and for others
 _SAME = {True: ("silu",), False: ("gelu_tanh", "relu")}
 
 
 def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) -> list[Finding]:
-    """What there is to say of such a target. Raises Refused, with every reason, where none can be.
+    """The findings about such a target.
 
-    tp: its tensor-parallel ranks. Raises UsageError for options that do not apply.
+    Args:
+        checkpoint: The source.
+        tp: The tensor-parallel ranks of the target.
+        era: The GPT-NeoX of the target.
+        options: The options of the conversion.
+
+    Raises:
+        Refused: The modules cannot compute the model. The message has every reason.
+        UsageError: An option does not apply.
     """
     if options.gqa_order is not None:
         raise UsageError(
@@ -70,9 +78,9 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
         ),
         (
             raw.get("pos_emb", "rotary") not in ("rotary", "learned", "none"),
-            f"pos_emb: {raw.get('pos_emb')} isn't in GPT-NeoX's te_mha; leave out `te=True`",
+            f"pos_emb: te_mha does not support {raw.get('pos_emb')}. Leave out `te=True`",
         ),
-        (bool(raw.get("use_mup")), "use_mup isn't in GPT-NeoX's te_mha; leave out `te=True`"),
+        (bool(raw.get("use_mup")), "te_mha does not support use_mup. Leave out `te=True`"),
         (
             bool(raw.get("use_qk_layernorm")),
             "te_mha does not support use_qk_layernorm. Leave out `te=True`",
@@ -87,7 +95,7 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
 
 
 def lacking_biases(tensors: Sequence[OutputTensor], dtype: str) -> Iterator[OutputTensor]:
-    """The biases that the two modules always have and these tensors of a file haven't, as -0.0."""
+    """Biases of -0.0 that the two modules require and the tensors of a file do not contain."""
     sizes = {tensor.name: tensor.shape[0] for tensor in tensors}
     for prefix in _blocks(tensors):
         for _, names in BIASES.values():
@@ -100,14 +108,15 @@ def lacking_biases(tensors: Sequence[OutputTensor], dtype: str) -> Iterator[Outp
 
 
 def states(tensors: Sequence[OutputTensor]) -> list[str]:
-    """The names of the modules' states, which a strict load wants; None is one that says nothing.
+    """The names of the states of the modules, which a strict load requires.
 
-    TransformerEngine 1.12 module/base.py, set_extra_state, returns at None.
+    Their value can be None, which is ignored (TransformerEngine 1.12 module/base.py,
+    set_extra_state).
     """
     return [f"{p}{module}.{STATE}" for p in _blocks(tensors) for module in STATES]
 
 
 def _blocks(tensors: Sequence[OutputTensor]) -> list[str]:
-    """What precedes the names of each block's tensors in a file."""
+    """The prefix of the names of each block's tensors in a file."""
     key = te_name("attention.query_key_value.weight")
     return [t.name.removesuffix(key) for t in tensors if t.name.endswith(key)]

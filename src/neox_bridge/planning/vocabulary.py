@@ -1,8 +1,8 @@
-"""How many rows the embeddings get: GPT-NeoX pads them, and refuses another number than its own.
+"""Computes the number of rows of the embeddings, which GPT-NeoX pads.
 
-At start it computes ``ceil(V / (m * TP)) * m * TP`` from the tokenizer's size V, the setting
+At start, GPT-NeoX computes ``ceil(V / (m * TP)) * m * TP`` from the tokenizer size V, the setting
 make_vocab_size_divisible_by m and the tensor-parallel size (megatron/tokenizer/tokenizer.py,
-_vocab_size_with_padding), and compares the result with the checkpoint's args.
+_vocab_size_with_padding). It refuses a checkpoint whose args have another number.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,13 @@ _SMALLER = (64, 32, 16, 8)
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """rows: kept of the source. padded: rows of the target. multiple: make_vocab_size_divisible_by.
+    """The vocabulary of a target.
 
-    size: what stands for the tokenizer's number of entries; None if it isn't known.
+    Attributes:
+        rows: The rows that are kept from the source.
+        padded: The rows of the target.
+        multiple: make_vocab_size_divisible_by.
+        size: The number of tokenizer entries that was assumed; None if unknown.
     """
 
     rows: int
@@ -31,24 +35,32 @@ class Vocabulary:
 
 
 def padded_size(size: int, multiple: int, tp: int) -> int:
-    """The rows that GPT-NeoX computes for a tokenizer of ``size`` entries."""
+    """The rows that GPT-NeoX computes for a tokenizer with ``size`` entries."""
     return round_up(size, multiple * tp)
 
 
 def told_multiple(*settings: Mapping[str, Any]) -> int:
-    """make_vocab_size_divisible_by, from the first of args and yml that says it."""
+    """make_vocab_size_divisible_by of the first settings that contain it."""
     values = (one.get("make_vocab_size_divisible_by") for one in settings)
     return int(next(filter(None, values), FIRST_MULTIPLE))
 
 
 def fit(rows: int, size: int, tp: int, multiple: int | None, *, known: bool = True) -> Vocabulary:
-    """A multiple with which GPT-NeoX computes as many rows as the model has.
+    """Choose a multiple with which GPT-NeoX computes as many rows as the model has.
 
-    128, doubled or, if the tokenizer's size is known, halved as often as needed; else the one whose
-    step holds all rows. Where tp does not divide the rows there is none: then 128, doubled as often
-    as needed, leaves room for every row.
+    The candidates are 128, then 128 doubled or, if the tokenizer size is known, halved several
+    times, then the multiple of which one step holds all rows. If tp does not divide the rows, none
+    fits. Then 128 is doubled until there is room for every row.
 
-    multiple: the one to take instead. Raises Refused if it would leave rows out.
+    Args:
+        rows: The rows that the target must keep.
+        size: The entries of the tokenizer, or the best guess.
+        tp: The tensor-parallel ranks.
+        multiple: The multiple that the user chose.
+        known: Whether ``size`` is known.
+
+    Raises:
+        Refused: The chosen multiple would leave rows out.
     """
     usual = (FIRST_MULTIPLE, *_DOUBLED, *_SMALLER) if known else (FIRST_MULTIPLE,)
     exact = (*usual, max(1, rows // tp))
@@ -67,10 +79,10 @@ def fit(rows: int, size: int, tp: int, multiple: int | None, *, known: bool = Tr
 
 
 def keep(rows: int, multiple: int, tp: int, new_tp: int) -> Vocabulary:
-    """For a GPT-NeoX source whose tokenizer isn't known: right for whatever size it has.
+    """The vocabulary for a GPT-NeoX source with an unknown tokenizer, correct for any size of it.
 
-    The step m * TP stays where the new TP divides it, so that GPT-NeoX computes what it did; else
-    one step holds all rows.
+    If the new TP divides the step m * TP, the step stays, so GPT-NeoX computes the same rows as
+    before. Otherwise one step holds all rows.
     """
     step = multiple * tp
     if step % new_tp == 0 and rows % step == 0:

@@ -1,8 +1,8 @@
-"""Which dtypes of stored weights can be converted: 16 and 32-bit floats, and others by a cast.
+"""Decides which dtypes of stored weights can be converted.
 
-Integers in the place of weights are a quantization whose scales are missing. 8-bit floats and
-float64 are exact values of a model that neither framework trains in, so they are kept by nothing
-but a cast that the user asks for.
+16-bit and 32-bit floats can be converted. Integers instead of weights are a quantization whose
+scales are missing, so they are refused. Neither framework trains in 8-bit floats or float64, so
+they are converted only if the user asks for a cast.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,14 @@ _CAST = (*FLOAT8, "float64")
 
 @dataclass(frozen=True, slots=True)
 class OddWeights:
-    """Weights of a dtype that no framework trains in. castable: whether --dtype takes them."""
+    """Weights of a dtype in which no framework trains.
+
+    Attributes:
+        names: Their names.
+        castable: Whether they can be cast with ``dtype``.
+        reason: Why they cannot be converted as they are, as a part of a sentence.
+        way_out: What to do, as a part of a sentence.
+    """
 
     names: tuple[str, ...]
     castable: bool
@@ -54,7 +61,7 @@ def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
 
 
 def dtype_refusals(checkpoint: Checkpoint, dtype: str = "keep") -> list[Refusal]:
-    """Why the weights' dtypes cannot be written. dtype: what they are cast to, or "keep"."""
+    """Why the dtypes of the weights cannot be written. dtype: that of the target, or "keep"."""
     return [
         Refusal("dtype", odd.reason, odd.way_out)
         for odd in odd_dtypes(checkpoint)
@@ -63,7 +70,7 @@ def dtype_refusals(checkpoint: Checkpoint, dtype: str = "keep") -> list[Refusal]
 
 
 def check_dtypes(checkpoint: Checkpoint, dtype: str) -> list[Finding]:
-    """What is cast from dtypes that no framework trains in. Raises Refused for the others."""
+    """The warnings about casts of unusual dtypes. Raises Refused for what cannot be cast."""
     refuse_all(dtype_refusals(checkpoint, dtype), checkpoint.path)
     findings = []
     groups = _by_dtype(checkpoint.tensors)
@@ -71,7 +78,7 @@ def check_dtypes(checkpoint: Checkpoint, dtype: str) -> list[Finding]:
         if kind not in groups:
             continue
         names = groups[kind]
-        # all 8-bit floats fit into 16 bits, with their subnormals
+        # 16-bit floats can represent all 8-bit floats, including subnormals
         how = "exactly" if kind in FLOAT8 else "rounded to nearest"
         findings.append(
             Finding(
