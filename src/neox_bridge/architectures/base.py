@@ -1,4 +1,4 @@
-"""What a model is, as data: its weights, how ranks split them, and its config in neutral words."""
+"""Models as data: weights, how ranks split them, and configs in the words of neither framework."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,24 +17,28 @@ INV_FREQ = "attention.rotary_emb.inv_freq"  # GPT-NeoX's name of the rotary buff
 class Weight:
     """One weight on both sides.
 
-    place: which of GPT-NeoX's layers holds it: embeddings, a block, the final norm, the head.
-    neox: its name within that layer, as today's GPT-NeoX spells it.
-    hf: its name in Hugging Face files; ``{i}`` is the block's number.
-    split: what tensor parallelism does with it. column, vocab: rows (dimension 0) are spread over
-        the ranks. row: columns (dimension 1) are. replicated: every rank holds all of it.
-        row_bias: a bias added to a row-parallel output, summed over ranks or replicated,
-        depending on the model. fused, gated: Hugging Face's part of one GPT-NeoX tensor, q, k and v
-        or up and gate; a row of the table for each part, see tensors/fused.py. zero: GPT-NeoX has
-        it and Hugging Face hasn't: written as zeros, and refused where it is anything else; hf is
-        then only the name for messages. derived: no weight, computed from the config.
-    shape: the names of its dimensions, Hugging Face's side; ``ModelConfig.dims`` has their sizes.
-    flag: the field of ``ModelConfig`` that says whether it exists; "" where it always does.
-    part: which part of a fused or gated tensor it is.
-    old: its name in trees before neox-mlp-names, where it is another; the parts of a gated MLP
-        were tensors of their own there.
-    also: a name that files may have in place of ``neox``.
-    trained: False for a buffer that GPT-NeoX saves; the optimizer has no states of it.
-    blocks: the numbers of the blocks that have it; None where all do.
+    Attributes:
+        place: The layer of GPT-NeoX that contains it: embeddings, a block, the final norm or the
+            head.
+        neox: Its name in that layer in today's GPT-NeoX.
+        hf: Its name in Hugging Face files; ``{i}`` is the number of the block.
+        split: How tensor parallelism splits it.
+            column, vocab: its rows (dimension 0) over the ranks. row: its columns (dimension 1).
+            replicated: not at all. row_bias: a bias of a row-parallel output, which the model sums
+            over the ranks or replicates. fused, gated: Hugging Face's part of one GPT-NeoX tensor
+            (q, k and v, or up and gate), with a row of the table for each part; see
+            tensors/fused.py. zero: only GPT-NeoX has it; it is written as zeros, other values are
+            refused, and ``hf`` is only a name for messages. derived: it is not a weight but follows
+            from the config.
+        shape: The names of its dimensions in Hugging Face files. ``ModelConfig.dims`` has their
+            sizes.
+        flag: The field of ``ModelConfig`` that says whether it exists; "" if it always does.
+        part: The part of a fused or gated tensor.
+        old: Its name in trees before neox-mlp-names, if that is another. The parts of a gated MLP
+            were separate tensors there.
+        also: Another name that files may have instead of ``neox``.
+        trained: False for a buffer that GPT-NeoX saves. It has no optimizer states.
+        blocks: The numbers of the blocks that have it; None for all.
     """
 
     place: LayerKind
@@ -50,44 +54,45 @@ class Weight:
     blocks: frozenset[int] | None = None
 
     def named(self, old: bool) -> str:
-        """Its GPT-NeoX name, in trees before 2024-09 or since then."""
+        """Its name in GPT-NeoX. old: in trees before 2024-09."""
         return self.old if old and self.old else self.neox
 
     def split_as(self, name: str) -> Split:
-        """How ranks share it under one of its names: w1 and w3 were column-parallel each."""
+        """How ranks split the tensor of one of its names: w1 and w3 are column-parallel."""
         return "column" if self.split == "gated" and name == self.old else self.split
 
     @property
     def neox_only(self) -> bool:
-        """Whether GPT-NeoX's files hold it and Hugging Face's do not."""
+        """Whether only the files of GPT-NeoX contain it."""
         return self.split in ("derived", "zero")
 
     @property
     def required(self) -> bool:
-        """Whether the files of every model hold it, on both sides."""
+        """Whether the files of every model contain it, on both sides."""
         return not self.flag and not self.neox_only
 
     def is_in(self, config: "ModelConfig") -> bool:
-        """Whether a model of this config has it."""
+        """Whether a model with this config has it."""
         return not self.flag or bool(getattr(config, self.flag))
 
 
-# what doesn't change what the model computes, or follows from the way it is written
+# fields that do not change what the model computes, or that depend on the layout
 _NO_MEANING = {"dims", "dtype", "bos_token_id", "eos_token_id", "initializer_range"}
 _NO_MEANING |= {"hidden_dropout", "attention_dropout", "idle"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's config in neutral words; sizes are those of the tensors.
+    """The config of a model in the words of neither framework, with the sizes of the tensors.
 
-    dims: the size of each dimension named in the weights' shapes.
-    activation: a name of the architecture's own table.
-    kv_heads: None if k and v have as many heads as q.
-    window: how many tokens a query sees, itself among them; None if it sees all before it.
-    reward: whether it scores a text rather than continue it; see heads.py.
-    conv_bias: whether the convolution of a block without attention has a bias.
-    idle: fields that the frameworks ask for and this family computes nothing with.
+    Attributes:
+        dims: The size of each dimension that the shapes of the weights name.
+        activation: A name in the table of the architecture.
+        kv_heads: The heads of k and v; None if there are as many as of q.
+        window: How many tokens a query sees, including itself; None if it sees all before it.
+        reward: Whether the model scores texts; see heads.py.
+        conv_bias: Whether the convolution of a block without attention has a bias.
+        idle: Fields that the frameworks require and that this family does not use.
     """
 
     layers: int
@@ -117,23 +122,23 @@ class ModelConfig:
     idle: frozenset[str] = frozenset()
 
     def meaning(self) -> dict[str, object]:
-        """What decides what the model computes: no sizes, dtypes, nor what only trains it."""
+        """The fields that decide what the model computes, without sizes, dtypes and training."""
         without = _NO_MEANING | self.idle
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without}
 
     @property
     def untied(self) -> bool:
-        """Whether it has an output layer of its own."""
+        """Whether it has its own output layer."""
         return not self.tied_embeddings and not self.reward
 
     @property
     def head_layer(self) -> int:
-        """GPT-NeoX's number of the last layer, the output (megatron/model/gpt2_model.py)."""
+        """The number of the output layer in GPT-NeoX (megatron/model/gpt2_model.py)."""
         return self.layers + 4
 
     @property
     def key_value_heads(self) -> int:
-        """Heads of k and v: those of q, but for grouped-query attention."""
+        """The heads of k and v."""
         return self.kv_heads or self.heads
 
     @property
@@ -141,9 +146,9 @@ class ModelConfig:
         return self.key_value_heads != self.heads
 
     def fusion(self, order: GqaOrder, te: frozenset[str] = frozenset()) -> Fusion:
-        """How the rows of fused tensors are ordered.
+        """The order of the rows of fused tensors.
 
-        Raises Refused if query heads can't share k and v evenly.
+        Raises Refused if the query heads cannot share k and v evenly.
         """
         heads, kv_heads = self.heads, self.key_value_heads
         head_dim = self.hidden // heads
@@ -161,17 +166,20 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Rotated dimensions of a head."""
+        """The number of rotated dimensions of a head."""
         return int(self.hidden // self.heads * self.rotary_pct)
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Something that the target cannot express: the setting's key, and why.
+    """Something that the target does not support.
 
-    way_out: what to do instead, which must be true wherever it is shown; "" where nothing helps.
-    neox_only: GPT-NeoX can hold it and Hugging Face cannot. Whether this version can write it in
-        another layout depends on the checkpoint; see ``way_out_of``.
+    Attributes:
+        key: The key of the setting.
+        reason: Why it is not supported.
+        way_out: What to do instead, which must be valid wherever it is shown; "" if nothing helps.
+        neox_only: Whether GPT-NeoX supports it and Hugging Face does not. Whether it can be written
+            in another layout depends on the checkpoint; see ``way_out_of``.
     """
 
     key: str
@@ -183,15 +191,18 @@ class Refusal:
 def refusals(
     checks: Iterable[tuple[str, bool, str]], *, way_out: str = "", neox_only: bool = False
 ) -> list[Refusal]:
-    """The refusals of the checks that apply: the setting's key, whether it applies, and why."""
+    """The refusals of the checks that apply. A check: a key, whether it applies, and the reason."""
     return [Refusal(key, why, way_out, neox_only) for key, applies, why in checks if applies]
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """A family for people: what ``neox-bridge families`` and its page say.
+    """What ``neox-bridge families`` and its page say about a family.
 
-    models: which are of it. proof: "fixture", "random", "GPT-NeoX" (page.py). note: what to know.
+    Attributes:
+        models: The models of the family.
+        proof: "fixture", "random" or "GPT-NeoX"; see page.py.
+        note: What users should know.
     """
 
     models: str
@@ -201,19 +212,24 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How another library than transformers has a family's folders.
+    """The format of another library than transformers for folders of a family.
 
-    Its config.json has words of its own, and pytorch_model.bin is one state dict, in which a tied
-    head stands as well.
+    Its config.json has other keys, and its pytorch_model.bin is one state dict that also contains a
+    tied head.
 
-    name: as ``--format`` has it. library, usage: its name on the Hub, and the lines of Python that
-        load a folder.
-    names: its own name of a tensor, by Hugging Face's, where it is another.
-    lost: keys of transformers' config.json that it has no word for, and that users would miss.
-    matches: whether a config.json is in its words. read: these in transformers' words.
-    write: its config.json, of the model, of transformers' config.json, of what its own had been
-        ({} where there was none), and of how many entries the vocabulary has without padding.
-    refuse: what it can't express, of the model and of transformers' config.json.
+    Attributes:
+        name: The value of ``--format``.
+        library: The name of the library on the Hub.
+        usage: The lines of Python that load a folder.
+        names: Its names of tensors by their names in transformers, if they differ.
+        lost: Keys of transformers' config.json that it does not have and that users would miss.
+        matches: Whether a config.json is in this format.
+        read: Converts its config.json to the keys of transformers.
+        write: Returns its config.json, from the config of the model, transformers' config.json, the
+            original config.json in this format ({} if there is none), and the number of vocabulary
+            entries without padding.
+        refuse: Returns what it does not support, from the config of the model and transformers'
+            config.json.
     """
 
     name: str
@@ -231,31 +247,33 @@ class Form:
 class Architecture:
     """One family of models, used in both directions.
 
-    name: Hugging Face's model_type. hf_class: as config.json names it.
-    dropped: Hugging Face names of buffers that are derived, with ``{i}``, and why they go.
-    aliases: other names that files use, mapped to ours.
-    model_keys: the keys of a GPT-NeoX yml that say which model it is, not how it is trained.
-    prefix: what precedes most names in files of the whole model, and isn't there in those of the
-        bare one.
-    write_neox: the yml's keys for the model; True for a tree before neox-mlp-names.
-    era_keys: those of them that mean something else in trees of another time.
-    always: flags of ModelConfig whose weights transformers' class always has.
-    gated: whether the MLP is gated, so that its width is its own in every era.
-    norm: GPT-NeoX's word for its norms.
-    findings_hf_source: where config.json contradicts itself or what is known.
-    findings_to_neox: where GPT-NeoX computes otherwise, of config.json and the model that is
-        written.
-    complete: a config.json with what transformers takes for keys that lack, where that matters
-        for opening it.
-    refuse_shape: what GPT-NeoX can't do with this many tensor-parallel ranks, or in trees of an
-        era by its name.
-    forms: those of other libraries that are read and written.
-    shared: GPT-NeoX's name of a parameter that all blocks of a pipeline stage share; "" for none.
-        Its row of the first block is trained.
-    one_matrix: whether trees before neox-mlp-names have its gated MLP as one matrix with biases, as
-        ParallelMLP has geglu there.
-    neox_only: whether transformers has no such class, so that it moves between GPT-NeoX layouts
-        only; see neox_only.py.
+    Attributes:
+        name: The model_type of Hugging Face.
+        hf_class: The class that config.json names.
+        prefix: The start of most names in files of the whole model; those of the bare model do not
+            have it.
+        weights: The table of weights.
+        dropped: Derived buffers by Hugging Face name, with ``{i}``, and why they are left out.
+        aliases: The names in the table, by the other names that files use.
+        write_neox: Returns the keys of the yml for the model; True for trees before neox-mlp-names.
+        model_keys: The keys of a GPT-NeoX yml that describe the model and not its training.
+        era_keys: The keys of them that have another meaning in trees of another time.
+        always: Flags of ModelConfig whose weights the class of transformers always has.
+        gated: Whether the MLP is gated, so that its width is a setting in every era.
+        norm: The name of its norms in GPT-NeoX.
+        findings_hf_source: Returns where config.json contradicts itself or known facts.
+        findings_to_neox: Returns where GPT-NeoX computes something else, from config.json and the
+            config of the written model.
+        complete: Adds the defaults of transformers to a config.json if opening it depends on them.
+        refuse_shape: Returns what GPT-NeoX does not support with this many tensor-parallel ranks,
+            or in trees of an era.
+        forms: The formats of other libraries.
+        shared: GPT-NeoX's name of a parameter that all blocks of a pipeline stage share; "" if
+            there is none. Its row of the first block is trained.
+        one_matrix: Whether trees before neox-mlp-names have its gated MLP as one matrix with
+            biases, as ParallelMLP has geglu there.
+        neox_only: Whether transformers has no such class, so that the model can only move between
+            layouts of GPT-NeoX; see neox_only.py.
     """
 
     name: str
@@ -300,12 +318,12 @@ class Architecture:
 
     @property
     def embeddings(self) -> str:
-        """Hugging Face's name of the input embeddings."""
+        """The Hugging Face name of the input embeddings."""
         return next(weight.hf for weight in self.weights if weight.place == "embed")
 
     @property
     def head(self) -> str:
-        """Hugging Face's name of the output layer."""
+        """The Hugging Face name of the output layer."""
         return next(weight.hf for weight in self.weights if weight.place == "head")
 
 
@@ -316,7 +334,7 @@ def shared_reason(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What the tensors themselves tell: which optional ones are there, and the dtype of most."""
+    """What the tensors show: the optional ones that exist, and the dtype of most."""
 
     names: frozenset[str]
     dtype: str

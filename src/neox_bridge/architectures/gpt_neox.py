@@ -1,4 +1,4 @@
-"""Pythia, GPT-NeoX-20B and their relatives: ``GPTNeoXForCausalLM`` on Hugging Face's side."""
+"""Pythia, GPT-NeoX-20B and their relatives: ``GPTNeoXForCausalLM`` in transformers."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -42,9 +42,9 @@ _block = partial(Weight, "block")
 def _pair(
     neox: str, split: Split, shape: tuple[str, ...], flag: str, old: str = ""
 ) -> tuple[Weight, Weight]:
-    """A block's weight and bias; only the bias depends on the flag.
+    """The weight and the bias of a block's module. Only the bias depends on the flag.
 
-    old: the name in trees before neox-mlp-names, which is Hugging Face's, where it is another.
+    old: the name in trees before neox-mlp-names, which Hugging Face uses, if it is another.
     """
     hf, bias = old or neox, f"{old}.bias" if old else ""
     bias_split: Split = "row_bias" if split == "row" else split
@@ -72,7 +72,7 @@ _WEIGHTS = (
     REWARD,
 )
 
-# our word: Hugging Face's names (the first is written), GPT-NeoX's activation, bias_gelu_fusion.
+# by our name: names in Hugging Face (the first is written), names in GPT-NeoX, bias_gelu_fusion.
 # The fused gelu is the tanh form with a rounded constant, which gelu_fast has too
 # (GPT-NeoX megatron/model/activations.py; transformers activations.py).
 _ACTIVATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
@@ -104,10 +104,10 @@ _WRITTEN_ALWAYS = {"num_layers", "num_attention_heads", "max_position_embeddings
 
 
 def rope_of(raw: Mapping[str, Any]) -> tuple[float, float]:
-    """(rotary fraction, base) of a config.json in either spelling.
+    """The rotary fraction and base of a config.json in either spelling.
 
-    ``rope_parameters`` comes first where both are there, as transformers 5 reads it
-    (GPTNeoXConfig.convert_rope_params_to_dict); the defaults are that class's.
+    ``rope_parameters`` has priority, as in transformers 5
+    (GPTNeoXConfig.convert_rope_params_to_dict). The defaults are those of that class.
     """
     rope = raw.get("rope_parameters") or {}
     pct = rope.get("partial_rotary_factor", raw.get("rotary_pct", 0.25))
@@ -174,7 +174,7 @@ def _read_neox(raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presen
 
 def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
     base = int(config.rotary_base)
-    # another GPT-NeoX layout may hold what transformers hasn't
+    # other layouts of GPT-NeoX support activations that transformers does not have
     _, neox, fused = _ACTIVATIONS.get(config.activation, ((), (config.activation,), False))
     written: dict[str, Any] = {"hidden_size": config.hidden}
     for name, _, _, _, key, default in _KEYS:
@@ -210,7 +210,7 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
-    """What the real GPT-NeoX computes and no GPTNeoXForCausalLM does (megatron/model/)."""
+    """Refuse what GPT-NeoX computes and GPTNeoXForCausalLM does not (megatron/model/)."""
     pos, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
     kind = raw.get("activation") or "gelu"
     activations = [name for _, neox, _ in _ACTIVATIONS.values() for name in neox]
@@ -253,13 +253,13 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 
 def _matches_neox(raw: Mapping[str, Any]) -> bool:
-    """Whether a yml is of this family: plain MLP and norms with the names used here."""
+    """Whether a yml describes this family: a plain MLP and layernorm."""
     plain_mlp = raw.get("activation") not in GATED and raw.get("mlp_type") in (None, "regular")
     return plain_mlp and (raw.get("norm") or "layernorm") == "layernorm"
 
 
 def _findings_hf_source(raw: Mapping[str, Any], config: ModelConfig) -> list[Finding]:
-    """Where config.json contradicts itself or what is known."""
+    """Where config.json contradicts itself or known facts."""
     findings = stored_biases(raw, {"attention_bias": (True, config.attention_bias)})
     rope = raw.get("rope_parameters") or {}
     for old, new in (("rotary_pct", "partial_rotary_factor"), ("rotary_emb_base", "rope_theta")):

@@ -1,4 +1,4 @@
-"""What every family shares of a config.json: RoPE in both spellings, and common refusals."""
+"""What all families share of config.json: RoPE in both spellings, and common refusals."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from neox_bridge.findings import Finding
 
 
 def rope_kind(raw: Mapping[str, Any]) -> str:
-    """The kind of RoPE scaling in either spelling; "default" is none."""
+    """The kind of RoPE scaling in either spelling. "default" means none."""
     ropes = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
     kinds = [str(rope.get("rope_type", rope.get("type", "default"))) for rope in ropes]
     return next((kind for kind in kinds if kind != "default"), "default")
@@ -19,11 +19,12 @@ def rope_kind(raw: Mapping[str, Any]) -> str:
 def refuse_hf_common(
     raw: Mapping[str, Any], base: float, base_key: str, activations: Iterable[str]
 ) -> list[Refusal]:
-    """What GPT-NeoX can't express of any family.
+    """Refuse what GPT-NeoX does not support in any family.
 
-    base, base_key: of RoPE. activations: the names of hidden_act that it can, the default first.
-    GPT-NeoX's RotaryEmbedding takes a base and a number of dimensions, nothing else
-    (megatron/model/positional_embeddings.py); the base is an int (neox_arguments/neox_args.py).
+    RotaryEmbedding of GPT-NeoX has only a base and a number of dimensions
+    (megatron/model/positional_embeddings.py), and the base is an int (neox_arguments/neox_args.py).
+
+    base, base_key: of RoPE. activations: the supported values of hidden_act, the default first.
     """
     scaling, activation, known = rope_kind(raw), raw.get("hidden_act"), list(activations)
     checks = (
@@ -62,9 +63,9 @@ def hf_fields(
     presence: Presence,
     ids: tuple[int | None, int | None],
 ) -> dict[str, Any]:
-    """The fields of ``ModelConfig`` that every family that attends reads alike from config.json.
+    """The fields of ``ModelConfig`` that all families with attention read alike from config.json.
 
-    ids: of the tokens that begin and end a text, by default.
+    ids: the defaults of bos_token_id and eos_token_id.
     """
     return {
         "dims": dict(dims),
@@ -78,9 +79,9 @@ def hf_fields(
 
 
 def hf_settings(keys: Keys, config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of every family.
+    """The keys of config.json that all families have.
 
-    keys: the family's own table. A row whose key is "" is not in config.json.
+    keys: the table of the family. A row with the key "" is not in config.json.
     """
     return {
         **{hf_key: getattr(config, name) for name, _, hf_key, *_ in keys if hf_key},
@@ -97,7 +98,7 @@ def hf_settings(keys: Keys, config: ModelConfig) -> dict[str, Any]:
 
 
 def stored_biases(raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]]) -> list[Finding]:
-    """The findings for biases that the files hold and config.json denies.
+    """The findings for biases in the files that contradict config.json.
 
     biases: by the key, what transformers takes where it is missing, and whether the files hold
     them. transformers loads such a folder without them, with no more than a warning.
@@ -117,5 +118,5 @@ def stored_biases(raw: Mapping[str, Any], biases: Mapping[str, tuple[bool, bool]
 
 
 def whole_number(value: float) -> float | int:
-    """10000 rather than 10000.0, as config files have it."""
+    """A whole number as an int, as config files write it."""
     return int(value) if float(value).is_integer() else value

@@ -1,9 +1,9 @@
 """What Llama and its relatives share: rotary positions, separate q, k and v, a gated MLP.
 
-GPT-NeoX's side: megatron/model/transformer.py (ParallelMLP and Gated_Activation since the change
-neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py. Hugging Face's
-side: transformers models/{llama,mistral,qwen2,olmo}/. Both rotate halves,
-so that no row of q and k is moved within its head.
+Sources: megatron/model/transformer.py of GPT-NeoX (ParallelMLP and Gated_Activation since the
+change neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py;
+models/{llama,mistral,qwen2,olmo}/ of transformers. Both rotate halves, so no row of q and k is
+moved within its head.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ from neox_bridge.errors import Refused
 from neox_bridge.findings import Finding
 from neox_bridge.tensors.geometry import Split
 
-# our word, as Hugging Face has it: GPT-NeoX's gated activation, and those of `mlp_type: llama`
+# by the name in Hugging Face: the gated activation of GPT-NeoX, and those of `mlp_type: llama`
 # (activations.py of both; Gated_Activation of megatron/model/transformer.py multiplies as LlamaMLP)
 ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "silu": ("swiglu", ("silu", "swish")),
@@ -64,7 +64,7 @@ _EPSILON: Mapping[Norm, Keys] = {
     # OlmoLayerNorm has no setting: it always adds 1e-5
     "non_parametric_layernorm": (("norm_eps", float, "", 1e-5, "layernorm_epsilon", 1e-5),),
 }
-# what means something else, or is refused, in trees of another time
+# keys that have another meaning, or are refused, in trees of another time
 ERA_KEYS = frozenset(
     """activation mlp_type intermediate_size mlp_multiple_of expansion_factor use_bias_in_mlp
     rmsnorm_fusion bias_gelu_fusion""".split()
@@ -79,14 +79,18 @@ MODEL_KEYS |= {key for *_, key, _ in (*SIZE_KEYS, *_DROPOUT, *_EPSILON["rmsnorm"
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What sets one relative apart.
+    """How a relative differs from Llama.
 
-    norm: GPT-NeoX's word for its norms. ids: of the tokens that begin and end a text, by default.
-    head_dim: whether config.json says how large a head is.
-    biases: which of its attention's and MLP's biases Hugging Face's class can have.
-    window: whether it can have a sliding window. max_positions: where config.json names none.
-    write: more keys of config.json. refuse: more of what GPT-NeoX can't express. refuse_neox: more
-    of what transformers can't.
+    Attributes:
+        norm: The name of its norms in GPT-NeoX.
+        ids: The defaults of bos_token_id and eos_token_id.
+        head_dim: Whether config.json has the size of a head.
+        biases: Which biases of attention and MLP the class of transformers can have.
+        window: Whether it can have a sliding window.
+        max_positions: The default of max_position_embeddings.
+        write: Returns more keys of config.json.
+        refuse: Returns more of what GPT-NeoX does not support.
+        refuse_neox: Returns more of what transformers does not support.
     """
 
     name: str
@@ -113,7 +117,7 @@ def _kv_heads(raw: Mapping[str, Any], key: str, heads: int) -> int | None:
 
 
 def rope_base(raw: Mapping[str, Any]) -> float:
-    """RoPE's base; ``rope_parameters`` comes first where both spellings are there."""
+    """The base of RoPE. ``rope_parameters`` has priority over the other spelling."""
     rope = raw.get("rope_parameters") or {}
     return number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)), float)
 
@@ -261,7 +265,7 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
 
 
 def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
-    """What the real GPT-NeoX computes and no Llama of transformers does (megatron/model/)."""
+    """Refuse what GPT-NeoX computes and no Llama of transformers does (megatron/model/)."""
     kind = raw.get("activation") or "gelu"
     llama = raw.get("mlp_type") == "llama"
     words = {w for new, old in ACTIVATIONS.values() for w in (old if llama else (new,))}
@@ -319,7 +323,7 @@ def _findings_hf_source(
 
 
 def architecture(family: Family) -> Architecture:
-    """A family's table of weights and its config, both ways."""
+    """The architecture of a family: its table of weights, and its config in both directions."""
     return Architecture(
         name=family.name,
         about=family.about,

@@ -15,7 +15,7 @@ Norm = Literal["rmsnorm", "non_parametric_layernorm"]
 LAYER = "model.layers.{i}."
 QKV, UP = "attention.query_key_value", "mlp.linear1"
 _H, _VOCAB = ("hidden",), ("vocab", "hidden")
-# part: Hugging Face's name, its rows, GPT-NeoX's tensor, how it is fused, its name before 2024-09
+# part, name in Hugging Face, its rows, tensor in GPT-NeoX, how it is fused, name before 2024-09
 _PARTS: tuple[tuple[Part, str, str, str, Split, str], ...] = (
     ("q", "self_attn.q_proj", "q", QKV, "fused", ""),
     ("k", "self_attn.k_proj", "kv", QKV, "fused", ""),
@@ -27,7 +27,7 @@ _block = partial(Weight, "block")
 
 
 def weights(norm: Norm, biases: Biases) -> tuple[Weight, ...]:
-    """Every weight of the family. The parts of one GPT-NeoX tensor are rows with its name."""
+    """All weights of the family. The parts of one GPT-NeoX tensor are rows with the same name."""
     down = f"{LAYER}mlp.down_proj.weight"
     return (
         Weight("embed", "word_embeddings.weight", "model.embed_tokens.weight", "vocab", _VOCAB),
@@ -62,7 +62,7 @@ def _parts(split: Split) -> tuple[Weight, ...]:
 
 
 def _biases(biases: Biases) -> tuple[Weight, ...]:
-    """GPT-NeoX has those of query_key_value and dense together (use_bias_in_attn_linear)."""
+    """GPT-NeoX has biases of both query_key_value and dense, or none (use_bias_in_attn_linear)."""
     if biases == "none":
         return ()
     bias_rows = [

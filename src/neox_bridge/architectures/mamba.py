@@ -1,9 +1,9 @@
 """Mamba: ``MambaForCausalLM``, which GPT-NeoX runs as ``attention_config: [[["mamba"], L]]``.
 
-GPT-NeoX's side: megatron/model/mamba/mamba.py. There 16 states a channel, a convolution of 4 and a
-rank of hidden/16 are fixed; the inner width, intermediate_size on both sides, is twice the hidden
-size unless told, and is the neutral ``ffn`` here. Hugging Face's side: transformers
-models/mamba/{configuration,modeling}_mamba.py. Both compute in_proj as [x | z], so no row is moved.
+Sources: megatron/model/mamba/mamba.py of GPT-NeoX, models/mamba/{configuration,modeling}_mamba.py
+of transformers. In GPT-NeoX, 16 states per channel, a convolution of 4 and a rank of hidden/16 are
+fixed. The inner width is intermediate_size on both sides and ``ffn`` here; its default is twice the
+hidden size. Both compute in_proj as [x | z], so no row is moved.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _CONV_BIAS = "mixer.conv1d.bias"
 
 
 def _mixer(name: str, split: Split, *shape: str, flag: str = "") -> Weight:
-    """A weight of the block, which has the same name on both sides."""
+    """A weight of a block with the same name on both sides."""
     return Weight("block", f"mixer.{name}", f"{_LAYER}mixer.{name}", split, shape, flag)
 
 
@@ -63,9 +63,9 @@ _WEIGHTS = (
 )
 _KEYS: Keys = (
     ("layers", int, "num_hidden_layers", None, "num_layers", None),
-    # nothing attends: GPT-NeoX asks for heads all the same, and Hugging Face's side has none
+    # Mamba has no heads, but GPT-NeoX requires a number
     ("heads", int, "num_attention_heads", 1, "num_attention_heads", None),
-    # nor has it a length; 2048 is what the published models were trained with
+    # Mamba has no maximum length; the published models were trained with 2048
     ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
     ("norm_eps", float, "layer_norm_epsilon", 1e-5, "rms_norm_epsilon", 1e-8),
 )
@@ -84,7 +84,7 @@ def _config(
     conv_bias: bool,
     ids: tuple[Any, Any] = (0, 0),
 ) -> ModelConfig:
-    """Raises BridgeError if the block's matrices don't go together."""
+    """The config. Raises BridgeError if the matrices of a block contradict each other."""
     wants = {"x_and_z": 2 * dims["ffn"], "dt_b_c": dims["dt"] + 2 * dims["states"], "one": 1}
     names = {"x_and_z": "in_proj", "dt_b_c": "x_proj", "one": "conv1d"}
     for dim, want in wants.items():
@@ -114,7 +114,7 @@ def _config(
 
 
 def _complete(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers ties the embeddings unless told."""
+    """Tie the embeddings by default, as transformers does."""
     tied = {"tie_word_embeddings": True} if raw.get("model_type") == "mamba" else {}
     return {**tied, **raw}
 
@@ -153,7 +153,7 @@ def _write_hf(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "use_bias": False,
         "use_conv_bias": config.conv_bias,
-        # GPT-NeoX adds in the parameters' dtype (ParallelMambaResidualLayer.forward)
+        # GPT-NeoX adds in the dtype of the parameters (ParallelMambaResidualLayer.forward)
         "residual_in_fp32": False,
     }
 
@@ -184,7 +184,7 @@ def _write_neox(config: ModelConfig, _old: bool) -> dict[str, Any]:
 
 
 def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
-    """What is fixed in GPT-NeoX's ParallelMambaBlock."""
+    """Refuse other values of what is fixed in ParallelMambaBlock of GPT-NeoX."""
     common = refuse_hf_common(raw, 10000.0, "", ("silu", "swish"))
     fixed: dict[str, Any] = {"state_size": STATES, "conv_kernel": CONV, "use_bias": False}
     if raw.get("hidden_size") and raw.get("time_step_rank", "auto") != "auto":
@@ -202,7 +202,7 @@ def _refuse_hf_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 
 def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
-    """What GPT-NeoX computes around or in its Mamba blocks and transformers' Mamba doesn't."""
+    """Refuse what GPT-NeoX computes in or around Mamba blocks and transformers does not."""
     hidden = number("hidden_size", raw.get("hidden_size") or 1, int)
     inner = number("intermediate_size", raw.get("intermediate_size") or 2 * hidden, int)
     positions, norm = raw.get("pos_emb") or "learned", raw.get("norm") or "layernorm"
@@ -239,9 +239,9 @@ def _refuse_neox_source(raw: Mapping[str, Any]) -> list[Refusal]:
 
 
 def _refuse_shape(tp: int, era: str) -> list[Refusal]:
-    """One rank only: x_proj is a RowParallelLinear with parallel_output=True.
+    """Refuse several ranks, because x_proj is a RowParallelLinear with parallel_output=True.
 
-    Its partial sums are never added up, so that each rank goes on with a dt, B and C of its own.
+    Its partial sums are never added, so each rank continues with its own dt, B and C.
     """
     summed = (
         f"on {tp} tensor-parallel ranks, Mamba in GPT-NeoX does not sum x_proj over the ranks, "

@@ -1,4 +1,4 @@
-"""What every family shares of its config's keys: numbers that yaml reads as text, and refusals."""
+"""What all families share of the yml: numbers that yaml reads as text, and common refusals."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -10,15 +10,15 @@ from neox_bridge.architectures.heads import RM_LINEAR
 from neox_bridge.errors import BridgeError
 
 Number = TypeVar("Number", int, float)
-# neutral field, its kind, Hugging Face's key and default, GPT-NeoX's key and default
+# field of ModelConfig, its type, key and default in Hugging Face, key and default in GPT-NeoX
 Keys = tuple[tuple[str, Callable[[Any], Any], str, Any, str, Any], ...]
-# of every family that attends
+# of all families with attention
 SIZE_KEYS: Keys = (
     ("layers", int, "num_hidden_layers", None, "num_layers", None),
     ("heads", int, "num_attention_heads", None, "num_attention_heads", None),
     ("max_positions", int, "max_position_embeddings", 2048, "max_position_embeddings", None),
 )
-# values of keys that the trees of an era do not know, where all of them know the keys
+# values that the trees of these eras do not know, although they know the keys
 _MISSING: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("norm", "non_parametric_layernorm"): ("v1.0", "2024-03", "2024-09", "2024-10"),  # #1338
     ("attention_config", "mamba"): ("v1.0", "2024-03"),  # #1157
@@ -29,9 +29,9 @@ GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")  # megatron/model/activa
 
 
 def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
-    """``value`` as an int or a float; yaml reads 1e-5 as text. BridgeError names the key.
+    """A value as an int or a float. It may be a text, because yaml reads 1e-5 as one.
 
-    No NaN, no infinity, and an int of a whole number only.
+    Raises BridgeError, which names the key, for NaN, infinity, and an int that is not whole.
     """
     try:
         result = kind(value)
@@ -44,7 +44,7 @@ def number(key: str, value: Any, kind: Callable[[Any], Number]) -> Number:
 
 
 def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
-    """The fields of a table, from a config.json or a yml. BridgeError names a key that lacks."""
+    """The fields of a table from a config.json or a yml. Raises BridgeError for a missing key."""
     values: dict[str, Any] = {}
     for name, kind, hf_key, hf_default, neox_key, neox_default in keys:
         key, default = (hf_key, hf_default) if hf else (neox_key, neox_default)
@@ -61,7 +61,7 @@ def read_keys(keys: Keys, raw: Mapping[str, Any], hf: bool) -> dict[str, Any]:
 def neox_fields(
     raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 ) -> dict[str, Any]:
-    """The fields of ``ModelConfig`` that every family that attends reads alike from a yml."""
+    """The fields of ``ModelConfig`` that all families with attention read alike from a yml."""
     return {
         "dims": dict(dims),
         "rotary_pct": number("rotary_pct", raw.get("rotary_pct", 1.0), float),
@@ -74,7 +74,7 @@ def neox_fields(
 
 
 def round_up(size: int, step: int) -> int:
-    """The smallest multiple of ``step`` that isn't below ``size``."""
+    """The smallest multiple of ``step`` that is at least ``size``."""
     return -(-size // step) * step
 
 
@@ -95,7 +95,7 @@ def window_of(raw: Mapping[str, Any]) -> int | None:
 
 
 def refuse_era(words: Mapping[str, Collection[str]], era: str) -> list[Refusal]:
-    """Values that the trees of an era do not know. words: a model's values, by the yml's key."""
+    """Refuse values that the trees of an era do not know. words: values by the key of the yml."""
     checks = [
         (f"{key}: {value}", era in eras, f"GPT-NeoX of {era} does not have it")
         for (key, value), eras in _MISSING.items()
@@ -105,11 +105,11 @@ def refuse_era(words: Mapping[str, Collection[str]], era: str) -> list[Refusal]:
 
 
 def refuse_common(raw: Mapping[str, Any], window: bool = False) -> list[Refusal]:
-    """Settings of GPT-NeoX that no causal language model of transformers has.
+    """Refuse settings of GPT-NeoX that no causal language model of transformers has.
 
-    num_unique_layers is none of them: no tree from v1.0 to today reads it outside its checks.
+    num_unique_layers is not one of them: no tree from v1.0 to today uses it except in checks.
 
-    window: whether the family has a sliding window there.
+    window: whether the family has a sliding window in transformers.
     """
     checks: tuple[tuple[str, bool, str], ...] = (
         (
