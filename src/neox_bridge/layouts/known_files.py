@@ -1,7 +1,7 @@
-"""Which files belong to a checkpoint, by their names: what --overwrite may delete, and what is new.
+"""Decides by their names which files belong to a checkpoint, so that --overwrite may delete them.
 
-Paths are relative to the checkpoint's folder, with slashes. Folders in it that no checkpoint has
-are never looked into.
+Paths are relative to the folder of the checkpoint, with slashes. Folders that no checkpoint has are
+never read.
 """
 
 import os
@@ -43,12 +43,12 @@ _FOLDERS = re.compile(
     rf"original|tokenizer|{FOLDER}|\.cache|(global_step\d+(_universal)?/)?(configs|zero(/[^/]+)?)|"
     r"global_step\d+(_universal)?"
 )
-# what file managers, clients of the Hub and Python leave, wherever they were
+# what file managers, clients of the Hub and Python leave in any folder
 _BOOKKEEPING = re.compile(
     r"(.*/)?(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+|__pycache__(/.*)?)|"
     r"\.cache(/huggingface(/.*)?)?"
 )
-# what a framework, or this tool, could take for a part of the model
+# what a framework or neox-bridge could read as a part of the model
 _READ = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|msgpack|h5|onnx|json|ya?ml|jinja|model|tiktoken|py)|"
     r"(.*/)?(vocab|merges)\.txt|latest|latest_universal",
@@ -57,28 +57,34 @@ _READ = re.compile(
 
 
 def is_known(path: str) -> bool:
-    """Whether checkpoints have files of this name at this place."""
+    """Whether checkpoints have a file with this path."""
     return _KNOWN.fullmatch(path) is not None
 
 
 def is_bookkeeping(path: str) -> bool:
-    """Whether it is what other programs leave anywhere, and nobody misses."""
+    """Whether other programs leave such a file in any folder, and nobody needs it."""
     return _BOOKKEEPING.fullmatch(path) is not None
 
 
 def is_read(path: str) -> bool:
-    """Whether what loads a checkpoint could take a file of this name into account."""
+    """Whether a program that loads the checkpoint could read a file with this path."""
     if _READ.fullmatch(path) is not None:
         return True
     return is_known(path) and not is_carried(path.rpartition("/")[2])
 
 
 def foreign(folder: str, recorded: Collection[str] = ()) -> Iterator[str]:
-    """What is below a folder of a disk and isn't known to be of a checkpoint; folders end in "/".
+    """The paths below a local folder that do not belong to a checkpoint. Folders end with "/".
 
-    recorded: paths that a record of this tool names. Links are judged by their own names: what they
-    lead to isn't deleted with them. Whatever is mounted below the folder is foreign.
-    Raises BridgeError for a folder that can't be listed.
+    Links are judged by their own names, because their targets are not deleted. Whatever is mounted
+    below the folder is foreign.
+
+    Args:
+        folder: The folder.
+        recorded: Paths in a record of neox-bridge, which belong to the checkpoint.
+
+    Raises:
+        BridgeError: A folder cannot be listed.
     """
     mounts = _mounts_below(folder)
     for path, entry in _walk(folder, recorded, mounts):
@@ -94,7 +100,7 @@ def foreign(folder: str, recorded: Collection[str] = ()) -> Iterator[str]:
 
 
 def foreign_objects(paths: Collection[str], recorded: Collection[str] = ()) -> list[str]:
-    """The same of a store, where these paths are below a folder: the topmost foreign names."""
+    """``foreign`` for the paths of objects in a store. Of foreign folders, only the top ones."""
     topmost: dict[str, None] = {}
     for path in sorted(paths):
         if is_bookkeeping(path) or is_known(path) or path in recorded:
@@ -107,9 +113,9 @@ def foreign_objects(paths: Collection[str], recorded: Collection[str] = ()) -> l
 
 
 def files_below(folder: str, recorded: Collection[str] = ()) -> Iterator[str]:
-    """Every file of a folder or URL, but bookkeeping; a folder that no checkpoint has as one name.
+    """Every file below a folder or URL, except bookkeeping. A foreign folder is one name.
 
-    Links are followed, as whoever reads the checkpoint does. recorded: as of ``foreign``.
+    Links are followed, as by programs that read the checkpoint. recorded: see ``foreign``.
     """
     if not is_local(folder):
         paths = (url[len(folder) + 1 :] for url, _ in walk(folder))
@@ -125,9 +131,9 @@ def files_below(folder: str, recorded: Collection[str] = ()) -> Iterator[str]:
 def _walk(
     folder: str, recorded: Collection[str], mounts: Collection[str], *, links: bool = False
 ) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """Everything but bookkeeping; of folders that a checkpoint has, what is in them too.
+    """Every entry except bookkeeping, also below folders that a checkpoint has.
 
-    links: whether linked folders are looked into.
+    links: whether linked folders are read.
     """
     waiting, seen = [""], {os.path.realpath(folder)}
     while waiting:
@@ -153,14 +159,14 @@ def _walk(
 
 
 def _is_folder(path: str, recorded: Collection[str]) -> bool:
-    """Whether checkpoints have folders of this name at this place, or the record has."""
+    """Whether checkpoints, or the record, have a folder with this path."""
     return _FOLDERS.fullmatch(path) is not None or any(
         name.startswith(f"{path}/") for name in recorded
     )
 
 
 def _mounts_below(folder: str) -> frozenset[str]:
-    """What is mounted below a folder, where the kernel tells (Linux); bind mounts too."""
+    """The mount points below a folder, including bind mounts; none if the system is not Linux."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().splitlines()

@@ -1,9 +1,9 @@
-"""Opens Llama as Meta published it, and Mistral's own form: ``consolidated.*`` and ``params.json``.
+"""Opens models in the format of Meta's Llama and of Mistral: ``consolidated.*``, ``params.json``.
 
-Meta's ``consolidated.NN.pth`` hold slices of the tensors; Mistral's ``consolidated.safetensors``
-holds all of them whole, and ``consolidated-NNNNN-of-NNNNN.safetensors`` some of them each.
+Meta's ``consolidated.NN.pth`` contain slices of the tensors. Mistral's ``consolidated.safetensors``
+contains all tensors, or each ``consolidated-NNNNN-of-NNNNN.safetensors`` some of them.
 Names, splits and the order of rotary rows are those of meta-llama/llama (llama/model.py), which
-rotates neighbouring pairs of a head's dimensions; Hugging Face and GPT-NeoX rotate its two halves.
+rotates neighboring pairs of a head's dimensions. Hugging Face and GPT-NeoX rotate its two halves.
 """
 
 import os
@@ -35,7 +35,7 @@ from neox_bridge.wording import some
 PARAMS = "params.json"
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")
 _WHOLE = re.compile(r"consolidated(?:-(\d+)-of-(\d+))?\.safetensors")
-# Meta's name, Hugging Face's, how the files share it
+# the name of Meta, the name of Hugging Face, and how the files share the tensor
 _NAMES: tuple[tuple[str, str, Split], ...] = (
     ("tok_embeddings.weight", "model.embed_tokens.weight", "row"),
     ("layers.{i}.attention_norm.weight", "model.layers.{i}.input_layernorm.weight", "replicated"),
@@ -59,7 +59,7 @@ _ROTATED = ("attention.wq.weight", "attention.wk.weight")
 
 @dataclass(frozen=True, slots=True)
 class _Params:
-    """The numbers of params.json that the tensors don't tell."""
+    """The numbers of params.json that the tensors do not show."""
 
     hidden: int
     heads: int
@@ -69,14 +69,14 @@ class _Params:
 
 
 def is_raw_llama(names: Sequence[str]) -> bool:
-    """Whether a folder with these files is one."""
+    """Whether a folder with these files has this format."""
     return PARAMS in names and any(_FILE.fullmatch(n) or _WHOLE.fullmatch(n) for n in names)
 
 
 def open_raw_llama(path: str) -> Checkpoint:
-    """Open such a folder, as the Hugging Face model that it is.
+    """Open such a folder as the Hugging Face model with the same weights.
 
-    Raises BridgeError or Refused, naming the file or the key.
+    Raises BridgeError or Refused, with the file or the key.
     """
     check_own(os.path.join(path, PARAMS), path)
     settings = read_json(os.path.join(path, PARAMS))
@@ -145,7 +145,7 @@ def _read_params(settings: Mapping[str, Any], path: str) -> _Params:
 
 
 def _shards(path: str) -> tuple[tuple[str, ...], list[Mapping[str, TensorRef]]]:
-    """The files, and what each tensor-parallel rank has of the tensors."""
+    """The files, and the tensors of each tensor-parallel rank."""
     names = list_folder(path)
     ranks = {int(m[1]): m[0] for name in names if (m := _FILE.fullmatch(name))}
     if ranks:
@@ -184,7 +184,7 @@ def _check_count(path: str, present: Mapping[int, str], wanted: range, name: str
 def _gathered(
     shards: Sequence[Mapping[str, TensorRef]], params: _Params, path: str
 ) -> tuple[dict[str, Whole], list[Dropped]]:
-    """Every tensor as one, under its Hugging Face name."""
+    """Every tensor as a whole, by its Hugging Face name."""
     rows = {name: (hf, split) for name, hf, split in _NAMES}
     tensors: dict[str, Whole] = {}
     dropped: list[Dropped] = []
@@ -217,7 +217,7 @@ def _gathered(
                 f"{dimensions} dimensions. Download the files again."
             )
         if key == "tok_embeddings.weight" and refs[0].shape[-1] == params.hidden:
-            split = "column"  # by rows since Llama 3
+            split = "column"  # split by rows since Llama 3
         whole = gather(split, refs, row_bias_sums=False)
         if pattern.endswith(_ROTATED):
             heads = params.heads if "wq" in pattern else params.kv_heads
@@ -229,7 +229,7 @@ def _gathered(
 
 
 def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
-    """The rows of each head: first those of even number, then those of odd."""
+    """The tensor with the even rows of each head before its odd rows."""
     rows, columns = whole.shape
     if not heads or not rows or rows % (2 * heads):
         raise BridgeError(
@@ -265,7 +265,7 @@ def _halves(whole: Whole, heads: int, key: str, path: str) -> Whole:
 def _positions(
     settings: Mapping[str, Any], params: _Params, *, of_mistral: bool
 ) -> tuple[int, list[Finding]]:
-    """max_position_embeddings, which the files mostly don't say (the released models' own)."""
+    """max_position_embeddings. Most files do not contain it, so a released model decides."""
     for key in ("max_seq_len", "max_position_embeddings"):
         if settings.get(key) is not None:
             return number(key, settings[key], int), []

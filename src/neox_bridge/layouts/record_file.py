@@ -1,6 +1,6 @@
-"""``neox_bridge.json``, which this tool writes beside what it converts: read, and held to its form.
+"""Reads ``neox_bridge.json``, the record that neox-bridge writes beside a result, and checks it.
 
-Written by planning/record.py.
+planning/record.py writes it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ HashName = Literal["xxh3_128", "sha256"]
 _STEP = re.compile(r"global_step\d+(_universal)?")
 
 
-Entry = tuple[int, str | None, HashName | None]  # of a file: its size, its hash, the hash's kind
+Entry = tuple[int, str | None, HashName | None]  # size, hash and kind of hash of a file
 
 
 def _is_object(value: object) -> bool:
@@ -54,7 +54,7 @@ _NEOX: dict[str, Callable[[object], bool]] = {"iteration": is_count, "yml": _is_
 def read_record(folder: str) -> dict[str, Any]:
     """The record in a folder; empty if there is none.
 
-    Raises BridgeError, naming the key, where a value is of another kind than this tool writes.
+    Raises BridgeError, with the key, for a value that neox-bridge does not write.
     """
     path = os.path.join(folder, RECORD)
     if not brought_along(path, folder):
@@ -69,9 +69,10 @@ def read_record(folder: str) -> dict[str, Any]:
 
 
 def written_files(record: Any) -> tuple[HashName | None, list[tuple[str, int, str | None]]]:
-    """The kind of hash, and of each file path, size and hash, as a record has them.
+    """The kind of hash in a record, and the path, size and hash of each file.
 
-    Raises ValueError if a record isn't as this tool writes it."""
+    Raises ValueError for a record that neox-bridge does not write.
+    """
     try:
         written = record["written"]
         name, files = written["hash"], list(_entries(written["files"]))
@@ -83,7 +84,10 @@ def written_files(record: Any) -> tuple[HashName | None, list[tuple[str, int, st
 
 
 def _entries(files: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
-    """Of paths in the record's folder, or right above it: a record can't have others read."""
+    """The entries of a record, whose paths are in its folder or directly above it.
+
+    Other paths raise ValueError, so that a record cannot name files elsewhere.
+    """
     for path, (size, digest) in files.items():
         inside = path.removeprefix("../").split("/")
         fits = isinstance(size, int) and (digest is None or isinstance(digest, str))

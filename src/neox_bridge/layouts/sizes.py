@@ -1,4 +1,4 @@
-"""What the tensors of either kind say of a model's sizes, held against its config."""
+"""Derives the sizes of a model from its tensors, and checks them against the config."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,9 @@ from neox_bridge.tensors.tensor_ref import TensorRef
 
 
 def solve_dims(shapes: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[str, int]:
-    """The size of each named dimension, from tensors' whole shapes by name.
+    """The size of each named dimension, from the whole shapes of the tensors.
 
-    Raises BridgeError naming both tensors where two contradict each other.
+    Raises BridgeError with both names if two tensors contradict each other.
     """
     dims: dict[str, tuple[int, str]] = {}
     for name, (weight, shape) in shapes.items():
@@ -35,7 +35,7 @@ def solve_dims(shapes: Mapping[str, tuple[Weight, Shape]], path: str) -> dict[st
 
 
 def elements_by_dtype(refs: Iterable[TensorRef | Whole]) -> Counter[str]:
-    """How many elements the tensors have of each dtype."""
+    """The number of elements of each dtype."""
     elements: Counter[str] = Counter()
     for ref in refs:
         elements[ref.dtype] += prod(ref.shape)
@@ -49,7 +49,7 @@ def dtype_of_most(refs: Iterable[TensorRef | Whole]) -> str:
 
 
 def check_heads(config: ModelConfig, dims: Mapping[str, int], where: str) -> None:
-    """BridgeError unless the heads divide the hidden size and QKV is three times as large."""
+    """Raise BridgeError unless the heads and the rows of q, k and v fit the hidden size."""
     if config.heads < 1 or config.hidden % config.heads:
         raise BridgeError(
             f"{where}: {config.heads} does not divide the hidden size {config.hidden}. The "

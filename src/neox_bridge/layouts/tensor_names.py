@@ -1,4 +1,4 @@
-"""Names in state dicts, which come from files and go into messages, tables and other files."""
+"""Checks the names in state dicts, which are shown in messages and written to other files."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,9 +10,10 @@ _NAME_CHARACTERS = 500
 
 
 def check_names(names: Iterable[object], file: str) -> None:
-    """Raise BridgeError for a name that isn't short printable text, as that of every weight is.
+    """Raise BridgeError for a name that is not short printable text.
 
-    Control characters could move a terminal's cursor, line ends forge a line of a report.
+    Control characters could move the cursor of a terminal, and a line end could forge a line of a
+    report.
     """
     for name in names:
         if not isinstance(name, str):
@@ -27,7 +28,7 @@ def check_names(names: Iterable[object], file: str) -> None:
             )
 
 
-# under which a file may keep the state dict among other things
+# keys under which a file may contain the state dict
 _KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -46,6 +47,6 @@ def state_dict_of(value: object, file: str) -> Mapping[Any, Any]:
 
 
 def tensors_of(state: Mapping[Any, Any], file: str) -> dict[str, TensorRef]:
-    """A state dict's tensors by their names. Raises BridgeError as ``check_names`` does."""
+    """The tensors of a state dict by name. Raises BridgeError like ``check_names``."""
     check_names(state, file)
     return {name: value for name, value in state.items() if isinstance(value, TensorRef)}

@@ -14,7 +14,7 @@ LARGE_BYTES = 48 << 20  # of a tokenizer or an index
 
 
 def read_text(path: str, most: int = _CONFIG_BYTES) -> str:
-    """The text of a small file. Raises BridgeError for one that isn't UTF-8 or is too large."""
+    """The text of a small file. Raises BridgeError if it is not UTF-8 or is too large."""
     raw = read_bytes(path, most)
     refuse_misplaced(path, raw)
     try:
@@ -48,7 +48,7 @@ def read_json(path: str, most: int = _CONFIG_BYTES, depth: int | None = DEPTH) -
 
 
 def read_bytes(path: str, most: int = _CONFIG_BYTES) -> bytes:
-    """All of a small file. Raises BridgeError for one that is too large or isn't a file."""
+    """All bytes of a small file. Raises BridgeError if it is too large or not a file."""
     with open_file(path) as file:
         raw = file.read(most + 1)
     if len(raw) > most:
@@ -64,7 +64,7 @@ def _no_text(path: str) -> BridgeError:
 
 
 def list_folder(path: str) -> list[str]:
-    """The names in a folder, sorted. Raises BridgeError if it can't be listed."""
+    """The names in a folder, sorted. Raises BridgeError if it cannot be listed."""
     try:
         return sorted(listdir(path))
     except OSError as error:

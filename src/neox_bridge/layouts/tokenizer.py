@@ -1,4 +1,4 @@
-"""Finds and describes tokenizer files, and knows where the other side looks for them."""
+"""Finds tokenizer files, and describes where the target needs them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from neox_bridge.layouts.text_files import LARGE_BYTES, read_json
 from neox_bridge.stores import paths
 from neox_bridge.stores.paths import open_file
 
-MAIN = "tokenizer.json"  # which says everything
+MAIN = "tokenizer.json"  # contains the whole tokenizer
 NAMES = (
     MAIN,
     "tokenizer_config.json",
@@ -25,19 +25,21 @@ NAMES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-FOLDER = "tokenizer"  # in the root of a GPT-NeoX run that this tool wrote
+FOLDER = "tokenizer"  # in the root of a GPT-NeoX run that neox-bridge wrote
 _MODEL = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 END_OF_TEXT = "<|endoftext|>"  # GPT-NeoX's end of a document (megatron/tokenizer/tokenizer.py)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """A tokenizer's files by the names that they get, with their sizes in bytes.
+    """The files of a tokenizer by their names in the target.
 
-    files: (name in the target, absolute path, bytes). generated: (name, content).
-    size: entries, added ones too; None if it isn't known.
-    end_of_text: the id of END_OF_TEXT.
-    main: the target's name of the file that says everything.
+    Attributes:
+        files: The name in the target, the absolute path and the bytes of each file.
+        generated: The name and the content of each generated file.
+        size: The number of entries, including added ones; None if unknown.
+        end_of_text: The id of END_OF_TEXT.
+        main: The name in the target of the file with the whole tokenizer.
     """
 
     files: tuple[tuple[str, str, int], ...] = ()

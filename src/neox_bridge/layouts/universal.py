@@ -1,12 +1,12 @@
 """Reads DeepSpeed's universal checkpoints: ``zero/NAME/fp32.pt``, ``exp_avg.pt`` and so on.
 
-Each file holds one state of one parameter, whole, and how ranks shared it: ``cat_dim``, or nothing
-where each had all of it. Source: deepspeed 0.16 checkpoint/ds_to_universal.py, which writes them,
-checkpoint/universal_checkpoint.py and runtime/base_optimizer.py, which read them. Weights are
-their fp32 masters, since DeepSpeed takes them from there too and copies no layer files.
+Each file contains one whole state of one parameter, and how the ranks shared it: ``cat_dim``, or
+nothing if each rank had all of it. Sources: DeepSpeed 0.16 checkpoint/ds_to_universal.py, which
+writes the files; checkpoint/universal_checkpoint.py and runtime/base_optimizer.py, which read them.
+The weights are read from their fp32 master weights, as in DeepSpeed. There are no layer files.
 
-GPT-NeoX doesn't tell ds_to_universal.py how its ranks share parameters. Then all have ``cat_dim``
-0, so that what lies in a file is one rank's part behind the other's, whatever the parameter.
+GPT-NeoX does not tell ds_to_universal.py how its ranks share parameters. Every parameter then has
+``cat_dim`` 0, so a file contains the parts of the ranks one behind the other.
 """
 
 import os
@@ -32,9 +32,12 @@ Shards = list[dict[int, dict[str, TensorRef]]]  # by rank, by layer, by name
 
 @dataclass(frozen=True, slots=True)
 class Masters:
-    """The fp32 weights by rank, or as one rank's where they lie whole, and their files.
+    """The fp32 master weights and their files.
 
-    numbered: whether parameters are named as without pipeline stages.
+    Attributes:
+        ranks: The tensors by rank. If the files contain whole tensors, there is only one rank.
+        files: The files.
+        numbered: Whether the parameters have the names of a run without pipeline stages.
     """
 
     ranks: Shards
@@ -44,17 +47,22 @@ class Masters:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One state of one parameter. joined: the ranks' parts lie one behind the other, in rows."""
+    """One state of one parameter. joined: whether it is the ranks' parts behind each other."""
 
     ref: TensorRef
     joined: bool
 
 
 def masters(folder: str, metas: Sequence[Mapping[str, Any]], tp: int) -> Masters:
-    """What a model is read from.
+    """The master weights, from which a model is read.
 
-    metas: the mp_rank files' values. tp: the ranks that they are of.
-    Raises BridgeError for files that are missing or aren't such a checkpoint's.
+    Args:
+        folder: The folder of the step.
+        metas: The values of the mp_rank files.
+        tp: The tensor-parallel ranks of the run.
+
+    Raises:
+        BridgeError: A file is missing, or does not belong to a universal checkpoint.
     """
     states = stored_states(folder, MASTER)
     order = [name for meta in metas for group in parameter_shapes(meta, folder) for name in group]
@@ -69,7 +77,7 @@ def masters(folder: str, metas: Sequence[Mapping[str, Any]], tp: int) -> Masters
 
 
 def dtype_of(meta: Mapping[str, Any]) -> str:
-    """In which dtype the run computes, as its mp_rank files' ds_config says."""
+    """The dtype in which the run computes, by ds_config of its mp_rank files."""
     config = meta.get("ds_config") or {}
     kinds = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
     return next(
@@ -84,9 +92,14 @@ def as_computed(
     dtype: str,
     copies: int,
 ) -> tuple[ModelConfig, dict[str, Whole]]:
-    """The model whose masters these are: rounded, and what ranks add up added up.
+    """The model as the run computes with it: rounded, and with biases summed over the ranks.
 
-    copies: ranks of which each had a bias that is stored once, their mean.
+    Args:
+        architecture: The family.
+        config: The settings of the model.
+        tensors: The master weights.
+        dtype: See ``dtype_of``.
+        copies: The number of ranks that each had a bias of which the mean is stored.
     """
     summed = {
         row.hf
@@ -113,7 +126,7 @@ def parameter_shapes(meta: Mapping[str, Any], folder: str) -> list[Mapping[str, 
 
 
 def stored_states(folder: str, key: str) -> dict[str, Stored]:
-    """A state of every parameter, by DeepSpeed's name of it."""
+    """One state of every parameter, by the names of DeepSpeed."""
     states = {}
     names = [name for name in list_folder(os.path.join(folder, ZERO)) if name != STATE]
     check_names(names, os.path.join(folder, ZERO))
@@ -131,7 +144,7 @@ def stored_states(folder: str, key: str) -> dict[str, Stored]:
 
 
 def by_rank(states: Mapping[str, Stored], tp: int) -> Shards:
-    """The ranks' parts where all are joined, as ds_to_universal.py does that was told of none."""
+    """The states by rank if all of them are joined, and as those of one rank otherwise."""
     count = tp if all(stored.joined for stored in states.values()) else 1
     ranks: Shards = [{} for _ in range(count)]
     for name, stored in sorted(states.items(), key=lambda item: parameter(item[0], ZERO)[0]):

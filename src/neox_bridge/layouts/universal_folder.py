@@ -1,4 +1,4 @@
-"""What is where in DeepSpeed's universal checkpoints; see ``universal``, which reads them."""
+"""The files and names of DeepSpeed's universal checkpoints, which ``universal`` reads."""
 
 import os
 import re
@@ -6,13 +6,13 @@ import re
 from neox_bridge.errors import BridgeError
 from neox_bridge.stores.paths import isfile
 
-LATEST = "latest_universal"  # in the root: the folder's name
-ZERO = "zero"  # in the folder: one for each parameter, and
-STATE = "optimizer_state.pt"  # what isn't by parameter
+LATEST = "latest_universal"  # a file in the root with the name of the folder
+ZERO = "zero"  # contains a folder for each parameter, and STATE
+STATE = "optimizer_state.pt"  # states that do not belong to a parameter
 STEP = "step"
 INFO = "universal_checkpoint_info"  # in the mp_rank files: how ranks share parameters
-Parameter = tuple[int, str]  # GPT-NeoX's number of the layer, and the name in it
-MASTER = "master"  # our key for the fp32 weights; all others are the optimizer's own
+Parameter = tuple[int, str]  # the number of the layer in GPT-NeoX, and the name in it
+MASTER = "master"  # neox-bridge's name for the fp32 weights; other names are the optimizer's
 _NAMED = re.compile(r"(?:module\.)?(?:sequential\.)?(\d{1,9})\.(.+)")
 _TIED = "tied_modules.embed."  # the embeddings where the head is tied to them; see gpt2_model.py
 
@@ -28,7 +28,7 @@ def file_name(key: str) -> str:
 
 
 def parameter(name: str, path: str) -> Parameter:
-    """The layer and the name in it of a parameter as DeepSpeed names it."""
+    """The layer of a parameter and its name there. name: of DeepSpeed. path: for the message."""
     if name.startswith(_TIED):
         return 0, name.removeprefix(_TIED)
     match = _NAMED.fullmatch(name)

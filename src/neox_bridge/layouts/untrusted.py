@@ -1,8 +1,8 @@
-"""What pickles of a checkpoint say, taken as plain values of bounded size.
+"""Reads values of a checkpoint's pickles as plain values of bounded size.
 
-A pickle of 100 bytes can hold a tuple that takes forever to print, and name a number of ranks
-whose list fills the memory. Readers raise BridgeError for a value of another kind; ``name`` says
-where it stands, where its key alone does not.
+A pickle of 100 bytes can contain a tuple that takes forever to print, or a number of ranks whose
+list fills the memory. The readers raise BridgeError for a value of another kind. Their ``name`` is
+the place of the value, if the key alone does not show it.
 """
 
 import re
@@ -24,9 +24,9 @@ FLOAT = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?([eE][-+]?[0-9]{1,2})?")
 
 
 def settings(meta: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """``args``, the settings of the run that wrote an mp_rank file: small enough to be printed.
+    """``args``, the settings of the run that wrote an mp_rank file.
 
-    Raises BridgeError for anything else.
+    Raises BridgeError for another value, and for settings that are too large to print.
     """
     args = meta.get("args") or {}
     if not isinstance(args, dict) or not all(isinstance(key, str) for key in args):
@@ -37,7 +37,7 @@ def settings(meta: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def whole(values: Mapping[str, Any], key: str, path: str) -> int | None:
-    """A number that isn't negative, or None if there is none. Raises BridgeError for others."""
+    """A non-negative whole number; None if there is none. Raises BridgeError for others."""
     value = values.get(key)
     if value is None:
         return None
@@ -61,7 +61,7 @@ def count(values: Mapping[str, Any], key: str, path: str, name: str = "") -> int
 
 
 def number(values: Mapping[str, Any], key: str, path: str, name: str = "") -> float | None:
-    """A number that is not negative, as yml may have it; None if there is none."""
+    """A non-negative number, also as text as in a yml; None if there is none."""
     value = values.get(key)
     if value is None:
         return None
@@ -117,7 +117,7 @@ _OTHER = "The file is damaged or malicious. Get it again from its source."
 
 
 def _small(value: object) -> bool:
-    """Whether a value can be printed and compared in no time."""
+    """Whether a value is small enough to print and compare quickly."""
     todo, texts, seen = [value], 0, 0
     while todo:
         item, seen = todo.pop(), seen + 1
