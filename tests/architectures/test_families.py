@@ -47,6 +47,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     ("olmo", {}),
     ("olmo", {"num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True}),
+    ("stablelm", {}),
+    ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
 ]
 # a family that has no cases of its own yet
 CASES += [(a.name, {}) for a in ARCHITECTURES if a.gated and a.name not in dict(CASES)]
@@ -116,7 +118,7 @@ def test_both_ways(family: str, config: dict[str, Any], tp: int, era: str, tmp_p
     windowed = config.get("sliding_window") is not None  # such a model cannot be ranks
     layout = {"layout": "ranks"} if tp == 2 and not windowed else {"pp": 2}
     plan = convert(hf, tmp_path / "neox", tp=tp, era=era_named(era), **layout)
-    expected = [] if era == "today" else ["rms-epsilon"]
+    expected = [] if era == "today" or family == "stablelm" else ["rms-epsilon"]
     assert [f.code for f in plan.findings] == expected
     tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     order = "grouped" if era == "today" else "interleaved"
@@ -152,7 +154,7 @@ def models(draw: Any) -> dict[str, Any]:
 @settings(max_examples=60, deadline=None)
 @given(
     model=models(),
-    family=st.sampled_from(["llama", "mistral", "qwen2", "olmo"]),
+    family=st.sampled_from(["llama", "mistral", "qwen2", "olmo", "stablelm"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     tp=st.sampled_from([1, 2, 3, 6]),
     between=st.sampled_from([1, 2, 3]),
@@ -260,6 +262,22 @@ def test_qwen_trained_further_becomes_llama(tmp_path: Path) -> None:
     assert float((computed - hf_logits(tmp_path / "back", tokens)).abs().max()) <= 1e-5
 
 
+def test_stablelm_trained_further_is_moved_only(tmp_path: Path) -> None:
+    """No class of transformers has LayerNorm, a gated MLP and a bias after the attention."""
+    hf = make_hf(tmp_path / "hf", family="stablelm", use_qkv_bias=True)
+    convert(hf, tmp_path / "neox", tp=2)
+    for path in step_of(tmp_path / "neox").glob("layer_02-*"):
+        tensors = torch.load(path, weights_only=False)
+        tensors["attention.dense.bias"] += 0.5
+        torch.save(tensors, path)
+    with pytest.raises(Refused, match="rotary_pct"):
+        plan_of(tmp_path / "neox", tmp_path / "back", to="hf")
+    convert(tmp_path / "neox", tmp_path / "one", to="neox", tp=1)
+    tokens = torch.arange(20)[None]
+    computed = logits_of(tmp_path / "one", tokens)
+    assert float((computed - logits_of(tmp_path / "neox", tokens)).abs().max()) <= 1e-5
+
+
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"num_key_value_heads": 2}, {"tp": 4}, "2 key-value heads"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, {}, "rope_scaling"),
@@ -277,6 +295,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("llama", {"mlp_bias": True}, {"mlp_names": "dense"}, "mlp_bias"),
     ("llama", {"hidden_act": "sigmoid"}, {"era": era_named("2024-09")}, "MLP with sigmoid"),
+    ("stablelm", {}, {"te": True}, "not tested with Transformer Engine"),
     ("olmo", {"clip_qkv": 8.0}, {}, "clip_qkv"),
     ("olmo", {}, {"te": True}, "norms have no biases"),
     (
@@ -297,6 +316,15 @@ def test_refused(
     with pytest.raises(Refused, match=key) as caught:
         plan_of(hf, tmp_path / "out", **options)
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("key", ["use_parallel_residual", "qk_layernorm"])
+def test_what_stablelm_may_be_is_refused(key: str, tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", family="stablelm")
+    path = hf / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: True}))
+    with pytest.raises(Refused, match=key):
+        plan_of(hf, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("llama", {"hidden_act": name}) for name in ("gelu", "relu", "sigmoid", "linear")),
     ("mistral", {**GROUPED, "sliding_window": 5}),
     ("qwen2", GROUPED),
+    ("stablelm", {}),
+    ("stablelm", {**GROUPED, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     ("olmo", {}),
     ("olmo", {**GROUPED, "attention_bias": True, "tie_word_embeddings": True}),
 ]

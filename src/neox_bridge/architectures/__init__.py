@@ -10,10 +10,11 @@ from neox_bridge.architectures.mamba import ARCHITECTURE as MAMBA
 from neox_bridge.architectures.mistral import ARCHITECTURE as MISTRAL
 from neox_bridge.architectures.olmo import ARCHITECTURE as OLMO
 from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
+from neox_bridge.architectures.stablelm import ARCHITECTURE as STABLELM
 from neox_bridge.errors import Refused
 
 # Mamba first: its blocks ignore the settings of MLPs by which the others are known
-ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2, OLMO)
+ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2, OLMO, STABLELM)
 # families that today's GPT-NeoX can't run, and why (megatron/model/transformer.py)
 CANNOT = {
     "qwen3": "it has separate norms for q and k, but use_qk_layernorm of GPT-NeoX is one norm for "

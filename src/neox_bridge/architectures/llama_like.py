@@ -2,8 +2,8 @@
 
 Sources: megatron/model/transformer.py of GPT-NeoX (ParallelMLP and Gated_Activation since the
 change neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py;
-models/{llama,mistral,qwen2,olmo}/ of transformers. Both rotate halves, so no row of q and k is
-moved within its head.
+models/{llama,mistral,qwen2,olmo,stablelm}/ of transformers. Both rotate halves, so no row of q and
+k is moved within its head.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,6 +61,7 @@ OLD_MLP = {"mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h
 _DROPOUT: Keys = (("attention_dropout", float, "attention_dropout", 0.0, "attention_dropout", 0.0),)
 _EPSILON: Mapping[Norm, Keys] = {
     "rmsnorm": (("norm_eps", float, "rms_norm_eps", 1e-6, "rms_norm_epsilon", 1e-8),),
+    "layernorm": (("norm_eps", float, "layer_norm_eps", 1e-5, "layernorm_epsilon", 1e-5),),
     # OlmoLayerNorm has no setting: it always adds 1e-5
     "non_parametric_layernorm": (("norm_eps", float, "", 1e-5, "layernorm_epsilon", 1e-5),),
 }
@@ -85,6 +86,7 @@ class Family:
         norm: The name of its norms in GPT-NeoX.
         ids: The defaults of bos_token_id and eos_token_id.
         head_dim: Whether config.json has the size of a head.
+        rotary_pct: The default of partial_rotary_factor; None if whole heads are rotated.
         biases: Which biases of attention and MLP the class of transformers can have.
         window: Whether it can have a sliding window.
         max_positions: The default of max_position_embeddings.
@@ -99,6 +101,7 @@ class Family:
     norm: Norm = "rmsnorm"
     ids: tuple[int | None, int | None] = (1, 2)
     head_dim: bool = True
+    rotary_pct: float | None = None
     biases: Biases = "none"
     window: bool = False
     max_positions: int = 2048
@@ -122,6 +125,12 @@ def rope_base(raw: Mapping[str, Any]) -> float:
     return number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)), float)
 
 
+def _rotary_pct(raw: Mapping[str, Any], default: float) -> float:
+    """The share of a head that is rotated; ``rope_parameters`` comes first here too."""
+    rope, key = raw.get("rope_parameters") or {}, "partial_rotary_factor"
+    return number(key, rope.get(key, raw.get(key, default)), float)
+
+
 def _read_hf(
     family: Family, raw: Mapping[str, Any], dims: Mapping[str, int], presence: Presence
 ) -> ModelConfig:
@@ -132,14 +141,14 @@ def _read_hf(
     return ModelConfig(
         **keys,
         **hf_fields(raw, dims, presence, family.ids),
-        rotary_pct=1.0,
+        rotary_pct=1.0 if family.rotary_pct is None else _rotary_pct(raw, family.rotary_pct),
         rotary_base=rope_base(raw),
         activation="silu" if act == "swish" else act,
         parallel_residual=False,
         tied_norms=False,
         attention_bias=presence.has(f"{first}self_attn.q_proj.bias"),
         mlp_bias=presence.has(f"{first}mlp.up_proj.bias"),
-        norm_bias=False,
+        norm_bias=family.norm == "layernorm",
         kv_heads=_kv_heads(raw, "num_key_value_heads", keys["heads"]),
         window=None if window is None else number("sliding_window", window, int),
     )
@@ -147,6 +156,7 @@ def _read_hf(
 
 def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
     base = whole_number(config.rotary_base)
+    share = {} if family.rotary_pct is None else {"partial_rotary_factor": config.rotary_pct}
     return {
         **head_config(family.hf_class, config),
         **hf_settings(family.keys, config),
@@ -157,7 +167,8 @@ def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         # both spellings: transformers 4 knows only the first, 5 writes only the second
         "rope_theta": base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        **share,
+        "rope_parameters": {"rope_type": "default", "rope_theta": base, **share},
         **family.write(config),
     }
 
@@ -176,7 +187,7 @@ def _read_neox(
         tied_norms=False,
         attention_bias=presence.has(f"{QKV}.bias"),
         mlp_bias=presence.has(f"{UP}.bias"),
-        norm_bias=False,
+        norm_bias=family.norm == "layernorm",
         hidden_dropout=number("hidden_dropout", raw.get("hidden_dropout") or 0.0, float),
         bos_token_id=family.ids[0],
         eos_token_id=family.ids[1],
@@ -209,7 +220,7 @@ def _write_neox(family: Family, config: ModelConfig, old: bool) -> dict[str, Any
         **{key: getattr(config, name) for name, _, _, _, key, _ in family.keys},
         "norm": family.norm,
         "pos_emb": "rotary",
-        "rotary_pct": 1,
+        "rotary_pct": 1 if family.rotary_pct is None else config.rotary_pct,
         "rotary_emb_base": int(config.rotary_base),
         "gpt_j_residual": config.parallel_residual,
         "no_weight_tying": not config.tied_embeddings,
@@ -251,9 +262,8 @@ def _refuse_hf_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]:
                 f"dimensions, but here it has {raw['head_dim']}",
             )
         )
-    rope = raw.get("rope_parameters") or {}
-    share = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    if share != 1.0:
+    share = _rotary_pct(raw, 1.0)
+    if family.rotary_pct is None and share != 1.0:
         reasons.append(
             Refusal(
                 "partial_rotary_factor",
@@ -275,7 +285,8 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
         ("pos_emb", raw.get("pos_emb") != "rotary", f"{name} supports only rotary positions"),
         (
             "rotary_pct",
-            number("rotary_pct", raw.get("rotary_pct", 1.0), float) != 1.0,
+            family.rotary_pct is None
+            and number("rotary_pct", raw.get("rotary_pct", 1.0), float) != 1.0,
             f"{name} rotates whole heads, but this model rotates only {raw.get('rotary_pct')} of "
             "each",
         ),
@@ -314,9 +325,10 @@ def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
 def _findings_hf_source(
     family: Family, raw: Mapping[str, Any], config: ModelConfig
 ) -> list[Finding]:
-    if family.biases not in ("optional", "attention"):
+    if family.biases in ("qkv", "none"):
         return []
-    biases = {"attention_bias": config.attention_bias}
+    key = "use_qkv_bias" if family.biases == "optional qkv" else "attention_bias"
+    biases = {key: config.attention_bias}
     if family.biases == "optional":
         biases["mlp_bias"] = config.mlp_bias
     return stored_biases(raw, {key: (False, there) for key, there in biases.items()})

@@ -8,10 +8,10 @@ from neox_bridge.architectures.heads import REWARD
 from neox_bridge.tensors.fused import Part
 from neox_bridge.tensors.geometry import Split
 
-# of attention and MLP: a choice of config.json; those of the attention are; always those of q, k
-# and v; never any
-Biases = Literal["optional", "attention", "qkv", "none"]
-Norm = Literal["rmsnorm", "non_parametric_layernorm"]
+# of attention and MLP: a choice of config.json; those of the attention are; those of q, k and v
+# are; always those of q, k and v; never any
+Biases = Literal["optional", "attention", "optional qkv", "qkv", "none"]
+Norm = Literal["rmsnorm", "layernorm", "non_parametric_layernorm"]
 LAYER = "model.layers.{i}."
 QKV, UP = "attention.query_key_value", "mlp.linear1"
 _H, _VOCAB = ("hidden",), ("vocab", "hidden")
@@ -49,6 +49,11 @@ def _norm(norm: Norm, place: Literal["block", "norm"], neox: str, hf: str) -> tu
     """GPT-NeoX's own RMSNorm says scale, the fused one of apex weight (megatron/model/norms.py)."""
     if norm == "non_parametric_layernorm":
         return ()
+    if norm == "layernorm":
+        return tuple(
+            Weight(place, f"{neox}.{leaf}", f"{hf}.{leaf}", "replicated", _H)
+            for leaf in ("weight", "bias")
+        )
     also = f"{neox}.weight"
     return (Weight(place, f"{neox}.scale", f"{hf}.weight", "replicated", _H, also=also),)
 
@@ -78,7 +83,7 @@ def _biases(biases: Biases) -> tuple[Weight, ...]:
         if kind == "fused" or biases == "optional"
     ]
     dense, name = "attention.dense.bias", f"{LAYER}self_attn.o_proj.bias"
-    split: Split = "zero" if biases == "qkv" else "row_bias"
+    split: Split = "zero" if biases in ("qkv", "optional qkv") else "row_bias"
     bias_rows.append(_block(dense, name, split, _H, "attention_bias"))
     if biases == "optional":
         down = f"{LAYER}mlp.down_proj.bias"

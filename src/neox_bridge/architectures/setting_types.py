@@ -58,7 +58,8 @@ HF = _table(
         _SHARE: "rotary_pct partial_rotary_factor",
         _BASE: "rotary_emb_base rope_theta",
         _SWITCH: """tie_word_embeddings use_parallel_residual attention_bias mlp_bias use_bias
-            use_conv_bias rms_norm residual_in_fp32 use_sliding_window tie_embeddings""",
+            use_conv_bias use_qkv_bias qk_layernorm rms_norm residual_in_fp32 use_sliding_window
+            tie_embeddings""",
         _MAPPING: "rope_parameters rope_scaling",
         _LIST: "architectures",
         _NAME: "model_type hidden_act transformers_version torch_dtype dtype",

@@ -32,7 +32,7 @@ def _one_spelling(c: Described) -> bool:
     return bool(old) != ("rope_parameters" in c.raw)
 
 
-_LLAMA = ("llama", "mistral", "qwen2", "olmo")
+_LLAMA = ("llama", "mistral", "qwen2", "olmo", "stablelm")
 
 TRANSFORMERS: tuple[Change, ...] = (
     Change(
@@ -332,4 +332,5 @@ CLASS_SINCE = {
     "qwen2": "4.37",
     "mamba": "4.39",
     "olmo": "4.40",
+    "stablelm": "4.38",
 }

@@ -362,7 +362,9 @@ def _family(
     held = [read.stored_as(t[name]) for t in layer_tensors for name in zeros & set(t)]
     if all(is_zero(ref) for refs in held for ref in refs):
         return architecture
-    return for_neox(raw) or architecture
+    other = for_neox(raw)
+    # StableLM has no relative with a bias there
+    return (rules if other is architecture else other) or architecture
 
 
 def _refuse_blocks(

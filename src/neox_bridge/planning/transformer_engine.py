@@ -72,6 +72,11 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
             "gpt_j_tied: the MLP of Transformer Engine has a separate norm. Leave out `te=True`",
         ),
         (
+            architecture.gated and architecture.norm == "layernorm",
+            "norm: layernorm with a gated MLP was not tested with Transformer Engine. Leave out "
+            "`te=True`",
+        ),
+        (
             architecture.norm != "rmsnorm" and not config.norm_bias,
             "the norms have no biases, but LayerNorm of Transformer Engine has. Leave out "
             "`te=True`",
