@@ -199,7 +199,6 @@ def test_gpt_neox(
         {"norm": "scalenorm"},
         {"activation": "softsign"},
         {"attention_config": [[["local"], 2]]},
-        {"num_kv_heads": 2},
         {"use_qk_layernorm": True},
     ],
 )

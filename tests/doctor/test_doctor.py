@@ -516,7 +516,7 @@ def test_the_other_kind_says_how_to_convert(hf: Path, tmp_path: Path) -> None:
     assert f"convert {hf} {hf}-neox --for neox@2024-03" in there.cases[-1].finding.remedy
     back = judged(neox(hf, tmp_path), "transformers@4.48")
     assert back.message.startswith("OSError: ")
-    edit_yml(tmp_path / "neox", pos_emb="alibi")
+    edit_yml(tmp_path / "neox", pos_emb="none")
     assert "refused-pos_emb" in codes(judged(tmp_path / "neox", "transformers@4.48"))
 
 
@@ -528,7 +528,7 @@ def test_converted_by_the_command_that_it_names(hf: Path, tmp_path: Path) -> Non
     assert judged(tmp_path / "model-neox", "neox@2024-03").answer == "loads"
 
 
-REFUSED = [("pos_emb", "alibi"), ("num_kv_heads", 2), ("use_mup", True)]
+REFUSED = [("pos_emb", "none"), ("activation", "softsign"), ("use_mup", True)]
 
 
 @pytest.mark.parametrize(("key", "value"), REFUSED)
