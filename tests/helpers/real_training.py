@@ -103,7 +103,8 @@ def losses(
 ) -> list[list[float]]:
     folder.mkdir(parents=True, exist_ok=True)
     found = real_neox.results(python, "gpt-neox", layout.processes, jobs, folder)
-    assert [result["error"] for result in found] == [None] * len(jobs)
+    errors = {job["yml"]: result["error"] for job, result in zip(jobs, found, strict=True)}
+    assert {yml: error for yml, error in errors.items() if error} == {}
     return [result["losses"] for result in found]
 
 
