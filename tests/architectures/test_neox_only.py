@@ -264,7 +264,7 @@ def test_shared_layers_are_ignored_as_gpt_neox_ignores_them(tmp_path: Path) -> N
 
 def test_key_value_heads_that_the_tensors_do_not_have_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "source", model(_blocks()), 2, {"num_kv_heads": 6})
-    with pytest.raises(BridgeError, match="heads of query_key_value are 6 wide.*another model"):
+    with pytest.raises(BridgeError, match=r"heads of query_key_value are 6 wide.*another model"):
         open_checkpoint(str(source))
 
 
