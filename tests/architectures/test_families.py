@@ -376,6 +376,18 @@ def test_the_page_is_that_of_the_tables() -> None:
     assert path.read_text(encoding="utf-8") == page()
 
 
+def test_the_page_names_models_of_transformers() -> None:
+    """Each is one that transformers has, and stands in one of the lists of the page."""
+    from transformers import CONFIG_MAPPING
+
+    from neox_bridge.architectures import CANNOT
+    from neox_bridge.architectures.page import NOT_YET
+
+    names = [*CANNOT, *NOT_YET, *(architecture.name for architecture in ARCHITECTURES)]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if name not in CONFIG_MAPPING] == []
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     from neox_bridge.cli.families import families
     from neox_bridge.cli.options import Output

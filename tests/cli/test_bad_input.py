@@ -138,6 +138,7 @@ def test_hugging_face(
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": "qwen3"}, "use_qk_layernorm"),
+        ({"model_type": "phi"}, "its output layer has biases"),
         ({"hidden_act": "gelu_10"}, "hidden_act"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),

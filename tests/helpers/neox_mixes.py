@@ -69,7 +69,7 @@ _RMS = {"norm": "rmsnorm"}
 MIXES = (
     Mix("rmsnorm gelu", "today", {**_RMS, **_SEQUENTIAL}),
     Mix("rmsnorm gelu parallel", "today", _RMS, tp=3, targets=((1, 1), (2, 0))),
-    Mix("layernorm swiglu", "today", {**_gated("swiglu", **_PLAIN), **_SEQUENTIAL}),
+    Mix("layernorm swiglu", "today", {**_gated("swiglu", **_PLAIN), **_SEQUENTIAL}, hf=True),
     Mix(
         "layernorm geglu biases parallel", "today", _gated("geglu"), pp=0, targets=((1, 1), (4, 0))
     ),
@@ -83,6 +83,7 @@ MIXES = (
             **_gated("swiglu", **_PLAIN),
             **_SEQUENTIAL,
         },
+        hf=True,
     ),
     Mix("learned positions tied", "today", {"pos_emb": "learned", "no_weight_tying": False}),
     Mix("learned positions", "today", {"pos_emb": "learned", **_SEQUENTIAL}, pp=0),
@@ -113,8 +114,8 @@ MIXES = (
     Mix("softsign", "today", {"activation": "softsign", **_SEQUENTIAL}, pp=0),
     Mix("mish", "today", {**_RMS, "activation": "mish"}, tp=4, targets=((3, 0),)),
     Mix("reglu", "today", {"norm": "scalenorm", **_gated("reglu", **_PLAIN)}),
-    Mix("glu", "today", {**_gated("glu", **_PLAIN), **_SEQUENTIAL}),
-    Mix("bilinear", "today", {**_gated("bilinear", **_PLAIN), **_SEQUENTIAL}, tp=1),
+    Mix("glu", "today", {**_gated("glu", **_PLAIN), **_SEQUENTIAL}, hf=True),
+    Mix("bilinear", "today", {**_gated("bilinear", **_PLAIN), **_SEQUENTIAL}, tp=1, hf=True),
     Mix("rmsnorm gelu 2024-03", "2024-03", {**_RMS}),
     Mix("geglu 2024-03", "2024-03", {"activation": "geglu", **_SEQUENTIAL}),
     Mix("geglu rmsnorm 2024-03", "2024-03", {"activation": "geglu", **_RMS}, pp=0),

@@ -15,12 +15,28 @@ from neox_bridge.errors import Refused
 
 # Mamba first: its blocks ignore the settings of MLPs by which the others are known
 ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2, OLMO, STABLELM)
-# families that today's GPT-NeoX can't run, and why (megatron/model/transformer.py)
+_HEAD_BIAS = "its output layer has biases, which that of GPT-NeoX does not have"
+_SCALED = (
+    "it multiplies its embeddings by a factor, but not its output layer, which is tied to them"
+)
+# families that today's GPT-NeoX can't run, and why (megatron/model/transformer.py), by the class of
+# transformers 5.24 (models/*/modeling_*.py)
 CANNOT = {
     "qwen3": "it has separate norms for q and k, but use_qk_layernorm of GPT-NeoX is one norm for "
     "both (#1424 proposes separate ones, and #1436 a head_dim; neither is merged)",
     "olmo2": "its norms follow attention and MLP, and it has separate norms for q and k "
     "(discussed in #1408 and proposed in #1424; neither is merged)",
+    "phi": _HEAD_BIAS,
+    "gptj": _HEAD_BIAS,
+    "codegen": _HEAD_BIAS,
+    "cohere": "it multiplies its logits by logit_scale",
+    "persimmon": "its activation is the square of relu, and it has separate norms for q and k",
+    "nemotron": "its activation is the square of relu, and its norms add 1 to their weights",
+    "bloom": "it normalizes its word embeddings",
+    "biogpt": _SCALED,
+    "xglm": _SCALED,
+    "gemma": _SCALED,
+    "gpt_neo": "it does not scale the attention scores, and some of its layers have a window",
 }
 
 

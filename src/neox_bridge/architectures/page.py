@@ -55,7 +55,8 @@ Every family except Mamba is also converted as
   transformers. Models with more labels are refused, because GPT-NeoX's head scores with one number.
   Versions: 2024-10 and today. Proof: transformers and the real GPT-NeoX compute the same rewards
   from checkpoints that either wrote.
-- a model with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`. `--te` writes them,
+- a model with Transformer Engine's modules, `te_mha` and `te_layernorm_mlp`, except for `olmo` and
+  `stablelm`. `--te` writes them,
   and they are read by their names. `_extra_state` is left out and listed. Version: today. What
   these modules do not compute is refused: the exact gelu, silu or mish in a plain MLP, a gated
   gelu, a sliding window, tied norms, and `gpt_j_residual` with more than one rank, whose sum
@@ -67,11 +68,11 @@ Every family except Mamba is also converted as
 
 # what a model has, its settings, and how it was proved; the mixes are those of tests/neox
 _NEOX_ONLY = (
-    ("RMSNorm, scalenorm or norms without parameters, with any MLP", "norm", "GPT-NeoX"),
-    ("LayerNorm with a gated MLP", "activation", "GPT-NeoX"),
+    ("RMSNorm or norms without parameters with a plain MLP, scalenorm", "norm", "GPT-NeoX"),
+    ("LayerNorm with a gated MLP that has biases", "activation", "GPT-NeoX"),
     ("every activation, plain or gated", "activation, mlp_type", "GPT-NeoX"),
     (
-        "parallel residual or partial rotary with a gated MLP",
+        "parallel residual with a gated MLP, partial rotary with RMSNorm",
         "gpt_j_residual, rotary_pct",
         "GPT-NeoX",
     ),
@@ -105,6 +106,22 @@ Some models depend on the number of tensor-parallel ranks, so they keep it: norm
 all blocks of a pipeline stage. If the stages have trained different ones, the number of stages
 stays, and their optimizer states cannot be read.
 """
+
+_EXAMINED = """
+GPT-NeoX has the parts of these, but this version does not convert them. Their classes in
+transformers 5.24 were compared with the source of GPT-NeoX:
+"""
+# what a conversion of each would have to do
+NOT_YET = {
+    "starcoder2": "grouped queries with a plain MLP: q, k and v are separate",
+    "phi3": "a Llama whose q, k and v are one matrix, and gate and up another",
+    "glm": "partial rotary positions that pair neighbors: rows of q and k would be reordered",
+    "falcon": "biases of zeros would be added; ALiBi is rounded to bfloat16 and scaled there",
+    "mpt": "biases of zeros would be added to layers and norms; ALiBi",
+    "gpt2": "learned positions; each matrix is transposed",
+    "gpt_bigcode": "learned positions, and one head of k and v",
+    "opt": "learned positions from the third row on (`opt_pos_emb_offset: 2`)",
+}
 
 _HUB = "https://huggingface.co"
 _SUITES = """
@@ -162,6 +179,7 @@ def page() -> str:
     ]
     lines += [_NEOX_ONLY_TAIL, "## Not convertible", "", "No GPT-NeoX can run these:", ""]
     lines += [f"- `{name}`: {reason}" for name, reason in CANNOT.items()]
+    lines += [_EXAMINED, *(f"- `{name}`: {what}" for name, what in NOT_YET.items())]
     lines += [_SUITES, "| GPT-NeoX checkpoints | steps | the same models for transformers |"]
     lines.append("|---|---|---|")
     for suite in SUITES:
