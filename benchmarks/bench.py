@@ -26,6 +26,7 @@ import comparing
 import costs
 import published
 import resharding
+import zero3
 from measure import Failed, rounds
 from page import Results, Table, page, show
 from places import MAKE, Place, Skipped, mounted, ordinary
@@ -116,6 +117,9 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
     run = "pythia-70m" if options.quick else "pythia-160m"
     resharded = resharding.reshardings(place, run, runs)
     show(resharded, resharded[0])
+    _say("ZeRO stage 3")
+    gathered = zero3.gatherings(place, run, runs, skipped)
+    show(gathered, gathered[0])
     _say("raw Pythia branches")
     planned = published.plans(work, "160m" if options.quick else "12b")
     taken = tuple(published.taken(work))
@@ -134,6 +138,7 @@ def _measure(options: argparse.Namespace, work: Path) -> Results:
         tuple(shared),
         compared,
         (run, tuple(resharded)),
+        (run, tuple(gathered)),
         tuple(starts),
         tuple(tiny),
         tuple(memories),

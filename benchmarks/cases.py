@@ -112,7 +112,7 @@ def others(folder: Path) -> tuple[list[Job], list[str]]:
         script = str(HERE / "by_transformers.py")
         command = (sys.executable, script, *map(str, ends[0]))
         add("transformers: from_pretrained, save_pretrained", command, ends[0][0])
-    tree, python = _neox()
+    tree, python = neox()
     exporter = tree / "tools" / "ckpts" / "convert_neox_to_hf.py"
     if not exporter.is_file() or not python.is_file():
         missing.append("GPT-NeoX's exporter: NEOX_HOME (or NEOX_TREE and NEOX_PYTHON) has none")
@@ -128,7 +128,7 @@ def others(folder: Path) -> tuple[list[Job], list[str]]:
     return found, missing
 
 
-def _neox() -> tuple[Path, Path]:
+def neox() -> tuple[Path, Path]:
     """A tree of GPT-NeoX and a Python that runs it, as ``make test-neox`` is told of them."""
     home = Path(os.environ.get("NEOX_HOME") or ".neox")
     tree = os.environ.get("NEOX_TREE") or home / "gpt-neox"

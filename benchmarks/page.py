@@ -105,6 +105,17 @@ RESHARDED = """
 """
 
 
+GATHERED = """
+## ZeRO stage 3: {shape}, its weights gathered
+
+{size:.2f} GB in fp16 at DP 2, with its optimizer. `zero_to_fp32.py` is DeepSpeed's, and writes fp32
+under GPT-NeoX's names.
+
+| | median s | spread s | times `cp` | anonymous |
+|---|---|---|---|---|
+"""
+
+
 PLANNED = """
 ## Raw Pythia branches
 
@@ -141,7 +152,7 @@ class Results:
     """All of a run. large: tables of large shapes where blocks are shared.
 
     compared: the shape, and the rows of verify and diff, ``cmp`` first.
-    resharded: the shape, and its rows, ``cp`` first.
+    resharded, gathered: the shape, and its rows, ``cp`` first.
     batches: one large conversion first, then a batch of as many bytes.
     """
 
@@ -150,6 +161,7 @@ class Results:
     large: tuple[Table, ...]
     compared: tuple[str, tuple[Row, ...]]
     resharded: tuple[str, tuple[Row, ...]]
+    gathered: tuple[str, tuple[Row, ...]]
     starts: tuple[Start, ...]
     costs: tuple[Cost, ...]
     memories: tuple[Memory, ...]
@@ -187,6 +199,9 @@ def page(results: Results, figure: str | None) -> str:
     shape, rows = results.resharded
     size = rows[0].middle("written") / 1e9
     text += RESHARDED.format(shape=shape, size=size) + _beside(rows)
+    shape, rows = results.gathered
+    size = rows[0].middle("written") / 1e9
+    text += GATHERED.format(shape=shape, size=size) + _beside(rows)
     text += PLANNED + _lines(
         (
             f"{one.branch}, `{one.title}`",

@@ -57,7 +57,7 @@ def write(model: Model, save: Zero3, root: Path) -> Path:
     (step / "configs").mkdir(parents=True)
     settings = yaml.safe_load(zero_writer._yml(model, zero_writer.Save(stages=[])))
     zero = {"stage": 3, "sub_group_size": save.sub_group}
-    settings |= {"zero_optimization": zero, "rotary_save_freqs_buffer": True}
+    settings |= {"zero_optimization": zero, "tokenizer_type": "HFTokenizer"}
     (step / "configs" / "run.yml").write_text(yaml.safe_dump(settings))
     (root / "latest").write_text(step.name)
     for number, states in enumerate(model.ranks):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 import zero_writer
 from click.testing import CliRunner
 from common import assert_same, convert, hf_tensors
@@ -114,6 +115,34 @@ def test_inspect_says_what_it_is(tmp_path: Path) -> None:
     assert facts["neox"]["zero_stage"] == 3
     assert facts["dtype"] == "float16"
     assert facts["parameters"] == sum(states["fp32"].size for states in made_up().ranks[0].values())
+
+
+def test_a_conversion_does_not_ask_for_stage_3(tmp_path: Path) -> None:
+    """GPT-NeoX would look for files of stage 3."""
+    root = write(made_up(), Zero3(dp=3), tmp_path / "run")
+    out = run("convert", root, tmp_path / "neox", "--to", "neox")
+    assert "zero_optimization.stage is 1 in the yml, and was 3" in out
+    for path in (tmp_path / "neox").rglob("*.yml"):
+        assert yaml.safe_load(path.read_text())["zero_optimization"]["stage"] == 1, path
+    assert "loads" in run("doctor", tmp_path / "neox", "--for", "neox@2024-03")
+
+
+@pytest.mark.parametrize("is_stage_3", [True, False])
+def test_doctor_finds_a_yml_of_another_stage(is_stage_3: bool, tmp_path: Path) -> None:
+    root = write(made_up(), Zero3(dp=3), tmp_path / "run")
+    if not is_stage_3:
+        run("convert", root, tmp_path / "neox", "--to", "neox")
+        root = tmp_path / "neox"
+    command = ("doctor", root, "--for", "neox@2024-03")
+    assert "check_ckpt_list" not in run(*command)
+    stage, wanted = (1, 3) if is_stage_3 else (3, 1)
+    for path in (root / "global_step8").rglob("*.yml"):
+        settings = yaml.safe_load(path.read_text())
+        settings["zero_optimization"]["stage"] = stage
+        path.write_text(yaml.safe_dump(settings))
+    out = run(*command, code=4)
+    assert f"set stage: {wanted} in zero_optimization" in out
+    assert "check_ckpt_list" in out
 
 
 STATES_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -15,6 +15,8 @@ torchrun --nproc_per_node=TP*PP run_cpu.py TREE JOBS.json, where each job has
     alike: whether each data-parallel rank has all of them, so that no sum is rounded otherwise
     averages: whether the pipeline engine averages micro-batches' gradients, as DeepSpeed's does
         before 0.16.0 and since 0.19.3
+    freeze: a part of the names of parameters that are not trained, or left out; GPT-NeoX itself
+        freezes all but its soft prompt
     save: a folder for GPT-NeoX's own checkpoint of the model, or left out
 The model, the DeepSpeed engine and the loading are GPT-NeoX's own; only what needs CUDA or apex is
 replaced. Prints one line of JSON for each job on rank 0: {"job": n, "error": null or text,
@@ -91,7 +93,7 @@ deepspeed.ops.adam.FusedAdam = Adam
 engine.is_zero_supported_optimizer = lambda _optimizer: True
 type(get_accelerator()).is_fp16_supported = lambda _self: True
 without_apex()  # after transformers has looked for the real one
-from megatron import initialize, mpu
+from megatron import initialize, mpu, training
 from megatron.checkpointing import save_checkpoint
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer import build_tokenizer
@@ -127,7 +129,8 @@ def run(job) -> list[float]:
     initialize.setup_deepspeed_random_and_activation_checkpointing(args)
     mpu.model_parallel_cuda_manual_seed(1)
     args.iteration = 0
-    model = setup_model_and_optimizer(args, use_cache=False)[0]
+    with freezing(job.get("freeze")):
+        model = setup_model_and_optimizer(args, use_cache=False)[0]
     if job.get("averages"):
         model._backward_prologue = types.MethodType(
             averaging(type(model)._backward_prologue), model
@@ -148,6 +151,22 @@ def run(job) -> list[float]:
     if job["logits"] and not job.get("tokens"):
         save_logits(args, model, stages, job["logits"], job.get("training", False))
     return told
+
+
+@contextlib.contextmanager
+def freezing(part):
+    """While it is entered, new models have parameters that are not trained."""
+    built = training.get_model
+
+    def get_model(*args, **kwargs):
+        model = built(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = part not in name
+        return model
+
+    training.get_model = get_model if part else built
+    yield
+    training.get_model = built
 
 
 def averaging(prologue):

@@ -35,7 +35,7 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
 
 
 def saved(
-    python: str, home: Path, layout: Layout, settings: dict[str, Any]
+    python: str, home: Path, layout: Layout, settings: dict[str, Any], freeze: str = ""
 ) -> tuple[Path, list[float]]:
     """A run of nine steps, and the losses of the next three, unbroken and after loading it."""
     yml, run = str(start(home, layout, settings)), home / "run"
@@ -44,6 +44,7 @@ def saved(
         {"yml": yml, "losses": 3, "alike": True, "set": {"load": str(run)}},
         {"yml": yml, "losses": STEPS + 3, "alike": True},
     ]
+    jobs = [{**job, "freeze": freeze} for job in jobs]
     _, resumed, unbroken = losses(python, layout, jobs, home)
     assert resumed == unbroken[STEPS:]
     return run, resumed
@@ -87,12 +88,14 @@ def test_runs_go_on_at_another_stage(precision: str, neox_python: str, tmp_path:
     assert wrong == []
 
 
-@pytest.mark.parametrize("precision", PRECISION)
+@pytest.mark.parametrize(
+    ("precision", "freeze"), [*((p, "") for p in PRECISION), ("bf16", "attention.dense")]
+)
 def test_weights_are_those_that_deepspeed_gathers(
-    precision: str, neox_python: str, tmp_path: Path
+    precision: str, freeze: str, neox_python: str, tmp_path: Path
 ) -> None:
     settings = {**PRECISION[precision], **zero(3, sub_group_size=3000)}
-    run, _ = saved(neox_python, tmp_path / "run", Layout(1, 0, 3), settings)
+    run, _ = saved(neox_python, tmp_path / "run", Layout(1, 0, 3), settings, freeze)
     gathered = tmp_path / "gathered.pt"
     subprocess.run([neox_python, "-c", GATHER, str(run), str(gathered)], check=True)
     want = torch.load(gathered, weights_only=False)
@@ -114,7 +117,8 @@ def test_weights_are_those_that_deepspeed_gathers(
                 names[f"gpt_neox.layers.{block}.{hf}.{leaf}"] = (
                     f"sequential.{block + 2}.{neox}.{leaf}"
                 )
-    for weights in ((), ("--weights", "masters")):
+    # frozen parameters have no masters
+    for weights in ((),) if freeze else ((), ("--weights", "masters")):
         new = tmp_path / f"hf {len(weights)}"
         done = CliRunner().invoke(app, ["convert", str(run), str(new), *weights])
         assert done.exit_code == 0, done.output

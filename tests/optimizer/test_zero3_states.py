@@ -120,6 +120,18 @@ def test_what_is_written_is_what_deepspeed_writes(name: str, tmp_path: Path) -> 
             assert have[key] == value[key]
 
 
+def test_keys_that_deepspeed_gathers_with(tmp_path: Path) -> None:
+    """zero_to_fp32.py fails without them, and runs of other stages may not have them."""
+    keys = ("shared_params", "frozen_param_shapes", "frozen_param_fragments")
+    root = write(made_up(), Zero3(dp=2), tmp_path / "run")
+    reshard(root, tmp_path / "one", zero=1)
+    rank_0 = tmp_path / "one" / "global_step8" / "mp_rank_00_model_states.pt"
+    edit(rank_0, lambda value: [value.pop(key) for key in keys])
+    reshard(tmp_path / "one", tmp_path / "three", zero=3)
+    for value in saved(tmp_path / "three", "*model_states*").values():
+        assert [value[key] for key in keys] == [{}, {}, {}]
+
+
 def test_export(tmp_path: Path) -> None:
     model = made_up()
     root = write(model, Zero3(dp=3), tmp_path / "run")

@@ -26,6 +26,7 @@ from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.file_names import STEP
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
+from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 from neox_bridge.stores.paths import is_local, isfile
 from neox_bridge.wording import sentence
@@ -56,6 +57,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -
     yield from _latest(checkpoint.neox_state)
     yield from _rank_files(checkpoint.neox_state)
     yield from _layout_kind(checkpoint)
+    yield from _zero_stage(checkpoint)
     yield from _state_dicts(checkpoint, facts, fix)
     yield from _args(checkpoint, facts)
     yield from _silent(checkpoint, facts)
@@ -191,6 +193,23 @@ def _layout_kind(checkpoint: Checkpoint) -> Iterator[Case]:
         f"set pipe_parallel_size: {wanted} in the yml",
         error,
         details=Details(wrong=(f"pipe_parallel_size: {stages} in the yml",)),
+    )
+
+
+def _zero_stage(checkpoint: Checkpoint) -> Iterator[Case]:
+    """The case of a yml that makes DeepSpeed look for files of another stage."""
+    zero = mapping(checkpoint.raw, "zero_optimization", "the yml")
+    stage, saved_at_3 = number("stage", zero.get("stage") or 0, int), checkpoint.neox_state.is_zero3
+    if (stage == 3) == saved_at_3 or checkpoint.neox_state.universal:
+        return
+    kind, wanted = ("ZeRO stage 3", 3) if saved_at_3 else ("another stage than 3", 1)
+    yield failure(
+        "zero-stage",
+        f"the yml says zero_optimization.stage: {stage}, and the checkpoint has the files of "
+        f"{kind}. DeepSpeed looks for others (runtime/state_dict_factory.py, check_ckpt_list)",
+        f"set stage: {wanted} in zero_optimization of the yml",
+        "AssertionError",
+        details=Details(wrong=(f"zero_optimization.stage: {stage} in the yml",)),
     )
 
 

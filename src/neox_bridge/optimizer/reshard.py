@@ -286,9 +286,11 @@ def _metadata(
     }
     frozen: dict[str, Any] | None = {} if target.zero >= 2 else None  # engine.py, save_frozen_param
     more = {"frozen_param_shapes": frozen, "frozen_param_fragments": frozen}
-    if (target.zero == 0) != (sources.metas[0].get("param_shapes") is None):
+    if (target.zero == 0) != (sources.metas[0].get("param_shapes") is None) or target.zero == 3:
         more |= {"shared_params": None if inside else {}, "optimizer": None}
-    new |= {key: value for key, value in more.items() if key in sources.metas[0]}
+    # zero_to_fp32.py of DeepSpeed expects these keys
+    always = target.zero == 3
+    new |= {key: value for key, value in more.items() if always or key in sources.metas[0]}
     if not inside:
         return mp_rank(sources, stage, rank, new)
     new["optimizer"], states, _ = inside[number]

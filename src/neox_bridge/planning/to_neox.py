@@ -26,6 +26,7 @@ from neox_bridge.layouts.text_files import dump_json
 from neox_bridge.layouts.tokenizer import Tokenizer
 from neox_bridge.layouts.transformer_engine import BOTH
 from neox_bridge.layouts.unknown_keys import lost_on_the_way
+from neox_bridge.layouts.untrusted import mapping
 from neox_bridge.layouts.window import check_window
 from neox_bridge.planning.common import (
     carried_outputs,
@@ -119,6 +120,9 @@ def plan_neox(
         }
         findings.append(_schedule())
         findings += _finished(training.get("train_iters"), iteration)
+    elif (zero := mapping(yml_settings.training, "zero_optimization", "the yml")).get("stage") == 3:
+        yml_settings.training["zero_optimization"] = {**zero, "stage": 1}
+        findings.append(_not_stage_3())
     metadata = partial(start_of_run, layout, args, iteration, optimizer)
     model = NeoxModel(architecture, config, wholes, layout)
     files = list(weight_files(step, model, metadata, alike=optimizer is None))
@@ -313,6 +317,15 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
         f"the tokenizer has {vocabulary.size} entries, but the model has only {vocabulary.rows} "
         "rows. The missing rows are written as zeros",
         "check that the tokenizer belongs to this model",
+    )
+
+
+def _not_stage_3() -> Finding:
+    return Finding(
+        "zero-stage",
+        "info",
+        "zero_optimization.stage is 1 in the yml, and was 3, because DeepSpeed loads at stage 3 "
+        "only what it saved at stage 3",
     )
 
 
