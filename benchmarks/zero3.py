@@ -4,10 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
+import resharding
 from cases import CP, neox
 from measure import Job, Row, rounds
 from places import Place
-from resharding import fill
 from sources import TOOL, must
 
 SCRIPT = "zero_to_fp32.py --safe_serialization"
@@ -22,7 +22,7 @@ def gatherings(place: Place, shape: str, runs: int, skipped: list[str]) -> list[
     must(TOOL, "reshard", str(first), str(run), "--zero", "3", "--dp", "2", "--no-verify")
     shutil.rmtree(first)
     for path in run.rglob("*.pt"):
-        fill(path)
+        resharding.fill(path)
     command = (TOOL, "convert", str(run), str(out))
     options = {"in fp32": ("--weights", "masters"), "in fp16": ()}
     jobs = [
