@@ -486,6 +486,22 @@ def test_a_size_that_the_tensors_deny(family: str, by: int, hf: dict[str, Checkp
 
 
 @pytest.mark.parametrize(
+    ("tree", "loads"), [("2024-03", False), ("2024-09", False), ("2024-10", False), ("today", True)]
+)
+def test_a_norm_that_older_trees_do_not_have(tree: str, loads: bool) -> None:
+    """It is the only case: a fixed copy would be another model, or refused."""
+    source = open_checkpoint(str(FIXTURES / "olmo_fp32_tp2" / "checkpoints"))
+    target = target_named(f"neox@{tree}")
+    assert isinstance(target, TreeFacts)
+    cases = list(judge_neox(source, target))
+    errors = [one.finding.code for one in cases if one.finding.severity == "error"]
+    assert errors == ([] if loads else ["norm-unknown"])
+    assert loads or len(cases) == 1
+    if tree == "2024-10":  # older ones reject keys of this yml first
+        assert cases[0].prints.endswith("NeoXArgs types cannot be validated")
+
+
+@pytest.mark.parametrize(
     ("family", "since"), [("mistral", "4.34"), ("qwen2", "4.37"), ("mamba", "4.39")]
 )
 def test_the_version_that_brought_a_class(

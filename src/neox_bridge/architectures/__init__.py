@@ -14,7 +14,15 @@ from neox_bridge.architectures.stablelm import ARCHITECTURE as STABLELM
 from neox_bridge.errors import Refused
 
 # Mamba first: its blocks ignore the settings of MLPs by which the others are known
-ARCHITECTURES: tuple[Architecture, ...] = (MAMBA, GPT_NEOX, LLAMA, MISTRAL, QWEN2, OLMO, STABLELM)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    MAMBA,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    OLMO,
+    STABLELM,
+)
 _HEAD_BIAS = "its output layer has biases, which that of GPT-NeoX does not have"
 _SCALED = (
     "it multiplies its embeddings by a factor, but not its output layer, which is tied to them"

@@ -13,7 +13,7 @@ from typing import Any
 
 from neox_bridge.architectures.base import INV_FREQ, ModelConfig
 from neox_bridge.architectures.gpt_neox import ARCHITECTURE as GPT_NEOX
-from neox_bridge.architectures.neox_config import number, round_up
+from neox_bridge.architectures.neox_config import number, refuse_era, round_up
 from neox_bridge.doctor.causes import BUFFER_LINKS, NAMES_LINKS, buffer_cause, names_cause
 from neox_bridge.doctor.neox_folder import stray_cases
 from neox_bridge.doctor.verdict import Case, another_model, case, failure, fix_command, near
@@ -38,6 +38,8 @@ _DEFAULTS: dict[str, Any] = {
     "tokenizer_type": "GPT2BPETokenizer",
 }
 _LONGEST_VALUE = 100  # characters
+# of a value that is not in a Literal of neox_args.py
+_WRONG_TYPES = "ValueError: NeoXArgs.__post_init__() NeoXArgs types cannot be validated"
 _GQA_WORDS = {"grouped": "as all q, all k, all v", "interleaved": "by query head"}
 
 
@@ -51,6 +53,17 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -
             tree cannot resume from them as they are; "" otherwise. It also fixes other cases, so
             it is the fix of those too: one command is enough.
     """
+    norm = str(checkpoint.raw.get("norm"))
+    if refuse_era({"norm": {norm}}, facts.name.removeprefix("neox@")):
+        # no other case matters: no fix makes such a tree run the model
+        yield failure(
+            "norm-unknown",
+            f"norm: {norm}: this GPT-NeoX does not have it",
+            "load it in neox@today",
+            _WRONG_TYPES if set(checkpoint.raw) <= facts.keys else "",
+            subject="norm",
+        )
+        return
     fix = resharding or fix_for(checkpoint, facts)
     yield from _yml(checkpoint, facts, fix)
     yield from _flat(checkpoint.neox_state, fix)
