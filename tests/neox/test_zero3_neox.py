@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import real_neox
 import torch
 import zero3_writer
 from click.testing import CliRunner
@@ -125,6 +126,30 @@ def test_weights_are_those_that_deepspeed_gathers(
         tensors = hf_tensors(new)
         for hf, neox in names.items():
             assert torch.equal(tensors[hf], want[neox].to(tensors[hf].dtype)), hf
+
+
+def test_tensor_parallel_ranks_of_2024_03(neox_python: str, tmp_path: Path) -> None:
+    """Later trees end without a word where stage 3 meets several tensor-parallel ranks."""
+    home, tree = tmp_path / "home", real_neox.TREES["2024-03"]
+    four, two = Layout(2, 0, 2), Layout(2, 0, 1)
+    settings = {**PRECISION["fp32"], **zero(3), "gpt_j_residual": False}
+    yml, run = str(start(home, four, settings)), home / "run"
+    jobs = [
+        {"yml": yml, "losses": STEPS, "alike": True, "save": str(run)},
+        {"yml": yml, "losses": 3, "alike": True, "set": {"load": str(run)}},
+    ]
+    first, want = real_neox.results(neox_python, tree, four.processes, jobs, home)
+    assert (first["error"], want["error"]) == (None, None)
+    targets = {"three": {}, "one": {"zero": 1}}
+    jobs = []
+    for name, options in targets.items():
+        reshard(run, tmp_path / name, dp=1, micro_batch=4, **options)
+        resume = str(tmp_path / name / "resume.yml")
+        jobs.append({"yml": resume, "losses": 3, "alike": True, "set": BATCH})
+    for result in real_neox.results(neox_python, tree, two.processes, jobs, tmp_path):
+        assert result["error"] is None
+        pairs = zip(want["losses"], result["losses"], strict=True)
+        assert all(apart(a, b) <= TOLERANCE["fp32"] for a, b in pairs)
 
 
 def described(value: Any) -> Any:
