@@ -158,6 +158,7 @@ def test_commands_that_read_states(tmp_path: Path) -> None:
         (1, {"pp": 1}, "ZeRO stage 3 with pipe_parallel_size 1 or more"),
         (1, {"universal": True}, "only at ZeRO stages 1 and 2"),
         (1, {"tp": 2, "era": era_named("today")}, "more than one tensor-parallel rank"),
+        (2, {"era": era_named("2024-09")}, "more than one tensor-parallel rank"),
         (1, {"era": era_named("v1.0")}, "does not support ZeRO stage 3"),
     ],
 )

@@ -127,10 +127,12 @@ def _check_stage_3(layout: RankLayout) -> None:
     """Raise Refused if no GPT-NeoX trains such a run at stage 3."""
     if layout.predates_deepspeed_06:
         raise Refused("GPT-NeoX v1.0 does not support ZeRO stage 3. Use `zero=1`.")
-    if layout.tp > 1 and not layout.old_names:
+    # the trees before zero.Init, which partitions over all ranks, stored the buffer
+    if layout.tp > 1 and not (layout.old_names and layout.inv_freq == "store"):
         raise Refused(
-            "GPT-NeoX since 2024-10 does not start with ZeRO stage 3 and more than one "
-            "tensor-parallel rank (megatron/training.py, get_model). Use `zero=1`, or `tp=1`."
+            "GPT-NeoX since 2024-03-19 does not train at ZeRO stage 3 with more than one "
+            "tensor-parallel rank (megatron/training.py, get_model; #1190 and #1275). Use "
+            "`zero=1`, or `tp=1`."
         )
 
 
