@@ -323,6 +323,8 @@ def test_a_gated_mlp_gets_the_names_of_another_era(tmp_path: Path) -> None:
         ("RWKV", "2024-03", "attention_config: rwkv"),
         ("qk rmsnorm", "v1.0", "use_qk_layernorm"),
         ("grouped queries", "v1.0", "num_kv_heads"),
+        ("qk rmsnorm", "2024-10", "RMSNorm of GPT-NeoX of 2024-10 fails with it"),
+        ("MoE", "2024-10", "of GPT-NeoX of 2024-10 has other weights"),
     ],
 )
 def test_an_era_without_it_is_refused(name: str, era: str, key: str, tmp_path: Path) -> None:
@@ -330,6 +332,39 @@ def test_an_era_without_it_is_refused(name: str, era: str, key: str, tmp_path: P
     source = write(tmp_path / "source", parts, 2, settings)
     with pytest.raises(Refused, match=key):
         plan_of(source, tmp_path / "target", to="neox", era=era_named(era))
+
+
+@pytest.mark.parametrize(
+    ("module", "key"),
+    [("attention", "use_bias_in_attn_linear"), ("mlp", "use_bias_in_mlp")],
+)
+def test_parallel_blocks_need_biases_before_2024_10(module: str, key: str, tmp_path: Path) -> None:
+    """bias.expand_as of None fails there; later trees ask for a bias first."""
+    blocks = _blocks() if module == "attention" else [_gated(b) for b in _blocks()]
+    parts = [p for p in model(blocks) if not (p.name.startswith(module) and "bias" in p.name)]
+    gated = {"activation": "swiglu", "intermediate_size": 3 * FFN} if module == "mlp" else {}
+    settings = {"pos_emb": "none", **gated, key: False, "gpt_j_residual": True}
+    source = write(tmp_path / "source", parts, 2, settings)
+    with pytest.raises(Refused, match=rf"{key}: .*parallel blocks.*require them"):
+        plan_of(source, tmp_path / "target", to="neox", era=era_named("2024-09"))
+    plan_of(source, tmp_path / "target", to="neox", era=era_named("2024-10"))
+
+
+def test_a_key_whose_false_changes_the_model_is_not_left_out(tmp_path: Path) -> None:
+    names = ("attention.query_key_value.bias", "attention.dense.bias")
+    parts = [p for p in model(_blocks(norm="scale"), norm="scale") if p.name not in names]
+    settings = {"norm": "rmsnorm", "use_bias_in_attn_linear": False}
+    source = write(tmp_path / "source", parts, 2, settings)
+    with pytest.raises(Refused, match="use_bias_in_attn_linear: False"):
+        plan_of(source, tmp_path / "target", to="neox", era=era_named("v1.0"))
+
+
+def test_as_many_key_value_heads_as_heads_need_no_key(tmp_path: Path) -> None:
+    settings = {"norm": "rmsnorm", "num_kv_heads": HEADS}
+    source = write(tmp_path / "source", model(_blocks(norm="scale"), norm="scale"), 2, settings)
+    convert(source, tmp_path / "target", to="neox", era=era_named("v1.0"))
+    yml = yaml.safe_load((tmp_path / "target" / "finetune.yml").read_text())
+    assert "num_kv_heads" not in yml
 
 
 def test_a_gated_activation_without_an_old_word_is_refused(tmp_path: Path) -> None:

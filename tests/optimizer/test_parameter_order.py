@@ -13,6 +13,9 @@ SHAPES = {
     "2.mixer.A_log": (16, 16),
     "2.mixer.D": (16,),
     "2.mixer.conv1d.weight": (16, 1, 4),
+    "3.ln1.weight": (8,),  # of RWKV
+    "3.att.ln_x.weight": (8,),  # a GroupNorm, which is not in the list of GPT-NeoX
+    "3.ln2.bias": (8,),
     "4.norm.scale": (8,),
 }
 EXEMPT = [
@@ -20,6 +23,8 @@ EXEMPT = [
     "2.attention.query_key_value.bias",
     "2.mixer.A_log",
     "2.mixer.D",
+    "3.ln1.weight",
+    "3.ln2.bias",
     "4.norm.scale",
 ]
 

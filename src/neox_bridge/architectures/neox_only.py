@@ -432,11 +432,28 @@ def _fixed(model: _Model) -> dict[str, str]:
     return reasons
 
 
+def _missing(model: _Model, era: str) -> list[tuple[str, bool, str]]:
+    """What trees before 2024-11 do not have, although they know its keys."""
+    old, names = era in ("v1.0", "2024-03", "2024-09", "2024-10"), model.names()
+    return [
+        (
+            "moe_num_experts",
+            old and any(name.startswith("mlp.experts.") for name in names),
+            f"the mixture of experts of GPT-NeoX of {era} has other weights (#1210)",
+        ),
+        (
+            "use_qk_layernorm",
+            old and any(name == "attention.qk_layernorm.scale" for name in names),
+            f"RMSNorm of GPT-NeoX of {era} fails with it (#1345)",
+        ),
+    ]
+
+
 def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) -> list[Refusal]:
     raw = model.raw
     words = {key: {str(raw.get(key))} for key in ("norm", "activation")}
     words["attention_config"] = attention_kinds(raw)
-    reasons = refuse_era(words, era)
+    reasons = refuse_era(words, era) + refusals(_missing(model, era), way_out="use `era=today`")
     experts = number("moe_num_experts", raw.get("moe_num_experts") or 1, int)
     if experts % tp and any(name.startswith("mlp.experts.") for name in model.names()):
         whole = f"{experts} experts cannot be spread evenly over {tp} tensor-parallel ranks"

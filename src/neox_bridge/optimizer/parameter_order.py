@@ -17,6 +17,7 @@ from neox_bridge.optimizer.pipeline_stages import holds, stages_of
 from neox_bridge.tensors.pieces import Shape
 
 _WITHOUT_DECAY = ("mixer.A_log", "mixer.D")  # _no_weight_decay of megatron/model/mamba/mamba.py
+_RWKV_NORMS = ("ln1", "ln2")  # LayerNorm of megatron/model/rwkv/v6/rwkv.py; ln_x is a GroupNorm
 _Name = TypeVar("_Name", str, Parameter)
 Groups = tuple[Mapping[str, Shape], ...]  # parameters under DeepSpeed's names
 
@@ -121,7 +122,9 @@ def is_without_decay(parameter: str | Parameter) -> bool:
     """
     name = parameter if isinstance(parameter, str) else parameter[1]
     module, _, leaf = name.rpartition(".")
-    return leaf == "bias" or "norm" in module.rpartition(".")[2] or name.endswith(_WITHOUT_DECAY)
+    kind = module.rpartition(".")[2]
+    is_norm = "norm" in kind or kind in _RWKV_NORMS
+    return leaf == "bias" or is_norm or name.endswith(_WITHOUT_DECAY)
 
 
 def dealt_out(named: Mapping[str, Shape], dp: int) -> Mapping[str, Shape]:

@@ -18,6 +18,8 @@ from neox_bridge.planning.neox_yml import LAYOUT, is_elsewhere
 from neox_bridge.planning.options import Options
 
 INV_FREQ_FLAG = "rotary_save_freqs_buffer"
+# keys that are true by default: false changes the model
+_TRUE_BY_DEFAULT = ("use_bias_in_attn_linear",)
 
 
 def check_era(
@@ -29,6 +31,7 @@ def check_era(
     ffn = config.dims["ffn"]
     if architecture.has_mlp:
         _check_mlp_biases(architecture, config, layout, era)
+        _check_parallel_biases(architecture, config, era)
     if architecture.gated or config.grouped_query:
         config.fusion(layout.gqa_order)
     if architecture.gated or not architecture.has_mlp:
@@ -123,6 +126,25 @@ def _check_mlp_biases(
         )
 
 
+def _check_parallel_biases(architecture: Architecture, config: ModelConfig, era: Era) -> None:
+    """Raise Refused if the parallel blocks of such trees fail on a bias that is None.
+
+    Until e37ad2f0 (2024-09-10) ParallelTransformerLayer.forward expands both biases.
+    """
+    if era.gated_biases != "none" or not config.parallel_residual:
+        return
+    names = {weight.neox for weight in architecture.weights}
+    attention = "attention.dense.weight" in names and not config.attention_bias
+    if attention or not config.mlp_bias:
+        key = "use_bias_in_attn_linear" if attention else "use_bias_in_mlp"
+        part = "attention" if attention else "MLP"
+        raise Refused(
+            f"{key}: the {part} of the model has no biases, but the parallel blocks of GPT-NeoX "
+            f"{era.until} require them (gpt_j_residual; megatron/model/transformer.py, "
+            "ParallelTransformerLayer.forward). Use `era=today`."
+        )
+
+
 def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
     """Settings of today's or another GPT-NeoX that change the model and that this one has not."""
     if checkpoint.kind != "neox":
@@ -132,12 +154,14 @@ def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
     rewritten = architecture.era_keys if architecture.neox_only else architecture.model_keys
     described_keys = {*rewritten, *LAYOUT, *TE_KEYS, "rope_fusion"}
     dense = int(raw.get("moe_num_experts") or 1) <= 1
+    grouped = checkpoint.config.grouped_query
     return [
         _without(key, value, era)
         for key, value in raw.items()
         if key in neox_keys() - known - described_keys
         and not (dense and key.startswith("moe_"))
-        and effect_of(key, value) == "model"
+        and not (key == "num_kv_heads" and not grouped)
+        and (effect_of(key, value) == "model" or (value is False and key in _TRUE_BY_DEFAULT))
     ]
 
 
