@@ -436,6 +436,9 @@ def test_the_option_on_the_command_line(tmp_path: Path) -> None:
         ("llama", {"num_key_value_heads": 2}, "4.30", "class-unknown"),
         ("llama", {"rope_theta": 500000.0}, "4.48", "rope-spelling"),
         ("llama", {"rope_theta": 500000.0}, "5.24", None),
+        ("stablelm", {"partial_rotary_factor": 0.5}, "4.48", "rope-spelling"),
+        ("stablelm", {"partial_rotary_factor": 0.25}, "4.48", None),
+        ("stablelm", {"partial_rotary_factor": 0.5}, "5.24", None),
         ("mistral", {}, "4.48", None),
     ],
 )

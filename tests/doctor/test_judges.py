@@ -13,6 +13,7 @@ from neox_bridge.api import open_checkpoint
 from neox_bridge.architectures.transformers_limits import llama_ignores, refuse_version
 from neox_bridge.doctor.advice import Expected, convert_options, expected_by
 from neox_bridge.doctor.diagnose import cannot_open, judge, own_target, written_by
+from neox_bridge.doctor.fixes import fix_plan
 from neox_bridge.doctor.judge_hf import judge_hf, rope_as_read
 from neox_bridge.doctor.judge_neox import expected_rows, judge_neox, mlp_width, stores_inv_freq
 from neox_bridge.doctor.messages import read_message
@@ -497,6 +498,9 @@ def test_a_norm_that_older_trees_do_not_have(tree: str, loads: bool) -> None:
     errors = [one.finding.code for one in cases if one.finding.severity == "error"]
     assert errors == ([] if loads else ["norm-unknown"])
     assert loads or len(cases) == 1
+    if not loads:
+        with pytest.raises(Refused, match="norm: non_parametric_layernorm"):
+            fix_plan(source, target, "/nowhere")
     if tree == "2024-10":  # older ones reject keys of this yml first
         assert cases[0].prints.endswith("NeoXArgs types cannot be validated")
 

@@ -25,7 +25,7 @@ from neox_bridge.formats.yml import dump_yml
 from neox_bridge.frameworks.eras import FLAG, Era, InvFreq, fitting, known_keys
 from neox_bridge.frameworks.facts import TransformersFacts, TreeFacts
 from neox_bridge.frameworks.targets import Target
-from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState
+from neox_bridge.layouts.checkpoint import RECORD, Checkpoint, NeoxState, refuse_all
 from neox_bridge.layouts.derived_values import mismatch_finding
 from neox_bridge.layouts.file_names import STEP
 from neox_bridge.layouts.linked_files import check_own
@@ -168,6 +168,9 @@ def _fix_neox(
 ) -> Plan | None:
     state = checkpoint.neox_state
     refuse_missing_ranks(state)
+    if facts is not None:
+        reasons = checkpoint.architecture.refuse_shape(state.tp, facts.name.removeprefix("neox@"))
+        refuse_all(reasons, checkpoint.path)
     era = facts or fitting(state.mlp_names, state.inv_freq, checkpoint.raw)
     inv_freq = _inv_freq(checkpoint, state, facts)
     names = facts.mlp_names if facts else state.mlp_names

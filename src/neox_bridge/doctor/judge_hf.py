@@ -160,7 +160,7 @@ def _rope(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
 
 
 def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Iterator[Case]:
-    """Whether the version has the class, and RoPE's base: 4.x reads only rope_theta."""
+    """Whether the version has the class, and RoPE: 4.x does not read rope_parameters."""
     config, name = checkpoint.config, checkpoint.architecture.name
     grouped = name == "llama" and config.grouped_query
     if not has_class(facts, name) or (grouped and not knows(facts, "hf-llama-grouped")):
@@ -177,17 +177,21 @@ def _relatives_of_llama(checkpoint: Checkpoint, facts: TransformersFacts) -> Ite
             f"transformers {facts.version} ignores {what}. It prints nothing",
             "use a newer transformers",
         )
-    base = float(checkpoint.raw.get("rope_theta") or 10000.0)
-    if ignored:
+    if ignored or facts.rope_parameters:
         return
-    if not facts.rope_parameters and base != config.rotary_base:
+    defaults = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25 if name == "stablelm" else 1.0}
+    meant = (config.rotary_base, config.rotary_pct)
+    for (key, default), want in zip(defaults.items(), meant, strict=True):
+        got = float(checkpoint.raw.get(key) or default)
+        if got == want:
+            continue
         yield another_model(
             "rope-spelling",
-            f"transformers {facts.version} computes with rope_theta {base:g}, and the model has "
-            f"{config.rotary_base:g}: it does not read rope_parameters. It prints nothing",
+            f"transformers {facts.version} computes with {key} {got:g}, and the model has "
+            f"{want:g}: it does not read rope_parameters. It prints nothing",
             fix_command(checkpoint, facts),
             details=Details(
-                wrong=(f"rope_theta: {base:g}, {config.rotary_base:g} expected",),
+                wrong=(f"{key}: {got:g}, {want:g} expected",),
                 more=(change_named("hf-rope-parameters").link,),
             ),
         )
