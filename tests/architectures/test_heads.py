@@ -34,6 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     ("olmo", {"num_key_value_heads": 2}),
+    ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
 ]
 IDS = [family for family, _ in CASES]
 TOKENS = torch.randint(1, 300, (2, 24), generator=torch.Generator().manual_seed(1))
