@@ -220,7 +220,12 @@ def test_two_ranks_are_another_model(tmp_path: Path) -> None:
         told["args"]["model_parallel_size"] = 2
         torch.save(told, path)
     with pytest.raises(Refused, match="does not sum x_proj"):
-        open_checkpoint(str(tmp_path / "neox"))
+        plan_of(tmp_path / "neox", tmp_path / "hf", to="hf")
+    with pytest.raises(Refused, match="does not sum x_proj"):
+        plan_of(tmp_path / "neox", tmp_path / "one", to="neox", tp=1)
+    assert (
+        plan_of(tmp_path / "neox", tmp_path / "two", to="neox", pp=0).target["tensor_parallel"] == 2
+    )
 
 
 def test_the_logits_are_not_computed_here(tmp_path: Path) -> None:

@@ -468,6 +468,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     for asked, message in (
         (Resharding(dp=3), "`dp=3`: the global batch of 2 sequences cannot be split evenly over 3"),
         (Resharding(zero=2), "not support ZeRO stage 2 with pipe_parallel_size 1"),
+        (Resharding(pp=0, tp=2, zero=2), "exits at ZeRO stage 2 with more than one"),
         (Resharding(pp=4), "`pp=4`: the model has only 2 layers"),
     ):
         with pytest.raises(Refused, match=message):

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from common import convert, fixture, make_hf, plan_of
+from checkpoint_edits import edit_yml
+from common import convert, fixture, make_hf, plan_of, step_of
 from hypothesis import given
 from hypothesis import strategies as st
 from published import PUBLISHED
 
 from neox_bridge.errors import Refused
-from neox_bridge.frameworks.eras import ERAS, Era, known_keys
+from neox_bridge.frameworks.eras import ERAS, Era, era_named, known_keys
 from neox_bridge.planning import random_states
 from neox_bridge.planning.plan import Plan
 from neox_bridge.planning.vocabulary import fit, keep, padded_size
@@ -183,6 +184,21 @@ def test_dropout_of_v1_is_written_where_the_default_is_another(
     convert(source, tmp_path / "hf", to="hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["hidden_dropout"], config["attention_dropout"]) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "era", "stage"),
+    [(1, 0, "today", 2), (1, 1, "today", 1), (2, 0, "today", 1), (2, 0, "2024-03", 2)],
+)
+def test_the_yml_has_a_zero_stage_that_gpt_neox_starts_with(
+    tp: int, pp: int, era: str, stage: int, tmp_path: Path
+) -> None:
+    source = shutil.copytree(fixture("pythia_fp32_pp0_tp1"), tmp_path / "run")
+    edit_yml(zero_optimization={"stage": 2})(step_of(source))
+    plan = convert(source, tmp_path / "new", to="neox", tp=tp, pp=pp, era=era_named(era))
+    loaded = yaml.safe_load((tmp_path / "new" / "finetune.yml").read_text())
+    assert loaded["zero_optimization"]["stage"] == stage
+    assert ("zero-stage" in {f.code for f in plan.findings}) == (stage == 1)
 
 
 def test_one_yml_in_the_root_and_one_blank(tmp_path: Path) -> None:

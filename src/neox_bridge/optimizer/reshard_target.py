@@ -94,6 +94,8 @@ def choose_target(
             f"DeepSpeed does not support ZeRO stage {zero} with pipe_parallel_size 1 or more. Use "
             "`zero=1`, or `pp=0`."
         )
+    if zero == 2:
+        _check_stage_2(layout)
     if zero == 3:
         _check_stage_3(layout)
     if zero in (0, 3) and asked.universal:
@@ -121,6 +123,15 @@ def choose_target(
         layout, config, vocabulary, dp, zero, batch, bounds, step, asked.universal, source,
         rescaled, settings, tuple(findings),
     )  # fmt: skip
+
+
+def _check_stage_2(layout: RankLayout) -> None:
+    """Raise Refused if no GPT-NeoX of the target's names trains such a run at stage 2."""
+    if layout.tp > 1 and not layout.old_names:
+        raise Refused(
+            "GPT-NeoX since 2024-09 exits at ZeRO stage 2 with more than one tensor-parallel rank "
+            "(megatron/training.py, get_model; #1275). Use `zero=1`, or `tp=1`."
+        )
 
 
 def _check_stage_3(layout: RankLayout) -> None:

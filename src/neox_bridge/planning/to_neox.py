@@ -120,9 +120,11 @@ def plan_neox(
         }
         findings.append(_schedule())
         findings += _finished(training.get("train_iters"), iteration)
-    elif (zero := mapping(yml_settings.training, "zero_optimization", "the yml")).get("stage") == 3:
-        yml_settings.training["zero_optimization"] = {**zero, "stage": 1}
-        findings.append(_not_stage_3())
+    else:
+        zero = mapping(yml_settings.training, "zero_optimization", "the yml")
+        if reason := _no_such_stage(zero.get("stage"), layout):
+            yml_settings.training["zero_optimization"] = {**zero, "stage": 1}
+            findings.append(_other_stage(zero["stage"], reason))
     metadata = partial(start_of_run, layout, args, iteration, optimizer)
     model = NeoxModel(architecture, config, wholes, layout)
     files = list(weight_files(step, model, metadata, alike=optimizer is None))
@@ -320,12 +322,26 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
     )
 
 
-def _not_stage_3() -> Finding:
+def _no_such_stage(stage: object, layout: RankLayout) -> str:
+    """Why GPT-NeoX cannot start with the weights that are written at a ZeRO stage; "" if it can.
+
+    Sources: deepspeed runtime/pipe/engine.py (PipelineEngine.__init__), runtime/zero/stage3.py;
+    GPT-NeoX megatron/training.py (get_model, since #1275 of 2024-09-09).
+    """
+    if stage == 3:
+        return "DeepSpeed loads at stage 3 only what it saved at stage 3"
+    if stage == 2 and layout.name == "layers":
+        return "DeepSpeed has no pipeline stages at stage 2"
+    if stage == 2 and layout.tp > 1 and not layout.old_names:
+        return "GPT-NeoX since 2024-09 has one tensor-parallel rank at stage 2"
+    return ""
+
+
+def _other_stage(stage: int, reason: str) -> Finding:
     return Finding(
         "zero-stage",
         "info",
-        "zero_optimization.stage is 1 in the yml, and was 3, because DeepSpeed loads at stage 3 "
-        "only what it saved at stage 3",
+        f"zero_optimization.stage is 1 in the yml, and was {stage}, because {reason}",
     )
 
 
