@@ -14,10 +14,13 @@ import yaml
 from common import convert, plan_of
 from neox_mixes import MIXES
 from neox_parts import HEADS, HIDDEN, POSITIONS, Part, block, cut, model, read, write
+from resharding import reshard
 
-from neox_bridge.api import open_checkpoint, verify
+from neox_bridge.api import diagnose, open_checkpoint, verify
 from neox_bridge.errors import BridgeError, Refused
-from neox_bridge.frameworks.eras import era_named
+from neox_bridge.frameworks.eras import ERAS, era_named, span_of
+from neox_bridge.frameworks.facts import TreeFacts
+from neox_bridge.frameworks.targets import target_named
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.reshard import plan_reshard
@@ -249,6 +252,30 @@ def test_optimizer_states_of_relative_positions_stay_in_one_stage(tmp_path: Path
         read_optimizer(open_checkpoint(str(tmp_path / "stages")))
 
 
+@pytest.mark.parametrize("name", ["alibi", "sinusoidal"])
+def test_stage_3_stores_buffers_and_universal_checkpoints_cannot(name: str, tmp_path: Path) -> None:
+    parts, settings = MODELS[name]
+    source = write(tmp_path / "source", parts, 2, settings)
+    convert(source, tmp_path / "run", to="neox", pp=0, tp=1, optimizer="fresh")
+    reshard(tmp_path / "run", tmp_path / "third", zero=3, dp=2)
+    third = open_checkpoint(str(tmp_path / "third"))
+    assert verify(open_checkpoint(str(source)), third).holds
+    run = open_checkpoint(str(tmp_path / "run"))
+    with pytest.raises(Refused, match="a universal checkpoint has no buffers"):
+        plan_reshard(run, read_optimizer(run), Resharding(universal=True), str(tmp_path / "u"))
+
+
+@pytest.mark.parametrize("asked", [Resharding(universal=True), Resharding(zero=3, pp=0, tp=1)])
+def test_files_that_name_a_shared_parameter_once_are_refused(
+    asked: Resharding, tmp_path: Path
+) -> None:
+    source = _relative(tmp_path, alike=True, stages=1)
+    convert(source, tmp_path / "run", to="neox", optimizer="fresh")
+    run = open_checkpoint(str(tmp_path / "run"))
+    with pytest.raises(Refused, match=r"trains one attention\.rpe\.weight.*name it once"):
+        plan_reshard(run, read_optimizer(run), asked, str(tmp_path / "target"))
+
+
 @pytest.mark.parametrize("name", ["learned", "sinusoidal", "alibi"])
 def test_positions_without_their_tensor_are_refused(name: str, tmp_path: Path) -> None:
     source = write(tmp_path / "source", model(_blocks()), 2, {"pos_emb": name})
@@ -323,7 +350,7 @@ def test_a_gated_mlp_gets_the_names_of_another_era(tmp_path: Path) -> None:
         ("RWKV", "2024-03", "attention_config: rwkv"),
         ("qk rmsnorm", "v1.0", "use_qk_layernorm"),
         ("grouped queries", "v1.0", "num_kv_heads"),
-        ("qk rmsnorm", "2024-10", "RMSNorm of GPT-NeoX of 2024-10 fails with it"),
+        ("qk rmsnorm", "2024-10", "RMSNorm of GPT-NeoX .* fails with it"),
         ("MoE", "2024-10", "of GPT-NeoX of 2024-10 has other weights"),
     ],
 )
@@ -332,6 +359,35 @@ def test_an_era_without_it_is_refused(name: str, era: str, key: str, tmp_path: P
     source = write(tmp_path / "source", parts, 2, settings)
     with pytest.raises(Refused, match=key):
         plan_of(source, tmp_path / "target", to="neox", era=era_named(era))
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "key"),
+    [
+        ("RWKV", "neox@2023-12-01", "attention_config: rwkv"),
+        ("MoE", "neox@2024-10", "moe_num_experts"),
+        ("qk rmsnorm", "neox@2024-10", "use_qk_layernorm"),
+        ("qk rmsnorm", "neox@2025-01-01", "use_qk_layernorm"),
+    ],
+)
+def test_a_tree_that_cannot_run_it_is_named(name: str, tree: str, key: str, tmp_path: Path) -> None:
+    parts, settings = MODELS[name]
+    source = write(tmp_path / "source", parts, 2, settings)
+    cases = diagnose(str(source), tree).findings
+    assert [c.severity for c in cases if c.code == "model-unsupported" and key in c.message]
+    facts = target_named(tree)
+    assert isinstance(facts, TreeFacts)
+    with pytest.raises(Refused, match=key):
+        plan_of(source, tmp_path / "target", to="neox", era=facts)
+
+
+def test_trees_of_each_date_belong_to_an_era() -> None:
+    for era in ERAS:
+        assert span_of(era) == era.name
+    for day, name in (("2022-01-01", "v1.0"), ("2024-05-01", "2024-09"), ("2025-12-01", "today")):
+        facts = target_named(f"neox@{day}")
+        assert isinstance(facts, TreeFacts)
+        assert span_of(facts) == name
 
 
 @pytest.mark.parametrize(
@@ -345,7 +401,7 @@ def test_parallel_blocks_need_biases_before_2024_10(module: str, key: str, tmp_p
     gated = {"activation": "swiglu", "intermediate_size": 3 * FFN} if module == "mlp" else {}
     settings = {"pos_emb": "none", **gated, key: False, "gpt_j_residual": True}
     source = write(tmp_path / "source", parts, 2, settings)
-    with pytest.raises(Refused, match=rf"{key}: .*parallel blocks.*require them"):
+    with pytest.raises(Refused, match=rf"{key}: .*parallel blocks.*require biases"):
         plan_of(source, tmp_path / "target", to="neox", era=era_named("2024-09"))
     plan_of(source, tmp_path / "target", to="neox", era=era_named("2024-10"))
 

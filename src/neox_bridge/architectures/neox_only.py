@@ -441,11 +441,6 @@ def _missing(model: _Model, era: str) -> list[tuple[str, bool, str]]:
             old and any(name.startswith("mlp.experts.") for name in names),
             f"the mixture of experts of GPT-NeoX of {era} has other weights (#1210)",
         ),
-        (
-            "use_qk_layernorm",
-            old and any(name == "attention.qk_layernorm.scale" for name in names),
-            f"RMSNorm of GPT-NeoX of {era} fails with it (#1345)",
-        ),
     ]
 
 

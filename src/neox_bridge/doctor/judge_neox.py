@@ -20,13 +20,14 @@ from neox_bridge.doctor.verdict import Case, another_model, case, failure, fix_c
 from neox_bridge.findings import Command, Details
 from neox_bridge.formats.yml import duplicate_finding
 from neox_bridge.frameworks.changes import CHANGES, change_named, since
-from neox_bridge.frameworks.eras import FLAG, mlp_biases
+from neox_bridge.frameworks.eras import FLAG, mlp_biases, span_of
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.layouts.checkpoint import Checkpoint, NeoxState
 from neox_bridge.layouts.file_names import STEP
 from neox_bridge.layouts.missing_files import missing_ranks_finding
 from neox_bridge.layouts.unknown_keys import reason_of
 from neox_bridge.layouts.untrusted import mapping
+from neox_bridge.planning.era_checks import fails_in_era
 from neox_bridge.planning.vocabulary import FIRST_MULTIPLE, padded_size
 from neox_bridge.stores.paths import is_local, isfile
 from neox_bridge.wording import sentence
@@ -73,6 +74,7 @@ def judge_neox(checkpoint: Checkpoint, facts: TreeFacts, resharding: str = "") -
     yield from _zero_stage(checkpoint)
     yield from _state_dicts(checkpoint, facts, fix)
     yield from _args(checkpoint, facts)
+    yield from _unsupported(checkpoint, facts)
     yield from _silent(checkpoint, facts)
 
 
@@ -496,6 +498,19 @@ def _silent(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
             "info",
             "this GPT-NeoX computes the rotary tables from a rounded inv_freq; since "
             f"{since('neox-rope-fp32')} it computes them in fp32",
+        )
+
+
+def _unsupported(checkpoint: Checkpoint, facts: TreeFacts) -> Iterator[Case]:
+    """What the tree cannot build or run, although it knows the keys."""
+    tp = checkpoint.neox_state.tp
+    reasons = checkpoint.architecture.refuse_shape(tp, span_of(facts))
+    for reason in (*reasons, *fails_in_era(checkpoint, facts)):
+        yield failure(
+            "model-unsupported",
+            f"{reason.key}: {reason.reason}",
+            "use a newer GPT-NeoX, and name it with `era=`: this one cannot run the model",
+            subject="model",
         )
 
 

@@ -167,6 +167,15 @@ def era_named(name: str) -> Era:
     raise BridgeError(f"`era={name}`: unknown GPT-NeoX. Valid values: {known}.")
 
 
+def span_of(era: Era) -> str:
+    """The name of the era in ``ERAS`` that a tree, which may be of a day, belongs to."""
+    short = era.name.removeprefix("neox@")
+    if any(known.name == short for known in ERAS):
+        return short
+    equal = {e.name: sum(getattr(era, f) == getattr(e, f) for f in _BEFORE_ALL) for e in ERAS}
+    return max(reversed(equal), key=lambda name: equal[name])
+
+
 def known_keys(era: Era) -> frozenset[str]:
     """The yml keys that a tree of this era takes. It rejects all others."""
     return neox_keys(era.name) if era.keys is None else era.keys

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from neox_bridge.architectures.base import ModelConfig
+from neox_bridge.architectures.base import ModelConfig, shared_reason
 from neox_bridge.errors import Refused, UsageError
 from neox_bridge.findings import Finding
 from neox_bridge.frameworks.deepspeed import pipeline_accumulation
@@ -98,6 +98,7 @@ def choose_target(
         _check_stage_2(layout)
     if zero == 3:
         _check_stage_3(layout)
+    _check_names(checkpoint, zero, universal=asked.universal)
     if zero in (0, 3) and asked.universal:
         raise Refused(
             "`universal=True`: DeepSpeed loads universal checkpoints only at ZeRO stages 1 and 2. "
@@ -131,6 +132,23 @@ def _check_stage_2(layout: RankLayout) -> None:
         raise Refused(
             "GPT-NeoX since 2024-09 exits at ZeRO stage 2 with more than one tensor-parallel rank "
             "(megatron/training.py, get_model; #1275). Use `zero=1`, or `tp=1`."
+        )
+
+
+def _check_names(checkpoint: Checkpoint, zero: int, *, universal: bool) -> None:
+    """Raise Refused if the target would not name all tensors that its reader needs."""
+    architecture = checkpoint.architecture
+    if architecture.shared and (universal or zero == 3):
+        what = "`universal=True`" if universal else "`zero=3`"
+        raise Refused(
+            f"{what}: {shared_reason(architecture.shared)}, and such files name it once, which is "
+            "not supported. Use ZeRO stage 1, and leave `universal` out."
+        )
+    buffers = {weight.neox for weight in architecture.weights if not weight.trained}
+    if universal and buffers:
+        raise Refused(
+            f"`universal=True`: a universal checkpoint has no buffers, but the model needs "
+            f"{', '.join(sorted(buffers))}. Leave the option out."
         )
 
 

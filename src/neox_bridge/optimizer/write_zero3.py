@@ -66,10 +66,12 @@ def zero3_model_files(
     folder: str, model: NeoxModel, dp: int, metadata: Metadata
 ) -> Iterator[OutputFile]:
     """The model files, in which the parameters are empty."""
+    untrained = (weight.neox for weight in model.architecture.weights if not weight.trained)
+    buffers = (INV_FREQ, *untrained)
     for number, (module, tensors) in enumerate(rank_modules(model)):
         stored = [
             tensor
-            if tensor.name.endswith(INV_FREQ)
+            if tensor.name.endswith(buffers)
             else OutputTensor(tensor.name, tensor.dtype, (0,), inline=b"")
             for tensor in tensors
         ]

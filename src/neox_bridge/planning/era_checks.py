@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal
+from neox_bridge.architectures.base import Architecture, ModelConfig, Refusal, refusals
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
 from neox_bridge.frameworks.eras import Era, known_keys, mlp_biases
@@ -31,7 +31,6 @@ def check_era(
     ffn = config.dims["ffn"]
     if architecture.has_mlp:
         _check_mlp_biases(architecture, config, layout, era)
-        _check_parallel_biases(architecture, config, era)
     if architecture.gated or config.grouped_query:
         config.fusion(layout.gqa_order)
     if architecture.gated or not architecture.has_mlp:
@@ -51,6 +50,7 @@ def check_era(
             f"train_impl: this is a reward model, which GPT-NeoX {era.until} does not support. "
             "Use `era=today`."
         )
+    refuse_all(fails_in_era(checkpoint, era), checkpoint.path)
     known, written = known_keys(era), architecture.write_neox(config, layout.old_names)
     unknown = [_without(key, value, era) for key, value in written.items() if key not in known]
     refuse_all(unknown, checkpoint.path)
@@ -126,23 +126,31 @@ def _check_mlp_biases(
         )
 
 
-def _check_parallel_biases(architecture: Architecture, config: ModelConfig, era: Era) -> None:
-    """Raise Refused if the parallel blocks of such trees fail on a bias that is None.
+def fails_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
+    """Why the forward pass of such trees fails on a model although they know its keys.
 
-    Until e37ad2f0 (2024-09-10) ParallelTransformerLayer.forward expands both biases.
+    Until e37ad2f0 (2024-09-10) the parallel blocks expand both biases, which may be None. Until
+    neox-rms-epsilon RMSNorm computes the root of its dimension, which is a list for q and k.
     """
-    if era.gated_biases != "none" or not config.parallel_residual:
-        return
+    architecture, config = checkpoint.architecture, checkpoint.config
     names = {weight.neox for weight in architecture.weights}
+    parallel = era.gated_biases == "none" and config.parallel_residual
     attention = "attention.dense.weight" in names and not config.attention_bias
-    if attention or not config.mlp_bias:
-        key = "use_bias_in_attn_linear" if attention else "use_bias_in_mlp"
-        part = "attention" if attention else "MLP"
-        raise Refused(
-            f"{key}: the {part} of the model has no biases, but the parallel blocks of GPT-NeoX "
-            f"{era.until} require them (gpt_j_residual; megatron/model/transformer.py, "
-            "ParallelTransformerLayer.forward). Use `era=today`."
-        )
+    mlp = architecture.has_mlp and "mlp.linear2.weight" in names and not config.mlp_bias
+    blocks = (
+        f"the parallel blocks of GPT-NeoX {era.until} require biases (gpt_j_residual; "
+        "megatron/model/transformer.py, ParallelTransformerLayer.forward)"
+    )
+    checks = [
+        ("use_bias_in_attn_linear", parallel and attention, blocks),
+        ("use_bias_in_mlp", parallel and mlp, blocks),
+        (
+            "use_qk_layernorm",
+            era.rms_eps == "outside" and "attention.qk_layernorm.scale" in names,
+            f"RMSNorm of GPT-NeoX {era.until} fails with it (megatron/model/norms.py)",
+        ),
+    ]
+    return refusals(checks, way_out="use `era=today`")
 
 
 def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:

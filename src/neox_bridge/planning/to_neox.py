@@ -10,7 +10,7 @@ from typing import Any
 from neox_bridge.architectures.base import ModelConfig, shared_reason
 from neox_bridge.errors import Refused
 from neox_bridge.findings import Dropped, Finding
-from neox_bridge.frameworks.eras import TODAY, Era, fitting, known_keys
+from neox_bridge.frameworks.eras import TODAY, Era, fitting, known_keys, span_of
 from neox_bridge.frameworks.keys import neox_keys
 from neox_bridge.frameworks.setting_defaults import (
     DROPOUT,
@@ -196,7 +196,7 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
         inv_freq = "omit"
     raw = checkpoint.raw if state else {}
     fits = era or fitting(mlp_names, inv_freq, raw)
-    refuse_all(checkpoint.architecture.refuse_shape(tp, fits.name), checkpoint.path)
+    refuse_all(checkpoint.architecture.refuse_shape(tp, span_of(fits)), checkpoint.path)
     check_window(checkpoint, name, _run_yml(checkpoint))
     _check_parallel(checkpoint.config, tp, stages)
     _check_divisible(checkpoint, tp)
