@@ -21,9 +21,11 @@ from neox_bridge.errors import BridgeError, Refused
 from neox_bridge.frameworks.eras import ERAS, era_named, span_of
 from neox_bridge.frameworks.facts import TreeFacts
 from neox_bridge.frameworks.targets import target_named
+from neox_bridge.layouts.universal_folder import MASTER
 from neox_bridge.optimizer.options import Resharding
 from neox_bridge.optimizer.read_files import read_optimizer
 from neox_bridge.optimizer.reshard import plan_reshard
+from neox_bridge.optimizer.zero_stage import at_stage
 
 HEAD = HIDDEN // HEADS
 FFN = 72
@@ -263,6 +265,19 @@ def test_stage_3_stores_buffers_and_universal_checkpoints_cannot(name: str, tmp_
     run = open_checkpoint(str(tmp_path / "run"))
     with pytest.raises(Refused, match="a universal checkpoint has no buffers"):
         plan_reshard(run, read_optimizer(run), Resharding(universal=True), str(tmp_path / "u"))
+
+
+@pytest.mark.parametrize("name", ["alibi", "sinusoidal"])
+def test_buffers_get_no_masters_of_a_run_without_zero(name: str, tmp_path: Path) -> None:
+    parts, settings = MODELS[name]
+    source = write(tmp_path / "source", parts, 2, settings)
+    convert(source, tmp_path / "run", to="neox", optimizer="fresh")
+    reshard(tmp_path / "run", tmp_path / "plain", zero=0, tp=1)
+    checkpoint = open_checkpoint(str(tmp_path / "plain"))
+    _, given = at_stage(checkpoint, read_optimizer(checkpoint), 1)
+    assert given is not None
+    assert list(given) == [MASTER, "exp_avg", "exp_avg_sq"]
+    assert {key for key, named in given.items() if set(named) != set(checkpoint.trained)} == set()
 
 
 @pytest.mark.parametrize("asked", [Resharding(universal=True), Resharding(zero=3, pp=0, tp=1)])

@@ -39,7 +39,7 @@ def at_stage(
     by_state = dict(given if given is not None else states(checkpoint, optimizer))
     fp16 = dtype == "float16"
     if stage and MASTER not in by_state:
-        by_state = {MASTER: checkpoint.tensors, **by_state}
+        by_state = {MASTER: checkpoint.trained, **by_state}
     elif not stage and not fp16:
         del by_state[MASTER]
     meta = optimizer.metas[0]
