@@ -102,7 +102,8 @@ MODELS: dict[str, tuple[Parts, dict[str, Any]]] = {
     ),
     "qk rmsnorm": (
         model(
-            _blocks(Part(0, "attention.qk_layernorm.scale", (HEADS, HEAD), "rows"), norm="scale")
+            _blocks(Part(0, "attention.qk_layernorm.scale", (HEADS, HEAD), "rows"), norm="scale"),
+            norm="scale",
         ),
         {"norm": "rmsnorm", "use_qk_layernorm": True},
     ),
@@ -322,6 +323,35 @@ def test_blocks_of_another_kind_than_the_yml_says_are_refused(tmp_path: Path) ->
     source = write(tmp_path / "source", model(_blocks(norm="scale"), norm="scale"), 2, settings)
     with pytest.raises(Refused, match="attention_config: rwkv: the tensors belong to blocks of"):
         plan_of(source, tmp_path / "target", to="neox", tp=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("rmsnorm gelu", {"norm": "scalenorm"}, "norm: scalenorm, but the checkpoint has norm.sc"),
+        ("alibi", {"pos_emb": "rotary", "rotary_pct": 1}, "pos_emb: rotary, but .* has attention"),
+        ("qk rmsnorm", {"use_qk_layernorm": False}, "use_qk_layernorm: False, but .* has attent"),
+        ("rmsnorm gelu", {"use_qk_layernorm": True}, "use_qk_layernorm: True, but .* has no att"),
+        ("scalenorm", {"use_bias_in_attn_linear": False}, "False, but .* has attention.dense.bias"),
+        ("MoE", {"moe_num_experts": 1}, "moe_num_experts: 1, but the checkpoint has mlp.router"),
+        ("rmsnorm gelu", {"moe_num_experts": 12}, "but the checkpoint has no mlp.router.layer"),
+    ],
+)
+def test_a_yml_by_which_gpt_neox_builds_other_tensors_is_refused(
+    name: str, wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    parts, settings = MODELS[name]
+    source = write(tmp_path / "source", parts, 2, {**settings, **wrong})
+    with pytest.raises(Refused, match=message):
+        open_checkpoint(str(source))
+
+
+def test_heads_that_the_source_cannot_have_divided_are_refused(tmp_path: Path) -> None:
+    blocks = [_grouped(b, 1) for b in _blocks(norm="scale")]
+    settings = {"norm": "rmsnorm", "num_kv_heads": 1}
+    source = write(tmp_path / "source", model(blocks, norm="scale"), 2, settings)
+    with pytest.raises(BridgeError, match=r"num_kv_heads: GPT-NeoX cannot spread 1 heads over"):
+        open_checkpoint(str(source))
 
 
 def test_experts_stay_whole(tmp_path: Path) -> None:

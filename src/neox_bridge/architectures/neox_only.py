@@ -7,7 +7,7 @@ rwkv/v6/rwkv.py, moe.py, moe_mlp.py) from v1.0 to 2026-05.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -453,6 +453,10 @@ def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) ->
     if experts % tp and any(name.startswith("mlp.experts.") for name in model.names()):
         whole = f"{experts} experts cannot be spread evenly over {tp} tensor-parallel ranks"
         reasons += refusals([("moe_num_experts", True, whole)])
+    kv_heads = number("num_kv_heads", raw.get("num_kv_heads") or 0, int)
+    if kv_heads % tp and tp == model.tp:  # the files contradict: a target is checked elsewhere
+        reason = f"GPT-NeoX cannot spread {kv_heads} heads over the {tp} ranks of these files"
+        reasons += refusals([("num_kv_heads", True, reason)], way_out="correct the yml")
     if tp != model.tp and fixed:
         name, why = next(iter(fixed.items()))
         reason = f"{why}, so on {tp} tensor-parallel ranks this is another model"
@@ -481,6 +485,31 @@ def _refuse_neox_source(
     return reasons or refusals(
         [(listed, True, "no class of transformers has this combination")], neox_only=True
     )
+
+
+def contradiction(raw: Mapping[str, Any], names: Collection[str]) -> tuple[str, str]:
+    """The first key of the yml by which GPT-NeoX builds other tensors, and such a tensor.
+
+    Both are "" if there is none. names: of the tensors in their layers.
+    """
+    norm = str(raw.get("norm") or "layernorm")
+    norms = {"layernorm": "norm.weight", "rmsnorm": "norm.scale", "scalenorm": "norm.g"}
+    attention = "attention.dense.weight" in names
+    parametric = norm != "non_parametric_layernorm"
+    experts = number("moe_num_experts", raw.get("moe_num_experts") or 1, int) > 1
+    positions = raw.get("pos_emb") or "learned"
+    biased = raw.get("use_bias_in_attn_linear", True) is not False
+    qk_norms = [name for name in names if name.startswith("attention.qk_layernorm.")]
+    wanted = [
+        *(("norm", name, norms.get(norm) == name) for name in norms.values()),
+        *(("pos_emb", name, key == positions) for key, name in POSITIONS.items()),
+        ("moe_num_experts", "mlp.router.layer.weight", experts),
+    ]
+    if attention:
+        wanted.append(("use_bias_in_attn_linear", "attention.dense.bias", biased))
+        if bool(qk_norms) != (bool(raw.get("use_qk_layernorm")) and parametric):
+            return "use_qk_layernorm", "attention.qk_layernorm"
+    return next(((key, name) for key, name, want in wanted if want != (name in names)), ("", ""))
 
 
 def shapes_of(rank: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, int]]:

@@ -11,7 +11,13 @@ from neox_bridge.architectures import for_neox
 from neox_bridge.architectures.base import INV_FREQ, Architecture
 from neox_bridge.architectures.llama_like import with_one_matrix
 from neox_bridge.architectures.neox_config import attention_kinds
-from neox_bridge.architectures.neox_only import POSITIONS, neox_only, shapes_of, unknown_tensors
+from neox_bridge.architectures.neox_only import (
+    POSITIONS,
+    contradiction,
+    neox_only,
+    shapes_of,
+    unknown_tensors,
+)
 from neox_bridge.architectures.setting_types import check_neox
 from neox_bridge.errors import BridgeError, Refused, SettingsMissing
 from neox_bridge.findings import Dropped
@@ -145,6 +151,8 @@ def open_neox(
     raw, read = dict(window.raw), replace(read, ranks=plain.ranks)
     layers = _layers(raw, args, folder)
     architecture = _family(raw, record, read, layers, folder)
+    if architecture.neox_only and not read.is_universal:
+        _check_yml(raw, read, folder)
     old = {weight.old for weight in architecture.weights if weight.old}
     mlp_names: MlpNames = "dense" if old & read.names else "linear"
     known_order = gqa_order or told_order(raw, record, mlp_names)
@@ -365,6 +373,20 @@ def _family(
     other = for_neox(raw)
     # StableLM has no relative with a bias there
     return (rules if other is architecture else other) or architecture
+
+
+def _check_yml(raw: Mapping[str, Any], read: _Read, folder: str) -> None:
+    """Raise Refused if GPT-NeoX builds other tensors by the yml than the checkpoint has."""
+    key, name = contradiction(raw, read.names)
+    if key:
+        says = f"{key}: {raw[key]}" if key in raw else f"no {key}"
+        has = "has no" if name not in read.names and key != "use_qk_layernorm" else "has"
+        if key == "use_qk_layernorm":
+            has = "has no" if raw.get(key) else "has"
+        raise Refused(
+            f"{folder}/configs: the yml says {says}, but the checkpoint {has} {name}, so GPT-NeoX "
+            "does not load it. Correct the yml."
+        )
 
 
 def _refuse_blocks(
