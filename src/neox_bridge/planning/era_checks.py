@@ -129,7 +129,7 @@ def _check_mlp_biases(
 def fails_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
     """Why the forward pass of such trees fails on a model although they know its keys.
 
-    Until e37ad2f0 (2024-09-10) the parallel blocks expand both biases, which may be None. Until
+    Until neox-gpt-j-no-mlp-bias the parallel blocks expand both biases, which may be None. Until
     neox-rms-epsilon RMSNorm computes the root of its dimension, which is a list for q and k.
     """
     architecture, config = checkpoint.architecture, checkpoint.config
