@@ -159,6 +159,21 @@ FIXED: dict[str, tuple[Parts, dict[str, Any], str]] = {
         {"use_qk_layernorm": True},
         "normalizes all heads of a rank together",
     ),
+    "qk fused rmsnorm": (
+        model(_blocks(Part(0, "attention.qk_layernorm.weight", (HEADS // 2, HEAD), "own"))),
+        {"use_qk_layernorm": True, "norm": "rmsnorm", "rmsnorm_fusion": True},
+        "normalizes all heads of a rank together",
+    ),
+    "amlp": (
+        model(
+            [
+                block(0),
+                [Part(0, "norm.weight", (HIDDEN,)), Part(0, "sgu.attn.proj_qkv.bias", (9,), "own")],
+            ]
+        ),
+        {"attention_config": [[["global", "amlp"], 1]], "pos_emb": "none"},
+        "the channels of one rank",
+    ),
     "qk scalenorm": (
         model(_blocks(Part(0, "attention.qk_layernorm.g", (1,), "own"), norm="g"), norm="g"),
         {"use_qk_layernorm": True, "norm": "scalenorm"},

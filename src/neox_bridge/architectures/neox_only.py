@@ -417,10 +417,12 @@ def _write_neox(model: _Model, config: ModelConfig, old: bool) -> dict[str, Any]
 def _fixed(model: _Model) -> dict[str, str]:
     """What exists for one number of ranks only, by its tensor or its key, and why."""
     norm = model.raw.get("norm") or "layernorm"
+    # apex's norms, and torch's LayerNorm, normalize over every dimension of their weight
+    together = norm in ("layernorm", "non_parametric_layernorm") or (
+        norm == "rmsnorm" and model.raw.get("rmsnorm_fusion")
+    )
     has_scale = any(name.startswith("attention.qk_layernorm.") for name in model.names())
-    if norm in ("layernorm", "non_parametric_layernorm") and (
-        has_scale or model.raw.get("use_qk_layernorm")
-    ):
+    if together and (has_scale or model.raw.get("use_qk_layernorm")):
         return {"use_qk_layernorm": f"with norm: {norm} it normalizes all heads of a rank together"}
     reasons: dict[str, str] = {}
     for layer, tensors in model.tensors.items():
@@ -487,13 +489,29 @@ def _refuse_neox_source(
     )
 
 
+# the parameters of the final norm (megatron/model/norms.py, fused_layer_norm.py)
+_NORM_TENSORS: Mapping[str, frozenset[str]] = {
+    "layernorm": frozenset({"norm.weight", "norm.bias"}),
+    "te_layernorm": frozenset({"norm.weight", "norm.bias"}),
+    "rmsnorm": frozenset({"norm.scale", "norm.weight"}),  # weight with rmsnorm_fusion
+    "te_rmsnorm": frozenset({"norm.weight"}),
+    "scalenorm": frozenset({"norm.g"}),
+    "non_parametric_layernorm": frozenset(),
+}
+_ALL_NORM_TENSORS = frozenset({"norm.weight", "norm.bias", "norm.scale", "norm.g"})
+
+
 def contradiction(raw: Mapping[str, Any], names: Collection[str]) -> tuple[str, str]:
     """The first key of the yml by which GPT-NeoX builds other tensors, and such a tensor.
 
     Both are "" if there is none. names: of the tensors in their layers.
     """
     norm = str(raw.get("norm") or "layernorm")
-    norms = {"layernorm": "norm.weight", "rmsnorm": "norm.scale", "scalenorm": "norm.g"}
+    norms = _NORM_TENSORS.get(norm, frozenset(names))
+    if strange := sorted(_ALL_NORM_TENSORS & set(names) - norms):
+        return "norm", strange[0]
+    if norms and not norms & set(names):
+        return "norm", min(norms)
     attention = "attention.dense.weight" in names
     parametric = norm != "non_parametric_layernorm"
     experts = number("moe_num_experts", raw.get("moe_num_experts") or 1, int) > 1
@@ -501,7 +519,6 @@ def contradiction(raw: Mapping[str, Any], names: Collection[str]) -> tuple[str, 
     biased = raw.get("use_bias_in_attn_linear", True) is not False
     qk_norms = [name for name in names if name.startswith("attention.qk_layernorm.")]
     wanted = [
-        *(("norm", name, norms.get(norm) == name) for name in norms.values()),
         *(("pos_emb", name, key == positions) for key, name in POSITIONS.items()),
         ("moe_num_experts", "mlp.router.layer.weight", experts),
     ]
