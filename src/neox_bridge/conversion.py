@@ -215,13 +215,19 @@ class Comparison:
 
 def comparison_of(source: Checkpoint, target: Checkpoint, *, optimizer: bool = False) -> Comparison:
     """The source as it was converted, and the target. optimizer: whether to compare states too."""
-    from neox_bridge.optimizer.masters import as_it_was_converted, with_states
+    from neox_bridge.optimizer.masters import (
+        as_it_was_converted,
+        with_states,
+        with_weights_as_masters,
+    )
     from neox_bridge.planning.option_checks import check_optimizer
 
     check_optimizer(optimizer, source, target)
     source, findings = as_it_was_converted(source, target)
     if optimizer:
-        source, target = with_states(source), with_states(target)
+        with_source, with_target = with_states(source), with_states(target)
+        target = with_weights_as_masters(target, with_target, with_source)
+        source = with_weights_as_masters(source, with_source, with_target)
     return Comparison(source, target, findings)
 
 

@@ -54,6 +54,13 @@ def test_verify(changed: Path) -> None:
     run("verify", str(DATA / "bf16_tp2"), str(changed))
 
 
+def test_weights_of_an_fp32_run_without_zero_are_its_masters(tmp_path: Path) -> None:
+    reshard(DATA / "fp32_stage0", tmp_path / "one", zero=1)
+    for sides in (("fp32_stage0", "one"), ("one", "fp32_stage0")):
+        paths = [str(tmp_path / s if s == "one" else DATA / s) for s in sides]
+        assert "equal, bit by bit" in run("verify", *paths, "--optimizer")
+
+
 def test_inspect(changed: Path) -> None:
     out = run("inspect", str(DATA / "bf16_tp2_dp2"), "--optimizer")
     assert "states      ZeRO 1, 2 data-parallel ranks: master, exp_avg, exp_avg_sq\n" in out

@@ -99,3 +99,21 @@ def with_states(checkpoint: Checkpoint, optimizer: Optimizer | None = None) -> C
         tensors={**checkpoint.tensors, **more},
         dropped=tuple(d for d in checkpoint.dropped if d.kind != "optimizer"),
     )
+
+
+def with_weights_as_masters(
+    checkpoint: Checkpoint, with_states_of_it: Checkpoint, other: Checkpoint
+) -> Checkpoint:
+    """A checkpoint with its states, and with masters where only the other side stores them.
+
+    An fp32 run of ZeRO stage 0 stores no masters: its weights are the masters. Other runs without
+    masters stay without them.
+    """
+    prefix = f"{MASTER}{STATE_OF}"
+    here, there = (
+        any(name.startswith(prefix) for name in side.tensors) for side in (with_states_of_it, other)
+    )
+    if here or not there or checkpoint.config.dtype != "float32":
+        return with_states_of_it
+    masters = {f"{prefix}{name}": whole for name, whole in checkpoint.trained.items()}
+    return replace(with_states_of_it, tensors={**with_states_of_it.tensors, **masters})
