@@ -1,1 +1,1 @@
-"""From what a source holds to what every output byte will be: pure functions, no I/O."""
+"""Plans every byte of an output from an opened source. Pure functions without I/O."""

@@ -1,4 +1,4 @@
-"""What plans of both kinds need: casts, vocabulary rows, small files, the tokenizer, biases."""
+"""Shared by both planners: casts, vocabulary rows, small files, the tokenizer, biases."""
 
 import os
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from neox_bridge.tensors.pieces import OutputFile, Whole
 
 
 def cast(whole: Whole, dtype: DTypeChoice) -> Whole:
-    """The tensor in another floating dtype; integers stay what they are."""
+    """Cast a tensor to another floating dtype. Integers are not changed."""
     if dtype == "keep" or whole.dtype not in (*FLOATING, *FLOAT8):
         return whole
     return replace(whole, dtype=dtype)
@@ -34,11 +34,16 @@ def with_vocabulary_rows(
     wholes: Mapping[str, Whole],
     count: int | None = None,
 ) -> dict[str, Whole]:
-    """The weights of a model with another number of vocabulary rows, by Hugging Face name.
+    """Give the weights of a model another number of vocabulary rows. Added rows are zeros.
 
-    Tensors that the config does not have are left out, and buffers if ``wholes`` has none.
-    count: of the rows, by default the config's.
-    Rows that are added are zeros.
+    Tensors that the config does not have are left out, and so are buffers that ``wholes`` does not
+    have.
+
+    Args:
+        architecture: The family of the model.
+        config: The settings of the model.
+        wholes: The weights by Hugging Face name.
+        count: The number of rows; by default that of the config.
     """
     rows = config.dims["vocab"] if count is None else count
     return {
@@ -51,7 +56,7 @@ def with_vocabulary_rows(
 def cut_rows(
     rows: int, end: int, options: Options, tokenizer: Tokenizer
 ) -> tuple[int, list[Dropped]]:
-    """The rows that ``--vocab-rows`` leaves of these, and what goes: all up to ``end``.
+    """The rows that ``--vocab-rows`` keeps of ``rows``, and what is dropped of those up to ``end``.
 
     Raises UsageError for more rows than the source has.
     """
@@ -81,15 +86,15 @@ def text_file(path: str, data: bytes, *, seals: bool = False) -> OutputFile:
 
 
 def tokenizer_outputs(tokenizer: Tokenizer, folder: str = "") -> list[OutputFile]:
-    """The tokenizer's files below ``folder`` (with its slash)."""
+    """The files of the tokenizer in ``folder`` (with a slash)."""
     copies = [OutputFile(folder + n, size, copy_of=p) for n, p, size in tokenizer.files]
     return copies + [text_file(folder + name, data) for name, data in tokenizer.generated]
 
 
 def carried_outputs(checkpoint: Checkpoint, folder: str = "") -> list[OutputFile]:
-    """The small text files beside the source's model, below ``folder`` (with its slash).
+    """The small text files of the source, such as its license, in ``folder`` (with a slash).
 
-    A generation_config.json that the record tells to the byte is left out.
+    A generation_config.json that can be restored from the record byte for byte is left out.
     """
     paths = checkpoint.carried.paths
     written = dump_json(dict(checkpoint.generation))
@@ -101,9 +106,9 @@ def carried_outputs(checkpoint: Checkpoint, folder: str = "") -> list[OutputFile
 
 
 def with_drifted_biases(plan: Plan, checkpoint: Checkpoint) -> Plan:
-    """The plan with a warning where it writes the mean of biases that differ between ranks.
+    """The plan with a warning if it writes the mean of biases that differ between ranks.
 
-    A GPT-NeoX target of as many tensor-parallel ranks keeps each rank's own.
+    A GPT-NeoX target with the same number of tensor-parallel ranks keeps the biases of every rank.
     """
     state = checkpoint.neox
     if state is None or plan.target.get("tensor_parallel") == state.tp:

@@ -20,12 +20,12 @@ def with_own_defaults(
 ) -> tuple[Checkpoint, tuple[Finding, ...]]:
     """Add the defaults that the run trained with to its settings. Returns the run and findings.
 
-    Only where the defaults of another GPT-NeoX differ.
+    A default is only added if that of the other GPT-NeoX differs.
 
     Args:
-        checkpoint: Of GPT-NeoX.
-        version: Of the DeepSpeed that wrote it, "" where its files have none.
-        era: Of the target; None for one like the source.
+        checkpoint: A GPT-NeoX checkpoint.
+        version: The version of DeepSpeed that wrote it; "" if its files do not contain one.
+        era: The era of the target; None for the GPT-NeoX of the source.
     """
     if era is None:
         return checkpoint, ()
@@ -56,7 +56,7 @@ def with_own_defaults(
 
 
 def computed_findings(raw: Mapping[str, Any], effective: Mapping[str, Any]) -> Iterator[Finding]:
-    """A warning for each key of the yml that had no effect in GPT-NeoX.
+    """Yield a warning for each key of the yml that had no effect in GPT-NeoX.
 
     effective: the effective values, by the keys that GPT-NeoX reads.
     """

@@ -1,4 +1,4 @@
-"""What a model needs of the GPT-NeoX trees that a target is for, and a run's settings for them."""
+"""Checks whether the GPT-NeoX trees of an era support a model, and adapts the settings of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from neox_bridge.planning.neox_yml import LAYOUT, is_elsewhere
 from neox_bridge.planning.options import Options
 
 INV_FREQ_FLAG = "rotary_save_freqs_buffer"
-# keys that are true by default: false changes the model
+# keys that are true by default, so that false changes the model
 _TRUE_BY_DEFAULT = ("use_bias_in_attn_linear",)
 
 
 def check_era(
     checkpoint: Checkpoint, layout: RankLayout, era: Era, options: Options
 ) -> list[Finding]:
-    """What to know of a model in trees of an era. Raises Refused if they have no such model."""
+    """The findings about a model in trees of an era. Raises Refused if they do not support it."""
     architecture, config = checkpoint.architecture, checkpoint.config
     mismatches = []
     ffn = config.dims["ffn"]
@@ -87,7 +87,7 @@ def check_era(
 
 
 def _without(key: str, value: object, era: Era) -> Refusal:
-    """The refusal of a model that needs a setting which trees of the era do not have."""
+    """The refusal of a model with a setting that trees of the era do not have."""
     return Refusal(
         key,
         f"GPT-NeoX {era.until} does not support it, and without it this is another model ({key}: "
@@ -101,7 +101,7 @@ def _check_mlp_biases(
 ) -> None:
     """Raise Refused if trees of the era cannot run an MLP with or without these biases."""
     if layout.te:
-        return  # such modules always have biases, and zeros are written for those that are missing
+        return  # such modules always have biases, and missing ones are written as zeros
     activation = str(architecture.write_neox(config, False)["activation"])
     rule = "none" if layout.old_names else era.gated_biases
     gated = architecture.has_llama_mlp(old=layout.old_names)
@@ -127,7 +127,7 @@ def _check_mlp_biases(
 
 
 def fails_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
-    """Why the forward pass of such trees fails on a model although they know its keys.
+    """Why the forward pass of trees of an era fails on a model although they know its keys.
 
     Until neox-gpt-j-no-mlp-bias the parallel blocks expand both biases, which may be None. Until
     neox-rms-epsilon RMSNorm computes the root of its dimension, which is a list for q and k.
@@ -154,7 +154,7 @@ def fails_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
 
 
 def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
-    """Settings of today's or another GPT-NeoX that change the model and that this one has not."""
+    """Settings of another GPT-NeoX that change the model and that trees of the era do not have."""
     if checkpoint.kind != "neox":
         return []
     raw, known = checkpoint.raw, known_keys(era)
@@ -175,10 +175,11 @@ def lost_in_era(checkpoint: Checkpoint, era: Era) -> list[Refusal]:
 
 @dataclass(frozen=True)
 class EraSettings:
-    """The keys of a run's yml that GPT-NeoX of a date accepts.
+    """The keys of a run's yml for the GPT-NeoX of an era. None of the changes affects the model.
 
-    changed: those that say the same in other words there, with their new values. dropped: those
-    that it refuses. None of them changes the model.
+    Attributes:
+        changed: New values of keys that express the same setting differently there.
+        dropped: Keys that it refuses.
     """
 
     raw: Mapping[str, Any]
@@ -187,7 +188,7 @@ class EraSettings:
 
 
 def era_settings(checkpoint: Checkpoint, layout: RankLayout, era: Era | None) -> EraSettings:
-    """The yml of a GPT-NeoX source for trees of an era; None keeps every key as it is."""
+    """Adapt the yml of a GPT-NeoX source to trees of an era; None keeps every key."""
     raw = checkpoint.raw
     if era is None:
         return EraSettings(raw, {}, ())
@@ -215,7 +216,7 @@ def era_settings(checkpoint: Checkpoint, layout: RankLayout, era: Era | None) ->
 
 
 def reason_dropped(key: str, era: str) -> str:
-    """Why a key is not in the yml for trees of an era."""
+    """Why the yml for trees of an era does not contain a key."""
     if source := COMPUTED_KEYS.get(key):
         return f"it had no effect: GPT-NeoX computes it from {source}"
     return f"GPT-NeoX of {era} refuses it"

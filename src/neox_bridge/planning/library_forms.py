@@ -18,7 +18,7 @@ _TRANSFORMERS = "transformers"
 
 
 def form_asked(architecture: Architecture, options: Options) -> Form | None:
-    """The format of ``options.format``; None for transformers. Raises Refused for others."""
+    """The format of ``options.format``; None for transformers. Raises Refused for other formats."""
     if options.format in (None, _TRANSFORMERS):
         return None
     names = ", ".join([_TRANSFORMERS, *(form.name for form in architecture.forms)])
@@ -38,7 +38,7 @@ def form_asked(architecture: Architecture, options: Options) -> Form | None:
 def form_weights(
     form: Form, architecture: Architecture, config: ModelConfig, tensors: Sequence[OutputTensor]
 ) -> OutputFile:
-    """The state dict. A tied head is the tensor of the embeddings under a second name."""
+    """Lay out the state dict. A tied head is the embeddings tensor under a second name."""
     named = OrderedDict((form.names.get(t.name, t.name), TensorSlot(t.name)) for t in tensors)
     if config.tied_embeddings:
         head = form.names.get(architecture.head, architecture.head)

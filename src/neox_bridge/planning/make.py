@@ -1,4 +1,4 @@
-"""One door to planning: what to write, from an opened source and what the user asks for."""
+"""The entry point of planning: makes a plan from an opened source and the options of the user."""
 
 import shlex
 from collections.abc import Iterator
@@ -32,12 +32,18 @@ def make_plan(
     target: str,
     make_optimizer: MakeOptimizer | None = None,
 ) -> Plan:
-    """Everything that a conversion will write, before a byte is written.
+    """Plan everything that a conversion writes, before a byte is written.
 
-    target: where it goes; the yml of a GPT-NeoX target names it. make_optimizer: makes the
-        optimizer that ``options.optimizer`` "fresh" asks for; ``conversion.plan`` passes it.
-    Raises Refused, with every reason, for what the target can't express, UsageError for options
-    that do not apply.
+    Args:
+        checkpoint: The source.
+        options: The options of the user.
+        target: The path of the target, which the yml of a GPT-NeoX target contains.
+        make_optimizer: Makes the optimizer of ``options.optimizer`` "fresh"; see
+            ``conversion.plan``.
+
+    Raises:
+        Refused: The target cannot express the source. The message has every reason.
+        UsageError: An option does not apply.
     """
     kind = kind_of(checkpoint, options)
     check_options(checkpoint, options)
@@ -68,7 +74,7 @@ def make_plan(
             f"`vocab_rows=tokenizer`: {checkpoint.path} comes without a tokenizer. Name one with "
             "`tokenizer=`."
         )
-    if kind == "hf":  # one direction's modules needn't be read for the other
+    if kind == "hf":  # the modules of the other direction need not be imported
         from neox_bridge.planning.to_hf import plan_hf
 
         plan = plan_hf(checkpoint, options, tokenizer)
@@ -100,16 +106,16 @@ def make_plan(
 
 
 def _left_out(checkpoint: Checkpoint, plan: Plan) -> Iterator[Dropped]:
-    """What the reader set aside, except an inv_freq that the target stores again."""
+    """What the reader left out, except an inv_freq that the target stores again."""
     stored = plan.target.get("inv_freq") == "store"
     return (drop for drop in checkpoint.dropped if not (stored and drop.kind == "inv_freq"))
 
 
 def relayout_command(checkpoint: Checkpoint, target: str) -> str:
-    """The command that moves a model that only GPT-NeoX can hold to another layout.
+    """The command that moves a model that only GPT-NeoX supports to another layout, or "".
 
-    A refusal cannot promise it: whether it works depends on the checkpoint. So it is planned first,
-    and "" where that fails, and for other checkpoints.
+    Whether the conversion works depends on the checkpoint. It is planned first, so that a refusal
+    does not advise a command that fails.
     """
     if checkpoint.neox is None:
         return ""

@@ -1,7 +1,7 @@
-"""The README.md of a Hugging Face folder: the model's own text, and a section about the conversion.
+"""Writes README.md of a Hugging Face folder: the model's text and a section on the conversion.
 
-The section stands between two markers. Each conversion replaces it and leaves the rest as it is,
-except for keys of the front matter that the conversion made wrong.
+The section is between two markers. Each conversion replaces it and keeps the rest of the file,
+except for keys of the front matter that the conversion invalidates.
 """
 
 import re
@@ -24,7 +24,7 @@ from neox_bridge.version import __version__
 from neox_bridge.wording import markdown, plural
 
 _BEGIN, _END = b"<!-- neox-bridge -->", b"<!-- /neox-bridge -->"
-# what the Hub reads: YAML between two lines of dashes, at the very start
+# the front matter that the Hub reads: YAML between two lines of dashes at the start of the file
 _FRONT = re.compile(rb"(---[ \t]*\r?\n)(.*?\r?\n)(---[ \t]*(?:\r?\n|\Z))", re.DOTALL)
 _TASKS = ("text-classification", "text-generation")
 
@@ -35,7 +35,7 @@ def model_card(
     dropped: Sequence[Dropped],
     form: Form | None = None,
 ) -> tuple[ModelCard, list[Finding]]:
-    """The card of a Hugging Face target, and what is to be said of the source's own card."""
+    """The card of a Hugging Face target, and the findings about the card of the source."""
     metadata = {
         "library_name": form.library if form else "transformers",
         "pipeline_tag": _TASKS[0 if checkpoint.config.reward else 1],
@@ -60,7 +60,7 @@ def model_card(
 
 
 def card_text(card: ModelCard, *, verified: bool = True) -> bytes:
-    """README.md. verified: whether the target is compared with its source."""
+    """The text of README.md. verified: whether the target is compared with its source."""
     how = (
         "After they were written, all tensors were read back and compared with the source, "
         f"{'bit by bit' if card.cast is None else f'value by value after the cast to {card.cast}'}."
@@ -72,7 +72,7 @@ def card_text(card: ModelCard, *, verified: bool = True) -> bytes:
 
 
 def without_verification(plan: Plan) -> Plan:
-    """The plan, whose model card does not say that the target was compared with its source."""
+    """The plan with a model card that does not say that the target was compared with its source."""
     if plan.card is None:
         return plan
     planned = text_file(CARD, card_text(plan.card))
@@ -147,9 +147,9 @@ def _merged(checkpoint: Checkpoint, dropped: Sequence[Dropped]) -> str:
 
 
 def _trained_on(checkpoint: Checkpoint) -> bool:
-    """Whether GPT-NeoX trained a model that came from Hugging Face, and saved this step.
+    """Whether GPT-NeoX trained a model that came from Hugging Face and then saved this step.
 
-    The record of a step that was converted, in whatever layout, has the config of its source.
+    The record of a converted step, in either layout, contains the config of its source.
     """
     came_along = checkpoint.kind == "neox" and checkpoint.carried.path_of(CARD) is not None
     return came_along and "config" not in checkpoint.record
@@ -158,7 +158,7 @@ def _trained_on(checkpoint: Checkpoint) -> bool:
 def _corrected(
     text: bytes, metadata: Mapping[str, str], checkpoint: Checkpoint
 ) -> tuple[bytes, list[str]]:
-    """A card whose front matter fits the target, and in words what was changed in it."""
+    """Correct the front matter of a card for the target. Also describes the changes."""
     front = _FRONT.match(text)
     values = _parsed(front[2]) if front else None
     if front is None or values is None:
@@ -177,14 +177,14 @@ def _corrected(
             {**values, key: value} if value else {k: v for k, v in values.items() if k != key}
         )
         if edited is None or _parsed(edited) != expected:
-            continue  # as somebody spelled it, the key cannot be changed alone
+            continue  # the key is spelled in a way that cannot be edited alone
         changes.append(f"{key}: {values[key]} is now {value}" if value else f"{key} is removed")
         body, values = edited, expected
     return front[1] + body + front[3] + text[front.end() :], changes
 
 
 def _with_key(body: bytes, key: str, value: str | None) -> bytes | None:
-    """Front matter with another value of a key, or without it; None where it has no such line."""
+    """Set a key of the front matter, or remove it. None if no line has the key."""
     lines, block = body.splitlines(keepends=True), []
     for number, line in enumerate(lines):
         if line.startswith(f"{key}:".encode()):
@@ -199,7 +199,7 @@ def _with_key(body: bytes, key: str, value: str | None) -> bytes | None:
 
 
 def _parsed(front: bytes) -> dict[str, Any] | None:
-    """The values of front matter; None where it is not what a YAML parser reads safely."""
+    """The values of the front matter; None if a YAML parser cannot read it safely."""
     try:
         return parse_yml(front, CARD)
     except BridgeError:

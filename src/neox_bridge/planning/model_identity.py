@@ -8,7 +8,7 @@ from neox_bridge.architectures.base import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """A model without its weights, dtype and layout.
+    """The properties of a model that do not depend on its weights, dtype and layout.
 
     Attributes:
         settings: Its sizes, and the settings that change what it computes.

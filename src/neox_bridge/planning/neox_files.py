@@ -1,4 +1,4 @@
-"""The files of a global_stepN: which tensors of which rank go where, and the metadata beside them.
+"""Lays out the files of a global_stepN: the tensors of each rank and the metadata.
 
 Names and keys as GPT-NeoX and DeepSpeed write them (megatron/checkpointing.py, save_ds_checkpoint;
 deepspeed/runtime/engine.py, _save_checkpoint; deepspeed/runtime/pipe/module.py, save_state_dict).
@@ -28,7 +28,7 @@ from neox_bridge.tensors.geometry import Split, constant, scatter
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Whole
 from neox_bridge.version import __version__
 
-# the keys of an mp_rank file in DeepSpeed's order, with what they are for a run without such things
+# the keys of an mp_rank file in DeepSpeed's order, with their values for a run without such states
 MP_RANK: Mapping[str, Any] = {
     "module": None,
     "buffer_names": [],
@@ -73,8 +73,8 @@ V1_KEYS = (
     "rng_tracker_states",
 )
 SEED = 1234  # GPT-NeoX's default
-# of an mp_rank file's number and module (None if layers have files of their own): its value,
-# and the tensors of it beside the module's
+# from the number of an mp_rank file and its module (None if layers have separate files): the value
+# of the file, and its tensors that are not in the module
 Metadata = Callable[[int, Any], tuple[dict[str, Any], list[OutputTensor]]]
 Groups = dict[Parameter, list[Row]]
 Pickles = dict[object, tuple[bytes, Sequence[str]]]
@@ -82,12 +82,14 @@ Pickles = dict[object, tuple[bytes, Sequence[str]]]
 
 @dataclass(frozen=True, slots=True)
 class RankLayout:
-    """How a target is laid out over ranks.
+    """The layout of a target over ranks.
 
-    row_bias: see ``geometry.scatter``.
-    stages: pipeline stages, 1 for the layout "ranks". inv_freq: whether the buffer is written.
-    te: whether the blocks' modules are Transformer Engine's.
-    states: how the optimizer's states are cut over ranks: see ``StatesForm``.
+    Attributes:
+        row_bias: See ``geometry.scatter``.
+        stages: The number of pipeline stages; 1 for the layout "ranks".
+        inv_freq: Whether the rotary buffer is written.
+        te: Whether the blocks have modules of Transformer Engine.
+        states: How the optimizer states are split over ranks; see ``StatesForm``.
     """
 
     name: LayoutName
@@ -102,7 +104,7 @@ class RankLayout:
 
     @property
     def pipe_parallel_size(self) -> int:
-        """GPT-NeoX's setting: 0 if there are no stages."""
+        """The setting of GPT-NeoX, which is 0 without stages."""
         return self.stages if self.name == "layers" else 0
 
     @property
@@ -112,15 +114,15 @@ class RankLayout:
 
     @property
     def old_names(self) -> bool:
-        """Whether the MLP is named as before 2024-09."""
+        """Whether the MLP has its names from before 2024-09."""
         return self.mlp_names == "dense"
 
 
 @dataclass(frozen=True)
 class NeoxModel:
-    """A model as a GPT-NeoX target holds it.
+    """A model as stored in a GPT-NeoX target.
 
-    wholes: by Hugging Face name, with the vocabulary's rows and the dtype of the target.
+    wholes: the tensors by Hugging Face name, with the vocabulary rows and the dtype of the target.
     """
 
     architecture: Architecture
@@ -132,16 +134,16 @@ class NeoxModel:
 def weight_files(
     folder: str, model: NeoxModel, metadata: Metadata, *, alike: bool = False
 ) -> Iterator[OutputFile]:
-    """Every ``.pt`` file of the folder: one a layer and rank, or one a rank, and the metadata.
+    """Yield every ``.pt`` file: one per layer and rank or one per rank, and the metadata.
 
-    alike: whether the metadata of all numbers is the same value, except for its module.
+    alike: whether the metadata of all numbers is equal, except for the module.
     """
     layout = model.layout
     groups = _grouped(_stored_rows(model), model)
     dumped: Pickles = {}
     modules: list[tuple[Any, list[OutputTensor]]] = [(None, [])] * (layout.stages * layout.tp)
     if layout.name == "layers":
-        # a final norm without parameters has a file too
+        # a final norm without parameters also has a file
         layers: dict[int, Groups] = {model.config.layers + 3: {}}
         for (layer, name), parts in groups.items():
             layers.setdefault(layer, {})[layer, name] = parts
@@ -149,7 +151,7 @@ def weight_files(
             for rank in range(layout.tp):
                 tensors = _with_biases(_tensors(layer_groups, model, rank), model)
                 value: Mapping[str, TensorSlot | None] = _state_dict(tensors, layout)
-                # save_state_dict of deepspeed/runtime/pipe/module.py made a plain dict then
+                # save_state_dict of deepspeed/runtime/pipe/module.py wrote a plain dict then
                 value = dict(value) if layout.predates_deepspeed_06 else value
                 yield _laid_out(
                     f"{folder}/{layer_file(layer, rank)}", value, value, tensors, dumped
@@ -172,7 +174,7 @@ def rank_modules(model: NeoxModel) -> list[tuple[Any, list[OutputTensor]]]:
 
 
 def _stored_rows(model: NeoxModel) -> list[Row]:
-    """The rows of what the target stores: with derived buffers or without."""
+    """The rows of the tensors that the target stores, with or without derived buffers."""
     rows = table_rows(model.architecture, model.config.layers)
     store = model.layout.inv_freq == "store"
     return [row for row in rows if store or row.weight.split != "derived"]
@@ -186,9 +188,9 @@ def mp_rank_file(
     tensors: Sequence[OutputTensor] = (),
     dumped: Pickles | None = None,
 ) -> OutputFile:
-    """One file of metadata. module, tensors: the weights in it, where it has them.
+    """One metadata file. module, tensors: the weights in it, if there are any.
 
-    dumped: pickles of other numbers that have the same metadata.
+    dumped: a cache of pickles, shared by files with the same metadata.
     """
     value, states = metadata(number, module)
     path = f"{folder}/{rank_file(number)}"
@@ -203,10 +205,10 @@ def _laid_out(
     tensors: Sequence[OutputTensor],
     dumped: Pickles,
 ) -> OutputFile:
-    """names: of the module in the value.
+    """Lay out one file. names: the tensors of its module.
 
-    dumped: pickles by what they hold: a layer's is the same for every rank and block, a rank's
-    for every rank.
+    dumped: a cache of pickles by content: a layer has the same pickle on every rank and in every
+    block, and a rank the same as every other rank.
     """
     slots = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     key = tuple(names), tuple(slots.items())
@@ -216,19 +218,19 @@ def _laid_out(
 
 
 def rank_parameters(model: NeoxModel, rank: int) -> dict[Parameter, OutputTensor]:
-    """One tensor-parallel rank's parameters."""
+    """The parameters of one tensor-parallel rank."""
     groups = _grouped(parameter_rows(model.architecture, model.config), model)
     return dict(zip(groups, _tensors(groups, model, rank), strict=True))
 
 
 def parameter_rows(architecture: Architecture, config: ModelConfig) -> list[Row]:
-    """The rows of the weights that GPT-NeoX trains: all but buffers."""
+    """The rows of the weights that GPT-NeoX trains, without buffers."""
     rows = (row for row in table_rows(architecture, config.layers) if row.weight.is_in(config))
     return [row for row in rows if row.weight.split != "derived" and row.weight.trained]
 
 
 def _with_biases(tensors: Iterable[OutputTensor], model: NeoxModel) -> list[OutputTensor]:
-    """A rank's tensors, with the biases that Transformer Engine's modules always have."""
+    """The tensors of a rank, with the biases that Transformer Engine's modules always have."""
     present = list(tensors)
     if model.layout.te:
         present += list(transformer_engine.lacking_biases(present, model.config.dtype))
@@ -236,7 +238,7 @@ def _with_biases(tensors: Iterable[OutputTensor], model: NeoxModel) -> list[Outp
 
 
 def _grouped(rows: Iterable[Row], model: NeoxModel) -> Groups:
-    """The model's rows by layer and name; those that share both are parts of one tensor."""
+    """The rows of the model by layer and name. Rows with the same key are parts of one tensor."""
     groups: Groups = {}
     for row in rows:
         if row.weight.is_in(model.config):
@@ -249,7 +251,7 @@ def _grouped(rows: Iterable[Row], model: NeoxModel) -> Groups:
 def _tensors(
     groups: Groups, model: NeoxModel, rank: int, numbered: bool = False
 ) -> Iterator[OutputTensor]:
-    """One rank's tensors, in the groups' order. numbered: whether their names have the layer."""
+    """The tensors of one rank, in the order of groups. numbered: prefix names with the layer."""
     for (layer, name), rows in groups.items():
         full = f"sequential.{layer}.{name}" if numbered else name
         yield _tensor(full, rows[0].weight.split_as(name), rows, model, rank)
@@ -288,7 +290,10 @@ def _state_dict(
 class NewOptimizer:
     """An optimizer that is written with the weights; see ``optimizer.fresh``.
 
-    stage: ZeRO's. values: what each mp_rank file says of it, by number. files: its own.
+    Attributes:
+        stage: The ZeRO stage.
+        values: What each mp_rank file contains about it, by number.
+        files: The separate files of the optimizer.
     """
 
     stage: int
@@ -296,7 +301,7 @@ class NewOptimizer:
     files: Sequence[OutputFile]
 
 
-# (the model with its tensors in the source's dtype, keys of the yml, iteration, dp)
+# arguments: the model with tensors in the source's dtype, keys of the yml, iteration, dp
 MakeOptimizer = Callable[[NeoxModel, Mapping[str, Any], int, int], NewOptimizer]
 
 
@@ -308,7 +313,7 @@ def start_of_run(
     number: int,
     module: Any,
 ) -> tuple[dict[str, Any], list[OutputTensor]]:
-    """The dictionary of an mp_rank file to start from, and its tensors: random states as bytes."""
+    """The contents of an mp_rank file to start from. Its tensors are random states as bytes."""
     count, tp_rank = layout.stages * layout.tp, number % layout.tp
     states = {
         "torch_rng_state": random_states.torch_state(SEED),

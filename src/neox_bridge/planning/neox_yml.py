@@ -1,4 +1,4 @@
-"""The settings with which GPT-NeoX loads a converted checkpoint and starts to fine-tune."""
+"""Writes the settings with which GPT-NeoX loads a converted checkpoint and starts fine-tuning."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ LAYOUT = (
 )
 _PRECISION = ("precision", "fp16", "bf16", "fp32_allreduce")
 _FILES = ("tokenizer_type", "vocab_file", "merge_file", "load", "save", "finetune", "data_path")
-# of another machine or another run: where things lay, who started it, where it continued
+# settings that are only valid on one machine or in one run: paths, accounts, where to resume
 _ELSEWHERE = re.compile(
     r".*_data_(paths?|weights)|wandb_.*|comet_.*|tensorboard_.*|log_dir|hostfile|include|exclude|"
     r"launcher.*|deepspeed_slurm|deepspeed_mpi|deepspeed_jsrun|no_ssh_check|master_.*|account|"
@@ -35,7 +35,7 @@ _ELSEWHERE = re.compile(
 )
 _HALF = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 12}
 _HALF |= {"hysteresis": 2, "min_loss_scale": 1}
-# how a run starts whose yml does not say otherwise
+# the defaults for a run whose yml does not set these keys
 START: dict[str, Any] = {
     "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8}},
     "min_lr": 1e-6,
@@ -69,11 +69,12 @@ START: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A yml's keys by purpose, and what of the source's settings isn't among them.
+    """The keys of a yml by purpose, and the settings of the source that it does not contain.
 
-    unknown: keys that a tree of the era would refuse.
-    carried: keys that no known GPT-NeoX has, for the fork that wrote them.
-    origin: see ``layouts.origin``.
+    Attributes:
+        unknown: Keys that a tree of the era would refuse.
+        carried: Keys that no known GPT-NeoX has, for the fork that wrote them.
+        origin: See ``layouts.origin``.
     """
 
     model: dict[str, Any]
@@ -98,14 +99,15 @@ def settings(
     old_names: bool,
     carried: Mapping[str, Any] = MappingProxyType({}),
 ) -> Settings:
-    """Settings for a target of this layout.
+    """Compute the settings for a target.
 
-    layout: pipe_parallel_size, model_parallel_size, make_vocab_size_divisible_by.
-    raw: the merged yml of the run that the source comes from; empty if there was none.
-    same_model: whether raw describes this very model, so that its own words are kept.
-    same_dtype: whether raw's precision is that of the target.
-    old_names: whether the MLP is that of a tree before 2024-09.
-    carried: keys of raw to keep although no known GPT-NeoX has them.
+    Args:
+        layout: pipe_parallel_size, model_parallel_size, make_vocab_size_divisible_by.
+        raw: The merged yml of the run that the source comes from; empty if there was none.
+        same_model: Whether raw describes exactly this model, so that its spelling is kept.
+        same_dtype: Whether the target has the precision of raw.
+        old_names: Whether the MLP is that of a tree before 2024-09.
+        carried: Keys of raw to keep although no known GPT-NeoX has them.
     """
     known = known_keys(era)
     model = architecture.write_neox(config, old_names)
@@ -141,10 +143,13 @@ def settings(
 def start_yml(
     settings: Settings, root: str, tokenizer_file: str | None, *, fresh: bool
 ) -> tuple[str, bytes, tuple[str, ...]]:
-    """The yml in the target's root, its name, and the keys that the user has still to fill in.
+    """The yml in the root of the target, its name, and the keys that the user must still fill in.
 
-    root: the target's absolute path. tokenizer_file: relative to it. fresh: whether there is an
-    optimizer to start with.
+    Args:
+        settings: Its settings.
+        root: The absolute path of the target.
+        tokenizer_file: The path of the tokenizer, relative to root.
+        fresh: Whether there is an optimizer to start with.
     """
     name = "resume.yml" if fresh else "finetune.yml"
     what = "Trains on from" if fresh else "Fine-tunes"
@@ -179,12 +184,12 @@ def start_yml(
 
 
 def is_elsewhere(key: str) -> bool:
-    """Whether a key names something of another machine or another run, such as a host or a path."""
+    """Whether a key is only valid on one machine or in one run, such as a host or a path."""
     return _ELSEWHERE.fullmatch(key) is not None
 
 
 def unnameable(path: str) -> bool:
-    """Whether a yml, which is UTF-8, can't hold a path."""
+    """Whether a path cannot be written into a yml, which is UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -193,15 +198,15 @@ def unnameable(path: str) -> bool:
 
 
 def in_yml(path: str) -> str | list[str]:
-    """The path; a list in place of one that can't be written, with which GPT-NeoX ends at once.
+    """The path, or a list if it cannot be written: with a list GPT-NeoX fails immediately.
 
-    With null or another folder it would start from scratch, without a word of it.
+    With null or another folder it would silently train from scratch.
     """
     return [f"fill in: {plain(path)}, which is not UTF-8"] if unnameable(path) else path
 
 
 def unnameable_finding(file: str, keys: Sequence[str]) -> Finding:
-    """What to know of a yml that can't name its folder."""
+    """The finding about a yml that cannot contain the path of its folder."""
     return Finding(
         "path-not-utf8",
         "warning",
@@ -225,7 +230,7 @@ def step_yml(settings: Settings) -> bytes:
 
 
 def _carried(settings: Settings) -> list[tuple[str, Mapping[str, Any]]]:
-    """The keys of a fork, which are written as they were, and what the model was."""
+    """The keys of a fork, written unchanged, and the origin of the model."""
     comment = "keys of the source that neox-bridge does not know, unchanged"
     sections = ((comment, settings.carried), (ORIGIN, settings.origin))
     return [(comment, keys) for comment, keys in sections if keys]
@@ -242,9 +247,9 @@ def _precision(dtype: str) -> dict[str, Any]:
 def resume_yml(
     raw: Mapping[str, Any], changed: Mapping[str, Any], root: str
 ) -> tuple[bytes, bytes]:
-    """A yml with which a run goes on from ``root``, and the same without files, for configs.
+    """A yml that resumes a run from ``root``, and the same without files, for configs.
 
-    raw: the run's own settings. changed: the layout, the batch, and what else isn't as it was.
+    raw: the settings of the run. changed: the layout, the batch and other settings that change.
     """
     left_out = {"load", "save", "finetune", *COMPUTED_KEYS}
     rest = {

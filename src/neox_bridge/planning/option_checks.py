@@ -1,6 +1,6 @@
-"""Options that do not apply to a conversion, or contradict each other, are usage errors.
+"""Raises usage errors for options that do not apply to a conversion or contradict each other.
 
-An option that did nothing would mislead: the user would take the result for what was asked for.
+Ignoring an option would mislead the user, who would assume that it had an effect.
 """
 
 import os
@@ -18,18 +18,18 @@ _NAMES: dict[Kind, str] = {"hf": "Hugging Face", "neox": "GPT-NeoX"}
 
 
 def kind_of(checkpoint: Checkpoint, options: Options) -> Kind:
-    """The kind that is written."""
+    """The kind of the target."""
     other: Kind = "hf" if checkpoint.kind == "neox" or options.format else "neox"
     return options.to or other
 
 
 def check_outside(sources: Iterable[str], place: str, parameter: str = "target") -> None:
-    """Raise UsageError if a folder to write to is inside a source, with symbolic links followed.
+    """Raise UsageError if the output folder is inside a source, after following symbolic links.
 
     A conversion would change the folder that it reads. To add a step to a run, the target is the
     folder of the run itself.
 
-    sources: as the user named them. parameter: the one that names the place.
+    sources: as the user named them. parameter: the parameter with the output folder.
     """
     inside = real(absolute(plain(place)))
     for source in sources:
@@ -42,14 +42,14 @@ def check_outside(sources: Iterable[str], place: str, parameter: str = "target")
 
 
 def _resolved(path: str, real_path: str) -> str:
-    """The path as the user named it, and where it leads if symbolic links are in between."""
+    """The path as given, and the path that it resolves to if that differs."""
     return path if absolute(plain(path)) == real_path else f"{path} ({real_path})"
 
 
 def check_options(checkpoint: Checkpoint, options: Options, given: Collection[str] = ()) -> None:
     """Raise UsageError for options that would be ignored, and for numbers out of range.
 
-    given: options that the user named, also those with the value that is their default.
+    given: options that the user set, even to the default.
     """
     for name, declared in options_of(Options).items():
         check_minimum(name, declared, getattr(options, name))
@@ -69,7 +69,7 @@ def check_options(checkpoint: Checkpoint, options: Options, given: Collection[st
             "it describes the row order in GPT-NeoX files, but neither side is GPT-NeoX",
             "Leave it out.",
         )
-    # only where the user names one model: a batch may hold some with it and some without
+    # only if the user named one model: a batch may contain models with and without it
     if "gqa_order" in given and not checkpoint.config.grouped_query:
         raise _no_grouped_query()
     if "dp" in chosen and options.optimizer != "fresh":
@@ -103,7 +103,7 @@ def check_gqa_order(order: str | None, *checkpoints: Checkpoint) -> None:
 
 
 def check_optimizer(wanted: bool, *checkpoints: Checkpoint) -> None:
-    """Raise UsageError if optimizer states are asked of a Hugging Face model."""
+    """Raise UsageError if optimizer states are requested from a Hugging Face model."""
     for checkpoint in checkpoints if wanted else ():
         if checkpoint.neox is None:
             raise UsageError(

@@ -210,7 +210,7 @@ class Options:
     )
 
     def asked(self) -> dict[str, object]:
-        """The options that are not the default, in plain words, without paths of the machine."""
+        """The options that differ from the default, as plain data, without local paths."""
         chosen = {
             entry.name: value
             for entry in fields(self)
@@ -223,7 +223,7 @@ class Options:
         return chosen
 
 
-# the options that apply to targets of one kind only
+# the options that apply to one kind of target only
 SIDES: dict[str, Side] = {
     name: declared.side for name, declared in options_of(Options).items() if declared.side
 }
@@ -233,14 +233,13 @@ _Chosen = TypeVar("_Chosen")
 
 
 def with_choices(options: _Chosen, choices: Mapping[str, Any]) -> _Chosen:
-    """The options with some fields replaced, by name and as a user writes them.
+    """Replace some options, given by name and with the values that a user writes.
 
-    Words that stand for others and names of versions are understood, such as ``dtype="bf16"`` and
-    ``era="neox@2024-03"``.
+    Aliases and version names are accepted, such as ``dtype="bf16"`` and ``era="neox@2024-03"``.
 
     Raises:
         TypeError: There is no such field.
-        UsageError: A field does not take this value.
+        UsageError: The value is not valid for the field.
     """
     declared = options_of(type(options))
     values = {}
@@ -265,10 +264,10 @@ def _value(name: str, declared: Option, value: Any) -> Any:
 
 
 def check_minimum(name: str, declared: Option, value: object) -> None:
-    """Raise UsageError if an option that has a minimum is not a number, or is less."""
+    """Raise UsageError if an option with a minimum is not a number or is too small."""
     if declared.minimum is None or value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError([name], f"must be a number, not {value!r}")
-    if not value >= declared.minimum:  # also for NaN
+    if not value >= declared.minimum:  # also true for NaN
         raise UsageError([name], f"must be {declared.minimum} or more, not {value!r}")

@@ -13,9 +13,9 @@ from neox_bridge.tensors.pieces import OutputFile
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """The parts of a README.md: see ``model_card.card_text``.
+    """The parts of a README.md; see ``model_card.card_text``.
 
-    section: the lines of the part about the conversion. cast: the dtype that weights are cast to.
+    section: the lines about the conversion. cast: the dtype that weights are cast to.
     """
 
     before: bytes
@@ -28,18 +28,22 @@ class ModelCard:
 class Plan:
     """Everything that a conversion writes, before a byte is written.
 
-    source, target: what they are, in words and numbers (see ``plan.schema.json``).
-    blanks: what the user has still to fill in, as (file, key).
-    asked: the options that aren't the default (``Options.asked``).
-    casts: the dtypes that the source's weights are cast to.
-    model: what tells the model of a GPT-NeoX target from another; None if nobody asks.
-    fixed: keys of a start-up yml that must stay as they are in the plan's.
-    known_deviations: how the names of tensors end whose ranks differ, as a finding says already.
-    card: what README.md of a Hugging Face target is made of.
-    carried: the names of small text files that are taken over from beside the source's model.
-    left: the files beside it that are not.
-    checkpoint: the source as it was opened, to compare the result with; None for a plan that has no
-        checkpoint for its source. It is neither printed nor part of the plan's hash.
+    Attributes:
+        source: A description of the source (see ``plan.schema.json``).
+        target: A description of the target.
+        blanks: Keys that the user must still fill in, as (file, key).
+        asked: The options that differ from the default (``Options.asked``).
+        casts: The casts of the source's weights.
+        model: The identity of the model of a GPT-NeoX target; None if it is not needed.
+        fixed: Keys of a start-up yml whose values must stay as planned.
+        known_deviations: Endings of the names of tensors that differ between ranks, as a finding
+            already reports.
+        card: The parts of README.md of a Hugging Face target.
+        carried: The names of small text files that are copied from the folder of the source's
+            model.
+        left: The files in that folder that are not copied.
+        checkpoint: The opened source, to compare the result with; None if the plan has no
+            checkpoint as its source. It is neither printed nor part of the plan's hash.
     """
 
     source: dict[str, object]
@@ -60,7 +64,7 @@ class Plan:
     checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """As ``convert --dry-run --json``, but for the target's path and the memory."""
+        """The document of ``convert --dry-run --json`` without the target path and the memory."""
         from neox_bridge.planning.report import to_json
 
         return to_json(self, None, self.checkpoint.source if self.checkpoint is not None else "")

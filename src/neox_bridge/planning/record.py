@@ -1,4 +1,4 @@
-"""``neox_bridge.json``: what the target cannot express, so that a conversion back is exact."""
+"""Writes ``neox_bridge.json``: what the target cannot express, so that converting back is exact."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _PRIVATE = re.compile(
 
 
 def hf_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The record beside a Hugging Face model: the source, and the settings of a GPT-NeoX run."""
+    """The record of a Hugging Face target: the source, and the settings of a GPT-NeoX run."""
     record: dict[str, Any] = _base(checkpoint)
     if checkpoint.kind == "neox" and checkpoint.neox is not None:
         record["neox"] = {
@@ -37,7 +37,7 @@ def neox_record(checkpoint: Checkpoint, rows: int, tokenizer_size: int | None) -
     Args:
         checkpoint: The source.
         rows: The rows of its embeddings.
-        tokenizer_size: The entries of its tokenizer; None if unknown.
+        tokenizer_size: The number of entries of its tokenizer; None if unknown.
     """
     record = _base(checkpoint)
     record["vocab_size"] = rows
@@ -54,7 +54,7 @@ def neox_record(checkpoint: Checkpoint, rows: int, tokenizer_size: int | None) -
 
 
 def source_summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The origin of a checkpoint, without paths of this machine."""
+    """The origin of a checkpoint, without local paths."""
     summary: dict[str, Any] = {"kind": checkpoint.kind, "name": _name(checkpoint)}
     if checkpoint.revision:
         summary["revision"] = checkpoint.revision

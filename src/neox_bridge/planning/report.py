@@ -1,4 +1,4 @@
-"""A plan as plain data: to print, to keep as JSON (``plan.schema.json``), to tell apart by hash."""
+"""A plan as plain data: to print, to save as JSON (``plan.schema.json``), and to hash."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,16 +12,15 @@ from neox_bridge.planning.plan import Plan
 from neox_bridge.tensors.pieces import OutputFile, OutputTensor, Piece, byte_range
 from neox_bridge.tensors.tensor_ref import TensorRef
 
-_HASH_VERSION = 1  # of what the hash covers
+_HASH_VERSION = 1  # version of what the hash covers
 
 
 def summary(plan: Plan, peak_memory: int | None) -> dict[str, Any]:
-    """The plan in numbers.
+    """The plan in numbers. ``peak_memory`` is left out if it is None; see ``execution.memory``.
 
-    bytes_copied: move unchanged, as runs of bytes. bytes_transformed: are cast, strided, summed,
-    filled or made up. bytes_from_plan: are in the plan itself: headers, pickles, small text files.
-    peak_memory: see ``execution.memory``, which knows how the plan would be executed; None to leave
-        it out.
+    bytes_copied: are copied unchanged, as runs of bytes. bytes_transformed: are cast, strided,
+    summed, filled or generated. bytes_from_plan: are in the plan itself: headers, pickles, small
+    text files.
     """
     tensors = [tensor for file in plan.files for tensor in file.tensors]
     unchanged = sum(copied(tensor) for tensor in tensors)
@@ -44,7 +43,7 @@ def summary(plan: Plan, peak_memory: int | None) -> dict[str, Any]:
 def to_json(
     plan: Plan, peak_memory: int | None, source: str = "", target: str = ""
 ) -> dict[str, Any]:
-    """All of the plan but the literal bytes, of which it tells place and length.
+    """The whole plan, with only the place and length of literal bytes.
 
     source, target: the paths of both sides, as the caller named them.
     """
@@ -60,7 +59,7 @@ def to_json(
 
 
 def sides(plan: Plan, source: str, target: str) -> dict[str, Any]:
-    """What both sides of a plan are, and their paths as the caller named them."""
+    """A description of both sides of a plan, with their paths as the caller named them."""
     return {
         "source": {**plan.source, **({"path": source} if source else {})},
         "target": {**plan.target, **({"path": target} if target else {})},
@@ -68,7 +67,7 @@ def sides(plan: Plan, source: str, target: str) -> dict[str, Any]:
 
 
 def remarks(plan: Plan) -> dict[str, Any]:
-    """What a plan says beside its files."""
+    """The information in a plan besides its files."""
     return {
         "dropped": [{"name": drop.name, "reason": drop.reason} for drop in plan.dropped],
         "findings": [finding_json(finding) for finding in plan.findings],
@@ -85,9 +84,9 @@ def casts_json(plan: Plan) -> list[dict[str, Any]]:
 
 
 def plan_hash(plan: Plan) -> str:
-    """The SHA-256 of what is written and from where: the files, their literal bytes included.
+    """The SHA-256 of what is written and from where, including literal bytes.
 
-    The same for the same files, whatever words of explanation go with them.
+    Explanatory texts do not affect it.
     """
     digest = sha256(str(_HASH_VERSION).encode())
     for file in plan.files:
@@ -102,7 +101,7 @@ def plan_hash(plan: Plan) -> str:
 
 
 def _piece_facts(piece: Piece) -> tuple[object, ...]:
-    """A scale of 1 is left out, so that plans of versions before scales keep their hash."""
+    """The facts of a piece. A scale of 1 is left out, so that older plans keep their hash."""
     source = piece.source and _facts(piece.source)
     scale = () if piece.scale == 1 else (piece.scale,)
     return (source, piece.start, piece.to, piece.shape, piece.fill, *scale)
@@ -113,7 +112,7 @@ def _facts(ref: TensorRef) -> tuple[object, ...]:
 
 
 def plan_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of ``to_json``'s result."""
+    """The JSON schema (draft 2020-12) of the result of ``to_json``."""
     from importlib.resources import files
 
     text = files("neox_bridge.planning").joinpath("plan.schema.json").read_text(encoding="utf-8")
@@ -122,7 +121,7 @@ def plan_schema() -> dict[str, Any]:
 
 
 def by_reason(dropped: Iterable[Dropped]) -> Mapping[str, list[str]]:
-    """Names of what was dropped, by the reason, in the order of their first appearance."""
+    """Group the names of what was dropped by reason, in the order of first appearance."""
     names: dict[str, list[str]] = {}
     for drop in dropped:
         names.setdefault(drop.reason, []).append(drop.name)
@@ -130,7 +129,7 @@ def by_reason(dropped: Iterable[Dropped]) -> Mapping[str, list[str]]:
 
 
 def is_plain(tensor: OutputTensor) -> bool:
-    """Whether values go over as they are, wherever they lie: no sum, cast, division, invention."""
+    """Whether values are copied unchanged: no sum, cast, division or generated value."""
     return (
         tensor.reduce == "none"
         and tensor.divisor == 1
@@ -140,7 +139,7 @@ def is_plain(tensor: OutputTensor) -> bool:
 
 
 def copied(tensor: OutputTensor) -> int:
-    """Bytes of a tensor that move unchanged, as runs of bytes."""
+    """Bytes of a tensor that are copied unchanged, as runs of bytes."""
     if not is_plain(tensor):
         return 0
     runs = (

@@ -33,7 +33,7 @@ from neox_bridge.tensors.sharing import arranged, shared_together
 
 
 def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> Plan:
-    """Everything of a Hugging Face folder that holds this model."""
+    """Plan all files of a Hugging Face folder with this model."""
     architecture = checkpoint.architecture
     form = form_asked(architecture, options)
     wholes, config, dropped, findings = hf_model(checkpoint)
@@ -97,7 +97,7 @@ def plan_hf(checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer) -> P
 def hf_model(
     checkpoint: Checkpoint,
 ) -> tuple[dict[str, Whole], ModelConfig, list[Dropped], list[Finding]]:
-    """The tensors and the config in the form that transformers has for this model."""
+    """The tensors and the config as transformers expects them for this model."""
     wholes, config = dict(checkpoint.tensors), checkpoint.config
     dropped: list[Dropped] = []
     findings: list[Finding] = []
@@ -109,7 +109,7 @@ def hf_model(
                 wholes[row.hf] = wholes[row.hf.replace("post_attention", "input")]
         config = replace(config, tied_norms=False)
     tp = checkpoint.neox.tp if checkpoint.neox is not None else 1
-    # what this tool wrote is whole on rank 0
+    # in files from neox-bridge rank 0 has the whole bias
     if tp > 1 and config.parallel_residual and not checkpoint.record:
         spread = {
             f"how {row.weight.neox} was spread over {tp} ranks"
@@ -148,7 +148,7 @@ def _add_biases(architecture: Architecture, config: ModelConfig, wholes: dict[st
 def _rows_to_keep(
     checkpoint: Checkpoint, options: Options, tokenizer: Tokenizer
 ) -> tuple[int, list[Dropped], list[Finding]]:
-    """Rows of the embeddings: all, but for padding that a conversion is known to have added."""
+    """The rows of the embeddings to keep: all except padding that a conversion added."""
     have = checkpoint.config.dims["vocab"]
     if options.vocab_rows == "all":
         return have, [], []
@@ -165,7 +165,7 @@ def _rows_to_keep(
 
 
 def _trained_padding(checkpoint: Checkpoint, rows: int, have: int) -> list[Finding]:
-    """That rows of padding, which were written as zeros, are none any more."""
+    """The finding that rows of padding, which were written as zeros, are no longer zero."""
     trained = [
         row.hf
         for row in checkpoint.rows
@@ -210,7 +210,7 @@ def _output(name: str, whole: Whole) -> OutputTensor:
 
 
 def _safetensors(tensors: Sequence[OutputTensor], options: Options) -> tuple[list[OutputFile], str]:
-    """The shards, with their index where they are many, and that in words."""
+    """The shards, with an index if there are several, and a description of them."""
     shards = _shards(tensors, options)
     files = []
     for name, group in shards.items():
@@ -222,11 +222,11 @@ def _safetensors(tensors: Sequence[OutputTensor], options: Options) -> tuple[lis
 
 
 def _shards(tensors: Sequence[OutputTensor], options: Options) -> dict[str, list[OutputTensor]]:
-    """The tensors of each file, by its name.
+    """The tensors of each file, by file name.
 
-    For ``--shards clone`` those that go together are those that can be shared together: in one file
-    they follow each other without holes, and so lie at the same place of a block only where they
-    did in the source.
+    With ``--shards clone``, tensors that can share blocks with the source are grouped: tensors in
+    one file are contiguous, so only those that were contiguous in the source have the same block
+    offsets.
     """
     together = shared_together(tensors) if options.shards == "clone" else [tensors]
     groups: list[list[OutputTensor]] = []
@@ -258,9 +258,9 @@ def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> OutputFile:
 def _config_json(
     architecture: Architecture, checkpoint: Checkpoint, config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json in both spellings; the original's own words where it says the same model.
+    """config.json in both spellings, with the original values if the model is the same.
 
-    Beside it, by the names of forms, the words that other libraries had for the model.
+    Also returns the original configs of other libraries, by the names of forms.
     """
     written = architecture.write_hf(config)
     original = checkpoint.raw if checkpoint.kind == "hf" else checkpoint.record.get("config")
@@ -277,10 +277,11 @@ def _config_json(
     forms = {form.name for form in architecture.forms}
     originals = {key: original[key] for key in forms & set(original)}
     original = {key: value for key, value in original.items() if key not in forms}
-    # what follows from this writing, not from the model
+    # keys that depend on this output and not on the model
     again = ("vocab_size", "intermediate_size", "hidden_size", "dtype", "torch_dtype")
     rope = ("rotary_pct", "rotary_emb_base", "rope_theta", "rope_parameters")
-    # the head is the tensors', even where the record is of the model before it was trained on
+    # the tensors decide about the head, even if the record describes the model before it was
+    # trained
     head = (
         ("architectures", "id2label", "label2id") if config.reward and not _scored(original) else ()
     )
@@ -289,12 +290,15 @@ def _config_json(
 
 
 def _scored(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a model with a head for scores."""
+    """Whether a config.json describes a model with a head for scores."""
     return any("SequenceClassification" in str(name) for name in raw.get("architectures") or ())
 
 
 def _padding(raw: Mapping[str, Any]) -> list[Finding]:
-    """transformers scores at the last token that isn't padding, which GPT-NeoX names nowhere."""
+    """The finding about padding: transformers scores at the last token that is not padding.
+
+    GPT-NeoX has no setting for it.
+    """
     if raw.get("pad_token_id") is not None:
         return []
     return [

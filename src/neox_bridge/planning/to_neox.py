@@ -70,10 +70,10 @@ def plan_neox(
     target: str,
     make_optimizer: MakeOptimizer | None,
 ) -> Plan:
-    """Everything of a GPT-NeoX root that holds this model.
+    """Plan all files of a GPT-NeoX root with this model.
 
-    target: its absolute path, which the yml names. make_optimizer: see ``make_plan``.
-    Raises Refused for a layout that the model doesn't fit.
+    target: its absolute path, which the yml contains. make_optimizer: see ``make_plan``. Raises
+    Refused for a layout that the model does not fit.
     """
     architecture, config = checkpoint.architecture, checkpoint.config
     layout, era = target_layout(checkpoint, options)
@@ -178,7 +178,7 @@ def plan_neox(
 
 
 def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout, Era]:
-    """How the target is laid out, and which trees it fits. Raises BridgeError and Refused."""
+    """The layout of the target, and the era that it is for. Raises BridgeError and Refused."""
     state, era = checkpoint.neox, options.era
     name = options.layout or ("ranks" if options.pp == 0 else None)
     if name is None and options.pp:
@@ -217,9 +217,9 @@ def target_layout(checkpoint: Checkpoint, options: Options) -> tuple[RankLayout,
 
 
 def _check_shared(checkpoint: Checkpoint, stages: int, options: Options) -> None:
-    """Raise Refused where blocks would share a parameter of which the source has several values.
+    """Raise Refused if blocks would share a parameter that has several values in the source.
 
-    Each pipeline stage trains a parameter of its own; see ``Architecture.shared``.
+    Each pipeline stage trains a separate parameter; see ``Architecture.shared``.
     """
     shared, state = checkpoint.architecture.shared, checkpoint.neox
     if not shared or state is None:
@@ -266,7 +266,7 @@ def _check_parallel(config: ModelConfig, tp: int, stages: int) -> None:
 
 
 def _check_divisible(checkpoint: Checkpoint, tp: int) -> None:
-    """Raise Refused for a tensor of which the ranks would have unequal parts."""
+    """Raise Refused for a tensor that cannot be split evenly over the ranks."""
     for row in checkpoint.rows:
         shape, split = checkpoint.tensors[row.hf].shape, row.weight.split
         if split != "vocab" and whole_shape(split, shard_shape(split, shape, tp), tp) != shape:
@@ -293,7 +293,7 @@ def _vocabulary(
 
 
 def _origin(checkpoint: Checkpoint, options: Options, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What tells later steps of the run how many rows the model has without padding."""
+    """The record in the yml of how many rows the model has without padding, for later steps."""
     rows = vocabulary.rows
     if options.vocab_rows == "keep":
         rows = min(rows, checkpoint.unpadded_rows)
@@ -323,7 +323,7 @@ def _larger_tokenizer(vocabulary: Vocabulary) -> Finding:
 
 
 def _no_such_stage(stage: object, layout: RankLayout) -> str:
-    """Why GPT-NeoX cannot start with the weights that are written at a ZeRO stage; "" if it can.
+    """Why GPT-NeoX cannot start with the written weights at a ZeRO stage; "" if it can.
 
     Sources: deepspeed runtime/pipe/engine.py (PipelineEngine.__init__), runtime/zero/stage3.py;
     GPT-NeoX megatron/training.py (get_model, since #1275 of 2024-09-09).
@@ -373,7 +373,7 @@ def _finished(last: object, iteration: int) -> list[Finding]:
 
 
 def _iteration(checkpoint: Checkpoint) -> int:
-    """The step: GPT-NeoX's own, that of the record, or that in a revision such as step143000."""
+    """The step: from GPT-NeoX, the record, or a revision such as step143000."""
     if checkpoint.neox is not None:
         return checkpoint.neox.iteration
     recorded = checkpoint.record.get("neox")
@@ -400,19 +400,19 @@ def checkpoint_args(config: ModelConfig, vocabulary: Vocabulary, tp: int) -> dic
 def _with_own_defaults(
     checkpoint: Checkpoint, era: Era, options: Options
 ) -> tuple[Checkpoint, list[Finding]]:
-    """The run with the defaults in its yml with which it trained, where the target has others."""
+    """Add the defaults that the run trained with to its yml, if the target has others."""
     state = checkpoint.neox
     if state is None:
         return checkpoint, []
     old = trained_before_changes(state.ds_version, state.mlp_names)
-    # without --for, a run whose GPT-NeoX is not known stays one of the same GPT-NeoX
+    # without --for, a run from an unknown GPT-NeoX is assumed to continue with the same one
     target = era if options.era or old is not None else None
     checkpoint, findings = with_own_defaults(checkpoint, state.ds_version, target)
     return checkpoint, list(findings)
 
 
 def _carried(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
-    """A fork's keys, which a new layout keeps for it; a GPT-NeoX that --for names refuses them."""
+    """The keys of a fork, which a new layout keeps; a GPT-NeoX of --for would refuse them."""
     if checkpoint.kind != "neox" or options.era is not None:
         return {}
     names = (key.name for key in checkpoint.unknown_keys)
@@ -459,7 +459,7 @@ def _settings(
                 written.model.setdefault(key, getattr(config, key))
     if layout.te:
         if checkpoint.architecture.gated:
-            # TELayerNormMLP takes the width as it is, and GPT-NeoX's own MLP two thirds of it
+            # TELayerNormMLP uses the width as it is, GPT-NeoX's MLP two thirds of it
             written.model["intermediate_size"] = config.dims["ffn"]
         written.model.update(te_mha=True, te_layernorm_mlp=True)
     return written

@@ -1,7 +1,7 @@
 """Targets with the modules of Transformer Engine (``te_mha`` and ``te_layernorm_mlp``).
 
 Sources: GPT-NeoX megatron/model/transformer_engine.py (TELayerNormMLP, TEMultiheadAttention), and
-those that layouts/transformer_engine.py names.
+those in layouts/transformer_engine.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +24,13 @@ from neox_bridge.planning.options import Options
 from neox_bridge.tensors.geometry import constant
 from neox_bridge.tensors.pieces import OutputTensor
 
-# activations of the MLPs of both GPT-NeoX and Transformer Engine, for gated MLPs and for others
+# activations that the MLPs of both GPT-NeoX and Transformer Engine have: for gated MLPs (True) and
+# for others
 _SAME = {True: ("silu",), False: ("gelu_tanh", "relu")}
 
 
 def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) -> list[Finding]:
-    """The findings about such a target.
+    """Check such a target and return its findings.
 
     Args:
         checkpoint: The source.
@@ -100,7 +101,7 @@ def check_target(checkpoint: Checkpoint, tp: int, era: Era, options: Options) ->
 
 
 def lacking_biases(tensors: Sequence[OutputTensor], dtype: str) -> Iterator[OutputTensor]:
-    """Biases of -0.0 that the two modules require and the tensors of a file do not contain."""
+    """Biases of -0.0 that the two modules require and that the tensors of a file do not contain."""
     sizes = {tensor.name: tensor.shape[0] for tensor in tensors}
     for prefix in _blocks(tensors):
         for _, names in BIASES.values():
@@ -122,6 +123,6 @@ def states(tensors: Sequence[OutputTensor]) -> list[str]:
 
 
 def _blocks(tensors: Sequence[OutputTensor]) -> list[str]:
-    """The prefix of the names of each block's tensors in a file."""
+    """The prefix of the tensor names of each block in a file."""
     key = te_name("attention.query_key_value.weight")
     return [t.name.removesuffix(key) for t in tensors if t.name.endswith(key)]

@@ -24,7 +24,7 @@ class OddWeights:
     """Weights of a dtype in which no framework trains.
 
     Attributes:
-        names: Their names.
+        names: The names of the tensors.
         castable: Whether they can be cast with ``dtype``.
         reason: Why they cannot be converted as they are, as a part of a sentence.
         way_out: What to do, as a part of a sentence.
@@ -61,7 +61,7 @@ def odd_dtypes(checkpoint: Checkpoint) -> list[OddWeights]:
 
 
 def dtype_refusals(checkpoint: Checkpoint, dtype: str = "keep") -> list[Refusal]:
-    """Why the dtypes of the weights cannot be written. dtype: that of the target, or "keep"."""
+    """Why the dtypes of the weights cannot be written. dtype: of the target, or "keep"."""
     return [
         Refusal("dtype", odd.reason, odd.way_out)
         for odd in odd_dtypes(checkpoint)
