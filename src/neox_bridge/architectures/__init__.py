@@ -1,4 +1,4 @@
-"""The families of models, one declarative file each, used in both directions."""
+"""The model families, one declarative file each, used in both directions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from neox_bridge.architectures.qwen2 import ARCHITECTURE as QWEN2
 from neox_bridge.architectures.stablelm import ARCHITECTURE as STABLELM
 from neox_bridge.errors import Refused
 
-# Mamba first: its blocks ignore the settings of MLPs by which the others are known
+# Mamba first: its blocks ignore the MLP settings that identify the other families
 ARCHITECTURES: tuple[Architecture, ...] = (
     MAMBA,
     GPT_NEOX,
@@ -27,7 +27,7 @@ _HEAD_BIAS = "its output layer has biases, which that of GPT-NeoX does not have"
 _SCALED = (
     "it multiplies its embeddings by a factor, but not its output layer, which is tied to them"
 )
-# families that today's GPT-NeoX can't run, and why (megatron/model/transformer.py), by the class of
+# families that today's GPT-NeoX cannot run, and why (megatron/model/transformer.py); compared with
 # transformers 5.24 (models/*/modeling_*.py)
 CANNOT = {
     "qwen3": "it has separate norms for q and k, but use_qk_layernorm of GPT-NeoX is one norm for "
@@ -49,15 +49,15 @@ CANNOT = {
 
 
 def form_of(config: Mapping[str, Any]) -> Form | None:
-    """In which other library's words a config.json is; None for transformers'."""
+    """The library whose format a config.json has; None for transformers."""
     forms = (form for architecture in ARCHITECTURES for form in architecture.forms)
     return next((form for form in forms if form.matches(config)), None)
 
 
 def complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json in the words of transformers.
+    """Convert a config.json to the keys of transformers.
 
-    Another library's own is kept whole in it, under the form's name.
+    The original of another library is kept in it, under the name of the form.
     """
     form = form_of(config)
     if form is not None:
@@ -68,7 +68,7 @@ def complete(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def for_hf(config: Mapping[str, Any]) -> Architecture:
-    """The family of a config.json. Raises Refused for one that isn't known."""
+    """The family of a config.json. Raises Refused for an unknown one."""
     for architecture in ARCHITECTURES:
         if config.get("model_type") == architecture.name:
             return architecture
@@ -89,7 +89,8 @@ def for_neox(
 ) -> Architecture | None:
     """The family of a merged yml; None if transformers has no class for its settings.
 
-    record: what this tool wrote beside it; it tells families apart that GPT-NeoX runs as one.
+    record: the contents of neox_bridge.json. It distinguishes families that have the same settings
+    in GPT-NeoX.
     """
     was = ((record or {}).get("config") or {}).get("model_type")
     by_record = sorted(ARCHITECTURES, key=lambda a: a.name != was)

@@ -1,4 +1,4 @@
-"""Models as data: weights, how ranks split them, and configs in the words of neither framework."""
+"""Models as data: weights, how ranks split them, and configs independent of either framework."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -54,7 +54,7 @@ class Weight:
     blocks: frozenset[int] | None = None
 
     def named(self, old: bool) -> str:
-        """Its name in GPT-NeoX. old: in trees before 2024-09."""
+        """Its name in GPT-NeoX. old: whether in trees before 2024-09."""
         return self.old if old and self.old else self.neox
 
     def split_as(self, name: str) -> Split:
@@ -83,7 +83,7 @@ _NO_MEANING |= {"hidden_dropout", "attention_dropout", "idle"}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The config of a model in the words of neither framework, with the sizes of the tensors.
+    """The config of a model, independent of either framework, with the sizes of its tensors.
 
     Attributes:
         dims: The size of each dimension that the shapes of the weights name.
@@ -128,7 +128,7 @@ class ModelConfig:
 
     @property
     def untied(self) -> bool:
-        """Whether it has its own output layer."""
+        """Whether it has an output layer that is separate from the embeddings."""
         return not self.tied_embeddings and not self.reward
 
     @property
@@ -197,7 +197,7 @@ def refusals(
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What ``neox-bridge families`` and its page say about a family.
+    """The description of a family in ``neox-bridge families`` and on its page.
 
     Attributes:
         models: The models of the family.
@@ -334,7 +334,7 @@ def shared_reason(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What the tensors show: the optional ones that exist, and the dtype of most."""
+    """What the tensors show: which optional ones exist, and the most frequent dtype."""
 
     names: frozenset[str]
     dtype: str

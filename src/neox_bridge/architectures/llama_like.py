@@ -1,9 +1,9 @@
-"""What Llama and its relatives share: rotary positions, separate q, k and v, a gated MLP.
+"""The common parts of Llama and its relatives: rotary positions, separate q, k, v, a gated MLP.
 
 Sources: megatron/model/transformer.py of GPT-NeoX (ParallelMLP and Gated_Activation since the
 change neox-mlp-names, LLaMAParallelMLP before), norms.py, neox_arguments/neox_args.py;
-models/{llama,mistral,qwen2,olmo,stablelm}/ of transformers. Both rotate halves, so no row of q and
-k is moved within its head.
+models/{llama,mistral,qwen2,olmo,stablelm}/ of transformers. Both frameworks rotate halves, so the
+rows of q and k keep their order within a head.
 """
 
 from collections.abc import Callable, Mapping
@@ -65,7 +65,7 @@ _EPSILON: Mapping[Norm, Keys] = {
     # OlmoLayerNorm has no setting: it always adds 1e-5
     "non_parametric_layernorm": (("norm_eps", float, "", 1e-5, "layernorm_epsilon", 1e-5),),
 }
-# keys that have another meaning, or are refused, in trees of another time
+# keys that have another meaning, or are refused, in trees of another era
 ERA_KEYS = frozenset(
     """activation mlp_type intermediate_size mlp_multiple_of expansion_factor use_bias_in_mlp
     rmsnorm_fusion bias_gelu_fusion""".split()
@@ -126,7 +126,7 @@ def rope_base(raw: Mapping[str, Any]) -> float:
 
 
 def _rotary_pct(raw: Mapping[str, Any], default: float) -> float:
-    """The share of a head that is rotated; ``rope_parameters`` comes first here too."""
+    """The share of a head that is rotated. ``rope_parameters`` has priority here too."""
     rope, key = raw.get("rope_parameters") or {}, "partial_rotary_factor"
     return number(key, rope.get(key, raw.get(key, default)), float)
 
@@ -165,7 +165,7 @@ def _write_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
         **({"head_dim": config.hidden // config.heads} if family.head_dim else {}),
         "hidden_act": config.activation,
         "initializer_range": config.initializer_range,
-        # both spellings: transformers 4 knows only the first, 5 writes only the second
+        # both spellings, because transformers 4 knows only the first and 5 writes only the second
         "rope_theta": base,
         **share,
         "rope_parameters": {"rope_type": "default", "rope_theta": base, **share},
@@ -196,7 +196,7 @@ def _read_neox(
 
 
 def gated_width(setting: int, multiple: int = 1) -> int | None:
-    """The width that GPT-NeoX gives a gated MLP for an ``intermediate_size`` in the yml.
+    """The width of a gated MLP in GPT-NeoX with this ``intermediate_size`` in the yml.
 
     None if the shapes of its two matrices would not match (megatron/model/transformer.py,
     ParallelMLP).
@@ -312,7 +312,7 @@ def _refuse_neox_source(family: Family, raw: Mapping[str, Any]) -> list[Refusal]
 
 
 def _matches_neox(family: Family, raw: Mapping[str, Any]) -> bool:
-    """Its norm with a gated MLP; where a window or biases are known, a class that has them."""
+    """Whether a yml fits the family by its norm, gated MLP, window and biases."""
     if raw.get("sliding_window_width") is not None and not family.window:
         return False
     biases = raw.get("use_bias_in_attn_linear", True) is not False
@@ -367,7 +367,7 @@ def architecture(family: Family) -> Architecture:
 def with_one_matrix(family: Architecture) -> Architecture:
     """A relative of Llama whose gated MLP has the names and biases of ParallelMLP before 2024-09.
 
-    Such trees have it as geglu without mlp_type: llama, twice as wide as the model.
+    In such trees it is geglu without mlp_type: llama, twice as wide as the model.
     """
 
     def weight(row: Weight) -> Weight:

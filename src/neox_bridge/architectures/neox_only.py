@@ -1,6 +1,6 @@
-"""Any other model that GPT-NeoX trains: the rules by which it splits its own layers over ranks.
+"""Any other model that GPT-NeoX trains: the rules by which it splits its layers over ranks.
 
-They are enough to write a run for another layout. Such a model has no class in transformers.
+The rules are enough to write a run in another layout. transformers has no class for such a model.
 Sources: megatron/mpu/layers.py (column, row and vocabulary parallel layers) and megatron/model/
 (transformer.py, word_embeddings.py, norms.py, positional_embeddings.py, gmlp.py, mamba/mamba.py,
 rwkv/v6/rwkv.py, moe.py, moe_mlp.py) from v1.0 to 2026-05.
@@ -48,9 +48,11 @@ NAME = "neox_only"
 class _Rule:
     """How ranks share the tensors whose names match.
 
-    pattern: of GPT-NeoX's name in its layer.
-    split: see ``Weight``. fixed: why the tensor exists for one number of ranks only; "" for others.
-    trained: False for buffers, which have no optimizer states.
+    Attributes:
+        pattern: A regular expression for GPT-NeoX's name in its layer.
+        split: See ``Weight``.
+        fixed: Why the tensor depends on the number of ranks; "" if it does not.
+        trained: False for buffers, which have no optimizer states.
     """
 
     pattern: str
@@ -59,9 +61,9 @@ class _Rule:
     trained: bool = True
 
 
-# GPT2ModelPipe.init_specs makes one ParallelRelativePositionBias for the layers of a stage
+# GPT2ModelPipe.init_specs creates one ParallelRelativePositionBias for all layers of a stage
 _SHARED = "attention.rpe.weight"
-# a module that only blocks of a kind have, and the words of attention_config for them
+# a module that only one kind of block has, and the name of that kind in attention_config
 _KINDS = {"mixer": "mamba", "att": "rwkv", "sgu": "gmlp"}
 _SAME_BLOCK = {"mamba": "mamba", "rwkv": "rwkv", "gmlp": "gmlp", "amlp": "gmlp"}
 _NORM = r"(weight|bias|scale|offset|g)"
@@ -91,10 +93,10 @@ _RULES: Mapping[LayerKind, tuple[_Rule, ...]] = {
         _Rule(r"mlp\.(w1|w3)\.weight", "column"),
         _Rule(r"mlp\.(linear2|dense_4h_to_h|w2)\.weight", "row"),
         _Rule(r"mlp\.(linear2|dense_4h_to_h)\.bias", "row_bias"),
-        # ParallelDroplessMoE: a rank has a run of experts, one below the other
+        # ParallelDroplessMoE: each rank has consecutive experts, concatenated along the rows
         _Rule(r"mlp\.router\.layer\.weight", "replicated"),
         _Rule(r"mlp\.experts\.mlp\.(w1|w2|w3)", "column"),
-        # RWKV is not split: each rank computes all of it
+        # RWKV is not split: every rank computes all of it
         _Rule(r"(att|ffn)\.time_\w+", "replicated"),
         _Rule(r"(att|ffn)\.(receptance|key|value|output|gate)\.weight", "replicated"),
         _Rule(r"att\.ln_x\.(weight|bias)", "replicated"),
@@ -105,7 +107,7 @@ _RULES: Mapping[LayerKind, tuple[_Rule, ...]] = {
     "norm": (_Rule(rf"norm\.{_NORM}", "replicated"),),
     "head": (_Rule(r"final_linear\.weight", "vocab"), _Rule(r"rm_linear\.weight", "row")),
 }
-# the tensor that every model with such pos_emb has; that of rotary is optional
+# the tensor that every model with this pos_emb has; that of rotary is optional
 POSITIONS: Mapping[str, str] = {
     "learned": "position_embeddings.weight",
     "sinusoidal": "position_embeddings.inv_freq",
@@ -113,7 +115,7 @@ POSITIONS: Mapping[str, str] = {
     "alibi": "attention.alibi_embed.slopes",
 }
 _TODAYS_MLP = {old: new for new, old in OLD_MLP.items()}
-# of `mlp_type: llama` before neox-mlp-names, and today's word for the same activation
+# the gated activations of `mlp_type: llama` before neox-mlp-names, and their names today
 _GATED_WORDS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
 _OLD_WORDS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 _SIZES: Mapping[str, tuple[str, ...]] = {
@@ -144,11 +146,13 @@ _MODEL_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What the files tell of such a model.
+    """The facts about such a model in its files.
 
-    raw: the merged yml. tensors: the names and numbers of dimensions of a rank's tensors, by
-    GPT-NeoX's layer. tp: tensor-parallel ranks. old: whether the MLPs have the names before
-    neox-mlp-names.
+    Attributes:
+        raw: The merged yml.
+        tensors: The names and numbers of dimensions of a rank's tensors, by GPT-NeoX layer.
+        tp: The tensor-parallel ranks.
+        old: Whether the MLPs have the names before neox-mlp-names.
     """
 
     raw: Mapping[str, Any]
@@ -176,15 +180,15 @@ def neox_only(
     layers: int,
     tp: int,
 ) -> Architecture | None:
-    """A table of weights for one model.
+    """Build the table of weights for one model.
 
-    None if it has a tensor that no rule names, or other blocks than attention_config says.
+    None if no rule names one of its tensors, or if its blocks differ from attention_config.
 
     Args:
         raw: The merged yml.
-        tensors: Each tensor's number of dimensions, by GPT-NeoX's layer and name, of one rank.
+        tensors: The number of dimensions of each tensor of one rank, by GPT-NeoX layer and name.
         layers: The number of blocks.
-        tp: Tensor-parallel ranks of the checkpoint.
+        tp: The tensor-parallel ranks of the checkpoint.
     """
     old = any(name.startswith(("mlp.dense_", "mlp.w")) for t in tensors.values() for name in t)
     model = _Model(raw, tensors, layers, tp, old)
@@ -228,7 +232,7 @@ def _rule(place: LayerKind, name: str) -> _Rule | None:
 
 
 def _place(model: _Model, layer: int) -> LayerKind | None:
-    """megatron/model/gpt2_model.py, GPT2ModelPipe.init_specs."""
+    """The kind of a layer (megatron/model/gpt2_model.py, GPT2ModelPipe.init_specs)."""
     places: dict[int, LayerKind] = {0: "embed", model.layers + 3: "norm", model.layers + 4: "head"}
     block: LayerKind | None = "block" if 2 <= layer < model.layers + 2 else None
     return places.get(layer, block)
@@ -259,7 +263,7 @@ def _weights(model: _Model) -> tuple[Weight, ...] | None:
             for weight in _rows(model, place, name, dimensions, rule)
             for trained, blocks_of_row in row_blocks
         ]
-    # a head is in the table of every model, whether the model has it or not
+    # the table always has a head, even if the model has none
     heads = {row.neox for row in rows if row.place == "head"}
     spare = Weight(
         "head", "final_linear.weight", "final_linear.weight", "vocab", ("vocab", "hidden")
@@ -371,7 +375,7 @@ def _read_neox(
 
 
 def _write_neox(model: _Model, config: ModelConfig, old: bool) -> dict[str, Any]:
-    """The keys of the MLP in trees of a time; the others are the run's own.
+    """The keys of the MLP in trees of an era; the other keys are those of the run.
 
     Raises Refused for a gated MLP that such trees do not have.
     """
@@ -415,9 +419,9 @@ def _write_neox(model: _Model, config: ModelConfig, old: bool) -> dict[str, Any]
 
 
 def _fixed(model: _Model) -> dict[str, str]:
-    """What exists for one number of ranks only, by its tensor or its key, and why."""
+    """What depends on the number of ranks, by tensor or key, and why."""
     norm = model.raw.get("norm") or "layernorm"
-    # apex's norms, and torch's LayerNorm, normalize over every dimension of their weight
+    # apex's norms and torch's LayerNorm normalize over every dimension of their weight
     together = norm in ("layernorm", "non_parametric_layernorm") or (
         norm == "rmsnorm" and model.raw.get("rmsnorm_fusion")
     )
@@ -435,7 +439,7 @@ def _fixed(model: _Model) -> dict[str, str]:
 
 
 def _missing(model: _Model, era: str) -> list[tuple[str, bool, str]]:
-    """What trees before 2024-11 do not have, although they know its keys."""
+    """What trees before 2024-11 do not support, although they know its keys."""
     old, names = era in ("v1.0", "2024-03", "2024-09", "2024-10"), model.names()
     return [
         (
@@ -456,7 +460,7 @@ def _refuse_shape(model: _Model, fixed: Mapping[str, str], tp: int, era: str) ->
         whole = f"{experts} experts cannot be spread evenly over {tp} tensor-parallel ranks"
         reasons += refusals([("moe_num_experts", True, whole)])
     kv_heads = number("num_kv_heads", raw.get("num_kv_heads") or 0, int)
-    if kv_heads % tp and tp == model.tp:  # the files contradict: a target is checked elsewhere
+    if kv_heads % tp and tp == model.tp:  # contradictory files; targets are checked elsewhere
         reason = f"GPT-NeoX cannot spread {kv_heads} heads over the {tp} ranks of these files"
         reasons += refusals([("num_kv_heads", True, reason)], way_out="correct the yml")
     if tp != model.tp and fixed:
@@ -502,9 +506,9 @@ _ALL_NORM_TENSORS = frozenset({"norm.weight", "norm.bias", "norm.scale", "norm.g
 
 
 def contradiction(raw: Mapping[str, Any], names: Collection[str]) -> tuple[str, str]:
-    """The first key of the yml by which GPT-NeoX builds other tensors, and such a tensor.
+    """The first key of the yml with which GPT-NeoX builds other tensors, and one such tensor.
 
-    Both are "" if there is none. names: of the tensors in their layers.
+    Both are "" if there is none. names: the names of the tensors in their layers.
     """
     norm = str(raw.get("norm") or "layernorm")
     norms = _NORM_TENSORS.get(norm, frozenset(names))

@@ -1,7 +1,7 @@
 """OLMo 1: ``OlmoForCausalLM``, Llama with norms that have no weights.
 
-Its norm is GPT-NeoX's ``non_parametric_layernorm`` (megatron/model/norms.py), with the epsilon that
-transformers has as a constant (models/olmo/modeling_olmo.py, OlmoLayerNorm).
+Its norm is GPT-NeoX's ``non_parametric_layernorm`` (megatron/model/norms.py). In transformers, its
+epsilon is a constant (models/olmo/modeling_olmo.py, OlmoLayerNorm).
 """
 
 from collections.abc import Mapping

@@ -66,7 +66,7 @@ Every family except Mamba is also converted as
   transformers' logits to 1e-5. What it then saves comes back as the same bits.
 """
 
-# what a model has, its settings, and how it was proved; the mixes are those of tests/neox
+# features of a model, their settings, and the kind of proof; the mixes are those of tests/neox
 _NEOX_ONLY = (
     ("RMSNorm or norms without parameters with a plain MLP, scalenorm", "norm", "GPT-NeoX"),
     ("LayerNorm with a gated MLP that has biases", "activation", "GPT-NeoX"),
@@ -111,7 +111,7 @@ _EXAMINED = """
 GPT-NeoX has the parts of these, but this version does not convert them. Their classes in
 transformers 5.24 were compared with the source of GPT-NeoX:
 """
-# what a conversion of each would have to do
+# the work that a conversion of each would need
 NOT_YET = {
     "starcoder2": "grouped queries with a plain MLP: q, k and v are separate",
     "phi3": "a Llama whose q, k and v are one matrix, and gate and up another",
@@ -137,7 +137,7 @@ _NEXT = "\nNext: [what is refused](refused.md)."
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
-    """A family for people: models that are of it, eras, how it is proved, what to know."""
+    """A family as shown to users: its models, eras, proof and limitations."""
 
     family: str
     hf_class: str
@@ -148,12 +148,12 @@ class FamilyRow:
 
 
 def _eras(architecture: Architecture) -> str:
-    """Those whose trees can hold the family at all."""
+    """The eras whose trees support the family with one tensor-parallel rank."""
     return ", ".join(era.name for era in LATER_ERAS if not architecture.refuse_shape(1, era.name))
 
 
 def rows() -> list[FamilyRow]:
-    """The families that are converted, in the order in which they are tried."""
+    """The families that are converted, in the order in which they are matched."""
     return [
         FamilyRow(a.name, a.hf_class, a.about.models, _eras(a), a.about.proof, a.about.note)
         for a in ARCHITECTURES
@@ -161,7 +161,7 @@ def rows() -> list[FamilyRow]:
 
 
 def page() -> str:
-    """The page, from the tables alone."""
+    """The text of the page, generated from the tables."""
     lines = [
         _HEAD,
         "| family | class | models | versions | proof | notes |",

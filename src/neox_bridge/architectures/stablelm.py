@@ -1,6 +1,6 @@
-"""StableLM 3B and 1.6B: ``StableLmForCausalLM``, Llama with LayerNorm and partly rotated heads.
+"""StableLM 3B and 1.6B: ``StableLmForCausalLM``, Llama with LayerNorm and partial rotation.
 
-Its biases are those of q, k and v, as in ``qwen2``.
+Its attention biases are those of q, k and v, as in ``qwen2``.
 """
 
 from collections.abc import Mapping
