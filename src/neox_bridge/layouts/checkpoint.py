@@ -202,7 +202,7 @@ class Checkpoint:
 
     @cached_property
     def trained(self) -> Mapping[str, Whole]:
-        """The tensors that the optimizer has states of: all but buffers."""
+        """The tensors that have optimizer states: all except buffers."""
         buffers = {row.hf for row in self.table if not row.weight.trained}
         return {name: whole for name, whole in self.tensors.items() if name not in buffers}
 
@@ -214,7 +214,7 @@ class Checkpoint:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether it has optimizer states, in separate files or beside the weights."""
+        """Whether it has optimizer states, in separate files or in those of the weights."""
         return any(drop.kind == "optimizer" for drop in self.dropped)
 
     @property

@@ -1,4 +1,4 @@
-"""A checkpoint as plain data: what can be told without reading a tensor."""
+"""A checkpoint as plain data: the facts that are known without reading a tensor."""
 
 from dataclasses import asdict
 from typing import Any

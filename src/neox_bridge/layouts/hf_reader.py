@@ -44,14 +44,14 @@ from neox_bridge.wording import some
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SETTINGS = ("config.json", "params.json", "checklist.chk")  # the latter two are Meta's
-# of transformers' classes for other tasks, and of TRL's value head
+# heads of transformers classes for other tasks, and TRL's value head
 _OTHER_HEAD = re.compile(r"(^|\.)(classifier|qa_outputs|v_head|value_head|reward_head)\.")
 
 
 def open_hf(path: str, revision: str = "") -> Checkpoint:
-    """Open a folder with a config.json. Raises BridgeError or Refused, naming file or key.
+    """Open a folder with a config.json. Raises BridgeError or Refused, naming the file or key.
 
-    What another library has no words for comes from this tool's record beside it.
+    Settings that another library's format cannot express come from the record in the folder.
     """
     config = os.path.join(path, "config.json")
     check_own(config, path)
@@ -99,10 +99,11 @@ def open_hf(path: str, revision: str = "") -> Checkpoint:
 def _tied_head(
     architecture: Architecture, raw: Mapping[str, Any], named: dict[str, TensorRef]
 ) -> tuple[Whole | None, list[Dropped]]:
-    """Take the head of a tied model out of the tensors.
+    """Remove the head of a tied model from the tensors.
 
-    Returns it, where it may differ from the embeddings, and what is dropped. A head alone stands
-    for both, as in every transformers (shared tensors that safetensors saved under one name).
+    Returns the head, if it may differ from the embeddings, and what is dropped. If there is a head
+    but no embeddings, it is used for both, as in every transformers (safetensors saves shared
+    tensors under one name).
     """
     name, embeddings = architecture.head, architecture.embeddings
     if not raw.get("tie_word_embeddings") or name not in named:
@@ -128,9 +129,9 @@ def checkpoint_of(
     tied_head: Whole | None = None,
     unknown: tuple[UnknownKey, ...] = (),
 ) -> Checkpoint:
-    """A checkpoint of these tensors, under the table's Hugging Face names, checked against it.
+    """Build a checkpoint from tensors with the table's Hugging Face names, and check them.
 
-    raw: config.json, or what stands for it. Raises BridgeError for what is missing or contradicts.
+    raw: config.json, or its equivalent. Raises BridgeError for missing or contradictory tensors.
     """
     architecture = for_hf(raw)
     layers = _count_layers(tensors, path, raw)
@@ -144,7 +145,7 @@ def checkpoint_of(
     dims = solve_dims(shapes, path)
     try:
         config = architecture.read_hf(raw, dims, presence)
-    except BridgeError as error:  # which names the key, but not the folder
+    except BridgeError as error:  # the error names the key, but not the folder
         raise type(error)(f"{path}: {error}") from None
     _check_names(architecture, config, tensors, path)
     check_heads(config, dims, "config.json: num_attention_heads")
@@ -184,14 +185,14 @@ def checkpoint_of(
 
 
 def model_files(paths: Iterable[str]) -> set[str]:
-    """The names of what a model consists of. paths: of its weights."""
+    """The names of the files that a model consists of. paths: those of its weights."""
     weights = {os.path.basename(path) for path in paths}
     indexes = {f"{name}.index.json" for name in _SINGLE}
     return {*weights, *indexes, *NAMES, *_SETTINGS, RECORD}
 
 
 def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> Iterator[Finding]:
-    """Code of the repository's own, which transformers runs with trust_remote_code only."""
+    """The finding about code in the repository, which needs trust_remote_code."""
     if code := raw.get("auto_map"):
         named = [str(value)[:80] for value in code.values()] if isinstance(code, dict) else []
         yield Finding(
@@ -207,10 +208,12 @@ def _remote_code(raw: Mapping[str, Any], architecture: Architecture) -> Iterator
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """What the files of weights hold, by the names there.
+    """The contents of the weight files, by the names in them.
 
-    copies: tensors that are in two files. classes: see ``quantized_class``.
-    unindexed: whether these are shards without an index.
+    Attributes:
+        copies: Tensors that are in two files.
+        classes: See ``quantized_class``.
+        unindexed: Whether these are shards without an index.
     """
 
     tensors: dict[str, TensorRef]
@@ -241,7 +244,7 @@ def _read_tensors(path: str) -> _Stored:
 
 
 def _index_ignored(single: str) -> Finding:
-    """transformers looks for the single file first (modeling_utils.py)."""
+    """transformers prefers the single file to the index (modeling_utils.py)."""
     return Finding(
         "index-ignored",
         "warning",
@@ -271,9 +274,10 @@ def _weight_map(path: str, index: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str]) -> _Stored:
-    """The tensors of shards; of one in two shards, that which the index names is read.
+    """Read the tensors of shards. Of a tensor in two shards, the copy that the index names is read.
 
-    Of one that no index names transformers takes the last; without an index it is the first here.
+    If the index does not name it, the last copy is read, as in transformers; without an index, the
+    first.
     """
     places: dict[str, dict[str, TensorRef]] = {}
     classes: dict[str, str] = {}
@@ -305,7 +309,7 @@ def _read_shards(path: str, names: Sequence[str], weight_map: Mapping[str, str])
 
 
 def _read_file(file: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """A file's tensors, and the classes of those that are quantized."""
+    """The tensors of a file, and the classes of quantized ones."""
     if file.endswith(".safetensors"):
         tensors = read_safetensors(file)
         check_names(tensors, file)
@@ -319,7 +323,7 @@ def _read_file(file: str) -> tuple[dict[str, TensorRef], dict[str, str]]:
 
 
 def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> Iterator[Finding]:
-    """What is strange about the folder, though the model in it can be read."""
+    """The findings about problems of the folder that do not prevent reading the model."""
     if unwrapped.wrappers:
         wrappers = ", ".join(f"`{wrapper}`" for wrapper in unwrapped.wrappers)
         by = f" (of {unwrapped.by})" if unwrapped.by else ""
@@ -349,9 +353,9 @@ def _folder_findings(path: str, stored: _Stored, unwrapped: Unwrapped) -> Iterat
 
 
 class _Table:
-    """A family's names of tensors, as patterns with ``#`` for the block.
+    """The tensor names of a family, as patterns with ``#`` for the number of the block.
 
-    known: those of weights. reasons: those of known buffers, and why they go.
+    known: the patterns of weights. reasons: why known buffers are dropped, by pattern.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -360,7 +364,7 @@ class _Table:
         self.reasons = {name.format(i="#"): why for name, why in architecture.dropped.items()}
 
     def find(self, key: str) -> tuple[str, str]:
-        """A tensor's name, and its pattern; that of the whole model for one of the bare model."""
+        """The name of a tensor in the whole model, and the pattern of that name."""
         name = self.architecture.aliases.get(key, key)
         pattern = re.sub(r"\.\d+\.", ".#.", name, count=1)
         if pattern not in self.known and pattern not in self.reasons:
@@ -381,7 +385,7 @@ def _refuse_other_kinds(
     unwrapped: Unwrapped,
     path: str,
 ) -> None:
-    """Raise where the tensors are of a quantized model, or of an adapter that is not merged."""
+    """Raise if the tensors are those of a quantized model or of an unmerged adapter."""
     known = [k for k, n in unwrapped.names.items() if table.has(n)]
     refuse_quantized("hf", path, raw, stored.tensors, stored.files, known, stored.classes)
     adapted = [key for key in stored.tensors if ADAPTER_NAME.search(key)]
@@ -396,7 +400,7 @@ def _refuse_other_kinds(
 def _normalise(
     table: _Table, refs: Mapping[str, TensorRef], unwrapped: Unwrapped, path: str
 ) -> tuple[dict[str, TensorRef], list[Dropped], list[Copy]]:
-    """Tensors under the names of the table, the known buffers that go, and second copies."""
+    """The tensors by their names in the table, the dropped buffers, and second copies."""
     architecture = table.architecture
     named: dict[str, TensorRef] = {}
     keys: dict[str, str] = {}
@@ -428,7 +432,7 @@ def _normalise(
 
 
 def _renamed(table: _Table, copies: Iterable[Copy], unwrapped: Unwrapped) -> list[Copy]:
-    """Copies of a tensor in other files under the table's names; buffers that go don't count."""
+    """Rename copies of tensors in other files as in the table. Dropped buffers are left out."""
     renamed = []
     for copy in copies:
         name, pattern = table.find(unwrapped.names.get(copy.name, copy.name))
@@ -460,7 +464,7 @@ def _require(
     path: str,
     raw: Mapping[str, Any],
 ) -> None:
-    """The weights that every model has are there; the optional ones are checked later."""
+    """Check that the weights that every model has exist. Optional ones are checked later."""
     rows = table_rows(architecture, presence.layers)
     missing = [row.hf for row in rows if row.weight.required and row.hf not in named]
     if missing:
@@ -476,7 +480,7 @@ def _missing(path: str, names: list[str]) -> BridgeError:
 
 
 def _no_head(architecture: Architecture, path: str, raw: Mapping[str, Any]) -> str:
-    """What is wrong with a model without its output head, and what can be done."""
+    """The message for a model without its output head, with what to do about it."""
     base = architecture.hf_class.replace("ForCausalLM", "Model")
     names = [str(name) for name in raw.get("architectures") or ()]
     original = original_of(path, raw)

@@ -1,7 +1,7 @@
-"""Folders of Hugging Face's cache: which snapshot of ``models--ORG--NAME`` a path means.
+"""Folders of the Hugging Face cache: resolves a path to a snapshot of ``models--ORG--NAME``.
 
-The layout is huggingface_hub's (file_download.py): ``refs/REVISION`` holds the name of a folder in
-``snapshots``, whose files are links into ``blobs``.
+The layout is that of huggingface_hub (file_download.py): ``refs/REVISION`` contains the name of a
+folder in ``snapshots``, whose files are links into ``blobs``.
 """
 
 import os
@@ -27,14 +27,14 @@ def is_cache_root(path: str, names: list[str]) -> bool:
 
 
 def cached_repos(names: list[str]) -> list[str]:
-    """The folders of models in a folder that is the whole cache."""
+    """The folders of models in the folder of a whole cache."""
     return sorted(name for name in names if name.startswith("models--"))
 
 
 def snapshot_of(root: str, revision: str | None = None) -> str:
-    """The snapshot that a revision names, by default ``main``, else the only one.
+    """The snapshot of a revision, by default of ``main``, otherwise the only one.
 
-    Raises BridgeError, with the folders to choose from, where that is not clear.
+    Raises BridgeError with the possible folders if the choice is ambiguous.
     """
     home = os.path.join(root, "snapshots")
     snapshots = [n for n in list_folder(home) if isdir(os.path.join(home, n))]
@@ -67,10 +67,10 @@ def snapshot_of(root: str, revision: str | None = None) -> str:
 
 
 def revision_of(folder: str) -> str:
-    """``org/name@revision`` of a snapshot's folder in a cache.
+    """``org/name@revision`` of a snapshot folder in a cache; "" for other folders.
 
-    The revision is the branch or tag whose ref names the snapshot, one that tells a step where
-    there are several; the commit where there is none. Returns "" for other folders.
+    The revision is a branch or tag whose ref names the snapshot, preferably one with a step in its
+    name. If there is none, it is the commit.
     """
     home, commit = os.path.split(absolute(folder))
     root, snapshots = os.path.split(home)
@@ -84,7 +84,7 @@ def revision_of(folder: str) -> str:
 
 
 def repo_of(root: str) -> str:
-    """``org/name`` of a folder of the cache; its own name where it has another form."""
+    """``org/name`` of a folder of the cache; the name of the folder if it has another form."""
     name = os.path.basename(absolute(root))
     match = _ROOT.fullmatch(name)
     return match[2].replace("--", "/", 1) if match else name

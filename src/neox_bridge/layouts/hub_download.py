@@ -14,12 +14,12 @@ _SMALL = ["config.json", "generation_config.json", "neox_bridge.json", *NAMES]
 
 
 def download(repo: str, revision: str | None, texts: Sequence[str] = ()) -> str:
-    """The folder of a model in the cache, downloaded where it isn't there yet.
+    """The folder of a model in the cache, downloaded if it is missing.
 
     texts: the names of small files that are downloaded too.
 
-    HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT are honoured by
-    huggingface_hub. Raises BridgeError if the library is missing or the download fails.
+    huggingface_hub honors HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT. Raises
+    BridgeError if the library is missing or the download fails.
     """
     api = hub_api(f"{repo} isn't a folder here, and is taken from the Hub")
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -34,7 +34,7 @@ def download(repo: str, revision: str | None, texts: Sequence[str] = ()) -> str:
                 f"{_named(repo, revision)} is not in the cache, and the Hub cannot be reached "
                 f"({first_line(error)}). Check the network connection and try again."
             ) from None
-        except Exception as error:  # the library raises many kinds
+        except Exception as error:  # the library raises many kinds of exceptions
             raise BridgeError(explanation(error, repo)) from None
 
     small = [*_SMALL, *texts]
@@ -45,7 +45,7 @@ def download(repo: str, revision: str | None, texts: Sequence[str] = ()) -> str:
 
 
 def cached_snapshot(repo: str, revision: str | None) -> str:
-    """The folder of a revision in huggingface_hub's cache, whether or not all files are in it.
+    """The folder of a revision in huggingface_hub's cache, even if some files are missing.
 
     Raises BridgeError if the cache has no such revision.
     """
@@ -60,7 +60,7 @@ def cached_snapshot(repo: str, revision: str | None) -> str:
 def cached_repo(repo: str, revision: str | None = None) -> str:
     """The folder of a repository in huggingface_hub's cache, with ``refs`` and ``snapshots``.
 
-    Raises BridgeError if the cache has none. revision: for its words.
+    Raises BridgeError if the cache has none. revision: only used in the message.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 

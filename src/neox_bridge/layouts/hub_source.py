@@ -1,9 +1,9 @@
-"""Where a checkpoint of the Hub is read from: by ranges there, or from the cache.
+"""Decides whether a checkpoint of the Hub is read there by ranges, or from the cache.
 
-A model of transformers goes through huggingface_hub into its cache, as everywhere. A revision that
-holds GPT-NeoX's files is read by ranges, since most of its bytes are the optimizer's, which few
-commands need. Ranges go over plain HTTP; where hf_xet is installed, huggingface_hub uses it for
-whole files only. With HF_HUB_OFFLINE both are taken from the cache.
+A model for transformers is downloaded by huggingface_hub into its cache, as usual. A revision with
+GPT-NeoX files is read by ranges, because most of its bytes are optimizer states, which few commands
+need. Ranges are requested over plain HTTP; huggingface_hub uses hf_xet, if installed, for whole
+files only. With HF_HUB_OFFLINE both are read from the cache.
 """
 
 import os
@@ -26,15 +26,17 @@ from neox_bridge.wording import some
 
 _TRIES_UNANSWERED = 3  # before the cache is used instead
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.*))?")
-_NEAREST_STEPS = 4  # that an error names
+_NEAREST_STEPS = 4  # in an error
 
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """Where the files are.
+    """The location of the files.
 
-    path: a local folder, or ``hf://org/name@revision``. revision: ``org/name@revision``, with the
-    name that the repository has now. files: of the revision; ``path`` may hold only some of them.
+    Attributes:
+        path: A local folder, or ``hf://org/name@revision``.
+        revision: ``org/name@revision``, with the current name of the repository.
+        files: The files of the revision; ``path`` may contain only some of them.
     """
 
     path: str
@@ -49,9 +51,9 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a revision of a repository holds.
+    """The contents of a revision of a repository.
 
-    repo: ``org/name``, as the repository is called now. commit: 40 hexadecimal digits.
+    repo: ``org/name``, the current name of the repository. commit: 40 hexadecimal digits.
     """
 
     repo: str
@@ -60,7 +62,7 @@ class Listing:
 
     @property
     def is_neox(self) -> bool:
-        """Whether it holds GPT-NeoX's files, and no model for transformers beside them."""
+        """Whether it contains GPT-NeoX files and no model for transformers."""
         return "config.json" not in self.files and any(
             is_step_file(path.rpartition("/")[2]) for path in self.files
         )
@@ -69,8 +71,8 @@ class Listing:
 def find_source(repo: str, revision: str | None) -> HubSource:
     """Where to read ``org/name`` at a revision, by default ``main``.
 
-    Raises BridgeError, with the way out, where it cannot be had: missing, gated, no such branch,
-    offline and not in the cache.
+    Raises BridgeError with advice if it is missing or gated, has no such branch, or is not in the
+    cache while offline.
     """
     name = f"{repo}@{revision or MAIN}"
     if is_offline():
@@ -100,7 +102,7 @@ def find_source(repo: str, revision: str | None) -> HubSource:
 
 
 def find_url_source(url: str, revision: str | None) -> HubSource:
-    """The same for ``hf://org/name[@revision][/folder]``, which is read by ranges in any case."""
+    """``find_source`` for ``hf://org/name[@revision][/folder]``, always read by ranges."""
     match = _URL.fullmatch(url)
     if match is None:
         raise BridgeError(
@@ -120,7 +122,7 @@ def find_url_source(url: str, revision: str | None) -> HubSource:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE tells huggingface_hub not to ask the Hub."""
+    """Whether HF_HUB_OFFLINE disables requests of huggingface_hub."""
     try:
         from huggingface_hub.constants import HF_HUB_OFFLINE
     except ImportError:
@@ -129,10 +131,10 @@ def is_offline() -> bool:
 
 
 def look_up(repo: str, revision: str | None) -> Listing:
-    """What a revision holds; one request.
+    """List the contents of a revision; one request.
 
-    Raises Unreachable if nobody answers, BridgeError where there is no such repository or
-    revision, or it may not be read.
+    Raises Unreachable if the Hub does not answer, BridgeError if the repository or revision does
+    not exist or is not accessible.
     """
     api = hub_api(f"{repo} is on the Hub")
     from huggingface_hub.errors import RevisionNotFoundError
@@ -144,7 +146,7 @@ def look_up(repo: str, revision: str | None) -> Listing:
         tries += 1
         try:
             info = api.model_info(repo, revision=revision)
-        except Exception as error:  # the library raises many kinds
+        except Exception as error:  # the library raises many kinds of exceptions
             unanswered = status_of(error) is None and is_network(error)
             if is_passing(error) and not (unanswered and tries >= _TRIES_UNANSWERED):
                 raise
@@ -163,7 +165,7 @@ def look_up(repo: str, revision: str | None) -> Listing:
 def _by_ranges(
     listing: Listing, revision: str | None, below: str, findings: tuple[Finding, ...]
 ) -> HubSource:
-    """The URL to read, pinned to the commit that the revision is at now."""
+    """The URL to read, pinned to the current commit of the revision."""
     url = f"hf://{listing.repo}" + (f"@{quote(revision, safe='')}" if revision else "")
     pin(url, f"hf://{listing.repo}@{listing.commit}")
     path = f"{url}/{below}" if below else url
@@ -178,7 +180,7 @@ def _by_ranges(
 
 
 def _check_holds_model(listing: Listing, revision: str | None) -> None:
-    """Raise BridgeError if a revision holds nothing but notes, and the steps are elsewhere."""
+    """Raise BridgeError if a revision has only notes, and others have the steps."""
     names = {path.rpartition("/")[2] for path in listing.files}
     if any(not name.startswith(".") and not name.endswith(".md") for name in names):
         return
@@ -193,7 +195,7 @@ def _check_holds_model(listing: Listing, revision: str | None) -> None:
 
 
 def _whole_in_cache(listing: Listing) -> str | None:
-    """The snapshot of the listing's commit, where every file of it is in the cache."""
+    """The snapshot of the listing's commit, if the cache has all of its files."""
     try:
         folder = cached_snapshot(listing.repo, listing.commit)
     except BridgeError:
@@ -203,7 +205,7 @@ def _whole_in_cache(listing: Listing) -> str | None:
 
 
 def _no_revision(repo: str, revision: str) -> str:
-    """What to say where a repository has no such revision, with the nearest steps that it has."""
+    """The message for a revision that does not exist, with the nearest existing steps."""
     steps, wanted = _steps(repo), step_of(revision)
     if not steps or wanted is None:
         advice = f"It has {some(steps)}." if steps else "Check its name."
@@ -214,7 +216,7 @@ def _no_revision(repo: str, revision: str) -> str:
 
 
 def _steps(repo: str) -> list[str]:
-    """The names of the branches and tags that are steps, in order; none where that fails."""
+    """The names of branches and tags that are steps, in order; empty on failure."""
     from neox_bridge.stores.hub_revisions import revisions
 
     try:

@@ -1,7 +1,7 @@
 """Finds the tokenizer of a published run, whose yml names a path on the training cluster.
 
-The transformers version of the model has it, and EleutherAI/gpt-neox-20b has the file that the
-yml of Pythia calls ``20B_tokenizer.json``. The Hub is asked only for sources on the Hub.
+The transformers version of the model has it, and EleutherAI/gpt-neox-20b has the file that the yml
+of Pythia calls ``20B_tokenizer.json``. Requests are only made for sources on the Hub.
 """
 
 import os
@@ -23,8 +23,8 @@ from neox_bridge.stores.hub_api import explained, hub_api
 def with_published_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the tokenizer of its run, if the Hub or the cache has it.
 
-    A finding says where it comes from, or why it is missing. Nothing else depends on it. The Hub is
-    not asked for checkpoints in folders or with a tokenizer.
+    A finding says where it comes from, or why it is missing. Nothing else depends on it. No request
+    is made for local folders or for checkpoints with a tokenizer.
     """
     if not checkpoint.missing_tokenizer or not checkpoint.hub_repo:
         return checkpoint

@@ -82,18 +82,19 @@ from neox_bridge.tensors.pieces import Whole, whole_of
 from neox_bridge.tensors.tensor_ref import TensorRef
 from neox_bridge.wording import some
 
-_MOST_FILES = 100_000  # of one step: larger models than any have fewer
-_SHOWN = 7  # of the files that are missing, of which there may be any number
+_MOST_FILES = 100_000  # of one step; even the largest models have fewer
+_SHOWN = 7  # files in a message; any number of files can be missing
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
     """The contents of the files: tensors by tensor-parallel rank, GPT-NeoX layer and name.
 
-    states: the names of what Transformer Engine stores beside its weights.
-    tp: the tensor-parallel ranks of a universal checkpoint; None for others.
-    parts: the bytes of the tensors in ``ranks`` that ZeRO stage 3 keeps in parts.
-    stores_buffers: whether a universal checkpoint says that its run stored inv_freq.
+    Attributes:
+        states: The names of what Transformer Engine stores in addition to its weights.
+        tp: The tensor-parallel ranks of a universal checkpoint; None for others.
+        parts: The bytes of the tensors in ``ranks`` that ZeRO stage 3 keeps in parts.
+        stores_buffers: Whether a universal checkpoint says that its run stored inv_freq.
     """
 
     layout: LayoutName
@@ -111,13 +112,13 @@ class _Read:
         return self.tp is not None
 
     def stored_as(self, ref: TensorRef) -> list[TensorRef]:
-        """The bytes of a tensor in ``ranks``: itself, or its parts."""
+        """The stored parts of a tensor in ``ranks``; the tensor itself if it is not in parts."""
         pieces = self.parts[ref].pieces if ref in self.parts else ()
         return [piece.source for piece in pieces if piece.source is not None] or [ref]
 
     @property
     def names(self) -> set[str]:
-        """Those of the first rank's tensors, without their layers."""
+        """The names of the first rank's tensors, without their layers."""
         return {name for tensors in self.ranks[0].values() for name in tensors}
 
 
@@ -128,11 +129,14 @@ def open_neox(
     gqa_order: GqaOrder | None = None,
     revision: str = "",
 ) -> Checkpoint:
-    """Open a checkpoint folder. Raises BridgeError or Refused, naming the file or the key.
+    """Open a checkpoint folder. Raises BridgeError or Refused, naming the file or key.
 
-    configs: yml files to use instead of those in the checkpoint.
-    gqa_order: the order of grouped-query rows, instead of the one that the files show.
-    revision: the Hub revision of the folder, ``org/name@step1000``, if it is known.
+    Args:
+        path: The folder.
+        step: The step to open, instead of that in ``latest``.
+        configs: yml files to use instead of those in the checkpoint.
+        gqa_order: The order of grouped-query rows, instead of the order that the files show.
+        revision: The Hub revision of the folder, ``org/name@step1000``, if it is known.
     """
     place = step_folder(path, step)
     root, folder = place.root, place.folder
@@ -286,7 +290,7 @@ def _set_aside(read: _Read, state: NeoxState) -> Iterator[Dropped]:
 def _saved_step(meta: Mapping[str, Any], record: Mapping[str, Any], folder: str) -> int | None:
     """The step according to the mp_rank files.
 
-    This tool writes 0 for a Hugging Face model whose step is unknown, so such a 0 means nothing.
+    neox-bridge writes 0 for a Hugging Face model whose step is unknown, so such a 0 is ignored.
     """
     number = whole(meta, "iteration", folder)
     source = record.get("source")
@@ -295,7 +299,7 @@ def _saved_step(meta: Mapping[str, Any], record: Mapping[str, Any], folder: str)
 
 
 def _refuse_quantized(folder: str, raw: Mapping[str, Any], read: _Read) -> None:
-    """Raise Refused for ranks whose tensors are those of a quantized model."""
+    """Raise Refused if the tensors of the ranks are those of a quantized model."""
     stored = {
         f"layer {number}: {name}": ref
         for rank in read.ranks[:1]
@@ -331,7 +335,7 @@ def _refuse_row_output(folder: str, raw: Mapping[str, Any], read: _Read) -> None
 
 
 def _with_dropout(raw: Mapping[str, Any], version: str, mlp_names: MlpNames) -> Mapping[str, Any]:
-    """The yml with the dropout of v1.0 where it sets none, because config.json states it."""
+    """The yml with the default dropout of v1.0 if it sets none, because config.json states it."""
     if not trained_before_changes(version, mlp_names):
         return raw
     left_out = defaults_left_out(raw, old=True)
@@ -341,9 +345,9 @@ def _with_dropout(raw: Mapping[str, Any], version: str, mlp_names: MlpNames) -> 
 def _family(
     raw: Mapping[str, Any], record: Mapping[str, Any], read: _Read, layers: int, folder: str
 ) -> Architecture:
-    """The family of the yml and the record; GPT-NeoX's own rules for a model of no family.
+    """The family of the yml and the record, or GPT-NeoX's rules for a model without a family.
 
-    A weight that must be zero in the record's family decides for another one if it is not zero.
+    If a weight that must be zero in the record's family is not zero, the yml alone decides.
     """
     positions = str(raw.get("pos_emb") or "learned")
     if (missing := POSITIONS.get(positions)) and missing not in read.names:
@@ -371,12 +375,12 @@ def _family(
     if all(is_zero(ref) for refs in held for ref in refs):
         return architecture
     other = for_neox(raw)
-    # StableLM has no relative with a bias there
+    # StableLM has no relative with a bias at that place
     return (rules if other is architecture else other) or architecture
 
 
 def _check_yml(raw: Mapping[str, Any], read: _Read, folder: str) -> None:
-    """Raise Refused if GPT-NeoX builds other tensors by the yml than the checkpoint has."""
+    """Raise Refused if GPT-NeoX would build other tensors from the yml than the checkpoint has."""
     key, name = contradiction(raw, read.names)
     if key:
         says = f"{key}: {raw[key]}" if key in raw else f"no {key}"
@@ -392,7 +396,7 @@ def _check_yml(raw: Mapping[str, Any], read: _Read, folder: str) -> None:
 def _refuse_blocks(
     raw: Mapping[str, Any], tensors: Mapping[int, Mapping[str, int]], layers: int, folder: str
 ) -> NoReturn:
-    """Raise Refused for a model that is of no family and that GPT-NeoX's rules do not describe."""
+    """Raise Refused for a model without a family that GPT-NeoX's rules do not describe."""
     if unknown := unknown_tensors(raw, tensors, layers):
         raise Refused(
             f"{folder} contains tensors that no known GPT-NeoX has: {some(unknown)}. How ranks "
@@ -579,7 +583,7 @@ def _read_zero3(folder: str, names: Sequence[str]) -> _Read:
 
 
 def _check_one_each(folder: str, names: Sequence[str], read: Collection[str]) -> None:
-    """Refuse two files of one layer and rank, whose numbers differ in leading zeros."""
+    """Refuse two files of one layer and rank, whose numbers differ only in leading zeros."""
     if spare := sorted(set(names) - set(read)):
         raise Refused(
             f"{folder} contains two files of the same layer and rank, such as {spare[0]}, and "
@@ -610,7 +614,7 @@ def _by_layer(tensors: Mapping[str, TensorRef], path: str) -> dict[int, dict[str
 
 
 def read_values(path: str, *, alike: bool = False) -> dict[str, Any]:
-    """The values of a file of GPT-NeoX by their names. alike: as for ``read_torch``."""
+    """The values of a GPT-NeoX file by name. alike: see ``read_torch``."""
     value = read_torch(path, alike=alike)
     if not isinstance(value, dict):
         raise BridgeError(
@@ -632,7 +636,7 @@ def _tensors(value: Mapping[str, Any], path: str) -> dict[str, TensorRef]:
 
 
 def _states(value: object) -> list[str]:
-    """Names of Transformer Engine's states: None, bytes or an io.BytesIO, never a weight."""
+    """The names of Transformer Engine's states: None, bytes or an io.BytesIO, never a weight."""
     keys = value if isinstance(value, dict) else ()
     return [str(key) for key in keys if str(key).endswith(STATE)]
 

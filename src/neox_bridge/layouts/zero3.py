@@ -1,9 +1,10 @@
 """Reads checkpoints of DeepSpeed's ZeRO stage 3, whose model files contain no weights.
 
-The parameters in them are empty tensors. Each data-parallel rank has an equal part of every
-parameter, padded: of trained ones the fp32 master weights, in its file of optimizer states
-(``fp32_flat_groups``), and of frozen ones the weights, in its model file
-(``frozen_param_fragments``). When it loads, DeepSpeed rounds the masters to the run's dtype.
+The parameters in model files are empty tensors. Each data-parallel rank has an equal, padded part
+of every parameter. For trained parameters it has the fp32 master weights, in its file of optimizer
+states (``fp32_flat_groups``). For frozen ones it has the weights, in its model file
+(``frozen_param_fragments``). When DeepSpeed loads a checkpoint, it rounds the masters to the run's
+dtype.
 
 Sources: deepspeed 0.16 runtime/zero/stage3.py (_rigid_state_dict, _rigid_load_state_dict,
 _create_fp16_sub_groups), runtime/engine.py (_save_checkpoint), utils/zero_to_fp32.py.
@@ -35,7 +36,7 @@ FRAGMENTS = "frozen_param_fragments"
 FROZEN = "frozen_param_shapes"
 _MODULE = "module"
 _SHAPES = "param_shapes"
-_SHOWN = 7  # of the files that are missing, of which there may be any number
+_SHOWN = 7  # files in a message; any number of files can be missing
 _COPY_AGAIN = "Copy the checkpoint again."
 
 Layers = dict[int, dict[str, TensorRef]]
@@ -55,7 +56,7 @@ class Zero3:
 
     Attributes:
         ranks: The tensors by model-parallel rank, layer and name. Only buffers can be read. The
-            others stand for parameters, with their dtype and shape.
+            others are placeholders for parameters, with their dtype and shape.
         parts: The bytes of these parameters.
         meta: The first model file.
     """
@@ -67,7 +68,7 @@ class Zero3:
 
 
 def read_zero3(folder: str, names: Sequence[str]) -> Zero3:
-    """Read a step. names: of its files.
+    """Read a step. names: the names of its files.
 
     Raises BridgeError for missing files, and for values that DeepSpeed does not write there.
     """
@@ -110,9 +111,9 @@ def read_zero3(folder: str, names: Sequence[str]) -> Zero3:
 
 
 def zero3_files(folder: str, names: Sequence[str]) -> Zero3Files:
-    """The files of all ranks. names: of the folder's files.
+    """The files of all ranks. names: the names of the folder's files.
 
-    Raises BridgeError that names what is missing.
+    Raises BridgeError with the names of missing files.
     """
     first = next(name for name in names if ZERO3.fullmatch(name))
     meta = model_file(os.path.join(folder, first))
@@ -170,9 +171,9 @@ def states_file_of(path: str) -> Mapping[str, Any]:
 
 
 def flat_parts(entries: object, sizes: Sequence[int], key: str, path: str) -> list[TensorRef]:
-    """A rank's flat tensors. sizes: the elements of each.
+    """The flat tensors of a rank. sizes: the number of elements of each.
 
-    Raises BridgeError for anything else.
+    Raises BridgeError if they do not match.
     """
     if not isinstance(entries, list) or len(entries) != len(sizes):
         raise unexpected(path, key, entries, f"a list of {plural(len(sizes), 'tensor')}")
@@ -198,10 +199,10 @@ def flat_parts(entries: object, sizes: Sequence[int], key: str, path: str) -> li
 
 
 def sub_group_sizes(groups: Sequence[Mapping[str, Shape]], dp: int) -> list[int]:
-    """The elements of a rank's flat tensors. groups: ``param_shapes``.
+    """The number of elements of each flat tensor of a rank. groups: ``param_shapes``.
 
-    There is one for each sub-group: a parameter group is cut between parameters where a rank's
-    part of it exceeds ``sub_group_size`` elements.
+    There is one flat tensor for each sub-group. A parameter group is split between parameters if a
+    rank's part of it exceeds ``sub_group_size`` elements.
     """
     return [sum(part_size(shape, dp) for shape in group.values()) for group in groups]
 
@@ -217,7 +218,7 @@ def _masters(paths: Sequence[str], groups: Sequence[Mapping[str, Shape]]) -> lis
 
 
 def _frozen(meta: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Whole]:
-    """The parameters that the run does not train. meta: the first of the model files."""
+    """The parameters that the run does not train. meta: the first model file."""
     listed = mapping(meta, FROZEN, paths[0])
     if not listed:
         return {}
@@ -232,7 +233,7 @@ def _frozen(meta: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Whole]:
 
 
 def _module(meta: Mapping[str, Any], path: str) -> dict[str, TensorRef]:
-    """The tensors of a model file by name; those of parameters are empty."""
+    """The tensors of a model file by name. Those of parameters are empty."""
     module = mapping(meta, _MODULE, path)
     check_names(module, path)
     for name, ref in module.items():
